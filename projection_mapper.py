@@ -1,0 +1,336 @@
+"""3D -> 2D: a Wan teacher's weights become a 2D model, of its own shape (exact at one frame) or a smaller student's.
+
+The patch kernel of Wan is (1, p, p) and frame 0 has temporal RoPE angle 0, so one frame of the 3D transformer is a 2D
+transformer with the same weights and Conv2d = W[:, :, 0]. A smaller student takes a consistent part of them.
+
+    python projection_mapper.py --teacher_path Wan-AI/Wan2.2-T2V-A14B-Diffusers \
+        --student_config config/student_config.json --output_dir outputs/projected
+"""
+
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wandistiller.command_line import FlagParser, int_list, run_command
+from wandistiller.student_config import StudentConfig
+
+if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
+    import torch
+    from torch import Tensor
+
+    from wandistiller.selection import Selection, TransformerTensors
+    from wandistiller.student import WanLiteStudent
+    from wandistiller.wan_checkpoint import WanCheckpoint
+
+REPORT_NAME = "projection_report.json"
+STATUSES = ("exact", "selected", "initialised")
+
+# Which axes (see wandistiller/selection.py) the dimensions of a teacher tensor run along; None is kept whole. {i} is the layer.
+_AXES = [
+    (r"patch_embedding\.weight", ("channels", None, None, None, None)),
+    (r"patch_embedding\.bias", ("channels",)),
+    (r"condition_embedder\.(time|text)_embedder\.linear_1\.weight", ("{0}_hidden", None)),
+    (r"condition_embedder\.(time|text)_embedder\.linear_1\.bias", ("{0}_hidden",)),
+    (r"condition_embedder\.time_embedder\.linear_2\.weight", ("channels", "time_hidden")),
+    (r"condition_embedder\.time_embedder\.linear_2\.bias", ("channels",)),
+    (r"condition_embedder\.text_embedder\.linear_2\.weight", ("text_channels", "text_hidden")),
+    (r"condition_embedder\.text_embedder\.linear_2\.bias", ("text_channels",)),
+    (r"condition_embedder\.time_proj\.weight", ("6 x channels", "channels")),
+    (r"condition_embedder\.time_proj\.bias", ("6 x channels",)),
+    (r"blocks\.(\d+)\.attn2\.to_[kv]\.weight", ("attn2.{0}", "text_channels")),
+    (r"blocks\.(\d+)\.(attn[12])\.to_[qkv]\.weight", ("{1}.{0}", "channels")),
+    (r"blocks\.(\d+)\.(attn[12])\.(?:to_[qkv]\.bias|norm_[qk]\.weight)", ("{1}.{0}",)),
+    (r"blocks\.(\d+)\.(attn[12])\.to_out\.0\.weight", ("channels", "{1}.{0}")),
+    (r"blocks\.(\d+)\.ffn\.net\.0\.proj\.weight", ("neurons.{0}", "channels")),
+    (r"blocks\.(\d+)\.ffn\.net\.0\.proj\.bias", ("neurons.{0}",)),
+    (r"blocks\.(\d+)\.ffn\.net\.2\.weight", ("channels", "neurons.{0}")),
+    (r"blocks\.\d+\.(?:attn[12]\.to_out\.0\.bias|ffn\.net\.2\.bias|norm2\.(?:weight|bias))", ("channels",)),
+    (r"(?:blocks\.\d+\.)?scale_shift_table", (None, None, "channels")),
+    (r"proj_out\.weight", (None, "channels")),
+    (r"proj_out\.bias", (None,)),
+]
+_AXES = [(re.compile(pattern), axes) for pattern, axes in _AXES]
+
+# Lite block <- Wan block; what a lite block has beside this starts from its own initialisation.
+_LITE_FROM_WAN = {
+    "attn.in_proj_weight": ["attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_v.weight"],
+    "attn.in_proj_bias": ["attn1.to_q.bias", "attn1.to_k.bias", "attn1.to_v.bias"],
+    "attn.out_proj.weight": ["attn1.to_out.0.weight"],
+    "attn.out_proj.bias": ["attn1.to_out.0.bias"],
+    "mlp.0.weight": ["ffn.net.0.proj.weight"],
+    "mlp.0.bias": ["ffn.net.0.proj.bias"],
+    "mlp.2.weight": ["ffn.net.2.weight"],
+    "mlp.2.bias": ["ffn.net.2.bias"],
+}
+
+# Kept in float32 whatever the compute dtype (diffusers' Wan: _keep_in_fp32_modules).
+_FP32_ISLANDS = re.compile(r"time_embedder|time_proj|scale_shift_table|\.norm")
+
+
+@dataclass
+class ProjectionReport:
+    """What became of every tensor on both sides.
+
+    Attributes:
+        student: name -> {"status": "exact" | "selected" | "initialised", "source": [...], "detail": ...}.
+        teacher: name -> {"status": "used" | "dropped", "reason": ...}.
+        layers: the teacher layer each student block came from.
+    """
+
+    teacher_path: str
+    expert: str
+    layers: list[int]
+    student: dict[str, dict] = field(default_factory=dict)
+    teacher: dict[str, dict] = field(default_factory=dict)
+    num_parameters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATUSES, 0))
+
+    def summary(self) -> str:
+        """A few lines for the screen."""
+        total = sum(self.num_parameters.values())
+        lines = [f"Projection of {self.teacher_path} (expert {self.expert}), layers {','.join(map(str, self.layers))}"]
+        for status in STATUSES:
+            count = sum(entry["status"] == status for entry in self.student.values())
+            share = self.num_parameters[status] / total
+            lines.append(
+                f"  student  {status:<12}{count:5d} tensors {self.num_parameters[status]:>15,} parameters ({share:.1%})"
+            )
+        for status in ("used", "dropped"):
+            count = sum(entry["status"] == status for entry in self.teacher.values())
+            lines.append(f"  teacher  {status:<12}{count:5d} tensors")
+        return "\n".join(lines)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the whole report to projection_report.json in `folder`."""
+        from wandistiller.atomic import atomic_path
+
+        with atomic_path(Path(folder) / REPORT_NAME) as path:
+            path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+
+def project_teacher(
+    teacher_path: "str | Path | WanCheckpoint",
+    config: StudentConfig | None = None,
+    expert: str = "high",
+    *,
+    layers: list[int] | None = None,
+    text_max_length: int = 512,
+    dtype: "torch.dtype | None" = None,
+    device: "str | torch.device" = "cpu",
+    seed: int = 0,
+) -> "tuple[WanLiteStudent, ProjectionReport]":
+    """A 2D model with a teacher's weights.
+
+    Args:
+        teacher_path: a checkpoint as `wandistiller.wan_checkpoint.open_checkpoint` takes it, or an opened one; "mock"
+            needs a config, around which it is made.
+        config: the student's shape; None is the teacher's own, lossless.
+        expert: "high" or "low" noise; a teacher of one transformer has only "high".
+        layers: the teacher layer of each student block, rising; None spreads them with both ends kept.
+        text_max_length: text slots of the model where config is None.
+        dtype: parameter dtype, float32 unless given; norms, modulation and time embedding stay float32.
+        seed: for tensors the teacher has nothing for (lite students only).
+
+    Raises:
+        UserError: the checkpoint cannot be read, or the config does not fit it.
+    """
+    from wandistiller.selection import Selection, select
+
+    checkpoint = open_teacher(teacher_path, config)
+    teacher = checkpoint.expert(expert)
+    if config is None:
+        config = teacher.config.replace(text_max_length=text_max_length)
+        selection = Selection(list(range(config.depth)))
+    else:
+        selection = select(teacher, config, layers)
+    student = _empty_student(config, dtype, device, seed)
+    report = ProjectionReport(checkpoint.location, expert, selection.layers)
+    _fill(student, teacher, selection, report)
+    _report_teacher(teacher, selection, config, report)
+    return student, report
+
+
+def project_experts(
+    checkpoint: "WanCheckpoint",
+    text_max_length: int,
+    dtype: "torch.dtype | None" = None,
+    device: "str | torch.device" = "cpu",
+) -> "dict[str, WanLiteStudent]":
+    """Every expert of a teacher at its own shape: what `wandistiller.teacher.Teacher` is made of."""
+    return {
+        name: project_teacher(checkpoint, None, name, text_max_length=text_max_length, dtype=dtype, device=device)[0]
+        for name in checkpoint.experts
+    }
+
+
+def open_teacher(
+    teacher_path: "str | Path | WanCheckpoint", config: StudentConfig | None, low_noise_path: str | Path | None = None
+) -> "WanCheckpoint":
+    """An opened teacher (headers only): as it is, from disk or hub, or the mock made around `config`."""
+    from wandistiller.errors import UserError
+    from wandistiller.mock_teacher import mock_checkpoint
+    from wandistiller.wan_checkpoint import WanCheckpoint, open_checkpoint
+
+    if isinstance(teacher_path, WanCheckpoint):
+        return teacher_path
+    if str(teacher_path) != "mock":
+        return open_checkpoint(teacher_path, low_noise_path)
+    if config is None:
+        raise UserError("the mock teacher is made around a student's shape; give --student_config")
+    return mock_checkpoint(config)
+
+
+def _empty_student(
+    config: StudentConfig, dtype: "torch.dtype | None", device: "str | torch.device", seed: int
+) -> "WanLiteStudent":
+    """A model to be filled: unwritten memory for wan (every tensor is inherited), seeded initial values for lite."""
+    import torch
+
+    from wandistiller.student import WanLiteStudent
+
+    if config.block == "lite":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return WanLiteStudent(config).to(device=device, dtype=dtype or torch.float32)
+    with torch.device("meta"):
+        student = WanLiteStudent(config)
+    for name, parameter in student.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if _FP32_ISLANDS.search(name) else dtype or torch.float32)
+    return student.to_empty(device=device)
+
+
+def _sources(student_name: str, config: StudentConfig, layers: list[int]) -> list[str]:
+    """Teacher tensors (stacked along dim 0) that a student tensor is made of; none where it starts afresh."""
+    match = re.match(r"blocks\.(\d+)\.(.+)", student_name)
+    if config.block == "wan":
+        return [f"blocks.{layers[int(match[1])]}.{match[2]}" if match else student_name]
+    return [f"blocks.{layers[int(match[1])]}.{name}" for name in _LITE_FROM_WAN.get(match[2], [])] if match else []
+
+
+def _axes_of(teacher_name: str) -> tuple[str | None, ...]:
+    """The axes of a teacher tensor's dimensions; every canonical name has exactly one rule."""
+    for pattern, axes in _AXES:
+        if match := pattern.fullmatch(teacher_name):
+            return tuple(axis and axis.format(*match.groups()) for axis in axes)
+    raise AssertionError(f"no projection rule for {teacher_name}")
+
+
+def _take(tensor: "Tensor", teacher_name: str, selection: "Selection") -> "Tensor":
+    """The selected part of a teacher tensor, 2D."""
+    for dim, axis in enumerate(_axes_of(teacher_name)):
+        if axis == "6 x channels" and "channels" in selection.axes:
+            kept = tensor.unflatten(dim, (6, -1)).index_select(dim + 1, selection.axes["channels"])
+            tensor = kept.flatten(dim, dim + 1)
+        elif axis in selection.axes:
+            tensor = tensor.index_select(dim, selection.axes[axis])
+    return tensor[:, :, 0] if tensor.ndim == 5 else tensor
+
+
+def _fill(
+    student: "WanLiteStudent", teacher: "TransformerTensors", selection: "Selection", report: ProjectionReport
+) -> None:
+    """Copy every inherited tensor, one teacher tensor in memory at a time, and write down where each came from."""
+    import torch
+
+    for name, parameter in student.named_parameters():
+        names = _sources(name, student.config, selection.layers)
+        status, detail = "initialised", "the teacher has no counterpart"
+        if names:
+            with torch.no_grad():
+                rows = parameter.chunk(len(names))
+                if all(_fits(teacher, source, selection, part) for source, part in zip(names, rows, strict=True)):
+                    details = [
+                        _copy(teacher, source, selection, part) for source, part in zip(names, rows, strict=True)
+                    ]
+                    status, detail = details[0]
+                else:
+                    names, detail = [], f"the teacher's {names[0]} is smaller"
+        report.student[name] = {"status": status, "source": names, "detail": detail}
+        report.num_parameters[status] += parameter.numel()
+
+
+def _kept_shape(teacher: "TransformerTensors", name: str, selection: "Selection") -> list[int]:
+    shape = list(teacher.shape(name))
+    for dim, axis in enumerate(_axes_of(name)):
+        if axis == "6 x channels" and "channels" in selection.axes:
+            shape[dim] = 6 * len(selection.axes["channels"])
+        elif axis in selection.axes:
+            shape[dim] = len(selection.axes[axis])
+    return shape[:2] + shape[3:] if len(shape) == 5 else shape
+
+
+def _fits(teacher: "TransformerTensors", name: str, selection: "Selection", target: "Tensor") -> bool:
+    """Only a lite student's 4x MLP can be larger than what the teacher has."""
+    return _kept_shape(teacher, name, selection) == list(target.shape)
+
+
+def _copy(teacher: "TransformerTensors", name: str, selection: "Selection", target: "Tensor") -> tuple[str, str]:
+    source = teacher.read(name)
+    kept = _take(source, name, selection)
+    target.copy_(kept)
+    is_exact = kept.numel() == source.numel()
+    rounded = (
+        f", rounded to {str(target.dtype).removeprefix('torch.')}"
+        if source.dtype.itemsize > target.dtype.itemsize
+        else ""
+    )
+    size = "x".join(map(str, kept.shape))
+    whole = "x".join(map(str, source.shape))
+    return ("exact", f"{size}{rounded}") if is_exact else ("selected", f"{size} of {whole}{rounded}")
+
+
+def _report_teacher(
+    teacher: "TransformerTensors", selection: "Selection", config: StudentConfig, report: ProjectionReport
+) -> None:
+    used_by: dict[str, str] = {}
+    for student_name, entry in report.student.items():
+        used_by |= dict.fromkeys(entry["source"], student_name)
+    for name in teacher.names():
+        if name in used_by:
+            report.teacher[name] = {"status": "used", "reason": f"in {used_by[name]}"}
+            continue
+        match = re.match(r"blocks\.(\d+)\.", name)
+        if match and int(match[1]) not in selection.layers:
+            reason = f"layer {match[1]} is not kept"
+        else:
+            reason = "a lite student has no counterpart" if config.block == "lite" else "no student tensor uses it"
+        report.teacher[name] = {"status": "dropped", "reason": reason}
+    report.teacher |= {name: {"status": "dropped", "reason": reason} for name, reason in teacher.ignored.items()}
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = FlagParser("projection_mapper.py", "Project a Wan teacher to a 2D student, and say what it inherited.")
+    group = parser.group("Input")
+    group.flag("--teacher_path", required=True, help="folder, .safetensors file, hub id, or mock")
+    group.flag("--teacher_path_low", help="the low-noise expert, where the two are two files")
+    group.flag("--student_config", help="student_config.json; without it the teacher's own shape is kept")
+    group.flag("--expert", choices=["high", "low"], default="high", help="which expert of a two-expert teacher")
+    group.flag("--layers", type=int_list, help="teacher layer of each student block, e.g. 0,2,5,7")
+    parser.group("Output").flag("--output_dir", required=True, help="folder for the student and projection_report.json")
+    return parser.parse(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    # Config first: a typo is answered before torch loads.
+    config = StudentConfig.load(args.student_config) if args.student_config else None
+
+    from wandistiller.output_folder import prepare_output_folder, set_aside_previous_student
+    from wandistiller.selection import check_fits
+
+    checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
+    if config is not None:
+        check_fits(checkpoint.expert(args.expert).config, config, args.layers)
+    folder = prepare_output_folder(args.output_dir)
+    student, report = project_teacher(checkpoint, config, args.expert, layers=args.layers)
+    print(report.summary())
+    set_aside_previous_student(folder)
+    student.save_pretrained(folder)
+    report.save(folder)
+    print(f"Saved to {folder}: student_config.json, diffusion_model.safetensors, {REPORT_NAME}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,217 @@
+"""Pre-flight before a long GPU job: the trainer's own functions, end to end, on a shrunk student and a mock teacher.
+
+    python run_production_test.py --student_config config/student_config.json --data_path data/static_prompts.txt
+
+With a real --teacher_path it also says, from the checkpoint's headers alone, whether the student config fits it.
+"""
+
+import argparse
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wandistiller.command_line import FlagParser, number, run_command
+from wandistiller.errors import UserError
+from wandistiller.output_folder import METRICS_NAME, prepare_output_folder
+from wandistiller.prompts import load_prompts
+from wandistiller.student_config import StudentConfig
+
+if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
+    from projection_mapper import ProjectionReport
+    from wandistiller.prompt_embeds import PromptEmbeds
+    from wandistiller.student import WanLiteStudent
+    from wandistiller.teacher import Teacher
+    from wandistiller.training import TrainingOptions, TrainingResult
+
+HIDDEN_SIZE, DEPTH, LATENT_SIZE = 256, 4, 8
+HEAD_DIM = 64  # for a wan student whose own heads do not fill HIDDEN_SIZE
+LR, SEED = 1e-4, 0
+MAX_LOSS_LINES = 60
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = FlagParser("run_production_test.py", __doc__)
+    group = parser.group("Input")
+    group.flag("--student_config", "the config of the run to come; shrunk for this test", "config/student_config.json")
+    group.flag("--data_path", "text file, one prompt a line", "data/static_prompts.txt")
+    group.flag("--teacher_path", "a real checkpoint to hold the config against (the steps run on a mock)", "mock")
+    group.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders")
+    group = parser.group("Test run")
+    group.flag("--num_epochs", "passes over the prompts", 1, type=number(int, low=1))
+    group.flag("--batch_size", "prompts per step", 2, type=number(int, low=1))
+    group.flag("--output_dir", "keep the small student here (a temporary folder if left out)")
+    return parser.parse(argv)
+
+
+def shrink(config: StudentConfig) -> StudentConfig:
+    """The same kind of student, small enough for seconds on a CPU: at most HIDDEN_SIZE wide and DEPTH deep."""
+    hidden_size = min(HIDDEN_SIZE, config.hidden_size)
+    image_size = min(
+        config.image_size, config.vae_scale_factor * config.patch_size * -(-LATENT_SIZE // config.patch_size)
+    )
+    shrunk = {"hidden_size": hidden_size, "depth": min(DEPTH, config.depth), "image_size": image_size}
+    if hidden_size < config.hidden_size:
+        if config.block == "wan":
+            head_dim = config.head_dim if hidden_size % config.head_dim == 0 else HEAD_DIM
+            shrunk["num_heads"] = hidden_size // head_dim
+            shrunk["ffn_dim"] = max(1, config.ffn_dim * hidden_size // config.hidden_size)
+        else:
+            heads = range(1, config.num_heads + 1)
+            shrunk["num_heads"] = max(count for count in heads if hidden_size % count == 0)
+            shrunk |= {"ffn_dim": None, "freq_dim": None}  # these follow the width of a lite block
+    return config.replace(**shrunk, distillation=None)
+
+
+def check_real_teacher(args: argparse.Namespace, config: StudentConfig) -> None:
+    """Say from headers alone whether the given config fits the real teacher."""
+    from projection_mapper import open_teacher
+    from wandistiller.selection import check_fits
+    from wandistiller.teacher import resolve_settings
+
+    checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
+    shape = checkpoint.config
+    say(
+        f"Teacher {args.teacher_path}: headers read, {' + '.join(checkpoint.experts)}: hidden_size {shape.hidden_size}, "
+        f"depth {shape.depth}, num_heads {shape.num_heads}, ffn_dim {shape.ffn_dim}, {shape.num_channels} channels"
+    )
+    check_fits(shape, config)
+    config.check_image_size(resolve_settings(checkpoint).vae_scale_factor)
+    say(f"{args.student_config} fits this teacher")
+
+
+def run_test(args: argparse.Namespace, folder: Path) -> None:
+    """Every step of a training run, in its order."""
+    prompts = load_prompts(args.data_path)
+    say(f"Prompts found: {len(prompts.prompts)} in {args.data_path}")
+    config = StudentConfig.load(args.student_config)
+    small = shrink(config)
+    say(f"Config found: {args.student_config}")
+    if args.teacher_path != "mock":
+        check_real_teacher(args, config)
+    say(
+        f"Config adjusted: model_type {small.model_type}, block {small.block}, hidden_size {config.hidden_size} -> "
+        f"{small.hidden_size}, depth {config.depth} -> {small.depth}, num_heads {small.num_heads}, "
+        f"ffn_dim {small.ffn_dim}, image_size {small.image_size}"
+    )
+
+    student, teacher, embeds, report = build(small, prompts.prompts)
+    result, options = train_briefly(args, student, teacher, embeds, folder)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    save_and_reload(student, teacher, embeds, report, result, options, folder)
+
+
+def build(
+    config: StudentConfig, prompts: list[str]
+) -> "tuple[WanLiteStudent, Teacher, PromptEmbeds, ProjectionReport]":
+    """Student and teacher as projections of one mock checkpoint, and stand-ins for the prompts' embeddings."""
+    from projection_mapper import open_teacher, project_experts, project_teacher
+    from wandistiller.prompt_embeds import mock_prompt_embeds
+    from wandistiller.teacher import Teacher, resolve_settings
+
+    checkpoint = open_teacher("mock", config)
+    settings = resolve_settings(checkpoint)
+    student, report = project_teacher(checkpoint, config, seed=SEED)
+    total = sum(parameter.numel() for parameter in student.parameters())
+    trainable = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    say(f"Student parameters: {total:,} total, {trainable:,} trainable")
+    texts = [*prompts, settings.negative_prompt]
+    embeds = mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
+    experts = project_experts(checkpoint, config.text_max_length)
+    teacher = Teacher(experts, settings, embeds.read(len(prompts)))
+    frozen = sum(parameter.numel() for parameter in teacher.experts["high"].parameters())
+    say(f"Teacher ready: mock, {frozen:,} parameters, frozen, guidance_scale {settings.guidance_scale:g}")
+    return student, teacher, embeds.first(len(prompts)), report
+
+
+def train_briefly(
+    args: argparse.Namespace, student: "WanLiteStudent", teacher: "Teacher", embeds: "PromptEmbeds", folder: Path
+) -> "tuple[TrainingResult, TrainingOptions]":
+    from wandistiller.reporting import LINE_EVERY_S, Progress
+    from wandistiller.states import NoiseStates
+    from wandistiller.training import TrainingOptions, steps_of_epochs, train
+
+    num_steps = steps_of_epochs(args.num_epochs, len(embeds), args.batch_size)
+    options = TrainingOptions(batch_size=args.batch_size, num_steps=num_steps, lr=LR, seed=SEED)
+    say(f"Optimizer: AdamW, lr {LR:g}; {num_steps} steps of batch {args.batch_size}")
+    states = NoiseStates.for_student(student.config, teacher.settings, (0.0, 1.0), SEED)
+    with Progress(num_steps, folder / METRICS_NAME, 0.0 if num_steps <= MAX_LOSS_LINES else LINE_EVERY_S) as progress:
+        result = train(student, teacher, states, embeds, options, progress.step)
+    say(f"Steps completed: {result.num_steps} of {num_steps}, average loss {result.average_loss:.4f}")
+    return result, options
+
+
+def save_and_reload(
+    student: "WanLiteStudent",
+    teacher: "Teacher",
+    embeds: "PromptEmbeds",
+    report: "ProjectionReport",
+    result: "TrainingResult",
+    options: "TrainingOptions",
+    folder: Path,
+) -> None:
+    """Save as the trainer does, load what was saved, and hold its prediction against the student in memory."""
+    import torch
+
+    from wandistiller.record import distillation_record, save_student
+    from wandistiller.student import WanLiteStudent
+
+    record = distillation_record(
+        "mock",
+        teacher.settings,
+        options,
+        result,
+        states="noise",
+        sigma_range=(0.0, 1.0),
+        init_expert="high",
+        layers=report.layers,
+        num_prompts=len(embeds),
+    )
+    save_student(student, record, folder)
+    report.save(folder)
+    say(
+        "Files saved: "
+        + ", ".join(
+            f"{path.name} ({path.stat().st_size:,} bytes)" for path in sorted(folder.iterdir()) if path.is_file()
+        )
+    )
+    config = student.config
+    latents = torch.randn(1, config.num_channels, config.latent_size, config.latent_size)
+    inputs = (latents, torch.tensor([500.0]), *embeds.batch([0]))
+    with torch.no_grad():
+        expected, reloaded = student(*inputs), WanLiteStudent.from_pretrained(folder)(*inputs)
+    if not torch.allclose(expected, reloaded, rtol=1e-5, atol=1e-6):
+        raise RuntimeError(f"the student reloaded from {folder} does not predict what the one in memory predicts")
+    say("Reloaded from disk: predicts the same")
+
+
+def say(line: str) -> None:
+    print(f"[ok] {line}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        if args.output_dir is None:
+            with tempfile.TemporaryDirectory(prefix="wandistiller-") as folder:
+                run_test(args, Path(folder))
+        else:
+            run_test(args, prepare_output_folder(args.output_dir))
+    except KeyboardInterrupt:
+        print("Production Test interrupted")
+        return 130
+    except Exception as error:
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        print("Production Test FAILED")
+        return 2 if isinstance(error, UserError) else 1
+    print("Production Test PASSED")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

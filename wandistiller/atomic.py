@@ -1,0 +1,30 @@
+"""A file appears whole or not at all: written beside its place, fsynced, renamed."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success it replaces `path`, on any failure it is removed."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield beside
+        _fsync(beside)
+        os.replace(beside, path)
+        _fsync(path.parent)  # the rename itself must survive a power cut
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

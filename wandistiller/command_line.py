@@ -1,0 +1,110 @@
+"""What the commands share: flags in both spellings, one-line errors, exit codes.
+
+Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted after saving, 1 anything else.
+Standard library only, so that `--help` and mistakes are answered at once.
+"""
+
+import argparse
+import difflib
+import math
+import sys
+import traceback
+from collections.abc import Callable
+
+
+class FlagGroup:
+    """One titled group of flags in `--help`."""
+
+    def __init__(self, group: argparse._ArgumentGroup):
+        self._group = group
+
+    def flag(self, name: str, help: str, default=None, **options) -> None:
+        """Add a flag by its snake_case name; the help text shows its default."""
+        shown = "" if default in (None, False) or options.get("required") else f" (default: {default})"
+        self._group.add_argument(name, help=(help + shown).replace("%", "%%"), default=default, **options)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An argument parser that takes every flag with underscores or hyphens and answers mistakes in one line."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None):
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def group(self, title: str) -> FlagGroup:
+        return FlagGroup(self.add_argument_group(title))
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        args, unknown = self.parse_known_args([_underscored(arg) for arg in (sys.argv[1:] if argv is None else argv)])
+        if unknown:
+            self.error(self._unknown_message(unknown[0]))
+        return args
+
+    def _unknown_message(self, given: str) -> str:
+        if not given.startswith("-"):
+            return f"unexpected argument {given!r}; every value follows a --flag"
+        known = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(given.split("=")[0], known, 1, 0.5)
+        return f"unknown flag {given.split('=')[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _underscored(arg: str) -> str:
+    """--num-epochs=3 -> --num_epochs=3; values are left as they are."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def number(
+    kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf
+) -> Callable[[str], float]:
+    """An argparse type: an int or float with low <= value <= high and value > above."""
+    noun = {int: "a whole number", float: "a number"}[kind]
+    bounds = [f"above {above}"] if above > -math.inf else []
+    bounds += [f"at least {low}"] if low > -math.inf else []
+    bounds += [f"at most {high}"] if high < math.inf else []
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and value > above) or math.isinf(value):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must be {noun}" + (f" {' and '.join(bounds)}" if bounds else "")
+            )
+        return value
+
+    return parse
+
+
+def int_list(text: str) -> list[int]:
+    """An argparse type: whole numbers separated by commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers separated by commas, such as 0,2,5") from None
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command's main and turn what it raises into an exit code; errors that carry one are messages to a person."""
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        print("interrupted before training began; nothing was saved", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            traceback.print_exc()
+            return 1
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code

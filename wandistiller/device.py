@@ -1,0 +1,29 @@
+"""Which device and precision a run computes in."""
+
+import torch
+
+from wandistiller.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pick_device(name: str | None) -> str:
+    """The device a flag names, or the GPU where there is one."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); allowed: {_usable()}"
+        ) from None
+    return name
+
+
+def _usable() -> str:
+    return ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+
+
+def pick_dtype(name: str | None, device: str) -> torch.dtype:
+    """The precision a flag names, or bf16 on a GPU and fp32 elsewhere."""
+    return DTYPES[name or ("bf16" if torch.device(device).type == "cuda" else "fp32")]

@@ -1,0 +1,42 @@
+"""Flow matching as Wan uses it: pure functions of noise levels.
+
+`sigma` is in [0, 1] and 1 is pure noise; x_sigma = (1 - sigma) x_0 + sigma noise; models predict
+velocity = noise - x_0 and are fed timestep = 1000 sigma, a float that is never rounded.
+"""
+
+import torch
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def shift_sigma(u: Tensor, shift: float) -> Tensor:
+    """Warp u in [0, 1] towards noise: sigma = shift u / (1 + (shift - 1) u) (Wan2.2:wan/utils/fm_solvers_unipc.py)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def unshift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """The u that `shift_sigma` maps to sigma; shifting by 1/shift is the inverse."""
+    return shift_sigma(sigma, 1 / shift)
+
+
+def sigma_to_timestep(sigma: Tensor) -> Tensor:
+    """What the transformer is fed: 1000 sigma, not rounded."""
+    return NUM_TRAIN_TIMESTEPS * sigma
+
+
+def sample_sigmas(
+    batch_size: int,
+    shift: float,
+    sigma_range: tuple[float, float] = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Shifted noise levels (B,) float32, stratified: one draw from each of B equal slices of u, in random order.
+
+    The draw is uniform in u between the two ends of `sigma_range`, so a narrower range keeps the density of `shift`.
+    """
+    u_low, u_high = unshift_sigma(torch.tensor(sigma_range, dtype=torch.float64), shift)
+    slices = torch.randperm(batch_size, generator=generator)
+    within = torch.rand(batch_size, generator=generator, dtype=torch.float64)
+    u = u_low + (u_high - u_low) * (slices + within) / batch_size
+    return shift_sigma(u, shift).clamp(*sigma_range).float()

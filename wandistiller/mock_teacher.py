@@ -1,0 +1,73 @@
+"""`--teacher_path mock`: a Wan of random weights with a fixed seed, wider and deeper than the student; no download."""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from wandistiller.student_config import StudentConfig
+from wandistiller.wan_checkpoint import WanCheckpoint
+from wandistiller.wan_transformer import teacher_tensor_shapes
+
+MOCK_SEED = 20250728
+
+
+class MockTransformer:
+    """Random tensors under canonical names, each made when it is read (the interface of `WanTransformer`)."""
+
+    def __init__(self, config: StudentConfig):
+        self.location = "mock"
+        self.config = config
+        self.ignored: dict[str, str] = {}
+        self._shapes = teacher_tensor_shapes(config)
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        """The same values for the same name and shape, at scales that keep activations and velocity near unit size."""
+        generator = torch.Generator().manual_seed(MOCK_SEED ^ zlib.crc32(name.encode()))
+        shape = self._shapes[name]
+        values = torch.randn(shape, generator=generator)
+        if name.endswith("scale_shift_table"):
+            return values / shape[-1] ** 0.5
+        if "norm" in name:
+            return values * 0.1 + (1.0 if name.endswith("weight") else 0.0)
+        if name.endswith("bias"):
+            return values * 0.02
+        return values / values[0].numel() ** 0.5
+
+
+def mock_shape(student: StudentConfig) -> StudentConfig:
+    """A Wan around this student: a quarter more heads, layers and FFN neurons, at least one more of each."""
+
+    def larger(count: int) -> int:
+        return count + max(1, count // 4)
+
+    head_dim = student.head_dim
+    if head_dim % 2 or head_dim < 6:  # a lite student's heads need not suit RoPE
+        head_dim = 8
+    heads = larger(-(-student.hidden_size // head_dim))
+    is_wan = student.block == "wan"
+    return StudentConfig(
+        block="wan",
+        hidden_size=heads * head_dim,
+        depth=larger(student.depth),
+        num_heads=heads,
+        ffn_dim=larger(student.ffn_dim),
+        num_channels=student.num_channels,
+        image_size=2 * student.vae_scale_factor * student.image_size,  # whole patches, whatever the student's are
+        patch_size=student.patch_size if is_wan else 2,
+        text_max_length=student.text_max_length,
+        text_encoder_output_dim=student.text_encoder_output_dim,
+        freq_dim=student.freq_dim if is_wan else 256,
+        eps=student.eps,
+    )
+
+
+def mock_checkpoint(student: StudentConfig) -> WanCheckpoint:
+    """The mock as a checkpoint, for the same path as a real one."""
+    return WanCheckpoint("mock", {"high": MockTransformer(mock_shape(student))})

@@ -1,0 +1,52 @@
+"""The folder a run writes to: checked before any work, and never overwriting an earlier student."""
+
+import time
+from pathlib import Path
+
+from wandistiller.errors import UserError
+
+METRICS_NAME = "metrics.jsonl"
+_OF_A_RUN = ["student_config.json", "diffusion_model.safetensors", "projection_report.json", METRICS_NAME]
+
+
+def check_output_folder(path: str | Path) -> Path:
+    """Refuse a path that cannot become a folder, without creating anything."""
+    folder = Path(path)
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {folder}: {existing} is a file; give a folder")
+    return folder
+
+
+def prepare_output_folder(path: str | Path) -> Path:
+    """Create the folder and prove that it can be written to."""
+    folder = check_output_folder(path)
+    probe = folder / ".write_test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder}: cannot be written to ({error.strerror}); give another folder"
+        ) from None
+    return folder
+
+
+def set_aside_previous_student(folder: Path) -> Path | None:
+    """Move what an earlier run left into a folder of its own, so that a new student never replaces it silently."""
+    previous = [folder / name for name in _OF_A_RUN if (folder / name).exists()]
+    if not previous:
+        return None
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    aside = next(
+        path
+        for count in range(1000)
+        if not (path := folder / (f"replaced-{stamp}" + (f"-{count}" if count else ""))).exists()
+    )
+    aside.mkdir()
+    for path in previous:
+        path.rename(aside / path.name)
+    return aside

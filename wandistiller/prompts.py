@@ -1,0 +1,64 @@
+"""Prompts: the file that holds them, and Wan's cleaning of each."""
+
+import html
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from wandistiller.errors import UserError
+
+_LINE_END = re.compile(r"\r\n|\n|\r")  # not str.splitlines: a prompt may hold U+2028 or U+0085
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # not U+0080..9F: those are damaged quotes that ftfy repairs
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """The prompts of a file in its order, and how many later repeats of them were left out."""
+
+    prompts: list[str]
+    duplicates: int
+
+
+def load_prompts(path: str | Path) -> PromptFile:
+    """Read one prompt a line (UTF-8, any line ending); blank lines, `#` lines and repeats are left out.
+
+    Raises:
+        UserError: no such file, not UTF-8, control characters, or no prompt in it; names the line where there is one.
+    """
+    prompts: dict[str, str] = {}
+    num_lines = 0
+    for number, line in enumerate(_LINE_END.split(_read_text(Path(path))), start=1):
+        prompt = line.lstrip("\ufeff").strip(" \t")  # a byte order mark sits mid-file where files were concatenated
+        if control := _CONTROL.search(prompt):
+            raise UserError(
+                f"{path}, line {number}: holds the control character U+{ord(control[0]):04X}; a prompts file is plain "
+                "UTF-8 text (a file full of U+0000 is UTF-16 or not text at all)"
+            )
+        if prompt.split() and not prompt.startswith("#"):
+            prompts.setdefault(" ".join(prompt.split()), prompt)
+            num_lines += 1
+    if not prompts:
+        raise UserError(f"{path}: holds no prompt; write one prompt a line (blank lines and # comments do not count)")
+    return PromptFile(list(prompts.values()), num_lines - len(prompts))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as err:
+        raise UserError(f"{path}: cannot be read ({err.strerror}); give a text file with one prompt a line") from err
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path}, line 1: starts with a UTF-16 byte order mark; save the file as UTF-8")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as err:
+        number = len(_LINE_END.split(err.object[: err.start].decode("utf-8")))
+        bad_byte = err.object[err.start]
+        raise UserError(f"{path}, line {number}: byte 0x{bad_byte:02X} is not UTF-8; save the file as UTF-8") from err
+
+
+def clean_prompt(text: str) -> str:
+    """Wan's cleaning: ftfy, HTML entities undone twice, whitespace collapsed."""
+    import ftfy
+
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()

@@ -1,0 +1,103 @@
+"""A run made visible: a progress bar (plain lines when not a terminal) and metrics.jsonl."""
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 10.0  # plain lines: at least this far apart, so that a long job's log stays readable
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimiser step reports; seconds count from the start of the loop."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    samples_per_s: float
+    elapsed_s: float
+    eta_s: float
+
+
+class Progress:
+    """Shows every step and writes it to metrics.jsonl; use as a context manager.
+
+    A terminal gets a bar; anything else gets plain lines, at least `line_every_s` apart.
+    """
+
+    def __init__(self, num_steps: int, metrics_path: Path, line_every_s: float = LINE_EVERY_S):
+        self.num_steps = num_steps
+        self.metrics_path = metrics_path
+        self.line_every_s = line_every_s
+        self.stream = sys.stderr
+        self._last_line_s = -math.inf
+
+    def __enter__(self) -> "Progress":
+        self._file = self.metrics_path.open("w", encoding="utf-8")
+        self._bar = tqdm(total=self.num_steps, unit="step", file=self.stream) if self.stream.isatty() else None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._file.close()
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.flush()  # a killed run keeps what it has measured
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {metrics.loss:.4g}, {metrics.samples_per_s:.1f} samples/s")
+            self._bar.update()
+        elif self._is_due(metrics):
+            print(self.line(metrics), file=self.stream, flush=True)
+
+    def _is_due(self, metrics: StepMetrics) -> bool:
+        due = metrics.elapsed_s - self._last_line_s >= self.line_every_s or metrics.step in (1, self.num_steps)
+        if due:
+            self._last_line_s = metrics.elapsed_s
+        return due
+
+    def line(self, metrics: StepMetrics) -> str:
+        digits = len(str(self.num_steps))
+        return (
+            f"step {metrics.step:0{digits}d}/{self.num_steps} ({metrics.step / self.num_steps:.1%}) | "
+            f"loss {metrics.loss:.4g} | grad {metrics.grad_norm:.3g} | lr {metrics.lr:.1e} | "
+            f"{metrics.samples_per_s:.1f} samples/s | eta {format_duration(metrics.eta_s)}"
+        )
+
+
+class Stopwatch:
+    """Rate and remaining time, from all steps since the first (which pays for warming up)."""
+
+    def __init__(self, num_steps: int):
+        self.num_steps = num_steps
+        self.start_s = self.first_step_s = time.perf_counter()
+        self.num_samples = 0
+
+    def lap(self, step: int, batch_size: int) -> tuple[float, float, float]:
+        """(samples per second, elapsed seconds, remaining seconds) after `step` steps."""
+        now = time.perf_counter()
+        if step == 1:
+            self.first_step_s = now
+            elapsed = now - self.start_s
+            return batch_size / elapsed, elapsed, elapsed * (self.num_steps - 1)
+        self.num_samples += batch_size
+        since_first = now - self.first_step_s
+        return self.num_samples / since_first, now - self.start_s, since_first / (step - 1) * (self.num_steps - step)
+
+
+def format_duration(seconds: float) -> str:
+    """90 -> '1m30s', 4000 -> '1h06m'."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest}s"
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"

@@ -1,0 +1,152 @@
+"""Which part of a teacher a smaller student inherits: layers, residual channels, heads, FFN neurons.
+
+This is the one place that ranks anything. Today's rule reads weights only: layers are spread evenly with both ends kept
+(METHODS of pruned diffusion transformers: TinyFusion, arXiv 2412.01199, table 3), and along every other axis the entries
+with the largest weight norm are kept, in their original order. A rule calibrated on activations would replace `_score_axis`.
+
+An axis is a named index set used wherever that axis occurs, so that what is cut stays consistent:
+`channels` (the residual stream), `text_channels` (text stream fed to every cross-attention), `time_hidden`, `text_hidden`
+(inside the two embedders), and per teacher layer i `attn1.i`, `attn2.i` (rows of whole heads) and `neurons.i`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from wandistiller.student_config import ConfigError, StudentConfig
+
+
+class TransformerTensors(Protocol):
+    """What projection reads from: a `WanTransformer` on disk, or the mock."""
+
+    location: object
+    config: StudentConfig
+    ignored: dict[str, str]
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Selection:
+    """`layers[i_student] = i_teacher`, and the kept indices of each axis; an axis that is kept whole is absent."""
+
+    layers: list[int]
+    axes: dict[str, Tensor] = field(default_factory=dict)
+
+
+def spread_layers(teacher_depth: int, depth: int) -> list[int]:
+    """`depth` of `teacher_depth` layers, evenly spread, first and last kept."""
+    return torch.linspace(0, teacher_depth - 1, depth, dtype=torch.float64).round().long().tolist()
+
+
+def check_fits(teacher: StudentConfig, student: StudentConfig, layers: list[int] | None = None) -> None:
+    """Refuse a student that is no part of this teacher, by the first key that does not fit and what would.
+
+    Raises:
+        ConfigError: names key, value, the teacher's value and the nearest valid choice.
+    """
+    for key in ("num_channels", "text_encoder_output_dim"):
+        ours, theirs = getattr(student, key), getattr(teacher, key)
+        if ours != theirs:
+            raise ConfigError(
+                f'{key}={ours} does not fit this teacher, which has {theirs}; edit the line to "{key}": {theirs}'
+            )
+    for key in ("depth", "hidden_size") + (("ffn_dim", "num_heads") if student.block == "wan" else ()):
+        ours, theirs = getattr(student, key), getattr(teacher, key)
+        if ours > theirs:
+            raise ConfigError(f"{key}={ours} is more than the teacher's {theirs}; use {theirs} or less")
+    if student.block == "wan":
+        _check_wan_fits(teacher, student)
+    if layers is not None:
+        _check_layers(layers, teacher.depth, student.depth)
+
+
+def _check_wan_fits(teacher: StudentConfig, student: StudentConfig) -> None:
+    if student.head_dim != teacher.head_dim:
+        near = max(1, round(student.hidden_size / teacher.head_dim))
+        raise ConfigError(
+            f"hidden_size={student.hidden_size} with num_heads={student.num_heads} gives heads of {student.head_dim} "
+            f"channels, the teacher's have {teacher.head_dim} (its positions depend on that); cut heads instead: "
+            f"hidden_size={near * teacher.head_dim} with num_heads={near}"
+        )
+    for key in ("patch_size", "freq_dim", "eps"):
+        ours, theirs = getattr(student, key), getattr(teacher, key)
+        if ours != theirs:
+            raise ConfigError(
+                f'{key}={ours} does not fit this teacher, which has {theirs}; edit the line to "{key}": {theirs}'
+            )
+
+
+def _check_layers(layers: list[int], teacher_depth: int, depth: int) -> None:
+    if len(layers) != depth:
+        raise ConfigError(f"--layers names {len(layers)} layers, the student has depth={depth}; name exactly {depth}")
+    wrong = [layer for layer in layers if not 0 <= layer < teacher_depth]
+    if wrong or sorted(set(layers)) != layers:
+        raise ConfigError(
+            f"--layers {','.join(map(str, layers))}: allowed are rising numbers from 0 to {teacher_depth - 1}, each once"
+        )
+
+
+def select(teacher: TransformerTensors, student: StudentConfig, layers: list[int] | None = None) -> Selection:
+    """Choose the part of `teacher` that becomes a student of this shape.
+
+    Args:
+        layers: the teacher layer of each student block; None spreads them evenly.
+    """
+    check_fits(teacher.config, student, layers)
+    selection = Selection(layers or spread_layers(teacher.config.depth, student.depth))
+    for axis, (size, kept, group) in _axis_sizes(teacher.config, student, selection.layers).items():
+        if kept < size:
+            selection.axes[axis] = _largest(_score_axis(teacher, axis, selection.layers), kept, group)
+    return selection
+
+
+def _axis_sizes(teacher: StudentConfig, student: StudentConfig, layers: list[int]) -> dict[str, tuple[int, int, int]]:
+    """For each axis: its size in the teacher, how many are kept, and the group that stays together (a head)."""
+    width = (teacher.hidden_size, student.hidden_size)
+    sizes = {"channels": (*width, 1)}
+    if student.block == "wan":
+        sizes |= {axis: (*width, 1) for axis in ("text_channels", "time_hidden", "text_hidden")}
+    same_heads = student.head_dim == teacher.head_dim
+    group = teacher.head_dim if same_heads else 1  # a lite student may cut heads apart: it has no RoPE to keep
+    for layer in layers:
+        for attention in ("attn1", "attn2") if student.block == "wan" else ("attn1",):
+            sizes[f"{attention}.{layer}"] = (*width, group)
+        sizes[f"neurons.{layer}"] = (teacher.ffn_dim, student.ffn_dim, 1)
+    return sizes
+
+
+def _largest(scores: Tensor, kept: int, group: int) -> Tensor:
+    """Indices, in rising order, of the `kept` entries with the largest scores, whole groups at a time."""
+    group_scores = scores.unflatten(0, (-1, group)).sum(dim=1)
+    groups = group_scores.topk(kept // group).indices.sort().values
+    return (groups[:, None] * group + torch.arange(group)).flatten()
+
+
+def _score_axis(teacher: TransformerTensors, axis: str, layers: list[int]) -> Tensor:
+    """Weight-norm score of each entry of an axis: what is written to a channel, or in- times out-norm of a hidden unit."""
+    embedder = "condition_embedder"
+    if axis == "channels":
+        writers = ["attn1.to_out.0.weight", "attn2.to_out.0.weight", "ffn.net.2.weight"]
+        names = ["patch_embedding.weight", *(f"blocks.{layer}.{writer}" for layer in layers for writer in writers)]
+        return sum(_squared_norm(teacher.read(name), dim=0) for name in names)
+    if axis == "text_channels":
+        return _squared_norm(teacher.read(f"{embedder}.text_embedder.linear_2.weight"), dim=0)
+    if axis in ("time_hidden", "text_hidden"):
+        into = f"{embedder}.{axis.removesuffix('_hidden')}_embedder.linear_1.weight"
+        out_of = into.replace("linear_1", "linear_2")
+    else:
+        kind, layer = axis.split(".")
+        inside = ("ffn.net.0.proj", "ffn.net.2") if kind == "neurons" else (f"{kind}.to_v", f"{kind}.to_out.0")
+        into, out_of = (f"blocks.{layer}.{name}.weight" for name in inside)
+    return _squared_norm(teacher.read(into), dim=0) * _squared_norm(teacher.read(out_of), dim=1)
+
+
+def _squared_norm(weight: Tensor, dim: int) -> Tensor:
+    """Squared norm of each slice of `weight` along `dim`, summed in float32."""
+    others = [other for other in range(weight.ndim) if other != dim]
+    return torch.linalg.vector_norm(weight, dim=others, dtype=torch.float32).square()

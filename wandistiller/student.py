@@ -1,0 +1,383 @@
+"""WanLiteStudent: a 2D text-to-image transformer, either Wan's own blocks in 2D or a small plain one.
+
+One frame of Wan is a 2D model, so the same class serves as the frozen teacher (the teacher's own shape and weights)
+and as the student (a smaller shape). Submodules bear the names of diffusers' `WanTransformer3DModel`.
+
+Shapes: B batch, C latent channels, H W latent grid, P patch size, L image tokens, S text tokens, D hidden_size,
+N heads, E head dim.
+"""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wandistiller.student_config import CONFIG_NAME, ConfigError, StudentConfig
+
+WEIGHTS_NAME = "diffusion_model.safetensors"
+ROPE_THETA = 10000.0
+
+
+# ---- text and positions: pure functions ----
+
+
+def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """[cos | sin] features of a float timestep (B,) -> (B, dim), in float32 as diffusers computes Wan's."""
+    exponent = -math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=timestep.device) / (dim // 2)
+    angles = timestep.float()[:, None] * torch.exp(exponent)[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def fold_text_padding(prompt_embeds: Tensor, prompt_lengths: Tensor, text_max_length: int) -> tuple[Tensor, Tensor]:
+    """Replace Wan's zero padding up to `text_max_length` by ONE pad token of the same attention weight (exact).
+
+    All pads share one key and value, and softmax over m equal logits z weighs like one logit z + log(m).
+
+    Args:
+        prompt_embeds: (B, S, text_dim); what stands past a prompt's length is ignored.
+        prompt_lengths: (B,) tokens that are text.
+
+    Returns:
+        Embeddings (B, S + 1, text_dim) and the attention bias (B, 1, 1, S + 1) in float32.
+    """
+    batch, num_tokens, text_dim = prompt_embeds.shape
+    if num_tokens > text_max_length:
+        raise ValueError(f"prompt_embeds have {num_tokens} tokens; text_max_length is {text_max_length}")
+    lengths = prompt_lengths.to(prompt_embeds.device)[:, None]
+    is_text = torch.arange(num_tokens, device=prompt_embeds.device)[None] < lengths
+    text = prompt_embeds.masked_fill(~is_text[..., None], 0.0)
+    text_bias = torch.zeros(batch, num_tokens, device=text.device).masked_fill(~is_text, -math.inf)
+    pad_bias = torch.log((text_max_length - lengths).float())  # log(0) = -inf: no padding left
+    bias = torch.cat([text_bias, pad_bias], dim=1)
+    return torch.cat([text, text.new_zeros(batch, 1, text_dim)], dim=1), bias[:, None, None]
+
+
+def _axis_angles(dim: int, length: int) -> Tensor:
+    """Angles (length, dim / 2) of one axis: position x theta^(-2i / dim), in float64 as the original does."""
+    inverse = ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return torch.outer(torch.arange(length, dtype=torch.float64), inverse)
+
+
+@lru_cache(maxsize=16)
+def rope_table(head_dim: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (L, 1, E / 2) of Wan's RoPE at frame 0: the temporal channels come first and stay unrotated."""
+    axis_dim = 2 * (head_dim // 6)
+    temporal = torch.zeros(height, width, (head_dim - 2 * axis_dim) // 2, dtype=torch.float64)
+    rows = _axis_angles(axis_dim, height)[:, None].expand(height, width, -1)
+    columns = _axis_angles(axis_dim, width)[None].expand(height, width, -1)
+    angles = torch.cat([temporal, rows, columns], dim=-1).flatten(0, 1)[:, None]
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the interleaved channel pairs (2i, 2i + 1) of x (B, L, N, E)."""
+    cos, sin = table
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+@lru_cache(maxsize=16)
+def sincos_positions(dim: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Parameter-free 2D positions (L, dim): half the channels for the row, the rest for the column."""
+    rows_dim = 2 * (dim // 4)
+    rows, columns = _axis_angles(rows_dim, height), _axis_angles(dim - rows_dim, width)
+    rows = torch.cat([rows.sin(), rows.cos()], dim=-1)[:, None].expand(height, width, -1)
+    columns = torch.cat([columns.sin(), columns.cos()], dim=-1)[None].expand(height, width, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1).float().to(device)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+# ---- Wan's blocks in 2D ----
+
+
+class Fp32LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in float32 whatever its weights' dtype (an fp32 island of Wan)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class WanAttention(nn.Module):
+    """Multi-head attention with RMSNorm of q and k over the full width (not per head), as Wan has it."""
+
+    def __init__(self, hidden_size: int, num_heads: int, eps: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(hidden_size, hidden_size)
+        self.to_k = nn.Linear(hidden_size, hidden_size)
+        self.to_v = nn.Linear(hidden_size, hidden_size)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size)])
+        self.norm_q = nn.RMSNorm(hidden_size, eps=eps)
+        self.norm_k = nn.RMSNorm(hidden_size, eps=eps)
+
+    def forward(
+        self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        query = self.norm_q(self.to_q(x)).unflatten(2, (self.num_heads, -1))  # (B, L, N, E)
+        key = self.norm_k(self.to_k(context)).unflatten(2, (self.num_heads, -1))
+        value = self.to_v(context).unflatten(2, (self.num_heads, -1))
+        if rope is not None:
+            query, key = apply_rope(query, rope), apply_rope(key, rope)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # norms leave autocast in float32
+        bias = None if bias is None else bias.to(value.dtype)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, N, L, E)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.to_out[0](attended.transpose(1, 2).flatten(2))  # (B, L, D)
+
+
+class GeluProjection(nn.Module):
+    def __init__(self, hidden_size: int, ffn_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(hidden_size, ffn_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """`net` leaves index 1 empty, where diffusers keeps a dropout, so that the names agree."""
+
+    def __init__(self, hidden_size: int, ffn_dim: int):
+        super().__init__()
+        self.net = nn.Sequential(GeluProjection(hidden_size, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class WanBlock(nn.Module):
+    """Self-attention, text cross-attention and FFN around a float32 residual stream (Wan2.2:wan/modules/model.py)."""
+
+    def __init__(self, config: StudentConfig):
+        super().__init__()
+        hidden_size, eps = config.hidden_size, config.eps
+        self.norm1 = Fp32LayerNorm(hidden_size, eps, elementwise_affine=False)
+        self.attn1 = WanAttention(hidden_size, config.num_heads, eps)
+        self.norm2 = Fp32LayerNorm(hidden_size, eps)
+        self.attn2 = WanAttention(hidden_size, config.num_heads, eps)
+        self.norm3 = Fp32LayerNorm(hidden_size, eps, elementwise_affine=False)
+        self.ffn = FeedForward(hidden_size, config.ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, hidden_size) / hidden_size**0.5)
+
+    def forward(
+        self, x: Tensor, timestep_proj: Tensor, text: Tensor, text_bias: Tensor | None, rope: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        table = self.scale_shift_table.float() + timestep_proj
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.chunk(6, dim=1)  # (B, 1, D) each
+        attended = modulate(self.norm1(x), shift_msa, scale_msa).to(text.dtype)
+        x = x + gate_msa * self.attn1(attended, attended, rope=rope)
+        x = x + self.attn2(self.norm2(x).to(text.dtype), text, bias=text_bias)
+        return x + gate_mlp * self.ffn(modulate(self.norm3(x), shift_mlp, scale_mlp).to(text.dtype))
+
+
+class MlpEmbedder(nn.Module):
+    """Linear, activation, Linear: the time embedder (SiLU) and the text embedder (GELU-tanh) of Wan."""
+
+    def __init__(self, in_dim: int, hidden_size: int, activation: nn.Module):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, hidden_size)
+        self.activation = activation
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class ConditionEmbedder(nn.Module):
+    def __init__(self, config: StudentConfig):
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = MlpEmbedder(config.freq_dim, config.hidden_size, nn.SiLU())
+        self.time_proj = nn.Linear(config.hidden_size, 6 * config.hidden_size)
+        self.text_embedder = MlpEmbedder(
+            config.text_encoder_output_dim, config.hidden_size, nn.GELU(approximate="tanh")
+        )
+
+    def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """temb (B, D) and timestep_proj (B, 6, D), both float32: an fp32 island of Wan, so autocast is off here."""
+        with torch.autocast(timestep.device.type, enabled=False):
+            features = sinusoidal_embedding(timestep, self.freq_dim)
+            temb = self.time_embedder(features.to(self.time_embedder.linear_1.weight.dtype))
+            timestep_proj = self.time_proj(F.silu(temb).to(self.time_proj.weight.dtype))
+        return temb.float(), timestep_proj.float().unflatten(1, (6, -1))
+
+
+# ---- the lite block ----
+
+
+class LiteBlock(nn.Module):
+    """LayerNorm, MultiheadAttention, LayerNorm, MLP (4x, SiLU), with residuals."""
+
+    def __init__(self, config: StudentConfig):
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.norm1 = nn.LayerNorm(hidden_size, config.eps)
+        self.attn = nn.MultiheadAttention(hidden_size, config.num_heads, batch_first=True)
+        self.norm2 = nn.LayerNorm(hidden_size, config.eps)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, config.ffn_dim), nn.SiLU(), nn.Linear(config.ffn_dim, hidden_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.attn(normed, normed, normed, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+# ---- the model ----
+
+
+class WanLiteStudent(nn.Module):
+    """The 2D transformer: `velocity = student(latents, timestep, prompt_embeds, prompt_lengths)`."""
+
+    def __init__(self, config: StudentConfig):
+        super().__init__()
+        self.config = config
+        blocks = WanBlock if config.block == "wan" else LiteBlock
+        (self._init_wan if config.block == "wan" else self._init_lite)(config)
+        self.blocks = nn.ModuleList(blocks(config) for _ in range(config.depth))
+
+    def _init_wan(self, config: StudentConfig) -> None:
+        channels, hidden_size, patch = config.num_channels, config.hidden_size, config.patch_size
+        self.patch_embedding = nn.Conv2d(channels, hidden_size, patch, stride=patch)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.norm_out = Fp32LayerNorm(hidden_size, config.eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(hidden_size, patch * patch * channels)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, hidden_size) / hidden_size**0.5)
+
+    def _init_lite(self, config: StudentConfig) -> None:
+        channels, hidden_size = config.num_channels, config.hidden_size
+        self.conv_in = nn.Conv2d(channels, hidden_size, 3, padding=1)
+        self.text_proj = nn.Linear(config.text_encoder_output_dim, hidden_size)
+        self.time_mlp = nn.Sequential(
+            nn.Linear(hidden_size, 4 * hidden_size), nn.SiLU(), nn.Linear(4 * hidden_size, hidden_size)
+        )
+        self.conv_out = nn.Conv2d(hidden_size, channels, 3, padding=1)
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor | None = None
+    ) -> Tensor:
+        """Velocity (noise - x_0) at a noise level.
+
+        Args:
+            latents: (B, C, H, W) in model space, (z - mean) / std; H and W multiples of patch_size.
+            timestep: (B,) or scalar, 1000 sigma as a float.
+            prompt_embeds: (B, S, text_dim).
+            prompt_lengths: (B,) tokens that are text; the rest up to text_max_length then counts as Wan's zero
+                padding. None: all S positions are used as they come.
+
+        Returns:
+            Velocity (B, C, H, W) in the dtype of `latents`.
+        """
+        self._check_inputs(latents, prompt_embeds)
+        timestep = timestep.expand(latents.shape[0])
+        forward = self._forward_wan if self.config.block == "wan" else self._forward_lite
+        return forward(latents, timestep, prompt_embeds, prompt_lengths).to(latents.dtype)
+
+    def _check_inputs(self, latents: Tensor, prompt_embeds: Tensor) -> None:
+        channels, patch, text_dim = (
+            self.config.num_channels,
+            self.config.patch_size,
+            self.config.text_encoder_output_dim,
+        )
+        if latents.ndim != 4 or latents.shape[1] != channels or latents.shape[2] % patch or latents.shape[3] % patch:
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)}: expected (B, {channels}, H, W) with H and W multiples of {patch}"
+            )
+        if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != text_dim:
+            raise ValueError(f"prompt_embeds of shape {tuple(prompt_embeds.shape)}: expected (B, S, {text_dim})")
+
+    def _forward_wan(
+        self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor | None
+    ) -> Tensor:
+        dtype = self.patch_embedding.weight.dtype
+        patch = self.config.patch_size
+        grid_height, grid_width = latents.shape[2] // patch, latents.shape[3] // patch
+        rope = rope_table(self.config.head_dim, grid_height, grid_width, latents.device)
+        temb, timestep_proj = self.condition_embedder(timestep)
+        text_bias = None
+        if prompt_lengths is not None:
+            prompt_embeds, text_bias = fold_text_padding(prompt_embeds, prompt_lengths, self.config.text_max_length)
+        text = self.condition_embedder.text_embedder(prompt_embeds.to(dtype))  # (B, S, D)
+
+        x = self.patch_embedding(latents.to(dtype)).flatten(2).transpose(1, 2).float()  # (B, L, D)
+        for block in self.blocks:
+            x = block(x, timestep_proj, text, text_bias, rope)
+
+        shift_out, scale_out = (self.scale_shift_table.float() + temb[:, None]).chunk(2, dim=1)
+        x = self.proj_out(modulate(self.norm_out(x), shift_out, scale_out).to(text.dtype))  # (B, L, P*P*C)
+        x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (grid_height, grid_width))  # (B, h, w, P, P, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+
+    def _forward_lite(
+        self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor | None
+    ) -> Tensor:
+        dtype = self.conv_in.weight.dtype
+        height, width = latents.shape[-2:]
+        positions = sincos_positions(self.config.hidden_size, height, width, latents.device)
+        time = self.time_mlp(sinusoidal_embedding(timestep, self.config.hidden_size).to(dtype))
+        text = self.text_proj(mean_text_token(prompt_embeds, prompt_lengths).to(dtype))
+
+        x = self.conv_in(latents.to(dtype)).flatten(2).transpose(1, 2)  # (B, L, D)
+        x = x + positions.to(x.dtype) + (time + text)[:, None]
+        for block in self.blocks:
+            x = block(x)
+        return self.conv_out(x.transpose(1, 2).unflatten(2, (height, width)))  # (B, C, H, W)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write student_config.json and diffusion_model.safetensors into `folder`, each whole or not at all."""
+        from safetensors.torch import save_file
+
+        from wandistiller.atomic import atomic_path
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config_json = self.config.to_json()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        with atomic_path(folder / WEIGHTS_NAME) as path:
+            save_file(tensors, path, metadata={"format": "pt", "student_config": config_json})
+        with atomic_path(folder / CONFIG_NAME) as path:
+            path.write_text(config_json, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "WanLiteStudent":
+        """The student saved in `folder`.
+
+        Raises:
+            ConfigError: where a file is missing or damaged, or weights and config do not belong together.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        config = StudentConfig.load(folder)
+        path = Path(folder) / WEIGHTS_NAME
+        try:
+            tensors = load_file(path, device=str(device))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: there is no such file; a trained student's folder holds it") from None
+        except SafetensorError as error:
+            raise ConfigError(f"{path}: is not a whole safetensors file ({error}); copy it again") from None
+        with torch.device("meta"):
+            student = cls(config)
+        try:
+            student.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            raise ConfigError(f"{path}: does not fit {CONFIG_NAME} beside it: {error}") from None
+        return student.eval()
+
+
+def mean_text_token(prompt_embeds: Tensor, prompt_lengths: Tensor | None) -> Tensor:
+    """Mean over the text tokens: (B, S, text_dim) -> (B, text_dim)."""
+    if prompt_lengths is None:
+        return prompt_embeds.mean(dim=1)
+    lengths = prompt_lengths.to(prompt_embeds.device)[:, None]
+    is_text = torch.arange(prompt_embeds.shape[1], device=prompt_embeds.device)[None] < lengths
+    return prompt_embeds.masked_fill(~is_text[..., None], 0.0).sum(dim=1) / lengths.clamp(min=1)

@@ -1,0 +1,200 @@
+"""StudentConfig: the shape of a student, and the checks on the file that people edit by hand.
+
+Standard library only, so that a typo in student_config.json is answered before torch is loaded.
+"""
+
+import difflib
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from wandistiller.errors import UserError
+
+CONFIG_NAME = "student_config.json"
+
+
+class ConfigError(UserError):
+    """A student config that cannot work: one sentence with the key, the value, what is allowed and the nearest choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The shape of a student; `student_config.json` holds exactly these keys.
+
+    Raises:
+        ConfigError: for any value that cannot work.
+    """
+
+    model_type: str = "WanLiteStudent"
+    block: str  # "wan": Wan's own block in 2D; "lite": the small original
+    hidden_size: int
+    depth: int
+    num_heads: int
+    ffn_dim: int | None = None  # wan only; a lite block's is always 4 * hidden_size
+    num_channels: int  # latent channels
+    image_size: int  # pixels, the side of the square images it is trained on
+    patch_size: int | None = None  # latent pixels; wan only, lite has no patches
+    text_max_length: int = 512  # text slots of the run, for teacher and student alike
+    text_encoder_output_dim: int = 4096
+    freq_dim: int | None = None  # width of the sinusoidal time embedding; wan only, lite's is hidden_size
+    eps: float = 1e-6
+    distillation: dict | None = None  # how a trained student was made; written by the trainer
+
+    def __post_init__(self):
+        self._check_types()
+        self._check_choice("model_type", ["WanLiteStudent"])
+        self._check_choice("block", ["wan", "lite"])
+        self._fill_block_defaults()
+        self._check_positive()
+        self._check_shape()
+        self.check_image_size(self.vae_scale_factor)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent pixel: what the run recorded, else that of the released VAE with these channels."""
+        recorded = (self.distillation or {}).get("vae_scale_factor")
+        return recorded or (16 if self.num_channels == 48 else 8)
+
+    @property
+    def latent_size(self) -> int:
+        return self.image_size // self.vae_scale_factor
+
+    def check_image_size(self, vae_scale_factor: int) -> None:
+        """Refuse an image_size that does not fill whole patches behind a VAE of this factor."""
+        unit = vae_scale_factor * self.patch_size
+        reason = f"{unit} = VAE factor {vae_scale_factor} x patch_size {self.patch_size}"
+        self._check_multiple("image_size", unit, reason)
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value, optional = getattr(self, field.name), field.default is None
+            if value is None and optional:
+                continue
+            wanted = next(kind for kind in (str, int, float, dict) if kind.__name__ in str(field.type))
+            if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+                kind = {str: "text in quotes", int: "a whole number", float: "a number", dict: "an object"}[wanted]
+                raise ConfigError(f"{field.name}={value!r} is of type {type(value).__name__}; it must be {kind}")
+
+    def _check_choice(self, name: str, allowed: list[str]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            near = (difflib.get_close_matches(value.lower(), [a.lower() for a in allowed], 1, 0.0) or [""])[0]
+            nearest = next((choice for choice in allowed if choice.lower() == near), allowed[0])
+            choices = ", ".join(f'"{choice}"' for choice in allowed)
+            raise ConfigError(f'{name}={value!r} is not known; allowed: {choices} (nearest: "{nearest}")')
+
+    def _fill_block_defaults(self) -> None:
+        """Where the block leaves no choice the key may be left out; a frozen dataclass needs object.__setattr__."""
+        if self.block == "lite":
+            fixed = {"ffn_dim": 4 * self.hidden_size, "patch_size": 1}
+            for name, value in fixed.items():
+                if getattr(self, name) not in (None, value):
+                    raise ConfigError(
+                        f'{name}={getattr(self, name)} does not fit block "lite", which always has {name} {value} here; '
+                        f"use {value} or leave the key out"
+                    )
+            defaults = fixed | {"freq_dim": self.hidden_size}
+        else:
+            defaults = {"ffn_dim": 4 * self.hidden_size, "patch_size": 2, "freq_dim": 256}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def _check_positive(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and not (0 < value < math.inf):
+                raise ConfigError(f"{field.name}={value} cannot work; it must be above 0 and finite")
+
+    def _check_shape(self) -> None:
+        if self.block == "wan":
+            self._check_wan_heads()
+        unit = math.lcm(2, self.num_heads)
+        self._check_multiple(
+            "hidden_size", unit, f"{unit} (it must be even and a multiple of num_heads={self.num_heads})"
+        )
+        if self.freq_dim % 2:
+            raise ConfigError(f"freq_dim={self.freq_dim} must be even; use {self.freq_dim - 1} or {self.freq_dim + 1}")
+        if self.eps >= 0.1:
+            raise ConfigError(
+                f"eps={self.eps} is too large for a norm; allowed: above 0 and below 0.1 (Wan's is 1e-06)"
+            )
+
+    def _check_wan_heads(self) -> None:
+        """RoPE turns pairs of channels and splits a head in three (WAN_FACTS §5), so it needs an even head of 6 or more."""
+        unit = 2 * self.num_heads
+        self._check_multiple("hidden_size", unit, f"{unit} = 2 x num_heads (RoPE turns pairs of channels)")
+        if self.head_dim < 6:
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} with num_heads={self.num_heads} gives heads of {self.head_dim} channels; "
+                f"RoPE needs at least 6: use num_heads={max(1, self.hidden_size // 6)} or fewer (Wan's heads have 128)"
+            )
+
+    def _check_multiple(self, name: str, unit: int, reason: str) -> None:
+        value = getattr(self, name)
+        if value % unit:
+            lower, upper = value // unit * unit, (value // unit + 1) * unit
+            choices = f"{lower} or {upper}" if lower else f"{upper}"
+            raise ConfigError(f"{name}={value} is not divisible by {reason}; use {choices}")
+
+    @classmethod
+    def from_dict(cls, values: dict, where: str = CONFIG_NAME) -> "StudentConfig":
+        """A checked config from a JSON object; errors begin with `where`."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1, 0.0)
+                raise ConfigError(
+                    f'{where}: unknown key "{key}"; did you mean "{near[0]}"? Known keys: {", ".join(known)}'
+                )
+        block_fixed = {"ffn_dim", "patch_size", "freq_dim"} if values.get("block") == "lite" else set()
+        missing = [key for key in known if key not in values and key not in block_fixed | {"distillation"}]
+        if missing:
+            raise ConfigError(
+                f'{where}: missing key "{missing[0]}"' + (f" (and {', '.join(missing[1:])})" if missing[1:] else "")
+            )
+        for key, value in values.items():
+            if value is None and key != "distillation":
+                raise ConfigError(f"{where}: {key} is null; give it a value")
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> "StudentConfig":
+        """Read and check a student_config.json (or the folder that holds one)."""
+        path = Path(path)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: there is no such file; give a student_config.json (see config/)") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8 JSON") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+            ) from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: holds a {type(values).__name__}; it must hold one JSON object {{...}}")
+        return cls.from_dict(values, str(path))
+
+    def to_dict(self) -> dict:
+        values = asdict(self)
+        if self.distillation is None:
+            del values["distillation"]
+        return values
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    def replace(self, **changes) -> "StudentConfig":
+        return replace(self, **changes)

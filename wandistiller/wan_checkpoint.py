@@ -1,0 +1,296 @@
+"""Any Wan text-to-video checkpoint on disk, or on the hub -> its experts and what the folder around them says.
+
+Layouts: a diffusers pipeline folder or bare transformer folder, an original Wan folder (one or two experts), a single
+safetensors file with original names (ComfyUI's, also fp8 and fp8_scaled), and a hub id. Only safetensors and JSON are read.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from wandistiller.student_config import StudentConfig
+from wandistiller.wan_transformer import (
+    LAYOUTS,
+    REFUSED_CLASSES,
+    CheckpointError,
+    WanTransformer,
+    first_setting,
+    refuse_kind,
+    refuse_settings,
+)
+
+TEXT_ENCODER_SOURCE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # all released Wans share this encoder
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path}: line {error.lineno}: not valid JSON: {error.msg}; copy the checkpoint again"
+        ) from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds a {type(values).__name__}, not the JSON object of a Wan checkpoint")
+    return values
+
+
+# ---- folders ----
+
+
+def _safe_name(name: object, index: Path) -> str:
+    """A shard's file name from an index: a path in a file is never followed outside its folder."""
+    parts = PurePosixPath(str(name)).parts
+    if not isinstance(name, str) or "\\" in name or PurePosixPath(name).is_absolute() or ".." in parts or not parts:
+        raise CheckpointError(f"{index}: names the shard {name!r}, which lies outside its folder")
+    return name
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of one transformer: those its index names, or the only one there is."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        index = indexes[0]
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: has no weight_map; copy the checkpoint again")
+        files = [folder / _safe_name(name, index) for name in dict.fromkeys(weight_map.values())]
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}"
+            )
+        return files
+    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    plain = [path for path in files if path.name == "diffusion_pytorch_model.safetensors"]
+    if not files:
+        pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
+        only = f"; {pickled[0].name} is a pickle, which is never opened: get the safetensors version" if pickled else ""
+        raise CheckpointError(f"{folder}: holds no .safetensors weights{only}")
+    return plain or files
+
+
+def _open_transformer_folder(folder: Path) -> WanTransformer:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder")
+    config_path = folder / "config.json"
+    settings = _read_json(config_path) if config_path.is_file() else {}
+    refuse_settings(settings, folder)
+    return WanTransformer(folder, _weight_files(folder), settings)
+
+
+@dataclass
+class WanCheckpoint:
+    """A teacher on disk: its experts and what the folder around them says.
+
+    Attributes:
+        location: what the user gave.
+        experts: {"high": ...} or {"high": ..., "low": ...} (noise level).
+        boundary_ratio, flow_shift: as the pipeline folder records them, else None.
+        latents_mean, latents_std, vae_scale_factor: from vae/config.json, else None.
+        record: teacher_record.json (the demo teacher's own defaults), else empty.
+    """
+
+    location: str
+    experts: dict[str, WanTransformer]
+    boundary_ratio: float | None = None
+    flow_shift: float | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+    vae_scale_factor: int | None = None
+    record: dict = field(default_factory=dict)
+    _find_text_encoder: Callable[[], tuple[Path, Path]] | None = None
+
+    @property
+    def config(self) -> StudentConfig:
+        return self.experts["high"].config
+
+    @property
+    def is_mock(self) -> bool:
+        return self.location == "mock"
+
+    def expert(self, name: str) -> WanTransformer:
+        if name not in self.experts:
+            raise CheckpointError(f'{self.location}: has no expert "{name}"; it has: {", ".join(self.experts)}')
+        return self.experts[name]
+
+    def text_encoder(self) -> tuple[Path, Path]:
+        """Folders of the UMT5 encoder and its tokenizer (a hub checkpoint fetches them now)."""
+        if self._find_text_encoder is None:
+            raise CheckpointError(
+                f"{self.location}: has no text encoder beside it; give --text_encoder_path a folder with text_encoder/ "
+                f"and tokenizer/, such as a copy of {TEXT_ENCODER_SOURCE} (only these two folders are needed)"
+            )
+        return self._find_text_encoder()
+
+
+def find_text_encoder(path: str | Path) -> tuple[Path, Path]:
+    """Encoder and tokenizer folders from `--text_encoder_path`: a pipeline folder, a hub id, or the encoder folder itself."""
+    folder = Path(path)
+    if not folder.exists() and _HUB_ID.fullmatch(str(path)):
+        folder = _fetch(str(path), ["text_encoder/*", "tokenizer/*"])
+    if (folder / "text_encoder").is_dir():
+        return folder / "text_encoder", folder / "tokenizer"
+    if (folder / "config.json").is_file():
+        beside = folder.parent / "tokenizer"
+        return folder, beside if beside.is_dir() else folder
+    raise CheckpointError(
+        f"{path}: holds no text encoder; --text_encoder_path takes a folder with text_encoder/ and tokenizer/, "
+        f"such as a copy of {TEXT_ENCODER_SOURCE} (only these two folders are needed)"
+    )
+
+
+def _open_pipeline_folder(folder: Path, location: str) -> WanCheckpoint:
+    index = _read_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    refuse_kind(REFUSED_CLASSES.get(name), folder)
+    if not str(name).startswith("Wan"):
+        raise CheckpointError(f"{folder}: model_index.json is that of a {name}, not of a WanPipeline")
+    experts = {"high": _open_transformer_folder(folder / "transformer")}
+    if (index.get("transformer_2") or [None])[0] is not None:
+        experts["low"] = _open_transformer_folder(folder / "transformer_2")
+    vae = _read_json(folder / "vae" / "config.json") if (folder / "vae" / "config.json").is_file() else {}
+    scheduler_path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = _read_json(scheduler_path) if scheduler_path.is_file() else {}
+    record_path = folder / "teacher_record.json"
+    return WanCheckpoint(
+        location,
+        experts,
+        boundary_ratio=index.get("boundary_ratio"),
+        flow_shift=first_setting(scheduler, "flow_shift", "shift"),
+        latents_mean=vae.get("latents_mean"),
+        latents_std=vae.get("latents_std"),
+        vae_scale_factor=_vae_scale_factor(vae),
+        record=_read_json(record_path) if record_path.is_file() else {},
+        _find_text_encoder=(lambda: find_text_encoder(folder)) if (folder / "text_encoder").is_dir() else None,
+    )
+
+
+def _vae_scale_factor(vae: dict) -> int | None:
+    """Pixels per latent pixel of an AutoencoderKLWan: as recorded, else a halving per stage but the last, times its patch."""
+    if "scale_factor_spatial" in vae:
+        return vae["scale_factor_spatial"]
+    if "dim_mult" in vae:
+        return 2 ** (len(vae["dim_mult"]) - 1) * (vae.get("patch_size") or 1)
+    return None
+
+
+def _open_original_folder(folder: Path, location: str) -> WanCheckpoint:
+    if (folder / "high_noise_model").is_dir() or (folder / "low_noise_model").is_dir():
+        experts = {side: _open_transformer_folder(folder / f"{side}_noise_model") for side in ("high", "low")}
+    else:
+        experts = {"high": _open_transformer_folder(folder)}
+    encoders = sorted(folder.glob("models_t5_*.pth"))
+    find = None
+    if encoders:
+
+        def find() -> tuple[Path, Path]:
+            raise CheckpointError(
+                f"{encoders[0]}: is Wan's text encoder as a pickle in its original layout, which is not opened here; give "
+                f"--text_encoder_path a folder with text_encoder/ and tokenizer/ in transformers' format, such as a copy "
+                f"of {TEXT_ENCODER_SOURCE} (only these two folders are needed; the encoder is the same)"
+            )
+
+    return WanCheckpoint(location, experts, _find_text_encoder=find)
+
+
+def _open_folder(folder: Path, location: str) -> WanCheckpoint:
+    if (folder / "model_index.json").is_file():
+        return _open_pipeline_folder(folder, location)
+    if (folder / "student_config.json").is_file():
+        raise CheckpointError(f"{folder}: is a student, not a Wan checkpoint; export it first to use it as a teacher")
+    return _open_original_folder(folder, location)
+
+
+# ---- hub ----
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TRANSFORMER_FILES = [
+    "model_index.json",
+    "teacher_record.json",
+    "config.json",
+    "diffusion_pytorch_model*",
+    "transformer/*",
+    "transformer_2/*",
+    "high_noise_model/*",
+    "low_noise_model/*",
+    "scheduler/*",
+    "vae/config.json",
+]
+
+
+def _fetch(repo_id: str, patterns: list[str]) -> Path:
+    """Fetch (or find in the hub's cache) only these files of a hub repository."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        IncompleteSnapshotError,
+        RepositoryNotFoundError,
+    )
+
+    pickles = ["*.bin", "*.pth", "*.pt", "*.ckpt"]
+    try:
+        # The person chose the repository; only safetensors and JSON of it are read.
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=pickles))  # nosec B615
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        reason = f"the hub knows no such model, or it needs a login ({type(error).__name__})"
+    except (HfHubHTTPError, HTTPError, IncompleteSnapshotError, OSError) as error:
+        reason = f"the hub cannot be reached and it is not in the local cache ({type(error).__name__})"
+    raise CheckpointError(
+        f"{repo_id}: is no file or folder here, and as a hub id: {reason}. What works without the hub: a local copy as {LAYOUTS}"
+    )
+
+
+# ---- opening ----
+
+
+def _open_single_file(path: Path) -> WanTransformer:
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: a {path.suffix or 'file without suffix'} is not read; allowed: {LAYOUTS}")
+    return WanTransformer(path, [path])
+
+
+def open_checkpoint(teacher_path: str | Path, low_noise_path: str | Path | None = None) -> WanCheckpoint:
+    """Open a teacher by its headers; no weight is read yet.
+
+    Args:
+        teacher_path: folder, .safetensors file or hub id (`mock` is made by `mock_teacher.mock_checkpoint`).
+        low_noise_path: the low-noise expert where the two come as two files; teacher_path is then the high-noise one.
+
+    Raises:
+        CheckpointError: missing, damaged, contradictory, or of another kind; one sentence says which.
+    """
+    location = str(teacher_path)
+    path = Path(teacher_path)
+    if path.is_file():
+        checkpoint = WanCheckpoint(location, {"high": _open_single_file(path)})
+    elif path.is_dir():
+        checkpoint = _open_folder(path, location)
+    elif _HUB_ID.fullmatch(location):
+        checkpoint = _open_folder(_fetch(location, _TRANSFORMER_FILES), location)
+        checkpoint._find_text_encoder = lambda: find_text_encoder(location)
+    else:
+        raise CheckpointError(f"{location}: there is no such file or folder; allowed: {LAYOUTS}")
+    if low_noise_path is not None:
+        _add_low_noise_file(checkpoint, Path(low_noise_path))
+    _check_experts_agree(checkpoint)
+    return checkpoint
+
+
+def _add_low_noise_file(checkpoint: WanCheckpoint, path: Path) -> None:
+    if "low" in checkpoint.experts:
+        raise CheckpointError(f"{checkpoint.location}: already has a low-noise expert; leave --teacher_path_low out")
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file or folder (--teacher_path_low)")
+    checkpoint.experts["low"] = _open_transformer_folder(path) if path.is_dir() else _open_single_file(path)
+
+
+def _check_experts_agree(checkpoint: WanCheckpoint) -> None:
+    shapes = {name: expert.config for name, expert in checkpoint.experts.items()}
+    if len(set(map(StudentConfig.to_json, shapes.values()))) > 1:
+        raise CheckpointError(f"{checkpoint.location}: the high-noise and the low-noise expert differ in shape")

@@ -1,0 +1,305 @@
+"""One Wan transformer in safetensors files: canonical names, tensors read lazily one at a time, its own shape.
+
+The shape comes from the tensors and from the config.json beside them, which must agree. Only text-to-video Wans pass.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wandistiller.errors import UserError
+from wandistiller.student import WanLiteStudent
+from wandistiller.student_config import ConfigError, StudentConfig
+from wandistiller.wan_names import other_wan_kind, to_canonical, uses_original_names
+
+WAN_HEAD_DIM = 128
+OWN_SHAPE_IMAGE_SIZE = 512  # a checkpoint names no image size; any that fills whole patches behind both VAEs will do
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+LAYOUTS = (
+    "a diffusers pipeline folder (model_index.json), its transformer folder, an original Wan folder (config.json + "
+    "diffusion_pytorch_model*.safetensors, or high_noise_model/ and low_noise_model/), one .safetensors file, a hub id, or mock"
+)
+REFUSED_CLASSES = {
+    "WanImageToVideoPipeline": "an image-to-video (I2V)",
+    "WanVACEPipeline": "a VACE (editing)",
+    "WanVACETransformer3DModel": "a VACE (editing)",
+    "VaceWanModel": "a VACE (editing)",
+    "WanAnimatePipeline": "an Animate",
+    "WanAnimateTransformer3DModel": "an Animate",
+    "WanAnimateModel": "an Animate",
+    "WanModel_S2V": "a speech-to-video (S2V)",
+}
+_REFUSED_MODEL_TYPES = {
+    "i2v": "an image-to-video (I2V)",
+    "flf2v": "a first-last-frame-to-video (FLF2V)",
+    "vace": "a VACE (editing)",
+    "animate": "an Animate",
+    "s2v": "a speech-to-video (S2V)",
+}
+
+
+class CheckpointError(UserError):
+    """A teacher checkpoint that is missing, damaged, or of another kind."""
+
+
+def refuse_kind(kind: str | None, where: object) -> None:
+    if kind:
+        raise CheckpointError(
+            f"{where}: this is {kind} checkpoint; WanDistiller projects text-to-video models only "
+            "(Wan2.1-T2V-1.3B/14B, Wan2.2-T2V-A14B, Wan2.2-TI2V-5B)"
+        )
+
+
+# ---- tensors in files ----
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies, and the tensor that holds its fp8 scale, if any."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    scale: "StoredTensor | None" = None
+
+    def read(self) -> Tensor:
+        """The tensor on the CPU in its stored precision; fp8 comes as float32, times its scale."""
+        from safetensors import safe_open
+
+        # One open per tensor: a mapping kept open would keep every page already read in memory.
+        with safe_open(self.path, framework="pt") as file:
+            tensor = file.get_tensor(self.key)
+        if tensor.dtype not in FP8_DTYPES:
+            return tensor
+        if self.scale is None:
+            return tensor.float()
+        scale = self.scale.read().float()
+        return tensor.float().mul_(scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (tensor.ndim - 1)))
+
+
+def _stored_tensors(path: Path) -> dict[str, tuple[StoredTensor, str]]:
+    """Every tensor of one safetensors file with its stored dtype, from the header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            return {
+                key: (StoredTensor(path, key, tuple(part.get_shape())), part.get_dtype())
+                for key, part in slices.items()
+            }
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: is not a whole safetensors file ({error}); a download cut short looks like this, copy it again"
+        ) from None
+
+
+class WanTransformer:
+    """One Wan transformer (one expert), read lazily under canonical names.
+
+    Attributes:
+        location: the folder or file it comes from.
+        config: its own shape as a StudentConfig.
+        ignored: tensors in the files that are no weights of a text-to-video Wan, with the reason.
+    """
+
+    def __init__(self, location: Path, files: list[Path], settings: dict | None = None):
+        """Read the headers of `files`; `settings` is the config.json beside them, if there is one."""
+        self.location = location
+        self.ignored: dict[str, str] = {}
+        self._stored = self._index(files)
+        self.config = _own_shape(self._shapes(), settings or {}, location)
+        self._check_complete()
+
+    def names(self) -> list[str]:
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored[name].shape
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU, by canonical name, in its stored precision (fp8: dequantised to float32)."""
+        return self._stored[name].read()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: stored.shape for name, stored in self._stored.items()}
+
+    def _index(self, files: list[Path]) -> dict[str, StoredTensor]:
+        found: dict[str, tuple[StoredTensor, str]] = {}
+        for path in files:
+            found |= _stored_tensors(path)
+        refuse_kind(other_wan_kind(list(found)), self.location)
+        original = uses_original_names(list(found))
+        plain = {to_canonical(key, original): entry for key, entry in found.items()}
+        scaled_file = any(name == "scaled_fp8" or name.endswith(".comfy_quant") for name in plain)
+        weights: dict[str, StoredTensor] = {}
+        for name, (stored, dtype) in plain.items():
+            if reason := _no_weight_reason(name):
+                self.ignored[name] = reason
+            elif dtype in ("F8_E4M3", "F8_E5M2"):
+                weights[name] = self._with_scale(name, stored, plain, scaled_file)
+            elif dtype in ("F32", "F16", "BF16", "F64"):
+                weights[name] = stored
+            else:
+                raise CheckpointError(
+                    f"{stored.path}: {name} is stored as {dtype}; allowed: fp32, fp16, bf16, fp8_e4m3fn, fp8_scaled"
+                )
+        return weights
+
+    def _with_scale(self, name: str, stored: StoredTensor, plain: dict, scaled_file: bool) -> StoredTensor:
+        stem = name.removesuffix(".weight")
+        self._check_quant_format(stem, plain)
+        for scale_name in (f"{stem}.scale_weight", f"{stem}.weight_scale"):
+            if scale_name in plain:
+                return StoredTensor(stored.path, stored.key, stored.shape, plain[scale_name][0])
+        if scaled_file:
+            raise CheckpointError(f"{stored.path}: {name} is scaled fp8 but its scale ({stem}.scale_weight) is missing")
+        return stored
+
+    @staticmethod
+    def _check_quant_format(stem: str, plain: dict) -> None:
+        """ComfyUI's newer files say per layer, as JSON in a byte tensor, how its weight was quantised."""
+        if f"{stem}.comfy_quant" not in plain:
+            return
+        entry = plain[f"{stem}.comfy_quant"][0]
+        text = bytes(entry.read().tolist()).decode("utf-8", "replace")
+        try:
+            quant_format = json.loads(text).get("format")
+        except (json.JSONDecodeError, AttributeError):
+            quant_format = text
+        if quant_format not in ("float8_e4m3fn", "float8_e5m2"):
+            raise CheckpointError(
+                f"{entry.path}: {stem} is quantised as {quant_format!r}; allowed: fp8_e4m3fn, fp8_scaled"
+            )
+
+    def _check_complete(self) -> None:
+        """Every tensor of this shape must be there with its size; strangers are set aside by name."""
+        expected = teacher_tensor_shapes(self.config)
+        missing = [name for name in expected if name not in self._stored]
+        if missing:
+            raise CheckpointError(
+                f"{self.location}: {len(missing)} of {len(expected)} tensors of this Wan are missing, "
+                f"the first is {missing[0]}; the checkpoint is incomplete or another kind of model"
+            )
+        for name, shape in expected.items():
+            if self.shape(name) != shape:
+                raise CheckpointError(
+                    f"{self.location}: {name} has shape {list(self.shape(name))}, a Wan of this size has {list(shape)}"
+                )
+        for name in [name for name in self._stored if name not in expected]:
+            self.ignored[name] = "no part of a text-to-video Wan"
+            del self._stored[name]
+
+
+def _no_weight_reason(name: str) -> str | None:
+    if name == "scaled_fp8" or name.endswith(".comfy_quant"):
+        return "marks fp8_scaled weights"
+    if name.endswith((".scale_weight", ".weight_scale")):
+        return "fp8 scale, multiplied into its weight"
+    if name.endswith((".scale_input", ".input_scale")):
+        return "fp8 activation scale, not needed at higher precision"
+    return None
+
+
+def teacher_tensor_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes of the 3D transformer that has this 2D shape (the patch kernel has depth 1)."""
+    with torch.device("meta"):
+        tensors = WanLiteStudent(config).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    out_channels, in_channels, *patch = shapes["patch_embedding.weight"]
+    shapes["patch_embedding.weight"] = (out_channels, in_channels, 1, *patch)
+    return shapes
+
+
+# ---- the shape of a transformer ----
+
+
+def first_setting(settings: dict, *keys: str) -> int | None:
+    return next((settings[key] for key in keys if settings.get(key) is not None), None)
+
+
+def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) -> StudentConfig:
+    """The transformer's shape from its tensors, with what only a config knows (heads, eps); both must agree."""
+    refuse_settings(settings, where)
+    try:
+        hidden_size, in_channels, *kernel = shapes["patch_embedding.weight"]
+        ffn_dim = shapes["blocks.0.ffn.net.0.proj.weight"][0]
+        text_dim = shapes["condition_embedder.text_embedder.linear_1.weight"][1]
+        freq_dim = shapes["condition_embedder.time_embedder.linear_1.weight"][1]
+        out_rows = shapes["proj_out.weight"][0]
+    except (KeyError, IndexError, ValueError):
+        raise CheckpointError(
+            f"{where}: holds no Wan transformer (the tensors patch_embedding, blocks.0, text and time embedding, head "
+            f"were looked for); allowed: {LAYOUTS}"
+        ) from None
+    if len(kernel) != 3 or kernel[0] != 1 or kernel[1] != kernel[2]:
+        raise CheckpointError(f"{where}: patch kernel {kernel}; one frame is exactly 2D only for a kernel (1, p, p)")
+    if out_rows != in_channels * kernel[1] * kernel[2]:
+        refuse_kind(f"an image-conditioned ({in_channels} input channels)", where)
+    depth = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name)))
+    found = {
+        "hidden_size": (hidden_size, _hidden_size_setting(settings)),
+        "depth": (depth, first_setting(settings, "num_layers")),
+        "ffn_dim": (ffn_dim, first_setting(settings, "ffn_dim")),
+        "num_channels": (in_channels, first_setting(settings, "in_channels", "in_dim")),
+        "text_encoder_output_dim": (text_dim, first_setting(settings, "text_dim")),
+        "freq_dim": (freq_dim, first_setting(settings, "freq_dim")),
+    }
+    for name, (from_tensors, from_config) in found.items():
+        if from_config not in (None, from_tensors):
+            raise CheckpointError(f"{where}: config.json says {name} {from_config}, the tensors have {from_tensors}")
+    try:
+        return StudentConfig(
+            block="wan",
+            num_heads=_num_heads(hidden_size, settings, where),
+            patch_size=kernel[1],
+            image_size=OWN_SHAPE_IMAGE_SIZE,
+            eps=float(first_setting(settings, "eps") or 1e-6),
+            **{name: from_tensors for name, (from_tensors, _) in found.items()},
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: the transformer's shape cannot work: {error}") from None
+
+
+def _hidden_size_setting(settings: dict) -> int | None:
+    if "dim" in settings:
+        return settings["dim"]
+    heads, head_dim = settings.get("num_attention_heads"), settings.get("attention_head_dim")
+    return heads * head_dim if heads and head_dim else None
+
+
+def _num_heads(hidden_size: int, settings: dict, where: Path) -> int:
+    heads = first_setting(settings, "num_attention_heads", "num_heads")
+    if heads is not None:
+        return heads
+    head_dim = first_setting(settings, "attention_head_dim") or WAN_HEAD_DIM
+    if hidden_size % head_dim:
+        raise CheckpointError(
+            f"{where}: width {hidden_size} is not a multiple of head_dim {head_dim}, and no config.json tells the "
+            "number of heads; use the folder layout, whose config.json has num_heads"
+        )
+    return hidden_size // head_dim
+
+
+def refuse_settings(settings: dict, where: Path) -> None:
+    """Other kinds of Wan by what their config says, and variants whose maths would differ."""
+    refuse_kind(REFUSED_CLASSES.get(settings.get("_class_name")), where)
+    refuse_kind(_REFUSED_MODEL_TYPES.get(str(settings.get("model_type", "")).lower()), where)
+    if settings.get("image_dim") or settings.get("added_kv_proj_dim"):
+        refuse_kind("an image-to-video (I2V)", where)
+    expected = {
+        "qk_norm": (True, "rms_norm_across_heads"),
+        "cross_attn_norm": (True,),
+        "window_size": ([-1, -1],),
+    }
+    for key, allowed in expected.items():
+        if key in settings and settings[key] not in allowed:
+            raise CheckpointError(
+                f"{where}: config.json has {key} {settings[key]!r}; a Wan text-to-video has {allowed[-1]!r}"
+            )
