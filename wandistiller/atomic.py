@@ -15,6 +15,13 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _default_mode() -> int:
+    """What the umask leaves of read and write for all; it can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it replaces `path`, on any failure it is removed."""
@@ -22,6 +29,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield beside
+        os.chmod(beside, _default_mode())  # some writers make their files private
         _fsync(beside)
         os.replace(beside, path)
         _fsync(path.parent)  # the rename itself must survive a power cut

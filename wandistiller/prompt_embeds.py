@@ -172,7 +172,9 @@ def _load_tokenizer(folder: Path):
 
 def _load_encoder(folder: Path, dtype: torch.dtype):
     from transformers import UMT5EncoderModel
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     try:
         encoder, info = UMT5EncoderModel.from_pretrained(  # nosec B615 (a local folder)
             folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True

@@ -105,6 +105,13 @@ class Fp32LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
 
 
+class Fp32RMSNorm(nn.RMSNorm):
+    """RMSNorm computed in float32 whatever its weight's dtype (an fp32 island of Wan)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+
+
 class WanAttention(nn.Module):
     """Multi-head attention with RMSNorm of q and k over the full width (not per head), as Wan has it."""
 
@@ -115,8 +122,8 @@ class WanAttention(nn.Module):
         self.to_k = nn.Linear(hidden_size, hidden_size)
         self.to_v = nn.Linear(hidden_size, hidden_size)
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size)])
-        self.norm_q = nn.RMSNorm(hidden_size, eps=eps)
-        self.norm_k = nn.RMSNorm(hidden_size, eps=eps)
+        self.norm_q = Fp32RMSNorm(hidden_size, eps=eps)
+        self.norm_k = Fp32RMSNorm(hidden_size, eps=eps)
 
     def forward(
         self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None = None, bias: Tensor | None = None
@@ -126,7 +133,7 @@ class WanAttention(nn.Module):
         value = self.to_v(context).unflatten(2, (self.num_heads, -1))
         if rope is not None:
             query, key = apply_rope(query, rope), apply_rope(key, rope)
-        query, key = query.to(value.dtype), key.to(value.dtype)  # norms leave autocast in float32
+        query, key = query.to(value.dtype), key.to(value.dtype)  # the norms answer in float32
         bias = None if bias is None else bias.to(value.dtype)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, N, L, E)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)

@@ -194,7 +194,16 @@ class StudentConfig:
         return values
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        """One line a key, so that lists of per-channel statistics do not bury the lines people edit."""
+        return _json_object(self.to_dict()) + "\n"
 
     def replace(self, **changes) -> "StudentConfig":
         return replace(self, **changes)
+
+
+def _json_object(values: dict, indent: str = "") -> str:
+    lines = []
+    for key, value in values.items():
+        text = _json_object(value, indent + "  ") if isinstance(value, dict) else json.dumps(value, ensure_ascii=False)
+        lines.append(f"{indent}  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"

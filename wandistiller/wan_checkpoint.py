@@ -57,7 +57,7 @@ def _weight_files(folder: Path) -> list[Path]:
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: has no weight_map; copy the checkpoint again")
-        files = [folder / _safe_name(name, index) for name in dict.fromkeys(weight_map.values())]
+        files = [folder / name for name in dict.fromkeys(_safe_name(name, index) for name in weight_map.values())]
         missing = [path.name for path in files if not path.is_file()]
         if missing:
             raise CheckpointError(
@@ -145,9 +145,9 @@ def find_text_encoder(path: str | Path) -> tuple[Path, Path]:
 
 def _open_pipeline_folder(folder: Path, location: str) -> WanCheckpoint:
     index = _read_json(folder / "model_index.json")
-    name = index.get("_class_name")
+    name = str(index.get("_class_name"))
     refuse_kind(REFUSED_CLASSES.get(name), folder)
-    if not str(name).startswith("Wan"):
+    if not name.startswith("Wan"):
         raise CheckpointError(f"{folder}: model_index.json is that of a {name}, not of a WanPipeline")
     experts = {"high": _open_transformer_folder(folder / "transformer")}
     if (index.get("transformer_2") or [None])[0] is not None:
@@ -252,7 +252,9 @@ def _fetch(repo_id: str, patterns: list[str]) -> Path:
 def _open_single_file(path: Path) -> WanTransformer:
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: a {path.suffix or 'file without suffix'} is not read; allowed: {LAYOUTS}")
-    return WanTransformer(path, [path])
+    beside = path.with_name("config.json")  # a transformer folder's own file means the folder's shape
+    is_of_folder = path.name.startswith("diffusion_pytorch_model") and beside.is_file()
+    return WanTransformer(path, [path], _read_json(beside) if is_of_folder else None)
 
 
 def open_checkpoint(teacher_path: str | Path, low_noise_path: str | Path | None = None) -> WanCheckpoint:

@@ -260,7 +260,7 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
             num_heads=_num_heads(hidden_size, settings, where),
             patch_size=kernel[1],
             image_size=OWN_SHAPE_IMAGE_SIZE,
-            eps=float(first_setting(settings, "eps") or 1e-6),
+            eps=first_setting(settings, "eps") or 1e-6,
             **{name: from_tensors for name, (from_tensors, _) in found.items()},
         )
     except ConfigError as error:
@@ -289,7 +289,7 @@ def _num_heads(hidden_size: int, settings: dict, where: Path) -> int:
 
 def refuse_settings(settings: dict, where: Path) -> None:
     """Other kinds of Wan by what their config says, and variants whose maths would differ."""
-    refuse_kind(REFUSED_CLASSES.get(settings.get("_class_name")), where)
+    refuse_kind(REFUSED_CLASSES.get(str(settings.get("_class_name"))), where)
     refuse_kind(_REFUSED_MODEL_TYPES.get(str(settings.get("model_type", "")).lower()), where)
     if settings.get("image_dim") or settings.get("added_kv_proj_dim"):
         refuse_kind("an image-to-video (I2V)", where)
