@@ -62,6 +62,7 @@ def _axis_angles(dim: int, length: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a table first made for sampling may serve training later
 def rope_table(head_dim: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin (L, 1, E / 2) of Wan's RoPE at frame 0: the temporal channels come first and stay unrotated."""
     axis_dim = 2 * (head_dim // 6)
@@ -80,6 +81,7 @@ def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def sincos_positions(dim: int, height: int, width: int, device: torch.device) -> Tensor:
     """Parameter-free 2D positions (L, dim): half the channels for the row, the rest for the column."""
     rows_dim = 2 * (dim // 4)
@@ -377,7 +379,8 @@ class WanLiteStudent(nn.Module):
         try:
             student.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
-            raise ConfigError(f"{path}: does not fit {CONFIG_NAME} beside it: {error}") from None
+            reason = " ".join(str(error).split())  # torch writes a line per tensor
+            raise ConfigError(f"{path}: does not fit {CONFIG_NAME} beside it: {reason}") from None
         return student.eval()
 
 

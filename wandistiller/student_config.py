@@ -8,6 +8,8 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import NoneType
+from typing import get_args
 
 from wandistiller.errors import UserError
 
@@ -71,14 +73,17 @@ class StudentConfig:
         self._check_multiple("image_size", unit, reason)
 
     def _check_types(self) -> None:
+        nouns = {str: "text in quotes", int: "a whole number", float: "a number", dict: "an object"}
         for field in fields(self):
-            value, optional = getattr(self, field.name), field.default is None
-            if value is None and optional:
+            value, allowed = getattr(self, field.name), get_args(field.type) or (field.type,)
+            wanted = allowed[0]
+            if value is None and NoneType in allowed:
                 continue
-            wanted = next(kind for kind in (str, int, float, dict) if kind.__name__ in str(field.type))
             if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
-                kind = {str: "text in quotes", int: "a whole number", float: "a number", dict: "an object"}[wanted]
-                raise ConfigError(f"{field.name}={value!r} is of type {type(value).__name__}; it must be {kind}")
+                raise ConfigError(f"{field.name}={value!r} is of type {type(value).__name__}; it must be {nouns[wanted]}")
+        factor = (self.distillation or {}).get("vae_scale_factor", 8)
+        if type(factor) is not int or factor < 1:
+            raise ConfigError(f"distillation.vae_scale_factor={factor!r} must be a whole number above 0, such as 8 or 16")
 
     def _check_choice(self, name: str, allowed: list[str]) -> None:
         value = getattr(self, name)

@@ -133,7 +133,12 @@ class WanTransformer:
     def _index(self, files: list[Path]) -> dict[str, StoredTensor]:
         found: dict[str, tuple[StoredTensor, str]] = {}
         for path in files:
-            found |= _stored_tensors(path)
+            tensors = _stored_tensors(path)
+            if twice := next((key for key in tensors if key in found), None):
+                raise CheckpointError(
+                    f"{path}: holds {twice}, which {found[twice][0].path.name} holds too; these are two models, give one file"
+                )
+            found |= tensors
         refuse_kind(other_wan_kind(list(found)), self.location)
         original = uses_original_names(list(found))
         plain = {to_canonical(key, original): entry for key, entry in found.items()}

@@ -1,0 +1,171 @@
+"""The import arrows of the house: who may import what, nothing pickled, `--help` at once.
+
+pytest tests/test_layout.py
+"""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(ROOT.glob("*.py"))
+PACKAGE = sorted((ROOT / "wandistiller").glob("*.py"))
+PRODUCT = [*SCRIPTS, *PACKAGE, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+COMMANDS = [path.name for path in SCRIPTS if "argparse" in path.read_text() or "FlagParser" in path.read_text()]
+HEAVY = {"torch", "transformers", "diffusers", "safetensors", "matplotlib", "numpy", "huggingface_hub", "PIL"}
+
+
+def imports(path: Path, *, at_import_time: bool = False) -> set[str]:
+    """Full names of the modules a file imports; at_import_time leaves out those inside functions or TYPE_CHECKING."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if at_import_time and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            return
+        if at_import_time and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found.update({module, *(f"{module}.{alias.name}" for alias in node.names)})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8"), str(path)))
+    return found
+
+
+def roots(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def others_than_stdlib(path: Path, **settings) -> set[str]:
+    return {name for name in imports(path, **settings) if name.split(".")[0] not in sys.stdlib_module_names}
+
+
+def modules_behind(path: Path) -> set[Path]:
+    """Every file of the package that `path` imports when it is imported, through others too."""
+    behind, waiting = set(), [path]
+    while waiting:
+        for name in imports(waiting.pop(), at_import_time=True):
+            parts = name.split(".")
+            file = ROOT / "wandistiller" / f"{parts[1]}.py" if parts[0] == "wandistiller" and len(parts) > 1 else None
+            if file and file.is_file() and file not in behind:
+                behind.add(file)
+                waiting.append(file)
+    return behind
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def test_the_model_and_flow_matching_import_only_torch():
+    for name in ("student.py", "flow.py"):
+        path = ROOT / "wandistiller" / name
+        outside = {root for root in roots(others_than_stdlib(path, at_import_time=True)) if root != "wandistiller"}
+        assert outside == {"torch"}
+        assert roots(others_than_stdlib(path)) <= {
+            "torch",
+            "wandistiller",
+            "safetensors",
+        }  # safetensors to save and load
+        for behind in modules_behind(path):
+            assert roots(others_than_stdlib(behind)) <= {"wandistiller"}, f"{name} leans on {behind.name}"
+
+
+def test_the_model_knows_nothing_of_training():
+    behind = {path.stem for path in modules_behind(ROOT / "wandistiller" / "student.py")}
+    inside = {
+        name.split(".")[1] for name in imports(ROOT / "wandistiller" / "student.py") if name.startswith("wandistiller.")
+    }
+    assert behind | inside <= {"student_config", "errors", "atomic"}
+
+
+def test_the_config_and_the_command_line_need_no_third_party():
+    for name in ("student_config.py", "command_line.py", "errors.py", "atomic.py"):
+        path = ROOT / "wandistiller" / name
+        for file in [path, *modules_behind(path)]:
+            assert roots(others_than_stdlib(file)) <= {"wandistiller"}, name
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=names(PACKAGE))
+def test_the_package_imports_no_root_script(path):
+    assert not roots(imports(path)) & {script.stem for script in SCRIPTS}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=names(SCRIPTS))
+def test_scripts_share_only_the_projection_mapper(path):
+    """The pre-flight runs the trainer's own functions, so it may import the trainer."""
+    allowed = {"projection_mapper"} | ({"train_distillation"} if path.name == "run_production_test.py" else set())
+    assert roots(imports(path)) & {script.stem for script in SCRIPTS} <= allowed
+
+
+def test_the_imports_of_the_package_form_no_circle():
+    for path in PACKAGE:
+        assert path not in modules_behind(path), path.name
+
+
+def test_at_most_one_module_touches_torch_distributed():
+    touching = []
+    for path in PRODUCT:
+        attributes = {
+            ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+        }
+        if any(name.startswith("torch.distributed") for name in attributes | imports(path)):
+            touching.append(path.name)
+    assert len(touching) <= 1, touching
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=names(PRODUCT))
+def test_nothing_is_unpickled(path):
+    assert not roots(imports(path)) & {"pickle", "cPickle", "dill", "joblib", "shelve", "cloudpickle", "marshal"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "load_state_dict_from_url"):
+            weights_only = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}.get("weights_only")
+            assert weights_only == "True", f"line {node.lineno}"
+        if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "trust_remote_code"):
+            assert ast.unparse(node.value) == "False", f"line {node.value.lineno}"
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=names(PRODUCT))
+def test_every_file_says_what_it_is_and_runs_nothing_at_import(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    loose = [node for node in tree.body if isinstance(node, (ast.For, ast.While, ast.With))]
+    assert loose == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_answers_at_once_and_loads_nothing_heavy(name):
+    command = [sys.executable, "-X", "importtime", str(ROOT / name), "--help"]
+    start = time.monotonic()
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT.parent)
+    elapsed_s = time.monotonic() - start
+    assert run.returncode == 0 and "--" in run.stdout
+    loaded = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in run.stderr.splitlines() if line.count("|") == 2}
+    assert not loaded & HEAVY
+    assert elapsed_s < 3  # under a second on an idle machine
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_mistyped_flag_answers_before_anything_heavy_loads(name):
+    command = [sys.executable, "-X", "importtime", str(ROOT / name), "--no_such_flag", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT.parent)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    loaded = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in run.stderr.splitlines() if line.count("|") == 2}
+    assert not loaded & HEAVY
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, wandistiller; assert not {'torch', 'safetensors'} & set(sys.modules); wandistiller.StudentConfig"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code + "; assert 'torch' not in sys.modules"], check=True, cwd=ROOT, timeout=60
+    )

@@ -1,0 +1,501 @@
+"""WanLiteStudent and StudentConfig through their public surface; diffusers' 3D transformer is the oracle of the wan block.
+
+pytest tests/test_student.py
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from wan_folders import oracle_velocity, random_transformer, random_weights, relative_error
+
+from wandistiller import StudentConfig, WanLiteStudent
+from wandistiller.flow import sample_sigmas, shift_sigma, sigma_to_timestep, unshift_sigma
+from wandistiller.states import NoiseStates
+from wandistiller.student_config import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+WAN = {
+    "model_type": "WanLiteStudent",
+    "block": "wan",
+    "hidden_size": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "ffn_dim": 40,
+    "num_channels": 16,
+    "image_size": 64,
+    "patch_size": 2,
+    "text_max_length": 512,
+    "text_encoder_output_dim": 20,
+    "freq_dim": 256,
+    "eps": 1e-6,
+}
+LITE = {
+    "model_type": "WanLiteStudent",
+    "block": "lite",
+    "hidden_size": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "num_channels": 4,
+    "image_size": 64,
+    "text_max_length": 512,
+    "text_encoder_output_dim": 20,
+    "eps": 1e-6,
+}
+
+
+def student_of(values: dict, seed: int = 0, **changes) -> WanLiteStudent:
+    student = WanLiteStudent(StudentConfig(**values | changes))
+    random_weights(student, seed)
+    return student.eval()
+
+
+def inputs(config: StudentConfig, batch: int = 2, num_tokens: int = 7, height: int = 4, width: int = 6):
+    generator = torch.Generator().manual_seed(batch)
+    latents = torch.randn(batch, config.num_channels, height, width, generator=generator)
+    timestep = 1000 * torch.rand(batch, generator=generator)
+    return latents, timestep, torch.randn(batch, num_tokens, config.text_encoder_output_dim, generator=generator)
+
+
+def same_weights(model: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = model.state_dict(), other.state_dict()
+    return list(ours) == list(theirs) and all(
+        torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours
+    )
+
+
+def as_diffusers(student: WanLiteStudent):
+    """The 3D transformer of diffusers with a wan student's weights: kernel depth 1, nothing else changes."""
+    config = student.config
+    model = random_transformer(
+        heads=config.num_heads,
+        head_dim=config.head_dim,
+        layers=config.depth,
+        ffn_dim=config.ffn_dim,
+        channels=config.num_channels,
+        text_dim=config.text_encoder_output_dim,
+        freq_dim=config.freq_dim,
+        eps=config.eps,
+    )
+    tensors = dict(student.state_dict())
+    tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"][:, :, None]
+    model.load_state_dict(tensors)
+    return model
+
+
+# ---- the wan block ----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("height", "width"), [(4, 6), (12, 4), (2, 2)])
+def test_the_wan_student_equals_diffusers_with_its_own_weights(height, width):
+    student = student_of(WAN)
+    given = (*inputs(student.config, batch=3, height=height, width=width), torch.tensor([0, 3, 7]))
+    assert relative_error(student(*given), oracle_velocity(as_diffusers(student), *given)) <= 1e-5
+
+
+@torch.no_grad()
+def test_without_lengths_all_positions_are_used_as_they_come():
+    student = student_of(WAN)
+    given = inputs(student.config)
+    expected = oracle_velocity(as_diffusers(student), *given)
+    assert relative_error(student(*given), expected) <= 1e-5
+    full = student(*given, prompt_lengths=torch.tensor([7, 7]))
+    assert relative_error(full, expected) > 1e-3  # 505 pads more are another input
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text_max_length", [9, 512])
+def test_folded_padding_equals_that_many_zero_tokens(text_max_length):
+    student = student_of(WAN, text_max_length=text_max_length)
+    latents, timestep, prompt_embeds = inputs(student.config)
+    lengths = torch.tensor([2, 7])
+    slots = torch.zeros(2, text_max_length, 20)
+    slots[0, :2], slots[1, :7] = prompt_embeds[0, :2], prompt_embeds[1]
+    assert relative_error(student(latents, timestep, prompt_embeds, lengths), student(latents, timestep, slots)) <= 1e-5
+
+
+@torch.no_grad()
+def test_what_stands_past_a_prompts_length_changes_nothing():
+    student = student_of(WAN)
+    latents, timestep, prompt_embeds = inputs(student.config)
+    lengths = torch.tensor([2, 5])
+    spoiled = prompt_embeds.clone()
+    spoiled[0, 2:], spoiled[1, 5:] = float("nan"), 1e30
+    ours = student(latents, timestep, prompt_embeds, lengths)
+    assert torch.equal(ours, student(latents, timestep, spoiled, lengths))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
+def test_a_sample_does_not_depend_on_the_rest_of_its_batch(values):
+    student = student_of(values)
+    latents, timestep, prompt_embeds = inputs(student.config, batch=3)
+    lengths = torch.tensor([1, 7, 4])
+    together = student(latents, timestep, prompt_embeds, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        one = slice(row, row + 1)
+        alone = student(latents[one], timestep[one], prompt_embeds[one, :length], lengths[one])
+        assert relative_error(alone, together[one]) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
+def test_timesteps_are_not_rounded(values):
+    student = student_of(values)
+    latents, _, prompt_embeds = inputs(student.config, batch=1)
+    given = [student(latents, torch.tensor([t]), prompt_embeds) for t in (500.0, 500.25, 500.5)]
+    assert not torch.equal(given[0], given[1]) and not torch.equal(given[1], given[2])
+    assert torch.equal(given[0], student(latents, torch.tensor(500.0), prompt_embeds))  # a scalar counts for the batch
+
+
+@torch.no_grad()
+def test_the_bf16_student_keeps_to_its_float32_self():
+    student = student_of(WAN)
+    given = (*inputs(student.config), torch.tensor([3, 7]))
+    expected = student(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = student(*given)
+    assert mixed.dtype == torch.float32
+    assert relative_error(mixed, expected) <= 0.02
+
+
+def test_gradients_reach_every_parameter_and_the_latents():
+    for values in (WAN, LITE):
+        student = student_of(values).train()
+        latents, timestep, prompt_embeds = inputs(student.config)
+        student(latents.requires_grad_(), timestep, prompt_embeds, torch.tensor([3, 7])).square().mean().backward()
+        without = [name for name, parameter in student.named_parameters() if not parameter.grad.any()]
+        # A key's bias moves all logits of a query alike, which softmax does not see; Wan's norm_k comes after it.
+        assert without == [] and latents.grad.any()
+
+
+def test_a_student_used_under_inference_mode_can_still_be_trained():
+    for values in (WAN, LITE):
+        student = student_of(values)
+        given = inputs(student.config, height=6, width=10)
+        with torch.inference_mode():
+            student(*given)
+        student(*given).square().mean().backward()
+
+
+@pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
+def test_no_student_holds_anything_3d(values):
+    student = student_of(values)
+    assert all(tensor.ndim <= 4 for tensor in student.state_dict().values())
+    assert not any(isinstance(module, nn.Conv3d) for module in student.modules())
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((1, 4, 4, 4), (1, 3, 20)),
+        ((1, 16, 5, 4), (1, 3, 20)),
+        ((1, 16, 1, 4, 4), (1, 3, 20)),
+        ((1, 16, 4, 4), (1, 3, 21)),
+        ((1, 16, 4, 4), (3, 20)),
+    ],
+)
+def test_inputs_of_the_wrong_shape_are_refused_with_what_is_expected(shapes):
+    student = student_of(WAN)
+    with pytest.raises(ValueError, match=r"expected \(B, "):
+        student(torch.zeros(shapes[0]), torch.tensor([1.0]), torch.zeros(shapes[1]))
+
+
+def test_more_text_than_slots_is_refused():
+    student = student_of(WAN, text_max_length=5)
+    with pytest.raises(ValueError, match="text_max_length is 5"):
+        student(*inputs(student.config), torch.tensor([7, 7]))
+
+
+# ---- the lite block ----
+
+
+def test_the_lite_student_of_the_original_size_has_exactly_its_parameters():
+    config = StudentConfig(
+        block="lite",
+        hidden_size=256,
+        depth=4,
+        num_heads=4,
+        num_channels=4,
+        image_size=512,
+        text_encoder_output_dim=4096,
+    )
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in WanLiteStudent(config).parameters()) == 4_752_132
+
+
+@torch.no_grad()
+def test_the_lite_student_sees_the_mean_over_text_tokens_only():
+    student = student_of(LITE)
+    latents, timestep, prompt_embeds = inputs(student.config)
+    mean = torch.stack([prompt_embeds[0, :3].mean(0), prompt_embeds[1].mean(0)])[:, None]
+    expected = student(latents, timestep, mean)
+    spoiled = prompt_embeds.clone()
+    spoiled[0, 3:] = float("nan")
+    torch.testing.assert_close(student(latents, timestep, spoiled, torch.tensor([3, 7])), expected)
+    assert student(latents, timestep, prompt_embeds, torch.tensor([0, 7])).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("height", "width"), [(3, 5), (8, 8), (1, 1)])
+def test_the_lite_student_draws_any_size(height, width):
+    student = student_of(LITE)
+    given = inputs(student.config, height=height, width=width)
+    assert student(*given).shape == given[0].shape
+
+
+@torch.no_grad()
+def test_the_lite_student_knows_where_a_token_is():
+    student = student_of(LITE)
+    latents, timestep, prompt_embeds = inputs(student.config, height=6, width=6)
+    turned = student(latents.transpose(2, 3), timestep, prompt_embeds).transpose(2, 3)
+    uniform = student(torch.zeros_like(latents), timestep, prompt_embeds)
+    assert relative_error(turned, student(latents, timestep, prompt_embeds)) > 1e-2
+    assert (
+        relative_error(uniform[:, :, 2:3, 2:3], uniform[:, :, 2:3, 3:4]) > 1e-3
+    )  # no border in reach of either kernel
+
+
+# ---- StudentConfig ----
+
+
+@pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
+def test_a_config_goes_to_json_and_back(tmp_path, values):
+    config = StudentConfig(**values | {"distillation": {"teacher": "Wan — 万", "shift": 12.0}})
+    (tmp_path / "student_config.json").write_text(config.to_json(), encoding="utf-8")
+    assert StudentConfig.load(tmp_path) == StudentConfig.load(tmp_path / "student_config.json") == config
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "config").glob("*.json")))
+def test_the_shipped_configs_are_valid(name):
+    config = StudentConfig.load(ROOT / "config" / name)
+    assert config.to_dict() == json.loads((ROOT / "config" / name).read_text())
+
+
+@pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
+def test_every_key_left_out_is_named(values):
+    for key in values:
+        with pytest.raises(ConfigError, match=f'missing key "{key}"'):
+            StudentConfig.from_dict({k: value for k, value in values.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    ("unknown", "near"),
+    [("hiden_size", "hidden_size"), ("num_layers", "num_"), ("ffn_size", "ffn_dim"), ("Depth", "depth")],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(unknown, near):
+    with pytest.raises(ConfigError, match=f'unknown key "{unknown}"; did you mean "{near}'):
+        StudentConfig.from_dict(WAN | {unknown: 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": 25}, "hidden_size=25 .* use 24 or 28"),
+        ({"num_heads": 5}, "hidden_size=24 is not divisible by 10"),
+        ({"num_heads": 6}, "num_heads=4 or fewer"),
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"hidden_size": -24}, "hidden_size=-24"),
+        ({"hidden_size": "24"}, "hidden_size='24' .* whole number"),
+        ({"hidden_size": 24.0}, "hidden_size=24.0 .* whole number"),
+        ({"depth": True}, "depth=True .* whole number"),
+        ({"depth": 0}, "depth=0"),
+        ({"depth": [2]}, "depth=.* whole number"),
+        ({"eps": "1e-6"}, "eps='1e-6' .* number"),
+        ({"eps": float("nan")}, "eps=nan"),
+        ({"eps": 1}, "eps=1 is too large"),
+        ({"freq_dim": 255}, "freq_dim=255 must be even; use 254 or 256"),
+        ({"image_size": 100}, "image_size=100 is not divisible by 16 .* use 96 or 112"),
+        ({"image_size": 8}, "image_size=8 is not divisible by 16 .* use 16"),
+        ({"image_size": 16, "num_channels": 48}, "not divisible by 32 = VAE factor 16 x patch_size 2"),
+        ({"block": "Wan"}, 'allowed: "wan", "lite" .nearest: "wan"'),
+        ({"block": None}, "block is null"),
+        ({"model_type": "WanLite"}, 'nearest: "WanLiteStudent"'),
+        ({"distillation": [1]}, "distillation=.* object"),
+        ({"distillation": {"vae_scale_factor": "8"}}, "vae_scale_factor"),
+        ({"distillation": {"vae_scale_factor": -8}}, "vae_scale_factor"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_with_what_would(changes, said):
+    with pytest.raises(ConfigError, match=said) as refusal:
+        StudentConfig.from_dict(WAN | changes, "my.json")
+    assert str(refusal.value).startswith("my.json: ") and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": 33, "num_heads": 1}, "hidden_size=33 .* use 32 or 34"),
+        ({"num_heads": 5}, "hidden_size=32 is not divisible by 10 .* use 30 or 40"),
+        ({"image_size": 100}, "image_size=100 is not divisible by 8 .* use 96 or 104"),
+        ({"ffn_dim": 100}, "ffn_dim=100 .* 128"),
+        ({"patch_size": 2}, "patch_size=2 .* 1"),
+    ],
+)
+def test_a_lite_value_that_cannot_work_is_refused_with_what_would(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        StudentConfig.from_dict(LITE | changes)
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"", "line 1, column 1: not valid JSON"),
+        (b'{\n "depth": 2,\n}', "line 3"),
+        (b"[]", "one JSON object"),
+        (b"\xff\xfe{", "not UTF-8"),
+    ],
+)
+def test_a_config_file_that_is_no_json_object_is_refused_with_its_place(tmp_path, raw, said):
+    path = tmp_path / "student_config.json"
+    path.write_bytes(raw)
+    with pytest.raises(ConfigError, match=said) as refusal:
+        StudentConfig.load(path)
+    assert str(path) in str(refusal.value)
+
+
+def test_a_config_file_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "student_config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(WAN).encode())
+    assert StudentConfig.load(tmp_path).hidden_size == 24
+
+
+def test_a_config_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere"):
+        StudentConfig.load(tmp_path / "nowhere.json")
+
+
+# ---- save and load ----
+
+
+@pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_student_comes_back_bit_for_bit(tmp_path, values, dtype):
+    student = student_of(values, distillation={"shift": 5.0}).to(dtype)
+    student.save_pretrained(tmp_path)
+    loaded = WanLiteStudent.from_pretrained(tmp_path)
+    assert same_weights(student, loaded) and loaded.config == student.config
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    given = inputs(student.config)
+    assert torch.equal(loaded(*given), student(*given))
+    with safe_open(tmp_path / "diffusion_model.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["student_config"]) == student.config.to_dict()
+
+
+def test_saving_leaves_two_whole_files_and_nothing_beside_them(tmp_path):
+    for seed in range(2):
+        student_of(WAN, seed).save_pretrained(tmp_path / "new" / "folder")
+    names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
+    assert names == ["diffusion_model.safetensors", "student_config.json"]
+
+
+@pytest.mark.parametrize("fails", ["os.replace", "safetensors.torch.save_file", "os.fsync"])
+def test_a_failed_save_leaves_the_student_that_was_there(tmp_path, monkeypatch, fails):
+    old = student_of(WAN, seed=1)
+    old.save_pretrained(tmp_path)
+
+    def no_space(*_args, **_settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fails, no_space)
+    with pytest.raises(OSError, match="No space"):
+        student_of(WAN, seed=2).save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert same_weights(WanLiteStudent.from_pretrained(tmp_path), old)
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    student = student_of(WAN)
+    student.save_pretrained(tmp_path)
+    for changes in ({"depth": 3}, {"depth": 1}, {"ffn_dim": 48}):
+        (tmp_path / "student_config.json").write_text(dataclasses.replace(student.config, **changes).to_json())
+        with pytest.raises(ConfigError, match=r"does not fit student_config\.json") as refusal:
+            WanLiteStudent.from_pretrained(tmp_path)
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("keep", [0, 6, 500, -1])
+def test_truncated_weights_are_refused(tmp_path, keep):
+    student_of(WAN).save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ConfigError, match="not a whole safetensors file"):
+        WanLiteStudent.from_pretrained(tmp_path)
+
+
+def test_missing_or_alien_weights_are_refused(tmp_path):
+    student_of(WAN).save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"stranger": torch.zeros(1)}, path)
+    with pytest.raises(ConfigError, match="stranger"):
+        WanLiteStudent.from_pretrained(tmp_path)
+    path.unlink()
+    with pytest.raises(ConfigError, match="there is no such file"):
+        WanLiteStudent.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"student_config\.json"):
+        WanLiteStudent.from_pretrained(tmp_path / "nowhere")
+
+
+# ---- noise levels ----
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
+def test_shift_is_that_of_diffusers_unipc(shift):
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(20)
+    u = torch.linspace(1, 1 / 1000, 21, dtype=torch.float64)[:-1]
+    torch.testing.assert_close(shift_sigma(u, shift).float(), scheduler.sigmas[:-1], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 12.0])
+def test_unshift_undoes_shift(shift):
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(unshift_sigma(shift_sigma(u, shift), shift), u)
+    torch.testing.assert_close(shift_sigma(unshift_sigma(u, shift), shift), u)
+
+
+@pytest.mark.parametrize("sigma_range", [(0.0, 1.0), (0.875, 1.0), (0.1, 0.7)])
+def test_drawn_noise_levels_are_stratified_and_within_range(sigma_range):
+    generator = torch.Generator().manual_seed(0)
+    low, high = unshift_sigma(torch.tensor(sigma_range, dtype=torch.float64), 5.0)
+    sigmas = sample_sigmas(64, 5.0, sigma_range, generator)
+    assert sigmas.dtype == torch.float32
+    assert sigma_range[0] <= sigmas.min() and sigmas.max() <= sigma_range[1]
+    position = (unshift_sigma(sigmas.double(), 5.0) - low) / (high - low) * 64
+    slices = position.clamp(0, 63.9999).sort().values
+    torch.testing.assert_close(slices, torch.arange(64.0, dtype=torch.float64) + 0.5, atol=0.501, rtol=0)
+    assert not torch.equal(sigmas, sigmas.sort().values)
+
+
+def test_single_draws_cover_the_whole_range_at_the_density_of_the_shift():
+    generator = torch.Generator().manual_seed(0)
+    sigmas = torch.cat([sample_sigmas(1, 12.0, generator=generator) for _ in range(4000)])
+    assert abs(float((sigmas >= 0.875).float().mean()) - 0.632) < 0.03  # WAN_FACTS section 3
+
+
+def test_timesteps_are_a_thousand_sigmas_and_stay_floats():
+    torch.testing.assert_close(
+        sigma_to_timestep(torch.tensor([0.0, 0.87654, 1.0])), torch.tensor([0.0, 876.54, 1000.0])
+    )
+
+
+def test_noise_states_are_repeatable_unit_noise():
+    def states(seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        return NoiseStates((16, 8, 6), 5.0, (0.2, 0.9), generator).draw(32)
+
+    latents, sigma = states(0)
+    assert latents.shape == (32, 16, 8, 6) and sigma.shape == (32,)
+    assert abs(float(latents.std()) - 1) < 0.02 and sigma.min() >= 0.2 and sigma.max() <= 0.9
+    assert torch.equal(latents, states(0)[0]) and torch.equal(sigma, states(0)[1])
+    assert not torch.equal(latents, states(1)[0])

@@ -1,0 +1,247 @@
+"""The teacher's guided velocity against diffusers' 3D transformers, and the settings of the released models.
+
+pytest tests/test_teacher.py
+"""
+
+import pytest
+import torch
+from wan_folders import (
+    oracle_velocity,
+    relative_error,
+    write_pipeline_folder,
+    write_transformer_folder,
+)
+
+from projection_mapper import project_experts
+from wandistiller.errors import UserError
+from wandistiller.flow import sigma_to_timestep
+from wandistiller.student_config import StudentConfig
+from wandistiller.teacher import DEFAULT_NEGATIVE_PROMPT, RELEASED_LATENTS, Teacher, resolve_settings
+from wandistiller.wan_checkpoint import WanCheckpoint, open_checkpoint
+
+NEGATIVE = torch.randn(4, 20, generator=torch.Generator().manual_seed(99))
+SIGMA = torch.tensor([0.1234, 0.8749, 0.875, 0.9876])  # two for either expert, one of them on the boundary
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, 16, 4, 6, generator=generator)
+    return latents, SIGMA, torch.randn(4, 9, 20, generator=generator), torch.tensor([0, 3, 7, 9])
+
+
+def make_teacher(folder, *, two_experts: bool, **settings):
+    """A teacher over a tiny pipeline folder, and diffusers' own transformers."""
+    transformers = write_pipeline_folder(folder, two_experts=two_experts, seed=3)
+    checkpoint = open_checkpoint(folder)
+    resolved = resolve_settings(checkpoint, **settings)
+    return Teacher(project_experts(checkpoint, 512), resolved, NEGATIVE), transformers
+
+
+def count_calls(teacher: Teacher) -> dict[str, list[int]]:
+    """Batch sizes of the forward calls of each expert, as they come."""
+    calls: dict[str, list[int]] = {name: [] for name in teacher.experts}
+    for name, expert in teacher.experts.items():
+        expert.register_forward_pre_hook(lambda _module, args, name=name: calls[name].append(len(args[0])))
+    return calls
+
+
+def guided_by_hand(model, scale: float, latents, sigma, prompt_embeds, prompt_lengths):
+    """v_uncond + g (v_cond - v_uncond), each half through diffusers' 3D model on its own."""
+    timestep, size = 1000 * sigma, len(latents)
+    cond = oracle_velocity(model, latents, timestep, prompt_embeds, prompt_lengths)
+    negative, length = NEGATIVE.expand(size, -1, -1), torch.full((size,), len(NEGATIVE))
+    uncond = oracle_velocity(model, latents, timestep, negative, length)
+    return uncond + scale * (cond - uncond)
+
+
+# ---- velocity ----
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.5, 7.0])
+def test_guidance_is_that_of_diffusers_two_halves(tmp_path, scale):
+    teacher, (transformer,) = make_teacher(tmp_path, two_experts=False, guidance_scale=scale)
+    calls = count_calls(teacher)
+    velocity = teacher.velocity(*batch())
+    assert relative_error(velocity, guided_by_hand(transformer, scale, *batch())) <= 1e-5
+    assert calls == {"high": [8]}
+
+
+@pytest.mark.parametrize("num_negative", [1, 9, 30])
+def test_prompt_and_negative_prompt_may_be_of_any_length(tmp_path, num_negative, monkeypatch):
+    longer = torch.randn(num_negative, 20, generator=torch.Generator().manual_seed(7))
+    monkeypatch.setitem(globals(), "NEGATIVE", longer)
+    teacher, (transformer,) = make_teacher(tmp_path, two_experts=False, guidance_scale=3.0)
+    assert relative_error(teacher.velocity(*batch()), guided_by_hand(transformer, 3.0, *batch())) <= 1e-5
+
+
+def test_a_guidance_scale_of_one_costs_one_half_and_needs_no_negative_prompt(tmp_path):
+    made, (transformer,) = make_teacher(tmp_path, two_experts=False, guidance_scale=1.0)
+    assert not made.settings.uses_guidance
+    teacher = Teacher(made.experts, made.settings, None)
+    calls = count_calls(teacher)
+    latents, sigma, prompt_embeds, lengths = batch()
+    expected = oracle_velocity(transformer, latents, 1000 * sigma, prompt_embeds, lengths)
+    assert relative_error(teacher.velocity(*batch()), expected) <= 1e-5
+    assert calls == {"high": [4]}
+
+
+def test_guidance_without_a_negative_prompt_is_refused(tmp_path):
+    made, _ = make_teacher(tmp_path, two_experts=False, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="negative_prompt_embeds"):
+        Teacher(made.experts, made.settings, None)
+
+
+def test_each_sample_goes_to_the_expert_of_its_own_noise_level(tmp_path):
+    scales = {"guidance_scale": 4.0, "guidance_scale_2": 3.0}
+    teacher, (high, low) = make_teacher(tmp_path, two_experts=True, **scales)
+    calls = count_calls(teacher)
+    velocity = teacher.velocity(*batch())
+    expected_high, expected_low = guided_by_hand(high, 4.0, *batch()), guided_by_hand(low, 3.0, *batch())
+    expected = torch.where((1000 * SIGMA >= 875.0)[:, None, None, None], expected_high, expected_low)
+    assert relative_error(velocity, expected) <= 1e-5
+    assert relative_error(expected_high, expected_low) > 0.1
+    assert calls == {"high": [4], "low": [4]}
+
+
+@pytest.mark.parametrize(("sigma", "used"), [([0.9, 1.0], "high"), ([0.0, 0.5], "low")])
+def test_an_expert_without_samples_is_not_called(tmp_path, sigma, used):
+    teacher, _ = make_teacher(tmp_path, two_experts=True)
+    calls = count_calls(teacher)
+    latents, _, prompt_embeds, lengths = (part[:2] for part in batch())
+    teacher.velocity(latents, torch.tensor(sigma), prompt_embeds, lengths)
+    assert {name: sum(sizes) for name, sizes in calls.items()} == {"high": 0, "low": 0} | {used: 4}
+
+
+def test_guidance_of_one_for_one_expert_saves_its_half_only(tmp_path):
+    scales = {"guidance_scale": 1.0, "guidance_scale_2": 3.0}
+    teacher, (high, low) = make_teacher(tmp_path, two_experts=True, **scales)
+    calls = count_calls(teacher)
+    velocity = teacher.velocity(*batch())
+    expected = torch.cat([guided_by_hand(low, 3.0, *batch())[:2], guided_by_hand(high, 1.0, *batch())[2:]])
+    assert relative_error(velocity, expected) <= 1e-5
+    assert calls == {"high": [2], "low": [4]}
+
+
+@pytest.mark.parametrize("boundary", [0.875, 0.9])
+def test_a_noise_level_on_the_boundary_is_high_as_in_diffusers(tmp_path, boundary):
+    teacher, _ = make_teacher(tmp_path, two_experts=True, boundary_ratio=boundary)
+    calls = count_calls(teacher)
+    latents, _, prompt_embeds, lengths = (part[:2] for part in batch())
+    below = torch.nextafter(torch.tensor(boundary) - 1e-4, torch.tensor(0.0))
+    teacher.velocity(latents, torch.stack([torch.tensor(boundary), below]), prompt_embeds, lengths)
+    assert calls == {"high": [2], "low": [2]}
+    assert float(sigma_to_timestep(torch.tensor(boundary))) >= boundary * 1000
+
+
+# ---- invariant 5: never trained, never written to ----
+
+
+def test_the_teacher_never_changes_and_takes_no_gradient(tmp_path):
+    teacher, _ = make_teacher(tmp_path, two_experts=True)
+    before = {name: {k: v.clone() for k, v in expert.state_dict().items()} for name, expert in teacher.experts.items()}
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    latents, sigma, prompt_embeds, lengths = batch()
+    for _ in range(3):
+        velocity = teacher.velocity(latents.requires_grad_(), sigma, prompt_embeds.requires_grad_(), lengths)
+        assert not velocity.requires_grad
+    for name, expert in teacher.experts.items():
+        assert not expert.training
+        assert all(not p.requires_grad and p.grad is None for p in expert.parameters())
+        assert all(torch.equal(tensor, before[name][key]) for key, tensor in expert.state_dict().items())
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == files
+    assert torch.equal(latents, batch()[0]) and torch.equal(prompt_embeds, batch()[2])
+
+
+# ---- settings ----
+
+
+class Headers:
+    """An expert of which only the shape is known."""
+
+    def __init__(self, heads: int, channels: int, ffn_dim: int, depth: int):
+        shape = {"hidden_size": 128 * heads, "num_heads": heads, "ffn_dim": ffn_dim, "depth": depth}
+        self.config = StudentConfig(block="wan", num_channels=channels, image_size=512, **shape)
+
+
+RELEASED = {  # WAN_FACTS section 1: heads, channels, ffn_dim, layers, experts; shift, steps, guidance, boundary, VAE factor
+    "Wan2.1-T2V-1.3B": ((12, 16, 8960, 30, 1), (5.0, 50, 5.0, None, None, 8)),
+    "Wan2.1-T2V-14B": ((40, 16, 13824, 40, 1), (5.0, 50, 5.0, None, None, 8)),
+    "Wan2.2-T2V-A14B": ((40, 16, 13824, 40, 2), (12.0, 40, 4.0, 3.0, 0.875, 8)),
+    "Wan2.2-TI2V-5B": ((24, 48, 14336, 30, 1), (5.0, 50, 5.0, None, None, 16)),
+}
+
+
+def released(name: str, **recorded) -> WanCheckpoint:
+    *shape, num_experts = RELEASED[name][0]
+    return WanCheckpoint(name, {side: Headers(*shape) for side in ("high", "low")[:num_experts]}, **recorded)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("flow_shift", [None, 3.0])
+def test_a_released_model_has_its_own_settings_whatever_a_converted_folder_records(name, flow_shift):
+    settings = resolve_settings(released(name, flow_shift=flow_shift, boundary_ratio=None))
+    found = (settings.shift, settings.num_inference_steps, settings.guidance_scale, settings.guidance_scale_2)
+    assert (*found, settings.boundary_ratio, settings.vae_scale_factor) == RELEASED[name][1]
+    assert settings.preset == name and settings.is_released and settings.uses_guidance
+    channels = RELEASED[name][0][1]
+    assert (settings.latents_mean, settings.latents_std) == RELEASED_LATENTS[channels]
+    assert len(settings.latents_mean) == len(settings.latents_std) == channels
+
+
+def test_the_known_latents_statistics_are_those_of_diffusers():
+    import inspect
+
+    from diffusers import AutoencoderKLWan
+
+    defaults = inspect.signature(AutoencoderKLWan.__init__).parameters
+    assert RELEASED_LATENTS[16] == (defaults["latents_mean"].default, defaults["latents_std"].default)
+
+
+def test_flags_go_before_presets():
+    flags = {"shift": 7.0, "guidance_scale": 2.0, "guidance_scale_2": 1.5, "boundary_ratio": 0.9, "negative_prompt": ""}
+    settings = resolve_settings(released("Wan2.2-T2V-A14B"), **flags)
+    assert {name: getattr(settings, name) for name in flags} == flags
+
+
+def test_a_single_guidance_scale_counts_for_both_experts():
+    settings = resolve_settings(released("Wan2.2-T2V-A14B"), guidance_scale=2.0)
+    assert (settings.guidance_scale, settings.guidance_scale_2) == (2.0, 2.0)
+    assert not resolve_settings(released("Wan2.2-T2V-A14B"), guidance_scale=1.0).uses_guidance
+    second_only = resolve_settings(released("Wan2.2-T2V-A14B"), guidance_scale_2=1.0)
+    assert (second_only.guidance_scale, second_only.guidance_scale_2, second_only.uses_guidance) == (4.0, 1.0, True)
+
+
+@pytest.mark.parametrize("flag", ["guidance_scale_2", "boundary_ratio"])
+def test_flags_of_a_second_expert_are_refused_for_a_teacher_of_one(flag):
+    with pytest.raises(UserError, match=f"--{flag}"):
+        resolve_settings(released("Wan2.1-T2V-14B"), **{flag: 0.9})
+
+
+def test_an_unknown_model_is_described_by_its_folder(tmp_path):
+    write_pipeline_folder(tmp_path, two_experts=True, flow_shift=6.5, boundary_ratio=0.6)
+    checkpoint = open_checkpoint(tmp_path)
+    settings = resolve_settings(checkpoint)
+    assert (settings.shift, settings.boundary_ratio, settings.is_released) == (6.5, 0.6, False)
+    assert settings.guidance_scale == settings.guidance_scale_2 == 5.0
+    assert settings.latents_mean == checkpoint.latents_mean != RELEASED_LATENTS[16][0]
+
+
+def test_a_teachers_own_record_goes_before_its_scheduler(tmp_path):
+    write_pipeline_folder(tmp_path, flow_shift=3.0)
+    (tmp_path / "teacher_record.json").write_text('{"shift": 2.0, "guidance_scale": 4.0, "negative_prompt": "blurry"}')
+    settings = resolve_settings(open_checkpoint(tmp_path))
+    assert (settings.shift, settings.guidance_scale, settings.negative_prompt) == (2.0, 4.0, "blurry")
+    assert resolve_settings(open_checkpoint(tmp_path), shift=9.0).shift == 9.0
+
+
+def test_a_bare_unknown_transformer_takes_wans_usual_values(tmp_path):
+    write_transformer_folder(tmp_path)
+    settings = resolve_settings(open_checkpoint(tmp_path))
+    assert (settings.shift, settings.guidance_scale, settings.vae_scale_factor) == (5.0, 5.0, 8)
+    assert settings.negative_prompt == DEFAULT_NEGATIVE_PROMPT
+
+
+def test_the_default_negative_prompt_does_not_push_against_stills():
+    words = DEFAULT_NEGATIVE_PROMPT.split("，")
+    assert "最差质量" in words and "低质量" in words
+    assert not any(still in DEFAULT_NEGATIVE_PROMPT for still in ("静", "画作", "画面"))

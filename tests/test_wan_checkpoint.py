@@ -1,0 +1,505 @@
+"""Every layout of a Wan checkpoint, read and projected to its own shape; diffusers' 3D transformer is the oracle.
+
+pytest tests/test_wan_checkpoint.py
+"""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from wan_folders import (
+    oracle_velocity,
+    original_tensors,
+    random_transformer,
+    relative_error,
+    with_weights,
+    write_original_folder,
+    write_original_transformer,
+    write_original_two_experts,
+    write_pipeline_folder,
+    write_single_file,
+    write_transformer_folder,
+)
+
+from projection_mapper import project_teacher
+from wandistiller.errors import UserError
+from wandistiller.wan_checkpoint import CheckpointError, find_text_encoder, open_checkpoint
+
+MAX_ERROR = 1e-5
+RELEASED = {  # the structure of each released model at tiny widths
+    "Wan2.1-T2V-1.3B": {"heads": 2, "head_dim": 128, "layers": 1, "ffn_dim": 96},
+    "Wan2.1-T2V-14B": {"heads": 5, "head_dim": 12, "layers": 4, "ffn_dim": 54},
+    "Wan2.2-T2V-A14B": {"heads": 5, "head_dim": 10, "layers": 4, "ffn_dim": 54, "two_experts": True},
+    "Wan2.2-TI2V-5B": {"heads": 3, "head_dim": 16, "layers": 3, "ffn_dim": 80, "channels": 48},
+}
+TINY = {"heads": 2, "head_dim": 12, "layers": 2, "ffn_dim": 40, "channels": 16, "text_dim": 20}
+
+
+def inputs(config, seed: int = 0):
+    """Non-square latents, timesteps between whole numbers, and prompts of no, some and all 512 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(4, config.num_channels, 4, 6, generator=generator)
+    timestep = torch.tensor([0.37, 499.63, 875.5, 1000.0])
+    prompt_embeds = torch.randn(4, 512, config.text_encoder_output_dim, generator=generator)
+    return latents, timestep, prompt_embeds, torch.tensor([0, 1, 77, 512])
+
+
+def assert_same_as_diffusers(path: Path, experts: list) -> None:
+    """Projected at its own shape, each expert equals diffusers' 3D model at one frame."""
+    checkpoint = open_checkpoint(path)
+    assert list(checkpoint.experts) == ["high", "low"][: len(experts)]
+    for name, expert in zip(checkpoint.experts, experts, strict=True):
+        model, report = project_teacher(path, expert=name)
+        assert {entry["status"] for entry in report.student.values()} == {"exact"}
+        given = inputs(model.config)
+        with torch.no_grad():
+            assert relative_error(model(*given), oracle_velocity(expert, *given)) <= MAX_ERROR
+
+
+def refusal(path, **arguments) -> str:
+    """The one line that a checkpoint is refused with."""
+    with pytest.raises(UserError) as refused:
+        open_checkpoint(path, **arguments)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
+
+
+# ---- the names written by these tests ----
+
+
+def test_the_original_names_of_the_tests_are_those_diffusers_converts_from():
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    model = random_transformer(**TINY)
+    converted = convert_wan_transformer_to_diffusers(original_tensors(model))
+    assert set(converted) == set(model.state_dict())
+    assert all(torch.equal(converted[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# ---- invariant 1: equal to diffusers at one frame, for every released structure and layout ----
+
+
+@pytest.mark.parametrize("released", RELEASED)
+def test_a_pipeline_folder_of_every_released_structure_equals_diffusers(tmp_path, released):
+    experts = write_pipeline_folder(tmp_path, **RELEASED[released])
+    assert_same_as_diffusers(tmp_path, experts)
+
+
+@pytest.mark.parametrize("released", [name for name in RELEASED if name != "Wan2.2-T2V-A14B"])
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_an_original_folder_equals_diffusers(tmp_path, released, num_shards):
+    model = write_original_folder(tmp_path, num_shards=num_shards, **RELEASED[released])
+    assert_same_as_diffusers(tmp_path, [model])
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_an_original_folder_of_two_experts_equals_diffusers(tmp_path, num_shards):
+    experts = write_original_two_experts(tmp_path, num_shards=num_shards, **TINY)
+    assert_same_as_diffusers(tmp_path, experts)
+
+
+def test_a_sharded_diffusers_folder_equals_diffusers(tmp_path):
+    experts = write_pipeline_folder(tmp_path, two_experts=True, max_shard_size="40KB", layers=3)
+    assert len(list((tmp_path / "transformer").glob("*-of-*.safetensors"))) > 2
+    assert_same_as_diffusers(tmp_path, experts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_bare_transformer_folder_in_any_precision_equals_diffusers(tmp_path, dtype):
+    assert_same_as_diffusers(tmp_path, [write_transformer_folder(tmp_path, dtype=dtype, **TINY)])
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("fp8", [None, "plain", "scaled", "comfy_quant"])
+def test_a_single_file_equals_diffusers_with_the_weights_it_holds(tmp_path, prefix, fp8):
+    model = write_single_file(tmp_path / "wan.safetensors", prefix=prefix, fp8=fp8, heads=1, ffn_dim=48)
+    assert_same_as_diffusers(tmp_path / "wan.safetensors", [model])
+
+
+def test_a_scaled_single_file_with_48_channels_equals_diffusers(tmp_path):
+    path = tmp_path / "wan.safetensors"
+    model = write_single_file(path, prefix="model.diffusion_model.", fp8="scaled", heads=1, ffn_dim=48, channels=48)
+    assert_same_as_diffusers(path, [model])
+
+
+def test_two_single_files_are_the_two_experts(tmp_path):
+    high = write_single_file(tmp_path / "high.safetensors", heads=1, ffn_dim=48, seed=1)
+    low = write_single_file(tmp_path / "low.safetensors", heads=1, ffn_dim=48, seed=2)
+    checkpoint = open_checkpoint(tmp_path / "high.safetensors", tmp_path / "low.safetensors")
+    for name, expert in (("high", high), ("low", low)):
+        model, _ = project_teacher(checkpoint, expert=name)
+        given = inputs(model.config)
+        with torch.no_grad():
+            assert relative_error(model(*given), oracle_velocity(expert, *given)) <= MAX_ERROR
+
+
+def test_per_row_fp8_scales_are_multiplied_into_their_rows(tmp_path):
+    path = tmp_path / "wan.safetensors"
+    model = write_single_file(path, fp8="scaled", heads=1, ffn_dim=48)
+    tensors, name = load_file(path), "blocks.0.ffn.0"
+    scale = torch.linspace(0.5, 2, 48)
+    tensors[f"{name}.scale_weight"] = scale
+    save_file(tensors, path)
+    held = model.state_dict()
+    held["blocks.0.ffn.net.0.proj.weight"] = tensors[f"{name}.weight"].float() * scale[:, None]
+    assert_same_as_diffusers(path, [with_weights(model, held)])
+
+
+def test_a_file_inside_a_diffusers_folder_takes_its_heads_from_the_config_beside_it(tmp_path):
+    model = write_transformer_folder(tmp_path, heads=8, head_dim=32, layers=1, ffn_dim=40)
+    assert_same_as_diffusers(tmp_path / "diffusion_pytorch_model.safetensors", [model])
+
+
+# ---- what the folder says ----
+
+
+def test_the_pipeline_folder_says_its_shift_boundary_latents_and_vae_factor(tmp_path):
+    write_pipeline_folder(tmp_path, two_experts=True, boundary_ratio=0.7, flow_shift=4.5, channels=48)
+    checkpoint = open_checkpoint(tmp_path)
+    vae = json.loads((tmp_path / "vae" / "config.json").read_text())
+    assert (checkpoint.flow_shift, checkpoint.boundary_ratio, checkpoint.vae_scale_factor) == (4.5, 0.7, 16)
+    assert (checkpoint.latents_mean, checkpoint.latents_std) == (vae["latents_mean"], vae["latents_std"])
+    assert checkpoint.text_encoder() == (tmp_path / "text_encoder", tmp_path / "tokenizer")
+    assert find_text_encoder(tmp_path / "text_encoder") == (tmp_path / "text_encoder", tmp_path / "tokenizer")
+
+
+def test_the_text_encoder_of_an_original_folder_is_recognised_and_answered_with_what_to_give(tmp_path):
+    write_original_two_experts(tmp_path, **TINY)
+    with pytest.raises(CheckpointError, match=r"models_t5_umt5-xxl-enc-bf16\.pth.*--text_encoder_path.*text_encoder/"):
+        open_checkpoint(tmp_path).text_encoder()
+
+
+def test_a_single_file_has_no_text_encoder_and_says_so(tmp_path):
+    write_single_file(tmp_path / "wan.safetensors", heads=1, ffn_dim=48)
+    with pytest.raises(CheckpointError, match="--text_encoder_path"):
+        open_checkpoint(tmp_path / "wan.safetensors").text_encoder()
+
+
+def test_opening_reads_headers_only(tmp_path, monkeypatch):
+    from wandistiller.wan_transformer import StoredTensor
+
+    def forbidden(_stored):
+        raise AssertionError("a weight was read")
+
+    write_original_folder(tmp_path, **TINY)
+    monkeypatch.setattr(StoredTensor, "read", forbidden)
+    assert open_checkpoint(tmp_path).config.hidden_size == 24
+
+
+# ---- other kinds of Wan, refused by name ----
+
+
+@pytest.mark.parametrize(
+    ("extra", "kind"),
+    [
+        ("blocks.0.cross_attn.k_img.weight", "image-to-video"),
+        ("img_emb.proj.0.weight", "image-to-video"),
+        ("vace_blocks.0.before_proj.weight", "VACE"),
+        ("face_adapter.fuser_blocks.0.linear2.weight", "Animate"),
+        ("casual_audio_encoder.encoder.conv.weight", "S2V"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_other_kinds_are_refused_by_their_tensors(tmp_path, extra, kind, prefix):
+    path = tmp_path / "wan.safetensors"
+    write_single_file(path, prefix=prefix, heads=1, layers=1, ffn_dim=48)
+    save_file(load_file(path) | {prefix + extra: torch.zeros(4, 4)}, path)
+    message = refusal(path)
+    assert kind in message and "text-to-video" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"model_type": "i2v"}, "image-to-video"),
+        ({"model_type": "vace"}, "VACE"),
+        ({"model_type": "flf2v"}, "FLF2V"),
+        ({"model_type": "animate"}, "Animate"),
+        ({"model_type": "s2v"}, "S2V"),
+        ({"_class_name": "VaceWanModel"}, "VACE"),
+        ({"_class_name": "WanAnimateModel"}, "Animate"),
+        ({"_class_name": "WanModel_S2V"}, "S2V"),
+        ({"added_kv_proj_dim": 24}, "image-to-video"),
+        ({"image_dim": 1280}, "image-to-video"),
+    ],
+)
+def test_other_kinds_are_refused_by_their_config(tmp_path, settings, kind):
+    write_original_transformer(tmp_path, random_transformer(**TINY), **settings)
+    assert kind in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "said"),
+    [
+        ("WanImageToVideoPipeline", "image-to-video"),
+        ("WanVACEPipeline", "VACE"),
+        ("WanAnimatePipeline", "Animate"),
+        ("StableDiffusionXLPipeline", "StableDiffusionXLPipeline"),
+        (["WanPipeline"], "WanPipeline"),
+    ],
+)
+def test_other_pipelines_are_refused_by_name(tmp_path, pipeline, said):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    assert said in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["folder", "file"])
+def test_36_input_channels_are_an_image_to_video_model(tmp_path, layout):
+    model = random_transformer(heads=1, head_dim=128, layers=1)
+    tensors = original_tensors(model)
+    tensors["patch_embedding.weight"] = torch.randn(128, 36, 1, 2, 2)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(tensors, path)
+    if layout == "folder":
+        (tmp_path / "config.json").write_text(json.dumps({"dim": 128, "num_heads": 1, "in_dim": 36}))
+    message = refusal(tmp_path if layout == "folder" else path)
+    assert "36 input channels" in message and "text-to-video" in message
+
+
+# ---- contradictions and damage ----
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_layers", 3), ("ffn_dim", 41), ("dim", 48), ("in_dim", 48), ("freq_dim", 128), ("text_dim", 4096)],
+)
+def test_a_config_that_disagrees_with_the_tensors_is_refused_with_both_numbers(tmp_path, key, value):
+    write_original_transformer(tmp_path, random_transformer(**TINY), **{key: value})
+    true = {"num_layers": 2, "ffn_dim": 40, "dim": 24, "in_dim": 16, "freq_dim": 256, "text_dim": 20}[key]
+    message = refusal(tmp_path)
+    assert str(value) in message and str(true) in message
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "attention_head_dim", "num_layers", "in_channels", "ffn_dim"])
+def test_a_diffusers_config_that_disagrees_with_the_tensors_is_refused(tmp_path, key):
+    write_transformer_folder(tmp_path, **TINY)
+    edit_json(tmp_path / "config.json", **{key: 7})
+    assert "config.json says" in refusal(tmp_path)
+
+
+def test_what_the_config_leaves_out_is_read_from_the_tensors(tmp_path):
+    model = write_transformer_folder(tmp_path, **TINY)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
+    assert_same_as_diffusers(tmp_path, [model])
+
+
+def test_a_config_with_other_mathematics_is_refused(tmp_path):
+    write_transformer_folder(tmp_path, **TINY)
+    edit_json(tmp_path / "config.json", qk_norm="rms_norm")
+    assert "qk_norm" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"eps": "small"}, {"num_heads": "two"}, {"num_heads": 5}, {"num_heads": 0}])
+def test_a_config_with_nonsense_values_is_refused_in_one_line(tmp_path, settings):
+    write_original_transformer(tmp_path, random_transformer(**TINY), **settings)
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+def test_experts_of_different_shape_are_refused(tmp_path):
+    write_original_transformer(tmp_path / "high_noise_model", random_transformer(**TINY))
+    write_original_transformer(tmp_path / "low_noise_model", random_transformer(**TINY | {"layers": 1}))
+    assert "differ in shape" in refusal(tmp_path)
+
+
+def test_a_missing_second_expert_is_named(tmp_path):
+    write_original_two_experts(tmp_path, **TINY)
+    shutil.rmtree(tmp_path / "low_noise_model")
+    assert "low_noise_model" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_weights_are_refused(tmp_path, keep):
+    write_original_folder(tmp_path, **TINY)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    message = refusal(tmp_path)
+    assert path.name in message and "copy it again" in message
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write_original_folder(tmp_path, num_shards=3, **TINY)
+    (tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+    assert "diffusion_pytorch_model-00002-of-00003.safetensors" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("tensor", ["blocks.1.ffn.2.bias", "head.head.weight", "blocks.0.self_attn.norm_q.weight"])
+def test_a_missing_tensor_is_named(tmp_path, tensor):
+    path = tmp_path / "wan.safetensors"
+    write_single_file(path, heads=1, ffn_dim=48)
+    tensors = load_file(path)
+    del tensors[tensor]
+    save_file(tensors, path)
+    message = refusal(path)
+    assert "missing" in message or "looked for" in message
+
+
+def test_a_tensor_of_the_wrong_shape_is_named(tmp_path):
+    path = tmp_path / "wan.safetensors"
+    write_single_file(path, heads=1, ffn_dim=48)
+    save_file(load_file(path) | {"blocks.1.cross_attn.k.weight": torch.zeros(128, 64)}, path)
+    assert "blocks.1.attn2.to_k.weight has shape [128, 64]" in refusal(path)
+
+
+def test_a_scaled_fp8_weight_without_its_scale_is_refused(tmp_path):
+    path = tmp_path / "wan.safetensors"
+    write_single_file(path, fp8="scaled", heads=1, ffn_dim=48)
+    tensors = load_file(path)
+    del tensors["blocks.0.ffn.0.scale_weight"]
+    save_file(tensors, path)
+    message = refusal(path)
+    assert "blocks.0.ffn.net.0.proj" in message and "scale" in message
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
+def test_other_comfyui_quantisations_are_refused_by_name(tmp_path, fmt):
+    path = tmp_path / "wan.safetensors"
+    write_single_file(path, fp8="comfy_quant", heads=1, ffn_dim=48)
+    marker = torch.tensor(list(json.dumps({"format": fmt}).encode()), dtype=torch.uint8)
+    save_file(load_file(path) | {"blocks.0.ffn.0.comfy_quant": marker}, path)
+    assert fmt in refusal(path)
+
+
+def test_integer_weights_are_refused(tmp_path):
+    path = tmp_path / "wan.safetensors"
+    write_single_file(path, heads=1, ffn_dim=48)
+    save_file(load_file(path) | {"blocks.0.ffn.0.weight": torch.zeros(48, 128, dtype=torch.int8)}, path)
+    assert "I8" in refusal(path)
+
+
+def test_an_alien_safetensors_file_is_refused(tmp_path):
+    path = tmp_path / "sdxl.safetensors"
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4)}, path)
+    assert "no Wan transformer" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["wan-Q4_K_M.gguf", "wan.ckpt", "wan.pth", "wan.bin", "wan"])
+def test_other_file_types_are_refused_with_what_is_allowed(tmp_path, name):
+    (tmp_path / name).write_bytes(b"GGUF")
+    assert ".safetensors" in refusal(tmp_path / name)
+
+
+def test_an_empty_folder_and_a_path_that_is_not_there_are_refused(tmp_path):
+    assert "no .safetensors weights" in refusal(tmp_path)
+    assert "no such file or folder" in refusal(tmp_path / "nowhere")
+
+
+def test_a_folder_of_several_models_is_refused_and_never_mixed(tmp_path):
+    for seed, name in enumerate(("high", "low")):
+        write_single_file(tmp_path / f"{name}.safetensors", heads=1, layers=1, ffn_dim=48, seed=seed)
+    message = refusal(tmp_path)
+    assert "high.safetensors" in message and "low.safetensors" in message
+
+
+def test_a_students_folder_is_no_teacher(tmp_path):
+    (tmp_path / "student_config.json").write_text("{}")
+    assert "student" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
+def test_a_damaged_config_or_index_is_refused(tmp_path, text):
+    for name in ("config.json", "model_index.json", "diffusion_pytorch_model.safetensors.index.json"):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).write_bytes(text.encode("latin-1"))
+        assert name in refusal(folder)
+
+
+# ---- invariant 6: nothing is unpickled, no path is followed outside its folder ----
+
+
+def test_a_folder_with_pickles_only_is_refused_and_they_stay_closed(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
+    message = refusal(tmp_path)
+    assert "diffusion_pytorch_model.bin" in message and "pickle" in message
+
+
+@pytest.mark.parametrize(
+    "shard", ["../outside.safetensors", "/outside.safetensors", "a/../../outside", "..\\outside", ""]
+)
+def test_an_index_that_names_a_shard_outside_its_folder_is_refused(tmp_path, shard):
+    folder = tmp_path / "wan"
+    write_original_folder(folder, num_shards=2, **TINY)
+    shutil.copy(folder / "diffusion_pytorch_model-00001-of-00002.safetensors", tmp_path / "outside.safetensors")
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit_json(index, weight_map=weight_map | {"patch_embedding.weight": shard})
+    assert "outside its folder" in refusal(folder)
+
+
+@pytest.mark.parametrize("shard", [None, 7, ["a"], {"b": 1}])
+def test_an_index_whose_shard_is_no_name_is_refused(tmp_path, shard):
+    write_original_folder(tmp_path, num_shards=2, **TINY)
+    edit_json(tmp_path / "diffusion_pytorch_model.safetensors.index.json", weight_map={"patch_embedding.weight": shard})
+    assert "index.json" in refusal(tmp_path)
+
+
+def test_reading_every_layout_imports_no_pickle_of_ours(tmp_path, monkeypatch):
+    def forbidden(*_args, **_settings):
+        raise AssertionError("torch.load was called")
+
+    monkeypatch.setattr(torch, "load", forbidden)
+    write_original_two_experts(tmp_path, **TINY)
+    project_teacher(tmp_path, expert="low")
+
+
+# ---- the hub ----
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_hub_id_offline_is_refused_at_once_with_the_local_alternatives(offline):
+    start = time.monotonic()
+    message = refusal("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    assert time.monotonic() - start < 5
+    assert "hub" in message and "high_noise_model/" in message and "mock" in message
+
+
+def test_a_hub_id_fetches_only_what_is_used(tmp_path, monkeypatch):
+    import fnmatch
+
+    import huggingface_hub
+
+    write_pipeline_folder(tmp_path / "snapshot", two_experts=True)
+    asked = []
+
+    def snapshot_download(repo_id, allow_patterns, ignore_patterns):
+        asked.append((repo_id, allow_patterns, ignore_patterns))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    checkpoint = open_checkpoint("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    assert list(checkpoint.experts) == ["high", "low"]
+    assert checkpoint.text_encoder()[0] == tmp_path / "snapshot" / "text_encoder"
+    (_, transformers_asked, ignored), (_, encoder_asked, _) = asked
+
+    def is_fetched(name: str, patterns: list[str]) -> bool:
+        return any(fnmatch.fnmatch(name, p) for p in patterns) and not any(fnmatch.fnmatch(name, p) for p in ignored)
+
+    assert is_fetched("transformer_2/diffusion_pytorch_model-00001-of-00012.safetensors", transformers_asked)
+    assert is_fetched("high_noise_model/diffusion_pytorch_model.safetensors.index.json", transformers_asked)
+    assert not is_fetched("text_encoder/model-00001-of-00005.safetensors", transformers_asked)
+    assert is_fetched("text_encoder/model-00001-of-00005.safetensors", encoder_asked)
+    for never in ("vae/diffusion_pytorch_model.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "assets/a.png"):
+        assert not is_fetched(never, transformers_asked + encoder_asked)
+
+
+def test_huggingface_hub_is_imported_only_for_a_hub_id(tmp_path, monkeypatch):
+    write_original_folder(tmp_path, **TINY)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert open_checkpoint(tmp_path).config.depth == 2
