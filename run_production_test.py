@@ -12,9 +12,14 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import FlagParser, number, run_command
+from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.errors import UserError
-from wandistiller.output_folder import METRICS_NAME, prepare_output_folder
+from wandistiller.output_folder import (
+    METRICS_NAME,
+    check_output_folder,
+    prepare_output_folder,
+    set_aside_previous_student,
+)
 from wandistiller.prompts import load_prompts
 from wandistiller.student_config import StudentConfig
 
@@ -34,15 +39,25 @@ MAX_LOSS_LINES = 60
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = FlagParser("run_production_test.py", __doc__)
     group = parser.group("Input")
-    group.flag("--student_config", "the config of the run to come; shrunk for this test", "config/student_config.json")
-    group.flag("--data_path", "text file, one prompt a line", "data/static_prompts.txt")
-    group.flag("--teacher_path", "a real checkpoint to hold the config against (the steps run on a mock)", "mock")
-    group.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders")
+    group.flag(
+        "--student_config",
+        "the config of the run to come; shrunk for this test",
+        "config/student_config.json",
+        type=path,
+    )
+    group.flag("--data_path", "text file, one prompt a line", "data/static_prompts.txt", type=path)
+    group.flag(
+        "--teacher_path", "a real checkpoint to hold the config against (the steps run on a mock)", "mock", type=path
+    )
+    group.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
     group = parser.group("Test run")
     group.flag("--num_epochs", "passes over the prompts", 1, type=number(int, low=1))
     group.flag("--batch_size", "prompts per step", 2, type=number(int, low=1))
-    group.flag("--output_dir", "keep the small student here (a temporary folder if left out)")
-    return parser.parse(argv)
+    group.flag("--output_dir", "keep the small student here (a temporary folder if left out)", type=path)
+    args = parser.parse(argv)
+    if args.teacher_path == "mock" and args.teacher_path_low:
+        parser.error("argument --teacher_path_low: belongs to a --teacher_path with the high-noise expert, not to mock")
+    return args
 
 
 def shrink(config: StudentConfig) -> StudentConfig:
@@ -68,7 +83,7 @@ def check_real_teacher(args: argparse.Namespace, config: StudentConfig) -> None:
     """Say from headers alone whether the given config fits the real teacher."""
     from projection_mapper import open_teacher
     from wandistiller.selection import check_fits
-    from wandistiller.teacher import resolve_settings
+    from wandistiller.teacher import resolve_settings, warnings_about
 
     checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
     shape = checkpoint.config
@@ -77,8 +92,11 @@ def check_real_teacher(args: argparse.Namespace, config: StudentConfig) -> None:
         f"depth {shape.depth}, num_heads {shape.num_heads}, ffn_dim {shape.ffn_dim}, {shape.num_channels} channels"
     )
     check_fits(shape, config)
-    config.check_image_size(resolve_settings(checkpoint).vae_scale_factor)
-    say(f"{args.student_config} fits this teacher")
+    settings = resolve_settings(checkpoint)
+    config.check_image_size(settings.vae_scale_factor)
+    say(f"{args.student_config} fits this teacher; {settings.summary()}")
+    for warning in warnings_about(checkpoint, settings, config):
+        print(f"[!!] {warning}", flush=True)
 
 
 def run_test(args: argparse.Namespace, folder: Path) -> None:
@@ -96,7 +114,10 @@ def run_test(args: argparse.Namespace, folder: Path) -> None:
         f"ffn_dim {small.ffn_dim}, image_size {small.image_size}"
     )
 
+    prepare_output_folder(folder)
     student, teacher, embeds, report = build(small, prompts.prompts)
+    if aside := set_aside_previous_student(folder):
+        say(f"The student that was in {folder} is now in {aside}")
     result, options = train_briefly(args, student, teacher, embeds, folder)
     if result.interrupted:
         raise KeyboardInterrupt
@@ -198,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
             with tempfile.TemporaryDirectory(prefix="wandistiller-") as folder:
                 run_test(args, Path(folder))
         else:
-            run_test(args, prepare_output_folder(args.output_dir))
+            run_test(args, check_output_folder(args.output_dir))
     except KeyboardInterrupt:
         print("Production Test interrupted")
         return 130

@@ -13,7 +13,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import FlagParser, int_list, number, run_command
+from wandistiller.command_line import FlagParser, int_list, number, path, run_command
 from wandistiller.output_folder import (
     METRICS_NAME,
     check_output_folder,
@@ -32,8 +32,6 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from wandistiller.teacher import TeacherSettings
     from wandistiller.wan_checkpoint import WanCheckpoint
 
-RELEASED_TEXT_MAX_LENGTH = 512
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = FlagParser(
@@ -42,14 +40,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted after saving, 1 anything else.",
     )
     data = parser.group("Data")
-    data.flag("--teacher_path", "folder, .safetensors file, hub id, or mock (random weights, no download)", "mock")
-    data.flag("--teacher_path_low", "the low-noise expert, where the two experts are two files or folders")
-    data.flag("--text_encoder_path", "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none")
-    data.flag("--data_path", "text file, one prompt a line", "data/static_prompts.txt")
-    data.flag("--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache")
+    data.flag(
+        "--teacher_path", "folder, .safetensors file, hub id, or mock (random weights, no download)", "mock", type=path
+    )
+    data.flag("--teacher_path_low", "the low-noise expert, where the two experts are two files or folders", type=path)
+    data.flag(
+        "--text_encoder_path",
+        "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",
+        type=path,
+    )
+    data.flag("--data_path", "text file, one prompt a line", "data/static_prompts.txt", type=path)
+    data.flag("--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
 
     model = parser.group("Student")
-    model.flag("--student_config", "shape of the student", "config/student_config.json")
+    model.flag("--student_config", "shape of the student", "config/student_config.json", type=path)
     model.flag(
         "--init_expert",
         "the expert that initialises the student, of a two-expert teacher",
@@ -84,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization.flag("--num_epochs", "passes over the prompts", 1, type=number(int, low=1))
     optimization.flag("--max_steps", "optimiser steps; overrides --num_epochs", type=number(int, low=1))
     optimization.flag("--batch_size", "prompts per optimiser step", 4, type=number(int, low=1))
-    optimization.flag("--lr", "learning rate of AdamW", 1e-5, type=number(float, above=0))
+    optimization.flag("--lr", "learning rate of AdamW", 1e-5, type=number(float, above=0, high=1e9))
     optimization.flag("--max_grad_norm", "gradients are clipped to this norm", 1.0, type=number(float, above=0))
     optimization.flag("--weight_decay", "weight decay of AdamW", 0.0, type=number(float, low=0))
     optimization.flag("--seed", "of prompt order, noise and initial values", 0, type=number(int, low=0, high=2**63 - 1))
@@ -95,11 +99,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--dtype", "of matrix products and of the teacher's weights (bf16 on cuda, else fp32)", choices=["fp32", "bf16"]
     )
 
-    parser.group("Output").flag("--output_dir", "folder for the student", "outputs/student")
+    parser.group("Output").flag("--output_dir", "folder for the student", "outputs/student", type=path)
 
     args = parser.parse(argv)
     if args.sigma_range[0] >= args.sigma_range[1]:
         parser.error(f"argument --sigma_range: LOW {args.sigma_range[0]} must be below HIGH {args.sigma_range[1]}")
+    if args.teacher_path == "mock" and args.teacher_path_low:
+        parser.error("argument --teacher_path_low: belongs to a --teacher_path with the high-noise expert, not to mock")
     args.sigma_range = tuple(args.sigma_range)
     return args
 
@@ -127,28 +133,18 @@ def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tu
 def print_run(
     prompts: "PromptFile", checkpoint: "WanCheckpoint", settings: "TeacherSettings", config: StudentConfig
 ) -> None:
+    from wandistiller.teacher import warnings_about
+
     duplicates = f" ({prompts.duplicates} repeated lines left out)" if prompts.duplicates else ""
     print(f"Prompts: {len(prompts.prompts)}{duplicates}")
-    experts = " + ".join(checkpoint.experts)
-    print(
-        f"Teacher: {checkpoint.location} ({experts}), settings of {settings.preset}: shift {settings.shift:g}, "
-        f"guidance_scale {settings.guidance_scale:g}"
-        + (
-            f", guidance_scale_2 {settings.guidance_scale_2:g}, boundary_ratio {settings.boundary_ratio:g}"
-            if settings.boundary_ratio is not None
-            else ""
-        )
-    )
+    print(f"Teacher: {checkpoint.location} ({' + '.join(checkpoint.experts)}), {settings.summary()}")
     latent = config.image_size // settings.vae_scale_factor
     print(
         f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
         f"{config.image_size} px = {config.num_channels}x{latent}x{latent} latents"
     )
-    if settings.is_released and config.text_max_length != RELEASED_TEXT_MAX_LENGTH:
-        print(
-            f"Warning: text_max_length={config.text_max_length}; the released Wans were trained with {RELEASED_TEXT_MAX_LENGTH} "
-            "text slots and answer differently with another number"
-        )
+    for warning in warnings_about(checkpoint, settings, config):
+        print(f"Warning: {warning}")
 
 
 def find_encoder(

@@ -1,5 +1,6 @@
 """The frozen teacher: a guided velocity field over one or two 2D experts, with the settings its release was made for."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from wandistiller.errors import UserError
 from wandistiller.flow import NUM_TRAIN_TIMESTEPS, sigma_to_timestep
 from wandistiller.student import WanLiteStudent
+from wandistiller.student_config import StudentConfig
 from wandistiller.wan_checkpoint import WanCheckpoint
 
 # Wan's own (Wan2.2:wan/configs/shared_config.py) without the words for still, static, picture and artwork, which push
@@ -17,6 +19,7 @@ DEFAULT_NEGATIVE_PROMPT = (
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 DEFAULT_BOUNDARY_RATIO = 0.875
+RELEASED_TEXT_MAX_LENGTH = 512
 
 # Per-channel statistics of the released VAEs' latents, by number of channels (diffusers:autoencoder_kl_wan.py for Wan2.1,
 # scripts/convert_wan_to_diffusers.py for Wan2.2).
@@ -91,6 +94,13 @@ class TeacherSettings:
     @property
     def is_released(self) -> bool:
         return any(self.preset == model.name for model in RELEASED_MODELS)
+
+    def summary(self) -> str:
+        """One line for the screen."""
+        line = f"settings of {self.preset}: shift {self.shift:g}, guidance_scale {self.guidance_scale:g}"
+        if self.boundary_ratio is None:
+            return line
+        return f"{line}, guidance_scale_2 {self.guidance_scale_2:g}, boundary_ratio {self.boundary_ratio:g}"
 
     @property
     def uses_guidance(self) -> bool:
@@ -168,6 +178,22 @@ def _latents_statistics(checkpoint: WanCheckpoint) -> tuple[list[float] | None, 
     if checkpoint.latents_mean and checkpoint.latents_std:
         return checkpoint.latents_mean, checkpoint.latents_std
     return RELEASED_LATENTS.get(checkpoint.config.num_channels, (None, None))
+
+
+def warnings_about(checkpoint: WanCheckpoint, settings: TeacherSettings, student: StudentConfig) -> list[str]:
+    """What is allowed and yet probably not meant."""
+    warnings = []
+    if settings.is_released and student.text_max_length != RELEASED_TEXT_MAX_LENGTH:
+        warnings.append(
+            f"text_max_length={student.text_max_length}; the released Wans were trained with {RELEASED_TEXT_MAX_LENGTH} "
+            "text slots and answer differently with another number"
+        )
+    if len(checkpoint.experts) == 1 and re.search(r"(high|low)[_-]?noise", checkpoint.location, re.IGNORECASE):
+        warnings.append(
+            f"{checkpoint.location} looks like one of two experts and is used at every noise level, with "
+            f"{settings.summary()}; give the folder of both, or the low-noise one as --teacher_path_low"
+        )
+    return warnings
 
 
 class Teacher:

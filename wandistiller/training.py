@@ -100,7 +100,8 @@ def train(
     """Train `student` in place on the teacher's guided velocity.
 
     Raises:
-        NonFiniteError: loss or gradient is not finite; the weights are those of the step before.
+        NonFiniteError: loss or gradient is not finite (the weights are those of the step before), or the last step broke
+            the weights.
     """
     optimizer = make_optimizer(student, options)
     batches = prompt_batches(len(prompt_embeds), options.batch_size, options.seed)
@@ -123,6 +124,7 @@ def train(
             on_step(StepMetrics(step, loss_value, grad_norm_value, options.lr, *stopwatch.lap(step, len(indices))))
             if stop.requested:
                 break
+    check_weights(student, len(losses), options)
     student.eval()
     return TrainingResult(len(losses), losses, stop.requested)
 
@@ -171,3 +173,13 @@ def check_finite(step: int, sigma: Tensor, loss: float, grad_norm: float, option
         f"the learning rate is too high (try --lr {options.lr / 10:g}); the teacher's weights or the prompt embeddings "
         "hold values that are not finite; --dtype bf16 overflows (try --dtype fp32). This step was not applied."
     )
+
+
+def check_weights(student: WanLiteStudent, step: int, options: TrainingOptions) -> None:
+    """The last step has no loss after it that would show a weight that is no longer a number."""
+    broken = [name for name, parameter in student.named_parameters() if not parameter.isfinite().all()]
+    if broken:
+        raise NonFiniteError(
+            f"step {step}: {len(broken)} of the student's weights are not finite after it, the first is {broken[0]}; "
+            f"lr {options.lr:g} or weight_decay {options.weight_decay:g} is too high"
+        )

@@ -21,6 +21,7 @@ from wandistiller.wan_transformer import (
     refuse_settings,
 )
 
+WEIGHTS = "diffusion_pytorch_model"
 TEXT_ENCODER_SOURCE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # all released Wans share this encoder
 
 
@@ -53,24 +54,27 @@ def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of one transformer: those its index names, or the only one there is."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        index = indexes[0]
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: has no weight_map; copy the checkpoint again")
-        files = [folder / name for name in dict.fromkeys(_safe_name(name, index) for name in weight_map.values())]
-        missing = [path.name for path in files if not path.is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}"
-            )
-        return files
-    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    plain = [path for path in files if path.name == "diffusion_pytorch_model.safetensors"]
+        # The plain name first: others are variants such as fp16.
+        return _indexed_files(next((path for path in indexes if path.name.startswith(f"{WEIGHTS}.")), indexes[0]))
+    files = sorted(folder.glob(f"{WEIGHTS}*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
         only = f"; {pickled[0].name} is a pickle, which is never opened: get the safetensors version" if pickled else ""
         raise CheckpointError(f"{folder}: holds no .safetensors weights{only}")
-    return plain or files
+    return [path for path in files if path.name == f"{WEIGHTS}.safetensors"] or files
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map; copy the checkpoint again")
+    names = dict.fromkeys(_safe_name(name, index) for name in weight_map.values())
+    files = [index.parent / name for name in names]
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise CheckpointError(
+            f"{index.parent}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}"
+        )
+    return files
 
 
 def _open_transformer_folder(folder: Path) -> WanTransformer:
