@@ -63,9 +63,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def shrink(config: StudentConfig) -> StudentConfig:
     """The same kind of student, small enough for seconds on a CPU: at most HIDDEN_SIZE wide and DEPTH deep."""
     hidden_size = min(HIDDEN_SIZE, config.hidden_size)
-    image_size = min(
-        config.image_size, config.vae_scale_factor * config.patch_size * -(-LATENT_SIZE // config.patch_size)
-    )
+    patches = min(config.latent_size // config.patch_size, -(-LATENT_SIZE // config.patch_size))
+    image_size = patches * config.patch_size * config.vae_scale_factor
     shrunk = {"hidden_size": hidden_size, "depth": min(DEPTH, config.depth), "image_size": image_size}
     if hidden_size < config.hidden_size:
         if config.block == "wan":
@@ -76,7 +75,7 @@ def shrink(config: StudentConfig) -> StudentConfig:
             heads = range(1, config.num_heads + 1)
             shrunk["num_heads"] = max(count for count in heads if hidden_size % count == 0)
             shrunk |= {"ffn_dim": None, "freq_dim": None}  # these follow the width of a lite block
-    return config.replace(**shrunk, distillation=None)
+    return config.replace(**shrunk)
 
 
 def check_real_teacher(args: argparse.Namespace, config: StudentConfig) -> None:

@@ -7,6 +7,7 @@ Standard library only, so that `--help` and mistakes are answered at once.
 import argparse
 import difflib
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -35,6 +36,8 @@ class FlagParser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        # Also -1e-5 and -1,2 are values, to be answered as such; argparse knows -1 and -1.5 only:
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def group(self, title: str) -> FlagGroup:
         return FlagGroup(self.add_argument_group(title))
@@ -85,6 +88,13 @@ def number(
         return value
 
     return parse
+
+
+def path(text: str) -> str:
+    """An argparse type: the empty text of a shell variable that is not set would mean the folder one stands in."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give a path")
+    return text
 
 
 def int_list(text: str) -> list[int]:

@@ -12,7 +12,11 @@ def pick_device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r}: is no device; allowed: {_usable()}") from None
+    try:
+        torch.zeros(1, device=name).item()  # "meta" allocates, but computes nothing
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); allowed: {_usable()}"

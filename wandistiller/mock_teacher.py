@@ -70,4 +70,5 @@ def mock_shape(student: StudentConfig) -> StudentConfig:
 
 def mock_checkpoint(student: StudentConfig) -> WanCheckpoint:
     """The mock as a checkpoint, for the same path as a real one."""
-    return WanCheckpoint("mock", {"high": MockTransformer(mock_shape(student))})
+    transformer = MockTransformer(mock_shape(student))
+    return WanCheckpoint("mock", {"high": transformer}, vae_scale_factor=student.vae_scale_factor)

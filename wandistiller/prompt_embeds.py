@@ -295,7 +295,9 @@ class _EmbedCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as err:
-            raise UserError(f"{folder}: the embedding cache cannot be made here ({err.strerror})") from err
+            raise UserError(
+                f"{folder}: the embedding cache cannot be made here ({err.strerror}); give --prompt_cache a folder"
+            ) from err
         for path in sorted(folder.glob("*.safetensors")):
             self._add_shard(path)
 

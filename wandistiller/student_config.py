@@ -80,10 +80,14 @@ class StudentConfig:
             if value is None and NoneType in allowed:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
-                raise ConfigError(f"{field.name}={value!r} is of type {type(value).__name__}; it must be {nouns[wanted]}")
+                raise ConfigError(
+                    f"{field.name}={value!r} is of type {type(value).__name__}; it must be {nouns[wanted]}"
+                )
         factor = (self.distillation or {}).get("vae_scale_factor", 8)
         if type(factor) is not int or factor < 1:
-            raise ConfigError(f"distillation.vae_scale_factor={factor!r} must be a whole number above 0, such as 8 or 16")
+            raise ConfigError(
+                f"distillation.vae_scale_factor={factor!r} must be a whole number above 0, such as 8 or 16"
+            )
 
     def _check_choice(self, name: str, allowed: list[str]) -> None:
         value = getattr(self, name)

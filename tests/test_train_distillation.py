@@ -1,0 +1,420 @@
+"""train_distillation.py as a person runs it: tiny checkpoints written by diffusers, real files, real signals.
+
+pytest tests/test_train_distillation.py
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from conftest import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, ROOT, Teachers, read_metrics, snapshot
+from safetensors.torch import load_file, save_file
+from wan_folders import write_pipeline_folder
+
+import train_distillation
+from wandistiller import WanLiteStudent
+
+SCRIPT = ROOT / "train_distillation.py"
+STUDENT_FILES = {"student_config.json", "diffusion_model.safetensors"}
+
+# The command line is a contract: other people's scripts hold these flags. (flag, a value, default)
+FLAGS = [
+    ("teacher_path", ["x"], "mock"),
+    ("teacher_path_low", ["x"], None),
+    ("text_encoder_path", ["x"], None),
+    ("data_path", ["x"], "data/static_prompts.txt"),
+    ("prompt_cache", ["x"], "outputs/prompt_cache"),
+    ("student_config", ["x"], "config/student_config.json"),
+    ("init_expert", ["low"], "high"),
+    ("layers", ["0,2,5"], None),
+    ("guidance_scale", ["4"], None),
+    ("guidance_scale_2", ["3"], None),
+    ("boundary_ratio", ["0.9"], None),
+    ("negative_prompt", ["x"], None),
+    ("shift", ["12"], None),
+    ("states", ["noise"], "noise"),
+    ("sigma_range", ["0.1", "0.9"], (0.0, 1.0)),
+    ("num_epochs", ["3"], 1),
+    ("max_steps", ["3"], None),
+    ("batch_size", ["3"], 4),
+    ("lr", ["1e-4"], 1e-5),
+    ("max_grad_norm", ["0.5"], 1.0),
+    ("weight_decay", ["0.1"], 0.0),
+    ("seed", ["7"], 0),
+    ("device", ["cpu"], None),
+    ("dtype", ["bf16"], None),
+    ("output_dir", ["x"], "outputs/student"),
+]
+
+
+@pytest.fixture
+def train(run_main, write_config, tmp_path, teachers: Teachers):
+    """Train a student of `config` on the CPU; returns the outcome. Flags given here win over the defaults below."""
+
+    def run(teacher: Path | str, config: dict, *flags: object, output_dir: Path | None = None):
+        folder = output_dir or tmp_path / "out"
+        return run_main(
+            train_distillation.main, "--teacher_path", teacher, "--student_config", write_config(config),
+            "--data_path", PROMPTS, "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--output_dir", folder,
+            *flags,
+        )  # fmt: skip
+
+    return run
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "student_config.json").read_text(encoding="utf-8"))["distillation"]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "diffusion_model.safetensors")
+
+
+def command(config: Path, teachers: Teachers, output_dir: Path, *flags: object) -> list[str]:
+    """The same run as a real process."""
+    words = [
+        sys.executable, SCRIPT, "--teacher_path", teachers.two, "--student_config", config, "--data_path", PROMPTS,
+        "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--output_dir", output_dir, *flags,
+    ]  # fmt: skip
+    return [str(word) for word in words]
+
+
+# ---- the whole path, for real ----
+
+
+def test_a_pipeline_folder_of_two_experts_trains_from_the_shell_and_the_identity_student_has_loss_zero(
+    teachers, write_config, tmp_path
+):
+    before = snapshot(teachers.two)
+    done = subprocess.run(
+        command(write_config(IDENTITY_CONFIG), teachers, tmp_path / "out", "--guidance_scale", 1, "--sigma_range", 0.875, 1),
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    metrics = read_metrics(tmp_path / "out")
+    assert metrics[0]["step"] == 1 and metrics[0]["loss"] < 1e-9
+    assert len(metrics) == 14  # ceil(55 / 4)
+    assert "Prompts: 55" in done.stdout and "high + low" in done.stdout
+    assert set(snapshot(tmp_path / "out")) == STUDENT_FILES | {"metrics.jsonl", "projection_report.json"}
+    assert snapshot(teachers.two) == before, "the teacher's files changed"
+
+
+def test_an_identity_student_of_one_expert_has_loss_zero_at_every_noise_level(train, teachers, tmp_path):
+    outcome = train(teachers.one, IDENTITY_CONFIG, "--guidance_scale", 1, "--batch_size", 16)
+    assert outcome.code == 0, outcome.err
+    losses = [entry["loss"] for entry in read_metrics(tmp_path / "out")]
+    assert losses[0] < 1e-9 and max(losses) < 1e-6
+
+
+@pytest.mark.parametrize("init_expert, sigma_range", [("high", (0.875, 1.0)), ("low", (0.0, 0.874))])
+def test_each_expert_is_its_own_student_within_its_noise_levels(train, teachers, tmp_path, init_expert, sigma_range):
+    flags = ("--guidance_scale", 1, "--max_steps", 1, "--sigma_range", *sigma_range, "--init_expert", init_expert)
+    assert train(teachers.two, IDENTITY_CONFIG, *flags).code == 0
+    assert read_metrics(tmp_path / "out")[0]["loss"] < 1e-9
+    assert record_of(tmp_path / "out")["init_expert"] == init_expert
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--guidance_scale", 1, "--sigma_range", 0, 0.874),  # the other expert answers
+        ("--guidance_scale", 3, "--sigma_range", 0.875, 1),  # guidance is not the student's own answer
+        ("--guidance_scale", 1, "--guidance_scale_2", 3, "--sigma_range", 0, 0.874, "--init_expert", "low"),
+        ("--guidance_scale", 1, "--boundary_ratio", 0.999, "--sigma_range", 0.875, 0.99),
+    ],
+)
+def test_loss_is_not_zero_where_the_teacher_answers_otherwise(train, teachers, tmp_path, flags):
+    assert train(teachers.two, IDENTITY_CONFIG, *flags, "--max_steps", 1).code == 0
+    assert read_metrics(tmp_path / "out")[0]["loss"] > 1e-3
+
+
+def test_a_pruned_student_learns_and_its_file_says_how(train, teachers, tmp_path):
+    before = snapshot(teachers.two)
+    outcome = train(
+        teachers.two, PRUNED_CONFIG, "--guidance_scale", 4, "--guidance_scale_2", 3, "--shift", 5,
+        "--sigma_range", 0.1, 0.95, "--lr", 1e-2, "--num_epochs", 6, "--seed", 3,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert snapshot(teachers.two) == before, "the teacher's files changed"
+
+    losses = [entry["loss"] for entry in read_metrics(tmp_path / "out")]
+    assert len(losses) == 6 * 14
+    assert mean(losses[-20:]) < 0.8 * mean(losses[:20])
+
+    record = record_of(tmp_path / "out")
+    vae = json.loads((teachers.two / "vae" / "config.json").read_text(encoding="utf-8"))
+    expected = {
+        "teacher_path": str(teachers.two), "shift": 5.0, "guidance_scale": 4.0, "guidance_scale_2": 3.0,
+        "boundary_ratio": 0.875, "sigma_range": [0.1, 0.95], "num_train_steps": 84, "seed": 3, "lr": 1e-2,
+        "batch_size": 4, "num_prompts": 55, "states": "noise", "init_expert": "high", "layers": [0, 2],
+        "latents_mean": vae["latents_mean"], "latents_std": vae["latents_std"], "vae_scale_factor": 8,
+        "final_loss": losses[-1],
+    }  # fmt: skip
+    assert {key: record[key] for key in expected} == expected
+
+    student = WanLiteStudent.from_pretrained(tmp_path / "out")
+    shape = {key: getattr(student.config, key) for key in PRUNED_CONFIG}
+    assert shape == PRUNED_CONFIG
+    with torch.no_grad():
+        velocity = student(torch.zeros(1, 16, 4, 4), torch.tensor([500.0]), torch.zeros(1, 3, 20), torch.tensor([3]))
+    assert velocity.shape == (1, 16, 4, 4) and velocity.isfinite().all()
+
+
+def test_a_lite_student_learns_from_the_same_teacher(train, teachers, tmp_path):
+    config = IDENTITY_CONFIG | {"block": "lite", "depth": 2, "ffn_dim": 96, "patch_size": 1, "freq_dim": 24}
+    outcome = train(teachers.one, config, "--guidance_scale", 1, "--lr", 1e-2, "--num_epochs", 6)
+    assert outcome.code == 0, outcome.err
+    losses = [entry["loss"] for entry in read_metrics(tmp_path / "out")]
+    assert mean(losses[-20:]) < 0.9 * mean(losses[:20])
+    assert WanLiteStudent.from_pretrained(tmp_path / "out").config.block == "lite"
+
+
+@pytest.mark.parametrize("layout", ["original", "single_file"])
+def test_other_layouts_train_with_the_encoder_of_another_folder(train, teachers, tmp_path, layout):
+    width = {"hidden_size": 256} if layout == "single_file" else {}  # one file has no config.json: heads of 128
+    depth = {"depth": 2} if layout == "single_file" else {}
+    flags = ("--text_encoder_path", teachers.one, "--guidance_scale", 1, "--max_steps", 3)
+    outcome = train(getattr(teachers, layout), IDENTITY_CONFIG | width | depth, *flags)
+    assert outcome.code == 0, outcome.err
+    assert read_metrics(tmp_path / "out")[0]["loss"] < 1e-9
+    record = record_of(tmp_path / "out")
+    assert record["text_encoder_path"] == str(teachers.one)
+    assert len(record["latents_mean"]) == 16  # of the released VAE with these channels
+
+
+def test_a_teacher_of_48_channels_trains_behind_its_vae_of_factor_16(train, tmp_path):
+    write_pipeline_folder(tmp_path / "ti2v", channels=48)
+    flags = ("--guidance_scale", 1, "--max_steps", 1)
+    outcome = train(tmp_path / "ti2v", IDENTITY_CONFIG | {"num_channels": 48, "image_size": 64}, *flags)
+    assert outcome.code == 0, outcome.err
+    assert "64 px = 48x4x4 latents" in outcome.out
+    assert read_metrics(tmp_path / "out")[0]["loss"] < 1e-9
+    assert record_of(tmp_path / "out")["vae_scale_factor"] == 16
+
+
+def test_the_mock_teacher_needs_no_files_at_all(train, tmp_path):
+    outcome = train("mock", PRUNED_CONFIG, "--max_steps", 2, "--prompt_cache", tmp_path / "no_cache")
+    assert outcome.code == 0, outcome.err
+    assert set(snapshot(tmp_path / "out")) >= STUDENT_FILES
+    assert not (tmp_path / "no_cache").exists()
+
+
+def test_chosen_layers_are_those_of_the_student(train, teachers, tmp_path):
+    assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, "--layers", "1,2").code == 0
+    assert record_of(tmp_path / "out")["layers"] == [1, 2]
+    report = json.loads((tmp_path / "out" / "projection_report.json").read_text(encoding="utf-8"))
+    assert report["student"]["blocks.0.ffn.net.2.weight"]["source"] == ["blocks.1.ffn.net.2.weight"]
+
+
+def test_prompts_that_are_cut_are_counted(train, teachers):
+    outcome = train(teachers.one, PRUNED_CONFIG | {"text_max_length": 8}, "--guidance_scale", 1, "--max_steps", 1)
+    assert outcome.code == 0, outcome.err
+    assert "Warning: 55 prompts are longer than 8 tokens and were cut" in outcome.out
+
+
+def test_bf16_trains_too(train, teachers, tmp_path):
+    outcome = train(teachers.one, PRUNED_CONFIG, "--dtype", "bf16", "--max_steps", 3)
+    assert outcome.code == 0, outcome.err
+    assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {torch.float32}
+
+
+# ---- reproducible, and as long as asked ----
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(train, teachers, tmp_path):
+    seeds = {"first": 1, "second": 1, "other": 2}
+    for name, seed in seeds.items():
+        flags = ("--seed", seed, "--max_steps", 6, "--lr", 1e-2)
+        assert train(teachers.two, PRUNED_CONFIG, *flags, output_dir=tmp_path / name).code == 0
+    first, second, other = (weights_of(tmp_path / name) for name in seeds)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_seed_is_that_of_the_noise_too(train, teachers, tmp_path):
+    (tmp_path / "one_prompt.txt").write_text("a lighthouse\n", encoding="utf-8")  # whose order cannot differ
+    losses = []
+    for seed in (1, 2):
+        flags = ("--data_path", tmp_path / "one_prompt.txt", "--seed", seed)
+        assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+        losses.append(read_metrics(tmp_path / "out")[0]["loss"])
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    "flags, num_steps",
+    [
+        (("--batch_size", 2), 28),
+        (("--batch-size", 20, "--num-epochs", 2), 6),
+        (("--batch_size", 200), 1),
+        (("--batch_size", 2, "--num_epochs", 9, "--max_steps", 3), 3),
+    ],
+)
+def test_an_epoch_is_every_prompt_once_and_max_steps_overrides_it(train, teachers, tmp_path, flags, num_steps):
+    assert train(teachers.one, PRUNED_CONFIG, "--guidance_scale", 1, *flags).code == 0
+    assert [entry["step"] for entry in read_metrics(tmp_path / "out")] == list(range(1, num_steps + 1))
+    assert record_of(tmp_path / "out")["num_train_steps"] == num_steps
+
+
+# ---- the command line ----
+
+
+def test_the_flags_are_exactly_these_with_these_defaults():
+    defaults = vars(train_distillation.parse_args([]))
+    assert defaults == {name: default for name, _, default in FLAGS}
+
+
+@pytest.mark.parametrize("name, value, default", FLAGS, ids=[name for name, _, _ in FLAGS])
+def test_every_flag_is_taken_with_underscores_and_with_hyphens(name, value, default):
+    teacher = ["--teacher_path", "y"] if name == "teacher_path_low" else []
+    underscored = vars(train_distillation.parse_args([*teacher, f"--{name}", *value]))
+    hyphenated = vars(train_distillation.parse_args([*teacher, f"--{name.replace('_', '-')}", *value]))
+    assert underscored == hyphenated
+    if name != "states":  # has one choice so far
+        assert underscored[name] != default
+    if len(value) == 1:
+        assert underscored == vars(train_distillation.parse_args([*teacher, f"--{name.replace('_', '-')}={value[0]}"]))
+
+
+def test_help_names_every_flag(run_main):
+    outcome = run_main(train_distillation.main, "--help")
+    assert outcome.code == 0
+    assert {name for name, _, _ in FLAGS} <= set(re.findall(r"--(\w+)", outcome.out))
+
+
+# ---- what a run leaves alone ----
+
+
+def test_a_second_run_does_not_load_the_encoder(train, teachers, tmp_path, monkeypatch):
+    from transformers import UMT5EncoderModel
+
+    cache = ("--prompt_cache", tmp_path / "cache", "--max_steps", 1)
+    first = train(teachers.one, PRUNED_CONFIG, *cache)
+    assert first.code == 0 and "Encoding prompts: 56/56" in first.out  # 55 and the negative one
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("the encoder was loaded")
+
+    monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", refuse)
+    second = train(teachers.one, PRUNED_CONFIG, *cache)
+    assert second.code == 0 and "Encoding" not in second.out
+    empty = train(teachers.one, PRUNED_CONFIG, "--prompt_cache", tmp_path / "empty_cache")
+    assert empty.code == 2 and "the encoder was loaded" in empty.err  # the guard does guard
+
+
+def test_a_student_that_was_there_is_moved_aside_intact(train, teachers, tmp_path):
+    folder = tmp_path / "out"
+    assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 2).code == 0
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    before = snapshot(folder)
+    second = train(teachers.one, PRUNED_CONFIG, "--max_steps", 3, "--seed", 1)
+    assert second.code == 0
+    (aside,) = folder.glob("replaced-*")
+    assert str(aside) in second.out
+    assert snapshot(aside) == {name: entry for name, entry in before.items() if name != "notes.txt"}
+    assert snapshot(folder)["notes.txt"] == before["notes.txt"]
+    assert len(read_metrics(folder)) == 3
+
+    assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 1).code == 0
+    assert len(list(folder.glob("replaced-*"))) == 2  # also within the same second
+
+
+# ---- stopped by a person ----
+
+
+def test_a_signal_saves_what_was_learned_and_exits_130(teachers, write_config, tmp_path):
+    config = write_config(PRUNED_CONFIG)
+    folders = {number: tmp_path / number.name for number in (signal.SIGINT, signal.SIGTERM)}
+    running = {
+        number: subprocess.Popen(
+            command(config, teachers, folder, "--max_steps", 1_000_000, "--lr", 1e-3),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        )
+        for number, folder in folders.items()
+    }  # fmt: skip
+    try:
+        for number, process in running.items():
+            wait_for_steps(process, folders[number], 5)
+            os.kill(process.pid, number)
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == 130, f"{number.name}: {err}"
+            assert_saved_after_interruption(folders[number], out, err)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+
+
+def wait_for_steps(process: subprocess.Popen, folder: Path, num_steps: int) -> None:
+    deadline = time.monotonic() + 90
+    while not (folder / "metrics.jsonl").is_file() or (folder / "metrics.jsonl").read_text().count("\n") < num_steps:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "training did not begin"
+        time.sleep(0.05)
+
+
+def assert_saved_after_interruption(folder: Path, out: str, err: str) -> None:
+    assert "Traceback" not in err
+    num_steps = record_of(folder)["num_train_steps"]
+    assert f"Interrupted after {num_steps} steps" in out
+    assert [entry["step"] for entry in read_metrics(folder)] == list(range(1, num_steps + 1))
+    assert set(snapshot(folder)) == STUDENT_FILES | {"metrics.jsonl", "projection_report.json"}
+    student = WanLiteStudent.from_pretrained(folder)
+    assert all(parameter.isfinite().all() for parameter in student.parameters())
+
+
+# ---- not a number ----
+
+
+def assert_stopped_without_a_student(outcome, folder: Path, step: str) -> None:
+    assert outcome.code == 1
+    assert "Traceback" not in outcome.err
+    message = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1
+    assert re.search(step, message[0]), message
+    for cause in ("--lr", "teacher's weights", "--dtype"):
+        assert cause in message[0]
+    assert not STUDENT_FILES & set(snapshot(folder)), "a broken student was saved"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_teacher_with_a_broken_weight_stops_the_run_and_nothing_is_saved(train, teachers, tmp_path, value):
+    broken = tmp_path / "broken"
+    shutil.copytree(teachers.one, broken)
+    path = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["blocks.1.ffn.net.0.proj.bias"][3] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    outcome = train(broken, PRUNED_CONFIG, "--max_steps", 3)
+    assert_stopped_without_a_student(outcome, tmp_path / "out", r"step 1: loss is (nan|inf)")
+
+
+def test_a_learning_rate_that_explodes_stops_the_run_and_nothing_is_saved(train, teachers, tmp_path):
+    outcome = train(teachers.one, PRUNED_CONFIG, "--lr", "1e9")
+    assert_stopped_without_a_student(outcome, tmp_path / "out", r"step \d+")
+
+
+def test_weights_that_break_in_the_very_last_step_are_not_saved(train, teachers, tmp_path):
+    outcome = train(teachers.one, PRUNED_CONFIG, "--lr", "1e9", "--weight_decay", "1e30", "--max_steps", 1)
+    assert outcome.code == 1
+    assert "error: step 1: " in outcome.err and "weights are not finite after it" in outcome.err
+    assert not STUDENT_FILES & set(snapshot(tmp_path / "out")), "a broken student was saved"
+
+
+def test_a_run_that_breaks_leaves_the_student_that_was_there_intact(train, teachers, tmp_path):
+    folder = tmp_path / "out"
+    assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 1).code == 0
+    before = snapshot(folder)
+    assert train(teachers.one, PRUNED_CONFIG, "--lr", "1e9").code == 1
+    (aside,) = folder.glob("replaced-*")
+    assert snapshot(aside) == before

@@ -1,0 +1,372 @@
+"""Mistakes people make: each gives exit 2, one message they can act on, no traceback, and touches nothing.
+
+pytest tests/test_wrong_inputs.py
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, ROOT, snapshot
+from safetensors.torch import load_file, save_file
+from wan_folders import write_transformer_folder
+
+import train_distillation
+from wandistiller.student_config import ConfigError, StudentConfig
+
+
+@pytest.fixture
+def previous(tmp_path):
+    """An output folder in which an earlier run left its student, and a person a note."""
+    from wandistiller import WanLiteStudent
+
+    folder = tmp_path / "out"
+    folder.mkdir()
+    WanLiteStudent(StudentConfig.from_dict(PRUNED_CONFIG)).save_pretrained(folder)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def refused(run_main, write_config, teachers, previous, tmp_path):
+    """Run the trainer with one thing wrong (later flags win) and hold its answer to what is promised."""
+
+    def run(*flags: object, words: list[str], config: object = PRUNED_CONFIG) -> str:
+        before, folders = snapshot(previous), set(previous.rglob("*"))
+        outcome = run_main(
+            train_distillation.main, "--teacher_path", teachers.one, "--student_config", write_config(config),
+            "--data_path", PROMPTS, "--prompt_cache", tmp_path / "cache", "--output_dir", previous, "--device", "cpu",
+            *flags,
+        )  # fmt: skip
+        assert outcome.code == 2, outcome
+        lines = outcome.err.splitlines()
+        assert len(lines) == 1, outcome.err
+        assert lines[0].startswith(("error: ", "train_distillation.py: error: ")), lines[0]
+        missing = [word for word in words if word not in lines[0]]
+        assert not missing, f"{missing} not in: {lines[0]}"
+        assert snapshot(previous) == before and set(previous.rglob("*")) == folders, "the output folder was touched"
+        return lines[0]
+
+    return run
+
+
+# ---- flags ----
+
+FLAGS = {
+    "unknown": (["--epochs", 3], ["--epochs", "--num_epochs"]),
+    "unknown with hyphens": (["--learning-rate", 3], ["--learning_rate"]),
+    "one hyphen": (["-lr", 3], ["-lr", "did you mean --lr?"]),
+    "abbreviated": (["--batch", 3], ["--batch", "--batch_size"]),
+    "stray word": (["outputs"], ["'outputs'", "--flag"]),
+    "no value": (["--lr"], ["--lr"]),
+    "int is a word": (["--batch_size", "four"], ["--batch_size", "'four'", "whole number"]),
+    "int is a fraction": (["--max_steps", "2.5"], ["--max_steps", "'2.5'", "whole number"]),
+    "int is zero": (["--num_epochs", 0], ["--num_epochs", "at least 1"]),
+    "int is negative": (["--seed", -1], ["--seed", "at least 0"]),
+    "int is too large": (["--seed", 2**64], ["--seed", "at most"]),
+    "float is a word": (["--lr", "fast"], ["--lr", "'fast'", "above 0"]),
+    "float is nan": (["--lr", "nan"], ["--lr", "'nan'", "above 0"]),
+    "float is infinite": (["--guidance_scale", "inf"], ["--guidance_scale", "'inf'"]),
+    "float is zero": (["--shift", 0], ["--shift", "above 0"]),
+    "float is negative": (["--max_grad_norm", -0.5], ["--max_grad_norm", "'-0.5'", "above 0"]),
+    "float is negative with exponent": (["--lr", "-1e-5"], ["--lr", "'-1e-5'", "above 0"]),
+    "float is too large": (["--lr", "1e39"], ["--lr", "'1e39'", "at most"]),
+    "boundary above 1": (["--boundary_ratio", 875], ["--boundary_ratio", "at most 1"]),
+    "choice": (["--dtype", "fp16"], ["--dtype", "fp16", "fp32", "bf16"]),
+    "choice of states": (["--states", "trajectory"], ["--states", "noise"]),
+    "sigma_range reversed": (["--sigma_range", 0.9, 0.1], ["--sigma_range", "0.9", "below", "0.1"]),
+    "sigma_range empty": (["--sigma_range", 0.5, 0.5], ["--sigma_range"]),
+    "sigma_range too wide": (["--sigma_range", 0, 1000], ["--sigma_range", "at most 1"]),
+    "sigma_range of one": (["--sigma_range", 0.5], ["--sigma_range", "2"]),
+    "layers malformed": (["--layers", "0;2"], ["--layers", "'0;2'", "0,2,5"]),
+    "layers negative": (["--layers", "-1,2"], ["--layers", "from 0 to 2"]),
+    "layers out of range": (["--layers", "0,3"], ["--layers", "0,3", "from 0 to 2"]),
+    "layers falling": (["--layers", "2,0"], ["--layers", "rising"]),
+    "layers twice": (["--layers", "1,1"], ["--layers", "each once"]),
+    "layers too many": (["--layers", "0,1,2"], ["--layers", "3 layers", "depth=2"]),
+    "device nonsense": (["--device", "gpu"], ["--device", "gpu", "allowed: cpu"]),
+    "device that computes nothing": (["--device", "meta"], ["--device", "meta", "allowed: cpu"]),
+    "device empty": (["--device", ""], ["--device", "allowed: cpu"]),
+    "guidance_scale_2 with one expert": (["--guidance_scale_2", 3], ["--guidance_scale_2", "one expert"]),
+    "boundary_ratio with one expert": (["--boundary_ratio", 0.9], ["--boundary_ratio", "leave the flag out"]),
+    "init_expert low with one expert": (["--init_expert", "low"], ["low", "high"]),
+    "empty output_dir": (["--output_dir", ""], ["--output_dir", "empty"]),
+    "empty teacher_path": (["--teacher_path", " "], ["--teacher_path", "empty"]),
+    "low expert of the mock": (["--teacher_path", "mock", "--teacher_path_low", "x"], ["--teacher_path_low", "mock"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, words", FLAGS.values(), ids=FLAGS)
+def test_a_wrong_flag(refused, flags, words):
+    refused(*flags, words=words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_where_there_is_none(refused, device):
+    refused("--device", device, words=["--device", device, "allowed: cpu"])
+
+
+@pytest.mark.parametrize("place", ["file", "below a file"])
+def test_an_output_dir_that_is_a_file(refused, tmp_path, place):
+    path = tmp_path / "taken"
+    path.write_text("mine", encoding="utf-8")
+    refused(
+        "--output_dir",
+        path / "sub" if place == "below a file" else path,
+        words=["--output_dir", str(path), "is a file"],
+    )
+    assert path.read_text(encoding="utf-8") == "mine"
+
+
+def test_an_output_dir_that_cannot_be_made(refused):
+    refused("--output_dir", "/proc/nowhere", words=["--output_dir", "/proc/nowhere", "cannot be written"])
+
+
+def test_a_new_output_dir_is_not_made_for_a_run_that_cannot_be(refused, tmp_path):
+    refused("--output_dir", tmp_path / "new" / "run", "--layers", "0,9", words=["--layers"])
+    assert not (tmp_path / "new").exists()
+
+
+# ---- student_config.json ----
+
+
+def without(key: str) -> dict:
+    return {name: value for name, value in IDENTITY_CONFIG.items() if name != key}
+
+
+LITE = PRUNED_CONFIG | {"block": "lite", "patch_size": 1, "ffn_dim": 48, "freq_dim": 12, "num_channels": 4}
+CONFIGS = {
+    "broken JSON": ('{"block": "wan",\n "depth": }', ["line 2", "JSON"]),
+    "empty file": ("", ["JSON"]),
+    "a list": ([PRUNED_CONFIG], ["list", "object"]),
+    "unknown key": (PRUNED_CONFIG | {"hiden_size": 1}, ['"hiden_size"', '"hidden_size"']),
+    "missing key": (without("depth"), ["missing", '"depth"']),
+    "null": (PRUNED_CONFIG | {"depth": None}, ["depth", "null"]),
+    "number in quotes": (PRUNED_CONFIG | {"depth": "2"}, ["depth='2'", "whole number"]),
+    "fraction for a whole number": (PRUNED_CONFIG | {"depth": 2.0}, ["depth=2.0", "whole number"]),
+    "true for a number": (PRUNED_CONFIG | {"depth": True}, ["depth=True", "whole number"]),
+    "number for text": (PRUNED_CONFIG | {"block": 1}, ["block=1", "text"]),
+    "zero": (PRUNED_CONFIG | {"depth": 0}, ["depth=0", "above 0"]),
+    "negative": (PRUNED_CONFIG | {"ffn_dim": -4}, ["ffn_dim=-4", "above 0"]),
+    "NaN": (json.dumps(PRUNED_CONFIG).replace("1e-06", "NaN"), ["eps=nan"]),
+    "unknown block": (PRUNED_CONFIG | {"block": "lit"}, ["block='lit'", '"wan"', '"lite"']),
+    "another model": (PRUNED_CONFIG | {"model_type": "WanModel"}, ["model_type", "WanLiteStudent"]),
+    "odd hidden_size": (LITE | {"hidden_size": 13, "ffn_dim": 52, "freq_dim": 13}, ["hidden_size=13", "even", "14"]),
+    "heads do not divide": (PRUNED_CONFIG | {"num_heads": 5}, ["hidden_size=12", "num_heads", "use 10 or 20"]),
+    "heads too small": (PRUNED_CONFIG | {"num_heads": 6}, ["num_heads=6", "heads of 2"]),
+    "image_size": (PRUNED_CONFIG | {"image_size": 100}, ["image_size=100", "use 96 or 112"]),
+    "head_dim of another teacher": (PRUNED_CONFIG | {"hidden_size": 24, "num_heads": 1}, ["hidden_size=24", "num_heads=2", "heads"]),
+    "wider than the teacher": (PRUNED_CONFIG | {"hidden_size": 48, "num_heads": 4}, ["hidden_size=48", "24 or less"]),
+    "deeper than the teacher": (PRUNED_CONFIG | {"depth": 30}, ["depth=30", "3 or less"]),
+    "more neurons than the teacher": (PRUNED_CONFIG | {"ffn_dim": 8960}, ["ffn_dim=8960", "40 or less"]),
+    "lite of other channels": (LITE, ["num_channels=4", 'edit the line to "num_channels": 16']),
+    "other text width": (PRUNED_CONFIG | {"text_encoder_output_dim": 4096}, ['edit the line to "text_encoder_output_dim": 20']),
+    "other patches": (PRUNED_CONFIG | {"patch_size": 4}, ['edit the line to "patch_size": 2']),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config, words", CONFIGS.values(), ids=CONFIGS)
+def test_a_wrong_config(refused, config, words):
+    file_name = [] if is_valid_alone(config) else ["config.json"]
+    refused(config=config, words=[*file_name, *words])
+
+
+def is_valid_alone(config: object) -> bool:
+    """Whether only this teacher makes it wrong; the message then names the key, and there is one flag for the file."""
+    try:
+        return isinstance(config, dict) and bool(StudentConfig.from_dict(config))
+    except ConfigError:
+        return False
+
+
+def test_a_config_that_is_not_there(refused, tmp_path):
+    refused("--student_config", tmp_path / "nowhere.json", words=["nowhere.json", "no such file", "config/"])
+
+
+def test_a_config_that_is_not_text(refused, tmp_path):
+    (tmp_path / "weights.json").write_bytes(b"\xff\xfe\x00\x01")
+    refused("--student_config", tmp_path / "weights.json", words=["weights.json", "UTF-8"])
+
+
+def test_an_image_size_that_does_not_fit_the_real_vae(refused, teachers, tmp_path):
+    folder = tmp_path / "coarse"
+    shutil.copytree(teachers.one, folder)
+    edit_json(folder / "vae" / "config.json", scale_factor_spatial=16)
+    refused(
+        "--teacher_path",
+        folder,
+        config=PRUNED_CONFIG | {"image_size": 48},
+        words=["image_size=48", "VAE factor 16", "32 or 64"],
+    )
+
+
+# ---- prompts ----
+
+PROMPT_FILES = {
+    "empty": (b"", ["no prompt"]),
+    "only comments": (b"# one\n\n   \n# two\n", ["no prompt", "#"]),
+    "latin-1": ("a tree\na café\n".encode("latin-1"), ["line 2", "0xE9", "UTF-8"]),
+    "UTF-16": ("a tree\n".encode("utf-16"), ["UTF-16", "UTF-8"]),
+    "UTF-16 without mark": ("a tree\n".encode("utf-16-le"), ["line 1", "UTF-16"]),
+    "binary": (b"\x89PNG\r\n\x1a\n\x00\x00", ["line 1", "UTF-8"]),
+}
+
+
+@pytest.mark.parametrize("content, words", PROMPT_FILES.values(), ids=PROMPT_FILES)
+def test_a_wrong_prompts_file(refused, tmp_path, content, words):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    refused("--data_path", path, words=[str(path), *words])
+
+
+def test_prompts_that_are_not_there_or_a_folder(refused, tmp_path):
+    refused("--data_path", tmp_path / "nowhere.txt", words=["nowhere.txt", "No such file", "one prompt a line"])
+    refused("--data_path", tmp_path, words=[str(tmp_path), "directory", "one prompt a line"])
+
+
+# ---- teachers ----
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def drop_a_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors["blocks.1.attn1.to_q.weight"]
+    save_file(tensors, path)
+
+
+def only_a_pickle(path: Path) -> None:
+    path.rename(path.with_name("diffusion_pytorch_model.bin"))
+
+
+# What happens to the transformer's file or to a JSON file of a good pipeline folder, and what the message must say.
+DAMAGES = {
+    "truncated weights": (truncate, None, ["diffusion_pytorch_model.safetensors", "whole"]),
+    "empty weights": (lambda path: path.write_bytes(b""), None, ["diffusion_pytorch_model.safetensors", "whole"]),
+    "a tensor is missing": (drop_a_tensor, None, ["blocks.1.attn1.to_q.weight", "missing"]),
+    "only a pickle": (only_a_pickle, None, ["diffusion_pytorch_model.bin", "pickle", "safetensors"]),
+    "no weights": (Path.unlink, None, ["transformer", ".safetensors"]),
+    "config says another depth": ({"num_layers": 7}, "transformer/config.json", ["depth 7", "have 3"]),
+    "config says other heads": ({"num_attention_heads": 5}, "transformer/config.json", ["hidden_size 60", "have 24"]),
+    "image to video by its config": ({"image_dim": 1280}, "transformer/config.json", ["image-to-video", "text-to-video"]),
+    "image to video by its pipeline": ({"_class_name": "WanImageToVideoPipeline"}, "model_index.json", ["image-to-video"]),
+    "another pipeline": ({"_class_name": "FluxPipeline"}, "model_index.json", ["FluxPipeline", "Wan"]),
+    "encoder is no UMT5": ({"model_type": "t5"}, "text_encoder/config.json", ["'t5'", "umt5"]),
+    "encoder of another width": ({"d_model": 32}, "text_encoder/config.json", ["width 32", "take 20", "--text_encoder_path"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, name, words", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_or_other_teacher(refused, teachers, tmp_path, damage, name, words):
+    folder = tmp_path / "damaged"
+    shutil.copytree(teachers.one, folder)
+    if name is None:
+        damage(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    else:
+        edit_json(folder / name, **damage)
+    refused("--teacher_path", folder, words=[str(folder), *words])
+
+
+@pytest.mark.parametrize("part", ["text_encoder/model.safetensors", "tokenizer/tokenizer.json"])
+def test_a_damaged_text_encoder(refused, teachers, tmp_path, part):
+    folder = tmp_path / "damaged"
+    shutil.copytree(teachers.one, folder)
+    truncate(folder / part)
+    refused("--teacher_path", folder, words=[str(folder / part).rsplit("/", 1)[0]])
+
+
+def test_a_teacher_that_is_not_there(refused, tmp_path):
+    refused("--teacher_path", tmp_path / "nowhere", words=["nowhere", "no such file or folder", "diffusers", "mock"])
+
+
+def test_an_empty_folder_as_teacher(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused("--teacher_path", tmp_path / "empty", words=[str(tmp_path / "empty"), ".safetensors"])
+
+
+def test_a_safetensors_file_of_something_else(refused, tmp_path):
+    save_file({"linear.weight": torch.zeros(4, 4)}, tmp_path / "alien.safetensors")
+    refused("--teacher_path", tmp_path / "alien.safetensors", words=["alien.safetensors", "no Wan transformer"])
+
+
+def test_a_pickle_as_teacher(refused, tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "model.pth")
+    refused("--teacher_path", tmp_path / "model.pth", words=["model.pth", ".safetensors"])
+
+
+def test_a_missing_shard(refused, teachers, tmp_path):
+    write_transformer_folder(tmp_path / "sharded", max_shard_size="60KB")
+    shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 1
+    shards[-1].unlink()
+    flags = ("--teacher_path", tmp_path / "sharded", "--text_encoder_path", teachers.one)
+    refused(*flags, words=[str(tmp_path / "sharded"), shards[-1].name, "missing"])
+
+
+def test_a_hub_id_without_network(refused):
+    hub_id = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+    refused("--teacher_path", hub_id, words=[hub_id, "hub", "cannot be reached", "local copy"])
+
+
+def test_a_student_as_teacher(refused, previous):
+    refused("--teacher_path", previous, words=[str(previous), "is a student"])
+
+
+def test_a_low_expert_of_another_shape(refused, teachers, tmp_path):
+    write_transformer_folder(tmp_path / "low", layers=2)
+    refused("--teacher_path_low", tmp_path / "low", words=["differ in shape"])
+
+
+@pytest.mark.parametrize("layout", ["single_file", "original"])
+def test_a_teacher_without_a_text_encoder_says_which_folder_is_wanted(refused, teachers, layout):
+    width = {"hidden_size": 128} if layout == "single_file" else {}
+    words = ["--text_encoder_path", "text_encoder/", "tokenizer/", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
+    refused("--teacher_path", getattr(teachers, layout), config=PRUNED_CONFIG | width, words=words)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_text_encoder_path_that_holds_none(refused, tmp_path, exists):
+    folder = tmp_path / "encoder"
+    if exists:
+        folder.mkdir()
+    refused("--text_encoder_path", folder, words=[str(folder), "--text_encoder_path", "text_encoder/", "tokenizer/"])
+
+
+def test_a_prompt_cache_that_is_a_file(refused, tmp_path):
+    (tmp_path / "taken").write_text("mine", encoding="utf-8")
+    refused("--prompt_cache", tmp_path / "taken", words=["taken", "--prompt_cache"])
+
+
+# ---- the same from the shell ----
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--num-epoch", "3"], ["--num_epoch", "did you mean --num_epochs?"]),
+        (["--student_config", "nowhere.json"], ["nowhere.json", "no such file"]),
+        (["--data_path", str(ROOT)], [str(ROOT), "directory"]),
+        (["--teacher_path", "nowhere/at/all"], ["nowhere/at/all", "no such file or folder"]),
+    ],
+)
+def test_a_mistake_from_the_shell(tmp_path, previous, flags, words):
+    before = snapshot(previous)
+    defaults = ["--student_config", ROOT / "config" / "demo_student_config.json", "--data_path", PROMPTS]
+    argv = [sys.executable, ROOT / "train_distillation.py", *defaults, "--output_dir", previous, *flags]
+    done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    (message,) = done.stderr.splitlines()
+    assert "error: " in message and all(word in message for word in words), message
+    assert snapshot(previous) == before
