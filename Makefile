@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := wandistiller tools $(wildcard *.py)
+SOURCES := wandistiller $(wildcard *.py)
 
 .PHONY: demo test test-all lint clean
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import FlagParser, int_list, run_command
+from wandistiller.command_line import FlagParser, int_list, path, run_command
 from wandistiller.student_config import StudentConfig
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
@@ -106,8 +106,8 @@ class ProjectionReport:
         """Write the whole report to projection_report.json in `folder`."""
         from wandistiller.atomic import atomic_path
 
-        with atomic_path(Path(folder) / REPORT_NAME) as path:
-            path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        with atomic_path(Path(folder) / REPORT_NAME) as file:
+            file.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
 
 def project_teacher(
@@ -177,6 +177,8 @@ def open_teacher(
         return teacher_path
     if str(teacher_path) != "mock":
         return open_checkpoint(teacher_path, low_noise_path)
+    if low_noise_path is not None:
+        raise UserError("--teacher_path_low belongs to a --teacher_path with the high-noise expert, not to mock")
     if config is None:
         raise UserError("the mock teacher is made around a student's shape; give --student_config")
     return mock_checkpoint(config)
@@ -303,12 +305,14 @@ def _report_teacher(
 def parse_args(argv: list[str] | None = None):
     parser = FlagParser("projection_mapper.py", "Project a Wan teacher to a 2D student, and say what it inherited.")
     group = parser.group("Input")
-    group.flag("--teacher_path", required=True, help="folder, .safetensors file, hub id, or mock")
-    group.flag("--teacher_path_low", help="the low-noise expert, where the two are two files")
-    group.flag("--student_config", help="student_config.json; without it the teacher's own shape is kept")
+    group.flag("--teacher_path", required=True, type=path, help="folder, .safetensors file, hub id, or mock")
+    group.flag("--teacher_path_low", type=path, help="the low-noise expert, where the two are two files")
+    group.flag("--student_config", type=path, help="student_config.json; without it the teacher's own shape is kept")
     group.flag("--expert", choices=["high", "low"], default="high", help="which expert of a two-expert teacher")
     group.flag("--layers", type=int_list, help="teacher layer of each student block, e.g. 0,2,5,7")
-    parser.group("Output").flag("--output_dir", required=True, help="folder for the student and projection_report.json")
+    parser.group("Output").flag(
+        "--output_dir", required=True, type=path, help="folder for the student and projection_report.json"
+    )
     return parser.parse(argv)
 
 
@@ -322,11 +326,12 @@ def main(argv: list[str] | None = None) -> None:
 
     checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
     if config is not None:
-        check_fits(checkpoint.expert(args.expert).config, config, args.layers)
+        check_fits(checkpoint.expert(args.expert).config, config, args.layers, args.student_config)
     folder = prepare_output_folder(args.output_dir)
     student, report = project_teacher(checkpoint, config, args.expert, layers=args.layers)
     print(report.summary())
-    set_aside_previous_student(folder)
+    if aside := set_aside_previous_student(folder):
+        print(f"The student that was in {folder} is now in {aside}")
     student.save_pretrained(folder)
     report.save(folder)
     print(f"Saved to {folder}: student_config.json, diffusion_model.safetensors, {REPORT_NAME}")

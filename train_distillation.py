@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.flag("--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
 
     model = parser.group("Student")
-    model.flag("--student_config", "shape of the student", "config/student_config.json", type=path)
+    model.flag("--student_config", "shape of the student", "config/demo_student_config.json", type=path)
     model.flag(
         "--init_expert",
         "the expert that initialises the student, of a two-expert teacher",
@@ -99,13 +99,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--dtype", "of matrix products and of the teacher's weights (bf16 on cuda, else fp32)", choices=["fp32", "bf16"]
     )
 
-    parser.group("Output").flag("--output_dir", "folder for the student", "outputs/student", type=path)
+    parser.group("Output").flag("--output_dir", "folder for the student", "outputs/demo", type=path)
 
     args = parser.parse(argv)
     if args.sigma_range[0] >= args.sigma_range[1]:
         parser.error(f"argument --sigma_range: LOW {args.sigma_range[0]} must be below HIGH {args.sigma_range[1]}")
-    if args.teacher_path == "mock" and args.teacher_path_low:
-        parser.error("argument --teacher_path_low: belongs to a --teacher_path with the high-noise expert, not to mock")
     args.sigma_range = tuple(args.sigma_range)
     return args
 
@@ -117,7 +115,7 @@ def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tu
     from wandistiller.teacher import resolve_settings
 
     checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
-    check_fits(checkpoint.expert(args.init_expert).config, config, args.layers)
+    check_fits(checkpoint.expert(args.init_expert).config, config, args.layers, args.student_config)
     settings = resolve_settings(
         checkpoint,
         shift=args.shift,

@@ -33,7 +33,7 @@ FLAGS = [
     ("text_encoder_path", ["x"], None),
     ("data_path", ["x"], "data/static_prompts.txt"),
     ("prompt_cache", ["x"], "outputs/prompt_cache"),
-    ("student_config", ["x"], "config/student_config.json"),
+    ("student_config", ["x"], "config/demo_student_config.json"),
     ("init_expert", ["low"], "high"),
     ("layers", ["0,2,5"], None),
     ("guidance_scale", ["4"], None),
@@ -52,7 +52,7 @@ FLAGS = [
     ("seed", ["7"], 0),
     ("device", ["cpu"], None),
     ("dtype", ["bf16"], None),
-    ("output_dir", ["x"], "outputs/student"),
+    ("output_dir", ["x"], "outputs/demo"),
 ]
 
 

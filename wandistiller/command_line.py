@@ -110,7 +110,7 @@ def run_command(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except KeyboardInterrupt:
-        print("interrupted before training began; nothing was saved", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if not hasattr(error, "exit_code"):

@@ -6,32 +6,37 @@ from pathlib import Path
 from wandistiller.errors import UserError
 
 METRICS_NAME = "metrics.jsonl"
-_OF_A_RUN = ["student_config.json", "diffusion_model.safetensors", "projection_report.json", METRICS_NAME]
+_OF_A_RUN = [
+    "student_config.json",
+    "diffusion_model.safetensors",
+    "projection_report.json",
+    METRICS_NAME,
+    "evaluation.json",
+    "teacher_vs_student.png",
+]
 
 
-def check_output_folder(path: str | Path) -> Path:
-    """Refuse a path that cannot become a folder, without creating anything."""
+def check_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
+    """Refuse a path that cannot become a folder, without creating anything; errors name `flag`."""
     folder = Path(path)
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise UserError(f"--output_dir {folder}: {existing} is a file; give a folder")
+        raise UserError(f"{flag} {folder}: {existing} is a file; give a folder")
     return folder
 
 
-def prepare_output_folder(path: str | Path) -> Path:
+def prepare_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
     """Create the folder and prove that it can be written to."""
-    folder = check_output_folder(path)
+    folder = check_output_folder(path, flag)
     probe = folder / ".write_test"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"--output_dir {folder}: cannot be written to ({error.strerror}); give another folder"
-        ) from None
+        raise UserError(f"{flag} {folder}: cannot be written to ({error.strerror}); give another folder") from None
     return folder
 
 

@@ -10,12 +10,13 @@ An axis is a named index set used wherever that axis occurs, so that what is cut
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from wandistiller.student_config import ConfigError, StudentConfig
+from wandistiller.student_config import CONFIG_NAME, ConfigError, StudentConfig
 
 
 class TransformerTensors(Protocol):
@@ -43,12 +44,23 @@ def spread_layers(teacher_depth: int, depth: int) -> list[int]:
     return torch.linspace(0, teacher_depth - 1, depth, dtype=torch.float64).round().long().tolist()
 
 
-def check_fits(teacher: StudentConfig, student: StudentConfig, layers: list[int] | None = None) -> None:
+def check_fits(
+    teacher: StudentConfig, student: StudentConfig, layers: list[int] | None = None, where: str | Path = CONFIG_NAME
+) -> None:
     """Refuse a student that is no part of this teacher, by the first key that does not fit and what would.
 
     Raises:
-        ConfigError: names key, value, the teacher's value and the nearest valid choice.
+        ConfigError: names `where`, key, value, the teacher's value and the nearest valid choice.
     """
+    try:
+        _check_shape_fits(teacher, student)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if layers is not None:
+        _check_layers(layers, teacher.depth, student.depth)
+
+
+def _check_shape_fits(teacher: StudentConfig, student: StudentConfig) -> None:
     for key in ("num_channels", "text_encoder_output_dim"):
         ours, theirs = getattr(student, key), getattr(teacher, key)
         if ours != theirs:
@@ -61,8 +73,6 @@ def check_fits(teacher: StudentConfig, student: StudentConfig, layers: list[int]
             raise ConfigError(f"{key}={ours} is more than the teacher's {theirs}; use {theirs} or less")
     if student.block == "wan":
         _check_wan_fits(teacher, student)
-    if layers is not None:
-        _check_layers(layers, teacher.depth, student.depth)
 
 
 def _check_wan_fits(teacher: StudentConfig, student: StudentConfig) -> None:

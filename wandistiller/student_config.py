@@ -192,6 +192,8 @@ class StudentConfig:
             raise ConfigError(
                 f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
             ) from None
+        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+            raise ConfigError(f"{path}: not usable JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: holds a {type(values).__name__}; it must hold one JSON object {{...}}")
         return cls.from_dict(values, str(path))

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from wandistiller.student_config import StudentConfig
 from wandistiller.wan_transformer import (
     LAYOUTS,
+    LOCAL_LAYOUTS,
     REFUSED_CLASSES,
     CheckpointError,
     WanTransformer,
@@ -59,7 +60,11 @@ def _weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob(f"{WEIGHTS}*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
-        only = f"; {pickled[0].name} is a pickle, which is never opened: get the safetensors version" if pickled else ""
+        only = (
+            f"; {pickled[0].name} is a pickle, which is never opened: get the safetensors version"
+            if pickled
+            else f"; allowed: {LAYOUTS}"
+        )
         raise CheckpointError(f"{folder}: holds no .safetensors weights{only}")
     return [path for path in files if path.name == f"{WEIGHTS}.safetensors"] or files
 
@@ -135,14 +140,15 @@ def find_text_encoder(path: str | Path) -> tuple[Path, Path]:
     """Encoder and tokenizer folders from `--text_encoder_path`: a pipeline folder, a hub id, or the encoder folder itself."""
     folder = Path(path)
     if not folder.exists() and _HUB_ID.fullmatch(str(path)):
-        folder = _fetch(str(path), ["text_encoder/*", "tokenizer/*"])
+        folder = _fetch(str(path), ["text_encoder/*", "tokenizer/*"], "a local folder with text_encoder/ and tokenizer/")
     if (folder / "text_encoder").is_dir():
         return folder / "text_encoder", folder / "tokenizer"
     if (folder / "config.json").is_file():
         beside = folder.parent / "tokenizer"
         return folder, beside if beside.is_dir() else folder
+    what = "holds no text encoder" if folder.exists() else "there is no such folder"
     raise CheckpointError(
-        f"{path}: holds no text encoder; --text_encoder_path takes a folder with text_encoder/ and tokenizer/, "
+        f"{path}: {what}; --text_encoder_path takes a folder with text_encoder/ and tokenizer/, "
         f"such as a copy of {TEXT_ENCODER_SOURCE} (only these two folders are needed)"
     )
 
@@ -226,8 +232,8 @@ _TRANSFORMER_FILES = [
 ]
 
 
-def _fetch(repo_id: str, patterns: list[str]) -> Path:
-    """Fetch (or find in the hub's cache) only these files of a hub repository."""
+def _fetch(repo_id: str, patterns: list[str], local: str) -> Path:
+    """Fetch (or find in the hub's cache) only these files of a hub repository; `local` is what to give instead."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -246,7 +252,7 @@ def _fetch(repo_id: str, patterns: list[str]) -> Path:
     except (HfHubHTTPError, HTTPError, IncompleteSnapshotError, OSError) as error:
         reason = f"the hub cannot be reached and it is not in the local cache ({type(error).__name__})"
     raise CheckpointError(
-        f"{repo_id}: is no file or folder here, and as a hub id: {reason}. What works without the hub: a local copy as {LAYOUTS}"
+        f"{repo_id}: is no file or folder here, and as a hub id: {reason}. What works without the hub: {local}"
     )
 
 
@@ -278,7 +284,7 @@ def open_checkpoint(teacher_path: str | Path, low_noise_path: str | Path | None 
     elif path.is_dir():
         checkpoint = _open_folder(path, location)
     elif _HUB_ID.fullmatch(location):
-        checkpoint = _open_folder(_fetch(location, _TRANSFORMER_FILES), location)
+        checkpoint = _open_folder(_fetch(location, _TRANSFORMER_FILES, f"a local copy as {LOCAL_LAYOUTS}, or mock"), location)
         checkpoint._find_text_encoder = lambda: find_text_encoder(location)
     else:
         raise CheckpointError(f"{location}: there is no such file or folder; allowed: {LAYOUTS}")

@@ -19,10 +19,20 @@ from wandistiller.wan_names import other_wan_kind, to_canonical, uses_original_n
 WAN_HEAD_DIM = 128
 OWN_SHAPE_IMAGE_SIZE = 512  # a checkpoint names no image size; any that fills whole patches behind both VAEs will do
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-LAYOUTS = (
+LOCAL_LAYOUTS = (
     "a diffusers pipeline folder (model_index.json), its transformer folder, an original Wan folder (config.json + "
-    "diffusion_pytorch_model*.safetensors, or high_noise_model/ and low_noise_model/), one .safetensors file, a hub id, or mock"
+    "diffusion_pytorch_model*.safetensors, or high_noise_model/ and low_noise_model/), one .safetensors file"
 )
+LAYOUTS = f"{LOCAL_LAYOUTS}, a hub id, or mock"
+# The names of a StudentConfig's dimensions in diffusers' and in the original's config.json.
+_CONFIG_KEYS = {
+    "hidden_size": ("dim",),
+    "depth": ("num_layers",),
+    "ffn_dim": ("ffn_dim",),
+    "num_channels": ("in_channels", "in_dim"),
+    "text_encoder_output_dim": ("text_dim",),
+    "freq_dim": ("freq_dim",),
+}
 REFUSED_CLASSES = {
     "WanImageToVideoPipeline": "an image-to-video (I2V)",
     "WanVACEPipeline": "a VACE (editing)",
@@ -249,16 +259,19 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
         refuse_kind(f"an image-conditioned ({in_channels} input channels)", where)
     depth = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name)))
     found = {
-        "hidden_size": (hidden_size, _hidden_size_setting(settings)),
-        "depth": (depth, first_setting(settings, "num_layers")),
-        "ffn_dim": (ffn_dim, first_setting(settings, "ffn_dim")),
-        "num_channels": (in_channels, first_setting(settings, "in_channels", "in_dim")),
-        "text_encoder_output_dim": (text_dim, first_setting(settings, "text_dim")),
-        "freq_dim": (freq_dim, first_setting(settings, "freq_dim")),
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "ffn_dim": ffn_dim,
+        "num_channels": in_channels,
+        "text_encoder_output_dim": text_dim,
+        "freq_dim": freq_dim,
     }
-    for name, (from_tensors, from_config) in found.items():
+    for name, from_tensors in found.items():
+        from_config, keys = _config_value(settings, name)
         if from_config not in (None, from_tensors):
-            raise CheckpointError(f"{where}: config.json says {name} {from_config}, the tensors have {from_tensors}")
+            raise CheckpointError(
+                f"{where}: config.json says {name} {from_config} ({keys}), the tensors have {from_tensors}"
+            )
     try:
         return StudentConfig(
             block="wan",
@@ -266,17 +279,21 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
             patch_size=kernel[1],
             image_size=OWN_SHAPE_IMAGE_SIZE,
             eps=first_setting(settings, "eps") or 1e-6,
-            **{name: from_tensors for name, (from_tensors, _) in found.items()},
+            **found,
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: the transformer's shape cannot work: {error}") from None
 
 
-def _hidden_size_setting(settings: dict) -> int | None:
-    if "dim" in settings:
-        return settings["dim"]
-    heads, head_dim = settings.get("num_attention_heads"), settings.get("attention_head_dim")
-    return heads * head_dim if heads and head_dim else None
+def _config_value(settings: dict, name: str) -> tuple[int | None, str]:
+    """What config.json says of a dimension (None: nothing), and the key it has there."""
+    if name == "hidden_size" and "dim" not in settings:
+        heads, head_dim = settings.get("num_attention_heads"), settings.get("attention_head_dim")
+        return heads * head_dim if heads and head_dim else None, "num_attention_heads x attention_head_dim"
+    for key in _CONFIG_KEYS[name]:
+        if settings.get(key) is not None:
+            return settings[key], key
+    return None, ""
 
 
 def _num_heads(hidden_size: int, settings: dict, where: Path) -> int:

@@ -39,7 +39,8 @@ SPECK_AREA = 14 / 64**2  # of the picture; smaller blobs are noise
 SMALL_EXTENT = (0.16, 0.30)  # of the picture's width
 LARGE_EXTENT = (0.30, 0.48)
 PLACE_TOLERANCE = 0.11  # of the picture's width, from the place's centre
-MIN_OUTLINE_MATCH = 0.75  # intersection over union with the ideal outline
+MIN_OUTLINE_MATCH = 0.66  # intersection over union with the ideal outline; in small ones each pixel counts
+MIN_OUTLINE_LEAD = 0.04  # over the second best outline
 
 _OBJECT = re.compile(
     rf"\b(?:(?P<size>{'|'.join(SIZE_WORDS)}) )?(?P<colour>{'|'.join(OBJECT_RGB)}) (?P<shape>{'|'.join(SHAPES)})\b"
@@ -148,8 +149,9 @@ def _outline(solid: np.ndarray) -> str | None:
         "ring": (radius <= 1) & (radius >= 0.48),
     }
     match = {name: (solid & ideal).sum() / (solid | ideal).sum() for name, ideal in ideals.items()}
-    name = max(match, key=match.get)
-    return name if match[name] >= MIN_OUTLINE_MATCH else None
+    second, best = sorted(match, key=match.get)[-2:]
+    is_clear = match[best] >= MIN_OUTLINE_MATCH and match[best] - match[second] >= MIN_OUTLINE_LEAD
+    return best if is_clear else None
 
 
 def _pixel_centres(count: int) -> np.ndarray:

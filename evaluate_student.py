@@ -1,0 +1,350 @@
+"""Hold a student against its teacher on prompts it was not trained on: a table, evaluation.json, teacher_vs_student.png.
+
+    python evaluate_student.py --student outputs/demo --prompts_file data/demo_heldout_prompts.txt --num_prompts 100
+
+Both draw from the same noise with the teacher's recorded shift and guidance; wandistiller/evaluation.py defines every measure.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wandistiller.command_line import FlagParser, number, path, run_command
+from wandistiller.errors import UserError
+from wandistiller.output_folder import check_output_folder, prepare_output_folder
+from wandistiller.prompts import load_prompts
+from wandistiller.student_config import StudentConfig
+from wandistiller.student_folder import (
+    check_is_teacher,
+    check_size,
+    embed_with_negative,
+    find_recorded_encoder,
+    load_student_config,
+    recorded_settings,
+    teacher_paths,
+)
+
+if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
+    import numpy as np
+    from torch import Tensor
+
+    from wandistiller.prompt_embeds import PromptEmbeds
+    from wandistiller.sampling import SamplingOptions, VelocityField
+    from wandistiller.teacher import Teacher, TeacherSettings
+
+EVALUATION_NAME = "evaluation.json"
+PICTURE_NAME = "teacher_vs_student.png"
+NUM_COLUMNS = 8  # prompts in the picture
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = FlagParser(
+        "evaluate_student.py",
+        "Hold a student against its teacher on held-out prompts. Flags are accepted with underscores or hyphens.",
+        "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted, 1 anything else.",
+    )
+    model = parser.group("Model")
+    model.flag(
+        "--student", "folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path
+    )
+    model.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
+    model.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
+    model.flag(
+        "--text_encoder_path",
+        "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",
+        type=path,
+    )
+    model.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path)
+
+    prompts = parser.group("Prompts")
+    prompts.flag("--prompts_file", "text file, one prompt a line, none of them trained on", required=True, type=path)
+    prompts.flag("--num_prompts", "how many of them, from the first", 32, type=number(int, low=1))
+    prompts.flag(
+        "--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path
+    )
+
+    sampling = parser.group("Sampling")
+    sampling.flag("--num_seeds", "pictures of each prompt", 2, type=number(int, low=1))
+    sampling.flag("--seed", "of the first noise", 0, type=number(int, low=0, high=2**62))
+    sampling.flag("--num_inference_steps", "steps of the sampler (as recorded)", type=number(int, low=1, high=1000))
+
+    performance = parser.group("Performance")
+    performance.flag("--batch_size", "pictures drawn at once", 16, type=number(int, low=1))
+    performance.flag("--device", "cpu, cuda, cuda:1, ... (cuda if there is one)")
+    performance.flag("--dtype", "of matrix products (bf16 on cuda, else fp32)", choices=["fp32", "bf16"])
+
+    parser.group("Output").flag(
+        "--output", f"folder for {EVALUATION_NAME} and {PICTURE_NAME} (the student's own)", type=path
+    )
+
+    args = parser.parse(argv)
+    args.output = args.output or args.student
+    return args
+
+
+@dataclass
+class Experiment:
+    """Both velocity fields and everything they draw from."""
+
+    student: "Teacher"
+    teacher: "Teacher"
+    embeds: "PromptEmbeds"
+    prompts: list[str]  # of each sample
+    prompt_indices: list[int]
+    noise: "Tensor"
+    options: "SamplingOptions"
+    settings: "TeacherSettings"
+    vae: object
+    num_seeds: int
+    batch_size: int
+
+    def draw(self, name: str, field: "VelocityField", num_inference_steps: int) -> "Tensor":
+        """Latents of every sample, with a bar on a terminal and a line when done."""
+        from dataclasses import replace
+
+        from tqdm import tqdm
+
+        from wandistiller.sampling import sample_in_batches
+
+        options = replace(self.options, num_inference_steps=num_inference_steps)
+        start = time.perf_counter()
+        with tqdm(total=len(self.noise), desc=name, disable=None, leave=False) as bar:
+            latents = sample_in_batches(
+                field, self.noise, self.embeds, self.prompt_indices, options, self.batch_size, bar.update
+            )
+        print(f"{name}: {len(latents)} pictures, {time.perf_counter() - start:.1f} s", flush=True)
+        return latents
+
+    def decode(self, latents: "Tensor") -> "np.ndarray":
+        import numpy as np
+
+        from wandistiller.pictures import decode
+
+        parts = latents.split(self.batch_size)
+        return np.concatenate(
+            [decode(self.vae, part, self.settings.latents_mean, self.settings.latents_std) for part in parts]
+        )
+
+
+def world_judge_of(checkpoint, prompts: list[str]):
+    """The judge of the world that the checkpoint names, or None; prompts it cannot read are refused before any work."""
+    if checkpoint.record.get("world") != "shapes":
+        return None
+    from wandistiller import world_judge
+
+    for prompt in prompts:
+        try:
+            world_judge.read_prompt(prompt)
+        except ValueError as err:
+            raise UserError(f"--prompts_file: {err}; this teacher is judged on prompts of its own world") from None
+    return world_judge.judge
+
+
+def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str]):
+    """The experiment and the judge; every file is checked before a weight is read."""
+    from projection_mapper import open_teacher, project_experts
+    from wandistiller.device import pick_device, pick_dtype
+    from wandistiller.evaluation import sample_plan
+    from wandistiller.pictures import find_vae, load_vae
+    from wandistiller.sampling import SamplingOptions, seeded_noise, student_field
+    from wandistiller.student import WanLiteStudent
+    from wandistiller.teacher import Teacher
+
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    settings = recorded_settings(config)
+    teacher_path, low_noise_path = teacher_paths(config, args.teacher_path, args.teacher_path_low)
+    checkpoint = open_teacher(teacher_path, config, low_noise_path)
+    check_is_teacher(checkpoint.config, config, teacher_path)
+    check_size("the student's image_size", config.image_size, config, checkpoint.config.patch_size)
+    vae_location = find_vae(args.vae_path, teacher_path)
+    encoder = find_recorded_encoder(config, args.text_encoder_path, teacher_path)
+    judge = world_judge_of(checkpoint, prompts)
+    vae = load_vae(*vae_location, config.num_channels, config.vae_scale_factor, device)
+
+    negative_prompt = settings.negative_prompt if settings.uses_guidance else None
+    embeds, negative = embed_with_negative(prompts, negative_prompt, encoder, config, args.prompt_cache, device)
+    prompt_indices, seeds = sample_plan(len(prompts), args.num_seeds, args.seed)
+    experiment = Experiment(
+        student=student_field(WanLiteStudent.from_pretrained(args.student, device), settings),
+        teacher=Teacher(project_experts(checkpoint, config.text_max_length, dtype, device), settings, negative),
+        embeds=embeds,
+        prompts=[prompts[index] for index in prompt_indices],
+        prompt_indices=prompt_indices,
+        noise=seeded_noise(seeds, (config.num_channels, config.latent_size, config.latent_size)),
+        options=SamplingOptions(
+            shift=settings.shift,
+            num_inference_steps=args.num_inference_steps or settings.num_inference_steps,
+            compute_dtype=dtype,
+            device=device,
+        ),
+        settings=settings,
+        vae=vae,
+        num_seeds=args.num_seeds,
+        batch_size=args.batch_size,
+    )
+    return experiment, judge
+
+
+def measure(experiment: Experiment, judge) -> "tuple[dict, np.ndarray, np.ndarray]":
+    """All measures as JSON values, and the pictures of teacher and student."""
+    from wandistiller import evaluation
+
+    steps = experiment.options.num_inference_steps
+    recorded = evaluation.RecordedErrors(experiment.teacher, experiment.student)
+    latents_teacher = experiment.draw(f"teacher and student's velocity, {steps} steps", recorded, steps)
+    latents_student = experiment.draw(f"student, {steps} steps", experiment.student, steps)
+    pictures_teacher, pictures_student = experiment.decode(latents_teacher), experiment.decode(latents_student)
+    error = evaluation.endpoint_error(latents_student, latents_teacher)
+    results = {
+        "velocity_error": {
+            "mean": float(recorded.errors.mean()),
+            "by_sigma": evaluation.bucket_means(recorded.sigmas, recorded.errors),
+        },
+        "endpoint": {
+            "latent_relative_error": error,
+            "psnr_db": statistics.fmean(evaluation.psnr(pictures_student, pictures_teacher)),
+            "ssim": statistics.fmean(evaluation.ssim(pictures_student, pictures_teacher)),
+        },
+        "teacher_at_fewer_steps": measure_fewer_steps(experiment, latents_teacher, error),
+        **compare_hidden(experiment, (latents_student, latents_teacher), (pictures_student, pictures_teacher)),
+    }
+    if judge is not None:
+        both = [evaluation.accuracy(part, experiment.prompts, judge) for part in (pictures_student, pictures_teacher)]
+        results["accuracy"] = {
+            "student": both[0],
+            "teacher": both[1],
+            "ratio": evaluation.ratio(both[0]["correct"], both[1]["correct"]),
+            "num_pictures": len(experiment.prompts),
+        }
+    return results, pictures_teacher, pictures_student
+
+
+def compare_hidden(
+    experiment: Experiment, latents: "tuple[Tensor, Tensor]", pictures: "tuple[np.ndarray, np.ndarray]"
+) -> dict:
+    """Blur, diversity and prompt sensitivity of (student, teacher), which averages over pixels hide."""
+    from wandistiller import evaluation
+
+    by_prompt = [part.unflatten(0, (-1, experiment.num_seeds)) for part in latents]
+    measured = {
+        "high_frequency_energy": [evaluation.high_frequency_energy(part) for part in pictures],
+        "diversity": [evaluation.diversity(part) for part in by_prompt],
+        "prompt_sensitivity": [evaluation.prompt_sensitivity(part) for part in by_prompt],
+    }
+    return {
+        name: {"student": student, "teacher": teacher, "ratio": evaluation.ratio(student, teacher)}
+        for name, (student, teacher) in measured.items()
+    }
+
+
+def measure_fewer_steps(experiment: Experiment, latents_teacher: "Tensor", student_error: float) -> dict:
+    """The teacher's own endpoint error at fewer steps, and between which of them the student's lies."""
+    from wandistiller import evaluation
+
+    errors = {
+        steps: evaluation.endpoint_error(
+            experiment.draw(f"teacher, {steps} steps", experiment.teacher, steps), latents_teacher
+        )
+        for steps in evaluation.fewer_steps(experiment.options.num_inference_steps)
+    }
+    low, high = evaluation.steps_of_equal_error(student_error, errors)
+    return {"latent_relative_error": errors, "student_equals": {"at_least_steps": low, "fewer_than_steps": high}}
+
+
+def measure_cost(experiment: Experiment) -> dict:
+    """Parameters, time and FLOPs of one forward pass and of one sampling step (guidance takes two passes), one picture."""
+    import torch
+
+    from wandistiller import evaluation
+
+    device = experiment.options.device
+    latents, sigma = experiment.noise[:1].to(device), torch.ones(1)
+    text = experiment.embeds.batch([0], device)
+    dtype = experiment.options.compute_dtype
+    fields = {"student": experiment.student, "teacher": experiment.teacher}
+    calls = {}
+    for name, field in fields.items():
+        expert = field.experts["high"]
+        calls[name, "forward"] = lambda expert=expert: expert(latents, torch.tensor([1000.0], device=device), *text)
+        calls[name, "step"] = lambda field=field: field.velocity(latents, sigma, *text)
+    with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+        seconds = evaluation.median_seconds(calls)
+        flops = {key: evaluation.count_flops(call) for key, call in calls.items()}
+    counts = {name: evaluation.count_parameters(*field.experts.values()) for name, field in fields.items()}
+    table = {"parameters": counts}
+    for what in ("forward", "step"):
+        table[f"{what}_seconds"] = {name: seconds[name, what] for name in fields}
+        table[f"{what}_flops"] = {name: flops[name, what] for name in fields}
+    return {name: row | {"ratio": row["student"] / row["teacher"]} for name, row in table.items()}
+
+
+def save_picture(file: Path, experiment: Experiment, teacher: "np.ndarray", student: "np.ndarray") -> None:
+    """The first seed of the first prompts: teacher above, student below, from the same noise."""
+    from wandistiller.pictures import labelled_grid, save_png
+
+    chosen = range(0, len(experiment.prompts), experiment.num_seeds)[:NUM_COLUMNS]
+    captions = [[experiment.prompts[index] for index in chosen], [""] * len(chosen)]
+    grid = labelled_grid(
+        [[part[index] for index in chosen] for part in (teacher, student)], captions, ["teacher", "student"]
+    )
+    options = experiment.options
+    save_png(grid, file, {"num_inference_steps": options.num_inference_steps, "shift": options.shift})
+
+
+def main(argv: list[str] | None = None) -> int:
+    # What a person typed is checked before torch loads:
+    args = parse_args(argv)
+    config = load_student_config(args.student)
+    prompts = load_prompts(args.prompts_file).prompts[: args.num_prompts]
+    teacher_paths(config, args.teacher_path, args.teacher_path_low)
+    check_output_folder(args.output, "--output")
+
+    from wandistiller.atomic import atomic_path
+    from wandistiller.evaluation_table import finite, table_lines
+
+    experiment, judge = prepare(args, config, prompts)
+    folder = prepare_output_folder(args.output, "--output")
+    options, settings = experiment.options, experiment.settings
+    print(
+        f"{len(prompts)} prompts x {args.num_seeds} seeds, {options.num_inference_steps} steps, shift {options.shift:g}, "
+        f"teacher's guidance_scale {settings.guidance_scale:g}"
+    )
+
+    # Measure:
+    results, pictures_teacher, pictures_student = measure(experiment, judge)
+    results["cost"] = measure_cost(experiment)
+    print("\n".join(table_lines(results)))
+
+    # Save:
+    about = {
+        "student": args.student,
+        "teacher": args.teacher_path or config.distillation["teacher_path"],
+        "prompts_file": args.prompts_file,
+        "num_prompts": len(prompts),
+        "num_seeds": args.num_seeds,
+        "seed": args.seed,
+        "num_inference_steps": options.num_inference_steps,
+        "shift": options.shift,
+        "guidance_scale": settings.guidance_scale,
+        "guidance_scale_2": settings.guidance_scale_2,
+        "image_size": config.image_size,
+        "device": options.device,
+        "dtype": str(options.compute_dtype).removeprefix("torch."),
+    }
+    with atomic_path(folder / EVALUATION_NAME) as beside:
+        beside.write_text(
+            json.dumps(finite(about | results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
+    save_picture(folder / PICTURE_NAME, experiment, pictures_teacher, pictures_student)
+    print(f"Saved {EVALUATION_NAME} and {PICTURE_NAME} in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

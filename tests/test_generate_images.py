@@ -1,0 +1,345 @@
+"""generate_images.py against diffusers' own WanPipeline, and its files, defaults and refusals.
+
+pytest tests/test_generate_images.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFont
+from wan_folders import write_pipeline_folder
+
+import generate_images
+import train_distillation
+from wandistiller.command_line import run_command
+from wandistiller.pictures import labelled_grid, save_png, slug, wrap
+from wandistiller.sampling import SamplingOptions, sample, seeded_noise
+from wandistiller.student import WanLiteStudent
+from wandistiller.student_config import StudentConfig
+from wandistiller.teacher import DEFAULT_NEGATIVE_PROMPT
+
+PROMPTS = ["a red circle", "a blue square on the left, on a white background"]
+STUDENT = {
+    "model_type": "WanLiteStudent",
+    "block": "wan",
+    "hidden_size": 12,
+    "depth": 2,
+    "num_heads": 1,
+    "ffn_dim": 24,
+    "num_channels": 16,
+    "image_size": 32,
+    "patch_size": 2,
+    "text_max_length": 512,
+    "text_encoder_output_dim": 20,
+    "freq_dim": 256,
+    "eps": 1e-6,
+}
+
+
+def write_teacher(folder: Path, **shape) -> Path:
+    """A tiny pipeline whose VAE paints with contrast: an untrained one answers with grey, which would hide mistakes."""
+    from diffusers import AutoencoderKLWan
+
+    write_pipeline_folder(folder, **shape)
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(12)
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+def train_student(folder: Path, teacher: Path, *flags: str, **changes) -> Path:
+    """A student that train_distillation.py itself saved after two steps."""
+    (folder / "config.json").parent.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(STUDENT | changes), encoding="utf-8")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    paths = {"teacher_path": teacher, "student_config": folder / "config.json", "data_path": folder / "prompts.txt"}
+    paths |= {"prompt_cache": folder / "cache", "output_dir": folder / "student"}
+    argv = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+    assert train_distillation.main([*argv, "--max_steps", "2", "--device", "cpu", *flags]) == 0
+    return folder / "student"
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory) -> Path:
+    """A teacher of one expert, one of two, and a student of each."""
+    root = tmp_path_factory.mktemp("house")
+    for name, two_experts in (("one", False), ("two", True)):
+        teacher = write_teacher(root / name, two_experts=two_experts, seed=5)
+        train_student(root / f"of_{name}", teacher)
+    return root
+
+
+def draw(student: Path, output: Path, *flags: str, prompts: list[str] = PROMPTS) -> list[np.ndarray]:
+    """What the command writes, in order."""
+    argv = ["--student", str(student), "--output", str(output), "--prompt_cache", str(student.parent / "cache")]
+    assert generate_images.main([*argv, "--device", "cpu", "--prompt", *prompts, *flags]) == 0
+    return [np.asarray(Image.open(path)) for path in sorted(output.glob("[0-9]*.png"))]
+
+
+def draw_with_diffusers(
+    pipeline, *, guidance_scale: float, steps: int, height: int = 32, width: int = 32, seed: int = 0
+):
+    """WanPipeline at one frame, prompt by prompt, from the same initial latents."""
+    pipeline.set_progress_bar_config(disable=True)
+    noise = seeded_noise([seed + index for index in range(len(PROMPTS))], (16, height // 8, width // 8))
+    pictures = []
+    for prompt, latents in zip(PROMPTS, noise, strict=True):
+        frames = pipeline(
+            prompt,
+            negative_prompt=DEFAULT_NEGATIVE_PROMPT,
+            height=height,
+            width=width,
+            num_frames=1,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            latents=latents[None, :, None],
+        ).frames
+        pictures.append((frames[0, 0] * 255).round().astype(np.uint8))
+    return pictures
+
+
+def assert_same_pictures(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert reference.std() > 10  # a flat picture would agree with anything
+        assert np.abs(mine.astype(int) - reference.astype(int)).max() <= 2
+
+
+# ---- the pictures are WanPipeline's ----
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_teacher_draws_what_wan_pipeline_draws(house, tmp_path, name):
+    """Two experts too: 7 steps at shift 3 pass through both sides of the boundary."""
+    from diffusers import WanPipeline
+
+    ours = draw(house / f"of_{name}" / "student", tmp_path, "--model", "teacher", "--num_inference_steps", "7")
+    pipeline = WanPipeline.from_pretrained(house / name, torch_dtype=torch.float32)
+    assert_same_pictures(ours, draw_with_diffusers(pipeline, guidance_scale=5.0, steps=7))
+
+
+def test_guidance_steps_seed_and_size_follow_the_flags(house, tmp_path):
+    from diffusers import WanPipeline
+
+    flags = ["--guidance-scale", "2.5", "--num-inference-steps", "3", "--seed", "11", "--height", "48", "--width", "64"]
+    ours = draw(house / "of_one" / "student", tmp_path, "--model", "teacher", *flags)
+    pipeline = WanPipeline.from_pretrained(house / "one", torch_dtype=torch.float32)
+    theirs = draw_with_diffusers(pipeline, guidance_scale=2.5, steps=3, height=48, width=64, seed=11)
+    assert ours[0].shape == (48, 64, 3)
+    assert_same_pictures(ours, theirs)
+
+
+def test_student_draws_what_wan_pipeline_draws_with_the_student_in_it(house, tmp_path):
+    """A student is a Wan of smaller size; its guidance is 1, one pass."""
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    student = WanLiteStudent.from_pretrained(house / "of_one" / "student")
+    transformer = WanTransformer3DModel(
+        num_attention_heads=1,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=20,
+        ffn_dim=24,
+        num_layers=2,
+    )
+    lifted = student.state_dict()
+    lifted["patch_embedding.weight"] = lifted["patch_embedding.weight"][:, :, None]
+    transformer.load_state_dict(lifted)
+    pipeline = WanPipeline.from_pretrained(house / "one", transformer=transformer, torch_dtype=torch.float32)
+    ours = draw(house / "of_one" / "student", tmp_path, "--num_inference_steps", "5")
+    assert_same_pictures(ours, draw_with_diffusers(pipeline, guidance_scale=1.0, steps=5))
+
+
+def test_a_field_that_knows_the_data_is_sampled_to_the_data():
+    """velocity = noise - x_0 on a straight path: any number of steps must arrive at x_0."""
+    noise, x_0 = seeded_noise([0, 1], (4, 6, 6)), seeded_noise([2, 3], (4, 6, 6))
+
+    class Straight:
+        def velocity(self, latents, sigma, prompt_embeds, prompt_lengths):
+            return noise - x_0
+
+    for steps in (1, 2, 9):
+        options = SamplingOptions(shift=5.0, num_inference_steps=steps)
+        latents = sample(Straight(), noise, torch.zeros(2, 1, 8), torch.ones(2), options)
+        torch.testing.assert_close(latents, x_0, atol=1e-4, rtol=1e-4)
+
+
+# ---- defaults, guidance, noise ----
+
+
+def test_defaults_come_from_the_record(house, tmp_path):
+    settings = StudentConfig.load(house / "of_one" / "student").distillation
+    draw(house / "of_one" / "student", tmp_path, prompts=["a red circle"])
+    image = Image.open(tmp_path / "000_a-red-circle.png")
+    assert image.size == (32, 32)
+    expected = {"prompt": "a red circle", "seed": "0", "model": "student", "guidance_scale": "1.0", "shift": "3.0"}
+    expected["num_inference_steps"] = str(settings["num_inference_steps"])
+    assert {name: image.text[name] for name in expected} == expected
+
+
+def test_guidance_is_refused_where_it_is_baked_in(house, tmp_path, capsys):
+    student = house / "of_one" / "student"
+    argv = ["--student", str(student), "--prompt", "x", "--guidance_scale", "4", "--output", str(tmp_path / "no")]
+    assert run_command(lambda: generate_images.main(argv)) == 2
+    assert "guided velocity (guidance_scale 5)" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+    flags = ["--num_inference_steps", "3"]
+    plain = draw(student, tmp_path / "plain", *flags)
+    forced = draw(student, tmp_path / "forced", *flags, "--guidance_scale", "4", "--allow_double_guidance")
+    assert not np.array_equal(plain[0], forced[0])
+
+
+def test_a_student_of_an_unguided_teacher_takes_guidance(house, tmp_path):
+    student = train_student(tmp_path / "unguided", house / "one", "--guidance_scale", "1")
+    draw(student, tmp_path / "out", "--guidance_scale", "3", "--num_inference_steps", "2")
+
+
+def test_a_picture_depends_on_its_own_seed_and_not_on_the_batch(house, tmp_path):
+    student, flags = house / "of_one" / "student", ["--num_inference_steps", "3"]
+    prompts = ["a red circle", "a much longer prompt than the first", "a red circle"]
+    alone = draw(student, tmp_path / "alone", *flags, "--batch_size", "1", prompts=prompts)
+    together = draw(student, tmp_path / "together", *flags, "--batch_size", "3", prompts=prompts)
+    later = draw(student, tmp_path / "later", *flags, "--seed", "2", prompts=prompts[2:])
+    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(alone, together, strict=True)) <= 1
+    np.testing.assert_array_equal(alone[2], later[0])
+    assert not np.array_equal(alone[0], alone[2])
+
+
+def test_a_student_of_part_of_the_noise_levels_is_warned_of(house, tmp_path, capsys):
+    student = train_student(tmp_path / "part", house / "two", "--sigma_range", "0.5", "1")
+    draw(student, tmp_path / "out", "--num_inference_steps", "1")
+    assert "trained at sigma 0.5 to 1 only" in capsys.readouterr().out
+
+
+def test_lite_student_of_the_mock_draws_with_a_vae_given(house, tmp_path):
+    lite = {"block": "lite", "ffn_dim": 48, "patch_size": 1, "freq_dim": 12}
+    student = train_student(tmp_path / "lite", Path("mock"), **lite)
+    flags = ["--vae_path", str(house / "one" / "vae"), "--num_inference_steps", "2"]
+    assert draw(student, tmp_path / "out", *flags, "--height", "24")[0].shape == (24, 32, 3)
+    assert len(draw(student, tmp_path / "teacher", *flags, "--model", "teacher")) == 2
+
+
+# ---- mistakes ----
+
+
+def changed_record(student: Path, target: Path, **changes) -> Path:
+    shutil.copytree(student, target)
+    values = json.loads((target / "student_config.json").read_text(encoding="utf-8"))
+    values["distillation"] |= changes
+    (target / "student_config.json").write_text(json.dumps(values), encoding="utf-8")
+    return target
+
+
+MISTAKES = {
+    "no such student": (["--student", "{tmp}/none"], "there is no such folder; give the --output_dir"),
+    "a folder without a student": (["--student", "{tmp}"], "student_config.json"),
+    "no prompt": (["--prompts_file", "{tmp}/none.txt"], "none.txt: cannot be read"),
+    "odd height": (
+        ["--height", "40"],
+        "--height 40 is not a multiple of 16 (VAE factor 8 x patch size 2); use 32 or 48",
+    ),
+    "tiny width": (["--width", "8"], "use 16"),
+    "no teacher": (["--teacher_path", "{tmp}/none"], "no VAE"),
+    "no text encoder": (["--teacher_path", "{tmp}/only_vae"], "--text_encoder_path"),
+    "no VAE": (["--teacher_path", "{tmp}/bare"], "has no VAE beside it (no vae/config.json); give --vae_path"),
+    "a folder that is no VAE": (["--vae_path", "{tmp}"], "holds no VAE"),
+    "another VAE": (["--vae_path", "{tmp}/other/vae"], "is a VAE of 48 channels and factor 16"),
+    "a broken VAE": (["--vae_path", "{tmp}/broken"], "the VAE cannot be loaded"),
+    "output is a file": (["--output", "{tmp}/file"], "is a file"),
+    "no such device": (["--device", "warp9"], "warp9"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(house, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("mistakes")
+    (root / "file").write_text("")
+    (root / "bare").mkdir()
+    shutil.copytree(house / "one" / "vae", root / "only_vae" / "vae")
+    shutil.copytree(house / "one" / "vae", root / "broken")
+    (root / "broken" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
+    write_pipeline_folder(root / "other", channels=48)
+    return root
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_answered_in_one_line(house, mistakes, capsys, name):
+    flags, message = MISTAKES[name]
+    flags = [flag.format(tmp=mistakes) for flag in flags]
+    argv = ["--student", str(house / "of_one" / "student"), "--prompt", "x", "--output", str(mistakes / "out"), *flags]
+    assert run_command(lambda: generate_images.main(argv)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (mistakes / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--prompt", " "]])
+def test_nothing_to_draw_is_a_mistake(house, capsys, flags):
+    argv = ["--student", str(house / "of_one" / "student"), *flags]
+    assert run_command(lambda: generate_images.main(argv)) == 2
+    assert "--prompt" in capsys.readouterr().err
+
+
+def test_a_record_that_lacks_something_is_a_mistake(house, tmp_path, capsys):
+    student = house / "of_one" / "student"
+    cases = {
+        "lacks shift": changed_record(student, tmp_path / "a", shift=None),
+        "lacks num_inference_steps": changed_record(student, tmp_path / "b", num_inference_steps="many"),
+        "give --teacher_path": changed_record(student, tmp_path / "c", teacher_path="/not/here"),
+    }
+    bare = tmp_path / "bare"
+    WanLiteStudent(StudentConfig.load(student).replace(distillation=None)).save_pretrained(bare)
+    for message, folder in (cases | {'no "distillation" record': bare}).items():
+        argv = ["--student", str(folder), "--prompt", "x", "--output", str(tmp_path / "out")]
+        assert run_command(lambda argv=argv: generate_images.main(argv)) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_teacher_of_another_student_is_refused(house, mistakes, capsys):
+    argv = ["--student", str(house / "of_one" / "student"), "--prompt", "x", "--output", str(mistakes / "out")]
+    argv += ["--model", "teacher", "--teacher_path", str(mistakes / "other")]
+    assert run_command(lambda: generate_images.main(argv)) == 2
+    assert "has num_channels 48, the student 16" in capsys.readouterr().err
+
+
+# ---- pictures ----
+
+
+def test_metadata_keeps_any_text(tmp_path):
+    prompt = "ein Kreis, \u7ea2\u8272\u7684\u5706 \u2764 \u201cquoted\u201d"
+    save_png(np.zeros((4, 4, 3), np.uint8), tmp_path / "a.png", {"prompt": prompt, "seed": 3})
+    assert Image.open(tmp_path / "a.png").text == {"prompt": prompt, "seed": "3"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_slugs_are_file_names():
+    assert slug("A red/blue  circle: ../etc") == "a-red-blue-circle-etc"
+    assert slug("?!") == "prompt"
+    assert len(slug("word " * 50)) <= 48
+
+
+def test_wrapped_lines_fit_and_lose_nothing():
+    font = ImageFont.load_default(size=13)
+    text = "several words, and oneverylongwordthatcannotfitonalineofitsown at the end"
+    lines = wrap(text, 90, font)
+    assert all(font.getlength(line) <= 90 for line in lines) and len(lines) > 3
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
+def test_grid_places_every_picture():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    red, green, blue = (np.full((64, 64, 3), colour, np.uint8) for colour in colours)
+    grid = np.asarray(labelled_grid([[red, green], [blue]], [["a caption", "b"], [""]], ["teacher", "student"]))
+    for colour in colours:
+        rows, columns = np.nonzero((grid == colour).all(axis=-1))
+        assert len(rows) == 192 * 192  # three times larger, so that captions have room
+        assert rows.max() - rows.min() == columns.max() - columns.min() == 191
+    assert (grid < 100).all(axis=-1).any()  # the names are there

@@ -1,0 +1,207 @@
+"""How close a student is to its teacher: pure measures of velocities, latents (B, C, H, W) and pictures (B, H, W, 3) uint8.
+
+skimage is imported where it is used.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wandistiller.sampling import VelocityField
+
+NUM_BUCKETS = 10
+IDENTICAL_PSNR_DB = 100.0  # of two equal pictures, where PSNR is infinite; unequal uint8 pictures rarely pass 90
+HIGH_FREQUENCY = 0.25  # cycles per pixel: half of what pixels can hold
+
+# ---- which samples ----
+
+
+def sample_plan(num_prompts: int, num_seeds: int, seed: int) -> tuple[list[int], list[int]]:
+    """Prompt index and noise seed of every sample, seeds within prompts.
+
+    Prompts 2k and 2k + 1 share their noises, so that what differs between them is the prompt alone; other pairs have
+    noises of their own, so that no single noise decides a result.
+    """
+    pairs = list(itertools.product(range(num_prompts), range(num_seeds)))
+    return [prompt for prompt, _ in pairs], [seed + prompt // 2 * num_seeds + number for prompt, number in pairs]
+
+
+# ---- velocity ----
+
+
+def relative_errors(actual: Tensor, expected: Tensor) -> Tensor:
+    """|actual - expected| / |expected| of each sample (B,), in float64."""
+    expected = expected.double().flatten(1)
+    return (actual.double().flatten(1) - expected).norm(dim=1) / expected.norm(dim=1)
+
+
+class RecordedErrors:
+    """The teacher's velocity field, which notes at every state how far off the student's answer is."""
+
+    def __init__(self, teacher: VelocityField, student: VelocityField):
+        self.teacher, self.student = teacher, student
+        self._sigmas: list[Tensor] = []
+        self._errors: list[Tensor] = []
+
+    def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor) -> Tensor:
+        velocity_teacher = self.teacher.velocity(latents, sigma, prompt_embeds, prompt_lengths)
+        velocity_student = self.student.velocity(latents, sigma, prompt_embeds, prompt_lengths)
+        self._sigmas.append(sigma.cpu())
+        self._errors.append(relative_errors(velocity_student, velocity_teacher).cpu())
+        return velocity_teacher
+
+    @property
+    def sigmas(self) -> Tensor:
+        return torch.cat(self._sigmas)
+
+    @property
+    def errors(self) -> Tensor:
+        return torch.cat(self._errors)
+
+
+def bucket_means(sigmas: Tensor, values: Tensor, num_buckets: int = NUM_BUCKETS) -> list[dict]:
+    """Mean of `values` (M,) in equal buckets of sigma [0, 1]; sigma 1 counts to the last, an empty bucket's mean is None."""
+    buckets = (sigmas * num_buckets).long().clamp(0, num_buckets - 1)
+    rows = []
+    for bucket in range(num_buckets):
+        inside = values[buckets == bucket]
+        mean = float(inside.mean()) if len(inside) else None
+        limits = [round(bucket / num_buckets, 6), round((bucket + 1) / num_buckets, 6)]
+        rows.append({"sigma": limits, "mean": mean, "count": len(inside)})
+    return rows
+
+
+# ---- endpoints ----
+
+
+def endpoint_error(latents: Tensor, reference: Tensor) -> float:
+    """sqrt(sum |x - r|^2 / sum |r - mean|^2), mean the per-channel mean of all r: 0 is equal, 1 as far off as flat colour."""
+    latents, reference = latents.double(), reference.double()
+    spread = reference - reference.mean(dim=(0, 2, 3), keepdim=True)
+    return float((latents - reference).norm() / spread.norm())
+
+
+def psnr(pictures: np.ndarray, reference: np.ndarray) -> list[float]:
+    """Peak signal-to-noise ratio in dB of each picture (skimage); equal ones count as IDENTICAL_PSNR_DB."""
+    from skimage.metrics import peak_signal_noise_ratio
+
+    return [
+        IDENTICAL_PSNR_DB if np.array_equal(a, b) else float(peak_signal_noise_ratio(b, a, data_range=255))
+        for a, b in zip(pictures, reference, strict=True)
+    ]
+
+
+def ssim(pictures: np.ndarray, reference: np.ndarray) -> list[float]:
+    """Structural similarity of each picture over RGB (skimage; Wang et al. 2004, 7 x 7 windows)."""
+    from skimage.metrics import structural_similarity
+
+    return [
+        float(structural_similarity(b, a, channel_axis=2, data_range=255))
+        for a, b in zip(pictures, reference, strict=True)
+    ]
+
+
+# ---- what averages hide ----
+
+
+def high_frequency_energy(pictures: np.ndarray, cutoff: float = HIGH_FREQUENCY) -> float:
+    """Mean per pixel of the squared luma (0..255) that lies above `cutoff` cycles per pixel; blur lowers it."""
+    luma = pictures.astype(np.float64) @ np.array([0.299, 0.587, 0.114])  # (B, H, W), ITU-R BT.601
+    height, width = luma.shape[1:]
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    power = np.abs(np.fft.fft2(luma)) ** 2 / (height * width) ** 2  # Parseval: sums to the mean square
+    return float((power * (frequency > cutoff)).sum(axis=(1, 2)).mean())
+
+
+def _mean_distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float | None:
+    return statistics.fmean(float((a.double() - b.double()).norm()) for a, b in pairs) if pairs else None
+
+
+def diversity(latents: Tensor) -> float | None:
+    """Mean distance of two samples of the same prompt; latents (prompts, seeds, C, H, W). None with one seed."""
+    return _mean_distance([pair for samples in latents for pair in itertools.combinations(samples, 2)])
+
+
+def prompt_sensitivity(latents: Tensor) -> float | None:
+    """Mean distance of two samples of the same noise, prompts 2k and 2k + 1 (see `sample_plan`). None with one prompt."""
+    even, odd = latents[0::2], latents[1::2]
+    return _mean_distance([pair for samples in zip(even, odd, strict=False) for pair in zip(*samples, strict=True)])
+
+
+def ratio(value: float | None, reference: float | None) -> float | None:
+    return value / reference if value is not None and reference else None
+
+
+def accuracy(
+    pictures: np.ndarray, prompts: Sequence[str], judge: Callable[[np.ndarray, str], dict]
+) -> dict[str, float]:
+    """Share of pictures for which each of the judge's facts holds."""
+    verdicts = [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    return {name: statistics.fmean(bool(verdict[name]) for verdict in verdicts) for name in verdicts[0]}
+
+
+# ---- the teacher at fewer steps, as a scale ----
+
+
+def fewer_steps(num_inference_steps: int) -> list[int]:
+    """Step counts to hold the full one against: a half, a quarter, 4 and 2, as far as they are fewer."""
+    counts = {num_inference_steps // 2, num_inference_steps // 4, 4, 2}
+    return sorted(count for count in counts if 1 <= count < num_inference_steps)
+
+
+def steps_of_equal_error(error: float, errors_at_steps: Mapping[int, float]) -> tuple[int | None, int | None]:
+    """(low, high): the teacher errs at least as much as `error` at `low` steps, and less from the next count `high` on.
+
+    low is None where the teacher errs less at every count, high is None where it errs as much even at the largest.
+    """
+    low = max((steps for steps, theirs in errors_at_steps.items() if theirs >= error), default=None)
+    high = min((steps for steps in errors_at_steps if low is None or steps > low), default=None)
+    return low, high
+
+
+# ---- cost ----
+
+
+def count_parameters(*models: torch.nn.Module) -> int:
+    return sum(parameter.numel() for model in models for parameter in model.parameters())
+
+
+@torch.inference_mode()
+def count_flops(call: Callable[[], object]) -> int:
+    """Floating-point operations of matrix products, attention and convolutions in `call` (a multiply-add counts 2)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # Fused attention would hide its products from the counter: nn.MultiheadAttention's fast path, and CPU kernels.
+    was_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_fast)
+    return counter.get_total_flops()
+
+
+@torch.inference_mode()
+def median_seconds(calls: Mapping[str, Callable[[], object]], repeats: int = 11) -> dict[str, float]:
+    """Median time of each call, after one to warm up; the calls take turns, so that a busy spell hits all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            _synchronize()
+            start = time.perf_counter()
+            call()
+            _synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,136 @@
+"""A trained student's folder, and what its record says to whoever samples it: teacher, text encoder, settings.
+
+Only the standard library is imported until a file is known to be right.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wandistiller.errors import UserError
+from wandistiller.student_config import CONFIG_NAME, StudentConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from wandistiller.prompt_embeds import PromptEmbeds
+    from wandistiller.teacher import TeacherSettings
+
+# What sampling cannot do without; the rest of the record is history.
+_NEEDED = {
+    "teacher_path": str,
+    "shift": (int, float),
+    "num_inference_steps": int,
+    "guidance_scale": (int, float),
+    "negative_prompt": str,
+    "vae_scale_factor": int,
+}
+
+
+def load_student_config(folder: str | Path) -> StudentConfig:
+    """The config of a trained student, refused where it lacks the record of its distillation."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--student {folder}: there is no such folder; give the --output_dir of train_distillation.py")
+    config = StudentConfig.load(folder)
+    where = Path(folder) / CONFIG_NAME
+    if config.distillation is None:
+        raise UserError(
+            f'{where}: has no "distillation" record, so teacher, shift and guidance are unknown; give a student that '
+            "train_distillation.py saved"
+        )
+    wrong = [name for name, kind in _NEEDED.items() if not isinstance(config.distillation.get(name), kind)]
+    if wrong:
+        raise UserError(
+            f'{where}: its "distillation" record lacks {", ".join(wrong)}, or holds something else there; copy the file again'
+        )
+    return config
+
+
+def recorded_settings(config: StudentConfig) -> "TeacherSettings":
+    """How the teacher was sampled, as the record holds it."""
+    from wandistiller.teacher import TeacherSettings
+
+    record = config.distillation or {}
+    return TeacherSettings(**{field.name: record.get(field.name) for field in fields(TeacherSettings)})
+
+
+def teacher_paths(
+    config: StudentConfig, teacher_path: str | None, teacher_path_low: str | None = None
+) -> tuple[str, str | None]:
+    """The teacher and its low-noise file: as the flags say, else as recorded."""
+    if teacher_path is not None:
+        return teacher_path, teacher_path_low
+    record = config.distillation or {}
+    recorded = record["teacher_path"]
+    is_path = recorded.startswith((".", "/")) or recorded.count("/") != 1
+    if recorded != "mock" and is_path and not Path(recorded).exists():
+        raise UserError(f"{recorded}: the teacher this student records is not there; give --teacher_path")
+    return recorded, teacher_path_low or record.get("teacher_path_low")
+
+
+def check_is_teacher(teacher: StudentConfig, config: StudentConfig, teacher_path: str) -> None:
+    """Refuse a teacher that does not share the student's latents and text."""
+    for name in ("num_channels", "text_encoder_output_dim"):
+        theirs, ours = getattr(teacher, name), getattr(config, name)
+        if theirs != ours:
+            raise UserError(
+                f"{teacher_path}: has {name} {theirs}, the student {ours}; it is not this student's teacher"
+            )
+
+
+def find_recorded_encoder(
+    config: StudentConfig, text_encoder_path: str | None, teacher_path: str
+) -> tuple[Path, Path] | None:
+    """Folders of the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings were learnt."""
+    from wandistiller.prompt_embeds import text_encoder_dim
+    from wandistiller.wan_checkpoint import find_text_encoder
+
+    path = text_encoder_path or (config.distillation or {}).get("text_encoder_path")
+    if path is None and teacher_path == "mock":
+        return None
+    encoder, tokenizer = find_text_encoder(path or teacher_path)
+    if (text_dim := text_encoder_dim(encoder)) != config.text_encoder_output_dim:
+        raise UserError(
+            f"{encoder}: gives embeddings of width {text_dim}, the student takes {config.text_encoder_output_dim}; point "
+            "--text_encoder_path at the teacher's own encoder"
+        )
+    return encoder, tokenizer
+
+
+def embed_texts(
+    texts: "Sequence[str]",
+    encoder: tuple[Path, Path] | None,
+    config: StudentConfig,
+    prompt_cache: str,
+    device: str,
+    progress: "Callable[[int, int], None] | None" = None,
+) -> "PromptEmbeds":
+    """Text tokens of prompts, as the student was trained on them."""
+    from wandistiller.prompt_embeds import encode_prompts, mock_prompt_embeds
+
+    if encoder is None:
+        return mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
+    return encode_prompts(texts, *encoder, prompt_cache, config.text_max_length, device, progress=progress)
+
+
+def embed_with_negative(
+    prompts: "Sequence[str]", negative_prompt: str | None, *where
+) -> "tuple[PromptEmbeds, Tensor | None]":
+    """Text tokens of every prompt, and of the negative prompt where there is one; `where` as for `embed_texts`."""
+    texts = [*prompts, negative_prompt] if negative_prompt is not None else list(prompts)
+    embeds = embed_texts(texts, *where)
+    return embeds.first(len(prompts)), embeds.read(len(prompts)) if negative_prompt is not None else None
+
+
+def check_size(name: str, pixels: int, config: StudentConfig, patch_size: int) -> None:
+    """Refuse a height or width (`name` as the person gave it) that does not fill whole patches behind the VAE."""
+    unit = config.vae_scale_factor * patch_size
+    if pixels % unit or pixels < unit:
+        lower, upper = pixels // unit * unit, (pixels // unit + 1) * unit
+        choices = f"{lower} or {upper}" if lower else f"{upper}"
+        raise UserError(
+            f"{name} {pixels} is not a multiple of {unit} (VAE factor {config.vae_scale_factor} x patch size "
+            f"{patch_size}); use {choices}"
+        )
