@@ -140,7 +140,9 @@ def find_text_encoder(path: str | Path) -> tuple[Path, Path]:
     """Encoder and tokenizer folders from `--text_encoder_path`: a pipeline folder, a hub id, or the encoder folder itself."""
     folder = Path(path)
     if not folder.exists() and _HUB_ID.fullmatch(str(path)):
-        folder = _fetch(str(path), ["text_encoder/*", "tokenizer/*"], "a local folder with text_encoder/ and tokenizer/")
+        folder = _fetch(
+            str(path), ["text_encoder/*", "tokenizer/*"], "a local folder with text_encoder/ and tokenizer/"
+        )
     if (folder / "text_encoder").is_dir():
         return folder / "text_encoder", folder / "tokenizer"
     if (folder / "config.json").is_file():
@@ -284,7 +286,9 @@ def open_checkpoint(teacher_path: str | Path, low_noise_path: str | Path | None 
     elif path.is_dir():
         checkpoint = _open_folder(path, location)
     elif _HUB_ID.fullmatch(location):
-        checkpoint = _open_folder(_fetch(location, _TRANSFORMER_FILES, f"a local copy as {LOCAL_LAYOUTS}, or mock"), location)
+        checkpoint = _open_folder(
+            _fetch(location, _TRANSFORMER_FILES, f"a local copy as {LOCAL_LAYOUTS}, or mock"), location
+        )
         checkpoint._find_text_encoder = lambda: find_text_encoder(location)
     else:
         raise CheckpointError(f"{location}: there is no such file or folder; allowed: {LAYOUTS}")
