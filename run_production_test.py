@@ -124,10 +124,14 @@ def build(
     config: StudentConfig, prompts: list[str]
 ) -> "tuple[WanLiteStudent, Teacher, PromptEmbeds, ProjectionReport]":
     """Student and teacher as projections of one mock checkpoint, and stand-ins for the prompts' embeddings."""
+    import torch
+
     from projection_mapper import open_teacher, project_experts, project_teacher
     from wandistiller.prompt_embeds import mock_prompt_embeds
     from wandistiller.teacher import Teacher, resolve_settings
 
+    # So small a model gains nothing from more threads, and with them waits minutes for cores that others keep busy.
+    torch.set_num_threads(1)
     checkpoint = open_teacher("mock", config)
     settings = resolve_settings(checkpoint)
     student, report = project_teacher(checkpoint, config, seed=SEED)
