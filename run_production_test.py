@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 
 HIDDEN_SIZE, DEPTH, LATENT_SIZE = 256, 4, 8
 HEAD_DIM = 64  # for a wan student whose own heads do not fill HIDDEN_SIZE
-LR, SEED = 1e-4, 0
+LR, SEED, STATES = 1e-4, 0, "trajectory"
 MAX_LOSS_LINES = 60
 
 
@@ -151,13 +151,13 @@ def train_briefly(
     args: argparse.Namespace, student: "WanLiteStudent", teacher: "Teacher", embeds: "PromptEmbeds", folder: Path
 ) -> "tuple[TrainingResult, TrainingOptions]":
     from wandistiller.reporting import LINE_EVERY_S, Progress
-    from wandistiller.states import NoiseStates
+    from wandistiller.states import build_states
     from wandistiller.training import TrainingOptions, steps_of_epochs, train
 
     num_steps = steps_of_epochs(args.num_epochs, len(embeds), args.batch_size)
     options = TrainingOptions(batch_size=args.batch_size, num_steps=num_steps, lr=LR, seed=SEED)
     say(f"Optimizer: AdamW, lr {LR:g}; {num_steps} steps of batch {args.batch_size}")
-    states = NoiseStates.for_student(student.config, teacher.settings, (0.0, 1.0), SEED)
+    states = build_states(STATES, student.config, teacher.settings, len(embeds), args.batch_size, seed=SEED)
     with Progress(num_steps, folder / METRICS_NAME, 0.0 if num_steps <= MAX_LOSS_LINES else LINE_EVERY_S) as progress:
         result = train(student, teacher, states, embeds, options, progress.step)
     say(f"Steps completed: {result.num_steps} of {num_steps}, average loss {result.average_loss:.4f}")
@@ -184,7 +184,7 @@ def save_and_reload(
         teacher.settings,
         options,
         result,
-        states="noise",
+        states=STATES,
         sigma_range=(0.0, 1.0),
         init_expert="high",
         layers=report.layers,

@@ -74,7 +74,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     teacher.flag("--shift", "warp of the noise levels, shift u / (1 + (shift - 1) u)", type=number(float, above=0))
 
     states = parser.group("Training states")
-    states.flag("--states", "noise: pure noise at every noise level", "noise", choices=["noise"])
+    states.flag(
+        "--states",
+        "trajectory: the teacher's own sampling paths; noise: pure noise at every noise level",
+        "trajectory",
+        choices=["trajectory", "noise"],
+    )
     states.flag(
         "--sigma_range",
         "noise levels trained on",
@@ -104,6 +109,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse(argv)
     if args.sigma_range[0] >= args.sigma_range[1]:
         parser.error(f"argument --sigma_range: LOW {args.sigma_range[0]} must be below HIGH {args.sigma_range[1]}")
+    if args.states == "trajectory" and args.sigma_range[1] != 1.0:
+        parser.error(
+            "argument --sigma_range: a trajectory begins at sigma 1, so HIGH must be 1 (or use --states noise)"
+        )
     args.sigma_range = tuple(args.sigma_range)
     return args
 
@@ -206,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     from wandistiller.device import pick_device, pick_dtype
     from wandistiller.record import distillation_record, save_student
     from wandistiller.reporting import Progress
-    from wandistiller.states import NoiseStates
+    from wandistiller.states import build_states
     from wandistiller.teacher import Teacher
     from wandistiller.training import TrainingOptions, steps_of_epochs, train
 
@@ -240,7 +249,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     if aside := set_aside_previous_student(folder):
         print(f"The student that was in {folder} is now in {aside}")
-    states = NoiseStates.for_student(config, settings, args.sigma_range, args.seed)
+    states = build_states(
+        args.states,
+        config,
+        settings,
+        len(prompts.prompts),
+        args.batch_size,
+        sigma_range=args.sigma_range,
+        seed=args.seed,
+        device=device,
+    )
     with Progress(options.num_steps, folder / METRICS_NAME) as progress:
         result = train(student, teacher, states, prompt_embeds, options, progress.step)
 

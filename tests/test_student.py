@@ -17,7 +17,6 @@ from wan_folders import oracle_velocity, random_transformer, random_weights, rel
 
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.flow import sample_sigmas, shift_sigma, sigma_to_timestep, unshift_sigma
-from wandistiller.states import NoiseStates
 from wandistiller.student_config import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -487,15 +486,3 @@ def test_timesteps_are_a_thousand_sigmas_and_stay_floats():
     torch.testing.assert_close(
         sigma_to_timestep(torch.tensor([0.0, 0.87654, 1.0])), torch.tensor([0.0, 876.54, 1000.0])
     )
-
-
-def test_noise_states_are_repeatable_unit_noise():
-    def states(seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        return NoiseStates((16, 8, 6), 5.0, (0.2, 0.9), generator).draw(32)
-
-    latents, sigma = states(0)
-    assert latents.shape == (32, 16, 8, 6) and sigma.shape == (32,)
-    assert abs(float(latents.std()) - 1) < 0.02 and sigma.min() >= 0.2 and sigma.max() <= 0.9
-    assert torch.equal(latents, states(0)[0]) and torch.equal(sigma, states(0)[1])
-    assert not torch.equal(latents, states(1)[0])

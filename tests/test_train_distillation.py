@@ -41,8 +41,8 @@ FLAGS = [
     ("boundary_ratio", ["0.9"], None),
     ("negative_prompt", ["x"], None),
     ("shift", ["12"], None),
-    ("states", ["noise"], "noise"),
-    ("sigma_range", ["0.1", "0.9"], (0.0, 1.0)),
+    ("states", ["noise"], "trajectory"),
+    ("sigma_range", ["0.1", "1.0"], (0.0, 1.0)),
     ("num_epochs", ["3"], 1),
     ("max_steps", ["3"], None),
     ("batch_size", ["3"], 4),
@@ -119,7 +119,7 @@ def test_an_identity_student_of_one_expert_has_loss_zero_at_every_noise_level(tr
 @pytest.mark.parametrize("init_expert, sigma_range", [("high", (0.875, 1.0)), ("low", (0.0, 0.874))])
 def test_each_expert_is_its_own_student_within_its_noise_levels(train, teachers, tmp_path, init_expert, sigma_range):
     flags = ("--guidance_scale", 1, "--max_steps", 1, "--sigma_range", *sigma_range, "--init_expert", init_expert)
-    assert train(teachers.two, IDENTITY_CONFIG, *flags).code == 0
+    assert train(teachers.two, IDENTITY_CONFIG, *flags, "--states", "noise").code == 0
     assert read_metrics(tmp_path / "out")[0]["loss"] < 1e-9
     assert record_of(tmp_path / "out")["init_expert"] == init_expert
 
@@ -134,7 +134,7 @@ def test_each_expert_is_its_own_student_within_its_noise_levels(train, teachers,
     ],
 )
 def test_loss_is_not_zero_where_the_teacher_answers_otherwise(train, teachers, tmp_path, flags):
-    assert train(teachers.two, IDENTITY_CONFIG, *flags, "--max_steps", 1).code == 0
+    assert train(teachers.two, IDENTITY_CONFIG, *flags, "--max_steps", 1, "--states", "noise").code == 0
     assert read_metrics(tmp_path / "out")[0]["loss"] > 1e-3
 
 
@@ -142,7 +142,7 @@ def test_a_pruned_student_learns_and_its_file_says_how(train, teachers, tmp_path
     before = snapshot(teachers.two)
     outcome = train(
         teachers.two, PRUNED_CONFIG, "--guidance_scale", 4, "--guidance_scale_2", 3, "--shift", 5,
-        "--sigma_range", 0.1, 0.95, "--lr", 1e-2, "--num_epochs", 6, "--seed", 3,
+        "--states", "noise", "--sigma_range", 0.1, 0.95, "--lr", 1e-2, "--num_epochs", 6, "--seed", 3,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert snapshot(teachers.two) == before, "the teacher's files changed"
@@ -280,8 +280,7 @@ def test_every_flag_is_taken_with_underscores_and_with_hyphens(name, value, defa
     underscored = vars(train_distillation.parse_args([*teacher, f"--{name}", *value]))
     hyphenated = vars(train_distillation.parse_args([*teacher, f"--{name.replace('_', '-')}", *value]))
     assert underscored == hyphenated
-    if name != "states":  # has one choice so far
-        assert underscored[name] != default
+    assert underscored[name] != default
     if len(value) == 1:
         assert underscored == vars(train_distillation.parse_args([*teacher, f"--{name.replace('_', '-')}={value[0]}"]))
 

@@ -11,13 +11,13 @@ from itertools import chain, islice
 
 import pytest
 import torch
-from conftest import IDENTITY_CONFIG, PRUNED_CONFIG, read_metrics
+from conftest import PRUNED_CONFIG, read_metrics
 
 from projection_mapper import open_teacher, project_experts, project_teacher
 from wandistiller import StudentConfig
 from wandistiller.prompt_embeds import mock_prompt_embeds
 from wandistiller.reporting import Progress, StepMetrics, Stopwatch, format_duration
-from wandistiller.states import NoiseStates
+from wandistiller.states import NoiseStates, build_states, prompt_batches
 from wandistiller.teacher import Teacher, resolve_settings
 from wandistiller.training import (
     NonFiniteError,
@@ -27,7 +27,6 @@ from wandistiller.training import (
     check_finite,
     check_weights,
     distillation_loss,
-    prompt_batches,
     steps_of_epochs,
     train,
 )
@@ -48,14 +47,14 @@ def make_run(config: dict = PRUNED_CONFIG, guidance_scale: float = 3.0):
 
 
 def make_states(config: StudentConfig, settings) -> NoiseStates:
-    return NoiseStates.for_student(config, settings, (0.1, 0.9), seed=5)
+    return build_states("noise", config, settings, NUM_PROMPTS, 3, sigma_range=(0.1, 0.9), seed=5)
 
 
-def loss_by_hand(student, teacher, embeds, states, indices) -> torch.Tensor:
+def loss_by_hand(student, teacher, embeds, states) -> torch.Tensor:
     """MSE of the two velocities, one sample at a time, with guidance and 1000 sigma written out."""
-    latents, sigma = states.draw(len(indices))
-    squares = []
-    for row, index in enumerate(indices):
+    batch = states.draw()
+    latents, sigma, squares = batch.latents, batch.sigma, []
+    for row, index in enumerate(batch.prompts):
         x, timestep, text = latents[row : row + 1], 1000 * sigma[row : row + 1], embeds.read(index)[None]
         expert, negative = teacher.experts["high"], teacher.negative_prompt_embeds[None]
         with torch.no_grad():
@@ -66,7 +65,7 @@ def loss_by_hand(student, teacher, embeds, states, indices) -> torch.Tensor:
     return torch.stack(squares).mean()
 
 
-# ---- batches and states ----
+# ---- batches ----
 
 
 @pytest.mark.parametrize("num_prompts, batch_size", [(7, 3), (8, 4), (5, 9), (1, 1)])
@@ -92,42 +91,14 @@ def test_an_epoch_is_the_prompts_over_the_batch_rounded_up(epochs, prompts, batc
     assert steps_of_epochs(epochs, prompts, batch) == steps
 
 
-def test_noise_states_are_unit_noise_of_the_students_size_spread_over_the_noise_levels():
-    config = StudentConfig.from_dict(IDENTITY_CONFIG | {"image_size": 64})
-    settings = resolve_settings(open_teacher("mock", config), shift=3.0)
-    states = NoiseStates.for_student(config, settings, (0.25, 0.75), seed=0)
-    latents, sigma = states.draw(64)
-    assert latents.shape == (64, 16, 8, 8) and latents.dtype == torch.float32
-    assert sigma.shape == (64,) and sigma.dtype == torch.float32
-    assert abs(latents.mean()) < 0.02 and abs(latents.std() - 1) < 0.02
-    assert sigma.min() >= 0.25 and sigma.max() <= 0.75
-
-    # Stratified: undone from the shift, exactly one draw lies in each of 64 equal slices.
-    def unshift(level):
-        return level / (3 - 2 * level)
-
-    u = (unshift(sigma.double()) - unshift(0.25)) / (unshift(0.75) - unshift(0.25))
-    assert sorted((64 * u).floor().long().tolist()) == list(range(64))
-
-
-def test_noise_states_move_on_and_repeat_with_their_seed():
-    config = StudentConfig.from_dict(IDENTITY_CONFIG)
-    settings = resolve_settings(open_teacher("mock", config))
-    one, same = make_states(config, settings), make_states(config, settings)
-    first = one.draw(2)
-    assert all(torch.equal(a, b) for a, b in zip(first, same.draw(2), strict=True))
-    assert not torch.equal(first[0], one.draw(2)[0])
-
-
 # ---- the loss and the step ----
 
 
 def test_the_loss_is_the_squared_error_between_student_and_guided_teacher():
     student, teacher, embeds, states = make_run()
-    sigma, loss = distillation_loss(student, teacher, states, embeds, [0, 4, 6], OPTIONS)
+    loss, _ = distillation_loss(student, teacher, states.draw(), embeds, OPTIONS)
     again = make_states(student.config, teacher.settings)
-    torch.testing.assert_close(loss, loss_by_hand(student, teacher, embeds, again, [0, 4, 6]), rtol=1e-5, atol=1e-7)
-    assert torch.equal(sigma, make_states(student.config, teacher.settings).draw(3)[1])
+    torch.testing.assert_close(loss, loss_by_hand(student, teacher, embeds, again), rtol=1e-5, atol=1e-7)
 
 
 def adamw_by_hand(parameters, gradients, moments, step: int) -> None:
@@ -151,9 +122,8 @@ def test_three_steps_equal_clipping_and_adamw_written_by_hand():
     expected, _, _, states = make_run()
     parameters = list(expected.parameters())
     moments = [(torch.zeros_like(parameter), torch.zeros_like(parameter)) for parameter in parameters]
-    batches = prompt_batches(NUM_PROMPTS, 3, OPTIONS.seed)
     for step in range(1, 4):
-        loss = loss_by_hand(expected, teacher, embeds, states, next(batches))
+        loss = loss_by_hand(expected, teacher, embeds, states)
         gradients = torch.autograd.grad(loss, parameters)
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         assert norm > OPTIONS.max_grad_norm, "clipping was not tested"

@@ -14,6 +14,7 @@ from torch import Tensor
 from wandistiller.flow import sigma_to_timestep
 from wandistiller.prompt_embeds import PromptEmbeds
 from wandistiller.reporting import StepMetrics, Stopwatch
+from wandistiller.states import StateBatch
 from wandistiller.student import WanLiteStudent
 from wandistiller.teacher import Teacher
 
@@ -25,7 +26,8 @@ class NonFiniteError(RuntimeError):
 
 
 class States(Protocol):
-    def draw(self, batch_size: int) -> tuple[Tensor, Tensor]: ...
+    def draw(self) -> StateBatch: ...
+    def advance(self, batch: StateBatch, velocity: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +59,6 @@ class TrainingResult:
 def steps_of_epochs(num_epochs: int, num_prompts: int, batch_size: int) -> int:
     """An epoch is ceil(prompts / batch) optimiser steps; its last batch holds what is left."""
     return num_epochs * math.ceil(num_prompts / batch_size)
-
-
-def prompt_batches(num_prompts: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of prompt indices: every prompt once an epoch, in an order of its own each epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(num_prompts, generator=generator).tolist()
-        for start in range(0, num_prompts, batch_size):
-            yield order[start : start + batch_size]
 
 
 class StopRequest:
@@ -104,24 +97,26 @@ def train(
             the weights.
     """
     optimizer = make_optimizer(student, options)
-    batches = prompt_batches(len(prompt_embeds), options.batch_size, options.seed)
     stopwatch = Stopwatch(options.num_steps)
     losses: list[float] = []
     student.train()
     with StopRequest().watching() as stop:
         for step in range(1, options.num_steps + 1):
-            indices = next(batches)
-            sigma, loss = distillation_loss(student, teacher, states, prompt_embeds, indices, options)
+            batch = states.draw()
+            loss, velocity_teacher = distillation_loss(student, teacher, batch, prompt_embeds, options)
+            states.advance(batch, velocity_teacher)
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), options.max_grad_norm)
             # note: CPU-GPU sync point, the only one of a step
             loss_value, grad_norm_value = torch.stack([loss.detach(), grad_norm]).tolist()
-            check_finite(step, sigma, loss_value, grad_norm_value, options)
+            check_finite(step, batch.sigma, loss_value, grad_norm_value, options)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             losses.append(loss_value)
-            on_step(StepMetrics(step, loss_value, grad_norm_value, options.lr, *stopwatch.lap(step, len(indices))))
+            on_step(
+                StepMetrics(step, loss_value, grad_norm_value, options.lr, *stopwatch.lap(step, len(batch.prompts)))
+            )
             if stop.requested:
                 break
     check_weights(student, len(losses), options)
@@ -140,21 +135,15 @@ def make_optimizer(student: WanLiteStudent, options: TrainingOptions) -> torch.o
 
 
 def distillation_loss(
-    student: WanLiteStudent,
-    teacher: Teacher,
-    states: States,
-    prompt_embeds: PromptEmbeds,
-    indices: list[int],
-    options: TrainingOptions,
+    student: WanLiteStudent, teacher: Teacher, batch: StateBatch, prompt_embeds: PromptEmbeds, options: TrainingOptions
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared error between the two velocities at freshly drawn states: (sigma (B,) on the CPU, loss)."""
-    noisy_latents, sigma = states.draw(len(indices))
-    noisy_latents = noisy_latents.to(options.device, non_blocking=True)
-    embeds, lengths = prompt_embeds.batch(indices, options.device, torch.float32)
-    velocity_teacher = _autocast(teacher.velocity, options)(noisy_latents, sigma, embeds, lengths)
-    timestep = sigma_to_timestep(sigma).to(options.device)
+    """Mean squared error between the two velocities at a batch of states, and the teacher's velocity (B, C, H, W)."""
+    noisy_latents = batch.latents.to(options.device, non_blocking=True)
+    embeds, lengths = prompt_embeds.batch(batch.prompts, options.device, torch.float32)
+    velocity_teacher = _autocast(teacher.velocity, options)(noisy_latents, batch.sigma, embeds, lengths)
+    timestep = sigma_to_timestep(batch.sigma).to(options.device)
     velocity_student = _autocast(student, options)(noisy_latents, timestep, embeds, lengths)
-    return sigma, F.mse_loss(velocity_student.float(), velocity_teacher.float())
+    return F.mse_loss(velocity_student.float(), velocity_teacher.float()), velocity_teacher
 
 
 def _autocast(function: Callable[..., Tensor], options: TrainingOptions) -> Callable[..., Tensor]:
