@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := wandistiller $(wildcard *.py)
+SOURCES := wandistiller tools benchmarks $(wildcard *.py)
 
 .PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python train_distillation.py --teacher_path mock --student_config config/demo_student_config.json \
-		--data_path data/static_prompts.txt --output_dir outputs/demo --num_epochs 10 --batch_size 4 --lr 3e-4
+	$(BIN)/python train_distillation.py --output_dir outputs/demo
+	$(BIN)/python evaluate_student.py --student outputs/demo --prompts_file data/demo_heldout_prompts.txt \
+		--num_prompts 100 --batch_size 50
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -m "not slow"

@@ -87,10 +87,16 @@ class ProjectionReport:
     teacher: dict[str, dict] = field(default_factory=dict)
     num_parameters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATUSES, 0))
 
+    def add(self, name: str, parameter: "Tensor", status: str, source: list[str], detail: str) -> None:
+        """Write down where a student tensor came from."""
+        self.student[name] = {"status": status, "source": source, "detail": detail}
+        self.num_parameters[status] += parameter.numel()
+
     def summary(self) -> str:
         """A few lines for the screen."""
         total = sum(self.num_parameters.values())
-        lines = [f"Projection of {self.teacher_path} (expert {self.expert}), layers {','.join(map(str, self.layers))}"]
+        layers = f"layers {','.join(map(str, self.layers))}" if self.layers else "nothing inherited"
+        lines = [f"Projection of {self.teacher_path} (expert {self.expert}), {layers}"]
         for status in STATUSES:
             count = sum(entry["status"] == status for entry in self.student.values())
             share = self.num_parameters[status] / total
@@ -152,6 +158,25 @@ def project_teacher(
     return student, report
 
 
+def fresh_student(
+    teacher_path: "str | Path | WanCheckpoint",
+    config: StudentConfig,
+    expert: str = "high",
+    *,
+    device: "str | torch.device" = "cpu",
+    seed: int = 0,
+) -> "tuple[WanLiteStudent, ProjectionReport]":
+    """A student that inherits nothing, from seeded initial values: what projection is to be measured against."""
+    checkpoint = open_teacher(teacher_path, config)
+    student = _seeded_student(config, None, device, seed)
+    report = ProjectionReport(checkpoint.location, expert, [])
+    teacher, reason = checkpoint.expert(expert), "random initial values were asked for"
+    for name, parameter in student.named_parameters():
+        report.add(name, parameter, "initialised", [], reason)
+    report.teacher = {name: {"status": "dropped", "reason": reason} for name in teacher.names()} | _ignored(teacher)
+    return student, report
+
+
 def project_experts(
     checkpoint: "WanCheckpoint",
     text_max_length: int,
@@ -184,6 +209,18 @@ def open_teacher(
     return mock_checkpoint(config)
 
 
+def _seeded_student(
+    config: StudentConfig, dtype: "torch.dtype | None", device: "str | torch.device", seed: int
+) -> "WanLiteStudent":
+    import torch
+
+    from wandistiller.student import WanLiteStudent
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WanLiteStudent(config).to(device=device, dtype=dtype or torch.float32)
+
+
 def _empty_student(
     config: StudentConfig, dtype: "torch.dtype | None", device: "str | torch.device", seed: int
 ) -> "WanLiteStudent":
@@ -193,9 +230,7 @@ def _empty_student(
     from wandistiller.student import WanLiteStudent
 
     if config.block == "lite":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return WanLiteStudent(config).to(device=device, dtype=dtype or torch.float32)
+        return _seeded_student(config, dtype, device, seed)
     with torch.device("meta"):
         student = WanLiteStudent(config)
     for name, parameter in student.named_parameters():
@@ -249,8 +284,7 @@ def _fill(
                     status, detail = details[0]
                 else:
                     names, detail = [], f"the teacher's {names[0]} is smaller"
-        report.student[name] = {"status": status, "source": names, "detail": detail}
-        report.num_parameters[status] += parameter.numel()
+        report.add(name, parameter, status, names, detail)
 
 
 def _kept_shape(teacher: "TransformerTensors", name: str, selection: "Selection") -> list[int]:
@@ -299,7 +333,11 @@ def _report_teacher(
         else:
             reason = "a lite student has no counterpart" if config.block == "lite" else "no student tensor uses it"
         report.teacher[name] = {"status": "dropped", "reason": reason}
-    report.teacher |= {name: {"status": "dropped", "reason": reason} for name, reason in teacher.ignored.items()}
+    report.teacher |= _ignored(teacher)
+
+
+def _ignored(teacher: "TransformerTensors") -> dict[str, dict]:
+    return {name: {"status": "dropped", "reason": reason} for name, reason in teacher.ignored.items()}
 
 
 def parse_args(argv: list[str] | None = None):

@@ -14,26 +14,31 @@ import time
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import pytest
 import torch
 from conftest import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, ROOT, Teachers, read_metrics, snapshot
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from wan_folders import write_pipeline_folder
 
 import train_distillation
 from wandistiller import WanLiteStudent
 
+CELL = 160 + 8  # pixels of a drawn prompt in the side-by-side picture, with its margin
 SCRIPT = ROOT / "train_distillation.py"
 STUDENT_FILES = {"student_config.json", "diffusion_model.safetensors"}
 
-# The command line is a contract: other people's scripts hold these flags. (flag, a value, default)
+# The command line is a contract: other people's scripts hold these flags. (flag, a value, default of the demo job)
 FLAGS = [
-    ("teacher_path", ["x"], "mock"),
+    ("teacher_path", ["x"], "data/demo_teacher"),
     ("teacher_path_low", ["x"], None),
     ("text_encoder_path", ["x"], None),
-    ("data_path", ["x"], "data/static_prompts.txt"),
+    ("vae_path", ["x"], None),
+    ("data_path", ["x"], "data/demo_prompts.txt"),
     ("prompt_cache", ["x"], "outputs/prompt_cache"),
     ("student_config", ["x"], "config/demo_student_config.json"),
+    ("init", ["random"], "projection"),
     ("init_expert", ["low"], "high"),
     ("layers", ["0,2,5"], None),
     ("guidance_scale", ["4"], None),
@@ -42,17 +47,22 @@ FLAGS = [
     ("negative_prompt", ["x"], None),
     ("shift", ["12"], None),
     ("states", ["noise"], "trajectory"),
+    ("replay", ["3"], 4),
     ("sigma_range", ["0.1", "1.0"], (0.0, 1.0)),
-    ("num_epochs", ["3"], 1),
+    ("num_epochs", ["3"], 40),
     ("max_steps", ["3"], None),
-    ("batch_size", ["3"], 4),
-    ("lr", ["1e-4"], 1e-5),
+    ("batch_size", ["3"], 64),
+    ("lr", ["1e-4"], 3e-3),
+    ("lr_scheduler", ["linear"], "cosine"),
+    ("lr_warmup_steps", ["3"], 50),
+    ("ema_decay", ["0"], 0.999),
     ("max_grad_norm", ["0.5"], 1.0),
     ("weight_decay", ["0.1"], 0.0),
     ("seed", ["7"], 0),
     ("device", ["cpu"], None),
     ("dtype", ["bf16"], None),
     ("output_dir", ["x"], "outputs/demo"),
+    ("num_samples", ["3"], 8),
 ]
 
 
@@ -65,7 +75,7 @@ def train(run_main, write_config, tmp_path, teachers: Teachers):
         return run_main(
             train_distillation.main, "--teacher_path", teacher, "--student_config", write_config(config),
             "--data_path", PROMPTS, "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--output_dir", folder,
-            *flags,
+            "--num_samples", 0, *flags,
         )  # fmt: skip
 
     return run
@@ -266,12 +276,85 @@ def test_an_epoch_is_every_prompt_once_and_max_steps_overrides_it(train, teacher
     assert record_of(tmp_path / "out")["num_train_steps"] == num_steps
 
 
+# ---- sample pictures ----
+
+
+def sample_rows(folder: Path, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's and the student's row of the picture that a run ends with, without captions."""
+    picture = Image.open(folder / "samples" / f"step_{num_steps:06d}.png")
+    assert picture.info["seed"] == "0" and int(picture.info["num_inference_steps"]) > 0
+    cells = np.asarray(picture)[-2 * CELL :, -3 * CELL :]
+    return cells[:CELL], cells[CELL:]
+
+
+def test_a_run_ends_with_teacher_and_student_side_by_side(train, teachers, tmp_path):
+    flags = ("--guidance_scale", 1, "--num_samples", 3, "--max_steps", 2)
+    assert train(teachers.one, IDENTITY_CONFIG, *flags, "--lr", 1e-12, output_dir=tmp_path / "same").code == 0
+    above, below = sample_rows(tmp_path / "same", 2)
+    assert np.ptp(above.reshape(-1, 3), axis=0).min() > 50, "nothing was drawn"
+    assert np.abs(above.astype(int) - below).max() <= 2
+    assert train(teachers.one, IDENTITY_CONFIG, *flags, "--init", "random", output_dir=tmp_path / "other").code == 0
+    again, below = sample_rows(tmp_path / "other", 2)
+    np.testing.assert_array_equal(above, again)
+    assert (below != again).mean() > 0.1
+
+
+def test_a_teacher_without_a_vae_is_trained_from_and_the_reason_for_no_picture_told(train, teachers, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(teachers.one, bare, ignore=shutil.ignore_patterns("vae"))
+    outcome = train(bare, PRUNED_CONFIG, "--num_samples", 1, "--max_steps", 1)
+    assert outcome.code == 0
+    assert "No sample pictures" in outcome.out and "--vae_path" in outcome.out
+    shutil.rmtree(tmp_path / "out")
+    flags = ("--num_samples", 1, "--max_steps", 1, "--vae_path", teachers.one / "vae")
+    assert train(bare, PRUNED_CONFIG, *flags).code == 0
+    assert (tmp_path / "out" / "samples" / "step_000001.png").is_file()
+
+
+def test_a_vae_path_without_a_vae_is_answered_before_training(train, teachers, tmp_path):
+    (tmp_path / "empty").mkdir()
+    outcome = train(teachers.one, PRUNED_CONFIG, "--num_samples", 1, "--vae_path", tmp_path / "empty")
+    assert outcome.code == 2 and "--vae_path" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+# ---- where the student starts ----
+
+
+def test_a_random_student_inherits_nothing_and_repeats_with_its_seed(train, teachers, tmp_path):
+    runs = {}
+    for name, seed in (("a", 1), ("again", 1), ("b", 2)):
+        flags = ("--init", "random", "--seed", seed, "--max_steps", 1, "--lr", 1e-12)
+        assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / name).code == 0
+        runs[name] = weights_of(tmp_path / name)
+    report = json.loads((tmp_path / "a" / "projection_report.json").read_text(encoding="utf-8"))
+    assert {entry["status"] for entry in report["student"].values()} == {"initialised"}
+    assert {entry["status"] for entry in report["teacher"].values()} == {"dropped"}
+    assert record_of(tmp_path / "a")["init"] == "random"
+    key = "blocks.0.ffn.net.2.weight"
+    torch.testing.assert_close(runs["a"][key], runs["again"][key], rtol=0, atol=0)
+    assert not torch.equal(runs["a"][key], runs["b"][key])
+
+
 # ---- the command line ----
 
 
 def test_the_flags_are_exactly_these_with_these_defaults():
     defaults = vars(train_distillation.parse_args([]))
     assert defaults == {name: default for name, _, default in FLAGS}
+
+
+def test_another_teacher_gets_the_general_defaults():
+    defaults = vars(train_distillation.parse_args(["--teacher_path", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]))
+    general = {
+        "data_path": "data/static_prompts.txt",
+        "num_epochs": 1,
+        "batch_size": 4,
+        "replay": 1,
+        "lr": 1e-5,
+        "lr_warmup_steps": 0,
+    }
+    assert {name: defaults[name] for name in general} == general
 
 
 @pytest.mark.parametrize("name, value, default", FLAGS, ids=[name for name, _, _ in FLAGS])

@@ -5,8 +5,12 @@ pytest tests/test_training.py
 
 import io
 import json
+import math
 import os
 import signal
+import statistics
+from collections import Counter
+from dataclasses import replace
 from itertools import chain, islice
 
 import pytest
@@ -15,6 +19,8 @@ from conftest import PRUNED_CONFIG, read_metrics
 
 from projection_mapper import open_teacher, project_experts, project_teacher
 from wandistiller import StudentConfig
+from wandistiller.answers import REPLAY_BATCHES, ReplayedAnswers, TeacherAnswers
+from wandistiller.optimization import OptimizationOptions, make_ema, make_lr_scheduler, make_optimizer
 from wandistiller.prompt_embeds import mock_prompt_embeds
 from wandistiller.reporting import Progress, StepMetrics, Stopwatch, format_duration
 from wandistiller.states import NoiseStates, build_states, prompt_batches
@@ -32,7 +38,8 @@ from wandistiller.training import (
 )
 
 NUM_PROMPTS = 7
-OPTIONS = TrainingOptions(batch_size=3, num_steps=3, lr=3e-3, max_grad_norm=0.05, weight_decay=0.1, seed=11)
+OPTIMIZATION = OptimizationOptions(lr=3e-3, max_grad_norm=0.05, weight_decay=0.1)
+OPTIONS = TrainingOptions(batch_size=3, num_steps=3, optimization=OPTIMIZATION, seed=11)
 
 
 def make_run(config: dict = PRUNED_CONFIG, guidance_scale: float = 3.0):
@@ -48,6 +55,10 @@ def make_run(config: dict = PRUNED_CONFIG, guidance_scale: float = 3.0):
 
 def make_states(config: StudentConfig, settings) -> NoiseStates:
     return build_states("noise", config, settings, NUM_PROMPTS, 3, sigma_range=(0.1, 0.9), seed=5)
+
+
+def answers(teacher, states, embeds, dtype: torch.dtype = torch.float32) -> TeacherAnswers:
+    return TeacherAnswers(teacher, states, embeds, "cpu", dtype)
 
 
 def loss_by_hand(student, teacher, embeds, states) -> torch.Tensor:
@@ -91,12 +102,112 @@ def test_an_epoch_is_the_prompts_over_the_batch_rounded_up(epochs, prompts, batc
     assert steps_of_epochs(epochs, prompts, batch) == steps
 
 
+# ---- replay ----
+
+
+def test_replay_gives_every_answer_as_often_as_asked_and_unchanged():
+    _, teacher, embeds, states = make_run()
+    replayed = ReplayedAnswers(answers(teacher, states, embeds), replay=3, batch_size=3)
+    fresh, uses, calls = {}, Counter(), []
+    for _ in range(1500):
+        before = replayed.num_calls
+        answer = replayed.next()
+        calls.append(len(answer.prompts) * (replayed.num_calls > before))
+        for row, prompt in enumerate(answer.prompts):
+            key = answer.latents[row].sum().item()
+            entry = (answer.sigma[row].item(), prompt, answer.velocity[row].sum().item())
+            assert fresh.setdefault(key, entry) == entry
+            uses[key] += 1
+    assert all(calls[: REPLAY_BATCHES // 2]), "the store is filled first"
+    # What is still in the store at the end has uses left; all others had exactly three:
+    counts = Counter(uses.values())
+    assert max(counts) == 3
+    assert sum(counts[n] for n in (1, 2)) <= REPLAY_BATCHES * 3
+    assert sum(calls) / sum(uses.values()) == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_replayed_batches_mix_the_answers_of_several_calls():
+    _, teacher, embeds, states = make_run()
+    replayed, born = ReplayedAnswers(answers(teacher, states, embeds), replay=4, batch_size=3), {}
+    mixed = []
+    for _ in range(400):
+        before, answer = replayed.num_calls, replayed.next()
+        keys = [latents.sum().item() for latents in answer.latents]
+        if replayed.num_calls > before:
+            born |= dict.fromkeys(keys, replayed.num_calls)
+        else:
+            mixed.append(len({born[key] for key in keys}))
+    assert statistics.fmean(mixed) > 2.5
+
+
+# ---- learning rate and average ----
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_the_learning_rate_rises_and_follows_its_schedule(name):
+    model = torch.nn.Linear(2, 2)
+    options = OptimizationOptions(lr=0.5, lr_scheduler=name, lr_warmup_steps=4)
+    optimizer = make_optimizer(model, options, "cpu")
+    scheduler = make_lr_scheduler(optimizer, options, 20)
+    rates = []
+    for _ in range(20):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    after = {
+        "constant": lambda part: 1.0,
+        "linear": lambda part: 1 - part,
+        "cosine": lambda part: 0.5 * (1 + math.cos(math.pi * part)),
+    }[name]
+    expected = [0.5 * step / 4 if step < 4 else 0.5 * after((step - 4) / 16) for step in range(20)]
+    assert rates == pytest.approx(expected)
+
+
+def test_the_average_starts_short_and_ends_with_the_memory_asked_for():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema, expected = make_ema(model, 0.9), None
+    for n in range(200):
+        with torch.no_grad():
+            model.weight.fill_(math.sin(n))
+        ema.update_parameters(model)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = math.sin(n) if expected is None else decay * expected + (1 - decay) * math.sin(n)
+        assert ema.module.weight.item() == pytest.approx(expected, abs=1e-5)
+    assert make_ema(model, 0.0) is None
+
+
+def test_a_student_trained_with_an_average_ends_as_that_average():
+    student, teacher, embeds, states = make_run()
+    seen = []
+    plain = OptimizationOptions(lr=1e-2)
+    train(
+        student,
+        answers(teacher, states, embeds),
+        embeds,
+        replace(OPTIONS, optimization=plain),
+        lambda _: seen.append(copy_of(student)),
+    )
+    averaged, _, _, states = make_run()
+    options = replace(OPTIONS, optimization=replace(plain, ema_decay=0.9))
+    train(averaged, answers(teacher, states, embeds), embeds, options, lambda metrics: None)
+    expected = seen[0]
+    for n, weights in enumerate(seen[1:], start=1):
+        decay = (1 + n) / (10 + n)
+        expected = {name: decay * expected[name] + (1 - decay) * weight for name, weight in weights.items()}
+    for name, weight in averaged.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def copy_of(student) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in student.state_dict().items()}
+
+
 # ---- the loss and the step ----
 
 
 def test_the_loss_is_the_squared_error_between_student_and_guided_teacher():
     student, teacher, embeds, states = make_run()
-    loss, _ = distillation_loss(student, teacher, states.draw(), embeds, OPTIONS)
+    loss = distillation_loss(student, answers(teacher, states, embeds).next(), embeds, OPTIONS)
     again = make_states(student.config, teacher.settings)
     torch.testing.assert_close(loss, loss_by_hand(student, teacher, embeds, again), rtol=1e-5, atol=1e-7)
 
@@ -104,20 +215,20 @@ def test_the_loss_is_the_squared_error_between_student_and_guided_teacher():
 def adamw_by_hand(parameters, gradients, moments, step: int) -> None:
     """One AdamW step (decoupled decay, bias correction) after clipping the whole gradient's norm."""
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    scale = min(1.0, OPTIONS.max_grad_norm / (float(norm) + 1e-6))
-    beta1, beta2 = OPTIONS.betas
+    scale = min(1.0, OPTIMIZATION.max_grad_norm / (float(norm) + 1e-6))
+    beta1, beta2 = OPTIMIZATION.betas
     for parameter, gradient, (mean, square) in zip(parameters, gradients, moments, strict=True):
         gradient = gradient * scale
         mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
         square.mul_(beta2).add_(gradient**2, alpha=1 - beta2)
         step_size = (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + 1e-8)
-        parameter.mul_(1 - OPTIONS.lr * OPTIONS.weight_decay).sub_(OPTIONS.lr * step_size)
+        parameter.mul_(1 - OPTIMIZATION.lr * OPTIMIZATION.weight_decay).sub_(OPTIMIZATION.lr * step_size)
 
 
 def test_three_steps_equal_clipping_and_adamw_written_by_hand():
     student, teacher, embeds, states = make_run()
     reported: list[StepMetrics] = []
-    result = train(student, teacher, states, embeds, OPTIONS, reported.append)
+    result = train(student, answers(teacher, states, embeds), embeds, OPTIONS, reported.append)
 
     expected, _, _, states = make_run()
     parameters = list(expected.parameters())
@@ -126,7 +237,7 @@ def test_three_steps_equal_clipping_and_adamw_written_by_hand():
         loss = loss_by_hand(expected, teacher, embeds, states)
         gradients = torch.autograd.grad(loss, parameters)
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
-        assert norm > OPTIONS.max_grad_norm, "clipping was not tested"
+        assert norm > OPTIMIZATION.max_grad_norm, "clipping was not tested"
         assert reported[step - 1].grad_norm == pytest.approx(float(norm), rel=1e-4)
         assert result.losses[step - 1] == pytest.approx(loss.item(), rel=1e-4)
         with torch.no_grad():
@@ -150,15 +261,15 @@ def test_matrix_products_of_student_and_teacher_are_in_the_compute_dtype(dtype):
     for side, model in (("student", student), ("teacher", teacher.experts["high"])):
         linear = model.get_submodule("blocks.0.ffn.net.2")
         linear.register_forward_hook(lambda module, inputs, output, side=side: seen.update({side: output.dtype}))
-    options = TrainingOptions(batch_size=2, num_steps=1, lr=1e-3, compute_dtype=dtype)
-    train(student, teacher, states, embeds, options, lambda metrics: None)
+    options = TrainingOptions(batch_size=2, num_steps=1, optimization=OptimizationOptions(lr=1e-3), compute_dtype=dtype)
+    train(student, answers(teacher, states, embeds, dtype), embeds, options, lambda metrics: None)
     assert seen == {"student": dtype, "teacher": dtype}
 
 
 def test_the_teacher_is_not_trained():
     student, teacher, embeds, states = make_run()
     before = {name: tensor.clone() for name, tensor in teacher.experts["high"].state_dict().items()}
-    train(student, teacher, states, embeds, OPTIONS, lambda metrics: None)
+    train(student, answers(teacher, states, embeds), embeds, OPTIONS, lambda metrics: None)
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.experts["high"].state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.experts["high"].parameters())
 
@@ -167,8 +278,12 @@ def test_bf16_steps_stay_close_to_float32_and_weights_stay_float32():
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
         student, teacher, embeds, states = make_run()
-        options = TrainingOptions(batch_size=3, num_steps=4, lr=1e-3, compute_dtype=dtype)
-        losses[dtype] = train(student, teacher, states, embeds, options, lambda metrics: None).losses
+        options = TrainingOptions(
+            batch_size=3, num_steps=4, optimization=OptimizationOptions(lr=1e-3), compute_dtype=dtype
+        )
+        losses[dtype] = train(
+            student, answers(teacher, states, embeds, dtype), embeds, options, lambda metrics: None
+        ).losses
         assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.03)
     assert losses[torch.bfloat16] != losses[torch.float32], "autocast changed nothing"
@@ -194,7 +309,7 @@ def test_a_step_that_is_not_finite_is_not_applied():
         teacher.experts["high"].proj_out.bias[0] = torch.inf
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     with pytest.raises(NonFiniteError, match="step 1"):
-        train(student, teacher, states, embeds, OPTIONS, lambda metrics: None)
+        train(student, answers(teacher, states, embeds), embeds, OPTIONS, lambda metrics: None)
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
 
 
@@ -216,8 +331,8 @@ def test_a_signal_ends_the_loop_after_the_step_in_hand(number):
         if metrics.step == 2:
             os.kill(os.getpid(), number)
 
-    options = TrainingOptions(batch_size=3, num_steps=50, lr=1e-3)
-    result = train(student, teacher, states, embeds, options, interrupt)
+    options = TrainingOptions(batch_size=3, num_steps=50, optimization=OptimizationOptions(lr=1e-3))
+    result = train(student, answers(teacher, states, embeds), embeds, options, interrupt)
     assert result.interrupted and result.num_steps == len(result.losses) == 2
     assert signal.getsignal(number) is before
 

@@ -7,10 +7,15 @@ Standard library only, so that `--help` and mistakes are answered at once.
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
+
+# Before torch loads OpenMP: its threads sleep while they wait. By default they spin, and where another job keeps a core
+# busy every small matrix product then waits for a whole time slice of it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class FlagGroup:

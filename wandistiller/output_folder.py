@@ -6,11 +6,13 @@ from pathlib import Path
 from wandistiller.errors import UserError
 
 METRICS_NAME = "metrics.jsonl"
+SAMPLES_NAME = "samples"
 _OF_A_RUN = [
     "student_config.json",
     "diffusion_model.safetensors",
     "projection_report.json",
     METRICS_NAME,
+    SAMPLES_NAME,
     "evaluation.json",
     "teacher_vs_student.png",
 ]

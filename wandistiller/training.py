@@ -1,4 +1,4 @@
-"""The distillation loop: states, the teacher's answer, the student's answer, one optimiser step."""
+"""The distillation loop: the teacher's answer, the student's answer, one optimiser step."""
 
 import contextlib
 import math
@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wandistiller.answers import Answer, autocast
 from wandistiller.flow import sigma_to_timestep
+from wandistiller.optimization import OptimizationOptions, make_ema, make_lr_scheduler, make_optimizer
 from wandistiller.prompt_embeds import PromptEmbeds
 from wandistiller.reporting import StepMetrics, Stopwatch
-from wandistiller.states import StateBatch
 from wandistiller.student import WanLiteStudent
-from wandistiller.teacher import Teacher
 
 
 class NonFiniteError(RuntimeError):
@@ -25,9 +25,8 @@ class NonFiniteError(RuntimeError):
     exit_code = 1
 
 
-class States(Protocol):
-    def draw(self) -> StateBatch: ...
-    def advance(self, batch: StateBatch, velocity: Tensor) -> None: ...
+class Answers(Protocol):
+    def next(self) -> Answer: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +35,7 @@ class TrainingOptions:
 
     batch_size: int
     num_steps: int
-    lr: float
-    max_grad_norm: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
+    optimization: OptimizationOptions
     compute_dtype: torch.dtype = torch.float32
     device: str = "cpu"
     seed: int = 0
@@ -84,82 +80,69 @@ class StopRequest:
 
 def train(
     student: WanLiteStudent,
-    teacher: Teacher,
-    states: States,
+    answers: Answers,
     prompt_embeds: PromptEmbeds,
     options: TrainingOptions,
     on_step: Callable[[StepMetrics], None],
 ) -> TrainingResult:
-    """Train `student` in place on the teacher's guided velocity.
+    """Train `student` in place on the teacher's guided velocity; with EMA it ends as the average of its weights.
 
     Raises:
         NonFiniteError: loss or gradient is not finite (the weights are those of the step before), or the last step broke
             the weights.
     """
-    optimizer = make_optimizer(student, options)
+    optimizer = make_optimizer(student, options.optimization, options.device)
+    lr_scheduler = make_lr_scheduler(optimizer, options.optimization, options.num_steps)
+    ema = make_ema(student, options.optimization.ema_decay)
     stopwatch = Stopwatch(options.num_steps)
     losses: list[float] = []
     student.train()
     with StopRequest().watching() as stop:
         for step in range(1, options.num_steps + 1):
-            batch = states.draw()
-            loss, velocity_teacher = distillation_loss(student, teacher, batch, prompt_embeds, options)
-            states.advance(batch, velocity_teacher)
+            answer = answers.next()
+            loss = distillation_loss(student, answer, prompt_embeds, options)
             loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), options.max_grad_norm)
+            grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), options.optimization.max_grad_norm)
             # note: CPU-GPU sync point, the only one of a step
             loss_value, grad_norm_value = torch.stack([loss.detach(), grad_norm]).tolist()
-            check_finite(step, batch.sigma, loss_value, grad_norm_value, options)
+            check_finite(step, answer.sigma, loss_value, grad_norm_value, options)
+            lr = lr_scheduler.get_last_lr()[0]
             optimizer.step()
+            lr_scheduler.step()
             optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.update_parameters(student)
 
             losses.append(loss_value)
-            on_step(
-                StepMetrics(step, loss_value, grad_norm_value, options.lr, *stopwatch.lap(step, len(batch.prompts)))
-            )
+            on_step(StepMetrics(step, loss_value, grad_norm_value, lr, *stopwatch.lap(step, len(answer.prompts))))
             if stop.requested:
                 break
     check_weights(student, len(losses), options)
+    if ema is not None:
+        student.load_state_dict(ema.module.state_dict())
     student.eval()
     return TrainingResult(len(losses), losses, stop.requested)
 
 
-def make_optimizer(student: WanLiteStudent, options: TrainingOptions) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        student.parameters(),
-        lr=options.lr,
-        betas=options.betas,
-        weight_decay=options.weight_decay,
-        fused=torch.device(options.device).type == "cuda",
-    )
-
-
 def distillation_loss(
-    student: WanLiteStudent, teacher: Teacher, batch: StateBatch, prompt_embeds: PromptEmbeds, options: TrainingOptions
-) -> tuple[Tensor, Tensor]:
-    """Mean squared error between the two velocities at a batch of states, and the teacher's velocity (B, C, H, W)."""
-    noisy_latents = batch.latents.to(options.device, non_blocking=True)
-    embeds, lengths = prompt_embeds.batch(batch.prompts, options.device, torch.float32)
-    velocity_teacher = _autocast(teacher.velocity, options)(noisy_latents, batch.sigma, embeds, lengths)
-    timestep = sigma_to_timestep(batch.sigma).to(options.device)
-    velocity_student = _autocast(student, options)(noisy_latents, timestep, embeds, lengths)
-    return F.mse_loss(velocity_student.float(), velocity_teacher.float()), velocity_teacher
-
-
-def _autocast(function: Callable[..., Tensor], options: TrainingOptions) -> Callable[..., Tensor]:
-    """Matrix products in the compute dtype over float32 weights; a no-op in float32."""
-    device_type = torch.device(options.device).type
-    return torch.autocast(device_type, options.compute_dtype, enabled=options.compute_dtype != torch.float32)(function)
+    student: WanLiteStudent, answer: Answer, prompt_embeds: PromptEmbeds, options: TrainingOptions
+) -> Tensor:
+    """Mean squared error between the two velocities at a batch of states."""
+    embeds, lengths = prompt_embeds.batch(answer.prompts, options.device, torch.float32)
+    timestep = sigma_to_timestep(answer.sigma).to(options.device)
+    velocity = autocast(student, options.device, options.compute_dtype)(answer.latents, timestep, embeds, lengths)
+    return F.mse_loss(velocity.float(), answer.velocity.float())
 
 
 def check_finite(step: int, sigma: Tensor, loss: float, grad_norm: float, options: TrainingOptions) -> None:
     """Stop before a broken step reaches the weights."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
+    lr = options.optimization.lr
     what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm} (loss {loss:.4g})"
     raise NonFiniteError(
-        f"step {step}: {what}, at sigma {sigma.min():.3f} to {sigma.max():.3f}, lr {options.lr:g}. Likely causes: "
-        f"the learning rate is too high (try --lr {options.lr / 10:g}); the teacher's weights or the prompt embeddings "
+        f"step {step}: {what}, at sigma {sigma.min():.3f} to {sigma.max():.3f}, lr {lr:g}. Likely causes: "
+        f"the learning rate is too high (try --lr {lr / 10:g}); the teacher's weights or the prompt embeddings "
         "hold values that are not finite; --dtype bf16 overflows (try --dtype fp32). This step was not applied."
     )
 
@@ -170,5 +153,5 @@ def check_weights(student: WanLiteStudent, step: int, options: TrainingOptions) 
     if broken:
         raise NonFiniteError(
             f"step {step}: {len(broken)} of the student's weights are not finite after it, the first is {broken[0]}; "
-            f"lr {options.lr:g} or weight_decay {options.weight_decay:g} is too high"
+            f"lr {options.optimization.lr:g} or weight_decay {options.optimization.weight_decay:g} is too high"
         )

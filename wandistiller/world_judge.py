@@ -36,8 +36,8 @@ FACTS = ("present", "shape", "colour", "size", "place", "background")
 
 COLOUR_TOLERANCE = 70.0  # RGB distance beyond which a colour has no name
 SPECK_AREA = 14 / 64**2  # of the picture; smaller blobs are noise
-SMALL_EXTENT = (0.16, 0.30)  # of the picture's width
-LARGE_EXTENT = (0.30, 0.48)
+SMALL_EXTENT = (0.20, 0.325)  # of the picture's width
+LARGE_EXTENT = (0.325, 0.48)
 PLACE_TOLERANCE = 0.11  # of the picture's width, from the place's centre
 MIN_OUTLINE_MATCH = 0.66  # intersection over union with the ideal outline; in small ones each pixel counts
 MIN_OUTLINE_LEAD = 0.04  # over the second best outline

@@ -1,0 +1,208 @@
+"""The demo teacher: its maker at a tiny scale, its judge, and the shipped folder.
+
+pytest tests/test_demo_teacher.py
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from projection_mapper import project_experts, project_teacher
+from wandistiller import world_judge
+from wandistiller.pictures import decode
+from wandistiller.prompt_embeds import encode_prompts
+from wandistiller.sampling import SamplingOptions, sample, seeded_noise
+from wandistiller.teacher import Teacher, resolve_settings
+from wandistiller.wan_checkpoint import open_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import check_demo_teacher  # noqa: E402
+import demo_text  # noqa: E402
+import demo_transformer  # noqa: E402
+import demo_world as world  # noqa: E402
+
+TEACHER = ROOT / "data" / "demo_teacher"
+OTHER_VALUES = {
+    "shape": world.SHAPES,
+    "colour": tuple(world.COLOURS),
+    "size": tuple(world.SIZES),
+    "place": tuple(world.PLACES),
+    "background": tuple(world.BACKGROUNDS),
+}
+
+
+def with_one_attribute_changed(scene: world.Scene, attribute: str, rng: np.random.Generator) -> world.Scene:
+    """The scene with another value of one attribute, in one of its objects or in the background."""
+    index = int(rng.integers(len(scene.things)))
+    owner = scene if attribute == "background" else scene.things[index]
+    others = [value for value in OTHER_VALUES[attribute] if value != getattr(owner, attribute)]
+    changed = dataclasses.replace(owner, **{attribute: others[rng.integers(len(others))]})
+    if attribute == "background":
+        return changed
+    things = list(scene.things)
+    things[index] = changed
+    return dataclasses.replace(scene, things=tuple(things))
+
+
+def test_judge_accepts_true_renderings():
+    rng = np.random.default_rng(0)
+    scenes = [world.sample_scene(rng, held_out=bool(i % 2)) for i in range(400)]
+    verdicts = [world_judge.judge(world.render(s, rng)[0], world.describe(s, rng))["correct"] for s in scenes]
+    assert np.mean(verdicts) >= 0.995
+
+
+@pytest.mark.parametrize("attribute", OTHER_VALUES)
+def test_judge_rejects_one_changed_attribute(attribute: str):
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        scene = world.sample_scene(rng)
+        prompt = world.describe(with_one_attribute_changed(scene, attribute, rng), rng, variety=0.0)
+        facts = world_judge.judge(world.render(scene, rng)[0], prompt)
+        assert not facts["correct"], f"accepted {scene} as {prompt!r}"
+
+
+def test_judge_rejects_empty_noisy_and_crowded_pictures():
+    prompt = "a small red circle on the left, on a white background"
+    noise = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert not world_judge.judge(np.full((64, 64, 3), 246, np.uint8), prompt)["correct"]
+    assert not world_judge.judge(noise, prompt)["correct"]
+    two = "a small red circle on the left and a small blue ring on the right, on a white background"
+    things = (world.Thing("circle", "red", "small", "left"), world.Thing("ring", "blue", "small", "right"))
+    crowded = world.render(world.Scene(things, "white"), np.random.default_rng(3))[0]
+    assert world_judge.judge(crowded, two)["correct"]
+    assert not world_judge.judge(crowded, prompt)["correct"]
+
+
+def test_judge_sees_where_a_clip_goes():
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        scene = world.sample_moving_scene(rng)
+        frames = world.render(scene, rng, world.NUM_FRAMES)
+        assert world_judge.judge_clip(frames, world.describe(scene, rng))["moves"]
+        opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}[scene.motion]
+        wrong_prompt = world.describe(dataclasses.replace(scene, motion=opposite), rng)
+        assert not world_judge.judge_clip(frames, wrong_prompt)["moves"]
+        assert not world_judge.judge_clip(frames[[0, 0]], world.describe(scene, rng))["moves"]
+
+
+def test_folded_pads_equal_all_512_slots_of_plain_diffusers():
+    torch.manual_seed(0)
+    model = demo_transformer.new_transformer()
+    with torch.no_grad():
+        for p in model.parameters():  # a trained model's pads are not zero vectors, nor is its output layer zero
+            p.add_(0.05 * torch.randn_like(p))
+    tokenizer = demo_text.make_tokenizer()
+    text_encoder = demo_text.new_text_encoder(len(tokenizer))
+    prompts = ["", "a red ring, on a pink background", "a small red ring at the top and a big blue cross at the bottom"]
+    latents, timestep = torch.randn(3, 16, 2, 8, 8), torch.tensor([20.5, 500.0, 999.0])
+    with torch.no_grad():
+        tokens = demo_text.tokenize(tokenizer, prompts, torch.device("cpu"))
+        embeds, bias = demo_text.encode_folded(text_encoder, *tokens)
+        num_missing = demo_text.TEXT_MAX_LENGTH - embeds.shape[1]
+        slots = torch.cat([embeds, embeds.new_zeros(3, num_missing, embeds.shape[2])], dim=1)
+        plain = model(latents, timestep, slots, return_dict=False)[0]
+        demo_transformer.fold_pads(model).bias = bias
+        folded = model(latents, timestep, embeds, return_dict=False)[0]
+    torch.testing.assert_close(folded, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_maker_writes_a_folder_that_wan_pipeline_draws_from(tmp_path: Path):
+    command = [sys.executable, str(ROOT / "tools" / "make_demo_teacher.py"), "--tiny"]
+    command += ["--output_dir", str(tmp_path / "teacher"), "--num_heldout_prompts", "5"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    pipeline = check_demo_teacher.load_pipeline(tmp_path / "teacher")
+    clip = check_demo_teacher.draw(
+        pipeline, ["a red ring on a white background"], num_frames=5, steps=2, guidance=2.0, seed=0, batch_size=1
+    )
+    assert clip.shape == (1, 5, 64, 64, 3)
+    assert pipeline.vae.config.latents_std != [1.0] * 16
+    record = json.loads((tmp_path / "teacher" / "teacher_record.json").read_text(encoding="utf-8"))
+    assert {"world", "guidance_scale", "num_inference_steps", "image_size", "text_max_length"} <= set(record)
+    assert len(check_demo_teacher.read_prompts(tmp_path / "demo_heldout_prompts.txt")) == 5
+
+
+def test_training_prompts_hold_no_held_out_combination():
+    def triples(name: str) -> list[set[tuple[str, str, str]]]:
+        prompts = check_demo_teacher.read_prompts(ROOT / "data" / name)
+        read = [world_judge.read_prompt(prompt) for prompt in prompts]
+        return [{(thing.colour, thing.shape, background) for thing in things} for things, background in read]
+
+    held_out = set(world.held_out_combinations())
+    training, evaluation = triples("demo_prompts.txt"), triples("demo_heldout_prompts.txt")
+    assert len(training) >= 1000 and len(evaluation) >= 240
+    assert not any(held_out & combinations for combinations in training)
+    assert all(held_out & combinations for combinations in evaluation)
+    assert any(len(combinations) == 2 for combinations in evaluation)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return check_demo_teacher.load_pipeline(TEACHER)
+
+
+@pytest.fixture(scope="module")
+def record() -> dict:
+    return json.loads((TEACHER / "teacher_record.json").read_text(encoding="utf-8"))
+
+
+def test_projection_of_the_trained_teacher_is_exact_at_one_frame(pipeline):
+    prompts = check_demo_teacher.read_prompts(ROOT / "data" / "demo_heldout_prompts.txt")[:4]
+    embeds = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)[0]
+    lengths = pipeline.tokenizer(prompts, padding=True, return_tensors="pt").attention_mask.sum(1)
+    latents, timestep = torch.randn(4, 16, 8, 8), torch.tensor([999.0, 700.5, 300.25, 20.0])
+    model, report = project_teacher(TEACHER)
+    assert {entry["status"] for entry in report.student.values()} == {"exact"}
+    with torch.no_grad():
+        expected = pipeline.transformer(latents[:, :, None], timestep, embeds, return_dict=False)[0][:, :, 0]
+        actual = model(latents, timestep, embeds[:, : lengths.max()], lengths)
+    assert (actual - expected).norm() / expected.norm() < 1e-5
+
+
+def test_the_projected_teacher_draws_what_wan_pipeline_draws(pipeline, record, tmp_path):
+    prompts = check_demo_teacher.read_prompts(ROOT / "data" / "demo_heldout_prompts.txt")[:4]
+    checkpoint = open_checkpoint(TEACHER)
+    settings = resolve_settings(checkpoint)
+    assert (settings.guidance_scale, settings.num_inference_steps) == (
+        record["guidance_scale"], record["num_inference_steps"]
+    )  # fmt: skip
+    noise = seeded_noise(range(4), (16, 8, 8))
+    drawn = pipeline(
+        prompts, settings.negative_prompt, height=64, width=64, num_frames=1, guidance_scale=settings.guidance_scale,
+        num_inference_steps=settings.num_inference_steps, latents=noise[:, :, None], output_type="np",
+    )  # fmt: skip
+    expected = np.round(np.asarray(drawn.frames)[:, 0] * 255)
+    texts = [*prompts, settings.negative_prompt]
+    embeds = encode_prompts(texts, TEACHER / "text_encoder", TEACHER / "tokenizer", tmp_path)
+    teacher = Teacher(project_experts(checkpoint, 512), settings, embeds.read(4))
+    options = SamplingOptions(shift=settings.shift, num_inference_steps=settings.num_inference_steps)
+    latents = sample(teacher, noise, *embeds.batch(range(4), "cpu"), options)
+    actual = decode(pipeline.vae, latents, settings.latents_mean, settings.latents_std)
+    assert np.abs(actual - expected).max() <= 2
+
+
+def test_shipped_teacher_draws_held_out_prompts(pipeline, record):
+    files = [path for path in TEACHER.rglob("*") if path.is_file()]
+    assert files, f"{TEACHER} is missing; make it with tools/make_demo_teacher.py"
+    assert sum(path.stat().st_size for path in files) <= 16 * 2**20
+    assert {path.suffix for path in files} <= {".safetensors", ".json"}
+    prompts = check_demo_teacher.read_prompts(ROOT / "data" / "demo_heldout_prompts.txt")[:8]
+    pictures = check_demo_teacher.draw(
+        pipeline,
+        prompts,
+        num_frames=1,
+        steps=record["num_inference_steps"],
+        guidance=record["guidance_scale"],
+        seed=0,
+        batch_size=8,
+    )
+    facts = [world_judge.judge(picture[0], prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    wrong = [(prompt, fact) for prompt, fact in zip(prompts, facts, strict=True) if not fact["correct"]]
+    assert len(wrong) <= 2, wrong

@@ -1,0 +1,208 @@
+"""Make the demo teacher from nothing: a small, trained text-to-video pipeline in Wan's format.
+
+    python tools/make_demo_teacher.py                                     # CPU, about an hour on 2 cores
+    python tools/make_demo_teacher.py --device cuda --steps 20000         # GPU
+    python tools/make_demo_teacher.py --tiny --output_dir /tmp/teacher    # seconds: every stage, nothing learnt
+
+The story: a world of coloured shapes (demo_world.py) gives prompts, stills and clips; a tokenizer knows its words; a
+video autoencoder learns its pictures (demo_vae.py); a Wan transformer and a UMT5 text encoder learn together to draw
+them from prompts (demo_transformer.py); all of it is saved as a folder that diffusers' WanPipeline loads unchanged.
+Each stage is kept in --work_dir, and the same command goes on where it stopped.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from wandistiller.command_line import FlagParser, number  # noqa: E402
+
+TINY = {"vae_steps": [1, 2, 1], "steps": 8, "batch_size": 4, "num_stills": 16, "num_clips": 4}
+TINY |= {"num_prompts": 20, "num_measured": 4}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command-line flags; `--tiny` overrides the step counts and sizes."""
+    count = number(int, low=1)
+    parser = FlagParser("make_demo_teacher.py", __doc__.split("\n")[0])
+    folders = parser.group("Folders")
+    folders.flag("--output_dir", "pipeline folder to write", ROOT / "data" / "demo_teacher", type=Path)
+    folders.flag("--prompts_dir", "where to write the two prompt lists (beside output_dir)", type=Path)
+    folders.flag("--work_dir", "unfinished stages (output_dir with '.work' appended)", type=Path)
+
+    training = parser.group("Training")
+    training.flag("--seed", "of everything", 0, type=number(int, low=0))
+    training.flag("--device", "cpu or cuda", "cpu")
+    training.flag("--vae_steps", "VAE steps on crops, clips, whole pictures", [1000, 1000, 300], type=count, nargs=3)
+    training.flag("--steps", "of transformer and text encoder", 2000, type=count)
+    training.flag("--batch_size", "stills per step; batches of clips are half as large", 160, type=count)
+    training.flag("--num_stills", "rendered stills to train on", 16000, type=count)
+    training.flag("--num_clips", "rendered clips to train on", 1200, type=count)
+    training.flag("--lr", "peak learning rate of transformer and text encoder", 2e-3, type=number(float, above=0))
+    training.flag("--tiny", "a few steps of every stage, for tests", False, action="store_true")
+
+    result = parser.group("Result")
+    result.flag("--num_measured", "stills to measure the VAE's PSNR on; a quarter as many clips", 128, type=count)
+    result.flag("--num_prompts", "lines of demo_prompts.txt", 2000, type=count)
+    result.flag("--num_heldout_prompts", "lines of demo_heldout_prompts.txt", 300, type=count)
+    result.flag("--guidance_scale", "guidance to record for drawing", 3.0, type=number(float, low=0))
+    result.flag("--num_inference_steps", "sampling steps to record for drawing", 20, type=count)
+
+    args = parser.parse(argv)
+    args.work_dir = args.work_dir or args.output_dir.with_name(args.output_dir.name + ".work")
+    args.prompts_dir = args.prompts_dir or args.output_dir.parent
+    vars(args).update(TINY if args.tiny else {})
+    return args
+
+
+def write_prompts(folder: Path, num_prompts: int, num_heldout: int, seed: int) -> None:
+    """Write the training prompts, and held-out prompts whose every scene holds a combination never trained on."""
+    import demo_world as world
+    import numpy as np
+
+    for name, count, held_out, variety, note in (
+        ("demo_prompts.txt", num_prompts, False, 0.25, "training prompts of the demo world"),
+        ("demo_heldout_prompts.txt", num_heldout, True, 0.0, "each holds a combination that no training prompt holds"),
+    ):
+        rng = np.random.default_rng([seed, held_out])
+        prompts: dict[str, None] = {}
+        while len(prompts) < count:
+            scene = world.sample_scene(rng, two_objects=0.5, held_out=held_out)
+            prompts[world.describe(scene, rng, variety)] = None
+        text = f"# {note}; written by tools/make_demo_teacher.py\n" + "\n".join(prompts) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def vae_stage(args: argparse.Namespace):
+    """Train the VAE, or load it from the work folder; returns it with its reconstruction PSNR."""
+    import demo_vae
+    import torch
+
+    device = torch.device(args.device)
+    minutes_file = args.work_dir / "vae_minutes.json"
+    if not minutes_file.exists():
+        started = time.time()
+        crop, clip, full = args.vae_steps
+        vae = demo_vae.train_vae(crop_steps=crop, clip_steps=clip, full_steps=full, seed=args.seed, device=device)
+        vae.save_pretrained(args.work_dir / "vae")
+        minutes_file.write_text(json.dumps(round((time.time() - started) / 60, 1)), encoding="utf-8")
+    vae = demo_vae.load_vae(args.work_dir, device)
+    figures = {
+        "vae_minutes": json.loads(minutes_file.read_text(encoding="utf-8")),
+        "vae_still_psnr_db": round(demo_vae.still_psnr(vae, args.seed, args.num_measured), 2),
+        "vae_clip_psnr_db": round(demo_vae.clip_psnr(vae, args.seed, max(1, args.num_measured // 4)), 2),
+    }
+    print(f"vae: {figures['vae_still_psnr_db']} dB on stills, {figures['vae_clip_psnr_db']} dB on clips")
+    if figures["vae_still_psnr_db"] < 30 and not args.tiny:
+        raise SystemExit(f"VAE below 30 dB: remove {minutes_file} and raise --vae_steps")
+    return vae, figures
+
+
+def transformer_stage(args: argparse.Namespace, vae, tokenizer):
+    """Train transformer and text encoder, or go on with them."""
+    import demo_transformer
+    import torch
+
+    return demo_transformer.train_transformer(
+        vae,
+        tokenizer,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        num_stills=args.num_stills,
+        num_clips=args.num_clips,
+        lr=args.lr,
+        seed=args.seed,
+        device=torch.device(args.device),
+        work=args.work_dir,
+    )
+
+
+def save_pipeline(folder: Path, vae, tokenizer, text_encoder, transformer) -> None:
+    """Write the folder: transformer and text encoder in bf16, VAE in fp32, as the released Wans are."""
+    import demo_transformer
+    import torch
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    for block in transformer.blocks:
+        block.attn2.set_processor(WanAttnProcessor())
+    scheduler = UniPCMultistepScheduler(
+        num_train_timesteps=1000,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=demo_transformer.FLOW_SHIFT,
+    )
+    pipeline = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder.to("cpu", torch.bfloat16),
+        vae=vae.to("cpu"),
+        scheduler=scheduler,
+        transformer=transformer.to("cpu", torch.bfloat16),
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)  # written for the owner alone
+
+
+def write_record(args: argparse.Namespace, figures: dict) -> None:
+    """What the folder is and how to draw with it; the trainer reads its defaults from here."""
+    import demo_text
+    import demo_world
+
+    record = {
+        "world": "shapes",
+        "guidance_scale": args.guidance_scale,
+        "negative_prompt": "",  # what prompt dropout trained as the unconditional branch
+        "num_inference_steps": args.num_inference_steps,
+        "image_size": demo_world.IMAGE_SIZE,
+        "text_max_length": demo_text.TEXT_MAX_LENGTH,
+        "training": {
+            "seed": args.seed,
+            "device": args.device,
+            "vae_steps": args.vae_steps,
+            "steps": args.steps,
+            "batch_size": args.batch_size,
+            "lr": args.lr,
+            **figures,
+        },
+    }
+    (args.output_dir / "teacher_record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run every stage that is not done yet."""
+    args = parse_args(argv)
+    import demo_text
+    import demo_transformer
+    import torch
+    from diffusers import WanPipeline
+
+    started = time.time()
+    for folder in (args.work_dir, args.prompts_dir, args.output_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    print(f"VAE {sum(args.vae_steps)} steps, transformer {args.steps} of {args.batch_size}; work in {args.work_dir}")
+
+    # The world's prompts:
+    write_prompts(args.prompts_dir, args.num_prompts, args.num_heldout_prompts, args.seed)
+    tokenizer = demo_text.make_tokenizer()
+
+    # The autoencoder, then what draws in its latents:
+    vae, figures = vae_stage(args)
+    transformer, text_encoder = transformer_stage(args, vae, tokenizer)
+
+    # The folder, and a look at it as a stranger would load it:
+    save_pipeline(args.output_dir, vae, tokenizer, text_encoder, transformer)
+    write_record(args, figures | {"transformer_minutes": demo_transformer.training_minutes(args.work_dir)})
+    pipeline = WanPipeline.from_pretrained(args.output_dir, torch_dtype=torch.float32)
+    demo_text.check_embeddings(pipeline.text_encoder)
+    size = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
+    print(f"{args.output_dir}: {size / 2**20:.1f} MiB in {(time.time() - started) / 60:.1f} minutes")
+    print("measure it with: python tools/check_demo_teacher.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Sample pictures of a run: fixed prompts and noise, the teacher's row above the student's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from wandistiller.pictures import decode, labelled_grid, load_vae, save_png
+from wandistiller.prompt_embeds import PromptEmbeds
+from wandistiller.sampling import SamplingOptions, sample_in_batches, seeded_noise, student_field
+from wandistiller.student import WanLiteStudent
+from wandistiller.teacher import Teacher
+
+BATCH_SIZE = 8
+SEED = 0  # of the first picture's noise; each next one has one more
+
+
+def save_samples(
+    file: Path,
+    student: WanLiteStudent,
+    teacher: Teacher,
+    prompts: Sequence[str],
+    prompt_embeds: PromptEmbeds,
+    vae_location: tuple[str, str | None],
+    options: SamplingOptions,
+) -> None:
+    """Draw the prompts with both from the same noise and write one labelled PNG; the VAE is in memory meanwhile.
+
+    Raises:
+        UserError: the VAE cannot be loaded or belongs to other latents.
+    """
+    config, settings = student.config, teacher.settings
+    noise = seeded_noise(
+        range(SEED, SEED + len(prompts)), (config.num_channels, config.latent_size, config.latent_size)
+    )
+    vae = load_vae(*vae_location, config.num_channels, settings.vae_scale_factor, options.device)
+    rows = []
+    for name, field in (("teacher", teacher), ("student", student_field(student, settings))):
+        with tqdm(total=len(prompts), desc=f"drawing with the {name}", disable=None, leave=False) as bar:
+            latents = sample_in_batches(
+                field, noise, prompt_embeds, range(len(prompts)), options, BATCH_SIZE, bar.update
+            )
+        pictures = [
+            decode(vae, part, settings.latents_mean, settings.latents_std) for part in latents.split(BATCH_SIZE)
+        ]
+        rows.append([picture for part in pictures for picture in part])
+    file.parent.mkdir(exist_ok=True)
+    grid = labelled_grid(rows, [prompts, [""] * len(prompts)], ["teacher", "student"])
+    save_png(grid, file, {"num_inference_steps": options.num_inference_steps, "shift": options.shift, "seed": SEED})
