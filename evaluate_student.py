@@ -26,6 +26,7 @@ from wandistiller.student_folder import (
     find_recorded_encoder,
     load_student_config,
     recorded_settings,
+    student_sampling,
     teacher_paths,
 )
 
@@ -71,7 +72,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling = parser.group("Sampling")
     sampling.flag("--num_seeds", "pictures of each prompt", 2, type=number(int, low=1))
     sampling.flag("--seed", "of the first noise", 0, type=number(int, low=0, high=2**62))
-    sampling.flag("--num_inference_steps", "steps of the sampler (as recorded)", type=number(int, low=1, high=1000))
+    sampling.flag(
+        "--num_inference_steps",
+        "steps of the sampler (as recorded; a student of few steps keeps to its own)",
+        type=number(int, low=1, high=1000),
+    )
 
     performance = parser.group("Performance")
     performance.flag("--batch_size", "pictures drawn at once", 16, type=number(int, low=1))
@@ -97,22 +102,20 @@ class Experiment:
     prompts: list[str]  # of each sample
     prompt_indices: list[int]
     noise: "Tensor"
-    options: "SamplingOptions"
+    options: "SamplingOptions"  # the teacher's
+    student_options: "SamplingOptions"
     settings: "TeacherSettings"
     vae: object
     num_seeds: int
     batch_size: int
 
-    def draw(self, name: str, field: "VelocityField", num_inference_steps: int) -> "Tensor":
+    def draw(self, name: str, field: "VelocityField", options: "SamplingOptions") -> "Tensor":
         """Latents of every sample, with a bar on a terminal and a line when done."""
-        from dataclasses import replace
-
         from tqdm import tqdm
 
         from wandistiller.sampling import sample_in_batches
 
-        options = replace(self.options, num_inference_steps=num_inference_steps)
-        start = time.perf_counter()
+        name, start = f"{name}, {options.num_inference_steps} steps", time.perf_counter()
         with tqdm(total=len(self.noise), desc=name, disable=None, leave=False) as bar:
             latents = sample_in_batches(
                 field, self.noise, self.embeds, self.prompt_indices, options, self.batch_size, bar.update
@@ -147,11 +150,13 @@ def world_judge_of(checkpoint, prompts: list[str]):
 
 def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str]):
     """The experiment and the judge; every file is checked before a weight is read."""
+    from dataclasses import replace
+
     from projection_mapper import open_teacher, project_experts
     from wandistiller.device import pick_device, pick_dtype
     from wandistiller.evaluation import sample_plan
     from wandistiller.pictures import find_vae, load_vae
-    from wandistiller.sampling import SamplingOptions, seeded_noise, student_field
+    from wandistiller.sampling import seeded_noise, student_field
     from wandistiller.student import WanLiteStudent
     from wandistiller.teacher import Teacher
 
@@ -169,6 +174,9 @@ def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str])
 
     negative_prompt = settings.negative_prompt if settings.uses_guidance else None
     embeds, negative = embed_with_negative(prompts, negative_prompt, encoder, config, args.prompt_cache, device)
+    steps = args.num_inference_steps or settings.num_inference_steps
+    is_few = config.distillation.get("student_steps") is not None  # it draws in the steps it learnt
+    student_options = student_sampling(config, None if is_few else steps, dtype, device)
     prompt_indices, seeds = sample_plan(len(prompts), args.num_seeds, args.seed)
     experiment = Experiment(
         student=student_field(WanLiteStudent.from_pretrained(args.student, device), settings),
@@ -177,12 +185,8 @@ def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str])
         prompts=[prompts[index] for index in prompt_indices],
         prompt_indices=prompt_indices,
         noise=seeded_noise(seeds, (config.num_channels, config.latent_size, config.latent_size)),
-        options=SamplingOptions(
-            shift=settings.shift,
-            num_inference_steps=args.num_inference_steps or settings.num_inference_steps,
-            compute_dtype=dtype,
-            device=device,
-        ),
+        options=replace(student_options, sampler="unipc", num_inference_steps=steps),
+        student_options=student_options,
         settings=settings,
         vae=vae,
         num_seeds=args.num_seeds,
@@ -195,25 +199,28 @@ def measure(experiment: Experiment, judge) -> "tuple[dict, np.ndarray, np.ndarra
     """All measures as JSON values, and the pictures of teacher and student."""
     from wandistiller import evaluation
 
-    steps = experiment.options.num_inference_steps
+    has_velocity = experiment.student_options.sampler == experiment.options.sampler
     recorded = evaluation.RecordedErrors(experiment.teacher, experiment.student)
-    latents_teacher = experiment.draw(f"teacher and student's velocity, {steps} steps", recorded, steps)
-    latents_student = experiment.draw(f"student, {steps} steps", experiment.student, steps)
+    field = recorded if has_velocity else experiment.teacher
+    name = "teacher and student's velocity" if has_velocity else "teacher"
+    latents_teacher = experiment.draw(name, field, experiment.options)
+    latents_student = experiment.draw("student", experiment.student, experiment.student_options)
     pictures_teacher, pictures_student = experiment.decode(latents_teacher), experiment.decode(latents_student)
     error = evaluation.endpoint_error(latents_student, latents_teacher)
     results = {
-        "velocity_error": {
-            "mean": float(recorded.errors.mean()),
-            "by_sigma": evaluation.bucket_means(recorded.sigmas, recorded.errors),
-        },
         "endpoint": {
             "latent_relative_error": error,
             "psnr_db": statistics.fmean(evaluation.psnr(pictures_student, pictures_teacher)),
             "ssim": statistics.fmean(evaluation.ssim(pictures_student, pictures_teacher)),
         },
-        "teacher_at_fewer_steps": measure_fewer_steps(experiment, latents_teacher, error),
+        "teacher_at_fewer_steps": measure_fewer_steps(experiment, latents_teacher, error, judge),
         **compare_hidden(experiment, (latents_student, latents_teacher), (pictures_student, pictures_teacher)),
     }
+    if has_velocity:  # a student of few steps answers with the average over a whole step instead
+        results["velocity_error"] = {
+            "mean": float(recorded.errors.mean()),
+            "by_sigma": evaluation.bucket_means(recorded.sigmas, recorded.errors),
+        }
     if judge is not None:
         both = [evaluation.accuracy(part, experiment.prompts, judge) for part in (pictures_student, pictures_teacher)]
         results["accuracy"] = {
@@ -243,18 +250,27 @@ def compare_hidden(
     }
 
 
-def measure_fewer_steps(experiment: Experiment, latents_teacher: "Tensor", student_error: float) -> dict:
-    """The teacher's own endpoint error at fewer steps, and between which of them the student's lies."""
+def measure_fewer_steps(experiment: Experiment, latents_teacher: "Tensor", student_error: float, judge) -> dict:
+    """The teacher's own endpoint error (and accuracy) at fewer steps, and between which of them the student's error lies."""
+    from dataclasses import replace
+
     from wandistiller import evaluation
 
-    errors = {
-        steps: evaluation.endpoint_error(
-            experiment.draw(f"teacher, {steps} steps", experiment.teacher, steps), latents_teacher
-        )
-        for steps in evaluation.fewer_steps(experiment.options.num_inference_steps)
-    }
+    errors, accuracies = {}, {}
+    full, own = experiment.options.num_inference_steps, experiment.student_options.num_inference_steps
+    for steps in evaluation.fewer_steps(full, own):
+        options = replace(experiment.options, num_inference_steps=steps)
+        latents = experiment.draw("teacher", experiment.teacher, options)
+        errors[steps] = evaluation.endpoint_error(latents, latents_teacher)
+        if judge is not None:
+            facts = evaluation.accuracy(experiment.decode(latents), experiment.prompts, judge)
+            accuracies[steps] = facts["correct"]
     low, high = evaluation.steps_of_equal_error(student_error, errors)
-    return {"latent_relative_error": errors, "student_equals": {"at_least_steps": low, "fewer_than_steps": high}}
+    return {
+        "latent_relative_error": errors,
+        **({"accuracy": accuracies} if accuracies else {}),
+        "student_equals": {"at_least_steps": low, "fewer_than_steps": high},
+    }
 
 
 def measure_cost(experiment: Experiment) -> dict:
@@ -312,7 +328,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = prepare_output_folder(args.output, "--output")
     options, settings = experiment.options, experiment.settings
     print(
-        f"{len(prompts)} prompts x {args.num_seeds} seeds, {options.num_inference_steps} steps, shift {options.shift:g}, "
+        f"{len(prompts)} prompts x {args.num_seeds} seeds, teacher {options.num_inference_steps} steps, student "
+        f"{experiment.student_options.num_inference_steps}, shift {options.shift:g}, "
         f"teacher's guidance_scale {settings.guidance_scale:g}"
     )
 
@@ -330,6 +347,7 @@ def main(argv: list[str] | None = None) -> int:
         "num_seeds": args.num_seeds,
         "seed": args.seed,
         "num_inference_steps": options.num_inference_steps,
+        "student_steps": experiment.student_options.num_inference_steps,
         "shift": options.shift,
         "guidance_scale": settings.guidance_scale,
         "guidance_scale_2": settings.guidance_scale_2,

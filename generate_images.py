@@ -23,6 +23,7 @@ from wandistiller.student_folder import (
     find_recorded_encoder,
     load_student_config,
     recorded_settings,
+    student_sampling,
     teacher_paths,
 )
 
@@ -67,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
     sampling = parser.group("Sampling (left out: as the student records)")
-    sampling.flag("--num_inference_steps", "steps of the UniPC sampler", type=number(int, low=1, high=1000))
+    sampling.flag("--num_inference_steps", "steps of the sampler", type=number(int, low=1, high=1000))
     sampling.flag(
         "--guidance_scale",
         "g of v_uncond + g (v_cond - v_uncond); a student has learnt its teacher's guided velocity, so for it 1",
@@ -120,10 +121,14 @@ def choose_guidance(args: argparse.Namespace, settings: "TeacherSettings") -> "T
     return replace(settings, guidance_scale=scale, guidance_scale_2=None, boundary_ratio=None)
 
 
-def warn_of_untrained_noise_levels(config: StudentConfig) -> None:
-    low, high = (config.distillation or {}).get("sigma_range") or (0.0, 1.0)
+def warn_of_untrained(config: StudentConfig, options: "SamplingOptions") -> None:
+    record = config.distillation or {}
+    low, high = record.get("sigma_range") or (0.0, 1.0)
     if low > 0.0 or high < 1.0:
         print(f"Warning: this student was trained at sigma {low:g} to {high:g} only; a picture needs all of 0 to 1")
+    steps = record.get("student_steps") or options.num_inference_steps
+    if steps != options.num_inference_steps:
+        print(f"Warning: this student learnt to draw in {steps} steps, not in {options.num_inference_steps}")
 
 
 def build_field(
@@ -176,29 +181,28 @@ def main(argv: list[str] | None = None) -> int:
         check_size(f"--{name}", getattr(args, name), config, config.patch_size)
     check_output_folder(args.output, "--output")
 
+    from dataclasses import replace
+
     from projection_mapper import open_teacher
     from wandistiller.device import pick_device, pick_dtype
     from wandistiller.pictures import decode, find_vae, labelled_grid, load_vae, save_png, slug
-    from wandistiller.sampling import SamplingOptions, sample_in_batches, seeded_noise
+    from wandistiller.sampling import sample_in_batches, seeded_noise
 
     # Every file, before a weight is read:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     settings = choose_guidance(args, recorded_settings(config))
-    options = SamplingOptions(
-        shift=settings.shift,
-        num_inference_steps=args.num_inference_steps or settings.num_inference_steps,
-        compute_dtype=dtype,
-        device=device,
-    )
+    options = student_sampling(config, args.num_inference_steps, dtype, device)
     checkpoint = None
     if args.model == "teacher":
+        steps = args.num_inference_steps or settings.num_inference_steps
+        options = replace(options, sampler="unipc", num_inference_steps=steps)
         checkpoint = open_teacher(paths[0], config, paths[1])
         check_is_teacher(checkpoint.config, config, paths[0])
         for name in ("height", "width"):
             check_size(f"--{name}", getattr(args, name), config, checkpoint.config.patch_size)
     else:
-        warn_of_untrained_noise_levels(config)
+        warn_of_untrained(config, options)
     vae_location = find_vae(args.vae_path, paths[0])
     encoder = find_recorded_encoder(config, args.text_encoder_path, paths[0])
     vae = load_vae(*vae_location, config.num_channels, config.vae_scale_factor, device)

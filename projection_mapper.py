@@ -78,11 +78,13 @@ class ProjectionReport:
         student: name -> {"status": "exact" | "selected" | "initialised", "source": [...], "detail": ...}.
         teacher: name -> {"status": "used" | "dropped", "reason": ...}.
         layers: the teacher layer each student block came from.
+        channels: which of the teacher's residual channels the student has; empty where it inherited none.
     """
 
     teacher_path: str
     expert: str
     layers: list[int]
+    channels: list[int] = field(default_factory=list)
     student: dict[str, dict] = field(default_factory=dict)
     teacher: dict[str, dict] = field(default_factory=dict)
     num_parameters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATUSES, 0))
@@ -142,6 +144,8 @@ def project_teacher(
     Raises:
         UserError: the checkpoint cannot be read, or the config does not fit it.
     """
+    import torch
+
     from wandistiller.selection import Selection, select
 
     checkpoint = open_teacher(teacher_path, config)
@@ -152,7 +156,8 @@ def project_teacher(
     else:
         selection = select(teacher, config, layers)
     student = _empty_student(config, dtype, device, seed)
-    report = ProjectionReport(checkpoint.location, expert, selection.layers)
+    channels = selection.axes.get("channels", torch.arange(config.hidden_size)).tolist()
+    report = ProjectionReport(checkpoint.location, expert, selection.layers, channels)
     _fill(student, teacher, selection, report)
     _report_teacher(teacher, selection, config, report)
     return student, report

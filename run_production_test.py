@@ -150,10 +150,13 @@ def build(
 def train_briefly(
     args: argparse.Namespace, student: "WanLiteStudent", teacher: "Teacher", embeds: "PromptEmbeds", folder: Path
 ) -> "tuple[TrainingResult, TrainingOptions]":
+    import torch
+
     from wandistiller.answers import TeacherAnswers
+    from wandistiller.objective import Objective
     from wandistiller.optimization import OptimizationOptions
     from wandistiller.reporting import LINE_EVERY_S, Progress
-    from wandistiller.states import build_states
+    from wandistiller.state_sources import StatesOptions, build_states
     from wandistiller.training import TrainingOptions, steps_of_epochs, train
 
     num_steps = steps_of_epochs(args.num_epochs, len(embeds), args.batch_size)
@@ -161,10 +164,12 @@ def train_briefly(
         batch_size=args.batch_size, num_steps=num_steps, optimization=OptimizationOptions(lr=LR), seed=SEED
     )
     say(f"Optimizer: AdamW, lr {LR:g}; {num_steps} steps of batch {args.batch_size}")
-    states = build_states(STATES, student.config, teacher.settings, len(embeds), args.batch_size, seed=SEED)
-    answers = TeacherAnswers(teacher, states, embeds, options.device, options.compute_dtype)
+    states_options = StatesOptions(kind=STATES, seed=SEED)
+    states = build_states(states_options, student.config, teacher.settings, len(embeds), args.batch_size)
+    answers = TeacherAnswers(teacher, states, embeds, options.device, torch.float32)
+    objective = Objective(shift=teacher.settings.shift)
     with Progress(num_steps, folder / METRICS_NAME, 0.0 if num_steps <= MAX_LOSS_LINES else LINE_EVERY_S) as progress:
-        result = train(student, answers, embeds, options, progress.step)
+        result = train(student, answers, embeds, objective, options, progress.step)
     say(f"Steps completed: {result.num_steps} of {num_steps}, average loss {result.average_loss:.4f}")
     return result, options
 
@@ -185,18 +190,14 @@ def save_and_reload(
     from wandistiller.student import WanLiteStudent
 
     record = distillation_record(
-        "mock",
         teacher.settings,
         options,
         result,
-        states=STATES,
-        replay=1,
-        num_teacher_batches=result.num_steps,
-        sigma_range=(0.0, 1.0),
-        init="projection",
-        init_expert="high",
         layers=report.layers,
         num_prompts=len(embeds),
+        num_teacher_batches=result.num_steps,
+        teacher_path="mock",
+        states=STATES,
     )
     save_student(student, record, folder)
     report.save(folder)

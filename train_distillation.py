@@ -10,11 +10,13 @@ The demo, on a CPU in minutes and with no download, needs no flags:
 """
 
 import argparse
+import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import FlagParser, int_list, number, path, run_command
+from wandistiller.command_line import run_command
 from wandistiller.output_folder import (
     METRICS_NAME,
     SAMPLES_NAME,
@@ -24,155 +26,61 @@ from wandistiller.output_folder import (
 )
 from wandistiller.prompts import PromptFile, load_prompts
 from wandistiller.student_config import CONFIG_NAME, StudentConfig
+from wandistiller.training_flags import parse_args
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
+    import torch
     from torch import Tensor
 
+    from projection_mapper import ProjectionReport
+    from wandistiller.answers import TeacherAnswers
+    from wandistiller.held_out import HeldOutErrors
+    from wandistiller.objective import Objective
     from wandistiller.prompt_embeds import PromptEmbeds
+    from wandistiller.segments import SegmentAnswers
+    from wandistiller.state_sources import StatesOptions
     from wandistiller.student import WanLiteStudent
     from wandistiller.teacher import Teacher, TeacherSettings
+    from wandistiller.teacher_cache import TeacherCache
     from wandistiller.training import TrainingOptions
     from wandistiller.wan_checkpoint import WanCheckpoint
 
 
-DEMO_TEACHER = "data/demo_teacher"
-# What a flag that is left out stands for: (in general, with the demo teacher)
-DEFAULTS = {
-    "data_path": ("data/static_prompts.txt", "data/demo_prompts.txt"),
-    "num_epochs": (1, 40),
-    "batch_size": (4, 64),
-    "lr": (1e-5, 3e-3),
-    "replay": (1, 4),
-    "lr_warmup_steps": (0, 50),
-}
-LR_SCHEDULERS = ["constant", "linear", "cosine"]
+NUM_HELD_OUT = 16  # prompts of --eval_every
+# The flags that say how a student was made, recorded with it
+RECIPE_FLAGS = [
+    "teacher_path", "teacher_path_low", "text_encoder_path", "data_path", "extra_prompts", "init", "init_expert",
+    "states", "sigma_range", "renoise_fraction", "student_rollout", "prompt_swap", "calls_per_expert", "replay",
+    "feature_loss_weight", "sigma_weighting", "student_steps",
+]  # fmt: skip
 
 
-def shown(name: str) -> str:
-    """The default of a flag in its help text."""
-    general, demo = DEFAULTS[name]
-    return f"(default: {general}; with the demo teacher {demo})"
+@dataclass(frozen=True)
+class Texts:
+    """What is read from the prompt files: trained on, trained on by --prompt_swap alone, measured on."""
+
+    prompts: list[str]
+    extra: list[str]
+    held_out: list[str]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = FlagParser(
-        "train_distillation.py",
-        "Distil a Wan checkpoint into a small 2D image student. Flags are accepted with underscores or hyphens.",
-        "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted after saving, 1 anything else.",
-    )
-    data = parser.group("Data")
-    data.flag(
-        "--teacher_path",
-        "folder, .safetensors file, hub id, or mock (random weights, no download)",
-        DEMO_TEACHER,
-        type=path,
-    )
-    data.flag("--teacher_path_low", "the low-noise expert, where the two experts are two files or folders", type=path)
-    data.flag(
-        "--text_encoder_path",
-        "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",
-        type=path,
-    )
-    data.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path)
-    data.flag("--data_path", f"text file, one prompt a line {shown('data_path')}", type=path)
-    data.flag("--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
+@dataclass(frozen=True)
+class Embeds:
+    """Their text tokens; `trained` holds the prompts and after them the extra ones."""
 
-    model = parser.group("Student")
-    model.flag("--student_config", "shape of the student", "config/demo_student_config.json", type=path)
-    model.flag(
-        "--init",
-        "what the student starts from: the teacher's projected weights, or random values",
-        "projection",
-        choices=["projection", "random"],
-    )
-    model.flag(
-        "--init_expert",
-        "the expert that initialises the student, of a two-expert teacher",
-        "high",
-        choices=["high", "low"],
-    )
-    model.flag(
-        "--layers", "teacher layer of each student block, e.g. 0,2,5,7 (evenly spread if left out)", type=int_list
-    )
+    trained: "PromptEmbeds"
+    held_out: "PromptEmbeds"
+    negative: "Tensor | None"
 
-    teacher = parser.group("Teacher (left out: the released model's own values, or what the checkpoint records)")
-    teacher.flag("--guidance_scale", "g of v_uncond + g (v_cond - v_uncond); 1 is off", type=number(float, low=0))
-    teacher.flag("--guidance_scale_2", "g of the low-noise expert", type=number(float, low=0))
-    teacher.flag(
-        "--boundary_ratio", "sigma from which the high-noise expert answers", type=number(float, low=0, high=1)
-    )
-    teacher.flag("--negative_prompt", "what guidance pushes away from (Wan's own, less the words against stills)")
-    teacher.flag("--shift", "warp of the noise levels, shift u / (1 + (shift - 1) u)", type=number(float, above=0))
 
-    states = parser.group("Training states")
-    states.flag(
-        "--states",
-        "trajectory: the teacher's own sampling paths; noise: pure noise at every noise level",
-        "trajectory",
-        choices=["trajectory", "noise"],
-    )
-    states.flag(
-        "--sigma_range",
-        "noise levels trained on",
-        (0.0, 1.0),
-        nargs=2,
-        type=number(float, low=0, high=1),
-        metavar=("LOW", "HIGH"),
-    )
-
-    states.flag(
-        "--replay", f"steps that learn from each of the teacher's answers {shown('replay')}", type=number(int, low=1)
-    )
-
-    optimization = parser.group("Optimization")
-    optimization.flag("--num_epochs", f"passes over the prompts {shown('num_epochs')}", type=number(int, low=1))
-    optimization.flag("--max_steps", "optimiser steps; overrides --num_epochs", type=number(int, low=1))
-    optimization.flag("--batch_size", f"prompts per optimiser step {shown('batch_size')}", type=number(int, low=1))
-    optimization.flag("--lr", f"learning rate of AdamW {shown('lr')}", type=number(float, above=0, high=1e9))
-    optimization.flag(
-        "--lr_scheduler", "the learning rate after its warm-up: kept, or down to zero", "cosine", choices=LR_SCHEDULERS
-    )
-    optimization.flag(
-        "--lr_warmup_steps", f"steps of a linear rise from zero {shown('lr_warmup_steps')}", type=number(int, low=0)
-    )
-    optimization.flag(
-        "--ema_decay",
-        "the saved weights are a moving average with this memory a step; 0: the last weights",
-        0.999,
-        type=number(float, low=0, high=0.999999),
-    )
-    optimization.flag("--max_grad_norm", "gradients are clipped to this norm", 1.0, type=number(float, above=0))
-    optimization.flag("--weight_decay", "weight decay of AdamW", 0.0, type=number(float, low=0))
-    optimization.flag("--seed", "of prompt order, noise and initial values", 0, type=number(int, low=0, high=2**63 - 1))
-
-    performance = parser.group("Performance")
-    performance.flag("--device", "cpu, cuda, cuda:1, ... (cuda if there is one)")
-    performance.flag(
-        "--dtype", "of matrix products and of the teacher's weights (bf16 on cuda, else fp32)", choices=["fp32", "bf16"]
-    )
-
-    output = parser.group("Output")
-    output.flag("--output_dir", "folder for the student", "outputs/demo", type=path)
-    output.flag(
-        "--num_samples",
-        "prompts drawn by teacher and student after training; 0: none",
-        8,
-        type=number(int, low=0, high=64),
-    )
-
-    args = parser.parse(argv)
-    is_demo = Path(args.teacher_path).resolve() == Path(DEMO_TEACHER).resolve()
-    for name, (general, demo) in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, demo if is_demo else general)
-    if args.sigma_range[0] >= args.sigma_range[1]:
-        parser.error(f"argument --sigma_range: LOW {args.sigma_range[0]} must be below HIGH {args.sigma_range[1]}")
-    if args.states == "trajectory" and args.sigma_range[1] != 1.0:
-        parser.error(
-            "argument --sigma_range: a trajectory begins at sigma 1, so HIGH must be 1 (or use --states noise)"
-        )
-    args.sigma_range = tuple(args.sigma_range)
-    return args
+def read_texts(args: argparse.Namespace) -> tuple[Texts, PromptFile]:
+    """The prompts of all files, those of --data_path also as they came."""
+    file = load_prompts(args.data_path)
+    extra = load_prompts(args.extra_prompts).prompts if args.extra_prompts else []
+    held_out = []
+    if args.eval_every:
+        held_out = (load_prompts(args.eval_prompts) if args.eval_prompts else file).prompts[:NUM_HELD_OUT]
+    return Texts(file.prompts, [prompt for prompt in extra if prompt not in set(file.prompts)], held_out), file
 
 
 def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tuple[WanCheckpoint, TeacherSettings]":
@@ -235,26 +143,28 @@ def find_encoder(
 
 def embed_prompts(
     args: argparse.Namespace,
-    prompts: list[str],
+    texts: "Texts",
     encoder: "tuple[Path, Path] | None",
     settings: "TeacherSettings",
     config: StudentConfig,
     device: str,
-) -> "tuple[PromptEmbeds, Tensor | None]":
+) -> "Embeds":
     """Text tokens of every prompt, and of the negative prompt where guidance needs it."""
     from wandistiller.prompt_embeds import encode_prompts, mock_prompt_embeds
 
-    texts = [*prompts, settings.negative_prompt] if settings.uses_guidance else prompts
+    lists = [texts.prompts, texts.extra, texts.held_out, [settings.negative_prompt] if settings.uses_guidance else []]
+    everything = [text for part in lists for text in part]
     if encoder is None:
-        embeds = mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
+        embeds = mock_prompt_embeds(everything, config.text_encoder_output_dim, config.text_max_length)
     else:
         embeds = encode_prompts(
-            texts, *encoder, args.prompt_cache, config.text_max_length, device, progress=print_encoding
+            everything, *encoder, args.prompt_cache, config.text_max_length, device, progress=print_encoding
         )
     if embeds.truncated:
         print(f"Warning: {embeds.truncated} prompts are longer than {config.text_max_length} tokens and were cut")
-    negative = embeds.read(len(prompts)) if settings.uses_guidance else None
-    return embeds.first(len(prompts)), negative
+    num_trained = len(texts.prompts) + len(texts.extra)
+    negative = embeds.read(len(everything) - 1) if settings.uses_guidance else None
+    return Embeds(embeds.first(num_trained), embeds.part(num_trained, len(texts.held_out)), negative)
 
 
 def find_sample_vae(args: argparse.Namespace, checkpoint: "WanCheckpoint") -> "tuple[str, str | None] | None":
@@ -279,33 +189,35 @@ def find_sample_vae(args: argparse.Namespace, checkpoint: "WanCheckpoint") -> "t
 def draw_samples(
     args: argparse.Namespace,
     student: "WanLiteStudent",
-    teacher: "Teacher",
-    prompts: "PromptFile",
+    teacher: "Teacher | None",
+    settings: "TeacherSettings",
+    prompts: list[str],
     prompt_embeds: "PromptEmbeds",
     vae_location: "tuple[str, str | None]",
-    options: "TrainingOptions",
+    dtype: "torch.dtype",
+    device: str,
     file: "Path",
 ) -> None:
     """The side-by-side picture; what it needs beyond training (a VAE) must not turn a finished run into a failed one."""
+    from dataclasses import replace
+
     from wandistiller.errors import UserError
     from wandistiller.samples import save_samples
-    from wandistiller.sampling import SamplingOptions
+    from wandistiller.student_folder import student_sampling
 
-    chosen = prompts.prompts[: args.num_samples]
-    settings = teacher.settings
-    sampling = SamplingOptions(
-        shift=settings.shift,
-        num_inference_steps=settings.num_inference_steps,
-        compute_dtype=options.compute_dtype,
-        device=options.device,
-    )
-    print(f"Drawing {len(chosen)} prompts with teacher and student, {settings.num_inference_steps} steps", flush=True)
+    chosen = prompts[: args.num_samples]
+    student_options = student_sampling(student.config, None, dtype, device)
+    teacher_options = replace(student_options, sampler="unipc", num_inference_steps=settings.num_inference_steps)
+    who = "the student" if teacher is None else "teacher and student"
+    print(f"Drawing {len(chosen)} prompts with {who}, {student_options.num_inference_steps} steps", flush=True)
     try:
-        save_samples(file, student, teacher, chosen, prompt_embeds, vae_location, sampling)
+        save_samples(
+            file, student, teacher, settings, chosen, prompt_embeds, vae_location, teacher_options, student_options
+        )
     except UserError as error:
         print(f"No sample pictures: {error}")
     else:
-        print(f"Teacher above, student below: {file}")
+        print(f"{'The student' if teacher is None else 'Teacher above, student below'}: {file}")
 
 
 def print_encoding(done: int, total: int) -> None:
@@ -313,48 +225,161 @@ def print_encoding(done: int, total: int) -> None:
         print(f"Encoding prompts: {done}/{total}", flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    # What a person typed is checked before torch loads, and every file before anything is written or a weight is read:
-    args = parse_args(argv)
-    config = StudentConfig.load(args.student_config)
-    prompts = load_prompts(args.data_path)
-    check_output_folder(args.output_dir)
+def build_student(
+    args: argparse.Namespace, checkpoint: "WanCheckpoint", config: StudentConfig, device: str
+) -> "tuple[WanLiteStudent, ProjectionReport]":
+    """What is trained: a part of the teacher, or a student that inherits nothing."""
+    from projection_mapper import fresh_student, project_teacher
 
-    from projection_mapper import fresh_student, project_experts, project_teacher
-    from wandistiller.answers import ReplayedAnswers, TeacherAnswers
-    from wandistiller.device import pick_device, pick_dtype
-    from wandistiller.optimization import OptimizationOptions
-    from wandistiller.record import distillation_record, save_student
-    from wandistiller.reporting import Progress
-    from wandistiller.states import build_states
-    from wandistiller.teacher import Teacher
-    from wandistiller.training import TrainingOptions, steps_of_epochs, train
-
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    checkpoint, settings = open_fitting_teacher(args, config)
-    encoder = find_encoder(args, checkpoint, config)
-    vae_location = find_sample_vae(args, checkpoint)
-    print_run(prompts, checkpoint, settings, config)
-    folder = prepare_output_folder(args.output_dir)
-
-    # Text first: its encoder leaves memory before the teacher comes:
-    prompt_embeds, negative = embed_prompts(args, prompts.prompts, encoder, settings, config, device)
-
-    # Student and teacher are projections of one checkpoint, a part of it and all of it:
     if args.init == "random":
-        student, report = fresh_student(checkpoint, config, args.init_expert, device=device, seed=args.seed)
-    else:
-        student, report = project_teacher(
-            checkpoint, config, args.init_expert, layers=args.layers, device=device, seed=args.seed
-        )
-    print(report.summary())
-    teacher = Teacher(project_experts(checkpoint, config.text_max_length, dtype, device), settings, negative)
+        return fresh_student(checkpoint, config, args.init_expert, device=device, seed=args.seed)
+    return project_teacher(checkpoint, config, args.init_expert, layers=args.layers, device=device, seed=args.seed)
 
-    # Train:
-    options = TrainingOptions(
+
+def states_options(args: argparse.Namespace, num_extra_prompts: int) -> "StatesOptions":
+    from wandistiller.state_sources import StatesOptions
+
+    return StatesOptions(
+        kind=args.states,
+        sigma_range=args.sigma_range,
+        renoise_fraction=args.renoise_fraction,
+        prompt_swap=args.prompt_swap,
+        num_extra_prompts=num_extra_prompts,
+        calls_per_expert=args.calls_per_expert,
+        seed=args.seed,
+    )
+
+
+def open_cache(
+    args: argparse.Namespace,
+    checkpoint: "WanCheckpoint",
+    settings: "TeacherSettings",
+    texts: Texts,
+    config: StudentConfig,
+) -> "TeacherCache | None":
+    """The folder of --teacher_cache, refused where it holds answers to something else."""
+    from wandistiller.teacher_cache import TeacherCache, describe_cache
+
+    if args.teacher_cache is None:
+        return None
+    latent_shape = (config.num_channels, config.latent_size, config.latent_size)
+    description = describe_cache(
+        checkpoint,
+        settings,
+        states_options(args, len(texts.extra)),
+        texts.prompts + texts.extra,
+        latent_shape,
+        config.text_max_length,
+        args.batch_size,
+    )
+    return TeacherCache(args.teacher_cache, description)
+
+
+def fill_cache(cache: "TeacherCache", answers: "TeacherAnswers", num_steps: int, replay: int) -> None:
+    """All the answers that the run will learn from, each `replay` times."""
+    from wandistiller.reporting import Countdown
+
+    num_batches = math.ceil(num_steps / replay)
+    print(f"Asking the teacher for {num_batches} batches, kept in {cache.folder}", flush=True)
+    cache.build(answers, num_batches, Countdown("Teacher's answers", num_batches))
+
+
+def build_answers(
+    args: argparse.Namespace,
+    teacher: "Teacher",
+    embeds: Embeds,
+    num_prompts: int,
+    config: StudentConfig,
+    feature_layers: list[int],
+    dtype: "torch.dtype",
+    device: str,
+) -> "TeacherAnswers":
+    """The teacher at the states that the flags ask for."""
+    from wandistiller.answers import TeacherAnswers
+    from wandistiller.state_sources import build_states
+
+    options = states_options(args, len(embeds.trained) - num_prompts)
+    states = build_states(options, config, teacher.settings, num_prompts, args.batch_size, device)
+    return TeacherAnswers(
+        teacher,
+        states,
+        embeds.trained,
+        device,
+        dtype,
+        feature_layers=feature_layers,
+        student_rollout=args.student_rollout,
+    )
+
+
+def build_segment_answers(
+    args: argparse.Namespace,
+    teacher: "Teacher",
+    student: "WanLiteStudent",
+    embeds: Embeds,
+    num_prompts: int,
+    config: StudentConfig,
+    dtype: "torch.dtype",
+    device: str,
+) -> "SegmentAnswers":
+    """The teacher over whole segments of its paths, for a student of --student_steps."""
+    from wandistiller.sampling import wan_scheduler
+    from wandistiller.segments import SegmentAnswers
+
+    return SegmentAnswers(
+        teacher,
+        student,
+        embeds.trained,
+        (config.num_channels, config.latent_size, config.latent_size),
+        num_prompts,
+        args.batch_size,
+        segment_sigmas=wan_scheduler(teacher.settings.shift, args.student_steps).sigmas,
+        num_teacher_steps=teacher.settings.num_inference_steps,
+        student_rollout=args.student_rollout,
+        seed=args.seed,
+        device=device,
+        compute_dtype=dtype,
+    )
+
+
+def build_objective(
+    args: argparse.Namespace,
+    report: "ProjectionReport",
+    teacher: StudentConfig,
+    config: StudentConfig,
+    shift: float,
+    dtype: "torch.dtype",
+    device: str,
+) -> "tuple[Objective, list[int]]":
+    """The loss, and the teacher's layers whose hidden states it compares."""
+    from wandistiller.features import FeatureLoss, span_ends
+    from wandistiller.objective import Objective
+    from wandistiller.selection import spread_layers
+
+    feature_loss, feature_layers = None, []
+    if args.feature_loss_weight:
+        feature_layers = span_ends(report.layers or spread_layers(teacher.depth, config.depth), teacher.depth)
+        channels = report.channels if config.block == "wan" and report.channels else None
+        feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, channels).to(device)
+    objective = Objective(
+        shift=shift,
+        sigma_weighting=args.sigma_weighting,
+        feature_loss=feature_loss,
+        feature_weight=args.feature_loss_weight,
+        compute_dtype=dtype,
+        device=device,
+    )
+    return objective, feature_layers
+
+
+def training_options(
+    args: argparse.Namespace, num_prompts: int, settings: "TeacherSettings", device: str
+) -> "TrainingOptions":
+    from wandistiller.optimization import OptimizationOptions
+    from wandistiller.training import TrainingOptions, steps_of_epochs
+
+    return TrainingOptions(
         batch_size=args.batch_size,
-        num_steps=args.max_steps or steps_of_epochs(args.num_epochs, len(prompts.prompts), args.batch_size),
+        num_steps=args.max_steps or steps_of_epochs(args.num_epochs, num_prompts, args.batch_size),
         optimization=OptimizationOptions(
             lr=args.lr,
             lr_scheduler=args.lr_scheduler,
@@ -363,57 +388,129 @@ def main(argv: list[str] | None = None) -> int:
             max_grad_norm=args.max_grad_norm,
             ema_decay=args.ema_decay,
         ),
+        eval_every=args.eval_every,
+        boundary=settings.boundary_ratio,
+        device=device,
+        seed=args.seed,
+    )
+
+
+def build_evaluation(
+    args: argparse.Namespace,
+    teacher: "Teacher",
+    embeds: Embeds,
+    config: StudentConfig,
+    dtype: "torch.dtype",
+    device: str,
+) -> "HeldOutErrors | None":
+    """What --eval_every measures; it samples the teacher once."""
+    from wandistiller.held_out import HeldOutErrors
+    from wandistiller.sampling import SamplingOptions
+
+    if not args.eval_every:
+        return None
+    options = SamplingOptions(
+        shift=teacher.settings.shift,
+        num_inference_steps=teacher.settings.num_inference_steps,
         compute_dtype=dtype,
         device=device,
-        seed=args.seed,
     )
+    print(
+        f"Held-out states: {len(embeds.held_out)} paths of the teacher, {options.num_inference_steps} steps", flush=True
+    )
+    latent_shape = (config.num_channels, config.latent_size, config.latent_size)
+    return HeldOutErrors(teacher, embeds.held_out, latent_shape, options)
+
+
+def calls_line(num_calls: int, num_steps: int, cache: "TeacherCache | None") -> str:
+    if cache is not None:
+        return f"its answers came from {cache.num_answers} in {cache.folder}"
+    return f"the teacher answered {num_calls} batches, {num_calls / num_steps:.2f} a step"
+
+
+def main(argv: list[str] | None = None) -> int:
+    # What a person typed is checked before torch loads, and every file before anything is written or a weight is read:
+    args = parse_args(argv)
+    config = StudentConfig.load(args.student_config)
+    texts, prompt_file = read_texts(args)
+    check_output_folder(args.output_dir)
+
+    from projection_mapper import project_experts
+    from wandistiller.answers import ReplayedAnswers
+    from wandistiller.device import pick_device, pick_dtype
+    from wandistiller.record import distillation_record, save_student
+    from wandistiller.reporting import Progress
+    from wandistiller.teacher import Teacher
+    from wandistiller.teacher_cache import CachedAnswers
+    from wandistiller.training import train
+
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    checkpoint, settings = open_fitting_teacher(args, config)
+    encoder = find_encoder(args, checkpoint, config)
+    vae_location = find_sample_vae(args, checkpoint)
+    cache = open_cache(args, checkpoint, settings, texts, config)
+    print_run(prompt_file, checkpoint, settings, config)
+    folder = prepare_output_folder(args.output_dir)
+
+    # Text first: its encoder leaves memory before the teacher comes:
+    embeds = embed_prompts(args, texts, encoder, settings, config, device)
+
+    # Student and teacher are projections of one checkpoint, a part of it and all of it:
+    options = training_options(args, len(texts.prompts), settings, device)
+    sources = (embeds, len(texts.prompts), config)
+    teacher = None
+    if cache is None or not cache.is_complete or not args.offline_teacher:
+        teacher = Teacher(project_experts(checkpoint, config.text_max_length, dtype, device), settings, embeds.negative)
+    if cache is not None and not cache.is_complete:
+        fill_cache(cache, build_answers(args, teacher, *sources, [], dtype, device), options.num_steps, args.replay)
+    if args.offline_teacher:
+        teacher = None  # its memory is the student's from here on
+    student, report = build_student(args, checkpoint, config, device)
+    print(report.summary())
+
+    # Train:
+    objective, feature_layers = build_objective(args, report, checkpoint.config, config, settings.shift, dtype, device)
+    if cache is not None:
+        answers = CachedAnswers(cache, args.batch_size, device, args.seed)
+    elif args.student_steps:
+        answers = build_segment_answers(args, teacher, student, *sources, dtype, device)
+    else:
+        answers = build_answers(args, teacher, *sources, feature_layers, dtype, device)
+    if args.replay > 1 and cache is None:
+        answers = ReplayedAnswers(answers, args.replay, args.batch_size, args.seed)
+    evaluate = build_evaluation(args, teacher, embeds, config, dtype, device)
     if aside := set_aside_previous_student(folder):
         print(f"The student that was in {folder} is now in {aside}")
-    states = build_states(
-        args.states,
-        config,
-        settings,
-        len(prompts.prompts),
-        args.batch_size,
-        sigma_range=args.sigma_range,
-        seed=args.seed,
-        device=device,
-    )
-    answers = TeacherAnswers(teacher, states, prompt_embeds, device, dtype)
-    if args.replay > 1:
-        answers = ReplayedAnswers(answers, args.replay, args.batch_size, args.seed)
     with Progress(options.num_steps, folder / METRICS_NAME) as progress:
-        result = train(student, answers, prompt_embeds, options, progress.step)
+        result = train(student, answers, embeds.trained, objective, options, progress.step, evaluate)
 
     # Save:
+    recipe = {name: getattr(args, name) for name in RECIPE_FLAGS}
     record = distillation_record(
-        args.teacher_path,
         settings,
         options,
         result,
-        states=args.states,
-        replay=args.replay,
-        num_teacher_batches=answers.num_calls,
-        sigma_range=args.sigma_range,
-        init=args.init,
-        init_expert=args.init_expert,
         layers=report.layers,
-        num_prompts=len(prompts.prompts),
-        teacher_path_low=args.teacher_path_low,
-        text_encoder_path=args.text_encoder_path,
+        num_prompts=len(texts.prompts),
+        num_teacher_batches=answers.num_calls,
+        **recipe,
     )
     save_student(student, record, folder)
     report.save(folder)
     state = "Interrupted after" if result.interrupted else "Done:"
     print(
-        f"{state} {result.num_steps} steps, loss {result.losses[0]:.4g} at the first and {result.losses[-1]:.4g} at the last. "
+        f"{state} {result.num_steps} steps, loss {result.losses[0]:.4g} at the first and {result.losses[-1]:.4g} at the last; "
+        f"{calls_line(answers.num_calls, result.num_steps, cache)}. "
         f"Saved {CONFIG_NAME} and diffusion_model.safetensors in {folder}"
     )
     if result.interrupted:
         return 130
     if vae_location is not None:
         picture = folder / SAMPLES_NAME / f"step_{result.num_steps:06d}.png"
-        draw_samples(args, student, teacher, prompts, prompt_embeds, vae_location, options, picture)
+        draw_samples(
+            args, student, teacher, settings, texts.prompts, embeds.trained, vae_location, dtype, device, picture
+        )
     return 0
 
 

@@ -1,26 +1,29 @@
-"""Where training states come from: pure noise, and a pool of the teacher's own sampling paths.
+"""Training states: pure noise, and a pool of sampling paths that the teacher or the student walks.
 
 pytest tests/test_states.py
 """
 
-import torch
-from conftest import IDENTITY_CONFIG
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
 
-from projection_mapper import open_teacher
-from wandistiller import StudentConfig
-from wandistiller.states import TrajectoryStates, build_states
-from wandistiller.teacher import resolve_settings
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from wandistiller.states import NoiseStates, StateBatch, TrajectoryStates
 
 SHIFT = 3.0
-
-
-def setting(**config):
-    config = StudentConfig.from_dict(IDENTITY_CONFIG | config)
-    return config, resolve_settings(open_teacher("mock", config), shift=SHIFT)
+BOUNDARY = 0.875  # u = 0.7 at this shift: three tenths of the levels lie above
+TEACHERS, STUDENTS = 1.0, -2.0  # constant velocities, by which a path shows whom it followed
 
 
 def unshift(sigma):
     return sigma / (SHIFT - (SHIFT - 1) * sigma)
+
+
+def make_noise(num_prompts: int = 20, batch_size: int = 4, **changes) -> NoiseStates:
+    return NoiseStates((16, 8, 8), num_prompts, batch_size, **{"shift": SHIFT} | changes)
 
 
 def make_pool(**changes) -> TrajectoryStates:
@@ -28,11 +31,21 @@ def make_pool(**changes) -> TrajectoryStates:
     return TrajectoryStates((2, 1, 1), 10, 8, **values | changes)
 
 
+def after_first_round(**changes) -> TrajectoryStates:
+    """A pool whose slots have all left sigma 1."""
+    pool = make_pool(**changes)
+    for _ in range(8):  # 64 slots in batches of 8
+        batch = pool.draw()
+        assert (batch.sigma == 1).all()
+        pool.advance(batch, torch.zeros_like(batch.latents))
+    return pool
+
+
 # ---- noise ----
 
 
 def test_noise_states_are_unit_noise_of_the_students_size_spread_over_the_noise_levels():
-    batch = build_states("noise", *setting(image_size=64), 64, 64, sigma_range=(0.25, 0.75)).draw()
+    batch = make_noise(64, 64, sigma_range=(0.25, 0.75)).draw()
     assert batch.latents.shape == (64, 16, 8, 8) and batch.latents.dtype == torch.float32
     assert batch.sigma.shape == (64,) and batch.sigma.dtype == torch.float32
     assert abs(batch.latents.mean()) < 0.02 and abs(batch.latents.std() - 1) < 0.02
@@ -43,11 +56,18 @@ def test_noise_states_are_unit_noise_of_the_students_size_spread_over_the_noise_
 
 
 def test_noise_states_repeat_with_their_seed_and_move_on():
-    one, same, other = (build_states("noise", *setting(), 20, 4, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (make_noise(seed=seed) for seed in (1, 1, 2))
     first, again = one.draw(), same.draw()
     assert torch.equal(first.latents, again.latents) and torch.equal(first.sigma, again.sigma)
     assert first.prompts == again.prompts and not torch.equal(first.latents, one.draw().latents)
     assert not torch.equal(first.latents, other.draw().latents)
+
+
+def test_noise_states_are_no_part_of_a_path():
+    states, same = make_noise(), make_noise()
+    batch, _ = states.draw(), same.draw()
+    states.advance(batch, batch.latents, batch.latents, 1.0)
+    assert batch.slots == [] and torch.equal(states.draw().latents, same.draw().latents)
 
 
 # ---- trajectories ----
@@ -71,36 +91,28 @@ def test_a_path_is_eulers_method_with_the_velocities_it_was_given():
 
 
 def test_a_path_along_the_true_velocity_ends_at_the_clean_sample():
-    clean, pool = torch.tensor([0.3, -2.0])[:, None, None], make_pool(pool_size=8, num_steps=5)
-    ends = []
+    clean, ends = torch.tensor([0.3, -2.0])[:, None, None], []
+    pool = make_pool(pool_size=8, num_steps=5, on_finish=lambda latents, prompt: ends.append(latents.clone()))
     for _ in range(60):
         batch = pool.draw()
         sigma = batch.sigma[:, None, None, None]
         noise = (batch.latents - (1 - sigma) * clean) / sigma
-        before = dict(zip(batch.slots, batch.sigma.tolist(), strict=True))
-        velocity = noise - clean
-        ends += [batch.latents - sigma * velocity for slot in before]
-        pool.advance(batch, velocity)
-    assert all(torch.allclose(end, clean.expand_as(end), atol=1e-4) for end in ends)
+        pool.advance(batch, noise - clean)
+    assert len(ends) > 50 and all(torch.allclose(end, clean, atol=1e-4) for end in ends)
 
 
 def test_the_pool_covers_all_noise_levels_after_its_first_round_and_keeps_doing_so():
-    pool = make_pool()
+    pool = after_first_round()
     for step in range(400):
-        if step >= 8:  # 64 slots in batches of 8
-            shares = torch.histc(unshift(pool.sigma), bins=5, min=0, max=1) / 64
-            assert shares.min() >= 0.04 and shares.max() <= 0.45, f"step {step}: {shares.tolist()}"
+        shares = torch.histc(unshift(pool.sigma), bins=5, min=0, max=1) / 64
+        assert shares.min() >= 0.04 and shares.max() <= 0.45, f"step {step}: {shares.tolist()}"
         batch = pool.draw()
         assert len(set(batch.slots)) == 8
         pool.advance(batch, torch.zeros_like(batch.latents))
 
 
 def test_batches_are_stratified_over_the_pools_noise_levels():
-    pool = make_pool()
-    for _ in range(8):
-        batch = pool.draw()
-        assert (batch.sigma == 1).all()
-        pool.advance(batch, torch.zeros_like(batch.latents))
+    pool = after_first_round()
     order = pool.sigma.sort().values
     sigma = pool.draw().sigma.sort().values
     assert all(order[8 * part] <= sigma[part] <= order[8 * part + 7] for part in range(8))
@@ -135,7 +147,191 @@ def test_trajectories_repeat_with_their_seed():
     assert not torch.equal(first.latents, different.latents)
 
 
-def test_the_pool_follows_the_settings_of_the_teacher():
-    config, settings = setting(image_size=64)
-    pool = build_states("trajectory", config, settings, 55, 4)
-    assert pool.latents.shape == (32, 16, 8, 8) and pool.num_steps == settings.num_inference_steps
+def test_a_path_keeps_the_prompt_it_was_swapped_for():
+    def swap(prompts, sigma, generator):
+        """At sigma 1 alone: to one of ten prompts that no path starts with."""
+        return [prompt + 10 if level == 1 else prompt for prompt, level in zip(prompts, sigma.tolist(), strict=True)]
+
+    pool, prompt_of = make_pool(swap=swap), {}
+    num_kept = 0
+    for _ in range(200):
+        batch = pool.draw()
+        for slot, prompt, sigma in zip(batch.slots, batch.prompts, batch.sigma.tolist(), strict=True):
+            assert 10 <= prompt < 20
+            num_kept += sigma < 1
+            assert sigma == 1 or prompt == prompt_of[slot]
+            prompt_of[slot] = prompt
+        pool.advance(batch, torch.zeros_like(batch.latents))
+    assert num_kept > 1000
+
+
+# ---- paths of the student ----
+
+
+@dataclass
+class Path:
+    """A path as the batches show it: where it started, and the rates dx/dsigma at which it moved."""
+
+    start: torch.Tensor
+    is_of_first_round: bool
+    born: int
+    ended: int | None = None
+    rates: list[float] = field(default_factory=list)
+
+
+class PathLog:
+    """Follows the paths of a pool through its batches."""
+
+    def __init__(self):
+        self.open: dict[int, Path] = {}
+        self.finished: list[Path] = []
+        self.num_seen = 0
+        self._last: dict[int, tuple[torch.Tensor, float]] = {}
+
+    def see(self, batch: StateBatch) -> None:
+        for row, slot in enumerate(batch.slots):
+            latents, sigma = batch.latents[row].clone(), float(batch.sigma[row])
+            if sigma == 1:
+                if slot in self.open:
+                    self.open[slot].ended = self.num_seen
+                    self.finished.append(self.open[slot])
+                self.open[slot] = Path(latents, slot not in self.open, self.num_seen)
+            else:
+                before, sigma_before = self._last[slot]
+                rate = float((latents - before).mean()) / (sigma - sigma_before)
+                self.open[slot].rates.append(round(rate, 1))
+            self._last[slot] = latents, sigma
+        self.num_seen += 1
+
+
+def walk(states, share: float, num_batches: int, log: PathLog) -> None:
+    """Let the teacher answer TEACHERS and the student STUDENTS at every state."""
+    for _ in range(num_batches):
+        batch = states.draw()
+        log.see(batch)
+        velocity = torch.full_like(batch.latents, TEACHERS)
+        states.advance(batch, velocity, torch.full_like(velocity, STUDENTS), share)
+
+
+def test_without_rollout_the_students_velocity_has_no_effect():
+    with_student, without = make_pool(), make_pool()
+    for _ in range(60):
+        first, second = with_student.draw(), without.draw()
+        assert torch.equal(first.latents, second.latents)
+        with_student.advance(first, first.latents, torch.full_like(first.latents, 99.0), 0.0)
+        without.advance(second, second.latents)
+
+
+def test_with_full_rollout_every_path_follows_the_student_alone():
+    log = PathLog()
+    walk(make_pool(num_steps=8), 1.0, 200, log)
+    assert len(log.finished) > 100
+    assert all(set(path.rates) <= {STUDENTS} for path in log.finished)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_a_share_of_the_paths_is_the_students_each_from_start_to_end(share):
+    log = PathLog()
+    walk(make_pool(num_steps=8), share, 800, log)
+    paths = [path for path in log.finished if path.rates]
+    assert len(paths) > 500 and all(
+        len(set(path.rates)) == 1 and path.rates[0] in (TEACHERS, STUDENTS) for path in paths
+    )
+    students = sum(STUDENTS in path.rates for path in paths) / len(paths)
+    assert students == pytest.approx(share, abs=0.06)
+
+
+def test_a_growing_share_takes_paths_over_and_gives_none_back():
+    log, pool = PathLog(), make_pool(num_steps=8)
+    for share in torch.linspace(0, 1, 300).tolist():
+        walk(pool, share, 1, log)
+    assert all(path.rates == sorted(path.rates, reverse=True) for path in log.finished)  # the teacher's moves first
+    led_by = [{TEACHERS}, {TEACHERS, STUDENTS}, {STUDENTS}]
+    counts = [sum(set(path.rates) == leaders for path in log.finished) for leaders in led_by]
+    assert min(counts) > 10 and sum(counts) > 200
+
+
+# ---- two experts ----
+
+
+def experts_of_batches(pool: TrajectoryStates, num_batches: int) -> list[list[str]]:
+    """The experts that each batch needs, in the order in which a teacher asks them."""
+    needed = []
+    for _ in range(num_batches):
+        batch = pool.draw()
+        is_high = batch.sigma >= BOUNDARY
+        needed.append([name for name, rows in (("high", is_high), ("low", ~is_high)) if rows.any()])
+        assert len(set(batch.slots)) == 8
+        pool.advance(batch, torch.zeros_like(batch.latents))
+    return needed
+
+
+def num_switches(needed: list[list[str]]) -> int:
+    return sum(one != other for one, other in pairwise(chain(*needed)))
+
+
+@pytest.mark.parametrize("calls", [4, 10])
+def test_batches_of_one_expert_come_in_rows_and_neither_side_starves(calls):
+    needed = experts_of_batches(after_first_round(boundary=BOUNDARY, calls_per_expert=calls), 500)
+    assert all(len(experts) == 1 for experts in needed)
+    mixed = experts_of_batches(after_first_round(boundary=BOUNDARY), 500)
+    assert num_switches(needed) / 5 < 100 / calls < num_switches(mixed) / 5 / 4
+    # Three tenths of a path's steps lie above the boundary, so as much of the calls must be for them, from first to last:
+    for start in range(0, 500, 100):
+        share = sum(experts == ["high"] for experts in needed[start : start + 100]) / 100
+        assert 0.15 < share < 0.5, f"batches {start} on: {share}"
+
+
+def test_calls_of_one_expert_leave_no_path_behind():
+    pool, visits = after_first_round(boundary=BOUNDARY, calls_per_expert=10), torch.zeros(64)
+    for _ in range(500):
+        batch = pool.draw()
+        visits[batch.slots] += 1
+        pool.advance(batch, torch.zeros_like(batch.latents))
+    assert visits.min() > 0.5 * visits.mean()
+
+
+def test_calls_of_one_expert_need_two_of_them():
+    assert torch.equal(make_pool(calls_per_expert=5).draw().sigma, make_pool().draw().sigma)
+    one, other = after_first_round(calls_per_expert=5), after_first_round()
+    assert torch.equal(one.draw().sigma, other.draw().sigma)
+
+
+# ---- going on from a saved state ----
+
+
+def check_goes_on_from_a_saved_state(make: Callable, step: Callable[[object], tuple], num_before: int) -> None:
+    """Fifty steps after `num_before` are the same, bit for bit, in whatever has loaded the state; `make` takes a seed."""
+    original = make(1)
+    for _ in range(num_before):
+        step(original)
+    state = original.state_dict()
+    expected = [step(original) for _ in range(50)]
+    # Written down only now, and loaded twice: neither a saved nor a loaded state may be shared with what goes on.
+    loaded = load(save(state))
+    for fresh in (make(2), make(3)):
+        fresh.load_state_dict(loaded)
+        for ours, theirs in zip(expected, [step(fresh) for _ in range(50)], strict=True):
+            for one, other in zip(ours, theirs, strict=True):
+                assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def step_of_states(states) -> tuple:
+    batch = states.draw()
+    seen = batch.latents.clone(), batch.sigma.clone(), list(batch.prompts), list(batch.slots)
+    states.advance(batch, batch.latents, -batch.latents, 0.5)
+    return seen
+
+
+@pytest.mark.parametrize("num_before", [0, 7])
+def test_noise_states_go_on_from_a_saved_state(num_before):
+    check_goes_on_from_a_saved_state(lambda seed: make_noise(seed=seed), step_of_states, num_before)
+
+
+@pytest.mark.parametrize("num_before", [0, 3, 8, 60])  # the first round ends after 8
+@pytest.mark.parametrize("changes", [{}, {"boundary": BOUNDARY, "calls_per_expert": 5}])
+def test_trajectories_go_on_from_a_saved_state(num_before, changes):
+    def make(seed: int) -> TrajectoryStates:
+        return make_pool(num_steps=6, seed=seed, **changes)
+
+    check_goes_on_from_a_saved_state(make, step_of_states, num_before)

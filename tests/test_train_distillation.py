@@ -47,8 +47,18 @@ FLAGS = [
     ("negative_prompt", ["x"], None),
     ("shift", ["12"], None),
     ("states", ["noise"], "trajectory"),
-    ("replay", ["3"], 4),
     ("sigma_range", ["0.1", "1.0"], (0.0, 1.0)),
+    ("renoise_fraction", ["0.25"], 0.0),
+    ("student_rollout", ["0", "1"], (0.0, 0.0)),
+    ("prompt_swap", ["0.5"], 0.0),
+    ("extra_prompts", ["x"], None),
+    ("calls_per_expert", ["8"], 0),
+    ("replay", ["3"], 4),
+    ("teacher_cache", ["x"], None),
+    ("offline_teacher", [], False),
+    ("feature_loss_weight", ["0.5"], 0.0),
+    ("sigma_weighting", ["x0"], "none"),
+    ("student_steps", ["4"], None),
     ("num_epochs", ["3"], 40),
     ("max_steps", ["3"], None),
     ("batch_size", ["3"], 64),
@@ -62,8 +72,16 @@ FLAGS = [
     ("device", ["cpu"], None),
     ("dtype", ["bf16"], None),
     ("output_dir", ["x"], "outputs/demo"),
+    ("eval_every", ["100"], 0),
+    ("eval_prompts", ["x"], "data/demo_heldout_prompts.txt"),
     ("num_samples", ["3"], 8),
 ]
+# What a flag does not go without
+COMPANIONS = {
+    "teacher_path_low": ["--teacher_path", "y"],
+    "extra_prompts": ["--prompt_swap", "0.5"],
+    "offline_teacher": ["--teacher_cache", "y"],
+}
 
 
 @pytest.fixture
@@ -336,6 +354,101 @@ def test_a_random_student_inherits_nothing_and_repeats_with_its_seed(train, teac
     assert not torch.equal(runs["a"][key], runs["b"][key])
 
 
+# ---- states, objectives, few steps ----
+
+
+def test_every_state_source_and_objective_trains_and_is_recorded(train, teachers, tmp_path):
+    extra = tmp_path / "extra.txt"
+    extra.write_text("a prompt that comes by swapping alone\n", encoding="utf-8")
+    flags = {
+        "renoise_fraction": 0.25, "student_rollout": (0, 1), "prompt_swap": 0.5, "extra_prompts": str(extra),
+        "feature_loss_weight": 0.5, "sigma_weighting": "endpoint", "calls_per_expert": 2,
+    }  # fmt: skip
+    given = [
+        part
+        for name, value in flags.items()
+        for part in (f"--{name}", *(value if isinstance(value, tuple) else [value]))
+    ]
+    assert train(teachers.two, PRUNED_CONFIG, "--max_steps", 12, "--replay", 2, *given).code == 0
+    record = record_of(tmp_path / "out")
+    assert {name: record[name] for name in flags} == flags | {"student_rollout": [0, 1]}
+    metrics = read_metrics(tmp_path / "out")
+    assert metrics[-1]["teacher_calls"] == record["num_teacher_batches"] <= 12
+    assert len(metrics[-1]["loss_by_sigma"]) == 10
+    assert set(metrics[-1]["loss_by_expert"]) == {"high", "low"}
+
+
+def test_exactly_one_call_a_step_without_replay(train, teachers, tmp_path):
+    assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 9).code == 0
+    assert [line["teacher_calls"] for line in read_metrics(tmp_path / "out")] == list(range(1, 10))
+
+
+def test_the_held_out_error_is_measured_when_asked(train, teachers, tmp_path):
+    outcome = train(
+        teachers.one, IDENTITY_CONFIG, "--guidance_scale", 1, "--max_steps", 5, "--eval_every", 2, "--lr", 1e-12
+    )
+    errors = [line["velocity_error"] for line in read_metrics(tmp_path / "out")]
+    assert [error is not None for error in errors] == [False, True, False, True, True]
+    # The student is its teacher, so there is no error and no gap between the two kinds of states:
+    assert all(0 <= value < 1e-4 for error in errors if error for value in error.values())
+    assert "relative velocity error" in outcome.err
+
+
+def test_a_student_of_few_steps_draws_in_the_steps_it_learnt(train, teachers, run_main, tmp_path):
+    from PIL import Image
+
+    import generate_images
+
+    assert train(teachers.one, PRUNED_CONFIG, "--student_steps", 3, "--max_steps", 2, "--batch_size", 2).code == 0
+    record = record_of(tmp_path / "out")
+    assert record["student_steps"] == 3 and record["student_rollout"] == [0.0, 1.0]
+    flags = [
+        "--student",
+        tmp_path / "out",
+        "--prompt",
+        "a",
+        "--output",
+        tmp_path / "p",
+        "--prompt_cache",
+        teachers.prompt_cache,
+    ]
+    outcome = run_main(generate_images.main, *flags)
+    assert outcome.code == 0 and "Warning" not in outcome.out
+    assert Image.open(tmp_path / "p" / "000_a.png").text["num_inference_steps"] == "3"
+    assert "learnt to draw in 3 steps" in run_main(generate_images.main, *flags, "--num_inference_steps", 5).out
+
+
+# ---- the teacher's answers on disk ----
+
+
+def test_a_student_learns_the_same_from_a_cache_built_now_and_found_later_without_a_teacher(
+    train, teachers, tmp_path, monkeypatch
+):
+    flags = ["--max_steps", 8, "--replay", 2, "--teacher_cache", tmp_path / "cache", "--offline_teacher", "--lr", 1e-3]
+    first = train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "one")
+    assert first.code == 0, first.err
+    assert "Asking the teacher for 4 batches" in first.out
+    from wandistiller.teacher import Teacher
+
+    def refuse(*args):
+        raise AssertionError("a teacher was made")
+
+    monkeypatch.setattr(Teacher, "__init__", refuse)
+    second = train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "two")
+    assert second.code == 0, second.err
+    assert "Asking" not in second.out and "came from 16 in" in second.out
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_cache_of_other_answers_is_refused_with_both_values(train, teachers, tmp_path):
+    flags = ["--max_steps", 2, "--teacher_cache", tmp_path / "cache"]
+    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--guidance_scale", 2.5)
+    assert outcome.code == 2
+    assert all(word in outcome.err for word in ("--teacher_cache", "guidance_scale", "2.5"))
+
+
 # ---- the command line ----
 
 
@@ -353,19 +466,20 @@ def test_another_teacher_gets_the_general_defaults():
         "replay": 1,
         "lr": 1e-5,
         "lr_warmup_steps": 0,
+        "eval_prompts": None,
     }
     assert {name: defaults[name] for name in general} == general
 
 
 @pytest.mark.parametrize("name, value, default", FLAGS, ids=[name for name, _, _ in FLAGS])
 def test_every_flag_is_taken_with_underscores_and_with_hyphens(name, value, default):
-    teacher = ["--teacher_path", "y"] if name == "teacher_path_low" else []
-    underscored = vars(train_distillation.parse_args([*teacher, f"--{name}", *value]))
-    hyphenated = vars(train_distillation.parse_args([*teacher, f"--{name.replace('_', '-')}", *value]))
+    others = COMPANIONS.get(name, [])
+    underscored = vars(train_distillation.parse_args([*others, f"--{name}", *value]))
+    hyphenated = vars(train_distillation.parse_args([*others, f"--{name.replace('_', '-')}", *value]))
     assert underscored == hyphenated
     assert underscored[name] != default
     if len(value) == 1:
-        assert underscored == vars(train_distillation.parse_args([*teacher, f"--{name.replace('_', '-')}={value[0]}"]))
+        assert underscored == vars(train_distillation.parse_args([*others, f"--{name.replace('_', '-')}={value[0]}"]))
 
 
 def test_help_names_every_flag(run_main):

@@ -11,19 +11,22 @@ import signal
 import statistics
 from collections import Counter
 from dataclasses import replace
-from itertools import chain, islice
 
 import pytest
 import torch
 from conftest import PRUNED_CONFIG, read_metrics
+from test_states import check_goes_on_from_a_saved_state
 
 from projection_mapper import open_teacher, project_experts, project_teacher
 from wandistiller import StudentConfig
-from wandistiller.answers import REPLAY_BATCHES, ReplayedAnswers, TeacherAnswers
+from wandistiller.answers import REPLAY_BATCHES, Answer, ReplayedAnswers, TeacherAnswers
+from wandistiller.features import FeatureLoss
+from wandistiller.objective import Objective
 from wandistiller.optimization import OptimizationOptions, make_ema, make_lr_scheduler, make_optimizer
 from wandistiller.prompt_embeds import mock_prompt_embeds
-from wandistiller.reporting import Progress, StepMetrics, Stopwatch, format_duration
-from wandistiller.states import NoiseStates, build_states, prompt_batches
+from wandistiller.reporting import Progress, StepMetrics, Stopwatch, format_duration, mean_by_expert, mean_by_sigma
+from wandistiller.state_sources import StatesOptions, build_states
+from wandistiller.states import NoiseStates, StateBatch, TrajectoryStates
 from wandistiller.teacher import Teacher, resolve_settings
 from wandistiller.training import (
     NonFiniteError,
@@ -32,7 +35,7 @@ from wandistiller.training import (
     TrainingResult,
     check_finite,
     check_weights,
-    distillation_loss,
+    is_due,
     steps_of_epochs,
     train,
 )
@@ -40,6 +43,7 @@ from wandistiller.training import (
 NUM_PROMPTS = 7
 OPTIMIZATION = OptimizationOptions(lr=3e-3, max_grad_norm=0.05, weight_decay=0.1)
 OPTIONS = TrainingOptions(batch_size=3, num_steps=3, optimization=OPTIMIZATION, seed=11)
+OBJECTIVE = Objective(shift=3.0)
 
 
 def make_run(config: dict = PRUNED_CONFIG, guidance_scale: float = 3.0):
@@ -54,11 +58,16 @@ def make_run(config: dict = PRUNED_CONFIG, guidance_scale: float = 3.0):
 
 
 def make_states(config: StudentConfig, settings) -> NoiseStates:
-    return build_states("noise", config, settings, NUM_PROMPTS, 3, sigma_range=(0.1, 0.9), seed=5)
+    options = StatesOptions(kind="noise", sigma_range=(0.1, 0.9), seed=5)
+    return build_states(options, config, settings, NUM_PROMPTS, 3)
 
 
-def answers(teacher, states, embeds, dtype: torch.dtype = torch.float32) -> TeacherAnswers:
-    return TeacherAnswers(teacher, states, embeds, "cpu", dtype)
+def answers(teacher, states, embeds, dtype: torch.dtype = torch.float32, **changes) -> TeacherAnswers:
+    return TeacherAnswers(teacher, states, embeds, "cpu", dtype, **changes)
+
+
+def ignore(metrics: StepMetrics) -> None:
+    """Of a run whose metrics do not matter."""
 
 
 def loss_by_hand(student, teacher, embeds, states) -> torch.Tensor:
@@ -76,23 +85,7 @@ def loss_by_hand(student, teacher, embeds, states) -> torch.Tensor:
     return torch.stack(squares).mean()
 
 
-# ---- batches ----
-
-
-@pytest.mark.parametrize("num_prompts, batch_size", [(7, 3), (8, 4), (5, 9), (1, 1)])
-def test_batches_cover_every_prompt_once_an_epoch_in_an_order_of_its_own(num_prompts, batch_size):
-    steps = steps_of_epochs(1, num_prompts, batch_size)
-    batches = list(islice(prompt_batches(num_prompts, batch_size, seed=2), 3 * steps))
-    epochs = [list(chain(*batches[start : start + steps])) for start in range(0, 3 * steps, steps)]
-    assert all(sorted(epoch) == list(range(num_prompts)) for epoch in epochs)
-    assert max(map(len, batches)) <= batch_size
-    if num_prompts > 4:
-        assert len({tuple(epoch) for epoch in epochs}) > 1
-
-
-def test_batches_repeat_with_their_seed_alone():
-    first, again, other = (list(islice(prompt_batches(20, 4, seed), 9)) for seed in (1, 1, 2))
-    assert first == again != other
+# ---- the length of a run ----
 
 
 @pytest.mark.parametrize(
@@ -109,9 +102,10 @@ def test_replay_gives_every_answer_as_often_as_asked_and_unchanged():
     _, teacher, embeds, states = make_run()
     replayed = ReplayedAnswers(answers(teacher, states, embeds), replay=3, batch_size=3)
     fresh, uses, calls = {}, Counter(), []
-    for _ in range(1500):
+    for _ in range(750):
         before = replayed.num_calls
         answer = replayed.next()
+        replayed.advance(answer, answer.velocity, 0.0)
         calls.append(len(answer.prompts) * (replayed.num_calls > before))
         for row, prompt in enumerate(answer.prompts):
             key = answer.latents[row].sum().item()
@@ -138,6 +132,68 @@ def test_replayed_batches_mix_the_answers_of_several_calls():
         else:
             mixed.append(len({born[key] for key in keys}))
     assert statistics.fmean(mixed) > 2.5
+
+
+@pytest.mark.parametrize("replay, num_before", [(1, 7), (3, 0), (3, 4), (3, 60)])  # a store none, empty, filling, full
+def test_answers_go_on_from_a_saved_state(replay, num_before):
+    _, teacher, embeds, _ = make_run(guidance_scale=1.0)
+
+    def make(seed: int) -> TeacherAnswers | ReplayedAnswers:
+        source = answers(teacher, make_paths(seed), embeds, student_rollout=(0.5, 0.5))
+        return source if replay == 1 else ReplayedAnswers(source, replay, 3, seed)
+
+    def step(source) -> tuple:
+        answer = source.next()
+        seen = answer.latents.clone(), answer.sigma.clone(), answer.prompts, answer.velocity.clone(), source.num_calls
+        source.advance(answer, -answer.velocity, 0.0)
+        return seen
+
+    check_goes_on_from_a_saved_state(make, step, num_before)
+
+
+def make_paths(seed: int = 0) -> TrajectoryStates:
+    return TrajectoryStates((16, 4, 4), NUM_PROMPTS, 3, shift=3.0, num_steps=4, pool_size=9, seed=seed)
+
+
+class NotedStates:
+    """States that note how they were moved on."""
+
+    def __init__(self, states):
+        self.states, self.moves = states, []
+
+    def draw(self) -> StateBatch:
+        self.batch = self.states.draw()
+        return self.batch
+
+    def advance(self, batch, velocity, student_velocity=None, student_share=0.0) -> None:
+        self.moves.append((batch, velocity, student_velocity, student_share))
+        self.states.advance(batch, velocity, student_velocity, student_share)
+
+
+def test_asking_leaves_the_states_where_they_are_until_the_student_has_answered_too():
+    _, teacher, embeds, _ = make_run(guidance_scale=1.0)
+    states = NotedStates(make_paths())
+    source = answers(teacher, states, embeds, student_rollout=(0.2, 0.6))
+    for progress, share in ((0.0, 0.2), (0.5, 0.4), (1.0, 0.6)):
+        answer = source.next()
+        assert answer.states is states.batch and not states.moves
+        student_velocity = torch.ones_like(answer.velocity)
+        source.advance(answer, student_velocity, progress)
+        ((batch, velocity, theirs, found),) = states.moves
+        assert batch is answer.states and velocity is answer.velocity and theirs is student_velocity
+        assert found == pytest.approx(share)
+        states.moves.clear()
+
+
+def test_replay_moves_the_states_on_once_for_every_call():
+    _, teacher, embeds, _ = make_run(guidance_scale=1.0)
+    states = NotedStates(make_paths())
+    replayed = ReplayedAnswers(answers(teacher, states, embeds), replay=3, batch_size=3)
+    for _ in range(90):
+        answer = replayed.next()
+        replayed.advance(answer, answer.velocity, 0.5)
+        assert len(states.moves) == replayed.num_calls
+    assert replayed.num_calls < 45
 
 
 # ---- learning rate and average ----
@@ -184,12 +240,13 @@ def test_a_student_trained_with_an_average_ends_as_that_average():
         student,
         answers(teacher, states, embeds),
         embeds,
+        OBJECTIVE,
         replace(OPTIONS, optimization=plain),
         lambda _: seen.append(copy_of(student)),
     )
     averaged, _, _, states = make_run()
     options = replace(OPTIONS, optimization=replace(plain, ema_decay=0.9))
-    train(averaged, answers(teacher, states, embeds), embeds, options, lambda metrics: None)
+    train(averaged, answers(teacher, states, embeds), embeds, OBJECTIVE, options, ignore)
     expected = seen[0]
     for n, weights in enumerate(seen[1:], start=1):
         decay = (1 + n) / (10 + n)
@@ -207,9 +264,9 @@ def copy_of(student) -> dict[str, torch.Tensor]:
 
 def test_the_loss_is_the_squared_error_between_student_and_guided_teacher():
     student, teacher, embeds, states = make_run()
-    loss = distillation_loss(student, answers(teacher, states, embeds).next(), embeds, OPTIONS)
+    loss = OBJECTIVE(student, answers(teacher, states, embeds).next(), embeds)
     again = make_states(student.config, teacher.settings)
-    torch.testing.assert_close(loss, loss_by_hand(student, teacher, embeds, again), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(loss.total, loss_by_hand(student, teacher, embeds, again), rtol=1e-5, atol=1e-7)
 
 
 def adamw_by_hand(parameters, gradients, moments, step: int) -> None:
@@ -228,7 +285,7 @@ def adamw_by_hand(parameters, gradients, moments, step: int) -> None:
 def test_three_steps_equal_clipping_and_adamw_written_by_hand():
     student, teacher, embeds, states = make_run()
     reported: list[StepMetrics] = []
-    result = train(student, answers(teacher, states, embeds), embeds, OPTIONS, reported.append)
+    result = train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS, reported.append)
 
     expected, _, _, states = make_run()
     parameters = list(expected.parameters())
@@ -251,6 +308,7 @@ def test_three_steps_equal_clipping_and_adamw_written_by_hand():
         assert error < 1e-2, f"{name}: {error:.1e} of its change"
     assert [metrics.step for metrics in reported] == [1, 2, 3]
     assert [metrics.loss for metrics in reported] == result.losses
+    assert [metrics.teacher_calls for metrics in reported] == [1, 2, 3]
     assert not result.interrupted and not student.training
 
 
@@ -261,15 +319,15 @@ def test_matrix_products_of_student_and_teacher_are_in_the_compute_dtype(dtype):
     for side, model in (("student", student), ("teacher", teacher.experts["high"])):
         linear = model.get_submodule("blocks.0.ffn.net.2")
         linear.register_forward_hook(lambda module, inputs, output, side=side: seen.update({side: output.dtype}))
-    options = TrainingOptions(batch_size=2, num_steps=1, optimization=OptimizationOptions(lr=1e-3), compute_dtype=dtype)
-    train(student, answers(teacher, states, embeds, dtype), embeds, options, lambda metrics: None)
+    objective = replace(OBJECTIVE, compute_dtype=dtype)
+    train(student, answers(teacher, states, embeds, dtype), embeds, objective, replace(OPTIONS, num_steps=1), ignore)
     assert seen == {"student": dtype, "teacher": dtype}
 
 
 def test_the_teacher_is_not_trained():
     student, teacher, embeds, states = make_run()
     before = {name: tensor.clone() for name, tensor in teacher.experts["high"].state_dict().items()}
-    train(student, answers(teacher, states, embeds), embeds, OPTIONS, lambda metrics: None)
+    train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS, ignore)
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.experts["high"].state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.experts["high"].parameters())
 
@@ -278,15 +336,147 @@ def test_bf16_steps_stay_close_to_float32_and_weights_stay_float32():
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
         student, teacher, embeds, states = make_run()
-        options = TrainingOptions(
-            batch_size=3, num_steps=4, optimization=OptimizationOptions(lr=1e-3), compute_dtype=dtype
-        )
+        options = TrainingOptions(batch_size=3, num_steps=4, optimization=OptimizationOptions(lr=1e-3))
+        objective = replace(OBJECTIVE, compute_dtype=dtype)
         losses[dtype] = train(
-            student, answers(teacher, states, embeds, dtype), embeds, options, lambda metrics: None
+            student, answers(teacher, states, embeds, dtype), embeds, objective, options, ignore
         ).losses
         assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.03)
     assert losses[torch.bfloat16] != losses[torch.float32], "autocast changed nothing"
+
+
+# ---- what a step reports ----
+
+
+def reported_by(answers, num_steps: int = 30, objective: Objective = OBJECTIVE, evaluate=None, **changes) -> list:
+    """The metrics of a run."""
+    student, _, embeds, _ = make_run()
+    options = replace(OPTIONS, num_steps=num_steps, **changes)
+    reported: list[StepMetrics] = []
+    train(student, answers, embeds, objective, options, reported.append, evaluate)
+    return reported
+
+
+def test_the_teacher_is_called_once_a_step_and_less_with_replay():
+    _, teacher, embeds, states = make_run()
+    sizes = []
+    teacher.experts["high"].register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    reported = reported_by(answers(teacher, states, embeds))
+    assert [metrics.teacher_calls for metrics in reported] == list(range(1, 31)) and len(sizes) == 30
+
+    sizes.clear()
+    reported = reported_by(ReplayedAnswers(answers(teacher, states, embeds), replay=4, batch_size=3))
+    calls = [metrics.teacher_calls for metrics in reported]
+    assert calls[:5] == [1, 2, 3, 4, 5] and calls[-1] == len(sizes) < 22
+
+
+class FixedAnswers:
+    """The same answer at every step, of a student that is far off at some noise levels."""
+
+    num_calls = 0
+
+    def __init__(self, sigma: torch.Tensor, velocity: torch.Tensor):
+        self.answer = Answer(torch.zeros_like(velocity), sigma, [0] * len(sigma), velocity)
+
+    def next(self) -> Answer:
+        return self.answer
+
+    def advance(self, answer, student_velocity, progress) -> None:
+        self.advanced = student_velocity, progress
+
+
+def test_losses_are_reported_by_noise_level_and_expert_unweighted():
+    sigma = torch.tensor([0.05, 0.07, 0.875, 0.999, 1.0])
+    velocity = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])[:, None, None, None].expand(5, 16, 4, 4)
+    student, _, embeds, _ = make_run()
+    by_sample = OBJECTIVE(student, FixedAnswers(sigma, velocity).answer, embeds).by_sample.tolist()
+    objective = replace(OBJECTIVE, sigma_weighting="x0")
+    (metrics,) = reported_by(FixedAnswers(sigma, velocity), 1, objective, boundary=0.875)
+    expected = [sum(by_sample[:2]) / 2, *[None] * 7, by_sample[2], sum(by_sample[3:]) / 2]
+    assert metrics.loss_by_sigma == pytest.approx(expected)
+    assert metrics.loss_by_expert == pytest.approx({"high": sum(by_sample[2:]) / 3, "low": sum(by_sample[:2]) / 2})
+    assert metrics.loss != pytest.approx(sum(by_sample) / 5)
+    (metrics,) = reported_by(FixedAnswers(sigma, velocity), 1)
+    assert metrics.loss_by_expert is None
+
+
+def test_the_students_velocity_and_the_part_that_is_done_reach_the_answers():
+    student, _, embeds, _ = make_run()
+    source = FixedAnswers(torch.tensor([0.3]), torch.ones(1, 16, 4, 4))
+    before = OBJECTIVE(student, source.answer, embeds).student_velocity
+    reported_by(source, 1)
+    assert torch.equal(source.advanced[0], before) and source.advanced[1] == 0
+    reported_by(source, 4)
+    assert source.advanced[1] == 0.75 and not source.advanced[0].requires_grad
+
+
+def test_buckets_of_noise_levels_hold_the_mean_of_theirs():
+    means = mean_by_sigma([0.0, 0.0999, 0.1, 0.55, 0.95, 1.0], [1.0, 3.0, 5.0, 7.0, 9.0, 11.0])
+    assert means == [2.0, 5.0, None, None, None, 7.0, None, None, None, 10.0]
+    assert mean_by_sigma([], []) == [None] * 10
+    with pytest.raises(ValueError):
+        mean_by_sigma([0.5], [1.0, 2.0])
+
+
+def test_experts_share_the_losses_by_the_boundary_which_is_the_high_ones():
+    assert mean_by_expert([0.5, 0.9, 0.875, 0.8749], [1.0, 2.0, 4.0, 3.0], 0.875) == {"high": 3.0, "low": 2.0}
+    assert mean_by_expert([0.5], [1.0], 0.875) == {"high": None, "low": 1.0}
+
+
+@pytest.mark.parametrize("every, due", [(0, []), (1, [*range(1, 8)]), (3, [3, 6, 7]), (7, [7]), (100, [7])])
+def test_the_student_is_measured_every_so_many_steps_and_at_the_last(every, due):
+    _, teacher, embeds, states = make_run()
+    measured = []
+
+    def evaluate(student) -> dict[str, float]:
+        measured.append(student)
+        return {"teacher_states": float(len(measured))}
+
+    reported = reported_by(answers(teacher, states, embeds), 7, evaluate=evaluate, eval_every=every)
+    assert [metrics.step for metrics in reported if metrics.velocity_error is not None] == due
+    found = [metrics.velocity_error for metrics in reported if metrics.velocity_error is not None]
+    assert found == [{"teacher_states": float(number)} for number in range(1, len(due) + 1)]
+    assert len(measured) == len(due)
+
+
+def test_nothing_is_measured_while_someone_waits_for_the_end():
+    stop = StopRequest()
+    options = replace(OPTIONS, num_steps=6, eval_every=2)
+    assert [step for step in range(1, 7) if is_due(step, options, stop)] == [2, 4, 6]
+    stop.requested = True
+    assert not any(is_due(step, options, stop) for step in range(1, 7))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_what_is_measured_is_what_will_be_saved(decay):
+    student, teacher, embeds, states = make_run()
+    measured = []
+    options = replace(OPTIONS, eval_every=3, optimization=replace(OPTIMIZATION, ema_decay=decay))
+
+    def evaluate(model) -> dict[str, float]:
+        measured.append(copy_of(model))
+        return {}
+
+    train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, options, ignore, evaluate)
+    (weights,) = measured
+    assert all(torch.equal(weights[name], weight) for name, weight in student.state_dict().items())
+
+
+def test_the_map_of_the_feature_loss_learns_beside_the_student_and_is_no_part_of_it():
+    _, teacher, embeds, states = make_run()
+    student, *_ = make_run()
+    names = list(student.state_dict())
+    feature_loss = FeatureLoss(12, teacher.experts["high"].config.hidden_size, 2, channels=None)
+    before = [parameter.clone() for parameter in feature_loss.parameters()]
+    objective = replace(OBJECTIVE, feature_loss=feature_loss, feature_weight=1.0)
+    source = answers(teacher, states, embeds, feature_layers=(0, 2))
+    plain = train(student, source, embeds, objective, OPTIONS, ignore).losses
+    assert all(not torch.equal(old, new) for old, new in zip(before, feature_loss.parameters(), strict=True))
+    assert list(student.state_dict()) == names
+
+    without, teacher, embeds, states = make_run()
+    assert plain[0] > train(without, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS, ignore).losses[0]
 
 
 # ---- stopping ----
@@ -309,7 +499,7 @@ def test_a_step_that_is_not_finite_is_not_applied():
         teacher.experts["high"].proj_out.bias[0] = torch.inf
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     with pytest.raises(NonFiniteError, match="step 1"):
-        train(student, answers(teacher, states, embeds), embeds, OPTIONS, lambda metrics: None)
+        train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS, ignore)
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
 
 
@@ -332,7 +522,7 @@ def test_a_signal_ends_the_loop_after_the_step_in_hand(number):
             os.kill(os.getpid(), number)
 
     options = TrainingOptions(batch_size=3, num_steps=50, optimization=OptimizationOptions(lr=1e-3))
-    result = train(student, answers(teacher, states, embeds), embeds, options, interrupt)
+    result = train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, options, interrupt)
     assert result.interrupted and result.num_steps == len(result.losses) == 2
     assert signal.getsignal(number) is before
 
@@ -371,6 +561,7 @@ def test_plain_lines_when_not_a_terminal_and_one_metrics_line_a_step(tmp_path, m
     assert not {"\r", "\x1b"} & set(screen.getvalue())
     assert read_metrics(tmp_path)[6] == {
         "step": 7, "loss": 0.5 / 7, "grad_norm": 1.25, "lr": 1e-4, "samples_per_s": 8.0, "elapsed_s": 7.0, "eta_s": 93.0,
+        "teacher_calls": 0, "loss_by_sigma": [], "loss_by_expert": None, "velocity_error": None,
     }  # fmt: skip
 
 
@@ -382,6 +573,18 @@ def test_a_terminal_gets_a_bar_with_loss_rate_and_remaining_time(tmp_path, monke
     last = screen.getvalue().split("\r")[-1]
     assert "3/3" in last and "loss 0.1667" in last and "samples/s" in last
     assert len(read_metrics(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_measurement_is_shown_when_it_is_made(tmp_path, monkeypatch, is_terminal):
+    monkeypatch.setattr("sys.stderr", screen := Screen(is_terminal))
+    errors = {"teacher_states": 0.1234, "student_states": 0.25}
+    with Progress(9, tmp_path / "metrics.jsonl") as progress:
+        for step in (1, 2, 3):
+            progress.step(replace(metrics_at(step, float(step)), velocity_error=errors if step == 2 else None))
+    line = "step 2: relative velocity error 0.123 at teacher states, 0.250 at student states"
+    assert screen.getvalue().count("relative velocity error") == 1 and line in screen.getvalue()
+    assert [metrics["velocity_error"] for metrics in read_metrics(tmp_path)] == [None, errors, None]
 
 
 def test_metrics_survive_a_loop_that_fails(tmp_path):

@@ -148,9 +148,9 @@ def accuracy(
 # ---- the teacher at fewer steps, as a scale ----
 
 
-def fewer_steps(num_inference_steps: int) -> list[int]:
-    """Step counts to hold the full one against: a half, a quarter, 4 and 2, as far as they are fewer."""
-    counts = {num_inference_steps // 2, num_inference_steps // 4, 4, 2}
+def fewer_steps(num_inference_steps: int, student_steps: int | None = None) -> list[int]:
+    """Step counts to hold the full one against: a half, a quarter, 4, 2 and the student's, as far as they are fewer."""
+    counts = {num_inference_steps // 2, num_inference_steps // 4, 4, 2, student_steps or 0}
     return sorted(count for count in counts if 1 <= count < num_inference_steps)
 
 

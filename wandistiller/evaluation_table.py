@@ -27,17 +27,19 @@ def table_lines(results: dict) -> list[str]:
             line(f"prompt accuracy ({judged['num_pictures']} pictures)", *(b["correct"] for b in both), judged["ratio"])
         ]
         lines += [line(f"  {name}", *(b[name] for b in both)) for name in both[0] if name != "correct"]
+        lines += [line(f"  teacher at {n} steps", "", share) for n, share in fewer["accuracy"].items()]
     lines += [
         line("endpoint: latent relative error", endpoint["latent_relative_error"]),
         line("endpoint: PSNR, dB", endpoint["psnr_db"]),
         line("endpoint: SSIM", endpoint["ssim"]),
         *(line(f"  teacher at {n} steps: relative error", "", e) for n, e in fewer["latent_relative_error"].items()),
         f"  the student equals the teacher at {equal_steps(fewer)}",
-        line("relative velocity error", results["velocity_error"]["mean"]),
     ]
-    for bucket in results["velocity_error"]["by_sigma"]:
-        low, high = bucket["sigma"]
-        lines.append(line(f"  sigma {low:.1f} to {high:.1f} ({bucket['count']} states)", bucket["mean"]))
+    if "velocity_error" in results:
+        lines.append(line("relative velocity error", results["velocity_error"]["mean"]))
+        for bucket in results["velocity_error"]["by_sigma"]:
+            low, high = bucket["sigma"]
+            lines.append(line(f"  sigma {low:.1f} to {high:.1f} ({bucket['count']} states)", bucket["mean"]))
     for name in ("high_frequency_energy", "diversity", "prompt_sensitivity"):
         lines.append(compared(name.replace("_", " "), results[name]))
     for name, row in results["cost"].items():

@@ -10,38 +10,26 @@ from wandistiller.training import TrainingOptions, TrainingResult
 
 
 def distillation_record(
-    teacher_path: str,
     settings: TeacherSettings,
     options: TrainingOptions,
     result: TrainingResult,
     *,
-    states: str,
-    replay: int,
-    num_teacher_batches: int,
-    sigma_range: tuple[float, float],
-    init: str,
-    init_expert: str,
     layers: list[int],
     num_prompts: int,
-    **paths: str | None,
+    num_teacher_batches: int,
+    **recipe: object,
 ) -> dict:
-    """Everything another run or a sampler needs to know, as JSON values; `paths` are added as they are."""
+    """Everything another run or a sampler needs to know, as JSON values; of `recipe` what is not None is added as it is."""
     return {
-        "teacher_path": teacher_path,
-        **{name: value for name, value in paths.items() if value is not None},
-        "init": init,
-        "init_expert": init_expert,
-        "layers": layers,
+        **{name: value for name, value in recipe.items() if value is not None},
         **asdict(settings),
-        "states": states,
-        "replay": replay,
+        "layers": layers,
+        "num_prompts": num_prompts,
         "num_teacher_batches": num_teacher_batches,
-        "sigma_range": list(sigma_range),
         "num_train_steps": result.num_steps,
         "batch_size": options.batch_size,
         **asdict(options.optimization),
         "seed": options.seed,
-        "num_prompts": num_prompts,
         "final_loss": result.losses[-1],
         "wandistiller_version": __version__,
     }

@@ -4,18 +4,28 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
+NUM_BUCKETS = 10
 LINE_EVERY_S = 10.0  # plain lines: at least this far apart, so that a long job's log stays readable
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one optimiser step reports; seconds count from the start of the loop."""
+    """What one optimiser step reports; seconds count from the start of the loop.
+
+    Attributes:
+        teacher_calls: batches the teacher has answered so far.
+        loss_by_sigma: mean squared velocity error of the step's samples in ten equal buckets of sigma; None where a bucket
+            is empty.
+        loss_by_expert: the same at the noise levels of either expert, where the teacher has two.
+        velocity_error: relative error on held-out prompts, at the states where it was measured; None at most steps.
+    """
 
     step: int
     loss: float
@@ -24,6 +34,26 @@ class StepMetrics:
     samples_per_s: float
     elapsed_s: float
     eta_s: float
+    teacher_calls: int = 0
+    loss_by_sigma: list[float | None] = field(default_factory=list)
+    loss_by_expert: dict[str, float | None] | None = None
+    velocity_error: dict[str, float] | None = None
+
+
+def mean_by_sigma(sigmas: Sequence[float], values: Sequence[float]) -> list[float | None]:
+    """Mean of the values in equal buckets of sigma [0, 1]; sigma 1 counts to the last."""
+    buckets: list[list[float]] = [[] for _ in range(NUM_BUCKETS)]
+    for sigma, value in zip(sigmas, values, strict=True):
+        buckets[min(int(sigma * NUM_BUCKETS), NUM_BUCKETS - 1)].append(value)
+    return [sum(bucket) / len(bucket) if bucket else None for bucket in buckets]
+
+
+def mean_by_expert(sigmas: Sequence[float], values: Sequence[float], boundary: float) -> dict[str, float | None]:
+    """Mean of the values at the noise levels of either expert; sigma = `boundary` is the high-noise one's."""
+    sides: dict[str, list[float]] = {"high": [], "low": []}
+    for sigma, value in zip(sigmas, values, strict=True):
+        sides["high" if sigma >= boundary else "low"].append(value)
+    return {name: sum(side) / len(side) if side else None for name, side in sides.items()}
 
 
 class Progress:
@@ -59,6 +89,11 @@ class Progress:
             self._bar.update()
         elif self._is_due(metrics):
             print(self.line(metrics), file=self.stream, flush=True)
+        if metrics.velocity_error:
+            errors = ", ".join(
+                f"{value:.3f} at {name.replace('_', ' ')}" for name, value in metrics.velocity_error.items()
+            )
+            tqdm.write(f"step {metrics.step}: relative velocity error {errors}", file=self.stream)
 
     def _is_due(self, metrics: StepMetrics) -> bool:
         due = metrics.elapsed_s - self._last_line_s >= self.line_every_s or metrics.step in (1, self.num_steps)
@@ -73,6 +108,25 @@ class Progress:
             f"loss {metrics.loss:.4g} | grad {metrics.grad_norm:.3g} | lr {metrics.lr:.1e} | "
             f"{metrics.samples_per_s:.1f} samples/s | eta {format_duration(metrics.eta_s)}"
         )
+
+
+class Countdown:
+    """Lines that tell how far a counted job is and how long it will go on, at least `line_every_s` apart."""
+
+    def __init__(self, what: str, total: int, line_every_s: float = LINE_EVERY_S):
+        self.what, self.total, self.line_every_s = what, total, line_every_s
+        self.start_s = self._last_line_s = time.perf_counter()
+        self.first: int | None = None  # where a job that goes on began
+
+    def __call__(self, done: int) -> None:
+        now = time.perf_counter()
+        if self.first is None:
+            self.first, self.start_s = done, now
+        if done < self.total and now - self._last_line_s < self.line_every_s:
+            return
+        self._last_line_s = now
+        seconds = (now - self.start_s) / max(1, done - self.first) * (self.total - done)
+        print(f"{self.what}: {done}/{self.total} | eta {format_duration(seconds)}", file=sys.stderr, flush=True)
 
 
 class Stopwatch:

@@ -24,10 +24,14 @@ class VelocityField(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How latents are drawn; `compute_dtype` is that of matrix products, latents stay float32."""
+    """How latents are drawn; `compute_dtype` is that of matrix products, latents stay float32.
+
+    `sampler` is "unipc", as the released Wans are drawn, or "euler", for students that learnt whole steps.
+    """
 
     shift: float
     num_inference_steps: int
+    sampler: str = "unipc"
     compute_dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -48,16 +52,24 @@ def seeded_noise(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> Te
     return torch.stack([torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def wan_scheduler(shift: float):
-    """The flow-matching scheduler of the released Wan pipelines (diffusers: scheduling_unipc_multistep.py)."""
+def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"):
+    """The flow-matching scheduler of the released Wan pipelines (diffusers: scheduling_unipc_multistep.py), steps set.
+
+    Of order one and without its corrector UniPC is Euler's method, on the same noise levels.
+    """
     from diffusers import UniPCMultistepScheduler
 
-    return UniPCMultistepScheduler(
+    euler = {"solver_order": 1, "disable_corrector": list(range(num_inference_steps))}
+    scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
         flow_shift=shift,
+        **euler if sampler == "euler" else {},
     )
+    scheduler.set_timesteps(num_inference_steps)
+    scheduler.set_begin_index(0)
+    return scheduler
 
 
 @torch.inference_mode()
@@ -69,9 +81,7 @@ def sample(
     options: SamplingOptions,
 ) -> Tensor:
     """Latents x_0 (B, C, H, W) in model space, from noise (B, C, H, W)."""
-    scheduler = wan_scheduler(options.shift)
-    scheduler.set_timesteps(options.num_inference_steps)
-    scheduler.set_begin_index(0)
+    scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler)
     device_type = torch.device(options.device).type
     is_mixed = options.compute_dtype != torch.float32
     latents = noise.to(options.device)

@@ -13,9 +13,11 @@ from wandistiller.student_config import CONFIG_NAME, StudentConfig
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
     from torch import Tensor
 
     from wandistiller.prompt_embeds import PromptEmbeds
+    from wandistiller.sampling import SamplingOptions
     from wandistiller.teacher import TeacherSettings
 
 # What sampling cannot do without; the rest of the record is history.
@@ -54,6 +56,23 @@ def recorded_settings(config: StudentConfig) -> "TeacherSettings":
 
     record = config.distillation or {}
     return TeacherSettings(**{field.name: record.get(field.name) for field in fields(TeacherSettings)})
+
+
+def student_sampling(
+    config: StudentConfig, num_inference_steps: int | None, compute_dtype: "torch.dtype", device: str
+) -> "SamplingOptions":
+    """How this student draws: as its teacher, or in the steps it learnt where it is a student of few (then by Euler)."""
+    from wandistiller.sampling import SamplingOptions
+
+    record = config.distillation or {}
+    few = record.get("student_steps")
+    return SamplingOptions(
+        shift=record["shift"],
+        num_inference_steps=num_inference_steps or few or record["num_inference_steps"],
+        sampler="euler" if few else "unipc",
+        compute_dtype=compute_dtype,
+        device=device,
+    )
 
 
 def teacher_paths(

@@ -1,12 +1,14 @@
 """The frozen teacher: a guided velocity field over one or two 2D experts, with the settings its release was made for."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError
+from wandistiller.features import block_outputs
 from wandistiller.flow import NUM_TRAIN_TIMESTEPS, sigma_to_timestep
 from wandistiller.student import WanLiteStudent
 from wandistiller.student_config import StudentConfig
@@ -217,7 +219,6 @@ class Teacher:
         self.negative_prompt_embeds = negative_prompt_embeds
         self.experts = {name: expert.eval().requires_grad_(False) for name, expert in experts.items()}
 
-    @torch.no_grad()
     def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor) -> Tensor:
         """Guided velocity; each sample goes to the expert of its own noise level.
 
@@ -226,32 +227,61 @@ class Teacher:
             sigma: (B,) noise levels; on the CPU the choice of expert costs no synchronisation.
             prompt_embeds: (B, S, text_dim), prompt_lengths (B,).
         """
+        return self.velocity_and_features(latents, sigma, prompt_embeds, prompt_lengths)[0]
+
+    @torch.no_grad()
+    def velocity_and_features(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        prompt_embeds: Tensor,
+        prompt_lengths: Tensor,
+        layers: Sequence[int] = (),
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Guided velocity as `velocity` gives it, and the hidden states (B, L, D) after `layers`, of the prompt's own half."""
         if "low" not in self.experts:
-            return self._guided("high", latents, sigma, prompt_embeds, prompt_lengths)
-        is_high = sigma_to_timestep(sigma) >= self.settings.boundary_ratio * NUM_TRAIN_TIMESTEPS
-        velocity = torch.empty_like(latents)
+            return self._guided("high", latents, sigma, prompt_embeds, prompt_lengths, layers)
+        is_high = self.is_high(sigma)
+        velocity, features = torch.empty_like(latents), []
         for name, chosen in (("high", is_high), ("low", ~is_high)):
             rows = chosen.nonzero().flatten()
-            if len(rows):
-                on_device = rows.to(latents.device)
-                velocity[on_device] = self._guided(
-                    name, latents[on_device], sigma[rows], prompt_embeds[on_device], prompt_lengths[on_device]
-                )
-        return velocity
+            if not len(rows):
+                continue
+            on_device = rows.to(latents.device)
+            part = latents[on_device], sigma[rows], prompt_embeds[on_device], prompt_lengths[on_device]
+            velocity[on_device], hidden = self._guided(name, *part, layers)
+            features = features or [state.new_empty(len(latents), *state.shape[1:]) for state in hidden]
+            for whole, state in zip(features, hidden, strict=True):
+                whole[on_device] = state
+        return velocity, tuple(features)
+
+    def is_high(self, sigma: Tensor) -> Tensor:
+        """Which samples (B,) the high-noise expert answers, of two."""
+        return sigma_to_timestep(sigma) >= self.settings.boundary_ratio * NUM_TRAIN_TIMESTEPS
 
     def _guided(
-        self, name: str, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor
-    ) -> Tensor:
+        self,
+        name: str,
+        latents: Tensor,
+        sigma: Tensor,
+        prompt_embeds: Tensor,
+        prompt_lengths: Tensor,
+        layers: Sequence[int],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """v_uncond + g (v_cond - v_uncond), both halves in one call; g = 1 needs only one half."""
         expert = self.experts[name]
         scale = self.settings.guidance_scale if name == "high" else self.settings.guidance_scale_2
         timestep = sigma_to_timestep(sigma).to(latents.device)
         if scale == 1.0:
-            return expert(latents, timestep, prompt_embeds, prompt_lengths)
+            with block_outputs(expert, layers) as features:
+                velocity = expert(latents, timestep, prompt_embeds, prompt_lengths)
+            return velocity, tuple(features)
         both_embeds, both_lengths = self._with_negative(prompt_embeds, prompt_lengths)
-        velocity = expert(latents.repeat(2, 1, 1, 1), timestep.repeat(2), both_embeds, both_lengths)
+        with block_outputs(expert, layers) as features:
+            velocity = expert(latents.repeat(2, 1, 1, 1), timestep.repeat(2), both_embeds, both_lengths)
         velocity_cond, velocity_uncond = velocity.chunk(2)
-        return velocity_uncond + scale * (velocity_cond - velocity_uncond)
+        guided = velocity_uncond + scale * (velocity_cond - velocity_uncond)
+        return guided, tuple(state[: len(latents)] for state in features)
 
     def _with_negative(self, prompt_embeds: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Prompts and as many copies of the negative prompt in one batch, padded to the longer of the two."""

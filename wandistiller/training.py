@@ -5,17 +5,15 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from wandistiller.answers import Answer, autocast
-from wandistiller.flow import sigma_to_timestep
+from wandistiller.answers import Answers
+from wandistiller.objective import Objective
 from wandistiller.optimization import OptimizationOptions, make_ema, make_lr_scheduler, make_optimizer
 from wandistiller.prompt_embeds import PromptEmbeds
-from wandistiller.reporting import StepMetrics, Stopwatch
+from wandistiller.reporting import StepMetrics, Stopwatch, mean_by_expert, mean_by_sigma
 from wandistiller.student import WanLiteStudent
 
 
@@ -25,18 +23,20 @@ class NonFiniteError(RuntimeError):
     exit_code = 1
 
 
-class Answers(Protocol):
-    def next(self) -> Answer: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How the student is trained; `compute_dtype` is that of the student's matrix products, its weights stay float32."""
+    """How long the student is trained, and how its weights move.
+
+    Attributes:
+        eval_every: steps between measurements on held-out states; 0 is none.
+        boundary: noise level between the teacher's two experts, by which losses are reported.
+    """
 
     batch_size: int
     num_steps: int
     optimization: OptimizationOptions
-    compute_dtype: torch.dtype = torch.float32
+    eval_every: int = 0
+    boundary: float | None = None
     device: str = "cpu"
     seed: int = 0
 
@@ -82,29 +82,42 @@ def train(
     student: WanLiteStudent,
     answers: Answers,
     prompt_embeds: PromptEmbeds,
+    objective: Objective,
     options: TrainingOptions,
     on_step: Callable[[StepMetrics], None],
+    evaluate: Callable[[WanLiteStudent], dict[str, float]] | None = None,
 ) -> TrainingResult:
     """Train `student` in place on the teacher's guided velocity; with EMA it ends as the average of its weights.
+
+    Args:
+        evaluate: measures the student (its average, where there is one) every `options.eval_every` steps and at the last.
 
     Raises:
         NonFiniteError: loss or gradient is not finite (the weights are those of the step before), or the last step broke
             the weights.
     """
-    optimizer = make_optimizer(student, options.optimization, options.device)
+    trained = student if objective.feature_loss is None else nn.ModuleList([student, objective.feature_loss])
+    optimizer = make_optimizer(trained, options.optimization, options.device)
     lr_scheduler = make_lr_scheduler(optimizer, options.optimization, options.num_steps)
     ema = make_ema(student, options.optimization.ema_decay)
     stopwatch = Stopwatch(options.num_steps)
     losses: list[float] = []
+
+    def measure() -> dict[str, float] | None:
+        return evaluate(student if ema is None else ema.module) if evaluate is not None else None
+
     student.train()
     with StopRequest().watching() as stop:
         for step in range(1, options.num_steps + 1):
+            progress = (step - 1) / options.num_steps
             answer = answers.next()
-            loss = distillation_loss(student, answer, prompt_embeds, options)
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), options.optimization.max_grad_norm)
+            loss = objective(student, answer, prompt_embeds, progress)
+            loss.total.backward()
+            grad_norm = nn.utils.clip_grad_norm_(trained.parameters(), options.optimization.max_grad_norm)
             # note: CPU-GPU sync point, the only one of a step
-            loss_value, grad_norm_value = torch.stack([loss.detach(), grad_norm]).tolist()
+            loss_value, grad_norm_value, *by_sample = torch.cat(
+                [torch.stack([loss.total.detach(), grad_norm]), loss.by_sample]
+            ).tolist()
             check_finite(step, answer.sigma, loss_value, grad_norm_value, options)
             lr = lr_scheduler.get_last_lr()[0]
             optimizer.step()
@@ -112,9 +125,23 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
                 ema.update_parameters(student)
+            answers.advance(answer, loss.student_velocity, progress)
 
             losses.append(loss_value)
-            on_step(StepMetrics(step, loss_value, grad_norm_value, lr, *stopwatch.lap(step, len(answer.prompts))))
+            sigmas, boundary = answer.sigma.tolist(), options.boundary
+            on_step(
+                StepMetrics(
+                    step,
+                    loss_value,
+                    grad_norm_value,
+                    lr,
+                    *stopwatch.lap(step, len(answer.prompts)),
+                    teacher_calls=answers.num_calls,
+                    loss_by_sigma=mean_by_sigma(sigmas, by_sample),
+                    loss_by_expert=None if boundary is None else mean_by_expert(sigmas, by_sample, boundary),
+                    velocity_error=measure() if is_due(step, options, stop) else None,
+                )
+            )
             if stop.requested:
                 break
     check_weights(student, len(losses), options)
@@ -124,14 +151,10 @@ def train(
     return TrainingResult(len(losses), losses, stop.requested)
 
 
-def distillation_loss(
-    student: WanLiteStudent, answer: Answer, prompt_embeds: PromptEmbeds, options: TrainingOptions
-) -> Tensor:
-    """Mean squared error between the two velocities at a batch of states."""
-    embeds, lengths = prompt_embeds.batch(answer.prompts, options.device, torch.float32)
-    timestep = sigma_to_timestep(answer.sigma).to(options.device)
-    velocity = autocast(student, options.device, options.compute_dtype)(answer.latents, timestep, embeds, lengths)
-    return F.mse_loss(velocity.float(), answer.velocity.float())
+def is_due(step: int, options: TrainingOptions, stop: StopRequest) -> bool:
+    """Whether the student is held against the teacher after this step; not when someone waits for the run to stop."""
+    every = options.eval_every
+    return every > 0 and not stop.requested and (step % every == 0 or step == options.num_steps)
 
 
 def check_finite(step: int, sigma: Tensor, loss: float, grad_norm: float, options: TrainingOptions) -> None:

@@ -1,0 +1,178 @@
+"""Hidden states: which layers, what the teacher answers beside its velocity, and the error between the two sides.
+
+pytest tests/test_features.py
+"""
+
+import pytest
+import torch
+from conftest import IDENTITY_CONFIG
+from torch import nn
+from torch.testing import assert_close
+
+from wandistiller import StudentConfig, WanLiteStudent
+from wandistiller.features import FeatureLoss, block_outputs, masked_relative_error, span_ends
+from wandistiller.teacher import Teacher, TeacherSettings
+
+NEGATIVE = torch.randn(4, 20, generator=torch.Generator().manual_seed(99))
+SIGMA = torch.tensor([0.1234, 0.9, 0.875, 0.5])  # the two for either expert alternate
+LAYERS = (0, 2)
+
+
+def make_expert(seed: int) -> WanLiteStudent:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return WanLiteStudent(StudentConfig.from_dict(IDENTITY_CONFIG))
+
+
+def make_teacher(scale: float, scale_2: float | None) -> Teacher:
+    """Random experts, two where the second scale is given."""
+    settings = TeacherSettings(
+        preset="test",
+        shift=3.0,
+        num_inference_steps=10,
+        guidance_scale=scale,
+        guidance_scale_2=scale_2,
+        boundary_ratio=None if scale_2 is None else 0.875,
+        negative_prompt="",
+        latents_mean=None,
+        latents_std=None,
+        vae_scale_factor=8,
+    )
+    names = ("high",) if scale_2 is None else ("high", "low")
+    return Teacher({name: make_expert(seed) for seed, name in enumerate(names)}, settings, NEGATIVE)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, 16, 4, 6, generator=generator)
+    return latents, SIGMA, torch.randn(4, 9, 20, generator=generator), torch.tensor([1, 3, 7, 9])
+
+
+def features_by_hand(expert: WanLiteStudent, layers) -> list[torch.Tensor]:
+    """What forward hooks see of a pass of the prompt alone, one sample at a time."""
+    seen: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    hooks = [
+        expert.blocks[layer].register_forward_hook(lambda *call, layer=layer: seen[layer].append(call[2]))
+        for layer in layers
+    ]
+    latents, sigma, prompt_embeds, lengths = batch()
+    with torch.no_grad():
+        for row in range(4):
+            text = prompt_embeds[row : row + 1, : lengths[row]]
+            expert(latents[row : row + 1], 1000 * sigma[row : row + 1], text, lengths[row : row + 1])
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(seen[layer]) for layer in layers]
+
+
+# ---- of the teacher ----
+
+
+@pytest.mark.parametrize("layers", [(), (1,), LAYERS])
+@pytest.mark.parametrize("scale, scale_2", [(1.0, None), (3.0, None), (1.0, 1.0), (4.0, 3.0), (1.0, 3.0), (4.0, 1.0)])
+def test_the_teachers_hidden_states_are_those_of_a_pass_of_the_prompt_alone(scale, scale_2, layers):
+    teacher = make_teacher(scale, scale_2)
+    velocity, features = teacher.velocity_and_features(*batch(), layers)
+    expected = features_by_hand(teacher.experts["high"], layers)
+    if scale_2 is not None:
+        is_high = (SIGMA >= 0.875)[:, None, None]
+        of_low = features_by_hand(teacher.experts["low"], layers)
+        expected = [torch.where(is_high, high, low) for high, low in zip(expected, of_low, strict=True)]
+    assert len(features) == len(layers) and velocity.shape == (4, 16, 4, 6)
+    for state, by_hand in zip(features, expected, strict=True):
+        assert state.shape == (4, 6, 24) and not state.requires_grad
+        assert_close(state, by_hand, rtol=1e-4, atol=1e-4)
+    assert torch.equal(velocity, teacher.velocity(*batch()))
+
+
+def test_hidden_states_of_one_expert_alone_are_whole_too():
+    teacher = make_teacher(4.0, 3.0)
+    latents, _, prompt_embeds, lengths = batch()
+    _, (state,) = teacher.velocity_and_features(latents, torch.full((4,), 0.3), prompt_embeds, lengths, (1,))
+    _, (same,) = make_teacher(1.0, None).velocity_and_features(*batch(), (1,))
+    assert state.isfinite().all() and state.shape == same.shape
+
+
+def test_block_outputs_are_collected_inside_alone_also_when_the_pass_fails():
+    model = make_expert(0)
+    latents, sigma, *text = batch()
+    with block_outputs(model, LAYERS) as outputs:
+        model(latents, 1000 * sigma, *text)
+    model(latents, 1000 * sigma, *text)
+    assert len(outputs) == 2 and all(output.requires_grad for output in outputs)
+    with pytest.raises(ValueError), block_outputs(model, LAYERS):
+        raise ValueError
+    assert not any(block._forward_hooks for block in model.blocks)
+
+
+@pytest.mark.parametrize(
+    "layers, depth, ends",
+    [([0, 2, 5], 7, [1, 4, 6]), ([0, 1, 2], 3, [0, 1, 2]), ([0], 30, [29]), ([1, 3], 4, [2, 3]), ([0, 2], 3, [1, 2])],
+)
+def test_a_block_stands_for_its_layer_and_all_up_to_the_next_that_is_kept(layers, depth, ends):
+    assert span_ends(layers, depth) == ends
+
+
+# ---- the error ----
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_equal_hidden_states_err_by_nothing_and_zeros_by_one():
+    theirs = [random(3, 5, 8, seed=seed) * 10**seed for seed in range(3)]  # layers of any size weigh alike
+    loss = FeatureLoss(8, 8, 3, channels=range(8))
+    assert float(loss(theirs, theirs)) == 0
+    assert float(loss([torch.zeros_like(state) for state in theirs], theirs)) == pytest.approx(1)
+    halves = [theirs[0], torch.zeros_like(theirs[1]), 2 * theirs[2]]
+    assert float(loss(halves, theirs)) == pytest.approx((0 + 1 + 1) / 3)
+
+
+def test_entries_beyond_two_standard_deviations_of_their_own_sample_are_masked():
+    expected = torch.stack([random(20, 10), 100 * random(20, 10, seed=1)])  # the second would mask none of the first
+    expected[0, 3, 4] = 50.0  # a massive activation
+    actual = expected + random(2, 20, 10, seed=2)
+    flat = expected.flatten(1)
+    distance = (flat - flat.mean(dim=1, keepdim=True)).abs() / flat.std(dim=1, keepdim=True)
+    keep = (distance < 2.0).reshape(expected.shape)
+    assert not keep[0, 3, 4] and 0.9 < keep.float().mean() < 1 and not keep[1].all()
+    by_hand = float((actual - expected)[keep].square().sum() / expected[keep].square().sum())
+    assert float(masked_relative_error(actual, expected)) == pytest.approx(by_hand, rel=1e-5)
+
+    elsewhere = torch.where(keep, actual, 1e6)  # whatever is answered there
+    assert float(masked_relative_error(elsewhere, expected)) == pytest.approx(by_hand, rel=1e-5)
+    elsewhere[0, 0, 0] = 1e6
+    assert keep[0, 0, 0] and masked_relative_error(elsewhere, expected) > 1e5
+
+
+def test_the_students_channels_are_held_against_their_own_of_the_teacher():
+    theirs = [random(2, 5, 8)]
+    channels = [6, 0, 3]
+    loss = FeatureLoss(3, 8, 1, channels)
+    assert float(loss([theirs[0][..., channels]], theirs)) == 0
+    assert float(loss([theirs[0][..., [0, 3, 6]]], theirs)) > 0.1
+    assert list(loss.parameters()) == [] and dict(loss.state_dict()) == {}
+
+
+def test_the_map_of_a_student_without_the_teachers_channels_is_learnt():
+    ours, weight = random(4, 30, 3), random(3, 8, seed=1)
+    theirs = [ours @ weight, ours @ weight.flip(0) + 1]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        loss = FeatureLoss(3, 8, 2, channels=None)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)
+    values = []
+    for _ in range(300):
+        value = loss([ours, ours], theirs)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(float(value.detach()))
+    assert values[0] > 0.5 and values[-1] < 1e-3
+    assert [type(part) for part in loss.maps] == [nn.Linear] * 2
+
+
+def test_a_layer_too_few_is_an_error():
+    with pytest.raises(ValueError):
+        FeatureLoss(8, 8, 2, range(8))([random(1, 2, 8)], [random(1, 2, 8)] * 2)

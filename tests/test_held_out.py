@@ -1,0 +1,203 @@
+"""Held-out errors against known ones and a loop written by hand, and what they must leave alone.
+
+pytest tests/test_held_out.py
+"""
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import IDENTITY_CONFIG, PRUNED_CONFIG
+
+from projection_mapper import open_teacher, project_experts, project_teacher
+from wandistiller import StudentConfig, WanLiteStudent
+from wandistiller.held_out import HeldOutErrors
+from wandistiller.prompt_embeds import mock_prompt_embeds
+from wandistiller.sampling import SamplingOptions, seeded_noise, wan_scheduler
+from wandistiller.teacher import Teacher, resolve_settings
+
+SHAPE = (16, 4, 4)
+OPTIONS = SamplingOptions(shift=3.0, num_inference_steps=8)
+EMBEDS = mock_prompt_embeds([f"prompt {'word ' * i}" for i in range(5)], 20)
+SEED = 40
+
+
+def mock_teacher() -> Teacher:
+    """The mock at guidance 1, which one conditional pass answers."""
+    checkpoint = open_teacher("mock", StudentConfig.from_dict(IDENTITY_CONFIG))
+    settings = resolve_settings(checkpoint, guidance_scale=1.0, shift=3.0)
+    return Teacher(project_experts(checkpoint, 512), settings)
+
+
+def student_like(teacher: Teacher, scale: float = 1.0) -> WanLiteStudent:
+    """A student of the teacher's own shape whose velocity is `scale` times the teacher's."""
+    student = copy.deepcopy(teacher.experts["high"]).requires_grad_().train()
+    with torch.no_grad():
+        student.proj_out.weight.mul_(scale)
+        student.proj_out.bias.mul_(scale)
+    return student
+
+
+def other_student() -> WanLiteStudent:
+    """A smaller student, whose velocity is another everywhere."""
+    config = StudentConfig.from_dict(PRUNED_CONFIG)
+    return project_teacher(open_teacher("mock", config), config)[0]
+
+
+def make_errors(teacher: Teacher, options: SamplingOptions = OPTIONS, **changes) -> HeldOutErrors:
+    return HeldOutErrors(teacher, EMBEDS, SHAPE, options, **{"num_levels": 4, "seed": SEED} | changes)
+
+
+class Counted:
+    """A velocity field that counts the batches and the states it answers."""
+
+    def __init__(self, teacher: Teacher):
+        self.teacher, self.sizes = teacher, []
+
+    def velocity(self, latents, sigma, prompt_embeds, prompt_lengths):
+        self.sizes.append(len(latents))
+        return self.teacher.velocity(latents, sigma, prompt_embeds, prompt_lengths)
+
+
+# ---- the two errors ----
+
+
+def test_a_student_that_equals_the_teacher_errs_nowhere():
+    teacher = mock_teacher()
+    errors = make_errors(teacher)(student_like(teacher))
+    assert list(errors) == ["teacher_states", "student_states"]
+    assert max(errors.values()) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1.1, 0.5])
+def test_a_velocity_that_is_off_by_a_known_part_errs_by_that_part(scale):
+    teacher = mock_teacher()
+    errors = make_errors(teacher)(student_like(teacher, scale))
+    # |s v - v| / |v| at whichever state both are asked:
+    assert errors == pytest.approx({"teacher_states": abs(scale - 1), "student_states": abs(scale - 1)}, rel=1e-4)
+
+
+def errors_by_hand(teacher: Teacher, student: WanLiteStudent, leader: str, steps: set[int]) -> float:
+    """Mean relative error at some steps of Euler's method along the velocity of `leader`, one prompt at a time."""
+    scheduler, errors = wan_scheduler(3.0, 8, "euler"), []
+    models = {"teacher": teacher.experts["high"], "student": student}
+    for index in range(len(EMBEDS)):
+        latents, text = seeded_noise([SEED + index], SHAPE), EMBEDS.batch([index])
+        sigmas = list(pairwise(scheduler.sigmas.tolist()))
+        for step, (timestep, (sigma, following)) in enumerate(zip(scheduler.timesteps, sigmas, strict=True)):
+            with torch.no_grad():
+                velocities = {name: model(latents, timestep[None], *text) for name, model in models.items()}
+            if step in steps:
+                difference = velocities["student"] - velocities["teacher"]
+                errors.append(float(difference.norm() / velocities["teacher"].norm()))
+            latents = latents + (following - sigma) * velocities[leader]
+    assert len(errors) == len(EMBEDS) * len(steps)
+    return sum(errors) / len(errors)
+
+
+def test_each_error_is_met_on_the_path_of_its_own_leader():
+    teacher, student = mock_teacher(), other_student()
+    errors = make_errors(teacher, replace(OPTIONS, sampler="euler"))(student)
+    by_hand = {
+        f"{leader}_states": errors_by_hand(teacher, student, leader, {0, 2, 5, 7}) for leader in ("teacher", "student")
+    }
+    assert errors == pytest.approx(by_hand, rel=1e-3)
+    # The two kinds of states must differ by far more than that tolerance, or the hand-written loop would prove nothing.
+    assert abs(by_hand["teacher_states"] / by_hand["student_states"] - 1) > 0.01
+
+
+def test_the_teacher_is_sampled_once_and_then_asked_at_the_measured_steps_alone():
+    teacher = Counted(mock_teacher())
+    errors = make_errors(teacher, num_levels=3, batch_size=2)
+    assert teacher.sizes == [2] * 8 + [2] * 8 + [1] * 8
+    for _ in range(2):
+        teacher.sizes.clear()
+        errors(other_student())
+        assert teacher.sizes == [2] * 3 + [2] * 3 + [1] * 3
+
+
+@pytest.mark.parametrize("num_levels, steps", [(1, [0]), (2, [0, 7]), (4, [0, 2, 5, 7]), (99, list(range(8)))])
+def test_the_measured_steps_are_spread_evenly_with_both_ends_as_far_as_there_are_any(num_levels, steps):
+    errors = make_errors(mock_teacher(), num_levels=num_levels)
+    sigmas = wan_scheduler(3.0, 8).timesteps / 1000
+    (states,) = errors.teacher_states
+    assert [float(sigma[0]) for _, sigma, _ in states] == pytest.approx(sigmas[steps].tolist())
+    assert all(latents.shape == velocity.shape == (5, *SHAPE) for latents, _, velocity in states)
+
+
+# ---- the same every time ----
+
+
+def test_the_errors_repeat_and_follow_their_seed():
+    teacher, student = mock_teacher(), other_student()
+    errors = make_errors(teacher)
+    first = errors(student)
+    assert errors(student) == first == make_errors(teacher)(student)
+    assert make_errors(teacher, seed=SEED + 1)(student) != first
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_the_batch_size_changes_nothing(batch_size):
+    teacher, student = mock_teacher(), other_student()
+    assert make_errors(teacher, batch_size=batch_size)(student) == pytest.approx(
+        make_errors(teacher)(student), rel=1e-4
+    )
+
+
+def test_errors_of_prompts_of_their_own_are_not_those_of_others():
+    teacher, student = mock_teacher(), other_student()
+    others = mock_prompt_embeds([f"a picture of {i}" for i in range(5)], 20)
+    assert HeldOutErrors(teacher, others, SHAPE, OPTIONS, 4, SEED)(student) != make_errors(teacher)(student)
+
+
+# ---- what it leaves alone ----
+
+
+def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were():
+    teacher, student = mock_teacher(), other_student().train()
+    student.blocks[0].eval()  # a part that is kept out of training stays out of it
+    modes = [module.training for module in student.modules()]
+    weights = {name: weight.clone() for name, weight in student.state_dict().items()}
+    for parameter in student.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    random_state = torch.get_rng_state()
+
+    inside = []
+    student.register_forward_hook(lambda module, *_: inside.append(any(part.training for part in module.modules())))
+    make_errors(teacher)(student)
+
+    assert inside and not any(inside), "measured in training mode"
+    assert [module.training for module in student.modules()] == modes
+    assert all(torch.equal(weights[name], weight) for name, weight in student.state_dict().items())
+    assert all(p.requires_grad and (p.grad == 0.5).all() for p in student.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_training_mode_returns_even_from_a_failure():
+    errors, student = make_errors(mock_teacher()), other_student().train()
+    student.proj_out.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        errors(student)
+    assert all(module.training for module in student.modules())
+
+
+def test_the_student_trains_on_after_it_was_measured_also_at_the_kept_states():
+    errors, student = make_errors(mock_teacher()), other_student().train()
+    errors(student)
+    latents, sigma, velocity = errors.teacher_states[0][1]
+    (student(latents, 1000 * sigma, *errors.texts[0]) - velocity).square().mean().backward()
+    assert float(student.proj_out.weight.grad.norm()) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_answer_in_the_compute_dtype(dtype):
+    teacher, student = mock_teacher(), other_student()
+    seen: dict[str, set[torch.dtype]] = {"teacher": set(), "student": set()}
+    for side, model in (("student", student), ("teacher", teacher.experts["high"])):
+        model.blocks[0].ffn.net[2].register_forward_hook(lambda *call, side=side: seen[side].add(call[2].dtype))
+    errors = make_errors(teacher, replace(OPTIONS, compute_dtype=dtype))(student)
+    assert seen == {"teacher": {dtype}, "student": {dtype}}
+    exact = make_errors(mock_teacher())(other_student())
+    assert errors == pytest.approx(exact, rel=0.05)

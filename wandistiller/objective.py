@@ -1,0 +1,80 @@
+"""What is minimised: the squared error of velocities, weighted by noise level, and of hidden states beside them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wandistiller.answers import Answer, autocast
+from wandistiller.features import FeatureLoss, block_outputs
+from wandistiller.flow import sigma_to_timestep, unshift_sigma
+from wandistiller.prompt_embeds import PromptEmbeds
+from wandistiller.student import WanLiteStudent
+
+SIGMA_WEIGHTINGS = ("none", "x0", "endpoint")
+
+
+def sigma_weights(kind: str, sigma: Tensor, shift: float) -> Tensor:
+    """Weight (B,) of each sample's squared velocity error, 1 on average over levels uniform in u.
+
+    "none": every level alike. "x0": 3 sigma^2, the error of x_0 = x_sigma - sigma v. "endpoint": d sigma / d u, how far a
+    sampling step of uniform u moves at that level, so how much of its error reaches the picture.
+    """
+    if kind == "x0":
+        return sigma.square() / _mean_square_sigma(shift)
+    if kind == "endpoint":
+        return shift / (1 + (shift - 1) * unshift_sigma(sigma, shift)).square()
+    return torch.ones_like(sigma)
+
+
+def _mean_square_sigma(shift: float) -> float:
+    """The mean of sigma^2 over u uniform in [0, 1]."""
+    u = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+    return float((shift * u / (1 + (shift - 1) * u)).square().mean())
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`total` is minimised; `by_sample` (B,) are the samples' mean squared velocity errors, unweighted and detached."""
+
+    total: Tensor
+    by_sample: Tensor
+    student_velocity: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The loss of a step.
+
+    Attributes:
+        shift: of the noise levels' warp, which the weighting undoes.
+        feature_loss: where a fresh answer brings hidden states along; its weight falls from `feature_weight` to 0 along a
+            line over training (TinyFusion's schedule). At weight 1 a relative error of hidden states counts as much as the
+            same relative error of the velocity.
+    """
+
+    shift: float
+    sigma_weighting: str = "none"
+    feature_loss: FeatureLoss | None = None
+    feature_weight: float = 0.0
+    compute_dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def __call__(
+        self, student: WanLiteStudent, answer: Answer, prompt_embeds: PromptEmbeds, progress: float = 0.0
+    ) -> Loss:
+        """The loss at a batch of states; `progress` is the part of the training that is done."""
+        embeds, lengths = prompt_embeds.batch(answer.prompts, self.device, torch.float32)
+        timestep = sigma_to_timestep(answer.sigma).to(self.device)
+        layers = range(len(answer.features))
+        with block_outputs(student, layers) as features:
+            velocity = autocast(student, self.device, self.compute_dtype)(answer.latents, timestep, embeds, lengths)
+        by_sample = (velocity.float() - answer.velocity.float()).square().flatten(1).mean(dim=1)
+        weights = sigma_weights(self.sigma_weighting, answer.sigma, self.shift).to(by_sample)
+        total = (weights * by_sample).mean()
+        if features:
+            # In units of the teacher's squared velocity, so that the weight holds for any guidance and any latents.
+            unit = answer.velocity.float().square().mean()
+            decay = self.feature_weight * (1 - progress)
+            total = total + decay * unit * self.feature_loss(features, answer.features)
+        return Loss(total, by_sample.detach(), velocity.detach())

@@ -1,0 +1,262 @@
+"""The flags of train_distillation.py: what they are called, what they default to, and which of them go together.
+
+Standard library only, so that `--help` and mistakes are answered before torch loads.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from wandistiller.command_line import FlagParser, int_list, number, path
+
+DEMO_TEACHER = "data/demo_teacher"
+# What a flag that is left out stands for: (in general, with the demo teacher)
+DEFAULTS = {
+    "data_path": ("data/static_prompts.txt", "data/demo_prompts.txt"),
+    "num_epochs": (1, 40),
+    "batch_size": (4, 64),
+    "lr": (1e-5, 3e-3),
+    "replay": (1, 4),
+    "lr_warmup_steps": (0, 50),
+    "eval_prompts": (None, "data/demo_heldout_prompts.txt"),
+}
+RENOISE_FRACTION = 0.75  # of --states renoise, where --renoise_fraction is left out
+LR_SCHEDULERS = ["constant", "linear", "cosine"]
+
+
+def shown(name: str) -> str:
+    """The default of a flag in its help text."""
+    general, demo = DEFAULTS[name]
+    return f"(default: {general}; with the demo teacher {demo})"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = FlagParser(
+        "train_distillation.py",
+        "Distil a Wan checkpoint into a small 2D image student. Flags are accepted with underscores or hyphens.",
+        "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted after saving, 1 anything else.",
+    )
+    data = parser.group("Data")
+    data.flag(
+        "--teacher_path",
+        "folder, .safetensors file, hub id, or mock (random weights, no download)",
+        DEMO_TEACHER,
+        type=path,
+    )
+    data.flag("--teacher_path_low", "the low-noise expert, where the two experts are two files or folders", type=path)
+    data.flag(
+        "--text_encoder_path",
+        "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",
+        type=path,
+    )
+    data.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path)
+    data.flag("--data_path", f"text file, one prompt a line {shown('data_path')}", type=path)
+    data.flag("--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
+
+    model = parser.group("Student")
+    model.flag("--student_config", "shape of the student", "config/demo_student_config.json", type=path)
+    model.flag(
+        "--init",
+        "what the student starts from: the teacher's projected weights, or random values",
+        "projection",
+        choices=["projection", "random"],
+    )
+    model.flag(
+        "--init_expert",
+        "the expert that initialises the student, of a two-expert teacher",
+        "high",
+        choices=["high", "low"],
+    )
+    model.flag(
+        "--layers", "teacher layer of each student block, e.g. 0,2,5,7 (evenly spread if left out)", type=int_list
+    )
+
+    teacher = parser.group("Teacher (left out: the released model's own values, or what the checkpoint records)")
+    teacher.flag("--guidance_scale", "g of v_uncond + g (v_cond - v_uncond); 1 is off", type=number(float, low=0))
+    teacher.flag("--guidance_scale_2", "g of the low-noise expert", type=number(float, low=0))
+    teacher.flag(
+        "--boundary_ratio", "sigma from which the high-noise expert answers", type=number(float, low=0, high=1)
+    )
+    teacher.flag("--negative_prompt", "what guidance pushes away from (Wan's own, less the words against stills)")
+    teacher.flag("--shift", "warp of the noise levels, shift u / (1 + (shift - 1) u)", type=number(float, above=0))
+
+    states = parser.group("Training states")
+    states.flag(
+        "--states",
+        "trajectory: the teacher's own sampling paths; renoise: fresh noise mixed into the samples those end in; "
+        "noise: pure noise at every noise level",
+        "trajectory",
+        choices=["trajectory", "renoise", "noise"],
+    )
+    states.flag(
+        "--sigma_range",
+        "noise levels trained on",
+        (0.0, 1.0),
+        nargs=2,
+        type=number(float, low=0, high=1),
+        metavar=("LOW", "HIGH"),
+    )
+    states.flag(
+        "--renoise_fraction",
+        f"share of each batch that is renoised samples (default: 0; with --states renoise {RENOISE_FRACTION})",
+        type=number(float, low=0, high=1),
+    )
+    states.flag(
+        "--student_rollout",
+        "share of the paths that follow the student's own velocity, at the start and at the end of training (default: 0 0; "
+        "with --student_steps 0 1)",
+        nargs=2,
+        type=number(float, low=0, high=1),
+        metavar=("START", "END"),
+    )
+    states.flag(
+        "--prompt_swap",
+        "probability that a state of pure noise is given another prompt; it falls with the noise",
+        0.0,
+        type=number(float, low=0, high=1),
+    )
+    states.flag("--extra_prompts", "text file of further prompts, which come by --prompt_swap alone", type=path)
+    states.flag(
+        "--calls_per_expert",
+        "batches in a row for one expert of a two-expert teacher; 0: both in every batch",
+        0,
+        type=number(int, low=0),
+    )
+    states.flag(
+        "--replay", f"steps that learn from each of the teacher's answers {shown('replay')}", type=number(int, low=1)
+    )
+    states.flag(
+        "--teacher_cache", "folder for the teacher's answers: all are asked for first, then learnt from", type=path
+    )
+    states.flag(
+        "--offline_teacher",
+        "with --teacher_cache: no teacher in memory while the student trains",
+        False,
+        action="store_true",
+    )
+
+    objective = parser.group("Objective")
+    objective.flag(
+        "--feature_loss_weight",
+        "of the error of hidden states beside that of velocities; falls to 0 over training",
+        0.0,
+        type=number(float, low=0),
+    )
+    objective.flag(
+        "--sigma_weighting",
+        "of the squared velocity error; x0: sigma squared; endpoint: how far a sampling step moves there",
+        "none",
+        choices=["none", "x0", "endpoint"],
+    )
+    objective.flag(
+        "--student_steps",
+        "a student that draws in so many steps, each over a whole segment of the teacher's path (left out: in as many as "
+        "the teacher)",
+        type=number(int, low=1, high=100),
+    )
+
+    optimization = parser.group("Optimization")
+    optimization.flag("--num_epochs", f"passes over the prompts {shown('num_epochs')}", type=number(int, low=1))
+    optimization.flag("--max_steps", "optimiser steps; overrides --num_epochs", type=number(int, low=1))
+    optimization.flag("--batch_size", f"prompts per optimiser step {shown('batch_size')}", type=number(int, low=1))
+    optimization.flag("--lr", f"learning rate of AdamW {shown('lr')}", type=number(float, above=0, high=1e9))
+    optimization.flag(
+        "--lr_scheduler", "the learning rate after its warm-up: kept, or down to zero", "cosine", choices=LR_SCHEDULERS
+    )
+    optimization.flag(
+        "--lr_warmup_steps", f"steps of a linear rise from zero {shown('lr_warmup_steps')}", type=number(int, low=0)
+    )
+    optimization.flag(
+        "--ema_decay",
+        "the saved weights are a moving average with this memory a step; 0: the last weights",
+        0.999,
+        type=number(float, low=0, high=0.999999),
+    )
+    optimization.flag("--max_grad_norm", "gradients are clipped to this norm", 1.0, type=number(float, above=0))
+    optimization.flag("--weight_decay", "weight decay of AdamW", 0.0, type=number(float, low=0))
+    optimization.flag("--seed", "of prompt order, noise and initial values", 0, type=number(int, low=0, high=2**63 - 1))
+
+    performance = parser.group("Performance")
+    performance.flag("--device", "cpu, cuda, cuda:1, ... (cuda if there is one)")
+    performance.flag(
+        "--dtype", "of matrix products and of the teacher's weights (bf16 on cuda, else fp32)", choices=["fp32", "bf16"]
+    )
+
+    output = parser.group("Output")
+    output.flag("--output_dir", "folder for the student", "outputs/demo", type=path)
+    output.flag(
+        "--eval_every",
+        "steps between measurements on held-out states: velocity error at the teacher's and at the student's; 0: none",
+        0,
+        type=number(int, low=0),
+    )
+    output.flag(
+        "--eval_prompts",
+        "text file of prompts for --eval_every (default: those of --data_path, with noise of their own; with the demo "
+        f"teacher {DEFAULTS['eval_prompts'][1]})",
+        type=path,
+    )
+    output.flag(
+        "--num_samples",
+        "prompts drawn by teacher and student after training; 0: none",
+        8,
+        type=number(int, low=0, high=64),
+    )
+
+    args = parser.parse(argv)
+    is_demo = Path(args.teacher_path).resolve() == Path(DEMO_TEACHER).resolve()
+    for name, (general, demo) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, demo if is_demo else general)
+    if args.renoise_fraction is None:
+        args.renoise_fraction = RENOISE_FRACTION if args.states == "renoise" else 0.0
+    if args.student_rollout is None:
+        args.student_rollout = (0.0, 1.0) if args.student_steps else (0.0, 0.0)
+    args.sigma_range, args.student_rollout = tuple(args.sigma_range), tuple(args.student_rollout)
+    for flag, message in mistakes(args):
+        parser.error(f"argument {flag}: {message}")
+    return args
+
+
+def mistakes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Flags that contradict each other, with what would be right."""
+    low, high = args.sigma_range
+    if low >= high:
+        yield "--sigma_range", f"LOW {low} must be below HIGH {high}"
+    if args.states != "noise" and high != 1.0:
+        yield "--sigma_range", "a trajectory begins at sigma 1, so HIGH must be 1 (or use --states noise)"
+    if args.extra_prompts and not args.prompt_swap:
+        yield "--extra_prompts", "these prompts come by --prompt_swap alone; give it a probability above 0"
+    if args.offline_teacher and not args.teacher_cache:
+        yield "--offline_teacher", "the teacher's answers must come from somewhere; add --teacher_cache FOLDER"
+    is_rolled_out = max(args.student_rollout) > 0
+    if args.states == "noise":
+        for flag, is_given in (
+            ("--student_steps", args.student_steps is not None),
+            ("--renoise_fraction", args.renoise_fraction > 0),
+            ("--student_rollout", is_rolled_out),
+        ):
+            if is_given:
+                yield flag, "needs sampling paths, and --states noise has none; use --states trajectory"
+    if args.student_steps:
+        for flag, is_given in (
+            ("--states", args.states != "trajectory"),
+            ("--sigma_range", args.sigma_range != (0.0, 1.0)),
+            ("--renoise_fraction", args.renoise_fraction > 0),
+            ("--prompt_swap", args.prompt_swap > 0),
+            ("--calls_per_expert", args.calls_per_expert > 0),
+            ("--feature_loss_weight", args.feature_loss_weight > 0),
+            ("--teacher_cache", args.teacher_cache is not None),
+            ("--eval_every", args.eval_every > 0),
+        ):
+            if is_given:
+                yield flag, "does not go together with --student_steps, which teaches whole segments of trajectories"
+    if args.teacher_cache:
+        for flag, is_given, why in (
+            ("--student_rollout", is_rolled_out, "answers at the student's own states cannot be asked for beforehand"),
+            ("--feature_loss_weight", args.feature_loss_weight > 0, "hidden states are too large to keep"),
+        ):
+            if is_given:
+                yield flag, f"does not go together with --teacher_cache: {why}"
+    if args.offline_teacher and args.eval_every:
+        yield "--eval_every", "asks the teacher, which --offline_teacher leaves out of memory"
