@@ -103,6 +103,16 @@ def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tu
     return checkpoint, settings
 
 
+def leave_features_out(args: argparse.Namespace, teacher: StudentConfig, config: StudentConfig) -> None:
+    """Hidden states can be compared only token by token, which a student of other patches (a lite one) has not."""
+    if args.feature_loss_weight and config.patch_size != teacher.patch_size:
+        print(
+            f"Hidden states are not compared: the student's tokens are patches of {config.patch_size}, the teacher's of "
+            f"{teacher.patch_size}"
+        )
+        args.feature_loss_weight = 0.0
+
+
 def print_run(
     prompts: "PromptFile", checkpoint: "WanCheckpoint", settings: "TeacherSettings", config: StudentConfig
 ) -> None:
@@ -275,6 +285,44 @@ def open_cache(
     return TeacherCache(args.teacher_cache, description)
 
 
+# Flags that a run must keep to go on; the others (how long, how fast, what is shown) may change.
+RESUME_FLAGS = [
+    "init", "init_expert", "layers", "states", "sigma_range", "renoise_fraction", "student_rollout", "prompt_swap",
+    "calls_per_expert", "replay", "feature_loss_weight", "sigma_weighting", "student_steps", "batch_size", "seed",
+]  # fmt: skip
+
+
+def run_description(
+    args: argparse.Namespace,
+    checkpoint: "WanCheckpoint",
+    settings: "TeacherSettings",
+    texts: Texts,
+    config: StudentConfig,
+) -> dict[str, object]:
+    """What makes two runs the same one: student, teacher, prompts, states and objective."""
+    from wandistiller.teacher_cache import describe_teacher, prompts_digest
+
+    student = {f"student {name}": value for name, value in config.to_dict().items() if name != "distillation"}
+    return {
+        **student,
+        **describe_teacher(checkpoint, settings),
+        "prompts": prompts_digest(texts.prompts + texts.extra),
+        "teacher_cache": args.teacher_cache is not None,
+        "ema": args.ema_decay > 0,
+        **{name: getattr(args, name) for name in RESUME_FLAGS},
+    }
+
+
+def checkpoint_bytes(config: StudentConfig) -> int:
+    """About what a checkpoint takes: weights, their average and AdamW's two moments, in float32."""
+    import torch
+
+    from wandistiller.student import WanLiteStudent
+
+    with torch.device("meta"):
+        return 4 * 4 * sum(parameter.numel() for parameter in WanLiteStudent(config).parameters())
+
+
 def fill_cache(cache: "TeacherCache", answers: "TeacherAnswers", num_steps: int, replay: int) -> None:
     """All the answers that the run will learn from, each `replay` times."""
     from wandistiller.reporting import Countdown
@@ -311,6 +359,13 @@ def build_answers(
     )
 
 
+def segment_sigmas(shift: float, student_steps: int) -> "Tensor":
+    """The noise levels between which a student of few steps steps: those of the sampler it will be drawn with."""
+    from wandistiller.sampling import wan_scheduler
+
+    return wan_scheduler(shift, student_steps).sigmas
+
+
 def build_segment_answers(
     args: argparse.Namespace,
     teacher: "Teacher",
@@ -322,7 +377,6 @@ def build_segment_answers(
     device: str,
 ) -> "SegmentAnswers":
     """The teacher over whole segments of its paths, for a student of --student_steps."""
-    from wandistiller.sampling import wan_scheduler
     from wandistiller.segments import SegmentAnswers
 
     return SegmentAnswers(
@@ -332,7 +386,7 @@ def build_segment_answers(
         (config.num_channels, config.latent_size, config.latent_size),
         num_prompts,
         args.batch_size,
-        segment_sigmas=wan_scheduler(teacher.settings.shift, args.student_steps).sigmas,
+        segment_sigmas=segment_sigmas(teacher.settings.shift, args.student_steps),
         num_teacher_steps=teacher.settings.num_inference_steps,
         student_rollout=args.student_rollout,
         seed=args.seed,
@@ -389,6 +443,7 @@ def training_options(
             ema_decay=args.ema_decay,
         ),
         eval_every=args.eval_every,
+        save_every=args.save_every,
         boundary=settings.boundary_ratio,
         device=device,
         seed=args.seed,
@@ -437,6 +492,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from projection_mapper import project_experts
     from wandistiller.answers import ReplayedAnswers
+    from wandistiller.checkpointing import Checkpoints
     from wandistiller.device import pick_device, pick_dtype
     from wandistiller.record import distillation_record, save_student
     from wandistiller.reporting import Progress
@@ -447,11 +503,18 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     checkpoint, settings = open_fitting_teacher(args, config)
+    leave_features_out(args, checkpoint.config, config)
     encoder = find_encoder(args, checkpoint, config)
     vae_location = find_sample_vae(args, checkpoint)
     cache = open_cache(args, checkpoint, settings, texts, config)
     print_run(prompt_file, checkpoint, settings, config)
     folder = prepare_output_folder(args.output_dir)
+    checkpoints = Checkpoints(folder, run_description(args, checkpoint, settings, texts, config), args.keep_checkpoints)
+    resume_from = None if args.overwrite else checkpoints.newest()
+    if resume_from is not None:
+        print(f"Going on from step {resume_from.step} of {folder} (--overwrite starts anew)")
+    elif args.save_every:
+        checkpoints.check_disk(checkpoint_bytes(config))
 
     # Text first: its encoder leaves memory before the teacher comes:
     embeds = embed_prompts(args, texts, encoder, settings, config, device)
@@ -478,15 +541,28 @@ def main(argv: list[str] | None = None) -> int:
     else:
         answers = build_answers(args, teacher, *sources, feature_layers, dtype, device)
     if args.replay > 1 and cache is None:
-        answers = ReplayedAnswers(answers, args.replay, args.batch_size, args.seed)
+        answers = ReplayedAnswers(answers, args.replay, args.batch_size, args.seed, device)
     evaluate = build_evaluation(args, teacher, embeds, config, dtype, device)
-    if aside := set_aside_previous_student(folder):
+    if resume_from is None and (aside := set_aside_previous_student(folder)):
         print(f"The student that was in {folder} is now in {aside}")
-    with Progress(options.num_steps, folder / METRICS_NAME) as progress:
-        result = train(student, answers, embeds.trained, objective, options, progress.step, evaluate)
+    first_step = resume_from.step if resume_from else 0
+    with Progress(options.num_steps, folder / METRICS_NAME, first_step=first_step) as progress:
+        result = train(
+            student,
+            answers,
+            embeds.trained,
+            objective,
+            options,
+            progress.step,
+            evaluate,
+            checkpoints if args.save_every else None,
+            resume_from,
+        )
 
     # Save:
     recipe = {name: getattr(args, name) for name in RECIPE_FLAGS}
+    if args.student_steps:
+        recipe["segment_sigmas"] = segment_sigmas(settings.shift, args.student_steps).tolist()
     record = distillation_record(
         settings,
         options,

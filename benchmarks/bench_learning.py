@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STUDENT_CONFIG = ROOT / "config" / "demo_student_config.json"
 PROBE_STEPS = 24
+QUIET = ["--num_samples", 0, "--save_every", 0]
 # A lite student of about the demo student's size. It has no patches, so it attends to four times as many tokens.
 LITE = {"block": "lite", "hidden_size": 136, "ffn_dim": 544, "patch_size": 1}
 
@@ -58,11 +59,11 @@ def elapsed_seconds(folder: Path) -> list[float]:
 def train_for(minutes: float, flags: list, folder: Path) -> dict:
     """Train an arm for about `minutes`; the steps and the minutes it took."""
     probe = folder.with_name(f"{folder.name}-probe")
-    run("train_distillation.py", *flags, "--max_steps", PROBE_STEPS, "--output_dir", probe, "--num_samples", 0)
+    run("train_distillation.py", *flags, "--max_steps", PROBE_STEPS, "--output_dir", probe, *QUIET)
     times = elapsed_seconds(probe)
     seconds_per_step = (times[-1] - times[3]) / (len(times) - 4)  # the first steps pay for warming up
     num_steps = max(1, round(60 * minutes / seconds_per_step))
-    run("train_distillation.py", *flags, "--max_steps", num_steps, "--output_dir", folder, "--num_samples", 0)
+    run("train_distillation.py", *flags, "--max_steps", num_steps, "--output_dir", folder, *QUIET)
     return {"steps": num_steps, "minutes": round(elapsed_seconds(folder)[-1] / 60, 2)}
 
 

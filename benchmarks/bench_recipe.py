@@ -28,18 +28,23 @@ sys.path.insert(0, str(ROOT))
 from wandistiller.answers import Answer, ReplayedAnswers  # noqa: E402
 
 BATCH_SIZE = 64
-BASE = {"--states": "trajectory", "--init": "projection", "--replay": 4, "--lr": 3e-3, "--lr_warmup_steps": 50}
+BASE = {
+    "--states": "trajectory", "--init": "projection", "--replay": 4, "--lr": 3e-3, "--lr_warmup_steps": 50,
+    "--renoise_fraction": 0, "--student_rollout": (0, 0), "--feature_loss_weight": 0,
+}  # fmt: skip
+FEATURES, ROLLOUT = {"--feature_loss_weight": 1}, {"--student_rollout": (0, 1)}
 ARMS = {
     "base": {},
     "noise": {"--states": "noise"},
-    "renoise": {"--states": "renoise"},
+    "renoise": {"--states": "renoise", "--renoise_fraction": 0.75},
     "renoise a quarter": {"--renoise_fraction": 0.25},
     "random init": {"--init": "random"},
     "replay 1": {"--replay": 1},
-    "features": {"--feature_loss_weight": 1.0},
-    "rollout": {"--student_rollout": (0, 1)},
-    "features, rollout": {"--feature_loss_weight": 1.0, "--student_rollout": (0, 1)},
-    "all three": {"--feature_loss_weight": 1.0, "--student_rollout": (0, 1), "--renoise_fraction": 0.25},
+    "features": FEATURES,
+    "rollout": ROLLOUT,
+    "features, rollout": FEATURES | ROLLOUT,
+    "all three": FEATURES | ROLLOUT | {"--renoise_fraction": 0.25},
+    "all three, random init": FEATURES | ROLLOUT | {"--renoise_fraction": 0.25, "--init": "random"},
     "prompt swap": {"--prompt_swap": 0.5},
     "endpoint weights": {"--sigma_weighting": "endpoint"},
 }
@@ -62,7 +67,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--teacher_path", default="data/demo_teacher")
     parser.add_argument("--student_config", default="config/demo_student_config.json")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
-    parser.add_argument("--output_dir", type=Path, help="folder that keeps the students (default: a temporary one)")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help="folder that keeps the students; those it has are not made again (default: a temporary one)",
+    )
     args = parser.parse_args()
     if args.arms is None:
         args.arms = [] if args.few_steps else list(ARMS)
@@ -118,9 +127,17 @@ def train_and_judge(args: argparse.Namespace, name: str, changes: dict, seed: in
     flags = []
     for flag, value in (common | recipe).items():
         flags += [flag, *(value if isinstance(value, tuple) else [value])]
-    run("train_distillation.py", *flags)
-    heldout = ["--prompts_file", "data/demo_heldout_prompts.txt", "--num_prompts", args.num_prompts]
-    run("evaluate_student.py", "--student", folder, *heldout, "--num_seeds", 1, "--batch_size", 50, "--device", "cpu")
+    if not (folder / "evaluation.json").exists():
+        run("train_distillation.py", *flags)
+        heldout = [
+            "--prompts_file",
+            "data/demo_heldout_prompts.txt",
+            "--num_prompts",
+            args.num_prompts,
+            "--num_seeds",
+            1,
+        ]
+        run("evaluate_student.py", "--student", folder, *heldout, "--batch_size", 50, "--device", "cpu")
     judged = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     row = {
@@ -148,7 +165,7 @@ def spread(values: list[float], digits: int) -> str:
 def main() -> None:
     args = parse_args()
     arms = {name: ARMS[name] for name in args.arms}
-    arms |= {f"{few} steps": {"--student_steps": few} for few in args.few_steps}
+    arms |= {f"{few} steps": {"--student_steps": few} | ROLLOUT for few in args.few_steps}
     with tempfile.TemporaryDirectory(prefix="bench-recipe-") as temporary, ThreadPoolExecutor(args.jobs) as pool:
         work = args.output_dir or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)

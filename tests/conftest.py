@@ -15,8 +15,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from wan_folders import write_original_folder, write_pipeline_folder, write_single_file
 
+import train_distillation
 from wandistiller.command_line import run_command
 
 torch.set_num_threads(1)
@@ -101,6 +103,21 @@ def write_config(tmp_path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def train(run_main, write_config, tmp_path, teachers: Teachers):
+    """Train a student of `config` on the CPU; returns the outcome. Flags given here win over the defaults below."""
+
+    def run(teacher: Path | str, config: dict, *flags: object, output_dir: Path | None = None):
+        folder = output_dir or tmp_path / "out"
+        return run_main(
+            train_distillation.main, "--teacher_path", teacher, "--student_config", write_config(config),
+            "--data_path", PROMPTS, "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--output_dir", folder,
+            "--num_samples", 0, "--save_every", 0, *flags,
+        )  # fmt: skip
+
+    return run
+
+
 def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
     """Every file below a folder: its content's hash and its modification time."""
     return {
@@ -112,3 +129,7 @@ def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
 
 def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "diffusion_model.safetensors")

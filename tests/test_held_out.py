@@ -20,8 +20,8 @@ from wandistiller.teacher import Teacher, resolve_settings
 
 SHAPE = (16, 4, 4)
 OPTIONS = SamplingOptions(shift=3.0, num_inference_steps=8)
-EMBEDS = mock_prompt_embeds([f"prompt {'word ' * i}" for i in range(5)], 20)
-SEED = 40
+EMBEDS = mock_prompt_embeds([f"prompt {'word ' * i}" for i in range(3)], 20)
+SEED = 41
 
 
 def mock_teacher() -> Teacher:
@@ -103,7 +103,7 @@ def test_each_error_is_met_on_the_path_of_its_own_leader():
     by_hand = {
         f"{leader}_states": errors_by_hand(teacher, student, leader, {0, 2, 5, 7}) for leader in ("teacher", "student")
     }
-    assert errors == pytest.approx(by_hand, rel=1e-3)
+    assert errors == pytest.approx(by_hand, rel=1e-4)
     # The two kinds of states must differ by far more than that tolerance, or the hand-written loop would prove nothing.
     assert abs(by_hand["teacher_states"] / by_hand["student_states"] - 1) > 0.01
 
@@ -111,11 +111,11 @@ def test_each_error_is_met_on_the_path_of_its_own_leader():
 def test_the_teacher_is_sampled_once_and_then_asked_at_the_measured_steps_alone():
     teacher = Counted(mock_teacher())
     errors = make_errors(teacher, num_levels=3, batch_size=2)
-    assert teacher.sizes == [2] * 8 + [2] * 8 + [1] * 8
+    assert teacher.sizes == [2] * 8 + [1] * 8
     for _ in range(2):
         teacher.sizes.clear()
         errors(other_student())
-        assert teacher.sizes == [2] * 3 + [2] * 3 + [1] * 3
+        assert teacher.sizes == [2] * 3 + [1] * 3
 
 
 @pytest.mark.parametrize("num_levels, steps", [(1, [0]), (2, [0, 7]), (4, [0, 2, 5, 7]), (99, list(range(8)))])
@@ -124,7 +124,7 @@ def test_the_measured_steps_are_spread_evenly_with_both_ends_as_far_as_there_are
     sigmas = wan_scheduler(3.0, 8).timesteps / 1000
     (states,) = errors.teacher_states
     assert [float(sigma[0]) for _, sigma, _ in states] == pytest.approx(sigmas[steps].tolist())
-    assert all(latents.shape == velocity.shape == (5, *SHAPE) for latents, _, velocity in states)
+    assert all(latents.shape == velocity.shape == (3, *SHAPE) for latents, _, velocity in states)
 
 
 # ---- the same every time ----
@@ -138,7 +138,7 @@ def test_the_errors_repeat_and_follow_their_seed():
     assert make_errors(teacher, seed=SEED + 1)(student) != first
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [1, 2])
 def test_the_batch_size_changes_nothing(batch_size):
     teacher, student = mock_teacher(), other_student()
     assert make_errors(teacher, batch_size=batch_size)(student) == pytest.approx(
@@ -148,7 +148,7 @@ def test_the_batch_size_changes_nothing(batch_size):
 
 def test_errors_of_prompts_of_their_own_are_not_those_of_others():
     teacher, student = mock_teacher(), other_student()
-    others = mock_prompt_embeds([f"a picture of {i}" for i in range(5)], 20)
+    others = mock_prompt_embeds([f"a picture of {i}" for i in range(3)], 20)
     assert HeldOutErrors(teacher, others, SHAPE, OPTIONS, 4, SEED)(student) != make_errors(teacher)(student)
 
 

@@ -17,7 +17,7 @@ from statistics import mean
 import numpy as np
 import pytest
 import torch
-from conftest import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, ROOT, Teachers, read_metrics, snapshot
+from conftest import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, ROOT, Teachers, read_metrics, snapshot, weights_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from wan_folders import write_pipeline_folder
@@ -48,15 +48,15 @@ FLAGS = [
     ("shift", ["12"], None),
     ("states", ["noise"], "trajectory"),
     ("sigma_range", ["0.1", "1.0"], (0.0, 1.0)),
-    ("renoise_fraction", ["0.25"], 0.0),
-    ("student_rollout", ["0", "1"], (0.0, 0.0)),
+    ("renoise_fraction", ["0.5"], 0.25),
+    ("student_rollout", ["0.1", "0.9"], (0.0, 1.0)),
     ("prompt_swap", ["0.5"], 0.0),
     ("extra_prompts", ["x"], None),
     ("calls_per_expert", ["8"], 0),
     ("replay", ["3"], 4),
     ("teacher_cache", ["x"], None),
     ("offline_teacher", [], False),
-    ("feature_loss_weight", ["0.5"], 0.0),
+    ("feature_loss_weight", ["0.5"], 1.0),
     ("sigma_weighting", ["x0"], "none"),
     ("student_steps", ["4"], None),
     ("num_epochs", ["3"], 40),
@@ -72,6 +72,9 @@ FLAGS = [
     ("device", ["cpu"], None),
     ("dtype", ["bf16"], None),
     ("output_dir", ["x"], "outputs/demo"),
+    ("save_every", ["100"], 500),
+    ("keep_checkpoints", ["5"], 2),
+    ("overwrite", [], False),
     ("eval_every", ["100"], 0),
     ("eval_prompts", ["x"], "data/demo_heldout_prompts.txt"),
     ("num_samples", ["3"], 8),
@@ -84,34 +87,15 @@ COMPANIONS = {
 }
 
 
-@pytest.fixture
-def train(run_main, write_config, tmp_path, teachers: Teachers):
-    """Train a student of `config` on the CPU; returns the outcome. Flags given here win over the defaults below."""
-
-    def run(teacher: Path | str, config: dict, *flags: object, output_dir: Path | None = None):
-        folder = output_dir or tmp_path / "out"
-        return run_main(
-            train_distillation.main, "--teacher_path", teacher, "--student_config", write_config(config),
-            "--data_path", PROMPTS, "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--output_dir", folder,
-            "--num_samples", 0, *flags,
-        )  # fmt: skip
-
-    return run
-
-
 def record_of(folder: Path) -> dict:
     return json.loads((folder / "student_config.json").read_text(encoding="utf-8"))["distillation"]
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "diffusion_model.safetensors")
 
 
 def command(config: Path, teachers: Teachers, output_dir: Path, *flags: object) -> list[str]:
     """The same run as a real process."""
     words = [
         sys.executable, SCRIPT, "--teacher_path", teachers.two, "--student_config", config, "--data_path", PROMPTS,
-        "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--output_dir", output_dir, *flags,
+        "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--output_dir", output_dir, "--save_every", 0, *flags,
     ]  # fmt: skip
     return [str(word) for word in words]
 
@@ -362,7 +346,7 @@ def test_every_state_source_and_objective_trains_and_is_recorded(train, teachers
     extra.write_text("a prompt that comes by swapping alone\n", encoding="utf-8")
     flags = {
         "renoise_fraction": 0.25, "student_rollout": (0, 1), "prompt_swap": 0.5, "extra_prompts": str(extra),
-        "feature_loss_weight": 0.5, "sigma_weighting": "endpoint", "calls_per_expert": 2,
+        "feature_loss_weight": 0.5, "sigma_weighting": "endpoint",
     }  # fmt: skip
     given = [
         part
@@ -402,6 +386,8 @@ def test_a_student_of_few_steps_draws_in_the_steps_it_learnt(train, teachers, ru
     assert train(teachers.one, PRUNED_CONFIG, "--student_steps", 3, "--max_steps", 2, "--batch_size", 2).code == 0
     record = record_of(tmp_path / "out")
     assert record["student_steps"] == 3 and record["student_rollout"] == [0.0, 1.0]
+    sigmas = record["segment_sigmas"]
+    assert len(sigmas) == 4 and sigmas == sorted(sigmas, reverse=True) and sigmas[-1] == 0
     flags = [
         "--student",
         tmp_path / "out",
@@ -469,6 +455,28 @@ def test_another_teacher_gets_the_general_defaults():
         "eval_prompts": None,
     }
     assert {name: defaults[name] for name in general} == general
+
+
+@pytest.mark.parametrize(
+    "flags, recipe",
+    [
+        ([], (0.25, (0.0, 1.0), 1.0)),
+        (["--states", "renoise"], (0.75, (0.0, 1.0), 1.0)),
+        (["--states", "noise"], (0.0, (0.0, 0.0), 0.0)),
+        (["--teacher_cache", "x"], (0.25, (0.0, 0.0), 0.0)),
+        (["--student_steps", "4"], (0.0, (0.0, 1.0), 0.0)),
+        (["--sigma_range", "0.5", "1"], (0.0, (0.0, 1.0), 1.0)),
+        (["--calls_per_expert", "4"], (0.0, (0.0, 1.0), 1.0)),
+        (["--batch_size", "1"], (0.0, (0.0, 1.0), 1.0)),
+        (
+            ["--renoise_fraction", "0", "--student_rollout", "0", "0", "--feature_loss_weight", "0"],
+            (0.0, (0.0, 0.0), 0.0),
+        ),
+    ],
+)
+def test_the_recipe_is_the_default_wherever_it_applies(flags, recipe):
+    args = train_distillation.parse_args(["--teacher_path", "y", *flags])
+    assert (args.renoise_fraction, args.student_rollout, args.feature_loss_weight) == recipe
 
 
 @pytest.mark.parametrize("name, value, default", FLAGS, ids=[name for name, _, _ in FLAGS])

@@ -109,8 +109,9 @@ class ReplayedAnswers:
     store is filled, with a call a step; then one step in `replay` asks anew.
     """
 
-    def __init__(self, source: Answers, replay: int, batch_size: int, seed: int = 0):
+    def __init__(self, source: Answers, replay: int, batch_size: int, seed: int = 0, device: str = "cpu"):
         self.source = source
+        self.device = device
         self.replay = replay
         self.batch_size = batch_size
         self.generator = torch.Generator().manual_seed(seed)
@@ -162,7 +163,7 @@ class ReplayedAnswers:
         self.source.load_state_dict(part_of(state, "source."))
         for name in ("remaining", "sigma", "prompts"):
             getattr(self, name).copy_(state[name])
-        self.latents, self.velocity = state["latents"].clone(), state["velocity"].clone()
+        self.latents, self.velocity = (state[name].to(self.device, copy=True) for name in ("latents", "velocity"))
         self.generator.set_state(state["generator"])
 
 

@@ -67,4 +67,5 @@ def masked_relative_error(actual: Tensor, expected: Tensor) -> Tensor:
     mean, std = flat.mean(dim=1), flat.std(dim=1)
     view = (-1,) + (1,) * (expected.ndim - 1)
     mask = (expected - mean.view(view)).abs() < MASK_STDS * std.view(view)
-    return ((actual - expected).square() * mask).sum() / (expected.square() * mask).sum()
+    scale = (expected.square() * mask).sum()
+    return ((actual - expected).square() * mask).sum() / scale.clamp(min=torch.finfo(scale.dtype).tiny)

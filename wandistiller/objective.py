@@ -17,7 +17,7 @@ SIGMA_WEIGHTINGS = ("none", "x0", "endpoint")
 def sigma_weights(kind: str, sigma: Tensor, shift: float) -> Tensor:
     """Weight (B,) of each sample's squared velocity error, 1 on average over levels uniform in u.
 
-    "none": every level alike. "x0": 3 sigma^2, the error of x_0 = x_sigma - sigma v. "endpoint": d sigma / d u, how far a
+    "none": every level alike. "x0": sigma^2 over its mean, the error of x_0 = x_sigma - sigma v. "endpoint": d sigma / d u, how far a
     sampling step of uniform u moves at that level, so how much of its error reaches the picture.
     """
     if kind == "x0":
@@ -35,9 +35,17 @@ def _mean_square_sigma(shift: float) -> float:
 
 @dataclass(frozen=True)
 class Loss:
-    """`total` is minimised; `by_sample` (B,) are the samples' mean squared velocity errors, unweighted and detached."""
+    """What a step minimises, and what it shows; all but `total` are detached.
+
+    Attributes:
+        velocity: the weighted mean squared velocity error.
+        features: what hidden states add to it in `total`; 0 where the answer brings none.
+        by_sample: (B,) the samples' mean squared velocity errors, unweighted.
+    """
 
     total: Tensor
+    velocity: Tensor
+    features: Tensor
     by_sample: Tensor
     student_velocity: Tensor
 
@@ -71,10 +79,11 @@ class Objective:
             velocity = autocast(student, self.device, self.compute_dtype)(answer.latents, timestep, embeds, lengths)
         by_sample = (velocity.float() - answer.velocity.float()).square().flatten(1).mean(dim=1)
         weights = sigma_weights(self.sigma_weighting, answer.sigma, self.shift).to(by_sample)
-        total = (weights * by_sample).mean()
+        loss = (weights * by_sample).mean()
+        beside = torch.zeros_like(loss)
         if features:
             # In units of the teacher's squared velocity, so that the weight holds for any guidance and any latents.
             unit = answer.velocity.float().square().mean()
             decay = self.feature_weight * (1 - progress)
-            total = total + decay * unit * self.feature_loss(features, answer.features)
-        return Loss(total, by_sample.detach(), velocity.detach())
+            beside = decay * unit * self.feature_loss(features, answer.features)
+        return Loss(loss + beside, loss.detach(), beside.detach(), by_sample.detach(), velocity.detach())

@@ -13,6 +13,7 @@ _OF_A_RUN = [
     "projection_report.json",
     METRICS_NAME,
     SAMPLES_NAME,
+    "checkpoints",
     "evaluation.json",
     "teacher_vs_student.png",
 ]

@@ -28,8 +28,8 @@ class RenoisedStates:
     ):
         self.paths = paths
         paths.on_finish = self._keep
-        # At least one state of a path, or no path would ever be finished.
-        self.num_renoised = min(round(fraction * paths.batch_size), paths.batch_size - 1)
+        # At least one state of a path, or no path would ever be finished; and at least one that is not, as asked for.
+        self.num_renoised = max(1, min(round(fraction * paths.batch_size), paths.batch_size - 1))
         self.sigma_range = sigma_range
         self.swap = swap or paths.swap
         self.generator = torch.Generator().manual_seed(seed)

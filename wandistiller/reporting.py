@@ -24,6 +24,7 @@ class StepMetrics:
         loss_by_sigma: mean squared velocity error of the step's samples in ten equal buckets of sigma; None where a bucket
             is empty.
         loss_by_expert: the same at the noise levels of either expert, where the teacher has two.
+        feature_loss: what the error of hidden states adds to the loss; None for an answer that brings none.
         velocity_error: relative error on held-out prompts, at the states where it was measured; None at most steps.
     """
 
@@ -37,6 +38,7 @@ class StepMetrics:
     teacher_calls: int = 0
     loss_by_sigma: list[float | None] = field(default_factory=list)
     loss_by_expert: dict[str, float | None] | None = None
+    feature_loss: float | None = None
     velocity_error: dict[str, float] | None = None
 
 
@@ -59,19 +61,26 @@ def mean_by_expert(sigmas: Sequence[float], values: Sequence[float], boundary: f
 class Progress:
     """Shows every step and writes it to metrics.jsonl; use as a context manager.
 
-    A terminal gets a bar; anything else gets plain lines, at least `line_every_s` apart.
+    A terminal gets a bar; anything else gets plain lines, at least `line_every_s` apart. A run that goes on after
+    `first_step` steps keeps the metrics of those.
     """
 
-    def __init__(self, num_steps: int, metrics_path: Path, line_every_s: float = LINE_EVERY_S):
+    def __init__(self, num_steps: int, metrics_path: Path, line_every_s: float = LINE_EVERY_S, first_step: int = 0):
         self.num_steps = num_steps
+        self.first_step = first_step
         self.metrics_path = metrics_path
         self.line_every_s = line_every_s
         self.stream = sys.stderr
         self._last_line_s = -math.inf
 
     def __enter__(self) -> "Progress":
+        kept = self._lines_before()
         self._file = self.metrics_path.open("w", encoding="utf-8")
-        self._bar = tqdm(total=self.num_steps, unit="step", file=self.stream) if self.stream.isatty() else None
+        self._file.writelines(kept)
+        is_terminal = self.stream.isatty()
+        self._bar = (
+            tqdm(total=self.num_steps, initial=self.first_step, unit="step", file=self.stream) if is_terminal else None
+        )
         return self
 
     def __exit__(
@@ -80,6 +89,13 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         self._file.close()
+
+    def _lines_before(self) -> list[str]:
+        """The metrics of the steps that this run goes on from; a killed run may have written some beyond."""
+        if not self.first_step or not self.metrics_path.exists():
+            return []
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return lines[: self.first_step]
 
     def step(self, metrics: StepMetrics) -> None:
         self._file.write(json.dumps(asdict(metrics)) + "\n")
@@ -130,23 +146,24 @@ class Countdown:
 
 
 class Stopwatch:
-    """Rate and remaining time, from all steps since the first (which pays for warming up)."""
+    """Rate and remaining time, from all steps of this process since its first (which pays for warming up)."""
 
-    def __init__(self, num_steps: int):
+    def __init__(self, num_steps: int, steps_before: int = 0):
         self.num_steps = num_steps
+        self.steps_before = steps_before
         self.start_s = self.first_step_s = time.perf_counter()
         self.num_samples = 0
 
     def lap(self, step: int, batch_size: int) -> tuple[float, float, float]:
         """(samples per second, elapsed seconds, remaining seconds) after `step` steps."""
-        now = time.perf_counter()
-        if step == 1:
+        now, done = time.perf_counter(), step - self.steps_before
+        if done == 1:
             self.first_step_s = now
             elapsed = now - self.start_s
-            return batch_size / elapsed, elapsed, elapsed * (self.num_steps - 1)
+            return batch_size / elapsed, elapsed, elapsed * (self.num_steps - step)
         self.num_samples += batch_size
         since_first = now - self.first_step_s
-        return self.num_samples / since_first, now - self.start_s, since_first / (step - 1) * (self.num_steps - step)
+        return self.num_samples / since_first, now - self.start_s, since_first / (done - 1) * (self.num_steps - step)
 
 
 def format_duration(seconds: float) -> str:

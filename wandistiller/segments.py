@@ -182,7 +182,9 @@ class SegmentAnswers:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name in self._TENSORS:
             getattr(self, name).copy_(state[name])
-        self.ready = {name: value.clone() for name, value in part_of(state, "ready.").items()}
+        self.ready = {
+            name: value.to(self.ready[name].device, copy=True) for name, value in part_of(state, "ready.").items()
+        }
         self.num_calls, self.progress = int(state["num_calls"]), float(state["progress"])
         self.order.load_state_dict(state)
         self.generator.set_state(state["generator"])

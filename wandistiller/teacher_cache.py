@@ -39,6 +39,22 @@ def teacher_fingerprint(checkpoint: WanCheckpoint) -> str:
     return digest.hexdigest()[:16]
 
 
+def prompts_digest(prompts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+
+
+def describe_teacher(checkpoint: WanCheckpoint, settings: TeacherSettings) -> dict[str, object]:
+    """Whose velocities they are, and how guided and sampled."""
+    guidance = {name: getattr(settings, name) for name in ("guidance_scale", "guidance_scale_2", "boundary_ratio")}
+    return {
+        "teacher": teacher_fingerprint(checkpoint),
+        **guidance,
+        "negative_prompt": settings.negative_prompt if settings.uses_guidance else None,
+        "shift": settings.shift,
+        "num_inference_steps": settings.num_inference_steps,
+    }
+
+
 def describe_cache(
     checkpoint: WanCheckpoint,
     settings: TeacherSettings,
@@ -49,20 +65,14 @@ def describe_cache(
     batch_size: int,
 ) -> dict[str, object]:
     """Everything that makes the answers what they are, as JSON values."""
-    guidance = {name: getattr(settings, name) for name in ("guidance_scale", "guidance_scale_2", "boundary_ratio")}
-    states = {f"states_{name}": value for name, value in asdict(options).items()}
     description = {
-        "teacher": teacher_fingerprint(checkpoint),
-        **guidance,
-        "negative_prompt": settings.negative_prompt if settings.uses_guidance else None,
-        "shift": settings.shift,
-        "num_inference_steps": settings.num_inference_steps,
+        **describe_teacher(checkpoint, settings),
         "text_max_length": text_max_length,
         "latent_shape": latent_shape,
-        **states,
+        **{f"states_{name}": value for name, value in asdict(options).items()},
         "batch_size": batch_size,
         "num_prompts": len(prompts),
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
+        "prompts": prompts_digest(prompts),
     }
     return json.loads(json.dumps(description))  # as it will be read back
 

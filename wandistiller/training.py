@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from wandistiller.answers import Answers
+from wandistiller.checkpointing import Checkpoint, Checkpoints
 from wandistiller.objective import Objective
-from wandistiller.optimization import OptimizationOptions, make_ema, make_lr_scheduler, make_optimizer
+from wandistiller.optimization import OptimizationOptions
 from wandistiller.prompt_embeds import PromptEmbeds
 from wandistiller.reporting import StepMetrics, Stopwatch, mean_by_expert, mean_by_sigma
+from wandistiller.run_state import RunState
 from wandistiller.student import WanLiteStudent
 
 
@@ -29,6 +31,7 @@ class TrainingOptions:
 
     Attributes:
         eval_every: steps between measurements on held-out states; 0 is none.
+        save_every: steps between checkpoints; 0 is none, not even at the end.
         boundary: noise level between the teacher's two experts, by which losses are reported.
     """
 
@@ -36,6 +39,7 @@ class TrainingOptions:
     num_steps: int
     optimization: OptimizationOptions
     eval_every: int = 0
+    save_every: int = 0
     boundary: float | None = None
     device: str = "cpu"
     seed: int = 0
@@ -86,49 +90,47 @@ def train(
     options: TrainingOptions,
     on_step: Callable[[StepMetrics], None],
     evaluate: Callable[[WanLiteStudent], dict[str, float]] | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume_from: Checkpoint | None = None,
 ) -> TrainingResult:
     """Train `student` in place on the teacher's guided velocity; with EMA it ends as the average of its weights.
 
     Args:
         evaluate: measures the student (its average, where there is one) every `options.eval_every` steps and at the last.
+        checkpoints: where the run is saved every `options.save_every` steps, at the last and when it is stopped.
+        resume_from: the state the run goes on from.
 
     Raises:
         NonFiniteError: loss or gradient is not finite (the weights are those of the step before), or the last step broke
             the weights.
+        CheckpointError: a checkpoint could not be written; those before it are good.
     """
-    trained = student if objective.feature_loss is None else nn.ModuleList([student, objective.feature_loss])
-    optimizer = make_optimizer(trained, options.optimization, options.device)
-    lr_scheduler = make_lr_scheduler(optimizer, options.optimization, options.num_steps)
-    ema = make_ema(student, options.optimization.ema_decay)
-    stopwatch = Stopwatch(options.num_steps)
-    losses: list[float] = []
-
-    def measure() -> dict[str, float] | None:
-        return evaluate(student if ema is None else ema.module) if evaluate is not None else None
-
+    state = RunState(student, answers, objective, options.optimization, options.num_steps, options.device)
+    if resume_from is not None:
+        state.load(resume_from.tensors)
+    stopwatch = Stopwatch(options.num_steps, state.step)
     student.train()
     with StopRequest().watching() as stop:
-        for step in range(1, options.num_steps + 1):
+        for step in range(state.step + 1, options.num_steps + 1):
             progress = (step - 1) / options.num_steps
             answer = answers.next()
             loss = objective(student, answer, prompt_embeds, progress)
             loss.total.backward()
-            grad_norm = nn.utils.clip_grad_norm_(trained.parameters(), options.optimization.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(state.trained.parameters(), options.optimization.max_grad_norm)
             # note: CPU-GPU sync point, the only one of a step
-            loss_value, grad_norm_value, *by_sample = torch.cat(
-                [torch.stack([loss.total.detach(), grad_norm]), loss.by_sample]
+            loss_value, feature_loss, grad_norm_value, *by_sample = torch.cat(
+                [torch.stack([loss.velocity, loss.features, grad_norm]), loss.by_sample]
             ).tolist()
-            check_finite(step, answer.sigma, loss_value, grad_norm_value, options)
-            lr = lr_scheduler.get_last_lr()[0]
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            if ema is not None:
-                ema.update_parameters(student)
+            check_finite(step, answer.sigma, loss_value + feature_loss, grad_norm_value, options)
+            lr = state.lr
+            state.update(loss_value)
             answers.advance(answer, loss.student_velocity, progress)
 
-            losses.append(loss_value)
+            is_last = step == options.num_steps
             sigmas, boundary = answer.sigma.tolist(), options.boundary
+            velocity_error = None
+            if evaluate is not None and not stop.requested and is_due(step, options.eval_every, is_last):
+                velocity_error = evaluate(state.averaged)
             on_step(
                 StepMetrics(
                     step,
@@ -139,22 +141,25 @@ def train(
                     teacher_calls=answers.num_calls,
                     loss_by_sigma=mean_by_sigma(sigmas, by_sample),
                     loss_by_expert=None if boundary is None else mean_by_expert(sigmas, by_sample, boundary),
-                    velocity_error=measure() if is_due(step, options, stop) else None,
+                    feature_loss=feature_loss if answer.features else None,
+                    velocity_error=velocity_error,
                 )
             )
+            if checkpoints is not None and is_due(step, options.save_every, is_last or stop.requested):
+                check_weights(student, step, options)  # what is saved must be worth going on from
+                checkpoints.save(step, state.tensors())
             if stop.requested:
                 break
-    check_weights(student, len(losses), options)
-    if ema is not None:
-        student.load_state_dict(ema.module.state_dict())
+    check_weights(student, state.step, options)
+    if state.ema is not None:
+        student.load_state_dict(state.averaged.state_dict())
     student.eval()
-    return TrainingResult(len(losses), losses, stop.requested)
+    return TrainingResult(state.step, state.losses, stop.requested)
 
 
-def is_due(step: int, options: TrainingOptions, stop: StopRequest) -> bool:
-    """Whether the student is held against the teacher after this step; not when someone waits for the run to stop."""
-    every = options.eval_every
-    return every > 0 and not stop.requested and (step % every == 0 or step == options.num_steps)
+def is_due(step: int, every: int, is_last: bool) -> bool:
+    """Whether something that happens every so many steps, and at the last one, happens now; never where `every` is 0."""
+    return every > 0 and (step % every == 0 or is_last)
 
 
 def check_finite(step: int, sigma: Tensor, loss: float, grad_norm: float, options: TrainingOptions) -> None:

@@ -20,7 +20,10 @@ DEFAULTS = {
     "lr_warmup_steps": (0, 50),
     "eval_prompts": (None, "data/demo_heldout_prompts.txt"),
 }
-RENOISE_FRACTION = 0.75  # of --states renoise, where --renoise_fraction is left out
+# What won on two teachers (docs/experiments.md), for flags that are left out and where they apply
+RENOISE_FRACTION = {"trajectory": 0.25, "renoise": 0.75}
+STUDENT_ROLLOUT = (0.0, 1.0)
+FEATURE_LOSS_WEIGHT = 1.0
 LR_SCHEDULERS = ["constant", "linear", "cosine"]
 
 
@@ -98,13 +101,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     states.flag(
         "--renoise_fraction",
-        f"share of each batch that is renoised samples (default: 0; with --states renoise {RENOISE_FRACTION})",
+        f"share of each batch that is renoised samples (default: {RENOISE_FRACTION['trajectory']}; with --states renoise "
+        f"{RENOISE_FRACTION['renoise']}; 0 where paths do not finish)",
         type=number(float, low=0, high=1),
     )
     states.flag(
         "--student_rollout",
-        "share of the paths that follow the student's own velocity, at the start and at the end of training (default: 0 0; "
-        "with --student_steps 0 1)",
+        "share of the paths that follow the student's own velocity, at the start and at the end of training (default: 0 1; "
+        "with --teacher_cache 0 0)",
         nargs=2,
         type=number(float, low=0, high=1),
         metavar=("START", "END"),
@@ -138,8 +142,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     objective = parser.group("Objective")
     objective.flag(
         "--feature_loss_weight",
-        "of the error of hidden states beside that of velocities; falls to 0 over training",
-        0.0,
+        "of the error of hidden states beside that of velocities; falls to 0 over training (default: "
+        f"{FEATURE_LOSS_WEIGHT:g}; 0 with --teacher_cache, --student_steps and --states noise)",
         type=number(float, low=0),
     )
     objective.flag(
@@ -185,6 +189,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     output = parser.group("Output")
     output.flag("--output_dir", "folder for the student", "outputs/demo", type=path)
     output.flag(
+        "--save_every",
+        "steps between checkpoints, and one at the end; the same command goes on from the newest. 0: none",
+        500,
+        type=number(int, low=0),
+    )
+    output.flag("--keep_checkpoints", "how many of the newest stay", 2, type=number(int, low=1))
+    output.flag(
+        "--overwrite",
+        "start anew where the output folder holds checkpoints; what is there is kept beside",
+        False,
+        action="store_true",
+    )
+    output.flag(
         "--eval_every",
         "steps between measurements on held-out states: velocity error at the teacher's and at the student's; 0: none",
         0,
@@ -208,14 +225,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, (general, demo) in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, demo if is_demo else general)
-    if args.renoise_fraction is None:
-        args.renoise_fraction = RENOISE_FRACTION if args.states == "renoise" else 0.0
-    if args.student_rollout is None:
-        args.student_rollout = (0.0, 1.0) if args.student_steps else (0.0, 0.0)
+    fill_recipe(args)
     args.sigma_range, args.student_rollout = tuple(args.sigma_range), tuple(args.student_rollout)
     for flag, message in mistakes(args):
         parser.error(f"argument {flag}: {message}")
     return args
+
+
+def fill_recipe(args: argparse.Namespace) -> None:
+    """The recipe that won, for what was left out and where it can be had."""
+    has_paths, is_live = args.states != "noise", args.teacher_cache is None
+    finishes = has_paths and tuple(args.sigma_range) == (0.0, 1.0) and args.batch_size > 1
+    if args.renoise_fraction is None:
+        applies = finishes and not args.student_steps and not args.calls_per_expert
+        args.renoise_fraction = RENOISE_FRACTION[args.states] if applies else 0.0
+    if args.student_rollout is None:
+        args.student_rollout = STUDENT_ROLLOUT if has_paths and is_live else (0.0, 0.0)
+    if args.feature_loss_weight is None:
+        args.feature_loss_weight = FEATURE_LOSS_WEIGHT if has_paths and is_live and not args.student_steps else 0.0
 
 
 def mistakes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -238,10 +265,20 @@ def mistakes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         ):
             if is_given:
                 yield flag, "needs sampling paths, and --states noise has none; use --states trajectory"
+    is_narrow = args.sigma_range != (0.0, 1.0)
+    if args.renoise_fraction:
+        if is_narrow:
+            yield "--renoise_fraction", "needs finished samples, and paths of a --sigma_range above 0 do not finish"
+        if args.calls_per_expert:
+            yield "--renoise_fraction", "mixes all noise levels in every batch, which --calls_per_expert keeps apart"
+        if args.batch_size < 2:
+            yield "--renoise_fraction", "shares a batch with states of paths; needs --batch_size 2 or more"
+    if args.eval_every and is_narrow:
+        yield "--eval_every", "measures at all noise levels; leave it out with a --sigma_range"
     if args.student_steps:
         for flag, is_given in (
             ("--states", args.states != "trajectory"),
-            ("--sigma_range", args.sigma_range != (0.0, 1.0)),
+            ("--sigma_range", is_narrow),
             ("--renoise_fraction", args.renoise_fraction > 0),
             ("--prompt_swap", args.prompt_swap > 0),
             ("--calls_per_expert", args.calls_per_expert > 0),

@@ -1,0 +1,258 @@
+"""A run that is stopped, killed or damaged goes on as if nothing had happened, or says why it cannot.
+
+pytest tests/test_checkpointing.py
+"""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections import namedtuple
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import PRUNED_CONFIG, read_metrics, weights_of
+
+import train_distillation
+from wandistiller.reporting import Progress
+
+# Every kind of states, with what moves beside them
+RECIPES = {
+    "trajectory": ["--replay", 2, "--student_rollout", 0, 1, "--renoise_fraction", 0.5, "--feature_loss_weight", 0.5],
+    "noise": ["--states", "noise", "--prompt_swap", 0.5],
+    "few steps": ["--student_steps", 2, "--replay", 2],
+    "two experts": ["--calls_per_expert", 2],
+}
+STEPS = 11
+FLAGS = ["--max_steps", STEPS, "--lr", 1e-3, "--batch_size", 3]
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """The power goes after so many steps: what comes after the step's metrics does not happen."""
+    show = Progress.step
+
+    def show_and_stop(self, metrics):
+        show(self, metrics)
+        if metrics.step == step:
+            raise ConnectionAbortedError("stopped by the test")
+
+    monkeypatch.setattr(Progress, "step", show_and_stop)
+
+
+def same_weights(one, two) -> bool:
+    one, two = weights_of(one), weights_of(two)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def without_times(folder) -> list[dict]:
+    times = ("samples_per_s", "elapsed_s", "eta_s")
+    return [{name: value for name, value in line.items() if name not in times} for line in read_metrics(folder)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_stopped_and_gone_on_with_ends_as_one_never_stopped_bit_for_bit(
+    train, teachers, tmp_path, monkeypatch, recipe
+):
+    teacher = teachers.two if recipe == "two experts" else teachers.one
+    flags = [*FLAGS, *RECIPES[recipe], "--save_every", 3]
+    assert train(teacher, PRUNED_CONFIG, *flags, output_dir=tmp_path / "whole").code == 0
+    for step in (5, 10):  # twice, and not at a checkpoint
+        with monkeypatch.context() as patched:
+            stop_after(patched, step)
+            assert train(teacher, PRUNED_CONFIG, *flags, output_dir=tmp_path / "stopped").code == 1
+    outcome = train(teacher, PRUNED_CONFIG, *flags, output_dir=tmp_path / "stopped")
+    assert outcome.code == 0 and "Going on from step 9" in outcome.out
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "stopped")
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(train, teachers, tmp_path, monkeypatch):
+    flags = [*FLAGS, "--save_every", 100]
+    assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "whole").code == 0
+    show = Progress.step
+
+    def show_and_press(self, metrics):
+        show(self, metrics)
+        if metrics.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "step", show_and_press)
+        assert train(teachers.one, PRUNED_CONFIG, *flags).code == 130
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags)
+    assert outcome.code == 0 and "Going on from step 4" in outcome.out
+    assert same_weights(tmp_path / "whole", tmp_path / "out")
+
+
+def run_quietly(argv: list[str]) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    torch.set_num_threads(1)
+    os._exit(train_distillation.main(argv))
+
+
+@pytest.mark.parametrize("num_kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_as_one_never_killed(train, teachers, write_config, tmp_path, num_kills):
+    flags = [
+        "--max_steps",
+        60,
+        "--lr",
+        1e-3,
+        "--batch_size",
+        3,
+        "--save_every",
+        1,
+        "--replay",
+        2,
+        "--student_rollout",
+        0,
+        1,
+    ]
+    assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "whole").code == 0
+    argv = [
+        "--teacher_path", teachers.one, "--student_config", write_config(PRUNED_CONFIG), "--data_path",
+        train_distillation.parse_args(["--teacher_path", "x"]).data_path, "--prompt_cache", teachers.prompt_cache,
+        "--device", "cpu", "--num_samples", 0, "--output_dir", tmp_path / "killed", *flags,
+    ]  # fmt: skip
+    context, chance, killed = multiprocessing.get_context("fork"), random.Random(0), 0
+    saved = tmp_path / "killed" / "checkpoints"
+    for _ in range(num_kills):
+        before = len(list(saved.glob("*"))) if saved.exists() else 0
+        process = context.Process(target=run_quietly, args=([str(word) for word in argv],))
+        process.start()
+        while process.is_alive() and not (saved.exists() and len(list(saved.glob("*"))) >= min(1, before + 1)):
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0.3, 0.8))  # in a step, or in one of the saves that follow every step
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+    assert killed > 1
+    assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "killed").code == 0
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+# ---- what is kept ----
+
+
+def test_the_newest_are_kept_and_a_finished_run_is_saved_too(train, teachers, tmp_path):
+    assert train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 2, "--keep_checkpoints", 3).code == 0
+    names = {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()}
+    assert names == {f"step_{step:08d}.{kind}" for step in (8, 10, 11) for kind in ("json", "safetensors")}
+    outcome = train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 2)
+    assert outcome.code == 0 and "Going on from step 11" in outcome.out
+
+
+def test_a_finished_run_can_be_prolonged_and_its_rate_changed(train, teachers, tmp_path):
+    assert train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 5).code == 0
+    outcome = train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 5, "--max_steps", 15, "--lr", 5e-4)
+    assert outcome.code == 0 and "Going on from step 11" in outcome.out
+    assert [line["step"] for line in read_metrics(tmp_path / "out")] == list(range(1, 16))
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "cut", "no weights", "no manifest", "broken manifest"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(train, teachers, tmp_path, damage):
+    flags = [*FLAGS, "--save_every", 4]
+    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    newest = tmp_path / "out" / "checkpoints" / "step_00000011.safetensors"
+    content = bytearray(newest.read_bytes())
+    if damage == "flipped byte":
+        content[-5] ^= 1
+        newest.write_bytes(content)
+    elif damage == "cut":
+        newest.write_bytes(content[:-100])
+    elif damage == "no weights":
+        newest.unlink()
+    elif damage == "no manifest":
+        newest.with_suffix(".json").unlink()
+    else:
+        newest.with_suffix(".json").write_text("{", encoding="utf-8")
+    shutil.copytree(tmp_path / "out", tmp_path / "whole")
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags)
+    assert outcome.code == 0 and "Going on from step 8" in outcome.out
+    assert ("skipped" in outcome.out) == (damage != "no manifest")
+    assert same_weights(tmp_path / "whole", tmp_path / "out")
+
+
+# ---- refused ----
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["--guidance_scale", 2.5], ["guidance_scale", "2.5"]),
+        (["--seed", 3], ["seed 0", "now 3"]),
+        (["--states", "noise"], ["'trajectory'", "'noise'"]),
+        (["--batch_size", 4], ["batch_size 3", "now 4"]),
+        (["--ema_decay", 0], ["ema True", "now False"]),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused_with_both_values(train, teachers, tmp_path, changes, words):
+    flags = [*FLAGS, "--save_every", 4]
+    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    before = weights_of(tmp_path / "out")
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags, *changes)
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1
+    assert all(word in outcome.err for word in [*words, "--overwrite"])
+    assert all(torch.equal(before[name], value) for name, value in weights_of(tmp_path / "out").items())
+
+
+def test_another_student_is_refused_and_overwrite_keeps_the_earlier_run_beside(train, teachers, tmp_path):
+    flags = [*FLAGS, "--save_every", 4]
+    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    before = weights_of(tmp_path / "out")
+    other = PRUNED_CONFIG | {"depth": 3}
+    assert "student depth 2, now 3" in train(teachers.one, other, *flags).err
+    assert train(teachers.one, other, *flags, "--overwrite").code == 0
+    (aside,) = (tmp_path / "out").glob("replaced-*")
+    assert (aside / "checkpoints").is_dir()
+    assert all(torch.equal(before[name], value) for name, value in weights_of(aside).items())
+
+
+# ---- disks ----
+
+
+def test_a_disk_that_fills_during_training_ends_the_run_with_the_last_checkpoint_good(
+    train, teachers, tmp_path, monkeypatch
+):
+    flags = [*FLAGS, "--save_every", 4]
+    assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "whole").code == 0
+    save, calls = safetensors.torch.save_file, []
+
+    def save_until_full(tensors, path, *args, **options):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors.torch, "save_file", save_until_full)
+        outcome = train(teachers.one, PRUNED_CONFIG, *flags)
+    assert outcome.code == 1 and len(outcome.err.splitlines()) >= 1 and "Traceback" not in outcome.err
+    assert "No space left" in outcome.err and "step_00000004" in outcome.err
+    assert not list((tmp_path / "out" / "checkpoints").glob("*.tmp"))
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags)
+    assert outcome.code == 0 and "Going on from step 4" in outcome.out
+    assert same_weights(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_disk_too_small_is_refused_before_training(train, teachers, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    outcome = train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 4)
+    assert outcome.code == 2 and "1,000 are free" in outcome.err and "--keep_checkpoints" in outcome.err
+
+
+def test_nothing_in_a_checkpoint_is_pickled(train, teachers, tmp_path):
+    assert train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 4).code == 0
+    for path in (tmp_path / "out" / "checkpoints").iterdir():
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        else:
+            assert safetensors.torch.load_file(path)
