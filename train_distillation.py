@@ -10,9 +10,7 @@ The demo, on a CPU in minutes and with no download, needs no flags:
 """
 
 import argparse
-import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,63 +22,27 @@ from wandistiller.output_folder import (
     prepare_output_folder,
     set_aside_previous_student,
 )
-from wandistiller.prompts import PromptFile, load_prompts
+from wandistiller.prompts import PromptFile, Texts, read_texts
 from wandistiller.student_config import CONFIG_NAME, StudentConfig
 from wandistiller.training_flags import parse_args
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     import torch
-    from torch import Tensor
 
     from projection_mapper import ProjectionReport
-    from wandistiller.answers import TeacherAnswers
-    from wandistiller.held_out import HeldOutErrors
-    from wandistiller.objective import Objective
-    from wandistiller.prompt_embeds import PromptEmbeds
-    from wandistiller.segments import SegmentAnswers
-    from wandistiller.state_sources import StatesOptions
+    from wandistiller.prompt_embeds import Embeds, PromptEmbeds
     from wandistiller.student import WanLiteStudent
     from wandistiller.teacher import Teacher, TeacherSettings
     from wandistiller.teacher_cache import TeacherCache
-    from wandistiller.training import TrainingOptions
     from wandistiller.wan_checkpoint import WanCheckpoint
 
 
-NUM_HELD_OUT = 16  # prompts of --eval_every
 # The flags that say how a student was made, recorded with it
 RECIPE_FLAGS = [
     "teacher_path", "teacher_path_low", "text_encoder_path", "data_path", "extra_prompts", "init", "init_expert",
     "states", "sigma_range", "renoise_fraction", "student_rollout", "prompt_swap", "calls_per_expert", "replay",
     "feature_loss_weight", "sigma_weighting", "student_steps",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What is read from the prompt files: trained on, trained on by --prompt_swap alone, measured on."""
-
-    prompts: list[str]
-    extra: list[str]
-    held_out: list[str]
-
-
-@dataclass(frozen=True)
-class Embeds:
-    """Their text tokens; `trained` holds the prompts and after them the extra ones."""
-
-    trained: "PromptEmbeds"
-    held_out: "PromptEmbeds"
-    negative: "Tensor | None"
-
-
-def read_texts(args: argparse.Namespace) -> tuple[Texts, PromptFile]:
-    """The prompts of all files, those of --data_path also as they came."""
-    file = load_prompts(args.data_path)
-    extra = load_prompts(args.extra_prompts).prompts if args.extra_prompts else []
-    held_out = []
-    if args.eval_every:
-        held_out = (load_prompts(args.eval_prompts) if args.eval_prompts else file).prompts[:NUM_HELD_OUT]
-    return Texts(file.prompts, [prompt for prompt in extra if prompt not in set(file.prompts)], held_out), file
 
 
 def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tuple[WanCheckpoint, TeacherSettings]":
@@ -153,14 +115,14 @@ def find_encoder(
 
 def embed_prompts(
     args: argparse.Namespace,
-    texts: "Texts",
+    texts: Texts,
     encoder: "tuple[Path, Path] | None",
     settings: "TeacherSettings",
     config: StudentConfig,
     device: str,
 ) -> "Embeds":
     """Text tokens of every prompt, and of the negative prompt where guidance needs it."""
-    from wandistiller.prompt_embeds import encode_prompts, mock_prompt_embeds
+    from wandistiller.prompt_embeds import Embeds, encode_prompts, mock_prompt_embeds
 
     lists = [texts.prompts, texts.extra, texts.held_out, [settings.negative_prompt] if settings.uses_guidance else []]
     everything = [text for part in lists for text in part]
@@ -246,237 +208,6 @@ def build_student(
     return project_teacher(checkpoint, config, args.init_expert, layers=args.layers, device=device, seed=args.seed)
 
 
-def states_options(args: argparse.Namespace, num_extra_prompts: int) -> "StatesOptions":
-    from wandistiller.state_sources import StatesOptions
-
-    return StatesOptions(
-        kind=args.states,
-        sigma_range=args.sigma_range,
-        renoise_fraction=args.renoise_fraction,
-        prompt_swap=args.prompt_swap,
-        num_extra_prompts=num_extra_prompts,
-        calls_per_expert=args.calls_per_expert,
-        seed=args.seed,
-    )
-
-
-def open_cache(
-    args: argparse.Namespace,
-    checkpoint: "WanCheckpoint",
-    settings: "TeacherSettings",
-    texts: Texts,
-    config: StudentConfig,
-) -> "TeacherCache | None":
-    """The folder of --teacher_cache, refused where it holds answers to something else."""
-    from wandistiller.teacher_cache import TeacherCache, describe_cache
-
-    if args.teacher_cache is None:
-        return None
-    latent_shape = (config.num_channels, config.latent_size, config.latent_size)
-    description = describe_cache(
-        checkpoint,
-        settings,
-        states_options(args, len(texts.extra)),
-        texts.prompts + texts.extra,
-        latent_shape,
-        config.text_max_length,
-        args.batch_size,
-    )
-    return TeacherCache(args.teacher_cache, description)
-
-
-# Flags that a run must keep to go on; the others (how long, how fast, what is shown) may change.
-RESUME_FLAGS = [
-    "init", "init_expert", "layers", "states", "sigma_range", "renoise_fraction", "student_rollout", "prompt_swap",
-    "calls_per_expert", "replay", "feature_loss_weight", "sigma_weighting", "student_steps", "batch_size", "seed",
-]  # fmt: skip
-
-
-def run_description(
-    args: argparse.Namespace,
-    checkpoint: "WanCheckpoint",
-    settings: "TeacherSettings",
-    texts: Texts,
-    config: StudentConfig,
-) -> dict[str, object]:
-    """What makes two runs the same one: student, teacher, prompts, states and objective."""
-    from wandistiller.teacher_cache import describe_teacher, prompts_digest
-
-    student = {f"student {name}": value for name, value in config.to_dict().items() if name != "distillation"}
-    return {
-        **student,
-        **describe_teacher(checkpoint, settings),
-        "prompts": prompts_digest(texts.prompts + texts.extra),
-        "teacher_cache": args.teacher_cache is not None,
-        "ema": args.ema_decay > 0,
-        **{name: getattr(args, name) for name in RESUME_FLAGS},
-    }
-
-
-def checkpoint_bytes(config: StudentConfig) -> int:
-    """About what a checkpoint takes: weights, their average and AdamW's two moments, in float32."""
-    import torch
-
-    from wandistiller.student import WanLiteStudent
-
-    with torch.device("meta"):
-        return 4 * 4 * sum(parameter.numel() for parameter in WanLiteStudent(config).parameters())
-
-
-def fill_cache(cache: "TeacherCache", answers: "TeacherAnswers", num_steps: int, replay: int) -> None:
-    """All the answers that the run will learn from, each `replay` times."""
-    from wandistiller.reporting import Countdown
-
-    num_batches = math.ceil(num_steps / replay)
-    print(f"Asking the teacher for {num_batches} batches, kept in {cache.folder}", flush=True)
-    cache.build(answers, num_batches, Countdown("Teacher's answers", num_batches))
-
-
-def build_answers(
-    args: argparse.Namespace,
-    teacher: "Teacher",
-    embeds: Embeds,
-    num_prompts: int,
-    config: StudentConfig,
-    feature_layers: list[int],
-    dtype: "torch.dtype",
-    device: str,
-) -> "TeacherAnswers":
-    """The teacher at the states that the flags ask for."""
-    from wandistiller.answers import TeacherAnswers
-    from wandistiller.state_sources import build_states
-
-    options = states_options(args, len(embeds.trained) - num_prompts)
-    states = build_states(options, config, teacher.settings, num_prompts, args.batch_size, device)
-    return TeacherAnswers(
-        teacher,
-        states,
-        embeds.trained,
-        device,
-        dtype,
-        feature_layers=feature_layers,
-        student_rollout=args.student_rollout,
-    )
-
-
-def segment_sigmas(shift: float, student_steps: int) -> "Tensor":
-    """The noise levels between which a student of few steps steps: those of the sampler it will be drawn with."""
-    from wandistiller.sampling import wan_scheduler
-
-    return wan_scheduler(shift, student_steps).sigmas
-
-
-def build_segment_answers(
-    args: argparse.Namespace,
-    teacher: "Teacher",
-    student: "WanLiteStudent",
-    embeds: Embeds,
-    num_prompts: int,
-    config: StudentConfig,
-    dtype: "torch.dtype",
-    device: str,
-) -> "SegmentAnswers":
-    """The teacher over whole segments of its paths, for a student of --student_steps."""
-    from wandistiller.segments import SegmentAnswers
-
-    return SegmentAnswers(
-        teacher,
-        student,
-        embeds.trained,
-        (config.num_channels, config.latent_size, config.latent_size),
-        num_prompts,
-        args.batch_size,
-        segment_sigmas=segment_sigmas(teacher.settings.shift, args.student_steps),
-        num_teacher_steps=teacher.settings.num_inference_steps,
-        student_rollout=args.student_rollout,
-        seed=args.seed,
-        device=device,
-        compute_dtype=dtype,
-    )
-
-
-def build_objective(
-    args: argparse.Namespace,
-    report: "ProjectionReport",
-    teacher: StudentConfig,
-    config: StudentConfig,
-    shift: float,
-    dtype: "torch.dtype",
-    device: str,
-) -> "tuple[Objective, list[int]]":
-    """The loss, and the teacher's layers whose hidden states it compares."""
-    from wandistiller.features import FeatureLoss, span_ends
-    from wandistiller.objective import Objective
-    from wandistiller.selection import spread_layers
-
-    feature_loss, feature_layers = None, []
-    if args.feature_loss_weight:
-        feature_layers = span_ends(report.layers or spread_layers(teacher.depth, config.depth), teacher.depth)
-        channels = report.channels if config.block == "wan" and report.channels else None
-        feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, channels).to(device)
-    objective = Objective(
-        shift=shift,
-        sigma_weighting=args.sigma_weighting,
-        feature_loss=feature_loss,
-        feature_weight=args.feature_loss_weight,
-        compute_dtype=dtype,
-        device=device,
-    )
-    return objective, feature_layers
-
-
-def training_options(
-    args: argparse.Namespace, num_prompts: int, settings: "TeacherSettings", device: str
-) -> "TrainingOptions":
-    from wandistiller.optimization import OptimizationOptions
-    from wandistiller.training import TrainingOptions, steps_of_epochs
-
-    return TrainingOptions(
-        batch_size=args.batch_size,
-        num_steps=args.max_steps or steps_of_epochs(args.num_epochs, num_prompts, args.batch_size),
-        optimization=OptimizationOptions(
-            lr=args.lr,
-            lr_scheduler=args.lr_scheduler,
-            lr_warmup_steps=args.lr_warmup_steps,
-            weight_decay=args.weight_decay,
-            max_grad_norm=args.max_grad_norm,
-            ema_decay=args.ema_decay,
-        ),
-        eval_every=args.eval_every,
-        save_every=args.save_every,
-        boundary=settings.boundary_ratio,
-        device=device,
-        seed=args.seed,
-    )
-
-
-def build_evaluation(
-    args: argparse.Namespace,
-    teacher: "Teacher",
-    embeds: Embeds,
-    config: StudentConfig,
-    dtype: "torch.dtype",
-    device: str,
-) -> "HeldOutErrors | None":
-    """What --eval_every measures; it samples the teacher once."""
-    from wandistiller.held_out import HeldOutErrors
-    from wandistiller.sampling import SamplingOptions
-
-    if not args.eval_every:
-        return None
-    options = SamplingOptions(
-        shift=teacher.settings.shift,
-        num_inference_steps=teacher.settings.num_inference_steps,
-        compute_dtype=dtype,
-        device=device,
-    )
-    print(
-        f"Held-out states: {len(embeds.held_out)} paths of the teacher, {options.num_inference_steps} steps", flush=True
-    )
-    latent_shape = (config.num_channels, config.latent_size, config.latent_size)
-    return HeldOutErrors(teacher, embeds.held_out, latent_shape, options)
-
-
 def calls_line(num_calls: int, num_steps: int, cache: "TeacherCache | None") -> str:
     if cache is not None:
         return f"its answers came from {cache.num_answers} in {cache.folder}"
@@ -487,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads, and every file before anything is written or a weight is read:
     args = parse_args(argv)
     config = StudentConfig.load(args.student_config)
-    texts, prompt_file = read_texts(args)
+    texts, prompt_file = read_texts(args.data_path, args.extra_prompts, args.eval_prompts, args.eval_every > 0)
     check_output_folder(args.output_dir)
 
     from projection_mapper import project_experts
@@ -496,6 +227,18 @@ def main(argv: list[str] | None = None) -> int:
     from wandistiller.device import pick_device, pick_dtype
     from wandistiller.record import distillation_record, save_student
     from wandistiller.reporting import Progress
+    from wandistiller.run_setup import (
+        build_answers,
+        build_evaluation,
+        build_objective,
+        build_segment_answers,
+        checkpoint_bytes,
+        fill_cache,
+        open_cache,
+        run_description,
+        segment_sigmas,
+        training_options,
+    )
     from wandistiller.teacher import Teacher
     from wandistiller.teacher_cache import CachedAnswers
     from wandistiller.training import train
@@ -533,7 +276,9 @@ def main(argv: list[str] | None = None) -> int:
     print(report.summary())
 
     # Train:
-    objective, feature_layers = build_objective(args, report, checkpoint.config, config, settings.shift, dtype, device)
+    objective, feature_layers = build_objective(
+        args, report.layers, report.channels, checkpoint.config, config, settings.shift, dtype, device
+    )
     if cache is not None:
         answers = CachedAnswers(cache, args.batch_size, device, args.seed)
     elif args.student_steps:

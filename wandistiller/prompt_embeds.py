@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -60,6 +61,15 @@ class PromptEmbeds:
         for padded, row in zip(prompt_embeds, rows, strict=True):
             padded[: len(row)] = row
         return prompt_embeds.to(device), lengths.to(device)
+
+
+@dataclass(frozen=True)
+class Embeds:
+    """Text tokens of a run's `Texts`; `trained` holds the prompts and after them the extra ones."""
+
+    trained: PromptEmbeds
+    held_out: PromptEmbeds
+    negative: Tensor | None
 
 
 def mock_prompt_embeds(prompts: Sequence[str], text_dim: int, text_max_length: int = 512) -> PromptEmbeds:

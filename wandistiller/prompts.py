@@ -62,3 +62,26 @@ def clean_prompt(text: str) -> str:
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
+NUM_HELD_OUT = 16  # prompts of --eval_every
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is read from the prompt files: trained on, trained on by --prompt_swap alone, measured on."""
+
+    prompts: list[str]
+    extra: list[str]
+    held_out: list[str]
+
+
+def read_texts(
+    data_path: str, extra_prompts: str | None, eval_prompts: str | None, is_measured: bool
+) -> tuple[Texts, PromptFile]:
+    """The prompts of all files, those of `data_path` also as they came; held-out ones only where they are measured."""
+    file = load_prompts(data_path)
+    extra = load_prompts(extra_prompts).prompts if extra_prompts else []
+    held_out = (load_prompts(eval_prompts) if eval_prompts else file).prompts[:NUM_HELD_OUT] if is_measured else []
+    known = set(file.prompts)
+    return Texts(file.prompts, [prompt for prompt in extra if prompt not in known], held_out), file

@@ -1,0 +1,229 @@
+"""What a run is made of, from its flags: states, answers, objective, measurements, and what makes it the same run."""
+
+import argparse
+import math
+
+import torch
+from torch import Tensor
+
+from wandistiller.answers import TeacherAnswers
+from wandistiller.features import FeatureLoss, span_ends
+from wandistiller.held_out import HeldOutErrors
+from wandistiller.objective import Objective
+from wandistiller.optimization import OptimizationOptions
+from wandistiller.prompt_embeds import Embeds
+from wandistiller.prompts import Texts
+from wandistiller.reporting import Countdown
+from wandistiller.sampling import SamplingOptions, wan_scheduler
+from wandistiller.segments import SegmentAnswers
+from wandistiller.selection import spread_layers
+from wandistiller.state_sources import StatesOptions, build_states
+from wandistiller.student import WanLiteStudent
+from wandistiller.student_config import StudentConfig
+from wandistiller.teacher import Teacher, TeacherSettings
+from wandistiller.teacher_cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
+from wandistiller.training import TrainingOptions, steps_of_epochs
+from wandistiller.wan_checkpoint import WanCheckpoint
+
+
+def states_options(args: argparse.Namespace, num_extra_prompts: int) -> StatesOptions:
+    return StatesOptions(
+        kind=args.states,
+        sigma_range=args.sigma_range,
+        renoise_fraction=args.renoise_fraction,
+        prompt_swap=args.prompt_swap,
+        num_extra_prompts=num_extra_prompts,
+        calls_per_expert=args.calls_per_expert,
+        seed=args.seed,
+    )
+
+
+def open_cache(
+    args: argparse.Namespace,
+    checkpoint: WanCheckpoint,
+    settings: TeacherSettings,
+    texts: Texts,
+    config: StudentConfig,
+) -> TeacherCache | None:
+    """The folder of --teacher_cache, refused where it holds answers to something else."""
+    if args.teacher_cache is None:
+        return None
+    latent_shape = (config.num_channels, config.latent_size, config.latent_size)
+    description = describe_cache(
+        checkpoint,
+        settings,
+        states_options(args, len(texts.extra)),
+        texts.prompts + texts.extra,
+        latent_shape,
+        config.text_max_length,
+        args.batch_size,
+    )
+    return TeacherCache(args.teacher_cache, description)
+
+
+# Flags that a run must keep to go on; the others (how long, how fast, what is shown) may change.
+RESUME_FLAGS = [
+    "init", "init_expert", "layers", "states", "sigma_range", "renoise_fraction", "student_rollout", "prompt_swap",
+    "calls_per_expert", "replay", "feature_loss_weight", "sigma_weighting", "student_steps", "batch_size", "seed",
+]  # fmt: skip
+
+
+def run_description(
+    args: argparse.Namespace,
+    checkpoint: WanCheckpoint,
+    settings: TeacherSettings,
+    texts: Texts,
+    config: StudentConfig,
+) -> dict[str, object]:
+    """What makes two runs the same one: student, teacher, prompts, states and objective."""
+    student = {f"student {name}": value for name, value in config.to_dict().items() if name != "distillation"}
+    return {
+        **student,
+        **describe_teacher(checkpoint, settings),
+        "prompts": prompts_digest(texts.prompts + texts.extra),
+        "teacher_cache": args.teacher_cache is not None,
+        "ema": args.ema_decay > 0,
+        **{name: getattr(args, name) for name in RESUME_FLAGS},
+    }
+
+
+def checkpoint_bytes(config: StudentConfig) -> int:
+    """About what a checkpoint takes: weights, their average and AdamW's two moments, in float32."""
+    with torch.device("meta"):
+        return 4 * 4 * sum(parameter.numel() for parameter in WanLiteStudent(config).parameters())
+
+
+def fill_cache(cache: TeacherCache, answers: TeacherAnswers, num_steps: int, replay: int) -> None:
+    """All the answers that the run will learn from, each `replay` times."""
+    num_batches = math.ceil(num_steps / replay)
+    print(f"Asking the teacher for {num_batches} batches, kept in {cache.folder}", flush=True)
+    cache.build(answers, num_batches, Countdown("Teacher's answers", num_batches))
+
+
+def build_answers(
+    args: argparse.Namespace,
+    teacher: Teacher,
+    embeds: Embeds,
+    num_prompts: int,
+    config: StudentConfig,
+    feature_layers: list[int],
+    dtype: torch.dtype,
+    device: str,
+) -> TeacherAnswers:
+    """The teacher at the states that the flags ask for."""
+    options = states_options(args, len(embeds.trained) - num_prompts)
+    states = build_states(options, config, teacher.settings, num_prompts, args.batch_size, device)
+    return TeacherAnswers(
+        teacher,
+        states,
+        embeds.trained,
+        device,
+        dtype,
+        feature_layers=feature_layers,
+        student_rollout=args.student_rollout,
+    )
+
+
+def segment_sigmas(shift: float, student_steps: int) -> Tensor:
+    """The noise levels between which a student of few steps steps: those of the sampler it will be drawn with."""
+    return wan_scheduler(shift, student_steps).sigmas
+
+
+def build_segment_answers(
+    args: argparse.Namespace,
+    teacher: Teacher,
+    student: WanLiteStudent,
+    embeds: Embeds,
+    num_prompts: int,
+    config: StudentConfig,
+    dtype: torch.dtype,
+    device: str,
+) -> SegmentAnswers:
+    """The teacher over whole segments of its paths, for a student of --student_steps."""
+    return SegmentAnswers(
+        teacher,
+        student,
+        embeds.trained,
+        (config.num_channels, config.latent_size, config.latent_size),
+        num_prompts,
+        args.batch_size,
+        segment_sigmas=segment_sigmas(teacher.settings.shift, args.student_steps),
+        num_teacher_steps=teacher.settings.num_inference_steps,
+        student_rollout=args.student_rollout,
+        seed=args.seed,
+        device=device,
+        compute_dtype=dtype,
+    )
+
+
+def build_objective(
+    args: argparse.Namespace,
+    layers: list[int],
+    channels: list[int],
+    teacher: StudentConfig,
+    config: StudentConfig,
+    shift: float,
+    dtype: torch.dtype,
+    device: str,
+) -> tuple[Objective, list[int]]:
+    """The loss, and the teacher's layers whose hidden states it compares."""
+    feature_loss, feature_layers = None, []
+    if args.feature_loss_weight:
+        feature_layers = span_ends(layers or spread_layers(teacher.depth, config.depth), teacher.depth)
+        channels = channels if config.block == "wan" and channels else None
+        feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, channels).to(device)
+    objective = Objective(
+        shift=shift,
+        sigma_weighting=args.sigma_weighting,
+        feature_loss=feature_loss,
+        feature_weight=args.feature_loss_weight,
+        compute_dtype=dtype,
+        device=device,
+    )
+    return objective, feature_layers
+
+
+def training_options(
+    args: argparse.Namespace, num_prompts: int, settings: TeacherSettings, device: str
+) -> TrainingOptions:
+    return TrainingOptions(
+        batch_size=args.batch_size,
+        num_steps=args.max_steps or steps_of_epochs(args.num_epochs, num_prompts, args.batch_size),
+        optimization=OptimizationOptions(
+            lr=args.lr,
+            lr_scheduler=args.lr_scheduler,
+            lr_warmup_steps=args.lr_warmup_steps,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm,
+            ema_decay=args.ema_decay,
+        ),
+        eval_every=args.eval_every,
+        save_every=args.save_every,
+        boundary=settings.boundary_ratio,
+        device=device,
+        seed=args.seed,
+    )
+
+
+def build_evaluation(
+    args: argparse.Namespace,
+    teacher: Teacher,
+    embeds: Embeds,
+    config: StudentConfig,
+    dtype: torch.dtype,
+    device: str,
+) -> HeldOutErrors | None:
+    """What --eval_every measures; it samples the teacher once."""
+    if not args.eval_every:
+        return None
+    options = SamplingOptions(
+        shift=teacher.settings.shift,
+        num_inference_steps=teacher.settings.num_inference_steps,
+        compute_dtype=dtype,
+        device=device,
+    )
+    print(
+        f"Held-out states: {len(embeds.held_out)} paths of the teacher, {options.num_inference_steps} steps", flush=True
+    )
+    latent_shape = (config.num_channels, config.latent_size, config.latent_size)
+    return HeldOutErrors(teacher, embeds.held_out, latent_shape, options)
