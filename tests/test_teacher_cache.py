@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PRUNED_CONFIG
+from conftest import PRUNED_CONFIG, snapshot
+from safetensors.torch import load_file, save_file
 
 from projection_mapper import open_teacher, project_experts
 from wandistiller import StudentConfig, teacher_cache
@@ -23,7 +24,8 @@ from wandistiller.errors import UserError
 from wandistiller.prompt_embeds import mock_prompt_embeds
 from wandistiller.state_sources import StatesOptions, build_states
 from wandistiller.teacher import Teacher, resolve_settings
-from wandistiller.teacher_cache import CachedAnswers, TeacherCache, describe_cache
+from wandistiller.teacher_cache import AnswerError, CachedAnswers, TeacherCache, describe_cache, teacher_fingerprint
+from wandistiller.wan_checkpoint import open_checkpoint
 
 PROMPTS = [f"prompt {number}" for number in range(7)]
 CONFIG = StudentConfig.from_dict(PRUNED_CONFIG)
@@ -39,20 +41,31 @@ def make_description(options: StatesOptions = OPTIONS, prompts: list[str] = PROM
     return describe_cache(checkpoint, settings, options, prompts, shape, CONFIG.text_max_length, BATCH_SIZE)
 
 
-def make_answers() -> TeacherAnswers:
+def make_answers(options: StatesOptions = OPTIONS) -> TeacherAnswers:
     torch.set_num_threads(1)
     checkpoint = open_teacher("mock", CONFIG)
     settings = replace(resolve_settings(checkpoint, guidance_scale=3.0, shift=3.0), num_inference_steps=6)
     embeds = mock_prompt_embeds([*PROMPTS, ""], CONFIG.text_encoder_output_dim)
     teacher = Teacher(project_experts(checkpoint, CONFIG.text_max_length), settings, embeds.read(len(PROMPTS)))
-    states = build_states(OPTIONS, CONFIG, settings, len(PROMPTS), BATCH_SIZE)
+    states = build_states(options, CONFIG, settings, len(PROMPTS), BATCH_SIZE)
     return TeacherAnswers(teacher, states, embeds, "cpu", torch.float32)
 
 
-def build(folder, on_progress=lambda done: None) -> TeacherCache:
-    cache = TeacherCache(folder, make_description())
-    cache.build(make_answers(), NUM_BATCHES, on_progress)
+def build(folder, on_progress=lambda done: None, options: StatesOptions = OPTIONS) -> TeacherCache:
+    cache = TeacherCache(folder, make_description(options))
+    cache.build(make_answers(options), NUM_BATCHES, on_progress)
     return cache
+
+
+def build_until(folder, stop_at: int, options: StatesOptions = OPTIONS) -> None:
+    """A build that is stopped while it tells of batch `stop_at`."""
+
+    def stop(done):
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, stop, options)
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -106,8 +119,11 @@ def test_a_cache_holds_what_the_teacher_answers_and_gives_every_answer_once_an_e
 def test_the_order_differs_from_epoch_to_epoch_and_goes_on_bit_for_bit_from_a_saved_state(built):
     cache = TeacherCache(built, make_description())
     one, other = CachedAnswers(cache, 4, "cpu", seed=1), CachedAnswers(cache, 4, "cpu", seed=2)
-    first = [tuple(one.next().sigma.tolist()) for _ in range(30)]
-    assert len(set(first)) == 30
+    rows = CachedAnswers(cache, 1, "cpu", seed=1)
+    epochs = [tuple(rows.next().latents.sum().item() for _ in range(cache.num_answers)) for _ in range(3)]
+    assert len(set(epochs)) == 3 and len(set(map(frozenset, epochs))) == 1
+    for _ in range(30):  # into the second epoch
+        one.next()
     other.load_state_dict(one.state_dict())
     for _ in range(60):
         left, right = one.next(), other.next()
@@ -115,17 +131,55 @@ def test_the_order_differs_from_epoch_to_epoch_and_goes_on_bit_for_bit_from_a_sa
         assert left.prompts == right.prompts
 
 
+@pytest.mark.parametrize("options", [StatesOptions(kind="noise", seed=5), replace(OPTIONS, renoise_fraction=0.5)])
+def test_uneven_batches_and_renoised_states_are_kept_to_the_bit_whether_stopped_or_not(tmp_path, options):
+    build_until(tmp_path, teacher_cache.SHARD_BATCHES + 4, options)
+    cache = build(tmp_path, options=options)
+    answers, batches = make_answers(options), []
+    for _ in range(NUM_BATCHES):
+        batches.append(answers.next())
+        answers.advance(batches[-1], batches[-1].velocity, 0.0)
+    sizes = {len(batch.prompts) for batch in batches}
+    assert sizes == ({1, 3} if options.kind == "noise" else {3})  # 7 prompts in threes leave one
+    stored = [load_file(path) for path in sorted(tmp_path.glob("answers_*.safetensors"))]
+    for name, expected in {
+        "latents": torch.cat([batch.latents for batch in batches]).half(),
+        "velocity": torch.cat([batch.velocity for batch in batches]).half(),
+        "sigma": torch.cat([batch.sigma for batch in batches]),
+        "prompts": torch.tensor([prompt for batch in batches for prompt in batch.prompts]),
+    }.items():
+        found = torch.cat([shard[name] for shard in stored])
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+    assert cache.num_answers == TeacherCache(tmp_path, make_description(options)).num_answers == len(expected)
+
+
+def test_a_batch_larger_than_the_cache_is_the_whole_cache(built):
+    cache = TeacherCache(built, make_description())
+    answer = CachedAnswers(cache, 1000, "cpu").next()
+    assert len(answer.latents) == len(answer.sigma) == len(answer.prompts) == cache.num_answers
+
+
+def test_a_teacher_is_known_by_its_weights_wherever_it_lies(tmp_path):
+    mock = open_teacher("mock", CONFIG).expert("high")
+    weights = {name: mock.read(name) for name in mock.names()}
+
+    def fingerprint(name: str, weights: dict[str, torch.Tensor]) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"num_heads": mock.config.num_heads}))
+        save_file(weights, tmp_path / name / "diffusion_pytorch_model.safetensors")
+        return teacher_fingerprint(open_checkpoint(tmp_path / name))
+
+    here = fingerprint("here", weights)
+    assert fingerprint("elsewhere", weights) == here
+    assert fingerprint("trained on", {name: values + 0.01 for name, values in weights.items()}) != here
+
+
 # ---- stopped and gone on ----
 
 
 @pytest.mark.parametrize("stop_at", [1, teacher_cache.SHARD_BATCHES + 1, NUM_BATCHES])
 def test_a_stopped_build_goes_on_and_ends_as_one_never_stopped(built, tmp_path, stop_at):
-    def stop(done):
-        if done == stop_at:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "cache", stop)
+    build_until(tmp_path / "cache", stop_at)
     assert not TeacherCache(tmp_path / "cache", make_description()).is_complete
     asked = []
     build(tmp_path / "cache", asked.append)
@@ -145,8 +199,44 @@ def test_a_killed_build_goes_on_and_ends_as_one_never_stopped(built, tmp_path, s
     process.join()
     if not TeacherCache(tmp_path / "cache", make_description()).is_complete:
         build(tmp_path / "cache")
-    found = {name: value for name, value in contents(tmp_path / "cache").items() if not name.endswith(".tmp")}
-    assert found == contents(built)
+    assert contents(tmp_path / "cache") == contents(built)
+
+
+@pytest.mark.parametrize("name", ["cache.json", "answers_00001.safetensors", "state.safetensors"])
+def test_what_a_kill_inside_a_write_leaves_is_no_hindrance_and_is_removed(built, tmp_path, name, monkeypatch):
+    """The process dies where atomic_path would rename; with cache.json that is before there is any other file."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(source, target):
+        if target.name == name:
+            raise Killed
+        return replace_file(source, target)
+
+    replace_file, unlink = os.replace, teacher_cache.Path.unlink
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", die)
+        patch.setattr(teacher_cache.Path, "unlink", lambda path, missing_ok=False: None)  # the dead tidy nothing
+        build(tmp_path / "cache")
+    assert [path for path in (tmp_path / "cache").iterdir() if path.name.endswith(".tmp")]
+    assert teacher_cache.Path.unlink is unlink
+    build(tmp_path / "cache")
+    assert contents(tmp_path / "cache") == contents(built)
+
+
+def test_a_complete_cache_is_never_written_again(own):
+    before = snapshot(own)
+    build(own, lambda done: pytest.fail("the teacher was asked"))
+    assert snapshot(own) == before
+
+
+@pytest.mark.parametrize("name", ["answers_00000.safetensors", "state.safetensors"])
+def test_what_a_stopped_build_left_is_checked_before_the_teacher_is_asked(tmp_path, name):
+    build_until(tmp_path / "cache", NUM_BATCHES)
+    (tmp_path / "cache" / name).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=f"{name}: is missing or damaged.*remove"):
+        build(tmp_path / "cache", lambda done: pytest.fail("the teacher was asked"))
 
 
 # ---- refused ----
@@ -183,31 +273,94 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     assert contents(tmp_path) == {"holiday.jpg": b"mine"}
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "description"])
-def test_a_damaged_cache_is_named(own, damage):
-    shard = own / "answers_00001.safetensors"
-    if damage == "cut":
-        shard.write_bytes(shard.read_bytes()[:-100])
-    elif damage == "gone":
-        shard.unlink()
-    else:
-        (own / "cache.json").write_text('{"is_complete": true', encoding="utf-8")
-    with pytest.raises(UserError) as error:
+def rewrite(shard, **changes) -> None:
+    """Replace tensors of a shard; None leaves one out."""
+    tensors = load_file(shard) | changes
+    save_file({name: value for name, value in tensors.items() if value is not None}, shard)
+
+
+DAMAGE = {
+    "cut": lambda shard: shard.write_bytes(shard.read_bytes()[:-100]),
+    "gone": lambda shard: shard.unlink(),
+    "no velocity": lambda shard: rewrite(shard, velocity=None),
+    "fewer latents than answers": lambda shard: rewrite(shard, latents=load_file(shard)["latents"][:5].clone()),
+    "another's, with fewer answers": lambda shard: shutil.copy(shard.with_name("answers_00002.safetensors"), shard),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_shard_is_named(own, damage):
+    damage(own / "answers_00001.safetensors")
+    with pytest.raises(UserError, match=r"answers_00001\.safetensors: is missing or damaged.*remove"):
         TeacherCache(own, make_description())
-    assert ("cache.json" if damage == "description" else shard.name) in str(error.value) and "remove" in str(
-        error.value
-    )
+
+
+@pytest.mark.parametrize("text", ['{"is_complete": true', "[]", '{"is_complete": true, "answers_of": 1, "rows": [1]}'])
+def test_a_damaged_description_is_named(own, text):
+    (own / "cache.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"cache\.json: is damaged.*remove"):
+        TeacherCache(own, make_description())
+
+
+def test_a_cache_that_says_only_how_many_shards_it_has_is_read_all_the_same(own):
+    about = json.loads((own / "cache.json").read_text(encoding="utf-8"))
+    del about["rows"]
+    (own / "cache.json").write_text(json.dumps(about), encoding="utf-8")
+    assert TeacherCache(own, make_description()).num_answers == NUM_BATCHES * BATCH_SIZE
+
+
+def test_a_run_does_not_go_on_in_a_cache_of_another_size(built, tmp_path):
+    cache = TeacherCache(tmp_path / "shorter", make_description())
+    cache.build(make_answers(), 10, lambda done: None)
+    state = CachedAnswers(cache, BATCH_SIZE, "cpu").state_dict()
+    longer = CachedAnswers(TeacherCache(built, make_description()), BATCH_SIZE, "cpu")
+    with pytest.raises(UserError, match=f"{NUM_BATCHES * BATCH_SIZE} answers.* 30;.*--overwrite"):
+        longer.load_state_dict(state)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"--teacher_cache.*is a file"):
+        TeacherCache(tmp_path / "file" / "cache", make_description())
+
+
+def set_free_bytes(monkeypatch, free: int) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - free, free))
 
 
 def test_a_disk_too_small_is_refused_before_the_teacher_is_asked(tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**4, 10**4))
+    set_free_bytes(monkeypatch, 10_000)
     with pytest.raises(UserError, match="10,000 are free"):
         build(tmp_path / "cache", lambda done: pytest.fail("the teacher was asked"))
 
 
-def test_a_velocity_beyond_what_is_stored_stops_the_build(tmp_path, monkeypatch):
-    monkeypatch.setattr(Teacher, "_guided", lambda self, name, latents, *rest: (latents * 1e6, ()))
-    with pytest.raises(ValueError, match="--guidance_scale"):
+def test_a_stopped_build_needs_room_for_the_rest_only(built, tmp_path, monkeypatch):
+    build_until(tmp_path / "cache", NUM_BATCHES)
+    state_bytes = (tmp_path / "cache" / "state.safetensors").stat().st_size
+    last_shard = (built / "answers_00002.safetensors").stat().st_size
+    set_free_bytes(monkeypatch, last_shard // 2 + state_bytes)
+    with pytest.raises(UserError, match=f"{NUM_BATCHES % teacher_cache.SHARD_BATCHES} batches"):
         build(tmp_path / "cache")
+    set_free_bytes(monkeypatch, last_shard + state_bytes)
+    build(tmp_path / "cache")
+    assert contents(tmp_path / "cache") == contents(built)
+
+
+def test_the_room_for_renoised_samples_counts_too(tmp_path, monkeypatch):
+    """They are kept in float32 beside the answers, here more bytes than the answers have."""
+    options = replace(OPTIONS, renoise_fraction=0.5)
+    set_free_bytes(monkeypatch, 2 * sum(path.stat().st_size for path in build(tmp_path / "a", options=options).shards))
+    with pytest.raises(UserError, match="are free"):
+        build(tmp_path / "b", options=options)
+
+
+@pytest.mark.parametrize(
+    "factor, words", [(1e6, "more than torch.float16 holds.*--guidance_scale"), (torch.nan, "not finite")]
+)
+def test_a_velocity_that_cannot_be_stored_stops_the_build(tmp_path, monkeypatch, factor, words):
+    monkeypatch.setattr(Teacher, "_guided", lambda self, name, latents, *rest: (latents * factor, ()))
+    with pytest.raises(AnswerError, match=f"batch 1: .*{words}") as error:
+        build(tmp_path / "cache")
+    assert error.value.exit_code == 1
     assert not json.loads((tmp_path / "cache" / "cache.json").read_text(encoding="utf-8"))["is_complete"]

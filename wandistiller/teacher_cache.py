@@ -1,7 +1,7 @@
 """The teacher's answers on disk: asked for once, learnt from without a teacher in memory.
 
-A folder of safetensors shards, `cache.json` that says what the answers are answers of, and while it is built the state of
-its sampling paths, so that the same command goes on where it was stopped.
+A folder of safetensors shards, `cache.json` that says what the answers are answers of, and while it is built the state
+of its sampling paths, so that the same command goes on where it was stopped.
 """
 
 import hashlib
@@ -19,23 +19,38 @@ from torch import Tensor
 from wandistiller.answers import Answer, TeacherAnswers
 from wandistiller.atomic import atomic_path
 from wandistiller.errors import UserError
+from wandistiller.output_folder import check_output_folder
 from wandistiller.state_sources import StatesOptions
 from wandistiller.teacher import TeacherSettings
 from wandistiller.wan_checkpoint import WanCheckpoint
 
 DESCRIPTION_NAME = "cache.json"
 STATE_NAME = "state.safetensors"
+SHARD_NAME = "answers_{:05d}.safetensors"
 SHARD_BATCHES = 16
-STORED_DTYPE = (
-    torch.float16
-)  # of latents and velocities: a relative rounding of 0.0005, far below what a student reaches
+STORED_NAMES = ("latents", "velocity", "sigma", "prompts")
+# Of latents and velocities: a relative rounding of 0.0005, far below what a student reaches.
+STORED_DTYPE = torch.float16
+# What atomic_path leaves beside these files where a process was killed in it.
+LEFTOVERS = tuple(f".{name}.*.tmp" for name in (DESCRIPTION_NAME, STATE_NAME, "answers_*.safetensors"))
+
+
+class AnswerError(ValueError):
+    """An answer that cannot be stored; the message says what to do."""
+
+    exit_code = 1
 
 
 def teacher_fingerprint(checkpoint: WanCheckpoint) -> str:
-    """The same for the same weights wherever they lie: a digest of every expert's output layer."""
+    """The same for the same weights wherever they lie: a digest of every expert's output layer and of its middle block.
+
+    The block tells a merged LoRA from the original; reading everything would take minutes for a large teacher.
+    """
     digest = hashlib.sha256()
-    for name in checkpoint.experts:
-        digest.update(checkpoint.expert(name).read("proj_out.weight").float().numpy().tobytes())
+    for expert in map(checkpoint.expert, checkpoint.experts):
+        middle = f"blocks.{expert.config.depth // 2}"
+        for name in ("proj_out.weight", f"{middle}.attn1.to_q.weight", f"{middle}.ffn.net.2.weight"):
+            digest.update(expert.read(name).float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -85,128 +100,203 @@ class TeacherCache:
     """
 
     def __init__(self, folder: str | Path, description: dict[str, object]):
-        self.folder = Path(folder)
+        self.folder = check_output_folder(folder, "--teacher_cache")
         self.description = description
         self.is_complete = False
         self.shards: list[Path] = []
         self.rows: list[int] = []  # of each shard
         file = self.folder / DESCRIPTION_NAME
         if file.exists():
-            self._check(file)
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            self._read(file)
+        elif self.folder.exists() and set(self.folder.iterdir()) - set(self._leftovers()):
             raise UserError(
-                f"--teacher_cache {folder}: holds files and no {DESCRIPTION_NAME}, so it is not a teacher cache; give a "
-                "new or empty folder"
+                f"--teacher_cache {folder}: holds files and no {DESCRIPTION_NAME}, so it is not a teacher cache; give "
+                "a new or empty folder"
             )
 
     @property
     def num_answers(self) -> int:
-        """States answered, of a complete cache."""
+        """States answered and kept so far; all of them once `is_complete`."""
         return sum(self.rows)
 
-    def _check(self, file: Path) -> None:
+    # What is on disk
+
+    def _read(self, file: Path) -> None:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-            made_of, is_complete, num_shards = found["answers_of"], found["is_complete"], found["num_shards"]
-        except (ValueError, KeyError, TypeError):
+            made_of, is_complete = dict(found["answers_of"]), bool(found["is_complete"])
+            rows = list(found.get("rows") or [None] * found["num_shards"])  # the first caches had only the latter
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{file}: is damaged; remove {self.folder} and run again, its answers are asked anew"
             ) from None
         differing = [
-            f"{name} {made_of.get(name)!r}, this run has {value!r}"
-            for name, value in self.description.items()
-            if made_of.get(name) != value
+            f"{name} {made_of.get(name)!r}, this run has {self.description.get(name)!r}"
+            for name in self.description | made_of
+            if made_of.get(name) != self.description.get(name)
         ]
         if differing:
             raise UserError(
-                f"--teacher_cache {self.folder}: was made with {'; '.join(differing)}. Give another folder, or the same flags"
+                f"--teacher_cache {self.folder}: was made with {'; '.join(differing)}. Give another folder, "
+                "or the same flags"
             )
         self.is_complete = is_complete
         if is_complete:
-            self._index(num_shards)
+            self._index(len(rows))
+            for path, expected, count in zip(self.shards, rows, self.rows, strict=True):
+                if expected not in (None, count):
+                    raise self._damaged(path, f"it holds {count} answers, {expected} were written")
 
     def _index(self, num_shards: int) -> None:
-        """Find every shard by its header; none is read."""
+        """Find every shard and count its rows by its header; none is read."""
+        self.shards = [self.folder / SHARD_NAME.format(number) for number in range(num_shards)]
+        self.rows = [self._count_rows(path) for path in self.shards]
+
+    def _count_rows(self, path: Path) -> int:
         from safetensors import SafetensorError, safe_open
 
-        self.shards = [self._shard(number) for number in range(num_shards)]
-        self.rows = []
-        for path in self.shards:
-            try:
-                with safe_open(path, framework="pt") as shard:
-                    self.rows.append(shard.get_slice("sigma").get_shape()[0])
-            except (SafetensorError, OSError) as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(
-                    f"{path}: is missing or damaged ({reason}); copy it again, or remove {self.folder} to ask the teacher anew"
-                ) from None
+        try:
+            with safe_open(path, framework="pt") as shard:
+                shapes = {name: shard.get_slice(name).get_shape() for name in STORED_NAMES}
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(path, str(error).splitlines()[0]) from None
+        count = shapes["sigma"][:1]
+        latents = [*count, *self.description["latent_shape"]]
+        if shapes != {"latents": latents, "velocity": latents, "sigma": count, "prompts": count} or not count:
+            raise self._damaged(path, f"its tensors have the shapes {shapes}")
+        return count[0]
 
-    def _shard(self, number: int) -> Path:
-        return self.folder / f"answers_{number:05d}.safetensors"
+    def _damaged(self, path: Path, reason: str) -> UserError:
+        return UserError(
+            f"{path}: is missing or damaged ({reason}); copy it again, or remove {self.folder} to ask the teacher anew"
+        )
+
+    def _leftovers(self) -> list[Path]:
+        return [path for pattern in LEFTOVERS for path in self.folder.glob(pattern)]
+
+    # Building
 
     def build(self, answers: TeacherAnswers, num_batches: int, on_progress: Callable[[int], None]) -> None:
         """Ask for `num_batches` batches (fewer where a stopped build has some already) and mark the cache complete.
 
-        Raises:
-            UserError: the disk has too little room.
-        """
-        from safetensors.torch import load_file, save_file
+        A complete cache is left as it is.
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state, num_shards = self.folder / STATE_NAME, 0
-        if state.exists():
-            saved = load_file(state)
-            num_shards = int(saved.pop("num_shards"))
-            answers.load_state_dict(saved)
-        self._check_disk(num_batches - answers.num_calls)
-        self._describe(False, 0)
-        # A state is that of the paths after so many whole shards: what a killed build wrote beyond is written again.
+        Args:
+            answers: in its first state; that of a stopped build is restored.
+            on_progress: called after every batch with the number answered so far, those of a stopped build included.
+
+        Raises:
+            UserError: the disk has too little room, the folder cannot be written to, or what a stopped build left is
+                damaged.
+            AnswerError: an answer is not finite, or too large for STORED_DTYPE.
+        """
+        if self.is_complete:
+            return
+        try:
+            self._start(answers, num_batches)
+        except OSError as error:
+            raise UserError(
+                f"--teacher_cache {self.folder}: cannot be written to ({error.strerror}); give another folder"
+            ) from None
         while (done := answers.num_calls) < num_batches:
             count = min(SHARD_BATCHES, num_batches - done)
-            rows = [self._ask(answers, done + index, on_progress) for index in range(count)]
-            shard = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-            with atomic_path(self._shard(num_shards)) as beside:
-                save_file(shard, beside)
-            num_shards += 1
-            with atomic_path(state) as beside:
-                save_file(answers.state_dict() | {"num_shards": torch.tensor(num_shards)}, beside)
-        self._index(num_shards)
-        self._describe(True, num_shards)
-        state.unlink()
+            self._write_shard([_ask(answers, done + index, on_progress) for index in range(count)])
+            self._write_state(answers)
+        self._describe(True)
+        (self.folder / STATE_NAME).unlink(missing_ok=True)
         self.is_complete = True
 
-    def _ask(self, answers: TeacherAnswers, done: int, on_progress: Callable[[int], None]) -> dict[str, Tensor]:
-        answer = answers.next()
-        answers.advance(answer, answer.velocity, 0.0)
-        stored = {name: getattr(answer, name).to("cpu", STORED_DTYPE) for name in ("latents", "velocity")}
-        if not all(value.isfinite().all() for value in stored.values()):
-            raise ValueError(
-                f"batch {done + 1}: the teacher's velocity is not finite, or too large for {STORED_DTYPE}; lower "
-                "--guidance_scale, or train without --teacher_cache"
-            )
-        on_progress(done + 1)
-        return stored | {"sigma": answer.sigma.float(), "prompts": torch.tensor(answer.prompts)}
+    def _start(self, answers: TeacherAnswers, num_batches: int) -> None:
+        """Everything that can be refused, before the teacher is asked."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self._leftovers():
+            path.unlink()
+        self._load_state(answers)
+        self._check_disk(num_batches - answers.num_calls, answers)
+        self._describe(False)
 
-    def _check_disk(self, num_batches: int) -> None:
+    def _load_state(self, answers: TeacherAnswers) -> None:
+        """The paths as they were after so many whole shards: what a killed build wrote beyond is written again."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        state, num_shards = self.folder / STATE_NAME, 0
+        if state.exists():
+            try:
+                saved = load_file(state)
+                num_shards = int(saved.pop("num_shards"))
+            except (SafetensorError, KeyError) as error:
+                raise self._damaged(state, str(error).splitlines()[0]) from None
+            answers.load_state_dict(saved)
+        self._index(num_shards)
+
+    def _write_shard(self, batches: list[dict[str, Tensor]]) -> None:
+        from safetensors.torch import save_file
+
+        shard = {name: torch.cat([batch[name] for batch in batches]) for name in STORED_NAMES}
+        path = self.folder / SHARD_NAME.format(len(self.shards))
+        with atomic_path(path) as beside:
+            save_file(shard, beside)
+        self.shards.append(path)
+        self.rows.append(len(shard["sigma"]))
+
+    def _write_state(self, answers: TeacherAnswers) -> None:
+        from safetensors.torch import save_file
+
+        with atomic_path(self.folder / STATE_NAME) as beside:
+            save_file(answers.state_dict() | {"num_shards": torch.tensor(len(self.shards))}, beside)
+
+    def _check_disk(self, num_batches: int, answers: TeacherAnswers) -> None:
         elements = self.description["batch_size"] * torch.Size(self.description["latent_shape"]).numel()
+        # The state of renoised samples can outweigh the answers, and lies there twice while it is replaced.
+        num_states = 1 if (self.folder / STATE_NAME).exists() else 2
         needed = 2 * elements * STORED_DTYPE.itemsize * num_batches
+        needed += num_states * sum(value.nbytes for value in answers.state_dict().values())
         free = shutil.disk_usage(self.folder).free
-        if needed > free:
+        if num_batches > 0 and needed > free:
             raise UserError(
-                f"--teacher_cache {self.folder}: {num_batches} batches of answers take {needed:,} bytes, {free:,} are free; "
-                "give a folder on a larger disk, a larger --replay or fewer steps"
+                f"--teacher_cache {self.folder}: {num_batches} batches of answers take {needed:,} bytes, {free:,} are "
+                "free; give a folder on a larger disk, a larger --replay or fewer steps"
             )
 
-    def _describe(self, is_complete: bool, num_shards: int) -> None:
-        about = {"is_complete": is_complete, "num_shards": num_shards, "answers_of": self.description}
+    def _describe(self, is_complete: bool) -> None:
+        rows = self.rows if is_complete else []
+        about = {"is_complete": is_complete, "num_shards": len(rows), "rows": rows, "answers_of": self.description}
         with atomic_path(self.folder / DESCRIPTION_NAME) as beside:
             beside.write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _ask(answers: TeacherAnswers, done: int, on_progress: Callable[[int], None]) -> dict[str, Tensor]:
+    """The next batch as it is stored."""
+    answer = answers.next()
+    answers.advance(answer, answer.velocity, 0.0)
+    batch = {
+        "latents": _stored(answer.latents, f"batch {done + 1}: the latents"),
+        "velocity": _stored(answer.velocity, f"batch {done + 1}: the teacher's velocities"),
+        "sigma": answer.sigma.float(),
+        "prompts": torch.tensor(answer.prompts),
+    }
+    on_progress(done + 1)
+    return batch
+
+
+def _stored(values: Tensor, what: str) -> Tensor:
+    stored = values.to("cpu", STORED_DTYPE)
+    if stored.isfinite().all():
+        return stored
+    if not values.isfinite().all():
+        raise AnswerError(f"{what} are not finite; copy the checkpoint again, or give --dtype fp32")
+    raise AnswerError(
+        f"{what} reach {values.abs().max():.3g}, more than {STORED_DTYPE} holds ({torch.finfo(STORED_DTYPE).max:g}); "
+        "lower --guidance_scale, or train without --teacher_cache"
+    )
 
 
 class CachedAnswers:
     """Batches from a complete cache, every answer once an epoch in an order of its own; only a batch is in memory.
 
-    `num_calls` stays 0: the teacher was asked when the cache was made.
+    `num_calls` stays 0: the teacher was asked when the cache was made. A batch goes over the end of an epoch, so that
+    all are full; only a cache of fewer answers than `batch_size` gives smaller ones.
     """
 
     num_calls = 0
@@ -220,8 +310,7 @@ class CachedAnswers:
         self.generator = torch.Generator().manual_seed(seed)
         self.ends = list(accumulate(cache.rows))
         shards = [safe_open(path, framework="pt") for path in cache.shards]
-        names = ("latents", "velocity", "sigma", "prompts")
-        self.slices = [{name: shard.get_slice(name) for name in names} for shard in shards]
+        self.slices = [{name: shard.get_slice(name) for name in STORED_NAMES} for shard in shards]
         self.order = torch.randperm(cache.num_answers, generator=self.generator)
         self.position = 0
 
@@ -258,5 +347,15 @@ class CachedAnswers:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on at a saved position.
+
+        Raises:
+            UserError: it is a position among another number of answers.
+        """
+        if len(state["order"]) != self.cache.num_answers:
+            raise UserError(
+                f"--teacher_cache {self.cache.folder}: holds {self.cache.num_answers} answers, the run to go on with "
+                f"learnt from {len(state['order'])}; give the folder it learnt from, or start anew with --overwrite"
+            )
         self.order, self.position = state["order"].clone(), int(state["position"])
         self.generator.set_state(state["generator"])
