@@ -155,8 +155,9 @@ def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str])
     from projection_mapper import open_teacher, project_experts
     from wandistiller.device import pick_device, pick_dtype
     from wandistiller.evaluation import sample_plan
+    from wandistiller.flow import seeded_noise
     from wandistiller.pictures import find_vae, load_vae
-    from wandistiller.sampling import seeded_noise, student_field
+    from wandistiller.sampling import student_field
     from wandistiller.student import WanLiteStudent
     from wandistiller.teacher import Teacher
 

@@ -185,8 +185,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from projection_mapper import open_teacher
     from wandistiller.device import pick_device, pick_dtype
+    from wandistiller.flow import seeded_noise
     from wandistiller.pictures import decode, find_vae, labelled_grid, load_vae, save_png, slug
-    from wandistiller.sampling import sample_in_batches, seeded_noise
+    from wandistiller.sampling import sample_in_batches
 
     # Every file, before a weight is read:
     device = pick_device(args.device)

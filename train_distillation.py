@@ -11,6 +11,7 @@ The demo, on a CPU in minutes and with no download, needs no flags:
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     import torch
 
     from projection_mapper import ProjectionReport
+    from wandistiller.distributed import Processes
+    from wandistiller.lanes import Lanes
     from wandistiller.prompt_embeds import Embeds, PromptEmbeds
     from wandistiller.student import WanLiteStudent
     from wandistiller.teacher import Teacher, TeacherSettings
@@ -92,6 +95,14 @@ def print_run(
         print(f"Warning: {warning}")
 
 
+def print_batch(args: argparse.Namespace, lanes: "Lanes", processes: "Processes") -> None:
+    """How many samples a step takes, where that is not --batch_size alone."""
+    if lanes.total == args.batch_size:
+        return
+    parts = [f"--batch_size {args.batch_size}", f"--grad_accum_steps {args.grad_accum_steps}"]
+    print(f"Samples a step: {' x '.join([*parts, f'{processes.count} processes'])} = {lanes.total}")
+
+
 def find_encoder(
     args: argparse.Namespace, checkpoint: "WanCheckpoint", config: StudentConfig
 ) -> "tuple[Path, Path] | None":
@@ -119,19 +130,24 @@ def embed_prompts(
     encoder: "tuple[Path, Path] | None",
     settings: "TeacherSettings",
     config: StudentConfig,
-    device: str,
+    processes: "Processes",
 ) -> "Embeds":
     """Text tokens of every prompt, and of the negative prompt where guidance needs it."""
-    from wandistiller.prompt_embeds import Embeds, encode_prompts, mock_prompt_embeds
+    from wandistiller.prompt_embeds import Embeds, PromptEmbeds, encode_prompts, mock_prompt_embeds
 
     lists = [texts.prompts, texts.extra, texts.held_out, [settings.negative_prompt] if settings.uses_guidance else []]
     everything = [text for part in lists for text in part]
     if encoder is None:
         embeds = mock_prompt_embeds(everything, config.text_encoder_output_dim, config.text_max_length)
     else:
-        embeds = encode_prompts(
-            everything, *encoder, args.prompt_cache, config.text_max_length, device, progress=print_encoding
-        )
+
+        def encode(prompts: list[str]) -> PromptEmbeds:
+            slots, device = config.text_max_length, processes.device
+            return encode_prompts(prompts, *encoder, args.prompt_cache, slots, device, progress=print_encoding)
+
+        encode(everything[processes.rank :: processes.count])  # each process its share, into the cache of all
+        processes.barrier()
+        embeds = encode(everything)
     if embeds.truncated:
         print(f"Warning: {embeds.truncated} prompts are longer than {config.text_max_length} tokens and were cut")
     num_trained = len(texts.prompts) + len(texts.extra)
@@ -167,7 +183,7 @@ def draw_samples(
     prompt_embeds: "PromptEmbeds",
     vae_location: "tuple[str, str | None]",
     dtype: "torch.dtype",
-    device: str,
+    processes: "Processes",
     file: "Path",
 ) -> None:
     """The side-by-side picture; what it needs beyond training (a VAE) must not turn a finished run into a failed one."""
@@ -177,14 +193,24 @@ def draw_samples(
     from wandistiller.samples import save_samples
     from wandistiller.student_folder import student_sampling
 
+    if not processes.is_first and not args.shard:
+        return  # weights that are spread are needed from all, to draw with any
     chosen = prompts[: args.num_samples]
-    student_options = student_sampling(student.config, None, dtype, device)
+    student_options = student_sampling(student.config, None, dtype, processes.device)
     teacher_options = replace(student_options, sampler="unipc", num_inference_steps=settings.num_inference_steps)
     who = "the student" if teacher is None else "teacher and student"
     print(f"Drawing {len(chosen)} prompts with {who}, {student_options.num_inference_steps} steps", flush=True)
     try:
         save_samples(
-            file, student, teacher, settings, chosen, prompt_embeds, vae_location, teacher_options, student_options
+            file if processes.is_first else None,
+            student,
+            teacher,
+            settings,
+            chosen,
+            prompt_embeds,
+            vae_location,
+            teacher_options,
+            student_options,
         )
     except UserError as error:
         print(f"No sample pictures: {error}")
@@ -225,15 +251,19 @@ def main(argv: list[str] | None = None) -> int:
     from wandistiller.answers import ReplayedAnswers
     from wandistiller.checkpointing import Checkpoints
     from wandistiller.device import pick_device, pick_dtype
+    from wandistiller.distributed import join, leave
+    from wandistiller.optimization import check_optimizer
     from wandistiller.record import distillation_record, save_student
-    from wandistiller.reporting import Progress
+    from wandistiller.reporting import Progress, Silence
     from wandistiller.run_setup import (
         build_answers,
         build_evaluation,
         build_objective,
         build_segment_answers,
         checkpoint_bytes,
+        compile_blocks,
         fill_cache,
+        lanes_of,
         open_cache,
         run_description,
         segment_sigmas,
@@ -243,55 +273,72 @@ def main(argv: list[str] | None = None) -> int:
     from wandistiller.teacher_cache import CachedAnswers
     from wandistiller.training import train
 
-    device = pick_device(args.device)
+    processes = join(args.device, pick_device)
+    device, lanes = processes.device, lanes_of(args, processes)
     dtype = pick_dtype(args.dtype, device)
+    check_optimizer(args.optimizer)
     checkpoint, settings = open_fitting_teacher(args, config)
     leave_features_out(args, checkpoint.config, config)
     encoder = find_encoder(args, checkpoint, config)
     vae_location = find_sample_vae(args, checkpoint)
-    cache = open_cache(args, checkpoint, settings, texts, config)
+    cache = open_cache(args, checkpoint, settings, texts, config, lanes.total)
     print_run(prompt_file, checkpoint, settings, config)
-    folder = prepare_output_folder(args.output_dir)
-    checkpoints = Checkpoints(folder, run_description(args, checkpoint, settings, texts, config), args.keep_checkpoints)
+    print_batch(args, lanes, processes)
+    folder = processes.first_then_all(lambda: prepare_output_folder(args.output_dir))
+    description = run_description(args, checkpoint, settings, texts, config)
+    checkpoints = Checkpoints(folder, description, lanes.total, args.keep_checkpoints, processes)
     resume_from = None if args.overwrite else checkpoints.newest()
     if resume_from is not None:
         print(f"Going on from step {resume_from.step} of {folder} (--overwrite starts anew)")
+        if not resume_from.has_same_batch:
+            print(f"Training states start anew: a step had {resume_from.batch_size} samples, and has {lanes.total} now")
     elif args.save_every:
         checkpoints.check_disk(checkpoint_bytes(config))
 
     # Text first: its encoder leaves memory before the teacher comes:
-    embeds = embed_prompts(args, texts, encoder, settings, config, device)
+    embeds = embed_prompts(args, texts, encoder, settings, config, processes)
 
     # Student and teacher are projections of one checkpoint, a part of it and all of it:
-    options = training_options(args, len(texts.prompts), settings, device)
+    options = training_options(args, len(texts.prompts), settings, device, lanes.total)
     sources = (embeds, len(texts.prompts), config)
     teacher = None
     if cache is None or not cache.is_complete or not args.offline_teacher:
         teacher = Teacher(project_experts(checkpoint, config.text_max_length, dtype, device), settings, embeds.negative)
     if cache is not None and not cache.is_complete:
-        fill_cache(cache, build_answers(args, teacher, *sources, [], dtype, device), options.num_steps, args.replay)
+        fill_cache(
+            cache, build_answers(args, teacher, *sources, [], dtype, device, lanes), options.num_steps, args.replay
+        )
     if args.offline_teacher:
         teacher = None  # its memory is the student's from here on
     student, report = build_student(args, checkpoint, config, device)
     print(report.summary())
+    student.gradient_checkpointing = args.gradient_checkpointing
 
     # Train:
     objective, feature_layers = build_objective(
         args, report.layers, report.channels, checkpoint.config, config, settings.shift, dtype, device
     )
+    if args.compile:
+        compile_blocks([student, *(teacher.experts.values() if teacher else [])])
+    if args.shard in ("student", "both"):
+        processes.shard(student)
+        processes.shard(objective.feature_loss)
     if cache is not None:
-        answers = CachedAnswers(cache, args.batch_size, device, args.seed)
+        answers = CachedAnswers(cache, lanes.total, device, args.seed, lanes if lanes.pads else None)
     elif args.student_steps:
-        answers = build_segment_answers(args, teacher, student, *sources, dtype, device)
+        answers = build_segment_answers(args, teacher, student, *sources, dtype, device, lanes)
     else:
-        answers = build_answers(args, teacher, *sources, feature_layers, dtype, device)
+        answers = build_answers(args, teacher, *sources, feature_layers, dtype, device, lanes)
     if args.replay > 1 and cache is None:
-        answers = ReplayedAnswers(answers, args.replay, args.batch_size, args.seed, device)
+        answers = ReplayedAnswers(answers, args.replay, args.seed, device)
     evaluate = build_evaluation(args, teacher, embeds, config, dtype, device)
-    if resume_from is None and (aside := set_aside_previous_student(folder)):
-        print(f"The student that was in {folder} is now in {aside}")
+    if resume_from is None:
+        aside = processes.first_then_all(lambda: set_aside_previous_student(folder))
+        if aside:
+            print(f"The student that was in {folder} is now in {aside}")
     first_step = resume_from.step if resume_from else 0
-    with Progress(options.num_steps, folder / METRICS_NAME, first_step=first_step) as progress:
+    shown = Progress(options.num_steps, folder / METRICS_NAME, first_step=first_step)
+    with shown if processes.is_first else nullcontext(Silence()) as progress:
         result = train(
             student,
             answers,
@@ -302,6 +349,7 @@ def main(argv: list[str] | None = None) -> int:
             evaluate,
             checkpoints if args.save_every else None,
             resume_from,
+            processes,
         )
 
     # Save:
@@ -315,10 +363,12 @@ def main(argv: list[str] | None = None) -> int:
         layers=report.layers,
         num_prompts=len(texts.prompts),
         num_teacher_batches=answers.num_calls,
+        num_processes=processes.count,
         **recipe,
     )
-    save_student(student, record, folder)
-    report.save(folder)
+    save_student(student, record, folder, processes)
+    if processes.is_first:
+        report.save(folder)
     state = "Interrupted after" if result.interrupted else "Done:"
     print(
         f"{state} {result.num_steps} steps, loss {result.losses[0]:.4g} at the first and {result.losses[-1]:.4g} at the last; "
@@ -330,8 +380,9 @@ def main(argv: list[str] | None = None) -> int:
     if vae_location is not None:
         picture = folder / SAMPLES_NAME / f"step_{result.num_steps:06d}.png"
         draw_samples(
-            args, student, teacher, settings, texts.prompts, embeds.trained, vae_location, dtype, device, picture
+            args, student, teacher, settings, texts.prompts, embeds.trained, vae_location, dtype, processes, picture
         )
+    leave()
     return 0
 
 

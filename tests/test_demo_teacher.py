@@ -15,9 +15,10 @@ import torch
 
 from projection_mapper import project_experts, project_teacher
 from wandistiller import world_judge
+from wandistiller.flow import seeded_noise
 from wandistiller.pictures import decode
 from wandistiller.prompt_embeds import encode_prompts
-from wandistiller.sampling import SamplingOptions, sample, seeded_noise
+from wandistiller.sampling import SamplingOptions, sample
 from wandistiller.teacher import Teacher, resolve_settings
 from wandistiller.wan_checkpoint import open_checkpoint
 

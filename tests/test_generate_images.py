@@ -16,8 +16,9 @@ from wan_folders import write_pipeline_folder
 import generate_images
 import train_distillation
 from wandistiller.command_line import run_command
+from wandistiller.flow import seeded_noise
 from wandistiller.pictures import labelled_grid, save_png, slug, wrap
-from wandistiller.sampling import SamplingOptions, sample, seeded_noise
+from wandistiller.sampling import SamplingOptions, sample
 from wandistiller.student import WanLiteStudent
 from wandistiller.student_config import StudentConfig
 from wandistiller.teacher import DEFAULT_NEGATIVE_PROMPT

@@ -13,9 +13,10 @@ from conftest import IDENTITY_CONFIG, PRUNED_CONFIG
 
 from projection_mapper import open_teacher, project_experts, project_teacher
 from wandistiller import StudentConfig, WanLiteStudent
+from wandistiller.flow import seeded_noise
 from wandistiller.held_out import HeldOutErrors
 from wandistiller.prompt_embeds import mock_prompt_embeds
-from wandistiller.sampling import SamplingOptions, seeded_noise, wan_scheduler
+from wandistiller.sampling import SamplingOptions, wan_scheduler
 from wandistiller.teacher import Teacher, resolve_settings
 
 SHAPE = (16, 4, 4)

@@ -252,7 +252,7 @@ def test_a_prompts_file_without_prompts_fails_with_exit_2_and_makes_no_folder(pr
 
 
 def test_a_failure_of_the_product_shows_its_traceback_and_exit_1(preflight, monkeypatch):
-    def fail(self, folder):
+    def fail(self, folder, state_dict=None):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(WanLiteStudent, "save_pretrained", fail)

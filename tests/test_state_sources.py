@@ -28,7 +28,7 @@ import wandistiller.renoise
 from projection_mapper import open_teacher
 from wandistiller import StudentConfig
 from wandistiller.prompt_order import PromptOrder, PromptSwap
-from wandistiller.renoise import RenoisedStates
+from wandistiller.renoise import SAMPLES_PER_LANE, RenoisedStates
 from wandistiller.state_sources import StatesOptions, build_states
 from wandistiller.states import NoiseStates, TrajectoryStates
 from wandistiller.teacher import resolve_settings
@@ -96,7 +96,7 @@ def test_extra_prompts_come_by_the_swap_alone(kind, probability, has_extra):
         seen |= set(batch.prompts)
         states.advance(batch, torch.zeros_like(batch.latents))
     assert seen == set(range(10 if has_extra else 6))
-    assert kind != "renoise" or len(batch.slots) == 2
+    assert kind != "renoise" or batch.slots.count(-1) == 2
 
 
 # ---- states of finished paths ----
@@ -120,8 +120,8 @@ def walk_to_clean(states: RenoisedStates, num_batches: int) -> list:
 
 
 def renoised_part(batch) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    first = len(batch.slots)
-    return batch.latents[first:], batch.sigma[first:], batch.prompts[first:]
+    rows = [row for row, slot in enumerate(batch.slots) if slot < 0]
+    return batch.latents[rows], batch.sigma[rows], [batch.prompts[row] for row in rows]
 
 
 def test_renoised_states_are_fresh_unit_noise_mixed_into_the_clean_sample_of_their_prompt():
@@ -147,10 +147,10 @@ def test_renoised_states_are_fresh_unit_noise_mixed_into_the_clean_sample_of_the
 def test_a_share_of_every_batch_is_renoised_once_enough_paths_are_finished(fraction, num_renoised):
     states = RenoisedStates(make_pool(num_steps=4), fraction)
     for _ in range(300):
-        enough = states.num_kept >= num_renoised
+        enough = (states.num_kept > 0).sum() >= num_renoised
         batch = states.draw()
         assert len(batch.prompts) == len(batch.latents) == len(batch.sigma) == 8
-        assert len(batch.slots) == (8 - num_renoised if enough else 8)
+        assert batch.slots.count(-1) == (num_renoised if enough else 0)
         states.advance(batch, torch.zeros_like(batch.latents))
     assert enough, "no batch was renoised"
 
@@ -159,8 +159,8 @@ def test_only_paths_that_the_teacher_alone_has_finished_are_kept_and_none_of_the
     states, log = RenoisedStates(make_pool(num_steps=6), 0.25), PathLog()
     walk(states, 0.0, 150, log)
     walk(states, 0.5, 400, log)
-    assert 100 < states.num_kept < len(states.prompts), "some samples were overwritten"
-    samples = states.samples[: states.num_kept]
+    assert states.num_kept.sum() > 100 and states.num_kept.max() < SAMPLES_PER_LANE, "some samples were overwritten"
+    samples = torch.cat([kept[:count] for kept, count in zip(states.samples, states.num_kept.tolist(), strict=True)])
 
     def is_kept(path) -> bool:
         return bool(((path.start - TEACHERS - samples).abs().amax(dim=(1, 2, 3)) < 1e-4).any())
@@ -179,16 +179,21 @@ def test_only_paths_that_the_teacher_alone_has_finished_are_kept_and_none_of_the
     assert all(((sample - known).abs().amax(dim=(1, 2, 3)) < 1e-4).any() for sample in samples)
 
 
-def test_the_newest_samples_replace_the_oldest(monkeypatch):
-    monkeypatch.setattr(wandistiller.renoise, "STORE_BATCHES", 1)
+def test_the_newest_samples_replace_the_oldest_of_their_lane(monkeypatch):
+    monkeypatch.setattr(wandistiller.renoise, "SAMPLES_PER_LANE", 2)
     pool = make_pool(num_steps=4)
-    states, kept = RenoisedStates(pool, 0.25), []
+    states, kept = RenoisedStates(pool, 0.25), {lane: [] for lane in range(8)}
     keep = pool.on_finish
-    pool.on_finish = lambda latents, prompt: (kept.append((latents.clone(), prompt)), keep(latents, prompt))
-    walk(states, 0.0, 60, PathLog())
-    assert len(kept) > 16 and len(states.prompts) == 8
-    newest = {prompt_and_sample(prompt, latents) for latents, prompt in kept[-8:]}
-    assert newest == {prompt_and_sample(*pair) for pair in zip(states.prompts, states.samples, strict=True)}
+    pool.on_finish = lambda latents, prompt, lane: (
+        kept[lane].append((latents.clone(), prompt)),
+        keep(latents, prompt, lane),
+    )
+    walk(states, 0.0, 80, PathLog())
+    for lane in range(8):
+        assert len(kept[lane]) > 3
+        newest = {prompt_and_sample(prompt, latents) for latents, prompt in kept[lane][-2:]}
+        stored = zip(states.prompts[lane], states.samples[lane], strict=True)
+        assert newest == {prompt_and_sample(*pair) for pair in stored}
 
 
 def prompt_and_sample(prompt, latents: torch.Tensor) -> tuple:
@@ -219,7 +224,7 @@ def test_states_are_of_the_students_size_at_the_teachers_shift():
         for kind, fraction in (("noise", 0.0), ("trajectory", 0.0), ("renoise", 0.5))
     )
     assert isinstance(noise, NoiseStates) and noise.draw().latents.shape == (4, 16, 8, 8)
-    assert isinstance(paths, TrajectoryStates) and paths.latents.shape == (32, 16, 8, 8)
+    assert isinstance(paths, TrajectoryStates) and paths.latents.shape == (4, 8, 16, 8, 8)
     assert isinstance(renoised, RenoisedStates) and renoised.num_renoised == 2
     for states in (noise, paths, renoised.paths):
         assert (states.shift, states.swap.probability) == (SHIFT, 0.0)
@@ -249,5 +254,5 @@ def test_states_follow_the_seed_of_the_run():
         for seed in (1, 1, 2)
     )
     steps = [[step_of_states(states) for _ in range(200)][-1] for states in (one, same, other)]
-    assert one.num_kept > 20 and torch.equal(steps[0][0], steps[1][0])
+    assert one.num_kept.sum() > 20 and torch.equal(steps[0][0], steps[1][0])
     assert not torch.equal(steps[0][0], steps[2][0])

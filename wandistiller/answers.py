@@ -1,12 +1,16 @@
-"""The teacher's answers to train on: each asked for once, learnt from up to R times."""
+"""The teacher's answers to train on: each asked for once, learnt from up to R times.
+
+A step learns from one global batch. Each process hands out its own part of it, a micro-batch at a time.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from wandistiller.lanes import LANE_PREFIX, Lanes
 from wandistiller.prompt_embeds import PromptEmbeds
 from wandistiller.state_sources import States
 from wandistiller.states import StateBatch, part_of
@@ -17,7 +21,7 @@ REPLAY_BATCHES = 16  # answers kept for further use, in batches: enough that a b
 
 @dataclass(frozen=True)
 class Answer:
-    """What the student is to learn at a batch of states.
+    """What the student is to learn at a micro-batch of states.
 
     Attributes:
         latents: x_sigma (B, C, H, W) in model space, on the device.
@@ -25,7 +29,8 @@ class Answer:
         prompts: index of each state's prompt.
         velocity: what the student is to answer (B, C, H, W), on the device.
         features: the teacher's hidden states (B, L, D) after the layers that were asked for; fresh answers alone have them.
-        states: the batch that was asked about, where this answer is yet to move it on.
+        states: the states that were asked about, where this answer is yet to move them on.
+        weights: (B,) of the samples in the loss, 1 all over unless given.
     """
 
     latents: Tensor
@@ -34,10 +39,27 @@ class Answer:
     velocity: Tensor
     features: tuple[Tensor, ...] = ()
     states: StateBatch | None = None
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self):
+        if not len(self.weights):
+            object.__setattr__(self, "weights", torch.ones(len(self.prompts)))
+
+    def split(self, size: int) -> list["Answer"]:
+        """Micro-batches of `size` rows, of an answer without features."""
+        parts = [slice(start, start + size) for start in range(0, len(self.prompts), size)]
+        names = ("latents", "sigma", "prompts", "velocity", "weights")
+        return [Answer(**{name: getattr(self, name)[rows] for name in names}) for rows in parts]
 
 
 class Answers(Protocol):
-    """What the loop learns from. `advance` comes after the student's own pass, whose velocity may move the states."""
+    """What the loop learns from, a micro-batch a call of `next`, `lanes.num_micro_batches` of them a step.
+
+    `advance` comes after the student's own pass on each, whose velocity may move the states. `state_dict` is asked for
+    between steps; names with LANE_PREFIX hold what belongs to this process's lanes, along their first dimension.
+    """
+
+    lanes: Lanes
 
     @property
     def num_calls(self) -> int: ...
@@ -57,6 +79,9 @@ class TeacherAnswers:
     Args:
         feature_layers: teacher layers whose output the answers bring along.
         student_rollout: share of the paths that follow the student's velocity, at the start and at the end of training.
+
+    Attributes:
+        num_calls: global batches that the teacher has answered.
     """
 
     def __init__(
@@ -71,27 +96,42 @@ class TeacherAnswers:
         student_rollout: tuple[float, float] = (0.0, 0.0),
     ):
         self.states = states
+        self.lanes = states.lanes
         self.prompt_embeds = prompt_embeds
         self.device = device
         self.feature_layers = feature_layers
         self.student_rollout = student_rollout
         self.answer = autocast(teacher.velocity_and_features, device, compute_dtype)
         self.num_calls = 0
+        self._batch: StateBatch | None = None  # the one in hand
+        self._num_parts = 0  # micro-batches of it
+        self._waiting: list[StateBatch] = []  # those that are yet to be answered
+        self._answered: list[tuple[Tensor, Tensor]] = []  # velocities of the teacher and of the student
 
     def next(self) -> Answer:
-        batch = self.states.draw()
-        latents = batch.latents.to(self.device, non_blocking=True)
-        embeds, lengths = self.prompt_embeds.batch(batch.prompts, self.device, torch.float32)
-        velocity, features = self.answer(latents, batch.sigma, embeds, lengths, self.feature_layers)
-        self.num_calls += 1
-        return Answer(latents, batch.sigma, batch.prompts, velocity, features, batch)
+        if not self._waiting:
+            self._batch = batch = self.states.draw()
+            size, count = self.lanes.micro_batch, len(batch.prompts)
+            self._waiting = [batch.part(start, min(start + size, count)) for start in range(0, count, size)]
+            self._num_parts = len(self._waiting)
+            self.num_calls += 1
+        part = self._waiting.pop(0)
+        latents = part.latents.to(self.device, non_blocking=True)
+        embeds, lengths = self.prompt_embeds.batch(part.prompts, self.device, torch.float32)
+        velocity, features = self.answer(latents, part.sigma, embeds, lengths, self.feature_layers)
+        return Answer(latents, part.sigma, part.prompts, velocity, features, part, part.weights)
 
     def advance(self, answer: Answer, student_velocity: Tensor, progress: float) -> None:
-        """Move the states of a fresh answer; `progress` is the part of the training that is done."""
+        """Move the states once the whole of their batch is answered; `progress` is the part of the training that is done."""
         if answer.states is None:
             return
+        self._answered.append((answer.velocity, student_velocity))
+        if len(self._answered) < self._num_parts:
+            return
+        velocity, students = (_joined(parts) for parts in zip(*self._answered, strict=True))
+        self._answered = []
         start, end = self.student_rollout
-        self.states.advance(answer.states, answer.velocity, student_velocity, start + (end - start) * progress)
+        self.states.advance(self._batch, velocity, students, start + (end - start) * progress)
 
     def state_dict(self) -> dict[str, Tensor]:
         states = {f"states.{name}": value for name, value in self.states.state_dict().items()}
@@ -102,68 +142,108 @@ class TeacherAnswers:
         self.states.load_state_dict(part_of(state, "states."))
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 class ReplayedAnswers:
-    """Every answer of `source` `replay` times: once fresh, then shuffled among the last REPLAY_BATCHES batches.
+    """Every answer of `source` `replay` times: once fresh, then shuffled among the last REPLAY_BATCHES of its lane.
 
     A student's pass is far cheaper than the guided teacher's call, so each call pays for more than one step. At first the
     store is filled, with a call a step; then one step in `replay` asks anew.
     """
 
-    def __init__(self, source: Answers, replay: int, batch_size: int, seed: int = 0, device: str = "cpu"):
+    _OF_LANES = ("sigma", "prompts", "weights", "latents", "velocity")
+
+    def __init__(self, source: Answers, replay: int, seed: int = 0, device: str = "cpu"):
         self.source = source
+        self.lanes = source.lanes
         self.device = device
         self.replay = replay
-        self.batch_size = batch_size
         self.generator = torch.Generator().manual_seed(seed)
-        capacity = REPLAY_BATCHES * batch_size
-        self.remaining = torch.zeros(capacity, dtype=torch.long)  # uses left of each place; 0 is an empty one
-        self.sigma = torch.zeros(capacity)
-        self.prompts = torch.zeros(capacity, dtype=torch.long)
+        self.remaining = torch.zeros(
+            self.lanes.total, REPLAY_BATCHES, dtype=torch.long
+        )  # uses left; 0 is an empty place
+        self.sigma = torch.zeros(self.lanes.count, REPLAY_BATCHES)
+        self.prompts = torch.zeros(self.lanes.count, REPLAY_BATCHES, dtype=torch.long)
+        self.weights = torch.zeros(self.lanes.count, REPLAY_BATCHES)
         self.latents = self.velocity = torch.empty(0)  # shaped by the first answer
+        self._waiting: list[Answer] = []  # parts of a replayed batch
+        self._num_fresh = 0  # parts of a fresh batch that are yet to be asked for
+        self._places = torch.empty(0, dtype=torch.long)  # where the fresh batch in hand is stored
 
     @property
     def num_calls(self) -> int:
-        """Batches the teacher has answered."""
+        """Global batches the teacher has answered."""
         return self.source.num_calls
 
     def next(self) -> Answer:
-        stored = (self.remaining > 0).nonzero().flatten()
-        # A new answer comes whenever there is room for one, so that the store stays full and its batches well mixed.
-        if len(stored) <= (REPLAY_BATCHES - 1) * self.batch_size:
-            answer = self.source.next()
-            self._store(answer)
-            return answer
-        places = stored[torch.randperm(len(stored), generator=self.generator)[: self.batch_size]]
-        self.remaining[places] -= 1
-        on_device = places.to(self.latents.device)
+        if self._waiting:
+            return self._waiting.pop(0)
+        if not self._num_fresh:
+            # A new answer comes whenever there is room for one, so that the store stays full and its batches well mixed.
+            is_full = (self.remaining > 0).all(dim=1).any()
+            if is_full:
+                self._waiting = self._replayed().split(self.lanes.micro_batch)
+                return self._waiting.pop(0)
+            self._num_fresh = self.lanes.num_micro_batches
+            self._places = (self.remaining == 0).int().argmax(dim=1)
+        first = (self.lanes.num_micro_batches - self._num_fresh) * self.lanes.micro_batch
+        self._num_fresh -= 1
+        answer = self.source.next()
+        self._store(answer, first)
+        if not self._num_fresh:
+            # A short batch is one of the first lanes alone; where lanes are padded there is none.
+            given = self.lanes.total if self.lanes.pads else len(answer.prompts)
+            self.remaining[torch.arange(given), self._places[:given]] = self.replay - 1
+        return answer
+
+    def _replayed(self) -> Answer:
+        """An answer of every lane that has one left."""
+        chances = torch.rand(self.remaining.shape, generator=self.generator).masked_fill(self.remaining == 0, -1.0)
+        places, has_one = chances.argmax(dim=1), (self.remaining > 0).any(dim=1)
+        self.remaining[has_one, places[has_one]] -= 1
+        is_used = self.lanes.local(has_one)
+        rows = torch.arange(self.lanes.count) if self.lanes.pads else is_used.nonzero().flatten()
+        places = self.lanes.local(places)[rows]
+        on_device, places_there = rows.to(self.latents.device), places.to(self.latents.device)
         return Answer(
-            self.latents[on_device], self.sigma[places], self.prompts[places].tolist(), self.velocity[on_device]
+            self.latents[on_device, places_there],
+            self.sigma[rows, places],
+            self.prompts[rows, places].tolist(),
+            self.velocity[on_device, places_there],
+            weights=self.weights[rows, places] * is_used[rows],
         )
 
     def advance(self, answer: Answer, student_velocity: Tensor, progress: float) -> None:
         self.source.advance(answer, student_velocity, progress)
 
-    def _store(self, answer: Answer) -> None:
+    def _store(self, answer: Answer, first: int) -> None:
+        """Keep the answer of the lanes from this process's `first` on."""
         if not len(self.latents):
-            shape = (len(self.remaining), *answer.latents.shape[1:])
+            shape = (self.lanes.count, REPLAY_BATCHES, *answer.latents.shape[1:])
             self.latents, self.velocity = answer.latents.new_zeros(shape), answer.velocity.new_zeros(shape)
-        places = (self.remaining == 0).nonzero().flatten()[: len(answer.prompts)]
-        on_device = places.to(self.latents.device)
-        self.latents[on_device], self.velocity[on_device] = answer.latents, answer.velocity
-        self.sigma[places] = answer.sigma.to(self.sigma)
-        self.prompts[places] = torch.tensor(answer.prompts)
-        self.remaining[places] = self.replay - 1
+        rows = torch.arange(first, first + len(answer.prompts))
+        places = self.lanes.local(self._places)[rows]
+        on_device, places_there = rows.to(self.latents.device), places.to(self.latents.device)
+        self.latents[on_device, places_there] = answer.latents
+        self.velocity[on_device, places_there] = answer.velocity
+        self.sigma[rows, places] = answer.sigma.to(self.sigma)
+        self.prompts[rows, places] = torch.tensor(answer.prompts)
+        self.weights[rows, places] = answer.weights
 
     def state_dict(self) -> dict[str, Tensor]:
         source = {f"source.{name}": value for name, value in self.source.state_dict().items()}
-        own = ("remaining", "sigma", "prompts", "latents", "velocity")
-        return source | {name: getattr(self, name).clone() for name in own} | {"generator": self.generator.get_state()}
+        known = [name for name in self._OF_LANES if len(getattr(self, name))]
+        own = {f"{LANE_PREFIX}{name}": getattr(self, name).clone() for name in known}
+        return source | own | {"remaining": self.remaining.clone(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.source.load_state_dict(part_of(state, "source."))
-        for name in ("remaining", "sigma", "prompts"):
-            getattr(self, name).copy_(state[name])
-        self.latents, self.velocity = (state[name].to(self.device, copy=True) for name in ("latents", "velocity"))
+        self.remaining.copy_(state["remaining"])
+        for name, value in part_of(state, LANE_PREFIX).items():
+            device = self.device if name in ("latents", "velocity") else "cpu"
+            setattr(self, name, value.to(device, copy=True))
         self.generator.set_state(state["generator"])
 
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """What was written to a file, or the names in a folder, survives a power cut from here on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,9 +31,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield beside
         os.chmod(beside, _default_mode())  # some writers make their files private
-        _fsync(beside)
+        fsync(beside)
         os.replace(beside, path)
-        _fsync(path.parent)  # the rename itself must survive a power cut
+        fsync(path.parent)  # the rename itself must survive a power cut
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

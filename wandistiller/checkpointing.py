@@ -1,8 +1,9 @@
 """Checkpoints of a run: written whole or not at all, checksummed, and gone on from bit for bit.
 
-One checkpoint is `step_000100.safetensors` (weights, their average, optimiser, training states, random numbers) and
-`step_000100.json` (what run it belongs to, and the checksum). The JSON comes last, so a checkpoint without it, or with
-another checksum, was never finished or is damaged, and the one before it is used. Nothing is unpickled.
+One checkpoint is a folder `step_00000100/` of safetensors files (weights, their average, optimiser, training states, random
+numbers; written by all processes at once) and `step_00000100.json` (what run it belongs to, and the files' checksums). The
+JSON comes last, so a checkpoint without it, or with another checksum, was never finished or is damaged, and the one before it
+is used. Nothing is unpickled.
 """
 
 import hashlib
@@ -12,9 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from wandistiller.atomic import atomic_path
+from wandistiller.atomic import atomic_path, fsync
+from wandistiller.distributed import Processes, error_reason, load_tensors, save_tensors
 from wandistiller.errors import UserError
 
 FOLDER_NAME = "checkpoints"
@@ -28,27 +31,45 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A good checkpoint, read."""
+    """A good checkpoint on disk.
+
+    Attributes:
+        batch_size: samples a step of the run that wrote it, of all processes.
+        has_same_batch: whether the run that goes on with it has as many.
+    """
 
     step: int
-    tensors: dict[str, Tensor]
+    folder: Path
+    batch_size: int
+    has_same_batch: bool
+
+    def read(self, room_for: Callable[[str, torch.Size, torch.dtype], Tensor | None]) -> dict[str, Tensor]:
+        """Its tensors, each read into what `room_for` gives for name, shape and dtype; None leaves one out."""
+        return load_tensors(self.folder, room_for)
 
 
 class Checkpoints:
-    """The checkpoints of one output folder.
+    """The checkpoints of one output folder; every process of a run calls every method.
 
     Args:
         description: what must be the same for going on to make sense, as JSON values.
+        batch_size: samples a step, of all processes; a run may go on with another.
         keep: how many of the newest stay.
     """
 
-    def __init__(self, output_dir: str | Path, description: dict[str, object], keep: int = 2):
+    def __init__(
+        self,
+        output_dir: str | Path,
+        description: dict[str, object],
+        batch_size: int,
+        keep: int = 2,
+        processes: Processes | None = None,
+    ):
         self.folder = Path(output_dir) / FOLDER_NAME
         self.description = json.loads(json.dumps(description))  # as it will be read back
+        self.batch_size = batch_size
         self.keep = keep
-
-    def exist(self) -> bool:
-        return any(self.folder.glob("step_*.json"))
+        self.processes = processes or Processes()
 
     def newest(self, say: Callable[[str], None] = print) -> Checkpoint | None:
         """The newest good checkpoint; a damaged one is skipped, and `say` is told.
@@ -56,24 +77,30 @@ class Checkpoints:
         Raises:
             UserError: it belongs to a run that differs in what must be the same.
         """
-        from safetensors.torch import load_file
-
-        for manifest in sorted(self.folder.glob("step_*.json"), reverse=True):
-            tensors_file = manifest.with_suffix(".safetensors")
+        manifests = self.processes.from_first(sorted(self.folder.glob("step_*.json"), reverse=True))
+        for manifest in manifests:
+            folder, reason, about = manifest.with_suffix(""), None, {}
             try:
                 about = json.loads(manifest.read_text(encoding="utf-8"))
-                step, checksum, description = about["step"], about["sha256"], about["run"]
-                if file_digest(tensors_file) != checksum:
-                    raise ValueError("its checksum differs")
+                self._check_files(folder, about["files"])
+                step, run, batch_size = about["step"], dict(about["run"]), about["batch_size"]
             except (OSError, ValueError, KeyError, TypeError) as error:
-                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-                say(f"{tensors_file}: skipped, it is damaged ({reason}); the one before it is used")
+                reason = error_reason(error)
+            if not self.processes.all_true(reason is None):
+                reason = reason or "another process found so"
+                say(f"{folder}: skipped, it is damaged ({reason}); the one before it is used")
                 continue
-            self._check(description)
-            return Checkpoint(step, load_file(tensors_file))
+            self._check_run(run)
+            return Checkpoint(step, folder, batch_size, batch_size == self.batch_size)
         return None
 
-    def _check(self, description: dict[str, object]) -> None:
+    def _check_files(self, folder: Path, checksums: dict[str, str]) -> None:
+        """Hold this process's share of the files against their checksums."""
+        for name in sorted(checksums)[self.processes.rank :: self.processes.count]:
+            if Path(name).name != name or file_digest(folder / name) != checksums[name]:
+                raise ValueError(f"the checksum of {name} differs")
+
+    def _check_run(self, description: dict[str, object]) -> None:
         names = sorted(description.keys() | self.description.keys())
         differing = [
             f"{name} {description.get(name)!r}, now {self.description.get(name)!r}"
@@ -92,33 +119,52 @@ class Checkpoints:
         Raises:
             CheckpointError: the disk is full or cannot be written to; earlier checkpoints are untouched.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        name = self.folder / f"step_{step:08d}.safetensors"
+        folder = self.folder / f"step_{step:08d}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_path(name) as beside:
-                save_file({key: value.detach().contiguous() for key, value in tensors.items()}, beside)
-                checksum = file_digest(beside)
-            with atomic_path(name.with_suffix(".json")) as beside:
-                about = {"step": step, "sha256": checksum, "run": self.description}
-                beside.write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            self.processes.first_then_all(lambda: self._make_room(folder))
+            save_tensors(folder, {name: value.detach().contiguous() for name, value in tensors.items()})
+            checksums = self._checksums(folder)
+            self.processes.first_then_all(lambda: self._finish(step, folder, checksums))
+        except (OSError, UserError) as error:
             last = max((path.stem for path in self.folder.glob("step_*.json")), default=None)
             kept = f"the last good one is {last}, and the same command goes on from it" if last else "there is none yet"
-            raise CheckpointError(f"{name}: cannot be written ({reason}); {kept}. Free some space first") from None
+            raise CheckpointError(
+                f"{folder}: cannot be written ({error_reason(error)}); {kept}. Free some space first"
+            ) from None
+
+    def _make_room(self, folder: Path) -> None:
+        """An empty folder where what was there, if anything, is no checkpoint any more."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        folder.with_suffix(".json").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+
+    def _checksums(self, folder: Path) -> dict[str, str]:
+        """Of all files; every process reads its share of them."""
+        names = self.processes.from_first(sorted(path.name for path in folder.iterdir()))
+        own = names[self.processes.rank :: self.processes.count]
+        digests = torch.zeros(len(names), 32, dtype=torch.uint8)
+        for name in own:
+            digests[names.index(name)] = torch.frombuffer(
+                bytearray.fromhex(file_digest(folder / name)), dtype=torch.uint8
+            )
+        merged = self.processes.gathered(digests[None]).sum(dim=0, dtype=torch.uint8).cpu()
+        return {name: bytes(row.tolist()).hex() for name, row in zip(names, merged, strict=True)}
+
+    def _finish(self, step: int, folder: Path, checksums: dict[str, str]) -> None:
+        about = {"step": step, "files": checksums, "batch_size": self.batch_size, "run": self.description}
+        fsync(folder)  # the files' names; their contents are synced as they are written
+        with atomic_path(folder.with_suffix(".json")) as beside:
+            beside.write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
         self._drop_old()
 
     def _drop_old(self) -> None:
         kept = {path.stem for path in sorted(self.folder.glob("step_*.json"))[-self.keep :]}
-        for path in self.folder.iterdir():
-            # The manifest goes first: what is left of a checkpoint is then no checkpoint.
-            if path.stem not in kept and path.suffix == ".json":
-                path.unlink()
-        for path in self.folder.iterdir():
-            if path.suffix in (".safetensors", ".tmp") and path.stem not in kept:
+        # Manifests go first: what is left of a checkpoint is then no checkpoint.
+        for path in sorted(self.folder.iterdir(), key=Path.is_dir):
+            if path.is_dir() and path.name not in kept:
+                shutil.rmtree(path)
+            elif path.is_file() and path.stem not in kept:
                 path.unlink()
 
     def check_disk(self, num_bytes: int) -> None:

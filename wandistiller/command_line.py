@@ -10,12 +10,18 @@ import math
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
 # Before torch loads OpenMP: how long its threads spin before they sleep. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes
 # small models a third of their speed; spinning for long costs whole time slices where another job keeps a core busy.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+# torchrun's own, as they come here when it is left out or another launcher is used
+LAUNCHER_FLAGS = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_endpoint", "local_rank"}
+OTHERS_WAIT_S = 5.0
 
 
 class FlagGroup:
@@ -56,12 +62,14 @@ class FlagParser(argparse.ArgumentParser):
     def _unknown_message(self, given: str) -> str:
         if not given.startswith("-"):
             return f"unexpected argument {given!r}; every value follows a --flag"
+        if given.split("=")[0].removeprefix("--") in LAUNCHER_FLAGS:
+            return f"{given.split('=')[0]} is a flag of torchrun: torchrun {given} {self.prog} ..."
         known = [option for action in self._actions for option in action.option_strings]
         near = difflib.get_close_matches(given.split("=")[0], known, 1, 0.5)
         return f"unknown flag {given.split('=')[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if process_number() == 0 else None)
 
 
 def _underscored(arg: str) -> str:
@@ -110,6 +118,12 @@ def int_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers separated by commas, such as 0,2,5") from None
 
 
+def process_number() -> int:
+    """Of this process among those that torchrun started on this machine; 0 without it."""
+    number = os.environ.get("LOCAL_RANK", "0")
+    return int(number) if number.isdecimal() else 0
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's main and turn what it raises into an exit code; errors that carry one are messages to a person."""
     try:
@@ -121,5 +135,8 @@ def run_command(main: Callable[[], int | None]) -> int:
         if not hasattr(error, "exit_code"):
             traceback.print_exc()
             return 1
-        print(f"error: {error}", file=sys.stderr)
+        if number := process_number():
+            # Most mistakes are every process's; torchrun ends the others when the first has said so.
+            time.sleep(OTHERS_WAIT_S)
+        print(f"process {number}: error: {error}" if number else f"error: {error}", file=sys.stderr)
         return error.exit_code

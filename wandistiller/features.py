@@ -33,11 +33,12 @@ def span_ends(layers: Sequence[int], teacher_depth: int) -> list[int]:
 
 
 class FeatureLoss(nn.Module):
-    """Relative squared error of hidden states: 1 is as far off as answering zero, averaged over the layers.
+    """Relative squared error of each sample's hidden states: 1 is as far off as answering zero, averaged over the layers.
 
     Entries of the teacher that lie beyond MASK_STDS standard deviations of their sample are masked: a plain error of a
     diffusion transformer's hidden states follows a few massive activations and diverges (TinyFusion, arXiv 2412.01199,
-    table 5). Each layer is divided by the teacher's second moment, so that all weigh alike.
+    table 5). Each layer is divided by the teacher's second moment, so that all weigh alike; sample by sample, so
+    that a batch may be shared out over processes and passes.
 
     Args:
         channels: the teacher's residual channels that the student's are, (student width,); None where they are not a part
@@ -52,20 +53,21 @@ class FeatureLoss(nn.Module):
             self.maps.extend(nn.Linear(student_width, teacher_width) for _ in range(num_layers))
 
     def forward(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
-        """The mean over layers, of features (B, L, D) in the order of the student's blocks."""
+        """The mean over layers (B,), of features (B, L, D) in the order of the student's blocks."""
         losses = []
         for index, (ours, theirs) in enumerate(zip(student_features, teacher_features, strict=True)):
             ours = self.maps[index](ours) if self.maps else ours
             theirs = theirs if self.channels is None else theirs[..., self.channels]
             losses.append(masked_relative_error(ours.float(), theirs.float()))
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean(dim=0)
 
 
 def masked_relative_error(actual: Tensor, expected: Tensor) -> Tensor:
-    """mean(m (a - e)^2) / mean(m e^2), with m = |e - mean| < MASK_STDS std over all but the first dimension."""
+    """mean(m (a - e)^2) / mean(m e^2) of every sample (B,), with m = |e - mean| < MASK_STDS std over all else."""
     flat = expected.flatten(1)
     mean, std = flat.mean(dim=1), flat.std(dim=1)
     view = (-1,) + (1,) * (expected.ndim - 1)
     mask = (expected - mean.view(view)).abs() < MASK_STDS * std.view(view)
-    scale = (expected.square() * mask).sum()
-    return ((actual - expected).square() * mask).sum() / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+    scale = (expected.square() * mask).flatten(1).sum(dim=1)
+    error = ((actual - expected).square() * mask).flatten(1).sum(dim=1)
+    return error / scale.clamp(min=torch.finfo(scale.dtype).tiny)

@@ -4,6 +4,8 @@
 velocity = noise - x_0 and are fed timestep = 1000 sigma, a float that is never rounded.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,8 @@ def sample_sigmas(
     within = torch.rand(batch_size, generator=generator, dtype=torch.float64)
     u = u_low + (u_high - u_low) * (slices + within) / batch_size
     return shift_sigma(u, shift).clamp(*sigma_range).float()
+
+
+def seeded_noise(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> Tensor:
+    """Noise (B, C, H, W), each sample from its own seed and on the CPU: the same whatever the batch, model and device."""
+    return torch.stack([torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from wandistiller.answers import autocast
 from wandistiller.evaluation import relative_errors
-from wandistiller.flow import sigma_to_timestep
+from wandistiller.flow import seeded_noise, sigma_to_timestep
 from wandistiller.prompt_embeds import PromptEmbeds
-from wandistiller.sampling import SamplingOptions, VelocityField, sample, seeded_noise
+from wandistiller.sampling import SamplingOptions, VelocityField, sample
 from wandistiller.student import WanLiteStudent
 
 NUM_LEVELS = 10

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wandistiller.answers import Answer, autocast
 from wandistiller.features import FeatureLoss, block_outputs
@@ -78,12 +78,30 @@ class Objective:
         with block_outputs(student, layers) as features:
             velocity = autocast(student, self.device, self.compute_dtype)(answer.latents, timestep, embeds, lengths)
         by_sample = (velocity.float() - answer.velocity.float()).square().flatten(1).mean(dim=1)
-        weights = sigma_weights(self.sigma_weighting, answer.sigma, self.shift).to(by_sample)
+        counts = answer.weights.to(by_sample)
+        weights = counts * sigma_weights(self.sigma_weighting, answer.sigma, self.shift).to(by_sample)
         loss = (weights * by_sample).mean()
         beside = torch.zeros_like(loss)
         if features:
             # In units of the teacher's squared velocity, so that the weight holds for any guidance and any latents.
-            unit = answer.velocity.float().square().mean()
+            units = counts * answer.velocity.float().square().flatten(1).mean(dim=1)
             decay = self.feature_weight * (1 - progress)
-            beside = decay * unit * self.feature_loss(features, answer.features)
+            beside = decay * (units * self.feature_loss(features, answer.features)).mean()
         return Loss(loss + beside, loss.detach(), beside.detach(), by_sample.detach(), velocity.detach())
+
+
+class TrainedStudent(nn.Module):
+    """A student, and what is learnt beside it and thrown away; its forward pass is the loss, for all gradients at once."""
+
+    def __init__(self, student: WanLiteStudent, objective: Objective):
+        super().__init__()
+        self.student, self.objective = student, objective
+        self.feature_loss = objective.feature_loss
+
+    def forward(self, answer: Answer, prompt_embeds: PromptEmbeds, progress: float) -> Loss:
+        return self.objective(self.student, answer, prompt_embeds, progress)
+
+    @property
+    def has_idle_parts(self) -> bool:
+        """Whether some parameters have no gradient where an answer brings no hidden states."""
+        return self.feature_loss is not None and any(True for _ in self.feature_loss.parameters())

@@ -1,18 +1,24 @@
 """How weights move: AdamW, its learning rate over the run, and their moving average."""
 
+import contextlib
+import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
+
+from wandistiller.distributed import let_go_of_whole_weights, local_part
+from wandistiller.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationOptions:
-    """`lr_scheduler` is "constant", "linear" or "cosine", each after `lr_warmup_steps`; `ema_decay` is the moving average's memory a step; 0 keeps none."""
+    """`optimizer` is "adamw" or "adamw8bit"; `lr_scheduler` is "constant", "linear" or "cosine", each after `lr_warmup_steps`; `ema_decay` is the moving average's memory a step; 0 keeps none."""
 
     lr: float
+    optimizer: str = "adamw"
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -21,14 +27,20 @@ class OptimizationOptions:
     ema_decay: float = 0.0
 
 
-def make_optimizer(model: nn.Module, options: OptimizationOptions, device: str) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=options.lr,
-        betas=options.betas,
-        weight_decay=options.weight_decay,
-        fused=torch.device(device).type == "cuda",
-    )
+def check_optimizer(name: str) -> None:
+    """Refuse an optimiser whose library is not installed."""
+    if name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--optimizer adamw8bit: needs bitsandbytes, which is not installed; pip install bitsandbytes")
+
+
+def make_optimizer(model: nn.Module, options: OptimizationOptions, device: str) -> torch.optim.Optimizer:
+    """AdamW, of torch or with moments in 8 bits of bitsandbytes (blockwise quantisation, arXiv 2110.02861)."""
+    settings = {"lr": options.lr, "betas": options.betas, "weight_decay": options.weight_decay}
+    if options.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(model.parameters(), **settings)
+    return torch.optim.AdamW(model.parameters(), **settings, fused=torch.device(device).type == "cuda")
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, options: OptimizationOptions, num_steps: int) -> LambdaLR:
@@ -39,16 +51,56 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, options: OptimizationOpt
     return get_scheduler(name, optimizer, options.lr_warmup_steps, num_steps)
 
 
-def make_ema(model: nn.Module, decay: float) -> AveragedModel | None:
-    """The moving average of a model's weights, or None where `decay` is 0.
+class WeightAverage:
+    """The moving average of a model's weights, each where its weight is (a part of it where FSDP2 has spread it).
 
     Its memory grows with the run, min(decay, (1 + n) / (10 + n)) after n updates (diffusers:src/diffusers/training_utils.py,
     EMAModel), so that the average of a short run does not remember the start.
     """
 
-    @torch.no_grad()
-    def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-        n = float(num_averaged)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+    def __init__(self, model: nn.Module, decay: float):
+        self.model, self.decay = model, decay
+        self.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        self.num_updates = 0
 
-    return AveragedModel(model, multi_avg_fn=average) if decay > 0 else None
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the model's weights; the first time, all the way."""
+        n = self.num_updates
+        share = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+        current = [local_part(weight) for weight in self.model.parameters()]
+        torch._foreach_lerp_([local_part(weight) for weight in self.weights.values()], current, share)
+        self.num_updates += 1
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the average for its weights inside."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        let_go_of_whole_weights(self.model)
+        for name, weight in self.model.named_parameters():
+            ours, theirs = local_part(self.weights[name]), local_part(weight)
+            kept = theirs.clone()
+            theirs.copy_(ours)
+            ours.copy_(kept)
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        let_go_of_whole_weights(self.model)
+        for name, weight in self.model.named_parameters():
+            local_part(weight).copy_(local_part(self.weights[name]))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.weights | {"num_updates": torch.tensor(self.num_updates)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.num_updates = int(state["num_updates"])
+        for name, weight in self.weights.items():
+            local_part(weight).copy_(local_part(state[name]))

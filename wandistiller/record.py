@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from wandistiller import __version__
+from wandistiller.distributed import Processes, whole
 from wandistiller.student import WanLiteStudent
 from wandistiller.teacher import TeacherSettings
 from wandistiller.training import TrainingOptions, TrainingResult
@@ -35,7 +36,9 @@ def distillation_record(
     }
 
 
-def save_student(student: WanLiteStudent, record: dict, folder: Path) -> None:
-    """Save the student with its record in student_config.json."""
+def save_student(student: WanLiteStudent, record: dict, folder: Path, processes: Processes | None = None) -> None:
+    """Save the student with its record in student_config.json; put together where its weights are spread over processes."""
     student.config = student.config.replace(distillation=record)
-    student.save_pretrained(folder)
+    weights = {name: whole(tensor) for name, tensor in student.state_dict().items()}
+    if processes is None or processes.is_first:
+        student.save_pretrained(folder, weights)

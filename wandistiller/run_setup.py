@@ -2,13 +2,16 @@
 
 import argparse
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from wandistiller.answers import TeacherAnswers
+from wandistiller.distributed import Processes
 from wandistiller.features import FeatureLoss, span_ends
 from wandistiller.held_out import HeldOutErrors
+from wandistiller.lanes import Lanes
 from wandistiller.objective import Objective
 from wandistiller.optimization import OptimizationOptions
 from wandistiller.prompt_embeds import Embeds
@@ -24,6 +27,11 @@ from wandistiller.teacher import Teacher, TeacherSettings
 from wandistiller.teacher_cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
 from wandistiller.training import TrainingOptions, steps_of_epochs
 from wandistiller.wan_checkpoint import WanCheckpoint
+
+
+def lanes_of(args: argparse.Namespace, processes: Processes) -> Lanes:
+    """The samples of a step, and this process's among them."""
+    return Lanes.of_process(args.batch_size, args.grad_accum_steps, processes.rank, processes.count)
 
 
 def states_options(args: argparse.Namespace, num_extra_prompts: int) -> StatesOptions:
@@ -44,6 +52,7 @@ def open_cache(
     settings: TeacherSettings,
     texts: Texts,
     config: StudentConfig,
+    batch_size: int,
 ) -> TeacherCache | None:
     """The folder of --teacher_cache, refused where it holds answers to something else."""
     if args.teacher_cache is None:
@@ -56,7 +65,7 @@ def open_cache(
         texts.prompts + texts.extra,
         latent_shape,
         config.text_max_length,
-        args.batch_size,
+        batch_size,
     )
     return TeacherCache(args.teacher_cache, description)
 
@@ -64,7 +73,7 @@ def open_cache(
 # Flags that a run must keep to go on; the others (how long, how fast, what is shown) may change.
 RESUME_FLAGS = [
     "init", "init_expert", "layers", "states", "sigma_range", "renoise_fraction", "student_rollout", "prompt_swap",
-    "calls_per_expert", "replay", "feature_loss_weight", "sigma_weighting", "student_steps", "batch_size", "seed",
+    "calls_per_expert", "replay", "feature_loss_weight", "sigma_weighting", "student_steps", "seed",
 ]  # fmt: skip
 
 
@@ -109,10 +118,11 @@ def build_answers(
     feature_layers: list[int],
     dtype: torch.dtype,
     device: str,
+    lanes: Lanes,
 ) -> TeacherAnswers:
     """The teacher at the states that the flags ask for."""
     options = states_options(args, len(embeds.trained) - num_prompts)
-    states = build_states(options, config, teacher.settings, num_prompts, args.batch_size, device)
+    states = build_states(options, config, teacher.settings, num_prompts, lanes.total, device, lanes)
     return TeacherAnswers(
         teacher,
         states,
@@ -138,6 +148,7 @@ def build_segment_answers(
     config: StudentConfig,
     dtype: torch.dtype,
     device: str,
+    lanes: Lanes,
 ) -> SegmentAnswers:
     """The teacher over whole segments of its paths, for a student of --student_steps."""
     return SegmentAnswers(
@@ -146,13 +157,14 @@ def build_segment_answers(
         embeds.trained,
         (config.num_channels, config.latent_size, config.latent_size),
         num_prompts,
-        args.batch_size,
+        lanes.total,
         segment_sigmas=segment_sigmas(teacher.settings.shift, args.student_steps),
         num_teacher_steps=teacher.settings.num_inference_steps,
         student_rollout=args.student_rollout,
         seed=args.seed,
         device=device,
         compute_dtype=dtype,
+        lanes=lanes,
     )
 
 
@@ -183,14 +195,23 @@ def build_objective(
     return objective, feature_layers
 
 
+def compile_blocks(models: Iterable[WanLiteStudent]) -> None:
+    """torch.compile of each block in place: one graph serves all blocks of a model, and names of weights stay."""
+    for model in models:
+        for block in model.blocks:
+            block.compile()
+
+
 def training_options(
-    args: argparse.Namespace, num_prompts: int, settings: TeacherSettings, device: str
+    args: argparse.Namespace, num_prompts: int, settings: TeacherSettings, device: str, batch_size: int
 ) -> TrainingOptions:
+    """The loop's options; `batch_size` is that of a step, of all processes."""
     return TrainingOptions(
-        batch_size=args.batch_size,
-        num_steps=args.max_steps or steps_of_epochs(args.num_epochs, num_prompts, args.batch_size),
+        batch_size=batch_size,
+        num_steps=args.max_steps or steps_of_epochs(args.num_epochs, num_prompts, batch_size),
         optimization=OptimizationOptions(
             lr=args.lr,
+            optimizer=args.optimizer,
             lr_scheduler=args.lr_scheduler,
             lr_warmup_steps=args.lr_warmup_steps,
             weight_decay=args.weight_decay,

@@ -1,11 +1,17 @@
 """Everything of a run that moves: weights, their average, optimiser, answers, random numbers; as tensors and back."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wandistiller.answers import Answers
-from wandistiller.objective import Objective
-from wandistiller.optimization import OptimizationOptions, make_ema, make_lr_scheduler, make_optimizer
+from wandistiller.checkpointing import Checkpoint
+from wandistiller.distributed import Processes, let_go_of_whole_weights, local_part
+from wandistiller.lanes import LANE_PREFIX
+from wandistiller.objective import TrainedStudent
+from wandistiller.optimization import OptimizationOptions, WeightAverage, make_lr_scheduler, make_optimizer
 from wandistiller.states import part_of
 from wandistiller.student import WanLiteStudent
 
@@ -14,25 +20,21 @@ class RunState:
     """A student in training. Loaded from another one's tensors it goes on bit for bit (on the CPU) as that would have.
 
     Attributes:
-        trained: the student, and with it what is learnt beside it and thrown away.
         losses: of every step so far.
     """
 
     def __init__(
         self,
-        student: WanLiteStudent,
+        trained: TrainedStudent,
         answers: Answers,
-        objective: Objective,
         options: OptimizationOptions,
         num_steps: int,
-        device: str,
+        processes: Processes,
     ):
-        self.student, self.answers = student, answers
-        beside = [] if objective.feature_loss is None else [objective.feature_loss]
-        self.trained = nn.ModuleList([student, *beside])
-        self.optimizer = make_optimizer(self.trained, options, device)
+        self.trained, self.answers, self.processes = trained, answers, processes
+        self.optimizer = make_optimizer(trained, options, processes.device)
         self.lr_scheduler = make_lr_scheduler(self.optimizer, options, num_steps)
-        self.ema = make_ema(student, options.ema_decay)
+        self.average = WeightAverage(trained.student, options.ema_decay) if options.ema_decay > 0 else None
         self.losses: list[float] = []
 
     @property
@@ -43,41 +45,76 @@ class RunState:
     def lr(self) -> float:
         return self.lr_scheduler.get_last_lr()[0]
 
-    @property
-    def averaged(self) -> WanLiteStudent:
-        """What is measured and saved: the average of the student's weights where there is one."""
-        return self.student if self.ema is None else self.ema.module
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[WanLiteStudent]:
+        """What is measured and saved: the student, with the average of its weights where there is one."""
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            yield self.trained.student
 
     def update(self, loss: float) -> None:
         """One optimiser step on the gradients at hand."""
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update_parameters(self.student)
+        if self.average is not None:
+            self.average.update()
         self.losses.append(loss)
 
+    def finish(self) -> None:
+        """The student ends as the average of its weights, where there is one."""
+        if self.average is not None:
+            self.average.copy_to_model()
+
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, flat, to be read back by `load`."""
+        """All of it, flat, to be read back by `load`; spread over the processes where it is so in the run."""
+        let_go_of_whole_weights(self.trained)
         parts = {
             "trained": self.trained.state_dict(),
-            "ema": {} if self.ema is None else self.ema.state_dict(),
+            "ema": {} if self.average is None else self.average.state_dict(),
             "optimizer": _optimizer_tensors(self.optimizer),
-            "answers": self.answers.state_dict(),
+            "answers": {
+                name: self.processes.rows(value) if _is_of_lanes(name) else value
+                for name, value in self.answers.state_dict().items()
+            },
             "random": _random_tensors(),
             "run": {"losses": torch.tensor(self.losses, dtype=torch.float64)},
         }
         return {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on where the run was that wrote a checkpoint, with any number of processes.
+
+        Where its global batch was another, the training states start anew; all else goes on.
+        """
+        tensors = checkpoint.read(self._room_for if checkpoint.has_same_batch else self._room_without_answers)
         self.trained.load_state_dict(part_of(tensors, "trained."))
-        if self.ema is not None:
-            self.ema.load_state_dict(part_of(tensors, "ema."))
+        if self.average is not None:
+            self.average.load_state_dict(part_of(tensors, "ema."))
         _load_optimizer_tensors(self.optimizer, part_of(tensors, "optimizer."))
-        self.answers.load_state_dict(part_of(tensors, "answers."))
+        if checkpoint.has_same_batch:
+            answers = part_of(tensors, "answers.")
+            self.answers.load_state_dict({name: local_part(value) for name, value in answers.items()})
         self.losses = part_of(tensors, "run.")["losses"].tolist()
         self._set_lr()
         _load_random_tensors(part_of(tensors, "random."))
+
+    def _room_without_answers(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        return None if name.startswith("answers.") else self._room_for(name, shape, dtype)
+
+    def _room_for(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Memory for a saved tensor, spread over the processes as what it will be loaded into is."""
+        part, rest = name.split(".", 1)
+        like = None
+        if part in ("trained", "ema"):
+            weights = dict(self.trained.named_parameters()) if part == "trained" else self.average.weights
+            like = weights.get(rest)
+        elif part == "optimizer":
+            like = self.optimizer.param_groups[0]["params"][int(rest.split(".", 1)[0])]
+        if like is not None and like.shape == shape:
+            return torch.empty_like(like, dtype=dtype, requires_grad=False)
+        if part == "answers" and _is_of_lanes(name):
+            return self.processes.empty_rows(shape, dtype)
+        return torch.empty(shape, dtype=dtype)
 
     def _set_lr(self) -> None:
         """The learning rate of this step; it follows from the step alone, so a longer run may have another schedule."""
@@ -88,6 +125,10 @@ class RunState:
         )
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
+
+
+def _is_of_lanes(name: str) -> bool:
+    return f".{LANE_PREFIX}" in f".{name}"
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -105,13 +146,12 @@ def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str,
 
 
 def _random_tensors() -> dict[str, Tensor]:
-    """States of the global generators of the CPU and of every GPU."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state()} | {f"cuda{number}": state for number, state in enumerate(gpus)}
+    """States of the global generators of the CPU and of the GPU in use; those that a step draws from are the answers'."""
+    gpu = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state()} | gpu
 
 
 def _load_random_tensors(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
-    for number in range(torch.cuda.device_count()):
-        if f"cuda{number}" in states:
-            torch.cuda.set_rng_state(states[f"cuda{number}"], number)
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from wandistiller.flow import seeded_noise
 from wandistiller.pictures import decode, labelled_grid, load_vae, save_png
 from wandistiller.prompt_embeds import PromptEmbeds
-from wandistiller.sampling import SamplingOptions, sample_in_batches, seeded_noise, student_field
+from wandistiller.sampling import SamplingOptions, sample_in_batches, student_field
 from wandistiller.student import WanLiteStudent
 from wandistiller.teacher import Teacher, TeacherSettings
 
@@ -16,7 +17,7 @@ SEED = 0  # of the first picture's noise; each next one has one more
 
 
 def save_samples(
-    file: Path,
+    file: Path | None,
     student: WanLiteStudent,
     teacher: Teacher | None,
     settings: TeacherSettings,
@@ -28,7 +29,8 @@ def save_samples(
 ) -> None:
     """Draw the prompts with both from the same noise and write one labelled PNG; the VAE is in memory meanwhile.
 
-    Without a teacher (it may not fit beside the student) the student's row stands alone.
+    Without a teacher (it may not fit beside the student) the student's row stands alone; without a file nothing is written
+    (by processes that only lend their part of the weights).
 
     Raises:
         UserError: the VAE cannot be loaded or belongs to other latents.
@@ -50,6 +52,8 @@ def save_samples(
             decode(vae, part, settings.latents_mean, settings.latents_std) for part in latents.split(BATCH_SIZE)
         ]
         rows.append([picture for part in pictures for picture in part])
+    if file is None:
+        return
     file.parent.mkdir(exist_ok=True)
     captions = [prompts, [""] * len(prompts)][: len(rows)]
     about = {"num_inference_steps": student_options.num_inference_steps, "shift": settings.shift, "seed": SEED}

@@ -47,11 +47,6 @@ def student_field(
     return Teacher({"high": student}, own, negative_prompt_embeds)
 
 
-def seeded_noise(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> Tensor:
-    """Noise (B, C, H, W), each sample from its own seed and on the CPU: the same whatever the batch, model and device."""
-    return torch.stack([torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
 def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"):
     """The flow-matching scheduler of the released Wan pipelines (diffusers: scheduling_unipc_multistep.py), steps set.
 

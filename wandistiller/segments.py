@@ -4,12 +4,17 @@ import torch
 from torch import Tensor
 
 from wandistiller.answers import Answer, autocast
-from wandistiller.flow import sigma_to_timestep
+from wandistiller.flow import seeded_noise, sigma_to_timestep
+from wandistiller.lanes import LANE_PREFIX, Lanes, draw_seeds
 from wandistiller.prompt_embeds import PromptEmbeds
 from wandistiller.prompt_order import PromptOrder
-from wandistiller.states import POOL_BATCHES, part_of
+from wandistiller.states import PATHS_PER_LANE, part_of
 from wandistiller.student import WanLiteStudent
 from wandistiller.teacher import Teacher
+
+# Targets that wait to be learnt from, in every lane: a lane may be this far ahead of another (each path of it by one).
+READY_PER_LANE = 2 * PATHS_PER_LANE + 4
+MIXED = 2  # targets a lane must have before one of them is taken, so that batches mix paths
 
 
 class SegmentAnswers:
@@ -26,7 +31,8 @@ class SegmentAnswers:
         student_rollout: share of the paths that go on from the student's own states, at the start and end of training.
     """
 
-    _TENSORS = ("prompts", "segments", "positions", "lots", "grids", "starts", "latents", "before")
+    _TENSORS = ("prompts", "segments", "positions", "lots", "grids", "ready_sigma", "ready_prompts", "num_ready")
+    _OF_LANES = ("starts", "latents", "before", "ready_latents", "ready_velocity")
 
     def __init__(
         self,
@@ -43,10 +49,11 @@ class SegmentAnswers:
         seed: int = 0,
         device: str = "cpu",
         compute_dtype: torch.dtype = torch.float32,
+        lanes: Lanes | None = None,
     ):
         self.prompt_embeds = prompt_embeds
         self.latent_shape = latent_shape
-        self.batch_size = batch_size
+        self.lanes = lanes or Lanes(batch_size)
         self.segment_sigmas = segment_sigmas.float()
         self.num_segments = len(segment_sigmas) - 1
         self.num_steps = max(1, round(num_teacher_steps / self.num_segments))  # of a segment
@@ -58,143 +65,187 @@ class SegmentAnswers:
         self.order = PromptOrder(num_prompts, seed)
         self.progress = 0.0
         self.num_calls = 0
+        self._waiting: list[Answer] = []  # micro-batches of the step in hand
 
-        pool = POOL_BATCHES * batch_size
+        pool = self.lanes.total, PATHS_PER_LANE
         self.prompts = torch.zeros(pool, dtype=torch.long)
         self.segments = torch.zeros(pool, dtype=torch.long)
         self.positions = torch.zeros(pool, dtype=torch.long)
         self.lots = torch.zeros(pool)
-        self.grids = torch.zeros(pool, self.num_steps + 1)  # noise levels of the teacher's steps through the segment
-        self.starts = torch.zeros(pool, *latent_shape, device=device)  # x where the segment starts
-        self.latents = torch.zeros(pool, *latent_shape, device=device)  # x where the teacher is now
-        self.before = torch.zeros(pool, *latent_shape, device=device)  # its velocity one step ago
-        self.ready = _no_targets(latent_shape, device)
-        for slot in range(pool):
-            self._start_path(slot)
+        self.grids = torch.zeros(*pool, self.num_steps + 1)  # noise levels of the teacher's steps through the segment
+        own = self.lanes.count, PATHS_PER_LANE
+        self.starts = torch.zeros(*own, *latent_shape, device=device)  # x where the segment starts
+        self.latents = torch.zeros(*own, *latent_shape, device=device)  # x where the teacher is now
+        self.before = torch.zeros(*own, *latent_shape, device=device)  # its velocity one step ago
+        self.num_ready = torch.zeros(self.lanes.total, dtype=torch.long)
+        self.ready_sigma = torch.zeros(self.lanes.total, READY_PER_LANE)
+        self.ready_prompts = torch.zeros(self.lanes.total, READY_PER_LANE, dtype=torch.long)
+        self.ready_latents = torch.zeros(self.lanes.count, READY_PER_LANE, *latent_shape, device=device)
+        self.ready_velocity = torch.zeros(self.lanes.count, READY_PER_LANE, *latent_shape, device=device)
+        for lane in range(self.lanes.total):
+            for path in range(PATHS_PER_LANE):
+                self._start_path(lane, path)
 
     def next(self) -> Answer:
-        """A random batch of the targets that are known; the teacher is asked until there are enough of them."""
-        if self.num_calls == 0:
-            self._spread()
-        while len(self.ready["sigma"]) < 2 * self.batch_size:  # more than a batch, so that batches mix paths
-            self._ask()
-        order = torch.randperm(len(self.ready["sigma"]), generator=self.generator)
-        taken, kept = order[: self.batch_size], order[self.batch_size :]
-        batch = {name: value[taken.to(value.device)] for name, value in self.ready.items()}
-        self.ready = {name: value[kept.to(value.device)] for name, value in self.ready.items()}
-        return Answer(batch["latents"], batch["sigma"], batch["prompts"].tolist(), batch["velocity"])
+        """A target of every lane, at random among those that are known; the teacher is asked until there are enough."""
+        if not self._waiting:
+            if self.num_calls == 0:
+                self._spread()
+            while self.num_ready.min() < MIXED:
+                self._ask()
+            self._waiting = self._take().split(self.lanes.micro_batch)
+        return self._waiting.pop(0)
 
     def advance(self, answer: Answer, student_velocity: Tensor, progress: float) -> None:
         """The paths move when the teacher is asked; this only notes the part of the training that is done."""
         self.progress = progress
 
+    def _take(self) -> Answer:
+        lanes, own = torch.arange(self.lanes.total), torch.arange(self.lanes.count)
+        chances = torch.rand(self.lanes.total, generator=self.generator)
+        places = (chances * self.num_ready).long().minimum(self.num_ready - 1)
+        last = self.num_ready - 1
+        here, last_here = self.lanes.local(places), self.lanes.local(last)
+        answer = Answer(
+            self.ready_latents[own, here],
+            self.lanes.local(self.ready_sigma[lanes, places]),
+            self.lanes.local(self.ready_prompts[lanes, places]).tolist(),
+            self.ready_velocity[own, here],
+        )
+        # The last one takes the place that is now empty:
+        for values in (self.ready_sigma, self.ready_prompts):
+            values[lanes, places] = values[lanes, last]
+        for values in (self.ready_latents, self.ready_velocity):
+            values[own, here] = values[own, last_here]
+        self.num_ready -= 1
+        return answer
+
     def _spread(self) -> None:
         """One long step of the teacher to the start of a segment of its own, for every path: all segments are taught from
         the first steps on."""
-        for slots in torch.arange(len(self.lots)).split(self.batch_size):
-            segments = slots % self.num_segments
-            velocity = self._velocity(slots, self.starts[slots], torch.ones(len(slots)))
+        for path in range(PATHS_PER_LANE):
+            paths = torch.full((self.lanes.total,), path)
+            segments = (torch.arange(self.lanes.total) + path * self.lanes.total) % self.num_segments
             sigma = self.segment_sigmas[segments]
-            starts = self.starts[slots] + (sigma - 1).to(velocity)[:, None, None, None] * velocity
-            for slot, segment, start in zip(slots.tolist(), segments.tolist(), starts, strict=True):
-                self._start_segment(slot, segment, start)
+            velocity = self._velocity(paths, torch.ones(self.lanes.total))
+            step = self.lanes.local(sigma - 1).to(velocity)[:, None, None, None]
+            starts = self.starts[:, path] + step * velocity
+            for lane, segment in enumerate(segments.tolist()):
+                self._start_segment(lane, path, segment, starts)
 
-    def _velocity(self, slots: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
+    def _velocity(self, paths: Tensor, sigma: Tensor) -> Tensor:
+        """The teacher's, where one path (total,) of every lane is now; sigma (total,)."""
         self.num_calls += 1
-        embeds, lengths = self.prompt_embeds.batch(self.prompts[slots].tolist(), self.device, torch.float32)
-        return self.teacher_velocity(latents, sigma, embeds, lengths)
+        return self._asked(self.teacher_velocity, self.latents, paths, sigma)
+
+    def _asked(self, field, latents: Tensor, paths: Tensor, sigma: Tensor) -> Tensor:
+        """A field's velocity (B, C, H, W) at one path of each of this process's lanes, a micro-batch at a time."""
+        own, paths = torch.arange(self.lanes.count), self.lanes.local(paths)
+        prompts = self.lanes.local(self.prompts)[own, paths].tolist()
+        latents, sigma, velocities = latents[own, paths], self.lanes.local(sigma), []
+        for start in range(0, len(own), self.lanes.micro_batch):
+            rows = slice(start, start + self.lanes.micro_batch)
+            embeds, lengths = self.prompt_embeds.batch(prompts[rows], self.device, torch.float32)
+            velocities.append(field(latents[rows], sigma[rows], embeds, lengths))
+        return torch.cat(velocities)
 
     def _ask(self) -> None:
-        """One step of the teacher on a batch of paths, spread over the noise levels."""
-        sigmas = self.grids.gather(1, self.positions[:, None])[:, 0]
-        edges = torch.linspace(0, len(sigmas), self.batch_size + 1).long()
-        picks = edges[:-1] + (torch.rand(self.batch_size, generator=self.generator) * edges.diff()).long()
-        slots = sigmas.argsort()[picks]
-        positions, sigma = self.positions[slots], sigmas[slots]
-        latents = self.latents[slots]
-        velocity = self._velocity(slots, latents, sigma)
+        """One step of the teacher on a path of every lane, spread over the noise levels."""
+        lanes, own = torch.arange(self.lanes.total), torch.arange(self.lanes.count)
+        sigmas = self.grids.gather(2, self.positions[..., None])[..., 0]
+        order = torch.randperm(self.lanes.total, generator=self.generator)
+        spread = (order + torch.rand(self.lanes.total, generator=self.generator)) / self.lanes.total
+        picks = (spread * PATHS_PER_LANE).long().clamp(max=PATHS_PER_LANE - 1)
+        paths = sigmas.argsort(dim=1).gather(1, picks[:, None])[:, 0]
+        positions, sigma = self.positions[lanes, paths], sigmas[lanes, paths]
+        velocity = self._velocity(paths, sigma)
 
         # Adams-Bashforth of order two, Euler on the first step of a segment: no call more, and a nearer end.
-        step = self.grids[slots, positions + 1] - sigma
-        step_before = sigma - self.grids[slots, (positions - 1).clamp(min=0)]
+        step = self.grids[lanes, paths, positions + 1] - sigma
+        step_before = sigma - self.grids[lanes, paths, (positions - 1).clamp(min=0)]
         slope = torch.where(positions == 0, 0.0, step / (2 * torch.where(positions == 0, 1.0, step_before)))
-        weight, step = (value.to(velocity)[:, None, None, None] for value in (slope, step))
-        self.latents[slots] = latents + step * (velocity + weight * (velocity - self.before[slots]))
-        self.before[slots] = velocity
-        self.positions[slots] += 1
-        arrived = slots[self.positions[slots] == self.num_steps]
-        if len(arrived):
-            self._finish(arrived)
+        weight, step = (self.lanes.local(value).to(velocity)[:, None, None, None] for value in (slope, step))
+        here = self.lanes.local(paths)
+        self.latents[own, here] += step * (velocity + weight * (velocity - self.before[own, here]))
+        self.before[own, here] = velocity
+        self.positions[lanes, paths] += 1
+        arrived = self.positions[lanes, paths] == self.num_steps
+        if arrived.any():
+            self._finish(paths, arrived)
 
-    def _finish(self, slots: Tensor) -> None:
-        """Give the starts of these segments their targets, and start the next ones."""
-        starts, ends, sigma = self.starts[slots], self.latents[slots], self.grids[slots, 0]
-        length = (self.grids[slots, -1] - sigma).to(starts)[:, None, None, None]
-        targets = {
-            "latents": starts,
-            "velocity": (ends - starts) / length,
-            "sigma": sigma,
-            "prompts": self.prompts[slots],
-        }
-        self.ready = {name: torch.cat([value, targets[name]]) for name, value in self.ready.items()}
+    def _finish(self, paths: Tensor, arrived: Tensor) -> None:
+        """Give the starts of these segments (one of each lane in `arrived`) their targets, and start the next ones."""
+        lanes, own = torch.arange(self.lanes.total), torch.arange(self.lanes.count)
+        here, rows = self.lanes.local(paths), self.lanes.local(arrived).nonzero().flatten()
+        starts, ends = self.starts[own, here], self.latents[own, here]
+        sigma, segments = self.grids[lanes, paths, 0], self.segments[lanes, paths]
+        length = self.lanes.local(self.grids[lanes, paths, -1] - sigma).to(starts)[:, None, None, None]
+        places = self.lanes.local(self.num_ready)[rows]
+        self.ready_latents[rows, places] = starts[rows]
+        self.ready_velocity[rows, places] = ((ends - starts) / length)[rows]
+        chosen = arrived.nonzero().flatten()
+        self.ready_sigma[chosen, self.num_ready[chosen]] = sigma[chosen]
+        self.ready_prompts[chosen, self.num_ready[chosen]] = self.prompts[lanes, paths][chosen]
+        self.num_ready[chosen] += 1
 
         start, end = self.student_rollout
-        is_students = self.lots[slots] < start + (end - start) * self.progress
-        goes_on = self.segments[slots] + 1 < self.num_segments
-        if (is_students & goes_on).any():
-            chosen = is_students.to(starts.device)[:, None, None, None]
-            ends = torch.where(chosen, starts + length * self._student_velocity(slots, starts, sigma), ends)
-        for slot, latents, has_next in zip(slots.tolist(), ends, goes_on.tolist(), strict=True):
-            if has_next:
-                self._start_segment(slot, int(self.segments[slot]) + 1, latents)
+        is_students = self.lots[lanes, paths] < start + (end - start) * self.progress
+        goes_on = segments + 1 < self.num_segments
+        # Asked of all lanes or of none, for a student that is spread over the processes answers to all at once.
+        if (arrived & is_students & goes_on).any():
+            follows = self.lanes.local(is_students & goes_on).to(starts.device)[:, None, None, None]
+            ends = torch.where(follows, starts + length * self._student_velocity(paths, sigma), ends)
+        for lane in chosen.tolist():
+            if goes_on[lane]:
+                self._start_segment(lane, int(paths[lane]), int(segments[lane]) + 1, ends)
             else:
-                self._start_path(slot)
+                self._start_path(lane, int(paths[lane]))
 
     @torch.no_grad()
-    def _student_velocity(self, slots: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
-        embeds, lengths = self.prompt_embeds.batch(self.prompts[slots].tolist(), self.device, torch.float32)
-        return self.student_forward(latents, sigma_to_timestep(sigma).to(self.device), embeds, lengths).float()
+    def _student_velocity(self, paths: Tensor, sigma: Tensor) -> Tensor:
+        """The student's at the starts of these paths' segments."""
 
-    def _start_path(self, slot: int) -> None:
-        self.prompts[slot] = self.order.take(1)[0]
-        self.lots[slot] = torch.rand((), generator=self.generator)
-        self._start_segment(slot, 0, torch.randn(self.latent_shape, generator=self.generator))
+        def answer(latents: Tensor, sigma: Tensor, embeds: Tensor, lengths: Tensor) -> Tensor:
+            return self.student_forward(latents, sigma_to_timestep(sigma).to(self.device), embeds, lengths).float()
 
-    def _start_segment(self, slot: int, segment: int, latents: Tensor) -> None:
-        """The levels between its ends are moved by a random part of a step, so that they differ from path to path."""
+        return self._asked(answer, self.starts, paths, sigma)
+
+    def _start_path(self, lane: int, path: int) -> None:
+        self.prompts[lane, path] = self.order.take(1)[0]
+        self.lots[lane, path] = torch.rand((), generator=self.generator)
+        seeds = draw_seeds(1, self.generator)
+        place = self.lanes.place_of(lane)
+        if place is not None:
+            self.starts[place, path] = seeded_noise(seeds, self.latent_shape)[0].to(self.starts)
+        self._start_segment(lane, path, 0, self.starts[:, path])
+
+    def _start_segment(self, lane: int, path: int, segment: int, starts: Tensor) -> None:
+        """From the lane's own of `starts` (B, C, H, W). The levels between the segment's ends are moved by a random part of
+        a step, so that they differ from path to path."""
         start, end = self.segment_sigmas[segment : segment + 2].tolist()
         grid = torch.linspace(start, end, self.num_steps + 1)
         grid[1:-1] += (torch.rand((), generator=self.generator) - 0.5) * (end - start) / self.num_steps
-        self.segments[slot], self.positions[slot] = segment, 0
-        self.grids[slot] = grid
-        self.starts[slot] = self.latents[slot] = latents.to(self.latents)
+        self.segments[lane, path], self.positions[lane, path] = segment, 0
+        self.grids[lane, path] = grid
+        place = self.lanes.place_of(lane)
+        if place is not None:
+            self.starts[place, path] = self.latents[place, path] = starts[place]
 
     def state_dict(self) -> dict[str, Tensor]:
         own = {name: getattr(self, name).clone() for name in self._TENSORS}
-        ready = {f"ready.{name}": value.clone() for name, value in self.ready.items()}
+        own |= {f"{LANE_PREFIX}{name}": getattr(self, name).clone() for name in self._OF_LANES}
         counters = {
             "num_calls": torch.tensor(self.num_calls),
             "progress": torch.tensor(self.progress, dtype=torch.float64),
             "generator": self.generator.get_state(),
         }
-        return self.order.state_dict() | own | ready | counters
+        return self.order.state_dict() | own | counters
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name in self._TENSORS:
             getattr(self, name).copy_(state[name])
-        self.ready = {
-            name: value.to(self.ready[name].device, copy=True) for name, value in part_of(state, "ready.").items()
-        }
+        for name, value in part_of(state, LANE_PREFIX).items():
+            getattr(self, name).copy_(value)
         self.num_calls, self.progress = int(state["num_calls"]), float(state["progress"])
         self.order.load_state_dict(state)
         self.generator.set_state(state["generator"])
-
-
-def _no_targets(latent_shape: tuple[int, int, int], device: str) -> dict[str, Tensor]:
-    empty = torch.zeros(0, *latent_shape, device=device)
-    return {
-        "latents": empty,
-        "velocity": empty.clone(),
-        "sigma": torch.zeros(0),
-        "prompts": torch.zeros(0, dtype=torch.long),
-    }

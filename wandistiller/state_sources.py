@@ -6,15 +6,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from wandistiller.lanes import Lanes
 from wandistiller.prompt_order import PromptSwap
 from wandistiller.renoise import RenoisedStates
-from wandistiller.states import POOL_BATCHES, NoiseStates, StateBatch, TrajectoryStates
+from wandistiller.states import PATHS_PER_LANE, NoiseStates, StateBatch, TrajectoryStates
 from wandistiller.student_config import StudentConfig
 from wandistiller.teacher import TeacherSettings
 
 
 class States(Protocol):
     """What trains: a batch of states, which the answers to it move on; `state_dict` holds all that `draw` depends on."""
+
+    lanes: Lanes
 
     def draw(self) -> StateBatch: ...
 
@@ -55,8 +58,9 @@ def build_states(
     num_prompts: int,
     batch_size: int,
     device: str | torch.device = "cpu",
+    lanes: Lanes | None = None,
 ) -> States:
-    """States of the student's image size behind the teacher's VAE, at the teacher's shift.
+    """States of the student's image size behind the teacher's VAE, at the teacher's shift; `batch_size` of all processes.
 
     A trajectory begins at sigma 1, so its `sigma_range` must end there.
     """
@@ -65,7 +69,14 @@ def build_states(
     swap = PromptSwap(options.prompt_swap, num_prompts + options.num_extra_prompts)
     if options.kind == "noise":
         return NoiseStates(
-            shape, num_prompts, batch_size, shift=shift, sigma_range=sigma_range, swap=swap, seed=options.seed
+            shape,
+            num_prompts,
+            batch_size,
+            shift=shift,
+            sigma_range=sigma_range,
+            swap=swap,
+            seed=options.seed,
+            lanes=lanes,
         )
     paths = TrajectoryStates(
         shape,
@@ -73,13 +84,14 @@ def build_states(
         batch_size,
         shift=shift,
         num_steps=settings.num_inference_steps,
-        pool_size=POOL_BATCHES * batch_size,
+        pool_size=PATHS_PER_LANE * batch_size,
         sigma_low=sigma_range[0],
         boundary=settings.boundary_ratio,
         calls_per_expert=options.calls_per_expert,
         swap=swap,
         seed=options.seed,
         device=device,
+        lanes=lanes,
     )
     if not options.renoise_fraction:
         return paths

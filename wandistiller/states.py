@@ -1,37 +1,62 @@
 """Where training states x_sigma come from: the teacher's own sampling paths, or pure noise as the simple baseline."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from wandistiller.flow import sample_sigmas, shift_sigma, unshift_sigma
+from wandistiller.flow import sample_sigmas, seeded_noise, shift_sigma, unshift_sigma
+from wandistiller.lanes import LANE_PREFIX, Lanes, draw_seeds
 from wandistiller.prompt_order import PromptOrder, PromptSwap
 
-POOL_BATCHES = 8  # paths in flight, in batches: many prompts at once, each path still finished soon
+PATHS_PER_LANE = 8  # in flight for every sample of a batch: many prompts at once, each path still finished soon
+ENOUGH_LANES = 0.75  # of them must have a path on the side of the expert in use, or the other one's turn begins
 
 
 @dataclass(frozen=True)
 class StateBatch:
-    """States to train on.
+    """States to train on: this process's part of a global batch, a row for each of its lanes.
 
     Attributes:
         latents: (B, C, H, W) in model space.
         sigma: (B,) noise levels, on the CPU.
         prompts: index of each state's prompt.
-        slots: where the first len(slots) states lie in their pool; the others are no part of a path.
+        slots: where each state lies in its pool, -1 where it is no part of a path.
+        weights: (B,) of the samples in the loss; 0 where a lane had nothing to give, and 1 everywhere else when all had.
+        drawn: the slots of all lanes, of every process; -1 where none.
     """
 
     latents: Tensor
     sigma: Tensor
     prompts: list[int]
-    slots: list[int] = field(default_factory=list)
+    slots: list[int]
+    weights: Tensor
+    drawn: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def part(self, start: int, stop: int) -> "StateBatch":
+        """Some of its rows."""
+        if (start, stop) == (0, len(self.slots)):
+            return self
+        rows = slice(start, stop)
+        return replace(
+            self,
+            latents=self.latents[rows],
+            sigma=self.sigma[rows],
+            prompts=self.prompts[rows],
+            slots=self.slots[rows],
+            weights=self.weights[rows],
+        )
 
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries of a state_dict whose name starts with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def loss_weights(is_counted: Tensor) -> Tensor:
+    """Weights (total,) that keep the mean over all lanes that of those that count."""
+    return is_counted.float() * (len(is_counted) / is_counted.sum())
 
 
 class NoiseStates:
@@ -47,9 +72,10 @@ class NoiseStates:
         sigma_range: tuple[float, float] = (0.0, 1.0),
         swap: PromptSwap | None = None,
         seed: int = 0,
+        lanes: Lanes | None = None,
     ):
         self.latent_shape = latent_shape  # (C, H, W)
-        self.batch_size = batch_size
+        self.lanes = lanes or Lanes(batch_size)
         self.shift = shift
         self.sigma_range = sigma_range
         self.swap = swap or PromptSwap(0.0, num_prompts)
@@ -58,10 +84,24 @@ class NoiseStates:
 
     def draw(self) -> StateBatch:
         """The next prompts, each with fresh noise; the last batch of an epoch holds what is left."""
-        prompts = self.order.take(self.batch_size)
-        sigma = sample_sigmas(len(prompts), self.shift, self.sigma_range, self.generator)
-        noise = torch.randn(len(prompts), *self.latent_shape, generator=self.generator)
-        return StateBatch(noise, sigma, self.swap(prompts, sigma, self.generator))
+        prompts = self.order.take(self.lanes.total)
+        count = len(prompts)
+        sigma = sample_sigmas(count, self.shift, self.sigma_range, self.generator)
+        prompts = torch.tensor(self.swap(prompts, sigma, self.generator))
+        is_counted = torch.ones(count, dtype=torch.bool)
+        if self.lanes.pads and count < self.lanes.total:
+            rows = torch.arange(self.lanes.total) % count
+            is_counted = torch.arange(self.lanes.total) < count
+            sigma, prompts = sigma[rows], prompts[rows]
+        seeds = torch.tensor(draw_seeds(self.lanes.total, self.generator))[: len(sigma)]
+        seeds = self.lanes.local(seeds)
+        return StateBatch(
+            seeded_noise(seeds.tolist(), self.latent_shape),
+            self.lanes.local(sigma),
+            self.lanes.local(prompts).tolist(),
+            [-1] * len(seeds),
+            self.lanes.local(loss_weights(is_counted)),
+        )
 
     def advance(
         self, batch: StateBatch, velocity: Tensor, student_velocity: Tensor | None = None, student_share: float = 0.0
@@ -80,20 +120,24 @@ class TrajectoryStates:
     """A pool of sampling paths; the answer a state is trained on also moves it one Euler step on.
 
     The states are those the teacher meets when it samples, and they cost no call of their own (the pool of DKDM,
-    arXiv 2409.03550, on the guided flow ODE). Every path has its own prompt, noise and sigma grid. In the first round
-    every slot answers once, at sigma 1, and jumps to a level of its own: from then on the pool covers all noise levels.
+    arXiv 2409.03550, on the guided flow ODE). Every path has its own prompt, noise and sigma grid, and every lane of the
+    batch paths of its own. In the first round every slot answers once, at sigma 1, and jumps to a level of its own: from
+    then on the pool covers all noise levels.
 
     A share of the paths may follow the student's velocity instead, so that the student is corrected where its own mistakes
     lead (DAgger, arXiv 1011.0686; pi-Flow, arXiv 2510.14974): every path draws a lot when it starts, and is the student's
     while the share exceeds it.
 
     Args:
+        batch_size: lanes, of all processes.
+        pool_size: paths, as many for every lane.
         boundary: noise level between two experts; None where one expert answers everything.
         calls_per_expert: batches in a row for one expert of two; 0 mixes both in every batch.
-        on_finish: called with x_0 (C, H, W) and prompt of every path that the teacher alone has walked to sigma 0.
+        on_finish: called with x_0 (C, H, W), prompt and lane of every path that the teacher alone has walked to sigma 0;
+            x_0 is None where another process holds the lane.
     """
 
-    _TENSORS = ("latents", "prompts", "grids", "last", "positions", "lots", "is_teachers")
+    _TENSORS = ("prompts", "grids", "last", "positions", "lots", "is_teachers")  # of all lanes; slot k B + lane
 
     def __init__(
         self,
@@ -108,12 +152,14 @@ class TrajectoryStates:
         boundary: float | None = None,
         calls_per_expert: int = 0,
         swap: PromptSwap | None = None,
-        on_finish: Callable[[Tensor, int], None] | None = None,
+        on_finish: Callable[[Tensor | None, int, int], None] | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
+        lanes: Lanes | None = None,
     ):
         self.latent_shape = latent_shape
-        self.batch_size = min(batch_size, pool_size)
+        self.lanes = lanes or Lanes(batch_size)
+        self.num_paths = pool_size // batch_size  # of a lane
         self.shift = shift
         self.num_steps = num_steps
         self.boundary = boundary
@@ -123,18 +169,19 @@ class TrajectoryStates:
         self.u_low = float(unshift_sigma(torch.tensor(sigma_low, dtype=torch.float64), shift))
         self.generator = torch.Generator().manual_seed(seed)
         self.order = PromptOrder(num_prompts, seed)
-        self.num_drawn = 0  # states of the first round that were drawn
+        self.num_rounds = 0  # batches of the first round that were drawn
         self.on_high, self.calls_left = True, 0  # the expert in use, and for how many more batches
 
-        self.latents = torch.empty(pool_size, *latent_shape, device=device)
+        self.latents = torch.empty(self.lanes.count, self.num_paths, *latent_shape, device=device)
         self.prompts = torch.zeros(pool_size, dtype=torch.long)
         self.grids = torch.zeros(pool_size, num_steps + 2)  # each path's noise levels, the last of them at `last`
         self.last = torch.zeros(pool_size, dtype=torch.long)
         self.positions = torch.zeros(pool_size, dtype=torch.long)
         self.lots = torch.zeros(pool_size)
         self.is_teachers = torch.zeros(pool_size, dtype=torch.bool)  # walked by the teacher alone so far
-        levels = (torch.randperm(pool_size, generator=self.generator) + 0.5) / pool_size
-        for slot, level in enumerate(levels.tolist()):
+        within = [torch.randperm(batch_size, generator=self.generator) for _ in range(self.num_paths)]
+        levels = (torch.arange(self.num_paths)[:, None] + (torch.stack(within) + 0.5) / batch_size) / self.num_paths
+        for slot, level in enumerate(levels.flatten().tolist()):
             self._start(slot, self._first_grid(self.u_low + (1 - self.u_low) * level))
         self.is_teachers.fill_(False)  # the jump of the first round is too long a step for a true sample
 
@@ -147,40 +194,68 @@ class TrajectoryStates:
         """The noise level (pool_size,) of every slot."""
         return self.grids.gather(1, self.positions[:, None])[:, 0]
 
-    def draw(self, count: int | None = None) -> StateBatch:
-        """The next slots of the first round, then batches stratified over the pool's noise levels."""
-        count, first = count or self.batch_size, self.num_drawn
-        if first < self.pool_size:
-            slots = torch.arange(first, min(first + count, self.pool_size))
-            self.num_drawn += len(slots)
-        else:
-            slots = self._stratified(self._candidates(count), count)
-        sigma = self.sigma[slots]
-        self.prompts[slots] = torch.tensor(self.swap(self.prompts[slots].tolist(), sigma, self.generator))
-        latents = self.latents[slots.to(self.latents.device)]
-        return StateBatch(latents, sigma, self.prompts[slots].tolist(), slots.tolist())
+    def draw(self, among: Tensor | None = None) -> StateBatch:
+        """A state of a path for every lane: the slots of the first round, then spread over the pool's noise levels.
 
-    def _candidates(self, count: int) -> Tensor:
-        """All slots; or those of the expert in use, which changes after its turn or when too few are left for a batch."""
+        Args:
+            among: (total,) bool, the lanes that give one; all by default. The rows of others hold nothing of use.
+        """
+        slots = self._next_slots(among)
+        is_drawn = slots >= 0
+        slots_or_any = torch.where(is_drawn, slots, slots[is_drawn][0])
+        sigma = self.sigma[slots_or_any]
+        swapped = self.swap(self.prompts[slots[is_drawn]].tolist(), sigma[is_drawn], self.generator)
+        self.prompts[slots[is_drawn]] = torch.tensor(swapped)
+        paths = self.lanes.local(slots_or_any) // self.lanes.total
+        rows = torch.arange(self.lanes.count)
+        return StateBatch(
+            self.latents[rows.to(self.latents.device), paths.to(self.latents.device)],
+            self.lanes.local(sigma),
+            self.lanes.local(self.prompts[slots_or_any]).tolist(),
+            self.lanes.local(slots).tolist(),
+            self.lanes.local(loss_weights(is_drawn)),
+            slots,
+        )
+
+    def _next_slots(self, among: Tensor | None) -> Tensor:
+        """A slot for every lane, -1 where it gives none."""
+        total, paths = self.lanes.total, self.num_paths
+        if self.num_rounds < paths:
+            self.num_rounds += 1
+            return torch.arange(total) + (self.num_rounds - 1) * total
+        usable = self._usable()
+        has_one = usable.any(dim=1) if among is None else usable.any(dim=1) & among
+        chosen = has_one.nonzero().flatten()
+        # Every lane takes from another part of its own paths in order of noise, all parts alike often:
+        places = torch.randperm(len(chosen), generator=self.generator)
+        spread = (places + torch.rand(len(chosen), generator=self.generator)) / len(chosen)
+        counts = usable[chosen].sum(dim=1)
+        positions = (spread * counts).long().minimum(counts - 1)
+        by_noise = self._by_lane(self.sigma)[chosen].masked_fill(~usable[chosen], torch.inf).argsort(dim=1)
+        slots = torch.full((total,), -1)
+        slots[chosen] = by_noise.gather(1, positions[:, None])[:, 0] * total + chosen
+        return slots
+
+    def _by_lane(self, values: Tensor) -> Tensor:
+        """(pool_size,) -> (total, paths of a lane)."""
+        return values.unflatten(0, (self.num_paths, -1)).T
+
+    def _usable(self) -> Tensor:
+        """Which paths (total, paths of a lane) may be drawn: all; or those of the expert in use, which changes after its
+        turn or when too few lanes have one left."""
+        is_high = self._by_lane(self.sigma) >= (self.boundary or 0.0)
         if not self.calls_per_expert:
-            return torch.arange(self.pool_size)
-        is_high = self.sigma >= self.boundary
-        sides = {True: is_high.nonzero().flatten(), False: (~is_high).nonzero().flatten()}
-        if self.calls_left == 0 or len(sides[self.on_high]) < count:
+            return torch.ones_like(is_high)
+        sides = {True: is_high, False: ~is_high}
+        serving = {side: float(mask.any(dim=1).float().mean()) for side, mask in sides.items()}
+        if self.calls_left == 0 or serving[self.on_high] < ENOUGH_LANES:
             other = not self.on_high
-            self.on_high = other if len(sides[other]) >= count else len(sides[True]) >= len(sides[False])
+            self.on_high = other if serving[other] >= ENOUGH_LANES else serving[True] >= serving[False]
             # In proportion to its slots, so that neither side of the boundary runs dry.
-            share = len(sides[self.on_high]) / self.pool_size
+            share = float(sides[self.on_high].float().mean())
             self.calls_left = max(1, round(2 * self.calls_per_expert * share))
         self.calls_left -= 1
         return sides[self.on_high]
-
-    def _stratified(self, candidates: Tensor, count: int) -> Tensor:
-        """One slot from each of `count` equal parts of the candidates in order of noise."""
-        count = min(count, len(candidates))
-        edges = torch.linspace(0, len(candidates), count + 1).long()
-        picks = edges[:-1] + (torch.rand(count, generator=self.generator) * edges.diff()).long()
-        return candidates[self.sigma[candidates].argsort()[picks]]
 
     def advance(
         self, batch: StateBatch, velocity: Tensor, student_velocity: Tensor | None = None, student_share: float = 0.0
@@ -190,21 +265,37 @@ class TrajectoryStates:
         Args:
             velocity: the teacher's (B, C, H, W); student_velocity moves the paths whose lot is below `student_share`.
         """
-        slots, count = torch.tensor(batch.slots, dtype=torch.long), len(batch.slots)
-        velocity = velocity[:count]
-        if student_velocity is not None and student_share > 0:
-            is_students = self.lots[slots] < student_share
-            self.is_teachers[slots] &= ~is_students
-            chosen = is_students.to(velocity.device)[:, None, None, None]
-            velocity = torch.where(chosen, student_velocity[:count].to(velocity), velocity)
-        following = self.grids[slots, self.positions[slots] + 1]
-        step = (following - batch.sigma[:count]).to(velocity)[:, None, None, None]
-        self.latents[slots.to(self.latents.device)] = batch.latents[:count] + step * velocity
-        self.positions[slots] += 1
-        for slot in slots[self.positions[slots] == self.last[slots]].tolist():
+        is_rolled_out = student_velocity is not None and student_share > 0
+        self._move(batch, velocity, student_velocity if is_rolled_out else None, student_share)
+        drawn = batch.drawn[batch.drawn >= 0]
+        if is_rolled_out:
+            self.is_teachers[drawn] &= self.lots[drawn] >= student_share
+        self.positions[drawn] += 1
+        for slot in drawn[self.positions[drawn] == self.last[drawn]].tolist():
             if self.on_finish is not None and self.is_teachers[slot]:
-                self.on_finish(self.latents[slot], int(self.prompts[slot]))
+                self.on_finish(self._latents_of(slot), int(self.prompts[slot]), slot % self.lanes.total)
             self._start(slot, self._grid(self._random_steps()))
+
+    def _move(self, batch: StateBatch, velocity: Tensor, student_velocity: Tensor | None, student_share: float) -> None:
+        """One Euler step of this process's paths."""
+        slots = torch.tensor(batch.slots, dtype=torch.long)
+        rows = (slots >= 0).nonzero().flatten()
+        slots = slots[rows]
+        places, paths = slots % self.lanes.total - self.lanes.first, slots // self.lanes.total
+        on_device = rows.to(velocity.device)
+        velocity = velocity[on_device]
+        if student_velocity is not None:
+            is_students = self.lots[slots] < student_share
+            chosen = is_students.to(velocity.device)[:, None, None, None]
+            velocity = torch.where(chosen, student_velocity[on_device].to(velocity), velocity)
+        step = (self.grids[slots, self.positions[slots] + 1] - batch.sigma[rows]).to(velocity)[:, None, None, None]
+        moved = batch.latents[rows.to(batch.latents.device)] + step * velocity
+        self.latents[places.to(moved.device), paths.to(moved.device)] = moved
+
+    def _latents_of(self, slot: int) -> Tensor | None:
+        """x (C, H, W) of a slot, None where another process holds it."""
+        place = self.lanes.place_of(slot % self.lanes.total)
+        return None if place is None else self.latents[place, slot // self.lanes.total]
 
     def _random_steps(self) -> int:
         """From half of the teacher's steps to all of them."""
@@ -212,8 +303,9 @@ class TrajectoryStates:
         return int(torch.randint(low, self.num_steps + 1, (), generator=self.generator))
 
     def _start(self, slot: int, grid: Tensor) -> None:
-        noise = torch.randn(self.latent_shape, generator=self.generator)
-        self.latents[slot] = noise.to(self.latents.device)
+        seeds = draw_seeds(1, self.generator)
+        if (latents := self._latents_of(slot)) is not None:
+            latents.copy_(seeded_noise(seeds, self.latent_shape)[0])
         self.prompts[slot] = self.order.take(1)[0]
         self.grids[slot, : len(grid)] = grid
         self.last[slot] = len(grid) - 1
@@ -234,14 +326,16 @@ class TrajectoryStates:
         return shift_sigma(u, self.shift)
 
     def state_dict(self) -> dict[str, Tensor]:
-        counters = torch.tensor([self.num_drawn, self.on_high, self.calls_left])
+        counters = torch.tensor([self.num_rounds, self.on_high, self.calls_left])
         own = {name: getattr(self, name).clone() for name in self._TENSORS}
+        own[f"{LANE_PREFIX}latents"] = self.latents.clone()
         return self.order.state_dict() | own | {"counters": counters, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name in self._TENSORS:
             getattr(self, name).copy_(state[name])
-        self.num_drawn, on_high, self.calls_left = state["counters"].tolist()
+        self.latents.copy_(state[f"{LANE_PREFIX}latents"])
+        self.num_rounds, on_high, self.calls_left = state["counters"].tolist()
         self.on_high = bool(on_high)
         self.order.load_state_dict(state)
         self.generator.set_state(state["generator"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from wandistiller.student_config import CONFIG_NAME, ConfigError, StudentConfig
 
@@ -250,6 +251,7 @@ class WanLiteStudent(nn.Module):
     def __init__(self, config: StudentConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         blocks = WanBlock if config.block == "wan" else LiteBlock
         (self._init_wan if config.block == "wan" else self._init_lite)(config)
         self.blocks = nn.ModuleList(blocks(config) for _ in range(config.depth))
@@ -319,12 +321,18 @@ class WanLiteStudent(nn.Module):
 
         x = self.patch_embedding(latents.to(dtype)).flatten(2).transpose(1, 2).float()  # (B, L, D)
         for block in self.blocks:
-            x = block(x, timestep_proj, text, text_bias, rope)
+            x = self._run(block, x, timestep_proj, text, text_bias, rope)
 
         shift_out, scale_out = (self.scale_shift_table.float() + temb[:, None]).chunk(2, dim=1)
         x = self.proj_out(modulate(self.norm_out(x), shift_out, scale_out).to(text.dtype))  # (B, L, P*P*C)
         x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (grid_height, grid_width))  # (B, h, w, P, P, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+
+    def _run(self, block: nn.Module, *inputs: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
+        """A block's output; with gradient_checkpointing its insides are computed again for the backward pass, not kept."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def _forward_lite(
         self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor | None
@@ -338,11 +346,15 @@ class WanLiteStudent(nn.Module):
         x = self.conv_in(latents.to(dtype)).flatten(2).transpose(1, 2)  # (B, L, D)
         x = x + positions.to(x.dtype) + (time + text)[:, None]
         for block in self.blocks:
-            x = block(x)
+            x = self._run(block, x)
         return self.conv_out(x.transpose(1, 2).unflatten(2, (height, width)))  # (B, C, H, W)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write student_config.json and diffusion_model.safetensors into `folder`, each whole or not at all."""
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write student_config.json and diffusion_model.safetensors into `folder`, each whole or not at all.
+
+        Args:
+            state_dict: the weights to write, where the student holds only a part of its own.
+        """
         from safetensors.torch import save_file
 
         from wandistiller.atomic import atomic_path
@@ -350,7 +362,9 @@ class WanLiteStudent(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config_json = self.config.to_json()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in (state_dict or self.state_dict()).items()
+        }
         with atomic_path(folder / WEIGHTS_NAME) as path:
             save_file(tensors, path, metadata={"format": "pt", "student_config": config_json})
         with atomic_path(folder / CONFIG_NAME) as path:

@@ -19,6 +19,7 @@ from torch import Tensor
 from wandistiller.answers import Answer, TeacherAnswers
 from wandistiller.atomic import atomic_path
 from wandistiller.errors import UserError
+from wandistiller.lanes import Lanes
 from wandistiller.output_folder import check_output_folder
 from wandistiller.state_sources import StatesOptions
 from wandistiller.teacher import TeacherSettings
@@ -268,16 +269,23 @@ class TeacherCache:
 
 def _ask(answers: TeacherAnswers, done: int, on_progress: Callable[[int], None]) -> dict[str, Tensor]:
     """The next batch as it is stored."""
-    answer = answers.next()
-    answers.advance(answer, answer.velocity, 0.0)
-    batch = {
-        "latents": _stored(answer.latents, f"batch {done + 1}: the latents"),
-        "velocity": _stored(answer.velocity, f"batch {done + 1}: the teacher's velocities"),
-        "sigma": answer.sigma.float(),
-        "prompts": torch.tensor(answer.prompts),
-    }
+    parts = []
+    for _ in range(answers.lanes.num_micro_batches):
+        answer = answers.next()
+        answers.advance(answer, answer.velocity, 0.0)
+        # A row of weight 0 stands for a lane that had no state to ask about.
+        counted = answer.weights.nonzero().flatten()
+        on_device = counted.to(answer.latents.device)
+        parts.append(
+            {
+                "latents": _stored(answer.latents[on_device], f"batch {done + 1}: the latents"),
+                "velocity": _stored(answer.velocity[on_device], f"batch {done + 1}: the teacher's velocities"),
+                "sigma": answer.sigma[counted].float(),
+                "prompts": torch.tensor(answer.prompts)[counted],
+            }
+        )
     on_progress(done + 1)
-    return batch
+    return {name: torch.cat([part[name] for part in parts]) for name in STORED_NAMES}
 
 
 def _stored(values: Tensor, what: str) -> Tensor:
@@ -296,16 +304,16 @@ class CachedAnswers:
     """Batches from a complete cache, every answer once an epoch in an order of its own; only a batch is in memory.
 
     `num_calls` stays 0: the teacher was asked when the cache was made. A batch goes over the end of an epoch, so that
-    all are full; only a cache of fewer answers than `batch_size` gives smaller ones.
+    all are full; only a cache of fewer answers than `batch_size` gives smaller ones (or repeats some, to fill given lanes).
     """
 
     num_calls = 0
 
-    def __init__(self, cache: TeacherCache, batch_size: int, device: str, seed: int = 0):
+    def __init__(self, cache: TeacherCache, batch_size: int, device: str, seed: int = 0, lanes: Lanes | None = None):
         from safetensors import safe_open
 
         self.cache = cache
-        self.batch_size = min(batch_size, cache.num_answers)
+        self.lanes = lanes or Lanes(min(batch_size, cache.num_answers))
         self.device = device
         self.generator = torch.Generator().manual_seed(seed)
         self.ends = list(accumulate(cache.rows))
@@ -313,13 +321,17 @@ class CachedAnswers:
         self.slices = [{name: shard.get_slice(name) for name in STORED_NAMES} for shard in shards]
         self.order = torch.randperm(cache.num_answers, generator=self.generator)
         self.position = 0
+        self._waiting: list[Answer] = []  # micro-batches of the step in hand
 
     def next(self) -> Answer:
-        rows = self._take(self.batch_size)
-        found = [self._row(index) for index in rows]
-        batch = {name: torch.cat([row[name] for row in found]) for name in found[0]}
-        latents, velocity = (batch[name].to(self.device, torch.float32) for name in ("latents", "velocity"))
-        return Answer(latents, batch["sigma"], batch["prompts"].tolist(), velocity)
+        if not self._waiting:
+            rows = self.lanes.local(torch.tensor(self._take(self.lanes.total)))
+            found = [self._row(index) for index in rows.tolist()]
+            batch = {name: torch.cat([row[name] for row in found]) for name in found[0]}
+            latents, velocity = (batch[name].to(self.device, torch.float32) for name in ("latents", "velocity"))
+            answer = Answer(latents, batch["sigma"], batch["prompts"].tolist(), velocity)
+            self._waiting = answer.split(self.lanes.micro_batch)
+        return self._waiting.pop(0)
 
     def advance(self, answer: Answer, student_velocity: Tensor, progress: float) -> None:
         """Nothing moves: all answers are there."""

@@ -3,20 +3,24 @@
 import contextlib
 import math
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from wandistiller.answers import Answers
+from wandistiller.answers import Answer, Answers
 from wandistiller.checkpointing import Checkpoint, Checkpoints
-from wandistiller.objective import Objective
+from wandistiller.distributed import Processes, local_part, whole, without_averaging
+from wandistiller.objective import Loss, Objective, TrainedStudent
 from wandistiller.optimization import OptimizationOptions
 from wandistiller.prompt_embeds import PromptEmbeds
 from wandistiller.reporting import StepMetrics, Stopwatch, mean_by_expert, mean_by_sigma
 from wandistiller.run_state import RunState
 from wandistiller.student import WanLiteStudent
+
+REPEATED_S = 2.0  # signals within it are one request, where a launcher passes them on
 
 
 class NonFiniteError(RuntimeError):
@@ -64,13 +68,20 @@ def steps_of_epochs(num_epochs: int, num_prompts: int, batch_size: int) -> int:
 class StopRequest:
     """SIGINT or SIGTERM asks the loop to stop after the step in hand; a second one ends the process at once."""
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, is_repeated: bool = False):
+        self.requested_s: float | None = None
+        self.is_repeated = is_repeated  # whether a launcher may pass on a signal that came by itself too
+
+    @property
+    def requested(self) -> bool:
+        return self.requested_s is not None
 
     def _on_signal(self, signum: int, frame: object) -> None:
-        if self.requested:
+        now = time.monotonic()
+        if self.requested_s is None:
+            self.requested_s = now
+        elif not self.is_repeated or now - self.requested_s > REPEATED_S:
             raise SystemExit(130)
-        self.requested = True
 
     @contextlib.contextmanager
     def watching(self) -> Iterator["StopRequest"]:
@@ -92,6 +103,7 @@ def train(
     evaluate: Callable[[WanLiteStudent], dict[str, float]] | None = None,
     checkpoints: Checkpoints | None = None,
     resume_from: Checkpoint | None = None,
+    processes: Processes | None = None,
 ) -> TrainingResult:
     """Train `student` in place on the teacher's guided velocity; with EMA it ends as the average of its weights.
 
@@ -99,62 +111,148 @@ def train(
         evaluate: measures the student (its average, where there is one) every `options.eval_every` steps and at the last.
         checkpoints: where the run is saved every `options.save_every` steps, at the last and when it is stopped.
         resume_from: the state the run goes on from.
+        processes: those that train together, each on its part of every batch; this one alone by default.
 
     Raises:
         NonFiniteError: loss or gradient is not finite (the weights are those of the step before), or the last step broke
             the weights.
         CheckpointError: a checkpoint could not be written; those before it are good.
     """
-    state = RunState(student, answers, objective, options.optimization, options.num_steps, options.device)
+    processes = processes or Processes(options.device)
+    trained = TrainedStudent(student, objective)
+    model = processes.averaging(trained, trained.has_idle_parts)
+    state = RunState(trained, answers, options.optimization, options.num_steps, processes)
     if resume_from is not None:
-        state.load(resume_from.tensors)
+        state.load(resume_from)
     stopwatch = Stopwatch(options.num_steps, state.step)
+    is_stopped = False
     student.train()
-    with StopRequest().watching() as stop:
+    with StopRequest(is_repeated=processes.are_many).watching() as stop:
         for step in range(state.step + 1, options.num_steps + 1):
             progress = (step - 1) / options.num_steps
-            answer = answers.next()
-            loss = objective(student, answer, prompt_embeds, progress)
-            loss.total.backward()
-            grad_norm = nn.utils.clip_grad_norm_(state.trained.parameters(), options.optimization.max_grad_norm)
-            # note: CPU-GPU sync point, the only one of a step
-            loss_value, feature_loss, grad_norm_value, *by_sample = torch.cat(
-                [torch.stack([loss.velocity, loss.features, grad_norm]), loss.by_sample]
-            ).tolist()
-            check_finite(step, answer.sigma, loss_value + feature_loss, grad_norm_value, options)
-            lr = state.lr
-            state.update(loss_value)
-            answers.advance(answer, loss.student_velocity, progress)
+            num_passes = answers.lanes.num_micro_batches
+            passes = [
+                _learn(model, answers, prompt_embeds, progress, number == num_passes)
+                for number in range(1, num_passes + 1)
+            ]
+            grad_norm = whole(nn.utils.clip_grad_norm_(trained.parameters(), options.optimization.max_grad_norm))
+            found = _measure(passes, grad_norm, stop.requested, processes)
+            try:
+                check_finite(step, found.sigmas, found.loss + found.feature_loss, found.grad_norm, options)
+            except NonFiniteError as error:
+                _save_last_good(checkpoints, state, options, error)
+                raise
+            lr, is_last = state.lr, step == options.num_steps
+            state.update(found.loss)
+            for taken in passes:
+                answers.advance(taken.answer, taken.loss.student_velocity, progress)
 
-            is_last = step == options.num_steps
-            sigmas, boundary = answer.sigma.tolist(), options.boundary
             velocity_error = None
-            if evaluate is not None and not stop.requested and is_due(step, options.eval_every, is_last):
-                velocity_error = evaluate(state.averaged)
+            is_stopped = found.is_stopped or (stop.requested and not processes.are_many)
+            if evaluate is not None and not is_stopped and is_due(step, options.eval_every, is_last):
+                with state.averaged() as averaged:
+                    velocity_error = evaluate(averaged)
+            boundary = options.boundary
             on_step(
                 StepMetrics(
                     step,
-                    loss_value,
-                    grad_norm_value,
+                    found.loss,
+                    found.grad_norm,
                     lr,
-                    *stopwatch.lap(step, len(answer.prompts)),
+                    *stopwatch.lap(step, len(found.sigmas)),
                     teacher_calls=answers.num_calls,
-                    loss_by_sigma=mean_by_sigma(sigmas, by_sample),
-                    loss_by_expert=None if boundary is None else mean_by_expert(sigmas, by_sample, boundary),
-                    feature_loss=feature_loss if answer.features else None,
+                    loss_by_sigma=mean_by_sigma(found.sigmas, found.by_sample),
+                    loss_by_expert=None
+                    if boundary is None
+                    else mean_by_expert(found.sigmas, found.by_sample, boundary),
+                    feature_loss=found.feature_loss if found.has_features else None,
                     velocity_error=velocity_error,
                 )
             )
-            if checkpoints is not None and is_due(step, options.save_every, is_last or stop.requested):
+            is_stopped = found.is_stopped or (stop.requested and not processes.are_many)  # many agree in the next step
+            if checkpoints is not None and is_due(step, options.save_every, is_last or is_stopped):
                 check_weights(student, step, options)  # what is saved must be worth going on from
                 checkpoints.save(step, state.tensors())
-            if stop.requested:
+            if is_stopped:
                 break
     check_weights(student, state.step, options)
-    if state.ema is not None:
-        student.load_state_dict(state.averaged.state_dict())
+    state.finish()
     student.eval()
-    return TrainingResult(state.step, state.losses, stop.requested)
+    return TrainingResult(state.step, state.losses, is_stopped)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One micro-batch that has been learnt from."""
+
+    answer: Answer
+    loss: Loss
+    has_features: bool
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a step shows, the same in every process; sigmas and squared errors are those of all samples that count."""
+
+    loss: float
+    feature_loss: float
+    has_features: bool
+    grad_norm: float
+    is_stopped: bool
+    sigmas: list[float]
+    by_sample: list[float]
+
+
+def _learn(model: nn.Module, answers: Answers, prompt_embeds: PromptEmbeds, progress: float, is_last: bool) -> _Pass:
+    """Add the gradients of a micro-batch; the last one's are averaged over the processes, with those of all before."""
+    answer = answers.next()
+    with without_averaging(model, not is_last):
+        loss = model(answer, prompt_embeds, progress)
+        (loss.total / answers.lanes.num_micro_batches).backward()
+    # Hidden states of the teacher may be gigabytes, and were needed until here:
+    return _Pass(replace(answer, features=()), replace(loss, total=loss.total.detach()), bool(answer.features))
+
+
+def _measure(passes: list[_Pass], grad_norm: Tensor, is_stopped: bool, processes: Processes) -> _Measured:
+    """Losses over all passes and processes; one process's request to stop is everyone's."""
+    losses, answers = [taken.loss for taken in passes], [taken.answer for taken in passes]
+    by_sample = torch.cat([loss.by_sample for loss in losses])
+    sigma, weights = (torch.cat([getattr(answer, name) for answer in answers]) for name in ("sigma", "weights"))
+    means = [
+        sum(parts) / len(passes) for parts in ([loss.velocity for loss in losses], [loss.features for loss in losses])
+    ]
+    head = torch.stack([*means, means[0].new_tensor(float(is_stopped))])
+    samples = torch.stack([sigma.to(by_sample), weights.to(by_sample), by_sample], dim=1)
+    everyones = processes.gathered(torch.cat([head[None], samples])[None])  # (processes, 1 + samples, 3)
+    # note: CPU-GPU sync point, the only one of a step
+    *table, norm = torch.cat([everyones.flatten(), grad_norm.to(everyones)[None]]).tolist()
+    rows = [table[start : start + 3] for start in range(0, len(table), 3)]
+    heads = rows[:: 1 + len(samples)]
+    counted = [row for number, row in enumerate(rows) if number % (1 + len(samples)) and row[1] > 0]
+    velocity, features, stops = (sum(column) / len(heads) for column in zip(*heads, strict=True))
+    return _Measured(
+        velocity,
+        features,
+        passes[0].has_features,
+        norm,
+        stops > 0,
+        [row[0] for row in counted],
+        [row[2] for row in counted],
+    )
+
+
+def _save_last_good(
+    checkpoints: Checkpoints | None, state: RunState, options: TrainingOptions, error: NonFiniteError
+) -> None:
+    """Keep the weights that the failing step did not reach, unless they are broken themselves."""
+    if checkpoints is None or not options.save_every or not state.step:
+        return
+    try:
+        check_weights(state.trained.student, state.step, options)
+    except NonFiniteError:
+        return
+    checkpoints.save(state.step, state.tensors())
+    error.args = (f"{error} The state before it, step {state.step}, is saved.",)
 
 
 def is_due(step: int, every: int, is_last: bool) -> bool:
@@ -162,14 +260,14 @@ def is_due(step: int, every: int, is_last: bool) -> bool:
     return every > 0 and (step % every == 0 or is_last)
 
 
-def check_finite(step: int, sigma: Tensor, loss: float, grad_norm: float, options: TrainingOptions) -> None:
+def check_finite(step: int, sigmas: Sequence[float], loss: float, grad_norm: float, options: TrainingOptions) -> None:
     """Stop before a broken step reaches the weights."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     lr = options.optimization.lr
     what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm} (loss {loss:.4g})"
     raise NonFiniteError(
-        f"step {step}: {what}, at sigma {sigma.min():.3f} to {sigma.max():.3f}, lr {lr:g}. Likely causes: "
+        f"step {step}: {what}, at sigma {min(sigmas):.3f} to {max(sigmas):.3f}, lr {lr:g}. Likely causes: "
         f"the learning rate is too high (try --lr {lr / 10:g}); the teacher's weights or the prompt embeddings "
         "hold values that are not finite; --dtype bf16 overflows (try --dtype fp32). This step was not applied."
     )
@@ -177,7 +275,7 @@ def check_finite(step: int, sigma: Tensor, loss: float, grad_norm: float, option
 
 def check_weights(student: WanLiteStudent, step: int, options: TrainingOptions) -> None:
     """The last step has no loss after it that would show a weight that is no longer a number."""
-    broken = [name for name, parameter in student.named_parameters() if not parameter.isfinite().all()]
+    broken = [name for name, parameter in student.named_parameters() if not local_part(parameter).isfinite().all()]
     if broken:
         raise NonFiniteError(
             f"step {step}: {len(broken)} of the student's weights are not finite after it, the first is {broken[0]}; "

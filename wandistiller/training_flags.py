@@ -4,6 +4,7 @@ Standard library only, so that `--help` and mistakes are answered before torch l
 """
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,7 +163,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optimization = parser.group("Optimization")
     optimization.flag("--num_epochs", f"passes over the prompts {shown('num_epochs')}", type=number(int, low=1))
     optimization.flag("--max_steps", "optimiser steps; overrides --num_epochs", type=number(int, low=1))
-    optimization.flag("--batch_size", f"prompts per optimiser step {shown('batch_size')}", type=number(int, low=1))
+    optimization.flag(
+        "--batch_size",
+        f"samples a GPU (or process) learns from at a time {shown('batch_size')}; a step takes this times "
+        "--grad_accum_steps times the processes",
+        type=number(int, low=1),
+    )
+    optimization.flag(
+        "--grad_accum_steps", "such batches whose gradients add up to one optimiser step", 1, type=number(int, low=1)
+    )
     optimization.flag("--lr", f"learning rate of AdamW {shown('lr')}", type=number(float, above=0, high=1e9))
     optimization.flag(
         "--lr_scheduler", "the learning rate after its warm-up: kept, or down to zero", "cosine", choices=LR_SCHEDULERS
@@ -176,6 +185,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         0.999,
         type=number(float, low=0, high=0.999999),
     )
+    optimization.flag(
+        "--optimizer",
+        "adamw; adamw8bit: its two moments in 8 bits, a quarter of the memory (needs pip install bitsandbytes)",
+        "adamw",
+        choices=["adamw", "adamw8bit"],
+    )
     optimization.flag("--max_grad_norm", "gradients are clipped to this norm", 1.0, type=number(float, above=0))
     optimization.flag("--weight_decay", "weight decay of AdamW", 0.0, type=number(float, low=0))
     optimization.flag("--seed", "of prompt order, noise and initial values", 0, type=number(int, low=0, high=2**63 - 1))
@@ -185,6 +200,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance.flag(
         "--dtype", "of matrix products and of the teacher's weights (bf16 on cuda, else fp32)", choices=["fp32", "bf16"]
     )
+
+    performance.flag(
+        "--shard",
+        "under torchrun: spread the weights of the student (with its gradients, average and optimiser), of the teacher or, "
+        "without a value, of both over the processes (FSDP2); left out: a whole copy in each (DDP)",
+        nargs="?",
+        const="both",
+        choices=["student", "teacher", "both"],
+    )
+    performance.flag(
+        "--gradient_checkpointing",
+        "compute the student's blocks again in the backward pass instead of keeping what they hold",
+        False,
+        action="store_true",
+    )
+    performance.flag("--compile", "torch.compile for the student and the teacher", False, action="store_true")
 
     output = parser.group("Output")
     output.flag("--output_dir", "folder for the student", "outputs/demo", type=path)
@@ -232,10 +263,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def num_processes() -> int:
+    """How many torchrun has started; 1 without it."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isdecimal() else 1
+
+
+def samples_a_step(args: argparse.Namespace) -> int:
+    """Of all processes."""
+    return args.batch_size * args.grad_accum_steps * num_processes()
+
+
 def fill_recipe(args: argparse.Namespace) -> None:
     """The recipe that won, for what was left out and where it can be had."""
     has_paths, is_live = args.states != "noise", args.teacher_cache is None
-    finishes = has_paths and tuple(args.sigma_range) == (0.0, 1.0) and args.batch_size > 1
+    finishes = has_paths and tuple(args.sigma_range) == (0.0, 1.0) and samples_a_step(args) > 1
     if args.renoise_fraction is None:
         applies = finishes and not args.student_steps and not args.calls_per_expert
         args.renoise_fraction = RENOISE_FRACTION[args.states] if applies else 0.0
@@ -271,7 +313,7 @@ def mistakes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
             yield "--renoise_fraction", "needs finished samples, and paths of a --sigma_range above 0 do not finish"
         if args.calls_per_expert:
             yield "--renoise_fraction", "mixes all noise levels in every batch, which --calls_per_expert keeps apart"
-        if args.batch_size < 2:
+        if samples_a_step(args) < 2:
             yield "--renoise_fraction", "shares a batch with states of paths; needs --batch_size 2 or more"
     if args.eval_every and is_narrow:
         yield "--eval_every", "measures at all noise levels; leave it out with a --sigma_range"
@@ -288,6 +330,8 @@ def mistakes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         ):
             if is_given:
                 yield flag, "does not go together with --student_steps, which teaches whole segments of trajectories"
+    if args.shard in ("student", "both") and args.optimizer == "adamw8bit":
+        yield "--optimizer", "adamw8bit does not know weights that are spread; --shard spreads adamw's moments too"
     if args.teacher_cache:
         for flag, is_given, why in (
             ("--student_rollout", is_rolled_out, "answers at the student's own states cannot be asked for beforehand"),

@@ -1,0 +1,273 @@
+"""Several processes train as one does: the same steps, the same checkpoints, and stops that lose nothing.
+
+pytest tests/test_distributed.py
+"""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROMPTS, PRUNED_CONFIG, ROOT, read_metrics, weights_of
+
+import train_distillation
+from wandistiller.lanes import Lanes
+
+RECIPE = ["--replay", 2, "--student_rollout", 0, 1, "--renoise_fraction", 0.5, "--feature_loss_weight", 0.5]
+RECIPES = {
+    "trajectory": RECIPE,
+    "noise": ["--states", "noise", "--prompt_swap", 0.5],  # 55 prompts: the last batch of an epoch is short
+    "few steps": ["--student_steps", 2, "--replay", 2],
+    "two experts": ["--calls_per_expert", 2],
+}
+FLAGS = ["--lr", 1e-3, "--ema_decay", 0.9]
+
+
+@pytest.fixture
+def flags_of(teachers, write_config, tmp_path):
+    """The command line of a run on the CPU, into a folder of the test's own."""
+
+    def flags(output: str, *flags: object, teacher: Path | None = None, config: dict = PRUNED_CONFIG) -> list[str]:
+        words = [
+            "--teacher_path", teacher or teachers.one, "--student_config", write_config(config), "--data_path", PROMPTS,
+            "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--num_samples", 0, "--save_every", 0,
+            "--output_dir", tmp_path / output, *FLAGS, *flags,
+        ]  # fmt: skip
+        return [str(word) for word in words]
+
+    return flags
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_as(rank: int, count: int, port: int, argv: list[str], log: Path) -> None:
+    """A process as torchrun starts it, without the seconds that loading torch anew would take."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    torch.set_num_threads(1)
+    code = train_distillation.run_command(lambda: train_distillation.main(argv))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def start(count: int, argv: list[str], log: Path) -> list[multiprocessing.Process]:
+    context, port = multiprocessing.get_context("fork"), free_port()
+    processes = [context.Process(target=run_as, args=(rank, count, port, argv, log)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run the command in so many processes; their exit codes, and what they said."""
+
+    def run(count: int, argv: list[str]) -> tuple[list[int], str]:
+        log = tmp_path / "log.txt"
+        log.unlink(missing_ok=True)
+        processes = start(count, argv, log)
+        for process in processes:
+            process.join()
+        return [process.exitcode for process in processes], log.read_text()
+
+    return run
+
+
+def check_same_run(one: Path, other: Path, rel: float = 1e-5) -> None:
+    """The same steps within the rounding of float32, and the same student."""
+    for line, same in zip(read_metrics(one), read_metrics(other), strict=True):
+        for name in ("loss", "grad_norm", "lr", "teacher_calls", "feature_loss"):
+            assert (line[name] or 0) == pytest.approx(same[name] or 0, rel=rel), f"step {line['step']}: {name}"
+        buckets, same_buckets = ([value or 0 for value in found["loss_by_sigma"]] for found in (line, same))
+        assert buckets == pytest.approx(same_buckets, rel=10 * rel)
+    ours, theirs = weights_of(one), weights_of(other)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-5)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    ours, theirs = weights_of(one), weights_of(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ---- the same steps, however a batch is shared out ----
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_processes_take_the_steps_of_one_with_the_same_global_batch(flags_of, launch, teachers, tmp_path, recipe):
+    flags = [*RECIPES[recipe], "--max_steps", 20 if recipe == "trajectory" else 8]
+    teacher = teachers.two if recipe == "two experts" else teachers.one
+
+    def run(output: str, count: int, *shared: object) -> None:
+        codes, said = launch(count, flags_of(output, *flags, *shared, teacher=teacher))
+        assert codes == [0] * count, said
+
+    run("alone", 1, "--batch_size", 4)
+    run("ddp", 2, "--batch_size", 2)
+    run("passes", 1, "--batch_size", 1, "--grad_accum_steps", 4)
+    for output in ("ddp", "passes"):
+        check_same_run(tmp_path / "alone", tmp_path / output)
+    if recipe == "trajectory":
+        run("fsdp", 2, "--batch_size", 2, "--shard")
+        run("fsdp in passes", 2, "--batch_size", 1, "--grad_accum_steps", 2, "--shard", "student")
+        for output in ("fsdp", "fsdp in passes"):
+            check_same_run(tmp_path / "alone", tmp_path / output)
+
+
+def test_a_step_on_noise_takes_short_batches_as_one_process_does(flags_of, launch, tmp_path):
+    """55 prompts in batches of 4: at every fourteenth step one lane of the four has nothing to give."""
+    flags = ["--states", "noise", "--max_steps", 30]
+    assert launch(1, flags_of("alone", *flags, "--batch_size", 4))[0] == [0]
+    assert launch(2, flags_of("two", *flags, "--batch_size", 2))[0] == [0, 0]
+    check_same_run(tmp_path / "alone", tmp_path / "two")
+
+
+def test_lanes_of_all_processes_are_the_batch_once():
+    lanes = [Lanes.of_process(3, 2, rank, 4) for rank in range(4)]
+    values = torch.arange(24)
+    assert torch.cat([part.local(values) for part in lanes]).tolist() == values.tolist()
+    assert {(part.total, part.count, part.num_micro_batches, part.pads) for part in lanes} == {(24, 6, 2, True)}
+    assert [lanes[1].place_of(lane) for lane in (5, 6, 11, 12)] == [None, 0, 5, None]
+    assert not Lanes(4).pads and Lanes(4).num_micro_batches == 1
+
+
+# ---- stops ----
+
+
+@pytest.mark.parametrize("shard", [[], ["--shard", "student"]])
+def test_two_processes_stopped_and_gone_on_with_end_as_if_never_stopped(flags_of, launch, tmp_path, shard):
+    flags = [*RECIPE, *shard, "--batch_size", 1, "--grad_accum_steps", 2, "--save_every", 4, "--keep_checkpoints", 9]
+    assert launch(2, flags_of("whole", *flags, "--max_steps", 11))[0] == [0, 0]
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for step in (8, 11):  # as if it had been stopped between steps 4 and 8
+        (tmp_path / "stopped" / "checkpoints" / f"step_{step:08d}.json").unlink()
+    codes, said = launch(2, flags_of("stopped", *flags, "--max_steps", 11))
+    assert codes == [0, 0] and "Going on from step 4" in said
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+    assert [line["loss"] for line in read_metrics(tmp_path / "whole")] == [
+        line["loss"] for line in read_metrics(tmp_path / "stopped")
+    ]
+
+
+@pytest.mark.parametrize("num_kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_two_processes_killed_at_random_moments_end_as_if_never_killed(flags_of, launch, tmp_path, num_kills):
+    flags = [*RECIPE, "--batch_size", 2, "--max_steps", 40, "--save_every", 1]
+    assert launch(2, flags_of("whole", *flags))[0] == [0, 0]
+    chance, killed, saved = random.Random(1), 0, tmp_path / "killed" / "checkpoints"
+    for _ in range(num_kills):
+        processes = start(2, flags_of("killed", *flags), tmp_path / "log.txt")
+        while all(process.is_alive() for process in processes) and not list(saved.glob("*.json")):
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.5, 2.0))  # in a step, or in one of the saves that follow every step
+        killed += all(process.is_alive() for process in processes)
+        for process in processes:
+            process.kill()
+            process.join()
+    assert killed
+    codes, said = launch(2, flags_of("killed", *flags))
+    assert codes == [0, 0] and "Going on from step" in said
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_the_weights_it_had(flags_of, launch, tmp_path):
+    flags = [*RECIPE, "--shard", "--save_every", 5, "--lr_scheduler", "constant"]
+    for count, steps, batch_size in ((1, 5, 4), (2, 10, 2), (1, 15, 4)):
+        codes, said = launch(count, flags_of("out", *flags, "--batch_size", batch_size, "--max_steps", steps))
+        assert codes == [0] * count, said
+        assert steps == 5 or (f"Going on from step {steps - 5}" in said and "start anew:" not in said)
+    assert launch(1, flags_of("alone", *flags, "--batch_size", 4, "--max_steps", 5))[0] == [0]
+    first = read_metrics(tmp_path / "alone")
+    assert [line["loss"] for line in read_metrics(tmp_path / "out")[:5]] == [line["loss"] for line in first]
+    assert [line["step"] for line in read_metrics(tmp_path / "out")] == list(range(1, 16))
+
+
+def test_the_same_command_on_more_processes_goes_on_and_says_that_its_states_start_anew(flags_of, launch, tmp_path):
+    flags = [*RECIPE, "--shard", "--save_every", 5, "--batch_size", 2]
+    before = None
+    for count, steps in ((1, 5), (2, 6), (1, 7)):
+        codes, said = launch(count, flags_of("out", *flags, "--max_steps", steps, "--lr", 1e-9 if steps > 5 else 1e-3))
+        assert codes == [0] * count, said
+        if before is not None:  # with next to no learning rate, the weights that were loaded are those that are saved
+            assert "start anew" in said
+            for name, weight in weights_of(tmp_path / "out").items():
+                torch.testing.assert_close(weight, before[name], rtol=0, atol=2e-3)
+        before = weights_of(tmp_path / "out")
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_saves(flags_of, tmp_path):
+    processes = start(
+        2, flags_of("out", *RECIPE, "--batch_size", 2, "--max_steps", 5000, "--save_every", 1000), tmp_path / "l"
+    )
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        time.sleep(0.05)
+        assert all(process.is_alive() for process in processes)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [130, 130]
+    steps = len(read_metrics(tmp_path / "out"))
+    assert (tmp_path / "out" / "checkpoints" / f"step_{steps:08d}.json").exists()
+
+
+# ---- the launcher itself ----
+
+
+def torchrun(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_torchrun_starts_a_run_that_speaks_once(flags_of, tmp_path):
+    flags = flags_of("out", *RECIPE, "--batch_size", 2, "--max_steps", 3)
+    done = torchrun("--nproc_per_node", 2, "train_distillation.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Samples a step: --batch_size 2 x --grad_accum_steps 1 x 2 processes = 4") == 1
+    assert done.stdout.count("Done: 3 steps") == 1 and done.stderr.count("step 1/3") == 1
+    assert len(read_metrics(tmp_path / "out")) == 3
+
+
+def test_python_after_torchrun_is_answered():
+    done = torchrun("--nproc_per_node", 2, "python", "train_distillation.py", "--max_steps", 3)
+    line = "leave the word python out: torchrun --nproc_per_node N train_distillation.py --max_steps 3"
+    assert done.returncode != 0 and done.stderr.count(line) == 1 and "can't open file" not in done.stderr
+
+
+def test_a_mistake_is_said_once_by_all_processes_together(flags_of):
+    done = torchrun(
+        "--nproc_per_node", 2, "train_distillation.py", *flags_of("out", "--max_steps", 3, "--layers", "0,99")
+    )
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize("flag", ["--nproc_per_node=2", "--nnodes", "--local-rank=0"])
+def test_a_flag_of_the_launcher_is_known_as_such(run_main, flag):
+    outcome = run_main(train_distillation.main, flag)
+    assert outcome.code == 2 and "is a flag of torchrun: torchrun --" in outcome.err
+
+
+def test_half_an_environment_of_a_launcher_is_refused(run_main, flags_of, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = run_main(train_distillation.main, *flags_of("out", "--max_steps", 3))
+    assert outcome.code == 2 and "WORLD_SIZE without RANK" in outcome.err and len(outcome.err.splitlines()) == 1

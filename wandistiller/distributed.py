@@ -1,0 +1,279 @@
+"""The processes of a run: one, or as many as torchrun started. The only module that touches torch.distributed.
+
+Gradients are averaged by DistributedDataParallel, or weights are spread by FSDP2 (`fully_shard`); checkpoints are
+torch.distributed.checkpoint's, in safetensors files, so that a run saved by N processes is gone on with by M.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from wandistiller.errors import UserError
+
+# How long one process may wait for another: far longer than anything that one of them does alone.
+TIMEOUT = timedelta(hours=2)
+FILE_BYTES = 2**30  # of a checkpoint's files, about: what is copied to host memory at a time
+_SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Processes:
+    """Who takes part in a run; made by `join`, or without arguments for a process by itself.
+
+    Attributes:
+        rank: of this process; 0 writes files and speaks.
+        count: processes.
+        device: where this one computes.
+    """
+
+    def __init__(self, device: str = "cpu", rank: int = 0, count: int = 1):
+        self.device, self.rank, self.count = device, rank, count
+        self.mesh = None
+        if dist.is_initialized():
+            self.mesh = dist.device_mesh.init_device_mesh(torch.device(device).type, (count,))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def are_many(self) -> bool:
+        return self.count > 1
+
+    # ---- agreeing ----
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.are_many:
+            dist.barrier()
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Values (N, ...) of every process, one after another (count N, ...), on the device."""
+        values = values.to(self.device)
+        if not self.are_many:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.count)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    def all_true(self, value: bool) -> bool:
+        """Whether it is true in every process."""
+        return bool(self.gathered(torch.tensor([float(value)])).all())
+
+    def from_first(self, value: object) -> object:
+        """What the first process holds: a plain value, the same everywhere after."""
+        if not self.are_many:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, device=torch.device(self.device))
+        return held[0]
+
+    def first_then_all(self, work: Callable[[], object]) -> object:
+        """Something that the first process does and all need the answer of; what it raises is raised in all."""
+        outcome = None
+        if self.is_first:
+            try:
+                outcome = (work(), None)
+            except (UserError, OSError) as error:
+                outcome = (None, str(error))
+        value, message = self.from_first(outcome)
+        if message is not None:
+            raise UserError(message)
+        return value
+
+    # ---- models ----
+
+    def averaging(self, model: nn.Module, has_idle_parts: bool = False) -> nn.Module:
+        """The model with its gradients averaged over the processes; itself where there is only one.
+
+        Args:
+            has_idle_parts: whether some parameters take no part in some steps.
+        """
+        if not self.are_many or _is_sharded(model):
+            return model
+        from torch.nn.parallel import DistributedDataParallel
+
+        return DistributedDataParallel(model, forward_sync_buffers=False, find_unused_parameters=has_idle_parts)
+
+    def shard(self, model: nn.Module | None) -> None:
+        """Spread a model's parameters over the processes in place, a block of `model.blocks` at a time (FSDP2).
+
+        Nothing happens to a process by itself, nor to a model without parameters.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        if self.mesh is None or model is None or not any(True for _ in model.parameters()):
+            return
+        # A model's answer is a view, which nothing writes to.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+        for block in getattr(model, "blocks", []):
+            fully_shard(block, mesh=self.mesh)
+        fully_shard(model, mesh=self.mesh)
+
+    # ---- a lane's tensors ----
+
+    def rows(self, local: Tensor) -> Tensor:
+        """This process's rows of a tensor that is spread over all along its first dimension, equally."""
+        if self.mesh is None:
+            return local
+        return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False)
+
+    def empty_rows(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Room for this process's rows of a tensor of `shape`."""
+        return self.rows(torch.empty(shape[0] // self.count, *shape[1:], dtype=dtype))
+
+
+def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
+    """The processes that torchrun started this one among, or this one alone.
+
+    Args:
+        device: what the person asked for, None for the best there is.
+        pick: the device that a name stands for.
+
+    Raises:
+        UserError: the launch or the device cannot work.
+    """
+    given = [name for name in _SET_BY_TORCHRUN if name in os.environ]
+    if "RANK" not in given and "WORLD_SIZE" not in given:
+        return Processes(pick(device))
+    if missing := [name for name in _SET_BY_TORCHRUN if name not in given]:
+        raise UserError(
+            f"the environment has {', '.join(given)} without {', '.join(missing)}: start several processes with torchrun "
+            "--nproc_per_node N train_distillation.py ..., or unset these for a single one"
+        )
+    rank, count, local_rank, local_count = (int(os.environ[name]) for name in _SET_BY_TORCHRUN[:4])
+    name = pick(device)
+    if torch.device(name).type == "cuda":
+        if ":" in name and local_count > 1:
+            raise UserError(f"--device {name}: {local_count} processes would share one GPU; leave --device out")
+        if local_count > torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started {local_count} processes on a machine with {torch.cuda.device_count()} GPUs; give "
+                f"--nproc_per_node {torch.cuda.device_count()}"
+            )
+        name = f"cuda:{local_rank}"
+        torch.cuda.set_device(name)
+    dist.init_process_group("nccl" if name != "cpu" else "gloo", timeout=TIMEOUT)
+    if rank > 0:
+        sys.stdout = io.StringIO()  # what there is to say, the first process says
+    return Processes(name, rank, count)
+
+
+def leave() -> None:
+    """End the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- sharded tensors ----
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from all processes; all must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fill(target: Tensor, values: Tensor) -> None:
+    """Copy whole values into a tensor, of which this process may hold a part."""
+    if isinstance(target, DTensor):
+        mesh, placements = target.device_mesh, target.placements
+        values = distribute_tensor(values.to(mesh.device_type), mesh, placements, src_data_rank=None)
+    target.copy_(values)
+
+
+@contextlib.contextmanager
+def without_averaging(model: nn.Module, is_on: bool) -> Iterator[None]:
+    """Gradients add up in every process by itself inside: all passes of a step but the last."""
+    if is_on and hasattr(model, "no_sync"):
+        with model.no_sync():
+            yield
+        return
+    sharded = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
+    for module in sharded:
+        module.set_requires_gradient_sync(not is_on, recurse=False)
+    yield
+
+
+def let_go_of_whole_weights(model: nn.Module) -> None:
+    """Let go of whole weights that a forward pass has left (FSDP2), so that parameters are this process's part again."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+# ---- checkpoints ----
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors, each whole or spread over the processes, as safetensors files; all processes call this.
+
+    Raises:
+        OSError: a file could not be written, in any process; raised in all.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    writer = dcp.HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, or unavailable: a process by itself
+            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        reasons = [error_reason(failure) for failure, _ in error.failures.values()]
+        raise OSError("; ".join(dict.fromkeys(reasons))) from None
+
+
+def error_reason(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The number, from 1, of the file that each tensor goes to."""
+    files, number, filled = {}, 1, 0
+    for name, tensor in tensors.items():
+        num_bytes = tensor.numel() * tensor.element_size()
+        if filled and filled + num_bytes > FILE_BYTES:
+            number, filled = number + 1, 0
+        files[name] = number
+        filled += num_bytes
+    return files
+
+
+def load_tensors(folder: Path, room_for: Callable[[str, torch.Size, torch.dtype], Tensor | None]) -> dict[str, Tensor]:
+    """Read back what `save_tensors` wrote, by any number of processes.
+
+    Args:
+        room_for: a tensor to read into, whole or spread over the processes, by name, whole shape and dtype; None to leave
+            it out.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    tensors = {}
+    for name, about in reader.read_metadata().state_dict_metadata.items():
+        room = room_for(name, about.size, about.properties.dtype)
+        if room is not None:
+            tensors[name] = room
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    return tensors
