@@ -35,10 +35,12 @@ from wandistiller.teacher import RELEASED_MODELS, Teacher, TeacherSettings, reso
 from wandistiller.wan_checkpoint import WanCheckpoint  # noqa: E402
 
 FP32, BF16 = torch.float32, torch.bfloat16
-# column -> (kept as, dtype of matrix products); the first is what the others are held against
+# column -> (kept as, dtype of matrix products); the first is what the others are held against. A checkpoint that is bf16 on
+# disk, as the demo teacher's, loses nothing as bf16; "noise of bf16" is what one in float32 would lose.
 VARIANTS = {
     "fp32": ("fp32", FP32),
     "bf16": ("bf16", FP32),
+    "noise of bf16": ("noise of bf16", FP32),
     "fp8": ("fp8", FP32),
     "fp32, bf16 products": ("fp32", BF16),
     "bf16, bf16 products": ("bf16", BF16),
@@ -83,11 +85,24 @@ def kept_as(
     negative_prompt_embeds: Tensor | None,
 ) -> Answerer:
     """The teacher with its weights as `storage`; where products are float32, bf16 weights are widened after rounding."""
-    dtype = {"fp32": FP32, "bf16": BF16, "fp8": compute}[storage]
+    dtype = {"fp32": FP32, "fp8": compute}.get(storage, BF16)
     experts = project_experts(checkpoint, text_max_length, dtype, fp8=storage == "fp8")
-    if compute == FP32:
-        experts = {name: expert.float() for name, expert in experts.items()}
+    for expert in experts.values():
+        rounded = [parameter for parameter in expert.parameters() if parameter.dtype == BF16]
+        if compute == FP32:
+            expert.float()
+        if storage == "noise of bf16":
+            add_rounding_noise(rounded)
     return Answerer(Teacher(experts, settings, negative_prompt_embeds), compute)
+
+
+def add_rounding_noise(weights: list[nn.Parameter]) -> None:
+    """Up to half a unit in the last place of bf16 (8 bits) either way, as if its values had been rounded to what they are."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights:
+        _, exponent = torch.frexp(weight.data)  # 0.5 <= mantissa < 1
+        unit = torch.exp2(exponent - 8.0)
+        weight.data += (torch.rand(weight.shape, generator=generator) - 0.5) * unit
 
 
 def errors_by_sigma(field: VelocityField, held_out: HeldOutErrors) -> dict[float, float]:
