@@ -18,9 +18,12 @@ from wandistiller.command_line import FlagParser, int_list, path, run_command
 from wandistiller.student_config import StudentConfig
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
 
+    from wandistiller.fp8 import Fp8Linear
     from wandistiller.selection import Selection, TransformerTensors
     from wandistiller.student import WanLiteStudent
     from wandistiller.wan_checkpoint import WanCheckpoint
@@ -128,6 +131,8 @@ def project_teacher(
     dtype: "torch.dtype | None" = None,
     device: "str | torch.device" = "cpu",
     seed: int = 0,
+    fp8: bool = False,
+    shard: "Callable[[WanLiteStudent], None] | None" = None,
 ) -> "tuple[WanLiteStudent, ProjectionReport]":
     """A 2D model with a teacher's weights.
 
@@ -140,6 +145,8 @@ def project_teacher(
         text_max_length: text slots of the model where config is None.
         dtype: parameter dtype, float32 unless given; norms, modulation and time embedding stay float32.
         seed: for tensors the teacher has nothing for (lite students only).
+        fp8: keep the Linear weights of the (wan) blocks as `wandistiller.fp8` does; such a model is frozen.
+        shard: spreads the parameters of a (wan) model over processes, in place and before there is memory for them.
 
     Raises:
         UserError: the checkpoint cannot be read, or the config does not fit it.
@@ -155,7 +162,7 @@ def project_teacher(
         selection = Selection(list(range(config.depth)))
     else:
         selection = select(teacher, config, layers)
-    student = _empty_student(config, dtype, device, seed)
+    student = _empty_student(config, dtype, device, seed, fp8, shard)
     channels = selection.axes.get("channels", torch.arange(config.hidden_size)).tolist()
     report = ProjectionReport(checkpoint.location, expert, selection.layers, channels)
     _fill(student, teacher, selection, report)
@@ -187,12 +194,13 @@ def project_experts(
     text_max_length: int,
     dtype: "torch.dtype | None" = None,
     device: "str | torch.device" = "cpu",
+    *,
+    fp8: bool = False,
+    shard: "Callable[[WanLiteStudent], None] | None" = None,
 ) -> "dict[str, WanLiteStudent]":
     """Every expert of a teacher at its own shape: what `wandistiller.teacher.Teacher` is made of."""
-    return {
-        name: project_teacher(checkpoint, None, name, text_max_length=text_max_length, dtype=dtype, device=device)[0]
-        for name in checkpoint.experts
-    }
+    settings = {"text_max_length": text_max_length, "dtype": dtype, "device": device, "fp8": fp8, "shard": shard}
+    return {name: project_teacher(checkpoint, None, name, **settings)[0] for name in checkpoint.experts}
 
 
 def open_teacher(
@@ -227,11 +235,17 @@ def _seeded_student(
 
 
 def _empty_student(
-    config: StudentConfig, dtype: "torch.dtype | None", device: "str | torch.device", seed: int
+    config: StudentConfig,
+    dtype: "torch.dtype | None",
+    device: "str | torch.device",
+    seed: int,
+    fp8: bool,
+    shard: "Callable[[WanLiteStudent], None] | None",
 ) -> "WanLiteStudent":
     """A model to be filled: unwritten memory for wan (every tensor is inherited), seeded initial values for lite."""
     import torch
 
+    from wandistiller.fp8 import to_fp8
     from wandistiller.student import WanLiteStudent
 
     if config.block == "lite":
@@ -240,6 +254,10 @@ def _empty_student(
         student = WanLiteStudent(config)
     for name, parameter in student.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if _FP32_ISLANDS.search(name) else dtype or torch.float32)
+    if fp8:
+        to_fp8(student)  # before there is memory: a large teacher exists at no other precision
+    if shard is not None:
+        shard(student)
     return student.to_empty(device=device)
 
 
@@ -276,6 +294,9 @@ def _fill(
     """Copy every inherited tensor, one teacher tensor in memory at a time, and write down where each came from."""
     import torch
 
+    from wandistiller.fp8 import fp8_linears
+
+    stored = fp8_linears(student)
     for name, parameter in student.named_parameters():
         names = _sources(name, student.config, selection.layers)
         status, detail = "initialised", "the teacher has no counterpart"
@@ -284,7 +305,8 @@ def _fill(
                 rows = parameter.chunk(len(names))
                 if all(_fits(teacher, source, selection, part) for source, part in zip(names, rows, strict=True)):
                     details = [
-                        _copy(teacher, source, selection, part) for source, part in zip(names, rows, strict=True)
+                        _copy(teacher, source, selection, part, stored.get(name))
+                        for source, part in zip(names, rows, strict=True)
                     ]
                     status, detail = details[0]
                 else:
@@ -307,10 +329,22 @@ def _fits(teacher: "TransformerTensors", name: str, selection: "Selection", targ
     return _kept_shape(teacher, name, selection) == list(target.shape)
 
 
-def _copy(teacher: "TransformerTensors", name: str, selection: "Selection", target: "Tensor") -> tuple[str, str]:
+def _copy(
+    teacher: "TransformerTensors",
+    name: str,
+    selection: "Selection",
+    target: "Tensor",
+    stored: "Fp8Linear | None" = None,
+) -> tuple[str, str]:
+    """Fill `target`, or the layer whose weight it is where that is kept as fp8; status and detail for the report."""
+    from wandistiller.distributed import fill
+
     source = teacher.read(name)
     kept = _take(source, name, selection)
-    target.copy_(kept)
+    if stored is None:
+        fill(target, kept)
+    else:
+        stored.store(kept)
     is_exact = kept.numel() == source.numel()
     rounded = (
         f", rounded to {str(target.dtype).removeprefix('torch.')}"

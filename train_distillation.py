@@ -29,6 +29,7 @@ from wandistiller.training_flags import parse_args
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     import torch
+    from torch import Tensor
 
     from projection_mapper import ProjectionReport
     from wandistiller.distributed import Processes
@@ -44,7 +45,7 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 RECIPE_FLAGS = [
     "teacher_path", "teacher_path_low", "text_encoder_path", "data_path", "extra_prompts", "init", "init_expert",
     "states", "sigma_range", "renoise_fraction", "student_rollout", "prompt_swap", "calls_per_expert", "replay",
-    "feature_loss_weight", "sigma_weighting", "student_steps",
+    "feature_loss_weight", "sigma_weighting", "student_steps", "teacher_dtype",
 ]  # fmt: skip
 
 
@@ -76,6 +77,14 @@ def leave_features_out(args: argparse.Namespace, teacher: StudentConfig, config:
             f"{teacher.patch_size}"
         )
         args.feature_loss_weight = 0.0
+
+
+def leave_offload_out(args: argparse.Namespace, checkpoint: "WanCheckpoint") -> None:
+    if args.teacher_offload and len(checkpoint.experts) == 1:
+        print(
+            "--teacher_offload is of no use here, this teacher has one expert; without it the usual states are trained on"
+        )
+        args.teacher_offload = False
 
 
 def print_run(
@@ -223,6 +232,41 @@ def print_encoding(done: int, total: int) -> None:
         print(f"Encoding prompts: {done}/{total}", flush=True)
 
 
+def build_teacher(
+    args: argparse.Namespace,
+    checkpoint: "WanCheckpoint",
+    settings: "TeacherSettings",
+    config: StudentConfig,
+    negative_prompt_embeds: "Tensor | None",
+    dtype: "torch.dtype",
+    processes: "Processes",
+) -> "Teacher":
+    """The whole checkpoint in 2D, its weights kept as the flags say."""
+    from projection_mapper import project_experts
+    from wandistiller.device import DTYPES
+    from wandistiller.teacher import Teacher
+
+    is_fp8 = args.teacher_dtype == "fp8"
+    stored_dtype = dtype if is_fp8 else DTYPES[args.teacher_dtype]
+    place = "cpu" if args.teacher_offload else processes.device
+    is_spread = args.shard in ("teacher", "both") and processes.can_shard
+    experts = project_experts(
+        checkpoint,
+        config.text_max_length,
+        stored_dtype,
+        place,
+        fp8=is_fp8,
+        shard=processes.shard if is_spread else None,
+    )
+    return Teacher(
+        experts,
+        settings,
+        negative_prompt_embeds,
+        processes.device if args.teacher_offload else None,
+        processes.any_true if is_spread else bool,
+    )
+
+
 def build_student(
     args: argparse.Namespace, checkpoint: "WanCheckpoint", config: StudentConfig, device: str
 ) -> "tuple[WanLiteStudent, ProjectionReport]":
@@ -234,10 +278,12 @@ def build_student(
     return project_teacher(checkpoint, config, args.init_expert, layers=args.layers, device=device, seed=args.seed)
 
 
-def calls_line(num_calls: int, num_steps: int, cache: "TeacherCache | None") -> str:
+def calls_line(num_calls: int, num_steps: int, cache: "TeacherCache | None", teacher: "Teacher | None") -> str:
+    """What the teacher was asked; of two experts also how often the one in use changed, since this process began."""
     if cache is not None:
         return f"its answers came from {cache.num_answers} in {cache.folder}"
-    return f"the teacher answered {num_calls} batches, {num_calls / num_steps:.2f} a step"
+    line = f"the teacher answered {num_calls} batches, {num_calls / num_steps:.2f} a step"
+    return line if len(teacher.experts) == 1 else f"{line}, with {teacher.num_swaps} swaps of its experts"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -247,10 +293,9 @@ def main(argv: list[str] | None = None) -> int:
     texts, prompt_file = read_texts(args.data_path, args.extra_prompts, args.eval_prompts, args.eval_every > 0)
     check_output_folder(args.output_dir)
 
-    from projection_mapper import project_experts
     from wandistiller.answers import ReplayedAnswers
     from wandistiller.checkpointing import Checkpoints
-    from wandistiller.device import pick_device, pick_dtype
+    from wandistiller.device import pick_device, pick_dtype, pick_teacher_dtype
     from wandistiller.distributed import join, leave
     from wandistiller.optimization import check_optimizer
     from wandistiller.record import distillation_record, save_student
@@ -269,7 +314,6 @@ def main(argv: list[str] | None = None) -> int:
         segment_sigmas,
         training_options,
     )
-    from wandistiller.teacher import Teacher
     from wandistiller.teacher_cache import CachedAnswers
     from wandistiller.training import train
 
@@ -277,8 +321,10 @@ def main(argv: list[str] | None = None) -> int:
     device, lanes = processes.device, lanes_of(args, processes)
     dtype = pick_dtype(args.dtype, device)
     check_optimizer(args.optimizer)
+    args.teacher_dtype = pick_teacher_dtype(args.teacher_dtype, dtype)
     checkpoint, settings = open_fitting_teacher(args, config)
     leave_features_out(args, checkpoint.config, config)
+    leave_offload_out(args, checkpoint)
     encoder = find_encoder(args, checkpoint, config)
     vae_location = find_sample_vae(args, checkpoint)
     cache = open_cache(args, checkpoint, settings, texts, config, lanes.total)
@@ -303,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     sources = (embeds, len(texts.prompts), config)
     teacher = None
     if cache is None or not cache.is_complete or not args.offline_teacher:
-        teacher = Teacher(project_experts(checkpoint, config.text_max_length, dtype, device), settings, embeds.negative)
+        teacher = build_teacher(args, checkpoint, settings, config, embeds.negative, dtype, processes)
     if cache is not None and not cache.is_complete:
         fill_cache(
             cache, build_answers(args, teacher, *sources, [], dtype, device, lanes), options.num_steps, args.replay
@@ -372,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
     state = "Interrupted after" if result.interrupted else "Done:"
     print(
         f"{state} {result.num_steps} steps, loss {result.losses[0]:.4g} at the first and {result.losses[-1]:.4g} at the last; "
-        f"{calls_line(answers.num_calls, result.num_steps, cache)}. "
+        f"{calls_line(answers.num_calls, result.num_steps, cache, teacher)}. "
         f"Saved {CONFIG_NAME} and diffusion_model.safetensors in {folder}"
     )
     if result.interrupted:

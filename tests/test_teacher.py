@@ -12,6 +12,7 @@ from wan_folders import (
     write_transformer_folder,
 )
 
+import wandistiller.offload
 from projection_mapper import project_experts
 from wandistiller.errors import UserError
 from wandistiller.flow import sigma_to_timestep
@@ -150,6 +151,85 @@ def test_the_teacher_never_changes_and_takes_no_gradient(tmp_path):
         assert all(torch.equal(tensor, before[name][key]) for key, tensor in expert.state_dict().items())
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == files
     assert torch.equal(latents, batch()[0]) and torch.equal(prompt_embeds, batch()[2])
+
+
+# ---- two experts, memory for one ----
+
+
+def teacher_with_counted_moves(folder, monkeypatch, fp8: bool = False) -> tuple[Teacher, list[int]]:
+    """A two-expert teacher whose device stands for another memory: each tensor moved there is a copy, and counted."""
+    moved = []
+
+    def to_device(tensor, device):
+        moved.append(tensor.nbytes)
+        return tensor.to(device, copy=True)
+
+    monkeypatch.setattr(wandistiller.offload, "to_device", to_device)
+    made, _ = make_teacher(folder, two_experts=True, guidance_scale=4.0, guidance_scale_2=3.0)
+    experts = project_experts(open_checkpoint(folder), 512, fp8=fp8)
+    return Teacher(experts, made.settings, NEGATIVE, offload_to="cpu"), moved
+
+
+def ask(teacher: Teacher, *sigmas: float) -> torch.Tensor:
+    latents, _, prompt_embeds, lengths = (part[: len(sigmas)] for part in batch())
+    return teacher.velocity(latents, torch.tensor(sigmas), prompt_embeds, lengths)
+
+
+def nbytes(expert) -> int:
+    return sum(tensor.nbytes for tensor in [*expert.parameters(), *expert.buffers()])
+
+
+@pytest.mark.parametrize("offload_to", [None, "cpu"])
+def test_swaps_are_the_changes_of_the_expert_in_use(tmp_path, offload_to):
+    made, _ = make_teacher(tmp_path, two_experts=True)
+    teacher = Teacher(made.experts, made.settings, NEGATIVE, offload_to)
+    counts = []
+    for sigmas in [(0.9, 1.0), (0.9, 0.875), (0.5, 0.1), (0.1, 0.2), (0.9, 0.1), (0.9, 0.1), (0.95,), (0.3,)]:
+        ask(teacher, *sigmas)
+        counts.append(teacher.num_swaps)
+    # A batch for both begins with the expert in use: low then high, high then low, and once more high.
+    assert counts == [0, 0, 1, 1, 2, 3, 4, 5]
+
+
+def test_one_expert_is_never_swapped(tmp_path):
+    teacher, _ = make_teacher(tmp_path, two_experts=False)
+    ask(teacher, 0.9, 0.1)
+    ask(teacher, 0.1)
+    assert teacher.num_swaps == 0
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_an_offloaded_teacher_answers_bit_for_bit_as_one_that_stays(tmp_path, monkeypatch, fp8):
+    offloaded, moved = teacher_with_counted_moves(tmp_path, monkeypatch, fp8)
+    teacher = Teacher(project_experts(open_checkpoint(tmp_path), 512, fp8=fp8), offloaded.settings, NEGATIVE)
+    for sigmas in [(0.9, 1.0, 0.2, 0.3), (0.9, 0.95), (0.5, 0.1), (0.9, 0.1, 0.2), (0.6,)]:
+        assert torch.equal(ask(offloaded, *sigmas), ask(teacher, *sigmas))
+    assert offloaded.num_swaps == teacher.num_swaps == 5
+    assert sum(moved) == 6 * nbytes(teacher.experts["high"])
+
+
+def test_a_swap_brings_one_expert_and_drops_the_other_and_copies_nothing_back(tmp_path, monkeypatch):
+    teacher, moved = teacher_with_counted_moves(tmp_path, monkeypatch)
+    home = {name: [p.data_ptr() for p in expert.parameters()] for name, expert in teacher.experts.items()}
+    values = {name: [p.clone() for p in expert.parameters()] for name, expert in teacher.experts.items()}
+    for sigma, used in [(0.9, "high"), (0.1, "low"), (0.2, "low"), (0.9, "high")]:
+        ask(teacher, sigma)
+        for name, expert in teacher.experts.items():
+            is_home = [p.data_ptr() == where for p, where in zip(expert.parameters(), home[name], strict=True)]
+            assert is_home == [name != used] * len(is_home), "only the expert in use takes up memory of the device"
+            assert all(torch.equal(p, value) for p, value in zip(expert.parameters(), values[name], strict=True))
+    assert sum(moved) == 3 * nbytes(teacher.experts["high"])
+
+
+def test_an_expert_first_brought_in_while_sampling_serves_training_after(tmp_path, monkeypatch):
+    teacher, _ = teacher_with_counted_moves(tmp_path, monkeypatch)
+    with torch.inference_mode():
+        ask(teacher, 0.1)
+    latents, sigma, prompt_embeds, lengths = (part[:1] for part in batch())
+    velocity = teacher.velocity(latents, sigma, prompt_embeds, lengths)
+    loss = (velocity * torch.ones_like(velocity).requires_grad_()).sum()
+    loss.backward()
+    assert not any(parameter.is_inference() for parameter in teacher.experts["low"].parameters())
 
 
 # ---- settings ----

@@ -76,6 +76,8 @@ FLAGS = [
     ("shard", ["student"], None),
     ("gradient_checkpointing", [], False),
     ("compile", [], False),
+    ("teacher_dtype", ["fp8"], None),
+    ("teacher_offload", [], False),
     ("output_dir", ["x"], "outputs/demo"),
     ("save_every", ["100"], 500),
     ("keep_checkpoints", ["5"], 2),
@@ -472,6 +474,7 @@ def test_another_teacher_gets_the_general_defaults():
         (["--student_steps", "4"], (0.0, (0.0, 1.0), 0.0)),
         (["--sigma_range", "0.5", "1"], (0.0, (0.0, 1.0), 1.0)),
         (["--calls_per_expert", "4"], (0.0, (0.0, 1.0), 1.0)),
+        (["--teacher_offload"], (0.0, (0.0, 1.0), 1.0)),
         (["--batch_size", "1"], (0.0, (0.0, 1.0), 1.0)),
         (
             ["--renoise_fraction", "0", "--student_rollout", "0", "0", "--feature_loss_weight", "0"],
@@ -482,6 +485,26 @@ def test_another_teacher_gets_the_general_defaults():
 def test_the_recipe_is_the_default_wherever_it_applies(flags, recipe):
     args = train_distillation.parse_args(["--teacher_path", "y", *flags])
     assert (args.renoise_fraction, args.student_rollout, args.feature_loss_weight) == recipe
+
+
+@pytest.mark.parametrize(
+    "flags, calls_per_expert, renoise_fraction",
+    [
+        ([], 64, 0.0),
+        (["--calls_per_expert", "8"], 8, 0.0),
+        (["--calls_per_expert", "0"], 0, 0.25),
+        (["--renoise_fraction", "0.5"], 0, 0.5),
+        (["--renoise_fraction", "0"], 64, 0.0),
+        (["--states", "renoise"], 0, 0.75),
+        (["--states", "noise"], 0, 0.0),
+        (["--student_steps", "4"], 0, 0.0),
+    ],
+)
+def test_an_offloaded_teacher_answers_in_turns_unless_something_speaks_against_it(
+    flags, calls_per_expert, renoise_fraction
+):
+    args = train_distillation.parse_args(["--teacher_path", "y", "--teacher_offload", *flags])
+    assert (args.calls_per_expert, args.renoise_fraction) == (calls_per_expert, renoise_fraction)
 
 
 @pytest.mark.parametrize("name, value, default", FLAGS, ids=[name for name, _, _ in FLAGS])

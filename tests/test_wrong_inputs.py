@@ -78,6 +78,7 @@ FLAGS = {
     "float is too large": (["--lr", "1e39"], ["--lr", "'1e39'", "at most"]),
     "boundary above 1": (["--boundary_ratio", 875], ["--boundary_ratio", "at most 1"]),
     "choice": (["--dtype", "fp16"], ["--dtype", "fp16", "fp32", "bf16"]),
+    "choice of the teacher's": (["--teacher_dtype", "int8"], ["--teacher_dtype", "int8", "fp32", "bf16", "fp8"]),
     "choice of states": (["--states", "pool"], ["--states", "noise"]),
     "a trajectory from below": (["--sigma_range", 0, 0.5], ["--sigma_range", "sigma 1", "--states noise"]),
     "sigma_range reversed": (["--sigma_range", 0.9, 0.1], ["--sigma_range", "0.9", "below", "0.1"]),

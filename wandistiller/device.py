@@ -31,3 +31,8 @@ def _usable() -> str:
 def pick_dtype(name: str | None, device: str) -> torch.dtype:
     """The precision a flag names, or bf16 on a GPU and fp32 elsewhere."""
     return DTYPES[name or ("bf16" if torch.device(device).type == "cuda" else "fp32")]
+
+
+def pick_teacher_dtype(name: str | None, dtype: torch.dtype) -> str:
+    """How the teacher's weights are kept: as a flag says, or in the precision `dtype` of the run."""
+    return name or next(known for known, value in DTYPES.items() if value == dtype)

@@ -49,6 +49,11 @@ class Processes:
     def are_many(self) -> bool:
         return self.count > 1
 
+    @property
+    def can_shard(self) -> bool:
+        """Whether there is a group to spread weights over; also one of a single process that torchrun started."""
+        return self.mesh is not None
+
     # ---- agreeing ----
 
     def barrier(self) -> None:
@@ -68,6 +73,10 @@ class Processes:
     def all_true(self, value: bool) -> bool:
         """Whether it is true in every process."""
         return bool(self.gathered(torch.tensor([float(value)])).all())
+
+    def any_true(self, value: bool) -> bool:
+        """Whether it is true in any process."""
+        return bool(self.gathered(torch.tensor([float(value)])).any())
 
     def from_first(self, value: object) -> object:
         """What the first process holds: a plain value, the same everywhere after."""
@@ -111,7 +120,7 @@ class Processes:
         """
         from torch.distributed.fsdp import fully_shard
 
-        if self.mesh is None or model is None or not any(True for _ in model.parameters()):
+        if not self.can_shard or model is None or not any(True for _ in model.parameters()):
             return
         # A model's answer is a view, which nothing writes to.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")

@@ -67,7 +67,12 @@ def open_cache(
         config.text_max_length,
         batch_size,
     )
-    return TeacherCache(args.teacher_cache, description)
+    return TeacherCache(args.teacher_cache, description | storage_of_teacher(args))
+
+
+def storage_of_teacher(args: argparse.Namespace) -> dict[str, str]:
+    """fp8 makes it another teacher; fp32 and bf16 may change from one command to the next, as --dtype may."""
+    return {"teacher_dtype": "fp8"} if args.teacher_dtype == "fp8" else {}
 
 
 # Flags that a run must keep to go on; the others (how long, how fast, what is shown) may change.
@@ -89,6 +94,7 @@ def run_description(
     return {
         **student,
         **describe_teacher(checkpoint, settings),
+        **storage_of_teacher(args),
         "prompts": prompts_digest(texts.prompts + texts.extra),
         "teacher_cache": args.teacher_cache is not None,
         "ema": args.ema_decay > 0,

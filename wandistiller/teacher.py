@@ -1,7 +1,7 @@
 """The frozen teacher: a guided velocity field over one or two 2D experts, with the settings its release was made for."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from wandistiller.errors import UserError
 from wandistiller.features import block_outputs
 from wandistiller.flow import NUM_TRAIN_TIMESTEPS, sigma_to_timestep
+from wandistiller.offload import OffloadedExperts
 from wandistiller.student import WanLiteStudent
 from wandistiller.student_config import StudentConfig
 from wandistiller.wan_checkpoint import WanCheckpoint
@@ -205,6 +206,13 @@ class Teacher:
         experts: 2D models of the teacher's own shape, {"high": ...} or {"high": ..., "low": ...}.
         settings: guidance and boundary.
         negative_prompt_embeds: (S, text_dim) text tokens of the negative prompt; None where every guidance scale is 1.
+        offload_to: device that the expert in use is brought to, while all stay in host memory, where they must be; None
+            leaves them where they are.
+        any_process: whether something is true in any of the processes that experts are spread over, which must ask the same
+            ones together.
+
+    Attributes:
+        num_swaps: how often the expert in use has changed.
     """
 
     def __init__(
@@ -212,12 +220,18 @@ class Teacher:
         experts: dict[str, WanLiteStudent],
         settings: TeacherSettings,
         negative_prompt_embeds: Tensor | None = None,
+        offload_to: str | torch.device | None = None,
+        any_process: Callable[[bool], bool] = bool,
     ):
         if settings.uses_guidance and negative_prompt_embeds is None:
             raise ValueError("guidance needs negative_prompt_embeds")
         self.settings = settings
         self.negative_prompt_embeds = negative_prompt_embeds
         self.experts = {name: expert.eval().requires_grad_(False) for name, expert in experts.items()}
+        self.offloaded = None if offload_to is None else OffloadedExperts(self.experts, offload_to)
+        self.any_process = any_process
+        self.in_use: str | None = None
+        self.num_swaps = 0
 
     def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor) -> Tensor:
         """Guided velocity; each sample goes to the expert of its own noise level.
@@ -243,9 +257,14 @@ class Teacher:
             return self._guided("high", latents, sigma, prompt_embeds, prompt_lengths, layers)
         is_high = self.is_high(sigma)
         velocity, features = torch.empty_like(latents), []
-        for name, chosen in (("high", is_high), ("low", ~is_high)):
-            rows = chosen.nonzero().flatten()
+        # The expert in use first: a batch for both is then one change of experts, not two.
+        for name in ("low", "high") if self.in_use == "low" else ("high", "low"):
+            rows = (is_high if name == "high" else ~is_high).nonzero().flatten()
+            if not self.any_process(len(rows) > 0):
+                continue
             if not len(rows):
+                # Only to lend this process's part of the weights to those that ask.
+                self._guided(name, *(value[:1] for value in (latents, sigma, prompt_embeds, prompt_lengths)), ())
                 continue
             on_device = rows.to(latents.device)
             part = latents[on_device], sigma[rows], prompt_embeds[on_device], prompt_lengths[on_device]
@@ -269,7 +288,7 @@ class Teacher:
         layers: Sequence[int],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """v_uncond + g (v_cond - v_uncond), both halves in one call; g = 1 needs only one half."""
-        expert = self.experts[name]
+        expert = self._use(name)
         scale = self.settings.guidance_scale if name == "high" else self.settings.guidance_scale_2
         timestep = sigma_to_timestep(sigma).to(latents.device)
         if scale == 1.0:
@@ -282,6 +301,15 @@ class Teacher:
         velocity_cond, velocity_uncond = velocity.chunk(2)
         guided = velocity_uncond + scale * (velocity_cond - velocity_uncond)
         return guided, tuple(state[: len(latents)] for state in features)
+
+    def _use(self, name: str) -> WanLiteStudent:
+        """An expert, on the device that it is to answer on."""
+        if name != self.in_use:
+            self.num_swaps += self.in_use is not None
+            self.in_use = name
+        if self.offloaded is not None:
+            self.offloaded.use(name)
+        return self.experts[name]
 
     def _with_negative(self, prompt_embeds: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Prompts and as many copies of the negative prompt in one batch, padded to the longer of the two."""

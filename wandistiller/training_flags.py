@@ -25,6 +25,8 @@ DEFAULTS = {
 RENOISE_FRACTION = {"trajectory": 0.25, "renoise": 0.75}
 STUDENT_ROLLOUT = (0.0, 1.0)
 FEATURE_LOSS_WEIGHT = 1.0
+# With experts that take turns on the device: spreads the time to move one in (28 GB in bf16 of A14B) over many answers
+OFFLOAD_CALLS_PER_EXPERT = 64
 LR_SCHEDULERS = ["constant", "linear", "cosine"]
 
 
@@ -123,8 +125,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     states.flag("--extra_prompts", "text file of further prompts, which come by --prompt_swap alone", type=path)
     states.flag(
         "--calls_per_expert",
-        "batches in a row for one expert of a two-expert teacher; 0: both in every batch",
-        0,
+        "batches in a row for one expert of a two-expert teacher; 0: both in every batch (default: 0; with "
+        f"--teacher_offload on trajectories {OFFLOAD_CALLS_PER_EXPERT}, unless --renoise_fraction is given)",
         type=number(int, low=0),
     )
     states.flag(
@@ -199,6 +201,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance.flag("--device", "cpu, cuda, cuda:1, ... (cuda if there is one)")
     performance.flag(
         "--dtype", "of matrix products and of the teacher's weights (bf16 on cuda, else fp32)", choices=["fp32", "bf16"]
+    )
+    performance.flag(
+        "--teacher_dtype",
+        "how the frozen teacher's weights are kept (that of --dtype); fp8: those of its blocks at a byte each, products in "
+        "--dtype",
+        choices=["fp32", "bf16", "fp8"],
+    )
+    performance.flag(
+        "--teacher_offload",
+        "of a two-expert teacher only the expert in use is on the device, both are in host memory",
+        False,
+        action="store_true",
     )
 
     performance.flag(
@@ -278,6 +292,9 @@ def fill_recipe(args: argparse.Namespace) -> None:
     """The recipe that won, for what was left out and where it can be had."""
     has_paths, is_live = args.states != "noise", args.teacher_cache is None
     finishes = has_paths and tuple(args.sigma_range) == (0.0, 1.0) and samples_a_step(args) > 1
+    if args.calls_per_expert is None:
+        takes_turns = args.teacher_offload and args.states == "trajectory" and not args.student_steps
+        args.calls_per_expert = OFFLOAD_CALLS_PER_EXPERT if takes_turns and not args.renoise_fraction else 0
     if args.renoise_fraction is None:
         applies = finishes and not args.student_steps and not args.calls_per_expert
         args.renoise_fraction = RENOISE_FRACTION[args.states] if applies else 0.0
@@ -330,6 +347,15 @@ def mistakes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         ):
             if is_given:
                 yield flag, "does not go together with --student_steps, which teaches whole segments of trajectories"
+    if args.shard in ("teacher", "both"):
+        for flag, is_given in (
+            ("--teacher_dtype", args.teacher_dtype == "fp8"),
+            ("--teacher_offload", args.teacher_offload),
+        ):
+            if is_given:
+                yield flag, "does not go together with a teacher that is spread; give --shard student"
+    if args.teacher_cache and num_processes() > 1 and args.shard in ("teacher", "both"):
+        yield "--shard", "with --teacher_cache the teacher answers before training; give --shard student"
     if args.shard in ("student", "both") and args.optimizer == "adamw8bit":
         yield "--optimizer", "adamw8bit does not know weights that are spread; --shard spreads adamw's moments too"
     if args.teacher_cache:

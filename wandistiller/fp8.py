@@ -1,0 +1,100 @@
+"""A frozen teacher in half the memory of bf16: the weights of its blocks' Linear layers as 8-bit floats, one scale each.
+
+Matrix products stay in the compute dtype; each layer's weight is widened when it is used and dropped after, so that no more
+than one layer is ever there in the larger dtype. The rest keeps its precision: patch embedding, text embedder and proj_out
+are less than a hundredth of a released model, and an error there reaches every token at every layer or the answer itself;
+time embedder, modulation tables and norms are the float32 islands of Wan; biases are vectors.
+"""
+
+import torch
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+
+
+class Fp8Linear(nn.Module):
+    """A frozen Linear with its weight (out, in) in float8_e4m3fn: y = scale * (x @ weight.T) + bias.
+
+    `scale` is a number, not a buffer: no cast or device move touches it, and the matrix product takes it as its factor, with
+    no synchronisation and no rounding of its own. The state dict has it all the same.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter, device: torch.device | None = None):
+        super().__init__()
+        weight = torch.empty(out_features, in_features, dtype=FP8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = bias
+        self.scale = 1.0
+
+    def store(self, weight: Tensor) -> None:
+        """Round a weight (out, in) of any precision and device; what already is fp8 times one scale keeps its values."""
+        rounded, self.scale = quantise(weight.detach().to(self.weight.device))
+        self.weight.data.copy_(rounded)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N, in) -> (..., N, out), in the dtype of autocast, or else of x."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        weight = self.weight.to(dtype)  # exact: bf16 and fp32 hold every fp8 value
+        rows = x.flatten(0, -2).to(dtype)
+        return torch.addmm(self.bias.to(dtype), rows, weight.t(), alpha=self.scale).unflatten(0, x.shape[:-1])
+
+    def _apply(self, fn, recurse: bool = True):
+        """Device moves reach the weight, casts do not: `.to(dtype)` would widen what is stored, or round it again."""
+
+        def kept_fp8(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            is_cast = tensor is self.weight and moved.dtype != FP8
+            return tensor.to(moved.device) if is_cast else moved
+
+        return super()._apply(kept_fp8, recurse)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.scale, dtype=torch.float32)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.scale = float(state)
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.weight.shape
+        return f"in_features={in_features}, out_features={out_features}, scale={self.scale:g}"
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, float]:
+    """A weight as float8_e4m3fn and the scale (a float32 number) that it is to be multiplied by: amax / FP8_MAX.
+
+    A weight whose every value is an fp8 value, as a checkpoint of plain fp8 has it, is kept with scale 1.
+    """
+    weight = weight.float()
+    if _is_plain(weight[:1]) and _is_plain(weight):  # a row first: of most weights it says no at no cost
+        return weight.to(FP8), 1.0
+    low, high = weight.aminmax()
+    scale = torch.maximum(-low, high) / FP8_MAX
+    return (weight / scale).to(FP8), float(scale)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return torch.equal(weight.to(FP8).float(), weight)
+
+
+def to_fp8(model: nn.Module) -> nn.Module:
+    """Store the Linear weights of a wan model's blocks as fp8, in place, one layer at a time; on the meta device the shapes.
+
+    Raises:
+        ValueError: the model has lite blocks, whose attention reads its weights past any module.
+    """
+    if model.config.block != "wan":
+        raise ValueError(f"only wan blocks are kept as fp8, not {model.config.block}")
+    for name, linear in list(model.blocks.named_modules()):
+        if isinstance(linear, nn.Linear):
+            stored = Fp8Linear(linear.in_features, linear.out_features, linear.bias, linear.weight.device)
+            if not linear.weight.is_meta:
+                stored.store(linear.weight)
+            model.blocks.set_submodule(name, stored)
+    return model
+
+
+def fp8_linears(model: nn.Module) -> dict[str, Fp8Linear]:
+    """The layers that are kept as fp8, by the name of their weight."""
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
