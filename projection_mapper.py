@@ -302,7 +302,7 @@ def _fill(
         status, detail = "initialised", "the teacher has no counterpart"
         if names:
             with torch.no_grad():
-                rows = parameter.chunk(len(names))
+                rows = parameter.chunk(len(names)) if len(names) > 1 else [parameter]
                 if all(_fits(teacher, source, selection, part) for source, part in zip(names, rows, strict=True)):
                     details = [
                         _copy(teacher, source, selection, part, stored.get(name))
