@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     leave_offload_out(args, checkpoint)
     encoder = find_encoder(args, checkpoint, config)
     vae_location = find_sample_vae(args, checkpoint)
-    cache = open_cache(args, checkpoint, settings, texts, config, lanes.total)
+    cache = open_cache(args, checkpoint, settings, texts, config, lanes.total, processes)
     print_run(prompt_file, checkpoint, settings, config)
     print_batch(args, lanes, processes)
     folder = processes.first_then_all(lambda: prepare_output_folder(args.output_dir))

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from wandistiller.answers import Answer, ReplayedAnswers  # noqa: E402
+from wandistiller.lanes import Lanes  # noqa: E402
 
 BATCH_SIZE = 64
 BASE = {
@@ -83,16 +84,17 @@ class NoTeacher:
 
     def __init__(self):
         self.num_calls = 0
+        self.lanes = Lanes(BATCH_SIZE)
 
     def next(self) -> Answer:
         self.num_calls += 1
-        one = torch.zeros(1, 1, 1, 1)
-        return Answer(one, torch.zeros(1), [0], one)
+        nothing = torch.zeros(BATCH_SIZE, 1, 1, 1)
+        return Answer(nothing, torch.zeros(BATCH_SIZE), [0] * BATCH_SIZE, nothing)
 
 
 def steps_of(teacher_calls: int, replay: int) -> int:
     """Optimiser steps for which the teacher is asked so often: the store's last answers are not used up."""
-    answers, steps = ReplayedAnswers(NoTeacher(), replay, batch_size=1), 0
+    answers, steps = ReplayedAnswers(NoTeacher(), replay), 0
     while answers.num_calls <= teacher_calls:
         answers.next()
         steps += 1

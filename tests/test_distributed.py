@@ -3,6 +3,7 @@
 pytest tests/test_distributed.py
 """
 
+import json
 import multiprocessing
 import os
 import random
@@ -17,9 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROMPTS, PRUNED_CONFIG, ROOT, read_metrics, weights_of
+from safetensors.torch import load_file
 
 import train_distillation
 from wandistiller.lanes import Lanes
+from wandistiller.teacher_cache import STORED_NAMES
 
 RECIPE = ["--replay", 2, "--student_rollout", 0, 1, "--renoise_fraction", 0.5, "--feature_loss_weight", 0.5]
 RECIPES = {
@@ -127,7 +130,7 @@ def test_two_processes_take_the_steps_of_one_with_the_same_global_batch(flags_of
     run("passes", 1, "--batch_size", 1, "--grad_accum_steps", 4)
     for output in ("ddp", "passes"):
         check_same_run(tmp_path / "alone", tmp_path / output)
-    if recipe == "trajectory":
+    if recipe in ("trajectory", "two experts"):
         run("fsdp", 2, "--batch_size", 2, "--shard")
         run("fsdp in passes", 2, "--batch_size", 1, "--grad_accum_steps", 2, "--shard", "student")
         for output in ("fsdp", "fsdp in passes"):
@@ -149,6 +152,36 @@ def test_lanes_of_all_processes_are_the_batch_once():
     assert {(part.total, part.count, part.num_micro_batches, part.pads) for part in lanes} == {(24, 6, 2, True)}
     assert [lanes[1].place_of(lane) for lane in (5, 6, 11, 12)] == [None, 0, 5, None]
     assert not Lanes(4).pads and Lanes(4).num_micro_batches == 1
+
+
+def test_two_processes_fill_a_teacher_cache_together_and_any_number_learns_from_it(flags_of, launch, tmp_path):
+    flags = ["--teacher_cache", tmp_path / "cache", "--max_steps", 20]
+    assert launch(2, flags_of("two", *flags, "--batch_size", 2))[0] == [0, 0]
+    codes, said = launch(1, flags_of("one", *flags, "--batch_size", 4, "--offline_teacher"))
+    assert codes == [0] and "Asking the teacher" not in said, said
+    assert {len(line["loss_by_sigma"]) for line in read_metrics(tmp_path / "one")} == {10}
+    alone = flags_of("alone", "--teacher_cache", tmp_path / "alone cache", "--max_steps", 20, "--batch_size", 4)
+    assert launch(1, alone)[0] == [0]
+    # The same answers, in another order of rows:
+    answers = [
+        {name: torch.cat([load_file(path)[name] for path in sorted(folder.glob("answers_*"))]) for name in STORED_NAMES}
+        for folder in (tmp_path / "cache", tmp_path / "alone cache")
+    ]
+    orders = [answer["latents"].flatten(1).sum(1).argsort() for answer in answers]
+    for name in STORED_NAMES:
+        ours, theirs = (answer[name][order].float() for answer, order in zip(answers, orders, strict=True))
+        torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.01)
+    assert not list((tmp_path / "cache").glob("state*"))
+
+
+def test_a_cache_begun_by_two_processes_is_not_gone_on_with_by_one(flags_of, launch, tmp_path):
+    flags = ["--teacher_cache", tmp_path / "cache", "--max_steps", 20]
+    assert launch(2, flags_of("two", *flags, "--batch_size", 2))[0] == [0, 0]
+    description = tmp_path / "cache" / "cache.json"
+    about = json.loads(description.read_text()) | {"is_complete": False, "num_processes": 2}
+    description.write_text(json.dumps(about))
+    codes, said = launch(1, flags_of("one", *flags, "--batch_size", 4))
+    assert codes == [2] and "was begun by 2 processes, these are 1" in said
 
 
 # ---- stops ----

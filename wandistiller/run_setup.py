@@ -53,6 +53,7 @@ def open_cache(
     texts: Texts,
     config: StudentConfig,
     batch_size: int,
+    processes: Processes,
 ) -> TeacherCache | None:
     """The folder of --teacher_cache, refused where it holds answers to something else."""
     if args.teacher_cache is None:
@@ -67,7 +68,7 @@ def open_cache(
         config.text_max_length,
         batch_size,
     )
-    return TeacherCache(args.teacher_cache, description | storage_of_teacher(args))
+    return TeacherCache(args.teacher_cache, description | storage_of_teacher(args), processes)
 
 
 def storage_of_teacher(args: argparse.Namespace) -> dict[str, str]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wandistiller.answers import Answer, TeacherAnswers
 from wandistiller.atomic import atomic_path
+from wandistiller.distributed import Processes
 from wandistiller.errors import UserError
 from wandistiller.lanes import Lanes
 from wandistiller.output_folder import check_output_folder
@@ -33,7 +34,7 @@ STORED_NAMES = ("latents", "velocity", "sigma", "prompts")
 # Of latents and velocities: a relative rounding of 0.0005, far below what a student reaches.
 STORED_DTYPE = torch.float16
 # What atomic_path leaves beside these files where a process was killed in it.
-LEFTOVERS = tuple(f".{name}.*.tmp" for name in (DESCRIPTION_NAME, STATE_NAME, "answers_*.safetensors"))
+LEFTOVERS = tuple(f".{name}.*.tmp" for name in (DESCRIPTION_NAME, "state*.safetensors", "answers_*.safetensors"))
 
 
 class AnswerError(ValueError):
@@ -100,9 +101,13 @@ class TeacherCache:
         UserError: the folder holds something else, or answers to something else (it says what differs), or is damaged.
     """
 
-    def __init__(self, folder: str | Path, description: dict[str, object]):
+    def __init__(self, folder: str | Path, description: dict[str, object], processes: Processes | None = None):
         self.folder = check_output_folder(folder, "--teacher_cache")
         self.description = description
+        self.processes = processes or Processes()
+        # Those of a build by several processes lie beside each other:
+        mine = f"_{self.processes.rank}_of_{self.processes.count}" if self.processes.are_many else ""
+        self.state_file = self.folder / STATE_NAME.replace(".", f"{mine}.")
         self.is_complete = False
         self.shards: list[Path] = []
         self.rows: list[int] = []  # of each shard
@@ -142,16 +147,25 @@ class TeacherCache:
                 "or the same flags"
             )
         self.is_complete = is_complete
+        if not is_complete and found.get("num_processes", 1) != self.processes.count:
+            raise UserError(
+                f"--teacher_cache {self.folder}: was begun by {found.get('num_processes', 1)} processes, these are "
+                f"{self.processes.count}; go on with as many, or remove it and ask anew. A complete one serves any number"
+            )
         if is_complete:
-            self._index(len(rows))
+            self._index(range(len(rows)))
             for path, expected, count in zip(self.shards, rows, self.rows, strict=True):
                 if expected not in (None, count):
                     raise self._damaged(path, f"it holds {count} answers, {expected} were written")
 
-    def _index(self, num_shards: int) -> None:
-        """Find every shard and count its rows by its header; none is read."""
-        self.shards = [self.folder / SHARD_NAME.format(number) for number in range(num_shards)]
+    def _index(self, numbers: Iterable[int]) -> None:
+        """Find these shards and count their rows by their headers; none is read."""
+        self.shards = [self.folder / SHARD_NAME.format(number) for number in numbers]
         self.rows = [self._count_rows(path) for path in self.shards]
+
+    def _numbers(self, num_shards: int) -> range:
+        """Of the shards that this process writes, in turns with the others."""
+        return range(self.processes.rank, num_shards * self.processes.count, self.processes.count)
 
     def _count_rows(self, path: Path) -> int:
         from safetensors import SafetensorError, safe_open
@@ -180,7 +194,7 @@ class TeacherCache:
     def build(self, answers: TeacherAnswers, num_batches: int, on_progress: Callable[[int], None]) -> None:
         """Ask for `num_batches` batches (fewer where a stopped build has some already) and mark the cache complete.
 
-        A complete cache is left as it is.
+        A complete cache is left as it is. Several processes ask and write each for itself, and need each other at the end.
 
         Args:
             answers: in its first state; that of a stopped build is restored.
@@ -203,25 +217,34 @@ class TeacherCache:
             count = min(SHARD_BATCHES, num_batches - done)
             self._write_shard([_ask(answers, done + index, on_progress) for index in range(count)])
             self._write_state(answers)
-        self._describe(True)
-        (self.folder / STATE_NAME).unlink(missing_ok=True)
+        self.processes.barrier()
+        self._index(range(len(self.shards) * self.processes.count))
+        if self.processes.is_first:
+            self._describe(True)
+        self.processes.barrier()
+        self.state_file.unlink(missing_ok=True)
         self.is_complete = True
 
     def _start(self, answers: TeacherAnswers, num_batches: int) -> None:
         """Everything that can be refused, before the teacher is asked."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self._leftovers():
-            path.unlink()
+        self.processes.barrier()  # all have found the folder as it was
+        if self.processes.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self._leftovers():
+                path.unlink()
+        self.processes.barrier()
         self._load_state(answers)
         self._check_disk(num_batches - answers.num_calls, answers)
-        self._describe(False)
+        if self.processes.is_first:
+            self._describe(False)
+        self.processes.barrier()
 
     def _load_state(self, answers: TeacherAnswers) -> None:
         """The paths as they were after so many whole shards: what a killed build wrote beyond is written again."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        state, num_shards = self.folder / STATE_NAME, 0
+        state, num_shards = self.state_file, 0
         if state.exists():
             try:
                 saved = load_file(state)
@@ -229,13 +252,13 @@ class TeacherCache:
             except (SafetensorError, KeyError) as error:
                 raise self._damaged(state, str(error).splitlines()[0]) from None
             answers.load_state_dict(saved)
-        self._index(num_shards)
+        self._index(self._numbers(num_shards))
 
     def _write_shard(self, batches: list[dict[str, Tensor]]) -> None:
         from safetensors.torch import save_file
 
         shard = {name: torch.cat([batch[name] for batch in batches]) for name in STORED_NAMES}
-        path = self.folder / SHARD_NAME.format(len(self.shards))
+        path = self.folder / SHARD_NAME.format(self._numbers(len(self.shards) + 1)[-1])
         with atomic_path(path) as beside:
             save_file(shard, beside)
         self.shards.append(path)
@@ -244,13 +267,13 @@ class TeacherCache:
     def _write_state(self, answers: TeacherAnswers) -> None:
         from safetensors.torch import save_file
 
-        with atomic_path(self.folder / STATE_NAME) as beside:
+        with atomic_path(self.state_file) as beside:
             save_file(answers.state_dict() | {"num_shards": torch.tensor(len(self.shards))}, beside)
 
     def _check_disk(self, num_batches: int, answers: TeacherAnswers) -> None:
         elements = self.description["batch_size"] * torch.Size(self.description["latent_shape"]).numel()
         # The state of renoised samples can outweigh the answers, and lies there twice while it is replaced.
-        num_states = 1 if (self.folder / STATE_NAME).exists() else 2
+        num_states = self.processes.count * (1 if self.state_file.exists() else 2)
         needed = 2 * elements * STORED_DTYPE.itemsize * num_batches
         needed += num_states * sum(value.nbytes for value in answers.state_dict().values())
         free = shutil.disk_usage(self.folder).free
@@ -263,6 +286,7 @@ class TeacherCache:
     def _describe(self, is_complete: bool) -> None:
         rows = self.rows if is_complete else []
         about = {"is_complete": is_complete, "num_shards": len(rows), "rows": rows, "answers_of": self.description}
+        about |= {} if is_complete else {"num_processes": self.processes.count}
         with atomic_path(self.folder / DESCRIPTION_NAME) as beside:
             beside.write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
 

@@ -1,0 +1,138 @@
+"""What saves memory or time changes no result: accumulated gradients, blocks computed again, compiled blocks, bf16.
+
+pytest tests/test_numerics.py
+"""
+
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+from conftest import IDENTITY_CONFIG, PRUNED_CONFIG, read_metrics, weights_of
+from safetensors.torch import load_file, save_file
+
+import wandistiller.training
+from wandistiller import StudentConfig, WanLiteStudent
+
+FLAGS = ["--max_steps", 6, "--lr", 1e-3, "--batch_size", 4]
+LITE_CONFIG = PRUNED_CONFIG | {"block": "lite", "hidden_size": 16, "ffn_dim": 64, "freq_dim": 16, "patch_size": 1}
+
+
+def same_weights(one, two) -> bool:
+    one, two = weights_of(one), weights_of(two)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# ---- gradient checkpointing ----
+
+
+@pytest.mark.parametrize("config", [PRUNED_CONFIG, LITE_CONFIG], ids=["wan", "lite"])
+def test_blocks_that_are_computed_again_train_the_same_student_bit_for_bit(train, teachers, tmp_path, config):
+    assert train(teachers.one, config, *FLAGS, output_dir=tmp_path / "kept").code == 0
+    assert train(teachers.one, config, *FLAGS, "--gradient_checkpointing", output_dir=tmp_path / "again").code == 0
+    assert same_weights(tmp_path / "kept", tmp_path / "again")
+    kept, again = (read_metrics(tmp_path / name) for name in ("kept", "again"))
+    assert [line["loss"] for line in kept] == [line["loss"] for line in again]
+    assert [line["feature_loss"] for line in kept] == [line["feature_loss"] for line in again]
+
+
+def kept_for_backward(student: WanLiteStudent, *inputs: torch.Tensor) -> int:
+    """Bytes that autograd holds between the passes, parameters not counted."""
+    parameters, seen = {parameter.data_ptr() for parameter in student.parameters()}, {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        student(*inputs).sum().backward()
+    return sum(seen.values())
+
+
+def test_what_blocks_hold_for_the_backward_pass_shrinks_with_their_number():
+    config = StudentConfig.from_dict(IDENTITY_CONFIG | {"depth": 8})
+    student = WanLiteStudent(config)
+    inputs = torch.randn(2, 16, 16, 16), torch.tensor([500.0]), torch.randn(2, 5, 20), torch.tensor([5, 3])
+    kept = kept_for_backward(student, *inputs)
+    student.gradient_checkpointing = True
+    assert kept_for_backward(student, *inputs) < 0.3 * kept
+
+
+# ---- compiled ----
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("torch._inductor"), reason="torch without its compiler")
+def test_compiled_blocks_train_the_same_student(train, teachers, tmp_path):
+    assert train(teachers.one, PRUNED_CONFIG, *FLAGS, output_dir=tmp_path / "eager").code == 0
+    assert train(teachers.one, PRUNED_CONFIG, *FLAGS, "--compile", output_dir=tmp_path / "compiled").code == 0
+    eager, compiled = (read_metrics(tmp_path / name) for name in ("eager", "compiled"))
+    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in eager], rel=1e-4)
+    assert weights_of(tmp_path / "compiled").keys() == weights_of(tmp_path / "eager").keys()
+
+
+# ---- the optimiser of another library ----
+
+
+def test_adamw8bit_without_its_library_says_what_to_install(train, teachers, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    outcome = train(teachers.one, PRUNED_CONFIG, *FLAGS, "--optimizer", "adamw8bit")
+    assert outcome.code == 2 and "pip install bitsandbytes" in outcome.err and len(outcome.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+class StandIn(torch.optim.AdamW):
+    """AdamW under the name and with the arguments of the library's, which needs a GPU."""
+
+    made_with: dict = {}
+
+    def __init__(self, parameters, lr: float, betas: tuple[float, float], weight_decay: float):
+        StandIn.made_with = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+
+
+def test_adamw8bit_is_made_by_its_library_with_the_runs_settings(train, teachers, monkeypatch):
+    library = types.ModuleType("bitsandbytes.optim")
+    library.AdamW8bit = StandIn
+    package = types.ModuleType("bitsandbytes")
+    package.__spec__ = importlib.util.spec_from_loader("bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", library)
+    assert train(teachers.one, PRUNED_CONFIG, *FLAGS, "--optimizer", "adamw8bit", "--weight_decay", 0.1).code == 0
+    assert StandIn.made_with == {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+
+
+# ---- values that are not finite ----
+
+
+def test_the_last_good_state_is_saved_before_a_step_that_is_not_finite(train, teachers, tmp_path, monkeypatch):
+    check = wandistiller.training.check_finite
+
+    def break_step_five(step, sigmas, loss, grad_norm, options):
+        check(step, sigmas, float("nan") if step == 5 else loss, grad_norm, options)
+
+    flags = [*FLAGS, "--save_every", 100]
+    with monkeypatch.context() as patched:
+        patched.setattr(wandistiller.training, "check_finite", break_step_five)
+        outcome = train(teachers.one, PRUNED_CONFIG, *flags)
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert all(word in outcome.err for word in ("step 5", "sigma", "--lr 0.0001", "step 4, is saved"))
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").glob("*.json")] == ["step_00000004.json"]
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags)
+    assert outcome.code == 0 and "Going on from step 4" in outcome.out and len(read_metrics(tmp_path / "out")) == 6
+
+
+def test_a_teacher_that_answers_infinity_from_the_start_saves_nothing(train, teachers, tmp_path):
+    import shutil
+
+    shutil.copytree(teachers.one, tmp_path / "broken")
+    (file,) = (tmp_path / "broken" / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    weights["proj_out.bias"][0] = torch.inf
+    save_file(weights, file)
+    outcome = train(tmp_path / "broken", PRUNED_CONFIG, *FLAGS, "--save_every", 2)
+    assert outcome.code == 1 and "step 1: loss is" in outcome.err
+    assert not (tmp_path / "out" / "checkpoints").exists()
