@@ -223,31 +223,12 @@ def dry_run(
     encoder: "tuple[Path, Path] | None",
     device: str,
 ) -> int:
-    """What the run would take; headers are all that is read, and nothing is written.
-
-    Raises:
-        UserError: it cannot be written to its folder, its disk is too small, or its GPU certainly is.
-    """
-    from wandistiller.budget_setup import report_budget
-    from wandistiller.checkpointing import Checkpoints
+    """What the run would take; headers are all that is read, and nothing is written."""
+    from wandistiller.budget_setup import check_places, report_budget
     from wandistiller.errors import UserError
-    from wandistiller.output_folder import check_writable
-    from wandistiller.run_setup import checkpoint_bytes
 
-    folders = {
-        "--output_dir": args.output_dir,
-        "--prompt_cache": args.prompt_cache,
-        "--teacher_cache": args.teacher_cache,
-    }
-    for flag, folder in folders.items():
-        if folder is not None:
-            check_writable(folder, flag)
-    checkpoints = Checkpoints(args.output_dir, {}, args.keep_checkpoints)
-    if args.save_every and not checkpoints.exist():
-        checkpoints.check_disk(checkpoint_bytes(config))
+    check_places(args, config)
     verdict, machine = report_budget(args, checkpoint, settings, config, texts, encoder, device)
-    if checkpoints.exist() or args.teacher_cache:
-        print("Not looked at, since it takes weights: whether checkpoints and teacher cache belong to this run")
     if verdict.is_certain_not_to_fit and machine.is_known:
         raise UserError(f"--dry_run: {verdict.sentence}")
     print(verdict.sentence)

@@ -90,7 +90,7 @@ def test_the_full_size_a14b_from_the_shell_in_seconds(a14b, tmp_path):
     assert gib["training states"] == pytest.approx((8 + 64) * 4 * 16 * 64 * 64 * 4 / GIB, abs=0.01)
     assert gib["student"] == pytest.approx(4 * student / GIB, abs=0.01)
     always = ["teacher weights", "student weights", "gradients", "optimizer moments", "average of weights"]
-    always += ["training states", "feature targets", "reserve"]
+    always += ["training states", "feature targets", "feature errors", "reserve"]
     learning = sum(gib[name] for name in [*always, "student activations", "weights to compute with"])
     assert gib["peak"] == pytest.approx(learning, abs=0.06)
     assert "14 steps of 4 prompts, about 14 teacher calls" in done.stdout

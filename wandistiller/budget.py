@@ -81,6 +81,11 @@ class Workload:
         return self.batch_size * self.grad_accum_steps * self.num_processes
 
     @property
+    def keeps_gradients(self) -> bool:
+        """Whether they are there all the time, to be added to or to be sent; else they come as activations go."""
+        return self.grad_accum_steps > 1 or self.num_processes > 1
+
+    @property
     def latent_bytes(self) -> int:
         """Of one sample in float32."""
         return FP32 * self.student.num_channels * self.latent_size**2
@@ -156,13 +161,12 @@ def peak_bytes(components: Sequence[Component]) -> int:
 def certain_bytes(workload: Workload) -> int:
     """What the run needs at the very least: no reserve, and gradients only as activations make room for them."""
     parts = [part for part in memory_budget(workload) if part.name != "reserve"]
-    if workload.grad_accum_steps > 1 or workload.num_processes > 1:
-        return peak_bytes(parts)  # gradients stay, to be added to or to be sent
+    if workload.keeps_gradients:
+        return peak_bytes(parts)
     sizes = {part.name: part.num_bytes for part in parts}
-    shared = min(sizes["gradients"], sizes["student activations"])
     phases = phase_bytes(parts)
-    always_gradients = sizes["gradients"]  # they are gone while the teacher answers
-    return max(phases["encoding"], phases["answering"] - always_gradients, phases["learning"] - shared)
+    phases["learning"] -= min(sizes["gradients"], sizes["student activations"])
+    return max(phases.values())
 
 
 def _teacher_components(workload: Workload) -> list[Component]:
@@ -193,24 +197,31 @@ def _teacher_components(workload: Workload) -> list[Component]:
             f"the inside of one block, {workload.teacher_samples} samples of {image} tokens",
             "answering",
         ),
-        Component("feature targets", _feature_bytes(workload), f"hidden states of {workload.num_features} layers"),
+        *_feature_components(workload),
     ]
 
 
-def _feature_bytes(workload: Workload) -> int:
+def _feature_components(workload: Workload) -> list[Component]:
     """The teacher's hidden states in float32, and what the error of each layer keeps.
 
-    One expert's come as views of the guided batch, so that both halves stay; of two experts only the prompts' half is copied.
+    One expert's come as views of the guided batch, so that both halves stay. Of two experts the prompts' half is copied
+    together, while both halves of the last one's are still there.
     """
     if not workload.num_features:
-        return 0
+        return []
     tokens = workload.batch_size * num_image_tokens(workload.teacher, workload.latent_size)
-    halves = 2 if workload.uses_guidance and workload.num_experts == 1 else 1
-    targets = halves * tokens * workload.teacher.hidden_size * FP32
+    states = workload.num_features * tokens * workload.teacher.hidden_size * FP32
+    guided = states * (2 if workload.uses_guidance else 1)
+    is_copied = workload.num_experts > 1
     width = workload.teacher.hidden_size if workload.maps_features else workload.student.hidden_size
     copies = 3 if workload.maps_features else 1  # of the difference; mapped, also of what was mapped and its rounding
-    errors = tokens * width * (copies * FP32 + 1)  # and the mask, a byte each
-    return workload.num_features * (targets + errors)
+    errors = workload.num_features * tokens * width * (copies * FP32 + 1)  # and the mask, a byte each
+    layers = f"of {workload.num_features} layers"
+    return [
+        Component("feature targets", states if is_copied else guided, f"hidden states {layers}, fp32"),
+        Component("features to copy", guided if is_copied else 0, "both halves of one expert's", "answering"),
+        Component("feature errors", errors, f"differences and masks {layers}", "learning"),
+    ]
 
 
 def _student_components(workload: Workload) -> list[Component]:
@@ -229,7 +240,7 @@ def _student_components(workload: Workload) -> list[Component]:
     moments = f"{workload.optimizer}'s two{split}"
     return [
         Component("student weights", own * FP32, f"{count.total:,} parameters, fp32{split}", phase),
-        Component("gradients", own * FP32, f"fp32{split}; they come as activations go", phase),
+        Component("gradients", own * FP32, f"fp32{split}", phase if workload.keeps_gradients else "learning"),
         Component("optimizer moments", own * MOMENT_BYTES[workload.optimizer], moments, phase),
         Component("average of weights", own * FP32 if workload.ema else 0, f"fp32{split}", phase),
         Component("weights to compute with", _compute_copies(workload), f"{workload.dtype}", "learning"),

@@ -18,10 +18,13 @@ from wandistiller.budget_report import (
     parameter_lines,
     verdict,
 )
+from wandistiller.checkpointing import Checkpoints
 from wandistiller.device import DTYPES
 from wandistiller.machine import Machine, find_machine, free_bytes, matmul_rate
+from wandistiller.output_folder import check_writable
 from wandistiller.prompt_embeds import count_tokens, encoder_parameters
 from wandistiller.prompts import Texts
+from wandistiller.run_setup import checkpoint_bytes
 from wandistiller.student_config import StudentConfig
 from wandistiller.teacher import TeacherSettings
 from wandistiller.training import steps_of_epochs
@@ -91,13 +94,14 @@ def workload_from_args(
 def num_calls(args: argparse.Namespace, settings: TeacherSettings, num_passes: int) -> int:
     """Batches that the teacher answers for so many passes of the student, about.
 
-    With --replay the store is filled first, at a call a pass; a target of --student_steps takes the teacher's steps through
-    one segment.
+    With --replay a full store is left over at the end, whose answers have half of their uses before them on average; a target
+    of --student_steps takes the teacher's steps through one segment.
     """
     replay = args.replay
     per_answer = max(1, round(settings.num_inference_steps / args.student_steps)) if args.student_steps else 1
-    fill = 0 if args.teacher_cache else (REPLAY_BATCHES - 1) * (replay - 1)
-    return per_answer * min(num_passes, math.ceil((num_passes + fill) / replay))
+    left_over = 0 if args.teacher_cache or replay == 1 else (REPLAY_BATCHES - 1) * replay / 2
+    at_least = REPLAY_BATCHES if left_over else 1
+    return per_answer * min(num_passes, max(at_least, math.ceil((num_passes + left_over) / replay)))
 
 
 # ---- text ----
@@ -130,6 +134,30 @@ def measure_texts(
         counts, parameters = count_tokens(everything, encoder[1]), encoder_parameters(encoder[0])
     *of_prompts, negative = [min(count, config.text_max_length) for count in counts]
     return TextSizes(sum(of_prompts) / len(of_prompts), negative if settings.uses_guidance else 0, parameters)
+
+
+# ---- places ----
+
+
+def places_of(args: argparse.Namespace) -> dict[str, str]:
+    """The folders that the run would write to, by their flags."""
+    names = ("output_dir", "prompt_cache", "teacher_cache")
+    return {f"--{name}": getattr(args, name) for name in names if getattr(args, name)}
+
+
+def check_places(args: argparse.Namespace, config: StudentConfig, say: Callable[[str], None] = print) -> None:
+    """Refuse folders as the run would, as far as that takes no weight and writes nothing.
+
+    Raises:
+        UserError: one cannot be written to, or the disk has no room for the checkpoints.
+    """
+    for flag, folder in places_of(args).items():
+        check_writable(folder, flag)
+    checkpoints = Checkpoints(args.output_dir, {}, args.keep_checkpoints)
+    if args.save_every and not checkpoints.exist():
+        checkpoints.check_disk(checkpoint_bytes(config))
+    if checkpoints.exist() or args.teacher_cache:
+        say("Not looked at, since it takes weights: whether checkpoints and teacher cache belong to this run")
 
 
 # ---- report ----
@@ -169,12 +197,7 @@ def report_budget(
 
 
 def _free(args: argparse.Namespace) -> str:
-    places = {
-        "--output_dir": args.output_dir,
-        "--prompt_cache": args.prompt_cache,
-        "--teacher_cache": args.teacher_cache,
-    }
-    return ", ".join(f"{flag} has {free_bytes(folder) / GIB:.2f} free" for flag, folder in places.items() if folder)
+    return ", ".join(f"{flag} has {free_bytes(folder) / GIB:.2f} free" for flag, folder in places_of(args).items())
 
 
 def time_lines(workload: Workload, machine: Machine, dtype: str) -> list[str]:
