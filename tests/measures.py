@@ -2,12 +2,13 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from wandistiller import StudentConfig, WanLiteStudent
 
@@ -45,10 +46,15 @@ def saved_bytes(call: Callable[[], object]) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """The largest sum of bytes of the tensors made inside, and not yet dropped: what a caching allocator would need."""
+    """The largest sum of bytes of the tensors made inside, and not yet dropped: what a caching allocator would need.
 
-    def __init__(self):
+    Args:
+        known: tensors that were there before; views of them count as nothing.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self.now = self.peak = 0
         self._watched: dict[int, tuple[weakref.ref, int]] = {}
 
@@ -61,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key not in self._watched:
+        if key not in self._watched and key not in self._known:
             self._watched[key] = (weakref.ref(storage, lambda _: self._drop(key)), storage.nbytes())
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
@@ -82,6 +88,13 @@ def inputs_of(config: StudentConfig, batch: int, num_tokens: int) -> tuple[Tenso
     return latents, torch.full((batch,), 500.0), text, torch.full((batch,), num_tokens)
 
 
+def with_checkpointing(model: WanLiteStudent) -> WanLiteStudent:
+    """Every block computed again in the backward pass."""
+    for block in model.blocks:
+        block.forward = lambda *args, forward=block.forward: checkpoint(forward, *args, use_reentrant=False)
+    return model
+
+
 def per_sample(measure: Callable[[int], int], low: int = 2, high: int = 4) -> float:
     """What a sample more costs: what does not grow with the batch (weights, their copies, gradients) falls out."""
     return (measure(high) - measure(low)) / (high - low)
@@ -92,7 +105,7 @@ def training_peak(model: WanLiteStudent, batch: int, num_tokens: int, dtype: tor
     inputs = inputs_of(model.config, batch, num_tokens)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    with LiveBytes() as live:
+    with LiveBytes([*model.parameters(), *(parameter.grad for parameter in model.parameters())]) as live:
         with computing_in(dtype):
             velocity = model(*inputs)
         velocity.square().mean().backward()
@@ -102,6 +115,6 @@ def training_peak(model: WanLiteStudent, batch: int, num_tokens: int, dtype: tor
 @torch.no_grad()
 def inference_peak(model: WanLiteStudent, batch: int, num_tokens: int, dtype: torch.dtype) -> int:
     inputs = inputs_of(model.config, batch, num_tokens)
-    with LiveBytes() as live, computing_in(dtype):
+    with LiveBytes(model.parameters()) as live, computing_in(dtype):
         model(*inputs)
     return live.peak

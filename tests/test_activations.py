@@ -13,8 +13,8 @@ from measures import (
     per_sample,
     saved_bytes,
     training_peak,
+    with_checkpointing,
 )
-from torch.utils.checkpoint import checkpoint
 
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.activations import block_saved_bytes, inference_bytes, training_bytes
@@ -53,14 +53,8 @@ def test_what_autograd_keeps_of_a_block(shape, compute_bytes):
     assert expected == pytest.approx(measured, rel=0.02)
 
 
-def with_checkpointing(model: WanLiteStudent) -> WanLiteStudent:
-    for block in model.blocks:
-        block.forward = lambda *args, forward=block.forward: checkpoint(forward, *args, use_reentrant=False)
-    return model
-
-
 @pytest.mark.parametrize("is_checkpointed", [False, True])
-@pytest.mark.parametrize("depth", [1, 5])
+@pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("compute_bytes", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_peak_of_a_training_step(shape, compute_bytes, depth, is_checkpointed):
@@ -68,7 +62,7 @@ def test_peak_of_a_training_step(shape, compute_bytes, depth, is_checkpointed):
     model = WanLiteStudent(config)
     model = with_checkpointing(model) if is_checkpointed else model
     # With few samples the peak of a checkpointed step lies elsewhere, where weights and their gradients are most.
-    batches = (12, 18) if is_checkpointed else (2, 4)
+    batches = (10, 13) if is_checkpointed else (2, 4)
     measured = per_sample(lambda batch: training_peak(model, batch, NUM_TOKENS, DTYPES[compute_bytes]), *batches)
     expected = training_bytes(config, *tokens_of(config), compute_bytes, is_checkpointed, is_gpu=False)
     assert expected == pytest.approx(measured, rel=0.15)

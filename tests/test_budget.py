@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import PRUNED_CONFIG
+from measures import training_peak, with_checkpointing
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_distillation
 from projection_mapper import project_teacher
-from wandistiller import StudentConfig
+from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.answers import Answer, ReplayedAnswers
 from wandistiller.budget import (
     BACKWARD_PASSES,
@@ -25,11 +27,12 @@ from wandistiller.budget import (
     step_flops,
     stored_latents,
 )
-from wandistiller.budget_report import GIB, by_effect, out_of_memory_message, verdict
+from wandistiller.budget_report import GIB, by_effect, memory_lines, out_of_memory_message, verdict
 from wandistiller.budget_setup import num_calls
 from wandistiller.flops import transformer_flops
 from wandistiller.mock_teacher import mock_checkpoint
 from wandistiller.state_sources import StatesOptions, build_states
+from wandistiller.student import rope_table
 from wandistiller.teacher import resolve_settings
 from wandistiller.weight_sizes import count_parameters, weight_bytes
 
@@ -107,6 +110,21 @@ def test_bytes_of_a_checkpoint_on_disk(train, teachers, tmp_path):
     assert checkpoints.num_bytes / 3 == pytest.approx(saved, abs=40_000)  # beside it counters and random generators
 
 
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_peak_of_a_step_of_the_default_student_in_its_true_size(batch_size, is_checkpointed):
+    """Tensors without memory go through the real forward and backward pass; the CPU's kernels, bf16."""
+    with FakeTensorMode():
+        model = WanLiteStudent(STUDENT)
+        model = with_checkpointing(model) if is_checkpointed else model
+        rope_table.cache_clear()
+        measured = training_peak(model, batch_size, 64, torch.bfloat16)
+    rope_table.cache_clear()  # a table without values must not reach another test
+    run = replace(A14B, batch_size=batch_size, gradient_checkpointing=is_checkpointed, is_gpu=False)
+    expected = sizes(run)["student activations"] + sizes(run)["weights to compute with"]
+    assert expected == pytest.approx(measured, rel=0.1)
+
+
 # ---- the sum ----
 
 
@@ -123,6 +141,12 @@ def test_phases_share_what_is_there_all_the_time():
 def test_the_certain_part_is_below_the_peak_and_grows_where_gradients_stay():
     assert certain_bytes(A14B) < peak_bytes(memory_budget(A14B))
     assert certain_bytes(replace(A14B, grad_accum_steps=2)) > certain_bytes(A14B)
+
+
+def test_a_text_encoder_that_the_prompt_cache_may_spare_makes_nothing_certain():
+    small = replace(A14B, teacher=STUDENT, student=STUDENT.replace(depth=1), num_experts=1, num_features=0)
+    about = verdict(small, 10 * GIB)
+    assert not about.fits and not about.is_certain_not_to_fit and about.sentence.startswith("May not fit")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +187,12 @@ def test_flops_of_a_step_count_guidance_replay_and_accumulation():
     assert step_flops(A14B).teacher == 2 * 4 * one
     assert step_flops(replace(A14B, uses_guidance=False)).teacher == 4 * one
     assert step_flops(replace(A14B, calls_per_step=0.25, grad_accum_steps=3)).teacher == 3 * 2 * one
+
+
+def test_offloaded_experts_are_in_host_memory():
+    assert not any("host memory" in line for line in memory_lines(A14B))
+    (line,) = [line for line in memory_lines(replace(A14B, teacher_offload=True)) if "host memory" in line]
+    assert 1.4 < float(line.split()[2]) / (sizes(A14B)["teacher weights"] / GIB) < 1.6
 
 
 # ---- what is advised ----

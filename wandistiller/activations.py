@@ -34,6 +34,11 @@ def block_saved_bytes(config: StudentConfig, image: int, text: int, compute_byte
     return image * (per_token + softmax_sums) + text * per_text_token
 
 
+def block_input_bytes(config: StudentConfig, image: int, compute_bytes: int) -> int:
+    """Of one sample: the residual stream, float32 in a wan block and of the compute dtype in a lite one."""
+    return image * config.hidden_size * (compute_bytes if config.block == "lite" else FP32)
+
+
 def training_bytes(
     config: StudentConfig, image: int, text: int, compute_bytes: int, checkpointing: bool = False, is_gpu: bool = True
 ) -> int:
@@ -44,18 +49,17 @@ def training_bytes(
     width, c = config.hidden_size, compute_bytes
     block = block_saved_bytes(config, image, text, c, is_gpu)
     if config.block == "lite":
-        residual, working = c, WORKING_COPIES * c + 2 * c
+        working = (WORKING_COPIES + 2) * c
         text_part = text * config.text_encoder_output_dim * FP32
     else:
-        residual, working = FP32, WORKING_COPIES * FP32
+        working = WORKING_COPIES * FP32
         # The embedder's input, its two hidden layers and the text tokens themselves:
         text_part = text * c * (config.text_encoder_output_dim + 3 * width)
     head = 0 if config.block == "lite" else image * (2 * FP32 + c) * width
     in_hand = image * working * width
     if checkpointing:
-        inputs = (
-            (config.depth - 1) * image * residual * width
-        )  # of the other blocks; its own is among what a block keeps
+        # Of the other blocks; its own is among what a block keeps.
+        inputs = (config.depth - 1) * block_input_bytes(config, image, c)
         return inputs + max(block, head) + in_hand + text_part
     return config.depth * block + head + in_hand + text_part
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wandistiller.activations import FP32, inference_bytes, training_bytes
+from wandistiller.activations import FP32, block_input_bytes, inference_bytes, training_bytes
 from wandistiller.answers import REPLAY_BATCHES
 from wandistiller.flops import BACKWARD_PASSES, num_image_tokens, transformer_flops
 from wandistiller.renoise import STORE_BATCHES
@@ -22,6 +22,7 @@ MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}  # of both moments, a parameter
 UMT5_XXL_PARAMETERS = 5_680_910_336  # of the encoder that all released Wans share, where its files are not at hand
 # Assumed, not measured: the CUDA context with its libraries, and what the allocator cannot use between tensors
 CONTEXT_BYTES, FRAGMENTATION = 2**30, 0.05
+ACTIVATION_TOLERANCE = 0.15  # of the formulas of activations.py, by the tests that hold them against torch
 PHASES = ("encoding", "answering", "learning")  # the text encoder alone; then the teacher and the student in turn
 
 
@@ -159,14 +160,16 @@ def peak_bytes(components: Sequence[Component]) -> int:
 
 
 def certain_bytes(workload: Workload) -> int:
-    """What the run needs at the very least: no reserve, and gradients only as activations make room for them."""
-    parts = [part for part in memory_budget(workload) if part.name != "reserve"]
-    if workload.keeps_gradients:
-        return peak_bytes(parts)
-    sizes = {part.name: part.num_bytes for part in parts}
-    phases = phase_bytes(parts)
-    phases["learning"] -= min(sizes["gradients"], sizes["student activations"])
-    return max(phases.values())
+    """What the run needs at the very least: no reserve, activations at the low end of their estimate, no text encoder (its
+    answers may be in the prompt cache), and gradients only as activations make room for them."""
+    sizes = {part.name: part.num_bytes for part in memory_budget(workload) if part.name != "reserve"}
+    phases = phase_bytes([part for part in memory_budget(workload) if part.name in sizes])
+    phases["answering"] -= round(ACTIVATION_TOLERANCE * sizes["teacher activations"])
+    activations = round((1 - ACTIVATION_TOLERANCE) * sizes["student activations"])
+    phases["learning"] -= sizes["student activations"] - activations
+    if not workload.keeps_gradients:
+        phases["learning"] -= min(sizes["gradients"], activations)
+    return max(phases["answering"], phases["learning"])
 
 
 def _teacher_components(workload: Workload) -> list[Component]:
@@ -243,7 +246,7 @@ def _student_components(workload: Workload) -> list[Component]:
         Component("gradients", own * FP32, f"fp32{split}", phase if workload.keeps_gradients else "learning"),
         Component("optimizer moments", own * MOMENT_BYTES[workload.optimizer], moments, phase),
         Component("average of weights", own * FP32 if workload.ema else 0, f"fp32{split}", phase),
-        Component("weights to compute with", _compute_copies(workload), f"{workload.dtype}", "learning"),
+        Component("weights to compute with", _compute_copies(workload, activations), f"{workload.dtype}", "learning"),
         Component(
             "student activations",
             activations,
@@ -253,12 +256,24 @@ def _student_components(workload: Workload) -> list[Component]:
     ]
 
 
-def _compute_copies(workload: Workload) -> int:
-    """Autocast's copies of the student's weights; sharded, what is gathered: two blocks and what lies outside them."""
-    count, compute = count_parameters(workload.student), BYTES[workload.dtype]
+def _compute_copies(workload: Workload, activations: int) -> int:
+    """Autocast's copies of the student's weights; sharded, what is gathered: two blocks and what lies outside them.
+
+    Autograd keeps the copies with the activations. With checkpointing they are gone after the forward pass, where little but
+    every block's input is there beside them; the backward pass makes those of one block at a time.
+    """
+    config, count, compute = workload.student, count_parameters(workload.student), BYTES[workload.dtype]
     if workload.shard_student:
-        return compute * (count.total - (workload.student.depth - 2) * count.block)
-    return compute * (count.total - count.float32) if compute < FP32 else 0
+        return compute * (count.total - (config.depth - 2) * count.block)
+    if compute == FP32:
+        return 0
+    copies = compute * (count.total - count.float32)
+    if not workload.gradient_checkpointing:
+        return copies
+    image = num_image_tokens(config, workload.latent_size)
+    inputs = config.depth * block_input_bytes(config, image, compute)
+    in_forward = inputs + inference_bytes(config, image, workload.text_tokens, compute)
+    return max(compute * count.block, copies - (activations - workload.batch_size * in_forward))
 
 
 def _states(workload: Workload) -> Component:

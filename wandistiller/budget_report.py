@@ -14,10 +14,11 @@ from wandistiller.budget import (
     phase_bytes,
     step_flops,
 )
-from wandistiller.weight_sizes import count_parameters
+from wandistiller.weight_sizes import count_parameters, weight_bytes
 
 GIB = 2**30
 WORTHWHILE = 0.01  # of the peak: less than this is not worth a flag
+PINNED_SHARE = 1.5  # of the bytes of weights: pinned memory comes in powers of two, so A14B takes half as much again
 ASSUMED_GPU_GIB = 80.0  # of an A100 or H100, where no GPU is at hand
 
 
@@ -156,8 +157,13 @@ def memory_lines(workload: Workload) -> list[str]:
         if parts:
             lines.append(f"  {titles[phase]}")
             lines += [_line(part) for part in sorted(parts, key=lambda part: -part.num_bytes)]
+    if workload.teacher_offload:
+        host = PINNED_SHARE * workload.num_experts * weight_bytes(workload.teacher, workload.teacher_dtype)
+        lines.append(
+            f"  {'host memory':<26}{host / GIB:>9.2f}  both experts, pinned (each tensor in a power of two of bytes)"
+        )
     highest = max(sums, key=sums.__getitem__)
-    return [*lines, f"  {'peak':<24}{sums[highest] / GIB:>9.2f}  {titles[highest]}"]
+    return [*lines, f"  {'peak':<26}{sums[highest] / GIB:>9.2f}  {titles[highest]}"]
 
 
 def disk_lines(workload: Workload) -> list[str]:
@@ -165,7 +171,7 @@ def disk_lines(workload: Workload) -> list[str]:
 
 
 def _line(part: Component) -> str:
-    return f"    {part.name:<22}{part.num_bytes / GIB:>9.2f}  {part.what}"
+    return f"    {part.name:<24}{part.num_bytes / GIB:>9.2f}  {part.what}"
 
 
 def parameter_lines(workload: Workload) -> list[str]:
