@@ -238,7 +238,7 @@ def dry_run(
 def out_of_memory(args: argparse.Namespace) -> Exception:
     """What was in the memory of the device that ran out, and which flags to change."""
     from wandistiller.budget_report import OutOfMemory, out_of_memory_message
-    from wandistiller.budget_setup import workload_from_args
+    from wandistiller.budget_setup import changeable_flags, workload_from_args
     from wandistiller.device import pick_device, pick_dtype
 
     config = StudentConfig.load(args.student_config)
@@ -247,7 +247,7 @@ def out_of_memory(args: argparse.Namespace) -> Exception:
     device = pick_device(args.device)
     dtype = "bf16" if pick_dtype(args.dtype, device).itemsize == 2 else "fp32"
     workload = workload_from_args(args, checkpoint, settings, config, texts, dtype)
-    return OutOfMemory(out_of_memory_message(workload, vars(args)))
+    return OutOfMemory(out_of_memory_message(workload, changeable_flags(args)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from wandistiller.budget import (
     stored_latents,
 )
 from wandistiller.budget_report import GIB, by_effect, memory_lines, out_of_memory_message, verdict
-from wandistiller.budget_setup import num_calls
+from wandistiller.budget_setup import changeable_flags, num_calls
 from wandistiller.flops import transformer_flops
 from wandistiller.mock_teacher import mock_checkpoint
 from wandistiller.state_sources import StatesOptions, build_states
@@ -146,7 +146,8 @@ def test_the_certain_part_is_below_the_peak_and_grows_where_gradients_stay():
 def test_a_text_encoder_that_the_prompt_cache_may_spare_makes_nothing_certain():
     small = replace(A14B, teacher=STUDENT, student=STUDENT.replace(depth=1), num_experts=1, num_features=0)
     about = verdict(small, 10 * GIB)
-    assert not about.fits and not about.is_certain_not_to_fit and about.sentence.startswith("May not fit")
+    assert not about.fits and not about.is_certain_not_to_fit and about.sentence.startswith("May not fit: the text")
+    assert "--prompt_cache" in about.sentence
 
 
 @pytest.mark.parametrize(
@@ -218,6 +219,12 @@ def test_only_flags_that_the_command_has_are_advised():
         assert advised <= flags
         assert "--batch_size 2" in message and "image_size" in message
     assert "--shard both" in message and "--grad_accum_steps 2" in message
+
+
+def test_a_flag_that_contradicts_another_is_not_advised():
+    few_steps = train_distillation.parse_args(["--teacher_path", "y", "--student_steps", "4"])
+    assert "offline_teacher" not in changeable_flags(few_steps)
+    assert "offline_teacher" in changeable_flags(train_distillation.parse_args(["--teacher_path", "y"]))
 
 
 def test_a_flag_that_is_set_is_not_advised_again():

@@ -119,6 +119,14 @@ def verdict(workload: Workload, memory: int, flags: Collection[str] = (), device
     of = f"{device} has {gib(memory)}"
     if peak <= memory:
         return Verdict(True, False, f"Fits: about {gib(peak)} at the peak, {of}.")
+    phases = phase_bytes(memory_budget(workload))
+    if max(phases["answering"], phases["learning"]) <= memory:
+        return Verdict(
+            False,
+            False,
+            f"May not fit: the text encoder alone takes {gib(phases['encoding'])}, {of}; the rest fits. Give a "
+            "--prompt_cache that was filled on a larger GPU.",
+        )
     is_certain = least > memory
     start = (
         f"Does not fit: at least {gib(least)} are needed"

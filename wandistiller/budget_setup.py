@@ -104,6 +104,12 @@ def num_calls(args: argparse.Namespace, settings: TeacherSettings, num_passes: i
     return per_answer * min(num_passes, max(at_least, math.ceil((num_passes + left_over) / replay)))
 
 
+def changeable_flags(args: argparse.Namespace) -> set[str]:
+    """The flags that this command has, but for those that contradict what was given."""
+    contradicted = {"offline_teacher"} if args.student_steps or args.eval_every else set()
+    return set(vars(args)) - contradicted
+
+
 # ---- text ----
 
 
@@ -193,7 +199,7 @@ def report_budget(
         ("Computing", [*compute_lines(workload), *time_lines(workload, machine, dtype)]),
     ):  # fmt: skip
         say("\n".join([title, *lines]))
-    return verdict(workload, machine.memory, vars(args), machine.name), machine
+    return verdict(workload, machine.memory, changeable_flags(args), machine.name), machine
 
 
 def _free(args: argparse.Namespace) -> str:
