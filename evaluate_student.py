@@ -292,7 +292,10 @@ def measure_cost(experiment: Experiment) -> dict:
         calls[name, "step"] = lambda field=field: field.velocity(latents, sigma, *text)
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
         seconds = evaluation.median_seconds(calls)
-        flops = {key: evaluation.count_flops(call) for key, call in calls.items()}
+    flops = {}
+    for name, field in fields.items():
+        sizes = evaluation.picture_flops(field, latents.shape[-1], text[0].shape[1])
+        flops[name, "forward"], flops[name, "step"] = sizes
     counts = {name: evaluation.count_parameters(*field.experts.values()) for name, field in fields.items()}
     table = {"parameters": counts}
     for what in ("forward", "step"):

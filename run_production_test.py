@@ -27,8 +27,9 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from projection_mapper import ProjectionReport
     from wandistiller.prompt_embeds import PromptEmbeds
     from wandistiller.student import WanLiteStudent
-    from wandistiller.teacher import Teacher
+    from wandistiller.teacher import Teacher, TeacherSettings
     from wandistiller.training import TrainingOptions, TrainingResult
+    from wandistiller.wan_checkpoint import WanCheckpoint
 
 HIDDEN_SIZE, DEPTH, LATENT_SIZE = 256, 4, 8
 HEAD_DIM = 64  # for a wan student whose own heads do not fill HIDDEN_SIZE
@@ -75,8 +76,8 @@ def shrink(config: StudentConfig) -> StudentConfig:
     return config.replace(**shrunk)
 
 
-def check_real_teacher(args: argparse.Namespace, config: StudentConfig) -> None:
-    """Say from headers alone whether the given config fits the real teacher."""
+def check_real_teacher(args: argparse.Namespace, config: StudentConfig, prompts: list[str]) -> None:
+    """Say from headers alone whether the given config fits the real teacher, and what a run with it will take."""
     from projection_mapper import open_teacher
     from wandistiller.selection import check_fits
     from wandistiller.teacher import resolve_settings, warnings_about
@@ -92,7 +93,42 @@ def check_real_teacher(args: argparse.Namespace, config: StudentConfig) -> None:
     config.check_image_size(settings.vae_scale_factor)
     say(f"{args.student_config} fits this teacher; {settings.summary()}")
     for warning in warnings_about(checkpoint, settings, config):
-        print(f"[!!] {warning}", flush=True)
+        warn(warning)
+    show_budget(args, checkpoint, settings, config, prompts)
+
+
+def show_budget(
+    args: argparse.Namespace,
+    checkpoint: "WanCheckpoint",
+    settings: "TeacherSettings",
+    config: StudentConfig,
+    prompts: list[str],
+) -> None:
+    """What --dry_run of the trainer prints, with its default flags; flags can be changed, so that nothing fails here."""
+    from train_distillation import find_encoder, leave_features_out
+    from wandistiller.budget_setup import report_budget
+    from wandistiller.device import pick_device
+    from wandistiller.prompts import Texts
+    from wandistiller.training_flags import parse_args as parse_training_flags
+
+    given = [
+        "--teacher_path",
+        args.teacher_path,
+        "--student_config",
+        args.student_config,
+        "--data_path",
+        args.data_path,
+    ]
+    flags = parse_training_flags(given)
+    leave_features_out(flags, checkpoint.config, config)
+    try:
+        encoder = find_encoder(flags, checkpoint, config)
+    except UserError as error:
+        encoder = None
+        warn(str(error))
+    texts = Texts(prompts, [], [])
+    verdict, _ = report_budget(flags, checkpoint, settings, config, texts, encoder, pick_device(None))
+    (say if verdict.fits else warn)(verdict.sentence)
 
 
 def run_test(args: argparse.Namespace, folder: Path) -> None:
@@ -103,7 +139,7 @@ def run_test(args: argparse.Namespace, folder: Path) -> None:
     small = shrink(config)
     say(f"Config found: {args.student_config}")
     if args.teacher_path != "mock" or args.teacher_path_low:
-        check_real_teacher(args, config)
+        check_real_teacher(args, config, prompts.prompts)
     say(
         f"Config adjusted: model_type {small.model_type}, block {small.block}, hidden_size {config.hidden_size} -> "
         f"{small.hidden_size}, depth {config.depth} -> {small.depth}, num_heads {small.num_heads}, "
@@ -219,6 +255,10 @@ def save_and_reload(
 
 def say(line: str) -> None:
     print(f"[ok] {line}", flush=True)
+
+
+def warn(line: str) -> None:
+    print(f"[!!] {line}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

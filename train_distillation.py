@@ -286,9 +286,56 @@ def calls_line(num_calls: int, num_steps: int, cache: "TeacherCache | None", tea
     return line if len(teacher.experts) == 1 else f"{line}, with {teacher.num_swaps} swaps of its experts"
 
 
+def dry_run(
+    args: argparse.Namespace,
+    checkpoint: "WanCheckpoint",
+    settings: "TeacherSettings",
+    config: StudentConfig,
+    texts: Texts,
+    encoder: "tuple[Path, Path] | None",
+    device: str,
+) -> int:
+    """What the run would take; headers are all that is read, and nothing is written."""
+    from wandistiller.budget_setup import check_places, report_budget
+    from wandistiller.errors import UserError
+
+    check_places(args, config)
+    verdict, machine = report_budget(args, checkpoint, settings, config, texts, encoder, device)
+    if verdict.is_certain_not_to_fit and machine.is_known:
+        raise UserError(f"--dry_run: {verdict.sentence}")
+    print(verdict.sentence)
+    return 0
+
+
+def out_of_memory(args: argparse.Namespace) -> Exception:
+    """What was in the memory of the device that ran out, and which flags to change."""
+    from wandistiller.budget_report import OutOfMemory, out_of_memory_message
+    from wandistiller.budget_setup import changeable_flags, workload_from_args
+    from wandistiller.device import pick_device, pick_dtype
+
+    config = StudentConfig.load(args.student_config)
+    texts, _ = read_texts(args.data_path, args.extra_prompts, args.eval_prompts, args.eval_every > 0)
+    checkpoint, settings = open_fitting_teacher(args, config)
+    device = pick_device(args.device)
+    dtype = "bf16" if pick_dtype(args.dtype, device).itemsize == 2 else "fp32"
+    workload = workload_from_args(args, checkpoint, settings, config, texts, dtype)
+    return OutOfMemory(out_of_memory_message(workload, changeable_flags(args)))
+
+
 def main(argv: list[str] | None = None) -> int:
-    # What a person typed is checked before torch loads, and every file before anything is written or a weight is read:
     args = parse_args(argv)
+    try:
+        return distil(args)
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise out_of_memory(args) from error
+
+
+def distil(args: argparse.Namespace) -> int:
+    # What a person typed is checked before torch loads, and every file before anything is written or a weight is read:
     config = StudentConfig.load(args.student_config)
     texts, prompt_file = read_texts(args.data_path, args.extra_prompts, args.eval_prompts, args.eval_every > 0)
     check_output_folder(args.output_dir)
@@ -327,6 +374,9 @@ def main(argv: list[str] | None = None) -> int:
     leave_offload_out(args, checkpoint)
     encoder = find_encoder(args, checkpoint, config)
     vae_location = find_sample_vae(args, checkpoint)
+    if args.dry_run:
+        print_run(prompt_file, checkpoint, settings, config)
+        return dry_run(args, checkpoint, settings, config, texts, encoder, device)
     cache = open_cache(args, checkpoint, settings, texts, config, lanes.total, processes)
     print_run(prompt_file, checkpoint, settings, config)
     print_batch(args, lanes, processes)

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from measures import count_flops
 from PIL import Image
-from test_generate_images import STUDENT, train_student, write_teacher
+from test_generate_images import train_student, write_teacher
 
 import evaluate_student
 from wandistiller import evaluation, world_judge
@@ -19,6 +20,8 @@ from wandistiller.command_line import run_command
 from wandistiller.evaluation_table import equal_steps, finite
 from wandistiller.student import WanLiteStudent
 from wandistiller.student_config import StudentConfig
+from wandistiller.teacher import Teacher, resolve_settings
+from wandistiller.wan_checkpoint import open_checkpoint
 
 WORLD_PROMPTS = [
     "a small red circle on the left, on a white background",
@@ -140,22 +143,16 @@ def test_accuracy_counts_every_fact():
     assert share == {"dark": pytest.approx(2 / 3), "correct": 0.0}
 
 
-def test_flops_of_a_linear_layer_of_attention_and_of_a_lite_student():
-    linear = torch.nn.Linear(7, 5)
-    assert evaluation.count_flops(lambda: linear(torch.zeros(3, 7))) == 2 * 3 * 7 * 5
-    query = torch.zeros(2, 3, 11, 8)  # (B, N, L, E): two products of 2 L^2 E each
-    attention = torch.nn.functional.scaled_dot_product_attention
-    assert evaluation.count_flops(lambda: attention(query, query, query)) == 2 * 3 * (4 * 11**2 * 8)
-
-    # An even number of heads, or nn.MultiheadAttention would not take the fast path that hides its products:
-    lite = {"block": "lite", "num_heads": 2, "ffn_dim": 48, "patch_size": 1, "freq_dim": 12}
-    student = WanLiteStudent(StudentConfig(**STUDENT | lite)).eval()
-    tokens, width, depth, channels, text_dim = 16, 12, 2, 16, 20
-    block = 2 * tokens * (4 * width**2 + 8 * width**2) + 4 * tokens**2 * width
-    ends = 2 * (2 * tokens * 9 * channels * width) + 2 * text_dim * width + 2 * (8 * width**2)
-    inputs = torch.zeros(1, channels, 4, 4), torch.tensor([500.0]), torch.zeros(1, 3, text_dim)
-    assert evaluation.count_flops(lambda: student(*inputs)) == depth * block + ends
-    assert torch.backends.mha.get_fastpath_enabled()
+@pytest.mark.parametrize("block", ["wan", "lite"])
+def test_flops_of_a_picture_are_those_that_torch_counts(house, block):
+    own = {"hidden_size": 24, "depth": 2, "num_heads": 2, "num_channels": 16, "image_size": 64}
+    model = WanLiteStudent(StudentConfig(block=block, text_encoder_output_dim=20, **own)).eval()
+    latents, prompt = torch.zeros(1, 16, 8, 8), (torch.zeros(1, 3, 20), torch.tensor([3]))
+    settings = resolve_settings(open_checkpoint(house / "teacher"), guidance_scale=3.0)
+    field = Teacher({"high": model}, settings, torch.zeros(7, 20))
+    forward, step = evaluation.picture_flops(field, 8, 3)
+    assert forward == pytest.approx(count_flops(lambda: model(latents, torch.tensor([500.0]), *prompt)), rel=0.01)
+    assert step == pytest.approx(count_flops(lambda: field.velocity(latents, torch.ones(1), *prompt)), rel=0.01)
 
 
 def test_timed_calls_take_turns_and_the_first_turn_warms_up(monkeypatch):

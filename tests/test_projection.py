@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from wan_folders import (
     random_transformer,
     relative_error,
     with_weights,
+    write_hollow_transformer,
     write_original_folder,
     write_original_two_experts,
     write_single_file,
@@ -34,7 +34,6 @@ from wandistiller.mock_teacher import mock_checkpoint
 from wandistiller.selection import spread_layers
 from wandistiller.student_config import ConfigError
 from wandistiller.wan_checkpoint import open_checkpoint
-from wandistiller.wan_transformer import teacher_tensor_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD_DIM = 12
@@ -473,34 +472,17 @@ print(sum(t.numel() * t.element_size() for t in student.state_dict().values()) /
 """
 
 
-def write_hollow_checkpoint(folder: Path, *, heads: int, ffn_dim: int, depth: int, dtype: str) -> tuple[int, int]:
-    """A sharded checkpoint of true structure whose files are holes: gigabytes that take no disk. Returns (all, largest) bytes."""
+def hollow_config(*, heads: int, ffn_dim: int, depth: int) -> StudentConfig:
     config = wan_config(heads=1, hidden_size=heads * 128, num_heads=heads, depth=depth, ffn_dim=ffn_dim)
-    shapes = teacher_tensor_shapes(config.replace(text_encoder_output_dim=4096))
-    size = {"BF16": 2, "F32": 4}[dtype]
-    folder.mkdir()
-    weight_map = {}
-    for shard in range(depth):
-        names = [name for i, name in enumerate(shapes) if i * depth // len(shapes) == shard]
-        header, end = {}, 0
-        for name in names:
-            start, end = end, end + size * prod(shapes[name])
-            header[name] = {"dtype": dtype, "shape": shapes[name], "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        file_name = f"diffusion_pytorch_model-{shard + 1:05d}-of-{depth:05d}.safetensors"
-        with open(folder / file_name, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
-        weight_map |= dict.fromkeys(names, file_name)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    sizes = [size * prod(shape) for shape in shapes.values()]
-    return sum(sizes), max(sizes)
+    return config.replace(text_encoder_output_dim=4096)
 
 
 def assert_memory_stays_bounded(tmp_path: Path, teacher: dict, student: dict) -> None:
     """Peak above the imports <= student + largest tensor + 500 MB, where the checkpoint is several times that."""
-    total, largest = write_hollow_checkpoint(tmp_path / "wan", **teacher)
+    dtype = teacher.pop("dtype")
+    total, largest = write_hollow_transformer(
+        tmp_path / "wan", hollow_config(**teacher), dtype=dtype, num_shards=teacher["depth"]
+    )
     config = StudentConfig(block="wan", num_channels=16, image_size=512, **student)
     (tmp_path / "student_config.json").write_text(config.to_json())
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "wan"), str(tmp_path / "student_config.json")]

@@ -85,12 +85,15 @@ FLAGS = [
     ("eval_every", ["100"], 0),
     ("eval_prompts", ["x"], "data/demo_heldout_prompts.txt"),
     ("num_samples", ["3"], 8),
+    ("dry_run", [], False),
+    ("assume_gpu_gib", ["24"], None),
 ]
 # What a flag does not go without
 COMPANIONS = {
     "teacher_path_low": ["--teacher_path", "y"],
     "extra_prompts": ["--prompt_swap", "0.5"],
     "offline_teacher": ["--teacher_cache", "y"],
+    "assume_gpu_gib": ["--dry_run"],
 }
 
 

@@ -6,6 +6,7 @@ where there is some. `oracle_velocity` runs such a model at one frame over all z
 
 import json
 import re
+from math import prod
 from pathlib import Path
 
 import torch
@@ -307,3 +308,83 @@ def _quantised(weight: Tensor, fp8: str) -> dict[str, Tensor]:
         return tensors | {"scale_weight": scale, "scale_input": torch.tensor(1.5)}
     marker = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
     return tensors | {"weight_scale": scale, "input_scale": torch.tensor(1.5), "comfy_quant": marker}
+
+
+# ---- full-size checkpoints that take no disk ----
+
+STORED_BYTES = {"BF16": 2, "F32": 4}
+A14B_SHAPE = {"hidden_size": 5120, "num_heads": 40, "ffn_dim": 13824, "depth": 40, "num_channels": 16}
+
+
+def write_hollow_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
+    """A safetensors file with a true header whose data is a hole; the bytes of its tensors."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + STORED_BYTES[dtype] * prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+
+def write_hollow_shards(
+    folder: Path, stem: str, shapes: dict[str, tuple[int, ...]], dtype: str, num_shards: int
+) -> int:
+    """The same in shards with their index."""
+    folder.mkdir(parents=True)
+    weight_map, total = {}, 0
+    for shard in range(num_shards):
+        names = [name for i, name in enumerate(shapes) if i * num_shards // len(shapes) == shard]
+        file_name = f"{stem}-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+        total += write_hollow_file(folder / file_name, {name: shapes[name] for name in names}, dtype)
+        weight_map |= dict.fromkeys(names, file_name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return total
+
+
+def write_hollow_transformer(folder: Path, config, *, dtype: str, num_shards: int) -> tuple[int, int]:
+    """A sharded transformer of this shape whose files are holes: gigabytes that take no disk. Returns (all, largest) bytes."""
+    from wandistiller.wan_transformer import teacher_tensor_shapes
+
+    shapes = teacher_tensor_shapes(config)
+    total = write_hollow_shards(folder, "diffusion_pytorch_model", shapes, dtype, num_shards)
+    return total, STORED_BYTES[dtype] * max(map(prod, shapes.values()))
+
+
+def umt5_xxl_shapes() -> dict[str, tuple[int, ...]]:
+    """Tensors of the encoder that all released Wans share (google/umt5-xxl: 24 layers, d_model 4096, d_ff 10240)."""
+    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (256384, 4096)}
+    for layer in range(24):
+        block = f"encoder.block.{layer}.layer"
+        shapes |= {f"{block}.0.SelfAttention.{name}.weight": (4096, 4096) for name in "qkvo"}
+        shapes[f"{block}.0.SelfAttention.relative_attention_bias.weight"] = (32, 64)
+        shapes |= {f"{block}.1.DenseReluDense.{name}.weight": (10240, 4096) for name in ("wi_0", "wi_1")}
+        shapes[f"{block}.1.DenseReluDense.wo.weight"] = (4096, 10240)
+        shapes |= {f"{block}.{index}.layer_norm.weight": (4096,) for index in range(2)}
+    return shapes | {"encoder.final_layer_norm.weight": (4096,)}
+
+
+def write_hollow_a14b(path: Path) -> None:
+    """Wan2.2-T2V-A14B in full size as a pipeline folder: two experts and UMT5-XXL with true headers and no data."""
+    from wandistiller.student_config import StudentConfig
+
+    config = StudentConfig(block="wan", image_size=512, **A14B_SHAPE)
+    settings = {"num_attention_heads": 40, "attention_head_dim": 128, "num_layers": 40, "ffn_dim": 13824}
+    settings |= {"in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "eps": 1e-6}
+    for name in ("transformer", "transformer_2"):
+        write_hollow_transformer(path / name, config, dtype="BF16", num_shards=12)
+        (path / name / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel"} | settings))
+    write_hollow_shards(path / "text_encoder", "model", umt5_xxl_shapes(), "BF16", 3)
+    (path / "text_encoder" / "config.json").write_text(json.dumps({"model_type": "umt5", "d_model": 4096}))
+    tiny_tokenizer().save_pretrained(path / "tokenizer")
+    (path / "scheduler").mkdir()
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"flow_shift": 3.0}))
+    (path / "vae").mkdir()
+    (path / "vae" / "config.json").write_text(json.dumps({"dim_mult": [1, 2, 4, 4]}))
+    index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875}
+    index |= {name: ["diffusers", "WanTransformer3DModel"] for name in ("transformer", "transformer_2")}
+    (path / "model_index.json").write_text(json.dumps(index))

@@ -71,6 +71,9 @@ class Checkpoints:
         self.keep = keep
         self.processes = processes or Processes()
 
+    def exist(self) -> bool:
+        return any(self.folder.glob("step_*.json"))
+
     def newest(self, say: Callable[[str], None] = print) -> Checkpoint | None:
         """The newest good checkpoint; a damaged one is skipped, and `say` is told.
 

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wandistiller.flops import num_image_tokens, transformer_flops
 from wandistiller.sampling import VelocityField
+from wandistiller.teacher import Teacher
 
 NUM_BUCKETS = 10
 IDENTICAL_PSNR_DB = 100.0  # of two equal pictures, where PSNR is infinite; unequal uint8 pictures rarely pass 90
@@ -171,21 +173,18 @@ def count_parameters(*models: torch.nn.Module) -> int:
     return sum(parameter.numel() for model in models for parameter in model.parameters())
 
 
-@torch.inference_mode()
-def count_flops(call: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products, attention and convolutions in `call` (a multiply-add counts 2)."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
+def picture_flops(field: Teacher, latent_size: int, num_tokens: int) -> tuple[int, int]:
+    """FLOPs of one forward pass and of one sampling step at sigma 1, of one picture whose prompt has `num_tokens` tokens.
 
-    # Fused attention would hide its products from the counter: nn.MultiheadAttention's fast path, and CPU kernels.
-    was_fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            call()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was_fast)
-    return counter.get_total_flops()
+    Guidance takes two passes, over texts padded to the longer of the prompt and the negative prompt.
+    """
+    config = field.experts["high"].config
+    num_image = num_image_tokens(config, latent_size)
+    forward = transformer_flops(config, num_image, num_tokens + 1)  # and the token that stands for the padding
+    if field.settings.guidance_scale == 1.0:
+        return forward, forward
+    longest = max(num_tokens, len(field.negative_prompt_embeds))
+    return forward, 2 * transformer_flops(config, num_image, longest + 1)
 
 
 @torch.inference_mode()

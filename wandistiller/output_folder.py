@@ -1,5 +1,6 @@
 """The folder a run writes to: checked before any work, and never overwriting an earlier student."""
 
+import os
 import time
 from pathlib import Path
 
@@ -28,6 +29,15 @@ def check_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
     if not existing.is_dir():
         raise UserError(f"{flag} {folder}: {existing} is a file; give a folder")
     return folder
+
+
+def check_writable(path: str | Path, flag: str) -> None:
+    """Refuse a folder that cannot be written to or made, as far as its permissions tell, without touching anything."""
+    existing = check_output_folder(path, flag).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: cannot be written to (Permission denied); give another folder")
 
 
 def prepare_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:

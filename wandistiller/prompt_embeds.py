@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -218,6 +219,27 @@ def _first_line(err: Exception) -> str:
 
 
 # What is on disk: checks and fingerprint
+
+
+def count_tokens(prompts: Sequence[str], tokenizer_path: str | Path) -> list[int]:
+    """Tokens of each prompt, not cut."""
+    tokenizer = _load_tokenizer(Path(tokenizer_path))
+    return [len(ids) for ids in tokenizer([clean_prompt(prompt) for prompt in prompts])["input_ids"]]
+
+
+def encoder_parameters(text_encoder_path: str | Path) -> int:
+    """Parameters of a text encoder, from the headers of its files; the embedding table counts once."""
+    from safetensors import SafetensorError, safe_open
+
+    sizes: dict[str, int] = {}
+    for path in _weight_files(Path(text_encoder_path)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                sizes |= {key: prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as err:
+            raise UserError(f"{path}: is not a whole safetensors file; fetch it again ({_first_line(err)})") from err
+    table = "encoder.embed_tokens.weight"
+    return sum(size for key, size in sizes.items() if key != table or "shared.weight" not in sizes)
 
 
 def _read_json(path: Path) -> dict:

@@ -27,6 +27,7 @@ from wandistiller.teacher import Teacher, TeacherSettings
 from wandistiller.teacher_cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
 from wandistiller.training import TrainingOptions, steps_of_epochs
 from wandistiller.wan_checkpoint import WanCheckpoint
+from wandistiller.weight_sizes import count_parameters
 
 
 def lanes_of(args: argparse.Namespace, processes: Processes) -> Lanes:
@@ -105,8 +106,7 @@ def run_description(
 
 def checkpoint_bytes(config: StudentConfig) -> int:
     """About what a checkpoint takes: weights, their average and AdamW's two moments, in float32."""
-    with torch.device("meta"):
-        return 4 * 4 * sum(parameter.numel() for parameter in WanLiteStudent(config).parameters())
+    return 4 * 4 * count_parameters(config).total
 
 
 def fill_cache(cache: TeacherCache, answers: TeacherAnswers, num_steps: int, replay: int) -> None:

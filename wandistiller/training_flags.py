@@ -264,6 +264,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         8,
         type=number(int, low=0, high=64),
     )
+    output.flag(
+        "--dry_run",
+        "check everything, print what the run will take of memory, disk and computing, and whether it fits; write nothing",
+        False,
+        action="store_true",
+    )
+    output.flag(
+        "--assume_gpu_gib",
+        "with --dry_run: memory of the GPU to plan for, where it is not the one here",
+        type=number(float, above=0),
+    )
 
     args = parser.parse(argv)
     is_demo = Path(args.teacher_path).resolve() == Path(DEMO_TEACHER).resolve()
@@ -365,5 +376,7 @@ def mistakes(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         ):
             if is_given:
                 yield flag, f"does not go together with --teacher_cache: {why}"
+    if args.assume_gpu_gib is not None and not args.dry_run:
+        yield "--assume_gpu_gib", "plans for a GPU that is not here; it goes with --dry_run"
     if args.offline_teacher and args.eval_every:
         yield "--eval_every", "asks the teacher, which --offline_teacher leaves out of memory"

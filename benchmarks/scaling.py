@@ -1,0 +1,269 @@
+"""What a run of the A14B teacher at 1024 px needs on 1, 8 and 64 GPUs: every table of docs/scaling.md, from its inputs.
+
+    python benchmarks/scaling.py            # prints the tables
+    python benchmarks/scaling.py --write    # puts them into docs/scaling.md
+
+Nothing here is measured: shapes are exact, rates and shares of them are the assumptions that the page names with their source.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from wandistiller.budget import (  # noqa: E402 (found from wherever the script is started)
+    Workload,
+    disk_budget,
+    memory_budget,
+    phase_bytes,
+    step_flops,
+    stored_latents,
+)
+from wandistiller.student_config import StudentConfig  # noqa: E402
+from wandistiller.weight_sizes import count_parameters, weight_bytes  # noqa: E402
+
+PAGE = ROOT / "docs" / "scaling.md"
+GIB, GB = 2**30, 1e9
+MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+# ---- inputs ----
+
+NUM_PROMPTS = 1_000_000
+IMAGE_SIZE = 1024
+MEAN_TEXT_TOKENS, NEGATIVE_TEXT_TOKENS = 96, 120
+BATCH_SIZE = 4  # prompts of a GPU in a step
+GPU_COUNTS = (1, 8, 64)
+MFUS = (0.18, 0.33, 0.40)
+ASSUMED_MFU = 0.33
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its data sheet: dense bf16 FLOP/s and bytes of memory."""
+
+    name: str
+    flops: float
+    memory: float
+
+
+H100 = Gpu("H100 80 GB", 989e12, 80 * GB)
+H200 = Gpu("H200", 989e12, 141 * GB)
+GPUS = (H100, H200)
+NVLINK_BYTES_S = 450e9  # in each direction, within a node of 8
+NETWORK_BYTES_S = 50e9  # 400 Gbit/s a GPU, between nodes
+NODE = 8
+HOST_BYTES_S = 55e9  # PCIe 5.0 x16 in one direction, in practice
+
+
+def workload(num_gpus: int = 1, **changes) -> Workload:
+    """The run of this page: the default student at 1024 px, learning from the guided A14B with the default states."""
+    student = StudentConfig.load(ROOT / "config" / "student_config.json").replace(image_size=IMAGE_SIZE)
+    teacher = StudentConfig(
+        block="wan", hidden_size=5120, depth=40, num_heads=40, ffn_dim=13824, num_channels=16, image_size=IMAGE_SIZE
+    )
+    base = Workload(
+        teacher=teacher,
+        student=student,
+        latent_size=student.latent_size,
+        num_experts=2,
+        batch_size=BATCH_SIZE,
+        num_processes=num_gpus,
+        num_features=student.depth,
+        stored_latents=stored_latents("trajectory", renoised=True),
+        num_steps=math.ceil(NUM_PROMPTS / (BATCH_SIZE * num_gpus)),
+        num_prompts=NUM_PROMPTS,
+        mean_text_tokens=MEAN_TEXT_TOKENS,
+        negative_text_tokens=NEGATIVE_TEXT_TOKENS,
+    )
+    return replace(base, **changes)
+
+
+# ---- tables ----
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def flops_table() -> str:
+    flops = step_flops(workload(gradient_checkpointing=True))
+    parts = {
+        "teacher, guided (two passes)": flops.teacher,
+        "student, forward": flops.student_forward,
+        "student, backward": flops.student_backward,
+        "student, recomputed with --gradient_checkpointing": flops.recompute,
+    }
+    rows = [[name, f"{value / BATCH_SIZE / 1e12:.1f}", f"{value / flops.total:.1%}"] for name, value in parts.items()]
+    return markdown(["of one prompt", "TFLOP", "share"], rows)
+
+
+def hours_table() -> str:
+    """An epoch: every prompt once, an answer each; and with every answer learnt from four times."""
+    rows = []
+    for replay in (1, 4):
+        for mfu in MFUS:
+            hours = [epoch_hours(num_gpus, mfu, replay) for num_gpus in GPU_COUNTS]
+            rows.append(
+                [str(replay), f"{mfu:.0%}", *(f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in hours)]
+            )
+    return markdown(["--replay", "MFU", *(f"hours on {count} GPU" for count in GPU_COUNTS)], rows)
+
+
+def epoch_hours(num_gpus: int, mfu: float, replay: int = 1) -> float:
+    run = workload(num_gpus, gradient_checkpointing=True, calls_per_step=1 / replay)
+    return run.num_steps * step_seconds(run, mfu) / 3600
+
+
+def step_seconds(run: Workload, mfu: float = ASSUMED_MFU) -> float:
+    return step_flops(run).total / (mfu * H100.flops)
+
+
+MEMORY_RUNS: dict[str, tuple[int, dict]] = {
+    "no flags": (1, {}),
+    "--gradient_checkpointing": (1, {"gradient_checkpointing": True}),
+    "--gradient_checkpointing --teacher_offload": (1, {"gradient_checkpointing": True, "teacher_offload": True}),
+    "--gradient_checkpointing --teacher_dtype fp8": (1, {"gradient_checkpointing": True, "teacher_dtype": "fp8"}),
+    "--gradient_checkpointing --shard teacher, 8 GPUs": (8, {"gradient_checkpointing": True, "shard_teacher": True}),
+    "--gradient_checkpointing --shard both, 8 GPUs": (
+        8,
+        {"gradient_checkpointing": True, "shard_teacher": True, "shard_student": True},
+    ),
+    "--gradient_checkpointing --shard both, 64 GPUs": (
+        64,
+        {"gradient_checkpointing": True, "shard_teacher": True, "shard_student": True},
+    ),
+}
+
+
+def memory_table() -> str:
+    rows = []
+    for name, (num_gpus, changes) in MEMORY_RUNS.items():
+        parts = memory_budget(workload(num_gpus, **changes))
+        sizes = {part.name: part.num_bytes for part in parts}
+        trained = sum(
+            sizes[part] for part in ("student weights", "gradients", "optimizer moments", "average of weights")
+        )
+        phases = phase_bytes(parts)
+        peak = max(phases["answering"], phases["learning"])
+        fits = ["yes" if peak <= gpu.memory else "no" for gpu in GPUS]
+        shown = [
+            sizes["teacher weights"],
+            trained,
+            sizes["student activations"],
+            sizes["feature targets"],
+            phases["answering"],
+            phases["learning"],
+        ]
+        rows.append([name, *(f"{value / GB:.1f}" for value in shown), *fits])
+    header = [
+        "flags",
+        "teacher",
+        "student, trained",
+        "its activations",
+        "hidden states",
+        "all, teacher answering",
+        "all, student learning",
+    ]
+    return markdown([*header, *(f"fits {gpu.name}" for gpu in GPUS)], rows)
+
+
+def storage_table() -> str:
+    run = workload(teacher_cache_batches=NUM_PROMPTS // BATCH_SIZE)
+    disk = {part.name: part.num_bytes for part in disk_budget(run)}
+    states = {part.name: part.num_bytes for part in memory_budget(run)}["training states"]
+    latents = run.latent_bytes
+    rows = [
+        ["one latent in float32", f"{latents / 1e6:.2f} MB"],
+        ["pool and finished samples of a GPU, default states", f"{states / GB:.2f} GB"],
+        ["the same with --replay 4", f"{(states + 2 * 16 * BATCH_SIZE * latents) / GB:.2f} GB"],
+        [f"prompt cache of {NUM_PROMPTS:,} prompts", f"{disk['prompt cache'] / GB:,.0f} GB"],
+        [f"teacher cache of {NUM_PROMPTS:,} answers", f"{disk['teacher cache'] / GB:,.0f} GB"],
+        ["checkpoints, two and one being written", f"{disk['checkpoints'] / GB:.0f} GB"],
+    ]
+    return markdown(["what", "bytes"], rows)
+
+
+def traffic_table() -> str:
+    """Bytes that each GPU sends in a step, and how long that takes beside the step's computing."""
+    rows = []
+    for num_gpus in GPU_COUNTS[1:]:
+        run = workload(num_gpus, gradient_checkpointing=True)
+        step = step_seconds(run)
+        rate, link = (NVLINK_BYTES_S, "NVLink") if num_gpus <= NODE else (NETWORK_BYTES_S, "network")
+        for name, sent in traffic(run).items():
+            seconds = sent / rate
+            rows.append([str(num_gpus), name, f"{sent / GB:.1f}", link, f"{seconds:.2f}", f"{seconds / step:.0%}"])
+    return markdown(["GPUs", "what", "GB a GPU a step", "over", "s", "of a step's computing"], rows)
+
+
+def traffic(run: Workload) -> dict[str, float]:
+    """A ring sends (n - 1) / n of what it gathers or scatters; an all-reduce is one of each."""
+    share = (run.num_processes - 1) / run.num_processes
+    student = count_parameters(run.student).total
+    expert = weight_bytes(run.teacher, run.teacher_dtype)
+    return {
+        "student, DDP: all-reduce of fp32 gradients": 2 * share * 4 * student,
+        "student, sharded: two bf16 all-gathers, fp32 reduce-scatter": share * (2 * 2 + 4) * student,
+        "teacher, sharded: all-gather of both experts in bf16": share * run.num_experts * expert,
+    }
+
+
+def offload_table() -> str:
+    """What bringing an expert from host memory costs, against how many calls it then answers."""
+    run = workload(gradient_checkpointing=True, teacher_offload=True)
+    seconds = weight_bytes(run.teacher, "bf16") / HOST_BYTES_S
+    step = step_seconds(run)
+    rows = [[str(calls), f"{seconds / calls:.2f}", f"{seconds / calls / step:.1%}"] for calls in (1, 4, 16, 64)]
+    return markdown(
+        ["steps for one expert in a row (--calls_per_expert)", "s of copying a step", "of a step's computing"], rows
+    )
+
+
+def separation_table() -> str:
+    """Ranks for the teacher alone and ranks for the student alone, in balance, of 64 GPUs."""
+    rows = []
+    for replay in (1, 4, 16):
+        flops = step_flops(workload(gradient_checkpointing=True, calls_per_step=1 / replay))
+        student = flops.total - flops.teacher
+        student_ranks = max(1, round(64 * student / flops.total))
+        latents = 2 * workload().latent_bytes
+        step = flops.total / BATCH_SIZE / (64 * ASSUMED_MFU * H100.flops)
+        rows.append([str(replay), f"{64 - student_ranks} : {student_ranks}", f"{latents / step / replay / GB:.2f}"])
+    return markdown(["--replay", "teacher : student ranks of 64", "GB/s of answers sent, all together"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "flops": flops_table,
+    "hours": hours_table,
+    "memory": memory_table,
+    "storage": storage_table,
+    "traffic": traffic_table,
+    "offload": offload_table,
+    "separation": separation_table,
+}
+
+
+def with_tables(page: str) -> str:
+    """The page with every table between its marks replaced by a fresh one."""
+    return MARK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md")
+    if parser.parse_args().write:
+        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    for name, table in TABLES.items():
+        print(f"<!-- table: {name} -->\n{table()}<!-- end -->\n")
+
+
+if __name__ == "__main__":
+    main()

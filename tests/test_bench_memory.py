@@ -1,0 +1,37 @@
+"""benchmarks/bench_memory.py as far as it can be tested without a GPU: its step is a training step, and it says what it lacks.
+
+pytest tests/test_bench_memory.py
+"""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+
+from benchmarks import bench_memory
+from wandistiller.budget import Workload
+from wandistiller.student_config import StudentConfig
+
+TINY = StudentConfig(
+    block="wan", hidden_size=32, depth=2, num_heads=2, ffn_dim=48, num_channels=48, image_size=64, text_encoder_output_dim=16
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_its_step_trains(is_checkpointed):
+    workload = Workload(teacher=TINY, student=TINY, latent_size=4, batch_size=2)
+    step = bench_memory.build_step(replace(workload, gradient_checkpointing=is_checkpointed), False, "cpu")
+    for _ in range(3):
+        step()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so_in_one_line_and_exits_with_2():
+    words = [sys.executable, str(ROOT / "benchmarks" / "bench_memory.py")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "CUDA GPU" in line

@@ -1,0 +1,244 @@
+"""Budgets held against the things themselves: projected weights, stores, checkpoints, replays; and what is advised.
+
+pytest tests/test_budget.py
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import PRUNED_CONFIG
+from measures import training_peak, with_checkpointing
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import train_distillation
+from projection_mapper import project_teacher
+from wandistiller import StudentConfig, WanLiteStudent
+from wandistiller.answers import Answer, ReplayedAnswers
+from wandistiller.budget import (
+    BACKWARD_PASSES,
+    Workload,
+    certain_bytes,
+    disk_budget,
+    memory_budget,
+    peak_bytes,
+    phase_bytes,
+    step_flops,
+    stored_latents,
+)
+from wandistiller.budget_report import GIB, by_effect, memory_lines, out_of_memory_message, verdict
+from wandistiller.budget_setup import changeable_flags, num_calls
+from wandistiller.flops import transformer_flops
+from wandistiller.mock_teacher import mock_checkpoint
+from wandistiller.state_sources import StatesOptions, build_states
+from wandistiller.student import rope_table
+from wandistiller.teacher import resolve_settings
+from wandistiller.weight_sizes import count_parameters, weight_bytes
+
+TEACHER = StudentConfig(
+    block="wan", hidden_size=5120, depth=40, num_heads=40, ffn_dim=13824, num_channels=16, image_size=512
+)
+STUDENT = StudentConfig(
+    block="wan", hidden_size=1536, depth=20, num_heads=12, ffn_dim=8960, num_channels=16, image_size=512
+)
+A14B = Workload(teacher=TEACHER, student=STUDENT, latent_size=64, num_experts=2, batch_size=4, num_features=20)
+ALL_FLAGS = {
+    "gradient_checkpointing", "teacher_offload", "teacher_dtype", "optimizer", "ema_decay", "feature_loss_weight", "dtype",
+    "shard", "offline_teacher", "grad_accum_steps",
+}  # fmt: skip
+
+
+def sizes(workload: Workload) -> dict[str, int]:
+    return {part.name: part.num_bytes for part in memory_budget(workload)}
+
+
+# ---- against the things themselves ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_a_projected_teacher(teachers, dtype):
+    model, _ = project_teacher(teachers.one, dtype=dtype)
+    expected = sum(parameter.nbytes for parameter in model.parameters())
+    assert weight_bytes(model.config, "bf16" if dtype == torch.bfloat16 else "fp32") == expected
+
+
+@pytest.mark.parametrize(
+    "kind, fraction", [("trajectory", 0.0), ("trajectory", 0.25), ("renoise", 0.75), ("noise", 0.0)]
+)
+def test_latents_that_training_states_keep(kind, fraction):
+    config = StudentConfig.from_dict(PRUNED_CONFIG)
+    settings = resolve_settings(mock_checkpoint(config))
+    states = build_states(StatesOptions(kind=kind, renoise_fraction=fraction), config, settings, 30, 3)
+    latents = [tensor for tensor in states.state_dict().values() if tensor.ndim == 4]
+    assert stored_latents(kind, renoised=fraction > 0) * 3 == sum(len(tensor) for tensor in latents)
+
+
+class CountingAnswers:
+    """Answers of zeros that count how often they were asked for."""
+
+    num_calls = 0
+
+    def next(self) -> Answer:
+        self.num_calls += 1
+        return Answer(torch.zeros(2, 1, 2, 2), torch.zeros(2), [0, 0], torch.zeros(2, 1, 2, 2))
+
+
+@pytest.mark.parametrize("replay", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_steps", [10, 400, 2000])
+def test_calls_of_a_replayed_teacher(replay, num_steps):
+    source = CountingAnswers()
+    answers = source if replay == 1 else ReplayedAnswers(source, replay, batch_size=2)
+    for _ in range(num_steps):
+        answers.next()
+    args = train_distillation.parse_args(["--teacher_path", "y", "--replay", str(replay)])
+    settings = resolve_settings(mock_checkpoint(StudentConfig.from_dict(PRUNED_CONFIG)))
+    assert num_calls(args, settings, num_steps) == pytest.approx(source.num_calls, rel=0.05)
+
+
+def test_bytes_of_a_checkpoint_on_disk(train, teachers, tmp_path):
+    outcome = train(
+        teachers.one, PRUNED_CONFIG, "--max_steps", 2, "--save_every", 1, "--dtype", "fp32", "--batch_size", 4
+    )
+    assert outcome.code == 0, outcome.err
+    checkpoint = max((tmp_path / "out" / "checkpoints").glob("*.safetensors"))
+    student = StudentConfig.from_dict(PRUNED_CONFIG)
+    stored = stored_latents("trajectory", renoised=True)
+    workload = Workload(teacher=student, student=student, latent_size=4, batch_size=4, stored_latents=stored)
+    (checkpoints,) = [part for part in disk_budget(workload) if part.name == "checkpoints"]
+    saved = sum(tensor.nbytes for tensor in load_file(checkpoint).values())
+    assert checkpoints.num_bytes / 3 == pytest.approx(saved, abs=40_000)  # beside it counters and random generators
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_peak_of_a_step_of_the_default_student_in_its_true_size(batch_size, is_checkpointed):
+    """Tensors without memory go through the real forward and backward pass; the CPU's kernels, bf16."""
+    with FakeTensorMode():
+        model = WanLiteStudent(STUDENT)
+        model = with_checkpointing(model) if is_checkpointed else model
+        rope_table.cache_clear()
+        measured = training_peak(model, batch_size, 64, torch.bfloat16)
+    rope_table.cache_clear()  # a table without values must not reach another test
+    run = replace(A14B, batch_size=batch_size, gradient_checkpointing=is_checkpointed, is_gpu=False)
+    expected = sizes(run)["student activations"] + sizes(run)["weights to compute with"]
+    assert expected == pytest.approx(measured, rel=0.1)
+
+
+# ---- the sum ----
+
+
+def test_phases_share_what_is_there_all_the_time():
+    parts = memory_budget(A14B)
+    phases = phase_bytes(parts)
+    assert peak_bytes(parts) == phases["learning"] > phases["answering"] > phases["encoding"]
+    by_name = sizes(A14B)
+    assert phases["encoding"] == by_name["text encoder"]
+    elsewhere = [by_name[name] for name in ("text encoder", "teacher activations", "features to copy")]
+    assert phases["learning"] == sum(by_name.values()) - sum(elsewhere)
+
+
+def test_the_certain_part_is_below_the_peak_and_grows_where_gradients_stay():
+    assert certain_bytes(A14B) < peak_bytes(memory_budget(A14B))
+    assert certain_bytes(replace(A14B, grad_accum_steps=2)) > certain_bytes(A14B)
+
+
+def test_a_text_encoder_that_the_prompt_cache_may_spare_makes_nothing_certain():
+    small = replace(A14B, teacher=STUDENT, student=STUDENT.replace(depth=1), num_experts=1, num_features=0)
+    about = verdict(small, 10 * GIB)
+    assert not about.fits and not about.is_certain_not_to_fit and about.sentence.startswith("May not fit: the text")
+    assert "--prompt_cache" in about.sentence
+
+
+@pytest.mark.parametrize(
+    "changes, name, factor",
+    [
+        ({"teacher_offload": True}, "teacher weights", 1 / 2),
+        ({"optimizer": "adamw8bit"}, "optimizer moments", 1 / 4),
+        ({"uses_guidance": False}, "teacher activations", 1 / 2),
+        ({"batch_size": 8}, "student activations", 2),
+        ({"batch_size": 8}, "feature targets", 2),
+        ({"stored_latents": 72}, "training states", 9),
+        ({"num_processes": 4, "shard_student": True}, "optimizer moments", 1 / 4),
+        ({"num_processes": 4, "shard_student": True}, "average of weights", 1 / 4),
+        ({"num_processes": 4}, "optimizer moments", 1),
+    ],
+)
+def test_what_a_flag_does_to_its_component(changes, name, factor):
+    assert sizes(replace(A14B, **changes))[name] == pytest.approx(factor * sizes(A14B)[name], rel=0.01)
+
+
+def test_fp8_halves_what_is_matrices_of_blocks():
+    count = count_parameters(TEACHER)
+    saved = sizes(A14B)["teacher weights"] - sizes(replace(A14B, teacher_dtype="fp8"))["teacher weights"]
+    assert saved == 2 * 40 * count.block_matrices
+    assert 0.97 * count.total < 40 * count.block_matrices < count.total
+
+
+def test_checkpointing_keeps_an_input_a_block_and_costs_a_forward_pass():
+    checkpointed = replace(A14B, gradient_checkpointing=True)
+    assert sizes(checkpointed)["student activations"] < sizes(A14B)["student activations"] / 4
+    plain, again = step_flops(A14B), step_flops(checkpointed)
+    assert again.recompute == plain.student_forward and plain.recompute == 0
+    assert plain.student_backward == BACKWARD_PASSES * plain.student_forward
+
+
+def test_flops_of_a_step_count_guidance_replay_and_accumulation():
+    one = transformer_flops(TEACHER, 32 * 32, A14B.teacher_text_tokens)
+    assert step_flops(A14B).teacher == 2 * 4 * one
+    assert step_flops(replace(A14B, uses_guidance=False)).teacher == 4 * one
+    assert step_flops(replace(A14B, calls_per_step=0.25, grad_accum_steps=3)).teacher == 3 * 2 * one
+
+
+def test_offloaded_experts_are_in_host_memory():
+    assert not any("host memory" in line for line in memory_lines(A14B))
+    (line,) = [line for line in memory_lines(replace(A14B, teacher_offload=True)) if "host memory" in line]
+    assert 1.4 < float(line.split()[2]) / (sizes(A14B)["teacher weights"] / GIB) < 1.6
+
+
+# ---- what is advised ----
+
+
+def test_what_fits_is_said_to_fit():
+    about = verdict(A14B, 140 * GIB, ALL_FLAGS)
+    assert about.fits and not about.is_certain_not_to_fit and about.sentence.startswith("Fits: about ")
+
+
+def test_advice_goes_by_effect_and_its_run_fits():
+    about = verdict(A14B, 80 * GIB, ALL_FLAGS)
+    assert not about.fits
+    effects = [saved for change, saved in by_effect(A14B, ALL_FLAGS) if not change.is_last_resort]
+    assert effects == sorted(effects, reverse=True) and effects[0] > 20 * GIB
+    assert "it then fits" in about.sentence and "image_size" not in about.sentence
+
+
+def test_only_flags_that_the_command_has_are_advised():
+    for flags in (set(), {"ema_decay"}, ALL_FLAGS):
+        message = out_of_memory_message(replace(A14B, num_processes=2), flags)
+        advised = {name for name in ALL_FLAGS if f"--{name} " in message or f"--{name};" in message}
+        assert advised <= flags
+        assert "--batch_size 2" in message and "image_size" in message
+    assert "--shard both" in message and "--grad_accum_steps 2" in message
+
+
+def test_a_flag_that_contradicts_another_is_not_advised():
+    few_steps = train_distillation.parse_args(["--teacher_path", "y", "--student_steps", "4"])
+    assert "offline_teacher" not in changeable_flags(few_steps)
+    assert "offline_teacher" in changeable_flags(train_distillation.parse_args(["--teacher_path", "y"]))
+
+
+def test_a_flag_that_is_set_is_not_advised_again():
+    workload = replace(A14B, teacher_offload=True, gradient_checkpointing=True, teacher_dtype="fp8")
+    message = out_of_memory_message(workload, ALL_FLAGS)
+    assert not any(word in message for word in ("--teacher_offload", "--gradient_checkpointing", "fp8 ("))
+
+
+def test_a_machine_that_is_far_too_small_gets_no_false_hope():
+    about = verdict(A14B, 2 * GIB, ALL_FLAGS)
+    assert about.is_certain_not_to_fit and "GPU with more memory" in about.sentence
+
+
+def test_the_out_of_memory_message_lists_the_largest_first():
+    message = out_of_memory_message(A14B, ALL_FLAGS)
+    order = [message.index(name) for name in ("teacher weights", "student activations", "gradients", "training states")]
+    assert order == sorted(order)

@@ -1,0 +1,194 @@
+"""--dry_run: what a real run of the full-size A14B would take, from headers alone, and that nothing is touched.
+
+pytest tests/test_dry_run.py
+"""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROMPTS, PRUNED_CONFIG, ROOT, snapshot
+from wan_folders import write_hollow_a14b
+
+import run_production_test
+import train_distillation
+
+GIB = 2**30
+DEFAULT_CONFIG = ROOT / "config" / "student_config.json"
+
+
+@pytest.fixture(scope="module")
+def a14b(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("a14b") / "Wan2.2-T2V-A14B-Diffusers"
+    write_hollow_a14b(folder)
+    return folder
+
+
+@pytest.fixture
+def dry_run(run_main, tmp_path):
+    """Run the trainer with --dry_run (later flags win) and hold it to writing nothing."""
+
+    def run(*flags: object):
+        before = set(tmp_path.rglob("*"))
+        outcome = run_main(
+            train_distillation.main, "--data_path", PROMPTS, "--output_dir", tmp_path / "out" / "run",
+            "--prompt_cache", tmp_path / "cache", "--dry_run", *flags,
+        )  # fmt: skip
+        assert set(tmp_path.rglob("*")) == before
+        return outcome
+
+    return run
+
+
+def figures(text: str) -> dict[str, float]:
+    """The GiB of every line of the tables."""
+    lines = re.findall(r"^ {2,4}([a-z][a-z ]+?) +(\d+\.\d\d)  ", text, re.MULTILINE)
+    return {name: float(value) for name, value in lines}
+
+
+def a14b_parameters() -> tuple[int, int]:
+    """Of one expert, counted by hand from Wan's config; and those that stay in float32."""
+    d, ffn, text, freq, patch, layers = 5120, 13824, 4096, 256, 4 * 16, 40
+    attention = 4 * (d * d + d) + 2 * d
+    block = 2 * attention + 2 * d + (d * ffn + ffn) + (ffn * d + d) + 6 * d
+    time_embedding = freq * d + d + d * d + d + (d * 6 * d + 6 * d)
+    text_embedding = text * d + d + d * d + d
+    ends = (patch * d + d) + (d * patch + patch) + 2 * d
+    float32 = time_embedding + 2 * d + layers * (4 * d + 2 * d + 6 * d)
+    return layers * block + time_embedding + text_embedding + ends, float32
+
+
+# ---- the full-size teacher ----
+
+
+def test_the_full_size_a14b_from_the_shell_in_seconds(a14b, tmp_path):
+    words = [
+        sys.executable, ROOT / "train_distillation.py", "--teacher_path", a14b, "--student_config", DEFAULT_CONFIG,
+        "--data_path", PROMPTS, "--output_dir", tmp_path / "out", "--prompt_cache", tmp_path / "cache", "--dry-run",
+        "--save_every", 0, "--assume_gpu_gib", 140,
+    ]  # fmt: skip
+    start = time.monotonic()
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 60  # some ten seconds, most of them imports
+    assert list(tmp_path.iterdir()) == []
+
+    parameters, float32 = a14b_parameters()
+    assert parameters == 14_288_491_584
+    assert f"teacher 2 x {parameters:,}, student 954,589,760 (6.7% of one)" in done.stdout
+    gib = figures(done.stdout)
+    assert gib["teacher weights"] == pytest.approx(2 * (2 * parameters + 2 * float32) / GIB, abs=0.01)
+    student = 954_589_760
+    for name, size in {"student weights": 4, "gradients": 4, "optimizer moments": 8, "average of weights": 4}.items():
+        assert gib[name] == pytest.approx(size * student / GIB, abs=0.01), name
+    assert gib["text encoder"] == pytest.approx(2 * 5_680_910_336 / GIB, abs=0.01)
+    # 8 paths and 64 finished samples for each of the 4 prompts of a batch, 16 channels of 64 x 64 in float32:
+    assert gib["training states"] == pytest.approx((8 + 64) * 4 * 16 * 64 * 64 * 4 / GIB, abs=0.01)
+    assert gib["student"] == pytest.approx(4 * student / GIB, abs=0.01)
+    always = ["teacher weights", "student weights", "gradients", "optimizer moments", "average of weights"]
+    always += ["training states", "feature targets", "feature errors", "reserve"]
+    learning = sum(gib[name] for name in [*always, "student activations", "weights to compute with"])
+    assert gib["peak"] == pytest.approx(learning, abs=0.06)
+    assert "14 steps of 4 prompts, about 14 teacher calls" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("Fits: about ")
+
+
+def test_flops_of_a_step_of_the_full_size_a14b(a14b, dry_run):
+    """Two passes of four prompts, reckoned by hand."""
+    outcome = dry_run("--teacher_path", a14b, "--student_config", DEFAULT_CONFIG, "--save_every", 0)
+    assert outcome.code == 0, outcome.err
+    tokens, layers, width, ffn = 32 * 32, 40, 5120, 13824
+    # q, k, v and two outputs, q of the text, the FFN; scores and sums of self-attention. The text's own share is small.
+    forward = layers * (2 * tokens * (6 * width**2 + 2 * width * ffn) + 4 * tokens**2 * width)
+    teraflops = float(re.search(r"teacher ([\d.]+) T", outcome.out)[1])
+    assert teraflops == pytest.approx(2 * 4 * forward / 1e12, rel=0.05)
+
+
+def test_a_run_that_cannot_fit_says_which_flags_to_change_and_exits_with_2(a14b, dry_run):
+    flags = ("--teacher_path", a14b, "--student_config", DEFAULT_CONFIG, "--save_every", 0)
+    outcome = dry_run(*flags, "--assume_gpu_gib", 24)
+    assert outcome.code == 2
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("error: --dry_run: Does not fit: at least ") and "--offline_teacher" in line
+    assert "teacher weights" in outcome.out, "the table is shown all the same"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_plan_is_for_an_assumed_one_and_never_fails(a14b, dry_run):
+    flags = ("--teacher_path", a14b, "--student_config", DEFAULT_CONFIG, "--save_every", 0)
+    outcome = dry_run(*flags, "--batch_size", 64)
+    assert outcome.code == 0
+    assert "an assumed GPU" in outcome.out and "Does not fit" in outcome.out.splitlines()[-1]
+
+
+def test_the_preflight_prints_the_same_table(a14b, dry_run, run_main):
+    config = ("--student_config", ROOT / "config" / "student_config.json", "--data_path", PROMPTS)
+    outcome = run_main(run_production_test.main, "--teacher_path", a14b, *config, "--batch_size", 55)
+    assert outcome.code == 0, outcome.err
+    expected = figures(dry_run("--teacher_path", a14b, *config, "--save_every", 0).out)
+    printed = figures(outcome.out)
+    assert expected.items() - {"peak": 0}.items() <= printed.items()
+    assert "[ok] Fits" in outcome.out or "[!!] " in outcome.out
+
+
+# ---- the same refusals as a real run, and nothing written ----
+
+
+def test_a_small_teacher_is_planned_for_too(dry_run, teachers, write_config, tmp_path):
+    config = write_config(PRUNED_CONFIG)
+    for teacher in (teachers.one, teachers.two, "mock"):
+        before = {} if teacher == "mock" else snapshot(Path(teacher))
+        outcome = dry_run("--teacher_path", teacher, "--student_config", config)
+        assert outcome.code == 0 and "Fits: about" in outcome.out, outcome.err
+        assert teacher == "mock" or snapshot(Path(teacher)) == before
+
+
+def test_on_the_cpu_the_plan_is_for_the_memory_of_the_machine(dry_run, teachers, write_config):
+    outcome = dry_run(
+        "--teacher_path", teachers.one, "--student_config", write_config(PRUNED_CONFIG), "--device", "cpu"
+    )
+    assert outcome.code == 0 and "this machine has" in outcome.out and "time, an estimate" in outcome.out
+
+
+def test_a_disk_that_is_too_small_is_refused_as_by_a_real_run(dry_run, teachers, write_config, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    outcome = dry_run("--teacher_path", teachers.one, "--student_config", write_config(PRUNED_CONFIG))
+    assert outcome.code == 2 and "--keep_checkpoints" in outcome.err
+
+
+def test_a_student_that_does_not_fit_the_teacher_is_refused(dry_run, teachers, write_config):
+    config = write_config(PRUNED_CONFIG | {"depth": 30})
+    outcome = dry_run("--teacher_path", teachers.one, "--student_config", config)
+    assert outcome.code == 2 and "3 or less" in outcome.err
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--prompt_cache"])
+def test_a_folder_that_is_a_file_is_refused(dry_run, teachers, write_config, tmp_path, flag):
+    (tmp_path / "taken").write_text("mine")
+    config = write_config(PRUNED_CONFIG)
+    outcome = dry_run("--teacher_path", teachers.one, "--student_config", config, flag, tmp_path / "taken")
+    assert outcome.code == 2 and flag in outcome.err and "is a file" in outcome.err
+
+
+def test_a_gpu_to_plan_for_goes_with_a_dry_run(run_main):
+    outcome = run_main(train_distillation.main, "--assume_gpu_gib", 24)
+    assert outcome.code == 2 and "--dry_run" in outcome.err
+
+
+# ---- out of memory ----
+
+
+def test_out_of_memory_in_a_run_lists_what_was_there_and_what_to_change(train, teachers, monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("wandistiller.training.train", fails)
+    outcome = train(teachers.one, PRUNED_CONFIG)
+    assert outcome.code == 1
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("error: the GPU is out of memory") and "teacher weights" in line and "Traceback" not in line

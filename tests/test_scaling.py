@@ -1,0 +1,41 @@
+"""docs/scaling.md holds exactly what its script computes, and the script what a hand reckons.
+
+pytest tests/test_scaling.py
+"""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from benchmarks import scaling
+
+
+def test_the_page_holds_exactly_the_tables_that_the_script_prints():
+    page = scaling.PAGE.read_text(encoding="utf-8")
+    printed = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "scaling.py"], capture_output=True, text=True, check=True
+    ).stdout
+    tables = re.findall(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    assert [name for name, _ in tables] == list(scaling.TABLES)
+    for name, table in tables:
+        assert f"<!-- table: {name} -->\n{table}<!-- end -->\n" in printed, "python benchmarks/scaling.py --write"
+    assert scaling.with_tables(page) == page
+
+
+def test_hours_of_an_epoch_reckoned_by_hand():
+    tokens, width, ffn, layers, heads_width = 64 * 64, 5120, 13824, 40, 5120
+    teacher = 2 * layers * (2 * tokens * (6 * width**2 + 2 * width * ffn) + 4 * tokens**2 * heads_width)
+    tokens, width, ffn, layers = 64 * 64, 1536, 8960, 20
+    student = 4 * layers * (2 * tokens * (6 * width**2 + 2 * width * ffn) + 4 * tokens**2 * width)
+    hours = 1e6 * (teacher + student) / (0.33 * 989e12) / 3600
+    assert scaling.epoch_hours(1, 0.33) == pytest.approx(hours, rel=0.04)  # the text's share is small
+    assert scaling.epoch_hours(64, 0.33) == pytest.approx(hours / 64, rel=0.04)
+
+
+def test_traffic_reckoned_by_hand():
+    sent = list(scaling.traffic(scaling.workload(8)).values())
+    assert sent[0] == pytest.approx(2 * 7 / 8 * 4 * 954_589_760)
+    assert sent[2] == pytest.approx(7 / 8 * 2 * 2 * 14_288_491_584, rel=0.02)

@@ -1,0 +1,348 @@
+"""What a run will take before it is paid for: memory of a GPU by component, disk, FLOPs of a step. Shapes only, no weights.
+
+    components = memory_budget(workload)
+    print(peak_bytes(components))
+
+Every figure is arithmetic on shapes. `benchmarks/bench_memory.py` holds it against a GPU.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wandistiller.activations import FP32, block_input_bytes, inference_bytes, training_bytes
+from wandistiller.answers import REPLAY_BATCHES
+from wandistiller.flops import BACKWARD_PASSES, num_image_tokens, transformer_flops
+from wandistiller.renoise import SAMPLES_PER_LANE
+from wandistiller.segments import READY_PER_LANE
+from wandistiller.states import PATHS_PER_LANE
+from wandistiller.student_config import StudentConfig
+from wandistiller.weight_sizes import BYTES, count_parameters, weight_bytes
+
+MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}  # of both moments, a parameter
+UMT5_XXL_PARAMETERS = 5_680_910_336  # of the encoder that all released Wans share, where its files are not at hand
+# Assumed, not measured: the CUDA context with its libraries, and what the allocator cannot use between tensors
+CONTEXT_BYTES, FRAGMENTATION = 2**30, 0.05
+ACTIVATION_TOLERANCE = 0.15  # of the formulas of activations.py, by the tests that hold them against torch
+PHASES = ("encoding", "answering", "learning")  # the text encoder alone; then the teacher and the student in turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A run by its shapes and by what decides where bytes go.
+
+    Attributes:
+        latent_size: side of the latents, behind the teacher's own VAE.
+        batch_size: prompts of one process in one forward pass; an optimiser step has
+            batch_size x grad_accum_steps x num_processes.
+        teacher_dtype: how its weights are kept: "fp32", "bf16", or "fp8" (the Linear weights of its blocks).
+        teacher_offload: of two experts only the one in use is on the GPU.
+        offline_teacher: all its answers come from a cache, and it has left memory before the student comes.
+        shard_teacher, shard_student: weights (and gradients, moments, average) split over the processes.
+        num_features: teacher layers whose hidden states are compared; 0 is none.
+        maps_features: whether the student's hidden states pass a learnt map to the teacher's width first.
+        stored_latents: latents kept per sample of a batch: paths in flight, finished samples, answers for replay.
+        calls_per_step: batches that the teacher answers for one forward and backward pass of the student.
+        mean_text_tokens: of a prompt; negative_text_tokens of the negative one.
+        keep_checkpoints: 0 where none is written.
+        teacher_cache_batches: answers kept on disk; 0 without a cache.
+    """
+
+    teacher: StudentConfig
+    student: StudentConfig
+    latent_size: int
+    num_experts: int = 1
+    uses_guidance: bool = True
+    batch_size: int = 1
+    grad_accum_steps: int = 1
+    num_processes: int = 1
+    dtype: str = "bf16"
+    teacher_dtype: str = "bf16"
+    teacher_offload: bool = False
+    offline_teacher: bool = False
+    shard_teacher: bool = False
+    shard_student: bool = False
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    ema: bool = True
+    num_features: int = 0
+    maps_features: bool = False
+    stored_latents: int = PATHS_PER_LANE
+    calls_per_step: float = 1.0
+    num_steps: int = 1
+    num_prompts: int = 1
+    mean_text_tokens: float = 64.0
+    negative_text_tokens: int = 0
+    text_encoder_parameters: int = UMT5_XXL_PARAMETERS
+    keep_checkpoints: int = 2
+    teacher_cache_batches: int = 0
+    is_gpu: bool = True
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.batch_size * self.grad_accum_steps * self.num_processes
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether they are there all the time, to be added to or to be sent; else they come as activations go."""
+        return self.grad_accum_steps > 1 or self.num_processes > 1
+
+    @property
+    def latent_bytes(self) -> int:
+        """Of one sample in float32."""
+        return FP32 * self.student.num_channels * self.latent_size**2
+
+    @property
+    def teacher_samples(self) -> int:
+        """Samples of one call: guidance asks with the prompt and with the negative prompt at once."""
+        return self.batch_size * (2 if self.uses_guidance else 1)
+
+    @property
+    def text_tokens(self) -> int:
+        """That the student's cross-attention sees of a prompt, with the token that stands for the padding."""
+        return math.ceil(self.mean_text_tokens) + 1
+
+    @property
+    def teacher_text_tokens(self) -> int:
+        """Both halves of a guided batch are padded to the longer prompt."""
+        return max(self.text_tokens, self.negative_text_tokens + 1 if self.uses_guidance else 0)
+
+
+def stored_latents(
+    states: str, *, renoised: bool = False, replay: int = 1, has_segments: bool = False, is_cached: bool = False
+) -> int:
+    """Latents that training states and answers keep on the device, per sample of a batch."""
+    if has_segments:
+        # Starts, ends and velocities of the paths; states and velocities of the targets that are known
+        return 3 * PATHS_PER_LANE + 2 * READY_PER_LANE + (2 * REPLAY_BATCHES if replay > 1 else 0)
+    paths = 0 if states == "noise" else PATHS_PER_LANE + (SAMPLES_PER_LANE if renoised else 0)
+    return paths + (2 * REPLAY_BATCHES if replay > 1 and not is_cached else 0)
+
+
+# ---- memory ----
+
+
+@dataclass(frozen=True)
+class Component:
+    """Bytes of one GPU, or of the disk, and what they are; `phase` is when they are there, "" always but for encoding."""
+
+    name: str
+    num_bytes: int
+    what: str
+    phase: str = ""
+
+
+def memory_budget(workload: Workload) -> list[Component]:
+    """Bytes per GPU by component; those of the same phase and those of no phase are there together."""
+    parts = [*_teacher_components(workload), *_student_components(workload), _states(workload)]
+    parts.append(
+        Component(
+            "text encoder",
+            workload.text_encoder_parameters * BYTES[workload.dtype],
+            "before the teacher comes; not at all where the prompt cache has every prompt",
+            "encoding",
+        )
+    )
+    parts = [part for part in parts if part.num_bytes]
+    if workload.is_gpu:
+        reserve = CONTEXT_BYTES + round(FRAGMENTATION * peak_bytes(parts))
+        parts.append(Component("reserve", reserve, f"assumed: CUDA context, and {FRAGMENTATION:.0%} for fragmentation"))
+    return parts
+
+
+def phase_bytes(components: Sequence[Component]) -> dict[str, int]:
+    """What is there at once in each phase; the text encoder is alone."""
+    always = sum(part.num_bytes for part in components if not part.phase)
+    own = {phase: sum(part.num_bytes for part in components if part.phase == phase) for phase in PHASES}
+    return {phase: own[phase] + (0 if phase == "encoding" else always) for phase in PHASES}
+
+
+def peak_bytes(components: Sequence[Component]) -> int:
+    return max(phase_bytes(components).values())
+
+
+def certain_bytes(workload: Workload) -> int:
+    """What the run needs at the very least: no reserve, activations at the low end of their estimate, no text encoder (its
+    answers may be in the prompt cache), and gradients only as activations make room for them."""
+    sizes = {part.name: part.num_bytes for part in memory_budget(workload) if part.name != "reserve"}
+    phases = phase_bytes([part for part in memory_budget(workload) if part.name in sizes])
+    phases["answering"] -= round(ACTIVATION_TOLERANCE * sizes["teacher activations"])
+    activations = round((1 - ACTIVATION_TOLERANCE) * sizes["student activations"])
+    phases["learning"] -= sizes["student activations"] - activations
+    if not workload.keeps_gradients:
+        phases["learning"] -= min(sizes["gradients"], activations)
+    return max(phases["answering"], phases["learning"])
+
+
+def _teacher_components(workload: Workload) -> list[Component]:
+    """The experts' weights, and the inside of one block at a guided batch."""
+    config, dtype = workload.teacher, workload.teacher_dtype
+    one = weight_bytes(config, dtype)
+    resident = 1 if workload.teacher_offload else workload.num_experts
+    experts = f"{resident} of {workload.num_experts} experts" if workload.num_experts > 1 else "one transformer"
+    total = resident * one
+    what = f"{experts} of {count_parameters(config).total:,} parameters, {dtype} (norms, modulation, time: fp32)"
+    if workload.shard_teacher:
+        gathered = 2 * count_parameters(config).block * BYTES["bf16" if dtype == "fp8" else dtype]
+        total = math.ceil(total / workload.num_processes) + gathered
+        what += f", split over {workload.num_processes}; two blocks gathered"
+    phase = "answering" if workload.offline_teacher else ""
+    image = num_image_tokens(config, workload.latent_size)
+    compute = BYTES[workload.dtype]
+    activations = workload.teacher_samples * inference_bytes(config, image, workload.teacher_text_tokens, compute)
+    if dtype == "fp8":
+        activations += compute * config.hidden_size * max(config.hidden_size, config.ffn_dim)  # one layer, widened
+    elif BYTES[dtype] > compute:
+        activations += compute * count_parameters(config).total  # autocast's copies, until the call is over
+    return [
+        Component("teacher weights", total, what, phase),
+        Component(
+            "teacher activations",
+            activations,
+            f"the inside of one block, {workload.teacher_samples} samples of {image} tokens",
+            "answering",
+        ),
+        *_feature_components(workload),
+    ]
+
+
+def _feature_components(workload: Workload) -> list[Component]:
+    """The teacher's hidden states in float32, and what the error of each layer keeps.
+
+    One expert's come as views of the guided batch, so that both halves stay. Of two experts the prompts' half is copied
+    together, while both halves of the last one's are still there.
+    """
+    if not workload.num_features:
+        return []
+    tokens = workload.batch_size * num_image_tokens(workload.teacher, workload.latent_size)
+    states = workload.num_features * tokens * workload.teacher.hidden_size * FP32
+    guided = states * (2 if workload.uses_guidance else 1)
+    is_copied = workload.num_experts > 1
+    width = workload.teacher.hidden_size if workload.maps_features else workload.student.hidden_size
+    copies = 3 if workload.maps_features else 1  # of the difference; mapped, also of what was mapped and its rounding
+    errors = workload.num_features * tokens * width * (copies * FP32 + 1)  # and the mask, a byte each
+    layers = f"of {workload.num_features} layers"
+    return [
+        Component("feature targets", states if is_copied else guided, f"hidden states {layers}, fp32"),
+        Component("features to copy", guided if is_copied else 0, "both halves of one expert's", "answering"),
+        Component("feature errors", errors, f"differences and masks {layers}", "learning"),
+    ]
+
+
+def _student_components(workload: Workload) -> list[Component]:
+    """Everything of the student that is trained, and its activations in one forward and backward pass."""
+    config, count = workload.student, count_parameters(workload.student)
+    parts = workload.num_processes if workload.shard_student else 1
+    own = math.ceil(count.total / parts)
+    split = f", split over {parts}" if parts > 1 else ""
+    phase = "learning" if workload.offline_teacher else ""
+    compute = BYTES[workload.dtype]
+    image = num_image_tokens(config, workload.latent_size)
+    activations = workload.batch_size * training_bytes(
+        config, image, workload.text_tokens, compute, workload.gradient_checkpointing, workload.is_gpu
+    )
+    kept = "one block's, and every block's input" if workload.gradient_checkpointing else "all blocks'"
+    moments = f"{workload.optimizer}'s two{split}"
+    return [
+        Component("student weights", own * FP32, f"{count.total:,} parameters, fp32{split}", phase),
+        Component("gradients", own * FP32, f"fp32{split}", phase if workload.keeps_gradients else "learning"),
+        Component("optimizer moments", own * MOMENT_BYTES[workload.optimizer], moments, phase),
+        Component("average of weights", own * FP32 if workload.ema else 0, f"fp32{split}", phase),
+        Component("weights to compute with", _compute_copies(workload, activations), f"{workload.dtype}", "learning"),
+        Component(
+            "student activations",
+            activations,
+            f"{kept}, {workload.batch_size} samples of {image} tokens",
+            "learning",
+        ),
+    ]
+
+
+def _compute_copies(workload: Workload, activations: int) -> int:
+    """Autocast's copies of the student's weights; sharded, what is gathered: two blocks and what lies outside them.
+
+    Autograd keeps the copies with the activations. With checkpointing they are gone after the forward pass, where little but
+    every block's input is there beside them; the backward pass makes those of one block at a time.
+    """
+    config, count, compute = workload.student, count_parameters(workload.student), BYTES[workload.dtype]
+    if workload.shard_student:
+        return compute * (count.total - (config.depth - 2) * count.block)
+    if compute == FP32:
+        return 0
+    copies = compute * (count.total - count.float32)
+    if not workload.gradient_checkpointing:
+        return copies
+    image = num_image_tokens(config, workload.latent_size)
+    inputs = config.depth * block_input_bytes(config, image, compute)
+    in_forward = inputs + inference_bytes(config, image, workload.text_tokens, compute)
+    return max(compute * count.block, copies - (activations - workload.batch_size * in_forward))
+
+
+def _states(workload: Workload) -> Component:
+    num_latents = workload.stored_latents * workload.batch_size
+    return Component("training states", num_latents * workload.latent_bytes, f"{num_latents} latents, fp32")
+
+
+# ---- disk ----
+
+
+def checkpoint_bytes(workload: Workload) -> int:
+    """Of one checkpoint: weights, their average and the optimiser's moments, and the training states."""
+    per_parameter = FP32 + MOMENT_BYTES[workload.optimizer] + (FP32 if workload.ema else 0)
+    return per_parameter * count_parameters(workload.student).total + _states(workload).num_bytes
+
+
+def disk_budget(workload: Workload) -> list[Component]:
+    """Bytes that the run writes, whatever is there already."""
+    keep, num_prompts = workload.keep_checkpoints, workload.num_prompts
+    total = count_parameters(workload.student).total
+    cache = num_prompts * workload.mean_text_tokens * workload.teacher.text_encoder_output_dim * BYTES[workload.dtype]
+    answers = 2 * workload.teacher_cache_batches * workload.batch_size * workload.latent_bytes // 2
+    parts = [
+        Component("student", total * FP32, f"{total:,} parameters, fp32"),
+        Component(
+            "checkpoints", (keep + 1) * checkpoint_bytes(workload) if keep else 0, f"{keep} and one being written"
+        ),
+        Component(
+            "prompt cache", round(cache), f"{num_prompts:,} prompts of about {workload.mean_text_tokens:.0f} tokens"
+        ),
+        Component(
+            "teacher cache", answers, f"{workload.teacher_cache_batches:,} batches: latents and velocities, fp16"
+        ),
+    ]
+    return [part for part in parts if part.num_bytes]
+
+
+# ---- computing ----
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one GPU in one optimiser step, on average."""
+
+    teacher: float
+    student_forward: float
+    student_backward: float
+    recompute: float  # of gradient checkpointing
+
+    @property
+    def total(self) -> float:
+        return self.teacher + self.student_forward + self.student_backward + self.recompute
+
+
+def step_flops(workload: Workload) -> StepFlops:
+    """Guidance is two forward passes of the teacher; a cached or replayed answer costs none."""
+    passes = workload.grad_accum_steps
+    teacher = transformer_flops(
+        workload.teacher, num_image_tokens(workload.teacher, workload.latent_size), workload.teacher_text_tokens
+    )
+    student = transformer_flops(
+        workload.student, num_image_tokens(workload.student, workload.latent_size), workload.text_tokens
+    )
+    forward = passes * workload.batch_size * student
+    return StepFlops(
+        teacher=passes * workload.calls_per_step * workload.teacher_samples * teacher,
+        student_forward=forward,
+        student_backward=BACKWARD_PASSES * forward,
+        recompute=forward if workload.gradient_checkpointing else 0,
+    )

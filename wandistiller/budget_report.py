@@ -1,0 +1,228 @@
+"""A budget in words: the table, whether it fits, which flags to change in order of effect, and the message when it did not."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+from wandistiller.budget import (
+    PHASES,
+    Component,
+    Workload,
+    certain_bytes,
+    disk_budget,
+    memory_budget,
+    peak_bytes,
+    phase_bytes,
+    step_flops,
+)
+from wandistiller.weight_sizes import count_parameters, weight_bytes
+
+GIB = 2**30
+WORTHWHILE = 0.01  # of the peak: less than this is not worth a flag
+PINNED_SHARE = 1.5  # of the bytes of weights: pinned memory comes in powers of two, so A14B takes half as much again
+ASSUMED_GPU_GIB = 80.0  # of an A100 or H100, where no GPU is at hand
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
+
+
+def si(value: float) -> str:
+    """FLOPs with a prefix: 227.7 T."""
+    for exponent, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if value >= 10**exponent:
+            return f"{value / 10**exponent:.4g} {prefix}"
+    return f"{value:.4g} "
+
+
+# ---- what could be changed ----
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of flags, and the run it makes; one that makes another student than was asked for is the last resort."""
+
+    advice: str
+    workload: Workload
+    is_last_resort: bool = False
+
+
+def possible_changes(workload: Workload, flags: Collection[str]) -> Iterator[Change]:
+    """Changes that this run could make; `flags` are the names that its command has."""
+    w = workload
+    single_flags = [
+        ("gradient_checkpointing", "", w.gradient_checkpointing, {"gradient_checkpointing": True}),
+        ("teacher_offload", "", w.teacher_offload or w.num_experts == 1, {"teacher_offload": True}),
+        ("teacher_dtype", " fp8", w.teacher_dtype == "fp8", {"teacher_dtype": "fp8"}),
+        ("optimizer", " adamw8bit", w.optimizer == "adamw8bit", {"optimizer": "adamw8bit"}),
+        ("ema_decay", " 0", not w.ema, {"ema": False}),
+        ("feature_loss_weight", " 0", not w.num_features, {"num_features": 0}),
+        ("dtype", " bf16", w.dtype == "bf16", {"dtype": "bf16", "teacher_dtype": "bf16"}),
+    ]
+    for flag, value, is_done, changes in single_flags:
+        if flag in flags and not is_done:
+            yield Change(f"--{flag}{value}", replace(w, **changes))
+    if w.num_processes > 1 and "shard" in flags and not (w.shard_teacher and w.shard_student):
+        yield Change("--shard both", replace(w, shard_teacher=True, shard_student=True))
+    if "offline_teacher" in flags and not w.offline_teacher:
+        advice = "--offline_teacher with --teacher_cache FOLDER (answers from disk, without rollouts and hidden states)"
+        yield Change(advice, replace(w, offline_teacher=True, num_features=0))
+    if w.batch_size > 1:
+        half, accum = w.batch_size // 2, 2 * w.grad_accum_steps
+        has_accum = "grad_accum_steps" in flags
+        advice = f"--batch_size {half}" + (f" with --grad_accum_steps {accum}" if has_accum else "")
+        yield Change(advice, replace(w, batch_size=half, grad_accum_steps=accum if has_accum else 1))
+    half, unit = w.latent_size // 2, w.student.patch_size
+    if half >= 8 and half % unit == 0 and half % w.teacher.patch_size == 0:
+        factor = w.student.image_size // w.latent_size
+        yield Change(f'a smaller image_size, such as "image_size": {half * factor}', replace(w, latent_size=half), True)
+
+
+def by_effect(workload: Workload, flags: Collection[str]) -> list[tuple[Change, int]]:
+    """The changes worth making, with the bytes that each alone takes off the peak, the largest first, last resorts last."""
+    before = peak_bytes(memory_budget(workload))
+    saved = [
+        (change, before - peak_bytes(memory_budget(change.workload))) for change in possible_changes(workload, flags)
+    ]
+    worth = [(change, num_bytes) for change, num_bytes in saved if num_bytes > WORTHWHILE * before]
+    return sorted(worth, key=lambda pair: (pair[0].is_last_resort, -pair[1]))
+
+
+def changes_that_fit(workload: Workload, memory: int, flags: Collection[str]) -> tuple[list[str], int]:
+    """The changes to make together, the most effective first, until the run fits; and its peak with them."""
+    advice, current = [], workload
+    while peak_bytes(memory_budget(current)) > memory:
+        effects = by_effect(current, flags)
+        if not effects:
+            break
+        change, _ = effects[0]
+        # A batch is halved again and again: the last word on it counts.
+        advice = [line for line in advice if line.split()[0] != change.advice.split()[0]] + [change.advice]
+        current = change.workload
+    return advice, peak_bytes(memory_budget(current))
+
+
+# ---- verdict ----
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`is_certain_not_to_fit` is not merely `not fits`: the reserve and an upper bound lie between them."""
+
+    fits: bool
+    is_certain_not_to_fit: bool
+    sentence: str
+
+
+def verdict(workload: Workload, memory: int, flags: Collection[str] = (), device: str = "the GPU") -> Verdict:
+    """Whether the run fits into `memory` bytes of a GPU, and what to change if not."""
+    peak, least = peak_bytes(memory_budget(workload)), certain_bytes(workload)
+    of = f"{device} has {gib(memory)}"
+    if peak <= memory:
+        return Verdict(True, False, f"Fits: about {gib(peak)} at the peak, {of}.")
+    phases = phase_bytes(memory_budget(workload))
+    if max(phases["answering"], phases["learning"]) <= memory:
+        return Verdict(
+            False,
+            False,
+            f"May not fit: the text encoder alone takes {gib(phases['encoding'])}, {of}; the rest fits. Give a "
+            "--prompt_cache that was filled on a larger GPU.",
+        )
+    is_certain = least > memory
+    start = (
+        f"Does not fit: at least {gib(least)} are needed"
+        if is_certain
+        else f"May not fit: up to {gib(peak)} are needed"
+    )
+    advice, after = changes_that_fit(workload, memory, flags)
+    if not advice:
+        return Verdict(False, is_certain, f"{start}, {of}. Train a smaller student, or take a GPU with more memory.")
+    end = (
+        "it then fits"
+        if after <= memory
+        else "still too much, so take also a smaller student or a GPU with more memory"
+    )
+    return Verdict(
+        False, is_certain, f"{start}, {of}. In order of effect: {', '.join(advice)}; about {gib(after)} then, {end}."
+    )
+
+
+# ---- table ----
+
+
+def memory_lines(workload: Workload) -> list[str]:
+    """The components, those of one phase together, and the sum of each phase."""
+    components = memory_budget(workload)
+    sums = phase_bytes(components)
+    titles = {
+        "": "all the time",
+        "encoding": "while prompts are encoded (nothing else is there)",
+        "answering": "while the teacher answers",
+        "learning": "while the student learns",
+    }
+    lines = []
+    for phase in ("", *PHASES):
+        parts = [part for part in components if part.phase == phase]
+        if parts:
+            lines.append(f"  {titles[phase]}")
+            lines += [_line(part) for part in sorted(parts, key=lambda part: -part.num_bytes)]
+    if workload.teacher_offload:
+        host = PINNED_SHARE * workload.num_experts * weight_bytes(workload.teacher, workload.teacher_dtype)
+        lines.append(
+            f"  {'host memory':<26}{host / GIB:>9.2f}  both experts, pinned (each tensor in a power of two of bytes)"
+        )
+    highest = max(sums, key=sums.__getitem__)
+    return [*lines, f"  {'peak':<26}{sums[highest] / GIB:>9.2f}  {titles[highest]}"]
+
+
+def disk_lines(workload: Workload) -> list[str]:
+    return [_line(part) for part in disk_budget(workload)]
+
+
+def _line(part: Component) -> str:
+    return f"    {part.name:<24}{part.num_bytes / GIB:>9.2f}  {part.what}"
+
+
+def parameter_lines(workload: Workload) -> list[str]:
+    teacher, student = count_parameters(workload.teacher).total, count_parameters(workload.student).total
+    many = f"{workload.num_experts} x " if workload.num_experts > 1 else ""
+    return [f"  teacher {many}{teacher:,}, student {student:,} ({student / teacher:.1%} of one)"]
+
+
+def compute_lines(workload: Workload) -> list[str]:
+    """FLOPs of a step, and how many steps and calls the job takes."""
+    flops = step_flops(workload)
+    calls = workload.calls_per_step * workload.num_steps * workload.grad_accum_steps
+    recompute = f" + {si(flops.recompute)} recomputed" if flops.recompute else ""
+    return [
+        f"  a step: teacher {si(flops.teacher)}, student {si(flops.student_forward)} forward + "
+        f"{si(flops.student_backward)} backward{recompute} = {si(flops.total)}FLOP a GPU",
+        f"  the job: {workload.num_steps:,} steps of {workload.global_batch_size:,} prompts, about {calls:,.0f} teacher calls, "
+        f"{si(flops.total * workload.num_steps)}FLOP a GPU",
+    ]
+
+
+# ---- after it happened ----
+
+
+class OutOfMemory(RuntimeError):
+    """The device ran out of memory; the message says what was there and which flags to change."""
+
+    exit_code = 1
+
+
+def out_of_memory_message(workload: Workload, flags: Collection[str] = ()) -> str:
+    """What was resident by this arithmetic, the largest first, and which flags to change, in order of bytes saved.
+
+    The text encoder is left out: it has left memory when a run first grows large.
+    """
+    workload = replace(workload, text_encoder_parameters=0)
+    components = memory_budget(workload)
+    phases = phase_bytes(components)
+    phase = max(phases, key=phases.__getitem__)
+    there = [part for part in components if part.phase in ("", phase)]
+    resident = ", ".join(
+        f"{part.name} {part.num_bytes / GIB:.1f}" for part in sorted(there, key=lambda part: -part.num_bytes)
+    )
+    effects = [f"{change.advice} (-{saved / GIB:.1f})" for change, saved in by_effect(workload, flags)]
+    advice = f"Change, in order of GiB saved: {'; '.join(effects)}" if effects else "Train a smaller student"
+    return f"the GPU is out of memory; in GiB, by the arithmetic of --dry_run: {resident}. {advice}"

@@ -1,0 +1,218 @@
+"""The budget of a run from its flags and from the headers of its files; no weight is read."""
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wandistiller.answers import REPLAY_BATCHES
+from wandistiller.budget import UMT5_XXL_PARAMETERS, Workload, step_flops, stored_latents
+from wandistiller.budget_report import (
+    GIB,
+    Verdict,
+    compute_lines,
+    disk_lines,
+    memory_lines,
+    parameter_lines,
+    verdict,
+)
+from wandistiller.checkpointing import Checkpoints
+from wandistiller.device import DTYPES
+from wandistiller.machine import Machine, find_machine, free_bytes, matmul_rate
+from wandistiller.output_folder import check_writable
+from wandistiller.prompt_embeds import count_tokens, encoder_parameters
+from wandistiller.prompts import Texts
+from wandistiller.run_setup import checkpoint_bytes
+from wandistiller.student_config import StudentConfig
+from wandistiller.teacher import TeacherSettings
+from wandistiller.training import steps_of_epochs
+from wandistiller.wan_checkpoint import WanCheckpoint
+
+ASSUMED_UTILISATION = 0.4  # of the rate of plain matrix products; an assumption, printed as one
+NUM_COUNTED_PROMPTS = 256  # whose tokens stand for those of all
+
+
+def workload_from_args(
+    args: argparse.Namespace,
+    checkpoint: WanCheckpoint,
+    settings: TeacherSettings,
+    config: StudentConfig,
+    texts: Texts,
+    dtype: str,
+    is_gpu: bool = True,
+) -> Workload:
+    """The run that the flags ask for; a flag that a command has not counts as left out.
+
+    Args:
+        dtype: of matrix products, "fp32" or "bf16".
+    """
+    shard = getattr(args, "shard", None)
+    accum, num_processes = getattr(args, "grad_accum_steps", None) or 1, int(os.environ.get("WORLD_SIZE", "1"))
+    num_steps = args.max_steps or steps_of_epochs(
+        args.num_epochs, len(texts.prompts), args.batch_size * accum * num_processes
+    )
+    num_passes = num_steps * accum
+    calls = num_calls(args, settings, num_passes)
+    return Workload(
+        teacher=checkpoint.config,
+        student=config,
+        latent_size=config.image_size // settings.vae_scale_factor,
+        num_experts=len(checkpoint.experts),
+        uses_guidance=settings.uses_guidance,
+        batch_size=args.batch_size,
+        grad_accum_steps=accum,
+        num_processes=num_processes,
+        dtype=dtype,
+        teacher_dtype=getattr(args, "teacher_dtype", None) or dtype,
+        teacher_offload=getattr(args, "teacher_offload", False) and len(checkpoint.experts) > 1,
+        offline_teacher=args.offline_teacher,
+        shard_teacher=shard in ("teacher", "both"),
+        shard_student=shard in ("student", "both"),
+        gradient_checkpointing=getattr(args, "gradient_checkpointing", False),
+        optimizer=getattr(args, "optimizer", None) or "adamw",
+        ema=args.ema_decay > 0,
+        num_features=config.depth if args.feature_loss_weight else 0,
+        maps_features=config.block != "wan" or args.init == "random",
+        stored_latents=stored_latents(
+            args.states,
+            renoised=args.renoise_fraction > 0,
+            replay=args.replay,
+            has_segments=args.student_steps is not None,
+            is_cached=args.teacher_cache is not None,
+        ),
+        calls_per_step=calls / num_passes,
+        num_steps=num_steps,
+        num_prompts=len(texts.prompts) + len(texts.extra) + len(texts.held_out),
+        keep_checkpoints=args.keep_checkpoints if args.save_every else 0,
+        teacher_cache_batches=calls if args.teacher_cache else 0,
+        is_gpu=is_gpu,
+    )
+
+
+def num_calls(args: argparse.Namespace, settings: TeacherSettings, num_passes: int) -> int:
+    """Batches that the teacher answers for so many passes of the student, about.
+
+    With --replay a full store is left over at the end, whose answers have half of their uses before them on average; a target
+    of --student_steps takes the teacher's steps through one segment.
+    """
+    replay = args.replay
+    per_answer = max(1, round(settings.num_inference_steps / args.student_steps)) if args.student_steps else 1
+    left_over = 0 if args.teacher_cache or replay == 1 else (REPLAY_BATCHES - 1) * replay / 2
+    at_least = REPLAY_BATCHES if left_over else 1
+    return per_answer * min(num_passes, max(at_least, math.ceil((num_passes + left_over) / replay)))
+
+
+def changeable_flags(args: argparse.Namespace) -> set[str]:
+    """The flags that this command has, but for those that contradict what was given."""
+    contradicted = {"offline_teacher"} if args.student_steps or args.eval_every else set()
+    return set(vars(args)) - contradicted
+
+
+# ---- text ----
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """Tokens of a prompt on average and of the negative one, and parameters of the encoder that makes them."""
+
+    mean_tokens: float
+    negative_tokens: int
+    encoder_parameters: int
+
+
+def measure_texts(
+    texts: Texts,
+    settings: TeacherSettings,
+    config: StudentConfig,
+    encoder: tuple[Path, Path] | None,
+    is_mock: bool = False,
+) -> TextSizes:
+    """Tokens of some prompts, evenly spread, by the run's own tokenizer; where there is none (the mock) words count."""
+    prompts = texts.prompts + texts.extra
+    chosen = prompts[:: max(1, len(prompts) // NUM_COUNTED_PROMPTS)][:NUM_COUNTED_PROMPTS]
+    everything = [*chosen, settings.negative_prompt]
+    if encoder is None:
+        counts = [len(text.split()) + 1 for text in everything]
+        parameters = 0 if is_mock else UMT5_XXL_PARAMETERS
+    else:
+        counts, parameters = count_tokens(everything, encoder[1]), encoder_parameters(encoder[0])
+    *of_prompts, negative = [min(count, config.text_max_length) for count in counts]
+    return TextSizes(sum(of_prompts) / len(of_prompts), negative if settings.uses_guidance else 0, parameters)
+
+
+# ---- places ----
+
+
+def places_of(args: argparse.Namespace) -> dict[str, str]:
+    """The folders that the run would write to, by their flags."""
+    names = ("output_dir", "prompt_cache", "teacher_cache")
+    return {f"--{name}": getattr(args, name) for name in names if getattr(args, name)}
+
+
+def check_places(args: argparse.Namespace, config: StudentConfig, say: Callable[[str], None] = print) -> None:
+    """Refuse folders as the run would, as far as that takes no weight and writes nothing.
+
+    Raises:
+        UserError: one cannot be written to, or the disk has no room for the checkpoints.
+    """
+    for flag, folder in places_of(args).items():
+        check_writable(folder, flag)
+    checkpoints = Checkpoints(args.output_dir, {}, args.batch_size, args.keep_checkpoints)
+    if args.save_every and not checkpoints.exist():
+        checkpoints.check_disk(checkpoint_bytes(config))
+    if checkpoints.exist() or args.teacher_cache:
+        say("Not looked at, since it takes weights: whether checkpoints and teacher cache belong to this run")
+
+
+# ---- report ----
+
+
+def report_budget(
+    args: argparse.Namespace,
+    checkpoint: WanCheckpoint,
+    settings: TeacherSettings,
+    config: StudentConfig,
+    texts: Texts,
+    encoder: tuple[Path, Path] | None,
+    device: str,
+    say: Callable[[str], None] = print,
+) -> tuple[Verdict, Machine]:
+    """Print what the run will take, against what the machine has."""
+    machine = find_machine(args, device)
+    dtype = args.dtype or ("bf16" if machine.is_gpu else "fp32")
+    sizes = measure_texts(texts, settings, config, encoder, checkpoint.is_mock)
+    workload = replace(
+        workload_from_args(args, checkpoint, settings, config, texts, dtype, machine.is_gpu),
+        mean_text_tokens=sizes.mean_tokens,
+        negative_text_tokens=sizes.negative_tokens,
+        text_encoder_parameters=sizes.encoder_parameters,
+    )
+    memory = (
+        f"Memory of one {'GPU' if machine.is_gpu else 'process'}, GiB; {machine.name} has {machine.memory / GIB:.2f}"
+    )
+    for title, lines in (
+        ("Parameters", parameter_lines(workload)),
+        (memory, memory_lines(workload)),
+        (f"Disk, GiB ({_free(args)})", disk_lines(workload)),
+        ("Computing", [*compute_lines(workload), *time_lines(workload, machine, dtype)]),
+    ):  # fmt: skip
+        say("\n".join([title, *lines]))
+    return verdict(workload, machine.memory, changeable_flags(args), machine.name), machine
+
+
+def _free(args: argparse.Namespace) -> str:
+    return ", ".join(f"{flag} has {free_bytes(folder) / GIB:.2f} free" for flag, folder in places_of(args).items())
+
+
+def time_lines(workload: Workload, machine: Machine, dtype: str) -> list[str]:
+    """An estimate of the loop's time from FLOPs, where there is a device to measure."""
+    if machine.device is None:
+        return ["  time: not estimated, the device is not here"]
+    rate = matmul_rate(machine.device, DTYPES[dtype])
+    seconds = step_flops(workload).total / (ASSUMED_UTILISATION * rate)
+    return [
+        f"  time, an estimate: {seconds:.3g} s a step, {seconds * workload.num_steps / 3600:.3g} h in all, if "
+        f"{ASSUMED_UTILISATION:.0%} (assumed) of the {rate / 1e12:.4g} TFLOP/s of plain {dtype} products here are reached"
+    ]

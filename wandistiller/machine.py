@@ -1,0 +1,72 @@
+"""What a machine offers a run: memory of its device, room on a disk, and how fast it multiplies matrices."""
+
+import argparse
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wandistiller.budget_report import ASSUMED_GPU_GIB, GIB
+
+MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}  # large enough to reach the device's rate, small enough for a second
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device that a budget is held against.
+
+    Attributes:
+        device: where a rate can be measured; None for a GPU that is not here.
+        is_known: false where nobody said what GPU there will be.
+    """
+
+    name: str
+    memory: int
+    is_gpu: bool
+    device: str | None
+    is_known: bool = True
+
+
+def find_machine(args: argparse.Namespace, device: str) -> Machine:
+    """The GPU of --assume_gpu_gib, the run's own device, or a GPU of ASSUMED_GPU_GIB where the run would fall back to the CPU."""
+    if args.assume_gpu_gib is not None:
+        return Machine(
+            f"the GPU of --assume_gpu_gib {args.assume_gpu_gib:g}", int(args.assume_gpu_gib * GIB), True, None
+        )
+    if torch.device(device).type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        return Machine(about.name, about.total_memory, True, device)
+    if args.device is None:
+        name = "an assumed GPU (none is here, see --assume_gpu_gib)"
+        return Machine(name, int(ASSUMED_GPU_GIB * GIB), True, None, is_known=False)
+    return Machine("this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), False, device)
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Room on the disk where a folder lies or will lie."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def matmul_rate(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """FLOP/s of square matrix products on a device, measured for about `seconds`."""
+    size = MATRIX_SIZE[torch.device(device).type]
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    left @ right  # the first product pays for libraries
+    _wait_for(device)
+    start, num_products = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        left @ right
+        _wait_for(device)
+        num_products += 1
+    return num_products * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _wait_for(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
