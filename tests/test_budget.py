@@ -221,6 +221,13 @@ def test_only_flags_that_the_command_has_are_advised():
     assert "--shard both" in message and "--grad_accum_steps 2" in message
 
 
+def test_a_teacher_that_is_spread_is_neither_offloaded_nor_kept_in_8_bits():
+    spread = out_of_memory_message(replace(A14B, num_processes=8, shard_teacher=True), ALL_FLAGS)
+    assert "--shard both" in spread and "--teacher_offload" not in spread and "fp8" not in spread
+    offloaded = out_of_memory_message(replace(A14B, num_processes=8, teacher_offload=True), ALL_FLAGS)
+    assert "--shard student" in offloaded and "--shard both" not in offloaded
+
+
 def test_a_flag_that_contradicts_another_is_not_advised():
     few_steps = train_distillation.parse_args(["--teacher_path", "y", "--student_steps", "4"])
     assert "offline_teacher" not in changeable_flags(few_steps)

@@ -51,8 +51,8 @@ def possible_changes(workload: Workload, flags: Collection[str]) -> Iterator[Cha
     w = workload
     single_flags = [
         ("gradient_checkpointing", "", w.gradient_checkpointing, {"gradient_checkpointing": True}),
-        ("teacher_offload", "", w.teacher_offload or w.num_experts == 1, {"teacher_offload": True}),
-        ("teacher_dtype", " fp8", w.teacher_dtype == "fp8", {"teacher_dtype": "fp8"}),
+        ("teacher_offload", "", w.teacher_offload or w.num_experts == 1 or w.shard_teacher, {"teacher_offload": True}),
+        ("teacher_dtype", " fp8", w.teacher_dtype == "fp8" or w.shard_teacher, {"teacher_dtype": "fp8"}),
         ("optimizer", " adamw8bit", w.optimizer == "adamw8bit", {"optimizer": "adamw8bit"}),
         ("ema_decay", " 0", not w.ema, {"ema": False}),
         ("feature_loss_weight", " 0", not w.num_features, {"num_features": 0}),
@@ -61,8 +61,11 @@ def possible_changes(workload: Workload, flags: Collection[str]) -> Iterator[Cha
     for flag, value, is_done, changes in single_flags:
         if flag in flags and not is_done:
             yield Change(f"--{flag}{value}", replace(w, **changes))
-    if w.num_processes > 1 and "shard" in flags and not (w.shard_teacher and w.shard_student):
-        yield Change("--shard both", replace(w, shard_teacher=True, shard_student=True))
+    # A teacher that is spread over processes is neither offloaded nor kept in 8 bits.
+    spreads_teacher = w.shard_teacher or not (w.teacher_offload or w.teacher_dtype == "fp8")
+    if w.num_processes > 1 and "shard" in flags and not (w.shard_student and (w.shard_teacher or not spreads_teacher)):
+        which = "both" if spreads_teacher else "student"
+        yield Change(f"--shard {which}", replace(w, shard_teacher=spreads_teacher, shard_student=True))
     if "offline_teacher" in flags and not w.offline_teacher:
         advice = "--offline_teacher with --teacher_cache FOLDER (answers from disk, without rollouts and hidden states)"
         yield Change(advice, replace(w, offline_teacher=True, num_features=0))
