@@ -368,7 +368,6 @@ def distil(args: argparse.Namespace) -> int:
     device, lanes = processes.device, lanes_of(args, processes)
     dtype = pick_dtype(args.dtype, device)
     check_optimizer(args.optimizer)
-    args.teacher_dtype = pick_teacher_dtype(args.teacher_dtype, dtype)
     checkpoint, settings = open_fitting_teacher(args, config)
     leave_features_out(args, checkpoint.config, config)
     leave_offload_out(args, checkpoint)
@@ -377,6 +376,7 @@ def distil(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_run(prompt_file, checkpoint, settings, config)
         return dry_run(args, checkpoint, settings, config, texts, encoder, device)
+    args.teacher_dtype = pick_teacher_dtype(args.teacher_dtype, dtype)
     cache = open_cache(args, checkpoint, settings, texts, config, lanes.total, processes)
     print_run(prompt_file, checkpoint, settings, config)
     print_batch(args, lanes, processes)

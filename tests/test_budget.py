@@ -30,6 +30,7 @@ from wandistiller.budget import (
 from wandistiller.budget_report import GIB, by_effect, memory_lines, out_of_memory_message, verdict
 from wandistiller.budget_setup import changeable_flags, num_calls
 from wandistiller.flops import transformer_flops
+from wandistiller.lanes import Lanes
 from wandistiller.mock_teacher import mock_checkpoint
 from wandistiller.state_sources import StatesOptions, build_states
 from wandistiller.student import rope_table
@@ -70,14 +71,15 @@ def test_latents_that_training_states_keep(kind, fraction):
     config = StudentConfig.from_dict(PRUNED_CONFIG)
     settings = resolve_settings(mock_checkpoint(config))
     states = build_states(StatesOptions(kind=kind, renoise_fraction=fraction), config, settings, 30, 3)
-    latents = [tensor for tensor in states.state_dict().values() if tensor.ndim == 4]
-    assert stored_latents(kind, renoised=fraction > 0) * 3 == sum(len(tensor) for tensor in latents)
+    latents = [tensor for tensor in states.state_dict().values() if tensor.ndim == 5]  # (lanes, kept, C, H, W)
+    assert stored_latents(kind, renoised=fraction > 0) * 3 == sum(len(tensor.flatten(0, 1)) for tensor in latents)
 
 
 class CountingAnswers:
     """Answers of zeros that count how often they were asked for."""
 
     num_calls = 0
+    lanes = Lanes(2)
 
     def next(self) -> Answer:
         self.num_calls += 1
@@ -88,7 +90,7 @@ class CountingAnswers:
 @pytest.mark.parametrize("num_steps", [10, 400, 2000])
 def test_calls_of_a_replayed_teacher(replay, num_steps):
     source = CountingAnswers()
-    answers = source if replay == 1 else ReplayedAnswers(source, replay, batch_size=2)
+    answers = source if replay == 1 else ReplayedAnswers(source, replay)
     for _ in range(num_steps):
         answers.next()
     args = train_distillation.parse_args(["--teacher_path", "y", "--replay", str(replay)])
@@ -101,7 +103,7 @@ def test_bytes_of_a_checkpoint_on_disk(train, teachers, tmp_path):
         teachers.one, PRUNED_CONFIG, "--max_steps", 2, "--save_every", 1, "--dtype", "fp32", "--batch_size", 4
     )
     assert outcome.code == 0, outcome.err
-    checkpoint = max((tmp_path / "out" / "checkpoints").glob("*.safetensors"))
+    checkpoint = max((tmp_path / "out" / "checkpoints").glob("*/*.safetensors"))
     student = StudentConfig.from_dict(PRUNED_CONFIG)
     stored = stored_latents("trajectory", renoised=True)
     workload = Workload(teacher=student, student=student, latent_size=4, batch_size=4, stored_latents=stored)

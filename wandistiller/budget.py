@@ -279,7 +279,7 @@ def _compute_copies(workload: Workload, activations: int) -> int:
 
 
 def _states(workload: Workload) -> Component:
-    num_latents = workload.stored_latents * workload.batch_size
+    num_latents = workload.stored_latents * workload.batch_size * workload.grad_accum_steps
     return Component("training states", num_latents * workload.latent_bytes, f"{num_latents} latents, fp32")
 
 
@@ -289,7 +289,9 @@ def _states(workload: Workload) -> Component:
 def checkpoint_bytes(workload: Workload) -> int:
     """Of one checkpoint: weights, their average and the optimiser's moments, and the training states."""
     per_parameter = FP32 + MOMENT_BYTES[workload.optimizer] + (FP32 if workload.ema else 0)
-    return per_parameter * count_parameters(workload.student).total + _states(workload).num_bytes
+    return (
+        per_parameter * count_parameters(workload.student).total + workload.num_processes * _states(workload).num_bytes
+    )
 
 
 def disk_budget(workload: Workload) -> list[Component]:
@@ -297,7 +299,7 @@ def disk_budget(workload: Workload) -> list[Component]:
     keep, num_prompts = workload.keep_checkpoints, workload.num_prompts
     total = count_parameters(workload.student).total
     cache = num_prompts * workload.mean_text_tokens * workload.teacher.text_encoder_output_dim * BYTES[workload.dtype]
-    answers = 2 * workload.teacher_cache_batches * workload.batch_size * workload.latent_bytes // 2
+    answers = 2 * workload.teacher_cache_batches * workload.global_batch_size * workload.latent_bytes // 2
     parts = [
         Component("student", total * FP32, f"{total:,} parameters, fp32"),
         Component(

@@ -194,12 +194,12 @@ def parameter_lines(workload: Workload) -> list[str]:
 def compute_lines(workload: Workload) -> list[str]:
     """FLOPs of a step, and how many steps and calls the job takes."""
     flops = step_flops(workload)
-    calls = workload.calls_per_step * workload.num_steps * workload.grad_accum_steps
+    calls = workload.calls_per_step * workload.num_steps
     recompute = f" + {si(flops.recompute)} recomputed" if flops.recompute else ""
     return [
         f"  a step: teacher {si(flops.teacher)}, student {si(flops.student_forward)} forward + "
         f"{si(flops.student_backward)} backward{recompute} = {si(flops.total)}FLOP a GPU",
-        f"  the job: {workload.num_steps:,} steps of {workload.global_batch_size:,} prompts, about {calls:,.0f} teacher calls, "
+        f"  the job: {workload.num_steps:,} steps of {workload.global_batch_size:,} prompts, about {calls:,.0f} teacher calls of as many, "
         f"{si(flops.total * workload.num_steps)}FLOP a GPU",
     ]
 

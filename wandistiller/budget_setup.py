@@ -53,8 +53,7 @@ def workload_from_args(
     num_steps = args.max_steps or steps_of_epochs(
         args.num_epochs, len(texts.prompts), args.batch_size * accum * num_processes
     )
-    num_passes = num_steps * accum
-    calls = num_calls(args, settings, num_passes)
+    calls = num_calls(args, settings, num_steps)
     return Workload(
         teacher=checkpoint.config,
         student=config,
@@ -82,7 +81,7 @@ def workload_from_args(
             has_segments=args.student_steps is not None,
             is_cached=args.teacher_cache is not None,
         ),
-        calls_per_step=calls / num_passes,
+        calls_per_step=calls / num_steps,
         num_steps=num_steps,
         num_prompts=len(texts.prompts) + len(texts.extra) + len(texts.held_out),
         keep_checkpoints=args.keep_checkpoints if args.save_every else 0,
@@ -91,8 +90,8 @@ def workload_from_args(
     )
 
 
-def num_calls(args: argparse.Namespace, settings: TeacherSettings, num_passes: int) -> int:
-    """Batches that the teacher answers for so many passes of the student, about.
+def num_calls(args: argparse.Namespace, settings: TeacherSettings, num_steps: int) -> int:
+    """Global batches that the teacher answers for so many steps, about.
 
     With --replay a full store is left over at the end, whose answers have half of their uses before them on average; a target
     of --student_steps takes the teacher's steps through one segment.
@@ -101,7 +100,7 @@ def num_calls(args: argparse.Namespace, settings: TeacherSettings, num_passes: i
     per_answer = max(1, round(settings.num_inference_steps / args.student_steps)) if args.student_steps else 1
     left_over = 0 if args.teacher_cache or replay == 1 else (REPLAY_BATCHES - 1) * replay / 2
     at_least = REPLAY_BATCHES if left_over else 1
-    return per_answer * min(num_passes, max(at_least, math.ceil((num_passes + left_over) / replay)))
+    return per_answer * min(num_steps, max(at_least, math.ceil((num_steps + left_over) / replay)))
 
 
 def changeable_flags(args: argparse.Namespace) -> set[str]:

@@ -111,7 +111,9 @@ class Processes:
             return model
         from torch.nn.parallel import DistributedDataParallel
 
-        return DistributedDataParallel(model, forward_sync_buffers=False, find_unused_parameters=has_idle_parts)
+        return DistributedDataParallel(
+            model, forward_sync_buffers=False, find_unused_parameters=has_idle_parts, gradient_as_bucket_view=True
+        )
 
     def shard(self, model: nn.Module | None) -> None:
         """Spread a model's parameters over the processes in place, a block of `model.blocks` at a time (FSDP2).
