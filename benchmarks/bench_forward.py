@@ -1,0 +1,203 @@
+"""The 2D forward pass against diffusers' WanTransformer3DModel at one frame: the same weights, outputs compared.
+
+    python benchmarks/bench_forward.py                      # the demo teacher, and 1.3B's widths with two blocks
+    python benchmarks/bench_forward.py --model 14B --depth 4 --pixels 512 1024 --device cuda --dtype bf16
+
+Every pair is measured in turns, so that a busy machine slows both alike, and reported as the median of the pairs' ratios with
+their quartiles. "MFU" is the share of the rate that plain matrix products of this dtype reach on the device in the same run.
+The last line is one JSON document.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from wandistiller.device import DTYPES  # noqa: E402 (found from wherever the script is started)
+from wandistiller.flops import transformer_flops  # noqa: E402
+from wandistiller.machine import matmul_rate  # noqa: E402
+from wandistiller.student import WanLiteStudent  # noqa: E402
+from wandistiller.student_config import StudentConfig  # noqa: E402
+
+SHAPES = {  # hidden_size, heads, ffn_dim, depth, channels, text width (Wan2.1, Wan2.2: wan/configs)
+    "demo": None,
+    "1.3B": (1536, 12, 8960, 30, 16, 4096),
+    "5B": (3072, 24, 14336, 30, 48, 4096),
+    "14B": (5120, 40, 13824, 40, 16, 4096),
+}
+DEMO = ROOT / "data" / "demo_teacher" / "transformer"
+TEXT_SLOTS = 512
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", nargs="+", choices=list(SHAPES), default=["demo", "1.3B"])
+    parser.add_argument("--depth", type=int, default=2, help="blocks of the released shapes (random weights)")
+    parser.add_argument("--pixels", nargs="+", type=int, default=[256, 1024], help="of the picture; the demo's are 64")
+    parser.add_argument("--prompt_tokens", nargs="+", type=int, default=[24, 200])
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--modes", nargs="+", choices=["forward", "training"], default=["forward", "training"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of weights and products (bf16 on cuda, else fp32)")
+    parser.add_argument("--compile", action="store_true", help="both sides compiled")
+    args = parser.parse_args()
+    args.dtype = args.dtype or ("bf16" if torch.device(args.device).type == "cuda" else "fp32")
+    return args
+
+
+def make_pair(name: str, args: argparse.Namespace) -> tuple[WanLiteStudent, torch.nn.Module]:
+    """Ours and diffusers', with the same weights."""
+    from diffusers import WanTransformer3DModel
+
+    if SHAPES[name] is None:
+        theirs = WanTransformer3DModel.from_pretrained(DEMO, torch_dtype=torch.float32)
+    else:
+        hidden_size, heads, ffn_dim, _, channels, text_dim = SHAPES[name]
+        torch.manual_seed(0)
+        theirs = WanTransformer3DModel(
+            num_attention_heads=heads,
+            attention_head_dim=hidden_size // heads,
+            in_channels=channels,
+            out_channels=channels,
+            text_dim=text_dim,
+            ffn_dim=ffn_dim,
+            num_layers=args.depth,
+        )
+    shape = theirs.config
+    config = StudentConfig(
+        block="wan",
+        hidden_size=shape.num_attention_heads * shape.attention_head_dim,
+        depth=shape.num_layers,
+        num_heads=shape.num_attention_heads,
+        ffn_dim=shape.ffn_dim,
+        num_channels=shape.in_channels,
+        image_size=64,
+        text_encoder_output_dim=shape.text_dim,
+        text_max_length=TEXT_SLOTS,
+    )
+    with torch.device("meta"):
+        ours = WanLiteStudent(config)
+    weights = {key: value.squeeze(2) if value.ndim == 5 else value for key, value in theirs.state_dict().items()}
+    ours.load_state_dict(weights, assign=True)
+    pair = [model.to(device=args.device, dtype=DTYPES[args.dtype]).train() for model in (ours, theirs)]
+    if args.compile:
+        for model in pair:
+            for block in model.blocks:
+                block.compile()
+    return tuple(pair)
+
+
+def make_inputs(config: StudentConfig, pixels: int, num_tokens: int, args: argparse.Namespace) -> dict:
+    side = pixels // config.vae_scale_factor
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(args.batch_size, config.num_channels, side, side, generator=generator)
+    text = torch.zeros(args.batch_size, TEXT_SLOTS, config.text_encoder_output_dim)
+    text[:, :num_tokens] = 0.1 * torch.randn(args.batch_size, num_tokens, text.shape[-1], generator=generator)
+    dtype = DTYPES[args.dtype]
+    return {
+        "latents": noise.to(args.device, dtype),
+        "timestep": torch.full((args.batch_size,), 700.0, device=args.device),
+        "text": text.to(args.device, dtype),
+        "lengths": torch.full((args.batch_size,), num_tokens, device=args.device),
+    }
+
+
+def calls(ours, theirs, inputs: dict, num_tokens: int) -> tuple[Callable, Callable]:
+    """Each side as its users call it: ours with the text tokens and their number, diffusers' with all slots."""
+    short = inputs["text"][:, :num_tokens].contiguous()
+    frames = inputs["latents"][:, :, None]
+    return (
+        lambda: ours(inputs["latents"], inputs["timestep"], short, inputs["lengths"]),
+        lambda: theirs(frames, inputs["timestep"], inputs["text"], return_dict=False)[0][:, :, 0],
+    )
+
+
+def seconds_of(work: Callable, is_training: bool, device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    if is_training:
+        work().float().square().mean().backward()
+    else:
+        with torch.no_grad():
+            work()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(ours: Callable, theirs: Callable, is_training: bool, args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of both, and of the ratios of pairs taken one after the other."""
+    for work in (ours, theirs):
+        seconds_of(work, is_training, args.device)  # warms caches and compiles
+    pairs = []
+    for number in range(args.rounds):
+        order = (ours, theirs) if number % 2 else (theirs, ours)
+        taken = {work: seconds_of(work, is_training, args.device) for work in order}
+        pairs.append((taken[ours], taken[theirs]))
+    ratios = [other / own for own, other in pairs]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {
+        "ours_s": statistics.median(own for own, _ in pairs),
+        "diffusers_s": statistics.median(other for _, other in pairs),
+        "ratio": middle,
+        "ratio_low": low,
+        "ratio_high": high,
+    }
+
+
+def measure(name: str, args: argparse.Namespace, rate: float) -> list[dict]:
+    ours, theirs = make_pair(name, args)
+    rows = []
+    for pixels in [64] if name == "demo" else args.pixels:
+        for num_tokens in args.prompt_tokens:
+            inputs = make_inputs(ours.config, pixels, num_tokens, args)
+            pair = calls(ours, theirs, inputs, num_tokens)
+            with torch.no_grad():
+                actual, expected = (work().float() for work in pair)
+            error = float((actual - expected).norm() / expected.norm())
+            num_image_tokens = (inputs["latents"].shape[-1] // ours.config.patch_size) ** 2
+            flops = args.batch_size * transformer_flops(ours.config, num_image_tokens, num_tokens + 1)
+            for mode in args.modes:
+                found = compare(*pair, mode == "training", args)
+                passes = 3 if mode == "training" else 1
+                row = {
+                    "model": name, "pixels": pixels, "image_tokens": num_image_tokens, "prompt_tokens": num_tokens,
+                    "mode": mode, **found, "relative_error": error, "mfu": passes * flops / found["ours_s"] / rate,
+                }  # fmt: skip
+                print_row(row)
+                rows.append(row)
+    return rows
+
+
+def print_row(row: dict) -> None:
+    print(
+        f"{row['model']:<6}{row['pixels']:>6}{row['image_tokens']:>8}{row['prompt_tokens']:>8}  {row['mode']:<9}"
+        f"{row['ours_s']:>10.4f}{row['diffusers_s']:>12.4f}{row['ratio']:>8.2f} "
+        f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f}){row['relative_error']:>10.1e}{row['mfu']:>7.0%}",
+        flush=True,
+    )
+
+
+def main() -> int:
+    args = parse_args()
+    rate = matmul_rate(args.device, DTYPES[args.dtype])
+    print(f"{args.device}, {args.dtype}: plain matrix products reach {rate / 1e12:.3g} TFLOP/s")
+    print("model pixels  tokens  prompt  mode       ours, s  diffusers, s  ratio (quartiles)     error    MFU")
+    rows = [row for name in args.model for row in measure(name, args, rate)]
+    settings = {"device": args.device, "dtype": args.dtype, "depth": args.depth, "batch_size": args.batch_size}
+    print(json.dumps({**settings, "compiled": args.compile, "matmul_flops_per_s": rate, "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
