@@ -24,6 +24,7 @@ from wandistiller.reporting import Progress
 # Every kind of states, with what moves beside them
 RECIPES = {
     "trajectory": ["--replay", 2, "--student_rollout", 0, 1, "--renoise_fraction", 0.5, "--feature_loss_weight", 0.5],
+    "accumulated": ["--replay", 2, "--student_rollout", 0, 1, "--renoise_fraction", 0.25, "--grad_accum_steps", 2],
     "noise": ["--states", "noise", "--prompt_swap", 0.5],
     "few steps": ["--student_steps", 2, "--replay", 2],
     "two experts": ["--calls_per_expert", 2],

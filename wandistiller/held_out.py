@@ -99,10 +99,9 @@ class HeldOutErrors:
         """The measured states of a batch of paths that follow `field`."""
         recorded = _Recorded(field, self.steps)
         sample(recorded, noise, *text, self.options)
-        # Copied out of the sampler's inference mode: autograd refuses tensors made in it.
-        return [(latents.clone(), sigma.clone(), velocity.clone()) for latents, sigma, velocity in recorded.states]
+        return recorded.states
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: weights that FSDP2 puts together in it could not be trained after
     def __call__(self, student: WanLiteStudent) -> dict[str, float]:
         """{"teacher_states": error, "student_states": error}; the student's modes, weights and gradients stay as they are."""
         field, errors = _Student(student), {"teacher_states": [], "student_states": []}

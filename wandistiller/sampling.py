@@ -67,7 +67,7 @@ def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"
     return scheduler
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a student that is measured or drawn with is trained on after
 def sample(
     field: VelocityField,
     noise: Tensor,
