@@ -27,6 +27,14 @@ from wandistiller.teacher_cache import STORED_NAMES
 RECIPE = ["--replay", 2, "--student_rollout", 0, 1, "--renoise_fraction", 0.5, "--feature_loss_weight", 0.5]
 RECIPES = {
     "trajectory": RECIPE,
+    "maps of features": [
+        "--init",
+        "random",
+        "--replay",
+        8,
+        "--feature_loss_weight",
+        1,
+    ],  # idle where answers are replayed
     "noise": ["--states", "noise", "--prompt_swap", 0.5],  # 55 prompts: the last batch of an epoch is short
     "few steps": ["--student_steps", 2, "--replay", 2],
     "two experts": ["--calls_per_expert", 2],
@@ -118,7 +126,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_processes_take_the_steps_of_one_with_the_same_global_batch(flags_of, launch, teachers, tmp_path, recipe):
-    flags = [*RECIPES[recipe], "--max_steps", 20 if recipe == "trajectory" else 8]
+    flags = [*RECIPES[recipe], "--max_steps", {"trajectory": 20, "maps of features": 24}.get(recipe, 8)]
     teacher = teachers.two if recipe == "two experts" else teachers.one
 
     def run(output: str, count: int, *shared: object) -> None:
@@ -130,7 +138,7 @@ def test_two_processes_take_the_steps_of_one_with_the_same_global_batch(flags_of
     run("passes", 1, "--batch_size", 1, "--grad_accum_steps", 4)
     for output in ("ddp", "passes"):
         check_same_run(tmp_path / "alone", tmp_path / output)
-    if recipe in ("trajectory", "two experts"):
+    if recipe in ("trajectory", "two experts", "maps of features"):
         run("fsdp", 2, "--batch_size", 2, "--shard", "--eval_every", 4)  # measuring leaves training as it was
         run("fsdp in passes", 2, "--batch_size", 1, "--grad_accum_steps", 2, "--shard", "student")
         for output in ("fsdp", "fsdp in passes"):

@@ -190,7 +190,9 @@ def build_objective(
     if args.feature_loss_weight:
         feature_layers = span_ends(layers or spread_layers(teacher.depth, config.depth), teacher.depth)
         channels = channels if config.block == "wan" and channels else None
-        feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, channels).to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)  # maps that are learnt start the same in every process
+            feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, channels).to(device)
     objective = Objective(
         shift=shift,
         sigma_weighting=args.sigma_weighting,
