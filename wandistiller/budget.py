@@ -259,23 +259,22 @@ def _student_components(workload: Workload) -> list[Component]:
 
 
 def _compute_copies(workload: Workload, activations: int) -> int:
-    """Autocast's copies of the student's weights; sharded, what is gathered: two blocks and what lies outside them.
+    """Autocast's copies of the student's weights; spread ones are gathered besides, in float32, two blocks at a time.
 
     Autograd keeps the copies with the activations. With checkpointing they are gone after the forward pass, where little but
     every block's input is there beside them; the backward pass makes those of one block at a time.
     """
     config, count, compute = workload.student, count_parameters(workload.student), BYTES[workload.dtype]
-    if workload.shard_student:
-        return compute * (count.total - (config.depth - 2) * count.block)
+    gathered = FP32 * (count.total - (config.depth - 2) * count.block) if workload.shard_student else 0
     if compute == FP32:
-        return 0
+        return gathered
     copies = compute * (count.total - count.float32)
     if not workload.gradient_checkpointing:
-        return copies
+        return gathered + copies
     image = num_image_tokens(config, workload.latent_size)
     inputs = config.depth * block_input_bytes(config, image, compute)
     in_forward = inputs + inference_bytes(config, image, workload.text_tokens, compute)
-    return max(compute * count.block, copies - (activations - workload.batch_size * in_forward))
+    return gathered + max(compute * count.block, copies - (activations - workload.batch_size * in_forward))
 
 
 def _states(workload: Workload) -> Component:
