@@ -209,22 +209,20 @@ def _teacher_components(workload: Workload) -> list[Component]:
 def _feature_components(workload: Workload) -> list[Component]:
     """The teacher's hidden states in float32, and what the error of each layer keeps.
 
-    One expert's come as views of the guided batch, so that both halves stay. Of two experts the prompts' half is copied
-    together, while both halves of the last one's are still there.
+    Those of two experts are copied together, while the last one's are still there.
     """
     if not workload.num_features:
         return []
     tokens = workload.batch_size * num_image_tokens(workload.teacher, workload.latent_size)
     states = workload.num_features * tokens * workload.teacher.hidden_size * FP32
-    guided = states * (2 if workload.uses_guidance else 1)
     is_copied = workload.num_experts > 1
     width = workload.teacher.hidden_size if workload.maps_features else workload.student.hidden_size
     copies = 3 if workload.maps_features else 1  # of the difference; mapped, also of what was mapped and its rounding
     errors = workload.num_features * tokens * width * (copies * FP32 + 1)  # and the mask, a byte each
     layers = f"of {workload.num_features} layers"
     return [
-        Component("feature targets", states if is_copied else guided, f"hidden states {layers}, fp32"),
-        Component("features to copy", guided if is_copied else 0, "both halves of one expert's", "answering"),
+        Component("feature targets", states, f"hidden states {layers}, fp32"),
+        Component("features to copy", states if is_copied else 0, "those of one expert", "answering"),
         Component("feature errors", errors, f"differences and masks {layers}", "learning"),
     ]
 

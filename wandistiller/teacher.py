@@ -296,11 +296,11 @@ class Teacher:
                 velocity = expert(latents, timestep, prompt_embeds, prompt_lengths)
             return velocity, tuple(features)
         both_embeds, both_lengths = self._with_negative(prompt_embeds, prompt_lengths)
-        with block_outputs(expert, layers) as features:
+        with block_outputs(expert, layers, len(latents)) as features:
             velocity = expert(latents.repeat(2, 1, 1, 1), timestep.repeat(2), both_embeds, both_lengths)
         velocity_cond, velocity_uncond = velocity.chunk(2)
         guided = velocity_uncond + scale * (velocity_cond - velocity_uncond)
-        return guided, tuple(state[: len(latents)] for state in features)
+        return guided, tuple(features)
 
     def _use(self, name: str) -> WanLiteStudent:
         """An expert, on the device that it is to answer on."""
