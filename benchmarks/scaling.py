@@ -210,7 +210,7 @@ def traffic(run: Workload) -> dict[str, float]:
     expert = weight_bytes(run.teacher, run.teacher_dtype)
     return {
         "student, DDP: all-reduce of fp32 gradients": 2 * share * 4 * student,
-        "student, sharded: two bf16 all-gathers, fp32 reduce-scatter": share * (2 * 2 + 4) * student,
+        "student, sharded: two fp32 all-gathers and a reduce-scatter": share * (2 * 4 + 4) * student,
         "teacher, sharded: all-gather of both experts in bf16": share * run.num_experts * expert,
     }
 
