@@ -239,8 +239,8 @@ def _empty_student(
     dtype: "torch.dtype | None",
     device: "str | torch.device",
     seed: int,
-    fp8: bool,
-    shard: "Callable[[WanLiteStudent], None] | None",
+    fp8: bool = False,
+    shard: "Callable[[WanLiteStudent], None] | None" = None,
 ) -> "WanLiteStudent":
     """A model to be filled: unwritten memory for wan (every tensor is inherited), seeded initial values for lite."""
     import torch
