@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.errors import UserError
-from wandistiller.output_folder import check_output_folder, prepare_output_folder
+from wandistiller.output_folder import (
+    COMPARISON_NAME,
+    EVALUATION_NAME,
+    check_output_folder,
+    prepare_output_folder,
+)
 from wandistiller.prompts import load_prompts
 from wandistiller.student_config import StudentConfig
 from wandistiller.student_folder import (
@@ -38,8 +43,6 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from wandistiller.sampling import SamplingOptions, VelocityField
     from wandistiller.teacher import Teacher, TeacherSettings
 
-EVALUATION_NAME = "evaluation.json"
-PICTURE_NAME = "teacher_vs_student.png"
 NUM_COLUMNS = 8  # prompts in the picture
 
 
@@ -84,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance.flag("--dtype", "of matrix products (bf16 on cuda, else fp32)", choices=["fp32", "bf16"])
 
     parser.group("Output").flag(
-        "--output", f"folder for {EVALUATION_NAME} and {PICTURE_NAME} (the student's own)", type=path
+        "--output", f"folder for {EVALUATION_NAME} and {COMPARISON_NAME} (the student's own)", type=path
     )
 
     args = parser.parse(argv)
@@ -327,6 +330,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from wandistiller.atomic import atomic_path
     from wandistiller.evaluation_table import finite, table_lines
+    from wandistiller.model_card import write_model_card
 
     experiment, judge = prepare(args, config, prompts)
     folder = prepare_output_folder(args.output, "--output")
@@ -363,8 +367,10 @@ def main(argv: list[str] | None = None) -> int:
         beside.write_text(
             json.dumps(finite(about | results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
         )
-    save_picture(folder / PICTURE_NAME, experiment, pictures_teacher, pictures_student)
-    print(f"Saved {EVALUATION_NAME} and {PICTURE_NAME} in {folder}")
+    save_picture(folder / COMPARISON_NAME, experiment, pictures_teacher, pictures_student)
+    print(f"Saved {EVALUATION_NAME} and {COMPARISON_NAME} in {folder}")
+    if folder.resolve() == Path(args.student).resolve() and (card := write_model_card(folder)):
+        print(f"The model card holds them: {card}")
     return 0
 
 

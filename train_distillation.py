@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.command_line import run_command
+from wandistiller.config_help import print_config
 from wandistiller.output_folder import (
+    CARD_NAME,
     METRICS_NAME,
-    SAMPLES_NAME,
     check_output_folder,
     prepare_output_folder,
     set_aside_previous_student,
@@ -34,7 +35,8 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from projection_mapper import ProjectionReport
     from wandistiller.distributed import Processes
     from wandistiller.lanes import Lanes
-    from wandistiller.prompt_embeds import Embeds, PromptEmbeds
+    from wandistiller.prompt_embeds import Embeds
+    from wandistiller.samples import Samples
     from wandistiller.student import WanLiteStudent
     from wandistiller.teacher import Teacher, TeacherSettings
     from wandistiller.teacher_cache import TeacherCache
@@ -183,48 +185,13 @@ def find_sample_vae(args: argparse.Namespace, checkpoint: "WanCheckpoint") -> "t
         return None
 
 
-def draw_samples(
-    args: argparse.Namespace,
-    student: "WanLiteStudent",
-    teacher: "Teacher | None",
-    settings: "TeacherSettings",
-    prompts: list[str],
-    prompt_embeds: "PromptEmbeds",
-    vae_location: "tuple[str, str | None]",
-    dtype: "torch.dtype",
-    processes: "Processes",
-    file: "Path",
-) -> None:
-    """The side-by-side picture; what it needs beyond training (a VAE) must not turn a finished run into a failed one."""
-    from dataclasses import replace
-
-    from wandistiller.errors import UserError
-    from wandistiller.samples import save_samples
-    from wandistiller.student_folder import student_sampling
-
-    if not processes.is_first and not args.shard:
-        return  # weights that are spread are needed from all, to draw with any
-    chosen = prompts[: args.num_samples]
-    student_options = student_sampling(student.config, None, dtype, processes.device)
-    teacher_options = replace(student_options, sampler="unipc", num_inference_steps=settings.num_inference_steps)
-    who = "the student" if teacher is None else "teacher and student"
-    print(f"Drawing {len(chosen)} prompts with {who}, {student_options.num_inference_steps} steps", flush=True)
-    try:
-        save_samples(
-            file if processes.is_first else None,
-            student,
-            teacher,
-            settings,
-            chosen,
-            prompt_embeds,
-            vae_location,
-            teacher_options,
-            student_options,
-        )
-    except UserError as error:
-        print(f"No sample pictures: {error}")
-    else:
-        print(f"{'The student' if teacher is None else 'Teacher above, student below'}: {file}")
+def draw_last_samples(samples: "Samples", student: "WanLiteStudent", step: int) -> None:
+    """The picture that a run ends with."""
+    options = samples.student_options
+    who = "the student" if samples.teacher is None else "teacher and student"
+    print(f"Drawing {len(samples.prompts)} prompts with {who}, {options.num_inference_steps} steps", flush=True)
+    if file := samples(student, step):
+        print(f"{samples.what}: {file}")
 
 
 def print_encoding(done: int, total: int) -> None:
@@ -324,8 +291,11 @@ def out_of_memory(args: argparse.Namespace) -> Exception:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.print_config:
+        print_config(args.print_config)
+        return 0
     try:
-        return distil(args)
+        return distil(args, sys.argv[1:] if argv is None else argv)
     except RuntimeError as error:
         import torch
 
@@ -334,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
         raise out_of_memory(args) from error
 
 
-def distil(args: argparse.Namespace) -> int:
+def distil(args: argparse.Namespace, command: list[str]) -> int:
     # What a person typed is checked before torch loads, and every file before anything is written or a weight is read:
     config = StudentConfig.load(args.student_config)
     texts, prompt_file = read_texts(args.data_path, args.extra_prompts, args.eval_prompts, args.eval_every > 0)
@@ -344,6 +314,7 @@ def distil(args: argparse.Namespace) -> int:
     from wandistiller.checkpointing import Checkpoints
     from wandistiller.device import pick_device, pick_dtype, pick_teacher_dtype
     from wandistiller.distributed import join, leave
+    from wandistiller.model_card import write_model_card
     from wandistiller.optimization import check_optimizer
     from wandistiller.record import distillation_record, save_student
     from wandistiller.reporting import Progress, Silence
@@ -351,7 +322,9 @@ def distil(args: argparse.Namespace) -> int:
         build_answers,
         build_evaluation,
         build_objective,
+        build_samples,
         build_segment_answers,
+        build_trackers,
         checkpoint_bytes,
         compile_blocks,
         fill_cache,
@@ -361,13 +334,17 @@ def distil(args: argparse.Namespace) -> int:
         segment_sigmas,
         training_options,
     )
+    from wandistiller.summary import command_line, command_to_go_on, next_commands, summary_lines
     from wandistiller.teacher_cache import CachedAnswers
+    from wandistiller.trackers import Trackers, check_report
     from wandistiller.training import train
+    from wandistiller.wan_checkpoint import hub_id
 
     processes = join(args.device, pick_device)
     device, lanes = processes.device, lanes_of(args, processes)
     dtype = pick_dtype(args.dtype, device)
     check_optimizer(args.optimizer)
+    check_report(args.report)
     checkpoint, settings = open_fitting_teacher(args, config)
     leave_features_out(args, checkpoint.config, config)
     leave_offload_out(args, checkpoint)
@@ -434,50 +411,61 @@ def distil(args: argparse.Namespace) -> int:
             print(f"The student that was in {folder} is now in {aside}")
     first_step = resume_from.step if resume_from else 0
     shown = Progress(options.num_steps, folder / METRICS_NAME, first_step=first_step)
-    with shown if processes.is_first else nullcontext(Silence()) as progress:
-        result = train(
-            student,
-            answers,
-            embeds.trained,
-            objective,
-            options,
-            progress.step,
-            evaluate,
-            checkpoints if args.save_every else None,
-            resume_from,
-            processes,
-        )
+    with build_trackers(args, folder, first_step) if processes.is_first else Trackers() as trackers:
+        samples = None
+        if vae_location is not None:
+            drawn = (texts.prompts, embeds.trained, vae_location)
+            samples = build_samples(args, teacher, settings, config, *drawn, dtype, processes, folder, trackers)
+        with shown if processes.is_first else nullcontext(Silence()) as progress:
+            result = train(
+                student,
+                answers,
+                embeds.trained,
+                objective,
+                options,
+                lambda metrics: (progress.step(metrics), trackers.step(metrics)),
+                evaluate,
+                checkpoints if args.save_every else None,
+                resume_from,
+                processes,
+                samples,
+            )
 
-    # Save:
-    recipe = {name: getattr(args, name) for name in RECIPE_FLAGS}
-    if args.student_steps:
-        recipe["segment_sigmas"] = segment_sigmas(settings.shift, args.student_steps).tolist()
-    record = distillation_record(
-        settings,
-        options,
-        result,
-        layers=report.layers,
-        num_prompts=len(texts.prompts),
-        num_teacher_batches=answers.num_calls,
-        num_processes=processes.count,
-        **recipe,
-    )
-    save_student(student, record, folder, processes)
+        # Save:
+        recipe = {name: getattr(args, name) for name in RECIPE_FLAGS}
+        if args.student_steps:
+            recipe["segment_sigmas"] = segment_sigmas(settings.shift, args.student_steps).tolist()
+        record = distillation_record(
+            settings,
+            options,
+            result,
+            layers=report.layers,
+            num_prompts=len(texts.prompts),
+            num_teacher_batches=answers.num_calls,
+            num_processes=processes.count,
+            base_model=hub_id(args.teacher_path),
+            command=command_line("train_distillation.py", command),
+            **recipe,
+        )
+        save_student(student, record, folder, processes)
+        if processes.is_first:
+            report.save(folder)
+        if samples is not None and not result.interrupted:
+            draw_last_samples(samples, student, result.num_steps)
+
+    # Tell:
     if processes.is_first:
-        report.save(folder)
-    state = "Interrupted after" if result.interrupted else "Done:"
-    print(
-        f"{state} {result.num_steps} steps, loss {result.losses[0]:.4g} at the first and {result.losses[-1]:.4g} at the last; "
-        f"{calls_line(answers.num_calls, result.num_steps, cache, teacher)}. "
-        f"Saved {CONFIG_NAME} and diffusion_model.safetensors in {folder}"
-    )
+        if write_model_card(folder) is None:
+            print(f"{folder}/{CARD_NAME} is not a card of ours and stays as it is")
+        state = "Interrupted after" if result.interrupted else "Done:"
+        print(f"{state} {result.num_steps} steps. Saved {CONFIG_NAME} and diffusion_model.safetensors in {folder}")
+        print("\n".join(summary_lines(folder, calls_line(answers.num_calls, result.num_steps, cache, teacher))))
+        if result.interrupted and args.save_every:
+            print(f"To go on:\n  {command_to_go_on('train_distillation.py', command)}")
+        elif samples is not None and not result.interrupted:
+            print("\n  ".join(["Next:", *next_commands(folder, texts.prompts[0], args.eval_prompts, args.vae_path)]))
     if result.interrupted:
         return 130
-    if vae_location is not None:
-        picture = folder / SAMPLES_NAME / f"step_{result.num_steps:06d}.png"
-        draw_samples(
-            args, student, teacher, settings, texts.prompts, embeds.trained, vae_location, dtype, processes, picture
-        )
     leave()
     return 0
 

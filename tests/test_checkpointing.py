@@ -51,7 +51,7 @@ def same_weights(one, two) -> bool:
 
 
 def without_times(folder) -> list[dict]:
-    times = ("samples_per_s", "elapsed_s", "eta_s")
+    times = ("samples_per_s", "elapsed_s", "eta_s", "memory_bytes")
     return [{name: value for name, value in line.items() if name not in times} for line in read_metrics(folder)]
 
 

@@ -28,6 +28,7 @@ from wandistiller import WanLiteStudent
 CELL = 160 + 8  # pixels of a drawn prompt in the side-by-side picture, with its margin
 SCRIPT = ROOT / "train_distillation.py"
 STUDENT_FILES = {"student_config.json", "diffusion_model.safetensors"}
+RUN_FILES = {"metrics.jsonl", "projection_report.json", "loss.png", "README.md"}
 
 # The command line is a contract: other people's scripts hold these flags. (flag, a value, default of the demo job)
 FLAGS = [
@@ -87,6 +88,9 @@ FLAGS = [
     ("num_samples", ["3"], 8),
     ("dry_run", [], False),
     ("assume_gpu_gib", ["24"], None),
+    ("sample_every", ["100"], 200),
+    ("report", ["wandb"], "none"),
+    ("print_config", ["5B"], None),
 ]
 # What a flag does not go without
 COMPANIONS = {
@@ -99,6 +103,11 @@ COMPANIONS = {
 
 def record_of(folder: Path) -> dict:
     return json.loads((folder / "student_config.json").read_text(encoding="utf-8"))["distillation"]
+
+
+def files_of(folder: Path) -> set[str]:
+    """All but TensorBoard's, whose names hold the time."""
+    return {name for name in snapshot(folder) if not name.startswith("tensorboard/")}
 
 
 def command(config: Path, teachers: Teachers, output_dir: Path, *flags: object) -> list[str]:
@@ -127,7 +136,7 @@ def test_a_pipeline_folder_of_two_experts_trains_from_the_shell_and_the_identity
     assert metrics[0]["step"] == 1 and metrics[0]["loss"] < 1e-9
     assert len(metrics) == 14  # ceil(55 / 4)
     assert "Prompts: 55" in done.stdout and "high + low" in done.stdout
-    assert set(snapshot(tmp_path / "out")) == STUDENT_FILES | {"metrics.jsonl", "projection_report.json"}
+    assert files_of(tmp_path / "out") == STUDENT_FILES | RUN_FILES
     assert snapshot(teachers.two) == before, "the teacher's files changed"
 
 
@@ -463,6 +472,7 @@ def test_another_teacher_gets_the_general_defaults():
         "lr": 1e-5,
         "lr_warmup_steps": 0,
         "eval_prompts": None,
+        "sample_every": 0,
     }
     assert {name: defaults[name] for name in general} == general
 
@@ -603,7 +613,7 @@ def assert_saved_after_interruption(folder: Path, out: str, err: str) -> None:
     num_steps = record_of(folder)["num_train_steps"]
     assert f"Interrupted after {num_steps} steps" in out
     assert [entry["step"] for entry in read_metrics(folder)] == list(range(1, num_steps + 1))
-    assert set(snapshot(folder)) == STUDENT_FILES | {"metrics.jsonl", "projection_report.json"}
+    assert files_of(folder) == STUDENT_FILES | RUN_FILES
     student = WanLiteStudent.from_pretrained(folder)
     assert all(parameter.isfinite().all() for parameter in student.parameters())
 

@@ -1,4 +1,6 @@
-"""Which device and precision a run computes in."""
+"""Which device and precision a run computes in, and the memory it has taken there."""
+
+import sys
 
 import torch
 
@@ -36,3 +38,15 @@ def pick_dtype(name: str | None, device: str) -> torch.dtype:
 def pick_teacher_dtype(name: str | None, dtype: torch.dtype) -> str:
     """How the teacher's weights are kept: as a flag says, or in the precision `dtype` of the run."""
     return name or next(known for known, value in DTYPES.items() if value == dtype)
+
+
+def peak_memory_bytes(device: str) -> int | None:
+    """The most that this process has held so far: tensors on a GPU; all of it on the CPU, where the system tells."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -21,7 +21,7 @@ State = tuple[Tensor, Tensor, Tensor]  # latents (B, C, H, W), sigma (B,) and th
 Text = tuple[Tensor, Tensor]  # prompt_embeds (B, S, text_dim) and prompt_lengths (B,)
 
 
-class _Student:
+class StudentField:
     """A student as a velocity field that leaves it trainable, as `sampling.student_field` does not: it freezes experts."""
 
     def __init__(self, student: WanLiteStudent):
@@ -104,7 +104,7 @@ class HeldOutErrors:
     @torch.no_grad()  # not inference mode: weights that FSDP2 puts together in it could not be trained after
     def __call__(self, student: WanLiteStudent) -> dict[str, float]:
         """{"teacher_states": error, "student_states": error}; the student's modes, weights and gradients stay as they are."""
-        field, errors = _Student(student), {"teacher_states": [], "student_states": []}
+        field, errors = StudentField(student), {"teacher_states": [], "student_states": []}
         with evaluation_mode(student):
             for noise, text, states in zip(self.noises, self.texts, self.teacher_states, strict=True):
                 for latents, sigma, expected in states:

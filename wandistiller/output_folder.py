@@ -8,15 +8,24 @@ from wandistiller.errors import UserError
 
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples"
+LOSS_PLOT_NAME = "loss.png"
+TENSORBOARD_NAME = "tensorboard"
+CARD_NAME = "README.md"
+CARD_MARK = "<!-- Written by WanDistiller"  # in a card of ours; a README.md without it is a person's
+EVALUATION_NAME = "evaluation.json"
+COMPARISON_NAME = "teacher_vs_student.png"
 _OF_A_RUN = [
     "student_config.json",
     "diffusion_model.safetensors",
     "projection_report.json",
     METRICS_NAME,
     SAMPLES_NAME,
+    LOSS_PLOT_NAME,
+    TENSORBOARD_NAME,
     "checkpoints",
-    "evaluation.json",
-    "teacher_vs_student.png",
+    EVALUATION_NAME,
+    COMPARISON_NAME,
+    CARD_NAME,
 ]
 
 
@@ -55,7 +64,7 @@ def prepare_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
 
 def set_aside_previous_student(folder: Path) -> Path | None:
     """Move what an earlier run left into a folder of its own, so that a new student never replaces it silently."""
-    previous = [folder / name for name in _OF_A_RUN if (folder / name).exists()]
+    previous = [folder / name for name in _OF_A_RUN if (folder / name).exists() and _is_ours(folder / name)]
     if not previous:
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -68,3 +77,13 @@ def set_aside_previous_student(folder: Path) -> Path | None:
     for path in previous:
         path.rename(aside / path.name)
     return aside
+
+
+def _is_ours(path: Path) -> bool:
+    """A README.md may be a person's own, as in a folder cloned from the hub; the other names are a run's alone."""
+    return path.name != CARD_NAME or is_card(path)
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a model card that a run has written."""
+    return CARD_MARK in path.read_text(encoding="utf-8", errors="replace")

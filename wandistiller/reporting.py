@@ -26,6 +26,7 @@ class StepMetrics:
         loss_by_expert: the same at the noise levels of either expert, where the teacher has two.
         feature_loss: what the error of hidden states adds to the loss; None for an answer that brings none.
         velocity_error: relative error on held-out prompts, at the states where it was measured; None at most steps.
+        memory_bytes: the most that the first process has held so far: tensors on a GPU, or resident memory on the CPU.
     """
 
     step: int
@@ -40,6 +41,7 @@ class StepMetrics:
     loss_by_expert: dict[str, float | None] | None = None
     feature_loss: float | None = None
     velocity_error: dict[str, float] | None = None
+    memory_bytes: int | None = None
 
 
 def mean_by_sigma(sigmas: Sequence[float], values: Sequence[float]) -> list[float | None]:

@@ -3,6 +3,8 @@
 import argparse
 import math
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,17 +16,22 @@ from wandistiller.held_out import HeldOutErrors
 from wandistiller.lanes import Lanes
 from wandistiller.objective import Objective
 from wandistiller.optimization import OptimizationOptions
-from wandistiller.prompt_embeds import Embeds
+from wandistiller.output_folder import LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
+from wandistiller.plots import LossPlot
+from wandistiller.prompt_embeds import Embeds, PromptEmbeds
 from wandistiller.prompts import Texts
 from wandistiller.reporting import Countdown
+from wandistiller.samples import Samples
 from wandistiller.sampling import SamplingOptions, wan_scheduler
 from wandistiller.segments import SegmentAnswers
 from wandistiller.selection import spread_layers
 from wandistiller.state_sources import StatesOptions, build_states
 from wandistiller.student import WanLiteStudent
 from wandistiller.student_config import StudentConfig
+from wandistiller.student_folder import student_sampling
 from wandistiller.teacher import Teacher, TeacherSettings
 from wandistiller.teacher_cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
+from wandistiller.trackers import RunTracker, TensorBoardFiles, Trackers, started
 from wandistiller.training import TrainingOptions, steps_of_epochs
 from wandistiller.wan_checkpoint import WanCheckpoint
 from wandistiller.weight_sizes import count_parameters
@@ -228,6 +235,7 @@ def training_options(
             ema_decay=args.ema_decay,
         ),
         eval_every=args.eval_every,
+        sample_every=args.sample_every,
         save_every=args.save_every,
         boundary=settings.boundary_ratio,
         device=device,
@@ -257,3 +265,48 @@ def build_evaluation(
     )
     latent_shape = (config.num_channels, config.latent_size, config.latent_size)
     return HeldOutErrors(teacher, embeds.held_out, latent_shape, options)
+
+
+def build_trackers(args: argparse.Namespace, folder: Path, first_step: int) -> Trackers:
+    """Who watches the run from the process that speaks."""
+    makers = [
+        ("TensorBoard", lambda: TensorBoardFiles(folder / TENSORBOARD_NAME, first_step)),
+        (LOSS_PLOT_NAME, lambda: LossPlot(folder / METRICS_NAME, folder / LOSS_PLOT_NAME)),
+    ]
+    if args.report != "none":
+        makers.append((args.report, lambda: RunTracker(args.report, folder, vars(args))))
+    return Trackers(started(makers))
+
+
+def build_samples(
+    args: argparse.Namespace,
+    teacher: Teacher | None,
+    settings: TeacherSettings,
+    config: StudentConfig,
+    prompts: list[str],
+    prompt_embeds: PromptEmbeds,
+    vae_location: tuple[str, str | None],
+    dtype: torch.dtype,
+    processes: Processes,
+    folder: Path,
+    trackers: Trackers,
+) -> Samples:
+    """What --num_samples and --sample_every draw: as whoever draws with the saved student will."""
+    steps = {"num_inference_steps": settings.num_inference_steps, "student_steps": args.student_steps}
+    recorded = config.replace(distillation={"shift": settings.shift, **steps})
+    student_options = student_sampling(recorded, None, dtype, processes.device)
+    teacher_options = replace(student_options, sampler="unipc", num_inference_steps=settings.num_inference_steps)
+    return Samples(
+        folder / SAMPLES_NAME,
+        teacher,
+        settings,
+        prompts[: args.num_samples],
+        prompt_embeds,
+        (config.num_channels, config.latent_size, config.latent_size),
+        vae_location,
+        teacher_options,
+        student_options,
+        processes,
+        args.shard is not None,  # spread weights are needed from all, to draw with any
+        trackers.picture,
+    )

@@ -1,60 +1,134 @@
 """Sample pictures of a run: fixed prompts and noise, the teacher's row above the student's."""
 
-from collections.abc import Sequence
+import contextlib
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from wandistiller.distributed import Processes
+from wandistiller.errors import UserError
 from wandistiller.flow import seeded_noise
+from wandistiller.held_out import StudentField, evaluation_mode
 from wandistiller.pictures import decode, labelled_grid, load_vae, save_png
 from wandistiller.prompt_embeds import PromptEmbeds
-from wandistiller.sampling import SamplingOptions, sample_in_batches, student_field
+from wandistiller.sampling import SamplingOptions, VelocityField, sample_in_batches
 from wandistiller.student import WanLiteStudent
 from wandistiller.teacher import Teacher, TeacherSettings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 BATCH_SIZE = 8
 SEED = 0  # of the first picture's noise; each next one has one more
 
 
-def save_samples(
-    file: Path | None,
-    student: WanLiteStudent,
-    teacher: Teacher | None,
-    settings: TeacherSettings,
-    prompts: Sequence[str],
-    prompt_embeds: PromptEmbeds,
-    vae_location: tuple[str, str | None],
-    teacher_options: SamplingOptions,
-    student_options: SamplingOptions,
-) -> None:
-    """Draw the prompts with both from the same noise and write one labelled PNG; the VAE is in memory meanwhile.
+@contextlib.contextmanager
+def undisturbed(student: WanLiteStudent, device: str) -> Iterator[None]:
+    """What is drawn inside leaves the student's modes and the global random numbers as they were."""
+    gpus = [device] if torch.device(device).type == "cuda" else []
+    with evaluation_mode(student), torch.random.fork_rng(gpus):
+        yield
 
-    Without a teacher (it may not fit beside the student) the student's row stands alone; without a file nothing is written
-    (by processes that only lend their part of the weights).
 
-    Raises:
-        UserError: the VAE cannot be loaded or belongs to other latents.
+class Samples:
+    """Draws the same prompts from the same noise every time, so that the pictures of a run can be compared.
+
+    The teacher's row is drawn the first time and kept. The VAE is in memory only while it decodes. All processes call this
+    where weights are spread over them, the first one decodes and writes; else the first alone draws. A picture that cannot
+    be made is told of once and is the last: it must not turn a run into a failed one.
+
+    Args:
+        folder: where step_XXXXXX.png go.
+        teacher: None where it does not fit beside the student, whose row then stands alone.
+        latent_shape: (C, H, W).
+        is_spread: whether drawing needs all processes.
+        on_picture: told the step and the picture, in the process that writes.
     """
-    config = student.config
-    noise = seeded_noise(
-        range(SEED, SEED + len(prompts)), (config.num_channels, config.latent_size, config.latent_size)
-    )
-    vae = load_vae(*vae_location, config.num_channels, settings.vae_scale_factor, student_options.device)
-    fields = {"teacher": (teacher, teacher_options)} if teacher is not None else {}
-    fields["student"] = (student_field(student, settings), student_options)
-    rows = []
-    for name, (field, options) in fields.items():
-        with tqdm(total=len(prompts), desc=f"drawing with the {name}", disable=None, leave=False) as bar:
-            latents = sample_in_batches(
-                field, noise, prompt_embeds, range(len(prompts)), options, BATCH_SIZE, bar.update
+
+    def __init__(
+        self,
+        folder: Path,
+        teacher: Teacher | None,
+        settings: TeacherSettings,
+        prompts: Sequence[str],
+        prompt_embeds: PromptEmbeds,
+        latent_shape: tuple[int, int, int],
+        vae_location: tuple[str, str | None],
+        teacher_options: SamplingOptions,
+        student_options: SamplingOptions,
+        processes: Processes,
+        is_spread: bool,
+        on_picture: "Callable[[int, Image], None]",
+    ):
+        self.folder, self.teacher, self.settings = folder, teacher, settings
+        self.prompts, self.prompt_embeds, self.vae_location = prompts, prompt_embeds, vae_location
+        self.teacher_options, self.student_options = teacher_options, student_options
+        self.processes, self.is_spread, self.on_picture = processes, is_spread, on_picture
+        self.noise = seeded_noise(range(SEED, SEED + len(prompts)), latent_shape)
+        self.teacher_latents: Tensor | None = None
+        self.teacher_row: list[np.ndarray] = []
+        self.is_over = False
+
+    @property
+    def what(self) -> str:
+        return "The student" if self.teacher is None else "Teacher above, student below"
+
+    def __call__(self, student: WanLiteStudent, step: int) -> Path | None:
+        """Draw and write the picture of a step; the student stays as it is. None where nothing was written."""
+        if self.is_over or not (self.processes.is_first or self.is_spread):
+            return None
+        file = self.folder / f"step_{step:06d}.png"
+        with undisturbed(student, self.student_options.device):
+            if self.teacher is not None and self.teacher_latents is None:
+                self.teacher_latents = self._latents("teacher", self.teacher, self.teacher_options)
+            latents = self._latents("student", StudentField(student), self.student_options)
+            if self.processes.is_first:
+                self.is_over = not self._write(latents, step, file)
+        if self.is_spread:
+            self.is_over = bool(self.processes.from_first(self.is_over))
+        return file if self.processes.is_first and not self.is_over else None
+
+    def _latents(self, name: str, field: VelocityField, options: SamplingOptions) -> Tensor:
+        count = len(self.prompts)
+        with tqdm(total=count, desc=f"drawing with the {name}", disable=None, leave=False) as bar:
+            return sample_in_batches(
+                field, self.noise, self.prompt_embeds, range(count), options, BATCH_SIZE, bar.update
             )
-        pictures = [
-            decode(vae, part, settings.latents_mean, settings.latents_std) for part in latents.split(BATCH_SIZE)
-        ]
-        rows.append([picture for part in pictures for picture in part])
-    if file is None:
-        return
-    file.parent.mkdir(exist_ok=True)
-    captions = [prompts, [""] * len(prompts)][: len(rows)]
-    about = {"num_inference_steps": student_options.num_inference_steps, "shift": settings.shift, "seed": SEED}
-    save_png(labelled_grid(rows, captions, list(fields)), file, about)
+
+    def _write(self, latents: Tensor, step: int, file: Path) -> bool:
+        """Whether it worked."""
+        try:
+            grid = self._grid(latents)
+            file.parent.mkdir(exist_ok=True)
+            about = {"num_inference_steps": self.student_options.num_inference_steps, "shift": self.settings.shift}
+            save_png(grid, file, {**about, "seed": SEED, "step": step})
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:200]}"
+            tqdm.write(f"No sample pictures: {reason}", file=sys.stdout)
+            return False
+        self.on_picture(step, grid)
+        return True
+
+    def _grid(self, latents: Tensor) -> "Image":
+        vae = load_vae(
+            *self.vae_location, latents.shape[1], self.settings.vae_scale_factor, self.student_options.device
+        )
+        if self.teacher_latents is not None and not self.teacher_row:
+            self.teacher_row = self._pictures(vae, self.teacher_latents)
+        rows = {"teacher": self.teacher_row} if self.teacher_row else {}
+        rows["student"] = self._pictures(vae, latents)
+        del vae
+        gc.collect()  # its modules hold each other
+        captions = [self.prompts, [""] * len(self.prompts)][: len(rows)]
+        return labelled_grid(list(rows.values()), captions, list(rows))
+
+    def _pictures(self, vae, latents: Tensor) -> list[np.ndarray]:
+        mean, std = self.settings.latents_mean, self.settings.latents_std
+        return [picture for part in latents.split(BATCH_SIZE) for picture in decode(vae, part, mean, std)]

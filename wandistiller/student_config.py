@@ -66,6 +66,11 @@ class StudentConfig:
     def latent_size(self) -> int:
         return self.image_size // self.vae_scale_factor
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the student, counted without making it."""
+        return _wan_parameters(self) if self.block == "wan" else _lite_parameters(self)
+
     def check_image_size(self, vae_scale_factor: int) -> None:
         """Refuse an image_size that does not fill whole patches behind a VAE of this factor."""
         unit = vae_scale_factor * self.patch_size
@@ -210,6 +215,28 @@ class StudentConfig:
 
     def replace(self, **changes) -> "StudentConfig":
         return replace(self, **changes)
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return (inputs + 1) * outputs
+
+
+def _wan_parameters(config: StudentConfig) -> int:
+    """Of embedders, blocks (two attentions with norms of q and k, a norm, the FFN, modulation) and head."""
+    width, patch = config.hidden_size, config.num_channels * config.patch_size**2
+    embedders = sum(_linear(inputs, width) for inputs in (patch, config.freq_dim, config.text_encoder_output_dim))
+    embedders += 2 * _linear(width, width) + _linear(width, 6 * width)
+    attention = 4 * _linear(width, width) + 2 * width
+    block = 2 * attention + 2 * width + _linear(width, config.ffn_dim) + _linear(config.ffn_dim, width) + 6 * width
+    return embedders + config.depth * block + _linear(width, patch) + 2 * width
+
+
+def _lite_parameters(config: StudentConfig) -> int:
+    """Of embedders, blocks (two norms, attention, MLP) and the two convolutions of 3 x 3."""
+    width, channels = config.hidden_size, config.num_channels
+    embedders = _linear(config.text_encoder_output_dim, width) + _linear(width, 4 * width) + _linear(4 * width, width)
+    block = 4 * width + 4 * _linear(width, width) + _linear(width, config.ffn_dim) + _linear(config.ffn_dim, width)
+    return _linear(9 * channels, width) + embedders + config.depth * block + _linear(9 * width, channels)
 
 
 def _json_object(values: dict, indent: str = "") -> str:

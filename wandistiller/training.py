@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wandistiller.answers import Answer, Answers
 from wandistiller.checkpointing import Checkpoint, Checkpoints
+from wandistiller.device import peak_memory_bytes
 from wandistiller.distributed import Processes, local_part, whole, without_averaging
 from wandistiller.objective import Loss, Objective, TrainedStudent
 from wandistiller.optimization import OptimizationOptions
@@ -35,6 +36,7 @@ class TrainingOptions:
 
     Attributes:
         eval_every: steps between measurements on held-out states; 0 is none.
+        sample_every: steps between sample pictures; 0 is none.
         save_every: steps between checkpoints; 0 is none, not even at the end.
         boundary: noise level between the teacher's two experts, by which losses are reported.
     """
@@ -43,6 +45,7 @@ class TrainingOptions:
     num_steps: int
     optimization: OptimizationOptions
     eval_every: int = 0
+    sample_every: int = 0
     save_every: int = 0
     boundary: float | None = None
     device: str = "cpu"
@@ -104,6 +107,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     resume_from: Checkpoint | None = None,
     processes: Processes | None = None,
+    draw: Callable[[WanLiteStudent, int], object] | None = None,
 ) -> TrainingResult:
     """Train `student` in place on the teacher's guided velocity; with EMA it ends as the average of its weights.
 
@@ -112,6 +116,8 @@ def train(
         checkpoints: where the run is saved every `options.save_every` steps, at the last and when it is stopped.
         resume_from: the state the run goes on from.
         processes: those that train together, each on its part of every batch; this one alone by default.
+        draw: draws with the student (its average, where there is one) every `options.sample_every` steps, but not at the
+            last, after which the student is there to be drawn with.
 
     Raises:
         NonFiniteError: loss or gradient is not finite (the weights are those of the step before), or the last step broke
@@ -167,6 +173,7 @@ def train(
                     else mean_by_expert(found.sigmas, found.by_sample, boundary),
                     feature_loss=found.feature_loss if found.has_features else None,
                     velocity_error=velocity_error,
+                    memory_bytes=peak_memory_bytes(processes.device),
                 )
             )
             is_stopped = found.is_stopped or (stop.requested and not processes.are_many)  # many agree in the next step
@@ -175,6 +182,9 @@ def train(
                 checkpoints.save(step, state.tensors())
             if is_stopped:
                 break
+            if draw is not None and not is_last and is_due(step, options.sample_every, is_last):
+                with state.averaged() as averaged:
+                    draw(averaged, step)
     check_weights(student, state.step, options)
     state.finish()
     student.eval()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wandistiller.command_line import FlagParser, int_list, number, path
+from wandistiller.config_help import READY_CONFIGS
 
 DEMO_TEACHER = "data/demo_teacher"
 # What a flag that is left out stands for: (in general, with the demo teacher)
@@ -20,7 +21,9 @@ DEFAULTS = {
     "replay": (1, 4),
     "lr_warmup_steps": (0, 50),
     "eval_prompts": (None, "data/demo_heldout_prompts.txt"),
+    "sample_every": (0, 200),
 }
+REPORTS = ["none", "wandb", "trackio"]
 # What won on two teachers (docs/experiments.md), for flags that are left out and where they apply
 RENOISE_FRACTION = {"trajectory": 0.25, "renoise": 0.75}
 STUDENT_ROLLOUT = (0.0, 1.0)
@@ -274,6 +277,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--assume_gpu_gib",
         "with --dry_run: memory of the GPU to plan for, where it is not the one here",
         type=number(float, above=0),
+    )
+    output.flag(
+        "--sample_every",
+        f"steps between such pictures while it trains; 0: none {shown('sample_every')}",
+        type=number(int, low=0),
+    )
+    output.flag(
+        "--report",
+        "send losses and pictures to wandb or trackio as well (pip install the one you name)",
+        "none",
+        choices=REPORTS,
+    )
+    output.flag(
+        "--print_config",
+        "print a student_config.json for this teacher, and on stderr what its keys mean; nothing else is done",
+        choices=list(READY_CONFIGS),
     )
 
     args = parser.parse(argv)

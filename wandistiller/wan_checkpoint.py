@@ -220,6 +220,13 @@ def _open_folder(folder: Path, location: str) -> WanCheckpoint:
 # ---- hub ----
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def hub_id(path: str) -> str | None:
+    """What `--teacher_path` names on the hub; None where it is something on this machine."""
+    return path if _HUB_ID.fullmatch(path) and not Path(path).exists() else None
+
+
 _TRANSFORMER_FILES = [
     "model_index.json",
     "teacher_record.json",

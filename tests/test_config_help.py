@@ -1,0 +1,117 @@
+"""Ready configs: each fits its released teacher, is counted rightly, passes the pre-flight and is printed as a file.
+
+pytest tests/test_config_help.py
+"""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import IDENTITY_CONFIG, ROOT
+
+import run_production_test
+import train_distillation
+from wandistiller.config_help import KEYS, READY_CONFIGS
+from wandistiller.selection import check_fits
+from wandistiller.student import WanLiteStudent
+from wandistiller.student_config import StudentConfig
+
+# The released models' own shapes (Wan2.1, Wan2.2: wan/configs/*.py)
+RELEASED = {
+    "1.3B": {"hidden_size": 1536, "depth": 30, "num_heads": 12, "ffn_dim": 8960},
+    "14B": {"hidden_size": 5120, "depth": 40, "num_heads": 40, "ffn_dim": 13824},
+    "A14B": {"hidden_size": 5120, "depth": 40, "num_heads": 40, "ffn_dim": 13824},
+    "5B": {"hidden_size": 3072, "depth": 30, "num_heads": 24, "ffn_dim": 14336, "num_channels": 48, "image_size": 704},
+}
+CONFIGS = {path.name: path for path in sorted((ROOT / "config").glob("*.json"))}
+WAN_16 = ("1.3B", "14B", "A14B")
+FITS = {
+    "student_config.json": WAN_16,
+    "student_config_0.5B.json": WAN_16,
+    "student_config_5B.json": ("5B",),
+    "student_config_lite.json": (),  # for latents of 4 channels, which no released Wan has
+    "demo_student_config.json": (),
+}
+
+
+def released(name: str) -> StudentConfig:
+    return StudentConfig.from_dict(
+        IDENTITY_CONFIG | {"image_size": 512, "text_encoder_output_dim": 4096} | RELEASED[name]
+    )
+
+
+def test_every_shipped_config_and_every_ready_one_is_known_here():
+    assert set(FITS) == set(CONFIGS)
+    assert set(READY_CONFIGS.values()) < set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shipped_config_fits_its_teachers_and_is_written_as_we_write_them(name):
+    config = StudentConfig.load(CONFIGS[name])
+    for teacher in FITS[name]:
+        check_fits(released(teacher), config)
+        assert config.head_dim == 128 and config.ffn_dim % 128 == 0
+    assert CONFIGS[name].read_text(encoding="utf-8") == config.to_json()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shipped_config_passes_the_pre_flight(run_main, name, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\n", encoding="utf-8")
+    outcome = run_main(run_production_test.main, "--student_config", CONFIGS[name], "--data_path", prompts)
+    assert outcome.code == 0 and "Production Test PASSED" in outcome.out, outcome.err
+
+
+@pytest.mark.parametrize("path", CONFIGS.values(), ids=CONFIGS)
+def test_parameters_are_counted_as_the_module_has_them(path):
+    check_count(StudentConfig.load(path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"hidden_size": 36, "num_heads": 3, "ffn_dim": 17, "freq_dim": 6, "text_encoder_output_dim": 5, "depth": 1},
+        {"num_channels": 3, "patch_size": 4, "depth": 7},
+        {"block": "lite", "ffn_dim": 96, "patch_size": 1, "freq_dim": 24, "num_channels": 3, "depth": 5},
+    ],
+)
+def test_parameters_of_odd_shapes_are_counted_too(changes):
+    check_count(StudentConfig.from_dict(IDENTITY_CONFIG | changes))
+
+
+def check_count(config: StudentConfig) -> None:
+    with torch.device("meta"):
+        student = WanLiteStudent(config)
+    assert config.num_parameters == sum(parameter.numel() for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("teacher", READY_CONFIGS)
+def test_a_config_is_printed_alone_on_stdout_and_explained_on_stderr(run_main, teacher, tmp_path):
+    outcome = run_main(train_distillation.main, "--print_config", teacher)
+    assert outcome.code == 0
+    (tmp_path / "my.json").write_text(outcome.out, encoding="utf-8")
+    config = StudentConfig.load(tmp_path / "my.json")
+    if teacher in RELEASED:
+        check_fits(released(teacher), config)
+    assert f"{config.num_parameters:,} parameters" in outcome.err
+    explained = re.findall(r"^  (\w+)  ", outcome.err, re.MULTILINE)
+    assert explained == list(KEYS) == list(json.loads(outcome.out))
+
+
+def test_a_config_is_printed_before_anything_heavy_loads(tmp_path):
+    command = [sys.executable, "-X", "importtime", str(ROOT / "train_distillation.py"), "--print-config", "A14B"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert run.returncode == 0 and json.loads(run.stdout)["hidden_size"] == 1536
+    loaded = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in run.stderr.splitlines() if line.count("|") == 2}
+    assert not loaded & {"torch", "numpy", "safetensors", "tqdm"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_readme_and_help_say_the_same_of_every_key():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for key, text in KEYS.items():
+        assert f"| `{key}` | {text} |" in readme, key

@@ -1,0 +1,120 @@
+"""The model card of a student's folder, as the hub reads it.
+
+pytest tests/test_model_card.py
+"""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import IDENTITY_CONFIG, PRUNED_CONFIG
+from huggingface_hub import ModelCard
+
+from wandistiller.model_card import plain, write_model_card
+from wandistiller.student_config import StudentConfig
+from wandistiller.wan_checkpoint import hub_id
+
+RECORD = {
+    "teacher_path": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "base_model": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    "preset": "Wan2.2-T2V-A14B", "shift": 12.0, "guidance_scale": 4.0, "guidance_scale_2": 3.0, "num_inference_steps": 40,
+    "num_prompts": 55, "num_train_steps": 900, "batch_size": 32, "lr": 1e-5, "states": "trajectory",
+    "sigma_range": [0.0, 1.0], "init": "projection", "layers": [0, 2], "command": "python train_distillation.py",
+}  # fmt: skip
+
+
+def write_folder(folder: Path, **record: object) -> ModelCard:
+    """A folder with a config of this record, and its card as the hub parses it."""
+    folder.mkdir(exist_ok=True)
+    config = StudentConfig.from_dict(PRUNED_CONFIG | {"distillation": RECORD | record})
+    (folder / "student_config.json").write_text(config.to_json(), encoding="utf-8")
+    return ModelCard.load(write_model_card(folder))
+
+
+def links(card: ModelCard) -> list[str]:
+    return [part.split(")")[0] for part in card.text.split("](")[1:]]
+
+
+def test_the_hub_reads_licence_teacher_and_task(tmp_path):
+    data = write_folder(tmp_path).data
+    assert data.license == "apache-2.0" and data.pipeline_tag == "text-to-image"
+    assert data.base_model == "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+    assert data.library_name == "wandistiller" and "wan" in data.tags
+
+
+def test_the_card_says_how_the_student_was_made(tmp_path):
+    text = write_folder(tmp_path).text
+    for fact in (
+        "| shift | 12.0 |", "| guidance | 4 and 3 |", "| sampling steps | 40 |", "| optimiser steps | 900 |",
+        "| teacher's layers | 0, 2 |", f"{StudentConfig.from_dict(PRUNED_CONFIG).num_parameters:,} parameters",
+    ):  # fmt: skip
+        assert fact in text, fact
+    few = write_folder(tmp_path, student_steps=4).text
+    assert "in 4 steps (the teacher takes 40)" in few and "| sampling steps | 4 |" in few
+    assert "does not draw by itself" in write_folder(tmp_path, sigma_range=[0.875, 1.0]).text
+
+
+def test_a_teacher_on_this_machine_is_no_base_model(tmp_path, monkeypatch):
+    assert write_folder(tmp_path, base_model=None, teacher_path="data/demo_teacher").data.base_model is None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "demo_teacher").mkdir(parents=True)
+    names = ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "data/demo_teacher", "/a/b", "mock", "a/b/c.safetensors"]
+    assert [hub_id(name) for name in names] == [names[0], None, None, None, None]
+
+
+def test_names_that_markdown_would_read_otherwise_are_shown_as_they_are(tmp_path):
+    assert plain("a|b\n# c_d") == "a\\|b \\# c\\_d"
+    card = write_folder(tmp_path / "a_b", teacher_path="x|y", base_model=None, command="python t.py --prompt '```'")
+    assert "| teacher | x\\|y |" in card.text and "# a\\_b" in card.text
+    assert "````\npython t.py --prompt '```'\n````" in card.text
+
+
+def test_only_files_that_are_there_are_linked(tmp_path):
+    here = [link for link in links(write_folder(tmp_path)) if not link.startswith("https:")]
+    assert here == []
+    (tmp_path / "samples").mkdir()
+    for name in ("samples/step_000002.png", "samples/step_000010.png", "loss.png", "teacher_vs_student.png"):
+        (tmp_path / name).write_bytes(b"")
+    here = [link for link in links(write_folder(tmp_path)) if not link.startswith("https:")]
+    assert here == ["samples/step_000010.png", "teacher_vs_student.png", "loss.png"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"num_prompts": 3}'])
+def test_a_damaged_evaluation_is_left_out(tmp_path, text):
+    write_folder(tmp_path)
+    (tmp_path / "evaluation.json").write_text(text, encoding="utf-8")
+    assert "## Evaluation" not in write_folder(tmp_path).text
+
+
+def test_a_card_that_a_person_wrote_stays(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    assert write_model_card(tmp_path) is None
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_run_writes_its_card_and_measuring_the_student_adds_the_table(train, teachers, tmp_path, run_main):
+    import evaluate_student
+
+    flags = ["--guidance_scale", 1, "--num_samples", 1, "--max_steps", 2, "--eval_every", 2]
+    outcome = train(teachers.one, IDENTITY_CONFIG, *flags)
+    assert outcome.code == 0, outcome.err
+    folder = tmp_path / "out"
+    card = ModelCard.load(folder / "README.md")
+    assert all((folder / link).is_file() for link in links(card)) and len(links(card)) == 2
+    command = shlex.split(card.text.split("````")[1])
+    assert command[:4] == ["python", "train_distillation.py", "--teacher_path", str(teachers.one)]
+    assert command[-2:] == ["--eval_every", "2"]
+    assert "## Evaluation" not in card.text and "held-out prompts at the end" in card.text
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\n", encoding="utf-8")
+    flags = ["--student", folder, "--prompts_file", prompts, "--prompt_cache", teachers.prompt_cache, "--device", "cpu"]
+    assert run_main(evaluate_student.main, *flags, "--output", tmp_path / "elsewhere").code == 0
+    assert ModelCard.load(folder / "README.md").text == card.text, "its folder holds no evaluation"
+    assert run_main(evaluate_student.main, *flags).code == 0
+    measured = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    text = ModelCard.load(folder / "README.md").text
+    assert "on 2 held-out prompts with 2 noises each" in text and "teacher_vs_student.png" in text
+    parameters = measured["cost"]["parameters"]
+    assert f"| parameters | {parameters['student']:,} | {parameters['teacher']:,} | 1 |" in text

@@ -1,0 +1,353 @@
+"""A run can be seen: metrics, TensorBoard files, the loss plot, sample pictures, wandb and trackio, the summary.
+
+pytest tests/test_watching.py
+"""
+
+import json
+import shlex
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PRUNED_CONFIG, read_metrics, weights_of
+from PIL import Image
+from test_distributed import flags_of, launch  # noqa: F401  (fixtures)
+
+from wandistiller import plots, run_metrics, samples, trackers
+from wandistiller.output_folder import set_aside_previous_student
+from wandistiller.reporting import StepMetrics
+from wandistiller.summary import command_line, command_to_go_on
+
+CELL = 160 + 8  # pixels of a drawn prompt in a sample picture, with its margin
+DRAWN = ["--guidance_scale", 1, "--num_samples", 2]
+
+
+def metrics_of(step: int, **values: object) -> StepMetrics:
+    losses = [None, *(step / 10 + bucket for bucket in range(9))]
+    given = {"loss_by_sigma": losses, "memory_bytes": 5, **values}
+    return StepMetrics(step, 1.0 / step, 2.0, 1e-4, 8.0, float(step), 1.0, 3, **given)
+
+
+def lines_of(num_steps: int, **values: object) -> list[dict]:
+    from dataclasses import asdict
+
+    return [asdict(metrics_of(step, **values)) for step in range(1, num_steps + 1)]
+
+
+def events_of(folder: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    found.Reload()
+    return found
+
+
+# ---- a run as a person sees it ----
+
+
+def test_a_run_leaves_scalars_pictures_a_plot_and_a_summary(train, teachers, tmp_path):
+    flags = (*DRAWN, "--max_steps", 6, "--sample_every", 2, "--eval_every", 3)
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags)
+    assert outcome.code == 0, outcome.err
+    folder, lines = tmp_path / "out", read_metrics(tmp_path / "out")
+
+    assert all(line["memory_bytes"] > 2**25 for line in lines), "a process that has loaded torch holds more"
+    assert [line["memory_bytes"] for line in lines] == sorted(line["memory_bytes"] for line in lines)
+
+    events = events_of(folder)
+    for name in ("loss", "grad_norm", "lr", "samples_per_s", "teacher_calls", "memory_bytes"):
+        seen = [(event.step, event.value) for event in events.Scalars(name)]
+        assert seen == [(line["step"], pytest.approx(line[name], rel=1e-5)) for line in lines], name
+    assert [event.step for event in events.Scalars("velocity_error/teacher_states")] == [3, 6]
+    by_sigma = {name: events.Scalars(name) for name in events.Tags()["scalars"] if name.startswith("loss_by_sigma/")}
+    assert {event.step for events_seen in by_sigma.values() for event in events_seen} == set(range(1, 7))
+    assert [event.step for event in events.Images("samples")] == [2, 4, 6]
+
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == [f"step_00000{n}.png" for n in (2, 4, 6)]
+    assert Image.open(folder / "loss.png").size[0] > 500
+    for word in (f"{train_parameters():,} parameters", "over the first tenth", "relative velocity error", "loss.png"):
+        assert word in outcome.out, word
+
+
+def train_parameters() -> int:
+    from wandistiller import StudentConfig
+
+    return StudentConfig.from_dict(PRUNED_CONFIG).num_parameters
+
+
+def test_the_commands_that_a_run_ends_with_work_as_they_are_printed(train, teachers, run_main, tmp_path):
+    import evaluate_student
+    import generate_images
+
+    prompts = tmp_path / "held out.txt"
+    prompts.write_text("a red circle\na blue square\n", encoding="utf-8")
+    outcome = train(teachers.one, PRUNED_CONFIG, *DRAWN, "--max_steps", 1, "--eval_prompts", prompts)
+    commands = [shlex.split(line) for line in outcome.out.split("Next:")[1].splitlines() if line.strip()]
+    mains = {"evaluate_student.py": evaluate_student.main, "generate_images.py": generate_images.main}
+    assert [words[:2] for words in commands] == [["python", name] for name in mains]
+    for words in commands:
+        done = run_main(mains[words[1]], *words[2:], "--prompt_cache", teachers.prompt_cache, "--device", "cpu")
+        assert done.code == 0, done.err
+    assert "relative velocity error" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_run_that_goes_on_keeps_the_scalars_before_and_hides_those_beyond(train, teachers, tmp_path):
+    flags = ("--save_every", 2, "--guidance_scale", 1)
+    assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 4).code == 0
+    folder = tmp_path / "out" / "checkpoints" / "step_00000004"  # as if the run had been killed before it
+    folder.with_suffix(".json").unlink()
+    shutil.rmtree(folder)
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 5)
+    assert "Going on from step 2" in outcome.out
+    assert [event.step for event in events_of(tmp_path / "out").Scalars("loss")] == [1, 2, 3, 4, 5]
+
+
+# ---- sample pictures ----
+
+
+def rows_of(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's and the student's row, without captions."""
+    cells = np.asarray(Image.open(file))[-2 * CELL :, -2 * CELL :]
+    return cells[:CELL], cells[CELL:]
+
+
+@pytest.mark.parametrize("recipe", [["--ema_decay", 0.9], ["--student_steps", 2], ["--ema_decay", 0]])
+def test_drawing_leaves_training_as_it_was_bit_for_bit(train, teachers, tmp_path, recipe):
+    flags = (*DRAWN, "--max_steps", 6, "--lr", 1e-3, "--save_every", 6, *recipe)
+    for name, every in (("plain", 0), ("drawn", 2)):
+        assert train(teachers.two, PRUNED_CONFIG, *flags, "--sample_every", every, output_dir=tmp_path / name).code == 0
+    plain, drawn = (weights_of(tmp_path / name) for name in ("plain", "drawn"))
+    assert all(torch.equal(plain[name], drawn[name]) for name in plain)
+    assert [line["loss"] for line in read_metrics(tmp_path / "plain")] == [
+        line["loss"] for line in read_metrics(tmp_path / "drawn")
+    ]
+    states = [checkpoint_tensors(tmp_path / name) for name in ("plain", "drawn")]  # random numbers too
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    pictures = [(tmp_path / name / "samples" / "step_000006.png") for name in ("plain", "drawn")]
+    np.testing.assert_array_equal(*(np.asarray(Image.open(file)) for file in pictures))
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    files = sorted((folder / "checkpoints").rglob("*.safetensors"))
+    assert files
+    return {f"{file.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_the_teacher_draws_once_and_the_student_with_its_averaged_weights(train, teachers, tmp_path, monkeypatch):
+    drawn_by = []
+    plain = samples.sample_in_batches
+
+    def noted(field, *values):
+        drawn_by.append(type(field).__name__)
+        return plain(field, *values)
+
+    monkeypatch.setattr(samples, "sample_in_batches", noted)
+    flags = (*DRAWN, "--max_steps", 4, "--sample_every", 2, "--lr", 1e-2, "--ema_decay", 0.9)
+    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    assert drawn_by == ["Teacher", "StudentField", "StudentField"]
+    pictures = tmp_path / "out" / "samples"
+    (above, below), (again, later) = (rows_of(pictures / f"step_00000{step}.png") for step in (2, 4))
+    np.testing.assert_array_equal(above, again)
+    assert (below != later).any()
+    # A run whose schedule is the same and that ends at step 2 saves that average, and ends with its picture:
+    flags = (*flags, "--lr_scheduler", "constant", "--student_rollout", 0, 0, "--feature_loss_weight", 0)
+    for name, steps in (("long", 4), ("short", 2)):
+        assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", steps, output_dir=tmp_path / name).code == 0
+    np.testing.assert_array_equal(
+        *(rows_of(tmp_path / n / "samples" / "step_000002.png")[1] for n in ("long", "short"))
+    )
+
+
+def test_a_picture_that_cannot_be_made_is_the_last_and_the_run_goes_on(train, teachers, tmp_path, monkeypatch):
+    def fail(*values):
+        raise torch.OutOfMemoryError("no room for the VAE")
+
+    monkeypatch.setattr(samples, "load_vae", fail)
+    outcome = train(teachers.one, PRUNED_CONFIG, *DRAWN, "--max_steps", 4, "--sample_every", 1)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("No sample pictures") == 1 and "no room for the VAE" in outcome.out
+
+
+@pytest.mark.parametrize("shared", [[], ["--shard"]], ids=["DDP", "FSDP2"])
+def test_several_processes_draw_what_one_draws(flags_of, launch, tmp_path, shared):  # noqa: F811
+    flags = ["--num_samples", 2, "--sample_every", 2, "--max_steps", 3]
+    for name, count, batch, extra in (("one", 1, 4, []), ("two", 2, 2, shared)):
+        codes, said = launch(count, flags_of(name, *flags, "--batch_size", batch, *extra))
+        assert codes == [0] * count, said
+    assert said.count("Teacher above, student below") == 1
+    for step in (2, 3):
+        one, two = (np.asarray(Image.open(tmp_path / n / "samples" / f"step_00000{step}.png")) for n in ("one", "two"))
+        assert np.abs(one.astype(int) - two).max() <= 3, "more than rounding"
+
+
+# ---- the plot ----
+
+
+def test_the_plot_shows_every_noise_level_and_the_held_out_error(tmp_path):
+    lines = lines_of(250)
+    lines[99]["velocity_error"] = {"teacher_states": 0.5, "student_states": 0.6}
+    losses, held_out = plots.loss_figure(lines).axes
+    labels = [line.get_label() for line in losses.get_lines()]
+    assert [name for name in labels if not name.startswith("_")] == [
+        *(f"sigma 0.{n}-{'1.0' if n == 9 else f'0.{n + 1}'}" for n in range(9, 0, -1)),
+        "all",
+    ]  # none for the bucket without a sample
+    assert {line.get_label() for line in held_out.get_lines()} == {"at teacher states", "at student states"}
+    assert losses.get_yscale() == held_out.get_yscale() == "log"
+    total, size = losses.get_lines()[-1], -(-250 // plots.NUM_POINTS)
+    assert len(total.get_xdata()) <= plots.NUM_POINTS and total.get_xdata()[-1] == 250
+    assert total.get_ydata()[0] == pytest.approx(sum(1 / step for step in range(1, size + 1)) / size)
+    assert len(plots.loss_figure(lines_of(1)).axes) == 1
+
+
+def test_the_plot_is_drawn_again_only_as_often_as_its_cost_allows(tmp_path, monkeypatch):
+    now, drawn = [0.0], []
+
+    def draw(lines, file):
+        drawn.append(now[0])
+        now[0] += 2.0  # seconds that it took
+
+    monkeypatch.setattr(plots.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(plots, "save_loss_plot", draw)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines_of(1)[0]) + "\n", encoding="utf-8")
+    plot = plots.LossPlot(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    for step in range(1, 1000):
+        now[0] += 1.0
+        plot.step(metrics_of(step))
+    assert len(drawn) == 5 and drawn[0] == plots.REDRAW_EVERY_S
+    assert min(np.diff(drawn)) >= 2.0 / plots.REDRAW_SHARE
+    plot.close()
+    assert len(drawn) == 6
+
+
+# ---- wandb and trackio ----
+
+
+class StandIn(types.ModuleType):
+    """What the two libraries share, as far as it is used."""
+
+    def __init__(self, name: str, key: str | None = None):
+        super().__init__(name)
+        self.__spec__ = types.SimpleNamespace(name=name)
+        self.api = types.SimpleNamespace(api_key=key)
+        self.started, self.logged, self.finished = None, [], 0
+
+    def init(self, **options) -> None:
+        self.started = options
+
+    def log(self, values: dict, step: int) -> None:
+        self.logged.append((step, values))
+
+    def Image(self, picture, caption: str):
+        return ("image", picture.size, caption)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_run_is_reported_with_scalars_and_pictures(train, teachers, tmp_path, monkeypatch, name):
+    module = StandIn(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    outcome = train(teachers.one, PRUNED_CONFIG, *DRAWN, "--max_steps", 4, "--sample_every", 3, "--report", name)
+    assert outcome.code == 0, outcome.err
+    assert module.started["config"]["max_steps"] == 4 and module.started["name"] == "out"
+    assert module.started.get("mode") == ("offline" if name == "wandb" else None), "nobody is logged in"
+    losses = [(step, values["loss"]) for step, values in module.logged if "loss" in values]
+    assert losses == [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "out")]
+    assert [step for step, values in module.logged if "samples" in values] == [3, 4]
+    assert module.finished == 1
+
+
+def test_wandb_is_online_for_those_logged_in_and_does_as_its_own_variable_says(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert trackers._wandb_mode(StandIn("wandb", key="k")) == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert trackers._wandb_mode(StandIn("wandb", key="k")) == "disabled"
+
+
+def test_a_library_that_is_missing_is_answered_before_training(train, teachers, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    outcome = train(teachers.one, PRUNED_CONFIG, "--report", "trackio")
+    assert outcome.code == 2 and "pip install trackio" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tracker_that_fails_is_told_of_once_and_left_out(capsys):
+    class Failing:
+        def step(self, metrics):
+            raise ConnectionError("the network is gone")
+
+        def close(self):
+            raise AssertionError("it was left out")
+
+    class Noting:
+        def __init__(self):
+            self.seen = []
+
+        def step(self, metrics):
+            self.seen.append(metrics.step)
+
+        def close(self):
+            self.seen.append("closed")
+
+    noting = Noting()
+    with trackers.Trackers([Failing(), noting]) as both:
+        for step in (1, 2):
+            both.step(metrics_of(step))
+    assert noting.seen == [1, 2, "closed"]
+    assert capsys.readouterr().err.count("the network is gone") == 1
+
+
+# ---- what is read back ----
+
+
+def test_the_time_of_a_run_counts_each_process_that_went_on_with_it():
+    seconds = [1.0, 2.0, 3.0, 0.5, 1.0, 0.25]
+    lines = [{"elapsed_s": value} for value in seconds]
+    assert run_metrics.training_seconds(lines) == 3.0 + 1.0 + 0.25
+
+
+def test_losses_are_compared_over_the_first_and_the_last_tenth():
+    lines = lines_of(20)
+    assert run_metrics.loss_change(lines) == pytest.approx(((1 + 1 / 2) / 2, (1 / 19 + 1 / 20) / 2))
+    changes = run_metrics.loss_change_by_sigma(lines)
+    assert changes[0] == (None, None) and changes[2] == pytest.approx((1.15, 2.95))
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2, "lo', encoding="utf-8")
+    assert run_metrics.read_metrics(file) == [{"step": 1}]
+
+
+def test_the_command_is_quoted_for_the_shell_and_going_on_does_not_start_anew(monkeypatch):
+    argv = ["--output_dir", "my runs", "--overwrite"]
+    assert (
+        command_line("train_distillation.py", argv) == "python train_distillation.py --output_dir 'my runs' --overwrite"
+    )
+    assert command_to_go_on("train_distillation.py", argv) == "python train_distillation.py --output_dir 'my runs'"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert command_line("t.py", []) == "torchrun --nproc_per_node 2 t.py"
+
+
+def test_a_readme_of_a_person_is_neither_moved_nor_replaced(train, teachers, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "README.md").write_text("my notes\n", encoding="utf-8")
+    assert set_aside_previous_student(folder) is None
+    for _ in range(2):
+        outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 1)
+        assert outcome.code == 0 and "stays as it is" in outcome.out
+    assert (folder / "README.md").read_text(encoding="utf-8") == "my notes\n"
+    (aside,) = folder.glob("replaced-*")
+    assert {"loss.png", "tensorboard"} <= {path.name for path in aside.iterdir()}
+    assert not (aside / "README.md").exists()

@@ -1,0 +1,123 @@
+"""loss.png: the losses of a run by noise level, and its error on held-out prompts. matplotlib is imported where used."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wandistiller.atomic import atomic_path
+from wandistiller.reporting import StepMetrics
+from wandistiller.run_metrics import bucket_name, mean_of, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+NUM_POINTS = 40  # of a curve: each is the mean of as many steps as that takes
+REDRAW_EVERY_S = 30.0
+REDRAW_SHARE = 0.01  # of a run's time, at most
+GREY, BLACK = "#c4c4c4", "#202020"
+
+
+class LossPlot:
+    """Keeps a picture of metrics.jsonl up to date, at a cost of at most REDRAW_SHARE of the run's time."""
+
+    def __init__(self, metrics_path: Path, file: Path):
+        self.metrics_path, self.file = metrics_path, file
+        self._next_s = time.perf_counter() + REDRAW_EVERY_S
+
+    def step(self, metrics: StepMetrics) -> None:
+        if time.perf_counter() >= self._next_s:
+            self._draw()
+
+    def picture(self, step: int, picture: "Image") -> None:
+        """Has no place in the plot."""
+
+    def close(self) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        start_s = time.perf_counter()
+        if lines := read_metrics(self.metrics_path):
+            save_loss_plot(lines, self.file)
+        now = time.perf_counter()
+        self._next_s = now + max(REDRAW_EVERY_S, (now - start_s) / REDRAW_SHARE)
+
+
+def save_loss_plot(lines: Sequence[dict], file: Path) -> None:
+    """Write the plot of a run's metrics, whole or not at all."""
+    with atomic_path(file) as beside:
+        loss_figure(lines).savefig(beside, format="png")
+
+
+def loss_figure(lines: Sequence[dict]) -> "Figure":
+    """Loss over steps, total and by noise level; below it the held-out error, where it was measured."""
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and asks for a screen
+
+    measured = [line for line in lines if line.get("velocity_error")]
+    figure = Figure(figsize=(9, 7.5 if measured else 5), dpi=110, layout="constrained")
+    panels = figure.subplots(
+        2 if measured else 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + bool(measured)]
+    )
+    _plot_losses(panels[0, 0], lines)
+    if measured:
+        _plot_held_out(panels[1, 0], measured)
+    panels[-1, 0].set_xlabel("optimiser step")
+    return figure
+
+
+def _plot_losses(axes, lines: Sequence[dict]) -> None:
+    from matplotlib import colormaps
+
+    groups = smoothing_groups(lines)
+    steps = [group[-1]["step"] for group in groups]
+    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], color=GREY, linewidth=0.8)
+    num_buckets = len(lines[0].get("loss_by_sigma", []))
+    for bucket in reversed(range(num_buckets)):
+        means = [mean_of(line["loss_by_sigma"][bucket] for line in group) for group in groups]
+        points = [(step, mean) for step, mean in zip(steps, means, strict=True) if mean]
+        if points:
+            color = colormaps["viridis"]((bucket + 0.5) / num_buckets)
+            label = f"sigma {bucket_name(bucket, num_buckets)}"
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=1.3, label=label, **_dot_if_alone(points))
+    total = [(step, mean_of(line["loss"] for line in group)) for step, group in zip(steps, groups, strict=True)]
+    axes.plot(*zip(*total, strict=True), color=BLACK, linewidth=2, label="all", **_dot_if_alone(total))
+    _finish(axes, "loss: squared velocity error" + (", smoothed" if len(lines) > len(groups) else ""))
+
+
+def _plot_held_out(axes, measured: Sequence[dict]) -> None:
+    colors = {"teacher_states": "#2f6db3", "student_states": "#d0712b"}
+    for name, color in colors.items():
+        points = [(line["step"], line["velocity_error"][name]) for line in measured]
+        axes.plot(
+            *zip(*points, strict=True), color=color, marker="o", markersize=4, label=f"at {name.replace('_', ' ')}"
+        )
+    _finish(axes, "relative velocity error,\nheld-out prompts")
+
+
+def _finish(axes, what: str) -> None:
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    subs = (1, 2, 5) if high / low > 5 else tuple(range(1, 10))
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter("")
+    axes.set_ylabel(what)
+    axes.grid(which="major", color="#e4e4e4")
+    axes.grid(which="minor", color="#f2f2f2", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
+
+
+def _dot_if_alone(points: Sequence) -> dict:
+    """A line of a single point would not be seen."""
+    return {"marker": "o", "markersize": 4} if len(points) == 1 else {}
+
+
+def smoothing_groups(lines: Sequence[dict]) -> list[Sequence[dict]]:
+    """The steps in NUM_POINTS groups of equal size, whose means are drawn; each by itself where there are fewer."""
+    size = -(-len(lines) // NUM_POINTS)
+    return [lines[start : start + size] for start in range(0, len(lines), size)]

@@ -1,0 +1,68 @@
+"""metrics.jsonl read back, for the plot, the summary and the model card of a run. Standard library only."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+FIRST_AND_LAST = 10  # what counts as the first and the last steps of a run: a tenth of it
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """One dict a step; a line that a kill has cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Of those that are there; None where none is."""
+    there = [value for value in values if value is not None]
+    return statistics.fmean(there) if there else None
+
+
+def ends(lines: Sequence[dict]) -> tuple[Sequence[dict], Sequence[dict]]:
+    """The first and the last steps of a run."""
+    count = max(1, len(lines) // FIRST_AND_LAST)
+    return lines[:count], lines[-count:]
+
+
+def loss_change(lines: Sequence[dict]) -> tuple[float, float]:
+    """Mean loss of the first and of the last steps."""
+    first, last = ends(lines)
+    return mean_of(line["loss"] for line in first), mean_of(line["loss"] for line in last)
+
+
+def loss_change_by_sigma(lines: Sequence[dict]) -> list[tuple[float | None, float | None]]:
+    """The same in each bucket of sigma, from the lowest."""
+    first, last = ends(lines)
+    return [
+        tuple(mean_of(line["loss_by_sigma"][bucket] for line in part) for part in (first, last))
+        for bucket in range(len(lines[0].get("loss_by_sigma", [])))
+    ]
+
+
+def held_out_error(lines: Sequence[dict]) -> dict[str, float] | None:
+    """The newest relative velocity error on held-out prompts, where one was measured."""
+    return next((line["velocity_error"] for line in reversed(lines) if line.get("velocity_error")), None)
+
+
+def training_seconds(lines: Sequence[dict]) -> float:
+    """Of the loop, over all the processes that went on with the run, each of which counts from its own start."""
+    total = before = 0.0
+    for line in lines:
+        if line["elapsed_s"] < before:
+            total += before
+        before = line["elapsed_s"]
+    return total + before
+
+
+def bucket_name(bucket: int, num_buckets: int) -> str:
+    """The noise levels of a bucket: 0.9-1.0."""
+    return f"{bucket / num_buckets:.1f}-{(bucket + 1) / num_buckets:.1f}"
