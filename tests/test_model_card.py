@@ -110,11 +110,12 @@ def test_a_run_writes_its_card_and_measuring_the_student_adds_the_table(train, t
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n", encoding="utf-8")
     flags = ["--student", folder, "--prompts_file", prompts, "--prompt_cache", teachers.prompt_cache, "--device", "cpu"]
+    flags += ["--num_seeds", 1, "--num_inference_steps", 3]
     assert run_main(evaluate_student.main, *flags, "--output", tmp_path / "elsewhere").code == 0
     assert ModelCard.load(folder / "README.md").text == card.text, "its folder holds no evaluation"
     assert run_main(evaluate_student.main, *flags).code == 0
     measured = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     text = ModelCard.load(folder / "README.md").text
-    assert "on 2 held-out prompts with 2 noises each" in text and "teacher_vs_student.png" in text
+    assert "on 2 held-out prompts, noises of each: 1," in text and "teacher_vs_student.png" in text
     parameters = measured["cost"]["parameters"]
     assert f"| parameters | {parameters['student']:,} | {parameters['teacher']:,} | 1 |" in text

@@ -87,12 +87,14 @@ def test_the_commands_that_a_run_ends_with_work_as_they_are_printed(train, teach
     prompts.write_text("a red circle\na blue square\n", encoding="utf-8")
     outcome = train(teachers.one, PRUNED_CONFIG, *DRAWN, "--max_steps", 1, "--eval_prompts", prompts)
     commands = [shlex.split(line) for line in outcome.out.split("Next:")[1].splitlines() if line.strip()]
-    mains = {"evaluate_student.py": evaluate_student.main, "generate_images.py": generate_images.main}
-    assert [words[:2] for words in commands] == [["python", name] for name in mains]
-    for words in commands:
-        done = run_main(mains[words[1]], *words[2:], "--prompt_cache", teachers.prompt_cache, "--device", "cpu")
-        assert done.code == 0, done.err
-    assert "relative velocity error" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert [words[:2] for words in commands] == [["python", "evaluate_student.py"], ["python", "generate_images.py"]]
+    (_, _, *measure), (_, _, *draw) = commands
+    args = evaluate_student.parse_args(measure)
+    assert (args.student, args.prompts_file) == (str(tmp_path / "out"), str(prompts))
+    flags = ["--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--num_inference_steps", 2]
+    done = run_main(generate_images.main, *draw, *flags)
+    assert done.code == 0, done.err
+    assert list((tmp_path / "out" / "pictures").glob("*.png"))
 
 
 def test_a_run_that_goes_on_keeps_the_scalars_before_and_hides_those_beyond(train, teachers, tmp_path):
@@ -115,11 +117,11 @@ def rows_of(file: Path) -> tuple[np.ndarray, np.ndarray]:
     return cells[:CELL], cells[CELL:]
 
 
-@pytest.mark.parametrize("recipe", [["--ema_decay", 0.9], ["--student_steps", 2], ["--ema_decay", 0]])
+@pytest.mark.parametrize("recipe", [["--ema_decay", 0.9], ["--student_steps", 8, "--ema_decay", 0]])
 def test_drawing_leaves_training_as_it_was_bit_for_bit(train, teachers, tmp_path, recipe):
-    flags = (*DRAWN, "--max_steps", 6, "--lr", 1e-3, "--save_every", 6, *recipe)
+    flags = (*DRAWN, "--max_steps", 4, "--lr", 1e-3, "--save_every", 4, *recipe)
     for name, every in (("plain", 0), ("drawn", 2)):
-        assert train(teachers.two, PRUNED_CONFIG, *flags, "--sample_every", every, output_dir=tmp_path / name).code == 0
+        assert train(teachers.one, PRUNED_CONFIG, *flags, "--sample_every", every, output_dir=tmp_path / name).code == 0
     plain, drawn = (weights_of(tmp_path / name) for name in ("plain", "drawn"))
     assert all(torch.equal(plain[name], drawn[name]) for name in plain)
     assert [line["loss"] for line in read_metrics(tmp_path / "plain")] == [
@@ -128,7 +130,7 @@ def test_drawing_leaves_training_as_it_was_bit_for_bit(train, teachers, tmp_path
     states = [checkpoint_tensors(tmp_path / name) for name in ("plain", "drawn")]  # random numbers too
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    pictures = [(tmp_path / name / "samples" / "step_000006.png") for name in ("plain", "drawn")]
+    pictures = [(tmp_path / name / "samples" / "step_000004.png") for name in ("plain", "drawn")]
     np.testing.assert_array_equal(*(np.asarray(Image.open(file)) for file in pictures))
 
 
@@ -149,20 +151,17 @@ def test_the_teacher_draws_once_and_the_student_with_its_averaged_weights(train,
         return plain(field, *values)
 
     monkeypatch.setattr(samples, "sample_in_batches", noted)
-    flags = (*DRAWN, "--max_steps", 4, "--sample_every", 2, "--lr", 1e-2, "--ema_decay", 0.9)
-    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
-    assert drawn_by == ["Teacher", "StudentField", "StudentField"]
-    pictures = tmp_path / "out" / "samples"
-    (above, below), (again, later) = (rows_of(pictures / f"step_00000{step}.png") for step in (2, 4))
-    np.testing.assert_array_equal(above, again)
-    assert (below != later).any()
-    # A run whose schedule is the same and that ends at step 2 saves that average, and ends with its picture:
-    flags = (*flags, "--lr_scheduler", "constant", "--student_rollout", 0, 0, "--feature_loss_weight", 0)
+    # The learning rate of a step does not depend on how many there are, so that a shorter run is a part of a longer one:
+    flags = (*DRAWN, "--sample_every", 2, "--lr", 1e-2, "--ema_decay", 0.9, "--lr_scheduler", "constant",
+             "--student_rollout", 0, 0, "--feature_loss_weight", 0)  # fmt: skip
     for name, steps in (("long", 4), ("short", 2)):
         assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", steps, output_dir=tmp_path / name).code == 0
-    np.testing.assert_array_equal(
-        *(rows_of(tmp_path / n / "samples" / "step_000002.png")[1] for n in ("long", "short"))
-    )
+    assert drawn_by == ["Teacher", "StudentField", "StudentField", "Teacher", "StudentField"]
+    (above, below), (again, later) = (rows_of(tmp_path / "long" / "samples" / f"step_00000{n}.png") for n in (2, 4))
+    np.testing.assert_array_equal(above, again)
+    assert (below != later).any()
+    # The shorter run has saved the average, and drawn with it at its end:
+    np.testing.assert_array_equal(below, rows_of(tmp_path / "short" / "samples" / "step_000002.png")[1])
 
 
 def test_a_picture_that_cannot_be_made_is_the_last_and_the_run_goes_on(train, teachers, tmp_path, monkeypatch):
@@ -175,16 +174,17 @@ def test_a_picture_that_cannot_be_made_is_the_last_and_the_run_goes_on(train, te
     assert outcome.out.count("No sample pictures") == 1 and "no room for the VAE" in outcome.out
 
 
-@pytest.mark.parametrize("shared", [[], ["--shard"]], ids=["DDP", "FSDP2"])
-def test_several_processes_draw_what_one_draws(flags_of, launch, tmp_path, shared):  # noqa: F811
-    flags = ["--num_samples", 2, "--sample_every", 2, "--max_steps", 3]
-    for name, count, batch, extra in (("one", 1, 4, []), ("two", 2, 2, shared)):
+def test_several_processes_draw_what_one_draws(flags_of, launch, tmp_path):  # noqa: F811
+    flags = ["--num_samples", 1, "--sample_every", 2, "--max_steps", 3]
+    for name, count, batch, extra in (("one", 1, 4, []), ("DDP", 2, 2, []), ("FSDP2", 2, 2, ["--shard"])):
         codes, said = launch(count, flags_of(name, *flags, "--batch_size", batch, *extra))
         assert codes == [0] * count, said
-    assert said.count("Teacher above, student below") == 1
-    for step in (2, 3):
-        one, two = (np.asarray(Image.open(tmp_path / n / "samples" / f"step_00000{step}.png")) for n in ("one", "two"))
-        assert np.abs(one.astype(int) - two).max() <= 3, "more than rounding"
+        assert said.count("Teacher above, student below") == 1
+        for step in (2, 3):
+            one, other = (
+                np.asarray(Image.open(tmp_path / n / "samples" / f"step_{step:06d}.png")) for n in ("one", name)
+            )
+            assert np.abs(one.astype(int) - other).max() <= 3, "more than rounding"
 
 
 # ---- the plot ----
@@ -205,6 +205,14 @@ def test_the_plot_shows_every_noise_level_and_the_held_out_error(tmp_path):
     assert len(total.get_xdata()) <= plots.NUM_POINTS and total.get_xdata()[-1] == 250
     assert total.get_ydata()[0] == pytest.approx(sum(1 / step for step in range(1, size + 1)) / size)
     assert len(plots.loss_figure(lines_of(1)).axes) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_without_any_error_is_plotted_too(tmp_path):
+    lines = [line | {"loss": 0.0, "loss_by_sigma": [0.0] * 10} for line in lines_of(3)]
+    plots.save_loss_plot(lines, tmp_path / "loss.png")  # a warning would fail it
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.format == "PNG"
 
 
 def test_the_plot_is_drawn_again_only_as_often_as_its_cost_allows(tmp_path, monkeypatch):
@@ -236,10 +244,16 @@ class StandIn(types.ModuleType):
     def __init__(self, name: str, key: str | None = None):
         super().__init__(name)
         self.__spec__ = types.SimpleNamespace(name=name)
-        self.api = types.SimpleNamespace(api_key=key)
+        self.key, self.is_reached = key, True
         self.started, self.logged, self.finished = None, [], 0
 
+    def login(self, prompt: bool, verify: bool) -> bool:
+        assert not prompt and not verify, "nobody may be there to answer"
+        return self.key is not None
+
     def init(self, **options) -> None:
+        if options.get("mode") == "online" and not self.is_reached:
+            raise ConnectionError("no network")
         self.started = options
 
     def log(self, values: dict, step: int) -> None:
@@ -267,11 +281,24 @@ def test_a_run_is_reported_with_scalars_and_pictures(train, teachers, tmp_path, 
     assert module.finished == 1
 
 
-def test_wandb_is_online_for_those_logged_in_and_does_as_its_own_variable_says(monkeypatch):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert trackers._wandb_mode(StandIn("wandb", key="k")) == "online"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert trackers._wandb_mode(StandIn("wandb", key="k")) == "disabled"
+@pytest.mark.parametrize(
+    "key, is_reached, variable, mode",
+    [
+        ("k", True, "", "online"),
+        (None, True, "", "offline"),
+        ("k", False, "", "offline"),
+        ("k", True, "disabled", "disabled"),
+    ],
+)
+def test_wandb_is_online_only_for_those_who_are_logged_in_and_reach_it(
+    tmp_path, monkeypatch, key, is_reached, variable, mode
+):
+    module = StandIn("wandb", key)
+    module.is_reached = is_reached
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setenv("WANDB_MODE", variable)
+    trackers.RunTracker("wandb", tmp_path, {})
+    assert module.started["mode"] == mode and module.started["dir"] == str(tmp_path)
 
 
 def test_a_library_that_is_missing_is_answered_before_training(train, teachers, tmp_path, monkeypatch):

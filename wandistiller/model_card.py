@@ -195,8 +195,8 @@ def evaluation_rows(file: Path) -> list[str]:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
         about = (
-            f"`evaluate_student.py` on {results['num_prompts']} held-out prompts with {results['num_seeds']} noises each, the "
-            "same noise for both:"
+            f"`evaluate_student.py` on {results['num_prompts']} held-out prompts, noises of each: {results['num_seeds']}, the "
+            "same for both:"
         )
         return [about, table(("", "student", "teacher", "student / teacher"), measured(results))]
     except (OSError, ValueError, KeyError, TypeError):

@@ -96,20 +96,25 @@ def _plot_held_out(axes, measured: Sequence[dict]) -> None:
 
 
 def _finish(axes, what: str) -> None:
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    subs = (1, 2, 5) if high / low > 5 else tuple(range(1, 10))
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter("")
+    if any(value > 0 for line in axes.get_lines() for value in line.get_ydata()):
+        _use_log_scale(axes)  # not for a student that is its teacher: zero has no logarithm
     axes.set_ylabel(what)
     axes.grid(which="major", color="#e4e4e4")
     axes.grid(which="minor", color="#f2f2f2", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
+
+
+def _use_log_scale(axes) -> None:
+    """With plain numbers at the ticks: 0.5, not 5 x 10^-1."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 5 else range(1, 10)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter("")
 
 
 def _dot_if_alone(points: Sequence) -> dict:

@@ -80,8 +80,11 @@ class RunTracker:
 
     def __init__(self, name: str, folder: Path, config: dict):
         self.module = importlib.import_module(name)
-        options = {"dir": str(folder), "mode": _wandb_mode(self.module)} if name == "wandb" else {}
-        self.module.init(project=PROJECT, name=folder.resolve().name, config=config, **options)
+        about = {"project": PROJECT, "name": folder.resolve().name, "config": config}
+        if name == "wandb":
+            _start_wandb(self.module, {**about, "dir": str(folder)})
+        else:
+            self.module.init(**about)
 
     def step(self, metrics: StepMetrics) -> None:
         self.module.log(scalars(metrics), step=metrics.step)
@@ -93,11 +96,26 @@ class RunTracker:
         self.module.finish()
 
 
-def _wandb_mode(module) -> str:
-    """Without a login wandb would ask for one, or refuse; its files can be sent later (`wandb sync`)."""
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
-    return "online" if module.api.api_key else "offline"
+def _start_wandb(module, about: dict) -> None:
+    """Online for those who are logged in and reach it, else into files that `wandb sync` sends later."""
+    mode = os.environ.get("WANDB_MODE") or ("online" if _is_logged_in(module) else "offline")
+    try:
+        module.init(**about, mode=mode)
+    except Exception as error:  # wandb has one type for each way a server is not reached
+        if mode != "online":
+            raise
+        print(
+            f"Warning: wandb is not reached ({type(error).__name__}); its files stay in {about['dir']}", file=sys.stderr
+        )
+        module.init(**about, mode="offline")
+
+
+def _is_logged_in(module) -> bool:
+    """Without a question, which nobody may be there to answer."""
+    try:
+        return module.login(prompt=False, verify=False)
+    except TypeError:  # releases that know no `prompt`
+        return bool(module.api.api_key)
 
 
 def check_report(name: str) -> None:
