@@ -69,9 +69,6 @@ _LITE_FROM_WAN = {
     "mlp.2.bias": ["ffn.net.2.bias"],
 }
 
-# Kept in float32 whatever the compute dtype (diffusers' Wan: _keep_in_fp32_modules).
-_FP32_ISLANDS = re.compile(r"time_embedder|time_proj|scale_shift_table|\.norm")
-
 
 @dataclass
 class ProjectionReport:
@@ -246,6 +243,7 @@ def _empty_student(
     import torch
 
     from wandistiller.fp8 import to_fp8
+    from wandistiller.lift import FP32_ISLANDS
     from wandistiller.student import WanLiteStudent
 
     if config.block == "lite":
@@ -253,7 +251,7 @@ def _empty_student(
     with torch.device("meta"):
         student = WanLiteStudent(config)
     for name, parameter in student.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if _FP32_ISLANDS.search(name) else dtype or torch.float32)
+        parameter.data = parameter.data.to(torch.float32 if FP32_ISLANDS.search(name) else dtype or torch.float32)
     if fp8:
         to_fp8(student)  # before there is memory: a large teacher exists at no other precision
     if shard is not None:
@@ -279,13 +277,15 @@ def _axes_of(teacher_name: str) -> tuple[str | None, ...]:
 
 def _take(tensor: "Tensor", teacher_name: str, selection: "Selection") -> "Tensor":
     """The selected part of a teacher tensor, 2D."""
+    from wandistiller.lift import without_frames
+
     for dim, axis in enumerate(_axes_of(teacher_name)):
         if axis == "6 x channels" and "channels" in selection.axes:
             kept = tensor.unflatten(dim, (6, -1)).index_select(dim + 1, selection.axes["channels"])
             tensor = kept.flatten(dim, dim + 1)
         elif axis in selection.axes:
             tensor = tensor.index_select(dim, selection.axes[axis])
-    return tensor[:, :, 0] if tensor.ndim == 5 else tensor
+    return without_frames(tensor)
 
 
 def _fill(

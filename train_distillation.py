@@ -314,6 +314,7 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     from wandistiller.checkpointing import Checkpoints
     from wandistiller.device import pick_device, pick_dtype, pick_teacher_dtype
     from wandistiller.distributed import join, leave
+    from wandistiller.hub import hub_id
     from wandistiller.model_card import write_model_card
     from wandistiller.optimization import check_optimizer
     from wandistiller.record import distillation_record, save_student
@@ -338,7 +339,6 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     from wandistiller.teacher_cache import CachedAnswers
     from wandistiller.trackers import Trackers, check_report
     from wandistiller.training import train
-    from wandistiller.wan_checkpoint import hub_id
 
     processes = join(args.device, pick_device)
     device, lanes = processes.device, lanes_of(args, processes)

@@ -1,6 +1,7 @@
-"""A file appears whole or not at all: written beside its place, fsynced, renamed."""
+"""A file or folder appears whole or not at all: written beside its place, fsynced, renamed."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,4 +37,24 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         fsync(path.parent)  # the rename itself must survive a power cut
     except BaseException:
         beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which is new or empty; on success it takes its place, on any failure it is removed."""
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        beside.mkdir()
+        yield beside
+        for file in beside.rglob("*"):
+            if not file.is_symlink():
+                fsync(file)
+        fsync(beside)
+        os.replace(beside, path)
+        fsync(path.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
         raise

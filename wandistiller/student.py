@@ -7,6 +7,7 @@ Shapes: B batch, C latent channels, H W latent grid, P patch size, L image token
 N heads, E head dim.
 """
 
+import contextlib
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -372,15 +373,21 @@ class WanLiteStudent(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "WanLiteStudent":
-        """The student saved in `folder`.
+        """The student saved in `folder`, or in a hub repository of that name (`owner/name`).
 
         Raises:
             ConfigError: where a file is missing or damaged, or weights and config do not belong together.
+            HubError: where there is no such folder, and no such repository can be had either.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        config = StudentConfig.load(folder)
+        from wandistiller.hub import fetch, is_hub_id
+
+        if not Path(folder).exists() and is_hub_id(folder):
+            files = [CONFIG_NAME, WEIGHTS_NAME]
+            folder = fetch(str(folder), files, f"a student's folder with {' and '.join(files)}")
+        config = _saved_config(Path(folder))
         path = Path(folder) / WEIGHTS_NAME
         try:
             tensors = load_file(path, device=str(device))
@@ -405,3 +412,15 @@ def mean_text_token(prompt_embeds: Tensor, prompt_lengths: Tensor | None) -> Ten
     lengths = prompt_lengths.to(prompt_embeds.device)[:, None]
     is_text = torch.arange(prompt_embeds.shape[1], device=prompt_embeds.device)[None] < lengths
     return prompt_embeds.masked_fill(~is_text[..., None], 0.0).sum(dim=1) / lengths.clamp(min=1)
+
+
+def _saved_config(folder: Path) -> StudentConfig:
+    """The config beside the weights; where somebody copied the weights alone, the one in their metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    weights = folder / WEIGHTS_NAME
+    if not (folder / CONFIG_NAME).exists() and weights.is_file():
+        with contextlib.suppress(SafetensorError, OSError), safe_open(weights, framework="pt") as file:
+            if text := (file.metadata() or {}).get("student_config"):
+                return StudentConfig.from_json(text, f"{weights}, student_config in its metadata")
+    return StudentConfig.load(folder)

@@ -186,22 +186,29 @@ class StudentConfig:
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
         try:
-            values = json.loads(path.read_text(encoding="utf-8-sig"))
+            text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise ConfigError(f"{path}: there is no such file; give a student_config.json (see config/)") from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
             raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8 JSON") from None
+        return cls.from_json(text, str(path))
+
+    @classmethod
+    def from_json(cls, text: str, where: str = CONFIG_NAME) -> "StudentConfig":
+        """A checked config from JSON; errors begin with `where`."""
+        try:
+            values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ConfigError(
-                f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+                f"{where}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
             ) from None
         except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-            raise ConfigError(f"{path}: not usable JSON: {error}") from None
+            raise ConfigError(f"{where}: not usable JSON: {error}") from None
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: holds a {type(values).__name__}; it must hold one JSON object {{...}}")
-        return cls.from_dict(values, str(path))
+            raise ConfigError(f"{where}: holds a {type(values).__name__}; it must hold one JSON object {{...}}")
+        return cls.from_dict(values, where)
 
     def to_dict(self) -> dict:
         values = asdict(self)

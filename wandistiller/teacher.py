@@ -121,8 +121,8 @@ def resolve_settings(
 ) -> TeacherSettings:
     """What the flags say (the arguments), else the released model's preset, else what the checkpoint's folder records.
 
-    The preset goes before the folder because converted folders carry another shift (3 where A14B was made for 12:
-    diffusers issue 12094). A single --guidance_scale counts for both experts, as in diffusers.
+    An exported student says itself how it is sampled. For the others the preset goes before the folder because converted
+    folders carry another shift (3 where A14B was made for 12: diffusers issue 12094). A single --guidance_scale counts for both experts, as in diffusers.
     """
     has_two = "low" in checkpoint.experts
     if not has_two and guidance_scale_2 is not None:
@@ -154,16 +154,19 @@ def _first(*values):
 
 
 def _recorded(checkpoint: WanCheckpoint) -> ReleasedModel:
-    """The released model of this structure; any other teacher is described by its folder."""
+    """The released model of this structure; any other teacher is described by its folder, or by its own record.
+
+    A student may well have the width of a released model, and must not be guided as one.
+    """
     config, num_experts = checkpoint.config, len(checkpoint.experts)
-    for model in RELEASED_MODELS:
+    record = checkpoint.record
+    for model in RELEASED_MODELS if "guidance_scale" not in record else []:
         if (model.hidden_size, model.num_channels, model.num_experts) == (
             config.hidden_size,
             config.num_channels,
             num_experts,
         ):
             return model
-    record = checkpoint.record
     return ReleasedModel(
         name="the checkpoint's own record" if record or checkpoint.flow_shift else "Wan's usual values",
         hidden_size=config.hidden_size,

@@ -5,11 +5,12 @@ safetensors file with original names (ComfyUI's, also fp8 and fp8_scaled), and a
 """
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from wandistiller.hub import fetch, is_hub_id
+from wandistiller.lift import teacher_record
 from wandistiller.student_config import StudentConfig
 from wandistiller.wan_transformer import (
     LAYOUTS,
@@ -100,7 +101,7 @@ class WanCheckpoint:
         experts: {"high": ...} or {"high": ..., "low": ...} (noise level).
         boundary_ratio, flow_shift: as the pipeline folder records them, else None.
         latents_mean, latents_std, vae_scale_factor: from vae/config.json, else None.
-        record: teacher_record.json (the demo teacher's own defaults), else empty.
+        record: teacher_record.json (the demo teacher's own defaults), or what an exported student says of itself; else empty.
     """
 
     location: str
@@ -139,10 +140,8 @@ class WanCheckpoint:
 def find_text_encoder(path: str | Path) -> tuple[Path, Path]:
     """Encoder and tokenizer folders from `--text_encoder_path`: a pipeline folder, a hub id, or the encoder folder itself."""
     folder = Path(path)
-    if not folder.exists() and _HUB_ID.fullmatch(str(path)):
-        folder = _fetch(
-            str(path), ["text_encoder/*", "tokenizer/*"], "a local folder with text_encoder/ and tokenizer/"
-        )
+    if not folder.exists() and is_hub_id(path):
+        folder = fetch(str(path), ["text_encoder/*", "tokenizer/*"], "a local folder with text_encoder/ and tokenizer/")
     if (folder / "text_encoder").is_dir():
         return folder / "text_encoder", folder / "tokenizer"
     if (folder / "config.json").is_file():
@@ -213,19 +212,14 @@ def _open_folder(folder: Path, location: str) -> WanCheckpoint:
     if (folder / "model_index.json").is_file():
         return _open_pipeline_folder(folder, location)
     if (folder / "student_config.json").is_file():
-        raise CheckpointError(f"{folder}: is a student, not a Wan checkpoint; export it first to use it as a teacher")
+        raise CheckpointError(
+            f"{folder}: is a student, not a Wan checkpoint; to use it as a teacher, export it first: python "
+            "export_student.py --format pipeline"
+        )
     return _open_original_folder(folder, location)
 
 
 # ---- hub ----
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def hub_id(path: str) -> str | None:
-    """What `--teacher_path` names on the hub; None where it is something on this machine."""
-    return path if _HUB_ID.fullmatch(path) and not Path(path).exists() else None
-
 
 _TRANSFORMER_FILES = [
     "model_index.json",
@@ -239,30 +233,6 @@ _TRANSFORMER_FILES = [
     "scheduler/*",
     "vae/config.json",
 ]
-
-
-def _fetch(repo_id: str, patterns: list[str], local: str) -> Path:
-    """Fetch (or find in the hub's cache) only these files of a hub repository; `local` is what to give instead."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        IncompleteSnapshotError,
-        RepositoryNotFoundError,
-    )
-
-    pickles = ["*.bin", "*.pth", "*.pt", "*.ckpt"]
-    try:
-        # The person chose the repository; only safetensors and JSON of it are read.
-        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=pickles))  # nosec B615
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        reason = f"the hub knows no such model, or it needs a login ({type(error).__name__})"
-    except (HfHubHTTPError, HTTPError, IncompleteSnapshotError, OSError) as error:
-        reason = f"the hub cannot be reached and it is not in the local cache ({type(error).__name__})"
-    raise CheckpointError(
-        f"{repo_id}: is no file or folder here, and as a hub id: {reason}. What works without the hub: {local}"
-    )
 
 
 # ---- opening ----
@@ -292,9 +262,9 @@ def open_checkpoint(teacher_path: str | Path, low_noise_path: str | Path | None 
         checkpoint = WanCheckpoint(location, {"high": _open_single_file(path)})
     elif path.is_dir():
         checkpoint = _open_folder(path, location)
-    elif _HUB_ID.fullmatch(location):
+    elif is_hub_id(location):
         checkpoint = _open_folder(
-            _fetch(location, _TRANSFORMER_FILES, f"a local copy as {LOCAL_LAYOUTS}, or mock"), location
+            fetch(location, _TRANSFORMER_FILES, f"a local copy as {LOCAL_LAYOUTS}, or mock"), location
         )
         checkpoint._find_text_encoder = lambda: find_text_encoder(location)
     else:
@@ -302,6 +272,7 @@ def open_checkpoint(teacher_path: str | Path, low_noise_path: str | Path | None 
     if low_noise_path is not None:
         _add_low_noise_file(checkpoint, Path(low_noise_path))
     _check_experts_agree(checkpoint)
+    _complete_from_student(checkpoint)
     return checkpoint
 
 
@@ -317,3 +288,12 @@ def _check_experts_agree(checkpoint: WanCheckpoint) -> None:
     shapes = {name: expert.config for name, expert in checkpoint.experts.items()}
     if len(set(map(StudentConfig.to_json, shapes.values()))) > 1:
         raise CheckpointError(f"{checkpoint.location}: the high-noise and the low-noise expert differ in shape")
+
+
+def _complete_from_student(checkpoint: WanCheckpoint) -> None:
+    """Where no folder around the transformer says how it is sampled, the file of an exported student does itself."""
+    if not checkpoint.record and (student := checkpoint.experts["high"].student):
+        checkpoint.record = teacher_record(student)
+    for name in ("latents_mean", "latents_std", "vae_scale_factor"):
+        if getattr(checkpoint, name) is None:
+            setattr(checkpoint, name, checkpoint.record.get(name))

@@ -1,28 +1,30 @@
-"""The names of Wan's tensors: original and ComfyUI spellings -> one canonical set (diffusers'), and what is no T2V Wan."""
+"""The names of Wan's tensors: original and ComfyUI spellings <-> one canonical set (diffusers'), and what is no T2V Wan."""
 
 import re
 
 COMFYUI_PREFIX = "model.diffusion_model."
 
-# Original -> diffusers (diffusers:scripts/convert_wan_to_diffusers.py). In a block the original's norm3 is diffusers' norm2.
-_ORIGINAL_TO_CANONICAL = [
-    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
-    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
-    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
-    (r"^head\.modulation$", "scale_shift_table"),
-    (r"^head\.head\.", "proj_out."),
-    (r"^(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
-    (r"^(blocks\.\d+)\.norm3\.", r"\1.norm2."),
-    (r"^(blocks\.\d+)\.self_attn\.", r"\1.attn1."),
-    (r"^(blocks\.\d+)\.cross_attn\.", r"\1.attn2."),
-    (r"^(blocks\.\d+\.attn[12])\.([qkv])\.", r"\1.to_\2."),
-    (r"^(blocks\.\d+\.attn[12])\.o\.", r"\1.to_out.0."),
-    (r"^(blocks\.\d+)\.ffn\.0\.", r"\1.ffn.net.0.proj."),
-    (r"^(blocks\.\d+)\.ffn\.2\.", r"\1.ffn.net.2."),
-]
-_ORIGINAL_TO_CANONICAL = [(re.compile(pattern), name) for pattern, name in _ORIGINAL_TO_CANONICAL]
+# Original -> diffusers (diffusers:scripts/convert_wan_to_diffusers.py): the stem of a tensor's name in the model, and in a block.
+_IN_MODEL = {
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
+_IN_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_IN_BLOCK = {
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",  # of a block's three norms only the one before cross-attention has weights
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    **{f"self_attn.{original}": f"attn1.{canonical}" for original, canonical in _IN_ATTENTION.items()},
+    **{f"cross_attn.{original}": f"attn2.{canonical}" for original, canonical in _IN_ATTENTION.items()},
+}
+_TO_CANONICAL = (_IN_MODEL, _IN_BLOCK)
+_TO_ORIGINAL = tuple({canonical: original for original, canonical in table.items()} for table in _TO_CANONICAL)
 
 # Tensors that only other members of the Wan family have, in either spelling.
 _OTHER_KINDS = [
@@ -42,9 +44,20 @@ def uses_original_names(names: list[str]) -> bool:
 def to_canonical(name: str, original: bool) -> str:
     """The canonical (diffusers) name of a tensor as it stands in a file."""
     name = name.removeprefix(COMFYUI_PREFIX)
-    if original:
-        for pattern, replacement in _ORIGINAL_TO_CANONICAL:
-            name = pattern.sub(replacement, name)
+    return _renamed(name, *_TO_CANONICAL) if original else name
+
+
+def to_original(name: str) -> str:
+    """The original name of a tensor, from its canonical one: the inverse of `to_canonical`."""
+    return _renamed(name, *_TO_ORIGINAL)
+
+
+def _renamed(name: str, in_model: dict[str, str], in_block: dict[str, str]) -> str:
+    """A name with its stem replaced; the stem ends at a dot, so that what follows (.weight, .scale_weight) is kept."""
+    block, inside = re.fullmatch(r"(blocks\.\d+\.)?(.+)", name).groups()
+    for stem, other in (in_block if block else in_model).items():
+        if inside == stem or inside.startswith(f"{stem}."):
+            return (block or "") + other + inside.removeprefix(stem)
     return name
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError
+from wandistiller.lift import PATCH_KERNEL, transformer_settings
 from wandistiller.student import WanLiteStudent
 from wandistiller.student_config import ConfigError, StudentConfig
 from wandistiller.wan_names import other_wan_kind, to_canonical, uses_original_names
@@ -110,6 +111,17 @@ def _stored_tensors(path: Path) -> dict[str, tuple[StoredTensor, str]]:
         ) from None
 
 
+def _exported_student(path: Path) -> StudentConfig | None:
+    """The config that export_student.py wrote into the file's metadata: heads and eps, which no tensor tells."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("student_config")
+    if text is None:
+        return None
+    return StudentConfig.from_json(text, f"{path}, student_config in its metadata")
+
+
 class WanTransformer:
     """One Wan transformer (one expert), read lazily under canonical names.
 
@@ -117,6 +129,7 @@ class WanTransformer:
         location: the folder or file it comes from.
         config: its own shape as a StudentConfig.
         ignored: tensors in the files that are no weights of a text-to-video Wan, with the reason.
+        student: the config of the student that was exported to these files, else None.
     """
 
     def __init__(self, location: Path, files: list[Path], settings: dict | None = None):
@@ -124,6 +137,9 @@ class WanTransformer:
         self.location = location
         self.ignored: dict[str, str] = {}
         self._stored = self._index(files)
+        self.student = _exported_student(files[0])
+        if not settings and self.student is not None:
+            settings = transformer_settings(self.student)
         self.config = _own_shape(self._shapes(), settings or {}, location)
         self._check_complete()
 
@@ -227,8 +243,8 @@ def teacher_tensor_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         tensors = WanLiteStudent(config).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    out_channels, in_channels, *patch = shapes["patch_embedding.weight"]
-    shapes["patch_embedding.weight"] = (out_channels, in_channels, 1, *patch)
+    out_channels, in_channels, *patch = shapes[PATCH_KERNEL]
+    shapes[PATCH_KERNEL] = (out_channels, in_channels, 1, *patch)
     return shapes
 
 

@@ -1,0 +1,182 @@
+"""Write a trained student as the Wan it is, for the tools people already use: diffusers, ComfyUI, or this one as a teacher.
+
+    python export_student.py --student outputs/demo --format pipeline --output outputs/demo_pipeline
+    python export_student.py --student outputs/demo --format original --dtype bf16 --output outputs/demo.safetensors
+
+diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder, original one file as ComfyUI reads it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wandistiller.command_line import FlagParser, path, run_command
+from wandistiller.errors import UserError
+from wandistiller.output_folder import check_output_folder
+from wandistiller.student_config import CONFIG_NAME, StudentConfig
+from wandistiller.student_folder import find_recorded_encoder, load_student_config, student_sampling, teacher_paths
+
+if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
+    from wandistiller.sampling import SamplingOptions
+
+FORMATS = ["diffusers", "original", "pipeline"]
+ORIGINAL_NAME = "wan_student.safetensors"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = FlagParser(
+        "export_student.py",
+        "Export a trained student to diffusers or ComfyUI. Flags are accepted with underscores or hyphens.",
+        "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted, 1 anything else.",
+    )
+    model = parser.group("Model")
+    model.flag(
+        "--student", "folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path
+    )
+    output = parser.group("Output")
+    output.flag(
+        "--format",
+        "diffusers: a transformer folder; pipeline: a whole pipeline folder; original: one file for ComfyUI",
+        required=True,
+        choices=FORMATS,
+    )
+    output.flag(
+        "--output", f"a new folder; for original also a file, else {ORIGINAL_NAME} in it", required=True, type=path
+    )
+    output.flag(
+        "--dtype",
+        "of the weights; norms, modulation and time embedding stay fp32; fp8 (original only) is float8_e4m3fn in the blocks",
+        "fp32",
+        choices=["fp32", "bf16", "fp16", "fp8"],
+    )
+    parts = parser.group("The rest of a pipeline (left out: from the teacher that the student records)")
+    parts.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
+    parts.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan", type=path)
+    parts.flag("--text_encoder_path", "folder or hub id with text_encoder/ and tokenizer/", type=path)
+    parts.flag("--link", "link to these folders instead of copying them", False, action="store_true")
+    return parser.parse(argv)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together."""
+    if args.dtype == "fp8" and args.format != "original":
+        raise UserError(
+            f"--dtype fp8 is for --format original; diffusers reads no such files, give bf16 with {args.format}"
+        )
+    for name in ("teacher_path", "vae_path", "text_encoder_path", "link"):
+        if getattr(args, name) and args.format != "pipeline":
+            raise UserError(f"--{name} belongs to --format pipeline; the other formats hold the transformer alone")
+
+
+def read_config(args: argparse.Namespace) -> StudentConfig:
+    """The student's config; a pipeline is also told by its record how to draw."""
+    config = load_student_config(args.student) if args.format == "pipeline" else StudentConfig.load(args.student)
+    if config.block != "wan":
+        raise UserError(
+            f'{Path(args.student) / CONFIG_NAME}: a student of block "{config.block}" is no Wan, and no other tool knows its '
+            'architecture; only block "wan" can be exported'
+        )
+    return config
+
+
+def check_output(args: argparse.Namespace) -> Path:
+    """Where the export goes; what is there already is never replaced."""
+    target = Path(args.output)
+    if args.format == "original":
+        target = target if target.suffix == ".safetensors" else target / ORIGINAL_NAME
+        check_output_folder(target.parent, "--output")
+        if target.exists():
+            raise UserError(f"--output {target}: is there already; give another name")
+        return target
+    check_output_folder(target, "--output")
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(f"--output {target}: holds files already; give a new folder")
+    return target
+
+
+def find_parts(args: argparse.Namespace, config: StudentConfig) -> tuple[dict[str, Path], dict[str, list]]:
+    """Folders of VAE, text encoder and tokenizer, each known to be the student's, and the classes of the text parts."""
+    from wandistiller.export import check_statistics, text_classes, vae_folder
+    from wandistiller.pictures import find_vae, load_vae
+
+    teacher = teacher_paths(config, args.teacher_path)[0] if not (args.vae_path and args.text_encoder_path) else "mock"
+    vae = vae_folder(*find_vae(args.vae_path, teacher))
+    encoder = find_recorded_encoder(config, args.text_encoder_path, teacher)
+    if encoder is None:
+        raise UserError(
+            "this student learnt the mock teacher's stand-in embeddings; there is no text encoder for a pipeline, export it "
+            "as diffusers or original"
+        )
+    check_statistics(load_vae(str(vae), None, config.num_channels, config.vae_scale_factor).config, config, vae)
+    return {"vae": vae, "text_encoder": encoder[0], "tokenizer": encoder[1]}, text_classes(encoder[0])
+
+
+def example(config: StudentConfig, folder: Path, options: "SamplingOptions") -> str:
+    """What to type to draw with diffusers."""
+    slots = config.text_max_length
+    extra = f", max_sequence_length={slots}" if slots != 512 else ""
+    size = config.image_size
+    return (
+        "To draw:\n"
+        f'  pipe = diffusers.WanPipeline.from_pretrained("{folder}", torch_dtype=torch.float32)\n'
+        f"  pipe(prompt, num_frames=1, guidance_scale=1.0, num_inference_steps={options.num_inference_steps}, "
+        f"height={size}, width={size}{extra}).frames[0][0]"
+    )
+
+
+def print_warnings(config: StudentConfig, export_format: str) -> None:
+    """What the export cannot carry into other tools."""
+    from wandistiller.comfyui import comfyui_warnings
+
+    low, high = (config.distillation or {}).get("sigma_range") or (0.0, 1.0)
+    warnings = comfyui_warnings(config) if export_format == "original" else []
+    if low > 0.0 or high < 1.0:
+        warnings.append(f"trained at sigma {low:g} to {high:g} only; a picture needs all of 0 to 1")
+    for warning in warnings:
+        print(f"Warning: {warning}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    # What a person typed is checked before torch loads:
+    args = parse_args(argv)
+    check_flags(args)
+    config = read_config(args)
+    target = check_output(args)
+
+    import torch
+
+    from wandistiller.atomic import atomic_folder
+    from wandistiller.comfyui import comfyui_settings
+    from wandistiller.export import write_original_file, write_pipeline_parts, write_transformer_folder
+    from wandistiller.student import WanLiteStudent
+
+    # Every file, before one is written:
+    parts, classes = find_parts(args, config) if args.format == "pipeline" else ({}, {})
+    tensors = WanLiteStudent.from_pretrained(args.student).state_dict()
+
+    # The file or folder, whole or not at all:
+    if args.format == "original":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_original_file(tensors, config, target, args.dtype)
+    else:
+        with atomic_folder(target) as folder:
+            if args.format == "pipeline":
+                options = student_sampling(config, None, torch.float32, "cpu")
+                write_pipeline_parts(config, folder, options, parts, classes, link=args.link)
+            transformer = folder / "transformer" if args.format == "pipeline" else folder
+            transformer.mkdir(exist_ok=True)
+            write_transformer_folder(tensors, config, transformer, args.dtype)
+
+    # How to use it:
+    print_warnings(config, args.format)
+    print(f"Wrote {target}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters, {args.dtype}")
+    if args.format == "pipeline":
+        print(example(config, target, options))
+    if args.format == "original":
+        print(f"In ComfyUI: {comfyui_settings(config)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

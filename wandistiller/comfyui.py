@@ -1,0 +1,56 @@
+"""What ComfyUI makes of a student's file: which of it is read, what is taken as given, and with which settings it draws.
+
+Read from Comfy-Org/ComfyUI 0.3.64 and unchanged in 2026: comfy/model_detection.py (detect_unet_config), supported_models.py
+(WAN21_T2V, WAN22_T2V), ldm/wan/model.py (WanModel), text_encoders/wan.py, latent_formats.py (Wan21, Wan22).
+"""
+
+from wandistiller.student_config import StudentConfig
+from wandistiller.teacher import RELEASED_LATENTS
+
+HEAD_DIM = 128
+# What WanModel has where no tensor is asked: by key of a student's config.
+_GIVEN = {"patch_size": 2, "freq_dim": 256, "eps": 1e-6, "text_encoder_output_dim": 4096, "text_max_length": 512}
+_MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
+
+
+def comfyui_warnings(config: StudentConfig) -> list[str]:
+    """Why ComfyUI would refuse a wan student or draw it wrongly, a sentence each; empty where it draws it right.
+
+    It recognises a Wan by head.modulation, and reads width, FFN, depth and channels from the tensors. The number of heads
+    is not in any: it is taken to be the width // 128.
+    """
+    warnings = []
+    heads = config.hidden_size // HEAD_DIM
+    if config.num_heads != heads:
+        warnings.append(
+            f"ComfyUI takes hidden_size // {HEAD_DIM} = {heads} for the number of heads, this student has "
+            f"{config.num_heads} (of {config.head_dim} channels): it would {'draw noise' if heads else 'not load'}"
+        )
+    for name, given in _GIVEN.items():
+        if (value := getattr(config, name)) != given:
+            warnings.append(f"ComfyUI takes {name} {given:g} as given, this student has {value:g}")
+    if config.num_channels not in RELEASED_LATENTS:
+        warnings.append(f"ComfyUI knows Wan latents of 16 or 48 channels, this student's have {config.num_channels}")
+    elif not _has_released_latents(config):
+        warnings.append("ComfyUI normalises latents as the released VAE's, this student learnt others")
+    return warnings
+
+
+def _has_released_latents(config: StudentConfig) -> bool:
+    """Whether mean and std of the student's latents, where it records them, are those of the released VAE."""
+    record = config.distillation or {}
+    for name, released in zip(("latents_mean", "latents_std"), RELEASED_LATENTS[config.num_channels], strict=True):
+        values = record.get(name) or released
+        if any(abs(value - given) > _MAX_STATISTICS_ERROR for value, given in zip(values, released, strict=True)):
+            return False
+    return True
+
+
+def comfyui_settings(config: StudentConfig) -> str:
+    """The nodes and values that draw as the student was taught; ComfyUI's own shift for Wan is 8."""
+    record = config.distillation or {}
+    few = record.get("student_steps")
+    steps = few or record.get("num_inference_steps")
+    sampler = f"KSampler with {f'steps {steps}, ' if steps else ''}cfg 1, {'euler' if few else 'uni_pc'}, simple"
+    shift = f"ModelSamplingSD3 with shift {record['shift']:g}, " if "shift" in record else ""
+    return f"Load Diffusion Model, {shift}{sampler}; a latent of length 1; the text encoder as type wan"

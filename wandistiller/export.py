@@ -1,0 +1,118 @@
+"""A wan student on disk as other tools have a Wan: a diffusers transformer folder, a whole pipeline, one file of original names.
+
+Each carries the student's own config in the metadata of its weights, so that it is a teacher again (`wan_checkpoint`).
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wandistiller.atomic import atomic_path
+from wandistiller.errors import UserError
+from wandistiller.hub import fetch
+from wandistiller.lift import lift, teacher_record, transformer_settings
+from wandistiller.sampling import SamplingOptions, wan_scheduler
+from wandistiller.student_config import StudentConfig
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+_MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
+
+
+def write_original_file(tensors: dict[str, Tensor], config: StudentConfig, path: Path, dtype: str = "fp32") -> None:
+    """One safetensors file of original Wan names, whole or not at all; `tensors` is the student's state dict."""
+    _save(lift(tensors, dtype, original=True), config, path)
+
+
+def write_transformer_folder(
+    tensors: dict[str, Tensor], config: StudentConfig, folder: Path, dtype: str = "fp32"
+) -> None:
+    """config.json and weights of a diffusers WanTransformer3DModel, into an existing folder."""
+    _write_json(transformer_settings(config), folder / "config.json")
+    _save(lift(tensors, dtype), config, folder / WEIGHTS_NAME)
+
+
+def write_pipeline_parts(
+    config: StudentConfig,
+    folder: Path,
+    options: SamplingOptions,
+    parts: dict[str, Path],
+    classes: dict[str, list],
+    *,
+    link: bool,
+) -> None:
+    """All of a WanPipeline folder but its transformer.
+
+    Args:
+        options: how the student draws; the scheduler is that of `wandistiller.sampling`.
+        parts: the folders of "vae", "text_encoder" and "tokenizer".
+        classes: library and class of the two text parts, as `text_classes` finds them.
+        link: make links to these folders instead of copies.
+    """
+    for name, source in parts.items():
+        _place(source, folder / name, link)
+    wan_scheduler(options.shift, options.num_inference_steps, options.sampler).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "WanPipeline",
+        "boundary_ratio": None,
+        "expand_timesteps": False,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        **classes,
+    }
+    _write_json(dict(sorted(index.items())), folder / "model_index.json")
+    _write_json(teacher_record(config), folder / "teacher_record.json")
+
+
+def text_classes(encoder: Path) -> dict[str, list]:
+    """Library and class of text encoder and tokenizer: as the pipeline folder around them says, else the released Wans'."""
+    classes = {"text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
+    index_path = encoder.parent / "model_index.json"
+    index = json.loads(index_path.read_text(encoding="utf-8")) if index_path.is_file() else {}
+    return {name: index.get(name, default) for name, default in classes.items()}
+
+
+def vae_folder(location: str, subfolder: str | None) -> Path:
+    """The VAE's folder on this disk, from what `pictures.find_vae` found; one on the hub is fetched."""
+    folder = Path(location)
+    if not folder.exists():
+        folder = fetch(location, ["vae/*"], "a local folder with vae/, as --vae_path")
+    return folder / subfolder if subfolder else folder
+
+
+def check_statistics(vae_config, config: StudentConfig, where: Path) -> None:
+    """Refuse a VAE of other latents than the student's: WanPipeline takes mean and std from the VAE's config."""
+    record = config.distillation or {}
+    for name in ("latents_mean", "latents_std"):
+        ours, theirs = record.get(name), vae_config[name]
+        if ours and _differ(ours, theirs):
+            raise UserError(
+                f"{where}: has other {name} than the latents this student learnt; give --vae_path its teacher's own VAE"
+            )
+
+
+def _differ(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    return any(abs(a - b) > _MAX_STATISTICS_ERROR for a, b in zip(ours, theirs, strict=True))
+
+
+def _save(tensors: dict[str, Tensor], config: StudentConfig, path: Path) -> None:
+    with atomic_path(path) as file:
+        save_file(tensors, file, metadata={"format": "pt", "student_config": config.to_json()})
+
+
+def _write_json(values: dict, path: Path) -> None:
+    with atomic_path(path) as file:
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _place(source: Path, target: Path, link: bool) -> None:
+    """A copy of a folder without its pickles, or a link to it."""
+    if link:
+        target.symlink_to(source.resolve(), target_is_directory=True)
+    else:
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.bin", "*.pth", "*.pt", "*.ckpt", ".*"))

@@ -1,0 +1,50 @@
+"""Files of a hub repository: only those asked for, and one sentence where they cannot be had."""
+
+import re
+from pathlib import Path
+
+from wandistiller.errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PICKLES = ["*.bin", "*.pth", "*.pt", "*.ckpt"]
+
+
+class HubError(UserError):
+    """A hub repository that is not there, or cannot be reached."""
+
+
+def is_hub_id(text: str | Path) -> bool:
+    """Whether this could name a hub repository: `owner/name`. A folder of that name goes before it."""
+    return _HUB_ID.fullmatch(str(text)) is not None
+
+
+def hub_id(path: str) -> str | None:
+    """The hub repository that a path names; None where it is something on this machine."""
+    return path if is_hub_id(path) and not Path(path).exists() else None
+
+
+def fetch(repo_id: str, patterns: list[str], local: str) -> Path:
+    """Fetch (or find in the hub's cache) only these files of a hub repository; `local` is what to give instead.
+
+    Raises:
+        HubError: there is no such repository, or it cannot be reached and is not in the cache.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        IncompleteSnapshotError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        # The person chose the repository; only safetensors and JSON of it are read.
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=_PICKLES))  # nosec B615
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        reason = f"the hub knows no such model, or it needs a login ({type(error).__name__})"
+    except (HfHubHTTPError, HTTPError, IncompleteSnapshotError, OSError) as error:
+        reason = f"the hub cannot be reached and it is not in the local cache ({type(error).__name__})"
+    raise HubError(
+        f"{repo_id}: is no file or folder here, and as a hub id: {reason}. What works without the hub: {local}"
+    )
