@@ -11,9 +11,9 @@ import pytest
 from conftest import IDENTITY_CONFIG, PRUNED_CONFIG
 from huggingface_hub import ModelCard
 
+from wandistiller.hub import hub_id
 from wandistiller.model_card import plain, write_model_card
 from wandistiller.student_config import StudentConfig
-from wandistiller.wan_checkpoint import hub_id
 
 RECORD = {
     "teacher_path": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "base_model": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
