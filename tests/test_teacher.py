@@ -39,10 +39,10 @@ def make_teacher(folder, *, two_experts: bool, **settings):
 
 
 def count_calls(teacher: Teacher) -> dict[str, list[int]]:
-    """Batch sizes of the forward calls of each expert, as they come."""
+    """Rows that each expert answers in its forward calls, both halves of guidance counted, as they come."""
     calls: dict[str, list[int]] = {name: [] for name in teacher.experts}
     for name, expert in teacher.experts.items():
-        expert.register_forward_pre_hook(lambda _module, args, name=name: calls[name].append(len(args[0])))
+        expert.register_forward_hook(lambda _module, _args, output, name=name: calls[name].append(len(output)))
     return calls
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from wandistiller.activations import FP32, block_input_bytes, inference_bytes, training_bytes
 from wandistiller.answers import REPLAY_BATCHES
-from wandistiller.flops import BACKWARD_PASSES, num_image_tokens, transformer_flops
+from wandistiller.flops import BACKWARD_PASSES, guided_flops, num_image_tokens, transformer_flops
 from wandistiller.renoise import SAMPLES_PER_LANE
 from wandistiller.segments import READY_PER_LANE
 from wandistiller.states import PATHS_PER_LANE
@@ -104,7 +104,7 @@ class Workload:
 
     @property
     def teacher_text_tokens(self) -> int:
-        """Both halves of a guided batch are padded to the longer prompt."""
+        """That either half of a guided batch sees at most."""
         return max(self.text_tokens, self.negative_text_tokens + 1 if self.uses_guidance else 0)
 
 
@@ -332,15 +332,16 @@ class StepFlops:
 def step_flops(workload: Workload) -> StepFlops:
     """Guidance is two forward passes of the teacher; a cached or replayed answer costs none."""
     passes = workload.grad_accum_steps
-    teacher = transformer_flops(
-        workload.teacher, num_image_tokens(workload.teacher, workload.latent_size), workload.teacher_text_tokens
+    asked = workload.teacher, num_image_tokens(workload.teacher, workload.latent_size), workload.text_tokens
+    teacher = (
+        guided_flops(*asked, workload.negative_text_tokens + 1) if workload.uses_guidance else transformer_flops(*asked)
     )
     student = transformer_flops(
         workload.student, num_image_tokens(workload.student, workload.latent_size), workload.text_tokens
     )
     forward = passes * workload.batch_size * student
     return StepFlops(
-        teacher=passes * workload.calls_per_step * workload.teacher_samples * teacher,
+        teacher=passes * workload.calls_per_step * workload.batch_size * teacher,
         student_forward=forward,
         student_backward=BACKWARD_PASSES * forward,
         recompute=forward if workload.gradient_checkpointing else 0,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wandistiller.flops import num_image_tokens, transformer_flops
+from wandistiller.flops import guided_flops, num_image_tokens, transformer_flops
 from wandistiller.sampling import VelocityField
 from wandistiller.teacher import Teacher
 
@@ -176,15 +176,14 @@ def count_parameters(*models: torch.nn.Module) -> int:
 def picture_flops(field: Teacher, latent_size: int, num_tokens: int) -> tuple[int, int]:
     """FLOPs of one forward pass and of one sampling step at sigma 1, of one picture whose prompt has `num_tokens` tokens.
 
-    Guidance takes two passes, over texts padded to the longer of the prompt and the negative prompt.
+    Guidance takes two passes, which share what is equal in both.
     """
     config = field.experts["high"].config
     num_image = num_image_tokens(config, latent_size)
     forward = transformer_flops(config, num_image, num_tokens + 1)  # and the token that stands for the padding
     if field.settings.guidance_scale == 1.0:
         return forward, forward
-    longest = max(num_tokens, len(field.negative_prompt_embeds))
-    return forward, 2 * transformer_flops(config, num_image, longest + 1)
+    return forward, guided_flops(config, num_image, num_tokens + 1, len(field.negative_prompt_embeds) + 1)
 
 
 @torch.inference_mode()

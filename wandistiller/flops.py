@@ -24,26 +24,45 @@ def transformer_flops(config: StudentConfig, num_image_tokens: int, num_text_tok
     return count(config, num_image_tokens, num_text_tokens)
 
 
+def guided_flops(config: StudentConfig, num_image_tokens: int, num_text_tokens: int, num_negative_tokens: int) -> int:
+    """FLOPs of one sample with guidance: a pass for the prompt and one for the negative prompt, which share their start."""
+    halves = (transformer_flops(config, num_image_tokens, tokens) for tokens in (num_text_tokens, num_negative_tokens))
+    shared = _ends_flops(config, num_image_tokens) // 2 + _time_flops(config)
+    if config.block == "wan":
+        shared += _self_attention_flops(config, num_image_tokens)  # the first block's
+    return sum(halves) - shared
+
+
 def _wan_flops(config: StudentConfig, image: int, text: int) -> int:
     width = config.hidden_size
-    patch_values = config.patch_size**2 * config.num_channels
-    ends = 2 * (2 * image * patch_values * width)  # patch embedding and head
-    time = 2 * (config.freq_dim * width + width**2 + 6 * width**2)
     text_embedder = 2 * text * (config.text_encoder_output_dim * width + width**2)
-    self_attention = 2 * image * 4 * width**2 + _attention_flops(image, image, width)
     cross_attention = 2 * (2 * image + 2 * text) * width**2 + _attention_flops(image, text, width)
     ffn = 2 * image * 2 * width * config.ffn_dim
-    return ends + time + text_embedder + config.depth * (self_attention + cross_attention + ffn)
+    blocks = config.depth * (_self_attention_flops(config, image) + cross_attention + ffn)
+    return _ends_flops(config, image) + _time_flops(config) + text_embedder + blocks
 
 
 def _lite_flops(config: StudentConfig, image: int, text: int) -> int:
     """The text is a mean over its tokens here, so that their number costs nothing."""
     width = config.hidden_size
-    ends = 2 * (2 * image * 9 * config.num_channels * width)  # two convolutions 3x3
-    time = 2 * (4 * width**2 + 4 * width**2)
     text_projection = 2 * config.text_encoder_output_dim * width
-    block = 2 * image * (4 * width**2 + 2 * width * config.ffn_dim) + _attention_flops(image, image, width)
-    return ends + time + text_projection + config.depth * block
+    block = _self_attention_flops(config, image) + 2 * image * 2 * width * config.ffn_dim
+    return _ends_flops(config, image) + _time_flops(config) + text_projection + config.depth * block
+
+
+def _ends_flops(config: StudentConfig, image: int) -> int:
+    """The first layer and the last: patches and head, or two convolutions 3x3."""
+    values = config.patch_size**2 if config.block == "wan" else 9
+    return 2 * (2 * image * values * config.num_channels * config.hidden_size)
+
+
+def _time_flops(config: StudentConfig) -> int:
+    width = config.hidden_size
+    return 2 * (config.freq_dim * width + 7 * width**2 if config.block == "wan" else 8 * width**2)
+
+
+def _self_attention_flops(config: StudentConfig, image: int) -> int:
+    return 2 * image * 4 * config.hidden_size**2 + _attention_flops(image, image, config.hidden_size)
 
 
 def _attention_flops(queries: int, keys: int, width: int) -> int:

@@ -9,28 +9,22 @@ N heads, E head dim.
 
 import contextlib
 import math
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from wandistiller.positions import apply_rope, rope_table, sincos_positions, sinusoidal_embedding
 from wandistiller.student_config import CONFIG_NAME, ConfigError, StudentConfig
 
 WEIGHTS_NAME = "diffusion_model.safetensors"
-ROPE_THETA = 10000.0
 
 
-# ---- text and positions: pure functions ----
-
-
-def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """[cos | sin] features of a float timestep (B,) -> (B, dim), in float32 as diffusers computes Wan's."""
-    exponent = -math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=timestep.device) / (dim // 2)
-    angles = timestep.float()[:, None] * torch.exp(exponent)[None]
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+# ---- text and modulation: pure functions ----
 
 
 def fold_text_padding(prompt_embeds: Tensor, prompt_lengths: Tensor, text_max_length: int) -> tuple[Tensor, Tensor]:
@@ -57,47 +51,19 @@ def fold_text_padding(prompt_embeds: Tensor, prompt_lengths: Tensor, text_max_le
     return torch.cat([text, text.new_zeros(batch, 1, text_dim)], dim=1), bias[:, None, None]
 
 
-def _axis_angles(dim: int, length: int) -> Tensor:
-    """Angles (length, dim / 2) of one axis: position x theta^(-2i / dim), in float64 as the original does."""
-    inverse = ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    return torch.outer(torch.arange(length, dtype=torch.float64), inverse)
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a table first made for sampling may serve training later
-def rope_table(head_dim: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (L, 1, E / 2) of Wan's RoPE at frame 0: the temporal channels come first and stay unrotated."""
-    axis_dim = 2 * (head_dim // 6)
-    temporal = torch.zeros(height, width, (head_dim - 2 * axis_dim) // 2, dtype=torch.float64)
-    rows = _axis_angles(axis_dim, height)[:, None].expand(height, width, -1)
-    columns = _axis_angles(axis_dim, width)[None].expand(height, width, -1)
-    angles = torch.cat([temporal, rows, columns], dim=-1).flatten(0, 1)[:, None]
-    return angles.cos().float().to(device), angles.sin().float().to(device)
-
-
-def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the interleaved channel pairs (2i, 2i + 1) of x (B, L, N, E)."""
-    cos, sin = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def sincos_positions(dim: int, height: int, width: int, device: torch.device) -> Tensor:
-    """Parameter-free 2D positions (L, dim): half the channels for the row, the rest for the column."""
-    rows_dim = 2 * (dim // 4)
-    rows, columns = _axis_angles(rows_dim, height), _axis_angles(dim - rows_dim, width)
-    rows = torch.cat([rows.sin(), rows.cos()], dim=-1)[:, None].expand(height, width, -1)
-    columns = torch.cat([columns.sin(), columns.cos()], dim=-1)[None].expand(height, width, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1).float().to(device)
-
-
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    """x (1 + scale) + shift in one pass; the residuals below are such passes too."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 # ---- Wan's blocks in 2D ----
+
+
+class Text(NamedTuple):
+    """What some rows of a batch attend to."""
+
+    embeds: Tensor  # (B, S, D), or (1, S, D) for all of them
+    bias: Tensor | None = None  # of the attention logits, (B, 1, 1, S)
 
 
 class Fp32LayerNorm(nn.LayerNorm):
@@ -129,19 +95,27 @@ class WanAttention(nn.Module):
         self.norm_q = Fp32RMSNorm(hidden_size, eps=eps)
         self.norm_k = Fp32RMSNorm(hidden_size, eps=eps)
 
-    def forward(
-        self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None = None, bias: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, texts: Sequence[Text] = (), rope: Tensor | None = None) -> Tensor:
+        """Attend to x itself, or each equal share of its rows to a text of its own."""
         query = self.norm_q(self.to_q(x)).unflatten(2, (self.num_heads, -1))  # (B, L, N, E)
+        contexts = texts or [Text(x)]
+        attended = [
+            self._attend(part, *context, rope)
+            for part, context in zip(query.chunk(len(contexts)), contexts, strict=True)
+        ]
+        return self.to_out[0](attended[0] if len(attended) == 1 else torch.cat(attended))  # (B, L, D)
+
+    def _attend(self, query: Tensor, context: Tensor, bias: Tensor | None, rope: Tensor | None) -> Tensor:
         key = self.norm_k(self.to_k(context)).unflatten(2, (self.num_heads, -1))
         value = self.to_v(context).unflatten(2, (self.num_heads, -1))
         if rope is not None:
             query, key = apply_rope(query, rope), apply_rope(key, rope)
         query, key = query.to(value.dtype), key.to(value.dtype)  # the norms answer in float32
+        if len(value) != len(query):  # one text for all rows
+            key, value = (part.expand(len(query), -1, -1, -1) for part in (key, value))
         bias = None if bias is None else bias.to(value.dtype)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, N, L, E)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.to_out[0](attended.transpose(1, 2).flatten(2))  # (B, L, D)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
 class GeluProjection(nn.Module):
@@ -178,15 +152,18 @@ class WanBlock(nn.Module):
         self.ffn = FeedForward(hidden_size, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, hidden_size) / hidden_size**0.5)
 
-    def forward(
-        self, x: Tensor, timestep_proj: Tensor, text: Tensor, text_bias: Tensor | None, rope: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        table = self.scale_shift_table.float() + timestep_proj
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.chunk(6, dim=1)  # (B, 1, D) each
-        attended = modulate(self.norm1(x), shift_msa, scale_msa).to(text.dtype)
-        x = x + gate_msa * self.attn1(attended, attended, rope=rope)
-        x = x + self.attn2(self.norm2(x).to(text.dtype), text, bias=text_bias)
-        return x + gate_mlp * self.ffn(modulate(self.norm3(x), shift_mlp, scale_mlp).to(text.dtype))
+    def forward(self, x: Tensor, timestep_proj: Tensor, texts: Sequence[Text], rope: Tensor) -> Tensor:
+        """x (B, L, D) of an earlier block; of the first one, rows that differ in their text alone may still be one row."""
+        dtype = texts[0].embeds.dtype
+        table = self.scale_shift_table.float() + timestep_proj  # (B, 6, D)
+        shift_msa, scale_msa, gate_msa = table[: len(x), :3].chunk(3, dim=1)
+        shift_mlp, scale_mlp, gate_mlp = table[:, 3:].chunk(3, dim=1)
+        attended = self.attn1(modulate(self.norm1(x), shift_msa, scale_msa).to(dtype), rope=rope)
+        x = torch.addcmul(x, gate_msa, attended)
+        if len(x) != len(table):
+            x = x.repeat(len(table) // len(x), 1, 1)
+        x = x + self.attn2(self.norm2(x).to(dtype), texts)
+        return torch.addcmul(x, gate_mlp, self.ffn(modulate(self.norm3(x), shift_mlp, scale_mlp).to(dtype)))
 
 
 class MlpEmbedder(nn.Module):
@@ -275,7 +252,12 @@ class WanLiteStudent(nn.Module):
         self.conv_out = nn.Conv2d(hidden_size, channels, 3, padding=1)
 
     def forward(
-        self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor | None = None
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        prompt_lengths: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
     ) -> Tensor:
         """Velocity (noise - x_0) at a noise level.
 
@@ -285,14 +267,21 @@ class WanLiteStudent(nn.Module):
             prompt_embeds: (B, S, text_dim).
             prompt_lengths: (B,) tokens that are text; the rest up to text_max_length then counts as Wan's zero
                 padding. None: all S positions are used as they come.
+            negative_prompt_embeds: (S', text_dim), all of it text: also answer for this prompt, sharing all that is equal.
 
         Returns:
-            Velocity (B, C, H, W) in the dtype of `latents`.
+            Velocity (B, C, H, W) in the dtype of `latents`; with a negative prompt (2 B, C, H, W), its half last.
         """
-        self._check_inputs(latents, prompt_embeds)
+        prompts = [(prompt_embeds, prompt_lengths)]
+        if negative_prompt_embeds is not None:
+            num_tokens = len(negative_prompt_embeds)
+            length = None if prompt_lengths is None else torch.full((1,), num_tokens, device=latents.device)
+            prompts.append((negative_prompt_embeds[None].to(prompt_embeds), length))
+        for embeds, _ in prompts:
+            self._check_inputs(latents, embeds)
         timestep = timestep.expand(latents.shape[0])
         forward = self._forward_wan if self.config.block == "wan" else self._forward_lite
-        return forward(latents, timestep, prompt_embeds, prompt_lengths).to(latents.dtype)
+        return forward(latents, timestep, prompts).to(latents.dtype)
 
     def _check_inputs(self, latents: Tensor, prompt_embeds: Tensor) -> None:
         channels, patch, text_dim = (
@@ -308,44 +297,50 @@ class WanLiteStudent(nn.Module):
             raise ValueError(f"prompt_embeds of shape {tuple(prompt_embeds.shape)}: expected (B, S, {text_dim})")
 
     def _forward_wan(
-        self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor | None
+        self, latents: Tensor, timestep: Tensor, prompts: Sequence[tuple[Tensor, Tensor | None]]
     ) -> Tensor:
         dtype = self.patch_embedding.weight.dtype
         patch = self.config.patch_size
         grid_height, grid_width = latents.shape[2] // patch, latents.shape[3] // patch
         rope = rope_table(self.config.head_dim, grid_height, grid_width, latents.device)
-        temb, timestep_proj = self.condition_embedder(timestep)
-        text_bias = None
-        if prompt_lengths is not None:
-            prompt_embeds, text_bias = fold_text_padding(prompt_embeds, prompt_lengths, self.config.text_max_length)
-        text = self.condition_embedder.text_embedder(prompt_embeds.to(dtype))  # (B, S, D)
+        temb, timestep_proj = (
+            part.repeat(len(prompts), *[1] * (part.ndim - 1)) for part in self.condition_embedder(timestep)
+        )
+        texts = tuple(self._embed_text(*prompt, dtype) for prompt in prompts)
 
         x = self.patch_embedding(latents.to(dtype)).flatten(2).transpose(1, 2).float()  # (B, L, D)
         for block in self.blocks:
-            x = self._run(block, x, timestep_proj, text, text_bias, rope)
+            x = self._run(block, x, timestep_proj, texts, rope)
 
         shift_out, scale_out = (self.scale_shift_table.float() + temb[:, None]).chunk(2, dim=1)
-        x = self.proj_out(modulate(self.norm_out(x), shift_out, scale_out).to(text.dtype))  # (B, L, P*P*C)
+        x = self.proj_out(modulate(self.norm_out(x), shift_out, scale_out).to(texts[0].embeds.dtype))  # (B, L, P*P*C)
         x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (grid_height, grid_width))  # (B, h, w, P, P, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
 
-    def _run(self, block: nn.Module, *inputs: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
+    def _embed_text(self, prompt_embeds: Tensor, prompt_lengths: Tensor | None, dtype: torch.dtype) -> Text:
+        bias = None
+        if prompt_lengths is not None:
+            prompt_embeds, bias = fold_text_padding(prompt_embeds, prompt_lengths, self.config.text_max_length)
+        return Text(self.condition_embedder.text_embedder(prompt_embeds.to(dtype)), bias)
+
+    def _run(self, block: nn.Module, *inputs: Tensor | Sequence[Text]) -> Tensor:
         """A block's output; with gradient_checkpointing its insides are computed again for the backward pass, not kept."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
     def _forward_lite(
-        self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor | None
+        self, latents: Tensor, timestep: Tensor, prompts: Sequence[tuple[Tensor, Tensor | None]]
     ) -> Tensor:
         dtype = self.conv_in.weight.dtype
         height, width = latents.shape[-2:]
         positions = sincos_positions(self.config.hidden_size, height, width, latents.device)
         time = self.time_mlp(sinusoidal_embedding(timestep, self.config.hidden_size).to(dtype))
-        text = self.text_proj(mean_text_token(prompt_embeds, prompt_lengths).to(dtype))
+        texts = [self.text_proj(mean_text_token(*prompt).to(dtype)) for prompt in prompts]
 
         x = self.conv_in(latents.to(dtype)).flatten(2).transpose(1, 2)  # (B, L, D)
-        x = x + positions.to(x.dtype) + (time + text)[:, None]
+        x = x + positions.to(x.dtype)
+        x = torch.cat([x + (time + text)[:, None] for text in texts])
         for block in self.blocks:
             x = self._run(block, x)
         return self.conv_out(x.transpose(1, 2).unflatten(2, (height, width)))  # (B, C, H, W)

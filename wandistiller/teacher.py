@@ -290,7 +290,7 @@ class Teacher:
         prompt_lengths: Tensor,
         layers: Sequence[int],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """v_uncond + g (v_cond - v_uncond), both halves in one call; g = 1 needs only one half."""
+        """v_uncond + g (v_cond - v_uncond), both halves in one call that shares what is equal; g = 1 needs only one half."""
         expert = self._use(name)
         scale = self.settings.guidance_scale if name == "high" else self.settings.guidance_scale_2
         timestep = sigma_to_timestep(sigma).to(latents.device)
@@ -298,12 +298,16 @@ class Teacher:
             with block_outputs(expert, layers) as features:
                 velocity = expert(latents, timestep, prompt_embeds, prompt_lengths)
             return velocity, tuple(features)
-        both_embeds, both_lengths = self._with_negative(prompt_embeds, prompt_lengths)
         with block_outputs(expert, layers, len(latents)) as features:
-            velocity = expert(latents.repeat(2, 1, 1, 1), timestep.repeat(2), both_embeds, both_lengths)
+            velocity = expert(latents, timestep, prompt_embeds, prompt_lengths, self._negative(prompt_embeds))
         velocity_cond, velocity_uncond = velocity.chunk(2)
         guided = velocity_uncond + scale * (velocity_cond - velocity_uncond)
         return guided, tuple(features)
+
+    def _negative(self, prompt_embeds: Tensor) -> Tensor:
+        """The negative prompt beside the prompts, brought there once."""
+        self.negative_prompt_embeds = self.negative_prompt_embeds.to(prompt_embeds)
+        return self.negative_prompt_embeds
 
     def _use(self, name: str) -> WanLiteStudent:
         """An expert, on the device that it is to answer on."""
@@ -313,12 +317,3 @@ class Teacher:
         if self.offloaded is not None:
             self.offloaded.use(name)
         return self.experts[name]
-
-    def _with_negative(self, prompt_embeds: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompts and as many copies of the negative prompt in one batch, padded to the longer of the two."""
-        batch, num_tokens, text_dim = prompt_embeds.shape
-        negative = self.negative_prompt_embeds.to(prompt_embeds)
-        both = prompt_embeds.new_zeros(2 * batch, max(num_tokens, len(negative)), text_dim)
-        both[:batch, :num_tokens] = prompt_embeds
-        both[batch:, : len(negative)] = negative
-        return both, torch.cat([prompt_lengths, torch.full_like(prompt_lengths, len(negative))])
