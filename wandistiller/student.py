@@ -308,7 +308,7 @@ class WanLiteStudent(nn.Module):
         )
         texts = tuple(self._embed_text(*prompt, dtype) for prompt in prompts)
 
-        x = self.patch_embedding(latents.to(dtype)).flatten(2).transpose(1, 2).float()  # (B, L, D)
+        x = self.patch_embedding(latents.to(dtype)).flatten(2).transpose(1, 2).float().contiguous()  # (B, L, D)
         for block in self.blocks:
             x = self._run(block, x, timestep_proj, texts, rope)
 
