@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from wandistiller.device import to_device
 from wandistiller.lanes import LANE_PREFIX, Lanes
 from wandistiller.prompt_embeds import PromptEmbeds
 from wandistiller.state_sources import States
@@ -116,7 +117,7 @@ class TeacherAnswers:
             self._num_parts = len(self._waiting)
             self.num_calls += 1
         part = self._waiting.pop(0)
-        latents = part.latents.to(self.device, non_blocking=True)
+        latents = to_device(part.latents, self.device)
         embeds, lengths = self.prompt_embeds.batch(part.prompts, self.device, torch.float32)
         velocity, features = self.answer(latents, part.sigma, embeds, lengths, self.feature_layers)
         return Answer(latents, part.sigma, part.prompts, velocity, features, part, part.weights)

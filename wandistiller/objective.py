@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from wandistiller.answers import Answer, autocast
+from wandistiller.device import to_device
 from wandistiller.features import FeatureLoss, block_outputs
 from wandistiller.flow import sigma_to_timestep, unshift_sigma
 from wandistiller.prompt_embeds import PromptEmbeds
@@ -73,7 +74,7 @@ class Objective:
     ) -> Loss:
         """The loss at a batch of states; `progress` is the part of the training that is done."""
         embeds, lengths = prompt_embeds.batch(answer.prompts, self.device, torch.float32)
-        timestep = sigma_to_timestep(answer.sigma).to(self.device)
+        timestep = to_device(sigma_to_timestep(answer.sigma), self.device)
         layers = range(len(answer.features))
         with block_outputs(student, layers) as features:
             velocity = autocast(student, self.device, self.compute_dtype)(answer.latents, timestep, embeds, lengths)

@@ -40,7 +40,7 @@ def make_optimizer(model: nn.Module, options: OptimizationOptions, device: str) 
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(model.parameters(), **settings)
-    return torch.optim.AdamW(model.parameters(), **settings, fused=torch.device(device).type == "cuda")
+    return torch.optim.AdamW(model.parameters(), **settings, fused=torch.device(device).type in ("cuda", "cpu"))
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, options: OptimizationOptions, num_steps: int) -> LambdaLR:

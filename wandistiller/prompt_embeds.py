@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.atomic import atomic_path
+from wandistiller.device import to_device
 from wandistiller.errors import UserError
 from wandistiller.prompts import clean_prompt
 
@@ -29,6 +30,7 @@ READ_WHOLE_BYTES = 64 * 2**20  # weight files up to this size are fingerprinted 
 NUM_SAMPLES, SAMPLE_BYTES = 2048, 4096  # of larger ones: some blocks of every matrix of UMT5-XXL
 TOKENIZER_MODELS = ("tokenizer.json", "spiece.model")
 TOKENIZER_FILES = (*TOKENIZER_MODELS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+KEPT_BYTES = 256 * 2**20  # of embeddings that have been read once stay in memory
 MOCK_SCALE = 0.1
 
 
@@ -61,7 +63,7 @@ class PromptEmbeds:
         prompt_embeds = torch.zeros(len(rows), max([1, *lengths.tolist()]), self.text_dim, dtype=dtype)
         for padded, row in zip(prompt_embeds, rows, strict=True):
             padded[: len(row)] = row
-        return prompt_embeds.to(device), lengths.to(device)
+        return to_device(prompt_embeds, device), to_device(lengths, device)
 
 
 @dataclass(frozen=True)
@@ -328,6 +330,8 @@ class _EmbedCache:
         self._open = lru_cache(maxsize=64)(partial(safe_open, framework="pt"))
         self.shard_of: dict[str, Path] = {}
         self.truncated: set[str] = set()
+        self._kept: dict[str, Tensor] = {}
+        self._num_kept_bytes = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as err:
@@ -354,7 +358,14 @@ class _EmbedCache:
 
     def read(self, key: str) -> Tensor:
         """The embedding (n, text_dim) of a key that `shard_of` knows."""
-        return self._open(self.shard_of[key]).get_tensor(key)
+        if key in self._kept:
+            return self._kept[key]
+        row = self._open(self.shard_of[key]).get_tensor(key)
+        # Never the oldest for the newest: prompts come in rounds, and the oldest is the next to be asked for.
+        if self._num_kept_bytes + row.nbytes <= KEPT_BYTES:
+            self._kept[key] = row
+            self._num_kept_bytes += row.nbytes
+        return row
 
     def fill(self, encoding: Iterator[tuple[str, Tensor, bool]], progress: Callable[[int], None]) -> None:
         """Write what `encoding` yields, in shards of about SHARD_BYTES; what came before a failure is kept."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wandistiller.device import to_device
 from wandistiller.errors import UserError
 from wandistiller.features import block_outputs
 from wandistiller.flow import NUM_TRAIN_TIMESTEPS, sigma_to_timestep
@@ -293,7 +294,7 @@ class Teacher:
         """v_uncond + g (v_cond - v_uncond), both halves in one call that shares what is equal; g = 1 needs only one half."""
         expert = self._use(name)
         scale = self.settings.guidance_scale if name == "high" else self.settings.guidance_scale_2
-        timestep = sigma_to_timestep(sigma).to(latents.device)
+        timestep = to_device(sigma_to_timestep(sigma), latents.device)
         if scale == 1.0:
             with block_outputs(expert, layers) as features:
                 velocity = expert(latents, timestep, prompt_embeds, prompt_lengths)
