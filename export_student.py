@@ -112,14 +112,16 @@ def find_parts(args: argparse.Namespace, config: StudentConfig) -> tuple[dict[st
     return {"vae": vae, "text_encoder": encoder[0], "tokenizer": encoder[1]}, text_classes(encoder[0])
 
 
-def example(config: StudentConfig, folder: Path, options: "SamplingOptions") -> str:
+def example(config: StudentConfig, folder: Path, options: "SamplingOptions", args: argparse.Namespace) -> str:
     """What to type to draw with diffusers."""
+    name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[args.dtype]
+    dtype = f", torch_dtype=torch.{name}" if args.link or args.dtype != "fp32" else ""
     slots = config.text_max_length
     extra = f", max_sequence_length={slots}" if slots != 512 else ""
     size = config.image_size
     return (
         "To draw:\n"
-        f'  pipe = diffusers.WanPipeline.from_pretrained("{folder}", torch_dtype=torch.float32)\n'
+        f'  pipe = diffusers.WanPipeline.from_pretrained("{folder}"{dtype})\n'
         f"  pipe(prompt, num_frames=1, guidance_scale=1.0, num_inference_steps={options.num_inference_steps}, "
         f"height={size}, width={size}{extra}).frames[0][0]"
     )
@@ -163,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         with atomic_folder(target) as folder:
             if args.format == "pipeline":
                 options = student_sampling(config, None, torch.float32, "cpu")
-                write_pipeline_parts(config, folder, options, parts, classes, link=args.link)
+                write_pipeline_parts(config, folder, options, parts, classes, link=args.link, dtype=args.dtype)
             transformer = folder / "transformer" if args.format == "pipeline" else folder
             transformer.mkdir(exist_ok=True)
             write_transformer_folder(tensors, config, transformer, args.dtype)
@@ -172,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     print_warnings(config, args.format)
     print(f"Wrote {target}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters, {args.dtype}")
     if args.format == "pipeline":
-        print(example(config, target, options))
+        print(example(config, target, options, args))
     if args.format == "original":
         print(f"In ComfyUI: {comfyui_settings(config)}")
     return 0

@@ -43,6 +43,7 @@ def write_pipeline_parts(
     classes: dict[str, list],
     *,
     link: bool,
+    dtype: str = "fp32",
 ) -> None:
     """All of a WanPipeline folder but its transformer.
 
@@ -51,9 +52,13 @@ def write_pipeline_parts(
         parts: the folders of "vae", "text_encoder" and "tokenizer".
         classes: library and class of the two text parts, as `text_classes` finds them.
         link: make links to these folders instead of copies.
+        dtype: of the transformer. With fp32 the copied text encoder is to be loaded so too: transformers takes the precision
+            that its config names, and one of bf16 would draw other pictures than the student does here.
     """
     for name, source in parts.items():
         _place(source, folder / name, link)
+    if dtype == "fp32" and not link:
+        _load_as_float32(folder / "text_encoder" / "config.json")
     wan_scheduler(options.shift, options.num_inference_steps, options.sampler).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "WanPipeline",
@@ -103,6 +108,13 @@ def _differ(ours: Sequence[float], theirs: Sequence[float]) -> bool:
 def _save(tensors: dict[str, Tensor], config: StudentConfig, path: Path) -> None:
     with atomic_path(path) as file:
         save_file(tensors, file, metadata={"format": "pt", "student_config": config.to_json()})
+
+
+def _load_as_float32(config_path: Path) -> None:
+    """Name float32 as the precision that transformers loads this model in."""
+    settings = json.loads(config_path.read_text(encoding="utf-8"))
+    settings.pop("torch_dtype", None)  # the same key in transformers before 5
+    _write_json(settings | {"dtype": "float32"}, config_path)
 
 
 def _write_json(values: dict, path: Path) -> None:
