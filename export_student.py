@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from wandistiller.atomic import atomic_folder
-    from wandistiller.comfyui import comfyui_settings
+    from wandistiller.comfyui import comfyui_settings, comfyui_warnings
     from wandistiller.export import write_original_file, write_pipeline_parts, write_transformer_folder
     from wandistiller.student import WanLiteStudent
 
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Wrote {target}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters, {args.dtype}")
     if args.format == "pipeline":
         print(example(config, target, options))
-    if args.format == "original":
+    if args.format == "original" and not comfyui_warnings(config):
         print(f"In ComfyUI: {comfyui_settings(config)}")
     return 0
 
