@@ -30,7 +30,7 @@ def comfyui_warnings(config: StudentConfig) -> list[str]:
     if config.num_heads != heads:
         warnings.append(
             f"ComfyUI takes hidden_size // {HEAD_DIM} = {heads} for the number of heads, this student has "
-            f"{config.num_heads} (of {config.head_dim} channels): it would {'draw noise' if heads else 'not load'}"
+            f"{config.num_heads} (of {config.head_dim} channels): it would {'draw wrongly' if heads else 'not load'}"
         )
     for name, (given, outcome) in _GIVEN.items():
         if (value := getattr(config, name)) != given:
