@@ -8,14 +8,21 @@ diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, path, run_command
 from wandistiller.errors import UserError
-from wandistiller.output_folder import check_output_folder
+from wandistiller.output_folder import check_output_folder, check_writable
 from wandistiller.student_config import CONFIG_NAME, StudentConfig
-from wandistiller.student_folder import find_recorded_encoder, load_student_config, student_sampling, teacher_paths
+from wandistiller.student_folder import (
+    find_recorded_encoder,
+    load_shape,
+    load_student_config,
+    student_sampling,
+    teacher_paths,
+)
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from wandistiller.sampling import SamplingOptions
@@ -71,7 +78,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def read_config(args: argparse.Namespace) -> StudentConfig:
     """The student's config; a pipeline is also told by its record how to draw."""
-    config = load_student_config(args.student) if args.format == "pipeline" else StudentConfig.load(args.student)
+    config = load_student_config(args.student) if args.format == "pipeline" else load_shape(args.student)
     if config.block != "wan":
         raise UserError(
             f'{Path(args.student) / CONFIG_NAME}: a student of block "{config.block}" is no Wan, and no other tool knows its '
@@ -85,10 +92,11 @@ def check_output(args: argparse.Namespace) -> Path:
     target = Path(args.output)
     if args.format == "original":
         target = target if target.suffix == ".safetensors" else target / ORIGINAL_NAME
-        check_output_folder(target.parent, "--output")
+        check_writable(target.parent, "--output")
         if target.exists():
             raise UserError(f"--output {target}: is there already; give another name")
         return target
+    check_writable(target.parent, "--output")
     check_output_folder(target, "--output")
     if target.is_dir() and any(target.iterdir()):
         raise UserError(f"--output {target}: holds files already; give a new folder")
@@ -149,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from wandistiller.atomic import atomic_folder
-    from wandistiller.comfyui import comfyui_settings
+    from wandistiller.comfyui import comfyui_settings, comfyui_warnings
     from wandistiller.export import write_original_file, write_pipeline_parts, write_transformer_folder
     from wandistiller.student import WanLiteStudent
 
@@ -159,8 +167,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # The file or folder, whole or not at all:
     if args.format == "original":
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_original_file(tensors, config, target, args.dtype)
+        around = nullcontext(target.parent) if target.parent.exists() else atomic_folder(target.parent)
+        with around as folder:
+            write_original_file(tensors, config, folder / target.name, args.dtype)
     else:
         with atomic_folder(target) as folder:
             if args.format == "pipeline":
@@ -174,8 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     print_warnings(config, args.format)
     print(f"Wrote {target}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters, {args.dtype}")
     if args.format == "pipeline":
-        print(example(config, target, options, args))
-    if args.format == "original":
+        print(example(config, target, options))
+    if args.format == "original" and not comfyui_warnings(config):
         print(f"In ComfyUI: {comfyui_settings(config)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Exported students in the tools they are for: diffusers' transformer, pipeline and single-file loader, and back as teachers.
+"""export_student.py: its three formats read by diffusers, safetensors, transformers and this trainer, and its refusals.
 
 pytest tests/test_export.py
 """
@@ -6,333 +6,543 @@ pytest tests/test_export.py
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_metrics
+from conftest import ROOT, snapshot
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from wan_folders import relative_error
+from safetensors.torch import load_file
+from wan_folders import oracle_velocity, random_weights, relative_error, write_pipeline_folder
 
 import export_student
 import generate_images
 import train_distillation
 from projection_mapper import project_teacher
-from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.comfyui import comfyui_warnings
-from wandistiller.command_line import run_command
+from wandistiller.comfyui import comfyui_settings, comfyui_warnings
+from wandistiller.hub import HubError
+from wandistiller.student import WanLiteStudent
+from wandistiller.student_config import StudentConfig
+from wandistiller.teacher import RELEASED_LATENTS, resolve_settings
+from wandistiller.wan_checkpoint import open_checkpoint
 
 DEMO_TEACHER = ROOT / "data" / "demo_teacher"
-PROMPT = "a red ring on a white background"
+PROMPT = "a large red circle on a white background"
 FORMATS = ["diffusers", "original", "pipeline"]
-# Of a Wan: float32 in every file of the released models too
-ISLANDS = re.compile(r"time_embed|time_proj|modulation|scale_shift_table|norm")
+# A part of the demo teacher: its heads are of 32 channels.
+DEMO_PART = {
+    "model_type": "WanLiteStudent",
+    "block": "wan",
+    "hidden_size": 64,
+    "depth": 2,
+    "num_heads": 2,
+    "ffn_dim": 96,
+    "num_channels": 16,
+    "image_size": 64,
+    "patch_size": 2,
+    "text_max_length": 512,
+    "text_encoder_output_dim": 128,
+    "freq_dim": 256,
+    "eps": 1e-6,
+}
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Path:
-    """A student of the shipped teacher, of half its depth, after one step, with what a run records."""
-    folder = tmp_path_factory.mktemp("demo")
-    (folder / "prompts.txt").write_text(PROMPT, encoding="utf-8")
-    argv = [
-        "--data_path", folder / "prompts.txt", "--prompt_cache", folder / "cache", "--output_dir", folder / "student",
-        "--max_steps", 1, "--batch_size", 1, "--num_samples", 0, "--save_every", 0, "--device", "cpu",
-    ]  # fmt: skip
-    assert run_command(lambda: train_distillation.main([str(word) for word in argv])) == 0
-    return folder
+def student(tmp_path_factory) -> Path:
+    """What train_distillation.py saves after one step with the demo teacher."""
+    root = tmp_path_factory.mktemp("demo")
+    (root / "config.json").write_text(json.dumps(DEMO_PART), encoding="utf-8")
+    (root / "prompts.txt").write_text(PROMPT + "\n", encoding="utf-8")
+    paths = {"teacher_path": DEMO_TEACHER, "student_config": root / "config.json", "data_path": root / "prompts.txt"}
+    paths |= {"prompt_cache": root / "cache", "output_dir": root / "student"}
+    argv = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+    flags = ["--max_steps", "1", "--batch_size", "1", "--num_samples", "0", "--save_every", "0", "--device", "cpu"]
+    assert train_distillation.main([*argv, *flags]) == 0
+    return root / "student"
 
 
 @pytest.fixture(scope="module")
-def exports(demo) -> dict[str, Path]:
-    """The student in every format, in float32."""
-    places = {name: demo / f"as_{name}" for name in FORMATS} | {
-        "original": demo / "as_original" / "student.safetensors"
-    }
+def exports(student) -> dict[str, Path]:
+    """The student in each format, fp32; by format, what to give other tools."""
+    places = {name: student.parent / name for name in FORMATS}
     for name, place in places.items():
-        argv = ["--student", str(demo / "student"), "--format", name, "--output", str(place)]
-        assert run_command(lambda argv=argv: export_student.main(argv)) == 0
-    return places
+        assert export_student.main(["--student", str(student), "--format", name, "--output", str(place)]) == 0
+    return places | {"original": places["original"] / "wan_student.safetensors"}
 
 
 @pytest.fixture
-def export(run_main, demo, tmp_path):
-    """Export the demo's student, or another; what a person sees, and where it was to go."""
+def export(run_main, tmp_path):
+    """Run the command; `output` is relative to the test's folder."""
 
-    def run(export_format: str, *flags: object, student: Path | None = None, output: Path | None = None):
-        place = output or tmp_path / "export"
-        argv = ["--student", student or demo / "student", "--format", export_format, "--output", place, *flags]
-        return run_main(export_student.main, *argv), place
+    def run(student: Path, export_format: str, *flags: object, output: str = "out"):
+        return run_main(
+            export_student.main, "--student", student, "--format", export_format, "--output", tmp_path / output, *flags
+        )
 
     return run
 
 
-def inputs_of(config: StudentConfig) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(3)
-    latents = torch.randn(2, config.num_channels, 8, 12, generator=generator)
-    text = torch.randn(2, 512, config.text_encoder_output_dim, generator=generator)
-    return latents, torch.tensor([37.5, 912.25]), text
+def save_random_student(folder: Path, **changes) -> WanLiteStudent:
+    """A student whose every tensor matters, of a shape that no two sizes of are equal."""
+    shape = {"block": "wan", "hidden_size": 24, "depth": 3, "num_heads": 2, "ffn_dim": 40, "num_channels": 16}
+    shape |= {"image_size": 64, "text_encoder_output_dim": 20, "freq_dim": 32, "eps": 1e-5}
+    student = WanLiteStudent(StudentConfig(**shape | changes))
+    random_weights(student, seed=3)
+    student.save_pretrained(folder)
+    return student.eval()
 
 
-def velocity_of(transformer, latents, timestep, text) -> torch.Tensor:
-    with torch.no_grad():
-        return transformer(latents[:, :, None], timestep, text, return_dict=False)[0][:, :, 0]
+def changed(student: Path, target: Path, config: dict | None = None, **record) -> Path:
+    """A copy of a student with other entries in its config and its record."""
+    target.mkdir(parents=True)
+    shutil.copy(student / "diffusion_model.safetensors", target)
+    values = json.loads((student / "student_config.json").read_text(encoding="utf-8")) | (config or {})
+    values["distillation"] |= record
+    (target / "student_config.json").write_text(json.dumps(values), encoding="utf-8")
+    return target
 
 
-def copy_of(student: Path, folder: Path, **record) -> Path:
-    """A student's folder with another record of its distillation."""
-    shutil.copytree(student, folder)
-    settings = json.loads((folder / "student_config.json").read_text())
-    settings["distillation"] |= record
-    (folder / "student_config.json").write_text(json.dumps(settings))
-    return folder
+def inputs(config: StudentConfig) -> tuple[torch.Tensor, ...]:
+    """Latents, timestep, prompt_embeds and prompt_lengths of a batch of two."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, config.num_channels, 6, 10, generator=generator)
+    prompt_embeds = torch.randn(2, 7, config.text_encoder_output_dim, generator=generator)
+    return latents, torch.tensor([900.0, 250.5]), prompt_embeds, torch.tensor([7, 3])
 
 
-# ---- the same model elsewhere ----
+def weights_file(place: Path) -> Path:
+    """The transformer's weights in an export of any format."""
+    if place.is_file():
+        return place
+    folder = place / "transformer" if (place / "transformer").is_dir() else place
+    return folder / "diffusion_pytorch_model.safetensors"
+
+
+def assert_same_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
+
+
+# ---- there and back ----
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_student_comes_back_from_every_format_bit_for_bit(demo, exports, name):
-    student = WanLiteStudent.from_pretrained(demo / "student")
-    back, _ = project_teacher(exports[name], None)
-    weights = student.state_dict()
-    assert weights.keys() == back.state_dict().keys()
-    assert all(torch.equal(weights[key], value) for key, value in back.state_dict().items())
+def test_there_and_back_is_the_student_bit_for_bit(student, exports, name):
+    saved = WanLiteStudent.from_pretrained(student)
+    back, report = project_teacher(exports[name], None)
+    assert_same_tensors(back.state_dict(), saved.state_dict())
+    assert report.num_parameters["exact"] == saved.config.num_parameters
+    shape = back.config.replace(image_size=saved.config.image_size, distillation=saved.config.distillation)
+    assert shape == saved.config
 
 
-def test_diffusers_answers_as_the_student_does(demo, exports):
+@pytest.mark.parametrize("name", ["diffusers", "original"])
+def test_a_student_without_a_record_comes_back_with_its_heads_and_eps(export, tmp_path, name):
+    """No tensor tells the number of heads, nor eps: 2 heads of 12 channels here."""
+    saved = save_random_student(tmp_path / "student")
+    outcome = export(tmp_path / "student", name, output="out/file.safetensors" if name == "original" else "out")
+    assert outcome.code == 0, outcome.err
+    place = tmp_path / "out" / ("file.safetensors" if name == "original" else "")
+    back, _ = project_teacher(place, None)
+    assert_same_tensors(back.state_dict(), saved.state_dict())
+    assert (back.config.num_heads, back.config.eps) == (2, 1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_carry_the_students_config(student, exports, name):
+    with safe_open(weights_file(exports[name]), framework="pt") as file:
+        text = file.metadata()["student_config"]
+    assert StudentConfig.from_json(text) == StudentConfig.load(student)
+
+
+# ---- as diffusers reads it ----
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_diffusers_answers_as_the_student(export, tmp_path, patch_size):
     from diffusers import WanTransformer3DModel
 
-    student = WanLiteStudent.from_pretrained(demo / "student")
-    latents, timestep, text = inputs_of(student.config)
+    saved = save_random_student(tmp_path / "student", patch_size=patch_size)
+    for name in ("diffusers", "original"):
+        assert export(tmp_path / "student", name, output=name).code == 0
+    loaded = {
+        "folder": WanTransformer3DModel.from_pretrained(tmp_path / "diffusers"),
+        "file": WanTransformer3DModel.from_single_file(
+            str(tmp_path / "original" / "wan_student.safetensors"), config=str(tmp_path / "diffusers")
+        ),
+    }
     with torch.no_grad():
-        expected = student(latents, timestep, text)
-    folder = WanTransformer3DModel.from_pretrained(exports["diffusers"])
-    single = WanTransformer3DModel.from_single_file(str(exports["original"]), config=str(exports["diffusers"]))
-    assert relative_error(velocity_of(folder, latents, timestep, text), expected) <= 1e-5
-    assert relative_error(velocity_of(single, latents, timestep, text), expected) <= 1e-5
+        expected = saved(*inputs(saved.config))
+    for name, model in loaded.items():
+        assert relative_error(oracle_velocity(model.eval(), *inputs(saved.config)), expected) <= 1e-5, name
 
 
-def test_wan_pipeline_draws_what_generate_images_draws(demo, exports, tmp_path):
-    from diffusers import WanPipeline
+def test_diffusers_answers_in_bf16_within_its_rounding(export, tmp_path):
+    from diffusers import WanTransformer3DModel
 
-    steps, argv = 4, ["--student", str(demo / "student"), "--prompt", PROMPT, "--output", str(tmp_path / "ours")]
-    argv += ["--prompt_cache", str(demo / "cache"), "--num_inference_steps", "4", "--seed", "5", "--device", "cpu"]
-    assert run_command(lambda: generate_images.main(argv)) == 0
-    ours = np.asarray(Image.open(next((tmp_path / "ours").glob("[0-9]*.png")))).astype(int)
+    saved = save_random_student(tmp_path / "student")
+    assert export(tmp_path / "student", "diffusers", "--dtype", "bf16").code == 0
+    model = WanTransformer3DModel.from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16).eval()
+    latents, timestep, prompt_embeds, lengths = inputs(saved.config)
+    with torch.no_grad():
+        expected = saved(latents, timestep, prompt_embeds, lengths)
+    answer = oracle_velocity(model, latents.bfloat16(), timestep, prompt_embeds.bfloat16(), lengths)
+    assert 1e-4 < relative_error(answer, expected) < 0.05
 
-    pipeline = WanPipeline.from_pretrained(exports["pipeline"])
-    assert pipeline.text_encoder.dtype == torch.float32  # the teacher's config names bf16
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(5)
-    settings = {"num_frames": 1, "guidance_scale": 1.0, "num_inference_steps": steps, "height": 64, "width": 64}
-    theirs = (pipeline(PROMPT, generator=generator, **settings).frames[0, 0] * 255).round().astype(int)
-    assert ours.std() > 5  # a flat picture would agree with anything
+
+# ---- precision ----
+
+# Original name -> always float32: written from Wan's own list, by hand.
+FP32 = re.compile(
+    r"time_embedding\.|time_projection\.|head\.modulation|blocks\.\d+\.(modulation|norm3\.|.*norm_[qk]\.)"
+)
+FP8_LAYERS = re.compile(r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])\.weight")
+TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp8"])
+def test_files_hold_the_dtypes_that_are_claimed(export, tmp_path, dtype):
+    saved = save_random_student(tmp_path / "student")
+    with torch.no_grad():
+        saved.blocks[1].ffn.net[2].weight[0, 0] = 1000.0  # past the largest number of fp8
+    saved.save_pretrained(tmp_path / "student")
+    assert export(tmp_path / "student", "original", "--dtype", dtype).code == 0
+    tensors = load_file(tmp_path / "out" / "wan_student.safetensors")
+    assert len(tensors) == len(saved.state_dict())
+    for name, tensor in tensors.items():
+        if FP32.match(name):
+            expected = torch.float32
+        elif dtype == "fp8":
+            expected = torch.float8_e4m3fn if FP8_LAYERS.fullmatch(name) else torch.bfloat16
+        else:
+            expected = TORCH[dtype]
+        assert tensor.dtype == expected, name
+
+    # Each value is the student's, rounded once; fp8 ends at 448 instead of passing into nan:
+    back, _ = project_teacher(tmp_path / "out" / "wan_student.safetensors", None)
+    assert back.blocks[1].ffn.net[2].weight[0, 0] == (448.0 if dtype == "fp8" else 1000.0)
+    exact = saved.state_dict()
+    coarsest = {"fp32": 0.0, "bf16": 2**-8, "fp16": 2**-11, "fp8": 2**-4}[dtype]  # half a step of the mantissa
+    for name, tensor in back.state_dict().items():
+        expected = exact[name].clamp(-448, 448) if dtype == "fp8" else exact[name]
+        torch.testing.assert_close(tensor, expected, rtol=coarsest, atol=2**-10 if dtype == "fp8" else 1e-7)
+
+
+@pytest.mark.parametrize("name", ["diffusers", "pipeline"])
+def test_half_precision_of_a_folder_keeps_the_fp32_parts(student, export, tmp_path, name):
+    from diffusers import WanTransformer3DModel
+
+    assert export(student, name, "--dtype", "bf16").code == 0
+    tensors = load_file(weights_file(tmp_path / "out"))
+    kept = [key for key, tensor in tensors.items() if tensor.dtype == torch.float32]
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32, torch.bfloat16}
+    islands = tuple(WanTransformer3DModel._keep_in_fp32_modules)
+    by_diffusers = [key for key in tensors if any(part in islands for part in key.split("."))]
+    assert set(by_diffusers) <= set(kept)
+    assert {key for key in tensors if "time_proj" in key or "norm_" in key} <= set(kept)
+
+
+# ---- a whole pipeline ----
+
+
+def draw(student: Path, output: Path) -> np.ndarray:
+    argv = ["--student", str(student), "--output", str(output), "--prompt_cache", str(output / "cache")]
+    assert generate_images.main([*argv, "--device", "cpu", "--prompt", PROMPT]) == 0
+    return np.asarray(Image.open(next(output.glob("000_*.png")))).astype(int)
+
+
+def draw_as_printed(out: str) -> np.ndarray:
+    """What the lines under "To draw:" draw; the seed is that of generate_images.py."""
+    import diffusers
+
+    load, call = (line.strip() for line in out.split("To draw:\n")[1].splitlines()[:2])
+    names = {"diffusers": diffusers, "torch": torch, "prompt": PROMPT}
+    exec(load, names)
+    names["pipe"].set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
+    exec(f"frame = {call}", names)
+    return (names["frame"] * 255).round().astype(int)
+
+
+@pytest.mark.parametrize("steps", ["as the teacher", "few"])
+def test_wan_pipeline_draws_what_generate_images_draws(student, export, tmp_path, steps):
+    """Also where the student learnt whole steps, which Euler takes, and other text slots than diffusers' usual 512."""
+    if steps == "few":
+        student = changed(student, tmp_path / "few", {"text_max_length": 64}, student_steps=3)
+    outcome = export(student, "pipeline", output="pipeline")
+    assert outcome.code == 0, outcome.err
+    ours, theirs = draw(student, tmp_path / "pictures"), draw_as_printed(outcome.out)
+    assert ours.shape == theirs.shape == (64, 64, 3)
+    assert ours.std() > 10  # a flat picture would agree with anything
     assert np.abs(ours - theirs).max() <= 2
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("original", "bf16"), ("original", "fp16"), ("original", "fp8"), ("diffusers", "bf16")]
-)
-def test_a_file_holds_the_precision_asked_for_and_its_islands_in_float32(export, demo, tmp_path, name, dtype):
-    outcome, place = export(name, "--dtype", dtype)
-    assert outcome.code == 0 and dtype in outcome.out
-    (file,) = place.glob("*.safetensors")
-    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}[dtype]
-    found = {key: tensor.dtype for key, tensor in load_file(file).items()}
-    islands = {key for key in found if ISLANDS.search(key)}
-    assert islands and {found[key] for key in islands} == {torch.float32}
-    if dtype == "fp8":
-        eight_bits = {key for key, kept in found.items() if kept == wanted}
-        linears = r"blocks\.\d+\.(self_attn|cross_attn)\.[qkvo]\.weight|blocks\.\d+\.ffn\.[02]\.weight"
-        assert eight_bits == {key for key in found if re.fullmatch(linears, key)}
-        wanted = torch.bfloat16
-    else:
-        eight_bits = set()
-    assert {found[key] for key in found.keys() - islands - eight_bits} == {wanted}
+def test_the_parts_are_copies_and_no_pickles(student, export, tmp_path):
+    shutil.copytree(DEMO_TEACHER, tmp_path / "teacher")
+    (tmp_path / "teacher" / "text_encoder" / "pytorch_model.bin").write_bytes(b"a pickle")
+    assert export(student, "pipeline", "--teacher_path", tmp_path / "teacher").code == 0
+    shutil.rmtree(tmp_path / "teacher")
+    files = list((tmp_path / "out").rglob("*"))
+    assert not [file for file in files if file.is_symlink() or file.suffix == ".bin" or file.name.startswith(".")]
+    for name in ("vae", "text_encoder", "tokenizer"):
+        for file in (DEMO_TEACHER / name).iterdir():
+            assert (tmp_path / "out" / name / file.name).read_bytes() == file.read_bytes()
 
 
-def test_diffusers_keeps_the_islands_of_a_bf16_folder(export, demo):
-    from diffusers import WanTransformer3DModel
+def test_link_makes_links_that_diffusers_follows(student, export, tmp_path):
+    from diffusers import WanPipeline
 
-    _, place = export("diffusers", "--dtype", "bf16")
-    transformer = WanTransformer3DModel.from_pretrained(place, torch_dtype=torch.bfloat16)
-    student = WanLiteStudent.from_pretrained(demo / "student")
-    latents, timestep, text = inputs_of(student.config)
-    with torch.no_grad():
-        expected = student(latents, timestep, text)
-    theirs = velocity_of(transformer, latents.bfloat16(), timestep, text.bfloat16()).float()
-    assert relative_error(theirs, expected) < 0.03
+    before = snapshot(DEMO_TEACHER)
+    assert export(student, "pipeline", "--link").code == 0
+    for name in ("vae", "text_encoder", "tokenizer"):
+        assert (tmp_path / "out" / name).is_symlink()
+        assert (tmp_path / "out" / name).resolve() == (DEMO_TEACHER / name).resolve()
+    assert not (tmp_path / "out" / "transformer").is_symlink()
+    assert WanPipeline.from_pretrained(tmp_path / "out").transformer.config.num_layers == 2
+    assert snapshot(DEMO_TEACHER) == before
 
 
-# ---- a student as a teacher ----
+# ---- students as teachers ----
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_an_exported_student_is_a_teacher(run_main, demo, exports, tmp_path, name):
-    encoder = [] if name == "pipeline" else ["--text_encoder_path", DEMO_TEACHER]
-    argv = [
-        "--teacher_path", exports[name], *encoder, "--student_config", demo / "student" / "student_config.json",
-        "--data_path", demo / "prompts.txt", "--prompt_cache", demo / "cache", "--output_dir", tmp_path / "out",
-        "--max_steps", 1, "--batch_size", 1, "--num_samples", 0, "--save_every", 0, "--device", "cpu",
-    ]  # fmt: skip
-    outcome = run_main(train_distillation.main, *argv)
+def test_an_export_says_how_it_is_sampled(student, exports, name):
+    """Guidance is in what a student learnt, so that a student of it is taught without."""
+    record = StudentConfig.load(student).distillation
+    settings = resolve_settings(open_checkpoint(exports[name]))
+    assert (settings.guidance_scale, settings.num_inference_steps, settings.shift) == (1.0, 20, 3.0)
+    assert record["guidance_scale"] == 3.0
+    for key in ("latents_mean", "latents_std", "vae_scale_factor", "negative_prompt"):
+        assert getattr(settings, key) == record[key]
+
+
+def grandchild(run_main, tmp_path: Path, teacher: Path, *flags: object):
+    config = tmp_path / "grandchild.json"
+    config.write_text(json.dumps(DEMO_PART | {"hidden_size": 32, "num_heads": 1}), encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text(PROMPT, encoding="utf-8")
+    return run_main(
+        train_distillation.main, "--teacher_path", teacher, "--student_config", config, "--data_path",
+        tmp_path / "prompts.txt", "--prompt_cache", tmp_path / "cache", "--output_dir", tmp_path / "grandchild",
+        "--max_steps", 2, "--batch_size", 1, "--num_samples", 0, "--save_every", 0, "--device", "cpu", *flags,
+    )  # fmt: skip
+
+
+def test_a_student_is_distilled_from_an_exported_student(exports, run_main, tmp_path):
+    outcome = grandchild(run_main, tmp_path, exports["pipeline"])
     assert outcome.code == 0, outcome.err
-    assert read_metrics(tmp_path / "out")[0]["loss"] < 1e-9  # of its own shape it starts as its teacher
-    assert "guidance_scale 1" in outcome.out  # the guided velocity is what it learnt
+    record = StudentConfig.load(tmp_path / "grandchild").distillation
+    assert (record["guidance_scale"], record["shift"], record["num_train_steps"]) == (1.0, 3.0, 2)
+    assert draw(tmp_path / "grandchild", tmp_path / "pictures").shape == (64, 64, 3)
 
 
-# ---- nothing lost, nothing half done ----
+@pytest.mark.parametrize("name", ["diffusers", "original"])
+def test_a_bare_transformer_is_a_teacher_with_a_text_encoder_given(exports, run_main, tmp_path, name):
+    outcome = grandchild(run_main, tmp_path, exports[name], "--text_encoder_path", DEMO_TEACHER, "--dry_run")
+    assert outcome.code == 0, outcome.err
+    assert "shift 3, guidance_scale 1" in outcome.out
 
 
-def test_a_lite_student_is_told_plainly(export, tmp_path):
-    config = StudentConfig(
-        block="lite", hidden_size=16, depth=1, num_heads=2, num_channels=4, image_size=64, text_encoder_output_dim=8
-    )
-    WanLiteStudent(config).save_pretrained(tmp_path / "lite")
-    for name in FORMATS:
-        outcome, place = export(name, student=tmp_path / "lite")
-        assert outcome.code == 2 and len(outcome.err.splitlines()) == 1 and not place.exists()
-        assert '"lite"' in outcome.err or "lite" in outcome.err
+# ---- refusals: one sentence, and nothing written ----
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_what_is_there_is_never_replaced(export, tmp_path, name):
-    place = tmp_path / "taken.safetensors" if name == "original" else tmp_path / "taken"
-    if name == "original":
-        place.write_text("mine")
-    else:
-        place.mkdir()
-        (place / "file").write_text("mine")
-    outcome, _ = export(name, output=place)
-    assert outcome.code == 2 and str(place) in outcome.err
-    assert (place if name == "original" else place / "file").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("name", "flags", "said"),
-    [
-        ("diffusers", ["--dtype", "fp8"], "--format original"),
-        ("pipeline", ["--dtype", "fp8"], "--format original"),
-        ("original", ["--link"], "--format pipeline"),
-        ("diffusers", ["--vae_path", "x"], "--format pipeline"),
-        ("pipeline", ["--teacher_path", "no/such"], "no/such"),
-        ("pipeline", ["--vae_path", "no/such"], "no/such"),
-        ("pipeline", ["--text_encoder_path", "no/such"], "no/such"),
-        ("pipeline", ["--student", "no/such/student"], "no/such/student"),
-    ],
-)  # fmt: skip
-def test_a_mistake_is_one_line_and_leaves_nothing(export, name, flags, said):
-    outcome, place = export(name, *flags)
-    assert outcome.code == 2 and len(outcome.err.strip().splitlines()) == 1, outcome.err
-    assert said in outcome.err and not place.exists()
-
-
-def test_the_teacher_may_have_moved(export, demo, tmp_path):
-    moved = copy_of(demo / "student", tmp_path / "student", teacher_path=str(tmp_path / "gone"))
-    outcome, place = export("pipeline", student=moved)
-    assert outcome.code == 2 and "gone" in outcome.err and not place.exists()
-    outcome, place = export("pipeline", "--teacher_path", DEMO_TEACHER, "--link", student=moved)
-    assert outcome.code == 0 and "torch_dtype=torch.float32" in outcome.out
-    assert (place / "vae").is_symlink() and (place / "text_encoder").resolve() == DEMO_TEACHER / "text_encoder"
-    assert not (place / "transformer").is_symlink()
-
-
-def test_a_vae_of_other_latents_is_refused(export, demo, tmp_path):
-    other = copy_of(demo / "student", tmp_path / "student", latents_mean=[0.5] * 16)
-    outcome, place = export("pipeline", student=other)
-    assert outcome.code == 2 and "latents_mean" in outcome.err and not place.exists()
-
-
-def test_a_student_of_a_part_of_the_noise_levels_is_exported_with_a_warning(export, demo, tmp_path):
-    part = copy_of(demo / "student", tmp_path / "student", sigma_range=[0.5, 1.0])
-    outcome, _ = export("diffusers", student=part)
-    assert outcome.code == 0 and "sigma 0.5 to 1 only" in outcome.out
+def assert_refused(outcome, message: str, folder: Path, before: dict) -> None:
+    assert outcome.code == 2
+    assert message in outcome.err and outcome.err.count("\n") == 1, outcome.err
+    assert snapshot(folder) == before and not (folder / "out").exists()
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_full_disk_leaves_nothing_behind(export, tmp_path, monkeypatch, name):
-    def fail(*_args, **_named):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("wandistiller.export.save_file", fail)
-    outcome, place = export(name)
-    assert outcome.code != 0 and "No space left" in outcome.err
-    assert not place.exists() or not list(place.iterdir())
-    assert not [path for path in tmp_path.iterdir() if path != place]
+def test_a_lite_student_is_no_wan(student, export, tmp_path, name):
+    record = StudentConfig.load(student).distillation
+    shape = {"block": "lite", "hidden_size": 16, "depth": 1, "num_heads": 2, "num_channels": 16, "image_size": 64}
+    WanLiteStudent(StudentConfig(**shape, distillation=record)).save_pretrained(tmp_path / "lite")
+    before = snapshot(tmp_path)
+    assert_refused(export(tmp_path / "lite", name), 'block "lite" is no Wan', tmp_path, before)
 
 
-# ---- what the weights say of themselves ----
+MISTAKES = {
+    "fp8 for diffusers": ("diffusers", ["--dtype", "fp8"], "--dtype fp8 is for --format original"),
+    "fp8 for a pipeline": ("pipeline", ["--dtype", "fp8"], "give bf16 with pipeline"),
+    "a VAE for one file": ("original", ["--vae_path", DEMO_TEACHER], "--vae_path belongs to --format pipeline"),
+    "links in a transformer": ("diffusers", ["--link"], "--link belongs to --format pipeline"),
+    "a format of its own": ("gguf", [], "--format: invalid choice: 'gguf'"),
+    "no such student": ("original", ["--student", "{tmp}/none"], "there is no such folder; give the --output_dir"),
+    "a config for a student": ("diffusers", ["--student", "{tmp}/one_file/student_config.json"], "no such folder"),
+    "a student without weights": ("original", ["--student", "{tmp}/one_file"], "there is no such file"),
+    "damaged weights": ("diffusers", ["--student", "{tmp}/damaged"], "is not a whole safetensors file"),
+    "damaged weights, pipeline": ("pipeline", ["--student", "{tmp}/damaged"], "is not a whole safetensors file"),
+    "no record": ("pipeline", ["--student", "{tmp}/no_record"], 'has no "distillation" record'),
+    "a student of the mock": ("pipeline", ["--student", "{tmp}/mock", "--vae_path", DEMO_TEACHER], "stand-in"),
+    "the recorded teacher is gone": ("pipeline", ["--student", "{tmp}/moved"], "is not there; give --teacher_path"),
+    "no such teacher": ("pipeline", ["--teacher_path", "{tmp}/none"], "there is no such folder"),
+    "a teacher without a VAE": ("pipeline", ["--teacher_path", "{tmp}/bare"], "has no VAE beside it"),
+    "a teacher without an encoder": ("pipeline", ["--teacher_path", "{tmp}/only_vae"], "holds no text encoder; --text"),
+    "another encoder": ("pipeline", ["--text_encoder_path", "{tmp}/other"], "gives embeddings of width 20"),
+    "a VAE of other channels": ("pipeline", ["--vae_path", "{tmp}/other"], "is a VAE of 48 channels and factor 16"),
+    "a VAE of other latents": ("pipeline", ["--vae_path", "{tmp}/other_latents"], "has other latents_mean than"),
+    "a damaged VAE": ("pipeline", ["--vae_path", "{tmp}/broken"], "the VAE cannot be loaded"),
+    "a VAE of the hub": ("pipeline", ["--vae_path", "nobody/no-such-vae"], "nobody/no-such-vae: is no file or folder"),
+    "an encoder of the hub": ("pipeline", ["--text_encoder_path", "nobody/no-such-text"], "the hub cannot be reached"),
+    "a teacher of the hub": ("pipeline", ["--teacher_path", "nobody/no-such-wan"], "the hub cannot be reached"),
+    "output is in a file": ("pipeline", ["--output", "{tmp}/file/out"], "is a file; give a folder"),
+    "one file in a file": ("original", ["--output", "{tmp}/file/a.safetensors"], "is a file; give a folder"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(student, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("mistakes")
+    (root / "file").write_text("")
+    (root / "bare").mkdir()
+    (root / "one_file").mkdir()
+    shutil.copy(student / "student_config.json", root / "one_file")
+    shutil.copytree(student, root / "damaged")
+    (root / "damaged" / "diffusion_model.safetensors").write_bytes(b"cut short")
+    save_random_student(root / "no_record")
+    changed(student, root / "mock", teacher_path="mock", text_encoder_path=None)
+    changed(student, root / "moved", teacher_path="/not/here")
+    shutil.copytree(DEMO_TEACHER / "vae", root / "only_vae" / "vae")
+    shutil.copytree(DEMO_TEACHER / "vae", root / "broken")
+    (root / "broken" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
+    shutil.copytree(DEMO_TEACHER / "vae", root / "other_latents")
+    settings = json.loads((root / "other_latents" / "config.json").read_text(encoding="utf-8"))
+    settings["latents_mean"][3] += 0.01
+    (root / "other_latents" / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    write_pipeline_folder(root / "other", channels=48)
+    return root
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_answered_in_one_line(student, mistakes, run_main, name):
+    export_format, flags, message = MISTAKES[name]
+    flags = [str(flag).format(tmp=mistakes) for flag in flags]
+    before = snapshot(mistakes)
+    required = ["--student", student, "--format", export_format, "--output", mistakes / "out"]
+    assert_refused(run_main(export_student.main, *required, *flags), message, mistakes, before)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_weights_carry_their_config(exports, demo, name):
-    places = {
-        "original": exports["original"],
-        "diffusers": exports["diffusers"] / "diffusion_pytorch_model.safetensors",
-    }
-    path = places.get(name, exports["pipeline"] / "transformer" / "diffusion_pytorch_model.safetensors")
-    with safe_open(path, framework="pt") as file:
-        text = file.metadata()["student_config"]
-    assert StudentConfig.from_json(text, "metadata") == StudentConfig.load(demo / "student")
+def test_what_is_there_is_never_replaced(student, export, tmp_path, name):
+    assert export(student, name).code == 0
+    before = snapshot(tmp_path)
+    outcome = export(student, name, "--dtype", "bf16")
+    assert outcome.code == 2 and " already; give a" in outcome.err and outcome.err.count("\n") == 1
+    assert snapshot(tmp_path) == before
 
 
-def test_weights_alone_are_a_student(demo, tmp_path):
-    shutil.copy(demo / "student" / "diffusion_model.safetensors", tmp_path)
-    assert WanLiteStudent.from_pretrained(tmp_path).config == StudentConfig.load(demo / "student")
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_output_that_cannot_be_written_to(student, export, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # these tests may run as root, who may write anywhere
+    assert_refused(export(student, name), "cannot be written to (Permission denied)", tmp_path, {})
 
 
-def test_weights_without_a_config_are_no_student(tmp_path):
-    save_file({"x": torch.zeros(1)}, tmp_path / "diffusion_model.safetensors")
-    with pytest.raises(Exception, match=r"student_config\.json"):
-        WanLiteStudent.from_pretrained(tmp_path)
+def test_a_file_is_added_to_a_folder_and_an_empty_one_is_used(student, export, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert export(student, "diffusers").code == 0
+    assert export(student, "original", output="out/of_comfyui.safetensors").code == 0
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "config.json", "diffusion_pytorch_model.safetensors", "of_comfyui.safetensors",
+    }  # fmt: skip
 
 
-def test_a_hub_id_that_cannot_be_had_says_what_works_without(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    with pytest.raises(Exception, match=r"somebody/some-student.*student's folder"):
-        WanLiteStudent.from_pretrained("somebody/some-student")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_export_that_ends_early_leaves_nothing(student, export, tmp_path, monkeypatch, name, error):
+    def half(tensors, file, **settings):
+        Path(file).write_bytes(b"half of a file")
+        raise error("no space left on device")
+
+    monkeypatch.setattr("wandistiller.export.save_file", half)
+    outcome = export(student, name, output="new/out")
+    assert outcome.code == (130 if error is KeyboardInterrupt else 1)
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+    assert not (tmp_path / "new" / "out").exists()
 
 
 # ---- what ComfyUI makes of it ----
 
-READ_RIGHT = StudentConfig(
-    block="wan", hidden_size=256, depth=2, num_heads=2, ffn_dim=512, num_channels=16, image_size=64
-)
+RELEASED = {"block": "wan", "hidden_size": 256, "depth": 2, "num_heads": 2, "num_channels": 16, "image_size": 64}
+READ_WRONG = {
+    "heads of 32": ({"num_heads": 8}, "hidden_size // 128 = 2 for the number of heads, this student has 8"),
+    "heads of 64": ({"num_heads": 4}, "hidden_size // 128 = 2 for the number of heads, this student has 4"),
+    "no head at all": ({"hidden_size": 96, "num_heads": 1}, "it would not load"),
+    "patches of 1": ({"patch_size": 1}, "patch_size 2 as given, this student has 1: it would not load"),
+    "freq_dim": ({"freq_dim": 128}, "freq_dim 256 as given, this student has 128: it would not load"),
+    "eps": ({"eps": 1e-3}, "eps 1e-06 as given, this student has 0.001: it would draw otherwise"),
+    "text width": ({"text_encoder_output_dim": 128}, "text_encoder_output_dim 4096 as given"),
+    "slots": ({"text_max_length": 64}, "text_max_length 512 as given"),
+    "channels": ({"num_channels": 4}, "16 or 48 channels"),
+    "latents": ({"distillation": {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}}, "learnt others"),
+    "latents of 5B": ({"num_channels": 48, "distillation": {"latents_std": [1.0] * 48}}, "learnt others"),
+}
 
 
-@pytest.mark.parametrize("name", ["student_config.json", "student_config_0.5B.json", "student_config_5B.json"])
-def test_comfyui_reads_the_ready_configs_right(name):
-    assert comfyui_warnings(StudentConfig.load(ROOT / "config" / name)) == []
+@pytest.mark.parametrize("name", READ_WRONG)
+def test_each_shape_that_comfyui_reads_wrong_is_warned_of(name):
+    changes, message = READ_WRONG[name]
+    warnings = comfyui_warnings(StudentConfig(**RELEASED | changes))
+    assert len(warnings) == 1 and message in warnings[0]
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({}, None),
-        ({"num_heads": 4}, "number of heads"),
-        ({"hidden_size": 192, "num_heads": 1}, None),
-        ({"hidden_size": 96, "num_heads": 1}, "number of heads"),
-        ({"patch_size": 4}, "patch_size"),
-        ({"freq_dim": 128}, "freq_dim"),
-        ({"eps": 1e-5}, "eps"),
-        ({"text_encoder_output_dim": 128}, "text_encoder_output_dim"),
-        ({"text_max_length": 64}, "text_max_length"),
-        ({"num_channels": 4}, "channels"),
-        ({"distillation": {"latents_mean": [0.0] * 16}}, "normalises latents"),
-    ],
-)  # fmt: skip
-def test_shapes_that_comfyui_misreads_are_warned_of(changes, said):
-    warnings = comfyui_warnings(replace(READ_RIGHT, **changes))
-    assert len(warnings) == (0 if said is None else 1)
-    assert said is None or said in warnings[0]
+WAN_CONFIGS = [path for path in sorted((ROOT / "config").glob("*.json")) if StudentConfig.load(path).block == "wan"]
 
 
-def test_an_original_file_is_told_how_to_draw_with_and_what_is_misread(export):
-    outcome, _ = export("original")
-    assert outcome.code == 0 and "In ComfyUI: Load Diffusion Model" in outcome.out
-    assert "Warning: ComfyUI takes" in outcome.out  # the demo's heads are of 32 channels
+@pytest.mark.parametrize("path", WAN_CONFIGS, ids=lambda path: path.stem)
+def test_ready_configs_for_released_teachers_are_read_right(path):
+    config = StudentConfig.load(path)
+    if config.text_encoder_output_dim != 4096:
+        assert len(comfyui_warnings(config)) == 2  # the demo's heads and its text width
+        return
+    mean, std = RELEASED_LATENTS[config.num_channels]
+    taught = config.replace(distillation={"latents_mean": mean, "latents_std": std})
+    assert comfyui_warnings(config) == comfyui_warnings(taught) == []
+
+
+def test_the_command_prints_warnings_and_settings(student, export, tmp_path):
+    outcome = export(student, "original")
+    assert outcome.code == 0
+    assert [line.split(" as given")[0] for line in outcome.out.splitlines() if line.startswith("Warning: ")][1] == (
+        "Warning: ComfyUI takes text_encoder_output_dim 4096"
+    )
+    assert "In ComfyUI" not in outcome.out  # no settings help a file that it cannot read
+    assert "Warning" not in export(student, "diffusers", output="folder").out
+    save_random_student(tmp_path / "read", **RELEASED, text_encoder_output_dim=4096, freq_dim=256, eps=1e-6)
+    outcome = export(tmp_path / "read", "original", output="read.safetensors")
+    assert "Warning" not in outcome.out and "In ComfyUI: Load Diffusion Model, KSampler with cfg 1" in outcome.out
+    part = changed(student, tmp_path / "part", sigma_range=[0.5, 1.0])
+    assert "trained at sigma 0.5 to 1 only" in export(part, "diffusers", output="of_part").out
+
+
+def test_settings_for_comfyui_are_those_of_the_record():
+    taught = StudentConfig(**RELEASED, distillation={"shift": 12.0, "num_inference_steps": 40})
+    text = comfyui_settings(taught)
+    assert all(part in text for part in ("shift 12,", "steps 40,", "cfg 1,", "uni_pc", "length 1"))
+    few = taught.replace(distillation={"shift": 12.0, "num_inference_steps": 40, "student_steps": 4})
+    assert "steps 4, cfg 1, euler, simple" in comfyui_settings(few)
+    assert "EmptyHunyuanLatentVideo of length 1" in text
+    assert "Wan22ImageToVideoLatent of length 1" in comfyui_settings(taught.replace(num_channels=48))
+
+
+# ---- a student by folder or by name ----
+
+
+def test_weights_alone_are_a_student(tmp_path):
+    saved = save_random_student(tmp_path)
+    (tmp_path / "student_config.json").unlink()
+    loaded = WanLiteStudent.from_pretrained(tmp_path)
+    assert loaded.config == saved.config
+    assert_same_tensors(loaded.state_dict(), saved.state_dict())
+
+
+def test_a_student_of_the_hub_that_cannot_be_had_is_one_sentence():
+    with pytest.raises(HubError, match=r"nobody/no-such-student: is no file or folder here.*the hub cannot be reached"):
+        WanLiteStudent.from_pretrained("nobody/no-such-student")
+
+
+def test_a_folder_goes_before_a_hub_repository_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = save_random_student(tmp_path / "owner" / "name")
+    assert_same_tensors(WanLiteStudent.from_pretrained("owner/name").state_dict(), saved.state_dict())

@@ -8,8 +8,14 @@ from wandistiller.student_config import StudentConfig
 from wandistiller.teacher import RELEASED_LATENTS
 
 HEAD_DIM = 128
-# What WanModel has where no tensor is asked: by key of a student's config.
-_GIVEN = {"patch_size": 2, "freq_dim": 256, "eps": 1e-6, "text_encoder_output_dim": 4096, "text_max_length": 512}
+# What WanModel has where no tensor is asked, by key of a student's config, and what it would do with another.
+_GIVEN = {
+    "patch_size": (2, "not load"),
+    "freq_dim": (256, "not load"),
+    "eps": (1e-6, "draw otherwise"),
+    "text_encoder_output_dim": (4096, "not load"),
+    "text_max_length": (512, "draw otherwise"),
+}
 _MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
 
 
@@ -24,11 +30,11 @@ def comfyui_warnings(config: StudentConfig) -> list[str]:
     if config.num_heads != heads:
         warnings.append(
             f"ComfyUI takes hidden_size // {HEAD_DIM} = {heads} for the number of heads, this student has "
-            f"{config.num_heads} (of {config.head_dim} channels): it would {'draw noise' if heads else 'not load'}"
+            f"{config.num_heads} (of {config.head_dim} channels): it would {'draw wrongly' if heads else 'not load'}"
         )
-    for name, given in _GIVEN.items():
+    for name, (given, outcome) in _GIVEN.items():
         if (value := getattr(config, name)) != given:
-            warnings.append(f"ComfyUI takes {name} {given:g} as given, this student has {value:g}")
+            warnings.append(f"ComfyUI takes {name} {given:g} as given, this student has {value:g}: it would {outcome}")
     if config.num_channels not in RELEASED_LATENTS:
         warnings.append(f"ComfyUI knows Wan latents of 16 or 48 channels, this student's have {config.num_channels}")
     elif not _has_released_latents(config):
@@ -47,10 +53,14 @@ def _has_released_latents(config: StudentConfig) -> bool:
 
 
 def comfyui_settings(config: StudentConfig) -> str:
-    """The nodes and values that draw as the student was taught; ComfyUI's own shift for Wan is 8."""
+    """The nodes and values that draw as the student was taught; ComfyUI's own shift for Wan is 8.
+
+    Of its schedulers "simple" has the noise levels of `sampling.wan_scheduler` (within 0.008), "normal" and "beta" have others.
+    """
     record = config.distillation or {}
     few = record.get("student_steps")
     steps = few or record.get("num_inference_steps")
     sampler = f"KSampler with {f'steps {steps}, ' if steps else ''}cfg 1, {'euler' if few else 'uni_pc'}, simple"
     shift = f"ModelSamplingSD3 with shift {record['shift']:g}, " if "shift" in record else ""
-    return f"Load Diffusion Model, {shift}{sampler}; a latent of length 1; the text encoder as type wan"
+    latent = "Wan22ImageToVideoLatent" if config.num_channels == 48 else "EmptyHunyuanLatentVideo"
+    return f"Load Diffusion Model, {shift}{sampler}; {latent} of length 1; Load CLIP of type wan"

@@ -53,7 +53,7 @@ def stored(name: str, tensor: Tensor, dtype: str) -> Tensor:
     if dtype != "fp8":
         return tensor.to(DTYPES[dtype]).contiguous()
     if _LINEAR_OF_A_BLOCK.fullmatch(name):
-        return tensor.clamp(-FP8_MAX, FP8_MAX).to(FP8).contiguous()  # past the largest fp8 number torch answers nan
+        return tensor.clamp(-FP8_MAX, FP8_MAX).to(FP8).contiguous()  # older torch makes nan of larger ones
     return tensor.to(torch.bfloat16).contiguous()
 
 

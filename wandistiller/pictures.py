@@ -41,8 +41,8 @@ def find_vae(vae_path: str | None, teacher_path: str) -> tuple[str, str | None]:
         return location, "vae"
     if vae_path:
         raise UserError(f"--vae_path {vae_path}: holds no VAE (no config.json there or in vae/); {advice}")
-    what = "has no VAE" if teacher_path == "mock" else "has no VAE beside it (no vae/config.json)"
-    raise UserError(f"the teacher {teacher_path} {what}; {advice}")
+    reason = " beside it (no vae/config.json)" if folder.exists() else ": there is no such folder"
+    raise UserError(f"the teacher {teacher_path} has no VAE{'' if teacher_path == 'mock' else reason}; {advice}")
 
 
 def load_vae(location: str, subfolder: str | None, num_channels: int, vae_scale_factor: int, device: str = "cpu"):

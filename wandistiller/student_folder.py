@@ -31,11 +31,16 @@ _NEEDED = {
 }
 
 
-def load_student_config(folder: str | Path) -> StudentConfig:
-    """The config of a trained student, refused where it lacks the record of its distillation."""
+def load_shape(folder: str | Path) -> StudentConfig:
+    """The config of a student in a folder, whether or not it was trained."""
     if not Path(folder).is_dir():
         raise UserError(f"--student {folder}: there is no such folder; give the --output_dir of train_distillation.py")
-    config = StudentConfig.load(folder)
+    return StudentConfig.load(folder)
+
+
+def load_student_config(folder: str | Path) -> StudentConfig:
+    """The config of a trained student, refused where it lacks the record of its distillation."""
+    config = load_shape(folder)
     where = Path(folder) / CONFIG_NAME
     if config.distillation is None:
         raise UserError(
