@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     print_warnings(config, args.format)
     print(f"Wrote {target}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters, {args.dtype}")
     if args.format == "pipeline":
-        print(example(config, target, options))
+        print(example(config, target, options, args))
     if args.format == "original" and not comfyui_warnings(config):
         print(f"In ComfyUI: {comfyui_settings(config)}")
     return 0

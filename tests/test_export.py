@@ -280,6 +280,18 @@ def test_wan_pipeline_draws_what_generate_images_draws(student, export, tmp_path
     assert np.abs(ours - theirs).max() <= 2
 
 
+def test_a_pipeline_of_float32_computes_its_text_so(student, export, tmp_path):
+    """transformers loads in the precision that a config names, and the teacher's names bf16."""
+    from transformers import UMT5EncoderModel
+
+    assert export(student, "pipeline", output="as fp32").code == 0
+    assert export(student, "pipeline", "--dtype", "bf16", output="as bf16").code == 0
+    dtypes = [
+        UMT5EncoderModel.from_pretrained(tmp_path / name / "text_encoder").dtype for name in ("as fp32", "as bf16")
+    ]
+    assert dtypes == [torch.float32, torch.bfloat16]
+
+
 def test_the_parts_are_copies_and_no_pickles(student, export, tmp_path):
     shutil.copytree(DEMO_TEACHER, tmp_path / "teacher")
     (tmp_path / "teacher" / "text_encoder" / "pytorch_model.bin").write_bytes(b"a pickle")
