@@ -1,6 +1,6 @@
 """What ComfyUI makes of a student's file: which of it is read, what is taken as given, and with which settings it draws.
 
-Read from Comfy-Org/ComfyUI 0.3.64 and unchanged in 2026: comfy/model_detection.py (detect_unet_config), supported_models.py
+Read from Comfy-Org/ComfyUI 0.3.64: comfy/model_detection.py (detect_unet_config), supported_models.py
 (WAN21_T2V, WAN22_T2V), ldm/wan/model.py (WanModel), text_encoders/wan.py, latent_formats.py (Wan21, Wan22).
 """
 
