@@ -25,6 +25,7 @@ from wandistiller.output_folder import (
     set_aside_previous_student,
 )
 from wandistiller.prompts import PromptFile, Texts, read_texts
+from wandistiller.start_clock import StartClock
 from wandistiller.student_config import CONFIG_NAME, StudentConfig
 from wandistiller.training_flags import parse_args
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from wandistiller.distributed import Processes
     from wandistiller.lanes import Lanes
     from wandistiller.prompt_embeds import Embeds
+    from wandistiller.reporting import StepMetrics
     from wandistiller.samples import Samples
     from wandistiller.student import WanLiteStudent
     from wandistiller.teacher import Teacher, TeacherSettings
@@ -245,6 +247,14 @@ def build_student(
     return project_teacher(checkpoint, config, args.init_expert, layers=args.layers, device=device, seed=args.seed)
 
 
+def tell_first_step(args: argparse.Namespace, clock: StartClock, metrics: "StepMetrics") -> None:
+    """With --verbose, once: where the time until now went."""
+    if clock.first_step(metrics.elapsed_s) and args.verbose:
+        from tqdm import tqdm
+
+        tqdm.write(clock.table(), file=sys.stdout)  # beside the progress bar
+
+
 def calls_line(num_calls: int, num_steps: int, cache: "TeacherCache | None", teacher: "Teacher | None") -> str:
     """What the teacher was asked; of two experts also how often the one in use changed, since this process began."""
     if cache is not None:
@@ -305,10 +315,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def distil(args: argparse.Namespace, command: list[str]) -> int:
+    clock = StartClock()
     # What a person typed is checked before torch loads, and every file before anything is written or a weight is read:
     config = StudentConfig.load(args.student_config)
     texts, prompt_file = read_texts(args.data_path, args.extra_prompts, args.eval_prompts, args.eval_every > 0)
     check_output_folder(args.output_dir)
+    clock.lap("config and prompts read")
 
     from wandistiller.answers import ReplayedAnswers
     from wandistiller.checkpointing import Checkpoints
@@ -340,6 +352,7 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     from wandistiller.trackers import Trackers, check_report
     from wandistiller.training import train
 
+    clock.lap("torch and our modules imported")
     processes = join(args.device, pick_device)
     device, lanes = processes.device, lanes_of(args, processes)
     dtype = pick_dtype(args.dtype, device)
@@ -367,9 +380,11 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
             print(f"Training states start anew: a step had {resume_from.batch_size} samples, and has {lanes.total} now")
     elif args.save_every:
         checkpoints.check_disk(checkpoint_bytes(config))
+    clock.lap("headers of the teacher, output folder")
 
     # Text first: its encoder leaves memory before the teacher comes:
     embeds = embed_prompts(args, texts, encoder, settings, config, processes)
+    clock.lap("prompts encoded, or found in their cache")
 
     # Student and teacher are projections of one checkpoint, a part of it and all of it:
     options = training_options(args, len(texts.prompts), settings, device, lanes.total)
@@ -377,14 +392,17 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     teacher = None
     if cache is None or not cache.is_complete or not args.offline_teacher:
         teacher = build_teacher(args, checkpoint, settings, config, embeds.negative, dtype, processes)
+    clock.lap("teacher read and projected")
     if cache is not None and not cache.is_complete:
         fill_cache(
             cache, build_answers(args, teacher, *sources, [], dtype, device, lanes), options.num_steps, args.replay
         )
+        clock.lap("answers of the teacher written to its cache")
     if args.offline_teacher:
         teacher = None  # its memory is the student's from here on
     student, report = build_student(args, checkpoint, config, device)
     print(report.summary())
+    clock.lap("student read and projected")
     student.gradient_checkpointing = args.gradient_checkpointing
 
     # Train:
@@ -404,7 +422,9 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
         answers = build_answers(args, teacher, *sources, feature_layers, dtype, device, lanes)
     if args.replay > 1 and cache is None:
         answers = ReplayedAnswers(answers, args.replay, args.seed, device)
+    clock.lap("states, answers and objective set up")
     evaluate = build_evaluation(args, teacher, embeds, config, dtype, device)
+    clock.lap("held-out states of the teacher")
     if resume_from is None:
         aside = processes.first_then_all(lambda: set_aside_previous_student(folder))
         if aside:
@@ -416,6 +436,7 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
         if vae_location is not None:
             drawn = (texts.prompts, embeds.trained, vae_location)
             samples = build_samples(args, teacher, settings, config, *drawn, dtype, processes, folder, trackers)
+        clock.lap("TensorBoard and sample pictures set up")
         with shown if processes.is_first else nullcontext(Silence()) as progress:
             result = train(
                 student,
@@ -423,7 +444,7 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
                 embeds.trained,
                 objective,
                 options,
-                lambda metrics: (progress.step(metrics), trackers.step(metrics)),
+                lambda metrics: (progress.step(metrics), trackers.step(metrics), tell_first_step(args, clock, metrics)),
                 evaluate,
                 checkpoints if args.save_every else None,
                 resume_from,

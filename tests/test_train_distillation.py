@@ -90,6 +90,7 @@ FLAGS = [
     ("assume_gpu_gib", ["24"], None),
     ("sample_every", ["100"], 200),
     ("report", ["wandb"], "none"),
+    ("verbose", [], False),
     ("print_config", ["5B"], None),
 ]
 # What a flag does not go without

@@ -290,6 +290,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=REPORTS,
     )
     output.flag(
+        "--verbose",
+        "print where the time until the first step went",
+        False,
+        action="store_true",
+    )
+    output.flag(
         "--print_config",
         "print a student_config.json for this teacher, and on stderr what its keys mean; nothing else is done",
         choices=list(READY_CONFIGS),
