@@ -2,10 +2,8 @@
 
 import contextlib
 import importlib.util
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,19 +45,10 @@ def make_optimizer(model: nn.Module, options: OptimizationOptions, device: str) 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, options: OptimizationOptions, num_steps: int) -> LambdaLR:
     """Warm-up, then constant, or down to zero at `num_steps` along a line or half a cosine."""
-    return LambdaLR(optimizer, partial(lr_share, options.lr_scheduler, options.lr_warmup_steps, num_steps))
+    from transformers.optimization import get_scheduler
 
-
-def lr_share(name: str, num_warmup_steps: int, num_steps: int, step: int) -> float:
-    """Share of the learning rate that a step after `step` others has."""
-    if step < num_warmup_steps:
-        return step / num_warmup_steps
-    num_after = max(1, num_steps - num_warmup_steps)
-    if name == "linear":
-        return max(0.0, (num_steps - step) / num_after)
-    if name == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * ((step - num_warmup_steps) / num_after)))
-    return 1.0
+    name = "constant_with_warmup" if options.lr_scheduler == "constant" else options.lr_scheduler
+    return get_scheduler(name, optimizer, options.lr_warmup_steps, num_steps)
 
 
 class WeightAverage:
