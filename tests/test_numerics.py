@@ -4,6 +4,7 @@ pytest tests/test_numerics.py
 """
 
 import importlib.util
+import json
 import sys
 import types
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import wandistiller.training
 from wandistiller import StudentConfig, WanLiteStudent
+from wandistiller.run_setup import compile_blocks
 
 FLAGS = ["--max_steps", 6, "--lr", 1e-3, "--batch_size", 4]
 LITE_CONFIG = PRUNED_CONFIG | {"block": "lite", "hidden_size": 16, "ffn_dim": 64, "freq_dim": 16, "patch_size": 1}
@@ -72,6 +74,37 @@ def test_compiled_blocks_train_the_same_student(train, teachers, tmp_path):
     eager, compiled = (read_metrics(tmp_path / name) for name in ("eager", "compiled"))
     assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in eager], rel=1e-4)
     assert weights_of(tmp_path / "compiled").keys() == weights_of(tmp_path / "eager").keys()
+
+
+def test_compiled_blocks_are_one_graph_each_and_settle(monkeypatch):
+    """Guided teacher and student, prompts of other lengths in every batch: no graph breaks, and nothing new after a while."""
+    from torch._dynamo.testing import CompileCounter
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    counter = CompileCounter()  # a backend that runs each graph as it is
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: setattr(block, "_compiled_call_impl", torch.compile(block._call_impl, backend=counter, fullgraph=True)))  # fmt: skip
+    teacher, student = (
+        WanLiteStudent(StudentConfig.from_json(json.dumps(config), "")) for config in (IDENTITY_CONFIG, PRUNED_CONFIG)
+    )
+    compile_blocks([teacher, student])
+
+    def step(tokens: int) -> None:
+        latents, timestep = torch.randn(3, 16, 4, 4), torch.tensor([900.0, 500.0, 100.0])
+        embeds, lengths = torch.randn(3, tokens, 20), torch.tensor([tokens, 1, 2])
+        with torch.no_grad():
+            teacher(latents, timestep, embeds, lengths, torch.randn(5, 20))
+        student(latents, timestep, embeds, lengths).square().mean().backward()
+
+    for tokens in (4, 7, 9):
+        step(tokens)
+    settled = counter.frame_count
+    for tokens in (5, 8, 6, 12):
+        step(tokens)
+    assert 0 < settled == counter.frame_count
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
 
 
 # ---- the optimiser of another library ----

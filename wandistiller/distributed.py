@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from wandistiller.errors import UserError
 
@@ -136,6 +135,8 @@ class Processes:
         """This process's rows of a tensor that is spread over all along its first dimension, equally."""
         if self.mesh is None:
             return local
+        from torch.distributed.tensor import DTensor, Shard
+
         return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False)
 
     def empty_rows(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -188,23 +189,31 @@ def leave() -> None:
 # ---- sharded tensors ----
 
 
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor lies in several processes; none does before such tensors are loaded, which takes most of a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def _is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(is_spread(parameter) for parameter in model.parameters())
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_spread(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor put together from all processes; all must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
 def fill(target: Tensor, values: Tensor) -> None:
     """Copy whole values into a tensor, of which this process may hold a part."""
-    if isinstance(target, DTensor):
+    if is_spread(target):
+        from torch.distributed.tensor import distribute_tensor
+
         mesh, placements = target.device_mesh, target.placements
         values = distribute_tensor(values.to(mesh.device_type), mesh, placements, src_data_rank=None)
     target.copy_(values)

@@ -118,6 +118,14 @@ class WanAttention(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
+def modulation_table(rows: int, hidden_size: int) -> nn.Parameter:
+    """Wan's initial values (1, rows, D)."""
+    table = torch.empty(1, rows, hidden_size)
+    if not table.is_meta:  # where nothing is drawn, and asking to loads torch's compiler, a second of every start
+        table.normal_(std=hidden_size**-0.5)
+    return nn.Parameter(table)
+
+
 class GeluProjection(nn.Module):
     def __init__(self, hidden_size: int, ffn_dim: int):
         super().__init__()
@@ -150,7 +158,7 @@ class WanBlock(nn.Module):
         self.attn2 = WanAttention(hidden_size, config.num_heads, eps)
         self.norm3 = Fp32LayerNorm(hidden_size, eps, elementwise_affine=False)
         self.ffn = FeedForward(hidden_size, config.ffn_dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, hidden_size) / hidden_size**0.5)
+        self.scale_shift_table = modulation_table(6, hidden_size)
 
     def forward(self, x: Tensor, timestep_proj: Tensor, texts: Sequence[Text], rope: Tensor) -> Tensor:
         """x (B, L, D) of an earlier block; of the first one, rows that differ in their text alone may still be one row."""
@@ -240,7 +248,7 @@ class WanLiteStudent(nn.Module):
         self.condition_embedder = ConditionEmbedder(config)
         self.norm_out = Fp32LayerNorm(hidden_size, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(hidden_size, patch * patch * channels)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, hidden_size) / hidden_size**0.5)
+        self.scale_shift_table = modulation_table(2, hidden_size)
 
     def _init_lite(self, config: StudentConfig) -> None:
         channels, hidden_size = config.num_channels, config.hidden_size
