@@ -279,13 +279,24 @@ def _take(tensor: "Tensor", teacher_name: str, selection: "Selection") -> "Tenso
     """The selected part of a teacher tensor, 2D."""
     from wandistiller.lift import without_frames
 
+    kept = {}
     for dim, axis in enumerate(_axes_of(teacher_name)):
         if axis == "6 x channels" and "channels" in selection.axes:
-            kept = tensor.unflatten(dim, (6, -1)).index_select(dim + 1, selection.axes["channels"])
-            tensor = kept.flatten(dim, dim + 1)
+            kept[dim] = _in_six_parts(selection.axes["channels"], tensor.shape[dim] // 6)
         elif axis in selection.axes:
-            tensor = tensor.index_select(dim, selection.axes[axis])
+            kept[dim] = selection.axes[axis]
+    if list(kept) == [0, 1]:
+        return tensor[kept[0][:, None], kept[1]]  # a matrix at once: half the time of its rows, and then their columns
+    for dim, indices in kept.items():
+        tensor = tensor.index_select(dim, indices)
     return without_frames(tensor)
+
+
+def _in_six_parts(channels: "Tensor", size: int) -> "Tensor":
+    """Where these of `size` channels are in six parts that lie one after another."""
+    import torch
+
+    return (torch.arange(6)[:, None] * size + channels).flatten()
 
 
 def _fill(

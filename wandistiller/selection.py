@@ -9,7 +9,9 @@ An axis is a named index set used wherever that axis occurs, so that what is cut
 (inside the two embedders), and per teacher layer i `attn1.i`, `attn2.i` (rows of whole heads) and `neurons.i`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor
 
 from wandistiller.student_config import CONFIG_NAME, ConfigError, StudentConfig
+
+ROWS_AT_A_TIME = 64  # of a weight, while it is measured: few enough to stay in a cache, also at the width of 14B
 
 
 class TransformerTensors(Protocol):
@@ -109,9 +113,10 @@ def select(teacher: TransformerTensors, student: StudentConfig, layers: list[int
     """
     check_fits(teacher.config, student, layers)
     selection = Selection(layers or spread_layers(teacher.config.depth, student.depth))
+    norms = cache(lambda name: _squared_norms(teacher.read(name)))  # several axes ask for the same weights
     for axis, (size, kept, group) in _axis_sizes(teacher.config, student, selection.layers).items():
         if kept < size:
-            selection.axes[axis] = _largest(_score_axis(teacher, axis, selection.layers), kept, group)
+            selection.axes[axis] = _largest(_score_axis(norms, axis, selection.layers), kept, group)
     return selection
 
 
@@ -137,15 +142,19 @@ def _largest(scores: Tensor, kept: int, group: int) -> Tensor:
     return (groups[:, None] * group + torch.arange(group)).flatten()
 
 
-def _score_axis(teacher: TransformerTensors, axis: str, layers: list[int]) -> Tensor:
-    """Weight-norm score of each entry of an axis: what is written to a channel, or in- times out-norm of a hidden unit."""
+def _score_axis(norms: Callable[[str], tuple[Tensor, Tensor]], axis: str, layers: list[int]) -> Tensor:
+    """Weight-norm score of each entry of an axis: what is written to a channel, or in- times out-norm of a hidden unit.
+
+    Args:
+        norms: the squared norms of a weight's rows and columns, by name.
+    """
     embedder = "condition_embedder"
     if axis == "channels":
         writers = ["attn1.to_out.0.weight", "attn2.to_out.0.weight", "ffn.net.2.weight"]
         names = ["patch_embedding.weight", *(f"blocks.{layer}.{writer}" for layer in layers for writer in writers)]
-        return sum(_squared_norm(teacher.read(name), dim=0) for name in names)
+        return sum(norms(name)[0] for name in names)
     if axis == "text_channels":
-        return _squared_norm(teacher.read(f"{embedder}.text_embedder.linear_2.weight"), dim=0)
+        return norms(f"{embedder}.text_embedder.linear_2.weight")[0]
     if axis in ("time_hidden", "text_hidden"):
         into = f"{embedder}.{axis.removesuffix('_hidden')}_embedder.linear_1.weight"
         out_of = into.replace("linear_1", "linear_2")
@@ -153,10 +162,14 @@ def _score_axis(teacher: TransformerTensors, axis: str, layers: list[int]) -> Te
         kind, layer = axis.split(".")
         inside = ("ffn.net.0.proj", "ffn.net.2") if kind == "neurons" else (f"{kind}.to_v", f"{kind}.to_out.0")
         into, out_of = (f"blocks.{layer}.{name}.weight" for name in inside)
-    return _squared_norm(teacher.read(into), dim=0) * _squared_norm(teacher.read(out_of), dim=1)
+    return norms(into)[0] * norms(out_of)[1]
 
 
-def _squared_norm(weight: Tensor, dim: int) -> Tensor:
-    """Squared norm of each slice of `weight` along `dim`, summed in float32."""
-    others = [other for other in range(weight.ndim) if other != dim]
-    return torch.linalg.vector_norm(weight, dim=others, dtype=torch.float32).square()
+def _squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norm of each row and of each column, summed in float32; one pass over the memory, and no copy of it."""
+    rows, columns = [], 0.0
+    for part in weight.flatten(1).split(ROWS_AT_A_TIME):
+        part = part.float()
+        rows.append(torch.linalg.vector_norm(part, dim=1).square())
+        columns = columns + part.square().sum(dim=0)
+    return torch.cat(rows), columns
