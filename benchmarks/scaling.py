@@ -21,6 +21,7 @@ from wandistiller.budget import (  # noqa: E402 (found from wherever the script 
     Workload,
     disk_budget,
     memory_budget,
+    peak_bytes,
     phase_bytes,
     step_flops,
     stored_latents,
@@ -28,7 +29,7 @@ from wandistiller.budget import (  # noqa: E402 (found from wherever the script 
 from wandistiller.student_config import StudentConfig  # noqa: E402
 from wandistiller.weight_sizes import count_parameters, weight_bytes  # noqa: E402
 
-PAGE = ROOT / "docs" / "scaling.md"
+PAGES = (ROOT / "docs" / "scaling.md", ROOT / "README.md")
 GIB, GB = 2**30, 1e9
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -239,7 +240,42 @@ def separation_table() -> str:
     return markdown(["--replay", "teacher : student ranks of 64", "GB/s of answers sent, all together"], rows)
 
 
+# name: hidden_size, heads, ffn_dim, depth, channels, VAE factor, experts; the student's config file
+RUNS = {
+    "Wan2.1 1.3B": ((1536, 12, 8960, 30, 16, 8, 1), "student_config_0.5B.json"),
+    "Wan2.2 TI2V-5B": ((3072, 24, 14336, 30, 48, 16, 1), "student_config_5B.json"),
+    "Wan2.1 14B": ((5120, 40, 13824, 40, 16, 8, 1), "student_config.json"),
+    "Wan2.2 A14B": ((5120, 40, 13824, 40, 16, 8, 2), "student_config.json"),
+}
+SMALL = {"teacher_dtype": "fp8", "teacher_offload": True, "gradient_checkpointing": True}
+
+
+def runs_table() -> str:
+    """What one GPU needs for each released teacher, at a batch of 4: plain, and with the flags that save memory."""
+    rows = []
+    for name, ((width, heads, ffn_dim, depth, channels, factor, experts), file) in RUNS.items():
+        student = StudentConfig.load(ROOT / "config" / file)
+        for pixels in (512, 1024):
+            shape = {"hidden_size": width, "num_heads": heads, "ffn_dim": ffn_dim, "depth": depth}
+            teacher = StudentConfig(block="wan", num_channels=channels, image_size=pixels, **shape)
+            changes = {
+                "teacher": teacher, "student": student.replace(image_size=pixels), "latent_size": pixels // factor,
+                "num_experts": experts, "num_features": student.depth,
+            }  # fmt: skip
+            small = SMALL | {"teacher_offload": experts > 1}
+            plain, saving = (peak_bytes(memory_budget(workload(**changes | flags))) / GIB for flags in ({}, small))
+            flops = step_flops(workload(**changes))
+            hours = 1e6 * flops.total / BATCH_SIZE / (ASSUMED_MFU * H100.flops) / 3600
+            rows.append(
+                [name, f"{count_parameters(student).total / 1e9:.2f}B", str(pixels), f"{plain:.0f}", f"{saving:.0f}",
+                 f"{flops.teacher / BATCH_SIZE / 1e12:.1f}", f"{hours:.0f}"]
+            )  # fmt: skip
+    header = ["teacher", "student", "pixels", "GiB", "GiB, saving", "TFLOP of a teacher's answer", "H100 hours a million answers"]  # fmt: skip
+    return markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "runs": runs_table,
     "flops": flops_table,
     "hours": hours_table,
     "memory": memory_table,
@@ -257,9 +293,10 @@ def with_tables(page: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md and README.md")
     if parser.parse_args().write:
-        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
         return
     for name, table in TABLES.items():
         print(f"<!-- table: {name} -->\n{table()}<!-- end -->\n")
