@@ -105,10 +105,10 @@ def show_budget(
     prompts: list[str],
 ) -> None:
     """What --dry_run of the trainer prints, with its default flags; flags can be changed, so that nothing fails here."""
-    from train_distillation import find_encoder, leave_features_out
     from wandistiller.budget_setup import report_budget
     from wandistiller.device import pick_device
     from wandistiller.prompts import Texts
+    from wandistiller.run_inputs import find_encoder, leave_features_out
     from wandistiller.training_flags import parse_args as parse_training_flags
 
     given = [

@@ -24,7 +24,7 @@ from wandistiller.output_folder import (
     prepare_output_folder,
     set_aside_previous_student,
 )
-from wandistiller.prompts import PromptFile, Texts, read_texts
+from wandistiller.prompts import Texts, read_texts
 from wandistiller.start_clock import StartClock
 from wandistiller.student_config import CONFIG_NAME, StudentConfig
 from wandistiller.training_flags import parse_args
@@ -35,8 +35,6 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 
     from projection_mapper import ProjectionReport
     from wandistiller.distributed import Processes
-    from wandistiller.lanes import Lanes
-    from wandistiller.prompt_embeds import Embeds
     from wandistiller.reporting import StepMetrics
     from wandistiller.samples import Samples
     from wandistiller.student import WanLiteStudent
@@ -73,120 +71,6 @@ def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tu
     return checkpoint, settings
 
 
-def leave_features_out(args: argparse.Namespace, teacher: StudentConfig, config: StudentConfig) -> None:
-    """Hidden states can be compared only token by token, which a student of other patches (a lite one) has not."""
-    if args.feature_loss_weight and config.patch_size != teacher.patch_size:
-        print(
-            f"Hidden states are not compared: the student's tokens are patches of {config.patch_size}, the teacher's of "
-            f"{teacher.patch_size}"
-        )
-        args.feature_loss_weight = 0.0
-
-
-def leave_offload_out(args: argparse.Namespace, checkpoint: "WanCheckpoint") -> None:
-    if args.teacher_offload and len(checkpoint.experts) == 1:
-        print(
-            "--teacher_offload is of no use here, this teacher has one expert; without it the usual states are trained on"
-        )
-        args.teacher_offload = False
-
-
-def print_run(
-    prompts: "PromptFile", checkpoint: "WanCheckpoint", settings: "TeacherSettings", config: StudentConfig
-) -> None:
-    from wandistiller.teacher import warnings_about
-
-    duplicates = f" ({prompts.duplicates} repeated lines left out)" if prompts.duplicates else ""
-    print(f"Prompts: {len(prompts.prompts)}{duplicates}")
-    print(f"Teacher: {checkpoint.location} ({' + '.join(checkpoint.experts)}), {settings.summary()}")
-    latent = config.image_size // settings.vae_scale_factor
-    print(
-        f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
-        f"{config.image_size} px = {config.num_channels}x{latent}x{latent} latents"
-    )
-    for warning in warnings_about(checkpoint, settings, config):
-        print(f"Warning: {warning}")
-
-
-def print_batch(args: argparse.Namespace, lanes: "Lanes", processes: "Processes") -> None:
-    """How many samples a step takes, where that is not --batch_size alone."""
-    if lanes.total == args.batch_size:
-        return
-    parts = [f"--batch_size {args.batch_size}", f"--grad_accum_steps {args.grad_accum_steps}"]
-    print(f"Samples a step: {' x '.join([*parts, f'{processes.count} processes'])} = {lanes.total}")
-
-
-def find_encoder(
-    args: argparse.Namespace, checkpoint: "WanCheckpoint", config: StudentConfig
-) -> "tuple[Path, Path] | None":
-    """Folders of the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings will do."""
-    from wandistiller.errors import UserError
-    from wandistiller.prompt_embeds import text_encoder_dim
-    from wandistiller.wan_checkpoint import find_text_encoder
-
-    if checkpoint.is_mock and args.text_encoder_path is None:
-        return None
-    encoder, tokenizer = (
-        find_text_encoder(args.text_encoder_path) if args.text_encoder_path else checkpoint.text_encoder()
-    )
-    if (text_dim := text_encoder_dim(encoder)) != config.text_encoder_output_dim:
-        raise UserError(
-            f"{encoder}: gives embeddings of width {text_dim}, teacher and student take "
-            f"{config.text_encoder_output_dim}; point --text_encoder_path at the teacher's own encoder"
-        )
-    return encoder, tokenizer
-
-
-def embed_prompts(
-    args: argparse.Namespace,
-    texts: Texts,
-    encoder: "tuple[Path, Path] | None",
-    settings: "TeacherSettings",
-    config: StudentConfig,
-    processes: "Processes",
-) -> "Embeds":
-    """Text tokens of every prompt, and of the negative prompt where guidance needs it."""
-    from wandistiller.prompt_embeds import Embeds, PromptEmbeds, encode_prompts, mock_prompt_embeds
-
-    lists = [texts.prompts, texts.extra, texts.held_out, [settings.negative_prompt] if settings.uses_guidance else []]
-    everything = [text for part in lists for text in part]
-    if encoder is None:
-        embeds = mock_prompt_embeds(everything, config.text_encoder_output_dim, config.text_max_length)
-    else:
-
-        def encode(prompts: list[str]) -> PromptEmbeds:
-            slots, device = config.text_max_length, processes.device
-            return encode_prompts(prompts, *encoder, args.prompt_cache, slots, device, progress=print_encoding)
-
-        encode(everything[processes.rank :: processes.count])  # each process its share, into the cache of all
-        processes.barrier()
-        embeds = encode(everything)
-    if embeds.truncated:
-        print(f"Warning: {embeds.truncated} prompts are longer than {config.text_max_length} tokens and were cut")
-    num_trained = len(texts.prompts) + len(texts.extra)
-    negative = embeds.read(len(everything) - 1) if settings.uses_guidance else None
-    return Embeds(embeds.first(num_trained), embeds.part(num_trained, len(texts.held_out)), negative)
-
-
-def find_sample_vae(args: argparse.Namespace, checkpoint: "WanCheckpoint") -> "tuple[str, str | None] | None":
-    """Where the VAE of the sample pictures is, or None where none can be drawn; a --vae_path without one is a mistake."""
-    from wandistiller.errors import UserError
-    from wandistiller.pictures import find_vae
-
-    if not args.num_samples or (checkpoint.is_mock and args.vae_path is None):
-        return None
-    if args.sigma_range != (0.0, 1.0):
-        print("No sample pictures: a student of a part of the noise levels does not draw by itself")
-        return None
-    try:
-        return find_vae(args.vae_path, args.teacher_path)
-    except UserError as error:
-        if args.vae_path is not None:
-            raise
-        print(f"No sample pictures: {error}")
-        return None
-
-
 def draw_last_samples(samples: "Samples", student: "WanLiteStudent", step: int) -> None:
     """The picture that a run ends with."""
     options = samples.student_options
@@ -194,11 +78,6 @@ def draw_last_samples(samples: "Samples", student: "WanLiteStudent", step: int) 
     print(f"Drawing {len(samples.prompts)} prompts with {who}, {options.num_inference_steps} steps", flush=True)
     if file := samples(student, step):
         print(f"{samples.what}: {file}")
-
-
-def print_encoding(done: int, total: int) -> None:
-    if done == total or done % 500 == 0:
-        print(f"Encoding prompts: {done}/{total}", flush=True)
 
 
 def build_teacher(
@@ -331,6 +210,15 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     from wandistiller.optimization import check_optimizer
     from wandistiller.record import distillation_record, save_student
     from wandistiller.reporting import Progress, Silence
+    from wandistiller.run_inputs import (
+        embed_prompts,
+        find_encoder,
+        find_sample_vae,
+        leave_features_out,
+        leave_offload_out,
+        print_batch,
+        print_run,
+    )
     from wandistiller.run_setup import (
         build_answers,
         build_evaluation,
