@@ -5,8 +5,9 @@
 
 A sharded checkpoint of a released Wan's widths and random weights, as deep as --gib allows, is written to a temporary folder
 (and removed, also after Ctrl-C). "Reading" loads every tensor that the projection uses into memory with safetensors, one at a
-time, and drops it. "teacher" is the checkpoint at its own shape in its own precision; "student" is config/student_config.json
-with its share of the layers, in float32. Both sides run in turns, each in a process of its own that has imported everything,
+time. "teacher" is the checkpoint at its own shape in its own precision, and its reading keeps every tensor as a loaded model
+does (new memory costs more than the copy into it); "student" is config/student_config.json with its share of the layers, in
+float32, and its reading drops each tensor, as the projection does. Both sides run in turns, each in a process of its own that has imported everything,
 on files that the system has in memory: disks differ, and a slower one slows both sides alike. Reported is the median of the
 pairs' ratios with their quartiles, and the most that projecting held beyond the imports, against its bound: the result, the
 largest tensor and 500 MB. The last line is one JSON document.
@@ -111,15 +112,18 @@ def memory_kib(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
-def read(folder: Path, names: list[str]) -> float:
-    """Seconds to load tensors into memory, one at a time."""
+def read(folder: Path, names: list[str], keep: bool) -> float:
+    """Seconds to load tensors into memory, one at a time, and keep them or drop each."""
     weight_map = json.loads((folder / f"{FILE_NAME}.safetensors.index.json").read_text())["weight_map"]
+    kept = []
     start = time.perf_counter()
     for file_name in dict.fromkeys(weight_map[name] for name in names):
         with safe_open(folder / file_name, framework="pt") as file:
             for name in names:
                 if weight_map[name] == file_name:
-                    file.get_tensor(name).clone()  # what safetensors gives is the file itself, not read yet
+                    tensor = file.get_tensor(name).clone()  # what safetensors gives is the file itself, not read yet
+                    if keep:
+                        kept.append(tensor)
     return time.perf_counter() - start
 
 
@@ -161,7 +165,8 @@ def measure(case: str, folder: Path, teacher: StudentConfig, args: argparse.Name
     for number in range(args.rounds):
         order = ("read", "project") if number % 2 else ("project", "read")
         taken = {
-            side: alone(read, folder, found["used"]) if side == "read" else alone(project, *inputs) for side in order
+            side: alone(read, folder, found["used"], is_own_shape) if side == "read" else alone(project, *inputs)
+            for side in order
         }
         peaks.append(taken["project"]["peak_bytes"])
         pairs.append((taken["read"], taken["project"]["seconds"]))
