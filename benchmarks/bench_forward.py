@@ -4,12 +4,14 @@
     python benchmarks/bench_forward.py --model 14B --depth 4 --pixels 512 1024 --device cuda --dtype bf16
 
 Every pair is measured in turns, so that a busy machine slows both alike, and reported as the median of the pairs' ratios with
-their quartiles. "MFU" is the share of the rate that plain matrix products of this dtype reach on the device in the same run.
-The last line is one JSON document.
+their quartiles. "limit" is diffusers' FLOPs over ours: what the ratio would be if both sides were matrix products alone.
+"MFU" is the share of the rate that plain matrix products of this dtype reach on the device in the same run, and "products" the
+share of our time that the profiler finds inside matrix products and attention. The last line is one JSON document.
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
@@ -22,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from wandistiller.device import DTYPES  # noqa: E402 (found from wherever the script is started)
-from wandistiller.flops import transformer_flops  # noqa: E402
+from wandistiller.flops import BACKWARD_PASSES, transformer_flops  # noqa: E402
 from wandistiller.machine import matmul_rate  # noqa: E402
 from wandistiller.student import WanLiteStudent  # noqa: E402
 from wandistiller.student_config import StudentConfig  # noqa: E402
@@ -35,6 +37,7 @@ SHAPES = {  # hidden_size, heads, ffn_dim, depth, channels, text width (Wan2.1, 
 }
 DEMO = ROOT / "data" / "demo_teacher" / "transformer"
 TEXT_SLOTS = 512
+PRODUCTS = re.compile(r"^aten::(mm|addmm|bmm|baddbmm|.*attention.*|.*convolution.*)$")
 
 
 def parse_args() -> argparse.Namespace:
@@ -121,29 +124,47 @@ def calls(ours, theirs, inputs: dict, num_tokens: int) -> tuple[Callable, Callab
     )
 
 
-def seconds_of(work: Callable, is_training: bool, device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+def run(work: Callable, is_training: bool) -> None:
     if is_training:
         work().float().square().mean().backward()
     else:
         with torch.no_grad():
             work()
-    if device != "cpu":
+
+
+def seconds_of(work: Callable, model: torch.nn.Module, is_training: bool) -> float:
+    """Of a forward pass, with the backward one where it trains, to gradients that were None before."""
+    model.zero_grad()
+    is_cuda = next(model.parameters()).is_cuda
+    if is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run(work, is_training)
+    if is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def compare(ours: Callable, theirs: Callable, is_training: bool, args: argparse.Namespace) -> dict[str, float]:
+def share_of_products(work: Callable, model: torch.nn.Module, is_training: bool) -> float:
+    """Of one pass's time, what the profiler finds inside matrix products, attention and convolutions."""
+    model.zero_grad()
+    with torch.profiler.profile() as profiler:
+        run(work, is_training)
+    field = "self_device_time_total" if next(model.parameters()).is_cuda else "self_cpu_time_total"
+    taken = {entry.key: getattr(entry, field) for entry in profiler.key_averages()}
+    return sum(time for name, time in taken.items() if PRODUCTS.search(name)) / sum(taken.values())
+
+
+def compare(models: tuple, works: tuple[Callable, Callable], is_training: bool, rounds: int) -> dict[str, float]:
     """Median seconds of both, and of the ratios of pairs taken one after the other."""
-    for work in (ours, theirs):
-        seconds_of(work, is_training, args.device)  # warms caches and compiles
+    sides = list(zip(works, models, strict=True))
+    for work, model in sides:
+        seconds_of(work, model, is_training)  # warms caches and compiles
     pairs = []
-    for number in range(args.rounds):
-        order = (ours, theirs) if number % 2 else (theirs, ours)
-        taken = {work: seconds_of(work, is_training, args.device) for work in order}
-        pairs.append((taken[ours], taken[theirs]))
+    for number in range(rounds):
+        order = (0, 1) if number % 2 else (1, 0)
+        taken = {side: seconds_of(*sides[side], is_training) for side in order}
+        pairs.append((taken[0], taken[1]))
     ratios = [other / own for own, other in pairs]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {
@@ -156,23 +177,26 @@ def compare(ours: Callable, theirs: Callable, is_training: bool, args: argparse.
 
 
 def measure(name: str, args: argparse.Namespace, rate: float) -> list[dict]:
-    ours, theirs = make_pair(name, args)
+    models = ours, theirs = make_pair(name, args)
     rows = []
     for pixels in [64] if name == "demo" else args.pixels:
         for num_tokens in args.prompt_tokens:
             inputs = make_inputs(ours.config, pixels, num_tokens, args)
-            pair = calls(ours, theirs, inputs, num_tokens)
+            works = calls(ours, theirs, inputs, num_tokens)
             with torch.no_grad():
-                actual, expected = (work().float() for work in pair)
+                actual, expected = (work().float() for work in works)
             error = float((actual - expected).norm() / expected.norm())
             num_image_tokens = (inputs["latents"].shape[-1] // ours.config.patch_size) ** 2
-            flops = args.batch_size * transformer_flops(ours.config, num_image_tokens, num_tokens + 1)
+            flops = transformer_flops(ours.config, num_image_tokens, num_tokens + 1)
+            limit = transformer_flops(ours.config, num_image_tokens, TEXT_SLOTS) / flops
             for mode in args.modes:
-                found = compare(*pair, mode == "training", args)
-                passes = 3 if mode == "training" else 1
+                is_training = mode == "training"
+                found = compare(models, works, is_training, args.rounds)
+                done = args.batch_size * flops * (1 + BACKWARD_PASSES * is_training)
                 row = {
                     "model": name, "pixels": pixels, "image_tokens": num_image_tokens, "prompt_tokens": num_tokens,
-                    "mode": mode, **found, "relative_error": error, "mfu": passes * flops / found["ours_s"] / rate,
+                    "mode": mode, **found, "limit": limit, "relative_error": error,
+                    "mfu": done / found["ours_s"] / rate, "products": share_of_products(works[0], ours, is_training),
                 }  # fmt: skip
                 print_row(row)
                 rows.append(row)
@@ -183,7 +207,8 @@ def print_row(row: dict) -> None:
     print(
         f"{row['model']:<6}{row['pixels']:>6}{row['image_tokens']:>8}{row['prompt_tokens']:>8}  {row['mode']:<9}"
         f"{row['ours_s']:>10.4f}{row['diffusers_s']:>12.4f}{row['ratio']:>8.2f} "
-        f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f}){row['relative_error']:>10.1e}{row['mfu']:>7.0%}",
+        f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f}){row['limit']:>7.2f}{row['relative_error']:>10.1e}"
+        f"{row['mfu']:>6.0%}{row['products']:>9.0%}",
         flush=True,
     )
 
@@ -192,7 +217,9 @@ def main() -> int:
     args = parse_args()
     rate = matmul_rate(args.device, DTYPES[args.dtype])
     print(f"{args.device}, {args.dtype}: plain matrix products reach {rate / 1e12:.3g} TFLOP/s")
-    print("model pixels  tokens  prompt  mode       ours, s  diffusers, s  ratio (quartiles)     error    MFU")
+    print(
+        "model pixels  tokens  prompt  mode       ours, s  diffusers, s  ratio (quartiles)  limit     error   MFU products"
+    )
     rows = [row for name in args.model for row in measure(name, args, rate)]
     settings = {"device": args.device, "dtype": args.dtype, "depth": args.depth, "batch_size": args.batch_size}
     print(json.dumps({**settings, "compiled": args.compile, "matmul_flops_per_s": rate, "rows": rows}))
