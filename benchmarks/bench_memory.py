@@ -175,13 +175,13 @@ def random_teacher(config, device: str, dtype):
     """A teacher of this shape, kept as `project_teacher` keeps one: float32 norms, modulation and time embedding."""
     import torch
 
+    from wandistiller.lift import FP32_ISLANDS
     from wandistiller.student import WanLiteStudent
-    from wandistiller.weight_sizes import FLOAT32_PARTS
 
     with torch.device("meta"):
         model = WanLiteStudent(config)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if FLOAT32_PARTS.search(name) else dtype)
+        parameter.data = parameter.data.to(torch.float32 if FP32_ISLANDS.search(name) else dtype)
     model = model.to_empty(device=device)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,16 +1,15 @@
 """Parameters of a model by its shape, and the bytes they take at each precision; nothing is allocated."""
 
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from wandistiller.lift import FP32_ISLANDS
 from wandistiller.student import WanLiteStudent
 from wandistiller.student_config import StudentConfig
 
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
-FLOAT32_PARTS = re.compile(r"time_embedder|time_proj|scale_shift_table|norm")  # as a projected model keeps them
 
 
 @dataclass(frozen=True)
@@ -40,17 +39,14 @@ def _count_parameters(config: StudentConfig) -> ParameterCount:
     of_block = {name: size for name, size in sizes.items() if name.startswith("blocks.")}
     matrices = {name for name in of_block if model.get_parameter(name).ndim == 2}
     others = config.depth - 1  # blocks beside the one that was made
-    float32 = sum(size * (config.depth if name in of_block else 1) for name, size in sizes.items() if _is_fp32(name))
+    islands = {name: size for name, size in sizes.items() if FP32_ISLANDS.search(name)}
+    float32 = sum(size * (config.depth if name in of_block else 1) for name, size in islands.items())
     return ParameterCount(
         total=sum(sizes.values()) + others * sum(of_block.values()),
         float32=float32,
         block=sum(of_block.values()),
         block_matrices=sum(of_block[name] for name in matrices),
     )
-
-
-def _is_fp32(name: str) -> bool:
-    return FLOAT32_PARTS.search(name) is not None
 
 
 def weight_bytes(config: StudentConfig, dtype: str) -> int:
