@@ -62,7 +62,7 @@ def make_pair(name: str, args: argparse.Namespace) -> tuple[WanLiteStudent, torc
     from diffusers import WanTransformer3DModel
 
     if SHAPES[name] is None:
-        theirs = WanTransformer3DModel.from_pretrained(DEMO, torch_dtype=torch.float32)
+        theirs = WanTransformer3DModel.from_pretrained(DEMO, dtype=torch.float32)
     else:
         hidden_size, heads, ffn_dim, _, channels, text_dim = SHAPES[name]
         torch.manual_seed(0)

@@ -185,7 +185,7 @@ def test_diffusers_answers_in_bf16_within_its_rounding(export, tmp_path):
 
     saved = save_random_student(tmp_path / "student")
     assert export(tmp_path / "student", "diffusers", "--dtype", "bf16").code == 0
-    model = WanTransformer3DModel.from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16).eval()
+    model = WanTransformer3DModel.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
     latents, timestep, prompt_embeds, lengths = inputs(saved.config)
     with torch.no_grad():
         expected = saved(latents, timestep, prompt_embeds, lengths)

@@ -119,7 +119,7 @@ def test_teacher_draws_what_wan_pipeline_draws(house, tmp_path, name):
     from diffusers import WanPipeline
 
     ours = draw(house / f"of_{name}" / "student", tmp_path, "--model", "teacher", "--num_inference_steps", "7")
-    pipeline = WanPipeline.from_pretrained(house / name, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(house / name, dtype=torch.float32)
     assert_same_pictures(ours, draw_with_diffusers(pipeline, guidance_scale=5.0, steps=7))
 
 
@@ -128,7 +128,7 @@ def test_guidance_steps_seed_and_size_follow_the_flags(house, tmp_path):
 
     flags = ["--guidance-scale", "2.5", "--num-inference-steps", "3", "--seed", "11", "--height", "48", "--width", "64"]
     ours = draw(house / "of_one" / "student", tmp_path, "--model", "teacher", *flags)
-    pipeline = WanPipeline.from_pretrained(house / "one", torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(house / "one", dtype=torch.float32)
     theirs = draw_with_diffusers(pipeline, guidance_scale=2.5, steps=3, height=48, width=64, seed=11)
     assert ours[0].shape == (48, 64, 3)
     assert_same_pictures(ours, theirs)
@@ -151,7 +151,7 @@ def test_student_draws_what_wan_pipeline_draws_with_the_student_in_it(house, tmp
     lifted = student.state_dict()
     lifted["patch_embedding.weight"] = lifted["patch_embedding.weight"][:, :, None]
     transformer.load_state_dict(lifted)
-    pipeline = WanPipeline.from_pretrained(house / "one", transformer=transformer, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(house / "one", transformer=transformer, dtype=torch.float32)
     ours = draw(house / "of_one" / "student", tmp_path, "--num_inference_steps", "5")
     assert_same_pictures(ours, draw_with_diffusers(pipeline, guidance_scale=1.0, steps=5))
 

@@ -50,7 +50,7 @@ def load_pipeline(folder: Path):
     from demo_text import check_embeddings
     from diffusers import WanPipeline
 
-    pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
     check_embeddings(pipeline.text_encoder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

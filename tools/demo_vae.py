@@ -210,4 +210,4 @@ def load_vae(folder: Path, device: torch.device):
     """The VAE of a pipeline folder or a work folder, in fp32."""
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(device).eval()
+    return AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32).to(device).eval()

@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     # The folder, and a look at it as a stranger would load it:
     save_pipeline(args.output_dir, vae, tokenizer, text_encoder, transformer)
     write_record(args, figures | {"transformer_minutes": demo_transformer.training_minutes(args.work_dir)})
-    pipeline = WanPipeline.from_pretrained(args.output_dir, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(args.output_dir, dtype=torch.float32)
     demo_text.check_embeddings(pipeline.text_encoder)
     size = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
     print(f"{args.output_dir}: {size / 2**20:.1f} MiB in {(time.time() - started) / 60:.1f} minutes")

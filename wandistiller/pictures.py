@@ -58,7 +58,7 @@ def load_vae(location: str, subfolder: str | None, num_channels: int, vae_scale_
     where = f"{location}/{subfolder}" if subfolder else location
     try:
         vae = AutoencoderKLWan.from_pretrained(
-            location, subfolder=subfolder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
+            location, subfolder=subfolder, dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
         )
     except Exception as err:  # diffusers, huggingface_hub and safetensors each wrap a bad file in their own types
         reason = " ".join(str(err).split())[:200]
