@@ -4,12 +4,14 @@
     python benchmarks/bench_forward.py --model 14B --depth 4 --pixels 512 1024 --device cuda --dtype bf16
 
 Every pair is measured in turns, so that a busy machine slows both alike, and reported as the median of the pairs' ratios with
-their quartiles. "limit" is diffusers' FLOPs over ours: what the ratio would be if both sides were matrix products alone.
+their quartiles. In bf16 each side keeps in fp32 what its own loader keeps. "error" is the distance of our velocities from those of
+diffusers in fp32, relative, and "diffusers'" that of its own in this dtype. "limit" is diffusers' FLOPs over ours: what the ratio would be if both sides were matrix products alone.
 "MFU" is the share of the rate that plain matrix products of this dtype reach on the device in the same run, and "products" the
 share of our time that the profiler finds inside matrix products and attention. The last line is one JSON document.
 """
 
 import argparse
+import copy
 import json
 import re
 import statistics
@@ -25,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from wandistiller.device import DTYPES  # noqa: E402 (found from wherever the script is started)
 from wandistiller.flops import BACKWARD_PASSES, transformer_flops  # noqa: E402
+from wandistiller.lift import FP32_ISLANDS  # noqa: E402
 from wandistiller.machine import matmul_rate  # noqa: E402
 from wandistiller.student import WanLiteStudent  # noqa: E402
 from wandistiller.student_config import StudentConfig  # noqa: E402
@@ -91,12 +94,14 @@ def make_pair(name: str, args: argparse.Namespace) -> tuple[WanLiteStudent, torc
         ours = WanLiteStudent(config)
     weights = {key: value.squeeze(2) if value.ndim == 5 else value for key, value in theirs.state_dict().items()}
     ours.load_state_dict(weights, assign=True)
-    pair = [model.to(device=args.device, dtype=DTYPES[args.dtype]).train() for model in (ours, theirs)]
-    if args.compile:
-        for model in pair:
-            for block in model.blocks:
-                block.compile()
-    return tuple(pair)
+    return ours.to(args.device).train(), theirs.to(args.device).train()
+
+
+def cast(model: torch.nn.Module, dtype: torch.dtype, islands: re.Pattern) -> None:
+    """All parameters but those that are kept in float32."""
+    for name, parameter in model.named_parameters():
+        if not islands.search(name):
+            parameter.data = parameter.data.to(dtype)
 
 
 def make_inputs(config: StudentConfig, pixels: int, num_tokens: int, args: argparse.Namespace) -> dict:
@@ -178,14 +183,24 @@ def compare(models: tuple, works: tuple[Callable, Callable], is_training: bool, 
 
 def measure(name: str, args: argparse.Namespace, rate: float) -> list[dict]:
     models = ours, theirs = make_pair(name, args)
+    reference = theirs
+    if args.dtype != "fp32":
+        reference = copy.deepcopy(theirs)
+        cast(ours, DTYPES[args.dtype], FP32_ISLANDS)
+        cast(theirs, DTYPES[args.dtype], re.compile("|".join(theirs._keep_in_fp32_modules)))
+    if args.compile:
+        for model in models:
+            for block in model.blocks:
+                block.compile()
     rows = []
     for pixels in [64] if name == "demo" else args.pixels:
         for num_tokens in args.prompt_tokens:
             inputs = make_inputs(ours.config, pixels, num_tokens, args)
             works = calls(ours, theirs, inputs, num_tokens)
+            in_fp32 = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
             with torch.no_grad():
-                actual, expected = (work().float() for work in works)
-            error = float((actual - expected).norm() / expected.norm())
+                expected = calls(ours, reference, in_fp32, num_tokens)[1]()
+                error, their_error = (float((work() - expected).norm() / expected.norm()) for work in works)
             num_image_tokens = (inputs["latents"].shape[-1] // ours.config.patch_size) ** 2
             flops = transformer_flops(ours.config, num_image_tokens, num_tokens + 1)
             limit = transformer_flops(ours.config, num_image_tokens, TEXT_SLOTS) / flops
@@ -195,7 +210,7 @@ def measure(name: str, args: argparse.Namespace, rate: float) -> list[dict]:
                 done = args.batch_size * flops * (1 + BACKWARD_PASSES * is_training)
                 row = {
                     "model": name, "pixels": pixels, "image_tokens": num_image_tokens, "prompt_tokens": num_tokens,
-                    "mode": mode, **found, "limit": limit, "relative_error": error,
+                    "mode": mode, **found, "limit": limit, "relative_error": error, "diffusers_error": their_error,
                     "mfu": done / found["ours_s"] / rate, "products": share_of_products(works[0], ours, is_training),
                 }  # fmt: skip
                 print_row(row)
@@ -208,7 +223,7 @@ def print_row(row: dict) -> None:
         f"{row['model']:<6}{row['pixels']:>6}{row['image_tokens']:>8}{row['prompt_tokens']:>8}  {row['mode']:<9}"
         f"{row['ours_s']:>10.4f}{row['diffusers_s']:>12.4f}{row['ratio']:>8.2f} "
         f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f}){row['limit']:>7.2f}{row['relative_error']:>10.1e}"
-        f"{row['mfu']:>6.0%}{row['products']:>9.0%}",
+        f"{row['diffusers_error']:>11.1e}{row['mfu']:>6.0%}{row['products']:>9.0%}",
         flush=True,
     )
 
@@ -218,7 +233,7 @@ def main() -> int:
     rate = matmul_rate(args.device, DTYPES[args.dtype])
     print(f"{args.device}, {args.dtype}: plain matrix products reach {rate / 1e12:.3g} TFLOP/s")
     print(
-        "model pixels  tokens  prompt  mode       ours, s  diffusers, s  ratio (quartiles)  limit     error   MFU products"
+        "model pixels  tokens  prompt  mode       ours, s  diffusers, s  ratio (quartiles)  limit     error diffusers'   MFU products"
     )
     rows = [row for name in args.model for row in measure(name, args, rate)]
     settings = {"device": args.device, "dtype": args.dtype, "depth": args.depth, "batch_size": args.batch_size}
