@@ -207,7 +207,7 @@ class ReplayedAnswers:
         is_used = self.lanes.local(has_one)
         rows = torch.arange(self.lanes.count) if self.lanes.pads else is_used.nonzero().flatten()
         places = self.lanes.local(places)[rows]
-        on_device, places_there = rows.to(self.latents.device), places.to(self.latents.device)
+        on_device, places_there = (to_device(indices, self.latents.device) for indices in (rows, places))
         return Answer(
             self.latents[on_device, places_there],
             self.sigma[rows, places],
@@ -226,7 +226,7 @@ class ReplayedAnswers:
             self.latents, self.velocity = answer.latents.new_zeros(shape), answer.velocity.new_zeros(shape)
         rows = torch.arange(first, first + len(answer.prompts))
         places = self.lanes.local(self._places)[rows]
-        on_device, places_there = rows.to(self.latents.device), places.to(self.latents.device)
+        on_device, places_there = (to_device(indices, self.latents.device) for indices in (rows, places))
         self.latents[on_device, places_there] = answer.latents
         self.velocity[on_device, places_there] = answer.velocity
         self.sigma[rows, places] = answer.sigma.to(self.sigma)

@@ -52,8 +52,17 @@ def peak_memory_bytes(device: str) -> int | None:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def wait_for(device: str) -> None:
+    """Until a GPU has done all that was asked of it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    """A tensor of host memory on the device; the host does not wait for the copy, nor for the work queued before it."""
+    """A tensor of host memory on the device; the host does not wait for the copy, nor for the work queued before it.
+
+    Whatever a step brings to the device (indices too: a GPU tensor indexed by a CPU one waits) comes this way.
+    """
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

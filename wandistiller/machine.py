@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from wandistiller.budget_report import ASSUMED_GPU_GIB, GIB
+from wandistiller.device import wait_for
 
 MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}  # large enough to reach the device's rate, small enough for a second
 
@@ -58,15 +59,10 @@ def matmul_rate(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:
     size = MATRIX_SIZE[torch.device(device).type]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     left @ right  # the first product pays for libraries
-    _wait_for(device)
+    wait_for(device)
     start, num_products = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         left @ right
-        _wait_for(device)
+        wait_for(device)
         num_products += 1
     return num_products * 2 * size**3 / (time.perf_counter() - start)
-
-
-def _wait_for(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)

@@ -79,8 +79,8 @@ class Objective:
         with block_outputs(student, layers) as features:
             velocity = autocast(student, self.device, self.compute_dtype)(answer.latents, timestep, embeds, lengths)
         by_sample = (velocity.float() - answer.velocity.float()).square().flatten(1).mean(dim=1)
-        counts = answer.weights.to(by_sample)
-        weights = counts * sigma_weights(self.sigma_weighting, answer.sigma, self.shift).to(by_sample)
+        counts = to_device(answer.weights, self.device)
+        weights = counts * to_device(sigma_weights(self.sigma_weighting, answer.sigma, self.shift), self.device)
         loss = (weights * by_sample).mean()
         beside = torch.zeros_like(loss)
         if features:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from wandistiller.device import to_device
 from wandistiller.flow import sample_sigmas, seeded_noise
 from wandistiller.lanes import LANE_PREFIX, draw_seeds
 from wandistiller.prompt_order import PromptSwap
@@ -74,7 +75,7 @@ class RenoisedStates:
         latents, all_sigma, all_prompts = batch.latents.clone(), batch.sigma.clone(), list(batch.prompts)
         for number in own:
             row, level = rows[number], sigma[number]
-            noise = seeded_noise([seeds[number]], self.paths.latent_shape)[0].to(latents.device)
+            noise = to_device(seeded_noise([seeds[number]], self.paths.latent_shape)[0], latents.device)
             latents[row] = (1 - level) * self.samples[row, indices[number]] + level * noise
             all_sigma[row], all_prompts[row] = level, prompts[number]
         is_counted = batch.drawn >= 0

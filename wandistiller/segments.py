@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.answers import Answer, autocast
+from wandistiller.device import to_device
 from wandistiller.flow import seeded_noise, sigma_to_timestep
 from wandistiller.lanes import LANE_PREFIX, Lanes, draw_seeds
 from wandistiller.prompt_embeds import PromptEmbeds
@@ -73,10 +74,11 @@ class SegmentAnswers:
         self.positions = torch.zeros(pool, dtype=torch.long)
         self.lots = torch.zeros(pool)
         self.grids = torch.zeros(*pool, self.num_steps + 1)  # noise levels of the teacher's steps through the segment
-        own = self.lanes.count, PATHS_PER_LANE
-        self.starts = torch.zeros(*own, *latent_shape, device=device)  # x where the segment starts
-        self.latents = torch.zeros(*own, *latent_shape, device=device)  # x where the teacher is now
-        self.before = torch.zeros(*own, *latent_shape, device=device)  # its velocity one step ago
+        self.own = torch.arange(self.lanes.count, device=device)
+        shape = self.lanes.count, PATHS_PER_LANE, *latent_shape
+        self.starts = torch.zeros(shape, device=device)  # x where the segment starts
+        self.latents = torch.zeros(shape, device=device)  # x where the teacher is now
+        self.before = torch.zeros(shape, device=device)  # its velocity one step ago
         self.num_ready = torch.zeros(self.lanes.total, dtype=torch.long)
         self.ready_sigma = torch.zeros(self.lanes.total, READY_PER_LANE)
         self.ready_prompts = torch.zeros(self.lanes.total, READY_PER_LANE, dtype=torch.long)
@@ -85,6 +87,10 @@ class SegmentAnswers:
         for lane in range(self.lanes.total):
             for path in range(PATHS_PER_LANE):
                 self._start_path(lane, path)
+
+    def _local(self, values: Tensor) -> Tensor:
+        """This process's part of values (total, ...) of all lanes, on the device."""
+        return to_device(self.lanes.local(values), self.device)
 
     def next(self) -> Answer:
         """A target of every lane, at random among those that are known; the teacher is asked until there are enough."""
@@ -101,11 +107,11 @@ class SegmentAnswers:
         self.progress = progress
 
     def _take(self) -> Answer:
-        lanes, own = torch.arange(self.lanes.total), torch.arange(self.lanes.count)
+        lanes, own = torch.arange(self.lanes.total), self.own
         chances = torch.rand(self.lanes.total, generator=self.generator)
         places = (chances * self.num_ready).long().minimum(self.num_ready - 1)
         last = self.num_ready - 1
-        here, last_here = self.lanes.local(places), self.lanes.local(last)
+        here, last_here = self._local(places), self._local(last)
         answer = Answer(
             self.ready_latents[own, here],
             self.lanes.local(self.ready_sigma[lanes, places]),
@@ -128,7 +134,7 @@ class SegmentAnswers:
             segments = (torch.arange(self.lanes.total) + path * self.lanes.total) % self.num_segments
             sigma = self.segment_sigmas[segments]
             velocity = self._velocity(paths, torch.ones(self.lanes.total))
-            step = self.lanes.local(sigma - 1).to(velocity)[:, None, None, None]
+            step = self._local(sigma - 1)[:, None, None, None]
             starts = self.starts[:, path] + step * velocity
             for lane, segment in enumerate(segments.tolist()):
                 self._start_segment(lane, path, segment, starts)
@@ -140,10 +146,9 @@ class SegmentAnswers:
 
     def _asked(self, field, latents: Tensor, paths: Tensor, sigma: Tensor) -> Tensor:
         """A field's velocity (B, C, H, W) at one path of each of this process's lanes, a micro-batch at a time."""
-        own, paths = torch.arange(self.lanes.count), self.lanes.local(paths)
-        prompts = self.lanes.local(self.prompts)[own, paths].tolist()
-        latents, sigma, velocities = latents[own, paths], self.lanes.local(sigma), []
-        for start in range(0, len(own), self.lanes.micro_batch):
+        prompts = self.lanes.local(self.prompts).gather(1, self.lanes.local(paths)[:, None])[:, 0].tolist()
+        latents, sigma, velocities = latents[self.own, self._local(paths)], self.lanes.local(sigma), []
+        for start in range(0, len(prompts), self.lanes.micro_batch):
             rows = slice(start, start + self.lanes.micro_batch)
             embeds, lengths = self.prompt_embeds.batch(prompts[rows], self.device, torch.float32)
             velocities.append(field(latents[rows], sigma[rows], embeds, lengths))
@@ -151,7 +156,7 @@ class SegmentAnswers:
 
     def _ask(self) -> None:
         """One step of the teacher on a path of every lane, spread over the noise levels."""
-        lanes, own = torch.arange(self.lanes.total), torch.arange(self.lanes.count)
+        lanes, own = torch.arange(self.lanes.total), self.own
         sigmas = self.grids.gather(2, self.positions[..., None])[..., 0]
         order = torch.randperm(self.lanes.total, generator=self.generator)
         spread = (order + torch.rand(self.lanes.total, generator=self.generator)) / self.lanes.total
@@ -164,8 +169,8 @@ class SegmentAnswers:
         step = self.grids[lanes, paths, positions + 1] - sigma
         step_before = sigma - self.grids[lanes, paths, (positions - 1).clamp(min=0)]
         slope = torch.where(positions == 0, 0.0, step / (2 * torch.where(positions == 0, 1.0, step_before)))
-        weight, step = (self.lanes.local(value).to(velocity)[:, None, None, None] for value in (slope, step))
-        here = self.lanes.local(paths)
+        weight, step = (self._local(value)[:, None, None, None] for value in (slope, step))
+        here = self._local(paths)
         self.latents[own, here] += step * (velocity + weight * (velocity - self.before[own, here]))
         self.before[own, here] = velocity
         self.positions[lanes, paths] += 1
@@ -175,12 +180,12 @@ class SegmentAnswers:
 
     def _finish(self, paths: Tensor, arrived: Tensor) -> None:
         """Give the starts of these segments (one of each lane in `arrived`) their targets, and start the next ones."""
-        lanes, own = torch.arange(self.lanes.total), torch.arange(self.lanes.count)
-        here, rows = self.lanes.local(paths), self.lanes.local(arrived).nonzero().flatten()
+        lanes, own = torch.arange(self.lanes.total), self.own
+        here, rows = self._local(paths), self.lanes.local(arrived).nonzero().flatten()
         starts, ends = self.starts[own, here], self.latents[own, here]
         sigma, segments = self.grids[lanes, paths, 0], self.segments[lanes, paths]
-        length = self.lanes.local(self.grids[lanes, paths, -1] - sigma).to(starts)[:, None, None, None]
-        places = self.lanes.local(self.num_ready)[rows]
+        length = self._local(self.grids[lanes, paths, -1] - sigma)[:, None, None, None]
+        rows, places = (to_device(values, self.device) for values in (rows, self.lanes.local(self.num_ready)[rows]))
         self.ready_latents[rows, places] = starts[rows]
         self.ready_velocity[rows, places] = ((ends - starts) / length)[rows]
         chosen = arrived.nonzero().flatten()
@@ -193,7 +198,7 @@ class SegmentAnswers:
         goes_on = segments + 1 < self.num_segments
         # Asked of all lanes or of none, for a student that is spread over the processes answers to all at once.
         if (arrived & is_students & goes_on).any():
-            follows = self.lanes.local(is_students & goes_on).to(starts.device)[:, None, None, None]
+            follows = self._local(is_students & goes_on)[:, None, None, None]
             ends = torch.where(follows, starts + length * self._student_velocity(paths, sigma), ends)
         for lane in chosen.tolist():
             if goes_on[lane]:
@@ -206,7 +211,8 @@ class SegmentAnswers:
         """The student's at the starts of these paths' segments."""
 
         def answer(latents: Tensor, sigma: Tensor, embeds: Tensor, lengths: Tensor) -> Tensor:
-            return self.student_forward(latents, sigma_to_timestep(sigma).to(self.device), embeds, lengths).float()
+            timestep = to_device(sigma_to_timestep(sigma), self.device)
+            return self.student_forward(latents, timestep, embeds, lengths).float()
 
         return self._asked(answer, self.starts, paths, sigma)
 
@@ -216,7 +222,7 @@ class SegmentAnswers:
         seeds = draw_seeds(1, self.generator)
         place = self.lanes.place_of(lane)
         if place is not None:
-            self.starts[place, path] = seeded_noise(seeds, self.latent_shape)[0].to(self.starts)
+            self.starts[place, path] = to_device(seeded_noise(seeds, self.latent_shape)[0], self.device)
         self._start_segment(lane, path, 0, self.starts[:, path])
 
     def _start_segment(self, lane: int, path: int, segment: int, starts: Tensor) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from wandistiller.device import to_device
 from wandistiller.flow import sample_sigmas, seeded_noise, shift_sigma, unshift_sigma
 from wandistiller.lanes import LANE_PREFIX, Lanes, draw_seeds
 from wandistiller.prompt_order import PromptOrder, PromptSwap
@@ -207,9 +208,9 @@ class TrajectoryStates:
         swapped = self.swap(self.prompts[slots[is_drawn]].tolist(), sigma[is_drawn], self.generator)
         self.prompts[slots[is_drawn]] = torch.tensor(swapped)
         paths = self.lanes.local(slots_or_any) // self.lanes.total
-        rows = torch.arange(self.lanes.count)
+        rows = torch.arange(self.lanes.count, device=self.latents.device)
         return StateBatch(
-            self.latents[rows.to(self.latents.device), paths.to(self.latents.device)],
+            self.latents[rows, to_device(paths, self.latents.device)],
             self.lanes.local(sigma),
             self.lanes.local(self.prompts[slots_or_any]).tolist(),
             self.lanes.local(slots).tolist(),
@@ -282,15 +283,16 @@ class TrajectoryStates:
         rows = (slots >= 0).nonzero().flatten()
         slots = slots[rows]
         places, paths = slots % self.lanes.total - self.lanes.first, slots // self.lanes.total
-        on_device = rows.to(velocity.device)
+        on_device, places, paths, step = (
+            to_device(values, velocity.device)
+            for values in (rows, places, paths, self.grids[slots, self.positions[slots] + 1] - batch.sigma[rows])
+        )
         velocity = velocity[on_device]
         if student_velocity is not None:
             is_students = self.lots[slots] < student_share
-            chosen = is_students.to(velocity.device)[:, None, None, None]
+            chosen = to_device(is_students, velocity.device)[:, None, None, None]
             velocity = torch.where(chosen, student_velocity[on_device].to(velocity), velocity)
-        step = (self.grids[slots, self.positions[slots] + 1] - batch.sigma[rows]).to(velocity)[:, None, None, None]
-        moved = batch.latents[rows.to(batch.latents.device)] + step * velocity
-        self.latents[places.to(moved.device), paths.to(moved.device)] = moved
+        self.latents[places, paths] = batch.latents[on_device] + step[:, None, None, None] * velocity
 
     def _latents_of(self, slot: int) -> Tensor | None:
         """x (C, H, W) of a slot, None where another process holds it."""
@@ -305,7 +307,7 @@ class TrajectoryStates:
     def _start(self, slot: int, grid: Tensor) -> None:
         seeds = draw_seeds(1, self.generator)
         if (latents := self._latents_of(slot)) is not None:
-            latents.copy_(seeded_noise(seeds, self.latent_shape)[0])
+            latents.copy_(to_device(seeded_noise(seeds, self.latent_shape)[0], latents.device))
         self.prompts[slot] = self.order.take(1)[0]
         self.grids[slot, : len(grid)] = grid
         self.last[slot] = len(grid) - 1

@@ -270,7 +270,7 @@ class Teacher:
                 # Only to lend this process's part of the weights to those that ask.
                 self._guided(name, *(value[:1] for value in (latents, sigma, prompt_embeds, prompt_lengths)), ())
                 continue
-            on_device = rows.to(latents.device)
+            on_device = to_device(rows, latents.device)
             part = latents[on_device], sigma[rows], prompt_embeds[on_device], prompt_lengths[on_device]
             velocity[on_device], hidden = self._guided(name, *part, layers)
             features = features or [state.new_empty(len(latents), *state.shape[1:]) for state in hidden]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wandistiller.answers import Answer, TeacherAnswers
 from wandistiller.atomic import atomic_path
+from wandistiller.device import to_device
 from wandistiller.distributed import Processes
 from wandistiller.errors import UserError
 from wandistiller.lanes import Lanes
@@ -352,7 +353,7 @@ class CachedAnswers:
             rows = self.lanes.local(torch.tensor(self._take(self.lanes.total)))
             found = [self._row(index) for index in rows.tolist()]
             batch = {name: torch.cat([row[name] for row in found]) for name in found[0]}
-            latents, velocity = (batch[name].to(self.device, torch.float32) for name in ("latents", "velocity"))
+            latents, velocity = (to_device(batch[name].float(), self.device) for name in ("latents", "velocity"))
             answer = Answer(latents, batch["sigma"], batch["prompts"].tolist(), velocity)
             self._waiting = answer.split(self.lanes.micro_batch)
         return self._waiting.pop(0)

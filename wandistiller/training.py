@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wandistiller.answers import Answer, Answers
 from wandistiller.checkpointing import Checkpoint, Checkpoints
-from wandistiller.device import peak_memory_bytes
+from wandistiller.device import peak_memory_bytes, to_device
 from wandistiller.distributed import Processes, local_part, whole, without_averaging
 from wandistiller.objective import Loss, Objective, TrainedStudent
 from wandistiller.optimization import OptimizationOptions
@@ -231,8 +231,8 @@ def _measure(passes: list[_Pass], grad_norm: Tensor, is_stopped: bool, processes
     means = [
         sum(parts) / len(passes) for parts in ([loss.velocity for loss in losses], [loss.features for loss in losses])
     ]
-    head = torch.stack([*means, means[0].new_tensor(float(is_stopped))])
-    samples = torch.stack([sigma.to(by_sample), weights.to(by_sample), by_sample], dim=1)
+    head = torch.stack([*means, means[0].new_full((), float(is_stopped))])
+    samples = torch.stack([*(to_device(values, by_sample.device) for values in (sigma, weights)), by_sample], dim=1)
     everyones = processes.gathered(torch.cat([head[None], samples])[None])  # (processes, 1 + samples, 3)
     # note: CPU-GPU sync point, the only one of a step
     *table, norm = torch.cat([everyones.flatten(), grad_norm.to(everyones)[None]]).tolist()
