@@ -243,15 +243,11 @@ def _empty_student(
     import torch
 
     from wandistiller.fp8 import to_fp8
-    from wandistiller.lift import FP32_ISLANDS
-    from wandistiller.student import WanLiteStudent
+    from wandistiller.weight_sizes import unfilled_model
 
     if config.block == "lite":
         return _seeded_student(config, dtype, device, seed)
-    with torch.device("meta"):
-        student = WanLiteStudent(config)
-    for name, parameter in student.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if FP32_ISLANDS.search(name) else dtype or torch.float32)
+    student = unfilled_model(config, dtype or torch.float32)
     if fp8:
         to_fp8(student)  # before there is memory: a large teacher exists at no other precision
     if shard is not None:

@@ -138,12 +138,13 @@ def build_step(workload, is_compiled: bool, device: str = "cuda") -> Callable[[]
     from wandistiller.run_setup import compile_blocks
     from wandistiller.run_state import RunState
     from wandistiller.state_sources import StatesOptions, build_states
+    from wandistiller.step_time import random_model
     from wandistiller.student import WanLiteStudent
     from wandistiller.teacher import Teacher, resolve_settings
 
     dtype = torch.bfloat16
     student = WanLiteStudent(workload.student).to(device).train()
-    expert = random_teacher(workload.teacher, device, dtype)
+    expert = random_model(workload.teacher, device, dtype)
     settings = resolve_settings(mock_checkpoint(workload.student), shift=5.0, guidance_scale=5.0)
     text_dim = workload.teacher.text_encoder_output_dim
     texts = [0.1 * torch.randn(NUM_TOKENS, text_dim, generator=torch.Generator().manual_seed(i)) for i in range(64)]
@@ -169,24 +170,6 @@ def build_step(workload, is_compiled: bool, device: str = "cuda") -> Callable[[]
         answers.advance(answer, loss.student_velocity, 0.0)
 
     return step
-
-
-def random_teacher(config, device: str, dtype):
-    """A teacher of this shape, kept as `project_teacher` keeps one: float32 norms, modulation and time embedding."""
-    import torch
-
-    from wandistiller.lift import FP32_ISLANDS
-    from wandistiller.student import WanLiteStudent
-
-    with torch.device("meta"):
-        model = WanLiteStudent(config)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if FP32_ISLANDS.search(name) else dtype)
-    model = model.to_empty(device=device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.02)
-    return model
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ pytest tests/test_dry_run.py
 """
 
 import re
+import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, PRUNED_CONFIG, ROOT, snapshot
+from conftest import PROMPTS, PRUNED_CONFIG, ROOT, read_metrics, snapshot
 from wan_folders import write_hollow_a14b
 
 import run_production_test
@@ -151,7 +153,36 @@ def test_on_the_cpu_the_plan_is_for_the_memory_of_the_machine(dry_run, teachers,
     outcome = dry_run(
         "--teacher_path", teachers.one, "--student_config", write_config(PRUNED_CONFIG), "--device", "cpu"
     )
-    assert outcome.code == 0 and "this machine has" in outcome.out and "time, an estimate" in outcome.out
+    assert outcome.code == 0 and "this machine has" in outcome.out
+    times = re.search(
+        r"time, measured .*: (\S+) s a teacher's answer, (\S+) s to learn .*, (\S+) s an update", outcome.out
+    )
+    answer, learn, update = map(float, times.groups())
+    # Without --replay every step asks the teacher:
+    assert seconds_a_step(outcome.out) == pytest.approx(answer + learn + update, rel=0.01)
+
+
+def seconds_a_step(text: str) -> float:
+    return float(re.search(r"so (\S+) s a step", text)[1])
+
+
+def test_what_would_take_long_to_measure_is_estimated(a14b, dry_run):
+    flags = ("--teacher_path", a14b, "--student_config", DEFAULT_CONFIG, "--save_every", 0, "--device", "cpu")
+    start = time.monotonic()
+    assert "time, an estimate: " in dry_run(*flags).out
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+def test_a_measured_step_takes_as_long_as_those_of_the_run(dry_run, run_main, tmp_path):
+    """Of the demo with accumulation, in which a step has two answers of the teacher, two passes of the student and one update."""
+    flags = ("--batch_size", 32, "--grad_accum_steps", 2, "--replay", 1, "--device", "cpu", "--num_samples", 0)
+    told = dry_run("--data_path", ROOT / "data" / "demo_prompts.txt", *flags)
+    folders = ("--output_dir", tmp_path / "demo", "--prompt_cache", tmp_path / "cache")
+    assert run_main(train_distillation.main, *flags, *folders, "--max_steps", 12, "--save_every", 0).code == 0
+    elapsed = [line["elapsed_s"] for line in read_metrics(tmp_path / "demo")]
+    taken = statistics.median(after - before for before, after in pairwise(elapsed))
+    assert seconds_a_step(told.out) == pytest.approx(taken, rel=0.4)
 
 
 def test_a_disk_that_is_too_small_is_refused_as_by_a_real_run(dry_run, teachers, write_config, monkeypatch):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from wandistiller.answers import REPLAY_BATCHES
 from wandistiller.budget import UMT5_XXL_PARAMETERS, Workload, step_flops, stored_latents
 from wandistiller.budget_report import (
@@ -24,13 +26,14 @@ from wandistiller.machine import Machine, find_machine, free_bytes, matmul_rate
 from wandistiller.output_folder import check_writable
 from wandistiller.prompt_embeds import count_tokens, encoder_parameters
 from wandistiller.prompts import Texts
+from wandistiller.reporting import format_duration
 from wandistiller.run_setup import checkpoint_bytes
+from wandistiller.step_time import ASSUMED_UTILISATION, measure_step
 from wandistiller.student_config import StudentConfig
 from wandistiller.teacher import TeacherSettings
 from wandistiller.training import steps_of_epochs
 from wandistiller.wan_checkpoint import WanCheckpoint
 
-ASSUMED_UTILISATION = 0.4  # of the rate of plain matrix products; an assumption, printed as one
 NUM_COUNTED_PROMPTS = 256  # whose tokens stand for those of all
 
 
@@ -206,12 +209,34 @@ def _free(args: argparse.Namespace) -> str:
 
 
 def time_lines(workload: Workload, machine: Machine, dtype: str) -> list[str]:
-    """An estimate of the loop's time from FLOPs, where there is a device to measure."""
+    """The loop's time where there is a device: from a few steps of random weights, or from FLOPs where these take too long."""
     if machine.device is None:
-        return ["  time: not estimated, the device is not here"]
+        return ["  time: not measured, the device is not here (--device cpu plans for this machine)"]
     rate = matmul_rate(machine.device, DTYPES[dtype])
-    seconds = step_flops(workload).total / (ASSUMED_UTILISATION * rate)
-    return [
-        f"  time, an estimate: {seconds:.3g} s a step, {seconds * workload.num_steps / 3600:.3g} h in all, if "
-        f"{ASSUMED_UTILISATION:.0%} (assumed) of the {rate / 1e12:.4g} TFLOP/s of plain {dtype} products here are reached"
+    try:
+        step = measure_step(workload, machine.device, rate)
+    except torch.OutOfMemoryError:
+        step = None
+    if step is None:
+        seconds = step_flops(workload).total / (ASSUMED_UTILISATION * rate)
+        return [
+            f"  time, an estimate: {seconds:.3g} s a step, {_hours(seconds, workload)}, if {ASSUMED_UTILISATION:.0%} (assumed) "
+            f"of the {rate / 1e12:.4g} TFLOP/s of plain {dtype} products here are reached"
+        ]
+    without = [
+        *(["what the processes send each other"] if workload.num_processes > 1 else []),
+        *(["moving experts"] if workload.teacher_offload else []),
     ]
+    mfu = step_flops(workload).total / step.total_s / rate
+    sizes = ((step.depths[0], workload.teacher.depth, "teacher"), (step.depths[1], workload.student.depth, "student"))
+    blocks = " and ".join(f"{measured} of {depth} {whose} blocks" for measured, depth, whose in sizes)
+    return [
+        f"  time, measured with random weights in {blocks}: {step.answer_s:.3g} s a teacher's "
+        f"answer, {step.learn_s:.3g} s to learn from one, {step.update_s:.3g} s an update",
+        f"  so {step.total_s:.3g} s a step ({mfu:.0%} of the {rate / 1e12:.4g} TFLOP/s of plain {dtype} products here), "
+        f"{_hours(step.total_s, workload)}" + (f", without {' and '.join(without)}" if without else ""),
+    ]
+
+
+def _hours(step_s: float, workload: Workload) -> str:
+    return f"{format_duration(step_s * workload.num_steps)} for all {workload.num_steps:,} steps"

@@ -27,6 +27,15 @@ class ParameterCount:
     block_matrices: int
 
 
+def unfilled_model(config: StudentConfig, dtype: torch.dtype) -> WanLiteStudent:
+    """A model on the meta device, in `dtype` but for what stays in float32 whatever the dtype; `to_empty` gives it memory."""
+    with torch.device("meta"):
+        model = WanLiteStudent(config)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if FP32_ISLANDS.search(name) else dtype)
+    return model
+
+
 def count_parameters(config: StudentConfig) -> ParameterCount:
     return _count_parameters(config.replace(distillation=None))
 

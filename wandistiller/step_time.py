@@ -1,0 +1,161 @@
+"""How long a step takes on a device: measured with random weights at the true widths, before any weight is read.
+
+Models of as many blocks as there is patience for do what the run's own would: the teacher answers a guided batch, the student
+learns from it. Blocks are all alike: what is missing is worth the difference to a model of one block.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from wandistiller.answers import autocast
+from wandistiller.budget import Workload, step_flops
+from wandistiller.device import DTYPES, wait_for
+from wandistiller.fp8 import to_fp8
+from wandistiller.optimization import OptimizationOptions, WeightAverage, make_optimizer
+from wandistiller.student import WanLiteStudent
+from wandistiller.student_config import StudentConfig
+from wandistiller.weight_sizes import unfilled_model
+
+PATIENCE_S = 10.0  # for all of it, about, so that budgets still come in seconds
+ASSUMED_UTILISATION = 0.4  # of the rate of plain matrix products, until a step is measured
+NUM_STEPS = 3  # timed, after one that warms up and one that tells how often to repeat
+LEAST_S = 0.05  # of a timing: short steps are repeated until it has taken so long
+WEIGHT_STD = 0.02  # of the random weights, so that nothing overflows
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a process: of a batch that the teacher answers, of one that the student learns from, of an update.
+
+    Attributes:
+        depths: blocks of the teacher and of the student that were measured.
+    """
+
+    depths: tuple[int, int]
+    answer_s: float
+    learn_s: float
+    update_s: float
+    batches_per_step: int
+    calls_per_step: float
+
+    @property
+    def total_s(self) -> float:
+        """Of an optimiser step."""
+        return self.batches_per_step * (self.calls_per_step * self.answer_s + self.learn_s) + self.update_s
+
+
+def measure_step(workload: Workload, device: str, flops_per_s: float) -> StepTime | None:
+    """A step of this workload, without what processes send each other and without moving experts.
+
+    None where even two blocks would take longer than PATIENCE_S.
+
+    Args:
+        flops_per_s: of plain matrix products on the device.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no room for it.
+    """
+    affordable = PATIENCE_S * ASSUMED_UTILISATION * flops_per_s / (2 + NUM_STEPS)
+    once = replace(workload, grad_accum_steps=1, calls_per_step=1.0)
+    share = min(1.0, affordable / step_flops(once).total)
+    teacher, student = (
+        max(min(2, depth), int(share * depth)) for depth in (workload.teacher.depth, workload.student.depth)
+    )
+    shallow = (workload.teacher.replace(depth=teacher), workload.student.replace(depth=student))
+    if step_flops(replace(once, teacher=shallow[0], student=shallow[1])).total > affordable:
+        return None
+    dtype = DTYPES[workload.dtype]
+    (answer_s,) = _at_depth(
+        lambda depth: _seconds_of_answers(workload, depth, device, dtype), teacher, workload.teacher.depth
+    )
+    learn_s, update_s = _at_depth(
+        lambda depth: _seconds_of_learning(workload, depth, device, dtype), student, workload.student.depth
+    )
+    depths = teacher, student
+    return StepTime(depths, answer_s, learn_s, update_s, workload.grad_accum_steps, workload.calls_per_step)
+
+
+def _at_depth(measure: Callable[[int], tuple[float, ...]], measured: int, depth: int) -> list[float]:
+    """What `measure` gives at `depth`, of `measured` blocks and, where these are not all, of one."""
+    many = measure(measured)
+    if measured == depth:
+        return list(many)
+    # A block never takes less than nothing, as noise may have it.
+    blocks = [max(0.0, most - least) / (measured - 1) for least, most in zip(measure(1), many, strict=True)]
+    return [most + (depth - measured) * block for most, block in zip(many, blocks, strict=True)]
+
+
+def _seconds_of_answers(workload: Workload, depth: int, device: str, dtype: torch.dtype) -> tuple[float]:
+    model = random_model(workload.teacher.replace(depth=depth), device, DTYPES.get(workload.teacher_dtype, dtype))
+    if workload.teacher_dtype == "fp8":
+        to_fp8(model)
+    inputs = _random_inputs(workload, workload.text_tokens, device)
+    text_dim = workload.teacher.text_encoder_output_dim
+    negative = torch.randn(workload.negative_text_tokens, text_dim, device=device) if workload.uses_guidance else None
+    ask = autocast(model.requires_grad_(False).eval(), device, dtype)
+    with torch.no_grad():
+        return (_seconds_of(lambda: ask(*inputs, negative), device),)
+
+
+def _seconds_of_learning(workload: Workload, depth: int, device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Of a forward and backward pass, and of clipping, optimiser and average."""
+    student = random_model(workload.student.replace(depth=depth), device, torch.float32).train()
+    student.gradient_checkpointing = workload.gradient_checkpointing
+    inputs = _random_inputs(workload, workload.text_tokens, device)
+    answer = autocast(student, device, dtype)
+    optimizer = make_optimizer(student, OptimizationOptions(lr=1e-6, optimizer=workload.optimizer), device)
+    average = WeightAverage(student, 0.999) if workload.ema else None
+
+    def learn() -> None:
+        student.zero_grad()
+        answer(*inputs).float().square().mean().backward()
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        if average is not None:
+            average.update()
+
+    return _seconds_of(learn, device), _seconds_of(update, device)
+
+
+def random_model(config: StudentConfig, device: str, dtype: torch.dtype) -> WanLiteStudent:
+    """A model of this shape whose weights are kept as `project_teacher` keeps a teacher's, of small random values."""
+    model = unfilled_model(config, dtype).to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, WEIGHT_STD)
+    return model
+
+
+def _random_inputs(workload: Workload, num_tokens: int, device: str) -> tuple[torch.Tensor, ...]:
+    """Latents, timesteps, text of a batch and its lengths."""
+    count, side, config = workload.batch_size, workload.latent_size, workload.student
+    text = min(num_tokens, config.text_max_length)
+    return (
+        torch.randn(count, config.num_channels, side, side, device=device),
+        torch.linspace(100.0, 1000.0, count, device=device),
+        torch.randn(count, text, config.text_encoder_output_dim, device=device),
+        torch.full((count,), text, device=device),
+    )
+
+
+def _seconds_of(work: Callable[[], object], device: str) -> float:
+    """The median of NUM_STEPS timings, each over as many repetitions as take LEAST_S."""
+
+    def timed(repeats: int) -> float:
+        wait_for(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        wait_for(device)
+        return (time.perf_counter() - start) / repeats
+
+    work()  # pays for libraries and memory
+    repeats = max(1, round(LEAST_S / max(timed(1), 1e-6)))
+    return statistics.median(timed(repeats) for _ in range(NUM_STEPS))
