@@ -15,12 +15,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import run_command
+from wandistiller.command_line import end_process, run_command
 from wandistiller.config_help import print_config
 from wandistiller.output_folder import (
     CARD_NAME,
     METRICS_NAME,
     check_output_folder,
+    hold_output_folder,
+    let_go_of_output_folders,
     prepare_output_folder,
     set_aside_previous_student,
 )
@@ -155,7 +157,7 @@ def dry_run(
     from wandistiller.budget_setup import check_places, report_budget
     from wandistiller.errors import UserError
 
-    check_places(args, config)
+    check_places(args, checkpoint, settings, config, texts)
     verdict, machine = report_budget(args, checkpoint, settings, config, texts, encoder, device)
     if verdict.is_certain_not_to_fit and machine.is_known:
         raise UserError(f"--dry_run: {verdict.sentence}")
@@ -165,17 +167,18 @@ def dry_run(
 
 def out_of_memory(args: argparse.Namespace) -> Exception:
     """What was in the memory of the device that ran out, and which flags to change."""
+    import torch
+
     from wandistiller.budget_report import OutOfMemory, out_of_memory_message
-    from wandistiller.budget_setup import changeable_flags, workload_from_args
-    from wandistiller.device import pick_device, pick_dtype
+    from wandistiller.budget_setup import changeable_flags, has_checkpoints, workload_from_args
 
     config = StudentConfig.load(args.student_config)
     texts, _ = read_texts(args.data_path, args.extra_prompts, args.eval_prompts, args.eval_every > 0)
     checkpoint, settings = open_fitting_teacher(args, config)
-    device = pick_device(args.device)
-    dtype = "bf16" if pick_dtype(args.dtype, device).itemsize == 2 else "fp32"
-    workload = workload_from_args(args, checkpoint, settings, config, texts, dtype)
-    return OutOfMemory(out_of_memory_message(workload, changeable_flags(args)))
+    is_gpu = torch.cuda.is_available() and not (args.device or "cuda").startswith("cpu")
+    dtype = args.dtype or ("bf16" if is_gpu else "fp32")
+    workload = workload_from_args(args, checkpoint, settings, config, texts, dtype, is_gpu)
+    return OutOfMemory(out_of_memory_message(workload, changeable_flags(args), has_checkpoints(args)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -185,12 +188,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return distil(args, sys.argv[1:] if argv is None else argv)
-    except RuntimeError as error:
-        import torch
+    except Exception as error:
+        from wandistiller.device import is_out_of_memory
 
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not is_out_of_memory(error):
             raise
         raise out_of_memory(args) from error
+    finally:
+        let_go_of_output_folders()
 
 
 def distil(args: argparse.Namespace, command: list[str]) -> int:
@@ -202,6 +207,7 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     clock.lap("config and prompts read")
 
     from wandistiller.answers import ReplayedAnswers
+    from wandistiller.budget_setup import check_disk
     from wandistiller.checkpointing import Checkpoints
     from wandistiller.device import pick_device, pick_dtype, pick_teacher_dtype
     from wandistiller.distributed import join, leave
@@ -226,7 +232,6 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
         build_samples,
         build_segment_answers,
         build_trackers,
-        checkpoint_bytes,
         compile_blocks,
         fill_cache,
         lanes_of,
@@ -259,15 +264,21 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     print_run(prompt_file, checkpoint, settings, config)
     print_batch(args, lanes, processes)
     folder = processes.first_then_all(lambda: prepare_output_folder(args.output_dir))
+    processes.first_then_all(lambda: hold_output_folder(folder))
     description = run_description(args, checkpoint, settings, texts, config)
     checkpoints = Checkpoints(folder, description, lanes.total, args.keep_checkpoints, processes)
     resume_from = None if args.overwrite else checkpoints.newest()
     if resume_from is not None:
         print(f"Going on from step {resume_from.step} of {folder} (--overwrite starts anew)")
         if not resume_from.has_same_batch:
-            print(f"Training states start anew: a step had {resume_from.batch_size} samples, and has {lanes.total} now")
-    elif args.save_every:
-        checkpoints.check_disk(checkpoint_bytes(config))
+            had = resume_from.batch_size
+            why = (
+                f"a step had {had} samples, and has {lanes.total} now"
+                if had
+                else "this checkpoint was saved without them"
+            )
+            print(f"Training states start anew: {why}")
+    check_disk(checkpoints, args, checkpoint, settings, config, texts)
     clock.lap("headers of the teacher, output folder")
 
     # Text first: its encoder leaves memory before the teacher comes:
@@ -299,6 +310,8 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     )
     if args.compile:
         compile_blocks([student, *(teacher.experts.values() if teacher else [])])
+    if args.shard and not processes.can_shard:
+        print("--shard is of no use to a process by itself; start several with torchrun --nproc_per_node N")
     if args.shard in ("student", "both"):
         processes.shard(student)
         processes.shard(objective.feature_loss)
@@ -373,11 +386,9 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
             print(f"To go on:\n  {command_to_go_on('train_distillation.py', command)}")
         elif samples is not None and not result.interrupted:
             print("\n  ".join(["Next:", *next_commands(folder, texts.prompts[0], args.eval_prompts, args.vae_path)]))
-    if result.interrupted:
-        return 130
     leave()
-    return 0
+    return 130 if result.interrupted else 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    end_process(run_command(main))

@@ -3,6 +3,7 @@
 pytest tests/test_checkpointing.py
 """
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -99,7 +100,7 @@ def run_quietly(argv: list[str]) -> None:
 
 @pytest.mark.parametrize("num_kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_as_one_never_killed(train, teachers, write_config, tmp_path, num_kills):
-    flags = ["--max_steps", 60, "--lr", 1e-3, "--batch_size", 3, "--save_every", 1, "--replay", 2]
+    flags = ["--max_steps", 30 * num_kills, "--lr", 1e-3, "--batch_size", 3, "--save_every", 1, "--replay", 2]
     flags += ["--student_rollout", 0, 1]
     assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "whole").code == 0
     argv = [
@@ -107,20 +108,20 @@ def test_a_run_killed_at_random_moments_ends_as_one_never_killed(train, teachers
         train_distillation.parse_args(["--teacher_path", "x"]).data_path, "--prompt_cache", teachers.prompt_cache,
         "--device", "cpu", "--num_samples", 0, "--output_dir", tmp_path / "killed", *flags,
     ]  # fmt: skip
-    context, chance, killed = multiprocessing.get_context("fork"), random.Random(0), 0
+    context, chance, num_unfinished = multiprocessing.get_context("fork"), random.Random(0), 0
     saved = tmp_path / "killed" / "checkpoints"
     for _ in range(num_kills):
-        before = len(list(saved.glob("*"))) if saved.exists() else 0
+        before = set(saved.glob("*.json"))
         process = context.Process(target=run_quietly, args=([str(word) for word in argv],))
         process.start()
-        while process.is_alive() and not (saved.exists() and len(list(saved.glob("*"))) >= min(1, before + 1)):
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0.3, 0.8))  # in a step, or in one of the saves that follow every step
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            killed += 1
+        while process.is_alive() and set(saved.glob("*.json")) <= before:  # until it has saved by itself
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.3))  # in a step, or in one of the saves that follow every step
+        assert process.is_alive(), "it was over before it could be killed"
+        process.kill()
         process.join()
-    assert killed > 1
+        num_unfinished += any(not path.with_suffix(".json").exists() for path in saved.iterdir() if path.is_dir())
+    assert num_unfinished or num_kills < 20, "no kill fell into a save"
     assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "killed").code == 0
     assert same_weights(tmp_path / "whole", tmp_path / "killed")
 
@@ -134,6 +135,62 @@ def test_the_newest_are_kept_and_a_finished_run_is_saved_too(train, teachers, tm
     assert names == {f"step_{step:08d}{kind}" for step in (8, 10, 11) for kind in ("", ".json")}
     outcome = train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 2)
     assert outcome.code == 0 and "Going on from step 11" in outcome.out
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_a_good_one(train, teachers, tmp_path, monkeypatch):
+    flags = [*FLAGS, "--save_every", 3, "--max_steps", 6]
+    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    saved = tmp_path / "out" / "checkpoints"
+    for file in (saved / "step_00000006").iterdir():
+        os.truncate(file, 100)
+    flags = [*FLAGS, "--save_every", 1, "--keep_checkpoints", 1]
+    with monkeypatch.context() as patched:
+        stop_after(patched, 5)
+        train(teachers.one, PRUNED_CONFIG, *flags)
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags)
+    assert outcome.code == 0 and "step_00000006: skipped" in outcome.out and "Going on from step 4" in outcome.out
+    assert {path.name for path in saved.iterdir()} == {"step_00000011", "step_00000011.json"}
+
+
+def test_checkpoints_that_are_all_damaged_are_not_trained_over(train, teachers, tmp_path):
+    flags = [*FLAGS, "--save_every", 4]
+    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    for file in (tmp_path / "out" / "checkpoints").glob("*/*"):
+        os.truncate(file, 100)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags)
+    assert outcome.code == 2 and "none of its 2 checkpoints is whole" in outcome.err and "--overwrite" in outcome.err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_what_is_not_a_checkpoint_of_ours_stays_where_a_person_put_it(train, teachers, tmp_path):
+    flags = [*FLAGS, "--save_every", 4]
+    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    saved = tmp_path / "out" / "checkpoints"
+    shutil.copytree(saved / "step_00000008", saved / "best_so_far")
+    shutil.copytree(saved / "step_00000008", saved / "step_backup")
+    shutil.copy(saved / "step_00000008.json", saved / "step_backup.json")
+    (saved / "notes.txt").write_text("mine", encoding="utf-8")
+    (saved / "latest").symlink_to("step_00000008")
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 20)
+    assert outcome.code == 0 and "Going on from step 11" in outcome.out, outcome.err
+    assert {"best_so_far", "step_backup", "step_backup.json", "notes.txt", "latest"} <= set(os.listdir(saved))
+    assert len(list(saved.glob("step_0*.json"))) == 2
+
+
+def test_two_runs_do_not_write_to_one_folder(train, teachers, tmp_path):
+    flags = [*FLAGS, "--save_every", 4]
+    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    other = os.open(tmp_path / "out", os.O_RDONLY)
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as a run holds it
+        outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--overwrite")
+    finally:
+        os.close(other)
+    assert outcome.code == 2 and "another run is writing to it" in outcome.err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 12).code == 0
 
 
 def test_a_finished_run_can_be_prolonged_and_its_rate_changed(train, teachers, tmp_path):

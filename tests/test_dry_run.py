@@ -214,6 +214,38 @@ def test_a_gpu_to_plan_for_goes_with_a_dry_run(run_main):
 # ---- out of memory ----
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",  # of pinned memory and contexts
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+    ],
+)
+def test_out_of_memory_by_any_of_its_names_gets_the_same_advice(train, teachers, monkeypatch, words):
+    def fails(*args, **kwargs):
+        try:
+            raise RuntimeError(words)
+        except RuntimeError as error:
+            raise ValueError("a step failed") from error
+
+    monkeypatch.setattr("wandistiller.training.train", fails)
+    outcome = train(teachers.one, PRUNED_CONFIG)
+    assert outcome.code == 1 and "Change, in order of GiB saved" in outcome.err and "Traceback" not in outcome.err
+
+
+def test_advice_for_a_run_with_checkpoints_says_what_it_can_go_on_with(train, teachers, monkeypatch):
+    flags = ["--max_steps", 2, "--save_every", 2]
+    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("wandistiller.training.train", fails)
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 4)
+    assert "The run goes on with another --batch_size" in outcome.err and "others make another run" in outcome.err
+
+
 def test_out_of_memory_in_a_run_lists_what_was_there_and_what_to_change(train, teachers, monkeypatch):
     def fails(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -222,4 +254,6 @@ def test_out_of_memory_in_a_run_lists_what_was_there_and_what_to_change(train, t
     outcome = train(teachers.one, PRUNED_CONFIG)
     assert outcome.code == 1
     (line,) = outcome.err.splitlines()
-    assert line.startswith("error: the GPU is out of memory") and "teacher weights" in line and "Traceback" not in line
+    assert (
+        line.startswith("error: the device is out of memory") and "teacher weights" in line and "Traceback" not in line
+    )

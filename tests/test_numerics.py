@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import wandistiller.training
 from wandistiller import StudentConfig, WanLiteStudent
+from wandistiller.checkpointing import CheckpointError
 from wandistiller.run_setup import compile_blocks
 
 FLAGS = ["--max_steps", 6, "--lr", 1e-3, "--batch_size", 4]
@@ -117,28 +118,122 @@ def test_adamw8bit_without_its_library_says_what_to_install(train, teachers, tmp
     assert not (tmp_path / "out").exists()
 
 
-class StandIn(torch.optim.AdamW):
-    """AdamW under the name and with the arguments of the library's, which needs a GPU."""
+class StandIn(torch.optim.Optimizer):
+    """What AdamW8bit is to the trainer: its name and arguments, and a state like its own, with a step that is a plain number
+    and moments of bytes, which `state_dict` wraps once more. It moves weights by the sign of the gradient."""
 
     made_with: dict = {}
 
     def __init__(self, parameters, lr: float, betas: tuple[float, float], weight_decay: float):
         StandIn.made_with = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-        super().__init__(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state |= {
+                        "step": 0,
+                        "state1": torch.zeros(parameter.shape, dtype=torch.uint8),
+                        "absmax1": torch.ones(1),
+                    }
+                state["step"] += 1
+                state["state1"] += (parameter.grad > 0).to(torch.uint8)
+                assert isinstance(state["step"], int) and state["state1"].dtype == torch.uint8
+                parameter -= group["lr"] * parameter.grad.sign() / (1 + state["state1"] / state["step"])
+
+    def state_dict(self) -> dict:
+        inner = super().state_dict()
+        return inner | {"state": {key: {"__quantised__": value} for key, value in inner["state"].items()}}
 
 
-def test_adamw8bit_is_made_by_its_library_with_the_runs_settings(train, teachers, monkeypatch):
+@pytest.fixture
+def bitsandbytes(monkeypatch):
     library = types.ModuleType("bitsandbytes.optim")
     library.AdamW8bit = StandIn
     package = types.ModuleType("bitsandbytes")
     package.__spec__ = importlib.util.spec_from_loader("bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", library)
+
+
+def test_adamw8bit_is_made_by_its_library_with_the_runs_settings(train, teachers, bitsandbytes):
     assert train(teachers.one, PRUNED_CONFIG, *FLAGS, "--optimizer", "adamw8bit", "--weight_decay", 0.1).code == 0
     assert StandIn.made_with == {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
+def test_a_run_of_adamw8bit_is_saved_and_goes_on_bit_for_bit(train, teachers, bitsandbytes, tmp_path):
+    flags = [*FLAGS, "--optimizer", "adamw8bit", "--lr_scheduler", "constant"]
+    assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "whole").code == 0
+    flags += ["--save_every", 3]
+    assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 3, output_dir=tmp_path / "parts").code == 0
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "parts")
+    assert outcome.code == 0 and "Going on from step 3" in outcome.out, outcome.err
+    # The recipe's rollouts follow the length of a run, so that the parts are held against a run with the same stop alone
+    # where it makes no difference: in the first steps.
+    assert [line["loss"] for line in read_metrics(tmp_path / "parts")][:2] == [
+        line["loss"] for line in read_metrics(tmp_path / "whole")
+    ][:2]
+
+
+def test_another_optimiser_is_another_run(train, teachers, bitsandbytes):
+    flags = [*FLAGS, "--save_every", 3]
+    assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 3).code == 0
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--optimizer", "adamw8bit")
+    assert outcome.code == 2 and "optimizer 'adamw', now 'adamw8bit'" in outcome.err
+
+
 # ---- values that are not finite ----
+
+
+def diverges(monkeypatch, at: int) -> None:
+    """A step whose loss is no number."""
+    check = wandistiller.training.check_finite
+
+    def breaks(step, sigmas, loss, grad_norm, options):
+        check(step, sigmas, float("nan") if step == at else loss, grad_norm, options)
+
+    monkeypatch.setattr(wandistiller.training, "check_finite", breaks)
+
+
+def test_a_state_saved_in_need_drops_no_checkpoint_and_goes_on_with_states_anew(train, teachers, tmp_path, monkeypatch):
+    flags = [*FLAGS, "--save_every", 2, "--keep_checkpoints", 1]
+    saved = tmp_path / "out" / "checkpoints"
+    with monkeypatch.context() as patched:
+        diverges(patched, at=4)
+        outcome = train(teachers.one, PRUNED_CONFIG, *flags)
+    assert outcome.code == 1 and "step 3, is saved" in outcome.err and "go back further" in outcome.err
+    assert sorted(path.name for path in saved.glob("*.json")) == ["step_00000002.json", "step_00000003.json"]
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags)
+    assert outcome.code == 0 and "Going on from step 3" in outcome.out
+    assert "Training states start anew: this checkpoint was saved without them" in outcome.out
+    assert [path.name for path in saved.glob("*.json")] == ["step_00000006.json"]
+
+
+def test_a_checkpoint_that_is_there_already_is_not_written_again_in_need(train, teachers, tmp_path, monkeypatch):
+    flags = [*FLAGS, "--save_every", 2]
+    saved = tmp_path / "out" / "checkpoints"
+    with monkeypatch.context() as patched:
+        diverges(patched, at=3)
+        assert train(teachers.one, PRUNED_CONFIG, *flags).code == 1
+        before = {path: path.stat().st_mtime_ns for path in saved.rglob("*")}
+        outcome = train(teachers.one, PRUNED_CONFIG, *flags)  # gone on with, it fails at once
+        assert outcome.code == 1 and "step 2, is saved" in outcome.err
+    assert {path: path.stat().st_mtime_ns for path in saved.rglob("*")} == before
+
+
+def test_a_disk_that_fills_up_in_need_does_not_hide_what_failed(train, teachers, monkeypatch):
+    diverges(monkeypatch, at=3)
+
+    def full(self, step, tensors, has_states=True):
+        raise CheckpointError("cannot be written (No space left on device)")
+
+    monkeypatch.setattr("wandistiller.checkpointing.Checkpoints.save", full)
+    outcome = train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 100)
+    assert outcome.code == 1 and len(outcome.err.splitlines()) <= 3
+    assert "step 3: loss is nan" in outcome.err and "No space left" in outcome.err
 
 
 def test_the_last_good_state_is_saved_before_a_step_that_is_not_finite(train, teachers, tmp_path, monkeypatch):

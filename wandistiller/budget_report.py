@@ -213,10 +213,10 @@ class OutOfMemory(RuntimeError):
     exit_code = 1
 
 
-def out_of_memory_message(workload: Workload, flags: Collection[str] = ()) -> str:
+def out_of_memory_message(workload: Workload, flags: Collection[str] = (), has_checkpoints: bool = False) -> str:
     """What was resident by this arithmetic, the largest first, and which flags to change, in order of bytes saved.
 
-    The text encoder is left out: it has left memory when a run first grows large.
+    With checkpoints there it says which of them the run could go on with. The text encoder is left out: it has left memory when a run first grows large.
     """
     workload = replace(workload, text_encoder_parameters=0)
     components = memory_budget(workload)
@@ -228,4 +228,9 @@ def out_of_memory_message(workload: Workload, flags: Collection[str] = ()) -> st
     )
     effects = [f"{change.advice} (-{saved / GIB:.1f})" for change, saved in by_effect(workload, flags)]
     advice = f"Change, in order of GiB saved: {'; '.join(effects)}" if effects else "Train a smaller student"
-    return f"the GPU is out of memory; in GiB, by the arithmetic of --dry_run: {resident}. {advice}"
+    if has_checkpoints:
+        advice += (
+            ". The run goes on with another --batch_size, --grad_accum_steps, --shard or --gradient_checkpointing; the "
+        )
+        advice += "others make another run of it (--overwrite, or another --output_dir)"
+    return f"the device is out of memory; in GiB, by the arithmetic of --dry_run: {resident}. {advice}"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from wandistiller.activations import FP32
 from wandistiller.answers import REPLAY_BATCHES
-from wandistiller.budget import UMT5_XXL_PARAMETERS, Workload, step_flops, stored_latents
+from wandistiller.budget import UMT5_XXL_PARAMETERS, Workload, checkpoint_bytes, step_flops, stored_latents
 from wandistiller.budget_report import (
     GIB,
     Verdict,
@@ -27,12 +28,12 @@ from wandistiller.output_folder import check_writable
 from wandistiller.prompt_embeds import count_tokens, encoder_parameters
 from wandistiller.prompts import Texts
 from wandistiller.reporting import format_duration
-from wandistiller.run_setup import checkpoint_bytes
 from wandistiller.step_time import ASSUMED_UTILISATION, measure_step
 from wandistiller.student_config import StudentConfig
 from wandistiller.teacher import TeacherSettings
 from wandistiller.training import steps_of_epochs
 from wandistiller.wan_checkpoint import WanCheckpoint
+from wandistiller.weight_sizes import count_parameters
 
 NUM_COUNTED_PROMPTS = 256  # whose tokens stand for those of all
 
@@ -147,13 +148,39 @@ def measure_texts(
 # ---- places ----
 
 
+def has_checkpoints(args: argparse.Namespace) -> bool:
+    """Whether the folder of --output_dir holds some already."""
+    return Checkpoints(args.output_dir, {}, args.batch_size).exist()
+
+
 def places_of(args: argparse.Namespace) -> dict[str, str]:
     """The folders that the run would write to, by their flags."""
     names = ("output_dir", "prompt_cache", "teacher_cache")
     return {f"--{name}": getattr(args, name) for name in names if getattr(args, name)}
 
 
-def check_places(args: argparse.Namespace, config: StudentConfig, say: Callable[[str], None] = print) -> None:
+def check_disk(
+    checkpoints: Checkpoints,
+    args: argparse.Namespace,
+    checkpoint: WanCheckpoint,
+    settings: TeacherSettings,
+    config: StudentConfig,
+    texts: Texts,
+) -> None:
+    """Refuse a run whose checkpoints the disk of --output_dir has no room for."""
+    if args.save_every:
+        workload = workload_from_args(args, checkpoint, settings, config, texts, "fp32")  # as they are saved
+        checkpoints.check_disk(checkpoint_bytes(workload), FP32 * count_parameters(config).total, args.overwrite)
+
+
+def check_places(
+    args: argparse.Namespace,
+    checkpoint: WanCheckpoint,
+    settings: TeacherSettings,
+    config: StudentConfig,
+    texts: Texts,
+    say: Callable[[str], None] = print,
+) -> None:
     """Refuse folders as the run would, as far as that takes no weight and writes nothing.
 
     Raises:
@@ -162,9 +189,8 @@ def check_places(args: argparse.Namespace, config: StudentConfig, say: Callable[
     for flag, folder in places_of(args).items():
         check_writable(folder, flag)
     checkpoints = Checkpoints(args.output_dir, {}, args.batch_size, args.keep_checkpoints)
-    if args.save_every and not checkpoints.exist():
-        checkpoints.check_disk(checkpoint_bytes(config))
-    if checkpoints.exist() or args.teacher_cache:
+    check_disk(checkpoints, args, checkpoint, settings, config, texts)
+    if has_checkpoints(args) or args.teacher_cache:
         say("Not looked at, since it takes weights: whether checkpoints and teacher cache belong to this run")
 
 

@@ -8,6 +8,7 @@ is used. Nothing is unpickled.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from wandistiller.distributed import Processes, error_reason, load_tensors, save
 from wandistiller.errors import UserError
 
 FOLDER_NAME = "checkpoints"
+_STEP = re.compile(r"step_(\d{8})")  # whatever bears another name is not ours to count, and not ours to remove
 
 
 class CheckpointError(RuntimeError):
@@ -34,13 +36,13 @@ class Checkpoint:
     """A good checkpoint on disk.
 
     Attributes:
-        batch_size: samples a step of the run that wrote it, of all processes.
-        has_same_batch: whether the run that goes on with it has as many.
+        batch_size: samples a step of the run that wrote it, of all processes; None where it has no training states.
+        has_same_batch: whether the run that goes on with it has as many, so that its training states serve.
     """
 
     step: int
     folder: Path
-    batch_size: int
+    batch_size: int | None
     has_same_batch: bool
 
     def read(self, room_for: Callable[[str, torch.Size, torch.dtype], Tensor | None]) -> dict[str, Tensor]:
@@ -70,17 +72,25 @@ class Checkpoints:
         self.batch_size = batch_size
         self.keep = keep
         self.processes = processes or Processes()
+        self.good: list[int] = []  # steps of those that this process has gone on from or written
 
     def exist(self) -> bool:
-        return any(self.folder.glob("step_*.json"))
+        return bool(self._manifests())
+
+    def _manifests(self) -> list[Path]:
+        """Of all that claim to be whole, the newest first."""
+        if not self.folder.is_dir():
+            return []
+        files = [path for path in self.folder.glob("*.json") if _STEP.fullmatch(path.stem) and not path.is_symlink()]
+        return sorted(files, reverse=True)
 
     def newest(self, say: Callable[[str], None] = print) -> Checkpoint | None:
-        """The newest good checkpoint; a damaged one is skipped, and `say` is told.
+        """The newest good checkpoint, None where there is none at all; a damaged one is skipped, and `say` is told.
 
         Raises:
-            UserError: it belongs to a run that differs in what must be the same.
+            UserError: it belongs to a run that differs in what must be the same, or all there are are damaged.
         """
-        manifests = self.processes.from_first(sorted(self.folder.glob("step_*.json"), reverse=True))
+        manifests = self.processes.from_first(self._manifests())
         for manifest in manifests:
             folder, reason, about = manifest.with_suffix(""), None, {}
             try:
@@ -91,10 +101,16 @@ class Checkpoints:
                 reason = error_reason(error)
             if not self.processes.all_true(reason is None):
                 reason = reason or "another process found so"
-                say(f"{folder}: skipped, it is damaged ({reason}); the one before it is used")
+                say(f"{folder}: skipped, it is damaged ({reason})")
                 continue
             self._check_run(run)
+            self.good = [step]
             return Checkpoint(step, folder, batch_size, batch_size == self.batch_size)
+        if manifests:
+            raise UserError(
+                f"{self.folder}: none of its {len(manifests)} checkpoints is whole; copy them again, or add --overwrite to "
+                "start anew (what is there is kept beside)"
+            )
         return None
 
     def _check_files(self, folder: Path, checksums: dict[str, str]) -> None:
@@ -116,8 +132,12 @@ class Checkpoints:
                 "start anew, add --overwrite (what is there is kept beside) or give another --output_dir"
             )
 
-    def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+    def save(self, step: int, tensors: dict[str, Tensor], has_states: bool = True) -> None:
         """Write a checkpoint, then drop the oldest beyond `keep`.
+
+        Args:
+            has_states: whether the training states are among the tensors. A checkpoint without them is one of need: none
+                is dropped for it.
 
         Raises:
             CheckpointError: the disk is full or cannot be written to; earlier checkpoints are untouched.
@@ -127,9 +147,10 @@ class Checkpoints:
             self.processes.first_then_all(lambda: self._make_room(folder))
             save_tensors(folder, {name: value.detach().contiguous() for name, value in tensors.items()})
             checksums = self._checksums(folder)
-            self.processes.first_then_all(lambda: self._finish(step, folder, checksums))
+            self.processes.first_then_all(lambda: self._finish(step, folder, checksums, has_states))
+            self.good = [*(known for known in self.good if known != step), step]
         except (OSError, UserError) as error:
-            last = max((path.stem for path in self.folder.glob("step_*.json")), default=None)
+            last = next((path.stem for path in self._manifests() if _step_of(path) in self.good), None)
             kept = f"the last good one is {last}, and the same command goes on from it" if last else "there is none yet"
             raise CheckpointError(
                 f"{folder}: cannot be written ({error_reason(error)}); {kept}. Free some space first"
@@ -146,41 +167,66 @@ class Checkpoints:
         """Of all files; every process reads its share of them."""
         names = self.processes.from_first(sorted(path.name for path in folder.iterdir()))
         own = names[self.processes.rank :: self.processes.count]
-        digests = torch.zeros(len(names), 32, dtype=torch.uint8)
+        digests, lacking = torch.zeros(len(names), 32, dtype=torch.uint8), None
         for name in own:
-            digests[names.index(name)] = torch.frombuffer(
-                bytearray.fromhex(file_digest(folder / name)), dtype=torch.uint8
-            )
+            try:
+                digest = file_digest(folder / name)
+            except OSError as error:
+                lacking = error
+                continue
+            digests[names.index(name)] = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
+        if not self.processes.all_true(lacking is None):  # as where machines do not share the disk
+            raise lacking or OSError("a file of it cannot be read by another process")
         merged = self.processes.gathered(digests[None]).sum(dim=0, dtype=torch.uint8).cpu()
         return {name: bytes(row.tolist()).hex() for name, row in zip(names, merged, strict=True)}
 
-    def _finish(self, step: int, folder: Path, checksums: dict[str, str]) -> None:
-        about = {"step": step, "files": checksums, "batch_size": self.batch_size, "run": self.description}
+    def _finish(self, step: int, folder: Path, checksums: dict[str, str], has_states: bool) -> None:
+        batch_size = self.batch_size if has_states else None
+        about = {"step": step, "files": checksums, "batch_size": batch_size, "run": self.description}
         fsync(folder)  # the files' names; their contents are synced as they are written
         with atomic_path(folder.with_suffix(".json")) as beside:
             beside.write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
-        self._drop_old()
+        if has_states:
+            self._drop_old(step)
 
-    def _drop_old(self) -> None:
-        kept = {path.stem for path in sorted(self.folder.glob("step_*.json"))[-self.keep :]}
+    def _drop_old(self, step: int) -> None:
+        """All before `step` but the newest that are good; what is beyond it was skipped as damaged, and stays until the run
+        is there again."""
+        before = [number for number in map(_step_of, self._manifests()) if number < step]
+        unread = [number for number in before if number not in self.good]  # older than what this process went on from
+        kept = {*[step, *(number for number in before if number in self.good), *unread][: self.keep]}
         # Manifests go first: what is left of a checkpoint is then no checkpoint.
         for path in sorted(self.folder.iterdir(), key=Path.is_dir):
-            if path.is_dir() and path.name not in kept:
+            match = _STEP.fullmatch(path.stem)
+            if match is None or path.is_symlink() or int(match[1]) > step or int(match[1]) in kept:
+                continue
+            if path.is_dir():
                 shutil.rmtree(path)
-            elif path.is_file() and path.stem not in kept:
+            elif path.suffix == ".json":
                 path.unlink()
 
-    def check_disk(self, num_bytes: int) -> None:
-        """Refuse a run whose checkpoints cannot fit, before it starts."""
+    def check_disk(self, num_bytes: int, student_bytes: int, starts_anew: bool) -> None:
+        """Refuse a run whose checkpoints, of so many bytes each, and student cannot fit, before it starts.
+
+        Args:
+            starts_anew: whether what is there stays beside the new ones.
+        """
         existing = self.folder
         while not existing.exists():
             existing = existing.parent
-        needed, free = (self.keep + 1) * num_bytes, shutil.disk_usage(existing).free
+        num_replaced = 0 if starts_anew else min(self.keep, len(self._manifests()))
+        count, free = self.keep + 1 - num_replaced, shutil.disk_usage(existing).free
+        needed = count * num_bytes + student_bytes
         if needed > free:
             raise UserError(
-                f"{self.folder}: {self.keep} checkpoints and one being written take about {needed:,} bytes, {free:,} are "
-                "free; free some space, give another --output_dir, a smaller --keep_checkpoints, or --save_every 0"
+                f"{self.folder}: the student and {count} more checkpoints (of {self.keep} that stay and one being written) "
+                f"take about {needed:,} bytes, {free:,} are free; free some space, give another --output_dir, a smaller "
+                "--keep_checkpoints, or --save_every 0"
             )
+
+
+def _step_of(manifest: Path) -> int:
+    return int(_STEP.fullmatch(manifest.stem)[1])
 
 
 def file_digest(path: Path) -> str:

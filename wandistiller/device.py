@@ -52,6 +52,26 @@ def peak_memory_bytes(device: str) -> int | None:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+# What torch's own libraries say where it has no exception of its own: pinned memory, cuBLAS, the CPU's allocator
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+    "Storage size calculation overflowed",
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is that a device has no memory left."""
+    while error is not None:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
 def wait_for(device: str) -> None:
     """Until a GPU has done all that was asked of it."""
     if torch.device(device).type == "cuda":

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wandistiller.device import is_out_of_memory
 from wandistiller.errors import UserError
 
 # How long one process may wait for another: far longer than anything that one of them does alone.
@@ -156,7 +157,10 @@ def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
     """
     given = [name for name in _SET_BY_TORCHRUN if name in os.environ]
     if "RANK" not in given and "WORLD_SIZE" not in given:
-        return Processes(pick(device))
+        name = pick(device)
+        if ":" in name:
+            torch.cuda.set_device(name)  # what names no device (pinned memory, random numbers) means this one
+        return Processes(name)
     if missing := [name for name in _SET_BY_TORCHRUN if name not in given]:
         raise UserError(
             f"the environment has {', '.join(given)} without {', '.join(missing)}: start several processes with torchrun "
@@ -165,8 +169,10 @@ def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
     rank, count, local_rank, local_count = (int(os.environ[name]) for name in _SET_BY_TORCHRUN[:4])
     name = pick(device)
     if torch.device(name).type == "cuda":
-        if ":" in name and local_count > 1:
-            raise UserError(f"--device {name}: {local_count} processes would share one GPU; leave --device out")
+        if ":" in name and name != f"cuda:{local_rank}":
+            raise UserError(
+                f"--device {name}: under torchrun each process takes the GPU of its number; leave --device out"
+            )
         if local_count > torch.cuda.device_count():
             raise UserError(
                 f"torchrun started {local_count} processes on a machine with {torch.cuda.device_count()} GPUs; give "
@@ -174,15 +180,19 @@ def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
             )
         name = f"cuda:{local_rank}"
         torch.cuda.set_device(name)
-    dist.init_process_group("nccl" if name != "cpu" else "gloo", timeout=TIMEOUT)
+    is_cpu = name == "cpu"
+    dist.init_process_group(
+        "gloo" if is_cpu else "nccl", timeout=TIMEOUT, device_id=None if is_cpu else torch.device(name)
+    )
     if rank > 0:
         sys.stdout = io.StringIO()  # what there is to say, the first process says
     return Processes(name, rank, count)
 
 
 def leave() -> None:
-    """End the process group, where there is one."""
+    """End the process group, where there is one, when all have done their part."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -257,6 +267,9 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
             warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, or unavailable: a process by itself
             dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
     except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if is_out_of_memory(failure):
+                raise failure from None  # no fault of the disk's
         reasons = [error_reason(failure) for failure, _ in error.failures.values()]
         raise OSError("; ".join(dict.fromkeys(reasons))) from None
 

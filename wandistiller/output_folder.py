@@ -62,6 +62,38 @@ def prepare_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
     return folder
 
 
+_held: list[int] = []  # descriptors of the folders that this process has locked
+
+
+def hold_output_folder(folder: Path) -> None:
+    """Keep other runs out of a folder until `let_go_of_output_folders`, or the end of this process however it ends.
+
+    Raises:
+        UserError: another run has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"--output_dir {folder}: another run is writing to it; wait for its end, stop it, or give another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+    else:
+        _held.append(descriptor)
+
+
+def let_go_of_output_folders() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
 def set_aside_previous_student(folder: Path) -> Path | None:
     """Move what an earlier run left into a folder of its own, so that a new student never replaces it silently."""
     previous = [folder / name for name in _OF_A_RUN if (folder / name).exists() and _is_ours(folder / name)]

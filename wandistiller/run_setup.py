@@ -34,7 +34,6 @@ from wandistiller.teacher_cache import TeacherCache, describe_cache, describe_te
 from wandistiller.trackers import RunTracker, TensorBoardFiles, Trackers, started
 from wandistiller.training import TrainingOptions, steps_of_epochs
 from wandistiller.wan_checkpoint import WanCheckpoint
-from wandistiller.weight_sizes import count_parameters
 
 
 def lanes_of(args: argparse.Namespace, processes: Processes) -> Lanes:
@@ -87,7 +86,7 @@ def storage_of_teacher(args: argparse.Namespace) -> dict[str, str]:
 # Flags that a run must keep to go on; the others (how long, how fast, what is shown) may change.
 RESUME_FLAGS = [
     "init", "init_expert", "layers", "states", "sigma_range", "renoise_fraction", "student_rollout", "prompt_swap",
-    "calls_per_expert", "replay", "feature_loss_weight", "sigma_weighting", "student_steps", "seed",
+    "calls_per_expert", "replay", "feature_loss_weight", "sigma_weighting", "student_steps", "optimizer", "seed",
 ]  # fmt: skip
 
 
@@ -109,11 +108,6 @@ def run_description(
         "ema": args.ema_decay > 0,
         **{name: getattr(args, name) for name in RESUME_FLAGS},
     }
-
-
-def checkpoint_bytes(config: StudentConfig) -> int:
-    """About what a checkpoint takes: weights, their average and AdamW's two moments, in float32."""
-    return 4 * 4 * count_parameters(config).total
 
 
 def fill_cache(cache: TeacherCache, answers: TeacherAnswers, num_steps: int, replay: int) -> None:

@@ -65,8 +65,12 @@ class RunState:
         if self.average is not None:
             self.average.copy_to_model()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it, flat, to be read back by `load`; spread over the processes where it is so in the run."""
+    def tensors(self, has_states: bool = True) -> dict[str, Tensor]:
+        """All of it, flat, to be read back by `load`; spread over the processes where it is so in the run.
+
+        Args:
+            has_states: with the training states, which are whole between steps alone.
+        """
         let_go_of_whole_weights(self.trained)
         parts = {
             "trained": self.trained.state_dict(),
@@ -74,7 +78,7 @@ class RunState:
             "optimizer": _optimizer_tensors(self.optimizer),
             "answers": {
                 name: self.processes.rows(value) if _is_of_lanes(name) else value
-                for name, value in self.answers.state_dict().items()
+                for name, value in (self.answers.state_dict() if has_states else {}).items()
             },
             "random": _random_tensors(),
             "run": {"losses": torch.tensor(self.losses, dtype=torch.float64)},
@@ -109,7 +113,7 @@ class RunState:
             weights = dict(self.trained.named_parameters()) if part == "trained" else self.average.weights
             like = weights.get(rest)
         elif part == "optimizer":
-            like = self.optimizer.param_groups[0]["params"][int(rest.split(".", 1)[0])]
+            like = _parameters_of(self.optimizer)[int(rest.split(".", 1)[0])]
         if like is not None and like.shape == shape:
             return torch.empty_like(like, dtype=dtype, requires_grad=False)
         if part == "answers" and _is_of_lanes(name):
@@ -131,18 +135,30 @@ def _is_of_lanes(name: str) -> bool:
     return f".{LANE_PREFIX}" in f".{name}"
 
 
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by parameter number and name; its settings come from the flags."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": value for number, entry in state.items() for name, value in entry.items()}
+    """The optimiser's state by parameter number and name; its settings come from the flags.
+
+    Read as it lies: `state_dict` of bitsandbytes has a form of its own, and a step that is a plain number.
+    """
+    return {
+        f"{number}.{name}": torch.as_tensor(value)
+        for number, parameter in enumerate(_parameters_of(optimizer))
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }
 
 
 def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+    parameters = _parameters_of(optimizer)
     for key, value in tensors.items():
         number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        parameter = parameters[int(number)]
+        is_number = value.ndim == 0 and not value.is_floating_point()
+        optimizer.state[parameter][name] = int(value) if is_number else value.to(parameter.device)
 
 
 def _random_tensors() -> dict[str, Tensor]:

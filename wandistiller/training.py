@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wandistiller.answers import Answer, Answers
-from wandistiller.checkpointing import Checkpoint, Checkpoints
+from wandistiller.checkpointing import Checkpoint, CheckpointError, Checkpoints
 from wandistiller.device import peak_memory_bytes, to_device
 from wandistiller.distributed import Processes, local_part, whole, without_averaging
 from wandistiller.objective import Loss, Objective, TrainedStudent
@@ -84,7 +85,8 @@ class StopRequest:
         if self.requested_s is None:
             self.requested_s = now
         elif not self.is_repeated or now - self.requested_s > REPEATED_S:
-            raise SystemExit(130)
+            # Not by an exception, which a library that is writing a checkpoint may take for a failure of its own:
+            os._exit(130)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator["StopRequest"]:
@@ -146,7 +148,7 @@ def train(
             try:
                 check_finite(step, found.sigmas, found.loss + found.feature_loss, found.grad_norm, options)
             except NonFiniteError as error:
-                _save_last_good(checkpoints, state, options, error)
+                _save_last_good(checkpoints, state, options, error, processes)
                 raise
             lr, is_last = state.lr, step == options.num_steps
             state.update(found.loss)
@@ -178,14 +180,14 @@ def train(
             )
             is_stopped = found.is_stopped or (stop.requested and not processes.are_many)  # many agree in the next step
             if checkpoints is not None and is_due(step, options.save_every, is_last or is_stopped):
-                check_weights(student, step, options)  # what is saved must be worth going on from
+                check_weights(student, step, options, processes)  # what is saved must be worth going on from
                 checkpoints.save(step, state.tensors())
             if is_stopped:
                 break
             if draw is not None and not is_last and is_due(step, options.sample_every, is_last):
                 with state.averaged() as averaged:
                     draw(averaged, step)
-    check_weights(student, state.step, options)
+    check_weights(student, state.step, options, processes)
     state.finish()
     student.eval()
     return TrainingResult(state.step, state.losses, is_stopped)
@@ -252,17 +254,30 @@ def _measure(passes: list[_Pass], grad_norm: Tensor, is_stopped: bool, processes
 
 
 def _save_last_good(
-    checkpoints: Checkpoints | None, state: RunState, options: TrainingOptions, error: NonFiniteError
+    checkpoints: Checkpoints | None,
+    state: RunState,
+    options: TrainingOptions,
+    error: NonFiniteError,
+    processes: Processes,
 ) -> None:
     """Keep the weights that the failing step did not reach, unless they are broken themselves."""
     if checkpoints is None or not options.save_every or not state.step:
         return
+    back = f"To go back further, remove what {checkpoints.folder} has of the newest steps."
+    if state.step in checkpoints.good:
+        error.args = (f"{error} The state before it, step {state.step}, is saved. {back}",)
+        return
     try:
-        check_weights(state.trained.student, state.step, options)
+        check_weights(state.trained.student, state.step, options, processes)
     except NonFiniteError:
         return
-    checkpoints.save(state.step, state.tensors())
-    error.args = (f"{error} The state before it, step {state.step}, is saved.",)
+    try:
+        # Without the training states: these have given their part to the step that failed.
+        checkpoints.save(state.step, state.tensors(has_states=False), has_states=False)
+    except CheckpointError as failure:
+        error.args = (f"{error} The state before it could not be saved: {failure}",)
+        return
+    error.args = (f"{error} The state before it, step {state.step}, is saved. {back}",)
 
 
 def is_due(step: int, every: int, is_last: bool) -> bool:
@@ -283,11 +298,18 @@ def check_finite(step: int, sigmas: Sequence[float], loss: float, grad_norm: flo
     )
 
 
-def check_weights(student: WanLiteStudent, step: int, options: TrainingOptions) -> None:
-    """The last step has no loss after it that would show a weight that is no longer a number."""
+def check_weights(
+    student: WanLiteStudent, step: int, options: TrainingOptions, processes: Processes | None = None
+) -> None:
+    """The last step has no loss after it that would show a weight that is no longer a number; all processes agree on it."""
     broken = [name for name, parameter in student.named_parameters() if not local_part(parameter).isfinite().all()]
-    if broken:
+    if (processes or Processes(options.device)).any_true(bool(broken)):
+        which = (
+            f"{len(broken)} of the student's weights are not finite after it, the first is {broken[0]}"
+            if broken
+            else "some of the student's weights are not finite after it"
+        )
         raise NonFiniteError(
-            f"step {step}: {len(broken)} of the student's weights are not finite after it, the first is {broken[0]}; "
+            f"step {step}: {which}; "
             f"lr {options.optimization.lr:g} or weight_decay {options.optimization.weight_decay:g} is too high"
         )
