@@ -40,7 +40,7 @@ SHAPES = {  # hidden_size, heads, ffn_dim, depth, channels, text width (Wan2.1, 
 }
 DEMO = ROOT / "data" / "demo_teacher" / "transformer"
 TEXT_SLOTS = 512
-PRODUCTS = re.compile(r"^aten::(mm|addmm|bmm|baddbmm|.*attention.*|.*convolution.*)$")
+PRODUCTS = re.compile(r"^(aten::(mm|addmm|bmm|baddbmm|.*attention.*|.*convolution.*)|mkldnn::_linear_pointwise)$")
 
 
 def parse_args() -> argparse.Namespace:

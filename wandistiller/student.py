@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from wandistiller.linear import Linear
 from wandistiller.positions import apply_rope, rope_table, sincos_positions, sinusoidal_embedding
 from wandistiller.student_config import CONFIG_NAME, ConfigError, StudentConfig
 
@@ -88,10 +89,10 @@ class WanAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, eps: float):
         super().__init__()
         self.num_heads = num_heads
-        self.to_q = nn.Linear(hidden_size, hidden_size)
-        self.to_k = nn.Linear(hidden_size, hidden_size)
-        self.to_v = nn.Linear(hidden_size, hidden_size)
-        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size)])
+        self.to_q = Linear(hidden_size, hidden_size)
+        self.to_k = Linear(hidden_size, hidden_size)
+        self.to_v = Linear(hidden_size, hidden_size)
+        self.to_out = nn.ModuleList([Linear(hidden_size, hidden_size)])
         self.norm_q = Fp32RMSNorm(hidden_size, eps=eps)
         self.norm_k = Fp32RMSNorm(hidden_size, eps=eps)
 
@@ -129,7 +130,7 @@ def modulation_table(rows: int, hidden_size: int) -> nn.Parameter:
 class GeluProjection(nn.Module):
     def __init__(self, hidden_size: int, ffn_dim: int):
         super().__init__()
-        self.proj = nn.Linear(hidden_size, ffn_dim)
+        self.proj = Linear(hidden_size, ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.proj(x), approximate="tanh")
@@ -140,7 +141,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, ffn_dim: int):
         super().__init__()
-        self.net = nn.Sequential(GeluProjection(hidden_size, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, hidden_size))
+        self.net = nn.Sequential(GeluProjection(hidden_size, ffn_dim), nn.Identity(), Linear(ffn_dim, hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
