@@ -411,6 +411,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
     if config is not None:
         check_fits(checkpoint.expert(args.expert).config, config, args.layers, args.student_config)
+        config.check_image_size(checkpoint.vae_scale_factor or config.vae_scale_factor, args.student_config)
     folder = prepare_output_folder(args.output_dir)
     student, report = project_teacher(checkpoint, config, args.expert, layers=args.layers)
     print(report.summary())

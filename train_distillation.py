@@ -67,7 +67,7 @@ def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tu
         boundary_ratio=args.boundary_ratio,
         negative_prompt=args.negative_prompt,
     )
-    config.check_image_size(settings.vae_scale_factor)
+    config.check_image_size(settings.vae_scale_factor, args.student_config)
     return checkpoint, settings
 
 

@@ -234,6 +234,30 @@ def test_a_teacher_of_48_channels_trains_behind_its_vae_of_factor_16(train, tmp_
     assert record_of(tmp_path / "out")["vae_scale_factor"] == 16
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [("--eval_every", 1), ("--num_samples", 1), ("--student_steps", 2), ("--teacher_cache", "cache")],
+    ids=lambda flags: flags[0],
+)
+def test_every_part_of_a_run_works_behind_the_teachers_own_vae(train, teachers, tmp_path, monkeypatch, flags):
+    from diffusers import AutoencoderKLWan
+
+    shutil.copytree(teachers.one, tmp_path / "fine", ignore=shutil.ignore_patterns("vae"))
+    stages = {"dim_mult": [1, 1, 1], "temperal_downsample": [False, True], "scale_factor_spatial": 4}
+    AutoencoderKLWan(base_dim=8, num_res_blocks=1, **stages).save_pretrained(tmp_path / "fine" / "vae")
+    seen, forward = set(), WanLiteStudent.forward
+
+    def watched(self, latents, *inputs):
+        seen.add(tuple(latents.shape[1:]))
+        return forward(self, latents, *inputs)
+
+    monkeypatch.setattr(WanLiteStudent, "forward", watched)
+    monkeypatch.chdir(tmp_path)
+    outcome = train(tmp_path / "fine", PRUNED_CONFIG | {"image_size": 24}, "--max_steps", 1, *flags)
+    assert outcome.code == 0, outcome.err
+    assert seen == {(16, 6, 6)} and "24 px = 16x6x6 latents" in outcome.out
+
+
 def test_the_mock_teacher_needs_no_files_at_all(train, tmp_path):
     outcome = train("mock", PRUNED_CONFIG, "--max_steps", 2, "--prompt_cache", tmp_path / "no_cache")
     assert outcome.code == 0, outcome.err

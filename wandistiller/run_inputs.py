@@ -37,10 +37,9 @@ def print_run(prompts: PromptFile, checkpoint: WanCheckpoint, settings: TeacherS
     duplicates = f" ({prompts.duplicates} repeated lines left out)" if prompts.duplicates else ""
     print(f"Prompts: {len(prompts.prompts)}{duplicates}")
     print(f"Teacher: {checkpoint.location} ({' + '.join(checkpoint.experts)}), {settings.summary()}")
-    latent = config.image_size // settings.vae_scale_factor
     print(
         f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
-        f"{config.image_size} px = {config.num_channels}x{latent}x{latent} latents"
+        f"{config.image_size} px = {'x'.join(map(str, settings.latent_shape(config)))} latents"
     )
     for warning in warnings_about(checkpoint, settings, config):
         print(f"Warning: {warning}")

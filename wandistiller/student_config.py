@@ -50,17 +50,23 @@ class StudentConfig:
         self._fill_block_defaults()
         self._check_positive()
         self._check_shape()
-        self.check_image_size(self.vae_scale_factor)
+        if self.recorded_vae_scale_factor:
+            self.check_image_size(self.recorded_vae_scale_factor)
+        else:  # only the teacher knows the rest
+            self._check_multiple("image_size", self.patch_size, f"patch_size={self.patch_size}")
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
     @property
+    def recorded_vae_scale_factor(self) -> int | None:
+        return (self.distillation or {}).get("vae_scale_factor")
+
+    @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent pixel: what the run recorded, else that of the released VAE with these channels."""
-        recorded = (self.distillation or {}).get("vae_scale_factor")
-        return recorded or (16 if self.num_channels == 48 else 8)
+        return self.recorded_vae_scale_factor or (16 if self.num_channels == 48 else 8)
 
     @property
     def latent_size(self) -> int:
@@ -71,11 +77,14 @@ class StudentConfig:
         """Of the student, counted without making it."""
         return _wan_parameters(self) if self.block == "wan" else _lite_parameters(self)
 
-    def check_image_size(self, vae_scale_factor: int) -> None:
-        """Refuse an image_size that does not fill whole patches behind a VAE of this factor."""
+    def check_image_size(self, vae_scale_factor: int, where: str | Path | None = None) -> None:
+        """Refuse an image_size that does not fill whole patches behind a VAE of this factor; `where` begins the error."""
         unit = vae_scale_factor * self.patch_size
         reason = f"{unit} = VAE factor {vae_scale_factor} x patch_size {self.patch_size}"
-        self._check_multiple("image_size", unit, reason)
+        try:
+            self._check_multiple("image_size", unit, reason)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}" if where else str(error)) from None
 
     def _check_types(self) -> None:
         nouns = {str: "text in quotes", int: "a whole number", float: "a number", dict: "an object"}

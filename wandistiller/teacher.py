@@ -95,6 +95,11 @@ class TeacherSettings:
     latents_std: list[float] | None
     vae_scale_factor: int
 
+    def latent_shape(self, student: StudentConfig) -> tuple[int, int, int]:
+        """(C, H, W) of the student's images behind the teacher's VAE."""
+        side = student.image_size // self.vae_scale_factor
+        return student.num_channels, side, side
+
     @property
     def is_released(self) -> bool:
         return any(self.preset == model.name for model in RELEASED_MODELS)

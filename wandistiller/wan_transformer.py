@@ -18,7 +18,6 @@ from wandistiller.student_config import ConfigError, StudentConfig
 from wandistiller.wan_names import other_wan_kind, to_canonical, uses_original_names
 
 WAN_HEAD_DIM = 128
-OWN_SHAPE_IMAGE_SIZE = 512  # a checkpoint names no image size; any that fills whole patches behind both VAEs will do
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 LOCAL_LAYOUTS = (
     "a diffusers pipeline folder (model_index.json), its transformer folder, an original Wan folder (config.json + "
@@ -293,12 +292,18 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
             block="wan",
             num_heads=_num_heads(hidden_size, settings, where),
             patch_size=kernel[1],
-            image_size=OWN_SHAPE_IMAGE_SIZE,
+            image_size=own_image_size(kernel[1]),
             eps=first_setting(settings, "eps") or 1e-6,
             **found,
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: the transformer's shape cannot work: {error}") from None
+
+
+def own_image_size(patch_size: int) -> int:
+    """A checkpoint names no image size: about 512 pixels, whole patches behind both released VAEs."""
+    unit = 16 * patch_size
+    return max(1, 512 // unit) * unit
 
 
 def _config_value(settings: dict, name: str) -> tuple[int | None, str]:
