@@ -219,7 +219,7 @@ def test_a_config_that_is_not_text(refused, tmp_path):
 def test_an_image_size_that_does_not_fit_the_real_vae(refused, teachers, tmp_path):
     folder = tmp_path / "coarse"
     shutil.copytree(teachers.one, folder)
-    edit_json(folder / "vae" / "config.json", scale_factor_spatial=16)
+    edit_json(folder / "vae" / "config.json", scale_factor_spatial=16, dim_mult=[1] * 5)
     refused(
         "--teacher_path",
         folder,

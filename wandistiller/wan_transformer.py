@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wandistiller.errors import UserError
+from wandistiller.json_files import POSITIVE, WHOLE, CheckpointError, setting
 from wandistiller.lift import PATCH_KERNEL, transformer_settings
 from wandistiller.student import WanLiteStudent
 from wandistiller.student_config import ConfigError, StudentConfig
@@ -50,10 +50,6 @@ _REFUSED_MODEL_TYPES = {
     "animate": "an Animate",
     "s2v": "a speech-to-video (S2V)",
 }
-
-
-class CheckpointError(UserError):
-    """A teacher checkpoint that is missing, damaged, or of another kind."""
 
 
 def refuse_kind(kind: str | None, where: object) -> None:
@@ -250,10 +246,6 @@ def teacher_tensor_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:
 # ---- the shape of a transformer ----
 
 
-def first_setting(settings: dict, *keys: str) -> int | None:
-    return next((settings[key] for key in keys if settings.get(key) is not None), None)
-
-
 def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) -> StudentConfig:
     """The transformer's shape from its tensors, with what only a config knows (heads, eps); both must agree."""
     refuse_settings(settings, where)
@@ -282,7 +274,7 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
         "freq_dim": freq_dim,
     }
     for name, from_tensors in found.items():
-        from_config, keys = _config_value(settings, name)
+        from_config, keys = _config_value(settings, name, where)
         if from_config not in (None, from_tensors):
             raise CheckpointError(
                 f"{where}: config.json says {name} {from_config} ({keys}), the tensors have {from_tensors}"
@@ -293,7 +285,7 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
             num_heads=_num_heads(hidden_size, settings, where),
             patch_size=kernel[1],
             image_size=own_image_size(kernel[1]),
-            eps=first_setting(settings, "eps") or 1e-6,
+            eps=setting(settings, "eps", POSITIVE, f"{where}, config.json") or 1e-6,
             **found,
         )
     except ConfigError as error:
@@ -306,22 +298,26 @@ def own_image_size(patch_size: int) -> int:
     return max(1, 512 // unit) * unit
 
 
-def _config_value(settings: dict, name: str) -> tuple[int | None, str]:
+def _config_value(settings: dict, name: str, where: Path) -> tuple[int | None, str]:
     """What config.json says of a dimension (None: nothing), and the key it has there."""
     if name == "hidden_size" and "dim" not in settings:
-        heads, head_dim = settings.get("num_attention_heads"), settings.get("attention_head_dim")
+        heads, head_dim = (_count(settings, key, where) for key in ("num_attention_heads", "attention_head_dim"))
         return heads * head_dim if heads and head_dim else None, "num_attention_heads x attention_head_dim"
     for key in _CONFIG_KEYS[name]:
-        if settings.get(key) is not None:
-            return settings[key], key
+        if (value := _count(settings, key, where)) is not None:
+            return value, key
     return None, ""
 
 
+def _count(settings: dict, key: str, where: Path) -> int | None:
+    return setting(settings, key, WHOLE, f"{where}, config.json")
+
+
 def _num_heads(hidden_size: int, settings: dict, where: Path) -> int:
-    heads = first_setting(settings, "num_attention_heads", "num_heads")
+    heads = _count(settings, "num_attention_heads", where) or _count(settings, "num_heads", where)
     if heads is not None:
         return heads
-    head_dim = first_setting(settings, "attention_head_dim") or WAN_HEAD_DIM
+    head_dim = _count(settings, "attention_head_dim", where) or WAN_HEAD_DIM
     if hidden_size % head_dim:
         raise CheckpointError(
             f"{where}: width {hidden_size} is not a multiple of head_dim {head_dim}, and no config.json tells the "
