@@ -234,6 +234,19 @@ def test_a_teacher_of_48_channels_trains_behind_its_vae_of_factor_16(train, tmp_
     assert record_of(tmp_path / "out")["vae_scale_factor"] == 16
 
 
+def test_a_teacher_of_single_files_takes_its_latents_from_the_vae_it_is_given(train, teachers, tmp_path):
+    vae = tmp_path / "vae"
+    shutil.copytree(teachers.two / "vae", vae)
+    flags = ("--text_encoder_path", teachers.one, "--vae_path", vae, "--num_samples", 1)
+    config = IDENTITY_CONFIG | {"hidden_size": 256, "depth": 2}
+    outcome = train(teachers.single_file, config, *flags, "--max_steps", 1)
+    assert outcome.code == 0, outcome.err
+    record, settings = record_of(tmp_path / "out"), json.loads((vae / "config.json").read_text())
+    for name in ("latents_mean", "latents_std"):
+        assert record[name] == settings[name]
+    assert "Teacher above, student below" in outcome.out
+
+
 @pytest.mark.parametrize(
     "flags",
     [("--eval_every", 1), ("--num_samples", 1), ("--student_steps", 2), ("--teacher_cache", "cache")],

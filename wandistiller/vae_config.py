@@ -1,8 +1,10 @@
 """What the config.json of an AutoencoderKLWan says of its latents."""
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from wandistiller.hub import fetch
 from wandistiller.json_files import POSITIVE, STAGES, WHOLE, CheckpointError, numbers, read_json, setting
 
 
@@ -20,6 +22,14 @@ class VaeConfig:
     latents_std: list[float] | None
 
 
+def vae_config_path(location: str, subfolder: str | None) -> Path:
+    """The config.json of the VAE that `pictures.find_vae` found; one on the hub is fetched, without its weights."""
+    folder = Path(location)
+    if not folder.exists():
+        folder = fetch(location, ["vae/config.json"], "a local folder with vae/, as --vae_path")
+    return folder / (subfolder or "") / "config.json"
+
+
 def read_vae_config(path: Path, num_channels: int) -> VaeConfig:
     """Read a VAE's config.json.
 
@@ -27,6 +37,8 @@ def read_vae_config(path: Path, num_channels: int) -> VaeConfig:
         CheckpointError: it contradicts itself, or is not that of a VAE with latents of `num_channels`.
     """
     values = read_json(path)
+    if (name := values.get("_class_name")) not in (None, "AutoencoderKLWan"):
+        raise CheckpointError(f"{path}: is that of {reprlib.repr(name)}; a Wan's VAE is an AutoencoderKLWan")
     z_dim = setting(values, "z_dim", WHOLE, path)
     if z_dim not in (None, num_channels):
         raise CheckpointError(f"{path}: z_dim is {z_dim}; the teacher's latents have {num_channels} channels")

@@ -31,6 +31,7 @@ from wandistiller.wan_transformer import (
     WanTransformer,
     refuse_kind,
     refuse_settings,
+    stored_tensors,
 )
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -73,6 +74,12 @@ def _weight_files(folder: Path) -> list[Path]:
         )
         raise CheckpointError(f"{folder}: holds no .safetensors weights{only}")
     return [path for path in files if path.name == f"{WEIGHTS}.safetensors"] or files
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder without weights, or with weights cut short; only headers are read."""
+    for path in _weight_files(folder):
+        stored_tensors(path)
 
 
 def _indexed_files(index: Path) -> list[Path]:

@@ -87,7 +87,7 @@ class StoredTensor:
         return tensor.float().mul_(scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (tensor.ndim - 1)))
 
 
-def _stored_tensors(path: Path) -> dict[str, tuple[StoredTensor, str]]:
+def stored_tensors(path: Path) -> dict[str, tuple[StoredTensor, str]]:
     """Every tensor of one safetensors file with its stored dtype, from the header alone."""
     from safetensors import SafetensorError, safe_open
 
@@ -154,7 +154,7 @@ class WanTransformer:
     def _index(self, files: list[Path]) -> dict[str, StoredTensor]:
         found: dict[str, tuple[StoredTensor, str]] = {}
         for path in files:
-            tensors = _stored_tensors(path)
+            tensors = stored_tensors(path)
             if twice := next((key for key in tensors if key in found), None):
                 raise CheckpointError(
                     f"{path}: holds {twice}, which {found[twice][0].path.name} holds too; these are two models, give one file"
