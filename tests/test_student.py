@@ -278,6 +278,12 @@ def test_the_shipped_configs_are_valid(name):
     assert config.to_dict() == json.loads((ROOT / "config" / name).read_text())
 
 
+def test_a_key_that_is_there_twice_is_refused():
+    text = json.dumps(WAN)[:-1] + ', "depth": 3}'
+    with pytest.raises(ConfigError, match=r'^my\.json: .*key "depth" is there twice'):
+        StudentConfig.from_json(text, "my.json")
+
+
 @pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
 def test_every_key_left_out_is_named(values):
     for key in values:
@@ -317,6 +323,14 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(unknown, near):
             "divisible by 16 = VAE factor 8 .* use 96 or 112",
         ),
         ({"image_size": 4, "distillation": {"vae_scale_factor": 4}}, "image_size=4 is not divisible by 8 .* use 8"),
+        (
+            {"image_size": 65536, "distillation": {"vae_scale_factor": 8}},
+            "image_size=65536 is too large.* at most 16384",
+        ),
+        ({"image_size": 16 * 10**9}, "image_size=16000000000 is too large; allowed: at most 1000000"),
+        ({"depth": 10**9}, "depth=1000000000 is too large; allowed: at most 1000"),
+        ({"hidden_size": 10**30}, "hidden_size=10+ is too large; allowed: at most 100000"),
+        ({"text_max_length": 10**9}, "text_max_length=1000000000 is too large; allowed: at most 100000"),
         ({"block": "Wan"}, 'allowed: "wan", "lite" .nearest: "wan"'),
         ({"block": None}, "block is null"),
         ({"model_type": "WanLite"}, 'nearest: "WanLiteStudent"'),
