@@ -4,6 +4,7 @@ pytest tests/test_wrong_inputs.py
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -427,3 +428,10 @@ def test_a_mistake_from_the_shell(tmp_path, previous, flags, words):
     (message,) = done.stderr.splitlines()
     assert "error: " in message and all(word in message for word in words), message
     assert snapshot(previous) == before
+
+
+def test_a_stdout_that_cannot_show_a_prompt_does_not_end_a_run():
+    code = "import sys; from wandistiller.command_line import run_command; sys.exit(run_command(lambda: print('a 猫')))"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a \\u732b\n", "")
