@@ -121,6 +121,26 @@ def test_folded_padding_equals_that_many_zero_tokens(text_max_length):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
+def test_a_noise_level_may_be_a_plain_number(values):
+    student = student_of(values)
+    latents, _, prompt_embeds = inputs(student.config)
+    expected = student(latents, torch.tensor([500.0, 500.0]), prompt_embeds)
+    for timestep in (500.0, 500, torch.tensor(500.0), torch.tensor([500, 500])):
+        assert torch.equal(student(latents, timestep, prompt_embeds), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
+def test_a_length_that_no_prompt_has_counts_as_the_nearest(values):
+    student = student_of(values)
+    latents, timestep, prompt_embeds = inputs(student.config)
+    expected = student(latents, timestep, prompt_embeds, torch.tensor([0, 7]))
+    for lengths in ([-1, 8], [-600, 10_000]):
+        assert torch.equal(student(latents, timestep, prompt_embeds, torch.tensor(lengths)), expected)
+
+
+@torch.no_grad()
 def test_what_stands_past_a_prompts_length_changes_nothing():
     student = student_of(WAN)
     latents, timestep, prompt_embeds = inputs(student.config)

@@ -234,6 +234,14 @@ def test_a_teacher_of_48_channels_trains_behind_its_vae_of_factor_16(train, tmp_
     assert record_of(tmp_path / "out")["vae_scale_factor"] == 16
 
 
+def test_heads_that_nothing_tells_are_said_to_be_assumed(train, teachers):
+    config = IDENTITY_CONFIG | {"hidden_size": 256, "depth": 2}
+    outcome = train(teachers.single_file, config, "--text_encoder_path", teachers.one, "--dry_run")
+    assert outcome.code == 0, outcome.err
+    assert "Warning: " in outcome.out and "2 of 128 channels are assumed" in outcome.out
+    assert "are assumed" not in train(teachers.one, PRUNED_CONFIG, "--dry_run").out
+
+
 def test_a_teacher_of_single_files_takes_its_latents_from_the_vae_it_is_given(train, teachers, tmp_path):
     vae = tmp_path / "vae"
     shutil.copytree(teachers.two / "vae", vae)

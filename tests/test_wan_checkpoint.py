@@ -304,6 +304,17 @@ def test_a_config_with_nonsense_values_is_refused_in_one_line(tmp_path, settings
     assert str(tmp_path) in refusal(tmp_path)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("patch", [1, 3])
+def test_a_teacher_of_other_patches_is_itself_in_2d(tmp_path, patch):
+    expert = write_transformer_folder(tmp_path, **TINY, patch_size=(1, patch, patch))
+    model, _ = project_teacher(tmp_path)
+    assert model.config.patch_size == patch
+    latents = torch.randn(2, 16, 2 * patch, 3 * patch, generator=torch.Generator().manual_seed(0))
+    given = (latents, torch.tensor([100.0, 900.0]), torch.ones(2, 5, 20))
+    assert relative_error(model(*given), oracle_velocity(expert, *given)) <= MAX_ERROR
+
+
 # file, change, what the refusal says after the file's name
 WRONG_VALUES = {
     "heads": ("transformer/config.json", {"num_attention_heads": "2"}, "num_attention_heads is '2'; allowed: a whole"),

@@ -19,6 +19,7 @@ class MockTransformer:
         self.location = "mock"
         self.config = config
         self.ignored: dict[str, str] = {}
+        self.heads_are_assumed = False
         self._shapes = teacher_tensor_shapes(config)
 
     def names(self) -> list[str]:

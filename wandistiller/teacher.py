@@ -200,6 +200,13 @@ def warnings_about(checkpoint: WanCheckpoint, settings: TeacherSettings, student
             f"text_max_length={student.text_max_length}; the released Wans were trained with {RELEASED_TEXT_MAX_LENGTH} "
             "text slots and answer differently with another number"
         )
+    teacher = checkpoint.config
+    is_known = teacher.hidden_size in {model.hidden_size for model in RELEASED_MODELS}
+    if checkpoint.experts["high"].heads_are_assumed and not is_known:
+        warnings.append(
+            f"{checkpoint.location}: no config.json tells its number of heads; {teacher.num_heads} of {teacher.head_dim} "
+            "channels are assumed, the released Wans' width; if that is wrong, give the folder with its config.json"
+        )
     if len(checkpoint.experts) == 1 and re.search(r"(high|low)[_-]?noise", checkpoint.location, re.IGNORECASE):
         warnings.append(
             f"{checkpoint.location} looks like one of two experts and is used at every noise level, with "

@@ -18,6 +18,7 @@ from wandistiller.student_config import ConfigError, StudentConfig
 from wandistiller.wan_names import other_wan_kind, to_canonical, uses_original_names
 
 WAN_HEAD_DIM = 128
+HEAD_KEYS = {"num_attention_heads", "num_heads", "attention_head_dim"}
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 LOCAL_LAYOUTS = (
     "a diffusers pipeline folder (model_index.json), its transformer folder, an original Wan folder (config.json + "
@@ -125,6 +126,7 @@ class WanTransformer:
         config: its own shape as a StudentConfig.
         ignored: tensors in the files that are no weights of a text-to-video Wan, with the reason.
         student: the config of the student that was exported to these files, else None.
+        heads_are_assumed: nothing tells how wide a head is, so that it is Wan's.
     """
 
     def __init__(self, location: Path, files: list[Path], settings: dict | None = None):
@@ -135,6 +137,7 @@ class WanTransformer:
         self.student = _exported_student(files[0])
         if not settings and self.student is not None:
             settings = transformer_settings(self.student)
+        self.heads_are_assumed = not settings or not HEAD_KEYS & settings.keys()
         self.config = _own_shape(self._shapes(), settings or {}, location)
         self._check_complete()
 
