@@ -405,12 +405,16 @@ def main(argv: list[str] | None = None) -> None:
     # Config first: a typo is answered before torch loads.
     config = StudentConfig.load(args.student_config) if args.student_config else None
 
+    from wandistiller.errors import UserError
     from wandistiller.output_folder import prepare_output_folder, set_aside_previous_student
     from wandistiller.selection import check_fits
 
+    if args.layers and config is None:
+        raise UserError("--layers names the layers of a smaller student; give its shape with --student_config")
     checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
     if config is not None:
         check_fits(checkpoint.expert(args.expert).config, config, args.layers, args.student_config)
+        config.check_image_size(checkpoint.vae_scale_factor or config.vae_scale_factor, args.student_config)
     folder = prepare_output_folder(args.output_dir)
     student, report = project_teacher(checkpoint, config, args.expert, layers=args.layers)
     print(report.summary())

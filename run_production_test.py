@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def shrink(config: StudentConfig) -> StudentConfig:
     """The same kind of student, small enough for seconds on a CPU: at most HIDDEN_SIZE wide and DEPTH deep."""
     hidden_size = min(HIDDEN_SIZE, config.hidden_size)
-    patches = min(config.latent_size // config.patch_size, -(-LATENT_SIZE // config.patch_size))
+    patches = min(max(1, config.latent_size // config.patch_size), -(-LATENT_SIZE // config.patch_size))
     image_size = patches * config.patch_size * config.vae_scale_factor
     shrunk = {"hidden_size": hidden_size, "depth": min(DEPTH, config.depth), "image_size": image_size}
     if hidden_size < config.hidden_size:
@@ -90,7 +90,7 @@ def check_real_teacher(args: argparse.Namespace, config: StudentConfig, prompts:
     )
     check_fits(shape, config, where=args.student_config)
     settings = resolve_settings(checkpoint)
-    config.check_image_size(settings.vae_scale_factor)
+    config.check_image_size(settings.vae_scale_factor, args.student_config)
     say(f"{args.student_config} fits this teacher; {settings.summary()}")
     for warning in warnings_about(checkpoint, settings, config):
         warn(warning)

@@ -56,10 +56,14 @@ RECIPE_FLAGS = [
 def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tuple[WanCheckpoint, TeacherSettings]":
     """The teacher by its headers, refused unless the student is a part of it; no weight is read yet."""
     from projection_mapper import open_teacher
+    from wandistiller.pictures import find_vae
     from wandistiller.selection import check_fits
     from wandistiller.teacher import resolve_settings
+    from wandistiller.vae_config import vae_config_path
 
     checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
+    if args.vae_path:
+        checkpoint.complete_from_vae(vae_config_path(*find_vae(args.vae_path, args.teacher_path)))
     check_fits(checkpoint.expert(args.init_expert).config, config, args.layers, args.student_config)
     settings = resolve_settings(
         checkpoint,
@@ -69,7 +73,7 @@ def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tu
         boundary_ratio=args.boundary_ratio,
         negative_prompt=args.negative_prompt,
     )
-    config.check_image_size(settings.vae_scale_factor)
+    config.check_image_size(settings.vae_scale_factor, args.student_config)
     return checkpoint, settings
 
 
@@ -255,7 +259,7 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     leave_features_out(args, checkpoint.config, config)
     leave_offload_out(args, checkpoint)
     encoder = find_encoder(args, checkpoint, config)
-    vae_location = find_sample_vae(args, checkpoint)
+    vae_location = find_sample_vae(args, checkpoint, settings)
     if args.dry_run:
         print_run(prompt_file, checkpoint, settings, config)
         return dry_run(args, checkpoint, settings, config, texts, encoder, device)

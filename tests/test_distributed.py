@@ -304,6 +304,11 @@ def test_a_flag_of_the_launcher_is_known_as_such(run_main, flag):
     assert outcome.code == 2 and "is a flag of torchrun: torchrun --" in outcome.err
 
 
+def test_a_flag_of_the_launcher_keeps_its_value_in_the_answer(run_main):
+    outcome = run_main(train_distillation.main, "--nproc_per_node", 2, "--max_steps", 3)
+    assert outcome.code == 2 and "torchrun --nproc_per_node 2 train_distillation.py ..." in outcome.err
+
+
 def test_half_an_environment_of_a_launcher_is_refused(run_main, flags_of, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     outcome = run_main(train_distillation.main, *flags_of("out", "--max_steps", 3))

@@ -5,6 +5,7 @@ pytest tests/test_generate_images.py
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -333,6 +334,20 @@ def test_wrapped_lines_fit_and_lose_nothing():
     lines = wrap(text, 90, font)
     assert all(font.getlength(line) <= 90 for line in lines) and len(lines) > 3
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    "text", ["一只红色的猫坐在草地上" * 5000, "word " * 20000, "x" * 50000], ids=["zh", "words", "x"]
+)
+def test_a_caption_without_end_is_cut_and_costs_a_few_lines(text):
+    font = ImageFont.load_default(size=13)
+    start = time.perf_counter()
+    lines = wrap(text, 160, font)
+    assert time.perf_counter() - start < 1
+    assert 2 < len(lines) <= 8 and all(font.getlength(line) <= 160 for line in lines)
+    assert lines[-1].endswith("...") and text.replace(" ", "").startswith("".join(lines)[:-3].replace(" ", ""))
+    picture = np.zeros((32, 32, 3), np.uint8)
+    assert labelled_grid([[picture]], [[text]]).height < 400
 
 
 def test_grid_places_every_picture():

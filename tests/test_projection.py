@@ -452,6 +452,14 @@ def test_a_refused_command_answers_in_one_line_and_leaves_the_folder_as_it_was(t
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_layers_without_a_student_to_put_them_in_are_refused(tmp_path, capsys):
+    write_original_folder(tmp_path / "wan", **TEACHER)
+    flags = ["--teacher_path", tmp_path / "wan", "--layers", "0,1", "--output_dir", tmp_path / "out"]
+    assert run_projection(*flags) == 2 and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert "--layers" in error and "--student_config" in error and error.count("\n") == 1
+
+
 # ---- host memory ----
 
 MEASURE = """

@@ -121,6 +121,26 @@ def test_folded_padding_equals_that_many_zero_tokens(text_max_length):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
+def test_a_noise_level_may_be_a_plain_number(values):
+    student = student_of(values)
+    latents, _, prompt_embeds = inputs(student.config)
+    expected = student(latents, torch.tensor([500.0, 500.0]), prompt_embeds)
+    for timestep in (500.0, 500, torch.tensor(500.0), torch.tensor([500, 500])):
+        assert torch.equal(student(latents, timestep, prompt_embeds), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
+def test_a_length_that_no_prompt_has_counts_as_the_nearest(values):
+    student = student_of(values)
+    latents, timestep, prompt_embeds = inputs(student.config)
+    expected = student(latents, timestep, prompt_embeds, torch.tensor([0, 7]))
+    for lengths in ([-1, 8], [-600, 10_000]):
+        assert torch.equal(student(latents, timestep, prompt_embeds, torch.tensor(lengths)), expected)
+
+
+@torch.no_grad()
 def test_what_stands_past_a_prompts_length_changes_nothing():
     student = student_of(WAN)
     latents, timestep, prompt_embeds = inputs(student.config)
@@ -278,6 +298,12 @@ def test_the_shipped_configs_are_valid(name):
     assert config.to_dict() == json.loads((ROOT / "config" / name).read_text())
 
 
+def test_a_key_that_is_there_twice_is_refused():
+    text = json.dumps(WAN)[:-1] + ', "depth": 3}'
+    with pytest.raises(ConfigError, match=r'^my\.json: .*key "depth" is there twice'):
+        StudentConfig.from_json(text, "my.json")
+
+
 @pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
 def test_every_key_left_out_is_named(values):
     for key in values:
@@ -311,9 +337,20 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(unknown, near):
         ({"eps": float("nan")}, "eps=nan"),
         ({"eps": 1}, "eps=1 is too large"),
         ({"freq_dim": 255}, "freq_dim=255 must be even; use 254 or 256"),
-        ({"image_size": 100}, "image_size=100 is not divisible by 16 .* use 96 or 112"),
-        ({"image_size": 8}, "image_size=8 is not divisible by 16 .* use 16"),
-        ({"image_size": 16, "num_channels": 48}, "not divisible by 32 = VAE factor 16 x patch_size 2"),
+        ({"image_size": 101}, "image_size=101 is not divisible by patch_size=2; use 100 or 102"),
+        (
+            {"image_size": 100, "distillation": {"vae_scale_factor": 8}},
+            "divisible by 16 = VAE factor 8 .* use 96 or 112",
+        ),
+        ({"image_size": 4, "distillation": {"vae_scale_factor": 4}}, "image_size=4 is not divisible by 8 .* use 8"),
+        (
+            {"image_size": 65536, "distillation": {"vae_scale_factor": 8}},
+            "image_size=65536 is too large.* at most 16384",
+        ),
+        ({"image_size": 16 * 10**9}, "image_size=16000000000 is too large; allowed: at most 1000000"),
+        ({"depth": 10**9}, "depth=1000000000 is too large; allowed: at most 1000"),
+        ({"hidden_size": 10**30}, "hidden_size=10+ is too large; allowed: at most 100000"),
+        ({"text_max_length": 10**9}, "text_max_length=1000000000 is too large; allowed: at most 100000"),
         ({"block": "Wan"}, 'allowed: "wan", "lite" .nearest: "wan"'),
         ({"block": None}, "block is null"),
         ({"model_type": "WanLite"}, 'nearest: "WanLiteStudent"'),
@@ -333,7 +370,7 @@ def test_a_value_that_cannot_work_is_refused_with_what_would(changes, said):
     [
         ({"hidden_size": 33, "num_heads": 1}, "hidden_size=33 .* use 32 or 34"),
         ({"num_heads": 5}, "hidden_size=32 is not divisible by 10 .* use 30 or 40"),
-        ({"image_size": 100}, "image_size=100 is not divisible by 8 .* use 96 or 104"),
+        ({"image_size": 100, "distillation": {"vae_scale_factor": 8}}, "not divisible by 8 .* use 96 or 104"),
         ({"ffn_dim": 100}, "ffn_dim=100 .* 128"),
         ({"patch_size": 2}, "patch_size=2 .* 1"),
     ],

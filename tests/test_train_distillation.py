@@ -234,6 +234,51 @@ def test_a_teacher_of_48_channels_trains_behind_its_vae_of_factor_16(train, tmp_
     assert record_of(tmp_path / "out")["vae_scale_factor"] == 16
 
 
+def test_heads_that_nothing_tells_are_said_to_be_assumed(train, teachers):
+    config = IDENTITY_CONFIG | {"hidden_size": 256, "depth": 2}
+    outcome = train(teachers.single_file, config, "--text_encoder_path", teachers.one, "--dry_run")
+    assert outcome.code == 0, outcome.err
+    assert "Warning: " in outcome.out and "2 of 128 channels are assumed" in outcome.out
+    assert "are assumed" not in train(teachers.one, PRUNED_CONFIG, "--dry_run").out
+
+
+def test_a_teacher_of_single_files_takes_its_latents_from_the_vae_it_is_given(train, teachers, tmp_path):
+    vae = tmp_path / "vae"
+    shutil.copytree(teachers.two / "vae", vae)
+    flags = ("--text_encoder_path", teachers.one, "--vae_path", vae, "--num_samples", 1)
+    config = IDENTITY_CONFIG | {"hidden_size": 256, "depth": 2}
+    outcome = train(teachers.single_file, config, *flags, "--max_steps", 1)
+    assert outcome.code == 0, outcome.err
+    record, settings = record_of(tmp_path / "out"), json.loads((vae / "config.json").read_text())
+    for name in ("latents_mean", "latents_std"):
+        assert record[name] == settings[name]
+    assert "Teacher above, student below" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--eval_every", 1), ("--num_samples", 1), ("--student_steps", 2), ("--teacher_cache", "cache")],
+    ids=lambda flags: flags[0],
+)
+def test_every_part_of_a_run_works_behind_the_teachers_own_vae(train, teachers, tmp_path, monkeypatch, flags):
+    from diffusers import AutoencoderKLWan
+
+    shutil.copytree(teachers.one, tmp_path / "fine", ignore=shutil.ignore_patterns("vae"))
+    stages = {"dim_mult": [1, 1, 1], "temperal_downsample": [False, True], "scale_factor_spatial": 4}
+    AutoencoderKLWan(base_dim=8, num_res_blocks=1, **stages).save_pretrained(tmp_path / "fine" / "vae")
+    seen, forward = set(), WanLiteStudent.forward
+
+    def watched(self, latents, *inputs):
+        seen.add(tuple(latents.shape[1:]))
+        return forward(self, latents, *inputs)
+
+    monkeypatch.setattr(WanLiteStudent, "forward", watched)
+    monkeypatch.chdir(tmp_path)
+    outcome = train(tmp_path / "fine", PRUNED_CONFIG | {"image_size": 24}, "--max_steps", 1, *flags)
+    assert outcome.code == 0, outcome.err
+    assert seen == {(16, 6, 6)} and "24 px = 16x6x6 latents" in outcome.out
+
+
 def test_the_mock_teacher_needs_no_files_at_all(train, tmp_path):
     outcome = train("mock", PRUNED_CONFIG, "--max_steps", 2, "--prompt_cache", tmp_path / "no_cache")
     assert outcome.code == 0, outcome.err

@@ -304,6 +304,88 @@ def test_a_config_with_nonsense_values_is_refused_in_one_line(tmp_path, settings
     assert str(tmp_path) in refusal(tmp_path)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("patch", [1, 3])
+def test_a_teacher_of_other_patches_is_itself_in_2d(tmp_path, patch):
+    expert = write_transformer_folder(tmp_path, **TINY, patch_size=(1, patch, patch))
+    model, _ = project_teacher(tmp_path)
+    assert model.config.patch_size == patch
+    latents = torch.randn(2, 16, 2 * patch, 3 * patch, generator=torch.Generator().manual_seed(0))
+    given = (latents, torch.tensor([100.0, 900.0]), torch.ones(2, 5, 20))
+    assert relative_error(model(*given), oracle_velocity(expert, *given)) <= MAX_ERROR
+
+
+# file, change, what the refusal says after the file's name
+WRONG_VALUES = {
+    "heads": ("transformer/config.json", {"num_attention_heads": "2"}, "num_attention_heads is '2'; allowed: a whole"),
+    "head_dim": (
+        "transformer/config.json",
+        {"attention_head_dim": [12]},
+        "attention_head_dim is [12]; allowed: a whole",
+    ),
+    "eps": ("transformer/config.json", {"eps": 0}, "eps is 0; allowed: a number above 0"),
+    "layers": ("transformer/config.json", {"num_layers": True}, "num_layers is True; allowed: a whole number"),
+    "boundary as text": (
+        "model_index.json",
+        {"boundary_ratio": "0.9"},
+        "boundary_ratio is '0.9'; allowed: a number from 0",
+    ),
+    "boundary": ("model_index.json", {"boundary_ratio": 2}, "boundary_ratio is 2; allowed: a number from 0 to 1"),
+    "transformer_2": ("model_index.json", {"transformer_2": {"a": 1}}, "transformer_2 is {'a': 1}; allowed: a pair"),
+    "shift as text": (
+        "scheduler/scheduler_config.json",
+        {"flow_shift": "3"},
+        "flow_shift is '3'; allowed: a number above 0",
+    ),
+    "shift of 0": ("scheduler/scheduler_config.json", {"flow_shift": 0}, "flow_shift is 0; allowed"),
+    "shift below 0": ("scheduler/scheduler_config.json", {"flow_shift": -3}, "flow_shift is -3; allowed"),
+    "factor": (
+        "vae/config.json",
+        {"scale_factor_spatial": "8"},
+        "scale_factor_spatial is '8'; allowed: a whole number",
+    ),
+    "other factor": ("vae/config.json", {"scale_factor_spatial": 4}, "scale_factor_spatial is 4, but its 4 stages"),
+    "stages": ("vae/config.json", {"dim_mult": 4}, "dim_mult is 4; allowed: a list of whole numbers"),
+    "few means": (
+        "vae/config.json",
+        {"latents_mean": [0.0] * 3},
+        "latents_mean is [0.0, 0.0, 0.0]; allowed: a list of 16",
+    ),
+    "means as text": ("vae/config.json", {"latents_mean": "x"}, "latents_mean is 'x'; allowed: a list of 16 numbers"),
+    "no spread": ("vae/config.json", {"latents_std": [0.0] * 16}, "each a number above 0"),
+    "channels": ("vae/config.json", {"z_dim": 4}, "z_dim is 4; the teacher's latents have 16 channels"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_VALUES)
+def test_a_value_of_the_wrong_kind_is_refused_with_its_file_and_key(teachers, tmp_path, case):
+    name, change, said = WRONG_VALUES[case]
+    shutil.copytree(teachers.one, tmp_path / "copy")
+    edit_json(tmp_path / "copy" / name, **change)
+    message = refusal(tmp_path / "copy")
+    assert said in message and Path(name).name in message and str((tmp_path / "copy" / name).parent) in message
+
+
+def test_values_that_are_null_or_left_out_count_as_unknown(teachers, tmp_path):
+    shutil.copytree(teachers.one, tmp_path / "copy")
+    edit_json(tmp_path / "copy" / "vae" / "config.json", dim_mult=None, scale_factor_spatial=None, latents_mean=None)
+    edit_json(tmp_path / "copy" / "scheduler" / "scheduler_config.json", flow_shift=None, shift=4.0)
+    checkpoint = open_checkpoint(tmp_path / "copy")
+    assert (checkpoint.vae_scale_factor, checkpoint.latents_mean, checkpoint.flow_shift) == (None, None, 4.0)
+
+
+def test_thousands_of_brackets_are_refused_in_one_line(teachers, tmp_path):
+    shutil.copytree(teachers.one, tmp_path / "copy")
+    (tmp_path / "copy" / "model_index.json").write_text("[" * 100_000, encoding="utf-8")
+    assert "model_index.json: not usable JSON" in refusal(tmp_path / "copy")
+
+
+def test_a_record_of_a_teacher_that_cannot_be_followed_is_refused(teachers, tmp_path):
+    shutil.copytree(teachers.one, tmp_path / "copy")
+    (tmp_path / "copy" / "teacher_record.json").write_text(json.dumps({"shift": "3"}), encoding="utf-8")
+    assert "shift is '3'; allowed: a number above 0" in refusal(tmp_path / "copy")
+
+
 def test_experts_of_different_shape_are_refused(tmp_path):
     write_original_transformer(tmp_path / "high_noise_model", random_transformer(**TINY))
     write_original_transformer(tmp_path / "low_noise_model", random_transformer(**TINY | {"layers": 1}))

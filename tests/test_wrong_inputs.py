@@ -4,6 +4,7 @@ pytest tests/test_wrong_inputs.py
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -219,13 +220,48 @@ def test_a_config_that_is_not_text(refused, tmp_path):
 def test_an_image_size_that_does_not_fit_the_real_vae(refused, teachers, tmp_path):
     folder = tmp_path / "coarse"
     shutil.copytree(teachers.one, folder)
-    edit_json(folder / "vae" / "config.json", scale_factor_spatial=16)
+    edit_json(folder / "vae" / "config.json", scale_factor_spatial=16, dim_mult=[1] * 5)
     refused(
         "--teacher_path",
         folder,
         config=PRUNED_CONFIG | {"image_size": 48},
         words=["image_size=48", "VAE factor 16", "32 or 64"],
     )
+
+
+def without_weights(vae: Path) -> None:
+    (vae / "diffusion_pytorch_model.safetensors").unlink()
+
+
+# What is done to the folder of a VAE, and what is said of it before anything is written or trained
+WRONG_VAES = {
+    "cut short": (lambda vae: truncate(vae / "diffusion_pytorch_model.safetensors"), "is not a whole safetensors file"),
+    "no weights": (without_weights, "holds no .safetensors weights"),
+    "other channels": (lambda vae: edit_json(vae / "config.json", z_dim=4), "z_dim is 4"),
+    "other factor": (
+        lambda vae: edit_json(vae / "config.json", dim_mult=[1, 1], scale_factor_spatial=2),
+        "of factor 2",
+    ),
+    "other latents": (lambda vae: edit_json(vae / "config.json", latents_mean=[0.5] * 16), "has other latents_mean"),
+    "another class": (lambda vae: edit_json(vae / "config.json", _class_name="AutoencoderKL"), "AutoencoderKLWan"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VAES)
+def test_a_vae_that_cannot_be_the_teachers_is_refused_before_training(refused, teachers, tmp_path, name):
+    damage, said = WRONG_VAES[name]
+    shutil.copytree(teachers.one / "vae", tmp_path / "vae")
+    damage(tmp_path / "vae")
+    refused("--vae_path", tmp_path / "vae", words=[str(tmp_path / "vae"), said])
+
+
+@pytest.mark.parametrize("name", ["cut short", "no weights"])
+def test_a_teacher_with_a_damaged_vae_is_learnt_from_without_pictures(train, teachers, tmp_path, name):
+    damage, said = WRONG_VAES[name]
+    shutil.copytree(teachers.one, tmp_path / "teacher")
+    damage(tmp_path / "teacher" / "vae")
+    outcome = train(tmp_path / "teacher", PRUNED_CONFIG, "--num_samples", 1, "--dry_run")
+    assert outcome.code == 0 and "No sample pictures" in outcome.out and said in outcome.out, outcome
 
 
 # ---- prompts ----
@@ -392,3 +428,10 @@ def test_a_mistake_from_the_shell(tmp_path, previous, flags, words):
     (message,) = done.stderr.splitlines()
     assert "error: " in message and all(word in message for word in words), message
     assert snapshot(previous) == before
+
+
+def test_a_stdout_that_cannot_show_a_prompt_does_not_end_a_run():
+    code = "import sys; from wandistiller.command_line import run_command; sys.exit(run_command(lambda: print('a 猫')))"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a \\u732b\n", "")

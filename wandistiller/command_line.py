@@ -56,14 +56,15 @@ class FlagParser(argparse.ArgumentParser):
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         args, unknown = self.parse_known_args([_underscored(arg) for arg in (sys.argv[1:] if argv is None else argv)])
         if unknown:
-            self.error(self._unknown_message(unknown[0]))
+            self.error(self._unknown_message(*unknown))
         return args
 
-    def _unknown_message(self, given: str) -> str:
+    def _unknown_message(self, given: str, *others: str) -> str:
         if not given.startswith("-"):
             return f"unexpected argument {given!r}; every value follows a --flag"
         if given.split("=")[0].removeprefix("--") in LAUNCHER_FLAGS:
-            return f"{given.split('=')[0]} is a flag of torchrun: torchrun {given} {self.prog} ..."
+            value = f" {others[0]}" if "=" not in given and others and not others[0].startswith("-") else ""
+            return f"{given.split('=')[0]} is a flag of torchrun: torchrun {given}{value} {self.prog} ..."
         known = [option for action in self._actions for option in action.option_strings]
         near = difflib.get_close_matches(given.split("=")[0], known, 1, 0.5)
         return f"unknown flag {given.split('=')[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
@@ -136,6 +137,9 @@ def end_process(code: int) -> None:
 
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's main and turn what it raises into an exit code; errors that carry one are messages to a person."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a prompt that a terminal cannot show must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main() or 0
     except KeyboardInterrupt:

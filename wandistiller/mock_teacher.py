@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wandistiller.student_config import StudentConfig
 from wandistiller.wan_checkpoint import WanCheckpoint
-from wandistiller.wan_transformer import teacher_tensor_shapes
+from wandistiller.wan_transformer import own_image_size, teacher_tensor_shapes
 
 MOCK_SEED = 20250728
 
@@ -19,6 +19,7 @@ class MockTransformer:
         self.location = "mock"
         self.config = config
         self.ignored: dict[str, str] = {}
+        self.heads_are_assumed = False
         self._shapes = teacher_tensor_shapes(config)
 
     def names(self) -> list[str]:
@@ -52,6 +53,7 @@ def mock_shape(student: StudentConfig) -> StudentConfig:
         head_dim = 8
     heads = larger(-(-student.hidden_size // head_dim))
     is_wan = student.block == "wan"
+    patch_size = student.patch_size if is_wan else 2
     return StudentConfig(
         block="wan",
         hidden_size=heads * head_dim,
@@ -59,8 +61,8 @@ def mock_shape(student: StudentConfig) -> StudentConfig:
         num_heads=heads,
         ffn_dim=larger(student.ffn_dim),
         num_channels=student.num_channels,
-        image_size=2 * student.vae_scale_factor * student.image_size,  # whole patches, whatever the student's are
-        patch_size=student.patch_size if is_wan else 2,
+        image_size=own_image_size(patch_size),
+        patch_size=patch_size,
         text_max_length=student.text_max_length,
         text_encoder_output_dim=student.text_encoder_output_dim,
         freq_dim=student.freq_dim if is_wan else 256,

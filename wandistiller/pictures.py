@@ -4,6 +4,7 @@ A picture is a uint8 array (H, W, 3). Pillow and diffusers are imported where th
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 SLUG_LENGTH = 48
 MIN_CELL, MAX_CELL = 160, 512  # pixels: room for a caption, and an end to the size of a grid
 MARGIN, FONT_SIZE = 8, 13
+MAX_CAPTION_LINES = 8
 
 # ---- the VAE ----
 
@@ -110,18 +112,36 @@ def save_png(picture: "np.ndarray | Image", path: str | Path, metadata: Mapping[
 # ---- grids ----
 
 
-def wrap(text: str, width: float, font) -> list[str]:
-    """Lines of `text` no wider than `width` pixels; a word that is too wide by itself is broken."""
+def _fitting_length(word: str, width: float, font) -> int:
+    """How many letters of a word fit into `width` pixels, at least one."""
+    return max(1, bisect_right(range(1, len(word) + 1), width, key=lambda length: font.getlength(word[:length])))
+
+
+def wrap(text: str, width: float, font, max_lines: int = MAX_CAPTION_LINES) -> list[str]:
+    """Lines of `text` no wider than `width` pixels; a word that is too wide by itself is broken.
+
+    Text for more than `max_lines` ends in an ellipsis. The time it takes grows with the lines, not with the text.
+    """
+    max_chars = max(1, int(width))  # of a line: letters are more than a pixel wide
+
+    def fits(line: str) -> bool:
+        return len(line) <= max_chars and font.getlength(line) <= width
+
     lines: list[str] = []
     for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+        if lines and fits(f"{lines[-1]} {word}"):
             lines[-1] += f" {word}"
             continue
-        while font.getlength(word) > width and len(word) > 1:
-            fits = max(1, next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width))
-            lines.append(word[:fits])
-            word = word[fits:]
-        lines.append(word)
+        while word and len(lines) <= max_lines:
+            length = _fitting_length(word[:max_chars], width, font)
+            lines.append(word[:length])
+            word = word[length:]
+        if len(lines) > max_lines:
+            lines = lines[:max_lines]
+            while lines[-1] and not fits(f"{lines[-1]}..."):
+                lines[-1] = lines[-1][:-1]
+            lines[-1] += "..."
+            break
     return lines
 
 

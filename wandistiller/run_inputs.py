@@ -1,17 +1,20 @@
 """What a run reads beside weights, and what it says of itself before it begins: text encoder, embeddings, VAE, leftovers."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from wandistiller.distributed import Processes
 from wandistiller.errors import UserError
+from wandistiller.export import check_statistics
 from wandistiller.lanes import Lanes
 from wandistiller.pictures import find_vae
 from wandistiller.prompt_embeds import Embeds, PromptEmbeds, encode_prompts, mock_prompt_embeds, text_encoder_dim
 from wandistiller.prompts import PromptFile, Texts
 from wandistiller.student_config import StudentConfig
 from wandistiller.teacher import TeacherSettings, warnings_about
-from wandistiller.wan_checkpoint import WanCheckpoint, find_text_encoder
+from wandistiller.vae_config import read_vae_config, vae_config_path
+from wandistiller.wan_checkpoint import WanCheckpoint, check_weights, find_text_encoder
 
 
 def leave_features_out(args: argparse.Namespace, teacher: StudentConfig, config: StudentConfig) -> None:
@@ -37,10 +40,9 @@ def print_run(prompts: PromptFile, checkpoint: WanCheckpoint, settings: TeacherS
     duplicates = f" ({prompts.duplicates} repeated lines left out)" if prompts.duplicates else ""
     print(f"Prompts: {len(prompts.prompts)}{duplicates}")
     print(f"Teacher: {checkpoint.location} ({' + '.join(checkpoint.experts)}), {settings.summary()}")
-    latent = config.image_size // settings.vae_scale_factor
     print(
         f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
-        f"{config.image_size} px = {config.num_channels}x{latent}x{latent} latents"
+        f"{config.image_size} px = {'x'.join(map(str, settings.latent_shape(config)))} latents"
     )
     for warning in warnings_about(checkpoint, settings, config):
         print(f"Warning: {warning}")
@@ -105,17 +107,41 @@ def print_encoding(done: int, total: int) -> None:
         print(f"Encoding prompts: {done}/{total}", flush=True)
 
 
-def find_sample_vae(args: argparse.Namespace, checkpoint: WanCheckpoint) -> tuple[str, str | None] | None:
-    """Where the VAE of the sample pictures is, or None where none can be drawn; a --vae_path without one is a mistake."""
+def find_sample_vae(
+    args: argparse.Namespace, checkpoint: WanCheckpoint, settings: TeacherSettings
+) -> tuple[str, str | None] | None:
+    """Where the VAE of the sample pictures is, or None where none can be drawn; a --vae_path without one is a mistake.
+
+    Raises:
+        UserError: it is not the teacher's, or its files are not whole.
+    """
     if not args.num_samples or (checkpoint.is_mock and args.vae_path is None):
         return None
     if args.sigma_range != (0.0, 1.0):
         print("No sample pictures: a student of a part of the noise levels does not draw by itself")
         return None
     try:
-        return find_vae(args.vae_path, args.teacher_path)
+        location = find_vae(args.vae_path, args.teacher_path)
+        check_is_vae_of(settings, checkpoint.config, vae_config_path(*location))
+        if Path(location[0]).exists():  # else the hub's client sees to its files
+            check_weights(Path(*filter(None, location)))
     except UserError as error:
         if args.vae_path is not None:
             raise
         print(f"No sample pictures: {error}")
         return None
+    return location
+
+
+def check_is_vae_of(settings: TeacherSettings, teacher: StudentConfig, config_path: Path) -> None:
+    """Refuse a VAE of other latents than a run learns, by its config.json."""
+    vae = read_vae_config(config_path, teacher.num_channels)
+    folder = config_path.parent
+    if vae.vae_scale_factor not in (None, settings.vae_scale_factor):
+        raise UserError(
+            f"{folder}: is a VAE of factor {vae.vae_scale_factor}; the teacher's latents have factor "
+            f"{settings.vae_scale_factor}; give --vae_path the teacher's own VAE"
+        )
+    learnt = {"latents_mean": settings.latents_mean, "latents_std": settings.latents_std}
+    if vae.latents_mean and vae.latents_std:
+        check_statistics(asdict(vae), teacher.replace(distillation=learnt), folder)

@@ -65,13 +65,12 @@ def open_cache(
     """The folder of --teacher_cache, refused where it holds answers to something else."""
     if args.teacher_cache is None:
         return None
-    latent_shape = (config.num_channels, config.latent_size, config.latent_size)
     description = describe_cache(
         checkpoint,
         settings,
         states_options(args, len(texts.extra)),
         texts.prompts + texts.extra,
-        latent_shape,
+        settings.latent_shape(config),
         config.text_max_length,
         batch_size,
     )
@@ -163,7 +162,7 @@ def build_segment_answers(
         teacher,
         student,
         embeds.trained,
-        (config.num_channels, config.latent_size, config.latent_size),
+        teacher.settings.latent_shape(config),
         num_prompts,
         lanes.total,
         segment_sigmas=segment_sigmas(teacher.settings.shift, args.student_steps),
@@ -257,8 +256,7 @@ def build_evaluation(
     print(
         f"Held-out states: {len(embeds.held_out)} paths of the teacher, {options.num_inference_steps} steps", flush=True
     )
-    latent_shape = (config.num_channels, config.latent_size, config.latent_size)
-    return HeldOutErrors(teacher, embeds.held_out, latent_shape, options)
+    return HeldOutErrors(teacher, embeds.held_out, teacher.settings.latent_shape(config), options)
 
 
 def build_trackers(args: argparse.Namespace, folder: Path, first_step: int) -> Trackers:
@@ -296,7 +294,7 @@ def build_samples(
         settings,
         prompts[: args.num_samples],
         prompt_embeds,
-        (config.num_channels, config.latent_size, config.latent_size),
+        settings.latent_shape(config),
         vae_location,
         teacher_options,
         student_options,

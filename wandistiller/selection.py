@@ -29,6 +29,7 @@ class TransformerTensors(Protocol):
     location: object
     config: StudentConfig
     ignored: dict[str, str]
+    heads_are_assumed: bool
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...

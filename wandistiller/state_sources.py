@@ -64,8 +64,7 @@ def build_states(
 
     A trajectory begins at sigma 1, so its `sigma_range` must end there.
     """
-    side = config.image_size // settings.vae_scale_factor
-    shape, shift, sigma_range = (config.num_channels, side, side), settings.shift, options.sigma_range
+    shape, shift, sigma_range = settings.latent_shape(config), settings.shift, options.sigma_range
     swap = PromptSwap(options.prompt_swap, num_prompts + options.num_extra_prompts)
     if options.kind == "noise":
         return NoiseStates(

@@ -263,7 +263,7 @@ class WanLiteStudent(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | float,
         prompt_embeds: Tensor,
         prompt_lengths: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -272,15 +272,19 @@ class WanLiteStudent(nn.Module):
 
         Args:
             latents: (B, C, H, W) in model space, (z - mean) / std; H and W multiples of patch_size.
-            timestep: (B,) or scalar, 1000 sigma as a float.
+            timestep: (B,) or scalar, 1000 sigma.
             prompt_embeds: (B, S, text_dim).
             prompt_lengths: (B,) tokens that are text; the rest up to text_max_length then counts as Wan's zero
-                padding. None: all S positions are used as they come.
+                padding; a number outside of [0, S] counts as the nearer end. None: all S positions are used as they come.
             negative_prompt_embeds: (S', text_dim), all of it text: also answer for this prompt, sharing all that is equal.
 
         Returns:
             Velocity (B, C, H, W) in the dtype of `latents`; with a negative prompt (2 B, C, H, W), its half last.
         """
+        if prompt_lengths is not None:
+            prompt_lengths = prompt_lengths.clamp(
+                0, prompt_embeds.shape[1]
+            )  # to look at them would wait for the device
         prompts = [(prompt_embeds, prompt_lengths)]
         if negative_prompt_embeds is not None:
             num_tokens = len(negative_prompt_embeds)
@@ -288,7 +292,7 @@ class WanLiteStudent(nn.Module):
             prompts.append((negative_prompt_embeds[None].to(prompt_embeds), length))
         for embeds, _ in prompts:
             self._check_inputs(latents, embeds)
-        timestep = timestep.expand(latents.shape[0])
+        timestep = torch.as_tensor(timestep, device=latents.device).expand(latents.shape[0])
         forward = self._forward_wan if self.config.block == "wan" else self._forward_lite
         return forward(latents, timestep, prompts).to(latents.dtype)
 

@@ -15,6 +15,21 @@ from wandistiller.errors import UserError
 
 CONFIG_NAME = "student_config.json"
 
+# Far beyond any Wan; more is a slip of the keyboard that would fill the memory or take for ever.
+LARGEST = {
+    "hidden_size": 100_000,
+    "depth": 1000,
+    "num_heads": 100_000,
+    "ffn_dim": 1_000_000,
+    "num_channels": 10_000,
+    "image_size": 1_000_000,
+    "patch_size": 1000,
+    "text_max_length": 100_000,
+    "text_encoder_output_dim": 1_000_000,
+    "freq_dim": 1_000_000,
+}
+MAX_PATCHES = 1024  # a side: Wan's rope_max_seq_len
+
 
 class ConfigError(UserError):
     """A student config that cannot work: one sentence with the key, the value, what is allowed and the nearest choice."""
@@ -48,19 +63,25 @@ class StudentConfig:
         self._check_choice("model_type", ["WanLiteStudent"])
         self._check_choice("block", ["wan", "lite"])
         self._fill_block_defaults()
-        self._check_positive()
+        self._check_range()
         self._check_shape()
-        self.check_image_size(self.vae_scale_factor)
+        if self.recorded_vae_scale_factor:
+            self.check_image_size(self.recorded_vae_scale_factor)
+        else:  # only the teacher knows the rest
+            self._check_multiple("image_size", self.patch_size, f"patch_size={self.patch_size}")
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
     @property
+    def recorded_vae_scale_factor(self) -> int | None:
+        return (self.distillation or {}).get("vae_scale_factor")
+
+    @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent pixel: what the run recorded, else that of the released VAE with these channels."""
-        recorded = (self.distillation or {}).get("vae_scale_factor")
-        return recorded or (16 if self.num_channels == 48 else 8)
+        return self.recorded_vae_scale_factor or (16 if self.num_channels == 48 else 8)
 
     @property
     def latent_size(self) -> int:
@@ -71,11 +92,19 @@ class StudentConfig:
         """Of the student, counted without making it."""
         return _wan_parameters(self) if self.block == "wan" else _lite_parameters(self)
 
-    def check_image_size(self, vae_scale_factor: int) -> None:
-        """Refuse an image_size that does not fill whole patches behind a VAE of this factor."""
+    def check_image_size(self, vae_scale_factor: int, where: str | Path | None = None) -> None:
+        """Refuse an image_size that does not fill whole patches behind a VAE of this factor; `where` begins the error."""
         unit = vae_scale_factor * self.patch_size
         reason = f"{unit} = VAE factor {vae_scale_factor} x patch_size {self.patch_size}"
-        self._check_multiple("image_size", unit, reason)
+        try:
+            self._check_multiple("image_size", unit, reason)
+            if self.image_size > MAX_PATCHES * unit:
+                raise ConfigError(
+                    f"image_size={self.image_size} is too large; allowed: at most {MAX_PATCHES * unit}, {MAX_PATCHES} "
+                    f"patches a side, with {reason}"
+                )
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}" if where else str(error)) from None
 
     def _check_types(self) -> None:
         nouns = {str: "text in quotes", int: "a whole number", float: "a number", dict: "an object"}
@@ -119,11 +148,13 @@ class StudentConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-    def _check_positive(self) -> None:
+    def _check_range(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and not (0 < value < math.inf):
                 raise ConfigError(f"{field.name}={value} cannot work; it must be above 0 and finite")
+            if field.name in LARGEST and value > LARGEST[field.name]:
+                raise ConfigError(f"{field.name}={value} is too large; allowed: at most {LARGEST[field.name]}")
 
     def _check_shape(self) -> None:
         if self.block == "wan":
@@ -199,12 +230,12 @@ class StudentConfig:
     def from_json(cls, text: str, where: str = CONFIG_NAME) -> "StudentConfig":
         """A checked config from JSON; errors begin with `where`."""
         try:
-            values = json.loads(text)
+            values = json.loads(text, object_pairs_hook=_each_key_once)
         except json.JSONDecodeError as error:
             raise ConfigError(
                 f"{where}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
             ) from None
-        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        except (ValueError, RecursionError) as error:  # a key twice, thousands of digits, or of brackets
             raise ConfigError(f"{where}: not usable JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{where}: holds a {type(values).__name__}; it must hold one JSON object {{...}}")
@@ -244,6 +275,15 @@ def _lite_parameters(config: StudentConfig) -> int:
     embedders = _linear(config.text_encoder_output_dim, width) + _linear(width, 4 * width) + _linear(4 * width, width)
     block = 4 * width + 4 * _linear(width, width) + _linear(width, config.ffn_dim) + _linear(config.ffn_dim, width)
     return _linear(9 * channels, width) + embedders + config.depth * block + _linear(9 * width, channels)
+
+
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f'the key "{twice}" is there twice; keep one of the two lines')
+    return values
 
 
 def _json_object(values: dict, indent: str = "") -> str:

@@ -95,6 +95,11 @@ class TeacherSettings:
     latents_std: list[float] | None
     vae_scale_factor: int
 
+    def latent_shape(self, student: StudentConfig) -> tuple[int, int, int]:
+        """(C, H, W) of the student's images behind the teacher's VAE."""
+        side = student.image_size // self.vae_scale_factor
+        return student.num_channels, side, side
+
     @property
     def is_released(self) -> bool:
         return any(self.preset == model.name for model in RELEASED_MODELS)
@@ -194,6 +199,13 @@ def warnings_about(checkpoint: WanCheckpoint, settings: TeacherSettings, student
         warnings.append(
             f"text_max_length={student.text_max_length}; the released Wans were trained with {RELEASED_TEXT_MAX_LENGTH} "
             "text slots and answer differently with another number"
+        )
+    teacher = checkpoint.config
+    is_known = teacher.hidden_size in {model.hidden_size for model in RELEASED_MODELS}
+    if checkpoint.experts["high"].heads_are_assumed and not is_known:
+        warnings.append(
+            f"{checkpoint.location}: no config.json tells its number of heads; {teacher.num_heads} of {teacher.head_dim} "
+            "channels are assumed, the released Wans' width; if that is wrong, give the folder with its config.json"
         )
     if len(checkpoint.experts) == 1 and re.search(r"(high|low)[_-]?noise", checkpoint.location, re.IGNORECASE):
         warnings.append(

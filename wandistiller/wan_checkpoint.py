@@ -4,41 +4,47 @@ Layouts: a diffusers pipeline folder or bare transformer folder, an original Wan
 safetensors file with original names (ComfyUI's, also fp8 and fp8_scaled), and a hub id. Only safetensors and JSON are read.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from wandistiller.hub import fetch, is_hub_id
+from wandistiller.json_files import (
+    COMPONENT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATIO,
+    TEXT,
+    WHOLE,
+    CheckpointError,
+    numbers,
+    read_json,
+    setting,
+)
 from wandistiller.lift import teacher_record
 from wandistiller.student_config import StudentConfig
+from wandistiller.vae_config import read_vae_config
 from wandistiller.wan_transformer import (
     LAYOUTS,
     LOCAL_LAYOUTS,
     REFUSED_CLASSES,
-    CheckpointError,
     WanTransformer,
-    first_setting,
     refuse_kind,
     refuse_settings,
+    stored_tensors,
 )
 
 WEIGHTS = "diffusion_pytorch_model"
+LATENT_SETTINGS = ("latents_mean", "latents_std", "vae_scale_factor")
+RECORD_KINDS = {
+    "shift": POSITIVE,
+    "guidance_scale": NOT_NEGATIVE,
+    "guidance_scale_2": NOT_NEGATIVE,
+    "num_inference_steps": WHOLE,
+    "negative_prompt": TEXT,
+    "vae_scale_factor": WHOLE,
+}
 TEXT_ENCODER_SOURCE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # all released Wans share this encoder
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(
-            f"{path}: line {error.lineno}: not valid JSON: {error.msg}; copy the checkpoint again"
-        ) from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds a {type(values).__name__}, not the JSON object of a Wan checkpoint")
-    return values
 
 
 # ---- folders ----
@@ -70,8 +76,14 @@ def _weight_files(folder: Path) -> list[Path]:
     return [path for path in files if path.name == f"{WEIGHTS}.safetensors"] or files
 
 
+def check_weights(folder: Path) -> None:
+    """Refuse a folder without weights, or with weights cut short; only headers are read."""
+    for path in _weight_files(folder):
+        stored_tensors(path)
+
+
 def _indexed_files(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map; copy the checkpoint again")
     names = dict.fromkeys(_safe_name(name, index) for name in weight_map.values())
@@ -87,7 +99,7 @@ def _open_transformer_folder(folder: Path) -> WanTransformer:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder")
     config_path = folder / "config.json"
-    settings = _read_json(config_path) if config_path.is_file() else {}
+    settings = read_json(config_path) if config_path.is_file() else {}
     refuse_settings(settings, folder)
     return WanTransformer(folder, _weight_files(folder), settings)
 
@@ -122,6 +134,13 @@ class WanCheckpoint:
     def is_mock(self) -> bool:
         return self.location == "mock"
 
+    def complete_from_vae(self, config_path: Path) -> None:
+        """Take what is not known of the latents yet from a VAE's config.json."""
+        vae = read_vae_config(config_path, self.config.num_channels)
+        for name in LATENT_SETTINGS:
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(vae, name))
+
     def expert(self, name: str) -> WanTransformer:
         if name not in self.experts:
             raise CheckpointError(f'{self.location}: has no expert "{name}"; it has: {", ".join(self.experts)}')
@@ -155,38 +174,30 @@ def find_text_encoder(path: str | Path) -> tuple[Path, Path]:
 
 
 def _open_pipeline_folder(folder: Path, location: str) -> WanCheckpoint:
-    index = _read_json(folder / "model_index.json")
+    index_path = folder / "model_index.json"
+    index = read_json(index_path)
     name = str(index.get("_class_name"))
     refuse_kind(REFUSED_CLASSES.get(name), folder)
     if not name.startswith("Wan"):
         raise CheckpointError(f"{folder}: model_index.json is that of a {name}, not of a WanPipeline")
     experts = {"high": _open_transformer_folder(folder / "transformer")}
-    if (index.get("transformer_2") or [None])[0] is not None:
+    if (setting(index, "transformer_2", COMPONENT, index_path) or [None])[0] is not None:
         experts["low"] = _open_transformer_folder(folder / "transformer_2")
-    vae = _read_json(folder / "vae" / "config.json") if (folder / "vae" / "config.json").is_file() else {}
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = _read_json(scheduler_path) if scheduler_path.is_file() else {}
+    scheduler = read_json(scheduler_path) if scheduler_path.is_file() else {}
+    shifts = [setting(scheduler, key, POSITIVE, scheduler_path) for key in ("flow_shift", "shift")]
     record_path = folder / "teacher_record.json"
-    return WanCheckpoint(
+    checkpoint = WanCheckpoint(
         location,
         experts,
-        boundary_ratio=index.get("boundary_ratio"),
-        flow_shift=first_setting(scheduler, "flow_shift", "shift"),
-        latents_mean=vae.get("latents_mean"),
-        latents_std=vae.get("latents_std"),
-        vae_scale_factor=_vae_scale_factor(vae),
-        record=_read_json(record_path) if record_path.is_file() else {},
+        boundary_ratio=setting(index, "boundary_ratio", RATIO, index_path),
+        flow_shift=next((shift for shift in shifts if shift is not None), None),
+        record=read_json(record_path) if record_path.is_file() else {},
         _find_text_encoder=(lambda: find_text_encoder(folder)) if (folder / "text_encoder").is_dir() else None,
     )
-
-
-def _vae_scale_factor(vae: dict) -> int | None:
-    """Pixels per latent pixel of an AutoencoderKLWan: as recorded, else a halving per stage but the last, times its patch."""
-    if "scale_factor_spatial" in vae:
-        return vae["scale_factor_spatial"]
-    if "dim_mult" in vae:
-        return 2 ** (len(vae["dim_mult"]) - 1) * (vae.get("patch_size") or 1)
-    return None
+    if (vae_path := folder / "vae" / "config.json").is_file():
+        checkpoint.complete_from_vae(vae_path)
+    return checkpoint
 
 
 def _open_original_folder(folder: Path, location: str) -> WanCheckpoint:
@@ -243,7 +254,7 @@ def _open_single_file(path: Path) -> WanTransformer:
         raise CheckpointError(f"{path}: a {path.suffix or 'file without suffix'} is not read; allowed: {LAYOUTS}")
     beside = path.with_name("config.json")  # a transformer folder's own file means the folder's shape
     is_of_folder = path.name.startswith("diffusion_pytorch_model") and beside.is_file()
-    return WanTransformer(path, [path], _read_json(beside) if is_of_folder else None)
+    return WanTransformer(path, [path], read_json(beside) if is_of_folder else None)
 
 
 def open_checkpoint(teacher_path: str | Path, low_noise_path: str | Path | None = None) -> WanCheckpoint:
@@ -294,6 +305,10 @@ def _complete_from_student(checkpoint: WanCheckpoint) -> None:
     """Where no folder around the transformer says how it is sampled, the file of an exported student does itself."""
     if not checkpoint.record and (student := checkpoint.experts["high"].student):
         checkpoint.record = teacher_record(student)
-    for name in ("latents_mean", "latents_std", "vae_scale_factor"):
+    record, where = checkpoint.record, f"{checkpoint.location}, what it records of itself"
+    statistics = numbers(checkpoint.config.num_channels)
+    for name, kind in (RECORD_KINDS | {"latents_mean": statistics, "latents_std": statistics}).items():
+        setting(record, name, kind, where)
+    for name in LATENT_SETTINGS:
         if getattr(checkpoint, name) is None:
-            setattr(checkpoint, name, checkpoint.record.get(name))
+            setattr(checkpoint, name, record.get(name))

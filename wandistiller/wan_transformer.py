@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wandistiller.errors import UserError
+from wandistiller.json_files import POSITIVE, WHOLE, CheckpointError, setting
 from wandistiller.lift import PATCH_KERNEL, transformer_settings
 from wandistiller.student import WanLiteStudent
 from wandistiller.student_config import ConfigError, StudentConfig
 from wandistiller.wan_names import other_wan_kind, to_canonical, uses_original_names
 
 WAN_HEAD_DIM = 128
-OWN_SHAPE_IMAGE_SIZE = 512  # a checkpoint names no image size; any that fills whole patches behind both VAEs will do
+HEAD_KEYS = {"num_attention_heads", "num_heads", "attention_head_dim"}
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 LOCAL_LAYOUTS = (
     "a diffusers pipeline folder (model_index.json), its transformer folder, an original Wan folder (config.json + "
@@ -51,10 +51,6 @@ _REFUSED_MODEL_TYPES = {
     "animate": "an Animate",
     "s2v": "a speech-to-video (S2V)",
 }
-
-
-class CheckpointError(UserError):
-    """A teacher checkpoint that is missing, damaged, or of another kind."""
 
 
 def refuse_kind(kind: str | None, where: object) -> None:
@@ -92,7 +88,7 @@ class StoredTensor:
         return tensor.float().mul_(scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (tensor.ndim - 1)))
 
 
-def _stored_tensors(path: Path) -> dict[str, tuple[StoredTensor, str]]:
+def stored_tensors(path: Path) -> dict[str, tuple[StoredTensor, str]]:
     """Every tensor of one safetensors file with its stored dtype, from the header alone."""
     from safetensors import SafetensorError, safe_open
 
@@ -130,6 +126,7 @@ class WanTransformer:
         config: its own shape as a StudentConfig.
         ignored: tensors in the files that are no weights of a text-to-video Wan, with the reason.
         student: the config of the student that was exported to these files, else None.
+        heads_are_assumed: nothing tells how wide a head is, so that it is Wan's.
     """
 
     def __init__(self, location: Path, files: list[Path], settings: dict | None = None):
@@ -140,6 +137,7 @@ class WanTransformer:
         self.student = _exported_student(files[0])
         if not settings and self.student is not None:
             settings = transformer_settings(self.student)
+        self.heads_are_assumed = not settings or not HEAD_KEYS & settings.keys()
         self.config = _own_shape(self._shapes(), settings or {}, location)
         self._check_complete()
 
@@ -159,7 +157,7 @@ class WanTransformer:
     def _index(self, files: list[Path]) -> dict[str, StoredTensor]:
         found: dict[str, tuple[StoredTensor, str]] = {}
         for path in files:
-            tensors = _stored_tensors(path)
+            tensors = stored_tensors(path)
             if twice := next((key for key in tensors if key in found), None):
                 raise CheckpointError(
                     f"{path}: holds {twice}, which {found[twice][0].path.name} holds too; these are two models, give one file"
@@ -251,10 +249,6 @@ def teacher_tensor_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:
 # ---- the shape of a transformer ----
 
 
-def first_setting(settings: dict, *keys: str) -> int | None:
-    return next((settings[key] for key in keys if settings.get(key) is not None), None)
-
-
 def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) -> StudentConfig:
     """The transformer's shape from its tensors, with what only a config knows (heads, eps); both must agree."""
     refuse_settings(settings, where)
@@ -283,7 +277,7 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
         "freq_dim": freq_dim,
     }
     for name, from_tensors in found.items():
-        from_config, keys = _config_value(settings, name)
+        from_config, keys = _config_value(settings, name, where)
         if from_config not in (None, from_tensors):
             raise CheckpointError(
                 f"{where}: config.json says {name} {from_config} ({keys}), the tensors have {from_tensors}"
@@ -293,30 +287,40 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
             block="wan",
             num_heads=_num_heads(hidden_size, settings, where),
             patch_size=kernel[1],
-            image_size=OWN_SHAPE_IMAGE_SIZE,
-            eps=first_setting(settings, "eps") or 1e-6,
+            image_size=own_image_size(kernel[1]),
+            eps=setting(settings, "eps", POSITIVE, f"{where}, config.json") or 1e-6,
             **found,
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: the transformer's shape cannot work: {error}") from None
 
 
-def _config_value(settings: dict, name: str) -> tuple[int | None, str]:
+def own_image_size(patch_size: int) -> int:
+    """A checkpoint names no image size: about 512 pixels, whole patches behind both released VAEs."""
+    unit = 16 * patch_size
+    return max(1, 512 // unit) * unit
+
+
+def _config_value(settings: dict, name: str, where: Path) -> tuple[int | None, str]:
     """What config.json says of a dimension (None: nothing), and the key it has there."""
     if name == "hidden_size" and "dim" not in settings:
-        heads, head_dim = settings.get("num_attention_heads"), settings.get("attention_head_dim")
+        heads, head_dim = (_count(settings, key, where) for key in ("num_attention_heads", "attention_head_dim"))
         return heads * head_dim if heads and head_dim else None, "num_attention_heads x attention_head_dim"
     for key in _CONFIG_KEYS[name]:
-        if settings.get(key) is not None:
-            return settings[key], key
+        if (value := _count(settings, key, where)) is not None:
+            return value, key
     return None, ""
 
 
+def _count(settings: dict, key: str, where: Path) -> int | None:
+    return setting(settings, key, WHOLE, f"{where}, config.json")
+
+
 def _num_heads(hidden_size: int, settings: dict, where: Path) -> int:
-    heads = first_setting(settings, "num_attention_heads", "num_heads")
+    heads = _count(settings, "num_attention_heads", where) or _count(settings, "num_heads", where)
     if heads is not None:
         return heads
-    head_dim = first_setting(settings, "attention_head_dim") or WAN_HEAD_DIM
+    head_dim = _count(settings, "attention_head_dim", where) or WAN_HEAD_DIM
     if hidden_size % head_dim:
         raise CheckpointError(
             f"{where}: width {hidden_size} is not a multiple of head_dim {head_dim}, and no config.json tells the "

@@ -1,0 +1,78 @@
+"""The JSON files beside a checkpoint's weights, and the few of their values that count, each of the kind it must be."""
+
+import json
+import math
+import reprlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from wandistiller.errors import UserError
+
+
+class CheckpointError(UserError):
+    """A teacher checkpoint that is missing, damaged, or of another kind."""
+
+
+class Kind(NamedTuple):
+    """What a value may be, in words and as a test."""
+
+    allowed: str
+    fits: Callable[[object], bool]
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and -math.inf < value < math.inf
+
+
+WHOLE = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
+POSITIVE = Kind("a number above 0", lambda value: _is_number(value) and value > 0)
+NOT_NEGATIVE = Kind("a number of 0 or more", lambda value: _is_number(value) and value >= 0)
+RATIO = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+TEXT = Kind("text", lambda value: isinstance(value, str))
+STAGES = Kind(
+    "a list of whole numbers above 0, one a stage",
+    lambda value: isinstance(value, list) and value and all(map(WHOLE.fits, value)),
+)
+COMPONENT = Kind(
+    'a pair such as ["diffusers", "WanTransformer3DModel"], or [null, null]',
+    lambda value: (
+        isinstance(value, list) and len(value) == 2 and all(part is None or isinstance(part, str) for part in value)
+    ),
+)
+
+
+def numbers(count: int, each: Kind | None = None) -> Kind:
+    """A list of so many numbers, one a latent channel."""
+    fits = each.fits if each else _is_number
+    words = f"a list of {count} numbers" + (f", each {each.allowed}" if each else "")
+    return Kind(words, lambda value: isinstance(value, list) and len(value) == count and all(map(fits, value)))
+
+
+def setting(values: dict, key: str, kind: Kind, where: object):
+    """`values[key]`, or None where it is left out or null.
+
+    Raises:
+        CheckpointError: it is of another kind; `where` begins the sentence.
+    """
+    value = values.get(key)
+    if value is not None and not kind.fits(value):
+        raise CheckpointError(f"{where}: {key} is {reprlib.repr(value)}; allowed: {kind.allowed}")
+    return value
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file of a checkpoint."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path}: line {error.lineno}: not valid JSON: {error.msg}; copy the checkpoint again"
+        ) from None
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise CheckpointError(f"{path}: not usable JSON: {error}; copy the checkpoint again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds a {type(values).__name__}, not the JSON object of a Wan checkpoint")
+    return values
