@@ -33,6 +33,7 @@ from wandistiller.student_folder import (
     recorded_settings,
     student_sampling,
     teacher_paths,
+    weights_digest,
 )
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
@@ -330,8 +331,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from wandistiller.atomic import atomic_path
     from wandistiller.evaluation_table import finite, table_lines
-    from wandistiller.model_card import write_model_card
+    from wandistiller.model_card import try_to_write_model_card
 
+    digest = weights_digest(args.student)  # before they are read: a run may be writing new ones
     experiment, judge = prepare(args, config, prompts)
     folder = prepare_output_folder(args.output, "--output")
     options, settings = experiment.options, experiment.settings
@@ -349,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     # Save:
     about = {
         "student": args.student,
+        "student_sha256": digest,
         "teacher": args.teacher_path or config.distillation["teacher_path"],
         "prompts_file": args.prompts_file,
         "num_prompts": len(prompts),
@@ -363,13 +366,13 @@ def main(argv: list[str] | None = None) -> int:
         "device": options.device,
         "dtype": str(options.compute_dtype).removeprefix("torch."),
     }
-    with atomic_path(folder / EVALUATION_NAME) as beside:
+    save_picture(folder / COMPARISON_NAME, experiment, pictures_teacher, pictures_student)
+    with atomic_path(folder / EVALUATION_NAME) as beside:  # last: it says which student the picture is of, too
         beside.write_text(
             json.dumps(finite(about | results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
         )
-    save_picture(folder / COMPARISON_NAME, experiment, pictures_teacher, pictures_student)
     print(f"Saved {EVALUATION_NAME} and {COMPARISON_NAME} in {folder}")
-    if folder.resolve() == Path(args.student).resolve() and (card := write_model_card(folder)):
+    if folder.resolve() == Path(args.student).resolve() and (card := try_to_write_model_card(folder)):
         print(f"The model card holds them: {card}")
     return 0
 

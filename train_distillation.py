@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from wandistiller.command_line import end_process, run_command
 from wandistiller.config_help import print_config
 from wandistiller.output_folder import (
-    CARD_NAME,
     METRICS_NAME,
     check_output_folder,
     hold_output_folder,
@@ -47,10 +46,12 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 
 # The flags that say how a student was made, recorded with it
 RECIPE_FLAGS = [
-    "teacher_path", "teacher_path_low", "text_encoder_path", "data_path", "extra_prompts", "init", "init_expert",
-    "states", "sigma_range", "renoise_fraction", "student_rollout", "prompt_swap", "calls_per_expert", "replay",
-    "feature_loss_weight", "sigma_weighting", "student_steps", "teacher_dtype",
+    "data_path", "extra_prompts", "init", "init_expert", "states", "sigma_range", "renoise_fraction", "student_rollout",
+    "prompt_swap", "calls_per_expert", "replay", "feature_loss_weight", "sigma_weighting", "student_steps",
+    "teacher_dtype",
 ]  # fmt: skip
+# Recorded too, so that whoever samples the student finds them from any folder
+RECIPE_PATHS = ["teacher_path", "teacher_path_low", "text_encoder_path"]
 
 
 def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tuple[WanCheckpoint, TeacherSettings]":
@@ -216,9 +217,9 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     from wandistiller.device import pick_device, pick_dtype, pick_teacher_dtype
     from wandistiller.distributed import join, leave
     from wandistiller.hub import hub_id
-    from wandistiller.model_card import write_model_card
+    from wandistiller.model_card import try_to_write_model_card
     from wandistiller.optimization import check_optimizer
-    from wandistiller.record import distillation_record, save_student
+    from wandistiller.record import commands_so_far, distillation_record, save_student
     from wandistiller.reporting import Progress, Silence
     from wandistiller.run_inputs import (
         embed_prompts,
@@ -244,7 +245,14 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
         segment_sigmas,
         training_options,
     )
-    from wandistiller.summary import command_line, command_to_go_on, next_commands, summary_lines
+    from wandistiller.student_folder import recorded_path
+    from wandistiller.summary import (
+        command_line,
+        command_to_go_on,
+        held_out_prompts,
+        next_commands,
+        summary_lines,
+    )
     from wandistiller.teacher_cache import CachedAnswers
     from wandistiller.trackers import Trackers, check_report
     from wandistiller.training import train
@@ -334,7 +342,9 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
         aside = processes.first_then_all(lambda: set_aside_previous_student(folder))
         if aside:
             print(f"The student that was in {folder} is now in {aside}")
-    first_step = resume_from.step if resume_from else 0
+    first_step, commands = (resume_from.step, resume_from.commands) if resume_from else (0, [])
+    typed = command_line("train_distillation.py", command)
+    checkpoints.commands = commands_so_far(commands, first_step, typed, args.lr)
     shown = Progress(options.num_steps, folder / METRICS_NAME, first_step=first_step)
     with build_trackers(args, folder, first_step) if processes.is_first else Trackers() as trackers:
         samples = None
@@ -358,7 +368,8 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
             )
 
         # Save:
-        recipe = {name: getattr(args, name) for name in RECIPE_FLAGS}
+        recipe = {name: recorded_path(getattr(args, name)) for name in RECIPE_PATHS}
+        recipe |= {name: getattr(args, name) for name in RECIPE_FLAGS}
         if args.student_steps:
             recipe["segment_sigmas"] = segment_sigmas(settings.shift, args.student_steps).tolist()
         record = distillation_record(
@@ -370,7 +381,7 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
             num_teacher_batches=answers.num_calls,
             num_processes=processes.count,
             base_model=hub_id(args.teacher_path),
-            command=command_line("train_distillation.py", command),
+            commands=checkpoints.commands,
             **recipe,
         )
         save_student(student, record, folder, processes)
@@ -381,15 +392,15 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
 
     # Tell:
     if processes.is_first:
-        if write_model_card(folder) is None:
-            print(f"{folder}/{CARD_NAME} is not a card of ours and stays as it is")
+        try_to_write_model_card(folder)
         state = "Interrupted after" if result.interrupted else "Done:"
         print(f"{state} {result.num_steps} steps. Saved {CONFIG_NAME} and diffusion_model.safetensors in {folder}")
         print("\n".join(summary_lines(folder, calls_line(answers.num_calls, result.num_steps, cache, teacher))))
         if result.interrupted and args.save_every:
             print(f"To go on:\n  {command_to_go_on('train_distillation.py', command)}")
         elif samples is not None and not result.interrupted:
-            print("\n  ".join(["Next:", *next_commands(folder, texts.prompts[0], args.eval_prompts, args.vae_path)]))
+            prompts_file = args.eval_prompts or held_out_prompts(checkpoint.record)
+            print("\n  ".join(["Next:", *next_commands(folder, texts.prompts[0], prompts_file, args.vae_path)]))
     leave()
     return 130 if result.interrupted else 0
 

@@ -115,3 +115,10 @@ def test_readme_and_help_say_the_same_of_every_key():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for key, text in KEYS.items():
         assert f"| `{key}` | {text} |" in readme, key
+
+
+@pytest.mark.parametrize("name", ["1.3b", "a14B", "DEMO"])
+def test_the_case_of_a_name_does_not_matter_and_the_memory_of_a_run_has_its_command(run_main, name):
+    outcome = run_main(train_distillation.main, "--print_config", name)
+    assert outcome.code == 0 and json.loads(outcome.out)["model_type"] == "WanLiteStudent"
+    assert "train_distillation.py --dry_run --teacher_path " in outcome.err

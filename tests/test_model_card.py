@@ -3,6 +3,7 @@
 pytest tests/test_model_card.py
 """
 
+import hashlib
 import json
 import shlex
 from pathlib import Path
@@ -19,7 +20,7 @@ RECORD = {
     "teacher_path": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "base_model": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
     "preset": "Wan2.2-T2V-A14B", "shift": 12.0, "guidance_scale": 4.0, "guidance_scale_2": 3.0, "num_inference_steps": 40,
     "num_prompts": 55, "num_train_steps": 900, "batch_size": 32, "lr": 1e-5, "states": "trajectory",
-    "sigma_range": [0.0, 1.0], "init": "projection", "layers": [0, 2], "command": "python train_distillation.py",
+    "sigma_range": [0.0, 1.0], "init": "projection", "layers": [0, 2], "commands": [{"from_step": 0, "lr": 1e-5, "command": "python train_distillation.py"}],
 }  # fmt: skip
 
 
@@ -64,7 +65,8 @@ def test_a_teacher_on_this_machine_is_no_base_model(tmp_path, monkeypatch):
 
 def test_names_that_markdown_would_read_otherwise_are_shown_as_they_are(tmp_path):
     assert plain("a|b\n# c_d") == "a\\|b \\# c\\_d"
-    card = write_folder(tmp_path / "a_b", teacher_path="x|y", base_model=None, command="python t.py --prompt '```'")
+    commands = [{"from_step": 0, "lr": 1e-3, "command": "python t.py --prompt '```'"}]
+    card = write_folder(tmp_path / "a_b", teacher_path="x|y", base_model=None, commands=commands)
     assert "| teacher | x\\|y |" in card.text and "# a\\_b" in card.text
     assert "````\npython t.py --prompt '```'\n````" in card.text
 
@@ -76,7 +78,45 @@ def test_only_files_that_are_there_are_linked(tmp_path):
     for name in ("samples/step_000002.png", "samples/step_000010.png", "loss.png", "teacher_vs_student.png"):
         (tmp_path / name).write_bytes(b"")
     here = [link for link in links(write_folder(tmp_path)) if not link.startswith("https:")]
-    assert here == ["samples/step_000010.png", "teacher_vs_student.png", "loss.png"]
+    assert here == ["samples/step_000010.png", "loss.png"], "nobody says of which student the comparison is"
+    (tmp_path / "samples" / "step_1000000.png").write_bytes(b"")
+    (tmp_path / "diffusion_model.safetensors").write_bytes(b"weights")
+    evaluation = {"student_sha256": hashlib.sha256(b"weights").hexdigest()}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    here = [link for link in links(write_folder(tmp_path)) if not link.startswith("https:")]
+    assert here == ["samples/step_1000000.png", "teacher_vs_student.png", "loss.png"]
+
+
+def test_every_command_is_told_with_the_steps_it_covered(tmp_path):
+    later = {"from_step": 500, "lr": 1e-6, "command": "python train_distillation.py --lr 1e-6"}
+    text = write_folder(tmp_path, commands=[*RECORD["commands"], later]).text
+    assert text.index("With learning rate 1e-05") < text.index("From step 500 on, with learning rate 1e-06")
+    assert later["command"] in text
+
+
+@pytest.mark.parametrize(
+    "teacher, licence",
+    [("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "apache-2.0"), ("somebody/wan-tune", "other"), ("./data/demo_teacher", "apache-2.0"), ("/a/b", "other")],
+)  # fmt: skip
+def test_the_licence_is_the_teachers_where_it_is_known(tmp_path, teacher, licence):
+    card = write_folder(tmp_path, teacher_path=teacher, base_model=hub_id(teacher))
+    assert card.data.license == licence
+    assert ("holds for its students" in card.text) == (licence == "other")
+
+
+def test_a_card_that_cannot_be_written_is_told_and_does_not_fail_the_run(train, teachers, monkeypatch):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wandistiller.model_card.write_model_card", full)
+    outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 1)
+    assert outcome.code == 0 and "No model card" in outcome.err and "Done: 1 steps" in outcome.out
+
+
+def test_a_folder_in_the_place_of_the_card_is_no_card_of_ours(train, teachers, tmp_path):
+    (tmp_path / "out" / "README.md").mkdir(parents=True)
+    outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 1)
+    assert outcome.code == 0 and "not a card of ours" in outcome.out
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"num_prompts": 3}'])
@@ -118,4 +158,8 @@ def test_a_run_writes_its_card_and_measuring_the_student_adds_the_table(train, t
     text = ModelCard.load(folder / "README.md").text
     assert "on 2 held-out prompts, noises of each: 1," in text and "teacher_vs_student.png" in text
     parameters = measured["cost"]["parameters"]
+    # Another student than was measured has no figures yet:
+    outcome = train(teachers.one, IDENTITY_CONFIG, "--guidance_scale", 1, "--max_steps", 3, "--save_every", 3)
+    assert outcome.code == 0
+    assert "## Evaluation" not in ModelCard.load(folder / "README.md").text
     assert f"| parameters | {parameters['student']:,} | {parameters['teacher']:,} | 1 |" in text

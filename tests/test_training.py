@@ -12,6 +12,7 @@ import signal
 import statistics
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -571,6 +572,37 @@ class Screen(io.StringIO):
     def __init__(self, is_terminal: bool):
         super().__init__()
         self.isatty = lambda: is_terminal
+
+
+def kept_steps(folder: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(folder)]
+
+
+def enter_and_die(file: Path) -> None:
+    with Progress(60, file, first_step=30):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_kill_before_the_first_step_after_a_stop_loses_no_metrics(tmp_path):
+    with Progress(60, tmp_path / "metrics.jsonl") as progress:
+        for step in range(1, 36):  # five beyond the checkpoint
+            progress.step(metrics_at(step, float(step)))
+    process = multiprocessing.get_context("fork").Process(target=enter_and_die, args=(tmp_path / "metrics.jsonl",))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and kept_steps(tmp_path) == list(range(1, 31))
+
+
+def test_metrics_with_a_hole_and_a_step_twice_keep_what_they_say_of_each_step(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    with Progress(60, file) as progress:
+        for step in (1, 2, 4, 5, 5, 6, 7):
+            progress.step(metrics_at(step, float(step)))
+    with file.open("a", encoding="utf-8") as broken:
+        broken.write('{"step": 8, "lo')
+    with Progress(60, file, first_step=5) as progress:
+        progress.step(metrics_at(6, 1.0))
+    assert kept_steps(tmp_path) == [1, 2, 4, 5, 6]
 
 
 def test_plain_lines_when_not_a_terminal_and_one_metrics_line_a_step(tmp_path, monkeypatch):

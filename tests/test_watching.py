@@ -243,7 +243,7 @@ class StandIn(types.ModuleType):
 
     def __init__(self, name: str, key: str | None = None):
         super().__init__(name)
-        self.__spec__ = types.SimpleNamespace(name=name)
+        self.__spec__ = types.SimpleNamespace(name=name, origin=f"{name}/__init__.py")
         self.key, self.is_reached = key, True
         self.started, self.logged, self.finished = None, [], 0
 
@@ -378,3 +378,23 @@ def test_a_readme_of_a_person_is_neither_moved_nor_replaced(train, teachers, tmp
     (aside,) = folder.glob("replaced-*")
     assert {"loss.png", "tensorboard"} <= {path.name for path in aside.iterdir()}
     assert not (aside / "README.md").exists()
+
+
+def test_a_folder_that_a_tracker_leaves_is_not_the_tracker(run_main, tmp_path, monkeypatch):
+    import train_distillation
+
+    (tmp_path / "trackio").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    outcome = run_main(train_distillation.main, "--report", "trackio", "--output_dir", tmp_path / "out")
+    assert outcome.code == 2 and "pip install trackio" in outcome.err and not (tmp_path / "out").exists()
+
+
+def test_memory_that_runs_out_while_drawing_is_told_and_the_run_goes_on(train, teachers, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(samples, "sample_in_batches", fails)
+    outcome = train(teachers.one, PRUNED_CONFIG, *DRAWN, "--max_steps", 4, "--sample_every", 1)
+    assert outcome.code == 0 and outcome.out.count("No sample pictures: OutOfMemoryError") == 1
+    assert len(read_metrics(tmp_path / "out")) == 4

@@ -38,12 +38,14 @@ class Checkpoint:
     Attributes:
         batch_size: samples a step of the run that wrote it, of all processes; None where it has no training states.
         has_same_batch: whether the run that goes on with it has as many, so that its training states serve.
+        commands: that led to it, as `record.commands_so_far` has them.
     """
 
     step: int
     folder: Path
     batch_size: int | None
     has_same_batch: bool
+    commands: list[dict[str, object]]
 
     def read(self, room_for: Callable[[str, torch.Size, torch.dtype], Tensor | None]) -> dict[str, Tensor]:
         """Its tensors, each read into what `room_for` gives for name, shape and dtype; None leaves one out."""
@@ -57,6 +59,9 @@ class Checkpoints:
         description: what must be the same for going on to make sense, as JSON values.
         batch_size: samples a step, of all processes; a run may go on with another.
         keep: how many of the newest stay.
+
+    Attributes:
+        commands: of the run so far, written with each checkpoint; they may change from one to the next.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Checkpoints:
         self.keep = keep
         self.processes = processes or Processes()
         self.good: list[int] = []  # steps of those that this process has gone on from or written
+        self.commands: list[dict[str, object]] = []
 
     def exist(self) -> bool:
         return bool(self._manifests())
@@ -97,6 +103,7 @@ class Checkpoints:
                 about = json.loads(manifest.read_text(encoding="utf-8"))
                 self._check_files(folder, about["files"])
                 step, run, batch_size = about["step"], dict(about["run"]), about["batch_size"]
+                commands = list(about.get("commands", []))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 reason = error_reason(error)
             if not self.processes.all_true(reason is None):
@@ -105,7 +112,7 @@ class Checkpoints:
                 continue
             self._check_run(run)
             self.good = [step]
-            return Checkpoint(step, folder, batch_size, batch_size == self.batch_size)
+            return Checkpoint(step, folder, batch_size, batch_size == self.batch_size, commands)
         if manifests:
             raise UserError(
                 f"{self.folder}: none of its {len(manifests)} checkpoints is whole; copy them again, or add --overwrite to "
@@ -182,7 +189,8 @@ class Checkpoints:
 
     def _finish(self, step: int, folder: Path, checksums: dict[str, str], has_states: bool) -> None:
         batch_size = self.batch_size if has_states else None
-        about = {"step": step, "files": checksums, "batch_size": batch_size, "run": self.description}
+        about = {"step": step, "files": checksums, "batch_size": batch_size}
+        about |= {"commands": self.commands, "run": self.description}
         fsync(folder)  # the files' names; their contents are synced as they are written
         with atomic_path(folder.with_suffix(".json")) as beside:
             beside.write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -17,6 +17,13 @@ READY_CONFIGS = {
     "5B": "student_config_5B.json",
     "demo": "demo_student_config.json",
 }
+TEACHERS = {
+    "1.3B": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "14B": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "A14B": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    "5B": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    "demo": "data/demo_teacher",
+}
 # README's table says the same; a test holds them together.
 KEYS = {
     "model_type": 'always `"WanLiteStudent"`',
@@ -51,7 +58,8 @@ def explanation(teacher: str, config: StudentConfig, file: Path) -> list[str]:
     return [
         f"A student for {teacher} (config/{file.name}): {count:,} parameters, {gib(FP32_BYTES * count)} of weights;",
         f"training takes {gib(BYTES_A_PARAMETER * count)} for weights, gradients and AdamW ({BYTES_A_PARAMETER} bytes a "
-        f"parameter), {gib(FP32_BYTES * count)} more for --ema_decay, and teacher and activations besides",
+        f"parameter), {gib(FP32_BYTES * count)} more for --ema_decay, and teacher and activations besides: the memory of a",
+        f"whole run is told by python train_distillation.py --dry_run --teacher_path {TEACHERS[teacher]} --student_config FILE",
         *(f"  {key:<{width}}  {text.replace('`', '')}" for key, text in KEYS.items()),
     ]
 

@@ -7,6 +7,7 @@ to it may write the card again.
 """
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,11 +33,13 @@ from wandistiller.run_metrics import (
     training_seconds,
 )
 from wandistiller.student_config import StudentConfig
+from wandistiller.student_folder import weights_digest
+from wandistiller.training_flags import DEMO_TEACHER
 
 FENCE = "````"  # longer than any that a command is likely to hold
 HEAD = """\
 ---
-license: apache-2.0
+license: {license}
 {base_model}library_name: wandistiller
 pipeline_tag: text-to-image
 tags:
@@ -46,6 +49,8 @@ tags:
 ---
 """
 USE = """\
+In a clone of WanDistiller's repository:
+
 ```python
 import torch
 from wandistiller import WanLiteStudent
@@ -76,21 +81,37 @@ def write_model_card(folder: Path) -> Path | None:
     return file
 
 
+def try_to_write_model_card(folder: Path) -> Path | None:
+    """The same, at the end of work that a card must not turn into a failure: what stands in its way is told."""
+    try:
+        file = write_model_card(folder)
+    except OSError as error:
+        print(f"No model card: {folder / CARD_NAME} cannot be written ({error.strerror})", file=sys.stderr)
+        return None
+    if file is None:
+        print(f"{folder / CARD_NAME} is not a card of ours and stays as it is")
+    return file
+
+
 def model_card(folder: Path, config: StudentConfig) -> str:
     """The card as text."""
     record, lines = config.distillation or {}, read_metrics(folder / METRICS_NAME)
-    base_model = record.get("base_model")
+    base_model, evaluation = record.get("base_model"), read_evaluation(folder)
     parts = [
-        HEAD.format(base_model=f"base_model: {base_model}\n" if base_model else "")
+        HEAD.format(
+            license="apache-2.0" if is_apache(record) else "other",
+            base_model=f"base_model: {base_model}\n" if base_model else "",
+        )
         + f"{CARD_MARK}; it is written again when the student is measured. -->",
         f"# {plain(folder.resolve().name)}",
         introduction(config, record),
-        *pictures(folder, record),
+        *pictures(folder, is_measured=bool(evaluation)),
         "## How it was made",
         table(("", ""), facts(config, record, lines)),
     ]
-    if record.get("command"):
-        parts += ["With this command:", f"{FENCE}\n{record['command']}\n{FENCE}"]
+    for entry in record.get("commands", []):
+        since = f"From step {entry['from_step']} on, with" if entry["from_step"] else "With"
+        parts += [f"{since} learning rate {entry['lr']:g} and this command:", f"{FENCE}\n{entry['command']}\n{FENCE}"]
     if lines:
         parts += [
             "## Training",
@@ -99,9 +120,9 @@ def model_card(folder: Path, config: StudentConfig) -> str:
         ]
     if (folder / LOSS_PLOT_NAME).is_file():
         parts.append(f"![Loss by noise level]({LOSS_PLOT_NAME})")
-    if rows := evaluation_rows(folder / EVALUATION_NAME):
+    if rows := evaluation_rows(evaluation):
         parts += ["## Evaluation", *rows]
-    parts += ["## Use", USE, "## Limits", limits(config, record), "## Licence", licence(record)]
+    parts += ["## Use", *use(config), "## Limits", limits(config, record), "## Licence", licence(record)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -136,11 +157,11 @@ def teacher_name(record: dict) -> str:
     return f"the Wan checkpoint `{record.get('teacher_path')}`"
 
 
-def pictures(folder: Path, record: dict) -> list[str]:
-    """The newest sample picture and the evaluation's, where they are."""
-    found = sorted((folder / SAMPLES_NAME).glob("step_*.png"))[-1:]
+def pictures(folder: Path, is_measured: bool) -> list[str]:
+    """The newest sample picture, and the evaluation's where it is of this student."""
+    found = sorted((folder / SAMPLES_NAME).glob("step_*.png"), key=lambda file: (len(file.name), file.name))[-1:]
     about = [(f"{SAMPLES_NAME}/{file.name}", "Prompts of the training, drawn") for file in found]
-    if (folder / COMPARISON_NAME).is_file():
+    if is_measured and (folder / COMPARISON_NAME).is_file():
         about.append((COMPARISON_NAME, "Prompts of the evaluation, drawn"))
     return [f"![{what} by teacher and student from the same noise]({link})" for link, what in about]
 
@@ -164,7 +185,6 @@ def facts(config: StudentConfig, record: dict, lines: list[dict]) -> list[tuple[
         ("prompts", record.get("num_prompts")),
         ("optimiser steps", record.get("num_train_steps")),
         ("samples a step", record.get("batch_size")),
-        ("learning rate", record.get("lr")),
         ("batches the teacher answered", record.get("num_teacher_batches")),
         ("training time", format_duration(training_seconds(lines)) if lines else None),
     ]
@@ -190,16 +210,25 @@ def losses(lines: list[dict]) -> list[tuple[str, str, str]]:
     ]
 
 
-def evaluation_rows(file: Path) -> list[str]:
-    """What evaluate_student.py has measured, as text and a table; nothing where it has not, or the file is damaged."""
+def read_evaluation(folder: Path) -> dict:
+    """What evaluate_student.py has measured of the weights that are here; empty where it has not, or the file is damaged."""
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = json.loads((folder / EVALUATION_NAME).read_text(encoding="utf-8"))
+        measured_weights = results["student_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return results if measured_weights and measured_weights == weights_digest(folder) else {}
+
+
+def evaluation_rows(results: dict) -> list[str]:
+    """An evaluation as text and a table; nothing where it lacks something."""
+    try:
         about = (
             f"`evaluate_student.py` on {results['num_prompts']} held-out prompts, noises of each: {results['num_seeds']}, the "
             "same for both:"
         )
         return [about, table(("", "student", "teacher", "student / teacher"), measured(results))]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return []
 
 
@@ -210,9 +239,8 @@ def measured(results: dict) -> list[tuple[str, str, str, str]]:
 
     endpoint, rows = results["endpoint"], []
     if judged := results.get("accuracy"):
-        rows.append(
-            row("prompt drawn right", judged["student"]["correct"], judged["teacher"]["correct"], judged["ratio"])
-        )
+        shares = (f"{judged[who]['correct']:.1%}" for who in ("student", "teacher"))
+        rows.append(("prompt drawn right", *shares, cell_text(judged["ratio"])))
     if "velocity_error" in results:
         rows.append(row("relative velocity error", results["velocity_error"]["mean"]))
     rows += [
@@ -224,6 +252,21 @@ def measured(results: dict) -> list[tuple[str, str, str, str]]:
     for name, values in (compared | results["cost"]).items():
         rows.append(row(name.replace("_", " "), values["student"], values["teacher"], values["ratio"]))
     return rows
+
+
+def use(config: StudentConfig) -> list[str]:
+    """How whoever has the folder draws with it."""
+    exported = (
+        "For diffusers and ComfyUI, which need none of that code, there are exports:\n\n```\n"
+        "python export_student.py --student path/to/this/folder --format pipeline --output path/to/a/new/folder\n"
+        "python export_student.py --student path/to/this/folder --format original --output student.safetensors\n```"
+    )
+    return [USE, *([exported] if config.block == "wan" else [])]
+
+
+def is_apache(record: dict) -> bool:
+    """Whether the teacher is known to be under Apache-2.0: a released Wan, or the demo's, which is part of this code."""
+    return str(record.get("base_model")).startswith("Wan-AI/") or str(record.get("teacher_path")).endswith(DEMO_TEACHER)
 
 
 def limits(config: StudentConfig, record: dict) -> str:
@@ -239,9 +282,13 @@ def limits(config: StudentConfig, record: dict) -> str:
 
 
 def licence(record: dict) -> str:
+    origin = (
+        "The weights were learnt from the teacher's answers"
+        if record.get("init") == "random"
+        else "The weights derive from those of the teacher"
+    )
+    if is_apache(record):
+        return f"Apache-2.0. {origin}, which is under Apache-2.0 too."
     return (
-        "Apache-2.0. The weights derive from those of the teacher; the released Wan checkpoints are under Apache-2.0 as "
-        "well. Another teacher's licence holds for its students."
-        if record.get("init") != "random"
-        else "Apache-2.0. The weights were learnt from the teacher's answers; the released Wan checkpoints are under Apache-2.0."
+        f"That of the teacher. {origin}, whose licence holds for its students; the released Wans are under Apache-2.0."
     )

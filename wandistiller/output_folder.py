@@ -117,5 +117,5 @@ def _is_ours(path: Path) -> bool:
 
 
 def is_card(path: Path) -> bool:
-    """Whether a file is a model card that a run has written."""
-    return CARD_MARK in path.read_text(encoding="utf-8", errors="replace")
+    """Whether this is a model card that a run has written; a folder of that name is none."""
+    return path.is_file() and CARD_MARK in path.read_text(encoding="utf-8", errors="replace")

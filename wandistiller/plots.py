@@ -20,26 +20,31 @@ GREY, BLACK = "#c4c4c4", "#202020"
 
 
 class LossPlot:
-    """Keeps a picture of metrics.jsonl up to date, at a cost of at most REDRAW_SHARE of the run's time."""
+    """Keeps a picture of metrics.jsonl up to date: with each sample picture, and between them at REDRAW_SHARE of the time."""
 
     def __init__(self, metrics_path: Path, file: Path):
         self.metrics_path, self.file = metrics_path, file
         self._next_s = time.perf_counter() + REDRAW_EVERY_S
+        self._is_behind = True
 
     def step(self, metrics: StepMetrics) -> None:
+        self._is_behind = True
         if time.perf_counter() >= self._next_s:
             self._draw()
 
     def picture(self, step: int, picture: "Image") -> None:
-        """Has no place in the plot."""
+        """Has no place in the plot, which is of the same step."""
+        self._draw()
 
     def close(self) -> None:
-        self._draw()
+        if self._is_behind:
+            self._draw()
 
     def _draw(self) -> None:
         start_s = time.perf_counter()
         if lines := read_metrics(self.metrics_path):
             save_loss_plot(lines, self.file)
+        self._is_behind = False
         now = time.perf_counter()
         self._next_s = now + max(REDRAW_EVERY_S, (now - start_s) / REDRAW_SHARE)
 

@@ -36,6 +36,17 @@ def distillation_record(
     }
 
 
+def commands_so_far(before: list[dict], first_step: int, command: str, lr: float) -> list[dict]:
+    """The commands that make a student, each with the steps before it; `before` are those that led to `first_step`.
+
+    One that came to no step is left out, and one that only goes on with the same is not told twice.
+    """
+    made = [entry for entry in before if entry["from_step"] < first_step]
+    if made and (made[-1]["command"], made[-1]["lr"]) == (command, lr):
+        return made
+    return [*made, {"from_step": first_step, "lr": lr, "command": command}]
+
+
 def save_student(student: WanLiteStudent, record: dict, folder: Path, processes: Processes | None = None) -> None:
     """Save the student with its record in student_config.json; put together where its weights are spread over processes."""
     student.config = student.config.replace(distillation=record)

@@ -11,6 +11,9 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from wandistiller.atomic import atomic_path
+from wandistiller.run_metrics import read_metrics
+
 NUM_BUCKETS = 10
 LINE_EVERY_S = 10.0  # plain lines: at least this far apart, so that a long job's log stays readable
 
@@ -76,9 +79,11 @@ class Progress:
         self._last_line_s = -math.inf
 
     def __enter__(self) -> "Progress":
-        kept = self._lines_before()
-        self._file = self.metrics_path.open("w", encoding="utf-8")
-        self._file.writelines(kept)
+        # A killed run may have written steps beyond those that this one goes on from; a kill here loses none of these:
+        kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= self.first_step]
+        with atomic_path(self.metrics_path) as beside:
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = self.metrics_path.open("a", encoding="utf-8")
         is_terminal = self.stream.isatty()
         self._bar = (
             tqdm(total=self.num_steps, initial=self.first_step, unit="step", file=self.stream) if is_terminal else None
@@ -91,13 +96,6 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         self._file.close()
-
-    def _lines_before(self) -> list[str]:
-        """The metrics of the steps that this run goes on from; a killed run may have written some beyond."""
-        if not self.first_step or not self.metrics_path.exists():
-            return []
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return lines[: self.first_step]
 
     def step(self, metrics: StepMetrics) -> None:
         self._file.write(json.dumps(asdict(metrics)) + "\n")

@@ -9,16 +9,17 @@ FIRST_AND_LAST = 10  # what counts as the first and the last steps of a run: a t
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """One dict a step; a line that a kill has cut short is left out."""
+    """One dict a step, by step; a line that a kill has cut short is left out, and of two of one step the last counts."""
     if not path.is_file():
         return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+            line = json.loads(text)
+            lines[int(line["step"])] = line
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [lines[step] for step in sorted(lines)]
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:

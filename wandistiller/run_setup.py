@@ -12,7 +12,7 @@ from torch import Tensor
 from wandistiller.answers import TeacherAnswers
 from wandistiller.distributed import Processes
 from wandistiller.features import FeatureLoss, span_ends
-from wandistiller.held_out import HeldOutErrors
+from wandistiller.held_out import BATCH_SIZE, HeldOutErrors
 from wandistiller.lanes import Lanes
 from wandistiller.objective import Objective
 from wandistiller.optimization import OptimizationOptions
@@ -256,7 +256,9 @@ def build_evaluation(
     print(
         f"Held-out states: {len(embeds.held_out)} paths of the teacher, {options.num_inference_steps} steps", flush=True
     )
-    return HeldOutErrors(teacher, embeds.held_out, teacher.settings.latent_shape(config), options)
+    batch_size = min(BATCH_SIZE, args.batch_size)  # so that measuring takes no more memory than training
+    shape = teacher.settings.latent_shape(config)
+    return HeldOutErrors(teacher, embeds.held_out, shape, options, batch_size=batch_size)
 
 
 def build_trackers(args: argparse.Namespace, folder: Path, first_step: int) -> Trackers:
@@ -301,4 +303,5 @@ def build_samples(
         processes,
         args.shard is not None,  # spread weights are needed from all, to draw with any
         trackers.picture,
+        args.batch_size,
     )

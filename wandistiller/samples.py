@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from wandistiller.device import is_out_of_memory
 from wandistiller.distributed import Processes
 from wandistiller.errors import UserError
 from wandistiller.flow import seeded_noise
@@ -25,7 +26,7 @@ from wandistiller.teacher import Teacher, TeacherSettings
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BATCH_SIZE = 8
+BATCH_SIZE = 8  # prompts drawn at a time, or as many as a step learns from where these are fewer
 SEED = 0  # of the first picture's noise; each next one has one more
 
 
@@ -49,6 +50,7 @@ class Samples:
         teacher: None where it does not fit beside the student, whose row then stands alone.
         latent_shape: (C, H, W).
         is_spread: whether drawing needs all processes.
+        batch_size: prompts at a time.
         on_picture: told the step and the picture, in the process that writes.
     """
 
@@ -66,11 +68,13 @@ class Samples:
         processes: Processes,
         is_spread: bool,
         on_picture: "Callable[[int, Image], None]",
+        batch_size: int = BATCH_SIZE,
     ):
         self.folder, self.teacher, self.settings = folder, teacher, settings
         self.prompts, self.prompt_embeds, self.vae_location = prompts, prompt_embeds, vae_location
         self.teacher_options, self.student_options = teacher_options, student_options
         self.processes, self.is_spread, self.on_picture = processes, is_spread, on_picture
+        self.batch_size = min(BATCH_SIZE, batch_size)
         self.noise = seeded_noise(range(SEED, SEED + len(prompts)), latent_shape)
         self.teacher_latents: Tensor | None = None
         self.teacher_row: list[np.ndarray] = []
@@ -81,40 +85,57 @@ class Samples:
         return "The student" if self.teacher is None else "Teacher above, student below"
 
     def __call__(self, student: WanLiteStudent, step: int) -> Path | None:
-        """Draw and write the picture of a step; the student stays as it is. None where nothing was written."""
-        if self.is_over or not (self.processes.is_first or self.is_spread):
+        """Draw and write the picture of a step; the student stays as it is. None where nothing was written.
+
+        The others wait for the first process here, and not in the gradients of the next step.
+        """
+        if self.is_over:
             return None
         file = self.folder / f"step_{step:06d}.png"
-        with undisturbed(student, self.student_options.device):
-            if self.teacher is not None and self.teacher_latents is None:
-                self.teacher_latents = self._latents("teacher", self.teacher, self.teacher_options)
-            latents = self._latents("student", StudentField(student), self.student_options)
-            if self.processes.is_first:
-                self.is_over = not self._write(latents, step, file)
-        if self.is_spread:
-            self.is_over = bool(self.processes.from_first(self.is_over))
+        if self.processes.is_first or self.is_spread:
+            self.is_over = not self._draw(student, step, file)
+        self.is_over = bool(self.processes.from_first(self.is_over))
         return file if self.processes.is_first and not self.is_over else None
+
+    def _draw(self, student: WanLiteStudent, step: int, file: Path) -> bool:
+        """Whether it worked."""
+        needs_others = self.is_spread and self.processes.are_many
+        try:
+            with undisturbed(student, self.student_options.device):
+                if self.teacher is not None and self.teacher_latents is None:
+                    self.teacher_latents = self._latents("teacher", self.teacher, self.teacher_options)
+                latents = self._latents("student", StudentField(student), self.student_options)
+        except RuntimeError as error:
+            if needs_others or not is_out_of_memory(error):  # the others are waiting for this one's part of the weights
+                raise
+            return self._give_up(error)
+        if not self.processes.is_first:
+            return True
+        try:
+            with undisturbed(student, self.student_options.device):
+                self._write(latents, step, file)
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
+            return self._give_up(error)
+        return True
+
+    def _give_up(self, error: Exception) -> bool:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:200]}"
+        tqdm.write(f"No sample pictures: {reason}", file=sys.stdout)
+        return False
 
     def _latents(self, name: str, field: VelocityField, options: SamplingOptions) -> Tensor:
         count = len(self.prompts)
         with tqdm(total=count, desc=f"drawing with the {name}", disable=None, leave=False) as bar:
             return sample_in_batches(
-                field, self.noise, self.prompt_embeds, range(count), options, BATCH_SIZE, bar.update
+                field, self.noise, self.prompt_embeds, range(count), options, self.batch_size, bar.update
             )
 
-    def _write(self, latents: Tensor, step: int, file: Path) -> bool:
-        """Whether it worked."""
-        try:
-            grid = self._grid(latents)
-            file.parent.mkdir(exist_ok=True)
-            about = {"num_inference_steps": self.student_options.num_inference_steps, "shift": self.settings.shift}
-            save_png(grid, file, {**about, "seed": SEED, "step": step})
-        except (UserError, OSError, torch.OutOfMemoryError) as error:
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:200]}"
-            tqdm.write(f"No sample pictures: {reason}", file=sys.stdout)
-            return False
+    def _write(self, latents: Tensor, step: int, file: Path) -> None:
+        grid = self._grid(latents)
+        file.parent.mkdir(exist_ok=True)
+        about = {"num_inference_steps": self.student_options.num_inference_steps, "shift": self.settings.shift}
+        save_png(grid, file, {**about, "seed": SEED, "step": step})
         self.on_picture(step, grid)
-        return True
 
     def _grid(self, latents: Tensor) -> "Image":
         vae = load_vae(
@@ -131,4 +152,4 @@ class Samples:
 
     def _pictures(self, vae, latents: Tensor) -> list[np.ndarray]:
         mean, std = self.settings.latents_mean, self.settings.latents_std
-        return [picture for part in latents.split(BATCH_SIZE) for picture in decode(vae, part, mean, std)]
+        return [picture for part in latents.split(self.batch_size) for picture in decode(vae, part, mean, std)]

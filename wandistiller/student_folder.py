@@ -3,11 +3,13 @@
 Only the standard library is imported until a file is known to be right.
 """
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError
+from wandistiller.hub import hub_id, is_hub_id
 from wandistiller.student_config import CONFIG_NAME, StudentConfig
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from wandistiller.sampling import SamplingOptions
     from wandistiller.teacher import TeacherSettings
 
+# Of this code: what lies in it is recorded relative to it, so that the demo's student may move with its clone.
+CLONE = Path(__file__).resolve().parent.parent
 # What sampling cannot do without; the rest of the record is history.
 _NEEDED = {
     "teacher_path": str,
@@ -29,6 +33,25 @@ _NEEDED = {
     "negative_prompt": str,
     "vae_scale_factor": int,
 }
+
+
+def recorded_path(path: str | None) -> str | None:
+    """A path as a student's record holds it, to be found from any folder: hub ids and mock as they are, local ones absolute,
+    or ./... in this code's own folder, which no hub id can look like."""
+    if path is None or path == "mock" or hub_id(path):
+        return path
+    absolute = Path(os.path.abspath(path))
+    return f"./{absolute.relative_to(CLONE)}" if absolute.is_relative_to(CLONE) else str(absolute)
+
+
+def _found(recorded: str, what: str, flag: str, is_of_hub: bool) -> str:
+    """Where a recorded path is now; refused where nothing is there."""
+    if recorded == "mock" or is_of_hub:
+        return recorded
+    local = CLONE / recorded
+    if not local.exists():
+        raise UserError(f"{local}: the {what} this student records is not there; give {flag}")
+    return str(local)
 
 
 def load_shape(folder: str | Path) -> StudentConfig:
@@ -53,6 +76,15 @@ def load_student_config(folder: str | Path) -> StudentConfig:
             f'{where}: its "distillation" record lacks {", ".join(wrong)}, or holds something else there; copy the file again'
         )
     return config
+
+
+def weights_digest(folder: str | Path) -> str | None:
+    """The sha256 of a student's weights file: what was measured belongs to these weights alone. None where there is none."""
+    from wandistiller.checkpointing import file_digest
+    from wandistiller.student import WEIGHTS_NAME
+
+    file = Path(folder) / WEIGHTS_NAME
+    return file_digest(file) if file.is_file() else None
 
 
 def recorded_settings(config: StudentConfig) -> "TeacherSettings":
@@ -83,15 +115,17 @@ def student_sampling(
 def teacher_paths(
     config: StudentConfig, teacher_path: str | None, teacher_path_low: str | None = None
 ) -> tuple[str, str | None]:
-    """The teacher and its low-noise file: as the flags say, else as recorded."""
+    """The teacher and its low-noise file: as the flags say, else as recorded.
+
+    A recorded teacher is a hub repository only where the run that made the student took it from there (`base_model`): a
+    missing folder must not become another's repository of the same name.
+    """
     if teacher_path is not None:
         return teacher_path, teacher_path_low
     record = config.distillation or {}
-    recorded = record["teacher_path"]
-    is_path = recorded.startswith((".", "/")) or recorded.count("/") != 1
-    if recorded != "mock" and is_path and not Path(recorded).exists():
-        raise UserError(f"{recorded}: the teacher this student records is not there; give --teacher_path")
-    return recorded, teacher_path_low or record.get("teacher_path_low")
+    recorded, low = record["teacher_path"], record.get("teacher_path_low")
+    teacher = _found(recorded, "teacher", "--teacher_path", recorded == record.get("base_model"))
+    return teacher, teacher_path_low or (None if low is None else str(CLONE / low))
 
 
 def check_is_teacher(teacher: StudentConfig, config: StudentConfig, teacher_path: str) -> None:
@@ -111,7 +145,9 @@ def find_recorded_encoder(
     from wandistiller.prompt_embeds import text_encoder_dim
     from wandistiller.wan_checkpoint import find_text_encoder
 
-    path = text_encoder_path or (config.distillation or {}).get("text_encoder_path")
+    path, recorded = text_encoder_path, (config.distillation or {}).get("text_encoder_path")
+    if path is None and recorded is not None:
+        path = _found(recorded, "text encoder", "--text_encoder_path", is_hub_id(recorded))
     if path is None and teacher_path == "mock":
         return None
     encoder, tokenizer = find_text_encoder(path or teacher_path)

@@ -16,8 +16,10 @@ from wandistiller.run_metrics import (
     training_seconds,
 )
 from wandistiller.student_config import StudentConfig
+from wandistiller.training_flags import DEFAULTS
 
 SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME]
+HELD_OUT_PROMPTS = "data/heldout_prompts.txt"
 
 
 def command_line(script: str, argv: Sequence[str]) -> str:
@@ -67,11 +69,15 @@ def _held_out(lines: Sequence[dict]) -> str:
     return f"relative velocity error {named}" if named else ""
 
 
-def next_commands(folder: Path, prompt: str, eval_prompts: str | None = None, vae_path: str | None = None) -> list[str]:
+def held_out_prompts(teacher_record: dict) -> str:
+    """A file of prompts that no run of ours trains on, for a teacher by its own record: the demo world's, or anything's."""
+    return DEFAULTS["eval_prompts"][1] if teacher_record.get("world") else HELD_OUT_PROMPTS
+
+
+def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | None = None) -> list[str]:
     """How a finished student is measured, and how it draws a prompt."""
     vae = ["--vae_path", vae_path] if vae_path else []
-    prompts = eval_prompts or "heldout_prompts.txt"  # those it was trained on would say little
-    student = ["python", "evaluate_student.py", "--student", str(folder), "--prompts_file", prompts, *vae]
+    student = ["python", "evaluate_student.py", "--student", str(folder), "--prompts_file", prompts_file, *vae]
     pictures = ["--prompt", prompt, "--output", str(folder / "pictures"), *vae]
     return [
         shlex.join(student),

@@ -124,7 +124,12 @@ def check_report(name: str) -> None:
     Raises:
         UserError: says how to install it.
     """
-    if name != "none" and importlib.util.find_spec(name) is None:
+    if name == "none":
+        return
+    spec = importlib.util.find_spec(name)
+    if (
+        spec is None or spec.origin is None
+    ):  # a folder of that name, such as wandb makes for its files, can be imported too
         raise UserError(f"--report {name}: {name} is not installed; pip install {name}, or leave --report out")
 
 

@@ -298,6 +298,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     output.flag(
         "--print_config",
         "print a student_config.json for this teacher, and on stderr what its keys mean; nothing else is done",
+        type=lambda text: next((name for name in READY_CONFIGS if name.lower() == text.lower()), text),
         choices=list(READY_CONFIGS),
     )
 

@@ -1,0 +1,47 @@
+"""Where a student's record says its teacher is, from whatever folder one stands in.
+
+pytest tests/test_student_folder.py
+"""
+
+from pathlib import Path
+
+import pytest
+from conftest import PRUNED_CONFIG, ROOT
+
+from wandistiller.errors import UserError
+from wandistiller.student_config import StudentConfig
+from wandistiller.student_folder import recorded_path, teacher_paths
+
+
+def student_of(**record: object) -> StudentConfig:
+    return StudentConfig.from_dict(PRUNED_CONFIG | {"distillation": record})
+
+
+def test_a_local_teacher_is_found_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "here" / "teacher").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    recorded = recorded_path("teacher")
+    assert Path(recorded).is_absolute()
+    monkeypatch.chdir(tmp_path)
+    assert Path(teacher_paths(student_of(teacher_path=recorded), None)[0]) == tmp_path / "here" / "teacher"
+
+
+def test_what_lies_in_the_clone_is_recorded_so_that_it_may_move_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recorded = recorded_path("data/demo_teacher")
+    assert recorded == "./data/demo_teacher"
+    monkeypatch.chdir(tmp_path)
+    for path in (recorded, "data/demo_teacher"):  # the second as earlier students have it
+        assert Path(teacher_paths(student_of(teacher_path=path), None)[0]).samefile(ROOT / "data" / "demo_teacher")
+
+
+def test_only_what_came_from_the_hub_is_sought_there():
+    hub_id = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    assert recorded_path(hub_id) == hub_id and recorded_path("mock") == "mock" and recorded_path(None) is None
+    assert teacher_paths(student_of(teacher_path=hub_id, base_model=hub_id), None) == (hub_id, None)
+    with pytest.raises(UserError, match="the teacher this student records is not there; give --teacher_path"):
+        teacher_paths(student_of(teacher_path="somebodys/folder"), None)
+
+
+def test_a_flag_goes_before_the_record():
+    assert teacher_paths(student_of(teacher_path="somebodys/folder"), "a/b", "c") == ("a/b", "c")
