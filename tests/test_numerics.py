@@ -123,6 +123,7 @@ class StandIn(torch.optim.Optimizer):
     and moments of bytes, which `state_dict` wraps once more. It moves weights by the sign of the gradient."""
 
     made_with: dict = {}
+    table = torch.linspace(-1, 1, 256)  # one for all, as the library has it
 
     def __init__(self, parameters, lr: float, betas: tuple[float, float], weight_decay: float):
         StandIn.made_with = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
@@ -138,6 +139,7 @@ class StandIn(torch.optim.Optimizer):
                         "step": 0,
                         "state1": torch.zeros(parameter.shape, dtype=torch.uint8),
                         "absmax1": torch.ones(1),
+                        "qmap1": self.table,
                     }
                 state["step"] += 1
                 state["state1"] += (parameter.grad > 0).to(torch.uint8)

@@ -276,7 +276,7 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def error_reason(error: BaseException) -> str:
     """What went wrong, in one line."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:

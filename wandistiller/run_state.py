@@ -142,14 +142,18 @@ def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by parameter number and name; its settings come from the flags.
 
-    Read as it lies: `state_dict` of bitsandbytes has a form of its own, and a step that is a plain number.
+    Read as it lies: `state_dict` of bitsandbytes has a form of its own, its step is a plain number, and its tables are one
+    tensor for all parameters, which a file of safetensors does not hold twice.
     """
-    return {
-        f"{number}.{name}": torch.as_tensor(value)
-        for number, parameter in enumerate(_parameters_of(optimizer))
-        for name, value in optimizer.state.get(parameter, {}).items()
-        if value is not None
-    }
+    tensors, seen = {}, set()
+    for number, parameter in enumerate(_parameters_of(optimizer)):
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if value is None:
+                continue
+            value = torch.as_tensor(value)
+            tensors[f"{number}.{name}"] = value.clone() if id(value) in seen else value
+            seen.add(id(value))
+    return tensors
 
 
 def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
