@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 
 FORMATS = ["diffusers", "original", "pipeline"]
 ORIGINAL_NAME = "wan_student.safetensors"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -91,12 +90,8 @@ def read_config(args: argparse.Namespace) -> StudentConfig:
 def check_output(args: argparse.Namespace) -> Path:
     """Where the export goes; what is there already is never replaced."""
     target = Path(args.output)
-    suffix = target.suffix if target.suffix in WEIGHT_SUFFIXES and not target.is_dir() else ""
-    if suffix and (args.format, suffix) != ("original", ".safetensors"):
-        what = "a .safetensors file or a folder" if args.format == "original" else "a folder"
-        raise UserError(f"--output {target}: --format {args.format} writes {what}; give such a name")
     if args.format == "original":
-        target = target if suffix else target / ORIGINAL_NAME
+        target = target if target.suffix == ".safetensors" else target / ORIGINAL_NAME
         check_writable(target.parent, "--output")
         if target.exists():
             raise UserError(f"--output {target}: is there already; give another name")
@@ -128,10 +123,7 @@ def find_parts(args: argparse.Namespace, config: StudentConfig) -> tuple[dict[st
 def example(config: StudentConfig, folder: Path, options: "SamplingOptions", args: argparse.Namespace) -> str:
     """What to type to draw with diffusers."""
     name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[args.dtype]
-    # The VAE stays in fp32, as Wan's is used; a linked text encoder is loaded in its own precision unless told otherwise.
-    dtype = ", dtype=torch.float32" if args.link else ""
-    if args.dtype != "fp32":
-        dtype = f', dtype={{"default": torch.{name}, "vae": torch.float32}}'
+    dtype = f", torch_dtype=torch.{name}" if args.link or args.dtype != "fp32" else ""
     slots = config.text_max_length
     extra = f", max_sequence_length={slots}" if slots != 512 else ""
     size = config.image_size

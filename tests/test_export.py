@@ -154,18 +154,8 @@ def test_a_student_without_a_record_comes_back_with_its_heads_and_eps(export, tm
 @pytest.mark.parametrize("name", FORMATS)
 def test_weights_carry_the_students_config(student, exports, name):
     with safe_open(weights_file(exports[name]), framework="pt") as file:
-        metadata = file.metadata()
-    exported, own = StudentConfig.from_json(metadata["student_config"]), StudentConfig.load(student)
-    assert exported.replace(distillation=None) == own.replace(distillation=None)
-    assert exported.distillation.items() < own.distillation.items()
-    # Nothing of the machine it was made on:
-    left_out = own.distillation.keys() - exported.distillation.keys()
-    assert left_out == {"commands", "teacher_path", "data_path"}
-    if name == "original":  # what ComfyUI 0.38 reads beyond tensors, under the names of its WanModel
-        assert json.loads(metadata["config"])["transformer"] == {
-            "num_heads": own.num_heads, "text_dim": own.text_encoder_output_dim, "out_dim": 16, "patch_size": [1, 2, 2],
-            "freq_dim": 256, "eps": 1e-6,
-        }  # fmt: skip
+        text = file.metadata()["student_config"]
+    assert StudentConfig.from_json(text) == StudentConfig.load(student)
 
 
 # ---- as diffusers reads it ----
@@ -258,9 +248,9 @@ def test_half_precision_of_a_folder_keeps_the_fp32_parts(student, export, tmp_pa
 # ---- a whole pipeline ----
 
 
-def draw(student: Path, output: Path, *flags: str) -> np.ndarray:
+def draw(student: Path, output: Path) -> np.ndarray:
     argv = ["--student", str(student), "--output", str(output), "--prompt_cache", str(output / "cache")]
-    assert generate_images.main([*argv, "--device", "cpu", "--prompt", PROMPT, *flags]) == 0
+    assert generate_images.main([*argv, "--device", "cpu", "--prompt", PROMPT]) == 0
     return np.asarray(Image.open(next(output.glob("000_*.png")))).astype(int)
 
 
@@ -288,23 +278,6 @@ def test_wan_pipeline_draws_what_generate_images_draws(student, export, tmp_path
     assert ours.shape == theirs.shape == (64, 64, 3)
     assert ours.std() > 10  # a flat picture would agree with anything
     assert np.abs(ours - theirs).max() <= 2
-
-
-def test_a_student_of_few_steps_is_drawn_alike_in_any_number_of_them(student, export, tmp_path):
-    student = changed(student, tmp_path / "few", {"text_max_length": 64}, student_steps=3)
-    outcome = export(student, "pipeline", output="pipeline")
-    for steps in ("1", "8"):
-        theirs = draw_as_printed(outcome.out.replace("num_inference_steps=3", f"num_inference_steps={steps}"))
-        ours = draw(student, tmp_path / steps, "--num_inference_steps", steps)
-        assert np.abs(ours - theirs).max() <= 2
-
-
-def test_what_is_printed_for_half_precision_keeps_the_vae_in_float32(student, export, tmp_path, caplog):
-    outcome = export(student, "pipeline", "--dtype", "bf16", output="pipeline")
-    picture = draw_as_printed(outcome.out)
-    assert picture.std() > 10 and '"vae": torch.float32' in outcome.out
-    assert "deprecated" not in caplog.text
-    assert np.abs(picture - draw(student, tmp_path / "pictures", "--dtype", "bf16")).mean() < 5
 
 
 def test_a_pipeline_of_float32_computes_its_text_so(student, export, tmp_path):
@@ -413,8 +386,6 @@ MISTAKES = {
     "a VAE for one file": ("original", ["--vae_path", DEMO_TEACHER], "--vae_path belongs to --format pipeline"),
     "links in a transformer": ("diffusers", ["--link"], "--link belongs to --format pipeline"),
     "a format of its own": ("gguf", [], "--format: invalid choice: 'gguf'"),
-    "a file for a folder": ("diffusers", ["--output", "{tmp}/a.safetensors"], "--format diffusers writes a folder"),
-    "a pickle": ("original", ["--output", "{tmp}/a.bin"], "writes a .safetensors file or a folder"),
     "no such student": ("original", ["--student", "{tmp}/none"], "there is no such folder; give the --output_dir"),
     "a config for a student": ("diffusers", ["--student", "{tmp}/one_file/student_config.json"], "no such folder"),
     "a student without weights": ("original", ["--student", "{tmp}/one_file"], "there is no such file"),

@@ -1,8 +1,7 @@
 """What ComfyUI makes of a student's file: which of it is read, what is taken as given, and with which settings it draws.
 
-Read from Comfy-Org/ComfyUI 0.3.64, and run with it: comfy/model_detection.py (detect_unet_config), supported_models.py
-(WAN21_T2V, WAN22_T2V), ldm/wan/model.py (WanModel), text_encoders/wan.py, latent_formats.py (Wan21, Wan22). Of 0.38
-model_detection.py was read alone (commit 0b61ce5): the same rules, and then what the file's metadata say under "config".
+Read from Comfy-Org/ComfyUI 0.3.64: comfy/model_detection.py (detect_unet_config), supported_models.py
+(WAN21_T2V, WAN22_T2V), ldm/wan/model.py (WanModel), text_encoders/wan.py, latent_formats.py (Wan21, Wan22).
 """
 
 from wandistiller.student_config import StudentConfig
@@ -20,20 +19,8 @@ _GIVEN = {
 _MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
 
 
-def transformer_config(config: StudentConfig) -> dict[str, object]:
-    """What WanModel is to be made with, beyond what is read from tensors, for metadata that ComfyUI 0.38 reads."""
-    return {
-        "num_heads": config.num_heads,
-        "text_dim": config.text_encoder_output_dim,
-        "out_dim": config.num_channels,
-        "patch_size": [1, config.patch_size, config.patch_size],
-        "freq_dim": config.freq_dim,
-        "eps": config.eps,
-    }
-
-
 def comfyui_warnings(config: StudentConfig) -> list[str]:
-    """Why ComfyUI 0.3.64 would refuse a wan student or draw it wrongly, a sentence each; empty where it draws it right.
+    """Why ComfyUI would refuse a wan student or draw it wrongly, a sentence each; empty where it draws it right.
 
     It recognises a Wan by head.modulation, and reads width, FFN, depth and channels from the tensors. The number of heads
     is not in any: it is taken to be the width // 128.

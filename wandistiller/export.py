@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wandistiller.atomic import atomic_path
-from wandistiller.comfyui import transformer_config
 from wandistiller.errors import UserError
 from wandistiller.hub import fetch
 from wandistiller.lift import lift, teacher_record, transformer_settings
@@ -20,17 +19,12 @@ from wandistiller.sampling import SamplingOptions, wan_scheduler
 from wandistiller.student_config import StudentConfig
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_PLACES = ("teacher_path", "teacher_path_low", "text_encoder_path", "data_path", "extra_prompts")  # of a record
 _MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
 
 
 def write_original_file(tensors: dict[str, Tensor], config: StudentConfig, path: Path, dtype: str = "fp32") -> None:
-    """One safetensors file of original Wan names, whole or not at all; `tensors` is the student's state dict.
-
-    Its metadata hold what no tensor tells, as later versions of ComfyUI read it (`comfyui.transformer_config`).
-    """
-    told = {"config": json.dumps({"transformer": transformer_config(config)})}
-    _save(lift(tensors, dtype, original=True), config, path, told)
+    """One safetensors file of original Wan names, whole or not at all; `tensors` is the student's state dict."""
+    _save(lift(tensors, dtype, original=True), config, path)
 
 
 def write_transformer_folder(
@@ -111,20 +105,9 @@ def _differ(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return any(abs(a - b) > _MAX_STATISTICS_ERROR for a, b in zip(ours, theirs, strict=True))
 
 
-def _save(tensors: dict[str, Tensor], config: StudentConfig, path: Path, told: dict[str, str] | None = None) -> None:
-    metadata = {"format": "pt", "student_config": without_places(config).to_json(), **(told or {})}
+def _save(tensors: dict[str, Tensor], config: StudentConfig, path: Path) -> None:
     with atomic_path(path) as file:
-        save_file(tensors, file, metadata=metadata)
-
-
-def without_places(config: StudentConfig) -> StudentConfig:
-    """The config as it may leave this machine: its record without commands, and without paths that mean nothing elsewhere."""
-    record = config.distillation
-    if not record:
-        return config
-    hub = record.get("base_model")
-    dropped = {"commands", *(name for name in _PLACES if record.get(name) != hub)}
-    return config.replace(distillation={name: value for name, value in record.items() if name not in dropped})
+        save_file(tensors, file, metadata={"format": "pt", "student_config": config.to_json()})
 
 
 def _load_as_float32(config_path: Path) -> None:

@@ -15,8 +15,6 @@ from wandistiller.prompt_embeds import PromptEmbeds
 from wandistiller.student import WanLiteStudent
 from wandistiller.teacher import Teacher, TeacherSettings
 
-MOST_STEPS = 100  # that --student_steps allows
-
 
 class VelocityField(Protocol):
     """What is sampled: a `Teacher`, or anything that answers as one."""
@@ -56,8 +54,7 @@ def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"
     """
     from diffusers import UniPCMultistepScheduler
 
-    # Every step that anyone may take is named, for whoever draws with the scheduler that is saved from this:
-    euler = {"solver_order": 1, "disable_corrector": list(range(max(MOST_STEPS, num_inference_steps)))}
+    euler = {"solver_order": 1, "disable_corrector": list(range(num_inference_steps))}
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
