@@ -7,10 +7,13 @@ diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder
 """
 
 import argparse
+import signal
 import sys
-from contextlib import nullcontext
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, path, run_command
 from wandistiller.errors import UserError
@@ -24,11 +27,9 @@ from wandistiller.student_folder import (
     teacher_paths,
 )
 
-if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
-    from wandistiller.sampling import SamplingOptions
-
 FORMATS = ["diffusers", "original", "pipeline"]
 ORIGINAL_NAME = "wan_student.safetensors"
+WEIGHT_SUFFIXES = {".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +40,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     model = parser.group("Model")
     model.flag(
-        "--student", "folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path
+        "--student",
+        "folder of a trained student (--output_dir of train_distillation.py), or its .safetensors file",
+        required=True,
+        type=path,
     )
     output = parser.group("Output")
     output.flag(
@@ -78,7 +82,14 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def read_config(args: argparse.Namespace) -> StudentConfig:
     """The student's config; a pipeline is also told by its record how to draw."""
-    config = load_student_config(args.student) if args.format == "pipeline" else load_shape(args.student)
+    if args.format == "pipeline":
+        config = load_student_config(args.student)
+    elif Path(args.student).is_file():
+        from wandistiller.student import saved_config
+
+        config = saved_config(args.student)
+    else:
+        config = load_shape(args.student)
     if config.block != "wan":
         raise UserError(
             f'{Path(args.student) / CONFIG_NAME}: a student of block "{config.block}" is no Wan, and no other tool knows its '
@@ -90,17 +101,36 @@ def read_config(args: argparse.Namespace) -> StudentConfig:
 def check_output(args: argparse.Namespace) -> Path:
     """Where the export goes; what is there already is never replaced."""
     target = Path(args.output)
+    is_file = target.suffix.lower() in WEIGHT_SUFFIXES
+    if is_file and (args.format != "original" or target.suffix != ".safetensors"):
+        file = " or a file of suffix .safetensors" if args.format == "original" else ""
+        raise UserError(
+            f"--output {target}: --format {args.format} writes no {target.suffix} file; give a new folder{file}"
+        )
+    if args.format == "original" and not is_file:
+        target = target / ORIGINAL_NAME
+    check_writable(target.parent, "--output")
+    prove_writable(target.parent)
     if args.format == "original":
-        target = target if target.suffix == ".safetensors" else target / ORIGINAL_NAME
-        check_writable(target.parent, "--output")
         if target.exists():
             raise UserError(f"--output {target}: is there already; give another name")
         return target
-    check_writable(target.parent, "--output")
     check_output_folder(target, "--output")
     if target.is_dir() and any(target.iterdir()):
         raise UserError(f"--output {target}: holds files already; give a new folder")
     return target
+
+
+def prove_writable(folder: Path) -> None:
+    """Refuse a folder where no file can be made, as in /proc, whatever its permissions say; nothing stays there."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written to ({error.strerror}); give another folder") from None
 
 
 def find_parts(args: argparse.Namespace, config: StudentConfig) -> tuple[dict[str, Path], dict[str, list]]:
@@ -120,21 +150,6 @@ def find_parts(args: argparse.Namespace, config: StudentConfig) -> tuple[dict[st
     return {"vae": vae, "text_encoder": encoder[0], "tokenizer": encoder[1]}, text_classes(encoder[0])
 
 
-def example(config: StudentConfig, folder: Path, options: "SamplingOptions", args: argparse.Namespace) -> str:
-    """What to type to draw with diffusers."""
-    name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[args.dtype]
-    dtype = f", torch_dtype=torch.{name}" if args.link or args.dtype != "fp32" else ""
-    slots = config.text_max_length
-    extra = f", max_sequence_length={slots}" if slots != 512 else ""
-    size = config.image_size
-    return (
-        "To draw:\n"
-        f'  pipe = diffusers.WanPipeline.from_pretrained("{folder}"{dtype})\n'
-        f"  pipe(prompt, num_frames=1, guidance_scale=1.0, num_inference_steps={options.num_inference_steps}, "
-        f"height={size}, width={size}{extra}).frames[0][0]"
-    )
-
-
 def print_warnings(config: StudentConfig, export_format: str) -> None:
     """What the export cannot carry into other tools."""
     from wandistiller.comfyui import comfyui_warnings
@@ -147,6 +162,16 @@ def print_warnings(config: StudentConfig, export_format: str) -> None:
         print(f"Warning: {warning}")
 
 
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM cleans up as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
     args = parse_args(argv)
@@ -156,35 +181,41 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from wandistiller.atomic import atomic_folder
+    from wandistiller.atomic import atomic_folder, remove_leftovers
     from wandistiller.comfyui import comfyui_settings, comfyui_warnings
-    from wandistiller.export import write_original_file, write_pipeline_parts, write_transformer_folder
+    from wandistiller.export import published, write_original_file, write_pipeline_parts, write_transformer_folder
+    from wandistiller.export_card import drawing, write_export_card
     from wandistiller.student import WanLiteStudent
 
-    # Every file, before one is written:
-    parts, classes = find_parts(args, config) if args.format == "pipeline" else ({}, {})
-    tensors = WanLiteStudent.from_pretrained(args.student).state_dict()
+    with terminated_as_interrupted():
+        # Every file, before one is written:
+        parts, classes = find_parts(args, config) if args.format == "pipeline" else ({}, {})
+        tensors = WanLiteStudent.from_pretrained(args.student).state_dict()
 
-    # The file or folder, whole or not at all:
-    if args.format == "original":
-        around = nullcontext(target.parent) if target.parent.exists() else atomic_folder(target.parent)
-        with around as folder:
-            write_original_file(tensors, config, folder / target.name, args.dtype)
-    else:
-        with atomic_folder(target) as folder:
-            if args.format == "pipeline":
-                options = student_sampling(config, None, torch.float32, "cpu")
-                write_pipeline_parts(config, folder, options, parts, classes, link=args.link, dtype=args.dtype)
-            transformer = folder / "transformer" if args.format == "pipeline" else folder
-            transformer.mkdir(exist_ok=True)
-            write_transformer_folder(tensors, config, transformer, args.dtype)
+        # The file or folder, whole or not at all:
+        config = published(config, args.teacher_path)
+        for place in [target] if target.parent.exists() else [target, target.parent]:
+            remove_leftovers(place)
+        if args.format == "original":
+            around = nullcontext(target.parent) if target.parent.exists() else atomic_folder(target.parent)
+            with around as folder:
+                write_original_file(tensors, config, folder / target.name, args.dtype)
+        else:
+            with atomic_folder(target) as folder:
+                if args.format == "pipeline":
+                    options = student_sampling(config, None, torch.float32, "cpu")
+                    write_pipeline_parts(config, folder, options, parts, classes, link=args.link, dtype=args.dtype)
+                transformer = folder / "transformer" if args.format == "pipeline" else folder
+                transformer.mkdir(exist_ok=True)
+                write_transformer_folder(tensors, config, transformer, args.dtype)
+                write_export_card(folder, target.resolve().name, config, args.format, args.dtype, link=args.link)
 
     # How to use it:
     print_warnings(config, args.format)
     print(f"Wrote {target}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters, {args.dtype}")
     if args.format == "pipeline":
-        print(example(config, target, options, args))
-    if args.format == "original" and not comfyui_warnings(config):
+        print("To draw:\n" + textwrap.indent(drawing(config, str(target), args.dtype, link=args.link), "  "))
+    if args.format == "original" and not comfyui_warnings(config, reads_metadata=True):
         print(f"In ComfyUI: {comfyui_settings(config)}")
     return 0
 

@@ -3,15 +3,20 @@
 pytest tests/test_export.py
 """
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, snapshot
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -24,7 +29,7 @@ from projection_mapper import project_teacher
 from wandistiller.comfyui import comfyui_settings, comfyui_warnings
 from wandistiller.hub import HubError
 from wandistiller.student import WanLiteStudent
-from wandistiller.student_config import StudentConfig
+from wandistiller.student_config import ConfigError, StudentConfig
 from wandistiller.teacher import RELEASED_LATENTS, resolve_settings
 from wandistiller.wan_checkpoint import open_checkpoint
 
@@ -155,7 +160,30 @@ def test_a_student_without_a_record_comes_back_with_its_heads_and_eps(export, tm
 def test_weights_carry_the_students_config(student, exports, name):
     with safe_open(weights_file(exports[name]), framework="pt") as file:
         text = file.metadata()["student_config"]
-    assert StudentConfig.from_json(text) == StudentConfig.load(student)
+    carried, config = StudentConfig.from_json(text), StudentConfig.load(student)
+    assert carried.replace(distillation=None) == config.replace(distillation=None)
+    ours, theirs = config.distillation, carried.distillation
+    assert theirs.pop("world") == "shapes"  # as its teacher's record says
+    assert ours.keys() - theirs.keys() == {"commands", "teacher_path", "data_path"}
+    assert theirs == {key: ours[key] for key in theirs}
+    assert not any(str(path) in text for path in (ROOT, student.parent))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_hub_ids_stay_in_what_is_exported(student, export, tmp_path, name):
+    of_hub = changed(student, tmp_path / "of_hub", teacher_path="Wan-AI/Wan2.1", base_model="Wan-AI/Wan2.1")
+    parts = ["--teacher_path", DEMO_TEACHER] if name == "pipeline" else []
+    assert export(of_hub, name, *parts, output="out").code == 0
+    place = tmp_path / "out" / "wan_student.safetensors" if name == "original" else tmp_path / "out"
+    with safe_open(weights_file(place), framework="pt") as file:
+        assert (
+            StudentConfig.from_json(file.metadata()["student_config"]).distillation["teacher_path"] == "Wan-AI/Wan2.1"
+        )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_exported_student_can_be_judged_by_its_teachers_world(exports, name):
+    assert open_checkpoint(exports[name]).record["world"] == "shapes"
 
 
 # ---- as diffusers reads it ----
@@ -248,23 +276,23 @@ def test_half_precision_of_a_folder_keeps_the_fp32_parts(student, export, tmp_pa
 # ---- a whole pipeline ----
 
 
-def draw(student: Path, output: Path) -> np.ndarray:
+def draw(student: Path, output: Path, *flags: str) -> np.ndarray:
     argv = ["--student", str(student), "--output", str(output), "--prompt_cache", str(output / "cache")]
-    assert generate_images.main([*argv, "--device", "cpu", "--prompt", PROMPT]) == 0
+    assert generate_images.main([*argv, "--device", "cpu", "--prompt", PROMPT, *flags]) == 0
     return np.asarray(Image.open(next(output.glob("000_*.png")))).astype(int)
 
 
-def draw_as_printed(out: str) -> np.ndarray:
-    """What the lines under "To draw:" draw; the seed is that of generate_images.py."""
-    import diffusers
-
-    load, call = (line.strip() for line in out.split("To draw:\n")[1].splitlines()[:2])
-    names = {"diffusers": diffusers, "torch": torch, "prompt": PROMPT}
-    exec(load, names)
-    names["pipe"].set_progress_bar_config(disable=True)
-    torch.manual_seed(0)
-    exec(f"frame = {call}", names)
-    return (names["frame"] * 255).round().astype(int)
+def draw_as_printed(out: str, folder: Path, steps: int | None = None) -> np.ndarray:
+    """What the lines under "To draw:" draw, word for word but for the prompt and the steps; of generate_images.py's seed."""
+    code = textwrap.dedent(out.split("To draw:\n")[1])
+    code = re.sub('prompt = ".*"', f'prompt = "{PROMPT}"', code)
+    if steps:
+        code = re.sub(r"num_inference_steps=\d+", f"num_inference_steps={steps}", code)
+    code = code.replace("\npipe(", "\ntorch.manual_seed(0)\npipe(")
+    with contextlib.chdir(folder):
+        exec(code, names := {})
+    assert names["pipe"].vae.dtype == torch.float32
+    return np.asarray(Image.open(folder / "picture.png")).astype(int)
 
 
 @pytest.mark.parametrize("steps", ["as the teacher", "few"])
@@ -274,10 +302,49 @@ def test_wan_pipeline_draws_what_generate_images_draws(student, export, tmp_path
         student = changed(student, tmp_path / "few", {"text_max_length": 64}, student_steps=3)
     outcome = export(student, "pipeline", output="pipeline")
     assert outcome.code == 0, outcome.err
-    ours, theirs = draw(student, tmp_path / "pictures"), draw_as_printed(outcome.out)
-    assert ours.shape == theirs.shape == (64, 64, 3)
-    assert ours.std() > 10  # a flat picture would agree with anything
-    assert np.abs(ours - theirs).max() <= 2
+    for steps in (None, 8):  # its own, and others
+        flags = ["--num_inference_steps", str(steps)] if steps else []
+        ours = draw(student, tmp_path / f"pictures {steps}", *flags)
+        theirs = draw_as_printed(outcome.out, tmp_path, steps)
+        assert ours.shape == theirs.shape == (64, 64, 3)
+        assert ours.std() > 10  # a flat picture would agree with anything
+        assert np.abs(ours - theirs).max() <= 2
+
+
+@pytest.mark.parametrize("flags", [["--dtype", "bf16"], ["--link"]], ids=["bf16", "linked"])
+def test_the_printed_lines_draw_in_each_precision(student, export, tmp_path, flags):
+    outcome = export(student, "pipeline", *flags, output="pipeline")
+    assert outcome.code == 0, outcome.err
+    ours, theirs = draw(student, tmp_path / "pictures"), draw_as_printed(outcome.out, tmp_path)
+    assert np.abs(ours - theirs).max() <= (2 if flags == ["--link"] else 64)
+    assert ("# The linked text encoder" in outcome.out) == (flags == ["--link"])
+
+
+# ---- the card of a folder ----
+
+
+@pytest.mark.parametrize("name", ["diffusers", "pipeline"])
+def test_a_folder_has_a_model_card(student, export, tmp_path, name):
+    outcome = export(student, name)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-image")
+    assert card.data.license == "apache-2.0" and card.data.base_model is None  # of the demo teacher
+    assert "| shift | 3.0 |" in card.text and "| sampling steps | 20 |" in card.text and "| guidance | 1.0" in card.text
+    assert str(ROOT) not in card.content and str(tmp_path) not in card.content
+    if name == "pipeline":
+        printed = textwrap.dedent(outcome.out.split("To draw:\n")[1]).strip()
+        assert printed.replace(str(tmp_path / "out"), "path/to/this/folder") in card.text
+
+
+@pytest.mark.parametrize(
+    "base_model, license",
+    [("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "apache-2.0"), ("somebody/else", "other"), (None, "other")],
+)
+def test_the_licence_is_claimed_of_known_teachers_alone(student, export, tmp_path, base_model, license):
+    other = changed(student, tmp_path / "other", base_model=base_model, teacher_path=base_model or "/not/here")
+    assert export(other, "diffusers").code == 0
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.license, data.base_model) == (license, base_model)
 
 
 def test_a_pipeline_of_float32_computes_its_text_so(student, export, tmp_path):
@@ -387,7 +454,16 @@ MISTAKES = {
     "links in a transformer": ("diffusers", ["--link"], "--link belongs to --format pipeline"),
     "a format of its own": ("gguf", [], "--format: invalid choice: 'gguf'"),
     "no such student": ("original", ["--student", "{tmp}/none"], "there is no such folder; give the --output_dir"),
-    "a config for a student": ("diffusers", ["--student", "{tmp}/one_file/student_config.json"], "no such folder"),
+    "a config for a student": (
+        "diffusers",
+        ["--student", "{tmp}/one_file/student_config.json"],
+        "a student is the --output",
+    ),
+    "a file of another model": (
+        "original",
+        ["--student", DEMO_TEACHER / "vae/diffusion_pytorch_model.safetensors"],
+        "no student_config in",
+    ),
     "a student without weights": ("original", ["--student", "{tmp}/one_file"], "there is no such file"),
     "damaged weights": ("diffusers", ["--student", "{tmp}/damaged"], "is not a whole safetensors file"),
     "damaged weights, pipeline": ("pipeline", ["--student", "{tmp}/damaged"], "is not a whole safetensors file"),
@@ -405,6 +481,23 @@ MISTAKES = {
     "an encoder of the hub": ("pipeline", ["--text_encoder_path", "nobody/no-such-text"], "the hub cannot be reached"),
     "a teacher of the hub": ("pipeline", ["--teacher_path", "nobody/no-such-wan"], "the hub cannot be reached"),
     "output is in a file": ("pipeline", ["--output", "{tmp}/file/out"], "is a file; give a folder"),
+    "a pickle": (
+        "original",
+        ["--output", "{tmp}/o.bin"],
+        "--format original writes no .bin file; give a new folder or",
+    ),
+    "a file for a folder": (
+        "diffusers",
+        ["--output", "{tmp}/tr.safetensors"],
+        "writes no .safetensors file; give a new",
+    ),
+    "a file for a pipeline": (
+        "pipeline",
+        ["--output", "{tmp}/p.safetensors"],
+        "writes no .safetensors file; give a new",
+    ),
+    "where no file can be": ("original", ["--output", "/proc/x.safetensors"], "cannot be written to"),
+    "where no folder can be": ("diffusers", ["--output", "/proc/x"], "cannot be written to"),
     "one file in a file": ("original", ["--output", "{tmp}/file/a.safetensors"], "is a file; give a folder"),
 }
 
@@ -461,7 +554,7 @@ def test_a_file_is_added_to_a_folder_and_an_empty_one_is_used(student, export, t
     assert export(student, "diffusers").code == 0
     assert export(student, "original", output="out/of_comfyui.safetensors").code == 0
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "config.json", "diffusion_pytorch_model.safetensors", "of_comfyui.safetensors",
+        "README.md", "config.json", "diffusion_pytorch_model.safetensors", "of_comfyui.safetensors",
     }  # fmt: skip
 
 
@@ -479,6 +572,29 @@ def test_an_export_that_ends_early_leaves_nothing(student, export, tmp_path, mon
     assert not (tmp_path / "new" / "out").exists()
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_sigterm_is_an_interrupt(student, export, tmp_path, monkeypatch, name):
+    def killed(tensors, file, **settings):
+        Path(file).write_bytes(b"half of a file")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("wandistiller.export.save_file", killed)
+    assert export(student, name, output="new/out").code == 130
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("output", ["out", "out.safetensors"])
+def test_what_a_killed_export_left_is_removed(student, export, tmp_path, output):
+    (tmp_path / f".{output}.0123abcd.tmp").mkdir()
+    (tmp_path / f".{output}.0123abcd.tmp" / "half").write_text("")
+    (tmp_path / f".{output}.4567abcd.tmp").write_text("")
+    (tmp_path / f".{output}.mine.tmp").write_text("")
+    assert export(student, "original", output=output).code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {output, f".{output}.mine.tmp"}
+
+
 # ---- what ComfyUI makes of it ----
 
 RELEASED = {"block": "wan", "hidden_size": 256, "depth": 2, "num_heads": 2, "num_channels": 16, "image_size": 64}
@@ -486,7 +602,10 @@ READ_WRONG = {
     "heads of 32": ({"num_heads": 8}, "hidden_size // 128 = 2 for the number of heads, this student has 8"),
     "heads of 64": ({"num_heads": 4}, "hidden_size // 128 = 2 for the number of heads, this student has 4"),
     "no head at all": ({"hidden_size": 96, "num_heads": 1}, "it would not load"),
-    "patches of 1": ({"patch_size": 1}, "patch_size 2 as given, this student has 1: it would not load"),
+    "patches of 1": (
+        {"patch_size": 1},
+        "older than 0.19 takes patch_size 2 as given, this student has 1: it would not load",
+    ),
     "freq_dim": ({"freq_dim": 128}, "freq_dim 256 as given, this student has 128: it would not load"),
     "eps": ({"eps": 1e-3}, "eps 1e-06 as given, this student has 0.001: it would draw otherwise"),
     "text width": ({"text_encoder_output_dim": 128}, "text_encoder_output_dim 4096 as given"),
@@ -502,6 +621,18 @@ def test_each_shape_that_comfyui_reads_wrong_is_warned_of(name):
     changes, message = READ_WRONG[name]
     warnings = comfyui_warnings(StudentConfig(**RELEASED | changes))
     assert len(warnings) == 1 and message in warnings[0]
+    told = name in {"heads of 32", "heads of 64", "no head at all", "patches of 1", "freq_dim", "eps"}
+    assert comfyui_warnings(StudentConfig(**RELEASED | changes), reads_metadata=True) == ([] if told else warnings)
+
+
+def test_the_file_tells_comfyui_what_no_tensor_tells(export, tmp_path):
+    save_random_student(tmp_path / "student", patch_size=1)
+    assert export(tmp_path / "student", "original", output="a.safetensors").code == 0
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        told = json.loads(file.metadata()["config"])["transformer"]
+    assert told == {
+        "num_heads": 2, "text_dim": 20, "freq_dim": 32, "eps": 1e-5, "patch_size": [1, 1, 1], "out_dim": 16,
+    }  # fmt: skip
 
 
 WAN_CONFIGS = [path for path in sorted((ROOT / "config").glob("*.json")) if StudentConfig.load(path).block == "wan"]
@@ -552,6 +683,29 @@ def test_weights_alone_are_a_student(tmp_path):
     loaded = WanLiteStudent.from_pretrained(tmp_path)
     assert loaded.config == saved.config
     assert_same_tensors(loaded.state_dict(), saved.state_dict())
+
+
+def test_a_file_of_weights_is_a_student(student, export, tmp_path):
+    saved = WanLiteStudent.from_pretrained(student)
+    loaded = WanLiteStudent.from_pretrained(
+        shutil.copy(student / "diffusion_model.safetensors", tmp_path / "a.safetensors")
+    )
+    assert loaded.config == saved.config
+    assert_same_tensors(loaded.state_dict(), saved.state_dict())
+    assert export(tmp_path / "a.safetensors", "diffusers").code == 0
+
+
+@pytest.mark.parametrize("place", ["nosuch", "a_file", "another", "diffusers", "pipeline", "original"])
+def test_what_is_no_student_is_one_sentence(exports, tmp_path, place):
+    (tmp_path / "a_file").write_text("text")
+    paths = exports | {"another": DEMO_TEACHER / "vae" / "diffusion_pytorch_model.safetensors"}
+    path = paths.get(place, tmp_path / place)
+    with pytest.raises(ConfigError) as caught:
+        WanLiteStudent.from_pretrained(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id" in str(
+        caught.value
+    )
 
 
 def test_a_student_of_the_hub_that_cannot_be_had_is_one_sentence():

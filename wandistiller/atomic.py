@@ -5,6 +5,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 
@@ -38,6 +39,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what a killed process left beside `path`, of a file or a folder that was to appear there."""
+    path = Path(path).resolve()
+    for left in path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 @contextmanager

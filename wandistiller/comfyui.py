@@ -1,37 +1,51 @@
 """What ComfyUI makes of a student's file: which of it is read, what is taken as given, and with which settings it draws.
 
-Read from Comfy-Org/ComfyUI 0.3.64: comfy/model_detection.py (detect_unet_config), supported_models.py
-(WAN21_T2V, WAN22_T2V), ldm/wan/model.py (WanModel), text_encoders/wan.py, latent_formats.py (Wan21, Wan22).
+Held against Comfy-Org/ComfyUI 0.3.64 and 0.33.0: comfy/model_detection.py (detect_unet_config), sd.py (load_diffusion_model),
+supported_models.py (WAN21_T2V, WAN22_T2V), ldm/wan/model.py (WanModel), text_encoders/wan.py, latent_formats.py (Wan21, Wan22).
+What no tensor tells is still taken as given by 0.8.0; from 0.19.3 on the metadata of the file say it (both, and 0.38, only read).
 """
+
+import json
 
 from wandistiller.student_config import StudentConfig
 from wandistiller.teacher import RELEASED_LATENTS
 
 HEAD_DIM = 128
-# What WanModel has where no tensor is asked, by key of a student's config, and what it would do with another.
+READS_METADATA = "0.19"  # 0.8.0 does not, 0.19.3 does; those between were not looked at
+# What is taken as given where no tensor is asked, by key of a student's config, and what another would do: in the model of
+# versions that read no metadata, and in what every version has around it (its text encoder).
+_GIVEN_BY_OLDER = {"patch_size": (2, "not load"), "freq_dim": (256, "not load"), "eps": (1e-6, "draw otherwise")}
 _GIVEN = {
-    "patch_size": (2, "not load"),
-    "freq_dim": (256, "not load"),
-    "eps": (1e-6, "draw otherwise"),
-    "text_encoder_output_dim": (4096, "not load"),
+    "text_encoder_output_dim": (4096, "find no text encoder for it"),
     "text_max_length": (512, "draw otherwise"),
 }
 _MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
 
 
-def comfyui_warnings(config: StudentConfig) -> list[str]:
+def comfyui_metadata(config: StudentConfig) -> dict[str, str]:
+    """What a file's metadata tells of the shape that no tensor does: arguments of ComfyUI's WanModel."""
+    patch = config.patch_size
+    settings = {
+        "num_heads": config.num_heads,
+        "text_dim": config.text_encoder_output_dim,
+        "freq_dim": config.freq_dim,
+        "eps": config.eps,
+        "patch_size": [1, patch, patch],
+        "out_dim": config.num_channels,  # else counted from the head, for patches of 2
+    }
+    return {"config": json.dumps({"transformer": settings})}
+
+
+def comfyui_warnings(config: StudentConfig, *, reads_metadata: bool = False) -> list[str]:
     """Why ComfyUI would refuse a wan student or draw it wrongly, a sentence each; empty where it draws it right.
 
     It recognises a Wan by head.modulation, and reads width, FFN, depth and channels from the tensors. The number of heads
-    is not in any: it is taken to be the width // 128.
+    is not in any: where the metadata is not read, it is taken to be the width // 128.
+
+    Args:
+        reads_metadata: of versions that read `comfyui_metadata` alone; else of the older ones too.
     """
-    warnings = []
-    heads = config.hidden_size // HEAD_DIM
-    if config.num_heads != heads:
-        warnings.append(
-            f"ComfyUI takes hidden_size // {HEAD_DIM} = {heads} for the number of heads, this student has "
-            f"{config.num_heads} (of {config.head_dim} channels): it would {'draw wrongly' if heads else 'not load'}"
-        )
+    warnings = [] if reads_metadata else _warnings_of_older(config)
     for name, (given, outcome) in _GIVEN.items():
         if (value := getattr(config, name)) != given:
             warnings.append(f"ComfyUI takes {name} {given:g} as given, this student has {value:g}: it would {outcome}")
@@ -39,6 +53,19 @@ def comfyui_warnings(config: StudentConfig) -> list[str]:
         warnings.append(f"ComfyUI knows Wan latents of 16 or 48 channels, this student's have {config.num_channels}")
     elif not _has_released_latents(config):
         warnings.append("ComfyUI normalises latents as the released VAE's, this student learnt others")
+    return warnings
+
+
+def _warnings_of_older(config: StudentConfig) -> list[str]:
+    heads, older, warnings = config.hidden_size // HEAD_DIM, f"ComfyUI older than {READS_METADATA}", []
+    if config.num_heads != heads:
+        warnings.append(
+            f"{older} takes hidden_size // {HEAD_DIM} = {heads} for the number of heads, this student has "
+            f"{config.num_heads} (of {config.head_dim} channels): it would {'draw wrongly' if heads else 'not load'}"
+        )
+    for name, (given, outcome) in _GIVEN_BY_OLDER.items():
+        if (value := getattr(config, name)) != given:
+            warnings.append(f"{older} takes {name} {given:g} as given, this student has {value:g}: it would {outcome}")
     return warnings
 
 

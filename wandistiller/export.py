@@ -3,6 +3,7 @@
 Each carries the student's own config in the metadata of its weights, so that it is a teacher again (`wan_checkpoint`).
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wandistiller.atomic import atomic_path
+from wandistiller.comfyui import comfyui_metadata
 from wandistiller.errors import UserError
-from wandistiller.hub import fetch
+from wandistiller.hub import fetch, hub_id
 from wandistiller.lift import lift, teacher_record, transformer_settings
 from wandistiller.sampling import SamplingOptions, wan_scheduler
 from wandistiller.student_config import StudentConfig
+from wandistiller.student_folder import teacher_paths
+from wandistiller.wan_checkpoint import open_checkpoint
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
@@ -24,7 +28,7 @@ _MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
 
 def write_original_file(tensors: dict[str, Tensor], config: StudentConfig, path: Path, dtype: str = "fp32") -> None:
     """One safetensors file of original Wan names, whole or not at all; `tensors` is the student's state dict."""
-    _save(lift(tensors, dtype, original=True), config, path)
+    _save(lift(tensors, dtype, original=True), config, path, comfyui_metadata(config))
 
 
 def write_transformer_folder(
@@ -105,9 +109,39 @@ def _differ(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return any(abs(a - b) > _MAX_STATISTICS_ERROR for a, b in zip(ours, theirs, strict=True))
 
 
-def _save(tensors: dict[str, Tensor], config: StudentConfig, path: Path) -> None:
+def published(config: StudentConfig, teacher_path: str | None = None) -> StudentConfig:
+    """The config as it leaves this machine: without commands and paths of it, and with the world that its teacher knows.
+
+    Args:
+        teacher_path: the teacher where it is not where the record says; one that is not there tells of no world.
+    """
+    if not (record := config.distillation):
+        return config
+    kept = {
+        name: value
+        for name, value in record.items()
+        if name not in ("command", "commands") and (not name.endswith("_path") or _is_of_hub(value, record))
+    }
+    if "world" not in kept and "teacher_path" in record:
+        with contextlib.suppress(UserError):  # a teacher that is no longer there
+            teacher = teacher_paths(config, teacher_path)[0]
+            world = open_checkpoint(teacher).record.get("world") if Path(teacher).exists() else None
+            kept |= {"world": world} if world else {}
+    return config.replace(distillation=kept)
+
+
+def _is_of_hub(value: object, record: dict) -> bool:
+    """A folder data/name looks as a hub id does; the record says of its teacher which of the two it was."""
+    return isinstance(value, str) and (
+        value == record.get("base_model") or (hub_id(value) == value != record.get("teacher_path"))
+    )
+
+
+def _save(
+    tensors: dict[str, Tensor], config: StudentConfig, path: Path, more_metadata: dict[str, str] | None = None
+) -> None:
     with atomic_path(path) as file:
-        save_file(tensors, file, metadata={"format": "pt", "student_config": config.to_json()})
+        save_file(tensors, file, metadata={"format": "pt", "student_config": config.to_json(), **(more_metadata or {})})
 
 
 def _load_as_float32(config_path: Path) -> None:

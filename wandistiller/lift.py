@@ -96,6 +96,7 @@ def teacher_record(config: StudentConfig) -> dict:
         "vae_scale_factor",
         "sigma_range",
         "student_steps",
+        "world",
     )
     return {
         "guidance_scale": 1.0,

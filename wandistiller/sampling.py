@@ -54,7 +54,8 @@ def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"
     """
     from diffusers import UniPCMultistepScheduler
 
-    euler = {"solver_order": 1, "disable_corrector": list(range(num_inference_steps))}
+    # At every step there can be, so that a saved scheduler is Euler's at other numbers of steps too:
+    euler = {"solver_order": 1, "disable_corrector": list(range(NUM_TRAIN_TIMESTEPS))}
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,

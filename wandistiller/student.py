@@ -7,7 +7,6 @@ Shapes: B batch, C latent channels, H W latent grid, P patch size, L image token
 N heads, E head dim.
 """
 
-import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from wandistiller.positions import apply_rope, rope_table, sincos_positions, sin
 from wandistiller.student_config import CONFIG_NAME, ConfigError, StudentConfig
 
 WEIGHTS_NAME = "diffusion_model.safetensors"
+_TAKEN = "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id owner/name"
 
 
 # ---- text and modulation: pure functions ----
@@ -381,7 +381,7 @@ class WanLiteStudent(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "WanLiteStudent":
-        """The student saved in `folder`, or in a hub repository of that name (`owner/name`).
+        """The student saved in `folder`, in that file with its weights, or in a hub repository of that name (`owner/name`).
 
         Raises:
             ConfigError: where a file is missing or damaged, or weights and config do not belong together.
@@ -395,21 +395,23 @@ class WanLiteStudent(nn.Module):
         if not Path(folder).exists() and is_hub_id(folder):
             files = [CONFIG_NAME, WEIGHTS_NAME]
             folder = fetch(str(folder), files, f"a student's folder with {' and '.join(files)}")
-        config = _saved_config(Path(folder))
-        path = Path(folder) / WEIGHTS_NAME
+        config = saved_config(folder)
+        path = Path(folder) if Path(folder).is_file() else Path(folder) / WEIGHTS_NAME
         try:
             tensors = load_file(path, device=str(device))
         except FileNotFoundError:
             raise ConfigError(f"{path}: there is no such file; a trained student's folder holds it") from None
         except SafetensorError as error:
             raise ConfigError(f"{path}: is not a whole safetensors file ({error}); copy it again") from None
+        if any(tensor.ndim == 5 for tensor in tensors.values()):
+            raise ConfigError(f"{path}: was exported for other tools; {_TAKEN}")
         with torch.device("meta"):
             student = cls(config)
         try:
             student.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())  # torch writes a line per tensor
-            raise ConfigError(f"{path}: does not fit {CONFIG_NAME} beside it: {reason}") from None
+            raise ConfigError(f"{path}: does not fit {CONFIG_NAME} beside or in it: {reason}") from None
         return student.eval()
 
 
@@ -422,13 +424,27 @@ def mean_text_token(prompt_embeds: Tensor, prompt_lengths: Tensor | None) -> Ten
     return prompt_embeds.masked_fill(~is_text[..., None], 0.0).sum(dim=1) / lengths.clamp(min=1)
 
 
-def _saved_config(folder: Path) -> StudentConfig:
-    """The config beside the weights; where somebody copied the weights alone, the one in their metadata."""
+def saved_config(place: str | Path) -> StudentConfig:
+    """The config beside a student's weights; of the weights alone, that in their metadata.
+
+    Raises:
+        ConfigError: there is no student in this place.
+    """
     from safetensors import SafetensorError, safe_open
 
-    weights = folder / WEIGHTS_NAME
-    if not (folder / CONFIG_NAME).exists() and weights.is_file():
-        with contextlib.suppress(SafetensorError, OSError), safe_open(weights, framework="pt") as file:
-            if text := (file.metadata() or {}).get("student_config"):
-                return StudentConfig.from_json(text, f"{weights}, student_config in its metadata")
-    return StudentConfig.load(folder)
+    place = Path(place)
+    if not place.exists():
+        raise ConfigError(f"{place}: there is no such file or folder; {_TAKEN}")
+    if (place / CONFIG_NAME).exists():
+        return StudentConfig.load(place)
+    weights = place if place.is_file() else place / WEIGHTS_NAME
+    if not weights.exists():
+        raise ConfigError(f"{place}: holds neither {CONFIG_NAME} nor {WEIGHTS_NAME}; {_TAKEN}")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            text = (file.metadata() or {}).get("student_config")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{weights}: is not a whole safetensors file ({error}); {_TAKEN}") from None
+    if not text:
+        raise ConfigError(f"{weights}: has no student_config in its metadata; {_TAKEN}")
+    return StudentConfig.from_json(text, f"{weights}, student_config in its metadata")
