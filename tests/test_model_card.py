@@ -104,6 +104,16 @@ def test_the_licence_is_the_teachers_where_it_is_known(tmp_path, teacher, licenc
     assert ("holds for its students" in card.text) == (licence == "other")
 
 
+def test_where_a_teacher_lay_on_this_machine_stays_here(tmp_path):
+    text = write_folder(tmp_path, teacher_path="/home/somebody/secret/my-wan", base_model=None, commands=[]).text
+    assert "`my-wan`" in text and "| teacher | my-wan |" in text and "secret" not in text
+
+
+def test_another_folder_of_the_demo_teachers_name_is_not_the_demo_teacher(tmp_path):
+    card = write_folder(tmp_path, teacher_path="/home/somebody/data/demo_teacher", base_model=None)
+    assert card.data.license == "other"
+
+
 def test_a_card_that_cannot_be_written_is_told_and_does_not_fail_the_run(train, teachers, monkeypatch):
     def full(folder):
         raise OSError(28, "No space left on device")

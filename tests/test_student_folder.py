@@ -43,5 +43,18 @@ def test_only_what_came_from_the_hub_is_sought_there():
         teacher_paths(student_of(teacher_path="somebodys/folder"), None)
 
 
+def test_the_low_noise_expert_is_found_as_the_teacher_is(tmp_path):
+    (tmp_path / "high").mkdir()
+    (tmp_path / "low").mkdir()
+    paths = [str(tmp_path / name) for name in ("high", "low", "gone")]
+    assert teacher_paths(student_of(teacher_path=paths[0], teacher_path_low=paths[1]), None) == tuple(paths[:2])
+    with pytest.raises(UserError, match="low-noise expert this student records is not there; give --teacher_path_low"):
+        teacher_paths(student_of(teacher_path=paths[0], teacher_path_low=paths[2]), None)
+    assert (
+        teacher_paths(student_of(teacher_path=paths[0], teacher_path_low="some/low-expert"), None)[1]
+        == "some/low-expert"
+    )
+
+
 def test_a_flag_goes_before_the_record():
     assert teacher_paths(student_of(teacher_path="somebodys/folder"), "a/b", "c") == ("a/b", "c")

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from wandistiller.atomic import atomic_path
-from wandistiller.model_card import facts, limits, table
+from wandistiller.model_card import facts, is_apache, limits, table, teacher_name
 from wandistiller.student_config import StudentConfig
 
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _THIS_FOLDER = "path/to/this/folder"
-_WAN = "Wan-AI/"
 
 
 def drawing(config: StudentConfig, folder: str, dtype: str, *, link: bool = False) -> str:
@@ -53,12 +52,12 @@ def write_export_card(
 def _card(name: str, config: StudentConfig, export_format: str, dtype: str, link: bool) -> str:
     record = config.distillation or {}
     base_model = record.get("base_model")
-    licence = "apache-2.0" if _is_apache(record) else "other"
+    licence = "apache-2.0" if is_apache(record) else "other"
     head = ["---", f"license: {licence}", *([f"base_model: {base_model}"] if base_model else [])]
     head += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:", "- wan", "- distillation", "---"]
-    teacher = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a Wan checkpoint"
     text = (
-        f"A text-to-image transformer of {config.num_parameters:,} parameters, distilled with WanDistiller from {teacher}. It "
+        f"A text-to-image transformer of {config.num_parameters:,} parameters, distilled with WanDistiller from "
+        f"{teacher_name(record)}. It "
         "draws single pictures and makes no video. It has learnt the teacher's guided answer: guidance is 1.0, and there is no "
         "negative prompt."
     )
@@ -79,8 +78,3 @@ def _card(name: str, config: StudentConfig, export_format: str, dtype: str, link
         "Apache-2.0, as its teacher is." if licence == "apache-2.0" else "The teacher's licence holds for its students."
     )
     return "\n\n".join([*parts, "## Licence", terms]) + "\n"
-
-
-def _is_apache(record: dict) -> bool:
-    """Whether the teacher is known to be under Apache-2.0: a released Wan, or the demo teacher, which alone names a world."""
-    return str(record.get("base_model")).startswith(_WAN) or "world" in record

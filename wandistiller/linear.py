@@ -1,7 +1,7 @@
 """Linear layers whose large products in float32 on a CPU are oneDNN's instead of MKL's.
 
-torch gives such products to MKL, which is slower than oneDNN on processors that are not Intel's: by a tenth to a half where this
-was measured (docs/benchmarks.md). Everything else is nn.Linear.
+torch gives such products to MKL. On an AMD processor oneDNN was 1.06 to 1.38 times as fast forward (benchmarks/bench_linear.py,
+docs/benchmarks.md); no other was tried. Everything else is nn.Linear.
 """
 
 import torch

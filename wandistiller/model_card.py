@@ -151,10 +151,17 @@ def introduction(config: StudentConfig, record: dict) -> str:
 
 
 def teacher_name(record: dict) -> str:
-    """The teacher by its hub id, else by the path it was read from."""
+    """The teacher by its hub id, else by the name of what it was read from: where that lay is nobody else's business."""
     if base_model := record.get("base_model"):
         return f"[{base_model}](https://huggingface.co/{base_model})"
-    return f"the Wan checkpoint `{record.get('teacher_path')}`"
+    name = local_name(record)
+    return f"the Wan checkpoint `{name}`" if name else "a Wan checkpoint"
+
+
+def local_name(record: dict) -> str | None:
+    """Of the teacher's folder or file, without the path to it."""
+    path = record.get("teacher_path")
+    return Path(path).name if path else None
 
 
 def pictures(folder: Path, is_measured: bool) -> list[str]:
@@ -170,7 +177,7 @@ def facts(config: StudentConfig, record: dict, lines: list[dict]) -> list[tuple[
     """What was done, a row each; what the record does not hold is left out."""
     guidance = [f"{record[name]:g}" for name in ("guidance_scale", "guidance_scale_2") if record.get(name) is not None]
     rows = [
-        ("teacher", plain(record.get("teacher_path"))),
+        ("teacher", plain(record.get("base_model") or local_name(record))),
         ("its settings", plain(record.get("preset"))),
         ("shift", record.get("shift")),
         ("guidance", " and ".join(guidance)),
@@ -265,8 +272,10 @@ def use(config: StudentConfig) -> list[str]:
 
 
 def is_apache(record: dict) -> bool:
-    """Whether the teacher is known to be under Apache-2.0: a released Wan, or the demo's, which is part of this code."""
-    return str(record.get("base_model")).startswith("Wan-AI/") or str(record.get("teacher_path")).endswith(DEMO_TEACHER)
+    """Whether the teacher is known to be under Apache-2.0: a released Wan, or the demo's, which is part of this code and
+    which an exported record knows by its world alone."""
+    is_demo = "world" in record or record.get("teacher_path") == f"./{DEMO_TEACHER}"
+    return is_demo or str(record.get("base_model")).startswith("Wan-AI/")
 
 
 def limits(config: StudentConfig, record: dict) -> str:

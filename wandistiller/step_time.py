@@ -94,7 +94,7 @@ def _seconds_of_answers(workload: Workload, depth: int, device: str, dtype: torc
     model = random_model(workload.teacher.replace(depth=depth), device, DTYPES.get(workload.teacher_dtype, dtype))
     if workload.teacher_dtype == "fp8":
         to_fp8(model)
-    inputs = _random_inputs(workload, workload.text_tokens, device)
+    inputs = _random_inputs(workload, device)
     text_dim = workload.teacher.text_encoder_output_dim
     negative = torch.randn(workload.negative_text_tokens, text_dim, device=device) if workload.uses_guidance else None
     ask = autocast(model.requires_grad_(False).eval(), device, dtype)
@@ -106,7 +106,7 @@ def _seconds_of_learning(workload: Workload, depth: int, device: str, dtype: tor
     """Of a forward and backward pass, and of clipping, optimiser and average."""
     student = random_model(workload.student.replace(depth=depth), device, torch.float32).train()
     student.gradient_checkpointing = workload.gradient_checkpointing
-    inputs = _random_inputs(workload, workload.text_tokens, device)
+    inputs = _random_inputs(workload, device)
     answer = autocast(student, device, dtype)
     optimizer = make_optimizer(student, OptimizationOptions(lr=1e-6, optimizer=workload.optimizer), device)
     average = WeightAverage(student, 0.999) if workload.ema else None
@@ -133,10 +133,10 @@ def random_model(config: StudentConfig, device: str, dtype: torch.dtype) -> WanL
     return model
 
 
-def _random_inputs(workload: Workload, num_tokens: int, device: str) -> tuple[torch.Tensor, ...]:
+def _random_inputs(workload: Workload, device: str) -> tuple[torch.Tensor, ...]:
     """Latents, timesteps, text of a batch and its lengths."""
     count, side, config = workload.batch_size, workload.latent_size, workload.student
-    text = min(num_tokens, config.text_max_length)
+    text = min(workload.text_tokens - 1, config.text_max_length)  # the model adds the token that stands for the padding
     return (
         torch.randn(count, config.num_channels, side, side, device=device),
         torch.linspace(100.0, 1000.0, count, device=device),

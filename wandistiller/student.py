@@ -282,9 +282,8 @@ class WanLiteStudent(nn.Module):
             Velocity (B, C, H, W) in the dtype of `latents`; with a negative prompt (2 B, C, H, W), its half last.
         """
         if prompt_lengths is not None:
-            prompt_lengths = prompt_lengths.clamp(
-                0, prompt_embeds.shape[1]
-            )  # to look at them would wait for the device
+            # Not refused, since to look at them would wait for the device:
+            prompt_lengths = prompt_lengths.clamp(0, prompt_embeds.shape[1])
         prompts = [(prompt_embeds, prompt_lengths)]
         if negative_prompt_embeds is not None:
             num_tokens = len(negative_prompt_embeds)

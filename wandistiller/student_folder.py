@@ -125,7 +125,9 @@ def teacher_paths(
     record = config.distillation or {}
     recorded, low = record["teacher_path"], record.get("teacher_path_low")
     teacher = _found(recorded, "teacher", "--teacher_path", recorded == record.get("base_model"))
-    return teacher, teacher_path_low or (None if low is None else str(CLONE / low))
+    if teacher_path_low is None and low is not None:
+        teacher_path_low = _found(low, "low-noise expert", "--teacher_path_low", is_hub_id(low))
+    return teacher, teacher_path_low
 
 
 def check_is_teacher(teacher: StudentConfig, config: StudentConfig, teacher_path: str) -> None:

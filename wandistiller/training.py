@@ -263,20 +263,17 @@ def _save_last_good(
     """Keep the weights that the failing step did not reach, unless they are broken themselves."""
     if checkpoints is None or not options.save_every or not state.step:
         return
+    if state.step not in checkpoints.good:
+        try:
+            check_weights(state.trained.student, state.step, options, processes)
+            # Without the training states: these have given their part to the step that failed.
+            checkpoints.save(state.step, state.tensors(has_states=False), has_states=False)
+        except NonFiniteError:
+            return
+        except CheckpointError as failure:
+            error.args = (f"{error} The state before it could not be saved: {failure}",)
+            return
     back = f"To go back further, remove what {checkpoints.folder} has of the newest steps."
-    if state.step in checkpoints.good:
-        error.args = (f"{error} The state before it, step {state.step}, is saved. {back}",)
-        return
-    try:
-        check_weights(state.trained.student, state.step, options, processes)
-    except NonFiniteError:
-        return
-    try:
-        # Without the training states: these have given their part to the step that failed.
-        checkpoints.save(state.step, state.tensors(has_states=False), has_states=False)
-    except CheckpointError as failure:
-        error.args = (f"{error} The state before it could not be saved: {failure}",)
-        return
     error.args = (f"{error} The state before it, step {state.step}, is saved. {back}",)
 
 
