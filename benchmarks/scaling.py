@@ -247,24 +247,37 @@ RUNS = {
     "Wan2.1 14B": ((5120, 40, 13824, 40, 16, 8, 1), "student_config.json"),
     "Wan2.2 A14B": ((5120, 40, 13824, 40, 16, 8, 2), "student_config.json"),
 }
-SMALL = {"teacher_dtype": "fp8", "teacher_offload": True, "gradient_checkpointing": True}
+SMALL = {"teacher_dtype": "fp8", "gradient_checkpointing": True}
+
+
+def run_of(name: str, pixels: int | None = None) -> Workload:
+    """A run of a released teacher with its ready student, at the student's own image size unless another is given."""
+    (width, heads, ffn_dim, depth, channels, factor, experts), file = RUNS[name]
+    student = StudentConfig.load(ROOT / "config" / file)
+    pixels = pixels or student.image_size
+    shape = {"hidden_size": width, "num_heads": heads, "ffn_dim": ffn_dim, "depth": depth}
+    return workload(
+        teacher=StudentConfig(block="wan", num_channels=channels, image_size=pixels, **shape),
+        student=student.replace(image_size=pixels),
+        latent_size=pixels // factor,
+        num_experts=experts,
+        num_features=student.depth,
+    )
+
+
+def peaks_gib(run: Workload) -> tuple[float, float]:
+    """Memory of a GPU: plain, and with the flags that save it."""
+    saving = replace(run, **SMALL, teacher_offload=run.num_experts > 1)
+    return tuple(peak_bytes(memory_budget(one)) / GIB for one in (run, saving))
 
 
 def runs_table() -> str:
     """What one GPU needs for each released teacher, at a batch of 4: plain, and with the flags that save memory."""
     rows = []
-    for name, ((width, heads, ffn_dim, depth, channels, factor, experts), file) in RUNS.items():
-        student = StudentConfig.load(ROOT / "config" / file)
+    for name in RUNS:
         for pixels in (512, 1024):
-            shape = {"hidden_size": width, "num_heads": heads, "ffn_dim": ffn_dim, "depth": depth}
-            teacher = StudentConfig(block="wan", num_channels=channels, image_size=pixels, **shape)
-            changes = {
-                "teacher": teacher, "student": student.replace(image_size=pixels), "latent_size": pixels // factor,
-                "num_experts": experts, "num_features": student.depth,
-            }  # fmt: skip
-            small = SMALL | {"teacher_offload": experts > 1}
-            plain, saving = (peak_bytes(memory_budget(workload(**changes | flags))) / GIB for flags in ({}, small))
-            flops = step_flops(workload(**changes))
+            run = run_of(name, pixels)
+            student, (plain, saving), flops = run.student, peaks_gib(run), step_flops(run)
             hours = 1e6 * flops.total / BATCH_SIZE / (ASSUMED_MFU * H100.flops) / 3600
             rows.append(
                 [name, f"{count_parameters(student).total / 1e9:.2f}B", str(pixels), f"{plain:.0f}", f"{saving:.0f}",

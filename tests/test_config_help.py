@@ -14,7 +14,8 @@ from conftest import IDENTITY_CONFIG, ROOT
 
 import run_production_test
 import train_distillation
-from wandistiller.config_help import KEYS, READY_CONFIGS
+from benchmarks import scaling
+from wandistiller.config_help import KEYS, PEAKS_GIB, READY_CONFIGS
 from wandistiller.selection import check_fits
 from wandistiller.student import WanLiteStudent
 from wandistiller.student_config import StudentConfig
@@ -122,3 +123,15 @@ def test_the_case_of_a_name_does_not_matter_and_the_memory_of_a_run_has_its_comm
     outcome = run_main(train_distillation.main, "--print_config", name)
     assert outcome.code == 0 and json.loads(outcome.out)["model_type"] == "WanLiteStudent"
     assert "train_distillation.py --dry_run --teacher_path " in outcome.err
+
+
+@pytest.mark.parametrize("name", PEAKS_GIB)
+def test_the_expected_memory_is_that_of_the_budget(run_main, name):
+    run = scaling.run_of(
+        next(released for released in scaling.RUNS if released.split()[1].removeprefix("TI2V-") == name)
+    )
+    plain, saving = scaling.peaks_gib(run)
+    assert PEAKS_GIB[name] == (round(plain), round(saving))
+    printed = run_main(train_distillation.main, "--print_config", name).err
+    assert f"at {run.student.image_size} px in batches of 4: about {plain:.0f} GiB" in printed
+    assert ("--teacher_offload" in printed) == (run.num_experts > 1)

@@ -24,6 +24,8 @@ TEACHERS = {
     "5B": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     "demo": "data/demo_teacher",
 }
+# Peak of one GPU at a batch of 4 in bf16, and with the flags below; those of benchmarks/scaling.py, which a test holds them to
+PEAKS_GIB = {"1.3B": (22, 14), "14B": (62, 39), "A14B": (90, 39), "5B": (37, 28)}
 # README's table says the same; a test holds them together.
 KEYS = {
     "model_type": 'always `"WanLiteStudent"`',
@@ -58,9 +60,23 @@ def explanation(teacher: str, config: StudentConfig, file: Path) -> list[str]:
     return [
         f"A student for {teacher} (config/{file.name}): {count:,} parameters, {gib(FP32_BYTES * count)} of weights;",
         f"training takes {gib(BYTES_A_PARAMETER * count)} for weights, gradients and AdamW ({BYTES_A_PARAMETER} bytes a "
-        f"parameter), {gib(FP32_BYTES * count)} more for --ema_decay, and teacher and activations besides: the memory of a",
-        f"whole run is told by python train_distillation.py --dry_run --teacher_path {TEACHERS[teacher]} --student_config FILE",
+        f"parameter), {gib(FP32_BYTES * count)} more for --ema_decay, and teacher and activations besides",
+        *expected_peak(teacher, config),
+        f"Your own run: python train_distillation.py --dry_run --teacher_path {TEACHERS[teacher]} --student_config "
+        f"config/{file.name}",
         *(f"  {key:<{width}}  {text.replace('`', '')}" for key, text in KEYS.items()),
+    ]
+
+
+def expected_peak(teacher: str, config: StudentConfig) -> list[str]:
+    """A line on the memory of a whole run; the demo's is small everywhere."""
+    if teacher not in PEAKS_GIB:
+        return []
+    plain, saving = PEAKS_GIB[teacher]
+    offload = " --teacher_offload" if teacher == "A14B" else ""
+    return [
+        f"A whole run at {config.image_size} px in batches of 4: about {plain} GiB of a GPU in bf16, {saving} with --teacher_dtype fp8 "
+        f"--gradient_checkpointing{offload} (arithmetic, not measured on a GPU)"
     ]
 
 
