@@ -2,7 +2,7 @@
 
     python evaluate_student.py --student outputs/demo --prompts_file data/demo_heldout_prompts.txt --num_prompts 100
 
-Both draw from the same noise with the teacher's recorded shift and guidance; wandistiller/evaluation.py defines every measure.
+Both draw from the same noise with the teacher's recorded shift and guidance; wandistiller/evaluation/measures.py defines every measure.
 """
 
 import argparse
@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.errors import UserError
-from wandistiller.output_folder import (
+from wandistiller.files.output_folder import (
     COMPARISON_NAME,
     EVALUATION_NAME,
     check_output_folder,
     prepare_output_folder,
 )
-from wandistiller.prompts import load_prompts
-from wandistiller.student_config import StudentConfig
-from wandistiller.student_folder import (
+from wandistiller.files.prompts import load_prompts
+from wandistiller.model.config import StudentConfig
+from wandistiller.sampling.recorded import (
     check_is_teacher,
     check_size,
     embed_with_negative,
@@ -40,9 +40,9 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     import numpy as np
     from torch import Tensor
 
-    from wandistiller.prompt_embeds import PromptEmbeds
-    from wandistiller.sampling import SamplingOptions, VelocityField
-    from wandistiller.teacher import Teacher, TeacherSettings
+    from wandistiller.sampling.sampler import SamplingOptions, VelocityField
+    from wandistiller.sampling.teacher import Teacher, TeacherSettings
+    from wandistiller.wan.text_encoder import PromptEmbeds
 
 NUM_COLUMNS = 8  # prompts in the picture
 
@@ -117,7 +117,7 @@ class Experiment:
         """Latents of every sample, with a bar on a terminal and a line when done."""
         from tqdm import tqdm
 
-        from wandistiller.sampling import sample_in_batches
+        from wandistiller.sampling.sampler import sample_in_batches
 
         name, start = f"{name}, {options.num_inference_steps} steps", time.perf_counter()
         with tqdm(total=len(self.noise), desc=name, disable=None, leave=False) as bar:
@@ -130,7 +130,7 @@ class Experiment:
     def decode(self, latents: "Tensor") -> "np.ndarray":
         import numpy as np
 
-        from wandistiller.pictures import decode
+        from wandistiller.files.pictures import decode
 
         parts = latents.split(self.batch_size)
         return np.concatenate(
@@ -142,14 +142,14 @@ def world_judge_of(checkpoint, prompts: list[str]):
     """The judge of the world that the checkpoint names, or None; prompts it cannot read are refused before any work."""
     if checkpoint.record.get("world") != "shapes":
         return None
-    from wandistiller import world_judge
+    from wandistiller.evaluation import demo_judge
 
     for prompt in prompts:
         try:
-            world_judge.read_prompt(prompt)
+            demo_judge.read_prompt(prompt)
         except ValueError as err:
             raise UserError(f"--prompts_file: {err}; this teacher is judged on prompts of its own world") from None
-    return world_judge.judge
+    return demo_judge.judge
 
 
 def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str]):
@@ -158,12 +158,12 @@ def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str])
 
     from projection_mapper import open_teacher, project_experts
     from wandistiller.device import pick_device, pick_dtype
-    from wandistiller.evaluation import sample_plan
-    from wandistiller.flow import seeded_noise
-    from wandistiller.pictures import find_vae, load_vae
-    from wandistiller.sampling import student_field
-    from wandistiller.student import WanLiteStudent
-    from wandistiller.teacher import Teacher
+    from wandistiller.evaluation.measures import sample_plan
+    from wandistiller.files.pictures import find_vae, load_vae
+    from wandistiller.model.transformer import WanLiteStudent
+    from wandistiller.sampling.flow import seeded_noise
+    from wandistiller.sampling.sampler import student_field
+    from wandistiller.sampling.teacher import Teacher
 
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -202,21 +202,21 @@ def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str])
 
 def measure(experiment: Experiment, judge) -> "tuple[dict, np.ndarray, np.ndarray]":
     """All measures as JSON values, and the pictures of teacher and student."""
-    from wandistiller import evaluation
+    from wandistiller.evaluation import measures
 
     has_velocity = experiment.student_options.sampler == experiment.options.sampler
-    recorded = evaluation.RecordedErrors(experiment.teacher, experiment.student)
+    recorded = measures.RecordedErrors(experiment.teacher, experiment.student)
     field = recorded if has_velocity else experiment.teacher
     name = "teacher and student's velocity" if has_velocity else "teacher"
     latents_teacher = experiment.draw(name, field, experiment.options)
     latents_student = experiment.draw("student", experiment.student, experiment.student_options)
     pictures_teacher, pictures_student = experiment.decode(latents_teacher), experiment.decode(latents_student)
-    error = evaluation.endpoint_error(latents_student, latents_teacher)
+    error = measures.endpoint_error(latents_student, latents_teacher)
     results = {
         "endpoint": {
             "latent_relative_error": error,
-            "psnr_db": statistics.fmean(evaluation.psnr(pictures_student, pictures_teacher)),
-            "ssim": statistics.fmean(evaluation.ssim(pictures_student, pictures_teacher)),
+            "psnr_db": statistics.fmean(measures.psnr(pictures_student, pictures_teacher)),
+            "ssim": statistics.fmean(measures.ssim(pictures_student, pictures_teacher)),
         },
         "teacher_at_fewer_steps": measure_fewer_steps(experiment, latents_teacher, error, judge),
         **compare_hidden(experiment, (latents_student, latents_teacher), (pictures_student, pictures_teacher)),
@@ -224,14 +224,14 @@ def measure(experiment: Experiment, judge) -> "tuple[dict, np.ndarray, np.ndarra
     if has_velocity:  # a student of few steps answers with the average over a whole step instead
         results["velocity_error"] = {
             "mean": float(recorded.errors.mean()),
-            "by_sigma": evaluation.bucket_means(recorded.sigmas, recorded.errors),
+            "by_sigma": measures.bucket_means(recorded.sigmas, recorded.errors),
         }
     if judge is not None:
-        both = [evaluation.accuracy(part, experiment.prompts, judge) for part in (pictures_student, pictures_teacher)]
+        both = [measures.accuracy(part, experiment.prompts, judge) for part in (pictures_student, pictures_teacher)]
         results["accuracy"] = {
             "student": both[0],
             "teacher": both[1],
-            "ratio": evaluation.ratio(both[0]["correct"], both[1]["correct"]),
+            "ratio": measures.ratio(both[0]["correct"], both[1]["correct"]),
             "num_pictures": len(experiment.prompts),
         }
     return results, pictures_teacher, pictures_student
@@ -241,16 +241,16 @@ def compare_hidden(
     experiment: Experiment, latents: "tuple[Tensor, Tensor]", pictures: "tuple[np.ndarray, np.ndarray]"
 ) -> dict:
     """Blur, diversity and prompt sensitivity of (student, teacher), which averages over pixels hide."""
-    from wandistiller import evaluation
+    from wandistiller.evaluation import measures
 
     by_prompt = [part.unflatten(0, (-1, experiment.num_seeds)) for part in latents]
     measured = {
-        "high_frequency_energy": [evaluation.high_frequency_energy(part) for part in pictures],
-        "diversity": [evaluation.diversity(part) for part in by_prompt],
-        "prompt_sensitivity": [evaluation.prompt_sensitivity(part) for part in by_prompt],
+        "high_frequency_energy": [measures.high_frequency_energy(part) for part in pictures],
+        "diversity": [measures.diversity(part) for part in by_prompt],
+        "prompt_sensitivity": [measures.prompt_sensitivity(part) for part in by_prompt],
     }
     return {
-        name: {"student": student, "teacher": teacher, "ratio": evaluation.ratio(student, teacher)}
+        name: {"student": student, "teacher": teacher, "ratio": measures.ratio(student, teacher)}
         for name, (student, teacher) in measured.items()
     }
 
@@ -259,18 +259,18 @@ def measure_fewer_steps(experiment: Experiment, latents_teacher: "Tensor", stude
     """The teacher's own endpoint error (and accuracy) at fewer steps, and between which of them the student's error lies."""
     from dataclasses import replace
 
-    from wandistiller import evaluation
+    from wandistiller.evaluation import measures
 
     errors, accuracies = {}, {}
     full, own = experiment.options.num_inference_steps, experiment.student_options.num_inference_steps
-    for steps in evaluation.fewer_steps(full, own):
+    for steps in measures.fewer_steps(full, own):
         options = replace(experiment.options, num_inference_steps=steps)
         latents = experiment.draw("teacher", experiment.teacher, options)
-        errors[steps] = evaluation.endpoint_error(latents, latents_teacher)
+        errors[steps] = measures.endpoint_error(latents, latents_teacher)
         if judge is not None:
-            facts = evaluation.accuracy(experiment.decode(latents), experiment.prompts, judge)
+            facts = measures.accuracy(experiment.decode(latents), experiment.prompts, judge)
             accuracies[steps] = facts["correct"]
-    low, high = evaluation.steps_of_equal_error(student_error, errors)
+    low, high = measures.steps_of_equal_error(student_error, errors)
     return {
         "latent_relative_error": errors,
         **({"accuracy": accuracies} if accuracies else {}),
@@ -282,7 +282,7 @@ def measure_cost(experiment: Experiment) -> dict:
     """Parameters, time and FLOPs of one forward pass and of one sampling step (guidance takes two passes), one picture."""
     import torch
 
-    from wandistiller import evaluation
+    from wandistiller.evaluation import measures
 
     device = experiment.options.device
     latents, sigma = experiment.noise[:1].to(device), torch.ones(1)
@@ -295,12 +295,12 @@ def measure_cost(experiment: Experiment) -> dict:
         calls[name, "forward"] = lambda expert=expert: expert(latents, torch.tensor([1000.0], device=device), *text)
         calls[name, "step"] = lambda field=field: field.velocity(latents, sigma, *text)
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-        seconds = evaluation.median_seconds(calls)
+        seconds = measures.median_seconds(calls)
     flops = {}
     for name, field in fields.items():
-        sizes = evaluation.picture_flops(field, latents.shape[-1], text[0].shape[1])
+        sizes = measures.picture_flops(field, latents.shape[-1], text[0].shape[1])
         flops[name, "forward"], flops[name, "step"] = sizes
-    counts = {name: evaluation.count_parameters(*field.experts.values()) for name, field in fields.items()}
+    counts = {name: measures.count_parameters(*field.experts.values()) for name, field in fields.items()}
     table = {"parameters": counts}
     for what in ("forward", "step"):
         table[f"{what}_seconds"] = {name: seconds[name, what] for name in fields}
@@ -310,7 +310,7 @@ def measure_cost(experiment: Experiment) -> dict:
 
 def save_picture(file: Path, experiment: Experiment, teacher: "np.ndarray", student: "np.ndarray") -> None:
     """The first seed of the first prompts: teacher above, student below, from the same noise."""
-    from wandistiller.pictures import labelled_grid, save_png
+    from wandistiller.files.pictures import labelled_grid, save_png
 
     chosen = range(0, len(experiment.prompts), experiment.num_seeds)[:NUM_COLUMNS]
     captions = [[experiment.prompts[index] for index in chosen], [""] * len(chosen)]
@@ -329,9 +329,9 @@ def main(argv: list[str] | None = None) -> int:
     teacher_paths(config, args.teacher_path, args.teacher_path_low)
     check_output_folder(args.output, "--output")
 
-    from wandistiller.atomic import atomic_path
-    from wandistiller.evaluation_table import finite, table_lines
-    from wandistiller.model_card import try_to_write_model_card
+    from wandistiller.files.atomic import atomic_path
+    from wandistiller.reports.cards import try_to_write_model_card
+    from wandistiller.reports.tables import finite, table_lines
 
     digest = weights_digest(args.student)  # before they are read: a run may be writing new ones
     experiment, judge = prepare(args, config, prompts)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from wandistiller.command_line import FlagParser, path, run_command
 from wandistiller.errors import UserError
-from wandistiller.output_folder import check_output_folder, check_writable
-from wandistiller.student_config import CONFIG_NAME, StudentConfig
-from wandistiller.student_folder import (
+from wandistiller.files.output_folder import check_output_folder, check_writable
+from wandistiller.model.config import CONFIG_NAME, StudentConfig
+from wandistiller.sampling.recorded import (
     find_recorded_encoder,
     load_shape,
     load_student_config,
@@ -85,7 +85,7 @@ def read_config(args: argparse.Namespace) -> StudentConfig:
     if args.format == "pipeline":
         config = load_student_config(args.student)
     elif Path(args.student).is_file():
-        from wandistiller.student import saved_config
+        from wandistiller.model.transformer import saved_config
 
         config = saved_config(args.student)
     else:
@@ -135,8 +135,8 @@ def prove_writable(folder: Path) -> None:
 
 def find_parts(args: argparse.Namespace, config: StudentConfig) -> tuple[dict[str, Path], dict[str, list]]:
     """Folders of VAE, text encoder and tokenizer, each known to be the student's, and the classes of the text parts."""
-    from wandistiller.export import check_statistics, text_classes, vae_folder
-    from wandistiller.pictures import find_vae, load_vae
+    from wandistiller.files.pictures import find_vae, load_vae
+    from wandistiller.projection.diffusers_export import check_statistics, text_classes, vae_folder
 
     teacher = teacher_paths(config, args.teacher_path)[0] if not (args.vae_path and args.text_encoder_path) else "mock"
     vae = vae_folder(*find_vae(args.vae_path, teacher))
@@ -152,7 +152,7 @@ def find_parts(args: argparse.Namespace, config: StudentConfig) -> tuple[dict[st
 
 def print_warnings(config: StudentConfig, export_format: str) -> None:
     """What the export cannot carry into other tools."""
-    from wandistiller.comfyui import comfyui_warnings
+    from wandistiller.projection.comfyui import comfyui_warnings
 
     low, high = (config.distillation or {}).get("sigma_range") or (0.0, 1.0)
     warnings = comfyui_warnings(config) if export_format == "original" else []
@@ -181,11 +181,16 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from wandistiller.atomic import atomic_folder, remove_leftovers
-    from wandistiller.comfyui import comfyui_settings, comfyui_warnings
-    from wandistiller.export import published, write_original_file, write_pipeline_parts, write_transformer_folder
-    from wandistiller.export_card import drawing, write_export_card
-    from wandistiller.student import WanLiteStudent
+    from wandistiller.files.atomic import atomic_folder, remove_leftovers
+    from wandistiller.model.transformer import WanLiteStudent
+    from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
+    from wandistiller.projection.diffusers_export import (
+        published,
+        write_original_file,
+        write_pipeline_parts,
+        write_transformer_folder,
+    )
+    from wandistiller.reports.export_card import drawing, write_export_card
 
     with terminated_as_interrupted():
         # Every file, before one is written:

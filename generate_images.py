@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.errors import UserError
-from wandistiller.output_folder import check_output_folder, prepare_output_folder
-from wandistiller.prompts import load_prompts
-from wandistiller.student_config import StudentConfig
-from wandistiller.student_folder import (
+from wandistiller.files.output_folder import check_output_folder, prepare_output_folder
+from wandistiller.files.prompts import load_prompts
+from wandistiller.model.config import StudentConfig
+from wandistiller.sampling.recorded import (
     check_is_teacher,
     check_size,
     embed_with_negative,
@@ -31,9 +31,9 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     import torch
     from torch import Tensor
 
-    from wandistiller.sampling import SamplingOptions
-    from wandistiller.teacher import Teacher, TeacherSettings
-    from wandistiller.wan_checkpoint import WanCheckpoint
+    from wandistiller.sampling.sampler import SamplingOptions
+    from wandistiller.sampling.teacher import Teacher, TeacherSettings
+    from wandistiller.wan.files import WanCheckpoint
 
 MAX_GRID = 100  # pictures in grid.png
 
@@ -142,9 +142,9 @@ def build_field(
 ) -> "Teacher":
     """Who answers with velocities: the teacher's experts, or the student."""
     from projection_mapper import project_experts
-    from wandistiller.sampling import student_field
-    from wandistiller.student import WanLiteStudent
-    from wandistiller.teacher import Teacher
+    from wandistiller.model.transformer import WanLiteStudent
+    from wandistiller.sampling.sampler import student_field
+    from wandistiller.sampling.teacher import Teacher
 
     if checkpoint is not None:
         return Teacher(project_experts(checkpoint, config.text_max_length, dtype, device), settings, negative)
@@ -185,9 +185,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from projection_mapper import open_teacher
     from wandistiller.device import pick_device, pick_dtype
-    from wandistiller.flow import seeded_noise
-    from wandistiller.pictures import decode, find_vae, labelled_grid, load_vae, save_png, slug
-    from wandistiller.sampling import sample_in_batches
+    from wandistiller.files.pictures import decode, find_vae, labelled_grid, load_vae, save_png, slug
+    from wandistiller.sampling.flow import seeded_noise
+    from wandistiller.sampling.sampler import sample_in_batches
 
     # Every file, before a weight is read:
     device = pick_device(args.device)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, int_list, path, run_command
-from wandistiller.student_config import StudentConfig
+from wandistiller.model.config import StudentConfig
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from collections.abc import Callable
@@ -23,15 +23,15 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     import torch
     from torch import Tensor
 
-    from wandistiller.fp8 import Fp8Linear
-    from wandistiller.selection import Selection, TransformerTensors
-    from wandistiller.student import WanLiteStudent
-    from wandistiller.wan_checkpoint import WanCheckpoint
+    from wandistiller.model.fp8 import Fp8Linear
+    from wandistiller.model.transformer import WanLiteStudent
+    from wandistiller.projection.selection import Selection, TransformerTensors
+    from wandistiller.wan.files import WanCheckpoint
 
 REPORT_NAME = "projection_report.json"
 STATUSES = ("exact", "selected", "initialised")
 
-# Which axes (see wandistiller/selection.py) the dimensions of a teacher tensor run along; None is kept whole. {i} is the layer.
+# Which axes (see wandistiller/projection/selection.py) the dimensions of a teacher tensor run along; None is kept whole. {i} is the layer.
 _AXES = [
     (r"patch_embedding\.weight", ("channels", None, None, None, None)),
     (r"patch_embedding\.bias", ("channels",)),
@@ -112,7 +112,7 @@ class ProjectionReport:
 
     def save(self, folder: str | Path) -> None:
         """Write the whole report to projection_report.json in `folder`."""
-        from wandistiller.atomic import atomic_path
+        from wandistiller.files.atomic import atomic_path
 
         with atomic_path(Path(folder) / REPORT_NAME) as file:
             file.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -134,7 +134,7 @@ def project_teacher(
     """A 2D model with a teacher's weights.
 
     Args:
-        teacher_path: a checkpoint as `wandistiller.wan_checkpoint.open_checkpoint` takes it, or an opened one; "mock"
+        teacher_path: a checkpoint as `wandistiller.wan.files.open_checkpoint` takes it, or an opened one; "mock"
             needs a config, around which it is made.
         config: the student's shape; None is the teacher's own, lossless.
         expert: "high" or "low" noise; a teacher of one transformer has only "high".
@@ -142,7 +142,7 @@ def project_teacher(
         text_max_length: text slots of the model where config is None.
         dtype: parameter dtype, float32 unless given; norms, modulation and time embedding stay float32.
         seed: for tensors the teacher has nothing for (lite students only).
-        fp8: keep the Linear weights of the (wan) blocks as `wandistiller.fp8` does; such a model is frozen.
+        fp8: keep the Linear weights of the (wan) blocks as `wandistiller.model.fp8` does; such a model is frozen.
         shard: spreads the parameters of a (wan) model over processes, in place and before there is memory for them.
 
     Raises:
@@ -150,7 +150,7 @@ def project_teacher(
     """
     import torch
 
-    from wandistiller.selection import Selection, select
+    from wandistiller.projection.selection import Selection, select
 
     checkpoint = open_teacher(teacher_path, config)
     teacher = checkpoint.expert(expert)
@@ -195,7 +195,7 @@ def project_experts(
     fp8: bool = False,
     shard: "Callable[[WanLiteStudent], None] | None" = None,
 ) -> "dict[str, WanLiteStudent]":
-    """Every expert of a teacher at its own shape: what `wandistiller.teacher.Teacher` is made of."""
+    """Every expert of a teacher at its own shape: what `wandistiller.sampling.teacher.Teacher` is made of."""
     settings = {"text_max_length": text_max_length, "dtype": dtype, "device": device, "fp8": fp8, "shard": shard}
     return {name: project_teacher(checkpoint, None, name, **settings)[0] for name in checkpoint.experts}
 
@@ -205,8 +205,8 @@ def open_teacher(
 ) -> "WanCheckpoint":
     """An opened teacher (headers only): as it is, from disk or hub, or the mock made around `config`."""
     from wandistiller.errors import UserError
-    from wandistiller.mock_teacher import mock_checkpoint
-    from wandistiller.wan_checkpoint import WanCheckpoint, open_checkpoint
+    from wandistiller.wan.files import WanCheckpoint, open_checkpoint
+    from wandistiller.wan.mock import mock_checkpoint
 
     if isinstance(teacher_path, WanCheckpoint):
         return teacher_path
@@ -224,7 +224,7 @@ def _seeded_student(
 ) -> "WanLiteStudent":
     import torch
 
-    from wandistiller.student import WanLiteStudent
+    from wandistiller.model.transformer import WanLiteStudent
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -242,8 +242,8 @@ def _empty_student(
     """A model to be filled: unwritten memory for wan (every tensor is inherited), seeded initial values for lite."""
     import torch
 
-    from wandistiller.fp8 import to_fp8
-    from wandistiller.weight_sizes import unfilled_model
+    from wandistiller.model.fp8 import to_fp8
+    from wandistiller.model.sizes import unfilled_model
 
     if config.block == "lite":
         return _seeded_student(config, dtype, device, seed)
@@ -273,7 +273,7 @@ def _axes_of(teacher_name: str) -> tuple[str | None, ...]:
 
 def _take(tensor: "Tensor", teacher_name: str, selection: "Selection") -> "Tensor":
     """The selected part of a teacher tensor, 2D."""
-    from wandistiller.lift import without_frames
+    from wandistiller.projection.lift import without_frames
 
     kept = {}
     for dim, axis in enumerate(_axes_of(teacher_name)):
@@ -301,7 +301,7 @@ def _fill(
     """Copy every inherited tensor, one teacher tensor in memory at a time, and write down where each came from."""
     import torch
 
-    from wandistiller.fp8 import fp8_linears
+    from wandistiller.model.fp8 import fp8_linears
 
     stored = fp8_linears(student)
     for name, parameter in student.named_parameters():
@@ -344,7 +344,7 @@ def _copy(
     stored: "Fp8Linear | None" = None,
 ) -> tuple[str, str]:
     """Fill `target`, or the layer whose weight it is where that is kept as fp8; status and detail for the report."""
-    from wandistiller.distributed import fill
+    from wandistiller.processes import fill
 
     source = teacher.read(name)
     kept = _take(source, name, selection)
@@ -406,8 +406,8 @@ def main(argv: list[str] | None = None) -> None:
     config = StudentConfig.load(args.student_config) if args.student_config else None
 
     from wandistiller.errors import UserError
-    from wandistiller.output_folder import prepare_output_folder, set_aside_previous_student
-    from wandistiller.selection import check_fits
+    from wandistiller.files.output_folder import prepare_output_folder, set_aside_previous_student
+    from wandistiller.projection.selection import check_fits
 
     if args.layers and config is None:
         raise UserError("--layers names the layers of a smaller student; give its shape with --student_config")

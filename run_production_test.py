@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.errors import UserError
-from wandistiller.output_folder import (
+from wandistiller.files.output_folder import (
     METRICS_NAME,
     check_output_folder,
     prepare_output_folder,
     set_aside_previous_student,
 )
-from wandistiller.prompts import load_prompts
-from wandistiller.student_config import StudentConfig
+from wandistiller.files.prompts import load_prompts
+from wandistiller.model.config import StudentConfig
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from projection_mapper import ProjectionReport
-    from wandistiller.prompt_embeds import PromptEmbeds
-    from wandistiller.student import WanLiteStudent
-    from wandistiller.teacher import Teacher, TeacherSettings
-    from wandistiller.training import TrainingOptions, TrainingResult
-    from wandistiller.wan_checkpoint import WanCheckpoint
+    from wandistiller.model.transformer import WanLiteStudent
+    from wandistiller.sampling.teacher import Teacher, TeacherSettings
+    from wandistiller.training.loop import TrainingOptions, TrainingResult
+    from wandistiller.wan.files import WanCheckpoint
+    from wandistiller.wan.text_encoder import PromptEmbeds
 
 HIDDEN_SIZE, DEPTH, LATENT_SIZE = 256, 4, 8
 HEAD_DIM = 64  # for a wan student whose own heads do not fill HIDDEN_SIZE
@@ -79,8 +79,8 @@ def shrink(config: StudentConfig) -> StudentConfig:
 def check_real_teacher(args: argparse.Namespace, config: StudentConfig, prompts: list[str]) -> None:
     """Say from headers alone whether the given config fits the real teacher, and what a run with it will take."""
     from projection_mapper import open_teacher
-    from wandistiller.selection import check_fits
-    from wandistiller.teacher import resolve_settings, warnings_about
+    from wandistiller.projection.selection import check_fits
+    from wandistiller.sampling.teacher import resolve_settings, warnings_about
 
     checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
     shape = checkpoint.config
@@ -105,11 +105,11 @@ def show_budget(
     prompts: list[str],
 ) -> None:
     """What --dry_run of the trainer prints, with its default flags; flags can be changed, so that nothing fails here."""
-    from wandistiller.budget_setup import report_budget
     from wandistiller.device import pick_device
-    from wandistiller.prompts import Texts
-    from wandistiller.run_inputs import find_encoder, leave_features_out
-    from wandistiller.training_flags import parse_args as parse_training_flags
+    from wandistiller.files.prompts import Texts
+    from wandistiller.run.dry_run import report_budget
+    from wandistiller.run.flags import parse_args as parse_training_flags
+    from wandistiller.run.inputs import find_encoder, leave_features_out
 
     given = [
         "--teacher_path",
@@ -163,8 +163,8 @@ def build(
     import torch
 
     from projection_mapper import open_teacher, project_experts, project_teacher
-    from wandistiller.prompt_embeds import mock_prompt_embeds
-    from wandistiller.teacher import Teacher, resolve_settings
+    from wandistiller.sampling.teacher import Teacher, resolve_settings
+    from wandistiller.wan.text_encoder import mock_prompt_embeds
 
     # So small a model gains nothing from more threads, and with them waits minutes for cores that others keep busy.
     torch.set_num_threads(1)
@@ -188,12 +188,12 @@ def train_briefly(
 ) -> "tuple[TrainingResult, TrainingOptions]":
     import torch
 
-    from wandistiller.answers import TeacherAnswers
-    from wandistiller.objective import Objective
-    from wandistiller.optimization import OptimizationOptions
-    from wandistiller.reporting import LINE_EVERY_S, Progress
-    from wandistiller.state_sources import StatesOptions, build_states
-    from wandistiller.training import TrainingOptions, steps_of_epochs, train
+    from wandistiller.reports.progress import LINE_EVERY_S, Progress
+    from wandistiller.targets.answers import TeacherAnswers
+    from wandistiller.targets.states import StatesOptions, build_states
+    from wandistiller.training.loop import TrainingOptions, steps_of_epochs, train
+    from wandistiller.training.objective import Objective
+    from wandistiller.training.optimizer import OptimizationOptions
 
     num_steps = steps_of_epochs(args.num_epochs, len(embeds), args.batch_size)
     options = TrainingOptions(
@@ -222,8 +222,8 @@ def save_and_reload(
     """Save as the trainer does, load what was saved, and hold its prediction against the student in memory."""
     import torch
 
-    from wandistiller.record import distillation_record, save_student
-    from wandistiller.student import WanLiteStudent
+    from wandistiller.model.transformer import WanLiteStudent
+    from wandistiller.run.record import distillation_record, save_student
 
     record = distillation_record(
         teacher.settings,

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.command_line import end_process, run_command
-from wandistiller.config_help import print_config
-from wandistiller.output_folder import (
+from wandistiller.files.output_folder import (
     METRICS_NAME,
     check_output_folder,
     hold_output_folder,
@@ -25,23 +24,24 @@ from wandistiller.output_folder import (
     prepare_output_folder,
     set_aside_previous_student,
 )
-from wandistiller.prompts import Texts, read_texts
-from wandistiller.start_clock import StartClock
-from wandistiller.student_config import CONFIG_NAME, StudentConfig
-from wandistiller.training_flags import parse_args
+from wandistiller.files.prompts import Texts, read_texts
+from wandistiller.model.config import CONFIG_NAME, StudentConfig
+from wandistiller.run.config_help import print_config
+from wandistiller.run.flags import parse_args
+from wandistiller.run.start_clock import StartClock
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     import torch
     from torch import Tensor
 
     from projection_mapper import ProjectionReport
-    from wandistiller.distributed import Processes
-    from wandistiller.reporting import StepMetrics
-    from wandistiller.samples import Samples
-    from wandistiller.student import WanLiteStudent
-    from wandistiller.teacher import Teacher, TeacherSettings
-    from wandistiller.teacher_cache import TeacherCache
-    from wandistiller.wan_checkpoint import WanCheckpoint
+    from wandistiller.model.transformer import WanLiteStudent
+    from wandistiller.processes import Processes
+    from wandistiller.reports.progress import StepMetrics
+    from wandistiller.reports.samples import Samples
+    from wandistiller.sampling.teacher import Teacher, TeacherSettings
+    from wandistiller.targets.cache import TeacherCache
+    from wandistiller.wan.files import WanCheckpoint
 
 
 # The flags that say how a student was made, recorded with it
@@ -57,10 +57,10 @@ RECIPE_PATHS = ["teacher_path", "teacher_path_low", "text_encoder_path"]
 def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tuple[WanCheckpoint, TeacherSettings]":
     """The teacher by its headers, refused unless the student is a part of it; no weight is read yet."""
     from projection_mapper import open_teacher
-    from wandistiller.pictures import find_vae
-    from wandistiller.selection import check_fits
-    from wandistiller.teacher import resolve_settings
-    from wandistiller.vae_config import vae_config_path
+    from wandistiller.files.pictures import find_vae
+    from wandistiller.projection.selection import check_fits
+    from wandistiller.sampling.teacher import resolve_settings
+    from wandistiller.wan.vae import vae_config_path
 
     checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
     if args.vae_path:
@@ -99,7 +99,7 @@ def build_teacher(
     """The whole checkpoint in 2D, its weights kept as the flags say."""
     from projection_mapper import project_experts
     from wandistiller.device import DTYPES
-    from wandistiller.teacher import Teacher
+    from wandistiller.sampling.teacher import Teacher
 
     is_fp8 = args.teacher_dtype == "fp8"
     stored_dtype = dtype if is_fp8 else DTYPES[args.teacher_dtype]
@@ -159,8 +159,8 @@ def dry_run(
     device: str,
 ) -> int:
     """What the run would take; headers are all that is read, and nothing is written."""
-    from wandistiller.budget_setup import check_places, report_budget
     from wandistiller.errors import UserError
+    from wandistiller.run.dry_run import check_places, report_budget
 
     check_places(args, checkpoint, settings, config, texts)
     verdict, machine = report_budget(args, checkpoint, settings, config, texts, encoder, device)
@@ -174,8 +174,8 @@ def out_of_memory(args: argparse.Namespace) -> Exception:
     """What was in the memory of the device that ran out, and which flags to change."""
     import torch
 
-    from wandistiller.budget_report import OutOfMemory, out_of_memory_message
-    from wandistiller.budget_setup import changeable_flags, has_checkpoints, workload_from_args
+    from wandistiller.budget.report import OutOfMemory, out_of_memory_message
+    from wandistiller.run.dry_run import changeable_flags, has_checkpoints, workload_from_args
 
     config = StudentConfig.load(args.student_config)
     texts, _ = read_texts(args.data_path, args.extra_prompts, args.eval_prompts, args.eval_every > 0)
@@ -211,26 +211,13 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     check_output_folder(args.output_dir)
     clock.lap("config and prompts read")
 
-    from wandistiller.answers import ReplayedAnswers
-    from wandistiller.budget_setup import check_disk
-    from wandistiller.checkpointing import Checkpoints
     from wandistiller.device import pick_device, pick_dtype, pick_teacher_dtype
-    from wandistiller.distributed import join, leave
-    from wandistiller.hub import hub_id
-    from wandistiller.model_card import try_to_write_model_card
-    from wandistiller.optimization import check_optimizer
-    from wandistiller.record import commands_so_far, distillation_record, save_student
-    from wandistiller.reporting import Progress, Silence
-    from wandistiller.run_inputs import (
-        embed_prompts,
-        find_encoder,
-        find_sample_vae,
-        leave_features_out,
-        leave_offload_out,
-        print_batch,
-        print_run,
-    )
-    from wandistiller.run_setup import (
+    from wandistiller.files.hub import hub_id
+    from wandistiller.processes import join, leave
+    from wandistiller.reports.cards import try_to_write_model_card
+    from wandistiller.reports.progress import Progress, Silence
+    from wandistiller.reports.trackers import Trackers, check_report
+    from wandistiller.run.build import (
         build_answers,
         build_evaluation,
         build_objective,
@@ -245,17 +232,30 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
         segment_sigmas,
         training_options,
     )
-    from wandistiller.student_folder import recorded_path
-    from wandistiller.summary import (
+    from wandistiller.run.dry_run import check_disk
+    from wandistiller.run.inputs import (
+        embed_prompts,
+        find_encoder,
+        find_sample_vae,
+        leave_features_out,
+        leave_offload_out,
+        print_batch,
+        print_run,
+    )
+    from wandistiller.run.messages import (
         command_line,
         command_to_go_on,
         held_out_prompts,
         next_commands,
         summary_lines,
     )
-    from wandistiller.teacher_cache import CachedAnswers
-    from wandistiller.trackers import Trackers, check_report
-    from wandistiller.training import train
+    from wandistiller.run.record import commands_so_far, distillation_record, save_student
+    from wandistiller.sampling.recorded import recorded_path
+    from wandistiller.targets.answers import ReplayedAnswers
+    from wandistiller.targets.cache import CachedAnswers
+    from wandistiller.training.checkpoints import Checkpoints
+    from wandistiller.training.loop import train
+    from wandistiller.training.optimizer import check_optimizer
 
     clock.lap("torch and our modules imported")
     processes = join(args.device, pick_device)

@@ -25,12 +25,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from wandistiller.budget.machine import matmul_rate  # noqa: E402
 from wandistiller.device import DTYPES  # noqa: E402 (found from wherever the script is started)
-from wandistiller.flops import BACKWARD_PASSES, transformer_flops  # noqa: E402
-from wandistiller.lift import FP32_ISLANDS  # noqa: E402
-from wandistiller.machine import matmul_rate  # noqa: E402
-from wandistiller.student import WanLiteStudent  # noqa: E402
-from wandistiller.student_config import StudentConfig  # noqa: E402
+from wandistiller.model.config import StudentConfig  # noqa: E402
+from wandistiller.model.flops import BACKWARD_PASSES, transformer_flops  # noqa: E402
+from wandistiller.model.transformer import WanLiteStudent  # noqa: E402
+from wandistiller.projection.lift import FP32_ISLANDS  # noqa: E402
 
 SHAPES = {  # hidden_size, heads, ffn_dim, depth, channels, text width (Wan2.1, Wan2.2: wan/configs)
     "demo": None,

@@ -79,7 +79,7 @@ def measure_arm(args: argparse.Namespace) -> dict:
     """One arm: train a few steps as the trainer does, and read the allocator."""
     import torch
 
-    from wandistiller.budget import memory_budget, phase_bytes
+    from wandistiller.budget.workload import memory_budget, phase_bytes
 
     workload = build_workload(args)
     step = build_step(workload, args.compile)
@@ -105,8 +105,8 @@ def measure_arm(args: argparse.Namespace) -> dict:
 
 
 def build_workload(args: argparse.Namespace):
-    from wandistiller.budget import Workload, stored_latents
-    from wandistiller.student_config import StudentConfig
+    from wandistiller.budget.workload import Workload, stored_latents
+    from wandistiller.model.config import StudentConfig
 
     config = StudentConfig.load(ROOT / "config" / "student_config.json")
     student = config.replace(num_channels=TEACHER_SHAPE["num_channels"], image_size=args.image_size)
@@ -129,18 +129,18 @@ def build_step(workload, is_compiled: bool, device: str = "cuda") -> Callable[[]
     import torch
     from torch import nn
 
-    from wandistiller.answers import TeacherAnswers
-    from wandistiller.distributed import Processes
-    from wandistiller.mock_teacher import mock_checkpoint
-    from wandistiller.objective import Objective, TrainedStudent
-    from wandistiller.optimization import OptimizationOptions
-    from wandistiller.prompt_embeds import PromptEmbeds
-    from wandistiller.run_setup import compile_blocks
-    from wandistiller.run_state import RunState
-    from wandistiller.state_sources import StatesOptions, build_states
-    from wandistiller.step_time import random_model
-    from wandistiller.student import WanLiteStudent
-    from wandistiller.teacher import Teacher, resolve_settings
+    from wandistiller.budget.step_time import random_model
+    from wandistiller.model.transformer import WanLiteStudent
+    from wandistiller.processes import Processes
+    from wandistiller.run.build import compile_blocks
+    from wandistiller.sampling.teacher import Teacher, resolve_settings
+    from wandistiller.targets.answers import TeacherAnswers
+    from wandistiller.targets.states import StatesOptions, build_states
+    from wandistiller.training.objective import Objective, TrainedStudent
+    from wandistiller.training.optimizer import OptimizationOptions
+    from wandistiller.training.state import RunState
+    from wandistiller.wan.mock import mock_checkpoint
+    from wandistiller.wan.text_encoder import PromptEmbeds
 
     dtype = torch.bfloat16
     student = WanLiteStudent(workload.student).to(device).train()

@@ -35,16 +35,16 @@ sys.path.insert(0, str(ROOT))
 import projection_mapper  # noqa: E402 (found from wherever the script is started)
 from benchmarks.bench_forward import SHAPES  # noqa: E402
 from wandistiller.device import DTYPES  # noqa: E402
-from wandistiller.lift import transformer_settings  # noqa: E402
-from wandistiller.student import WanLiteStudent  # noqa: E402
-from wandistiller.student_config import StudentConfig  # noqa: E402
-from wandistiller.wan_transformer import teacher_tensor_shapes  # noqa: E402
-from wandistiller.weight_sizes import count_parameters  # noqa: E402
+from wandistiller.model.config import StudentConfig  # noqa: E402
+from wandistiller.model.sizes import count_parameters  # noqa: E402
+from wandistiller.model.transformer import WanLiteStudent  # noqa: E402
+from wandistiller.projection.lift import transformer_settings  # noqa: E402
+from wandistiller.wan.transformer_files import teacher_tensor_shapes  # noqa: E402
 
 CONFIG = ROOT / "config" / "student_config.json"
 FILE_NAME = "diffusion_pytorch_model"
 GIB = 2**30
-ALLOWED_BYTES = 500e6  # beyond result and largest tensor: as tests/test_projection.py has it
+ALLOWED_BYTES = 500e6  # beyond result and largest tensor: as tests/projection/test_projection.py has it
 
 
 def parse_args() -> argparse.Namespace:
@@ -129,7 +129,7 @@ def read(folder: Path, names: list[str], keep: bool) -> float:
 
 def project(folder: Path, config: StudentConfig | None, dtype: torch.dtype) -> dict:
     """Seconds and memory of a projection, and the names of the tensors it used."""
-    import wandistiller.selection  # noqa: F401 (its import is not part of what is measured)
+    import wandistiller.projection.selection  # noqa: F401 (its import is not part of what is measured)
 
     small = StudentConfig.load(CONFIG).replace(hidden_size=128, num_heads=1, depth=1, ffn_dim=128)
     WanLiteStudent(small)

@@ -25,8 +25,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wandistiller.answers import Answer, ReplayedAnswers  # noqa: E402
-from wandistiller.lanes import Lanes  # noqa: E402
+from wandistiller.targets.answers import Answer, ReplayedAnswers  # noqa: E402
+from wandistiller.targets.lanes import Lanes  # noqa: E402
 
 BATCH_SIZE = 64
 BASE = {

@@ -28,14 +28,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_distillation  # noqa: E402 (found from wherever the script is started)
-import wandistiller.training  # noqa: E402
-from wandistiller.flops import BACKWARD_PASSES, guided_flops, num_image_tokens, transformer_flops  # noqa: E402
-from wandistiller.machine import matmul_rate  # noqa: E402
-from wandistiller.optimization import WeightAverage, make_optimizer  # noqa: E402
-from wandistiller.reporting import StepMetrics  # noqa: E402
-from wandistiller.student import WanLiteStudent  # noqa: E402
-from wandistiller.student_config import StudentConfig  # noqa: E402
-from wandistiller.teacher import Teacher  # noqa: E402
+import wandistiller.training.loop  # noqa: E402
+from wandistiller.budget.machine import matmul_rate  # noqa: E402
+from wandistiller.model.config import StudentConfig  # noqa: E402
+from wandistiller.model.flops import BACKWARD_PASSES, guided_flops, num_image_tokens, transformer_flops  # noqa: E402
+from wandistiller.model.transformer import WanLiteStudent  # noqa: E402
+from wandistiller.reports.progress import StepMetrics  # noqa: E402
+from wandistiller.sampling.teacher import Teacher  # noqa: E402
+from wandistiller.training.optimizer import WeightAverage, make_optimizer  # noqa: E402
 
 WARM_UP = 10
 PARTS = ("teacher", "student forward", "student backward", "optimizer and average")
@@ -58,7 +58,7 @@ class FixedEmbeds:
 
 
 class Bench:
-    """Stands in for `wandistiller.training.train`: the same loop, with a stopwatch around each of its steps."""
+    """Stands in for `wandistiller.training.loop.train`: the same loop, with a stopwatch around each of its steps."""
 
     def __init__(self, train: Callable):
         self.train, self.ask = train, None
@@ -155,8 +155,8 @@ class Bench:
 
 def main() -> int:
     args, flags = parse_args()
-    bench = Bench(wandistiller.training.train)
-    wandistiller.training.train = bench
+    bench = Bench(wandistiller.training.loop.train)
+    wandistiller.training.loop.train = bench
     Teacher.velocity_and_features = bench.watch(Teacher.velocity_and_features)
     with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
         steps = str(WARM_UP + args.steps)

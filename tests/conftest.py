@@ -1,10 +1,8 @@
 """What the tests of the commands share: one thread, no network, tiny Wan checkpoints, and a command run in-process."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 # Before torch and huggingface_hub are imported. With tiny tensors a second thread costs more than it saves.
@@ -15,54 +13,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from wan_folders import write_original_folder, write_pipeline_folder, write_single_file
 
 import train_distillation
+from support.runs import (
+    PROMPTS,
+    PRUNED_CONFIG,
+    Outcome,
+    Teachers,
+)
+from support.torchrun import FLAGS, start
+from support.wan_folders import write_original_folder, write_pipeline_folder, write_single_file
 from wandistiller.command_line import run_command
 
 torch.set_num_threads(1)
-
-ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = ROOT / "data" / "static_prompts.txt"
-
-# The own shape of what wan_folders writes: 3 layers, 2 heads of 12 channels.
-IDENTITY_CONFIG = {
-    "model_type": "WanLiteStudent",
-    "block": "wan",
-    "hidden_size": 24,
-    "depth": 3,
-    "num_heads": 2,
-    "ffn_dim": 40,
-    "num_channels": 16,
-    "image_size": 32,
-    "patch_size": 2,
-    "text_max_length": 512,
-    "text_encoder_output_dim": 20,
-    "freq_dim": 256,
-    "eps": 1e-6,
-}
-PRUNED_CONFIG = IDENTITY_CONFIG | {"hidden_size": 12, "depth": 2, "num_heads": 1, "ffn_dim": 24}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a person sees of a command."""
-
-    code: int
-    out: str
-    err: str
-
-
-@dataclass(frozen=True)
-class Teachers:
-    """Tiny checkpoints on disk, to be read only, and a cache for their prompts' embeddings."""
-
-    one: Path  # diffusers pipeline folder
-    two: Path  # the same with two experts
-    original: Path  # original folder, without a usable text encoder
-    single_file: Path  # ComfyUI's layout; heads of 128
-    prompt_cache: Path
 
 
 @pytest.fixture(scope="session")
@@ -118,18 +81,31 @@ def train(run_main, write_config, tmp_path, teachers: Teachers):
     return run
 
 
-def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
-    """Every file below a folder: its content's hash and its modification time."""
-    return {
-        str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+@pytest.fixture
+def flags_of(teachers, write_config, tmp_path):
+    """The command line of a run on the CPU, into a folder of the test's own."""
+
+    def flags(output: str, *flags: object, teacher: Path | None = None, config: dict = PRUNED_CONFIG) -> list[str]:
+        words = [
+            "--teacher_path", teacher or teachers.one, "--student_config", write_config(config), "--data_path", PROMPTS,
+            "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--num_samples", 0, "--save_every", 0,
+            "--output_dir", tmp_path / output, *FLAGS, *flags,
+        ]  # fmt: skip
+        return [str(word) for word in words]
+
+    return flags
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+@pytest.fixture
+def launch(tmp_path):
+    """Run the command in so many processes; their exit codes, and what they said."""
 
+    def run(count: int, argv: list[str]) -> tuple[list[int], str]:
+        log = tmp_path / "log.txt"
+        log.unlink(missing_ok=True)
+        processes = start(count, argv, log)
+        for process in processes:
+            process.join()
+        return [process.exitcode for process in processes], log.read_text()
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "diffusion_model.safetensors")
+    return run

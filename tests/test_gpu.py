@@ -10,11 +10,17 @@ import warnings
 
 import pytest
 import torch
-from conftest import IDENTITY_CONFIG, PRUNED_CONFIG, ROOT, read_metrics, weights_of
 
 from projection_mapper import project_teacher
+from support.runs import (
+    IDENTITY_CONFIG,
+    PRUNED_CONFIG,
+    ROOT,
+    read_metrics,
+    weights_of,
+)
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.fp8 import to_fp8
+from wandistiller.model.fp8 import to_fp8
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 DEVICE = "cuda"

@@ -12,8 +12,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# The rooms of the house from the top floor down: each imports only those below it.
+FLOORS = [
+    "run",
+    "budget",
+    "training",
+    "reports",
+    "evaluation",
+    "targets",
+    "projection",
+    "sampling",
+    "wan",
+    "model",
+    "files",
+    "processes",
+    "device",
+    "command_line",
+    "errors",
+]
 SCRIPTS = sorted(ROOT.glob("*.py"))
-PACKAGE = sorted((ROOT / "wandistiller").glob("*.py"))
+PACKAGE = sorted((ROOT / "wandistiller").rglob("*.py"))
 PRODUCT = [*SCRIPTS, *PACKAGE, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
 COMMANDS = [path.name for path in SCRIPTS if "argparse" in path.read_text() or "FlagParser" in path.read_text()]
 HEAVY = {
@@ -60,25 +78,56 @@ def others_than_stdlib(path: Path, **settings) -> set[str]:
     return {name for name in imports(path, **settings) if name.split(".")[0] not in sys.stdlib_module_names}
 
 
+def file_of(module: str) -> Path | None:
+    """The file of a module of the package, or of the package that a folder is; None for other names."""
+    path = ROOT.joinpath(*module.split("."))
+    files = path.with_suffix(".py"), path / "__init__.py"
+    return next((file for file in files if module.startswith("wandistiller.") and file.is_file()), None)
+
+
 def modules_behind(path: Path) -> set[Path]:
     """Every file of the package that `path` imports when it is imported, through others too."""
     behind, waiting = set(), [path]
     while waiting:
         for name in imports(waiting.pop(), at_import_time=True):
-            parts = name.split(".")
-            file = ROOT / "wandistiller" / f"{parts[1]}.py" if parts[0] == "wandistiller" and len(parts) > 1 else None
-            if file and file.is_file() and file not in behind:
+            file = file_of(name)
+            if file and file not in behind:
                 behind.add(file)
                 waiting.append(file)
     return behind
+
+
+def room_of(path: Path) -> str:
+    """The package of a file, or the module beside the packages."""
+    return path.relative_to(ROOT / "wandistiller").parts[0].removesuffix(".py")
 
 
 def names(paths: list[Path]) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths]
 
 
+def test_every_room_stands_on_a_floor():
+    assert {room_of(path) for path in PACKAGE} == {*FLOORS, "__init__"}
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=names(PACKAGE))
+def test_imports_point_down(path):
+    """Also those inside functions and for type checkers: what a module needs to be understood lies below it."""
+    if room_of(path) == "__init__":
+        return
+    below = FLOORS[FLOORS.index(room_of(path)) :]
+    rooms = {name.split(".")[1] for name in imports(path) if file_of(name)}
+    assert rooms <= set(below), f"{sorted(rooms - set(below))} lie above {room_of(path)}"
+
+
+@pytest.mark.parametrize("room", [room for room in FLOORS if (ROOT / "wandistiller" / room).is_dir()])
+def test_every_room_says_what_belongs_in_it_and_what_it_may_import(room):
+    doc = ast.get_docstring(ast.parse((ROOT / "wandistiller" / room / "__init__.py").read_text(encoding="utf-8")))
+    assert "may import" in doc
+
+
 def test_the_model_and_flow_matching_import_only_torch():
-    for name in ("student.py", "flow.py"):
+    for name in ("model/transformer.py", "sampling/flow.py"):
         path = ROOT / "wandistiller" / name
         outside = {root for root in roots(others_than_stdlib(path, at_import_time=True)) if root != "wandistiller"}
         assert outside == {"torch"}
@@ -88,15 +137,20 @@ def test_the_model_and_flow_matching_import_only_torch():
 
 
 def test_the_model_knows_nothing_of_training():
-    behind = {path.stem for path in modules_behind(ROOT / "wandistiller" / "student.py")}
-    inside = {
-        name.split(".")[1] for name in imports(ROOT / "wandistiller" / "student.py") if name.startswith("wandistiller.")
-    }
-    assert behind | inside <= {"student_config", "positions", "linear", "errors", "atomic", "hub"}
+    path = ROOT / "wandistiller" / "model" / "transformer.py"
+    rooms = {name.split(".")[1] for name in imports(path) if file_of(name)}
+    assert rooms | {room_of(file) for file in modules_behind(path)} <= {"model", "files", "errors"}
 
 
 def test_the_config_and_the_command_line_need_no_third_party():
-    for name in ("student_config.py", "config_help.py", "command_line.py", "errors.py", "atomic.py"):
+    for name in (
+        "model/config.py",
+        "run/config_help.py",
+        "run/flags.py",
+        "command_line.py",
+        "errors.py",
+        "files/atomic.py",
+    ):
         path = ROOT / "wandistiller" / name
         for file in [path, *modules_behind(path)]:
             assert roots(others_than_stdlib(file)) <= {"wandistiller"}, name

@@ -2,7 +2,7 @@
 
     python tools/check_demo_teacher.py --sheet teacher.png
 
-Held-out prompts name combinations that no training prompt holds; wandistiller/world_judge.py reads the pictures.
+Held-out prompts name combinations that no training prompt holds; wandistiller/evaluation/demo_judge.py reads the pictures.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def moving_prompts(count: int, seed: int) -> list[str]:
 def main(argv: list[str] | None = None) -> dict:
     """Draw, judge, print; returns the figures."""
     args = parse_args(argv)
-    from wandistiller import world_judge
+    from wandistiller.evaluation import demo_judge
 
     record_path = args.teacher_path / "teacher_record.json"
     record = json.loads(record_path.read_text(encoding="utf-8"))
@@ -101,19 +101,19 @@ def main(argv: list[str] | None = None) -> dict:
     # Stills of held-out combinations:
     prompts = read_prompts(args.prompts)[: args.num_prompts]
     pictures = draw(pipeline, prompts, num_frames=1, **settings)[:, 0]
-    facts = [world_judge.judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    facts = [demo_judge.judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     correct = Counter(name for fact in facts for name, is_right in fact.items() if is_right)
-    figures = {name: round(correct[name] / len(prompts), 4) for name in (*world_judge.FACTS, "correct")}
+    figures = {name: round(correct[name] / len(prompts), 4) for name in (*demo_judge.FACTS, "correct")}
     figures |= {"num_prompts": len(prompts), "guidance_scale": guidance, "num_inference_steps": steps}
     for prompt, fact in zip(prompts, facts, strict=True):
         if not fact["correct"]:
-            print("wrong:", prompt, "->", ", ".join(name for name in world_judge.FACTS if not fact[name]))
+            print("wrong:", prompt, "->", ", ".join(name for name in demo_judge.FACTS if not fact[name]))
 
     # Clips of moving objects:
     clip_prompts = moving_prompts(args.num_clips, args.seed)
     if clip_prompts:
         clips = draw(pipeline, clip_prompts, num_frames=5, **settings)
-        judged = [world_judge.judge_clip(clip, prompt) for clip, prompt in zip(clips, clip_prompts, strict=True)]
+        judged = [demo_judge.judge_clip(clip, prompt) for clip, prompt in zip(clips, clip_prompts, strict=True)]
         figures["clips_move"] = round(float(np.mean([fact["moves"] for fact in judged])), 4)
         figures["clips_first_frame_correct"] = round(float(np.mean([fact["correct"] for fact in judged])), 4)
         figures["num_clips"] = len(clip_prompts)

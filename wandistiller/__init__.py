@@ -4,7 +4,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"WanLiteStudent": "wandistiller.student", "StudentConfig": "wandistiller.student_config"}
+_PUBLIC = {"WanLiteStudent": "wandistiller.model.transformer", "StudentConfig": "wandistiller.model.config"}
 
 __all__ = ["StudentConfig", "WanLiteStudent"]
 

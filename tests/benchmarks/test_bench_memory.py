@@ -1,6 +1,6 @@
 """benchmarks/bench_memory.py as far as it can be tested without a GPU: its step is a training step, and it says what it lacks.
 
-pytest tests/test_bench_memory.py
+pytest tests/benchmarks/test_bench_memory.py
 """
 
 import subprocess
@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
 
 from benchmarks import bench_memory
-from wandistiller.budget import Workload
-from wandistiller.student_config import StudentConfig
+from support.runs import ROOT
+from wandistiller.budget.workload import Workload
+from wandistiller.model.config import StudentConfig
 
 TINY = StudentConfig(
     block="wan", hidden_size=32, depth=2, num_heads=2, ffn_dim=48, num_channels=48, image_size=64, text_encoder_output_dim=16

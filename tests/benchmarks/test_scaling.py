@@ -1,6 +1,6 @@
 """docs/scaling.md holds exactly what its script computes, and the script what a hand reckons.
 
-pytest tests/test_scaling.py
+pytest tests/benchmarks/test_scaling.py
 """
 
 import re
@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 from benchmarks import scaling
+from support.runs import ROOT
 
 
 def test_the_pages_hold_exactly_the_tables_that_the_script_prints():

@@ -1,11 +1,12 @@
 """Activations and FLOPs by formula against what torch keeps and counts, on small students.
 
-pytest tests/test_activations.py
+pytest tests/budget/test_activations.py
 """
 
 import pytest
 import torch
-from measures import (
+
+from support.measures import (
     computing_in,
     count_flops,
     inference_peak,
@@ -15,11 +16,10 @@ from measures import (
     training_peak,
     with_checkpointing,
 )
-
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.activations import block_saved_bytes, inference_bytes, training_bytes
-from wandistiller.flops import num_image_tokens, transformer_flops
-from wandistiller.weight_sizes import count_parameters
+from wandistiller.budget.activations import block_saved_bytes, inference_bytes, training_bytes
+from wandistiller.model.flops import num_image_tokens, transformer_flops
+from wandistiller.model.sizes import count_parameters
 
 NUM_TOKENS = 9
 DTYPES = {2: torch.bfloat16, 4: torch.float32}

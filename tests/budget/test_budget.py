@@ -1,22 +1,22 @@
 """Budgets held against the things themselves: projected weights, stores, checkpoints, replays; and what is advised.
 
-pytest tests/test_budget.py
+pytest tests/budget/test_budget.py
 """
 
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PRUNED_CONFIG
-from measures import training_peak, with_checkpointing
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_distillation
 from projection_mapper import project_teacher
+from support.measures import training_peak, with_checkpointing
+from support.runs import PRUNED_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.answers import Answer, ReplayedAnswers
-from wandistiller.budget import (
+from wandistiller.budget.report import GIB, by_effect, memory_lines, out_of_memory_message, verdict
+from wandistiller.budget.workload import (
     BACKWARD_PASSES,
     Workload,
     certain_bytes,
@@ -27,15 +27,15 @@ from wandistiller.budget import (
     step_flops,
     stored_latents,
 )
-from wandistiller.budget_report import GIB, by_effect, memory_lines, out_of_memory_message, verdict
-from wandistiller.budget_setup import changeable_flags, num_calls
-from wandistiller.flops import transformer_flops
-from wandistiller.lanes import Lanes
-from wandistiller.mock_teacher import mock_checkpoint
-from wandistiller.positions import rope_table
-from wandistiller.state_sources import StatesOptions, build_states
-from wandistiller.teacher import resolve_settings
-from wandistiller.weight_sizes import count_parameters, weight_bytes
+from wandistiller.model.flops import transformer_flops
+from wandistiller.model.positions import rope_table
+from wandistiller.model.sizes import count_parameters, weight_bytes
+from wandistiller.run.dry_run import changeable_flags, num_calls
+from wandistiller.sampling.teacher import resolve_settings
+from wandistiller.targets.answers import Answer, ReplayedAnswers
+from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.states import StatesOptions, build_states
+from wandistiller.wan.mock import mock_checkpoint
 
 TEACHER = StudentConfig(
     block="wan", hidden_size=5120, depth=40, num_heads=40, ffn_dim=13824, num_channels=16, image_size=512

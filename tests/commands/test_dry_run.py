@@ -1,6 +1,6 @@
 """--dry_run: what a real run of the full-size A14B would take, from headers alone, and that nothing is touched.
 
-pytest tests/test_dry_run.py
+pytest tests/commands/test_dry_run.py
 """
 
 import re
@@ -13,11 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, PRUNED_CONFIG, ROOT, read_metrics, snapshot
-from wan_folders import write_hollow_a14b
 
 import run_production_test
 import train_distillation
+from support.runs import (
+    PROMPTS,
+    PRUNED_CONFIG,
+    ROOT,
+    read_metrics,
+    snapshot,
+)
+from support.wan_folders import write_hollow_a14b
 
 GIB = 2**30
 DEFAULT_CONFIG = ROOT / "config" / "student_config.json"
@@ -229,7 +235,7 @@ def test_out_of_memory_by_any_of_its_names_gets_the_same_advice(train, teachers,
         except RuntimeError as error:
             raise ValueError("a step failed") from error
 
-    monkeypatch.setattr("wandistiller.training.train", fails)
+    monkeypatch.setattr("wandistiller.training.loop.train", fails)
     outcome = train(teachers.one, PRUNED_CONFIG)
     assert outcome.code == 1 and "Change, in order of GiB saved" in outcome.err and "Traceback" not in outcome.err
 
@@ -241,7 +247,7 @@ def test_advice_for_a_run_with_checkpoints_says_what_it_can_go_on_with(train, te
     def fails(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("wandistiller.training.train", fails)
+    monkeypatch.setattr("wandistiller.training.loop.train", fails)
     outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 4)
     assert "The run goes on with another --batch_size" in outcome.err and "others make another run" in outcome.err
 
@@ -250,7 +256,7 @@ def test_out_of_memory_in_a_run_lists_what_was_there_and_what_to_change(train, t
     def fails(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("wandistiller.training.train", fails)
+    monkeypatch.setattr("wandistiller.training.loop.train", fails)
     outcome = train(teachers.one, PRUNED_CONFIG)
     assert outcome.code == 1
     (line,) = outcome.err.splitlines()

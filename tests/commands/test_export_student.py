@@ -1,6 +1,6 @@
 """export_student.py: its three formats read by diffusers, safetensors, transformers and this trainer, and its refusals.
 
-pytest tests/test_export.py
+pytest tests/commands/test_export_student.py
 """
 
 import contextlib
@@ -15,23 +15,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, snapshot
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from wan_folders import oracle_velocity, random_weights, relative_error, write_pipeline_folder
 
 import export_student
 import generate_images
 import train_distillation
 from projection_mapper import project_teacher
-from wandistiller.comfyui import comfyui_settings, comfyui_warnings
-from wandistiller.hub import HubError
-from wandistiller.student import WanLiteStudent
-from wandistiller.student_config import ConfigError, StudentConfig
-from wandistiller.teacher import RELEASED_LATENTS, resolve_settings
-from wandistiller.wan_checkpoint import open_checkpoint
+from support.runs import ROOT, snapshot
+from support.wan_folders import oracle_velocity, random_weights, relative_error, write_pipeline_folder
+from wandistiller.files.hub import HubError
+from wandistiller.model.config import ConfigError, StudentConfig
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
+from wandistiller.sampling.teacher import RELEASED_LATENTS, resolve_settings
+from wandistiller.wan.files import open_checkpoint
 
 DEMO_TEACHER = ROOT / "data" / "demo_teacher"
 PROMPT = "a large red circle on a white background"
@@ -565,7 +565,7 @@ def test_an_export_that_ends_early_leaves_nothing(student, export, tmp_path, mon
         Path(file).write_bytes(b"half of a file")
         raise error("no space left on device")
 
-    monkeypatch.setattr("wandistiller.export.save_file", half)
+    monkeypatch.setattr("wandistiller.projection.diffusers_export.save_file", half)
     outcome = export(student, name, output="new/out")
     assert outcome.code == (130 if error is KeyboardInterrupt else 1)
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
@@ -579,7 +579,7 @@ def test_sigterm_is_an_interrupt(student, export, tmp_path, monkeypatch, name):
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("wandistiller.export.save_file", killed)
+    monkeypatch.setattr("wandistiller.projection.diffusers_export.save_file", killed)
     assert export(student, name, output="new/out").code == 130
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
     assert signal.getsignal(signal.SIGTERM) == before

@@ -1,6 +1,6 @@
 """generate_images.py against diffusers' own WanPipeline, and its files, defaults and refusals.
 
-pytest tests/test_generate_images.py
+pytest tests/commands/test_generate_images.py
 """
 
 import json
@@ -12,58 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
-from wan_folders import write_pipeline_folder
 
 import generate_images
-import train_distillation
+from support.students import PROMPTS, train_student, write_teacher
+from support.wan_folders import write_pipeline_folder
 from wandistiller.command_line import run_command
-from wandistiller.flow import seeded_noise
-from wandistiller.pictures import labelled_grid, save_png, slug, wrap
-from wandistiller.sampling import SamplingOptions, sample
-from wandistiller.student import WanLiteStudent
-from wandistiller.student_config import StudentConfig
-from wandistiller.teacher import DEFAULT_NEGATIVE_PROMPT
-
-PROMPTS = ["a red circle", "a blue square on the left, on a white background"]
-STUDENT = {
-    "model_type": "WanLiteStudent",
-    "block": "wan",
-    "hidden_size": 12,
-    "depth": 2,
-    "num_heads": 1,
-    "ffn_dim": 24,
-    "num_channels": 16,
-    "image_size": 32,
-    "patch_size": 2,
-    "text_max_length": 512,
-    "text_encoder_output_dim": 20,
-    "freq_dim": 256,
-    "eps": 1e-6,
-}
-
-
-def write_teacher(folder: Path, **shape) -> Path:
-    """A tiny pipeline whose VAE paints with contrast: an untrained one answers with grey, which would hide mistakes."""
-    from diffusers import AutoencoderKLWan
-
-    write_pipeline_folder(folder, **shape)
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
-    with torch.no_grad():
-        vae.decoder.conv_out.weight.mul_(12)
-    vae.save_pretrained(folder / "vae")
-    return folder
-
-
-def train_student(folder: Path, teacher: Path, *flags: str, **changes) -> Path:
-    """A student that train_distillation.py itself saved after two steps."""
-    (folder / "config.json").parent.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(STUDENT | changes), encoding="utf-8")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    paths = {"teacher_path": teacher, "student_config": folder / "config.json", "data_path": folder / "prompts.txt"}
-    paths |= {"prompt_cache": folder / "cache", "output_dir": folder / "student"}
-    argv = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
-    assert train_distillation.main([*argv, "--max_steps", "2", "--device", "cpu", *flags]) == 0
-    return folder / "student"
+from wandistiller.files.pictures import labelled_grid, save_png, slug, wrap
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.sampling.flow import seeded_noise
+from wandistiller.sampling.sampler import SamplingOptions, sample
+from wandistiller.sampling.teacher import DEFAULT_NEGATIVE_PROMPT
 
 
 @pytest.fixture(scope="module")

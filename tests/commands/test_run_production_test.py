@@ -1,6 +1,6 @@
 """run_production_test.py: what it prints, what it keeps, and how it fails.
 
-pytest tests/test_run_production_test.py
+pytest tests/commands/test_run_production_test.py
 """
 
 import json
@@ -9,9 +9,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, ROOT, read_metrics, snapshot
 
 import run_production_test
+from support.runs import (
+    IDENTITY_CONFIG,
+    PROMPTS,
+    PRUNED_CONFIG,
+    ROOT,
+    read_metrics,
+    snapshot,
+)
 from wandistiller import StudentConfig, WanLiteStudent
 
 LITE = ROOT / "config" / "student_config_lite.json"

@@ -1,6 +1,6 @@
 """train_distillation.py as a person runs it: tiny checkpoints written by diffusers, real files, real signals.
 
-pytest tests/test_train_distillation.py
+pytest tests/commands/test_train_distillation.py
 """
 
 import json
@@ -17,12 +17,21 @@ from statistics import mean
 import numpy as np
 import pytest
 import torch
-from conftest import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, ROOT, Teachers, read_metrics, snapshot, weights_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from wan_folders import write_pipeline_folder
 
 import train_distillation
+from support.runs import (
+    IDENTITY_CONFIG,
+    PROMPTS,
+    PRUNED_CONFIG,
+    ROOT,
+    Teachers,
+    read_metrics,
+    snapshot,
+    weights_of,
+)
+from support.wan_folders import write_pipeline_folder
 from wandistiller import WanLiteStudent
 
 CELL = 160 + 8  # pixels of a drawn prompt in the side-by-side picture, with its margin
@@ -479,7 +488,7 @@ def test_a_student_learns_the_same_from_a_cache_built_now_and_found_later_withou
     first = train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "one")
     assert first.code == 0, first.err
     assert "Asking the teacher for 4 batches" in first.out
-    from wandistiller.teacher import Teacher
+    from wandistiller.sampling.teacher import Teacher
 
     def refuse(*args):
         raise AssertionError("a teacher was made")

@@ -1,6 +1,6 @@
 """Mistakes people make: each gives exit 2, one message they can act on, no traceback, and touches nothing.
 
-pytest tests/test_wrong_inputs.py
+pytest tests/commands/test_wrong_inputs.py
 """
 
 import json
@@ -12,12 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, ROOT, snapshot
 from safetensors.torch import load_file, save_file
-from wan_folders import write_transformer_folder
 
 import train_distillation
-from wandistiller.student_config import ConfigError, StudentConfig
+from support.runs import (
+    IDENTITY_CONFIG,
+    PROMPTS,
+    PRUNED_CONFIG,
+    ROOT,
+    snapshot,
+)
+from support.wan_folders import write_transformer_folder
+from wandistiller.model.config import ConfigError, StudentConfig
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Held-out errors against known ones and a loop written by hand, and what they must leave alone.
 
-pytest tests/test_held_out.py
+pytest tests/evaluation/test_held_out.py
 """
 
 import copy
@@ -9,15 +9,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import IDENTITY_CONFIG, PRUNED_CONFIG
 
 from projection_mapper import open_teacher, project_experts, project_teacher
+from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.flow import seeded_noise
-from wandistiller.held_out import HeldOutErrors
-from wandistiller.prompt_embeds import mock_prompt_embeds
-from wandistiller.sampling import SamplingOptions, wan_scheduler
-from wandistiller.teacher import Teacher, resolve_settings
+from wandistiller.evaluation.held_out import HeldOutErrors
+from wandistiller.sampling.flow import seeded_noise
+from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
+from wandistiller.sampling.teacher import Teacher, resolve_settings
+from wandistiller.wan.text_encoder import mock_prompt_embeds
 
 SHAPE = (16, 4, 4)
 OPTIONS = SamplingOptions(shift=3.0, num_inference_steps=8)

@@ -1,6 +1,6 @@
 """Weights kept as fp8 against the float32 weights they stand for; oracles are torch's own cast and products in float64.
 
-pytest tests/test_fp8.py
+pytest tests/model/test_fp8.py
 """
 
 import copy
@@ -8,13 +8,13 @@ import copy
 import pytest
 import torch
 from torch import nn
-from wan_folders import oracle_velocity, relative_error, write_pipeline_folder, write_single_file
 
 from projection_mapper import _empty_student, project_experts, project_teacher
+from support.wan_folders import oracle_velocity, relative_error, write_pipeline_folder, write_single_file
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.features import block_outputs
-from wandistiller.fp8 import FP8, Fp8Linear, fp8_linears, quantise, to_fp8
-from wandistiller.wan_checkpoint import open_checkpoint
+from wandistiller.model.fp8 import FP8, Fp8Linear, fp8_linears, quantise, to_fp8
+from wandistiller.training.feature_loss import block_outputs
+from wandistiller.wan.files import open_checkpoint
 
 # Rounding to three bits of mantissa errs by at most 1/16 of a value, evenly spread by about 1/28 (root mean square); a
 # velocity is far off that only where something is wrong.

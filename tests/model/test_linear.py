@@ -1,6 +1,6 @@
 """Linear layers whose large products are oneDNN's: the same answers and gradients as torch's own.
 
-pytest tests/test_linear.py
+pytest tests/model/test_linear.py
 """
 
 import copy
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from wandistiller import linear
-from wandistiller.linear import LARGE, Linear
+from wandistiller.model import linear
+from wandistiller.model.linear import LARGE, Linear
 
 SHAPES = [(1024, 1024), (1536, 700), (700, 1536)]  # in, out; more than LARGE weights each
 INPUTS = [(5,), (2, 7), (3, 4, 5)]  # rows

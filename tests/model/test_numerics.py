@@ -1,6 +1,6 @@
 """What saves memory or time changes no result: accumulated gradients, blocks computed again, compiled blocks, bf16.
 
-pytest tests/test_numerics.py
+pytest tests/model/test_numerics.py
 """
 
 import importlib.util
@@ -11,13 +11,18 @@ import types
 
 import pytest
 import torch
-from conftest import IDENTITY_CONFIG, PRUNED_CONFIG, read_metrics, weights_of
 from safetensors.torch import load_file, save_file
 
-import wandistiller.training
+import wandistiller.training.loop
+from support.runs import (
+    IDENTITY_CONFIG,
+    PRUNED_CONFIG,
+    read_metrics,
+    weights_of,
+)
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.checkpointing import CheckpointError
-from wandistiller.run_setup import compile_blocks
+from wandistiller.run.build import compile_blocks
+from wandistiller.training.checkpoints import CheckpointError
 
 FLAGS = ["--max_steps", 6, "--lr", 1e-3, "--batch_size", 4]
 LITE_CONFIG = PRUNED_CONFIG | {"block": "lite", "hidden_size": 16, "ffn_dim": 64, "freq_dim": 16, "patch_size": 1}
@@ -191,12 +196,12 @@ def test_another_optimiser_is_another_run(train, teachers, bitsandbytes):
 
 def diverges(monkeypatch, at: int) -> None:
     """A step whose loss is no number."""
-    check = wandistiller.training.check_finite
+    check = wandistiller.training.loop.check_finite
 
     def breaks(step, sigmas, loss, grad_norm, options):
         check(step, sigmas, float("nan") if step == at else loss, grad_norm, options)
 
-    monkeypatch.setattr(wandistiller.training, "check_finite", breaks)
+    monkeypatch.setattr(wandistiller.training.loop, "check_finite", breaks)
 
 
 def test_a_state_saved_in_need_drops_no_checkpoint_and_goes_on_with_states_anew(train, teachers, tmp_path, monkeypatch):
@@ -231,21 +236,21 @@ def test_a_disk_that_fills_up_in_need_does_not_hide_what_failed(train, teachers,
     def full(self, step, tensors, has_states=True):
         raise CheckpointError("cannot be written (No space left on device)")
 
-    monkeypatch.setattr("wandistiller.checkpointing.Checkpoints.save", full)
+    monkeypatch.setattr("wandistiller.training.checkpoints.Checkpoints.save", full)
     outcome = train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 100)
     assert outcome.code == 1 and len(outcome.err.splitlines()) <= 3
     assert "step 3: loss is nan" in outcome.err and "No space left" in outcome.err
 
 
 def test_the_last_good_state_is_saved_before_a_step_that_is_not_finite(train, teachers, tmp_path, monkeypatch):
-    check = wandistiller.training.check_finite
+    check = wandistiller.training.loop.check_finite
 
     def break_step_five(step, sigmas, loss, grad_norm, options):
         check(step, sigmas, float("nan") if step == 5 else loss, grad_norm, options)
 
     flags = [*FLAGS, "--save_every", 100]
     with monkeypatch.context() as patched:
-        patched.setattr(wandistiller.training, "check_finite", break_step_five)
+        patched.setattr(wandistiller.training.loop, "check_finite", break_step_five)
         outcome = train(teachers.one, PRUNED_CONFIG, *flags)
     assert outcome.code == 1 and "Traceback" not in outcome.err
     assert all(word in outcome.err for word in ("step 5", "sigma", "--lr 0.0001", "step 4, is saved"))

@@ -1,6 +1,6 @@
 """WanLiteStudent and StudentConfig through their public surface; diffusers' 3D transformer is the oracle of the wan block.
 
-pytest tests/test_student.py
+pytest tests/model/test_transformer.py
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from wan_folders import oracle_velocity, random_transformer, random_weights, relative_error
 
+from support.wan_folders import oracle_velocity, random_transformer, random_weights, relative_error
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.flow import sample_sigmas, shift_sigma, sigma_to_timestep, unshift_sigma
-from wandistiller.student_config import ConfigError
+from wandistiller.model.config import ConfigError
+from wandistiller.sampling.flow import sample_sigmas, shift_sigma, sigma_to_timestep, unshift_sigma
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WAN = {
     "model_type": "WanLiteStudent",
     "block": "wan",

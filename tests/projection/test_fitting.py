@@ -1,6 +1,6 @@
 """A teacher in less memory, as a person runs it: --teacher_dtype and --teacher_offload from the command line.
 
-pytest tests/test_fitting.py
+pytest tests/projection/test_fitting.py
 """
 
 import json
@@ -8,10 +8,16 @@ import re
 
 import pytest
 import torch
-from conftest import IDENTITY_CONFIG, PRUNED_CONFIG, read_metrics, snapshot, weights_of
 
 import train_distillation
-from wandistiller.fp8 import FP8, fp8_linears
+from support.runs import (
+    IDENTITY_CONFIG,
+    PRUNED_CONFIG,
+    read_metrics,
+    snapshot,
+    weights_of,
+)
+from wandistiller.model.fp8 import FP8, fp8_linears
 
 
 def record_of(folder) -> dict:

@@ -1,6 +1,6 @@
 """Projection and selection: a student is a consistent part of its teacher, and the report says so of every tensor.
 
-pytest tests/test_projection.py
+pytest tests/projection/test_projection.py
 """
 
 import json
@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from wan_folders import (
+
+import projection_mapper
+from projection_mapper import project_experts, project_teacher
+from support.wan_folders import (
     oracle_velocity,
     original_settings,
     random_transformer,
@@ -24,18 +27,15 @@ from wan_folders import (
     write_single_file,
     write_transformer_folder,
 )
-
-import projection_mapper
-from projection_mapper import project_experts, project_teacher
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
-from wandistiller.mock_teacher import mock_checkpoint
-from wandistiller.selection import spread_layers
-from wandistiller.student_config import ConfigError
-from wandistiller.wan_checkpoint import open_checkpoint
+from wandistiller.model.config import ConfigError
+from wandistiller.projection.selection import spread_layers
+from wandistiller.wan.files import open_checkpoint
+from wandistiller.wan.mock import mock_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEAD_DIM = 12
 TEACHER = {"heads": 4, "head_dim": HEAD_DIM, "layers": 5, "ffn_dim": 60, "channels": 16, "text_dim": 20}
 
@@ -465,7 +465,7 @@ def test_layers_without_a_student_to_put_them_in_are_refused(tmp_path, capsys):
 MEASURE = """
 import sys
 import torch
-import projection_mapper, wandistiller.selection, wandistiller.student, wandistiller.wan_checkpoint
+import projection_mapper, wandistiller.projection.selection, wandistiller.model.transformer, wandistiller.wan.files
 from wandistiller import StudentConfig
 
 def kib(field):
@@ -473,7 +473,7 @@ def kib(field):
 
 torch.set_num_threads(1)
 config = StudentConfig.load(sys.argv[2])
-wandistiller.student.WanLiteStudent(config.replace(depth=1, hidden_size=128, num_heads=1, ffn_dim=128))
+wandistiller.model.transformer.WanLiteStudent(config.replace(depth=1, hidden_size=128, num_heads=1, ffn_dim=128))
 start = kib("VmRSS")
 student, _ = projection_mapper.project_teacher(sys.argv[1], config)
 print(sum(t.numel() * t.element_size() for t in student.state_dict().values()) / 2**20, (kib("VmHWM") - start) / 2**10)

@@ -1,6 +1,6 @@
 """The model card of a student's folder, as the hub reads it.
 
-pytest tests/test_model_card.py
+pytest tests/reports/test_cards.py
 """
 
 import hashlib
@@ -9,12 +9,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import IDENTITY_CONFIG, PRUNED_CONFIG
 from huggingface_hub import ModelCard
 
-from wandistiller.hub import hub_id
-from wandistiller.model_card import plain, write_model_card
-from wandistiller.student_config import StudentConfig
+from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG
+from wandistiller.files.hub import hub_id
+from wandistiller.model.config import StudentConfig
+from wandistiller.reports.cards import plain, write_model_card
 
 RECORD = {
     "teacher_path": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "base_model": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
@@ -118,7 +118,7 @@ def test_a_card_that_cannot_be_written_is_told_and_does_not_fail_the_run(train, 
     def full(folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wandistiller.model_card.write_model_card", full)
+    monkeypatch.setattr("wandistiller.reports.cards.write_model_card", full)
     outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 1)
     assert outcome.code == 0 and "No model card" in outcome.err and "Done: 1 steps" in outcome.out
 

@@ -1,6 +1,6 @@
 """A run can be seen: metrics, TensorBoard files, the loss plot, sample pictures, wandb and trackio, the summary.
 
-pytest tests/test_watching.py
+pytest tests/reports/test_watching.py
 """
 
 import json
@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PRUNED_CONFIG, read_metrics, weights_of
 from PIL import Image
-from test_distributed import flags_of, launch  # noqa: F401  (fixtures)
 
-from wandistiller import plots, run_metrics, samples, trackers
-from wandistiller.output_folder import set_aside_previous_student
-from wandistiller.reporting import StepMetrics
-from wandistiller.summary import command_line, command_to_go_on
+from support.runs import PRUNED_CONFIG, read_metrics, weights_of
+from wandistiller.files.output_folder import set_aside_previous_student
+from wandistiller.reports import metrics, plots, samples, trackers
+from wandistiller.reports.progress import StepMetrics
+from wandistiller.run.messages import command_line, command_to_go_on
 
 CELL = 160 + 8  # pixels of a drawn prompt in a sample picture, with its margin
 DRAWN = ["--guidance_scale", 1, "--num_samples", 2]
@@ -174,7 +173,7 @@ def test_a_picture_that_cannot_be_made_is_the_last_and_the_run_goes_on(train, te
     assert outcome.out.count("No sample pictures") == 1 and "no room for the VAE" in outcome.out
 
 
-def test_several_processes_draw_what_one_draws(flags_of, launch, tmp_path):  # noqa: F811
+def test_several_processes_draw_what_one_draws(flags_of, launch, tmp_path):
     flags = ["--num_samples", 1, "--sample_every", 2, "--max_steps", 3]
     for name, count, batch, extra in (("one", 1, 4, []), ("DDP", 2, 2, []), ("FSDP2", 2, 2, ["--shard"])):
         codes, said = launch(count, flags_of(name, *flags, "--batch_size", batch, *extra))
@@ -340,20 +339,20 @@ def test_a_tracker_that_fails_is_told_of_once_and_left_out(capsys):
 def test_the_time_of_a_run_counts_each_process_that_went_on_with_it():
     seconds = [1.0, 2.0, 3.0, 0.5, 1.0, 0.25]
     lines = [{"elapsed_s": value} for value in seconds]
-    assert run_metrics.training_seconds(lines) == 3.0 + 1.0 + 0.25
+    assert metrics.training_seconds(lines) == 3.0 + 1.0 + 0.25
 
 
 def test_losses_are_compared_over_the_first_and_the_last_tenth():
     lines = lines_of(20)
-    assert run_metrics.loss_change(lines) == pytest.approx(((1 + 1 / 2) / 2, (1 / 19 + 1 / 20) / 2))
-    changes = run_metrics.loss_change_by_sigma(lines)
+    assert metrics.loss_change(lines) == pytest.approx(((1 + 1 / 2) / 2, (1 / 19 + 1 / 20) / 2))
+    changes = metrics.loss_change_by_sigma(lines)
     assert changes[0] == (None, None) and changes[2] == pytest.approx((1.15, 2.95))
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2, "lo', encoding="utf-8")
-    assert run_metrics.read_metrics(file) == [{"step": 1}]
+    assert metrics.read_metrics(file) == [{"step": 1}]
 
 
 def test_the_command_is_quoted_for_the_shell_and_going_on_does_not_start_anew(monkeypatch):

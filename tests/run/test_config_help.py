@@ -1,6 +1,6 @@
 """Ready configs: each fits its released teacher, is counted rightly, passes the pre-flight and is printed as a file.
 
-pytest tests/test_config_help.py
+pytest tests/run/test_config_help.py
 """
 
 import json
@@ -10,15 +10,15 @@ import sys
 
 import pytest
 import torch
-from conftest import IDENTITY_CONFIG, ROOT
 
 import run_production_test
 import train_distillation
 from benchmarks import scaling
-from wandistiller.config_help import KEYS, PEAKS_GIB, READY_CONFIGS
-from wandistiller.selection import check_fits
-from wandistiller.student import WanLiteStudent
-from wandistiller.student_config import StudentConfig
+from support.runs import IDENTITY_CONFIG, ROOT
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.projection.selection import check_fits
+from wandistiller.run.config_help import KEYS, PEAKS_GIB, READY_CONFIGS
 
 # The released models' own shapes (Wan2.1, Wan2.2: wan/configs/*.py)
 RELEASED = {

@@ -1,16 +1,16 @@
 """--verbose: where the time until the first step went.
 
-pytest tests/test_start_clock.py
+pytest tests/run/test_start_clock.py
 """
 
 import re
 import time
 
 import pytest
-from conftest import PRUNED_CONFIG
 
-from wandistiller import start_clock
-from wandistiller.start_clock import StartClock
+from support.runs import PRUNED_CONFIG
+from wandistiller.run import start_clock
+from wandistiller.run.start_clock import StartClock
 
 TITLE = "Time to the first step:"
 

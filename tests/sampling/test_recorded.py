@@ -1,16 +1,16 @@
 """Where a student's record says its teacher is, from whatever folder one stands in.
 
-pytest tests/test_student_folder.py
+pytest tests/sampling/test_recorded.py
 """
 
 from pathlib import Path
 
 import pytest
-from conftest import PRUNED_CONFIG, ROOT
 
+from support.runs import PRUNED_CONFIG, ROOT
 from wandistiller.errors import UserError
-from wandistiller.student_config import StudentConfig
-from wandistiller.student_folder import recorded_path, teacher_paths
+from wandistiller.model.config import StudentConfig
+from wandistiller.sampling.recorded import recorded_path, teacher_paths
 
 
 def student_of(**record: object) -> StudentConfig:

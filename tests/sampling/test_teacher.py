@@ -1,24 +1,24 @@
 """The teacher's guided velocity against diffusers' 3D transformers, and the settings of the released models.
 
-pytest tests/test_teacher.py
+pytest tests/sampling/test_teacher.py
 """
 
 import pytest
 import torch
-from wan_folders import (
+
+import wandistiller.sampling.offload
+from projection_mapper import project_experts
+from support.wan_folders import (
     oracle_velocity,
     relative_error,
     write_pipeline_folder,
     write_transformer_folder,
 )
-
-import wandistiller.offload
-from projection_mapper import project_experts
 from wandistiller.errors import UserError
-from wandistiller.flow import sigma_to_timestep
-from wandistiller.student_config import StudentConfig
-from wandistiller.teacher import DEFAULT_NEGATIVE_PROMPT, RELEASED_LATENTS, Teacher, resolve_settings
-from wandistiller.wan_checkpoint import WanCheckpoint, open_checkpoint
+from wandistiller.model.config import StudentConfig
+from wandistiller.sampling.flow import sigma_to_timestep
+from wandistiller.sampling.teacher import DEFAULT_NEGATIVE_PROMPT, RELEASED_LATENTS, Teacher, resolve_settings
+from wandistiller.wan.files import WanCheckpoint, open_checkpoint
 
 NEGATIVE = torch.randn(4, 20, generator=torch.Generator().manual_seed(99))
 SIGMA = torch.tensor([0.1234, 0.8749, 0.875, 0.9876])  # two for either expert, one of them on the boundary
@@ -164,7 +164,7 @@ def teacher_with_counted_moves(folder, monkeypatch, fp8: bool = False) -> tuple[
         moved.append(tensor.nbytes)
         return tensor.to(device, copy=True)
 
-    monkeypatch.setattr(wandistiller.offload, "to_device", to_device)
+    monkeypatch.setattr(wandistiller.sampling.offload, "to_device", to_device)
     made, _ = make_teacher(folder, two_experts=True, guidance_scale=4.0, guidance_scale_2=3.0)
     experts = project_experts(open_checkpoint(folder), 512, fp8=fp8)
     return Teacher(experts, made.settings, NEGATIVE, offload_to="cpu"), moved

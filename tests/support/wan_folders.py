@@ -348,7 +348,7 @@ def write_hollow_shards(
 
 def write_hollow_transformer(folder: Path, config, *, dtype: str, num_shards: int) -> tuple[int, int]:
     """A sharded transformer of this shape whose files are holes: gigabytes that take no disk. Returns (all, largest) bytes."""
-    from wandistiller.wan_transformer import teacher_tensor_shapes
+    from wandistiller.wan.transformer_files import teacher_tensor_shapes
 
     shapes = teacher_tensor_shapes(config)
     total = write_hollow_shards(folder, "diffusion_pytorch_model", shapes, dtype, num_shards)
@@ -370,7 +370,7 @@ def umt5_xxl_shapes() -> dict[str, tuple[int, ...]]:
 
 def write_hollow_a14b(path: Path) -> None:
     """Wan2.2-T2V-A14B in full size as a pipeline folder: two experts and UMT5-XXL with true headers and no data."""
-    from wandistiller.student_config import StudentConfig
+    from wandistiller.model.config import StudentConfig
 
     config = StudentConfig(block="wan", image_size=512, **A14B_SHAPE)
     settings = {"num_attention_heads": 40, "attention_head_dim": 128, "num_layers": 40, "ffn_dim": 13824}

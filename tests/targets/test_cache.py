@@ -1,6 +1,6 @@
 """The teacher's answers on disk: built once, stopped anywhere, learnt from without a teacher.
 
-pytest tests/test_teacher_cache.py
+pytest tests/targets/test_cache.py
 """
 
 import json
@@ -14,24 +14,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PRUNED_CONFIG, snapshot
 from safetensors.torch import load_file, save_file
 
+import wandistiller.targets.cache as cache_module
 from projection_mapper import open_teacher, project_experts
-from wandistiller import StudentConfig, teacher_cache
-from wandistiller.answers import TeacherAnswers
+from support.runs import PRUNED_CONFIG, snapshot
+from wandistiller import StudentConfig
 from wandistiller.errors import UserError
-from wandistiller.prompt_embeds import mock_prompt_embeds
-from wandistiller.state_sources import StatesOptions, build_states
-from wandistiller.teacher import Teacher, resolve_settings
-from wandistiller.teacher_cache import AnswerError, CachedAnswers, TeacherCache, describe_cache, teacher_fingerprint
-from wandistiller.wan_checkpoint import open_checkpoint
+from wandistiller.sampling.teacher import Teacher, resolve_settings
+from wandistiller.targets.answers import TeacherAnswers
+from wandistiller.targets.cache import AnswerError, CachedAnswers, TeacherCache, describe_cache, teacher_fingerprint
+from wandistiller.targets.states import StatesOptions, build_states
+from wandistiller.wan.files import open_checkpoint
+from wandistiller.wan.text_encoder import mock_prompt_embeds
 
 PROMPTS = [f"prompt {number}" for number in range(7)]
 CONFIG = StudentConfig.from_dict(PRUNED_CONFIG)
 OPTIONS = StatesOptions(kind="trajectory", seed=5)
 BATCH_SIZE = 3
-NUM_BATCHES = 2 * teacher_cache.SHARD_BATCHES + 5
+NUM_BATCHES = 2 * cache_module.SHARD_BATCHES + 5
 
 
 def make_description(options: StatesOptions = OPTIONS, prompts: list[str] = PROMPTS, **settings) -> dict:
@@ -133,7 +134,7 @@ def test_the_order_differs_from_epoch_to_epoch_and_goes_on_bit_for_bit_from_a_sa
 
 @pytest.mark.parametrize("options", [StatesOptions(kind="noise", seed=5), replace(OPTIONS, renoise_fraction=0.5)])
 def test_uneven_batches_and_renoised_states_are_kept_to_the_bit_whether_stopped_or_not(tmp_path, options):
-    build_until(tmp_path, teacher_cache.SHARD_BATCHES + 4, options)
+    build_until(tmp_path, cache_module.SHARD_BATCHES + 4, options)
     cache = build(tmp_path, options=options)
     answers, batches = make_answers(options), []
     for _ in range(NUM_BATCHES):
@@ -177,13 +178,13 @@ def test_a_teacher_is_known_by_its_weights_wherever_it_lies(tmp_path):
 # ---- stopped and gone on ----
 
 
-@pytest.mark.parametrize("stop_at", [1, teacher_cache.SHARD_BATCHES + 1, NUM_BATCHES])
+@pytest.mark.parametrize("stop_at", [1, cache_module.SHARD_BATCHES + 1, NUM_BATCHES])
 def test_a_stopped_build_goes_on_and_ends_as_one_never_stopped(built, tmp_path, stop_at):
     build_until(tmp_path / "cache", stop_at)
     assert not TeacherCache(tmp_path / "cache", make_description()).is_complete
     asked = []
     build(tmp_path / "cache", asked.append)
-    assert asked[0] == (stop_at - 1) // teacher_cache.SHARD_BATCHES * teacher_cache.SHARD_BATCHES + 1
+    assert asked[0] == (stop_at - 1) // cache_module.SHARD_BATCHES * cache_module.SHARD_BATCHES + 1
     assert contents(tmp_path / "cache") == contents(built)
 
 
@@ -214,13 +215,13 @@ def test_what_a_kill_inside_a_write_leaves_is_no_hindrance_and_is_removed(built,
             raise Killed
         return replace_file(source, target)
 
-    replace_file, unlink = os.replace, teacher_cache.Path.unlink
+    replace_file, unlink = os.replace, cache_module.Path.unlink
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "replace", die)
-        patch.setattr(teacher_cache.Path, "unlink", lambda path, missing_ok=False: None)  # the dead tidy nothing
+        patch.setattr(cache_module.Path, "unlink", lambda path, missing_ok=False: None)  # the dead tidy nothing
         build(tmp_path / "cache")
     assert [path for path in (tmp_path / "cache").iterdir() if path.name.endswith(".tmp")]
-    assert teacher_cache.Path.unlink is unlink
+    assert cache_module.Path.unlink is unlink
     build(tmp_path / "cache")
     assert contents(tmp_path / "cache") == contents(built)
 
@@ -340,7 +341,7 @@ def test_a_stopped_build_needs_room_for_the_rest_only(built, tmp_path, monkeypat
     state_bytes = (tmp_path / "cache" / "state.safetensors").stat().st_size
     last_shard = (built / "answers_00002.safetensors").stat().st_size
     set_free_bytes(monkeypatch, last_shard // 2 + state_bytes)
-    with pytest.raises(UserError, match=f"{NUM_BATCHES % teacher_cache.SHARD_BATCHES} batches"):
+    with pytest.raises(UserError, match=f"{NUM_BATCHES % cache_module.SHARD_BATCHES} batches"):
         build(tmp_path / "cache")
     set_free_bytes(monkeypatch, last_shard + state_bytes)
     build(tmp_path / "cache")

@@ -1,6 +1,6 @@
 """Students of few steps: the targets over whole segments of a path, and the sampler they are made for.
 
-pytest tests/test_segments.py
+pytest tests/targets/test_segments.py
 """
 
 from itertools import pairwise
@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from wandistiller.answers import ReplayedAnswers
-from wandistiller.flow import seeded_noise
-from wandistiller.prompt_embeds import mock_prompt_embeds
-from wandistiller.sampling import SamplingOptions, sample, wan_scheduler
-from wandistiller.segments import SegmentAnswers
+from wandistiller.sampling.flow import seeded_noise
+from wandistiller.sampling.sampler import SamplingOptions, sample, wan_scheduler
+from wandistiller.targets.answers import ReplayedAnswers
+from wandistiller.targets.segments import SegmentAnswers
+from wandistiller.wan.text_encoder import mock_prompt_embeds
 
 SHAPE = (2, 4, 4)
 SHIFT = 3.0

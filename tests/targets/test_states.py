@@ -1,6 +1,6 @@
 """Which prompts states get, states of finished paths, and the states that a run's options ask for.
 
-pytest tests/test_state_sources.py
+pytest tests/targets/test_states.py
 """
 
 import math
@@ -9,8 +9,11 @@ from itertools import chain
 
 import pytest
 import torch
-from conftest import IDENTITY_CONFIG
-from test_states import (
+
+import wandistiller.targets.renoise
+from projection_mapper import open_teacher
+from support.runs import IDENTITY_CONFIG
+from support.states import (
     BOUNDARY,
     SHIFT,
     STUDENTS,
@@ -23,15 +26,12 @@ from test_states import (
     unshift,
     walk,
 )
-
-import wandistiller.renoise
-from projection_mapper import open_teacher
 from wandistiller import StudentConfig
-from wandistiller.prompt_order import PromptOrder, PromptSwap
-from wandistiller.renoise import SAMPLES_PER_LANE, RenoisedStates
-from wandistiller.state_sources import StatesOptions, build_states
-from wandistiller.states import NoiseStates, TrajectoryStates
-from wandistiller.teacher import resolve_settings
+from wandistiller.sampling.teacher import resolve_settings
+from wandistiller.targets.prompt_order import PromptOrder, PromptSwap
+from wandistiller.targets.renoise import SAMPLES_PER_LANE, RenoisedStates
+from wandistiller.targets.states import StatesOptions, build_states
+from wandistiller.targets.trajectories import NoiseStates, TrajectoryStates
 
 
 def setting(**config):
@@ -180,7 +180,7 @@ def test_only_paths_that_the_teacher_alone_has_finished_are_kept_and_none_of_the
 
 
 def test_the_newest_samples_replace_the_oldest_of_their_lane(monkeypatch):
-    monkeypatch.setattr(wandistiller.renoise, "SAMPLES_PER_LANE", 2)
+    monkeypatch.setattr(wandistiller.targets.renoise, "SAMPLES_PER_LANE", 2)
     pool = make_pool(num_steps=4)
     states, kept = RenoisedStates(pool, 0.25), {lane: [] for lane in range(8)}
     keep = pool.on_finish

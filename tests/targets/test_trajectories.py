@@ -1,34 +1,26 @@
 """Training states: pure noise, and a pool of sampling paths that the teacher or the student walks.
 
-pytest tests/test_states.py
+pytest tests/targets/test_trajectories.py
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
 import pytest
 import torch
-from safetensors.torch import load, save
 
-from wandistiller.states import NoiseStates, StateBatch, TrajectoryStates
-
-SHIFT = 3.0
-BOUNDARY = 0.875  # u = 0.7 at this shift: three tenths of the levels lie above
-TEACHERS, STUDENTS = 1.0, -2.0  # constant velocities, by which a path shows whom it followed
-
-
-def unshift(sigma):
-    return sigma / (SHIFT - (SHIFT - 1) * sigma)
-
-
-def make_noise(num_prompts: int = 20, batch_size: int = 4, **changes) -> NoiseStates:
-    return NoiseStates((16, 8, 8), num_prompts, batch_size, **{"shift": SHIFT} | changes)
-
-
-def make_pool(**changes) -> TrajectoryStates:
-    values = {"shift": SHIFT, "num_steps": 20, "pool_size": 64, "seed": 3}
-    return TrajectoryStates((2, 1, 1), 10, 8, **values | changes)
+from support.states import (
+    BOUNDARY,
+    STUDENTS,
+    TEACHERS,
+    PathLog,
+    check_goes_on_from_a_saved_state,
+    make_noise,
+    make_pool,
+    step_of_states,
+    unshift,
+    walk,
+)
+from wandistiller.targets.trajectories import TrajectoryStates
 
 
 def after_first_round(**changes) -> TrajectoryStates:
@@ -168,51 +160,6 @@ def test_a_path_keeps_the_prompt_it_was_swapped_for():
 # ---- paths of the student ----
 
 
-@dataclass
-class Path:
-    """A path as the batches show it: where it started, and the rates dx/dsigma at which it moved."""
-
-    start: torch.Tensor
-    is_of_first_round: bool
-    born: int
-    ended: int | None = None
-    rates: list[float] = field(default_factory=list)
-
-
-class PathLog:
-    """Follows the paths of a pool through its batches."""
-
-    def __init__(self):
-        self.open: dict[int, Path] = {}
-        self.finished: list[Path] = []
-        self.num_seen = 0
-        self._last: dict[int, tuple[torch.Tensor, float]] = {}
-
-    def see(self, batch: StateBatch) -> None:
-        for row, slot in ((row, slot) for row, slot in enumerate(batch.slots) if slot >= 0):
-            latents, sigma = batch.latents[row].clone(), float(batch.sigma[row])
-            if sigma == 1:
-                if slot in self.open:
-                    self.open[slot].ended = self.num_seen
-                    self.finished.append(self.open[slot])
-                self.open[slot] = Path(latents, slot not in self.open, self.num_seen)
-            else:
-                before, sigma_before = self._last[slot]
-                rate = float((latents - before).mean()) / (sigma - sigma_before)
-                self.open[slot].rates.append(round(rate, 1))
-            self._last[slot] = latents, sigma
-        self.num_seen += 1
-
-
-def walk(states, share: float, num_batches: int, log: PathLog) -> None:
-    """Let the teacher answer TEACHERS and the student STUDENTS at every state."""
-    for _ in range(num_batches):
-        batch = states.draw()
-        log.see(batch)
-        velocity = torch.full_like(batch.latents, TEACHERS)
-        states.advance(batch, velocity, torch.full_like(velocity, STUDENTS), share)
-
-
 def test_without_rollout_the_students_velocity_has_no_effect():
     with_student, without = make_pool(), make_pool()
     for _ in range(60):
@@ -300,29 +247,6 @@ def test_calls_of_one_expert_need_two_of_them():
 
 
 # ---- going on from a saved state ----
-
-
-def check_goes_on_from_a_saved_state(make: Callable, step: Callable[[object], tuple], num_before: int) -> None:
-    """Fifty steps after `num_before` are the same, bit for bit, in whatever has loaded the state; `make` takes a seed."""
-    original = make(1)
-    for _ in range(num_before):
-        step(original)
-    state = original.state_dict()
-    expected = [step(original) for _ in range(50)]
-    # Written down only now, and loaded twice: neither a saved nor a loaded state may be shared with what goes on.
-    loaded = load(save(state))
-    for fresh in (make(2), make(3)):
-        fresh.load_state_dict(loaded)
-        for ours, theirs in zip(expected, [step(fresh) for _ in range(50)], strict=True):
-            for one, other in zip(ours, theirs, strict=True):
-                assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
-def step_of_states(states) -> tuple:
-    batch = states.draw()
-    seen = batch.latents.clone(), batch.sigma.clone(), list(batch.prompts), list(batch.slots)
-    states.advance(batch, batch.latents, -batch.latents, 0.5)
-    return seen
 
 
 @pytest.mark.parametrize("num_before", [0, 7])

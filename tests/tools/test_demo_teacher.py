@@ -1,6 +1,6 @@
 """The demo teacher: its maker at a tiny scale, its judge, and the shipped folder.
 
-pytest tests/test_demo_teacher.py
+pytest tests/tools/test_demo_teacher.py
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from projection_mapper import project_experts, project_teacher
-from wandistiller import world_judge
-from wandistiller.flow import seeded_noise
-from wandistiller.pictures import decode
-from wandistiller.prompt_embeds import encode_prompts
-from wandistiller.sampling import SamplingOptions, sample
-from wandistiller.teacher import Teacher, resolve_settings
-from wandistiller.wan_checkpoint import open_checkpoint
+from wandistiller.evaluation import demo_judge
+from wandistiller.files.pictures import decode
+from wandistiller.sampling.flow import seeded_noise
+from wandistiller.sampling.sampler import SamplingOptions, sample
+from wandistiller.sampling.teacher import Teacher, resolve_settings
+from wandistiller.wan.files import open_checkpoint
+from wandistiller.wan.text_encoder import encode_prompts
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import check_demo_teacher  # noqa: E402
@@ -56,7 +56,7 @@ def with_one_attribute_changed(scene: world.Scene, attribute: str, rng: np.rando
 def test_judge_accepts_true_renderings():
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng, held_out=bool(i % 2)) for i in range(400)]
-    verdicts = [world_judge.judge(world.render(s, rng)[0], world.describe(s, rng))["correct"] for s in scenes]
+    verdicts = [demo_judge.judge(world.render(s, rng)[0], world.describe(s, rng))["correct"] for s in scenes]
     assert np.mean(verdicts) >= 0.995
 
 
@@ -66,20 +66,20 @@ def test_judge_rejects_one_changed_attribute(attribute: str):
     for _ in range(60):
         scene = world.sample_scene(rng)
         prompt = world.describe(with_one_attribute_changed(scene, attribute, rng), rng, variety=0.0)
-        facts = world_judge.judge(world.render(scene, rng)[0], prompt)
+        facts = demo_judge.judge(world.render(scene, rng)[0], prompt)
         assert not facts["correct"], f"accepted {scene} as {prompt!r}"
 
 
 def test_judge_rejects_empty_noisy_and_crowded_pictures():
     prompt = "a small red circle on the left, on a white background"
     noise = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert not world_judge.judge(np.full((64, 64, 3), 246, np.uint8), prompt)["correct"]
-    assert not world_judge.judge(noise, prompt)["correct"]
+    assert not demo_judge.judge(np.full((64, 64, 3), 246, np.uint8), prompt)["correct"]
+    assert not demo_judge.judge(noise, prompt)["correct"]
     two = "a small red circle on the left and a small blue ring on the right, on a white background"
     things = (world.Thing("circle", "red", "small", "left"), world.Thing("ring", "blue", "small", "right"))
     crowded = world.render(world.Scene(things, "white"), np.random.default_rng(3))[0]
-    assert world_judge.judge(crowded, two)["correct"]
-    assert not world_judge.judge(crowded, prompt)["correct"]
+    assert demo_judge.judge(crowded, two)["correct"]
+    assert not demo_judge.judge(crowded, prompt)["correct"]
 
 
 def test_judge_sees_where_a_clip_goes():
@@ -87,11 +87,11 @@ def test_judge_sees_where_a_clip_goes():
     for _ in range(20):
         scene = world.sample_moving_scene(rng)
         frames = world.render(scene, rng, world.NUM_FRAMES)
-        assert world_judge.judge_clip(frames, world.describe(scene, rng))["moves"]
+        assert demo_judge.judge_clip(frames, world.describe(scene, rng))["moves"]
         opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}[scene.motion]
         wrong_prompt = world.describe(dataclasses.replace(scene, motion=opposite), rng)
-        assert not world_judge.judge_clip(frames, wrong_prompt)["moves"]
-        assert not world_judge.judge_clip(frames[[0, 0]], world.describe(scene, rng))["moves"]
+        assert not demo_judge.judge_clip(frames, wrong_prompt)["moves"]
+        assert not demo_judge.judge_clip(frames[[0, 0]], world.describe(scene, rng))["moves"]
 
 
 def test_folded_pads_equal_all_512_slots_of_plain_diffusers():
@@ -133,7 +133,7 @@ def test_maker_writes_a_folder_that_wan_pipeline_draws_from(tmp_path: Path):
 def test_training_prompts_hold_no_held_out_combination():
     def triples(name: str) -> list[set[tuple[str, str, str]]]:
         prompts = check_demo_teacher.read_prompts(ROOT / "data" / name)
-        read = [world_judge.read_prompt(prompt) for prompt in prompts]
+        read = [demo_judge.read_prompt(prompt) for prompt in prompts]
         return [{(thing.colour, thing.shape, background) for thing in things} for things, background in read]
 
     held_out = set(world.held_out_combinations())
@@ -204,6 +204,6 @@ def test_shipped_teacher_draws_held_out_prompts(pipeline, record):
         seed=0,
         batch_size=8,
     )
-    facts = [world_judge.judge(picture[0], prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    facts = [demo_judge.judge(picture[0], prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     wrong = [(prompt, fact) for prompt, fact in zip(prompts, facts, strict=True) if not fact["correct"]]
     assert len(wrong) <= 2, wrong

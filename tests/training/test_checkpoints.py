@@ -1,6 +1,6 @@
 """A run that is stopped, killed or damaged goes on as if nothing had happened, or says why it cannot.
 
-pytest tests/test_checkpointing.py
+pytest tests/training/test_checkpoints.py
 """
 
 import fcntl
@@ -16,11 +16,11 @@ from collections import namedtuple
 
 import pytest
 import torch
-from conftest import PRUNED_CONFIG, read_metrics, weights_of
 from safetensors.torch import load_file
 
 import train_distillation
-from wandistiller.reporting import Progress
+from support.runs import PRUNED_CONFIG, read_metrics, weights_of
+from wandistiller.reports.progress import Progress
 
 # Every kind of states, with what moves beside them
 RECIPES = {

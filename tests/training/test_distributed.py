@@ -1,15 +1,13 @@
 """Several processes train as one does: the same steps, the same checkpoints, and stops that lose nothing.
 
-pytest tests/test_distributed.py
+pytest tests/training/test_distributed.py
 """
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,12 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, PRUNED_CONFIG, ROOT, read_metrics, weights_of
 from safetensors.torch import load_file
 
 import train_distillation
-from wandistiller.lanes import Lanes
-from wandistiller.teacher_cache import STORED_NAMES
+from support.runs import (
+    ROOT,
+    read_metrics,
+    weights_of,
+)
+from support.torchrun import start
+from wandistiller.targets.cache import STORED_NAMES
+from wandistiller.targets.lanes import Lanes
 
 RECIPE = ["--replay", 2, "--student_rollout", 0, 1, "--renoise_fraction", 0.5, "--feature_loss_weight", 0.5]
 RECIPES = {
@@ -32,68 +35,6 @@ RECIPES = {
     "few steps": ["--student_steps", 2, "--replay", 2],
     "two experts": ["--calls_per_expert", 2],
 }
-FLAGS = ["--lr", 1e-3, "--ema_decay", 0.9]
-
-
-@pytest.fixture
-def flags_of(teachers, write_config, tmp_path):
-    """The command line of a run on the CPU, into a folder of the test's own."""
-
-    def flags(output: str, *flags: object, teacher: Path | None = None, config: dict = PRUNED_CONFIG) -> list[str]:
-        words = [
-            "--teacher_path", teacher or teachers.one, "--student_config", write_config(config), "--data_path", PROMPTS,
-            "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--num_samples", 0, "--save_every", 0,
-            "--output_dir", tmp_path / output, *FLAGS, *flags,
-        ]  # fmt: skip
-        return [str(word) for word in words]
-
-    return flags
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def run_as(rank: int, count: int, port: int, argv: list[str], log: Path) -> None:
-    """A process as torchrun starts it, without the seconds that loading torch anew would take."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    torch.set_num_threads(1)
-    code = train_distillation.run_command(lambda: train_distillation.main(argv))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def start(count: int, argv: list[str], log: Path) -> list[multiprocessing.Process]:
-    context, port = multiprocessing.get_context("fork"), free_port()
-    processes = [context.Process(target=run_as, args=(rank, count, port, argv, log)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-@pytest.fixture
-def launch(tmp_path):
-    """Run the command in so many processes; their exit codes, and what they said."""
-
-    def run(count: int, argv: list[str]) -> tuple[list[int], str]:
-        log = tmp_path / "log.txt"
-        log.unlink(missing_ok=True)
-        processes = start(count, argv, log)
-        for process in processes:
-            process.join()
-        return [process.exitcode for process in processes], log.read_text()
-
-    return run
 
 
 def check_same_run(one: Path, other: Path, rel: float = 1e-5) -> None:

@@ -1,17 +1,17 @@
 """Hidden states: which layers, what the teacher answers beside its velocity, and the error between the two sides.
 
-pytest tests/test_features.py
+pytest tests/training/test_feature_loss.py
 """
 
 import pytest
 import torch
-from conftest import IDENTITY_CONFIG
 from torch import nn
 from torch.testing import assert_close
 
+from support.runs import IDENTITY_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.features import FeatureLoss, block_outputs, masked_relative_error, span_ends
-from wandistiller.teacher import Teacher, TeacherSettings
+from wandistiller.sampling.teacher import Teacher, TeacherSettings
+from wandistiller.training.feature_loss import FeatureLoss, block_outputs, masked_relative_error, span_ends
 
 NEGATIVE = torch.randn(4, 20, generator=torch.Generator().manual_seed(99))
 SIGMA = torch.tensor([0.1234, 0.9, 0.875, 0.5])  # the two for either expert alternate

@@ -1,6 +1,6 @@
 """The loop held against loops written by hand: batches, states, loss, optimiser step, signals, and what it reports.
 
-pytest tests/test_training.py
+pytest tests/training/test_loop.py
 """
 
 import io
@@ -16,22 +16,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PRUNED_CONFIG, read_metrics
-from test_states import check_goes_on_from_a_saved_state
 
 from projection_mapper import open_teacher, project_experts, project_teacher
+from support.runs import PRUNED_CONFIG, read_metrics
+from support.states import check_goes_on_from_a_saved_state
 from wandistiller import StudentConfig
-from wandistiller.answers import REPLAY_BATCHES, Answer, ReplayedAnswers, TeacherAnswers
-from wandistiller.features import FeatureLoss
-from wandistiller.lanes import Lanes
-from wandistiller.objective import Objective
-from wandistiller.optimization import OptimizationOptions, WeightAverage, make_lr_scheduler, make_optimizer
-from wandistiller.prompt_embeds import mock_prompt_embeds
-from wandistiller.reporting import Progress, StepMetrics, Stopwatch, format_duration, mean_by_expert, mean_by_sigma
-from wandistiller.state_sources import StatesOptions, build_states
-from wandistiller.states import NoiseStates, StateBatch, TrajectoryStates
-from wandistiller.teacher import Teacher, resolve_settings
-from wandistiller.training import (
+from wandistiller.reports.progress import (
+    Progress,
+    StepMetrics,
+    Stopwatch,
+    format_duration,
+    mean_by_expert,
+    mean_by_sigma,
+)
+from wandistiller.sampling.teacher import Teacher, resolve_settings
+from wandistiller.targets.answers import REPLAY_BATCHES, Answer, ReplayedAnswers, TeacherAnswers
+from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.states import StatesOptions, build_states
+from wandistiller.targets.trajectories import NoiseStates, StateBatch, TrajectoryStates
+from wandistiller.training.feature_loss import FeatureLoss
+from wandistiller.training.loop import (
     NonFiniteError,
     StopRequest,
     TrainingOptions,
@@ -41,6 +45,9 @@ from wandistiller.training import (
     steps_of_epochs,
     train,
 )
+from wandistiller.training.objective import Objective
+from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_lr_scheduler, make_optimizer
+from wandistiller.wan.text_encoder import mock_prompt_embeds
 
 NUM_PROMPTS = 7
 OPTIMIZATION = OptimizationOptions(lr=3e-3, max_grad_norm=0.05, weight_decay=0.1)
@@ -652,7 +659,7 @@ def test_metrics_survive_a_loop_that_fails(tmp_path):
 
 def test_rate_and_remaining_time_count_from_the_first_step_on(monkeypatch):
     clock = iter([0.0, 10.0, 12.0, 14.0])
-    monkeypatch.setattr("wandistiller.reporting.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("wandistiller.reports.progress.time.perf_counter", lambda: next(clock))
     stopwatch = Stopwatch(num_steps=5)
     assert stopwatch.lap(1, 4) == (0.4, 10.0, 40.0)  # warming up: all there is to go by
     assert stopwatch.lap(2, 4) == (2.0, 12.0, 6.0)

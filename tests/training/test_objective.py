@@ -1,6 +1,6 @@
 """The loss in closed form: weights over noise levels, and hidden states beside velocities.
 
-pytest tests/test_objective.py
+pytest tests/training/test_objective.py
 """
 
 import pytest
@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from wandistiller.answers import Answer
-from wandistiller.features import FeatureLoss
-from wandistiller.flow import shift_sigma
-from wandistiller.objective import SIGMA_WEIGHTINGS, Objective, sigma_weights
-from wandistiller.prompt_embeds import mock_prompt_embeds
+from wandistiller.sampling.flow import shift_sigma
+from wandistiller.targets.answers import Answer
+from wandistiller.training.feature_loss import FeatureLoss
+from wandistiller.training.objective import SIGMA_WEIGHTINGS, Objective, sigma_weights
+from wandistiller.wan.text_encoder import mock_prompt_embeds
 
 EMBEDS = mock_prompt_embeds([f"prompt {number}" for number in range(5)], 6)
 LEVELS = torch.linspace(0, 1, 100_001, dtype=torch.float64)

@@ -1,6 +1,6 @@
 """Every layout of a Wan checkpoint, read and projected to its own shape; diffusers' 3D transformer is the oracle.
 
-pytest tests/test_wan_checkpoint.py
+pytest tests/wan/test_files.py
 """
 
 import json
@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from wan_folders import (
+
+from projection_mapper import project_teacher
+from support.wan_folders import (
     oracle_velocity,
     original_tensors,
     random_transformer,
@@ -25,10 +27,8 @@ from wan_folders import (
     write_single_file,
     write_transformer_folder,
 )
-
-from projection_mapper import project_teacher
 from wandistiller.errors import UserError
-from wandistiller.wan_checkpoint import CheckpointError, find_text_encoder, open_checkpoint
+from wandistiller.wan.files import CheckpointError, find_text_encoder, open_checkpoint
 
 MAX_ERROR = 1e-5
 RELEASED = {  # the structure of each released model at tiny widths
@@ -185,7 +185,7 @@ def test_a_single_file_has_no_text_encoder_and_says_so(tmp_path):
 
 
 def test_opening_reads_headers_only(tmp_path, monkeypatch):
-    from wandistiller.wan_transformer import StoredTensor
+    from wandistiller.wan.transformer_files import StoredTensor
 
     def forbidden(_stored):
         raise AssertionError("a weight was read")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from wandistiller.budget_report import ASSUMED_GPU_GIB, GIB
+from wandistiller.budget.report import ASSUMED_GPU_GIB, GIB
 from wandistiller.device import wait_for
 
 MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}  # large enough to reach the device's rate, small enough for a second

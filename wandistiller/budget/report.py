@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from wandistiller.budget import (
+from wandistiller.budget.workload import (
     PHASES,
     Component,
     Workload,
@@ -14,7 +14,7 @@ from wandistiller.budget import (
     phase_bytes,
     step_flops,
 )
-from wandistiller.weight_sizes import count_parameters, weight_bytes
+from wandistiller.model.sizes import count_parameters, weight_bytes
 
 GIB = 2**30
 WORTHWHILE = 0.01  # of the peak: less than this is not worth a flag

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from wandistiller.answers import autocast
-from wandistiller.budget import Workload, step_flops
+from wandistiller.budget.workload import Workload, step_flops
 from wandistiller.device import DTYPES, wait_for
-from wandistiller.fp8 import to_fp8
-from wandistiller.optimization import OptimizationOptions, WeightAverage, make_optimizer
-from wandistiller.student import WanLiteStudent
-from wandistiller.student_config import StudentConfig
-from wandistiller.weight_sizes import unfilled_model
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.fp8 import to_fp8
+from wandistiller.model.sizes import unfilled_model
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.targets.answers import autocast
+from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_optimizer
 
 PATIENCE_S = 10.0  # for all of it, about, so that budgets still come in seconds
 ASSUMED_UTILISATION = 0.4  # of the rate of plain matrix products, until a step is measured

@@ -10,14 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wandistiller.activations import FP32, block_input_bytes, inference_bytes, training_bytes
-from wandistiller.answers import REPLAY_BATCHES
-from wandistiller.flops import BACKWARD_PASSES, guided_flops, num_image_tokens, transformer_flops
-from wandistiller.renoise import SAMPLES_PER_LANE
-from wandistiller.segments import READY_PER_LANE
-from wandistiller.states import PATHS_PER_LANE
-from wandistiller.student_config import StudentConfig
-from wandistiller.weight_sizes import BYTES, count_parameters, weight_bytes
+from wandistiller.budget.activations import FP32, block_input_bytes, inference_bytes, training_bytes
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.flops import BACKWARD_PASSES, guided_flops, num_image_tokens, transformer_flops
+from wandistiller.model.sizes import BYTES, count_parameters, weight_bytes
+from wandistiller.targets.answers import REPLAY_BATCHES
+from wandistiller.targets.renoise import SAMPLES_PER_LANE
+from wandistiller.targets.segments import READY_PER_LANE
+from wandistiller.targets.trajectories import PATHS_PER_LANE
 
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}  # of both moments, a parameter
 UMT5_XXL_PARAMETERS = 5_680_910_336  # of the encoder that all released Wans share, where its files are not at hand

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from wandistiller.answers import autocast
-from wandistiller.evaluation import relative_errors
-from wandistiller.flow import seeded_noise, sigma_to_timestep
-from wandistiller.prompt_embeds import PromptEmbeds
-from wandistiller.sampling import SamplingOptions, VelocityField, sample
-from wandistiller.student import WanLiteStudent
+from wandistiller.evaluation.measures import relative_errors
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.sampling.flow import seeded_noise, sigma_to_timestep
+from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample
+from wandistiller.targets.answers import autocast
+from wandistiller.wan.text_encoder import PromptEmbeds
 
 NUM_LEVELS = 10
 BATCH_SIZE = 16

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wandistiller.flops import guided_flops, num_image_tokens, transformer_flops
-from wandistiller.sampling import VelocityField
-from wandistiller.teacher import Teacher
+from wandistiller.model.flops import guided_flops, num_image_tokens, transformer_flops
+from wandistiller.sampling.sampler import VelocityField
+from wandistiller.sampling.teacher import Teacher
 
 NUM_BUCKETS = 10
 IDENTICAL_PSNR_DB = 100.0  # of two equal pictures, where PSNR is infinite; unequal uint8 pictures rarely pass 90

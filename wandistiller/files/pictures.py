@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wandistiller.atomic import atomic_path
 from wandistiller.errors import UserError
+from wandistiller.files.atomic import atomic_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image

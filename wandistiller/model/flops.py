@@ -1,10 +1,10 @@
 """Floating-point operations of the 2D transformer from its shape alone; a multiply-add counts 2.
 
 Matrix products, attention and convolutions are counted; norms, activations and additions are below a hundredth of them.
-L image tokens, S text tokens, D hidden_size as in `wandistiller/student.py`.
+L image tokens, S text tokens, D hidden_size as in `wandistiller/model/transformer.py`.
 """
 
-from wandistiller.student_config import StudentConfig
+from wandistiller.model.config import StudentConfig
 
 BACKWARD_PASSES = 2  # of a forward's FLOPs: the gradient of every product's input and of its weight
 

@@ -5,9 +5,9 @@ from functools import lru_cache
 
 import torch
 
-from wandistiller.lift import FP32_ISLANDS
-from wandistiller.student import WanLiteStudent
-from wandistiller.student_config import StudentConfig
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.projection.lift import FP32_ISLANDS
 
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 

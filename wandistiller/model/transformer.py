@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wandistiller.linear import Linear
-from wandistiller.positions import apply_rope, rope_table, sincos_positions, sinusoidal_embedding
-from wandistiller.student_config import CONFIG_NAME, ConfigError, StudentConfig
+from wandistiller.model.config import CONFIG_NAME, ConfigError, StudentConfig
+from wandistiller.model.linear import Linear
+from wandistiller.model.positions import apply_rope, rope_table, sincos_positions, sinusoidal_embedding
 
 WEIGHTS_NAME = "diffusion_model.safetensors"
 _TAKEN = "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id owner/name"
@@ -365,7 +365,7 @@ class WanLiteStudent(nn.Module):
         """
         from safetensors.torch import save_file
 
-        from wandistiller.atomic import atomic_path
+        from wandistiller.files.atomic import atomic_path
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -389,7 +389,7 @@ class WanLiteStudent(nn.Module):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        from wandistiller.hub import fetch, is_hub_id
+        from wandistiller.files.hub import fetch, is_hub_id
 
         if not Path(folder).exists() and is_hub_id(folder):
             files = [CONFIG_NAME, WEIGHTS_NAME]

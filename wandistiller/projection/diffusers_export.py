@@ -12,15 +12,15 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wandistiller.atomic import atomic_path
-from wandistiller.comfyui import comfyui_metadata
 from wandistiller.errors import UserError
-from wandistiller.hub import fetch, hub_id
-from wandistiller.lift import lift, teacher_record, transformer_settings
-from wandistiller.sampling import SamplingOptions, wan_scheduler
-from wandistiller.student_config import StudentConfig
-from wandistiller.student_folder import teacher_paths
-from wandistiller.wan_checkpoint import open_checkpoint
+from wandistiller.files.atomic import atomic_path
+from wandistiller.files.hub import fetch, hub_id
+from wandistiller.model.config import StudentConfig
+from wandistiller.projection.comfyui import comfyui_metadata
+from wandistiller.projection.lift import lift, teacher_record, transformer_settings
+from wandistiller.sampling.recorded import teacher_paths
+from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
+from wandistiller.wan.files import open_checkpoint
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
@@ -52,7 +52,7 @@ def write_pipeline_parts(
     """All of a WanPipeline folder but its transformer.
 
     Args:
-        options: how the student draws; the scheduler is that of `wandistiller.sampling`.
+        options: how the student draws; the scheduler is that of `wandistiller.sampling.sampler`.
         parts: the folders of "vae", "text_encoder" and "tokenizer".
         classes: library and class of the two text parts, as `text_classes` finds them.
         link: make links to these folders instead of copies.

@@ -9,9 +9,9 @@ import re
 import torch
 from torch import Tensor
 
-from wandistiller.fp8 import FP8, FP8_MAX
-from wandistiller.student_config import StudentConfig
-from wandistiller.wan_names import to_original
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.fp8 import FP8, FP8_MAX
+from wandistiller.wan.names import to_original
 
 PATCH_KERNEL = "patch_embedding.weight"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}

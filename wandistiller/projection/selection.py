@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wandistiller.student_config import CONFIG_NAME, ConfigError, StudentConfig
+from wandistiller.model.config import CONFIG_NAME, ConfigError, StudentConfig
 
 ROWS_AT_A_TIME = 64  # of a weight, while it is measured: few enough to stay in a cache, also at the width of 14B
 

@@ -11,9 +11,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from wandistiller.atomic import atomic_path
-from wandistiller.evaluation_table import cell_text
-from wandistiller.output_folder import (
+from wandistiller.files.atomic import atomic_path
+from wandistiller.files.output_folder import (
     CARD_MARK,
     CARD_NAME,
     COMPARISON_NAME,
@@ -23,8 +22,8 @@ from wandistiller.output_folder import (
     SAMPLES_NAME,
     is_card,
 )
-from wandistiller.reporting import format_duration
-from wandistiller.run_metrics import (
+from wandistiller.model.config import StudentConfig
+from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,
     loss_change,
@@ -32,9 +31,10 @@ from wandistiller.run_metrics import (
     read_metrics,
     training_seconds,
 )
-from wandistiller.student_config import StudentConfig
-from wandistiller.student_folder import weights_digest
-from wandistiller.training_flags import DEMO_TEACHER
+from wandistiller.reports.progress import format_duration
+from wandistiller.reports.tables import cell_text
+from wandistiller.run.flags import DEMO_TEACHER
+from wandistiller.sampling.recorded import weights_digest
 
 FENCE = "````"  # longer than any that a command is likely to hold
 HEAD = """\

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from wandistiller.atomic import atomic_path
-from wandistiller.model_card import facts, is_apache, limits, table, teacher_name
-from wandistiller.student_config import StudentConfig
+from wandistiller.files.atomic import atomic_path
+from wandistiller.model.config import StudentConfig
+from wandistiller.reports.cards import facts, is_apache, limits, table, teacher_name
 
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _THIS_FOLDER = "path/to/this/folder"

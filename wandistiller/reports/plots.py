@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.atomic import atomic_path
-from wandistiller.reporting import StepMetrics
-from wandistiller.run_metrics import bucket_name, mean_of, read_metrics
+from wandistiller.files.atomic import atomic_path
+from wandistiller.reports.metrics import bucket_name, mean_of, read_metrics
+from wandistiller.reports.progress import StepMetrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,8 +11,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from wandistiller.atomic import atomic_path
-from wandistiller.run_metrics import read_metrics
+from wandistiller.files.atomic import atomic_path
+from wandistiller.reports.metrics import read_metrics
 
 NUM_BUCKETS = 10
 LINE_EVERY_S = 10.0  # plain lines: at least this far apart, so that a long job's log stays readable

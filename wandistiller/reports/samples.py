@@ -13,15 +13,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wandistiller.device import is_out_of_memory
-from wandistiller.distributed import Processes
 from wandistiller.errors import UserError
-from wandistiller.flow import seeded_noise
-from wandistiller.held_out import StudentField, evaluation_mode
-from wandistiller.pictures import decode, labelled_grid, load_vae, save_png
-from wandistiller.prompt_embeds import PromptEmbeds
-from wandistiller.sampling import SamplingOptions, VelocityField, sample_in_batches
-from wandistiller.student import WanLiteStudent
-from wandistiller.teacher import Teacher, TeacherSettings
+from wandistiller.evaluation.held_out import StudentField, evaluation_mode
+from wandistiller.files.pictures import decode, labelled_grid, load_vae, save_png
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.processes import Processes
+from wandistiller.sampling.flow import seeded_noise
+from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches
+from wandistiller.sampling.teacher import Teacher, TeacherSettings
+from wandistiller.wan.text_encoder import PromptEmbeds
 
 if TYPE_CHECKING:
     from PIL.Image import Image

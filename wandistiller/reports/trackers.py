@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from wandistiller.errors import UserError
-from wandistiller.reporting import StepMetrics
-from wandistiller.run_metrics import bucket_name
+from wandistiller.reports.metrics import bucket_name
+from wandistiller.reports.progress import StepMetrics
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,31 +9,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wandistiller.answers import TeacherAnswers
-from wandistiller.distributed import Processes
-from wandistiller.features import FeatureLoss, span_ends
-from wandistiller.held_out import BATCH_SIZE, HeldOutErrors
-from wandistiller.lanes import Lanes
-from wandistiller.objective import Objective
-from wandistiller.optimization import OptimizationOptions
-from wandistiller.output_folder import LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
-from wandistiller.plots import LossPlot
-from wandistiller.prompt_embeds import Embeds, PromptEmbeds
-from wandistiller.prompts import Texts
-from wandistiller.reporting import Countdown
-from wandistiller.samples import Samples
-from wandistiller.sampling import SamplingOptions, wan_scheduler
-from wandistiller.segments import SegmentAnswers
-from wandistiller.selection import spread_layers
-from wandistiller.state_sources import StatesOptions, build_states
-from wandistiller.student import WanLiteStudent
-from wandistiller.student_config import StudentConfig
-from wandistiller.student_folder import student_sampling
-from wandistiller.teacher import Teacher, TeacherSettings
-from wandistiller.teacher_cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
-from wandistiller.trackers import RunTracker, TensorBoardFiles, Trackers, started
-from wandistiller.training import TrainingOptions, steps_of_epochs
-from wandistiller.wan_checkpoint import WanCheckpoint
+from wandistiller.evaluation.held_out import BATCH_SIZE, HeldOutErrors
+from wandistiller.files.output_folder import LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
+from wandistiller.files.prompts import Texts
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.processes import Processes
+from wandistiller.projection.selection import spread_layers
+from wandistiller.reports.plots import LossPlot
+from wandistiller.reports.progress import Countdown
+from wandistiller.reports.samples import Samples
+from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Trackers, started
+from wandistiller.sampling.recorded import student_sampling
+from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
+from wandistiller.sampling.teacher import Teacher, TeacherSettings
+from wandistiller.targets.answers import TeacherAnswers
+from wandistiller.targets.cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
+from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.segments import SegmentAnswers
+from wandistiller.targets.states import StatesOptions, build_states
+from wandistiller.training.feature_loss import FeatureLoss, span_ends
+from wandistiller.training.loop import TrainingOptions, steps_of_epochs
+from wandistiller.training.objective import Objective
+from wandistiller.training.optimizer import OptimizationOptions
+from wandistiller.wan.files import WanCheckpoint
+from wandistiller.wan.text_encoder import Embeds, PromptEmbeds
 
 
 def lanes_of(args: argparse.Namespace, processes: Processes) -> Lanes:

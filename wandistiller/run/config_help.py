@@ -6,9 +6,9 @@ Standard library only: `train_distillation.py --print_config` answers at once.
 import sys
 from pathlib import Path
 
-from wandistiller.student_config import StudentConfig
+from wandistiller.model.config import StudentConfig
 
-FOLDER = Path(__file__).resolve().parent.parent / "config"
+FOLDER = Path(__file__).resolve().parents[2] / "config"
 # Teacher -> a config that fits it
 READY_CONFIGS = {
     "1.3B": "student_config_0.5B.json",

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from wandistiller.activations import FP32
-from wandistiller.answers import REPLAY_BATCHES
-from wandistiller.budget import UMT5_XXL_PARAMETERS, Workload, checkpoint_bytes, step_flops, stored_latents
-from wandistiller.budget_report import (
+from wandistiller.budget.activations import FP32
+from wandistiller.budget.machine import Machine, find_machine, free_bytes, matmul_rate
+from wandistiller.budget.report import (
     GIB,
     Verdict,
     compute_lines,
@@ -21,19 +20,20 @@ from wandistiller.budget_report import (
     parameter_lines,
     verdict,
 )
-from wandistiller.checkpointing import Checkpoints
+from wandistiller.budget.step_time import ASSUMED_UTILISATION, measure_step
+from wandistiller.budget.workload import UMT5_XXL_PARAMETERS, Workload, checkpoint_bytes, step_flops, stored_latents
 from wandistiller.device import DTYPES
-from wandistiller.machine import Machine, find_machine, free_bytes, matmul_rate
-from wandistiller.output_folder import check_writable
-from wandistiller.prompt_embeds import count_tokens, encoder_parameters
-from wandistiller.prompts import Texts
-from wandistiller.reporting import format_duration
-from wandistiller.step_time import ASSUMED_UTILISATION, measure_step
-from wandistiller.student_config import StudentConfig
-from wandistiller.teacher import TeacherSettings
-from wandistiller.training import steps_of_epochs
-from wandistiller.wan_checkpoint import WanCheckpoint
-from wandistiller.weight_sizes import count_parameters
+from wandistiller.files.output_folder import check_writable
+from wandistiller.files.prompts import Texts
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.sizes import count_parameters
+from wandistiller.reports.progress import format_duration
+from wandistiller.sampling.teacher import TeacherSettings
+from wandistiller.targets.answers import REPLAY_BATCHES
+from wandistiller.training.checkpoints import Checkpoints
+from wandistiller.training.loop import steps_of_epochs
+from wandistiller.wan.files import WanCheckpoint
+from wandistiller.wan.text_encoder import count_tokens, encoder_parameters
 
 NUM_COUNTED_PROMPTS = 256  # whose tokens stand for those of all
 

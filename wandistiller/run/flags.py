@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wandistiller.command_line import FlagParser, int_list, number, path
-from wandistiller.config_help import READY_CONFIGS
+from wandistiller.run.config_help import READY_CONFIGS
 
 DEMO_TEACHER = "data/demo_teacher"
 # What a flag that is left out stands for: (in general, with the demo teacher)

@@ -5,9 +5,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from wandistiller.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
-from wandistiller.reporting import format_duration
-from wandistiller.run_metrics import (
+from wandistiller.files.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
+from wandistiller.model.config import StudentConfig
+from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,
     loss_change,
@@ -15,8 +15,8 @@ from wandistiller.run_metrics import (
     read_metrics,
     training_seconds,
 )
-from wandistiller.student_config import StudentConfig
-from wandistiller.training_flags import DEFAULTS
+from wandistiller.reports.progress import format_duration
+from wandistiller.run.flags import DEFAULTS
 
 SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME]
 HELD_OUT_PROMPTS = "data/heldout_prompts.txt"

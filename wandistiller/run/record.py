@@ -4,10 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from wandistiller import __version__
-from wandistiller.distributed import Processes, whole
-from wandistiller.student import WanLiteStudent
-from wandistiller.teacher import TeacherSettings
-from wandistiller.training import TrainingOptions, TrainingResult
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.processes import Processes, whole
+from wandistiller.sampling.teacher import TeacherSettings
+from wandistiller.training.loop import TrainingOptions, TrainingResult
 
 
 def distillation_record(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError
-from wandistiller.hub import hub_id, is_hub_id
-from wandistiller.student_config import CONFIG_NAME, StudentConfig
+from wandistiller.files.hub import hub_id, is_hub_id
+from wandistiller.model.config import CONFIG_NAME, StudentConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from wandistiller.prompt_embeds import PromptEmbeds
-    from wandistiller.sampling import SamplingOptions
-    from wandistiller.teacher import TeacherSettings
+    from wandistiller.sampling.sampler import SamplingOptions
+    from wandistiller.sampling.teacher import TeacherSettings
+    from wandistiller.wan.text_encoder import PromptEmbeds
 
 # Of this code: what lies in it is recorded relative to it, so that the demo's student may move with its clone.
-CLONE = Path(__file__).resolve().parent.parent
+CLONE = Path(__file__).resolve().parents[2]
 # What sampling cannot do without; the rest of the record is history.
 _NEEDED = {
     "teacher_path": str,
@@ -80,8 +80,8 @@ def load_student_config(folder: str | Path) -> StudentConfig:
 
 def weights_digest(folder: str | Path) -> str | None:
     """The sha256 of a student's weights file: what was measured belongs to these weights alone. None where there is none."""
-    from wandistiller.checkpointing import file_digest
-    from wandistiller.student import WEIGHTS_NAME
+    from wandistiller.model.transformer import WEIGHTS_NAME
+    from wandistiller.training.checkpoints import file_digest
 
     file = Path(folder) / WEIGHTS_NAME
     return file_digest(file) if file.is_file() else None
@@ -89,7 +89,7 @@ def weights_digest(folder: str | Path) -> str | None:
 
 def recorded_settings(config: StudentConfig) -> "TeacherSettings":
     """How the teacher was sampled, as the record holds it."""
-    from wandistiller.teacher import TeacherSettings
+    from wandistiller.sampling.teacher import TeacherSettings
 
     record = config.distillation or {}
     return TeacherSettings(**{field.name: record.get(field.name) for field in fields(TeacherSettings)})
@@ -99,7 +99,7 @@ def student_sampling(
     config: StudentConfig, num_inference_steps: int | None, compute_dtype: "torch.dtype", device: str
 ) -> "SamplingOptions":
     """How this student draws: as its teacher, or in the steps it learnt where it is a student of few (then by Euler)."""
-    from wandistiller.sampling import SamplingOptions
+    from wandistiller.sampling.sampler import SamplingOptions
 
     record = config.distillation or {}
     few = record.get("student_steps")
@@ -144,8 +144,8 @@ def find_recorded_encoder(
     config: StudentConfig, text_encoder_path: str | None, teacher_path: str
 ) -> tuple[Path, Path] | None:
     """Folders of the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings were learnt."""
-    from wandistiller.prompt_embeds import text_encoder_dim
-    from wandistiller.wan_checkpoint import find_text_encoder
+    from wandistiller.wan.files import find_text_encoder
+    from wandistiller.wan.text_encoder import text_encoder_dim
 
     path, recorded = text_encoder_path, (config.distillation or {}).get("text_encoder_path")
     if path is None and recorded is not None:
@@ -170,7 +170,7 @@ def embed_texts(
     progress: "Callable[[int, int], None] | None" = None,
 ) -> "PromptEmbeds":
     """Text tokens of prompts, as the student was trained on them."""
-    from wandistiller.prompt_embeds import encode_prompts, mock_prompt_embeds
+    from wandistiller.wan.text_encoder import encode_prompts, mock_prompt_embeds
 
     if encoder is None:
         return mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)

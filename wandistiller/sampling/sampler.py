@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wandistiller.flow import NUM_TRAIN_TIMESTEPS
-from wandistiller.prompt_embeds import PromptEmbeds
-from wandistiller.student import WanLiteStudent
-from wandistiller.teacher import Teacher, TeacherSettings
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS
+from wandistiller.sampling.teacher import Teacher, TeacherSettings
+from wandistiller.wan.text_encoder import PromptEmbeds
 
 
 class VelocityField(Protocol):

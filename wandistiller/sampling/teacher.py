@@ -9,12 +9,12 @@ from torch import Tensor
 
 from wandistiller.device import to_device
 from wandistiller.errors import UserError
-from wandistiller.features import block_outputs
-from wandistiller.flow import NUM_TRAIN_TIMESTEPS, sigma_to_timestep
-from wandistiller.offload import OffloadedExperts
-from wandistiller.student import WanLiteStudent
-from wandistiller.student_config import StudentConfig
-from wandistiller.wan_checkpoint import WanCheckpoint
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS, sigma_to_timestep
+from wandistiller.sampling.offload import OffloadedExperts
+from wandistiller.training.feature_loss import block_outputs
+from wandistiller.wan.files import WanCheckpoint
 
 # Wan's own (Wan2.2:wan/configs/shared_config.py) without the words for still, static, picture and artwork, which push
 # against stills.

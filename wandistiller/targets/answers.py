@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
-from wandistiller.lanes import LANE_PREFIX, Lanes
-from wandistiller.prompt_embeds import PromptEmbeds
-from wandistiller.state_sources import States
-from wandistiller.states import StateBatch, part_of
-from wandistiller.teacher import Teacher
+from wandistiller.sampling.teacher import Teacher
+from wandistiller.targets.lanes import LANE_PREFIX, Lanes
+from wandistiller.targets.states import States
+from wandistiller.targets.trajectories import StateBatch, part_of
+from wandistiller.wan.text_encoder import PromptEmbeds
 
 REPLAY_BATCHES = 16  # answers kept for further use, in batches: enough that a batch seldom meets its own again
 

@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wandistiller.answers import Answer, TeacherAnswers
-from wandistiller.atomic import atomic_path
 from wandistiller.device import to_device
-from wandistiller.distributed import Processes
 from wandistiller.errors import UserError
-from wandistiller.lanes import Lanes
-from wandistiller.output_folder import check_output_folder
-from wandistiller.state_sources import StatesOptions
-from wandistiller.teacher import TeacherSettings
-from wandistiller.wan_checkpoint import WanCheckpoint
+from wandistiller.files.atomic import atomic_path
+from wandistiller.files.output_folder import check_output_folder
+from wandistiller.processes import Processes
+from wandistiller.sampling.teacher import TeacherSettings
+from wandistiller.targets.answers import Answer, TeacherAnswers
+from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.states import StatesOptions
+from wandistiller.wan.files import WanCheckpoint
 
 DESCRIPTION_NAME = "cache.json"
 STATE_NAME = "state.safetensors"

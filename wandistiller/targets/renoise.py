@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
-from wandistiller.flow import sample_sigmas, seeded_noise
-from wandistiller.lanes import LANE_PREFIX, draw_seeds
-from wandistiller.prompt_order import PromptSwap
-from wandistiller.states import StateBatch, TrajectoryStates, loss_weights, part_of
+from wandistiller.sampling.flow import sample_sigmas, seeded_noise
+from wandistiller.targets.lanes import LANE_PREFIX, draw_seeds
+from wandistiller.targets.prompt_order import PromptSwap
+from wandistiller.targets.trajectories import StateBatch, TrajectoryStates, loss_weights, part_of
 
 SAMPLES_PER_LANE = 64  # finished samples kept; a new one replaces its lane's oldest
 

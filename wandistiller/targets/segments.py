@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from wandistiller.answers import Answer, autocast
 from wandistiller.device import to_device
-from wandistiller.flow import seeded_noise, sigma_to_timestep
-from wandistiller.lanes import LANE_PREFIX, Lanes, draw_seeds
-from wandistiller.prompt_embeds import PromptEmbeds
-from wandistiller.prompt_order import PromptOrder
-from wandistiller.states import PATHS_PER_LANE, part_of
-from wandistiller.student import WanLiteStudent
-from wandistiller.teacher import Teacher
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.sampling.flow import seeded_noise, sigma_to_timestep
+from wandistiller.sampling.teacher import Teacher
+from wandistiller.targets.answers import Answer, autocast
+from wandistiller.targets.lanes import LANE_PREFIX, Lanes, draw_seeds
+from wandistiller.targets.prompt_order import PromptOrder
+from wandistiller.targets.trajectories import PATHS_PER_LANE, part_of
+from wandistiller.wan.text_encoder import PromptEmbeds
 
 # Targets that wait to be learnt from, in every lane: a lane may be this far ahead of another (each path of it by one).
 READY_PER_LANE = 2 * PATHS_PER_LANE + 4

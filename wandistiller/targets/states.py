@@ -6,12 +6,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wandistiller.lanes import Lanes
-from wandistiller.prompt_order import PromptSwap
-from wandistiller.renoise import RenoisedStates
-from wandistiller.states import PATHS_PER_LANE, NoiseStates, StateBatch, TrajectoryStates
-from wandistiller.student_config import StudentConfig
-from wandistiller.teacher import TeacherSettings
+from wandistiller.model.config import StudentConfig
+from wandistiller.sampling.teacher import TeacherSettings
+from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.prompt_order import PromptSwap
+from wandistiller.targets.renoise import RenoisedStates
+from wandistiller.targets.trajectories import PATHS_PER_LANE, NoiseStates, StateBatch, TrajectoryStates
 
 
 class States(Protocol):

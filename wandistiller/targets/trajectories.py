@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
-from wandistiller.flow import sample_sigmas, seeded_noise, shift_sigma, unshift_sigma
-from wandistiller.lanes import LANE_PREFIX, Lanes, draw_seeds
-from wandistiller.prompt_order import PromptOrder, PromptSwap
+from wandistiller.sampling.flow import sample_sigmas, seeded_noise, shift_sigma, unshift_sigma
+from wandistiller.targets.lanes import LANE_PREFIX, Lanes, draw_seeds
+from wandistiller.targets.prompt_order import PromptOrder, PromptSwap
 
 PATHS_PER_LANE = 8  # in flight for every sample of a batch: many prompts at once, each path still finished soon
 ENOUGH_LANES = 0.75  # of them must have a path on the side of the expert in use, or the other one's turn begins

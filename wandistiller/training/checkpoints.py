@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wandistiller.atomic import atomic_path, fsync
-from wandistiller.distributed import Processes, error_reason, load_tensors, save_tensors
 from wandistiller.errors import UserError
+from wandistiller.files.atomic import atomic_path, fsync
+from wandistiller.processes import Processes, error_reason, load_tensors, save_tensors
 
 FOLDER_NAME = "checkpoints"
 _STEP = re.compile(r"step_(\d{8})")  # whatever bears another name is not ours to count, and not ours to remove

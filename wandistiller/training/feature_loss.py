@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from wandistiller.student import WanLiteStudent
+from wandistiller.model.transformer import WanLiteStudent
 
 MASK_STDS = 2.0  # hidden states further than this from their mean are left out
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from wandistiller.answers import Answer, Answers
-from wandistiller.checkpointing import Checkpoint, CheckpointError, Checkpoints
 from wandistiller.device import peak_memory_bytes, to_device
-from wandistiller.distributed import Processes, local_part, whole, without_averaging
-from wandistiller.objective import Loss, Objective, TrainedStudent
-from wandistiller.optimization import OptimizationOptions
-from wandistiller.prompt_embeds import PromptEmbeds
-from wandistiller.reporting import StepMetrics, Stopwatch, mean_by_expert, mean_by_sigma
-from wandistiller.run_state import RunState
-from wandistiller.student import WanLiteStudent
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.processes import Processes, local_part, whole, without_averaging
+from wandistiller.reports.progress import StepMetrics, Stopwatch, mean_by_expert, mean_by_sigma
+from wandistiller.targets.answers import Answer, Answers
+from wandistiller.training.checkpoints import Checkpoint, CheckpointError, Checkpoints
+from wandistiller.training.objective import Loss, Objective, TrainedStudent
+from wandistiller.training.optimizer import OptimizationOptions
+from wandistiller.training.state import RunState
+from wandistiller.wan.text_encoder import PromptEmbeds
 
 REPEATED_S = 2.0  # signals within it are one request, where a launcher passes them on
 

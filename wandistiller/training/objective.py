@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wandistiller.answers import Answer, autocast
 from wandistiller.device import to_device
-from wandistiller.features import FeatureLoss, block_outputs
-from wandistiller.flow import sigma_to_timestep, unshift_sigma
-from wandistiller.prompt_embeds import PromptEmbeds
-from wandistiller.student import WanLiteStudent
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.sampling.flow import sigma_to_timestep, unshift_sigma
+from wandistiller.targets.answers import Answer, autocast
+from wandistiller.training.feature_loss import FeatureLoss, block_outputs
+from wandistiller.wan.text_encoder import PromptEmbeds
 
 SIGMA_WEIGHTINGS = ("none", "x0", "endpoint")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from wandistiller.distributed import let_go_of_whole_weights, local_part
 from wandistiller.errors import UserError
+from wandistiller.processes import let_go_of_whole_weights, local_part
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from wandistiller.answers import Answers
-from wandistiller.checkpointing import Checkpoint
-from wandistiller.distributed import Processes, let_go_of_whole_weights, local_part
-from wandistiller.lanes import LANE_PREFIX
-from wandistiller.objective import TrainedStudent
-from wandistiller.optimization import OptimizationOptions, WeightAverage, make_lr_scheduler, make_optimizer
-from wandistiller.states import part_of
-from wandistiller.student import WanLiteStudent
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.processes import Processes, let_go_of_whole_weights, local_part
+from wandistiller.targets.answers import Answers
+from wandistiller.targets.lanes import LANE_PREFIX
+from wandistiller.targets.trajectories import part_of
+from wandistiller.training.checkpoints import Checkpoint
+from wandistiller.training.objective import TrainedStudent
+from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_lr_scheduler, make_optimizer
 
 
 class RunState:

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from wandistiller.hub import fetch, is_hub_id
-from wandistiller.json_files import (
+from wandistiller.files.checked_json import (
     COMPONENT,
     NOT_NEGATIVE,
     POSITIVE,
@@ -21,10 +20,10 @@ from wandistiller.json_files import (
     read_json,
     setting,
 )
-from wandistiller.lift import teacher_record
-from wandistiller.student_config import StudentConfig
-from wandistiller.vae_config import read_vae_config
-from wandistiller.wan_transformer import (
+from wandistiller.files.hub import fetch, is_hub_id
+from wandistiller.model.config import StudentConfig
+from wandistiller.projection.lift import teacher_record
+from wandistiller.wan.transformer_files import (
     LAYOUTS,
     LOCAL_LAYOUTS,
     REFUSED_CLASSES,
@@ -33,6 +32,7 @@ from wandistiller.wan_transformer import (
     refuse_settings,
     stored_tensors,
 )
+from wandistiller.wan.vae import read_vae_config
 
 WEIGHTS = "diffusion_pytorch_model"
 LATENT_SETTINGS = ("latents_mean", "latents_std", "vae_scale_factor")

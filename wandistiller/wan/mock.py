@@ -5,9 +5,9 @@ import zlib
 import torch
 from torch import Tensor
 
-from wandistiller.student_config import StudentConfig
-from wandistiller.wan_checkpoint import WanCheckpoint
-from wandistiller.wan_transformer import own_image_size, teacher_tensor_shapes
+from wandistiller.model.config import StudentConfig
+from wandistiller.wan.files import WanCheckpoint
+from wandistiller.wan.transformer_files import own_image_size, teacher_tensor_shapes
 
 MOCK_SEED = 20250728
 

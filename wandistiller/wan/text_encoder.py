@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wandistiller.atomic import atomic_path
 from wandistiller.device import to_device
 from wandistiller.errors import UserError
-from wandistiller.prompts import clean_prompt
+from wandistiller.files.atomic import atomic_path
+from wandistiller.files.prompts import clean_prompt
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wandistiller.json_files import POSITIVE, WHOLE, CheckpointError, setting
-from wandistiller.lift import PATCH_KERNEL, transformer_settings
-from wandistiller.student import WanLiteStudent
-from wandistiller.student_config import ConfigError, StudentConfig
-from wandistiller.wan_names import other_wan_kind, to_canonical, uses_original_names
+from wandistiller.files.checked_json import POSITIVE, WHOLE, CheckpointError, setting
+from wandistiller.model.config import ConfigError, StudentConfig
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.projection.lift import PATCH_KERNEL, transformer_settings
+from wandistiller.wan.names import other_wan_kind, to_canonical, uses_original_names
 
 WAN_HEAD_DIM = 128
 HEAD_KEYS = {"num_attention_heads", "num_heads", "attention_head_dim"}

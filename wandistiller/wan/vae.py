@@ -4,8 +4,8 @@ import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from wandistiller.hub import fetch
-from wandistiller.json_files import POSITIVE, STAGES, WHOLE, CheckpointError, numbers, read_json, setting
+from wandistiller.files.checked_json import POSITIVE, STAGES, WHOLE, CheckpointError, numbers, read_json, setting
+from wandistiller.files.hub import fetch
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,72 @@
+"""What the tests of the commands share: shapes of tiny students, what a person sees of a command, and what a run's folder holds."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+PROMPTS = ROOT / "data" / "static_prompts.txt"
+
+
+# The own shape of what wan_folders writes: 3 layers, 2 heads of 12 channels.
+IDENTITY_CONFIG = {
+    "model_type": "WanLiteStudent",
+    "block": "wan",
+    "hidden_size": 24,
+    "depth": 3,
+    "num_heads": 2,
+    "ffn_dim": 40,
+    "num_channels": 16,
+    "image_size": 32,
+    "patch_size": 2,
+    "text_max_length": 512,
+    "text_encoder_output_dim": 20,
+    "freq_dim": 256,
+    "eps": 1e-6,
+}
+
+
+PRUNED_CONFIG = IDENTITY_CONFIG | {"hidden_size": 12, "depth": 2, "num_heads": 1, "ffn_dim": 24}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a person sees of a command."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Tiny checkpoints on disk, to be read only, and a cache for their prompts' embeddings."""
+
+    one: Path  # diffusers pipeline folder
+    two: Path  # the same with two experts
+    original: Path  # original folder, without a usable text encoder
+    single_file: Path  # ComfyUI's layout; heads of 128
+    prompt_cache: Path
+
+
+def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
+    """Every file below a folder: its content's hash and its modification time."""
+    return {
+        str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "diffusion_model.safetensors")

@@ -1,0 +1,44 @@
+"""Runs of several processes, started as torchrun starts them."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+import train_distillation
+
+FLAGS = ["--lr", 1e-3, "--ema_decay", 0.9]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_as(rank: int, count: int, port: int, argv: list[str], log: Path) -> None:
+    """A process as torchrun starts it, without the seconds that loading torch anew would take."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    torch.set_num_threads(1)
+    code = train_distillation.run_command(lambda: train_distillation.main(argv))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def start(count: int, argv: list[str], log: Path) -> list[multiprocessing.Process]:
+    context, port = multiprocessing.get_context("fork"), free_port()
+    processes = [context.Process(target=run_as, args=(rank, count, port, argv, log)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    return processes
