@@ -135,8 +135,8 @@ def prove_writable(folder: Path) -> None:
 
 def find_parts(args: argparse.Namespace, config: StudentConfig) -> tuple[dict[str, Path], dict[str, list]]:
     """Folders of VAE, text encoder and tokenizer, each known to be the student's, and the classes of the text parts."""
-    from wandistiller.files.pictures import find_vae, load_vae
-    from wandistiller.projection.diffusers_export import check_statistics, text_classes, vae_folder
+    from wandistiller.projection.diffusers_export import text_classes
+    from wandistiller.wan.vae import check_statistics, find_vae, load_vae, vae_folder
 
     teacher = teacher_paths(config, args.teacher_path)[0] if not (args.vae_path and args.text_encoder_path) else "mock"
     vae = vae_folder(*find_vae(args.vae_path, teacher))

@@ -32,8 +32,9 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from torch import Tensor
 
     from wandistiller.sampling.sampler import SamplingOptions
-    from wandistiller.sampling.teacher import Teacher, TeacherSettings
+    from wandistiller.sampling.teacher import Teacher
     from wandistiller.wan.files import WanCheckpoint
+    from wandistiller.wan.settings import TeacherSettings
 
 MAX_GRID = 100  # pictures in grid.png
 
@@ -141,8 +142,8 @@ def build_field(
     device: str,
 ) -> "Teacher":
     """Who answers with velocities: the teacher's experts, or the student."""
-    from projection_mapper import project_experts
     from wandistiller.model.transformer import WanLiteStudent
+    from wandistiller.projection.project import project_experts
     from wandistiller.sampling.sampler import student_field
     from wandistiller.sampling.teacher import Teacher
 
@@ -183,11 +184,12 @@ def main(argv: list[str] | None = None) -> int:
 
     from dataclasses import replace
 
-    from projection_mapper import open_teacher
     from wandistiller.device import pick_device, pick_dtype
-    from wandistiller.files.pictures import decode, find_vae, labelled_grid, load_vae, save_png, slug
+    from wandistiller.files.pictures import labelled_grid, save_png, slug
     from wandistiller.sampling.flow import seeded_noise
     from wandistiller.sampling.sampler import sample_in_batches
+    from wandistiller.wan.open import open_teacher
+    from wandistiller.wan.vae import decode, find_vae, load_vae
 
     # Every file, before a weight is read:
     device = pick_device(args.device)

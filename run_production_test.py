@@ -24,12 +24,13 @@ from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
-    from projection_mapper import ProjectionReport
     from wandistiller.model.transformer import WanLiteStudent
-    from wandistiller.sampling.teacher import Teacher, TeacherSettings
+    from wandistiller.projection.project import ProjectionReport
+    from wandistiller.sampling.teacher import Teacher
     from wandistiller.training.loop import TrainingOptions, TrainingResult
     from wandistiller.wan.files import WanCheckpoint
-    from wandistiller.wan.text_encoder import PromptEmbeds
+    from wandistiller.wan.prompt_embeds import PromptEmbeds
+    from wandistiller.wan.settings import TeacherSettings
 
 HIDDEN_SIZE, DEPTH, LATENT_SIZE = 256, 4, 8
 HEAD_DIM = 64  # for a wan student whose own heads do not fill HIDDEN_SIZE
@@ -78,9 +79,9 @@ def shrink(config: StudentConfig) -> StudentConfig:
 
 def check_real_teacher(args: argparse.Namespace, config: StudentConfig, prompts: list[str]) -> None:
     """Say from headers alone whether the given config fits the real teacher, and what a run with it will take."""
-    from projection_mapper import open_teacher
     from wandistiller.projection.selection import check_fits
-    from wandistiller.sampling.teacher import resolve_settings, warnings_about
+    from wandistiller.wan.open import open_teacher
+    from wandistiller.wan.settings import resolve_settings, warnings_about
 
     checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
     shape = checkpoint.config
@@ -162,9 +163,11 @@ def build(
     """Student and teacher as projections of one mock checkpoint, and stand-ins for the prompts' embeddings."""
     import torch
 
-    from projection_mapper import open_teacher, project_experts, project_teacher
-    from wandistiller.sampling.teacher import Teacher, resolve_settings
-    from wandistiller.wan.text_encoder import mock_prompt_embeds
+    from wandistiller.projection.project import project_experts, project_teacher
+    from wandistiller.sampling.teacher import Teacher
+    from wandistiller.wan.open import open_teacher
+    from wandistiller.wan.prompt_embeds import mock_prompt_embeds
+    from wandistiller.wan.settings import resolve_settings
 
     # So small a model gains nothing from more threads, and with them waits minutes for cores that others keep busy.
     torch.set_num_threads(1)

@@ -34,14 +34,15 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     import torch
     from torch import Tensor
 
-    from projection_mapper import ProjectionReport
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.processes import Processes
-    from wandistiller.reports.progress import StepMetrics
+    from wandistiller.projection.project import ProjectionReport
+    from wandistiller.reports.metrics import StepMetrics
     from wandistiller.reports.samples import Samples
-    from wandistiller.sampling.teacher import Teacher, TeacherSettings
+    from wandistiller.sampling.teacher import Teacher
     from wandistiller.targets.cache import TeacherCache
     from wandistiller.wan.files import WanCheckpoint
+    from wandistiller.wan.settings import TeacherSettings
 
 
 # The flags that say how a student was made, recorded with it
@@ -56,11 +57,10 @@ RECIPE_PATHS = ["teacher_path", "teacher_path_low", "text_encoder_path"]
 
 def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tuple[WanCheckpoint, TeacherSettings]":
     """The teacher by its headers, refused unless the student is a part of it; no weight is read yet."""
-    from projection_mapper import open_teacher
-    from wandistiller.files.pictures import find_vae
     from wandistiller.projection.selection import check_fits
-    from wandistiller.sampling.teacher import resolve_settings
-    from wandistiller.wan.vae import vae_config_path
+    from wandistiller.wan.open import open_teacher
+    from wandistiller.wan.settings import resolve_settings
+    from wandistiller.wan.vae import find_vae, vae_config_path
 
     checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
     if args.vae_path:
@@ -97,8 +97,8 @@ def build_teacher(
     processes: "Processes",
 ) -> "Teacher":
     """The whole checkpoint in 2D, its weights kept as the flags say."""
-    from projection_mapper import project_experts
     from wandistiller.device import DTYPES
+    from wandistiller.projection.project import project_experts
     from wandistiller.sampling.teacher import Teacher
 
     is_fp8 = args.teacher_dtype == "fp8"
@@ -126,7 +126,7 @@ def build_student(
     args: argparse.Namespace, checkpoint: "WanCheckpoint", config: StudentConfig, device: str
 ) -> "tuple[WanLiteStudent, ProjectionReport]":
     """What is trained: a part of the teacher, or a student that inherits nothing."""
-    from projection_mapper import fresh_student, project_teacher
+    from wandistiller.projection.project import fresh_student, project_teacher
 
     if args.init == "random":
         return fresh_student(checkpoint, config, args.init_expert, device=device, seed=args.seed)
@@ -251,8 +251,8 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     )
     from wandistiller.run.record import commands_so_far, distillation_record, save_student
     from wandistiller.sampling.recorded import recorded_path
-    from wandistiller.targets.answers import ReplayedAnswers
     from wandistiller.targets.cache import CachedAnswers
+    from wandistiller.targets.replay import ReplayedAnswers
     from wandistiller.training.checkpoints import Checkpoints
     from wandistiller.training.loop import train
     from wandistiller.training.optimizer import check_optimizer

@@ -25,12 +25,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wandistiller.budget.machine import matmul_rate  # noqa: E402
-from wandistiller.device import DTYPES  # noqa: E402 (found from wherever the script is started)
-from wandistiller.model.config import StudentConfig  # noqa: E402
-from wandistiller.model.flops import BACKWARD_PASSES, transformer_flops  # noqa: E402
-from wandistiller.model.transformer import WanLiteStudent  # noqa: E402
-from wandistiller.projection.lift import FP32_ISLANDS  # noqa: E402
+from wandistiller.budget.machine import matmul_rate
+from wandistiller.device import DTYPES
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.sizes import BACKWARD_PASSES, transformer_flops
+from wandistiller.model.transformer import (
+    FP32_ISLANDS,
+    WanLiteStudent,
+)
 
 SHAPES = {  # hidden_size, heads, ffn_dim, depth, channels, text width (Wan2.1, Wan2.2: wan/configs)
     "demo": None,

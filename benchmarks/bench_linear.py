@@ -21,7 +21,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wandistiller.model.linear import HAS_ONEDNN, Linear  # noqa: E402 (found from wherever the script is started)
+from wandistiller.model.layers import HAS_ONEDNN, Linear
 
 SHAPES = [(1536, 1536), (1536, 8960), (8960, 1536)]  # in, out
 PASSES = {"forward": 1, "training": 3}  # products of a layer

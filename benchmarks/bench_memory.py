@@ -133,14 +133,15 @@ def build_step(workload, is_compiled: bool, device: str = "cuda") -> Callable[[]
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.processes import Processes
     from wandistiller.run.build import compile_blocks
-    from wandistiller.sampling.teacher import Teacher, resolve_settings
+    from wandistiller.sampling.teacher import Teacher
     from wandistiller.targets.answers import TeacherAnswers
     from wandistiller.targets.states import StatesOptions, build_states
     from wandistiller.training.objective import Objective, TrainedStudent
     from wandistiller.training.optimizer import OptimizationOptions
     from wandistiller.training.state import RunState
     from wandistiller.wan.mock import mock_checkpoint
-    from wandistiller.wan.text_encoder import PromptEmbeds
+    from wandistiller.wan.prompt_embeds import PromptEmbeds
+    from wandistiller.wan.settings import resolve_settings
 
     dtype = torch.bfloat16
     student = WanLiteStudent(workload.student).to(device).train()

@@ -32,14 +32,13 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import projection_mapper  # noqa: E402 (found from wherever the script is started)
-from benchmarks.bench_forward import SHAPES  # noqa: E402
-from wandistiller.device import DTYPES  # noqa: E402
-from wandistiller.model.config import StudentConfig  # noqa: E402
-from wandistiller.model.sizes import count_parameters  # noqa: E402
-from wandistiller.model.transformer import WanLiteStudent  # noqa: E402
-from wandistiller.projection.lift import transformer_settings  # noqa: E402
-from wandistiller.wan.transformer_files import teacher_tensor_shapes  # noqa: E402
+from benchmarks.bench_forward import SHAPES
+from wandistiller.device import DTYPES
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.sizes import count_parameters
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.wan.names import transformer_settings
+from wandistiller.wan.transformer_files import teacher_tensor_shapes
 
 CONFIG = ROOT / "config" / "student_config.json"
 FILE_NAME = "diffusion_pytorch_model"
@@ -129,13 +128,13 @@ def read(folder: Path, names: list[str], keep: bool) -> float:
 
 def project(folder: Path, config: StudentConfig | None, dtype: torch.dtype) -> dict:
     """Seconds and memory of a projection, and the names of the tensors it used."""
-    import wandistiller.projection.selection  # noqa: F401 (its import is not part of what is measured)
+    import wandistiller.projection.selection
 
     small = StudentConfig.load(CONFIG).replace(hidden_size=128, num_heads=1, depth=1, ffn_dim=128)
     WanLiteStudent(small)
     before = memory_kib("VmRSS")
     start = time.perf_counter()
-    student, report = projection_mapper.project_teacher(folder, config, dtype=dtype)
+    student, report = wandistiller.projection.project.project_teacher(folder, config, dtype=dtype)
     elapsed_s = time.perf_counter() - start
     return {
         "seconds": elapsed_s,

@@ -25,8 +25,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wandistiller.targets.answers import Answer, ReplayedAnswers  # noqa: E402
-from wandistiller.targets.lanes import Lanes  # noqa: E402
+from wandistiller.targets.answers import Answer
+from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.replay import ReplayedAnswers
 
 BATCH_SIZE = 64
 BASE = {

@@ -27,15 +27,20 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train_distillation  # noqa: E402 (found from wherever the script is started)
-import wandistiller.training.loop  # noqa: E402
-from wandistiller.budget.machine import matmul_rate  # noqa: E402
-from wandistiller.model.config import StudentConfig  # noqa: E402
-from wandistiller.model.flops import BACKWARD_PASSES, guided_flops, num_image_tokens, transformer_flops  # noqa: E402
-from wandistiller.model.transformer import WanLiteStudent  # noqa: E402
-from wandistiller.reports.progress import StepMetrics  # noqa: E402
-from wandistiller.sampling.teacher import Teacher  # noqa: E402
-from wandistiller.training.optimizer import WeightAverage, make_optimizer  # noqa: E402
+import train_distillation
+import wandistiller.training.loop
+from wandistiller.budget.machine import matmul_rate
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.sizes import (
+    BACKWARD_PASSES,
+    guided_flops,
+    num_image_tokens,
+    transformer_flops,
+)
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.reports.metrics import StepMetrics
+from wandistiller.sampling.teacher import Teacher
+from wandistiller.training.optimizer import WeightAverage, make_optimizer
 
 WARM_UP = 10
 PARTS = ("teacher", "student forward", "student backward", "optimizer and average")

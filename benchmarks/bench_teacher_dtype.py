@@ -20,19 +20,21 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from projection_mapper import open_teacher, project_experts  # noqa: E402
-from wandistiller.evaluation.held_out import HeldOutErrors  # noqa: E402
-from wandistiller.evaluation.measures import endpoint_error, relative_errors  # noqa: E402
-from wandistiller.files.prompts import load_prompts  # noqa: E402
-from wandistiller.model.config import StudentConfig  # noqa: E402
-from wandistiller.model.transformer import WanLiteStudent  # noqa: E402
-from wandistiller.sampling.recorded import embed_with_negative  # noqa: E402
-from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample, student_field  # noqa: E402
-from wandistiller.sampling.teacher import RELEASED_MODELS, Teacher, TeacherSettings, resolve_settings  # noqa: E402
-from wandistiller.targets.answers import autocast  # noqa: E402
-from wandistiller.targets.states import StatesOptions, build_states  # noqa: E402
-from wandistiller.wan.files import WanCheckpoint  # noqa: E402
-from wandistiller.wan.text_encoder import PromptEmbeds  # noqa: E402
+from wandistiller.evaluation.held_out import HeldOutErrors
+from wandistiller.evaluation.measures import endpoint_error, relative_errors
+from wandistiller.files.prompts import load_prompts
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.projection.project import project_experts
+from wandistiller.sampling.recorded import embed_with_negative
+from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample, student_field
+from wandistiller.sampling.teacher import Teacher
+from wandistiller.targets.answers import autocast
+from wandistiller.targets.states import StatesOptions, build_states
+from wandistiller.wan.files import WanCheckpoint
+from wandistiller.wan.open import open_teacher
+from wandistiller.wan.prompt_embeds import PromptEmbeds
+from wandistiller.wan.settings import RELEASED_MODELS, TeacherSettings, resolve_settings
 
 FP32, BF16 = torch.float32, torch.bfloat16
 # column -> (kept as, dtype of matrix products); the first is what the others are held against. A checkpoint that is bf16 on

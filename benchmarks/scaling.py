@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wandistiller.budget.workload import (  # noqa: E402 (found from wherever the script is started)
+from wandistiller.budget.workload import (
     Workload,
     disk_budget,
     memory_budget,
@@ -26,8 +26,8 @@ from wandistiller.budget.workload import (  # noqa: E402 (found from wherever th
     step_flops,
     stored_latents,
 )
-from wandistiller.model.config import StudentConfig  # noqa: E402
-from wandistiller.model.sizes import count_parameters, weight_bytes  # noqa: E402
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.sizes import count_parameters, weight_bytes
 
 PAGES = (ROOT / "docs" / "scaling.md", ROOT / "README.md")
 GIB, GB = 2**30, 1e9

@@ -11,7 +11,6 @@ import warnings
 import pytest
 import torch
 
-from projection_mapper import project_teacher
 from support.runs import (
     IDENTITY_CONFIG,
     PRUNED_CONFIG,
@@ -21,6 +20,7 @@ from support.runs import (
 )
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.model.fp8 import to_fp8
+from wandistiller.projection.project import project_teacher
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 DEVICE = "cuda"

@@ -16,7 +16,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from wandistiller.command_line import FlagParser, number  # noqa: E402
+from wandistiller.command_line import FlagParser, number
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from wandistiller.command_line import FlagParser, number  # noqa: E402
+from wandistiller.command_line import FlagParser, number
 
 TINY = {"vae_steps": [1, 2, 1], "steps": 8, "batch_size": 4, "num_stills": 16, "num_clips": 4}
 TINY |= {"num_prompts": 20, "num_measured": 4}

@@ -18,8 +18,7 @@ from support.measures import (
 )
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.budget.activations import block_saved_bytes, inference_bytes, training_bytes
-from wandistiller.model.flops import num_image_tokens, transformer_flops
-from wandistiller.model.sizes import count_parameters
+from wandistiller.model.sizes import count_parameters, num_image_tokens, transformer_flops
 
 NUM_TOKENS = 9
 DTYPES = {2: torch.bfloat16, 4: torch.float32}

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_distillation
-from projection_mapper import project_teacher
 from support.measures import training_peak, with_checkpointing
 from support.runs import PRUNED_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
@@ -27,15 +26,16 @@ from wandistiller.budget.workload import (
     step_flops,
     stored_latents,
 )
-from wandistiller.model.flops import transformer_flops
-from wandistiller.model.positions import rope_table
-from wandistiller.model.sizes import count_parameters, weight_bytes
+from wandistiller.model.layers import rope_table
+from wandistiller.model.sizes import count_parameters, transformer_flops, weight_bytes
+from wandistiller.projection.project import project_teacher
 from wandistiller.run.dry_run import changeable_flags, num_calls
-from wandistiller.sampling.teacher import resolve_settings
-from wandistiller.targets.answers import Answer, ReplayedAnswers
+from wandistiller.targets.answers import Answer
 from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.replay import ReplayedAnswers
 from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.wan.mock import mock_checkpoint
+from wandistiller.wan.settings import resolve_settings
 
 TEACHER = StudentConfig(
     block="wan", hidden_size=5120, depth=40, num_heads=40, ffn_dim=13824, num_channels=16, image_size=512

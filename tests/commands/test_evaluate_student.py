@@ -20,8 +20,9 @@ from wandistiller.evaluation import demo_judge, measures
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.reports.tables import equal_steps, finite
-from wandistiller.sampling.teacher import Teacher, resolve_settings
+from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.files import open_checkpoint
+from wandistiller.wan.settings import resolve_settings
 
 WORLD_PROMPTS = [
     "a small red circle on the left, on a white background",

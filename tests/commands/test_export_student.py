@@ -23,15 +23,15 @@ from safetensors.torch import load_file
 import export_student
 import generate_images
 import train_distillation
-from projection_mapper import project_teacher
 from support.runs import ROOT, snapshot
 from support.wan_folders import oracle_velocity, random_weights, relative_error, write_pipeline_folder
 from wandistiller.files.hub import HubError
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
-from wandistiller.sampling.teacher import RELEASED_LATENTS, resolve_settings
+from wandistiller.projection.project import project_teacher
 from wandistiller.wan.files import open_checkpoint
+from wandistiller.wan.settings import RELEASED_LATENTS, resolve_settings
 
 DEMO_TEACHER = ROOT / "data" / "demo_teacher"
 PROMPT = "a large red circle on a white background"

@@ -22,7 +22,7 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, sample
-from wandistiller.sampling.teacher import DEFAULT_NEGATIVE_PROMPT
+from wandistiller.wan.settings import DEFAULT_NEGATIVE_PROMPT
 
 
 @pytest.fixture(scope="module")

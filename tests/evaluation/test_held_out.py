@@ -10,14 +10,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from projection_mapper import open_teacher, project_experts, project_teacher
 from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.evaluation.held_out import HeldOutErrors
+from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
-from wandistiller.sampling.teacher import Teacher, resolve_settings
-from wandistiller.wan.text_encoder import mock_prompt_embeds
+from wandistiller.sampling.teacher import Teacher
+from wandistiller.wan.open import open_teacher
+from wandistiller.wan.prompt_embeds import mock_prompt_embeds
+from wandistiller.wan.settings import resolve_settings
 
 SHAPE = (16, 4, 4)
 OPTIONS = SamplingOptions(shift=3.0, num_inference_steps=8)

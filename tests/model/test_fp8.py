@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from projection_mapper import _empty_student, project_experts, project_teacher
 from support.wan_folders import oracle_velocity, relative_error, write_pipeline_folder, write_single_file
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.model.fp8 import FP8, Fp8Linear, fp8_linears, quantise, to_fp8
-from wandistiller.training.feature_loss import block_outputs
+from wandistiller.model.hidden_states import block_outputs
+from wandistiller.projection.project import _empty_student, project_experts, project_teacher
 from wandistiller.wan.files import open_checkpoint
 
 # Rounding to three bits of mantissa errs by at most 1/16 of a value, evenly spread by about 1/28 (root mean square); a

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from wandistiller.model import linear
-from wandistiller.model.linear import LARGE, Linear
+from wandistiller.model.layers import LARGE, Linear
 
 SHAPES = [(1024, 1024), (1536, 700), (700, 1536)]  # in, out; more than LARGE weights each
 INPUTS = [(5,), (2, 7), (3, 4, 5)]  # rows

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import projection_mapper
-from projection_mapper import project_experts, project_teacher
 from support.wan_folders import (
     oracle_velocity,
     original_settings,
@@ -31,6 +30,7 @@ from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.model.config import ConfigError
+from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.projection.selection import spread_layers
 from wandistiller.wan.files import open_checkpoint
 from wandistiller.wan.mock import mock_checkpoint
@@ -465,7 +465,7 @@ def test_layers_without_a_student_to_put_them_in_are_refused(tmp_path, capsys):
 MEASURE = """
 import sys
 import torch
-import projection_mapper, wandistiller.projection.selection, wandistiller.model.transformer, wandistiller.wan.files
+import wandistiller.projection.project, wandistiller.projection.selection, wandistiller.model.transformer, wandistiller.wan.files
 from wandistiller import StudentConfig
 
 def kib(field):
@@ -475,7 +475,7 @@ torch.set_num_threads(1)
 config = StudentConfig.load(sys.argv[2])
 wandistiller.model.transformer.WanLiteStudent(config.replace(depth=1, hidden_size=128, num_heads=1, ffn_dim=128))
 start = kib("VmRSS")
-student, _ = projection_mapper.project_teacher(sys.argv[1], config)
+student, _ = wandistiller.projection.project.project_teacher(sys.argv[1], config)
 print(sum(t.numel() * t.element_size() for t in student.state_dict().values()) / 2**20, (kib("VmHWM") - start) / 2**10)
 """
 

@@ -18,7 +18,7 @@ from PIL import Image
 from support.runs import PRUNED_CONFIG, read_metrics, weights_of
 from wandistiller.files.output_folder import set_aside_previous_student
 from wandistiller.reports import metrics, plots, samples, trackers
-from wandistiller.reports.progress import StepMetrics
+from wandistiller.reports.metrics import StepMetrics
 from wandistiller.run.messages import command_line, command_to_go_on
 
 CELL = 160 + 8  # pixels of a drawn prompt in a sample picture, with its margin

@@ -6,8 +6,7 @@ pytest tests/sampling/test_teacher.py
 import pytest
 import torch
 
-import wandistiller.sampling.offload
-from projection_mapper import project_experts
+import wandistiller.sampling.teacher
 from support.wan_folders import (
     oracle_velocity,
     relative_error,
@@ -16,9 +15,11 @@ from support.wan_folders import (
 )
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
+from wandistiller.projection.project import project_experts
 from wandistiller.sampling.flow import sigma_to_timestep
-from wandistiller.sampling.teacher import DEFAULT_NEGATIVE_PROMPT, RELEASED_LATENTS, Teacher, resolve_settings
+from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.files import WanCheckpoint, open_checkpoint
+from wandistiller.wan.settings import DEFAULT_NEGATIVE_PROMPT, RELEASED_LATENTS, resolve_settings
 
 NEGATIVE = torch.randn(4, 20, generator=torch.Generator().manual_seed(99))
 SIGMA = torch.tensor([0.1234, 0.8749, 0.875, 0.9876])  # two for either expert, one of them on the boundary
@@ -160,11 +161,11 @@ def teacher_with_counted_moves(folder, monkeypatch, fp8: bool = False) -> tuple[
     """A two-expert teacher whose device stands for another memory: each tensor moved there is a copy, and counted."""
     moved = []
 
-    def to_device(tensor, device):
+    def queued_copy(tensor, device):
         moved.append(tensor.nbytes)
         return tensor.to(device, copy=True)
 
-    monkeypatch.setattr(wandistiller.sampling.offload, "to_device", to_device)
+    monkeypatch.setattr(wandistiller.sampling.teacher, "queued_copy", queued_copy)
     made, _ = make_teacher(folder, two_experts=True, guidance_scale=4.0, guidance_scale_2=3.0)
     experts = project_experts(open_checkpoint(folder), 512, fp8=fp8)
     return Teacher(experts, made.settings, NEGATIVE, offload_to="cpu"), moved

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from safetensors.torch import load, save
 
-from wandistiller.targets.trajectories import NoiseStates, StateBatch, TrajectoryStates
+from wandistiller.targets.noise import NoiseStates
+from wandistiller.targets.trajectories import StateBatch, TrajectoryStates
 
 SHIFT = 3.0
 

@@ -17,16 +17,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wandistiller.targets.cache as cache_module
-from projection_mapper import open_teacher, project_experts
 from support.runs import PRUNED_CONFIG, snapshot
 from wandistiller import StudentConfig
 from wandistiller.errors import UserError
-from wandistiller.sampling.teacher import Teacher, resolve_settings
+from wandistiller.projection.project import project_experts
+from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import TeacherAnswers
 from wandistiller.targets.cache import AnswerError, CachedAnswers, TeacherCache, describe_cache, teacher_fingerprint
 from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.wan.files import open_checkpoint
-from wandistiller.wan.text_encoder import mock_prompt_embeds
+from wandistiller.wan.open import open_teacher
+from wandistiller.wan.prompt_embeds import mock_prompt_embeds
+from wandistiller.wan.settings import resolve_settings
 
 PROMPTS = [f"prompt {number}" for number in range(7)]
 CONFIG = StudentConfig.from_dict(PRUNED_CONFIG)

@@ -10,9 +10,9 @@ import torch
 
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, sample, wan_scheduler
-from wandistiller.targets.answers import ReplayedAnswers
+from wandistiller.targets.replay import ReplayedAnswers
 from wandistiller.targets.segments import SegmentAnswers
-from wandistiller.wan.text_encoder import mock_prompt_embeds
+from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 
 SHAPE = (2, 4, 4)
 SHIFT = 3.0

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import wandistiller.targets.renoise
-from projection_mapper import open_teacher
 from support.runs import IDENTITY_CONFIG
 from support.states import (
     BOUNDARY,
@@ -27,11 +26,13 @@ from support.states import (
     walk,
 )
 from wandistiller import StudentConfig
-from wandistiller.sampling.teacher import resolve_settings
+from wandistiller.targets.noise import NoiseStates
 from wandistiller.targets.prompt_order import PromptOrder, PromptSwap
 from wandistiller.targets.renoise import SAMPLES_PER_LANE, RenoisedStates
 from wandistiller.targets.states import StatesOptions, build_states
-from wandistiller.targets.trajectories import NoiseStates, TrajectoryStates
+from wandistiller.targets.trajectories import TrajectoryStates
+from wandistiller.wan.open import open_teacher
+from wandistiller.wan.settings import resolve_settings
 
 
 def setting(**config):

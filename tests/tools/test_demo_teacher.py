@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from projection_mapper import project_experts, project_teacher
 from wandistiller.evaluation import demo_judge
-from wandistiller.files.pictures import decode
+from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, sample
-from wandistiller.sampling.teacher import Teacher, resolve_settings
+from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.files import open_checkpoint
+from wandistiller.wan.settings import resolve_settings
 from wandistiller.wan.text_encoder import encode_prompts
+from wandistiller.wan.vae import decode
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -10,8 +10,10 @@ from torch.testing import assert_close
 
 from support.runs import IDENTITY_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.sampling.teacher import Teacher, TeacherSettings
-from wandistiller.training.feature_loss import FeatureLoss, block_outputs, masked_relative_error, span_ends
+from wandistiller.model.hidden_states import block_outputs
+from wandistiller.sampling.teacher import Teacher
+from wandistiller.training.feature_loss import FeatureLoss, masked_relative_error, span_ends
+from wandistiller.wan.settings import TeacherSettings
 
 NEGATIVE = torch.randn(4, 20, generator=torch.Generator().manual_seed(99))
 SIGMA = torch.tensor([0.1234, 0.9, 0.875, 0.5])  # the two for either expert alternate

@@ -17,23 +17,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from projection_mapper import open_teacher, project_experts, project_teacher
 from support.runs import PRUNED_CONFIG, read_metrics
 from support.states import check_goes_on_from_a_saved_state
 from wandistiller import StudentConfig
-from wandistiller.reports.progress import (
-    Progress,
-    StepMetrics,
-    Stopwatch,
-    format_duration,
-    mean_by_expert,
-    mean_by_sigma,
-)
-from wandistiller.sampling.teacher import Teacher, resolve_settings
-from wandistiller.targets.answers import REPLAY_BATCHES, Answer, ReplayedAnswers, TeacherAnswers
+from wandistiller.projection.project import project_experts, project_teacher
+from wandistiller.reports.metrics import StepMetrics, mean_by_expert, mean_by_sigma
+from wandistiller.reports.progress import Progress, Stopwatch, format_duration
+from wandistiller.sampling.teacher import Teacher
+from wandistiller.targets.answers import Answer, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.noise import NoiseStates
+from wandistiller.targets.replay import REPLAY_BATCHES, ReplayedAnswers
 from wandistiller.targets.states import StatesOptions, build_states
-from wandistiller.targets.trajectories import NoiseStates, StateBatch, TrajectoryStates
+from wandistiller.targets.trajectories import StateBatch, TrajectoryStates
 from wandistiller.training.feature_loss import FeatureLoss
 from wandistiller.training.loop import (
     NonFiniteError,
@@ -47,7 +43,9 @@ from wandistiller.training.loop import (
 )
 from wandistiller.training.objective import Objective
 from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_lr_scheduler, make_optimizer
-from wandistiller.wan.text_encoder import mock_prompt_embeds
+from wandistiller.wan.open import open_teacher
+from wandistiller.wan.prompt_embeds import mock_prompt_embeds
+from wandistiller.wan.settings import resolve_settings
 
 NUM_PROMPTS = 7
 OPTIMIZATION = OptimizationOptions(lr=3e-3, max_grad_norm=0.05, weight_decay=0.1)

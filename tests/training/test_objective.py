@@ -12,7 +12,7 @@ from wandistiller.sampling.flow import shift_sigma
 from wandistiller.targets.answers import Answer
 from wandistiller.training.feature_loss import FeatureLoss
 from wandistiller.training.objective import SIGMA_WEIGHTINGS, Objective, sigma_weights
-from wandistiller.wan.text_encoder import mock_prompt_embeds
+from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 
 EMBEDS = mock_prompt_embeds([f"prompt {number}" for number in range(5)], 6)
 LEVELS = torch.linspace(0, 1, 100_001, dtype=torch.float64)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from projection_mapper import project_teacher
 from support.wan_folders import (
     oracle_velocity,
     original_tensors,
@@ -28,6 +27,7 @@ from support.wan_folders import (
     write_transformer_folder,
 )
 from wandistiller.errors import UserError
+from wandistiller.projection.project import project_teacher
 from wandistiller.wan.files import CheckpointError, find_text_encoder, open_checkpoint
 
 MAX_ERROR = 1e-5

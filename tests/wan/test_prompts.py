@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from wandistiller.errors import UserError
 from wandistiller.files.prompts import clean_prompt, load_prompts
-from wandistiller.wan.text_encoder import encode_prompts, mock_prompt_embeds
+from wandistiller.wan.prompt_embeds import mock_prompt_embeds
+from wandistiller.wan.text_encoder import encode_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT_DIM = 16
@@ -212,7 +213,7 @@ def test_only_the_prompts_the_cache_lacks_are_encoded(pipeline_folder):
 
 
 def test_many_small_shards_hold_the_same_values(pipeline_folder, oracle, monkeypatch):
-    monkeypatch.setattr("wandistiller.wan.text_encoder.SHARD_BYTES", 1)
+    monkeypatch.setattr("wandistiller.wan.prompt_cache.SHARD_BYTES", 1)
     torch.testing.assert_close(padded(encode(pipeline_folder, SHORT)), oracle[: len(SHORT)], rtol=0, atol=1e-6)
     assert len(list(pipeline_folder.parent.glob("cache/*/*.safetensors"))) == len(SHORT)
 
@@ -220,7 +221,7 @@ def test_many_small_shards_hold_the_same_values(pipeline_folder, oracle, monkeyp
 @pytest.mark.parametrize("whole", [True, False])
 def test_changed_weights_tokenizer_slots_or_dtype_miss_the_cache(pipeline_folder, monkeypatch, whole):
     if not whole:
-        monkeypatch.setattr("wandistiller.wan.text_encoder.READ_WHOLE_BYTES", 0)
+        monkeypatch.setattr("wandistiller.wan.prompt_cache.READ_WHOLE_BYTES", 0)
     before = padded(encode(pipeline_folder, ["fox"]))
     edit_weights(pipeline_folder, lambda weights: weights["encoder.final_layer_norm.weight"].mul_(2))
     torch.testing.assert_close(padded(encode(pipeline_folder, ["fox"])), 2 * before)

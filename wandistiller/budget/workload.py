@@ -12,10 +12,17 @@ from dataclasses import dataclass
 
 from wandistiller.budget.activations import FP32, block_input_bytes, inference_bytes, training_bytes
 from wandistiller.model.config import StudentConfig
-from wandistiller.model.flops import BACKWARD_PASSES, guided_flops, num_image_tokens, transformer_flops
-from wandistiller.model.sizes import BYTES, count_parameters, weight_bytes
-from wandistiller.targets.answers import REPLAY_BATCHES
+from wandistiller.model.sizes import (
+    BACKWARD_PASSES,
+    BYTES,
+    count_parameters,
+    guided_flops,
+    num_image_tokens,
+    transformer_flops,
+    weight_bytes,
+)
 from wandistiller.targets.renoise import SAMPLES_PER_LANE
+from wandistiller.targets.replay import REPLAY_BATCHES
 from wandistiller.targets.segments import READY_PER_LANE
 from wandistiller.targets.trajectories import PATHS_PER_LANE
 

@@ -11,12 +11,11 @@ from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import seeded_noise, sigma_to_timestep
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample
 from wandistiller.targets.answers import autocast
-from wandistiller.wan.text_encoder import PromptEmbeds
+from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 NUM_LEVELS = 10
 BATCH_SIZE = 16
 SEED = 2**31  # of the first prompt's noise, far from those that pictures are drawn from
-
 State = tuple[Tensor, Tensor, Tensor]  # latents (B, C, H, W), sigma (B,) and the velocity (B, C, H, W) answered there
 Text = tuple[Tensor, Tensor]  # prompt_embeds (B, S, text_dim) and prompt_lengths (B,)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wandistiller.model.flops import guided_flops, num_image_tokens, transformer_flops
+from wandistiller.model.sizes import guided_flops, num_image_tokens, transformer_flops
 from wandistiller.sampling.sampler import VelocityField
 from wandistiller.sampling.teacher import Teacher
 

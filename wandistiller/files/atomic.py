@@ -1,5 +1,6 @@
 """A file or folder appears whole or not at all: written beside its place, fsynced, renamed."""
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -66,3 +67,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from wandistiller.errors import UserError
 from wandistiller.files.atomic import atomic_path
 
 if TYPE_CHECKING:
@@ -25,67 +22,6 @@ MARGIN, FONT_SIZE = 8, 13
 MAX_CAPTION_LINES = 8
 
 # ---- the VAE ----
-
-
-def find_vae(vae_path: str | None, teacher_path: str) -> tuple[str, str | None]:
-    """Where the VAE is: (folder or hub id, subfolder); `vae_path` goes before the teacher's own vae/ folder."""
-    advice = (
-        "give --vae_path a diffusers AutoencoderKLWan folder, such as the vae/ folder of Wan-AI/Wan2.1-T2V-1.3B-Diffusers "
-        "(Wan2.1 and A14B) or of Wan-AI/Wan2.2-TI2V-5B-Diffusers"
-    )
-    location = vae_path or teacher_path
-    folder = Path(location)
-    if (folder / "vae" / "config.json").is_file():
-        return str(folder), "vae"
-    if vae_path and (folder / "config.json").is_file():
-        return str(folder), None
-    if not folder.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", location) and location.count("/") == 1:
-        return location, "vae"
-    if vae_path:
-        raise UserError(f"--vae_path {vae_path}: holds no VAE (no config.json there or in vae/); {advice}")
-    reason = " beside it (no vae/config.json)" if folder.exists() else ": there is no such folder"
-    raise UserError(f"the teacher {teacher_path} has no VAE{'' if teacher_path == 'mock' else reason}; {advice}")
-
-
-def load_vae(location: str, subfolder: str | None, num_channels: int, vae_scale_factor: int, device: str = "cpu"):
-    """The AutoencoderKLWan in float32, checked to be the one these latents belong to.
-
-    Raises:
-        UserError: it cannot be loaded, or has other channels or another scale factor.
-    """
-    from diffusers import AutoencoderKLWan
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.disable_progress_bar()
-    where = f"{location}/{subfolder}" if subfolder else location
-    try:
-        vae = AutoencoderKLWan.from_pretrained(
-            location, subfolder=subfolder, dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
-        )
-    except Exception as err:  # diffusers, huggingface_hub and safetensors each wrap a bad file in their own types
-        reason = " ".join(str(err).split())[:200]
-        raise UserError(f"{where}: the VAE cannot be loaded ({type(err).__name__}: {reason}); see --vae_path") from err
-    factor = 2 ** (len(vae.config.dim_mult) - 1) * (vae.config.patch_size or 1)
-    if (vae.config.z_dim, factor) != (num_channels, vae_scale_factor):
-        raise UserError(
-            f"{where}: is a VAE of {vae.config.z_dim} channels and factor {factor}; the student's latents have "
-            f"{num_channels} channels and factor {vae_scale_factor}; give --vae_path the teacher's own VAE"
-        )
-    return vae.to(device).eval()
-
-
-@torch.inference_mode()
-def decode(
-    vae, latents: Tensor, latents_mean: Sequence[float] | None, latents_std: Sequence[float] | None
-) -> np.ndarray:
-    """Pictures (B, H, W, 3) of latents (B, C, h, w) in model space; statistics left out are the VAE's own."""
-    device = next(vae.parameters()).device
-    mean = torch.tensor(latents_mean or vae.config.latents_mean, device=device)[:, None, None]
-    std = torch.tensor(latents_std or vae.config.latents_std, device=device)[:, None, None]
-    raw_latents = latents.to(device, torch.float32) * std + mean
-    pixels = vae.decode(raw_latents[:, :, None], return_dict=False)[0][:, :, 0]  # (B, 3, H, W) in [-1, 1]
-    pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float().numpy()
-    return (pixels * 255).round().astype(np.uint8)
 
 
 # ---- files ----

@@ -8,6 +8,7 @@ N heads, E head dim.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wandistiller.model.config import CONFIG_NAME, ConfigError, StudentConfig
-from wandistiller.model.linear import Linear
-from wandistiller.model.positions import apply_rope, rope_table, sincos_positions, sinusoidal_embedding
+from wandistiller.model.layers import (
+    Linear,
+    apply_rope,
+    rope_table,
+    sincos_positions,
+    sinusoidal_embedding,
+)
 
 WEIGHTS_NAME = "diffusion_model.safetensors"
 _TAKEN = "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id owner/name"
@@ -447,3 +453,7 @@ def saved_config(place: str | Path) -> StudentConfig:
     if not text:
         raise ConfigError(f"{weights}: has no student_config in its metadata; {_TAKEN}")
     return StudentConfig.from_json(text, f"{weights}, student_config in its metadata")
+
+
+# Kept in float32 whatever the dtype of the rest (diffusers' Wan: _keep_in_fp32_modules).
+FP32_ISLANDS = re.compile(r"time_embedder|time_proj|scale_shift_table|\.norm")

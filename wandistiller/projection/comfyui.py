@@ -8,7 +8,7 @@ What no tensor tells is still taken as given by 0.8.0; from 0.19.3 on the metada
 import json
 
 from wandistiller.model.config import StudentConfig
-from wandistiller.sampling.teacher import RELEASED_LATENTS
+from wandistiller.wan.settings import RELEASED_LATENTS
 
 HEAD_DIM = 128
 READS_METADATA = "0.19"  # 0.8.0 does not, 0.19.3 does; those between were not looked at

@@ -6,7 +6,6 @@ Each carries the student's own config in the metadata of its weights, so that it
 import contextlib
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -14,16 +13,16 @@ from torch import Tensor
 
 from wandistiller.errors import UserError
 from wandistiller.files.atomic import atomic_path
-from wandistiller.files.hub import fetch, hub_id
+from wandistiller.files.hub import hub_id
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.comfyui import comfyui_metadata
-from wandistiller.projection.lift import lift, teacher_record, transformer_settings
+from wandistiller.projection.lift import lift
 from wandistiller.sampling.recorded import teacher_paths
 from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
 from wandistiller.wan.files import open_checkpoint
+from wandistiller.wan.names import teacher_record, transformer_settings
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
 
 
 def write_original_file(tensors: dict[str, Tensor], config: StudentConfig, path: Path, dtype: str = "fp32") -> None:
@@ -84,29 +83,6 @@ def text_classes(encoder: Path) -> dict[str, list]:
     index_path = encoder.parent / "model_index.json"
     index = json.loads(index_path.read_text(encoding="utf-8")) if index_path.is_file() else {}
     return {name: index.get(name, default) for name, default in classes.items()}
-
-
-def vae_folder(location: str, subfolder: str | None) -> Path:
-    """The VAE's folder on this disk, from what `pictures.find_vae` found; one on the hub is fetched."""
-    folder = Path(location)
-    if not folder.exists():
-        folder = fetch(location, ["vae/*"], "a local folder with vae/, as --vae_path")
-    return folder / subfolder if subfolder else folder
-
-
-def check_statistics(vae_config, config: StudentConfig, where: Path) -> None:
-    """Refuse a VAE of other latents than the student's: WanPipeline takes mean and std from the VAE's config."""
-    record = config.distillation or {}
-    for name in ("latents_mean", "latents_std"):
-        ours, theirs = record.get(name), vae_config[name]
-        if ours and _differ(ours, theirs):
-            raise UserError(
-                f"{where}: has other {name} than the latents this student learnt; give --vae_path its teacher's own VAE"
-            )
-
-
-def _differ(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    return any(abs(a - b) > _MAX_STATISTICS_ERROR for a, b in zip(ours, theirs, strict=True))
 
 
 def published(config: StudentConfig, teacher_path: str | None = None) -> StudentConfig:

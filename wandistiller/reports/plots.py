@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.files.atomic import atomic_path
-from wandistiller.reports.metrics import bucket_name, mean_of, read_metrics
-from wandistiller.reports.progress import StepMetrics
+from wandistiller.reports.metrics import StepMetrics, bucket_name, mean_of, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

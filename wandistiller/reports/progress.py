@@ -4,63 +4,16 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
 from wandistiller.files.atomic import atomic_path
-from wandistiller.reports.metrics import read_metrics
+from wandistiller.reports.metrics import StepMetrics, read_metrics
 
-NUM_BUCKETS = 10
 LINE_EVERY_S = 10.0  # plain lines: at least this far apart, so that a long job's log stays readable
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one optimiser step reports; seconds count from the start of the loop.
-
-    Attributes:
-        teacher_calls: batches the teacher has answered so far.
-        loss_by_sigma: mean squared velocity error of the step's samples in ten equal buckets of sigma; None where a bucket
-            is empty.
-        loss_by_expert: the same at the noise levels of either expert, where the teacher has two.
-        feature_loss: what the error of hidden states adds to the loss; None for an answer that brings none.
-        velocity_error: relative error on held-out prompts, at the states where it was measured; None at most steps.
-        memory_bytes: the most that the first process has held so far: tensors on a GPU, or resident memory on the CPU.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    samples_per_s: float
-    elapsed_s: float
-    eta_s: float
-    teacher_calls: int = 0
-    loss_by_sigma: list[float | None] = field(default_factory=list)
-    loss_by_expert: dict[str, float | None] | None = None
-    feature_loss: float | None = None
-    velocity_error: dict[str, float] | None = None
-    memory_bytes: int | None = None
-
-
-def mean_by_sigma(sigmas: Sequence[float], values: Sequence[float]) -> list[float | None]:
-    """Mean of the values in equal buckets of sigma [0, 1]; sigma 1 counts to the last."""
-    buckets: list[list[float]] = [[] for _ in range(NUM_BUCKETS)]
-    for sigma, value in zip(sigmas, values, strict=True):
-        buckets[min(int(sigma * NUM_BUCKETS), NUM_BUCKETS - 1)].append(value)
-    return [sum(bucket) / len(bucket) if bucket else None for bucket in buckets]
-
-
-def mean_by_expert(sigmas: Sequence[float], values: Sequence[float], boundary: float) -> dict[str, float | None]:
-    """Mean of the values at the noise levels of either expert; sigma = `boundary` is the high-noise one's."""
-    sides: dict[str, list[float]] = {"high": [], "low": []}
-    for sigma, value in zip(sigmas, values, strict=True):
-        sides["high" if sigma >= boundary else "low"].append(value)
-    return {name: sum(side) / len(side) if side else None for name, side in sides.items()}
 
 
 class Progress:

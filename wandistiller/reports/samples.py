@@ -15,13 +15,15 @@ from tqdm import tqdm
 from wandistiller.device import is_out_of_memory
 from wandistiller.errors import UserError
 from wandistiller.evaluation.held_out import StudentField, evaluation_mode
-from wandistiller.files.pictures import decode, labelled_grid, load_vae, save_png
+from wandistiller.files.pictures import labelled_grid, save_png
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches
-from wandistiller.sampling.teacher import Teacher, TeacherSettings
-from wandistiller.wan.text_encoder import PromptEmbeds
+from wandistiller.sampling.teacher import Teacher
+from wandistiller.wan.prompt_embeds import PromptEmbeds
+from wandistiller.wan.settings import TeacherSettings
+from wandistiller.wan.vae import decode, load_vae
 
 if TYPE_CHECKING:
     from PIL.Image import Image

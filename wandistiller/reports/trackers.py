@@ -14,8 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from wandistiller.errors import UserError
-from wandistiller.reports.metrics import bucket_name
-from wandistiller.reports.progress import StepMetrics
+from wandistiller.reports.metrics import StepMetrics, bucket_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,7 +22,7 @@ from wandistiller.reports.samples import Samples
 from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Trackers, started
 from wandistiller.sampling.recorded import student_sampling
 from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
-from wandistiller.sampling.teacher import Teacher, TeacherSettings
+from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import TeacherAnswers
 from wandistiller.targets.cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
 from wandistiller.targets.lanes import Lanes
@@ -33,7 +33,8 @@ from wandistiller.training.loop import TrainingOptions, steps_of_epochs
 from wandistiller.training.objective import Objective
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.wan.files import WanCheckpoint
-from wandistiller.wan.text_encoder import Embeds, PromptEmbeds
+from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
+from wandistiller.wan.settings import TeacherSettings
 
 
 def lanes_of(args: argparse.Namespace, processes: Processes) -> Lanes:

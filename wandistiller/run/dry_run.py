@@ -28,11 +28,11 @@ from wandistiller.files.prompts import Texts
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import count_parameters
 from wandistiller.reports.progress import format_duration
-from wandistiller.sampling.teacher import TeacherSettings
-from wandistiller.targets.answers import REPLAY_BATCHES
+from wandistiller.targets.replay import REPLAY_BATCHES
 from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.training.loop import steps_of_epochs
 from wandistiller.wan.files import WanCheckpoint
+from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.text_encoder import count_tokens, encoder_parameters
 
 NUM_COUNTED_PROMPTS = 256  # whose tokens stand for those of all

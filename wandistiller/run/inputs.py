@@ -5,16 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from wandistiller.errors import UserError
-from wandistiller.files.pictures import find_vae
 from wandistiller.files.prompts import PromptFile, Texts
 from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
-from wandistiller.projection.diffusers_export import check_statistics
-from wandistiller.sampling.teacher import TeacherSettings, warnings_about
 from wandistiller.targets.lanes import Lanes
 from wandistiller.wan.files import WanCheckpoint, check_weights, find_text_encoder
-from wandistiller.wan.text_encoder import Embeds, PromptEmbeds, encode_prompts, mock_prompt_embeds, text_encoder_dim
-from wandistiller.wan.vae import read_vae_config, vae_config_path
+from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds, mock_prompt_embeds
+from wandistiller.wan.settings import TeacherSettings, warnings_about
+from wandistiller.wan.text_encoder import encode_prompts, text_encoder_dim
+from wandistiller.wan.vae import check_statistics, find_vae, read_vae_config, vae_config_path
 
 
 def leave_features_out(args: argparse.Namespace, teacher: StudentConfig, config: StudentConfig) -> None:

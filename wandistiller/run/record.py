@@ -6,8 +6,8 @@ from pathlib import Path
 from wandistiller import __version__
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes, whole
-from wandistiller.sampling.teacher import TeacherSettings
 from wandistiller.training.loop import TrainingOptions, TrainingResult
+from wandistiller.wan.settings import TeacherSettings
 
 
 def distillation_record(

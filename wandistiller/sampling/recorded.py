@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from wandistiller.sampling.sampler import SamplingOptions
-    from wandistiller.sampling.teacher import TeacherSettings
-    from wandistiller.wan.text_encoder import PromptEmbeds
+    from wandistiller.wan.prompt_embeds import PromptEmbeds
+    from wandistiller.wan.settings import TeacherSettings
 
 # Of this code: what lies in it is recorded relative to it, so that the demo's student may move with its clone.
 CLONE = Path(__file__).resolve().parents[2]
@@ -80,8 +80,8 @@ def load_student_config(folder: str | Path) -> StudentConfig:
 
 def weights_digest(folder: str | Path) -> str | None:
     """The sha256 of a student's weights file: what was measured belongs to these weights alone. None where there is none."""
+    from wandistiller.files.atomic import file_digest
     from wandistiller.model.transformer import WEIGHTS_NAME
-    from wandistiller.training.checkpoints import file_digest
 
     file = Path(folder) / WEIGHTS_NAME
     return file_digest(file) if file.is_file() else None
@@ -89,7 +89,7 @@ def weights_digest(folder: str | Path) -> str | None:
 
 def recorded_settings(config: StudentConfig) -> "TeacherSettings":
     """How the teacher was sampled, as the record holds it."""
-    from wandistiller.sampling.teacher import TeacherSettings
+    from wandistiller.wan.settings import TeacherSettings
 
     record = config.distillation or {}
     return TeacherSettings(**{field.name: record.get(field.name) for field in fields(TeacherSettings)})
@@ -170,7 +170,8 @@ def embed_texts(
     progress: "Callable[[int, int], None] | None" = None,
 ) -> "PromptEmbeds":
     """Text tokens of prompts, as the student was trained on them."""
-    from wandistiller.wan.text_encoder import encode_prompts, mock_prompt_embeds
+    from wandistiller.wan.prompt_embeds import mock_prompt_embeds
+    from wandistiller.wan.text_encoder import encode_prompts
 
     if encoder is None:
         return mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS
-from wandistiller.sampling.teacher import Teacher, TeacherSettings
-from wandistiller.wan.text_encoder import PromptEmbeds
+from wandistiller.sampling.teacher import Teacher
+from wandistiller.wan.prompt_embeds import PromptEmbeds
+from wandistiller.wan.settings import TeacherSettings
 
 
 class VelocityField(Protocol):

@@ -1,218 +1,15 @@
 """The frozen teacher: a guided velocity field over one or two 2D experts, with the settings its release was made for."""
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wandistiller.device import to_device
-from wandistiller.errors import UserError
-from wandistiller.model.config import StudentConfig
+from wandistiller.model.hidden_states import block_outputs
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS, sigma_to_timestep
-from wandistiller.sampling.offload import OffloadedExperts
-from wandistiller.training.feature_loss import block_outputs
-from wandistiller.wan.files import WanCheckpoint
-
-# Wan's own (Wan2.2:wan/configs/shared_config.py) without the words for still, static, picture and artwork, which push
-# against stills.
-DEFAULT_NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，细节模糊不清，字幕，风格，作品，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
-    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，杂乱的背景，三条腿，背景人很多，倒着走"
-)
-DEFAULT_BOUNDARY_RATIO = 0.875
-RELEASED_TEXT_MAX_LENGTH = 512
-
-# Per-channel statistics of the released VAEs' latents, by number of channels (diffusers:autoencoder_kl_wan.py for Wan2.1,
-# scripts/convert_wan_to_diffusers.py for Wan2.2).
-# fmt: off
-RELEASED_LATENTS = {
-    16: (
-        [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
-        [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160],
-    ),
-    48: (
-        [-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-         0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-         -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-         -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667],
-        [0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-         0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-         0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-         0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744],
-    ),
-}
-# fmt: on
-
-
-@dataclass(frozen=True)
-class ReleasedModel:
-    """What a released Wan was made to be sampled with (Wan2.1, Wan2.2: wan/configs/*.py, generate.py)."""
-
-    name: str
-    hidden_size: int
-    num_channels: int
-    num_experts: int
-    shift: float
-    num_inference_steps: int
-    guidance_scale: float  # the high-noise expert's, where there are two
-    guidance_scale_2: float | None = None  # the low-noise expert's
-    boundary_ratio: float | None = None
-
-
-RELEASED_MODELS = [
-    ReleasedModel("Wan2.1-T2V-1.3B", 1536, 16, 1, 5.0, 50, 5.0),
-    ReleasedModel("Wan2.1-T2V-14B", 5120, 16, 1, 5.0, 50, 5.0),
-    ReleasedModel("Wan2.2-T2V-A14B", 5120, 16, 2, 12.0, 40, 4.0, 3.0, 0.875),
-    ReleasedModel("Wan2.2-TI2V-5B", 3072, 48, 1, 5.0, 50, 5.0),
-]
-
-
-@dataclass(frozen=True)
-class TeacherSettings:
-    """How the teacher is sampled, and so what the student learns; saved in the student's config.
-
-    Attributes:
-        preset: the released model these values come from, or what else they were taken from.
-        guidance_scale: g of v_uncond + g (v_cond - v_uncond), of the high-noise expert where there are two.
-        guidance_scale_2: g of the low-noise expert; None with one expert.
-        boundary_ratio: sigma at and above which the high-noise expert answers; None with one expert.
-        latents_mean, latents_std: model space is (z - mean) / std; None where unknown.
-    """
-
-    preset: str
-    shift: float
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_scale_2: float | None
-    boundary_ratio: float | None
-    negative_prompt: str
-    latents_mean: list[float] | None
-    latents_std: list[float] | None
-    vae_scale_factor: int
-
-    def latent_shape(self, student: StudentConfig) -> tuple[int, int, int]:
-        """(C, H, W) of the student's images behind the teacher's VAE."""
-        side = student.image_size // self.vae_scale_factor
-        return student.num_channels, side, side
-
-    @property
-    def is_released(self) -> bool:
-        return any(self.preset == model.name for model in RELEASED_MODELS)
-
-    def summary(self) -> str:
-        """One line for the screen."""
-        line = f"settings of {self.preset}: shift {self.shift:g}, guidance_scale {self.guidance_scale:g}"
-        if self.boundary_ratio is None:
-            return line
-        return f"{line}, guidance_scale_2 {self.guidance_scale_2:g}, boundary_ratio {self.boundary_ratio:g}"
-
-    @property
-    def uses_guidance(self) -> bool:
-        return any(scale not in (None, 1.0) for scale in (self.guidance_scale, self.guidance_scale_2))
-
-
-def resolve_settings(
-    checkpoint: WanCheckpoint,
-    *,
-    shift: float | None = None,
-    guidance_scale: float | None = None,
-    guidance_scale_2: float | None = None,
-    boundary_ratio: float | None = None,
-    negative_prompt: str | None = None,
-) -> TeacherSettings:
-    """What the flags say (the arguments), else the released model's preset, else what the checkpoint's folder records.
-
-    An exported student says itself how it is sampled. For the others the preset goes before the folder because converted
-    folders carry another shift (3 where A14B was made for 12: diffusers issue 12094). A single --guidance_scale counts for both experts, as in diffusers.
-    """
-    has_two = "low" in checkpoint.experts
-    if not has_two and guidance_scale_2 is not None:
-        raise UserError(
-            "--guidance_scale_2 is the low-noise expert's; this teacher has one expert, use --guidance_scale"
-        )
-    if not has_two and boundary_ratio is not None:
-        raise UserError("--boundary_ratio divides two experts; this teacher has one, leave the flag out")
-    base = _recorded(checkpoint)
-    if guidance_scale is not None and guidance_scale_2 is None:
-        guidance_scale_2 = guidance_scale
-    latents_mean, latents_std = _latents_statistics(checkpoint)
-    return TeacherSettings(
-        preset=base.name,
-        shift=shift or base.shift,
-        num_inference_steps=base.num_inference_steps,
-        guidance_scale=base.guidance_scale if guidance_scale is None else guidance_scale,
-        guidance_scale_2=_first(guidance_scale_2, base.guidance_scale_2, base.guidance_scale) if has_two else None,
-        boundary_ratio=_first(boundary_ratio, base.boundary_ratio, DEFAULT_BOUNDARY_RATIO) if has_two else None,
-        negative_prompt=_first(negative_prompt, checkpoint.record.get("negative_prompt"), DEFAULT_NEGATIVE_PROMPT),
-        latents_mean=latents_mean,
-        latents_std=latents_std,
-        vae_scale_factor=checkpoint.vae_scale_factor or checkpoint.config.vae_scale_factor,
-    )
-
-
-def _first(*values):
-    return next((value for value in values if value is not None), None)
-
-
-def _recorded(checkpoint: WanCheckpoint) -> ReleasedModel:
-    """The released model of this structure; any other teacher is described by its folder, or by its own record.
-
-    A student may well have the width of a released model, and must not be guided as one.
-    """
-    config, num_experts = checkpoint.config, len(checkpoint.experts)
-    record = checkpoint.record
-    for model in RELEASED_MODELS if "guidance_scale" not in record else []:
-        if (model.hidden_size, model.num_channels, model.num_experts) == (
-            config.hidden_size,
-            config.num_channels,
-            num_experts,
-        ):
-            return model
-    return ReleasedModel(
-        name="the checkpoint's own record" if record or checkpoint.flow_shift else "Wan's usual values",
-        hidden_size=config.hidden_size,
-        num_channels=config.num_channels,
-        num_experts=num_experts,
-        shift=_first(record.get("shift"), checkpoint.flow_shift, 5.0),
-        num_inference_steps=record.get("num_inference_steps", 50),
-        guidance_scale=record.get("guidance_scale", 5.0),
-        guidance_scale_2=record.get("guidance_scale_2"),
-        boundary_ratio=checkpoint.boundary_ratio,
-    )
-
-
-def _latents_statistics(checkpoint: WanCheckpoint) -> tuple[list[float] | None, list[float] | None]:
-    if checkpoint.latents_mean and checkpoint.latents_std:
-        return checkpoint.latents_mean, checkpoint.latents_std
-    return RELEASED_LATENTS.get(checkpoint.config.num_channels, (None, None))
-
-
-def warnings_about(checkpoint: WanCheckpoint, settings: TeacherSettings, student: StudentConfig) -> list[str]:
-    """What is allowed and yet probably not meant."""
-    warnings = []
-    if settings.is_released and student.text_max_length != RELEASED_TEXT_MAX_LENGTH:
-        warnings.append(
-            f"text_max_length={student.text_max_length}; the released Wans were trained with {RELEASED_TEXT_MAX_LENGTH} "
-            "text slots and answer differently with another number"
-        )
-    teacher = checkpoint.config
-    is_known = teacher.hidden_size in {model.hidden_size for model in RELEASED_MODELS}
-    if checkpoint.experts["high"].heads_are_assumed and not is_known:
-        warnings.append(
-            f"{checkpoint.location}: no config.json tells its number of heads; {teacher.num_heads} of {teacher.head_dim} "
-            "channels are assumed, the released Wans' width; if that is wrong, give the folder with its config.json"
-        )
-    if len(checkpoint.experts) == 1 and re.search(r"(high|low)[_-]?noise", checkpoint.location, re.IGNORECASE):
-        warnings.append(
-            f"{checkpoint.location} looks like one of two experts and is used at every noise level, with "
-            f"{settings.summary()}; give the folder of both, or the low-noise one as --teacher_path_low"
-        )
-    return warnings
+from wandistiller.wan.settings import TeacherSettings
 
 
 class Teacher:
@@ -330,3 +127,42 @@ class Teacher:
         if self.offloaded is not None:
             self.offloaded.use(name)
         return self.experts[name]
+
+
+def queued_copy(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; from pinned memory the copy is queued there and the host does not wait."""
+    return tensor.to(device, non_blocking=True)
+
+
+class OffloadedExperts:
+    """Brings the weights of one expert at a time to the device; the experts are changed in place.
+
+    Weights never change, so nothing is ever copied back: an expert that leaves the device takes up its host copy again. On a
+    device that is the host itself no byte moves.
+
+    Args:
+        experts: frozen models in host memory; for a GPU that memory is pinned. (torch rounds each pinned tensor up to
+            a power of two: the experts of A14B take about half as much host memory again.)
+    """
+
+    def __init__(self, experts: Mapping[str, nn.Module], device: str | torch.device):
+        self.device = torch.device(device)
+        self.on_device: str | None = None
+        self._tensors = {name: [*expert.parameters(), *expert.buffers()] for name, expert in experts.items()}
+        if self.device.type == "cuda":
+            for tensors in self._tensors.values():
+                for tensor in tensors:
+                    tensor.data = tensor.data.pin_memory()  # one at a time: no expert is there twice
+        self._host = {name: [tensor.data for tensor in tensors] for name, tensors in self._tensors.items()}
+
+    @torch.inference_mode(False)  # an expert brought in while a picture is drawn serves training later
+    def use(self, name: str) -> None:
+        """Have this expert on the device, and no other; the other leaves first, so that both never need to fit."""
+        if name == self.on_device:
+            return
+        if self.on_device is not None:
+            for tensor, host in zip(self._tensors[self.on_device], self._host[self.on_device], strict=True):
+                tensor.data = host
+        for tensor, host in zip(self._tensors[name], self._host[name], strict=True):
+            tensor.data = queued_copy(host, self.device)
+        self.on_device = name

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from wandistiller.device import to_device
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets.lanes import LANE_PREFIX, Lanes
+from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import States
 from wandistiller.targets.trajectories import StateBatch, part_of
-from wandistiller.wan.text_encoder import PromptEmbeds
-
-REPLAY_BATCHES = 16  # answers kept for further use, in batches: enough that a batch seldom meets its own again
+from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 
 @dataclass(frozen=True)
@@ -145,107 +143,6 @@ class TeacherAnswers:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-class ReplayedAnswers:
-    """Every answer of `source` `replay` times: once fresh, then shuffled among the last REPLAY_BATCHES of its lane.
-
-    A student's pass is far cheaper than the guided teacher's call, so each call pays for more than one step. At first the
-    store is filled, with a call a step; then one step in `replay` asks anew.
-    """
-
-    _OF_LANES = ("sigma", "prompts", "weights", "latents", "velocity")
-
-    def __init__(self, source: Answers, replay: int, seed: int = 0, device: str = "cpu"):
-        self.source = source
-        self.lanes = source.lanes
-        self.device = device
-        self.replay = replay
-        self.generator = torch.Generator().manual_seed(seed)
-        self.remaining = torch.zeros(
-            self.lanes.total, REPLAY_BATCHES, dtype=torch.long
-        )  # uses left; 0 is an empty place
-        self.sigma = torch.zeros(self.lanes.count, REPLAY_BATCHES)
-        self.prompts = torch.zeros(self.lanes.count, REPLAY_BATCHES, dtype=torch.long)
-        self.weights = torch.zeros(self.lanes.count, REPLAY_BATCHES)
-        self.latents = self.velocity = torch.empty(0)  # shaped by the first answer
-        self._waiting: list[Answer] = []  # parts of a replayed batch
-        self._num_fresh = 0  # parts of a fresh batch that are yet to be asked for
-        self._places = torch.empty(0, dtype=torch.long)  # where the fresh batch in hand is stored
-
-    @property
-    def num_calls(self) -> int:
-        """Global batches the teacher has answered."""
-        return self.source.num_calls
-
-    def next(self) -> Answer:
-        if self._waiting:
-            return self._waiting.pop(0)
-        if not self._num_fresh:
-            # A new answer comes whenever there is room for one, so that the store stays full and its batches well mixed.
-            is_full = (self.remaining > 0).all(dim=1).any()
-            if is_full:
-                self._waiting = self._replayed().split(self.lanes.micro_batch)
-                return self._waiting.pop(0)
-            self._num_fresh = self.lanes.num_micro_batches
-            self._places = (self.remaining == 0).int().argmax(dim=1)
-        first = (self.lanes.num_micro_batches - self._num_fresh) * self.lanes.micro_batch
-        self._num_fresh -= 1
-        answer = self.source.next()
-        self._store(answer, first)
-        if not self._num_fresh:
-            # A short batch is one of the first lanes alone; where lanes are padded there is none.
-            given = self.lanes.total if self.lanes.pads else len(answer.prompts)
-            self.remaining[torch.arange(given), self._places[:given]] = self.replay - 1
-        return answer
-
-    def _replayed(self) -> Answer:
-        """An answer of every lane that has one left."""
-        chances = torch.rand(self.remaining.shape, generator=self.generator).masked_fill(self.remaining == 0, -1.0)
-        places, has_one = chances.argmax(dim=1), (self.remaining > 0).any(dim=1)
-        self.remaining[has_one, places[has_one]] -= 1
-        is_used = self.lanes.local(has_one)
-        rows = torch.arange(self.lanes.count) if self.lanes.pads else is_used.nonzero().flatten()
-        places = self.lanes.local(places)[rows]
-        on_device, places_there = (to_device(indices, self.latents.device) for indices in (rows, places))
-        return Answer(
-            self.latents[on_device, places_there],
-            self.sigma[rows, places],
-            self.prompts[rows, places].tolist(),
-            self.velocity[on_device, places_there],
-            weights=self.weights[rows, places] * is_used[rows],
-        )
-
-    def advance(self, answer: Answer, student_velocity: Tensor, progress: float) -> None:
-        self.source.advance(answer, student_velocity, progress)
-
-    def _store(self, answer: Answer, first: int) -> None:
-        """Keep the answer of the lanes from this process's `first` on."""
-        if not len(self.latents):
-            shape = (self.lanes.count, REPLAY_BATCHES, *answer.latents.shape[1:])
-            self.latents, self.velocity = answer.latents.new_zeros(shape), answer.velocity.new_zeros(shape)
-        rows = torch.arange(first, first + len(answer.prompts))
-        places = self.lanes.local(self._places)[rows]
-        on_device, places_there = (to_device(indices, self.latents.device) for indices in (rows, places))
-        self.latents[on_device, places_there] = answer.latents
-        self.velocity[on_device, places_there] = answer.velocity
-        self.sigma[rows, places] = answer.sigma.to(self.sigma)
-        self.prompts[rows, places] = torch.tensor(answer.prompts)
-        self.weights[rows, places] = answer.weights
-
-    def state_dict(self) -> dict[str, Tensor]:
-        source = {f"source.{name}": value for name, value in self.source.state_dict().items()}
-        known = [name for name in self._OF_LANES if len(getattr(self, name))]
-        own = {f"{LANE_PREFIX}{name}": getattr(self, name).clone() for name in known}
-        return source | own | {"remaining": self.remaining.clone(), "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.source.load_state_dict(part_of(state, "source."))
-        self.remaining.copy_(state["remaining"])
-        for name, value in part_of(state, LANE_PREFIX).items():
-            device = self.device if name in ("latents", "velocity") else "cpu"
-            setattr(self, name, value.to(device, copy=True))
-        self.generator.set_state(state["generator"])
 
 
 def autocast(function: Callable, device: str, dtype: torch.dtype) -> Callable:

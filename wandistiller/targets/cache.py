@@ -21,11 +21,11 @@ from wandistiller.errors import UserError
 from wandistiller.files.atomic import atomic_path
 from wandistiller.files.output_folder import check_output_folder
 from wandistiller.processes import Processes
-from wandistiller.sampling.teacher import TeacherSettings
 from wandistiller.targets.answers import Answer, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions
 from wandistiller.wan.files import WanCheckpoint
+from wandistiller.wan.settings import TeacherSettings
 
 DESCRIPTION_NAME = "cache.json"
 STATE_NAME = "state.safetensors"

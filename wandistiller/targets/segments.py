@@ -11,7 +11,7 @@ from wandistiller.targets.answers import Answer, autocast
 from wandistiller.targets.lanes import LANE_PREFIX, Lanes, draw_seeds
 from wandistiller.targets.prompt_order import PromptOrder
 from wandistiller.targets.trajectories import PATHS_PER_LANE, part_of
-from wandistiller.wan.text_encoder import PromptEmbeds
+from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 # Targets that wait to be learnt from, in every lane: a lane may be this far ahead of another (each path of it by one).
 READY_PER_LANE = 2 * PATHS_PER_LANE + 4

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from wandistiller.model.config import StudentConfig
-from wandistiller.sampling.teacher import TeacherSettings
 from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.noise import NoiseStates
 from wandistiller.targets.prompt_order import PromptSwap
 from wandistiller.targets.renoise import RenoisedStates
-from wandistiller.targets.trajectories import PATHS_PER_LANE, NoiseStates, StateBatch, TrajectoryStates
+from wandistiller.targets.trajectories import PATHS_PER_LANE, StateBatch, TrajectoryStates
+from wandistiller.wan.settings import TeacherSettings
 
 
 class States(Protocol):

@@ -6,7 +6,6 @@ JSON comes last, so a checkpoint without it, or with another checksum, was never
 is used. Nothing is unpickled.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError
-from wandistiller.files.atomic import atomic_path, fsync
+from wandistiller.files.atomic import atomic_path, file_digest, fsync
 from wandistiller.processes import Processes, error_reason, load_tensors, save_tensors
 
 FOLDER_NAME = "checkpoints"
@@ -235,8 +234,3 @@ class Checkpoints:
 
 def _step_of(manifest: Path) -> int:
     return int(_STEP.fullmatch(manifest.stem)[1])
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,34 +1,11 @@
 """Hidden states of the student's blocks held against those of the teacher's, beside the velocities."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from wandistiller.model.transformer import WanLiteStudent
-
 MASK_STDS = 2.0  # hidden states further than this from their mean are left out
-
-
-@contextlib.contextmanager
-def block_outputs(model: WanLiteStudent, layers: Sequence[int], num_rows: int | None = None) -> Iterator[list[Tensor]]:
-    """Collect the output (B, L, D) of the blocks in `layers`, in their order, of the one forward pass inside.
-
-    Args:
-        num_rows: keep a copy of the first rows alone, so that the memory of the others is free; None keeps all as they are.
-    """
-    outputs: list[Tensor] = []
-
-    def keep(block: nn.Module, inputs: tuple, output: Tensor) -> None:
-        outputs.append(output if num_rows is None else output[:num_rows].clone())
-
-    hooks = [model.blocks[layer].register_forward_hook(keep) for layer in layers]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def span_ends(layers: Sequence[int], teacher_depth: int) -> list[int]:

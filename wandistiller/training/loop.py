@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from wandistiller.device import peak_memory_bytes, to_device
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes, local_part, whole, without_averaging
-from wandistiller.reports.progress import StepMetrics, Stopwatch, mean_by_expert, mean_by_sigma
+from wandistiller.reports.metrics import StepMetrics, mean_by_expert, mean_by_sigma
+from wandistiller.reports.progress import Stopwatch
 from wandistiller.targets.answers import Answer, Answers
 from wandistiller.training.checkpoints import Checkpoint, CheckpointError, Checkpoints
 from wandistiller.training.objective import Loss, Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.training.state import RunState
-from wandistiller.wan.text_encoder import PromptEmbeds
+from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 REPEATED_S = 2.0  # signals within it are one request, where a launcher passes them on
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from wandistiller.device import to_device
+from wandistiller.model.hidden_states import block_outputs
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import sigma_to_timestep, unshift_sigma
 from wandistiller.targets.answers import Answer, autocast
-from wandistiller.training.feature_loss import FeatureLoss, block_outputs
-from wandistiller.wan.text_encoder import PromptEmbeds
+from wandistiller.training.feature_loss import FeatureLoss
+from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 SIGMA_WEIGHTINGS = ("none", "x0", "endpoint")
 

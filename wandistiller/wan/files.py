@@ -22,7 +22,7 @@ from wandistiller.files.checked_json import (
 )
 from wandistiller.files.hub import fetch, is_hub_id
 from wandistiller.model.config import StudentConfig
-from wandistiller.projection.lift import teacher_record
+from wandistiller.wan.names import teacher_record
 from wandistiller.wan.transformer_files import (
     LAYOUTS,
     LOCAL_LAYOUTS,

@@ -2,6 +2,10 @@
 
 import re
 
+from torch import Tensor
+
+from wandistiller.model.config import StudentConfig
+
 COMFYUI_PREFIX = "model.diffusion_model."
 
 # Original -> diffusers (diffusers:scripts/convert_wan_to_diffusers.py): the stem of a tensor's name in the model, and in a block.
@@ -68,3 +72,61 @@ def other_wan_kind(names: list[str]) -> str | None:
         if any(pattern.search(name) for name in bare):
             return kind
     return None
+
+
+PATCH_KERNEL = "patch_embedding.weight"
+
+
+def without_frames(tensor: Tensor) -> Tensor:
+    """A Wan's tensor in 2D: the patch kernel loses its depth of 1, any other is returned as it is."""
+    return tensor[:, :, 0] if tensor.ndim == 5 else tensor
+
+
+def transformer_settings(config: StudentConfig) -> dict:
+    """config.json of a diffusers WanTransformer3DModel with this shape (diffusers:models/transformers/transformer_wan.py)."""
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "added_kv_proj_dim": None,
+        "attention_head_dim": config.head_dim,
+        "cross_attn_norm": True,
+        "eps": config.eps,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "image_dim": None,
+        "in_channels": config.num_channels,
+        "num_attention_heads": config.num_heads,
+        "num_layers": config.depth,
+        "out_channels": config.num_channels,
+        "patch_size": [1, config.patch_size, config.patch_size],
+        "pos_embed_seq_len": None,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        "text_dim": config.text_encoder_output_dim,
+    }
+
+
+def teacher_record(config: StudentConfig) -> dict:
+    """What a student says of itself to those that distil or draw it as a teacher; empty where it has no record.
+
+    Its guidance is 1: the guided velocity is what it learnt. A student of few steps is to be asked at those steps.
+    """
+    record = config.distillation
+    if not record:
+        return {}
+    kept = (
+        "shift",
+        "negative_prompt",
+        "latents_mean",
+        "latents_std",
+        "vae_scale_factor",
+        "sigma_range",
+        "student_steps",
+        "world",
+    )
+    return {
+        "guidance_scale": 1.0,
+        "num_inference_steps": record.get("student_steps") or record.get("num_inference_steps"),
+        **{name: record[name] for name in kept if record.get(name) is not None},
+        "image_size": config.image_size,
+        "text_max_length": config.text_max_length,
+    }

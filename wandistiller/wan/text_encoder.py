@@ -6,85 +6,24 @@ transformers and safetensors are imported where they are used: a complete cache 
 
 import gc
 import hashlib
-import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from wandistiller.device import to_device
 from wandistiller.errors import UserError
-from wandistiller.files.atomic import atomic_path
 from wandistiller.files.prompts import clean_prompt
-
-logger = logging.getLogger(__name__)
-
-CACHE_VERSION = 1
-SHARD_BYTES = 128 * 2**20  # what a killed encoding loses at most, and what it holds in memory
-READ_WHOLE_BYTES = 64 * 2**20  # weight files up to this size are fingerprinted by all their bytes
-NUM_SAMPLES, SAMPLE_BYTES = 2048, 4096  # of larger ones: some blocks of every matrix of UMT5-XXL
-TOKENIZER_MODELS = ("tokenizer.json", "spiece.model")
-TOKENIZER_FILES = (*TOKENIZER_MODELS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-KEPT_BYTES = 256 * 2**20  # of embeddings that have been read once stay in memory
-MOCK_SCALE = 0.1
-
-
-class PromptEmbeds:
-    """Text-token embeddings of a list of prompts; `read(i)` gives the i-th, (n_i, text_dim), from memory or from disk.
-
-    `truncated` counts the prompts that were longer than the text slots.
-    """
-
-    def __init__(self, num_prompts: int, text_dim: int, read: Callable[[int], Tensor], truncated: int = 0):
-        self.num_prompts, self.text_dim, self.read, self.truncated = num_prompts, text_dim, read, truncated
-
-    def __len__(self) -> int:
-        return self.num_prompts
-
-    def first(self, count: int) -> "PromptEmbeds":
-        """The first `count` of these prompts, sharing their values."""
-        return self.part(0, count)
-
-    def part(self, start: int, count: int) -> "PromptEmbeds":
-        """`count` of these prompts from `start` on, sharing their values."""
-        return PromptEmbeds(count, self.text_dim, lambda index: self.read(start + index))
-
-    def batch(
-        self, indices: Sequence[int] | Tensor, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
-        """prompt_embeds (B, L, text_dim), zero past each length, L the longest of the batch; prompt_lengths (B,) int64."""
-        rows = [self.read(int(index)) for index in indices]
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        prompt_embeds = torch.zeros(len(rows), max([1, *lengths.tolist()]), self.text_dim, dtype=dtype)
-        for padded, row in zip(prompt_embeds, rows, strict=True):
-            padded[: len(row)] = row
-        return to_device(prompt_embeds, device), to_device(lengths, device)
-
-
-@dataclass(frozen=True)
-class Embeds:
-    """Text tokens of a run's `Texts`; `trained` holds the prompts and after them the extra ones."""
-
-    trained: PromptEmbeds
-    held_out: PromptEmbeds
-    negative: Tensor | None
-
-
-def mock_prompt_embeds(prompts: Sequence[str], text_dim: int, text_max_length: int = 512) -> PromptEmbeds:
-    """Noise that depends on the prompt alone, one token a word and one more: stands in for UMT5, needs no download."""
-    embeds, truncated = [], 0
-    for prompt in map(clean_prompt, prompts):
-        num_tokens = len(prompt.split()) + 1
-        seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7])
-        generator = torch.Generator().manual_seed(seed)
-        embeds.append(MOCK_SCALE * torch.randn(min(num_tokens, text_max_length), text_dim, generator=generator))
-        truncated += num_tokens > text_max_length
-    return PromptEmbeds(len(embeds), text_dim, embeds.__getitem__, truncated)
+from wandistiller.wan.prompt_cache import (
+    CACHE_VERSION,
+    EmbedCache,
+    _first_line,
+    _read_json,
+    _weight_files,
+    encoder_fingerprint,
+)
+from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 
 def encode_prompts(
@@ -115,8 +54,8 @@ def encode_prompts(
     encoder_folder, tokenizer_folder = Path(text_encoder_path), Path(tokenizer_path)
     text_dim = text_encoder_dim(encoder_folder)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    fingerprint = _fingerprint(encoder_folder, tokenizer_folder, f"{CACHE_VERSION} {text_max_length} {dtype}")
-    cache = _EmbedCache(Path(cache_dir) / fingerprint, text_dim)
+    fingerprint = encoder_fingerprint(encoder_folder, tokenizer_folder, f"{CACHE_VERSION} {text_max_length} {dtype}")
+    cache = EmbedCache(Path(cache_dir) / fingerprint, text_dim)
 
     cleaned = [clean_prompt(prompt) for prompt in prompts]
     keys = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in cleaned]
@@ -215,11 +154,6 @@ def _load_encoder(folder: Path, dtype: torch.dtype):
     return encoder.eval()
 
 
-def _first_line(err: Exception) -> str:
-    lines = str(err).strip().splitlines()
-    return f"{type(err).__name__}: {lines[0][:200]}" if lines else type(err).__name__
-
-
 # What is on disk: checks and fingerprint
 
 
@@ -244,14 +178,6 @@ def encoder_parameters(text_encoder_path: str | Path) -> int:
     return sum(size for key, size in sizes.items() if key != table or "shared.weight" not in sizes)
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise UserError(f"{path}: cannot be read as JSON ({err})") from err
-    return content if isinstance(content, dict) else {}
-
-
 def text_encoder_dim(folder: Path) -> int:
     """The encoder's width d_model, from a folder that says it is UMT5."""
     if not (folder / "config.json").is_file():
@@ -269,127 +195,4 @@ def text_encoder_dim(folder: Path) -> int:
     return text_dim
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files transformers will read, none of them outside the folder."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise UserError(f"{folder}: holds neither {single.name} nor {index.name}; only safetensors weights are read")
-    weight_map = _read_json(index).get("weight_map")
-    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    if not names:
-        raise UserError(f"{index}: has no weight_map from tensors to files; fetch it again")
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{index}: names {name!r}, which is not a file of {folder}")
-    return [folder / name for name in names]
-
-
-def _fingerprint(encoder_folder: Path, tokenizer_folder: Path, settings: str) -> str:
-    """Changes with anything that changes an embedding; of a large weight file only samples are read."""
-    if not any((tokenizer_folder / name).is_file() for name in TOKENIZER_MODELS):
-        raise UserError(
-            f"{tokenizer_folder}: holds no {' or '.join(TOKENIZER_MODELS)}; give the tokenizer/ folder of a Wan pipeline"
-        )
-    small = [encoder_folder / "config.json", *(tokenizer_folder / name for name in TOKENIZER_FILES)]
-    parts = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in small if path.is_file()]
-    parts += [(path.name, _weight_file_digest(path)) for path in _weight_files(encoder_folder)]
-    return hashlib.sha256(json.dumps([settings, parts]).encode()).hexdigest()[:32]
-
-
-def _weight_file_digest(path: Path) -> str:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):  # checks the header against the size
-            pass
-    except (SafetensorError, OSError) as err:
-        raise UserError(f"{path}: is not a whole safetensors file; fetch it again ({_first_line(err)})") from err
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{size} ".encode())
-    with path.open("rb") as file:
-        digest.update(file.read(READ_WHOLE_BYTES if size <= READ_WHOLE_BYTES else 2**20))  # the header at least
-        for start in range(0, size if size > READ_WHOLE_BYTES else 0, max(1, size // NUM_SAMPLES)):
-            file.seek(start)
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
 # The cache: one folder per fingerprint, in it shards that are only ever added
-
-
-class _EmbedCache:
-    """Which shard holds the embedding of which prompt (sha256 of the cleaned text); values are read on demand."""
-
-    def __init__(self, folder: Path, text_dim: int):
-        from safetensors import safe_open
-
-        self.folder, self.text_dim = folder, text_dim
-        # A mapped file each, and a million prompts have thousands of shards: few stay open.
-        self._open = lru_cache(maxsize=64)(partial(safe_open, framework="pt"))
-        self.shard_of: dict[str, Path] = {}
-        self.truncated: set[str] = set()
-        self._kept: dict[str, Tensor] = {}
-        self._num_kept_bytes = 0
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as err:
-            raise UserError(
-                f"{folder}: the embedding cache cannot be made here ({err.strerror}); give --prompt_cache a folder"
-            ) from err
-        for path in sorted(folder.glob("*.safetensors")):
-            self._add_shard(path)
-
-    def _add_shard(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as shard:
-                keys, metadata = list(shard.keys()), shard.metadata() or {}
-                shapes = [shard.get_slice(key).get_shape() for key in keys]
-            if any(len(shape) != 2 or shape[1] != self.text_dim for shape in shapes):
-                raise ValueError(f"not embeddings of width {self.text_dim}")
-        except (SafetensorError, OSError, ValueError) as err:
-            logger.warning("%s: damaged, its prompts are encoded again (%s)", path, _first_line(err))
-            return
-        self.shard_of.update(dict.fromkeys(keys, path))
-        self.truncated.update(metadata.get("truncated", "").split())
-
-    def read(self, key: str) -> Tensor:
-        """The embedding (n, text_dim) of a key that `shard_of` knows."""
-        if key in self._kept:
-            return self._kept[key]
-        row = self._open(self.shard_of[key]).get_tensor(key)
-        # Never the oldest for the newest: prompts come in rounds, and the oldest is the next to be asked for.
-        if self._num_kept_bytes + row.nbytes <= KEPT_BYTES:
-            self._kept[key] = row
-            self._num_kept_bytes += row.nbytes
-        return row
-
-    def fill(self, encoding: Iterator[tuple[str, Tensor, bool]], progress: Callable[[int], None]) -> None:
-        """Write what `encoding` yields, in shards of about SHARD_BYTES; what came before a failure is kept."""
-        rows: dict[str, Tensor] = {}
-        truncated: list[str] = []
-        try:
-            for done, (key, row, was_truncated) in enumerate(encoding, start=1):
-                rows[key] = row
-                truncated += [key] * was_truncated
-                if sum(row.nbytes for row in rows.values()) >= SHARD_BYTES:
-                    self._write_shard(rows, truncated)
-                    rows, truncated = {}, []
-                progress(done)
-        finally:
-            self._write_shard(rows, truncated)
-
-    def _write_shard(self, rows: dict[str, Tensor], truncated: list[str]) -> None:
-        from safetensors.torch import save_file
-
-        if not rows:
-            return
-        # Named by its prompts: encoding a damaged shard's prompts again puts a good one in its place.
-        path = self.folder / f"{hashlib.sha256(' '.join(rows).encode()).hexdigest()[:32]}.safetensors"
-        with atomic_path(path) as beside:
-            save_file(rows, beside, metadata={"truncated": " ".join(truncated)})
-        self.shard_of.update(dict.fromkeys(rows, path))
-        self.truncated.update(truncated)

@@ -14,8 +14,7 @@ from torch import Tensor
 from wandistiller.files.checked_json import POSITIVE, WHOLE, CheckpointError, setting
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.projection.lift import PATCH_KERNEL, transformer_settings
-from wandistiller.wan.names import other_wan_kind, to_canonical, uses_original_names
+from wandistiller.wan.names import PATCH_KERNEL, other_wan_kind, to_canonical, transformer_settings, uses_original_names
 
 WAN_HEAD_DIM = 128
 HEAD_KEYS = {"num_attention_heads", "num_heads", "attention_head_dim"}

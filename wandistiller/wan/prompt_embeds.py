@@ -1,0 +1,66 @@
+"""Text-token embeddings of prompts, padded into batches: of an encoder, of its cache, or the mock's stand-ins."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wandistiller.device import to_device
+from wandistiller.files.prompts import clean_prompt
+
+MOCK_SCALE = 0.1
+
+
+class PromptEmbeds:
+    """Text-token embeddings of a list of prompts; `read(i)` gives the i-th, (n_i, text_dim), from memory or from disk.
+
+    `truncated` counts the prompts that were longer than the text slots.
+    """
+
+    def __init__(self, num_prompts: int, text_dim: int, read: Callable[[int], Tensor], truncated: int = 0):
+        self.num_prompts, self.text_dim, self.read, self.truncated = num_prompts, text_dim, read, truncated
+
+    def __len__(self) -> int:
+        return self.num_prompts
+
+    def first(self, count: int) -> "PromptEmbeds":
+        """The first `count` of these prompts, sharing their values."""
+        return self.part(0, count)
+
+    def part(self, start: int, count: int) -> "PromptEmbeds":
+        """`count` of these prompts from `start` on, sharing their values."""
+        return PromptEmbeds(count, self.text_dim, lambda index: self.read(start + index))
+
+    def batch(
+        self, indices: Sequence[int] | Tensor, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """prompt_embeds (B, L, text_dim), zero past each length, L the longest of the batch; prompt_lengths (B,) int64."""
+        rows = [self.read(int(index)) for index in indices]
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        prompt_embeds = torch.zeros(len(rows), max([1, *lengths.tolist()]), self.text_dim, dtype=dtype)
+        for padded, row in zip(prompt_embeds, rows, strict=True):
+            padded[: len(row)] = row
+        return to_device(prompt_embeds, device), to_device(lengths, device)
+
+
+@dataclass(frozen=True)
+class Embeds:
+    """Text tokens of a run's `Texts`; `trained` holds the prompts and after them the extra ones."""
+
+    trained: PromptEmbeds
+    held_out: PromptEmbeds
+    negative: Tensor | None
+
+
+def mock_prompt_embeds(prompts: Sequence[str], text_dim: int, text_max_length: int = 512) -> PromptEmbeds:
+    """Noise that depends on the prompt alone, one token a word and one more: stands in for UMT5, needs no download."""
+    embeds, truncated = [], 0
+    for prompt in map(clean_prompt, prompts):
+        num_tokens = len(prompt.split()) + 1
+        seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7])
+        generator = torch.Generator().manual_seed(seed)
+        embeds.append(MOCK_SCALE * torch.randn(min(num_tokens, text_max_length), text_dim, generator=generator))
+        truncated += num_tokens > text_max_length
+    return PromptEmbeds(len(embeds), text_dim, embeds.__getitem__, truncated)
