@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.errors import UserError
-from wandistiller.evaluation.experiment import Experiment, measure, measure_cost
 from wandistiller.files.output_folder import (
     COMPARISON_NAME,
     EVALUATION_NAME,
@@ -36,6 +35,8 @@ from wandistiller.sampling.recorded import (
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     import numpy as np
+
+    from wandistiller.evaluation.experiment import Experiment
 
 
 NUM_COLUMNS = 8  # prompts in the picture
@@ -90,9 +91,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def world_judge_of(checkpoint, prompts: list[str]):
+def world_judge_of(wan_files, prompts: list[str]):
     """The judge of the world that the checkpoint names, or None; prompts it cannot read are refused before any work."""
-    if checkpoint.record.get("world") != "shapes":
+    if wan_files.record.get("world") != "shapes":
         return None
     from wandistiller.evaluation import demo_judge
 
@@ -109,6 +110,7 @@ def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str])
     from dataclasses import replace
 
     from wandistiller.device import pick_device, pick_dtype
+    from wandistiller.evaluation.experiment import Experiment
     from wandistiller.evaluation.measures import sample_plan
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.project import project_experts
@@ -122,12 +124,12 @@ def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str])
     dtype = pick_dtype(args.dtype, device)
     settings = recorded_settings(config)
     teacher_path, low_noise_path = teacher_paths(config, args.teacher_path, args.teacher_path_low)
-    checkpoint = open_teacher(teacher_path, config, low_noise_path)
-    check_is_teacher(checkpoint.config, config, teacher_path)
-    check_size("the student's image_size", config.image_size, config, checkpoint.config.patch_size)
+    wan_files = open_teacher(teacher_path, config, low_noise_path)
+    check_is_teacher(wan_files.config, config, teacher_path)
+    check_size("the student's image_size", config.image_size, config, wan_files.config.patch_size)
     vae_location = find_vae(args.vae_path, teacher_path)
     encoder = find_recorded_encoder(config, args.text_encoder_path, teacher_path)
-    judge = world_judge_of(checkpoint, prompts)
+    judge = world_judge_of(wan_files, prompts)
     vae = load_vae(*vae_location, config.num_channels, config.vae_scale_factor, device)
 
     negative_prompt = settings.negative_prompt if settings.uses_guidance else None
@@ -138,7 +140,7 @@ def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str])
     prompt_indices, seeds = sample_plan(len(prompts), args.num_seeds, args.seed)
     experiment = Experiment(
         student=student_field(WanLiteStudent.from_pretrained(args.student, device), settings),
-        teacher=Teacher(project_experts(checkpoint, config.text_max_length, dtype, device), settings, negative),
+        teacher=Teacher(project_experts(wan_files, config.text_max_length, dtype, device), settings, negative),
         embeds=embeds,
         prompts=[prompts[index] for index in prompt_indices],
         prompt_indices=prompt_indices,
@@ -153,7 +155,7 @@ def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str])
     return experiment, judge
 
 
-def save_picture(file: Path, experiment: Experiment, teacher: "np.ndarray", student: "np.ndarray") -> None:
+def save_picture(file: Path, experiment: "Experiment", teacher: "np.ndarray", student: "np.ndarray") -> None:
     """The first seed of the first prompts: teacher above, student below, from the same noise."""
     from wandistiller.files.pictures import labelled_grid, save_png
 
@@ -174,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     teacher_paths(config, args.teacher_path, args.teacher_path_low)
     check_output_folder(args.output, "--output")
 
+    from wandistiller.evaluation.experiment import measure, measure_cost
     from wandistiller.files.atomic import atomic_path
     from wandistiller.reports.cards import try_to_write_model_card
     from wandistiller.reports.tables import finite, table_lines

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 
     from wandistiller.sampling.sampler import SamplingOptions
     from wandistiller.sampling.teacher import Teacher
-    from wandistiller.wan.files import WanCheckpoint
+    from wandistiller.wan.files import WanFiles
     from wandistiller.wan.settings import TeacherSettings
 
 MAX_GRID = 100  # pictures in grid.png
@@ -136,7 +136,7 @@ def build_field(
     args: argparse.Namespace,
     config: StudentConfig,
     settings: "TeacherSettings",
-    checkpoint: "WanCheckpoint | None",
+    wan_files: "WanFiles | None",
     negative: "Tensor | None",
     dtype: "torch.dtype",
     device: str,
@@ -147,8 +147,8 @@ def build_field(
     from wandistiller.sampling.sampler import student_field
     from wandistiller.sampling.teacher import Teacher
 
-    if checkpoint is not None:
-        return Teacher(project_experts(checkpoint, config.text_max_length, dtype, device), settings, negative)
+    if wan_files is not None:
+        return Teacher(project_experts(wan_files, config.text_max_length, dtype, device), settings, negative)
     student = WanLiteStudent.from_pretrained(args.student, device)
     return student_field(student, settings, settings.guidance_scale, negative)
 
@@ -196,14 +196,14 @@ def main(argv: list[str] | None = None) -> int:
     dtype = pick_dtype(args.dtype, device)
     settings = choose_guidance(args, recorded_settings(config))
     options = student_sampling(config, args.num_inference_steps, dtype, device)
-    checkpoint = None
+    wan_files = None
     if args.model == "teacher":
         steps = args.num_inference_steps or settings.num_inference_steps
         options = replace(options, sampler="unipc", num_inference_steps=steps)
-        checkpoint = open_teacher(paths[0], config, paths[1])
-        check_is_teacher(checkpoint.config, config, paths[0])
+        wan_files = open_teacher(paths[0], config, paths[1])
+        check_is_teacher(wan_files.config, config, paths[0])
         for name in ("height", "width"):
-            check_size(f"--{name}", getattr(args, name), config, checkpoint.config.patch_size)
+            check_size(f"--{name}", getattr(args, name), config, wan_files.config.patch_size)
     else:
         warn_of_untrained(config, options)
     vae_location = find_vae(args.vae_path, paths[0])
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     # Text first: its encoder leaves memory before the model comes:
     negative_prompt = settings.negative_prompt if settings.uses_guidance else None
     embeds, negative = embed_with_negative(prompts, negative_prompt, encoder, config, args.prompt_cache, device)
-    field = build_field(args, config, settings, checkpoint, negative, dtype, device)
+    field = build_field(args, config, settings, wan_files, negative, dtype, device)
 
     # Draw, a batch at a time:
     shape = (config.num_channels, args.height // config.vae_scale_factor, args.width // config.vae_scale_factor)

@@ -51,12 +51,12 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.layers and config is None:
         raise UserError("--layers names the layers of a smaller student; give its shape with --student_config")
-    checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
+    wan_files = open_teacher(args.teacher_path, config, args.teacher_path_low)
     if config is not None:
-        check_fits(checkpoint.expert(args.expert).config, config, args.layers, args.student_config)
-        config.check_image_size(checkpoint.vae_scale_factor or config.vae_scale_factor, args.student_config)
+        check_fits(wan_files.expert(args.expert).config, config, args.layers, args.student_config)
+        config.check_image_size(wan_files.vae_scale_factor or config.vae_scale_factor, args.student_config)
     folder = prepare_output_folder(args.output_dir)
-    student, report = project_teacher(checkpoint, config, args.expert, layers=args.layers)
+    student, report = project_teacher(wan_files, config, args.expert, layers=args.layers)
     print(report.summary())
     if aside := set_aside_previous_student(folder):
         print(f"The student that was in {folder} is now in {aside}")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from wandistiller.projection.project import ProjectionReport
     from wandistiller.sampling.teacher import Teacher
     from wandistiller.training.loop import TrainingOptions, TrainingResult
-    from wandistiller.wan.files import WanCheckpoint
+    from wandistiller.wan.files import WanFiles
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
 
@@ -83,24 +83,24 @@ def check_real_teacher(args: argparse.Namespace, config: StudentConfig, prompts:
     from wandistiller.wan.open import open_teacher
     from wandistiller.wan.settings import resolve_settings, warnings_about
 
-    checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
-    shape = checkpoint.config
+    wan_files = open_teacher(args.teacher_path, config, args.teacher_path_low)
+    shape = wan_files.config
     say(
-        f"Teacher {args.teacher_path}: headers read, {' + '.join(checkpoint.experts)}: hidden_size {shape.hidden_size}, "
+        f"Teacher {args.teacher_path}: headers read, {' + '.join(wan_files.experts)}: hidden_size {shape.hidden_size}, "
         f"depth {shape.depth}, num_heads {shape.num_heads}, ffn_dim {shape.ffn_dim}, {shape.num_channels} channels"
     )
     check_fits(shape, config, where=args.student_config)
-    settings = resolve_settings(checkpoint)
+    settings = resolve_settings(wan_files)
     config.check_image_size(settings.vae_scale_factor, args.student_config)
     say(f"{args.student_config} fits this teacher; {settings.summary()}")
-    for warning in warnings_about(checkpoint, settings, config):
+    for warning in warnings_about(wan_files, settings, config):
         warn(warning)
-    show_budget(args, checkpoint, settings, config, prompts)
+    show_budget(args, wan_files, settings, config, prompts)
 
 
 def show_budget(
     args: argparse.Namespace,
-    checkpoint: "WanCheckpoint",
+    wan_files: "WanFiles",
     settings: "TeacherSettings",
     config: StudentConfig,
     prompts: list[str],
@@ -121,14 +121,14 @@ def show_budget(
         args.data_path,
     ]
     flags = parse_training_flags(given)
-    leave_features_out(flags, checkpoint.config, config)
+    leave_features_out(flags, wan_files.config, config)
     try:
-        encoder = find_encoder(flags, checkpoint, config)
+        encoder = find_encoder(flags, wan_files, config)
     except UserError as error:
         encoder = None
         warn(str(error))
     texts = Texts(prompts, [], [])
-    verdict, _ = report_budget(flags, checkpoint, settings, config, texts, encoder, pick_device(None))
+    verdict, _ = report_budget(flags, wan_files, settings, config, texts, encoder, pick_device(None))
     (say if verdict.fits else warn)(verdict.sentence)
 
 
@@ -171,15 +171,15 @@ def build(
 
     # So small a model gains nothing from more threads, and with them waits minutes for cores that others keep busy.
     torch.set_num_threads(1)
-    checkpoint = open_teacher("mock", config)
-    settings = resolve_settings(checkpoint)
-    student, report = project_teacher(checkpoint, config, seed=SEED)
+    wan_files = open_teacher("mock", config)
+    settings = resolve_settings(wan_files)
+    student, report = project_teacher(wan_files, config, seed=SEED)
     total = sum(parameter.numel() for parameter in student.parameters())
     trainable = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     say(f"Student parameters: {total:,} total, {trainable:,} trainable")
     texts = [*prompts, settings.negative_prompt]
     embeds = mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
-    experts = project_experts(checkpoint, config.text_max_length)
+    experts = project_experts(wan_files, config.text_max_length)
     teacher = Teacher(experts, settings, embeds.read(len(prompts)))
     frozen = sum(parameter.numel() for parameter in teacher.experts["high"].parameters())
     say(f"Teacher ready: mock, {frozen:,} parameters, frozen, guidance_scale {settings.guidance_scale:g}")

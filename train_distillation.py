@@ -19,10 +19,10 @@ from wandistiller.command_line import end_process, run_command
 from wandistiller.files.output_folder import (
     METRICS_NAME,
     check_output_folder,
-    hold_output_folder,
-    let_go_of_output_folders,
+    lock_output_folder,
     prepare_output_folder,
     set_aside_previous_student,
+    unlock_output_folders,
 )
 from wandistiller.files.prompts import Texts, read_texts
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from wandistiller.reports.samples import Samples
     from wandistiller.sampling.teacher import Teacher
     from wandistiller.targets.cache import TeacherCache
-    from wandistiller.wan.files import WanCheckpoint
+    from wandistiller.wan.files import WanFiles
     from wandistiller.wan.settings import TeacherSettings
 
 
@@ -55,19 +55,19 @@ RECIPE_FLAGS = [
 RECIPE_PATHS = ["teacher_path", "teacher_path_low", "text_encoder_path"]
 
 
-def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tuple[WanCheckpoint, TeacherSettings]":
+def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tuple[WanFiles, TeacherSettings]":
     """The teacher by its headers, refused unless the student is a part of it; no weight is read yet."""
     from wandistiller.projection.selection import check_fits
     from wandistiller.wan.open import open_teacher
     from wandistiller.wan.settings import resolve_settings
     from wandistiller.wan.vae import find_vae, vae_config_path
 
-    checkpoint = open_teacher(args.teacher_path, config, args.teacher_path_low)
+    wan_files = open_teacher(args.teacher_path, config, args.teacher_path_low)
     if args.vae_path:
-        checkpoint.complete_from_vae(vae_config_path(*find_vae(args.vae_path, args.teacher_path)))
-    check_fits(checkpoint.expert(args.init_expert).config, config, args.layers, args.student_config)
+        wan_files.complete_from_vae(vae_config_path(*find_vae(args.vae_path, args.teacher_path)))
+    check_fits(wan_files.expert(args.init_expert).config, config, args.layers, args.student_config)
     settings = resolve_settings(
-        checkpoint,
+        wan_files,
         shift=args.shift,
         guidance_scale=args.guidance_scale,
         guidance_scale_2=args.guidance_scale_2,
@@ -75,7 +75,7 @@ def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tu
         negative_prompt=args.negative_prompt,
     )
     config.check_image_size(settings.vae_scale_factor, args.student_config)
-    return checkpoint, settings
+    return wan_files, settings
 
 
 def draw_last_samples(samples: "Samples", student: "WanLiteStudent", step: int) -> None:
@@ -89,7 +89,7 @@ def draw_last_samples(samples: "Samples", student: "WanLiteStudent", step: int) 
 
 def build_teacher(
     args: argparse.Namespace,
-    checkpoint: "WanCheckpoint",
+    wan_files: "WanFiles",
     settings: "TeacherSettings",
     config: StudentConfig,
     negative_prompt_embeds: "Tensor | None",
@@ -104,33 +104,33 @@ def build_teacher(
     is_fp8 = args.teacher_dtype == "fp8"
     stored_dtype = dtype if is_fp8 else DTYPES[args.teacher_dtype]
     place = "cpu" if args.teacher_offload else processes.device
-    is_spread = args.shard in ("teacher", "both") and processes.can_shard
+    is_sharded = args.shard in ("teacher", "both") and processes.can_shard
     experts = project_experts(
-        checkpoint,
+        wan_files,
         config.text_max_length,
         stored_dtype,
         place,
         fp8=is_fp8,
-        shard=processes.shard if is_spread else None,
+        shard=processes.shard if is_sharded else None,
     )
     return Teacher(
         experts,
         settings,
         negative_prompt_embeds,
         processes.device if args.teacher_offload else None,
-        processes.any_true if is_spread else bool,
+        processes.any_true if is_sharded else bool,
     )
 
 
 def build_student(
-    args: argparse.Namespace, checkpoint: "WanCheckpoint", config: StudentConfig, device: str
+    args: argparse.Namespace, wan_files: "WanFiles", config: StudentConfig, device: str
 ) -> "tuple[WanLiteStudent, ProjectionReport]":
     """What is trained: a part of the teacher, or a student that inherits nothing."""
     from wandistiller.projection.project import fresh_student, project_teacher
 
     if args.init == "random":
-        return fresh_student(checkpoint, config, args.init_expert, device=device, seed=args.seed)
-    return project_teacher(checkpoint, config, args.init_expert, layers=args.layers, device=device, seed=args.seed)
+        return fresh_student(wan_files, config, args.init_expert, device=device, seed=args.seed)
+    return project_teacher(wan_files, config, args.init_expert, layers=args.layers, device=device, seed=args.seed)
 
 
 def tell_first_step(args: argparse.Namespace, clock: StartClock, metrics: "StepMetrics") -> None:
@@ -151,7 +151,7 @@ def calls_line(num_calls: int, num_steps: int, cache: "TeacherCache | None", tea
 
 def dry_run(
     args: argparse.Namespace,
-    checkpoint: "WanCheckpoint",
+    wan_files: "WanFiles",
     settings: "TeacherSettings",
     config: StudentConfig,
     texts: Texts,
@@ -162,8 +162,8 @@ def dry_run(
     from wandistiller.errors import UserError
     from wandistiller.run.dry_run import check_places, report_budget
 
-    check_places(args, checkpoint, settings, config, texts)
-    verdict, machine = report_budget(args, checkpoint, settings, config, texts, encoder, device)
+    check_places(args, wan_files, settings, config, texts)
+    verdict, machine = report_budget(args, wan_files, settings, config, texts, encoder, device)
     if verdict.is_certain_not_to_fit and machine.is_known:
         raise UserError(f"--dry_run: {verdict.sentence}")
     print(verdict.sentence)
@@ -179,10 +179,10 @@ def out_of_memory(args: argparse.Namespace) -> Exception:
 
     config = StudentConfig.load(args.student_config)
     texts, _ = read_texts(args.data_path, args.extra_prompts, args.eval_prompts, args.eval_every > 0)
-    checkpoint, settings = open_fitting_teacher(args, config)
+    wan_files, settings = open_fitting_teacher(args, config)
     is_gpu = torch.cuda.is_available() and not (args.device or "cuda").startswith("cpu")
     dtype = args.dtype or ("bf16" if is_gpu else "fp32")
-    workload = workload_from_args(args, checkpoint, settings, config, texts, dtype, is_gpu)
+    workload = workload_from_args(args, wan_files, settings, config, texts, dtype, is_gpu)
     return OutOfMemory(out_of_memory_message(workload, changeable_flags(args), has_checkpoints(args)))
 
 
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         raise out_of_memory(args) from error
     finally:
-        let_go_of_output_folders()
+        unlock_output_folders()
 
 
 def distil(args: argparse.Namespace, command: list[str]) -> int:
@@ -244,9 +244,9 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     )
     from wandistiller.run.messages import (
         command_line,
-        command_to_go_on,
         held_out_prompts,
         next_commands,
+        resume_command,
         summary_lines,
     )
     from wandistiller.run.record import commands_so_far, distillation_record, save_student
@@ -263,21 +263,21 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     dtype = pick_dtype(args.dtype, device)
     check_optimizer(args.optimizer)
     check_report(args.report)
-    checkpoint, settings = open_fitting_teacher(args, config)
-    leave_features_out(args, checkpoint.config, config)
-    leave_offload_out(args, checkpoint)
-    encoder = find_encoder(args, checkpoint, config)
-    vae_location = find_sample_vae(args, checkpoint, settings)
+    wan_files, settings = open_fitting_teacher(args, config)
+    leave_features_out(args, wan_files.config, config)
+    leave_offload_out(args, wan_files)
+    encoder = find_encoder(args, wan_files, config)
+    vae_location = find_sample_vae(args, wan_files, settings)
     if args.dry_run:
-        print_run(prompt_file, checkpoint, settings, config)
-        return dry_run(args, checkpoint, settings, config, texts, encoder, device)
+        print_run(prompt_file, wan_files, settings, config)
+        return dry_run(args, wan_files, settings, config, texts, encoder, device)
     args.teacher_dtype = pick_teacher_dtype(args.teacher_dtype, dtype)
-    cache = open_cache(args, checkpoint, settings, texts, config, lanes.total, processes)
-    print_run(prompt_file, checkpoint, settings, config)
+    cache = open_cache(args, wan_files, settings, texts, config, lanes.total, processes)
+    print_run(prompt_file, wan_files, settings, config)
     print_batch(args, lanes, processes)
     folder = processes.first_then_all(lambda: prepare_output_folder(args.output_dir))
-    processes.first_then_all(lambda: hold_output_folder(folder))
-    description = run_description(args, checkpoint, settings, texts, config)
+    processes.first_then_all(lambda: lock_output_folder(folder))
+    description = run_description(args, wan_files, settings, texts, config)
     checkpoints = Checkpoints(folder, description, lanes.total, args.keep_checkpoints, processes)
     resume_from = None if args.overwrite else checkpoints.newest()
     if resume_from is not None:
@@ -290,7 +290,7 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
                 else "this checkpoint was saved without them"
             )
             print(f"Training states start anew: {why}")
-    check_disk(checkpoints, args, checkpoint, settings, config, texts)
+    check_disk(checkpoints, args, wan_files, settings, config, texts)
     clock.lap("headers of the teacher, output folder")
 
     # Text first: its encoder leaves memory before the teacher comes:
@@ -302,7 +302,7 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     sources = (embeds, len(texts.prompts), config)
     teacher = None
     if cache is None or not cache.is_complete or not args.offline_teacher:
-        teacher = build_teacher(args, checkpoint, settings, config, embeds.negative, dtype, processes)
+        teacher = build_teacher(args, wan_files, settings, config, embeds.negative, dtype, processes)
     clock.lap("teacher read and projected")
     if cache is not None and not cache.is_complete:
         fill_cache(
@@ -311,14 +311,14 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
         clock.lap("answers of the teacher written to its cache")
     if args.offline_teacher:
         teacher = None  # its memory is the student's from here on
-    student, report = build_student(args, checkpoint, config, device)
+    student, report = build_student(args, wan_files, config, device)
     print(report.summary())
     clock.lap("student read and projected")
     student.gradient_checkpointing = args.gradient_checkpointing
 
     # Train:
     objective, feature_layers = build_objective(
-        args, report.layers, report.channels, checkpoint.config, config, settings.shift, dtype, device
+        args, report.layers, report.channels, wan_files.config, config, settings.shift, dtype, device
     )
     if args.compile:
         compile_blocks([student, *(teacher.experts.values() if teacher else [])])
@@ -397,9 +397,9 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
         print(f"{state} {result.num_steps} steps. Saved {CONFIG_NAME} and diffusion_model.safetensors in {folder}")
         print("\n".join(summary_lines(folder, calls_line(answers.num_calls, result.num_steps, cache, teacher))))
         if result.interrupted and args.save_every:
-            print(f"To go on:\n  {command_to_go_on('train_distillation.py', command)}")
+            print(f"To go on:\n  {resume_command('train_distillation.py', command)}")
         elif samples is not None and not result.interrupted:
-            prompts_file = args.eval_prompts or held_out_prompts(checkpoint.record)
+            prompts_file = args.eval_prompts or held_out_prompts(wan_files.record)
             print("\n  ".join(["Next:", *next_commands(folder, texts.prompts[0], prompts_file, args.vae_path)]))
     leave()
     return 130 if result.interrupted else 0

@@ -139,14 +139,14 @@ def build_step(workload, is_compiled: bool, device: str = "cuda") -> Callable[[]
     from wandistiller.training.objective import Objective, TrainedStudent
     from wandistiller.training.optimizer import OptimizationOptions
     from wandistiller.training.state import RunState
-    from wandistiller.wan.mock import mock_checkpoint
+    from wandistiller.wan.mock import mock_wan_files
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import resolve_settings
 
     dtype = torch.bfloat16
     student = WanLiteStudent(workload.student).to(device).train()
     expert = random_model(workload.teacher, device, dtype)
-    settings = resolve_settings(mock_checkpoint(workload.student), shift=5.0, guidance_scale=5.0)
+    settings = resolve_settings(mock_wan_files(workload.student), shift=5.0, guidance_scale=5.0)
     text_dim = workload.teacher.text_encoder_output_dim
     texts = [0.1 * torch.randn(NUM_TOKENS, text_dim, generator=torch.Generator().manual_seed(i)) for i in range(64)]
     embeds = PromptEmbeds(len(texts), text_dim, texts.__getitem__)

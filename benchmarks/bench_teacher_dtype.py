@@ -31,7 +31,7 @@ from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import autocast
 from wandistiller.targets.states import StatesOptions, build_states
-from wandistiller.wan.files import WanCheckpoint
+from wandistiller.wan.files import WanFiles
 from wandistiller.wan.open import open_teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import RELEASED_MODELS, TeacherSettings, resolve_settings
@@ -81,14 +81,14 @@ class Answerer:
 def kept_as(
     storage: str,
     compute: torch.dtype,
-    checkpoint: WanCheckpoint,
+    wan_files: WanFiles,
     settings: TeacherSettings,
     text_max_length: int,
     negative_prompt_embeds: Tensor | None,
 ) -> Answerer:
     """The teacher with its weights as `storage`; where products are float32, bf16 weights are widened after rounding."""
     dtype = {"fp32": FP32, "fp8": compute}.get(storage, BF16)
-    experts = project_experts(checkpoint, text_max_length, dtype, fp8=storage == "fp8")
+    experts = project_experts(wan_files, text_max_length, dtype, fp8=storage == "fp8")
     for expert in experts.values():
         rounded = [parameter for parameter in expert.parameters() if parameter.dtype == BF16]
         if compute == FP32:
@@ -126,17 +126,17 @@ def endpoints(field: VelocityField, held_out: HeldOutErrors) -> Tensor:
 def measure_errors(args: argparse.Namespace) -> dict[str, dict]:
     """{column: {"by_sigma": ..., "mean": ..., "endpoint": ...}} of every way to keep the teacher, and of the student."""
     config = StudentConfig.load(args.student_config)
-    checkpoint = open_teacher(args.teacher_path, config)
-    settings = resolve_settings(checkpoint)
+    wan_files = open_teacher(args.teacher_path, config)
+    settings = resolve_settings(wan_files)
     prompts = load_prompts(args.prompts_file).prompts[: args.num_prompts]
     negative_prompt = settings.negative_prompt if settings.uses_guidance else None
     embeds: PromptEmbeds
     embeds, negative = embed_with_negative(
-        prompts, negative_prompt, checkpoint.text_encoder(), config, args.prompt_cache, "cpu"
+        prompts, negative_prompt, wan_files.text_encoder(), config, args.prompt_cache, "cpu"
     )
     options = SamplingOptions(shift=settings.shift, num_inference_steps=settings.num_inference_steps)
     side = config.image_size // settings.vae_scale_factor
-    teacher = (checkpoint, settings, config.text_max_length, negative)
+    teacher = (wan_files, settings, config.text_max_length, negative)
 
     reference = kept_as(*VARIANTS["fp32"], *teacher)
     held_out = HeldOutErrors(reference, embeds, (config.num_channels, side, side), options)

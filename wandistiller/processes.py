@@ -199,29 +199,29 @@ def leave() -> None:
 # ---- sharded tensors ----
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor lies in several processes; none does before such tensors are loaded, which takes most of a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    return any(is_spread(parameter) for parameter in model.parameters())
+    return any(is_sharded(parameter) for parameter in model.parameters())
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, sharing its memory."""
-    return tensor.to_local() if is_spread(tensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor put together from all processes; all must ask."""
-    return tensor.full_tensor() if is_spread(tensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def fill(target: Tensor, values: Tensor) -> None:
     """Copy whole values into a tensor, of which this process may hold a part."""
-    if is_spread(target):
+    if is_sharded(target):
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = target.device_mesh, target.placements
@@ -242,7 +242,7 @@ def without_averaging(model: nn.Module, is_on: bool) -> Iterator[None]:
     yield
 
 
-def let_go_of_whole_weights(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Let go of whole weights that a forward pass has left (FSDP2), so that parameters are this process's part again."""
     for module in model.modules():
         if hasattr(module, "reshard"):

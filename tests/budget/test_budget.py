@@ -34,7 +34,7 @@ from wandistiller.targets.answers import Answer
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.replay import ReplayedAnswers
 from wandistiller.targets.states import StatesOptions, build_states
-from wandistiller.wan.mock import mock_checkpoint
+from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.settings import resolve_settings
 
 TEACHER = StudentConfig(
@@ -69,7 +69,7 @@ def test_weights_of_a_projected_teacher(teachers, dtype):
 )
 def test_latents_that_training_states_keep(kind, fraction):
     config = StudentConfig.from_dict(PRUNED_CONFIG)
-    settings = resolve_settings(mock_checkpoint(config))
+    settings = resolve_settings(mock_wan_files(config))
     states = build_states(StatesOptions(kind=kind, renoise_fraction=fraction), config, settings, 30, 3)
     latents = [tensor for tensor in states.state_dict().values() if tensor.ndim == 5]  # (lanes, kept, C, H, W)
     assert stored_latents(kind, renoised=fraction > 0) * 3 == sum(len(tensor.flatten(0, 1)) for tensor in latents)
@@ -94,7 +94,7 @@ def test_calls_of_a_replayed_teacher(replay, num_steps):
     for _ in range(num_steps):
         answers.next()
     args = train_distillation.parse_args(["--teacher_path", "y", "--replay", str(replay)])
-    settings = resolve_settings(mock_checkpoint(StudentConfig.from_dict(PRUNED_CONFIG)))
+    settings = resolve_settings(mock_wan_files(StudentConfig.from_dict(PRUNED_CONFIG)))
     assert num_calls(args, settings, num_steps) == pytest.approx(source.num_calls, rel=0.05)
 
 

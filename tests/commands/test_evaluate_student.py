@@ -21,7 +21,7 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.reports.tables import equal_steps, finite
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.wan.files import open_checkpoint
+from wandistiller.wan.files import open_wan_files
 from wandistiller.wan.settings import resolve_settings
 
 WORLD_PROMPTS = [
@@ -149,7 +149,7 @@ def test_flops_of_a_picture_are_those_that_torch_counts(house, block):
     own = {"hidden_size": 24, "depth": 2, "num_heads": 2, "num_channels": 16, "image_size": 64}
     model = WanLiteStudent(StudentConfig(block=block, text_encoder_output_dim=20, **own)).eval()
     latents, prompt = torch.zeros(1, 16, 8, 8), (torch.zeros(1, 3, 20), torch.tensor([3]))
-    settings = resolve_settings(open_checkpoint(house / "teacher"), guidance_scale=3.0)
+    settings = resolve_settings(open_wan_files(house / "teacher"), guidance_scale=3.0)
     field = Teacher({"high": model}, settings, torch.zeros(7, 20))
     forward, step = measures.picture_flops(field, 8, 3)
     assert forward == pytest.approx(count_flops(lambda: model(latents, torch.tensor([500.0]), *prompt)), rel=0.01)

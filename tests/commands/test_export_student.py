@@ -30,7 +30,7 @@ from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
 from wandistiller.projection.project import project_teacher
-from wandistiller.wan.files import open_checkpoint
+from wandistiller.wan.files import open_wan_files
 from wandistiller.wan.settings import RELEASED_LATENTS, resolve_settings
 
 DEMO_TEACHER = ROOT / "data" / "demo_teacher"
@@ -183,7 +183,7 @@ def test_hub_ids_stay_in_what_is_exported(student, export, tmp_path, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_exported_student_can_be_judged_by_its_teachers_world(exports, name):
-    assert open_checkpoint(exports[name]).record["world"] == "shapes"
+    assert open_wan_files(exports[name]).record["world"] == "shapes"
 
 
 # ---- as diffusers reads it ----
@@ -396,7 +396,7 @@ def test_link_makes_links_that_diffusers_follows(student, export, tmp_path):
 def test_an_export_says_how_it_is_sampled(student, exports, name):
     """Guidance is in what a student learnt, so that a student of it is taught without."""
     record = StudentConfig.load(student).distillation
-    settings = resolve_settings(open_checkpoint(exports[name]))
+    settings = resolve_settings(open_wan_files(exports[name]))
     assert (settings.guidance_scale, settings.num_inference_steps, settings.shift) == (1.0, 20, 3.0)
     assert record["guidance_scale"] == 3.0
     for key in ("latents_mean", "latents_std", "vae_scale_factor", "negative_prompt"):

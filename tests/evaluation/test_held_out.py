@@ -29,9 +29,9 @@ SEED = 41
 
 def mock_teacher() -> Teacher:
     """The mock at guidance 1, which one conditional pass answers."""
-    checkpoint = open_teacher("mock", StudentConfig.from_dict(IDENTITY_CONFIG))
-    settings = resolve_settings(checkpoint, guidance_scale=1.0, shift=3.0)
-    return Teacher(project_experts(checkpoint, 512), settings)
+    wan_files = open_teacher("mock", StudentConfig.from_dict(IDENTITY_CONFIG))
+    settings = resolve_settings(wan_files, guidance_scale=1.0, shift=3.0)
+    return Teacher(project_experts(wan_files, 512), settings)
 
 
 def student_like(teacher: Teacher, scale: float = 1.0) -> WanLiteStudent:

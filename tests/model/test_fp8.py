@@ -14,7 +14,7 @@ from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.model.fp8 import FP8, Fp8Linear, fp8_linears, quantise, to_fp8
 from wandistiller.model.hidden_states import block_outputs
 from wandistiller.projection.project import _empty_student, project_experts, project_teacher
-from wandistiller.wan.files import open_checkpoint
+from wandistiller.wan.files import open_wan_files
 
 # Rounding to three bits of mantissa errs by at most 1/16 of a value, evenly spread by about 1/28 (root mean square); a
 # velocity is far off that only where something is wrong.
@@ -186,7 +186,7 @@ def test_a_checkpoint_that_is_fp8_on_disk_is_kept_as_it_is(tmp_path, fp8):
     path = tmp_path / "wan.safetensors"
     model = write_single_file(path, fp8=fp8, heads=1, ffn_dim=48)
     held = model.state_dict()
-    teacher = project_experts(open_checkpoint(path), 512, fp8=True)["high"]
+    teacher = project_experts(open_wan_files(path), 512, fp8=True)["high"]
     for name, layer in fp8_linears(teacher).items():
         torch.testing.assert_close(layer.weight.float() * layer.scale, held[name], rtol=1e-6, atol=0)
     velocity = teacher.requires_grad_(False)(*inputs())

@@ -32,8 +32,8 @@ from wandistiller.errors import UserError
 from wandistiller.model.config import ConfigError
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.projection.selection import spread_layers
-from wandistiller.wan.files import open_checkpoint
-from wandistiller.wan.mock import mock_checkpoint
+from wandistiller.wan.files import open_wan_files
+from wandistiller.wan.mock import mock_wan_files
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD_DIM = 12
@@ -371,7 +371,7 @@ def test_no_projected_model_holds_anything_3d(tmp_path, kind):
 
 def test_both_experts_are_projected_each_from_its_own_weights(tmp_path):
     experts = write_original_two_experts(tmp_path, **TEACHER)
-    models = project_experts(open_checkpoint(tmp_path), 512)
+    models = project_experts(open_wan_files(tmp_path), 512)
     assert list(models) == ["high", "low"]
     for model, expert in zip(models.values(), experts, strict=True):
         given = inputs(model.config)
@@ -381,7 +381,7 @@ def test_both_experts_are_projected_each_from_its_own_weights(tmp_path):
 
 @pytest.mark.parametrize("config", [wan_config(), lite_config(), lite_config(hidden_size=30, num_heads=15)])
 def test_the_mock_is_a_larger_wan_that_never_changes(config):
-    shape = mock_checkpoint(config).config
+    shape = mock_wan_files(config).config
     assert shape.block == "wan" and shape.num_channels == config.num_channels
     assert shape.hidden_size > config.hidden_size and shape.depth > config.depth and shape.ffn_dim > config.ffn_dim
     student, report = project_teacher("mock", config)
@@ -389,7 +389,7 @@ def test_the_mock_is_a_larger_wan_that_never_changes(config):
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in student.state_dict().items())
     statuses = {entry["status"] for entry in report.student.values()}
     assert "selected" in statuses and ("initialised" in statuses) == (config.block == "lite")
-    teacher, _ = project_teacher(mock_checkpoint(config))
+    teacher, _ = project_teacher(mock_wan_files(config))
     given = inputs(shape)
     with torch.no_grad():
         assert 0.1 < teacher(*given).std() < 10

@@ -18,7 +18,7 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.projection.project import project_experts
 from wandistiller.sampling.flow import sigma_to_timestep
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.wan.files import WanCheckpoint, open_checkpoint
+from wandistiller.wan.files import WanFiles, open_wan_files
 from wandistiller.wan.settings import DEFAULT_NEGATIVE_PROMPT, RELEASED_LATENTS, resolve_settings
 
 NEGATIVE = torch.randn(4, 20, generator=torch.Generator().manual_seed(99))
@@ -34,9 +34,9 @@ def batch():
 def make_teacher(folder, *, two_experts: bool, **settings):
     """A teacher over a tiny pipeline folder, and diffusers' own transformers."""
     transformers = write_pipeline_folder(folder, two_experts=two_experts, seed=3)
-    checkpoint = open_checkpoint(folder)
-    resolved = resolve_settings(checkpoint, **settings)
-    return Teacher(project_experts(checkpoint, 512), resolved, NEGATIVE), transformers
+    wan_files = open_wan_files(folder)
+    resolved = resolve_settings(wan_files, **settings)
+    return Teacher(project_experts(wan_files, 512), resolved, NEGATIVE), transformers
 
 
 def count_calls(teacher: Teacher) -> dict[str, list[int]]:
@@ -167,7 +167,7 @@ def teacher_with_counted_moves(folder, monkeypatch, fp8: bool = False) -> tuple[
 
     monkeypatch.setattr(wandistiller.sampling.teacher, "queued_copy", queued_copy)
     made, _ = make_teacher(folder, two_experts=True, guidance_scale=4.0, guidance_scale_2=3.0)
-    experts = project_experts(open_checkpoint(folder), 512, fp8=fp8)
+    experts = project_experts(open_wan_files(folder), 512, fp8=fp8)
     return Teacher(experts, made.settings, NEGATIVE, offload_to="cpu"), moved
 
 
@@ -202,7 +202,7 @@ def test_one_expert_is_never_swapped(tmp_path):
 @pytest.mark.parametrize("fp8", [False, True])
 def test_an_offloaded_teacher_answers_bit_for_bit_as_one_that_stays(tmp_path, monkeypatch, fp8):
     offloaded, moved = teacher_with_counted_moves(tmp_path, monkeypatch, fp8)
-    teacher = Teacher(project_experts(open_checkpoint(tmp_path), 512, fp8=fp8), offloaded.settings, NEGATIVE)
+    teacher = Teacher(project_experts(open_wan_files(tmp_path), 512, fp8=fp8), offloaded.settings, NEGATIVE)
     for sigmas in [(0.9, 1.0, 0.2, 0.3), (0.9, 0.95), (0.5, 0.1), (0.9, 0.1, 0.2), (0.6,)]:
         assert torch.equal(ask(offloaded, *sigmas), ask(teacher, *sigmas))
     assert offloaded.num_swaps == teacher.num_swaps == 5
@@ -252,9 +252,9 @@ RELEASED = {  # WAN_FACTS section 1: heads, channels, ffn_dim, layers, experts; 
 }
 
 
-def released(name: str, **recorded) -> WanCheckpoint:
+def released(name: str, **recorded) -> WanFiles:
     *shape, num_experts = RELEASED[name][0]
-    return WanCheckpoint(name, {side: Headers(*shape) for side in ("high", "low")[:num_experts]}, **recorded)
+    return WanFiles(name, {side: Headers(*shape) for side in ("high", "low")[:num_experts]}, **recorded)
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -300,24 +300,24 @@ def test_flags_of_a_second_expert_are_refused_for_a_teacher_of_one(flag):
 
 def test_an_unknown_model_is_described_by_its_folder(tmp_path):
     write_pipeline_folder(tmp_path, two_experts=True, flow_shift=6.5, boundary_ratio=0.6)
-    checkpoint = open_checkpoint(tmp_path)
-    settings = resolve_settings(checkpoint)
+    wan_files = open_wan_files(tmp_path)
+    settings = resolve_settings(wan_files)
     assert (settings.shift, settings.boundary_ratio, settings.is_released) == (6.5, 0.6, False)
     assert settings.guidance_scale == settings.guidance_scale_2 == 5.0
-    assert settings.latents_mean == checkpoint.latents_mean != RELEASED_LATENTS[16][0]
+    assert settings.latents_mean == wan_files.latents_mean != RELEASED_LATENTS[16][0]
 
 
 def test_a_teachers_own_record_goes_before_its_scheduler(tmp_path):
     write_pipeline_folder(tmp_path, flow_shift=3.0)
     (tmp_path / "teacher_record.json").write_text('{"shift": 2.0, "guidance_scale": 4.0, "negative_prompt": "blurry"}')
-    settings = resolve_settings(open_checkpoint(tmp_path))
+    settings = resolve_settings(open_wan_files(tmp_path))
     assert (settings.shift, settings.guidance_scale, settings.negative_prompt) == (2.0, 4.0, "blurry")
-    assert resolve_settings(open_checkpoint(tmp_path), shift=9.0).shift == 9.0
+    assert resolve_settings(open_wan_files(tmp_path), shift=9.0).shift == 9.0
 
 
 def test_a_bare_unknown_transformer_takes_wans_usual_values(tmp_path):
     write_transformer_folder(tmp_path)
-    settings = resolve_settings(open_checkpoint(tmp_path))
+    settings = resolve_settings(open_wan_files(tmp_path))
     assert (settings.shift, settings.guidance_scale, settings.vae_scale_factor) == (5.0, 5.0, 8)
     assert settings.negative_prompt == DEFAULT_NEGATIVE_PROMPT
 

@@ -25,7 +25,7 @@ from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import TeacherAnswers
 from wandistiller.targets.cache import AnswerError, CachedAnswers, TeacherCache, describe_cache, teacher_fingerprint
 from wandistiller.targets.states import StatesOptions, build_states
-from wandistiller.wan.files import open_checkpoint
+from wandistiller.wan.files import open_wan_files
 from wandistiller.wan.open import open_teacher
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.settings import resolve_settings
@@ -38,18 +38,18 @@ NUM_BATCHES = 2 * cache_module.SHARD_BATCHES + 5
 
 
 def make_description(options: StatesOptions = OPTIONS, prompts: list[str] = PROMPTS, **settings) -> dict:
-    checkpoint = open_teacher("mock", CONFIG)
-    settings = resolve_settings(checkpoint, **{"guidance_scale": 3.0, "shift": 3.0} | settings)
+    wan_files = open_teacher("mock", CONFIG)
+    settings = resolve_settings(wan_files, **{"guidance_scale": 3.0, "shift": 3.0} | settings)
     shape = (CONFIG.num_channels, CONFIG.latent_size, CONFIG.latent_size)
-    return describe_cache(checkpoint, settings, options, prompts, shape, CONFIG.text_max_length, BATCH_SIZE)
+    return describe_cache(wan_files, settings, options, prompts, shape, CONFIG.text_max_length, BATCH_SIZE)
 
 
 def make_answers(options: StatesOptions = OPTIONS) -> TeacherAnswers:
     torch.set_num_threads(1)
-    checkpoint = open_teacher("mock", CONFIG)
-    settings = replace(resolve_settings(checkpoint, guidance_scale=3.0, shift=3.0), num_inference_steps=6)
+    wan_files = open_teacher("mock", CONFIG)
+    settings = replace(resolve_settings(wan_files, guidance_scale=3.0, shift=3.0), num_inference_steps=6)
     embeds = mock_prompt_embeds([*PROMPTS, ""], CONFIG.text_encoder_output_dim)
-    teacher = Teacher(project_experts(checkpoint, CONFIG.text_max_length), settings, embeds.read(len(PROMPTS)))
+    teacher = Teacher(project_experts(wan_files, CONFIG.text_max_length), settings, embeds.read(len(PROMPTS)))
     states = build_states(options, CONFIG, settings, len(PROMPTS), BATCH_SIZE)
     return TeacherAnswers(teacher, states, embeds, "cpu", torch.float32)
 
@@ -170,7 +170,7 @@ def test_a_teacher_is_known_by_its_weights_wherever_it_lies(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"num_heads": mock.config.num_heads}))
         save_file(weights, tmp_path / name / "diffusion_pytorch_model.safetensors")
-        return teacher_fingerprint(open_checkpoint(tmp_path / name))
+        return teacher_fingerprint(open_wan_files(tmp_path / name))
 
     here = fingerprint("here", weights)
     assert fingerprint("elsewhere", weights) == here

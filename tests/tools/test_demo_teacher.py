@@ -18,7 +18,7 @@ from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, sample
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.wan.files import open_checkpoint
+from wandistiller.wan.files import open_wan_files
 from wandistiller.wan.settings import resolve_settings
 from wandistiller.wan.text_encoder import encode_prompts
 from wandistiller.wan.vae import decode
@@ -170,8 +170,8 @@ def test_projection_of_the_trained_teacher_is_exact_at_one_frame(pipeline):
 
 def test_the_projected_teacher_draws_what_wan_pipeline_draws(pipeline, record, tmp_path):
     prompts = check_demo_teacher.read_prompts(ROOT / "data" / "demo_heldout_prompts.txt")[:4]
-    checkpoint = open_checkpoint(TEACHER)
-    settings = resolve_settings(checkpoint)
+    wan_files = open_wan_files(TEACHER)
+    settings = resolve_settings(wan_files)
     assert (settings.guidance_scale, settings.num_inference_steps) == (
         record["guidance_scale"], record["num_inference_steps"]
     )  # fmt: skip
@@ -183,7 +183,7 @@ def test_the_projected_teacher_draws_what_wan_pipeline_draws(pipeline, record, t
     expected = np.round(np.asarray(drawn.frames)[:, 0] * 255)
     texts = [*prompts, settings.negative_prompt]
     embeds = encode_prompts(texts, TEACHER / "text_encoder", TEACHER / "tokenizer", tmp_path)
-    teacher = Teacher(project_experts(checkpoint, 512), settings, embeds.read(4))
+    teacher = Teacher(project_experts(wan_files, 512), settings, embeds.read(4))
     options = SamplingOptions(shift=settings.shift, num_inference_steps=settings.num_inference_steps)
     latents = sample(teacher, noise, *embeds.batch(range(4), "cpu"), options)
     actual = decode(pipeline.vae, latents, settings.latents_mean, settings.latents_std)

@@ -226,12 +226,6 @@ def test_torchrun_starts_a_run_that_speaks_once(flags_of, tmp_path):
     assert len(read_metrics(tmp_path / "out")) == 3
 
 
-def test_python_after_torchrun_is_answered():
-    done = torchrun("--nproc_per_node", 2, "python", "train_distillation.py", "--max_steps", 3)
-    line = "leave the word python out: torchrun --nproc_per_node N train_distillation.py --max_steps 3"
-    assert done.returncode != 0 and done.stderr.count(line) == 1 and "can't open file" not in done.stderr
-
-
 def test_a_mistake_is_said_once_by_all_processes_together(flags_of):
     done = torchrun(
         "--nproc_per_node", 2, "train_distillation.py", *flags_of("out", "--max_steps", 3, "--layers", "0,99")

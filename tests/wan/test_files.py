@@ -28,7 +28,7 @@ from support.wan_folders import (
 )
 from wandistiller.errors import UserError
 from wandistiller.projection.project import project_teacher
-from wandistiller.wan.files import CheckpointError, find_text_encoder, open_checkpoint
+from wandistiller.wan.files import TeacherFileError, find_text_encoder, open_wan_files
 
 MAX_ERROR = 1e-5
 RELEASED = {  # the structure of each released model at tiny widths
@@ -51,9 +51,9 @@ def inputs(config, seed: int = 0):
 
 def assert_same_as_diffusers(path: Path, experts: list) -> None:
     """Projected at its own shape, each expert equals diffusers' 3D model at one frame."""
-    checkpoint = open_checkpoint(path)
-    assert list(checkpoint.experts) == ["high", "low"][: len(experts)]
-    for name, expert in zip(checkpoint.experts, experts, strict=True):
+    wan_files = open_wan_files(path)
+    assert list(wan_files.experts) == ["high", "low"][: len(experts)]
+    for name, expert in zip(wan_files.experts, experts, strict=True):
         model, report = project_teacher(path, expert=name)
         assert {entry["status"] for entry in report.student.values()} == {"exact"}
         given = inputs(model.config)
@@ -64,7 +64,7 @@ def assert_same_as_diffusers(path: Path, experts: list) -> None:
 def refusal(path, **arguments) -> str:
     """The one line that a checkpoint is refused with."""
     with pytest.raises(UserError) as refused:
-        open_checkpoint(path, **arguments)
+        open_wan_files(path, **arguments)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -134,9 +134,9 @@ def test_a_scaled_single_file_with_48_channels_equals_diffusers(tmp_path):
 def test_two_single_files_are_the_two_experts(tmp_path):
     high = write_single_file(tmp_path / "high.safetensors", heads=1, ffn_dim=48, seed=1)
     low = write_single_file(tmp_path / "low.safetensors", heads=1, ffn_dim=48, seed=2)
-    checkpoint = open_checkpoint(tmp_path / "high.safetensors", tmp_path / "low.safetensors")
+    wan_files = open_wan_files(tmp_path / "high.safetensors", tmp_path / "low.safetensors")
     for name, expert in (("high", high), ("low", low)):
-        model, _ = project_teacher(checkpoint, expert=name)
+        model, _ = project_teacher(wan_files, expert=name)
         given = inputs(model.config)
         with torch.no_grad():
             assert relative_error(model(*given), oracle_velocity(expert, *given)) <= MAX_ERROR
@@ -164,24 +164,24 @@ def test_a_file_inside_a_diffusers_folder_takes_its_heads_from_the_config_beside
 
 def test_the_pipeline_folder_says_its_shift_boundary_latents_and_vae_factor(tmp_path):
     write_pipeline_folder(tmp_path, two_experts=True, boundary_ratio=0.7, flow_shift=4.5, channels=48)
-    checkpoint = open_checkpoint(tmp_path)
+    wan_files = open_wan_files(tmp_path)
     vae = json.loads((tmp_path / "vae" / "config.json").read_text())
-    assert (checkpoint.flow_shift, checkpoint.boundary_ratio, checkpoint.vae_scale_factor) == (4.5, 0.7, 16)
-    assert (checkpoint.latents_mean, checkpoint.latents_std) == (vae["latents_mean"], vae["latents_std"])
-    assert checkpoint.text_encoder() == (tmp_path / "text_encoder", tmp_path / "tokenizer")
+    assert (wan_files.flow_shift, wan_files.boundary_ratio, wan_files.vae_scale_factor) == (4.5, 0.7, 16)
+    assert (wan_files.latents_mean, wan_files.latents_std) == (vae["latents_mean"], vae["latents_std"])
+    assert wan_files.text_encoder() == (tmp_path / "text_encoder", tmp_path / "tokenizer")
     assert find_text_encoder(tmp_path / "text_encoder") == (tmp_path / "text_encoder", tmp_path / "tokenizer")
 
 
 def test_the_text_encoder_of_an_original_folder_is_recognised_and_answered_with_what_to_give(tmp_path):
     write_original_two_experts(tmp_path, **TINY)
-    with pytest.raises(CheckpointError, match=r"models_t5_umt5-xxl-enc-bf16\.pth.*--text_encoder_path.*text_encoder/"):
-        open_checkpoint(tmp_path).text_encoder()
+    with pytest.raises(TeacherFileError, match=r"models_t5_umt5-xxl-enc-bf16\.pth.*--text_encoder_path.*text_encoder/"):
+        open_wan_files(tmp_path).text_encoder()
 
 
 def test_a_single_file_has_no_text_encoder_and_says_so(tmp_path):
     write_single_file(tmp_path / "wan.safetensors", heads=1, ffn_dim=48)
-    with pytest.raises(CheckpointError, match="--text_encoder_path"):
-        open_checkpoint(tmp_path / "wan.safetensors").text_encoder()
+    with pytest.raises(TeacherFileError, match="--text_encoder_path"):
+        open_wan_files(tmp_path / "wan.safetensors").text_encoder()
 
 
 def test_opening_reads_headers_only(tmp_path, monkeypatch):
@@ -192,7 +192,7 @@ def test_opening_reads_headers_only(tmp_path, monkeypatch):
 
     write_original_folder(tmp_path, **TINY)
     monkeypatch.setattr(StoredTensor, "read", forbidden)
-    assert open_checkpoint(tmp_path).config.hidden_size == 24
+    assert open_wan_files(tmp_path).config.hidden_size == 24
 
 
 # ---- other kinds of Wan, refused by name ----
@@ -370,8 +370,8 @@ def test_values_that_are_null_or_left_out_count_as_unknown(teachers, tmp_path):
     shutil.copytree(teachers.one, tmp_path / "copy")
     edit_json(tmp_path / "copy" / "vae" / "config.json", dim_mult=None, scale_factor_spatial=None, latents_mean=None)
     edit_json(tmp_path / "copy" / "scheduler" / "scheduler_config.json", flow_shift=None, shift=4.0)
-    checkpoint = open_checkpoint(tmp_path / "copy")
-    assert (checkpoint.vae_scale_factor, checkpoint.latents_mean, checkpoint.flow_shift) == (None, None, 4.0)
+    wan_files = open_wan_files(tmp_path / "copy")
+    assert (wan_files.vae_scale_factor, wan_files.latents_mean, wan_files.flow_shift) == (None, None, 4.0)
 
 
 def test_thousands_of_brackets_are_refused_in_one_line(teachers, tmp_path):
@@ -565,9 +565,9 @@ def test_a_hub_id_fetches_only_what_is_used(tmp_path, monkeypatch):
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    checkpoint = open_checkpoint("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
-    assert list(checkpoint.experts) == ["high", "low"]
-    assert checkpoint.text_encoder()[0] == tmp_path / "snapshot" / "text_encoder"
+    wan_files = open_wan_files("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    assert list(wan_files.experts) == ["high", "low"]
+    assert wan_files.text_encoder()[0] == tmp_path / "snapshot" / "text_encoder"
     (_, transformers_asked, ignored), (_, encoder_asked, _) = asked
 
     def is_fetched(name: str, patterns: list[str]) -> bool:
@@ -584,4 +584,4 @@ def test_a_hub_id_fetches_only_what_is_used(tmp_path, monkeypatch):
 def test_huggingface_hub_is_imported_only_for_a_hub_id(tmp_path, monkeypatch):
     write_original_folder(tmp_path, **TINY)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert open_checkpoint(tmp_path).config.depth == 2
+    assert open_wan_files(tmp_path).config.depth == 2

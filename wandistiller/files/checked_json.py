@@ -10,7 +10,7 @@ from typing import NamedTuple
 from wandistiller.errors import UserError
 
 
-class CheckpointError(UserError):
+class TeacherFileError(UserError):
     """A teacher checkpoint that is missing, damaged, or of another kind."""
 
 
@@ -53,11 +53,11 @@ def setting(values: dict, key: str, kind: Kind, where: object):
     """`values[key]`, or None where it is left out or null.
 
     Raises:
-        CheckpointError: it is of another kind; `where` begins the sentence.
+        TeacherFileError: it is of another kind; `where` begins the sentence.
     """
     value = values.get(key)
     if value is not None and not kind.fits(value):
-        raise CheckpointError(f"{where}: {key} is {reprlib.repr(value)}; allowed: {kind.allowed}")
+        raise TeacherFileError(f"{where}: {key} is {reprlib.repr(value)}; allowed: {kind.allowed}")
     return value
 
 
@@ -66,13 +66,13 @@ def read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        raise TeacherFileError(f"{path}: cannot be read ({error})") from None
     except json.JSONDecodeError as error:
-        raise CheckpointError(
+        raise TeacherFileError(
             f"{path}: line {error.lineno}: not valid JSON: {error.msg}; copy the checkpoint again"
         ) from None
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-        raise CheckpointError(f"{path}: not usable JSON: {error}; copy the checkpoint again") from None
+        raise TeacherFileError(f"{path}: not usable JSON: {error}; copy the checkpoint again") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds a {type(values).__name__}, not the JSON object of a Wan checkpoint")
+        raise TeacherFileError(f"{path}: holds a {type(values).__name__}, not the JSON object of a Wan checkpoint")
     return values

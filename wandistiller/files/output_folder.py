@@ -65,8 +65,8 @@ def prepare_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
 _held: list[int] = []  # descriptors of the folders that this process has locked
 
 
-def hold_output_folder(folder: Path) -> None:
-    """Keep other runs out of a folder until `let_go_of_output_folders`, or the end of this process however it ends.
+def lock_output_folder(folder: Path) -> None:
+    """Keep other runs out of a folder until `unlock_output_folders`, or the end of this process however it ends.
 
     Raises:
         UserError: another run has it.
@@ -89,7 +89,7 @@ def hold_output_folder(folder: Path) -> None:
         _held.append(descriptor)
 
 
-def let_go_of_output_folders() -> None:
+def unlock_output_folders() -> None:
     while _held:
         os.close(_held.pop())
 

@@ -19,7 +19,7 @@ from wandistiller.projection.comfyui import comfyui_metadata
 from wandistiller.projection.lift import lift
 from wandistiller.sampling.recorded import teacher_paths
 from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
-from wandistiller.wan.files import open_checkpoint
+from wandistiller.wan.files import open_wan_files
 from wandistiller.wan.names import teacher_record, transformer_settings
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -101,7 +101,7 @@ def published(config: StudentConfig, teacher_path: str | None = None) -> Student
     if "world" not in kept and "teacher_path" in record:
         with contextlib.suppress(UserError):  # a teacher that is no longer there
             teacher = teacher_paths(config, teacher_path)[0]
-            world = open_checkpoint(teacher).record.get("world") if Path(teacher).exists() else None
+            world = open_wan_files(teacher).record.get("world") if Path(teacher).exists() else None
             kept |= {"world": world} if world else {}
     return config.replace(distillation=kept)
 

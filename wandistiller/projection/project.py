@@ -20,7 +20,7 @@ from wandistiller.model.sizes import unfilled_model
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import fill
 from wandistiller.projection.selection import Selection, TransformerTensors, select
-from wandistiller.wan.files import WanCheckpoint
+from wandistiller.wan.files import WanFiles
 from wandistiller.wan.names import without_frames
 from wandistiller.wan.open import open_teacher
 
@@ -115,7 +115,7 @@ class ProjectionReport:
 
 
 def project_teacher(
-    teacher_path: str | Path | WanCheckpoint,
+    teacher_path: str | Path | WanFiles,
     config: StudentConfig | None = None,
     expert: str = "high",
     *,
@@ -130,7 +130,7 @@ def project_teacher(
     """A 2D model with a teacher's weights.
 
     Args:
-        teacher_path: a checkpoint as `wandistiller.wan.files.open_checkpoint` takes it, or an opened one; "mock"
+        teacher_path: a checkpoint as `wandistiller.wan.files.open_wan_files` takes it, or an opened one; "mock"
             needs a config, around which it is made.
         config: the student's shape; None is the teacher's own, lossless.
         expert: "high" or "low" noise; a teacher of one transformer has only "high".
@@ -144,8 +144,8 @@ def project_teacher(
     Raises:
         UserError: the checkpoint cannot be read, or the config does not fit it.
     """
-    checkpoint = open_teacher(teacher_path, config)
-    teacher = checkpoint.expert(expert)
+    wan_files = open_teacher(teacher_path, config)
+    teacher = wan_files.expert(expert)
     if config is None:
         config = teacher.config.replace(text_max_length=text_max_length)
         selection = Selection(list(range(config.depth)))
@@ -153,14 +153,14 @@ def project_teacher(
         selection = select(teacher, config, layers)
     student = _empty_student(config, dtype, device, seed, fp8, shard)
     channels = selection.axes.get("channels", torch.arange(config.hidden_size)).tolist()
-    report = ProjectionReport(checkpoint.location, expert, selection.layers, channels)
+    report = ProjectionReport(wan_files.location, expert, selection.layers, channels)
     _fill(student, teacher, selection, report)
     _report_teacher(teacher, selection, config, report)
     return student, report
 
 
 def fresh_student(
-    teacher_path: str | Path | WanCheckpoint,
+    teacher_path: str | Path | WanFiles,
     config: StudentConfig,
     expert: str = "high",
     *,
@@ -168,10 +168,10 @@ def fresh_student(
     seed: int = 0,
 ) -> tuple[WanLiteStudent, ProjectionReport]:
     """A student that inherits nothing, from seeded initial values: what projection is to be measured against."""
-    checkpoint = open_teacher(teacher_path, config)
+    wan_files = open_teacher(teacher_path, config)
     student = _seeded_student(config, None, device, seed)
-    report = ProjectionReport(checkpoint.location, expert, [])
-    teacher, reason = checkpoint.expert(expert), "random initial values were asked for"
+    report = ProjectionReport(wan_files.location, expert, [])
+    teacher, reason = wan_files.expert(expert), "random initial values were asked for"
     for name, parameter in student.named_parameters():
         report.add(name, parameter, "initialised", [], reason)
     report.teacher = {name: {"status": "dropped", "reason": reason} for name in teacher.names()} | _ignored(teacher)
@@ -179,7 +179,7 @@ def fresh_student(
 
 
 def project_experts(
-    checkpoint: WanCheckpoint,
+    wan_files: WanFiles,
     text_max_length: int,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -189,7 +189,7 @@ def project_experts(
 ) -> dict[str, WanLiteStudent]:
     """Every expert of a teacher at its own shape: what `wandistiller.sampling.teacher.Teacher` is made of."""
     settings = {"text_max_length": text_max_length, "dtype": dtype, "device": device, "fp8": fp8, "shard": shard}
-    return {name: project_teacher(checkpoint, None, name, **settings)[0] for name in checkpoint.experts}
+    return {name: project_teacher(wan_files, None, name, **settings)[0] for name in wan_files.experts}
 
 
 def _seeded_student(

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from wandistiller.files.atomic import atomic_path
+from wandistiller.files.clone import DEMO_TEACHER
 from wandistiller.files.output_folder import (
     CARD_MARK,
     CARD_NAME,
@@ -33,7 +34,6 @@ from wandistiller.reports.metrics import (
 )
 from wandistiller.reports.progress import format_duration
 from wandistiller.reports.tables import cell_text
-from wandistiller.run.flags import DEMO_TEACHER
 from wandistiller.sampling.recorded import weights_digest
 
 FENCE = "````"  # longer than any that a command is likely to hold

@@ -51,7 +51,7 @@ class Samples:
         folder: where step_XXXXXX.png go.
         teacher: None where it does not fit beside the student, whose row then stands alone.
         latent_shape: (C, H, W).
-        is_spread: whether drawing needs all processes.
+        is_sharded: whether drawing needs all processes.
         batch_size: prompts at a time.
         on_picture: told the step and the picture, in the process that writes.
     """
@@ -68,14 +68,14 @@ class Samples:
         teacher_options: SamplingOptions,
         student_options: SamplingOptions,
         processes: Processes,
-        is_spread: bool,
+        is_sharded: bool,
         on_picture: "Callable[[int, Image], None]",
         batch_size: int = BATCH_SIZE,
     ):
         self.folder, self.teacher, self.settings = folder, teacher, settings
         self.prompts, self.prompt_embeds, self.vae_location = prompts, prompt_embeds, vae_location
         self.teacher_options, self.student_options = teacher_options, student_options
-        self.processes, self.is_spread, self.on_picture = processes, is_spread, on_picture
+        self.processes, self.is_sharded, self.on_picture = processes, is_sharded, on_picture
         self.batch_size = min(BATCH_SIZE, batch_size)
         self.noise = seeded_noise(range(SEED, SEED + len(prompts)), latent_shape)
         self.teacher_latents: Tensor | None = None
@@ -94,14 +94,14 @@ class Samples:
         if self.is_over:
             return None
         file = self.folder / f"step_{step:06d}.png"
-        if self.processes.is_first or self.is_spread:
+        if self.processes.is_first or self.is_sharded:
             self.is_over = not self._draw(student, step, file)
         self.is_over = bool(self.processes.from_first(self.is_over))
         return file if self.processes.is_first and not self.is_over else None
 
     def _draw(self, student: WanLiteStudent, step: int, file: Path) -> bool:
         """Whether it worked."""
-        needs_others = self.is_spread and self.processes.are_many
+        needs_others = self.is_sharded and self.processes.are_many
         try:
             with undisturbed(student, self.student_options.device):
                 if self.teacher is not None and self.teacher_latents is None:

@@ -32,7 +32,7 @@ from wandistiller.training.feature_loss import FeatureLoss, span_ends
 from wandistiller.training.loop import TrainingOptions, steps_of_epochs
 from wandistiller.training.objective import Objective
 from wandistiller.training.optimizer import OptimizationOptions
-from wandistiller.wan.files import WanCheckpoint
+from wandistiller.wan.files import WanFiles
 from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
 
@@ -56,7 +56,7 @@ def states_options(args: argparse.Namespace, num_extra_prompts: int) -> StatesOp
 
 def open_cache(
     args: argparse.Namespace,
-    checkpoint: WanCheckpoint,
+    wan_files: WanFiles,
     settings: TeacherSettings,
     texts: Texts,
     config: StudentConfig,
@@ -67,7 +67,7 @@ def open_cache(
     if args.teacher_cache is None:
         return None
     description = describe_cache(
-        checkpoint,
+        wan_files,
         settings,
         states_options(args, len(texts.extra)),
         texts.prompts + texts.extra,
@@ -92,7 +92,7 @@ RESUME_FLAGS = [
 
 def run_description(
     args: argparse.Namespace,
-    checkpoint: WanCheckpoint,
+    wan_files: WanFiles,
     settings: TeacherSettings,
     texts: Texts,
     config: StudentConfig,
@@ -101,7 +101,7 @@ def run_description(
     student = {f"student {name}": value for name, value in config.to_dict().items() if name != "distillation"}
     return {
         **student,
-        **describe_teacher(checkpoint, settings),
+        **describe_teacher(wan_files, settings),
         **storage_of_teacher(args),
         "prompts": prompts_digest(texts.prompts + texts.extra),
         "teacher_cache": args.teacher_cache is not None,

@@ -6,9 +6,9 @@ Standard library only: `train_distillation.py --print_config` answers at once.
 import sys
 from pathlib import Path
 
+from wandistiller.files.clone import CONFIG_FOLDER
 from wandistiller.model.config import StudentConfig
 
-FOLDER = Path(__file__).resolve().parents[2] / "config"
 # Teacher -> a config that fits it
 READY_CONFIGS = {
     "1.3B": "student_config_0.5B.json",
@@ -48,7 +48,7 @@ FP32_BYTES = 4
 
 def print_config(teacher: str) -> None:
     """The config on stdout, so that it can be sent to a file; its size and its keys on stderr."""
-    file = FOLDER / READY_CONFIGS[teacher]
+    file = CONFIG_FOLDER / READY_CONFIGS[teacher]
     config = StudentConfig.load(file)
     print(config.to_json(), end="")
     print("\n".join(explanation(teacher, config, file)), file=sys.stderr)

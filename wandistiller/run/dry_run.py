@@ -31,7 +31,7 @@ from wandistiller.reports.progress import format_duration
 from wandistiller.targets.replay import REPLAY_BATCHES
 from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.training.loop import steps_of_epochs
-from wandistiller.wan.files import WanCheckpoint
+from wandistiller.wan.files import WanFiles
 from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.text_encoder import count_tokens, encoder_parameters
 
@@ -40,7 +40,7 @@ NUM_COUNTED_PROMPTS = 256  # whose tokens stand for those of all
 
 def workload_from_args(
     args: argparse.Namespace,
-    checkpoint: WanCheckpoint,
+    wan_files: WanFiles,
     settings: TeacherSettings,
     config: StudentConfig,
     texts: Texts,
@@ -59,17 +59,17 @@ def workload_from_args(
     )
     calls = num_calls(args, settings, num_steps)
     return Workload(
-        teacher=checkpoint.config,
+        teacher=wan_files.config,
         student=config,
         latent_size=config.image_size // settings.vae_scale_factor,
-        num_experts=len(checkpoint.experts),
+        num_experts=len(wan_files.experts),
         uses_guidance=settings.uses_guidance,
         batch_size=args.batch_size,
         grad_accum_steps=accum,
         num_processes=num_processes,
         dtype=dtype,
         teacher_dtype=getattr(args, "teacher_dtype", None) or dtype,
-        teacher_offload=getattr(args, "teacher_offload", False) and len(checkpoint.experts) > 1,
+        teacher_offload=getattr(args, "teacher_offload", False) and len(wan_files.experts) > 1,
         offline_teacher=args.offline_teacher,
         shard_teacher=shard in ("teacher", "both"),
         shard_student=shard in ("student", "both"),
@@ -162,20 +162,20 @@ def places_of(args: argparse.Namespace) -> dict[str, str]:
 def check_disk(
     checkpoints: Checkpoints,
     args: argparse.Namespace,
-    checkpoint: WanCheckpoint,
+    wan_files: WanFiles,
     settings: TeacherSettings,
     config: StudentConfig,
     texts: Texts,
 ) -> None:
     """Refuse a run whose checkpoints the disk of --output_dir has no room for."""
     if args.save_every:
-        workload = workload_from_args(args, checkpoint, settings, config, texts, "fp32")  # as they are saved
+        workload = workload_from_args(args, wan_files, settings, config, texts, "fp32")  # as they are saved
         checkpoints.check_disk(checkpoint_bytes(workload), FP32 * count_parameters(config).total, args.overwrite)
 
 
 def check_places(
     args: argparse.Namespace,
-    checkpoint: WanCheckpoint,
+    wan_files: WanFiles,
     settings: TeacherSettings,
     config: StudentConfig,
     texts: Texts,
@@ -189,7 +189,7 @@ def check_places(
     for flag, folder in places_of(args).items():
         check_writable(folder, flag)
     checkpoints = Checkpoints(args.output_dir, {}, args.batch_size, args.keep_checkpoints)
-    check_disk(checkpoints, args, checkpoint, settings, config, texts)
+    check_disk(checkpoints, args, wan_files, settings, config, texts)
     if has_checkpoints(args) or args.teacher_cache:
         say("Not looked at, since it takes weights: whether checkpoints and teacher cache belong to this run")
 
@@ -199,7 +199,7 @@ def check_places(
 
 def report_budget(
     args: argparse.Namespace,
-    checkpoint: WanCheckpoint,
+    wan_files: WanFiles,
     settings: TeacherSettings,
     config: StudentConfig,
     texts: Texts,
@@ -210,9 +210,9 @@ def report_budget(
     """Print what the run will take, against what the machine has."""
     machine = find_machine(args, device)
     dtype = args.dtype or ("bf16" if machine.is_gpu else "fp32")
-    sizes = measure_texts(texts, settings, config, encoder, checkpoint.is_mock)
+    sizes = measure_texts(texts, settings, config, encoder, wan_files.is_mock)
     workload = replace(
-        workload_from_args(args, checkpoint, settings, config, texts, dtype, machine.is_gpu),
+        workload_from_args(args, wan_files, settings, config, texts, dtype, machine.is_gpu),
         mean_text_tokens=sizes.mean_tokens,
         negative_text_tokens=sizes.negative_tokens,
         text_encoder_parameters=sizes.encoder_parameters,

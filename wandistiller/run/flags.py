@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wandistiller.command_line import FlagParser, int_list, number, path
+from wandistiller.files.clone import DEMO_TEACHER
 from wandistiller.run.config_help import READY_CONFIGS
 
-DEMO_TEACHER = "data/demo_teacher"
 # What a flag that is left out stands for: (in general, with the demo teacher)
 DEFAULTS = {
     "data_path": ("data/static_prompts.txt", "data/demo_prompts.txt"),

@@ -9,7 +9,7 @@ from wandistiller.files.prompts import PromptFile, Texts
 from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
 from wandistiller.targets.lanes import Lanes
-from wandistiller.wan.files import WanCheckpoint, check_weights, find_text_encoder
+from wandistiller.wan.files import WanFiles, check_weights, find_text_encoder
 from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds, mock_prompt_embeds
 from wandistiller.wan.settings import TeacherSettings, warnings_about
 from wandistiller.wan.text_encoder import encode_prompts, text_encoder_dim
@@ -26,24 +26,24 @@ def leave_features_out(args: argparse.Namespace, teacher: StudentConfig, config:
         args.feature_loss_weight = 0.0
 
 
-def leave_offload_out(args: argparse.Namespace, checkpoint: WanCheckpoint) -> None:
-    if args.teacher_offload and len(checkpoint.experts) == 1:
+def leave_offload_out(args: argparse.Namespace, wan_files: WanFiles) -> None:
+    if args.teacher_offload and len(wan_files.experts) == 1:
         print(
             "--teacher_offload is of no use here, this teacher has one expert; without it the usual states are trained on"
         )
         args.teacher_offload = False
 
 
-def print_run(prompts: PromptFile, checkpoint: WanCheckpoint, settings: TeacherSettings, config: StudentConfig) -> None:
+def print_run(prompts: PromptFile, wan_files: WanFiles, settings: TeacherSettings, config: StudentConfig) -> None:
     """What is trained from what."""
     duplicates = f" ({prompts.duplicates} repeated lines left out)" if prompts.duplicates else ""
     print(f"Prompts: {len(prompts.prompts)}{duplicates}")
-    print(f"Teacher: {checkpoint.location} ({' + '.join(checkpoint.experts)}), {settings.summary()}")
+    print(f"Teacher: {wan_files.location} ({' + '.join(wan_files.experts)}), {settings.summary()}")
     print(
         f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
         f"{config.image_size} px = {'x'.join(map(str, settings.latent_shape(config)))} latents"
     )
-    for warning in warnings_about(checkpoint, settings, config):
+    for warning in warnings_about(wan_files, settings, config):
         print(f"Warning: {warning}")
 
 
@@ -55,14 +55,12 @@ def print_batch(args: argparse.Namespace, lanes: Lanes, processes: Processes) ->
     print(f"Samples a step: {' x '.join([*parts, f'{processes.count} processes'])} = {lanes.total}")
 
 
-def find_encoder(
-    args: argparse.Namespace, checkpoint: WanCheckpoint, config: StudentConfig
-) -> tuple[Path, Path] | None:
+def find_encoder(args: argparse.Namespace, wan_files: WanFiles, config: StudentConfig) -> tuple[Path, Path] | None:
     """Folders of the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings will do."""
-    if checkpoint.is_mock and args.text_encoder_path is None:
+    if wan_files.is_mock and args.text_encoder_path is None:
         return None
     encoder, tokenizer = (
-        find_text_encoder(args.text_encoder_path) if args.text_encoder_path else checkpoint.text_encoder()
+        find_text_encoder(args.text_encoder_path) if args.text_encoder_path else wan_files.text_encoder()
     )
     if (text_dim := text_encoder_dim(encoder)) != config.text_encoder_output_dim:
         raise UserError(
@@ -107,21 +105,21 @@ def print_encoding(done: int, total: int) -> None:
 
 
 def find_sample_vae(
-    args: argparse.Namespace, checkpoint: WanCheckpoint, settings: TeacherSettings
+    args: argparse.Namespace, wan_files: WanFiles, settings: TeacherSettings
 ) -> tuple[str, str | None] | None:
     """Where the VAE of the sample pictures is, or None where none can be drawn; a --vae_path without one is a mistake.
 
     Raises:
         UserError: it is not the teacher's, or its files are not whole.
     """
-    if not args.num_samples or (checkpoint.is_mock and args.vae_path is None):
+    if not args.num_samples or (wan_files.is_mock and args.vae_path is None):
         return None
     if args.sigma_range != (0.0, 1.0):
         print("No sample pictures: a student of a part of the noise levels does not draw by itself")
         return None
     try:
         location = find_vae(args.vae_path, args.teacher_path)
-        check_is_vae_of(settings, checkpoint.config, vae_config_path(*location))
+        check_is_vae_of(settings, wan_files.config, vae_config_path(*location))
         if Path(location[0]).exists():  # else the hub's client sees to its files
             check_weights(Path(*filter(None, location)))
     except UserError as error:

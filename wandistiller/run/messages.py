@@ -85,6 +85,6 @@ def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | 
     ]
 
 
-def command_to_go_on(script: str, argv: Sequence[str]) -> str:
+def resume_command(script: str, argv: Sequence[str]) -> str:
     """The same one, less what would start anew."""
     return command_line(script, [word for word in argv if word.replace("-", "_") != "__overwrite"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from wandistiller import __version__
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.processes import Processes, whole
+from wandistiller.processes import Processes, full_tensor
 from wandistiller.training.loop import TrainingOptions, TrainingResult
 from wandistiller.wan.settings import TeacherSettings
 
@@ -50,6 +50,6 @@ def commands_so_far(before: list[dict], first_step: int, command: str, lr: float
 def save_student(student: WanLiteStudent, record: dict, folder: Path, processes: Processes | None = None) -> None:
     """Save the student with its record in student_config.json; put together where its weights are spread over processes."""
     student.config = student.config.replace(distillation=record)
-    weights = {name: whole(tensor) for name, tensor in student.state_dict().items()}
+    weights = {name: full_tensor(tensor) for name, tensor in student.state_dict().items()}
     if processes is None or processes.is_first:
         student.save_pretrained(folder, weights)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError
+from wandistiller.files.clone import CLONE
 from wandistiller.files.hub import hub_id, is_hub_id
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
 
-# Of this code: what lies in it is recorded relative to it, so that the demo's student may move with its clone.
-CLONE = Path(__file__).resolve().parents[2]
 # What sampling cannot do without; the rest of the record is history.
 _NEEDED = {
     "teacher_path": str,

@@ -24,7 +24,7 @@ from wandistiller.processes import Processes
 from wandistiller.targets.answers import Answer, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions
-from wandistiller.wan.files import WanCheckpoint
+from wandistiller.wan.files import WanFiles
 from wandistiller.wan.settings import TeacherSettings
 
 DESCRIPTION_NAME = "cache.json"
@@ -44,13 +44,13 @@ class AnswerError(ValueError):
     exit_code = 1
 
 
-def teacher_fingerprint(checkpoint: WanCheckpoint) -> str:
+def teacher_fingerprint(wan_files: WanFiles) -> str:
     """The same for the same weights wherever they lie: a digest of every expert's output layer and of its middle block.
 
     The block tells a merged LoRA from the original; reading everything would take minutes for a large teacher.
     """
     digest = hashlib.sha256()
-    for expert in map(checkpoint.expert, checkpoint.experts):
+    for expert in map(wan_files.expert, wan_files.experts):
         middle = f"blocks.{expert.config.depth // 2}"
         for name in ("proj_out.weight", f"{middle}.attn1.to_q.weight", f"{middle}.ffn.net.2.weight"):
             digest.update(expert.read(name).float().numpy().tobytes())
@@ -61,11 +61,11 @@ def prompts_digest(prompts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
 
 
-def describe_teacher(checkpoint: WanCheckpoint, settings: TeacherSettings) -> dict[str, object]:
+def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str, object]:
     """Whose velocities they are, and how guided and sampled."""
     guidance = {name: getattr(settings, name) for name in ("guidance_scale", "guidance_scale_2", "boundary_ratio")}
     return {
-        "teacher": teacher_fingerprint(checkpoint),
+        "teacher": teacher_fingerprint(wan_files),
         **guidance,
         "negative_prompt": settings.negative_prompt if settings.uses_guidance else None,
         "shift": settings.shift,
@@ -74,7 +74,7 @@ def describe_teacher(checkpoint: WanCheckpoint, settings: TeacherSettings) -> di
 
 
 def describe_cache(
-    checkpoint: WanCheckpoint,
+    wan_files: WanFiles,
     settings: TeacherSettings,
     options: StatesOptions,
     prompts: Sequence[str],
@@ -84,7 +84,7 @@ def describe_cache(
 ) -> dict[str, object]:
     """Everything that makes the answers what they are, as JSON values."""
     description = {
-        **describe_teacher(checkpoint, settings),
+        **describe_teacher(wan_files, settings),
         "text_max_length": text_max_length,
         "latent_shape": latent_shape,
         **{f"states_{name}": value for name, value in asdict(options).items()},

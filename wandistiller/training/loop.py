@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wandistiller.device import peak_memory_bytes, to_device
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.processes import Processes, local_part, whole, without_averaging
+from wandistiller.processes import Processes, full_tensor, local_part, without_averaging
 from wandistiller.reports.metrics import StepMetrics, mean_by_expert, mean_by_sigma
 from wandistiller.reports.progress import Stopwatch
 from wandistiller.targets.answers import Answer, Answers
@@ -144,7 +144,7 @@ def train(
                 _learn(model, answers, prompt_embeds, progress, number == num_passes)
                 for number in range(1, num_passes + 1)
             ]
-            grad_norm = whole(nn.utils.clip_grad_norm_(trained.parameters(), options.optimization.max_grad_norm))
+            grad_norm = full_tensor(nn.utils.clip_grad_norm_(trained.parameters(), options.optimization.max_grad_norm))
             found = _measure(passes, grad_norm, stop.requested, processes)
             try:
                 check_finite(step, found.sigmas, found.loss + found.feature_loss, found.grad_norm, options)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from wandistiller.errors import UserError
-from wandistiller.processes import let_go_of_whole_weights, local_part
+from wandistiller.processes import local_part, reshard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        let_go_of_whole_weights(self.model)
+        reshard(self.model)
         for name, weight in self.model.named_parameters():
             ours, theirs = local_part(self.weights[name]), local_part(weight)
             kept = theirs.clone()
@@ -92,7 +92,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        let_go_of_whole_weights(self.model)
+        reshard(self.model)
         for name, weight in self.model.named_parameters():
             local_part(weight).copy_(local_part(self.weights[name]))
 

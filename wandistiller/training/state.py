@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.processes import Processes, let_go_of_whole_weights, local_part
+from wandistiller.processes import Processes, local_part, reshard
 from wandistiller.targets.answers import Answers
 from wandistiller.targets.lanes import LANE_PREFIX
 from wandistiller.targets.trajectories import part_of
@@ -71,7 +71,7 @@ class RunState:
         Args:
             has_states: with the training states, which are whole between steps alone.
         """
-        let_go_of_whole_weights(self.trained)
+        reshard(self.trained)
         parts = {
             "trained": self.trained.state_dict(),
             "ema": {} if self.average is None else self.average.state_dict(),

@@ -15,7 +15,7 @@ from wandistiller.files.checked_json import (
     RATIO,
     TEXT,
     WHOLE,
-    CheckpointError,
+    TeacherFileError,
     numbers,
     read_json,
     setting,
@@ -54,7 +54,7 @@ def _safe_name(name: object, index: Path) -> str:
     """A shard's file name from an index: a path in a file is never followed outside its folder."""
     parts = PurePosixPath(str(name)).parts
     if not isinstance(name, str) or "\\" in name or PurePosixPath(name).is_absolute() or ".." in parts or not parts:
-        raise CheckpointError(f"{index}: names the shard {name!r}, which lies outside its folder")
+        raise TeacherFileError(f"{index}: names the shard {name!r}, which lies outside its folder")
     return name
 
 
@@ -72,7 +72,7 @@ def _weight_files(folder: Path) -> list[Path]:
             if pickled
             else f"; allowed: {LAYOUTS}"
         )
-        raise CheckpointError(f"{folder}: holds no .safetensors weights{only}")
+        raise TeacherFileError(f"{folder}: holds no .safetensors weights{only}")
     return [path for path in files if path.name == f"{WEIGHTS}.safetensors"] or files
 
 
@@ -85,11 +85,11 @@ def check_weights(folder: Path) -> None:
 def _indexed_files(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map; copy the checkpoint again")
+        raise TeacherFileError(f"{index}: has no weight_map; copy the checkpoint again")
     names = dict.fromkeys(_safe_name(name, index) for name in weight_map.values())
     files = [index.parent / name for name in names]
     if missing := [path.name for path in files if not path.is_file()]:
-        raise CheckpointError(
+        raise TeacherFileError(
             f"{index.parent}: {len(missing)} of {len(files)} shards are missing, the first is {missing[0]}"
         )
     return files
@@ -97,7 +97,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 def _open_transformer_folder(folder: Path) -> WanTransformer:
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder")
+        raise TeacherFileError(f"{folder}: there is no such folder")
     config_path = folder / "config.json"
     settings = read_json(config_path) if config_path.is_file() else {}
     refuse_settings(settings, folder)
@@ -105,7 +105,7 @@ def _open_transformer_folder(folder: Path) -> WanTransformer:
 
 
 @dataclass
-class WanCheckpoint:
+class WanFiles:
     """A teacher on disk: its experts and what the folder around them says.
 
     Attributes:
@@ -143,13 +143,13 @@ class WanCheckpoint:
 
     def expert(self, name: str) -> WanTransformer:
         if name not in self.experts:
-            raise CheckpointError(f'{self.location}: has no expert "{name}"; it has: {", ".join(self.experts)}')
+            raise TeacherFileError(f'{self.location}: has no expert "{name}"; it has: {", ".join(self.experts)}')
         return self.experts[name]
 
     def text_encoder(self) -> tuple[Path, Path]:
         """Folders of the UMT5 encoder and its tokenizer (a hub checkpoint fetches them now)."""
         if self._find_text_encoder is None:
-            raise CheckpointError(
+            raise TeacherFileError(
                 f"{self.location}: has no text encoder beside it; give --text_encoder_path a folder with text_encoder/ "
                 f"and tokenizer/, such as a copy of {TEXT_ENCODER_SOURCE} (only these two folders are needed)"
             )
@@ -167,19 +167,19 @@ def find_text_encoder(path: str | Path) -> tuple[Path, Path]:
         beside = folder.parent / "tokenizer"
         return folder, beside if beside.is_dir() else folder
     what = "holds no text encoder" if folder.exists() else "there is no such folder"
-    raise CheckpointError(
+    raise TeacherFileError(
         f"{path}: {what}; --text_encoder_path takes a folder with text_encoder/ and tokenizer/, "
         f"such as a copy of {TEXT_ENCODER_SOURCE} (only these two folders are needed)"
     )
 
 
-def _open_pipeline_folder(folder: Path, location: str) -> WanCheckpoint:
+def _open_pipeline_folder(folder: Path, location: str) -> WanFiles:
     index_path = folder / "model_index.json"
     index = read_json(index_path)
     name = str(index.get("_class_name"))
     refuse_kind(REFUSED_CLASSES.get(name), folder)
     if not name.startswith("Wan"):
-        raise CheckpointError(f"{folder}: model_index.json is that of a {name}, not of a WanPipeline")
+        raise TeacherFileError(f"{folder}: model_index.json is that of a {name}, not of a WanPipeline")
     experts = {"high": _open_transformer_folder(folder / "transformer")}
     if (setting(index, "transformer_2", COMPONENT, index_path) or [None])[0] is not None:
         experts["low"] = _open_transformer_folder(folder / "transformer_2")
@@ -187,7 +187,7 @@ def _open_pipeline_folder(folder: Path, location: str) -> WanCheckpoint:
     scheduler = read_json(scheduler_path) if scheduler_path.is_file() else {}
     shifts = [setting(scheduler, key, POSITIVE, scheduler_path) for key in ("flow_shift", "shift")]
     record_path = folder / "teacher_record.json"
-    checkpoint = WanCheckpoint(
+    wan_files = WanFiles(
         location,
         experts,
         boundary_ratio=setting(index, "boundary_ratio", RATIO, index_path),
@@ -196,11 +196,11 @@ def _open_pipeline_folder(folder: Path, location: str) -> WanCheckpoint:
         _find_text_encoder=(lambda: find_text_encoder(folder)) if (folder / "text_encoder").is_dir() else None,
     )
     if (vae_path := folder / "vae" / "config.json").is_file():
-        checkpoint.complete_from_vae(vae_path)
-    return checkpoint
+        wan_files.complete_from_vae(vae_path)
+    return wan_files
 
 
-def _open_original_folder(folder: Path, location: str) -> WanCheckpoint:
+def _open_original_folder(folder: Path, location: str) -> WanFiles:
     if (folder / "high_noise_model").is_dir() or (folder / "low_noise_model").is_dir():
         experts = {side: _open_transformer_folder(folder / f"{side}_noise_model") for side in ("high", "low")}
     else:
@@ -210,20 +210,20 @@ def _open_original_folder(folder: Path, location: str) -> WanCheckpoint:
     if encoders:
 
         def find() -> tuple[Path, Path]:
-            raise CheckpointError(
+            raise TeacherFileError(
                 f"{encoders[0]}: is Wan's text encoder as a pickle in its original layout, which is not opened here; give "
                 f"--text_encoder_path a folder with text_encoder/ and tokenizer/ in transformers' format, such as a copy "
                 f"of {TEXT_ENCODER_SOURCE} (only these two folders are needed; the encoder is the same)"
             )
 
-    return WanCheckpoint(location, experts, _find_text_encoder=find)
+    return WanFiles(location, experts, _find_text_encoder=find)
 
 
-def _open_folder(folder: Path, location: str) -> WanCheckpoint:
+def _open_folder(folder: Path, location: str) -> WanFiles:
     if (folder / "model_index.json").is_file():
         return _open_pipeline_folder(folder, location)
     if (folder / "student_config.json").is_file():
-        raise CheckpointError(
+        raise TeacherFileError(
             f"{folder}: is a student, not a Wan checkpoint; to use it as a teacher, export it first: python "
             "export_student.py --format pipeline"
         )
@@ -251,64 +251,64 @@ _TRANSFORMER_FILES = [
 
 def _open_single_file(path: Path) -> WanTransformer:
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: a {path.suffix or 'file without suffix'} is not read; allowed: {LAYOUTS}")
+        raise TeacherFileError(f"{path}: a {path.suffix or 'file without suffix'} is not read; allowed: {LAYOUTS}")
     beside = path.with_name("config.json")  # a transformer folder's own file means the folder's shape
     is_of_folder = path.name.startswith("diffusion_pytorch_model") and beside.is_file()
     return WanTransformer(path, [path], read_json(beside) if is_of_folder else None)
 
 
-def open_checkpoint(teacher_path: str | Path, low_noise_path: str | Path | None = None) -> WanCheckpoint:
+def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None = None) -> WanFiles:
     """Open a teacher by its headers; no weight is read yet.
 
     Args:
-        teacher_path: folder, .safetensors file or hub id (`mock` is made by `mock_teacher.mock_checkpoint`).
+        teacher_path: folder, .safetensors file or hub id (`mock` is made by `mock_teacher.mock_wan_files`).
         low_noise_path: the low-noise expert where the two come as two files; teacher_path is then the high-noise one.
 
     Raises:
-        CheckpointError: missing, damaged, contradictory, or of another kind; one sentence says which.
+        TeacherFileError: missing, damaged, contradictory, or of another kind; one sentence says which.
     """
     location = str(teacher_path)
     path = Path(teacher_path)
     if path.is_file():
-        checkpoint = WanCheckpoint(location, {"high": _open_single_file(path)})
+        wan_files = WanFiles(location, {"high": _open_single_file(path)})
     elif path.is_dir():
-        checkpoint = _open_folder(path, location)
+        wan_files = _open_folder(path, location)
     elif is_hub_id(location):
-        checkpoint = _open_folder(
+        wan_files = _open_folder(
             fetch(location, _TRANSFORMER_FILES, f"a local copy as {LOCAL_LAYOUTS}, or mock"), location
         )
-        checkpoint._find_text_encoder = lambda: find_text_encoder(location)
+        wan_files._find_text_encoder = lambda: find_text_encoder(location)
     else:
-        raise CheckpointError(f"{location}: there is no such file or folder; allowed: {LAYOUTS}")
+        raise TeacherFileError(f"{location}: there is no such file or folder; allowed: {LAYOUTS}")
     if low_noise_path is not None:
-        _add_low_noise_file(checkpoint, Path(low_noise_path))
-    _check_experts_agree(checkpoint)
-    _complete_from_student(checkpoint)
-    return checkpoint
+        _add_low_noise_file(wan_files, Path(low_noise_path))
+    _check_experts_agree(wan_files)
+    _complete_from_student(wan_files)
+    return wan_files
 
 
-def _add_low_noise_file(checkpoint: WanCheckpoint, path: Path) -> None:
-    if "low" in checkpoint.experts:
-        raise CheckpointError(f"{checkpoint.location}: already has a low-noise expert; leave --teacher_path_low out")
+def _add_low_noise_file(wan_files: WanFiles, path: Path) -> None:
+    if "low" in wan_files.experts:
+        raise TeacherFileError(f"{wan_files.location}: already has a low-noise expert; leave --teacher_path_low out")
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file or folder (--teacher_path_low)")
-    checkpoint.experts["low"] = _open_transformer_folder(path) if path.is_dir() else _open_single_file(path)
+        raise TeacherFileError(f"{path}: there is no such file or folder (--teacher_path_low)")
+    wan_files.experts["low"] = _open_transformer_folder(path) if path.is_dir() else _open_single_file(path)
 
 
-def _check_experts_agree(checkpoint: WanCheckpoint) -> None:
-    shapes = {name: expert.config for name, expert in checkpoint.experts.items()}
+def _check_experts_agree(wan_files: WanFiles) -> None:
+    shapes = {name: expert.config for name, expert in wan_files.experts.items()}
     if len(set(map(StudentConfig.to_json, shapes.values()))) > 1:
-        raise CheckpointError(f"{checkpoint.location}: the high-noise and the low-noise expert differ in shape")
+        raise TeacherFileError(f"{wan_files.location}: the high-noise and the low-noise expert differ in shape")
 
 
-def _complete_from_student(checkpoint: WanCheckpoint) -> None:
+def _complete_from_student(wan_files: WanFiles) -> None:
     """Where no folder around the transformer says how it is sampled, the file of an exported student does itself."""
-    if not checkpoint.record and (student := checkpoint.experts["high"].student):
-        checkpoint.record = teacher_record(student)
-    record, where = checkpoint.record, f"{checkpoint.location}, what it records of itself"
-    statistics = numbers(checkpoint.config.num_channels)
+    if not wan_files.record and (student := wan_files.experts["high"].student):
+        wan_files.record = teacher_record(student)
+    record, where = wan_files.record, f"{wan_files.location}, what it records of itself"
+    statistics = numbers(wan_files.config.num_channels)
     for name, kind in (RECORD_KINDS | {"latents_mean": statistics, "latents_std": statistics}).items():
         setting(record, name, kind, where)
     for name in LATENT_SETTINGS:
-        if getattr(checkpoint, name) is None:
-            setattr(checkpoint, name, record.get(name))
+        if getattr(wan_files, name) is None:
+            setattr(wan_files, name, record.get(name))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.model.config import StudentConfig
-from wandistiller.wan.files import WanCheckpoint
+from wandistiller.wan.files import WanFiles
 from wandistiller.wan.transformer_files import own_image_size, teacher_tensor_shapes
 
 MOCK_SEED = 20250728
@@ -70,7 +70,7 @@ def mock_shape(student: StudentConfig) -> StudentConfig:
     )
 
 
-def mock_checkpoint(student: StudentConfig) -> WanCheckpoint:
+def mock_wan_files(student: StudentConfig) -> WanFiles:
     """The mock as a checkpoint, for the same path as a real one."""
     transformer = MockTransformer(mock_shape(student))
-    return WanCheckpoint("mock", {"high": transformer}, vae_scale_factor=student.vae_scale_factor)
+    return WanFiles("mock", {"high": transformer}, vae_scale_factor=student.vae_scale_factor)

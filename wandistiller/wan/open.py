@@ -4,20 +4,20 @@ from pathlib import Path
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
-from wandistiller.wan.files import WanCheckpoint, open_checkpoint
-from wandistiller.wan.mock import mock_checkpoint
+from wandistiller.wan.files import WanFiles, open_wan_files
+from wandistiller.wan.mock import mock_wan_files
 
 
 def open_teacher(
-    teacher_path: str | Path | WanCheckpoint, config: StudentConfig | None, low_noise_path: str | Path | None = None
-) -> WanCheckpoint:
+    teacher_path: str | Path | WanFiles, config: StudentConfig | None, low_noise_path: str | Path | None = None
+) -> WanFiles:
     """An opened teacher (headers only): as it is, from disk or hub, or the mock made around `config`."""
-    if isinstance(teacher_path, WanCheckpoint):
+    if isinstance(teacher_path, WanFiles):
         return teacher_path
     if str(teacher_path) != "mock":
-        return open_checkpoint(teacher_path, low_noise_path)
+        return open_wan_files(teacher_path, low_noise_path)
     if low_noise_path is not None:
         raise UserError("--teacher_path_low belongs to a --teacher_path with the high-noise expert, not to mock")
     if config is None:
         raise UserError("the mock teacher is made around a student's shape; give --student_config")
-    return mock_checkpoint(config)
+    return mock_wan_files(config)

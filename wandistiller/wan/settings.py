@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
-from wandistiller.wan.files import WanCheckpoint
+from wandistiller.wan.files import WanFiles
 
 # Wan's own (Wan2.2:wan/configs/shared_config.py) without the words for still, static, picture and artwork, which push
 # against stills.
@@ -111,7 +111,7 @@ class TeacherSettings:
 
 
 def resolve_settings(
-    checkpoint: WanCheckpoint,
+    wan_files: WanFiles,
     *,
     shift: float | None = None,
     guidance_scale: float | None = None,
@@ -124,17 +124,17 @@ def resolve_settings(
     An exported student says itself how it is sampled. For the others the preset goes before the folder because converted
     folders carry another shift (3 where A14B was made for 12: diffusers issue 12094). A single --guidance_scale counts for both experts, as in diffusers.
     """
-    has_two = "low" in checkpoint.experts
+    has_two = "low" in wan_files.experts
     if not has_two and guidance_scale_2 is not None:
         raise UserError(
             "--guidance_scale_2 is the low-noise expert's; this teacher has one expert, use --guidance_scale"
         )
     if not has_two and boundary_ratio is not None:
         raise UserError("--boundary_ratio divides two experts; this teacher has one, leave the flag out")
-    base = _recorded(checkpoint)
+    base = _recorded(wan_files)
     if guidance_scale is not None and guidance_scale_2 is None:
         guidance_scale_2 = guidance_scale
-    latents_mean, latents_std = _latents_statistics(checkpoint)
+    latents_mean, latents_std = _latents_statistics(wan_files)
     return TeacherSettings(
         preset=base.name,
         shift=shift or base.shift,
@@ -142,10 +142,10 @@ def resolve_settings(
         guidance_scale=base.guidance_scale if guidance_scale is None else guidance_scale,
         guidance_scale_2=_first(guidance_scale_2, base.guidance_scale_2, base.guidance_scale) if has_two else None,
         boundary_ratio=_first(boundary_ratio, base.boundary_ratio, DEFAULT_BOUNDARY_RATIO) if has_two else None,
-        negative_prompt=_first(negative_prompt, checkpoint.record.get("negative_prompt"), DEFAULT_NEGATIVE_PROMPT),
+        negative_prompt=_first(negative_prompt, wan_files.record.get("negative_prompt"), DEFAULT_NEGATIVE_PROMPT),
         latents_mean=latents_mean,
         latents_std=latents_std,
-        vae_scale_factor=checkpoint.vae_scale_factor or checkpoint.config.vae_scale_factor,
+        vae_scale_factor=wan_files.vae_scale_factor or wan_files.config.vae_scale_factor,
     )
 
 
@@ -153,13 +153,13 @@ def _first(*values):
     return next((value for value in values if value is not None), None)
 
 
-def _recorded(checkpoint: WanCheckpoint) -> ReleasedModel:
+def _recorded(wan_files: WanFiles) -> ReleasedModel:
     """The released model of this structure; any other teacher is described by its folder, or by its own record.
 
     A student may well have the width of a released model, and must not be guided as one.
     """
-    config, num_experts = checkpoint.config, len(checkpoint.experts)
-    record = checkpoint.record
+    config, num_experts = wan_files.config, len(wan_files.experts)
+    record = wan_files.record
     for model in RELEASED_MODELS if "guidance_scale" not in record else []:
         if (model.hidden_size, model.num_channels, model.num_experts) == (
             config.hidden_size,
@@ -168,25 +168,25 @@ def _recorded(checkpoint: WanCheckpoint) -> ReleasedModel:
         ):
             return model
     return ReleasedModel(
-        name="the checkpoint's own record" if record or checkpoint.flow_shift else "Wan's usual values",
+        name="the checkpoint's own record" if record or wan_files.flow_shift else "Wan's usual values",
         hidden_size=config.hidden_size,
         num_channels=config.num_channels,
         num_experts=num_experts,
-        shift=_first(record.get("shift"), checkpoint.flow_shift, 5.0),
+        shift=_first(record.get("shift"), wan_files.flow_shift, 5.0),
         num_inference_steps=record.get("num_inference_steps", 50),
         guidance_scale=record.get("guidance_scale", 5.0),
         guidance_scale_2=record.get("guidance_scale_2"),
-        boundary_ratio=checkpoint.boundary_ratio,
+        boundary_ratio=wan_files.boundary_ratio,
     )
 
 
-def _latents_statistics(checkpoint: WanCheckpoint) -> tuple[list[float] | None, list[float] | None]:
-    if checkpoint.latents_mean and checkpoint.latents_std:
-        return checkpoint.latents_mean, checkpoint.latents_std
-    return RELEASED_LATENTS.get(checkpoint.config.num_channels, (None, None))
+def _latents_statistics(wan_files: WanFiles) -> tuple[list[float] | None, list[float] | None]:
+    if wan_files.latents_mean and wan_files.latents_std:
+        return wan_files.latents_mean, wan_files.latents_std
+    return RELEASED_LATENTS.get(wan_files.config.num_channels, (None, None))
 
 
-def warnings_about(checkpoint: WanCheckpoint, settings: TeacherSettings, student: StudentConfig) -> list[str]:
+def warnings_about(wan_files: WanFiles, settings: TeacherSettings, student: StudentConfig) -> list[str]:
     """What is allowed and yet probably not meant."""
     warnings = []
     if settings.is_released and student.text_max_length != RELEASED_TEXT_MAX_LENGTH:
@@ -194,16 +194,16 @@ def warnings_about(checkpoint: WanCheckpoint, settings: TeacherSettings, student
             f"text_max_length={student.text_max_length}; the released Wans were trained with {RELEASED_TEXT_MAX_LENGTH} "
             "text slots and answer differently with another number"
         )
-    teacher = checkpoint.config
+    teacher = wan_files.config
     is_known = teacher.hidden_size in {model.hidden_size for model in RELEASED_MODELS}
-    if checkpoint.experts["high"].heads_are_assumed and not is_known:
+    if wan_files.experts["high"].heads_are_assumed and not is_known:
         warnings.append(
-            f"{checkpoint.location}: no config.json tells its number of heads; {teacher.num_heads} of {teacher.head_dim} "
+            f"{wan_files.location}: no config.json tells its number of heads; {teacher.num_heads} of {teacher.head_dim} "
             "channels are assumed, the released Wans' width; if that is wrong, give the folder with its config.json"
         )
-    if len(checkpoint.experts) == 1 and re.search(r"(high|low)[_-]?noise", checkpoint.location, re.IGNORECASE):
+    if len(wan_files.experts) == 1 and re.search(r"(high|low)[_-]?noise", wan_files.location, re.IGNORECASE):
         warnings.append(
-            f"{checkpoint.location} looks like one of two experts and is used at every noise level, with "
+            f"{wan_files.location} looks like one of two experts and is used at every noise level, with "
             f"{settings.summary()}; give the folder of both, or the low-noise one as --teacher_path_low"
         )
     return warnings

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wandistiller.files.checked_json import POSITIVE, WHOLE, CheckpointError, setting
+from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, setting
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.wan.names import PATCH_KERNEL, other_wan_kind, to_canonical, transformer_settings, uses_original_names
@@ -54,7 +54,7 @@ _REFUSED_MODEL_TYPES = {
 
 def refuse_kind(kind: str | None, where: object) -> None:
     if kind:
-        raise CheckpointError(
+        raise TeacherFileError(
             f"{where}: this is {kind} checkpoint; WanDistiller projects text-to-video models only "
             "(Wan2.1-T2V-1.3B/14B, Wan2.2-T2V-A14B, Wan2.2-TI2V-5B)"
         )
@@ -99,9 +99,9 @@ def stored_tensors(path: Path) -> dict[str, tuple[StoredTensor, str]]:
                 for key, part in slices.items()
             }
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
+        raise TeacherFileError(f"{path}: there is no such file") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
+        raise TeacherFileError(
             f"{path}: is not a whole safetensors file ({error}); a download cut short looks like this, copy it again"
         ) from None
 
@@ -158,7 +158,7 @@ class WanTransformer:
         for path in files:
             tensors = stored_tensors(path)
             if twice := next((key for key in tensors if key in found), None):
-                raise CheckpointError(
+                raise TeacherFileError(
                     f"{path}: holds {twice}, which {found[twice][0].path.name} holds too; these are two models, give one file"
                 )
             found |= tensors
@@ -175,7 +175,7 @@ class WanTransformer:
             elif dtype in ("F32", "F16", "BF16", "F64"):
                 weights[name] = stored
             else:
-                raise CheckpointError(
+                raise TeacherFileError(
                     f"{stored.path}: {name} is stored as {dtype}; allowed: fp32, fp16, bf16, fp8_e4m3fn, fp8_scaled"
                 )
         return weights
@@ -187,7 +187,9 @@ class WanTransformer:
             if scale_name in plain:
                 return StoredTensor(stored.path, stored.key, stored.shape, plain[scale_name][0])
         if scaled_file:
-            raise CheckpointError(f"{stored.path}: {name} is scaled fp8 but its scale ({stem}.scale_weight) is missing")
+            raise TeacherFileError(
+                f"{stored.path}: {name} is scaled fp8 but its scale ({stem}.scale_weight) is missing"
+            )
         return stored
 
     @staticmethod
@@ -202,7 +204,7 @@ class WanTransformer:
         except (json.JSONDecodeError, AttributeError):
             quant_format = text
         if quant_format not in ("float8_e4m3fn", "float8_e5m2"):
-            raise CheckpointError(
+            raise TeacherFileError(
                 f"{entry.path}: {stem} is quantised as {quant_format!r}; allowed: fp8_e4m3fn, fp8_scaled"
             )
 
@@ -211,13 +213,13 @@ class WanTransformer:
         expected = teacher_tensor_shapes(self.config)
         missing = [name for name in expected if name not in self._stored]
         if missing:
-            raise CheckpointError(
+            raise TeacherFileError(
                 f"{self.location}: {len(missing)} of {len(expected)} tensors of this Wan are missing, "
                 f"the first is {missing[0]}; the checkpoint is incomplete or another kind of model"
             )
         for name, shape in expected.items():
             if self.shape(name) != shape:
-                raise CheckpointError(
+                raise TeacherFileError(
                     f"{self.location}: {name} has shape {list(self.shape(name))}, a Wan of this size has {list(shape)}"
                 )
         for name in [name for name in self._stored if name not in expected]:
@@ -258,12 +260,12 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
         freq_dim = shapes["condition_embedder.time_embedder.linear_1.weight"][1]
         out_rows = shapes["proj_out.weight"][0]
     except (KeyError, IndexError, ValueError):
-        raise CheckpointError(
+        raise TeacherFileError(
             f"{where}: holds no Wan transformer (the tensors patch_embedding, blocks.0, text and time embedding, head "
             f"were looked for); allowed: {LAYOUTS}"
         ) from None
     if len(kernel) != 3 or kernel[0] != 1 or kernel[1] != kernel[2]:
-        raise CheckpointError(f"{where}: patch kernel {kernel}; one frame is exactly 2D only for a kernel (1, p, p)")
+        raise TeacherFileError(f"{where}: patch kernel {kernel}; one frame is exactly 2D only for a kernel (1, p, p)")
     if out_rows != in_channels * kernel[1] * kernel[2]:
         refuse_kind(f"an image-conditioned ({in_channels} input channels)", where)
     depth = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name)))
@@ -278,7 +280,7 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
     for name, from_tensors in found.items():
         from_config, keys = _config_value(settings, name, where)
         if from_config not in (None, from_tensors):
-            raise CheckpointError(
+            raise TeacherFileError(
                 f"{where}: config.json says {name} {from_config} ({keys}), the tensors have {from_tensors}"
             )
     try:
@@ -291,7 +293,7 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
             **found,
         )
     except ConfigError as error:
-        raise CheckpointError(f"{where}: the transformer's shape cannot work: {error}") from None
+        raise TeacherFileError(f"{where}: the transformer's shape cannot work: {error}") from None
 
 
 def own_image_size(patch_size: int) -> int:
@@ -321,7 +323,7 @@ def _num_heads(hidden_size: int, settings: dict, where: Path) -> int:
         return heads
     head_dim = _count(settings, "attention_head_dim", where) or WAN_HEAD_DIM
     if hidden_size % head_dim:
-        raise CheckpointError(
+        raise TeacherFileError(
             f"{where}: width {hidden_size} is not a multiple of head_dim {head_dim}, and no config.json tells the "
             "number of heads; use the folder layout, whose config.json has num_heads"
         )
@@ -341,6 +343,6 @@ def refuse_settings(settings: dict, where: Path) -> None:
     }
     for key, allowed in expected.items():
         if key in settings and settings[key] not in allowed:
-            raise CheckpointError(
+            raise TeacherFileError(
                 f"{where}: config.json has {key} {settings[key]!r}; a Wan text-to-video has {allowed[-1]!r}"
             )

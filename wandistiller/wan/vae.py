@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError
-from wandistiller.files.checked_json import POSITIVE, STAGES, WHOLE, CheckpointError, numbers, read_json, setting
+from wandistiller.files.checked_json import POSITIVE, STAGES, WHOLE, TeacherFileError, numbers, read_json, setting
 from wandistiller.files.hub import fetch
 
 if TYPE_CHECKING:
@@ -48,14 +48,14 @@ def read_vae_config(path: Path, num_channels: int) -> VaeConfig:
     """Read a VAE's config.json.
 
     Raises:
-        CheckpointError: it contradicts itself, or is not that of a VAE with latents of `num_channels`.
+        TeacherFileError: it contradicts itself, or is not that of a VAE with latents of `num_channels`.
     """
     values = read_json(path)
     if (name := values.get("_class_name")) not in (None, "AutoencoderKLWan"):
-        raise CheckpointError(f"{path}: is that of {reprlib.repr(name)}; a Wan's VAE is an AutoencoderKLWan")
+        raise TeacherFileError(f"{path}: is that of {reprlib.repr(name)}; a Wan's VAE is an AutoencoderKLWan")
     z_dim = setting(values, "z_dim", WHOLE, path)
     if z_dim not in (None, num_channels):
-        raise CheckpointError(f"{path}: z_dim is {z_dim}; the teacher's latents have {num_channels} channels")
+        raise TeacherFileError(f"{path}: z_dim is {z_dim}; the teacher's latents have {num_channels} channels")
     return VaeConfig(
         _scale_factor(values, path),
         setting(values, "latents_mean", numbers(num_channels), path),
@@ -72,7 +72,7 @@ def _scale_factor(values: dict, path: Path) -> int | None:
         return recorded
     factor = 2 ** (len(stages) - 1) * patch_size
     if recorded not in (None, factor):
-        raise CheckpointError(
+        raise TeacherFileError(
             f"{path}: scale_factor_spatial is {recorded}, but its {len(stages)} stages (dim_mult) and patches of "
             f"{patch_size} make it {factor}"
         )

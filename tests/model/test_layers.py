@@ -1,6 +1,6 @@
 """Linear layers whose large products are oneDNN's: the same answers and gradients as torch's own.
 
-pytest tests/model/test_linear.py
+pytest tests/model/test_layers.py
 """
 
 import copy
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from wandistiller.model import linear
+from wandistiller.model import layers
 from wandistiller.model.layers import LARGE, Linear
 
 SHAPES = [(1024, 1024), (1536, 700), (700, 1536)]  # in, out; more than LARGE weights each
@@ -28,13 +28,13 @@ def pair(in_features: int, out_features: int) -> tuple[Linear, nn.Linear]:
 @pytest.fixture
 def products(monkeypatch) -> list[tuple]:
     """Shapes of the products that oneDNN was given."""
-    seen, product = [], linear.product
+    seen, product = [], layers.product
 
     def watched(x, weight, bias=None):
         seen.append((tuple(x.shape), tuple(weight.shape)))
         return product(x, weight, bias)
 
-    monkeypatch.setattr(linear, "product", watched)
+    monkeypatch.setattr(layers, "product", watched)
     return seen
 
 
@@ -50,7 +50,7 @@ def test_answers_and_gradients_are_those_of_torch(shape, rows, products):
     torch.testing.assert_close(ours(x).double(), theirs(x_double), rtol=1e-5, atol=1e-5)
     for mine, right in ((x, x_double), (ours.weight, theirs.weight), (ours.bias, theirs.bias)):
         torch.testing.assert_close(mine.grad.double(), right.grad, rtol=1e-4, atol=1e-4)
-    assert bool(products) == linear.HAS_ONEDNN
+    assert bool(products) == layers.HAS_ONEDNN
 
 
 def test_only_what_asks_for_a_gradient_gets_one(products):

@@ -1,0 +1,7 @@
+"""Where this code lies, and what lies beside it in a clone: the demo's teacher and the ready-made student configs."""
+
+from pathlib import Path
+
+CLONE = Path(__file__).resolve().parents[2]
+DEMO_TEACHER = "data/demo_teacher"
+CONFIG_FOLDER = CLONE / "config"
