@@ -5,10 +5,10 @@
 With a real --teacher_path it also says, from the checkpoint's headers alone, whether the student config fits it.
 """
 
-import argparse
 import sys
 import tempfile
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,20 @@ LR, SEED, STATES = 1e-4, 0, "trajectory"
 MAX_LOSS_LINES = 60
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+@dataclass(frozen=True)
+class Flags:
+    """What the pre-flight is asked to test."""
+
+    student_config: str
+    data_path: str
+    teacher_path: str
+    teacher_path_low: str | None
+    num_epochs: int
+    batch_size: int
+    output_dir: str | None
+
+
+def parse_args(argv: list[str] | None = None) -> Flags:
     parser = FlagParser("run_production_test.py", __doc__)
     group = parser.group("Input")
     group.flag(
@@ -56,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.flag("--num_epochs", "passes over the prompts", 1, type=number(int, low=1))
     group.flag("--batch_size", "prompts per step", 2, type=number(int, low=1))
     group.flag("--output_dir", "keep the small student here (a temporary folder if left out)", type=path)
-    return parser.parse(argv)
+    return Flags(**vars(parser.parse(argv)))
 
 
 def shrink(config: StudentConfig) -> StudentConfig:
@@ -77,71 +90,78 @@ def shrink(config: StudentConfig) -> StudentConfig:
     return config.replace(**shrunk)
 
 
-def check_real_teacher(args: argparse.Namespace, config: StudentConfig, prompts: list[str]) -> None:
-    """Say from headers alone whether the given config fits the real teacher, and what a run with it will take."""
+def check_real_teacher(flags: Flags, config: StudentConfig, prompts: list[str]) -> None:
+    """Print from headers alone whether the given config fits the real teacher, and what a run with it will take."""
     from wandistiller.projection.selection import check_fits
     from wandistiller.wan.open import open_teacher
     from wandistiller.wan.settings import resolve_settings, warnings_about
 
-    wan_files = open_teacher(args.teacher_path, config, args.teacher_path_low)
+    wan_files = open_teacher(flags.teacher_path, config, flags.teacher_path_low)
     shape = wan_files.config
-    say(
-        f"Teacher {args.teacher_path}: headers read, {' + '.join(wan_files.experts)}: hidden_size {shape.hidden_size}, "
+    passed(
+        f"Teacher {flags.teacher_path}: headers read, {' + '.join(wan_files.experts)}: hidden_size {shape.hidden_size}, "
         f"depth {shape.depth}, num_heads {shape.num_heads}, ffn_dim {shape.ffn_dim}, {shape.num_channels} channels"
     )
-    check_fits(shape, config, where=args.student_config)
+    check_fits(shape, config, where=flags.student_config)
     settings = resolve_settings(wan_files)
-    config.check_image_size(settings.vae_scale_factor, args.student_config)
-    say(f"{args.student_config} fits this teacher; {settings.summary()}")
+    config.check_image_size(settings.vae_scale_factor, flags.student_config)
+    passed(f"{flags.student_config} fits this teacher; {settings.summary()}")
     for warning in warnings_about(wan_files, settings, config):
         warn(warning)
-    show_budget(args, wan_files, settings, config, prompts)
+    show_budget(flags, wan_files, settings, config, prompts)
 
 
 def show_budget(
-    args: argparse.Namespace,
-    wan_files: "WanFiles",
-    settings: "TeacherSettings",
-    config: StudentConfig,
-    prompts: list[str],
+    flags: Flags, wan_files: "WanFiles", settings: "TeacherSettings", config: StudentConfig, prompts: list[str]
 ) -> None:
     """What --dry_run of the trainer prints, with its default flags; flags can be changed, so that nothing fails here."""
-    from wandistiller.device import pick_device
+    from wandistiller.device import pick_device, pick_dtype
     from wandistiller.files.prompts import Texts
+    from wandistiller.processes import Processes
     from wandistiller.run.dry_run import report_budget
     from wandistiller.run.flags import parse_args as parse_training_flags
-    from wandistiller.run.inputs import find_encoder, leave_features_out
+    from wandistiller.run.plan import Plan, find_encoder, possible_flags
+    from wandistiller.targets.lanes import Lanes
 
-    given = [
-        "--teacher_path",
-        args.teacher_path,
-        "--student_config",
-        args.student_config,
-        "--data_path",
-        args.data_path,
-    ]
-    flags = parse_training_flags(given)
-    leave_features_out(flags, wan_files.config, config)
+    given = {
+        "--teacher_path": flags.teacher_path,
+        "--student_config": flags.student_config,
+        "--data_path": flags.data_path,
+    }
+    training = parse_training_flags([word for pair in given.items() for word in pair])
+    training = possible_flags(training, wan_files, config)
     try:
-        encoder = find_encoder(flags, wan_files, config)
+        encoder = find_encoder(training, wan_files, config)
     except UserError as error:
         encoder = None
         warn(str(error))
-    texts = Texts(prompts, [], [])
-    verdict, _ = report_budget(flags, wan_files, settings, config, texts, encoder, pick_device(None))
-    (say if verdict.fits else warn)(verdict.sentence)
+    processes = Processes(pick_device(None))
+    plan = Plan(
+        flags=training,
+        config=config,
+        texts=Texts(prompts, [], []),
+        wan_files=wan_files,
+        settings=settings,
+        processes=processes,
+        lanes=Lanes.of_process(training.optimization.batch_size, 1, 0, 1),
+        dtype=pick_dtype(None, processes.device),
+        encoder=encoder,
+        vae_location=None,
+    )
+    verdict, _ = report_budget(plan)
+    (passed if verdict.fits else warn)(verdict.sentence)
 
 
-def run_test(args: argparse.Namespace, folder: Path) -> None:
+def run_test(flags: Flags, folder: Path) -> None:
     """Every step of a training run, in its order."""
-    prompts = load_prompts(args.data_path)
-    say(f"Prompts found: {len(prompts.prompts)} in {args.data_path}")
-    config = StudentConfig.load(args.student_config)
+    prompts = load_prompts(flags.data_path)
+    passed(f"Prompts found: {len(prompts.prompts)} in {flags.data_path}")
+    config = StudentConfig.load(flags.student_config)
     small = shrink(config)
-    say(f"Config found: {args.student_config}")
-    if args.teacher_path != "mock" or args.teacher_path_low:
-        check_real_teacher(args, config, prompts.prompts)
-    say(
+    passed(f"Config found: {flags.student_config}")
+    if flags.teacher_path != "mock" or flags.teacher_path_low:
+        check_real_teacher(flags, config, prompts.prompts)
+    passed(
         f"Config adjusted: model_type {small.model_type}, block {small.block}, hidden_size {config.hidden_size} -> "
         f"{small.hidden_size}, depth {config.depth} -> {small.depth}, num_heads {small.num_heads}, "
         f"ffn_dim {small.ffn_dim}, image_size {small.image_size}"
@@ -150,11 +170,11 @@ def run_test(args: argparse.Namespace, folder: Path) -> None:
     prepare_output_folder(folder)
     student, teacher, embeds, report = build(small, prompts.prompts)
     if aside := set_aside_previous_student(folder):
-        say(f"The student that was in {folder} is now in {aside}")
-    result, options = train_briefly(args, student, teacher, embeds, folder)
-    if result.interrupted:
+        passed(f"The student that was in {folder} is now in {aside}")
+    trained = train_briefly(flags, student, teacher, embeds, folder)
+    if trained[0].interrupted:
         raise KeyboardInterrupt
-    save_and_reload(student, teacher, embeds, report, result, options, folder)
+    save_and_reload(student, teacher, embeds, report, trained, folder)
 
 
 def build(
@@ -176,40 +196,44 @@ def build(
     student, report = project_teacher(wan_files, config, seed=SEED)
     total = sum(parameter.numel() for parameter in student.parameters())
     trainable = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-    say(f"Student parameters: {total:,} total, {trainable:,} trainable")
+    passed(f"Student parameters: {total:,} total, {trainable:,} trainable")
     texts = [*prompts, settings.negative_prompt]
     embeds = mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
     experts = project_experts(wan_files, config.text_max_length)
     teacher = Teacher(experts, settings, embeds.read(len(prompts)))
     frozen = sum(parameter.numel() for parameter in teacher.experts["high"].parameters())
-    say(f"Teacher ready: mock, {frozen:,} parameters, frozen, guidance_scale {settings.guidance_scale:g}")
+    passed(f"Teacher ready: mock, {frozen:,} parameters, frozen, guidance_scale {settings.guidance_scale:g}")
     return student, teacher, embeds.first(len(prompts)), report
 
 
 def train_briefly(
-    args: argparse.Namespace, student: "WanLiteStudent", teacher: "Teacher", embeds: "PromptEmbeds", folder: Path
+    flags: Flags, student: "WanLiteStudent", teacher: "Teacher", embeds: "PromptEmbeds", folder: Path
 ) -> "tuple[TrainingResult, TrainingOptions]":
     import torch
 
     from wandistiller.reports.progress import LINE_EVERY_S, Progress
     from wandistiller.targets.answers import TeacherAnswers
     from wandistiller.targets.states import StatesOptions, build_states
-    from wandistiller.training.loop import TrainingOptions, steps_of_epochs, train
+    from wandistiller.training.loop import Observer, TrainingOptions, steps_of_epochs, train
     from wandistiller.training.objective import Objective
     from wandistiller.training.optimizer import OptimizationOptions
 
-    num_steps = steps_of_epochs(args.num_epochs, len(embeds), args.batch_size)
+    class Shown(Observer):
+        def __init__(self, progress: Progress):
+            self.step = progress.step
+
+    num_steps = steps_of_epochs(flags.num_epochs, len(embeds), flags.batch_size)
     options = TrainingOptions(
-        batch_size=args.batch_size, num_steps=num_steps, optimization=OptimizationOptions(lr=LR), seed=SEED
+        batch_size=flags.batch_size, num_steps=num_steps, optimization=OptimizationOptions(lr=LR), seed=SEED
     )
-    say(f"Optimizer: AdamW, lr {LR:g}; {num_steps} steps of batch {args.batch_size}")
+    passed(f"Optimizer: AdamW, lr {LR:g}; {num_steps} steps of batch {flags.batch_size}")
     states_options = StatesOptions(kind=STATES, seed=SEED)
-    states = build_states(states_options, student.config, teacher.settings, len(embeds), args.batch_size)
+    states = build_states(states_options, student.config, teacher.settings, len(embeds), flags.batch_size)
     answers = TeacherAnswers(teacher, states, embeds, options.device, torch.float32)
     objective = Objective(shift=teacher.settings.shift)
     with Progress(num_steps, folder / METRICS_NAME, 0.0 if num_steps <= MAX_LOSS_LINES else LINE_EVERY_S) as progress:
-        result = train(student, answers, embeds, objective, options, progress.step)
-    say(f"Steps completed: {result.num_steps} of {num_steps}, average loss {result.average_loss:.4f}")
+        result = train(student, answers, embeds, objective, options, Shown(progress))
+    passed(f"Steps completed: {result.num_steps} of {num_steps}, average loss {result.average_loss:.4f}")
     return result, options
 
 
@@ -218,8 +242,7 @@ def save_and_reload(
     teacher: "Teacher",
     embeds: "PromptEmbeds",
     report: "ProjectionReport",
-    result: "TrainingResult",
-    options: "TrainingOptions",
+    trained: "tuple[TrainingResult, TrainingOptions]",
     folder: Path,
 ) -> None:
     """Save as the trainer does, load what was saved, and hold its prediction against the student in memory."""
@@ -228,24 +251,13 @@ def save_and_reload(
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.run.record import distillation_record, save_student
 
-    record = distillation_record(
-        teacher.settings,
-        options,
-        result,
-        layers=report.layers,
-        num_prompts=len(embeds),
-        num_teacher_batches=result.num_steps,
-        teacher_path="mock",
-        states=STATES,
-    )
-    save_student(student, record, folder)
+    result, options = trained
+    recipe = {"teacher_path": "mock", "states": STATES}
+    made_of = {"layers": report.layers, "num_prompts": len(embeds), "num_teacher_batches": result.num_steps}
+    save_student(student, distillation_record(recipe, teacher.settings, options, result, made_of), folder)
     report.save(folder)
-    say(
-        "Files saved: "
-        + ", ".join(
-            f"{path.name} ({path.stat().st_size:,} bytes)" for path in sorted(folder.iterdir()) if path.is_file()
-        )
-    )
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    passed("Files saved: " + ", ".join(f"{path.name} ({path.stat().st_size:,} bytes)" for path in files))
     config = student.config
     latents = torch.randn(1, config.num_channels, config.latent_size, config.latent_size)
     inputs = (latents, torch.tensor([500.0]), *embeds.batch([0]))
@@ -253,25 +265,27 @@ def save_and_reload(
         expected, reloaded = student(*inputs), WanLiteStudent.from_pretrained(folder)(*inputs)
     if not torch.allclose(expected, reloaded, rtol=1e-5, atol=1e-6):
         raise RuntimeError(f"the student reloaded from {folder} does not predict what the one in memory predicts")
-    say("Reloaded from disk: predicts the same")
+    passed("Reloaded from disk: predicts the same")
 
 
-def say(line: str) -> None:
+def passed(line: str) -> None:
+    """Print a line of the test that went well."""
     print(f"[ok] {line}", flush=True)
 
 
 def warn(line: str) -> None:
+    """Print a line that a person should look at before the long job."""
     print(f"[!!] {line}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    flags = parse_args(argv)
     try:
-        if args.output_dir is None:
+        if flags.output_dir is None:
             with tempfile.TemporaryDirectory(prefix="wandistiller-") as folder:
-                run_test(args, Path(folder))
+                run_test(flags, Path(folder))
         else:
-            run_test(args, check_output_folder(args.output_dir))
+            run_test(flags, check_output_folder(flags.output_dir))
     except KeyboardInterrupt:
         print("Production Test interrupted")
         return 130

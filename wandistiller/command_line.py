@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 
 # Before torch loads OpenMP: how long its threads spin before they sleep. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes
 # small models a third of their speed; spinning for long costs whole time slices where another job keeps a core busy.
@@ -70,7 +71,7 @@ class FlagParser(argparse.ArgumentParser):
         return f"unknown flag {given.split('=')[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n" if process_number() == 0 else None)
+        self.exit(2, f"{self.prog}: error: {message}\n" if torchrun_environment().local_rank == 0 else None)
 
 
 def _underscored(arg: str) -> str:
@@ -119,10 +120,26 @@ def int_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers separated by commas, such as 0,2,5") from None
 
 
-def process_number() -> int:
-    """Of this process among those that torchrun started on this machine; 0 without it."""
-    number = os.environ.get("LOCAL_RANK", "0")
-    return int(number) if number.isdecimal() else 0
+@dataclass(frozen=True)
+class TorchrunEnvironment:
+    """Which of how many processes this one is, in the whole run and on this machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def torchrun_environment() -> TorchrunEnvironment:
+    """What torchrun tells its processes in the environment; a process that was started without it is alone."""
+
+    def read(name: str, alone: int) -> int:
+        value = os.environ.get(name, "")
+        return int(value) if value.isdecimal() else alone
+
+    return TorchrunEnvironment(
+        read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", 1)
+    )
 
 
 def end_process(code: int) -> None:
@@ -149,7 +166,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         if not hasattr(error, "exit_code"):
             traceback.print_exc()
             return 1
-        if number := process_number():
+        if number := torchrun_environment().local_rank:
             # Most mistakes are every process's; torchrun ends the others when the first has said so.
             time.sleep(OTHERS_WAIT_S)
         print(f"process {number}: error: {error}" if number else f"error: {error}", file=sys.stderr)

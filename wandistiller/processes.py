@@ -5,7 +5,6 @@ torch.distributed.checkpoint's, in safetensors files, so that a run saved by N p
 """
 
 import contextlib
-import io
 import os
 import sys
 import warnings
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wandistiller.command_line import torchrun_environment
 from wandistiller.device import is_out_of_memory
 from wandistiller.errors import UserError
 
@@ -166,27 +166,26 @@ def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
             f"the environment has {', '.join(given)} without {', '.join(missing)}: start several processes with torchrun "
             "--nproc_per_node N train_distillation.py ..., or unset these for a single one"
         )
-    rank, count, local_rank, local_count = (int(os.environ[name]) for name in _SET_BY_TORCHRUN[:4])
-    name = pick(device)
+    env, name = torchrun_environment(), pick(device)
     if torch.device(name).type == "cuda":
-        if ":" in name and name != f"cuda:{local_rank}":
+        if ":" in name and name != f"cuda:{env.local_rank}":
             raise UserError(
                 f"--device {name}: under torchrun each process takes the GPU of its number; leave --device out"
             )
-        if local_count > torch.cuda.device_count():
+        if env.local_world_size > torch.cuda.device_count():
             raise UserError(
-                f"torchrun started {local_count} processes on a machine with {torch.cuda.device_count()} GPUs; give "
+                f"torchrun started {env.local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs; give "
                 f"--nproc_per_node {torch.cuda.device_count()}"
             )
-        name = f"cuda:{local_rank}"
+        name = f"cuda:{env.local_rank}"
         torch.cuda.set_device(name)
     is_cpu = name == "cpu"
     dist.init_process_group(
         "gloo" if is_cpu else "nccl", timeout=TIMEOUT, device_id=None if is_cpu else torch.device(name)
     )
-    if rank > 0:
-        sys.stdout = io.StringIO()  # what there is to say, the first process says
-    return Processes(name, rank, count)
+    if env.rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for good: what there is to print, the first process prints)
+    return Processes(name, env.rank, env.world_size)
 
 
 def leave() -> None:

@@ -513,12 +513,12 @@ def test_a_cache_of_other_answers_is_refused_with_both_values(train, teachers, t
 
 
 def test_the_flags_are_exactly_these_with_these_defaults():
-    defaults = vars(train_distillation.parse_args([]))
+    defaults = train_distillation.parse_args([]).as_dict()
     assert defaults == {name: default for name, _, default in FLAGS}
 
 
 def test_another_teacher_gets_the_general_defaults():
-    defaults = vars(train_distillation.parse_args(["--teacher_path", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]))
+    defaults = train_distillation.parse_args(["--teacher_path", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]).as_dict()
     general = {
         "data_path": "data/static_prompts.txt",
         "num_epochs": 1,
@@ -552,7 +552,8 @@ def test_another_teacher_gets_the_general_defaults():
 )
 def test_the_recipe_is_the_default_wherever_it_applies(flags, recipe):
     args = train_distillation.parse_args(["--teacher_path", "y", *flags])
-    assert (args.renoise_fraction, args.student_rollout, args.feature_loss_weight) == recipe
+    states = args.states
+    assert (states.renoise_fraction, states.student_rollout, args.objective.feature_loss_weight) == recipe
 
 
 @pytest.mark.parametrize(
@@ -572,18 +573,20 @@ def test_an_offloaded_teacher_answers_in_turns_unless_something_speaks_against_i
     flags, calls_per_expert, renoise_fraction
 ):
     args = train_distillation.parse_args(["--teacher_path", "y", "--teacher_offload", *flags])
-    assert (args.calls_per_expert, args.renoise_fraction) == (calls_per_expert, renoise_fraction)
+    assert (args.states.calls_per_expert, args.states.renoise_fraction) == (calls_per_expert, renoise_fraction)
 
 
 @pytest.mark.parametrize("name, value, default", FLAGS, ids=[name for name, _, _ in FLAGS])
 def test_every_flag_is_taken_with_underscores_and_with_hyphens(name, value, default):
     others = COMPANIONS.get(name, [])
-    underscored = vars(train_distillation.parse_args([*others, f"--{name}", *value]))
-    hyphenated = vars(train_distillation.parse_args([*others, f"--{name.replace('_', '-')}", *value]))
+    underscored = train_distillation.parse_args([*others, f"--{name}", *value]).as_dict()
+    hyphenated = train_distillation.parse_args([*others, f"--{name.replace('_', '-')}", *value]).as_dict()
     assert underscored == hyphenated
     assert underscored[name] != default
     if len(value) == 1:
-        assert underscored == vars(train_distillation.parse_args([*others, f"--{name.replace('_', '-')}={value[0]}"]))
+        assert (
+            underscored == train_distillation.parse_args([*others, f"--{name.replace('_', '-')}={value[0]}"]).as_dict()
+        )
 
 
 def test_help_names_every_flag(run_main):

@@ -9,7 +9,6 @@ import re
 import pytest
 import torch
 
-import train_distillation
 from support.runs import (
     IDENTITY_CONFIG,
     PRUNED_CONFIG,
@@ -18,6 +17,7 @@ from support.runs import (
     weights_of,
 )
 from wandistiller.model.fp8 import FP8, fp8_linears
+from wandistiller.run import build
 
 
 def record_of(folder) -> dict:
@@ -27,14 +27,14 @@ def record_of(folder) -> dict:
 @pytest.fixture
 def built(monkeypatch) -> list:
     """The teachers that runs build, each with the values of its weights before training."""
-    found, build = [], train_distillation.build_teacher
+    found, build_teacher = [], build.build_teacher
 
     def watched(*args):
-        teacher = build(*args)
+        teacher = build_teacher(*args)
         found.append((teacher, [tensor.float() for tensor in tensors_of(teacher)]))
         return teacher
 
-    monkeypatch.setattr(train_distillation, "build_teacher", watched)
+    monkeypatch.setattr(build, "build_teacher", watched)
     return found
 
 

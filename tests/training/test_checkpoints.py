@@ -105,7 +105,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_never_killed(train, teachers
     assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "whole").code == 0
     argv = [
         "--teacher_path", teachers.one, "--student_config", write_config(PRUNED_CONFIG), "--data_path",
-        train_distillation.parse_args(["--teacher_path", "x"]).data_path, "--prompt_cache", teachers.prompt_cache,
+        train_distillation.parse_args(["--teacher_path", "x"]).data.data_path, "--prompt_cache", teachers.prompt_cache,
         "--device", "cpu", "--num_samples", 0, "--output_dir", tmp_path / "killed", *flags,
     ]  # fmt: skip
     context, chance, num_unfinished = multiprocessing.get_context("fork"), random.Random(0), 0

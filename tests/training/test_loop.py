@@ -11,6 +11,7 @@ import os
 import signal
 import statistics
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from wandistiller.targets.trajectories import StateBatch, TrajectoryStates
 from wandistiller.training.feature_loss import FeatureLoss
 from wandistiller.training.loop import (
     NonFiniteError,
-    StopRequest,
+    Observer,
     TrainingOptions,
     TrainingResult,
     check_finite,
@@ -43,6 +44,7 @@ from wandistiller.training.loop import (
 )
 from wandistiller.training.objective import Objective
 from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_lr_scheduler, make_optimizer
+from wandistiller.training.stop import StopRequest
 from wandistiller.wan.open import open_teacher
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.settings import resolve_settings
@@ -73,8 +75,12 @@ def answers(teacher, states, embeds, dtype: torch.dtype = torch.float32, **chang
     return TeacherAnswers(teacher, states, embeds, "cpu", dtype, **changes)
 
 
-def ignore(metrics: StepMetrics) -> None:
-    """Of a run whose metrics do not matter."""
+class Watching(Observer):
+    """Tells a function of every step, and measures with another one."""
+
+    def __init__(self, step: Callable[[StepMetrics], object] = lambda _: None, evaluate: Callable | None = None):
+        self.step = step
+        self.evaluate = evaluate or (lambda _: None)
 
 
 def loss_by_hand(student, teacher, embeds, states) -> torch.Tensor:
@@ -250,11 +256,11 @@ def test_a_student_trained_with_an_average_ends_as_that_average():
         embeds,
         OBJECTIVE,
         replace(OPTIONS, optimization=plain),
-        lambda _: seen.append(copy_of(student)),
+        Watching(lambda _: seen.append(copy_of(student))),
     )
     averaged, _, _, states = make_run()
     options = replace(OPTIONS, optimization=replace(plain, ema_decay=0.9))
-    train(averaged, answers(teacher, states, embeds), embeds, OBJECTIVE, options, ignore)
+    train(averaged, answers(teacher, states, embeds), embeds, OBJECTIVE, options)
     expected = seen[0]
     for n, weights in enumerate(seen[1:], start=1):
         decay = (1 + n) / (10 + n)
@@ -293,7 +299,7 @@ def adamw_by_hand(parameters, gradients, moments, step: int) -> None:
 def test_three_steps_equal_clipping_and_adamw_written_by_hand():
     student, teacher, embeds, states = make_run()
     reported: list[StepMetrics] = []
-    result = train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS, reported.append)
+    result = train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS, Watching(reported.append))
 
     expected, _, _, states = make_run()
     parameters = list(expected.parameters())
@@ -328,14 +334,14 @@ def test_matrix_products_of_student_and_teacher_are_in_the_compute_dtype(dtype):
         linear = model.get_submodule("blocks.0.ffn.net.2")
         linear.register_forward_hook(lambda module, inputs, output, side=side: seen.update({side: output.dtype}))
     objective = replace(OBJECTIVE, compute_dtype=dtype)
-    train(student, answers(teacher, states, embeds, dtype), embeds, objective, replace(OPTIONS, num_steps=1), ignore)
+    train(student, answers(teacher, states, embeds, dtype), embeds, objective, replace(OPTIONS, num_steps=1))
     assert seen == {"student": dtype, "teacher": dtype}
 
 
 def test_the_teacher_is_not_trained():
     student, teacher, embeds, states = make_run()
     before = {name: tensor.clone() for name, tensor in teacher.experts["high"].state_dict().items()}
-    train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS, ignore)
+    train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS)
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.experts["high"].state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.experts["high"].parameters())
 
@@ -346,9 +352,7 @@ def test_bf16_steps_stay_close_to_float32_and_weights_stay_float32():
         student, teacher, embeds, states = make_run()
         options = TrainingOptions(batch_size=3, num_steps=4, optimization=OptimizationOptions(lr=1e-3))
         objective = replace(OBJECTIVE, compute_dtype=dtype)
-        losses[dtype] = train(
-            student, answers(teacher, states, embeds, dtype), embeds, objective, options, ignore
-        ).losses
+        losses[dtype] = train(student, answers(teacher, states, embeds, dtype), embeds, objective, options).losses
         assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.03)
     assert losses[torch.bfloat16] != losses[torch.float32], "autocast changed nothing"
@@ -362,7 +366,7 @@ def reported_by(answers, num_steps: int = 30, objective: Objective = OBJECTIVE, 
     student, _, embeds, _ = make_run()
     options = replace(OPTIONS, num_steps=num_steps, **changes)
     reported: list[StepMetrics] = []
-    train(student, answers, embeds, objective, options, reported.append, evaluate)
+    train(student, answers, embeds, objective, options, Watching(reported.append, evaluate))
     return reported
 
 
@@ -461,7 +465,9 @@ def test_nothing_is_measured_while_someone_waits_for_the_end():
     teacher.experts["high"].register_forward_pre_hook(interrupt)
     options = replace(OPTIONS, num_steps=6, eval_every=2)
     source = answers(teacher, states, embeds)
-    result = train(student, source, embeds, OBJECTIVE, options, ignore, lambda _: measured.append(len(calls)) or {})
+    result = train(
+        student, source, embeds, OBJECTIVE, options, Watching(evaluate=lambda _: measured.append(len(calls)) or {})
+    )
     assert result.num_steps == 4 and measured == [2]
 
 
@@ -475,7 +481,7 @@ def test_what_is_measured_is_what_will_be_saved(decay):
         measured.append(copy_of(model))
         return {}
 
-    train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, options, ignore, evaluate)
+    train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, options, Watching(evaluate=evaluate))
     (weights,) = measured
     assert all(torch.equal(weights[name], weight) for name, weight in student.state_dict().items())
 
@@ -489,12 +495,12 @@ def test_the_map_of_the_feature_loss_learns_beside_the_student_and_is_no_part_of
     objective = replace(OBJECTIVE, feature_loss=feature_loss, feature_weight=1.0)
     source = answers(teacher, states, embeds, feature_layers=(0, 2))
     seen: list[StepMetrics] = []
-    with_features = train(student, source, embeds, objective, OPTIONS, seen.append).losses
+    with_features = train(student, source, embeds, objective, OPTIONS, Watching(seen.append)).losses
     assert all(not torch.equal(old, new) for old, new in zip(before, feature_loss.parameters(), strict=True))
     assert list(student.state_dict()) == names
 
     without, teacher, embeds, states = make_run()
-    plain = train(without, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS, ignore).losses
+    plain = train(without, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS).losses
     # The loss that is shown is that of velocities, whatever is learnt beside it:
     assert with_features[0] == pytest.approx(plain[0], rel=1e-6) and with_features[-1] != plain[-1]
     assert all(metrics.feature_loss > 0 for metrics in seen)
@@ -520,7 +526,7 @@ def test_a_step_that_is_not_finite_is_not_applied():
         teacher.experts["high"].proj_out.bias[0] = torch.inf
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     with pytest.raises(NonFiniteError, match="step 1"):
-        train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS, ignore)
+        train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS)
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
 
 
@@ -543,7 +549,7 @@ def test_a_signal_ends_the_loop_after_the_step_in_hand(number):
             os.kill(os.getpid(), number)
 
     options = TrainingOptions(batch_size=3, num_steps=50, optimization=OptimizationOptions(lr=1e-3))
-    result = train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, options, interrupt)
+    result = train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, options, Watching(interrupt))
     assert result.interrupted and result.num_steps == len(result.losses) == 2
     assert signal.getsignal(number) is before
 

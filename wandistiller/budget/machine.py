@@ -1,6 +1,5 @@
 """What a machine offers a run: memory of its device, room on a disk, and how fast it multiplies matrices."""
 
-import argparse
 import os
 import shutil
 import time
@@ -31,16 +30,20 @@ class Machine:
     is_known: bool = True
 
 
-def find_machine(args: argparse.Namespace, device: str) -> Machine:
-    """The GPU of --assume_gpu_gib, the run's own device, or a GPU of ASSUMED_GPU_GIB where the run would fall back to the CPU."""
-    if args.assume_gpu_gib is not None:
-        return Machine(
-            f"the GPU of --assume_gpu_gib {args.assume_gpu_gib:g}", int(args.assume_gpu_gib * GIB), True, None
-        )
+def find_machine(device: str, assumed_gib: float | None = None, can_be_elsewhere: bool = False) -> Machine:
+    """The machine that a run is planned for.
+
+    Args:
+        device: the run's own.
+        assumed_gib: memory of a GPU that is not here, which then is the one planned for.
+        can_be_elsewhere: whether a run that would fall back to the CPU here is planned for a GPU of ASSUMED_GPU_GIB instead.
+    """
+    if assumed_gib is not None:
+        return Machine(f"the GPU of --assume_gpu_gib {assumed_gib:g}", int(assumed_gib * GIB), True, None)
     if torch.device(device).type == "cuda":
         about = torch.cuda.get_device_properties(device)
         return Machine(about.name, about.total_memory, True, device)
-    if args.device is None:
+    if can_be_elsewhere:
         name = "an assumed GPU (none is here, see --assume_gpu_gib)"
         return Machine(name, int(ASSUMED_GPU_GIB * GIB), True, None, is_known=False)
     return Machine("this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), False, device)

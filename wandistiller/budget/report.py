@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+from wandistiller.budget.step_time import ASSUMED_UTILISATION, StepTime
 from wandistiller.budget.workload import (
     PHASES,
     Component,
@@ -15,6 +16,7 @@ from wandistiller.budget.workload import (
     step_flops,
 )
 from wandistiller.model.sizes import count_parameters, weight_bytes
+from wandistiller.reports.progress import format_duration
 
 GIB = 2**30
 WORTHWHILE = 0.01  # of the peak: less than this is not worth a flag
@@ -202,6 +204,37 @@ def compute_lines(workload: Workload) -> list[str]:
         f"  the job: {workload.num_steps:,} steps of {workload.global_batch_size:,} prompts, about {calls:,.0f} teacher calls of as many, "
         f"{si(flops.total * workload.num_steps)}FLOP a GPU",
     ]
+
+
+def time_lines(workload: Workload, step: StepTime | None, rate: float) -> list[str]:
+    """The loop's time, from a measured step or, where there is none, from FLOPs.
+
+    Args:
+        rate: FLOP/s of plain matrix products on the device.
+    """
+    if step is None:
+        seconds = step_flops(workload).total / (ASSUMED_UTILISATION * rate)
+        return [
+            f"  time, an estimate: {seconds:.3g} s a step, {_hours(seconds, workload)}, if {ASSUMED_UTILISATION:.0%} (assumed) "
+            f"of the {rate / 1e12:.4g} TFLOP/s of plain {workload.dtype} products here are reached"
+        ]
+    without = [
+        *(["what the processes send each other"] if workload.num_processes > 1 else []),
+        *(["moving experts"] if workload.teacher_offload else []),
+    ]
+    mfu = step_flops(workload).total / step.total_s / rate
+    sizes = ((step.depths[0], workload.teacher.depth, "teacher"), (step.depths[1], workload.student.depth, "student"))
+    blocks = " and ".join(f"{measured} of {depth} {whose} blocks" for measured, depth, whose in sizes)
+    return [
+        f"  time, measured with random weights in {blocks}: {step.answer_s:.3g} s a teacher's "
+        f"answer, {step.learn_s:.3g} s to learn from one, {step.update_s:.3g} s an update",
+        f"  so {step.total_s:.3g} s a step ({mfu:.0%} of the {rate / 1e12:.4g} TFLOP/s of plain {workload.dtype} products here), "
+        f"{_hours(step.total_s, workload)}" + (f", without {' and '.join(without)}" if without else ""),
+    ]
+
+
+def _hours(step_s: float, workload: Workload) -> str:
+    return f"{format_duration(step_s * workload.num_steps)} for all {workload.num_steps:,} steps"
 
 
 # ---- after it happened ----

@@ -1,7 +1,9 @@
 """The folder a run writes to: checked before any work, and never overwriting an earlier student."""
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from wandistiller.errors import UserError
@@ -62,11 +64,11 @@ def prepare_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
     return folder
 
 
-_held: list[int] = []  # descriptors of the folders that this process has locked
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder inside, or until the end of this process however it ends.
 
-
-def lock_output_folder(folder: Path) -> None:
-    """Keep other runs out of a folder until `unlock_output_folders`, or the end of this process however it ends.
+    The lock is the folder's own (flock), so that none is left behind as a file.
 
     Raises:
         UserError: another run has it.
@@ -74,24 +76,20 @@ def lock_output_folder(folder: Path) -> None:
     try:
         import fcntl
     except ImportError:  # not on Windows
+        yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"--output_dir {folder}: another run is writing to it; wait for its end, stop it, or give another folder"
+                ) from None
+        yield
+    finally:
         os.close(descriptor)
-        raise UserError(
-            f"--output_dir {folder}: another run is writing to it; wait for its end, stop it, or give another folder"
-        ) from None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-    else:
-        _held.append(descriptor)
-
-
-def unlock_output_folders() -> None:
-    while _held:
-        os.close(_held.pop())
 
 
 def set_aside_previous_student(folder: Path) -> Path | None:

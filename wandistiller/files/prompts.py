@@ -69,19 +69,25 @@ NUM_HELD_OUT = 16  # prompts of --eval_every
 
 @dataclass(frozen=True)
 class Texts:
-    """What is read from the prompt files: trained on, trained on by --prompt_swap alone, measured on."""
+    """What is read from the prompt files.
+
+    Attributes:
+        prompts: the ones trained on.
+        extra: the ones that come by --prompt_swap alone.
+        held_out: the ones measured on.
+        duplicates: how many repeats were left out of `prompts`.
+    """
 
     prompts: list[str]
     extra: list[str]
     held_out: list[str]
+    duplicates: int = 0
 
 
-def read_texts(
-    data_path: str, extra_prompts: str | None, eval_prompts: str | None, is_measured: bool
-) -> tuple[Texts, PromptFile]:
-    """The prompts of all files, those of `data_path` also as they came; held-out ones only where they are measured."""
+def read_texts(data_path: str, extra_prompts: str | None, eval_prompts: str | None, is_measured: bool) -> Texts:
+    """Read the prompts of all files; held-out ones only where they are measured."""
     file = load_prompts(data_path)
     extra = load_prompts(extra_prompts).prompts if extra_prompts else []
     held_out = (load_prompts(eval_prompts) if eval_prompts else file).prompts[:NUM_HELD_OUT] if is_measured else []
     known = set(file.prompts)
-    return Texts(file.prompts, [prompt for prompt in extra if prompt not in known], held_out), file
+    return Texts(file.prompts, [prompt for prompt in extra if prompt not in known], held_out, file.duplicates)

@@ -1,308 +1,223 @@
-"""What a run is made of, from its flags: states, answers, objective, measurements, and what makes it the same run."""
+"""What a run is built of: embeddings, teacher, student, answers, objective, and who watches."""
 
-import argparse
+import logging
 import math
 from collections.abc import Iterable
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from wandistiller.evaluation.held_out import BATCH_SIZE, HeldOutErrors
-from wandistiller.files.output_folder import LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
-from wandistiller.files.prompts import Texts
-from wandistiller.model.config import StudentConfig
+from wandistiller.device import DTYPES
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.processes import Processes
+from wandistiller.projection.project import ProjectionReport, fresh_student, project_experts, project_teacher
 from wandistiller.projection.selection import spread_layers
-from wandistiller.reports.plots import LossPlot
 from wandistiller.reports.progress import Countdown
-from wandistiller.reports.samples import Samples
-from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Trackers, started
-from wandistiller.sampling.recorded import student_sampling
-from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
+from wandistiller.run.run import Run
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets.answers import TeacherAnswers
-from wandistiller.targets.cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
-from wandistiller.targets.lanes import Lanes
-from wandistiller.targets.segments import SegmentAnswers
-from wandistiller.targets.states import StatesOptions, build_states
+from wandistiller.targets.answers import Answers, TeacherAnswers
+from wandistiller.targets.cache import CachedAnswers
+from wandistiller.targets.replay import ReplayedAnswers
+from wandistiller.targets.segments import SegmentAnswers, segment_sigmas
+from wandistiller.targets.states import build_states
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
-from wandistiller.training.loop import TrainingOptions, steps_of_epochs
 from wandistiller.training.objective import Objective
-from wandistiller.training.optimizer import OptimizationOptions
-from wandistiller.wan.files import WanFiles
-from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
-from wandistiller.wan.settings import TeacherSettings
+from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds, mock_prompt_embeds
+from wandistiller.wan.text_encoder import encode_prompts
+
+logger = logging.getLogger(__name__)
 
 
-def lanes_of(args: argparse.Namespace, processes: Processes) -> Lanes:
-    """The samples of a step, and this process's among them."""
-    return Lanes.of_process(args.batch_size, args.grad_accum_steps, processes.rank, processes.count)
+# ---- text ----
 
 
-def states_options(args: argparse.Namespace, num_extra_prompts: int) -> StatesOptions:
-    return StatesOptions(
-        kind=args.states,
-        sigma_range=args.sigma_range,
-        renoise_fraction=args.renoise_fraction,
-        prompt_swap=args.prompt_swap,
-        num_extra_prompts=num_extra_prompts,
-        calls_per_expert=args.calls_per_expert,
-        seed=args.seed,
-    )
+def embed_prompts(run: Run) -> Embeds:
+    """Text tokens of every prompt, and of the negative prompt where guidance needs it; the encoder has left memory on return."""
+    texts, settings = run.texts, run.settings
+    negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
+    everything = [*run.trained_texts, *texts.held_out, *negative_prompts]
+    embeds = _embed(run, everything)
+    if embeds.truncated:
+        print(f"Warning: {embeds.truncated} prompts are longer than {run.config.text_max_length} tokens and were cut")
+    num_trained = len(run.trained_texts)
+    negative = embeds.read(len(everything) - 1) if settings.uses_guidance else None
+    logger.info("prompts encoded, or found in their cache")
+    return Embeds(embeds.first(num_trained), embeds.part(num_trained, len(texts.held_out)), negative)
 
 
-def open_cache(
-    args: argparse.Namespace,
-    wan_files: WanFiles,
-    settings: TeacherSettings,
-    texts: Texts,
-    config: StudentConfig,
-    batch_size: int,
-    processes: Processes,
-) -> TeacherCache | None:
-    """The folder of --teacher_cache, refused where it holds answers to something else."""
-    if args.teacher_cache is None:
+def _embed(run: Run, texts: list[str]) -> PromptEmbeds:
+    """Each process encodes its share into the cache, and then reads all."""
+    config, encoder = run.config, run.encoder
+    if encoder is None:
+        return mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
+    cache, slots = run.flags.data.prompt_cache, config.text_max_length
+
+    def encode(prompts: list[str]) -> PromptEmbeds:
+        return encode_prompts(prompts, *encoder, cache, slots, run.device, progress=print_encoding)
+
+    encode(texts[run.processes.rank :: run.processes.count])
+    run.processes.barrier()
+    return encode(texts)
+
+
+def print_encoding(done: int, total: int) -> None:
+    """Print how many prompts are encoded, now and then."""
+    if done == total or done % 500 == 0:
+        print(f"Encoding prompts: {done}/{total}", flush=True)
+
+
+# ---- teacher and student ----
+
+
+def load_teacher(run: Run, embeds: Embeds) -> Teacher | None:
+    """The teacher in memory, after it has filled the cache that the run asks for; None where the run does without it."""
+    cache, is_offline = run.cache, run.flags.states.offline_teacher
+    if cache is not None and cache.is_complete and is_offline:
         return None
-    description = describe_cache(
-        wan_files,
-        settings,
-        states_options(args, len(texts.extra)),
-        texts.prompts + texts.extra,
-        settings.latent_shape(config),
-        config.text_max_length,
-        batch_size,
+    teacher = build_teacher(run, embeds.negative)
+    logger.info("teacher read and projected")
+    if cache is not None and not cache.is_complete:
+        num_batches = math.ceil(run.num_steps / run.flags.states.replay)
+        print(f"Asking the teacher for {num_batches} batches, kept in {cache.folder}", flush=True)
+        cache.build(live_answers(run, embeds, teacher, []), num_batches, Countdown("Teacher's answers", num_batches))
+        logger.info("answers of the teacher written to its cache")
+    return None if is_offline else teacher
+
+
+def build_teacher(run: Run, negative_prompt_embeds: Tensor | None) -> Teacher:
+    """The whole checkpoint in 2D, its weights kept as the flags say."""
+    performance, processes = run.flags.performance, run.processes
+    is_fp8 = performance.teacher_dtype == "fp8"
+    is_sharded = performance.shards_teacher and processes.can_shard
+    experts = project_experts(
+        run.wan_files,
+        run.config.text_max_length,
+        run.dtype if is_fp8 else DTYPES[performance.teacher_dtype],
+        "cpu" if performance.teacher_offload else processes.device,
+        fp8=is_fp8,
+        shard=processes.shard if is_sharded else None,
     )
-    return TeacherCache(args.teacher_cache, description | storage_of_teacher(args), processes)
-
-
-def storage_of_teacher(args: argparse.Namespace) -> dict[str, str]:
-    """fp8 makes it another teacher; fp32 and bf16 may change from one command to the next, as --dtype may."""
-    return {"teacher_dtype": "fp8"} if args.teacher_dtype == "fp8" else {}
-
-
-# Flags that a run must keep to go on; the others (how long, how fast, what is shown) may change.
-RESUME_FLAGS = [
-    "init", "init_expert", "layers", "states", "sigma_range", "renoise_fraction", "student_rollout", "prompt_swap",
-    "calls_per_expert", "replay", "feature_loss_weight", "sigma_weighting", "student_steps", "optimizer", "seed",
-]  # fmt: skip
-
-
-def run_description(
-    args: argparse.Namespace,
-    wan_files: WanFiles,
-    settings: TeacherSettings,
-    texts: Texts,
-    config: StudentConfig,
-) -> dict[str, object]:
-    """What makes two runs the same one: student, teacher, prompts, states and objective."""
-    student = {f"student {name}": value for name, value in config.to_dict().items() if name != "distillation"}
-    return {
-        **student,
-        **describe_teacher(wan_files, settings),
-        **storage_of_teacher(args),
-        "prompts": prompts_digest(texts.prompts + texts.extra),
-        "teacher_cache": args.teacher_cache is not None,
-        "ema": args.ema_decay > 0,
-        **{name: getattr(args, name) for name in RESUME_FLAGS},
-    }
-
-
-def fill_cache(cache: TeacherCache, answers: TeacherAnswers, num_steps: int, replay: int) -> None:
-    """All the answers that the run will learn from, each `replay` times."""
-    num_batches = math.ceil(num_steps / replay)
-    print(f"Asking the teacher for {num_batches} batches, kept in {cache.folder}", flush=True)
-    cache.build(answers, num_batches, Countdown("Teacher's answers", num_batches))
-
-
-def build_answers(
-    args: argparse.Namespace,
-    teacher: Teacher,
-    embeds: Embeds,
-    num_prompts: int,
-    config: StudentConfig,
-    feature_layers: list[int],
-    dtype: torch.dtype,
-    device: str,
-    lanes: Lanes,
-) -> TeacherAnswers:
-    """The teacher at the states that the flags ask for."""
-    options = states_options(args, len(embeds.trained) - num_prompts)
-    states = build_states(options, config, teacher.settings, num_prompts, lanes.total, device, lanes)
-    return TeacherAnswers(
-        teacher,
-        states,
-        embeds.trained,
-        device,
-        dtype,
-        feature_layers=feature_layers,
-        student_rollout=args.student_rollout,
+    return Teacher(
+        experts,
+        run.settings,
+        negative_prompt_embeds,
+        processes.device if performance.teacher_offload else None,
+        processes.any_true if is_sharded else bool,
     )
 
 
-def segment_sigmas(shift: float, student_steps: int) -> Tensor:
-    """The noise levels between which a student of few steps steps: those of the sampler it will be drawn with."""
-    return wan_scheduler(shift, student_steps).sigmas
+def make_student(run: Run) -> tuple[WanLiteStudent, ProjectionReport]:
+    """What is trained: a part of the teacher, or a student that inherits nothing."""
+    flags = run.flags
+    where = {"device": run.device, "seed": flags.optimization.seed}
+    if flags.student.init == "random":
+        student, report = fresh_student(run.wan_files, run.config, flags.student.init_expert, **where)
+    else:
+        student, report = project_teacher(
+            run.wan_files, run.config, flags.student.init_expert, layers=flags.student.layers, **where
+        )
+    print(report.summary())
+    logger.info("student read and projected")
+    student.gradient_checkpointing = flags.performance.gradient_checkpointing
+    return student, report
 
 
-def build_segment_answers(
-    args: argparse.Namespace,
-    teacher: Teacher,
-    student: WanLiteStudent,
-    embeds: Embeds,
-    num_prompts: int,
-    config: StudentConfig,
-    dtype: torch.dtype,
-    device: str,
-    lanes: Lanes,
-) -> SegmentAnswers:
-    """The teacher over whole segments of its paths, for a student of --student_steps."""
-    return SegmentAnswers(
-        teacher,
-        student,
-        embeds.trained,
-        teacher.settings.latent_shape(config),
-        num_prompts,
-        lanes.total,
-        segment_sigmas=segment_sigmas(teacher.settings.shift, args.student_steps),
-        num_teacher_steps=teacher.settings.num_inference_steps,
-        student_rollout=args.student_rollout,
-        seed=args.seed,
-        device=device,
-        compute_dtype=dtype,
-        lanes=lanes,
-    )
-
-
-def build_objective(
-    args: argparse.Namespace,
-    layers: list[int],
-    channels: list[int],
-    teacher: StudentConfig,
-    config: StudentConfig,
-    shift: float,
-    dtype: torch.dtype,
-    device: str,
-) -> tuple[Objective, list[int]]:
-    """The loss, and the teacher's layers whose hidden states it compares."""
-    feature_loss, feature_layers = None, []
-    if args.feature_loss_weight:
-        feature_layers = span_ends(layers or spread_layers(teacher.depth, config.depth), teacher.depth)
-        channels = channels if config.block == "wan" and channels else None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)  # maps that are learnt start the same in every process
-            feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, channels).to(device)
-    objective = Objective(
-        shift=shift,
-        sigma_weighting=args.sigma_weighting,
-        feature_loss=feature_loss,
-        feature_weight=args.feature_loss_weight,
-        compute_dtype=dtype,
-        device=device,
-    )
-    return objective, feature_layers
+def distribute(run: Run, student: WanLiteStudent, teacher: Teacher | None, objective: Objective) -> None:
+    """Compile the models' blocks and shard the student, where the flags ask for it."""
+    performance, processes = run.flags.performance, run.processes
+    if performance.compile:
+        compile_blocks([student, *(teacher.experts.values() if teacher else [])])
+    if performance.shard and not processes.can_shard:
+        print("--shard is of no use to a process by itself; start several with torchrun --nproc_per_node N")
+    if performance.shards_student:
+        processes.shard(student)
+        processes.shard(objective.feature_loss)
 
 
 def compile_blocks(models: Iterable[WanLiteStudent]) -> None:
-    """torch.compile of each block in place: one graph serves all blocks of a model, and names of weights stay."""
+    """torch.compile each block in place: one graph serves all blocks of a model, and names of weights stay."""
     for model in models:
         for block in model.blocks:
             block.compile()
 
 
-def training_options(
-    args: argparse.Namespace, num_prompts: int, settings: TeacherSettings, device: str, batch_size: int
-) -> TrainingOptions:
-    """The loop's options; `batch_size` is that of a step, of all processes."""
-    return TrainingOptions(
-        batch_size=batch_size,
-        num_steps=args.max_steps or steps_of_epochs(args.num_epochs, num_prompts, batch_size),
-        optimization=OptimizationOptions(
-            lr=args.lr,
-            optimizer=args.optimizer,
-            lr_scheduler=args.lr_scheduler,
-            lr_warmup_steps=args.lr_warmup_steps,
-            weight_decay=args.weight_decay,
-            max_grad_norm=args.max_grad_norm,
-            ema_decay=args.ema_decay,
-        ),
-        eval_every=args.eval_every,
-        sample_every=args.sample_every,
-        save_every=args.save_every,
-        boundary=settings.boundary_ratio,
-        device=device,
-        seed=args.seed,
+# ---- answers and objective ----
+
+
+def build_objective(run: Run, report: ProjectionReport) -> Objective:
+    """The loss, with the maps of hidden states that it learns beside the student."""
+    flags, config, teacher = run.flags, run.config, run.wan_files.config
+    feature_loss = None
+    if flags.objective.feature_loss_weight:
+        channels = report.channels if config.block == "wan" and report.channels else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(flags.optimization.seed)  # maps that are learnt start the same in every process
+            feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, channels).to(run.device)
+    return Objective(
+        shift=run.settings.shift,
+        sigma_weighting=flags.objective.sigma_weighting,
+        feature_loss=feature_loss,
+        feature_weight=flags.objective.feature_loss_weight,
+        compute_dtype=run.dtype,
+        device=run.device,
     )
 
 
-def build_evaluation(
-    args: argparse.Namespace,
-    teacher: Teacher,
-    embeds: Embeds,
-    config: StudentConfig,
-    dtype: torch.dtype,
-    device: str,
-) -> HeldOutErrors | None:
-    """What --eval_every measures; it samples the teacher once."""
-    if not args.eval_every:
-        return None
-    options = SamplingOptions(
-        shift=teacher.settings.shift,
-        num_inference_steps=teacher.settings.num_inference_steps,
-        compute_dtype=dtype,
-        device=device,
-    )
-    print(
-        f"Held-out states: {len(embeds.held_out)} paths of the teacher, {options.num_inference_steps} steps", flush=True
-    )
-    batch_size = min(BATCH_SIZE, args.batch_size)  # so that measuring takes no more memory than training
-    shape = teacher.settings.latent_shape(config)
-    return HeldOutErrors(teacher, embeds.held_out, shape, options, batch_size=batch_size)
+def feature_layers(run: Run, report: ProjectionReport) -> list[int]:
+    """The teacher's layers whose hidden states the objective compares; none where it compares none."""
+    if not run.flags.objective.feature_loss_weight:
+        return []
+    depth = run.wan_files.config.depth
+    return span_ends(report.layers or spread_layers(depth, run.config.depth), depth)
 
 
-def build_trackers(args: argparse.Namespace, folder: Path, first_step: int) -> Trackers:
-    """Who watches the run from the process that speaks."""
-    makers = [
-        ("TensorBoard", lambda: TensorBoardFiles(folder / TENSORBOARD_NAME, first_step)),
-        (LOSS_PLOT_NAME, lambda: LossPlot(folder / METRICS_NAME, folder / LOSS_PLOT_NAME)),
-    ]
-    if args.report != "none":
-        makers.append((args.report, lambda: RunTracker(args.report, folder, vars(args))))
-    return Trackers(started(makers))
+def build_answers(
+    run: Run, embeds: Embeds, teacher: Teacher | None, student: WanLiteStudent, layers: list[int]
+) -> Answers:
+    """What the student learns from: the cache, whole segments of the teacher's paths, or the teacher itself; learnt from once or more.
+
+    Args:
+        layers: teacher layers whose hidden states the answers bring along.
+    """
+    states, seed = run.flags.states, run.flags.optimization.seed
+    if run.cache is not None:
+        return CachedAnswers(run.cache, run.lanes.total, run.device, seed, run.lanes if run.lanes.pads else None)
+    if run.flags.objective.student_steps:
+        answers: Answers = segment_answers(run, embeds, teacher, student)
+    else:
+        answers = live_answers(run, embeds, teacher, layers)
+    return ReplayedAnswers(answers, states.replay, seed, run.device) if states.replay > 1 else answers
 
 
-def build_samples(
-    args: argparse.Namespace,
-    teacher: Teacher | None,
-    settings: TeacherSettings,
-    config: StudentConfig,
-    prompts: list[str],
-    prompt_embeds: PromptEmbeds,
-    vae_location: tuple[str, str | None],
-    dtype: torch.dtype,
-    processes: Processes,
-    folder: Path,
-    trackers: Trackers,
-) -> Samples:
-    """What --num_samples and --sample_every draw: as whoever draws with the saved student will."""
-    steps = {"num_inference_steps": settings.num_inference_steps, "student_steps": args.student_steps}
-    recorded = config.replace(distillation={"shift": settings.shift, **steps})
-    student_options = student_sampling(recorded, None, dtype, processes.device)
-    teacher_options = replace(student_options, sampler="unipc", num_inference_steps=settings.num_inference_steps)
-    return Samples(
-        folder / SAMPLES_NAME,
+def live_answers(run: Run, embeds: Embeds, teacher: Teacher, layers: list[int]) -> TeacherAnswers:
+    """The teacher at the states that the flags ask for."""
+    num_prompts, total = len(run.texts.prompts), run.lanes.total
+    states = build_states(run.states_options, run.config, teacher.settings, num_prompts, total, run.device, run.lanes)
+    return TeacherAnswers(
         teacher,
-        settings,
-        prompts[: args.num_samples],
-        prompt_embeds,
-        settings.latent_shape(config),
-        vae_location,
-        teacher_options,
-        student_options,
-        processes,
-        args.shard is not None,  # spread weights are needed from all, to draw with any
-        trackers.picture,
-        args.batch_size,
+        states,
+        embeds.trained,
+        run.device,
+        run.dtype,
+        feature_layers=layers,
+        student_rollout=run.flags.states.student_rollout,
+    )
+
+
+def segment_answers(run: Run, embeds: Embeds, teacher: Teacher, student: WanLiteStudent) -> SegmentAnswers:
+    """The teacher over whole segments of its paths, for a student of --student_steps."""
+    flags = run.flags
+    return SegmentAnswers(
+        teacher,
+        student,
+        embeds.trained,
+        run.latent_shape,
+        len(run.texts.prompts),
+        run.lanes.total,
+        segment_sigmas=segment_sigmas(teacher.settings.shift, flags.objective.student_steps),
+        num_teacher_steps=teacher.settings.num_inference_steps,
+        student_rollout=flags.states.student_rollout,
+        seed=flags.optimization.seed,
+        device=run.device,
+        compute_dtype=run.dtype,
+        lanes=run.lanes,
     )

@@ -1,12 +1,19 @@
-"""What a person reads when a run is over: what was trained, how well, how long, where it is, what to type next."""
+"""What a run prints of itself: what it trains from what, when each part of its start was done, and how it ended."""
 
-import os
+import contextlib
+import logging
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
+from wandistiller.command_line import torchrun_environment
+from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, HELD_OUT_PROMPTS
 from wandistiller.files.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
-from wandistiller.model.config import StudentConfig
+from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,
@@ -16,15 +23,99 @@ from wandistiller.reports.metrics import (
     training_seconds,
 )
 from wandistiller.reports.progress import format_duration
-from wandistiller.run.flags import DEFAULTS
+from wandistiller.wan.settings import warnings_about
+
+if TYPE_CHECKING:
+    from wandistiller.run.plan import Plan
+    from wandistiller.run.run import Run
+    from wandistiller.sampling.teacher import Teacher
+    from wandistiller.training.loop import TrainingResult
 
 SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME]
-HELD_OUT_PROMPTS = "data/heldout_prompts.txt"
+
+
+# ---- before it begins ----
+
+
+def print_plan(plan: "Plan") -> None:
+    """What is trained from what."""
+    texts, config, wan_files, settings = plan.texts, plan.config, plan.wan_files, plan.settings
+    duplicates = f" ({texts.duplicates} repeated lines left out)" if texts.duplicates else ""
+    print(f"Prompts: {len(texts.prompts)}{duplicates}")
+    print(f"Teacher: {wan_files.location} ({' + '.join(wan_files.experts)}), {settings.summary()}")
+    print(
+        f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
+        f"{config.image_size} px = {'x'.join(map(str, plan.latent_shape))} latents"
+    )
+    for warning in warnings_about(wan_files, settings, config):
+        print(f"Warning: {warning}")
+
+
+def print_batch(plan: "Plan") -> None:
+    """How many samples a step takes, where that is not --batch_size alone."""
+    own = plan.flags.optimization
+    if plan.lanes.total == own.batch_size:
+        return
+    parts = [f"--batch_size {own.batch_size}", f"--grad_accum_steps {own.grad_accum_steps}"]
+    print(f"Samples a step: {' x '.join([*parts, f'{plan.processes.count} processes'])} = {plan.lanes.total}")
+
+
+class _Printed(logging.Handler):
+    """Prints log lines beside a progress bar, to whatever sys.stdout is by then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"{record.relativeCreated / 1000:8.2f} s  {record.getMessage()}", file=sys.stdout)
+
+
+@contextlib.contextmanager
+def printed_log(is_on: bool) -> Iterator[None]:
+    """With --verbose: print what the package logs, with the seconds since this process loaded its first modules."""
+    logger, handler = logging.getLogger("wandistiller"), _Printed()
+    level = logger.level
+    if is_on:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+# ---- when it is over ----
+
+
+def print_end(
+    run: "Run", result: "TrainingResult", num_calls: int, teacher: "Teacher | None", command: list[str]
+) -> None:
+    """What was trained, how well, how long, where it is, and what to type next.
+
+    Args:
+        num_calls: global batches that the teacher has answered.
+        command: the words after the script's name.
+    """
+    flags, folder = run.flags, run.folder
+    state = "Interrupted after" if result.interrupted else "Done:"
+    print(f"{state} {result.num_steps} steps. Saved {CONFIG_NAME} and diffusion_model.safetensors in {folder}")
+    print("\n".join(summary_lines(folder, calls_line(run, num_calls, result.num_steps, teacher))))
+    if result.interrupted and flags.output.save_every:
+        print(f"To resume:\n  {resume_command('train_distillation.py', command)}")
+    elif run.vae_location is not None and not result.interrupted:
+        prompts_file = flags.output.eval_prompts or held_out_prompts(run.wan_files.record)
+        print("\n  ".join(["Next:", *next_commands(folder, run.texts.prompts[0], prompts_file, flags.data.vae_path)]))
+
+
+def calls_line(run: "Run", num_calls: int, num_steps: int, teacher: "Teacher | None") -> str:
+    """What the teacher was asked; of two experts also how often the one in use changed, since this process began."""
+    if run.cache is not None:
+        return f"its answers came from {run.cache.num_answers} in {run.cache.folder}"
+    line = f"the teacher answered {num_calls} batches, {num_calls / num_steps:.2f} a step"
+    return line if len(teacher.experts) == 1 else f"{line}, with {teacher.num_swaps} swaps of its experts"
 
 
 def command_line(script: str, argv: Sequence[str]) -> str:
     """The command as a person would type it again."""
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_processes = torchrun_environment().local_world_size
     launcher = ["python"] if num_processes == 1 else ["torchrun", "--nproc_per_node", str(num_processes)]
     return shlex.join([*launcher, script, *map(str, argv)])
 
@@ -70,8 +161,8 @@ def _held_out(lines: Sequence[dict]) -> str:
 
 
 def held_out_prompts(teacher_record: dict) -> str:
-    """A file of prompts that no run of ours trains on, for a teacher by its own record: the demo world's, or anything's."""
-    return DEFAULTS["eval_prompts"][1] if teacher_record.get("world") else HELD_OUT_PROMPTS
+    """A file of prompts that no run of ours trains on: of the demo's world where the teacher's record names it, else general ones."""
+    return DEMO_HELD_OUT_PROMPTS if teacher_record.get("world") else HELD_OUT_PROMPTS
 
 
 def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | None = None) -> list[str]:
@@ -86,5 +177,5 @@ def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | 
 
 
 def resume_command(script: str, argv: Sequence[str]) -> str:
-    """The same one, less what would start anew."""
+    """The command that resumes a run: the same one, less what would start anew."""
     return command_line(script, [word for word in argv if word.replace("-", "_") != "__overwrite"])

@@ -1,32 +1,44 @@
 """How a student was distilled: written into its student_config.json, and the defaults of whatever samples it later."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wandistiller import __version__
+from wandistiller.files.hub import hub_id
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes, full_tensor
+from wandistiller.projection.project import ProjectionReport
+from wandistiller.sampling.recorded import recorded_path
+from wandistiller.targets.segments import segment_sigmas
 from wandistiller.training.loop import TrainingOptions, TrainingResult
 from wandistiller.wan.settings import TeacherSettings
 
+if TYPE_CHECKING:
+    from wandistiller.run.run import Run
+
+# These are recorded so that whoever samples the student finds them from any folder.
+RECORDED_PATHS = ("teacher_path", "teacher_path_low", "text_encoder_path")
+
 
 def distillation_record(
+    recipe: Mapping[str, object],
     settings: TeacherSettings,
     options: TrainingOptions,
     result: TrainingResult,
-    *,
-    layers: list[int],
-    num_prompts: int,
-    num_teacher_batches: int,
-    **recipe: object,
-) -> dict:
-    """Everything another run or a sampler needs to know, as JSON values; of `recipe` what is not None is added as it is."""
+    made_of: Mapping[str, object],
+) -> dict[str, object]:
+    """Everything another run or a sampler needs to know, as JSON values.
+
+    Args:
+        recipe: the flags that make a student what it is; those that are None are left out.
+        made_of: layers, and the numbers of prompts and of the teacher's answers.
+    """
     return {
         **{name: value for name, value in recipe.items() if value is not None},
         **asdict(settings),
-        "layers": layers,
-        "num_prompts": num_prompts,
-        "num_teacher_batches": num_teacher_batches,
+        **made_of,
         "num_train_steps": result.num_steps,
         "batch_size": options.batch_size,
         **asdict(options.optimization),
@@ -39,7 +51,7 @@ def distillation_record(
 def commands_so_far(before: list[dict], first_step: int, command: str, lr: float) -> list[dict]:
     """The commands that make a student, each with the steps before it; `before` are those that led to `first_step`.
 
-    One that came to no step is left out, and one that only goes on with the same is not told twice.
+    A command that came to no step is left out, and one that only resumes with the same flags is not listed twice.
     """
     made = [entry for entry in before if entry["from_step"] < first_step]
     if made and (made[-1]["command"], made[-1]["lr"]) == (command, lr):
@@ -48,8 +60,33 @@ def commands_so_far(before: list[dict], first_step: int, command: str, lr: float
 
 
 def save_student(student: WanLiteStudent, record: dict, folder: Path, processes: Processes | None = None) -> None:
-    """Save the student with its record in student_config.json; put together where its weights are spread over processes."""
+    """Save the student with its record in student_config.json; sharded weights are put together first."""
     student.config = student.config.replace(distillation=record)
     weights = {name: full_tensor(tensor) for name, tensor in student.state_dict().items()}
     if processes is None or processes.is_first:
         student.save_pretrained(folder, weights)
+
+
+def save_run(
+    run: "Run", student: WanLiteStudent, report: ProjectionReport, result: TrainingResult, num_teacher_batches: int
+) -> None:
+    """Save the trained student with everything that is recorded of the run that made it."""
+    flags, settings = run.flags, run.settings
+    recipe = flags.recipe.recorded()
+    recipe |= {name: recorded_path(recipe[name]) for name in RECORDED_PATHS}
+    if flags.objective.student_steps:
+        recipe["segment_sigmas"] = segment_sigmas(settings.shift, flags.objective.student_steps).tolist()
+    recipe |= {
+        "num_processes": run.processes.count,
+        "base_model": hub_id(flags.data.teacher_path),
+        "commands": run.checkpoints.commands,
+    }
+    made_of = {
+        "layers": report.layers,
+        "num_prompts": len(run.texts.prompts),
+        "num_teacher_batches": num_teacher_batches,
+    }
+    record = distillation_record(recipe, settings, run.training_options, result, made_of)
+    save_student(student, record, run.folder, run.processes)
+    if run.processes.is_first:
+        report.save(run.folder)

@@ -6,6 +6,7 @@ from torch import Tensor
 from wandistiller.device import to_device
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import seeded_noise, sigma_to_timestep
+from wandistiller.sampling.sampler import wan_scheduler
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import Answer, autocast
 from wandistiller.targets.lanes import LANE_PREFIX, Lanes, draw_seeds
@@ -16,6 +17,11 @@ from wandistiller.wan.prompt_embeds import PromptEmbeds
 # Targets that wait to be learnt from, in every lane: a lane may be this far ahead of another (each path of it by one).
 READY_PER_LANE = 2 * PATHS_PER_LANE + 4
 MIXED = 2  # targets a lane must have before one of them is taken, so that batches mix paths
+
+
+def segment_sigmas(shift: float, student_steps: int) -> Tensor:
+    """The noise levels between which a student of few steps steps: those of the sampler it will be drawn with."""
+    return wan_scheduler(shift, student_steps).sigmas
 
 
 class SegmentAnswers:

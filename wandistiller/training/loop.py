@@ -1,11 +1,7 @@
 """The distillation loop: the teacher's answer, the student's answer, one optimiser step."""
 
-import contextlib
 import math
-import os
-import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,9 +17,8 @@ from wandistiller.training.checkpoints import Checkpoint, CheckpointError, Check
 from wandistiller.training.objective import Loss, Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.training.state import RunState
+from wandistiller.training.stop import StopRequest
 from wandistiller.wan.prompt_embeds import PromptEmbeds
-
-REPEATED_S = 2.0  # signals within it are one request, where a launcher passes them on
 
 
 class NonFiniteError(RuntimeError):
@@ -70,33 +65,26 @@ def steps_of_epochs(num_epochs: int, num_prompts: int, batch_size: int) -> int:
     return num_epochs * math.ceil(num_prompts / batch_size)
 
 
-class StopRequest:
-    """SIGINT or SIGTERM asks the loop to stop after the step in hand; a second one ends the process at once."""
+class Observer:
+    """Whoever watches a run. This one asks for nothing; a subclass overrides what it wants to be told of."""
 
-    def __init__(self, is_repeated: bool = False):
-        self.requested_s: float | None = None
-        self.is_repeated = is_repeated  # whether a launcher may pass on a signal that came by itself too
+    def step(self, metrics: StepMetrics) -> None:
+        """Take note of a step that was taken."""
 
-    @property
-    def requested(self) -> bool:
-        return self.requested_s is not None
+    def evaluate(self, student: WanLiteStudent) -> dict[str, float] | None:
+        """Measure the student, every `options.eval_every` steps and at the last; return errors by name."""
+        return None
 
-    def _on_signal(self, signum: int, frame: object) -> None:
-        now = time.monotonic()
-        if self.requested_s is None:
-            self.requested_s = now
-        elif not self.is_repeated or now - self.requested_s > REPEATED_S:
-            # Not by an exception, which a library that is writing a checkpoint may take for a failure of its own:
-            os._exit(130)
+    def draw(self, student: WanLiteStudent, step: int) -> None:
+        """Draw with the student, every `options.sample_every` steps but the last, after which it is there to be drawn with."""
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator["StopRequest"]:
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+@dataclass(frozen=True)
+class Saving:
+    """Where a run is saved, and the state that it resumes from; without either it is neither saved nor resumed."""
+
+    checkpoints: Checkpoints | None = None
+    resume_from: Checkpoint | None = None
 
 
 def train(
@@ -105,22 +93,17 @@ def train(
     prompt_embeds: PromptEmbeds,
     objective: Objective,
     options: TrainingOptions,
-    on_step: Callable[[StepMetrics], None],
-    evaluate: Callable[[WanLiteStudent], dict[str, float]] | None = None,
-    checkpoints: Checkpoints | None = None,
-    resume_from: Checkpoint | None = None,
+    observer: Observer | None = None,
+    saving: Saving | None = None,
     processes: Processes | None = None,
-    draw: Callable[[WanLiteStudent, int], object] | None = None,
 ) -> TrainingResult:
     """Train `student` in place on the teacher's guided velocity; with EMA it ends as the average of its weights.
 
     Args:
-        evaluate: measures the student (its average, where there is one) every `options.eval_every` steps and at the last.
-        checkpoints: where the run is saved every `options.save_every` steps, at the last and when it is stopped.
-        resume_from: the state the run goes on from.
+        observer: what is told of every step, and measures and draws with the student (its average, where there is one).
+        saving: where the run is saved every `options.save_every` steps, at the last and when it is stopped, and the state it
+            resumes from.
         processes: those that train together, each on its part of every batch; this one alone by default.
-        draw: draws with the student (its average, where there is one) every `options.sample_every` steps, but not at the
-            last, after which the student is there to be drawn with.
 
     Raises:
         NonFiniteError: loss or gradient is not finite (the weights are those of the step before), or the last step broke
@@ -129,69 +112,136 @@ def train(
     """
     processes = processes or Processes(options.device)
     trained = TrainedStudent(student, objective)
-    model = processes.averaging(trained, trained.has_idle_parts)
-    state = RunState(trained, answers, options.optimization, options.num_steps, processes)
-    if resume_from is not None:
-        state.load(resume_from)
-    stopwatch = Stopwatch(options.num_steps, state.step)
-    is_stopped = False
+    loop = _Loop(trained, answers, prompt_embeds, options, observer or Observer(), saving or Saving(), processes)
     student.train()
     with StopRequest(is_repeated=processes.are_many).watching() as stop:
-        for step in range(state.step + 1, options.num_steps + 1):
-            progress = (step - 1) / options.num_steps
-            num_passes = answers.lanes.num_micro_batches
-            passes = [
-                _learn(model, answers, prompt_embeds, progress, number == num_passes)
-                for number in range(1, num_passes + 1)
-            ]
-            grad_norm = full_tensor(nn.utils.clip_grad_norm_(trained.parameters(), options.optimization.max_grad_norm))
-            found = _measure(passes, grad_norm, stop.requested, processes)
-            try:
-                check_finite(step, found.sigmas, found.loss + found.feature_loss, found.grad_norm, options)
-            except NonFiniteError as error:
-                _save_last_good(checkpoints, state, options, error, processes)
-                raise
-            lr, is_last = state.lr, step == options.num_steps
-            state.update(found.loss)
-            for taken in passes:
-                answers.advance(taken.answer, taken.loss.student_velocity, progress)
-
-            velocity_error = None
-            is_stopped = found.is_stopped or (stop.requested and not processes.are_many)
-            if evaluate is not None and not is_stopped and is_due(step, options.eval_every, is_last):
-                with state.averaged() as averaged:
-                    velocity_error = evaluate(averaged)
-            boundary = options.boundary
-            on_step(
-                StepMetrics(
-                    step,
-                    found.loss,
-                    found.grad_norm,
-                    lr,
-                    *stopwatch.lap(step, len(found.sigmas)),
-                    teacher_calls=answers.num_calls,
-                    loss_by_sigma=mean_by_sigma(found.sigmas, found.by_sample),
-                    loss_by_expert=None
-                    if boundary is None
-                    else mean_by_expert(found.sigmas, found.by_sample, boundary),
-                    feature_loss=found.feature_loss if found.has_features else None,
-                    velocity_error=velocity_error,
-                    memory_bytes=peak_memory_bytes(processes.device),
-                )
-            )
-            is_stopped = found.is_stopped or (stop.requested and not processes.are_many)  # many agree in the next step
-            if checkpoints is not None and is_due(step, options.save_every, is_last or is_stopped):
-                check_weights(student, step, options, processes)  # what is saved must be worth going on from
-                checkpoints.save(step, state.tensors())
-            if is_stopped:
-                break
-            if draw is not None and not is_last and is_due(step, options.sample_every, is_last):
-                with state.averaged() as averaged:
-                    draw(averaged, step)
-    check_weights(student, state.step, options, processes)
-    state.finish()
+        is_stopped = loop.run(stop)
+    check_weights(student, loop.state.step, options, processes)
+    loop.state.finish()
     student.eval()
-    return TrainingResult(state.step, state.losses, is_stopped)
+    return TrainingResult(loop.state.step, loop.state.losses, is_stopped)
+
+
+class _Loop:
+    """The steps of a run: learn, check, update, move the states on; then measure, tell, save and draw where that is due."""
+
+    def __init__(
+        self,
+        trained: TrainedStudent,
+        answers: Answers,
+        prompt_embeds: PromptEmbeds,
+        options: TrainingOptions,
+        observer: Observer,
+        saving: Saving,
+        processes: Processes,
+    ):
+        self.student, self.answers, self.prompt_embeds, self.options = trained.student, answers, prompt_embeds, options
+        self.observer, self.checkpoints, self.processes = observer, saving.checkpoints, processes
+        self.model = processes.averaging(trained, trained.has_idle_parts)
+        self.state = RunState(trained, answers, options.optimization, options.num_steps, processes)
+        if saving.resume_from is not None:
+            self.state.load(saving.resume_from)
+        self.stopwatch = Stopwatch(options.num_steps, self.state.step)
+
+    def run(self, stop: StopRequest) -> bool:
+        """Take the steps that are left; return whether a request to stop ended them early."""
+        for step in range(self.state.step + 1, self.options.num_steps + 1):
+            lr, is_last = self.state.lr, step == self.options.num_steps
+            found = self._take_step(step, stop)
+            is_stopped = self._is_asked_to_stop(found, stop)
+            velocity_error = None if is_stopped else self._evaluate(step, is_last)
+            self.observer.step(self._metrics(step, found, lr, velocity_error))
+            is_stopped = self._is_asked_to_stop(found, stop)
+            self._save(step, is_last or is_stopped)
+            if is_stopped:
+                return True
+            self._draw(step, is_last)
+        return False
+
+    def _take_step(self, step: int, stop: StopRequest) -> "_Measured":
+        """One optimiser step on a global batch, after which the states move on."""
+        progress = (step - 1) / self.options.num_steps
+        num_passes = self.answers.lanes.num_micro_batches
+        passes = [self._learn(progress, number == num_passes) for number in range(1, num_passes + 1)]
+        parameters = self.state.trained.parameters()
+        grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, self.options.optimization.max_grad_norm))
+        found = _measure(passes, grad_norm, stop.requested, self.processes)
+        try:
+            check_finite(step, found.sigmas, found.loss + found.feature_loss, found.grad_norm, self.options)
+        except NonFiniteError as error:
+            self._save_last_good(error)
+            raise
+        self.state.update(found.loss)
+        for taken in passes:
+            self.answers.advance(taken.answer, taken.loss.student_velocity, progress)
+        return found
+
+    def _learn(self, progress: float, is_last: bool) -> "_Pass":
+        """Add the gradients of a micro-batch; the last one's are averaged over the processes, with those of all before."""
+        answer = self.answers.next()
+        with without_averaging(self.model, not is_last):
+            loss = self.model(answer, self.prompt_embeds, progress)
+            (loss.total / self.answers.lanes.num_micro_batches).backward()
+        # Hidden states of the teacher may be gigabytes, and were needed until here:
+        return _Pass(replace(answer, features=()), replace(loss, total=loss.total.detach()), bool(answer.features))
+
+    def _is_asked_to_stop(self, found: "_Measured", stop: StopRequest) -> bool:
+        """Whether to stop here; many processes agree on a request that has just come in the step after it."""
+        return found.is_stopped or (stop.requested and not self.processes.are_many)
+
+    def _evaluate(self, step: int, is_last: bool) -> dict[str, float] | None:
+        if not is_due(step, self.options.eval_every, is_last):
+            return None
+        with self.state.averaged() as averaged:
+            return self.observer.evaluate(averaged)
+
+    def _metrics(
+        self, step: int, found: "_Measured", lr: float, velocity_error: dict[str, float] | None
+    ) -> StepMetrics:
+        boundary = self.options.boundary
+        return StepMetrics(
+            step,
+            found.loss,
+            found.grad_norm,
+            lr,
+            *self.stopwatch.lap(step, len(found.sigmas)),
+            teacher_calls=self.answers.num_calls,
+            loss_by_sigma=mean_by_sigma(found.sigmas, found.by_sample),
+            loss_by_expert=None if boundary is None else mean_by_expert(found.sigmas, found.by_sample, boundary),
+            feature_loss=found.feature_loss if found.has_features else None,
+            velocity_error=velocity_error,
+            memory_bytes=peak_memory_bytes(self.processes.device),
+        )
+
+    def _save(self, step: int, is_last: bool) -> None:
+        if self.checkpoints is None or not is_due(step, self.options.save_every, is_last):
+            return
+        check_weights(self.student, step, self.options, self.processes)  # a broken state must not become a checkpoint
+        self.checkpoints.save(step, self.state.tensors())
+
+    def _draw(self, step: int, is_last: bool) -> None:
+        if is_last or not is_due(step, self.options.sample_every, is_last):
+            return
+        with self.state.averaged() as averaged:
+            self.observer.draw(averaged, step)
+
+    def _save_last_good(self, error: NonFiniteError) -> None:
+        """Keep the weights that the failing step did not reach, unless they are broken themselves."""
+        checkpoints, step = self.checkpoints, self.state.step
+        if checkpoints is None or not self.options.save_every or not step:
+            return
+        if step not in checkpoints.good:
+            try:
+                check_weights(self.student, step, self.options, self.processes)
+                # Without the training states: these have given their part to the step that failed.
+                checkpoints.save(step, self.state.tensors(has_states=False), has_states=False)
+            except NonFiniteError:
+                return
+            except CheckpointError as failure:
+                error.args = (f"{error} The state before it could not be saved: {failure}",)
+                return
+        back = f"To go back further, remove what {checkpoints.folder} has of the newest steps."
+        error.args = (f"{error} The state before it, step {step}, is saved. {back}",)
 
 
 @dataclass(frozen=True)
@@ -214,16 +264,6 @@ class _Measured:
     is_stopped: bool
     sigmas: list[float]
     by_sample: list[float]
-
-
-def _learn(model: nn.Module, answers: Answers, prompt_embeds: PromptEmbeds, progress: float, is_last: bool) -> _Pass:
-    """Add the gradients of a micro-batch; the last one's are averaged over the processes, with those of all before."""
-    answer = answers.next()
-    with without_averaging(model, not is_last):
-        loss = model(answer, prompt_embeds, progress)
-        (loss.total / answers.lanes.num_micro_batches).backward()
-    # Hidden states of the teacher may be gigabytes, and were needed until here:
-    return _Pass(replace(answer, features=()), replace(loss, total=loss.total.detach()), bool(answer.features))
 
 
 def _measure(passes: list[_Pass], grad_norm: Tensor, is_stopped: bool, processes: Processes) -> _Measured:
@@ -252,30 +292,6 @@ def _measure(passes: list[_Pass], grad_norm: Tensor, is_stopped: bool, processes
         [row[0] for row in counted],
         [row[2] for row in counted],
     )
-
-
-def _save_last_good(
-    checkpoints: Checkpoints | None,
-    state: RunState,
-    options: TrainingOptions,
-    error: NonFiniteError,
-    processes: Processes,
-) -> None:
-    """Keep the weights that the failing step did not reach, unless they are broken themselves."""
-    if checkpoints is None or not options.save_every or not state.step:
-        return
-    if state.step not in checkpoints.good:
-        try:
-            check_weights(state.trained.student, state.step, options, processes)
-            # Without the training states: these have given their part to the step that failed.
-            checkpoints.save(state.step, state.tensors(has_states=False), has_states=False)
-        except NonFiniteError:
-            return
-        except CheckpointError as failure:
-            error.args = (f"{error} The state before it could not be saved: {failure}",)
-            return
-    back = f"To go back further, remove what {checkpoints.folder} has of the newest steps."
-    error.args = (f"{error} The state before it, step {state.step}, is saved. {back}",)
 
 
 def is_due(step: int, every: int, is_last: bool) -> bool:

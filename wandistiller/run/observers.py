@@ -1,0 +1,159 @@
+"""Who watches a run: the terminal, its own files, trackers, held-out errors and sample pictures, as one observer of the loop."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+
+from wandistiller.evaluation.held_out import BATCH_SIZE, HeldOutErrors
+from wandistiller.files.output_folder import (
+    LOSS_PLOT_NAME,
+    METRICS_NAME,
+    SAMPLES_NAME,
+    TENSORBOARD_NAME,
+    set_aside_previous_student,
+)
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.reports.metrics import StepMetrics
+from wandistiller.reports.plots import LossPlot
+from wandistiller.reports.progress import Progress
+from wandistiller.reports.samples import Samples
+from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Trackers, started
+from wandistiller.run.run import Run
+from wandistiller.sampling.recorded import student_sampling
+from wandistiller.sampling.sampler import SamplingOptions
+from wandistiller.sampling.teacher import Teacher
+from wandistiller.training.loop import Observer
+from wandistiller.wan.prompt_embeds import Embeds
+
+logger = logging.getLogger(__name__)
+
+
+class RunObserver(Observer):
+    """Hands what the loop tells to those who want it.
+
+    Args:
+        progress: shows every step and writes it down; None in a process that another one prints for.
+        trackers: told of every step and picture.
+        held_out: measures the student; None where nothing is measured.
+        samples: draws with the student; None where nothing is drawn.
+    """
+
+    def __init__(
+        self,
+        progress: Progress | None,
+        trackers: Trackers,
+        held_out: HeldOutErrors | None,
+        samples: Samples | None,
+    ):
+        self.progress, self.trackers, self.held_out, self.samples = progress, trackers, held_out, samples
+        self.has_begun = False
+
+    def shown(self) -> contextlib.AbstractContextManager:
+        """While the loop runs: the progress bar is there, and metrics.jsonl is open."""
+        return contextlib.nullcontext() if self.progress is None else self.progress
+
+    def step(self, metrics: StepMetrics) -> None:
+        if self.progress is not None:
+            self.progress.step(metrics)
+        self.trackers.step(metrics)
+        if not self.has_begun:
+            self.has_begun = True
+            logger.info("first step taken")
+
+    def evaluate(self, student: WanLiteStudent) -> dict[str, float] | None:
+        return None if self.held_out is None else self.held_out(student)
+
+    def draw(self, student: WanLiteStudent, step: int) -> None:
+        if self.samples is not None:
+            self.samples(student, step)
+
+    def draw_last(self, student: WanLiteStudent, step: int) -> None:
+        """The picture that a run ends with."""
+        if (samples := self.samples) is None:
+            return
+        who = "the student" if samples.teacher is None else "teacher and student"
+        steps = samples.student_options.num_inference_steps
+        print(f"Drawing {len(samples.prompts)} prompts with {who}, {steps} steps", flush=True)
+        if file := samples(student, step):
+            print(f"{samples.what}: {file}")
+
+
+@contextlib.contextmanager
+def watch(run: Run, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObserver]:
+    """Everyone who watches the run, from before its first step until its student is saved.
+
+    A run that starts anew moves an earlier student of its folder aside first.
+    """
+    held_out = build_held_out_errors(run, embeds, teacher)
+    logger.info("held-out states of the teacher drawn")
+    if run.resume_from is None:
+        aside = run.processes.first_then_all(lambda: set_aside_previous_student(run.folder))
+        if aside:
+            print(f"The student that was in {run.folder} is now in {aside}")
+    is_first = run.processes.is_first
+    progress = Progress(run.num_steps, run.folder / METRICS_NAME, first_step=run.first_step) if is_first else None
+    with build_trackers(run) if is_first else Trackers() as trackers:
+        samples = build_samples(run, embeds, teacher, trackers)
+        logger.info("TensorBoard and sample pictures set up")
+        yield RunObserver(progress, trackers, held_out, samples)
+
+
+def build_held_out_errors(run: Run, embeds: Embeds, teacher: Teacher | None) -> HeldOutErrors | None:
+    """What --eval_every measures; it samples the teacher once."""
+    if not run.flags.output.eval_every or teacher is None:
+        return None
+    options = SamplingOptions(
+        shift=run.settings.shift,
+        num_inference_steps=run.settings.num_inference_steps,
+        compute_dtype=run.dtype,
+        device=run.device,
+    )
+    print(
+        f"Held-out states: {len(embeds.held_out)} paths of the teacher, {options.num_inference_steps} steps", flush=True
+    )
+    batch_size = min(
+        BATCH_SIZE, run.flags.optimization.batch_size
+    )  # so that measuring takes no more memory than training
+    return HeldOutErrors(teacher, embeds.held_out, run.latent_shape, options, batch_size=batch_size)
+
+
+def build_trackers(run: Run) -> Trackers:
+    """TensorBoard, the loss plot, and the tracker of --report; one that cannot start is left out with a line."""
+    folder, report = run.folder, run.flags.output.report
+    makers = [
+        ("TensorBoard", lambda: TensorBoardFiles(folder / TENSORBOARD_NAME, run.first_step)),
+        (LOSS_PLOT_NAME, lambda: LossPlot(folder / METRICS_NAME, folder / LOSS_PLOT_NAME)),
+    ]
+    if report != "none":
+        makers.append((report, lambda: RunTracker(report, folder, run.flags.as_dict())))
+    return Trackers(started(makers))
+
+
+def build_samples(run: Run, embeds: Embeds, teacher: Teacher | None, trackers: Trackers) -> Samples | None:
+    """What --num_samples and --sample_every draw: as whoever draws with the saved student will."""
+    if run.vae_location is None:
+        return None
+    settings, flags = run.settings, run.flags
+    steps = {
+        "num_inference_steps": settings.num_inference_steps,
+        "student_steps": flags.objective.student_steps,
+    }
+    recorded = run.config.replace(distillation={"shift": settings.shift, **steps})
+    student_options = student_sampling(recorded, None, run.dtype, run.device)
+    teacher_options = replace(student_options, sampler="unipc", num_inference_steps=settings.num_inference_steps)
+    return Samples(
+        run.folder / SAMPLES_NAME,
+        teacher,
+        settings,
+        run.texts.prompts[: flags.output.num_samples],
+        embeds.trained,
+        run.latent_shape,
+        run.vae_location,
+        teacher_options,
+        student_options,
+        run.processes,
+        flags.performance.shard is not None,  # sharded weights are needed from all, to draw with any
+        trackers.picture,
+        flags.optimization.batch_size,
+    )

@@ -1,0 +1,223 @@
+"""A plan: everything that is known of a run before anything is written or a weight is read, and every refusal up to there."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from wandistiller.device import pick_device, pick_dtype, pick_teacher_dtype
+from wandistiller.errors import UserError
+from wandistiller.files.prompts import Texts
+from wandistiller.model.config import StudentConfig
+from wandistiller.processes import Processes, join
+from wandistiller.projection.selection import check_fits
+from wandistiller.reports.trackers import check_report
+from wandistiller.run.flags import Flags
+from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.states import StatesOptions
+from wandistiller.training.loop import TrainingOptions, steps_of_epochs
+from wandistiller.training.optimizer import OptimizationOptions, check_optimizer
+from wandistiller.wan.files import WanFiles, check_weights, find_text_encoder
+from wandistiller.wan.open import open_teacher
+from wandistiller.wan.settings import TeacherSettings, resolve_settings
+from wandistiller.wan.text_encoder import text_encoder_dim
+from wandistiller.wan.vae import check_statistics, find_vae, read_vae_config, vae_config_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run is going to do.
+
+    Attributes:
+        flags: as they were typed, less what this teacher makes impossible.
+        texts: the prompts.
+        wan_files: the teacher by its headers.
+        settings: how the teacher is sampled.
+        lanes: the samples of a step, and this process's among them.
+        dtype: of matrix products.
+        encoder: folders of the text encoder and its tokenizer; None where the mock's stand-in embeddings will do.
+        vae_location: where the VAE of the sample pictures is; None where none are drawn.
+    """
+
+    flags: Flags
+    config: StudentConfig
+    texts: Texts
+    wan_files: WanFiles
+    settings: TeacherSettings
+    processes: Processes
+    lanes: Lanes
+    dtype: torch.dtype
+    encoder: tuple[Path, Path] | None
+    vae_location: tuple[str, str | None] | None
+
+    @property
+    def device(self) -> str:
+        return self.processes.device
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        own = self.flags.optimization
+        return own.max_steps or steps_of_epochs(own.num_epochs, len(self.texts.prompts), self.lanes.total)
+
+    @property
+    def trained_texts(self) -> list[str]:
+        """The prompts, and after them those that come by --prompt_swap alone."""
+        return self.texts.prompts + self.texts.extra
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images behind the teacher's VAE."""
+        return self.settings.latent_shape(self.config)
+
+    @property
+    def states_options(self) -> StatesOptions:
+        """Which states the flags ask for."""
+        states = self.flags.states
+        return StatesOptions(
+            kind=states.states,
+            sigma_range=states.sigma_range,
+            renoise_fraction=states.renoise_fraction,
+            prompt_swap=states.prompt_swap,
+            num_extra_prompts=len(self.texts.extra),
+            calls_per_expert=states.calls_per_expert,
+            seed=self.flags.optimization.seed,
+        )
+
+    @property
+    def training_options(self) -> TrainingOptions:
+        """What the loop is told; its batch is that of a step, over all processes."""
+        own, output = self.flags.optimization, self.flags.output
+        return TrainingOptions(
+            batch_size=self.lanes.total,
+            num_steps=self.num_steps,
+            optimization=OptimizationOptions(
+                lr=own.lr,
+                optimizer=own.optimizer,
+                lr_scheduler=own.lr_scheduler,
+                lr_warmup_steps=own.lr_warmup_steps,
+                weight_decay=own.weight_decay,
+                max_grad_norm=own.max_grad_norm,
+                ema_decay=own.ema_decay,
+            ),
+            eval_every=output.eval_every,
+            sample_every=output.sample_every,
+            save_every=output.save_every,
+            boundary=self.settings.boundary_ratio,
+            device=self.device,
+            seed=own.seed,
+        )
+
+
+def make_plan(flags: Flags, config: StudentConfig, texts: Texts) -> Plan:
+    """Look at everything that a run needs; nothing is written.
+
+    Raises:
+        UserError: something is missing, damaged, contradictory, or does not fit together.
+    """
+    performance, batch = flags.performance, flags.optimization
+    processes = join(performance.device, pick_device)
+    dtype = pick_dtype(performance.dtype, processes.device)
+    check_optimizer(batch.optimizer)
+    check_report(flags.output.report)
+    wan_files, settings = open_fitting_teacher(flags, config)
+    flags = possible_flags(flags, wan_files, config)
+    encoder = find_encoder(flags, wan_files, config)
+    vae_location = find_sample_vae(flags, wan_files, settings)
+    if not flags.output.dry_run:
+        flags = flags.replace(teacher_dtype=pick_teacher_dtype(performance.teacher_dtype, dtype))
+    return Plan(
+        flags=flags,
+        config=config,
+        texts=texts,
+        wan_files=wan_files,
+        settings=settings,
+        processes=processes,
+        lanes=Lanes.of_process(batch.batch_size, batch.grad_accum_steps, processes.rank, processes.count),
+        dtype=dtype,
+        encoder=encoder,
+        vae_location=vae_location,
+    )
+
+
+def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles, TeacherSettings]:
+    """The teacher by its headers, refused unless the student is a part of it; no weight is read yet."""
+    data, student, teacher = flags.data, flags.student, flags.teacher
+    wan_files = open_teacher(data.teacher_path, config, data.teacher_path_low)
+    if data.vae_path:
+        wan_files.complete_from_vae(vae_config_path(*find_vae(data.vae_path, data.teacher_path)))
+    check_fits(wan_files.expert(student.init_expert).config, config, student.layers, student.student_config)
+    settings = resolve_settings(wan_files, **asdict(teacher))
+    config.check_image_size(settings.vae_scale_factor, student.student_config)
+    return wan_files, settings
+
+
+def possible_flags(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> Flags:
+    """The flags less what this teacher makes impossible, with a line for each that is left out."""
+    patch_size = wan_files.config.patch_size
+    if flags.objective.feature_loss_weight and config.patch_size != patch_size:
+        # Hidden states can be compared only token by token, which a student of other patches (a lite one) does not have.
+        print(
+            f"Hidden states are not compared: the student's tokens are patches of {config.patch_size}, the teacher's of "
+            f"{patch_size}"
+        )
+        flags = flags.replace(feature_loss_weight=0.0)
+    if flags.performance.teacher_offload and len(wan_files.experts) == 1:
+        print(
+            "--teacher_offload is of no use here, this teacher has one expert; without it the usual states are trained on"
+        )
+        flags = flags.replace(teacher_offload=False)
+    return flags
+
+
+def find_encoder(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> tuple[Path, Path] | None:
+    """Folders of the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings will do."""
+    given = flags.data.text_encoder_path
+    if wan_files.is_mock and given is None:
+        return None
+    encoder, tokenizer = find_text_encoder(given) if given else wan_files.text_encoder()
+    if (text_dim := text_encoder_dim(encoder)) != config.text_encoder_output_dim:
+        raise UserError(
+            f"{encoder}: gives embeddings of width {text_dim}, teacher and student take "
+            f"{config.text_encoder_output_dim}; point --text_encoder_path at the teacher's own encoder"
+        )
+    return encoder, tokenizer
+
+
+def find_sample_vae(flags: Flags, wan_files: WanFiles, settings: TeacherSettings) -> tuple[str, str | None] | None:
+    """Where the VAE of the sample pictures is, or None where none can be drawn; a --vae_path without one is a mistake.
+
+    Raises:
+        UserError: it is not the teacher's, or its files are not whole.
+    """
+    given = flags.data.vae_path
+    if not flags.output.num_samples or (wan_files.is_mock and given is None):
+        return None
+    if flags.states.sigma_range != (0.0, 1.0):
+        print("No sample pictures: a student of a part of the noise levels does not draw by itself")
+        return None
+    try:
+        location = find_vae(given, flags.data.teacher_path)
+        check_is_vae_of(settings, wan_files.config, vae_config_path(*location))
+        if Path(location[0]).exists():  # else the hub's client sees to its files
+            check_weights(Path(*filter(None, location)))
+    except UserError as error:
+        if given is not None:
+            raise
+        print(f"No sample pictures: {error}")
+        return None
+    return location
+
+
+def check_is_vae_of(settings: TeacherSettings, teacher: StudentConfig, config_path: Path) -> None:
+    """Refuse a VAE of other latents than a run learns, by its config.json."""
+    vae = read_vae_config(config_path, teacher.num_channels)
+    folder = config_path.parent
+    if vae.vae_scale_factor not in (None, settings.vae_scale_factor):
+        raise UserError(
+            f"{folder}: is a VAE of factor {vae.vae_scale_factor}; the teacher's latents have factor "
+            f"{settings.vae_scale_factor}; give --vae_path the teacher's own VAE"
+        )
+    learnt = {"latents_mean": settings.latents_mean, "latents_std": settings.latents_std}
+    if vae.latents_mean and vae.latents_std:
+        check_statistics(asdict(vae), teacher.replace(distillation=learnt), folder)

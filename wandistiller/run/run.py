@@ -1,0 +1,136 @@
+"""A run: a plan with the folder it writes to, the state it resumes from, and what happens when it ends early."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from wandistiller.budget.report import OutOfMemory, out_of_memory_message
+from wandistiller.device import is_out_of_memory
+from wandistiller.files.output_folder import locked_folder, prepare_output_folder
+from wandistiller.processes import leave
+from wandistiller.run.dry_run import changeable_flags, check_disk, has_checkpoints, workload_of
+from wandistiller.run.messages import command_line, print_batch, print_plan
+from wandistiller.run.plan import Plan
+from wandistiller.run.record import commands_so_far
+from wandistiller.targets.cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
+from wandistiller.training.checkpoints import Checkpoint, Checkpoints
+from wandistiller.training.loop import Saving
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Plan):
+    """A plan that is carried out.
+
+    Attributes:
+        folder: where the student goes.
+        checkpoints: of this run.
+        resume_from: the state that the run resumes from; None where it starts anew.
+        cache: the teacher's answers on disk, where --teacher_cache asks for them.
+        typed: the command, as a person would type it again.
+    """
+
+    folder: Path
+    checkpoints: Checkpoints
+    resume_from: Checkpoint | None
+    cache: TeacherCache | None
+    typed: str
+
+    @property
+    def first_step(self) -> int:
+        """Steps that were taken before this process."""
+        return 0 if self.resume_from is None else self.resume_from.step
+
+    @property
+    def saving(self) -> Saving:
+        return Saving(self.checkpoints, self.resume_from)
+
+
+@contextlib.contextmanager
+def open_run(plan: Plan, command: list[str]) -> Iterator[Run]:
+    """Take the output folder and find where the run resumes; the processes leave together when all is done.
+
+    Args:
+        command: the words after the script's name.
+
+    Raises:
+        UserError: the folder, its checkpoints or the teacher's cache belong to something else, or the disk has no room.
+        OutOfMemory: the device ran out of memory inside; the message says which flags to change.
+    """
+    processes = plan.processes
+    try:
+        cache = open_cache(plan)
+        print_plan(plan)
+        print_batch(plan)
+        output_dir = plan.flags.output.output_dir
+        folder = processes.first_then_all(lambda: prepare_output_folder(output_dir))
+        with contextlib.ExitStack() as held:
+            processes.first_then_all(lambda: held.enter_context(locked_folder(folder)))
+            yield resumed_run(plan, folder, cache, command_line("train_distillation.py", command))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(plan) from error
+    leave()
+
+
+def open_cache(plan: Plan) -> TeacherCache | None:
+    """The folder of --teacher_cache, refused where it holds answers to something else."""
+    if plan.flags.states.teacher_cache is None:
+        return None
+    description = describe_cache(
+        plan.wan_files,
+        plan.settings,
+        plan.states_options,
+        plan.trained_texts,
+        plan.latent_shape,
+        plan.config.text_max_length,
+        plan.lanes.total,
+    )
+    description |= plan.flags.recipe.teacher_storage()
+    return TeacherCache(plan.flags.states.teacher_cache, description, plan.processes)
+
+
+def description_of(plan: Plan) -> dict[str, object]:
+    """What makes two runs the same one: student, teacher, prompts, states and objective."""
+    student = {f"student {name}": value for name, value in plan.config.to_dict().items() if name != "distillation"}
+    return {
+        **student,
+        **describe_teacher(plan.wan_files, plan.settings),
+        "prompts": prompts_digest(plan.trained_texts),
+        "teacher_cache": plan.flags.states.teacher_cache is not None,
+        "ema": plan.flags.optimization.ema_decay > 0,
+        **plan.flags.recipe.compared(),
+    }
+
+
+def resumed_run(plan: Plan, folder: Path, cache: TeacherCache | None, typed: str) -> Run:
+    """The run at the state that it resumes from, or at its start."""
+    output = plan.flags.output
+    checkpoints = Checkpoints(folder, description_of(plan), plan.lanes.total, output.keep_checkpoints, plan.processes)
+    resume_from = None if output.overwrite else checkpoints.newest()
+    if resume_from is not None:
+        print(f"Resuming from step {resume_from.step} of {folder} (--overwrite starts anew)")
+        if not resume_from.has_same_batch:
+            had = resume_from.batch_size
+            why = (
+                f"a step had {had} samples, and has {plan.lanes.total} now"
+                if had
+                else "this checkpoint was saved without them"
+            )
+            print(f"Training states start anew: {why}")
+    check_disk(checkpoints, plan)
+    first_step, before = (resume_from.step, resume_from.commands) if resume_from else (0, [])
+    checkpoints.commands = commands_so_far(before, first_step, typed, plan.flags.optimization.lr)
+    logger.info("headers of the teacher read, output folder taken")
+    known = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
+    return Run(**known, folder=folder, checkpoints=checkpoints, resume_from=resume_from, cache=cache, typed=typed)
+
+
+def out_of_memory(plan: Plan) -> OutOfMemory:
+    """What was in the memory of the device that ran out, and which flags to change."""
+    workload = workload_of(plan)
+    return OutOfMemory(out_of_memory_message(workload, changeable_flags(plan.flags), has_checkpoints(plan.flags)))
