@@ -15,12 +15,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Before torch loads OpenMP: how long its threads spin before they sleep. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes
+# This says how long OpenMP's threads spin before they sleep, and must be set before torch loads. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes
 # small models a third of their speed; spinning for long costs whole time slices where another job keeps a core busy.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-# torchrun's own, as they come here when it is left out or another launcher is used
+# These are torchrun's own flags; they come here when it is left out or another launcher is used.
 LAUNCHER_FLAGS = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_endpoint", "local_rank"}
 OTHERS_WAIT_S = 5.0
 
@@ -75,7 +75,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def _underscored(arg: str) -> str:
-    """--num-epochs=3 -> --num_epochs=3; values are left as they are."""
+    """Turn --num-epochs=3 into --num_epochs=3; values are left as they are."""
     if not arg.startswith("--"):
         return arg
     name, equals, value = arg[2:].partition("=")
@@ -85,7 +85,7 @@ def _underscored(arg: str) -> str:
 def number(
     kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf
 ) -> Callable[[str], float]:
-    """An argparse type: an int or float with low <= value <= high and value > above."""
+    """Return an argparse type: an int or float with low <= value <= high and value > above."""
     noun = {int: "a whole number", float: "a number"}[kind]
     bounds = [f"above {above}"] if above > -math.inf else []
     bounds += [f"at least {low}"] if low > -math.inf else []
@@ -106,14 +106,14 @@ def number(
 
 
 def path(text: str) -> str:
-    """An argparse type: the empty text of a shell variable that is not set would mean the folder one stands in."""
+    """Check a path as an argparse type: the empty text of a shell variable that is not set would mean the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a path")
     return text
 
 
 def int_list(text: str) -> list[int]:
-    """An argparse type: whole numbers separated by commas."""
+    """Read whole numbers separated by commas, as an argparse type."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:

@@ -1,4 +1,4 @@
-"""Which device and precision a run computes in, and the memory it has taken there."""
+"""The device and the precision that a run computes in, and the memory it has taken there."""
 
 import sys
 
@@ -10,7 +10,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pick_device(name: str | None) -> str:
-    """The device a flag names, or the GPU where there is one."""
+    """Return the device that a flag names, or the GPU where there is one."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -31,17 +31,17 @@ def _usable() -> str:
 
 
 def pick_dtype(name: str | None, device: str) -> torch.dtype:
-    """The precision a flag names, or bf16 on a GPU and fp32 elsewhere."""
+    """Return the precision that a flag names, or bf16 on a GPU and fp32 elsewhere."""
     return DTYPES[name or ("bf16" if torch.device(device).type == "cuda" else "fp32")]
 
 
 def pick_teacher_dtype(name: str | None, dtype: torch.dtype) -> str:
-    """How the teacher's weights are kept: as a flag says, or in the precision `dtype` of the run."""
+    """Return how the teacher's weights are kept: as a flag says, or in the precision `dtype` of the run."""
     return name or next(known for known, value in DTYPES.items() if value == dtype)
 
 
 def peak_memory_bytes(device: str) -> int | None:
-    """The most that this process has held so far: tensors on a GPU; all of it on the CPU, where the system tells."""
+    """Return the most bytes that this process has held so far: tensors on a GPU; on the CPU all of it, where the system tells."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -52,7 +52,7 @@ def peak_memory_bytes(device: str) -> int | None:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-# What torch's own libraries say where it has no exception of its own: pinned memory, cuBLAS, the CPU's allocator
+# torch raises no exception of its own for pinned memory, cuBLAS and the CPU's allocator; these are their words.
 _OUT_OF_MEMORY = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -62,7 +62,7 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is that a device has no memory left."""
+    """Return whether an error, or what it came from, is that a device has no memory left."""
     while error is not None:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             return True
@@ -73,13 +73,13 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def wait_for(device: str) -> None:
-    """Until a GPU has done all that was asked of it."""
+    """Wait until a GPU has done all that was asked of it."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    """A tensor of host memory on the device; the host does not wait for the copy, nor for the work queued before it.
+    """Bring a tensor to the device; the host waits neither for the copy nor for the work queued before it.
 
     Whatever a step brings to the device (indices too: a GPU tensor indexed by a CPU one waits) comes this way.
     """

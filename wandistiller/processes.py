@@ -1,7 +1,7 @@
-"""The processes of a run: one, or as many as torchrun started. The only module that touches torch.distributed.
+"""The processes of a run: one, or as many as torchrun started. No other module touches torch.distributed.
 
-Gradients are averaged by DistributedDataParallel, or weights are spread by FSDP2 (`fully_shard`); checkpoints are
-torch.distributed.checkpoint's, in safetensors files, so that a run saved by N processes is gone on with by M.
+Gradients are averaged by DistributedDataParallel, or weights are sharded by FSDP2 (`fully_shard`). Checkpoints are
+torch.distributed.checkpoint's, in safetensors files, so that a run saved by N processes is resumed by M.
 """
 
 import contextlib
@@ -20,9 +20,10 @@ from wandistiller.command_line import torchrun_environment
 from wandistiller.device import is_out_of_memory
 from wandistiller.errors import UserError
 
-# How long one process may wait for another: far longer than anything that one of them does alone.
+# One process may wait this long for another, far longer than anything that one of them does alone.
 TIMEOUT = timedelta(hours=2)
-FILE_BYTES = 2**30  # of a checkpoint's files, about: what is copied to host memory at a time
+# A checkpoint is cut into files of about this size: what is copied to host memory at a time.
+FILE_BYTES = 2**30
 _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -30,8 +31,8 @@ class Processes:
     """Who takes part in a run; made by `join`, or without arguments for a process by itself.
 
     Attributes:
-        rank: of this process; 0 writes files and speaks.
-        count: processes.
+        rank: number of this process; 0 writes files and prints.
+        count: number of processes.
         device: where this one computes.
     """
 
@@ -51,18 +52,18 @@ class Processes:
 
     @property
     def can_shard(self) -> bool:
-        """Whether there is a group to spread weights over; also one of a single process that torchrun started."""
+        """Whether there is a group to shard weights over; a single process that torchrun started has one too."""
         return self.mesh is not None
 
     # ---- agreeing ----
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait until every process has come here."""
         if self.are_many:
             dist.barrier()
 
     def gathered(self, values: Tensor) -> Tensor:
-        """Values (N, ...) of every process, one after another (count N, ...), on the device."""
+        """Return the values (N, ...) of every process, one after another (count N, ...), on the device."""
         values = values.to(self.device)
         if not self.are_many:
             return values
@@ -71,15 +72,15 @@ class Processes:
         return torch.cat(parts)
 
     def all_true(self, value: bool) -> bool:
-        """Whether it is true in every process."""
+        """Return whether `value` is true in every process."""
         return bool(self.gathered(torch.tensor([float(value)])).all())
 
     def any_true(self, value: bool) -> bool:
-        """Whether it is true in any process."""
+        """Return whether `value` is true in any process."""
         return bool(self.gathered(torch.tensor([float(value)])).any())
 
     def from_first(self, value: object) -> object:
-        """What the first process holds: a plain value, the same everywhere after."""
+        """Return what the first process holds: a plain value, the same everywhere after."""
         if not self.are_many:
             return value
         held = [value]
@@ -87,7 +88,7 @@ class Processes:
         return held[0]
 
     def first_then_all(self, work: Callable[[], object]) -> object:
-        """Something that the first process does and all need the answer of; what it raises is raised in all."""
+        """Do something in the first process alone and return its answer in all; what it raises is raised in all."""
         outcome = None
         if self.is_first:
             try:
@@ -102,7 +103,7 @@ class Processes:
     # ---- models ----
 
     def averaging(self, model: nn.Module, has_idle_parts: bool = False) -> nn.Module:
-        """The model with its gradients averaged over the processes; itself where there is only one.
+        """Return the model with its gradients averaged over the processes; the model itself where there is only one.
 
         Args:
             has_idle_parts: whether some parameters take no part in some steps.
@@ -116,9 +117,9 @@ class Processes:
         )
 
     def shard(self, model: nn.Module | None) -> None:
-        """Spread a model's parameters over the processes in place, a block of `model.blocks` at a time (FSDP2).
+        """Shard a model's parameters over the processes in place, a block of `model.blocks` at a time (FSDP2).
 
-        Nothing happens to a process by itself, nor to a model without parameters.
+        A process by itself leaves the model as it is, and so does every process with a model without parameters.
         """
         from torch.distributed.fsdp import fully_shard
 
@@ -130,10 +131,10 @@ class Processes:
             fully_shard(block, mesh=self.mesh)
         fully_shard(model, mesh=self.mesh)
 
-    # ---- a lane's tensors ----
+    # ---- tensors of lanes ----
 
     def rows(self, local: Tensor) -> Tensor:
-        """This process's rows of a tensor that is spread over all along its first dimension, equally."""
+        """Return a tensor that is sharded equally along its first dimension, from this process's rows of it."""
         if self.mesh is None:
             return local
         from torch.distributed.tensor import DTensor, Shard
@@ -141,16 +142,16 @@ class Processes:
         return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False)
 
     def empty_rows(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Room for this process's rows of a tensor of `shape`."""
+        """Return unwritten memory for this process's rows of a tensor of `shape`."""
         return self.rows(torch.empty(shape[0] // self.count, *shape[1:], dtype=dtype))
 
 
 def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
-    """The processes that torchrun started this one among, or this one alone.
+    """Join the processes that torchrun started this one among; without torchrun it is alone.
 
     Args:
-        device: what the person asked for, None for the best there is.
-        pick: the device that a name stands for.
+        device: what the person asked for; None is the best there is.
+        pick: returns the device that a name stands for.
 
     Raises:
         UserError: the launch or the device cannot work.
@@ -189,7 +190,7 @@ def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
 
 
 def leave() -> None:
-    """End the process group, where there is one, when all have done their part."""
+    """End the process group, where there is one, once all have done their part."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -199,7 +200,7 @@ def leave() -> None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor lies in several processes; none does before such tensors are loaded, which takes most of a second."""
+    """Return whether a tensor lies in several processes. None does before torch.distributed.tensor is loaded, which takes most of a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -209,17 +210,17 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, sharing its memory."""
+    """Return what this process holds of a tensor, sharing its memory."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor put together from all processes; all must ask."""
+    """Return a tensor put together from all processes, which must all call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def fill(target: Tensor, values: Tensor) -> None:
-    """Copy whole values into a tensor, of which this process may hold a part."""
+    """Copy full values into a tensor, of which this process may hold a shard."""
     if is_sharded(target):
         from torch.distributed.tensor import distribute_tensor
 
@@ -230,7 +231,7 @@ def fill(target: Tensor, values: Tensor) -> None:
 
 @contextlib.contextmanager
 def without_averaging(model: nn.Module, is_on: bool) -> Iterator[None]:
-    """Gradients add up in every process by itself inside: all passes of a step but the last."""
+    """Let gradients add up in every process by itself inside, as in all passes of a step but the last."""
     if is_on and hasattr(model, "no_sync"):
         with model.no_sync():
             yield
@@ -242,7 +243,7 @@ def without_averaging(model: nn.Module, is_on: bool) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of whole weights that a forward pass has left (FSDP2), so that parameters are this process's part again."""
+    """Free full weights that a forward pass has left (FSDP2), so that parameters are this process's shards again."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -252,7 +253,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors, each whole or spread over the processes, as safetensors files; all processes call this.
+    """Write tensors, each full or sharded, as safetensors files; all processes call this.
 
     Raises:
         OSError: a file could not be written, in any process; raised in all.
@@ -274,12 +275,12 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def error_reason(error: BaseException) -> str:
-    """What went wrong, in one line."""
+    """Return what went wrong, in one line."""
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The number, from 1, of the file that each tensor goes to."""
+    """Return the number, from 1, of the file that each tensor goes to."""
     files, number, filled = {}, 1, 0
     for name, tensor in tensors.items():
         num_bytes = tensor.numel() * tensor.element_size()
@@ -294,8 +295,7 @@ def load_tensors(folder: Path, room_for: Callable[[str, torch.Size, torch.dtype]
     """Read back what `save_tensors` wrote, by any number of processes.
 
     Args:
-        room_for: a tensor to read into, whole or spread over the processes, by name, whole shape and dtype; None to leave
-            it out.
+        room_for: returns a tensor to read into, full or sharded, by name, full shape and dtype; None leaves it out.
     """
     import torch.distributed.checkpoint as dcp
 

@@ -8,12 +8,12 @@ bf16 under autocast, 4), and the residual stream of a wan block is float32 whate
 from wandistiller.model.config import StudentConfig
 
 FP32 = 4
-# Float32 copies of the width of the residual stream that a backward step has in hand beside what was saved; measured
+# A backward step has so many float32 copies of the residual stream in hand beside what was saved. This was measured.
 WORKING_COPIES = 5
 
 
 def block_saved_bytes(config: StudentConfig, image: int, text: int, compute_bytes: int, is_gpu: bool = True) -> int:
-    """What autograd keeps of one sample in one block, parameters and their autocast copies not counted.
+    """Return the bytes that autograd keeps of one sample in one block, without parameters and their autocast copies.
 
     A wan block, per image token: the inputs of three LayerNorms, two of them also normed (their scales want a gradient),
     the inputs of three RMSNorms in float32; in the compute dtype the inputs of q, k and v, of the output projections and of
@@ -35,14 +35,14 @@ def block_saved_bytes(config: StudentConfig, image: int, text: int, compute_byte
 
 
 def block_input_bytes(config: StudentConfig, image: int, compute_bytes: int) -> int:
-    """Of one sample: the residual stream, float32 in a wan block and of the compute dtype in a lite one."""
+    """Return the bytes of one sample's residual stream, float32 in a wan block and of the compute dtype in a lite one."""
     return image * config.hidden_size * (compute_bytes if config.block == "lite" else FP32)
 
 
 def training_bytes(
     config: StudentConfig, image: int, text: int, compute_bytes: int, checkpointing: bool = False, is_gpu: bool = True
 ) -> int:
-    """Peak of one sample's activations in a training step: what is kept, and what the backward pass has in hand.
+    """Return the peak of one sample's activations in a training step: what is kept, and what the backward pass has in hand.
 
     With checkpointing a block keeps its input alone, and one block at a time is computed again.
     """
@@ -65,7 +65,7 @@ def training_bytes(
 
 
 def inference_bytes(config: StudentConfig, image: int, text: int, compute_bytes: int) -> int:
-    """Peak of one sample's activations in a forward pass that keeps nothing: inside one block."""
+    """Return the peak of one sample's activations in a forward pass that keeps nothing: inside one block."""
     width, c = config.hidden_size, compute_bytes
     if config.block == "lite":
         return image * 12 * c * width

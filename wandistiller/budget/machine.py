@@ -11,7 +11,8 @@ import torch
 from wandistiller.budget.report import ASSUMED_GPU_GIB, GIB
 from wandistiller.device import wait_for
 
-MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}  # large enough to reach the device's rate, small enough for a second
+# These are large enough to reach the device's rate, and small enough for a second.
+MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Machine:
 
 
 def find_machine(device: str, assumed_gib: float | None = None, can_be_elsewhere: bool = False) -> Machine:
-    """The machine that a run is planned for.
+    """Find the machine that a run is planned for.
 
     Args:
         device: the run's own.
@@ -50,7 +51,7 @@ def find_machine(device: str, assumed_gib: float | None = None, can_be_elsewhere
 
 
 def free_bytes(folder: str | Path) -> int:
-    """Room on the disk where a folder lies or will lie."""
+    """Return the free bytes of the disk where a folder lies or will lie."""
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent
@@ -58,7 +59,7 @@ def free_bytes(folder: str | Path) -> int:
 
 
 def matmul_rate(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """FLOP/s of square matrix products on a device, measured for about `seconds`."""
+    """Measure the FLOP/s of square matrix products on a device for about `seconds`."""
     size = MATRIX_SIZE[torch.device(device).type]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     left @ right  # the first product pays for libraries

@@ -19,9 +19,12 @@ from wandistiller.model.sizes import count_parameters, weight_bytes
 from wandistiller.reports.progress import format_duration
 
 GIB = 2**30
-WORTHWHILE = 0.01  # of the peak: less than this is not worth a flag
-PINNED_SHARE = 1.5  # of the bytes of weights: pinned memory comes in powers of two, so A14B takes half as much again
-ASSUMED_GPU_GIB = 80.0  # of an A100 or H100, where no GPU is at hand
+# A change that takes a smaller share than this off the peak is not worth a flag.
+WORTHWHILE_SHARE = 0.01
+# Pinned memory comes in powers of two of bytes, so the weights of A14B take half as much again there.
+PINNED_OVERHEAD = 1.5
+# An A100 or H100 is planned for where no GPU is at hand.
+ASSUMED_GPU_GIB = 80.0
 
 
 def gib(num_bytes: float) -> str:
@@ -29,7 +32,7 @@ def gib(num_bytes: float) -> str:
 
 
 def si(value: float) -> str:
-    """FLOPs with a prefix: 227.7 T."""
+    """Return FLOPs with a prefix: 227.7 T."""
     for exponent, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
         if value >= 10**exponent:
             return f"{value / 10**exponent:.4g} {prefix}"
@@ -49,8 +52,21 @@ class Change:
 
 
 def possible_changes(workload: Workload, flags: Collection[str]) -> Iterator[Change]:
-    """Changes that this run could make; `flags` are the names that its command has."""
-    w = workload
+    """Yield the changes that this run could make; `flags` are the names of those that may be changed."""
+    yield from _single_flag_changes(workload, flags)
+    yield from _shard_changes(workload, flags)
+    if "offline_teacher" in flags and not workload.offline_teacher:
+        advice = "--offline_teacher with --teacher_cache FOLDER (answers from disk, without rollouts and hidden states)"
+        yield Change(advice, replace(workload, offline_teacher=True, num_features=0))
+    yield from _smaller_batches(workload, flags)
+    half, unit = workload.latent_size // 2, workload.student.patch_size
+    if half >= 8 and half % unit == 0 and half % workload.teacher.patch_size == 0:
+        factor = workload.student.image_size // workload.latent_size
+        advice = f'a smaller image_size, such as "image_size": {half * factor}'
+        yield Change(advice, replace(workload, latent_size=half), is_last_resort=True)
+
+
+def _single_flag_changes(w: Workload, flags: Collection[str]) -> Iterator[Change]:
     single_flags = [
         ("gradient_checkpointing", "", w.gradient_checkpointing, {"gradient_checkpointing": True}),
         ("teacher_offload", "", w.teacher_offload or w.num_experts == 1 or w.shard_teacher, {"teacher_offload": True}),
@@ -63,37 +79,37 @@ def possible_changes(workload: Workload, flags: Collection[str]) -> Iterator[Cha
     for flag, value, is_done, changes in single_flags:
         if flag in flags and not is_done:
             yield Change(f"--{flag}{value}", replace(w, **changes))
-    # A teacher that is spread over processes is neither offloaded nor kept in 8 bits.
-    spreads_teacher = w.shard_teacher or not (w.teacher_offload or w.teacher_dtype == "fp8")
-    if w.num_processes > 1 and "shard" in flags and not (w.shard_student and (w.shard_teacher or not spreads_teacher)):
-        which = "both" if spreads_teacher else "student"
-        yield Change(f"--shard {which}", replace(w, shard_teacher=spreads_teacher, shard_student=True))
-    if "offline_teacher" in flags and not w.offline_teacher:
-        advice = "--offline_teacher with --teacher_cache FOLDER (answers from disk, without rollouts and hidden states)"
-        yield Change(advice, replace(w, offline_teacher=True, num_features=0))
+
+
+def _shard_changes(w: Workload, flags: Collection[str]) -> Iterator[Change]:
+    # A sharded teacher is neither offloaded nor kept in 8 bits.
+    shards_teacher = w.shard_teacher or not (w.teacher_offload or w.teacher_dtype == "fp8")
+    is_done = w.shard_student and (w.shard_teacher or not shards_teacher)
+    if w.num_processes > 1 and "shard" in flags and not is_done:
+        which = "both" if shards_teacher else "student"
+        yield Change(f"--shard {which}", replace(w, shard_teacher=shards_teacher, shard_student=True))
+
+
+def _smaller_batches(w: Workload, flags: Collection[str]) -> Iterator[Change]:
     if w.batch_size > 1:
         half, accum = w.batch_size // 2, 2 * w.grad_accum_steps
         has_accum = "grad_accum_steps" in flags
         advice = f"--batch_size {half}" + (f" with --grad_accum_steps {accum}" if has_accum else "")
         yield Change(advice, replace(w, batch_size=half, grad_accum_steps=accum if has_accum else 1))
-    half, unit = w.latent_size // 2, w.student.patch_size
-    if half >= 8 and half % unit == 0 and half % w.teacher.patch_size == 0:
-        factor = w.student.image_size // w.latent_size
-        yield Change(f'a smaller image_size, such as "image_size": {half * factor}', replace(w, latent_size=half), True)
 
 
 def by_effect(workload: Workload, flags: Collection[str]) -> list[tuple[Change, int]]:
-    """The changes worth making, with the bytes that each alone takes off the peak, the largest first, last resorts last."""
+    """Return the changes worth making with the bytes that each alone takes off the peak: the largest first, last resorts last."""
     before = peak_bytes(memory_budget(workload))
     saved = [
         (change, before - peak_bytes(memory_budget(change.workload))) for change in possible_changes(workload, flags)
     ]
-    worth = [(change, num_bytes) for change, num_bytes in saved if num_bytes > WORTHWHILE * before]
+    worth = [(change, num_bytes) for change, num_bytes in saved if num_bytes > WORTHWHILE_SHARE * before]
     return sorted(worth, key=lambda pair: (pair[0].is_last_resort, -pair[1]))
 
 
 def changes_that_fit(workload: Workload, memory: int, flags: Collection[str]) -> tuple[list[str], int]:
-    """The changes to make together, the most effective first, until the run fits; and its peak with them."""
+    """Return the changes to make together, the most effective first, until the run fits; and its peak with them."""
     advice, current = [], workload
     while peak_bytes(memory_budget(current)) > memory:
         effects = by_effect(current, flags)
@@ -111,7 +127,7 @@ def changes_that_fit(workload: Workload, memory: int, flags: Collection[str]) ->
 
 @dataclass(frozen=True)
 class Verdict:
-    """`is_certain_not_to_fit` is not merely `not fits`: the reserve and an upper bound lie between them."""
+    """Whether a run fits, in a sentence too. `is_certain_not_to_fit` says more than `not fits`: the reserve and an upper bound lie between them."""
 
     fits: bool
     is_certain_not_to_fit: bool
@@ -119,7 +135,7 @@ class Verdict:
 
 
 def verdict(workload: Workload, memory: int, flags: Collection[str] = (), device: str = "the GPU") -> Verdict:
-    """Whether the run fits into `memory` bytes of a GPU, and what to change if not."""
+    """Return whether the run fits into `memory` bytes of a GPU, and what to change if not."""
     peak, least = peak_bytes(memory_budget(workload)), certain_bytes(workload)
     of = f"{device} has {gib(memory)}"
     if peak <= memory:
@@ -155,7 +171,7 @@ def verdict(workload: Workload, memory: int, flags: Collection[str] = (), device
 
 
 def memory_lines(workload: Workload) -> list[str]:
-    """The components, those of one phase together, and the sum of each phase."""
+    """Return a line for each component, those of one phase together, and the peak."""
     components = memory_budget(workload)
     sums = phase_bytes(components)
     titles = {
@@ -171,7 +187,7 @@ def memory_lines(workload: Workload) -> list[str]:
             lines.append(f"  {titles[phase]}")
             lines += [_line(part) for part in sorted(parts, key=lambda part: -part.num_bytes)]
     if workload.teacher_offload:
-        host = PINNED_SHARE * workload.num_experts * weight_bytes(workload.teacher, workload.teacher_dtype)
+        host = PINNED_OVERHEAD * workload.num_experts * weight_bytes(workload.teacher, workload.teacher_dtype)
         lines.append(
             f"  {'host memory':<26}{host / GIB:>9.2f}  both experts, pinned (each tensor in a power of two of bytes)"
         )
@@ -194,7 +210,7 @@ def parameter_lines(workload: Workload) -> list[str]:
 
 
 def compute_lines(workload: Workload) -> list[str]:
-    """FLOPs of a step, and how many steps and calls the job takes."""
+    """Return lines with the FLOPs of a step, and how many steps and calls the job takes."""
     flops = step_flops(workload)
     calls = workload.calls_per_step * workload.num_steps
     recompute = f" + {si(flops.recompute)} recomputed" if flops.recompute else ""
@@ -207,7 +223,7 @@ def compute_lines(workload: Workload) -> list[str]:
 
 
 def time_lines(workload: Workload, step: StepTime | None, rate: float) -> list[str]:
-    """The loop's time, from a measured step or, where there is none, from FLOPs.
+    """Return lines with the loop's time, from a measured step or, where there is none, from FLOPs.
 
     Args:
         rate: FLOP/s of plain matrix products on the device.
@@ -247,9 +263,10 @@ class OutOfMemory(RuntimeError):
 
 
 def out_of_memory_message(workload: Workload, flags: Collection[str] = (), has_checkpoints: bool = False) -> str:
-    """What was resident by this arithmetic, the largest first, and which flags to change, in order of bytes saved.
+    """Return a message with what was resident by this arithmetic, the largest first, and which flags to change, in order of bytes saved.
 
-    With checkpoints there it says which of them the run could go on with. The text encoder is left out: it has left memory when a run first grows large.
+    Where there are checkpoints it says which changes they can be resumed with. The text encoder is left out: it has left memory
+    by the time a run grows large.
     """
     workload = replace(workload, text_encoder_parameters=0)
     components = memory_budget(workload)
@@ -262,8 +279,6 @@ def out_of_memory_message(workload: Workload, flags: Collection[str] = (), has_c
     effects = [f"{change.advice} (-{saved / GIB:.1f})" for change, saved in by_effect(workload, flags)]
     advice = f"Change, in order of GiB saved: {'; '.join(effects)}" if effects else "Train a smaller student"
     if has_checkpoints:
-        advice += (
-            ". The run goes on with another --batch_size, --grad_accum_steps, --shard or --gradient_checkpointing; the "
-        )
+        advice += ". The run can be resumed with another --batch_size, --grad_accum_steps, --shard or --gradient_checkpointing; the "
         advice += "others make another run of it (--overwrite, or another --output_dir)"
     return f"the device is out of memory; in GiB, by the arithmetic of --dry_run: {resident}. {advice}"

@@ -4,16 +4,15 @@ Models of as many blocks as there is patience for do what the run's own would: t
 learns from it. Blocks are all alike: what is missing is worth the difference to a model of one block.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from wandistiller.budget.workload import Workload, step_flops
-from wandistiller.device import DTYPES, wait_for
+from wandistiller.device import DTYPES
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.fp8 import to_fp8
 from wandistiller.model.sizes import unfilled_model
@@ -21,16 +20,21 @@ from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.targets.answers import autocast
 from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_optimizer
 
-PATIENCE_S = 10.0  # for all of it, about, so that budgets still come in seconds
-ASSUMED_UTILISATION = 0.4  # of the rate of plain matrix products, until a step is measured
-NUM_STEPS = 3  # timed, after one that warms up and one that tells how often to repeat
-LEAST_S = 0.05  # of a timing: short steps are repeated until it has taken so long
-WEIGHT_STD = 0.02  # of the random weights, so that nothing overflows
+# A budget should come in seconds, so all measurements together may take about this long.
+PATIENCE_S = 10.0
+# Until a step is measured, it is assumed to reach this share of the rate of plain matrix products.
+ASSUMED_UTILISATION = 0.4
+# The timer takes at least this many steps of each kind: one to warm up, one to choose how often to repeat, and those that count.
+LEAST_STEPS = 4
+# Short steps are repeated until a measurement has taken this long.
+LEAST_S = 0.15
+# Random weights of this size overflow nowhere.
+WEIGHT_STD = 0.02
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a process: of a batch that the teacher answers, of one that the student learns from, of an update.
+    """What a process takes: for a batch that the teacher answers, for one that the student learns from, for an update.
 
     Attributes:
         depths: blocks of the teacher and of the student that were measured.
@@ -45,22 +49,22 @@ class StepTime:
 
     @property
     def total_s(self) -> float:
-        """Of an optimiser step."""
+        """Seconds of an optimiser step."""
         return self.batches_per_step * (self.calls_per_step * self.answer_s + self.learn_s) + self.update_s
 
 
 def measure_step(workload: Workload, device: str, flops_per_s: float) -> StepTime | None:
-    """A step of this workload, without what processes send each other and without moving experts.
+    """Measure a step of this workload, without what processes send each other and without moving experts.
 
-    None where even two blocks would take longer than PATIENCE_S.
+    Return None where even two blocks would take longer than PATIENCE_S.
 
     Args:
-        flops_per_s: of plain matrix products on the device.
+        flops_per_s: the rate of plain matrix products on the device.
 
     Raises:
         torch.OutOfMemoryError: the device has no room for it.
     """
-    affordable = PATIENCE_S * ASSUMED_UTILISATION * flops_per_s / (2 + NUM_STEPS)
+    affordable = PATIENCE_S * ASSUMED_UTILISATION * flops_per_s / (1 + LEAST_STEPS)
     once = replace(workload, grad_accum_steps=1, calls_per_step=1.0)
     share = min(1.0, affordable / step_flops(once).total)
     teacher, student = (
@@ -81,7 +85,7 @@ def measure_step(workload: Workload, device: str, flops_per_s: float) -> StepTim
 
 
 def _at_depth(measure: Callable[[int], tuple[float, ...]], measured: int, depth: int) -> list[float]:
-    """What `measure` gives at `depth`, of `measured` blocks and, where these are not all, of one."""
+    """Return what `measure` gives at `depth`, from `measured` blocks and, where these are not all, from one."""
     many = measure(measured)
     if measured == depth:
         return list(many)
@@ -99,11 +103,11 @@ def _seconds_of_answers(workload: Workload, depth: int, device: str, dtype: torc
     negative = torch.randn(workload.negative_text_tokens, text_dim, device=device) if workload.uses_guidance else None
     ask = autocast(model.requires_grad_(False).eval(), device, dtype)
     with torch.no_grad():
-        return (_seconds_of(lambda: ask(*inputs, negative), device),)
+        return (_seconds_of(lambda: ask(*inputs, negative)),)
 
 
 def _seconds_of_learning(workload: Workload, depth: int, device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Of a forward and backward pass, and of clipping, optimiser and average."""
+    """Measure a forward and backward pass; and clipping, optimiser and average."""
     student = random_model(workload.student.replace(depth=depth), device, torch.float32).train()
     student.gradient_checkpointing = workload.gradient_checkpointing
     inputs = _random_inputs(workload, device)
@@ -121,11 +125,11 @@ def _seconds_of_learning(workload: Workload, depth: int, device: str, dtype: tor
         if average is not None:
             average.update()
 
-    return _seconds_of(learn, device), _seconds_of(update, device)
+    return _seconds_of(learn), _seconds_of(update)
 
 
 def random_model(config: StudentConfig, device: str, dtype: torch.dtype) -> WanLiteStudent:
-    """A model of this shape whose weights are kept as `project_teacher` keeps a teacher's, of small random values."""
+    """Return a model of this shape whose weights are kept as `project_teacher` keeps a teacher's, of small random values."""
     model = unfilled_model(config, dtype).to_empty(device=device)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -134,7 +138,7 @@ def random_model(config: StudentConfig, device: str, dtype: torch.dtype) -> WanL
 
 
 def _random_inputs(workload: Workload, device: str) -> tuple[torch.Tensor, ...]:
-    """Latents, timesteps, text of a batch and its lengths."""
+    """Return latents, timesteps, text of a batch and its lengths."""
     count, side, config = workload.batch_size, workload.latent_size, workload.student
     text = min(workload.text_tokens - 1, config.text_max_length)  # the model adds the token that stands for the padding
     return (
@@ -145,17 +149,8 @@ def _random_inputs(workload: Workload, device: str) -> tuple[torch.Tensor, ...]:
     )
 
 
-def _seconds_of(work: Callable[[], object], device: str) -> float:
-    """The median of NUM_STEPS timings, each over as many repetitions as take LEAST_S."""
-
-    def timed(repeats: int) -> float:
-        wait_for(device)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            work()
-        wait_for(device)
-        return (time.perf_counter() - start) / repeats
-
-    work()  # pays for libraries and memory
-    repeats = max(1, round(LEAST_S / max(timed(1), 1e-6)))
-    return statistics.median(timed(repeats) for _ in range(NUM_STEPS))
+def _seconds_of(work: Callable[[], object]) -> float:
+    """Return the median time of a call, which pays for libraries and memory once before."""
+    work()
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())  # it waits for a GPU by itself
+    return timer.blocked_autorange(min_run_time=LEAST_S).median

@@ -26,12 +26,16 @@ from wandistiller.targets.replay import REPLAY_BATCHES
 from wandistiller.targets.segments import READY_PER_LANE
 from wandistiller.targets.trajectories import PATHS_PER_LANE
 
-MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}  # of both moments, a parameter
-UMT5_XXL_PARAMETERS = 5_680_910_336  # of the encoder that all released Wans share, where its files are not at hand
-# Assumed, not measured: the CUDA context with its libraries, and what the allocator cannot use between tensors
+# The bytes that the optimiser's two moments take for each parameter.
+MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}
+# All released Wans share this encoder, whose files are not always at hand.
+UMT5_XXL_PARAMETERS = 5_680_910_336
+# The CUDA context with its libraries, and the share that the allocator cannot use between tensors, are assumed, not measured.
 CONTEXT_BYTES, FRAGMENTATION = 2**30, 0.05
-ACTIVATION_TOLERANCE = 0.15  # of the formulas of activations.py, by the tests that hold them against torch
-PHASES = ("encoding", "answering", "learning")  # the text encoder alone; then the teacher and the student in turn
+# The tests that hold the formulas of activations.py against torch allow them this error.
+ACTIVATION_TOLERANCE = 0.15
+# The text encoder is in memory alone; then the teacher and the student take turns.
+PHASES = ("encoding", "answering", "learning")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,8 @@ class Workload:
         maps_features: whether the student's hidden states pass a learnt map to the teacher's width first.
         stored_latents: latents kept per sample of a batch: paths in flight, finished samples, answers for replay.
         calls_per_step: batches that the teacher answers for one forward and backward pass of the student.
-        mean_text_tokens: of a prompt; negative_text_tokens of the negative one.
+        mean_text_tokens: length of a prompt on average.
+        negative_text_tokens: length of the negative prompt.
         keep_checkpoints: 0 where none is written.
         teacher_cache_batches: answers kept on disk; 0 without a cache.
     """
@@ -96,7 +101,7 @@ class Workload:
 
     @property
     def latent_bytes(self) -> int:
-        """Of one sample in float32."""
+        """Size of one sample's latents in float32."""
         return FP32 * self.student.num_channels * self.latent_size**2
 
     @property
@@ -106,19 +111,19 @@ class Workload:
 
     @property
     def text_tokens(self) -> int:
-        """That the student's cross-attention sees of a prompt, with the token that stands for the padding."""
+        """Tokens of a prompt that the student's cross-attention sees, with the one that stands for the padding."""
         return math.ceil(self.mean_text_tokens) + 1
 
     @property
     def teacher_text_tokens(self) -> int:
-        """That either half of a guided batch sees at most."""
+        """Tokens that either half of a guided batch sees at most."""
         return max(self.text_tokens, self.negative_text_tokens + 1 if self.uses_guidance else 0)
 
 
 def stored_latents(
     states: str, *, renoised: bool = False, replay: int = 1, has_segments: bool = False, is_cached: bool = False
 ) -> int:
-    """Latents that training states and answers keep on the device, per sample of a batch."""
+    """Return how many latents training states and answers keep on the device, per sample of a batch."""
     if has_segments:
         # Starts, ends and velocities of the paths; states and velocities of the targets that are known
         return 3 * PATHS_PER_LANE + 2 * READY_PER_LANE + (2 * REPLAY_BATCHES if replay > 1 else 0)
@@ -131,7 +136,7 @@ def stored_latents(
 
 @dataclass(frozen=True)
 class Component:
-    """Bytes of one GPU, or of the disk, and what they are; `phase` is when they are there, "" always but for encoding."""
+    """Some bytes of one GPU, or of the disk; they are there in one `phase`, or with "" in all but encoding."""
 
     name: str
     num_bytes: int
@@ -140,7 +145,7 @@ class Component:
 
 
 def memory_budget(workload: Workload) -> list[Component]:
-    """Bytes per GPU by component; those of the same phase and those of no phase are there together."""
+    """Return the bytes per GPU by component; those of the same phase and those of no phase are there together."""
     parts = [*_teacher_components(workload), *_student_components(workload), _states(workload)]
     parts.append(
         Component(
@@ -158,7 +163,7 @@ def memory_budget(workload: Workload) -> list[Component]:
 
 
 def phase_bytes(components: Sequence[Component]) -> dict[str, int]:
-    """What is there at once in each phase; the text encoder is alone."""
+    """Return the bytes that are there at once in each phase; the text encoder is alone."""
     always = sum(part.num_bytes for part in components if not part.phase)
     own = {phase: sum(part.num_bytes for part in components if part.phase == phase) for phase in PHASES}
     return {phase: own[phase] + (0 if phase == "encoding" else always) for phase in PHASES}
@@ -169,8 +174,11 @@ def peak_bytes(components: Sequence[Component]) -> int:
 
 
 def certain_bytes(workload: Workload) -> int:
-    """What the run needs at the very least: no reserve, activations at the low end of their estimate, no text encoder (its
-    answers may be in the prompt cache), and gradients only as activations make room for them."""
+    """Return the bytes that the run needs at the very least.
+
+    That is without a reserve, with activations at the low end of their estimate, without a text encoder (its answers may be in
+    the prompt cache), and with gradients only as activations make room for them.
+    """
     sizes = {part.name: part.num_bytes for part in memory_budget(workload) if part.name != "reserve"}
     phases = phase_bytes([part for part in memory_budget(workload) if part.name in sizes])
     phases["answering"] -= round(ACTIVATION_TOLERANCE * sizes["teacher activations"])
@@ -182,7 +190,7 @@ def certain_bytes(workload: Workload) -> int:
 
 
 def _teacher_components(workload: Workload) -> list[Component]:
-    """The experts' weights, and the inside of one block at a guided batch."""
+    """Return the experts' weights, and the inside of one block at a guided batch."""
     config, dtype = workload.teacher, workload.teacher_dtype
     one = weight_bytes(config, dtype)
     resident = 1 if workload.teacher_offload else workload.num_experts
@@ -214,7 +222,7 @@ def _teacher_components(workload: Workload) -> list[Component]:
 
 
 def _feature_components(workload: Workload) -> list[Component]:
-    """The teacher's hidden states in float32, and what the error of each layer keeps.
+    """Return the teacher's hidden states in float32, and what the error of each layer keeps.
 
     Those of two experts are copied together, while the last one's are still there.
     """
@@ -235,7 +243,7 @@ def _feature_components(workload: Workload) -> list[Component]:
 
 
 def _student_components(workload: Workload) -> list[Component]:
-    """Everything of the student that is trained, and its activations in one forward and backward pass."""
+    """Return everything of the student that is trained, and its activations in one forward and backward pass."""
     config, count = workload.student, count_parameters(workload.student)
     parts = workload.num_processes if workload.shard_student else 1
     own = math.ceil(count.total / parts)
@@ -264,7 +272,7 @@ def _student_components(workload: Workload) -> list[Component]:
 
 
 def _compute_copies(workload: Workload, activations: int) -> int:
-    """Autocast's copies of the student's weights; spread ones are gathered besides, in float32, two blocks at a time.
+    """Return the bytes of autocast's copies of the student's weights; sharded ones are gathered besides, in float32, two blocks at a time.
 
     Autograd keeps the copies with the activations. With checkpointing they are gone after the forward pass, where little but
     every block's input is there beside them; the backward pass makes those of one block at a time.
@@ -291,7 +299,7 @@ def _states(workload: Workload) -> Component:
 
 
 def checkpoint_bytes(workload: Workload) -> int:
-    """Of one checkpoint: weights, their average and the optimiser's moments, and the training states."""
+    """Return the bytes of one checkpoint: weights, their average and the optimiser's moments, and the training states."""
     per_parameter = FP32 + MOMENT_BYTES[workload.optimizer] + (FP32 if workload.ema else 0)
     return (
         per_parameter * count_parameters(workload.student).total + workload.num_processes * _states(workload).num_bytes
@@ -299,7 +307,7 @@ def checkpoint_bytes(workload: Workload) -> int:
 
 
 def disk_budget(workload: Workload) -> list[Component]:
-    """Bytes that the run writes, whatever is there already."""
+    """Return the bytes that the run writes, whatever is there already."""
     keep, num_prompts = workload.keep_checkpoints, workload.num_prompts
     total = count_parameters(workload.student).total
     cache = num_prompts * workload.mean_text_tokens * workload.teacher.text_encoder_output_dim * BYTES[workload.dtype]
@@ -337,7 +345,7 @@ class StepFlops:
 
 
 def step_flops(workload: Workload) -> StepFlops:
-    """Guidance is two forward passes of the teacher; a cached or replayed answer costs none."""
+    """Count the FLOPs of a step: guidance is two forward passes of the teacher, a cached or replayed answer costs none."""
     passes = workload.grad_accum_steps
     asked = workload.teacher, num_image_tokens(workload.teacher, workload.latent_size), workload.text_tokens
     teacher = (

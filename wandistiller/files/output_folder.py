@@ -1,4 +1,4 @@
-"""The folder a run writes to: checked before any work, and never overwriting an earlier student."""
+"""The folder that a run writes to: checked before any work, locked while it runs, and never overwriting an earlier student."""
 
 import contextlib
 import os
@@ -13,7 +13,8 @@ SAMPLES_NAME = "samples"
 LOSS_PLOT_NAME = "loss.png"
 TENSORBOARD_NAME = "tensorboard"
 CARD_NAME = "README.md"
-CARD_MARK = "<!-- Written by WanDistiller"  # in a card of ours; a README.md without it is a person's
+# A card of ours holds this mark; a README.md without it is a person's.
+CARD_MARK = "<!-- Written by WanDistiller"
 EVALUATION_NAME = "evaluation.json"
 COMPARISON_NAME = "teacher_vs_student.png"
 _OF_A_RUN = [

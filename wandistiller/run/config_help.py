@@ -9,7 +9,7 @@ from pathlib import Path
 from wandistiller.files.clone import CONFIG_FOLDER
 from wandistiller.model.config import StudentConfig
 
-# Teacher -> a config that fits it
+# Each teacher's name leads to a config that fits it.
 READY_CONFIGS = {
     "1.3B": "student_config_0.5B.json",
     "14B": "student_config.json",
@@ -24,9 +24,9 @@ TEACHERS = {
     "5B": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     "demo": "data/demo_teacher",
 }
-# Peak of one GPU at a batch of 4 in bf16, and with the flags below; those of benchmarks/scaling.py, which a test holds them to
+# The peak of one GPU at a batch of 4 in bf16, and with the memory-saving flags. benchmarks/scaling.py computes them; a test compares.
 PEAKS_GIB = {"1.3B": (22, 14), "14B": (62, 39), "A14B": (90, 39), "5B": (37, 28)}
-# README's table says the same; a test holds them together.
+# docs/config.md has the same table; a test holds them together.
 KEYS = {
     "model_type": 'always `"WanLiteStudent"`',
     "block": '`"wan"`: Wan\'s own block in 2D; `"lite"`: a small plain transformer without patches',
@@ -42,12 +42,13 @@ KEYS = {
     "freq_dim": "width of the sinusoidal time embedding; the teacher's 256 (`lite`: `hidden_size`)",
     "eps": "of the norms; the teacher's 1e-6",
 }
-BYTES_A_PARAMETER = 16  # in float32: weight, gradient and AdamW's two moments
+# Each parameter has its weight, its gradient and AdamW's two moments, in float32.
+BYTES_PER_PARAMETER = 16
 FP32_BYTES = 4
 
 
 def print_config(teacher: str) -> None:
-    """The config on stdout, so that it can be sent to a file; its size and its keys on stderr."""
+    """Print the config on stdout, so that it can be sent to a file; its size and its keys go to stderr."""
     file = CONFIG_FOLDER / READY_CONFIGS[teacher]
     config = StudentConfig.load(file)
     print(config.to_json(), end="")
@@ -55,11 +56,11 @@ def print_config(teacher: str) -> None:
 
 
 def explanation(teacher: str, config: StudentConfig, file: Path) -> list[str]:
-    """How large a student is, and a line a key."""
+    """Return lines on how large a student is, and one for each key."""
     count, width = config.num_parameters, max(map(len, KEYS))
     return [
         f"A student for {teacher} (config/{file.name}): {count:,} parameters, {gib(FP32_BYTES * count)} of weights;",
-        f"training takes {gib(BYTES_A_PARAMETER * count)} for weights, gradients and AdamW ({BYTES_A_PARAMETER} bytes a "
+        f"training takes {gib(BYTES_PER_PARAMETER * count)} for weights, gradients and AdamW ({BYTES_PER_PARAMETER} bytes a "
         f"parameter), {gib(FP32_BYTES * count)} more for --ema_decay, and teacher and activations besides",
         *expected_peak(teacher, config),
         f"Your own run: python train_distillation.py --dry_run --teacher_path {TEACHERS[teacher]} --student_config "
@@ -69,7 +70,7 @@ def explanation(teacher: str, config: StudentConfig, file: Path) -> list[str]:
 
 
 def expected_peak(teacher: str, config: StudentConfig) -> list[str]:
-    """A line on the memory of a whole run; the demo's is small everywhere."""
+    """Return a line on the memory of a whole run; none for the demo, whose is small everywhere."""
     if teacher not in PEAKS_GIB:
         return []
     plain, saving = PEAKS_GIB[teacher]
