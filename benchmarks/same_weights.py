@@ -3,9 +3,9 @@
     git worktree add ../before COMMIT
     python benchmarks/same_weights.py ../before
 
-Every run is a short command, typed the same in both checkouts: the demo, replay, segments, a teacher cache, an fp8 teacher, two
-experts, and the pre-flight's mock run. The weights files are compared byte for byte, and a checkpoint of the other checkout is
-resumed in this one. The last line is one JSON document.
+Every run is a short command, typed the same in both checkouts: the demo, replay, segments, a teacher cache, an fp8 teacher, noise,
+random weights, and the pre-flight's mock run. The weights are compared bit for bit (the order of a file's metadata is random), and a
+checkpoint of the other checkout is resumed in this one. The last line is one JSON document.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "diffusion_model.safetensors"
@@ -48,7 +50,11 @@ def weights_of(checkout: Path, words: list[str], folder: Path) -> str:
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{checkout}: {' '.join(words)} failed\n{done.stdout}{done.stderr}")
-    return hashlib.sha256((folder / "student" / WEIGHTS).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for tensor_name, tensor in sorted(load_file(folder / "student" / WEIGHTS).items()):
+        digest.update(f"{tensor_name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def main() -> int:
