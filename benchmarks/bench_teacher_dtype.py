@@ -129,10 +129,9 @@ def measure_errors(args: argparse.Namespace) -> dict[str, dict]:
     wan_files = open_teacher(args.teacher_path, config)
     settings = resolve_settings(wan_files)
     prompts = load_prompts(args.prompts_file).prompts[: args.num_prompts]
-    negative_prompt = settings.negative_prompt if settings.uses_guidance else None
     embeds: PromptEmbeds
     embeds, negative = embed_with_negative(
-        prompts, negative_prompt, wan_files.text_encoder(), config, args.prompt_cache, "cpu"
+        prompts, settings, wan_files.text_encoder(), config, args.prompt_cache, "cpu"
     )
     options = SamplingOptions(shift=settings.shift, num_inference_steps=settings.num_inference_steps)
     side = config.image_size // settings.vae_scale_factor

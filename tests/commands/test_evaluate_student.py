@@ -161,7 +161,7 @@ def test_timed_calls_take_turns_and_the_first_turn_warms_up(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(measures.time, "perf_counter", lambda: next(clock))
     calls = {"a": lambda: order.append("a"), "b": lambda: (order.append("b"), next(clock))}
-    assert measures.median_seconds(calls, repeats=2) == {"a": 1, "b": 2}
+    assert measures.median_seconds(calls, "cpu", repeats=2) == {"a": 1, "b": 2}
     assert order == ["a", "b"] * 3
 
 

@@ -6,6 +6,7 @@ Each carries the student's own config in the metadata of its weights, so that it
 import contextlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -38,29 +39,35 @@ def write_transformer_folder(
     _save(lift(tensors, dtype), config, folder / WEIGHTS_NAME)
 
 
+@dataclass(frozen=True)
+class PipelineParts:
+    """The parts of a WanPipeline that a student draws with beside its transformer.
+
+    Attributes:
+        folders: the folders of "vae", "text_encoder" and "tokenizer".
+        classes: library and class of the two text parts, as `text_classes` finds them.
+        link: whether an export links to these folders instead of copying them.
+    """
+
+    folders: dict[str, Path]
+    classes: dict[str, list[str]]
+    link: bool
+
+
 def write_pipeline_parts(
-    config: StudentConfig,
-    folder: Path,
-    options: SamplingOptions,
-    parts: dict[str, Path],
-    classes: dict[str, list],
-    *,
-    link: bool,
-    dtype: str = "fp32",
+    config: StudentConfig, folder: Path, options: SamplingOptions, parts: PipelineParts, dtype: str = "fp32"
 ) -> None:
-    """All of a WanPipeline folder but its transformer.
+    """Write all of a WanPipeline folder but its transformer, into an existing folder.
 
     Args:
         options: how the student draws; the scheduler is that of `wandistiller.sampling.sampler`.
-        parts: the folders of "vae", "text_encoder" and "tokenizer".
-        classes: library and class of the two text parts, as `text_classes` finds them.
-        link: make links to these folders instead of copies.
-        dtype: of the transformer. With fp32 the copied text encoder is to be loaded so too: transformers takes the precision
-            that its config names, and one of bf16 would draw other pictures than the student does here.
+        dtype: precision of the transformer. With fp32 a copied text encoder is marked to be loaded in float32 as well:
+            transformers takes the precision that its config names, and one of bf16 would draw other pictures than the
+            student does here.
     """
-    for name, source in parts.items():
-        _place(source, folder / name, link)
-    if dtype == "fp32" and not link:
+    for name, source in parts.folders.items():
+        _place(source, folder / name, parts.link)
+    if dtype == "fp32" and not parts.link:
         _load_as_float32(folder / "text_encoder" / "config.json")
     wan_scheduler(options.shift, options.num_inference_steps, options.sampler).save_pretrained(folder / "scheduler")
     index = {
@@ -71,7 +78,7 @@ def write_pipeline_parts(
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
-        **classes,
+        **parts.classes,
     }
     _write_json(dict(sorted(index.items())), folder / "model_index.json")
     _write_json(teacher_record(config), folder / "teacher_record.json")

@@ -4,7 +4,7 @@ Only the standard library is imported until a file is known to be right.
 """
 
 import os
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
+    from diffusers import AutoencoderKLWan
     from torch import Tensor
 
     from wandistiller.sampling.sampler import SamplingOptions
+    from wandistiller.wan.files import WanFiles
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
 
@@ -111,6 +113,14 @@ def student_sampling(
     )
 
 
+def teacher_sampling(
+    config: StudentConfig, num_inference_steps: int | None, compute_dtype: "torch.dtype", device: str
+) -> "SamplingOptions":
+    """How the student's teacher draws: by UniPC, in the recorded number of steps unless another is given."""
+    steps = num_inference_steps or (config.distillation or {})["num_inference_steps"]
+    return replace(student_sampling(config, steps, compute_dtype, device), sampler="unipc")
+
+
 def teacher_paths(
     config: StudentConfig, teacher_path: str | None, teacher_path_low: str | None = None
 ) -> tuple[str, str | None]:
@@ -139,12 +149,63 @@ def check_is_teacher(teacher: StudentConfig, config: StudentConfig, teacher_path
             )
 
 
+def open_recorded_teacher(config: StudentConfig, teacher_path: str, teacher_path_low: str | None) -> "WanFiles":
+    """Open the files of the student's teacher; `teacher_paths` tells where they are. No weight is read yet.
+
+    Raises:
+        UserError: they cannot be opened, or are not those of this student's teacher.
+    """
+    from wandistiller.wan.open import open_teacher
+
+    wan_files = open_teacher(teacher_path, config, teacher_path_low)
+    check_is_teacher(wan_files.config, config, teacher_path)
+    return wan_files
+
+
+@dataclass(frozen=True)
+class DrawingParts:
+    """The parts of a Wan that draw a picture together with its transformer.
+
+    Attributes:
+        encoder: the folders of the text encoder and its tokenizer; None stands for the mock's embeddings.
+        vae: the AutoencoderKLWan, in memory.
+    """
+
+    encoder: tuple[Path, Path] | None
+    vae: "AutoencoderKLWan"
+
+
+def load_drawing_parts(
+    config: StudentConfig, teacher_path: str, *, text_encoder_path: str | None, vae_path: str | None, device: str
+) -> DrawingParts:
+    """Find the text encoder and the VAE of a student, as paths from flags say or else beside its teacher, and load the VAE.
+
+    Raises:
+        UserError: one of them is missing or damaged, or belongs to another Wan.
+    """
+    from wandistiller.wan.vae import find_vae, load_vae
+
+    vae_location = find_vae(vae_path, teacher_path)
+    encoder = find_recorded_encoder(config, text_encoder_path, teacher_path)
+    return DrawingParts(encoder, load_vae(*vae_location, config.num_channels, config.vae_scale_factor, device))
+
+
+def check_text_encoder(encoder: Path, text_dim: int) -> None:
+    """Refuse a text encoder whose embeddings have another width than teacher and student take."""
+    from wandistiller.wan.text_encoder import text_encoder_dim
+
+    if (width := text_encoder_dim(encoder)) != text_dim:
+        raise UserError(
+            f"{encoder}: gives embeddings of width {width}, teacher and student take {text_dim}; point "
+            "--text_encoder_path at the teacher's own encoder"
+        )
+
+
 def find_recorded_encoder(
     config: StudentConfig, text_encoder_path: str | None, teacher_path: str
 ) -> tuple[Path, Path] | None:
     """Folders of the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings were learnt."""
     from wandistiller.wan.files import find_text_encoder
-    from wandistiller.wan.text_encoder import text_encoder_dim
 
     path, recorded = text_encoder_path, (config.distillation or {}).get("text_encoder_path")
     if path is None and recorded is not None:
@@ -152,11 +213,7 @@ def find_recorded_encoder(
     if path is None and teacher_path == "mock":
         return None
     encoder, tokenizer = find_text_encoder(path or teacher_path)
-    if (text_dim := text_encoder_dim(encoder)) != config.text_encoder_output_dim:
-        raise UserError(
-            f"{encoder}: gives embeddings of width {text_dim}, the student takes {config.text_encoder_output_dim}; point "
-            "--text_encoder_path at the teacher's own encoder"
-        )
+    check_text_encoder(encoder, config.text_encoder_output_dim)
     return encoder, tokenizer
 
 
@@ -178,12 +235,16 @@ def embed_texts(
 
 
 def embed_with_negative(
-    prompts: "Sequence[str]", negative_prompt: str | None, *where
+    prompts: "Sequence[str]", settings: "TeacherSettings", *where
 ) -> "tuple[PromptEmbeds, Tensor | None]":
-    """Text tokens of every prompt, and of the negative prompt where there is one; `where` as for `embed_texts`."""
-    texts = [*prompts, negative_prompt] if negative_prompt is not None else list(prompts)
-    embeds = embed_texts(texts, *where)
-    return embeds.first(len(prompts)), embeds.read(len(prompts)) if negative_prompt is not None else None
+    """The text tokens of every prompt, and of the negative prompt where guidance needs it.
+
+    Args:
+        where: the arguments of `embed_texts` after the texts.
+    """
+    negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
+    embeds = embed_texts([*prompts, *negative_prompts], *where)
+    return embeds.first(len(prompts)), embeds.read(len(prompts)) if negative_prompts else None
 
 
 def check_size(name: str, pixels: int, config: StudentConfig, patch_size: int) -> None:
