@@ -21,6 +21,7 @@ from wandistiller.files.output_folder import (
 from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.recorded import (
+    StudentRecord,
     check_size,
     embed_with_negative,
     load_drawing_parts,
@@ -123,7 +124,7 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.project import project_experts
     from wandistiller.sampling.flow import seeded_noise
-    from wandistiller.sampling.sampler import student_field
+    from wandistiller.sampling.sampler import student_as_teacher
     from wandistiller.sampling.teacher import Teacher
 
     device = pick_device(flags.device)
@@ -138,11 +139,11 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
 
     # The text comes first, so that its encoder leaves memory before the models come:
     embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompt_cache, device)
-    is_of_few_steps = config.distillation.get("student_steps") is not None  # it draws in the steps it learnt
-    student_steps = None if is_of_few_steps else flags.num_inference_steps
+    # A student that learnt whole steps draws in these alone, whatever --num_inference_steps says:
+    student_steps = StudentRecord.of(config).student_steps or flags.num_inference_steps
     prompt_indices, seeds = sample_plan(len(prompts), flags.num_seeds, flags.seed)
     return Experiment(
-        student=student_field(WanLiteStudent.from_pretrained(flags.student, device), settings),
+        student=student_as_teacher(WanLiteStudent.from_pretrained(flags.student, device), settings),
         teacher=Teacher(project_experts(wan_files, config.text_max_length, dtype, device), settings, negative),
         embeds=embeds,
         prompts=[prompts[index] for index in prompt_indices],
@@ -164,7 +165,7 @@ def describe(flags: Flags, config: StudentConfig, digest: str | None, experiment
     return {
         "student": flags.student,
         "student_sha256": digest,
-        "teacher": flags.teacher_path or config.distillation["teacher_path"],
+        "teacher": flags.teacher_path or StudentRecord.of(config).teacher_path,
         "prompts_file": flags.prompts_file,
         "num_prompts": len(experiment.embeds),
         "num_seeds": flags.num_seeds,

@@ -21,6 +21,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_output_folder, check_writable
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.sampling.recorded import (
+    StudentRecord,
     find_recorded_encoder,
     load_shape,
     load_student_config,
@@ -225,12 +226,10 @@ def print_warnings(config: StudentConfig, export_format: str) -> None:
     """Print what the export cannot carry into other tools."""
     from wandistiller.projection.comfyui import comfyui_warnings
 
-    low, high = (config.distillation or {}).get("sigma_range") or (0.0, 1.0)
     warnings = comfyui_warnings(config) if export_format == "original" else []
-    if low > 0.0 or high < 1.0:
-        warnings.append(f"trained at sigma {low:g} to {high:g} only; a picture needs all of 0 to 1")
-    for warning in warnings:
-        print(f"Warning: {warning}")
+    for warning in [*warnings, StudentRecord.of(config).warning_of_untrained_levels()]:
+        if warning:
+            print(f"Warning: {warning}")
 
 
 def print_use(config: StudentConfig, target: Path, flags: Flags) -> None:

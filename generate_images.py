@@ -19,6 +19,7 @@ from wandistiller.files.output_folder import check_output_folder, prepare_output
 from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.recorded import (
+    StudentRecord,
     check_size,
     embed_with_negative,
     load_drawing_parts,
@@ -159,13 +160,13 @@ def choose_guidance(flags: Flags, settings: "TeacherSettings") -> "TeacherSettin
 
 def warn_of_untrained(config: StudentConfig, options: "SamplingOptions") -> None:
     """Print a warning where the student is asked for noise levels or steps that it has not learnt."""
-    record = config.distillation or {}
-    low, high = record.get("sigma_range") or (0.0, 1.0)
-    if low > 0.0 or high < 1.0:
-        print(f"Warning: this student was trained at sigma {low:g} to {high:g} only; a picture needs all of 0 to 1")
-    steps = record.get("student_steps") or options.num_inference_steps
-    if steps != options.num_inference_steps:
-        print(f"Warning: this student learnt to draw in {steps} steps, not in {options.num_inference_steps}")
+    record = StudentRecord.of(config)
+    if warning := record.warning_of_untrained_levels():
+        print(f"Warning: this student was {warning}")
+    if record.student_steps not in (None, options.num_inference_steps):
+        print(
+            f"Warning: this student learnt to draw in {record.student_steps} steps, not in {options.num_inference_steps}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,14 +250,14 @@ def load_field(
     """Load the velocity field to follow: the experts of the teacher where `wan_files` are given, else the student."""
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.project import project_experts
-    from wandistiller.sampling.sampler import student_field
+    from wandistiller.sampling.sampler import student_as_teacher
     from wandistiller.sampling.teacher import Teacher
 
     if wan_files is not None:
         experts = project_experts(wan_files, config.text_max_length, options.compute_dtype, options.device)
         return Teacher(experts, settings, negative_prompt_embeds)
     student = WanLiteStudent.from_pretrained(flags.student, options.device)
-    return student_field(student, settings, settings.guidance_scale, negative_prompt_embeds)
+    return student_as_teacher(student, settings, settings.guidance_scale, negative_prompt_embeds)
 
 
 def describe(flags: Flags, size: tuple[int, int], drawing: Drawing) -> dict[str, object]:

@@ -27,7 +27,7 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import project_experts
 from wandistiller.sampling.recorded import embed_with_negative
-from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample, student_field
+from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample, student_as_teacher
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import autocast
 from wandistiller.targets.states import StatesOptions, build_states
@@ -143,7 +143,7 @@ def measure_errors(args: argparse.Namespace) -> dict[str, dict]:
     fields = {name: (lambda how=how: kept_as(*how, *teacher)) for name, how in VARIANTS.items() if name != "fp32"}
     if args.student:
         fields["student"] = lambda: Answerer(
-            student_field(WanLiteStudent.from_pretrained(args.student), settings), FP32
+            student_as_teacher(WanLiteStudent.from_pretrained(args.student), settings), FP32
         )
     results = {}
     for name, make in fields.items():

@@ -8,6 +8,7 @@ What no tensor tells is still taken as given by 0.8.0; from 0.19.3 on the metada
 import json
 
 from wandistiller.model.config import StudentConfig
+from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.wan.settings import RELEASED_LATENTS
 
 HEAD_DIM = 128
@@ -71,9 +72,8 @@ def _warnings_of_older(config: StudentConfig) -> list[str]:
 
 def _has_released_latents(config: StudentConfig) -> bool:
     """Whether mean and std of the student's latents, where it records them, are those of the released VAE."""
-    record = config.distillation or {}
-    for name, released in zip(("latents_mean", "latents_std"), RELEASED_LATENTS[config.num_channels], strict=True):
-        values = record.get(name) or released
+    record, (mean, std) = StudentRecord.of(config), RELEASED_LATENTS[config.num_channels]
+    for values, released in ((record.latents_mean or mean, mean), (record.latents_std or std, std)):
         if any(abs(value - given) > _MAX_STATISTICS_ERROR for value, given in zip(values, released, strict=True)):
             return False
     return True
@@ -84,10 +84,9 @@ def comfyui_settings(config: StudentConfig) -> str:
 
     Of its schedulers "simple" has the noise levels of `sampling.wan_scheduler` (within 0.008), "normal" and "beta" have others.
     """
-    record = config.distillation or {}
-    few = record.get("student_steps")
-    steps = few or record.get("num_inference_steps")
-    sampler = f"KSampler with {f'steps {steps}, ' if steps else ''}cfg 1, {'euler' if few else 'uni_pc'}, simple"
-    shift = f"ModelSamplingSD3 with shift {record['shift']:g}, " if "shift" in record else ""
+    record = StudentRecord.of(config)
+    steps = f"steps {record.steps}, " if record.steps else ""
+    sampler = f"KSampler with {steps}cfg 1, {'euler' if record.sampler == 'euler' else 'uni_pc'}, simple"
+    shift = f"ModelSamplingSD3 with shift {record.shift:g}, " if record.shift is not None else ""
     latent = "Wan22ImageToVideoLatent" if config.num_channels == 48 else "EmptyHunyuanLatentVideo"
     return f"Load Diffusion Model, {shift}{sampler}; {latent} of length 1; Load CLIP of type wan"

@@ -1,4 +1,4 @@
-"""A trained student's folder, and what its record says to whoever samples it: teacher, text encoder, settings.
+"""A trained student's folder, and what its record says to whoever draws with it: teacher, text encoder, VAE, settings.
 
 Only the standard library is imported until a file is known to be right.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
 
-# What sampling cannot do without; the rest of the record is history.
+# Drawing cannot do without these; the rest of the record may be missing.
 _NEEDED = {
     "teacher_path": str,
     "shift": (int, float),
@@ -36,34 +36,63 @@ _NEEDED = {
 }
 
 
-def recorded_path(path: str | None) -> str | None:
-    """A path as a student's record holds it, to be found from any folder: hub ids and mock as they are, local ones absolute,
-    or ./... in this code's own folder, which no hub id can look like."""
-    if path is None or path == "mock" or hub_id(path):
-        return path
-    absolute = Path(os.path.abspath(path))
-    return f"./{absolute.relative_to(CLONE)}" if absolute.is_relative_to(CLONE) else str(absolute)
+@dataclass(frozen=True, kw_only=True)
+class StudentRecord:
+    """What a student's `distillation` record says of drawing with it; None stands for what it does not say.
 
+    Attributes:
+        teacher_path, teacher_path_low, text_encoder_path: as `recorded_path` gives them.
+        base_model: the hub repository of the teacher, where the run took it from there.
+        num_inference_steps: how many steps the teacher draws in.
+        student_steps: how many steps the student draws in, where it learnt whole steps.
+        sigma_range: the noise levels it was trained at.
+        latents_mean, latents_std: per channel; model space is (z - mean) / std.
+    """
 
-def _found(recorded: str, what: str, flag: str, is_of_hub: bool) -> str:
-    """Where a recorded path is now; refused where nothing is there."""
-    if recorded == "mock" or is_of_hub:
-        return recorded
-    local = CLONE / recorded
-    if not local.exists():
-        raise UserError(f"{local}: the {what} this student records is not there; give {flag}")
-    return str(local)
+    teacher_path: str | None = None
+    teacher_path_low: str | None = None
+    base_model: str | None = None
+    text_encoder_path: str | None = None
+    shift: float | None = None
+    num_inference_steps: int | None = None
+    student_steps: int | None = None
+    sigma_range: tuple[float, float] | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+
+    @classmethod
+    def of(cls, config: StudentConfig) -> "StudentRecord":
+        """Read the record of a student; one that was not trained has none."""
+        record = config.distillation or {}
+        return cls(**{field.name: record.get(field.name) for field in fields(cls)})
+
+    @property
+    def sampler(self) -> str:
+        """A student of whole steps follows straight lines, as Euler's method does; any other is sampled as its teacher is."""
+        return "euler" if self.student_steps else "unipc"
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps the student draws in unless another number is asked for."""
+        return self.student_steps or self.num_inference_steps
+
+    def warning_of_untrained_levels(self) -> str | None:
+        """Return a warning where the student was trained at a part of the noise levels, else None."""
+        low, high = self.sigma_range or (0.0, 1.0)
+        if low <= 0.0 and high >= 1.0:
+            return None
+        return f"trained at sigma {low:g} to {high:g} only; a picture needs all of 0 to 1"
 
 
 def load_shape(folder: str | Path) -> StudentConfig:
-    """The config of a student in a folder, whether or not it was trained."""
+    """Load the config of the student in a folder, whether or not it was trained."""
     if not Path(folder).is_dir():
         raise UserError(f"--student {folder}: there is no such folder; give the --output_dir of train_distillation.py")
     return StudentConfig.load(folder)
 
 
 def load_student_config(folder: str | Path) -> StudentConfig:
-    """The config of a trained student, refused where it lacks the record of its distillation."""
+    """Load the config of a trained student; one without the record of its distillation is refused."""
     config = load_shape(folder)
     where = Path(folder) / CONFIG_NAME
     if config.distillation is None:
@@ -80,7 +109,7 @@ def load_student_config(folder: str | Path) -> StudentConfig:
 
 
 def weights_digest(folder: str | Path) -> str | None:
-    """The sha256 of a student's weights file: what was measured belongs to these weights alone. None where there is none."""
+    """Return the sha256 of a student's weights file, to which measurements belong; None where there is no such file."""
     from wandistiller.files.atomic import file_digest
     from wandistiller.model.transformer import WEIGHTS_NAME
 
@@ -89,7 +118,7 @@ def weights_digest(folder: str | Path) -> str | None:
 
 
 def recorded_settings(config: StudentConfig) -> "TeacherSettings":
-    """How the teacher was sampled, as the record holds it."""
+    """Return how the teacher was sampled, as the record holds it."""
     from wandistiller.wan.settings import TeacherSettings
 
     record = config.distillation or {}
@@ -99,15 +128,14 @@ def recorded_settings(config: StudentConfig) -> "TeacherSettings":
 def student_sampling(
     config: StudentConfig, num_inference_steps: int | None, compute_dtype: "torch.dtype", device: str
 ) -> "SamplingOptions":
-    """How this student draws: as its teacher, or in the steps it learnt where it is a student of few (then by Euler)."""
+    """Return how a student draws: as its teacher does, or by whole steps where it learnt them; None steps are as recorded."""
     from wandistiller.sampling.sampler import SamplingOptions
 
-    record = config.distillation or {}
-    few = record.get("student_steps")
+    record = StudentRecord.of(config)
     return SamplingOptions(
-        shift=record["shift"],
-        num_inference_steps=num_inference_steps or few or record["num_inference_steps"],
-        sampler="euler" if few else "unipc",
+        shift=record.shift,
+        num_inference_steps=num_inference_steps or record.steps,
+        sampler=record.sampler,
         compute_dtype=compute_dtype,
         device=device,
     )
@@ -116,24 +144,51 @@ def student_sampling(
 def teacher_sampling(
     config: StudentConfig, num_inference_steps: int | None, compute_dtype: "torch.dtype", device: str
 ) -> "SamplingOptions":
-    """How the student's teacher draws: by UniPC, in the recorded number of steps unless another is given."""
-    steps = num_inference_steps or (config.distillation or {})["num_inference_steps"]
+    """Return how the student's teacher draws; None steps are as recorded."""
+    steps = num_inference_steps or StudentRecord.of(config).num_inference_steps
     return replace(student_sampling(config, steps, compute_dtype, device), sampler="unipc")
+
+
+def recorded_path(path: str | None) -> str | None:
+    """Return a path as a student's record holds it, so that it is found from any folder.
+
+    Hub ids and "mock" stay as they are and local paths become absolute; those inside this code's own folder become ./...,
+    which no hub id can look like.
+    """
+    if path is None or path == "mock" or hub_id(path):
+        return path
+    absolute = Path(os.path.abspath(path))
+    return f"./{absolute.relative_to(CLONE)}" if absolute.is_relative_to(CLONE) else str(absolute)
+
+
+def _found(recorded: str, what: str, flag: str, is_of_hub: bool) -> str:
+    """Return where a recorded path is now.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    if recorded == "mock" or is_of_hub:
+        return recorded
+    local = CLONE / recorded
+    if not local.exists():
+        raise UserError(f"{local}: the {what} this student records is not there; give {flag}")
+    return str(local)
 
 
 def teacher_paths(
     config: StudentConfig, teacher_path: str | None, teacher_path_low: str | None = None
 ) -> tuple[str, str | None]:
-    """The teacher and its low-noise file: as the flags say, else as recorded.
+    """Return where the teacher and its low-noise expert are: as the arguments say, else as recorded.
 
     A recorded teacher is a hub repository only where the run that made the student took it from there (`base_model`): a
-    missing folder must not become another's repository of the same name.
+    missing folder must not become somebody else's repository of the same name.
     """
     if teacher_path is not None:
         return teacher_path, teacher_path_low
-    record = config.distillation or {}
-    recorded, low = record["teacher_path"], record.get("teacher_path_low")
-    teacher = _found(recorded, "teacher", "--teacher_path", recorded == record.get("base_model"))
+    record = StudentRecord.of(config)
+    is_of_hub = record.teacher_path == record.base_model
+    teacher = _found(record.teacher_path, "teacher", "--teacher_path", is_of_hub)
+    low = record.teacher_path_low
     if teacher_path_low is None and low is not None:
         teacher_path_low = _found(low, "low-noise expert", "--teacher_path_low", is_hub_id(low))
     return teacher, teacher_path_low
@@ -204,10 +259,14 @@ def check_text_encoder(encoder: Path, text_dim: int) -> None:
 def find_recorded_encoder(
     config: StudentConfig, text_encoder_path: str | None, teacher_path: str
 ) -> tuple[Path, Path] | None:
-    """Folders of the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings were learnt."""
+    """Find the folders of the text encoder and its tokenizer; None stands for the mock teacher's embeddings.
+
+    Raises:
+        UserError: they are not there, or give embeddings of another width than the student takes.
+    """
     from wandistiller.wan.files import find_text_encoder
 
-    path, recorded = text_encoder_path, (config.distillation or {}).get("text_encoder_path")
+    path, recorded = text_encoder_path, StudentRecord.of(config).text_encoder_path
     if path is None and recorded is not None:
         path = _found(recorded, "text encoder", "--text_encoder_path", is_hub_id(recorded))
     if path is None and teacher_path == "mock":
@@ -225,7 +284,13 @@ def embed_texts(
     device: str,
     progress: "Callable[[int, int], None] | None" = None,
 ) -> "PromptEmbeds":
-    """Text tokens of prompts, as the student was trained on them."""
+    """Return the text tokens of prompts, as teacher and student take them.
+
+    Args:
+        encoder: the folders of the text encoder and its tokenizer; None makes the mock's embeddings.
+        config: tells the width of the embeddings and the number of text slots.
+        progress: called with (prompts encoded so far, prompts to encode).
+    """
     from wandistiller.wan.prompt_embeds import mock_prompt_embeds
     from wandistiller.wan.text_encoder import encode_prompts
 
@@ -248,7 +313,7 @@ def embed_with_negative(
 
 
 def check_size(name: str, pixels: int, config: StudentConfig, patch_size: int) -> None:
-    """Refuse a height or width (`name` as the person gave it) that does not fill whole patches behind the VAE."""
+    """Refuse a height or width that does not fill whole patches behind the VAE; the error begins with `name`."""
     unit = config.vae_scale_factor * patch_size
     if pixels % unit or pixels < unit:
         lower, upper = pixels // unit * unit, (pixels // unit + 1) * unit
