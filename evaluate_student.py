@@ -2,7 +2,8 @@
 
     python evaluate_student.py --student outputs/demo --prompts_file data/demo_heldout_prompts.txt --num_prompts 100
 
-Both draw from the same noise with the teacher's recorded shift and guidance; wandistiller/evaluation/measures.py defines every measure.
+Both draw from the same noise, with the recorded shift and the teacher's recorded guidance. Every measure is defined in
+wandistiller/evaluation/measures.py.
 """
 
 import json

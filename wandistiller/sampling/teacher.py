@@ -105,7 +105,7 @@ class Teacher:
 
         Both halves are computed in one call, which shares what is equal in them; g = 1 needs only one half.
         """
-        expert = self._use(name)
+        expert = self.use(name)
         scale = self.settings.guidance_scale if name == "high" else self.settings.guidance_scale_2
         timestep = to_device(sigma_to_timestep(sigma), latents.device)
         if scale == 1.0:
@@ -123,7 +123,7 @@ class Teacher:
         self.negative_prompt_embeds = self.negative_prompt_embeds.to(prompt_embeds)
         return self.negative_prompt_embeds
 
-    def _use(self, name: str) -> WanLiteStudent:
+    def use(self, name: str) -> WanLiteStudent:
         """Return an expert that is ready to answer, on the device where it does so."""
         if name != self.in_use:
             self.num_swaps += self.in_use is not None
