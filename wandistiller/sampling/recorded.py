@@ -300,15 +300,16 @@ def embed_texts(
 
 
 def embed_with_negative(
-    prompts: "Sequence[str]", settings: "TeacherSettings", *where
+    prompts: "Sequence[str]",
+    settings: "TeacherSettings",
+    encoder: tuple[Path, Path] | None,
+    config: StudentConfig,
+    prompt_cache: str,
+    device: str,
 ) -> "tuple[PromptEmbeds, Tensor | None]":
-    """The text tokens of every prompt, and of the negative prompt where guidance needs it.
-
-    Args:
-        where: the arguments of `embed_texts` after the texts.
-    """
+    """Return the text tokens of every prompt, and of the negative prompt where guidance needs it; see `embed_texts`."""
     negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
-    embeds = embed_texts([*prompts, *negative_prompts], *where)
+    embeds = embed_texts([*prompts, *negative_prompts], encoder, config, prompt_cache, device)
     return embeds.first(len(prompts)), embeds.read(len(prompts)) if negative_prompts else None
 
 
