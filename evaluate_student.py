@@ -2,17 +2,17 @@
 
     python evaluate_student.py --student outputs/demo --prompts_file data/demo_heldout_prompts.txt --num_prompts 100
 
-Both draw from the same noise with the teacher's recorded shift and guidance; wandistiller/evaluation/measures.py defines every measure.
+Both draw from the same noise, with the recorded shift and the teacher's recorded guidance. Every measure is defined in
+wandistiller/evaluation/measures.py.
 """
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, number, path, run_command
-from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     COMPARISON_NAME,
     EVALUATION_NAME,
@@ -22,14 +22,16 @@ from wandistiller.files.output_folder import (
 from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.recorded import (
-    check_is_teacher,
+    StudentRecord,
     check_size,
     embed_with_negative,
-    find_recorded_encoder,
+    load_drawing_parts,
     load_student_config,
+    open_recorded_teacher,
     recorded_settings,
     student_sampling,
     teacher_paths,
+    teacher_sampling,
     weights_digest,
 )
 
@@ -38,11 +40,31 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 
     from wandistiller.evaluation.experiment import Experiment
 
+MAX_COLUMNS = 8  # of teacher_vs_student.png; each is a prompt
 
-NUM_COLUMNS = 8  # prompts in the picture
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags of this command, as `--help` describes them; None leaves a value to the student's record."""
+
+    student: str
+    teacher_path: str | None
+    teacher_path_low: str | None
+    text_encoder_path: str | None
+    vae_path: str | None
+    prompts_file: str
+    num_prompts: int
+    prompt_cache: str
+    num_seeds: int
+    seed: int
+    num_inference_steps: int | None
+    batch_size: int
+    device: str | None
+    dtype: str | None
+    output: str
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> Flags:
     parser = FlagParser(
         "evaluate_student.py",
         "Hold a student against its teacher on held-out prompts. Flags are accepted with underscores or hyphens.",
@@ -86,125 +108,69 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--output", f"folder for {EVALUATION_NAME} and {COMPARISON_NAME} (the student's own)", type=path
     )
 
-    args = parser.parse(argv)
-    args.output = args.output or args.student
-    return args
+    values = vars(parser.parse(argv))
+    return Flags(**values | {"output": values["output"] or values["student"]})
 
 
-def world_judge_of(wan_files, prompts: list[str]):
-    """The judge of the world that the checkpoint names, or None; prompts it cannot read are refused before any work."""
-    if wan_files.record.get("world") != "shapes":
-        return None
-    from wandistiller.evaluation import demo_judge
+def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tuple[str, str | None]) -> "Experiment":
+    """Load student and teacher and all that they draw with; every file is checked before a weight is read.
 
-    for prompt in prompts:
-        try:
-            demo_judge.read_prompt(prompt)
-        except ValueError as err:
-            raise UserError(f"--prompts_file: {err}; this teacher is judged on prompts of its own world") from None
-    return demo_judge.judge
-
-
-def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str]):
-    """The experiment and the judge; every file is checked before a weight is read."""
-    from dataclasses import replace
-
+    Args:
+        teacher: what `teacher_paths` found.
+    """
     from wandistiller.device import pick_device, pick_dtype
+    from wandistiller.evaluation.demo_judge import find_judge
     from wandistiller.evaluation.experiment import Experiment
     from wandistiller.evaluation.measures import sample_plan
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.project import project_experts
     from wandistiller.sampling.flow import seeded_noise
-    from wandistiller.sampling.sampler import student_field
+    from wandistiller.sampling.sampler import student_as_teacher
     from wandistiller.sampling.teacher import Teacher
-    from wandistiller.wan.open import open_teacher
-    from wandistiller.wan.vae import find_vae, load_vae
 
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    device = pick_device(flags.device)
+    dtype = pick_dtype(flags.dtype, device)
     settings = recorded_settings(config)
-    teacher_path, low_noise_path = teacher_paths(config, args.teacher_path, args.teacher_path_low)
-    wan_files = open_teacher(teacher_path, config, low_noise_path)
-    check_is_teacher(wan_files.config, config, teacher_path)
+    wan_files = open_recorded_teacher(config, *teacher)
     check_size("the student's image_size", config.image_size, config, wan_files.config.patch_size)
-    vae_location = find_vae(args.vae_path, teacher_path)
-    encoder = find_recorded_encoder(config, args.text_encoder_path, teacher_path)
-    judge = world_judge_of(wan_files, prompts)
-    vae = load_vae(*vae_location, config.num_channels, config.vae_scale_factor, device)
+    judge = find_judge(wan_files.record, prompts)
+    parts = load_drawing_parts(
+        config, teacher[0], text_encoder_path=flags.text_encoder_path, vae_path=flags.vae_path, device=device
+    )
 
-    negative_prompt = settings.negative_prompt if settings.uses_guidance else None
-    embeds, negative = embed_with_negative(prompts, negative_prompt, encoder, config, args.prompt_cache, device)
-    steps = args.num_inference_steps or settings.num_inference_steps
-    is_few = config.distillation.get("student_steps") is not None  # it draws in the steps it learnt
-    student_options = student_sampling(config, None if is_few else steps, dtype, device)
-    prompt_indices, seeds = sample_plan(len(prompts), args.num_seeds, args.seed)
-    experiment = Experiment(
-        student=student_field(WanLiteStudent.from_pretrained(args.student, device), settings),
+    # The text comes first, so that its encoder leaves memory before the models come:
+    embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompt_cache, device)
+    # A student that learnt whole steps draws in these alone, whatever --num_inference_steps says:
+    student_steps = StudentRecord.of(config).student_steps or flags.num_inference_steps
+    prompt_indices, seeds = sample_plan(len(prompts), flags.num_seeds, flags.seed)
+    return Experiment(
+        student=student_as_teacher(WanLiteStudent.from_pretrained(flags.student, device), settings),
         teacher=Teacher(project_experts(wan_files, config.text_max_length, dtype, device), settings, negative),
         embeds=embeds,
         prompts=[prompts[index] for index in prompt_indices],
         prompt_indices=prompt_indices,
         noise=seeded_noise(seeds, (config.num_channels, config.latent_size, config.latent_size)),
-        options=replace(student_options, sampler="unipc", num_inference_steps=steps),
-        student_options=student_options,
+        teacher_options=teacher_sampling(config, flags.num_inference_steps, dtype, device),
+        student_options=student_sampling(config, student_steps, dtype, device),
         settings=settings,
-        vae=vae,
-        num_seeds=args.num_seeds,
-        batch_size=args.batch_size,
-    )
-    return experiment, judge
-
-
-def save_picture(file: Path, experiment: "Experiment", teacher: "np.ndarray", student: "np.ndarray") -> None:
-    """The first seed of the first prompts: teacher above, student below, from the same noise."""
-    from wandistiller.files.pictures import labelled_grid, save_png
-
-    chosen = range(0, len(experiment.prompts), experiment.num_seeds)[:NUM_COLUMNS]
-    captions = [[experiment.prompts[index] for index in chosen], [""] * len(chosen)]
-    grid = labelled_grid(
-        [[part[index] for index in chosen] for part in (teacher, student)], captions, ["teacher", "student"]
-    )
-    options = experiment.options
-    save_png(grid, file, {"num_inference_steps": options.num_inference_steps, "shift": options.shift})
-
-
-def main(argv: list[str] | None = None) -> int:
-    # What a person typed is checked before torch loads:
-    args = parse_args(argv)
-    config = load_student_config(args.student)
-    prompts = load_prompts(args.prompts_file).prompts[: args.num_prompts]
-    teacher_paths(config, args.teacher_path, args.teacher_path_low)
-    check_output_folder(args.output, "--output")
-
-    from wandistiller.evaluation.experiment import measure, measure_cost
-    from wandistiller.files.atomic import atomic_path
-    from wandistiller.reports.cards import try_to_write_model_card
-    from wandistiller.reports.tables import finite, table_lines
-
-    digest = weights_digest(args.student)  # before they are read: a run may be writing new ones
-    experiment, judge = prepare(args, config, prompts)
-    folder = prepare_output_folder(args.output, "--output")
-    options, settings = experiment.options, experiment.settings
-    print(
-        f"{len(prompts)} prompts x {args.num_seeds} seeds, teacher {options.num_inference_steps} steps, student "
-        f"{experiment.student_options.num_inference_steps}, shift {options.shift:g}, "
-        f"teacher's guidance_scale {settings.guidance_scale:g}"
+        vae=parts.vae,
+        judge=judge,
+        num_seeds=flags.num_seeds,
+        batch_size=flags.batch_size,
     )
 
-    # Measure:
-    results, pictures_teacher, pictures_student = measure(experiment, judge)
-    results["cost"] = measure_cost(experiment)
-    print("\n".join(table_lines(results)))
 
-    # Save:
-    about = {
-        "student": args.student,
+def describe(flags: Flags, config: StudentConfig, digest: str | None, experiment: "Experiment") -> dict[str, object]:
+    """Return what evaluation.json says of how it was measured; `digest` is of the student's weights."""
+    options, settings = experiment.teacher_options, experiment.settings
+    return {
+        "student": flags.student,
         "student_sha256": digest,
-        "teacher": args.teacher_path or config.distillation["teacher_path"],
-        "prompts_file": args.prompts_file,
-        "num_prompts": len(prompts),
-        "num_seeds": args.num_seeds,
-        "seed": args.seed,
+        "teacher": flags.teacher_path or StudentRecord.of(config).teacher_path,
+        "prompts_file": flags.prompts_file,
+        "num_prompts": len(experiment.embeds),
+        "num_seeds": flags.num_seeds,
+        "seed": flags.seed,
         "num_inference_steps": options.num_inference_steps,
         "student_steps": experiment.student_options.num_inference_steps,
         "shift": options.shift,
@@ -214,13 +180,59 @@ def main(argv: list[str] | None = None) -> int:
         "device": options.device,
         "dtype": str(options.compute_dtype).removeprefix("torch."),
     }
-    save_picture(folder / COMPARISON_NAME, experiment, pictures_teacher, pictures_student)
-    with atomic_path(folder / EVALUATION_NAME) as beside:  # last: it says which student the picture is of, too
-        beside.write_text(
-            json.dumps(finite(about | results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
+
+
+def save_comparison(file: Path, experiment: "Experiment", teacher: "np.ndarray", student: "np.ndarray") -> None:
+    """Write the pictures of the first prompts, each from its first seed: the teacher's row above the student's."""
+    from wandistiller.files.pictures import labelled_grid, save_png
+
+    chosen = range(0, len(experiment.prompts), experiment.num_seeds)[:MAX_COLUMNS]
+    rows = [[pictures[index] for index in chosen] for pictures in (teacher, student)]
+    captions = [[experiment.prompts[index] for index in chosen], [""] * len(chosen)]
+    options = experiment.teacher_options
+    metadata = {"num_inference_steps": options.num_inference_steps, "shift": options.shift}
+    save_png(labelled_grid(rows, captions, ["teacher", "student"]), file, metadata)
+
+
+def save_results(file: Path, results: dict[str, object]) -> None:
+    """Write the results as JSON; a value that is not finite becomes null."""
+    from wandistiller.files.atomic import atomic_path
+    from wandistiller.reports.tables import finite
+
+    text = json.dumps(finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_path(file) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    # What a person typed is checked before torch loads:
+    flags = parse_args(argv)
+    config = load_student_config(flags.student)
+    prompts = load_prompts(flags.prompts_file).prompts[: flags.num_prompts]
+    teacher = teacher_paths(config, flags.teacher_path, flags.teacher_path_low)
+    check_output_folder(flags.output, "--output")
+
+    from wandistiller.evaluation.experiment import measure, measure_cost
+    from wandistiller.reports.cards import try_to_write_model_card
+    from wandistiller.reports.tables import table_lines
+
+    digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
+    experiment = prepare(flags, config, prompts, teacher)
+    folder = prepare_output_folder(flags.output, "--output")
+
+    # Measure:
+    print(experiment.summary())
+    results, pictures_teacher, pictures_student = measure(experiment)
+    results["cost"] = measure_cost(experiment)
+    print("\n".join(table_lines(results)))
+
+    # Save the results last, because they name the student that the picture is of:
+    save_comparison(folder / COMPARISON_NAME, experiment, pictures_teacher, pictures_student)
+    save_results(folder / EVALUATION_NAME, describe(flags, config, digest, experiment) | results)
+
+    # Tell:
     print(f"Saved {EVALUATION_NAME} and {COMPARISON_NAME} in {folder}")
-    if folder.resolve() == Path(args.student).resolve() and (card := try_to_write_model_card(folder)):
+    if folder.resolve() == Path(flags.student).resolve() and (card := try_to_write_model_card(folder)):
         print(f"The model card holds them: {card}")
     return 0
 

@@ -6,20 +6,22 @@
 diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder, original one file as ComfyUI reads it.
 """
 
-import argparse
 import signal
 import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, path, run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_output_folder, check_writable
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.sampling.recorded import (
+    StudentRecord,
     find_recorded_encoder,
     load_shape,
     load_student_config,
@@ -27,12 +29,31 @@ from wandistiller.sampling.recorded import (
     teacher_paths,
 )
 
+if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
+    from torch import Tensor
+
+    from wandistiller.projection.diffusers_export import PipelineParts
+
 FORMATS = ["diffusers", "original", "pipeline"]
 ORIGINAL_NAME = "wan_student.safetensors"
 WEIGHT_SUFFIXES = {".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags of this command, as `--help` describes them."""
+
+    student: str
+    format: str
+    output: str
+    dtype: str
+    teacher_path: str | None
+    vae_path: str | None
+    text_encoder_path: str | None
+    link: bool
+
+
+def parse_args(argv: list[str] | None = None) -> Flags:
     parser = FlagParser(
         "export_student.py",
         "Export a trained student to diffusers or ComfyUI. Flags are accepted with underscores or hyphens.",
@@ -66,52 +87,52 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parts.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan", type=path)
     parts.flag("--text_encoder_path", "folder or hub id with text_encoder/ and tokenizer/", type=path)
     parts.flag("--link", "link to these folders instead of copying them", False, action="store_true")
-    return parser.parse(argv)
+    return Flags(**vars(parser.parse(argv)))
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(flags: Flags) -> None:
     """Refuse flags that do not go together."""
-    if args.dtype == "fp8" and args.format != "original":
+    if flags.dtype == "fp8" and flags.format != "original":
         raise UserError(
-            f"--dtype fp8 is for --format original; diffusers reads no such files, give bf16 with {args.format}"
+            f"--dtype fp8 is for --format original; diffusers reads no such files, give bf16 with {flags.format}"
         )
     for name in ("teacher_path", "vae_path", "text_encoder_path", "link"):
-        if getattr(args, name) and args.format != "pipeline":
+        if getattr(flags, name) and flags.format != "pipeline":
             raise UserError(f"--{name} belongs to --format pipeline; the other formats hold the transformer alone")
 
 
-def read_config(args: argparse.Namespace) -> StudentConfig:
-    """The student's config; a pipeline is also told by its record how to draw."""
-    if args.format == "pipeline":
-        config = load_student_config(args.student)
-    elif Path(args.student).is_file():
+def read_config(flags: Flags) -> StudentConfig:
+    """Read the student's config; a pipeline also needs its record, which says how to draw."""
+    if flags.format == "pipeline":
+        config = load_student_config(flags.student)
+    elif Path(flags.student).is_file():
         from wandistiller.model.transformer import saved_config
 
-        config = saved_config(args.student)
+        config = saved_config(flags.student)
     else:
-        config = load_shape(args.student)
+        config = load_shape(flags.student)
     if config.block != "wan":
         raise UserError(
-            f'{Path(args.student) / CONFIG_NAME}: a student of block "{config.block}" is no Wan, and no other tool knows its '
+            f'{Path(flags.student) / CONFIG_NAME}: a student of block "{config.block}" is no Wan, and no other tool knows its '
             'architecture; only block "wan" can be exported'
         )
     return config
 
 
-def check_output(args: argparse.Namespace) -> Path:
-    """Where the export goes; what is there already is never replaced."""
-    target = Path(args.output)
+def check_output(flags: Flags) -> Path:
+    """Return the path of the file or folder that the export becomes; what is there already is never replaced."""
+    target = Path(flags.output)
     is_file = target.suffix.lower() in WEIGHT_SUFFIXES
-    if is_file and (args.format != "original" or target.suffix != ".safetensors"):
-        file = " or a file of suffix .safetensors" if args.format == "original" else ""
+    if is_file and (flags.format != "original" or target.suffix != ".safetensors"):
+        file = " or a file of suffix .safetensors" if flags.format == "original" else ""
         raise UserError(
-            f"--output {target}: --format {args.format} writes no {target.suffix} file; give a new folder{file}"
+            f"--output {target}: --format {flags.format} writes no {target.suffix} file; give a new folder{file}"
         )
-    if args.format == "original" and not is_file:
+    if flags.format == "original" and not is_file:
         target = target / ORIGINAL_NAME
     check_writable(target.parent, "--output")
     prove_writable(target.parent)
-    if args.format == "original":
+    if flags.format == "original":
         if target.exists():
             raise UserError(f"--output {target}: is there already; give another name")
         return target
@@ -122,7 +143,7 @@ def check_output(args: argparse.Namespace) -> Path:
 
 
 def prove_writable(folder: Path) -> None:
-    """Refuse a folder where no file can be made, as in /proc, whatever its permissions say; nothing stays there."""
+    """Refuse a folder where no file can be made, whatever its permissions say, as in /proc; nothing is left there."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -133,38 +154,28 @@ def prove_writable(folder: Path) -> None:
         raise UserError(f"--output {folder}: cannot be written to ({error.strerror}); give another folder") from None
 
 
-def find_parts(args: argparse.Namespace, config: StudentConfig) -> tuple[dict[str, Path], dict[str, list]]:
-    """Folders of VAE, text encoder and tokenizer, each known to be the student's, and the classes of the text parts."""
-    from wandistiller.projection.diffusers_export import text_classes
+def find_parts(flags: Flags, config: StudentConfig) -> "PipelineParts":
+    """Find the VAE, the text encoder and the tokenizer of a pipeline, and check that they are those of the student."""
+    from wandistiller.projection.diffusers_export import PipelineParts, text_classes
     from wandistiller.wan.vae import check_statistics, find_vae, load_vae, vae_folder
 
-    teacher = teacher_paths(config, args.teacher_path)[0] if not (args.vae_path and args.text_encoder_path) else "mock"
-    vae = vae_folder(*find_vae(args.vae_path, teacher))
-    encoder = find_recorded_encoder(config, args.text_encoder_path, teacher)
+    needs_teacher = not (flags.vae_path and flags.text_encoder_path)
+    teacher = teacher_paths(config, flags.teacher_path)[0] if needs_teacher else "mock"
+    vae = vae_folder(*find_vae(flags.vae_path, teacher))
+    encoder = find_recorded_encoder(config, flags.text_encoder_path, teacher)
     if encoder is None:
         raise UserError(
             "this student learnt the mock teacher's stand-in embeddings; there is no text encoder for a pipeline, export it "
             "as diffusers or original"
         )
     check_statistics(load_vae(str(vae), None, config.num_channels, config.vae_scale_factor).config, config, vae)
-    return {"vae": vae, "text_encoder": encoder[0], "tokenizer": encoder[1]}, text_classes(encoder[0])
-
-
-def print_warnings(config: StudentConfig, export_format: str) -> None:
-    """What the export cannot carry into other tools."""
-    from wandistiller.projection.comfyui import comfyui_warnings
-
-    low, high = (config.distillation or {}).get("sigma_range") or (0.0, 1.0)
-    warnings = comfyui_warnings(config) if export_format == "original" else []
-    if low > 0.0 or high < 1.0:
-        warnings.append(f"trained at sigma {low:g} to {high:g} only; a picture needs all of 0 to 1")
-    for warning in warnings:
-        print(f"Warning: {warning}")
+    folders = {"vae": vae, "text_encoder": encoder[0], "tokenizer": encoder[1]}
+    return PipelineParts(folders, text_classes(encoder[0]), flags.link)
 
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM cleans up as Ctrl-C does."""
+    """Treat SIGTERM as Ctrl-C, so that it leaves nothing half written."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -172,56 +183,93 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def main(argv: list[str] | None = None) -> int:
-    # What a person typed is checked before torch loads:
-    args = parse_args(argv)
-    check_flags(args)
-    config = read_config(args)
-    target = check_output(args)
+def remove_killed_exports(target: Path) -> None:
+    """Remove what a killed export left beside the target, or beside its folder where that is new as well."""
+    from wandistiller.files.atomic import remove_leftovers
 
+    remove_leftovers(target)
+    if not target.parent.exists():
+        remove_leftovers(target.parent)
+
+
+def write_file(target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, dtype: str) -> None:
+    """Write one file for ComfyUI; a folder that is new appears with the file in it, or not at all."""
+    from wandistiller.files.atomic import atomic_folder
+    from wandistiller.projection.diffusers_export import write_original_file
+
+    with nullcontext(target.parent) if target.parent.exists() else atomic_folder(target.parent) as folder:
+        write_original_file(tensors, config, folder / target.name, dtype)
+
+
+def write_folder(
+    target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: "PipelineParts | None", flags: Flags
+) -> None:
+    """Write a folder for diffusers: a pipeline where its parts are given, else the transformer alone."""
     import torch
 
-    from wandistiller.files.atomic import atomic_folder, remove_leftovers
-    from wandistiller.model.transformer import WanLiteStudent
+    from wandistiller.files.atomic import atomic_folder
+    from wandistiller.projection.diffusers_export import write_pipeline_parts, write_transformer_folder
+    from wandistiller.reports.export_card import write_export_card
+
+    with atomic_folder(target) as folder:
+        transformer = folder
+        if parts is not None:
+            options = student_sampling(config, None, torch.float32, "cpu")
+            write_pipeline_parts(config, folder, options, parts, flags.dtype)
+            transformer = folder / "transformer"
+            transformer.mkdir()
+        write_transformer_folder(tensors, config, transformer, flags.dtype)
+        write_export_card(folder, target.resolve().name, config, flags.format, flags.dtype, link=flags.link)
+
+
+def print_warnings(config: StudentConfig, export_format: str) -> None:
+    """Print what the export cannot carry into other tools."""
+    from wandistiller.projection.comfyui import comfyui_warnings
+
+    warnings = comfyui_warnings(config) if export_format == "original" else []
+    for warning in [*warnings, StudentRecord.of(config).warning_of_untrained_levels()]:
+        if warning:
+            print(f"Warning: {warning}")
+
+
+def print_use(config: StudentConfig, target: Path, flags: Flags) -> None:
+    """Print how to draw with a pipeline, or with a file that ComfyUI draws right."""
     from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
-    from wandistiller.projection.diffusers_export import (
-        published,
-        write_original_file,
-        write_pipeline_parts,
-        write_transformer_folder,
-    )
-    from wandistiller.reports.export_card import drawing, write_export_card
+    from wandistiller.reports.export_card import drawing
+
+    if flags.format == "pipeline":
+        print("To draw:\n" + textwrap.indent(drawing(config, str(target), flags.dtype, link=flags.link), "  "))
+    if flags.format == "original" and not comfyui_warnings(config, reads_metadata=True):
+        print(f"In ComfyUI: {comfyui_settings(config)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    # What a person typed is checked before torch loads:
+    flags = parse_args(argv)
+    check_flags(flags)
+    config = read_config(flags)
+    target = check_output(flags)
+
+    from wandistiller.model.transformer import WanLiteStudent
+    from wandistiller.projection.diffusers_export import published
 
     with terminated_as_interrupted():
-        # Every file, before one is written:
-        parts, classes = find_parts(args, config) if args.format == "pipeline" else ({}, {})
-        tensors = WanLiteStudent.from_pretrained(args.student).state_dict()
+        # Every file is checked before one is written:
+        parts = find_parts(flags, config) if flags.format == "pipeline" else None
+        tensors = WanLiteStudent.from_pretrained(flags.student).state_dict()
+        public_config = published(config, flags.teacher_path)
 
-        # The file or folder, whole or not at all:
-        config = published(config, args.teacher_path)
-        for place in [target] if target.parent.exists() else [target, target.parent]:
-            remove_leftovers(place)
-        if args.format == "original":
-            around = nullcontext(target.parent) if target.parent.exists() else atomic_folder(target.parent)
-            with around as folder:
-                write_original_file(tensors, config, folder / target.name, args.dtype)
+        # The file or folder appears whole or not at all:
+        remove_killed_exports(target)
+        if flags.format == "original":
+            write_file(target, tensors, public_config, flags.dtype)
         else:
-            with atomic_folder(target) as folder:
-                if args.format == "pipeline":
-                    options = student_sampling(config, None, torch.float32, "cpu")
-                    write_pipeline_parts(config, folder, options, parts, classes, link=args.link, dtype=args.dtype)
-                transformer = folder / "transformer" if args.format == "pipeline" else folder
-                transformer.mkdir(exist_ok=True)
-                write_transformer_folder(tensors, config, transformer, args.dtype)
-                write_export_card(folder, target.resolve().name, config, args.format, args.dtype, link=args.link)
+            write_folder(target, tensors, public_config, parts, flags)
 
-    # How to use it:
-    print_warnings(config, args.format)
-    print(f"Wrote {target}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters, {args.dtype}")
-    if args.format == "pipeline":
-        print("To draw:\n" + textwrap.indent(drawing(config, str(target), args.dtype, link=args.link), "  "))
-    if args.format == "original" and not comfyui_warnings(config, reads_metadata=True):
-        print(f"In ComfyUI: {comfyui_settings(config)}")
+    # Tell:
+    print_warnings(public_config, flags.format)
+    print(f"Wrote {target}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters, {flags.dtype}")
+    print_use(public_config, target, flags)
     return 0
 
 

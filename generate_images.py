@@ -6,9 +6,11 @@
 Steps, shift, guidance and size default to what the student's own record holds.
 """
 
-import argparse
 import math
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, number, path, run_command
@@ -17,29 +19,59 @@ from wandistiller.files.output_folder import check_output_folder, prepare_output
 from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.recorded import (
-    check_is_teacher,
+    StudentRecord,
     check_size,
     embed_with_negative,
-    find_recorded_encoder,
+    load_drawing_parts,
     load_student_config,
+    open_recorded_teacher,
     recorded_settings,
     student_sampling,
     teacher_paths,
+    teacher_sampling,
 )
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
-    import torch
+    import numpy as np
+    from diffusers import AutoencoderKLWan
     from torch import Tensor
 
     from wandistiller.sampling.sampler import SamplingOptions
     from wandistiller.sampling.teacher import Teacher
     from wandistiller.wan.files import WanFiles
+    from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
 
-MAX_GRID = 100  # pictures in grid.png
+MAX_GRID_PICTURES = 100
+GRID_NAME = "grid.png"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags of this command, as `--help` describes them; None leaves a value to the student's record."""
+
+    student: str
+    model: str
+    teacher_path: str | None
+    teacher_path_low: str | None
+    text_encoder_path: str | None
+    vae_path: str | None
+    prompt: list[str] | None
+    prompts_file: str | None
+    prompt_cache: str
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    allow_double_guidance: bool
+    seed: int
+    height: int | None
+    width: int | None
+    batch_size: int
+    device: str | None
+    dtype: str | None
+    output: str
+
+
+def parse_args(argv: list[str] | None = None) -> Flags:
     parser = FlagParser(
         "generate_images.py",
         "Draw prompts with a trained student, or with its teacher. Flags are accepted with underscores or hyphens.",
@@ -90,30 +122,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     performance.flag("--dtype", "of matrix products (bf16 on cuda, else fp32)", choices=["fp32", "bf16"])
 
     parser.group("Output").flag("--output", "folder for the pictures", "outputs/images", type=path)
-    return parser.parse(argv)
+    return Flags(**vars(parser.parse(argv)))
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Prompts of --prompt, then those of the file."""
-    if not args.prompt and not args.prompts_file:
+def read_prompts(flags: Flags) -> list[str]:
+    """Read the prompts of --prompt, then those of --prompts_file."""
+    if not flags.prompt and not flags.prompts_file:
         raise UserError("nothing to draw: give --prompt or --prompts_file")
-    prompts = list(args.prompt or [])
+    prompts = flags.prompt or []
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("--prompt is empty; write what to draw, in quotes")
-    return prompts + (load_prompts(args.prompts_file).prompts if args.prompts_file else [])
+    return prompts + (load_prompts(flags.prompts_file).prompts if flags.prompts_file else [])
 
 
-def choose_guidance(args: argparse.Namespace, settings: "TeacherSettings") -> "TeacherSettings":
-    """The settings to draw with; a student's own guidance is 1 and the teacher's is in what it learnt."""
-    from dataclasses import replace
+def check_picture_size(size: tuple[int, int], config: StudentConfig, patch_size: int) -> None:
+    """Refuse a height or width that does not fill whole patches of `patch_size` latent pixels."""
+    for flag, pixels in zip(("--height", "--width"), size, strict=True):
+        check_size(flag, pixels, config, patch_size)
 
-    if args.model == "teacher":
-        if args.guidance_scale is None:
+
+def choose_guidance(flags: Flags, settings: "TeacherSettings") -> "TeacherSettings":
+    """Return the settings to draw with; a student needs no guidance, because it has learnt guided velocities."""
+    if flags.model == "teacher":
+        if flags.guidance_scale is None:
             return settings
-        low = None if settings.boundary_ratio is None else args.guidance_scale
-        return replace(settings, guidance_scale=args.guidance_scale, guidance_scale_2=low)
-    scale = 1.0 if args.guidance_scale is None else args.guidance_scale
-    if scale != 1.0 and settings.uses_guidance and not args.allow_double_guidance:
+        low = None if settings.boundary_ratio is None else flags.guidance_scale
+        return replace(settings, guidance_scale=flags.guidance_scale, guidance_scale_2=low)
+    scale = 1.0 if flags.guidance_scale is None else flags.guidance_scale
+    if scale != 1.0 and settings.uses_guidance and not flags.allow_double_guidance:
         raise UserError(
             f"--guidance_scale {scale:g}: this student learnt its teacher's guided velocity (guidance_scale "
             f"{settings.guidance_scale:g}), and guiding it again overdoes it; leave the flag out, or add "
@@ -123,121 +159,162 @@ def choose_guidance(args: argparse.Namespace, settings: "TeacherSettings") -> "T
 
 
 def warn_of_untrained(config: StudentConfig, options: "SamplingOptions") -> None:
-    record = config.distillation or {}
-    low, high = record.get("sigma_range") or (0.0, 1.0)
-    if low > 0.0 or high < 1.0:
-        print(f"Warning: this student was trained at sigma {low:g} to {high:g} only; a picture needs all of 0 to 1")
-    steps = record.get("student_steps") or options.num_inference_steps
-    if steps != options.num_inference_steps:
-        print(f"Warning: this student learnt to draw in {steps} steps, not in {options.num_inference_steps}")
+    """Print a warning where the student is asked for noise levels or steps that it has not learnt."""
+    record = StudentRecord.of(config)
+    if warning := record.warning_of_untrained_levels():
+        print(f"Warning: this student was {warning}")
+    if record.student_steps not in (None, options.num_inference_steps):
+        print(
+            f"Warning: this student learnt to draw in {record.student_steps} steps, not in {options.num_inference_steps}"
+        )
 
 
-def build_field(
-    args: argparse.Namespace,
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How pictures are drawn: the sampler, the velocity field it follows, its text, and what decodes the latents."""
+
+    field: "Teacher"
+    embeds: "PromptEmbeds"
+    options: "SamplingOptions"
+    settings: "TeacherSettings"
+    vae: "AutoencoderKLWan"
+    latent_shape: tuple[int, int, int]
+    first_seed: int
+    batch_size: int
+
+    def pictures(self) -> "Iterator[tuple[int, np.ndarray]]":
+        """Yield the index and the picture (H, W, 3) uint8 of every prompt, drawn a batch at a time."""
+        from wandistiller.sampling.flow import seeded_noise
+        from wandistiller.sampling.sampler import sample_in_batches
+        from wandistiller.wan.vae import decode
+
+        num_prompts = len(self.embeds)
+        for start in range(0, num_prompts, self.batch_size):
+            indices = range(start, min(start + self.batch_size, num_prompts))
+            noise = seeded_noise([self.first_seed + index for index in indices], self.latent_shape)
+            latents = sample_in_batches(self.field, noise, self.embeds, indices, self.options, self.batch_size)
+            pictures = decode(self.vae, latents, self.settings.latents_mean, self.settings.latents_std)
+            yield from zip(indices, pictures, strict=True)
+
+
+def prepare(
+    flags: Flags, config: StudentConfig, prompts: list[str], size: tuple[int, int], teacher: tuple[str, str | None]
+) -> Drawing:
+    """Load everything that draws; every file is checked before a weight is read.
+
+    Args:
+        size: height and width in pixels.
+        teacher: what `teacher_paths` found.
+    """
+    from wandistiller.device import pick_device, pick_dtype
+
+    device = pick_device(flags.device)
+    dtype = pick_dtype(flags.dtype, device)
+    settings = choose_guidance(flags, recorded_settings(config))
+    if flags.model == "teacher":
+        options = teacher_sampling(config, flags.num_inference_steps, dtype, device)
+        wan_files = open_recorded_teacher(config, *teacher)
+        check_picture_size(size, config, wan_files.config.patch_size)
+    else:
+        options = student_sampling(config, flags.num_inference_steps, dtype, device)
+        wan_files = None
+        warn_of_untrained(config, options)
+    parts = load_drawing_parts(
+        config, teacher[0], text_encoder_path=flags.text_encoder_path, vae_path=flags.vae_path, device=device
+    )
+    prepare_output_folder(flags.output, "--output")
+
+    # The text comes first, so that its encoder leaves memory before the model comes:
+    embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompt_cache, device)
+    height, width = (pixels // config.vae_scale_factor for pixels in size)
+    return Drawing(
+        field=load_field(flags, config, settings, options, wan_files, negative),
+        embeds=embeds,
+        options=options,
+        settings=settings,
+        vae=parts.vae,
+        latent_shape=(config.num_channels, height, width),
+        first_seed=flags.seed,
+        batch_size=flags.batch_size,
+    )
+
+
+def load_field(
+    flags: Flags,
     config: StudentConfig,
     settings: "TeacherSettings",
+    options: "SamplingOptions",
     wan_files: "WanFiles | None",
-    negative: "Tensor | None",
-    dtype: "torch.dtype",
-    device: str,
+    negative_prompt_embeds: "Tensor | None",
 ) -> "Teacher":
-    """Who answers with velocities: the teacher's experts, or the student."""
+    """Load the velocity field to follow: the experts of the teacher where `wan_files` are given, else the student."""
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.project import project_experts
-    from wandistiller.sampling.sampler import student_field
+    from wandistiller.sampling.sampler import student_as_teacher
     from wandistiller.sampling.teacher import Teacher
 
     if wan_files is not None:
-        return Teacher(project_experts(wan_files, config.text_max_length, dtype, device), settings, negative)
-    student = WanLiteStudent.from_pretrained(args.student, device)
-    return student_field(student, settings, settings.guidance_scale, negative)
+        experts = project_experts(wan_files, config.text_max_length, options.compute_dtype, options.device)
+        return Teacher(experts, settings, negative_prompt_embeds)
+    student = WanLiteStudent.from_pretrained(flags.student, options.device)
+    return student_as_teacher(student, settings, settings.guidance_scale, negative_prompt_embeds)
 
 
-def describe(args: argparse.Namespace, settings: "TeacherSettings", options: "SamplingOptions") -> dict[str, object]:
-    """What a picture's metadata says beside prompt and seed."""
+def describe(flags: Flags, size: tuple[int, int], drawing: Drawing) -> dict[str, object]:
+    """Return what the metadata of every picture holds, beside its prompt and seed."""
     from wandistiller import __version__
 
+    height, width = size
     values = {
-        "model": args.model,
-        "student": args.student,
-        "num_inference_steps": options.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "guidance_scale_2": settings.guidance_scale_2,
-        "shift": options.shift,
-        "height": args.height,
-        "width": args.width,
+        "model": flags.model,
+        "student": flags.student,
+        "num_inference_steps": drawing.options.num_inference_steps,
+        "guidance_scale": drawing.settings.guidance_scale,
+        "guidance_scale_2": drawing.settings.guidance_scale_2,
+        "shift": drawing.options.shift,
+        "height": height,
+        "width": width,
         "Software": f"WanDistiller {__version__}",
     }
     return {name: value for name, value in values.items() if value is not None}
 
 
+def save_grid(file: Path, pictures: "list[np.ndarray]", prompts: list[str], metadata: dict[str, object]) -> None:
+    """Write the pictures on one sheet of about as many columns as rows, each under its prompt."""
+    from wandistiller.files.pictures import labelled_grid, save_png
+
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = [slice(start, start + columns) for start in range(0, len(pictures), columns)]
+    captions = prompts[: len(pictures)]
+    save_png(labelled_grid([pictures[row] for row in rows], [captions[row] for row in rows]), file, metadata)
+
+
 def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
-    args = parse_args(argv)
-    config = load_student_config(args.student)
-    prompts = read_prompts(args)
-    paths = teacher_paths(config, args.teacher_path, args.teacher_path_low)
-    args.height, args.width = args.height or config.image_size, args.width or config.image_size
-    for name in ("height", "width"):
-        check_size(f"--{name}", getattr(args, name), config, config.patch_size)
-    check_output_folder(args.output, "--output")
+    flags = parse_args(argv)
+    config = load_student_config(flags.student)
+    prompts = read_prompts(flags)
+    teacher = teacher_paths(config, flags.teacher_path, flags.teacher_path_low)
+    size = flags.height or config.image_size, flags.width or config.image_size
+    check_picture_size(size, config, config.patch_size)
+    folder = check_output_folder(flags.output, "--output")
 
-    from dataclasses import replace
+    from wandistiller.files.pictures import save_png, slug
 
-    from wandistiller.device import pick_device, pick_dtype
-    from wandistiller.files.pictures import labelled_grid, save_png, slug
-    from wandistiller.sampling.flow import seeded_noise
-    from wandistiller.sampling.sampler import sample_in_batches
-    from wandistiller.wan.open import open_teacher
-    from wandistiller.wan.vae import decode, find_vae, load_vae
-
-    # Every file, before a weight is read:
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    settings = choose_guidance(args, recorded_settings(config))
-    options = student_sampling(config, args.num_inference_steps, dtype, device)
-    wan_files = None
-    if args.model == "teacher":
-        steps = args.num_inference_steps or settings.num_inference_steps
-        options = replace(options, sampler="unipc", num_inference_steps=steps)
-        wan_files = open_teacher(paths[0], config, paths[1])
-        check_is_teacher(wan_files.config, config, paths[0])
-        for name in ("height", "width"):
-            check_size(f"--{name}", getattr(args, name), config, wan_files.config.patch_size)
-    else:
-        warn_of_untrained(config, options)
-    vae_location = find_vae(args.vae_path, paths[0])
-    encoder = find_recorded_encoder(config, args.text_encoder_path, paths[0])
-    vae = load_vae(*vae_location, config.num_channels, config.vae_scale_factor, device)
-    folder = prepare_output_folder(args.output, "--output")
-
-    # Text first: its encoder leaves memory before the model comes:
-    negative_prompt = settings.negative_prompt if settings.uses_guidance else None
-    embeds, negative = embed_with_negative(prompts, negative_prompt, encoder, config, args.prompt_cache, device)
-    field = build_field(args, config, settings, wan_files, negative, dtype, device)
-
-    # Draw, a batch at a time:
-    shape = (config.num_channels, args.height // config.vae_scale_factor, args.width // config.vae_scale_factor)
-    about = describe(args, settings, options)
+    # Draw:
+    drawing = prepare(flags, config, prompts, size, teacher)
+    metadata = describe(flags, size, drawing)
     shown = []
-    for start in range(0, len(prompts), args.batch_size):
-        indices = list(range(start, min(start + args.batch_size, len(prompts))))
-        noise = seeded_noise([args.seed + index for index in indices], shape)
-        latents = sample_in_batches(field, noise, embeds, indices, options, args.batch_size)
-        pictures = decode(vae, latents, settings.latents_mean, settings.latents_std)
-        for index, picture in zip(indices, pictures, strict=True):
-            file = folder / f"{index:03d}_{slug(prompts[index])}.png"
-            save_png(picture, file, {"prompt": prompts[index], "seed": args.seed + index, **about})
-            print(file, flush=True)
-        shown.extend(pictures[: MAX_GRID - len(shown)])
+    for index, picture in drawing.pictures():
+        file = folder / f"{index:03d}_{slug(prompts[index])}.png"
+        save_png(picture, file, {"prompt": prompts[index], "seed": flags.seed + index, **metadata})
+        print(file, flush=True)
+        if len(shown) < MAX_GRID_PICTURES:
+            shown.append(picture)
 
-    # All on one sheet:
-    columns = math.ceil(math.sqrt(len(shown)))
-    starts = range(0, len(shown), columns)
-    captions = [prompts[: len(shown)][start : start + columns] for start in starts]
-    grid = labelled_grid([shown[start : start + columns] for start in starts], captions)
-    save_png(grid, folder / "grid.png", about | {"seed": args.seed})
-    print(f"{len(prompts)} pictures by the {args.model} and grid.png in {folder}")
+    # Tell:
+    save_grid(folder / GRID_NAME, shown, prompts, metadata | {"seed": flags.seed})
+    print(f"{len(prompts)} pictures by the {flags.model} and {GRID_NAME} in {folder}")
     return 0
 
 

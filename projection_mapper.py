@@ -1,22 +1,24 @@
-"""3D -> 2D: a Wan teacher's weights become a 2D model, of its own shape (exact at one frame) or a smaller student's.
+"""Turn a Wan teacher, a 3D model, into a 2D one: of the teacher's own shape, or a smaller student that inherits a part of it.
 
-The patch kernel of Wan is (1, p, p) and frame 0 has temporal RoPE angle 0, so one frame of the 3D transformer is a 2D
-transformer with the same weights and Conv2d = W[:, :, 0]. A smaller student takes a consistent part of them.
+`wandistiller/projection/project.py` tells why one frame of a Wan is a 2D model. `project_teacher`, the same from Python, can
+be imported from here.
 
     python projection_mapper.py --teacher_path Wan-AI/Wan2.2-T2V-A14B-Diffusers \
         --student_config config/student_config.json --output_dir outputs/projected
 """
 
 import sys
+from dataclasses import dataclass
 
 from wandistiller.command_line import FlagParser, int_list, path, run_command
+from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
 
 PUBLIC = ("ProjectionReport", "project_teacher")
 
 
 def __getattr__(name: str):
-    """Import the public names on first use: `--help` must not wait for torch (PEP 562)."""
+    """Import the public names on first use (PEP 562), because `--help` must not wait for torch."""
     if name not in PUBLIC:
         raise AttributeError(f"module 'projection_mapper' has no attribute {name!r}")
     from wandistiller.projection import project
@@ -24,7 +26,19 @@ def __getattr__(name: str):
     return getattr(project, name)
 
 
-def parse_args(argv: list[str] | None = None):
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags of this command, as `--help` describes them."""
+
+    teacher_path: str
+    teacher_path_low: str | None
+    student_config: str | None
+    expert: str
+    layers: list[int] | None
+    output_dir: str
+
+
+def parse_args(argv: list[str] | None = None) -> Flags:
     parser = FlagParser("projection_mapper.py", "Project a Wan teacher to a 2D student, and say what it inherited.")
     group = parser.group("Input")
     group.flag("--teacher_path", required=True, type=path, help="folder, .safetensors file, hub id, or mock")
@@ -35,29 +49,33 @@ def parse_args(argv: list[str] | None = None):
     parser.group("Output").flag(
         "--output_dir", required=True, type=path, help="folder for the student and projection_report.json"
     )
-    return parser.parse(argv)
+    return Flags(**vars(parser.parse(argv)))
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    # Config first: a typo is answered before torch loads.
-    config = StudentConfig.load(args.student_config) if args.student_config else None
+    # What a person typed is checked before torch loads:
+    flags = parse_args(argv)
+    config = StudentConfig.load(flags.student_config) if flags.student_config else None
+    if flags.layers and config is None:
+        raise UserError("--layers names the layers of a smaller student; give its shape with --student_config")
 
-    from wandistiller.errors import UserError
     from wandistiller.files.output_folder import prepare_output_folder, set_aside_previous_student
     from wandistiller.projection.project import REPORT_NAME, project_teacher
     from wandistiller.projection.selection import check_fits
     from wandistiller.wan.open import open_teacher
 
-    if args.layers and config is None:
-        raise UserError("--layers names the layers of a smaller student; give its shape with --student_config")
-    wan_files = open_teacher(args.teacher_path, config, args.teacher_path_low)
+    # The teacher's files and the output folder are checked before a weight is read:
+    wan_files = open_teacher(flags.teacher_path, config, flags.teacher_path_low)
     if config is not None:
-        check_fits(wan_files.expert(args.expert).config, config, args.layers, args.student_config)
-        config.check_image_size(wan_files.vae_scale_factor or config.vae_scale_factor, args.student_config)
-    folder = prepare_output_folder(args.output_dir)
-    student, report = project_teacher(wan_files, config, args.expert, layers=args.layers)
+        check_fits(wan_files.expert(flags.expert).config, config, flags.layers, flags.student_config)
+        config.check_image_size(wan_files.vae_scale_factor or config.vae_scale_factor, flags.student_config)
+    folder = prepare_output_folder(flags.output_dir)
+
+    # Project:
+    student, report = project_teacher(wan_files, config, flags.expert, layers=flags.layers)
     print(report.summary())
+
+    # Save:
     if aside := set_aside_previous_student(folder):
         print(f"The student that was in {folder} is now in {aside}")
     student.save_pretrained(folder)

@@ -27,7 +27,7 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import project_experts
 from wandistiller.sampling.recorded import embed_with_negative
-from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample, student_field
+from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample, student_as_teacher
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import autocast
 from wandistiller.targets.states import StatesOptions, build_states
@@ -129,10 +129,9 @@ def measure_errors(args: argparse.Namespace) -> dict[str, dict]:
     wan_files = open_teacher(args.teacher_path, config)
     settings = resolve_settings(wan_files)
     prompts = load_prompts(args.prompts_file).prompts[: args.num_prompts]
-    negative_prompt = settings.negative_prompt if settings.uses_guidance else None
     embeds: PromptEmbeds
     embeds, negative = embed_with_negative(
-        prompts, negative_prompt, wan_files.text_encoder(), config, args.prompt_cache, "cpu"
+        prompts, settings, wan_files.text_encoder(), config, args.prompt_cache, "cpu"
     )
     options = SamplingOptions(shift=settings.shift, num_inference_steps=settings.num_inference_steps)
     side = config.image_size // settings.vae_scale_factor
@@ -144,7 +143,7 @@ def measure_errors(args: argparse.Namespace) -> dict[str, dict]:
     fields = {name: (lambda how=how: kept_as(*how, *teacher)) for name, how in VARIANTS.items() if name != "fp32"}
     if args.student:
         fields["student"] = lambda: Answerer(
-            student_field(WanLiteStudent.from_pretrained(args.student), settings), FP32
+            student_as_teacher(WanLiteStudent.from_pretrained(args.student), settings), FP32
         )
     results = {}
     for name, make in fields.items():

@@ -1,17 +1,22 @@
 """Judge a picture of the demo world against its prompt, from the pixels alone.
 
-The judge shares no code with the renderer or the trainer: it reads the prompt's plain English by itself, finds blobs by
-their contrast to the border, and measures colour, outline, extent and position of each.
+The judge shares no code with the renderer or the trainer, so that it can find their mistakes: it reads the prompt's plain
+English by itself, finds blobs by their contrast to the border, and measures colour, outline, extent and position of each.
 
     facts = judge(image, "a small red circle on the left, on a white background")    # facts["correct"] is True or False
 """
 
 import itertools
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
+
+from wandistiller.errors import UserError
+
+WORLD = "shapes"  # the name of the demo world in a teacher's record
 
 OBJECT_RGB = {
     "red": (225, 35, 35),
@@ -34,13 +39,18 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 DIRECTION_XY = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 FACTS = ("present", "shape", "colour", "size", "place", "background")
 
-COLOUR_TOLERANCE = 70.0  # RGB distance beyond which a colour has no name
-SPECK_AREA = 14 / 64**2  # of the picture; smaller blobs are noise
-SMALL_EXTENT = (0.20, 0.325)  # of the picture's width
+# A colour further than this RGB distance from every named colour has no name.
+COLOUR_TOLERANCE = 70.0
+# Blobs that cover a smaller share of the picture are noise.
+SPECK_AREA = 14 / 64**2
+# Extents and distances are shares of the picture's width.
+SMALL_EXTENT = (0.20, 0.325)
 LARGE_EXTENT = (0.325, 0.48)
-PLACE_TOLERANCE = 0.11  # of the picture's width, from the place's centre
-MIN_OUTLINE_MATCH = 0.66  # intersection over union with the ideal outline; in small ones each pixel counts
-MIN_OUTLINE_LEAD = 0.04  # over the second best outline
+PLACE_TOLERANCE = 0.11
+# A blob has a shape where it overlaps its ideal outline by this much (intersection over union), and by this much better
+# than any other outline. In small blobs each pixel counts, so the bounds are loose.
+MIN_OUTLINE_MATCH = 0.66
+MIN_OUTLINE_LEAD = 0.04
 
 _OBJECT = re.compile(
     rf"\b(?:(?P<size>{'|'.join(SIZE_WORDS)}) )?(?P<colour>{'|'.join(OBJECT_RGB)}) (?P<shape>{'|'.join(SHAPES)})\b"
@@ -52,7 +62,7 @@ _BACKGROUND = re.compile(rf"\b(?P<background>{'|'.join(BACKGROUND_RGB)}) backgro
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a prompt says of one object; None where it leaves the choice open."""
+    """What a prompt says of one object; None leaves the choice open."""
 
     shape: str
     colour: str
@@ -63,17 +73,41 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the pixels say of one blob; None where no name fits."""
+    """What the pixels say of one blob; None stands where no name fits.
+
+    Attributes:
+        centre: x and y in pixels.
+    """
 
     shape: str | None
     colour: str | None
     size: str | None
     place: str | None
-    centre: tuple[float, float]  # x, y in pixels
+    centre: tuple[float, float]
+
+
+def find_judge(record: Mapping[str, object], prompts: Sequence[str]) -> Callable[[np.ndarray, str], dict] | None:
+    """Return `judge` for a teacher whose record names the demo world; None for any other teacher.
+
+    Raises:
+        UserError: one of the prompts is not of that world, so that its pictures could not be judged.
+    """
+    if record.get("world") != WORLD:
+        return None
+    for prompt in prompts:
+        try:
+            read_prompt(prompt)
+        except ValueError as error:
+            raise UserError(f"--prompts_file: {error}; this teacher is judged on prompts of its own world") from None
+    return judge
 
 
 def read_prompt(prompt: str) -> tuple[list[Wanted], str | None]:
-    """The objects and the background colour that a prompt asks for."""
+    """Return the objects and the background colour that a prompt asks for.
+
+    Raises:
+        ValueError: it asks for no object of the demo world.
+    """
     sentence = " ".join(prompt.lower().replace(",", " ").split())
     background = _BACKGROUND.search(sentence)
     wanted = []
@@ -87,7 +121,7 @@ def read_prompt(prompt: str) -> tuple[list[Wanted], str | None]:
 
 
 def look(image: np.ndarray) -> tuple[list[Seen], str | None]:
-    """All blobs of an image (H, W, 3) uint8, and the name of its background colour."""
+    """Return all blobs of an image (H, W, 3) uint8, and the name of its background colour."""
     pixels = image[..., :3].astype(np.float32)
     height, width = pixels.shape[:2]
     edge = max(1, width // 32)
@@ -102,8 +136,9 @@ def look(image: np.ndarray) -> tuple[list[Seen], str | None]:
 
 
 def _look_at(pixels: np.ndarray, ground: np.ndarray, blob: np.ndarray) -> Seen:
+    """Return what the pixels of one blob (a mask of them) say; `ground` is the colour of the background."""
     distance = np.linalg.norm(pixels - ground, axis=2)[blob]
-    # Edge pixels are mixed with the background: the colour is that of the half which differs from it most.
+    # Edge pixels are mixed with the background, so the colour is taken from the half that differs from it most.
     colour = np.median(pixels[blob][distance >= np.median(distance)], axis=0)
     axis = colour - ground
     cover = np.clip((pixels - ground) @ axis / (axis @ axis), 0, 1) * blob
@@ -122,12 +157,14 @@ def _look_at(pixels: np.ndarray, ground: np.ndarray, blob: np.ndarray) -> Seen:
 
 
 def _nearest(rgb: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str | None:
+    """Return the name of the nearest colour, None where even that is too far."""
     distances = {name: float(np.linalg.norm(rgb - np.array(value))) for name, value in names.items()}
     name = min(distances, key=distances.get)
     return name if distances[name] <= COLOUR_TOLERANCE else None
 
 
 def _place(centre: tuple[float, float], width: int, height: int) -> str | None:
+    """Return the name of the place around this centre."""
     point = np.array(centre) / (width, height)
     offsets = {name: float(np.abs(point - np.array(xy)).max()) for name, xy in PLACE_XY.items()}
     name = min(offsets, key=offsets.get)
@@ -135,7 +172,7 @@ def _place(centre: tuple[float, float], width: int, height: int) -> str | None:
 
 
 def _outline(solid: np.ndarray) -> str | None:
-    """The shape whose ideal outline, stretched over the blob's own box, overlaps it best."""
+    """Return the shape whose ideal outline, stretched over the blob's own box, clearly overlaps it best."""
     height, width = solid.shape
     if not 0.75 <= width / height <= 1.33:
         return None
@@ -155,21 +192,22 @@ def _outline(solid: np.ndarray) -> str | None:
 
 
 def _pixel_centres(count: int) -> np.ndarray:
-    """Pixel centres of a box, from -1 to 1 between its edges."""
+    """Return the pixel centres of a box whose edges are at -1 and 1."""
     return (np.arange(count) + 0.5) / count * 2 - 1
 
 
 def _compare(wanted: list[Wanted], seen: list[Seen]) -> dict[str, bool]:
-    """Per attribute, whether it holds for every wanted object against the blob paired with it."""
+    """Return for each attribute whether every wanted object has it in the blob that is paired with it."""
     pairs = list(zip(wanted, seen, strict=True))
     names = ("shape", "colour", "size", "place")
-    return {n: all(getattr(w, n) in (None, getattr(s, n)) for w, s in pairs) for n in names}
+    return {name: all(getattr(a, name) in (None, getattr(b, name)) for a, b in pairs) for name in names}
 
 
 def judge(image: np.ndarray, prompt: str) -> dict[str, bool]:
-    """Whether the picture (H, W, 3) uint8 shows what the prompt says: one fact per attribute, and `correct` for all.
+    """Return whether the picture (H, W, 3) uint8 shows what the prompt says: a fact per attribute, and `correct` for all.
 
-    `present` means as many objects as asked for, no fewer and no more; without it the objects' attributes are False.
+    `present` means that there are as many objects as the prompt asks for, no fewer and no more; without it the attributes of
+    the objects are False.
     """
     wanted, background = read_prompt(prompt)
     seen, ground = look(image)
@@ -185,7 +223,8 @@ def judge(image: np.ndarray, prompt: str) -> dict[str, bool]:
 def judge_clip(frames: np.ndarray, prompt: str, min_shift: float = 0.06) -> dict[str, bool]:
     """Judge a clip (T, H, W, 3) uint8: the first frame by its facts, and `moves` by where the object goes.
 
-    `min_shift` is the least displacement from first to last frame, in picture widths, along the prompted direction.
+    Args:
+        min_shift: the least displacement from the first to the last frame along the prompted direction, in picture widths.
     """
     wanted, _ = read_prompt(prompt)
     facts = judge(frames[0], prompt)

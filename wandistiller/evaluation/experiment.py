@@ -1,9 +1,10 @@
-"""Student and teacher drawn from the same noise, and everything that is measured on what they drew."""
+"""One comparison of a student with its teacher: both draw from the same noise, and what they drew is measured."""
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,34 +12,62 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wandistiller.evaluation import measures
+from wandistiller.model.sizes import count_parameters
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.vae import decode
 
-Judge = Callable[[np.ndarray, str], dict]
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+Judge = Callable[[np.ndarray, str], dict[str, bool]]
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Both velocity fields and everything they draw from."""
+    """Student and teacher as velocity fields, and all that both draw with.
+
+    Attributes:
+        embeds: text tokens of the prompts, each prompt once.
+        prompts: the prompt of each sample.
+        prompt_indices: where the prompt of each sample is in `embeds`.
+        noise: (samples, C, H, W); the seeds of a prompt lie one after another.
+        settings: how the teacher is guided, and the statistics of the latents.
+        judge: tells which facts of a prompt hold in a picture; None where the prompts are of no known world.
+    """
 
     student: Teacher
     teacher: Teacher
     embeds: PromptEmbeds
-    prompts: list[str]  # of each sample
+    prompts: list[str]
     prompt_indices: list[int]
     noise: Tensor
-    options: SamplingOptions  # the teacher's
+    teacher_options: SamplingOptions
     student_options: SamplingOptions
     settings: TeacherSettings
-    vae: object
+    vae: "AutoencoderKLWan"
+    judge: Judge | None
     num_seeds: int
     batch_size: int
 
+    @property
+    def can_compare_velocities(self) -> bool:
+        """A student of few steps answers with the average velocity of a whole step, which is not the teacher's answer."""
+        return self.student_options.sampler == self.teacher_options.sampler
+
+    def summary(self) -> str:
+        """One line for the screen."""
+        options = self.teacher_options
+        return (
+            f"{len(self.embeds)} prompts x {self.num_seeds} seeds, teacher {options.num_inference_steps} steps, student "
+            f"{self.student_options.num_inference_steps}, shift {options.shift:g}, "
+            f"teacher's guidance_scale {self.settings.guidance_scale:g}"
+        )
+
     def draw(self, name: str, field: VelocityField, options: SamplingOptions) -> Tensor:
-        """Latents of every sample, with a bar on a terminal and a line when done."""
+        """Return the latents of every sample; a bar shows the progress, and a line tells the time it took."""
         name, start = f"{name}, {options.num_inference_steps} steps", time.perf_counter()
         with tqdm(total=len(self.noise), desc=name, disable=None, leave=False) as bar:
             latents = sample_in_batches(
@@ -48,76 +77,92 @@ class Experiment:
         return latents
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        parts = latents.split(self.batch_size)
-        return np.concatenate(
-            [decode(self.vae, part, self.settings.latents_mean, self.settings.latents_std) for part in parts]
-        )
+        """Return the pictures (samples, H, W, 3) uint8 of latents."""
+        mean, std = self.settings.latents_mean, self.settings.latents_std
+        return np.concatenate([decode(self.vae, part, mean, std) for part in latents.split(self.batch_size)])
+
+    def judged(self, pictures: np.ndarray) -> dict[str, float]:
+        """Return the share of pictures for which each fact holds."""
+        return measures.accuracy(pictures, self.prompts, self.judge)
 
 
-def measure(experiment: Experiment, judge: Judge | None) -> tuple[dict, np.ndarray, np.ndarray]:
-    """All measures as JSON values, and the pictures of teacher and student."""
-    has_velocity = experiment.student_options.sampler == experiment.options.sampler
+@dataclass(frozen=True)
+class Drawn:
+    """What one of the two drew: latents (samples, C, H, W) and pictures (samples, H, W, 3) uint8."""
+
+    latents: Tensor
+    pictures: np.ndarray
+
+
+def measure(experiment: Experiment) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Return all measures but the cost as JSON values, the teacher's pictures and the student's."""
     recorded = measures.RecordedErrors(experiment.teacher, experiment.student)
-    field = recorded if has_velocity else experiment.teacher
-    name = "teacher and student's velocity" if has_velocity else "teacher"
-    latents_teacher = experiment.draw(name, field, experiment.options)
+    if experiment.can_compare_velocities:
+        latents_teacher = experiment.draw("teacher and student's velocity", recorded, experiment.teacher_options)
+    else:
+        latents_teacher = experiment.draw("teacher", experiment.teacher, experiment.teacher_options)
     latents_student = experiment.draw("student", experiment.student, experiment.student_options)
-    pictures_teacher, pictures_student = experiment.decode(latents_teacher), experiment.decode(latents_student)
-    error = measures.endpoint_error(latents_student, latents_teacher)
+    student = Drawn(latents_student, experiment.decode(latents_student))
+    teacher = Drawn(latents_teacher, experiment.decode(latents_teacher))
+
+    endpoint = compare_endpoints(student, teacher)
     results = {
-        "endpoint": {
-            "latent_relative_error": error,
-            "psnr_db": statistics.fmean(measures.psnr(pictures_student, pictures_teacher)),
-            "ssim": statistics.fmean(measures.ssim(pictures_student, pictures_teacher)),
-        },
-        "teacher_at_fewer_steps": measure_fewer_steps(experiment, latents_teacher, error, judge),
-        **compare_hidden(experiment, (latents_student, latents_teacher), (pictures_student, pictures_teacher)),
+        "endpoint": endpoint,
+        "teacher_at_fewer_steps": measure_fewer_steps(experiment, teacher, endpoint["latent_relative_error"]),
+        **compare_variety(student, teacher, experiment.num_seeds),
     }
-    if has_velocity:  # a student of few steps answers with the average over a whole step instead
+    if experiment.can_compare_velocities:
         results["velocity_error"] = {
             "mean": float(recorded.errors.mean()),
             "by_sigma": measures.bucket_means(recorded.sigmas, recorded.errors),
         }
-    if judge is not None:
-        both = [measures.accuracy(part, experiment.prompts, judge) for part in (pictures_student, pictures_teacher)]
-        results["accuracy"] = {
-            "student": both[0],
-            "teacher": both[1],
-            "ratio": measures.ratio(both[0]["correct"], both[1]["correct"]),
-            "num_pictures": len(experiment.prompts),
-        }
-    return results, pictures_teacher, pictures_student
+    if experiment.judge is not None:
+        results["accuracy"] = compare_accuracy(experiment, student, teacher)
+    return results, teacher.pictures, student.pictures
 
 
-def compare_hidden(
-    experiment: Experiment, latents: tuple[Tensor, Tensor], pictures: tuple[np.ndarray, np.ndarray]
-) -> dict:
-    """Blur, diversity and prompt sensitivity of (student, teacher), which averages over pixels hide."""
-    by_prompt = [part.unflatten(0, (-1, experiment.num_seeds)) for part in latents]
-    measured = {
-        "high_frequency_energy": [measures.high_frequency_energy(part) for part in pictures],
-        "diversity": [measures.diversity(part) for part in by_prompt],
-        "prompt_sensitivity": [measures.prompt_sensitivity(part) for part in by_prompt],
-    }
+def compare_endpoints(student: Drawn, teacher: Drawn) -> dict:
+    """Return how far what the student drew is from what the teacher drew from the same noise."""
     return {
-        name: {"student": student, "teacher": teacher, "ratio": measures.ratio(student, teacher)}
-        for name, (student, teacher) in measured.items()
+        "latent_relative_error": measures.endpoint_error(student.latents, teacher.latents),
+        "psnr_db": statistics.fmean(measures.psnr(student.pictures, teacher.pictures)),
+        "ssim": statistics.fmean(measures.ssim(student.pictures, teacher.pictures)),
     }
 
 
-def measure_fewer_steps(
-    experiment: Experiment, latents_teacher: Tensor, student_error: float, judge: Judge | None
-) -> dict:
-    """The teacher's own endpoint error (and accuracy) at fewer steps, and between which of them the student's error lies."""
+def compare_variety(student: Drawn, teacher: Drawn, num_seeds: int) -> dict:
+    """Return what averages over pixels hide: blur, too little diversity, and prompts that are not listened to."""
+    both = {"student": student, "teacher": teacher}
+    by_prompt = {name: drawn.latents.unflatten(0, (-1, num_seeds)) for name, drawn in both.items()}
+    measured = {
+        "high_frequency_energy": {name: measures.high_frequency_energy(drawn.pictures) for name, drawn in both.items()},
+        "diversity": {name: measures.diversity(latents) for name, latents in by_prompt.items()},
+        "prompt_sensitivity": {name: measures.prompt_sensitivity(latents) for name, latents in by_prompt.items()},
+    }
+    return {name: row | {"ratio": measures.ratio(row["student"], row["teacher"])} for name, row in measured.items()}
+
+
+def compare_accuracy(experiment: Experiment, student: Drawn, teacher: Drawn) -> dict:
+    """Return the share of pictures that show what their prompts say, fact by fact."""
+    of_student, of_teacher = experiment.judged(student.pictures), experiment.judged(teacher.pictures)
+    return {
+        "student": of_student,
+        "teacher": of_teacher,
+        "ratio": measures.ratio(of_student["correct"], of_teacher["correct"]),
+        "num_pictures": len(experiment.prompts),
+    }
+
+
+def measure_fewer_steps(experiment: Experiment, teacher: Drawn, student_error: float) -> dict:
+    """Return the teacher's own endpoint error (and accuracy) at fewer steps, and between which the student's error lies."""
     errors, accuracies = {}, {}
-    full, own = experiment.options.num_inference_steps, experiment.student_options.num_inference_steps
+    full, own = experiment.teacher_options.num_inference_steps, experiment.student_options.num_inference_steps
     for steps in measures.fewer_steps(full, own):
-        options = replace(experiment.options, num_inference_steps=steps)
+        options = replace(experiment.teacher_options, num_inference_steps=steps)
         latents = experiment.draw("teacher", experiment.teacher, options)
-        errors[steps] = measures.endpoint_error(latents, latents_teacher)
-        if judge is not None:
-            facts = measures.accuracy(experiment.decode(latents), experiment.prompts, judge)
-            accuracies[steps] = facts["correct"]
+        errors[steps] = measures.endpoint_error(latents, teacher.latents)
+        if experiment.judge is not None:
+            accuracies[steps] = experiment.judged(experiment.decode(latents))["correct"]
     low, high = measures.steps_of_equal_error(student_error, errors)
     return {
         "latent_relative_error": errors,
@@ -127,26 +172,33 @@ def measure_fewer_steps(
 
 
 def measure_cost(experiment: Experiment) -> dict:
-    """Parameters, time and FLOPs of one forward pass and of one sampling step (guidance takes two passes), one picture."""
-    device = experiment.options.device
-    latents, sigma = experiment.noise[:1].to(device), torch.ones(1)
+    """Return parameters, and seconds and FLOPs of one forward pass and of one sampling step, for a single picture.
+
+    A sampling step of a guided teacher takes two passes.
+    """
+    options = experiment.teacher_options
+    device, dtype = options.device, options.compute_dtype
+    latents, sigma, timestep = experiment.noise[:1].to(device), torch.ones(1), torch.tensor([1000.0], device=device)
     text = experiment.embeds.batch([0], device)
-    dtype = experiment.options.compute_dtype
     fields = {"student": experiment.student, "teacher": experiment.teacher}
+
     calls = {}
     for name, field in fields.items():
         expert = field.experts["high"]
-        calls[name, "forward"] = lambda expert=expert: expert(latents, torch.tensor([1000.0], device=device), *text)
+        calls[name, "forward"] = lambda expert=expert: expert(latents, timestep, *text)
         calls[name, "step"] = lambda field=field: field.velocity(latents, sigma, *text)
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-        seconds = measures.median_seconds(calls)
-    flops = {}
-    for name, field in fields.items():
-        sizes = measures.picture_flops(field, latents.shape[-1], text[0].shape[1])
-        flops[name, "forward"], flops[name, "step"] = sizes
-    counts = {name: measures.count_parameters(*field.experts.values()) for name, field in fields.items()}
-    table = {"parameters": counts}
-    for what in ("forward", "step"):
-        table[f"{what}_seconds"] = {name: seconds[name, what] for name in fields}
-        table[f"{what}_flops"] = {name: flops[name, what] for name in fields}
-    return {name: row | {"ratio": row["student"] / row["teacher"]} for name, row in table.items()}
+        seconds = measures.median_seconds(calls, device)
+
+    flops = {name: measures.picture_flops(field, latents.shape[-1], text[0].shape[1]) for name, field in fields.items()}
+    rows = {
+        "parameters": {
+            name: sum(count_parameters(expert.config).total for expert in field.experts.values())
+            for name, field in fields.items()
+        },
+        "forward_seconds": {name: seconds[name, "forward"] for name in fields},
+        "forward_flops": {name: forward for name, (forward, _) in flops.items()},
+        "step_seconds": {name: seconds[name, "step"] for name in fields},
+        "step_flops": {name: step for name, (_, step) in flops.items()},
+    }
+    return {name: row | {"ratio": row["student"] / row["teacher"]} for name, row in rows.items()}

@@ -1,4 +1,4 @@
-"""Is the loss right, and still falling where it counts: velocity errors on prompts and noises that never train."""
+"""Velocity errors on prompts and noises that are never trained on: they tell whether a run still learns what counts."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,30 +8,20 @@ from torch import Tensor, nn
 
 from wandistiller.evaluation.measures import relative_errors
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.sampling.flow import seeded_noise, sigma_to_timestep
-from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample
+from wandistiller.sampling.flow import seeded_noise
+from wandistiller.sampling.sampler import SamplingOptions, StudentField, VelocityField, sample
 from wandistiller.targets.answers import autocast
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 NUM_LEVELS = 10
 BATCH_SIZE = 16
-SEED = 2**31  # of the first prompt's noise, far from those that pictures are drawn from
+SEED = 2**31  # far from the seeds that pictures are drawn from
 State = tuple[Tensor, Tensor, Tensor]  # latents (B, C, H, W), sigma (B,) and the velocity (B, C, H, W) answered there
 Text = tuple[Tensor, Tensor]  # prompt_embeds (B, S, text_dim) and prompt_lengths (B,)
 
 
-class StudentField:
-    """A student as a velocity field that leaves it trainable, as `sampling.student_field` does not: it freezes experts."""
-
-    def __init__(self, student: WanLiteStudent):
-        self.student = student
-
-    def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor) -> Tensor:
-        return self.student(latents, sigma_to_timestep(sigma).to(latents.device), prompt_embeds, prompt_lengths)
-
-
-class _Recorded:
-    """A velocity field that keeps what it was asked and answered at some of the steps."""
+class _RecordedField:
+    """A velocity field that keeps the states it is asked at, and its answers, at some of the steps."""
 
     def __init__(self, field: VelocityField, steps: set[int]):
         self.field, self.steps, self.step = field, steps, 0
@@ -47,7 +37,7 @@ class _Recorded:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside, and in its own again after, whatever happens."""
+    """Put every module in evaluation mode, and back in its own mode at the end, whatever happens."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -58,20 +48,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class HeldOutErrors:
-    """Mean relative velocity error of a student at two kinds of states, of the same prompts and noises every time.
+    """Measures a student's mean relative velocity error at two kinds of states, from the same prompts and noises every time.
 
-    "teacher_states" lie on the teacher's sampling paths, recorded once; "student_states" on the student's own, where the
-    teacher is asked anew. How much worse the second is, is the exposure bias: the student has not learnt to answer where its
-    own mistakes lead.
+    "teacher_states" lie on the teacher's sampling paths, which are recorded once. "student_states" lie on the student's own
+    paths, where the teacher is asked anew. How much worse the second error is tells the exposure bias: the student has not
+    learnt to answer where its own mistakes lead.
 
     Args:
         teacher: the velocity field that is right.
-        prompt_embeds: one path each.
+        prompt_embeds: the prompts; each begins one path.
         latent_shape: (C, H, W).
         sampling_options: how both are sampled, and in which dtype they answer.
-        num_levels: steps of it that are measured, evenly spread with both ends; all of them where it has fewer.
-        seed: of the first prompt's noise; the others follow.
-        batch_size: paths at a time; the errors do not depend on it.
+        num_levels: how many steps of a path are measured, evenly spread with both ends; all where a path has fewer.
+        seed: seed of the first prompt's noise; each next prompt has one more.
+        batch_size: how many paths are sampled at a time; the errors do not depend on it.
     """
 
     def __init__(
@@ -95,14 +85,14 @@ class HeldOutErrors:
         self.teacher_states = [self._path(teacher, *start) for start in zip(self.noises, self.texts, strict=True)]
 
     def _path(self, field: VelocityField, noise: Tensor, text: Text) -> list[State]:
-        """The measured states of a batch of paths that follow `field`."""
-        recorded = _Recorded(field, self.steps)
+        """Follow `field` along a batch of paths and return the states that are measured."""
+        recorded = _RecordedField(field, self.steps)
         sample(recorded, noise, *text, self.options)
         return recorded.states
 
-    @torch.no_grad()  # not inference mode: weights that FSDP2 puts together in it could not be trained after
+    @torch.no_grad()  # not inference mode, because weights that FSDP2 gathers in it could not be trained afterwards
     def __call__(self, student: WanLiteStudent) -> dict[str, float]:
-        """{"teacher_states": error, "student_states": error}; the student's modes, weights and gradients stay as they are."""
+        """Return both errors by name; the student's modes, weights and gradients stay as they are."""
         field, errors = StudentField(student), {"teacher_states": [], "student_states": []}
         with evaluation_mode(student):
             for noise, text, states in zip(self.noises, self.texts, self.teacher_states, strict=True):
@@ -115,5 +105,5 @@ class HeldOutErrors:
         return {name: float(torch.cat(parts).mean()) for name, parts in errors.items()}
 
     def _answer(self, field: VelocityField, latents: Tensor, sigma: Tensor, text: Text) -> Tensor:
-        """The field's velocity (B, C, H, W) in the dtype of the sampler's matrix products."""
+        """Ask a field for its velocity (B, C, H, W), computed in the dtype that it is sampled in."""
         return autocast(field.velocity, self.options.device, self.options.compute_dtype)(latents, sigma, *text)

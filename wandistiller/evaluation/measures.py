@@ -1,6 +1,6 @@
-"""How close a student is to its teacher: pure measures of velocities, latents (B, C, H, W) and pictures (B, H, W, 3) uint8.
+"""How close a student is to its teacher: pure functions of velocities, latents (B, C, H, W) and pictures (B, H, W, 3) uint8.
 
-skimage is imported where it is used.
+skimage is imported by the functions that use it.
 """
 
 import itertools
@@ -12,19 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wandistiller.device import wait_for
 from wandistiller.model.sizes import guided_flops, num_image_tokens, transformer_flops
 from wandistiller.sampling.sampler import VelocityField
 from wandistiller.sampling.teacher import Teacher
 
 NUM_BUCKETS = 10
-IDENTICAL_PSNR_DB = 100.0  # of two equal pictures, where PSNR is infinite; unequal uint8 pictures rarely pass 90
-HIGH_FREQUENCY = 0.25  # cycles per pixel: half of what pixels can hold
+# PSNR is infinite for two equal pictures; unequal uint8 pictures rarely come near this value.
+IDENTICAL_PSNR_DB = 100.0
+# In cycles per pixel: frequencies above it are the upper half of what pixels can hold.
+HIGH_FREQUENCY = 0.25
 
 # ---- which samples ----
 
 
 def sample_plan(num_prompts: int, num_seeds: int, seed: int) -> tuple[list[int], list[int]]:
-    """Prompt index and noise seed of every sample, seeds within prompts.
+    """Return the prompt index and the noise seed of every sample; the seeds of a prompt follow one another.
 
     Prompts 2k and 2k + 1 share their noises, so that what differs between them is the prompt alone; other pairs have
     noises of their own, so that no single noise decides a result.
@@ -37,13 +40,13 @@ def sample_plan(num_prompts: int, num_seeds: int, seed: int) -> tuple[list[int],
 
 
 def relative_errors(actual: Tensor, expected: Tensor) -> Tensor:
-    """|actual - expected| / |expected| of each sample (B,), in float64."""
+    """Return |actual - expected| / |expected| of each sample (B,), in float64."""
     expected = expected.double().flatten(1)
     return (actual.double().flatten(1) - expected).norm(dim=1) / expected.norm(dim=1)
 
 
 class RecordedErrors:
-    """The teacher's velocity field, which notes at every state how far off the student's answer is."""
+    """The teacher's velocity field that also asks the student at every state, and records its relative errors."""
 
     def __init__(self, teacher: VelocityField, student: VelocityField):
         self.teacher, self.student = teacher, student
@@ -67,7 +70,10 @@ class RecordedErrors:
 
 
 def bucket_means(sigmas: Tensor, values: Tensor, num_buckets: int = NUM_BUCKETS) -> list[dict]:
-    """Mean of `values` (M,) in equal buckets of sigma [0, 1]; sigma 1 counts to the last, an empty bucket's mean is None."""
+    """Return the mean of `values` (M,) in equal buckets of sigma in [0, 1].
+
+    The last bucket includes sigma 1, and the mean of an empty bucket is None.
+    """
     buckets = (sigmas * num_buckets).long().clamp(0, num_buckets - 1)
     rows = []
     for bucket in range(num_buckets):
@@ -82,14 +88,17 @@ def bucket_means(sigmas: Tensor, values: Tensor, num_buckets: int = NUM_BUCKETS)
 
 
 def endpoint_error(latents: Tensor, reference: Tensor) -> float:
-    """sqrt(sum |x - r|^2 / sum |r - mean|^2), mean the per-channel mean of all r: 0 is equal, 1 as far off as flat colour."""
+    """Return sqrt(sum |x - r|^2 / sum |r - mean|^2), where mean is the per-channel mean of all r.
+
+    It is 0 for equal latents, and 1 for latents as far off as flat colour is.
+    """
     latents, reference = latents.double(), reference.double()
     spread = reference - reference.mean(dim=(0, 2, 3), keepdim=True)
     return float((latents - reference).norm() / spread.norm())
 
 
 def psnr(pictures: np.ndarray, reference: np.ndarray) -> list[float]:
-    """Peak signal-to-noise ratio in dB of each picture (skimage); equal ones count as IDENTICAL_PSNR_DB."""
+    """Return the peak signal-to-noise ratio in dB of each picture (skimage); equal ones count as IDENTICAL_PSNR_DB."""
     from skimage.metrics import peak_signal_noise_ratio
 
     return [
@@ -99,7 +108,7 @@ def psnr(pictures: np.ndarray, reference: np.ndarray) -> list[float]:
 
 
 def ssim(pictures: np.ndarray, reference: np.ndarray) -> list[float]:
-    """Structural similarity of each picture over RGB (skimage; Wang et al. 2004, 7 x 7 windows)."""
+    """Return the structural similarity of each picture over RGB (skimage; Wang et al. 2004, 7 x 7 windows)."""
     from skimage.metrics import structural_similarity
 
     return [
@@ -112,7 +121,7 @@ def ssim(pictures: np.ndarray, reference: np.ndarray) -> list[float]:
 
 
 def high_frequency_energy(pictures: np.ndarray, cutoff: float = HIGH_FREQUENCY) -> float:
-    """Mean per pixel of the squared luma (0..255) that lies above `cutoff` cycles per pixel; blur lowers it."""
+    """Return the mean square of the luma (0..255) that lies above `cutoff` cycles per pixel; blur lowers it."""
     luma = pictures.astype(np.float64) @ np.array([0.299, 0.587, 0.114])  # (B, H, W), ITU-R BT.601
     height, width = luma.shape[1:]
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
@@ -125,24 +134,28 @@ def _mean_distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float | None:
 
 
 def diversity(latents: Tensor) -> float | None:
-    """Mean distance of two samples of the same prompt; latents (prompts, seeds, C, H, W). None with one seed."""
+    """Return the mean distance of two samples of one prompt, None with one seed; latents (prompts, seeds, C, H, W)."""
     return _mean_distance([pair for samples in latents for pair in itertools.combinations(samples, 2)])
 
 
 def prompt_sensitivity(latents: Tensor) -> float | None:
-    """Mean distance of two samples of the same noise, prompts 2k and 2k + 1 (see `sample_plan`). None with one prompt."""
+    """Return the mean distance of two samples of one noise, None with one prompt; latents (prompts, seeds, C, H, W).
+
+    `sample_plan` gives prompts 2k and 2k + 1 the same noises.
+    """
     even, odd = latents[0::2], latents[1::2]
     return _mean_distance([pair for samples in zip(even, odd, strict=False) for pair in zip(*samples, strict=True)])
 
 
 def ratio(value: float | None, reference: float | None) -> float | None:
+    """Return value / reference; None where one of them was not measured, or the reference is 0."""
     return value / reference if value is not None and reference else None
 
 
 def accuracy(
     pictures: np.ndarray, prompts: Sequence[str], judge: Callable[[np.ndarray, str], dict]
 ) -> dict[str, float]:
-    """Share of pictures for which each of the judge's facts holds."""
+    """Return the share of pictures for which each of the judge's facts holds."""
     verdicts = [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     return {name: statistics.fmean(bool(verdict[name]) for verdict in verdicts) for name in verdicts[0]}
 
@@ -151,15 +164,15 @@ def accuracy(
 
 
 def fewer_steps(num_inference_steps: int, student_steps: int | None = None) -> list[int]:
-    """Step counts to hold the full one against: a half, a quarter, 4, 2 and the student's, as far as they are fewer."""
+    """Return the step counts below the full one that are measured: a half, a quarter, 4, 2 and the student's own."""
     counts = {num_inference_steps // 2, num_inference_steps // 4, 4, 2, student_steps or 0}
     return sorted(count for count in counts if 1 <= count < num_inference_steps)
 
 
 def steps_of_equal_error(error: float, errors_at_steps: Mapping[int, float]) -> tuple[int | None, int | None]:
-    """(low, high): the teacher errs at least as much as `error` at `low` steps, and less from the next count `high` on.
+    """Return (low, high): the teacher errs at least as much as `error` at `low` steps, and less from the next count `high` on.
 
-    low is None where the teacher errs less at every count, high is None where it errs as much even at the largest.
+    `low` is None where the teacher errs less at every count, `high` where it errs as much even at the largest.
     """
     low = max((steps for steps, theirs in errors_at_steps.items() if theirs >= error), default=None)
     high = min((steps for steps in errors_at_steps if low is None or steps > low), default=None)
@@ -169,14 +182,13 @@ def steps_of_equal_error(error: float, errors_at_steps: Mapping[int, float]) -> 
 # ---- cost ----
 
 
-def count_parameters(*models: torch.nn.Module) -> int:
-    return sum(parameter.numel() for model in models for parameter in model.parameters())
-
-
 def picture_flops(field: Teacher, latent_size: int, num_tokens: int) -> tuple[int, int]:
-    """FLOPs of one forward pass and of one sampling step at sigma 1, of one picture whose prompt has `num_tokens` tokens.
+    """Return the FLOPs of one forward pass and of one sampling step at sigma 1, for one picture.
 
     Guidance takes two passes, which share what is equal in both.
+
+    Args:
+        num_tokens: text tokens of the prompt.
     """
     config = field.experts["high"].config
     num_image = num_image_tokens(config, latent_size)
@@ -187,19 +199,18 @@ def picture_flops(field: Teacher, latent_size: int, num_tokens: int) -> tuple[in
 
 
 @torch.inference_mode()
-def median_seconds(calls: Mapping[str, Callable[[], object]], repeats: int = 11) -> dict[str, float]:
-    """Median time of each call, after one to warm up; the calls take turns, so that a busy spell hits all of them."""
+def median_seconds(calls: Mapping[str, Callable[[], object]], device: str, repeats: int = 11) -> dict[str, float]:
+    """Return the median time of each call on `device`, after one call that warms up.
+
+    The calls take turns, so that a busy spell of the machine slows all of them and not the ratio between two; this is why
+    torch.utils.benchmark.Timer, which finishes one call before it begins the next, is not used.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
-            _synchronize()
+            wait_for(device)
             start = time.perf_counter()
             call()
-            _synchronize()
+            wait_for(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -1,3 +1,3 @@
-"""From a 3D Wan to a 2D model and back: selection, projection, lifting, and the formats that other tools load.
+"""Here a 3D Wan becomes a 2D model and a student a Wan again: selection, projection, lifting, and formats for other tools.
 
 It may import sampling, wan, model and files."""

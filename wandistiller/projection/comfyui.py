@@ -1,19 +1,21 @@
-"""What ComfyUI makes of a student's file: which of it is read, what is taken as given, and with which settings it draws.
+"""What ComfyUI makes of a student's file: what it reads, what it takes as given, and with which settings it draws.
 
-Held against Comfy-Org/ComfyUI 0.3.64 and 0.33.0: comfy/model_detection.py (detect_unet_config), sd.py (load_diffusion_model),
-supported_models.py (WAN21_T2V, WAN22_T2V), ldm/wan/model.py (WanModel), text_encoders/wan.py, latent_formats.py (Wan21, Wan22).
-What no tensor tells is still taken as given by 0.8.0; from 0.19.3 on the metadata of the file say it (both, and 0.38, only read).
+This was compared with Comfy-Org/ComfyUI 0.3.64 and 0.33.0: comfy/model_detection.py (detect_unet_config), sd.py
+(load_diffusion_model), supported_models.py (WAN21_T2V, WAN22_T2V), ldm/wan/model.py (WanModel), text_encoders/wan.py and
+latent_formats.py (Wan21, Wan22). Version 0.8.0 still takes as given what no tensor tells, and from 0.19.3 on the metadata of
+the file tell it; the code of these two and of 0.38 was read, not run.
 """
 
 import json
 
 from wandistiller.model.config import StudentConfig
+from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.wan.settings import RELEASED_LATENTS
 
 HEAD_DIM = 128
-READS_METADATA = "0.19"  # 0.8.0 does not, 0.19.3 does; those between were not looked at
-# What is taken as given where no tensor is asked, by key of a student's config, and what another would do: in the model of
-# versions that read no metadata, and in what every version has around it (its text encoder).
+READS_METADATA = "0.19"  # 0.8.0 does not read it and 0.19.3 does; the versions between were not looked at
+# The value that ComfyUI takes as given for a key of a student's config, and what happens to a student of another value. The
+# first are given only to versions that read no metadata; the others lie outside the model, so that no metadata changes them.
 _GIVEN_BY_OLDER = {"patch_size": (2, "not load"), "freq_dim": (256, "not load"), "eps": (1e-6, "draw otherwise")}
 _GIVEN = {
     "text_encoder_output_dim": (4096, "find no text encoder for it"),
@@ -23,7 +25,7 @@ _MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
 
 
 def comfyui_metadata(config: StudentConfig) -> dict[str, str]:
-    """What a file's metadata tells of the shape that no tensor does: arguments of ComfyUI's WanModel."""
+    """Return metadata that tell what no tensor does: arguments of ComfyUI's WanModel."""
     patch = config.patch_size
     settings = {
         "num_heads": config.num_heads,
@@ -31,19 +33,19 @@ def comfyui_metadata(config: StudentConfig) -> dict[str, str]:
         "freq_dim": config.freq_dim,
         "eps": config.eps,
         "patch_size": [1, patch, patch],
-        "out_dim": config.num_channels,  # else counted from the head, for patches of 2
+        "out_dim": config.num_channels,  # without it the channels are counted from the head, as if patches were of 2
     }
     return {"config": json.dumps({"transformer": settings})}
 
 
 def comfyui_warnings(config: StudentConfig, *, reads_metadata: bool = False) -> list[str]:
-    """Why ComfyUI would refuse a wan student or draw it wrongly, a sentence each; empty where it draws it right.
+    """Return why ComfyUI would refuse a wan student or draw it wrongly, a sentence each; empty where it draws it right.
 
-    It recognises a Wan by head.modulation, and reads width, FFN, depth and channels from the tensors. The number of heads
-    is not in any: where the metadata is not read, it is taken to be the width // 128.
+    ComfyUI recognises a Wan by head.modulation, and reads width, FFN, depth and channels from the tensors. No tensor tells the
+    number of heads: versions that do not read the metadata take it to be the width // 128.
 
     Args:
-        reads_metadata: of versions that read `comfyui_metadata` alone; else of the older ones too.
+        reads_metadata: warn only of versions that read `comfyui_metadata`, and not of older ones.
     """
     warnings = [] if reads_metadata else _warnings_of_older(config)
     for name, (given, outcome) in _GIVEN.items():
@@ -57,6 +59,7 @@ def comfyui_warnings(config: StudentConfig, *, reads_metadata: bool = False) -> 
 
 
 def _warnings_of_older(config: StudentConfig) -> list[str]:
+    """Return the warnings that hold for versions which read no metadata."""
     heads, older, warnings = config.hidden_size // HEAD_DIM, f"ComfyUI older than {READS_METADATA}", []
     if config.num_heads != heads:
         warnings.append(
@@ -70,24 +73,23 @@ def _warnings_of_older(config: StudentConfig) -> list[str]:
 
 
 def _has_released_latents(config: StudentConfig) -> bool:
-    """Whether mean and std of the student's latents, where it records them, are those of the released VAE."""
-    record = config.distillation or {}
-    for name, released in zip(("latents_mean", "latents_std"), RELEASED_LATENTS[config.num_channels], strict=True):
-        values = record.get(name) or released
+    """Tell whether mean and std of the student's latents, where it records them, are those of the released VAE."""
+    record, (mean, std) = StudentRecord.of(config), RELEASED_LATENTS[config.num_channels]
+    for values, released in ((record.latents_mean or mean, mean), (record.latents_std or std, std)):
         if any(abs(value - given) > _MAX_STATISTICS_ERROR for value, given in zip(values, released, strict=True)):
             return False
     return True
 
 
 def comfyui_settings(config: StudentConfig) -> str:
-    """The nodes and values that draw as the student was taught; ComfyUI's own shift for Wan is 8.
+    """Return the nodes and values that draw as the student was taught; without the shift ComfyUI would take 8.
 
-    Of its schedulers "simple" has the noise levels of `sampling.wan_scheduler` (within 0.008), "normal" and "beta" have others.
+    Its scheduler "simple" has the noise levels of `sampling.sampler.wan_scheduler` within 0.008; "normal" and "beta" have
+    others.
     """
-    record = config.distillation or {}
-    few = record.get("student_steps")
-    steps = few or record.get("num_inference_steps")
-    sampler = f"KSampler with {f'steps {steps}, ' if steps else ''}cfg 1, {'euler' if few else 'uni_pc'}, simple"
-    shift = f"ModelSamplingSD3 with shift {record['shift']:g}, " if "shift" in record else ""
+    record = StudentRecord.of(config)
+    steps = f"steps {record.steps}, " if record.steps else ""
+    sampler = f"KSampler with {steps}cfg 1, {'euler' if record.sampler == 'euler' else 'uni_pc'}, simple"
+    shift = f"ModelSamplingSD3 with shift {record.shift:g}, " if record.shift is not None else ""
     latent = "Wan22ImageToVideoLatent" if config.num_channels == 48 else "EmptyHunyuanLatentVideo"
     return f"Load Diffusion Model, {shift}{sampler}; {latent} of length 1; Load CLIP of type wan"

@@ -1,11 +1,12 @@
-"""A wan student on disk as other tools have a Wan: a diffusers transformer folder, a whole pipeline, one file of original names.
+"""Write a wan student as other tools keep a Wan: a diffusers transformer folder, a pipeline folder, or a file of original names.
 
-Each carries the student's own config in the metadata of its weights, so that it is a teacher again (`wan_checkpoint`).
+Each carries the student's own config in the metadata of its weights, so that `wandistiller.wan.files` opens it as a teacher.
 """
 
 import contextlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -26,41 +27,47 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
 def write_original_file(tensors: dict[str, Tensor], config: StudentConfig, path: Path, dtype: str = "fp32") -> None:
-    """One safetensors file of original Wan names, whole or not at all; `tensors` is the student's state dict."""
+    """Write one safetensors file of original Wan names, whole or not at all; `tensors` is the student's state dict."""
     _save(lift(tensors, dtype, original=True), config, path, comfyui_metadata(config))
 
 
 def write_transformer_folder(
     tensors: dict[str, Tensor], config: StudentConfig, folder: Path, dtype: str = "fp32"
 ) -> None:
-    """config.json and weights of a diffusers WanTransformer3DModel, into an existing folder."""
+    """Write config.json and weights of a diffusers WanTransformer3DModel into an existing folder."""
     _write_json(transformer_settings(config), folder / "config.json")
     _save(lift(tensors, dtype), config, folder / WEIGHTS_NAME)
 
 
+@dataclass(frozen=True)
+class PipelineParts:
+    """The parts of a WanPipeline that a student draws with beside its transformer.
+
+    Attributes:
+        folders: the folders of "vae", "text_encoder" and "tokenizer".
+        classes: library and class of the two text parts, as `text_classes` finds them.
+        link: whether an export links to these folders instead of copying them.
+    """
+
+    folders: dict[str, Path]
+    classes: dict[str, list[str]]
+    link: bool
+
+
 def write_pipeline_parts(
-    config: StudentConfig,
-    folder: Path,
-    options: SamplingOptions,
-    parts: dict[str, Path],
-    classes: dict[str, list],
-    *,
-    link: bool,
-    dtype: str = "fp32",
+    config: StudentConfig, folder: Path, options: SamplingOptions, parts: PipelineParts, dtype: str = "fp32"
 ) -> None:
-    """All of a WanPipeline folder but its transformer.
+    """Write all of a WanPipeline folder but its transformer, into an existing folder.
 
     Args:
         options: how the student draws; the scheduler is that of `wandistiller.sampling.sampler`.
-        parts: the folders of "vae", "text_encoder" and "tokenizer".
-        classes: library and class of the two text parts, as `text_classes` finds them.
-        link: make links to these folders instead of copies.
-        dtype: of the transformer. With fp32 the copied text encoder is to be loaded so too: transformers takes the precision
-            that its config names, and one of bf16 would draw other pictures than the student does here.
+        dtype: precision of the transformer. With fp32 a copied text encoder is marked to be loaded in float32 as well:
+            transformers takes the precision that its config names, and one of bf16 would draw other pictures than the
+            student does here.
     """
-    for name, source in parts.items():
-        _place(source, folder / name, link)
-    if dtype == "fp32" and not link:
+    for name, source in parts.folders.items():
+        _place(source, folder / name, parts.link)
+    if dtype == "fp32" and not parts.link:
         _load_as_float32(folder / "text_encoder" / "config.json")
     wan_scheduler(options.shift, options.num_inference_steps, options.sampler).save_pretrained(folder / "scheduler")
     index = {
@@ -71,14 +78,14 @@ def write_pipeline_parts(
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
-        **classes,
+        **parts.classes,
     }
     _write_json(dict(sorted(index.items())), folder / "model_index.json")
     _write_json(teacher_record(config), folder / "teacher_record.json")
 
 
-def text_classes(encoder: Path) -> dict[str, list]:
-    """Library and class of text encoder and tokenizer: as the pipeline folder around them says, else the released Wans'."""
+def text_classes(encoder: Path) -> dict[str, list[str]]:
+    """Return library and class of text encoder and tokenizer: as the folder around them says, else the released Wans'."""
     classes = {"text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
     index_path = encoder.parent / "model_index.json"
     index = json.loads(index_path.read_text(encoding="utf-8")) if index_path.is_file() else {}
@@ -86,10 +93,10 @@ def text_classes(encoder: Path) -> dict[str, list]:
 
 
 def published(config: StudentConfig, teacher_path: str | None = None) -> StudentConfig:
-    """The config as it leaves this machine: without commands and paths of it, and with the world that its teacher knows.
+    """Return the config that an export carries: without commands and paths of this machine, and with the teacher's world.
 
     Args:
-        teacher_path: the teacher where it is not where the record says; one that is not there tells of no world.
+        teacher_path: where the teacher is, if not where the record says; a teacher that is not there tells of no world.
     """
     if not (record := config.distillation):
         return config
@@ -99,7 +106,7 @@ def published(config: StudentConfig, teacher_path: str | None = None) -> Student
         if name not in ("command", "commands") and (not name.endswith("_path") or _is_of_hub(value, record))
     }
     if "world" not in kept and "teacher_path" in record:
-        with contextlib.suppress(UserError):  # a teacher that is no longer there
+        with contextlib.suppress(UserError):  # the teacher may be gone
             teacher = teacher_paths(config, teacher_path)[0]
             world = open_wan_files(teacher).record.get("world") if Path(teacher).exists() else None
             kept |= {"world": world} if world else {}
@@ -107,7 +114,7 @@ def published(config: StudentConfig, teacher_path: str | None = None) -> Student
 
 
 def _is_of_hub(value: object, record: dict) -> bool:
-    """A folder data/name looks as a hub id does; the record says of its teacher which of the two it was."""
+    """Tell whether a recorded path is of the hub; a folder data/name looks like a hub id, but `base_model` tells them apart."""
     return isinstance(value, str) and (
         value == record.get("base_model") or (hub_id(value) == value != record.get("teacher_path"))
     )
@@ -116,14 +123,15 @@ def _is_of_hub(value: object, record: dict) -> bool:
 def _save(
     tensors: dict[str, Tensor], config: StudentConfig, path: Path, more_metadata: dict[str, str] | None = None
 ) -> None:
+    """Write weights with the student's config in their metadata."""
     with atomic_path(path) as file:
         save_file(tensors, file, metadata={"format": "pt", "student_config": config.to_json(), **(more_metadata or {})})
 
 
 def _load_as_float32(config_path: Path) -> None:
-    """Name float32 as the precision that transformers loads this model in."""
+    """Make float32 the precision that transformers loads this model in."""
     settings = json.loads(config_path.read_text(encoding="utf-8"))
-    settings.pop("torch_dtype", None)  # the same key in transformers before 5
+    settings.pop("torch_dtype", None)  # transformers before 5 has this key
     _write_json(settings | {"dtype": "float32"}, config_path)
 
 
@@ -133,7 +141,7 @@ def _write_json(values: dict, path: Path) -> None:
 
 
 def _place(source: Path, target: Path, link: bool) -> None:
-    """A copy of a folder without its pickles, or a link to it."""
+    """Copy a folder without its pickles, or link to it."""
     if link:
         target.symlink_to(source.resolve(), target_is_directory=True)
     else:

@@ -1,4 +1,4 @@
-"""3D -> 2D: a Wan teacher's weights become a 2D model, of its own shape (exact at one frame) or a smaller student's.
+"""3D -> 2D: a Wan teacher's weights become a 2D model, of the teacher's own shape (exact at one frame) or a smaller student's.
 
 The patch kernel of Wan is (1, p, p) and frame 0 has temporal RoPE angle 0, so one frame of the 3D transformer is a 2D
 transformer with the same weights and Conv2d = W[:, :, 0]. A smaller student takes a consistent part of them.
@@ -6,7 +6,7 @@ transformer with the same weights and Conv2d = W[:, :, 0]. A smaller student tak
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,8 +27,8 @@ from wandistiller.wan.open import open_teacher
 REPORT_NAME = "projection_report.json"
 STATUSES = ("exact", "selected", "initialised")
 
-
-# Which axes (see wandistiller/projection/selection.py) the dimensions of a teacher tensor run along; None is kept whole. {i} is the layer.
+# The axes (see wandistiller/projection/selection.py) that the dimensions of a teacher tensor run along; a dimension of None is
+# never cut. {0} and {1} stand for the groups of the pattern: mostly the layer, and which attention of its block.
 _AXES_BY_NAME = [
     (r"patch_embedding\.weight", ("channels", None, None, None, None)),
     (r"patch_embedding\.bias", ("channels",)),
@@ -54,8 +54,8 @@ _AXES_BY_NAME = [
 ]
 _AXES = [(re.compile(pattern), axes) for pattern, axes in _AXES_BY_NAME]
 
-
-# Lite block <- Wan block; what a lite block has beside this starts from its own initialisation.
+# The tensors of a Wan block, stacked, that a tensor of a lite block inherits; any other tensor starts from its own
+# initialisation.
 _LITE_FROM_WAN = {
     "attn.in_proj_weight": ["attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_v.weight"],
     "attn.in_proj_bias": ["attn1.to_q.bias", "attn1.to_k.bias", "attn1.to_v.bias"],
@@ -93,7 +93,7 @@ class ProjectionReport:
         self.num_parameters[status] += parameter.numel()
 
     def summary(self) -> str:
-        """A few lines for the screen."""
+        """Return a few lines for the screen."""
         total = sum(self.num_parameters.values())
         layers = f"layers {','.join(map(str, self.layers))}" if self.layers else "nothing inherited"
         lines = [f"Projection of {self.teacher_path} (expert {self.expert}), {layers}"]
@@ -109,7 +109,7 @@ class ProjectionReport:
         return "\n".join(lines)
 
     def save(self, folder: str | Path) -> None:
-        """Write the whole report to projection_report.json in `folder`."""
+        """Write the report to projection_report.json in `folder`."""
         with atomic_path(Path(folder) / REPORT_NAME) as file:
             file.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
@@ -127,22 +127,23 @@ def project_teacher(
     fp8: bool = False,
     shard: Callable[[WanLiteStudent], None] | None = None,
 ) -> tuple[WanLiteStudent, ProjectionReport]:
-    """A 2D model with a teacher's weights.
+    """Make a 2D model with a teacher's weights, and report what became of every tensor of both.
 
     Args:
-        teacher_path: a checkpoint as `wandistiller.wan.files.open_wan_files` takes it, or an opened one; "mock"
-            needs a config, around which it is made.
-        config: the student's shape; None is the teacher's own, lossless.
+        teacher_path: a Wan as `wandistiller.wan.files.open_wan_files` takes it, or one that it has opened; "mock" needs a
+            config, because it is made around one.
+        config: the student's shape; None keeps the teacher's own, and every weight.
         expert: "high" or "low" noise; a teacher of one transformer has only "high".
-        layers: the teacher layer of each student block, rising; None spreads them with both ends kept.
-        text_max_length: text slots of the model where config is None.
-        dtype: parameter dtype, float32 unless given; norms, modulation and time embedding stay float32.
-        seed: for tensors the teacher has nothing for (lite students only).
-        fp8: keep the Linear weights of the (wan) blocks as `wandistiller.model.fp8` does; such a model is frozen.
-        shard: spreads the parameters of a (wan) model over processes, in place and before there is memory for them.
+        layers: the teacher layer of each student block, in rising order; None spreads them evenly with both ends kept.
+        text_max_length: the model's text slots where config is None.
+        dtype: the dtype of parameters, float32 unless given; norms, modulation and time embedding stay float32.
+        device: where the model is filled.
+        seed: seed of the initial values of tensors that inherit nothing, which only lite students have.
+        fp8: whether the Linear weights of the (wan) blocks are kept as `wandistiller.model.fp8` does; such a model is frozen.
+        shard: shards the parameters of a (wan) model in place, before there is memory for them.
 
     Raises:
-        UserError: the checkpoint cannot be read, or the config does not fit it.
+        UserError: the Wan cannot be read, or the config does not fit it.
     """
     wan_files = open_teacher(teacher_path, config)
     teacher = wan_files.expert(expert)
@@ -167,7 +168,7 @@ def fresh_student(
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> tuple[WanLiteStudent, ProjectionReport]:
-    """A student that inherits nothing, from seeded initial values: what projection is to be measured against."""
+    """Make a student that inherits nothing, from seeded initial values: projection is measured against it."""
     wan_files = open_teacher(teacher_path, config)
     student = _seeded_student(config, None, device, seed)
     report = ProjectionReport(wan_files.location, expert, [])
@@ -187,7 +188,7 @@ def project_experts(
     fp8: bool = False,
     shard: Callable[[WanLiteStudent], None] | None = None,
 ) -> dict[str, WanLiteStudent]:
-    """Every expert of a teacher at its own shape: what `wandistiller.sampling.teacher.Teacher` is made of."""
+    """Project every expert of a teacher at its own shape; `wandistiller.sampling.teacher.Teacher` is made of them."""
     settings = {"text_max_length": text_max_length, "dtype": dtype, "device": device, "fp8": fp8, "shard": shard}
     return {name: project_teacher(wan_files, None, name, **settings)[0] for name in wan_files.experts}
 
@@ -195,6 +196,7 @@ def project_experts(
 def _seeded_student(
     config: StudentConfig, dtype: torch.dtype | None, device: str | torch.device, seed: int
 ) -> WanLiteStudent:
+    """Make a model of initial values that depend on the seed alone; the global random numbers stay as they are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return WanLiteStudent(config).to(device=device, dtype=dtype or torch.float32)
@@ -208,19 +210,19 @@ def _empty_student(
     fp8: bool = False,
     shard: Callable[[WanLiteStudent], None] | None = None,
 ) -> WanLiteStudent:
-    """A model to be filled: unwritten memory for wan (every tensor is inherited), seeded initial values for lite."""
+    """Make a model to be filled: a wan model in unwritten memory, because it inherits every tensor; a lite one as it begins."""
     if config.block == "lite":
         return _seeded_student(config, dtype, device, seed)
     student = unfilled_model(config, dtype or torch.float32)
     if fp8:
-        to_fp8(student)  # before there is memory: a large teacher exists at no other precision
+        to_fp8(student)  # before there is memory, because a large teacher fits in no other precision
     if shard is not None:
         shard(student)
     return student.to_empty(device=device)
 
 
 def _sources(student_name: str, config: StudentConfig, layers: list[int]) -> list[str]:
-    """Teacher tensors (stacked along dim 0) that a student tensor is made of; none where it starts afresh."""
+    """Return the teacher tensors that a student tensor is made of, stacked along dim 0; none where it inherits nothing."""
     match = re.match(r"blocks\.(\d+)\.(.+)", student_name)
     if config.block == "wan":
         return [f"blocks.{layers[int(match[1])]}.{match[2]}" if match else student_name]
@@ -228,96 +230,92 @@ def _sources(student_name: str, config: StudentConfig, layers: list[int]) -> lis
 
 
 def _axes_of(teacher_name: str) -> tuple[str | None, ...]:
-    """The axes of a teacher tensor's dimensions; every canonical name has exactly one rule."""
+    """Return the axis of each dimension of a teacher tensor; every canonical name has exactly one rule."""
     for pattern, axes in _AXES:
         if match := pattern.fullmatch(teacher_name):
             return tuple(axis and axis.format(*match.groups()) for axis in axes)
     raise AssertionError(f"no projection rule for {teacher_name}")
 
 
-def _take(tensor: Tensor, teacher_name: str, selection: Selection) -> Tensor:
-    """The selected part of a teacher tensor, 2D."""
+def _kept_indices(teacher_name: str, shape: Sequence[int], selection: Selection) -> dict[int, Tensor]:
+    """Return which indices of a teacher tensor are kept, for each dimension that is cut."""
     kept = {}
     for dim, axis in enumerate(_axes_of(teacher_name)):
-        if axis == "6 x channels" and "channels" in selection.axes:
-            kept[dim] = _in_six_parts(selection.axes["channels"], tensor.shape[dim] // 6)
+        if axis == "6 x channels" and "channels" in selection.axes:  # six parts that lie one after another
+            kept[dim] = (torch.arange(6)[:, None] * (shape[dim] // 6) + selection.axes["channels"]).flatten()
         elif axis in selection.axes:
             kept[dim] = selection.axes[axis]
+    return kept
+
+
+def _kept_shape(teacher_name: str, shape: Sequence[int], selection: Selection) -> list[int]:
+    """Return the shape of what is kept of a teacher tensor, in 2D."""
+    kept = _kept_indices(teacher_name, shape, selection)
+    sizes = [len(kept[dim]) if dim in kept else size for dim, size in enumerate(shape)]
+    return sizes[:2] + sizes[3:] if len(sizes) == 5 else sizes
+
+
+def _take(tensor: Tensor, teacher_name: str, selection: Selection) -> Tensor:
+    """Return the part of a teacher tensor that is kept, in 2D."""
+    kept = _kept_indices(teacher_name, tensor.shape, selection)
     if list(kept) == [0, 1]:
-        return tensor[kept[0][:, None], kept[1]]  # a matrix at once: half the time of its rows, and then their columns
+        return tensor[kept[0][:, None], kept[1]]  # takes half the time of cutting the rows and then the columns
     for dim, indices in kept.items():
         tensor = tensor.index_select(dim, indices)
     return without_frames(tensor)
 
 
-def _in_six_parts(channels: Tensor, size: int) -> Tensor:
-    """Where these of `size` channels are in six parts that lie one after another."""
-    return (torch.arange(6)[:, None] * size + channels).flatten()
-
-
 def _fill(student: WanLiteStudent, teacher: TransformerTensors, selection: Selection, report: ProjectionReport) -> None:
-    """Copy every inherited tensor, one teacher tensor in memory at a time, and write down where each came from."""
-    stored = fp8_linears(student)
+    """Copy every inherited tensor, one teacher tensor in memory at a time, and report where each came from."""
+    fp8_layers = fp8_linears(student)
     for name, parameter in student.named_parameters():
-        names = _sources(name, student.config, selection.layers)
+        sources = _sources(name, student.config, selection.layers)
         status, detail = "initialised", "the teacher has no counterpart"
-        if names:
+        if sources:
             with torch.no_grad():
-                rows = parameter.chunk(len(names)) if len(names) > 1 else [parameter]
-                if all(_fits(teacher, source, selection, part) for source, part in zip(names, rows, strict=True)):
-                    details = [
-                        _copy(teacher, source, selection, part, stored.get(name))
-                        for source, part in zip(names, rows, strict=True)
-                    ]
-                    status, detail = details[0]
+                rows = parameter.chunk(len(sources)) if len(sources) > 1 else [parameter]
+                pairs = list(zip(sources, rows, strict=True))
+                if all(_fits(teacher, source, selection, part) for source, part in pairs):
+                    layer = fp8_layers.get(name)
+                    copied = [_copy(teacher, source, selection, part, layer) for source, part in pairs]
+                    status, detail = copied[0]  # stacked parts are all cut alike
                 else:
-                    names, detail = [], f"the teacher's {names[0]} is smaller"
-        report.add(name, parameter, status, names, detail)
+                    sources, detail = [], f"the teacher's {sources[0]} is smaller"
+        report.add(name, parameter, status, sources, detail)
 
 
-def _kept_shape(teacher: TransformerTensors, name: str, selection: Selection) -> list[int]:
-    shape = list(teacher.shape(name))
-    for dim, axis in enumerate(_axes_of(name)):
-        if axis == "6 x channels" and "channels" in selection.axes:
-            shape[dim] = 6 * len(selection.axes["channels"])
-        elif axis in selection.axes:
-            shape[dim] = len(selection.axes[axis])
-    return shape[:2] + shape[3:] if len(shape) == 5 else shape
-
-
-def _fits(teacher: TransformerTensors, name: str, selection: Selection, target: Tensor) -> bool:
-    """Only a lite student's 4x MLP can be larger than what the teacher has."""
-    return _kept_shape(teacher, name, selection) == list(target.shape)
+def _fits(teacher: TransformerTensors, source: str, selection: Selection, target: Tensor) -> bool:
+    """Tell whether a source fills its target; only a lite student's MLP can be larger than what the teacher has."""
+    return _kept_shape(source, teacher.shape(source), selection) == list(target.shape)
 
 
 def _copy(
-    teacher: TransformerTensors,
-    name: str,
-    selection: Selection,
-    target: Tensor,
-    stored: Fp8Linear | None = None,
+    teacher: TransformerTensors, name: str, selection: Selection, target: Tensor, fp8_layer: Fp8Linear | None
 ) -> tuple[str, str]:
-    """Fill `target`, or the layer whose weight it is where that is kept as fp8; status and detail for the report."""
+    """Fill `target` with what is kept of a teacher tensor; return status and detail for the report.
+
+    Args:
+        fp8_layer: the layer whose weight `target` is, where that is kept as fp8; its scales are filled too.
+    """
     source = teacher.read(name)
     kept = _take(source, name, selection)
-    if stored is None:
+    if fp8_layer is None:
         fill(target, kept)
     else:
-        stored.store(kept)
+        fp8_layer.store(kept)
+    detail = "x".join(map(str, kept.shape))
     is_exact = kept.numel() == source.numel()
-    rounded = (
-        f", rounded to {str(target.dtype).removeprefix('torch.')}"
-        if source.dtype.itemsize > target.dtype.itemsize
-        else ""
-    )
-    size = "x".join(map(str, kept.shape))
-    whole = "x".join(map(str, source.shape))
-    return ("exact", f"{size}{rounded}") if is_exact else ("selected", f"{size} of {whole}{rounded}")
+    if not is_exact:
+        detail += f" of {'x'.join(map(str, source.shape))}"
+    if source.dtype.itemsize > target.dtype.itemsize:
+        detail += f", rounded to {str(target.dtype).removeprefix('torch.')}"
+    return "exact" if is_exact else "selected", detail
 
 
 def _report_teacher(
     teacher: TransformerTensors, selection: Selection, config: StudentConfig, report: ProjectionReport
 ) -> None:
+    """Report of every teacher tensor which student tensor uses it, or why none does."""
     used_by: dict[str, str] = {}
     for student_name, entry in report.student.items():
         used_by |= dict.fromkeys(entry["source"], student_name)
@@ -335,4 +333,5 @@ def _report_teacher(
 
 
 def _ignored(teacher: TransformerTensors) -> dict[str, dict]:
+    """Return the report's entries for tensors in the teacher's files that are no weights of a text-to-video Wan."""
     return {name: {"status": "dropped", "reason": reason} for name, reason in teacher.ignored.items()}

@@ -9,7 +9,7 @@ An axis is a named index set used wherever that axis occurs, so that what is cut
 (inside the two embedders), and per teacher layer i `attn1.i`, `attn2.i` (rows of whole heads) and `neurons.i`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from wandistiller.model.config import CONFIG_NAME, ConfigError, StudentConfig
 
-ROWS_AT_A_TIME = 64  # of a weight, while it is measured: few enough to stay in a cache, also at the width of 14B
+ROWS_AT_A_TIME = 64  # few enough to stay in a processor's cache, also at the width of 14B
 
 
 class TransformerTensors(Protocol):
-    """What projection reads from: a `WanTransformer` on disk, or the mock."""
+    """What projection reads a teacher from: a `WanTransformer` on disk, or the mock."""
 
     location: object
     config: StudentConfig
@@ -38,24 +38,29 @@ class TransformerTensors(Protocol):
 
 @dataclass(frozen=True)
 class Selection:
-    """`layers[i_student] = i_teacher`, and the kept indices of each axis; an axis that is kept whole is absent."""
+    """Which part of a teacher becomes a student.
+
+    Attributes:
+        layers: the teacher layer of each student block.
+        axes: the kept indices of each axis, in rising order; an axis that is not cut is absent.
+    """
 
     layers: list[int]
     axes: dict[str, Tensor] = field(default_factory=dict)
 
 
 def spread_layers(teacher_depth: int, depth: int) -> list[int]:
-    """`depth` of `teacher_depth` layers, evenly spread, first and last kept."""
+    """Return `depth` of the teacher's layers, evenly spread, with the first and the last among them."""
     return torch.linspace(0, teacher_depth - 1, depth, dtype=torch.float64).round().long().tolist()
 
 
 def check_fits(
     teacher: StudentConfig, student: StudentConfig, layers: list[int] | None = None, where: str | Path = CONFIG_NAME
 ) -> None:
-    """Refuse a student that is no part of this teacher, by the first key that does not fit and what would.
+    """Refuse a student that is no part of this teacher, naming the first key that does not fit and what would.
 
     Raises:
-        ConfigError: names `where`, key, value, the teacher's value and the nearest valid choice.
+        ConfigError: it names `where`, key, value, the teacher's value and the nearest valid choice.
     """
     try:
         _check_shape_fits(teacher, student)
@@ -66,21 +71,26 @@ def check_fits(
 
 
 def _check_shape_fits(teacher: StudentConfig, student: StudentConfig) -> None:
-    for key in ("num_channels", "text_encoder_output_dim"):
-        ours, theirs = getattr(student, key), getattr(teacher, key)
-        if ours != theirs:
-            raise ConfigError(
-                f'{key}={ours} does not fit this teacher, which has {theirs}; edit the line to "{key}": {theirs}'
-            )
+    _check_equal(teacher, student, ("num_channels", "text_encoder_output_dim"))
     for key in ("depth", "hidden_size") + (("ffn_dim", "num_heads") if student.block == "wan" else ()):
         ours, theirs = getattr(student, key), getattr(teacher, key)
         if ours > theirs:
             raise ConfigError(f"{key}={ours} is more than the teacher's {theirs}; use {theirs} or less")
     if student.block == "wan":
-        _check_wan_fits(teacher, student)
+        _check_head_dim(teacher, student)
+        _check_equal(teacher, student, ("patch_size", "freq_dim", "eps"))
 
 
-def _check_wan_fits(teacher: StudentConfig, student: StudentConfig) -> None:
+def _check_equal(teacher: StudentConfig, student: StudentConfig, keys: Sequence[str]) -> None:
+    for key in keys:
+        ours, theirs = getattr(student, key), getattr(teacher, key)
+        if ours != theirs:
+            raise ConfigError(
+                f'{key}={ours} does not fit this teacher, which has {theirs}; edit the line to "{key}": {theirs}'
+            )
+
+
+def _check_head_dim(teacher: StudentConfig, student: StudentConfig) -> None:
     if student.head_dim != teacher.head_dim:
         near = max(1, round(student.hidden_size / teacher.head_dim))
         raise ConfigError(
@@ -88,12 +98,6 @@ def _check_wan_fits(teacher: StudentConfig, student: StudentConfig) -> None:
             f"channels, the teacher's have {teacher.head_dim} (its positions depend on that); cut heads instead: "
             f"hidden_size={near * teacher.head_dim} with num_heads={near}"
         )
-    for key in ("patch_size", "freq_dim", "eps"):
-        ours, theirs = getattr(student, key), getattr(teacher, key)
-        if ours != theirs:
-            raise ConfigError(
-                f'{key}={ours} does not fit this teacher, which has {theirs}; edit the line to "{key}": {theirs}'
-            )
 
 
 def _check_layers(layers: list[int], teacher_depth: int, depth: int) -> None:
@@ -122,13 +126,13 @@ def select(teacher: TransformerTensors, student: StudentConfig, layers: list[int
 
 
 def _axis_sizes(teacher: StudentConfig, student: StudentConfig, layers: list[int]) -> dict[str, tuple[int, int, int]]:
-    """For each axis: its size in the teacher, how many are kept, and the group that stays together (a head)."""
+    """Return for each axis its size in the teacher, how many entries are kept, and how many stay together (those of a head)."""
     width = (teacher.hidden_size, student.hidden_size)
     sizes = {"channels": (*width, 1)}
     if student.block == "wan":
         sizes |= {axis: (*width, 1) for axis in ("text_channels", "time_hidden", "text_hidden")}
     same_heads = student.head_dim == teacher.head_dim
-    group = teacher.head_dim if same_heads else 1  # a lite student may cut heads apart: it has no RoPE to keep
+    group = teacher.head_dim if same_heads else 1  # a lite student may cut heads apart, because it has no RoPE to keep
     for layer in layers:
         for attention in ("attn1", "attn2") if student.block == "wan" else ("attn1",):
             sizes[f"{attention}.{layer}"] = (*width, group)
@@ -137,17 +141,17 @@ def _axis_sizes(teacher: StudentConfig, student: StudentConfig, layers: list[int
 
 
 def _largest(scores: Tensor, kept: int, group: int) -> Tensor:
-    """Indices, in rising order, of the `kept` entries with the largest scores, whole groups at a time."""
+    """Return in rising order the indices of the `kept` entries with the largest scores, chosen a group at a time."""
     group_scores = scores.unflatten(0, (-1, group)).sum(dim=1)
     groups = group_scores.topk(kept // group).indices.sort().values
     return (groups[:, None] * group + torch.arange(group)).flatten()
 
 
 def _score_axis(norms: Callable[[str], tuple[Tensor, Tensor]], axis: str, layers: list[int]) -> Tensor:
-    """Weight-norm score of each entry of an axis: what is written to a channel, or in- times out-norm of a hidden unit.
+    """Score each entry of an axis by weight norms: of what writes to a channel, or of what enters and leaves a hidden unit.
 
     Args:
-        norms: the squared norms of a weight's rows and columns, by name.
+        norms: gives the squared norms of a weight's rows and columns, by the weight's name.
     """
     embedder = "condition_embedder"
     if axis == "channels":

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from wandistiller.device import is_out_of_memory
 from wandistiller.errors import UserError
-from wandistiller.evaluation.held_out import StudentField, evaluation_mode
+from wandistiller.evaluation.held_out import evaluation_mode
 from wandistiller.files.pictures import labelled_grid, save_png
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes
 from wandistiller.sampling.flow import seeded_noise
-from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches
+from wandistiller.sampling.sampler import SamplingOptions, StudentField, VelocityField, sample_in_batches
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings

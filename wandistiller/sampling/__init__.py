@@ -1,3 +1,3 @@
-"""Teacher and student as velocity fields, the noise levels they are asked at, and the sampler that draws with them.
+"""Here are the noise levels, teacher and student as velocity fields, the sampler, and what a student records for drawing.
 
 It may import wan, model and files."""

@@ -18,12 +18,12 @@ def shift_sigma(u: Tensor, shift: float) -> Tensor:
 
 
 def unshift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """The u that `shift_sigma` maps to sigma; shifting by 1/shift is the inverse."""
+    """Return the u that `shift_sigma` maps to sigma; shifting by 1/shift is the inverse."""
     return shift_sigma(sigma, 1 / shift)
 
 
 def sigma_to_timestep(sigma: Tensor) -> Tensor:
-    """What the transformer is fed: 1000 sigma, not rounded."""
+    """Return what the transformer is fed: 1000 sigma, not rounded."""
     return NUM_TRAIN_TIMESTEPS * sigma
 
 
@@ -33,7 +33,7 @@ def sample_sigmas(
     sigma_range: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Shifted noise levels (B,) float32, stratified: one draw from each of B equal slices of u, in random order.
+    """Draw shifted noise levels (B,) float32, stratified: one from each of B equal slices of u, in random order.
 
     The draw is uniform in u between the two ends of `sigma_range`, so a narrower range keeps the density of `shift`.
     """
@@ -45,5 +45,5 @@ def sample_sigmas(
 
 
 def seeded_noise(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> Tensor:
-    """Noise (B, C, H, W), each sample from its own seed and on the CPU: the same whatever the batch, model and device."""
+    """Draw noise (B, C, H, W), each sample from its own seed and on the CPU, so that it depends on nothing but the seed."""
     return torch.stack([torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

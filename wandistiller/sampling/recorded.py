@@ -1,10 +1,10 @@
-"""A trained student's folder, and what its record says to whoever samples it: teacher, text encoder, settings.
+"""A trained student's folder, and what its record says to whoever draws with it: teacher, text encoder, VAE, settings.
 
 Only the standard library is imported until a file is known to be right.
 """
 
 import os
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
+    from diffusers import AutoencoderKLWan
     from torch import Tensor
 
     from wandistiller.sampling.sampler import SamplingOptions
+    from wandistiller.wan.files import WanFiles
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
 
-# What sampling cannot do without; the rest of the record is history.
+# Drawing cannot do without these; the rest of the record may be missing.
 _NEEDED = {
     "teacher_path": str,
     "shift": (int, float),
@@ -34,34 +36,63 @@ _NEEDED = {
 }
 
 
-def recorded_path(path: str | None) -> str | None:
-    """A path as a student's record holds it, to be found from any folder: hub ids and mock as they are, local ones absolute,
-    or ./... in this code's own folder, which no hub id can look like."""
-    if path is None or path == "mock" or hub_id(path):
-        return path
-    absolute = Path(os.path.abspath(path))
-    return f"./{absolute.relative_to(CLONE)}" if absolute.is_relative_to(CLONE) else str(absolute)
+@dataclass(frozen=True, kw_only=True)
+class StudentRecord:
+    """What a student's `distillation` record says of drawing with it; None stands for what it does not say.
 
+    Attributes:
+        teacher_path, teacher_path_low, text_encoder_path: as `recorded_path` gives them.
+        base_model: the hub repository of the teacher, where the run took it from there.
+        num_inference_steps: how many steps the teacher draws in.
+        student_steps: how many steps the student draws in, where it learnt whole steps.
+        sigma_range: the noise levels it was trained at.
+        latents_mean, latents_std: per channel; model space is (z - mean) / std.
+    """
 
-def _found(recorded: str, what: str, flag: str, is_of_hub: bool) -> str:
-    """Where a recorded path is now; refused where nothing is there."""
-    if recorded == "mock" or is_of_hub:
-        return recorded
-    local = CLONE / recorded
-    if not local.exists():
-        raise UserError(f"{local}: the {what} this student records is not there; give {flag}")
-    return str(local)
+    teacher_path: str | None = None
+    teacher_path_low: str | None = None
+    base_model: str | None = None
+    text_encoder_path: str | None = None
+    shift: float | None = None
+    num_inference_steps: int | None = None
+    student_steps: int | None = None
+    sigma_range: tuple[float, float] | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+
+    @classmethod
+    def of(cls, config: StudentConfig) -> "StudentRecord":
+        """Read the record of a student; one that was not trained has none."""
+        record = config.distillation or {}
+        return cls(**{field.name: record.get(field.name) for field in fields(cls)})
+
+    @property
+    def sampler(self) -> str:
+        """A student of whole steps follows straight lines, as Euler's method does; any other is sampled as its teacher is."""
+        return "euler" if self.student_steps else "unipc"
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps the student draws in unless another number is asked for."""
+        return self.student_steps or self.num_inference_steps
+
+    def warning_of_untrained_levels(self) -> str | None:
+        """Return a warning where the student was trained at a part of the noise levels, else None."""
+        low, high = self.sigma_range or (0.0, 1.0)
+        if low <= 0.0 and high >= 1.0:
+            return None
+        return f"trained at sigma {low:g} to {high:g} only; a picture needs all of 0 to 1"
 
 
 def load_shape(folder: str | Path) -> StudentConfig:
-    """The config of a student in a folder, whether or not it was trained."""
+    """Load the config of the student in a folder, whether or not it was trained."""
     if not Path(folder).is_dir():
         raise UserError(f"--student {folder}: there is no such folder; give the --output_dir of train_distillation.py")
     return StudentConfig.load(folder)
 
 
 def load_student_config(folder: str | Path) -> StudentConfig:
-    """The config of a trained student, refused where it lacks the record of its distillation."""
+    """Load the config of a trained student; one without the record of its distillation is refused."""
     config = load_shape(folder)
     where = Path(folder) / CONFIG_NAME
     if config.distillation is None:
@@ -78,7 +109,7 @@ def load_student_config(folder: str | Path) -> StudentConfig:
 
 
 def weights_digest(folder: str | Path) -> str | None:
-    """The sha256 of a student's weights file: what was measured belongs to these weights alone. None where there is none."""
+    """Return the sha256 of a student's weights file, to which measurements belong; None where there is no such file."""
     from wandistiller.files.atomic import file_digest
     from wandistiller.model.transformer import WEIGHTS_NAME
 
@@ -87,7 +118,7 @@ def weights_digest(folder: str | Path) -> str | None:
 
 
 def recorded_settings(config: StudentConfig) -> "TeacherSettings":
-    """How the teacher was sampled, as the record holds it."""
+    """Return how the teacher was sampled, as the record holds it."""
     from wandistiller.wan.settings import TeacherSettings
 
     record = config.distillation or {}
@@ -97,33 +128,67 @@ def recorded_settings(config: StudentConfig) -> "TeacherSettings":
 def student_sampling(
     config: StudentConfig, num_inference_steps: int | None, compute_dtype: "torch.dtype", device: str
 ) -> "SamplingOptions":
-    """How this student draws: as its teacher, or in the steps it learnt where it is a student of few (then by Euler)."""
+    """Return how a student draws: as its teacher does, or by whole steps where it learnt them; None steps are as recorded."""
     from wandistiller.sampling.sampler import SamplingOptions
 
-    record = config.distillation or {}
-    few = record.get("student_steps")
+    record = StudentRecord.of(config)
     return SamplingOptions(
-        shift=record["shift"],
-        num_inference_steps=num_inference_steps or few or record["num_inference_steps"],
-        sampler="euler" if few else "unipc",
+        shift=record.shift,
+        num_inference_steps=num_inference_steps or record.steps,
+        sampler=record.sampler,
         compute_dtype=compute_dtype,
         device=device,
     )
 
 
+def teacher_sampling(
+    config: StudentConfig, num_inference_steps: int | None, compute_dtype: "torch.dtype", device: str
+) -> "SamplingOptions":
+    """Return how the student's teacher draws; None steps are as recorded."""
+    steps = num_inference_steps or StudentRecord.of(config).num_inference_steps
+    return replace(student_sampling(config, steps, compute_dtype, device), sampler="unipc")
+
+
+def recorded_path(path: str | None) -> str | None:
+    """Return a path as a student's record holds it, so that it is found from any folder.
+
+    Hub ids and "mock" stay as they are and local paths become absolute; those inside this code's own folder become ./...,
+    which no hub id can look like.
+    """
+    if path is None or path == "mock" or hub_id(path):
+        return path
+    absolute = Path(os.path.abspath(path))
+    return f"./{absolute.relative_to(CLONE)}" if absolute.is_relative_to(CLONE) else str(absolute)
+
+
+def _found(recorded: str, what: str, flag: str, is_of_hub: bool) -> str:
+    """Return where a recorded path is now.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    if recorded == "mock" or is_of_hub:
+        return recorded
+    local = CLONE / recorded
+    if not local.exists():
+        raise UserError(f"{local}: the {what} this student records is not there; give {flag}")
+    return str(local)
+
+
 def teacher_paths(
     config: StudentConfig, teacher_path: str | None, teacher_path_low: str | None = None
 ) -> tuple[str, str | None]:
-    """The teacher and its low-noise file: as the flags say, else as recorded.
+    """Return where the teacher and its low-noise expert are: as the arguments say, else as recorded.
 
     A recorded teacher is a hub repository only where the run that made the student took it from there (`base_model`): a
-    missing folder must not become another's repository of the same name.
+    missing folder must not become somebody else's repository of the same name.
     """
     if teacher_path is not None:
         return teacher_path, teacher_path_low
-    record = config.distillation or {}
-    recorded, low = record["teacher_path"], record.get("teacher_path_low")
-    teacher = _found(recorded, "teacher", "--teacher_path", recorded == record.get("base_model"))
+    record = StudentRecord.of(config)
+    is_of_hub = record.teacher_path == record.base_model
+    teacher = _found(record.teacher_path, "teacher", "--teacher_path", is_of_hub)
+    low = record.teacher_path_low
     if teacher_path_low is None and low is not None:
         teacher_path_low = _found(low, "low-noise expert", "--teacher_path_low", is_hub_id(low))
     return teacher, teacher_path_low
@@ -139,24 +204,75 @@ def check_is_teacher(teacher: StudentConfig, config: StudentConfig, teacher_path
             )
 
 
+def open_recorded_teacher(config: StudentConfig, teacher_path: str, teacher_path_low: str | None) -> "WanFiles":
+    """Open the files of the student's teacher; `teacher_paths` tells where they are. No weight is read yet.
+
+    Raises:
+        UserError: they cannot be opened, or are not those of this student's teacher.
+    """
+    from wandistiller.wan.open import open_teacher
+
+    wan_files = open_teacher(teacher_path, config, teacher_path_low)
+    check_is_teacher(wan_files.config, config, teacher_path)
+    return wan_files
+
+
+@dataclass(frozen=True)
+class DrawingParts:
+    """The parts of a Wan that draw a picture together with its transformer.
+
+    Attributes:
+        encoder: the folders of the text encoder and its tokenizer; None stands for the mock's embeddings.
+        vae: the AutoencoderKLWan, in memory.
+    """
+
+    encoder: tuple[Path, Path] | None
+    vae: "AutoencoderKLWan"
+
+
+def load_drawing_parts(
+    config: StudentConfig, teacher_path: str, *, text_encoder_path: str | None, vae_path: str | None, device: str
+) -> DrawingParts:
+    """Find the text encoder and the VAE of a student, as paths from flags say or else beside its teacher, and load the VAE.
+
+    Raises:
+        UserError: one of them is missing or damaged, or belongs to another Wan.
+    """
+    from wandistiller.wan.vae import find_vae, load_vae
+
+    vae_location = find_vae(vae_path, teacher_path)
+    encoder = find_recorded_encoder(config, text_encoder_path, teacher_path)
+    return DrawingParts(encoder, load_vae(*vae_location, config.num_channels, config.vae_scale_factor, device))
+
+
+def check_text_encoder(encoder: Path, text_dim: int) -> None:
+    """Refuse a text encoder whose embeddings have another width than teacher and student take."""
+    from wandistiller.wan.text_encoder import text_encoder_dim
+
+    if (width := text_encoder_dim(encoder)) != text_dim:
+        raise UserError(
+            f"{encoder}: gives embeddings of width {width}, teacher and student take {text_dim}; point "
+            "--text_encoder_path at the teacher's own encoder"
+        )
+
+
 def find_recorded_encoder(
     config: StudentConfig, text_encoder_path: str | None, teacher_path: str
 ) -> tuple[Path, Path] | None:
-    """Folders of the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings were learnt."""
-    from wandistiller.wan.files import find_text_encoder
-    from wandistiller.wan.text_encoder import text_encoder_dim
+    """Find the folders of the text encoder and its tokenizer; None stands for the mock teacher's embeddings.
 
-    path, recorded = text_encoder_path, (config.distillation or {}).get("text_encoder_path")
+    Raises:
+        UserError: they are not there, or give embeddings of another width than the student takes.
+    """
+    from wandistiller.wan.files import find_text_encoder
+
+    path, recorded = text_encoder_path, StudentRecord.of(config).text_encoder_path
     if path is None and recorded is not None:
         path = _found(recorded, "text encoder", "--text_encoder_path", is_hub_id(recorded))
     if path is None and teacher_path == "mock":
         return None
     encoder, tokenizer = find_text_encoder(path or teacher_path)
-    if (text_dim := text_encoder_dim(encoder)) != config.text_encoder_output_dim:
-        raise UserError(
-            f"{encoder}: gives embeddings of width {text_dim}, the student takes {config.text_encoder_output_dim}; point "
-            "--text_encoder_path at the teacher's own encoder"
-        )
+    check_text_encoder(encoder, config.text_encoder_output_dim)
     return encoder, tokenizer
 
 
@@ -168,7 +284,13 @@ def embed_texts(
     device: str,
     progress: "Callable[[int, int], None] | None" = None,
 ) -> "PromptEmbeds":
-    """Text tokens of prompts, as the student was trained on them."""
+    """Return the text tokens of prompts, as teacher and student take them.
+
+    Args:
+        encoder: the folders of the text encoder and its tokenizer; None makes the mock's embeddings.
+        config: tells the width of the embeddings and the number of text slots.
+        progress: called with (prompts encoded so far, prompts to encode).
+    """
     from wandistiller.wan.prompt_embeds import mock_prompt_embeds
     from wandistiller.wan.text_encoder import encode_prompts
 
@@ -178,16 +300,21 @@ def embed_texts(
 
 
 def embed_with_negative(
-    prompts: "Sequence[str]", negative_prompt: str | None, *where
+    prompts: "Sequence[str]",
+    settings: "TeacherSettings",
+    encoder: tuple[Path, Path] | None,
+    config: StudentConfig,
+    prompt_cache: str,
+    device: str,
 ) -> "tuple[PromptEmbeds, Tensor | None]":
-    """Text tokens of every prompt, and of the negative prompt where there is one; `where` as for `embed_texts`."""
-    texts = [*prompts, negative_prompt] if negative_prompt is not None else list(prompts)
-    embeds = embed_texts(texts, *where)
-    return embeds.first(len(prompts)), embeds.read(len(prompts)) if negative_prompt is not None else None
+    """Return the text tokens of every prompt, and of the negative prompt where guidance needs it; see `embed_texts`."""
+    negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
+    embeds = embed_texts([*prompts, *negative_prompts], encoder, config, prompt_cache, device)
+    return embeds.first(len(prompts)), embeds.read(len(prompts)) if negative_prompts else None
 
 
 def check_size(name: str, pixels: int, config: StudentConfig, patch_size: int) -> None:
-    """Refuse a height or width (`name` as the person gave it) that does not fill whole patches behind the VAE."""
+    """Refuse a height or width that does not fill whole patches behind the VAE; the error begins with `name`."""
     unit = config.vae_scale_factor * patch_size
     if pixels % unit or pixels < unit:
         lower, upper = pixels // unit * unit, (pixels // unit + 1) * unit

@@ -1,6 +1,7 @@
-"""From noise to latents: diffusers' UniPC over a velocity field, the trajectory of WanPipeline at one frame.
+"""From noise to latents: diffusers' UniPC follows a velocity field, as WanPipeline does at one frame.
 
-A student is sampled as a teacher is: as a velocity field, of a single expert that needs no guidance.
+Teacher and student are sampled alike. A student is a velocity field of its own (`StudentField`), or takes a teacher's place
+as its single expert (`student_as_teacher`).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,23 +12,25 @@ import torch
 from torch import Tensor
 
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS
+from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS, sigma_to_timestep
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
 
 
 class VelocityField(Protocol):
-    """What is sampled: a `Teacher`, or anything that answers as one."""
+    """What can be sampled: a `Teacher`, a `StudentField`, or anything else that answers with velocities."""
 
     def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How latents are drawn; `compute_dtype` is that of matrix products, latents stay float32.
+    """How latents are drawn.
 
-    `sampler` is "unipc", as the released Wans are drawn, or "euler", for students that learnt whole steps.
+    Attributes:
+        sampler: "unipc", by which the released Wans are drawn, or "euler", for students that learnt whole steps.
+        compute_dtype: dtype of matrix products; latents stay float32.
     """
 
     shift: float
@@ -37,25 +40,38 @@ class SamplingOptions:
     device: str = "cpu"
 
 
-def student_field(
+class StudentField:
+    """A student as a velocity field that stays trainable; one pass answers, without guidance."""
+
+    def __init__(self, student: WanLiteStudent):
+        self.student = student
+
+    def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor) -> Tensor:
+        return self.student(latents, sigma_to_timestep(sigma).to(latents.device), prompt_embeds, prompt_lengths)
+
+
+def student_as_teacher(
     student: WanLiteStudent,
     settings: TeacherSettings,
     guidance_scale: float = 1.0,
     negative_prompt_embeds: Tensor | None = None,
 ) -> Teacher:
-    """A student as a velocity field: one pass at guidance 1, which is what a student of a guided teacher needs."""
+    """Put a student in a teacher's place, frozen and as its only expert.
+
+    Guidance is 1, which takes one pass, because a student of a guided teacher has learnt the guided velocity.
+    """
     own = replace(settings, guidance_scale=guidance_scale, guidance_scale_2=None, boundary_ratio=None)
     return Teacher({"high": student}, own, negative_prompt_embeds)
 
 
 def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"):
-    """The flow-matching scheduler of the released Wan pipelines (diffusers: scheduling_unipc_multistep.py), steps set.
+    """Return the flow-matching scheduler of the released Wan pipelines, diffusers' UniPCMultistepScheduler, with its steps set.
 
-    Of order one and without its corrector UniPC is Euler's method, on the same noise levels.
+    UniPC of order one and without its corrector is Euler's method, on the same noise levels.
     """
     from diffusers import UniPCMultistepScheduler
 
-    # At every step there can be, so that a saved scheduler is Euler's at other numbers of steps too:
+    # The corrector is disabled at every step there can be, so that a saved scheduler is Euler's at other numbers of steps too:
     euler = {"solver_order": 1, "disable_corrector": list(range(NUM_TRAIN_TIMESTEPS))}
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction",
@@ -69,7 +85,7 @@ def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"
     return scheduler
 
 
-@torch.no_grad()  # not inference mode: a student that is measured or drawn with is trained on after
+@torch.no_grad()  # not inference mode, because a student that has drawn a picture is trained further
 def sample(
     field: VelocityField,
     noise: Tensor,
@@ -77,13 +93,13 @@ def sample(
     prompt_lengths: Tensor,
     options: SamplingOptions,
 ) -> Tensor:
-    """Latents x_0 (B, C, H, W) in model space, from noise (B, C, H, W)."""
+    """Return latents x_0 (B, C, H, W) in model space, from noise (B, C, H, W)."""
     scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler)
     device_type = torch.device(options.device).type
     is_mixed = options.compute_dtype != torch.float32
     latents = noise.to(options.device)
     for timestep in scheduler.timesteps:
-        # The scheduler's timesteps are whole numbers, as WanPipeline feeds them; float64 returns them exactly.
+        # The scheduler's timesteps are whole numbers, as WanPipeline feeds them, and float64 keeps them exact.
         sigma = (timestep.double() / NUM_TRAIN_TIMESTEPS).expand(len(latents))
         with torch.autocast(device_type, options.compute_dtype, enabled=is_mixed):
             velocity = field.velocity(latents, sigma, prompt_embeds, prompt_lengths)
@@ -100,7 +116,12 @@ def sample_in_batches(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """`sample` for any number of samples, a batch at a time; sample i draws prompt prompt_indices[i]. On the CPU."""
+    """Sample any number of latents, a batch at a time, and return them on the CPU.
+
+    Args:
+        prompt_indices: which prompt of `embeds` each sample draws.
+        progress: called with the size of every batch that is done.
+    """
     parts = []
     for start in range(0, len(noise), batch_size):
         indices = prompt_indices[start : start + batch_size]

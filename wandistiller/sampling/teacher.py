@@ -1,4 +1,4 @@
-"""The frozen teacher: a guided velocity field over one or two 2D experts, with the settings its release was made for."""
+"""The frozen teacher: a guided velocity field over one or two 2D experts, of which one at a time may be on the device."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,12 +17,12 @@ class Teacher:
 
     Args:
         experts: 2D models of the teacher's own shape, {"high": ...} or {"high": ..., "low": ...}.
-        settings: guidance and boundary.
+        settings: guidance, and the boundary between the experts.
         negative_prompt_embeds: (S, text_dim) text tokens of the negative prompt; None where every guidance scale is 1.
-        offload_to: device that the expert in use is brought to, while all stay in host memory, where they must be; None
-            leaves them where they are.
-        any_process: whether something is true in any of the processes that experts are spread over, which must ask the same
-            ones together.
+        offload_to: the device that the expert in use is brought to, while all experts stay in host memory, where they must
+            be; None leaves them where they are.
+        any_process: tells whether something is true in any of the processes that experts are sharded over, because these
+            must ask the same expert together.
 
     Attributes:
         num_swaps: how often the expert in use has changed.
@@ -47,12 +47,13 @@ class Teacher:
         self.num_swaps = 0
 
     def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor) -> Tensor:
-        """Guided velocity; each sample goes to the expert of its own noise level.
+        """Return the guided velocity (B, C, H, W); each sample is answered by the expert of its own noise level.
 
         Args:
             latents: (B, C, H, W) in model space.
             sigma: (B,) noise levels; on the CPU the choice of expert costs no synchronisation.
-            prompt_embeds: (B, S, text_dim), prompt_lengths (B,).
+            prompt_embeds: (B, S, text_dim).
+            prompt_lengths: (B,).
         """
         return self.velocity_and_features(latents, sigma, prompt_embeds, prompt_lengths)[0]
 
@@ -65,30 +66,30 @@ class Teacher:
         prompt_lengths: Tensor,
         layers: Sequence[int] = (),
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Guided velocity as `velocity` gives it, and the hidden states (B, L, D) after `layers`, of the prompt's own half."""
+        """Return the guided velocity, and the hidden states (B, L, D) after `layers` of the half that sees the prompt."""
         if "low" not in self.experts:
             return self._guided("high", latents, sigma, prompt_embeds, prompt_lengths, layers)
         is_high = self.is_high(sigma)
         velocity, features = torch.empty_like(latents), []
-        # The expert in use first: a batch for both is then one change of experts, not two.
+        # The expert in use answers first, so that a batch for both takes one change of experts and not two.
         for name in ("low", "high") if self.in_use == "low" else ("high", "low"):
             rows = (is_high if name == "high" else ~is_high).nonzero().flatten()
             if not self.any_process(len(rows) > 0):
                 continue
             if not len(rows):
-                # Only to lend this process's part of the weights to those that ask.
+                # This call only lends this process's shard of the weights to the processes that need the expert.
                 self._guided(name, *(value[:1] for value in (latents, sigma, prompt_embeds, prompt_lengths)), ())
                 continue
             on_device = to_device(rows, latents.device)
             part = latents[on_device], sigma[rows], prompt_embeds[on_device], prompt_lengths[on_device]
             velocity[on_device], hidden = self._guided(name, *part, layers)
             features = features or [state.new_empty(len(latents), *state.shape[1:]) for state in hidden]
-            for whole, state in zip(features, hidden, strict=True):
-                whole[on_device] = state
+            for feature, state in zip(features, hidden, strict=True):
+                feature[on_device] = state
         return velocity, tuple(features)
 
     def is_high(self, sigma: Tensor) -> Tensor:
-        """Which samples (B,) the high-noise expert answers, of two."""
+        """Return which samples (B,) of a teacher of two experts are the high-noise expert's."""
         return sigma_to_timestep(sigma) >= self.settings.boundary_ratio * NUM_TRAIN_TIMESTEPS
 
     def _guided(
@@ -100,8 +101,11 @@ class Teacher:
         prompt_lengths: Tensor,
         layers: Sequence[int],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """v_uncond + g (v_cond - v_uncond), both halves in one call that shares what is equal; g = 1 needs only one half."""
-        expert = self._use(name)
+        """Return v_uncond + g (v_cond - v_uncond) of one expert, and its hidden states after `layers`.
+
+        Both halves are computed in one call, which shares what is equal in them; g = 1 needs only one half.
+        """
+        expert = self.use(name)
         scale = self.settings.guidance_scale if name == "high" else self.settings.guidance_scale_2
         timestep = to_device(sigma_to_timestep(sigma), latents.device)
         if scale == 1.0:
@@ -115,12 +119,12 @@ class Teacher:
         return guided, tuple(features)
 
     def _negative(self, prompt_embeds: Tensor) -> Tensor:
-        """The negative prompt beside the prompts, brought there once."""
+        """Return the negative prompt in the dtype and on the device of the prompts; only the first call moves it there."""
         self.negative_prompt_embeds = self.negative_prompt_embeds.to(prompt_embeds)
         return self.negative_prompt_embeds
 
-    def _use(self, name: str) -> WanLiteStudent:
-        """An expert, on the device that it is to answer on."""
+    def use(self, name: str) -> WanLiteStudent:
+        """Return an expert that is ready to answer, on the device where it does so."""
         if name != self.in_use:
             self.num_swaps += self.in_use is not None
             self.in_use = name
@@ -130,19 +134,23 @@ class Teacher:
 
 
 def queued_copy(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device; from pinned memory the copy is queued there and the host does not wait."""
+    """Copy a tensor of host memory to the device; from pinned memory the copy is queued there, and the host does not wait.
+
+    `device.to_device` would ask again of every tensor whether it is pinned, which `OffloadedExperts` knows.
+    """
     return tensor.to(device, non_blocking=True)
 
 
 class OffloadedExperts:
     """Brings the weights of one expert at a time to the device; the experts are changed in place.
 
-    Weights never change, so nothing is ever copied back: an expert that leaves the device takes up its host copy again. On a
-    device that is the host itself no byte moves.
+    Weights never change, so nothing is ever copied back: an expert that leaves the device takes up its host copy again. No
+    byte moves where the device is the host itself.
 
     Args:
-        experts: frozen models in host memory; for a GPU that memory is pinned. (torch rounds each pinned tensor up to
-            a power of two: the experts of A14B take about half as much host memory again.)
+        experts: frozen models in host memory, which is pinned here for a GPU. (torch rounds each pinned tensor up to a power
+            of two: the experts of A14B take about half as much host memory again.)
+        device: where the expert in use answers.
     """
 
     def __init__(self, experts: Mapping[str, nn.Module], device: str | torch.device):
@@ -152,12 +160,12 @@ class OffloadedExperts:
         if self.device.type == "cuda":
             for tensors in self._tensors.values():
                 for tensor in tensors:
-                    tensor.data = tensor.data.pin_memory()  # one at a time: no expert is there twice
+                    tensor.data = tensor.data.pin_memory()  # one at a time, so that no expert is in memory twice
         self._host = {name: [tensor.data for tensor in tensors] for name, tensors in self._tensors.items()}
 
-    @torch.inference_mode(False)  # an expert brought in while a picture is drawn serves training later
+    @torch.inference_mode(False)  # because an expert brought in while a picture is drawn serves training later
     def use(self, name: str) -> None:
-        """Have this expert on the device, and no other; the other leaves first, so that both never need to fit."""
+        """Bring this expert to the device; the other one leaves first, so that the two never need to fit together."""
         if name == self.on_device:
             return
         if self.on_device is not None:
