@@ -11,6 +11,7 @@ checkpoint of the other checkout is resumed in this one. The last line is one JS
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,14 +70,15 @@ def main() -> int:
             same[name] = sums["before"] == sums["now"]
             print(f"{name:<24}{'the same' if same[name] else 'DIFFERENT'}  {sums['now'][:16]}", flush=True)
 
-        # A run that was begun by the other checkout and is resumed by this one, against one of the other alone:
-        long, folder = [*SHORT, "--save_every", "12"], Path(scratch) / "before" / "resumed"
-        weights_of(places["before"][0], [*long, "--max_steps", "12", "--lr_scheduler", "constant"], folder)
-        resumed = weights_of(ROOT, [*long, "--lr_scheduler", "constant"], folder)
-        alone = Path(scratch) / "before" / "alone"
-        straight = weights_of(places["before"][0], [*long, "--lr_scheduler", "constant"], alone)
-        same["resumed"] = resumed == straight
-        print(f"{'resumed from before':<24}{'the same' if same['resumed'] else 'DIFFERENT'}  {resumed[:16]}")
+        # A run that the other checkout began, resumed by each:
+        words, begun = [*SHORT, "--save_every", "12"], Path(scratch) / "begun"
+        weights_of(args.other.resolve(), [*words, "--max_steps", "12"], begun)
+        sums = {}
+        for when, (checkout, folder) in places.items():
+            shutil.copytree(begun, folder / "resumed")
+            sums[when] = weights_of(checkout, words, folder / "resumed")
+        same["resumed"] = sums["before"] == sums["now"]
+        print(f"{'resumed from before':<24}{'the same' if same['resumed'] else 'DIFFERENT'}  {sums['now'][:16]}")
     print(json.dumps(same))
     return 0 if all(same.values()) else 1
 
