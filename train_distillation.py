@@ -328,13 +328,13 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
         processes.shard(student)
         processes.shard(objective.feature_loss)
     if cache is not None:
-        answers = CachedAnswers(cache, lanes.total, device, args.seed, lanes if lanes.pads else None)
+        answers = CachedAnswers(cache, embeds.trained, lanes, device, args.seed)
     elif args.student_steps:
         answers = build_segment_answers(args, teacher, student, *sources, dtype, device, lanes)
     else:
         answers = build_answers(args, teacher, *sources, feature_layers, dtype, device, lanes)
     if args.replay > 1 and cache is None:
-        answers = ReplayedAnswers(answers, args.replay, args.seed, device)
+        answers = ReplayedAnswers(answers, embeds.trained, args.replay, args.seed, device)
     clock.lap("states, answers and objective set up")
     evaluate = build_evaluation(args, teacher, embeds, config, dtype, device)
     clock.lap("held-out states of the teacher")

@@ -164,7 +164,7 @@ def build_step(workload, is_compiled: bool, device: str = "cuda") -> Callable[[]
 
     def step() -> None:
         answer = answers.next()
-        loss = trained(answer, embeds, 0.0)
+        loss = trained(answer, 0.0)
         loss.total.backward()
         nn.utils.clip_grad_norm_(run.trained.parameters(), optimization.max_grad_norm)
         run.update(float(loss.velocity))

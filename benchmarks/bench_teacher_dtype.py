@@ -20,6 +20,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from wandistiller.device import autocast
 from wandistiller.evaluation.held_out import HeldOutErrors
 from wandistiller.evaluation.measures import endpoint_error, relative_errors
 from wandistiller.files.prompts import load_prompts
@@ -29,7 +30,6 @@ from wandistiller.projection.project import project_experts
 from wandistiller.sampling.recorded import embed_with_negative
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample, student_field
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets.answers import autocast
 from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.wan.files import WanFiles
 from wandistiller.wan.open import open_teacher

@@ -107,7 +107,7 @@ def test_an_epoch_is_the_prompts_over_the_batch_rounded_up(epochs, prompts, batc
 
 def test_replay_gives_every_answer_as_often_as_asked_and_unchanged():
     _, teacher, embeds, states = make_run()
-    replayed = ReplayedAnswers(answers(teacher, states, embeds), replay=3)
+    replayed = ReplayedAnswers(answers(teacher, states, embeds), embeds, replay=3)
     fresh, uses, calls = {}, Counter(), []
     for _ in range(500):
         before = replayed.num_calls
@@ -129,7 +129,7 @@ def test_replay_gives_every_answer_as_often_as_asked_and_unchanged():
 
 def test_replayed_batches_mix_the_answers_of_several_calls():
     _, teacher, embeds, states = make_run()
-    replayed, born = ReplayedAnswers(answers(teacher, states, embeds), replay=4), {}
+    replayed, born = ReplayedAnswers(answers(teacher, states, embeds), embeds, replay=4), {}
     mixed = []
     for _ in range(250):
         before, answer = replayed.num_calls, replayed.next()
@@ -147,7 +147,7 @@ def test_answers_go_on_from_a_saved_state(replay, num_before):
 
     def make(seed: int) -> TeacherAnswers | ReplayedAnswers:
         source = answers(teacher, make_paths(seed), embeds, student_rollout=(0.5, 0.5))
-        return source if replay == 1 else ReplayedAnswers(source, replay, seed)
+        return source if replay == 1 else ReplayedAnswers(source, embeds, replay, seed)
 
     def step(source) -> tuple:
         answer = source.next()
@@ -195,7 +195,7 @@ def test_asking_leaves_the_states_where_they_are_until_the_student_has_answered_
 def test_replay_moves_the_states_on_once_for_every_call():
     _, teacher, embeds, _ = make_run(guidance_scale=1.0)
     states = NotedStates(make_paths())
-    replayed = ReplayedAnswers(answers(teacher, states, embeds), replay=3)
+    replayed = ReplayedAnswers(answers(teacher, states, embeds), embeds, replay=3)
     for _ in range(90):
         answer = replayed.next()
         replayed.advance(answer, answer.velocity, 0.5)
@@ -272,7 +272,7 @@ def copy_of(student) -> dict[str, torch.Tensor]:
 
 def test_the_loss_is_the_squared_error_between_student_and_guided_teacher():
     student, teacher, embeds, states = make_run()
-    loss = OBJECTIVE(student, answers(teacher, states, embeds).next(), embeds)
+    loss = OBJECTIVE(student, answers(teacher, states, embeds).next())
     again = make_states(student.config, teacher.settings)
     torch.testing.assert_close(loss.total, loss_by_hand(student, teacher, embeds, again), rtol=1e-5, atol=1e-7)
 
@@ -374,7 +374,7 @@ def test_the_teacher_is_called_once_a_step_and_less_with_replay():
     assert [metrics.teacher_calls for metrics in reported] == list(range(1, 31)) and len(sizes) == 30
 
     sizes.clear()
-    reported = reported_by(ReplayedAnswers(answers(teacher, states, embeds), replay=4))
+    reported = reported_by(ReplayedAnswers(answers(teacher, states, embeds), embeds, replay=4))
     calls = [metrics.teacher_calls for metrics in reported]
     assert calls[:5] == [1, 2, 3, 4, 5] and calls[-1] == len(sizes) < 22
 
@@ -385,7 +385,17 @@ class FixedAnswers:
     num_calls = 0
 
     def __init__(self, sigma: torch.Tensor, velocity: torch.Tensor):
-        self.answer = Answer(torch.zeros_like(velocity), sigma, [0] * len(sigma), velocity)
+        prompts = [0] * len(sigma)
+        prompt_embeds, prompt_lengths = make_run()[2].batch(prompts)
+        self.answer = Answer(
+            latents=torch.zeros_like(velocity),
+            sigma=sigma,
+            prompts=prompts,
+            prompt_embeds=prompt_embeds,
+            prompt_lengths=prompt_lengths,
+            velocity=velocity,
+            weights=torch.ones(len(sigma)),
+        )
         self.lanes = Lanes(len(sigma))
 
     def next(self) -> Answer:
@@ -398,8 +408,8 @@ class FixedAnswers:
 def test_losses_are_reported_by_noise_level_and_expert_unweighted():
     sigma = torch.tensor([0.05, 0.07, 0.875, 0.999, 1.0])
     velocity = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])[:, None, None, None].expand(5, 16, 4, 4)
-    student, _, embeds, _ = make_run()
-    by_sample = OBJECTIVE(student, FixedAnswers(sigma, velocity).answer, embeds).by_sample.tolist()
+    student, *_ = make_run()
+    by_sample = OBJECTIVE(student, FixedAnswers(sigma, velocity).answer).by_sample.tolist()
     objective = replace(OBJECTIVE, sigma_weighting="x0")
     (metrics,) = reported_by(FixedAnswers(sigma, velocity), 1, objective, boundary=0.875)
     expected = [sum(by_sample[:2]) / 2, *[None] * 7, by_sample[2], sum(by_sample[3:]) / 2]
@@ -411,9 +421,9 @@ def test_losses_are_reported_by_noise_level_and_expert_unweighted():
 
 
 def test_the_students_velocity_and_the_part_that_is_done_reach_the_answers():
-    student, _, embeds, _ = make_run()
+    student, *_ = make_run()
     source = FixedAnswers(torch.tensor([0.3]), torch.ones(1, 16, 4, 4))
-    before = OBJECTIVE(student, source.answer, embeds).student_velocity
+    before = OBJECTIVE(student, source.answer).student_velocity
     reported_by(source, 1)
     assert torch.equal(source.advanced[0], before) and source.advanced[1] == 0
     reported_by(source, 4)

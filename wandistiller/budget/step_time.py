@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from wandistiller.budget.workload import Workload, step_flops
-from wandistiller.device import DTYPES, wait_for
+from wandistiller.device import DTYPES, autocast, wait_for
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.fp8 import to_fp8
 from wandistiller.model.sizes import unfilled_model
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.targets.answers import autocast
 from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_optimizer
 
 PATIENCE_S = 10.0  # for all of it, about, so that budgets still come in seconds

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
-from wandistiller.targets.answers import Answer, Answers
+from wandistiller.targets.answers import Answer, AnswerQueue, Answers
 from wandistiller.targets.lanes import LANE_PREFIX
 from wandistiller.targets.trajectories import part_of
+from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 REPLAY_BATCHES = 16  # answers kept for further use, in batches: enough that a batch seldom meets its own again
 
@@ -20,7 +21,7 @@ class ReplayedAnswers:
 
     _OF_LANES = ("sigma", "prompts", "weights", "latents", "velocity")
 
-    def __init__(self, source: Answers, replay: int, seed: int = 0, device: str = "cpu"):
+    def __init__(self, source: Answers, prompt_embeds: PromptEmbeds, replay: int, seed: int = 0, device: str = "cpu"):
         self.source = source
         self.lanes = source.lanes
         self.device = device
@@ -33,7 +34,7 @@ class ReplayedAnswers:
         self.prompts = torch.zeros(self.lanes.count, REPLAY_BATCHES, dtype=torch.long)
         self.weights = torch.zeros(self.lanes.count, REPLAY_BATCHES)
         self.latents = self.velocity = torch.empty(0)  # shaped by the first answer
-        self._waiting: list[Answer] = []  # parts of a replayed batch
+        self._replayed = AnswerQueue(prompt_embeds, device, self.lanes.micro_batch)
         self._num_fresh = 0  # parts of a fresh batch that are yet to be asked for
         self._places = torch.empty(0, dtype=torch.long)  # where the fresh batch in hand is stored
 
@@ -43,14 +44,14 @@ class ReplayedAnswers:
         return self.source.num_calls
 
     def next(self) -> Answer:
-        if self._waiting:
-            return self._waiting.pop(0)
+        if self._replayed:
+            return self._replayed.pop()
         if not self._num_fresh:
             # A new answer comes whenever there is room for one, so that the store stays full and its batches well mixed.
             is_full = (self.remaining > 0).all(dim=1).any()
             if is_full:
-                self._waiting = self._replayed().split(self.lanes.micro_batch)
-                return self._waiting.pop(0)
+                self._replay()
+                return self._replayed.pop()
             self._num_fresh = self.lanes.num_micro_batches
             self._places = (self.remaining == 0).int().argmax(dim=1)
         first = (self.lanes.num_micro_batches - self._num_fresh) * self.lanes.micro_batch
@@ -63,8 +64,8 @@ class ReplayedAnswers:
             self.remaining[torch.arange(given), self._places[:given]] = self.replay - 1
         return answer
 
-    def _replayed(self) -> Answer:
-        """An answer of every lane that has one left."""
+    def _replay(self) -> None:
+        """Queue an answer of every lane that has one left."""
         chances = torch.rand(self.remaining.shape, generator=self.generator).masked_fill(self.remaining == 0, -1.0)
         places, has_one = chances.argmax(dim=1), (self.remaining > 0).any(dim=1)
         self.remaining[has_one, places[has_one]] -= 1
@@ -72,11 +73,11 @@ class ReplayedAnswers:
         rows = torch.arange(self.lanes.count) if self.lanes.pads else is_used.nonzero().flatten()
         places = self.lanes.local(places)[rows]
         on_device, places_there = (to_device(indices, self.latents.device) for indices in (rows, places))
-        return Answer(
-            self.latents[on_device, places_there],
-            self.sigma[rows, places],
-            self.prompts[rows, places].tolist(),
-            self.velocity[on_device, places_there],
+        self._replayed.fill(
+            latents=self.latents[on_device, places_there],
+            sigma=self.sigma[rows, places],
+            prompts=self.prompts[rows, places].tolist(),
+            velocity=self.velocity[on_device, places_there],
             weights=self.weights[rows, places] * is_used[rows],
         )
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from wandistiller.device import to_device
+from wandistiller.device import autocast, to_device
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import seeded_noise, sigma_to_timestep
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets.answers import Answer, autocast
+from wandistiller.targets.answers import Answer, AnswerQueue
 from wandistiller.targets.lanes import LANE_PREFIX, Lanes, draw_seeds
 from wandistiller.targets.prompt_order import PromptOrder
 from wandistiller.targets.trajectories import PATHS_PER_LANE, part_of
@@ -66,7 +66,7 @@ class SegmentAnswers:
         self.order = PromptOrder(num_prompts, seed)
         self.progress = 0.0
         self.num_calls = 0
-        self._waiting: list[Answer] = []  # micro-batches of the step in hand
+        self._queue = AnswerQueue(prompt_embeds, device, self.lanes.micro_batch)
 
         pool = self.lanes.total, PATHS_PER_LANE
         self.prompts = torch.zeros(pool, dtype=torch.long)
@@ -94,29 +94,31 @@ class SegmentAnswers:
 
     def next(self) -> Answer:
         """A target of every lane, at random among those that are known; the teacher is asked until there are enough."""
-        if not self._waiting:
+        if not self._queue:
             if self.num_calls == 0:
                 self._spread()
             while self.num_ready.min() < MIXED:
                 self._ask()
-            self._waiting = self._take().split(self.lanes.micro_batch)
-        return self._waiting.pop(0)
+            self._take()
+        return self._queue.pop()
 
     def advance(self, answer: Answer, student_velocity: Tensor, progress: float) -> None:
         """The paths move when the teacher is asked; this only notes the part of the training that is done."""
         self.progress = progress
 
-    def _take(self) -> Answer:
+    def _take(self) -> None:
+        """Queue a target of every lane, which then leaves the store."""
         lanes, own = torch.arange(self.lanes.total), self.own
         chances = torch.rand(self.lanes.total, generator=self.generator)
         places = (chances * self.num_ready).long().minimum(self.num_ready - 1)
         last = self.num_ready - 1
         here, last_here = self._local(places), self._local(last)
-        answer = Answer(
-            self.ready_latents[own, here],
-            self.lanes.local(self.ready_sigma[lanes, places]),
-            self.lanes.local(self.ready_prompts[lanes, places]).tolist(),
-            self.ready_velocity[own, here],
+        self._queue.fill(
+            latents=self.ready_latents[own, here],
+            sigma=self.lanes.local(self.ready_sigma[lanes, places]),
+            prompts=self.lanes.local(self.ready_prompts[lanes, places]).tolist(),
+            velocity=self.ready_velocity[own, here],
+            weights=torch.ones(self.lanes.count),
         )
         # The last one takes the place that is now empty:
         for values in (self.ready_sigma, self.ready_prompts):
@@ -124,7 +126,6 @@ class SegmentAnswers:
         for values in (self.ready_latents, self.ready_velocity):
             values[own, here] = values[own, last_here]
         self.num_ready -= 1
-        return answer
 
     def _spread(self) -> None:
         """One long step of the teacher to the start of a segment of its own, for every path: all segments are taught from

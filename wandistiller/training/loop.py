@@ -140,10 +140,7 @@ def train(
         for step in range(state.step + 1, options.num_steps + 1):
             progress = (step - 1) / options.num_steps
             num_passes = answers.lanes.num_micro_batches
-            passes = [
-                _learn(model, answers, prompt_embeds, progress, number == num_passes)
-                for number in range(1, num_passes + 1)
-            ]
+            passes = [_learn(model, answers, progress, number == num_passes) for number in range(1, num_passes + 1)]
             grad_norm = full_tensor(nn.utils.clip_grad_norm_(trained.parameters(), options.optimization.max_grad_norm))
             found = _measure(passes, grad_norm, stop.requested, processes)
             try:
@@ -216,14 +213,13 @@ class _Measured:
     by_sample: list[float]
 
 
-def _learn(model: nn.Module, answers: Answers, prompt_embeds: PromptEmbeds, progress: float, is_last: bool) -> _Pass:
+def _learn(model: nn.Module, answers: Answers, progress: float, is_last: bool) -> _Pass:
     """Add the gradients of a micro-batch; the last one's are averaged over the processes, with those of all before."""
     answer = answers.next()
     with without_averaging(model, not is_last):
-        loss = model(answer, prompt_embeds, progress)
+        loss = model(answer, progress)
         (loss.total / answers.lanes.num_micro_batches).backward()
-    # Hidden states of the teacher may be gigabytes, and were needed until here:
-    return _Pass(replace(answer, features=()), replace(loss, total=loss.total.detach()), bool(answer.features))
+    return _Pass(answer.released(), replace(loss, total=loss.total.detach()), bool(answer.features))
 
 
 def _measure(passes: list[_Pass], grad_norm: Tensor, is_stopped: bool, processes: Processes) -> _Measured:
