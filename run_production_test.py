@@ -193,18 +193,19 @@ def train_briefly(
 
     from wandistiller.reports.progress import LINE_EVERY_S, Progress
     from wandistiller.targets.answers import TeacherAnswers
+    from wandistiller.targets.lanes import Lanes
     from wandistiller.targets.states import StatesOptions, build_states
     from wandistiller.training.loop import TrainingOptions, steps_of_epochs, train
     from wandistiller.training.objective import Objective
     from wandistiller.training.optimizer import OptimizationOptions
 
-    num_steps = steps_of_epochs(args.num_epochs, len(embeds), args.batch_size)
+    num_steps = steps_of_epochs(args.num_epochs, len(embeds), Lanes(args.batch_size))
     options = TrainingOptions(
         batch_size=args.batch_size, num_steps=num_steps, optimization=OptimizationOptions(lr=LR), seed=SEED
     )
     say(f"Optimizer: AdamW, lr {LR:g}; {num_steps} steps of batch {args.batch_size}")
     states_options = StatesOptions(kind=STATES, seed=SEED)
-    states = build_states(states_options, student.config, teacher.settings, len(embeds), args.batch_size)
+    states = build_states(states_options, student.config, teacher.settings, len(embeds), Lanes(args.batch_size))
     answers = TeacherAnswers(teacher, states, embeds, options.device, torch.float32)
     objective = Objective(shift=teacher.settings.shift)
     with Progress(num_steps, folder / METRICS_NAME, 0.0 if num_steps <= MAX_LOSS_LINES else LINE_EVERY_S) as progress:

@@ -84,7 +84,7 @@ def draw_last_samples(samples: "Samples", student: "WanLiteStudent", step: int) 
     who = "the student" if samples.teacher is None else "teacher and student"
     print(f"Drawing {len(samples.prompts)} prompts with {who}, {options.num_inference_steps} steps", flush=True)
     if file := samples(student, step):
-        print(f"{samples.what}: {file}")
+        print(f"{samples.caption}: {file}")
 
 
 def build_teacher(
@@ -229,7 +229,6 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
         lanes_of,
         open_cache,
         run_description,
-        segment_sigmas,
         training_options,
     )
     from wandistiller.run.dry_run import check_disk
@@ -253,6 +252,7 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
     from wandistiller.sampling.recorded import recorded_path
     from wandistiller.targets.cache import CachedAnswers
     from wandistiller.targets.replay import ReplayedAnswers
+    from wandistiller.targets.segments import segment_sigmas
     from wandistiller.training.checkpoints import Checkpoints
     from wandistiller.training.loop import train
     from wandistiller.training.optimizer import check_optimizer

@@ -72,7 +72,7 @@ def test_weights_of_a_projected_teacher(teachers, dtype):
 def test_latents_that_training_states_keep(kind, fraction):
     config = StudentConfig.from_dict(PRUNED_CONFIG)
     settings = resolve_settings(mock_wan_files(config))
-    states = build_states(StatesOptions(kind=kind, renoise_fraction=fraction), config, settings, 30, 3)
+    states = build_states(StatesOptions(kind=kind, renoise_fraction=fraction), config, settings, 30, Lanes(3))
     latents = [tensor for tensor in states.state_dict().values() if tensor.ndim == 5]  # (lanes, kept, C, H, W)
     assert stored_latents(kind, renoised=fraction > 0) * 3 == sum(len(tensor.flatten(0, 1)) for tensor in latents)
 

@@ -41,8 +41,7 @@ NUM_BATCHES = 2 * cache_module.SHARD_BATCHES + 5
 def make_description(options: StatesOptions = OPTIONS, prompts: list[str] = PROMPTS, **settings) -> dict:
     wan_files = open_teacher("mock", CONFIG)
     settings = resolve_settings(wan_files, **{"guidance_scale": 3.0, "shift": 3.0} | settings)
-    shape = (CONFIG.num_channels, CONFIG.latent_size, CONFIG.latent_size)
-    return describe_cache(wan_files, settings, options, prompts, shape, CONFIG.text_max_length, BATCH_SIZE)
+    return describe_cache(wan_files, settings, options, prompts, CONFIG, BATCH_SIZE)
 
 
 def make_answers(options: StatesOptions = OPTIONS) -> TeacherAnswers:
@@ -51,7 +50,7 @@ def make_answers(options: StatesOptions = OPTIONS) -> TeacherAnswers:
     settings = replace(resolve_settings(wan_files, guidance_scale=3.0, shift=3.0), num_inference_steps=6)
     embeds = mock_prompt_embeds([*PROMPTS, ""], CONFIG.text_encoder_output_dim)
     teacher = Teacher(project_experts(wan_files, CONFIG.text_max_length), settings, embeds.read(len(PROMPTS)))
-    states = build_states(options, CONFIG, settings, len(PROMPTS), BATCH_SIZE)
+    states = build_states(options, CONFIG, settings, len(PROMPTS), Lanes(BATCH_SIZE))
     return TeacherAnswers(teacher, states, embeds, "cpu", torch.float32)
 
 

@@ -28,8 +28,9 @@ from wandistiller.targets.answers import Answer, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
 from wandistiller.targets.replay import REPLAY_BATCHES, ReplayedAnswers
+from wandistiller.targets.state_batch import DrawOptions, StateBatch
 from wandistiller.targets.states import StatesOptions, build_states
-from wandistiller.targets.trajectories import StateBatch, TrajectoryStates
+from wandistiller.targets.trajectories import PathOptions, TrajectoryStates
 from wandistiller.training.feature_loss import FeatureLoss
 from wandistiller.training.loop import (
     NonFiniteError,
@@ -66,7 +67,7 @@ def make_run(config: dict = PRUNED_CONFIG, guidance_scale: float = 3.0):
 
 def make_states(config: StudentConfig, settings) -> NoiseStates:
     options = StatesOptions(kind="noise", sigma_range=(0.1, 0.9), seed=5)
-    return build_states(options, config, settings, NUM_PROMPTS, 3)
+    return build_states(options, config, settings, NUM_PROMPTS, Lanes(3))
 
 
 def answers(teacher, states, embeds, dtype: torch.dtype = torch.float32, **changes) -> TeacherAnswers:
@@ -159,7 +160,8 @@ def test_answers_go_on_from_a_saved_state(replay, num_before):
 
 
 def make_paths(seed: int = 0) -> TrajectoryStates:
-    return TrajectoryStates((16, 4, 4), NUM_PROMPTS, 3, shift=3.0, num_steps=4, pool_size=9, seed=seed)
+    draw = DrawOptions(latent_shape=(16, 4, 4), num_prompts=NUM_PROMPTS, lanes=Lanes(3), shift=3.0, seed=seed)
+    return TrajectoryStates(draw, PathOptions(num_steps=4, per_lane=3))
 
 
 class NotedStates:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from wandistiller.evaluation.held_out import BATCH_SIZE, HeldOutErrors
 from wandistiller.files.output_folder import LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
@@ -18,15 +17,16 @@ from wandistiller.processes import Processes
 from wandistiller.projection.selection import spread_layers
 from wandistiller.reports.plots import LossPlot
 from wandistiller.reports.progress import Countdown
-from wandistiller.reports.samples import Samples
+from wandistiller.reports.samples import SampleOptions, Samples
 from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Trackers, started
 from wandistiller.sampling.recorded import student_sampling
-from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
+from wandistiller.sampling.sampler import SamplingOptions
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import TeacherAnswers
 from wandistiller.targets.cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
 from wandistiller.targets.lanes import Lanes
-from wandistiller.targets.segments import SegmentAnswers
+from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
+from wandistiller.targets.state_batch import DrawOptions
 from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
 from wandistiller.training.loop import TrainingOptions, steps_of_epochs
@@ -71,8 +71,7 @@ def open_cache(
         settings,
         states_options(args, len(texts.extra)),
         texts.prompts + texts.extra,
-        settings.latent_shape(config),
-        config.text_max_length,
+        config,
         batch_size,
     )
     return TeacherCache(args.teacher_cache, description | storage_of_teacher(args), processes)
@@ -130,7 +129,7 @@ def build_answers(
 ) -> TeacherAnswers:
     """The teacher at the states that the flags ask for."""
     options = states_options(args, len(embeds.trained) - num_prompts)
-    states = build_states(options, config, teacher.settings, num_prompts, lanes.total, device, lanes)
+    states = build_states(options, config, teacher.settings, num_prompts, lanes, device)
     return TeacherAnswers(
         teacher,
         states,
@@ -140,11 +139,6 @@ def build_answers(
         feature_layers=feature_layers,
         student_rollout=args.student_rollout,
     )
-
-
-def segment_sigmas(shift: float, student_steps: int) -> Tensor:
-    """The noise levels between which a student of few steps steps: those of the sampler it will be drawn with."""
-    return wan_scheduler(shift, student_steps).sigmas
 
 
 def build_segment_answers(
@@ -163,16 +157,20 @@ def build_segment_answers(
         teacher,
         student,
         embeds.trained,
-        teacher.settings.latent_shape(config),
-        num_prompts,
-        lanes.total,
-        segment_sigmas=segment_sigmas(teacher.settings.shift, args.student_steps),
-        num_teacher_steps=teacher.settings.num_inference_steps,
-        student_rollout=args.student_rollout,
-        seed=args.seed,
-        device=device,
-        compute_dtype=dtype,
-        lanes=lanes,
+        DrawOptions(
+            latent_shape=teacher.settings.latent_shape(config),
+            num_prompts=num_prompts,
+            lanes=lanes,
+            shift=teacher.settings.shift,
+            seed=args.seed,
+            device=device,
+        ),
+        SegmentOptions(
+            num_segments=args.student_steps,
+            num_teacher_steps=teacher.settings.num_inference_steps,
+            student_rollout=args.student_rollout,
+            compute_dtype=dtype,
+        ),
     )
 
 
@@ -291,18 +289,21 @@ def build_samples(
     recorded = config.replace(distillation={"shift": settings.shift, **steps})
     student_options = student_sampling(recorded, None, dtype, processes.device)
     teacher_options = replace(student_options, sampler="unipc", num_inference_steps=settings.num_inference_steps)
+    options = SampleOptions(
+        latent_shape=settings.latent_shape(config),
+        vae_location=vae_location,
+        settings=settings,
+        teacher_sampling=teacher_options,
+        student_sampling=student_options,
+        batch_size=args.batch_size,
+        needs_all_processes=args.shard is not None,
+    )
     return Samples(
         folder / SAMPLES_NAME,
         teacher,
-        settings,
         prompts[: args.num_samples],
         prompt_embeds,
-        settings.latent_shape(config),
-        vae_location,
-        teacher_options,
-        student_options,
+        options,
         processes,
-        args.shard is not None,  # spread weights are needed from all, to draw with any
         trackers.picture,
-        args.batch_size,
     )

@@ -14,8 +14,9 @@ from torch import Tensor
 from wandistiller.device import autocast, to_device
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.state_batch import StateBatch
+from wandistiller.targets.state_dicts import part_of, with_prefix
 from wandistiller.targets.states import States
-from wandistiller.targets.trajectories import StateBatch, part_of
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 
@@ -176,8 +177,7 @@ class TeacherAnswers:
         self.states.advance(self._batch, velocity, students, start + (end - start) * progress)
 
     def state_dict(self) -> dict[str, Tensor]:
-        states = {f"states.{name}": value for name, value in self.states.state_dict().items()}
-        return states | {"num_calls": torch.tensor(self.num_calls)}
+        return with_prefix("states.", self.states.state_dict()) | {"num_calls": torch.tensor(self.num_calls)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.num_calls = int(state["num_calls"])

@@ -20,6 +20,7 @@ from wandistiller.device import to_device
 from wandistiller.errors import UserError
 from wandistiller.files.atomic import atomic_path
 from wandistiller.files.output_folder import check_output_folder
+from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
 from wandistiller.targets.answers import Answer, AnswerQueue, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
@@ -79,15 +80,14 @@ def describe_cache(
     settings: TeacherSettings,
     options: StatesOptions,
     prompts: Sequence[str],
-    latent_shape: tuple[int, int, int],
-    text_max_length: int,
+    config: StudentConfig,
     batch_size: int,
 ) -> dict[str, object]:
-    """Everything that makes the answers what they are, as JSON values."""
+    """Return everything that makes the answers what they are, as JSON values."""
     description = {
         **describe_teacher(wan_files, settings),
-        "text_max_length": text_max_length,
-        "latent_shape": latent_shape,
+        "text_max_length": config.text_max_length,
+        "latent_shape": settings.latent_shape(config),
         **{f"states_{name}": value for name, value in asdict(options).items()},
         "batch_size": batch_size,
         "num_prompts": len(prompts),
