@@ -199,7 +199,7 @@ def train_briefly(
     from wandistiller.training.objective import Objective
     from wandistiller.training.optimizer import OptimizationOptions
 
-    num_steps = steps_of_epochs(args.num_epochs, len(embeds), Lanes(args.batch_size))
+    num_steps = steps_of_epochs(args.num_epochs, len(embeds), args.batch_size)
     options = TrainingOptions(
         batch_size=args.batch_size, num_steps=num_steps, optimization=OptimizationOptions(lr=LR), seed=SEED
     )

@@ -80,7 +80,7 @@ def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tu
 
 def draw_last_samples(samples: "Samples", student: "WanLiteStudent", step: int) -> None:
     """The picture that a run ends with."""
-    options = samples.student_options
+    options = samples.options.student_sampling
     who = "the student" if samples.teacher is None else "teacher and student"
     print(f"Drawing {len(samples.prompts)} prompts with {who}, {options.num_inference_steps} steps", flush=True)
     if file := samples(student, step):
