@@ -213,6 +213,7 @@ def train_briefly(
 
     from wandistiller.reports.progress import LINE_EVERY_S, Progress
     from wandistiller.targets.answers import TeacherAnswers
+    from wandistiller.targets.lanes import Lanes
     from wandistiller.targets.states import StatesOptions, build_states
     from wandistiller.training.loop import Observer, TrainingOptions, steps_of_epochs, train
     from wandistiller.training.objective import Objective
@@ -228,11 +229,11 @@ def train_briefly(
     )
     passed(f"Optimizer: AdamW, lr {LR:g}; {num_steps} steps of batch {flags.batch_size}")
     states_options = StatesOptions(kind=STATES, seed=SEED)
-    states = build_states(states_options, student.config, teacher.settings, len(embeds), flags.batch_size)
+    states = build_states(states_options, student.config, teacher.settings, len(embeds), Lanes(flags.batch_size))
     answers = TeacherAnswers(teacher, states, embeds, options.device, torch.float32)
     objective = Objective(shift=teacher.settings.shift)
     with Progress(num_steps, folder / METRICS_NAME, 0.0 if num_steps <= MAX_LOSS_LINES else LINE_EVERY_S) as progress:
-        result = train(student, answers, embeds, objective, options, Shown(progress))
+        result = train(student, answers, objective, options, Shown(progress))
     passed(f"Steps completed: {result.num_steps} of {num_steps}, average loss {result.average_loss:.4f}")
     return result, options
 

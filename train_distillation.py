@@ -63,9 +63,7 @@ def distil(flags: Flags, command: list[str]) -> int:
             with watch(run, embeds, teacher) as observer:
                 with observer.shown():
                     options = run.training_options
-                    result = train(
-                        student, answers, embeds.trained, objective, options, observer, run.saving, run.processes
-                    )
+                    result = train(student, answers, objective, options, observer, run.saving, run.processes)
                 save_run(run, student, report, result, answers.num_calls)
                 if not result.interrupted:
                     observer.draw_last(student, result.num_steps)

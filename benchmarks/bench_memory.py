@@ -135,6 +135,7 @@ def build_step(workload, is_compiled: bool, device: str = "cuda") -> Callable[[]
     from wandistiller.run.build import compile_blocks
     from wandistiller.sampling.teacher import Teacher
     from wandistiller.targets.answers import TeacherAnswers
+    from wandistiller.targets.lanes import Lanes
     from wandistiller.targets.states import StatesOptions, build_states
     from wandistiller.training.objective import Objective, TrainedStudent
     from wandistiller.training.optimizer import OptimizationOptions
@@ -155,7 +156,7 @@ def build_step(workload, is_compiled: bool, device: str = "cuda") -> Callable[[]
     if is_compiled:
         compile_blocks([student, expert])
     options = StatesOptions(kind="trajectory", renoise_fraction=0.25)
-    states = build_states(options, workload.student, settings, len(texts), workload.batch_size, device)
+    states = build_states(options, workload.student, settings, len(texts), Lanes(workload.batch_size), device)
     answers = TeacherAnswers(teacher, states, embeds, device, dtype)
     objective = Objective(shift=settings.shift, compute_dtype=dtype, device=device)
     optimization = OptimizationOptions(lr=1e-6, ema_decay=0.999 if workload.ema else 0.0)
@@ -164,7 +165,7 @@ def build_step(workload, is_compiled: bool, device: str = "cuda") -> Callable[[]
 
     def step() -> None:
         answer = answers.next()
-        loss = trained(answer, embeds, 0.0)
+        loss = trained(answer, 0.0)
         loss.total.backward()
         nn.utils.clip_grad_norm_(run.trained.parameters(), optimization.max_grad_norm)
         run.update(float(loss.velocity))

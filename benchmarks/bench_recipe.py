@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from wandistiller.targets.answers import Answer
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.replay import ReplayedAnswers
+from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 BATCH_SIZE = 64
 BASE = {
@@ -80,6 +81,9 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+NO_TEXT = PromptEmbeds(1, 1, lambda index: torch.zeros(0, 1))
+
+
 class NoTeacher:
     """Counts the calls that a replay store makes."""
 
@@ -90,12 +94,21 @@ class NoTeacher:
     def next(self) -> Answer:
         self.num_calls += 1
         nothing = torch.zeros(BATCH_SIZE, 1, 1, 1)
-        return Answer(nothing, torch.zeros(BATCH_SIZE), [0] * BATCH_SIZE, nothing)
+        text = NO_TEXT.batch([0] * BATCH_SIZE)
+        return Answer(
+            latents=nothing,
+            sigma=torch.zeros(BATCH_SIZE),
+            prompts=[0] * BATCH_SIZE,
+            prompt_embeds=text[0],
+            prompt_lengths=text[1],
+            velocity=nothing,
+            weights=torch.ones(BATCH_SIZE),
+        )
 
 
 def steps_of(teacher_calls: int, replay: int) -> int:
     """Optimiser steps for which the teacher is asked so often: the store's last answers are not used up."""
-    answers, steps = ReplayedAnswers(NoTeacher(), replay), 0
+    answers, steps = ReplayedAnswers(NoTeacher(), NO_TEXT, replay), 0
     while answers.num_calls <= teacher_calls:
         answers.next()
         steps += 1

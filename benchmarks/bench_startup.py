@@ -5,7 +5,8 @@
 
 Every command runs as a person runs it, in a process of its own; the demo with a first start before, that fills the prompt
 cache. Measured are the seconds until a process ends, or until the first line of metrics.jsonl. On a busy machine all of that
-stretches, so each demo start is preceded by a process that imports torch and nothing else. "Parts" are those of --verbose.
+stretches, so each demo start is preceded by a process that imports torch and nothing else. "Parts" are the
+times at which --verbose says that a part of the start was done.
 The last line is one JSON document.
 """
 
@@ -43,7 +44,7 @@ def seconds_of(words: list[str]) -> float:
 
 
 def start_demo(folder: Path) -> tuple[float, dict[str, float]]:
-    """Seconds until the demo has taken its first step, and those of --verbose by part; it is ended then."""
+    """Seconds until the demo has taken its first step, and the times of --verbose by part; it is ended then."""
     metrics = folder / "demo" / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
     flags = ["--verbose", "--overwrite", "--output_dir", str(folder / "demo"), "--prompt_cache", str(folder / "cache")]
@@ -64,7 +65,7 @@ def start_demo(folder: Path) -> tuple[float, dict[str, float]]:
     finally:
         run.terminate()
         said = run.communicate()[0]
-    return elapsed_s, {name: float(s) for name, s in re.findall(r"^  (\S.*?) +([\d.]+) s +\d+%$", said, re.MULTILINE)}
+    return elapsed_s, {name: float(s) for s, name in re.findall(r"^ *(\d+\.\d\d) s  (\S.*)$", said, re.MULTILINE)}
 
 
 def spread(values: list[float]) -> dict[str, float]:

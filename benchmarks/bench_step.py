@@ -52,16 +52,6 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args()
 
 
-class FixedEmbeds:
-    """A batch of prompts that is at hand already, where the loop would read it."""
-
-    def __init__(self, batch: tuple[Tensor, Tensor]):
-        self.held = batch
-
-    def batch(self, *_: object) -> tuple[Tensor, Tensor]:
-        return self.held
-
-
 class Bench:
     """Stands in for `wandistiller.training.loop.train`: the same loop, with a stopwatch around each of its steps."""
 
@@ -73,7 +63,7 @@ class Bench:
         self.dtype = torch.float32
         self.device = "cpu"
 
-    def __call__(self, student, answers, prompt_embeds, objective, options, on_step, *rest, **named):
+    def __call__(self, student, answers, objective, options, observer, *rest):
         self.device, self.dtype = options.device, objective.compute_dtype
         twin = copy.deepcopy(student).train()
         optimizer = make_optimizer(twin, options.optimization, options.device)
@@ -87,25 +77,23 @@ class Bench:
 
         def timed_step(metrics: StepMetrics) -> None:
             nonlocal start
-            on_step(metrics)
+            told(metrics)
             row = {"step": self.now() - start}
             call, self.asked = self.asked, None
             row["teacher"] = 0.0 if call is None else self.seconds(lambda: self.autocast(self.ask)(*call))
-            embeds = prompt_embeds.batch(answer.prompts, options.device, torch.float32)
             progress = metrics.step / options.num_steps
             losses = []
-            row["student forward"] = self.seconds(
-                lambda: losses.append(objective(twin, answer, FixedEmbeds(embeds), progress))
-            )
+            row["student forward"] = self.seconds(lambda: losses.append(objective(twin, answer, progress)))
             row["student backward"] = self.seconds(losses[0].total.backward)
             row["optimizer and average"] = self.seconds(lambda: self.update(twin, optimizer, average, options))
             self.rows.append(row)
-            self.flops.append(self.flops_of(twin.config, answer.latents, embeds[1], call))
+            self.flops.append(self.flops_of(twin.config, answer.latents, answer.prompt_lengths, call))
             start = self.now()
 
         answers.next = watched_next
+        told, observer.step = observer.step, timed_step
         start = self.now()
-        return self.train(student, answers, prompt_embeds, objective, options, timed_step, *rest, **named)
+        return self.train(student, answers, objective, options, observer, *rest)
 
     def watch(self, ask: Callable) -> Callable:
         """The teacher's method, remembering what it is asked."""

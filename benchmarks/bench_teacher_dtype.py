@@ -20,6 +20,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from wandistiller.device import autocast
 from wandistiller.evaluation.held_out import HeldOutErrors
 from wandistiller.evaluation.measures import endpoint_error, relative_errors
 from wandistiller.files.prompts import load_prompts
@@ -29,7 +30,7 @@ from wandistiller.projection.project import project_experts
 from wandistiller.sampling.recorded import embed_with_negative
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample, student_as_teacher
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets.answers import autocast
+from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.wan.files import WanFiles
 from wandistiller.wan.open import open_teacher
@@ -173,7 +174,7 @@ def count_swaps(calls_per_expert: int) -> int:
     shape = {"hidden_size": 128, "num_heads": 1, "ffn_dim": 128, "depth": 1, "num_channels": model.num_channels}
     config = StudentConfig(block="wan", image_size=16, **shape)
     options = StatesOptions(kind="trajectory", calls_per_expert=calls_per_expert)
-    states = build_states(options, config, settings, num_prompts=55, batch_size=SWAP_BATCH_SIZE)
+    states = build_states(options, config, settings, num_prompts=55, lanes=Lanes(SWAP_BATCH_SIZE))
     teacher = Teacher({"high": NoWeights(), "low": NoWeights()}, settings)
     for _ in range(SWAP_BATCHES):
         batch = states.draw()

@@ -125,7 +125,7 @@ def test_a_run_that_was_stopped_goes_on(train, teachers, tmp_path):
     for num_steps in (10, 20):
         outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", num_steps, output_dir=parts)
         assert outcome.code == 0, outcome.err
-    assert "Going on from step 10" in outcome.out
+    assert "Resuming from step 10" in outcome.out
     assert len(read_metrics(parts)) == 20
 
 

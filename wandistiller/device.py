@@ -1,6 +1,7 @@
 """The device and the precision that a run computes in, and the memory it has taken there."""
 
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -38,6 +39,11 @@ def pick_dtype(name: str | None, device: str) -> torch.dtype:
 def pick_teacher_dtype(name: str | None, dtype: torch.dtype) -> str:
     """Return how the teacher's weights are kept: as a flag says, or in the precision `dtype` of the run."""
     return name or next(known for known, value in DTYPES.items() if value == dtype)
+
+
+def autocast(function: Callable, device: str | torch.device, dtype: torch.dtype) -> Callable:
+    """Return the function with its matrix products in `dtype`, over weights that stay float32; float32 changes nothing."""
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)(function)
 
 
 def peak_memory_bytes(device: str) -> int | None:

@@ -35,6 +35,7 @@ from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.replay import ReplayedAnswers
 from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.wan.mock import mock_wan_files
+from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.settings import resolve_settings
 
 TEACHER = StudentConfig(
@@ -44,6 +45,7 @@ STUDENT = StudentConfig(
     block="wan", hidden_size=1536, depth=20, num_heads=12, ffn_dim=8960, num_channels=16, image_size=512
 )
 A14B = Workload(teacher=TEACHER, student=STUDENT, latent_size=64, num_experts=2, batch_size=4, num_features=20)
+EMBEDS = mock_prompt_embeds(["a prompt"], 6)
 ALL_FLAGS = {
     "gradient_checkpointing", "teacher_offload", "teacher_dtype", "optimizer", "ema_decay", "feature_loss_weight", "dtype",
     "shard", "offline_teacher", "grad_accum_steps",
@@ -70,7 +72,7 @@ def test_weights_of_a_projected_teacher(teachers, dtype):
 def test_latents_that_training_states_keep(kind, fraction):
     config = StudentConfig.from_dict(PRUNED_CONFIG)
     settings = resolve_settings(mock_wan_files(config))
-    states = build_states(StatesOptions(kind=kind, renoise_fraction=fraction), config, settings, 30, 3)
+    states = build_states(StatesOptions(kind=kind, renoise_fraction=fraction), config, settings, 30, Lanes(3))
     latents = [tensor for tensor in states.state_dict().values() if tensor.ndim == 5]  # (lanes, kept, C, H, W)
     assert stored_latents(kind, renoised=fraction > 0) * 3 == sum(len(tensor.flatten(0, 1)) for tensor in latents)
 
@@ -83,14 +85,23 @@ class CountingAnswers:
 
     def next(self) -> Answer:
         self.num_calls += 1
-        return Answer(torch.zeros(2, 1, 2, 2), torch.zeros(2), [0, 0], torch.zeros(2, 1, 2, 2))
+        nothing, (prompt_embeds, prompt_lengths) = torch.zeros(2, 1, 2, 2), EMBEDS.batch([0, 0])
+        return Answer(
+            latents=nothing,
+            sigma=torch.zeros(2),
+            prompts=[0, 0],
+            prompt_embeds=prompt_embeds,
+            prompt_lengths=prompt_lengths,
+            velocity=nothing,
+            weights=torch.ones(2),
+        )
 
 
 @pytest.mark.parametrize("replay", [1, 2, 4, 8])
 @pytest.mark.parametrize("num_steps", [10, 400, 2000])
 def test_calls_of_a_replayed_teacher(replay, num_steps):
     source = CountingAnswers()
-    answers = source if replay == 1 else ReplayedAnswers(source, replay)
+    answers = source if replay == 1 else ReplayedAnswers(source, EMBEDS, replay)
     for _ in range(num_steps):
         answers.next()
     flags = train_distillation.parse_args(["--teacher_path", "y", "--replay", str(replay)])

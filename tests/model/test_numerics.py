@@ -178,7 +178,7 @@ def test_a_run_of_adamw8bit_is_saved_and_goes_on_bit_for_bit(train, teachers, bi
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     (tmp_path / "stopped" / "checkpoints" / "step_00000006.json").unlink()  # as if it had been stopped before
     outcome = train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "stopped")
-    assert outcome.code == 0 and "Going on from step 3" in outcome.out, outcome.err
+    assert outcome.code == 0 and "Resuming from step 3" in outcome.out, outcome.err
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "stopped")]
     assert losses[0] == losses[1] and len(losses[0]) == 6
@@ -213,7 +213,7 @@ def test_a_state_saved_in_need_drops_no_checkpoint_and_goes_on_with_states_anew(
     assert outcome.code == 1 and "step 3, is saved" in outcome.err and "go back further" in outcome.err
     assert sorted(path.name for path in saved.glob("*.json")) == ["step_00000002.json", "step_00000003.json"]
     outcome = train(teachers.one, PRUNED_CONFIG, *flags)
-    assert outcome.code == 0 and "Going on from step 3" in outcome.out
+    assert outcome.code == 0 and "Resuming from step 3" in outcome.out
     assert "Training states start anew: this checkpoint was saved without them" in outcome.out
     assert [path.name for path in saved.glob("*.json")] == ["step_00000006.json"]
 
@@ -256,7 +256,7 @@ def test_the_last_good_state_is_saved_before_a_step_that_is_not_finite(train, te
     assert all(word in outcome.err for word in ("step 5", "sigma", "--lr 0.0001", "step 4, is saved"))
     assert [path.name for path in (tmp_path / "out" / "checkpoints").glob("*.json")] == ["step_00000004.json"]
     outcome = train(teachers.one, PRUNED_CONFIG, *flags)
-    assert outcome.code == 0 and "Going on from step 4" in outcome.out and len(read_metrics(tmp_path / "out")) == 6
+    assert outcome.code == 0 and "Resuming from step 4" in outcome.out and len(read_metrics(tmp_path / "out")) == 6
 
 
 def test_a_teacher_that_answers_infinity_from_the_start_saves_nothing(train, teachers, tmp_path):

@@ -103,7 +103,7 @@ def test_a_run_that_goes_on_keeps_the_scalars_before_and_hides_those_beyond(trai
     folder.with_suffix(".json").unlink()
     shutil.rmtree(folder)
     outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 5)
-    assert "Going on from step 2" in outcome.out
+    assert "Resuming from step 2" in outcome.out
     assert [event.step for event in events_of(tmp_path / "out").Scalars("loss")] == [1, 2, 3, 4, 5]
 
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from safetensors.torch import load, save
 
+from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
-from wandistiller.targets.trajectories import StateBatch, TrajectoryStates
+from wandistiller.targets.renoise import RenoisedStates
+from wandistiller.targets.state_batch import DrawOptions, StateBatch
+from wandistiller.targets.trajectories import PathOptions, TrajectoryStates
 
 SHIFT = 3.0
 
@@ -23,12 +26,25 @@ def unshift(sigma):
 
 
 def make_noise(num_prompts: int = 20, batch_size: int = 4, **changes) -> NoiseStates:
-    return NoiseStates((16, 8, 8), num_prompts, batch_size, **{"shift": SHIFT} | changes)
+    values = {"latent_shape": (16, 8, 8), "num_prompts": num_prompts, "lanes": Lanes(batch_size), "shift": SHIFT}
+    return NoiseStates(DrawOptions(**values | changes))
 
 
-def make_pool(**changes) -> TrajectoryStates:
-    values = {"shift": SHIFT, "num_steps": 20, "pool_size": 64, "seed": 3}
-    return TrajectoryStates((2, 1, 1), 10, 8, **values | changes)
+def pool_options(**changes) -> tuple[DrawOptions, PathOptions]:
+    """The options of 64 paths in 8 lanes, each with some of its fields changed."""
+    draw = {"latent_shape": (2, 1, 1), "num_prompts": 10, "lanes": Lanes(8), "shift": SHIFT, "seed": 3}
+    paths = {"num_steps": 20, "per_lane": 8}
+    for name, value in changes.items():
+        (paths if name in PathOptions.__dataclass_fields__ else draw)[name] = value
+    return DrawOptions(**draw), PathOptions(**paths)
+
+
+def make_pool(on_finish: Callable | None = None, **changes) -> TrajectoryStates:
+    return TrajectoryStates(*pool_options(**changes), on_finish)
+
+
+def make_renoised(fraction: float, **changes) -> RenoisedStates:
+    return RenoisedStates(*pool_options(**changes), fraction)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from wandistiller.projection.project import project_experts
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import TeacherAnswers
 from wandistiller.targets.cache import AnswerError, CachedAnswers, TeacherCache, describe_cache, teacher_fingerprint
+from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.wan.files import open_wan_files
 from wandistiller.wan.open import open_teacher
@@ -40,8 +41,7 @@ NUM_BATCHES = 2 * cache_module.SHARD_BATCHES + 5
 def make_description(options: StatesOptions = OPTIONS, prompts: list[str] = PROMPTS, **settings) -> dict:
     wan_files = open_teacher("mock", CONFIG)
     settings = resolve_settings(wan_files, **{"guidance_scale": 3.0, "shift": 3.0} | settings)
-    shape = (CONFIG.num_channels, CONFIG.latent_size, CONFIG.latent_size)
-    return describe_cache(wan_files, settings, options, prompts, shape, CONFIG.text_max_length, BATCH_SIZE)
+    return describe_cache(wan_files, settings, options, prompts, CONFIG, BATCH_SIZE)
 
 
 def make_answers(options: StatesOptions = OPTIONS) -> TeacherAnswers:
@@ -50,8 +50,13 @@ def make_answers(options: StatesOptions = OPTIONS) -> TeacherAnswers:
     settings = replace(resolve_settings(wan_files, guidance_scale=3.0, shift=3.0), num_inference_steps=6)
     embeds = mock_prompt_embeds([*PROMPTS, ""], CONFIG.text_encoder_output_dim)
     teacher = Teacher(project_experts(wan_files, CONFIG.text_max_length), settings, embeds.read(len(PROMPTS)))
-    states = build_states(options, CONFIG, settings, len(PROMPTS), BATCH_SIZE)
+    states = build_states(options, CONFIG, settings, len(PROMPTS), Lanes(BATCH_SIZE))
     return TeacherAnswers(teacher, states, embeds, "cpu", torch.float32)
+
+
+def cached_answers(cache: TeacherCache, batch_size: int = BATCH_SIZE, seed: int = 0) -> CachedAnswers:
+    embeds = mock_prompt_embeds(PROMPTS, CONFIG.text_encoder_output_dim)
+    return CachedAnswers(cache, embeds, Lanes(batch_size), "cpu", seed)
 
 
 def build(folder, on_progress=lambda done: None, options: StatesOptions = OPTIONS) -> TeacherCache:
@@ -102,7 +107,7 @@ def test_a_cache_holds_what_the_teacher_answers_and_gives_every_answer_once_an_e
             expected[answer.sigma[row].item(), prompt, round(values[0].sum().item(), 1)] = values
     cache = TeacherCache(built, make_description())
     assert cache.is_complete and cache.num_answers == NUM_BATCHES * BATCH_SIZE
-    cached, seen = CachedAnswers(cache, BATCH_SIZE, "cpu", seed=1), Counter()
+    cached, seen = cached_answers(cache, seed=1), Counter()
     for _ in range(2 * NUM_BATCHES):
         answer = cached.next()
         assert len(answer.prompts) == BATCH_SIZE and answer.latents.dtype == answer.sigma.dtype == torch.float32
@@ -121,8 +126,8 @@ def test_a_cache_holds_what_the_teacher_answers_and_gives_every_answer_once_an_e
 
 def test_the_order_differs_from_epoch_to_epoch_and_goes_on_bit_for_bit_from_a_saved_state(built):
     cache = TeacherCache(built, make_description())
-    one, other = CachedAnswers(cache, 4, "cpu", seed=1), CachedAnswers(cache, 4, "cpu", seed=2)
-    rows = CachedAnswers(cache, 1, "cpu", seed=1)
+    one, other = cached_answers(cache, 4, seed=1), cached_answers(cache, 4, seed=2)
+    rows = cached_answers(cache, 1, seed=1)
     epochs = [tuple(rows.next().latents.sum().item() for _ in range(cache.num_answers)) for _ in range(3)]
     assert len(set(epochs)) == 3 and len(set(map(frozenset, epochs))) == 1
     for _ in range(30):  # into the second epoch
@@ -158,7 +163,7 @@ def test_uneven_batches_and_renoised_states_are_kept_to_the_bit_whether_stopped_
 
 def test_a_batch_larger_than_the_cache_is_the_whole_cache(built):
     cache = TeacherCache(built, make_description())
-    answer = CachedAnswers(cache, 1000, "cpu").next()
+    answer = cached_answers(cache, 1000).next()
     assert len(answer.latents) == len(answer.sigma) == len(answer.prompts) == cache.num_answers
 
 
@@ -315,8 +320,8 @@ def test_a_cache_that_says_only_how_many_shards_it_has_is_read_all_the_same(own)
 def test_a_run_does_not_go_on_in_a_cache_of_another_size(built, tmp_path):
     cache = TeacherCache(tmp_path / "shorter", make_description())
     cache.build(make_answers(), 10, lambda done: None)
-    state = CachedAnswers(cache, BATCH_SIZE, "cpu").state_dict()
-    longer = CachedAnswers(TeacherCache(built, make_description()), BATCH_SIZE, "cpu")
+    state = cached_answers(cache).state_dict()
+    longer = cached_answers(TeacherCache(built, make_description()))
     with pytest.raises(UserError, match=f"{NUM_BATCHES * BATCH_SIZE} answers.* 30;.*--overwrite"):
         longer.load_state_dict(state)
 

@@ -10,8 +10,10 @@ import torch
 
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, sample, wan_scheduler
+from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.replay import ReplayedAnswers
-from wandistiller.targets.segments import SegmentAnswers
+from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
+from wandistiller.targets.state_batch import DrawOptions
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 
 SHAPE = (2, 4, 4)
@@ -35,8 +37,9 @@ class Field:
 
 
 def make_answers(teacher: Field, student: Field | None = None, **changes) -> SegmentAnswers:
-    values = {"segment_sigmas": wan_scheduler(SHIFT, 4).sigmas, "num_teacher_steps": 20, "student_rollout": (0.0, 0.0)}
-    return SegmentAnswers(teacher, student or Field(), EMBEDS, SHAPE, 10, 8, seed=3, **values | changes)
+    draw = DrawOptions(latent_shape=SHAPE, num_prompts=10, lanes=Lanes(8), shift=SHIFT, seed=3)
+    values = {"num_segments": 4, "num_teacher_steps": 20, "student_rollout": (0.0, 0.0)}
+    return SegmentAnswers(teacher, student or Field(), EMBEDS, draw, SegmentOptions(**values | changes))
 
 
 def segment_end(answers: SegmentAnswers, sigma: torch.Tensor) -> torch.Tensor:
@@ -47,7 +50,7 @@ def segment_end(answers: SegmentAnswers, sigma: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_segments", [1, 2, 4, 20])
 def test_on_a_constant_field_every_target_is_that_constant(num_segments):
-    answers = make_answers(Field(constant=0.7), segment_sigmas=wan_scheduler(SHIFT, num_segments).sigmas)
+    answers = make_answers(Field(constant=0.7), num_segments=num_segments)
     for _ in range(30):
         answer = answers.next()
         assert answer.latents.shape == answer.velocity.shape == (8, *SHAPE) and len(answer.prompts) == 8
@@ -85,7 +88,7 @@ def test_a_target_costs_a_call_for_each_of_the_teachers_steps_and_replay_makes_i
 
     few, many = (calls_of(make_answers(Field(constant=1.0)), steps) for steps in (200, 500))
     assert (many - few) / 300 == pytest.approx(5.0, abs=0.3)
-    replayed = ReplayedAnswers(make_answers(Field(constant=1.0)), 4)
+    replayed = ReplayedAnswers(make_answers(Field(constant=1.0)), EMBEDS, 4)
     few, many = calls_of(replayed, 400), calls_of(replayed, 800)
     assert (many - few) / 800 == pytest.approx(5 / 4, abs=0.1)
 

@@ -21,11 +21,13 @@ from support.states import (
     check_goes_on_from_a_saved_state,
     make_noise,
     make_pool,
+    make_renoised,
     step_of_states,
     unshift,
     walk,
 )
 from wandistiller import StudentConfig
+from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
 from wandistiller.targets.prompt_order import PromptOrder, PromptSwap
 from wandistiller.targets.renoise import SAMPLES_PER_LANE, RenoisedStates
@@ -91,7 +93,7 @@ def test_extra_prompts_come_by_the_swap_alone(kind, probability, has_extra):
         num_extra_prompts=4,
         renoise_fraction=0.5 if kind == "renoise" else 0.0,
     )
-    states, seen = build_states(options, *setting(), 6, 4), set()
+    states, seen = build_states(options, *setting(), 6, Lanes(4)), set()
     for _ in range(300):
         batch = states.draw()
         seen |= set(batch.prompts)
@@ -127,7 +129,9 @@ def renoised_part(batch) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
 
 def test_renoised_states_are_fresh_unit_noise_mixed_into_the_clean_sample_of_their_prompt():
     noises, sigmas, prompts = [], [], set()
-    for batch in walk_to_clean(RenoisedStates(make_pool(num_steps=5), 0.75, sigma_range=(0.1, 1.0)), 900):
+    states = make_renoised(0.75, num_steps=5)
+    states.sigma_range = (0.1, 1.0)  # of renoised states; the paths still end at sigma 0
+    for batch in walk_to_clean(states, 900):
         latents, sigma, chosen = renoised_part(batch)
         level = sigma[:, None, None, None]
         noises += [(latents - (1 - level) * clean_of(chosen)) / level] if chosen else []
@@ -146,7 +150,7 @@ def test_renoised_states_are_fresh_unit_noise_mixed_into_the_clean_sample_of_the
 
 @pytest.mark.parametrize("fraction, num_renoised", [(0.25, 2), (0.5, 4), (1.0, 7)])
 def test_a_share_of_every_batch_is_renoised_once_enough_paths_are_finished(fraction, num_renoised):
-    states = RenoisedStates(make_pool(num_steps=4), fraction)
+    states = make_renoised(fraction, num_steps=4)
     for _ in range(300):
         enough = (states.num_kept > 0).sum() >= num_renoised
         batch = states.draw()
@@ -157,7 +161,7 @@ def test_a_share_of_every_batch_is_renoised_once_enough_paths_are_finished(fract
 
 
 def test_only_paths_that_the_teacher_alone_has_finished_are_kept_and_none_of_the_first_round():
-    states, log = RenoisedStates(make_pool(num_steps=6), 0.25), PathLog()
+    states, log = make_renoised(0.25, num_steps=6), PathLog()
     walk(states, 0.0, 150, log)
     walk(states, 0.5, 400, log)
     assert states.num_kept.sum() > 100 and states.num_kept.max() < SAMPLES_PER_LANE, "some samples were overwritten"
@@ -182,10 +186,9 @@ def test_only_paths_that_the_teacher_alone_has_finished_are_kept_and_none_of_the
 
 def test_the_newest_samples_replace_the_oldest_of_their_lane(monkeypatch):
     monkeypatch.setattr(wandistiller.targets.renoise, "SAMPLES_PER_LANE", 2)
-    pool = make_pool(num_steps=4)
-    states, kept = RenoisedStates(pool, 0.25), {lane: [] for lane in range(8)}
-    keep = pool.on_finish
-    pool.on_finish = lambda latents, prompt, lane: (
+    states, kept = make_renoised(0.25, num_steps=4), {lane: [] for lane in range(8)}
+    keep = states.paths.on_finish
+    states.paths.on_finish = lambda latents, prompt, lane: (
         kept[lane].append((latents.clone(), prompt)),
         keep(latents, prompt, lane),
     )
@@ -204,8 +207,7 @@ def prompt_and_sample(prompt, latents: torch.Tensor) -> tuple:
 @pytest.mark.parametrize("num_before", [3, 20, 90])  # no sample yet, few, many
 def test_renoised_states_go_on_from_a_saved_state(num_before):
     def make(seed: int) -> RenoisedStates:
-        swap = PromptSwap(0.3, 15)
-        return RenoisedStates(make_pool(num_steps=4, seed=seed, swap=swap), 0.5, seed=seed)
+        return make_renoised(0.5, num_steps=4, seed=seed, swap=PromptSwap(0.3, 15))
 
     check_goes_on_from_a_saved_state(make, step_of_states, num_before)
 
@@ -221,7 +223,7 @@ def test_swapped_states_go_on_from_a_saved_state(make):
 def test_states_are_of_the_students_size_at_the_teachers_shift():
     config, settings = setting(image_size=64)
     noise, paths, renoised = (
-        build_states(StatesOptions(kind=kind, renoise_fraction=fraction, seed=7), config, settings, 55, 4)
+        build_states(StatesOptions(kind=kind, renoise_fraction=fraction, seed=7), config, settings, 55, Lanes(4))
         for kind, fraction in (("noise", 0.0), ("trajectory", 0.0), ("renoise", 0.5))
     )
     assert isinstance(noise, NoiseStates) and noise.draw().latents.shape == (4, 16, 8, 8)
@@ -236,13 +238,16 @@ def test_states_are_of_the_students_size_at_the_teachers_shift():
 def test_the_experts_boundary_and_the_range_of_noise_levels_reach_the_states():
     config, settings = setting()
     assert (
-        build_states(StatesOptions(kind="trajectory", calls_per_expert=3), config, settings, 5, 4).calls_per_expert == 0
+        build_states(
+            StatesOptions(kind="trajectory", calls_per_expert=3), config, settings, 5, Lanes(4)
+        ).calls_per_expert
+        == 0
     )
     two = replace(settings, guidance_scale_2=settings.guidance_scale, boundary_ratio=BOUNDARY)
-    states = build_states(StatesOptions(kind="trajectory", calls_per_expert=3), config, two, 5, 4)
+    states = build_states(StatesOptions(kind="trajectory", calls_per_expert=3), config, two, 5, Lanes(4))
     assert (states.boundary, states.calls_per_expert) == (BOUNDARY, 3)
     for kind, sigma_range in (("noise", (0.3, 0.6)), ("trajectory", (0.6, 1.0))):
-        states = build_states(StatesOptions(kind=kind, sigma_range=sigma_range), config, settings, 5, 4)
+        states = build_states(StatesOptions(kind=kind, sigma_range=sigma_range), config, settings, 5, Lanes(4))
         for _ in range(60):
             batch = states.draw()
             assert batch.sigma.min() >= sigma_range[0] - 1e-6 and batch.sigma.max() <= sigma_range[1]
@@ -251,7 +256,7 @@ def test_the_experts_boundary_and_the_range_of_noise_levels_reach_the_states():
 
 def test_states_follow_the_seed_of_the_run():
     one, same, other = (
-        build_states(StatesOptions(kind="renoise", renoise_fraction=0.5, seed=seed), *setting(), 9, 4)
+        build_states(StatesOptions(kind="renoise", renoise_fraction=0.5, seed=seed), *setting(), 9, Lanes(4))
         for seed in (1, 1, 2)
     )
     steps = [[step_of_states(states) for _ in range(200)][-1] for states in (one, same, other)]

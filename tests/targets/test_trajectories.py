@@ -84,7 +84,7 @@ def test_a_path_is_eulers_method_with_the_velocities_it_was_given():
 
 def test_a_path_along_the_true_velocity_ends_at_the_clean_sample():
     clean, ends = torch.tensor([0.3, -2.0])[:, None, None], []
-    pool = make_pool(pool_size=8, num_steps=5, on_finish=lambda latents, prompt, lane: ends.append(latents.clone()))
+    pool = make_pool(per_lane=1, num_steps=5, on_finish=lambda latents, prompt, lane: ends.append(latents.clone()))
     for _ in range(60):
         batch = pool.draw()
         sigma = batch.sigma[:, None, None, None]
@@ -121,7 +121,7 @@ def test_sigmas_differ_from_path_to_path_and_every_prompt_gets_its_turn():
 
 
 def test_a_range_that_ends_above_zero_stops_the_paths_there():
-    pool = make_pool(sigma_low=0.875)
+    pool = make_pool(sigma_range=(0.875, 1.0))
     for _ in range(100):
         batch = pool.draw()
         assert batch.sigma.min() >= 0.875

@@ -68,7 +68,7 @@ def test_a_run_stopped_and_gone_on_with_ends_as_one_never_stopped_bit_for_bit(
             stop_after(patched, step)
             assert train(teacher, PRUNED_CONFIG, *flags, output_dir=tmp_path / "stopped").code == 1
     outcome = train(teacher, PRUNED_CONFIG, *flags, output_dir=tmp_path / "stopped")
-    assert outcome.code == 0 and "Going on from step 9" in outcome.out
+    assert outcome.code == 0 and "Resuming from step 9" in outcome.out
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "stopped")
 
@@ -87,7 +87,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(train, teachers,
         patched.setattr(Progress, "step", show_and_press)
         assert train(teachers.one, PRUNED_CONFIG, *flags).code == 130
     outcome = train(teachers.one, PRUNED_CONFIG, *flags)
-    assert outcome.code == 0 and "Going on from step 4" in outcome.out
+    assert outcome.code == 0 and "Resuming from step 4" in outcome.out
     assert same_weights(tmp_path / "whole", tmp_path / "out")
 
 
@@ -134,7 +134,7 @@ def test_the_newest_are_kept_and_a_finished_run_is_saved_too(train, teachers, tm
     names = {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()}
     assert names == {f"step_{step:08d}{kind}" for step in (8, 10, 11) for kind in ("", ".json")}
     outcome = train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 2)
-    assert outcome.code == 0 and "Going on from step 11" in outcome.out
+    assert outcome.code == 0 and "Resuming from step 11" in outcome.out
 
 
 def test_a_damaged_checkpoint_takes_no_place_of_a_good_one(train, teachers, tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_good_one(train, teachers, tmp_
         stop_after(patched, 5)
         train(teachers.one, PRUNED_CONFIG, *flags)
     outcome = train(teachers.one, PRUNED_CONFIG, *flags)
-    assert outcome.code == 0 and "step_00000006: skipped" in outcome.out and "Going on from step 4" in outcome.out
+    assert outcome.code == 0 and "step_00000006: skipped" in outcome.out and "Resuming from step 4" in outcome.out
     assert {path.name for path in saved.iterdir()} == {"step_00000011", "step_00000011.json"}
 
 
@@ -173,7 +173,7 @@ def test_what_is_not_a_checkpoint_of_ours_stays_where_a_person_put_it(train, tea
     (saved / "notes.txt").write_text("mine", encoding="utf-8")
     (saved / "latest").symlink_to("step_00000008")
     outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 20)
-    assert outcome.code == 0 and "Going on from step 11" in outcome.out, outcome.err
+    assert outcome.code == 0 and "Resuming from step 11" in outcome.out, outcome.err
     assert {"best_so_far", "step_backup", "step_backup.json", "notes.txt", "latest"} <= set(os.listdir(saved))
     assert len(list(saved.glob("step_0*.json"))) == 2
 
@@ -196,7 +196,7 @@ def test_two_runs_do_not_write_to_one_folder(train, teachers, tmp_path):
 def test_a_finished_run_can_be_prolonged_and_its_rate_changed(train, teachers, tmp_path):
     assert train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 5).code == 0
     outcome = train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 5, "--max_steps", 15, "--lr", 5e-4)
-    assert outcome.code == 0 and "Going on from step 11" in outcome.out
+    assert outcome.code == 0 and "Resuming from step 11" in outcome.out
     assert [line["step"] for line in read_metrics(tmp_path / "out")] == list(range(1, 16))
 
 
@@ -220,7 +220,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(train, teachers, 
         manifest.write_text("{", encoding="utf-8")
     shutil.copytree(tmp_path / "out", tmp_path / "whole")
     outcome = train(teachers.one, PRUNED_CONFIG, *flags)
-    assert outcome.code == 0 and "Going on from step 8" in outcome.out
+    assert outcome.code == 0 and "Resuming from step 8" in outcome.out
     assert ("skipped" in outcome.out) == (damage != "no manifest")
     assert same_weights(tmp_path / "whole", tmp_path / "out")
 
@@ -285,7 +285,7 @@ def test_a_disk_that_fills_during_training_ends_the_run_with_the_last_checkpoint
     assert outcome.code == 1 and len(outcome.err.splitlines()) >= 1 and "Traceback" not in outcome.err
     assert "File too large" in outcome.err and "step_00000004" in outcome.err
     outcome = train(teachers.one, PRUNED_CONFIG, *flags)
-    assert outcome.code == 0 and "Going on from step 4" in outcome.out
+    assert outcome.code == 0 and "Resuming from step 4" in outcome.out
     assert same_weights(tmp_path / "whole", tmp_path / "out")
 
 

@@ -138,7 +138,7 @@ def test_two_processes_stopped_and_gone_on_with_end_as_if_never_stopped(flags_of
     for step in (8, 11):  # as if it had been stopped between steps 4 and 8
         (tmp_path / "stopped" / "checkpoints" / f"step_{step:08d}.json").unlink()
     codes, said = launch(2, flags_of("stopped", *flags, "--max_steps", 11))
-    assert codes == [0, 0] and "Going on from step 4" in said
+    assert codes == [0, 0] and "Resuming from step 4" in said
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
     assert [line["loss"] for line in read_metrics(tmp_path / "whole")] == [
         line["loss"] for line in read_metrics(tmp_path / "stopped")
@@ -163,7 +163,7 @@ def test_two_processes_killed_at_random_moments_end_as_if_never_killed(flags_of,
         num_unfinished += any(not path.with_suffix(".json").exists() for path in saved.iterdir() if path.is_dir())
     assert num_unfinished or num_kills < 20, "no kill fell into a save"
     codes, said = launch(2, flags_of("killed", *flags))
-    assert codes == [0, 0] and "Going on from step" in said
+    assert codes == [0, 0] and "Resuming from step" in said
     assert same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -172,7 +172,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_the_weights_it_had(f
     for count, steps, batch_size in ((1, 5, 4), (2, 10, 2), (1, 15, 4)):
         codes, said = launch(count, flags_of("out", *flags, "--batch_size", batch_size, "--max_steps", steps))
         assert codes == [0] * count, said
-        assert steps == 5 or (f"Going on from step {steps - 5}" in said and "start anew:" not in said)
+        assert steps == 5 or (f"Resuming from step {steps - 5}" in said and "start anew:" not in said)
     assert launch(1, flags_of("alone", *flags, "--batch_size", 4, "--max_steps", 5))[0] == [0]
     first = read_metrics(tmp_path / "alone")
     assert [line["loss"] for line in read_metrics(tmp_path / "out")[:5]] == [line["loss"] for line in first]

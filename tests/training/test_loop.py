@@ -29,8 +29,9 @@ from wandistiller.targets.answers import Answer, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
 from wandistiller.targets.replay import REPLAY_BATCHES, ReplayedAnswers
+from wandistiller.targets.state_batch import DrawOptions, StateBatch
 from wandistiller.targets.states import StatesOptions, build_states
-from wandistiller.targets.trajectories import StateBatch, TrajectoryStates
+from wandistiller.targets.trajectories import PathOptions, TrajectoryStates
 from wandistiller.training.feature_loss import FeatureLoss
 from wandistiller.training.loop import (
     NonFiniteError,
@@ -68,7 +69,7 @@ def make_run(config: dict = PRUNED_CONFIG, guidance_scale: float = 3.0):
 
 def make_states(config: StudentConfig, settings) -> NoiseStates:
     options = StatesOptions(kind="noise", sigma_range=(0.1, 0.9), seed=5)
-    return build_states(options, config, settings, NUM_PROMPTS, 3)
+    return build_states(options, config, settings, NUM_PROMPTS, Lanes(3))
 
 
 def answers(teacher, states, embeds, dtype: torch.dtype = torch.float32, **changes) -> TeacherAnswers:
@@ -113,7 +114,7 @@ def test_an_epoch_is_the_prompts_over_the_batch_rounded_up(epochs, prompts, batc
 
 def test_replay_gives_every_answer_as_often_as_asked_and_unchanged():
     _, teacher, embeds, states = make_run()
-    replayed = ReplayedAnswers(answers(teacher, states, embeds), replay=3)
+    replayed = ReplayedAnswers(answers(teacher, states, embeds), embeds, replay=3)
     fresh, uses, calls = {}, Counter(), []
     for _ in range(500):
         before = replayed.num_calls
@@ -135,7 +136,7 @@ def test_replay_gives_every_answer_as_often_as_asked_and_unchanged():
 
 def test_replayed_batches_mix_the_answers_of_several_calls():
     _, teacher, embeds, states = make_run()
-    replayed, born = ReplayedAnswers(answers(teacher, states, embeds), replay=4), {}
+    replayed, born = ReplayedAnswers(answers(teacher, states, embeds), embeds, replay=4), {}
     mixed = []
     for _ in range(250):
         before, answer = replayed.num_calls, replayed.next()
@@ -153,7 +154,7 @@ def test_answers_go_on_from_a_saved_state(replay, num_before):
 
     def make(seed: int) -> TeacherAnswers | ReplayedAnswers:
         source = answers(teacher, make_paths(seed), embeds, student_rollout=(0.5, 0.5))
-        return source if replay == 1 else ReplayedAnswers(source, replay, seed)
+        return source if replay == 1 else ReplayedAnswers(source, embeds, replay, seed)
 
     def step(source) -> tuple:
         answer = source.next()
@@ -165,7 +166,8 @@ def test_answers_go_on_from_a_saved_state(replay, num_before):
 
 
 def make_paths(seed: int = 0) -> TrajectoryStates:
-    return TrajectoryStates((16, 4, 4), NUM_PROMPTS, 3, shift=3.0, num_steps=4, pool_size=9, seed=seed)
+    draw = DrawOptions(latent_shape=(16, 4, 4), num_prompts=NUM_PROMPTS, lanes=Lanes(3), shift=3.0, seed=seed)
+    return TrajectoryStates(draw, PathOptions(num_steps=4, per_lane=3))
 
 
 class NotedStates:
@@ -201,7 +203,7 @@ def test_asking_leaves_the_states_where_they_are_until_the_student_has_answered_
 def test_replay_moves_the_states_on_once_for_every_call():
     _, teacher, embeds, _ = make_run(guidance_scale=1.0)
     states = NotedStates(make_paths())
-    replayed = ReplayedAnswers(answers(teacher, states, embeds), replay=3)
+    replayed = ReplayedAnswers(answers(teacher, states, embeds), embeds, replay=3)
     for _ in range(90):
         answer = replayed.next()
         replayed.advance(answer, answer.velocity, 0.5)
@@ -253,14 +255,13 @@ def test_a_student_trained_with_an_average_ends_as_that_average():
     train(
         student,
         answers(teacher, states, embeds),
-        embeds,
         OBJECTIVE,
         replace(OPTIONS, optimization=plain),
         Watching(lambda _: seen.append(copy_of(student))),
     )
     averaged, _, _, states = make_run()
     options = replace(OPTIONS, optimization=replace(plain, ema_decay=0.9))
-    train(averaged, answers(teacher, states, embeds), embeds, OBJECTIVE, options)
+    train(averaged, answers(teacher, states, embeds), OBJECTIVE, options)
     expected = seen[0]
     for n, weights in enumerate(seen[1:], start=1):
         decay = (1 + n) / (10 + n)
@@ -278,7 +279,7 @@ def copy_of(student) -> dict[str, torch.Tensor]:
 
 def test_the_loss_is_the_squared_error_between_student_and_guided_teacher():
     student, teacher, embeds, states = make_run()
-    loss = OBJECTIVE(student, answers(teacher, states, embeds).next(), embeds)
+    loss = OBJECTIVE(student, answers(teacher, states, embeds).next())
     again = make_states(student.config, teacher.settings)
     torch.testing.assert_close(loss.total, loss_by_hand(student, teacher, embeds, again), rtol=1e-5, atol=1e-7)
 
@@ -299,7 +300,7 @@ def adamw_by_hand(parameters, gradients, moments, step: int) -> None:
 def test_three_steps_equal_clipping_and_adamw_written_by_hand():
     student, teacher, embeds, states = make_run()
     reported: list[StepMetrics] = []
-    result = train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS, Watching(reported.append))
+    result = train(student, answers(teacher, states, embeds), OBJECTIVE, OPTIONS, Watching(reported.append))
 
     expected, _, _, states = make_run()
     parameters = list(expected.parameters())
@@ -334,14 +335,14 @@ def test_matrix_products_of_student_and_teacher_are_in_the_compute_dtype(dtype):
         linear = model.get_submodule("blocks.0.ffn.net.2")
         linear.register_forward_hook(lambda module, inputs, output, side=side: seen.update({side: output.dtype}))
     objective = replace(OBJECTIVE, compute_dtype=dtype)
-    train(student, answers(teacher, states, embeds, dtype), embeds, objective, replace(OPTIONS, num_steps=1))
+    train(student, answers(teacher, states, embeds, dtype), objective, replace(OPTIONS, num_steps=1))
     assert seen == {"student": dtype, "teacher": dtype}
 
 
 def test_the_teacher_is_not_trained():
     student, teacher, embeds, states = make_run()
     before = {name: tensor.clone() for name, tensor in teacher.experts["high"].state_dict().items()}
-    train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS)
+    train(student, answers(teacher, states, embeds), OBJECTIVE, OPTIONS)
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.experts["high"].state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.experts["high"].parameters())
 
@@ -352,7 +353,7 @@ def test_bf16_steps_stay_close_to_float32_and_weights_stay_float32():
         student, teacher, embeds, states = make_run()
         options = TrainingOptions(batch_size=3, num_steps=4, optimization=OptimizationOptions(lr=1e-3))
         objective = replace(OBJECTIVE, compute_dtype=dtype)
-        losses[dtype] = train(student, answers(teacher, states, embeds, dtype), embeds, objective, options).losses
+        losses[dtype] = train(student, answers(teacher, states, embeds, dtype), objective, options).losses
         assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.03)
     assert losses[torch.bfloat16] != losses[torch.float32], "autocast changed nothing"
@@ -363,10 +364,10 @@ def test_bf16_steps_stay_close_to_float32_and_weights_stay_float32():
 
 def reported_by(answers, num_steps: int = 30, objective: Objective = OBJECTIVE, evaluate=None, **changes) -> list:
     """The metrics of a run."""
-    student, _, embeds, _ = make_run()
+    student, *_ = make_run()
     options = replace(OPTIONS, num_steps=num_steps, **changes)
     reported: list[StepMetrics] = []
-    train(student, answers, embeds, objective, options, Watching(reported.append, evaluate))
+    train(student, answers, objective, options, Watching(reported.append, evaluate))
     return reported
 
 
@@ -378,7 +379,7 @@ def test_the_teacher_is_called_once_a_step_and_less_with_replay():
     assert [metrics.teacher_calls for metrics in reported] == list(range(1, 31)) and len(sizes) == 30
 
     sizes.clear()
-    reported = reported_by(ReplayedAnswers(answers(teacher, states, embeds), replay=4))
+    reported = reported_by(ReplayedAnswers(answers(teacher, states, embeds), embeds, replay=4))
     calls = [metrics.teacher_calls for metrics in reported]
     assert calls[:5] == [1, 2, 3, 4, 5] and calls[-1] == len(sizes) < 22
 
@@ -389,7 +390,17 @@ class FixedAnswers:
     num_calls = 0
 
     def __init__(self, sigma: torch.Tensor, velocity: torch.Tensor):
-        self.answer = Answer(torch.zeros_like(velocity), sigma, [0] * len(sigma), velocity)
+        prompts = [0] * len(sigma)
+        prompt_embeds, prompt_lengths = make_run()[2].batch(prompts)
+        self.answer = Answer(
+            latents=torch.zeros_like(velocity),
+            sigma=sigma,
+            prompts=prompts,
+            prompt_embeds=prompt_embeds,
+            prompt_lengths=prompt_lengths,
+            velocity=velocity,
+            weights=torch.ones(len(sigma)),
+        )
         self.lanes = Lanes(len(sigma))
 
     def next(self) -> Answer:
@@ -402,8 +413,8 @@ class FixedAnswers:
 def test_losses_are_reported_by_noise_level_and_expert_unweighted():
     sigma = torch.tensor([0.05, 0.07, 0.875, 0.999, 1.0])
     velocity = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])[:, None, None, None].expand(5, 16, 4, 4)
-    student, _, embeds, _ = make_run()
-    by_sample = OBJECTIVE(student, FixedAnswers(sigma, velocity).answer, embeds).by_sample.tolist()
+    student, *_ = make_run()
+    by_sample = OBJECTIVE(student, FixedAnswers(sigma, velocity).answer).by_sample.tolist()
     objective = replace(OBJECTIVE, sigma_weighting="x0")
     (metrics,) = reported_by(FixedAnswers(sigma, velocity), 1, objective, boundary=0.875)
     expected = [sum(by_sample[:2]) / 2, *[None] * 7, by_sample[2], sum(by_sample[3:]) / 2]
@@ -415,9 +426,9 @@ def test_losses_are_reported_by_noise_level_and_expert_unweighted():
 
 
 def test_the_students_velocity_and_the_part_that_is_done_reach_the_answers():
-    student, _, embeds, _ = make_run()
+    student, *_ = make_run()
     source = FixedAnswers(torch.tensor([0.3]), torch.ones(1, 16, 4, 4))
-    before = OBJECTIVE(student, source.answer, embeds).student_velocity
+    before = OBJECTIVE(student, source.answer).student_velocity
     reported_by(source, 1)
     assert torch.equal(source.advanced[0], before) and source.advanced[1] == 0
     reported_by(source, 4)
@@ -465,9 +476,7 @@ def test_nothing_is_measured_while_someone_waits_for_the_end():
     teacher.experts["high"].register_forward_pre_hook(interrupt)
     options = replace(OPTIONS, num_steps=6, eval_every=2)
     source = answers(teacher, states, embeds)
-    result = train(
-        student, source, embeds, OBJECTIVE, options, Watching(evaluate=lambda _: measured.append(len(calls)) or {})
-    )
+    result = train(student, source, OBJECTIVE, options, Watching(evaluate=lambda _: measured.append(len(calls)) or {}))
     assert result.num_steps == 4 and measured == [2]
 
 
@@ -481,7 +490,7 @@ def test_what_is_measured_is_what_will_be_saved(decay):
         measured.append(copy_of(model))
         return {}
 
-    train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, options, Watching(evaluate=evaluate))
+    train(student, answers(teacher, states, embeds), OBJECTIVE, options, Watching(evaluate=evaluate))
     (weights,) = measured
     assert all(torch.equal(weights[name], weight) for name, weight in student.state_dict().items())
 
@@ -495,12 +504,12 @@ def test_the_map_of_the_feature_loss_learns_beside_the_student_and_is_no_part_of
     objective = replace(OBJECTIVE, feature_loss=feature_loss, feature_weight=1.0)
     source = answers(teacher, states, embeds, feature_layers=(0, 2))
     seen: list[StepMetrics] = []
-    with_features = train(student, source, embeds, objective, OPTIONS, Watching(seen.append)).losses
+    with_features = train(student, source, objective, OPTIONS, Watching(seen.append)).losses
     assert all(not torch.equal(old, new) for old, new in zip(before, feature_loss.parameters(), strict=True))
     assert list(student.state_dict()) == names
 
     without, teacher, embeds, states = make_run()
-    plain = train(without, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS).losses
+    plain = train(without, answers(teacher, states, embeds), OBJECTIVE, OPTIONS).losses
     # The loss that is shown is that of velocities, whatever is learnt beside it:
     assert with_features[0] == pytest.approx(plain[0], rel=1e-6) and with_features[-1] != plain[-1]
     assert all(metrics.feature_loss > 0 for metrics in seen)
@@ -526,7 +535,7 @@ def test_a_step_that_is_not_finite_is_not_applied():
         teacher.experts["high"].proj_out.bias[0] = torch.inf
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     with pytest.raises(NonFiniteError, match="step 1"):
-        train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, OPTIONS)
+        train(student, answers(teacher, states, embeds), OBJECTIVE, OPTIONS)
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
 
 
@@ -549,7 +558,7 @@ def test_a_signal_ends_the_loop_after_the_step_in_hand(number):
             os.kill(os.getpid(), number)
 
     options = TrainingOptions(batch_size=3, num_steps=50, optimization=OptimizationOptions(lr=1e-3))
-    result = train(student, answers(teacher, states, embeds), embeds, OBJECTIVE, options, Watching(interrupt))
+    result = train(student, answers(teacher, states, embeds), OBJECTIVE, options, Watching(interrupt))
     assert result.interrupted and result.num_steps == len(result.losses) == 2
     assert signal.getsignal(number) is before
 

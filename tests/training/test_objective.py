@@ -3,6 +3,8 @@
 pytest tests/training/test_objective.py
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -38,7 +40,18 @@ class Scale(nn.Module):
 def make_answer(features: tuple[torch.Tensor, ...] = ()) -> Answer:
     generator = torch.Generator().manual_seed(0)
     latents, velocity = (torch.randn(3, 4, 2, 2, generator=generator) for _ in range(2))
-    return Answer(latents, torch.tensor([0.1, 0.6, 1.0]), [4, 0, 2], velocity, features)
+    prompts = [4, 0, 2]
+    prompt_embeds, prompt_lengths = EMBEDS.batch(prompts)
+    return Answer(
+        latents=latents,
+        sigma=torch.tensor([0.1, 0.6, 1.0]),
+        prompts=prompts,
+        prompt_embeds=prompt_embeds,
+        prompt_lengths=prompt_lengths,
+        velocity=velocity,
+        weights=torch.ones(3),
+        features=features,
+    )
 
 
 # ---- weights over noise levels ----
@@ -78,7 +91,7 @@ def test_endpoint_weighs_by_how_far_a_step_of_uniform_u_moves(shift):
 @pytest.mark.parametrize("kind", SIGMA_WEIGHTINGS)
 def test_the_loss_is_the_weighted_mean_of_the_samples_squared_errors(kind):
     student, answer = Scale(0.5), make_answer()
-    loss = Objective(shift=3.0, sigma_weighting=kind)(student, answer, EMBEDS, 0.3)
+    loss = Objective(shift=3.0, sigma_weighting=kind)(student, answer, 0.3)
     squares = (0.5 * answer.latents - answer.velocity).square().mean(dim=(1, 2, 3))
     assert_close(loss.by_sample, squares)
     assert_close(loss.total.detach(), (sigma_weights(kind, answer.sigma, 3.0) * squares).mean())
@@ -93,7 +106,7 @@ def test_the_loss_is_the_weighted_mean_of_the_samples_squared_errors(kind):
 
 def test_the_student_is_asked_at_the_states_noise_levels_with_their_prompts():
     student = Scale(1.0)
-    Objective(shift=3.0)(student, make_answer(), EMBEDS)
+    Objective(shift=3.0)(student, make_answer())
     ((timestep, prompt_embeds, lengths),) = student.asked
     assert_close(timestep, torch.tensor([100.0, 600.0, 1000.0]))
     expected_embeds, expected_lengths = EMBEDS.batch([4, 0, 2])
@@ -107,7 +120,7 @@ def test_hidden_states_count_in_units_of_the_teachers_velocity_and_fade_along_a_
     feature_loss = FeatureLoss(4, 6, 2, channels=[5, 1, 2, 0])
     student, answer = Scale(0.5), make_answer(features)
     objective = Objective(shift=3.0, feature_loss=feature_loss, feature_weight=0.8)
-    loss = objective(student, answer, EMBEDS, progress)
+    loss = objective(student, answer, progress)
 
     tokens = 0.5 * answer.latents.flatten(2).transpose(1, 2)
     error = feature_loss([tokens, tokens], features)
@@ -120,14 +133,14 @@ def test_hidden_states_count_in_units_of_the_teachers_velocity_and_fade_along_a_
 
 def test_a_replayed_answer_without_hidden_states_costs_its_velocity_error_alone():
     objective = Objective(shift=3.0, feature_loss=FeatureLoss(4, 6, 2, None), feature_weight=0.8)
-    loss = objective(Scale(0.5), make_answer(), EMBEDS)
+    loss = objective(Scale(0.5), make_answer())
     assert_close(loss.total.detach(), loss.by_sample.mean())
 
 
 def test_a_relative_error_of_hidden_states_counts_as_much_as_one_of_the_velocity():
     answer = make_answer()
-    answer = Answer(answer.latents, answer.sigma, answer.prompts, answer.latents, (answer.latents.flatten(2).mT,) * 2)
+    answer = replace(answer, velocity=answer.latents, features=(answer.latents.flatten(2).mT,) * 2)
     feature_loss = FeatureLoss(4, 4, 2, channels=range(4))
     objective = Objective(shift=3.0, feature_loss=feature_loss, feature_weight=1.0)
-    loss = objective(Scale(0.9), answer, EMBEDS)  # a tenth off in both
+    loss = objective(Scale(0.9), answer)  # a tenth off in both
     assert_close(loss.total.detach(), 2 * loss.by_sample.mean())

@@ -12,12 +12,11 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from wandistiller.budget.workload import Workload, step_flops
-from wandistiller.device import DTYPES
+from wandistiller.device import DTYPES, autocast
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.fp8 import to_fp8
 from wandistiller.model.sizes import unfilled_model
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.targets.answers import autocast
 from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_optimizer
 
 # A budget should come in seconds, so all measurements together may take about this long.

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from wandistiller.device import autocast
 from wandistiller.evaluation.measures import relative_errors
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, StudentField, VelocityField, sample
-from wandistiller.targets.answers import autocast
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 NUM_LEVELS = 10

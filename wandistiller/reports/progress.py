@@ -79,13 +79,6 @@ class Progress:
         )
 
 
-class Silence:
-    """The progress of a process that another one speaks for."""
-
-    def step(self, metrics: StepMetrics) -> None:
-        """Nothing is shown or written."""
-
-
 class Countdown:
     """Lines that tell how far a counted job is and how long it will go on, at least `line_every_s` apart."""
 

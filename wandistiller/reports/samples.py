@@ -4,6 +4,7 @@ import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,93 +29,109 @@ from wandistiller.wan.vae import decode, load_vae
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BATCH_SIZE = 8  # prompts drawn at a time, or as many as a step learns from where these are fewer
-SEED = 0  # of the first picture's noise; each next one has one more
+MAX_BATCH_SIZE = 8  # prompts drawn at a time; a smaller training batch also limits it
+SEED = 0  # seed of the first prompt's noise; each next prompt has the next seed
 
 
 @contextlib.contextmanager
 def undisturbed(student: WanLiteStudent, device: str) -> Iterator[None]:
-    """What is drawn inside leaves the student's modes and the global random numbers as they were."""
+    """Restore the student's modes and the global random numbers after drawing inside."""
     gpus = [device] if torch.device(device).type == "cuda" else []
     with evaluation_mode(student), torch.random.fork_rng(gpus):
         yield
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """How sample pictures are drawn.
+
+    Attributes:
+        latent_shape: (C, H, W).
+        vae_location: folder or hub id of the VAE, and its subfolder.
+        settings: the teacher's, for the VAE's statistics and the record in each picture.
+        teacher_sampling: how the teacher's row is sampled.
+        student_sampling: how the student's row is sampled.
+        batch_size: prompts of a training batch; drawing takes no more at a time.
+        needs_all_processes: whether weights are sharded, so that all processes must draw together.
+    """
+
+    latent_shape: tuple[int, int, int]
+    vae_location: tuple[str, str | None]
+    settings: TeacherSettings
+    teacher_sampling: SamplingOptions
+    student_sampling: SamplingOptions
+    batch_size: int = MAX_BATCH_SIZE
+    needs_all_processes: bool = False
+
+
 class Samples:
     """Draws the same prompts from the same noise every time, so that the pictures of a run can be compared.
 
-    The teacher's row is drawn the first time and kept. The VAE is in memory only while it decodes. All processes call this
-    where weights are spread over them, the first one decodes and writes; else the first alone draws. A picture that cannot
-    be made is told of once and is the last: it must not turn a run into a failed one.
+    The teacher's row is drawn the first time and kept. The VAE is in memory only while it decodes. All processes call this;
+    the first one draws and writes, and the others draw with it only where weights are sharded. A picture that cannot be made
+    must not turn a run into a failed one: it is reported once, and no more are tried.
 
     Args:
         folder: where step_XXXXXX.png go.
-        teacher: None where it does not fit beside the student, whose row then stands alone.
-        latent_shape: (C, H, W).
-        is_sharded: whether drawing needs all processes.
-        batch_size: prompts at a time.
-        on_picture: told the step and the picture, in the process that writes.
+        teacher: None if it does not fit beside the student, whose row then stands alone.
+        prompts: what is drawn, with a picture for each.
+        on_picture: called with the step and the picture, in the process that writes it.
     """
 
     def __init__(
         self,
         folder: Path,
         teacher: Teacher | None,
-        settings: TeacherSettings,
         prompts: Sequence[str],
         prompt_embeds: PromptEmbeds,
-        latent_shape: tuple[int, int, int],
-        vae_location: tuple[str, str | None],
-        teacher_options: SamplingOptions,
-        student_options: SamplingOptions,
+        options: SampleOptions,
         processes: Processes,
-        is_sharded: bool,
         on_picture: "Callable[[int, Image], None]",
-        batch_size: int = BATCH_SIZE,
     ):
-        self.folder, self.teacher, self.settings = folder, teacher, settings
-        self.prompts, self.prompt_embeds, self.vae_location = prompts, prompt_embeds, vae_location
-        self.teacher_options, self.student_options = teacher_options, student_options
-        self.processes, self.is_sharded, self.on_picture = processes, is_sharded, on_picture
-        self.batch_size = min(BATCH_SIZE, batch_size)
-        self.noise = seeded_noise(range(SEED, SEED + len(prompts)), latent_shape)
+        self.folder, self.teacher = folder, teacher
+        self.prompts, self.prompt_embeds = prompts, prompt_embeds
+        self.options, self.processes, self.on_picture = options, processes, on_picture
+        self.batch_size = min(MAX_BATCH_SIZE, options.batch_size)
+        self.noise = seeded_noise(range(SEED, SEED + len(prompts)), options.latent_shape)
         self.teacher_latents: Tensor | None = None
         self.teacher_row: list[np.ndarray] = []
         self.is_over = False
 
     @property
-    def what(self) -> str:
+    def caption(self) -> str:
+        """What the rows of a picture show."""
         return "The student" if self.teacher is None else "Teacher above, student below"
 
     def __call__(self, student: WanLiteStudent, step: int) -> Path | None:
-        """Draw and write the picture of a step; the student stays as it is. None where nothing was written.
+        """Draw the picture of a step and return its file, or None if this process wrote none. The student stays as it is.
 
-        The others wait for the first process here, and not in the gradients of the next step.
+        The other processes wait for the first one here, and not for the gradients of the next step.
         """
         if self.is_over:
             return None
         file = self.folder / f"step_{step:06d}.png"
-        if self.processes.is_first or self.is_sharded:
+        if self.processes.is_first or self.options.needs_all_processes:
             self.is_over = not self._draw(student, step, file)
         self.is_over = bool(self.processes.from_first(self.is_over))
         return file if self.processes.is_first and not self.is_over else None
 
     def _draw(self, student: WanLiteStudent, step: int, file: Path) -> bool:
-        """Whether it worked."""
-        needs_others = self.is_sharded and self.processes.are_many
+        """Draw, and write the picture in the first process. Return False if drawing had to be given up."""
+        needs_others = self.options.needs_all_processes and self.processes.are_many
         try:
-            with undisturbed(student, self.student_options.device):
+            with undisturbed(student, self.options.student_sampling.device):
                 if self.teacher is not None and self.teacher_latents is None:
-                    self.teacher_latents = self._latents("teacher", self.teacher, self.teacher_options)
-                latents = self._latents("student", StudentField(student), self.student_options)
+                    self.teacher_latents = self._latents("teacher", self.teacher, self.options.teacher_sampling)
+                latents = self._latents("student", StudentField(student), self.options.student_sampling)
         except RuntimeError as error:
-            if needs_others or not is_out_of_memory(error):  # the others are waiting for this one's part of the weights
+            # The others may be waiting for this process's shard of the weights, so only a process by itself can give up.
+            if needs_others or not is_out_of_memory(error):
                 raise
             return self._give_up(error)
         if not self.processes.is_first:
             return True
         try:
-            with undisturbed(student, self.student_options.device):
+            with undisturbed(student, self.options.student_sampling.device):
                 self._write(latents, step, file)
         except (UserError, OSError, torch.OutOfMemoryError) as error:
             return self._give_up(error)
@@ -135,14 +152,13 @@ class Samples:
     def _write(self, latents: Tensor, step: int, file: Path) -> None:
         grid = self._grid(latents)
         file.parent.mkdir(exist_ok=True)
-        about = {"num_inference_steps": self.student_options.num_inference_steps, "shift": self.settings.shift}
-        save_png(grid, file, {**about, "seed": SEED, "step": step})
+        steps, shift = self.options.student_sampling.num_inference_steps, self.options.settings.shift
+        save_png(grid, file, {"num_inference_steps": steps, "shift": shift, "seed": SEED, "step": step})
         self.on_picture(step, grid)
 
     def _grid(self, latents: Tensor) -> "Image":
-        vae = load_vae(
-            *self.vae_location, latents.shape[1], self.settings.vae_scale_factor, self.student_options.device
-        )
+        factor, device = self.options.settings.vae_scale_factor, self.options.student_sampling.device
+        vae = load_vae(*self.options.vae_location, latents.shape[1], factor, device)
         if self.teacher_latents is not None and not self.teacher_row:
             self.teacher_row = self._pictures(vae, self.teacher_latents)
         rows = {"teacher": self.teacher_row} if self.teacher_row else {}
@@ -153,5 +169,5 @@ class Samples:
         return labelled_grid(list(rows.values()), captions, list(rows))
 
     def _pictures(self, vae, latents: Tensor) -> list[np.ndarray]:
-        mean, std = self.settings.latents_mean, self.settings.latents_std
+        mean, std = self.options.settings.latents_mean, self.options.settings.latents_std
         return [picture for part in latents.split(self.batch_size) for picture in decode(vae, part, mean, std)]

@@ -17,7 +17,8 @@ from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import Answers, TeacherAnswers
 from wandistiller.targets.cache import CachedAnswers
 from wandistiller.targets.replay import ReplayedAnswers
-from wandistiller.targets.segments import SegmentAnswers, segment_sigmas
+from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
+from wandistiller.targets.state_batch import DrawOptions
 from wandistiller.targets.states import build_states
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
 from wandistiller.training.objective import Objective
@@ -180,18 +181,18 @@ def build_answers(
     """
     states, seed = run.flags.states, run.flags.optimization.seed
     if run.cache is not None:
-        return CachedAnswers(run.cache, run.lanes.total, run.device, seed, run.lanes if run.lanes.pads else None)
+        return CachedAnswers(run.cache, embeds.trained, run.lanes, run.device, seed)
     if run.flags.objective.student_steps:
         answers: Answers = segment_answers(run, embeds, teacher, student)
     else:
         answers = live_answers(run, embeds, teacher, layers)
-    return ReplayedAnswers(answers, states.replay, seed, run.device) if states.replay > 1 else answers
+    return ReplayedAnswers(answers, embeds.trained, states.replay, seed, run.device) if states.replay > 1 else answers
 
 
 def live_answers(run: Run, embeds: Embeds, teacher: Teacher, layers: list[int]) -> TeacherAnswers:
     """The teacher at the states that the flags ask for."""
-    num_prompts, total = len(run.texts.prompts), run.lanes.total
-    states = build_states(run.states_options, run.config, teacher.settings, num_prompts, total, run.device, run.lanes)
+    num_prompts = len(run.texts.prompts)
+    states = build_states(run.states_options, run.config, run.settings, num_prompts, run.lanes, run.device)
     return TeacherAnswers(
         teacher,
         states,
@@ -206,18 +207,18 @@ def live_answers(run: Run, embeds: Embeds, teacher: Teacher, layers: list[int]) 
 def segment_answers(run: Run, embeds: Embeds, teacher: Teacher, student: WanLiteStudent) -> SegmentAnswers:
     """The teacher over whole segments of its paths, for a student of --student_steps."""
     flags = run.flags
-    return SegmentAnswers(
-        teacher,
-        student,
-        embeds.trained,
-        run.latent_shape,
-        len(run.texts.prompts),
-        run.lanes.total,
-        segment_sigmas=segment_sigmas(teacher.settings.shift, flags.objective.student_steps),
-        num_teacher_steps=teacher.settings.num_inference_steps,
-        student_rollout=flags.states.student_rollout,
+    draw = DrawOptions(
+        latent_shape=run.latent_shape,
+        num_prompts=len(run.texts.prompts),
+        lanes=run.lanes,
+        shift=run.settings.shift,
         seed=flags.optimization.seed,
         device=run.device,
-        compute_dtype=run.dtype,
-        lanes=run.lanes,
     )
+    segments = SegmentOptions(
+        num_segments=flags.objective.student_steps,
+        num_teacher_steps=run.settings.num_inference_steps,
+        student_rollout=flags.states.student_rollout,
+        compute_dtype=run.dtype,
+    )
+    return SegmentAnswers(teacher, student, embeds.trained, draw, segments)

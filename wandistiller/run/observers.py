@@ -17,10 +17,10 @@ from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.reports.metrics import StepMetrics
 from wandistiller.reports.plots import LossPlot
 from wandistiller.reports.progress import Progress
-from wandistiller.reports.samples import Samples
+from wandistiller.reports.samples import SampleOptions, Samples
 from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Trackers, started
 from wandistiller.run.run import Run
-from wandistiller.sampling.recorded import student_sampling
+from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.sampler import SamplingOptions
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.training.loop import Observer
@@ -73,10 +73,10 @@ class RunObserver(Observer):
         if (samples := self.samples) is None:
             return
         who = "the student" if samples.teacher is None else "teacher and student"
-        steps = samples.student_options.num_inference_steps
+        steps = samples.options.student_sampling.num_inference_steps
         print(f"Drawing {len(samples.prompts)} prompts with {who}, {steps} steps", flush=True)
         if file := samples(student, step):
-            print(f"{samples.what}: {file}")
+            print(f"{samples.caption}: {file}")
 
 
 @contextlib.contextmanager
@@ -134,26 +134,23 @@ def build_samples(run: Run, embeds: Embeds, teacher: Teacher | None, trackers: T
     """What --num_samples and --sample_every draw: as whoever draws with the saved student will."""
     if run.vae_location is None:
         return None
-    settings, flags = run.settings, run.flags
-    steps = {
-        "num_inference_steps": settings.num_inference_steps,
-        "student_steps": flags.objective.student_steps,
-    }
-    recorded = run.config.replace(distillation={"shift": settings.shift, **steps})
-    student_options = student_sampling(recorded, None, run.dtype, run.device)
-    teacher_options = replace(student_options, sampler="unipc", num_inference_steps=settings.num_inference_steps)
-    return Samples(
-        run.folder / SAMPLES_NAME,
-        teacher,
-        settings,
-        run.texts.prompts[: flags.output.num_samples],
-        embeds.trained,
-        run.latent_shape,
-        run.vae_location,
-        teacher_options,
-        student_options,
-        run.processes,
-        flags.performance.shard is not None,  # sharded weights are needed from all, to draw with any
-        trackers.picture,
-        flags.optimization.batch_size,
+    settings, flags, student_steps = run.settings, run.flags, run.flags.objective.student_steps
+    teacher_sampling = SamplingOptions(
+        shift=settings.shift,
+        num_inference_steps=settings.num_inference_steps,
+        compute_dtype=run.dtype,
+        device=run.device,
     )
+    recorded = StudentRecord(num_inference_steps=settings.num_inference_steps, student_steps=student_steps)
+    options = SampleOptions(
+        latent_shape=run.latent_shape,
+        vae_location=run.vae_location,
+        settings=settings,
+        teacher_sampling=teacher_sampling,
+        student_sampling=replace(teacher_sampling, num_inference_steps=recorded.steps, sampler=recorded.sampler),
+        batch_size=flags.optimization.batch_size,
+        needs_all_processes=flags.performance.shard
+        is not None,  # sharded weights are needed from all, to draw with any
+    )
+    prompts, folder = run.texts.prompts[: flags.output.num_samples], run.folder / SAMPLES_NAME
+    return Samples(folder, teacher, prompts, embeds.trained, options, run.processes, trackers.picture)

@@ -86,8 +86,7 @@ def open_cache(plan: Plan) -> TeacherCache | None:
         plan.settings,
         plan.states_options,
         plan.trained_texts,
-        plan.latent_shape,
-        plan.config.text_max_length,
+        plan.config,
         plan.lanes.total,
     )
     description |= plan.flags.recipe.teacher_storage()

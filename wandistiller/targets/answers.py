@@ -1,67 +1,70 @@
-"""The teacher's answers to train on: each asked for once, learnt from up to R times.
+"""The teacher's answers that a student learns from, and `TeacherAnswers`, which asks for them at training states.
 
-A step learns from one global batch. Each process hands out its own part of it, a micro-batch at a time.
+A step learns from one global batch. Each process hands out its own part of it, a micro-batch at a time. The other sources of
+answers lie beside this one: replay.py, segments.py and cache.py.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from wandistiller.device import to_device
+from wandistiller.device import autocast, to_device
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.state_batch import StateBatch
+from wandistiller.targets.state_dicts import part_of, with_prefix
 from wandistiller.targets.states import States
-from wandistiller.targets.trajectories import StateBatch, part_of
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the student is to learn at a micro-batch of states.
+    """What the student should answer at a micro-batch of states, with the text it is asked with.
 
     Attributes:
         latents: x_sigma (B, C, H, W) in model space, on the device.
-        sigma: (B,) noise levels, on the CPU.
+        sigma: noise levels (B,), on the CPU.
         prompts: index of each state's prompt.
-        velocity: what the student is to answer (B, C, H, W), on the device.
-        features: the teacher's hidden states (B, L, D) after the layers that were asked for; fresh answers alone have them.
-        states: the states that were asked about, where this answer is yet to move them on.
-        weights: (B,) of the samples in the loss, 1 all over unless given.
+        prompt_embeds: text tokens (B, S, text_dim) of these prompts, padded with zeros, on the device.
+        prompt_lengths: how many of the tokens are text (B,), on the device.
+        velocity: the target (B, C, H, W), on the device.
+        weights: weights (B,) of the samples in the loss, on the CPU.
+        features: the teacher's hidden states (B, L, D) after the layers that were asked for. Only fresh answers have them.
+        states: the states that were asked about, if the answer still has to move them.
     """
 
     latents: Tensor
     sigma: Tensor
     prompts: list[int]
+    prompt_embeds: Tensor
+    prompt_lengths: Tensor
     velocity: Tensor
+    weights: Tensor
     features: tuple[Tensor, ...] = ()
     states: StateBatch | None = None
-    weights: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def __post_init__(self):
-        if not len(self.weights):
-            object.__setattr__(self, "weights", torch.ones(len(self.prompts)))
-
-    def split(self, size: int) -> list["Answer"]:
-        """Micro-batches of `size` rows, of an answer without features."""
-        parts = [slice(start, start + size) for start in range(0, len(self.prompts), size)]
-        names = ("latents", "sigma", "prompts", "velocity", "weights")
-        return [Answer(**{name: getattr(self, name)[rows] for name in names}) for rows in parts]
+    def released(self) -> "Answer":
+        """Return the answer without text and hidden states, which may be gigabytes and which nothing but the loss needs."""
+        return replace(self, prompt_embeds=torch.empty(0), prompt_lengths=torch.empty(0), features=())
 
 
 class Answers(Protocol):
-    """What the loop learns from, a micro-batch a call of `next`, `lanes.num_micro_batches` of them a step.
+    """A source of answers. A step calls `next` `lanes.num_micro_batches` times.
 
-    `advance` comes after the student's own pass on each, whose velocity may move the states. `state_dict` is asked for
-    between steps; names with LANE_PREFIX hold what belongs to this process's lanes, along their first dimension.
+    The loop calls `advance` once the student has answered too, since the student's velocity may move the states. It asks for
+    `state_dict` between steps only. Names in it with LANE_PREFIX hold what belongs to this process's lanes, along their first
+    dimension.
     """
 
     lanes: Lanes
 
     @property
-    def num_calls(self) -> int: ...
+    def num_calls(self) -> int:
+        """Global batches that the teacher has answered."""
+        ...
 
     def next(self) -> Answer: ...
 
@@ -72,15 +75,42 @@ class Answers(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
-class TeacherAnswers:
-    """Asks the teacher at the states' next batch; the answer, or the student's, also moves those states on.
+class AnswerQueue:
+    """Hands out stored answers a micro-batch at a time. The text of a micro-batch is read only when its turn comes.
 
     Args:
-        feature_layers: teacher layers whose output the answers bring along.
-        student_rollout: share of the paths that follow the student's velocity, at the start and at the end of training.
+        micro_batch: rows handed out at a time.
+    """
 
-    Attributes:
-        num_calls: global batches that the teacher has answered.
+    def __init__(self, prompt_embeds: PromptEmbeds, device: str, micro_batch: int):
+        self.prompt_embeds, self.device, self.micro_batch = prompt_embeds, device, micro_batch
+        self._rows: dict[str, Tensor | list[int]] = {"prompts": []}
+        self._start = 0
+
+    def __len__(self) -> int:
+        """Return how many rows are left."""
+        return len(self._rows["prompts"]) - self._start
+
+    def fill(self, *, latents: Tensor, sigma: Tensor, prompts: list[int], velocity: Tensor, weights: Tensor) -> None:
+        """Take the rows of the next step."""
+        rows = {"latents": latents, "sigma": sigma, "prompts": prompts, "velocity": velocity, "weights": weights}
+        self._rows, self._start = rows, 0
+
+    def pop(self) -> Answer:
+        """Return the next micro-batch, which is shorter if no more rows are left."""
+        part = slice(self._start, self._start + self.micro_batch)
+        self._start = min(part.stop, len(self._rows["prompts"]))
+        rows = {name: values[part] for name, values in self._rows.items()}
+        prompt_embeds, prompt_lengths = self.prompt_embeds.batch(rows["prompts"], self.device)
+        return Answer(**rows, prompt_embeds=prompt_embeds, prompt_lengths=prompt_lengths)
+
+
+class TeacherAnswers:
+    """Asks the teacher at each batch of states. Its answer, or the student's, also moves those states on.
+
+    Args:
+        feature_layers: teacher layers whose output comes with the answers.
+        student_rollout: share of the paths that follow the student's velocity, at the start and at the end of training.
     """
 
     def __init__(
@@ -100,11 +130,11 @@ class TeacherAnswers:
         self.device = device
         self.feature_layers = feature_layers
         self.student_rollout = student_rollout
-        self.answer = autocast(teacher.velocity_and_features, device, compute_dtype)
+        self.ask = autocast(teacher.velocity_and_features, device, compute_dtype)
         self.num_calls = 0
-        self._batch: StateBatch | None = None  # the one in hand
-        self._num_parts = 0  # micro-batches of it
-        self._waiting: list[StateBatch] = []  # those that are yet to be answered
+        self._batch: StateBatch | None = None  # the global batch in hand
+        self._num_parts = 0  # its micro-batches
+        self._waiting: list[StateBatch] = []  # micro-batches that the teacher has not answered yet
         self._answered: list[tuple[Tensor, Tensor]] = []  # velocities of the teacher and of the student
 
     def next(self) -> Answer:
@@ -116,12 +146,26 @@ class TeacherAnswers:
             self.num_calls += 1
         part = self._waiting.pop(0)
         latents = to_device(part.latents, self.device)
-        embeds, lengths = self.prompt_embeds.batch(part.prompts, self.device, torch.float32)
-        velocity, features = self.answer(latents, part.sigma, embeds, lengths, self.feature_layers)
-        return Answer(latents, part.sigma, part.prompts, velocity, features, part, part.weights)
+        prompt_embeds, prompt_lengths = self.prompt_embeds.batch(part.prompts, self.device)
+        velocity, features = self.ask(latents, part.sigma, prompt_embeds, prompt_lengths, self.feature_layers)
+        return Answer(
+            latents=latents,
+            sigma=part.sigma,
+            prompts=part.prompts,
+            prompt_embeds=prompt_embeds,
+            prompt_lengths=prompt_lengths,
+            velocity=velocity,
+            weights=part.weights,
+            features=features,
+            states=part,
+        )
 
     def advance(self, answer: Answer, student_velocity: Tensor, progress: float) -> None:
-        """Move the states once the whole of their batch is answered; `progress` is the part of the training that is done."""
+        """Move the states once all micro-batches of their batch are answered.
+
+        Args:
+            progress: how much of the training is done, from 0 to 1.
+        """
         if answer.states is None:
             return
         self._answered.append((answer.velocity, student_velocity))
@@ -133,8 +177,7 @@ class TeacherAnswers:
         self.states.advance(self._batch, velocity, students, start + (end - start) * progress)
 
     def state_dict(self) -> dict[str, Tensor]:
-        states = {f"states.{name}": value for name, value in self.states.state_dict().items()}
-        return states | {"num_calls": torch.tensor(self.num_calls)}
+        return with_prefix("states.", self.states.state_dict()) | {"num_calls": torch.tensor(self.num_calls)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.num_calls = int(state["num_calls"])
@@ -143,8 +186,3 @@ class TeacherAnswers:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def autocast(function: Callable, device: str, dtype: torch.dtype) -> Callable:
-    """Matrix products in `dtype` over float32 weights; a no-op in float32."""
-    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)(function)

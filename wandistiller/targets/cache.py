@@ -20,11 +20,13 @@ from wandistiller.device import to_device
 from wandistiller.errors import UserError
 from wandistiller.files.atomic import atomic_path
 from wandistiller.files.output_folder import check_output_folder
+from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
-from wandistiller.targets.answers import Answer, TeacherAnswers
+from wandistiller.targets.answers import Answer, AnswerQueue, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions
 from wandistiller.wan.files import WanFiles
+from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
 
 DESCRIPTION_NAME = "cache.json"
@@ -78,15 +80,14 @@ def describe_cache(
     settings: TeacherSettings,
     options: StatesOptions,
     prompts: Sequence[str],
-    latent_shape: tuple[int, int, int],
-    text_max_length: int,
+    config: StudentConfig,
     batch_size: int,
 ) -> dict[str, object]:
-    """Everything that makes the answers what they are, as JSON values."""
+    """Return everything that makes the answers what they are, as JSON values."""
     description = {
         **describe_teacher(wan_files, settings),
-        "text_max_length": text_max_length,
-        "latent_shape": latent_shape,
+        "text_max_length": config.text_max_length,
+        "latent_shape": settings.latent_shape(config),
         **{f"states_{name}": value for name, value in asdict(options).items()},
         "batch_size": batch_size,
         "num_prompts": len(prompts),
@@ -334,11 +335,11 @@ class CachedAnswers:
 
     num_calls = 0
 
-    def __init__(self, cache: TeacherCache, batch_size: int, device: str, seed: int = 0, lanes: Lanes | None = None):
+    def __init__(self, cache: TeacherCache, prompt_embeds: PromptEmbeds, lanes: Lanes, device: str, seed: int = 0):
         from safetensors import safe_open
 
         self.cache = cache
-        self.lanes = lanes or Lanes(min(batch_size, cache.num_answers))
+        self.lanes = lanes if lanes.pads else Lanes(min(lanes.total, cache.num_answers))
         self.device = device
         self.generator = torch.Generator().manual_seed(seed)
         self.ends = list(accumulate(cache.rows))
@@ -346,17 +347,22 @@ class CachedAnswers:
         self.slices = [{name: shard.get_slice(name) for name in STORED_NAMES} for shard in shards]
         self.order = torch.randperm(cache.num_answers, generator=self.generator)
         self.position = 0
-        self._waiting: list[Answer] = []  # micro-batches of the step in hand
+        self._queue = AnswerQueue(prompt_embeds, device, self.lanes.micro_batch)
 
     def next(self) -> Answer:
-        if not self._waiting:
+        if not self._queue:
             rows = self.lanes.local(torch.tensor(self._take(self.lanes.total)))
             found = [self._row(index) for index in rows.tolist()]
             batch = {name: torch.cat([row[name] for row in found]) for name in found[0]}
             latents, velocity = (to_device(batch[name].float(), self.device) for name in ("latents", "velocity"))
-            answer = Answer(latents, batch["sigma"], batch["prompts"].tolist(), velocity)
-            self._waiting = answer.split(self.lanes.micro_batch)
-        return self._waiting.pop(0)
+            self._queue.fill(
+                latents=latents,
+                sigma=batch["sigma"],
+                prompts=batch["prompts"].tolist(),
+                velocity=velocity,
+                weights=torch.ones(len(rows)),
+            )
+        return self._queue.pop()
 
     def advance(self, answer: Answer, student_velocity: Tensor, progress: float) -> None:
         """Nothing moves: all answers are there."""

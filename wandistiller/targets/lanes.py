@@ -1,26 +1,22 @@
-"""The samples of a global batch, a lane each, and which of them this process holds.
+"""Lanes: the samples of the global batch, and which of them this process holds.
 
-All that decides what a step trains on (prompts, noise levels, which path moves, which answer is replayed) is drawn for all
-lanes by every process, from the same seeds; latents and velocities exist only where their lane is. So a step does not depend
-on how its batch is shared out, and no process tells another anything but gradients.
+A lane is one place in the global batch, and it stays the same place for the whole run: with 8 samples a step there are 8
+lanes, and lane 3 is the fourth sample of every step. Each lane has sampling paths, kept samples and stored answers of its
+own. Of 2 processes the first holds lanes 0 to 3 and the second lanes 4 to 7.
+
+Every process draws whatever decides what a step trains on (prompts, noise levels, which path moves, which answer is replayed)
+for all lanes, from the same seeds. Latents and velocities exist only in the process that holds their lane. A step therefore
+does not depend on how its batch is shared out, and processes exchange nothing but gradients.
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-LANE_PREFIX = "lanes."  # of names in a state_dict whose first dimension is this process's lanes
 
 
 @dataclass(frozen=True)
 class Lanes:
-    """A global batch of `total` samples, of which this process holds `count` from `first` on, `micro_batch` at a time.
-
-    Attributes:
-        pads: whether every lane gives a row at every step, of weight 0 where there is nothing to train on; else a batch is
-            shorter there. Several processes, or several passes a step, must agree on their number.
-    """
+    """A global batch of `total` lanes. This process holds `count` of them from `first` on and trains on `micro_batch` at a time."""
 
     total: int
     first: int = 0
@@ -33,7 +29,7 @@ class Lanes:
 
     @classmethod
     def of_process(cls, micro_batch: int, grad_accum_steps: int, rank: int, num_processes: int) -> "Lanes":
-        """Equal, adjoining parts for all processes."""
+        """Return the lanes of one process; all processes hold equal, adjoining parts."""
         count = micro_batch * grad_accum_steps
         return cls(count * num_processes, rank * count, count, micro_batch)
 
@@ -43,18 +39,17 @@ class Lanes:
 
     @property
     def pads(self) -> bool:
+        """Whether every lane gives a row at every step, with weight 0 where it has nothing to train on.
+
+        Several processes, or several micro-batches, must agree on their number. Otherwise a batch is simply shorter.
+        """
         return self.count < self.total or self.micro_batch < self.count
 
     def local(self, values: Tensor) -> Tensor:
-        """This process's part of values (total, ...) of all lanes."""
+        """Return this process's part of values (total, ...) of all lanes."""
         return values[self.first : self.first + self.count]
 
     def place_of(self, lane: int) -> int | None:
-        """Where a lane lies among this process's own, or None where another process holds it."""
+        """Return where a lane lies among this process's own, or None if another process holds it."""
         place = lane - self.first
         return place if 0 <= place < self.count else None
-
-
-def draw_seeds(count: int, generator: torch.Generator) -> list[int]:
-    """A seed for each of `count` noises (see `flow.seeded_noise`)."""
-    return torch.randint(2**62, (count,), generator=generator).tolist()

@@ -1,39 +1,27 @@
-"""Pure noise as a training state, at every noise level: the baseline of all other states."""
+"""Pure noise as a training state, at every noise level: the baseline that all other states are measured against."""
 
 import torch
 from torch import Tensor
 
 from wandistiller.sampling.flow import sample_sigmas, seeded_noise
-from wandistiller.targets.lanes import Lanes, draw_seeds
-from wandistiller.targets.prompt_order import PromptOrder, PromptSwap
-from wandistiller.targets.trajectories import StateBatch, loss_weights
+from wandistiller.targets.prompt_order import PromptOrder
+from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, loss_weights
 
 
 class NoiseStates:
-    """Pure noise at every noise level: on the teacher's paths only near sigma 1."""
+    """Draws pure noise at every noise level. Such states lie on the teacher's paths only near sigma 1."""
 
-    def __init__(
-        self,
-        latent_shape: tuple[int, int, int],
-        num_prompts: int,
-        batch_size: int,
-        *,
-        shift: float,
-        sigma_range: tuple[float, float] = (0.0, 1.0),
-        swap: PromptSwap | None = None,
-        seed: int = 0,
-        lanes: Lanes | None = None,
-    ):
-        self.latent_shape = latent_shape  # (C, H, W)
-        self.lanes = lanes or Lanes(batch_size)
-        self.shift = shift
-        self.sigma_range = sigma_range
-        self.swap = swap or PromptSwap(0.0, num_prompts)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.order = PromptOrder(num_prompts, seed)
+    def __init__(self, options: DrawOptions):
+        self.latent_shape = options.latent_shape
+        self.lanes = options.lanes
+        self.shift = options.shift
+        self.sigma_range = options.sigma_range
+        self.swap = options.swap
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.order = PromptOrder(options.num_prompts, options.seed)
 
     def draw(self) -> StateBatch:
-        """The next prompts, each with fresh noise; the last batch of an epoch holds what is left."""
+        """Return the next prompts, each with fresh noise. The last batch of an epoch holds the prompts that are left."""
         prompts = self.order.take(self.lanes.total)
         count = len(prompts)
         sigma = sample_sigmas(count, self.shift, self.sigma_range, self.generator)
@@ -56,7 +44,7 @@ class NoiseStates:
     def advance(
         self, batch: StateBatch, velocity: Tensor, student_velocity: Tensor | None = None, student_share: float = 0.0
     ) -> None:
-        """Nothing moves: the next states are fresh noise."""
+        """Do nothing: the next states are fresh noise."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.order.state_dict() | {"generator": self.generator.get_state()}

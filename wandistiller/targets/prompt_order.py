@@ -1,13 +1,16 @@
-"""Which prompt a state gets: an order over the prompts, and a swap for another one where the state is mostly noise."""
+"""Which prompt a state gets: the order of the prompts, and a swap for another prompt where the state is mostly noise."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SWAP_DECAY = 5.0  # swaps at sigma: probability x exp(-5 (1 - sigma)), a third of it left at sigma 0.8
+# A swap at sigma is exp(-SWAP_DECAY (1 - sigma)) times as likely as at sigma 1: a third of it is left at sigma 0.8.
+SWAP_DECAY = 5.0
 
 
 class PromptOrder:
-    """Endless prompt indices: every prompt once an epoch, in an order of its own each epoch."""
+    """Gives prompt indices without end: every prompt once an epoch, in another order each epoch."""
 
     def __init__(self, num_prompts: int, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
@@ -15,7 +18,7 @@ class PromptOrder:
         self.position = 0
 
     def take(self, count: int) -> list[int]:
-        """The next `count` indices, or what is left of the epoch."""
+        """Return the next `count` indices, or the ones that are left of the epoch."""
         if self.position == len(self.order):
             self.order = torch.randperm(len(self.order), generator=self.generator)
             self.position = 0
@@ -36,16 +39,20 @@ class PromptOrder:
         self.generator.set_state(state["order_generator"])
 
 
+@dataclass(frozen=True)
 class PromptSwap:
-    """Gives a state another prompt, the likelier the noisier it is (Random Conditioning, CVPR 2025, arXiv 2504.02011).
+    """Gives a state another prompt, more often the noisier it is (Random Conditioning, CVPR 2025, arXiv 2504.02011).
 
-    A mostly noisy state says little of its prompt, so one state serves for many prompts, and a student learns only what it
-    saw prompts of. The paper's probability also falls exponentially from high noise.
+    A mostly noisy state says little about its prompt, so it serves for many prompts, and the student learns more of them than
+    it has states for. In the paper the probability falls exponentially from high noise too.
+
+    Attributes:
+        probability: of a swap at sigma 1.
+        num_choices: prompts to choose from: the run's own, and after them those that only come this way.
     """
 
-    def __init__(self, probability: float, num_choices: int):
-        self.probability = probability
-        self.num_choices = num_choices  # prompts, and after them those that only come this way
+    probability: float
+    num_choices: int
 
     def __call__(self, prompts: list[int], sigma: Tensor, generator: torch.Generator) -> list[int]:
         if not self.probability:
@@ -54,3 +61,6 @@ class PromptSwap:
         swapped = torch.rand(len(prompts), generator=generator) < chance
         others = torch.randint(self.num_choices, (len(prompts),), generator=generator)
         return torch.where(swapped, others, torch.tensor(prompts)).tolist()
+
+
+NO_SWAP = PromptSwap(0.0, 0)

@@ -1,4 +1,4 @@
-"""States from finished paths: fresh noise mixed into the samples the teacher has drawn, at any noise level."""
+"""Training states made from finished paths: fresh noise mixed into what the teacher has drawn, at any noise level."""
 
 from dataclasses import replace
 
@@ -7,42 +7,35 @@ from torch import Tensor
 
 from wandistiller.device import to_device
 from wandistiller.sampling.flow import sample_sigmas, seeded_noise
-from wandistiller.targets.lanes import LANE_PREFIX, draw_seeds
-from wandistiller.targets.prompt_order import PromptSwap
-from wandistiller.targets.trajectories import StateBatch, TrajectoryStates, loss_weights, part_of
+from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, loss_weights
+from wandistiller.targets.state_dicts import LANE_PREFIX, part_of, with_prefix
+from wandistiller.targets.trajectories import PathOptions, TrajectoryStates
 
-SAMPLES_PER_LANE = 64  # finished samples kept; a new one replaces its lane's oldest
+SAMPLES_PER_LANE = 64  # finished samples that are kept; a new one replaces the oldest of its lane
 
 
 class RenoisedStates:
-    """A share of every batch is x_sigma = (1 - sigma) x_0 + sigma noise of a finished path; the rest are states of paths.
+    """A share of every batch is x_sigma = (1 - sigma) x_0 + sigma noise of a finished path; the rest are states on paths.
 
-    One sample serves at many noise levels and noises, which no path of its own would (Random Conditioning's recipe for
-    training without images, arXiv 2504.02011). Until enough lanes have finished a path, all states are of paths.
+    One sample serves at many noise levels and with many noises, which a path of its own would not do (Random Conditioning's
+    recipe for training without images, arXiv 2504.02011). Until enough lanes have finished a path, all states are on paths.
+
+    Args:
+        fraction: share of a batch that is renoised.
     """
 
-    def __init__(
-        self,
-        paths: TrajectoryStates,
-        fraction: float,
-        *,
-        sigma_range: tuple[float, float] = (0.0, 1.0),
-        swap: PromptSwap | None = None,
-        seed: int = 0,
-    ):
-        self.paths = paths
-        self.lanes = paths.lanes
-        paths.on_finish = self._keep
-        # At least one state of a path, or no path would ever be finished; and at least one that is not, as asked for.
-        self.num_renoised = max(1, min(round(fraction * self.lanes.total), self.lanes.total - 1))
-        self.sigma_range = sigma_range
-        self.swap = swap or paths.swap
-        self.generator = torch.Generator().manual_seed(seed)
-        self.samples = torch.zeros(  # x_0 of this process's lanes
-            self.lanes.count, SAMPLES_PER_LANE, *paths.latent_shape, device=paths.latents.device
-        )
-        self.prompts = torch.zeros(self.lanes.total, SAMPLES_PER_LANE, dtype=torch.long)
-        self.num_kept = torch.zeros(self.lanes.total, dtype=torch.long)  # ever; the oldest are overwritten
+    def __init__(self, options: DrawOptions, paths: PathOptions, fraction: float):
+        self.paths = TrajectoryStates(options, paths, on_finish=self._keep)
+        self.lanes = lanes = options.lanes
+        # At least one state must be on a path, or no path would ever finish; and at least one renoised, as asked for.
+        self.num_renoised = max(1, min(round(fraction * lanes.total), lanes.total - 1))
+        self.latent_shape, self.shift, self.sigma_range = options.latent_shape, options.shift, options.sigma_range
+        self.swap = options.swap
+        self.generator = torch.Generator().manual_seed(options.seed)
+        # x_0 of this process's lanes:
+        self.samples = torch.zeros(lanes.count, SAMPLES_PER_LANE, *options.latent_shape, device=options.device)
+        self.prompts = torch.zeros(lanes.total, SAMPLES_PER_LANE, dtype=torch.long)
+        self.num_kept = torch.zeros(lanes.total, dtype=torch.long)  # includes the samples that were replaced since
 
     def _keep(self, latents: Tensor | None, prompt: int, lane: int) -> None:
         index = int(self.num_kept[lane]) % SAMPLES_PER_LANE
@@ -52,7 +45,7 @@ class RenoisedStates:
             self.samples[self.lanes.place_of(lane), index] = latents
 
     def draw(self) -> StateBatch:
-        """A state of a path or a renoised one for every lane."""
+        """Return a state on a path, or a renoised one, for every lane."""
         stored = self.num_kept.clamp(max=SAMPLES_PER_LANE)
         ready = stored.nonzero().flatten()
         if len(ready) < self.num_renoised:
@@ -64,10 +57,14 @@ class RenoisedStates:
         return self._renoise(self.paths.draw(among=~is_renoised), chosen, stored[chosen])
 
     def _renoise(self, batch: StateBatch, lanes: Tensor, stored: Tensor) -> StateBatch:
-        """The batch with renoised samples of these lanes in their rows."""
+        """Return the batch with renoised samples in the rows of these lanes.
+
+        Args:
+            stored: how many samples each of the lanes keeps.
+        """
         count = len(lanes)
         indices = (torch.rand(count, generator=self.generator) * stored).long().minimum(stored - 1)
-        sigma = sample_sigmas(count, self.paths.shift, self.sigma_range, self.generator)
+        sigma = sample_sigmas(count, self.shift, self.sigma_range, self.generator)
         prompts = self.swap(self.prompts[lanes, indices].tolist(), sigma, self.generator)
         seeds = draw_seeds(count, self.generator)
         rows = [self.lanes.place_of(lane) for lane in lanes.tolist()]
@@ -75,7 +72,7 @@ class RenoisedStates:
         latents, all_sigma, all_prompts = batch.latents.clone(), batch.sigma.clone(), list(batch.prompts)
         for number in own:
             row, level = rows[number], sigma[number]
-            noise = to_device(seeded_noise([seeds[number]], self.paths.latent_shape)[0], latents.device)
+            noise = to_device(seeded_noise([seeds[number]], self.latent_shape)[0], latents.device)
             latents[row] = (1 - level) * self.samples[row, indices[number]] + level * noise
             all_sigma[row], all_prompts[row] = level, prompts[number]
         is_counted = batch.drawn >= 0
@@ -91,7 +88,7 @@ class RenoisedStates:
     def advance(
         self, batch: StateBatch, velocity: Tensor, student_velocity: Tensor | None = None, student_share: float = 0.0
     ) -> None:
-        """Move the states that are part of a path."""
+        """Move the states that are on a path."""
         self.paths.advance(batch, velocity, student_velocity, student_share)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -101,7 +98,7 @@ class RenoisedStates:
             "num_kept": self.num_kept.clone(),
             "generator": self.generator.get_state(),
         }
-        return {f"paths.{name}": value for name, value in self.paths.state_dict().items()} | own
+        return with_prefix("paths.", self.paths.state_dict()) | own
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.samples.copy_(state[f"{LANE_PREFIX}samples"])

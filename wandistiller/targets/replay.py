@@ -1,56 +1,55 @@
-"""The teacher's answers learnt from more than once: a store of the last ones, which later steps draw from."""
+"""Answers that are learnt from more than once: a store of the last ones, which later steps draw from."""
 
 import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
-from wandistiller.targets.answers import Answer, Answers
-from wandistiller.targets.lanes import LANE_PREFIX
-from wandistiller.targets.trajectories import part_of
+from wandistiller.targets.answers import Answer, AnswerQueue, Answers
+from wandistiller.targets.state_dicts import LANE_PREFIX, part_of, with_prefix
+from wandistiller.wan.prompt_embeds import PromptEmbeds
 
-REPLAY_BATCHES = 16  # answers kept for further use, in batches: enough that a batch seldom meets its own again
+# So many batches are kept for further use that answers of one call seldom meet again.
+REPLAY_BATCHES = 16
 
 
 class ReplayedAnswers:
-    """Every answer of `source` `replay` times: once fresh, then shuffled among the last REPLAY_BATCHES of its lane.
+    """Gives every answer of `source` `replay` times: once fresh, then shuffled among the last REPLAY_BATCHES of its lane.
 
-    A student's pass is far cheaper than the guided teacher's call, so each call pays for more than one step. At first the
-    store is filled, with a call a step; then one step in `replay` asks anew.
+    A student's pass is far cheaper than a call of the guided teacher, so each call serves for more than one step. The first
+    steps fill the store with a call each; from then on one step in `replay` asks the teacher.
     """
 
     _OF_LANES = ("sigma", "prompts", "weights", "latents", "velocity")
 
-    def __init__(self, source: Answers, replay: int, seed: int = 0, device: str = "cpu"):
+    def __init__(self, source: Answers, prompt_embeds: PromptEmbeds, replay: int, seed: int = 0, device: str = "cpu"):
         self.source = source
         self.lanes = source.lanes
         self.device = device
         self.replay = replay
         self.generator = torch.Generator().manual_seed(seed)
-        self.remaining = torch.zeros(
-            self.lanes.total, REPLAY_BATCHES, dtype=torch.long
-        )  # uses left; 0 is an empty place
+        # How often each answer may still be used; 0 is an empty place:
+        self.remaining = torch.zeros(self.lanes.total, REPLAY_BATCHES, dtype=torch.long)
         self.sigma = torch.zeros(self.lanes.count, REPLAY_BATCHES)
         self.prompts = torch.zeros(self.lanes.count, REPLAY_BATCHES, dtype=torch.long)
         self.weights = torch.zeros(self.lanes.count, REPLAY_BATCHES)
-        self.latents = self.velocity = torch.empty(0)  # shaped by the first answer
-        self._waiting: list[Answer] = []  # parts of a replayed batch
-        self._num_fresh = 0  # parts of a fresh batch that are yet to be asked for
+        self.latents = self.velocity = torch.empty(0)  # their shape comes with the first answer
+        self._replayed = AnswerQueue(prompt_embeds, device, self.lanes.micro_batch)
+        self._num_fresh = 0  # micro-batches of a fresh batch that the source has not given yet
         self._places = torch.empty(0, dtype=torch.long)  # where the fresh batch in hand is stored
 
     @property
     def num_calls(self) -> int:
-        """Global batches the teacher has answered."""
         return self.source.num_calls
 
     def next(self) -> Answer:
-        if self._waiting:
-            return self._waiting.pop(0)
+        if self._replayed:
+            return self._replayed.pop()
         if not self._num_fresh:
-            # A new answer comes whenever there is room for one, so that the store stays full and its batches well mixed.
+            # A new answer comes whenever there is room for it, so that the store stays full and its batches well mixed.
             is_full = (self.remaining > 0).all(dim=1).any()
             if is_full:
-                self._waiting = self._replayed().split(self.lanes.micro_batch)
-                return self._waiting.pop(0)
+                self._replay()
+                return self._replayed.pop()
             self._num_fresh = self.lanes.num_micro_batches
             self._places = (self.remaining == 0).int().argmax(dim=1)
         first = (self.lanes.num_micro_batches - self._num_fresh) * self.lanes.micro_batch
@@ -58,13 +57,13 @@ class ReplayedAnswers:
         answer = self.source.next()
         self._store(answer, first)
         if not self._num_fresh:
-            # A short batch is one of the first lanes alone; where lanes are padded there is none.
+            # A short batch has rows of the first lanes only; padded lanes have no short batches.
             given = self.lanes.total if self.lanes.pads else len(answer.prompts)
             self.remaining[torch.arange(given), self._places[:given]] = self.replay - 1
         return answer
 
-    def _replayed(self) -> Answer:
-        """An answer of every lane that has one left."""
+    def _replay(self) -> None:
+        """Queue a stored answer of every lane that has one left."""
         chances = torch.rand(self.remaining.shape, generator=self.generator).masked_fill(self.remaining == 0, -1.0)
         places, has_one = chances.argmax(dim=1), (self.remaining > 0).any(dim=1)
         self.remaining[has_one, places[has_one]] -= 1
@@ -72,11 +71,11 @@ class ReplayedAnswers:
         rows = torch.arange(self.lanes.count) if self.lanes.pads else is_used.nonzero().flatten()
         places = self.lanes.local(places)[rows]
         on_device, places_there = (to_device(indices, self.latents.device) for indices in (rows, places))
-        return Answer(
-            self.latents[on_device, places_there],
-            self.sigma[rows, places],
-            self.prompts[rows, places].tolist(),
-            self.velocity[on_device, places_there],
+        self._replayed.fill(
+            latents=self.latents[on_device, places_there],
+            sigma=self.sigma[rows, places],
+            prompts=self.prompts[rows, places].tolist(),
+            velocity=self.velocity[on_device, places_there],
             weights=self.weights[rows, places] * is_used[rows],
         )
 
@@ -84,7 +83,7 @@ class ReplayedAnswers:
         self.source.advance(answer, student_velocity, progress)
 
     def _store(self, answer: Answer, first: int) -> None:
-        """Keep the answer of the lanes from this process's `first` on."""
+        """Keep a fresh answer, whose rows are this process's lanes from `first` on."""
         if not len(self.latents):
             shape = (self.lanes.count, REPLAY_BATCHES, *answer.latents.shape[1:])
             self.latents, self.velocity = answer.latents.new_zeros(shape), answer.velocity.new_zeros(shape)
@@ -98,7 +97,7 @@ class ReplayedAnswers:
         self.weights[rows, places] = answer.weights
 
     def state_dict(self) -> dict[str, Tensor]:
-        source = {f"source.{name}": value for name, value in self.source.state_dict().items()}
+        source = with_prefix("source.", self.source.state_dict())
         known = [name for name in self._OF_LANES if len(getattr(self, name))]
         own = {f"{LANE_PREFIX}{name}": getattr(self, name).clone() for name in known}
         return source | own | {"remaining": self.remaining.clone(), "generator": self.generator.get_state()}

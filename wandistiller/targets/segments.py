@@ -1,41 +1,61 @@
-"""What a student of few steps is to answer: the average velocity over a whole segment of the teacher's path."""
+"""What a student of few steps should answer: the average velocity over a whole segment of the teacher's path."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from wandistiller.device import to_device
+from wandistiller.device import autocast, to_device
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import seeded_noise, sigma_to_timestep
 from wandistiller.sampling.sampler import wan_scheduler
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets.answers import Answer, autocast
-from wandistiller.targets.lanes import LANE_PREFIX, Lanes, draw_seeds
+from wandistiller.targets.answers import Answer, AnswerQueue
 from wandistiller.targets.prompt_order import PromptOrder
-from wandistiller.targets.trajectories import PATHS_PER_LANE, part_of
+from wandistiller.targets.state_batch import DrawOptions, draw_seeds
+from wandistiller.targets.state_dicts import LANE_PREFIX, part_of
+from wandistiller.targets.trajectories import PATHS_PER_LANE
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
-# Targets that wait to be learnt from, in every lane: a lane may be this far ahead of another (each path of it by one).
+# Room for targets that are known and not learnt from yet, in every lane: a lane may be this far ahead of another, and each of
+# its paths by one more.
 READY_PER_LANE = 2 * PATHS_PER_LANE + 4
-MIXED = 2  # targets a lane must have before one of them is taken, so that batches mix paths
+MIN_READY = 2  # targets that a lane must have before one of them is taken, so that batches mix paths
 
 
-def segment_sigmas(shift: float, student_steps: int) -> Tensor:
-    """The noise levels between which a student of few steps steps: those of the sampler it will be drawn with."""
-    return wan_scheduler(shift, student_steps).sigmas
+@dataclass(frozen=True, kw_only=True)
+class SegmentOptions:
+    """How sampling paths are cut into segments.
+
+    Attributes:
+        num_segments: steps of the student's sampler.
+        num_teacher_steps: steps of the teacher over a whole path, which the segments share equally.
+        student_rollout: share of the paths that continue from the student's own states, at the start and end of training.
+    """
+
+    num_segments: int
+    num_teacher_steps: int
+    student_rollout: tuple[float, float] = (0.0, 1.0)
+    compute_dtype: torch.dtype = torch.float32
+
+
+def segment_sigmas(shift: float, num_segments: int) -> Tensor:
+    """Return the ends of the segments (num_segments + 1,), from 1 down to 0: the noise levels that the student is sampled at."""
+    return wan_scheduler(shift, num_segments).sigmas
 
 
 class SegmentAnswers:
-    """Sampling paths cut into N segments; the target at the start of a segment is where the teacher's path leaves it.
+    """Cuts sampling paths into segments. The target at the start of a segment is where the teacher's path leaves it.
 
-    At x_start the student is to answer (x_end - x_start) / (sigma_end - sigma_start), so that one Euler step lands on the
-    segment's end (the average velocity of progressive distillation, arXiv 2202.00512). The teacher walks a segment in
+    At x_start the student should answer (x_end - x_start) / (sigma_end - sigma_start), so that one Euler step lands on the
+    end of the segment (the average velocity of progressive distillation, arXiv 2202.00512). The teacher walks a segment in
     several steps, so a target costs several calls. The next segment starts where the teacher arrived or, for a share of the
-    paths, where the student's own step lands, so that it learns from the states it will meet.
+    paths, where the student's own step lands, so that the student learns from the states that it will meet.
 
     Args:
-        segment_sigmas: (N + 1,) falling from 1 to 0, the noise levels of the student's sampler.
-        num_teacher_steps: of the teacher's whole path; every segment gets its part of them.
-        student_rollout: share of the paths that go on from the student's own states, at the start and end of training.
+        options: `sigma_range` and `swap` are not used, since a segment starts at a noise level of the student's sampler and
+            its prompt must stay that of its path.
     """
 
     _TENSORS = ("prompts", "segments", "positions", "lots", "grids", "ready_sigma", "ready_prompts", "num_ready")
@@ -46,95 +66,90 @@ class SegmentAnswers:
         teacher: Teacher,
         student: WanLiteStudent,
         prompt_embeds: PromptEmbeds,
-        latent_shape: tuple[int, int, int],
-        num_prompts: int,
-        batch_size: int,
-        *,
-        segment_sigmas: Tensor,
-        num_teacher_steps: int,
-        student_rollout: tuple[float, float] = (0.0, 1.0),
-        seed: int = 0,
-        device: str = "cpu",
-        compute_dtype: torch.dtype = torch.float32,
-        lanes: Lanes | None = None,
+        options: DrawOptions,
+        segments: SegmentOptions,
     ):
         self.prompt_embeds = prompt_embeds
-        self.latent_shape = latent_shape
-        self.lanes = lanes or Lanes(batch_size)
-        self.segment_sigmas = segment_sigmas.float()
-        self.num_segments = len(segment_sigmas) - 1
-        self.num_steps = max(1, round(num_teacher_steps / self.num_segments))  # of a segment
-        self.student_rollout = student_rollout
-        self.device = device
-        self.teacher_velocity = autocast(teacher.velocity, device, compute_dtype)
-        self.student_forward = autocast(student, device, compute_dtype)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.order = PromptOrder(num_prompts, seed)
+        self.latent_shape = options.latent_shape
+        self.lanes = options.lanes
+        self.segment_sigmas = segment_sigmas(options.shift, segments.num_segments).float()
+        self.num_segments = segments.num_segments
+        self.num_steps = max(1, round(segments.num_teacher_steps / self.num_segments))  # of the teacher in a segment
+        self.student_rollout = segments.student_rollout
+        self.device = options.device
+        self.teacher_velocity = autocast(teacher.velocity, self.device, segments.compute_dtype)
+        self.student_forward = autocast(student, self.device, segments.compute_dtype)
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.order = PromptOrder(options.num_prompts, options.seed)
         self.progress = 0.0
         self.num_calls = 0
-        self._waiting: list[Answer] = []  # micro-batches of the step in hand
-
-        pool = self.lanes.total, PATHS_PER_LANE
-        self.prompts = torch.zeros(pool, dtype=torch.long)
-        self.segments = torch.zeros(pool, dtype=torch.long)
-        self.positions = torch.zeros(pool, dtype=torch.long)
-        self.lots = torch.zeros(pool)
-        self.grids = torch.zeros(*pool, self.num_steps + 1)  # noise levels of the teacher's steps through the segment
-        self.own = torch.arange(self.lanes.count, device=device)
-        shape = self.lanes.count, PATHS_PER_LANE, *latent_shape
-        self.starts = torch.zeros(shape, device=device)  # x where the segment starts
-        self.latents = torch.zeros(shape, device=device)  # x where the teacher is now
-        self.before = torch.zeros(shape, device=device)  # its velocity one step ago
-        self.num_ready = torch.zeros(self.lanes.total, dtype=torch.long)
-        self.ready_sigma = torch.zeros(self.lanes.total, READY_PER_LANE)
-        self.ready_prompts = torch.zeros(self.lanes.total, READY_PER_LANE, dtype=torch.long)
-        self.ready_latents = torch.zeros(self.lanes.count, READY_PER_LANE, *latent_shape, device=device)
-        self.ready_velocity = torch.zeros(self.lanes.count, READY_PER_LANE, *latent_shape, device=device)
+        self._queue = AnswerQueue(prompt_embeds, self.device, self.lanes.micro_batch)
+        self._make_pool()
         for lane in range(self.lanes.total):
             for path in range(PATHS_PER_LANE):
                 self._start_path(lane, path)
 
+    def _make_pool(self) -> None:
+        """Allocate the paths, and the targets that are ready to be learnt from."""
+        pool, device = (self.lanes.total, PATHS_PER_LANE), self.device
+        self.prompts = torch.zeros(pool, dtype=torch.long)
+        self.segments = torch.zeros(pool, dtype=torch.long)
+        self.positions = torch.zeros(pool, dtype=torch.long)
+        self.lots = torch.zeros(pool)
+        self.grids = torch.zeros(*pool, self.num_steps + 1)  # noise levels of the teacher's steps in the segment
+        self.own = torch.arange(self.lanes.count, device=device)
+        shape = self.lanes.count, PATHS_PER_LANE, *self.latent_shape
+        self.starts = torch.zeros(shape, device=device)  # latents at the start of the segment
+        self.latents = torch.zeros(shape, device=device)  # latents where the teacher is now
+        self.before = torch.zeros(shape, device=device)  # the teacher's velocity one step ago
+        self.num_ready = torch.zeros(self.lanes.total, dtype=torch.long)
+        self.ready_sigma = torch.zeros(self.lanes.total, READY_PER_LANE)
+        self.ready_prompts = torch.zeros(self.lanes.total, READY_PER_LANE, dtype=torch.long)
+        shape = self.lanes.count, READY_PER_LANE, *self.latent_shape
+        self.ready_latents = torch.zeros(shape, device=device)
+        self.ready_velocity = torch.zeros(shape, device=device)
+
     def _local(self, values: Tensor) -> Tensor:
-        """This process's part of values (total, ...) of all lanes, on the device."""
+        """Return this process's part of values (total, ...) of all lanes, on the device."""
         return to_device(self.lanes.local(values), self.device)
 
     def next(self) -> Answer:
-        """A target of every lane, at random among those that are known; the teacher is asked until there are enough."""
-        if not self._waiting:
+        """Return a target of every lane, a random one of those that are known. Ask the teacher first until there are enough."""
+        if not self._queue:
             if self.num_calls == 0:
                 self._spread()
-            while self.num_ready.min() < MIXED:
+            while self.num_ready.min() < MIN_READY:
                 self._ask()
-            self._waiting = self._take().split(self.lanes.micro_batch)
-        return self._waiting.pop(0)
+            self._take()
+        return self._queue.pop()
 
     def advance(self, answer: Answer, student_velocity: Tensor, progress: float) -> None:
-        """The paths move when the teacher is asked; this only notes the part of the training that is done."""
+        """Note how much of the training is done. The paths move when the teacher is asked."""
         self.progress = progress
 
-    def _take(self) -> Answer:
+    def _take(self) -> None:
+        """Queue a target of every lane, which then leaves the store."""
         lanes, own = torch.arange(self.lanes.total), self.own
         chances = torch.rand(self.lanes.total, generator=self.generator)
         places = (chances * self.num_ready).long().minimum(self.num_ready - 1)
         last = self.num_ready - 1
         here, last_here = self._local(places), self._local(last)
-        answer = Answer(
-            self.ready_latents[own, here],
-            self.lanes.local(self.ready_sigma[lanes, places]),
-            self.lanes.local(self.ready_prompts[lanes, places]).tolist(),
-            self.ready_velocity[own, here],
+        self._queue.fill(
+            latents=self.ready_latents[own, here],
+            sigma=self.lanes.local(self.ready_sigma[lanes, places]),
+            prompts=self.lanes.local(self.ready_prompts[lanes, places]).tolist(),
+            velocity=self.ready_velocity[own, here],
+            weights=torch.ones(self.lanes.count),
         )
-        # The last one takes the place that is now empty:
+        # The last target takes the place that is now empty:
         for values in (self.ready_sigma, self.ready_prompts):
             values[lanes, places] = values[lanes, last]
         for values in (self.ready_latents, self.ready_velocity):
             values[own, here] = values[own, last_here]
         self.num_ready -= 1
-        return answer
 
     def _spread(self) -> None:
-        """One long step of the teacher to the start of a segment of its own, for every path: all segments are taught from
-        the first steps on."""
+        """Take every path to the start of another segment in one long step, so that all segments are taught from the start."""
         for path in range(PATHS_PER_LANE):
             paths = torch.full((self.lanes.total,), path)
             segments = (torch.arange(self.lanes.total) + path * self.lanes.total) % self.num_segments
@@ -146,22 +161,22 @@ class SegmentAnswers:
                 self._start_segment(lane, path, segment, starts)
 
     def _velocity(self, paths: Tensor, sigma: Tensor) -> Tensor:
-        """The teacher's, where one path (total,) of every lane is now; sigma (total,)."""
+        """Return the teacher's velocity where one path (total,) of every lane is now, at sigma (total,)."""
         self.num_calls += 1
         return self._asked(self.teacher_velocity, self.latents, paths, sigma)
 
-    def _asked(self, field, latents: Tensor, paths: Tensor, sigma: Tensor) -> Tensor:
-        """A field's velocity (B, C, H, W) at one path of each of this process's lanes, a micro-batch at a time."""
+    def _asked(self, field: Callable[..., Tensor], latents: Tensor, paths: Tensor, sigma: Tensor) -> Tensor:
+        """Return a field's velocity (B, C, H, W) at one path of each of this process's lanes."""
         prompts = self.lanes.local(self.prompts).gather(1, self.lanes.local(paths)[:, None])[:, 0].tolist()
         latents, sigma, velocities = latents[self.own, self._local(paths)], self.lanes.local(sigma), []
         for start in range(0, len(prompts), self.lanes.micro_batch):
             rows = slice(start, start + self.lanes.micro_batch)
-            embeds, lengths = self.prompt_embeds.batch(prompts[rows], self.device, torch.float32)
+            embeds, lengths = self.prompt_embeds.batch(prompts[rows], self.device)
             velocities.append(field(latents[rows], sigma[rows], embeds, lengths))
         return torch.cat(velocities)
 
     def _ask(self) -> None:
-        """One step of the teacher on a path of every lane, spread over the noise levels."""
+        """Let the teacher take one step on a path of every lane, spread over the noise levels."""
         lanes, own = torch.arange(self.lanes.total), self.own
         sigmas = self.grids.gather(2, self.positions[..., None])[..., 0]
         order = torch.randperm(self.lanes.total, generator=self.generator)
@@ -171,7 +186,8 @@ class SegmentAnswers:
         positions, sigma = self.positions[lanes, paths], sigmas[lanes, paths]
         velocity = self._velocity(paths, sigma)
 
-        # Adams-Bashforth of order two, Euler on the first step of a segment: no call more, and a nearer end.
+        # Adams-Bashforth of order two, and Euler on the first step of a segment: it costs no more calls than Euler alone and
+        # ends nearer to the exact path.
         step = self.grids[lanes, paths, positions + 1] - sigma
         step_before = sigma - self.grids[lanes, paths, (positions - 1).clamp(min=0)]
         slope = torch.where(positions == 0, 0.0, step / (2 * torch.where(positions == 0, 1.0, step_before)))
@@ -185,7 +201,7 @@ class SegmentAnswers:
             self._finish(paths, arrived)
 
     def _finish(self, paths: Tensor, arrived: Tensor) -> None:
-        """Give the starts of these segments (one of each lane in `arrived`) their targets, and start the next ones."""
+        """Store the targets of the segments that have arrived (one path of a lane at most), and start the next segments."""
         lanes, own = torch.arange(self.lanes.total), self.own
         here, rows = self._local(paths), self.lanes.local(arrived).nonzero().flatten()
         starts, ends = self.starts[own, here], self.latents[own, here]
@@ -202,7 +218,7 @@ class SegmentAnswers:
         start, end = self.student_rollout
         is_students = self.lots[lanes, paths] < start + (end - start) * self.progress
         goes_on = segments + 1 < self.num_segments
-        # Asked of all lanes or of none, for a student that is spread over the processes answers to all at once.
+        # All lanes are asked or none, since a sharded student can only answer in all processes at once.
         if (arrived & is_students & goes_on).any():
             follows = self._local(is_students & goes_on)[:, None, None, None]
             ends = torch.where(follows, starts + length * self._student_velocity(paths, sigma), ends)
@@ -214,7 +230,7 @@ class SegmentAnswers:
 
     @torch.no_grad()
     def _student_velocity(self, paths: Tensor, sigma: Tensor) -> Tensor:
-        """The student's at the starts of these paths' segments."""
+        """Return the student's velocity at the starts of these paths' segments."""
 
         def answer(latents: Tensor, sigma: Tensor, embeds: Tensor, lengths: Tensor) -> Tensor:
             timestep = to_device(sigma_to_timestep(sigma), self.device)
@@ -232,8 +248,10 @@ class SegmentAnswers:
         self._start_segment(lane, path, 0, self.starts[:, path])
 
     def _start_segment(self, lane: int, path: int, segment: int, starts: Tensor) -> None:
-        """From the lane's own of `starts` (B, C, H, W). The levels between the segment's ends are moved by a random part of
-        a step, so that they differ from path to path."""
+        """Start a segment from the lane's row of `starts` (B, C, H, W).
+
+        The levels between the segment's ends are moved by a random part of a step, so that they differ from path to path.
+        """
         start, end = self.segment_sigmas[segment : segment + 2].tolist()
         grid = torch.linspace(start, end, self.num_steps + 1)
         grid[1:-1] += (torch.rand((), generator=self.generator) - 0.5) * (end - start) / self.num_steps

@@ -1,5 +1,17 @@
-"""The training states that a run's options ask for."""
+"""Training states x_sigma: what a source of them must provide, and which source each `--states` stands for.
 
+The sources lie beside this module: noise.py is the simplest, trajectories.py walks the teacher's sampling paths, renoise.py
+adds fresh noise to what such paths have drawn. To add a source:
+
+1. Write a class that provides what `States` asks for. It gets `DrawOptions`, draws a `StateBatch` with a row for each lane of
+   this process, and draws everything but latents for all lanes (see lanes.py). It draws from generators of its own only, which
+   `state_dict` saves: a run that resumes must draw what it would have drawn.
+2. Enter its name and a function that builds it in `BUILDERS`.
+3. Add the name to the choices of `--states` in run/flags.py, and what it keeps on the device to `stored_latents` in
+   budget/workload.py.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,36 +23,49 @@ from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
 from wandistiller.targets.prompt_order import PromptSwap
 from wandistiller.targets.renoise import RenoisedStates
-from wandistiller.targets.trajectories import PATHS_PER_LANE, StateBatch, TrajectoryStates
+from wandistiller.targets.state_batch import DrawOptions, StateBatch
+from wandistiller.targets.trajectories import PathOptions, TrajectoryStates
 from wandistiller.wan.settings import TeacherSettings
 
 
 class States(Protocol):
-    """What trains: a batch of states, which the answers to it move on; `state_dict` holds all that `draw` depends on."""
+    """A source of training states."""
 
     lanes: Lanes
 
-    def draw(self) -> StateBatch: ...
+    def draw(self) -> StateBatch:
+        """Return the next batch."""
+        ...
 
     def advance(
         self, batch: StateBatch, velocity: Tensor, student_velocity: Tensor | None = None, student_share: float = 0.0
-    ) -> None: ...
+    ) -> None:
+        """Take the answers (B, C, H, W) to the batch that was drawn last.
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+        Args:
+            velocity: the teacher's.
+            student_velocity: the student's.
+            student_share: share of the sampling paths that follow the student, in a source that has paths.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all that the next `draw` depends on."""
+        ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatesOptions:
-    """Which states are trained on.
+    """Which states a run trains on.
 
     Attributes:
-        kind: "trajectory", "renoise" or "noise".
-        renoise_fraction: share of a batch that is noise mixed into finished samples; not with "noise".
+        kind: a name in `BUILDERS`.
+        renoise_fraction: share of a batch that is noise mixed into finished samples. Noise states have no such share.
         prompt_swap: probability that a state at sigma 1 gets another prompt.
-        num_extra_prompts: prompts after the run's own, which come by that swap alone.
-        calls_per_expert: batches in a row for one expert of two; 0 mixes both.
+        num_extra_prompts: prompts after the run's own, which only come by that swap.
+        calls_per_expert: batches in a row for one expert of two; 0 mixes both experts in every batch.
     """
 
     kind: str
@@ -52,47 +77,47 @@ class StatesOptions:
     seed: int = 0
 
 
+def _noise_states(options: StatesOptions, draw: DrawOptions, settings: TeacherSettings) -> States:
+    return NoiseStates(draw)
+
+
+def _path_states(options: StatesOptions, draw: DrawOptions, settings: TeacherSettings) -> States:
+    """Build a pool of sampling paths. A path begins at sigma 1, so the range of noise levels must end there."""
+    paths = PathOptions(
+        num_steps=settings.num_inference_steps,
+        boundary=settings.boundary_ratio,
+        calls_per_expert=options.calls_per_expert,
+    )
+    if options.renoise_fraction:
+        return RenoisedStates(draw, paths, options.renoise_fraction)
+    return TrajectoryStates(draw, paths)
+
+
+# "trajectory" and "renoise" differ in the share of renoised states that the flags give by default.
+BUILDERS: dict[str, Callable[[StatesOptions, DrawOptions, TeacherSettings], States]] = {
+    "trajectory": _path_states,
+    "renoise": _path_states,
+    "noise": _noise_states,
+}
+
+
 def build_states(
     options: StatesOptions,
     config: StudentConfig,
     settings: TeacherSettings,
     num_prompts: int,
-    batch_size: int,
+    lanes: Lanes,
     device: str | torch.device = "cpu",
-    lanes: Lanes | None = None,
 ) -> States:
-    """States of the student's image size behind the teacher's VAE, at the teacher's shift; `batch_size` of all processes.
-
-    A trajectory begins at sigma 1, so its `sigma_range` must end there.
-    """
-    shape, shift, sigma_range = settings.latent_shape(config), settings.shift, options.sigma_range
-    swap = PromptSwap(options.prompt_swap, num_prompts + options.num_extra_prompts)
-    if options.kind == "noise":
-        return NoiseStates(
-            shape,
-            num_prompts,
-            batch_size,
-            shift=shift,
-            sigma_range=sigma_range,
-            swap=swap,
-            seed=options.seed,
-            lanes=lanes,
-        )
-    paths = TrajectoryStates(
-        shape,
-        num_prompts,
-        batch_size,
-        shift=shift,
-        num_steps=settings.num_inference_steps,
-        pool_size=PATHS_PER_LANE * batch_size,
-        sigma_low=sigma_range[0],
-        boundary=settings.boundary_ratio,
-        calls_per_expert=options.calls_per_expert,
-        swap=swap,
+    """Build the states that a run asks for, of the student's image size behind the teacher's VAE, at the teacher's shift."""
+    draw = DrawOptions(
+        latent_shape=settings.latent_shape(config),
+        num_prompts=num_prompts,
+        lanes=lanes,
+        shift=settings.shift,
+        sigma_range=options.sigma_range,
+        swap=PromptSwap(options.prompt_swap, num_prompts + options.num_extra_prompts),
         seed=options.seed,
         device=device,
-        lanes=lanes,
     )
-    if not options.renoise_fraction:
-        return paths
-    return RenoisedStates(paths, options.renoise_fraction, sigma_range=sigma_range, seed=options.seed)
+    return BUILDERS[options.kind](options, draw, settings)

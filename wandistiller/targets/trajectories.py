@@ -1,130 +1,92 @@
-"""Where training states x_sigma come from: the teacher's own sampling paths, or pure noise as the simple baseline."""
+"""Training states on the teacher's own sampling paths, which its answers move on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
 from wandistiller.sampling.flow import seeded_noise, shift_sigma, unshift_sigma
-from wandistiller.targets.lanes import LANE_PREFIX, Lanes, draw_seeds
-from wandistiller.targets.prompt_order import PromptOrder, PromptSwap
+from wandistiller.targets.prompt_order import PromptOrder
+from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, loss_weights
+from wandistiller.targets.state_dicts import LANE_PREFIX
 
-PATHS_PER_LANE = 8  # in flight for every sample of a batch: many prompts at once, each path still finished soon
-ENOUGH_LANES = 0.75  # of them must have a path on the side of the expert in use, or the other one's turn begins
+# So many paths mix many prompts in a batch, and each path is still finished soon.
+PATHS_PER_LANE = 8
+# The turn of the expert in use ends when a smaller share of the lanes has a path left on its side of the boundary.
+ENOUGH_LANES = 0.75
 
 
-@dataclass(frozen=True)
-class StateBatch:
-    """States to train on: this process's part of a global batch, a row for each of its lanes.
+@dataclass(frozen=True, kw_only=True)
+class PathOptions:
+    """How sampling paths run.
 
     Attributes:
-        latents: (B, C, H, W) in model space.
-        sigma: (B,) noise levels, on the CPU.
-        prompts: index of each state's prompt.
-        slots: where each state lies in its pool, -1 where it is no part of a path.
-        weights: (B,) of the samples in the loss; 0 where a lane had nothing to give, and 1 everywhere else when all had.
-        drawn: the slots of all lanes, of every process; -1 where none.
+        num_steps: steps of the teacher's sampler from sigma 1 to 0.
+        per_lane: paths of every lane.
+        boundary: noise level between two experts; None if one expert answers everything.
+        calls_per_expert: batches in a row for one expert of two; 0 mixes both experts in every batch.
     """
 
-    latents: Tensor
-    sigma: Tensor
-    prompts: list[int]
-    slots: list[int]
-    weights: Tensor
-    drawn: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-
-    def part(self, start: int, stop: int) -> "StateBatch":
-        """Some of its rows."""
-        if (start, stop) == (0, len(self.slots)):
-            return self
-        rows = slice(start, stop)
-        return replace(
-            self,
-            latents=self.latents[rows],
-            sigma=self.sigma[rows],
-            prompts=self.prompts[rows],
-            slots=self.slots[rows],
-            weights=self.weights[rows],
-        )
-
-
-def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries of a state_dict whose name starts with `prefix`, without it."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def loss_weights(is_counted: Tensor) -> Tensor:
-    """Weights (total,) that keep the mean over all lanes that of those that count."""
-    return is_counted.float() * (len(is_counted) / is_counted.sum())
+    num_steps: int
+    per_lane: int = PATHS_PER_LANE
+    boundary: float | None = None
+    calls_per_expert: int = 0
 
 
 class TrajectoryStates:
-    """A pool of sampling paths; the answer a state is trained on also moves it one Euler step on.
+    """A pool of sampling paths. The answer at a state also moves its path one Euler step on.
 
-    The states are those the teacher meets when it samples, and they cost no call of their own (the pool of DKDM,
-    arXiv 2409.03550, on the guided flow ODE). Every path has its own prompt, noise and sigma grid, and every lane of the
-    batch paths of its own. In the first round every slot answers once, at sigma 1, and jumps to a level of its own: from
+    These are the states that the teacher meets when it samples, and they cost no calls of their own (the pool of DKDM,
+    arXiv 2409.03550, on the guided flow ODE). Every path has its own prompt, noise and sigma grid, and every lane has its own
+    paths. In the first round every slot of the pool is drawn once, at sigma 1, and jumps to a level of its own, so that from
     then on the pool covers all noise levels.
 
     A share of the paths may follow the student's velocity instead, so that the student is corrected where its own mistakes
-    lead (DAgger, arXiv 1011.0686; pi-Flow, arXiv 2510.14974): every path draws a lot when it starts, and is the student's
-    while the share exceeds it.
+    lead (DAgger, arXiv 1011.0686; pi-Flow, arXiv 2510.14974). Every path draws a lot when it starts, and follows the student
+    while the share exceeds that lot.
 
     Args:
-        batch_size: lanes, of all processes.
-        pool_size: paths, as many for every lane.
-        boundary: noise level between two experts; None where one expert answers everything.
-        calls_per_expert: batches in a row for one expert of two; 0 mixes both in every batch.
-        on_finish: called with x_0 (C, H, W), prompt and lane of every path that the teacher alone has walked to sigma 0;
-            x_0 is None where another process holds the lane.
+        on_finish: called with x_0 (C, H, W), prompt and lane of every path that the teacher alone has walked to sigma 0. If
+            another process holds the lane, x_0 is None.
     """
 
-    _TENSORS = ("prompts", "grids", "last", "positions", "lots", "is_teachers")  # of all lanes; slot k B + lane
+    # These hold all lanes; slot k * lanes.total + lane is path k of a lane.
+    _TENSORS = ("prompts", "grids", "last", "positions", "lots", "is_teachers")
 
     def __init__(
         self,
-        latent_shape: tuple[int, int, int],
-        num_prompts: int,
-        batch_size: int,
-        *,
-        shift: float,
-        num_steps: int,
-        pool_size: int,
-        sigma_low: float = 0.0,
-        boundary: float | None = None,
-        calls_per_expert: int = 0,
-        swap: PromptSwap | None = None,
+        options: DrawOptions,
+        paths: PathOptions,
         on_finish: Callable[[Tensor | None, int, int], None] | None = None,
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        lanes: Lanes | None = None,
     ):
-        self.latent_shape = latent_shape
-        self.lanes = lanes or Lanes(batch_size)
-        self.num_paths = pool_size // batch_size  # of a lane
-        self.shift = shift
-        self.num_steps = num_steps
-        self.boundary = boundary
-        self.calls_per_expert = calls_per_expert if boundary is not None else 0
-        self.swap = swap or PromptSwap(0.0, num_prompts)
+        self.latent_shape = options.latent_shape
+        self.lanes = options.lanes
+        self.shift = options.shift
+        self.swap = options.swap
+        self.num_paths = paths.per_lane
+        self.num_steps = paths.num_steps
+        self.boundary = paths.boundary
+        self.calls_per_expert = paths.calls_per_expert if paths.boundary is not None else 0
         self.on_finish = on_finish
-        self.u_low = float(unshift_sigma(torch.tensor(sigma_low, dtype=torch.float64), shift))
-        self.generator = torch.Generator().manual_seed(seed)
-        self.order = PromptOrder(num_prompts, seed)
+        self.u_low = float(unshift_sigma(torch.tensor(options.sigma_range[0], dtype=torch.float64), options.shift))
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.order = PromptOrder(options.num_prompts, options.seed)
         self.num_rounds = 0  # batches of the first round that were drawn
         self.on_high, self.calls_left = True, 0  # the expert in use, and for how many more batches
 
-        self.latents = torch.empty(self.lanes.count, self.num_paths, *latent_shape, device=device)
+        total, device = self.lanes.total, options.device
+        pool_size = self.num_paths * total
+        self.latents = torch.empty(self.lanes.count, self.num_paths, *self.latent_shape, device=device)
         self.prompts = torch.zeros(pool_size, dtype=torch.long)
-        self.grids = torch.zeros(pool_size, num_steps + 2)  # each path's noise levels, the last of them at `last`
+        self.grids = torch.zeros(pool_size, self.num_steps + 2)  # each path's noise levels, the last of them at `last`
         self.last = torch.zeros(pool_size, dtype=torch.long)
         self.positions = torch.zeros(pool_size, dtype=torch.long)
         self.lots = torch.zeros(pool_size)
-        self.is_teachers = torch.zeros(pool_size, dtype=torch.bool)  # walked by the teacher alone so far
-        within = [torch.randperm(batch_size, generator=self.generator) for _ in range(self.num_paths)]
-        levels = (torch.arange(self.num_paths)[:, None] + (torch.stack(within) + 0.5) / batch_size) / self.num_paths
+        self.is_teachers = torch.zeros(pool_size, dtype=torch.bool)  # paths that followed the teacher alone so far
+        within = [torch.randperm(total, generator=self.generator) for _ in range(self.num_paths)]
+        levels = (torch.arange(self.num_paths)[:, None] + (torch.stack(within) + 0.5) / total) / self.num_paths
         for slot, level in enumerate(levels.flatten().tolist()):
             self._start(slot, self._first_grid(self.u_low + (1 - self.u_low) * level))
         self.is_teachers.fill_(False)  # the jump of the first round is too long a step for a true sample
@@ -135,14 +97,14 @@ class TrajectoryStates:
 
     @property
     def sigma(self) -> Tensor:
-        """The noise level (pool_size,) of every slot."""
+        """Noise level (pool_size,) of every slot."""
         return self.grids.gather(1, self.positions[:, None])[:, 0]
 
     def draw(self, among: Tensor | None = None) -> StateBatch:
-        """A state of a path for every lane: the slots of the first round, then spread over the pool's noise levels.
+        """Return a state of a path for every lane, spread over the pool's noise levels once the first round is over.
 
         Args:
-            among: (total,) bool, the lanes that give one; all by default. The rows of others hold nothing of use.
+            among: (total,) bool, the lanes that give a state; all by default. The rows of the others hold nothing of use.
         """
         slots = self._next_slots(among)
         is_drawn = slots >= 0
@@ -162,7 +124,7 @@ class TrajectoryStates:
         )
 
     def _next_slots(self, among: Tensor | None) -> Tensor:
-        """A slot for every lane, -1 where it gives none."""
+        """Return a slot for every lane, -1 for a lane that gives none."""
         total, paths = self.lanes.total, self.num_paths
         if self.num_rounds < paths:
             self.num_rounds += 1
@@ -170,7 +132,7 @@ class TrajectoryStates:
         usable = self._usable()
         has_one = usable.any(dim=1) if among is None else usable.any(dim=1) & among
         chosen = has_one.nonzero().flatten()
-        # Every lane takes from another part of its own paths in order of noise, all parts alike often:
+        # Every lane takes from another part of its own paths in order of noise, and all parts get the same number of lanes:
         places = torch.randperm(len(chosen), generator=self.generator)
         spread = (places + torch.rand(len(chosen), generator=self.generator)) / len(chosen)
         counts = usable[chosen].sum(dim=1)
@@ -181,12 +143,14 @@ class TrajectoryStates:
         return slots
 
     def _by_lane(self, values: Tensor) -> Tensor:
-        """(pool_size,) -> (total, paths of a lane)."""
+        """Reshape (pool_size,) to (total, paths of a lane)."""
         return values.unflatten(0, (self.num_paths, -1)).T
 
     def _usable(self) -> Tensor:
-        """Which paths (total, paths of a lane) may be drawn: all; or those of the expert in use, which changes after its
-        turn or when too few lanes have one left."""
+        """Return which paths (total, paths of a lane) may be drawn: all of them, or only those of the expert in use.
+
+        The other expert comes into use when the turn is over, or when too few lanes have a path left for this one.
+        """
         is_high = self._by_lane(self.sigma) >= (self.boundary or 0.0)
         if not self.calls_per_expert:
             return torch.ones_like(is_high)
@@ -195,7 +159,7 @@ class TrajectoryStates:
         if self.calls_left == 0 or serving[self.on_high] < ENOUGH_LANES:
             other = not self.on_high
             self.on_high = other if serving[other] >= ENOUGH_LANES else serving[True] >= serving[False]
-            # In proportion to its slots, so that neither side of the boundary runs dry.
+            # A turn is as long as the expert has slots, so that neither side of the boundary runs dry.
             share = float(sides[self.on_high].float().mean())
             self.calls_left = max(1, round(2 * self.calls_per_expert * share))
         self.calls_left -= 1
@@ -204,10 +168,11 @@ class TrajectoryStates:
     def advance(
         self, batch: StateBatch, velocity: Tensor, student_velocity: Tensor | None = None, student_share: float = 0.0
     ) -> None:
-        """Move the batch's slots to their next sigma; a finished path starts anew with the next prompt.
+        """Move the batch's slots to their next sigma. A finished path starts anew with the next prompt.
 
         Args:
-            velocity: the teacher's (B, C, H, W); student_velocity moves the paths whose lot is below `student_share`.
+            velocity: the teacher's (B, C, H, W).
+            student_velocity: the student's (B, C, H, W), which the paths follow whose lot is below `student_share`.
         """
         is_rolled_out = student_velocity is not None and student_share > 0
         self._move(batch, velocity, student_velocity if is_rolled_out else None, student_share)
@@ -221,7 +186,7 @@ class TrajectoryStates:
             self._start(slot, self._grid(self._random_steps()))
 
     def _move(self, batch: StateBatch, velocity: Tensor, student_velocity: Tensor | None, student_share: float) -> None:
-        """One Euler step of this process's paths."""
+        """Take one Euler step on this process's paths."""
         slots = torch.tensor(batch.slots, dtype=torch.long)
         rows = (slots >= 0).nonzero().flatten()
         slots = slots[rows]
@@ -238,12 +203,12 @@ class TrajectoryStates:
         self.latents[places, paths] = batch.latents[on_device] + step[:, None, None, None] * velocity
 
     def _latents_of(self, slot: int) -> Tensor | None:
-        """x (C, H, W) of a slot, None where another process holds it."""
+        """Return the latents (C, H, W) of a slot, or None if another process holds it."""
         place = self.lanes.place_of(slot % self.lanes.total)
         return None if place is None else self.latents[place, slot // self.lanes.total]
 
     def _random_steps(self) -> int:
-        """From half of the teacher's steps to all of them."""
+        """Draw the number of steps of a path, from half of the teacher's to all of them."""
         low = max(1, self.num_steps // 2)
         return int(torch.randint(low, self.num_steps + 1, (), generator=self.generator))
 
@@ -259,13 +224,14 @@ class TrajectoryStates:
         self.is_teachers[slot] = True
 
     def _first_grid(self, level: float) -> Tensor:
-        """From 1 straight to u = `level`, and on in steps of the usual size."""
+        """Return the noise levels of a first path: from 1 straight to u = `level`, and on in steps of the usual size."""
         num_steps = round((level - self.u_low) / (1 - self.u_low) * self.num_steps)
         u = torch.linspace(level, self.u_low, max(1, num_steps) + 1)
         return shift_sigma(torch.cat([torch.ones(1), u]), self.shift)
 
     def _grid(self, num_steps: int) -> Tensor:
-        """Shifted noise levels from 1 down in `num_steps` steps; those between are moved by one random part of a step."""
+        """Return shifted noise levels from 1 down in `num_steps` steps; all between the ends are moved by the same random part
+        of a step."""
         u = torch.linspace(1, self.u_low, num_steps + 1)
         u[1:-1] += (torch.rand((), generator=self.generator) - 0.5) * (1 - self.u_low) / num_steps
         return shift_sigma(u, self.shift)

@@ -18,7 +18,6 @@ from wandistiller.training.objective import Loss, Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.training.state import RunState
 from wandistiller.training.stop import StopRequest
-from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 
 class NonFiniteError(RuntimeError):
@@ -90,7 +89,6 @@ class Saving:
 def train(
     student: WanLiteStudent,
     answers: Answers,
-    prompt_embeds: PromptEmbeds,
     objective: Objective,
     options: TrainingOptions,
     observer: Observer | None = None,
@@ -112,7 +110,7 @@ def train(
     """
     processes = processes or Processes(options.device)
     trained = TrainedStudent(student, objective)
-    loop = _Loop(trained, answers, prompt_embeds, options, observer or Observer(), saving or Saving(), processes)
+    loop = _Loop(trained, answers, options, observer or Observer(), saving or Saving(), processes)
     student.train()
     with StopRequest(is_repeated=processes.are_many).watching() as stop:
         is_stopped = loop.run(stop)
@@ -129,13 +127,12 @@ class _Loop:
         self,
         trained: TrainedStudent,
         answers: Answers,
-        prompt_embeds: PromptEmbeds,
         options: TrainingOptions,
         observer: Observer,
         saving: Saving,
         processes: Processes,
     ):
-        self.student, self.answers, self.prompt_embeds, self.options = trained.student, answers, prompt_embeds, options
+        self.student, self.answers, self.options = trained.student, answers, options
         self.observer, self.checkpoints, self.processes = observer, saving.checkpoints, processes
         self.model = processes.averaging(trained, trained.has_idle_parts)
         self.state = RunState(trained, answers, options.optimization, options.num_steps, processes)
@@ -180,10 +177,9 @@ class _Loop:
         """Add the gradients of a micro-batch; the last one's are averaged over the processes, with those of all before."""
         answer = self.answers.next()
         with without_averaging(self.model, not is_last):
-            loss = self.model(answer, self.prompt_embeds, progress)
+            loss = self.model(answer, progress)
             (loss.total / self.answers.lanes.num_micro_batches).backward()
-        # Hidden states of the teacher may be gigabytes, and were needed until here:
-        return _Pass(replace(answer, features=()), replace(loss, total=loss.total.detach()), bool(answer.features))
+        return _Pass(answer.released(), replace(loss, total=loss.total.detach()), bool(answer.features))
 
     def _is_asked_to_stop(self, found: "_Measured", stop: StopRequest) -> bool:
         """Whether to stop here; many processes agree on a request that has just come in the step after it."""

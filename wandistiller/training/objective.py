@@ -5,13 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wandistiller.device import to_device
+from wandistiller.device import autocast, to_device
 from wandistiller.model.hidden_states import block_outputs
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import sigma_to_timestep, unshift_sigma
-from wandistiller.targets.answers import Answer, autocast
+from wandistiller.targets.answers import Answer
 from wandistiller.training.feature_loss import FeatureLoss
-from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 SIGMA_WEIGHTINGS = ("none", "x0", "endpoint")
 
@@ -70,15 +69,14 @@ class Objective:
     compute_dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
-    def __call__(
-        self, student: WanLiteStudent, answer: Answer, prompt_embeds: PromptEmbeds, progress: float = 0.0
-    ) -> Loss:
+    def __call__(self, student: WanLiteStudent, answer: Answer, progress: float = 0.0) -> Loss:
         """The loss at a batch of states; `progress` is the part of the training that is done."""
-        embeds, lengths = prompt_embeds.batch(answer.prompts, self.device, torch.float32)
         timestep = to_device(sigma_to_timestep(answer.sigma), self.device)
         layers = range(len(answer.features))
         with block_outputs(student, layers) as features:
-            velocity = autocast(student, self.device, self.compute_dtype)(answer.latents, timestep, embeds, lengths)
+            velocity = autocast(student, self.device, self.compute_dtype)(
+                answer.latents, timestep, answer.prompt_embeds, answer.prompt_lengths
+            )
         by_sample = (velocity.float() - answer.velocity.float()).square().flatten(1).mean(dim=1)
         counts = to_device(answer.weights, self.device)
         weights = counts * to_device(sigma_weights(self.sigma_weighting, answer.sigma, self.shift), self.device)
@@ -100,8 +98,8 @@ class TrainedStudent(nn.Module):
         self.student, self.objective = student, objective
         self.feature_loss = objective.feature_loss
 
-    def forward(self, answer: Answer, prompt_embeds: PromptEmbeds, progress: float) -> Loss:
-        return self.objective(self.student, answer, prompt_embeds, progress)
+    def forward(self, answer: Answer, progress: float) -> Loss:
+        return self.objective(self.student, answer, progress)
 
     @property
     def has_idle_parts(self) -> bool:

@@ -9,8 +9,7 @@ from torch import Tensor
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes, local_part, reshard
 from wandistiller.targets.answers import Answers
-from wandistiller.targets.lanes import LANE_PREFIX
-from wandistiller.targets.trajectories import part_of
+from wandistiller.targets.state_dicts import belongs_to_lanes, part_of
 from wandistiller.training.checkpoints import Checkpoint
 from wandistiller.training.objective import TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_lr_scheduler, make_optimizer
@@ -77,7 +76,7 @@ class RunState:
             "ema": {} if self.average is None else self.average.state_dict(),
             "optimizer": _optimizer_tensors(self.optimizer),
             "answers": {
-                name: self.processes.rows(value) if _is_of_lanes(name) else value
+                name: self.processes.rows(value) if belongs_to_lanes(name) else value
                 for name, value in (self.answers.state_dict() if has_states else {}).items()
             },
             "random": _random_tensors(),
@@ -116,7 +115,7 @@ class RunState:
             like = _parameters_of(self.optimizer)[int(rest.split(".", 1)[0])]
         if like is not None and like.shape == shape:
             return torch.empty_like(like, dtype=dtype, requires_grad=False)
-        if part == "answers" and _is_of_lanes(name):
+        if part == "answers" and belongs_to_lanes(name):
             return self.processes.empty_rows(shape, dtype)
         return torch.empty(shape, dtype=dtype)
 
@@ -129,10 +128,6 @@ class RunState:
         )
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
-
-
-def _is_of_lanes(name: str) -> bool:
-    return f".{LANE_PREFIX}" in f".{name}"
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

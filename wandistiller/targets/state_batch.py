@@ -1,0 +1,78 @@
+"""What every source of training states is given, and the batch of states that it draws."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.prompt_order import NO_SWAP, PromptSwap
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+    """What states are drawn of, and where they are kept.
+
+    Attributes:
+        latent_shape: (C, H, W).
+        num_prompts: prompts that come in turn.
+        lanes: the samples of a batch.
+        shift: warp of the noise levels.
+        sigma_range: lowest and highest noise level.
+        swap: gives some states another prompt.
+        device: where latents of sampling paths are kept.
+    """
+
+    latent_shape: tuple[int, int, int]
+    num_prompts: int
+    lanes: Lanes
+    shift: float
+    sigma_range: tuple[float, float] = (0.0, 1.0)
+    swap: PromptSwap = NO_SWAP
+    seed: int = 0
+    device: str | torch.device = "cpu"
+
+
+@dataclass(frozen=True)
+class StateBatch:
+    """States to train on: this process's part of a global batch, with a row for each of its lanes.
+
+    Attributes:
+        latents: (B, C, H, W) in model space.
+        sigma: noise levels (B,), on the CPU.
+        prompts: index of each state's prompt.
+        slots: place of each state in the pool of sampling paths, -1 if it is not part of a path.
+        weights: weights (B,) of the samples in the loss: 0 for a lane that had nothing to give, 1 for all if all had.
+        drawn: slots of the lanes of every process, -1 for a lane without one.
+    """
+
+    latents: Tensor
+    sigma: Tensor
+    prompts: list[int]
+    slots: list[int]
+    weights: Tensor
+    drawn: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def part(self, start: int, stop: int) -> "StateBatch":
+        """Return the rows from `start` to `stop`; `drawn` stays that of the whole batch."""
+        if (start, stop) == (0, len(self.slots)):
+            return self
+        rows = slice(start, stop)
+        return replace(
+            self,
+            latents=self.latents[rows],
+            sigma=self.sigma[rows],
+            prompts=self.prompts[rows],
+            slots=self.slots[rows],
+            weights=self.weights[rows],
+        )
+
+
+def loss_weights(is_counted: Tensor) -> Tensor:
+    """Return weights (total,) with which the mean over all lanes is the mean over the lanes that count."""
+    return is_counted.float() * (len(is_counted) / is_counted.sum())
+
+
+def draw_seeds(count: int, generator: torch.Generator) -> list[int]:
+    """Return a seed for each of `count` noises (see `flow.seeded_noise`)."""
+    return torch.randint(2**62, (count,), generator=generator).tolist()

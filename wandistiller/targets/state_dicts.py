@@ -1,0 +1,21 @@
+"""How names in a state_dict say whose tensors they are: the prefix of a part, and the prefix of this process's lanes."""
+
+from torch import Tensor
+
+# The first dimension of a tensor whose name starts so is this process's lanes; all other tensors are the same everywhere.
+LANE_PREFIX = "lanes."
+
+
+def with_prefix(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state_dict of a part, named as an entry of the whole."""
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the entries whose name starts with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def belongs_to_lanes(name: str) -> bool:
+    """Whether a tensor holds what belongs to this process's lanes, whatever parts of the state it lies in."""
+    return f".{LANE_PREFIX}" in f".{name}"
