@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 
 
 def shrink(config: StudentConfig) -> StudentConfig:
-    """The same kind of student, small enough for seconds on a CPU: at most HIDDEN_SIZE wide and DEPTH deep."""
+    """Return the same kind of student, small enough for seconds on a CPU: at most HIDDEN_SIZE wide and DEPTH deep."""
     hidden_size = min(HIDDEN_SIZE, config.hidden_size)
     patches = min(max(1, config.latent_size // config.patch_size), -(-LATENT_SIZE // config.patch_size))
     image_size = patches * config.patch_size * config.vae_scale_factor
@@ -114,7 +114,7 @@ def check_real_teacher(flags: Flags, config: StudentConfig, prompts: list[str]) 
 def show_budget(
     flags: Flags, wan_files: "WanFiles", settings: "TeacherSettings", config: StudentConfig, prompts: list[str]
 ) -> None:
-    """What --dry_run of the trainer prints, with its default flags; flags can be changed, so that nothing fails here."""
+    """Print what --dry_run of the trainer prints, with its default flags; flags can be changed, so that nothing fails here."""
     from wandistiller.device import pick_device, pick_dtype
     from wandistiller.files.prompts import Texts
     from wandistiller.processes import Processes
@@ -153,7 +153,7 @@ def show_budget(
 
 
 def run_test(flags: Flags, folder: Path) -> None:
-    """Every step of a training run, in its order."""
+    """Take every step of a training run, in its order."""
     prompts = load_prompts(flags.data_path)
     passed(f"Prompts found: {len(prompts.prompts)} in {flags.data_path}")
     config = StudentConfig.load(flags.student_config)
@@ -180,7 +180,7 @@ def run_test(flags: Flags, folder: Path) -> None:
 def build(
     config: StudentConfig, prompts: list[str]
 ) -> "tuple[WanLiteStudent, Teacher, PromptEmbeds, ProjectionReport]":
-    """Student and teacher as projections of one mock checkpoint, and stand-ins for the prompts' embeddings."""
+    """Make student and teacher as projections of one mock checkpoint, and stand-ins for the prompts' embeddings."""
     import torch
 
     from wandistiller.projection.project import project_experts, project_teacher

@@ -58,7 +58,7 @@ class Experiment:
         return self.student_options.sampler == self.teacher_options.sampler
 
     def summary(self) -> str:
-        """One line for the screen."""
+        """Return one line for the screen."""
         options = self.teacher_options
         return (
             f"{len(self.embeds)} prompts x {self.num_seeds} seeds, teacher {options.num_inference_steps} steps, student "

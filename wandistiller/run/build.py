@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def embed_prompts(run: Run) -> Embeds:
-    """Text tokens of every prompt, and of the negative prompt where guidance needs it; the encoder has left memory on return."""
+    """Embed every prompt, and the negative prompt where guidance needs it; the encoder has left memory on return."""
     texts, settings = run.texts, run.settings
     negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
     everything = [*run.trained_texts, *texts.held_out, *negative_prompts]
@@ -46,7 +46,7 @@ def embed_prompts(run: Run) -> Embeds:
 
 
 def _embed(run: Run, texts: list[str]) -> PromptEmbeds:
-    """Each process encodes its share into the cache, and then reads all."""
+    """Encode this process's share of the texts into the cache, and read all of them back."""
     config, encoder = run.config, run.encoder
     if encoder is None:
         return mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
@@ -70,7 +70,7 @@ def print_encoding(done: int, total: int) -> None:
 
 
 def load_teacher(run: Run, embeds: Embeds) -> Teacher | None:
-    """The teacher in memory, after it has filled the cache that the run asks for; None where the run does without it."""
+    """Load the teacher, which fills the cache that the run asks for; return None where the run does without it from there on."""
     cache, is_offline = run.cache, run.flags.states.offline_teacher
     if cache is not None and cache.is_complete and is_offline:
         return None
@@ -85,7 +85,7 @@ def load_teacher(run: Run, embeds: Embeds) -> Teacher | None:
 
 
 def build_teacher(run: Run, negative_prompt_embeds: Tensor | None) -> Teacher:
-    """The whole checkpoint in 2D, its weights kept as the flags say."""
+    """Build the teacher: all of the Wan in 2D, its weights kept as the flags say."""
     performance, processes = run.flags.performance, run.processes
     is_fp8 = performance.teacher_dtype == "fp8"
     is_sharded = performance.shards_teacher and processes.can_shard
@@ -107,7 +107,7 @@ def build_teacher(run: Run, negative_prompt_embeds: Tensor | None) -> Teacher:
 
 
 def make_student(run: Run) -> tuple[WanLiteStudent, ProjectionReport]:
-    """What is trained: a part of the teacher, or a student that inherits nothing."""
+    """Make what is trained: a part of the teacher, or a student that inherits nothing."""
     flags = run.flags
     where = {"device": run.device, "seed": flags.optimization.seed}
     if flags.student.init == "random":
@@ -145,7 +145,7 @@ def compile_blocks(models: Iterable[WanLiteStudent]) -> None:
 
 
 def build_objective(run: Run, report: ProjectionReport) -> Objective:
-    """The loss, with the maps of hidden states that it learns beside the student."""
+    """Build the loss, with the maps of hidden states that it learns beside the student."""
     flags, config, teacher = run.flags, run.config, run.wan_files.config
     feature_loss = None
     if flags.objective.feature_loss_weight:
@@ -164,7 +164,7 @@ def build_objective(run: Run, report: ProjectionReport) -> Objective:
 
 
 def feature_layers(run: Run, report: ProjectionReport) -> list[int]:
-    """The teacher's layers whose hidden states the objective compares; none where it compares none."""
+    """Return the teacher's layers whose hidden states the objective compares; none where it compares none."""
     if not run.flags.objective.feature_loss_weight:
         return []
     depth = run.wan_files.config.depth
@@ -174,7 +174,7 @@ def feature_layers(run: Run, report: ProjectionReport) -> list[int]:
 def build_answers(
     run: Run, embeds: Embeds, teacher: Teacher | None, student: WanLiteStudent, layers: list[int]
 ) -> Answers:
-    """What the student learns from: the cache, whole segments of the teacher's paths, or the teacher itself; learnt from once or more.
+    """Build what the student learns from: the cache, whole segments of the teacher's paths, or the teacher itself, once or more.
 
     Args:
         layers: teacher layers whose hidden states the answers bring along.
@@ -190,7 +190,7 @@ def build_answers(
 
 
 def live_answers(run: Run, embeds: Embeds, teacher: Teacher, layers: list[int]) -> TeacherAnswers:
-    """The teacher at the states that the flags ask for."""
+    """Build the teacher's answers at the states that the flags ask for."""
     num_prompts = len(run.texts.prompts)
     states = build_states(run.states_options, run.config, run.settings, num_prompts, run.lanes, run.device)
     return TeacherAnswers(
@@ -205,7 +205,7 @@ def live_answers(run: Run, embeds: Embeds, teacher: Teacher, layers: list[int]) 
 
 
 def segment_answers(run: Run, embeds: Embeds, teacher: Teacher, student: WanLiteStudent) -> SegmentAnswers:
-    """The teacher over whole segments of its paths, for a student of --student_steps."""
+    """Build the teacher's answers over whole segments of its paths, for a student of --student_steps."""
     flags = run.flags
     draw = DrawOptions(
         latent_shape=run.latent_shape,

@@ -51,7 +51,7 @@ def print_budget(plan: Plan) -> int:
 
 
 def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None) -> Workload:
-    """The run by its shapes.
+    """Describe the run by its shapes.
 
     Args:
         is_gpu: whether it is planned for a GPU; None for the device of this process.
@@ -112,7 +112,7 @@ def num_calls(flags: Flags, teacher_steps: int, num_steps: int) -> int:
 
 
 def changeable_flags(flags: Flags) -> set[str]:
-    """The names of the flags, but for those that contradict what was given."""
+    """Return the names of the flags, but for those that contradict what was given."""
     contradicted = {"offline_teacher"} if flags.objective.student_steps or flags.output.eval_every else set()
     return set(flags.as_dict()) - contradicted
 
@@ -130,7 +130,7 @@ class TextSizes:
 
 
 def measure_texts(plan: Plan) -> TextSizes:
-    """Tokens of some prompts, evenly spread, by the run's own tokenizer; where there is none (the mock) words count."""
+    """Count the tokens of some prompts, evenly spread, with the run's own tokenizer; where there is none (the mock) words count."""
     prompts, encoder = plan.trained_texts, plan.encoder
     chosen = prompts[:: max(1, len(prompts) // NUM_COUNTED_PROMPTS)][:NUM_COUNTED_PROMPTS]
     everything = [*chosen, plan.settings.negative_prompt]
@@ -148,12 +148,12 @@ def measure_texts(plan: Plan) -> TextSizes:
 
 
 def has_checkpoints(flags: Flags) -> bool:
-    """Whether the folder of --output_dir holds some already."""
+    """Return whether the folder of --output_dir holds some already."""
     return Checkpoints(flags.output.output_dir, {}, flags.optimization.batch_size).exist()
 
 
 def places_of(flags: Flags) -> dict[str, str]:
-    """The folders that the run would write to, by their flags."""
+    """Return the folders that the run would write to, by their flags."""
     places = {
         "--output_dir": flags.output.output_dir,
         "--prompt_cache": flags.data.prompt_cache,
@@ -215,7 +215,7 @@ def report_budget(plan: Plan, print_line: Callable[[str], None] = print) -> tupl
 
 
 def measured_time_lines(workload: Workload, machine: Machine, dtype: str) -> list[str]:
-    """The loop's time where there is a device: from a few steps of random weights, or from FLOPs where these take too long."""
+    """Return the loop's time where there is a device: from a few steps of random weights, or from FLOPs where these take too long."""
     if machine.device is None:
         return ["  time: not measured, the device is not here (--device cpu plans for this machine)"]
     rate = matmul_rate(machine.device, DTYPES[dtype])

@@ -312,11 +312,11 @@ class Flags:
         return Recipe(**{known.name: values[known.name] for known in fields(Recipe)})
 
     def as_dict(self) -> dict[str, Any]:
-        """Every flag by its name, without the groups."""
+        """Return every flag by its name, without the groups."""
         return {name: value for values in asdict(self).values() for name, value in values.items()}
 
     def replace(self, **changes: object) -> "Flags":
-        """A copy with other values of some flags, which are named without their groups."""
+        """Return a copy with other values of some flags, which are named without their groups."""
         groups = {group.name: getattr(self, group.name) for group in fields(self)}
         for name, value in changes.items():
             (owner,) = [group for group, values in groups.items() if hasattr(values, name)]
@@ -354,7 +354,7 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 
 
 def part_of(values: dict[str, Any], group: type) -> dict[str, Any]:
-    """The values of the flags that a group holds."""
+    """Return the values of the flags that a group holds."""
     return {known.name: values[known.name] for known in fields(group)}
 
 
@@ -365,7 +365,7 @@ def add_flags(group: FlagGroup, flags: tuple[Field, ...]) -> None:
 
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The values that were typed, with the best known ones for what was left out: by teacher first, then by other flags."""
+    """Fill in the best known values for what was left out: by teacher first, then by other flags."""
     for name in ("sigma_range", "student_rollout"):
         values[name] = values[name] and tuple(values[name])
     is_demo = Path(values["teacher_path"]).resolve() == Path(DEMO_TEACHER).resolve()
@@ -377,7 +377,7 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_recipe(values: dict[str, Any]) -> dict[str, Any]:
-    """The recipe that won, for what was left out and where it can be had."""
+    """Fill in the recipe that won, for what was left out and where it can be had."""
     states, few_steps = values["states"], values["student_steps"]
     has_paths, is_live = states != "noise", values["teacher_cache"] is None
     num_samples = values["batch_size"] * values["grad_accum_steps"] * torchrun_environment().world_size
@@ -409,7 +409,7 @@ Mistake = tuple[str, str]
 
 
 def mistakes(flags: Flags) -> Iterator[Mistake]:
-    """Flags that contradict each other, each with what would be right."""
+    """Yield flags that contradict each other, each with what would be right."""
     yield from states_mistakes(flags)
     yield from renoise_mistakes(flags)
     if flags.output.eval_every and flags.states.sigma_range != (0.0, 1.0):
@@ -424,7 +424,7 @@ def mistakes(flags: Flags) -> Iterator[Mistake]:
 
 
 def states_mistakes(flags: Flags) -> Iterator[Mistake]:
-    """What cannot be asked of the noise levels and of the states at them."""
+    """Yield what cannot be asked of the noise levels and of the states at them."""
     states = flags.states
     low, high = states.sigma_range
     if low >= high:
@@ -446,7 +446,7 @@ def states_mistakes(flags: Flags) -> Iterator[Mistake]:
 
 
 def renoise_mistakes(flags: Flags) -> Iterator[Mistake]:
-    """What renoised samples do not go together with."""
+    """Yield what renoised samples do not go together with."""
     if not flags.states.renoise_fraction:
         return
     if flags.states.sigma_range != (0.0, 1.0):
@@ -458,7 +458,7 @@ def renoise_mistakes(flags: Flags) -> Iterator[Mistake]:
 
 
 def few_steps_mistakes(flags: Flags) -> Iterator[Mistake]:
-    """What a student of few steps does not go together with."""
+    """Yield what a student of few steps does not go together with."""
     if not flags.objective.student_steps:
         return
     states = flags.states
@@ -477,7 +477,7 @@ def few_steps_mistakes(flags: Flags) -> Iterator[Mistake]:
 
 
 def shard_mistakes(flags: Flags) -> Iterator[Mistake]:
-    """What sharded weights do not go together with."""
+    """Yield what sharded weights do not go together with."""
     performance = flags.performance
     if performance.shards_teacher:
         for name, is_given in (
@@ -493,7 +493,7 @@ def shard_mistakes(flags: Flags) -> Iterator[Mistake]:
 
 
 def cache_mistakes(flags: Flags) -> Iterator[Mistake]:
-    """What answers from a cache cannot bring along."""
+    """Yield what answers from a cache cannot bring along."""
     if not flags.states.teacher_cache:
         return
     for name, is_given, why in (

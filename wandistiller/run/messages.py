@@ -38,7 +38,7 @@ SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOAR
 
 
 def print_plan(plan: "Plan") -> None:
-    """What is trained from what."""
+    """Print what is trained from what."""
     texts, config, wan_files, settings = plan.texts, plan.config, plan.wan_files, plan.settings
     duplicates = f" ({texts.duplicates} repeated lines left out)" if texts.duplicates else ""
     print(f"Prompts: {len(texts.prompts)}{duplicates}")
@@ -52,7 +52,7 @@ def print_plan(plan: "Plan") -> None:
 
 
 def print_batch(plan: "Plan") -> None:
-    """How many samples a step takes, where that is not --batch_size alone."""
+    """Print how many samples a step takes, where that is not --batch_size alone."""
     own = plan.flags.optimization
     if plan.lanes.total == own.batch_size:
         return
@@ -69,7 +69,7 @@ class _Printed(logging.Handler):
 
 @contextlib.contextmanager
 def printed_log(is_on: bool) -> Iterator[None]:
-    """With --verbose: print what the package logs, with the seconds since this process loaded its first modules."""
+    """Print what the package logs, with the seconds since this process loaded its first modules; --verbose asks for it."""
     logger, handler = logging.getLogger("wandistiller"), _Printed()
     level = logger.level
     if is_on:
@@ -88,7 +88,7 @@ def printed_log(is_on: bool) -> Iterator[None]:
 def print_end(
     run: "Run", result: "TrainingResult", num_calls: int, teacher: "Teacher | None", command: list[str]
 ) -> None:
-    """What was trained, how well, how long, where it is, and what to type next.
+    """Print what was trained, how well, how long, where it is, and what to type next.
 
     Args:
         num_calls: global batches that the teacher has answered.
@@ -106,7 +106,7 @@ def print_end(
 
 
 def calls_line(run: "Run", num_calls: int, num_steps: int, teacher: "Teacher | None") -> str:
-    """What the teacher was asked; of two experts also how often the one in use changed, since this process began."""
+    """Return what the teacher was asked; of two experts also how often the one in use changed, since this process began."""
     if run.cache is not None:
         return f"its answers came from {run.cache.num_answers} in {run.cache.folder}"
     line = f"the teacher answered {num_calls} batches, {num_calls / num_steps:.2f} a step"
@@ -114,14 +114,14 @@ def calls_line(run: "Run", num_calls: int, num_steps: int, teacher: "Teacher | N
 
 
 def command_line(script: str, argv: Sequence[str]) -> str:
-    """The command as a person would type it again."""
+    """Return the command as a person would type it again."""
     num_processes = torchrun_environment().local_world_size
     launcher = ["python"] if num_processes == 1 else ["torchrun", "--nproc_per_node", str(num_processes)]
     return shlex.join([*launcher, script, *map(str, argv)])
 
 
 def summary_lines(folder: Path, calls: str) -> list[str]:
-    """What the folder's records say of the run; `calls` is what the teacher was asked."""
+    """Return what the folder's records say of the run; `calls` is what the teacher was asked."""
     config, lines = StudentConfig.load(folder), read_metrics(folder / METRICS_NAME)
     record = config.distillation
     loss = "{:.4g} over the first tenth of the steps, {:.4g} over the last".format(*loss_change(lines))
@@ -140,7 +140,7 @@ def summary_lines(folder: Path, calls: str) -> list[str]:
 
 
 def _by_sigma(lines: Sequence[dict]) -> list[str]:
-    """The losses of each noise level below one another: at first, and at last."""
+    """Return the losses of each noise level below one another: at first, and at last."""
     changes = loss_change_by_sigma(lines)
     names = [bucket_name(bucket, len(changes)) for bucket in range(len(changes))]
     rows = {"by sigma": names} | {
@@ -161,12 +161,12 @@ def _held_out(lines: Sequence[dict]) -> str:
 
 
 def held_out_prompts(teacher_record: dict) -> str:
-    """A file of prompts that no run of ours trains on: of the demo's world where the teacher's record names it, else general ones."""
+    """Return a file of prompts that no run of ours trains on: of the demo's world where the teacher's record names it, else general ones."""
     return DEMO_HELD_OUT_PROMPTS if teacher_record.get("world") else HELD_OUT_PROMPTS
 
 
 def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | None = None) -> list[str]:
-    """How a finished student is measured, and how it draws a prompt."""
+    """Return the commands that measure a finished student and draw a prompt with it."""
     vae = ["--vae_path", vae_path] if vae_path else []
     student = ["python", "evaluate_student.py", "--student", str(folder), "--prompts_file", prompts_file, *vae]
     pictures = ["--prompt", prompt, "--output", str(folder / "pictures"), *vae]
@@ -177,5 +177,5 @@ def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | 
 
 
 def resume_command(script: str, argv: Sequence[str]) -> str:
-    """The command that resumes a run: the same one, less what would start anew."""
+    """Return the command that resumes a run: the same one, less what would start anew."""
     return command_line(script, [word for word in argv if word.replace("-", "_") != "__overwrite"])

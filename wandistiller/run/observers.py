@@ -69,7 +69,7 @@ class RunObserver(Observer):
             self.samples(student, step)
 
     def draw_last(self, student: WanLiteStudent, step: int) -> None:
-        """The picture that a run ends with."""
+        """Draw the picture that a run ends with."""
         if (samples := self.samples) is None:
             return
         who = "the student" if samples.teacher is None else "teacher and student"
@@ -81,7 +81,7 @@ class RunObserver(Observer):
 
 @contextlib.contextmanager
 def watch(run: Run, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObserver]:
-    """Everyone who watches the run, from before its first step until its student is saved.
+    """Set up everyone who watches the run, from before its first step until its student is saved.
 
     A run that starts anew moves an earlier student of its folder aside first.
     """
@@ -100,7 +100,7 @@ def watch(run: Run, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObse
 
 
 def build_held_out_errors(run: Run, embeds: Embeds, teacher: Teacher | None) -> HeldOutErrors | None:
-    """What --eval_every measures; it samples the teacher once."""
+    """Build what --eval_every measures; it samples the teacher once."""
     if not run.flags.output.eval_every or teacher is None:
         return None
     options = SamplingOptions(
@@ -131,7 +131,7 @@ def build_trackers(run: Run) -> Trackers:
 
 
 def build_samples(run: Run, embeds: Embeds, teacher: Teacher | None, trackers: Trackers) -> Samples | None:
-    """What --num_samples and --sample_every draw: as whoever draws with the saved student will."""
+    """Build what --num_samples and --sample_every draw, sampled as whoever draws with the saved student will."""
     if run.vae_location is None:
         return None
     settings, flags, student_steps = run.settings, run.flags, run.flags.objective.student_steps

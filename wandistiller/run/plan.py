@@ -141,7 +141,7 @@ def make_plan(flags: Flags, config: StudentConfig, texts: Texts) -> Plan:
 
 
 def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles, TeacherSettings]:
-    """The teacher by its headers, refused unless the student is a part of it; no weight is read yet."""
+    """Open the teacher by its headers and refuse it unless the student is a part of it; no weight is read yet."""
     data, student, teacher = flags.data, flags.student, flags.teacher
     wan_files = open_teacher(data.teacher_path, config, data.teacher_path_low)
     if data.vae_path:
@@ -153,7 +153,7 @@ def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles,
 
 
 def possible_flags(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> Flags:
-    """The flags less what this teacher makes impossible, with a line for each that is left out."""
+    """Return the flags less what this teacher makes impossible, and print a line for each that is left out."""
     patch_size = wan_files.config.patch_size
     if flags.objective.feature_loss_weight and config.patch_size != patch_size:
         # Hidden states can be compared only token by token, which a student of other patches (a lite one) does not have.
@@ -171,7 +171,7 @@ def possible_flags(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> 
 
 
 def find_encoder(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> tuple[Path, Path] | None:
-    """Folders of the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings will do."""
+    """Find the folders of the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings will do."""
     given = flags.data.text_encoder_path
     if wan_files.is_mock and given is None:
         return None
@@ -185,7 +185,7 @@ def find_encoder(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> tu
 
 
 def find_sample_vae(flags: Flags, wan_files: WanFiles, settings: TeacherSettings) -> tuple[str, str | None] | None:
-    """Where the VAE of the sample pictures is, or None where none can be drawn; a --vae_path without one is a mistake.
+    """Find the VAE of the sample pictures; None where none can be drawn. A --vae_path without a VAE is a mistake.
 
     Raises:
         UserError: it is not the teacher's, or its files are not whole.

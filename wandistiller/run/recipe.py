@@ -40,11 +40,11 @@ class Recipe:
     seed: int = part(compared=True)
 
     def recorded(self) -> dict[str, object]:
-        """What student_config.json holds of the recipe."""
+        """Return what student_config.json holds of the recipe."""
         return self._view("recorded")
 
     def compared(self) -> dict[str, object]:
-        """What must be the same for a run to be resumed."""
+        """Return what must be the same for a run to be resumed."""
         return self.teacher_storage() | self._view("compared")
 
     def teacher_storage(self) -> dict[str, object]:

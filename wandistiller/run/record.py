@@ -29,7 +29,7 @@ def distillation_record(
     result: TrainingResult,
     made_of: Mapping[str, object],
 ) -> dict[str, object]:
-    """Everything another run or a sampler needs to know, as JSON values.
+    """Return everything another run or a sampler needs to know, as JSON values.
 
     Args:
         recipe: the flags that make a student what it is; those that are None are left out.
@@ -49,7 +49,7 @@ def distillation_record(
 
 
 def commands_so_far(before: list[dict], first_step: int, command: str, lr: float) -> list[dict]:
-    """The commands that make a student, each with the steps before it; `before` are those that led to `first_step`.
+    """Return the commands that make a student, each with the steps before it; `before` are those that led to `first_step`.
 
     A command that came to no step is left out, and one that only resumes with the same flags is not listed twice.
     """

@@ -78,7 +78,7 @@ def open_run(plan: Plan, command: list[str]) -> Iterator[Run]:
 
 
 def open_cache(plan: Plan) -> TeacherCache | None:
-    """The folder of --teacher_cache, refused where it holds answers to something else."""
+    """Open the folder of --teacher_cache and refuse it where it holds answers to something else."""
     if plan.flags.states.teacher_cache is None:
         return None
     description = describe_cache(
@@ -94,7 +94,7 @@ def open_cache(plan: Plan) -> TeacherCache | None:
 
 
 def description_of(plan: Plan) -> dict[str, object]:
-    """What makes two runs the same one: student, teacher, prompts, states and objective."""
+    """Return what makes two runs the same one: student, teacher, prompts, states and objective."""
     student = {f"student {name}": value for name, value in plan.config.to_dict().items() if name != "distillation"}
     return {
         **student,
@@ -107,7 +107,7 @@ def description_of(plan: Plan) -> dict[str, object]:
 
 
 def resumed_run(plan: Plan, folder: Path, cache: TeacherCache | None, typed: str) -> Run:
-    """The run at the state that it resumes from, or at its start."""
+    """Return the run at the state that it resumes from, or at its start."""
     output = plan.flags.output
     checkpoints = Checkpoints(folder, description_of(plan), plan.lanes.total, output.keep_checkpoints, plan.processes)
     resume_from = None if output.overwrite else checkpoints.newest()
@@ -130,6 +130,6 @@ def resumed_run(plan: Plan, folder: Path, cache: TeacherCache | None, typed: str
 
 
 def out_of_memory(plan: Plan) -> OutOfMemory:
-    """What was in the memory of the device that ran out, and which flags to change."""
+    """Return what was in the memory of the device that ran out, and which flags to change."""
     workload = workload_of(plan)
     return OutOfMemory(out_of_memory_message(workload, changeable_flags(plan.flags), has_checkpoints(plan.flags)))

@@ -21,7 +21,7 @@ from wandistiller.training.stop import StopRequest
 
 
 class NonFiniteError(RuntimeError):
-    """Loss or gradient stopped being a number; the message says at which step and why that happens."""
+    """Loss or gradient is no longer a number; the message names the step and the likely causes."""
 
     exit_code = 1
 
@@ -60,7 +60,7 @@ class TrainingResult:
 
 
 def steps_of_epochs(num_epochs: int, num_prompts: int, batch_size: int) -> int:
-    """An epoch is ceil(prompts / batch) optimiser steps; its last batch holds what is left."""
+    """Count optimiser steps: an epoch is ceil(prompts / batch) of them, and its last batch holds what is left."""
     return num_epochs * math.ceil(num_prompts / batch_size)
 
 
@@ -156,7 +156,7 @@ class _Loop:
         return False
 
     def _take_step(self, step: int, stop: StopRequest) -> "_Measured":
-        """One optimiser step on a global batch, after which the states move on."""
+        """Take one optimiser step on a global batch, after which the states move on."""
         progress = (step - 1) / self.options.num_steps
         num_passes = self.answers.lanes.num_micro_batches
         passes = [self._learn(progress, number == num_passes) for number in range(1, num_passes + 1)]
@@ -182,7 +182,7 @@ class _Loop:
         return _Pass(answer.released(), replace(loss, total=loss.total.detach()), bool(answer.features))
 
     def _is_asked_to_stop(self, found: "_Measured", stop: StopRequest) -> bool:
-        """Whether to stop here; many processes agree on a request that has just come in the step after it."""
+        """Return whether to stop here; many processes agree on a request that has just come in the step after it."""
         return found.is_stopped or (stop.requested and not self.processes.are_many)
 
     def _evaluate(self, step: int, is_last: bool) -> dict[str, float] | None:
@@ -263,7 +263,7 @@ class _Measured:
 
 
 def _measure(passes: list[_Pass], grad_norm: Tensor, is_stopped: bool, processes: Processes) -> _Measured:
-    """Losses over all passes and processes; one process's request to stop is everyone's."""
+    """Gather the losses over all passes and processes; one process's request to stop is everyone's."""
     losses, answers = [taken.loss for taken in passes], [taken.answer for taken in passes]
     by_sample = torch.cat([loss.by_sample for loss in losses])
     sigma, weights = (torch.cat([getattr(answer, name) for answer in answers]) for name in ("sigma", "weights"))
@@ -291,7 +291,7 @@ def _measure(passes: list[_Pass], grad_norm: Tensor, is_stopped: bool, processes
 
 
 def is_due(step: int, every: int, is_last: bool) -> bool:
-    """Whether something that happens every so many steps, and at the last one, happens now; never where `every` is 0."""
+    """Return whether something that happens every so many steps, and at the last one, happens now; never where `every` is 0."""
     return every > 0 and (step % every == 0 or is_last)
 
 
@@ -311,7 +311,7 @@ def check_finite(step: int, sigmas: Sequence[float], loss: float, grad_norm: flo
 def check_weights(
     student: WanLiteStudent, step: int, options: TrainingOptions, processes: Processes | None = None
 ) -> None:
-    """The last step has no loss after it that would show a weight that is no longer a number; all processes agree on it."""
+    """Refuse weights that are no longer numbers, which after the last step no loss would show; all processes agree on it."""
     broken = [name for name, parameter in student.named_parameters() if not local_part(parameter).isfinite().all()]
     if (processes or Processes(options.device)).any_true(bool(broken)):
         which = (
