@@ -41,7 +41,7 @@ class SegmentOptions:
 
 
 def segment_sigmas(shift: float, num_segments: int) -> Tensor:
-    """Return the ends of the segments (num_segments + 1,), from 1 down to 0: the noise levels that the student is sampled at."""
+    """Return the ends of the segments (num_segments + 1,), from 1 down to 0: the noise levels of the student's sampler."""
     return wan_scheduler(shift, num_segments).sigmas
 
 
