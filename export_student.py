@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         write_pipeline_parts,
         write_transformer_folder,
     )
-    from wandistiller.reports.export_card import drawing, write_export_card
+    from wandistiller.reports.cards import drawing, write_export_card
 
     with terminated_as_interrupted():
         # Every file, before one is written:
