@@ -65,7 +65,7 @@ class Objective:
         feature_loss: applied to answers that bring hidden states; None compares velocities only.
         feature_weight: weight of the feature loss at the start. It falls to 0 along a line over the training (TinyFusion's
             schedule). At weight 1 a relative error of hidden states counts as much as the same relative error of the velocity.
-        compute_dtype: of matrix products.
+        compute_dtype: precision of matrix products.
     """
 
     shift: float
