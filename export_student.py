@@ -209,7 +209,7 @@ def write_folder(
 
     from wandistiller.files.atomic import atomic_folder
     from wandistiller.projection.diffusers_export import write_pipeline_parts, write_transformer_folder
-    from wandistiller.reports.export_card import write_export_card
+    from wandistiller.reports.cards import write_export_card
 
     with atomic_folder(target) as folder:
         transformer = folder
@@ -235,7 +235,7 @@ def print_warnings(config: StudentConfig, export_format: str) -> None:
 def print_use(config: StudentConfig, target: Path, flags: Flags) -> None:
     """Print how to draw with a pipeline, or with a file that ComfyUI draws right."""
     from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
-    from wandistiller.reports.export_card import drawing
+    from wandistiller.reports.cards import drawing
 
     if flags.format == "pipeline":
         print("To draw:\n" + textwrap.indent(drawing(config, str(target), flags.dtype, link=flags.link), "  "))

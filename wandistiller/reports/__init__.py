@@ -1,3 +1,4 @@
 """What a person watches or keeps of a run: metrics, progress, plots, trackers, sample pictures, cards, tables.
 
-It may import evaluation, targets, projection, sampling, wan, model and files, but nothing that trains."""
+It may import evaluation, targets, projection, sampling, wan, model and files, but nothing that trains.
+"""

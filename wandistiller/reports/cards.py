@@ -1,14 +1,14 @@
-"""README.md of a student's folder: a model card in the hub's format, filled from the run's own records.
+"""Model cards in the hub's format: README.md of a student's folder, and README.md of a folder exported for diffusers.
 
     write_model_card(folder)
+    write_export_card(folder, name, config, "pipeline", "bf16")
 
-Everything comes from the folder (student_config.json, metrics.jsonl, evaluation.json and the pictures), so that whoever adds
-to it may write the card again.
+A student's card is made of what its folder holds (student_config.json, metrics.jsonl, evaluation.json and the pictures), so
+that it can be written again when something is added.
 """
 
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from wandistiller.files.atomic import atomic_path
@@ -33,21 +33,12 @@ from wandistiller.reports.metrics import (
     training_seconds,
 )
 from wandistiller.reports.progress import format_duration
-from wandistiller.reports.tables import cell_text
+from wandistiller.reports.tables import cell_text, comparison_rows, markdown_table
 from wandistiller.sampling.recorded import weights_digest
 
-FENCE = "````"  # longer than any that a command is likely to hold
-HEAD = """\
----
-license: {license}
-{base_model}library_name: wandistiller
-pipeline_tag: text-to-image
-tags:
-- wan
-- text-to-image
-- distillation
----
-"""
+FENCE = "````"  # longer than any fence that a command is likely to hold
+TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+THIS_FOLDER = "path/to/this/folder"
 USE = """\
 In a clone of WanDistiller's repository:
 
@@ -70,7 +61,7 @@ python generate_images.py --student path/to/this/folder --prompt "..." --output 
 
 
 def write_model_card(folder: Path) -> Path | None:
-    """Write the card of a student's folder, whole or not at all; None where a README.md of someone else's is in its place."""
+    """Write the card of a student's folder. Return None if a README.md that a person wrote is in its place."""
     file = folder / CARD_NAME
     if file.exists() and not is_card(file):
         return None
@@ -82,7 +73,7 @@ def write_model_card(folder: Path) -> Path | None:
 
 
 def try_to_write_model_card(folder: Path) -> Path | None:
-    """The same, at the end of work that a card must not turn into a failure: what stands in its way is told."""
+    """Write the card at the end of work that a card must not turn into a failure; print what stands in its way."""
     try:
         file = write_model_card(folder)
     except OSError as error:
@@ -94,20 +85,17 @@ def try_to_write_model_card(folder: Path) -> Path | None:
 
 
 def model_card(folder: Path, config: StudentConfig) -> str:
-    """The card as text."""
+    """Return the card of a student's folder as text."""
     record, lines = config.distillation or {}, read_metrics(folder / METRICS_NAME)
-    base_model, evaluation = record.get("base_model"), read_evaluation(folder)
+    evaluation = read_evaluation(folder)
     parts = [
-        HEAD.format(
-            license="apache-2.0" if is_apache(record) else "other",
-            base_model=f"base_model: {base_model}\n" if base_model else "",
-        )
-        + f"{CARD_MARK}; it is written again when the student is measured. -->",
+        f"{front_matter(record, 'wandistiller', ['wan', 'text-to-image', 'distillation'])}\n"
+        f"{CARD_MARK}; it is written again when the student is measured. -->",
         f"# {plain(folder.resolve().name)}",
         introduction(config, record),
         *pictures(folder, is_measured=bool(evaluation)),
         "## How it was made",
-        table(("", ""), facts(config, record, lines)),
+        markdown_table(("", ""), facts(config, record, lines)),
     ]
     for entry in record.get("commands", []):
         since = f"From step {entry['from_step']} on, with" if entry["from_step"] else "With"
@@ -116,7 +104,7 @@ def model_card(folder: Path, config: StudentConfig) -> str:
         parts += [
             "## Training",
             training_text(lines),
-            table(("noise level", "first tenth", "last tenth"), losses(lines)),
+            markdown_table(("noise level", "first tenth", "last tenth"), losses(lines)),
         ]
     if (folder / LOSS_PLOT_NAME).is_file():
         parts.append(f"![Loss by noise level]({LOSS_PLOT_NAME})")
@@ -126,16 +114,24 @@ def model_card(folder: Path, config: StudentConfig) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def front_matter(record: dict, library_name: str, tags: list[str]) -> str:
+    """Return the YAML that the hub reads at the top of a card."""
+    from huggingface_hub import CardData  # unlike ModelCardData it keeps the order given here
+
+    data = CardData(
+        license="apache-2.0" if is_apache(record) else "other",
+        base_model=record.get("base_model"),
+        library_name=library_name,
+        pipeline_tag="text-to-image",
+        tags=tags,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
 def plain(text: object) -> str:
-    """Text that a table or a heading of markdown shows as it is."""
+    """Escape text so that a markdown table or heading shows it as it is."""
     one_line = " ".join(str(text).split())
     return "".join(f"\\{sign}" if sign in "\\`*_|<>[]#" else sign for sign in one_line)
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def introduction(config: StudentConfig, record: dict) -> str:
@@ -151,7 +147,7 @@ def introduction(config: StudentConfig, record: dict) -> str:
 
 
 def teacher_name(record: dict) -> str:
-    """The teacher by its hub id, else by the name of what it was read from: where that lay is nobody else's business."""
+    """Name the teacher by its hub id, or by its file or folder without the path, which is nobody else's business."""
     if base_model := record.get("base_model"):
         return f"[{base_model}](https://huggingface.co/{base_model})"
     name = local_name(record)
@@ -159,13 +155,13 @@ def teacher_name(record: dict) -> str:
 
 
 def local_name(record: dict) -> str | None:
-    """Of the teacher's folder or file, without the path to it."""
+    """Return the name of the teacher's folder or file, without the path to it."""
     path = record.get("teacher_path")
     return Path(path).name if path else None
 
 
 def pictures(folder: Path, is_measured: bool) -> list[str]:
-    """The newest sample picture, and the evaluation's where it is of this student."""
+    """Link the newest sample picture, and the evaluation's picture if it shows this student."""
     found = sorted((folder / SAMPLES_NAME).glob("step_*.png"), key=lambda file: (len(file.name), file.name))[-1:]
     about = [(f"{SAMPLES_NAME}/{file.name}", "Prompts of the training, drawn") for file in found]
     if is_measured and (folder / COMPARISON_NAME).is_file():
@@ -174,7 +170,7 @@ def pictures(folder: Path, is_measured: bool) -> list[str]:
 
 
 def facts(config: StudentConfig, record: dict, lines: list[dict]) -> list[tuple[str, object]]:
-    """What was done, a row each; what the record does not hold is left out."""
+    """Return rows of what was done. What the record does not hold is left out."""
     guidance = [f"{record[name]:g}" for name in ("guidance_scale", "guidance_scale_2") if record.get(name) is not None]
     rows = [
         ("teacher", plain(record.get("base_model") or local_name(record))),
@@ -218,7 +214,7 @@ def losses(lines: list[dict]) -> list[tuple[str, str, str]]:
 
 
 def read_evaluation(folder: Path) -> dict:
-    """What evaluate_student.py has measured of the weights that are here; empty where it has not, or the file is damaged."""
+    """Return what evaluate_student.py measured of the weights in the folder; nothing if it did not, or the file is damaged."""
     try:
         results = json.loads((folder / EVALUATION_NAME).read_text(encoding="utf-8"))
         measured_weights = results["student_sha256"]
@@ -228,41 +224,19 @@ def read_evaluation(folder: Path) -> dict:
 
 
 def evaluation_rows(results: dict) -> list[str]:
-    """An evaluation as text and a table; nothing where it lacks something."""
+    """Return an evaluation as text and a table, or nothing if it lacks something."""
     try:
         about = (
             f"`evaluate_student.py` on {results['num_prompts']} held-out prompts, noises of each: {results['num_seeds']}, the "
             "same for both:"
         )
-        return [about, table(("", "student", "teacher", "student / teacher"), measured(results))]
+        return [about, markdown_table(("", "student", "teacher", "student / teacher"), comparison_rows(results))]
     except (KeyError, TypeError):
         return []
 
 
-def measured(results: dict) -> list[tuple[str, str, str, str]]:
-    def row(name: str, *values: object) -> tuple[str, str, str, str]:
-        student, teacher, ratio = (["" if value is None else cell_text(value) for value in values] + ["", ""])[:3]
-        return name, student, teacher, ratio
-
-    endpoint, rows = results["endpoint"], []
-    if judged := results.get("accuracy"):
-        shares = (f"{judged[who]['correct']:.1%}" for who in ("student", "teacher"))
-        rows.append(("prompt drawn right", *shares, cell_text(judged["ratio"])))
-    if "velocity_error" in results:
-        rows.append(row("relative velocity error", results["velocity_error"]["mean"]))
-    rows += [
-        row("distance to the teacher's latents, relative", endpoint["latent_relative_error"]),
-        row("PSNR, dB", endpoint["psnr_db"]),
-        row("SSIM", endpoint["ssim"]),
-    ]
-    compared = {name: results[name] for name in ("high_frequency_energy", "diversity", "prompt_sensitivity")}
-    for name, values in (compared | results["cost"]).items():
-        rows.append(row(name.replace("_", " "), values["student"], values["teacher"], values["ratio"]))
-    return rows
-
-
 def use(config: StudentConfig) -> list[str]:
-    """How whoever has the folder draws with it."""
+    """Say how to draw with the folder."""
     exported = (
         "For diffusers and ComfyUI, which need none of that code, there are exports:\n\n```\n"
         "python export_student.py --student path/to/this/folder --format pipeline --output path/to/a/new/folder\n"
@@ -272,8 +246,10 @@ def use(config: StudentConfig) -> list[str]:
 
 
 def is_apache(record: dict) -> bool:
-    """Whether the teacher is known to be under Apache-2.0: a released Wan, or the demo's, which is part of this code and
-    which an exported record knows by its world alone."""
+    """Whether the teacher is known to be under Apache-2.0: a released Wan, or the demo's, which is part of this code.
+
+    The record of an export knows the demo's teacher only by its world.
+    """
     is_demo = "world" in record or record.get("teacher_path") == f"./{DEMO_TEACHER}"
     return is_demo or str(record.get("base_model")).startswith("Wan-AI/")
 
@@ -301,3 +277,73 @@ def licence(record: dict) -> str:
     return (
         f"That of the teacher. {origin}, whose licence holds for its students; the released Wans are under Apache-2.0."
     )
+
+
+def drawing(config: StudentConfig, folder: str, dtype: str, *, link: bool = False) -> str:
+    """Return Python that draws a prompt with an exported pipeline, in diffusers' number of steps if none is recorded.
+
+    Args:
+        folder: folder of the pipeline.
+        dtype: "fp32", "bf16" or "fp16", the precision of the transformer. The VAE stays in float32, as every Wan's does.
+        link: whether the text encoder is a link to the teacher's own folder.
+    """
+    record = config.distillation or {}
+    load = f'"{folder}"'
+    remark = ""
+    if dtype != "fp32":
+        load += f', dtype={{"default": torch.{TORCH_NAMES[dtype]}, "vae": torch.float32}}'
+    elif link:
+        load += ", dtype=torch.float32"
+        remark = "# The linked text encoder would load in the precision that its own config names, often bf16:\n"
+    steps = record.get("student_steps") or record.get("num_inference_steps")
+    slots = config.text_max_length
+    settings = ["num_frames=1", "guidance_scale=1.0"]
+    settings += [f"num_inference_steps={steps}"] if steps else []
+    settings += [f"height={config.image_size}", f"width={config.image_size}", 'output_type="pil"']
+    settings += [f"max_sequence_length={slots}"] if slots != 512 else []
+    return (
+        "import torch\n"
+        "from diffusers import WanPipeline\n\n"
+        f"{remark}pipe = WanPipeline.from_pretrained({load})\n"
+        'prompt = "a large blue circle on a white background"\n'
+        f'pipe(prompt, {", ".join(settings)}).frames[0][0].save("picture.png")'
+    )
+
+
+def write_export_card(
+    folder: Path, name: str, config: StudentConfig, export_format: str, dtype: str, *, link: bool = False
+) -> None:
+    """Write the card into an exported folder.
+
+    Args:
+        name: name that the folder will have in the end.
+        config: the student's, with the record that is published.
+    """
+    with atomic_path(folder / CARD_NAME) as beside:
+        beside.write_text(export_card(name, config, export_format, dtype, link), encoding="utf-8")
+
+
+def export_card(name: str, config: StudentConfig, export_format: str, dtype: str, link: bool) -> str:
+    """Return the card of an exported folder as text."""
+    record = config.distillation or {}
+    text = (
+        f"A text-to-image transformer of {config.num_parameters:,} parameters, distilled with WanDistiller from "
+        f"{teacher_name(record)}. It "
+        "draws single pictures and makes no video. It has learnt the teacher's guided answer: guidance is 1.0, and there is no "
+        "negative prompt."
+    )
+    if export_format == "pipeline":
+        use = f"```python\n{drawing(config, THIS_FOLDER, dtype, link=link)}\n```"
+    else:
+        use = (
+            "The transformer alone; VAE, text encoder, tokenizer and scheduler are its teacher's:\n\n```python\n"
+            "from diffusers import WanTransformer3DModel\n\n"
+            f'transformer = WanTransformer3DModel.from_pretrained("{THIS_FOLDER}")\n```'
+        )
+    parts = [front_matter(record, "diffusers", ["wan", "distillation"]), f"# {name}", text, "## Use", use]
+    if record:
+        made = [(what, value) for what, value in facts(config, record, []) if what != "guidance"]
+        made.append(("guidance", "1.0 (the teacher's is learnt)"))
+        parts += ["## How it was made", markdown_table(("", ""), made), "## Limits", limits(config, record)]
+    terms = "Apache-2.0, as its teacher is." if is_apache(record) else "The teacher's licence holds for its students."
+    return "\n\n".join([*parts, "## Licence", terms]) + "\n"

@@ -1,4 +1,7 @@
-"""metrics.jsonl read back, for the plot, the summary and the model card of a run. Standard library only."""
+"""What an optimiser step measured, and how a run's metrics.jsonl is read back. Standard library only.
+
+Each line of metrics.jsonl is one `StepMetrics`. The plot, the summary and the model card read it.
+"""
 
 import json
 import statistics
@@ -6,85 +9,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-FIRST_AND_LAST = 10  # what counts as the first and the last steps of a run: a tenth of it
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """One dict a step, by step; a line that a kill has cut short is left out, and of two of one step the last counts."""
-    if not path.is_file():
-        return []
-    lines = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-            lines[int(line["step"])] = line
-        except (ValueError, KeyError, TypeError):
-            continue
-    return [lines[step] for step in sorted(lines)]
-
-
-def mean_of(values: Iterable[float | None]) -> float | None:
-    """Of those that are there; None where none is."""
-    there = [value for value in values if value is not None]
-    return statistics.fmean(there) if there else None
-
-
-def ends(lines: Sequence[dict]) -> tuple[Sequence[dict], Sequence[dict]]:
-    """The first and the last steps of a run."""
-    count = max(1, len(lines) // FIRST_AND_LAST)
-    return lines[:count], lines[-count:]
-
-
-def loss_change(lines: Sequence[dict]) -> tuple[float, float]:
-    """Mean loss of the first and of the last steps."""
-    first, last = ends(lines)
-    return mean_of(line["loss"] for line in first), mean_of(line["loss"] for line in last)
-
-
-def loss_change_by_sigma(lines: Sequence[dict]) -> list[tuple[float | None, float | None]]:
-    """The same in each bucket of sigma, from the lowest."""
-    first, last = ends(lines)
-    return [
-        tuple(mean_of(line["loss_by_sigma"][bucket] for line in part) for part in (first, last))
-        for bucket in range(len(lines[0].get("loss_by_sigma", [])))
-    ]
-
-
-def held_out_error(lines: Sequence[dict]) -> dict[str, float] | None:
-    """The newest relative velocity error on held-out prompts, where one was measured."""
-    return next((line["velocity_error"] for line in reversed(lines) if line.get("velocity_error")), None)
-
-
-def training_seconds(lines: Sequence[dict]) -> float:
-    """Of the loop, over all the processes that went on with the run, each of which counts from its own start."""
-    total = before = 0.0
-    for line in lines:
-        if line["elapsed_s"] < before:
-            total += before
-        before = line["elapsed_s"]
-    return total + before
-
-
-def bucket_name(bucket: int, num_buckets: int) -> str:
-    """The noise levels of a bucket: 0.9-1.0."""
-    return f"{bucket / num_buckets:.1f}-{(bucket + 1) / num_buckets:.1f}"
-
-
-NUM_BUCKETS = 10
+NUM_BUCKETS = 10  # of noise levels, all equally wide
+FIRST_AND_LAST = 10  # the first and the last steps of a run are one part in so many
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one optimiser step reports; seconds count from the start of the loop.
+    """What one optimiser step measured. Seconds count from the start of the loop.
 
     Attributes:
-        teacher_calls: batches the teacher has answered so far.
-        loss_by_sigma: mean squared velocity error of the step's samples in ten equal buckets of sigma; None where a bucket
-            is empty.
-        loss_by_expert: the same at the noise levels of either expert, where the teacher has two.
-        feature_loss: what the error of hidden states adds to the loss; None for an answer that brings none.
-        velocity_error: relative error on held-out prompts, at the states where it was measured; None at most steps.
-        memory_bytes: the most that the first process has held so far: tensors on a GPU, or resident memory on the CPU.
+        teacher_calls: batches that the teacher has answered so far.
+        loss_by_sigma: mean squared velocity error of the step's samples in equal buckets of sigma; None for an empty bucket.
+        loss_by_expert: the same at the noise levels of either expert, for a teacher of two.
+        feature_loss: what the feature loss adds; None for an answer without hidden states.
+        velocity_error: relative error on held-out prompts by kind of state; None if this step did not measure it.
+        memory_bytes: the most that the first process has held so far: tensors on a GPU, resident memory on the CPU.
     """
 
     step: int
@@ -103,7 +42,7 @@ class StepMetrics:
 
 
 def mean_by_sigma(sigmas: Sequence[float], values: Sequence[float]) -> list[float | None]:
-    """Mean of the values in equal buckets of sigma [0, 1]; sigma 1 counts to the last."""
+    """Return the mean of the values in equal buckets of sigma [0, 1]; sigma 1 belongs to the last bucket."""
     buckets: list[list[float]] = [[] for _ in range(NUM_BUCKETS)]
     for sigma, value in zip(sigmas, values, strict=True):
         buckets[min(int(sigma * NUM_BUCKETS), NUM_BUCKETS - 1)].append(value)
@@ -111,8 +50,69 @@ def mean_by_sigma(sigmas: Sequence[float], values: Sequence[float]) -> list[floa
 
 
 def mean_by_expert(sigmas: Sequence[float], values: Sequence[float], boundary: float) -> dict[str, float | None]:
-    """Mean of the values at the noise levels of either expert; sigma = `boundary` is the high-noise one's."""
+    """Return the mean of the values at the noise levels of either expert; sigma = `boundary` is the high-noise expert's."""
     sides: dict[str, list[float]] = {"high": [], "low": []}
     for sigma, value in zip(sigmas, values, strict=True):
         sides["high" if sigma >= boundary else "low"].append(value)
     return {name: sum(side) / len(side) if side else None for name, side in sides.items()}
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Return a dict for every step, in order. A line that a kill cut short is left out, and the last line of a step counts."""
+    if not path.is_file():
+        return []
+    lines = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+            lines[int(line["step"])] = line
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [lines[step] for step in sorted(lines)]
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are not None, or None if all are."""
+    there = [value for value in values if value is not None]
+    return statistics.fmean(there) if there else None
+
+
+def ends(lines: Sequence[dict]) -> tuple[Sequence[dict], Sequence[dict]]:
+    """Return the first and the last steps of a run."""
+    count = max(1, len(lines) // FIRST_AND_LAST)
+    return lines[:count], lines[-count:]
+
+
+def loss_change(lines: Sequence[dict]) -> tuple[float, float]:
+    """Return the mean loss of the first and of the last steps."""
+    first, last = ends(lines)
+    return mean_of(line["loss"] for line in first), mean_of(line["loss"] for line in last)
+
+
+def loss_change_by_sigma(lines: Sequence[dict]) -> list[tuple[float | None, float | None]]:
+    """Return the mean loss of the first and of the last steps in each bucket of sigma, from the lowest."""
+    first, last = ends(lines)
+    return [
+        tuple(mean_of(line["loss_by_sigma"][bucket] for line in part) for part in (first, last))
+        for bucket in range(len(lines[0].get("loss_by_sigma", [])))
+    ]
+
+
+def held_out_error(lines: Sequence[dict]) -> dict[str, float] | None:
+    """Return the newest relative velocity error on held-out prompts, or None if none was measured."""
+    return next((line["velocity_error"] for line in reversed(lines) if line.get("velocity_error")), None)
+
+
+def training_seconds(lines: Sequence[dict]) -> float:
+    """Return the seconds of the loop over all commands of the run. Each command counts from its own start."""
+    total = before = 0.0
+    for line in lines:
+        if line["elapsed_s"] < before:
+            total += before
+        before = line["elapsed_s"]
+    return total + before
+
+
+def bucket_name(bucket: int, num_buckets: int) -> str:
+    """Name a bucket by its noise levels, as in 0.9-1.0."""
+    return f"{bucket / num_buckets:.1f}-{(bucket + 1) / num_buckets:.1f}"

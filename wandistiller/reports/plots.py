@@ -1,4 +1,4 @@
-"""loss.png: the losses of a run by noise level, and its error on held-out prompts. matplotlib is imported where used."""
+"""loss.png: the losses of a run by noise level, and its error on held-out prompts."""
 
 import time
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-NUM_POINTS = 40  # of a curve: each is the mean of as many steps as that takes
+NUM_POINTS = 40  # points of a curve, each the mean of equally many steps
 REDRAW_EVERY_S = 30.0
-REDRAW_SHARE = 0.01  # of a run's time, at most
+REDRAW_SHARE = 0.01  # drawing takes at most this share of a run's time
 GREY, BLACK = "#c4c4c4", "#202020"
 
 
 class LossPlot:
-    """Keeps a picture of metrics.jsonl up to date: with each sample picture, and between them at REDRAW_SHARE of the time."""
+    """A tracker that keeps a plot of metrics.jsonl up to date, at no more than REDRAW_SHARE of the time."""
 
     def __init__(self, metrics_path: Path, file: Path):
         self.metrics_path, self.file = metrics_path, file
@@ -32,7 +32,7 @@ class LossPlot:
             self._draw()
 
     def picture(self, step: int, picture: "Image") -> None:
-        """Has no place in the plot, which is of the same step."""
+        """Bring the plot to the step of a sample picture; the picture itself has no place in it."""
         self._draw()
 
     def close(self) -> None:
@@ -49,13 +49,13 @@ class LossPlot:
 
 
 def save_loss_plot(lines: Sequence[dict], file: Path) -> None:
-    """Write the plot of a run's metrics, whole or not at all."""
+    """Write the plot of a run's metrics."""
     with atomic_path(file) as beside:
         loss_figure(lines).savefig(beside, format="png")
 
 
 def loss_figure(lines: Sequence[dict]) -> "Figure":
-    """Loss over steps, total and by noise level; below it the held-out error, where it was measured."""
+    """Plot the loss over steps, total and by noise level, and below it the held-out error if it was measured."""
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and asks for a screen
 
     measured = [line for line in lines if line.get("velocity_error")]
@@ -101,7 +101,7 @@ def _plot_held_out(axes, measured: Sequence[dict]) -> None:
 
 def _finish(axes, what: str) -> None:
     if any(value > 0 for line in axes.get_lines() for value in line.get_ydata()):
-        _use_log_scale(axes)  # not for a student that is its teacher: zero has no logarithm
+        _use_log_scale(axes)  # but not if the student equals its teacher, since zero has no logarithm
     axes.set_ylabel(what)
     axes.grid(which="major", color="#e4e4e4")
     axes.grid(which="minor", color="#f2f2f2", linewidth=0.5)
@@ -111,7 +111,7 @@ def _finish(axes, what: str) -> None:
 
 
 def _use_log_scale(axes) -> None:
-    """With plain numbers at the ticks: 0.5, not 5 x 10^-1."""
+    """Use a log scale with plain numbers at the ticks: 0.5, not 5 x 10^-1."""
     from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     axes.set_yscale("log")
@@ -122,11 +122,11 @@ def _use_log_scale(axes) -> None:
 
 
 def _dot_if_alone(points: Sequence) -> dict:
-    """A line of a single point would not be seen."""
+    """Return a marker for a line of a single point, which would not be seen without it."""
     return {"marker": "o", "markersize": 4} if len(points) == 1 else {}
 
 
 def smoothing_groups(lines: Sequence[dict]) -> list[Sequence[dict]]:
-    """The steps in NUM_POINTS groups of equal size, whose means are drawn; each by itself where there are fewer."""
+    """Return the steps in up to NUM_POINTS groups of equal size, whose means are drawn."""
     size = -(-len(lines) // NUM_POINTS)
     return [lines[start : start + size] for start in range(0, len(lines), size)]

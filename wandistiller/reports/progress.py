@@ -1,4 +1,4 @@
-"""A run made visible: a progress bar (plain lines when not a terminal) and metrics.jsonl."""
+"""What a run shows while it trains: a progress bar, or plain lines where there is no terminal, and metrics.jsonl."""
 
 import json
 import math
@@ -13,14 +13,14 @@ from tqdm import tqdm
 from wandistiller.files.atomic import atomic_path
 from wandistiller.reports.metrics import StepMetrics, read_metrics
 
-LINE_EVERY_S = 10.0  # plain lines: at least this far apart, so that a long job's log stays readable
+LINE_EVERY_S = 10.0  # plain lines are at least this far apart, so that a long job's log stays readable
 
 
 class Progress:
     """Shows every step and writes it to metrics.jsonl; use as a context manager.
 
-    A terminal gets a bar; anything else gets plain lines, at least `line_every_s` apart. A run that goes on after
-    `first_step` steps keeps the metrics of those.
+    A terminal gets a bar; anything else gets plain lines, at least `line_every_s` apart. A run that resumes after `first_step`
+    steps keeps their metrics.
     """
 
     def __init__(self, num_steps: int, metrics_path: Path, line_every_s: float = LINE_EVERY_S, first_step: int = 0):
@@ -32,7 +32,7 @@ class Progress:
         self._last_line_s = -math.inf
 
     def __enter__(self) -> "Progress":
-        # A killed run may have written steps beyond those that this one goes on from; a kill here loses none of these:
+        # A killed run may have written steps beyond those that this one resumes from. A kill here loses no step before them:
         kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= self.first_step]
         with atomic_path(self.metrics_path) as beside:
             beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -51,6 +51,7 @@ class Progress:
         self._file.close()
 
     def step(self, metrics: StepMetrics) -> None:
+        """Show a step and write it down."""
         self._file.write(json.dumps(asdict(metrics)) + "\n")
         self._file.flush()  # a killed run keeps what it has measured
         if self._bar is not None:
@@ -71,6 +72,7 @@ class Progress:
         return due
 
     def line(self, metrics: StepMetrics) -> str:
+        """Return the plain line of a step."""
         digits = len(str(self.num_steps))
         return (
             f"step {metrics.step:0{digits}d}/{self.num_steps} ({metrics.step / self.num_steps:.1%}) | "
@@ -80,12 +82,12 @@ class Progress:
 
 
 class Countdown:
-    """Lines that tell how far a counted job is and how long it will go on, at least `line_every_s` apart."""
+    """Prints how far a counted job is and how long it will still take, in lines at least `line_every_s` apart."""
 
     def __init__(self, what: str, total: int, line_every_s: float = LINE_EVERY_S):
         self.what, self.total, self.line_every_s = what, total, line_every_s
         self.start_s = self._last_line_s = time.perf_counter()
-        self.first: int | None = None  # where a job that goes on began
+        self.first: int | None = None  # what was done when this process began; a resumed job does not start at 0
 
     def __call__(self, done: int) -> None:
         now = time.perf_counter()
@@ -99,7 +101,7 @@ class Countdown:
 
 
 class Stopwatch:
-    """Rate and remaining time, from all steps of this process since its first (which pays for warming up)."""
+    """Measures rate and remaining time, over all steps of this process but the first, which pays for warming up."""
 
     def __init__(self, num_steps: int, steps_before: int = 0):
         self.num_steps = num_steps
@@ -108,7 +110,7 @@ class Stopwatch:
         self.num_samples = 0
 
     def lap(self, step: int, batch_size: int) -> tuple[float, float, float]:
-        """(samples per second, elapsed seconds, remaining seconds) after `step` steps."""
+        """Return samples per second, elapsed seconds and remaining seconds after `step` steps."""
         now, done = time.perf_counter(), step - self.steps_before
         if done == 1:
             self.first_step_s = now
@@ -120,7 +122,7 @@ class Stopwatch:
 
 
 def format_duration(seconds: float) -> str:
-    """90 -> '1m30s', 4000 -> '1h06m'."""
+    """Write seconds as people do: 90 as '1m30s', 4000 as '1h06m'."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 1:
         return f"{rest}s"

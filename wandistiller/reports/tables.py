@@ -1,16 +1,18 @@
-"""An evaluation as a table for the screen, and as values that JSON can hold."""
+"""An evaluation as a table, for the screen and for a model card, and as values that JSON can hold."""
 
 import math
+from collections.abc import Iterable
 
 
 def cell_text(value: str | float | None) -> str:
+    """Return a value as a table shows it."""
     if value is None or isinstance(value, str):
         return "-" if value is None else value
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def table_lines(results: dict) -> list[str]:
-    """The results as a table for the screen."""
+    """Return the results as the lines of a table for the screen."""
 
     def line(name: str, *cells: str | float | None) -> str:
         return f"{name:<42}" + "".join(f"{cell_text(cell):>16}" for cell in cells)
@@ -47,8 +49,38 @@ def table_lines(results: dict) -> list[str]:
     return lines
 
 
+def comparison_rows(results: dict) -> list[tuple[str, str, str, str]]:
+    """Return the results as rows of name, student, teacher and ratio, for a markdown table."""
+
+    def row(name: str, *values: object) -> tuple[str, str, str, str]:
+        student, teacher, ratio = (["" if value is None else cell_text(value) for value in values] + ["", ""])[:3]
+        return name, student, teacher, ratio
+
+    endpoint, rows = results["endpoint"], []
+    if judged := results.get("accuracy"):
+        shares = (f"{judged[who]['correct']:.1%}" for who in ("student", "teacher"))
+        rows.append(("prompt drawn right", *shares, cell_text(judged["ratio"])))
+    if "velocity_error" in results:
+        rows.append(row("relative velocity error", results["velocity_error"]["mean"]))
+    rows += [
+        row("distance to the teacher's latents, relative", endpoint["latent_relative_error"]),
+        row("PSNR, dB", endpoint["psnr_db"]),
+        row("SSIM", endpoint["ssim"]),
+    ]
+    compared = {name: results[name] for name in ("high_frequency_energy", "diversity", "prompt_sensitivity")}
+    for name, values in (compared | results["cost"]).items():
+        rows.append(row(name.replace("_", " "), values["student"], values["teacher"], values["ratio"]))
+    return rows
+
+
+def markdown_table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
 def finite(values: object) -> object:
-    """JSON knows no NaN and no infinity: both become null."""
+    """Return the values with None for NaN and infinity, which JSON does not have."""
     if isinstance(values, dict):
         return {name: finite(value) for name, value in values.items()}
     if isinstance(values, list):
@@ -57,6 +89,7 @@ def finite(values: object) -> object:
 
 
 def equal_steps(fewer: dict) -> str:
+    """Say how many steps the teacher may take to be as far from its own pictures as the student is."""
     low, high = fewer["student_equals"]["at_least_steps"], fewer["student_equals"]["fewer_than_steps"]
     if low is None and high is None:
         return "(no smaller number of steps to compare with)"

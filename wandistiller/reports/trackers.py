@@ -1,13 +1,13 @@
-"""Who watches a run beside its own files: TensorBoard, wandb or trackio, each imported where it is used.
+"""Trackers, which watch a run beside its own files: TensorBoard, wandb or trackio, each imported where it is used.
 
-A tracker is told the scalars of every step and the sample pictures. None of them may end a run.
+A tracker gets the metrics of every step and the sample pictures. None of them may end a run.
 """
 
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ PICTURE_NAME = "samples"
 
 
 class Tracker(Protocol):
-    """What is told of a run while it goes on."""
+    """Watches a run."""
 
     def step(self, metrics: StepMetrics) -> None: ...
     def picture(self, step: int, picture: "Image") -> None: ...
@@ -32,7 +32,7 @@ class Tracker(Protocol):
 
 
 def scalars(metrics: StepMetrics) -> dict[str, float]:
-    """The numbers of a step by name; what a step has not measured is left out."""
+    """Return the numbers of a step by name. What the step did not measure is left out."""
     values = asdict(metrics)
     named = {name: value for name, value in values.items() if isinstance(value, (int, float)) and name != "step"}
     losses = values["loss_by_sigma"]
@@ -43,10 +43,10 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
 
 
 class TensorBoardFiles:
-    """Event files in a folder, which `tensorboard --logdir` shows.
+    """Writes event files to a folder, which `tensorboard --logdir` shows.
 
     Args:
-        first_step: steps before this process; what a killed one has written beyond is hidden.
+        first_step: the step that the run resumes from. What a killed process wrote beyond it is hidden.
     """
 
     def __init__(self, folder: Path, first_step: int = 0):
@@ -69,12 +69,12 @@ class TensorBoardFiles:
 
 
 class RunTracker:
-    """A run of wandb or of trackio, which share their calls: init, log, Image and finish.
+    """Reports to wandb or to trackio, which share their calls: init, log, Image and finish.
 
     Args:
-        name: of the library.
-        folder: of the run, after which it is named there.
-        config: what is recorded of it.
+        name: name of the library.
+        folder: output folder, after which the run is named there.
+        config: what is recorded of the run.
     """
 
     def __init__(self, name: str, folder: Path, config: dict):
@@ -96,11 +96,11 @@ class RunTracker:
 
 
 def _start_wandb(module, about: dict) -> None:
-    """Online for those who are logged in and reach it, else into files that `wandb sync` sends later."""
+    """Start wandb online if the person is logged in and it can be reached, or else with files for a later `wandb sync`."""
     mode = os.environ.get("WANDB_MODE") or ("online" if _is_logged_in(module) else "offline")
     try:
         module.init(**about, mode=mode)
-    except Exception as error:  # wandb has one type for each way a server is not reached
+    except Exception as error:  # wandb has a type of its own for each way in which a server is not reached
         if mode != "online":
             raise
         print(
@@ -110,15 +110,15 @@ def _start_wandb(module, about: dict) -> None:
 
 
 def _is_logged_in(module) -> bool:
-    """Without a question, which nobody may be there to answer."""
+    """Whether the person is logged in to wandb. Ask no question, since nobody may be there to answer."""
     try:
         return module.login(prompt=False, verify=False)
-    except TypeError:  # releases that know no `prompt`
+    except TypeError:  # older releases have no `prompt`
         return bool(module.api.api_key)
 
 
 def check_report(name: str) -> None:
-    """Refuse a --report whose library is not installed.
+    """Refuse a --report if its library is not installed.
 
     Raises:
         UserError: says how to install it.
@@ -126,14 +126,13 @@ def check_report(name: str) -> None:
     if name == "none":
         return
     spec = importlib.util.find_spec(name)
-    if (
-        spec is None or spec.origin is None
-    ):  # a folder of that name, such as wandb makes for its files, can be imported too
+    # A folder of that name, such as wandb makes for its files, can be imported too, but has no origin.
+    if spec is None or spec.origin is None:
         raise UserError(f"--report {name}: {name} is not installed; pip install {name}, or leave --report out")
 
 
 class Trackers:
-    """Several trackers as one, to be used as a context manager; one that fails is told of once and left out."""
+    """Several trackers as one, used as a context manager. One that fails is reported once and left out."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()):
         self.trackers = list(trackers)
@@ -144,25 +143,25 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tell("close")
+        self._call_all("close")
 
     def step(self, metrics: StepMetrics) -> None:
-        self._tell("step", metrics)
+        self._call_all("step", metrics)
 
     def picture(self, step: int, picture: "Image") -> None:
-        self._tell("picture", step, picture)
+        self._call_all("picture", step, picture)
 
-    def _tell(self, what: str, *values: object) -> None:
+    def _call_all(self, what: str, *values: object) -> None:
         for tracker in list(self.trackers):
             try:
                 getattr(tracker, what)(*values)
-            except Exception as error:  # a full disk, a lost network, another library's own: the run is worth more
+            except Exception as error:  # a full disk, a lost network, a library's own error: the run is worth more
                 self.trackers.remove(tracker)
                 print(f"Warning: {_complaint(tracker, error)}", file=sys.stderr, flush=True)
 
 
-def started(trackers: Sequence[tuple[str, object]]) -> list[Tracker]:
-    """Trackers from (name, a call that makes it); one that cannot start is told of and left out."""
+def started(trackers: Sequence[tuple[str, Callable[[], Tracker]]]) -> list[Tracker]:
+    """Start trackers, each given as its name and a function that makes it. One that cannot start is reported and left out."""
     running = []
     for name, make in trackers:
         try:

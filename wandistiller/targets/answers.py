@@ -84,23 +84,21 @@ class AnswerQueue:
 
     def __init__(self, prompt_embeds: PromptEmbeds, device: str, micro_batch: int):
         self.prompt_embeds, self.device, self.micro_batch = prompt_embeds, device, micro_batch
-        self._rows: dict[str, Tensor | list[int]] = {"prompts": []}
-        self._start = 0
+        self._rows: dict[str, Tensor | list[int]] = {"prompts": []}  # those that are left
 
     def __len__(self) -> int:
         """Return how many rows are left."""
-        return len(self._rows["prompts"]) - self._start
+        return len(self._rows["prompts"])
 
     def fill(self, *, latents: Tensor, sigma: Tensor, prompts: list[int], velocity: Tensor, weights: Tensor) -> None:
         """Take the rows of the next step."""
-        rows = {"latents": latents, "sigma": sigma, "prompts": prompts, "velocity": velocity, "weights": weights}
-        self._rows, self._start = rows, 0
+        self._rows = {"latents": latents, "sigma": sigma, "prompts": prompts, "velocity": velocity, "weights": weights}
 
     def pop(self) -> Answer:
         """Return the next micro-batch, which is shorter if no more rows are left."""
-        part = slice(self._start, self._start + self.micro_batch)
-        self._start = min(part.stop, len(self._rows["prompts"]))
-        rows = {name: values[part] for name, values in self._rows.items()}
+        rows = {name: values[: self.micro_batch] for name, values in self._rows.items()}
+        rest = {name: values[self.micro_batch :] for name, values in self._rows.items()}
+        self._rows = rest if rest["prompts"] else {"prompts": []}  # which lets go of the tensors
         prompt_embeds, prompt_lengths = self.prompt_embeds.batch(rows["prompts"], self.device)
         return Answer(**rows, prompt_embeds=prompt_embeds, prompt_lengths=prompt_lengths)
 

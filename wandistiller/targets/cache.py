@@ -1,7 +1,7 @@
-"""The teacher's answers on disk: asked for once, learnt from without a teacher in memory.
+"""The teacher's answers on disk: asked for once, and learnt from without a teacher in memory.
 
-A folder of safetensors shards, `cache.json` that says what the answers are answers of, and while it is built the state
-of its sampling paths, so that the same command goes on where it was stopped.
+The folder holds shards of answers as safetensors, and `cache.json`, which says what they are answers to. While the folder is
+being built it also holds the state of the sampling paths, so that the same command resumes a build that was stopped.
 """
 
 import hashlib
@@ -34,22 +34,22 @@ STATE_NAME = "state.safetensors"
 SHARD_NAME = "answers_{:05d}.safetensors"
 SHARD_BATCHES = 16
 STORED_NAMES = ("latents", "velocity", "sigma", "prompts")
-# Of latents and velocities: a relative rounding of 0.0005, far below what a student reaches.
+# Latents and velocities are rounded to this. The rounding is far below the error that a student reaches.
 STORED_DTYPE = torch.float16
-# What atomic_path leaves beside these files where a process was killed in it.
+# Files that a process leaves if it is killed while it writes one of ours.
 LEFTOVERS = tuple(f".{name}.*.tmp" for name in (DESCRIPTION_NAME, "state*.safetensors", "answers_*.safetensors"))
 
 
 class AnswerError(ValueError):
-    """An answer that cannot be stored; the message says what to do."""
+    """An answer cannot be stored. The message says what to do."""
 
     exit_code = 1
 
 
 def teacher_fingerprint(wan_files: WanFiles) -> str:
-    """The same for the same weights wherever they lie: a digest of every expert's output layer and of its middle block.
+    """Return a digest of every expert's output layer and middle block, the same for the same weights wherever they lie.
 
-    The block tells a merged LoRA from the original; reading everything would take minutes for a large teacher.
+    The block tells a merged LoRA from the original. Reading everything would take minutes for a large teacher.
     """
     digest = hashlib.sha256()
     for expert in map(wan_files.expert, wan_files.experts):
@@ -64,7 +64,7 @@ def prompts_digest(prompts: Sequence[str]) -> str:
 
 
 def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str, object]:
-    """Whose velocities they are, and how guided and sampled."""
+    """Return what makes the teacher's velocities what they are: its weights, guidance and sampling."""
     guidance = {name: getattr(settings, name) for name in ("guidance_scale", "guidance_scale_2", "boundary_ratio")}
     return {
         "teacher": teacher_fingerprint(wan_files),
@@ -97,7 +97,7 @@ def describe_cache(
 
 
 class TeacherCache:
-    """A folder of answers, new, begun or complete.
+    """A folder of answers, which is new, partly built or complete.
 
     Raises:
         UserError: the folder holds something else, or answers to something else (it says what differs), or is damaged.
@@ -107,12 +107,12 @@ class TeacherCache:
         self.folder = check_output_folder(folder, "--teacher_cache")
         self.description = description
         self.processes = processes or Processes()
-        # Those of a build by several processes lie beside each other:
+        # If several processes build the cache, each keeps a state of its own:
         mine = f"_{self.processes.rank}_of_{self.processes.count}" if self.processes.are_many else ""
         self.state_file = self.folder / STATE_NAME.replace(".", f"{mine}.")
         self.is_complete = False
         self.shards: list[Path] = []
-        self.rows: list[int] = []  # of each shard
+        self.rows: list[int] = []  # answers in each shard
         file = self.folder / DESCRIPTION_NAME
         if file.exists():
             self._read(file)
@@ -124,7 +124,7 @@ class TeacherCache:
 
     @property
     def num_answers(self) -> int:
-        """States answered and kept so far; all of them once `is_complete`."""
+        """Answers that are kept so far: all of them once `is_complete`."""
         return sum(self.rows)
 
     # What is on disk
@@ -133,7 +133,7 @@ class TeacherCache:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             made_of, is_complete = dict(found["answers_of"]), bool(found["is_complete"])
-            rows = list(found.get("rows") or [None] * found["num_shards"])  # the first caches had only the latter
+            rows = list(found.get("rows") or [None] * found["num_shards"])  # the first caches only had num_shards
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{file}: is damaged; remove {self.folder} and run again, its answers are asked anew"
@@ -161,12 +161,12 @@ class TeacherCache:
                     raise self._damaged(path, f"it holds {count} answers, {expected} were written")
 
     def _index(self, numbers: Iterable[int]) -> None:
-        """Find these shards and count their rows by their headers; none is read."""
+        """Find these shards, and count their rows by their headers alone."""
         self.shards = [self.folder / SHARD_NAME.format(number) for number in numbers]
         self.rows = [self._count_rows(path) for path in self.shards]
 
     def _numbers(self, num_shards: int) -> range:
-        """Of the shards that this process writes, in turns with the others."""
+        """Return the numbers of the shards that this process writes, in turns with the others."""
         return range(self.processes.rank, num_shards * self.processes.count, self.processes.count)
 
     def _count_rows(self, path: Path) -> int:
@@ -196,11 +196,11 @@ class TeacherCache:
     def build(self, answers: TeacherAnswers, num_batches: int, on_progress: Callable[[int], None]) -> None:
         """Ask for `num_batches` batches (fewer where a stopped build has some already) and mark the cache complete.
 
-        A complete cache is left as it is. Several processes ask and write each for itself, and need each other at the end.
+        A complete cache is left as it is. Each of several processes asks and writes by itself, and all meet at the end.
 
         Args:
-            answers: in its first state; that of a stopped build is restored.
-            on_progress: called after every batch with the number answered so far, those of a stopped build included.
+            answers: a source in its first state. The state of a stopped build is loaded into it.
+            on_progress: called after every batch with the number of batches so far, including those of a stopped build.
 
         Raises:
             UserError: the disk has too little room, the folder cannot be written to, or what a stopped build left is
@@ -228,7 +228,7 @@ class TeacherCache:
         self.is_complete = True
 
     def _start(self, answers: TeacherAnswers, num_batches: int) -> None:
-        """Everything that can be refused, before the teacher is asked."""
+        """Prepare the folder, and refuse whatever can be refused before the teacher is asked."""
         self.processes.barrier()  # all have found the folder as it was
         if self.processes.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -242,7 +242,7 @@ class TeacherCache:
         self.processes.barrier()
 
     def _load_state(self, answers: TeacherAnswers) -> None:
-        """The paths as they were after so many whole shards: what a killed build wrote beyond is written again."""
+        """Load the paths as they were after so many whole shards. What a killed build wrote beyond these is written again."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -274,7 +274,7 @@ class TeacherCache:
 
     def _check_disk(self, num_batches: int, answers: TeacherAnswers) -> None:
         elements = self.description["batch_size"] * torch.Size(self.description["latent_shape"]).numel()
-        # The state of renoised samples can outweigh the answers, and lies there twice while it is replaced.
+        # The state of renoised samples can be larger than the answers, and is on the disk twice while it is replaced.
         num_states = self.processes.count * (1 if self.state_file.exists() else 2)
         needed = 2 * elements * STORED_DTYPE.itemsize * num_batches
         needed += num_states * sum(value.nbytes for value in answers.state_dict().values())
@@ -294,7 +294,7 @@ class TeacherCache:
 
 
 def _ask(answers: TeacherAnswers, done: int, on_progress: Callable[[int], None]) -> dict[str, Tensor]:
-    """The next batch as it is stored."""
+    """Ask for the next batch, and return it as it is stored."""
     parts = []
     for _ in range(answers.lanes.num_micro_batches):
         answer = answers.next()
@@ -327,10 +327,11 @@ def _stored(values: Tensor, what: str) -> Tensor:
 
 
 class CachedAnswers:
-    """Batches from a complete cache, every answer once an epoch in an order of its own; only a batch is in memory.
+    """Gives every answer of a complete cache once an epoch, in another order each epoch. Only a batch is in memory.
 
-    `num_calls` stays 0: the teacher was asked when the cache was made. A batch goes over the end of an epoch, so that
-    all are full; only a cache of fewer answers than `batch_size` gives smaller ones (or repeats some, to fill given lanes).
+    `num_calls` stays 0, since the teacher was asked when the cache was built. A batch continues over the end of an epoch, so
+    that all batches are full. A cache with fewer answers than lanes gives smaller batches, or repeats answers if lanes must
+    be padded.
     """
 
     num_calls = 0
@@ -365,10 +366,10 @@ class CachedAnswers:
         return self._queue.pop()
 
     def advance(self, answer: Answer, student_velocity: Tensor, progress: float) -> None:
-        """Nothing moves: all answers are there."""
+        """Do nothing: all answers are there already."""
 
     def _take(self, count: int) -> list[int]:
-        """The next rows, over the end of an epoch where need be."""
+        """Return the next rows, from the next epoch too if this one has too few left."""
         taken = self.order[self.position : self.position + count].tolist()
         self.position += len(taken)
         if len(taken) < count:
@@ -390,10 +391,10 @@ class CachedAnswers:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on at a saved position.
+        """Resume at a saved position.
 
         Raises:
-            UserError: it is a position among another number of answers.
+            UserError: the position was saved in a cache with another number of answers.
         """
         if len(state["order"]) != self.cache.num_answers:
             raise UserError(

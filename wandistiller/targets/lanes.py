@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Lanes:
-    """A global batch of `total` lanes. This process holds `count` of them from `first` on and trains on `micro_batch` at a time."""
+    """A global batch of `total` lanes. This process holds `count` of them from `first` on and takes `micro_batch` at a time."""
 
     total: int
     first: int = 0

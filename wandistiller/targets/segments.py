@@ -32,6 +32,7 @@ class SegmentOptions:
         num_segments: steps of the student's sampler.
         num_teacher_steps: steps of the teacher over a whole path, which the segments share equally.
         student_rollout: share of the paths that continue from the student's own states, at the start and end of training.
+        compute_dtype: precision of matrix products.
     """
 
     num_segments: int
@@ -41,7 +42,7 @@ class SegmentOptions:
 
 
 def segment_sigmas(shift: float, num_segments: int) -> Tensor:
-    """Return the ends of the segments (num_segments + 1,), from 1 down to 0: the noise levels that the student is sampled at."""
+    """Return the ends of the segments (num_segments + 1,), from 1 down to 0: the noise levels of the student's sampler."""
     return wan_scheduler(shift, num_segments).sigmas
 
 
@@ -117,7 +118,7 @@ class SegmentAnswers:
         """Return a target of every lane, a random one of those that are known. Ask the teacher first until there are enough."""
         if not self._queue:
             if self.num_calls == 0:
-                self._spread()
+                self._jump_to_segments()
             while self.num_ready.min() < MIN_READY:
                 self._ask()
             self._take()
@@ -148,8 +149,8 @@ class SegmentAnswers:
             values[own, here] = values[own, last_here]
         self.num_ready -= 1
 
-    def _spread(self) -> None:
-        """Take every path to the start of another segment in one long step, so that all segments are taught from the start."""
+    def _jump_to_segments(self) -> None:
+        """Take the paths to starts of different segments in one long step, so that all segments are taught early on."""
         for path in range(PATHS_PER_LANE):
             paths = torch.full((self.lanes.total,), path)
             segments = (torch.arange(self.lanes.total) + path * self.lanes.total) % self.num_segments
@@ -217,13 +218,13 @@ class SegmentAnswers:
 
         start, end = self.student_rollout
         is_students = self.lots[lanes, paths] < start + (end - start) * self.progress
-        goes_on = segments + 1 < self.num_segments
+        continues = segments + 1 < self.num_segments
         # All lanes are asked or none, since a sharded student can only answer in all processes at once.
-        if (arrived & is_students & goes_on).any():
-            follows = self._local(is_students & goes_on)[:, None, None, None]
+        if (arrived & is_students & continues).any():
+            follows = self._local(is_students & continues)[:, None, None, None]
             ends = torch.where(follows, starts + length * self._student_velocity(paths, sigma), ends)
         for lane in chosen.tolist():
-            if goes_on[lane]:
+            if continues[lane]:
                 self._start_segment(lane, int(paths[lane]), int(segments[lane]) + 1, ends)
             else:
                 self._start_path(lane, int(paths[lane]))

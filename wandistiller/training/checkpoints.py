@@ -1,16 +1,16 @@
-"""Checkpoints of a run: written whole or not at all, checksummed, and gone on from bit for bit.
+"""Checkpoints of a run: written whole or not at all, checksummed, and resumed from bit for bit.
 
 One checkpoint is a folder `step_00000100/` of safetensors files (weights, their average, optimiser, training states, random
-numbers; written by all processes at once) and `step_00000100.json` (what run it belongs to, and the files' checksums). The
-JSON comes last, so a checkpoint without it, or with another checksum, was never finished or is damaged, and the one before it
-is used. Nothing is unpickled.
+numbers; written by all processes at once) and `step_00000100.json` (its `Manifest`: which run it belongs to, and the files'
+checksums). The JSON is written last. A checkpoint without it was never finished, and one with another checksum is damaged; in
+both cases the run resumes from the checkpoint before it. Nothing is unpickled.
 """
 
 import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,13 +21,47 @@ from wandistiller.files.atomic import atomic_path, file_digest, fsync
 from wandistiller.processes import Processes, error_reason, load_tensors, save_tensors
 
 FOLDER_NAME = "checkpoints"
-_STEP = re.compile(r"step_(\d{8})")  # whatever bears another name is not ours to count, and not ours to remove
+_STEP = re.compile(r"step_(\d{8})")  # files of other names are a person's: they are neither counted nor removed
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written during training; the message says which one before it is good."""
+    """A checkpoint of our own run could not be written. The message says which earlier one is good."""
 
     exit_code = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What step_XXXXXXXX.json says of the folder of that name. The order of the fields is that of the file.
+
+    Attributes:
+        files: sha256 of every file of the folder.
+        batch_size: samples a step of the run, over all processes; None if the checkpoint has no training states.
+        commands: the commands that led to it, as `record.commands_so_far` has them.
+        run: the description of the run that wrote it.
+    """
+
+    step: int
+    files: dict[str, str]
+    batch_size: int | None
+    commands: list[dict[str, object]]
+    run: dict[str, object]
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Read a manifest.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError: it is missing or damaged.
+        """
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return cls(
+            step=found["step"],
+            files=dict(found["files"]),
+            batch_size=found["batch_size"],
+            commands=list(found.get("commands", [])),
+            run=dict(found["run"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -35,9 +69,9 @@ class Checkpoint:
     """A good checkpoint on disk.
 
     Attributes:
-        batch_size: samples a step of the run that wrote it, of all processes; None where it has no training states.
-        has_same_batch: whether the run that goes on with it has as many, so that its training states serve.
-        commands: that led to it, as `record.commands_so_far` has them.
+        batch_size: samples a step of the run that wrote it, over all processes; None if it has no training states.
+        has_same_batch: whether the run that resumes from it has as many, so that it can use the training states.
+        commands: the commands that led to it.
     """
 
     step: int
@@ -47,20 +81,21 @@ class Checkpoint:
     commands: list[dict[str, object]]
 
     def read(self, room_for: Callable[[str, torch.Size, torch.dtype], Tensor | None]) -> dict[str, Tensor]:
-        """Its tensors, each read into what `room_for` gives for name, shape and dtype; None leaves one out."""
+        """Read its tensors, each into what `room_for` returns for its name, shape and dtype; None leaves it out."""
         return load_tensors(self.folder, room_for)
 
 
 class Checkpoints:
-    """The checkpoints of one output folder; every process of a run calls every method.
+    """The checkpoints of one output folder. Every process of a run calls every method.
 
     Args:
-        description: what must be the same for going on to make sense, as JSON values.
-        batch_size: samples a step, of all processes; a run may go on with another.
-        keep: how many of the newest stay.
+        description: what a run must share with a checkpoint to resume from it, as JSON values.
+        batch_size: samples a step, over all processes. A run may resume with another batch size.
+        keep: how many of the newest checkpoints stay.
 
     Attributes:
-        commands: of the run so far, written with each checkpoint; they may change from one to the next.
+        good: steps of the checkpoints that this process has resumed from or written.
+        commands: the commands of the run so far, which are written with each checkpoint.
     """
 
     def __init__(
@@ -76,56 +111,57 @@ class Checkpoints:
         self.batch_size = batch_size
         self.keep = keep
         self.processes = processes or Processes()
-        self.good: list[int] = []  # steps of those that this process has gone on from or written
+        self.good: list[int] = []
         self.commands: list[dict[str, object]] = []
 
     def exist(self) -> bool:
+        """Whether there is a checkpoint, good or damaged."""
         return bool(self._manifests())
 
     def _manifests(self) -> list[Path]:
-        """Of all that claim to be whole, the newest first."""
+        """Return the manifests of all finished checkpoints, the newest first."""
         if not self.folder.is_dir():
             return []
         files = [path for path in self.folder.glob("*.json") if _STEP.fullmatch(path.stem) and not path.is_symlink()]
         return sorted(files, reverse=True)
 
-    def newest(self, say: Callable[[str], None] = print) -> Checkpoint | None:
-        """The newest good checkpoint, None where there is none at all; a damaged one is skipped, and `say` is told.
+    def newest(self) -> Checkpoint | None:
+        """Return the newest good checkpoint, or None if there is none at all. A damaged one is skipped and reported.
 
         Raises:
-            UserError: it belongs to a run that differs in what must be the same, or all there are are damaged.
+            UserError: it belongs to a run that differs in what must be the same, or all checkpoints are damaged.
         """
-        manifests = self.processes.from_first(self._manifests())
-        for manifest in manifests:
-            folder, reason, about = manifest.with_suffix(""), None, {}
+        paths = self.processes.from_first(self._manifests())
+        for path in paths:
+            folder, reason, manifest = path.with_suffix(""), None, None
             try:
-                about = json.loads(manifest.read_text(encoding="utf-8"))
-                self._check_files(folder, about["files"])
-                step, run, batch_size = about["step"], dict(about["run"]), about["batch_size"]
-                commands = list(about.get("commands", []))
+                manifest = Manifest.read(path)
+                self._check_files(folder, manifest.files)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 reason = error_reason(error)
             if not self.processes.all_true(reason is None):
                 reason = reason or "another process found so"
-                say(f"{folder}: skipped, it is damaged ({reason})")
+                print(f"{folder}: skipped, it is damaged ({reason})")
                 continue
-            self._check_run(run)
-            self.good = [step]
-            return Checkpoint(step, folder, batch_size, batch_size == self.batch_size, commands)
-        if manifests:
+            self._check_run(manifest.run)
+            self.good = [manifest.step]
+            has_same_batch = manifest.batch_size == self.batch_size
+            return Checkpoint(manifest.step, folder, manifest.batch_size, has_same_batch, manifest.commands)
+        if paths:
             raise UserError(
-                f"{self.folder}: none of its {len(manifests)} checkpoints is whole; copy them again, or add --overwrite to "
+                f"{self.folder}: none of its {len(paths)} checkpoints is whole; copy them again, or add --overwrite to "
                 "start anew (what is there is kept beside)"
             )
         return None
 
     def _check_files(self, folder: Path, checksums: dict[str, str]) -> None:
-        """Hold this process's share of the files against their checksums."""
+        """Compare this process's share of the files with their checksums."""
         for name in sorted(checksums)[self.processes.rank :: self.processes.count]:
             if Path(name).name != name or file_digest(folder / name) != checksums[name]:
                 raise ValueError(f"the checksum of {name} differs")
 
     def _check_run(self, description: dict[str, object]) -> None:
+        """Refuse a checkpoint of a run that differs in what must be the same."""
         names = sorted(description.keys() | self.description.keys())
         differing = [
             f"{name} {description.get(name)!r}, now {self.description.get(name)!r}"
@@ -142,8 +178,8 @@ class Checkpoints:
         """Write a checkpoint, then drop the oldest beyond `keep`.
 
         Args:
-            has_states: whether the training states are among the tensors. A checkpoint without them is one of need: none
-                is dropped for it.
+            has_states: whether the training states are among the tensors. A checkpoint without them is written when a step
+                has failed, and no older one is dropped for it.
 
         Raises:
             CheckpointError: the disk is full or cannot be written to; earlier checkpoints are untouched.
@@ -163,14 +199,14 @@ class Checkpoints:
             ) from None
 
     def _make_room(self, folder: Path) -> None:
-        """An empty folder where what was there, if anything, is no checkpoint any more."""
+        """Make the folder, empty. What was there stops being a checkpoint first, by losing its manifest."""
         self.folder.mkdir(parents=True, exist_ok=True)
         folder.with_suffix(".json").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
 
     def _checksums(self, folder: Path) -> dict[str, str]:
-        """Of all files; every process reads its share of them."""
+        """Return the sha256 of every file of a folder, of which each process reads its share."""
         names = self.processes.from_first(sorted(path.name for path in folder.iterdir()))
         own = names[self.processes.rank :: self.processes.count]
         digests, lacking = torch.zeros(len(names), 32, dtype=torch.uint8), None
@@ -181,28 +217,35 @@ class Checkpoints:
                 lacking = error
                 continue
             digests[names.index(name)] = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
-        if not self.processes.all_true(lacking is None):  # as where machines do not share the disk
+        if not self.processes.all_true(lacking is None):  # machines may not share the disk
             raise lacking or OSError("a file of it cannot be read by another process")
         merged = self.processes.gathered(digests[None]).sum(dim=0, dtype=torch.uint8).cpu()
         return {name: bytes(row.tolist()).hex() for name, row in zip(names, merged, strict=True)}
 
     def _finish(self, step: int, folder: Path, checksums: dict[str, str], has_states: bool) -> None:
-        batch_size = self.batch_size if has_states else None
-        about = {"step": step, "files": checksums, "batch_size": batch_size}
-        about |= {"commands": self.commands, "run": self.description}
-        fsync(folder)  # the files' names; their contents are synced as they are written
+        """Write the manifest, which makes the folder a checkpoint."""
+        manifest = Manifest(
+            step=step,
+            files=checksums,
+            batch_size=self.batch_size if has_states else None,
+            commands=self.commands,
+            run=self.description,
+        )
+        fsync(folder)  # for the files' names; their contents are synced as they are written
         with atomic_path(folder.with_suffix(".json")) as beside:
-            beside.write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+            beside.write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False), encoding="utf-8")
         if has_states:
             self._drop_old(step)
 
     def _drop_old(self, step: int) -> None:
-        """All before `step` but the newest that are good; what is beyond it was skipped as damaged, and stays until the run
-        is there again."""
+        """Remove the checkpoints before `step` that are not among the newest good ones.
+
+        Checkpoints beyond `step` were skipped as damaged, and stay until the run writes them again.
+        """
         before = [number for number in map(_step_of, self._manifests()) if number < step]
-        unread = [number for number in before if number not in self.good]  # older than what this process went on from
+        unread = [number for number in before if number not in self.good]  # older than what this process resumed from
         kept = {*[step, *(number for number in before if number in self.good), *unread][: self.keep]}
-        # Manifests go first: what is left of a checkpoint is then no checkpoint.
+        # Manifests go first, so that a kill here leaves no checkpoint that lacks files.
         for path in sorted(self.folder.iterdir(), key=Path.is_dir):
             match = _STEP.fullmatch(path.stem)
             if match is None or path.is_symlink() or int(match[1]) > step or int(match[1]) in kept:
@@ -213,10 +256,10 @@ class Checkpoints:
                 path.unlink()
 
     def check_disk(self, num_bytes: int, student_bytes: int, starts_anew: bool) -> None:
-        """Refuse a run whose checkpoints, of so many bytes each, and student cannot fit, before it starts.
+        """Refuse a run before it starts if its checkpoints, of `num_bytes` each, and its student cannot fit on the disk.
 
         Args:
-            starts_anew: whether what is there stays beside the new ones.
+            starts_anew: whether the checkpoints that are there stay beside the new ones.
         """
         existing = self.folder
         while not existing.exists():

@@ -1,33 +1,33 @@
-"""Hidden states of the student's blocks held against those of the teacher's, beside the velocities."""
+"""The feature loss: how far the hidden states of the student's blocks are from those of the teacher's."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-MASK_STDS = 2.0  # hidden states further than this from their mean are left out
+MASK_STDS = 2.0  # hidden states that lie more standard deviations than this from their mean are left out
 
 
 def span_ends(layers: Sequence[int], teacher_depth: int) -> list[int]:
-    """The teacher layer after which each student block's output should look the same: the last of the span it replaces.
+    """Return the teacher layer whose output each student block should reproduce: the last layer of the span it replaces.
 
-    Block i starts from layer layers[i] and stands for all up to the next kept one (VainF/TinyFusion:train_masked_kd.py
-    supervises block i of every second kept by layer 2 i + 1).
+    Block i starts from layer layers[i] and stands for all layers up to the next kept one. (VainF/TinyFusion:train_masked_kd.py
+    keeps every second layer, and supervises block i by layer 2 i + 1.)
     """
     return [following - 1 for following in [*layers[1:], teacher_depth]]
 
 
 class FeatureLoss(nn.Module):
-    """Relative squared error of each sample's hidden states: 1 is as far off as answering zero, averaged over the layers.
+    """Relative squared error of each sample's hidden states, averaged over the layers. It is 1 for a student that answers zero.
 
-    Entries of the teacher that lie beyond MASK_STDS standard deviations of their sample are masked: a plain error of a
-    diffusion transformer's hidden states follows a few massive activations and diverges (TinyFusion, arXiv 2412.01199,
-    table 5). Each layer is divided by the teacher's second moment, so that all weigh alike; sample by sample, so
-    that a batch may be shared out over processes and passes.
+    Entries of the teacher that lie beyond MASK_STDS standard deviations of their sample are masked. Without the mask the error
+    of a diffusion transformer's hidden states follows a few massive activations and diverges (TinyFusion, arXiv 2412.01199,
+    table 5). The error of each layer is divided by the teacher's second moment, so that all layers weigh the same. Both are
+    taken sample by sample, so that the loss does not depend on how a batch is shared out over processes and micro-batches.
 
     Args:
-        channels: the teacher's residual channels that the student's are, (student width,); None where they are not a part
-            of them: then a linear map is learnt with the student, and thrown away after training.
+        channels: which of the teacher's residual channels the student has (student width,). If None, the student's channels
+            are none of the teacher's; a linear map between them is then learnt beside the student and dropped after training.
     """
 
     def __init__(self, student_width: int, teacher_width: int, num_layers: int, channels: Sequence[int] | None):
@@ -38,7 +38,7 @@ class FeatureLoss(nn.Module):
             self.maps.extend(nn.Linear(student_width, teacher_width) for _ in range(num_layers))
 
     def forward(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
-        """The mean over layers (B,), of features (B, L, D) in the order of the student's blocks."""
+        """Return the mean error over layers (B,) of features (B, L, D), which are in the order of the student's blocks."""
         losses = []
         for index, (ours, theirs) in enumerate(zip(student_features, teacher_features, strict=True)):
             ours = self.maps[index](ours) if self.maps else ours
@@ -48,7 +48,10 @@ class FeatureLoss(nn.Module):
 
 
 def masked_relative_error(actual: Tensor, expected: Tensor) -> Tensor:
-    """mean(m (a - e)^2) / mean(m e^2) of every sample (B,), with m = |e - mean| < MASK_STDS std over all else."""
+    """Return mean(m (a - e)^2) / mean(m e^2) of every sample (B,), where m = |e - mean| < MASK_STDS std.
+
+    Mean and standard deviation are those of the sample's expected values.
+    """
     flat = expected.flatten(1)
     mean, std = flat.mean(dim=1), flat.std(dim=1)
     view = (-1,) + (1,) * (expected.ndim - 1)

@@ -1,4 +1,4 @@
-"""What is minimised: the squared error of velocities, weighted by noise level, and of hidden states beside them."""
+"""The objective: the squared error of velocities, weighted by noise level, and the feature loss beside it."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,12 @@ SIGMA_WEIGHTINGS = ("none", "x0", "endpoint")
 
 
 def sigma_weights(kind: str, sigma: Tensor, shift: float) -> Tensor:
-    """Weight (B,) of each sample's squared velocity error, 1 on average over levels uniform in u.
+    """Return the weight (B,) of each sample's squared velocity error. It is 1 on average over levels uniform in u.
 
-    "none": every level alike. "x0": sigma^2 over its mean, the error of x_0 = x_sigma - sigma v. "endpoint": d sigma / d u, how far a
-    sampling step of uniform u moves at that level, so how much of its error reaches the picture.
+    Args:
+        kind: "none" weighs all levels the same. "x0" is sigma^2 over its mean, which weighs the error of
+            x_0 = x_sigma - sigma v. "endpoint" is d sigma / d u, how far a sampling step of uniform u moves at that level, and
+            so how much of its error reaches the picture.
     """
     if kind == "x0":
         return sigma.square() / _mean_square_sigma(shift)
@@ -29,19 +31,21 @@ def sigma_weights(kind: str, sigma: Tensor, shift: float) -> Tensor:
 
 
 def _mean_square_sigma(shift: float) -> float:
-    """The mean of sigma^2 over u uniform in [0, 1]."""
+    """Return the mean of sigma^2 over u uniform in [0, 1]."""
     u = torch.linspace(0, 1, 10_001, dtype=torch.float64)
     return float((shift * u / (1 + (shift - 1) * u)).square().mean())
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a step minimises, and what it shows; all but `total` are detached.
+    """What a step minimises and what it reports. All but `total` are detached.
 
     Attributes:
+        total: the sum of `velocity` and `features`.
         velocity: the weighted mean squared velocity error.
-        features: what hidden states add to it in `total`; 0 where the answer brings none.
-        by_sample: (B,) the samples' mean squared velocity errors, unweighted.
+        features: what the feature loss adds; 0 for an answer without hidden states.
+        by_sample: unweighted mean squared velocity error (B,) of each sample.
+        student_velocity: what the student answered (B, C, H, W).
     """
 
     total: Tensor
@@ -53,13 +57,15 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The loss of a step.
+    """Computes the loss of a student at an answer of the teacher.
 
     Attributes:
-        shift: of the noise levels' warp, which the weighting undoes.
-        feature_loss: where a fresh answer brings hidden states along; its weight falls from `feature_weight` to 0 along a
-            line over training (TinyFusion's schedule). At weight 1 a relative error of hidden states counts as much as the
-            same relative error of the velocity.
+        shift: warp of the noise levels, which the weighting undoes.
+        sigma_weighting: a name in `SIGMA_WEIGHTINGS`.
+        feature_loss: applied to answers that bring hidden states; None compares velocities only.
+        feature_weight: weight of the feature loss at the start. It falls to 0 along a line over the training (TinyFusion's
+            schedule). At weight 1 a relative error of hidden states counts as much as the same relative error of the velocity.
+        compute_dtype: precision of matrix products.
     """
 
     shift: float
@@ -70,7 +76,7 @@ class Objective:
     device: str = "cpu"
 
     def __call__(self, student: WanLiteStudent, answer: Answer, progress: float = 0.0) -> Loss:
-        """The loss at a batch of states; `progress` is the part of the training that is done."""
+        """Return the loss at a micro-batch of states; `progress` is how much of the training is done, from 0 to 1."""
         timestep = to_device(sigma_to_timestep(answer.sigma), self.device)
         layers = range(len(answer.features))
         with block_outputs(student, layers) as features:
@@ -91,7 +97,10 @@ class Objective:
 
 
 class TrainedStudent(nn.Module):
-    """A student, and what is learnt beside it and thrown away; its forward pass is the loss, for all gradients at once."""
+    """A student with the maps of the feature loss, which are learnt beside it and dropped after training.
+
+    Its forward pass is the loss, so that DistributedDataParallel averages the gradients of both at once.
+    """
 
     def __init__(self, student: WanLiteStudent, objective: Objective):
         super().__init__()
@@ -103,5 +112,5 @@ class TrainedStudent(nn.Module):
 
     @property
     def has_idle_parts(self) -> bool:
-        """Whether some parameters have no gradient where an answer brings no hidden states."""
+        """Whether some parameters get no gradient from an answer without hidden states."""
         return self.feature_loss is not None and any(True for _ in self.feature_loss.parameters())

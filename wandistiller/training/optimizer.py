@@ -15,7 +15,13 @@ from wandistiller.processes import local_part, reshard
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationOptions:
-    """`optimizer` is "adamw" or "adamw8bit"; `lr_scheduler` is "constant", "linear" or "cosine", each after `lr_warmup_steps`; `ema_decay` is the moving average's memory a step; 0 keeps none."""
+    """How weights move.
+
+    Attributes:
+        optimizer: "adamw" or "adamw8bit".
+        lr_scheduler: "constant", "linear" or "cosine", which follows `lr_warmup_steps` of rising learning rate.
+        ema_decay: share of the moving average that a step keeps; 0 keeps no average.
+    """
 
     lr: float
     optimizer: str = "adamw"
@@ -28,13 +34,13 @@ class OptimizationOptions:
 
 
 def check_optimizer(name: str) -> None:
-    """Refuse an optimiser whose library is not installed."""
+    """Refuse an optimiser if its library is not installed."""
     if name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--optimizer adamw8bit: needs bitsandbytes, which is not installed; pip install bitsandbytes")
 
 
 def make_optimizer(model: nn.Module, options: OptimizationOptions, device: str) -> torch.optim.Optimizer:
-    """AdamW, of torch or with moments in 8 bits of bitsandbytes (blockwise quantisation, arXiv 2110.02861)."""
+    """Return torch's AdamW, or bitsandbytes' with moments in 8 bits (blockwise quantisation, arXiv 2110.02861)."""
     settings = {"lr": options.lr, "betas": options.betas, "weight_decay": options.weight_decay}
     if options.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
@@ -44,7 +50,7 @@ def make_optimizer(model: nn.Module, options: OptimizationOptions, device: str) 
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, options: OptimizationOptions, num_steps: int) -> LambdaLR:
-    """Warm-up, then constant, or down to zero at `num_steps` along a line or half a cosine."""
+    """Return a schedule that warms up and then stays, or falls to zero at `num_steps` along a line or half a cosine."""
     from transformers.optimization import get_scheduler
 
     name = "constant_with_warmup" if options.lr_scheduler == "constant" else options.lr_scheduler
@@ -52,10 +58,11 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, options: OptimizationOpt
 
 
 class WeightAverage:
-    """The moving average of a model's weights, each where its weight is (a part of it where FSDP2 has spread it).
+    """The moving average of a model's weights, on the device of each weight and sharded as FSDP2 shards it.
 
-    Its memory grows with the run, min(decay, (1 + n) / (10 + n)) after n updates (diffusers:src/diffusers/training_utils.py,
-    EMAModel), so that the average of a short run does not remember the start.
+    After n updates the decay is min(decay, (1 + n) / (10 + n)), as in diffusers' EMAModel, so that the average of a short run
+    does not remember the start. EMAModel itself rounds otherwise in the first updates, keeps its weights without names for the
+    checkpoint, and takes a copy of the model to the CPU for every evaluation.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -65,7 +72,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move towards the model's weights; the first time, all the way."""
+        """Move towards the model's weights. The first update moves all the way."""
         n = self.num_updates
         share = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
         current = [local_part(weight) for weight in self.model.parameters()]
@@ -74,7 +81,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the average for its weights inside."""
+        """Give the model the average for its weights inside, and its own weights back after."""
         self._swap()
         try:
             yield
@@ -92,6 +99,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
+        """Replace the model's weights by the average, for good."""
         reshard(self.model)
         for name, weight in self.model.named_parameters():
             local_part(weight).copy_(local_part(self.weights[name]))

@@ -1,4 +1,4 @@
-"""Everything of a run that moves: weights, their average, optimiser, answers, random numbers; as tensors and back."""
+"""The state of a run as tensors, and back: weights, their average, optimiser, answers, random numbers, losses."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, 
 
 
 class RunState:
-    """A student in training. Loaded from another one's tensors it goes on bit for bit (on the CPU) as that would have.
+    """A student in training. One that loads the tensors of another continues bit for bit (on the CPU) as that would have.
 
     Attributes:
-        losses: of every step so far.
+        losses: the loss of every step so far.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class RunState:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[WanLiteStudent]:
-        """What is measured and saved: the student, with the average of its weights where there is one."""
+        """Give the student with the average of its weights, if there is one, to be measured or drawn with."""
         with contextlib.nullcontext() if self.average is None else self.average.in_place():
             yield self.trained.student
 
     def update(self, loss: float) -> None:
-        """One optimiser step on the gradients at hand."""
+        """Take one optimiser step on the gradients that were added up."""
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -60,15 +60,15 @@ class RunState:
         self.losses.append(loss)
 
     def finish(self) -> None:
-        """The student ends as the average of its weights, where there is one."""
+        """Leave the student with the average of its weights, if there is one."""
         if self.average is not None:
             self.average.copy_to_model()
 
     def tensors(self, has_states: bool = True) -> dict[str, Tensor]:
-        """All of it, flat, to be read back by `load`; spread over the processes where it is so in the run.
+        """Return all of it by name, for `load` to read back. What is sharded in the run is sharded here too.
 
         Args:
-            has_states: with the training states, which are whole between steps alone.
+            has_states: whether to include the training states, which are complete between steps only.
         """
         reshard(self.trained)
         parts = {
@@ -85,9 +85,9 @@ class RunState:
         return {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on where the run was that wrote a checkpoint, with any number of processes.
+        """Resume from a checkpoint, with any number of processes.
 
-        Where its global batch was another, the training states start anew; all else goes on.
+        If its run had another global batch, the training states start anew and all else resumes.
         """
         tensors = checkpoint.read(self._room_for if checkpoint.has_same_batch else self._room_without_answers)
         self.trained.load_state_dict(part_of(tensors, "trained."))
@@ -105,7 +105,7 @@ class RunState:
         return None if name.startswith("answers.") else self._room_for(name, shape, dtype)
 
     def _room_for(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Memory for a saved tensor, spread over the processes as what it will be loaded into is."""
+        """Allocate memory for a saved tensor, sharded as the tensor is that it will be loaded into."""
         part, rest = name.split(".", 1)
         like = None
         if part in ("trained", "ema"):
@@ -120,7 +120,7 @@ class RunState:
         return torch.empty(shape, dtype=dtype)
 
     def _set_lr(self) -> None:
-        """The learning rate of this step; it follows from the step alone, so a longer run may have another schedule."""
+        """Set the learning rate of this step. It follows from the step alone, so a longer run may have another schedule."""
         scheduler = self.lr_scheduler
         lrs = [base * factor(self.step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         scheduler.load_state_dict(
@@ -135,10 +135,10 @@ def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by parameter number and name; its settings come from the flags.
+    """Return the optimiser's state by parameter number and name; its settings come from the flags.
 
-    Read as it lies: `state_dict` of bitsandbytes has a form of its own, its step is a plain number, and its tables are one
-    tensor for all parameters, which a file of safetensors does not hold twice.
+    This reads `optimizer.state` and not `state_dict`, to which bitsandbytes gives a form of its own. There the step is a plain
+    number, and one table tensor serves all parameters, which a safetensors file cannot hold twice.
     """
     tensors, seen = {}, set()
     for number, parameter in enumerate(_parameters_of(optimizer)):
@@ -161,7 +161,7 @@ def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str,
 
 
 def _random_tensors() -> dict[str, Tensor]:
-    """States of the global generators of the CPU and of the GPU in use; those that a step draws from are the answers'."""
+    """Return the states of the global generators. A step draws from generators of its own, which belong to the answers."""
     gpu = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"cpu": torch.get_rng_state()} | gpu
 
