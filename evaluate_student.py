@@ -6,7 +6,6 @@ Both draw from the same noise with the teacher's recorded shift and guidance; wa
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -177,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     check_output_folder(args.output, "--output")
 
     from wandistiller.evaluation.experiment import measure, measure_cost
-    from wandistiller.files.atomic import atomic_path
+    from wandistiller.files.atomic import write_json
     from wandistiller.reports.cards import try_to_write_model_card
     from wandistiller.reports.tables import finite, table_lines
 
@@ -215,10 +214,9 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": str(options.compute_dtype).removeprefix("torch."),
     }
     save_picture(folder / COMPARISON_NAME, experiment, pictures_teacher, pictures_student)
-    with atomic_path(folder / EVALUATION_NAME) as beside:  # last: it says which student the picture is of, too
-        beside.write_text(
-            json.dumps(finite(about | results), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
+    # This file comes last, since it also says which student the picture is of:
+    values = finite(about | results)
+    write_json(folder / EVALUATION_NAME, values, end="\n", indent=2, ensure_ascii=False, allow_nan=False)
     print(f"Saved {EVALUATION_NAME} and {COMPARISON_NAME} in {folder}")
     if folder.resolve() == Path(args.student).resolve() and (card := try_to_write_model_card(folder)):
         print(f"The model card holds them: {card}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from wandistiller.command_line import FlagParser, path, run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_output_folder, check_writable
+from wandistiller.files.paths import nearest_existing
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.sampling.recorded import (
     find_recorded_encoder,
@@ -123,9 +124,7 @@ def check_output(args: argparse.Namespace) -> Path:
 
 def prove_writable(folder: Path) -> None:
     """Refuse a folder where no file can be made, as in /proc, whatever its permissions say; nothing stays there."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = nearest_existing(folder.absolute())
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -369,9 +369,8 @@ class WanLiteStudent(nn.Module):
         Args:
             state_dict: the weights to write, where the student holds only a part of its own.
         """
-        from safetensors.torch import save_file
-
-        from wandistiller.files.atomic import atomic_path
+        from wandistiller.files.atomic import write_text
+        from wandistiller.files.safetensors_files import write_tensors
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -379,10 +378,8 @@ class WanLiteStudent(nn.Module):
         tensors = {
             name: tensor.detach().cpu().contiguous() for name, tensor in (state_dict or self.state_dict()).items()
         }
-        with atomic_path(folder / WEIGHTS_NAME) as path:
-            save_file(tensors, path, metadata={"format": "pt", "student_config": config_json})
-        with atomic_path(folder / CONFIG_NAME) as path:
-            path.write_text(config_json, encoding="utf-8")
+        write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt", "student_config": config_json})
+        write_text(folder / CONFIG_NAME, config_json)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "WanLiteStudent":
@@ -392,10 +389,8 @@ class WanLiteStudent(nn.Module):
             ConfigError: where a file is missing or damaged, or weights and config do not belong together.
             HubError: where there is no such folder, and no such repository can be had either.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         from wandistiller.files.hub import fetch, is_hub_id
+        from wandistiller.files.safetensors_files import DamagedFileError, read_tensors
 
         if not Path(folder).exists() and is_hub_id(folder):
             files = [CONFIG_NAME, WEIGHTS_NAME]
@@ -403,11 +398,9 @@ class WanLiteStudent(nn.Module):
         config = saved_config(folder)
         path = Path(folder) if Path(folder).is_file() else Path(folder) / WEIGHTS_NAME
         try:
-            tensors = load_file(path, device=str(device))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: there is no such file; a trained student's folder holds it") from None
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: is not a whole safetensors file ({error}); copy it again") from None
+            tensors = read_tensors(path, str(device))
+        except DamagedFileError as error:
+            raise ConfigError(str(error)) from None
         if any(tensor.ndim == 5 for tensor in tensors.values()):
             raise ConfigError(f"{path}: was exported for other tools; {_TAKEN}")
         with torch.device("meta"):
@@ -435,7 +428,7 @@ def saved_config(place: str | Path) -> StudentConfig:
     Raises:
         ConfigError: there is no student in this place.
     """
-    from safetensors import SafetensorError, safe_open
+    from wandistiller.files.safetensors_files import DamagedFileError, read_header
 
     place = Path(place)
     if not place.exists():
@@ -446,10 +439,9 @@ def saved_config(place: str | Path) -> StudentConfig:
     if not weights.exists():
         raise ConfigError(f"{place}: holds neither {CONFIG_NAME} nor {WEIGHTS_NAME}; {_TAKEN}")
     try:
-        with safe_open(weights, framework="pt") as file:
-            text = (file.metadata() or {}).get("student_config")
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{weights}: is not a whole safetensors file ({error}); {_TAKEN}") from None
+        text = read_header(weights).metadata.get("student_config")
+    except DamagedFileError as error:
+        raise ConfigError(str(error)) from None
     if not text:
         raise ConfigError(f"{weights}: has no student_config in its metadata; {_TAKEN}")
     return StudentConfig.from_json(text, f"{weights}, student_config in its metadata")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from wandistiller.files.atomic import atomic_path
+from wandistiller.files.atomic import write_text
 from wandistiller.files.clone import DEMO_TEACHER
 from wandistiller.files.output_folder import (
     CARD_MARK,
@@ -76,8 +76,7 @@ def write_model_card(folder: Path) -> Path | None:
         return None
     config = StudentConfig.load(folder)
     card = model_card(folder, config)
-    with atomic_path(file) as beside:
-        beside.write_text(card, encoding="utf-8")
+    write_text(file, card)
     return file
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from wandistiller.files.atomic import atomic_path
+from wandistiller.files.atomic import write_text
 from wandistiller.model.config import StudentConfig
 from wandistiller.reports.cards import facts, is_apache, limits, table, teacher_name
 
@@ -45,8 +45,7 @@ def write_export_card(
     folder: Path, name: str, config: StudentConfig, export_format: str, dtype: str, *, link: bool = False
 ) -> None:
     """Write the card into an exported folder; `config` as `export.published` leaves it, `name` the folder's in the end."""
-    with atomic_path(folder / "README.md") as file:
-        file.write_text(_card(name, config, export_format, dtype, link), encoding="utf-8")
+    write_text(folder / "README.md", _card(name, config, export_format, dtype, link))
 
 
 def _card(name: str, config: StudentConfig, export_format: str, dtype: str, link: bool) -> str:

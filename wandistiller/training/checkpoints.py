@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError
-from wandistiller.files.atomic import atomic_path, file_digest, fsync
+from wandistiller.files.atomic import file_digest, fsync, write_json
+from wandistiller.files.paths import nearest_existing
 from wandistiller.processes import Processes, error_reason, load_tensors, save_tensors
 
 FOLDER_NAME = "checkpoints"
@@ -191,8 +192,7 @@ class Checkpoints:
         about = {"step": step, "files": checksums, "batch_size": batch_size}
         about |= {"commands": self.commands, "run": self.description}
         fsync(folder)  # the files' names; their contents are synced as they are written
-        with atomic_path(folder.with_suffix(".json")) as beside:
-            beside.write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_json(folder.with_suffix(".json"), about, indent=1, ensure_ascii=False)
         if has_states:
             self._drop_old(step)
 
@@ -218,11 +218,8 @@ class Checkpoints:
         Args:
             starts_anew: whether what is there stays beside the new ones.
         """
-        existing = self.folder
-        while not existing.exists():
-            existing = existing.parent
         num_replaced = 0 if starts_anew else min(self.keep, len(self._manifests()))
-        count, free = self.keep + 1 - num_replaced, shutil.disk_usage(existing).free
+        count, free = self.keep + 1 - num_replaced, shutil.disk_usage(nearest_existing(self.folder)).free
         needed = count * num_bytes + student_bytes
         if needed > free:
             raise UserError(

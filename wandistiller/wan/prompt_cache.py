@@ -7,13 +7,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
 
 from wandistiller.errors import UserError
-from wandistiller.files.atomic import atomic_path
+from wandistiller.files.safetensors_files import DamagedFileError, open_safetensors, read_header, write_tensors
 
 logger = logging.getLogger(__name__)
 CACHE_VERSION = 1
@@ -23,11 +23,6 @@ NUM_SAMPLES, SAMPLE_BYTES = 2048, 4096  # of larger ones: some blocks of every m
 TOKENIZER_MODELS = ("tokenizer.json", "spiece.model")
 TOKENIZER_FILES = (*TOKENIZER_MODELS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 KEPT_BYTES = 256 * 2**20  # of embeddings that have been read once stay in memory
-
-
-def _first_line(err: Exception) -> str:
-    lines = str(err).strip().splitlines()
-    return f"{type(err).__name__}: {lines[0][:200]}" if lines else type(err).__name__
 
 
 def _read_json(path: Path) -> dict:
@@ -68,13 +63,7 @@ def encoder_fingerprint(encoder_folder: Path, tokenizer_folder: Path, settings: 
 
 
 def _weight_file_digest(path: Path) -> str:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"):  # checks the header against the size
-            pass
-    except (SafetensorError, OSError) as err:
-        raise UserError(f"{path}: is not a whole safetensors file; fetch it again ({_first_line(err)})") from err
+    read_header(path)  # refuses a file that is not whole
     size = path.stat().st_size
     digest = hashlib.sha256(f"{size} ".encode())
     with path.open("rb") as file:
@@ -89,11 +78,9 @@ class EmbedCache:
     """Which shard holds the embedding of which prompt (sha256 of the cleaned text); values are read on demand."""
 
     def __init__(self, folder: Path, text_dim: int):
-        from safetensors import safe_open
-
         self.folder, self.text_dim = folder, text_dim
         # A mapped file each, and a million prompts have thousands of shards: few stay open.
-        self._open = lru_cache(maxsize=64)(partial(safe_open, framework="pt"))
+        self._open = lru_cache(maxsize=64)(open_safetensors)
         self.shard_of: dict[str, Path] = {}
         self.truncated: set[str] = set()
         self._kept: dict[str, Tensor] = {}
@@ -108,19 +95,16 @@ class EmbedCache:
             self._add_shard(path)
 
     def _add_shard(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, framework="pt") as shard:
-                keys, metadata = list(shard.keys()), shard.metadata() or {}
-                shapes = [shard.get_slice(key).get_shape() for key in keys]
-            if any(len(shape) != 2 or shape[1] != self.text_dim for shape in shapes):
-                raise ValueError(f"not embeddings of width {self.text_dim}")
-        except (SafetensorError, OSError, ValueError) as err:
-            logger.warning("%s: damaged, its prompts are encoded again (%s)", path, _first_line(err))
+            header = read_header(path)
+            if any(shape[1:] != (self.text_dim,) for shape in header.shapes.values()):
+                reason = f"it holds no embeddings of width {self.text_dim}"
+                raise DamagedFileError(f"{path}: {reason}", reason)
+        except DamagedFileError as error:
+            logger.warning("%s: damaged, its prompts are encoded again (%s)", path, error.reason)
             return
-        self.shard_of.update(dict.fromkeys(keys, path))
-        self.truncated.update(metadata.get("truncated", "").split())
+        self.shard_of.update(dict.fromkeys(header.shapes, path))
+        self.truncated.update(header.metadata.get("truncated", "").split())
 
     def read(self, key: str) -> Tensor:
         """The embedding (n, text_dim) of a key that `shard_of` knows."""
@@ -149,13 +133,10 @@ class EmbedCache:
             self._write_shard(rows, truncated)
 
     def _write_shard(self, rows: dict[str, Tensor], truncated: list[str]) -> None:
-        from safetensors.torch import save_file
-
         if not rows:
             return
         # Named by its prompts: encoding a damaged shard's prompts again puts a good one in its place.
         path = self.folder / f"{hashlib.sha256(' '.join(rows).encode()).hexdigest()[:32]}.safetensors"
-        with atomic_path(path) as beside:
-            save_file(rows, beside, metadata={"truncated": " ".join(truncated)})
+        write_tensors(path, rows, {"truncated": " ".join(truncated)})
         self.shard_of.update(dict.fromkeys(rows, path))
         self.truncated.update(truncated)

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wandistiller.errors import UserError
+from wandistiller.errors import UserError, first_line
 from wandistiller.files.prompts import clean_prompt
+from wandistiller.files.safetensors_files import read_header
 from wandistiller.wan.prompt_cache import (
     CACHE_VERSION,
     EmbedCache,
-    _first_line,
     _read_json,
     _weight_files,
     encoder_fingerprint,
@@ -120,7 +120,7 @@ def _load_tokenizer(folder: Path):
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as err:  # the tokenizers library raises bare Exception for a file it cannot parse
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({_first_line(err)})") from err
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(err)})") from err
     if tokenizer.pad_token is None:
         raise UserError(f"{folder}: the tokenizer has no pad token; give the tokenizer/ folder of a Wan pipeline")
     return tokenizer
@@ -138,7 +138,7 @@ def _load_encoder(folder: Path, dtype: torch.dtype):
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as err:  # transformers wraps a bad file in any of a dozen types
-        raise UserError(f"{folder}: the text encoder cannot be loaded ({_first_line(err)})") from err
+        raise UserError(f"{folder}: the text encoder cannot be loaded ({first_line(err)})") from err
     missing = set(info["missing_keys"])
     table, shared = encoder.encoder.embed_tokens.weight, encoder.shared.weight
     # transformers after PR 41580 could leave the table zero or unfilled, silently: issues 43880 and 43992.
@@ -165,15 +165,9 @@ def count_tokens(prompts: Sequence[str], tokenizer_path: str | Path) -> list[int
 
 def encoder_parameters(text_encoder_path: str | Path) -> int:
     """Parameters of a text encoder, from the headers of its files; the embedding table counts once."""
-    from safetensors import SafetensorError, safe_open
-
     sizes: dict[str, int] = {}
     for path in _weight_files(Path(text_encoder_path)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                sizes |= {key: prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as err:
-            raise UserError(f"{path}: is not a whole safetensors file; fetch it again ({_first_line(err)})") from err
+        sizes |= {key: prod(shape) for key, shape in read_header(path).shapes.items()}
     table = "encoder.embed_tokens.weight"
     return sum(size for key, size in sizes.items() if key != table or "shared.weight" not in sizes)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, setting
+from wandistiller.files.safetensors_files import open_safetensors, read_header
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.wan.names import PATCH_KERNEL, other_wan_kind, to_canonical, transformer_settings, uses_original_names
@@ -74,10 +75,8 @@ class StoredTensor:
 
     def read(self) -> Tensor:
         """The tensor on the CPU in its stored precision; fp8 comes as float32, times its scale."""
-        from safetensors import safe_open
-
-        # One open per tensor: a mapping kept open would keep every page already read in memory.
-        with safe_open(self.path, framework="pt") as file:
+        # The file is opened for each tensor, since a mapping kept open would keep every page already read in memory.
+        with open_safetensors(self.path) as file:
             tensor = file.get_tensor(self.key)
         if tensor.dtype not in FP8_DTYPES:
             return tensor
@@ -89,29 +88,13 @@ class StoredTensor:
 
 def stored_tensors(path: Path) -> dict[str, tuple[StoredTensor, str]]:
     """Every tensor of one safetensors file with its stored dtype, from the header alone."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            return {
-                key: (StoredTensor(path, key, tuple(part.get_shape())), part.get_dtype())
-                for key, part in slices.items()
-            }
-    except FileNotFoundError:
-        raise TeacherFileError(f"{path}: there is no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise TeacherFileError(
-            f"{path}: is not a whole safetensors file ({error}); a download cut short looks like this, copy it again"
-        ) from None
+    header = read_header(path)
+    return {key: (StoredTensor(path, key, shape), header.dtypes[key]) for key, shape in header.shapes.items()}
 
 
 def _exported_student(path: Path) -> StudentConfig | None:
     """The config that export_student.py wrote into the file's metadata: heads and eps, which no tensor tells."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("student_config")
+    text = read_header(path).metadata.get("student_config")
     if text is None:
         return None
     return StudentConfig.from_json(text, f"{path}, student_config in its metadata")
