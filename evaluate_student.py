@@ -129,7 +129,7 @@ def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str])
     vae_location = find_vae(args.vae_path, teacher_path)
     encoder = find_recorded_encoder(config, args.text_encoder_path, teacher_path)
     judge = world_judge_of(wan_files, prompts)
-    vae = load_vae(*vae_location, config.num_channels, config.vae_scale_factor, device)
+    vae = load_vae(vae_location, config.num_channels, config.vae_scale_factor, device)
 
     negative_prompt = settings.negative_prompt if settings.uses_guidance else None
     embeds, negative = embed_with_negative(prompts, negative_prompt, encoder, config, args.prompt_cache, device)

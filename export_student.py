@@ -135,18 +135,22 @@ def prove_writable(folder: Path) -> None:
 def find_parts(args: argparse.Namespace, config: StudentConfig) -> tuple[dict[str, Path], dict[str, list]]:
     """Folders of VAE, text encoder and tokenizer, each known to be the student's, and the classes of the text parts."""
     from wandistiller.projection.diffusers_export import text_classes
-    from wandistiller.wan.vae import check_statistics, find_vae, load_vae, vae_folder
+    from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, load_vae
 
     teacher = teacher_paths(config, args.teacher_path)[0] if not (args.vae_path and args.text_encoder_path) else "mock"
-    vae = vae_folder(*find_vae(args.vae_path, teacher))
+    vae = find_vae(args.vae_path, teacher).folder()
     encoder = find_recorded_encoder(config, args.text_encoder_path, teacher)
     if encoder is None:
         raise UserError(
             "this student learnt the mock teacher's stand-in embeddings; there is no text encoder for a pipeline, export it "
             "as diffusers or original"
         )
-    check_statistics(load_vae(str(vae), None, config.num_channels, config.vae_scale_factor).config, config, vae)
-    return {"vae": vae, "text_encoder": encoder[0], "tokenizer": encoder[1]}, text_classes(encoder[0])
+    record = config.distillation or {}
+    learnt = LatentStatistics(record.get("latents_mean"), record.get("latents_std"))
+    found = load_vae(VaeLocation(str(vae), None), config.num_channels, config.vae_scale_factor).config
+    check_statistics(learnt, LatentStatistics(found.latents_mean, found.latents_std), vae)
+    parts = {"vae": vae, "text_encoder": encoder.encoder, "tokenizer": encoder.tokenizer}
+    return parts, text_classes(encoder.encoder)
 
 
 def print_warnings(config: StudentConfig, export_format: str) -> None:

@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         warn_of_untrained(config, options)
     vae_location = find_vae(args.vae_path, paths[0])
     encoder = find_recorded_encoder(config, args.text_encoder_path, paths[0])
-    vae = load_vae(*vae_location, config.num_channels, config.vae_scale_factor, device)
+    vae = load_vae(vae_location, config.num_channels, config.vae_scale_factor, device)
     folder = prepare_output_folder(args.output, "--output")
 
     # Text first: its encoder leaves memory before the model comes:

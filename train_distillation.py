@@ -60,11 +60,11 @@ def open_fitting_teacher(args: argparse.Namespace, config: StudentConfig) -> "tu
     from wandistiller.projection.selection import check_fits
     from wandistiller.wan.open import open_teacher
     from wandistiller.wan.settings import resolve_settings
-    from wandistiller.wan.vae import find_vae, vae_config_path
+    from wandistiller.wan.vae import find_vae
 
     wan_files = open_teacher(args.teacher_path, config, args.teacher_path_low)
     if args.vae_path:
-        wan_files.complete_from_vae(vae_config_path(*find_vae(args.vae_path, args.teacher_path)))
+        wan_files = wan_files.with_vae_config(find_vae(args.vae_path, args.teacher_path).config_path())
     check_fits(wan_files.expert(args.init_expert).config, config, args.layers, args.student_config)
     settings = resolve_settings(
         wan_files,

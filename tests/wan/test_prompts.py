@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from wandistiller.errors import UserError
 from wandistiller.files.prompts import clean_prompt, load_prompts
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
-from wandistiller.wan.text_encoder import encode_prompts
+from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts
+from wandistiller.wan.text_encoder_files import TextEncoderFiles
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT_DIM = 16
@@ -79,7 +80,9 @@ def oracle(saved_pipeline) -> torch.Tensor:
 
 
 def encode(folder: Path, prompts=PROMPTS, **settings):
-    return encode_prompts(prompts, folder / "text_encoder", folder / "tokenizer", folder.parent / "cache", **settings)
+    progress = settings.pop("progress", None)
+    files = TextEncoderFiles(folder / "text_encoder", folder / "tokenizer")
+    return encode_prompts(prompts, files, folder.parent / "cache", EncodingOptions(**settings), progress)
 
 
 def padded(embeds, slots: int = 512) -> torch.Tensor:
@@ -221,7 +224,7 @@ def test_many_small_shards_hold_the_same_values(pipeline_folder, oracle, monkeyp
 @pytest.mark.parametrize("whole", [True, False])
 def test_changed_weights_tokenizer_slots_or_dtype_miss_the_cache(pipeline_folder, monkeypatch, whole):
     if not whole:
-        monkeypatch.setattr("wandistiller.wan.prompt_cache.READ_WHOLE_BYTES", 0)
+        monkeypatch.setattr("wandistiller.wan.text_encoder_files.READ_WHOLE_BYTES", 0)
     before = padded(encode(pipeline_folder, ["fox"]))
     edit_weights(pipeline_folder, lambda weights: weights["encoder.final_layer_norm.weight"].mul_(2))
     torch.testing.assert_close(padded(encode(pipeline_folder, ["fox"])), 2 * before)
@@ -291,7 +294,7 @@ def truncate(path: Path) -> None:
         (lambda f: shutil.rmtree(f / "text_encoder"), r"text_encoder: holds no config\.json"),
         (lambda f: write_config(f, model_type="t5"), "model_type='t5'"),
         (lambda f: write_config(f, d_model="wide"), "d_model='wide'"),
-        (lambda f: (f / "text_encoder" / "config.json").write_text("{"), r"config\.json: cannot be read as JSON"),
+        (lambda f: (f / "text_encoder" / "config.json").write_text("{"), r"config\.json: line 1: not valid JSON"),
         (lambda f: (f / "text_encoder" / "model.safetensors").unlink(), "only safetensors weights are read"),
         (lambda f: truncate(f / "text_encoder" / "model.safetensors"), "not a whole safetensors file"),
         (lambda f: write_index(f, {"shared.weight": "../outside.safetensors"}), "names '../outside.safetensors'"),

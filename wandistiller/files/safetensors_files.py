@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wandistiller.errors import UserError, first_line
@@ -71,13 +71,13 @@ def read_header(path: str | Path) -> SafetensorsHeader:
 def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
     """Read all tensors of a file."""
     with _refusing_damage(path):
-        return load_file(path, device=device)
+        return safetensors.torch.load_file(path, device=device)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a file, whole or not at all."""
     with atomic_path(path) as beside:
-        save_file(dict(tensors), beside, metadata=dict(metadata) if metadata else None)
+        safetensors.torch.save_file(dict(tensors), beside, metadata=dict(metadata) if metadata else None)
 
 
 def indexed_files(index: Path) -> list[Path]:

@@ -441,7 +441,7 @@ def saved_config(place: str | Path) -> StudentConfig:
     try:
         text = read_header(weights).metadata.get("student_config")
     except DamagedFileError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"{error}; {_TAKEN}") from None
     if not text:
         raise ConfigError(f"{weights}: has no student_config in its metadata; {_TAKEN}")
     return StudentConfig.from_json(text, f"{weights}, student_config in its metadata")

@@ -23,7 +23,7 @@ from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
-from wandistiller.wan.vae import decode, load_vae
+from wandistiller.wan.vae import VaeLocation, decode, load_vae
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,7 +64,7 @@ class Samples:
         prompts: Sequence[str],
         prompt_embeds: PromptEmbeds,
         latent_shape: tuple[int, int, int],
-        vae_location: tuple[str, str | None],
+        vae_location: VaeLocation,
         teacher_options: SamplingOptions,
         student_options: SamplingOptions,
         processes: Processes,
@@ -140,9 +140,7 @@ class Samples:
         self.on_picture(step, grid)
 
     def _grid(self, latents: Tensor) -> "Image":
-        vae = load_vae(
-            *self.vae_location, latents.shape[1], self.settings.vae_scale_factor, self.student_options.device
-        )
+        vae = load_vae(self.vae_location, latents.shape[1], self.settings.vae_scale_factor, self.student_options.device)
         if self.teacher_latents is not None and not self.teacher_row:
             self.teacher_row = self._pictures(vae, self.teacher_latents)
         rows = {"teacher": self.teacher_row} if self.teacher_row else {}

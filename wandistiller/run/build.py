@@ -35,6 +35,7 @@ from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.wan.files import WanFiles
 from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
+from wandistiller.wan.vae import VaeLocation
 
 
 def lanes_of(args: argparse.Namespace, processes: Processes) -> Lanes:
@@ -280,7 +281,7 @@ def build_samples(
     config: StudentConfig,
     prompts: list[str],
     prompt_embeds: PromptEmbeds,
-    vae_location: tuple[str, str | None],
+    vae_location: VaeLocation,
     dtype: torch.dtype,
     processes: Processes,
     folder: Path,

@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -33,7 +32,8 @@ from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.training.loop import steps_of_epochs
 from wandistiller.wan.files import WanFiles
 from wandistiller.wan.settings import TeacherSettings
-from wandistiller.wan.text_encoder import count_tokens, encoder_parameters
+from wandistiller.wan.text_encoder import count_tokens
+from wandistiller.wan.text_encoder_files import TextEncoderFiles
 
 NUM_COUNTED_PROMPTS = 256  # whose tokens stand for those of all
 
@@ -129,7 +129,7 @@ def measure_texts(
     texts: Texts,
     settings: TeacherSettings,
     config: StudentConfig,
-    encoder: tuple[Path, Path] | None,
+    encoder: TextEncoderFiles | None,
     is_mock: bool = False,
 ) -> TextSizes:
     """Tokens of some prompts, evenly spread, by the run's own tokenizer; where there is none (the mock) words count."""
@@ -140,7 +140,7 @@ def measure_texts(
         counts = [len(text.split()) + 1 for text in everything]
         parameters = 0 if is_mock else UMT5_XXL_PARAMETERS
     else:
-        counts, parameters = count_tokens(everything, encoder[1]), encoder_parameters(encoder[0])
+        counts, parameters = count_tokens(everything, encoder), encoder.num_parameters()
     *of_prompts, negative = [min(count, config.text_max_length) for count in counts]
     return TextSizes(sum(of_prompts) / len(of_prompts), negative if settings.uses_guidance else 0, parameters)
 
@@ -203,7 +203,7 @@ def report_budget(
     settings: TeacherSettings,
     config: StudentConfig,
     texts: Texts,
-    encoder: tuple[Path, Path] | None,
+    encoder: TextEncoderFiles | None,
     device: str,
     say: Callable[[str], None] = print,
 ) -> tuple[Verdict, Machine]:

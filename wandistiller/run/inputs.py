@@ -1,7 +1,6 @@
 """What a run reads beside weights, and what it says of itself before it begins: text encoder, embeddings, VAE, leftovers."""
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 from wandistiller.errors import UserError
@@ -9,11 +8,12 @@ from wandistiller.files.prompts import PromptFile, Texts
 from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
 from wandistiller.targets.lanes import Lanes
-from wandistiller.wan.files import WanFiles, check_weights, find_text_encoder
+from wandistiller.wan.files import WanFiles, check_weights
 from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds, mock_prompt_embeds
 from wandistiller.wan.settings import TeacherSettings, warnings_about
-from wandistiller.wan.text_encoder import encode_prompts, text_encoder_dim
-from wandistiller.wan.vae import check_statistics, find_vae, read_vae_config, vae_config_path
+from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts
+from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
+from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, read_vae_config
 
 
 def leave_features_out(args: argparse.Namespace, teacher: StudentConfig, config: StudentConfig) -> None:
@@ -55,25 +55,23 @@ def print_batch(args: argparse.Namespace, lanes: Lanes, processes: Processes) ->
     print(f"Samples a step: {' x '.join([*parts, f'{processes.count} processes'])} = {lanes.total}")
 
 
-def find_encoder(args: argparse.Namespace, wan_files: WanFiles, config: StudentConfig) -> tuple[Path, Path] | None:
+def find_encoder(args: argparse.Namespace, wan_files: WanFiles, config: StudentConfig) -> TextEncoderFiles | None:
     """Folders of the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings will do."""
     if wan_files.is_mock and args.text_encoder_path is None:
         return None
-    encoder, tokenizer = (
-        find_text_encoder(args.text_encoder_path) if args.text_encoder_path else wan_files.text_encoder()
-    )
-    if (text_dim := text_encoder_dim(encoder)) != config.text_encoder_output_dim:
+    encoder = find_text_encoder(args.text_encoder_path) if args.text_encoder_path else wan_files.text_encoder()
+    if (text_dim := encoder.text_dim()) != config.text_encoder_output_dim:
         raise UserError(
-            f"{encoder}: gives embeddings of width {text_dim}, teacher and student take "
+            f"{encoder.encoder}: gives embeddings of width {text_dim}, teacher and student take "
             f"{config.text_encoder_output_dim}; point --text_encoder_path at the teacher's own encoder"
         )
-    return encoder, tokenizer
+    return encoder
 
 
 def embed_prompts(
     args: argparse.Namespace,
     texts: Texts,
-    encoder: tuple[Path, Path] | None,
+    encoder: TextEncoderFiles | None,
     settings: TeacherSettings,
     config: StudentConfig,
     processes: Processes,
@@ -86,8 +84,8 @@ def embed_prompts(
     else:
 
         def encode(prompts: list[str]) -> PromptEmbeds:
-            slots, device = config.text_max_length, processes.device
-            return encode_prompts(prompts, *encoder, args.prompt_cache, slots, device, progress=print_encoding)
+            options = EncodingOptions(config.text_max_length, processes.device)
+            return encode_prompts(prompts, encoder, args.prompt_cache, options, print_encoding)
 
         encode(everything[processes.rank :: processes.count])  # each process its share, into the cache of all
         processes.barrier()
@@ -104,9 +102,7 @@ def print_encoding(done: int, total: int) -> None:
         print(f"Encoding prompts: {done}/{total}", flush=True)
 
 
-def find_sample_vae(
-    args: argparse.Namespace, wan_files: WanFiles, settings: TeacherSettings
-) -> tuple[str, str | None] | None:
+def find_sample_vae(args: argparse.Namespace, wan_files: WanFiles, settings: TeacherSettings) -> VaeLocation | None:
     """Where the VAE of the sample pictures is, or None where none can be drawn; a --vae_path without one is a mistake.
 
     Raises:
@@ -119,9 +115,9 @@ def find_sample_vae(
         return None
     try:
         location = find_vae(args.vae_path, args.teacher_path)
-        check_is_vae_of(settings, wan_files.config, vae_config_path(*location))
-        if Path(location[0]).exists():  # else the hub's client sees to its files
-            check_weights(Path(*filter(None, location)))
+        check_is_vae_of(settings, wan_files.config, location.config_path())
+        if location.is_local:  # else the hub's client sees to its files
+            check_weights(location.folder())
     except UserError as error:
         if args.vae_path is not None:
             raise
@@ -139,6 +135,6 @@ def check_is_vae_of(settings: TeacherSettings, teacher: StudentConfig, config_pa
             f"{folder}: is a VAE of factor {vae.vae_scale_factor}; the teacher's latents have factor "
             f"{settings.vae_scale_factor}; give --vae_path the teacher's own VAE"
         )
-    learnt = {"latents_mean": settings.latents_mean, "latents_std": settings.latents_std}
+    learnt = LatentStatistics(settings.latents_mean, settings.latents_std)
     if vae.latents_mean and vae.latents_std:
-        check_statistics(asdict(vae), teacher.replace(distillation=learnt), folder)
+        check_statistics(learnt, LatentStatistics(vae.latents_mean, vae.latents_std), folder)

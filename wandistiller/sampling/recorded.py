@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from wandistiller.sampling.sampler import SamplingOptions
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
+    from wandistiller.wan.text_encoder_files import TextEncoderFiles
 
 # What sampling cannot do without; the rest of the record is history.
 _NEEDED = {
@@ -141,28 +142,27 @@ def check_is_teacher(teacher: StudentConfig, config: StudentConfig, teacher_path
 
 def find_recorded_encoder(
     config: StudentConfig, text_encoder_path: str | None, teacher_path: str
-) -> tuple[Path, Path] | None:
+) -> "TextEncoderFiles | None":
     """Folders of the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings were learnt."""
-    from wandistiller.wan.files import find_text_encoder
-    from wandistiller.wan.text_encoder import text_encoder_dim
+    from wandistiller.wan.text_encoder_files import find_text_encoder
 
     path, recorded = text_encoder_path, (config.distillation or {}).get("text_encoder_path")
     if path is None and recorded is not None:
         path = _found(recorded, "text encoder", "--text_encoder_path", is_hub_id(recorded))
     if path is None and teacher_path == "mock":
         return None
-    encoder, tokenizer = find_text_encoder(path or teacher_path)
-    if (text_dim := text_encoder_dim(encoder)) != config.text_encoder_output_dim:
+    encoder = find_text_encoder(path or teacher_path)
+    if (text_dim := encoder.text_dim()) != config.text_encoder_output_dim:
         raise UserError(
-            f"{encoder}: gives embeddings of width {text_dim}, the student takes {config.text_encoder_output_dim}; point "
+            f"{encoder.encoder}: gives embeddings of width {text_dim}, the student takes {config.text_encoder_output_dim}; point "
             "--text_encoder_path at the teacher's own encoder"
         )
-    return encoder, tokenizer
+    return encoder
 
 
 def embed_texts(
     texts: "Sequence[str]",
-    encoder: tuple[Path, Path] | None,
+    encoder: "TextEncoderFiles | None",
     config: StudentConfig,
     prompt_cache: str,
     device: str,
@@ -170,11 +170,11 @@ def embed_texts(
 ) -> "PromptEmbeds":
     """Text tokens of prompts, as the student was trained on them."""
     from wandistiller.wan.prompt_embeds import mock_prompt_embeds
-    from wandistiller.wan.text_encoder import encode_prompts
+    from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts
 
     if encoder is None:
         return mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
-    return encode_prompts(texts, *encoder, prompt_cache, config.text_max_length, device, progress=progress)
+    return encode_prompts(texts, encoder, prompt_cache, EncodingOptions(config.text_max_length, device), progress)
 
 
 def embed_with_negative(
