@@ -169,10 +169,6 @@ def steps_of_equal_error(error: float, errors_at_steps: Mapping[int, float]) -> 
 # ---- cost ----
 
 
-def count_parameters(*models: torch.nn.Module) -> int:
-    return sum(parameter.numel() for model in models for parameter in model.parameters())
-
-
 def picture_flops(field: Teacher, latent_size: int, num_tokens: int) -> tuple[int, int]:
     """FLOPs of one forward pass and of one sampling step at sigma 1, of one picture whose prompt has `num_tokens` tokens.
 
