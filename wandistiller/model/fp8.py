@@ -64,7 +64,7 @@ class Fp8Linear(nn.Module):
 def quantise(weight: Tensor) -> tuple[Tensor, float]:
     """Return a weight as float8_e4m3fn, and the scale (a float32 number) that it is to be multiplied by.
 
-    A weight whose every value is an fp8 value, as a checkpoint of plain fp8 has it, is kept with scale 1.
+    A weight whose every value is an fp8 value, as a Wan stored in plain fp8 has it, is kept with scale 1.
     """
     weight = weight.float()
     if _is_plain(weight[:1]) and _is_plain(weight):  # the first row rules most weights out at no cost

@@ -1,4 +1,4 @@
-"""A Wan text-to-video checkpoint on disk or on the hub: its experts, and what the folder around them says of it.
+"""A Wan text-to-video model on disk or on the hub: its experts, and what the folder around them says of it.
 
 It may be a diffusers pipeline folder or bare transformer folder, an original Wan folder (one or two experts), a single
 safetensors file with original names (ComfyUI's, also fp8 and fp8_scaled), or a hub id. Only safetensors and JSON are read.
@@ -98,7 +98,7 @@ class WanFiles:
         return self.experts[name]
 
     def text_encoder(self) -> TextEncoderFiles:
-        """Find the text encoder that belongs to this Wan; that of a hub checkpoint is fetched now."""
+        """Find the text encoder that belongs to this Wan; one on the hub is fetched now."""
         if self.text_encoder_location is not None:
             return find_text_encoder(self.text_encoder_location)
         if self.pickled_text_encoder is not None:
@@ -123,7 +123,7 @@ def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None =
         low_noise_path: the low-noise expert where the two are two files; teacher_path is then the high-noise one.
 
     Raises:
-        TeacherFileError: the checkpoint is missing, contradictory, or of another kind.
+        TeacherFileError: the Wan is missing, contradictory, or of another kind.
         DamagedFileError: a file of it is not whole.
     """
     location = str(teacher_path)

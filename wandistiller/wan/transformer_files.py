@@ -55,7 +55,7 @@ _REFUSED_MODEL_TYPES = {
 
 
 def refuse_kind(kind: str | None, where: object) -> None:
-    """Refuse a checkpoint of another kind of Wan; None is text-to-video."""
+    """Refuse another kind of Wan; None stands for text-to-video."""
     if kind:
         raise TeacherFileError(
             f"{where}: this is {kind} checkpoint; WanDistiller projects text-to-video models only "
@@ -285,7 +285,7 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
 
 
 def own_image_size(patch_size: int) -> int:
-    """Return an image size for a checkpoint, which names none: about 512 pixels, in whole patches behind both released VAEs."""
+    """Return an image size for a Wan on disk, which names none: about 512 pixels, in whole patches behind both released VAEs."""
     unit = 16 * patch_size
     return max(1, 512 // unit) * unit
 
