@@ -6,7 +6,6 @@ Both draw from the same noise, with the recorded shift and the teacher's recorde
 wandistiller/evaluation/measures.py.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,12 +195,10 @@ def save_comparison(file: Path, experiment: "Experiment", teacher: "np.ndarray",
 
 def save_results(file: Path, results: dict[str, object]) -> None:
     """Write the results as JSON; a value that is not finite becomes null."""
-    from wandistiller.files.atomic import atomic_path
+    from wandistiller.files.atomic import write_json
     from wandistiller.reports.tables import finite
 
-    text = json.dumps(finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with atomic_path(file) as beside:
-        beside.write_text(text, encoding="utf-8")
+    write_json(file, finite(results), end="\n", indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from wandistiller.command_line import FlagParser, path, run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_output_folder, check_writable
+from wandistiller.files.paths import nearest_existing
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.sampling.recorded import (
     StudentRecord,
@@ -144,9 +145,7 @@ def check_output(flags: Flags) -> Path:
 
 def prove_writable(folder: Path) -> None:
     """Refuse a folder where no file can be made, whatever its permissions say, as in /proc; nothing is left there."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = nearest_existing(folder.absolute())
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -157,20 +156,23 @@ def prove_writable(folder: Path) -> None:
 def find_parts(flags: Flags, config: StudentConfig) -> "PipelineParts":
     """Find the VAE, the text encoder and the tokenizer of a pipeline, and check that they are those of the student."""
     from wandistiller.projection.diffusers_export import PipelineParts, text_classes
-    from wandistiller.wan.vae import check_statistics, find_vae, load_vae, vae_folder
+    from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, load_vae
 
     needs_teacher = not (flags.vae_path and flags.text_encoder_path)
     teacher = teacher_paths(config, flags.teacher_path)[0] if needs_teacher else "mock"
-    vae = vae_folder(*find_vae(flags.vae_path, teacher))
+    vae = find_vae(flags.vae_path, teacher).folder()
     encoder = find_recorded_encoder(config, flags.text_encoder_path, teacher)
     if encoder is None:
         raise UserError(
             "this student learnt the mock teacher's stand-in embeddings; there is no text encoder for a pipeline, export it "
             "as diffusers or original"
         )
-    check_statistics(load_vae(str(vae), None, config.num_channels, config.vae_scale_factor).config, config, vae)
-    folders = {"vae": vae, "text_encoder": encoder[0], "tokenizer": encoder[1]}
-    return PipelineParts(folders, text_classes(encoder[0]), flags.link)
+    record = StudentRecord.of(config)
+    found = load_vae(VaeLocation(str(vae), None), config.num_channels, config.vae_scale_factor).config
+    learnt = LatentStatistics(record.latents_mean, record.latents_std)
+    check_statistics(learnt, LatentStatistics(found.latents_mean, found.latents_std), vae)
+    folders = {"vae": vae, "text_encoder": encoder.encoder, "tokenizer": encoder.tokenizer}
+    return PipelineParts(folders, text_classes(encoder.encoder), flags.link)
 
 
 @contextmanager

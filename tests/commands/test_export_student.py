@@ -565,7 +565,7 @@ def test_an_export_that_ends_early_leaves_nothing(student, export, tmp_path, mon
         Path(file).write_bytes(b"half of a file")
         raise error("no space left on device")
 
-    monkeypatch.setattr("wandistiller.projection.diffusers_export.save_file", half)
+    monkeypatch.setattr("safetensors.torch.save_file", half)
     outcome = export(student, name, output="new/out")
     assert outcome.code == (130 if error is KeyboardInterrupt else 1)
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
@@ -579,7 +579,7 @@ def test_sigterm_is_an_interrupt(student, export, tmp_path, monkeypatch, name):
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("wandistiller.projection.diffusers_export.save_file", killed)
+    monkeypatch.setattr("safetensors.torch.save_file", killed)
     assert export(student, name, output="new/out").code == 130
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
     assert signal.getsignal(signal.SIGTERM) == before

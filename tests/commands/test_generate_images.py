@@ -5,19 +5,17 @@ pytest tests/commands/test_generate_images.py
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 
 import generate_images
 from support.students import PROMPTS, train_student, write_teacher
 from support.wan_folders import write_pipeline_folder
 from wandistiller.command_line import run_command
-from wandistiller.files.pictures import labelled_grid, save_png, slug, wrap
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import seeded_noise
@@ -269,52 +267,3 @@ def test_the_teacher_of_another_student_is_refused(house, mistakes, capsys):
     argv += ["--model", "teacher", "--teacher_path", str(mistakes / "other")]
     assert run_command(lambda: generate_images.main(argv)) == 2
     assert "has num_channels 48, the student 16" in capsys.readouterr().err
-
-
-# ---- pictures ----
-
-
-def test_metadata_keeps_any_text(tmp_path):
-    prompt = "ein Kreis, \u7ea2\u8272\u7684\u5706 \u2764 \u201cquoted\u201d"
-    save_png(np.zeros((4, 4, 3), np.uint8), tmp_path / "a.png", {"prompt": prompt, "seed": 3})
-    assert Image.open(tmp_path / "a.png").text == {"prompt": prompt, "seed": "3"}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_slugs_are_file_names():
-    assert slug("A red/blue  circle: ../etc") == "a-red-blue-circle-etc"
-    assert slug("?!") == "prompt"
-    assert len(slug("word " * 50)) <= 48
-
-
-def test_wrapped_lines_fit_and_lose_nothing():
-    font = ImageFont.load_default(size=13)
-    text = "several words, and oneverylongwordthatcannotfitonalineofitsown at the end"
-    lines = wrap(text, 90, font)
-    assert all(font.getlength(line) <= 90 for line in lines) and len(lines) > 3
-    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-
-
-@pytest.mark.parametrize(
-    "text", ["一只红色的猫坐在草地上" * 5000, "word " * 20000, "x" * 50000], ids=["zh", "words", "x"]
-)
-def test_a_caption_without_end_is_cut_and_costs_a_few_lines(text):
-    font = ImageFont.load_default(size=13)
-    start = time.perf_counter()
-    lines = wrap(text, 160, font)
-    assert time.perf_counter() - start < 1
-    assert 2 < len(lines) <= 8 and all(font.getlength(line) <= 160 for line in lines)
-    assert lines[-1].endswith("...") and text.replace(" ", "").startswith("".join(lines)[:-3].replace(" ", ""))
-    picture = np.zeros((32, 32, 3), np.uint8)
-    assert labelled_grid([[picture]], [[text]]).height < 400
-
-
-def test_grid_places_every_picture():
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    red, green, blue = (np.full((64, 64, 3), colour, np.uint8) for colour in colours)
-    grid = np.asarray(labelled_grid([[red, green], [blue]], [["a caption", "b"], [""]], ["teacher", "student"]))
-    for colour in colours:
-        rows, columns = np.nonzero((grid == colour).all(axis=-1))
-        assert len(rows) == 192 * 192  # three times larger, so that captions have room
-        assert rows.max() - rows.min() == columns.max() - columns.min() == 191
-    assert (grid < 100).all(axis=-1).any()  # the names are there

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from wandistiller.model import layers
-from wandistiller.model.layers import LARGE, Linear
+from wandistiller.model.layers import MIN_WEIGHTS_FOR_ONEDNN, Linear
 
-SHAPES = [(1024, 1024), (1536, 700), (700, 1536)]  # in, out; more than LARGE weights each
+SHAPES = [(1024, 1024), (1536, 700), (700, 1536)]  # in, out; more than MIN_WEIGHTS_FOR_ONEDNN each
 INPUTS = [(5,), (2, 7), (3, 4, 5)]  # rows
 
 
@@ -28,13 +28,13 @@ def pair(in_features: int, out_features: int) -> tuple[Linear, nn.Linear]:
 @pytest.fixture
 def products(monkeypatch) -> list[tuple]:
     """Shapes of the products that oneDNN was given."""
-    seen, product = [], layers.product
+    seen, product = [], layers.onednn_product
 
     def watched(x, weight, bias=None):
         seen.append((tuple(x.shape), tuple(weight.shape)))
         return product(x, weight, bias)
 
-    monkeypatch.setattr(layers, "product", watched)
+    monkeypatch.setattr(layers, "onednn_product", watched)
     return seen
 
 
@@ -50,7 +50,7 @@ def test_answers_and_gradients_are_those_of_torch(shape, rows, products):
     torch.testing.assert_close(ours(x).double(), theirs(x_double), rtol=1e-5, atol=1e-5)
     for mine, right in ((x, x_double), (ours.weight, theirs.weight), (ours.bias, theirs.bias)):
         torch.testing.assert_close(mine.grad.double(), right.grad, rtol=1e-4, atol=1e-4)
-    assert bool(products) == layers.HAS_ONEDNN
+    assert bool(products) == layers.HAS_MKL_AND_ONEDNN
 
 
 def test_only_what_asks_for_a_gradient_gets_one(products):
@@ -67,7 +67,7 @@ def test_only_what_asks_for_a_gradient_gets_one(products):
 @pytest.mark.parametrize("case", ["small", "bf16", "autocast", "meta"])
 def test_all_other_products_are_left_to_torch(case, products):
     size = 64 if case == "small" else 1024
-    assert (size * size < LARGE) == (case == "small")
+    assert (size * size < MIN_WEIGHTS_FOR_ONEDNN) == (case == "small")
     layer, x = Linear(size, size), torch.randn(3, size)
     if case == "bf16":
         layer, x = layer.bfloat16(), x.bfloat16()

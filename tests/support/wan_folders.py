@@ -1,4 +1,4 @@
-"""Tiny Wan checkpoints with the true structure, written by diffusers itself where it can, and their oracle.
+"""Tiny Wans on disk with the true structure, written by diffusers itself where it can, and their oracle.
 
 Every writer returns the diffusers `WanTransformer3DModel` (or two) whose weights the files really hold, after fp8 rounding
 where there is some. `oracle_velocity` runs such a model at one frame over all zero-padded text slots, as WanPipeline does.
@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 torch.set_num_threads(1)  # for tiny tensors on a busy machine a second thread costs five times what it saves
-TEXT_SLOTS = 512  # of every released Wan
+TEXT_SLOTS = 512  # every released Wan has so many
+TINY_SHAPE = {"heads": 2, "head_dim": 12, "layers": 3, "ffn_dim": 40, "channels": 16, "text_dim": 20}
 
-# Canonical (diffusers) -> original; the table of WAN_FACTS section 4 read from right to left.
+# Patterns of canonical (diffusers') names and their original spelling, written down apart from the code under test.
 _TO_ORIGINAL = [
     (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
     (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
@@ -37,17 +38,17 @@ _TO_ORIGINAL = [
 
 
 def to_original(name: str) -> str:
-    """The original Wan name of a diffusers tensor."""
+    """Return the original Wan name of a diffusers tensor."""
     for pattern, replacement in _TO_ORIGINAL:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-# ---- models ----
-
-
 def random_weights(model, seed: int) -> None:
-    """Seeded values that keep activations near unit size and let every tensor matter; default init hides mistakes."""
+    """Fill a model with seeded values that keep activations near unit size and let every tensor matter.
+
+    Default initial values would hide mistakes.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -63,36 +64,30 @@ def random_weights(model, seed: int) -> None:
             parameter.copy_(values)
 
 
-def random_transformer(
-    *,
-    heads: int = 2,
-    head_dim: int = 12,
-    layers: int = 3,
-    ffn_dim: int = 40,
-    channels: int = 16,
-    text_dim: int = 20,
-    seed: int = 0,
-    **others,
-):
-    """A tiny Wan text-to-video transformer of diffusers in float32 with random weights."""
+def random_transformer(*, seed: int = 0, **shape):
+    """Make a tiny Wan text-to-video transformer of diffusers in float32 with random weights.
+
+    Args:
+        shape: values to replace in TINY_SHAPE, or more arguments of diffusers' class.
+    """
     from diffusers import WanTransformer3DModel
 
+    shape = TINY_SHAPE | shape
+    channels = shape.pop("channels")
     model = WanTransformer3DModel(
-        num_attention_heads=heads,
-        attention_head_dim=head_dim,
+        num_attention_heads=shape.pop("heads"),
+        attention_head_dim=shape.pop("head_dim"),
+        num_layers=shape.pop("layers"),
         in_channels=channels,
         out_channels=channels,
-        text_dim=text_dim,
-        ffn_dim=ffn_dim,
-        num_layers=layers,
-        **others,
+        **shape,
     )
     random_weights(model, seed)
     return model.eval()
 
 
 def with_weights(model, tensors: dict[str, Tensor]):
-    """A diffusers transformer of the shape of `model` with other weights."""
+    """Return a diffusers transformer of the shape of `model` with other weights."""
     from diffusers import WanTransformer3DModel
 
     other = WanTransformer3DModel.from_config(model.config)
@@ -104,7 +99,7 @@ def with_weights(model, tensors: dict[str, Tensor]):
 def oracle_velocity(
     model, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor | None = None
 ) -> Tensor:
-    """diffusers' 3D transformer at one frame; with lengths the text is zero-padded to all slots, as WanPipeline does."""
+    """Run diffusers' 3D transformer at one frame; with lengths the text is zero-padded to all slots, as by WanPipeline."""
     if prompt_lengths is not None:
         slots = prompt_embeds.new_zeros(len(prompt_embeds), TEXT_SLOTS, prompt_embeds.shape[-1])
         for row, (embeds, length) in enumerate(zip(prompt_embeds, prompt_lengths.tolist(), strict=True)):
@@ -114,45 +109,38 @@ def oracle_velocity(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest over the batch of |actual - expected| / |expected|."""
+    """Return the largest |actual - expected| / |expected| of a batch."""
     difference = (actual.double() - expected.double()).flatten(1).norm(dim=1)
     return float((difference / expected.double().flatten(1).norm(dim=1)).max())
-
-
-# ---- diffusers layouts ----
 
 
 def write_pipeline_folder(
     path: str | Path,
     *,
-    heads: int = 2,
-    head_dim: int = 12,
-    layers: int = 3,
-    ffn_dim: int = 40,
-    channels: int = 16,
-    text_dim: int = 20,
     two_experts: bool = False,
     boundary_ratio: float = 0.875,
     flow_shift: float = 3.0,
     seed: int = 0,
     max_shard_size: str | int = "10GB",
-    freq_dim: int = 256,
+    **shape,
 ) -> list:
-    """A whole Wan pipeline folder, saved by diffusers: one or two transformers, UMT5, tokenizer, VAE, scheduler.
+    """Write a whole Wan pipeline folder with diffusers: one or two transformers, UMT5, tokenizer, VAE, scheduler.
+
+    Args:
+        shape: values to replace in TINY_SHAPE, or more arguments of diffusers' class.
 
     Returns:
         The transformers: [the only one] or [high noise, low noise].
     """
     from diffusers import UniPCMultistepScheduler, WanPipeline
 
-    shape = {"heads": heads, "head_dim": head_dim, "layers": layers, "ffn_dim": ffn_dim, "channels": channels}
-    shape |= {"text_dim": text_dim, "freq_dim": freq_dim}
+    shape = TINY_SHAPE | shape
     experts = [random_transformer(**shape, seed=seed + i) for i in range(2 if two_experts else 1)]
     tokenizer = tiny_tokenizer()
     pipeline = WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=tiny_text_encoder(len(tokenizer), text_dim, seed),
-        vae=tiny_vae(channels, seed),
+        text_encoder=tiny_text_encoder(len(tokenizer), shape["text_dim"], seed),
+        vae=tiny_vae(shape["channels"], seed),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=flow_shift
         ),
@@ -165,7 +153,7 @@ def write_pipeline_folder(
 
 
 def tiny_tokenizer():
-    """A T5-like tokenizer of single characters: pad id 0, </s> appended, spaces as the T5 mark."""
+    """Return a T5-like tokenizer of single characters: pad id 0, </s> appended, spaces as the T5 mark."""
     from transformers import T5TokenizerFast
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -30.0), ("\u2581", -2.0)]
@@ -183,7 +171,7 @@ def tiny_text_encoder(vocab_size: int, text_dim: int, seed: int):
 
 
 def tiny_vae(channels: int, seed: int):
-    """Wan2.1's VAE structure for 16 channels, Wan2.2's (patches of 2, factor 16) for 48."""
+    """Return a VAE of Wan2.1's structure for 16 channels, or of Wan2.2's (patches of 2, factor 16) for 48."""
     from diffusers import AutoencoderKLWan
 
     settings = {"z_dim": channels, "base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
@@ -198,18 +186,15 @@ def tiny_vae(channels: int, seed: int):
 
 
 def write_transformer_folder(path: str | Path, *, max_shard_size: str | int = "10GB", dtype=torch.float32, **shape):
-    """A bare diffusers transformer folder."""
+    """Write a bare diffusers transformer folder."""
     model = random_transformer(**shape)
     held = with_weights(model, {name: tensor.to(dtype).float() for name, tensor in model.state_dict().items()})
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     return held
 
 
-# ---- original layouts ----
-
-
 def original_settings(model) -> dict:
-    """config.json as the original releases have it; theirs does not say text_dim or patch_size either."""
+    """Return a config.json as the original releases have it; theirs does not say text_dim or patch_size either."""
     config = model.config
     return {
         "_class_name": "WanModel",
@@ -232,7 +217,7 @@ def original_tensors(model) -> dict[str, Tensor]:
 
 
 def write_original_transformer(folder: Path, model, *, num_shards: int = 1, **settings) -> None:
-    """One transformer with original names; `settings` replace entries of its config.json."""
+    """Write one transformer with original names; `settings` replace entries of its config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(original_settings(model) | settings), encoding="utf-8")
     tensors = original_tensors(model)
@@ -250,7 +235,7 @@ def write_original_transformer(folder: Path, model, *, num_shards: int = 1, **se
 
 
 def write_original_folder(path: str | Path, *, num_shards: int = 1, **shape):
-    """An original Wan2.1 or TI2V folder with its pickled text encoder (an empty stand-in that nobody may open)."""
+    """Write an original Wan2.1 or TI2V folder with its pickled text encoder, a stand-in that nobody may open."""
     model = random_transformer(**shape)
     write_original_transformer(Path(path), model, num_shards=num_shards)
     (Path(path) / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"not a pickle")
@@ -258,7 +243,7 @@ def write_original_folder(path: str | Path, *, num_shards: int = 1, **shape):
 
 
 def write_original_two_experts(path: str | Path, *, seed: int = 0, num_shards: int = 1, **shape) -> list:
-    """An original Wan2.2-A14B folder: high_noise_model/ and low_noise_model/."""
+    """Write an original Wan2.2-A14B folder: high_noise_model/ and low_noise_model/."""
     experts = [random_transformer(**shape, seed=seed + i) for i in range(2)]
     for side, model in zip(("high", "low"), experts, strict=True):
         write_original_transformer(Path(path) / f"{side}_noise_model", model, num_shards=num_shards)
@@ -266,13 +251,10 @@ def write_original_two_experts(path: str | Path, *, seed: int = 0, num_shards: i
     return experts
 
 
-# ---- one file, as ComfyUI has it ----
-
-
 def write_single_file(
     path: str | Path, *, prefix: str = "", fp8: str | None = None, model=None, with_input_scale: bool = True, **shape
 ):
-    """One safetensors file with original names.
+    """Write one safetensors file with original names, as ComfyUI has it.
 
     Args:
         prefix: "" or "model.diffusion_model.".
@@ -297,7 +279,7 @@ def write_single_file(
 
 
 def _quantised(weight: Tensor, fp8: str) -> dict[str, Tensor]:
-    """The tensors that stand for a quantised Linear weight, and under "held" the float32 weight they mean."""
+    """Return the tensors that stand for a quantised Linear weight, and under "held" the float32 weight they mean."""
     if fp8 == "plain":
         stored = weight.to(torch.float8_e4m3fn)
         return {"weight": stored, "held": stored.float()}
@@ -310,14 +292,13 @@ def _quantised(weight: Tensor, fp8: str) -> dict[str, Tensor]:
     return tensors | {"weight_scale": scale, "input_scale": torch.tensor(1.5), "comfy_quant": marker}
 
 
-# ---- full-size checkpoints that take no disk ----
-
+# These write checkpoints in full size that take no disk.
 STORED_BYTES = {"BF16": 2, "F32": 4}
 A14B_SHAPE = {"hidden_size": 5120, "num_heads": 40, "ffn_dim": 13824, "depth": 40, "num_channels": 16}
 
 
 def write_hollow_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
-    """A safetensors file with a true header whose data is a hole; the bytes of its tensors."""
+    """Write a safetensors file with a true header whose data is a hole; return the bytes of its tensors."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + STORED_BYTES[dtype] * prod(shape)
@@ -333,7 +314,7 @@ def write_hollow_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str
 def write_hollow_shards(
     folder: Path, stem: str, shapes: dict[str, tuple[int, ...]], dtype: str, num_shards: int
 ) -> int:
-    """The same in shards with their index."""
+    """Write such files as shards with their index; return the bytes of their tensors."""
     folder.mkdir(parents=True)
     weight_map, total = {}, 0
     for shard in range(num_shards):
@@ -347,7 +328,7 @@ def write_hollow_shards(
 
 
 def write_hollow_transformer(folder: Path, config, *, dtype: str, num_shards: int) -> tuple[int, int]:
-    """A sharded transformer of this shape whose files are holes: gigabytes that take no disk. Returns (all, largest) bytes."""
+    """Write a sharded transformer of this shape whose files are holes; return the bytes of all and of its largest tensor."""
     from wandistiller.wan.transformer_files import teacher_tensor_shapes
 
     shapes = teacher_tensor_shapes(config)
@@ -356,7 +337,7 @@ def write_hollow_transformer(folder: Path, config, *, dtype: str, num_shards: in
 
 
 def umt5_xxl_shapes() -> dict[str, tuple[int, ...]]:
-    """Tensors of the encoder that all released Wans share (google/umt5-xxl: 24 layers, d_model 4096, d_ff 10240)."""
+    """Return the shapes of the encoder that all released Wans share (google/umt5-xxl)."""
     shapes: dict[str, tuple[int, ...]] = {"shared.weight": (256384, 4096)}
     for layer in range(24):
         block = f"encoder.block.{layer}.layer"
@@ -369,7 +350,7 @@ def umt5_xxl_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def write_hollow_a14b(path: Path) -> None:
-    """Wan2.2-T2V-A14B in full size as a pipeline folder: two experts and UMT5-XXL with true headers and no data."""
+    """Write Wan2.2-T2V-A14B in full size as a pipeline folder: two experts and UMT5-XXL with true headers and no data."""
     from wandistiller.model.config import StudentConfig
 
     config = StudentConfig(block="wan", image_size=512, **A14B_SHAPE)

@@ -21,6 +21,7 @@ from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.files import open_wan_files
 from wandistiller.wan.settings import resolve_settings
 from wandistiller.wan.text_encoder import encode_prompts
+from wandistiller.wan.text_encoder_files import TextEncoderFiles
 from wandistiller.wan.vae import decode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,7 +183,7 @@ def test_the_projected_teacher_draws_what_wan_pipeline_draws(pipeline, record, t
     )  # fmt: skip
     expected = np.round(np.asarray(drawn.frames)[:, 0] * 255)
     texts = [*prompts, settings.negative_prompt]
-    embeds = encode_prompts(texts, TEACHER / "text_encoder", TEACHER / "tokenizer", tmp_path)
+    embeds = encode_prompts(texts, TextEncoderFiles(TEACHER / "text_encoder", TEACHER / "tokenizer"), tmp_path)
     teacher = Teacher(project_experts(wan_files, 512), settings, embeds.read(4))
     options = SamplingOptions(shift=settings.shift, num_inference_steps=settings.num_inference_steps)
     latents = sample(teacher, noise, *embeds.batch(range(4), "cpu"), options)

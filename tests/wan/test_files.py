@@ -28,7 +28,8 @@ from support.wan_folders import (
 )
 from wandistiller.errors import UserError
 from wandistiller.projection.project import project_teacher
-from wandistiller.wan.files import TeacherFileError, find_text_encoder, open_wan_files
+from wandistiller.wan.files import TeacherFileError, open_wan_files
+from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
 
 MAX_ERROR = 1e-5
 RELEASED = {  # the structure of each released model at tiny widths
@@ -168,8 +169,9 @@ def test_the_pipeline_folder_says_its_shift_boundary_latents_and_vae_factor(tmp_
     vae = json.loads((tmp_path / "vae" / "config.json").read_text())
     assert (wan_files.flow_shift, wan_files.boundary_ratio, wan_files.vae_scale_factor) == (4.5, 0.7, 16)
     assert (wan_files.latents_mean, wan_files.latents_std) == (vae["latents_mean"], vae["latents_std"])
-    assert wan_files.text_encoder() == (tmp_path / "text_encoder", tmp_path / "tokenizer")
-    assert find_text_encoder(tmp_path / "text_encoder") == (tmp_path / "text_encoder", tmp_path / "tokenizer")
+    both = TextEncoderFiles(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    assert wan_files.text_encoder() == both
+    assert find_text_encoder(tmp_path / "text_encoder") == both
 
 
 def test_the_text_encoder_of_an_original_folder_is_recognised_and_answered_with_what_to_give(tmp_path):
@@ -567,7 +569,7 @@ def test_a_hub_id_fetches_only_what_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     wan_files = open_wan_files("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
     assert list(wan_files.experts) == ["high", "low"]
-    assert wan_files.text_encoder()[0] == tmp_path / "snapshot" / "text_encoder"
+    assert wan_files.text_encoder().encoder == tmp_path / "snapshot" / "text_encoder"
     (_, transformers_asked, ignored), (_, encoder_asked, _) = asked
 
     def is_fetched(name: str, patterns: list[str]) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from wandistiller.budget.report import ASSUMED_GPU_GIB, GIB
 from wandistiller.device import wait_for
+from wandistiller.files.paths import nearest_existing
 
 # These are large enough to reach the device's rate, and small enough for a second.
 MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}
@@ -52,10 +53,7 @@ def find_machine(device: str, assumed_gib: float | None = None, can_be_elsewhere
 
 def free_bytes(folder: str | Path) -> int:
     """Return the free bytes of the disk where a folder lies or will lie."""
-    existing = Path(folder).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(nearest_existing(Path(folder).absolute())).free
 
 
 def matmul_rate(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:

@@ -1,3 +1,4 @@
-"""What is read from and written to disk with care: files that appear whole or not at all, checked JSON, prompts, pictures, the hub.
+"""What is read from and written to disk with care: atomic writes, checked JSON, safetensors, prompts, pictures, the hub.
 
-It may import only the modules beside the packages."""
+It may import only the modules beside the packages.
+"""

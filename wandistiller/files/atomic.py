@@ -1,6 +1,7 @@
-"""A file or folder appears whole or not at all: written beside its place, fsynced, renamed."""
+"""Files and folders that appear whole or not at all: they are written beside their place, fsynced and renamed."""
 
 import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -11,7 +12,7 @@ from pathlib import Path
 
 
 def fsync(path: Path) -> None:
-    """What was written to a file, or the names in a folder, survives a power cut from here on."""
+    """Make what was written to a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,15 +21,18 @@ def fsync(path: Path) -> None:
 
 
 def _default_mode() -> int:
-    """What the umask leaves of read and write for all; it can only be read by setting it."""
-    umask = os.umask(0)
+    """Return the mode of a newly made file: what the umask leaves of read and write for everyone."""
+    umask = os.umask(0)  # the umask can only be read by setting it
     os.umask(umask)
     return 0o666 & ~umask
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it replaces `path`, on any failure it is removed."""
+    """Yield a temporary path in the folder of `path`.
+
+    The file written there replaces `path` on success, and is removed on any failure.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -42,8 +46,24 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    with atomic_path(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, values: object, end: str = "", **settings) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Args:
+        end: text after the JSON, such as a newline.
+        settings: arguments of `json.dumps`.
+    """
+    write_text(path, json.dumps(values, **settings) + end)
+
+
 def remove_leftovers(path: str | Path) -> None:
-    """Remove what a killed process left beside `path`, of a file or a folder that was to appear there."""
+    """Remove what a killed process left beside `path` while it wrote a file or a folder there."""
     path = Path(path).resolve()
     for left in path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -51,7 +71,10 @@ def remove_leftovers(path: str | Path) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, which is new or empty; on success it takes its place, on any failure it is removed."""
+    """Yield a temporary folder beside `path`, which must be new or empty.
+
+    The folder takes the place of `path` on success, and is removed on any failure.
+    """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -70,5 +93,6 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def file_digest(path: Path) -> str:
+    """Return the sha256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The JSON files beside a checkpoint's weights, and the few of their values that count, each of the kind it must be."""
+"""The JSON files beside a Wan's weights, whose values are checked to be of the kind they must be."""
 
 import json
 import math
@@ -11,11 +11,11 @@ from wandistiller.errors import UserError
 
 
 class TeacherFileError(UserError):
-    """A teacher checkpoint that is missing, damaged, or of another kind."""
+    """A Wan on disk is missing, damaged, or of another kind."""
 
 
 class Kind(NamedTuple):
-    """What a value may be, in words and as a test."""
+    """The values that are allowed somewhere, in words for a message and as a test."""
 
     allowed: str
     fits: Callable[[object], bool]
@@ -43,17 +43,21 @@ COMPONENT = Kind(
 
 
 def numbers(count: int, each: Kind | None = None) -> Kind:
-    """A list of so many numbers, one a latent channel."""
+    """Allow a list of `count` numbers, one for each latent channel.
+
+    Args:
+        each: what every number must be; None allows all that are finite.
+    """
     fits = each.fits if each else _is_number
     words = f"a list of {count} numbers" + (f", each {each.allowed}" if each else "")
     return Kind(words, lambda value: isinstance(value, list) and len(value) == count and all(map(fits, value)))
 
 
 def setting(values: dict, key: str, kind: Kind, where: object):
-    """`values[key]`, or None where it is left out or null.
+    """Return `values[key]`, or None where it is left out or null.
 
     Raises:
-        TeacherFileError: it is of another kind; `where` begins the sentence.
+        TeacherFileError: the value is of another kind; the message begins with `where`.
     """
     value = values.get(key)
     if value is not None and not kind.fits(value):
@@ -62,7 +66,11 @@ def setting(values: dict, key: str, kind: Kind, where: object):
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file of a checkpoint."""
+    """Read the JSON object that a file of a Wan holds.
+
+    Raises:
+        TeacherFileError: the file cannot be read, or holds something else.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -71,7 +79,7 @@ def read_json(path: Path) -> dict:
         raise TeacherFileError(
             f"{path}: line {error.lineno}: not valid JSON: {error.msg}; copy the checkpoint again"
         ) from None
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+    except (ValueError, RecursionError) as error:  # a file of thousands of digits or brackets
         raise TeacherFileError(f"{path}: not usable JSON: {error}; copy the checkpoint again") from None
     if not isinstance(values, dict):
         raise TeacherFileError(f"{path}: holds a {type(values).__name__}, not the JSON object of a Wan checkpoint")

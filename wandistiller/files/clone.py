@@ -1,4 +1,4 @@
-"""Where this code lies, and what lies beside it in a clone: the demo's teacher and the ready-made student configs."""
+"""The folder that this code lies in, and what a clone holds beside it: the demo's teacher and the ready-made student configs."""
 
 from pathlib import Path
 

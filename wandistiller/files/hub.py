@@ -1,4 +1,4 @@
-"""Files of a hub repository: only those asked for, and one sentence where they cannot be had."""
+"""Files of a hub repository: only those that are asked for are fetched, and one sentence tells where they cannot be had."""
 
 import re
 from pathlib import Path
@@ -10,21 +10,25 @@ _PICKLES = ["*.bin", "*.pth", "*.pt", "*.ckpt"]
 
 
 class HubError(UserError):
-    """A hub repository that is not there, or cannot be reached."""
+    """A hub repository is not there, or cannot be reached."""
 
 
 def is_hub_id(text: str | Path) -> bool:
-    """Whether this could name a hub repository: `owner/name`. A folder of that name goes before it."""
+    """Whether a text could name a hub repository, `owner/name`; callers look for a folder of that name first."""
     return _HUB_ID.fullmatch(str(text)) is not None
 
 
 def hub_id(path: str) -> str | None:
-    """The hub repository that a path names; None where it is something on this machine."""
+    """Return the hub repository that a path names; None where it is something on this machine."""
     return path if is_hub_id(path) and not Path(path).exists() else None
 
 
 def fetch(repo_id: str, patterns: list[str], local: str) -> Path:
-    """Fetch (or find in the hub's cache) only these files of a hub repository; `local` is what to give instead.
+    """Fetch files of a hub repository, or find them in the hub's cache, and return the folder that holds them.
+
+    Args:
+        patterns: the files to fetch; pickles are never among them.
+        local: what works without the hub, for the message where it cannot be reached.
 
     Raises:
         HubError: there is no such repository, or it cannot be reached and is not in the cache.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wandistiller.errors import UserError
+from wandistiller.files.paths import nearest_existing
 
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples"
@@ -35,9 +36,7 @@ _OF_A_RUN = [
 def check_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
     """Refuse a path that cannot become a folder, without creating anything; errors name `flag`."""
     folder = Path(path)
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    existing = nearest_existing(folder)
     if not existing.is_dir():
         raise UserError(f"{flag} {folder}: {existing} is a file; give a folder")
     return folder
@@ -45,9 +44,7 @@ def check_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
 
 def check_writable(path: str | Path, flag: str) -> None:
     """Refuse a folder that cannot be written to or made, as far as its permissions tell, without touching anything."""
-    existing = check_output_folder(path, flag).absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = nearest_existing(check_output_folder(path, flag).absolute())
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {path}: cannot be written to (Permission denied); give another folder")
 

@@ -1,6 +1,6 @@
-"""Latents to pictures: the teacher's VAE, PNG files that say how they were made, labelled grids.
+"""Pictures: PNG files that tell how they were made, and labelled grids.
 
-A picture is a uint8 array (H, W, 3). Pillow and diffusers are imported where they are used.
+A picture is a uint8 array (H, W, 3). Pillow is imported where it is used.
 """
 
 import re
@@ -17,23 +17,22 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SLUG_LENGTH = 48
-MIN_CELL, MAX_CELL = 160, 512  # pixels: room for a caption, and an end to the size of a grid
+MIN_CELL, MAX_CELL = 160, 512  # pixels; a cell has room for a caption, and a grid does not grow without end
 MARGIN, FONT_SIZE = 8, 13
 MAX_CAPTION_LINES = 8
 
-# ---- the VAE ----
-
-
-# ---- files ----
-
 
 def slug(prompt: str) -> str:
-    """A prompt as part of a file name: its letters and digits, hyphens between."""
+    """Return a prompt as part of a file name: its letters and digits with hyphens between them."""
     return re.sub(r"[\W_]+", "-", prompt.lower())[:SLUG_LENGTH].strip("-") or "prompt"
 
 
 def save_png(picture: "np.ndarray | Image", path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
-    """Write a PNG, whole or not at all; `metadata` become its text entries."""
+    """Write a PNG, whole or not at all.
+
+    Args:
+        metadata: text entries of the file.
+    """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -45,20 +44,18 @@ def save_png(picture: "np.ndarray | Image", path: str | Path, metadata: Mapping[
         image.save(beside, format="PNG", pnginfo=info)
 
 
-# ---- grids ----
-
-
 def _fitting_length(word: str, width: float, font) -> int:
-    """How many letters of a word fit into `width` pixels, at least one."""
+    """Return how many letters of a word fit into `width` pixels, but at least one."""
     return max(1, bisect_right(range(1, len(word) + 1), width, key=lambda length: font.getlength(word[:length])))
 
 
 def wrap(text: str, width: float, font, max_lines: int = MAX_CAPTION_LINES) -> list[str]:
-    """Lines of `text` no wider than `width` pixels; a word that is too wide by itself is broken.
+    """Cut a text into lines no wider than `width` pixels; a word that is too wide by itself is broken.
 
-    Text for more than `max_lines` ends in an ellipsis. The time it takes grows with the lines, not with the text.
+    Text for more than `max_lines` ends in an ellipsis, and costs no more time than what is shown of it. Lines are measured
+    in pixels, since textwrap counts letters and those of a Chinese prompt are twice as wide as Latin ones.
     """
-    max_chars = max(1, int(width))  # of a line: letters are more than a pixel wide
+    max_chars = max(1, int(width))  # letters are more than a pixel wide, so no line has more of them
 
     def fits(line: str) -> bool:
         return len(line) <= max_chars and font.getlength(line) <= width
@@ -82,7 +79,7 @@ def wrap(text: str, width: float, font, max_lines: int = MAX_CAPTION_LINES) -> l
 
 
 def _cell_size(height: int, width: int) -> tuple[int, int]:
-    """(height, width) a picture is shown at: whole multiples up to MIN_CELL, shrunk past MAX_CELL."""
+    """Return the (height, width) that a picture is shown at: small ones in whole multiples, large ones shrunk."""
     if width < MIN_CELL:
         factor = -(-MIN_CELL // width)
         return height * factor, width * factor
@@ -93,7 +90,7 @@ def _cell_size(height: int, width: int) -> tuple[int, int]:
 def labelled_grid(
     rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]], row_names: Sequence[str] = ()
 ) -> "Image":
-    """Rows of pictures of one size, a wrapped caption above each (may be empty), and names to the left of the rows."""
+    """Draw rows of pictures of one size, each below its wrapped caption, with the names of the rows to their left."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=FONT_SIZE)

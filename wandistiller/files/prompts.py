@@ -1,4 +1,4 @@
-"""Prompts: the file that holds them, and Wan's cleaning of each."""
+"""Prompts: the files that hold them, and how Wan cleans each before it is encoded."""
 
 import html
 import re
@@ -7,23 +7,24 @@ from pathlib import Path
 
 from wandistiller.errors import UserError
 
+NUM_HELD_OUT = 16  # --eval_every measures on so many prompts
 _LINE_END = re.compile(r"\r\n|\n|\r")  # not str.splitlines: a prompt may hold U+2028 or U+0085
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # not U+0080..9F: those are damaged quotes that ftfy repairs
 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file in its order, and how many later repeats of them were left out."""
+    """The prompts of a file in its order, and the number of repeated lines that were left out."""
 
     prompts: list[str]
     duplicates: int
 
 
 def load_prompts(path: str | Path) -> PromptFile:
-    """Read one prompt a line (UTF-8, any line ending); blank lines, `#` lines and repeats are left out.
+    """Read a UTF-8 file with one prompt on each line; blank lines, `#` lines and repeats are left out.
 
     Raises:
-        UserError: no such file, not UTF-8, control characters, or no prompt in it; names the line where there is one.
+        UserError: the file cannot be read, is not UTF-8, or holds control characters or no prompt; the line is named.
     """
     prompts: dict[str, str] = {}
     num_lines = 0
@@ -58,24 +59,21 @@ def _read_text(path: Path) -> str:
 
 
 def clean_prompt(text: str) -> str:
-    """Wan's cleaning: ftfy, HTML entities undone twice, whitespace collapsed."""
+    """Clean a prompt as Wan does: ftfy repairs it, HTML entities are undone twice, whitespace is collapsed."""
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
-NUM_HELD_OUT = 16  # prompts of --eval_every
-
-
 @dataclass(frozen=True)
 class Texts:
-    """What is read from the prompt files.
+    """The prompts of a run.
 
     Attributes:
-        prompts: the ones trained on.
-        extra: the ones that come by --prompt_swap alone.
-        held_out: the ones measured on.
-        duplicates: how many repeats were left out of `prompts`.
+        prompts: prompts that are trained on.
+        extra: prompts that --prompt_swap alone trains on.
+        held_out: prompts that errors are measured on.
+        duplicates: number of repeated lines that were left out of `prompts`.
     """
 
     prompts: list[str]
@@ -85,7 +83,11 @@ class Texts:
 
 
 def read_texts(data_path: str, extra_prompts: str | None, eval_prompts: str | None, is_measured: bool) -> Texts:
-    """Read the prompts of all files; held-out ones only where they are measured."""
+    """Read the prompts of all files of a run.
+
+    Args:
+        is_measured: whether held-out prompts are needed; without `eval_prompts` they are the first of `data_path`.
+    """
     file = load_prompts(data_path)
     extra = load_prompts(extra_prompts).prompts if extra_prompts else []
     held_out = (load_prompts(eval_prompts) if eval_prompts else file).prompts[:NUM_HELD_OUT] if is_measured else []

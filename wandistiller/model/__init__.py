@@ -1,3 +1,4 @@
 """The 2D transformer and its config: what it computes and how large it is, with no knowledge of training or of Wan's files.
 
-It may import files and the modules beside the packages."""
+It may import files and the modules beside the packages.
+"""

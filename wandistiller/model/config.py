@@ -15,7 +15,7 @@ from wandistiller.errors import UserError
 
 CONFIG_NAME = "student_config.json"
 
-# Far beyond any Wan; more is a slip of the keyboard that would fill the memory or take for ever.
+# These lie far beyond any Wan: a larger value is a slip of the keyboard that would fill the memory or take for ever.
 LARGEST = {
     "hidden_size": 100_000,
     "depth": 1000,
@@ -28,35 +28,45 @@ LARGEST = {
     "text_encoder_output_dim": 1_000_000,
     "freq_dim": 1_000_000,
 }
-MAX_PATCHES = 1024  # a side: Wan's rope_max_seq_len
+MAX_PATCHES = 1024  # patches along a side: Wan's rope_max_seq_len
 
 
 class ConfigError(UserError):
-    """A student config that cannot work: one sentence with the key, the value, what is allowed and the nearest choice."""
+    """A student config that cannot work; the message names the key, the value, what is allowed and the nearest choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """The shape of a student; `student_config.json` holds exactly these keys.
 
+    Attributes:
+        block: "wan" for Wan's own block in 2D, "lite" for a small plain one.
+        ffn_dim: neurons of a block's FFN; a lite block always has 4 * hidden_size.
+        num_channels: latent channels.
+        image_size: side in pixels of the square images that the student is trained on.
+        patch_size: latent pixels along a token's side; a lite student has no patches.
+        text_max_length: text slots of the run, for teacher and student alike.
+        freq_dim: width of the sinusoidal time embedding; a lite student always has hidden_size.
+        distillation: how a trained student was made, as the trainer records it.
+
     Raises:
-        ConfigError: for any value that cannot work.
+        ConfigError: a value cannot work.
     """
 
     model_type: str = "WanLiteStudent"
-    block: str  # "wan": Wan's own block in 2D; "lite": the small original
+    block: str
     hidden_size: int
     depth: int
     num_heads: int
-    ffn_dim: int | None = None  # wan only; a lite block's is always 4 * hidden_size
-    num_channels: int  # latent channels
-    image_size: int  # pixels, the side of the square images it is trained on
-    patch_size: int | None = None  # latent pixels; wan only, lite has no patches
-    text_max_length: int = 512  # text slots of the run, for teacher and student alike
+    ffn_dim: int | None = None
+    num_channels: int
+    image_size: int
+    patch_size: int | None = None
+    text_max_length: int = 512
     text_encoder_output_dim: int = 4096
-    freq_dim: int | None = None  # width of the sinusoidal time embedding; wan only, lite's is hidden_size
+    freq_dim: int | None = None
     eps: float = 1e-6
-    distillation: dict | None = None  # how a trained student was made; written by the trainer
+    distillation: dict | None = None
 
     def __post_init__(self):
         self._check_types()
@@ -67,7 +77,7 @@ class StudentConfig:
         self._check_shape()
         if self.recorded_vae_scale_factor:
             self.check_image_size(self.recorded_vae_scale_factor)
-        else:  # only the teacher knows the rest
+        else:  # only the teacher knows the VAE's factor
             self._check_multiple("image_size", self.patch_size, f"patch_size={self.patch_size}")
 
     @property
@@ -80,7 +90,7 @@ class StudentConfig:
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent pixel: what the run recorded, else that of the released VAE with these channels."""
+        """Pixels per latent pixel, as the run recorded it, or else as the released VAE with these channels has it."""
         return self.recorded_vae_scale_factor or (16 if self.num_channels == 48 else 8)
 
     @property
@@ -89,11 +99,11 @@ class StudentConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Of the student, counted without making it."""
+        """Number of the student's parameters, counted without making it and without torch."""
         return _wan_parameters(self) if self.block == "wan" else _lite_parameters(self)
 
     def check_image_size(self, vae_scale_factor: int, where: str | Path | None = None) -> None:
-        """Refuse an image_size that does not fill whole patches behind a VAE of this factor; `where` begins the error."""
+        """Refuse an image_size that does not fill whole patches behind a VAE of this factor; the message begins with `where`."""
         unit = vae_scale_factor * self.patch_size
         reason = f"{unit} = VAE factor {vae_scale_factor} x patch_size {self.patch_size}"
         try:
@@ -132,7 +142,7 @@ class StudentConfig:
             raise ConfigError(f'{name}={value!r} is not known; allowed: {choices} (nearest: "{nearest}")')
 
     def _fill_block_defaults(self) -> None:
-        """Where the block leaves no choice the key may be left out; a frozen dataclass needs object.__setattr__."""
+        """Fill in the keys that may be left out, since the block has a value for them."""
         if self.block == "lite":
             fixed = {"ffn_dim": 4 * self.hidden_size, "patch_size": 1}
             for name, value in fixed.items():
@@ -146,7 +156,7 @@ class StudentConfig:
             defaults = {"ffn_dim": 4 * self.hidden_size, "patch_size": 2, "freq_dim": 256}
         for name, value in defaults.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def _check_range(self) -> None:
         for field in fields(self):
@@ -171,7 +181,7 @@ class StudentConfig:
             )
 
     def _check_wan_heads(self) -> None:
-        """RoPE turns pairs of channels and splits a head in three (WAN_FACTS §5), so it needs an even head of 6 or more."""
+        """Refuse heads that RoPE cannot turn: it rotates pairs of channels, and splits a head between frame, row and column."""
         unit = 2 * self.num_heads
         self._check_multiple("hidden_size", unit, f"{unit} = 2 x num_heads (RoPE turns pairs of channels)")
         if self.head_dim < 6:
@@ -189,7 +199,7 @@ class StudentConfig:
 
     @classmethod
     def from_dict(cls, values: dict, where: str = CONFIG_NAME) -> "StudentConfig":
-        """A checked config from a JSON object; errors begin with `where`."""
+        """Return the checked config that a JSON object holds; errors begin with `where`."""
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
@@ -213,7 +223,7 @@ class StudentConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> "StudentConfig":
-        """Read and check a student_config.json (or the folder that holds one)."""
+        """Read and check a student_config.json; `path` may also be the folder that holds it."""
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
         try:
@@ -228,14 +238,14 @@ class StudentConfig:
 
     @classmethod
     def from_json(cls, text: str, where: str = CONFIG_NAME) -> "StudentConfig":
-        """A checked config from JSON; errors begin with `where`."""
+        """Return the checked config that JSON text holds; errors begin with `where`."""
         try:
             values = json.loads(text, object_pairs_hook=_each_key_once)
         except json.JSONDecodeError as error:
             raise ConfigError(
                 f"{where}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
             ) from None
-        except (ValueError, RecursionError) as error:  # a key twice, thousands of digits, or of brackets
+        except (ValueError, RecursionError) as error:  # a repeated key, or thousands of digits or brackets
             raise ConfigError(f"{where}: not usable JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{where}: holds a {type(values).__name__}; it must hold one JSON object {{...}}")
@@ -248,33 +258,55 @@ class StudentConfig:
         return values
 
     def to_json(self) -> str:
-        """One line a key, so that lists of per-channel statistics do not bury the lines people edit."""
+        """Return JSON with one line for each key, so that lists of statistics do not bury the lines that people edit."""
         return _json_object(self.to_dict()) + "\n"
 
     def replace(self, **changes) -> "StudentConfig":
         return replace(self, **changes)
 
 
-def _linear(inputs: int, outputs: int) -> int:
+def _linear_parameters(inputs: int, outputs: int) -> int:
     return (inputs + 1) * outputs
 
 
 def _wan_parameters(config: StudentConfig) -> int:
-    """Of embedders, blocks (two attentions with norms of q and k, a norm, the FFN, modulation) and head."""
+    """Count embedders, blocks (two attentions with norms of q and k, a norm, the FFN, modulation) and head."""
     width, patch = config.hidden_size, config.num_channels * config.patch_size**2
-    embedders = sum(_linear(inputs, width) for inputs in (patch, config.freq_dim, config.text_encoder_output_dim))
-    embedders += 2 * _linear(width, width) + _linear(width, 6 * width)
-    attention = 4 * _linear(width, width) + 2 * width
-    block = 2 * attention + 2 * width + _linear(width, config.ffn_dim) + _linear(config.ffn_dim, width) + 6 * width
-    return embedders + config.depth * block + _linear(width, patch) + 2 * width
+    embedders = sum(
+        _linear_parameters(inputs, width) for inputs in (patch, config.freq_dim, config.text_encoder_output_dim)
+    )
+    embedders += 2 * _linear_parameters(width, width) + _linear_parameters(width, 6 * width)
+    attention = 4 * _linear_parameters(width, width) + 2 * width
+    block = (
+        2 * attention
+        + 2 * width
+        + _linear_parameters(width, config.ffn_dim)
+        + _linear_parameters(config.ffn_dim, width)
+        + 6 * width
+    )
+    return embedders + config.depth * block + _linear_parameters(width, patch) + 2 * width
 
 
 def _lite_parameters(config: StudentConfig) -> int:
-    """Of embedders, blocks (two norms, attention, MLP) and the two convolutions of 3 x 3."""
+    """Count embedders, blocks (two norms, attention, MLP) and the two convolutions of 3 x 3."""
     width, channels = config.hidden_size, config.num_channels
-    embedders = _linear(config.text_encoder_output_dim, width) + _linear(width, 4 * width) + _linear(4 * width, width)
-    block = 4 * width + 4 * _linear(width, width) + _linear(width, config.ffn_dim) + _linear(config.ffn_dim, width)
-    return _linear(9 * channels, width) + embedders + config.depth * block + _linear(9 * width, channels)
+    embedders = (
+        _linear_parameters(config.text_encoder_output_dim, width)
+        + _linear_parameters(width, 4 * width)
+        + _linear_parameters(4 * width, width)
+    )
+    block = (
+        4 * width
+        + 4 * _linear_parameters(width, width)
+        + _linear_parameters(width, config.ffn_dim)
+        + _linear_parameters(config.ffn_dim, width)
+    )
+    return (
+        _linear_parameters(9 * channels, width)
+        + embedders
+        + config.depth * block
+        + _linear_parameters(9 * width, channels)
+    )
 
 
 def _each_key_once(pairs: list[tuple[str, object]]) -> dict:

@@ -1,7 +1,7 @@
-"""A frozen teacher in half the memory of bf16: the weights of its blocks' Linear layers as 8-bit floats, one scale each.
+"""A frozen teacher in half the memory of bf16: its blocks' Linear layers keep their weights as 8-bit floats with one scale each.
 
-Matrix products stay in the compute dtype; each layer's weight is widened when it is used and dropped after, so that no more
-than one layer is ever there in the larger dtype. The rest keeps its precision: patch embedding, text embedder and proj_out
+Matrix products stay in the compute dtype: a layer's weight is widened when it is used and dropped after, so that no more
+than one layer is ever there in the larger dtype. The rest keeps its precision. Patch embedding, text embedder and proj_out
 are less than a hundredth of a released model, and an error there reaches every token at every layer or the answer itself;
 time embedder, modulation tables and norms are the float32 islands of Wan; biases are vectors.
 """
@@ -16,8 +16,8 @@ FP8_MAX = torch.finfo(FP8).max
 class Fp8Linear(nn.Module):
     """A frozen Linear with its weight (out, in) in float8_e4m3fn: y = scale * (x @ weight.T) + bias.
 
-    `scale` is a number, not a buffer: no cast or device move touches it, and the matrix product takes it as its factor, with
-    no synchronisation and no rounding of its own. The state dict has it all the same.
+    `scale` is a number instead of a buffer, so that no cast or device move touches it, and the matrix product takes it as its
+    factor without waiting for the device and without a rounding of its own. The state dict holds it all the same.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter, device: torch.device | None = None):
@@ -28,12 +28,12 @@ class Fp8Linear(nn.Module):
         self.scale = 1.0
 
     def store(self, weight: Tensor) -> None:
-        """Round a weight (out, in) of any precision and device; what already is fp8 times one scale keeps its values."""
+        """Round a weight (out, in) of any precision and device; one that already is fp8 times a scale keeps its values."""
         rounded, self.scale = quantise(weight.detach().to(self.weight.device))
         self.weight.data.copy_(rounded)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., N, in) -> (..., N, out), in the dtype of autocast, or else of x."""
+        """Map (..., N, in) to (..., N, out), in the dtype of autocast or else that of x."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         weight = self.weight.to(dtype)  # exact: bf16 and fp32 hold every fp8 value
@@ -41,7 +41,7 @@ class Fp8Linear(nn.Module):
         return torch.addmm(self.bias.to(dtype), rows, weight.t(), alpha=self.scale).unflatten(0, x.shape[:-1])
 
     def _apply(self, fn, recurse: bool = True):
-        """Device moves reach the weight, casts do not: `.to(dtype)` would widen what is stored, or round it again."""
+        """Let device moves reach the weight, and keep casts from it: `.to(dtype)` would widen it, or round it again."""
 
         def kept_fp8(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -62,12 +62,12 @@ class Fp8Linear(nn.Module):
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, float]:
-    """A weight as float8_e4m3fn and the scale (a float32 number) that it is to be multiplied by: amax / FP8_MAX.
+    """Return a weight as float8_e4m3fn, and the scale (a float32 number) that it is to be multiplied by.
 
-    A weight whose every value is an fp8 value, as a checkpoint of plain fp8 has it, is kept with scale 1.
+    A weight whose every value is an fp8 value, as a Wan stored in plain fp8 has it, is kept with scale 1.
     """
     weight = weight.float()
-    if _is_plain(weight[:1]) and _is_plain(weight):  # a row first: of most weights it says no at no cost
+    if _is_plain(weight[:1]) and _is_plain(weight):  # the first row rules most weights out at no cost
         return weight.to(FP8), 1.0
     low, high = weight.aminmax()
     scale = torch.maximum(-low, high) / FP8_MAX
@@ -79,7 +79,9 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def to_fp8(model: nn.Module) -> nn.Module:
-    """Store the Linear weights of a wan model's blocks as fp8, in place, one layer at a time; on the meta device the shapes.
+    """Store the Linear weights of a wan model's blocks as fp8, in place and one layer at a time.
+
+    A model on the meta device gets layers of the same shapes, to be filled later.
 
     Raises:
         ValueError: the model has lite blocks, whose attention reads its weights past any module.
@@ -96,5 +98,5 @@ def to_fp8(model: nn.Module) -> nn.Module:
 
 
 def fp8_linears(model: nn.Module) -> dict[str, Fp8Linear]:
-    """The layers that are kept as fp8, by the name of their weight."""
+    """Return the layers that are kept as fp8, by the names of their weights."""
     return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Fp8Linear)}

@@ -10,10 +10,10 @@ from wandistiller.model.transformer import WanLiteStudent
 
 @contextlib.contextmanager
 def block_outputs(model: WanLiteStudent, layers: Sequence[int], num_rows: int | None = None) -> Iterator[list[Tensor]]:
-    """Collect the output (B, L, D) of the blocks in `layers`, in their order, of the one forward pass inside.
+    """Collect the outputs (B, L, D) of the blocks in `layers` during the one forward pass inside the context.
 
     Args:
-        num_rows: keep a copy of the first rows alone, so that the memory of the others is free; None keeps all as they are.
+        num_rows: number of first rows to copy, so that the memory of the others is free; None keeps the outputs themselves.
     """
     outputs: list[Tensor] = []
 

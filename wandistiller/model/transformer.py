@@ -1,4 +1,4 @@
-"""WanLiteStudent: a 2D text-to-image transformer, either Wan's own blocks in 2D or a small plain one.
+"""WanLiteStudent: a 2D text-to-image transformer, made of Wan's own blocks in 2D or of small plain ones.
 
 One frame of Wan is a 2D model, so the same class serves as the frozen teacher (the teacher's own shape and weights)
 and as the student (a smaller shape). Submodules bear the names of diffusers' `WanTransformer3DModel`.
@@ -10,6 +10,7 @@ N heads, E head dim.
 import math
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +29,9 @@ from wandistiller.model.layers import (
 )
 
 WEIGHTS_NAME = "diffusion_model.safetensors"
-_TAKEN = "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id owner/name"
-
-
-# ---- text and modulation: pure functions ----
+# Parameters that stay in float32 whatever the dtype of the rest (diffusers' Wan: _keep_in_fp32_modules).
+FP32_ISLANDS = re.compile(r"time_embedder|time_proj|scale_shift_table|\.norm")
+_ADVICE = "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id owner/name"
 
 
 def fold_text_padding(prompt_embeds: Tensor, prompt_lengths: Tensor, text_max_length: int) -> tuple[Tensor, Tensor]:
@@ -40,8 +40,8 @@ def fold_text_padding(prompt_embeds: Tensor, prompt_lengths: Tensor, text_max_le
     All pads share one key and value, and softmax over m equal logits z weighs like one logit z + log(m).
 
     Args:
-        prompt_embeds: (B, S, text_dim); what stands past a prompt's length is ignored.
-        prompt_lengths: (B,) tokens that are text.
+        prompt_embeds: (B, S, text_dim); values past a prompt's length are ignored.
+        prompt_lengths: (B,) numbers of tokens that are text.
 
     Returns:
         Embeddings (B, S + 1, text_dim) and the attention bias (B, 1, 1, S + 1) in float32.
@@ -53,28 +53,39 @@ def fold_text_padding(prompt_embeds: Tensor, prompt_lengths: Tensor, text_max_le
     is_text = torch.arange(num_tokens, device=prompt_embeds.device)[None] < lengths
     text = prompt_embeds.masked_fill(~is_text[..., None], 0.0)
     text_bias = torch.zeros(batch, num_tokens, device=text.device).masked_fill(~is_text, -math.inf)
-    pad_bias = torch.log((text_max_length - lengths).float())  # log(0) = -inf: no padding left
+    pad_bias = torch.log((text_max_length - lengths).float())  # where no padding is left, log(0) = -inf
     bias = torch.cat([text_bias, pad_bias], dim=1)
     return torch.cat([text, text.new_zeros(batch, 1, text_dim)], dim=1), bias[:, None, None]
 
 
+def mean_text_token(prompt_embeds: Tensor, prompt_lengths: Tensor | None) -> Tensor:
+    """Return the mean (B, text_dim) over the text tokens of embeddings (B, S, text_dim)."""
+    if prompt_lengths is None:
+        return prompt_embeds.mean(dim=1)
+    lengths = prompt_lengths.to(prompt_embeds.device)[:, None]
+    is_text = torch.arange(prompt_embeds.shape[1], device=prompt_embeds.device)[None] < lengths
+    return prompt_embeds.masked_fill(~is_text[..., None], 0.0).sum(dim=1) / lengths.clamp(min=1)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift in one pass; the residuals below are such passes too."""
+    """Return x (1 + scale) + shift in one pass over memory."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
-# ---- Wan's blocks in 2D ----
+class Context(NamedTuple):
+    """The tokens that some rows of a batch attend to.
 
+    Attributes:
+        embeds: (B, S, D), or (1, S, D) where one text is that of all rows.
+        bias: (B, 1, 1, S), added to the attention logits.
+    """
 
-class Text(NamedTuple):
-    """What some rows of a batch attend to."""
-
-    embeds: Tensor  # (B, S, D), or (1, S, D) for all of them
-    bias: Tensor | None = None  # of the attention logits, (B, 1, 1, S)
+    embeds: Tensor
+    bias: Tensor | None = None
 
 
 class Fp32LayerNorm(nn.LayerNorm):
-    """LayerNorm computed in float32 whatever its weights' dtype (an fp32 island of Wan)."""
+    """A LayerNorm that computes in float32 whatever its weights' dtype (an fp32 island of Wan)."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.float()
@@ -83,14 +94,14 @@ class Fp32LayerNorm(nn.LayerNorm):
 
 
 class Fp32RMSNorm(nn.RMSNorm):
-    """RMSNorm computed in float32 whatever its weight's dtype (an fp32 island of Wan)."""
+    """An RMSNorm that computes in float32 whatever its weight's dtype (an fp32 island of Wan)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
 
 
 class WanAttention(nn.Module):
-    """Multi-head attention with RMSNorm of q and k over the full width (not per head), as Wan has it."""
+    """Multi-head attention whose RMSNorm of q and k goes over the full width instead of each head, as Wan has it."""
 
     def __init__(self, hidden_size: int, num_heads: int, eps: float):
         super().__init__()
@@ -102,10 +113,10 @@ class WanAttention(nn.Module):
         self.norm_q = Fp32RMSNorm(hidden_size, eps=eps)
         self.norm_k = Fp32RMSNorm(hidden_size, eps=eps)
 
-    def forward(self, x: Tensor, texts: Sequence[Text] = (), rope: Tensor | None = None) -> Tensor:
-        """Attend to x itself, or each equal share of its rows to a text of its own."""
+    def forward(self, x: Tensor, texts: Sequence[Context] = (), rope: Tensor | None = None) -> Tensor:
+        """Attend to x itself; with texts, each of the equal parts that the rows are cut into attends to its own text."""
         query = self.norm_q(self.to_q(x)).unflatten(2, (self.num_heads, -1))  # (B, L, N, E)
-        contexts = texts or [Text(x)]
+        contexts = texts or [Context(x)]
         attended = [
             self._attend(part, *context, rope)
             for part, context in zip(query.chunk(len(contexts)), contexts, strict=True)
@@ -118,7 +129,7 @@ class WanAttention(nn.Module):
         if rope is not None:
             query, key = apply_rope(query, rope), apply_rope(key, rope)
         query, key = query.to(value.dtype), key.to(value.dtype)  # the norms answer in float32
-        if len(value) != len(query):  # one text for all rows
+        if len(value) != len(query):  # one text serves all rows
             key, value = (part.expand(len(query), -1, -1, -1) for part in (key, value))
         bias = None if bias is None else bias.to(value.dtype)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, N, L, E)
@@ -126,14 +137,16 @@ class WanAttention(nn.Module):
 
 
 def modulation_table(rows: int, hidden_size: int) -> nn.Parameter:
-    """Wan's initial values (1, rows, D)."""
+    """Return a table (1, rows, D) of Wan's initial values."""
     table = torch.empty(1, rows, hidden_size)
-    if not table.is_meta:  # where nothing is drawn, and asking to loads torch's compiler, a second of every start
+    if not table.is_meta:  # drawing on meta would give nothing, and load torch's compiler, a second of every start
         table.normal_(std=hidden_size**-0.5)
     return nn.Parameter(table)
 
 
 class GeluProjection(nn.Module):
+    """The first layer of a feed-forward network and its GELU-tanh, under diffusers' name `proj`."""
+
     def __init__(self, hidden_size: int, ffn_dim: int):
         super().__init__()
         self.proj = Linear(hidden_size, ffn_dim)
@@ -143,7 +156,7 @@ class GeluProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """`net` leaves index 1 empty, where diffusers keeps a dropout, so that the names agree."""
+    """Two layers with a GELU-tanh between them; index 1 of `net` is empty where diffusers has a dropout, so that names agree."""
 
     def __init__(self, hidden_size: int, ffn_dim: int):
         super().__init__()
@@ -167,8 +180,13 @@ class WanBlock(nn.Module):
         self.ffn = FeedForward(hidden_size, config.ffn_dim)
         self.scale_shift_table = modulation_table(6, hidden_size)
 
-    def forward(self, x: Tensor, timestep_proj: Tensor, texts: Sequence[Text], rope: Tensor) -> Tensor:
-        """x (B, L, D) of an earlier block; of the first one, rows that differ in their text alone may still be one row."""
+    def forward(self, x: Tensor, timestep_proj: Tensor, texts: Sequence[Context], rope: Tensor) -> Tensor:
+        """Return the residual stream (B, L, D) after this block.
+
+        Args:
+            x: (B, L, D); for the first block, rows that differ in their text alone may still be one row.
+            timestep_proj: (B, 6, D) shifts, scales and gates, which this block's own table is added to.
+        """
         dtype = texts[0].embeds.dtype
         table = self.scale_shift_table.float() + timestep_proj  # (B, 6, D)
         shift_msa, scale_msa, gate_msa = table[: len(x), :3].chunk(3, dim=1)
@@ -182,7 +200,7 @@ class WanBlock(nn.Module):
 
 
 class MlpEmbedder(nn.Module):
-    """Linear, activation, Linear: the time embedder (SiLU) and the text embedder (GELU-tanh) of Wan."""
+    """Two Linear layers with an activation between them: Wan's time embedder (SiLU) and text embedder (GELU-tanh)."""
 
     def __init__(self, in_dim: int, hidden_size: int, activation: nn.Module):
         super().__init__()
@@ -195,6 +213,8 @@ class MlpEmbedder(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
+    """Embedders of the timestep and of the text, under diffusers' names."""
+
     def __init__(self, config: StudentConfig):
         super().__init__()
         self.freq_dim = config.freq_dim
@@ -205,19 +225,17 @@ class ConditionEmbedder(nn.Module):
         )
 
     def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """temb (B, D) and timestep_proj (B, 6, D), both float32: an fp32 island of Wan, so autocast is off here."""
-        with torch.autocast(timestep.device.type, enabled=False):
+        """Return temb (B, D) and timestep_proj (B, 6, D) in float32, an fp32 island of Wan where autocast is off."""
+        # The meta device, where FLOPs are counted, knows no autocast.
+        with nullcontext() if timestep.is_meta else torch.autocast(timestep.device.type, enabled=False):
             features = sinusoidal_embedding(timestep, self.freq_dim)
             temb = self.time_embedder(features.to(self.time_embedder.linear_1.weight.dtype))
             timestep_proj = self.time_proj(F.silu(temb).to(self.time_proj.weight.dtype))
         return temb.float(), timestep_proj.float().unflatten(1, (6, -1))
 
 
-# ---- the lite block ----
-
-
 class LiteBlock(nn.Module):
-    """LayerNorm, MultiheadAttention, LayerNorm, MLP (4x, SiLU), with residuals."""
+    """A plain transformer block: self-attention and an MLP (4x, SiLU), each behind a LayerNorm and with a residual."""
 
     def __init__(self, config: StudentConfig):
         super().__init__()
@@ -233,9 +251,6 @@ class LiteBlock(nn.Module):
         normed = self.norm1(x)
         x = x + self.attn(normed, normed, normed, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))
-
-
-# ---- the model ----
 
 
 class WanLiteStudent(nn.Module):
@@ -274,21 +289,23 @@ class WanLiteStudent(nn.Module):
         prompt_lengths: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (noise - x_0) at a noise level.
+        """Return the velocity (noise - x_0) at a noise level.
 
         Args:
-            latents: (B, C, H, W) in model space, (z - mean) / std; H and W multiples of patch_size.
+            latents: (B, C, H, W) in model space, (z - mean) / std; H and W are multiples of patch_size.
             timestep: (B,) or scalar, 1000 sigma.
             prompt_embeds: (B, S, text_dim).
-            prompt_lengths: (B,) tokens that are text; the rest up to text_max_length then counts as Wan's zero
-                padding; a number outside of [0, S] counts as the nearer end. None: all S positions are used as they come.
-            negative_prompt_embeds: (S', text_dim), all of it text: also answer for this prompt, sharing all that is equal.
+            prompt_lengths: (B,) numbers of tokens that are text; the rest up to text_max_length then counts as Wan's zero
+                padding, and a number outside of [0, S] as the nearer end. With None all S positions are used as they come.
+            negative_prompt_embeds: (S', text_dim), all of it text. The model then answers for this prompt too, and computes
+                only once what is equal for both.
 
         Returns:
-            Velocity (B, C, H, W) in the dtype of `latents`; with a negative prompt (2 B, C, H, W), its half last.
+            Velocity (B, C, H, W) in the dtype of `latents`; with a negative prompt (2 B, C, H, W), whose second half is
+            that of the negative prompt.
         """
         if prompt_lengths is not None:
-            # Not refused, since to look at them would wait for the device:
+            # Wrong lengths are not refused, since looking at them would wait for the device.
             prompt_lengths = prompt_lengths.clamp(0, prompt_embeds.shape[1])
         prompts = [(prompt_embeds, prompt_lengths)]
         if negative_prompt_embeds is not None:
@@ -335,14 +352,14 @@ class WanLiteStudent(nn.Module):
         x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (grid_height, grid_width))  # (B, h, w, P, P, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
 
-    def _embed_text(self, prompt_embeds: Tensor, prompt_lengths: Tensor | None, dtype: torch.dtype) -> Text:
+    def _embed_text(self, prompt_embeds: Tensor, prompt_lengths: Tensor | None, dtype: torch.dtype) -> Context:
         bias = None
         if prompt_lengths is not None:
             prompt_embeds, bias = fold_text_padding(prompt_embeds, prompt_lengths, self.config.text_max_length)
-        return Text(self.condition_embedder.text_embedder(prompt_embeds.to(dtype)), bias)
+        return Context(self.condition_embedder.text_embedder(prompt_embeds.to(dtype)), bias)
 
-    def _run(self, block: nn.Module, *inputs: Tensor | Sequence[Text]) -> Tensor:
-        """A block's output; with gradient_checkpointing its insides are computed again for the backward pass, not kept."""
+    def _run(self, block: nn.Module, *inputs: Tensor | Sequence[Context]) -> Tensor:
+        """Run a block; with gradient_checkpointing its insides are computed again for the backward pass instead of kept."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -367,11 +384,10 @@ class WanLiteStudent(nn.Module):
         """Write student_config.json and diffusion_model.safetensors into `folder`, each whole or not at all.
 
         Args:
-            state_dict: the weights to write, where the student holds only a part of its own.
+            state_dict: the weights to write, where a sharded student holds only a part of its own.
         """
-        from safetensors.torch import save_file
-
-        from wandistiller.files.atomic import atomic_path
+        from wandistiller.files.atomic import write_text
+        from wandistiller.files.safetensors_files import write_tensors
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -379,23 +395,22 @@ class WanLiteStudent(nn.Module):
         tensors = {
             name: tensor.detach().cpu().contiguous() for name, tensor in (state_dict or self.state_dict()).items()
         }
-        with atomic_path(folder / WEIGHTS_NAME) as path:
-            save_file(tensors, path, metadata={"format": "pt", "student_config": config_json})
-        with atomic_path(folder / CONFIG_NAME) as path:
-            path.write_text(config_json, encoding="utf-8")
+        write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt", "student_config": config_json})
+        write_text(folder / CONFIG_NAME, config_json)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "WanLiteStudent":
-        """The student saved in `folder`, in that file with its weights, or in a hub repository of that name (`owner/name`).
+        """Load a student.
+
+        Args:
+            folder: a folder that a student was saved in, the file with its weights, or a hub repository (`owner/name`).
 
         Raises:
-            ConfigError: where a file is missing or damaged, or weights and config do not belong together.
-            HubError: where there is no such folder, and no such repository can be had either.
+            ConfigError: a file is missing or damaged, or weights and config do not belong together.
+            HubError: there is no such folder, and no such repository can be had either.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         from wandistiller.files.hub import fetch, is_hub_id
+        from wandistiller.files.safetensors_files import DamagedFileError, read_tensors
 
         if not Path(folder).exists() and is_hub_id(folder):
             files = [CONFIG_NAME, WEIGHTS_NAME]
@@ -403,13 +418,11 @@ class WanLiteStudent(nn.Module):
         config = saved_config(folder)
         path = Path(folder) if Path(folder).is_file() else Path(folder) / WEIGHTS_NAME
         try:
-            tensors = load_file(path, device=str(device))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: there is no such file; a trained student's folder holds it") from None
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: is not a whole safetensors file ({error}); copy it again") from None
+            tensors = read_tensors(path, str(device))
+        except DamagedFileError as error:
+            raise ConfigError(str(error)) from None
         if any(tensor.ndim == 5 for tensor in tensors.values()):
-            raise ConfigError(f"{path}: was exported for other tools; {_TAKEN}")
+            raise ConfigError(f"{path}: was exported for other tools; {_ADVICE}")
         with torch.device("meta"):
             student = cls(config)
         try:
@@ -420,40 +433,26 @@ class WanLiteStudent(nn.Module):
         return student.eval()
 
 
-def mean_text_token(prompt_embeds: Tensor, prompt_lengths: Tensor | None) -> Tensor:
-    """Mean over the text tokens: (B, S, text_dim) -> (B, text_dim)."""
-    if prompt_lengths is None:
-        return prompt_embeds.mean(dim=1)
-    lengths = prompt_lengths.to(prompt_embeds.device)[:, None]
-    is_text = torch.arange(prompt_embeds.shape[1], device=prompt_embeds.device)[None] < lengths
-    return prompt_embeds.masked_fill(~is_text[..., None], 0.0).sum(dim=1) / lengths.clamp(min=1)
-
-
 def saved_config(place: str | Path) -> StudentConfig:
-    """The config beside a student's weights; of the weights alone, that in their metadata.
+    """Read the config beside a student's weights, or else the one in their metadata.
 
     Raises:
         ConfigError: there is no student in this place.
     """
-    from safetensors import SafetensorError, safe_open
+    from wandistiller.files.safetensors_files import DamagedFileError, read_header
 
     place = Path(place)
     if not place.exists():
-        raise ConfigError(f"{place}: there is no such file or folder; {_TAKEN}")
+        raise ConfigError(f"{place}: there is no such file or folder; {_ADVICE}")
     if (place / CONFIG_NAME).exists():
         return StudentConfig.load(place)
     weights = place if place.is_file() else place / WEIGHTS_NAME
     if not weights.exists():
-        raise ConfigError(f"{place}: holds neither {CONFIG_NAME} nor {WEIGHTS_NAME}; {_TAKEN}")
+        raise ConfigError(f"{place}: holds neither {CONFIG_NAME} nor {WEIGHTS_NAME}; {_ADVICE}")
     try:
-        with safe_open(weights, framework="pt") as file:
-            text = (file.metadata() or {}).get("student_config")
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{weights}: is not a whole safetensors file ({error}); {_TAKEN}") from None
+        text = read_header(weights).metadata.get("student_config")
+    except DamagedFileError as error:
+        raise ConfigError(f"{error}; {_ADVICE}") from None
     if not text:
-        raise ConfigError(f"{weights}: has no student_config in its metadata; {_TAKEN}")
+        raise ConfigError(f"{weights}: has no student_config in its metadata; {_ADVICE}")
     return StudentConfig.from_json(text, f"{weights}, student_config in its metadata")
-
-
-# Kept in float32 whatever the dtype of the rest (diffusers' Wan: _keep_in_fp32_modules).
-FP32_ISLANDS = re.compile(r"time_embedder|time_proj|scale_shift_table|\.norm")

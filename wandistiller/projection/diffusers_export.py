@@ -9,12 +9,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from wandistiller.errors import UserError
-from wandistiller.files.atomic import atomic_path
+from wandistiller.files.atomic import write_json
 from wandistiller.files.hub import hub_id
+from wandistiller.files.safetensors_files import write_tensors
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.comfyui import comfyui_metadata
 from wandistiller.projection.lift import lift
@@ -35,7 +35,7 @@ def write_transformer_folder(
     tensors: dict[str, Tensor], config: StudentConfig, folder: Path, dtype: str = "fp32"
 ) -> None:
     """Write config.json and weights of a diffusers WanTransformer3DModel into an existing folder."""
-    _write_json(transformer_settings(config), folder / "config.json")
+    write_json(folder / "config.json", transformer_settings(config), end="\n", indent=2)
     _save(lift(tensors, dtype), config, folder / WEIGHTS_NAME)
 
 
@@ -80,8 +80,8 @@ def write_pipeline_parts(
         "vae": ["diffusers", "AutoencoderKLWan"],
         **parts.classes,
     }
-    _write_json(dict(sorted(index.items())), folder / "model_index.json")
-    _write_json(teacher_record(config), folder / "teacher_record.json")
+    write_json(folder / "model_index.json", dict(sorted(index.items())), end="\n", indent=2)
+    write_json(folder / "teacher_record.json", teacher_record(config), end="\n", indent=2)
 
 
 def text_classes(encoder: Path) -> dict[str, list[str]]:
@@ -124,20 +124,14 @@ def _save(
     tensors: dict[str, Tensor], config: StudentConfig, path: Path, more_metadata: dict[str, str] | None = None
 ) -> None:
     """Write weights with the student's config in their metadata."""
-    with atomic_path(path) as file:
-        save_file(tensors, file, metadata={"format": "pt", "student_config": config.to_json(), **(more_metadata or {})})
+    write_tensors(path, tensors, {"format": "pt", "student_config": config.to_json(), **(more_metadata or {})})
 
 
 def _load_as_float32(config_path: Path) -> None:
     """Make float32 the precision that transformers loads this model in."""
     settings = json.loads(config_path.read_text(encoding="utf-8"))
     settings.pop("torch_dtype", None)  # transformers before 5 has this key
-    _write_json(settings | {"dtype": "float32"}, config_path)
-
-
-def _write_json(values: dict, path: Path) -> None:
-    with atomic_path(path) as file:
-        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(config_path, settings | {"dtype": "float32"}, end="\n", indent=2)
 
 
 def _place(source: Path, target: Path, link: bool) -> None:

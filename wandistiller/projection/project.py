@@ -4,7 +4,6 @@ The patch kernel of Wan is (1, p, p) and frame 0 has temporal RoPE angle 0, so o
 transformer with the same weights and Conv2d = W[:, :, 0]. A smaller student takes a consistent part of them.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wandistiller.files.atomic import atomic_path
+from wandistiller.files.atomic import write_json
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.fp8 import Fp8Linear, fp8_linears, to_fp8
 from wandistiller.model.sizes import unfilled_model
@@ -110,8 +109,7 @@ class ProjectionReport:
 
     def save(self, folder: str | Path) -> None:
         """Write the report to projection_report.json in `folder`."""
-        with atomic_path(Path(folder) / REPORT_NAME) as file:
-            file.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        write_json(Path(folder) / REPORT_NAME, asdict(self), indent=1)
 
 
 def project_teacher(

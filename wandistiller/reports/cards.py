@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from wandistiller.files.atomic import atomic_path
+from wandistiller.files.atomic import write_text
 from wandistiller.files.clone import DEMO_TEACHER
 from wandistiller.files.output_folder import (
     CARD_MARK,
@@ -67,8 +67,7 @@ def write_model_card(folder: Path) -> Path | None:
         return None
     config = StudentConfig.load(folder)
     card = model_card(folder, config)
-    with atomic_path(file) as beside:
-        beside.write_text(card, encoding="utf-8")
+    write_text(file, card)
     return file
 
 
@@ -319,8 +318,7 @@ def write_export_card(
         name: name that the folder will have in the end.
         config: the student's, with the record that is published.
     """
-    with atomic_path(folder / CARD_NAME) as beside:
-        beside.write_text(export_card(name, config, export_format, dtype, link), encoding="utf-8")
+    write_text(folder / CARD_NAME, export_card(name, config, export_format, dtype, link))
 
 
 def export_card(name: str, config: StudentConfig, export_format: str, dtype: str, link: bool) -> str:

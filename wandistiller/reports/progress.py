@@ -10,7 +10,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from wandistiller.files.atomic import atomic_path
+from wandistiller.files.atomic import write_text
 from wandistiller.reports.metrics import StepMetrics, read_metrics
 
 LINE_EVERY_S = 10.0  # plain lines are at least this far apart, so that a long job's log stays readable
@@ -34,8 +34,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         # A killed run may have written steps beyond those that this one resumes from. A kill here loses no step before them:
         kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= self.first_step]
-        with atomic_path(self.metrics_path) as beside:
-            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.metrics_path.open("a", encoding="utf-8")
         is_terminal = self.stream.isatty()
         self._bar = (

@@ -24,7 +24,7 @@ from wandistiller.sampling.sampler import SamplingOptions, StudentField, Velocit
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
-from wandistiller.wan.vae import decode, load_vae
+from wandistiller.wan.vae import VaeLocation, decode, load_vae
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,7 +47,7 @@ class SampleOptions:
 
     Attributes:
         latent_shape: (C, H, W).
-        vae_location: folder or hub id of the VAE, and its subfolder.
+        vae_location: where the VAE is.
         settings: the teacher's, for the VAE's statistics and the record in each picture.
         teacher_sampling: how the teacher's row is sampled.
         student_sampling: how the student's row is sampled.
@@ -56,7 +56,7 @@ class SampleOptions:
     """
 
     latent_shape: tuple[int, int, int]
-    vae_location: tuple[str, str | None]
+    vae_location: VaeLocation
     settings: TeacherSettings
     teacher_sampling: SamplingOptions
     student_sampling: SamplingOptions
@@ -158,7 +158,7 @@ class Samples:
 
     def _grid(self, latents: Tensor) -> "Image":
         factor, device = self.options.settings.vae_scale_factor, self.options.student_sampling.device
-        vae = load_vae(*self.options.vae_location, latents.shape[1], factor, device)
+        vae = load_vae(self.options.vae_location, latents.shape[1], factor, device)
         if self.teacher_latents is not None and not self.teacher_row:
             self.teacher_row = self._pictures(vae, self.teacher_latents)
         rows = {"teacher": self.teacher_row} if self.teacher_row else {}

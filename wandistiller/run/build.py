@@ -22,8 +22,8 @@ from wandistiller.targets.state_batch import DrawOptions
 from wandistiller.targets.states import build_states
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
 from wandistiller.training.objective import Objective
-from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds, mock_prompt_embeds
-from wandistiller.wan.text_encoder import encode_prompts
+from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
+from wandistiller.wan.text_encoder import embed_texts
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +47,16 @@ def embed_prompts(run: Run) -> Embeds:
 
 def _embed(run: Run, texts: list[str]) -> PromptEmbeds:
     """Encode this process's share of the texts into the cache, and read all of them back."""
-    config, encoder = run.config, run.encoder
-    if encoder is None:
-        return mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
-    cache, slots = run.flags.data.prompt_cache, config.text_max_length
 
-    def encode(prompts: list[str]) -> PromptEmbeds:
-        return encode_prompts(prompts, *encoder, cache, slots, run.device, progress=print_encoding)
+    def embed(prompts: list[str]) -> PromptEmbeds:
+        return embed_texts(
+            prompts, run.encoder, run.config, run.flags.data.prompt_cache, run.device, progress=print_encoding
+        )
 
-    encode(texts[run.processes.rank :: run.processes.count])
-    run.processes.barrier()
-    return encode(texts)
+    if run.encoder is not None:
+        embed(texts[run.processes.rank :: run.processes.count])
+        run.processes.barrier()
+    return embed(texts)
 
 
 def print_encoding(done: int, total: int) -> None:

@@ -29,7 +29,7 @@ from wandistiller.run.messages import print_plan
 from wandistiller.run.plan import Plan
 from wandistiller.targets.replay import REPLAY_BATCHES
 from wandistiller.training.checkpoints import Checkpoints
-from wandistiller.wan.text_encoder import count_tokens, encoder_parameters
+from wandistiller.wan.text_encoder import count_tokens
 
 # The tokens of these stand for those of all prompts.
 NUM_COUNTED_PROMPTS = 256
@@ -138,7 +138,7 @@ def measure_texts(plan: Plan) -> TextSizes:
         counts = [len(text.split()) + 1 for text in everything]
         parameters = 0 if plan.wan_files.is_mock else UMT5_XXL_PARAMETERS
     else:
-        counts, parameters = count_tokens(everything, encoder[1]), encoder_parameters(encoder[0])
+        counts, parameters = count_tokens(everything, encoder), encoder.num_parameters()
     *of_prompts, negative = [min(count, plan.config.text_max_length) for count in counts]
     negative_tokens = negative if plan.settings.uses_guidance else 0
     return TextSizes(sum(of_prompts) / len(of_prompts), negative_tokens, parameters)

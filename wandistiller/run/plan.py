@@ -17,11 +17,11 @@ from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions
 from wandistiller.training.loop import TrainingOptions, steps_of_epochs
 from wandistiller.training.optimizer import OptimizationOptions, check_optimizer
-from wandistiller.wan.files import WanFiles, check_weights, find_text_encoder
+from wandistiller.wan.files import WanFiles, check_weights
 from wandistiller.wan.open import open_teacher
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
-from wandistiller.wan.text_encoder import text_encoder_dim
-from wandistiller.wan.vae import check_statistics, find_vae, read_vae_config, vae_config_path
+from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
+from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, read_vae_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Plan:
         settings: how the teacher is sampled.
         lanes: the samples of a step, and this process's among them.
         dtype: of matrix products.
-        encoder: folders of the text encoder and its tokenizer; None where the mock's stand-in embeddings will do.
+        encoder: the text encoder and its tokenizer on disk; None where the mock's stand-in embeddings will do.
         vae_location: where the VAE of the sample pictures is; None where none are drawn.
     """
 
@@ -47,8 +47,8 @@ class Plan:
     processes: Processes
     lanes: Lanes
     dtype: torch.dtype
-    encoder: tuple[Path, Path] | None
-    vae_location: tuple[str, str | None] | None
+    encoder: TextEncoderFiles | None
+    vae_location: VaeLocation | None
 
     @property
     def device(self) -> str:
@@ -145,7 +145,7 @@ def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles,
     data, student, teacher = flags.data, flags.student, flags.teacher
     wan_files = open_teacher(data.teacher_path, config, data.teacher_path_low)
     if data.vae_path:
-        wan_files.complete_from_vae(vae_config_path(*find_vae(data.vae_path, data.teacher_path)))
+        wan_files = wan_files.with_vae_config(find_vae(data.vae_path, data.teacher_path).config_path())
     check_fits(wan_files.expert(student.init_expert).config, config, student.layers, student.student_config)
     settings = resolve_settings(wan_files, **asdict(teacher))
     config.check_image_size(settings.vae_scale_factor, student.student_config)
@@ -170,21 +170,17 @@ def possible_flags(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> 
     return flags
 
 
-def find_encoder(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> tuple[Path, Path] | None:
-    """Find the folders of the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings will do."""
+def find_encoder(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> TextEncoderFiles | None:
+    """Find the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings will do."""
     given = flags.data.text_encoder_path
     if wan_files.is_mock and given is None:
         return None
-    encoder, tokenizer = find_text_encoder(given) if given else wan_files.text_encoder()
-    if (text_dim := text_encoder_dim(encoder)) != config.text_encoder_output_dim:
-        raise UserError(
-            f"{encoder}: gives embeddings of width {text_dim}, teacher and student take "
-            f"{config.text_encoder_output_dim}; point --text_encoder_path at the teacher's own encoder"
-        )
-    return encoder, tokenizer
+    encoder = find_text_encoder(given) if given else wan_files.text_encoder()
+    encoder.check_text_dim(config.text_encoder_output_dim)
+    return encoder
 
 
-def find_sample_vae(flags: Flags, wan_files: WanFiles, settings: TeacherSettings) -> tuple[str, str | None] | None:
+def find_sample_vae(flags: Flags, wan_files: WanFiles, settings: TeacherSettings) -> VaeLocation | None:
     """Find the VAE of the sample pictures; None where none can be drawn. A --vae_path without a VAE is a mistake.
 
     Raises:
@@ -198,9 +194,9 @@ def find_sample_vae(flags: Flags, wan_files: WanFiles, settings: TeacherSettings
         return None
     try:
         location = find_vae(given, flags.data.teacher_path)
-        check_is_vae_of(settings, wan_files.config, vae_config_path(*location))
-        if Path(location[0]).exists():  # else the hub's client sees to its files
-            check_weights(Path(*filter(None, location)))
+        check_is_vae_of(settings, wan_files.config.num_channels, location.config_path())
+        if Path(location.location).exists():  # else the hub's client sees to its files
+            check_weights(location.folder())
     except UserError as error:
         if given is not None:
             raise
@@ -209,15 +205,15 @@ def find_sample_vae(flags: Flags, wan_files: WanFiles, settings: TeacherSettings
     return location
 
 
-def check_is_vae_of(settings: TeacherSettings, teacher: StudentConfig, config_path: Path) -> None:
+def check_is_vae_of(settings: TeacherSettings, num_channels: int, config_path: Path) -> None:
     """Refuse a VAE of other latents than a run learns, by its config.json."""
-    vae = read_vae_config(config_path, teacher.num_channels)
+    vae = read_vae_config(config_path, num_channels)
     folder = config_path.parent
     if vae.vae_scale_factor not in (None, settings.vae_scale_factor):
         raise UserError(
             f"{folder}: is a VAE of factor {vae.vae_scale_factor}; the teacher's latents have factor "
             f"{settings.vae_scale_factor}; give --vae_path the teacher's own VAE"
         )
-    learnt = {"latents_mean": settings.latents_mean, "latents_std": settings.latents_std}
     if vae.latents_mean and vae.latents_std:
-        check_statistics(asdict(vae), teacher.replace(distillation=learnt), folder)
+        learnt = LatentStatistics(settings.latents_mean, settings.latents_std)
+        check_statistics(learnt, LatentStatistics(vae.latents_mean, vae.latents_std), folder)

@@ -14,7 +14,7 @@ from wandistiller.files.hub import hub_id, is_hub_id
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     import torch
     from diffusers import AutoencoderKLWan
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from wandistiller.wan.files import WanFiles
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
+    from wandistiller.wan.text_encoder_files import TextEncoderFiles
 
 # Drawing cannot do without these; the rest of the record may be missing.
 _NEEDED = {
@@ -222,11 +223,11 @@ class DrawingParts:
     """The parts of a Wan that draw a picture together with its transformer.
 
     Attributes:
-        encoder: the folders of the text encoder and its tokenizer; None stands for the mock's embeddings.
+        encoder: the text encoder and its tokenizer on disk; None stands for the mock's embeddings.
         vae: the AutoencoderKLWan, in memory.
     """
 
-    encoder: tuple[Path, Path] | None
+    encoder: "TextEncoderFiles | None"
     vae: "AutoencoderKLWan"
 
 
@@ -242,72 +243,40 @@ def load_drawing_parts(
 
     vae_location = find_vae(vae_path, teacher_path)
     encoder = find_recorded_encoder(config, text_encoder_path, teacher_path)
-    return DrawingParts(encoder, load_vae(*vae_location, config.num_channels, config.vae_scale_factor, device))
-
-
-def check_text_encoder(encoder: Path, text_dim: int) -> None:
-    """Refuse a text encoder whose embeddings have another width than teacher and student take."""
-    from wandistiller.wan.text_encoder import text_encoder_dim
-
-    if (width := text_encoder_dim(encoder)) != text_dim:
-        raise UserError(
-            f"{encoder}: gives embeddings of width {width}, teacher and student take {text_dim}; point "
-            "--text_encoder_path at the teacher's own encoder"
-        )
+    return DrawingParts(encoder, load_vae(vae_location, config.num_channels, config.vae_scale_factor, device))
 
 
 def find_recorded_encoder(
     config: StudentConfig, text_encoder_path: str | None, teacher_path: str
-) -> tuple[Path, Path] | None:
-    """Find the folders of the text encoder and its tokenizer; None stands for the mock teacher's embeddings.
+) -> "TextEncoderFiles | None":
+    """Find the text encoder and its tokenizer on disk; None stands for the mock teacher's embeddings.
 
     Raises:
         UserError: they are not there, or give embeddings of another width than the student takes.
     """
-    from wandistiller.wan.files import find_text_encoder
+    from wandistiller.wan.text_encoder_files import find_text_encoder
 
     path, recorded = text_encoder_path, StudentRecord.of(config).text_encoder_path
     if path is None and recorded is not None:
         path = _found(recorded, "text encoder", "--text_encoder_path", is_hub_id(recorded))
     if path is None and teacher_path == "mock":
         return None
-    encoder, tokenizer = find_text_encoder(path or teacher_path)
-    check_text_encoder(encoder, config.text_encoder_output_dim)
-    return encoder, tokenizer
-
-
-def embed_texts(
-    texts: "Sequence[str]",
-    encoder: tuple[Path, Path] | None,
-    config: StudentConfig,
-    prompt_cache: str,
-    device: str,
-    progress: "Callable[[int, int], None] | None" = None,
-) -> "PromptEmbeds":
-    """Return the text tokens of prompts, as teacher and student take them.
-
-    Args:
-        encoder: the folders of the text encoder and its tokenizer; None makes the mock's embeddings.
-        config: tells the width of the embeddings and the number of text slots.
-        progress: called with (prompts encoded so far, prompts to encode).
-    """
-    from wandistiller.wan.prompt_embeds import mock_prompt_embeds
-    from wandistiller.wan.text_encoder import encode_prompts
-
-    if encoder is None:
-        return mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
-    return encode_prompts(texts, *encoder, prompt_cache, config.text_max_length, device, progress=progress)
+    encoder = find_text_encoder(path or teacher_path)
+    encoder.check_text_dim(config.text_encoder_output_dim)
+    return encoder
 
 
 def embed_with_negative(
     prompts: "Sequence[str]",
     settings: "TeacherSettings",
-    encoder: tuple[Path, Path] | None,
+    encoder: "TextEncoderFiles | None",
     config: StudentConfig,
     prompt_cache: str,
     device: str,
 ) -> "tuple[PromptEmbeds, Tensor | None]":
     """Return the text tokens of every prompt, and of the negative prompt where guidance needs it; see `embed_texts`."""
+    from wandistiller.wan.text_encoder import embed_texts
+
     negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
     embeds = embed_texts([*prompts, *negative_prompts], encoder, config, prompt_cache, device)
     return embeds.first(len(prompts)), embeds.read(len(prompts)) if negative_prompts else None

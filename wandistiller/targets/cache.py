@@ -18,8 +18,15 @@ from torch import Tensor
 
 from wandistiller.device import to_device
 from wandistiller.errors import UserError
-from wandistiller.files.atomic import atomic_path
+from wandistiller.files.atomic import write_json
 from wandistiller.files.output_folder import check_output_folder
+from wandistiller.files.safetensors_files import (
+    DamagedFileError,
+    open_safetensors,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
 from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
 from wandistiller.targets.answers import Answer, AnswerQueue, TeacherAnswers
@@ -170,15 +177,13 @@ class TeacherCache:
         return range(self.processes.rank, num_shards * self.processes.count, self.processes.count)
 
     def _count_rows(self, path: Path) -> int:
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, framework="pt") as shard:
-                shapes = {name: shard.get_slice(name).get_shape() for name in STORED_NAMES}
-        except (SafetensorError, OSError) as error:
-            raise self._damaged(path, str(error).splitlines()[0]) from None
+            found = read_header(path).shapes
+        except DamagedFileError as error:
+            raise self._damaged(path, error.reason) from None
+        shapes = {name: found.get(name, ()) for name in STORED_NAMES}
         count = shapes["sigma"][:1]
-        latents = [*count, *self.description["latent_shape"]]
+        latents = (*count, *self.description["latent_shape"])
         if shapes != {"latents": latents, "velocity": latents, "sigma": count, "prompts": count} or not count:
             raise self._damaged(path, f"its tensors have the shapes {shapes}")
         return count[0]
@@ -243,34 +248,27 @@ class TeacherCache:
 
     def _load_state(self, answers: TeacherAnswers) -> None:
         """Load the paths as they were after so many whole shards. What a killed build wrote beyond these is written again."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         state, num_shards = self.state_file, 0
         if state.exists():
             try:
-                saved = load_file(state)
+                saved = read_tensors(state)
                 num_shards = int(saved.pop("num_shards"))
-            except (SafetensorError, KeyError) as error:
-                raise self._damaged(state, str(error).splitlines()[0]) from None
+            except DamagedFileError as error:
+                raise self._damaged(state, error.reason) from None
+            except KeyError:
+                raise self._damaged(state, "it does not say how many shards there are") from None
             answers.load_state_dict(saved)
         self._index(self._numbers(num_shards))
 
     def _write_shard(self, batches: list[dict[str, Tensor]]) -> None:
-        from safetensors.torch import save_file
-
         shard = {name: torch.cat([batch[name] for batch in batches]) for name in STORED_NAMES}
         path = self.folder / SHARD_NAME.format(self._numbers(len(self.shards) + 1)[-1])
-        with atomic_path(path) as beside:
-            save_file(shard, beside)
+        write_tensors(path, shard)
         self.shards.append(path)
         self.rows.append(len(shard["sigma"]))
 
     def _write_state(self, answers: TeacherAnswers) -> None:
-        from safetensors.torch import save_file
-
-        with atomic_path(self.state_file) as beside:
-            save_file(answers.state_dict() | {"num_shards": torch.tensor(len(self.shards))}, beside)
+        write_tensors(self.state_file, answers.state_dict() | {"num_shards": torch.tensor(len(self.shards))})
 
     def _check_disk(self, num_batches: int, answers: TeacherAnswers) -> None:
         elements = self.description["batch_size"] * torch.Size(self.description["latent_shape"]).numel()
@@ -289,8 +287,7 @@ class TeacherCache:
         rows = self.rows if is_complete else []
         about = {"is_complete": is_complete, "num_shards": len(rows), "rows": rows, "answers_of": self.description}
         about |= {} if is_complete else {"num_processes": self.processes.count}
-        with atomic_path(self.folder / DESCRIPTION_NAME) as beside:
-            beside.write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_json(self.folder / DESCRIPTION_NAME, about, indent=1, ensure_ascii=False)
 
 
 def _ask(answers: TeacherAnswers, done: int, on_progress: Callable[[int], None]) -> dict[str, Tensor]:
@@ -337,14 +334,12 @@ class CachedAnswers:
     num_calls = 0
 
     def __init__(self, cache: TeacherCache, prompt_embeds: PromptEmbeds, lanes: Lanes, device: str, seed: int = 0):
-        from safetensors import safe_open
-
         self.cache = cache
         self.lanes = lanes if lanes.pads else Lanes(min(lanes.total, cache.num_answers))
         self.device = device
         self.generator = torch.Generator().manual_seed(seed)
         self.ends = list(accumulate(cache.rows))
-        shards = [safe_open(path, framework="pt") for path in cache.shards]
+        shards = [open_safetensors(path) for path in cache.shards]
         self.slices = [{name: shard.get_slice(name) for name in STORED_NAMES} for shard in shards]
         self.order = torch.randperm(cache.num_answers, generator=self.generator)
         self.position = 0

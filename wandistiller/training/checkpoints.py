@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError
-from wandistiller.files.atomic import atomic_path, file_digest, fsync
+from wandistiller.files.atomic import file_digest, fsync, write_json
+from wandistiller.files.paths import nearest_existing
 from wandistiller.processes import Processes, error_reason, load_tensors, save_tensors
 
 FOLDER_NAME = "checkpoints"
@@ -232,8 +233,7 @@ class Checkpoints:
             run=self.description,
         )
         fsync(folder)  # for the files' names; their contents are synced as they are written
-        with atomic_path(folder.with_suffix(".json")) as beside:
-            beside.write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False), encoding="utf-8")
+        write_json(folder.with_suffix(".json"), asdict(manifest), indent=1, ensure_ascii=False)
         if has_states:
             self._drop_old(step)
 
@@ -261,11 +261,8 @@ class Checkpoints:
         Args:
             starts_anew: whether the checkpoints that are there stay beside the new ones.
         """
-        existing = self.folder
-        while not existing.exists():
-            existing = existing.parent
         num_replaced = 0 if starts_anew else min(self.keep, len(self._manifests()))
-        count, free = self.keep + 1 - num_replaced, shutil.disk_usage(existing).free
+        count, free = self.keep + 1 - num_replaced, shutil.disk_usage(nearest_existing(self.folder)).free
         needed = count * num_bytes + student_bytes
         if needed > free:
             raise UserError(

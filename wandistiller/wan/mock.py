@@ -1,4 +1,4 @@
-"""`--teacher_path mock`: a Wan of random weights with a fixed seed, wider and deeper than the student; no download."""
+"""`--teacher_path mock`: a Wan of seeded random weights, wider and deeper than the student, which needs no download."""
 
 import zlib
 
@@ -13,7 +13,7 @@ MOCK_SEED = 20250728
 
 
 class MockTransformer:
-    """Random tensors under canonical names, each made when it is read (the interface of `WanTransformer`)."""
+    """Random tensors under canonical names, each made when it is read; the interface is that of `WanTransformer`."""
 
     def __init__(self, config: StudentConfig):
         self.location = "mock"
@@ -29,7 +29,7 @@ class MockTransformer:
         return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
-        """The same values for the same name and shape, at scales that keep activations and velocity near unit size."""
+        """Return the same values for the same name and shape, scaled so that activations and velocity stay near unit size."""
         generator = torch.Generator().manual_seed(MOCK_SEED ^ zlib.crc32(name.encode()))
         shape = self._shapes[name]
         values = torch.randn(shape, generator=generator)
@@ -43,7 +43,7 @@ class MockTransformer:
 
 
 def mock_shape(student: StudentConfig) -> StudentConfig:
-    """A Wan around this student: a quarter more heads, layers and FFN neurons, at least one more of each."""
+    """Return the shape of a Wan with a quarter more heads, layers and FFN neurons than a student, at least one more of each."""
 
     def larger(count: int) -> int:
         return count + max(1, count // 4)
@@ -71,6 +71,6 @@ def mock_shape(student: StudentConfig) -> StudentConfig:
 
 
 def mock_wan_files(student: StudentConfig) -> WanFiles:
-    """The mock as a checkpoint, for the same path as a real one."""
+    """Return the mock around a student's shape, to be used as a Wan on disk is."""
     transformer = MockTransformer(mock_shape(student))
     return WanFiles("mock", {"high": transformer}, vae_scale_factor=student.vae_scale_factor)

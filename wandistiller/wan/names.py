@@ -1,4 +1,4 @@
-"""The names of Wan's tensors: original and ComfyUI spellings <-> one canonical set (diffusers'), and what is no T2V Wan."""
+"""The names of Wan's tensors and settings: original and ComfyUI spellings become canonical ones (diffusers'), and back."""
 
 import re
 
@@ -7,8 +7,9 @@ from torch import Tensor
 from wandistiller.model.config import StudentConfig
 
 COMFYUI_PREFIX = "model.diffusion_model."
+PATCH_KERNEL = "patch_embedding.weight"
 
-# Original -> diffusers (diffusers:scripts/convert_wan_to_diffusers.py): the stem of a tensor's name in the model, and in a block.
+# These map the stem of an original name to diffusers' (scripts/convert_wan_to_diffusers.py), in the model and in a block.
 _IN_MODEL = {
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
     "time_embedding.2": "condition_embedder.time_embedder.linear_2",
@@ -41,23 +42,23 @@ _OTHER_KINDS = [
 
 
 def uses_original_names(names: list[str]) -> bool:
-    """Original Wan is told by its head's modulation table; diffusers calls that `scale_shift_table`."""
+    """Whether these are original names: the head's modulation table is `scale_shift_table` in diffusers."""
     return any(name.removeprefix(COMFYUI_PREFIX) == "head.modulation" for name in names)
 
 
 def to_canonical(name: str, original: bool) -> str:
-    """The canonical (diffusers) name of a tensor as it stands in a file."""
+    """Return the canonical name, diffusers', of a tensor as it stands in a file."""
     name = name.removeprefix(COMFYUI_PREFIX)
     return _renamed(name, *_TO_CANONICAL) if original else name
 
 
 def to_original(name: str) -> str:
-    """The original name of a tensor, from its canonical one: the inverse of `to_canonical`."""
+    """Return the original name of a tensor from its canonical one, as the inverse of `to_canonical`."""
     return _renamed(name, *_TO_ORIGINAL)
 
 
 def _renamed(name: str, in_model: dict[str, str], in_block: dict[str, str]) -> str:
-    """A name with its stem replaced; the stem ends at a dot, so that what follows (.weight, .scale_weight) is kept."""
+    """Replace the stem of a name; it ends at a dot, so that what follows (.weight, .scale_weight) is kept."""
     block, inside = re.fullmatch(r"(blocks\.\d+\.)?(.+)", name).groups()
     for stem, other in (in_block if block else in_model).items():
         if inside == stem or inside.startswith(f"{stem}."):
@@ -66,7 +67,7 @@ def _renamed(name: str, in_model: dict[str, str], in_block: dict[str, str]) -> s
 
 
 def other_wan_kind(names: list[str]) -> str | None:
-    """Which other kind of Wan these tensors belong to ("an image-to-video (I2V)", ...), or None for text-to-video."""
+    """Return the other kind of Wan these tensors belong to, such as "an image-to-video (I2V)"; None for text-to-video."""
     bare = [name.removeprefix(COMFYUI_PREFIX) for name in names]
     for pattern, kind in _OTHER_KINDS:
         if any(pattern.search(name) for name in bare):
@@ -74,16 +75,13 @@ def other_wan_kind(names: list[str]) -> str | None:
     return None
 
 
-PATCH_KERNEL = "patch_embedding.weight"
-
-
 def without_frames(tensor: Tensor) -> Tensor:
-    """A Wan's tensor in 2D: the patch kernel loses its depth of 1, any other is returned as it is."""
+    """Return a Wan's tensor in 2D: the patch kernel loses its depth of 1, any other stays as it is."""
     return tensor[:, :, 0] if tensor.ndim == 5 else tensor
 
 
 def transformer_settings(config: StudentConfig) -> dict:
-    """config.json of a diffusers WanTransformer3DModel with this shape (diffusers:models/transformers/transformer_wan.py)."""
+    """Return the config.json of a diffusers WanTransformer3DModel with this shape (models/transformers/transformer_wan.py)."""
     return {
         "_class_name": "WanTransformer3DModel",
         "added_kv_proj_dim": None,
@@ -106,9 +104,9 @@ def transformer_settings(config: StudentConfig) -> dict:
 
 
 def teacher_record(config: StudentConfig) -> dict:
-    """What a student says of itself to those that distil or draw it as a teacher; empty where it has no record.
+    """Return what a student tells those that distil it or draw with it as a teacher; empty where it has no record.
 
-    Its guidance is 1: the guided velocity is what it learnt. A student of few steps is to be asked at those steps.
+    Its guidance is 1, since the guided velocity is what it learnt. A student of few steps is to be asked at those steps.
     """
     record = config.distillation
     if not record:

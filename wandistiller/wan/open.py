@@ -11,7 +11,7 @@ from wandistiller.wan.mock import mock_wan_files
 def open_teacher(
     teacher_path: str | Path | WanFiles, config: StudentConfig | None, low_noise_path: str | Path | None = None
 ) -> WanFiles:
-    """An opened teacher (headers only): as it is, from disk or hub, or the mock made around `config`."""
+    """Open a teacher by its headers, from disk or hub, or make the mock around `config`; one already open is returned."""
     if isinstance(teacher_path, WanFiles):
         return teacher_path
     if str(teacher_path) != "mock":

@@ -1,4 +1,4 @@
-"""Text-token embeddings of prompts, padded into batches: of an encoder, of its cache, or the mock's stand-ins."""
+"""Embeddings of prompts in memory or on disk, padded into batches, and the mock teacher's stand-ins for them."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -14,9 +14,11 @@ MOCK_SCALE = 0.1
 
 
 class PromptEmbeds:
-    """Text-token embeddings of a list of prompts; `read(i)` gives the i-th, (n_i, text_dim), from memory or from disk.
+    """Text-token embeddings of a list of prompts.
 
-    `truncated` counts the prompts that were longer than the text slots.
+    Args:
+        read: returns the embedding (n, text_dim) of the prompt at an index, from memory or from disk.
+        truncated: number of prompts that were longer than the text slots.
     """
 
     def __init__(self, num_prompts: int, text_dim: int, read: Callable[[int], Tensor], truncated: int = 0):
@@ -26,17 +28,17 @@ class PromptEmbeds:
         return self.num_prompts
 
     def first(self, count: int) -> "PromptEmbeds":
-        """The first `count` of these prompts, sharing their values."""
+        """Return the first `count` of these prompts, which share their values."""
         return self.part(0, count)
 
     def part(self, start: int, count: int) -> "PromptEmbeds":
-        """`count` of these prompts from `start` on, sharing their values."""
+        """Return `count` of these prompts from `start` on, which share their values."""
         return PromptEmbeds(count, self.text_dim, lambda index: self.read(start + index))
 
     def batch(
         self, indices: Sequence[int] | Tensor, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """prompt_embeds (B, L, text_dim), zero past each length, L the longest of the batch; prompt_lengths (B,) int64."""
+        """Return prompt_embeds (B, L, text_dim), zero past each length, and prompt_lengths (B,); L is the longest of them."""
         rows = [self.read(int(index)) for index in indices]
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
         prompt_embeds = torch.zeros(len(rows), max([1, *lengths.tolist()]), self.text_dim, dtype=dtype)
@@ -47,7 +49,12 @@ class PromptEmbeds:
 
 @dataclass(frozen=True)
 class Embeds:
-    """Text tokens of a run's `Texts`; `trained` holds the prompts and after them the extra ones."""
+    """Embeddings of a run's `Texts`.
+
+    Attributes:
+        trained: the prompts and after them the extra ones.
+        negative: the negative prompt (n, text_dim); None where the teacher is not guided.
+    """
 
     trained: PromptEmbeds
     held_out: PromptEmbeds
@@ -55,7 +62,7 @@ class Embeds:
 
 
 def mock_prompt_embeds(prompts: Sequence[str], text_dim: int, text_max_length: int = 512) -> PromptEmbeds:
-    """Noise that depends on the prompt alone, one token a word and one more: stands in for UMT5, needs no download."""
+    """Return noise in place of UMT5's embeddings, which depends on the prompt alone: a token for each word and one more."""
     embeds, truncated = [], 0
     for prompt in map(clean_prompt, prompts):
         num_tokens = len(prompt.split()) + 1

@@ -1,4 +1,4 @@
-"""How a teacher is sampled: what each released Wan was made for, and what a checkpoint or a person says instead."""
+"""How a teacher is sampled: each released Wan as it was made for, others as their folder or a person says."""
 
 import re
 from dataclasses import dataclass
@@ -7,20 +7,17 @@ from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
 from wandistiller.wan.files import WanFiles
 
-# Wan's own (Wan2.2:wan/configs/shared_config.py) without the words for still, static, picture and artwork, which push
-# against stills.
+# This is Wan's own (Wan2.2:wan/configs/shared_config.py) without its words for still, static, picture and artwork, which
+# push away from stills.
 DEFAULT_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，细节模糊不清，字幕，风格，作品，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-
-
 DEFAULT_BOUNDARY_RATIO = 0.875
 RELEASED_TEXT_MAX_LENGTH = 512
 
-
-# Per-channel statistics of the released VAEs' latents, by number of channels (diffusers:autoencoder_kl_wan.py for Wan2.1,
-# scripts/convert_wan_to_diffusers.py for Wan2.2).
+# Mean and standard deviation of the released VAEs' latents by their number of channels, copied from diffusers
+# (autoencoder_kl_wan.py for Wan2.1, scripts/convert_wan_to_diffusers.py for Wan2.2).
 # fmt: off
 RELEASED_LATENTS = {
     16: (
@@ -45,7 +42,12 @@ RELEASED_LATENTS = {
 
 @dataclass(frozen=True)
 class ReleasedModel:
-    """What a released Wan was made to be sampled with (Wan2.1, Wan2.2: wan/configs/*.py, generate.py)."""
+    """The structure of a released Wan and how it was made to be sampled (Wan2.1, Wan2.2: wan/configs/*.py, generate.py).
+
+    Attributes:
+        guidance_scale: scale of the only expert, or of the high-noise one where there are two.
+        guidance_scale_2: scale of the low-noise expert; None with one expert.
+    """
 
     name: str
     hidden_size: int
@@ -53,8 +55,8 @@ class ReleasedModel:
     num_experts: int
     shift: float
     num_inference_steps: int
-    guidance_scale: float  # the high-noise expert's, where there are two
-    guidance_scale_2: float | None = None  # the low-noise expert's
+    guidance_scale: float
+    guidance_scale_2: float | None = None
     boundary_ratio: float | None = None
 
 
@@ -71,11 +73,11 @@ class TeacherSettings:
     """How the teacher is sampled, and so what the student learns; saved in the student's config.
 
     Attributes:
-        preset: the released model these values come from, or what else they were taken from.
-        guidance_scale: g of v_uncond + g (v_cond - v_uncond), of the high-noise expert where there are two.
-        guidance_scale_2: g of the low-noise expert; None with one expert.
+        preset: name of the released model that these values come from, or words for their other source.
+        guidance_scale: g of v_uncond + g (v_cond - v_uncond) for the only expert, or for the high-noise one of two.
+        guidance_scale_2: g for the low-noise expert; None with one expert.
         boundary_ratio: sigma at and above which the high-noise expert answers; None with one expert.
-        latents_mean, latents_std: model space is (z - mean) / std; None where unknown.
+        latents_mean, latents_std: statistics that make model space (z - mean) / std; None where unknown.
     """
 
     preset: str
@@ -90,7 +92,7 @@ class TeacherSettings:
     vae_scale_factor: int
 
     def latent_shape(self, student: StudentConfig) -> tuple[int, int, int]:
-        """(C, H, W) of the student's images behind the teacher's VAE."""
+        """Return (C, H, W) of the student's images behind the teacher's VAE."""
         side = student.image_size // self.vae_scale_factor
         return student.num_channels, side, side
 
@@ -99,7 +101,7 @@ class TeacherSettings:
         return any(self.preset == model.name for model in RELEASED_MODELS)
 
     def summary(self) -> str:
-        """One line for the screen."""
+        """Return one line for the screen."""
         line = f"settings of {self.preset}: shift {self.shift:g}, guidance_scale {self.guidance_scale:g}"
         if self.boundary_ratio is None:
             return line
@@ -119,10 +121,11 @@ def resolve_settings(
     boundary_ratio: float | None = None,
     negative_prompt: str | None = None,
 ) -> TeacherSettings:
-    """What the flags say (the arguments), else the released model's preset, else what the checkpoint's folder records.
+    """Return the settings that the flags give (the arguments), else a released model's preset, else what the folder records.
 
     An exported student says itself how it is sampled. For the others the preset goes before the folder because converted
-    folders carry another shift (3 where A14B was made for 12: diffusers issue 12094). A single --guidance_scale counts for both experts, as in diffusers.
+    folders carry another shift (3 where A14B was made for 12: diffusers issue 12094). A single --guidance_scale counts for
+    both experts, as in diffusers.
     """
     has_two = "low" in wan_files.experts
     if not has_two and guidance_scale_2 is not None:
@@ -131,7 +134,7 @@ def resolve_settings(
         )
     if not has_two and boundary_ratio is not None:
         raise UserError("--boundary_ratio divides two experts; this teacher has one, leave the flag out")
-    base = _recorded(wan_files)
+    base = _sampled_as(wan_files)
     if guidance_scale is not None and guidance_scale_2 is None:
         guidance_scale_2 = guidance_scale
     latents_mean, latents_std = _latents_statistics(wan_files)
@@ -153,8 +156,8 @@ def _first(*values):
     return next((value for value in values if value is not None), None)
 
 
-def _recorded(wan_files: WanFiles) -> ReleasedModel:
-    """The released model of this structure; any other teacher is described by its folder, or by its own record.
+def _sampled_as(wan_files: WanFiles) -> ReleasedModel:
+    """Return the released model of this structure, or a description by the folder or record of any other teacher.
 
     A student may well have the width of a released model, and must not be guided as one.
     """
@@ -187,7 +190,7 @@ def _latents_statistics(wan_files: WanFiles) -> tuple[list[float] | None, list[f
 
 
 def warnings_about(wan_files: WanFiles, settings: TeacherSettings, student: StudentConfig) -> list[str]:
-    """What is allowed and yet probably not meant."""
+    """Return a sentence for each thing that is allowed and yet probably not meant."""
     warnings = []
     if settings.is_released and student.text_max_length != RELEASED_TEXT_MAX_LENGTH:
         warnings.append(

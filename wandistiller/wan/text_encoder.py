@@ -1,88 +1,125 @@
-"""UMT5 embeddings of prompts: the encoding, equal to diffusers' WanPipeline.encode_prompt, and its cache on disk.
+"""UMT5 embeddings of prompts, equal to those of diffusers' WanPipeline.encode_prompt.
 
-Only the n text tokens of a prompt are kept; every later slot of Wan's text is zero (diffusers: pipelines/wan/pipeline_wan.py).
-transformers and safetensors are imported where they are used: a complete cache needs no transformers.
+Only the text tokens of a prompt are kept, since every later slot of Wan's text is zero (diffusers:
+pipelines/wan/pipeline_wan.py). transformers is imported where it is used: a complete cache does not need it.
 """
 
 import gc
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from wandistiller.errors import UserError
+from wandistiller.errors import UserError, first_line
 from wandistiller.files.prompts import clean_prompt
-from wandistiller.wan.prompt_cache import (
-    CACHE_VERSION,
-    EmbedCache,
-    _first_line,
-    _read_json,
-    _weight_files,
-    encoder_fingerprint,
-)
-from wandistiller.wan.prompt_embeds import PromptEmbeds
+from wandistiller.model.config import StudentConfig
+from wandistiller.wan.prompt_cache import PromptCache
+from wandistiller.wan.prompt_embeds import PromptEmbeds, mock_prompt_embeds
+from wandistiller.wan.text_encoder_files import TextEncoderFiles
+
+CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """How prompts are encoded.
+
+    Attributes:
+        text_max_length: text slots, past which a prompt is cut.
+        dtype: precision of the encoder and of the stored embeddings; None is float32 on a CPU and bfloat16 elsewhere.
+        batch_size: prompts encoded at once.
+    """
+
+    text_max_length: int = 512
+    device: str | torch.device = "cpu"
+    dtype: torch.dtype | None = None
+    batch_size: int = 8
+
+    def __post_init__(self):
+        if self.text_max_length < 1 or self.batch_size < 1:
+            raise UserError(
+                f"text_max_length={self.text_max_length} and batch_size={self.batch_size} must both be at least 1"
+            )
+
+    @property
+    def encoder_dtype(self) -> torch.dtype:
+        return self.dtype or (torch.float32 if torch.device(self.device).type == "cpu" else torch.bfloat16)
 
 
 def encode_prompts(
     prompts: Sequence[str],
-    text_encoder_path: str | Path,
-    tokenizer_path: str | Path,
+    files: TextEncoderFiles,
     cache_dir: str | Path,
-    text_max_length: int = 512,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    batch_size: int = 8,
+    options: EncodingOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PromptEmbeds:
-    """UMT5's last hidden states of the text tokens, as WanPipeline.encode_prompt(max_sequence_length=text_max_length).
+    """Return UMT5's last hidden states of the text tokens, as WanPipeline.encode_prompt computes them.
 
     The encoder is loaded only for prompts that `cache_dir` lacks, and has left memory on return.
 
     Args:
-        text_encoder_path, tokenizer_path: local folders.
-        dtype: of the encoder and of the stored values; None is float32 on the CPU, bfloat16 elsewhere.
         progress: called with (prompts encoded so far, prompts to encode).
 
     Raises:
-        UserError: a folder that is not a usable UMT5 encoder or tokenizer, or values that are not finite.
+        UserError: a folder is not that of a usable UMT5 encoder or tokenizer, or an embedding is not finite.
     """
-    if text_max_length < 1 or batch_size < 1:
-        raise UserError(f"text_max_length={text_max_length} and batch_size={batch_size} must both be at least 1")
-    encoder_folder, tokenizer_folder = Path(text_encoder_path), Path(tokenizer_path)
-    text_dim = text_encoder_dim(encoder_folder)
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    fingerprint = encoder_fingerprint(encoder_folder, tokenizer_folder, f"{CACHE_VERSION} {text_max_length} {dtype}")
-    cache = EmbedCache(Path(cache_dir) / fingerprint, text_dim)
+    options = options or EncodingOptions()
+    text_dim = files.text_dim()
+    settings = f"{CACHE_VERSION} {options.text_max_length} {options.encoder_dtype}"
+    cache = PromptCache(Path(cache_dir) / files.fingerprint(settings), text_dim)
 
     cleaned = [clean_prompt(prompt) for prompt in prompts]
     keys = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in cleaned]
     missing = {key: prompt for key, prompt in zip(keys, cleaned, strict=True) if key not in cache.shard_of}
     if missing:
-        tokenizer = _load_tokenizer(tokenizer_folder)
-        encoder = _load_encoder(encoder_folder, dtype).to(device)
-        encoding = _encode(missing, tokenizer, encoder, text_max_length, batch_size)
+        tokenizer = _load_tokenizer(files.tokenizer)
+        encoder = _load_encoder(files.encoder, options.encoder_dtype).to(options.device)
+        encoding = _encode(missing, tokenizer, encoder, options.text_max_length, options.batch_size)
         cache.fill(encoding, lambda done: progress(done, len(missing)) if progress else None)
         del encoder, encoding
-        gc.collect()  # modules hold reference cycles; 11 GB should not wait for the collector
+        gc.collect()  # modules hold reference cycles, and 11 GB should not wait for the collector
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     truncated = sum(key in cache.truncated for key in keys)
     return PromptEmbeds(len(keys), text_dim, lambda index: cache.read(keys[index]), truncated)
 
 
-# The encoder
+def embed_texts(
+    texts: Sequence[str],
+    encoder: TextEncoderFiles | None,
+    config: StudentConfig,
+    prompt_cache: str | Path,
+    device: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> PromptEmbeds:
+    """Return the text tokens of prompts, as teacher and student take them.
+
+    Args:
+        encoder: None makes the mock's embeddings.
+        config: tells the width of the embeddings and the number of text slots.
+        progress: called with (prompts encoded so far, prompts to encode).
+    """
+    if encoder is None:
+        return mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
+    return encode_prompts(texts, encoder, prompt_cache, EncodingOptions(config.text_max_length, device), progress)
+
+
+def count_tokens(prompts: Sequence[str], files: TextEncoderFiles) -> list[int]:
+    """Count the tokens of each prompt, without cutting any."""
+    tokenizer = _load_tokenizer(files.tokenizer)
+    return [len(ids) for ids in tokenizer([clean_prompt(prompt) for prompt in prompts])["input_ids"]]
 
 
 def _encode(
     prompts: dict[str, str], tokenizer, encoder, text_max_length: int, batch_size: int
 ) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield (key, text tokens (n, text_dim), was truncated) for every prompt, the longest first."""
+    """Yield the key, the text tokens (n, text_dim) and whether it was truncated of every prompt, the longest first."""
     untruncated = tokenizer(list(prompts.values()), truncation=True, max_length=text_max_length + 1)["input_ids"]
     num_tokens = dict(zip(prompts, map(len, untruncated), strict=True))
-    # Longest first: padding stays small, and a GPU that is too small says so at once.
+    # With the longest first padding stays small, and a GPU that is too small is noticed at once.
     keys = sorted(prompts, key=num_tokens.__getitem__, reverse=True)
     for start in range(0, len(keys), batch_size):
         batch_keys = keys[start : start + batch_size]
@@ -120,7 +157,7 @@ def _load_tokenizer(folder: Path):
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as err:  # the tokenizers library raises bare Exception for a file it cannot parse
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({_first_line(err)})") from err
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(err)})") from err
     if tokenizer.pad_token is None:
         raise UserError(f"{folder}: the tokenizer has no pad token; give the tokenizer/ folder of a Wan pipeline")
     return tokenizer
@@ -138,7 +175,7 @@ def _load_encoder(folder: Path, dtype: torch.dtype):
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as err:  # transformers wraps a bad file in any of a dozen types
-        raise UserError(f"{folder}: the text encoder cannot be loaded ({_first_line(err)})") from err
+        raise UserError(f"{folder}: the text encoder cannot be loaded ({first_line(err)})") from err
     missing = set(info["missing_keys"])
     table, shared = encoder.encoder.embed_tokens.weight, encoder.shared.weight
     # transformers after PR 41580 could leave the table zero or unfilled, silently: issues 43880 and 43992.
@@ -152,47 +189,3 @@ def _load_encoder(folder: Path, dtype: torch.dtype):
     if lacking := missing - {"shared.weight"}:
         raise UserError(f"{folder}: the weights lack {len(lacking)} tensors of the encoder, first {min(lacking)}")
     return encoder.eval()
-
-
-# What is on disk: checks and fingerprint
-
-
-def count_tokens(prompts: Sequence[str], tokenizer_path: str | Path) -> list[int]:
-    """Tokens of each prompt, not cut."""
-    tokenizer = _load_tokenizer(Path(tokenizer_path))
-    return [len(ids) for ids in tokenizer([clean_prompt(prompt) for prompt in prompts])["input_ids"]]
-
-
-def encoder_parameters(text_encoder_path: str | Path) -> int:
-    """Parameters of a text encoder, from the headers of its files; the embedding table counts once."""
-    from safetensors import SafetensorError, safe_open
-
-    sizes: dict[str, int] = {}
-    for path in _weight_files(Path(text_encoder_path)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                sizes |= {key: prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as err:
-            raise UserError(f"{path}: is not a whole safetensors file; fetch it again ({_first_line(err)})") from err
-    table = "encoder.embed_tokens.weight"
-    return sum(size for key, size in sizes.items() if key != table or "shared.weight" not in sizes)
-
-
-def text_encoder_dim(folder: Path) -> int:
-    """The encoder's width d_model, from a folder that says it is UMT5."""
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: holds no config.json; a text encoder is a folder like text_encoder/ of a Wan pipeline in diffusers "
-            "format, with config.json and *.safetensors (an original models_t5_*.pth cannot be used directly)"
-        )
-    config = _read_json(folder / "config.json")
-    model_type, text_dim = config.get("model_type"), config.get("d_model")
-    if model_type != "umt5" or not isinstance(text_dim, int) or text_dim < 1:
-        raise UserError(
-            f"{folder}/config.json: model_type={model_type!r}, d_model={text_dim!r}; "
-            "Wan's text encoder has model_type 'umt5' and a positive d_model"
-        )
-    return text_dim
-
-
-# The cache: one folder per fingerprint, in it shards that are only ever added

@@ -1,17 +1,19 @@
-"""One Wan transformer in safetensors files: canonical names, tensors read lazily one at a time, its own shape.
+"""One Wan transformer in safetensors files: its tensors under canonical names, read one at a time, and its own shape.
 
-The shape comes from the tensors and from the config.json beside them, which must agree. Only text-to-video Wans pass.
+The shape comes from the tensors and from the config.json beside them, which must agree. Other kinds of Wan than
+text-to-video are refused.
 """
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, setting
+from wandistiller.files.safetensors_files import open_safetensors, read_header
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.wan.names import PATCH_KERNEL, other_wan_kind, to_canonical, transformer_settings, uses_original_names
@@ -24,7 +26,7 @@ LOCAL_LAYOUTS = (
     "diffusion_pytorch_model*.safetensors, or high_noise_model/ and low_noise_model/), one .safetensors file"
 )
 LAYOUTS = f"{LOCAL_LAYOUTS}, a hub id, or mock"
-# The names of a StudentConfig's dimensions in diffusers' and in the original's config.json.
+# These are the names of a StudentConfig's dimensions in diffusers' and in the original's config.json.
 _CONFIG_KEYS = {
     "hidden_size": ("dim",),
     "depth": ("num_layers",),
@@ -53,6 +55,7 @@ _REFUSED_MODEL_TYPES = {
 
 
 def refuse_kind(kind: str | None, where: object) -> None:
+    """Refuse another kind of Wan; None stands for text-to-video."""
     if kind:
         raise TeacherFileError(
             f"{where}: this is {kind} checkpoint; WanDistiller projects text-to-video models only "
@@ -60,24 +63,24 @@ def refuse_kind(kind: str | None, where: object) -> None:
         )
 
 
-# ---- tensors in files ----
-
-
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies, and the tensor that holds its fp8 scale, if any."""
+    """A tensor in a file, and the tensor that holds its fp8 scale, if any.
+
+    Attributes:
+        dtype: the stored precision as safetensors spells it, such as "BF16".
+    """
 
     path: Path
     key: str
     shape: tuple[int, ...]
+    dtype: str
     scale: "StoredTensor | None" = None
 
     def read(self) -> Tensor:
-        """The tensor on the CPU in its stored precision; fp8 comes as float32, times its scale."""
-        from safetensors import safe_open
-
-        # One open per tensor: a mapping kept open would keep every page already read in memory.
-        with safe_open(self.path, framework="pt") as file:
+        """Read the tensor to the CPU in its stored precision; an fp8 one becomes float32 times its scale."""
+        # The file is opened for each tensor, since a mapping kept open would keep every page already read in memory.
+        with open_safetensors(self.path) as file:
             tensor = file.get_tensor(self.key)
         if tensor.dtype not in FP8_DTYPES:
             return tensor
@@ -87,45 +90,29 @@ class StoredTensor:
         return tensor.float().mul_(scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (tensor.ndim - 1)))
 
 
-def stored_tensors(path: Path) -> dict[str, tuple[StoredTensor, str]]:
-    """Every tensor of one safetensors file with its stored dtype, from the header alone."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            return {
-                key: (StoredTensor(path, key, tuple(part.get_shape())), part.get_dtype())
-                for key, part in slices.items()
-            }
-    except FileNotFoundError:
-        raise TeacherFileError(f"{path}: there is no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise TeacherFileError(
-            f"{path}: is not a whole safetensors file ({error}); a download cut short looks like this, copy it again"
-        ) from None
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a safetensors file by its name there; only the header is read."""
+    header = read_header(path)
+    return {key: StoredTensor(path, key, shape, header.dtypes[key]) for key, shape in header.shapes.items()}
 
 
 def _exported_student(path: Path) -> StudentConfig | None:
-    """The config that export_student.py wrote into the file's metadata: heads and eps, which no tensor tells."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("student_config")
+    """Read the config that export_student.py wrote into the file's metadata, for the heads and eps that no tensor tells."""
+    text = read_header(path).metadata.get("student_config")
     if text is None:
         return None
     return StudentConfig.from_json(text, f"{path}, student_config in its metadata")
 
 
 class WanTransformer:
-    """One Wan transformer (one expert), read lazily under canonical names.
+    """One Wan transformer (one expert), whose tensors are read on demand under canonical names.
 
     Attributes:
         location: the folder or file it comes from.
         config: its own shape as a StudentConfig.
-        ignored: tensors in the files that are no weights of a text-to-video Wan, with the reason.
+        ignored: the reason for each tensor in the files that is no weight of a text-to-video Wan.
         student: the config of the student that was exported to these files, else None.
-        heads_are_assumed: nothing tells how wide a head is, so that it is Wan's.
+        heads_are_assumed: whether nothing tells how wide a head is, so that Wan's width is taken.
     """
 
     def __init__(self, location: Path, files: list[Path], settings: dict | None = None):
@@ -147,45 +134,48 @@ class WanTransformer:
         return self._stored[name].shape
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, by canonical name, in its stored precision (fp8: dequantised to float32)."""
+        """Read a tensor by its canonical name, as `StoredTensor.read` does."""
         return self._stored[name].read()
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self._stored.items()}
 
     def _index(self, files: list[Path]) -> dict[str, StoredTensor]:
-        found: dict[str, tuple[StoredTensor, str]] = {}
+        """Return the weights of all files by their canonical names, those of fp8 with their scales."""
+        found: dict[str, StoredTensor] = {}
         for path in files:
             tensors = stored_tensors(path)
             if twice := next((key for key in tensors if key in found), None):
                 raise TeacherFileError(
-                    f"{path}: holds {twice}, which {found[twice][0].path.name} holds too; these are two models, give one file"
+                    f"{path}: holds {twice}, which {found[twice].path.name} holds too; these are two models, give one file"
                 )
             found |= tensors
         refuse_kind(other_wan_kind(list(found)), self.location)
         original = uses_original_names(list(found))
-        plain = {to_canonical(key, original): entry for key, entry in found.items()}
+        plain = {to_canonical(key, original): stored for key, stored in found.items()}
         scaled_file = any(name == "scaled_fp8" or name.endswith(".comfy_quant") for name in plain)
         weights: dict[str, StoredTensor] = {}
-        for name, (stored, dtype) in plain.items():
+        for name, stored in plain.items():
             if reason := _no_weight_reason(name):
                 self.ignored[name] = reason
-            elif dtype in ("F8_E4M3", "F8_E5M2"):
+            elif stored.dtype in ("F8_E4M3", "F8_E5M2"):
                 weights[name] = self._with_scale(name, stored, plain, scaled_file)
-            elif dtype in ("F32", "F16", "BF16", "F64"):
+            elif stored.dtype in ("F32", "F16", "BF16", "F64"):
                 weights[name] = stored
             else:
                 raise TeacherFileError(
-                    f"{stored.path}: {name} is stored as {dtype}; allowed: fp32, fp16, bf16, fp8_e4m3fn, fp8_scaled"
+                    f"{stored.path}: {name} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8_e4m3fn, fp8_scaled"
                 )
         return weights
 
-    def _with_scale(self, name: str, stored: StoredTensor, plain: dict, scaled_file: bool) -> StoredTensor:
+    def _with_scale(
+        self, name: str, stored: StoredTensor, plain: dict[str, StoredTensor], scaled_file: bool
+    ) -> StoredTensor:
         stem = name.removesuffix(".weight")
         self._check_quant_format(stem, plain)
         for scale_name in (f"{stem}.scale_weight", f"{stem}.weight_scale"):
             if scale_name in plain:
-                return StoredTensor(stored.path, stored.key, stored.shape, plain[scale_name][0])
+                return replace(stored, scale=plain[scale_name])
         if scaled_file:
             raise TeacherFileError(
                 f"{stored.path}: {name} is scaled fp8 but its scale ({stem}.scale_weight) is missing"
@@ -193,23 +183,23 @@ class WanTransformer:
         return stored
 
     @staticmethod
-    def _check_quant_format(stem: str, plain: dict) -> None:
-        """ComfyUI's newer files say per layer, as JSON in a byte tensor, how its weight was quantised."""
+    def _check_quant_format(stem: str, plain: dict[str, StoredTensor]) -> None:
+        """Refuse other formats than fp8: ComfyUI's newer files name each layer's, as JSON in a byte tensor."""
         if f"{stem}.comfy_quant" not in plain:
             return
-        entry = plain[f"{stem}.comfy_quant"][0]
-        text = bytes(entry.read().tolist()).decode("utf-8", "replace")
+        marker = plain[f"{stem}.comfy_quant"]
+        text = bytes(marker.read().tolist()).decode("utf-8", "replace")
         try:
             quant_format = json.loads(text).get("format")
         except (json.JSONDecodeError, AttributeError):
             quant_format = text
         if quant_format not in ("float8_e4m3fn", "float8_e5m2"):
             raise TeacherFileError(
-                f"{entry.path}: {stem} is quantised as {quant_format!r}; allowed: fp8_e4m3fn, fp8_scaled"
+                f"{marker.path}: {stem} is quantised as {quant_format!r}; allowed: fp8_e4m3fn, fp8_scaled"
             )
 
     def _check_complete(self) -> None:
-        """Every tensor of this shape must be there with its size; strangers are set aside by name."""
+        """Refuse a transformer that lacks a tensor of its shape or has one of another size; set strangers aside by name."""
         expected = teacher_tensor_shapes(self.config)
         missing = [name for name in expected if name not in self._stored]
         if missing:
@@ -228,6 +218,7 @@ class WanTransformer:
 
 
 def _no_weight_reason(name: str) -> str | None:
+    """Return why a tensor is no weight itself; None where it is one."""
     if name == "scaled_fp8" or name.endswith(".comfy_quant"):
         return "marks fp8_scaled weights"
     if name.endswith((".scale_weight", ".weight_scale")):
@@ -238,7 +229,7 @@ def _no_weight_reason(name: str) -> str | None:
 
 
 def teacher_tensor_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical names and shapes of the 3D transformer that has this 2D shape (the patch kernel has depth 1)."""
+    """Return the canonical names and shapes of the 3D transformer of this 2D shape, whose patch kernel has depth 1."""
     with torch.device("meta"):
         tensors = WanLiteStudent(config).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -247,11 +238,8 @@ def teacher_tensor_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-# ---- the shape of a transformer ----
-
-
 def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) -> StudentConfig:
-    """The transformer's shape from its tensors, with what only a config knows (heads, eps); both must agree."""
+    """Return the shape that the tensors have, with heads and eps from the config.json, which must agree in the rest."""
     refuse_settings(settings, where)
     try:
         hidden_size, in_channels, *kernel = shapes["patch_embedding.weight"]
@@ -297,13 +285,13 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
 
 
 def own_image_size(patch_size: int) -> int:
-    """A checkpoint names no image size: about 512 pixels, whole patches behind both released VAEs."""
+    """Return an image size for a Wan on disk, which names none: about 512 pixels, in whole patches behind both released VAEs."""
     unit = 16 * patch_size
     return max(1, 512 // unit) * unit
 
 
 def _config_value(settings: dict, name: str, where: Path) -> tuple[int | None, str]:
-    """What config.json says of a dimension (None: nothing), and the key it has there."""
+    """Return what config.json says of a dimension, None where it says nothing, and the key it has there."""
     if name == "hidden_size" and "dim" not in settings:
         heads, head_dim = (_count(settings, key, where) for key in ("num_attention_heads", "attention_head_dim"))
         return heads * head_dim if heads and head_dim else None, "num_attention_heads x attention_head_dim"
@@ -331,7 +319,7 @@ def _num_heads(hidden_size: int, settings: dict, where: Path) -> int:
 
 
 def refuse_settings(settings: dict, where: Path) -> None:
-    """Other kinds of Wan by what their config says, and variants whose maths would differ."""
+    """Refuse other kinds of Wan by what their config says, and variants whose maths would differ."""
     refuse_kind(REFUSED_CLASSES.get(str(settings.get("_class_name"))), where)
     refuse_kind(_REFUSED_MODEL_TYPES.get(str(settings.get("model_type", "")).lower()), where)
     if settings.get("image_dim") or settings.get("added_kv_proj_dim"):

@@ -1,4 +1,7 @@
-"""Prompts through their public surface; diffusers' own WanPipeline is the oracle of every embedding."""
+"""Text embeddings, their cache, and what is refused; diffusers' own WanPipeline is the oracle of every embedding.
+
+pytest tests/wan/test_text_encoder.py
+"""
 
 import json
 import shutil
@@ -11,11 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wandistiller.errors import UserError
-from wandistiller.files.prompts import clean_prompt, load_prompts
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
-from wandistiller.wan.text_encoder import encode_prompts
+from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts
+from wandistiller.wan.text_encoder_files import TextEncoderFiles
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXT_DIM = 16
 PROMPTS = [
     "A red fox in fresh snow, golden light",
@@ -79,7 +81,9 @@ def oracle(saved_pipeline) -> torch.Tensor:
 
 
 def encode(folder: Path, prompts=PROMPTS, **settings):
-    return encode_prompts(prompts, folder / "text_encoder", folder / "tokenizer", folder.parent / "cache", **settings)
+    progress = settings.pop("progress", None)
+    files = TextEncoderFiles(folder / "text_encoder", folder / "tokenizer")
+    return encode_prompts(prompts, files, folder.parent / "cache", EncodingOptions(**settings), progress)
 
 
 def padded(embeds, slots: int = 512) -> torch.Tensor:
@@ -96,77 +100,6 @@ def edit_weights(folder: Path, edit) -> None:
     weights = load_file(path)
     edit(weights)
     save_file(weights, path, metadata={"format": "pt"})
-
-
-# The prompts file
-
-
-def test_the_shipped_file_holds_55_different_prompts_of_usable_length():
-    shipped = load_prompts(ROOT / "data" / "static_prompts.txt")
-    assert (len(shipped.prompts), shipped.duplicates) == (55, 0)
-    assert all(8 <= len(prompt.split()) <= 40 and clean_prompt(prompt) == prompt for prompt in shipped.prompts)
-
-
-@pytest.mark.parametrize(
-    ("raw", "prompts", "duplicates"),
-    [
-        (b"one\ntwo\n", ["one", "two"], 0),
-        (b"one\r\ntwo\rthree", ["one", "two", "three"], 0),
-        (b"\xef\xbb\xbfone\n\xef\xbb\xbf# joined file\n", ["one"], 0),
-        (b"# note\n\n  \t\n  # indented\none # not a comment\n", ["one # not a comment"], 0),
-        (b"b\na\nb\n b  \nb\n", ["b", "a"], 3),
-        ("Día\u2028de\u0085 los\n\u3000\n".encode(), ["Día\u2028de\u0085 los"], 0),
-    ],
-)
-def test_any_line_ending_and_bom_blank_lines_comments_and_repeats(tmp_path, raw, prompts, duplicates):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(raw)
-    loaded = load_prompts(path)
-    assert (loaded.prompts, loaded.duplicates) == (prompts, duplicates)
-
-
-@pytest.mark.parametrize(
-    ("raw", "said"),
-    [
-        (b"", "holds no prompt"),
-        (b"\n \n# only a comment\n", "holds no prompt"),
-        (b"fine\r\nfine\rcaf\xe9\n", "line 3: byte 0xE9"),
-        (b"\xef\xbb\xbffine\n\xff\n", "line 2: byte 0xFF"),
-        ("one\n".encode("utf-16"), "line 1: starts with a UTF-16"),
-        ("one\n".encode("utf-16-be"), r"line 1: holds the control character U\+0000"),
-        (b"fine\nbell\x07\n", r"line 2: holds the control character U\+0007"),
-    ],
-)
-def test_a_bad_prompts_file_is_refused_with_its_line(tmp_path, raw, said):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(raw)
-    with pytest.raises(UserError, match=said) as refusal:
-        load_prompts(path)
-    assert str(path) in str(refusal.value)
-
-
-@pytest.mark.parametrize("name", ["missing.txt", "."])
-def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path, name):
-    with pytest.raises(UserError, match=r"cannot be read .*text file"):
-        load_prompts(tmp_path / name)
-
-
-def test_cleaning_equals_diffusers_on_hard_text():
-    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
-    controls = "".join(chr(code) for code in [*range(0x20), 0x7F, *range(0x80, 0xA1), 0x2028, 0x3000, 0xFEFF])
-    hard = [
-        *PROMPTS,
-        "<b> &amp;amp;lt; &amp;nbsp;x",
-        " ".join(controls),
-        controls,
-        "&amp;lt;&#x1c;b&#x85;c",
-        "âœ” donâ€™t ﬁne Ａ",
-    ]
-    assert [clean_prompt(text) for text in hard] == [prompt_clean(text) for text in hard]
-
-
-# Embeddings
 
 
 def test_embeddings_equal_diffusers_fresh_and_from_the_cache(pipeline_folder, oracle, monkeypatch):
@@ -221,7 +154,7 @@ def test_many_small_shards_hold_the_same_values(pipeline_folder, oracle, monkeyp
 @pytest.mark.parametrize("whole", [True, False])
 def test_changed_weights_tokenizer_slots_or_dtype_miss_the_cache(pipeline_folder, monkeypatch, whole):
     if not whole:
-        monkeypatch.setattr("wandistiller.wan.prompt_cache.READ_WHOLE_BYTES", 0)
+        monkeypatch.setattr("wandistiller.wan.text_encoder_files.READ_WHOLE_BYTES", 0)
     before = padded(encode(pipeline_folder, ["fox"]))
     edit_weights(pipeline_folder, lambda weights: weights["encoder.final_layer_norm.weight"].mul_(2))
     torch.testing.assert_close(padded(encode(pipeline_folder, ["fox"])), 2 * before)
@@ -268,9 +201,6 @@ def test_a_sharded_encoder_gives_the_same_embeddings(pipeline_folder, oracle):
     torch.testing.assert_close(padded(encode(pipeline_folder, SHORT)), oracle[: len(SHORT)], rtol=0, atol=1e-6)
 
 
-# What is refused
-
-
 def write_config(folder: Path, **changes) -> None:
     path = folder / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -291,7 +221,7 @@ def truncate(path: Path) -> None:
         (lambda f: shutil.rmtree(f / "text_encoder"), r"text_encoder: holds no config\.json"),
         (lambda f: write_config(f, model_type="t5"), "model_type='t5'"),
         (lambda f: write_config(f, d_model="wide"), "d_model='wide'"),
-        (lambda f: (f / "text_encoder" / "config.json").write_text("{"), r"config\.json: cannot be read as JSON"),
+        (lambda f: (f / "text_encoder" / "config.json").write_text("{"), r"config\.json: line 1: not valid JSON"),
         (lambda f: (f / "text_encoder" / "model.safetensors").unlink(), "only safetensors weights are read"),
         (lambda f: truncate(f / "text_encoder" / "model.safetensors"), "not a whole safetensors file"),
         (lambda f: write_index(f, {"shared.weight": "../outside.safetensors"}), "names '../outside.safetensors'"),
@@ -340,9 +270,6 @@ def test_a_tokenizer_of_another_model_is_refused(pipeline_folder):
 def test_settings_that_cannot_work_are_refused(pipeline_folder, settings):
     with pytest.raises(UserError, match="at least 1"):
         encode(pipeline_folder, ["fox"], **settings)
-
-
-# The mock teacher's text
 
 
 def test_mock_embeddings_depend_on_the_prompt_alone():

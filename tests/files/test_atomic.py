@@ -1,0 +1,63 @@
+"""Files and folders appear whole or not at all, and leave nothing beside them when they fail.
+
+pytest tests/files/test_atomic.py
+"""
+
+import json
+
+import pytest
+
+from wandistiller.files.atomic import atomic_folder, atomic_path, remove_leftovers, write_json, write_text
+
+
+def test_text_is_written_in_utf_8_over_what_was_there(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    write_text(path, "Día\n")
+    assert path.read_bytes() == "Día\n".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_is_written_as_json_dumps_has_it(tmp_path):
+    values = {"négatif": [1, None, 0.5]}
+    write_json(tmp_path / "plain.json", values)
+    write_json(tmp_path / "indented.json", values, end="\n", indent=2, ensure_ascii=False)
+    assert (tmp_path / "plain.json").read_text() == json.dumps(values)
+    expected = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    assert (tmp_path / "indented.json").read_text(encoding="utf-8") == expected
+
+
+def test_values_that_json_cannot_hold_leave_the_file_as_it_was(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"good": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"bad": object()})
+    assert json.loads(path.read_text()) == {"good": 1}
+
+
+@pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_beside_it(tmp_path, stop):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    with pytest.raises(stop), atomic_path(path) as beside:
+        beside.write_bytes(b"half")
+        raise stop
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "made" / "out") as beside:
+        (beside / "half").write_bytes(b"half")
+        raise OSError("full")
+    assert not list((tmp_path / "made").iterdir())
+    with atomic_folder(tmp_path / "made" / "out") as beside:
+        (beside / "file").write_bytes(b"whole")
+    assert (tmp_path / "made" / "out" / "file").read_bytes() == b"whole"
+
+
+def test_leftovers_of_a_killed_write_are_removed_and_nothing_else(tmp_path):
+    write_text(tmp_path / "a.json", "{}")
+    (tmp_path / ".a.json.0123abcd.tmp").write_text("half")
+    (tmp_path / ".a.json.of_mine.tmp").write_text("mine")
+    remove_leftovers(tmp_path / "a.json")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", ".a.json.of_mine.tmp"}

@@ -1,0 +1,85 @@
+"""The prompts file, whatever an editor made of it, and Wan's cleaning of prompts; diffusers is the oracle of the cleaning.
+
+pytest tests/files/test_prompts.py
+"""
+
+from pathlib import Path
+
+import pytest
+
+from wandistiller.errors import UserError
+from wandistiller.files.prompts import clean_prompt, load_prompts
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = [
+    "A red fox in fresh snow, golden light",
+    "",
+    "  two   spaces\u3000and &amp;amp; entities &lt;b&gt; ",
+    "cafÃ© façade, Día de los Muertos — “quotes”",
+    "word " * 700,
+]
+
+
+def test_the_shipped_file_holds_55_different_prompts_of_usable_length():
+    shipped = load_prompts(ROOT / "data" / "static_prompts.txt")
+    assert (len(shipped.prompts), shipped.duplicates) == (55, 0)
+    assert all(8 <= len(prompt.split()) <= 40 and clean_prompt(prompt) == prompt for prompt in shipped.prompts)
+
+
+@pytest.mark.parametrize(
+    ("raw", "prompts", "duplicates"),
+    [
+        (b"one\ntwo\n", ["one", "two"], 0),
+        (b"one\r\ntwo\rthree", ["one", "two", "three"], 0),
+        (b"\xef\xbb\xbfone\n\xef\xbb\xbf# joined file\n", ["one"], 0),
+        (b"# note\n\n  \t\n  # indented\none # not a comment\n", ["one # not a comment"], 0),
+        (b"b\na\nb\n b  \nb\n", ["b", "a"], 3),
+        ("Día\u2028de\u0085 los\n\u3000\n".encode(), ["Día\u2028de\u0085 los"], 0),
+    ],
+)
+def test_any_line_ending_and_bom_blank_lines_comments_and_repeats(tmp_path, raw, prompts, duplicates):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(raw)
+    loaded = load_prompts(path)
+    assert (loaded.prompts, loaded.duplicates) == (prompts, duplicates)
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"", "holds no prompt"),
+        (b"\n \n# only a comment\n", "holds no prompt"),
+        (b"fine\r\nfine\rcaf\xe9\n", "line 3: byte 0xE9"),
+        (b"\xef\xbb\xbffine\n\xff\n", "line 2: byte 0xFF"),
+        ("one\n".encode("utf-16"), "line 1: starts with a UTF-16"),
+        ("one\n".encode("utf-16-be"), r"line 1: holds the control character U\+0000"),
+        (b"fine\nbell\x07\n", r"line 2: holds the control character U\+0007"),
+    ],
+)
+def test_a_bad_prompts_file_is_refused_with_its_line(tmp_path, raw, said):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=said) as refusal:
+        load_prompts(path)
+    assert str(path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "."])
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path, name):
+    with pytest.raises(UserError, match=r"cannot be read .*text file"):
+        load_prompts(tmp_path / name)
+
+
+def test_cleaning_equals_diffusers_on_hard_text():
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    controls = "".join(chr(code) for code in [*range(0x20), 0x7F, *range(0x80, 0xA1), 0x2028, 0x3000, 0xFEFF])
+    hard = [
+        *PROMPTS,
+        "<b> &amp;amp;lt; &amp;nbsp;x",
+        " ".join(controls),
+        controls,
+        "&amp;lt;&#x1c;b&#x85;c",
+        "âœ” donâ€™t ﬁne Ａ",
+    ]
+    assert [clean_prompt(text) for text in hard] == [prompt_clean(text) for text in hard]
