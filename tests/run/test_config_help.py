@@ -112,10 +112,10 @@ def test_a_config_is_printed_before_anything_heavy_loads(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_readme_and_help_say_the_same_of_every_key():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_docs_and_help_say_the_same_of_every_key():
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     for key, text in KEYS.items():
-        assert f"| `{key}` | {text} |" in readme, key
+        assert f"| `{key}` | {text} |" in page, key
 
 
 @pytest.mark.parametrize("name", ["1.3b", "a14B", "DEMO"])
