@@ -1,4 +1,6 @@
-"""The measures against closed forms, and evaluate_student.py end to end.
+"""The measures of evaluate_student.py agree with closed forms, and the command works end to end.
+
+A student that equals its teacher must score perfectly, and results must not depend on the batch.
 
 pytest tests/commands/test_evaluate_student.py
 """

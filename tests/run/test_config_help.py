@@ -1,4 +1,6 @@
-"""Ready configs: each fits its released teacher, is counted rightly, passes the pre-flight and is printed as a file.
+"""Every ready config fits its released teacher, is counted rightly, passes the pre-flight and prints as a file.
+
+The help of a key and docs/config.md must say the same, and the expected memory must be that of the budget.
 
 pytest tests/run/test_config_help.py
 """

@@ -1,4 +1,4 @@
-"""--verbose: where the time until the first step went.
+"""--verbose says where the time until the first step went, once, in parts that add up.
 
 pytest tests/run/test_start_clock.py
 """

@@ -1,4 +1,9 @@
-"""Prompts through their public surface; diffusers' own WanPipeline is the oracle of every embedding."""
+"""Prompts become the embeddings that diffusers' own WanPipeline makes of them, fresh and from the cache.
+
+The encoder is loaded once and leaves memory; a damaged shard is encoded again.
+
+pytest tests/wan/test_prompts.py
+"""
 
 import json
 import shutil
