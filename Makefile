@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := wandistiller tools benchmarks $(wildcard *.py)
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train_distillation.py --output_dir outputs/demo
@@ -21,6 +21,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/bandit -q -r $(SOURCES) -ll
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 $(VENV)/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

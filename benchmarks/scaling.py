@@ -1,9 +1,9 @@
-"""What a run of the A14B teacher at 1024 px needs on 1, 8 and 64 GPUs: every table of docs/scaling.md, from its inputs.
+"""What a run of the A14B teacher at 1024 px needs on 1, 8 and 64 GPUs: every table of docs/scaling.md and docs/memory.md.
 
     python benchmarks/scaling.py            # prints the tables
-    python benchmarks/scaling.py --write    # puts them into docs/scaling.md
+    python benchmarks/scaling.py --write    # puts them into the two pages
 
-Nothing here is measured: shapes are exact, rates and shares of them are the assumptions that the page names with their source.
+Nothing here is measured: shapes are exact, rates and shares of them are the assumptions that docs/scaling.md names with their source.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from wandistiller.budget.workload import (
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import count_parameters, weight_bytes
 
-PAGES = (ROOT / "docs" / "scaling.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "scaling.md", ROOT / "docs" / "memory.md")
 GIB, GB = 2**30, 1e9
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -306,7 +306,7 @@ def with_tables(page: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md and README.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md and docs/memory.md")
     if parser.parse_args().write:
         for page in PAGES:
             page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,8 @@
-"""What a GPU alone can show; skipped without one.
+"""What a GPU alone can show; all of it is skipped without one.
+
+Velocities, gradients and runs must be those of the CPU within rounding; a step must wait for the GPU once
+(`torch.cuda.set_sync_debug_mode`); offloading, fp8, compiled blocks (slow) and NCCL under torchrun must teach the
+same.
 
 pytest tests/test_gpu.py
 """

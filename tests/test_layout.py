@@ -1,4 +1,6 @@
-"""The import arrows of the house: who may import what, nothing pickled, `--help` at once.
+"""Imports point down the list of packages, nothing is unpickled, and `--help` answers at once.
+
+Importing the package or mistyping a flag must load nothing heavy, and only one module may touch torch.distributed.
 
 pytest tests/test_layout.py
 """

@@ -1,4 +1,6 @@
-"""benchmarks/bench_memory.py as far as it can be tested without a GPU: its step is a training step, and it says what it lacks.
+"""benchmarks/bench_memory.py is tested as far as a machine without a GPU allows.
+
+Its step must change the student's weights, and without a GPU the command must say so in one line and exit with 2.
 
 pytest tests/benchmarks/test_bench_memory.py
 """

@@ -1,4 +1,6 @@
-"""docs/scaling.md holds exactly what its script computes, and the script what a hand reckons.
+"""docs/scaling.md and docs/memory.md hold the tables that their script computes, and the script agrees with a hand.
+
+Hours of an epoch and traffic between GPUs are reckoned anew in the tests, from shapes alone.
 
 pytest tests/benchmarks/test_scaling.py
 """

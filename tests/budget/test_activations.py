@@ -1,4 +1,7 @@
-"""Activations and FLOPs by formula against what torch keeps and counts, on small students.
+"""Activations and FLOPs by formula agree with what torch keeps and counts, on small students.
+
+The oracles are the tensors that autograd saves, the live memory of a step (fp32 within 2 %, bf16 within 15 %), and
+torch's own FLOP counter (1 %).
 
 pytest tests/budget/test_activations.py
 """

@@ -1,4 +1,7 @@
-"""Budgets held against the things themselves: projected weights, stores, checkpoints, replays; and what is advised.
+"""A budget agrees with what it is about (projected weights, stores, checkpoints, replays), and its advice helps.
+
+The peak of the default student in its true size is measured with tensors that take no memory. Nothing here knows a
+GPU: benchmarks/bench_memory.py holds the budget against one.
 
 pytest tests/budget/test_budget.py
 """

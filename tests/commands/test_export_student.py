@@ -1,4 +1,9 @@
-"""export_student.py: its three formats read by diffusers, safetensors, transformers and this trainer, and its refusals.
+"""export_student.py writes three formats that those they are for can read, and refuses what it cannot export.
+
+safetensors reads names, dtypes and metadata; diffusers reads the transformer, as a folder and as one file (velocities
+to 1e-5), and the pipeline, whose picture must be that of generate_images.py to 2 of 255 levels; this trainer must get
+the student back bit for bit and distil it again. ComfyUI is no dependency, so no test imports it: its rules are
+written down in wandistiller/projection/comfyui.py, and were held against its code by hand (docs/export.md).
 
 pytest tests/commands/test_export_student.py
 """

@@ -1,4 +1,6 @@
-"""generate_images.py against diffusers' own WanPipeline, and its files, defaults and refusals.
+"""generate_images.py draws what diffusers' own WanPipeline draws, for teacher and student.
+
+The rest are its files, the defaults that a student records, and its refusals.
 
 pytest tests/commands/test_generate_images.py
 """

@@ -1,4 +1,7 @@
-"""train_distillation.py as a person runs it: tiny checkpoints written by diffusers, real files, real signals.
+"""train_distillation.py works as a person runs it, on tiny checkpoints by diffusers, real files and real signals.
+
+A student that is its teacher must have loss zero at every noise level, and every kind of states and objective must
+train and be recorded. What is shown while a run goes on is tested in tests/reports/.
 
 pytest tests/commands/test_train_distillation.py
 """

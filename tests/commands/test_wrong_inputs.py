@@ -1,4 +1,6 @@
-"""Mistakes people make: each gives exit 2, one message they can act on, no traceback, and touches nothing.
+"""Mistakes that people make give exit code 2 and one message to act on, without a traceback, and touch nothing.
+
+Wrong flags, configs, prompts files, teachers, encoders and folders are given to the public command.
 
 pytest tests/commands/test_wrong_inputs.py
 """

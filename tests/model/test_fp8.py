@@ -1,4 +1,7 @@
-"""Weights kept as fp8 against the float32 weights they stand for; oracles are torch's own cast and products in float64.
+"""Weights kept as fp8 stand for the float32 weights that they were made of.
+
+The oracles are torch's own cast, products in float64, and diffusers' velocities; the memory that the weights take is
+counted in bytes.
 
 pytest tests/model/test_fp8.py
 """
@@ -194,7 +197,7 @@ def test_a_checkpoint_that_is_fp8_on_disk_is_kept_as_it_is(tmp_path, fp8):
 
 
 @pytest.mark.parametrize("dtype, fp8, gib", [(torch.float32, False, 53.2), (torch.bfloat16, False, 27.0), (torch.bfloat16, True, 13.9)])  # fmt: skip
-def test_the_memory_of_a_14b_expert_is_what_the_readme_says(dtype, fp8, gib):
+def test_the_memory_of_a_14b_expert_is_what_the_docs_say(dtype, fp8, gib):
     shape = {"hidden_size": 5120, "num_heads": 40, "ffn_dim": 13824, "depth": 40, "num_channels": 16}
     model = _empty_student(StudentConfig(block="wan", image_size=512, **shape), dtype, "meta", 0, fp8)
     assert sum(tensor.numel() for tensor in model.parameters()) == 14_288_491_584  # as diffusers counts them

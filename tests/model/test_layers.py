@@ -1,4 +1,6 @@
-"""Linear layers whose large products are oneDNN's: the same answers and gradients as torch's own.
+"""Linear layers whose large products are oneDNN's give the answers and gradients of torch's own.
+
+All other products, and everything that saves or copies such a layer, must not notice the difference.
 
 pytest tests/model/test_layers.py
 """

@@ -1,4 +1,7 @@
-"""WanLiteStudent and StudentConfig through their public surface; diffusers' 3D transformer is the oracle of the wan block.
+"""WanLiteStudent and StudentConfig keep their promises through their public surface.
+
+The oracle of the wan block is diffusers' 3D transformer at one frame, that of the shift diffusers' schedulers. No
+student may hold anything 3D, and a bad config must be answered with a value that works.
 
 pytest tests/model/test_transformer.py
 """

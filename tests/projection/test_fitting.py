@@ -1,4 +1,7 @@
-"""A teacher in less memory, as a person runs it: --teacher_dtype and --teacher_offload from the command line.
+"""A teacher in less memory works as a person runs it: --teacher_dtype and --teacher_offload from the command line.
+
+An offloaded teacher must teach bit for bit what one that stays does. All of it runs on a CPU, where copies stand for
+the moves to a device; swaps are counted by hand.
 
 pytest tests/projection/test_fitting.py
 """

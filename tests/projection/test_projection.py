@@ -1,4 +1,7 @@
-"""Projection and selection: a student is a consistent part of its teacher, and the report says so of every tensor.
+"""A student is a consistent part of its teacher, and the report accounts for every tensor of both.
+
+A Wan that is hidden in a larger one must be found bit for bit, dead neurons and layers must not matter, and projecting
+14B's widths (slow) must not hold the checkpoint in memory.
 
 pytest tests/projection/test_projection.py
 """

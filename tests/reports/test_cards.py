@@ -1,4 +1,7 @@
-"""The model card of a student's folder, as the hub reads it.
+"""The model card of a student's folder is what the hub reads, and says how the student was made.
+
+`huggingface_hub.ModelCard` is the reader. Paths of the machine stay out of a card, and a card that a person wrote
+stays.
 
 pytest tests/reports/test_cards.py
 """

@@ -1,4 +1,6 @@
-"""Ready configs: each fits its released teacher, is counted rightly, passes the pre-flight and is printed as a file.
+"""Every ready config fits its released teacher, is counted rightly, passes the pre-flight and prints as a file.
+
+The help of a key and docs/config.md must say the same, and the expected memory must be that of the budget.
 
 pytest tests/run/test_config_help.py
 """
@@ -112,10 +114,10 @@ def test_a_config_is_printed_before_anything_heavy_loads(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_readme_and_help_say_the_same_of_every_key():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_docs_and_help_say_the_same_of_every_key():
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     for key, text in KEYS.items():
-        assert f"| `{key}` | {text} |" in readme, key
+        assert f"| `{key}` | {text} |" in page, key
 
 
 @pytest.mark.parametrize("name", ["1.3b", "a14B", "DEMO"])

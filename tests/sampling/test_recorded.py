@@ -1,4 +1,6 @@
-"""Where a student's record says its teacher is, from whatever folder one stands in.
+"""A student's record leads to its teacher from whatever folder one stands in.
+
+Local paths, paths in the clone, hub ids and the low-noise expert are each looked up from elsewhere.
 
 pytest tests/sampling/test_recorded.py
 """

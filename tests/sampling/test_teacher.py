@@ -1,4 +1,6 @@
-"""The teacher's guided velocity against diffusers' 3D transformers, and the settings of the released models.
+"""The teacher's guided velocity is that of diffusers' 3D transformers, and each release has its own settings.
+
+An offloaded teacher must answer bit for bit as one that stays. All of it runs on a CPU.
 
 pytest tests/sampling/test_teacher.py
 """

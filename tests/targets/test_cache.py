@@ -1,4 +1,7 @@
-"""The teacher's answers on disk: built once, stopped anywhere, learnt from without a teacher.
+"""The teacher's answers on disk are built once, survive a stop anywhere, and teach without a teacher in memory.
+
+Builds are stopped, killed inside a write and resumed, and must end bit for bit as those that never were. Answers to
+something else, damaged files and small disks are refused.
 
 pytest tests/targets/test_cache.py
 """

@@ -1,4 +1,6 @@
-"""Students of few steps: the targets over whole segments of a path, and the sampler they are made for.
+"""Students of few steps are taught the average velocity over a segment, and drawn by the sampler that this is made for.
+
+The oracles are velocity fields whose flow is known in closed form.
 
 pytest tests/targets/test_segments.py
 """

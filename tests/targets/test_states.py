@@ -1,4 +1,6 @@
-"""Which prompts states get, states of finished paths, and the states that a run's options ask for.
+"""States get the right prompts, finished paths give renoised states, and options give the states they ask for.
+
+Saved states must resume bit for bit.
 
 pytest tests/targets/test_states.py
 """

@@ -1,4 +1,7 @@
-"""Training states: pure noise, and a pool of sampling paths that the teacher or the student walks.
+"""Training states are pure noise, or a pool of sampling paths that the teacher or the student walks.
+
+The oracles are Euler's method by hand and velocity fields that are known in closed form. Saved states must resume bit
+for bit.
 
 pytest tests/targets/test_trajectories.py
 """

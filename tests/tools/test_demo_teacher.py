@@ -1,4 +1,7 @@
-"""The demo teacher: its maker at a tiny scale, its judge, and the shipped folder.
+"""The demo teacher's maker works at a tiny scale, its judge is right, and the shipped folder draws what is asked.
+
+Pictures that the renderer made are the judge's oracle. Projection of the shipped teacher must be exact at one frame,
+and it must draw held-out prompts with diffusers' WanPipeline.
 
 pytest tests/tools/test_demo_teacher.py
 """

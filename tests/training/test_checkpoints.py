@@ -1,4 +1,9 @@
-"""A run that is stopped, killed or damaged goes on as if nothing had happened, or says why it cannot.
+"""A run that is stopped, killed or damaged resumes as if nothing had happened, or says why it cannot.
+
+N + M steps with a stop between must be N + M without: weights and metrics bit for bit on a CPU, for every kind of
+states, with replay, average, rollouts and accumulation. A real process is killed with SIGKILL at 4 random moments, in
+steps and in saves (20 are slow, 2 minutes). A full disk is a real limit on file size; files are cut, flipped and
+removed.
 
 pytest tests/training/test_checkpoints.py
 """

@@ -1,5 +1,11 @@
 """Several processes train as one does: the same steps, the same checkpoints, and stops that lose nothing.
 
+Losses, gradient norms and learning rates must agree to 1e-5 over 20 steps: DDP, FSDP2 of student and teacher,
+accumulation. Runs saved by N processes resume with M (1 -> 2 -> 1 with FSDP2), and both processes are killed at 2
+random moments (20 are slow). Processes are forked from the test's own with torchrun's environment, which saves the
+seconds that loading torch takes, and gloo carries their messages; the launcher itself is run too. Nothing has run with
+NCCL.
+
 pytest tests/training/test_distributed.py
 """
 

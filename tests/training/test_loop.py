@@ -1,4 +1,7 @@
-"""The loop held against loops written by hand: batches, states, loss, optimiser step, signals, and what it reports.
+"""The loop does what loops written by hand do: batches, states, loss, optimiser step, signals, and what it reports.
+
+Clipping and AdamW are written out over three steps. A loss, gradient or weight that is not finite must stop the run by
+name.
 
 pytest tests/training/test_loop.py
 """

@@ -1,4 +1,4 @@
-"""The loss in closed form: weights over noise levels, and hidden states beside velocities.
+"""The loss is what it is in closed form: weights over noise levels, and hidden states beside velocities.
 
 pytest tests/training/test_objective.py
 """

@@ -1,4 +1,7 @@
-"""Every layout of a Wan checkpoint, read and projected to its own shape; diffusers' 3D transformer is the oracle.
+"""Every layout of a Wan checkpoint is read and projected to its own shape, and what is no text-to-video Wan is refused.
+
+The oracle is diffusers' 3D transformer at one frame, for every released structure at tiny widths. Reading opens
+headers only, follows no path outside the folder, and opens no pickle.
 
 pytest tests/wan/test_files.py
 """

@@ -1,4 +1,6 @@
-"""Text embeddings, their cache, and what is refused; diffusers' own WanPipeline is the oracle of every embedding.
+"""Prompts become the embeddings that diffusers' own WanPipeline makes of them, fresh and from the cache.
+
+The encoder is loaded once and leaves memory; a damaged shard is encoded again.
 
 pytest tests/wan/test_text_encoder.py
 """
