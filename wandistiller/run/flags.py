@@ -211,7 +211,7 @@ class PerformanceFlags:
         "of a two-expert teacher only the expert in use is on the device, both are in host memory"
     )
     shard: str | None = flag(
-        "under torchrun: spread the weights of the student (with its gradients, average and optimiser), of the teacher or, "
+        "under torchrun: shard the weights of the student (with its gradients, average and optimiser), of the teacher or, "
         "without a value, of both over the processes (FSDP2); left out: a whole copy in each (DDP)",
         nargs="?",
         const="both",
@@ -237,7 +237,7 @@ class OutputFlags:
 
     output_dir: str = flag("folder for the student", "outputs/demo", type=path)
     save_every: int = flag(
-        "steps between checkpoints, and one at the end; the same command goes on from the newest. 0: none",
+        "steps between checkpoints, and one at the end; the same command resumes from the newest. 0: none",
         500,
         type=number(int, low=0),
     )
@@ -485,11 +485,11 @@ def shard_mistakes(flags: Flags) -> Iterator[Mistake]:
             ("--teacher_offload", performance.teacher_offload),
         ):
             if is_given:
-                yield name, "does not go together with a teacher that is spread; give --shard student"
+                yield name, "does not go together with a sharded teacher; give --shard student"
         if flags.states.teacher_cache and torchrun_environment().world_size > 1:
             yield "--shard", "with --teacher_cache the teacher answers before training; give --shard student"
     if performance.shards_student and flags.optimization.optimizer == "adamw8bit":
-        yield "--optimizer", "adamw8bit does not know weights that are spread; --shard spreads adamw's moments too"
+        yield "--optimizer", "adamw8bit does not know sharded weights; --shard shards adamw's moments too"
 
 
 def cache_mistakes(flags: Flags) -> Iterator[Mistake]:
