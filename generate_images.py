@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     # Draw:
     drawing = prepare(flags, config, prompts, size, teacher)
     metadata = describe(flags, size, drawing)
-    shown = []
+    shown: list[np.ndarray] = []
     for index, picture in drawing.pictures():
         file = folder / f"{index:03d}_{slug(prompts[index])}.png"
         save_png(picture, file, {"prompt": prompts[index], "seed": flags.seed + index, **metadata})

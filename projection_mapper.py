@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # The teacher's files and the output folder are checked before a weight is read:
     wan_files = open_teacher(flags.teacher_path, config, flags.teacher_path_low)
-    if config is not None:
+    if config is not None and flags.student_config is not None:
         check_fits(wan_files.expert(flags.expert).config, config, flags.layers, flags.student_config)
         config.check_image_size(wan_files.vae_scale_factor or config.vae_scale_factor, flags.student_config)
     folder = prepare_output_folder(flags.output_dir)

@@ -211,6 +211,7 @@ def train_briefly(
 ) -> "tuple[TrainingResult, TrainingOptions]":
     import torch
 
+    from wandistiller.reports.metrics import StepMetrics
     from wandistiller.reports.progress import LINE_EVERY_S, Progress
     from wandistiller.targets.answers import TeacherAnswers
     from wandistiller.targets.lanes import Lanes
@@ -221,7 +222,10 @@ def train_briefly(
 
     class Shown(Observer):
         def __init__(self, progress: Progress):
-            self.step = progress.step
+            self.progress = progress
+
+        def step(self, metrics: StepMetrics) -> None:
+            self.progress.step(metrics)
 
     num_steps = steps_of_epochs(flags.num_epochs, len(embeds), flags.batch_size)
     options = TrainingOptions(

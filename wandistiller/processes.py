@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,12 @@ from wandistiller.command_line import torchrun_environment
 from wandistiller.device import is_out_of_memory
 from wandistiller.errors import UserError
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 # One process may wait this long for another, far longer than anything that one of them does alone.
 TIMEOUT = timedelta(hours=2)
 # A checkpoint is cut into files of about this size: what is copied to host memory at a time.
@@ -79,7 +86,7 @@ class Processes:
         """Return whether `value` is true in any process."""
         return bool(self.gathered(torch.tensor([float(value)])).any())
 
-    def from_first(self, value: object) -> object:
+    def from_first(self, value: T) -> T:
         """Return what the first process holds: a plain value, the same everywhere after."""
         if not self.are_many:
             return value
@@ -87,9 +94,9 @@ class Processes:
         dist.broadcast_object_list(held, device=torch.device(self.device))
         return held[0]
 
-    def first_then_all(self, work: Callable[[], object]) -> object:
+    def first_then_all(self, work: Callable[[], T]) -> T:
         """Do something in the first process alone and return its answer in all; what it raises is raised in all."""
-        outcome = None
+        outcome: tuple[T | None, str | None] = (None, None)
         if self.is_first:
             try:
                 outcome = (work(), None)
@@ -98,7 +105,7 @@ class Processes:
         value, message = self.from_first(outcome)
         if message is not None:
             raise UserError(message)
-        return value
+        return cast(T, value)  # without a message `work` has returned
 
     # ---- models ----
 
@@ -199,7 +206,7 @@ def leave() -> None:
 # ---- sharded tensors ----
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Return whether a tensor lies in several processes. None does before torch.distributed.tensor is loaded, which takes most of a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -232,21 +239,26 @@ def fill(target: Tensor, values: Tensor) -> None:
 @contextlib.contextmanager
 def without_averaging(model: nn.Module, is_on: bool) -> Iterator[None]:
     """Let gradients add up in every process by itself inside, as in all passes of a step but the last."""
-    if is_on and hasattr(model, "no_sync"):
+    from torch.nn.parallel import DistributedDataParallel
+
+    if is_on and isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
         return
-    sharded = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
-    for module in sharded:
+    for module in _sharded_modules(model):
         module.set_requires_gradient_sync(not is_on, recurse=False)
     yield
 
 
 def reshard(model: nn.Module) -> None:
     """Free full weights that a forward pass has left (FSDP2), so that parameters are this process's shards again."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> "list[FSDPModule]":
+    """Return the modules that FSDP2 shards. Their class is not asked for, because loading it takes most of a second."""
+    return [cast("FSDPModule", module) for module in model.modules() if hasattr(module, "reshard")]
 
 
 # ---- checkpoints ----
@@ -302,7 +314,8 @@ def load_tensors(folder: Path, room_for: Callable[[str, torch.Size, torch.dtype]
     reader = dcp.HuggingFaceStorageReader(str(folder))
     tensors = {}
     for name, about in reader.read_metadata().state_dict_metadata.items():
-        room = room_for(name, about.size, about.properties.dtype)
+        stored = cast("TensorStorageMetadata", about)  # a safetensors file holds nothing else
+        room = room_for(name, stored.size, stored.properties.dtype)
         if room is not None:
             tensors[name] = room
     with warnings.catch_warnings():

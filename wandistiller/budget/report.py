@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from wandistiller.budget.step_time import ASSUMED_UTILISATION, StepTime
 from wandistiller.budget.workload import (
@@ -67,7 +68,7 @@ def possible_changes(workload: Workload, flags: Collection[str]) -> Iterator[Cha
 
 
 def _single_flag_changes(w: Workload, flags: Collection[str]) -> Iterator[Change]:
-    single_flags = [
+    single_flags: list[tuple[str, str, bool, dict[str, Any]]] = [
         ("gradient_checkpointing", "", w.gradient_checkpointing, {"gradient_checkpointing": True}),
         ("teacher_offload", "", w.teacher_offload or w.num_experts == 1 or w.shard_teacher, {"teacher_offload": True}),
         ("teacher_dtype", " fp8", w.teacher_dtype == "fp8" or w.shard_teacher, {"teacher_dtype": "fp8"}),
@@ -110,7 +111,8 @@ def by_effect(workload: Workload, flags: Collection[str]) -> list[tuple[Change, 
 
 def changes_that_fit(workload: Workload, memory: int, flags: Collection[str]) -> tuple[list[str], int]:
     """Return the changes to make together, the most effective first, until the run fits; and its peak with them."""
-    advice, current = [], workload
+    advice: list[str] = []
+    current = workload
     while peak_bytes(memory_budget(current)) > memory:
         effects = by_effect(current, flags)
         if not effects:

@@ -216,7 +216,8 @@ def judge(image: np.ndarray, prompt: str) -> dict[str, bool]:
     if len(seen) == len(wanted):
         facts["present"] = True
         pairings = [_compare(wanted, list(order)) for order in itertools.permutations(seen)]
-        facts |= max(pairings, key=lambda found: (sum(found.values()), found["place"]))
+        best = max(pairings, key=lambda found: (sum(found.values()), found["place"]))
+        facts |= best
     return facts | {"correct": all(facts.values())}
 
 

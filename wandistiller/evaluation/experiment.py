@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -182,16 +183,16 @@ def measure_cost(experiment: Experiment) -> dict:
     text = experiment.embeds.batch([0], device)
     fields = {"student": experiment.student, "teacher": experiment.teacher}
 
-    calls = {}
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
     for name, field in fields.items():
         expert = field.experts["high"]
-        calls[name, "forward"] = lambda expert=expert: expert(latents, timestep, *text)
-        calls[name, "step"] = lambda field=field: field.velocity(latents, sigma, *text)
+        calls[name, "forward"] = partial(expert, latents, timestep, *text)
+        calls[name, "step"] = partial(field.velocity, latents, sigma, *text)
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
         seconds = measures.median_seconds(calls, device)
 
     flops = {name: measures.picture_flops(field, latents.shape[-1], text[0].shape[1]) for name, field in fields.items()}
-    rows = {
+    rows: dict[str, dict[str, float]] = {
         "parameters": {
             name: sum(count_parameters(expert.config).total for expert in field.experts.values())
             for name, field in fields.items()

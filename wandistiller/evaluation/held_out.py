@@ -93,7 +93,8 @@ class HeldOutErrors:
     @torch.no_grad()  # not inference mode, because weights that FSDP2 gathers in it could not be trained afterwards
     def __call__(self, student: WanLiteStudent) -> dict[str, float]:
         """Return both errors by name; the student's modes, weights and gradients stay as they are."""
-        field, errors = StudentField(student), {"teacher_states": [], "student_states": []}
+        field = StudentField(student)
+        errors: dict[str, list[Tensor]] = {"teacher_states": [], "student_states": []}
         with evaluation_mode(student):
             for noise, text, states in zip(self.noises, self.texts, self.teacher_states, strict=True):
                 for latents, sigma, expected in states:

@@ -6,7 +6,8 @@ skimage is imported by the functions that use it.
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from wandistiller.device import wait_for
 from wandistiller.model.sizes import guided_flops, num_image_tokens, transformer_flops
 from wandistiller.sampling.sampler import VelocityField
 from wandistiller.sampling.teacher import Teacher
+
+Name = TypeVar("Name", bound=Hashable)
 
 NUM_BUCKETS = 10
 # PSNR is infinite for two equal pictures; unequal uint8 pictures rarely come near this value.
@@ -199,13 +202,13 @@ def picture_flops(field: Teacher, latent_size: int, num_tokens: int) -> tuple[in
 
 
 @torch.inference_mode()
-def median_seconds(calls: Mapping[str, Callable[[], object]], device: str, repeats: int = 11) -> dict[str, float]:
+def median_seconds(calls: Mapping[Name, Callable[[], object]], device: str, repeats: int = 11) -> dict[Name, float]:
     """Return the median time of each call on `device`, after one call that warms up.
 
     The calls take turns, so that a busy spell of the machine slows all of them and not the ratio between two; this is why
     torch.utils.benchmark.Timer, which finishes one call before it begins the next, is not used.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
             wait_for(device)

@@ -5,7 +5,7 @@ import math
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from wandistiller.errors import UserError
 
@@ -18,10 +18,10 @@ class Kind(NamedTuple):
     """The values that are allowed somewhere, in words for a message and as a test."""
 
     allowed: str
-    fits: Callable[[object], bool]
+    fits: Callable[[Any], bool]
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and -math.inf < value < math.inf
 
 
@@ -32,7 +32,7 @@ RATIO = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= va
 TEXT = Kind("text", lambda value: isinstance(value, str))
 STAGES = Kind(
     "a list of whole numbers above 0, one a stage",
-    lambda value: isinstance(value, list) and value and all(map(WHOLE.fits, value)),
+    lambda value: isinstance(value, list) and len(value) > 0 and all(map(WHOLE.fits, value)),
 )
 COMPONENT = Kind(
     'a pair such as ["diffusers", "WanTransformer3DModel"], or [null, null]',

@@ -7,7 +7,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -93,7 +93,7 @@ def labelled_grid(
     """Draw rows of pictures of one size, each below its wrapped caption, with the names of the rows to their left."""
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.load_default(size=FONT_SIZE)
+    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=FONT_SIZE))  # only without a size it is another
     line_height = sum(font.getmetrics()) + 1
     cell_height, cell_width = _cell_size(*rows[0][0].shape[:2])
     wrapped = [[wrap(caption, cell_width, font) for caption in row] for row in captions]

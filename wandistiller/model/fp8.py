@@ -6,8 +6,13 @@ are less than a hundredth of a released model, and an error there reaches every 
 time embedder, modulation tables and norms are the float32 islands of Wan; biases are vectors.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from wandistiller.model.transformer import WanLiteStudent
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -78,7 +83,7 @@ def _is_plain(weight: Tensor) -> bool:
     return torch.equal(weight.to(FP8).float(), weight)
 
 
-def to_fp8(model: nn.Module) -> nn.Module:
+def to_fp8(model: "WanLiteStudent") -> "WanLiteStudent":
     """Store the Linear weights of a wan model's blocks as fp8, in place and one layer at a time.
 
     A model on the meta device gets layers of the same shapes, to be filled later.

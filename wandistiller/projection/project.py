@@ -18,10 +18,11 @@ from wandistiller.model.fp8 import Fp8Linear, fp8_linears, to_fp8
 from wandistiller.model.sizes import unfilled_model
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import fill
-from wandistiller.projection.selection import Selection, TransformerTensors, select
+from wandistiller.projection.selection import Selection, select
 from wandistiller.wan.files import WanFiles
 from wandistiller.wan.names import without_frames
 from wandistiller.wan.open import open_teacher
+from wandistiller.wan.transformer_files import TransformerTensors
 
 REPORT_NAME = "projection_report.json"
 STATUSES = ("exact", "selected", "initialised")
@@ -187,8 +188,12 @@ def project_experts(
     shard: Callable[[WanLiteStudent], None] | None = None,
 ) -> dict[str, WanLiteStudent]:
     """Project every expert of a teacher at its own shape; `wandistiller.sampling.teacher.Teacher` is made of them."""
-    settings = {"text_max_length": text_max_length, "dtype": dtype, "device": device, "fp8": fp8, "shard": shard}
-    return {name: project_teacher(wan_files, None, name, **settings)[0] for name in wan_files.experts}
+    return {
+        name: project_teacher(
+            wan_files, None, name, text_max_length=text_max_length, dtype=dtype, device=device, fp8=fp8, shard=shard
+        )[0]
+        for name in wan_files.experts
+    }
 
 
 def _seeded_student(

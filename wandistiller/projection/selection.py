@@ -13,27 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from wandistiller.model.config import CONFIG_NAME, ConfigError, StudentConfig
+from wandistiller.wan.transformer_files import TransformerTensors
 
 ROWS_AT_A_TIME = 64  # few enough to stay in a processor's cache, also at the width of 14B
-
-
-class TransformerTensors(Protocol):
-    """What projection reads a teacher from: a `WanTransformer` on disk, or the mock."""
-
-    location: object
-    config: StudentConfig
-    ignored: dict[str, str]
-    heads_are_assumed: bool
-
-    def names(self) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -157,7 +144,7 @@ def _score_axis(norms: Callable[[str], tuple[Tensor, Tensor]], axis: str, layers
     if axis == "channels":
         writers = ["attn1.to_out.0.weight", "attn2.to_out.0.weight", "ffn.net.2.weight"]
         names = ["patch_embedding.weight", *(f"blocks.{layer}.{writer}" for layer in layers for writer in writers)]
-        return sum(norms(name)[0] for name in names)
+        return sum((norms(name)[0] for name in names), start=torch.zeros(()))
     if axis == "text_channels":
         return norms(f"{embedder}.text_embedder.linear_2.weight")[0]
     if axis in ("time_hidden", "text_hidden"):
@@ -172,7 +159,7 @@ def _score_axis(norms: Callable[[str], tuple[Tensor, Tensor]], axis: str, layers
 
 def _squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Squared norm of each row and of each column, summed in float32; one pass over the memory, and no copy of it."""
-    rows, columns = [], 0.0
+    rows, columns = [], torch.zeros(())
     for part in weight.flatten(1).split(ROWS_AT_A_TIME):
         part = part.float()
         rows.append(torch.linalg.vector_norm(part, dim=1).square())

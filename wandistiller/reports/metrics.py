@@ -92,10 +92,11 @@ def loss_change(lines: Sequence[dict]) -> tuple[float, float]:
 def loss_change_by_sigma(lines: Sequence[dict]) -> list[tuple[float | None, float | None]]:
     """Return the mean loss of the first and of the last steps in each bucket of sigma, from the lowest."""
     first, last = ends(lines)
-    return [
-        tuple(mean_of(line["loss_by_sigma"][bucket] for line in part) for part in (first, last))
-        for bucket in range(len(lines[0].get("loss_by_sigma", [])))
-    ]
+
+    def mean_in(part: Sequence[dict], bucket: int) -> float | None:
+        return mean_of(line["loss_by_sigma"][bucket] for line in part)
+
+    return [(mean_in(first, bucket), mean_in(last, bucket)) for bucket in range(len(lines[0].get("loss_by_sigma", [])))]
 
 
 def held_out_error(lines: Sequence[dict]) -> dict[str, float] | None:

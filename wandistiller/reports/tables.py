@@ -52,14 +52,15 @@ def table_lines(results: dict) -> list[str]:
 def comparison_rows(results: dict) -> list[tuple[str, str, str, str]]:
     """Return the results as rows of name, student, teacher and ratio, for a markdown table."""
 
-    def row(name: str, *values: object) -> tuple[str, str, str, str]:
+    def row(name: str, *values: str | float | None) -> tuple[str, str, str, str]:
         student, teacher, ratio = (["" if value is None else cell_text(value) for value in values] + ["", ""])[:3]
         return name, student, teacher, ratio
 
-    endpoint, rows = results["endpoint"], []
+    endpoint = results["endpoint"]
+    rows: list[tuple[str, str, str, str]] = []
     if judged := results.get("accuracy"):
-        shares = (f"{judged[who]['correct']:.1%}" for who in ("student", "teacher"))
-        rows.append(("prompt drawn right", *shares, cell_text(judged["ratio"])))
+        student, teacher = (f"{judged[who]['correct']:.1%}" for who in ("student", "teacher"))
+        rows.append(("prompt drawn right", student, teacher, cell_text(judged["ratio"])))
     if "velocity_error" in results:
         rows.append(row("relative velocity error", results["velocity_error"]["mean"]))
     rows += [

@@ -108,12 +108,17 @@ def build_teacher(run: Run, negative_prompt_embeds: Tensor | None) -> Teacher:
 def make_student(run: Run) -> tuple[WanLiteStudent, ProjectionReport]:
     """Make what is trained: a part of the teacher, or a student that inherits nothing."""
     flags = run.flags
-    where = {"device": run.device, "seed": flags.optimization.seed}
+    device, seed = run.device, flags.optimization.seed
     if flags.student.init == "random":
-        student, report = fresh_student(run.wan_files, run.config, flags.student.init_expert, **where)
+        student, report = fresh_student(run.wan_files, run.config, flags.student.init_expert, device=device, seed=seed)
     else:
         student, report = project_teacher(
-            run.wan_files, run.config, flags.student.init_expert, layers=flags.student.layers, **where
+            run.wan_files,
+            run.config,
+            flags.student.init_expert,
+            layers=flags.student.layers,
+            device=device,
+            seed=seed,
         )
     print(report.summary())
     logger.info("student read and projected")

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from wandistiller.evaluation.held_out import BATCH_SIZE, HeldOutErrors
@@ -18,7 +18,7 @@ from wandistiller.reports.metrics import StepMetrics
 from wandistiller.reports.plots import LossPlot
 from wandistiller.reports.progress import Progress
 from wandistiller.reports.samples import SampleOptions, Samples
-from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Trackers, started
+from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Tracker, Trackers, started
 from wandistiller.run.run import Run
 from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.sampler import SamplingOptions
@@ -121,7 +121,7 @@ def build_held_out_errors(run: Run, embeds: Embeds, teacher: Teacher | None) -> 
 def build_trackers(run: Run) -> Trackers:
     """TensorBoard, the loss plot, and the tracker of --report; one that cannot start is left out with a line."""
     folder, report = run.folder, run.flags.output.report
-    makers = [
+    makers: list[tuple[str, Callable[[], Tracker]]] = [
         ("TensorBoard", lambda: TensorBoardFiles(folder / TENSORBOARD_NAME, run.first_step)),
         (LOSS_PLOT_NAME, lambda: LossPlot(folder / METRICS_NAME, folder / LOSS_PLOT_NAME)),
     ]

@@ -39,7 +39,7 @@ class Recipe:
     optimizer: str = part(compared=True)
     seed: int = part(compared=True)
 
-    def recorded(self) -> dict[str, object]:
+    def recorded(self) -> dict[str, Any]:
         """Return what student_config.json holds of the recipe."""
         return self._view("recorded")
 
@@ -51,5 +51,5 @@ class Recipe:
         """fp8 makes another teacher; fp32 and bf16 may change from one command to the next, as --dtype may."""
         return {"teacher_dtype": "fp8"} if self.teacher_dtype == "fp8" else {}
 
-    def _view(self, name: str) -> dict[str, object]:
+    def _view(self, name: str) -> dict[str, Any]:
         return {known.name: getattr(self, known.name) for known in fields(self) if known.metadata[name]}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from wandistiller.wan.text_encoder_files import TextEncoderFiles
 
 # Drawing cannot do without these; the rest of the record may be missing.
-_NEEDED = {
+_NEEDED: dict[str, type | tuple[type, ...]] = {
     "teacher_path": str,
     "shift": (int, float),
     "num_inference_steps": int,

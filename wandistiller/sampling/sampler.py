@@ -69,7 +69,7 @@ def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"
 
     UniPC of order one and without its corrector is Euler's method, on the same noise levels.
     """
-    from diffusers import UniPCMultistepScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     # The corrector is disabled at every step there can be, so that a saved scheduler is Euler's at other numbers of steps too:
     euler = {"solver_order": 1, "disable_corrector": list(range(NUM_TRAIN_TIMESTEPS))}

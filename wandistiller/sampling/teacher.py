@@ -70,7 +70,8 @@ class Teacher:
         if "low" not in self.experts:
             return self._guided("high", latents, sigma, prompt_embeds, prompt_lengths, layers)
         is_high = self.is_high(sigma)
-        velocity, features = torch.empty_like(latents), []
+        velocity = torch.empty_like(latents)
+        features: list[Tensor] = []
         # The expert in use answers first, so that a batch for both takes one change of experts and not two.
         for name in ("low", "high") if self.in_use == "low" else ("high", "low"):
             rows = (is_high if name == "high" else ~is_high).nonzero().flatten()
@@ -78,7 +79,7 @@ class Teacher:
                 continue
             if not len(rows):
                 # This call only lends this process's shard of the weights to the processes that need the expert.
-                self._guided(name, *(value[:1] for value in (latents, sigma, prompt_embeds, prompt_lengths)), ())
+                self._guided(name, latents[:1], sigma[:1], prompt_embeds[:1], prompt_lengths[:1], ())
                 continue
             on_device = to_device(rows, latents.device)
             part = latents[on_device], sigma[rows], prompt_embeds[on_device], prompt_lengths[on_device]

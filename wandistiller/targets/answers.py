@@ -6,7 +6,7 @@ answers lie beside this one: replay.py, segments.py and cache.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -82,9 +82,9 @@ class AnswerQueue:
         micro_batch: rows handed out at a time.
     """
 
-    def __init__(self, prompt_embeds: PromptEmbeds, device: str, micro_batch: int):
+    def __init__(self, prompt_embeds: PromptEmbeds, device: str | torch.device, micro_batch: int):
         self.prompt_embeds, self.device, self.micro_batch = prompt_embeds, device, micro_batch
-        self._rows: dict[str, Tensor | list[int]] = {"prompts": []}  # those that are left
+        self._rows: dict[str, Any] = {"prompts": []}  # those that are left
 
     def __len__(self) -> int:
         """Return how many rows are left."""

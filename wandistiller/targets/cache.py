@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def describe_cache(
     prompts: Sequence[str],
     config: StudentConfig,
     batch_size: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return everything that makes the answers what they are, as JSON values."""
     description = {
         **describe_teacher(wan_files, settings),
@@ -110,7 +111,7 @@ class TeacherCache:
         UserError: the folder holds something else, or answers to something else (it says what differs), or is damaged.
     """
 
-    def __init__(self, folder: str | Path, description: dict[str, object], processes: Processes | None = None):
+    def __init__(self, folder: str | Path, description: dict[str, Any], processes: Processes | None = None):
         self.folder = check_output_folder(folder, "--teacher_cache")
         self.description = description
         self.processes = processes or Processes()

@@ -22,10 +22,10 @@ class NoiseStates:
 
     def draw(self) -> StateBatch:
         """Return the next prompts, each with fresh noise. The last batch of an epoch holds the prompts that are left."""
-        prompts = self.order.take(self.lanes.total)
-        count = len(prompts)
+        taken = self.order.take(self.lanes.total)
+        count = len(taken)
         sigma = sample_sigmas(count, self.shift, self.sigma_range, self.generator)
-        prompts = torch.tensor(self.swap(prompts, sigma, self.generator))
+        prompts = torch.tensor(self.swap(taken, sigma, self.generator))
         is_counted = torch.ones(count, dtype=torch.bool)
         if self.lanes.pads and count < self.lanes.total:
             rows = torch.arange(self.lanes.total) % count

@@ -30,6 +30,8 @@ class FeatureLoss(nn.Module):
             are none of the teacher's; a linear map between them is then learnt beside the student and dropped after training.
     """
 
+    channels: Tensor | None
+
     def __init__(self, student_width: int, teacher_width: int, num_layers: int, channels: Sequence[int] | None):
         super().__init__()
         self.register_buffer("channels", None if channels is None else torch.tensor(channels), persistent=False)

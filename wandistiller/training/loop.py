@@ -267,9 +267,8 @@ def _measure(passes: list[_Pass], grad_norm: Tensor, is_stopped: bool, processes
     losses, answers = [taken.loss for taken in passes], [taken.answer for taken in passes]
     by_sample = torch.cat([loss.by_sample for loss in losses])
     sigma, weights = (torch.cat([getattr(answer, name) for answer in answers]) for name in ("sigma", "weights"))
-    means = [
-        sum(parts) / len(passes) for parts in ([loss.velocity for loss in losses], [loss.features for loss in losses])
-    ]
+    both = [loss.velocity for loss in losses], [loss.features for loss in losses]
+    means = [sum(parts[1:], start=parts[0]) / len(passes) for parts in both]
     head = torch.stack([*means, means[0].new_full((), float(is_stopped))])
     samples = torch.stack([*(to_device(values, by_sample.device) for values in (sigma, weights)), by_sample], dim=1)
     everyones = processes.gathered(torch.cat([head[None], samples])[None])  # (processes, 1 + samples, 3)

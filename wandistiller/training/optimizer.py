@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def check_optimizer(name: str) -> None:
 
 def make_optimizer(model: nn.Module, options: OptimizationOptions, device: str) -> torch.optim.Optimizer:
     """Return torch's AdamW, or bitsandbytes' with moments in 8 bits (blockwise quantisation, arXiv 2110.02861)."""
-    settings = {"lr": options.lr, "betas": options.betas, "weight_decay": options.weight_decay}
+    settings: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "weight_decay": options.weight_decay}
     if options.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 

@@ -42,7 +42,7 @@ class RunState:
 
     @property
     def lr(self) -> float:
-        return self.lr_scheduler.get_last_lr()[0]
+        return float(self.lr_scheduler.get_last_lr()[0])
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[WanLiteStudent]:

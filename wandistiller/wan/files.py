@@ -7,6 +7,7 @@ safetensors file with original names (ComfyUI's, also fp8 and fp8_scaled), or a 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from wandistiller.files.checked_json import (
     COMPONENT,
@@ -29,6 +30,7 @@ from wandistiller.wan.transformer_files import (
     LAYOUTS,
     LOCAL_LAYOUTS,
     REFUSED_CLASSES,
+    TransformerTensors,
     WanTransformer,
     refuse_kind,
     refuse_settings,
@@ -74,7 +76,7 @@ class WanFiles:
     """
 
     location: str
-    experts: Mapping[str, WanTransformer]
+    experts: Mapping[str, TransformerTensors]
     boundary_ratio: float | None = None
     flow_shift: float | None = None
     latents_mean: list[float] | None = None
@@ -92,7 +94,7 @@ class WanFiles:
     def is_mock(self) -> bool:
         return self.location == "mock"
 
-    def expert(self, name: str) -> WanTransformer:
+    def expert(self, name: str) -> TransformerTensors:
         if name not in self.experts:
             raise TeacherFileError(f'{self.location}: has no expert "{name}"; it has: {", ".join(self.experts)}')
         return self.experts[name]
@@ -259,6 +261,6 @@ def _with_own_record(wan_files: WanFiles) -> WanFiles:
     return _with_latents(replace(wan_files, record=record), record)
 
 
-def _with_latents(wan_files: WanFiles, known: Mapping[str, object]) -> WanFiles:
+def _with_latents(wan_files: WanFiles, known: Mapping[str, Any]) -> WanFiles:
     lacking = [name for name in LATENT_SETTINGS if getattr(wan_files, name) is None]
     return replace(wan_files, **{name: known.get(name) for name in lacking})

@@ -13,11 +13,12 @@ MOCK_SEED = 20250728
 
 
 class MockTransformer:
-    """Random tensors under canonical names, each made when it is read; the interface is that of `WanTransformer`."""
+    """Random tensors under canonical names, each made when it is read; the interface is that of `TransformerTensors`."""
 
     def __init__(self, config: StudentConfig):
         self.location = "mock"
         self.config = config
+        self.student: StudentConfig | None = None
         self.ignored: dict[str, str] = {}
         self.heads_are_assumed = False
         self._shapes = teacher_tensor_shapes(config)

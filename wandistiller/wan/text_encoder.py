@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,13 +170,15 @@ def _load_encoder(folder: Path, dtype: torch.dtype):
 
     transformers_logging.disable_progress_bar()
     try:
-        encoder, info = UMT5EncoderModel.from_pretrained(  # nosec B615 (a local folder)
+        # transformers' annotation does not know of the pair that `output_loading_info` returns.
+        loaded: Any = UMT5EncoderModel.from_pretrained(  # nosec B615 (a local folder)
             folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as err:  # transformers wraps a bad file in any of a dozen types
         raise UserError(f"{folder}: the text encoder cannot be loaded ({first_line(err)})") from err
+    encoder, info = loaded
     missing = set(info["missing_keys"])
     table, shared = encoder.encoder.embed_tokens.weight, encoder.shared.weight
     # transformers after PR 41580 could leave the table zero or unfilled, silently: issues 43880 and 43992.

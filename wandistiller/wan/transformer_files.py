@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -102,6 +103,19 @@ def _exported_student(path: Path) -> StudentConfig | None:
     if text is None:
         return None
     return StudentConfig.from_json(text, f"{path}, student_config in its metadata")
+
+
+class TransformerTensors(Protocol):
+    """One transformer that a teacher is read from: a `WanTransformer` on disk, or the mock. `WanTransformer` describes the members."""
+
+    config: StudentConfig
+    student: StudentConfig | None
+    ignored: dict[str, str]
+    heads_are_assumed: bool
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> Tensor: ...
 
 
 class WanTransformer:
@@ -257,7 +271,7 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
     if out_rows != in_channels * kernel[1] * kernel[2]:
         refuse_kind(f"an image-conditioned ({in_channels} input channels)", where)
     depth = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name)))
-    found = {
+    found: dict[str, Any] = {
         "hidden_size": hidden_size,
         "depth": depth,
         "ffn_dim": ffn_dim,
