@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+
 # One process may wait this long for another, far longer than anything that one of them does alone.
 TIMEOUT = timedelta(hours=2)
 # A checkpoint is cut into files of about this size: what is copied to host memory at a time.

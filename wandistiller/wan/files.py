@@ -262,5 +262,5 @@ def _with_own_record(wan_files: WanFiles) -> WanFiles:
 
 
 def _with_latents(wan_files: WanFiles, known: Mapping[str, Any]) -> WanFiles:
-    lacking = [name for name in LATENT_SETTINGS if getattr(wan_files, name) is None]
-    return replace(wan_files, **{name: known.get(name) for name in lacking})
+    found: dict[str, Any] = {name: known.get(name) for name in LATENT_SETTINGS if getattr(wan_files, name) is None}
+    return replace(wan_files, **found)

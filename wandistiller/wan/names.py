@@ -59,10 +59,12 @@ def to_original(name: str) -> str:
 
 def _renamed(name: str, in_model: dict[str, str], in_block: dict[str, str]) -> str:
     """Replace the stem of a name; it ends at a dot, so that what follows (.weight, .scale_weight) is kept."""
-    block, inside = re.fullmatch(r"(blocks\.\d+\.)?(.+)", name).groups()
+    match = re.match(r"blocks\.\d+\.", name)
+    block = match[0] if match else ""
+    inside = name.removeprefix(block)
     for stem, other in (in_block if block else in_model).items():
         if inside == stem or inside.startswith(f"{stem}."):
-            return (block or "") + other + inside.removeprefix(stem)
+            return block + other + inside.removeprefix(stem)
     return name
 
 
