@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     from wandistiller.files.output_folder import prepare_output_folder, set_aside_previous_student
     from wandistiller.projection.project import REPORT_NAME, project_teacher
     from wandistiller.projection.selection import check_fits
-    from wandistiller.wan.open import open_teacher
+    from wandistiller.wan.layouts import open_teacher
 
     # The teacher's files and the output folder are checked before a weight is read:
     wan_files = open_teacher(flags.teacher_path, config, flags.teacher_path_low)

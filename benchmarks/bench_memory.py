@@ -117,7 +117,7 @@ def build_workload(args: argparse.Namespace):
         latent_size=student.latent_size,
         batch_size=args.batch_size,
         gradient_checkpointing=args.checkpointing,
-        stored_latents=stored_latents("trajectory", renoised=True),
+        stored_latents=stored_latents(True, renoised=True),
         mean_text_tokens=NUM_TOKENS,
         negative_text_tokens=NUM_TOKENS,
         text_encoder_parameters=0,

@@ -32,10 +32,10 @@ from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions, build_states
-from wandistiller.wan.files import WanFiles
-from wandistiller.wan.open import open_teacher
+from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import RELEASED_MODELS, TeacherSettings, resolve_settings
+from wandistiller.wan.wan_files import WanFiles
 
 FP32, BF16 = torch.float32, torch.bfloat16
 # column -> (kept as, dtype of matrix products); the first is what the others are held against. A checkpoint that is bf16 on

@@ -76,7 +76,7 @@ def workload(num_gpus: int = 1, **changes) -> Workload:
         batch_size=BATCH_SIZE,
         num_processes=num_gpus,
         num_features=student.depth,
-        stored_latents=stored_latents("trajectory", renoised=True),
+        stored_latents=stored_latents(True, renoised=True),
         num_steps=math.ceil(NUM_PROMPTS / (BATCH_SIZE * num_gpus)),
         num_prompts=NUM_PROMPTS,
         mean_text_tokens=MEAN_TEXT_TOKENS,

@@ -20,8 +20,9 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.projection.project import project_experts
 from wandistiller.sampling.flow import sigma_to_timestep
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.wan.files import WanFiles, open_wan_files
+from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.settings import DEFAULT_NEGATIVE_PROMPT, RELEASED_LATENTS, resolve_settings
+from wandistiller.wan.wan_files import WanFiles
 
 NEGATIVE = torch.randn(4, 20, generator=torch.Generator().manual_seed(99))
 SIGMA = torch.tensor([0.1234, 0.8749, 0.875, 0.9876])  # two for either expert, one of them on the boundary

@@ -19,10 +19,10 @@ from wandistiller.model.sizes import unfilled_model
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import fill
 from wandistiller.projection.selection import Selection, select
-from wandistiller.wan.files import WanFiles
+from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.names import without_frames
-from wandistiller.wan.open import open_teacher
 from wandistiller.wan.transformer_files import TransformerTensors
+from wandistiller.wan.wan_files import WanFiles
 
 REPORT_NAME = "projection_report.json"
 STATUSES = ("exact", "selected", "initialised")
@@ -129,7 +129,7 @@ def project_teacher(
     """Make a 2D model with a teacher's weights, and report what became of every tensor of both.
 
     Args:
-        teacher_path: a Wan as `wandistiller.wan.files.open_wan_files` takes it, or one that it has opened; "mock" needs a
+        teacher_path: a Wan as `wandistiller.wan.layouts.open_wan_files` takes it, or one that it has opened; "mock" needs a
             config, because it is made around one.
         config: the student's shape; None keeps the teacher's own, and every weight.
         expert: "high" or "low" noise; a teacher of one transformer has only "high".
