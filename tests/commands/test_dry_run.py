@@ -253,7 +253,9 @@ def test_advice_for_a_run_with_checkpoints_says_what_it_can_be_resumed_with(trai
 
     monkeypatch.setattr("wandistiller.training.loop.train", fails)
     outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 4)
-    assert "The run can be resumed with another --batch_size" in outcome.err and "others make another run" in outcome.err
+    assert (
+        "The run can be resumed with another --batch_size" in outcome.err and "others make another run" in outcome.err
+    )
 
 
 def test_out_of_memory_in_a_run_lists_what_was_there_and_what_to_change(train, teachers, monkeypatch):
