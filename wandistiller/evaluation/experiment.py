@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wandistiller.evaluation import measures
+from wandistiller.evaluation import measures, noise_parts
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
@@ -57,7 +57,7 @@ class Experiment:
 def measure(experiment: Experiment, judge: Judge | None) -> tuple[dict, np.ndarray, np.ndarray]:
     """All measures as JSON values, and the pictures of teacher and student."""
     has_velocity = experiment.student_options.sampler == experiment.options.sampler
-    recorded = measures.RecordedErrors(experiment.teacher, experiment.student)
+    recorded = measures.RecordedErrors(experiment.teacher, experiment.student, experiment.num_seeds)
     field = recorded if has_velocity else experiment.teacher
     name = "teacher and student's velocity" if has_velocity else "teacher"
     latents_teacher = experiment.draw(name, field, experiment.options)
@@ -71,6 +71,7 @@ def measure(experiment: Experiment, judge: Judge | None) -> tuple[dict, np.ndarr
             "ssim": statistics.fmean(measures.ssim(pictures_student, pictures_teacher)),
         },
         "teacher_at_fewer_steps": measure_fewer_steps(experiment, latents_teacher, error, judge),
+        "noise": measure_noise(experiment.num_seeds, latents_student, latents_teacher),
         **compare_hidden(experiment, (latents_student, latents_teacher), (pictures_student, pictures_teacher)),
     }
     if has_velocity:  # a student of few steps answers with the average over a whole step instead
@@ -78,6 +79,8 @@ def measure(experiment: Experiment, judge: Judge | None) -> tuple[dict, np.ndarr
             "mean": float(recorded.errors.mean()),
             "by_sigma": measures.bucket_means(recorded.sigmas, recorded.errors),
         }
+        unit = measures.spread(latents_teacher)
+        results["noise"]["by_sigma"] = recorded.noise.by_sigma(unit, measures.NUM_BUCKETS)
     if judge is not None:
         both = [measures.accuracy(part, experiment.prompts, judge) for part in (pictures_student, pictures_teacher)]
         results["accuracy"] = {
@@ -87,6 +90,14 @@ def measure(experiment: Experiment, judge: Judge | None) -> tuple[dict, np.ndarr
             "num_pictures": len(experiment.prompts),
         }
     return results, pictures_teacher, pictures_student
+
+
+def measure_noise(num_seeds: int, latents_student: Tensor, latents_teacher: Tensor) -> dict:
+    """The prompt's part and the noise part of what both drew, as `evaluation.noise_parts` defines them; None with one seed."""
+    grouped = [part.unflatten(0, (-1, num_seeds)) for part in (latents_student, latents_teacher)]
+    sums = noise_parts.noise_sums(*grouped) if num_seeds > 1 else noise_parts.NOTHING
+    parts = noise_parts.noise_parts(sums, measures.spread(latents_teacher))
+    return {"num_noises": num_seeds, **parts, "meaning": noise_parts.MEANING}
 
 
 def compare_hidden(

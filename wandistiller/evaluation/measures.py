@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wandistiller.evaluation.noise_parts import NoiseByLevel
 from wandistiller.model.sizes import guided_flops, num_image_tokens, transformer_flops
 from wandistiller.sampling.sampler import VelocityField
 from wandistiller.sampling.teacher import Teacher
@@ -43,10 +44,14 @@ def relative_errors(actual: Tensor, expected: Tensor) -> Tensor:
 
 
 class RecordedErrors:
-    """The teacher's velocity field, which notes at every state how far off the student's answer is."""
+    """The teacher's velocity field, which notes at every state how far off the student's answer is.
 
-    def __init__(self, teacher: VelocityField, student: VelocityField):
+    `num_seeds` samples of a prompt come one after the other (see `sample_plan`); `noise` splits their predictions of x_0.
+    """
+
+    def __init__(self, teacher: VelocityField, student: VelocityField, num_seeds: int = 1):
         self.teacher, self.student = teacher, student
+        self.noise = NoiseByLevel(num_seeds)
         self._sigmas: list[Tensor] = []
         self._errors: list[Tensor] = []
 
@@ -55,6 +60,9 @@ class RecordedErrors:
         velocity_student = self.student.velocity(latents, sigma, prompt_embeds, prompt_lengths)
         self._sigmas.append(sigma.cpu())
         self._errors.append(relative_errors(velocity_student, velocity_teacher).cpu())
+        scale = sigma.to(latents.device).view(-1, 1, 1, 1)
+        x_0_student, x_0_teacher = (latents - scale * v for v in (velocity_student, velocity_teacher))
+        self.noise.add(float(sigma[0]), x_0_student, x_0_teacher)
         return velocity_teacher
 
     @property
@@ -81,11 +89,17 @@ def bucket_means(sigmas: Tensor, values: Tensor, num_buckets: int = NUM_BUCKETS)
 # ---- endpoints ----
 
 
+def spread(reference: Tensor) -> float:
+    """sqrt(mean over samples of |r - mean|^2), mean the per-channel mean of all r (B, C, H, W): the unit of endpoint errors."""
+    reference = reference.double()
+    return float((reference - reference.mean(dim=(0, 2, 3), keepdim=True)).norm()) / len(reference) ** 0.5
+
+
 def endpoint_error(latents: Tensor, reference: Tensor) -> float:
     """sqrt(sum |x - r|^2 / sum |r - mean|^2), mean the per-channel mean of all r: 0 is equal, 1 as far off as flat colour."""
     latents, reference = latents.double(), reference.double()
-    spread = reference - reference.mean(dim=(0, 2, 3), keepdim=True)
-    return float((latents - reference).norm() / spread.norm())
+    centred = reference - reference.mean(dim=(0, 2, 3), keepdim=True)
+    return float((latents - reference).norm() / centred.norm())
 
 
 def psnr(pictures: np.ndarray, reference: np.ndarray) -> list[float]:

@@ -255,10 +255,19 @@ def measured(results: dict) -> list[tuple[str, str, str, str]]:
         row("PSNR, dB", endpoint["psnr_db"]),
         row("SSIM", endpoint["ssim"]),
     ]
-    compared = {name: results[name] for name in ("high_frequency_energy", "diversity", "prompt_sensitivity")}
+    noise = results.get("noise")  # since they are measured, they stand in place of diversity
+    rows += noise_rows(noise) if noise else []
+    names = ("high_frequency_energy", *([] if noise else ["diversity"]), "prompt_sensitivity")
+    compared = {name: results[name] for name in names}
     for name, values in (compared | results["cost"]).items():
         rows.append(row(name.replace("_", " "), values["student"], values["teacher"], values["ratio"]))
     return rows
+
+
+def noise_rows(noise: dict) -> list[tuple[str, str, str, str]]:
+    """What the noise decides in a picture, as `evaluation.noise_parts` defines it."""
+    names = {"norm_ratio": "size", "cosine": "cosine to the teacher's", "gain": "gain"}
+    return [(f"what the noise decides: {text}", "", "", cell_text(noise[name])) for name, text in names.items()]
 
 
 def use(config: StudentConfig) -> list[str]:
@@ -274,7 +283,7 @@ def use(config: StudentConfig) -> list[str]:
 def is_apache(record: dict) -> bool:
     """Whether the teacher is known to be under Apache-2.0: a released Wan, or the demo's, which is part of this code and
     which an exported record knows by its world alone."""
-    is_demo = "world" in record or record.get("teacher_path") == f"./{DEMO_TEACHER}"
+    is_demo = record.get("world") == "shapes" or record.get("teacher_path") == f"./{DEMO_TEACHER}"
     return is_demo or str(record.get("base_model")).startswith("Wan-AI/")
 
 

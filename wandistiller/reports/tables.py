@@ -1,6 +1,8 @@
 """An evaluation as a table for the screen, and as values that JSON can hold."""
 
 import math
+import textwrap
+from collections.abc import Callable
 
 
 def cell_text(value: str | float | None) -> str:
@@ -35,16 +37,33 @@ def table_lines(results: dict) -> list[str]:
         *(line(f"  teacher at {n} steps: relative error", "", e) for n, e in fewer["latent_relative_error"].items()),
         f"  the student equals the teacher at {equal_steps(fewer)}",
     ]
+    lines += noise_lines(results["noise"], line)
     if "velocity_error" in results:
         lines.append(line("relative velocity error", results["velocity_error"]["mean"]))
         for bucket in results["velocity_error"]["by_sigma"]:
             low, high = bucket["sigma"]
             lines.append(line(f"  sigma {low:.1f} to {high:.1f} ({bucket['count']} states)", bucket["mean"]))
-    for name in ("high_frequency_energy", "diversity", "prompt_sensitivity"):
+    for name in ("high_frequency_energy", "prompt_sensitivity"):
         lines.append(compared(name.replace("_", " "), results[name]))
     for name, row in results["cost"].items():
         lines.append(compared(name.replace("_", " "), row))
     return lines
+
+
+def noise_lines(noise: dict, line: Callable[..., str]) -> list[str]:
+    """What the prompt decides and what the noise decides, each with its error, over all and by noise level."""
+    lines = [
+        line("what the prompt decides: error", noise["mean_error"]),
+        line("what the noise decides: error, and its size", noise["noise_error"], noise["teacher_noise"]),
+        line("  size, as a share of the teacher's", noise["norm_ratio"]),
+        line("  direction: cosine to the teacher's", noise["cosine"]),
+        line("  gain: share of the teacher's found in it", noise["gain"]),
+    ]
+    for bucket in noise.get("by_sigma", []):
+        if bucket["gain"] is not None:
+            low, high = bucket["sigma"]
+            lines.append(line(f"  gain of x_0's, sigma {low:.1f} to {high:.1f}", bucket["gain"]))
+    return lines + textwrap.wrap(noise["meaning"], 106, initial_indent="  ", subsequent_indent="  ")
 
 
 def finite(values: object) -> object:
