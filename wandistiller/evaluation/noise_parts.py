@@ -23,9 +23,9 @@ from torch import Tensor
 PARTS = ("mean_error", "noise_error", "teacher_noise", "norm_ratio", "cosine", "gain")
 ROUNDING = 1e-24  # of squares in float64: a smaller noise part is nothing but rounding and has no direction
 MEANING = (
-    "Over several noises of a prompt, the mean is what the prompt decides and the rest is what the noise decides. A student "
-    "that draws the mean of all it could draw has a gain of 0, one that follows its teacher has cosine and norm ratio 1; its "
-    "noise error is worth having only below the teacher's own noise part."
+    "Over several noises of a prompt, the mean of its pictures is what the prompt decides and the rest is what the noise "
+    "decides. A student that draws the mean of all it could draw has a gain of 0, one that follows its teacher has cosine and "
+    "size 1. A noise error above the size of the teacher's noise part is worse than drawing the mean."
 )
 
 
