@@ -93,16 +93,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def world_judge_of(wan_files, prompts: list[str]):
     """The judge of the world that the checkpoint names, or None; prompts it cannot read are refused before any work."""
-    if wan_files.record.get("world") != "shapes":
-        return None
-    from wandistiller.evaluation import demo_judge
+    from wandistiller.evaluation import demo_judge, icon_judge
 
+    world, folder = wan_files.record.get("world"), Path(wan_files.location)
+    if world == "shapes":
+        judge = demo_judge
+    elif world == "icons" and (folder / icon_judge.SHEET_NAME).is_file():
+        judge = icon_judge.open_judge(folder)
+    else:  # an exported student of pictographs knows its world by name alone
+        return None
     for prompt in prompts:
         try:
-            demo_judge.read_prompt(prompt)
+            judge.read_prompt(prompt)
         except ValueError as err:
             raise UserError(f"--prompts_file: {err}; this teacher is judged on prompts of its own world") from None
-    return demo_judge.judge
+    return judge.judge
 
 
 def prepare(args: argparse.Namespace, config: StudentConfig, prompts: list[str]):

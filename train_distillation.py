@@ -399,7 +399,7 @@ def distil(args: argparse.Namespace, command: list[str]) -> int:
         if result.interrupted and args.save_every:
             print(f"To go on:\n  {resume_command('train_distillation.py', command)}")
         elif samples is not None and not result.interrupted:
-            prompts_file = args.eval_prompts or held_out_prompts(wan_files.record)
+            prompts_file = args.eval_prompts or held_out_prompts(wan_files)
             print("\n  ".join(["Next:", *next_commands(folder, texts.prompts[0], prompts_file, args.vae_path)]))
     leave()
     return 130 if result.interrupted else 0

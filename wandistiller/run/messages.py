@@ -4,6 +4,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wandistiller.files.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
 from wandistiller.model.config import StudentConfig
@@ -18,8 +19,12 @@ from wandistiller.reports.metrics import (
 from wandistiller.reports.progress import format_duration
 from wandistiller.run.flags import DEFAULTS
 
+if TYPE_CHECKING:
+    from wandistiller.wan.files import WanFiles
+
 SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME]
 HELD_OUT_PROMPTS = "data/heldout_prompts.txt"
+OWN_HELD_OUT_PROMPTS = "heldout_prompts.txt"  # in the folder of a teacher whose world is its own
 
 
 def command_line(script: str, argv: Sequence[str]) -> str:
@@ -69,9 +74,12 @@ def _held_out(lines: Sequence[dict]) -> str:
     return f"relative velocity error {named}" if named else ""
 
 
-def held_out_prompts(teacher_record: dict) -> str:
-    """A file of prompts that no run of ours trains on, for a teacher by its own record: the demo world's, or anything's."""
-    return DEFAULTS["eval_prompts"][1] if teacher_record.get("world") else HELD_OUT_PROMPTS
+def held_out_prompts(wan_files: "WanFiles") -> str:
+    """A file of prompts that no run of ours trains on: one in the teacher's own folder, the demo world's, or anything's."""
+    own = Path(wan_files.location) / OWN_HELD_OUT_PROMPTS
+    if own.is_file():
+        return str(own)
+    return DEFAULTS["eval_prompts"][1] if wan_files.record.get("world") == "shapes" else HELD_OUT_PROMPTS
 
 
 def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | None = None) -> list[str]:
