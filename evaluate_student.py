@@ -118,8 +118,8 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
         teacher: what `teacher_paths` found.
     """
     from wandistiller.device import pick_device, pick_dtype
-    from wandistiller.evaluation.demo_judge import find_judge
     from wandistiller.evaluation.experiment import Experiment
+    from wandistiller.evaluation.judges import find_judge
     from wandistiller.evaluation.measures import sample_plan
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.project import project_experts
@@ -132,7 +132,7 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
     settings = recorded_settings(config)
     wan_files = open_recorded_teacher(config, *teacher)
     check_size("the student's image_size", config.image_size, config, wan_files.config.patch_size)
-    judge = find_judge(wan_files.record, prompts)
+    judge = find_judge(wan_files, prompts)
     parts = load_drawing_parts(
         config, teacher[0], text_encoder_path=flags.text_encoder_path, vae_path=flags.vae_path, device=device
     )

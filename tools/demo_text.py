@@ -7,7 +7,6 @@ whose logit carries + log(number of pads) is exactly that, and training pays for
 import math
 import string
 
-import demo_world as world
 import torch
 from torch import Tensor
 
@@ -15,11 +14,10 @@ TEXT_MAX_LENGTH = 512  # slots of WanPipeline's default, text and zero padding t
 TEXT_WIDTH = 128
 
 
-def make_tokenizer():
-    """Make a T5 tokenizer of the world's words; single characters stand in for words it does not know."""
+def make_tokenizer(words: list[str]):
+    """Make a T5 tokenizer of a world's words; single characters stand in for words it does not know."""
     from transformers import T5TokenizerFast
 
-    words = world.vocabulary()
     marks = [c for c in string.ascii_letters + string.digits + ",.;:!?'\"()-"]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -9.0)]
     pieces += [("\u2581" + word, -1.0) for word in words]

@@ -8,7 +8,10 @@ import itertools
 import json
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import demo_text as text
 import demo_vae
@@ -27,20 +30,20 @@ TWO_OBJECTS = 0.8  # share of the stills drawn: which object goes where is what 
 TRAINING_SHIFT = 5.0  # noisier than drawing: places and bindings are settled at the noisy end
 
 
-def new_transformer():
-    """Make a small untrained WanTransformer3DModel; its width is three times what one latent patch holds."""
+def new_transformer(num_layers: int = 6, num_heads: int = 6, ffn_dim: int = 512):
+    """Make a small untrained WanTransformer3DModel; at six heads its width is three times what one latent patch holds."""
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=6,
+        num_attention_heads=num_heads,
         attention_head_dim=32,
         in_channels=demo_vae.LATENT_CHANNELS,
         out_channels=demo_vae.LATENT_CHANNELS,
         text_dim=text.TEXT_WIDTH,
         freq_dim=256,
-        ffn_dim=512,
-        num_layers=6,
+        ffn_dim=ffn_dim,
+        num_layers=num_layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         eps=1e-6,
@@ -124,16 +127,56 @@ class LatentPool:
         return latents[torch.from_numpy(rows)], prompts
 
 
-def flow_loss(model, processor, text_encoder, latents: Tensor, tokens: tuple[Tensor, Tensor], generator) -> Tensor:
-    """Return the mean squared error of the velocity at a shifted-uniform noise level per sample."""
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a transformer and its text encoder are trained.
+
+    Attributes:
+        steps, batch_size, lr, seed, device: as the maker's flags say; a batch of clips is half as large.
+        work: folder of the log and of the state that a later run resumes from.
+        shape: arguments of `new_transformer`.
+        clip_every: one batch in so many is of clips; 0 for a world of stills.
+        shift: of the noise levels trained on.
+        ema: decay of the average that becomes the teacher.
+        save_every: steps between saved states.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    seed: int
+    device: torch.device
+    work: Path
+    shape: dict[str, int] = field(default_factory=dict)
+    clip_every: int = CLIP_EVERY
+    shift: float = TRAINING_SHIFT
+    ema: float = 0.995
+    save_every: int = 100
+
+    def is_of_clips(self, step: int) -> bool:
+        """Tell whether the batch of this step is of clips."""
+        return self.clip_every > 0 and step % self.clip_every == self.clip_every - 1
+
+
+class Pool(Protocol):
+    """What a transformer is trained on."""
+
+    def draw(self, count: int, clips: bool, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+        """Draw normalised latents (B, C, T, H, W) and a prompt for each."""
+
+
+def flow_loss(predict: Callable[[Tensor, Tensor], Tensor], latents: Tensor, shift: float, generator) -> Tensor:
+    """Return the mean squared error of the velocity at a shifted-uniform noise level per sample.
+
+    Args:
+        predict: takes x_sigma and sigma, and returns the velocity.
+    """
     u = torch.rand(len(latents), generator=generator).to(latents.device)
-    sigma = TRAINING_SHIFT * u / (1 + (TRAINING_SHIFT - 1) * u)
+    sigma = shift * u / (1 + (shift - 1) * u)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     s = sigma.view(-1, 1, 1, 1, 1)
     x_sigma = (1 - s) * latents + s * noise
-    prompt_embeds, processor.bias = text.encode_folded(text_encoder, *tokens)
-    velocity = model(x_sigma, 1000.0 * sigma, prompt_embeds, return_dict=False)[0]
-    return F.mse_loss(velocity, noise - latents)
+    return F.mse_loss(predict(x_sigma, sigma), noise - latents)
 
 
 def parameter_groups(modules: list[nn.Module], lr: float) -> list[dict]:
@@ -161,45 +204,47 @@ def ema_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-def train_transformer(
-    vae, tokenizer, *, steps: int, batch_size: int, num_stills: int, num_clips: int, lr: float, seed: int,
-    device: torch.device, work: Path, ema: float = 0.995, save_every: int = 100,
-):  # fmt: skip
-    """Train transformer and text encoder together; returns both with their EMA weights. Resumes from `work`."""
-    torch.manual_seed(seed)
-    model = new_transformer().to(device)
-    text_encoder = text.new_text_encoder(len(tokenizer)).to(device)
+def train_transformer(tokenizer, open_pool: Callable[[], Pool], training: Training):
+    """Train transformer and text encoder together, or resume from `training.work`; return both with their EMA weights."""
+    torch.manual_seed(training.seed)
+    model = new_transformer(**training.shape).to(training.device)
+    text_encoder = text.new_text_encoder(len(tokenizer)).to(training.device)
     processor = fold_pads(model)
     both = nn.ModuleDict({"transformer": model, "text_encoder": text_encoder}).train()
-    optimizer = MuonWithAdam(parameter_groups([model, text_encoder], lr))
+    optimizer = MuonWithAdam(parameter_groups([model, text_encoder], training.lr))
     average = {name: p.detach().clone() for name, p in both.named_parameters()}
-    first = load_state(work, both, average, optimizer)
-    pool = LatentPool(vae, num_stills, num_clips, seed, work / "latents.pt") if first < steps else None
-    rng = np.random.default_rng([seed, first])
-    generator = torch.Generator().manual_seed(seed + first)
+    steps, first = training.steps, load_state(training.work, both, average, optimizer)
+    pool = open_pool() if first < steps else None
+    rng = np.random.default_rng([training.seed, first])
+    generator = torch.Generator().manual_seed(training.seed + first)
     progress = tqdm(range(first, steps), desc="transformer", mininterval=5, initial=first, total=steps)
     running = None
     for step in progress:
-        clips = step % CLIP_EVERY == CLIP_EVERY - 1
-        latents, prompts = pool.draw(batch_size // 2 if clips else batch_size, clips, rng)
-        tokens = text.tokenize(tokenizer, prompts, device)
+        clips = training.is_of_clips(step)
+        latents, prompts = pool.draw(training.batch_size // 2 if clips else training.batch_size, clips, rng)
+        tokens = text.tokenize(tokenizer, prompts, training.device)
+
+        def predict(x_sigma: Tensor, sigma: Tensor, tokens=tokens) -> Tensor:
+            prompt_embeds, processor.bias = text.encode_folded(text_encoder, *tokens)
+            return model(x_sigma, 1000.0 * sigma, prompt_embeds, return_dict=False)[0]
+
         optimizer.set_lr_factor(warmup_constant_decay(step, steps, warmup=min(60, steps)))
-        loss = flow_loss(model, processor, text_encoder, latents, tokens, generator)
+        loss = flow_loss(predict, latents, training.shift, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         if not math.isfinite(float(norm)):
             raise RuntimeError(f"gradient norm {float(norm)} at step {step}; lower --lr")
         optimizer.step()
-        decay = ema_decay(step, ema)
+        decay = ema_decay(step, training.ema)
         for name, p in both.named_parameters():
             average[name].lerp_(p.detach(), 1 - decay)
         if not clips:
             running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
             progress.set_postfix(loss=f"{running:.4f}", grad=f"{float(norm):.2f}")
-        if step % save_every == save_every - 1 or step == steps - 1:
-            save_state(work, both, average, optimizer, step + 1)
-            append_log(work, step + 1, running, progress.format_dict["elapsed"])
+        if step % training.save_every == training.save_every - 1 or step == steps - 1:
+            save_state(training.work, both, average, optimizer, step + 1)
+            append_log(training.work, step + 1, running, progress.format_dict["elapsed"])
     both.load_state_dict(average, strict=False)
     return model.eval(), text_encoder.eval()
 

@@ -96,7 +96,7 @@ def random_clips(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.stack([world.render(world.sample_moving_scene(rng), rng, world.NUM_FRAMES) for _ in range(count)])
 
 
-def _batch(frames: np.ndarray, crop: int, rng: np.random.Generator, device: torch.device) -> Tensor:
+def crop_batch(frames: np.ndarray, crop: int, rng: np.random.Generator, device: torch.device) -> Tensor:
     """Crop each picture or clip at its own place: float (B, 3, T, crop, crop) in [-1, 1]."""
     corners = rng.integers(0, world.IMAGE_SIZE - crop + 1, (len(frames), 2))
     crops = np.stack([f[:, y : y + crop, x : x + crop] for f, (y, x) in zip(frames, corners, strict=True)])
@@ -121,39 +121,49 @@ def _loss(vae, pixels: Tensor) -> Tensor:
     return (weight * (error.abs() + error.square())).mean() + KL_WEIGHT * kl
 
 
+def new_optimizer(vae) -> MuonWithAdam:
+    """Make the optimiser: Muon for the convolutions' kernels, Adam for the rest."""
+    matrices = [p for p in vae.parameters() if p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 1]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in vae.parameters() if id(p) not in chosen]
+    return MuonWithAdam([{"params": matrices, "muon": True, "lr": 4e-3}, {"params": others, "muon": False, "lr": 2e-3}])
+
+
+def take_step(vae, optimizer: MuonWithAdam, pixels: Tensor) -> float:
+    """Take one optimiser step on pixels (B, 3, T, H, W) in [-1, 1], and return the loss."""
+    with first_frame_as_2d():
+        loss = _loss(vae, pixels)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
 def train_vae(*, crop_steps: int, clip_steps: int, full_steps: int, seed: int, device: torch.device):
     """Train on crops of stills, then on clips among stills, then on whole pictures."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     vae = new_vae().to(device).train()
     total = crop_steps + clip_steps + full_steps
-    matrices = [p for p in vae.parameters() if p.ndim >= 4 and min(p.shape[0], p[0].numel()) > 1]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in vae.parameters() if id(p) not in chosen]
-    optimizer = MuonWithAdam(
-        [{"params": matrices, "muon": True, "lr": 4e-3}, {"params": others, "muon": False, "lr": 2e-3}]
-    )
+    optimizer = new_optimizer(vae)
     pool_size = max(32, min(12000, 8 * total))
     stills = random_pictures(rng, pool_size)
     clips = random_clips(rng, pool_size // 8)
     progress = tqdm(range(total), desc="vae", mininterval=5)
     for step in progress:
         if crop_steps <= step < crop_steps + clip_steps and step % 2:
-            pixels = _batch(clips[rng.integers(len(clips), size=6)], CROP, rng, device)
+            pixels = crop_batch(clips[rng.integers(len(clips), size=6)], CROP, rng, device)
         elif step < crop_steps + clip_steps:
-            pixels = _batch(stills[rng.integers(len(stills), size=32)], CROP, rng, device)
+            pixels = crop_batch(stills[rng.integers(len(stills), size=32)], CROP, rng, device)
         else:
-            pixels = _batch(stills[rng.integers(len(stills), size=10)], world.IMAGE_SIZE, rng, device)
+            pixels = crop_batch(stills[rng.integers(len(stills), size=10)], world.IMAGE_SIZE, rng, device)
         optimizer.set_lr_factor(warmup_cosine(step, total, warmup=min(30, total)))
-        with first_frame_as_2d():
-            loss = _loss(vae, pixels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        loss = take_step(vae, optimizer, pixels)
         if step % 100 == 0 or step == total - 1:
-            progress.set_postfix(loss=f"{loss.item():.4f}", stills_db=f"{still_psnr(vae, seed, 16):.1f}")
-    return record_latent_statistics(vae.eval(), seed, count=min(512, pool_size))
+            progress.set_postfix(loss=f"{loss:.4f}", stills_db=f"{still_psnr(vae, seed, 16):.1f}")
+    rng, count = np.random.default_rng(seed + 1), min(512, pool_size)
+    return record_latent_statistics(vae.eval(), random_pictures(rng, count), random_clips(rng, count // 8))
 
 
 @torch.no_grad()
@@ -175,11 +185,9 @@ def normalise(vae, latents: Tensor) -> Tensor:
     return (latents - mean) / std
 
 
-def record_latent_statistics(vae, seed: int, count: int):
-    """Write latents_mean and latents_std, measured over stills and clips, into the VAE's config as Wan does."""
-    rng = np.random.default_rng(seed + 1)
-    stills, clips = encode(vae, random_pictures(rng, count)), encode(vae, random_clips(rng, count // 8))
-    values = torch.cat([x.transpose(0, 1).flatten(1) for x in (stills, clips)], dim=1)
+def record_latent_statistics(vae, *groups: np.ndarray):
+    """Write latents_mean and latents_std into the VAE's config as Wan does, measured over groups of pictures or clips."""
+    values = torch.cat([encode(vae, frames).transpose(0, 1).flatten(1) for frames in groups], dim=1)
     mean, std = values.mean(1), values.std(1)
     vae.register_to_config(latents_mean=[round(v, 4) for v in mean.tolist()])
     vae.register_to_config(latents_std=[round(v, 4) for v in std.tolist()])
@@ -187,7 +195,8 @@ def record_latent_statistics(vae, seed: int, count: int):
 
 
 @torch.no_grad()
-def _psnr(vae, frames: np.ndarray) -> float:
+def psnr(vae, frames: np.ndarray) -> float:
+    """Return the mean reconstruction PSNR in dB over pictures or clips, uint8 (N, T, H, W, 3)."""
     device = next(vae.parameters()).device
     pixels = torch.from_numpy(world.to_tensor_range(frames)).to(device)
     error = (vae.decode(vae.encode(pixels).latent_dist.mode()).sample - pixels) / 2
@@ -198,12 +207,12 @@ def _psnr(vae, frames: np.ndarray) -> float:
 def still_psnr(vae, seed: int, count: int) -> float:
     """Return the mean reconstruction PSNR in dB over fresh stills."""
     with first_frame_as_2d():
-        return _psnr(vae, random_pictures(np.random.default_rng(seed + 2), count))
+        return psnr(vae, random_pictures(np.random.default_rng(seed + 2), count))
 
 
 def clip_psnr(vae, seed: int, count: int) -> float:
     """Return the mean reconstruction PSNR in dB over fresh clips."""
-    return _psnr(vae, random_clips(np.random.default_rng(seed + 3), count))
+    return psnr(vae, random_clips(np.random.default_rng(seed + 3), count))
 
 
 def load_vae(folder: Path, device: torch.device):

@@ -52,6 +52,9 @@ TEMPLATES = (
     "a picture of {objects}, {background} background",
 )
 HELD_OUT_ONE_IN = 7
+# What a prompt of one object may leave open: as much as `describe` now and then leaves open in training. Prompts without a
+# colour or without the second object's place were never trained on, and the teacher does not draw them.
+UNSAID = (("place",), ("size",), ("size", "place"))
 
 JITTER_PIXELS = 1.0  # an object's centre moves by up to so much
 JITTER_SIZE = 0.04  # a share of the object's size
@@ -139,6 +142,21 @@ def describe(scene: Scene, rng: np.random.Generator, variety: float = 0.25) -> s
     if rng.random() < variety / 2:  # as people type: a capital, a full stop
         sentence = sentence[0].upper() + sentence[1:]
     return sentence + "." if rng.random() < variety / 2 else sentence
+
+
+def describe_partly(scene: Scene, rng: np.random.Generator, unsaid: tuple[str, ...]) -> str:
+    """Describe the scene with some of the last object's "size", "place" and "colour", or the "background", left open."""
+    objects = []
+    for thing in scene.things:
+        left_out = unsaid if thing is scene.things[-1] else ()
+        words = [getattr(thing, name) for name in ("size", "colour") if name not in left_out] + [thing.shape]
+        if "place" not in left_out:
+            words.append(_pick(rng, PLACE_PHRASES[thing.place]))
+        objects.append(" ".join(["an" if words[0] == "orange" else "a", *words]))
+    sentence = " and ".join(objects)
+    if "background" in unsaid:
+        return sentence
+    return _pick(rng, TEMPLATES).format(objects=sentence, background=scene.background)
 
 
 def vocabulary() -> list[str]:

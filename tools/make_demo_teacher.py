@@ -11,6 +11,7 @@ Each stage is kept in --work_dir, and the same command resumes where it stopped.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -49,6 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     result.flag("--num_measured", "stills to measure the VAE's PSNR on; a quarter as many clips", 128, type=count)
     result.flag("--num_prompts", "lines of demo_prompts.txt", 2000, type=count)
     result.flag("--num_heldout_prompts", "lines of demo_heldout_prompts.txt", 300, type=count)
+    result.flag("--num_underspecified_prompts", "lines of demo_heldout_underspecified.txt", 120, type=count)
     result.flag("--guidance_scale", "guidance to record for drawing", 3.0, type=number(float, low=0))
     result.flag("--num_inference_steps", "sampling steps to record for drawing", 20, type=count)
 
@@ -75,6 +77,23 @@ def write_prompts(folder: Path, num_prompts: int, num_heldout: int, seed: int) -
             prompts[world.describe(scene, rng, variety)] = None
         text = f"# {note}; written by tools/make_demo_teacher.py\n" + "\n".join(prompts) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_underspecified(folder: Path, count: int, seed: int) -> None:
+    """Write held-out prompts that leave something open, kind by kind in turn, so that any first few hold all kinds."""
+    import demo_world as world
+    import numpy as np
+
+    rng = np.random.default_rng([seed, 2])
+    prompts: dict[str, None] = {}
+    for index in itertools.count():
+        scene = world.sample_scene(rng, two_objects=0, held_out=True)
+        prompts[world.describe_partly(scene, rng, world.UNSAID[index % len(world.UNSAID)])] = None
+        if len(prompts) == count:
+            break
+    note = "the noise decides what each leaves unsaid; written by tools/make_demo_teacher.py"
+    text = f"# {note}\n" + "\n".join(prompts) + "\n"
+    (folder / "demo_heldout_underspecified.txt").write_text(text, encoding="utf-8")
 
 
 def vae_stage(args: argparse.Namespace):
@@ -107,18 +126,19 @@ def transformer_stage(args: argparse.Namespace, vae, tokenizer):
     import demo_transformer
     import torch
 
-    return demo_transformer.train_transformer(
-        vae,
-        tokenizer,
+    def open_pool():
+        cache = args.work_dir / "latents.pt"
+        return demo_transformer.LatentPool(vae, args.num_stills, args.num_clips, args.seed, cache)
+
+    training = demo_transformer.Training(
         steps=args.steps,
         batch_size=args.batch_size,
-        num_stills=args.num_stills,
-        num_clips=args.num_clips,
         lr=args.lr,
         seed=args.seed,
         device=torch.device(args.device),
         work=args.work_dir,
     )
+    return demo_transformer.train_transformer(tokenizer, open_pool, training)
 
 
 def save_pipeline(folder: Path, vae, tokenizer, text_encoder, transformer) -> None:
@@ -178,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     import demo_text
     import demo_transformer
+    import demo_world
     import torch
     from diffusers import WanPipeline
 
@@ -188,7 +209,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # The world's prompts:
     write_prompts(args.prompts_dir, args.num_prompts, args.num_heldout_prompts, args.seed)
-    tokenizer = demo_text.make_tokenizer()
+    write_underspecified(args.prompts_dir, args.num_underspecified_prompts, args.seed)
+    tokenizer = demo_text.make_tokenizer(demo_world.vocabulary())
 
     # The autoencoder, then what draws in its latents:
     vae, figures = vae_stage(args)

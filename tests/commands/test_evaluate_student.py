@@ -6,6 +6,7 @@ pytest tests/commands/test_evaluate_student.py
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -62,8 +63,19 @@ def test_table_json_and_picture(house, tmp_path, capsys):
     assert 0 < cost["parameters"]["ratio"] < 1
     assert cost["step_flops"]["student"] == cost["forward_flops"]["student"]
     assert 1 < cost["step_flops"]["teacher"] / cost["forward_flops"]["teacher"] < 3  # guidance: two passes
-    for words in ("prompt accuracy (6 pictures)", "the student equals the teacher at", "sigma 0.9 to 1.0", "diversity"):
+    for words in (
+        "prompt accuracy (6 pictures)",
+        "the student equals the teacher at",
+        "sigma 0.9 to 1.0",
+        "gain: share of the teacher's in it",
+    ):
         assert words in printed
+    assert "diversity" in results and "diversity" not in printed  # kept in the file, but it cannot tell shrinkage
+    noise = results["noise"]
+    assert noise["num_noises"] == 2 and sum(bucket["count"] for bucket in noise["by_sigma"]) == 3 * 2 * 6
+    in_quadrature = math.hypot(noise["mean_error"], noise["noise_error"])
+    assert noise["mean_error"] == 0 or in_quadrature == pytest.approx(results["endpoint"]["latent_relative_error"])
+    assert noise["meaning"][:40] in printed
     image = Image.open(tmp_path / "teacher_vs_student.png")
     assert image.width > 3 * 160 and image.height > 2 * 160
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "teacher_vs_student.png"]
@@ -84,6 +96,9 @@ def test_a_student_equal_to_its_teacher_scores_perfectly(house, tmp_path):
     for name in ("high_frequency_energy", "diversity", "prompt_sensitivity"):
         assert results[name]["ratio"] == pytest.approx(1, abs=1e-3)
         assert results[name]["teacher"] > 0
+    for name in ("norm_ratio", "cosine", "gain"):
+        assert results["noise"][name] == pytest.approx(1, abs=1e-3)
+    assert results["noise"]["noise_error"] < 1e-4
     for name in ("parameters", "forward_flops", "step_flops"):
         assert results["cost"][name]["ratio"] == 1
 

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG
 from wandistiller.files.hub import hub_id
 from wandistiller.model.config import StudentConfig
-from wandistiller.reports.cards import plain, write_model_card
+from wandistiller.reports.cards import is_apache, plain, write_model_card
 
 RECORD = {
     "teacher_path": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "base_model": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
@@ -176,3 +176,7 @@ def test_a_run_writes_its_card_and_measuring_the_student_adds_the_table(train, t
     assert outcome.code == 0
     assert "## Evaluation" not in ModelCard.load(folder / "README.md").text
     assert f"| parameters | {parameters['student']:,} | {parameters['teacher']:,} | 1 |" in text
+
+
+def test_of_the_worlds_that_a_record_names_only_the_demos_is_apache():
+    assert is_apache({"world": "shapes"}) and not is_apache({"world": "icons"})

@@ -87,6 +87,61 @@ def test_judge_rejects_empty_noisy_and_crowded_pictures():
     assert not demo_judge.judge(crowded, prompt)["correct"]
 
 
+def scenes_that_differ_in(unsaid: tuple[str, ...], num_objects: int, rng: np.random.Generator, count: int):
+    """Scenes that one prompt describes alike, no two of them the same in anything that it leaves unsaid."""
+    scene = world.sample_scene(rng, two_objects=num_objects - 1)
+    *others, last = scene.things
+    values = {name: rng.permutation(OTHER_VALUES[name]) for name in ("size", "place", "colour", "background")}
+    for index in range(count):
+        free = {name: str(values[name][index]) for name in unsaid if name != "background"}
+        if num_objects == 2:  # the other object's place leaves one to the last
+            free.pop("place", None)
+        background = str(values["background"][index]) if "background" in unsaid else scene.background
+        yield world.Scene((*others, dataclasses.replace(last, **free)), background)
+
+
+# The judge reads more than the demo teacher was taught to draw from.
+UNSAID = [*((1, unsaid) for unsaid in world.UNSAID), (1, ("colour",)), (1, ("background",)), (2, ("size", "place"))]
+
+
+@pytest.mark.parametrize(("num_objects", "unsaid"), UNSAID)
+def test_judge_leaves_unsaid_attributes_free_and_asks_for_a_picture_of_the_world(num_objects: int, unsaid: tuple):
+    rng = np.random.default_rng(6)
+    accepted = {"true": [], "mean": [], "half": []}
+    for _ in range(100):
+        one, other = scenes_that_differ_in(unsaid, num_objects, rng, count=2)
+        prompt = world.describe_partly(one, rng, unsaid)
+        pictures = [world.render(scene, rng)[0] for scene in (one, other)]
+        half = pictures[0].copy()
+        half[:, world.PLACES[one.things[-1].place][0] :] = half[0, 0]
+        accepted["true"] += [demo_judge.judge(picture, prompt)["correct"] for picture in pictures]
+        accepted["mean"].append(demo_judge.judge(np.mean(pictures, 0).round().astype(np.uint8), prompt)["correct"])
+        accepted["half"].append(demo_judge.judge(half, prompt)["correct"])
+    assert all(accepted["true"]) and not any(accepted["half"])
+    # The mean of red and yellow is an orange, that of white and black a gray; no judge can tell them from the real ones.
+    assert np.mean(accepted["mean"]) <= (0.15 if {"colour", "background"} & set(unsaid) else 0.02)
+
+
+def test_judge_reads_what_prompts_leave_out():
+    (thing,), background = demo_judge.read_prompt("a small circle on the left")
+    assert (thing.shape, thing.colour, thing.size, thing.place, background) == ("circle", None, "small", "left", None)
+    (thing,), background = demo_judge.read_prompt("An orange ring, on a pink background.")
+    assert (thing.colour, thing.size, thing.place, background) == ("orange", None, None, "pink")
+    with pytest.raises(ValueError, match="no object"):
+        demo_judge.read_prompt("a teal circle on the left")
+
+
+def test_underspecified_prompts_are_held_out_and_leave_something_open():
+    prompts = check_demo_teacher.read_prompts(ROOT / "data" / "demo_heldout_underspecified.txt")
+    assert len(prompts) >= 100
+    known = check_demo_teacher.read_prompts(ROOT / "data" / "demo_prompts.txt")
+    assert not set(prompts) & set(known)
+    read = [demo_judge.read_prompt(prompt) for prompt in prompts]
+    assert not any(demo_judge.says_everything(*asked) for asked in read)
+    fully = check_demo_teacher.read_prompts(ROOT / "data" / "demo_heldout_prompts.txt")
+    assert all(demo_judge.says_everything(*demo_judge.read_prompt(prompt)) for prompt in fully)
+
+
 def test_judge_sees_where_a_clip_goes():
     rng = np.random.default_rng(4)
     for _ in range(20):
@@ -105,7 +160,7 @@ def test_folded_pads_equal_all_512_slots_of_plain_diffusers():
     with torch.no_grad():
         for p in model.parameters():  # a trained model's pads are not zero vectors, nor is its output layer zero
             p.add_(0.05 * torch.randn_like(p))
-    tokenizer = demo_text.make_tokenizer()
+    tokenizer = demo_text.make_tokenizer(world.vocabulary())
     text_encoder = demo_text.new_text_encoder(len(tokenizer))
     prompts = ["", "a red ring, on a pink background", "a small red ring at the top and a big blue cross at the bottom"]
     latents, timestep = torch.randn(3, 16, 2, 8, 8), torch.tensor([20.5, 500.0, 999.0])

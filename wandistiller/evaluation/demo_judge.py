@@ -7,16 +7,12 @@ English by itself, finds blobs by their contrast to the border, and measures col
 """
 
 import itertools
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
-
-from wandistiller.errors import UserError
-
-WORLD = "shapes"  # the name of the demo world in a teacher's record
 
 OBJECT_RGB = {
     "red": (225, 35, 35),
@@ -37,7 +33,7 @@ PLACE_XY = {"left": (0.25, 0.5), "right": (0.75, 0.5), "top": (0.5, 0.25), "bott
 SIZE_WORDS = {"small": "small", "little": "small", "large": "large", "big": "large"}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 DIRECTION_XY = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-FACTS = ("present", "shape", "colour", "size", "place", "background")
+FACTS = ("present", "shape", "colour", "size", "place", "background", "makeable")
 
 # A colour further than this RGB distance from every named colour has no name.
 COLOUR_TOLERANCE = 70.0
@@ -51,9 +47,18 @@ PLACE_TOLERANCE = 0.11
 # than any other outline. In small blobs each pixel counts, so the bounds are loose.
 MIN_OUTLINE_MATCH = 0.66
 MIN_OUTLINE_LEAD = 0.04
+# What a prompt leaves unsaid is free, but a mean of several pictures is refused by its blurred edge, which has more
+# half-covered pixels for each pixel along it, and by its mixed colour, which lies further from every named one.
+MAX_EDGE_WIDTH = 1.4
+UNSAID_COLOUR_TOLERANCE = 30.0
+# Two objects of a picture are always on opposite sides.
+OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 
+# A colour may be left out where an article or a size comes right before the shape; an unknown colour is refused.
+_NO_COLOUR = "|".join(rf"(?<=\b{word} )" for word in ("a", "an", *SIZE_WORDS))
 _OBJECT = re.compile(
-    rf"\b(?:(?P<size>{'|'.join(SIZE_WORDS)}) )?(?P<colour>{'|'.join(OBJECT_RGB)}) (?P<shape>{'|'.join(SHAPES)})\b"
+    rf"\b(?:(?P<size>{'|'.join(SIZE_WORDS)}) )?(?:(?P<colour>{'|'.join(OBJECT_RGB)}) |{_NO_COLOUR})"
+    rf"(?P<shape>{'|'.join(SHAPES)})\b"
     r"(?: (?:on|at|in) the (?P<place>left|right|top|bottom|center|middle)\b)?"
     r"(?: moving (?P<motion>left|right|up|down)\b)?"
 )
@@ -65,7 +70,7 @@ class Wanted:
     """What a prompt says of one object; None leaves the choice open."""
 
     shape: str
-    colour: str
+    colour: str | None
     size: str | None
     place: str | None
     motion: str | None = None
@@ -77,6 +82,8 @@ class Seen:
 
     Attributes:
         centre: x and y in pixels.
+        is_crisp: whether its edge is no wider than that of a drawn object.
+        colour_distance: RGB distance to the nearest colour that has a name.
     """
 
     shape: str | None
@@ -84,22 +91,8 @@ class Seen:
     size: str | None
     place: str | None
     centre: tuple[float, float]
-
-
-def find_judge(record: Mapping[str, object], prompts: Sequence[str]) -> Callable[[np.ndarray, str], dict] | None:
-    """Return `judge` for a teacher whose record names the demo world; None for any other teacher.
-
-    Raises:
-        UserError: one of the prompts is not of that world, so that its pictures could not be judged.
-    """
-    if record.get("world") != WORLD:
-        return None
-    for prompt in prompts:
-        try:
-            read_prompt(prompt)
-        except ValueError as error:
-            raise UserError(f"--prompts_file: {error}; this teacher is judged on prompts of its own world") from None
-    return judge
+    is_crisp: bool = False
+    colour_distance: float = math.inf
 
 
 def read_prompt(prompt: str) -> tuple[list[Wanted], str | None]:
@@ -124,15 +117,20 @@ def look(image: np.ndarray) -> tuple[list[Seen], str | None]:
     """Return all blobs of an image (H, W, 3) uint8, and the name of its background colour."""
     pixels = image[..., :3].astype(np.float32)
     height, width = pixels.shape[:2]
-    edge = max(1, width // 32)
-    inner = np.zeros((height, width), bool)
-    inner[edge:-edge, edge:-edge] = True
-    ground = np.median(pixels[~inner], axis=0)
+    ground = _ground_colour(pixels)
     contrast = np.linalg.norm(pixels - ground, axis=2)
     labels, count = ndimage.label(contrast > 40, structure=np.ones((3, 3)))
     blobs = [labels == i for i in range(1, count + 1)]
     blobs = [blob for blob in blobs if blob.sum() >= SPECK_AREA * height * width]
     return [_look_at(pixels, ground, blob) for blob in blobs], _nearest(ground, BACKGROUND_RGB)
+
+
+def _ground_colour(pixels: np.ndarray) -> np.ndarray:
+    """Return the background's colour, which is the median of the picture's border."""
+    edge = max(1, pixels.shape[1] // 32)
+    inner = np.zeros(pixels.shape[:2], bool)
+    inner[edge:-edge, edge:-edge] = True
+    return np.median(pixels[~inner], axis=0)
 
 
 def _look_at(pixels: np.ndarray, ground: np.ndarray, blob: np.ndarray) -> Seen:
@@ -153,14 +151,24 @@ def _look_at(pixels: np.ndarray, ground: np.ndarray, blob: np.ndarray) -> Seen:
     sizes = {"small": SMALL_EXTENT, "large": LARGE_EXTENT}
     size = next((name for name, (low, high) in sizes.items() if low <= extent < high), None)
     shape = _outline(solid[top:bottom, left:right])
-    return Seen(shape, _nearest(colour, OBJECT_RGB), size, _place(centre, width, pixels.shape[0]), centre)
+    place = _place(centre, width, pixels.shape[0])
+    distance = min(float(np.linalg.norm(colour - rgb)) for rgb in OBJECT_RGB.values())
+    return Seen(shape, _nearest(colour, OBJECT_RGB), size, place, centre, _is_crisp(cover, solid), distance)
 
 
-def _nearest(rgb: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str | None:
+def _is_crisp(cover: np.ndarray, solid: np.ndarray) -> bool:
+    """Return whether half-covered pixels are as few as an edge has; those of a mean of several pictures fill areas."""
+    edge = solid & ~ndimage.binary_erosion(solid, np.ones((3, 3)))
+    return bool(((cover > 0.12) & (cover < 0.88)).sum() <= MAX_EDGE_WIDTH * edge.sum())
+
+
+def _nearest(
+    rgb: np.ndarray, names: dict[str, tuple[int, int, int]], tolerance: float = COLOUR_TOLERANCE
+) -> str | None:
     """Return the name of the nearest colour, None where even that is too far."""
     distances = {name: float(np.linalg.norm(rgb - np.array(value))) for name, value in names.items()}
     name = min(distances, key=distances.get)
-    return name if distances[name] <= COLOUR_TOLERANCE else None
+    return name if distances[name] <= tolerance else None
 
 
 def _place(centre: tuple[float, float], width: int, height: int) -> str | None:
@@ -207,18 +215,42 @@ def judge(image: np.ndarray, prompt: str) -> dict[str, bool]:
     """Return whether the picture (H, W, 3) uint8 shows what the prompt says: a fact per attribute, and `correct` for all.
 
     `present` means that there are as many objects as the prompt asks for, no fewer and no more; without it the attributes of
-    the objects are False.
+    the objects are False. What the prompt leaves open is free, but `makeable` then means that the world could have made the
+    picture.
     """
     wanted, background = read_prompt(prompt)
     seen, ground = look(image)
     facts = dict.fromkeys(FACTS, False)
-    facts["background"] = background in (None, ground)
+    if background is None:
+        rgb = _ground_colour(image[..., :3].astype(np.float32))
+        facts["background"] = _nearest(rgb, BACKGROUND_RGB, UNSAID_COLOUR_TOLERANCE) is not None
+    else:
+        facts["background"] = ground == background
     if len(seen) == len(wanted):
         facts["present"] = True
         pairings = [_compare(wanted, list(order)) for order in itertools.permutations(seen)]
         best = max(pairings, key=lambda found: (sum(found.values()), found["place"]))
         facts |= best
+        facts["makeable"] = says_everything(wanted, background) or is_makeable(seen)
     return facts | {"correct": all(facts.values())}
+
+
+def says_everything(wanted: list[Wanted], background: str | None) -> bool:
+    """Return whether a prompt leaves nothing for the noise to decide."""
+    return background is not None and all(None not in (w.colour, w.size, w.place) for w in wanted)
+
+
+def is_makeable(seen: list[Seen]) -> bool:
+    """Return whether every object has a known shape, colour, size and place, a drawn edge, and the other object opposite.
+
+    The mean of several pictures fails, unless it looks like another picture of the world: orange is the mean of red and
+    yellow.
+    """
+    if any(None in (s.shape, s.colour, s.size, s.place) or not s.is_crisp for s in seen):
+        return False
+    if any(s.colour_distance > UNSAID_COLOUR_TOLERANCE for s in seen):
+        return False
+    return len(seen) == 1 or (len(seen) == 2 and OPPOSITE.get(seen[0].place) == seen[1].place)
 
 
 def judge_clip(frames: np.ndarray, prompt: str, min_shift: float = 0.06) -> dict[str, bool]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wandistiller.evaluation import measures
+from wandistiller.evaluation import measures, noise_parts
+from wandistiller.evaluation.judges import Judge
 from wandistiller.model.sizes import count_parameters
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches
 from wandistiller.sampling.teacher import Teacher
@@ -22,8 +23,6 @@ from wandistiller.wan.vae import decode
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
-
-Judge = Callable[[np.ndarray, str], dict[str, bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +96,7 @@ class Drawn:
 
 def measure(experiment: Experiment) -> tuple[dict, np.ndarray, np.ndarray]:
     """Return all measures but the cost as JSON values, the teacher's pictures and the student's."""
-    recorded = measures.RecordedErrors(experiment.teacher, experiment.student)
+    recorded = measures.RecordedErrors(experiment.teacher, experiment.student, experiment.num_seeds)
     if experiment.can_compare_velocities:
         latents_teacher = experiment.draw("teacher and student's velocity", recorded, experiment.teacher_options)
     else:
@@ -110,6 +109,7 @@ def measure(experiment: Experiment) -> tuple[dict, np.ndarray, np.ndarray]:
     results = {
         "endpoint": endpoint,
         "teacher_at_fewer_steps": measure_fewer_steps(experiment, teacher, endpoint["latent_relative_error"]),
+        "noise": compare_noise(student, teacher, experiment.num_seeds),
         **compare_variety(student, teacher, experiment.num_seeds),
     }
     if experiment.can_compare_velocities:
@@ -117,6 +117,8 @@ def measure(experiment: Experiment) -> tuple[dict, np.ndarray, np.ndarray]:
             "mean": float(recorded.errors.mean()),
             "by_sigma": measures.bucket_means(recorded.sigmas, recorded.errors),
         }
+        unit = measures.spread(teacher.latents)
+        results["noise"]["by_sigma"] = recorded.noise.by_sigma(unit, measures.NUM_BUCKETS)
     if experiment.judge is not None:
         results["accuracy"] = compare_accuracy(experiment, student, teacher)
     return results, teacher.pictures, student.pictures
@@ -129,6 +131,14 @@ def compare_endpoints(student: Drawn, teacher: Drawn) -> dict:
         "psnr_db": statistics.fmean(measures.psnr(student.pictures, teacher.pictures)),
         "ssim": statistics.fmean(measures.ssim(student.pictures, teacher.pictures)),
     }
+
+
+def compare_noise(student: Drawn, teacher: Drawn, num_seeds: int) -> dict:
+    """Return how the two agree in what the prompt decides and in what the noise decides; of one seed nothing is known."""
+    by_prompt = [drawn.latents.unflatten(0, (-1, num_seeds)) for drawn in (student, teacher)]
+    sums = noise_parts.noise_sums(*by_prompt) if num_seeds > 1 else noise_parts.NOTHING
+    parts = noise_parts.noise_parts(sums, measures.spread(teacher.latents))
+    return {"num_noises": num_seeds, **parts, "meaning": noise_parts.MEANING}
 
 
 def compare_variety(student: Drawn, teacher: Drawn, num_seeds: int) -> dict:

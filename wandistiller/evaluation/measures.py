@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import wait_for
+from wandistiller.evaluation.noise_parts import NoiseByLevel
 from wandistiller.model.sizes import guided_flops, num_image_tokens, transformer_flops
 from wandistiller.sampling.sampler import VelocityField
 from wandistiller.sampling.teacher import Teacher
@@ -49,10 +50,18 @@ def relative_errors(actual: Tensor, expected: Tensor) -> Tensor:
 
 
 class RecordedErrors:
-    """The teacher's velocity field that also asks the student at every state, and records its relative errors."""
+    """The teacher's velocity field that also asks the student at every state, and records its relative errors.
 
-    def __init__(self, teacher: VelocityField, student: VelocityField):
+    Args:
+        num_seeds: samples of each prompt; they come one after another, as `sample_plan` puts them.
+
+    Attributes:
+        noise: what both predict as x_0 at each noise level, in parts.
+    """
+
+    def __init__(self, teacher: VelocityField, student: VelocityField, num_seeds: int = 1):
         self.teacher, self.student = teacher, student
+        self.noise = NoiseByLevel(num_seeds)
         self._sigmas: list[Tensor] = []
         self._errors: list[Tensor] = []
 
@@ -61,6 +70,9 @@ class RecordedErrors:
         velocity_student = self.student.velocity(latents, sigma, prompt_embeds, prompt_lengths)
         self._sigmas.append(sigma.cpu())
         self._errors.append(relative_errors(velocity_student, velocity_teacher).cpu())
+        scale = sigma.to(latents.device).view(-1, 1, 1, 1)
+        x_0_student, x_0_teacher = (latents - scale * v for v in (velocity_student, velocity_teacher))
+        self.noise.add(float(sigma[0]), x_0_student, x_0_teacher)
         return velocity_teacher
 
     @property
@@ -90,14 +102,19 @@ def bucket_means(sigmas: Tensor, values: Tensor, num_buckets: int = NUM_BUCKETS)
 # ---- endpoints ----
 
 
+def spread(reference: Tensor) -> float:
+    """Return sqrt(mean of |r - mean|^2 over samples), the unit of endpoint errors; mean is the per-channel mean of all r."""
+    reference = reference.double()
+    return float((reference - reference.mean(dim=(0, 2, 3), keepdim=True)).norm()) / len(reference) ** 0.5
+
+
 def endpoint_error(latents: Tensor, reference: Tensor) -> float:
     """Return sqrt(sum |x - r|^2 / sum |r - mean|^2), where mean is the per-channel mean of all r.
 
     It is 0 for equal latents, and 1 for latents as far off as flat colour is.
     """
     latents, reference = latents.double(), reference.double()
-    spread = reference - reference.mean(dim=(0, 2, 3), keepdim=True)
-    return float((latents - reference).norm() / spread.norm())
+    return float((latents - reference).norm()) / len(latents) ** 0.5 / spread(reference)
 
 
 def psnr(pictures: np.ndarray, reference: np.ndarray) -> list[float]:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from wandistiller.files.atomic import write_text
-from wandistiller.files.clone import DEMO_TEACHER
+from wandistiller.files.clone import DEMO_TEACHER, DEMO_WORLD
 from wandistiller.files.output_folder import (
     CARD_MARK,
     CARD_NAME,
@@ -249,7 +249,7 @@ def is_apache(record: dict) -> bool:
 
     The record of an export knows the demo's teacher only by its world.
     """
-    is_demo = "world" in record or record.get("teacher_path") == f"./{DEMO_TEACHER}"
+    is_demo = record.get("world") == DEMO_WORLD or record.get("teacher_path") == f"./{DEMO_TEACHER}"
     return is_demo or str(record.get("base_model")).startswith("Wan-AI/")
 
 

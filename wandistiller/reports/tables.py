@@ -1,7 +1,8 @@
 """An evaluation as a table, for the screen and for a model card, and as values that JSON can hold."""
 
 import math
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable
 
 
 def cell_text(value: str | float | None) -> str:
@@ -37,16 +38,39 @@ def table_lines(results: dict) -> list[str]:
         *(line(f"  teacher at {n} steps: relative error", "", e) for n, e in fewer["latent_relative_error"].items()),
         f"  the student equals the teacher at {equal_steps(fewer)}",
     ]
+    lines += noise_lines(results["noise"], line)
     if "velocity_error" in results:
         lines.append(line("relative velocity error", results["velocity_error"]["mean"]))
         for bucket in results["velocity_error"]["by_sigma"]:
             low, high = bucket["sigma"]
             lines.append(line(f"  sigma {low:.1f} to {high:.1f} ({bucket['count']} states)", bucket["mean"]))
-    for name in ("high_frequency_energy", "diversity", "prompt_sensitivity"):
+    for name in ("high_frequency_energy", "prompt_sensitivity"):
         lines.append(compared(name.replace("_", " "), results[name]))
     for name, row in results["cost"].items():
         lines.append(compared(name.replace("_", " "), row))
     return lines
+
+
+def noise_lines(noise: dict, line: Callable[..., str]) -> list[str]:
+    """Return what the prompt decides and what the noise decides as lines of the table, and below them what they mean."""
+    lines = [
+        line("what the prompt decides: error", noise["mean_error"]),
+        line("what the noise decides: error", noise["noise_error"]),
+        line("  size", *noise_sizes(noise)),
+        line("  cosine to the teacher's", noise["cosine"]),
+        line("  gain: share of the teacher's in it", noise["gain"]),
+    ]
+    for bucket in noise.get("by_sigma", []):
+        if bucket["gain"] is not None:
+            low, high = bucket["sigma"]
+            lines.append(line(f"  gain in x_0, sigma {low:.1f} to {high:.1f}", bucket["gain"]))
+    return lines + textwrap.wrap(noise["meaning"], 106, initial_indent="  ", subsequent_indent="  ")
+
+
+def noise_sizes(noise: dict) -> tuple[float | None, float | None, float | None]:
+    """Return the size of the student's noise part, that of the teacher's, and their ratio."""
+    teacher, ratio = noise["teacher_noise"], noise["norm_ratio"]
+    return (None if ratio is None else ratio * teacher), teacher, ratio
 
 
 def comparison_rows(results: dict) -> list[tuple[str, str, str, str]]:
@@ -68,7 +92,18 @@ def comparison_rows(results: dict) -> list[tuple[str, str, str, str]]:
         row("PSNR, dB", endpoint["psnr_db"]),
         row("SSIM", endpoint["ssim"]),
     ]
-    compared = {name: results[name] for name in ("high_frequency_energy", "diversity", "prompt_sensitivity")}
+    # An evaluation.json of an earlier version holds diversity alone.
+    noise = results.get("noise")
+    if noise:
+        rows += [
+            row("what the prompt decides: error", noise["mean_error"]),
+            row("what the noise decides: error", noise["noise_error"]),
+            row("what the noise decides: size", *noise_sizes(noise)),
+            row("what the noise decides: cosine to the teacher's", noise["cosine"]),
+            row("what the noise decides: gain", noise["gain"]),
+        ]
+    names = ("high_frequency_energy", *(() if noise else ("diversity",)), "prompt_sensitivity")
+    compared = {name: results[name] for name in names}
     for name, values in (compared | results["cost"]).items():
         rows.append(row(name.replace("_", " "), values["student"], values["teacher"], values["ratio"]))
     return rows

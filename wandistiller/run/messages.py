@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from wandistiller.command_line import torchrun_environment
-from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, HELD_OUT_PROMPTS
+from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_WORLD, HELD_OUT_PROMPTS
 from wandistiller.files.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.reports.metrics import (
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from wandistiller.run.run import Run
     from wandistiller.sampling.teacher import Teacher
     from wandistiller.training.loop import TrainingResult
+    from wandistiller.wan.wan_files import WanFiles
 
 SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME]
+# A teacher of a world of its own may hold prompts of that world, which its training has not met, in a file of this name.
+OWN_HELD_OUT_PROMPTS = "heldout_prompts.txt"
 
 
 # ---- before it begins ----
@@ -93,7 +96,7 @@ def print_end(run: "Run", result: "TrainingResult", num_calls: int, teacher: "Te
     if result.interrupted and flags.output.save_every:
         print(f"To resume:\n  {resume_command('train_distillation.py', run.command)}")
     elif run.vae_location is not None and not result.interrupted:
-        prompts_file = flags.output.eval_prompts or held_out_prompts(run.wan_files.record)
+        prompts_file = flags.output.eval_prompts or held_out_prompts(run.wan_files)
         print("\n  ".join(["Next:", *next_commands(folder, run.texts.prompts[0], prompts_file, flags.data.vae_path)]))
 
 
@@ -152,9 +155,12 @@ def _held_out(lines: Sequence[dict]) -> str:
     return f"relative velocity error {named}" if named else ""
 
 
-def held_out_prompts(teacher_record: dict) -> str:
-    """Return a file of prompts that no run of ours trains on: of the demo's world where the teacher's record names it, else general ones."""
-    return DEMO_HELD_OUT_PROMPTS if teacher_record.get("world") else HELD_OUT_PROMPTS
+def held_out_prompts(wan_files: "WanFiles") -> str:
+    """Return a file of prompts that no run of ours trains on: the teacher's own, else those of the demo's world or general ones."""
+    own = Path(wan_files.location) / OWN_HELD_OUT_PROMPTS
+    if own.is_file():
+        return str(own)
+    return DEMO_HELD_OUT_PROMPTS if wan_files.record.get("world") == DEMO_WORLD else HELD_OUT_PROMPTS
 
 
 def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | None = None) -> list[str]:
