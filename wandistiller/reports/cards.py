@@ -146,7 +146,7 @@ def introduction(config: StudentConfig, record: dict) -> str:
 
 
 def teacher_name(record: dict) -> str:
-    """Name the teacher by its hub id, or by its file or folder without the path, which is nobody else's business."""
+    """Return name the teacher by its hub id, or by its file or folder without the path, which is nobody else's business."""
     if base_model := record.get("base_model"):
         return f"[{base_model}](https://huggingface.co/{base_model})"
     name = local_name(record)
@@ -245,7 +245,7 @@ def use(config: StudentConfig) -> list[str]:
 
 
 def is_apache(record: dict) -> bool:
-    """Whether the teacher is known to be under Apache-2.0: a released Wan, or the demo's, which is part of this code.
+    """Return whether the teacher is known to be under Apache-2.0: a released Wan, or the demo's, which is part of this code.
 
     The record of an export knows the demo's teacher only by its world.
     """
