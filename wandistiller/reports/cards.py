@@ -146,7 +146,7 @@ def introduction(config: StudentConfig, record: dict) -> str:
 
 
 def teacher_name(record: dict) -> str:
-    """Return name the teacher by its hub id, or by its file or folder without the path, which is nobody else's business."""
+    """Name the teacher by its hub id, or by its file or folder without the path, which is nobody else's business."""
     if base_model := record.get("base_model"):
         return f"[{base_model}](https://huggingface.co/{base_model})"
     name = local_name(record)

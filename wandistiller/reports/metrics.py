@@ -115,5 +115,5 @@ def training_seconds(lines: Sequence[dict]) -> float:
 
 
 def bucket_name(bucket: int, num_buckets: int) -> str:
-    """Return name a bucket by its noise levels, as in 0.9-1.0."""
+    """Name a bucket by its noise levels, as in 0.9-1.0."""
     return f"{bucket / num_buckets:.1f}-{(bucket + 1) / num_buckets:.1f}"
