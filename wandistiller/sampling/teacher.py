@@ -101,7 +101,7 @@ class Teacher:
         layers: Sequence[int],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """v_uncond + g (v_cond - v_uncond), both halves in one call that shares what is equal; g = 1 needs only one half."""
-        expert = self._use(name)
+        expert = self.use(name)
         scale = self.settings.guidance_scale if name == "high" else self.settings.guidance_scale_2
         timestep = to_device(sigma_to_timestep(sigma), latents.device)
         if scale == 1.0:
@@ -119,7 +119,7 @@ class Teacher:
         self.negative_prompt_embeds = self.negative_prompt_embeds.to(prompt_embeds)
         return self.negative_prompt_embeds
 
-    def _use(self, name: str) -> WanLiteStudent:
+    def use(self, name: str) -> WanLiteStudent:
         """An expert, on the device that it is to answer on."""
         if name != self.in_use:
             self.num_swaps += self.in_use is not None
