@@ -1,15 +1,17 @@
 """Calibrated projection: a student selected and refitted on what its teacher does, instead of on its weights alone.
 
-    calibration = calibrate(wan_files, teacher, embeds, config, CalibrationOptions())
-    student, report = calibrated_student(wan_files, teacher, embeds, config, calibration, layers=None)
+    calibration = calibrate(teacher, embeds, settings.latent_shape(config), "high", CalibrationOptions())
+    student, report = calibrated_student(wan_files, teacher, calibration, config)
+
+The calibration does not depend on the student's shape beyond its latents: one serves students of many sizes.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from wandistiller.model.config import StudentConfig
+from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.calibration import (
     CalibrationOptions,
@@ -20,7 +22,7 @@ from wandistiller.projection.calibration import (
 )
 from wandistiller.projection.project import ProjectionReport, project_teacher
 from wandistiller.projection.repair import Repair
-from wandistiller.projection.selection import check_fits, select
+from wandistiller.projection.selection import select
 from wandistiller.sampling.flow import sigma_to_timestep
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.files import WanFiles
@@ -104,21 +106,23 @@ def calibrated_student(
 
     Args:
         refit: whether layers are refitted; without it the student is a part of the teacher as it is.
+
+    Raises:
+        ConfigError: the config does not fit the teacher, or has lite blocks, which have no counterpart to be refitted to.
     """
+    check_can_be_calibrated(config)
     expert, options = calibration.expert, calibration.options
     files = wan_files.expert(expert)
-    check_fits(files.config, config, layers)
-    unchanged = {"text_max_length": config.text_max_length, "image_size": config.image_size, "distillation": None}
     where = {"layers": layers, "device": options.device, "seed": options.seed}
-    if files.config.replace(**unchanged) == config.replace(distillation=None):
-        return project_teacher(wan_files, config, expert, **where)
-    by_norm, _ = project_teacher(wan_files, config, expert, **where)
+    by_norm, report = project_teacher(wan_files, config, expert, **where)
     errors = {"norm": velocity_error(by_norm, calibration)}
+    if is_own_shape(files.config, config):
+        errors |= dict.fromkeys(("selected", "refitted"), errors["norm"])
+        return by_norm, CalibratedReport(**vars(report), calibration={"velocity_error": errors, "stages": []})
     del by_norm
     selection = select(files, config, layers, calibration.energies.score)
-    student, plain = project_teacher(wan_files, config, expert, **where, selection=selection)
+    student, report = project_teacher(wan_files, config, expert, **where, selection=selection)
     errors["selected"] = velocity_error(student, calibration)
-    report = CalibratedReport(**vars(plain))
     stages: list[dict] = []
     if refit:
 
@@ -130,8 +134,23 @@ def calibrated_student(
         Repair(student, teacher.use(expert), selection, calibration.fitted, calibration.embeds, options)(after)
         errors["refitted"] = stages[-1]["velocity_error"]
         _note_refitted(report, student, selected)
-    report.calibration = {"velocity_error": errors, "stages": stages, **_settings_of(calibration)}
-    return student, report
+    about = {name: getattr(options, name) for name in ("num_paths", "num_levels", "num_texts", "ridge", "seed")}
+    return student, CalibratedReport(**vars(report), calibration={"velocity_error": errors, "stages": stages, **about})
+
+
+def check_can_be_calibrated(config: StudentConfig) -> None:
+    """Refuse lite students."""
+    if config.block != "wan":
+        raise ConfigError(
+            f'block="{config.block}" cannot be calibrated, its layers have no counterpart in the teacher; use --selection '
+            "norm, or a student of wan blocks"
+        )
+
+
+def is_own_shape(teacher: StudentConfig, config: StudentConfig) -> bool:
+    """Whether a student's shape is the whole teacher's."""
+    sizes = ("block", "hidden_size", "depth", "num_heads", "ffn_dim")
+    return all(getattr(teacher, name) == getattr(config, name) for name in sizes)
 
 
 def _note_refitted(report: ProjectionReport, student: WanLiteStudent, selected: dict[str, Tensor]) -> None:
@@ -143,16 +162,6 @@ def _note_refitted(report: ProjectionReport, student: WanLiteStudent, selected: 
             report.num_parameters[entry["status"]] -= parameter.numel()
             report.num_parameters["refitted"] += parameter.numel()
             report.student[name] = entry | {"status": "refitted", "detail": f"from {entry['detail']}"}
-
-
-def _settings_of(calibration: Calibration) -> dict:
-    options = calibration.options
-    return {
-        "num_paths": options.num_paths,
-        "num_levels": options.num_levels,
-        "ridge": options.ridge,
-        "seed": options.seed,
-    }
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ two; `measure_energies` traces the expert that a student is made of at those sta
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 FIRST_SEED = 3 * 2**31  # of the noises, far from those that pictures and held-out errors are drawn from
+FEWEST_PATHS, MOST_PATHS = 48, 96
+ENOUGH_ROWS = 25_000  # tokens of all states that a layer is fitted on; few tokens a picture need more paths
 NUM_TIMES = 400  # noise levels that the time embedding is measured and fitted at
 
 
@@ -35,7 +37,7 @@ class CalibrationOptions:
         batch_size: states that are in the device's memory at once.
     """
 
-    num_paths: int = 96
+    num_paths: int = MOST_PATHS
     num_held_back: int = 16
     num_levels: int = 16
     num_texts: int = 400
@@ -44,6 +46,16 @@ class CalibrationOptions:
     seed: int = 0
     compute_dtype: torch.dtype = torch.float32
     device: str = "cpu"
+
+
+def options_for(
+    latent_shape: tuple[int, int, int], patch_size: int, num_paths: int | None = None, **others
+) -> CalibrationOptions:
+    """Options for latents (C, H, W): as many paths as give the fits enough rows, unless `num_paths` says how many."""
+    options = CalibrationOptions(**others)
+    num_tokens = latent_shape[1] * latent_shape[2] // patch_size**2
+    enough = -(-ENOUGH_ROWS // (options.num_levels * num_tokens))
+    return replace(options, num_paths=num_paths or min(max(enough, FEWEST_PATHS), MOST_PATHS))
 
 
 @dataclass(frozen=True)
@@ -212,7 +224,7 @@ def measure_energies(
     channels = _Sums()
 
     def add_shares(x: Tensor) -> None:
-        channels.add((x.double() / x.double().norm(dim=-1, keepdim=True)))
+        channels.add(x.double() / x.double().norm(dim=-1, keepdim=True))
 
     watchers: dict[nn.Module, Callable[[Tensor], None]] = {expert.norm_out: add_shares}
     for layer, block in enumerate(expert.blocks):

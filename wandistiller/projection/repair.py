@@ -91,7 +91,9 @@ def temporary_streams(*shapes: tuple[int, ...]) -> Iterator[list[Tensor]]:
     tensors = []
     for shape in shapes:
         size = torch.Size(shape).numel()
-        with tempfile.NamedTemporaryFile(prefix="calibration-") as file:  # its name goes at once, its data with the tensor
+        with tempfile.NamedTemporaryFile(
+            prefix="calibration-"
+        ) as file:  # its name goes at once, its data with the tensor
             try:
                 _reserve(file.fileno(), 4 * size)
             except OSError as error:
@@ -274,7 +276,7 @@ class Repair:
     def _fit_inputs(self, block: WanBlock, teacher_block: WanBlock, sublayer: Sublayer, layer: int) -> None:
         """Queries, keys and values, or the FFN's first layer."""
         linears, theirs = sublayer.linears(block), sublayer.linears(teacher_block)
-        rows = self.kept(f"{sublayer.axis}.{layer}", theirs[0].out_features)
+        rows = self.kept(f"{sublayer.axis}.{layer}", len(theirs[0].weight))
         fit, scales = self._linear_fit(*linears), KeptScales()
         for batch in self.batches:
             with self.teacher_precision():
@@ -290,7 +292,7 @@ class Repair:
     def _fit_text_inputs(self, block: WanBlock, teacher_block: WanBlock, layer: int) -> None:
         """Keys and values of the text."""
         linears, theirs = ([part.attn2.to_k, part.attn2.to_v] for part in (block, teacher_block))
-        rows = self.kept(f"attn2.{layer}", theirs[0].out_features)
+        rows = self.kept(f"attn2.{layer}", len(theirs[0].weight))
         fit, scales = self._linear_fit(*linears), KeptScales()
         for (target, is_there), text in self._texts():
             with self.teacher_precision():
