@@ -18,7 +18,7 @@ from wandistiller.errors import UserError
 from wandistiller.model.config import ConfigError
 from wandistiller.projection import repair, ridge
 from wandistiller.projection.calibrated import Calibration, calibrate, calibrated_student, velocity_error
-from wandistiller.projection.calibration import CalibrationOptions, measure_energies
+from wandistiller.projection.calibration import CalibrationOptions, measure_energies, options_for
 from wandistiller.projection.calibration_file import load_calibration, save_calibration
 from wandistiller.projection.ladder import shapes_of_budget
 from wandistiller.projection.project import project_experts, project_teacher
