@@ -60,6 +60,11 @@ class Sublayer:
         attention: WanAttention = getattr(block, self.name)
         return [attention.to_q, attention.to_k, attention.to_v] if self.name == "attn1" else [attention.to_q]
 
+    def norms(self, block: WanBlock) -> list[nn.Module]:
+        """The norms of what `linears` answer, in their order."""
+        norms = {"attn1": [block.attn1.norm_q, block.attn1.norm_k], "attn2": [block.attn2.norm_q], "ffn": []}
+        return norms[self.name]
+
     def output(self, block: WanBlock) -> nn.Module:
         """The layer that writes to the residual stream."""
         return block.ffn.net[2] if self.name == "ffn" else getattr(block, self.name).to_out[0]
@@ -91,9 +96,8 @@ def temporary_streams(*shapes: tuple[int, ...]) -> Iterator[list[Tensor]]:
     tensors = []
     for shape in shapes:
         size = torch.Size(shape).numel()
-        with tempfile.NamedTemporaryFile(
-            prefix="calibration-"
-        ) as file:  # its name goes at once, its data with the tensor
+        # The name goes at once, the data with the tensor.
+        with tempfile.NamedTemporaryFile(prefix="calibration-") as file:
             try:
                 _reserve(file.fileno(), 4 * size)
             except OSError as error:
@@ -277,7 +281,7 @@ class Repair:
         """Queries, keys and values, or the FFN's first layer."""
         linears, theirs = sublayer.linears(block), sublayer.linears(teacher_block)
         rows = self.kept(f"{sublayer.axis}.{layer}", len(theirs[0].weight))
-        fit, scales = self._linear_fit(*linears), KeptScales()
+        fit, scales = self._linear_fit(*linears), KeptScales(sublayer.norms(block))
         for batch in self.batches:
             with self.teacher_precision():
                 inputs = self.teacher.inputs(teacher_block, sublayer, batch)
@@ -285,22 +289,20 @@ class Repair:
             fit.add(self.student.inputs(block, sublayer, batch), torch.cat([part[..., rows] for part in answers], -1))
             scales.add(answers, rows)
         self._solve(fit, linears)
-        if sublayer.name != "ffn":
-            attention = getattr(block, sublayer.name)
-            scales.multiply([attention.norm_q, attention.norm_k][: len(linears)])
+        scales.fold()
 
     def _fit_text_inputs(self, block: WanBlock, teacher_block: WanBlock, layer: int) -> None:
         """Keys and values of the text."""
         linears, theirs = ([part.attn2.to_k, part.attn2.to_v] for part in (block, teacher_block))
         rows = self.kept(f"attn2.{layer}", len(theirs[0].weight))
-        fit, scales = self._linear_fit(*linears), KeptScales()
+        fit, scales = self._linear_fit(*linears), KeptScales([block.attn2.norm_k])
         for (target, is_there), text in self._texts():
             with self.teacher_precision():
                 answers = [linear(target.embeds)[is_there] for linear in theirs]
             fit.add(text()[0].embeds[is_there], torch.cat([part[..., rows] for part in answers], -1))
             scales.add(answers, rows)
         self._solve(fit, linears)
-        scales.multiply([block.attn2.norm_k])
+        scales.fold()
 
     def _fit_output(self, block: WanBlock, teacher_block: WanBlock, sublayer: Sublayer) -> None:
         """The layer that writes to the residual stream; the teacher walks on through this sublayer."""
@@ -350,18 +352,26 @@ class KeptScales:
     """E[rms of the kept entries / rms of all] of queries and keys, which Wan normalises over all heads at once.
 
     A student has fewer heads: its norm divides by the rms of those alone, and its norm's weight takes the ratio back.
+
+    Args:
+        norms: the student's norms.
     """
 
-    def __init__(self) -> None:
-        self.ratios: list[list[Tensor]] = []
+    def __init__(self, norms: list[nn.Module]):
+        self.norms = norms
+        self.count = 0
+        self.sums = [0.0] * len(norms)
 
     def add(self, answers: list[Tensor], rows: Tensor) -> None:
-        self.ratios.append([rms(part[..., rows]) / rms(part) for part in answers])
+        """Take in what the teacher's layers answer, those with norms first."""
+        self.count += answers[0][..., 0].numel()
+        for index, answer in enumerate(answers[: len(self.norms)]):
+            self.sums[index] += (rms(answer[..., rows]) / rms(answer)).sum()
 
-    def multiply(self, norms: list[nn.Module]) -> None:
-        """Fold the ratios into norms, in the order of the answers."""
-        for norm, ratios in zip(norms, zip(*self.ratios, strict=True), strict=False):
-            norm.weight.mul_(torch.cat([ratio.flatten() for ratio in ratios]).mean())
+    def fold(self) -> None:
+        """Multiply the norms' weights by the ratios."""
+        for norm, total in zip(self.norms, self.sums, strict=True):
+            norm.weight.mul_(total / self.count)
 
 
 def rms(x: Tensor) -> Tensor:
