@@ -41,7 +41,7 @@ class CalibrationOptions:
     num_held_back: int = 16
     num_levels: int = 16
     num_texts: int = 400
-    ridge: float = 1e-2
+    ridge: float = 3e-2
     batch_size: int = 16
     seed: int = 0
     compute_dtype: torch.dtype = torch.float32
