@@ -23,7 +23,8 @@ from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
-    from wandistiller.projection.calibration import Calibration
+    from wandistiller.projection.calibrated import Calibration
+    from wandistiller.projection.project import ProjectionReport
     from wandistiller.sampling.teacher import Teacher
     from wandistiller.wan.wan_files import WanFiles
 
@@ -80,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     group.flag("--calibration_cache", type=path, help="file that keeps the teacher's side of it for another student")
     group.flag("--text_encoder_path", type=path, help="folder or hub id with text_encoder/, where the teacher has none")
     group.flag("--prompt_cache", type=path, default="outputs/prompt_cache", help="folder that keeps prompt embeddings")
-    group.flag("--seed", type=number(int, low=0, high=2**62), default=0, help="of the calibration")
+    group.flag("--seed", type=number(int, low=0, high=2**62), default=0, help="seed of the calibration")
     group.flag("--device", help="where it is computed: cpu, cuda, ... (cuda if there is one)")
     group.flag("--size_ladder", type=number(int, low=1, high=100), help="compare so many shapes of as many parameters")
     parser.group("Output").flag(
@@ -145,7 +146,7 @@ def calibrate_teacher(flags: Flags, wan_files: "WanFiles", config: StudentConfig
     shape = settings.latent_shape(config)
     options = options_for(
         shape,
-        wan_files.config.patch_size,
+        wan_files.config.patch_size or 1,
         num_paths=flags.calibration_paths,
         seed=flags.seed,
         compute_dtype=dtype,
@@ -202,6 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         if flags.size_ladder:
             return print_ladder(*teacher_and_calibration, wan_files, config, flags.size_ladder)
     folder = prepare_output_folder(flags.output_dir or "")
+    report: ProjectionReport
     if teacher_and_calibration is not None and config is not None:
         student, report = calibrated_student(wan_files, *teacher_and_calibration, config, layers=flags.layers)
     else:

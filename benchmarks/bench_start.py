@@ -29,12 +29,13 @@ from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.calibrated import Calibration, calibrate, calibrated_student, velocity_error
-from wandistiller.projection.calibration import draw_states, options_for
+from wandistiller.projection.calibration import CalibrationOptions, draw_states, options_for
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import sigma_to_timestep
 from wandistiller.sampling.recorded import embed_with_negative
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import Answer, TeacherAnswers
+from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
@@ -83,35 +84,36 @@ class Bench:
         settings = resolve_settings(self.wan_files)
         trained = load_prompts(args.data_path).prompts
         held_out = load_prompts(args.heldout_prompts).prompts[: args.num_heldout]
-        negative = settings.negative_prompt if settings.uses_guidance else None
-        where = (self.wan_files.text_encoder(), self.base, args.prompt_cache, "cpu")
-        embeds, negative_embeds = embed_with_negative(trained + held_out, negative, *where)
+        encoder = self.wan_files.text_encoder()
+        embeds, negative = embed_with_negative(
+            trained + held_out, settings, encoder, self.base, args.prompt_cache, "cpu"
+        )
         self.embeds = embeds.first(len(trained))
         self.held_out_embeds = embeds.part(len(trained), len(held_out))
-        self.teacher = Teacher(project_experts(self.wan_files, self.base.text_max_length), settings, negative_embeds)
+        self.teacher = Teacher(project_experts(self.wan_files, self.base.text_max_length), settings, negative)
         self.shape = settings.latent_shape(self.base)
         steps = settings.num_inference_steps
         own = {"num_paths": len(held_out), "num_held_back": 0, "num_levels": steps, "seed": HELD_OUT_SEED}
         self.held_out = draw_states(self.teacher, self.held_out_embeds, self.shape, replace(self.options(0), **own))[0]
 
-    def options(self, seed: int):
+    def options(self, seed: int) -> CalibrationOptions:
         patch = self.wan_files.config.patch_size
         return options_for(self.shape, patch, self.args.num_paths, seed=seed, batch_size=48)
 
     def answers(self, seed: int) -> list[Answer]:
-        """What all arms of a seed learn from."""
+        """Ask the teacher for what all arms of a seed learn from."""
         states = build_states(
             StatesOptions(kind="trajectory", seed=seed),
             self.base,
             self.teacher.settings,
             len(self.embeds),
-            BATCH_SIZE,
+            Lanes(BATCH_SIZE),
         )
         answers, asked = TeacherAnswers(self.teacher, states, self.embeds, "cpu", torch.float32), []
         for _ in range(self.args.teacher_batches):
             answer = answers.next()
             answers.advance(answer, answer.velocity, 0.0)
-            asked.append(replace(answer, latents=answer.latents.clone(), states=None))
+            asked.append(replace(answer.released(), latents=answer.latents.clone(), states=None))
         return asked
 
     def error(self, student: WanLiteStudent, calibration: Calibration) -> float:
@@ -120,7 +122,7 @@ class Bench:
 
 
 def batches_of(answers: list[Answer], embeds: PromptEmbeds, seed: int) -> Iterator[tuple[Tensor, ...]]:
-    """Endless batches, drawn from all answers anew in every round."""
+    """Yield endless batches, drawn from all answers anew in every round."""
     latents, velocity, sigma = (
         torch.cat([getattr(answer, name) for answer in answers]) for name in ("latents", "velocity", "sigma")
     )
@@ -133,7 +135,7 @@ def batches_of(answers: list[Answer], embeds: PromptEmbeds, seed: int) -> Iterat
 
 
 def train(student: WanLiteStudent, batches: Iterator[tuple[Tensor, ...]], num_steps: int, lr: float) -> Iterator[int]:
-    """Take steps, and say before each how many were taken."""
+    """Take steps, and yield before each how many were taken."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
     for step in range(num_steps):

@@ -256,7 +256,7 @@ def test_the_refitted_demo_student_starts_nearer_to_its_teacher():
     settings = resolve_settings(wan_files)
     prompts = load_prompts(ROOT / "data" / "demo_prompts.txt").prompts[:60]
     cache = DEMO.parents[1] / "outputs" / "prompt_cache"
-    embeds, negative = embed_with_negative(prompts, "", wan_files.text_encoder(), config, str(cache), "cpu")
+    embeds, negative = embed_with_negative(prompts, settings, wan_files.text_encoder(), config, str(cache), "cpu")
     teacher = Teacher(project_experts(wan_files, 512), settings, negative)
     options = CalibrationOptions(num_paths=40, num_held_back=8, num_levels=8, num_texts=60, batch_size=48)
     calibration = calibrate(teacher, embeds, settings.latent_shape(config), "high", options)

@@ -35,7 +35,10 @@ class Calibration:
 
     Attributes:
         expert: which expert was traced, the one that students are made of.
+        embeds: text tokens of the prompts that the states belong to.
         fitted, held_back: states to fit students on, and to measure them on.
+        energies: how much the expert's units do at the fitted states.
+        options: how much it was calibrated on.
     """
 
     expert: str
@@ -58,6 +61,7 @@ class CalibratedReport(ProjectionReport):
     calibration: dict = field(default_factory=dict)
 
     def summary(self) -> str:
+        """Return the lines of any projection, and the errors after each stage."""
         stages = self.calibration.get("stages", [])
         if not stages:
             return super().summary()
@@ -99,29 +103,29 @@ def calibrated_student(
     *,
     layers: list[int] | None = None,
     refit: bool = True,
-) -> tuple[WanLiteStudent, ProjectionReport]:
-    """A student of a wan shape, in float32, whose weights are selected by energy and refitted.
+) -> tuple[WanLiteStudent, CalibratedReport]:
+    """Make a student of a wan shape, in float32, whose weights are selected by energy and refitted.
 
-    At the teacher's own shape it is the teacher, bit for bit.
+    At the teacher's own shape the student is the teacher, bit for bit.
 
     Args:
+        layers: the teacher layer of each student block, in rising order; None spreads them evenly with both ends kept.
         refit: whether layers are refitted; without it the student is a part of the teacher as it is.
 
     Raises:
-        ConfigError: the config does not fit the teacher, or has lite blocks, which have no counterpart to be refitted to.
+        ConfigError: the config does not fit the teacher, or has lite blocks, whose layers no layers of the teacher answer to.
     """
     check_can_be_calibrated(config)
     expert, options = calibration.expert, calibration.options
     files = wan_files.expert(expert)
-    where = {"layers": layers, "device": options.device, "seed": options.seed}
-    by_norm, report = project_teacher(wan_files, config, expert, **where)
+    by_norm, report = project_teacher(wan_files, config, expert, layers=layers, device=options.device)
     errors = {"norm": velocity_error(by_norm, calibration)}
     if is_own_shape(files.config, config):
         errors |= dict.fromkeys(("selected", "refitted"), errors["norm"])
         return by_norm, CalibratedReport(**vars(report), calibration={"velocity_error": errors, "stages": []})
     del by_norm
     selection = select(files, config, layers, calibration.energies.score)
-    student, report = project_teacher(wan_files, config, expert, **where, selection=selection)
+    student, report = project_teacher(wan_files, config, expert, device=options.device, selection=selection)
     errors["selected"] = velocity_error(student, calibration)
     stages: list[dict] = []
     if refit:
@@ -148,13 +152,13 @@ def check_can_be_calibrated(config: StudentConfig) -> None:
 
 
 def is_own_shape(teacher: StudentConfig, config: StudentConfig) -> bool:
-    """Whether a student's shape is the whole teacher's."""
+    """Tell whether a student's shape is the whole teacher's."""
     sizes = ("block", "hidden_size", "depth", "num_heads", "ffn_dim")
     return all(getattr(teacher, name) == getattr(config, name) for name in sizes)
 
 
 def _note_refitted(report: ProjectionReport, student: WanLiteStudent, selected: dict[str, Tensor]) -> None:
-    """Mark what is no longer the teacher's own value."""
+    """Mark in the report what is no longer the teacher's own value."""
     report.num_parameters["refitted"] = 0
     for name, parameter in student.named_parameters():
         entry = report.student[name]
@@ -166,7 +170,7 @@ def _note_refitted(report: ProjectionReport, student: WanLiteStudent, selected: 
 
 @torch.no_grad()
 def velocity_error(student: WanLiteStudent, calibration: Calibration) -> float:
-    """Mean of |student - teacher| / |teacher| over the states that are held back, the teacher guided."""
+    """Return the mean of |student - teacher| / |teacher| over the states that are held back; the teacher is guided."""
     states, options = calibration.held_back, calibration.options
     errors = []
     for level, paths in states.batches(options.batch_size):

@@ -7,21 +7,22 @@ two; `measure_energies` traces the expert that a student is made of at those sta
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from wandistiller.model.transformer import Text, WanLiteStudent, fold_text_padding
+from wandistiller.model.transformer import Context, WanBlock, WanLiteStudent, fold_text_padding
 from wandistiller.projection.selection import Selection, TransformerTensors, squared_norms
 from wandistiller.sampling.flow import seeded_noise, sigma_to_timestep
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
-FIRST_SEED = 3 * 2**31  # of the noises, far from those that pictures and held-out errors are drawn from
+FIRST_SEED = 3 * 2**31  # it lies far from the seeds of the noises that pictures and held-out errors are drawn from
 FEWEST_PATHS, MOST_PATHS = 48, 96
-ENOUGH_ROWS = 25_000  # tokens of all states that a layer is fitted on; few tokens a picture need more paths
-NUM_TIMES = 400  # noise levels that the time embedding is measured and fitted at
+ENOUGH_ROWS = 25_000  # a layer is fitted on the tokens of all states, so pictures of few tokens need more paths
+NUM_TIMES = 400  # the time embedding is measured and fitted at so many noise levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class CalibrationOptions:
 def options_for(
     latent_shape: tuple[int, int, int], patch_size: int, num_paths: int | None = None, **others
 ) -> CalibrationOptions:
-    """Options for latents (C, H, W): as many paths as give the fits enough rows, unless `num_paths` says how many."""
+    """Return options for latents (C, H, W), with as many paths as give the fits enough rows unless `num_paths` is given."""
     options = CalibrationOptions(**others)
     num_tokens = latent_shape[1] * latent_shape[2] // patch_size**2
     enough = -(-ENOUGH_ROWS // (options.num_levels * num_tokens))
@@ -78,12 +79,12 @@ class CalibrationStates:
         return len(self.prompts)
 
     def paths(self, start: int, stop: int) -> "CalibrationStates":
-        """A part of the paths, sharing their values."""
+        """Return a part of the paths, which shares their values."""
         latents, velocity = (part[:, start:stop] for part in (self.latents, self.velocity))
         return CalibrationStates(latents, self.sigma, self.prompts[start:stop], velocity)
 
     def batches(self, size: int) -> Iterator[tuple[int, slice]]:
-        """Every (noise level, paths), `size` paths at a time."""
+        """Yield every (noise level, paths), `size` paths at a time."""
         for level in range(len(self.sigma)):
             for start in range(0, self.num_paths, size):
                 yield level, slice(start, min(start + size, self.num_paths))
@@ -109,7 +110,7 @@ class _RecordedPath:
 def draw_states(
     teacher: Teacher, embeds: PromptEmbeds, latent_shape: tuple[int, int, int], options: CalibrationOptions
 ) -> tuple[CalibrationStates, CalibrationStates]:
-    """States to fit a student on, and others to measure it on, of other noises and (where there are enough) other prompts.
+    """Draw states to fit a student on, and others to measure it on, of other noises and, if there are enough, other prompts.
 
     A path takes as many steps as there are noise levels, so that every answer of the teacher is used.
     """
@@ -151,7 +152,7 @@ class Energies:
     squares: dict[str, Tensor] = field(default_factory=dict)
 
     def score(self, teacher: TransformerTensors, axis: str, selection: Selection) -> Tensor:
-        """How much each entry of an axis matters: its energy, times the squared weights that read it.
+        """Return how much each entry of an axis matters: its energy, times the squared weights that read it.
 
         Args:
             selection: what is chosen already; of the weights, only the rows of kept entries count.
@@ -159,16 +160,16 @@ class Energies:
         if axis == "channels":
             return self.channels
         written, readers = _readers(axis, selection.layers)
-        norms = 0.0
+        kept = None if written is None else selection.axes.get(written)
+        norms = torch.zeros(())
         for name in readers:
             weight = teacher.read(name)
-            kept = selection.axes.get(written)
             norms = norms + squared_norms(weight if kept is None else weight[kept])[1]
         return self.squares[axis] * norms
 
 
 def _readers(axis: str, layers: list[int]) -> tuple[str | None, list[str]]:
-    """The axis that the readers of an axis write to, where that is one, and the names of their weights."""
+    """Return the axis that the readers of an axis write to, if it is one, and the names of their weights."""
     embedder = "condition_embedder.{}_embedder.linear_2.weight"
     if axis == "text_channels":
         return None, [f"blocks.{layer}.attn2.to_{name}.weight" for layer in layers for name in "kv"]
@@ -181,10 +182,11 @@ def _readers(axis: str, layers: list[int]) -> tuple[str | None, list[str]]:
 
 
 class _Sums:
-    """Sums of values (..., K) and of their squares over rows, in float64 on the host."""
+    """The sums of values (..., K) and of their squares over rows, in float64 on the host."""
 
     def __init__(self) -> None:
-        self.count, self.sum, self.squares = 0, 0.0, 0.0
+        self.count = 0
+        self.sum = self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
         rows = values.flatten(0, -2).double()
@@ -227,7 +229,7 @@ def measure_energies(
         channels.add(x.double() / x.double().norm(dim=-1, keepdim=True))
 
     watchers: dict[nn.Module, Callable[[Tensor], None]] = {expert.norm_out: add_shares}
-    for layer, block in enumerate(expert.blocks):
+    for layer, block in enumerate(wan_blocks(expert)):
         watchers[block.norm1] = add_shares
         readers = {"attn1": block.attn1.to_out[0], "attn2": block.attn2.to_out[0], "neurons": block.ffn.net[2]}
         for kind, reader in readers.items():
@@ -246,10 +248,13 @@ def measure_energies(
 def _embedder_energies(
     expert: WanLiteStudent, embeds: PromptEmbeds, states: CalibrationStates, options: CalibrationOptions
 ) -> dict[str, Tensor]:
-    """Of the units inside the two embedders, and of the text stream."""
+    """Return the energies of the units inside the two embedders, and of the text stream."""
     embedder = expert.condition_embedder
     sums = {name: _Sums() for name in ("time_hidden", "text_hidden")}
-    watchers = {getattr(embedder, f"{name[:4]}_embedder").linear_2: part.add for name, part in sums.items()}
+    watchers: dict[nn.Module, Callable[[Tensor], None]] = {
+        embedder.time_embedder.linear_2: sums["time_hidden"].add,
+        embedder.text_embedder.linear_2: sums["text_hidden"].add,
+    }
     text = _Sums()
     with watching_inputs(watchers), mixed_precision(options):
         embedder(times_of(states, options))
@@ -262,28 +267,36 @@ def _embedder_energies(
 # ---- what tracing and fitting share ----
 
 
-def mixed_precision(options: CalibrationOptions):
-    """Matrix products of the teacher in the options' dtype."""
+def wan_blocks(model: WanLiteStudent) -> list[WanBlock]:
+    """Return the blocks of a wan model."""
+    return cast(list[WanBlock], list(model.blocks))
+
+
+def mixed_precision(options: CalibrationOptions) -> torch.autocast:
+    """Return a context in which the teacher's matrix products are in the options' dtype."""
     is_mixed = options.compute_dtype != torch.float32
     return torch.autocast(torch.device(options.device).type, options.compute_dtype, enabled=is_mixed)
 
 
 def times_of(states: CalibrationStates, options: CalibrationOptions) -> Tensor:
-    """NUM_TIMES timesteps from pure noise to none, as dense everywhere as the noise levels of the states."""
+    """Return timesteps from pure noise to none, as dense everywhere as the noise levels of the states."""
     levels = torch.cat([torch.ones(1), states.sigma[1:], torch.zeros(1)])
     sigma = torch.nn.functional.interpolate(levels[None, None], NUM_TIMES, mode="linear", align_corners=True)
     return sigma_to_timestep(sigma[0, 0]).to(options.device)
 
 
 def text_batches(embeds: PromptEmbeds, options: CalibrationOptions) -> list[Tensor]:
-    """Prompts, spread evenly over all of them, a batch at a time."""
+    """Return the prompts to fit on, a batch at a time, spread evenly over all of them."""
     count = min(options.num_texts, len(embeds))
     return torch.linspace(0, len(embeds) - 1, count).round().long().split(options.batch_size)
 
 
-def embed_text(model: WanLiteStudent, prompt_embeds: Tensor, prompt_lengths: Tensor) -> tuple[Text, Tensor]:
-    """What the model's blocks attend to, and which of its tokens (B, S) count: the text, and one pad token where there is room."""
+def embed_text(model: WanLiteStudent, prompt_embeds: Tensor, prompt_lengths: Tensor) -> tuple[Context, Tensor]:
+    """Return what the model's blocks attend to, and which of its tokens (B, S) count.
+
+    These are the tokens of the text, and one pad token if there is room for it.
+    """
     folded, bias = fold_text_padding(prompt_embeds, prompt_lengths, model.config.text_max_length)
     dtype = model.patch_embedding.weight.dtype
-    text = Text(model.condition_embedder.text_embedder(folded.to(dtype)), bias)
+    text = Context(model.condition_embedder.text_embedder(folded.to(dtype)), bias)
     return text, bias[:, 0, 0] > -torch.inf

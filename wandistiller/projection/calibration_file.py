@@ -15,7 +15,7 @@ _DESCRIBED_OPTIONS = ("num_paths", "num_held_back", "num_levels", "num_texts", "
 
 
 def describe_calibration(about: dict, expert: str, options: CalibrationOptions) -> dict:
-    """Everything that makes a calibration what it is, as it is read back.
+    """Return everything that makes a calibration what it is, as it is read back.
 
     Args:
         about: the teacher, its settings, the prompts and the latents' shape.
@@ -25,7 +25,7 @@ def describe_calibration(about: dict, expert: str, options: CalibrationOptions) 
 
 
 def save_calibration(path: str | Path, calibration: Calibration, about: dict) -> None:
-    """Write one safetensors file, whole or not at all."""
+    """Write a calibration to one safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
     parts = {"fitted": calibration.fitted, "held_back": calibration.held_back}
@@ -65,6 +65,8 @@ def load_calibration(
                 f"{path}: is a calibration with {name} {saved.get(name)!r}, this one has {value!r}; give "
                 "--calibration_cache another name"
             )
-    states = [CalibrationStates(*(tensors[f"{part}.{name}"] for name in _STATES)) for part in ("fitted", "held_back")]
+    fitted, held_back = (
+        CalibrationStates(*(tensors[f"{part}.{name}"] for name in _STATES)) for part in ("fitted", "held_back")
+    )
     squares = {name.removeprefix("squares."): values for name, values in tensors.items() if name.startswith("squares.")}
-    return Calibration(expert, embeds, *states, Energies(tensors["channels"], squares), options)
+    return Calibration(expert, embeds, fitted, held_back, Energies(tensors["channels"], squares), options)

@@ -8,8 +8,8 @@ from wandistiller.projection.calibrated import Calibration, calibrated_student
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.wan_files import WanFiles
 
-BUDGET_TOLERANCE = 0.03  # of the parameters
-NARROWEST_FFN, WIDEST_FFN = 1.0, 4.5  # neurons for each channel
+BUDGET_TOLERANCE = 0.03  # relative to the parameters that were asked for
+NARROWEST_FFN, WIDEST_FFN = 1.0, 4.5  # neurons for each channel of the residual stream
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Rung:
 
 
 def shapes_of_budget(teacher: StudentConfig, config: StudentConfig, count: int) -> list[StudentConfig]:
-    """At most `count` shapes with about as many parameters as `config`, that shape first, the others by depth.
+    """Return at most `count` shapes with about as many parameters as `config`, that shape first, the others by depth.
 
     Width, depth and FFN are those that a student of this teacher can have. Of the widths for a depth the one is taken whose
     FFN is nearest to the teacher's in proportion.
@@ -45,7 +45,7 @@ def shapes_of_budget(teacher: StudentConfig, config: StudentConfig, count: int) 
 
 
 def _filled(teacher: StudentConfig, config: StudentConfig, depth: int, heads: int, budget: int) -> StudentConfig | None:
-    """The shape of this depth and width whose FFN takes what is left of the budget; None where there is none."""
+    """Return the shape of this depth and width whose FFN takes what is left of the budget; None if there is none."""
     width = heads * teacher.head_dim
     unit = 128 if width >= 1024 else 16
     shape = {"depth": depth, "hidden_size": width, "num_heads": heads}
@@ -60,14 +60,14 @@ def _filled(teacher: StudentConfig, config: StudentConfig, depth: int, heads: in
 
 
 def measure_rung(wan_files: WanFiles, teacher: Teacher, calibration: Calibration, config: StudentConfig) -> Rung:
-    """Make a student of this shape and forget it."""
+    """Measure a student of this shape, which is not kept."""
     report = calibrated_student(wan_files, teacher, calibration, config)[1]
     errors = report.calibration["velocity_error"]
     return Rung(config, errors["norm"], errors["selected"], errors["refitted"])
 
 
 def rung_line(rung: Rung | None = None) -> str:
-    """A line of the table, or its head."""
+    """Return a line of the table, or its head."""
     if rung is None:
         names = ("parameters", "hidden_size", "depth", "num_heads", "ffn_dim", "weight norm", "energy", "refitted")
         return " ".join(f"{name:>11}" for name in names)

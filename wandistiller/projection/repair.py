@@ -15,15 +15,25 @@ Memory: on the device the teacher's expert, the student, one batch of activation
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from wandistiller.errors import UserError
 from wandistiller.model.layers import rope_table
-from wandistiller.model.transformer import Text, WanAttention, WanBlock, WanLiteStudent, modulate
+from wandistiller.model.transformer import (
+    Context,
+    Fp32RMSNorm,
+    GeluProjection,
+    WanAttention,
+    WanBlock,
+    WanLiteStudent,
+    modulate,
+)
 from wandistiller.projection.calibration import (
     CalibrationOptions,
     CalibrationStates,
@@ -31,6 +41,7 @@ from wandistiller.projection.calibration import (
     mixed_precision,
     text_batches,
     times_of,
+    wan_blocks,
     watching_inputs,
 )
 from wandistiller.projection.ridge import GatedFit, LinearFit
@@ -53,37 +64,38 @@ class Sublayer:
     axis: str
     first_row: int | None
 
-    def linears(self, block: WanBlock) -> list[nn.Module]:
-        """The layers that read the normed residual stream."""
+    def linears(self, block: WanBlock) -> list[nn.Linear]:
+        """Return the layers that read the normed residual stream."""
         if self.name == "ffn":
-            return [block.ffn.net[0].proj]
+            return [cast(GeluProjection, block.ffn.net[0]).proj]
         attention: WanAttention = getattr(block, self.name)
         return [attention.to_q, attention.to_k, attention.to_v] if self.name == "attn1" else [attention.to_q]
 
-    def norms(self, block: WanBlock) -> list[nn.Module]:
-        """The norms of what `linears` answer, in their order."""
-        norms = {"attn1": [block.attn1.norm_q, block.attn1.norm_k], "attn2": [block.attn2.norm_q], "ffn": []}
-        return norms[self.name]
+    def norms(self, block: WanBlock) -> list[Fp32RMSNorm]:
+        """Return the norms of what `linears` answer, in their order."""
+        if self.name == "ffn":
+            return []
+        return [block.attn1.norm_q, block.attn1.norm_k] if self.name == "attn1" else [block.attn2.norm_q]
 
-    def output(self, block: WanBlock) -> nn.Module:
-        """The layer that writes to the residual stream."""
-        return block.ffn.net[2] if self.name == "ffn" else getattr(block, self.name).to_out[0]
+    def output(self, block: WanBlock) -> nn.Linear:
+        """Return the layer that writes to the residual stream."""
+        return cast(nn.Linear, block.ffn.net[2] if self.name == "ffn" else getattr(block, self.name).to_out[0])
 
     def input(self, block: WanBlock, x: Tensor, table: Tensor) -> Tensor:
-        """What `linears` read, of a residual stream (B, L, D) and the block's modulation (6, D)."""
+        """Return what `linears` read, of a residual stream (B, L, D) and the block's modulation (6, D)."""
         if self.first_row is None:
             return block.norm2(x)
         shift, scale = table[self.first_row : self.first_row + 2]
         norm = block.norm1 if self.name == "attn1" else block.norm3
         return modulate(norm(x), shift, scale)
 
-    def __call__(self, block: WanBlock, inputs: Tensor, text: Text, rope: Tensor) -> Tensor:
+    def __call__(self, block: WanBlock, inputs: Tensor, text: Context | None, rope: Tensor) -> Tensor:
         if self.name == "ffn":
             return block.ffn(inputs)
         return block.attn1(inputs, rope=rope) if self.name == "attn1" else block.attn2(inputs, (text,))
 
     def add(self, x: Tensor, table: Tensor, written: Tensor) -> Tensor:
-        """The residual stream after this sublayer."""
+        """Return the residual stream after this sublayer."""
         return x + written if self.first_row is None else torch.addcmul(x, table[self.first_row + 2], written)
 
 
@@ -92,7 +104,7 @@ SUBLAYERS = (Sublayer("attn1", "attn1", 0), Sublayer("attn2", "attn2", None), Su
 
 @contextlib.contextmanager
 def temporary_streams(*shapes: tuple[int, ...]) -> Iterator[list[Tensor]]:
-    """Float32 tensors in temporary files that are mapped to memory: the system writes to disk what memory has no room for."""
+    """Make float32 tensors in temporary files that are mapped to memory: the system writes to disk what memory has no room for."""
     tensors = []
     for shape in shapes:
         size = torch.Size(shape).numel()
@@ -110,7 +122,7 @@ def temporary_streams(*shapes: tuple[int, ...]) -> Iterator[list[Tensor]]:
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:
-    """Have the disk give all of a file's room now: writing to a mapped file on a full disk would kill the process."""
+    """Reserve all of a file's room on the disk now, because writing to a mapped file on a full disk would kill the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, num_bytes)
     else:
@@ -129,7 +141,7 @@ class Walker:
         self.stream = torch.empty(0)
 
     def start(self, stream: Tensor, batches: list[tuple[int, slice]]) -> None:
-        """Stand before the first block."""
+        """Enter the residual stream of all states, before the first block."""
         self.stream = stream
         timesteps = sigma_to_timestep(self.states.sigma).to(self.device)
         self.temb, self.timestep_proj = self.model.condition_embedder(timesteps)  # (S, D), (S, 6, D)
@@ -138,31 +150,31 @@ class Walker:
             self.keep(batch, self.model.patch_embedding(latents).flatten(2).transpose(1, 2))
 
     def at(self, batch: tuple[int, slice]) -> Tensor:
-        """The residual stream (B, L, D) of a batch, on the device."""
+        """Return the residual stream (B, L, D) of a batch, on the device."""
         return self.stream[batch].to(self.device)
 
     def keep(self, batch: tuple[int, slice], x: Tensor) -> None:
         self.stream[batch] = x.float().to(self.stream.device)
 
-    def text(self, batch: tuple[int, slice]) -> Text:
+    def text(self, batch: tuple[int, slice]) -> Context:
         prompts = self.states.prompts[batch[1]]
         return embed_text(self.model, *self.embeds.batch(prompts, self.device))[0]
 
     def modulation(self, block: WanBlock) -> Tensor:
-        """(S, 6, D) of a block."""
+        """Return the modulation (S, 6, D) of a block."""
         return block.scale_shift_table.float() + self.timestep_proj
 
     def inputs(self, block: WanBlock, sublayer: Sublayer, batch: tuple[int, slice]) -> Tensor:
-        """What the linear layers of a sublayer read (B, L, D)."""
+        """Return what the linear layers of a sublayer read (B, L, D)."""
         return sublayer.input(block, self.at(batch), self.modulation(block)[batch[0]]).to(self.dtype)
 
     def written(self, block: WanBlock, sublayer: Sublayer, batch: tuple[int, slice]) -> Tensor:
-        """What a sublayer adds to the residual stream (B, L, D), before its gate."""
+        """Return what a sublayer adds to the residual stream (B, L, D), before its gate."""
         text = self.text(batch) if sublayer.name == "attn2" else None
         return sublayer(block, self.inputs(block, sublayer, batch), text, self.rope)
 
     def step(self, block: WanBlock, sublayer: Sublayer, batch: tuple[int, slice]) -> Tensor:
-        """Walk through a sublayer; the residual stream after it."""
+        """Walk through a sublayer and return the residual stream after it."""
         written = self.written(block, sublayer, batch)
         x = sublayer.add(self.at(batch), self.modulation(block)[batch[0]], written)
         self.keep(batch, x)
@@ -195,10 +207,10 @@ class Repair:
         self.channels = self.kept("channels", expert.config.hidden_size)
 
     def kept(self, axis: str, size: int) -> Tensor:
-        """The teacher's indices of an axis that the student has."""
+        """Return the teacher's indices of an axis that the student has."""
         return self.selection.axes.get(axis, torch.arange(size)).to(self.options.device)
 
-    def teacher_precision(self):
+    def teacher_precision(self) -> torch.autocast:
         return mixed_precision(self.options)
 
     @torch.no_grad()
@@ -212,12 +224,11 @@ class Repair:
             with self.teacher_precision():
                 teacher.start(teacher_stream, self.batches)
             student.start(student_stream, self.batches)
-            layers = iter(enumerate(teacher.model.blocks))
-            for number, (block, layer) in enumerate(zip(student.model.blocks, self.selection.layers, strict=True)):
-                for index, teacher_block in layers:
-                    if index == layer:
-                        break
-                    self._pass(teacher_block)
+            teacher_blocks, skipped = wan_blocks(teacher.model), 0
+            for number, (block, layer) in enumerate(zip(wan_blocks(student.model), self.selection.layers, strict=True)):
+                for index in range(skipped, layer):
+                    self._pass(teacher_blocks[index])
+                teacher_block, skipped = teacher_blocks[layer], layer + 1
                 for sublayer in SUBLAYERS:
                     self._fit_inputs(block, teacher_block, sublayer, layer)
                     if sublayer.name == "attn2":
@@ -237,7 +248,7 @@ class Repair:
                     self.teacher.step(block, sublayer, batch)
 
     def _distance(self) -> float:
-        """|x_student - x_teacher| / |x_teacher| of the residual streams, in the kept channels."""
+        """Return |x_student - x_teacher| / |x_teacher| of the residual streams, in the kept channels."""
         difference, size = 0.0, 0.0
         for batch in self.batches:
             target = self.teacher.at(batch)[..., self.channels].double()
@@ -256,7 +267,7 @@ class Repair:
         }
         for linear, target in targets.items():
             fit = self._linear_fit(linear)
-            fit.add(input_of(linear, lambda: student(times)), target)
+            fit.add(input_of(linear, partial(student, times)), target)
             self._solve(fit, [linear])
 
     def _fit_text_embedder(self) -> None:
@@ -267,18 +278,18 @@ class Repair:
             fit.add(input_of(linear, text)[is_there], target.embeds[is_there][:, rows])
         self._solve(fit, [linear])
 
-    def _texts(self) -> Iterator[tuple[tuple[Text, Tensor], Callable[[], tuple[Text, Tensor]]]]:
-        """What the teacher makes of each batch of prompts, and a call for what the student does."""
+    def _texts(self) -> Iterator[tuple[tuple[Context, Tensor], Callable[[], tuple[Context, Tensor]]]]:
+        """Yield what the teacher makes of each batch of prompts, and a call for what the student makes of it."""
         for prompts in text_batches(self.embeds, self.options):
             batch = self.embeds.batch(prompts, self.options.device)
             with self.teacher_precision():
                 target = embed_text(self.teacher.model, *batch)
-            yield target, lambda batch=batch: embed_text(self.student.model, *batch)
+            yield target, partial(embed_text, self.student.model, *batch)
 
     # ---- the blocks ----
 
     def _fit_inputs(self, block: WanBlock, teacher_block: WanBlock, sublayer: Sublayer, layer: int) -> None:
-        """Queries, keys and values, or the FFN's first layer."""
+        """Fit queries, keys and values, or the FFN's first layer."""
         linears, theirs = sublayer.linears(block), sublayer.linears(teacher_block)
         rows = self.kept(f"{sublayer.axis}.{layer}", len(theirs[0].weight))
         fit, scales = self._linear_fit(*linears), KeptScales(sublayer.norms(block))
@@ -292,7 +303,7 @@ class Repair:
         scales.fold()
 
     def _fit_text_inputs(self, block: WanBlock, teacher_block: WanBlock, layer: int) -> None:
-        """Keys and values of the text."""
+        """Fit keys and values of the text."""
         linears, theirs = ([part.attn2.to_k, part.attn2.to_v] for part in (block, teacher_block))
         rows = self.kept(f"attn2.{layer}", len(theirs[0].weight))
         fit, scales = self._linear_fit(*linears), KeptScales([block.attn2.norm_k])
@@ -305,23 +316,31 @@ class Repair:
         scales.fold()
 
     def _fit_output(self, block: WanBlock, teacher_block: WanBlock, sublayer: Sublayer) -> None:
-        """The layer that writes to the residual stream; the teacher walks on through this sublayer."""
-        linear, student = sublayer.output(block), self.student
-        is_gated = sublayer.first_row is not None
-        if is_gated:
-            size = linear.in_features, linear.out_features
-            fit = GatedFit(len(self.states.sigma), *size, self.options.device)
-        else:
+        """Fit the layer that writes to the residual stream; the teacher walks on through this sublayer."""
+        linear = sublayer.output(block)
+        rows = self._output_rows(block, teacher_block, sublayer)
+        if sublayer.first_row is None:
             fit = self._linear_fit(linear)
+            for _, inputs, targets in rows:
+                fit.add(inputs, targets)
+            self._solve(fit, [linear])
+            return
+        gated = GatedFit(len(self.states.sigma), linear.in_features, linear.out_features, self.options.device)
+        for level, inputs, targets in rows:
+            gated.add(level, inputs, targets)
+        gates = self.student.modulation(block)[:, sublayer.first_row + 2]
+        _set(linear, *gated.solve(gates, linear.weight, linear.bias, self.options.ridge))
+
+    def _output_rows(
+        self, block: WanBlock, teacher_block: WanBlock, sublayer: Sublayer
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield noise level, inputs and targets of the output layer for each batch, with the teacher one sublayer further."""
+        linear, student = sublayer.output(block), self.student
         for batch in self.batches:
             with self.teacher_precision():
                 target = self.teacher.step(teacher_block, sublayer, batch)[..., self.channels]
-            inputs = input_of(linear, lambda batch=batch: student.written(block, sublayer, batch))
-            level = (batch[0],) if is_gated else ()
-            fit.add(*level, inputs, target - student.at(batch))
-        gates = (student.modulation(block)[:, sublayer.first_row + 2],) if is_gated else ()
-        fitted = fit.solve(*gates, linear.weight, linear.bias, self.options.ridge)
-        _set(linear, *fitted)
+            inputs = input_of(linear, partial(student.written, block, sublayer, batch))
+            yield batch[0], inputs, target - student.at(batch)
 
     def _fit_head(self) -> None:
         model, student = self.student.model, self.student
@@ -335,12 +354,12 @@ class Repair:
 
     # ---- fits ----
 
-    def _linear_fit(self, *linears: nn.Module) -> LinearFit:
-        """Sums for layers that read the same inputs."""
+    def _linear_fit(self, *linears: nn.Linear) -> LinearFit:
+        """Make the sums for layers that read the same inputs."""
         outputs = sum(linear.out_features for linear in linears)
         return LinearFit(linears[0].in_features, outputs, self.options.device)
 
-    def _solve(self, fit: LinearFit, linears: list[nn.Module]) -> None:
+    def _solve(self, fit: LinearFit, linears: Sequence[nn.Linear]) -> None:
         weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
         weight, bias = fit.solve(weight, bias, self.options.ridge)
         sizes = [linear.out_features for linear in linears]
@@ -357,16 +376,16 @@ class KeptScales:
         norms: the student's norms.
     """
 
-    def __init__(self, norms: list[nn.Module]):
+    def __init__(self, norms: Sequence[Fp32RMSNorm]):
         self.norms = norms
         self.count = 0
-        self.sums = [0.0] * len(norms)
+        self.sums = [torch.zeros((), dtype=torch.float64)] * len(norms)
 
     def add(self, answers: list[Tensor], rows: Tensor) -> None:
         """Take in what the teacher's layers answer, those with norms first."""
         self.count += answers[0][..., 0].numel()
         for index, answer in enumerate(answers[: len(self.norms)]):
-            self.sums[index] += (rms(answer[..., rows]) / rms(answer)).sum()
+            self.sums[index] = self.sums[index].to(answer.device) + (rms(answer[..., rows]) / rms(answer)).sum()
 
     def fold(self) -> None:
         """Multiply the norms' weights by the ratios."""
@@ -375,17 +394,17 @@ class KeptScales:
 
 
 def rms(x: Tensor) -> Tensor:
-    """Root mean square along the last dimension, in float64."""
+    """Return the root mean square along the last dimension, in float64."""
     return x.double().square().mean(dim=-1).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _set(linear: nn.Module, weight: Tensor, bias: Tensor) -> None:
+def _set(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
     linear.weight.copy_(weight)
     linear.bias.copy_(bias)
 
 
 def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
-    """What a module was given while `run` was called."""
+    """Return what a module was given while `run` was called."""
     inputs: list[Tensor] = []
     with watching_inputs({module: inputs.append}):
         run()
@@ -393,6 +412,6 @@ def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
 
 
 def patches(latents: Tensor, size: int) -> Tensor:
-    """(B, C, H, W) -> (B, L, P * P * C): the inverse of what a wan student does to its head's answers."""
+    """Cut (B, C, H, W) into patches (B, L, P * P * C), the inverse of what a wan student does to its head's answers."""
     parts = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, h, P, w, P)
     return parts.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

@@ -7,9 +7,9 @@ is kept of the data, so their size does not depend on how many batches were seen
 import torch
 from torch import Tensor
 
-LEAST_PENALTY = 1e-30  # keeps W_0 where every input was zero
+LEAST_PENALTY = 1e-30  # it keeps W_0 if every input was zero
 BIAS_PENALTY = 1e-9  # relative to the number of rows: a bias is free, unless nothing says what it should be
-CHUNK_BYTES = 2**28  # normal equations that are solved at once
+CHUNK_BYTES = 2**28  # normal equations of this size are solved at once
 
 
 class LinearFit:
@@ -30,7 +30,7 @@ class LinearFit:
         self.targets += rows.T @ targets.flatten(0, -2).double()
 
     def solve(self, weight: Tensor, bias: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-        """The fitted weight (M, K) and bias (M,).
+        """Return the fitted weight (M, K) and bias (M,).
 
         Args:
             weight, bias: what the penalty pulls towards.
@@ -62,7 +62,7 @@ class GatedFit:
         self.targets[level] += rows.T @ targets.flatten(0, -2).double()
 
     def solve(self, gates: Tensor, weight: Tensor, bias: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-        """The fitted weight (M, K) and bias (M,), as `LinearFit.solve`; gates (levels, M)."""
+        """Return the fitted weight (M, K) and bias (M,), as `LinearFit.solve` does; gates (levels, M)."""
         gates = gates.double()
         prior = torch.cat([weight, bias[:, None]], dim=1).double()
         size = self.inputs.shape[-1]
@@ -78,13 +78,13 @@ class GatedFit:
 
 
 def with_one(inputs: Tensor) -> Tensor:
-    """Rows (N, K + 1) in float64 of inputs (..., K), with a constant 1 behind them."""
+    """Return rows (N, K + 1) in float64 of inputs (..., K), with a constant 1 behind them."""
     rows = inputs.flatten(0, -2).double()
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 
 def _penalty(diagonal: Tensor, ridge: float) -> Tensor:
-    """The penalty of each input (..., K) and of the bias, from the diagonal of their sums (..., K + 1)."""
+    """Return the penalty of each input (..., K) and of the bias, from the diagonal of their sums (..., K + 1)."""
     weights, bias = diagonal[..., :-1], diagonal[..., -1:]
     mean = weights.mean(dim=-1, keepdim=True)
     return torch.cat([(ridge * mean).expand_as(weights), BIAS_PENALTY * bias], dim=-1).clamp(min=LEAST_PENALTY)

@@ -166,7 +166,7 @@ def _score_axis(norms: Callable[[str], tuple[Tensor, Tensor]], axis: str, layers
 
 
 def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norm of each row and of each column, summed in float32; one pass over the memory, and no copy of it."""
+    """Return the squared norm of each row and each column, summed in float32 in one pass over the memory, without a copy."""
     rows, columns = [], torch.zeros(())
     for part in weight.flatten(1).split(ROWS_AT_A_TIME):
         part = part.float()
