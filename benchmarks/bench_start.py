@@ -197,7 +197,8 @@ def main() -> None:
             print(f"| {config.num_parameters:,} | {arm} | " + " | ".join(cells) + " |")
     options = bench.options(0)
     states = (options.num_paths + options.num_held_back) * options.num_levels
-    print(f"Calibration: {states} guided answers beside the {args.teacher_batches * BATCH_SIZE} learnt from.")
+    learnt_from = args.teacher_batches * BATCH_SIZE if max(args.steps) else 0
+    print(f"Calibration: {states} guided answers beside the {learnt_from} learnt from.")
     print(json.dumps({"teacher_path": args.teacher_path, "lr": args.lr, "calibration_states": states, "rows": rows}))
 
 
