@@ -38,9 +38,9 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 
     from wandistiller.sampling.sampler import SamplingOptions
     from wandistiller.sampling.teacher import Teacher
-    from wandistiller.wan.files import WanFiles
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
+    from wandistiller.wan.wan_files import WanFiles
 
 MAX_GRID_PICTURES = 100
 GRID_NAME = "grid.png"

@@ -28,9 +28,9 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from wandistiller.projection.project import ProjectionReport
     from wandistiller.sampling.teacher import Teacher
     from wandistiller.training.loop import TrainingOptions, TrainingResult
-    from wandistiller.wan.files import WanFiles
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
+    from wandistiller.wan.wan_files import WanFiles
 
 HIDDEN_SIZE, DEPTH, LATENT_SIZE = 256, 4, 8
 HEAD_DIM = 64  # for a wan student whose own heads do not fill HIDDEN_SIZE
@@ -93,7 +93,7 @@ def shrink(config: StudentConfig) -> StudentConfig:
 def check_real_teacher(flags: Flags, config: StudentConfig, prompts: list[str]) -> None:
     """Print from headers alone whether the given config fits the real teacher, and what a run with it will take."""
     from wandistiller.projection.selection import check_fits
-    from wandistiller.wan.open import open_teacher
+    from wandistiller.wan.layouts import open_teacher
     from wandistiller.wan.settings import resolve_settings, warnings_about
 
     wan_files = open_teacher(flags.teacher_path, config, flags.teacher_path_low)
@@ -118,7 +118,7 @@ def show_budget(
     from wandistiller.device import pick_device, pick_dtype
     from wandistiller.files.prompts import Texts
     from wandistiller.processes import Processes
-    from wandistiller.run.dry_run import report_budget
+    from wandistiller.run.dry_run import print_budget_tables
     from wandistiller.run.flags import parse_args as parse_training_flags
     from wandistiller.run.plan import Plan, find_encoder, possible_flags
     from wandistiller.targets.lanes import Lanes
@@ -148,7 +148,7 @@ def show_budget(
         encoder=encoder,
         vae_location=None,
     )
-    verdict, _ = report_budget(plan)
+    verdict, _ = print_budget_tables(plan)
     (passed if verdict.fits else warn)(verdict.sentence)
 
 
@@ -185,7 +185,7 @@ def build(
 
     from wandistiller.projection.project import project_experts, project_teacher
     from wandistiller.sampling.teacher import Teacher
-    from wandistiller.wan.open import open_teacher
+    from wandistiller.wan.layouts import open_teacher
     from wandistiller.wan.prompt_embeds import mock_prompt_embeds
     from wandistiller.wan.settings import resolve_settings
 

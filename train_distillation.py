@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def distil(flags: Flags, command: list[str]) -> int:
-    """One run from its flags to a trained student; return the exit code."""
+    """Take one run from its flags to a trained student; return the exit code."""
     # What a person typed is checked before torch loads:
     config = StudentConfig.load(flags.student.student_config)
     texts = read_texts(
@@ -43,33 +43,34 @@ def distil(flags: Flags, command: list[str]) -> int:
     from wandistiller.run.dry_run import print_budget
     from wandistiller.run.observers import watch
     from wandistiller.run.plan import make_plan
-    from wandistiller.run.record import save_run
+    from wandistiller.run.record import save_trained_student
     from wandistiller.run.run import open_run
     from wandistiller.training.loop import train
 
     with messages.printed_log(flags.output.verbose):
-        # Every refusal comes before anything is written or a weight is read:
+        # Every refusal that needs no folder comes before anything is written or a weight is read:
         plan = make_plan(flags, config, texts)
+        messages.print_plan(plan)
         if flags.output.dry_run:
             return print_budget(plan)
         with open_run(plan, command) as run:
             # The text encoder leaves memory before the teacher comes, and an offline teacher before the student does:
             embeds = build.embed_prompts(run)
             teacher = build.load_teacher(run, embeds)
-            student, report = build.make_student(run)
-            objective = build.build_objective(run, report)
-            build.distribute(run, student, teacher, objective)
-            answers = build.build_answers(run, embeds, teacher, student, build.feature_layers(run, report))
+            student, projection = build.make_student(run)
+            objective = build.build_objective(run, projection)
+            build.compile_and_shard(run, student, teacher, objective)
+            answers = build.build_answers(run, embeds, teacher, student, build.feature_layers(run, projection))
             with watch(run, embeds, teacher) as observer:
                 with observer.shown():
                     options = run.training_options
                     result = train(student, answers, objective, options, observer, run.saving, run.processes)
-                save_run(run, student, report, result, answers.num_calls)
+                save_trained_student(run, student, projection, result, answers.num_calls)
                 if not result.interrupted:
                     observer.draw_last(student, result.num_steps)
             if run.processes.is_first:
                 try_to_write_model_card(run.folder)
-                messages.print_end(run, result, answers.num_calls, teacher, command)
+                messages.print_end(run, result, answers.num_calls, teacher)
     return 130 if result.interrupted else 0
 
 

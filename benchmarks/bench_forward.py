@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_pair(name: str, args: argparse.Namespace) -> tuple[WanLiteStudent, torch.nn.Module]:
-    """Ours and diffusers', with the same weights."""
+    """Make our model and diffusers', with the same weights."""
     from diffusers import WanTransformer3DModel
 
     if SHAPES[name] is None:
@@ -100,7 +100,7 @@ def make_pair(name: str, args: argparse.Namespace) -> tuple[WanLiteStudent, torc
 
 
 def cast(model: torch.nn.Module, dtype: torch.dtype, islands: re.Pattern) -> None:
-    """All parameters but those that are kept in float32."""
+    """Cast all parameters but those that are kept in float32."""
     for name, parameter in model.named_parameters():
         if not islands.search(name):
             parameter.data = parameter.data.to(dtype)
@@ -122,7 +122,7 @@ def make_inputs(config: StudentConfig, pixels: int, num_tokens: int, args: argpa
 
 
 def calls(ours, theirs, inputs: dict, num_tokens: int) -> tuple[Callable, Callable]:
-    """Each side as its users call it: ours with the text tokens and their number, diffusers' with all slots."""
+    """Return each side as its users call it: ours with the text tokens and their number, diffusers' with all slots."""
     short = inputs["text"][:, :num_tokens].contiguous()
     frames = inputs["latents"][:, :, None]
     return (
@@ -140,7 +140,7 @@ def run(work: Callable, is_training: bool) -> None:
 
 
 def seconds_of(work: Callable, model: torch.nn.Module, is_training: bool) -> float:
-    """Of a forward pass, with the backward one where it trains, to gradients that were None before."""
+    """Time a forward pass, with the backward one where it trains, to gradients that were None before."""
     model.zero_grad()
     is_cuda = next(model.parameters()).is_cuda
     if is_cuda:
@@ -153,7 +153,7 @@ def seconds_of(work: Callable, model: torch.nn.Module, is_training: bool) -> flo
 
 
 def share_of_products(work: Callable, model: torch.nn.Module, is_training: bool) -> float:
-    """Of one pass's time, what the profiler finds inside matrix products, attention and convolutions."""
+    """Return the share of one pass's time that the profiler finds inside matrix products, attention and convolutions."""
     model.zero_grad()
     with torch.profiler.profile() as profiler:
         run(work, is_training)
@@ -163,7 +163,7 @@ def share_of_products(work: Callable, model: torch.nn.Module, is_training: bool)
 
 
 def compare(models: tuple, works: tuple[Callable, Callable], is_training: bool, rounds: int) -> dict[str, float]:
-    """Median seconds of both, and of the ratios of pairs taken one after the other."""
+    """Return the median seconds of both, and of the ratios of pairs taken one after the other."""
     sides = list(zip(works, models, strict=True))
     for work, model in sides:
         seconds_of(work, model, is_training)  # warms caches and compiles

@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def run(script: str, *flags: object) -> None:
-    """A command of this repository, with its output shown only where it fails."""
+    """Run a command of this repository, and show its output only where it fails."""
     done = subprocess.run(
         [sys.executable, ROOT / script, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -51,13 +51,13 @@ def run(script: str, *flags: object) -> None:
 
 
 def elapsed_seconds(folder: Path) -> list[float]:
-    """Seconds from the start of the loop to the end of each step."""
+    """Return the seconds from the start of the loop to the end of each step."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["elapsed_s"] for line in lines]
 
 
 def train_for(minutes: float, flags: list, folder: Path) -> dict:
-    """Train an arm for about `minutes`; the steps and the minutes it took."""
+    """Train an arm for about `minutes`; return the steps and the minutes that it took."""
     probe = folder.with_name(f"{folder.name}-probe")
     run("train_distillation.py", *flags, "--max_steps", PROBE_STEPS, "--output_dir", probe, *QUIET)
     times = elapsed_seconds(probe)

@@ -41,7 +41,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def compare(layer: Linear, x: torch.Tensor, mode: str, rounds: int) -> dict[str, float]:
-    """GFLOP/s of both, and the ratio of their times."""
+    """Return GFLOP/s of both, and the ratio of their times."""
     weights = torch.randn(*x.shape[:-1], layer.out_features)
 
     def run(forward: Callable) -> None:

@@ -32,7 +32,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=str(list(ARMS))
     )
-    parser.add_argument("--one_arm", action="store_true", help=argparse.SUPPRESS)  # the process of an arm
+    parser.add_argument(
+        "--one_arm", action="store_true", help=argparse.SUPPRESS
+    )  # one arm runs in a process of its own
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -66,7 +68,7 @@ def main() -> None:
 
 
 def run_arm(args: argparse.Namespace, flags: list[str]) -> dict:
-    """The row of one arm, or under "error" why there is none."""
+    """Return the row of one arm, or under "error" why there is none."""
     sizes = ["--image_size", args.image_size, "--batch_size", args.batch_size, "--num_steps", args.num_steps]
     words = [sys.executable, __file__, "--one_arm", *sizes, *flags]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
@@ -76,7 +78,7 @@ def run_arm(args: argparse.Namespace, flags: list[str]) -> dict:
 
 
 def measure_arm(args: argparse.Namespace) -> dict:
-    """One arm: train a few steps as the trainer does, and read the allocator."""
+    """Train a few steps of one arm as the trainer does, and read the allocator."""
     import torch
 
     from wandistiller.budget.workload import memory_budget, phase_bytes
@@ -117,7 +119,7 @@ def build_workload(args: argparse.Namespace):
         latent_size=student.latent_size,
         batch_size=args.batch_size,
         gradient_checkpointing=args.checkpointing,
-        stored_latents=stored_latents("trajectory", renoised=True),
+        stored_latents=stored_latents(True, renoised=True),
         mean_text_tokens=NUM_TOKENS,
         negative_text_tokens=NUM_TOKENS,
         text_encoder_parameters=0,
@@ -125,7 +127,7 @@ def build_workload(args: argparse.Namespace):
 
 
 def build_step(workload, is_compiled: bool, device: str = "cuda") -> Callable[[], None]:
-    """The parts of the trainer, and one pass through them: answer, loss, backward, update, move the states."""
+    """Build the trainer's parts, and return one pass through them: answer, loss, backward, update, move the states."""
     import torch
     from torch import nn
 

@@ -43,7 +43,7 @@ from wandistiller.wan.transformer_files import teacher_tensor_shapes
 CONFIG = ROOT / "config" / "student_config.json"
 FILE_NAME = "diffusion_pytorch_model"
 GIB = 2**30
-ALLOWED_BYTES = 500e6  # beyond result and largest tensor: as tests/projection/test_projection.py has it
+ALLOWED_BYTES = 500e6  # comes on top of result and largest tensor, as in tests/projection/test_projection.py
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def teacher_config(name: str, dtype: str, gib: float) -> StudentConfig:
-    """A released shape, with as many of its layers as `gib` allows."""
+    """Return a released shape, with as many of its layers as `gib` allows."""
     hidden_size, heads, ffn_dim, depth, channels, text_dim = SHAPES[name]
     config = StudentConfig(
         block="wan",
@@ -80,7 +80,7 @@ def teacher_config(name: str, dtype: str, gib: float) -> StudentConfig:
 
 
 def write_checkpoint(folder: Path, config: StudentConfig, dtype: torch.dtype, num_shards: int) -> int:
-    """A transformer folder in diffusers' layout, sharded; returns the bytes of its tensors."""
+    """Write a sharded transformer folder in diffusers' layout; return the bytes of its tensors."""
     shapes = teacher_tensor_shapes(config)
     (folder / "config.json").write_text(json.dumps(transformer_settings(config)))
     names, weight_map, num_bytes = list(shapes), {}, 0
@@ -97,7 +97,7 @@ def write_checkpoint(folder: Path, config: StudentConfig, dtype: torch.dtype, nu
 
 
 def student_config(teacher: StudentConfig, full_depth: int) -> StudentConfig:
-    """The default student, with the share of the layers that it has of the whole teacher."""
+    """Return the default student, with the share of the layers that it has of the full teacher."""
     config = StudentConfig.load(CONFIG)
     return config.replace(depth=max(1, config.depth * teacher.depth // full_depth))
 
@@ -106,13 +106,13 @@ def student_config(teacher: StudentConfig, full_depth: int) -> StudentConfig:
 
 
 def memory_kib(field: str) -> int:
-    """Of this process, from the system (Linux)."""
+    """Read what this process takes, from the system (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def read(folder: Path, names: list[str], keep: bool) -> float:
-    """Seconds to load tensors into memory, one at a time, and keep them or drop each."""
+    """Time the loading of tensors into memory, one at a time, where they are kept or dropped."""
     weight_map = json.loads((folder / f"{FILE_NAME}.safetensors.index.json").read_text())["weight_map"]
     kept = []
     start = time.perf_counter()
@@ -127,7 +127,7 @@ def read(folder: Path, names: list[str], keep: bool) -> float:
 
 
 def project(folder: Path, config: StudentConfig | None, dtype: torch.dtype) -> dict:
-    """Seconds and memory of a projection, and the names of the tensors it used."""
+    """Return seconds and memory of a projection, and the names of the tensors that it used."""
     import wandistiller.projection.selection
 
     small = StudentConfig.load(CONFIG).replace(hidden_size=128, num_heads=1, depth=1, ffn_dim=128)
@@ -145,7 +145,7 @@ def project(folder: Path, config: StudentConfig | None, dtype: torch.dtype) -> d
 
 
 def alone(work, *inputs):
-    """What `work` gives, in a process of its own."""
+    """Run `work` in a process of its own, and return what it gives."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *inputs).result()
 

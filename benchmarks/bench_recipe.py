@@ -85,7 +85,7 @@ NO_TEXT = PromptEmbeds(1, 1, lambda index: torch.zeros(0, 1))
 
 
 class NoTeacher:
-    """Counts the calls that a replay store makes."""
+    """A teacher that only counts the calls that a replay store makes."""
 
     def __init__(self):
         self.num_calls = 0
@@ -107,7 +107,7 @@ class NoTeacher:
 
 
 def steps_of(teacher_calls: int, replay: int) -> int:
-    """Optimiser steps for which the teacher is asked so often: the store's last answers are not used up."""
+    """Return the optimiser steps for which the teacher is asked so often: the store's last answers are not used up."""
     answers, steps = ReplayedAnswers(NoTeacher(), NO_TEXT, replay), 0
     while answers.num_calls <= teacher_calls:
         answers.next()
@@ -116,7 +116,7 @@ def steps_of(teacher_calls: int, replay: int) -> int:
 
 
 def run(script: str, *flags: object) -> None:
-    """A command of this repository on one thread, with its output shown only where it fails."""
+    """Run a command of this repository on one thread, and show its output only where it fails."""
     done = subprocess.run(
         [sys.executable, ROOT / script, *map(str, flags)],
         cwd=ROOT,
@@ -130,7 +130,7 @@ def run(script: str, *flags: object) -> None:
 
 
 def train_and_judge(args: argparse.Namespace, name: str, changes: dict, seed: int, work: Path) -> dict:
-    """One student: its measures."""
+    """Train one student and return its measures."""
     folder = work / f"{name.replace(',', '').replace(' ', '_')}-{seed}"
     recipe = BASE | changes
     steps = steps_of(args.teacher_calls, recipe["--replay"])
@@ -173,7 +173,7 @@ def train_and_judge(args: argparse.Namespace, name: str, changes: dict, seed: in
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean, and the largest distance from it."""
+    """Return the mean, and the largest distance from it."""
     mean = statistics.fmean(values)
     return f"{mean:.{digits}f} +-{max(abs(value - mean) for value in values):.{digits}f}"
 

@@ -32,19 +32,19 @@ def parse_args() -> argparse.Namespace:
 
 
 def scripts() -> list[str]:
-    """The root scripts, all of which are commands."""
+    """List the root scripts, all of which are commands."""
     return sorted(path.name for path in ROOT.glob("*.py"))
 
 
 def seconds_of(words: list[str]) -> float:
-    """Of a process that ends by itself."""
+    """Time a process that ends by itself."""
     start = time.perf_counter()
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def start_demo(folder: Path) -> tuple[float, dict[str, float]]:
-    """Seconds until the demo has taken its first step, and the times of --verbose by part; it is ended then."""
+    """Time the demo until its first step, with the times of --verbose by part, and end it then."""
     metrics = folder / "demo" / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
     flags = ["--verbose", "--overwrite", "--output_dir", str(folder / "demo"), "--prompt_cache", str(folder / "cache")]

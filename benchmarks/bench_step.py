@@ -53,7 +53,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
 
 
 class Bench:
-    """Stands in for `wandistiller.training.loop.train`: the same loop, with a stopwatch around each of its steps."""
+    """A stand-in for `wandistiller.training.loop.train`: the same loop, with a stopwatch around each of its steps."""
 
     def __init__(self, train: Callable):
         self.train, self.ask = train, None
@@ -96,7 +96,7 @@ class Bench:
         return self.train(student, answers, objective, options, observer, *rest)
 
     def watch(self, ask: Callable) -> Callable:
-        """The teacher's method, remembering what it is asked."""
+        """Wrap the teacher's method so that it remembers what it is asked."""
         self.ask = ask
 
         def watched(*call: object):
@@ -129,7 +129,7 @@ class Bench:
 
     @staticmethod
     def flops_of(config: StudentConfig, latents: Tensor, lengths: Tensor, call: tuple | None) -> float:
-        """Of the step: three passes of the student, and of the teacher what guidance takes."""
+        """Count a step: three passes of the student, and of the teacher what guidance takes."""
         side, texts = latents.shape[-1], [int(length) + 1 for length in lengths]
         student = sum(transformer_flops(config, num_image_tokens(config, side), text) for text in texts)
         total = (1 + BACKWARD_PASSES) * student

@@ -32,10 +32,10 @@ from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions, build_states
-from wandistiller.wan.files import WanFiles
-from wandistiller.wan.open import open_teacher
+from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import RELEASED_MODELS, TeacherSettings, resolve_settings
+from wandistiller.wan.wan_files import WanFiles
 
 FP32, BF16 = torch.float32, torch.bfloat16
 # column -> (kept as, dtype of matrix products); the first is what the others are held against. A checkpoint that is bf16 on
@@ -87,7 +87,7 @@ def kept_as(
     text_max_length: int,
     negative_prompt_embeds: Tensor | None,
 ) -> Answerer:
-    """The teacher with its weights as `storage`; where products are float32, bf16 weights are widened after rounding."""
+    """Return the teacher with its weights as `storage`; where products are float32, bf16 weights are widened after rounding."""
     dtype = {"fp32": FP32, "fp8": compute}.get(storage, BF16)
     experts = project_experts(wan_files, text_max_length, dtype, fp8=storage == "fp8")
     for expert in experts.values():
@@ -100,7 +100,7 @@ def kept_as(
 
 
 def add_rounding_noise(weights: list[nn.Parameter]) -> None:
-    """Up to half a unit in the last place of bf16 (8 bits) either way, as if its values had been rounded to what they are."""
+    """Add up to half a unit in the last place of bf16 (8 bits) either way, as if the values had been rounded to what they are."""
     generator = torch.Generator().manual_seed(0)
     for weight in weights:
         _, exponent = torch.frexp(weight.data)  # 0.5 <= mantissa < 1
@@ -109,7 +109,7 @@ def add_rounding_noise(weights: list[nn.Parameter]) -> None:
 
 
 def errors_by_sigma(field: VelocityField, held_out: HeldOutErrors) -> dict[float, float]:
-    """Mean relative velocity error at every measured noise level of the teacher's paths."""
+    """Return the mean relative velocity error at every measured noise level of the teacher's paths."""
     found: dict[float, list[Tensor]] = {}
     for text, states in zip(held_out.texts, held_out.teacher_states, strict=True):
         for latents, sigma, expected in states:
@@ -119,13 +119,13 @@ def errors_by_sigma(field: VelocityField, held_out: HeldOutErrors) -> dict[float
 
 
 def endpoints(field: VelocityField, held_out: HeldOutErrors) -> Tensor:
-    """The latents (B, C, H, W) that the paths of all measured noises end in."""
+    """Return the latents (B, C, H, W) that the paths of all measured noises end in."""
     paths = zip(held_out.noises, held_out.texts, strict=True)
     return torch.cat([sample(field, noise, *text, held_out.options) for noise, text in paths])
 
 
 def measure_errors(args: argparse.Namespace) -> dict[str, dict]:
-    """{column: {"by_sigma": ..., "mean": ..., "endpoint": ...}} of every way to keep the teacher, and of the student."""
+    """Return {column: {"by_sigma": ..., "mean": ..., "endpoint": ...}} of every way to keep the teacher, and of the student."""
     config = StudentConfig.load(args.student_config)
     wan_files = open_teacher(args.teacher_path, config)
     settings = resolve_settings(wan_files)
@@ -148,7 +148,7 @@ def measure_errors(args: argparse.Namespace) -> dict[str, dict]:
         )
     results = {}
     for name, make in fields.items():
-        field = make()  # one at a time in memory
+        field = make()  # only one of them is in memory at a time
         by_sigma = errors_by_sigma(field, held_out)
         results[name] = {
             "by_sigma": by_sigma,
@@ -166,7 +166,7 @@ class NoWeights(nn.Module):
 
 
 def count_swaps(calls_per_expert: int) -> int:
-    """Changes of the expert in use over SWAP_BATCHES batches of the A14B preset, on latents of one token."""
+    """Count the changes of the expert in use over SWAP_BATCHES batches of the A14B preset, on latents of one token."""
     (model,) = (model for model in RELEASED_MODELS if model.num_experts == 2)
     settings = TeacherSettings(
         model.name, model.shift, model.num_inference_steps, 1.0, 1.0, model.boundary_ratio, "", None, None, 8

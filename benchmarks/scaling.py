@@ -63,7 +63,7 @@ HOST_BYTES_S = 55e9  # PCIe 5.0 x16 in one direction, in practice
 
 
 def workload(num_gpus: int = 1, **changes) -> Workload:
-    """The run of this page: the default student at 1024 px, learning from the guided A14B with the default states."""
+    """Return the run of docs/scaling.md: the default student at 1024 px learns from the guided A14B with the default states."""
     student = StudentConfig.load(ROOT / "config" / "student_config.json").replace(image_size=IMAGE_SIZE)
     teacher = StudentConfig(
         block="wan", hidden_size=5120, depth=40, num_heads=40, ffn_dim=13824, num_channels=16, image_size=IMAGE_SIZE
@@ -76,7 +76,7 @@ def workload(num_gpus: int = 1, **changes) -> Workload:
         batch_size=BATCH_SIZE,
         num_processes=num_gpus,
         num_features=student.depth,
-        stored_latents=stored_latents("trajectory", renoised=True),
+        stored_latents=stored_latents(True, renoised=True),
         num_steps=math.ceil(NUM_PROMPTS / (BATCH_SIZE * num_gpus)),
         num_prompts=NUM_PROMPTS,
         mean_text_tokens=MEAN_TEXT_TOKENS,
@@ -106,7 +106,7 @@ def flops_table() -> str:
 
 
 def hours_table() -> str:
-    """An epoch: every prompt once, an answer each; and with every answer learnt from four times."""
+    """Tabulate an epoch: every prompt once with an answer each, and with every answer learnt from four times."""
     rows = []
     for replay in (1, 4):
         for mfu in MFUS:
@@ -192,7 +192,7 @@ def storage_table() -> str:
 
 
 def traffic_table() -> str:
-    """Bytes that each GPU sends in a step, and how long that takes beside the step's computing."""
+    """Tabulate the bytes that each GPU sends in a step, and how long that takes beside the step's computing."""
     rows = []
     for num_gpus in GPU_COUNTS[1:]:
         run = workload(num_gpus, gradient_checkpointing=True)
@@ -205,7 +205,7 @@ def traffic_table() -> str:
 
 
 def traffic(run: Workload) -> dict[str, float]:
-    """A ring sends (n - 1) / n of what it gathers or scatters; an all-reduce is one of each."""
+    """Return the bytes sent by a ring: (n - 1) / n of what it gathers or scatters; an all-reduce is one of each."""
     share = (run.num_processes - 1) / run.num_processes
     student = count_parameters(run.student).total
     expert = weight_bytes(run.teacher, run.teacher_dtype)
@@ -217,7 +217,7 @@ def traffic(run: Workload) -> dict[str, float]:
 
 
 def offload_table() -> str:
-    """What bringing an expert from host memory costs, against how many calls it then answers."""
+    """Tabulate what bringing an expert from host memory costs, against how many calls it then answers."""
     run = workload(gradient_checkpointing=True, teacher_offload=True)
     seconds = weight_bytes(run.teacher, "bf16") / HOST_BYTES_S
     step = step_seconds(run)
@@ -228,7 +228,7 @@ def offload_table() -> str:
 
 
 def separation_table() -> str:
-    """Ranks for the teacher alone and ranks for the student alone, in balance, of 64 GPUs."""
+    """Tabulate how 64 GPUs divide in balance into ranks for the teacher alone and for the student alone."""
     rows = []
     for replay in (1, 4, 16):
         flops = step_flops(workload(gradient_checkpointing=True, calls_per_step=1 / replay))
@@ -251,7 +251,7 @@ SMALL = {"teacher_dtype": "fp8", "gradient_checkpointing": True}
 
 
 def run_of(name: str, pixels: int | None = None) -> Workload:
-    """A run of a released teacher with its ready student, at the student's own image size unless another is given."""
+    """Return a run of a released teacher with its ready student, at the student's own image size unless another is given."""
     (width, heads, ffn_dim, depth, channels, factor, experts), file = RUNS[name]
     student = StudentConfig.load(ROOT / "config" / file)
     pixels = pixels or student.image_size
@@ -266,13 +266,13 @@ def run_of(name: str, pixels: int | None = None) -> Workload:
 
 
 def peaks_gib(run: Workload) -> tuple[float, float]:
-    """Memory of a GPU: plain, and with the flags that save it."""
+    """Return the memory of a GPU: plain, and with the flags that save it."""
     saving = replace(run, **SMALL, teacher_offload=run.num_experts > 1)
     return tuple(peak_bytes(memory_budget(one)) / GIB for one in (run, saving))
 
 
 def runs_table() -> str:
-    """What one GPU needs for each released teacher, at a batch of 4: plain, and with the flags that save memory."""
+    """Tabulate what one GPU needs for each released teacher, at a batch of 4: plain, and with the flags that save memory."""
     rows = []
     for name in RUNS:
         for pixels in (512, 1024):
@@ -300,7 +300,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def with_tables(page: str) -> str:
-    """The page with every table between its marks replaced by a fresh one."""
+    """Return the page with every table between its marks replaced by a fresh one."""
     return MARK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], page)
 
 

@@ -20,7 +20,7 @@ from wandistiller.command_line import FlagParser, number
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command-line flags; guidance and steps default to the teacher's own record."""
+    """Parse the flags; guidance and steps default to the teacher's own record."""
     count = number(int, low=1)
     parser = FlagParser("check_demo_teacher.py", __doc__.split("\n")[0])
     group = parser.group("Input")
@@ -39,13 +39,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file, one a line, without comments."""
+    """Read the prompts of a file, one a line, without comments."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def load_pipeline(folder: Path):
-    """The folder as WanPipeline loads it, in fp32, with its token table checked."""
+    """Load the folder as WanPipeline does, in fp32, and check its token table."""
     import torch
     from demo_text import check_embeddings
     from diffusers import WanPipeline
@@ -57,7 +57,7 @@ def load_pipeline(folder: Path):
 
 
 def draw(pipeline, prompts: list[str], *, num_frames: int, steps: int, guidance: float, seed: int, batch_size: int):
-    """Pictures or clips as uint8 (N, T, 64, 64, 3)."""
+    """Draw pictures or clips as uint8 (N, T, 64, 64, 3)."""
     import torch
     from tqdm import tqdm
 
@@ -79,7 +79,7 @@ def draw(pipeline, prompts: list[str], *, num_frames: int, steps: int, guidance:
 
 
 def moving_prompts(count: int, seed: int) -> list[str]:
-    """Prompts for clips, one object each."""
+    """Make prompts for clips, one object each."""
     import demo_world
 
     rng = np.random.default_rng(seed)
@@ -87,7 +87,7 @@ def moving_prompts(count: int, seed: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Draw, judge, print; returns the figures."""
+    """Draw, judge, print, and return the figures."""
     args = parse_args(argv)
     from wandistiller.evaluation import demo_judge
 

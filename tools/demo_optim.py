@@ -7,19 +7,19 @@ from torch import Tensor
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Learning-rate factor: a linear warm-up, then half a cosine down to zero."""
+    """Return the learning-rate factor: a linear warm-up, then half a cosine down to zero."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def warmup_constant_decay(step: int, steps: int, warmup: int, decay: float = 0.3) -> float:
-    """Learning-rate factor: warm-up, constant, then linear to zero over the last share, so that `steps` may change."""
+    """Return the learning-rate factor: warm-up, constant, then linear to zero at the end, so that `steps` may change."""
     return min((step + 1) / warmup, 1.0, (steps - step) / max(1.0, decay * steps))
 
 
 def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Semi-orthogonal matrices (K, rows, columns) near the given ones, by a quintic Newton-Schulz iteration."""
+    """Return semi-orthogonal matrices (K, rows, columns) near the given ones, by a quintic Newton-Schulz iteration."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -31,7 +31,7 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class MuonWithAdam(torch.optim.Optimizer):
-    """Each group of parameters by Muon (`muon=True`; convolutions are flattened) or by Adam, at its own `lr`."""
+    """An optimiser that updates each group by Muon (`muon=True`; convolutions are flattened) or Adam, at its own `lr`."""
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups, {"momentum": 0.95, "betas": (0.9, 0.98)})
@@ -44,7 +44,7 @@ class MuonWithAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if group["muon"]:

@@ -16,7 +16,7 @@ TEXT_WIDTH = 128
 
 
 def make_tokenizer():
-    """A T5 tokenizer of the world's words; single characters stand in for words it does not know."""
+    """Make a T5 tokenizer of the world's words; single characters stand in for words it does not know."""
     from transformers import T5TokenizerFast
 
     words = world.vocabulary()
@@ -29,7 +29,7 @@ def make_tokenizer():
 
 
 def new_text_encoder(vocab_size: int):
-    """A small untrained UMT5 encoder; it learns together with the transformer."""
+    """Make a small untrained UMT5 encoder; it learns together with the transformer."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(
@@ -75,20 +75,20 @@ def check_embeddings(text_encoder) -> None:
 
 
 def tokenize(tokenizer, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (B, S) and attention mask (B, S), padded to the longest prompt."""
+    """Return token ids (B, S) and attention mask (B, S), padded to the longest prompt."""
     tokens = tokenizer(prompts, padding="longest", truncation=True, return_tensors="pt")
     return tokens.input_ids.to(device), tokens.attention_mask.to(device)
 
 
 def encode_folded(text_encoder, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompt embeddings (B, S + 1, D), zero beyond the text, and the cross-attention bias that folds the zeros."""
+    """Return prompt embeddings (B, S + 1, D), zero beyond the text, and the cross-attention bias that folds the zeros."""
     embeds = text_encoder(input_ids, attention_mask).last_hidden_state * attention_mask.unsqueeze(-1)
     embeds = torch.cat([embeds, embeds.new_zeros(len(embeds), 1, embeds.shape[2])], dim=1)
     return embeds, folded_bias(attention_mask.sum(1), embeds.shape[1]).to(embeds.dtype)
 
 
 def folded_bias(lengths: Tensor, num_slots: int) -> Tensor:
-    """Logit bias: 0 on text, log(TEXT_MAX_LENGTH - n) on the first slot after n text tokens, -inf beyond."""
+    """Return the logit bias: 0 on text, log(TEXT_MAX_LENGTH - n) on the first slot after n text tokens, -inf beyond."""
     slot = torch.arange(num_slots, device=lengths.device)
     lengths = lengths.unsqueeze(1)
     pads = torch.log((TEXT_MAX_LENGTH - lengths).float().clamp(min=1e-9))

@@ -28,7 +28,7 @@ TRAINING_SHIFT = 5.0  # noisier than drawing: places and bindings are settled at
 
 
 def new_transformer():
-    """A small untrained WanTransformer3DModel; its width is three times what one latent patch holds."""
+    """Make a small untrained WanTransformer3DModel; its width is three times what one latent patch holds."""
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -65,7 +65,7 @@ def start_away_from_pads(model) -> None:
 
 
 def make_folded_processor():
-    """Diffusers' own Wan attention, adding `bias` to the logits: set on cross-attention, it folds the pads into one."""
+    """Make diffusers' own Wan attention add `bias` to the logits: set on cross-attention, it folds the pads into one."""
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
     class FoldedPadProcessor(WanAttnProcessor):
@@ -113,7 +113,7 @@ class LatentPool:
         self.two = np.array([i for i, scene in enumerate(self.stills) if len(scene.things) == 2])
 
     def draw(self, count: int, clips: bool, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
-        """Latents (B, C, T, H, W) and prompts; a prompt is now and then empty, which is what guidance needs."""
+        """Draw latents (B, C, T, H, W) and prompts; a prompt is now and then empty, which is what guidance needs."""
         scenes, latents = (self.clips, self.clip_latents) if clips else (self.stills, self.still_latents)
         if clips:
             rows = rng.integers(len(scenes), size=count)
@@ -125,7 +125,7 @@ class LatentPool:
 
 
 def flow_loss(model, processor, text_encoder, latents: Tensor, tokens: tuple[Tensor, Tensor], generator) -> Tensor:
-    """Mean squared error of the velocity at a shifted-uniform noise level per sample."""
+    """Return the mean squared error of the velocity at a shifted-uniform noise level per sample."""
     u = torch.rand(len(latents), generator=generator).to(latents.device)
     sigma = TRAINING_SHIFT * u / (1 + (TRAINING_SHIFT - 1) * u)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
@@ -137,7 +137,7 @@ def flow_loss(model, processor, text_encoder, latents: Tensor, tokens: tuple[Ten
 
 
 def parameter_groups(modules: list[nn.Module], lr: float) -> list[dict]:
-    """Muon for hidden matrices; Adam for embeddings, input and output layers, vectors and tables.
+    """Give hidden matrices to Muon, and to Adam embeddings, input and output layers, vectors and tables.
 
     UMT5's relative position biases are logits and have some way to go from zero, so their steps are ten times longer:
     until they tell near words from far ones, the encoder cannot say which object a place belongs to.
@@ -157,7 +157,7 @@ def parameter_groups(modules: list[nn.Module], lr: float) -> list[dict]:
 
 
 def ema_decay(step: int, decay: float) -> float:
-    """A short memory at first, so that the average does not remember the random start."""
+    """Return the decay: a short memory at first, so that the average does not remember the random start."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -205,7 +205,7 @@ def train_transformer(
 
 
 def training_minutes(work: Path) -> float:
-    """Minutes in the training log, over all runs that share it; the clock starts anew with each run."""
+    """Return the minutes in the training log, over all runs that share it; the clock starts anew with each run."""
     seconds, before = 0.0, 0.0
     for line in (work / "transformer_log.jsonl").read_text(encoding="utf-8").splitlines():
         now = json.loads(line)["elapsed_s"]
@@ -215,20 +215,20 @@ def training_minutes(work: Path) -> float:
 
 
 def append_log(work: Path, step: int, loss: float | None, elapsed_s: float) -> None:
-    """One JSON line of training figures."""
+    """Append one JSON line of training figures."""
     with open(work / "transformer_log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "loss": loss, "elapsed_s": round(elapsed_s)}) + "\n")
 
 
 def save_state(work: Path, both: nn.Module, average: dict, optimizer, step: int) -> None:
-    """Everything needed to go on, whole or not at all."""
+    """Save everything that is needed to resume, whole or not at all."""
     state = {"model": both.state_dict(), "average": average, "optimizer": optimizer.state_dict(), "step": step}
     torch.save(state, work / "transformer_state.pt.part")
     os.replace(work / "transformer_state.pt.part", work / "transformer_state.pt")
 
 
 def load_state(work: Path, both: nn.Module, average: dict, optimizer) -> int:
-    """Take up a saved state if there is one; returns the step to go on from."""
+    """Load a saved state if there is one; return the step to resume from."""
     path = work / "transformer_state.pt"
     if not path.exists():
         return 0

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 LATENT_CHANNELS = 16
 KL_WEIGHT = 5e-5
-EDGE_WEIGHT = 4.0  # of pixels near an edge: most of a picture is flat, and learnt in no time
+EDGE_WEIGHT = 4.0  # pixels near an edge count more: most of a picture is flat, and learnt in no time
 CROP = 32
 
 
 def new_vae():
-    """A small untrained AutoencoderKLWan: 8x in space, 4x in time, 16 latent channels."""
+    """Make a small untrained AutoencoderKLWan: 8x in space, 4x in time, 16 latent channels."""
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan(
@@ -72,7 +72,7 @@ def first_frame_as_2d() -> Iterator[None]:
 
 
 def _decode_unclamped(vae, latents: Tensor) -> Tensor:
-    """AutoencoderKLWan.decode without its final clamp, which would stop the gradient of overshooting pixels."""
+    """Decode as AutoencoderKLWan.decode without its final clamp, which would stop the gradient of overshooting pixels."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
     vae.clear_cache()
@@ -87,12 +87,12 @@ def _decode_unclamped(vae, latents: Tensor) -> Tensor:
 
 
 def random_pictures(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Training stills, uint8 (count, 1, 64, 64, 3)."""
+    """Draw training stills, uint8 (count, 1, 64, 64, 3)."""
     return np.stack([world.render(world.sample_scene(rng), rng) for _ in range(count)])
 
 
 def random_clips(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Training clips, uint8 (count, 5, 64, 64, 3)."""
+    """Draw training clips, uint8 (count, 5, 64, 64, 3)."""
     return np.stack([world.render(world.sample_moving_scene(rng), rng, world.NUM_FRAMES) for _ in range(count)])
 
 
@@ -104,7 +104,7 @@ def _batch(frames: np.ndarray, crop: int, rng: np.random.Generator, device: torc
 
 
 def _near_edges(pixels: Tensor, reach: int = 3) -> Tensor:
-    """1 where the picture changes within `reach` pixels, else 0: (B, 1, T, H, W)."""
+    """Return 1 where the picture changes within `reach` pixels, else 0: (B, 1, T, H, W)."""
     frames = pixels.transpose(1, 2).flatten(0, 1)
     window = 2 * reach + 1
     highest, lowest = F.max_pool2d(frames, window, 1, reach), -F.max_pool2d(-frames, window, 1, reach)
@@ -158,7 +158,7 @@ def train_vae(*, crop_steps: int, clip_steps: int, full_steps: int, seed: int, d
 
 @torch.no_grad()
 def encode(vae, frames: np.ndarray, batch: int = 64) -> Tensor:
-    """uint8 (N, T, H, W, 3) to raw latents (N, C, T', h, w), the posterior's mean."""
+    """Encode uint8 (N, T, H, W, 3) to raw latents (N, C, T', h, w), the posterior's mean."""
     device = next(vae.parameters()).device
     parts = []
     with first_frame_as_2d():
@@ -169,7 +169,7 @@ def encode(vae, frames: np.ndarray, batch: int = 64) -> Tensor:
 
 
 def normalise(vae, latents: Tensor) -> Tensor:
-    """Raw latents to the transformer's: zero mean and unit deviation per channel, by the VAE's own config."""
+    """Turn raw latents into the transformer's: zero mean and unit deviation per channel, by the VAE's own config."""
     mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
     return (latents - mean) / std
@@ -196,18 +196,18 @@ def _psnr(vae, frames: np.ndarray) -> float:
 
 
 def still_psnr(vae, seed: int, count: int) -> float:
-    """Mean reconstruction PSNR in dB over fresh stills."""
+    """Return the mean reconstruction PSNR in dB over fresh stills."""
     with first_frame_as_2d():
         return _psnr(vae, random_pictures(np.random.default_rng(seed + 2), count))
 
 
 def clip_psnr(vae, seed: int, count: int) -> float:
-    """Mean reconstruction PSNR in dB over fresh clips."""
+    """Return the mean reconstruction PSNR in dB over fresh clips."""
     return _psnr(vae, random_clips(np.random.default_rng(seed + 3), count))
 
 
 def load_vae(folder: Path, device: torch.device):
-    """The VAE of a pipeline folder or a work folder, in fp32."""
+    """Load the VAE of a pipeline folder or a work folder, in fp32."""
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32).to(device).eval()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 IMAGE_SIZE = 64
-NUM_FRAMES = 5  # of a clip; the VAE makes 1 + (5 - 1) / 4 = 2 latent frames of them
+NUM_FRAMES = 5  # a clip has so many, and the VAE makes two latent frames of them
 PIXELS_PER_FRAME = 2.5
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
@@ -53,9 +53,9 @@ TEMPLATES = (
 )
 HELD_OUT_ONE_IN = 7
 
-JITTER_PIXELS = 1.0  # of an object's centre
-JITTER_SIZE = 0.04  # relative
-JITTER_COLOUR = 6.0  # of 255
+JITTER_PIXELS = 1.0  # an object's centre moves by up to so much
+JITTER_SIZE = 0.04  # a share of the object's size
+JITTER_COLOUR = 6.0  # a channel of 255 levels moves by so many
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,18 @@ class Scene:
 
 
 def is_held_out_combination(colour: str, shape: str, background: str) -> bool:
-    """Whether this triple is kept for evaluation; a hash decides, so that every machine agrees."""
+    """Tell whether this triple is kept for evaluation; a hash decides, so that every machine agrees."""
     digest = hashlib.sha256(f"{colour} {shape} {background}".encode()).digest()
     return digest[0] % HELD_OUT_ONE_IN == 0
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether any object of the scene is a held-out combination with the background."""
+    """Tell whether any object of the scene is a held-out combination with the background."""
     return any(is_held_out_combination(thing.colour, thing.shape, scene.background) for thing in scene.things)
 
 
 def held_out_combinations() -> list[tuple[str, str, str]]:
-    """All held-out (colour, shape, background) triples."""
+    """List all held-out (colour, shape, background) triples."""
     triples = itertools.product(COLOURS, SHAPES, BACKGROUNDS)
     return [triple for triple in triples if is_held_out_combination(*triple)]
 
@@ -119,7 +119,7 @@ def sample_moving_scene(rng: np.random.Generator) -> Scene:
 
 
 def _describe_thing(thing: Thing, rng: np.random.Generator, variety: float) -> str:
-    """`variety` is how often a word is a synonym, or is left out so that the scene is free to choose."""
+    """Describe one object; `variety` is how often a word is a synonym, or is left out so that the scene is free to choose."""
     size = SIZE_SYNONYMS[thing.size] if rng.random() < variety else thing.size
     words = [thing.colour, thing.shape] if rng.random() < variety / 3 else [size, thing.colour, thing.shape]
     article = "an" if words[0] == "orange" else "a"
@@ -129,7 +129,7 @@ def _describe_thing(thing: Thing, rng: np.random.Generator, variety: float) -> s
 
 
 def describe(scene: Scene, rng: np.random.Generator, variety: float = 0.25) -> str:
-    """The scene in plain English; `variety=0` names every attribute by its first word."""
+    """Describe the scene in plain English; `variety=0` names every attribute by its first word."""
     # A size or place may go unsaid in one-object scenes only: with two objects it would make the prompt ambiguous.
     variety_of_thing = variety if len(scene.things) == 1 and scene.motion is None else 0.0
     objects = [_describe_thing(thing, rng, variety_of_thing) for thing in scene.things]
@@ -142,14 +142,14 @@ def describe(scene: Scene, rng: np.random.Generator, variety: float = 0.25) -> s
 
 
 def vocabulary() -> list[str]:
-    """Every word a prompt of this world can hold, in a fixed order."""
+    """List every word that a prompt of this world can hold, in a fixed order."""
     words = ["a", "an", "A", "An", "on", "in", "at", "the", "of", "and", "with", "picture", "background", "moving"]
     words += ["middle", *SHAPES, *COLOURS, *BACKGROUNDS, *SIZES, *SIZE_SYNONYMS.values(), *PLACES, *MOTIONS]
     return list(dict.fromkeys(words))
 
 
 def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    """Distance to the shape's edge, negative inside; (x, y) are relative to its centre."""
+    """Return the distance to the shape's edge, negative inside; (x, y) are relative to its centre."""
     if shape == "circle":
         return np.hypot(x, y) - r
     if shape == "square":
@@ -183,12 +183,12 @@ def render(scene: Scene, rng: np.random.Generator, num_frames: int = 1, size: in
 
 
 def to_tensor_range(frames: np.ndarray) -> np.ndarray:
-    """uint8 (..., T, H, W, 3) to float32 (..., 3, T, H, W) in [-1, 1], as the VAE takes it."""
+    """Turn uint8 (..., T, H, W, 3) into float32 (..., 3, T, H, W) in [-1, 1], as the VAE takes it."""
     return np.moveaxis(frames, -1, -4).astype(np.float32) / 127.5 - 1.0
 
 
 def contact_sheet(images: list[np.ndarray], columns: int, zoom: int = 2) -> np.ndarray:
-    """Pictures (H, W, 3) side by side in rows, enlarged by whole pixels, with a thin frame."""
+    """Place pictures (H, W, 3) side by side in rows, enlarged by whole pixels, with a thin frame."""
     padded = [np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=90) for image in images]
     padded += [np.zeros_like(padded[0])] * (-len(padded) % columns)
     rows = [np.concatenate(padded[i : i + columns], axis=1) for i in range(0, len(padded), columns)]

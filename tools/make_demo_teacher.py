@@ -7,7 +7,7 @@
 The story: a world of coloured shapes (demo_world.py) gives prompts, stills and clips; a tokenizer knows its words; a
 video autoencoder learns its pictures (demo_vae.py); a Wan transformer and a UMT5 text encoder learn together to draw
 them from prompts (demo_transformer.py); all of it is saved as a folder that diffusers' WanPipeline loads unchanged.
-Each stage is kept in --work_dir, and the same command goes on where it stopped.
+Each stage is kept in --work_dir, and the same command resumes where it stopped.
 """
 
 import argparse
@@ -26,7 +26,7 @@ TINY |= {"num_prompts": 20, "num_measured": 4}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command-line flags; `--tiny` overrides the step counts and sizes."""
+    """Parse the flags; `--tiny` overrides the step counts and sizes."""
     count = number(int, low=1)
     parser = FlagParser("make_demo_teacher.py", __doc__.split("\n")[0])
     folders = parser.group("Folders")
@@ -78,7 +78,7 @@ def write_prompts(folder: Path, num_prompts: int, num_heldout: int, seed: int) -
 
 
 def vae_stage(args: argparse.Namespace):
-    """Train the VAE, or load it from the work folder; returns it with its reconstruction PSNR."""
+    """Train the VAE, or load it from the work folder; return it with its reconstruction PSNR."""
     import demo_vae
     import torch
 
@@ -103,7 +103,7 @@ def vae_stage(args: argparse.Namespace):
 
 
 def transformer_stage(args: argparse.Namespace, vae, tokenizer):
-    """Train transformer and text encoder, or go on with them."""
+    """Train transformer and text encoder, or resume their training."""
     import demo_transformer
     import torch
 
@@ -149,7 +149,7 @@ def save_pipeline(folder: Path, vae, tokenizer, text_encoder, transformer) -> No
 
 
 def write_record(args: argparse.Namespace, figures: dict) -> None:
-    """What the folder is and how to draw with it; the trainer reads its defaults from here."""
+    """Write what the folder is and how to draw with it; the trainer reads its defaults from here."""
     import demo_text
     import demo_world
 

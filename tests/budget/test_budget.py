@@ -32,7 +32,8 @@ from wandistiller.budget.workload import (
 from wandistiller.model.layers import rope_table
 from wandistiller.model.sizes import count_parameters, transformer_flops, weight_bytes
 from wandistiller.projection.project import project_teacher
-from wandistiller.run.dry_run import changeable_flags, num_calls
+from wandistiller.run.dry_run import changeable_flags, expected_calls
+from wandistiller.run.flags import STATES
 from wandistiller.targets.answers import Answer
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.replay import ReplayedAnswers
@@ -77,7 +78,9 @@ def test_latents_that_training_states_keep(kind, fraction):
     settings = resolve_settings(mock_wan_files(config))
     states = build_states(StatesOptions(kind=kind, renoise_fraction=fraction), config, settings, 30, Lanes(3))
     latents = [tensor for tensor in states.state_dict().values() if tensor.ndim == 5]  # (lanes, kept, C, H, W)
-    assert stored_latents(kind, renoised=fraction > 0) * 3 == sum(len(tensor.flatten(0, 1)) for tensor in latents)
+    assert stored_latents(STATES[kind].has_paths, renoised=fraction > 0) * 3 == sum(
+        len(tensor.flatten(0, 1)) for tensor in latents
+    )
 
 
 class CountingAnswers:
@@ -108,7 +111,7 @@ def test_calls_of_a_replayed_teacher(replay, num_steps):
     for _ in range(num_steps):
         answers.next()
     flags = train_distillation.parse_args(["--teacher_path", "y", "--replay", str(replay)])
-    assert num_calls(flags, 50, num_steps) == pytest.approx(source.num_calls, rel=0.05)
+    assert expected_calls(flags, 50, num_steps) == pytest.approx(source.num_calls, rel=0.05)
 
 
 def test_bytes_of_a_checkpoint_on_disk(train, teachers, tmp_path):
@@ -118,7 +121,7 @@ def test_bytes_of_a_checkpoint_on_disk(train, teachers, tmp_path):
     assert outcome.code == 0, outcome.err
     checkpoint = max((tmp_path / "out" / "checkpoints").glob("*/*.safetensors"))
     student = StudentConfig.from_dict(PRUNED_CONFIG)
-    stored = stored_latents("trajectory", renoised=True)
+    stored = stored_latents(True, renoised=True)
     workload = Workload(teacher=student, student=student, latent_size=4, batch_size=4, stored_latents=stored)
     (checkpoints,) = [part for part in disk_budget(workload) if part.name == "checkpoints"]
     saved = sum(tensor.nbytes for tensor in load_file(checkpoint).values())

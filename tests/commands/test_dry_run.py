@@ -244,7 +244,7 @@ def test_out_of_memory_by_any_of_its_names_gets_the_same_advice(train, teachers,
     assert outcome.code == 1 and "Change, in order of GiB saved" in outcome.err and "Traceback" not in outcome.err
 
 
-def test_advice_for_a_run_with_checkpoints_says_what_it_can_go_on_with(train, teachers, monkeypatch):
+def test_advice_for_a_run_with_checkpoints_says_what_it_can_be_resumed_with(train, teachers, monkeypatch):
     flags = ["--max_steps", 2, "--save_every", 2]
     assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
 
@@ -253,7 +253,9 @@ def test_advice_for_a_run_with_checkpoints_says_what_it_can_go_on_with(train, te
 
     monkeypatch.setattr("wandistiller.training.loop.train", fails)
     outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 4)
-    assert "The run goes on with another --batch_size" in outcome.err and "others make another run" in outcome.err
+    assert (
+        "The run can be resumed with another --batch_size" in outcome.err and "others make another run" in outcome.err
+    )
 
 
 def test_out_of_memory_in_a_run_lists_what_was_there_and_what_to_change(train, teachers, monkeypatch):

@@ -35,7 +35,7 @@ from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
 from wandistiller.projection.project import project_teacher
-from wandistiller.wan.files import open_wan_files
+from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.settings import RELEASED_LATENTS, resolve_settings
 
 DEMO_TEACHER = ROOT / "data" / "demo_teacher"

@@ -19,7 +19,7 @@ from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.wan.open import open_teacher
+from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.settings import resolve_settings
 

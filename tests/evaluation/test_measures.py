@@ -16,7 +16,7 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.reports.tables import equal_steps
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.wan.files import open_wan_files
+from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.settings import resolve_settings
 
 

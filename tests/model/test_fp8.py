@@ -17,7 +17,7 @@ from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.model.fp8 import FP8, Fp8Linear, fp8_linears, quantise, to_fp8
 from wandistiller.model.hidden_states import block_outputs
 from wandistiller.projection.project import _empty_student, project_experts, project_teacher
-from wandistiller.wan.files import open_wan_files
+from wandistiller.wan.layouts import open_wan_files
 
 # Rounding to three bits of mantissa errs by at most 1/16 of a value, evenly spread by about 1/28 (root mean square); a
 # velocity is far off that only where something is wrong.

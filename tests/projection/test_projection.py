@@ -35,7 +35,7 @@ from wandistiller.errors import UserError
 from wandistiller.model.config import ConfigError
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.projection.selection import spread_layers
-from wandistiller.wan.files import open_wan_files
+from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.mock import mock_wan_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -468,7 +468,7 @@ def test_layers_without_a_student_to_put_them_in_are_refused(tmp_path, capsys):
 MEASURE = """
 import sys
 import torch
-import wandistiller.projection.project, wandistiller.projection.selection, wandistiller.model.transformer, wandistiller.wan.files
+import wandistiller.projection.project, wandistiller.projection.selection, wandistiller.model.transformer, wandistiller.wan.layouts
 from wandistiller import StudentConfig
 
 def kib(field):

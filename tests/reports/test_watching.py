@@ -24,7 +24,7 @@ from support.runs import PRUNED_CONFIG, read_metrics, weights_of
 from wandistiller.files.output_folder import set_aside_previous_student
 from wandistiller.reports import metrics, plots, samples, trackers
 from wandistiller.reports.metrics import StepMetrics
-from wandistiller.run.messages import command_line, resume_command
+from wandistiller.run.messages import resume_command, typed_command
 
 CELL = 160 + 8  # pixels of a drawn prompt in a sample picture, with its margin
 DRAWN = ["--guidance_scale", 1, "--num_samples", 2]
@@ -363,11 +363,12 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
 def test_the_command_is_quoted_for_the_shell_and_going_on_does_not_start_anew(monkeypatch):
     argv = ["--output_dir", "my runs", "--overwrite"]
     assert (
-        command_line("train_distillation.py", argv) == "python train_distillation.py --output_dir 'my runs' --overwrite"
+        typed_command("train_distillation.py", argv)
+        == "python train_distillation.py --output_dir 'my runs' --overwrite"
     )
     assert resume_command("train_distillation.py", argv) == "python train_distillation.py --output_dir 'my runs'"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert command_line("t.py", []) == "torchrun --nproc_per_node 2 t.py"
+    assert typed_command("t.py", []) == "torchrun --nproc_per_node 2 t.py"
 
 
 def test_a_readme_of_a_person_is_neither_moved_nor_replaced(train, teachers, tmp_path):

@@ -20,8 +20,9 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.projection.project import project_experts
 from wandistiller.sampling.flow import sigma_to_timestep
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.wan.files import WanFiles, open_wan_files
+from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.settings import DEFAULT_NEGATIVE_PROMPT, RELEASED_LATENTS, resolve_settings
+from wandistiller.wan.wan_files import WanFiles
 
 NEGATIVE = torch.randn(4, 20, generator=torch.Generator().manual_seed(99))
 SIGMA = torch.tensor([0.1234, 0.8749, 0.875, 0.9876])  # two for either expert, one of them on the boundary
@@ -246,7 +247,7 @@ class Headers:
         self.config = StudentConfig(block="wan", num_channels=channels, image_size=512, **shape)
 
 
-RELEASED = {  # WAN_FACTS section 1: heads, channels, ffn_dim, layers, experts; shift, steps, guidance, boundary, VAE factor
+RELEASED = {  # Wan2.1, Wan2.2: wan/configs; heads, channels, ffn_dim, layers, experts; shift, steps, guidance, boundary, VAE factor
     "Wan2.1-T2V-1.3B": ((12, 16, 8960, 30, 1), (5.0, 50, 5.0, None, None, 8)),
     "Wan2.1-T2V-14B": ((40, 16, 13824, 40, 1), (5.0, 50, 5.0, None, None, 8)),
     "Wan2.2-T2V-A14B": ((40, 16, 13824, 40, 2), (12.0, 40, 4.0, 3.0, 0.875, 8)),

@@ -29,8 +29,7 @@ from wandistiller.targets.answers import TeacherAnswers
 from wandistiller.targets.cache import AnswerError, CachedAnswers, TeacherCache, describe_cache, teacher_fingerprint
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions, build_states
-from wandistiller.wan.files import open_wan_files
-from wandistiller.wan.open import open_teacher
+from wandistiller.wan.layouts import open_teacher, open_wan_files
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.settings import resolve_settings
 

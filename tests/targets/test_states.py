@@ -29,13 +29,14 @@ from support.states import (
     walk,
 )
 from wandistiller import StudentConfig
+from wandistiller.run.flags import STATES, parse_args
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
 from wandistiller.targets.prompt_order import PromptOrder, PromptSwap
 from wandistiller.targets.renoise import SAMPLES_PER_LANE, RenoisedStates
-from wandistiller.targets.states import StatesOptions, build_states
+from wandistiller.targets.states import BUILDERS, StatesOptions, build_states
 from wandistiller.targets.trajectories import TrajectoryStates
-from wandistiller.wan.open import open_teacher
+from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.settings import resolve_settings
 
 
@@ -264,3 +265,9 @@ def test_states_follow_the_seed_of_the_run():
     steps = [[step_of_states(states) for _ in range(200)][-1] for states in (one, same, other)]
     assert one.num_kept.sum() > 20 and torch.equal(steps[0][0], steps[1][0])
     assert not torch.equal(steps[0][0], steps[2][0])
+
+
+def test_the_flags_know_the_kinds_that_can_be_built():
+    assert STATES.keys() == BUILDERS.keys()
+    for kind in STATES:
+        assert parse_args(["--teacher_path", "x", "--states", kind]).states.states == kind

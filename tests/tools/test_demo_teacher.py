@@ -21,7 +21,7 @@ from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, sample
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.wan.files import open_wan_files
+from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.settings import resolve_settings
 from wandistiller.wan.text_encoder import encode_prompts
 from wandistiller.wan.text_encoder_files import TextEncoderFiles

@@ -49,7 +49,7 @@ from wandistiller.training.loop import (
 from wandistiller.training.objective import Objective
 from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_lr_scheduler, make_optimizer
 from wandistiller.training.stop import StopRequest
-from wandistiller.wan.open import open_teacher
+from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.settings import resolve_settings
 

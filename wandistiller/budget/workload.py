@@ -121,13 +121,13 @@ class Workload:
 
 
 def stored_latents(
-    states: str, *, renoised: bool = False, replay: int = 1, has_segments: bool = False, is_cached: bool = False
+    has_paths: bool, *, renoised: bool = False, replay: int = 1, has_segments: bool = False, is_cached: bool = False
 ) -> int:
     """Return how many latents training states and answers keep on the device, per sample of a batch."""
     if has_segments:
         # Starts, ends and velocities of the paths; states and velocities of the targets that are known
         return 3 * PATHS_PER_LANE + 2 * READY_PER_LANE + (2 * REPLAY_BATCHES if replay > 1 else 0)
-    paths = 0 if states == "noise" else PATHS_PER_LANE + (SAMPLES_PER_LANE if renoised else 0)
+    paths = 0 if not has_paths else PATHS_PER_LANE + (SAMPLES_PER_LANE if renoised else 0)
     return paths + (2 * REPLAY_BATCHES if replay > 1 and not is_cached else 0)
 
 

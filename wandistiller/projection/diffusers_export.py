@@ -1,6 +1,6 @@
 """Write a wan student as other tools keep a Wan: a diffusers transformer folder, a pipeline folder, or a file of original names.
 
-Each carries the student's own config in the metadata of its weights, so that `wandistiller.wan.files` opens it as a teacher.
+Each carries the student's own config in the metadata of its weights, so that `wandistiller.wan.layouts` opens it as a teacher.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from wandistiller.projection.comfyui import comfyui_metadata
 from wandistiller.projection.lift import lift
 from wandistiller.sampling.recorded import teacher_paths
 from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
-from wandistiller.wan.files import open_wan_files
+from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.names import teacher_record, transformer_settings
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"

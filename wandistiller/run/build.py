@@ -1,4 +1,4 @@
-"""What a run is built of: embeddings, teacher, student, answers, objective, and who watches."""
+"""What a run is built of: embeddings, teacher, student, answers and objective."""
 
 import logging
 import math
@@ -126,7 +126,7 @@ def make_student(run: Run) -> tuple[WanLiteStudent, ProjectionReport]:
     return student, report
 
 
-def distribute(run: Run, student: WanLiteStudent, teacher: Teacher | None, objective: Objective) -> None:
+def compile_and_shard(run: Run, student: WanLiteStudent, teacher: Teacher | None, objective: Objective) -> None:
     """Compile the models' blocks and shard the student, where the flags ask for it."""
     performance, processes = run.flags.performance, run.processes
     if performance.compile:
@@ -148,12 +148,12 @@ def compile_blocks(models: Iterable[WanLiteStudent]) -> None:
 # ---- answers and objective ----
 
 
-def build_objective(run: Run, report: ProjectionReport) -> Objective:
+def build_objective(run: Run, projection: ProjectionReport) -> Objective:
     """Build the loss, with the maps of hidden states that it learns beside the student."""
     flags, config, teacher = run.flags, run.config, run.wan_files.config
     feature_loss = None
     if flags.objective.feature_loss_weight:
-        channels = report.channels if config.block == "wan" and report.channels else None
+        channels = projection.channels if config.block == "wan" and projection.channels else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(flags.optimization.seed)  # maps that are learnt start the same in every process
             feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, channels).to(run.device)
@@ -167,12 +167,12 @@ def build_objective(run: Run, report: ProjectionReport) -> Objective:
     )
 
 
-def feature_layers(run: Run, report: ProjectionReport) -> list[int]:
+def feature_layers(run: Run, projection: ProjectionReport) -> list[int]:
     """Return the teacher's layers whose hidden states the objective compares; none where it compares none."""
     if not run.flags.objective.feature_loss_weight:
         return []
     depth = run.wan_files.config.depth
-    return span_ends(report.layers or spread_layers(depth, run.config.depth), depth)
+    return span_ends(projection.layers or spread_layers(depth, run.config.depth), depth)
 
 
 def build_answers(

@@ -1,7 +1,6 @@
 """The budget of a run from its plan; no weight is read and nothing is written."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,8 +23,7 @@ from wandistiller.device import DTYPES
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_writable
 from wandistiller.model.sizes import count_parameters
-from wandistiller.run.flags import Flags
-from wandistiller.run.messages import print_plan
+from wandistiller.run.flags import STATES, Flags
 from wandistiller.run.plan import Plan
 from wandistiller.targets.replay import REPLAY_BATCHES
 from wandistiller.training.checkpoints import Checkpoints
@@ -41,9 +39,8 @@ def print_budget(plan: Plan) -> int:
     Raises:
         UserError: a folder cannot be written to, the disk has no room, or the run is certain not to fit.
     """
-    print_plan(plan)
     check_places(plan)
-    about, machine = report_budget(plan)
+    about, machine = print_budget_tables(plan)
     if about.is_certain_not_to_fit and machine.is_known:
         raise UserError(f"--dry_run: {about.sentence}")
     print(about.sentence)
@@ -61,7 +58,7 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
     states, own, performance = flags.states, flags.optimization, flags.performance
     is_gpu = torch.device(plan.device).type == "cuda" if is_gpu is None else is_gpu
     dtype = dtype or performance.dtype or ("bf16" if is_gpu else "fp32")
-    calls = num_calls(flags, plan.settings.num_inference_steps, plan.num_steps)
+    calls = expected_calls(flags, plan.settings.num_inference_steps, plan.num_steps)
     return Workload(
         teacher=plan.wan_files.config,
         student=config,
@@ -83,7 +80,7 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
         num_features=config.depth if flags.objective.feature_loss_weight else 0,
         maps_features=config.block != "wan" or flags.student.init == "random",
         stored_latents=stored_latents(
-            states.states,
+            STATES[states.states].has_paths,
             renoised=states.renoise_fraction > 0,
             replay=states.replay,
             has_segments=flags.objective.student_steps is not None,
@@ -98,7 +95,7 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
     )
 
 
-def num_calls(flags: Flags, teacher_steps: int, num_steps: int) -> int:
+def expected_calls(flags: Flags, teacher_steps: int, num_steps: int) -> int:
     """About how many global batches the teacher answers for so many steps.
 
     With --replay a full store is left over at the end, whose answers have half of their uses before them on average; a target
@@ -188,7 +185,7 @@ def check_places(plan: Plan) -> None:
 # ---- report ----
 
 
-def report_budget(plan: Plan, print_line: Callable[[str], None] = print) -> tuple[Verdict, Machine]:
+def print_budget_tables(plan: Plan) -> tuple[Verdict, Machine]:
     """Print what the run will take, against what the machine has."""
     flags = plan.flags
     machine = find_machine(plan.device, flags.output.assume_gpu_gib, can_be_elsewhere=flags.performance.device is None)
@@ -210,7 +207,7 @@ def report_budget(plan: Plan, print_line: Callable[[str], None] = print) -> tupl
         (f"Disk, GiB ({free})", disk_lines(workload)),
         ("Computing", [*compute_lines(workload), *measured_time_lines(workload, machine, dtype)]),
     ):
-        print_line("\n".join([title, *lines]))
+        print("\n".join([title, *lines]))
     return verdict(workload, machine.memory, changeable_flags(flags), machine.name), machine
 
 

@@ -18,11 +18,31 @@ from wandistiller.run.recipe import Recipe
 REPORTS = ["none", "wandb", "trackio"]
 LR_SCHEDULERS = ["constant", "linear", "cosine"]
 # These won on two teachers (docs/experiments.md). They stand for flags that are left out, wherever they apply.
-RENOISE_FRACTION = {"trajectory": 0.25, "renoise": 0.75}
 STUDENT_ROLLOUT = (0.0, 1.0)
 FEATURE_LOSS_WEIGHT = 1.0
 # Experts that take turns on the device answer many batches each, which spreads the time that it takes to move one in.
 OFFLOAD_CALLS_PER_EXPERT = 64
+
+
+@dataclass(frozen=True)
+class StatesKind:
+    """What the flags must know of a value of --states; targets/states.py builds the states themselves.
+
+    Attributes:
+        has_paths: whether its states lie on sampling paths, which a student can be rolled out on and which end in samples.
+        renoise_fraction: the share of renoised samples that it trains on unless another is given.
+    """
+
+    help: str
+    has_paths: bool = True
+    renoise_fraction: float = 0.0
+
+
+STATES = {
+    "trajectory": StatesKind("the teacher's own sampling paths", renoise_fraction=0.25),
+    "renoise": StatesKind("fresh noise mixed into the samples those end in", renoise_fraction=0.75),
+    "noise": StatesKind("pure noise at every noise level", has_paths=False),
+}
 
 
 def flag(help: str, default: object = None, **options: object) -> Any:
@@ -99,17 +119,16 @@ class StatesFlags:
     """At which states the student learns, and where the teacher's answers there come from."""
 
     states: str = flag(
-        "trajectory: the teacher's own sampling paths; renoise: fresh noise mixed into the samples those end in; "
-        "noise: pure noise at every noise level",
+        "; ".join(f"{name}: {kind.help}" for name, kind in STATES.items()),
         "trajectory",
-        choices=["trajectory", "renoise", "noise"],
+        choices=list(STATES),
     )
     sigma_range: tuple[float, float] = flag(
         "noise levels trained on", (0.0, 1.0), nargs=2, type=number(float, low=0, high=1), metavar=("LOW", "HIGH")
     )
     renoise_fraction: float = flag(
-        f"share of each batch that is renoised samples (default: {RENOISE_FRACTION['trajectory']}; with --states renoise "
-        f"{RENOISE_FRACTION['renoise']}; 0 where paths do not finish)",
+        f"share of each batch that is renoised samples (default: {STATES['trajectory'].renoise_fraction}; with --states renoise "
+        f"{STATES['renoise'].renoise_fraction}; 0 where paths do not finish)",
         type=number(float, low=0, high=1),
     )
     student_rollout: tuple[float, float] = flag(
@@ -379,7 +398,7 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
 def with_recipe(values: dict[str, Any]) -> dict[str, Any]:
     """Fill in the recipe that won, for what was left out and where it can be had."""
     states, few_steps = values["states"], values["student_steps"]
-    has_paths, is_live = states != "noise", values["teacher_cache"] is None
+    has_paths, is_live = STATES[states].has_paths, values["teacher_cache"] is None
     num_samples = values["batch_size"] * values["grad_accum_steps"] * torchrun_environment().world_size
     finishes = has_paths and values["sigma_range"] == (0.0, 1.0) and num_samples > 1
     filled: dict[str, Any] = {}
@@ -391,7 +410,7 @@ def with_recipe(values: dict[str, Any]) -> dict[str, Any]:
     takes_turns = values["teacher_offload"] and states == "trajectory" and not few_steps
     calls = fill("calls_per_expert", OFFLOAD_CALLS_PER_EXPERT if takes_turns and not values["renoise_fraction"] else 0)
     can_renoise = finishes and not few_steps and not calls
-    fill("renoise_fraction", RENOISE_FRACTION[states] if can_renoise else 0.0)
+    fill("renoise_fraction", STATES[states].renoise_fraction if can_renoise else 0.0)
     fill("student_rollout", STUDENT_ROLLOUT if has_paths and is_live else (0.0, 0.0))
     fill("feature_loss_weight", FEATURE_LOSS_WEIGHT if has_paths and is_live and not few_steps else 0.0)
     return values | filled
@@ -429,20 +448,21 @@ def states_mistakes(flags: Flags) -> Iterator[Mistake]:
     low, high = states.sigma_range
     if low >= high:
         yield "--sigma_range", f"LOW {low} must be below HIGH {high}"
-    if states.states != "noise" and high != 1.0:
+    has_paths = STATES[states.states].has_paths
+    if has_paths and high != 1.0:
         yield "--sigma_range", "a trajectory begins at sigma 1, so HIGH must be 1 (or use --states noise)"
     if states.extra_prompts and not states.prompt_swap:
         yield "--extra_prompts", "these prompts come by --prompt_swap alone; give it a probability above 0"
     if states.offline_teacher and not states.teacher_cache:
         yield "--offline_teacher", "the teacher's answers must come from somewhere; add --teacher_cache FOLDER"
-    if states.states == "noise":
+    if not has_paths:
         for name, is_given in (
             ("--student_steps", flags.objective.student_steps is not None),
             ("--renoise_fraction", states.renoise_fraction > 0),
             ("--student_rollout", max(states.student_rollout) > 0),
         ):
             if is_given:
-                yield name, "needs sampling paths, and --states noise has none; use --states trajectory"
+                yield name, f"needs sampling paths, and --states {states.states} has none; use --states trajectory"
 
 
 def renoise_mistakes(flags: Flags) -> Iterator[Mistake]:

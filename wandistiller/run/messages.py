@@ -1,4 +1,4 @@
-"""What a run prints of itself: what it trains from what, when each part of its start was done, and how it ended."""
+"""The first lines of a run, the times of its start with --verbose, and its summary; a part prints its own notices where they arise."""
 
 import contextlib
 import logging
@@ -38,7 +38,7 @@ SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOAR
 
 
 def print_plan(plan: "Plan") -> None:
-    """Print what is trained from what."""
+    """Print what is trained from what, and how many samples a step takes where that is not --batch_size alone."""
     texts, config, wan_files, settings = plan.texts, plan.config, plan.wan_files, plan.settings
     duplicates = f" ({texts.duplicates} repeated lines left out)" if texts.duplicates else ""
     print(f"Prompts: {len(texts.prompts)}{duplicates}")
@@ -49,15 +49,10 @@ def print_plan(plan: "Plan") -> None:
     )
     for warning in warnings_about(wan_files, settings, config):
         print(f"Warning: {warning}")
-
-
-def print_batch(plan: "Plan") -> None:
-    """Print how many samples a step takes, where that is not --batch_size alone."""
-    own = plan.flags.optimization
-    if plan.lanes.total == own.batch_size:
-        return
-    parts = [f"--batch_size {own.batch_size}", f"--grad_accum_steps {own.grad_accum_steps}"]
-    print(f"Samples a step: {' x '.join([*parts, f'{plan.processes.count} processes'])} = {plan.lanes.total}")
+    optimization = plan.flags.optimization
+    if plan.lanes.total != optimization.batch_size:
+        parts = [f"--batch_size {optimization.batch_size}", f"--grad_accum_steps {optimization.grad_accum_steps}"]
+        print(f"Samples a step: {' x '.join([*parts, f'{plan.processes.count} processes'])} = {plan.lanes.total}")
 
 
 class _Printed(logging.Handler):
@@ -85,21 +80,18 @@ def printed_log(is_on: bool) -> Iterator[None]:
 # ---- when it is over ----
 
 
-def print_end(
-    run: "Run", result: "TrainingResult", num_calls: int, teacher: "Teacher | None", command: list[str]
-) -> None:
+def print_end(run: "Run", result: "TrainingResult", num_calls: int, teacher: "Teacher | None") -> None:
     """Print what was trained, how well, how long, where it is, and what to type next.
 
     Args:
         num_calls: global batches that the teacher has answered.
-        command: the words after the script's name.
     """
     flags, folder = run.flags, run.folder
     state = "Interrupted after" if result.interrupted else "Done:"
     print(f"{state} {result.num_steps} steps. Saved {CONFIG_NAME} and diffusion_model.safetensors in {folder}")
     print("\n".join(summary_lines(folder, calls_line(run, num_calls, result.num_steps, teacher))))
     if result.interrupted and flags.output.save_every:
-        print(f"To resume:\n  {resume_command('train_distillation.py', command)}")
+        print(f"To resume:\n  {resume_command('train_distillation.py', run.command)}")
     elif run.vae_location is not None and not result.interrupted:
         prompts_file = flags.output.eval_prompts or held_out_prompts(run.wan_files.record)
         print("\n  ".join(["Next:", *next_commands(folder, run.texts.prompts[0], prompts_file, flags.data.vae_path)]))
@@ -113,7 +105,7 @@ def calls_line(run: "Run", num_calls: int, num_steps: int, teacher: "Teacher | N
     return line if len(teacher.experts) == 1 else f"{line}, with {teacher.num_swaps} swaps of its experts"
 
 
-def command_line(script: str, argv: Sequence[str]) -> str:
+def typed_command(script: str, argv: Sequence[str]) -> str:
     """Return the command as a person would type it again."""
     num_processes = torchrun_environment().local_world_size
     launcher = ["python"] if num_processes == 1 else ["torchrun", "--nproc_per_node", str(num_processes)]
@@ -122,21 +114,21 @@ def command_line(script: str, argv: Sequence[str]) -> str:
 
 def summary_lines(folder: Path, calls: str) -> list[str]:
     """Return what the folder's records say of the run; `calls` is what the teacher was asked."""
-    config, lines = StudentConfig.load(folder), read_metrics(folder / METRICS_NAME)
+    config, steps = StudentConfig.load(folder), read_metrics(folder / METRICS_NAME)
     record = config.distillation
-    loss = "{:.4g} over the first tenth of the steps, {:.4g} over the last".format(*loss_change(lines))
+    loss = "{:.4g} over the first tenth of the steps, {:.4g} over the last".format(*loss_change(steps))
     before = {
         "teacher": f"{record['teacher_path']}; {calls}",
         "student": f"{config.num_parameters:,} parameters, {config.block}, {config.image_size} px",
-        "time": f"{format_duration(training_seconds(lines))} of training, {record['batch_size']} samples a step",
+        "time": f"{format_duration(training_seconds(steps))} of training, {record['batch_size']} samples a step",
         "loss": loss,
     }
     after = {
-        "held out": _held_out(lines),
+        "held out": _held_out(steps),
         "files": f"{folder}: {', '.join(name for name in SHOWN_FILES if (folder / name).exists())}",
     }
     rows = [[_row(name, text) for name, text in part.items() if text] for part in (before, after)]
-    return [*rows[0], *_by_sigma(lines), *rows[1]]
+    return [*rows[0], *_by_sigma(steps), *rows[1]]
 
 
 def _by_sigma(lines: Sequence[dict]) -> list[str]:
@@ -178,4 +170,4 @@ def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | 
 
 def resume_command(script: str, argv: Sequence[str]) -> str:
     """Return the command that resumes a run: the same one, less what would start anew."""
-    return command_line(script, [word for word in argv if word.replace("-", "_") != "__overwrite"])
+    return typed_command(script, [word for word in argv if word.replace("-", "_") != "__overwrite"])

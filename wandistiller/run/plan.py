@@ -17,11 +17,11 @@ from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions
 from wandistiller.training.loop import TrainingOptions, steps_of_epochs
 from wandistiller.training.optimizer import OptimizationOptions, check_optimizer
-from wandistiller.wan.files import WanFiles, check_weights
-from wandistiller.wan.open import open_teacher
+from wandistiller.wan.layouts import check_headers, open_teacher
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
 from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, read_vae_config
+from wandistiller.wan.wan_files import WanFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,21 +110,21 @@ class Plan:
 
 
 def make_plan(flags: Flags, config: StudentConfig, texts: Texts) -> Plan:
-    """Look at everything that a run needs; nothing is written.
+    """Join the processes and look at everything that a run needs; nothing is written.
 
     Raises:
         UserError: something is missing, damaged, contradictory, or does not fit together.
     """
-    performance, batch = flags.performance, flags.optimization
+    performance, optimization = flags.performance, flags.optimization
     processes = join(performance.device, pick_device)
     dtype = pick_dtype(performance.dtype, processes.device)
-    check_optimizer(batch.optimizer)
+    check_optimizer(optimization.optimizer)
     check_report(flags.output.report)
     wan_files, settings = open_fitting_teacher(flags, config)
     flags = possible_flags(flags, wan_files, config)
     encoder = find_encoder(flags, wan_files, config)
     vae_location = find_sample_vae(flags, wan_files, settings)
-    if not flags.output.dry_run:
+    if not flags.output.dry_run:  # which plans for a device that may not be here
         flags = flags.replace(teacher_dtype=pick_teacher_dtype(performance.teacher_dtype, dtype))
     return Plan(
         flags=flags,
@@ -133,7 +133,7 @@ def make_plan(flags: Flags, config: StudentConfig, texts: Texts) -> Plan:
         wan_files=wan_files,
         settings=settings,
         processes=processes,
-        lanes=Lanes.of_process(batch.batch_size, batch.grad_accum_steps, processes.rank, processes.count),
+        lanes=Lanes.of_process(optimization.batch_size, optimization.grad_accum_steps, processes.rank, processes.count),
         dtype=dtype,
         encoder=encoder,
         vae_location=vae_location,
@@ -196,7 +196,7 @@ def find_sample_vae(flags: Flags, wan_files: WanFiles, settings: TeacherSettings
         location = find_vae(given, flags.data.teacher_path)
         check_is_vae_of(settings, wan_files.config.num_channels, location.config_path())
         if Path(location.location).exists():  # else the hub's client sees to its files
-            check_weights(location.folder())
+            check_headers(location.folder())
     except UserError as error:
         if given is not None:
             raise

@@ -1,4 +1,4 @@
-"""How a student was distilled: written into its student_config.json, and the defaults of whatever samples it later."""
+"""A trained student is saved with the record of how it was distilled, from which whatever samples it takes its defaults."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -67,8 +67,8 @@ def save_student(student: WanLiteStudent, record: dict, folder: Path, processes:
         student.save_pretrained(folder, weights)
 
 
-def save_run(
-    run: "Run", student: WanLiteStudent, report: ProjectionReport, result: TrainingResult, num_teacher_batches: int
+def save_trained_student(
+    run: "Run", student: WanLiteStudent, projection: ProjectionReport, result: TrainingResult, num_teacher_batches: int
 ) -> None:
     """Save the trained student with everything that is recorded of the run that made it."""
     flags, settings = run.flags, run.settings
@@ -82,11 +82,11 @@ def save_run(
         "commands": run.checkpoints.commands,
     }
     made_of = {
-        "layers": report.layers,
+        "layers": projection.layers,
         "num_prompts": len(run.texts.prompts),
         "num_teacher_batches": num_teacher_batches,
     }
     record = distillation_record(recipe, settings, run.training_options, result, made_of)
     save_student(student, record, run.folder, run.processes)
     if run.processes.is_first:
-        report.save(run.folder)
+        projection.save(run.folder)

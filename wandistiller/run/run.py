@@ -11,7 +11,7 @@ from wandistiller.device import is_out_of_memory
 from wandistiller.files.output_folder import locked_folder, prepare_output_folder
 from wandistiller.processes import leave
 from wandistiller.run.dry_run import changeable_flags, check_disk, has_checkpoints, workload_of
-from wandistiller.run.messages import command_line, print_batch, print_plan
+from wandistiller.run.messages import typed_command
 from wandistiller.run.plan import Plan
 from wandistiller.run.record import commands_so_far
 from wandistiller.targets.cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
@@ -19,6 +19,8 @@ from wandistiller.training.checkpoints import Checkpoint, Checkpoints
 from wandistiller.training.loop import Saving
 
 logger = logging.getLogger(__name__)
+
+SCRIPT = "train_distillation.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +32,14 @@ class Run(Plan):
         checkpoints: of this run.
         resume_from: the state that the run resumes from; None where it starts anew.
         cache: the teacher's answers on disk, where --teacher_cache asks for them.
-        typed: the command, as a person would type it again.
+        command: the words after the script's name.
     """
 
     folder: Path
     checkpoints: Checkpoints
     resume_from: Checkpoint | None
     cache: TeacherCache | None
-    typed: str
+    command: list[str]
 
     @property
     def first_step(self) -> int:
@@ -63,13 +65,11 @@ def open_run(plan: Plan, command: list[str]) -> Iterator[Run]:
     processes = plan.processes
     try:
         cache = open_cache(plan)
-        print_plan(plan)
-        print_batch(plan)
         output_dir = plan.flags.output.output_dir
         folder = processes.first_then_all(lambda: prepare_output_folder(output_dir))
         with contextlib.ExitStack() as held:
             processes.first_then_all(lambda: held.enter_context(locked_folder(folder)))
-            yield resumed_run(plan, folder, cache, command_line("train_distillation.py", command))
+            yield make_run(plan, folder, cache, command)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -93,7 +93,7 @@ def open_cache(plan: Plan) -> TeacherCache | None:
     return TeacherCache(plan.flags.states.teacher_cache, description, plan.processes)
 
 
-def description_of(plan: Plan) -> dict[str, object]:
+def run_identity(plan: Plan) -> dict[str, object]:
     """Return what makes two runs the same one: student, teacher, prompts, states and objective."""
     student = {f"student {name}": value for name, value in plan.config.to_dict().items() if name != "distillation"}
     return {
@@ -106,10 +106,10 @@ def description_of(plan: Plan) -> dict[str, object]:
     }
 
 
-def resumed_run(plan: Plan, folder: Path, cache: TeacherCache | None, typed: str) -> Run:
+def make_run(plan: Plan, folder: Path, cache: TeacherCache | None, command: list[str]) -> Run:
     """Return the run at the state that it resumes from, or at its start."""
     output = plan.flags.output
-    checkpoints = Checkpoints(folder, description_of(plan), plan.lanes.total, output.keep_checkpoints, plan.processes)
+    checkpoints = Checkpoints(folder, run_identity(plan), plan.lanes.total, output.keep_checkpoints, plan.processes)
     resume_from = None if output.overwrite else checkpoints.newest()
     if resume_from is not None:
         print(f"Resuming from step {resume_from.step} of {folder} (--overwrite starts anew)")
@@ -123,10 +123,12 @@ def resumed_run(plan: Plan, folder: Path, cache: TeacherCache | None, typed: str
             print(f"Training states start anew: {why}")
     check_disk(checkpoints, plan)
     first_step, before = (resume_from.step, resume_from.commands) if resume_from else (0, [])
-    checkpoints.commands = commands_so_far(before, first_step, typed, plan.flags.optimization.lr)
+    checkpoints.commands = commands_so_far(
+        before, first_step, typed_command(SCRIPT, command), plan.flags.optimization.lr
+    )
     logger.info("headers of the teacher read, output folder taken")
     known = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
-    return Run(**known, folder=folder, checkpoints=checkpoints, resume_from=resume_from, cache=cache, typed=typed)
+    return Run(**known, folder=folder, checkpoints=checkpoints, resume_from=resume_from, cache=cache, command=command)
 
 
 def out_of_memory(plan: Plan) -> OutOfMemory:

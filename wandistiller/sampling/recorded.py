@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from wandistiller.sampling.sampler import SamplingOptions
-    from wandistiller.wan.files import WanFiles
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
     from wandistiller.wan.text_encoder_files import TextEncoderFiles
+    from wandistiller.wan.wan_files import WanFiles
 
 # Drawing cannot do without these; the rest of the record may be missing.
 _NEEDED: dict[str, type | tuple[type, ...]] = {
@@ -211,7 +211,7 @@ def open_recorded_teacher(config: StudentConfig, teacher_path: str, teacher_path
     Raises:
         UserError: they cannot be opened, or are not those of this student's teacher.
     """
-    from wandistiller.wan.open import open_teacher
+    from wandistiller.wan.layouts import open_teacher
 
     wan_files = open_teacher(teacher_path, config, teacher_path_low)
     check_is_teacher(wan_files.config, config, teacher_path)

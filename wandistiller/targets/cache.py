@@ -33,9 +33,9 @@ from wandistiller.processes import Processes
 from wandistiller.targets.answers import Answer, AnswerQueue, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions
-from wandistiller.wan.files import WanFiles
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
+from wandistiller.wan.wan_files import WanFiles
 
 DESCRIPTION_NAME = "cache.json"
 STATE_NAME = "state.safetensors"

@@ -7,8 +7,11 @@ adds fresh noise to what such paths have drawn. To add a source:
    this process, and draws everything but latents for all lanes (see lanes.py). It draws from generators of its own only, which
    `state_dict` saves: a run that resumes must draw what it would have drawn.
 2. Enter its name and a function that builds it in `BUILDERS`.
-3. Add the name to the choices of `--states` in run/flags.py, and what it keeps on the device to `stored_latents` in
-   budget/workload.py.
+3. Enter the name in `STATES` of run/flags.py, with what the flags must know of it, and what the source keeps on the device in
+   `stored_latents` of budget/workload.py. A test holds the two tables to the same names.
+4. A value of its own goes through `StatesOptions` and run/plan.py; where it decides what a student becomes, run/recipe.py too.
+   Teacher caches and checkpoints that were written before are then refused, since they lack it.
+5. Write its tests beside those of the other sources in tests/targets, and its line in docs/training.md.
 """
 
 from collections.abc import Callable
@@ -50,7 +53,11 @@ class States(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all that the next `draw` depends on."""
+        """Return all that the next `draw` depends on.
+
+        A tensor with a row for each lane of this process has a name that begins with LANE_PREFIX (lanes.py), so that a run is
+        resumed by another number of processes.
+        """
         ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
@@ -93,7 +100,8 @@ def _path_states(options: StatesOptions, draw: DrawOptions, settings: TeacherSet
     return TrajectoryStates(draw, paths)
 
 
-# "trajectory" and "renoise" differ in the share of renoised states that the flags give by default.
+# A kind fills whole batches. What only takes a share of a batch of paths is a fraction, as `renoise_fraction` is; "trajectory" and
+# "renoise" differ in the share of renoised states that the flags give by default.
 BUILDERS: dict[str, Callable[[StatesOptions, DrawOptions, TeacherSettings], States]] = {
     "trajectory": _path_states,
     "renoise": _path_states,

@@ -104,7 +104,8 @@ class TrajectoryStates:
         """Return a state of a path for every lane, spread over the pool's noise levels once the first round is over.
 
         Args:
-            among: (total,) bool, the lanes that give a state; all by default. The rows of the others hold nothing of use.
+            among: (total,) bool, the lanes that give a state; all by default, and always all while the pool fills. The rows of the
+            others hold nothing of use.
         """
         slots = self._next_slots(among)
         is_drawn = slots >= 0

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from wandistiller.model.config import StudentConfig
-from wandistiller.wan.files import WanFiles
 from wandistiller.wan.transformer_files import own_image_size, teacher_tensor_shapes
+from wandistiller.wan.wan_files import WanFiles
 
 MOCK_SEED = 20250728
 

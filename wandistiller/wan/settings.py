@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
-from wandistiller.wan.files import WanFiles
+from wandistiller.wan.wan_files import WanFiles
 
 # This is Wan's own (Wan2.2:wan/configs/shared_config.py) without its words for still, static, picture and artwork, which
 # push away from stills.

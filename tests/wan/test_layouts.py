@@ -3,7 +3,7 @@
 The oracle is diffusers' 3D transformer at one frame, for every released structure at tiny widths. Reading opens
 headers only, follows no path outside the folder, and opens no pickle.
 
-pytest tests/wan/test_files.py
+pytest tests/wan/test_layouts.py
 """
 
 import json
@@ -31,7 +31,7 @@ from support.wan_folders import (
 )
 from wandistiller.errors import UserError
 from wandistiller.projection.project import project_teacher
-from wandistiller.wan.files import TeacherFileError, open_wan_files
+from wandistiller.wan.layouts import TeacherFileError, open_wan_files
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
 
 MAX_ERROR = 1e-5

@@ -2,7 +2,7 @@
 
 Importing the package or mistyping a flag must load nothing heavy, and only one module may touch torch.distributed.
 
-pytest tests/test_layout.py
+pytest tests/test_imports.py
 """
 
 import ast

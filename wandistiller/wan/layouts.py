@@ -4,11 +4,10 @@ It may be a diffusers pipeline folder or bare transformer folder, an original Wa
 safetensors file with original names (ComfyUI's, also fp8 and fp8_scaled), or a hub id. Only safetensors and JSON are read.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from wandistiller.errors import UserError
 from wandistiller.files.checked_json import (
     COMPONENT,
     NOT_NEGATIVE,
@@ -24,21 +23,19 @@ from wandistiller.files.checked_json import (
 from wandistiller.files.hub import fetch, is_hub_id
 from wandistiller.files.safetensors_files import indexed_files, read_header
 from wandistiller.model.config import StudentConfig
+from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.names import teacher_record
-from wandistiller.wan.text_encoder_files import TEXT_ENCODER_ADVICE, TextEncoderFiles, find_text_encoder
 from wandistiller.wan.transformer_files import (
     LAYOUTS,
     LOCAL_LAYOUTS,
     REFUSED_CLASSES,
-    TransformerTensors,
     WanTransformer,
     refuse_kind,
     refuse_settings,
 )
-from wandistiller.wan.vae import read_vae_config
+from wandistiller.wan.wan_files import WanFiles, with_latents
 
 WEIGHTS = "diffusion_pytorch_model"
-LATENT_SETTINGS = ("latents_mean", "latents_std", "vae_scale_factor")
 RECORD_KINDS = {
     "shift": POSITIVE,
     "guidance_scale": NOT_NEGATIVE,
@@ -61,60 +58,19 @@ _HUB_FILES = [
 ]
 
 
-@dataclass(frozen=True)
-class WanFiles:
-    """A Wan on disk: its experts and what the folder around them says.
-
-    Attributes:
-        location: the path or hub id that the person gave.
-        experts: {"high": ...}, or {"high": ..., "low": ...} where the noise levels are shared between two.
-        boundary_ratio, flow_shift: values that the pipeline folder records, else None.
-        latents_mean, latents_std, vae_scale_factor: values of vae/config.json, else None.
-        record: teacher_record.json (the demo teacher's own defaults), or what an exported student says of itself; else empty.
-        text_encoder_location: a folder or hub id with text_encoder/ and tokenizer/; None where there is none.
-        pickled_text_encoder: the text encoder of an original Wan folder, which is never opened.
-    """
-
-    location: str
-    experts: Mapping[str, TransformerTensors]
-    boundary_ratio: float | None = None
-    flow_shift: float | None = None
-    latents_mean: list[float] | None = None
-    latents_std: list[float] | None = None
-    vae_scale_factor: int | None = None
-    record: dict = field(default_factory=dict)
-    text_encoder_location: str | Path | None = None
-    pickled_text_encoder: Path | None = None
-
-    @property
-    def config(self) -> StudentConfig:
-        return self.experts["high"].config
-
-    @property
-    def is_mock(self) -> bool:
-        return self.location == "mock"
-
-    def expert(self, name: str) -> TransformerTensors:
-        if name not in self.experts:
-            raise TeacherFileError(f'{self.location}: has no expert "{name}"; it has: {", ".join(self.experts)}')
-        return self.experts[name]
-
-    def text_encoder(self) -> TextEncoderFiles:
-        """Find the text encoder that belongs to this Wan; one on the hub is fetched now."""
-        if self.text_encoder_location is not None:
-            return find_text_encoder(self.text_encoder_location)
-        if self.pickled_text_encoder is not None:
-            raise TeacherFileError(
-                f"{self.pickled_text_encoder}: is Wan's text encoder as a pickle in its original layout, which is not opened "
-                f"here; give --text_encoder_path {TEXT_ENCODER_ADVICE}: the encoder is the same"
-            )
-        raise TeacherFileError(
-            f"{self.location}: has no text encoder beside it; give --text_encoder_path {TEXT_ENCODER_ADVICE}"
-        )
-
-    def with_vae_config(self, config_path: Path) -> "WanFiles":
-        """Return a copy that takes what it does not know of the latents from a VAE's config.json."""
-        return _with_latents(self, asdict(read_vae_config(config_path, self.config.num_channels)))
+def open_teacher(
+    teacher_path: str | Path | WanFiles, config: StudentConfig | None, low_noise_path: str | Path | None = None
+) -> WanFiles:
+    """Open a teacher by its headers, from disk or hub, or make the mock around `config`; one already open is returned."""
+    if isinstance(teacher_path, WanFiles):
+        return teacher_path
+    if str(teacher_path) != "mock":
+        return open_wan_files(teacher_path, low_noise_path)
+    if low_noise_path is not None:
+        raise UserError("--teacher_path_low belongs to a --teacher_path with the high-noise expert, not to mock")
+    if config is None:
+        raise UserError("the mock teacher is made around a student's shape; give --student_config")
+    return mock_wan_files(config)
 
 
 def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None = None) -> WanFiles:
@@ -145,7 +101,7 @@ def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None =
     return _with_own_record(wan_files)
 
 
-def check_weights(folder: Path) -> None:
+def check_headers(folder: Path) -> None:
     """Refuse a folder without weights, or with weights cut short; only headers are read."""
     for path in _weight_files(folder):
         read_header(path)
@@ -258,9 +214,4 @@ def _with_own_record(wan_files: WanFiles) -> WanFiles:
     statistics = numbers(wan_files.config.num_channels)
     for name, kind in (RECORD_KINDS | {"latents_mean": statistics, "latents_std": statistics}).items():
         setting(record, name, kind, f"{wan_files.location}, what it records of itself")
-    return _with_latents(replace(wan_files, record=record), record)
-
-
-def _with_latents(wan_files: WanFiles, known: Mapping[str, Any]) -> WanFiles:
-    found: dict[str, Any] = {name: known.get(name) for name in LATENT_SETTINGS if getattr(wan_files, name) is None}
-    return replace(wan_files, **found)
+    return with_latents(replace(wan_files, record=record), record)

@@ -1,0 +1,79 @@
+"""A Wan on disk: its experts by their headers, and what the folder around them says."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from wandistiller.files.checked_json import (
+    TeacherFileError,
+)
+from wandistiller.model.config import StudentConfig
+from wandistiller.wan.text_encoder_files import TEXT_ENCODER_ADVICE, TextEncoderFiles, find_text_encoder
+from wandistiller.wan.transformer_files import (
+    TransformerTensors,
+)
+from wandistiller.wan.vae import read_vae_config
+
+LATENT_SETTINGS = ("latents_mean", "latents_std", "vae_scale_factor")
+
+
+@dataclass(frozen=True)
+class WanFiles:
+    """A Wan on disk: its experts and what the folder around them says.
+
+    Attributes:
+        location: the path or hub id that the person gave.
+        experts: {"high": ...}, or {"high": ..., "low": ...} where the noise levels are shared between two.
+        boundary_ratio, flow_shift: values that the pipeline folder records, else None.
+        latents_mean, latents_std, vae_scale_factor: values of vae/config.json, else None.
+        record: teacher_record.json (the demo teacher's own defaults), or what an exported student says of itself; else empty.
+        text_encoder_location: a folder or hub id with text_encoder/ and tokenizer/; None where there is none.
+        pickled_text_encoder: the text encoder of an original Wan folder, which is never opened.
+    """
+
+    location: str
+    experts: Mapping[str, TransformerTensors]
+    boundary_ratio: float | None = None
+    flow_shift: float | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+    vae_scale_factor: int | None = None
+    record: dict = field(default_factory=dict)
+    text_encoder_location: str | Path | None = None
+    pickled_text_encoder: Path | None = None
+
+    @property
+    def config(self) -> StudentConfig:
+        return self.experts["high"].config
+
+    @property
+    def is_mock(self) -> bool:
+        return self.location == "mock"
+
+    def expert(self, name: str) -> TransformerTensors:
+        if name not in self.experts:
+            raise TeacherFileError(f'{self.location}: has no expert "{name}"; it has: {", ".join(self.experts)}')
+        return self.experts[name]
+
+    def text_encoder(self) -> TextEncoderFiles:
+        """Find the text encoder that belongs to this Wan; one on the hub is fetched now."""
+        if self.text_encoder_location is not None:
+            return find_text_encoder(self.text_encoder_location)
+        if self.pickled_text_encoder is not None:
+            raise TeacherFileError(
+                f"{self.pickled_text_encoder}: is Wan's text encoder as a pickle in its original layout, which is not opened "
+                f"here; give --text_encoder_path {TEXT_ENCODER_ADVICE}: the encoder is the same"
+            )
+        raise TeacherFileError(
+            f"{self.location}: has no text encoder beside it; give --text_encoder_path {TEXT_ENCODER_ADVICE}"
+        )
+
+    def with_vae_config(self, config_path: Path) -> "WanFiles":
+        """Return a copy that takes what it does not know of the latents from a VAE's config.json."""
+        return with_latents(self, asdict(read_vae_config(config_path, self.config.num_channels)))
+
+
+def with_latents(wan_files: WanFiles, known: Mapping[str, Any]) -> WanFiles:
+    found: dict[str, Any] = {name: known.get(name) for name in LATENT_SETTINGS if getattr(wan_files, name) is None}
+    return replace(wan_files, **found)
