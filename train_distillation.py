@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def distil(flags: Flags, command: list[str]) -> int:
-    """One run from its flags to a trained student; return the exit code."""
+    """Take one run from its flags to a trained student; return the exit code."""
     # What a person typed is checked before torch loads:
     config = StudentConfig.load(flags.student.student_config)
     texts = read_texts(

@@ -1,4 +1,4 @@
-"""Whether another checkout trains the same students, bit for bit: a change of structure must not move a weight.
+"""Compare the students that two checkouts train, bit for bit: a change of structure must not move a weight.
 
     git worktree add ../before COMMIT
     python benchmarks/same_weights.py ../before
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def weights_of(checkout: Path, words: list[str], folder: Path) -> str:
-    """The checksum of the student that a command makes in a checkout."""
+    """Return the checksum of the student that a command makes in a checkout."""
     words = [word.format(folder=folder) for word in words]
     if words[0] == "train_distillation.py":
         words += ["--prompt_cache", str(folder.parent / "prompt_cache")]

@@ -132,7 +132,7 @@ class TorchrunEnvironment:
 
 
 def torchrun_environment() -> TorchrunEnvironment:
-    """What torchrun tells its processes in the environment; a process that was started without it is alone."""
+    """Read what torchrun tells its processes in the environment; a process that was started without it is alone."""
 
     def read(name: str, alone: int) -> int:
         value = os.environ.get(name, "")

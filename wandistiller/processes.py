@@ -258,7 +258,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def _sharded_modules(model: nn.Module) -> "list[FSDPModule]":
-    """Return the modules that FSDP2 shards. Their class is not asked for, because loading it takes most of a second."""
+    """Return the modules that FSDP2 shards. A method tells them apart, because importing their class takes most of a second."""
     return [cast("FSDPModule", module) for module in model.modules() if hasattr(module, "reshard")]
 
 

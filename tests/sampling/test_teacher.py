@@ -247,7 +247,7 @@ class Headers:
         self.config = StudentConfig(block="wan", num_channels=channels, image_size=512, **shape)
 
 
-RELEASED = {  # WAN_FACTS section 1: heads, channels, ffn_dim, layers, experts; shift, steps, guidance, boundary, VAE factor
+RELEASED = {  # Wan2.1, Wan2.2: wan/configs; heads, channels, ffn_dim, layers, experts; shift, steps, guidance, boundary, VAE factor
     "Wan2.1-T2V-1.3B": ((12, 16, 8960, 30, 1), (5.0, 50, 5.0, None, None, 8)),
     "Wan2.1-T2V-14B": ((40, 16, 13824, 40, 1), (5.0, 50, 5.0, None, None, 8)),
     "Wan2.2-T2V-A14B": ((40, 16, 13824, 40, 2), (12.0, 40, 4.0, 3.0, 0.875, 8)),

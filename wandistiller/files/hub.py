@@ -14,7 +14,7 @@ class HubError(UserError):
 
 
 def is_hub_id(text: str | Path) -> bool:
-    """Whether a text could name a hub repository, `owner/name`; callers look for a folder of that name first."""
+    """Return whether a text could name a hub repository, `owner/name`; callers look for a folder of that name first."""
     return _HUB_ID.fullmatch(str(text)) is not None
 
 

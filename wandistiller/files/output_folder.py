@@ -108,10 +108,10 @@ def set_aside_previous_student(folder: Path) -> Path | None:
 
 
 def _is_ours(path: Path) -> bool:
-    """A README.md may be a person's own, as in a folder cloned from the hub; the other names are a run's alone."""
+    """Return whether a run has written it: a README.md may be a person's own, as in a folder cloned from the hub."""
     return path.name != CARD_NAME or is_card(path)
 
 
 def is_card(path: Path) -> bool:
-    """Whether this is a model card that a run has written; a folder of that name is none."""
+    """Return whether this is a model card that a run has written; a folder of that name is none."""
     return path.is_file() and CARD_MARK in path.read_text(encoding="utf-8", errors="replace")

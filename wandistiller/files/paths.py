@@ -12,7 +12,7 @@ def nearest_existing(path: str | Path) -> Path:
 
 
 def stays_inside(name: object) -> bool:
-    """Whether a name that was read from a file leads to a place inside its folder."""
+    """Return whether a name that was read from a file leads to a place inside its folder."""
     if not isinstance(name, str) or "\\" in name:  # a backslash separates folders on Windows
         return False
     path = PurePosixPath(name)

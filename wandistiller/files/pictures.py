@@ -93,7 +93,8 @@ def labelled_grid(
     """Draw rows of pictures of one size, each below its wrapped caption, with the names of the rows to their left."""
     from PIL import Image, ImageDraw, ImageFont
 
-    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=FONT_SIZE))  # only without a size it is another
+    # Pillow returns its bitmap font only where no size is given, which its annotation does not tell.
+    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=FONT_SIZE))
     line_height = sum(font.getmetrics()) + 1
     cell_height, cell_width = _cell_size(*rows[0][0].shape[:2])
     wrapped = [[wrap(caption, cell_width, font) for caption in row] for row in captions]

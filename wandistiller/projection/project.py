@@ -97,7 +97,7 @@ class ProjectionReport:
         total = sum(self.num_parameters.values())
         layers = f"layers {','.join(map(str, self.layers))}" if self.layers else "nothing inherited"
         lines = [f"Projection of {self.teacher_path} (expert {self.expert}), {layers}"]
-        for status in STATUSES:
+        for status in self.num_parameters:
             count = sum(entry["status"] == status for entry in self.student.values())
             share = self.num_parameters[status] / total
             lines.append(
@@ -125,6 +125,7 @@ def project_teacher(
     seed: int = 0,
     fp8: bool = False,
     shard: Callable[[WanLiteStudent], None] | None = None,
+    selection: Selection | None = None,
 ) -> tuple[WanLiteStudent, ProjectionReport]:
     """Make a 2D model with a teacher's weights, and report what became of every tensor of both.
 
@@ -140,6 +141,7 @@ def project_teacher(
         seed: seed of the initial values of tensors that inherit nothing, which only lite students have.
         fp8: whether the Linear weights of the (wan) blocks are kept as `wandistiller.model.fp8` does; such a model is frozen.
         shard: shards the parameters of a (wan) model in place, before there is memory for them.
+        selection: the part of the teacher that fills the config's shape; None ranks by weight norm.
 
     Raises:
         UserError: the Wan cannot be read, or the config does not fit it.
@@ -149,7 +151,7 @@ def project_teacher(
     if config is None:
         config = teacher.config.replace(text_max_length=text_max_length)
         selection = Selection(list(range(config.depth)))
-    else:
+    elif selection is None:
         selection = select(teacher, config, layers)
     student = _empty_student(config, dtype, device, seed, fp8, shard)
     channels = selection.axes.get("channels", torch.arange(config.hidden_size)).tolist()

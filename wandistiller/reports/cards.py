@@ -245,7 +245,7 @@ def use(config: StudentConfig) -> list[str]:
 
 
 def is_apache(record: dict) -> bool:
-    """Whether the teacher is known to be under Apache-2.0: a released Wan, or the demo's, which is part of this code.
+    """Return whether the teacher is known to be under Apache-2.0: a released Wan, or the demo's, which is part of this code.
 
     The record of an export knows the demo's teacher only by its world.
     """

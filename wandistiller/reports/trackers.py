@@ -110,7 +110,7 @@ def _start_wandb(module, about: dict) -> None:
 
 
 def _is_logged_in(module) -> bool:
-    """Whether the person is logged in to wandb. Ask no question, since nobody may be there to answer."""
+    """Return whether the person is logged in to wandb. Ask no question, since nobody may be there to answer."""
     try:
         return module.login(prompt=False, verify=False)
     except TypeError:  # older releases have no `prompt`

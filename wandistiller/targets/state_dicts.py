@@ -17,5 +17,5 @@ def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def belongs_to_lanes(name: str) -> bool:
-    """Whether a tensor holds what belongs to this process's lanes, whatever parts of the state it lies in."""
+    """Return whether a tensor holds what belongs to this process's lanes, whatever parts of the state it lies in."""
     return f".{LANE_PREFIX}" in f".{name}"

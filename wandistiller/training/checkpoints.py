@@ -116,7 +116,7 @@ class Checkpoints:
         self.commands: list[dict[str, object]] = []
 
     def exist(self) -> bool:
-        """Whether there is a checkpoint, good or damaged."""
+        """Return whether there is a checkpoint, good or damaged."""
         return bool(self._manifests())
 
     def _manifests(self) -> list[Path]:

@@ -42,7 +42,7 @@ _OTHER_KINDS = [
 
 
 def uses_original_names(names: list[str]) -> bool:
-    """Whether these are original names: the head's modulation table is `scale_shift_table` in diffusers."""
+    """Return whether these are original names: the head's modulation table is `scale_shift_table` in diffusers."""
     return any(name.removeprefix(COMFYUI_PREFIX) == "head.modulation" for name in names)
 
 
