@@ -44,7 +44,7 @@ def distil(flags: Flags, command: list[str]) -> int:
     from wandistiller.run.observers import watch
     from wandistiller.run.plan import make_plan
     from wandistiller.run.record import save_trained_student
-    from wandistiller.run.run import open_run
+    from wandistiller.run.run import memory_advice, open_run
     from wandistiller.training.loop import train
 
     with messages.printed_log(flags.output.verbose):
@@ -52,7 +52,8 @@ def distil(flags: Flags, command: list[str]) -> int:
         plan = make_plan(flags, config, texts)
         messages.print_plan(plan)
         if flags.output.dry_run:
-            return print_budget(plan)
+            with memory_advice(plan):
+                return print_budget(plan)
         with open_run(plan, command) as run:
             # The text encoder leaves memory before the teacher comes, and an offline teacher before the student does:
             embeds = build.embed_prompts(run)

@@ -193,7 +193,7 @@ def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
         "gloo" if is_cpu else "nccl", timeout=TIMEOUT, device_id=None if is_cpu else torch.device(name)
     )
     if env.rank > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for good: what there is to print, the first process prints)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (for good: what there is to print, the first process prints)
     return Processes(name, env.rank, env.world_size)
 
 

@@ -23,8 +23,8 @@ from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, 
 PATIENCE_S = 10.0
 # Until a step is measured, it is assumed to reach this share of the rate of plain matrix products.
 ASSUMED_UTILISATION = 0.4
-# The timer takes at least this many steps of each kind: one to warm up, one to choose how often to repeat, and those that count.
-LEAST_STEPS = 4
+# The timer takes about this many slow steps of each kind: one to warm up, one to choose how often to repeat, four that count.
+LEAST_STEPS = 6
 # Short steps are repeated until a measurement has taken this long.
 LEAST_S = 0.15
 # Random weights of this size overflow nowhere.
@@ -63,7 +63,7 @@ def measure_step(workload: Workload, device: str, flops_per_s: float) -> StepTim
     Raises:
         torch.OutOfMemoryError: the device has no room for it.
     """
-    affordable = PATIENCE_S * ASSUMED_UTILISATION * flops_per_s / (1 + LEAST_STEPS)
+    affordable = PATIENCE_S * ASSUMED_UTILISATION * flops_per_s / LEAST_STEPS
     once = replace(workload, grad_accum_steps=1, calls_per_step=1.0)
     share = min(1.0, affordable / step_flops(once).total)
     teacher, student = (
@@ -152,4 +152,4 @@ def _seconds_of(work: Callable[[], object]) -> float:
     """Return the median time of a call, which pays for libraries and memory once before."""
     work()
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())  # it waits for a GPU by itself
-    return timer.blocked_autorange(min_run_time=LEAST_S).median
+    return timer.adaptive_autorange(min_run_time=LEAST_S, max_run_time=PATIENCE_S / 4).median

@@ -59,10 +59,13 @@ def print_plan(plan: "Plan") -> None:
 
 
 class _Printed(logging.Handler):
-    """Prints log lines beside a progress bar, to whatever sys.stdout is by then."""
+    """Prints log lines beside a progress bar, with their times to stdout; warnings go to stderr, as they do without it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(f"{record.relativeCreated / 1000:8.2f} s  {record.getMessage()}", file=sys.stdout)
+        if record.levelno >= logging.WARNING:
+            tqdm.write(record.getMessage(), file=sys.stderr)
+        else:
+            tqdm.write(f"{record.relativeCreated / 1000:8.2f} s  {record.getMessage()}", file=sys.stdout)
 
 
 @contextlib.contextmanager

@@ -86,7 +86,8 @@ def watch(run: Run, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObse
     A run that starts anew moves an earlier student of its folder aside first.
     """
     held_out = build_held_out_errors(run, embeds, teacher)
-    logger.info("held-out states of the teacher drawn")
+    if held_out is not None:
+        logger.info("held-out states of the teacher drawn")
     if run.resume_from is None:
         aside = run.processes.first_then_all(lambda: set_aside_previous_student(run.folder))
         if aside:

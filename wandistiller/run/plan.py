@@ -101,7 +101,7 @@ class Plan:
                 ema_decay=own.ema_decay,
             ),
             eval_every=output.eval_every,
-            sample_every=output.sample_every,
+            sample_every=0 if self.vae_location is None else output.sample_every,
             save_every=output.save_every,
             boundary=self.settings.boundary_ratio,
             device=self.device,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wandistiller import __version__
 from wandistiller.files.hub import hub_id
@@ -72,15 +72,15 @@ def save_trained_student(
 ) -> None:
     """Save the trained student with everything that is recorded of the run that made it."""
     flags, settings = run.flags, run.settings
-    recipe = flags.recipe.recorded()
-    recipe |= {name: recorded_path(recipe[name]) for name in RECORDED_PATHS}
-    if flags.objective.student_steps:
-        recipe["segment_sigmas"] = segment_sigmas(settings.shift, flags.objective.student_steps).tolist()
-    recipe |= {
+    made_by = {
         "num_processes": run.processes.count,
         "base_model": hub_id(flags.data.teacher_path),
         "commands": run.checkpoints.commands,
     }
+    recipe: dict[str, Any] = made_by | flags.recipe.recorded()
+    recipe |= {name: recorded_path(recipe[name]) for name in RECORDED_PATHS}
+    if flags.objective.student_steps:
+        recipe["segment_sigmas"] = segment_sigmas(settings.shift, flags.objective.student_steps).tolist()
     made_of = {
         "layers": projection.layers,
         "num_prompts": len(run.texts.prompts),

@@ -63,18 +63,29 @@ def open_run(plan: Plan, command: list[str]) -> Iterator[Run]:
         OutOfMemory: the device ran out of memory inside; the message says which flags to change.
     """
     processes = plan.processes
-    try:
+    with memory_advice(plan):
         cache = open_cache(plan)
         output_dir = plan.flags.output.output_dir
         folder = processes.first_then_all(lambda: prepare_output_folder(output_dir))
         with contextlib.ExitStack() as held:
             processes.first_then_all(lambda: held.enter_context(locked_folder(folder)))
             yield make_run(plan, folder, cache, command)
+    leave()
+
+
+@contextlib.contextmanager
+def memory_advice(plan: Plan) -> Iterator[None]:
+    """Turn running out of memory inside into advice on which flags to change.
+
+    Raises:
+        OutOfMemory: the device ran out of memory; the message says what was there.
+    """
+    try:
+        yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(plan) from error
-    leave()
 
 
 def open_cache(plan: Plan) -> TeacherCache | None:
