@@ -100,16 +100,21 @@ def watch(run: Run, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObse
         yield RunObserver(progress, trackers, held_out, samples)
 
 
-def build_held_out_errors(run: Run, embeds: Embeds, teacher: Teacher | None) -> HeldOutErrors | None:
-    """Build what --eval_every measures; it samples the teacher once."""
-    if not run.flags.output.eval_every or teacher is None:
-        return None
-    options = SamplingOptions(
+def teacher_sampling(run: Run) -> SamplingOptions:
+    """Return how the teacher draws in this run."""
+    return SamplingOptions(
         shift=run.settings.shift,
         num_inference_steps=run.settings.num_inference_steps,
         compute_dtype=run.dtype,
         device=run.device,
     )
+
+
+def build_held_out_errors(run: Run, embeds: Embeds, teacher: Teacher | None) -> HeldOutErrors | None:
+    """Build what --eval_every measures; it samples the teacher once."""
+    if not run.flags.output.eval_every or teacher is None:
+        return None
+    options = teacher_sampling(run)
     print(
         f"Held-out states: {len(embeds.held_out)} paths of the teacher, {options.num_inference_steps} steps", flush=True
     )
@@ -136,19 +141,14 @@ def build_samples(run: Run, embeds: Embeds, teacher: Teacher | None, trackers: T
     if run.vae_location is None:
         return None
     settings, flags, student_steps = run.settings, run.flags, run.flags.objective.student_steps
-    teacher_sampling = SamplingOptions(
-        shift=settings.shift,
-        num_inference_steps=settings.num_inference_steps,
-        compute_dtype=run.dtype,
-        device=run.device,
-    )
+    of_teacher = teacher_sampling(run)
     recorded = StudentRecord(num_inference_steps=settings.num_inference_steps, student_steps=student_steps)
     options = SampleOptions(
         latent_shape=run.latent_shape,
         vae_location=run.vae_location,
         settings=settings,
-        teacher_sampling=teacher_sampling,
-        student_sampling=replace(teacher_sampling, num_inference_steps=recorded.steps, sampler=recorded.sampler),
+        teacher_sampling=of_teacher,
+        student_sampling=replace(of_teacher, num_inference_steps=recorded.steps, sampler=recorded.sampler),
         batch_size=flags.optimization.batch_size,
         needs_all_processes=flags.performance.shard
         is not None,  # sharded weights are needed from all, to draw with any

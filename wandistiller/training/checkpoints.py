@@ -171,7 +171,7 @@ class Checkpoints:
         ]
         if differing:
             raise UserError(
-                f"{self.folder} belongs to a run with {'; '.join(differing)}. To go on with it, give the same flags; to "
+                f"{self.folder} belongs to a run with {'; '.join(differing)}. To resume it, give the same flags; to "
                 "start anew, add --overwrite (what is there is kept beside) or give another --output_dir"
             )
 
@@ -194,7 +194,7 @@ class Checkpoints:
             self.good = [*(known for known in self.good if known != step), step]
         except (OSError, UserError) as error:
             last = next((path.stem for path in self._manifests() if _step_of(path) in self.good), None)
-            kept = f"the last good one is {last}, and the same command goes on from it" if last else "there is none yet"
+            kept = f"the last good one is {last}, and the same command resumes from it" if last else "there is none yet"
             raise CheckpointError(
                 f"{folder}: cannot be written ({error_reason(error)}); {kept}. Free some space first"
             ) from None
