@@ -61,7 +61,7 @@ def distil(flags: Flags, command: list[str]) -> int:
             student, projection = build.make_student(run)
             objective = build.build_objective(run, projection)
             build.compile_and_shard(run, student, teacher, objective)
-            answers = build.build_answers(run, embeds, teacher, student, build.feature_layers(run, projection))
+            answers = build.build_answers(run, embeds, teacher, student, projection)
             with watch(run, embeds, teacher) as observer:
                 with observer.shown():
                     options = run.training_options

@@ -502,7 +502,7 @@ def test_the_map_of_the_feature_loss_learns_beside_the_student_and_is_no_part_of
     _, teacher, embeds, states = make_run()
     student, *_ = make_run()
     names = list(student.state_dict())
-    feature_loss = FeatureLoss(12, teacher.experts["high"].config.hidden_size, 2, channels=None)
+    feature_loss = FeatureLoss(12, teacher.experts["high"].config.hidden_size, 2, has_maps=True)
     before = [parameter.clone() for parameter in feature_loss.parameters()]
     objective = replace(OBJECTIVE, feature_loss=feature_loss, feature_weight=1.0)
     source = answers(teacher, states, embeds, feature_layers=(0, 2))

@@ -31,7 +31,7 @@ def make_trained(config: dict) -> TrainedStudent:
     """A student with the maps of its feature loss, which are matrices too."""
     torch.manual_seed(0)
     student = WanLiteStudent(StudentConfig.from_dict(config))
-    feature_loss = FeatureLoss(config["hidden_size"], 24, config["depth"], None)
+    feature_loss = FeatureLoss(config["hidden_size"], 24, config["depth"], has_maps=True)
     return TrainedStudent(student, Objective(shift=3.0, feature_loss=feature_loss))
 
 

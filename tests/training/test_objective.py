@@ -116,8 +116,8 @@ def test_the_student_is_asked_at_the_states_noise_levels_with_their_prompts():
 @pytest.mark.parametrize("progress", [0.0, 0.25, 1.0])
 def test_hidden_states_count_in_units_of_the_teachers_velocity_and_fade_along_a_line(progress):
     generator = torch.Generator().manual_seed(1)
-    features = tuple(torch.randn(3, 4, 6, generator=generator) for _ in range(2))
-    feature_loss = FeatureLoss(4, 6, 2, channels=[5, 1, 2, 0])
+    features = tuple(torch.randn(3, 4, 4, generator=generator) for _ in range(2))
+    feature_loss = FeatureLoss(4, 6, 2, has_maps=False)
     student, answer = Scale(0.5), make_answer(features)
     objective = Objective(shift=3.0, feature_loss=feature_loss, feature_weight=0.8)
     loss = objective(student, answer, progress)
@@ -132,7 +132,7 @@ def test_hidden_states_count_in_units_of_the_teachers_velocity_and_fade_along_a_
 
 
 def test_a_replayed_answer_without_hidden_states_costs_its_velocity_error_alone():
-    objective = Objective(shift=3.0, feature_loss=FeatureLoss(4, 6, 2, None), feature_weight=0.8)
+    objective = Objective(shift=3.0, feature_loss=FeatureLoss(4, 6, 2, has_maps=True), feature_weight=0.8)
     loss = objective(Scale(0.5), make_answer())
     assert_close(loss.total.detach(), loss.by_sample.mean())
 
@@ -140,7 +140,7 @@ def test_a_replayed_answer_without_hidden_states_costs_its_velocity_error_alone(
 def test_a_relative_error_of_hidden_states_counts_as_much_as_one_of_the_velocity():
     answer = make_answer()
     answer = replace(answer, velocity=answer.latents, features=(answer.latents.flatten(2).mT,) * 2)
-    feature_loss = FeatureLoss(4, 4, 2, channels=range(4))
+    feature_loss = FeatureLoss(4, 4, 2, has_maps=False)
     objective = Objective(shift=3.0, feature_loss=feature_loss, feature_weight=1.0)
     loss = objective(Scale(0.9), answer)  # a tenth off in both
     assert_close(loss.total.detach(), 2 * loss.by_sample.mean())

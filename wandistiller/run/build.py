@@ -78,7 +78,7 @@ def load_teacher(run: Run, embeds: Embeds) -> Teacher | None:
     if cache is not None and not cache.is_complete:
         num_batches = math.ceil(run.num_steps / run.flags.states.replay)
         print(f"Asking the teacher for {num_batches} batches, kept in {cache.folder}", flush=True)
-        cache.build(live_answers(run, embeds, teacher, []), num_batches, Countdown("Teacher's answers", num_batches))
+        cache.build(live_answers(run, embeds, teacher), num_batches, Countdown("Teacher's answers", num_batches))
         logger.info("answers of the teacher written to its cache")
     return None if is_offline else teacher
 
@@ -153,10 +153,10 @@ def build_objective(run: Run, projection: ProjectionReport) -> Objective:
     flags, config, teacher = run.flags, run.config, run.wan_files.config
     feature_loss = None
     if flags.objective.feature_loss_weight:
-        channels = projection.channels if config.block == "wan" and projection.channels else None
+        has_maps = feature_channels(run, projection) is None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(flags.optimization.seed)  # maps that are learnt start the same in every process
-            feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, channels).to(run.device)
+            feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, has_maps).to(run.device)
     return Objective(
         shift=run.settings.shift,
         sigma_weighting=flags.objective.sigma_weighting,
@@ -175,13 +175,17 @@ def feature_layers(run: Run, projection: ProjectionReport) -> list[int]:
     return span_ends(projection.layers or spread_layers(depth, run.config.depth), depth)
 
 
+def feature_channels(run: Run, projection: ProjectionReport) -> list[int] | None:
+    """Return which of the teacher's channels the student's hidden states are compared in; None where it has none of them."""
+    return projection.channels if run.config.block == "wan" and projection.channels else None
+
+
 def build_answers(
-    run: Run, embeds: Embeds, teacher: Teacher | None, student: WanLiteStudent, layers: list[int]
+    run: Run, embeds: Embeds, teacher: Teacher | None, student: WanLiteStudent, projection: ProjectionReport
 ) -> Answers:
     """Build what the student learns from: the cache, whole segments of the teacher's paths, or the teacher itself, once or more.
 
-    Args:
-        layers: teacher layers whose hidden states the answers bring along.
+    The answers bring along the hidden states that the objective compares; `projection` says of which layers and channels.
     """
     states, seed = run.flags.states, run.flags.optimization.seed
     if run.cache is not None:
@@ -189,11 +193,13 @@ def build_answers(
     if run.flags.objective.student_steps:
         answers: Answers = segment_answers(run, embeds, teacher, student)
     else:
-        answers = live_answers(run, embeds, teacher, layers)
+        answers = live_answers(run, embeds, teacher, projection)
     return ReplayedAnswers(answers, embeds.trained, states.replay, seed, run.device) if states.replay > 1 else answers
 
 
-def live_answers(run: Run, embeds: Embeds, teacher: Teacher, layers: list[int]) -> TeacherAnswers:
+def live_answers(
+    run: Run, embeds: Embeds, teacher: Teacher, projection: ProjectionReport | None = None
+) -> TeacherAnswers:
     """Build the teacher's answers at the states that the flags ask for."""
     num_prompts = len(run.texts.prompts)
     states = build_states(run.states_options, run.config, run.settings, num_prompts, run.lanes, run.device)
@@ -203,7 +209,8 @@ def live_answers(run: Run, embeds: Embeds, teacher: Teacher, layers: list[int]) 
         embeds.trained,
         run.device,
         run.dtype,
-        feature_layers=layers,
+        feature_layers=feature_layers(run, projection) if projection else (),
+        feature_channels=feature_channels(run, projection) if projection else None,
         student_rollout=run.flags.states.student_rollout,
     )
 

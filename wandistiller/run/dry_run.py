@@ -25,7 +25,8 @@ from wandistiller.files.output_folder import check_writable
 from wandistiller.model.sizes import count_parameters
 from wandistiller.run.flags import STATES, Flags
 from wandistiller.run.plan import Plan
-from wandistiller.targets.replay import REPLAY_BATCHES
+from wandistiller.targets.replay import expected_calls
+from wandistiller.targets.segments import calls_per_answer
 from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.wan.text_encoder import count_tokens
 
@@ -58,7 +59,7 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
     states, own, performance = flags.states, flags.optimization, flags.performance
     is_gpu = torch.device(plan.device).type == "cuda" if is_gpu is None else is_gpu
     dtype = dtype or performance.dtype or ("bf16" if is_gpu else "fp32")
-    calls = expected_calls(flags, plan.settings.num_inference_steps, plan.num_steps)
+    calls = calls_of(flags, plan.settings.num_inference_steps, plan.num_steps)
     return Workload(
         teacher=plan.wan_files.config,
         student=config,
@@ -95,17 +96,14 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
     )
 
 
-def expected_calls(flags: Flags, teacher_steps: int, num_steps: int) -> int:
+def calls_of(flags: Flags, teacher_steps: int, num_steps: int) -> int:
     """About how many global batches the teacher answers for so many steps.
 
-    With --replay a full store is left over at the end, whose answers have half of their uses before them on average; a target
-    of --student_steps takes the teacher's steps through one segment.
+    A target of --student_steps takes the teacher's steps through one segment; a cache holds what is used, and no more.
     """
-    replay, student_steps = flags.states.replay, flags.objective.student_steps
-    per_answer = max(1, round(teacher_steps / student_steps)) if student_steps else 1
-    left_over = 0 if flags.states.teacher_cache or replay == 1 else (REPLAY_BATCHES - 1) * replay / 2
-    at_least = REPLAY_BATCHES if left_over else 1
-    return per_answer * min(num_steps, max(at_least, math.ceil((num_steps + left_over) / replay)))
+    replay = flags.states.replay
+    answers = math.ceil(num_steps / replay) if flags.states.teacher_cache else expected_calls(num_steps, replay)
+    return calls_per_answer(teacher_steps, flags.objective.student_steps) * answers
 
 
 def changeable_flags(flags: Flags) -> set[str]:

@@ -149,7 +149,10 @@ class StatesFlags:
         f"--teacher_offload on trajectories {OFFLOAD_CALLS_PER_EXPERT}, unless --renoise_fraction is given)",
         type=number(int, low=0),
     )
-    replay: int = flag_by_teacher("steps that learn from each of the teacher's answers", 1, 4, type=number(int, low=1))
+    replay: int | None = flag(
+        "steps that learn from each of the teacher's answers (default: as many as cost what an answer costs, 4 to 8)",
+        type=number(int, low=1),
+    )
     teacher_cache: str | None = flag(
         "folder for the teacher's answers: all are asked for first, then learnt from", type=path
     )
@@ -183,6 +186,10 @@ class OptimizationFlags:
 
     num_epochs: int = flag_by_teacher("passes over the prompts", 1, 40, type=number(int, low=1))
     max_steps: int | None = flag("optimiser steps; overrides --num_epochs", type=number(int, low=1))
+    teacher_calls: int | None = flag(
+        "batches that the teacher answers, from which the steps follow by --replay; overrides --num_epochs",
+        type=number(int, low=1),
+    )
     batch_size: int = flag_by_teacher(
         "samples a GPU (or process) learns from at a time",
         4,
@@ -193,11 +200,16 @@ class OptimizationFlags:
     grad_accum_steps: int = flag(
         "such batches whose gradients add up to one optimiser step", 1, type=number(int, low=1)
     )
-    lr: float = flag_by_teacher("learning rate", 1e-5, 3e-3, type=number(float, above=0, high=1e9))
+    lr: float | None = flag(
+        "peak learning rate (default: by the optimiser, the student's width and the samples of a step)",
+        type=number(float, above=0, high=1e9),
+    )
     lr_scheduler: str = flag(
         "the learning rate after its warm-up: kept, or down to zero", "cosine", choices=LR_SCHEDULERS
     )
-    lr_warmup_steps: int = flag_by_teacher("steps of a linear rise from zero", 0, 50, type=number(int, low=0))
+    lr_warmup_steps: int | None = flag(
+        "steps of a linear rise from zero (default: a twenty-fifth of all, 500 at most)", type=number(int, low=0)
+    )
     ema_decay: float = flag(
         "the saved weights are a moving average with this memory a step; 0: the last weights",
         0.999,
@@ -206,8 +218,8 @@ class OptimizationFlags:
     optimizer: str = flag(
         "adamw; adamw8bit: its two moments in 8 bits, a quarter of the memory (needs pip install bitsandbytes); muon: "
         "orthogonalised updates for the matrices of the student's blocks, adamw for the rest",
-        "adamw",
-        choices=["adamw", "adamw8bit", "muon"],
+        "muon",
+        choices=["muon", "adamw", "adamw8bit"],
     )
     max_grad_norm: float = flag("gradients are clipped to this norm", 1.0, type=number(float, above=0))
     weight_decay: float = flag("weight decay", 0.0, type=number(float, low=0))
@@ -435,6 +447,8 @@ def mistakes(flags: Flags) -> Iterator[Mistake]:
     if flags.output.eval_every and flags.states.sigma_range != (0.0, 1.0):
         yield "--eval_every", "measures at all noise levels; leave it out with a --sigma_range"
     yield from few_steps_mistakes(flags)
+    if flags.optimization.teacher_calls and flags.optimization.max_steps:
+        yield "--teacher_calls", "says how long the run is, and so does --max_steps; give one of the two"
     yield from shard_mistakes(flags)
     yield from cache_mistakes(flags)
     if flags.output.assume_gpu_gib is not None and not flags.output.dry_run:

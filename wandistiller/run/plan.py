@@ -1,6 +1,6 @@
 """A plan: everything that is known of a run before anything is written or a weight is read, and every refusal up to there."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,8 +12,11 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes, join
 from wandistiller.projection.selection import check_fits
 from wandistiller.reports.trackers import check_report
+from wandistiller.run.defaults import suggested_lr, suggested_replay, suggested_warmup
 from wandistiller.run.flags import Flags
 from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.replay import expected_steps
+from wandistiller.targets.segments import calls_per_answer
 from wandistiller.targets.states import StatesOptions
 from wandistiller.training.loop import TrainingOptions, steps_of_epochs
 from wandistiller.training.optimizer import OptimizationOptions, check_optimizer
@@ -29,7 +32,7 @@ class Plan:
     """What a run is going to do.
 
     Attributes:
-        flags: as they were typed, less what this teacher makes impossible.
+        flags: as they were typed, less what this teacher makes impossible, with a value for each that was left out.
         texts: the prompts.
         wan_files: the teacher by its headers.
         settings: how the teacher is sampled.
@@ -58,6 +61,8 @@ class Plan:
     def num_steps(self) -> int:
         """Optimiser steps of the whole run."""
         own = self.flags.optimization
+        if own.teacher_calls:
+            return steps_of_calls(self.flags, self.settings.num_inference_steps)
         return own.max_steps or steps_of_epochs(own.num_epochs, len(self.texts.prompts), self.lanes.total)
 
     @property
@@ -126,7 +131,7 @@ def make_plan(flags: Flags, config: StudentConfig, texts: Texts) -> Plan:
     vae_location = find_sample_vae(flags, wan_files, settings)
     if not flags.output.dry_run:  # which plans for a device that may not be here
         flags = flags.replace(teacher_dtype=pick_teacher_dtype(performance.teacher_dtype, dtype))
-    return Plan(
+    plan = Plan(
         flags=flags,
         config=config,
         texts=texts,
@@ -138,6 +143,38 @@ def make_plan(flags: Flags, config: StudentConfig, texts: Texts) -> Plan:
         encoder=encoder,
         vae_location=vae_location,
     )
+    return with_defaults(plan)
+
+
+def steps_of_calls(flags: Flags, num_teacher_steps: int) -> int:
+    """Count the optimiser steps that --teacher_calls makes possible; a target of --student_steps takes several calls."""
+    num_calls, replay = flags.optimization.teacher_calls, flags.states.replay
+    num_answers = max(1, num_calls // calls_per_answer(num_teacher_steps, flags.objective.student_steps))
+    return num_answers * replay if flags.states.teacher_cache else expected_steps(num_answers, replay)
+
+
+def with_defaults(plan: Plan) -> Plan:
+    """Return the plan with values for the flags that were left out and whose defaults depend on teacher, student and batch."""
+    own, config = plan.flags.optimization, plan.config
+
+    def changed(**values: object) -> Plan:
+        return replace(plan, flags=plan.flags.replace(**values))
+
+    if plan.flags.states.replay is None:
+        per_answer = calls_per_answer(plan.settings.num_inference_steps, plan.flags.objective.student_steps)
+        replay = suggested_replay(
+            plan.wan_files.config,
+            config,
+            plan.latent_shape[-1],
+            uses_guidance=plan.settings.uses_guidance,
+            calls_per_answer=per_answer,
+        )
+        plan = changed(replay=replay)
+    if own.lr is None:
+        plan = changed(lr=suggested_lr(own.optimizer, config.hidden_size, plan.lanes.total))
+    if own.lr_warmup_steps is None:
+        plan = changed(lr_warmup_steps=suggested_warmup(plan.num_steps))
+    return plan
 
 
 def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles, TeacherSettings]:

@@ -32,7 +32,8 @@ class Answer:
         prompt_lengths: how many of the tokens are text (B,), on the device.
         velocity: the target (B, C, H, W), on the device.
         weights: weights (B,) of the samples in the loss, on the CPU.
-        features: the teacher's hidden states (B, L, D) after the layers that were asked for. Only fresh answers have them.
+        features: the teacher's hidden states (B, L, D) after the layers that were asked for, of the channels that were asked for.
+            Stored answers have them in bfloat16, or not at all.
         states: the states that were asked about, if the answer still has to move them.
     """
 
@@ -90,9 +91,20 @@ class AnswerQueue:
         """Return how many rows are left."""
         return len(self._rows["prompts"])
 
-    def fill(self, *, latents: Tensor, sigma: Tensor, prompts: list[int], velocity: Tensor, weights: Tensor) -> None:
-        """Take the rows of the next step."""
+    def fill(
+        self,
+        *,
+        latents: Tensor,
+        sigma: Tensor,
+        prompts: list[int],
+        velocity: Tensor,
+        weights: Tensor,
+        features: Tensor | None = None,
+    ) -> None:
+        """Take the rows of the next step; `features` (B, layers, L, D) are hidden states, where the store has them."""
         self._rows = {"latents": latents, "sigma": sigma, "prompts": prompts, "velocity": velocity, "weights": weights}
+        if features is not None:
+            self._rows["features"] = features
 
     def pop(self) -> Answer:
         """Return the next micro-batch, which is shorter if no more rows are left."""
@@ -100,7 +112,8 @@ class AnswerQueue:
         rest = {name: values[self.micro_batch :] for name, values in self._rows.items()}
         self._rows = rest if rest["prompts"] else {"prompts": []}  # which lets go of the tensors
         prompt_embeds, prompt_lengths = self.prompt_embeds.batch(rows["prompts"], self.device)
-        return Answer(**rows, prompt_embeds=prompt_embeds, prompt_lengths=prompt_lengths)
+        features = rows.pop("features").unbind(dim=1) if "features" in rows else ()
+        return Answer(**rows, features=features, prompt_embeds=prompt_embeds, prompt_lengths=prompt_lengths)
 
 
 class TeacherAnswers:
@@ -108,6 +121,7 @@ class TeacherAnswers:
 
     Args:
         feature_layers: teacher layers whose output comes with the answers.
+        feature_channels: which of their channels (D,); None for all.
         student_rollout: share of the paths that follow the student's velocity, at the start and at the end of training.
     """
 
@@ -120,6 +134,7 @@ class TeacherAnswers:
         compute_dtype: torch.dtype,
         *,
         feature_layers: Sequence[int] = (),
+        feature_channels: Sequence[int] | None = None,
         student_rollout: tuple[float, float] = (0.0, 0.0),
     ):
         self.states = states
@@ -127,6 +142,7 @@ class TeacherAnswers:
         self.prompt_embeds = prompt_embeds
         self.device = device
         self.feature_layers = feature_layers
+        self.feature_channels = None if feature_channels is None else torch.tensor(feature_channels, device=device)
         self.student_rollout = student_rollout
         self.ask = autocast(teacher.velocity_and_features, device, compute_dtype)
         self.num_calls = 0
@@ -154,9 +170,14 @@ class TeacherAnswers:
             prompt_lengths=prompt_lengths,
             velocity=velocity,
             weights=part.weights,
-            features=features,
+            features=self._of_channels(features),
             states=part,
         )
+
+    def _of_channels(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.feature_channels is None:
+            return features
+        return tuple(states[..., self.feature_channels] for states in features)
 
     def advance(self, answer: Answer, student_velocity: Tensor, progress: float) -> None:
         """Move the states once all micro-batches of their batch are answered.

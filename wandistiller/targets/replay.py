@@ -1,5 +1,8 @@
 """Answers that are learnt from more than once: a store of the last ones, which later steps draw from."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,29 @@ from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 # So many batches are kept for further use that answers of one call seldom meet again.
 REPLAY_BATCHES = 16
+# Hidden states are kept beside the answers, in bfloat16, where all of this process's take no more bytes than this.
+MAX_FEATURE_BYTES = 2 * 2**30
+
+
+def unused_answers(replay: int) -> float:
+    """Return in how many batches' uses a run ends early: its store is left full, of answers with half of theirs before them."""
+    return (REPLAY_BATCHES - 1) * replay / 2 if replay > 1 else 0
+
+
+def expected_calls(num_steps: int, replay: int) -> int:
+    """Return about how many batches the teacher answers for so many optimiser steps; the first steps fill the store."""
+    at_least = REPLAY_BATCHES if replay > 1 else 1
+    return min(num_steps, max(at_least, math.ceil((num_steps + unused_answers(replay)) / replay)))
+
+
+def expected_steps(num_calls: int, replay: int) -> int:
+    """Return for how many optimiser steps the teacher answers about so many batches."""
+    return max(num_calls, round(num_calls * replay - unused_answers(replay)))
+
+
+def feature_bytes(num_lanes: int, num_layers: int, shape: Sequence[int]) -> int:
+    """Return the bytes that hidden states of this shape (L, D) take in the store of so many lanes."""
+    return 2 * num_lanes * REPLAY_BATCHES * num_layers * math.prod(shape)
 
 
 class ReplayedAnswers:
@@ -19,7 +45,8 @@ class ReplayedAnswers:
     steps fill the store with a call each; from then on one step in `replay` asks the teacher.
     """
 
-    _OF_LANES = ("sigma", "prompts", "weights", "latents", "velocity")
+    _OF_LANES = ("sigma", "prompts", "weights", "latents", "velocity", "features")
+    _ON_DEVICE = ("latents", "velocity", "features")
 
     def __init__(self, source: Answers, prompt_embeds: PromptEmbeds, replay: int, seed: int = 0, device: str = "cpu"):
         self.source = source
@@ -32,7 +59,8 @@ class ReplayedAnswers:
         self.sigma = torch.zeros(self.lanes.count, REPLAY_BATCHES)
         self.prompts = torch.zeros(self.lanes.count, REPLAY_BATCHES, dtype=torch.long)
         self.weights = torch.zeros(self.lanes.count, REPLAY_BATCHES)
-        self.latents = self.velocity = torch.empty(0)  # their shape comes with the first answer
+        # Their shapes come with the first answer; features (lanes, REPLAY_BATCHES, layers, L, D) stay empty where none are kept.
+        self.latents = self.velocity = self.features = torch.empty(0)
         self._replayed = AnswerQueue(prompt_embeds, device, self.lanes.micro_batch)
         self._num_fresh = 0  # micro-batches of a fresh batch that the source has not given yet
         self._places = torch.empty(0, dtype=torch.long)  # where the fresh batch in hand is stored
@@ -77,6 +105,7 @@ class ReplayedAnswers:
             prompts=self.prompts[rows, places].tolist(),
             velocity=self.velocity[on_device, places_there],
             weights=self.weights[rows, places] * is_used[rows],
+            features=self.features[on_device, places_there] if len(self.features) else None,
         )
 
     def advance(self, answer: Answer, student_velocity: Tensor, progress: float) -> None:
@@ -87,14 +116,24 @@ class ReplayedAnswers:
         if not len(self.latents):
             shape = (self.lanes.count, REPLAY_BATCHES, *answer.latents.shape[1:])
             self.latents, self.velocity = answer.latents.new_zeros(shape), answer.velocity.new_zeros(shape)
+            self.features = self._room_for(answer.features)
         rows = torch.arange(first, first + len(answer.prompts))
         places = self.lanes.local(self._places)[rows]
         on_device, places_there = (to_device(indices, self.latents.device) for indices in (rows, places))
         self.latents[on_device, places_there] = answer.latents
         self.velocity[on_device, places_there] = answer.velocity
+        if len(self.features):
+            self.features[on_device, places_there] = torch.stack(answer.features, dim=1).to(self.features)
         self.sigma[rows, places] = answer.sigma.to(self.sigma)
         self.prompts[rows, places] = torch.tensor(answer.prompts)
         self.weights[rows, places] = answer.weights
+
+    def _room_for(self, features: Sequence[Tensor]) -> Tensor:
+        """Return room for hidden states like these (B, L, D) of every layer, or none where it would be too large."""
+        if not features or feature_bytes(self.lanes.count, len(features), features[0].shape[1:]) > MAX_FEATURE_BYTES:
+            return torch.empty(0)
+        shape = (self.lanes.count, REPLAY_BATCHES, len(features), *features[0].shape[1:])
+        return torch.zeros(shape, dtype=torch.bfloat16, device=features[0].device)
 
     def state_dict(self) -> dict[str, Tensor]:
         source = with_prefix("source.", self.source.state_dict())
@@ -106,6 +145,6 @@ class ReplayedAnswers:
         self.source.load_state_dict(part_of(state, "source."))
         self.remaining.copy_(state["remaining"])
         for name, value in part_of(state, LANE_PREFIX).items():
-            device = self.device if name in ("latents", "velocity") else "cpu"
+            device = self.device if name in self._ON_DEVICE else "cpu"
             setattr(self, name, value.to(device, copy=True))
         self.generator.set_state(state["generator"])

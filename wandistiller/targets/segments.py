@@ -41,6 +41,11 @@ class SegmentOptions:
     compute_dtype: torch.dtype = torch.float32
 
 
+def calls_per_answer(num_teacher_steps: int, num_segments: int | None) -> int:
+    """Return the teacher's steps through a segment of its path, which one target takes; one without segments."""
+    return max(1, round(num_teacher_steps / num_segments)) if num_segments else 1
+
+
 def segment_sigmas(shift: float, num_segments: int) -> Tensor:
     """Return the ends of the segments (num_segments + 1,), from 1 down to 0: the noise levels of the student's sampler."""
     return wan_scheduler(shift, num_segments).sigmas
@@ -75,7 +80,7 @@ class SegmentAnswers:
         self.lanes = options.lanes
         self.segment_sigmas = segment_sigmas(options.shift, segments.num_segments).float()
         self.num_segments = segments.num_segments
-        self.num_steps = max(1, round(segments.num_teacher_steps / self.num_segments))  # of the teacher in a segment
+        self.num_steps = calls_per_answer(segments.num_teacher_steps, self.num_segments)
         self.student_rollout = segments.student_rollout
         self.device = options.device
         self.teacher_velocity = autocast(teacher.velocity, self.device, segments.compute_dtype)

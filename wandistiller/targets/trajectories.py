@@ -12,6 +12,9 @@ from wandistiller.targets.prompt_order import PromptOrder
 from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, loss_weights
 from wandistiller.targets.state_dicts import LANE_PREFIX
 
+# A path takes from a quarter of the teacher's steps to half of them. The states of one path are alike, so that at equal calls
+# short paths teach more, until the error of their steps outweighs that (docs/experiments.md).
+STEPS_SHARE = (0.25, 0.5)
 # So many paths mix many prompts in a batch, and each path is still finished soon.
 PATHS_PER_LANE = 8
 # The turn of the expert in use ends when a smaller share of the lanes has a path left on its side of the boundary.
@@ -209,9 +212,9 @@ class TrajectoryStates:
         return None if place is None else self.latents[place, slot // self.lanes.total]
 
     def _random_steps(self) -> int:
-        """Draw the number of steps of a path, from half of the teacher's to all of them."""
-        low = max(1, self.num_steps // 2)
-        return int(torch.randint(low, self.num_steps + 1, (), generator=self.generator))
+        """Draw the number of steps of a path."""
+        low, high = (max(1, round(share * self.num_steps)) for share in STEPS_SHARE)
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
 
     def _start(self, slot: int, grid: Tensor) -> None:
         seeds = draw_seeds(1, self.generator)

@@ -26,17 +26,14 @@ class FeatureLoss(nn.Module):
     taken sample by sample, so that the loss does not depend on how a batch is shared out over processes and micro-batches.
 
     Args:
-        channels: which of the teacher's residual channels the student has (student width,). If None, the student's channels
-            are none of the teacher's; a linear map between them is then learnt beside the student and dropped after training.
+        has_maps: whether the student's channels are none of the teacher's. A linear map between them is then learnt beside the
+            student and dropped after training; else the teacher's hidden states come with the student's channels alone.
     """
 
-    channels: Tensor | None
-
-    def __init__(self, student_width: int, teacher_width: int, num_layers: int, channels: Sequence[int] | None):
+    def __init__(self, student_width: int, teacher_width: int, num_layers: int, has_maps: bool):
         super().__init__()
-        self.register_buffer("channels", None if channels is None else torch.tensor(channels), persistent=False)
         self.maps = nn.ModuleList()
-        if channels is None:
+        if has_maps:
             self.maps.extend(nn.Linear(student_width, teacher_width) for _ in range(num_layers))
 
     def forward(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
@@ -44,7 +41,6 @@ class FeatureLoss(nn.Module):
         losses = []
         for index, (ours, theirs) in enumerate(zip(student_features, teacher_features, strict=True)):
             ours = self.maps[index](ours) if self.maps else ours
-            theirs = theirs if self.channels is None else theirs[..., self.channels]
             losses.append(masked_relative_error(ours.float(), theirs.float()))
         return torch.stack(losses).mean(dim=0)
 
