@@ -80,6 +80,7 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
         ema=own.ema_decay > 0,
         num_features=config.depth if flags.objective.feature_loss_weight else 0,
         maps_features=config.block != "wan" or flags.student.init == "random",
+        replays_features=states.replay > 1 and not states.teacher_cache,
         stored_latents=stored_latents(
             STATES[states.states].has_paths,
             renoised=states.renoise_fraction > 0,

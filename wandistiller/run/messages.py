@@ -23,6 +23,7 @@ from wandistiller.reports.metrics import (
     training_seconds,
 )
 from wandistiller.reports.progress import format_duration
+from wandistiller.run.defaults import hints, suggested_lr
 from wandistiller.wan.settings import warnings_about
 
 if TYPE_CHECKING:
@@ -53,6 +54,14 @@ def print_plan(plan: "Plan") -> None:
     for warning in warnings_about(wan_files, settings, config):
         print(f"Warning: {warning}")
     optimization = plan.flags.optimization
+    replay, warmup = plan.flags.states.replay, optimization.lr_warmup_steps
+    print(
+        f"Steps: {plan.num_steps} of {plan.lanes.total} samples, {optimization.optimizer} at {optimization.lr:g} after {warmup} of "
+        f"warm-up, each answer learnt from {replay} times"
+    )
+    wanted_lr = suggested_lr(optimization.optimizer, config.hidden_size, plan.lanes.total)
+    for hint in hints(optimization.lr, wanted_lr, plan.num_steps):
+        print(f"Hint: {hint}")
     if plan.lanes.total != optimization.batch_size:
         parts = [f"--batch_size {optimization.batch_size}", f"--grad_accum_steps {optimization.grad_accum_steps}"]
         print(f"Samples a step: {' x '.join([*parts, f'{plan.processes.count} processes'])} = {plan.lanes.total}")
