@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wandistiller.budget.report import OutOfMemory, out_of_memory_message
@@ -16,7 +16,6 @@ from wandistiller.run.plan import Plan
 from wandistiller.run.record import commands_so_far
 from wandistiller.targets.cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
 from wandistiller.training.checkpoints import Checkpoint, Checkpoints
-from wandistiller.training.loop import Saving
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +45,23 @@ class Run(Plan):
         """Steps that were taken before this process."""
         return 0 if self.resume_from is None else self.resume_from.step
 
-    @property
-    def saving(self) -> Saving:
-        return Saving(self.checkpoints, self.resume_from)
+    def going_on_from(self, checkpoint: Checkpoint | None) -> "Run":
+        """Return this run at the state of a checkpoint, or at its start, with the commands that have led there; say so."""
+        first_step, before = 0, []
+        if checkpoint is not None:
+            first_step, before = checkpoint.step, checkpoint.commands
+            print(f"Resuming from step {first_step} of {self.folder} (--overwrite starts anew)")
+            if not checkpoint.has_same_batch:
+                had = checkpoint.batch_size
+                why = (
+                    f"a step had {had} samples, and has {self.lanes.total} now"
+                    if had
+                    else "this checkpoint was saved without them"
+                )
+                print(f"Training states start anew: {why}")
+        command = typed_command(SCRIPT, self.command)
+        self.checkpoints.commands = commands_so_far(before, first_step, command, self.flags.optimization.lr)
+        return replace(self, resume_from=checkpoint)
 
 
 @contextlib.contextmanager
@@ -122,24 +135,11 @@ def make_run(plan: Plan, folder: Path, cache: TeacherCache | None, command: list
     output = plan.flags.output
     checkpoints = Checkpoints(folder, run_identity(plan), plan.lanes.total, output.keep_checkpoints, plan.processes)
     resume_from = None if output.overwrite else checkpoints.newest()
-    if resume_from is not None:
-        print(f"Resuming from step {resume_from.step} of {folder} (--overwrite starts anew)")
-        if not resume_from.has_same_batch:
-            had = resume_from.batch_size
-            why = (
-                f"a step had {had} samples, and has {plan.lanes.total} now"
-                if had
-                else "this checkpoint was saved without them"
-            )
-            print(f"Training states start anew: {why}")
     check_disk(checkpoints, plan)
-    first_step, before = (resume_from.step, resume_from.commands) if resume_from else (0, [])
-    checkpoints.commands = commands_so_far(
-        before, first_step, typed_command(SCRIPT, command), plan.flags.optimization.lr
-    )
     logger.info("headers of the teacher read, output folder taken")
     known = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
-    return Run(**known, folder=folder, checkpoints=checkpoints, resume_from=resume_from, cache=cache, command=command)
+    run = Run(**known, folder=folder, checkpoints=checkpoints, resume_from=None, cache=cache, command=command)
+    return run.going_on_from(resume_from)
 
 
 def out_of_memory(plan: Plan) -> OutOfMemory:
