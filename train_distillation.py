@@ -45,7 +45,7 @@ def distil(flags: Flags, command: list[str]) -> int:
     from wandistiller.run.plan import make_plan
     from wandistiller.run.record import save_trained_student
     from wandistiller.run.run import memory_advice, open_run
-    from wandistiller.training.loop import Saving, train
+    from wandistiller.training.loop import train
 
     with messages.printed_log(flags.output.verbose):
         # Every refusal that needs no folder comes before anything is written or a weight is read:
@@ -62,10 +62,10 @@ def distil(flags: Flags, command: list[str]) -> int:
             objective = build.build_objective(run, projection)
             build.compile_and_shard(run, student, teacher, objective)
             answers = build.build_answers(run, embeds, teacher, student, build.feature_layers(run, projection))
-            run, state = build.resume(run, student, objective, answers)
+            run, saving = build.resume(run, student, objective, answers)
             with watch(run, embeds, teacher) as observer:
                 with observer.shown():
-                    options, saving = run.training_options, Saving(run.checkpoints, state)
+                    options = run.training_options
                     result = train(student, answers, objective, options, observer, saving, run.processes)
                 save_trained_student(run, student, projection, result, answers.num_calls)
                 if not result.interrupted:

@@ -22,6 +22,7 @@ from wandistiller.targets.state_batch import DrawOptions
 from wandistiller.targets.states import build_states
 from wandistiller.training.checkpoints import DamagedCheckpointError
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
+from wandistiller.training.loop import Saving
 from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.state import RunState
 from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
@@ -233,8 +234,8 @@ def segment_answers(run: Run, embeds: Embeds, teacher: Teacher, student: WanLite
 # ---- the state to resume from ----
 
 
-def resume(run: Run, student: WanLiteStudent, objective: Objective, answers: Answers) -> tuple[Run, RunState | None]:
-    """Load the newest checkpoint that holds the state of this run; return the run that resumes from it, and that state.
+def resume(run: Run, student: WanLiteStudent, objective: Objective, answers: Answers) -> tuple[Run, Saving]:
+    """Load the newest checkpoint that holds the state of this run; return the run that resumes from it, with that state.
 
     A checkpoint can be damaged though its checksums are right, and then the one before it is loaded.
 
@@ -242,7 +243,7 @@ def resume(run: Run, student: WanLiteStudent, objective: Objective, answers: Ans
         UserError: none of the checkpoints can be loaded.
     """
     if run.resume_from is None:
-        return run, None
+        return run, Saving(run.checkpoints)
     options = run.training_options
     state = RunState(
         TrainedStudent(student, objective), answers, options.optimization, options.num_steps, run.processes
@@ -254,4 +255,4 @@ def resume(run: Run, student: WanLiteStudent, objective: Objective, answers: Ans
             run.checkpoints.tell_of_damage(run.resume_from.folder, str(error))
             run = run.going_on_from(run.checkpoints.newest(before=run.resume_from.step))
         else:
-            return run, state
+            return run, Saving(run.checkpoints, state)
