@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wandistiller.model.config import CONFIG_NAME, ConfigError, StudentConfig
+from wandistiller.model.config import CONFIG_NAME, ConfigError, StudentConfig, check_is_no_export
 from wandistiller.model.layers import (
     Linear,
     apply_rope,
@@ -406,7 +406,7 @@ class WanLiteStudent(nn.Module):
             folder: a folder that a student was saved in, the file with its weights, or a hub repository (`owner/name`).
 
         Raises:
-            ConfigError: a file is missing or damaged, or weights and config do not belong together.
+            ConfigError: a file is missing or damaged, weights and config do not belong together, or weights are no numbers.
             HubError: there is no such folder, and no such repository can be had either.
         """
         from wandistiller.files.hub import fetch, is_hub_id
@@ -430,6 +430,11 @@ class WanLiteStudent(nn.Module):
         except RuntimeError as error:
             reason = " ".join(str(error).split())  # torch writes a line per tensor
             raise ConfigError(f"{path}: does not fit {CONFIG_NAME} beside or in it: {reason}") from None
+        broken = [name for name, weight in student.named_parameters() if not weight.float().isfinite().all()]
+        if broken:
+            raise ConfigError(
+                f"{path}: is damaged, {len(broken)} of its tensors are not finite, first {broken[0]}; copy it again, or train again"
+            )
         return student.eval()
 
 
@@ -448,6 +453,7 @@ def saved_config(place: str | Path) -> StudentConfig:
         return StudentConfig.load(place)
     weights = place if place.is_file() else place / WEIGHTS_NAME
     if not weights.exists():
+        check_is_no_export(place)
         raise ConfigError(f"{place}: holds neither {CONFIG_NAME} nor {WEIGHTS_NAME}; {_ADVICE}")
     try:
         text = read_header(weights).metadata.get("student_config")

@@ -230,8 +230,10 @@ def read_evaluation(folder: Path) -> dict:
 def evaluation_rows(results: dict) -> list[str]:
     """Return an evaluation as text and a table, or nothing if it lacks something."""
     try:
+        num_trained = results.get("num_trained_prompts", 0)
+        prompts = f"prompts, {num_trained} of them trained on" if num_trained else "held-out prompts"
         about = (
-            f"`evaluate_student.py` on {results['num_prompts']} held-out prompts, noises of each: {results['num_seeds']}, the "
+            f"`evaluate_student.py` on {results['num_prompts']} {prompts}, noises of each: {results['num_seeds']}, the "
             "same for both:"
         )
         return [about, markdown_table(("", "student", "teacher", "student / teacher"), comparison_rows(results))]

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from wandistiller.budget.report import OutOfMemory, out_of_memory_message
 from wandistiller.device import is_out_of_memory
-from wandistiller.files.output_folder import locked_folder, prepare_output_folder
+from wandistiller.files.output_folder import (
+    STUDENT_NAMES,
+    check_replaceable,
+    locked_folder,
+    prepare_output_folder,
+    removed_if_empty,
+)
 from wandistiller.processes import leave
 from wandistiller.run.dry_run import changeable_flags, check_disk, has_checkpoints, workload_of
 from wandistiller.run.messages import typed_command
@@ -79,8 +85,11 @@ def open_run(plan: Plan, command: list[str]) -> Iterator[Run]:
     with memory_advice(plan):
         cache = open_cache(plan)
         output_dir = plan.flags.output.output_dir
-        folder = processes.first_then_all(lambda: prepare_output_folder(output_dir))
-        with contextlib.ExitStack() as held:
+        with (
+            removed_if_empty(output_dir) if processes.is_first else contextlib.nullcontext(),
+            contextlib.ExitStack() as held,
+        ):
+            folder = processes.first_then_all(lambda: prepare_output_folder(output_dir))
             processes.first_then_all(lambda: held.enter_context(locked_folder(folder)))
             yield make_run(plan, folder, cache, command)
     leave()
@@ -135,6 +144,8 @@ def make_run(plan: Plan, folder: Path, cache: TeacherCache | None, command: list
     output = plan.flags.output
     checkpoints = Checkpoints(folder, run_identity(plan), plan.lanes.total, output.keep_checkpoints, plan.processes)
     resume_from = None if output.overwrite else checkpoints.newest()
+    if resume_from is not None:  # else what is there is set aside
+        check_replaceable(folder, STUDENT_NAMES)
     check_disk(checkpoints, plan)
     logger.info("headers of the teacher read, output folder taken")
     known = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
