@@ -15,6 +15,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.paths import require_file
 
 CONFIG_NAME = "student_config.json"
+STUDENT_ADVICE = "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id owner/name"
 
 # These lie far beyond any Wan: a larger value is a slip of the keyboard that would fill the memory or take for ever.
 LARGEST = {
@@ -280,8 +281,7 @@ def check_is_no_export(folder: Path) -> None:
     found = next((noun for name, noun in what.items() if (folder / name).is_file()), None)
     if found:
         raise ConfigError(
-            f"{folder}: is a {found} for diffusers, such as export_student.py writes, and no student's folder; give the "
-            "--output_dir of train_distillation.py that it was exported from"
+            f"{folder}: is a {found} for diffusers, such as export_student.py writes, and no student's folder; {STUDENT_ADVICE}"
         )
 
 
