@@ -66,7 +66,7 @@ class Bench:
     def __call__(self, student, answers, objective, options, observer, *rest):
         self.device, self.dtype = options.device, objective.compute_dtype
         twin = copy.deepcopy(student).train()
-        optimizer = make_optimizer(twin, options.optimization, options.device)
+        optimizer = make_optimizer(twin, options.optimization, options.device, self.dtype)
         average = WeightAverage(twin, options.optimization.ema_decay)
         next_answer, answer = answers.next, None
 

@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_distillation
-from support.measures import training_peak, with_checkpointing
+from support.measures import LiveBytes, count_flops, training_peak, with_checkpointing
 from support.runs import PRUNED_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.budget.report import GIB, by_effect, memory_lines, out_of_memory_message, verdict
+from wandistiller.budget.report import GIB, by_effect, compute_lines, memory_lines, out_of_memory_message, verdict
 from wandistiller.budget.workload import (
     BACKWARD_PASSES,
     Workload,
     certain_bytes,
+    checkpoint_bytes,
     disk_budget,
     memory_budget,
     peak_bytes,
@@ -29,6 +30,7 @@ from wandistiller.budget.workload import (
     step_flops,
     stored_latents,
 )
+from wandistiller.device import DTYPES
 from wandistiller.model.layers import rope_table
 from wandistiller.model.sizes import count_parameters, transformer_flops, weight_bytes
 from wandistiller.projection.project import project_teacher
@@ -38,6 +40,7 @@ from wandistiller.targets.answers import Answer
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.replay import ReplayedAnswers
 from wandistiller.targets.states import StatesOptions, build_states
+from wandistiller.training.optimizer import OptimizationOptions, make_optimizer
 from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.settings import resolve_settings
@@ -48,6 +51,7 @@ TEACHER = StudentConfig(
 STUDENT = StudentConfig(
     block="wan", hidden_size=1536, depth=20, num_heads=12, ffn_dim=8960, num_channels=16, image_size=512
 )
+LITE = StudentConfig(block="lite", hidden_size=64, depth=2, num_heads=4, num_channels=4, image_size=32)
 A14B = Workload(teacher=TEACHER, student=STUDENT, latent_size=64, num_experts=2, batch_size=4, num_features=20)
 EMBEDS = mock_prompt_embeds(["a prompt"], 6)
 ALL_FLAGS = {
@@ -128,6 +132,25 @@ def test_bytes_of_a_checkpoint_on_disk(train, teachers, tmp_path):
     assert checkpoints.num_bytes / 3 == pytest.approx(saved, abs=40_000)  # beside it counters and random generators
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", [STUDENT.replace(hidden_size=96, depth=2, ffn_dim=560, num_heads=4), LITE])
+def test_moments_workspace_and_flops_of_muon(config, dtype):
+    run = Workload(teacher=config, student=config, latent_size=4, optimizer="muon", dtype=dtype)
+    student = WanLiteStudent(config)
+    optimizer = make_optimizer(student, OptimizationOptions(lr=1e-3, optimizer="muon"), "cpu", DTYPES[dtype])
+    for weight in student.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert count_flops(optimizer.step) == step_flops(run).orthogonalization > 0
+    moments = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.ndim]
+    num_bytes = sum(tensor.nbytes for tensor in moments)
+    assert sizes(run)["optimizer moments"] == num_bytes
+    assert checkpoint_bytes(replace(run, stored_latents=0, ema=False)) == num_bytes + 4 * config.num_parameters
+    with LiveBytes([*student.parameters(), *(weight.grad for weight in student.parameters()), *moments]) as live:
+        optimizer.step()
+    assert sizes(run)["orthogonalisation"] == pytest.approx(live.peak, rel=0.02)
+
+
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_peak_of_a_step_of_the_default_student_in_its_true_size(batch_size, is_checkpointed):
@@ -173,6 +196,7 @@ def test_a_text_encoder_that_the_prompt_cache_may_spare_makes_nothing_certain():
     [
         ({"teacher_offload": True}, "teacher weights", 1 / 2),
         ({"optimizer": "adamw8bit"}, "optimizer moments", 1 / 4),
+        ({"optimizer": "muon"}, "optimizer moments", 0.514),
         ({"uses_guidance": False}, "teacher activations", 1 / 2),
         ({"batch_size": 8}, "student activations", 2),
         ({"batch_size": 8}, "feature targets", 2),
@@ -209,6 +233,18 @@ def test_flops_of_a_step_count_guidance_replay_and_accumulation():
     assert 4 * (one + negative) * (1 - 1 / TEACHER.depth) < guided < 4 * (one + negative)  # less of one block is shared
     assert step_flops(replace(A14B, uses_guidance=False)).teacher == 4 * one
     assert step_flops(replace(A14B, calls_per_step=0.25, grad_accum_steps=3)).teacher == 3 / 4 * guided
+
+
+def test_what_muon_computes_is_told_and_is_none_of_what_is_certain():
+    plain, muon = A14B, replace(A14B, optimizer="muon", grad_accum_steps=2)
+    assert step_flops(plain).orthogonalization == 0 and not any("orthogonal" in line for line in memory_lines(plain))
+    assert any(" orthogonalising = " in line for line in compute_lines(muon))
+    assert any("orthogonalisation " in line for line in memory_lines(muon))
+    saved = sizes(replace(plain, grad_accum_steps=2))["optimizer moments"] - sizes(muon)["optimizer moments"]
+    assert certain_bytes(replace(plain, grad_accum_steps=2)) - certain_bytes(muon) == saved
+    sharded = replace(muon, num_processes=4, shard_student=True)
+    assert sizes(sharded)["optimizer moments"] == pytest.approx(sizes(muon)["optimizer moments"] / 4, rel=1e-6)
+    assert sizes(sharded)["orthogonalisation"] > sizes(muon)["orthogonalisation"]  # a matrix is gathered
 
 
 def test_offloaded_experts_are_in_host_memory():

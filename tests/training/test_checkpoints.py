@@ -38,6 +38,7 @@ RECIPES = {
     "noise": ["--states", "noise", "--prompt_swap", 0.5],
     "few steps": ["--student_steps", 2, "--replay", 2],
     "two experts": ["--calls_per_expert", 2],
+    "muon": ["--optimizer", "muon", "--init", "random", "--feature_loss_weight", 1, "--replay", 2],
 }
 STEPS = 11
 FLAGS = ["--max_steps", STEPS, "--lr", 1e-3, "--batch_size", 3]

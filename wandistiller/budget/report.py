@@ -215,10 +215,11 @@ def compute_lines(workload: Workload) -> list[str]:
     """Return lines with the FLOPs of a step, and how many steps and calls the job takes."""
     flops = step_flops(workload)
     calls = workload.calls_per_step * workload.num_steps
-    recompute = f" + {si(flops.recompute)} recomputed" if flops.recompute else ""
+    extra = f" + {si(flops.recompute)} recomputed" if flops.recompute else ""
+    extra += f" + {si(flops.orthogonalization)} orthogonalising" if flops.orthogonalization else ""
     return [
         f"  a step: teacher {si(flops.teacher)}, student {si(flops.student_forward)} forward + "
-        f"{si(flops.student_backward)} backward{recompute} = {si(flops.total)}FLOP a GPU",
+        f"{si(flops.student_backward)} backward{extra} = {si(flops.total)}FLOP a GPU",
         f"  the job: {workload.num_steps:,} steps of {workload.global_batch_size:,} prompts, about {calls:,.0f} teacher calls of as many, "
         f"{si(flops.total * workload.num_steps)}FLOP a GPU",
     ]

@@ -111,7 +111,7 @@ def _seconds_of_learning(workload: Workload, depth: int, device: str, dtype: tor
     student.gradient_checkpointing = workload.gradient_checkpointing
     inputs = _random_inputs(workload, device)
     answer = autocast(student, device, dtype)
-    optimizer = make_optimizer(student, OptimizationOptions(lr=1e-6, optimizer=workload.optimizer), device)
+    optimizer = make_optimizer(student, OptimizationOptions(lr=1e-6, optimizer=workload.optimizer), device, dtype)
     average = WeightAverage(student, 0.999) if workload.ema else None
 
     def learn() -> None:

@@ -25,9 +25,10 @@ from wandistiller.targets.renoise import SAMPLES_PER_LANE
 from wandistiller.targets.replay import REPLAY_BATCHES
 from wandistiller.targets.segments import READY_PER_LANE
 from wandistiller.targets.trajectories import PATHS_PER_LANE
+from wandistiller.training.optimizer import NEWTON_SCHULZ_STEPS
 
-# The bytes that the optimiser's two moments take for each parameter.
-MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}
+# The bytes that AdamW's two moments take for each parameter. Muon has one, in float32, of the matrices that it moves.
+MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 8}
 # All released Wans share this encoder, whose files are not always at hand.
 UMT5_XXL_PARAMETERS = 5_680_910_336
 # The CUDA context with its libraries, and the share that the allocator cannot use between tensors, are assumed, not measured.
@@ -183,7 +184,8 @@ def certain_bytes(workload: Workload) -> int:
     phases = phase_bytes([part for part in memory_budget(workload) if part.name in sizes])
     phases["answering"] -= round(ACTIVATION_TOLERANCE * sizes["teacher activations"])
     activations = round((1 - ACTIVATION_TOLERANCE) * sizes["student activations"])
-    phases["learning"] -= sizes["student activations"] - activations
+    # Muon's products come when activations have gone.
+    phases["learning"] -= sizes["student activations"] - activations + sizes.get("orthogonalisation", 0)
     if not workload.keeps_gradients:
         phases["learning"] -= min(sizes["gradients"], activations)
     return max(phases["answering"], phases["learning"])
@@ -255,13 +257,18 @@ def _student_components(workload: Workload) -> list[Component]:
         config, image, workload.text_tokens, compute, workload.gradient_checkpointing, workload.is_gpu
     )
     kept = "one block's, and every block's input" if workload.gradient_checkpointing else "all blocks'"
-    moments = f"{workload.optimizer}'s two{split}"
+    moments = (
+        "muon's one of matrices in blocks, adamw's two of the rest"
+        if workload.optimizer == "muon"
+        else f"{workload.optimizer}'s two"
+    )
     return [
         Component("student weights", own * FP32, f"{count.total:,} parameters, fp32{split}", phase),
         Component("gradients", own * FP32, f"fp32{split}", phase if workload.keeps_gradients else "learning"),
-        Component("optimizer moments", own * MOMENT_BYTES[workload.optimizer], moments, phase),
+        Component("optimizer moments", math.ceil(moment_bytes(workload) / parts), moments + split, phase),
         Component("average of weights", own * FP32 if workload.ema else 0, f"fp32{split}", phase),
         Component("weights to compute with", _compute_copies(workload, activations), f"{workload.dtype}", "learning"),
+        Component("orthogonalisation", _orthogonalization_bytes(workload), "of the largest matrix", "learning"),
         Component(
             "student activations",
             activations,
@@ -290,6 +297,22 @@ def _compute_copies(workload: Workload, activations: int) -> int:
     return gathered + max(compute * count.block, copies - (activations - workload.batch_size * in_forward))
 
 
+def moment_bytes(workload: Workload) -> int:
+    """Return the bytes of the optimiser's moments, over all processes that share them."""
+    count = count_parameters(workload.student)
+    matrices = workload.student.depth * count.block_matrices if workload.optimizer == "muon" else 0
+    return MOMENT_BYTES[workload.optimizer] * count.total - FP32 * matrices
+
+
+def _orthogonalization_bytes(workload: Workload) -> int:
+    """Return the bytes of Muon's update of the largest matrix: the update, gathered where it is sharded, and what is multiplied."""
+    if workload.optimizer != "muon":
+        return 0
+    rows, columns = max(count_parameters(workload.student).matrix_shapes, key=math.prod)
+    updates = FP32 * rows * columns * (2 if workload.shard_student else 1)
+    return updates + 2 * BYTES[workload.dtype] * (rows * columns + min(rows, columns) ** 2)
+
+
 def _states(workload: Workload) -> Component:
     num_latents = workload.stored_latents * workload.batch_size * workload.grad_accum_steps
     return Component("training states", num_latents * workload.latent_bytes, f"{num_latents} latents, fp32")
@@ -300,10 +323,8 @@ def _states(workload: Workload) -> Component:
 
 def checkpoint_bytes(workload: Workload) -> int:
     """Return the bytes of one checkpoint: weights, their average and the optimiser's moments, and the training states."""
-    per_parameter = FP32 + MOMENT_BYTES[workload.optimizer] + (FP32 if workload.ema else 0)
-    return (
-        per_parameter * count_parameters(workload.student).total + workload.num_processes * _states(workload).num_bytes
-    )
+    weights = (2 if workload.ema else 1) * FP32 * count_parameters(workload.student).total
+    return weights + moment_bytes(workload) + workload.num_processes * _states(workload).num_bytes
 
 
 def disk_budget(workload: Workload) -> list[Component]:
@@ -338,10 +359,12 @@ class StepFlops:
     student_forward: float
     student_backward: float
     recompute: float  # of gradient checkpointing
+    orthogonalization: float  # of Muon, all of it in every process
 
     @property
     def total(self) -> float:
-        return self.teacher + self.student_forward + self.student_backward + self.recompute
+        student = self.student_forward + self.student_backward + self.recompute
+        return self.teacher + student + self.orthogonalization
 
 
 def step_flops(workload: Workload) -> StepFlops:
@@ -360,4 +383,12 @@ def step_flops(workload: Workload) -> StepFlops:
         student_forward=forward,
         student_backward=BACKWARD_PASSES * forward,
         recompute=forward if workload.gradient_checkpointing else 0,
+        orthogonalization=_orthogonalization_flops(workload.student) if workload.optimizer == "muon" else 0,
     )
+
+
+def _orthogonalization_flops(config: StudentConfig) -> int:
+    """Count the products of Newton and Schulz's iteration: the Gram matrix of the shorter side, its square, and back."""
+    sides = [sorted(shape) for shape in count_parameters(config).matrix_shapes]
+    one_step = sum(2 * (2 * short * short * long + short**3) for short, long in sides)
+    return config.depth * NEWTON_SCHULZ_STEPS * one_step

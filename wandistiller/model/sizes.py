@@ -24,13 +24,18 @@ class ParameterCount:
         total: all parameters.
         float32: parameters that stay in float32 whatever the dtype of the rest: norms, modulation, time embedding.
         block: parameters of one block.
-        block_matrices: weights of one block's Linear layers, which fp8 covers.
+        matrix_shapes: shapes of the weights of one block's Linear layers, which fp8 covers and Muon moves.
     """
 
     total: int
     float32: int
     block: int
-    block_matrices: int
+    matrix_shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def block_matrices(self) -> int:
+        """Weights of one block's Linear layers."""
+        return sum(rows * columns for rows, columns in self.matrix_shapes)
 
 
 def unfilled_model(config: StudentConfig, dtype: torch.dtype) -> WanLiteStudent:
@@ -65,7 +70,7 @@ def _count_parameters(config: StudentConfig) -> ParameterCount:
         total=config.num_parameters,
         float32=float32,
         block=sum(parameter.numel() for parameter in in_block.values()),
-        block_matrices=sum(parameter.numel() for parameter in in_block.values() if parameter.ndim == 2),
+        matrix_shapes=tuple((len(weight), weight.shape[1]) for weight in in_block.values() if weight.ndim == 2),
     )
 
 

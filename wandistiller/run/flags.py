@@ -193,7 +193,7 @@ class OptimizationFlags:
     grad_accum_steps: int = flag(
         "such batches whose gradients add up to one optimiser step", 1, type=number(int, low=1)
     )
-    lr: float = flag_by_teacher("learning rate of AdamW", 1e-5, 3e-3, type=number(float, above=0, high=1e9))
+    lr: float = flag_by_teacher("learning rate", 1e-5, 3e-3, type=number(float, above=0, high=1e9))
     lr_scheduler: str = flag(
         "the learning rate after its warm-up: kept, or down to zero", "cosine", choices=LR_SCHEDULERS
     )
@@ -204,12 +204,13 @@ class OptimizationFlags:
         type=number(float, low=0, high=0.999999),
     )
     optimizer: str = flag(
-        "adamw; adamw8bit: its two moments in 8 bits, a quarter of the memory (needs pip install bitsandbytes)",
+        "adamw; adamw8bit: its two moments in 8 bits, a quarter of the memory (needs pip install bitsandbytes); muon: "
+        "orthogonalised updates for the matrices of the student's blocks, adamw for the rest",
         "adamw",
-        choices=["adamw", "adamw8bit"],
+        choices=["adamw", "adamw8bit", "muon"],
     )
     max_grad_norm: float = flag("gradients are clipped to this norm", 1.0, type=number(float, above=0))
-    weight_decay: float = flag("weight decay of AdamW", 0.0, type=number(float, low=0))
+    weight_decay: float = flag("weight decay", 0.0, type=number(float, low=0))
     seed: int = flag("of prompt order, noise and initial values", 0, type=number(int, low=0, high=2**63 - 1))
 
 

@@ -1,8 +1,10 @@
-"""How weights move: AdamW, its learning rate over the run, and their moving average."""
+"""How weights move: AdamW or Muon, the learning rate over the run, and the weights' moving average."""
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from wandistiller.errors import UserError
-from wandistiller.processes import local_part, reshard
+from wandistiller.processes import fill, full_tensor, local_part, reshard
+
+NEWTON_SCHULZ_STEPS = 5  # torch's default, of which a budget has to know
+_IN_BLOCK = re.compile(r"(?:^|\.)blocks\.\d+\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +24,8 @@ class OptimizationOptions:
     """How weights move.
 
     Attributes:
-        optimizer: "adamw" or "adamw8bit".
+        optimizer: "adamw", "adamw8bit", or "muon", which moves the matrices of the blocks and leaves the rest to AdamW.
+        betas: of AdamW.
         lr_scheduler: "constant", "linear" or "cosine", which follows `lr_warmup_steps` of rising learning rate.
         ema_decay: share of the moving average that a step keeps; 0 keeps no average.
     """
@@ -40,14 +46,104 @@ def check_optimizer(name: str) -> None:
         raise UserError("--optimizer adamw8bit: needs bitsandbytes, which is not installed; pip install bitsandbytes")
 
 
-def make_optimizer(model: nn.Module, options: OptimizationOptions, device: str) -> torch.optim.Optimizer:
-    """Return torch's AdamW, or bitsandbytes' with moments in 8 bits (blockwise quantisation, arXiv 2110.02861)."""
+def make_optimizer(
+    model: nn.Module, options: OptimizationOptions, device: str, compute_dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """Return the optimiser of a student, or of a student with what is learnt beside it.
+
+    "adamw8bit" is bitsandbytes', with moments in 8 bits (blockwise quantisation, arXiv 2110.02861).
+
+    Args:
+        compute_dtype: precision of matrix products, of which only Muon has any.
+    """
     settings: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "weight_decay": options.weight_decay}
     if options.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(model.parameters(), **settings)
-    return torch.optim.AdamW(model.parameters(), **settings, fused=torch.device(device).type in ("cuda", "cpu"))
+    settings["fused"] = torch.device(device).type in ("cuda", "cpu")
+    if options.optimizer == "muon":
+        matrices, others = split_for_muon(model)
+        muon = Muon(matrices.values(), options.lr, options.weight_decay, compute_dtype)
+        return CombinedOptimizer([muon, torch.optim.AdamW(others.values(), **settings)])
+    return torch.optim.AdamW(model.parameters(), **settings)
+
+
+def split_for_muon(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Return the matrices of the transformer blocks, by name, and all other parameters.
+
+    Muon is for hidden layers: embedders, the output layer and the maps of the feature loss are matrices too, and AdamW's.
+    """
+    named = dict(model.named_parameters())
+    matrices = {name: weight for name, weight in named.items() if weight.ndim == 2 and _IN_BLOCK.search(name)}
+    return matrices, {name: weight for name, weight in named.items() if name not in matrices}
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon with its matrix products in the run's precision, and for matrices that FSDP2 shards.
+
+    torch has them in bfloat16 whatever the weights are. There the last bit of a gradient changes an update by half a percent,
+    so that two processes would not take the steps of one; and a CPU without instructions for it takes 20 times as long as in
+    float32. Of a sharded matrix torch multiplies the shards, and rounds and sends each product. Here every process gathers
+    the update, one matrix at a time, and orthogonalises all of it: more computing, less to send, and the numbers of one process.
+
+    The update of a matrix (A, B) is scaled by 0.2 sqrt(max(A, B)) to the size of AdamW's, so that both go by one learning rate
+    (arXiv 2502.16982, torch's "match_rms_adamw").
+    """
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float, compute_dtype: torch.dtype):
+        super().__init__(matrices, lr, weight_decay, ns_steps=NEWTON_SCHULZ_STEPS, adjust_lr_fn="match_rms_adamw")
+        self.compute_dtype = compute_dtype
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # without the closure, which nobody here has
+        """Move every matrix that has a gradient."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._move(weight, group)
+
+    def _move(self, weight: Tensor, group: dict[str, Any]) -> None:
+        state, momentum, lr = self.state[weight], group["momentum"], group["lr"]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        mean = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+        update = weight.grad.lerp(mean, momentum)  # Nesterov's
+        fill(update, self._orthogonalized(full_tensor(update), group))
+        scale = 0.2 * math.sqrt(max(weight.shape))
+        weight.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * scale)
+
+    def _orthogonalized(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return a matrix (A, B) with its singular values brought near 1, by Newton and Schulz's iteration on the shorter side.
+
+        A step of it takes each singular value s to a s + b s^3 + c s^5.
+        """
+        a, b, c = group["ns_coefficients"]
+        is_tall = matrix.shape[0] > matrix.shape[1]
+        x = matrix.to(self.compute_dtype)
+        x = x.T if is_tall else x
+        x = x / x.norm().clamp(min=group["eps"])
+        for _ in range(group["ns_steps"]):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.T if is_tall else x
+
+
+class CombinedOptimizer(torch.optim.Optimizer):
+    """Optimisers of different parameters that are one to whoever schedules, saves or resumes them.
+
+    The groups and the state are those of the parts, not copies.
+    """
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            part.state = self.state
+
+    def step(self) -> None:  # type: ignore[override]  # without the closure, which nobody here has
+        for part in self.parts:
+            part.step()
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, options: OptimizationOptions, num_steps: int) -> LambdaLR:

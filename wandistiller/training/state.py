@@ -36,7 +36,7 @@ class RunState:
         processes: Processes,
     ):
         self.trained, self.answers, self.processes = trained, answers, processes
-        self.optimizer = make_optimizer(trained, options, processes.device)
+        self.optimizer = make_optimizer(trained, options, processes.device, trained.objective.compute_dtype)
         self.lr_scheduler = make_lr_scheduler(self.optimizer, options, num_steps)
         self.average = WeightAverage(trained.student, options.ema_decay) if options.ema_decay > 0 else None
         self.losses: list[float] = []
