@@ -12,8 +12,10 @@ from types import NoneType
 from typing import get_args
 
 from wandistiller.errors import UserError
+from wandistiller.files.paths import require_file
 
 CONFIG_NAME = "student_config.json"
+STUDENT_ADVICE = "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id owner/name"
 
 # These lie far beyond any Wan: a larger value is a slip of the keyboard that would fill the memory or take for ever.
 LARGEST = {
@@ -225,10 +227,14 @@ class StudentConfig:
     def load(cls, path: str | Path) -> "StudentConfig":
         """Read and check a student_config.json; `path` may also be the folder that holds it."""
         path = Path(path)
-        path = path / CONFIG_NAME if path.is_dir() else path
+        folder = path if path.is_dir() else None
+        path = path / CONFIG_NAME if folder else path
         try:
+            require_file(path)
             text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
+            if folder:
+                check_is_no_export(folder)
             raise ConfigError(f"{path}: there is no such file; give a student_config.json (see config/)") from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
@@ -263,6 +269,20 @@ class StudentConfig:
 
     def replace(self, **changes) -> "StudentConfig":
         return replace(self, **changes)
+
+
+def check_is_no_export(folder: Path) -> None:
+    """Refuse a folder for diffusers where a student's own is wanted, by its name.
+
+    Raises:
+        ConfigError: it is a pipeline or a transformer, such as export_student.py writes.
+    """
+    what = {"model_index.json": "pipeline", "config.json": "model"}
+    found = next((noun for name, noun in what.items() if (folder / name).is_file()), None)
+    if found:
+        raise ConfigError(
+            f"{folder}: is a {found} for diffusers, such as export_student.py writes, and no student's folder; {STUDENT_ADVICE}"
+        )
 
 
 def _linear_parameters(inputs: int, outputs: int) -> int:
