@@ -31,7 +31,7 @@ from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import Answer, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
-from wandistiller.targets.replay import REPLAY_BATCHES, ReplayedAnswers
+from wandistiller.targets.replay import LEAD_BATCHES, STORED_BATCHES, ReplayedAnswers
 from wandistiller.targets.state_batch import DrawOptions, StateBatch
 from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.targets.trajectories import PathOptions, TrajectoryStates
@@ -115,31 +115,47 @@ def test_an_epoch_is_the_prompts_over_the_batch_rounded_up(epochs, prompts, batc
 # ---- replay ----
 
 
-def test_replay_gives_every_answer_as_often_as_asked_and_unchanged():
+def test_replay_gives_answers_unchanged_and_about_as_often_as_asked():
     _, teacher, embeds, states = make_run()
-    replayed = ReplayedAnswers(answers(teacher, states, embeds), embeds, replay=3)
-    fresh, uses, calls = {}, Counter(), []
-    for _ in range(500):
+    num_steps, replay = 600, 3
+    replayed = ReplayedAnswers(answers(teacher, states, embeds), embeds, replay, num_steps)
+    known, uses, is_fresh = {}, Counter(), []
+    for _ in range(num_steps):
         before = replayed.num_calls
         answer = replayed.next()
         replayed.advance(answer, answer.velocity, 0.0)
-        calls.append(len(answer.prompts) * (replayed.num_calls > before))
+        is_fresh.append(replayed.num_calls > before)
         for row, prompt in enumerate(answer.prompts):
             key = answer.latents[row].sum().item()
             entry = (answer.sigma[row].item(), prompt, answer.velocity[row].sum().item())
-            assert fresh.setdefault(key, entry) == entry
+            assert known.setdefault(key, entry) == entry
             uses[key] += 1
-    assert all(calls[: REPLAY_BATCHES // 2]), "the store is filled first"
-    # What is still in the store at the end has uses left; all others had exactly three:
-    counts = Counter(uses.values())
-    assert max(counts) == 3
-    assert sum(counts[n] for n in (1, 2)) <= REPLAY_BATCHES * 3
-    assert sum(calls) / sum(uses.values()) == pytest.approx(1 / 3, abs=0.02)
+    assert all(is_fresh[:LEAD_BATCHES])
+    assert sum(is_fresh) == replayed.num_calls == num_steps / replay
+    # The teacher answers early, and the second half of the steps learns from what it has answered:
+    assert sum(is_fresh[: num_steps // 2]) == sum(is_fresh)
+    counts = sorted(uses.values())
+    assert statistics.fmean(counts) == pytest.approx(replay, rel=0.25) and counts[-1] <= 5 * replay  # short batches
+
+
+def test_a_full_store_forgets_its_oldest_answers_and_the_last_ones_are_not_given_too_often():
+    _, teacher, embeds, states = make_run()
+    num_steps, replay = 8 * STORED_BATCHES, 2
+    replayed = ReplayedAnswers(answers(teacher, states, embeds), embeds, replay, num_steps)
+    born, age, last_fresh = {}, 0, 0
+    for step in range(num_steps):
+        before, answer = replayed.num_calls, replayed.next()
+        key = answer.latents[0].sum().item()
+        if replayed.num_calls > before:
+            last_fresh = step
+        age = max(age, replayed.num_calls - born.setdefault(key, replayed.num_calls))
+    assert STORED_BATCHES // 2 < age < STORED_BATCHES
+    assert num_steps - STORED_BATCHES - 2 <= last_fresh < num_steps - STORED_BATCHES + 2
 
 
 def test_replayed_batches_mix_the_answers_of_several_calls():
     _, teacher, embeds, states = make_run()
-    replayed, born = ReplayedAnswers(answers(teacher, states, embeds), embeds, replay=4), {}
+    replayed, born = ReplayedAnswers(answers(teacher, states, embeds), embeds, 4, num_steps=250), {}
     mixed = []
     for _ in range(250):
         before, answer = replayed.num_calls, replayed.next()
@@ -157,7 +173,7 @@ def test_answers_go_on_from_a_saved_state(replay, num_before):
 
     def make(seed: int) -> TeacherAnswers | ReplayedAnswers:
         source = answers(teacher, make_paths(seed), embeds, student_rollout=(0.5, 0.5))
-        return source if replay == 1 else ReplayedAnswers(source, embeds, replay, seed)
+        return source if replay == 1 else ReplayedAnswers(source, embeds, replay, 60, seed)
 
     def step(source) -> tuple:
         answer = source.next()
@@ -206,12 +222,12 @@ def test_asking_leaves_the_states_where_they_are_until_the_student_has_answered_
 def test_replay_moves_the_states_on_once_for_every_call():
     _, teacher, embeds, _ = make_run(guidance_scale=1.0)
     states = NotedStates(make_paths())
-    replayed = ReplayedAnswers(answers(teacher, states, embeds), embeds, replay=3)
+    replayed = ReplayedAnswers(answers(teacher, states, embeds), embeds, 3, num_steps=90)
     for _ in range(90):
         answer = replayed.next()
         replayed.advance(answer, answer.velocity, 0.5)
         assert len(states.moves) == replayed.num_calls
-    assert replayed.num_calls < 45
+    assert replayed.num_calls == 30
 
 
 # ---- learning rate and average ----
@@ -382,9 +398,9 @@ def test_the_teacher_is_called_once_a_step_and_less_with_replay():
     assert [metrics.teacher_calls for metrics in reported] == list(range(1, 31)) and len(sizes) == 30
 
     sizes.clear()
-    reported = reported_by(ReplayedAnswers(answers(teacher, states, embeds), embeds, replay=4))
+    reported = reported_by(ReplayedAnswers(answers(teacher, states, embeds), embeds, 4, num_steps=30))
     calls = [metrics.teacher_calls for metrics in reported]
-    assert calls[:5] == [1, 2, 3, 4, 5] and calls[-1] == len(sizes) < 22
+    assert calls[:5] == [1, 2, 3, 4, 5] and calls[-1] == len(sizes) == 8
 
 
 class FixedAnswers:

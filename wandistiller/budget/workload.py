@@ -22,7 +22,7 @@ from wandistiller.model.sizes import (
     weight_bytes,
 )
 from wandistiller.targets.renoise import SAMPLES_PER_LANE
-from wandistiller.targets.replay import MAX_FEATURE_BYTES, STORED_BATCHES, feature_bytes
+from wandistiller.targets.replay import feature_bytes
 from wandistiller.targets.segments import READY_PER_LANE
 from wandistiller.targets.trajectories import PATHS_PER_LANE
 from wandistiller.training.optimizer import NEWTON_SCHULZ_STEPS
@@ -52,7 +52,7 @@ class Workload:
         offline_teacher: all its answers come from a cache, and it has left memory before the student comes.
         shard_teacher, shard_student: weights (and gradients, moments, average) split over the processes.
         num_features: teacher layers whose hidden states are compared; 0 is none.
-        replays_features: whether answers are stored with their hidden states, where there is room.
+        replayed_batches: batches of answers that are kept to be learnt from again; 0 without replay, and where a cache has them.
         maps_features: whether the student's hidden states pass a learnt map to the teacher's width first.
         stored_latents: latents kept per sample of a batch: paths in flight, finished samples, answers for replay.
         calls_per_step: batches that the teacher answers for one forward and backward pass of the student.
@@ -81,7 +81,7 @@ class Workload:
     ema: bool = True
     num_features: int = 0
     maps_features: bool = False
-    replays_features: bool = False
+    replayed_batches: int = 0
     stored_latents: int = PATHS_PER_LANE
     calls_per_step: float = 1.0
     num_steps: int = 1
@@ -123,15 +123,12 @@ class Workload:
         return max(self.text_tokens, self.negative_text_tokens + 1 if self.uses_guidance else 0)
 
 
-def stored_latents(
-    has_paths: bool, *, renoised: bool = False, replay: int = 1, has_segments: bool = False, is_cached: bool = False
-) -> int:
-    """Return how many latents training states and answers keep on the device, per sample of a batch."""
+def stored_latents(has_paths: bool, *, renoised: bool = False, has_segments: bool = False) -> int:
+    """Return how many latents the training states keep on the device, per sample of a batch."""
     if has_segments:
         # Starts, ends and velocities of the paths; states and velocities of the targets that are known
-        return 3 * PATHS_PER_LANE + 2 * READY_PER_LANE + (2 * STORED_BATCHES if replay > 1 else 0)
-    paths = 0 if not has_paths else PATHS_PER_LANE + (SAMPLES_PER_LANE if renoised else 0)
-    return paths + (2 * STORED_BATCHES if replay > 1 and not is_cached else 0)
+        return 3 * PATHS_PER_LANE + 2 * READY_PER_LANE
+    return 0 if not has_paths else PATHS_PER_LANE + (SAMPLES_PER_LANE if renoised else 0)
 
 
 # ---- memory ----
@@ -239,14 +236,21 @@ def _feature_components(workload: Workload) -> list[Component]:
     copies = 3 if workload.maps_features else 1  # of the difference; mapped, also of what was mapped and its rounding
     errors = workload.num_features * tokens * width * (copies * FP32 + 1)  # and the mask, a byte each
     layers = f"of {workload.num_features} layers"
-    num_lanes, shape = workload.batch_size * workload.grad_accum_steps, (tokens // workload.batch_size, width)
-    stored = feature_bytes(num_lanes, workload.num_features, shape) if workload.replays_features else 0
+    stored = _stored_feature_bytes(workload)
     return [
-        Component("stored features", stored if stored <= MAX_FEATURE_BYTES else 0, "hidden states to replay, bf16"),
+        Component("stored features", stored, f"hidden states {layers} to learn from again, bf16"),
         Component("feature targets", states, f"hidden states {layers}, fp32"),
         Component("features to copy", states if is_copied else 0, "those of one expert", "answering"),
         Component("feature errors", errors, f"differences and masks {layers}", "learning"),
     ]
+
+
+def _stored_feature_bytes(workload: Workload) -> int:
+    """Return the bytes of hidden states that are kept to be learnt from again."""
+    num_answers = workload.replayed_batches * workload.batch_size * workload.grad_accum_steps
+    width = workload.teacher.hidden_size if workload.maps_features else workload.student.hidden_size
+    tokens = num_image_tokens(workload.teacher, workload.latent_size)
+    return feature_bytes(num_answers, workload.num_features, (tokens, width))
 
 
 def _student_components(workload: Workload) -> list[Component]:
@@ -319,7 +323,9 @@ def _orthogonalization_bytes(workload: Workload) -> int:
 
 
 def _states(workload: Workload) -> Component:
-    num_latents = workload.stored_latents * workload.batch_size * workload.grad_accum_steps
+    # A stored answer has a state and a velocity.
+    per_sample = workload.stored_latents + 2 * workload.replayed_batches
+    num_latents = per_sample * workload.batch_size * workload.grad_accum_steps
     return Component("training states", num_latents * workload.latent_bytes, f"{num_latents} latents, fp32")
 
 
@@ -329,7 +335,8 @@ def _states(workload: Workload) -> Component:
 def checkpoint_bytes(workload: Workload) -> int:
     """Return the bytes of one checkpoint: weights, their average and the optimiser's moments, and the training states."""
     weights = (2 if workload.ema else 1) * FP32 * count_parameters(workload.student).total
-    return weights + moment_bytes(workload) + workload.num_processes * _states(workload).num_bytes
+    states = _states(workload).num_bytes + _stored_feature_bytes(workload)
+    return weights + moment_bytes(workload) + workload.num_processes * states
 
 
 def disk_budget(workload: Workload) -> list[Component]:

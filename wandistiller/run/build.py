@@ -1,7 +1,6 @@
 """What a run is built of: embeddings, teacher, student, answers and objective."""
 
 import logging
-import math
 from collections.abc import Iterable
 
 import torch
@@ -16,7 +15,7 @@ from wandistiller.run.run import Run
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import Answers, TeacherAnswers
 from wandistiller.targets.cache import CachedAnswers
-from wandistiller.targets.replay import ReplayedAnswers
+from wandistiller.targets.replay import ReplayedAnswers, expected_calls
 from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
 from wandistiller.targets.state_batch import DrawOptions
 from wandistiller.targets.states import build_states
@@ -79,7 +78,7 @@ def load_teacher(run: Run, embeds: Embeds) -> Teacher | None:
     teacher = build_teacher(run, embeds.negative)
     logger.info("teacher read and projected")
     if cache is not None and not cache.is_complete:
-        num_batches = math.ceil(run.num_steps / run.flags.states.replay)
+        num_batches = expected_calls(run.num_steps, run.flags.states.replay)
         print(f"Asking the teacher for {num_batches} batches, kept in {cache.folder}", flush=True)
         cache.build(live_answers(run, embeds, teacher), num_batches, Countdown("Teacher's answers", num_batches))
         logger.info("answers of the teacher written to its cache")
@@ -197,7 +196,9 @@ def build_answers(
         answers: Answers = segment_answers(run, embeds, teacher, student)
     else:
         answers = live_answers(run, embeds, teacher, projection)
-    return ReplayedAnswers(answers, embeds.trained, states.replay, seed, run.device) if states.replay > 1 else answers
+    if states.replay == 1:
+        return answers
+    return ReplayedAnswers(answers, embeds.trained, states.replay, run.num_steps, seed, run.device)
 
 
 def live_answers(

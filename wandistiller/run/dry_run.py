@@ -1,6 +1,5 @@
 """The budget of a run from its plan; no weight is read and nothing is written."""
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +24,7 @@ from wandistiller.files.output_folder import check_writable
 from wandistiller.model.sizes import count_parameters
 from wandistiller.run.flags import STATES, Flags
 from wandistiller.run.plan import Plan
-from wandistiller.targets.replay import expected_calls
+from wandistiller.targets.replay import expected_calls, stored_batches
 from wandistiller.targets.segments import calls_per_answer
 from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.wan.text_encoder import count_tokens
@@ -59,6 +58,7 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
     states, own, performance = flags.states, flags.optimization, flags.performance
     is_gpu = torch.device(plan.device).type == "cuda" if is_gpu is None else is_gpu
     dtype = dtype or performance.dtype or ("bf16" if is_gpu else "fp32")
+    replays = states.replay > 1 and not states.teacher_cache
     calls = calls_of(flags, plan.settings.num_inference_steps, plan.num_steps)
     return Workload(
         teacher=plan.wan_files.config,
@@ -80,13 +80,11 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
         ema=own.ema_decay > 0,
         num_features=config.depth if flags.objective.feature_loss_weight else 0,
         maps_features=config.block != "wan" or flags.student.init == "random",
-        replays_features=states.replay > 1 and not states.teacher_cache,
+        replayed_batches=stored_batches(plan.num_steps, states.replay) if replays else 0,
         stored_latents=stored_latents(
             STATES[states.states].has_paths,
             renoised=states.renoise_fraction > 0,
-            replay=states.replay,
             has_segments=flags.objective.student_steps is not None,
-            is_cached=states.teacher_cache is not None,
         ),
         calls_per_step=calls / plan.num_steps,
         num_steps=plan.num_steps,
@@ -100,10 +98,9 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
 def calls_of(flags: Flags, teacher_steps: int, num_steps: int) -> int:
     """About how many global batches the teacher answers for so many steps.
 
-    A target of --student_steps takes the teacher's steps through one segment; a cache holds what is used, and no more.
+    A target of --student_steps takes the teacher's steps through one segment.
     """
-    replay = flags.states.replay
-    answers = math.ceil(num_steps / replay) if flags.states.teacher_cache else expected_calls(num_steps, replay)
+    answers = expected_calls(num_steps, flags.states.replay)
     return calls_per_answer(teacher_steps, flags.objective.student_steps) * answers
 
 

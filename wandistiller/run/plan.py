@@ -15,7 +15,6 @@ from wandistiller.reports.trackers import check_report
 from wandistiller.run.defaults import suggested_lr, suggested_replay, suggested_warmup
 from wandistiller.run.flags import Flags
 from wandistiller.targets.lanes import Lanes
-from wandistiller.targets.replay import expected_steps
 from wandistiller.targets.segments import calls_per_answer
 from wandistiller.targets.states import StatesOptions
 from wandistiller.training.loop import TrainingOptions, steps_of_epochs
@@ -149,8 +148,7 @@ def make_plan(flags: Flags, config: StudentConfig, texts: Texts) -> Plan:
 def steps_of_calls(flags: Flags, num_teacher_steps: int) -> int:
     """Count the optimiser steps that --teacher_calls makes possible; a target of --student_steps takes several calls."""
     num_calls, replay = flags.optimization.teacher_calls, flags.states.replay
-    num_answers = max(1, num_calls // calls_per_answer(num_teacher_steps, flags.objective.student_steps))
-    return num_answers * replay if flags.states.teacher_cache else expected_steps(num_answers, replay)
+    return replay * max(1, num_calls // calls_per_answer(num_teacher_steps, flags.objective.student_steps))
 
 
 def with_defaults(plan: Plan) -> Plan:

@@ -15,7 +15,13 @@ from wandistiller.targets.answers import Answers
 from wandistiller.targets.state_dicts import belongs_to_lanes, part_of
 from wandistiller.training.checkpoints import Checkpoint, DamagedCheckpointError
 from wandistiller.training.objective import TrainedStudent
-from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_lr_scheduler, make_optimizer
+from wandistiller.training.optimizer import (
+    CombinedOptimizer,
+    OptimizationOptions,
+    WeightAverage,
+    make_lr_scheduler,
+    make_optimizer,
+)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's AdamW names them
 
@@ -212,11 +218,16 @@ def _check_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str
         if not number.isdecimal():
             raise ValueError(f"optimizer.{key} is of no parameter")
         names[int(number)].add(name)
-        if name in _MOMENTS and value.shape != parameters[int(number)].shape:
+        if name in (*_MOMENTS, "momentum_buffer") and value.shape != parameters[int(number)].shape:
             raise ValueError(f"optimizer.{key} has the shape {tuple(value.shape)}")
-    needed = {"step", *_MOMENTS} if isinstance(optimizer, torch.optim.AdamW) else set.union(set(), *names.values())
-    if not names or any(found != needed for found in names.values()):
-        raise ValueError("the optimiser's state lacks tensors, or has others")
+    first = 0
+    for part in optimizer.parts if isinstance(optimizer, CombinedOptimizer) else [optimizer]:
+        count = len(_parameters_of(part))
+        of_part = [names[number] for number in range(first, first + count) if number in names]
+        needed = {"step", *_MOMENTS} if isinstance(part, torch.optim.AdamW) else set.union(set(), *of_part)
+        if not of_part or any(found != needed for found in of_part):
+            raise ValueError("the optimiser's state lacks tensors, or has others")
+        first += count
 
 
 def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
