@@ -164,7 +164,7 @@ def test_a_share_of_every_batch_is_renoised_once_enough_paths_are_finished(fract
 
 
 def test_only_paths_that_the_teacher_alone_has_finished_are_kept_and_none_of_the_first_round():
-    states, log = make_renoised(0.25, num_steps=6), PathLog()
+    states, log = make_renoised(0.25, num_steps=12), PathLog()
     walk(states, 0.0, 150, log)
     walk(states, 0.5, 400, log)
     assert states.num_kept.sum() > 100 and states.num_kept.max() < SAMPLES_PER_LANE, "some samples were overwritten"
