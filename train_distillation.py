@@ -2,7 +2,7 @@
 
     python train_distillation.py --teacher_path Wan-AI/Wan2.2-T2V-A14B-Diffusers \
         --student_config config/student_config.json --data_path data/static_prompts.txt \
-        --output_dir ./outputs/wan_t2i --num_epochs 100 --batch_size 4 --lr 1e-5
+        --output_dir ./outputs/wan_t2i --teacher_calls 4000 --batch_size 4
 
 The demo, on a CPU in minutes and with no download, needs no flags:
 

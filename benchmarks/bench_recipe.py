@@ -1,62 +1,64 @@
-"""What each part of the recipe brings, at equal teacher calls on the demo teacher (or another of its world).
+"""What each part of the recipe brings: the default, and the default with one part changed, on one teacher or several.
 
-    python benchmarks/bench_recipe.py                                    # about an hour on two cores
-    python benchmarks/bench_recipe.py --arms base noise --seeds 0        # a part of it
-    python benchmarks/bench_recipe.py --few_steps 1 2 4 8                # students of few steps
+    python benchmarks/bench_recipe.py --output_dir outputs/recipe                     # the demo teacher, hours on two cores
+    python benchmarks/bench_recipe.py --arms default adamw --seeds 0                  # a part of it
+    python benchmarks/bench_recipe.py --teachers data/demo_teacher outputs/icon_teacher --write
+    python benchmarks/bench_recipe.py --few_steps 1 2 4 8                             # students of few steps
 
-Every arm changes one thing of the base, or a few together. Students of few steps take as many optimiser steps as the base;
-a target of theirs costs several calls, which the table shows. Students are judged by the prompt accuracy, endpoint and sharpness of what they
-draw on held-out prompts, and by their velocity error on the teacher's paths and on their own. Prints a table, mean and
-spread over the seeds, and as its last line one JSON document.
+Every arm gets as many calls of the teacher, or with `--equal flops` as many FLOPs of teacher and student together. A teacher's
+folder names its prompts: those of the demo, or prompts.txt and heldout_prompts.txt in the folder. Students are judged by what
+they draw from held-out prompts, four noises of each: prompts right, distance to the teacher's latents, and how the noise is
+followed. A student that --output_dir holds is not made again, so that the same command resumes. Prints a table in Markdown, mean and
+largest distance from it over the seeds, and as its last line one JSON document; --write puts the table into docs/experiments.md.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wandistiller.targets.answers import Answer
-from wandistiller.targets.lanes import Lanes
-from wandistiller.targets.replay import ReplayedAnswers
-from wandistiller.wan.prompt_embeds import PromptEmbeds
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.sizes import BACKWARD_PASSES, guided_flops, num_image_tokens, transformer_flops
+from wandistiller.run.defaults import TYPICAL_TEXT_TOKENS, suggested_lr, suggested_replay
+from wandistiller.wan.layouts import open_teacher
+from wandistiller.wan.settings import resolve_settings
 
 BATCH_SIZE = 64
-BASE = {
-    "--states": "trajectory", "--init": "projection", "--replay": 4, "--lr": 3e-3, "--lr_warmup_steps": 50,
-    "--renoise_fraction": 0, "--student_rollout": (0, 0), "--feature_loss_weight": 0,
-}  # fmt: skip
-FEATURES, ROLLOUT = {"--feature_loss_weight": 1}, {"--student_rollout": (0, 1)}
-ARMS = {
-    "base": {},
-    "noise": {"--states": "noise"},
-    "renoise": {"--states": "renoise", "--renoise_fraction": 0.75},
-    "renoise a quarter": {"--renoise_fraction": 0.25},
+NUM_NOISES = 4
+PAGE = ROOT / "docs" / "experiments.md"
+START, END = "<!-- bench_recipe: begin -->", "<!-- bench_recipe: end -->"
+ARMS: dict[str, dict[str, object]] = {
+    "default": {},
+    "AdamW": {"--optimizer": "adamw"},
+    "no hidden states": {"--feature_loss_weight": 0},
+    "no rollout": {"--student_rollout": (0, 0)},
+    "no renoised samples": {"--renoise_fraction": 0},
+    "pure noise": {"--states": "noise"},
     "random init": {"--init": "random"},
     "replay 1": {"--replay": 1},
-    "features": FEATURES,
-    "rollout": ROLLOUT,
-    "features, rollout": FEATURES | ROLLOUT,
-    "all three": FEATURES | ROLLOUT | {"--renoise_fraction": 0.25},
-    "all three, random init": FEATURES | ROLLOUT | {"--renoise_fraction": 0.25, "--init": "random"},
-    "prompt swap": {"--prompt_swap": 0.5},
+    "replay 2": {"--replay": 2},
+    "replay 8": {"--replay": 8},
+    "half the learning rate": {"lr factor": 0.5},
+    "twice the learning rate": {"lr factor": 2.0},
+    "batches of 16": {"--batch_size": 16},
     "endpoint weights": {"--sigma_weighting": "endpoint"},
 }
-MEASURES = {  # column -> digits
-    "accuracy": 3,
-    "endpoint": 3,
-    "sharpness": 2,
-    "teacher_states": 3,
-    "student_states": 3,
+MEASURES = {  # of a row -> the title of its column, and digits
+    "accuracy": ("prompts right", 3),
+    "endpoint": ("endpoint", 3),
+    "velocity": ("velocity error", 3),
+    "norm_ratio": ("noise: size", 2),
+    "cosine": ("noise: cosine", 2),
 }
 
 
@@ -65,54 +67,74 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=None, metavar="ARM", help=str(list(ARMS)))
     parser.add_argument("--few_steps", nargs="*", type=int, default=[], help="step counts of few-step students")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--teacher_calls", type=int, default=120, help=f"batches of {BATCH_SIZE} the teacher answers")
-    parser.add_argument("--num_prompts", type=int, default=100, help="held-out prompts drawn")
-    parser.add_argument("--teacher_path", default="data/demo_teacher")
+    parser.add_argument("--teacher_calls", type=int, default=160, help=f"batches of {BATCH_SIZE} the teacher answers")
+    parser.add_argument("--equal", choices=["calls", "flops"], default="calls", help="what every arm gets as much of")
+    parser.add_argument(
+        "--num_prompts", type=int, default=40, help=f"held-out prompts drawn, {NUM_NOISES} noises of each"
+    )
+    parser.add_argument("--teachers", nargs="+", default=["data/demo_teacher"])
     parser.add_argument("--student_config", default="config/demo_student_config.json")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
-    parser.add_argument(
-        "--output_dir",
-        type=Path,
-        help="folder that keeps the students; those it has are not made again (default: a temporary one)",
-    )
+    parser.add_argument("--output_dir", type=Path, help="folder that keeps the students (default: a temporary one)")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/experiments.md")
     args = parser.parse_args()
     if args.arms is None:
         args.arms = [] if args.few_steps else list(ARMS)
     return args
 
 
-NO_TEXT = PromptEmbeds(1, 1, lambda index: torch.zeros(0, 1))
+@dataclass(frozen=True)
+class Setting:
+    """A teacher with its prompts, and what an answer of it and a step of the student cost a sample.
+
+    Attributes:
+        answer_flops: of a guided answer.
+        step_flops: of a student's forward and backward pass.
+    """
+
+    teacher: str
+    prompts: str
+    heldout_prompts: str
+    config: StudentConfig
+    student_config: str
+    answer_flops: float
+    step_flops: float
+    replay: int
+
+    @property
+    def name(self) -> str:
+        return Path(self.teacher).name
 
 
-class NoTeacher:
-    """A teacher that only counts the calls that a replay store makes."""
+def open_setting(teacher: str, student_config: str) -> Setting:
+    folder, config = Path(teacher), StudentConfig.load(student_config)
+    wan_files = open_teacher(teacher, config)
+    settings = resolve_settings(wan_files)
+    size = settings.latent_shape(config)[-1]
+    own = wan_files.config
+    answer = guided_flops(own, num_image_tokens(own, size), TYPICAL_TEXT_TOKENS, TYPICAL_TEXT_TOKENS)
+    forward = transformer_flops(config, num_image_tokens(config, size), TYPICAL_TEXT_TOKENS)
+    has_own = (folder / "prompts.txt").exists()
+    return Setting(
+        teacher=teacher,
+        prompts=str(folder / "prompts.txt") if has_own else "data/demo_prompts.txt",
+        heldout_prompts=str(folder / "heldout_prompts.txt") if has_own else "data/demo_heldout_prompts.txt",
+        config=config,
+        student_config=student_config,
+        answer_flops=answer,
+        step_flops=(1 + BACKWARD_PASSES) * forward,
+        replay=suggested_replay(own, config, size, uses_guidance=settings.uses_guidance),
+    )
 
-    def __init__(self):
-        self.num_calls = 0
-        self.lanes = Lanes(BATCH_SIZE)
 
-    def next(self) -> Answer:
-        self.num_calls += 1
-        nothing = torch.zeros(BATCH_SIZE, 1, 1, 1)
-        text = NO_TEXT.batch([0] * BATCH_SIZE)
-        return Answer(
-            latents=nothing,
-            sigma=torch.zeros(BATCH_SIZE),
-            prompts=[0] * BATCH_SIZE,
-            prompt_embeds=text[0],
-            prompt_lengths=text[1],
-            velocity=nothing,
-            weights=torch.ones(BATCH_SIZE),
-        )
-
-
-def steps_of(teacher_calls: int, replay: int) -> int:
-    """Return the optimiser steps for which the teacher is asked so often: the store's last answers are not used up."""
-    answers, steps = ReplayedAnswers(NoTeacher(), NO_TEXT, replay), 0
-    while answers.num_calls <= teacher_calls:
-        answers.next()
-        steps += 1
-    return steps - 1
+def steps_of(setting: Setting, args: argparse.Namespace, changes: dict) -> int:
+    """Return the optimiser steps of an arm, of its own batch."""
+    replay, batch_size = changes.get("--replay", setting.replay), changes.get("--batch_size", BATCH_SIZE)
+    samples = args.teacher_calls * BATCH_SIZE
+    if args.equal == "flops":
+        budget = samples * (setting.answer_flops + setting.replay * setting.step_flops)
+        samples = budget / (setting.answer_flops + replay * setting.step_flops)
+    return round(samples / batch_size) * replay
 
 
 def run(script: str, *flags: object) -> None:
@@ -129,82 +151,99 @@ def run(script: str, *flags: object) -> None:
         raise SystemExit(f"{script} {flags} failed with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
 
 
-def train_and_judge(args: argparse.Namespace, name: str, changes: dict, seed: int, work: Path) -> dict:
+def train_and_judge(setting: Setting, args: argparse.Namespace, name: str, seed: int, work: Path) -> dict:
     """Train one student and return its measures."""
-    folder = work / f"{name.replace(',', '').replace(' ', '_')}-{seed}"
-    recipe = BASE | changes
-    steps = steps_of(args.teacher_calls, recipe["--replay"])
-    common = {
-        "--teacher_path": args.teacher_path, "--student_config": args.student_config, "--max_steps": steps,
-        "--data_path": "data/demo_prompts.txt", "--eval_prompts": "data/demo_heldout_prompts.txt",
-        "--eval_every": 0 if "--student_steps" in recipe else steps, "--batch_size": BATCH_SIZE, "--num_samples": 0,
+    few = name.removesuffix(" steps") if name.endswith(" steps") else None
+    changes: dict = {"--student_steps": int(few)} if few else dict(ARMS[name])
+    folder = work / re.sub(r"\W+", "_", f"{setting.name} {name} {args.equal} {args.teacher_calls} {seed}")
+    steps = steps_of(setting, args, changes)
+    batch_size = changes.get("--batch_size", BATCH_SIZE)
+    optimizer = changes.get("--optimizer", "muon")
+    if factor := changes.pop("lr factor", None):
+        changes["--lr"] = factor * suggested_lr(optimizer, setting.config.hidden_size, batch_size)
+    length = {"--teacher_calls": args.teacher_calls} if few else {"--max_steps": steps}
+    flags = length | {
+        "--teacher_path": setting.teacher, "--student_config": setting.student_config, "--data_path": setting.prompts,
+        "--batch_size": batch_size, "--num_samples": 0, "--sample_every": 0, "--eval_every": 0, "--save_every": 0,
         "--seed": seed, "--output_dir": folder, "--device": "cpu",
-    }  # fmt: skip
-    flags = []
-    for flag, value in (common | recipe).items():
-        flags += [flag, *(value if isinstance(value, tuple) else [value])]
+    } | changes  # fmt: skip
+    words: list[object] = []
+    for flag, value in flags.items():
+        words += [flag, *(value if isinstance(value, tuple) else [value])]
     if not (folder / "evaluation.json").exists():
-        run("train_distillation.py", *flags)
-        heldout = [
-            "--prompts_file",
-            "data/demo_heldout_prompts.txt",
-            "--num_prompts",
-            args.num_prompts,
-            "--num_seeds",
-            1,
-        ]
-        run("evaluate_student.py", "--student", folder, *heldout, "--batch_size", 50, "--device", "cpu")
+        run("train_distillation.py", *words)
+        heldout = ["--prompts_file", setting.heldout_prompts, "--num_prompts", args.num_prompts]
+        run("evaluate_student.py", "--student", folder, *heldout, "--num_seeds", NUM_NOISES, "--batch_size", 64)
     judged = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    noise = judged["noise"]
     row = {
-        "steps": steps,
-        "teacher_calls": last["teacher_calls"],
+        "steps": last["step"],
+        "teacher_calls": last["teacher_calls"] * batch_size / BATCH_SIZE,
         "minutes": last["elapsed_s"] / 60,
-        "accuracy": judged["accuracy"]["student"]["correct"],
-        "teacher_accuracy": judged["accuracy"]["teacher"]["correct"],
+        "accuracy": judged["accuracy"]["student"]["correct"] if "accuracy" in judged else None,
+        "teacher_accuracy": judged["accuracy"]["teacher"]["correct"] if "accuracy" in judged else None,
         "endpoint": judged["endpoint"]["latent_relative_error"],
-        "sharpness": judged["high_frequency_energy"]["ratio"],
-        **(last["velocity_error"] or {}),
+        "velocity": judged["velocity_error"]["mean"] if "velocity_error" in judged else None,
+        "norm_ratio": noise["norm_ratio"],
+        "cosine": noise["cosine"],
     }
-    if few := changes.get("--student_steps"):
-        fewer = judged["teacher_at_fewer_steps"]
-        row["teacher_same_steps"] = {key: fewer[key][str(few)] for key in ("accuracy", "latent_relative_error")}
+    print(f"{setting.name}, {name}, seed {seed}: {json.dumps(row)}", file=sys.stderr, flush=True)
     return row
 
 
 def spread(values: list[float], digits: int) -> str:
     """Return the mean, and the largest distance from it."""
     mean = statistics.fmean(values)
-    return f"{mean:.{digits}f} +-{max(abs(value - mean) for value in values):.{digits}f}"
+    return f"{mean:.{digits}f} ± {max(abs(value - mean) for value in values):.{digits}f}"
+
+
+def table(rows: dict[str, dict[str, list[dict]]], args: argparse.Namespace) -> str:
+    """Return the results in Markdown, a table for each teacher."""
+    titles = ["arm", "seeds", "steps", "calls", *(title for title, _ in MEASURES.values())]
+    lines = []
+    for teacher, arms in rows.items():
+        right = next(iter(arms.values()))[0]["teacher_accuracy"]
+        lines += [f"`{teacher}`" + ("" if right is None else f", which draws {right:.1%} of these prompts right:"), ""]
+        lines += ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+        for name, found in arms.items():
+            cells = [name, str(len(found)), str(found[0]["steps"]), f"{found[0]['teacher_calls']:.0f}"]
+            for measure, (_, digits) in MEASURES.items():
+                values = [row[measure] for row in found if row[measure] is not None]
+                cells.append(spread(values, digits) if values else "-")
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write(text: str) -> None:
+    """Put the table between the two marks of docs/experiments.md."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(START)
+    _, after = rest.split(END)
+    PAGE.write_text(f"{before}{START}\n\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
     args = parse_args()
-    arms = {name: ARMS[name] for name in args.arms}
-    arms |= {f"{few} steps": {"--student_steps": few} | ROLLOUT for few in args.few_steps}
+    names = [*args.arms, *(f"{few} steps" for few in args.few_steps)]
+    rows: dict[str, dict[str, list[dict]]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-recipe-") as temporary, ThreadPoolExecutor(args.jobs) as pool:
         work = args.output_dir or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        runs = {
-            name: [pool.submit(train_and_judge, args, name, changes, seed, work) for seed in args.seeds]
-            for name, changes in arms.items()
-        }
-        print(f"{'arm':<20}{'steps':>6}{'calls':>6}{'minutes':>8}" + "".join(f"{name:>18}" for name in MEASURES))
-        rows = {}
-        for name, futures in runs.items():
-            rows[name] = [future.result() for future in futures]
-            first, cells = rows[name][0], ""
-            for measure, digits in MEASURES.items():
-                values = [row[measure] for row in rows[name] if measure in row]
-                cells += f"{spread(values, digits) if values else '-':>18}"
-            print(
-                f"{name:<20}{first['steps']:>6}{first['teacher_calls']:>6}{first['minutes']:>8.1f}{cells}", flush=True
-            )
-            if "teacher_same_steps" in first:
-                same = first["teacher_same_steps"]
-                print(f"{'  teacher':<40}{same['accuracy']:>18.3f}{same['latent_relative_error']:>18.3f}", flush=True)
-    print(f"{'the teacher':<40}{rows[name][0]['teacher_accuracy']:>18.3f}")
-    print(json.dumps({"teacher_path": args.teacher_path, "seeds": args.seeds, "arms": rows}))
+        runs = {}
+        for teacher in args.teachers:
+            setting = open_setting(teacher, args.student_config)
+            for name in names:
+                for seed in args.seeds:
+                    runs[teacher, name, seed] = pool.submit(train_and_judge, setting, args, name, seed, work)
+        for (teacher, name, _), future in runs.items():
+            rows.setdefault(teacher, {}).setdefault(name, []).append(future.result())
+    text = table(rows, args)
+    print(text)
+    if args.write:
+        write(text)
+    print(json.dumps({"equal": args.equal, "seeds": args.seeds, "teachers": rows}))
 
 
 if __name__ == "__main__":
