@@ -120,7 +120,7 @@ def show_budget(
     from wandistiller.processes import Processes
     from wandistiller.run.dry_run import print_budget_tables
     from wandistiller.run.flags import parse_args as parse_training_flags
-    from wandistiller.run.plan import Plan, find_encoder, possible_flags
+    from wandistiller.run.plan import Plan, find_encoder, possible_flags, with_defaults
     from wandistiller.targets.lanes import Lanes
 
     given = {
@@ -148,7 +148,7 @@ def show_budget(
         encoder=encoder,
         vae_location=None,
     )
-    verdict, _ = print_budget_tables(plan)
+    verdict, _ = print_budget_tables(with_defaults(plan))
     (passed if verdict.fits else warn)(verdict.sentence)
 
 

@@ -81,7 +81,7 @@ def test_the_full_size_a14b_from_the_shell_in_seconds(a14b, tmp_path):
     words = [
         sys.executable, ROOT / "train_distillation.py", "--teacher_path", a14b, "--student_config", DEFAULT_CONFIG,
         "--data_path", PROMPTS, "--output_dir", tmp_path / "out", "--prompt_cache", tmp_path / "cache", "--dry-run",
-        "--save_every", 0, "--assume_gpu_gib", 140,
+        "--save_every", 0, "--assume_gpu_gib", 140, "--optimizer", "adamw", "--replay", 1,
     ]  # fmt: skip
     start = time.monotonic()
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -111,7 +111,7 @@ def test_the_full_size_a14b_from_the_shell_in_seconds(a14b, tmp_path):
 
 def test_flops_of_a_step_of_the_full_size_a14b(a14b, dry_run):
     """Two passes of four prompts, reckoned by hand."""
-    outcome = dry_run("--teacher_path", a14b, "--student_config", DEFAULT_CONFIG, "--save_every", 0)
+    outcome = dry_run("--teacher_path", a14b, "--student_config", DEFAULT_CONFIG, "--save_every", 0, "--replay", 1)
     assert outcome.code == 0, outcome.err
     tokens, layers, width, ffn = 32 * 32, 40, 5120, 13824
     # q, k, v and two outputs, q of the text, the FFN; scores and sums of self-attention. The text's own share is small.
@@ -161,14 +161,21 @@ def test_a_small_teacher_is_planned_for_too(dry_run, teachers, write_config, tmp
 
 def test_on_the_cpu_the_plan_is_for_the_memory_of_the_machine(dry_run, teachers, write_config):
     outcome = dry_run(
-        "--teacher_path", teachers.one, "--student_config", write_config(PRUNED_CONFIG), "--device", "cpu"
+        "--teacher_path",
+        teachers.one,
+        "--student_config",
+        write_config(PRUNED_CONFIG),
+        "--device",
+        "cpu",
+        "--replay",
+        1,
     )
     assert outcome.code == 0 and "this machine has" in outcome.out
     times = re.search(
         r"time, measured .*: (\S+) s a teacher's answer, (\S+) s to learn .*, (\S+) s an update", outcome.out
     )
     answer, learn, update = map(float, times.groups())
-    # Without --replay every step asks the teacher:
+    # Without replay every step asks the teacher:
     assert seconds_a_step(outcome.out) == pytest.approx(answer + learn + update, rel=0.01)
 
 

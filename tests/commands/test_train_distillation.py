@@ -66,7 +66,7 @@ FLAGS = [
     ("prompt_swap", ["0.5"], 0.0),
     ("extra_prompts", ["x"], None),
     ("calls_per_expert", ["8"], 0),
-    ("replay", ["3"], 4),
+    ("replay", ["3"], None),
     ("teacher_cache", ["x"], None),
     ("offline_teacher", [], False),
     ("feature_loss_weight", ["0.5"], 1.0),
@@ -74,12 +74,13 @@ FLAGS = [
     ("student_steps", ["4"], None),
     ("num_epochs", ["3"], 40),
     ("max_steps", ["3"], None),
+    ("teacher_calls", ["3"], None),
     ("batch_size", ["3"], 64),
     ("grad_accum_steps", ["2"], 1),
-    ("optimizer", ["adamw8bit"], "adamw"),
-    ("lr", ["1e-4"], 3e-3),
+    ("optimizer", ["adamw8bit"], "muon"),
+    ("lr", ["1e-4"], None),
     ("lr_scheduler", ["linear"], "cosine"),
-    ("lr_warmup_steps", ["3"], 50),
+    ("lr_warmup_steps", ["3"], None),
     ("ema_decay", ["0"], 0.999),
     ("max_grad_norm", ["0.5"], 1.0),
     ("weight_decay", ["0.1"], 0.0),
@@ -154,7 +155,7 @@ def test_a_pipeline_folder_of_two_experts_trains_from_the_shell_and_the_identity
 
 
 def test_an_identity_student_of_one_expert_has_loss_zero_at_every_noise_level(train, teachers, tmp_path):
-    outcome = train(teachers.one, IDENTITY_CONFIG, "--guidance_scale", 1, "--batch_size", 16)
+    outcome = train(teachers.one, IDENTITY_CONFIG, "--guidance_scale", 1, "--batch_size", 16, "--lr", 1e-9)
     assert outcome.code == 0, outcome.err
     losses = [entry["loss"] for entry in read_metrics(tmp_path / "out")]
     assert losses[0] < 1e-9 and max(losses) < 1e-6
@@ -280,9 +281,10 @@ def test_every_part_of_a_run_works_behind_the_teachers_own_vae(train, teachers, 
     AutoencoderKLWan(base_dim=8, num_res_blocks=1, **stages).save_pretrained(tmp_path / "fine" / "vae")
     seen, forward = set(), WanLiteStudent.forward
 
-    def watched(self, latents, *inputs):
-        seen.add(tuple(latents.shape[1:]))
-        return forward(self, latents, *inputs)
+    def watched(self, latents, *inputs, **others):
+        if latents.device.type != "meta":  # where nothing is answered, but FLOPs are counted
+            seen.add(tuple(latents.shape[1:]))
+        return forward(self, latents, *inputs, **others)
 
     monkeypatch.setattr(WanLiteStudent, "forward", watched)
     monkeypatch.chdir(tmp_path)
@@ -440,7 +442,7 @@ def test_every_state_source_and_objective_trains_and_is_recorded(train, teachers
 
 
 def test_exactly_one_call_a_step_without_replay(train, teachers, tmp_path):
-    assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 9).code == 0
+    assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 9, "--replay", 1).code == 0
     assert [line["teacher_calls"] for line in read_metrics(tmp_path / "out")] == list(range(1, 10))
 
 
@@ -526,9 +528,6 @@ def test_another_teacher_gets_the_general_defaults():
         "data_path": "data/static_prompts.txt",
         "num_epochs": 1,
         "batch_size": 4,
-        "replay": 1,
-        "lr": 1e-5,
-        "lr_warmup_steps": 0,
         "eval_prompts": None,
         "sample_every": 0,
     }

@@ -56,7 +56,7 @@ def hints(lr: float, wanted_lr: float, num_steps: int) -> Iterator[str]:
     if factor > FAR:
         side = "below" if lr < wanted_lr else "above"
         yield (
-            f"--lr {lr:g} is {factor:.2g} times {side} {wanted_lr:g}, with which students of this width and batch learn best; "
+            f"--lr {lr:g} is {factor:.0f} times {side} {wanted_lr:g}, with which students of this width and batch learn best; "
             "leave it out for that"
         )
     if num_steps < FEW_STEPS:
