@@ -1,6 +1,5 @@
 """The JSON files beside a Wan's weights, whose values are checked to be of the kind they must be."""
 
-import json
 import math
 import reprlib
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wandistiller.errors import UserError
+from wandistiller.files.json_files import JsonError, load_json
 
 
 class TeacherFileError(UserError):
@@ -72,15 +72,9 @@ def read_json(path: Path) -> dict:
         TeacherFileError: the file cannot be read, or holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TeacherFileError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise TeacherFileError(
-            f"{path}: line {error.lineno}: not valid JSON: {error.msg}; copy the checkpoint again"
-        ) from None
-    except (ValueError, RecursionError) as error:  # a file of thousands of digits or brackets
-        raise TeacherFileError(f"{path}: not usable JSON: {error}; copy the checkpoint again") from None
+        values = load_json(path)
+    except JsonError as error:
+        raise TeacherFileError(f"{path}: {error}; copy the checkpoint again") from None
     if not isinstance(values, dict):
         raise TeacherFileError(f"{path}: holds a {type(values).__name__}, not the JSON object of a Wan checkpoint")
     return values
