@@ -251,7 +251,9 @@ def test_a_record_that_lacks_something_is_a_mistake(house, tmp_path, capsys):
     student = house / "of_one" / "student"
     cases = {
         "lacks shift": changed_record(student, tmp_path / "a", shift=None),
-        "lacks num_inference_steps": changed_record(student, tmp_path / "b", num_inference_steps="many"),
+        "num_inference_steps is 'many'; allowed: a whole number from 1 to 1000": changed_record(
+            student, tmp_path / "b", num_inference_steps="many"
+        ),
         "give --teacher_path": changed_record(student, tmp_path / "c", teacher_path="/not/here"),
     }
     bare = tmp_path / "bare"

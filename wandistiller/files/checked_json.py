@@ -1,6 +1,5 @@
 """The JSON files beside a Wan's weights, whose values are checked to be of the kind they must be."""
 
-import math
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +20,35 @@ class Kind(NamedTuple):
     fits: Callable[[Any], bool]
 
 
+LARGEST = 1e18  # every number becomes a float32 somewhere, and its square has to be one too
+LARGEST_WHOLE = 10**9
+LONGEST_PATH = 4096  # as long as Linux takes them
+
+
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -math.inf < value < math.inf
+    return type(value) in (int, float) and -LARGEST < value < LARGEST
 
 
-WHOLE = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
-POSITIVE = Kind("a number above 0", lambda value: _is_number(value) and value > 0)
-NOT_NEGATIVE = Kind("a number of 0 or more", lambda value: _is_number(value) and value >= 0)
+def _is_whole(value: Any, low: int, high: int = LARGEST_WHOLE) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(RATIO.fits, value)) and value[0] < value[1]
+
+
+WHOLE = Kind("a whole number above 0, at most 10^9", lambda value: _is_whole(value, 1))
+COUNT = Kind("a whole number of 0 or more", lambda value: _is_whole(value, 0, 10**15))
+STEPS = Kind("a whole number from 1 to 1000", lambda value: _is_whole(value, 1, 1000))
+POSITIVE = Kind("a number above 0, at most 1e18", lambda value: _is_number(value) and value > 0)
+NOT_NEGATIVE = Kind("a number of 0 or more, at most 1e18", lambda value: _is_number(value) and value >= 0)
 RATIO = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+SIGMA_RANGE = Kind("two numbers from 0 to 1, the lower first", _is_range)
 TEXT = Kind("text", lambda value: isinstance(value, str))
+PATH = Kind(
+    f"a path or hub id of at most {LONGEST_PATH} letters",
+    lambda value: isinstance(value, str) and 0 < len(value) <= LONGEST_PATH and "\0" not in value,
+)
 STAGES = Kind(
     "a list of whole numbers above 0, one a stage",
     lambda value: isinstance(value, list) and len(value) > 0 and all(map(WHOLE.fits, value)),

@@ -14,6 +14,7 @@ from typing import get_args
 
 from wandistiller.errors import UserError
 from wandistiller.files.json_files import JsonError, load_json, parse_json
+from wandistiller.model.record import wrong_entry
 
 CONFIG_NAME = "student_config.json"
 
@@ -219,9 +220,12 @@ class StudentConfig:
             if value is None and key != "distillation":
                 raise ConfigError(f"{where}: {key} is null; give it a value")
         try:
-            return cls(**values)
+            config = cls(**values)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
+        if wrong := wrong_entry(config.distillation or {}, config.num_channels):
+            raise ConfigError(f'{where}: its "distillation" record: {wrong}')
+        return config
 
     @classmethod
     def load(cls, path: str | Path) -> "StudentConfig":
