@@ -109,6 +109,7 @@ class FlagParser(argparse.ArgumentParser):
         )
         # Also -1e-5 and -1,2 are values, to be answered as such; argparse knows -1 and -1.5 only:
         self._negative_number_matcher = re.compile(r"-\.?\d")
+        self._given: list[str] = []
 
     def group(self, title: str) -> FlagGroup:
         return FlagGroup(self.add_argument_group(title))
