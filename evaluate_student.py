@@ -16,6 +16,7 @@ from wandistiller.files.output_folder import (
     COMPARISON_NAME,
     EVALUATION_NAME,
     check_output_folder,
+    check_replaceable,
     prepare_output_folder,
 )
 from wandistiller.files.prompts import load_prompts
@@ -31,6 +32,7 @@ from wandistiller.sampling.recorded import (
     student_sampling,
     teacher_paths,
     teacher_sampling,
+    trained_prompts,
     weights_digest,
 )
 
@@ -181,6 +183,18 @@ def describe(flags: Flags, config: StudentConfig, digest: str | None, experiment
     }
 
 
+def warn_of_trained(config: StudentConfig, prompts: list[str]) -> int:
+    """Count the prompts that the student was trained on, and print a warning where there are any: it may look better at these."""
+    trained = trained_prompts(config)
+    num_trained = sum(" ".join(prompt.split()) in trained for prompt in prompts)
+    if num_trained:
+        print(
+            f"Warning: {num_trained} of the {len(prompts)} prompts are prompts of the training, so this does not measure what the "
+            "student draws from others; give --prompts_file prompts that it was not trained on"
+        )
+    return num_trained
+
+
 def save_comparison(file: Path, experiment: "Experiment", teacher: "np.ndarray", student: "np.ndarray") -> None:
     """Write the pictures of the first prompts, each from its first seed: the teacher's row above the student's."""
     from wandistiller.files.pictures import labelled_grid, save_png
@@ -208,6 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     prompts = load_prompts(flags.prompts_file).prompts[: flags.num_prompts]
     teacher = teacher_paths(config, flags.teacher_path, flags.teacher_path_low)
     check_output_folder(flags.output, "--output")
+    num_trained = warn_of_trained(config, prompts)
 
     from wandistiller.evaluation.experiment import measure, measure_cost
     from wandistiller.reports.cards import try_to_write_model_card
@@ -215,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
 
     digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
     experiment = prepare(flags, config, prompts, teacher)
+    check_replaceable(Path(flags.output), [COMPARISON_NAME, EVALUATION_NAME], "--output")
     folder = prepare_output_folder(flags.output, "--output")
 
     # Measure:
@@ -225,7 +241,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # Save the results last, because they name the student that the picture is of:
     save_comparison(folder / COMPARISON_NAME, experiment, pictures_teacher, pictures_student)
-    save_results(folder / EVALUATION_NAME, describe(flags, config, digest, experiment) | results)
+    about = describe(flags, config, digest, experiment) | {"num_trained_prompts": num_trained}
+    save_results(folder / EVALUATION_NAME, about | results)
 
     # Tell:
     print(f"Saved {EVALUATION_NAME} and {COMPARISON_NAME} in {folder}")

@@ -6,6 +6,7 @@
 diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder, original one file as ComfyUI reads it.
 """
 
+import os
 import signal
 import sys
 import tempfile
@@ -134,7 +135,7 @@ def check_output(flags: Flags) -> Path:
     check_writable(target.parent, "--output")
     prove_writable(target.parent)
     if flags.format == "original":
-        if target.exists():
+        if os.path.lexists(target):
             raise UserError(f"--output {target}: is there already; give another name")
         return target
     check_output_folder(target, "--output")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.errors import UserError
-from wandistiller.files.output_folder import check_output_folder, prepare_output_folder
+from wandistiller.files.output_folder import check_output_folder, check_writable, prepare_output_folder
 from wandistiller.files.prompts import load_prompts, slug, unusable
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.recorded import (
@@ -241,7 +241,7 @@ def prepare(
     parts = load_drawing_parts(
         config, teacher[0], text_encoder_path=flags.text_encoder_path, vae_path=flags.vae_path, device=device
     )
-    prepare_output_folder(flags.output, "--output")
+    check_writable(flags.output, "--output")
 
     # The text comes first, so that its encoder leaves memory before the model comes:
     embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompt_cache, device)
@@ -343,6 +343,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Draw:
     drawing = prepare(flags, config, prompts, size, teacher)
+    prepare_output_folder(flags.output, "--output")  # now that nothing is left to be refused
     metadata = describe(flags, size, drawing)
     shown: list[np.ndarray] = []
     for index, picture in drawing.pictures():

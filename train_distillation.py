@@ -62,10 +62,11 @@ def distil(flags: Flags, command: list[str]) -> int:
             objective = build.build_objective(run, projection)
             build.compile_and_shard(run, student, teacher, objective)
             answers = build.build_answers(run, embeds, teacher, student, build.feature_layers(run, projection))
+            run, saving = build.resume(run, student, objective, answers)
             with watch(run, embeds, teacher) as observer:
                 with observer.shown():
                     options = run.training_options
-                    result = train(student, answers, objective, options, observer, run.saving, run.processes)
+                    result = train(student, answers, objective, options, observer, saving, run.processes)
                 save_trained_student(run, student, projection, result, answers.num_calls)
                 if not result.interrupted:
                     observer.draw_last(student, result.num_steps)

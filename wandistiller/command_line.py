@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+from wandistiller.errors import place_message, shortened
+
 # This says how long OpenMP's threads spin before they sleep, and must be set before torch loads. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes
 # small models a third of their speed; spinning for long costs whole time slices where another job keeps a core busy.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -145,7 +147,7 @@ class FlagParser(argparse.ArgumentParser):
             known = {option for action in self._actions for option in action.option_strings}
             strange = [arg for arg in self._given if arg.startswith("--") and arg.split("=")[0] not in known]
             message = "; ".join([*(self._unknown_message(flag) for flag in strange[:1]), message])
-        self.exit(2, f"{self.prog}: error: {message}\n" if torchrun_environment().local_rank == 0 else None)
+        self.exit(2, f"{self.prog}: error: {shortened(message)}\n" if torchrun_environment().local_rank == 0 else None)
 
 
 def _underscored(arg: str) -> str:
@@ -237,11 +239,12 @@ def run_command(main: Callable[[], int | None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not hasattr(error, "exit_code"):
+        message, code = place_message(error) or (str(error), getattr(error, "exit_code", None))
+        if code is None:
             traceback.print_exc()
             return 1
         if number := torchrun_environment().local_rank:
             # Most mistakes are every process's; torchrun ends the others when the first has said so.
             time.sleep(OTHERS_WAIT_S)
-        print(f"process {number}: error: {error}" if number else f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        print(f"process {number}: error: {message}" if number else f"error: {message}", file=sys.stderr)
+        return code

@@ -1,4 +1,26 @@
-"""The exception for mistakes that the person at the keyboard can put right, and the short form of other libraries' errors."""
+"""The exception for mistakes that the person at the keyboard can put right, and how values and other libraries' errors are told.
+
+A message must stay readable whatever a file holds, so that long values are cut here, once for all commands.
+"""
+
+import errno
+import os
+import re
+
+# A message keeps its head (what and where) and its tail (what is allowed). Almost every path is shorter than a value may be.
+MAX_MESSAGE, MAX_VALUE = 480, 200
+# What the place itself is to blame for, by no fault of this program: the person gives another one or mends it.
+_OF_A_PLACE = {
+    errno.EACCES,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.ENXIO,
+    errno.EPERM,
+    errno.EROFS,
+}
+_OF_A_DISK = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC}
 
 
 class UserError(ValueError):
@@ -6,8 +28,40 @@ class UserError(ValueError):
 
     exit_code = 2
 
+    def __init__(self, message: str):
+        super().__init__(shortened(message))
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    tail = limit // 3
+    head = limit - tail - 20
+    return f"{text[:head]}[... {len(text)} long ...]{text[-tail:]}"
+
+
+def shortened(message: str) -> str:
+    """Return a message without the middle of its longest words, and of itself where it is still too long."""
+    return _cut(re.sub(rf"\S{{{MAX_VALUE + 1},}}", lambda word: _cut(word[0], MAX_VALUE), message), MAX_MESSAGE)
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it, without the middle of a long one."""
+    return _cut(repr(value), 80)
+
 
 def first_line(error: Exception) -> str:
     """Return the type of an error and the first line of its message, since other libraries write whole paragraphs."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def place_message(error: Exception) -> tuple[str, int] | None:
+    """Return a message and an exit code for an error that a path or a disk is to blame for, else None."""
+    if not isinstance(error, OSError) or error.errno not in _OF_A_PLACE | _OF_A_DISK:
+        return None
+    place = error.filename2 or error.filename
+    where = f"{place if isinstance(place, (str, os.PathLike)) else 'a file'}"
+    if error.errno in _OF_A_DISK:
+        return shortened(f"{where}: {error.strerror}; free some space, or give a folder on another disk"), 1
+    return shortened(f"{where}: {error.strerror}; give another path, or mend this one"), 2

@@ -272,13 +272,20 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         OSError: a file could not be written, in any process; raised in all.
     """
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
+    with _failures_as_os_error(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, or unavailable: a process by itself
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+
+
+@contextlib.contextmanager
+def _failures_as_os_error() -> Iterator[None]:
+    """Turn what torch.distributed.checkpoint raises, which is no Exception, into an OSError with the reasons of all processes."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, or unavailable: a process by itself
-            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        yield
     except CheckpointException as error:
         for failure, _ in error.failures.values():
             if is_out_of_memory(failure):
@@ -309,6 +316,9 @@ def load_tensors(folder: Path, room_for: Callable[[str, torch.Size, torch.dtype]
 
     Args:
         room_for: returns a tensor to read into, full or sharded, by name, full shape and dtype; None leaves it out.
+
+    Raises:
+        OSError: a file could not be read, in any process; raised in all.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -319,7 +329,7 @@ def load_tensors(folder: Path, room_for: Callable[[str, torch.Size, torch.dtype]
         room = room_for(name, stored.size, stored.properties.dtype)
         if room is not None:
             tensors[name] = room
-    with warnings.catch_warnings():
+    with _failures_as_os_error(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is")
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     return tensors

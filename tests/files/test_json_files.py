@@ -45,7 +45,13 @@ def test_what_is_no_text_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "loop").symlink_to("loop")
-    reasons = {"pipe": "regular", ".": "folder", "bytes": "UTF-8", "nowhere": "No such file", "loop": "symbolic links"}
+    reasons = {
+        "pipe": "pipe or a device",
+        ".": "directory",
+        "bytes": "UTF-8",
+        "nowhere": "No such file",
+        "loop": "symbolic links",
+    }
     for name, reason in reasons.items():
         with pytest.raises(JsonError, match=reason):
             load_json(tmp_path / name)

@@ -9,6 +9,7 @@ pytest tests/reports/test_watching.py
 """
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -20,10 +21,13 @@ import pytest
 import torch
 from PIL import Image
 
-from support.runs import PRUNED_CONFIG, read_metrics, weights_of
+from support.runs import PRUNED_CONFIG, at_most, read_metrics, weights_of
+from wandistiller import StudentConfig
 from wandistiller.files.output_folder import set_aside_previous_student
 from wandistiller.reports import metrics, plots, samples, trackers
+from wandistiller.reports.cards import try_to_write_model_card, write_model_card
 from wandistiller.reports.metrics import StepMetrics
+from wandistiller.reports.progress import Progress
 from wandistiller.run.messages import resume_command, typed_command
 
 CELL = 160 + 8  # pixels of a drawn prompt in a sample picture, with its margin
@@ -403,3 +407,72 @@ def test_memory_that_runs_out_while_drawing_is_told_and_the_run_goes_on(train, t
     outcome = train(teachers.one, PRUNED_CONFIG, *DRAWN, "--max_steps", 4, "--sample_every", 1)
     assert outcome.code == 0 and outcome.out.count("No sample pictures: OutOfMemoryError") == 1
     assert len(read_metrics(tmp_path / "out")) == 4
+
+
+# ---- what is damaged ----
+
+ODD_LINES = {
+    "no UTF-8": b"\xff",
+    "no loss by noise level": b'{"step": 2, "loss": 1.0, "loss_by_sigma": [1.0]}',
+    "text for a number": b'{"step": 2, "loss": "low"}',
+    "a number of 400 digits": b'{"step": 2, "loss": 1' + b"0" * 400 + b"}",
+    "an error that is none": b'{"step": 2, "velocity_error": {"teacher_states": null}}',
+    "a step that is text": b'{"step": "2"}',
+    "a list": b"[2]",
+    "brackets without end": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("odd", ODD_LINES.values(), ids=ODD_LINES)
+def test_lines_that_no_run_wrote_are_left_out_by_number_with_a_warning(tmp_path, caplog, odd):
+    file, lines = tmp_path / "metrics.jsonl", lines_of(3)
+    texts = [json.dumps(line).encode() for line in lines]
+    file.write_bytes(b"\n".join([texts[0], odd, *texts[1:], b""]))
+    found = metrics.read_metrics(file)
+    assert found == lines and f"{file}: left out" in caplog.text and caplog.text.rstrip().endswith("line 2")
+
+
+def test_damaged_metrics_hinder_neither_a_run_that_resumes_nor_a_card(train, teachers, tmp_path, caplog):
+    flags, file = ["--lr", 1e-3, "--save_every", 2], tmp_path / "out" / "metrics.jsonl"
+    assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 4).code == 0
+    with file.open("ab") as damaged:
+        damaged.write(b'\xff\n{"step": 3}\n{"loss": 1.0}\n')
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 6)
+    assert outcome.code == 0 and "Resuming from step 4" in outcome.out
+    assert caplog.text.count(f"{file}: left out what is no step's metrics: line 5, 7") == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+    file.write_bytes(b'{"step": 1}\n\xff\n{"step": 2, "loss_by_sigma": []}\n')
+    assert "## Training" in write_model_card(tmp_path / "out").read_text(encoding="utf-8")
+
+
+def test_a_folder_in_the_place_of_the_metrics_is_told_of_and_the_run_resumes(train, teachers, tmp_path):
+    flags, file = ["--save_every", 2], tmp_path / "out" / "metrics.jsonl"
+    assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 2).code == 0
+    file.unlink()
+    file.mkdir()
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 3)
+    assert outcome.code == 0 and "Done: 3 steps" in outcome.out
+    assert outcome.err.count("metrics.jsonl cannot be written (Is a directory)") == 1
+
+
+def test_a_disk_that_takes_no_more_metrics_does_not_end_a_run(tmp_path, capsys):
+    with Progress(3, tmp_path / "metrics.jsonl") as progress:
+        progress._file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115 (closed by the progress)
+        for step in (1, 2, 3):
+            progress.step(metrics_of(step))
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+def test_a_record_that_no_run_wrote_costs_the_card_alone(tmp_path, capsys):
+    config = StudentConfig.from_dict(PRUNED_CONFIG | {"distillation": {"commands": [{"lr": "high"}]}})
+    (tmp_path / "student_config.json").write_text(config.to_json(), encoding="utf-8")
+    assert try_to_write_model_card(tmp_path) is None
+    assert "No model card" in capsys.readouterr().err
+
+
+def test_a_pipe_in_the_place_of_an_evaluation_keeps_nobody_waiting(tmp_path):
+    config = StudentConfig.from_dict(PRUNED_CONFIG | {"distillation": {}})
+    (tmp_path / "student_config.json").write_text(config.to_json(), encoding="utf-8")
+    os.mkfifo(tmp_path / "evaluation.json")
+    with at_most(20):
+        assert "## Evaluation" not in write_model_card(tmp_path).read_text(encoding="utf-8")

@@ -1,7 +1,10 @@
 """What the tests of the commands share: shapes of tiny students, what a person sees of a command, and what a run's folder holds."""
 
+import contextlib
 import hashlib
 import json
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,3 +73,19 @@ def read_metrics(folder: Path) -> list[dict]:
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "diffusion_model.safetensors")
+
+
+@contextlib.contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """End what waits inside for something that never comes, such as a writer to a named pipe."""
+
+    def give_up(signum: int, frame: object) -> None:
+        raise AssertionError(f"still waiting after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wandistiller.targets.cache as cache_module
-from support.runs import PRUNED_CONFIG, snapshot
+from support.runs import PRUNED_CONFIG, at_most, snapshot
 from wandistiller import StudentConfig
 from wandistiller.errors import UserError
 from wandistiller.projection.project import project_experts
@@ -305,7 +305,18 @@ def test_a_damaged_shard_is_named(own, damage):
         TeacherCache(own, make_description())
 
 
-@pytest.mark.parametrize("text", ['{"is_complete": true', "[]", '{"is_complete": true, "answers_of": 1, "rows": [1]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"is_complete": true',
+        "[]",
+        '{"is_complete": true, "answers_of": 1, "rows": [1]}',
+        '{"is_complete": true, "answers_of": {}, "num_shards": 0}',
+        '{"is_complete": true, "answers_of": {}, "num_shards": 1e999}',
+        "[" * 100_000,
+    ],
+    ids=["cut", "list", "of a number", "no shard", "no number of shards", "nested"],
+)
 def test_a_damaged_description_is_named(own, text):
     (own / "cache.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"cache\.json: is damaged.*remove"):
@@ -317,6 +328,87 @@ def test_a_cache_that_says_only_how_many_shards_it_has_is_read_all_the_same(own)
     del about["rows"]
     (own / "cache.json").write_text(json.dumps(about), encoding="utf-8")
     assert TeacherCache(own, make_description()).num_answers == NUM_BATCHES * BATCH_SIZE
+
+
+def flip(shard, name: str) -> None:
+    """Change one bit of the last value of a tensor where it lies in the file."""
+    content = bytearray(shard.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    end = json.loads(content[8 : 8 + length])[name]["data_offsets"][1]
+    content[8 + length + end - 1] ^= 1
+    shard.write_bytes(content)
+
+
+def relabel(shard) -> None:
+    """Call the bytes of the velocities another type of the same size."""
+    content = shard.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["velocity"]["dtype"] = "BF16"
+    shard.write_bytes(
+        content[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(length) + content[8 + length :]
+    )
+
+
+def learn_an_epoch(cache: TeacherCache) -> None:
+    answers = cached_answers(cache)
+    for _ in range(NUM_BATCHES):
+        answers.next()
+
+
+@pytest.mark.parametrize("name", ["latents", "velocity", "sigma", "prompts", "checksums"])
+def test_a_flipped_bit_is_never_learnt_from(own, name):
+    learn_an_epoch(TeacherCache(own, make_description()))
+    flip(own / "answers_00001.safetensors", name)
+    with pytest.raises(UserError, match=r"answers_00001\.safetensors: is missing or damaged.*answer 47.*remove"):
+        learn_an_epoch(TeacherCache(own, make_description()))
+
+
+def test_answers_of_another_type_than_was_written_are_refused(own):
+    relabel(own / "answers_00001.safetensors")
+    with pytest.raises(UserError, match=r"answers_00001\.safetensors: is missing or damaged.*BF16"):
+        TeacherCache(own, make_description())
+
+
+def test_a_cache_of_a_version_without_checksums_is_read_with_a_warning_and_still_checked(own, capsys):
+    for shard in own.glob("answers_*"):
+        rewrite(shard, checksums=None)
+    cache = TeacherCache(own, make_description())
+    assert "without checksums" in capsys.readouterr().out
+    learn_an_epoch(cache)
+    shard = own / "answers_00001.safetensors"
+    for changes in ({"velocity": torch.nan}, {"sigma": 1.5}, {"prompts": len(PROMPTS)}):
+        tensors = load_file(shard)
+        ((name, value),) = changes.items()
+        rewrite(shard, **{name: torch.full_like(tensors[name], value)})
+        with pytest.raises(UserError, match=r"answers_00001\.safetensors: is missing or damaged.*remove"):
+            learn_an_epoch(TeacherCache(own, make_description()))
+        save_file(tensors, shard)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"states.lanes.latents": None}, {"num_calls": None}, {"states.position": torch.tensor(-1)}]
+)
+def test_a_state_of_a_build_that_is_none_is_refused_before_the_teacher_is_asked(tmp_path, changes):
+    build_until(tmp_path / "cache", NUM_BATCHES)
+    rewrite(tmp_path / "cache" / "state.safetensors", checksums=None, **changes)
+    with pytest.raises(UserError, match=r"state\.safetensors: is missing or damaged.*remove"):
+        build(tmp_path / "cache", lambda done: pytest.fail("the teacher was asked"))
+
+
+def test_a_flipped_bit_in_the_state_of_a_build_is_found_before_the_teacher_is_asked(tmp_path):
+    build_until(tmp_path / "cache", NUM_BATCHES)
+    flip(tmp_path / "cache" / "state.safetensors", "states.lanes.latents")
+    with pytest.raises(UserError, match=r"state\.safetensors: is missing or damaged.*checksum.*remove"):
+        build(tmp_path / "cache", lambda done: pytest.fail("the teacher was asked"))
+
+
+@pytest.mark.parametrize("name", ["cache.json", "answers_00001.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(own, name):
+    (own / name).unlink()
+    os.mkfifo(own / name)
+    with at_most(20), pytest.raises(UserError, match=rf"{name}: is (missing or )?damaged.*remove"):
+        TeacherCache(own, make_description())
 
 
 def test_a_run_does_not_go_on_in_a_cache_of_another_size(built, tmp_path):

@@ -9,6 +9,7 @@ pytest tests/training/test_checkpoints.py
 """
 
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -18,14 +19,17 @@ import shutil
 import signal
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import train_distillation
-from support.runs import PRUNED_CONFIG, read_metrics, weights_of
+from support.runs import PRUNED_CONFIG, at_most, read_metrics, weights_of
 from wandistiller.reports.progress import Progress
+from wandistiller.training.checkpoints import Checkpoints
 
 # Every kind of states, with what moves beside them
 RECIPES = {
@@ -228,6 +232,122 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(train, teachers, 
     assert outcome.code == 0 and "Resuming from step 8" in outcome.out
     assert ("skipped" in outcome.out) == (damage != "no manifest")
     assert same_weights(tmp_path / "whole", tmp_path / "out")
+
+
+def forge(manifest: Path, **changes) -> None:
+    """Change a checkpoint's tensors, and its checksums with them; None leaves a tensor out."""
+    (file,) = manifest.with_suffix("").glob("*.safetensors")
+    about = json.loads(manifest.read_text(encoding="utf-8"))
+    with safe_open(file, framework="pt") as saved:
+        tensors, metadata = {name: saved.get_tensor(name) for name in saved.keys()}, saved.metadata()  # noqa: SIM118
+    tensors = {name: value for name, value in (tensors | changes).items() if value is not None}
+    lengths = json.loads(metadata["DCP_SHARDING_INFO"])
+    metadata["DCP_SHARDING_INFO"] = json.dumps({name: lengths.get(name, {"saved_offsets": [0]}) for name in tensors})
+    save_file(tensors, file, metadata)
+    about["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(about), encoding="utf-8")
+
+
+WEIGHT = "trained.student.proj_out.weight"
+FORGERIES = {
+    "no weights": {WEIGHT: None},
+    "weights of another shape": {WEIGHT: torch.zeros(3)},
+    "weights of another type": {WEIGHT: torch.zeros(64, 12, dtype=torch.int32)},
+    "weights that are no numbers": {WEIGHT: torch.full((64, 12), torch.nan)},
+    "no average": {"ema.proj_out.weight": None},
+    "no moment of a weight": {"optimizer.0.exp_avg": None},
+    "a moment of no weight": {"optimizer.999.exp_avg": torch.zeros(3)},
+    "no losses": {"run.losses": None},
+    "fewer losses than steps": {"run.losses": torch.zeros(2, dtype=torch.float64)},
+    "no random numbers": {"random.cpu": None},
+    "random numbers of no generator": {"random.cpu": torch.zeros(5056, dtype=torch.uint8)},
+    "no prompts": {"answers.states.paths.order": None},
+    "a prompt twice": {"answers.states.paths.order": torch.zeros(55, dtype=torch.int64)},
+    "a position without end": {"answers.states.paths.position": torch.tensor(10**9)},
+}
+
+
+def test_a_checkpoint_whose_checksums_are_right_but_not_its_tensors_is_skipped_too(train, teachers, tmp_path):
+    flags = ["--max_steps", 3, "--lr", 1e-3, "--batch_size", 3, "--save_every", 2, "--keep_checkpoints", 3]
+    assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "whole").code == 0
+    for name, changes in FORGERIES.items():
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / name)
+        forge(folder / "checkpoints" / "step_00000003.json", **changes)
+        with at_most(60):
+            outcome = train(teachers.one, PRUNED_CONFIG, *flags, output_dir=folder)
+        assert outcome.code == 0, (name, outcome.err)
+        assert "step_00000003: skipped, it is damaged" in outcome.out and "from step 2" in outcome.out, name
+        assert same_weights(tmp_path / "whole", folder), name
+        assert without_times(tmp_path / "whole") == without_times(folder), name
+
+
+def test_a_run_whose_only_checkpoint_holds_no_state_is_refused_not_started_over(train, teachers, tmp_path):
+    flags = ["--max_steps", 2, "--save_every", 2]
+    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    before = weights_of(tmp_path / "out")
+    forge(tmp_path / "out" / "checkpoints" / "step_00000002.json", **{WEIGHT: None})
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags)
+    assert outcome.code == 2 and "none of its 1 checkpoints is whole" in outcome.err and "--overwrite" in outcome.err
+    assert all(torch.equal(before[name], value) for name, value in weights_of(tmp_path / "out").items())
+
+
+MANIFESTS = {
+    "a step that is text": {"step": "4"},
+    "the step of another": {"step": 2},
+    "no files": {"files": [1]},
+    "a checksum that is a number": {"files": {"model.safetensors": 3}},
+    "a batch that is text": {"batch_size": "3"},
+    "commands that are text": {"commands": ["python"]},
+    "a command without a step": {"commands": [{"lr": 1.0, "command": "python"}]},
+    "a run that is a number": {"run": 3},
+    "brackets without end": "[" * 100_000,
+}
+
+
+def test_a_manifest_of_another_kind_is_skipped_for_the_one_before_it(train, teachers, tmp_path, capsys):
+    assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 4, "--save_every", 2).code == 0
+    manifest = tmp_path / "out" / "checkpoints" / "step_00000004.json"
+    about = json.loads(manifest.read_text(encoding="utf-8"))
+    checkpoints = Checkpoints(tmp_path / "out", about["run"], about["batch_size"])
+    assert checkpoints.newest().step == 4
+    for name, changes in MANIFESTS.items():
+        text = changes if isinstance(changes, str) else json.dumps(about | changes)
+        manifest.write_text(text, encoding="utf-8")
+        assert checkpoints.newest().step == 2, name
+        assert "step_00000004: skipped, it is damaged" in capsys.readouterr().out, name
+    manifest.unlink()
+    for make in (os.mkfifo, Path.mkdir):
+        make(manifest)
+        with at_most(20):
+            outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 4, "--save_every", 2)
+        assert outcome.code == 0 and "Resuming from step 2" in outcome.out
+        assert manifest.is_file()  # written again
+        manifest.unlink()
+
+
+def test_a_pipe_in_the_place_of_the_weights_keeps_no_run_waiting(train, teachers, tmp_path):
+    assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 4, "--save_every", 2).code == 0
+    about = json.loads((tmp_path / "out" / "checkpoints" / "step_00000004.json").read_text(encoding="utf-8"))
+    (weights,) = (tmp_path / "out" / "checkpoints" / "step_00000004").glob("*.safetensors")
+    weights.unlink()
+    os.mkfifo(weights)
+    with at_most(20):
+        assert Checkpoints(tmp_path / "out", about["run"], about["batch_size"]).newest().step == 2
+
+
+@pytest.mark.parametrize("target", ["nowhere", "a folder of mine"])
+def test_links_in_the_place_of_checkpoints_are_replaced_and_what_they_lead_to_stays(train, teachers, tmp_path, target):
+    saved, mine = tmp_path / "out" / "checkpoints", tmp_path / "a folder of mine"
+    mine.mkdir()
+    (mine / "holiday.jpg").write_bytes(b"mine")
+    assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, "--save_every", 1).code == 0
+    for name in ("step_00000002", "step_00000003.json", "step_00000004", "step_00000004.json"):
+        (saved / name).symlink_to(tmp_path / target)
+    for steps in (3, 4):
+        outcome = train(teachers.one, PRUNED_CONFIG, "--save_every", 1, "--max_steps", steps)
+        assert outcome.code == 0, outcome.err
+    assert (saved / "step_00000004").is_dir() and not (saved / "step_00000004").is_symlink()
+    assert (mine / "holiday.jpg").read_bytes() == b"mine"
 
 
 # ---- refused ----

@@ -4,10 +4,11 @@ Callers turn a `JsonError` into their own refusal, or into going without the fil
 """
 
 import json
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from wandistiller.files.paths import require_file
 
 MAX_DEPTH = 100  # of brackets in brackets: far more than any file of ours or of a Wan has, far less than Python's stack
 
@@ -75,18 +76,9 @@ def _is_utf8(text: str) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise JsonError("cannot be read (it is a folder)")
-        if not stat.S_ISREG(mode) and not _is_of_the_shell(path):
-            raise JsonError("cannot be read (it is no regular file)")
+        require_file(path)
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise JsonError(f"cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise JsonError("is not UTF-8 text; save it as UTF-8 JSON") from None
-
-
-def _is_of_the_shell(path: Path) -> bool:
-    """Return whether a shell made this file, as `<(command)` does; to read any other pipe would wait for ever."""
-    return path.parts[:2] in (("/", "dev"), ("/", "proc"))

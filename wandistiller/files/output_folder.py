@@ -3,12 +3,13 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from wandistiller.errors import UserError
+from wandistiller.errors import UserError, shown
 from wandistiller.files.paths import nearest_existing
 
+MAX_NAME_BYTES = 255  # of a file or folder, on almost every file system
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples"
 LOSS_PLOT_NAME = "loss.png"
@@ -18,10 +19,9 @@ CARD_NAME = "README.md"
 CARD_MARK = "<!-- Written by WanDistiller"
 EVALUATION_NAME = "evaluation.json"
 COMPARISON_NAME = "teacher_vs_student.png"
+STUDENT_NAMES = ["student_config.json", "diffusion_model.safetensors", "projection_report.json"]
 _OF_A_RUN = [
-    "student_config.json",
-    "diffusion_model.safetensors",
-    "projection_report.json",
+    *STUDENT_NAMES,
     METRICS_NAME,
     SAMPLES_NAME,
     LOSS_PLOT_NAME,
@@ -39,6 +39,12 @@ def check_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
     existing = nearest_existing(folder)
     if not existing.is_dir():
         raise UserError(f"{flag} {folder}: {existing} is a file; give a folder")
+    if folder.is_symlink() and existing != folder:
+        raise UserError(f"{flag} {folder}: is a link that leads to no folder; remove it, or give another folder")
+    if too_long := next((part for part in folder.parts if len(os.fsencode(part)) > MAX_NAME_BYTES), None):
+        raise UserError(
+            f"{flag}: {shown(too_long)} is too long for a name ({len(os.fsencode(too_long))} bytes of {MAX_NAME_BYTES}); give a shorter one"
+        )
     return folder
 
 
@@ -60,6 +66,23 @@ def prepare_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot be written to ({error.strerror}); give another folder") from None
     return folder
+
+
+@contextlib.contextmanager
+def removed_if_empty(path: str | Path) -> Iterator[None]:
+    """Where what is done inside fails, remove the folder, and those above it, if they are new and nothing came to lie there.
+
+    A file that is refused only once the folder is there, such as a damaged text encoder, then leaves nothing behind.
+    """
+    folder = Path(path).absolute()
+    new = [part for part in (folder, *folder.parents) if not os.path.lexists(part)]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # it holds something by now, or somebody else's run has removed it
+            for part in new:
+                part.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -92,7 +115,12 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 def set_aside_previous_student(folder: Path) -> Path | None:
     """Move what an earlier run left into a folder of its own, so that a new student never replaces it silently."""
-    previous = [folder / name for name in _OF_A_RUN if (folder / name).exists() and _is_ours(folder / name)]
+    if not any((folder / name).exists() for name in STUDENT_NAMES) and not any(folder.glob("checkpoints/*.json")):
+        # Such a run was stopped before there was anything of it to keep. metrics.jsonl and samples/ say all that the event
+        # files do, and TensorBoard would list these beside those of the run that starts now, as a run of its own.
+        _remove_event_files(folder / TENSORBOARD_NAME)
+    # A link that leads nowhere would be in the way as well:
+    previous = [folder / name for name in _OF_A_RUN if os.path.lexists(folder / name) and _is_ours(folder / name)]
     if not previous:
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -105,6 +133,29 @@ def set_aside_previous_student(folder: Path) -> Path | None:
     for path in previous:
         path.rename(aside / path.name)
     return aside
+
+
+def _remove_event_files(folder: Path) -> None:
+    """Remove TensorBoard's files, and their folder if it holds nothing else."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    for file in folder.glob("events.out.tfevents.*"):
+        file.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def check_replaceable(folder: Path, names: Iterable[str], flag: str = "--output_dir") -> None:
+    """Refuse a folder in which another folder lies in the place of a file that will be written.
+
+    Raises:
+        UserError: it would only come out once the work is done.
+    """
+    for name in names:
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise UserError(
+                f"{flag} {folder}: {name} is a folder there, and a file of that name is to be written; move it away"
+            )
 
 
 def _is_ours(path: Path) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from wandistiller.errors import UserError
 from wandistiller.files.json_files import JsonError, parse_json
+from wandistiller.files.paths import require_file
 
 SLUG_LENGTH = 48  # letters of a prompt in the name of its picture
 NUM_HELD_OUT = 16  # --eval_every measures on so many prompts
@@ -91,6 +92,7 @@ def _is_json(lines: list[str]) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
+        require_file(path)
         raw = path.read_bytes()
     except OSError as err:
         raise UserError(f"{path}: cannot be read ({err.strerror}); give a text file with one prompt a line") from err

@@ -12,7 +12,7 @@ from torch import Tensor
 from wandistiller.errors import UserError, first_line
 from wandistiller.files.atomic import atomic_path
 from wandistiller.files.checked_json import TeacherFileError, read_json
-from wandistiller.files.paths import stays_inside
+from wandistiller.files.paths import require_file, stays_inside
 
 
 class DamagedFileError(UserError):
@@ -41,6 +41,7 @@ class SafetensorsHeader:
 @contextmanager
 def _refusing_damage(path: str | Path) -> Iterator[None]:
     try:
+        require_file(path)
         yield
     except FileNotFoundError:
         reason = "there is no such file"

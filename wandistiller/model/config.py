@@ -17,6 +17,7 @@ from wandistiller.files.json_files import JsonError, load_json, parse_json
 from wandistiller.model.record import wrong_entry
 
 CONFIG_NAME = "student_config.json"
+STUDENT_ADVICE = "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id owner/name"
 
 # These lie far beyond any Wan: a larger value is a slip of the keyboard that would fill the memory or take for ever.
 LARGEST = {
@@ -230,8 +231,11 @@ class StudentConfig:
     @classmethod
     def load(cls, path: str | Path) -> "StudentConfig":
         """Read and check a student_config.json; `path` may also be the folder that holds it."""
-        path = Path(path) / CONFIG_NAME if os.path.isdir(path) else Path(path)
-        if not os.path.exists(path):  # unlike Path.exists it also answers for a name longer than names may be
+        folder = path if os.path.isdir(path) else None
+        path = Path(folder) / CONFIG_NAME if folder else Path(path)
+        if not os.path.lexists(path):  # unlike Path.exists it also answers for a name longer than names may be
+            if folder:
+                check_is_no_export(Path(folder))
             raise ConfigError(f"{path}: there is no such file; give a student_config.json (see config/)")
         try:
             values = load_json(path, _each_key_once)
@@ -266,6 +270,20 @@ class StudentConfig:
 
     def replace(self, **changes) -> "StudentConfig":
         return replace(self, **changes)
+
+
+def check_is_no_export(folder: Path) -> None:
+    """Refuse a folder for diffusers where a student's own is wanted, by its name.
+
+    Raises:
+        ConfigError: it is a pipeline or a transformer, such as export_student.py writes.
+    """
+    what = {"model_index.json": "pipeline", "config.json": "model"}
+    found = next((noun for name, noun in what.items() if (folder / name).is_file()), None)
+    if found:
+        raise ConfigError(
+            f"{folder}: is a {found} for diffusers, such as export_student.py writes, and no student's folder; {STUDENT_ADVICE}"
+        )
 
 
 def _linear_parameters(inputs: int, outputs: int) -> int:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wandistiller.model.config import CONFIG_NAME, ConfigError, StudentConfig
+from wandistiller.model.config import CONFIG_NAME, STUDENT_ADVICE, ConfigError, StudentConfig, check_is_no_export
 from wandistiller.model.layers import (
     Linear,
     apply_rope,
@@ -33,7 +33,6 @@ WEIGHTS_NAME = "diffusion_model.safetensors"
 # Parameters that stay in float32 whatever the dtype of the rest (diffusers' Wan: _keep_in_fp32_modules).
 FP32_ISLANDS = re.compile(r"time_embedder|time_proj|scale_shift_table|\.norm")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # others, such as fp8, have no arithmetic
-_ADVICE = "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id owner/name"
 
 
 def fold_text_padding(prompt_embeds: Tensor, prompt_lengths: Tensor, text_max_length: int) -> tuple[Tensor, Tensor]:
@@ -408,7 +407,7 @@ class WanLiteStudent(nn.Module):
             folder: a folder that a student was saved in, the file with its weights, or a hub repository (`owner/name`).
 
         Raises:
-            ConfigError: a file is missing or damaged, or weights and config do not belong together.
+            ConfigError: a file is missing or damaged, weights and config do not belong together, or weights are no numbers.
             HubError: there is no such folder, and no such repository can be had either.
         """
         from wandistiller.files.hub import fetch, is_hub_id
@@ -424,12 +423,17 @@ class WanLiteStudent(nn.Module):
         except DamagedFileError as error:
             raise ConfigError(str(error)) from None
         if any(tensor.ndim == 5 for tensor in tensors.values()):
-            raise ConfigError(f"{path}: was exported for other tools; {_ADVICE}")
+            raise ConfigError(f"{path}: was exported for other tools; {STUDENT_ADVICE}")
         with torch.device("meta"):
             student = cls(config)
         if reason := _misfit(tensors, student.state_dict()):
             raise ConfigError(f"{path}: does not fit {CONFIG_NAME} beside or in it: {reason}")
         student.load_state_dict(tensors, assign=True)
+        broken = [name for name, weight in student.named_parameters() if not weight.float().isfinite().all()]
+        if broken:
+            raise ConfigError(
+                f"{path}: is damaged, {len(broken)} of its tensors are not finite, first {broken[0]}; copy it again, or train again"
+            )
         return student.eval()
 
 
@@ -462,16 +466,17 @@ def saved_config(place: str | Path) -> StudentConfig:
 
     place = Path(place)
     if not place.exists():
-        raise ConfigError(f"{place}: there is no such file or folder; {_ADVICE}")
+        raise ConfigError(f"{place}: there is no such file or folder; {STUDENT_ADVICE}")
     if (place / CONFIG_NAME).exists():
         return StudentConfig.load(place)
     weights = place if place.is_file() else place / WEIGHTS_NAME
     if not weights.exists():
-        raise ConfigError(f"{place}: holds neither {CONFIG_NAME} nor {WEIGHTS_NAME}; {_ADVICE}")
+        check_is_no_export(place)
+        raise ConfigError(f"{place}: holds neither {CONFIG_NAME} nor {WEIGHTS_NAME}; {STUDENT_ADVICE}")
     try:
         text = read_header(weights).metadata.get("student_config")
     except DamagedFileError as error:
-        raise ConfigError(f"{error}; {_ADVICE}") from None
+        raise ConfigError(f"{error}; {STUDENT_ADVICE}") from None
     if not text:
-        raise ConfigError(f"{weights}: has no student_config in its metadata; {_ADVICE}")
+        raise ConfigError(f"{weights}: has no student_config in its metadata; {STUDENT_ADVICE}")
     return StudentConfig.from_json(text, f"{weights}, student_config in its metadata")

@@ -103,7 +103,8 @@ def published(config: StudentConfig, teacher_path: str | None = None) -> Student
     kept = {
         name: value
         for name, value in record.items()
-        if name not in ("command", "commands") and (not name.endswith("_path") or _is_of_hub(value, record))
+        if name not in ("command", "commands", "extra_prompts")
+        and (not name.endswith("_path") or _is_of_hub(value, record))
     }
     if "world" not in kept and "teacher_path" in record:
         with contextlib.suppress(UserError):  # the teacher may be gone

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from wandistiller.errors import first_line
 from wandistiller.files.atomic import write_text
 from wandistiller.files.clone import DEMO_TEACHER, DEMO_WORLD
 from wandistiller.files.output_folder import (
@@ -23,6 +24,7 @@ from wandistiller.files.output_folder import (
     SAMPLES_NAME,
     is_card,
 )
+from wandistiller.files.paths import require_file
 from wandistiller.model.config import StudentConfig
 from wandistiller.reports.metrics import (
     bucket_name,
@@ -77,6 +79,9 @@ def try_to_write_model_card(folder: Path) -> Path | None:
         file = write_model_card(folder)
     except OSError as error:
         print(f"No model card: {folder / CARD_NAME} cannot be written ({error.strerror})", file=sys.stderr)
+        return None
+    except Exception as error:  # whatever a damaged record or evaluation holds: the work is worth more than its card
+        print(f"No model card: what {folder} holds cannot be told ({first_line(error)})", file=sys.stderr)
         return None
     if file is None:
         print(f"{folder / CARD_NAME} is not a card of ours and stays as it is")
@@ -194,10 +199,8 @@ def facts(config: StudentConfig, record: dict, lines: list[dict]) -> list[tuple[
 
 
 def training_text(lines: list[dict]) -> str:
-    first, last = loss_change(lines)
-    text = (
-        f"Mean squared error of the velocity: {first:.4g} over the first tenth of the steps, {last:.4g} over the last."
-    )
+    first, last = map(cell_text, loss_change(lines))
+    text = f"Mean squared error of the velocity: {first} over the first tenth of the steps, {last} over the last."
     if errors := held_out_error(lines):
         named = " and ".join(f"{value:.3f} at {name.replace('_', ' ')}" for name, value in errors.items())
         text += f" Relative velocity error on held-out prompts at the end: {named}."
@@ -214,10 +217,12 @@ def losses(lines: list[dict]) -> list[tuple[str, str, str]]:
 
 def read_evaluation(folder: Path) -> dict:
     """Return what evaluate_student.py measured of the weights in the folder; nothing if it did not, or the file is damaged."""
+    file = folder / EVALUATION_NAME
     try:
-        results = json.loads((folder / EVALUATION_NAME).read_text(encoding="utf-8"))
+        require_file(file)
+        results = json.loads(file.read_text(encoding="utf-8"))
         measured_weights = results["student_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return results if measured_weights and measured_weights == weights_digest(folder) else {}
 
@@ -225,12 +230,14 @@ def read_evaluation(folder: Path) -> dict:
 def evaluation_rows(results: dict) -> list[str]:
     """Return an evaluation as text and a table, or nothing if it lacks something."""
     try:
+        num_trained = results.get("num_trained_prompts", 0)
+        prompts = f"prompts, {num_trained} of them trained on" if num_trained else "held-out prompts"
         about = (
-            f"`evaluate_student.py` on {results['num_prompts']} held-out prompts, noises of each: {results['num_seeds']}, the "
+            f"`evaluate_student.py` on {results['num_prompts']} {prompts}, noises of each: {results['num_seeds']}, the "
             "same for both:"
         )
         return [about, markdown_table(("", "student", "teacher", "student / teacher"), comparison_rows(results))]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         return []
 
 

@@ -1,13 +1,17 @@
 """What an optimiser step measured, and how a run's metrics.jsonl is read back. Standard library only.
 
-Each line of metrics.jsonl is one `StepMetrics`. The plot, the summary and the model card read it.
+Each line of metrics.jsonl is one `StepMetrics`. The plot, the summary and the model card read it. The file only tells of a run:
+whatever is in it, or in its place, neither ends a command nor keeps a run from being resumed.
 """
 
 import json
+import logging
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 NUM_BUCKETS = 10  # of noise levels, all equally wide
 FIRST_AND_LAST = 10  # the first and the last steps of a run are one part in so many
@@ -58,17 +62,63 @@ def mean_by_expert(sigmas: Sequence[float], values: Sequence[float], boundary: f
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return a dict for every step, in order. A line that a kill cut short is left out, and the last line of a step counts."""
+    """Return a dict for every step, in order; the last line of a step counts, and what an older version did not measure is not there.
+
+    Lines that are not what a run writes are left out with a warning; a last line that a kill cut short needs none.
+    """
     if not path.is_file():
         return []
-    lines = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-            lines[int(line["step"])] = line
-        except (ValueError, KeyError, TypeError):
-            continue
+    try:
+        texts = path.read_bytes().split(b"\n")
+    except OSError as error:
+        logger.warning("%s: left out, it cannot be read (%s)", path, error.strerror)
+        return []
+    lines, skipped = {}, []
+    for number, text in enumerate(texts, start=1):
+        line = _line(text)
+        if line is not None:
+            lines[line["step"]] = line
+        elif text.strip() and number < len(texts):
+            skipped.append(number)
+    if skipped:
+        named = ", ".join(map(str, skipped[:10])) + (f" and {len(skipped) - 10} more" if len(skipped) > 10 else "")
+        logger.warning("%s: left out what is no step's metrics: line %s", path, named)
     return [lines[step] for step in sorted(lines)]
+
+
+def _line(text: bytes) -> dict | None:
+    """Return what a line says of a step, or None where it is not a line that a run writes."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < 2**53:
+        return None
+    return line if all(fits(line[name]) for name, fits in _KINDS.items() if name in line) else None
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**1000)  # a larger int is no float
+
+
+def _is_number_or_none(value: object) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_error(value: object) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
+
+
+def _is_by_sigma(value: object) -> bool:
+    return isinstance(value, list) and len(value) in (0, NUM_BUCKETS) and all(map(_is_number_or_none, value))
+
+
+# What each value of a line must be where it is there.
+_KINDS: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("loss", "grad_norm", "lr", "samples_per_s", "elapsed_s", "eta_s"), _is_number),
+    "loss_by_sigma": _is_by_sigma,
+    "velocity_error": _is_error,
+}
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
@@ -83,20 +133,21 @@ def ends(lines: Sequence[dict]) -> tuple[Sequence[dict], Sequence[dict]]:
     return lines[:count], lines[-count:]
 
 
-def loss_change(lines: Sequence[dict]) -> tuple[float, float]:
-    """Return the mean loss of the first and of the last steps."""
+def loss_change(lines: Sequence[dict]) -> tuple[float | None, float | None]:
+    """Return the mean loss of the first and of the last steps, as far as the lines say."""
     first, last = ends(lines)
-    return mean_of(line["loss"] for line in first), mean_of(line["loss"] for line in last)
+    return mean_of(line.get("loss") for line in first), mean_of(line.get("loss") for line in last)
 
 
 def loss_change_by_sigma(lines: Sequence[dict]) -> list[tuple[float | None, float | None]]:
     """Return the mean loss of the first and of the last steps in each bucket of sigma, from the lowest."""
-    first, last = ends(lines)
+    known = [line for line in lines if line.get("loss_by_sigma")]
+    first, last = ends(known)
 
     def mean_in(part: Sequence[dict], bucket: int) -> float | None:
         return mean_of(line["loss_by_sigma"][bucket] for line in part)
 
-    return [(mean_in(first, bucket), mean_in(last, bucket)) for bucket in range(len(lines[0].get("loss_by_sigma", [])))]
+    return [(mean_in(first, bucket), mean_in(last, bucket)) for bucket in range(NUM_BUCKETS if known else 0)]
 
 
 def held_out_error(lines: Sequence[dict]) -> dict[str, float] | None:
@@ -107,10 +158,10 @@ def held_out_error(lines: Sequence[dict]) -> dict[str, float] | None:
 def training_seconds(lines: Sequence[dict]) -> float:
     """Return the seconds of the loop over all commands of the run. Each command counts from its own start."""
     total = before = 0.0
-    for line in lines:
-        if line["elapsed_s"] < before:
+    for elapsed_s in (line["elapsed_s"] for line in lines if "elapsed_s" in line):
+        if elapsed_s < before:
             total += before
-        before = line["elapsed_s"]
+        before = elapsed_s
     return total + before
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.files.atomic import atomic_path
-from wandistiller.reports.metrics import StepMetrics, bucket_name, mean_of, read_metrics
+from wandistiller.reports.metrics import NUM_BUCKETS, StepMetrics, bucket_name, mean_of, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ class LossPlot:
 
     def _draw(self) -> None:
         start_s = time.perf_counter()
-        if lines := read_metrics(self.metrics_path):
+        if lines := [line for line in read_metrics(self.metrics_path) if "loss" in line]:
             save_loss_plot(lines, self.file)
         self._is_behind = False
         now = time.perf_counter()
@@ -76,9 +76,11 @@ def _plot_losses(axes, lines: Sequence[dict]) -> None:
     groups = smoothing_groups(lines)
     steps = [group[-1]["step"] for group in groups]
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], color=GREY, linewidth=0.8)
-    num_buckets = len(lines[0].get("loss_by_sigma", []))
+    num_buckets = NUM_BUCKETS if any(line.get("loss_by_sigma") for line in lines) else 0
     for bucket in reversed(range(num_buckets)):
-        means = [mean_of(line["loss_by_sigma"][bucket] for line in group) for group in groups]
+        means = [
+            mean_of(line["loss_by_sigma"][bucket] for line in group if line.get("loss_by_sigma")) for group in groups
+        ]
         points = [(step, mean) for step, mean in zip(steps, means, strict=True) if mean]
         if points:
             color = colormaps["viridis"]((bucket + 0.5) / num_buckets)
@@ -92,10 +94,10 @@ def _plot_losses(axes, lines: Sequence[dict]) -> None:
 def _plot_held_out(axes, measured: Sequence[dict]) -> None:
     colors = {"teacher_states": "#2f6db3", "student_states": "#d0712b"}
     for name, color in colors.items():
-        points = [(line["step"], line["velocity_error"][name]) for line in measured]
-        axes.plot(
-            *zip(*points, strict=True), color=color, marker="o", markersize=4, label=f"at {name.replace('_', ' ')}"
-        )
+        points = [(line["step"], line["velocity_error"][name]) for line in measured if name in line["velocity_error"]]
+        if points:
+            label = f"at {name.replace('_', ' ')}"
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=label)
     _finish(axes, "relative velocity error,\nheld-out prompts")
 
 

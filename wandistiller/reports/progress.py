@@ -1,5 +1,6 @@
 """What a run shows while it trains: a progress bar, or plain lines where there is no terminal, and metrics.jsonl."""
 
+import contextlib
 import json
 import math
 import sys
@@ -7,6 +8,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -20,7 +22,7 @@ class Progress:
     """Shows every step and writes it to metrics.jsonl; use as a context manager.
 
     A terminal gets a bar; anything else gets plain lines, at least `line_every_s` apart. A run that resumes after `first_step`
-    steps keeps their metrics.
+    steps keeps their metrics. A file that cannot be written is told of once, and the run goes on without it.
     """
 
     def __init__(self, num_steps: int, metrics_path: Path, line_every_s: float = LINE_EVERY_S, first_step: int = 0):
@@ -30,12 +32,16 @@ class Progress:
         self.line_every_s = line_every_s
         self.stream = sys.stderr
         self._last_line_s = -math.inf
+        self._file: TextIO | None = None
 
     def __enter__(self) -> "Progress":
         # A killed run may have written steps beyond those that this one resumes from. A kill here loses no step before them:
         kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= self.first_step]
-        write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self.metrics_path.open("a", encoding="utf-8")
+        try:
+            write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = self.metrics_path.open("a", encoding="utf-8")
+        except OSError as error:
+            self._go_on_without_file(error)
         is_terminal = self.stream.isatty()
         self._bar = (
             tqdm(total=self.num_steps, initial=self.first_step, unit="step", file=self.stream) if is_terminal else None
@@ -47,12 +53,18 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk has been told of
+                self._file.close()
 
     def step(self, metrics: StepMetrics) -> None:
         """Show a step and write it down."""
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
-        self._file.flush()  # a killed run keeps what it has measured
+        if self._file is not None:
+            try:
+                self._file.write(json.dumps(asdict(metrics)) + "\n")
+                self._file.flush()  # a killed run keeps what it has measured
+            except OSError as error:
+                self._go_on_without_file(error)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {metrics.loss:.4g}, {metrics.samples_per_s:.1f} samples/s")
             self._bar.update()
@@ -63,6 +75,16 @@ class Progress:
                 f"{value:.3f} at {name.replace('_', ' ')}" for name, value in metrics.velocity_error.items()
             )
             tqdm.write(f"step {metrics.step}: relative velocity error {errors}", file=self.stream)
+
+    def _go_on_without_file(self, error: OSError) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what could not be written is tried again
+                self._file.close()
+            self._file = None
+        print(
+            f"Warning: {self.metrics_path} cannot be written ({error.strerror}); the run goes on without it",
+            file=self.stream,
+        )
 
     def _is_due(self, metrics: StepMetrics) -> bool:
         due = metrics.elapsed_s - self._last_line_s >= self.line_every_s or metrics.step in (1, self.num_steps)

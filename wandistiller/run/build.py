@@ -20,8 +20,11 @@ from wandistiller.targets.replay import ReplayedAnswers
 from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
 from wandistiller.targets.state_batch import DrawOptions
 from wandistiller.targets.states import build_states
+from wandistiller.training.checkpoints import DamagedCheckpointError
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
-from wandistiller.training.objective import Objective
+from wandistiller.training.loop import Saving
+from wandistiller.training.objective import Objective, TrainedStudent
+from wandistiller.training.state import RunState
 from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
 from wandistiller.wan.text_encoder import embed_texts
 
@@ -226,3 +229,30 @@ def segment_answers(run: Run, embeds: Embeds, teacher: Teacher, student: WanLite
         compute_dtype=run.dtype,
     )
     return SegmentAnswers(teacher, student, embeds.trained, draw, segments)
+
+
+# ---- the state to resume from ----
+
+
+def resume(run: Run, student: WanLiteStudent, objective: Objective, answers: Answers) -> tuple[Run, Saving]:
+    """Load the newest checkpoint that holds the state of this run; return the run that resumes from it, with that state.
+
+    A checkpoint can be damaged though its checksums are right, and then the one before it is loaded.
+
+    Raises:
+        UserError: none of the checkpoints can be loaded.
+    """
+    if run.resume_from is None:
+        return run, Saving(run.checkpoints)
+    options = run.training_options
+    state = RunState(
+        TrainedStudent(student, objective), answers, options.optimization, options.num_steps, run.processes
+    )
+    while True:
+        try:
+            state.load(run.resume_from)
+        except DamagedCheckpointError as error:
+            run.checkpoints.tell_of_damage(run.resume_from.folder, str(error))
+            run = run.going_on_from(run.checkpoints.newest(before=run.resume_from.step))
+        else:
+            return run, Saving(run.checkpoints, state)

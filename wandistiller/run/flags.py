@@ -4,10 +4,10 @@ Each flag is a field, with its help text beside it. `parse_args` returns a froze
 module needs the standard library alone, so that `--help` and mistakes are answered before torch loads.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import Field, asdict, dataclass, field, fields
 from dataclasses import replace as replace_fields
-from pathlib import Path
 from typing import Any
 
 from wandistiller.command_line import FlagGroup, FlagParser, int_list, number, path, torchrun_environment
@@ -387,7 +387,7 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Fill in the best known values for what was left out: by teacher first, then by other flags."""
     for name in ("sigma_range", "student_rollout"):
         values[name] = values[name] and tuple(values[name])
-    is_demo = Path(values["teacher_path"]).resolve() == Path(DEMO_TEACHER).resolve()
+    is_demo = os.path.realpath(values["teacher_path"]) == os.path.realpath(DEMO_TEACHER)
     for _, group in GROUPS.values():
         for known in fields(group):
             if "defaults" in known.metadata and values[known.name] is None:

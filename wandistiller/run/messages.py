@@ -122,7 +122,12 @@ def summary_lines(folder: Path, calls: str) -> list[str]:
     """Return what the folder's records say of the run; `calls` is what the teacher was asked."""
     config, steps = StudentConfig.load(folder), read_metrics(folder / METRICS_NAME)
     record = config.distillation
-    loss = "{:.4g} over the first tenth of the steps, {:.4g} over the last".format(*loss_change(steps))
+    first, last = loss_change(steps)
+    loss = (
+        ""
+        if first is None or last is None
+        else f"{first:.4g} over the first tenth of the steps, {last:.4g} over the last"
+    )
     before = {
         "teacher": f"{record['teacher_path']}; {calls}",
         "student": f"{config.num_parameters:,} parameters, {config.block}, {config.image_size} px",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from wandistiller.run.run import Run
 
 # These are recorded so that whoever samples the student finds them from any folder.
-RECORDED_PATHS = ("teacher_path", "teacher_path_low", "text_encoder_path")
+RECORDED_PATHS = ("teacher_path", "teacher_path_low", "text_encoder_path", "data_path", "extra_prompts")
 
 
 def distillation_record(

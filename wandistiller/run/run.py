@@ -3,12 +3,18 @@
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wandistiller.budget.report import OutOfMemory, out_of_memory_message
 from wandistiller.device import is_out_of_memory
-from wandistiller.files.output_folder import locked_folder, prepare_output_folder
+from wandistiller.files.output_folder import (
+    STUDENT_NAMES,
+    check_replaceable,
+    locked_folder,
+    prepare_output_folder,
+    removed_if_empty,
+)
 from wandistiller.processes import leave
 from wandistiller.run.dry_run import changeable_flags, check_disk, has_checkpoints, workload_of
 from wandistiller.run.messages import typed_command
@@ -16,7 +22,6 @@ from wandistiller.run.plan import Plan
 from wandistiller.run.record import commands_so_far
 from wandistiller.targets.cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
 from wandistiller.training.checkpoints import Checkpoint, Checkpoints
-from wandistiller.training.loop import Saving
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +51,23 @@ class Run(Plan):
         """Steps that were taken before this process."""
         return 0 if self.resume_from is None else self.resume_from.step
 
-    @property
-    def saving(self) -> Saving:
-        return Saving(self.checkpoints, self.resume_from)
+    def going_on_from(self, checkpoint: Checkpoint | None) -> "Run":
+        """Return this run at the state of a checkpoint, or at its start, with the commands that have led there; say so."""
+        first_step, before = 0, []
+        if checkpoint is not None:
+            first_step, before = checkpoint.step, checkpoint.commands
+            print(f"Resuming from step {first_step} of {self.folder} (--overwrite starts anew)")
+            if not checkpoint.has_same_batch:
+                had = checkpoint.batch_size
+                why = (
+                    f"a step had {had} samples, and has {self.lanes.total} now"
+                    if had
+                    else "this checkpoint was saved without them"
+                )
+                print(f"Training states start anew: {why}")
+        command = typed_command(SCRIPT, self.command)
+        self.checkpoints.commands = commands_so_far(before, first_step, command, self.flags.optimization.lr)
+        return replace(self, resume_from=checkpoint)
 
 
 @contextlib.contextmanager
@@ -66,8 +85,11 @@ def open_run(plan: Plan, command: list[str]) -> Iterator[Run]:
     with memory_advice(plan):
         cache = open_cache(plan)
         output_dir = plan.flags.output.output_dir
-        folder = processes.first_then_all(lambda: prepare_output_folder(output_dir))
-        with contextlib.ExitStack() as held:
+        with (
+            removed_if_empty(output_dir) if processes.is_first else contextlib.nullcontext(),
+            contextlib.ExitStack() as held,
+        ):
+            folder = processes.first_then_all(lambda: prepare_output_folder(output_dir))
             processes.first_then_all(lambda: held.enter_context(locked_folder(folder)))
             yield make_run(plan, folder, cache, command)
     leave()
@@ -122,24 +144,13 @@ def make_run(plan: Plan, folder: Path, cache: TeacherCache | None, command: list
     output = plan.flags.output
     checkpoints = Checkpoints(folder, run_identity(plan), plan.lanes.total, output.keep_checkpoints, plan.processes)
     resume_from = None if output.overwrite else checkpoints.newest()
-    if resume_from is not None:
-        print(f"Resuming from step {resume_from.step} of {folder} (--overwrite starts anew)")
-        if not resume_from.has_same_batch:
-            had = resume_from.batch_size
-            why = (
-                f"a step had {had} samples, and has {plan.lanes.total} now"
-                if had
-                else "this checkpoint was saved without them"
-            )
-            print(f"Training states start anew: {why}")
+    if resume_from is not None:  # else what is there is set aside
+        check_replaceable(folder, STUDENT_NAMES)
     check_disk(checkpoints, plan)
-    first_step, before = (resume_from.step, resume_from.commands) if resume_from else (0, [])
-    checkpoints.commands = commands_so_far(
-        before, first_step, typed_command(SCRIPT, command), plan.flags.optimization.lr
-    )
     logger.info("headers of the teacher read, output folder taken")
     known = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
-    return Run(**known, folder=folder, checkpoints=checkpoints, resume_from=resume_from, cache=cache, command=command)
+    run = Run(**known, folder=folder, checkpoints=checkpoints, resume_from=None, cache=cache, command=command)
+    return run.going_on_from(resume_from)
 
 
 def out_of_memory(plan: Plan) -> OutOfMemory:

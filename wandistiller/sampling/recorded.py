@@ -3,6 +3,7 @@
 Only the standard library is imported until a file is known to be right.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from wandistiller.errors import UserError
 from wandistiller.files.clone import CLONE
 from wandistiller.files.hub import hub_id, is_hub_id
+from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class StudentRecord:
         student_steps: how many steps the student draws in, where it learnt whole steps.
         sigma_range: the noise levels it was trained at.
         latents_mean, latents_std: per channel; model space is (z - mean) / std.
+        data_path, extra_prompts: files of the prompts that it was trained on, as `recorded_path` gives them.
     """
 
     teacher_path: str | None = None
@@ -60,6 +63,8 @@ class StudentRecord:
     sigma_range: tuple[float, float] | None = None
     latents_mean: list[float] | None = None
     latents_std: list[float] | None = None
+    data_path: str | None = None
+    extra_prompts: str | None = None
 
     @classmethod
     def of(cls, config: StudentConfig) -> "StudentRecord":
@@ -107,6 +112,21 @@ def load_student_config(folder: str | Path) -> StudentConfig:
             f'{where}: its "distillation" record lacks {", ".join(wrong)}, or holds something else there; copy the file again'
         )
     return config
+
+
+def trained_prompts(config: StudentConfig) -> set[str]:
+    """Return the prompts that a student was trained on, as far as their files are still where its record says.
+
+    They are told apart as `load_prompts` does: by their words, however these are spaced.
+    """
+    record = StudentRecord.of(config)
+    prompts: set[str] = set()
+    for path in (record.data_path, record.extra_prompts):
+        file = CLONE / path if isinstance(path, str) else None
+        if file and file.is_file():
+            with contextlib.suppress(UserError):  # a file that has become something else holds none of them
+                prompts.update(" ".join(prompt.split()) for prompt in load_prompts(file).prompts)
+    return prompts
 
 
 def weights_digest(folder: str | Path) -> str | None:

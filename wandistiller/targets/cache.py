@@ -1,14 +1,17 @@
 """The teacher's answers on disk: asked for once, and learnt from without a teacher in memory.
 
-The folder holds shards of answers as safetensors, and `cache.json`, which says what they are answers to. While the folder is
-being built it also holds the state of the sampling paths, so that the same command resumes a build that was stopped.
+The folder holds shards of answers as safetensors, and `cache.json`, which says what they are answers to. A shard holds a
+checksum of every answer, which is compared when the answer is read: damage is never learnt from, and nothing is read twice for
+it. While the folder is being built it also holds the state of the sampling paths, so that the same command resumes a build that was stopped.
 """
 
 import hashlib
 import json
+import os
 import shutil
+import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -18,9 +21,10 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
-from wandistiller.errors import UserError
+from wandistiller.errors import UserError, first_line, shown
 from wandistiller.files.atomic import write_json
 from wandistiller.files.output_folder import check_output_folder
+from wandistiller.files.paths import require_file
 from wandistiller.files.safetensors_files import (
     DamagedFileError,
     open_safetensors,
@@ -32,6 +36,7 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
 from wandistiller.targets.answers import Answer, AnswerQueue, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.state_dicts import check_order
 from wandistiller.targets.states import StatesOptions
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
@@ -42,8 +47,10 @@ STATE_NAME = "state.safetensors"
 SHARD_NAME = "answers_{:05d}.safetensors"
 SHARD_BATCHES = 16
 STORED_NAMES = ("latents", "velocity", "sigma", "prompts")
+CHECKSUMS_NAME = "checksums"  # CRC-32 of every answer; shards of the first versions have none
 # Latents and velocities are rounded to this. The rounding is far below the error that a student reaches.
 STORED_DTYPE = torch.float16
+STORED_DTYPES = {"latents": "F16", "velocity": "F16", "sigma": "F32", "prompts": "I64"}  # as safetensors spells them
 # Files that a process leaves if it is killed while it writes one of ours.
 LEFTOVERS = tuple(f".{name}.*.tmp" for name in (DESCRIPTION_NAME, "state*.safetensors", "answers_*.safetensors"))
 
@@ -121,8 +128,9 @@ class TeacherCache:
         self.is_complete = False
         self.shards: list[Path] = []
         self.rows: list[int] = []  # answers in each shard
+        self.has_checksums = True
         file = self.folder / DESCRIPTION_NAME
-        if file.exists():
+        if os.path.lexists(file):
             self._read(file)
         elif self.folder.exists() and set(self.folder.iterdir()) - set(self._leftovers()):
             raise UserError(
@@ -139,15 +147,21 @@ class TeacherCache:
 
     def _read(self, file: Path) -> None:
         try:
+            require_file(file)
             found = json.loads(file.read_text(encoding="utf-8"))
             made_of, is_complete = dict(found["answers_of"]), bool(found["is_complete"])
-            rows = list(found.get("rows") or [None] * found["num_shards"])  # the first caches only had num_shards
-        except (OSError, ValueError, KeyError, TypeError):
+            # The first caches only had num_shards. A number beyond the files that are there needs no list.
+            rows = list(
+                found.get("rows") or [None] * min(int(found["num_shards"]), len(list(self.folder.iterdir())) + 1)
+            )
+            if is_complete and not rows:
+                raise ValueError("a complete cache without answers")
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise UserError(
                 f"{file}: is damaged; remove {self.folder} and run again, its answers are asked anew"
             ) from None
         differing = [
-            f"{name} {made_of.get(name)!r}, this run has {self.description.get(name)!r}"
+            f"{name} {shown(made_of.get(name))}, this run has {shown(self.description.get(name))}"
             for name in self.description | made_of
             if made_of.get(name) != self.description.get(name)
         ]
@@ -164,13 +178,18 @@ class TeacherCache:
             )
         if is_complete:
             self._index(range(len(rows)))
+            if not self.has_checksums:
+                print(
+                    f"Warning: {self.folder} was made by a version without checksums, so damage to its answers may go unnoticed"
+                )
             for path, expected, count in zip(self.shards, rows, self.rows, strict=True):
                 if expected not in (None, count):
-                    raise self._damaged(path, f"it holds {count} answers, {expected} were written")
+                    raise self.damaged(path, f"it holds {count} answers, {expected} were written")
 
     def _index(self, numbers: Iterable[int]) -> None:
         """Find these shards, and count their rows by their headers alone."""
         self.shards = [self.folder / SHARD_NAME.format(number) for number in numbers]
+        self.has_checksums = True
         self.rows = [self._count_rows(path) for path in self.shards]
 
     def _numbers(self, num_shards: int) -> range:
@@ -179,17 +198,26 @@ class TeacherCache:
 
     def _count_rows(self, path: Path) -> int:
         try:
-            found = read_header(path).shapes
+            header = read_header(path)
         except DamagedFileError as error:
-            raise self._damaged(path, error.reason) from None
-        shapes = {name: found.get(name, ()) for name in STORED_NAMES}
+            raise self.damaged(path, error.reason) from None
+        shapes = {name: header.shapes.get(name, ()) for name in STORED_NAMES}
         count = shapes["sigma"][:1]
         latents = (*count, *self.description["latent_shape"])
         if shapes != {"latents": latents, "velocity": latents, "sigma": count, "prompts": count} or not count:
-            raise self._damaged(path, f"its tensors have the shapes {shapes}")
+            raise self.damaged(path, f"its tensors have the shapes {shapes}")
+        if wrong := {
+            name: header.dtypes[name] for name, dtype in STORED_DTYPES.items() if header.dtypes[name] != dtype
+        }:
+            raise self.damaged(path, f"its tensors are of the types {wrong}")
+        if CHECKSUMS_NAME not in header.shapes:
+            self.has_checksums = False
+        elif (header.shapes[CHECKSUMS_NAME], header.dtypes[CHECKSUMS_NAME]) != (count, "I64"):
+            raise self.damaged(path, "its checksums are not those of its answers")
         return count[0]
 
-    def _damaged(self, path: Path, reason: str) -> UserError:
+    def damaged(self, path: Path, reason: str) -> UserError:
+        """Return the refusal of a file of this cache."""
         return UserError(
             f"{path}: is missing or damaged ({reason}); copy it again, or remove {self.folder} to ask the teacher anew"
         )
@@ -250,26 +278,31 @@ class TeacherCache:
     def _load_state(self, answers: TeacherAnswers) -> None:
         """Load the paths as they were after so many whole shards. What a killed build wrote beyond these is written again."""
         state, num_shards = self.state_file, 0
-        if state.exists():
+        if os.path.lexists(state):
             try:
                 saved = read_tensors(state)
+                checksum = saved.pop(CHECKSUMS_NAME, None)
+                if checksum is not None and not torch.equal(checksum, _checksum(saved)):
+                    raise ValueError("its checksum differs")
                 num_shards = int(saved.pop("num_shards"))
+                answers.load_state_dict(saved)
             except DamagedFileError as error:
-                raise self._damaged(state, error.reason) from None
-            except KeyError:
-                raise self._damaged(state, "it does not say how many shards there are") from None
-            answers.load_state_dict(saved)
+                raise self.damaged(state, error.reason) from None
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise self.damaged(state, f"it is not the state of a build: {first_line(error)}") from None
         self._index(self._numbers(num_shards))
 
     def _write_shard(self, batches: list[dict[str, Tensor]]) -> None:
         shard = {name: torch.cat([batch[name] for batch in batches]) for name in STORED_NAMES}
         path = self.folder / SHARD_NAME.format(self._numbers(len(self.shards) + 1)[-1])
-        write_tensors(path, shard)
+        rows = [{name: values[row : row + 1] for name, values in shard.items()} for row in range(len(shard["sigma"]))]
+        write_tensors(path, shard | {CHECKSUMS_NAME: torch.cat([_checksum(row) for row in rows])})
         self.shards.append(path)
         self.rows.append(len(shard["sigma"]))
 
     def _write_state(self, answers: TeacherAnswers) -> None:
-        write_tensors(self.state_file, answers.state_dict() | {"num_shards": torch.tensor(len(self.shards))})
+        state = answers.state_dict() | {"num_shards": torch.tensor(len(self.shards))}
+        write_tensors(self.state_file, state | {CHECKSUMS_NAME: _checksum(state)})
 
     def _check_disk(self, num_batches: int, answers: TeacherAnswers) -> None:
         elements = self.description["batch_size"] * torch.Size(self.description["latent_shape"]).numel()
@@ -289,6 +322,15 @@ class TeacherCache:
         about = {"is_complete": is_complete, "num_shards": len(rows), "rows": rows, "answers_of": self.description}
         about |= {} if is_complete else {"num_processes": self.processes.count}
         write_json(self.folder / DESCRIPTION_NAME, about, indent=1, ensure_ascii=False)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the CRC-32 (1,) int64 of tensors and their names, whatever order they come in."""
+    checksum = 0
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().contiguous().flatten()
+        checksum = zlib.crc32(values.view(torch.uint8).numpy().data, zlib.crc32(name.encode(), checksum))
+    return torch.tensor([checksum])
 
 
 def _ask(answers: TeacherAnswers, done: int, on_progress: Callable[[int], None]) -> dict[str, Tensor]:
@@ -341,9 +383,11 @@ class CachedAnswers:
         self.generator = torch.Generator().manual_seed(seed)
         self.ends = list(accumulate(cache.rows))
         shards = [open_safetensors(path) for path in cache.shards]
-        self.slices = [{name: shard.get_slice(name) for name in STORED_NAMES} for shard in shards]
+        known = {*STORED_NAMES, CHECKSUMS_NAME}
+        self.slices = [{name: shard.get_slice(name) for name in known & {*shard.keys()}} for shard in shards]
         self.order = torch.randperm(cache.num_answers, generator=self.generator)
         self.position = 0
+        self.prompt_embeds = prompt_embeds
         self._queue = AnswerQueue(prompt_embeds, device, self.lanes.micro_batch)
 
     def next(self) -> Answer:
@@ -377,7 +421,21 @@ class CachedAnswers:
     def _row(self, index: int) -> dict[str, Tensor]:
         number = bisect_right(self.ends, index)
         row = index - (self.ends[number - 1] if number else 0)
-        return {name: part[row : row + 1] for name, part in self.slices[number].items()}
+        return self._checked({name: part[row : row + 1] for name, part in self.slices[number].items()}, number, row)
+
+    def _checked(self, answer: dict[str, Tensor], shard: int, row: int) -> dict[str, Tensor]:
+        """Return an answer as it was written.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        checksum = answer.pop(CHECKSUMS_NAME, None)
+        is_whole = checksum is None or torch.equal(checksum, _checksum(answer))
+        # What no checksum tells of must at least be what a teacher can have answered.
+        is_possible = 0 <= answer["sigma"] <= 1 and 0 <= answer["prompts"] < len(self.prompt_embeds)
+        if is_whole and is_possible and all(values.isfinite().all() for values in answer.values()):
+            return answer
+        raise self.cache.damaged(self.cache.shards[shard], f"its answer {row} is not the one that was written")
 
     def state_dict(self) -> dict[str, Tensor]:
         return {
@@ -397,5 +455,6 @@ class CachedAnswers:
                 f"--teacher_cache {self.cache.folder}: holds {self.cache.num_answers} answers, the run to go on with "
                 f"learnt from {len(state['order'])}; give the folder it learnt from, or start anew with --overwrite"
             )
+        check_order(state["order"], state["position"], self.cache.num_answers)
         self.order, self.position = state["order"].clone(), int(state["position"])
         self.generator.set_state(state["generator"])

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wandistiller.targets.state_dicts import check_order
+
 # A swap at sigma is exp(-SWAP_DECAY (1 - sigma)) times as likely as at sigma 1: a third of it is left at sigma 0.8.
 SWAP_DECAY = 5.0
 
@@ -34,6 +36,7 @@ class PromptOrder:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        check_order(state["order"], state["position"], len(self.order))
         self.order = state["order"].clone()
         self.position = int(state["position"])
         self.generator.set_state(state["order_generator"])

@@ -1,5 +1,6 @@
 """How names in a state_dict say whose tensors they are: the prefix of a part, and the prefix of this process's lanes."""
 
+import torch
 from torch import Tensor
 
 # The first dimension of a tensor whose name starts so is this process's lanes; all other tensors are the same everywhere.
@@ -19,3 +20,15 @@ def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def belongs_to_lanes(name: str) -> bool:
     """Return whether a tensor holds what belongs to this process's lanes, whatever parts of the state it lies in."""
     return f".{LANE_PREFIX}" in f".{name}"
+
+
+def check_order(order: Tensor, position: Tensor, count: int) -> None:
+    """Refuse an order that is not one of `count` things, or a position outside of it, which nothing would ever reach the end of.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if order.shape != (count,) or not torch.equal(order.sort().values, torch.arange(count)):
+        raise ValueError(f"an order of {count} prompts or answers does not hold each of them once")
+    if not 0 <= int(position) <= count:
+        raise ValueError(f"position {int(position)} lies outside an order of {count}")

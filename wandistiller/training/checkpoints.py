@@ -16,13 +16,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wandistiller.errors import UserError
+from wandistiller.errors import UserError, shortened, shown
 from wandistiller.files.atomic import file_digest, fsync, write_json
-from wandistiller.files.paths import nearest_existing
+from wandistiller.files.paths import nearest_existing, remove, require_file
+from wandistiller.files.safetensors_files import read_header
 from wandistiller.processes import Processes, error_reason, load_tensors, save_tensors
 
 FOLDER_NAME = "checkpoints"
 _STEP = re.compile(r"step_(\d{8})")  # files of other names are a person's: they are neither counted nor removed
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint whose files are as they were written does not hold the state of its run; `RunState.load` finds that out."""
 
 
 class CheckpointError(RuntimeError):
@@ -53,16 +58,38 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            OSError, ValueError, KeyError, TypeError: it is missing or damaged.
+            OSError, ValueError, KeyError, TypeError, RecursionError: it is missing or damaged.
         """
+        require_file(path)
         found = json.loads(path.read_text(encoding="utf-8"))
-        return cls(
+        manifest = cls(
             step=found["step"],
-            files=dict(found["files"]),
+            files=found["files"],
             batch_size=found["batch_size"],
-            commands=list(found.get("commands", [])),
-            run=dict(found["run"]),
+            commands=found.get("commands", []),
+            run=found["run"],
         )
+        fits = {
+            "step": manifest.step == _step_of(path) and type(manifest.step) is int,
+            "files": isinstance(manifest.files, dict)
+            and all(isinstance(value, str) for value in manifest.files.values()),
+            "batch_size": manifest.batch_size is None or type(manifest.batch_size) is int,
+            "commands": isinstance(manifest.commands, list) and all(map(_is_command, manifest.commands)),
+            "run": isinstance(manifest.run, dict),
+        }
+        if wrong := [name for name, is_right in fits.items() if not is_right]:
+            raise ValueError(f"{path.name} holds something else as {', '.join(wrong)}")
+        return manifest
+
+
+def _is_command(entry: object) -> bool:
+    """Return whether this is an entry as `record.commands_so_far` makes them."""
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("from_step")) is int
+        and type(entry.get("lr")) in (int, float)
+        and isinstance(entry.get("command"), str)
+    )
 
 
 @dataclass(frozen=True)
@@ -126,46 +153,57 @@ class Checkpoints:
         files = [path for path in self.folder.glob("*.json") if _STEP.fullmatch(path.stem) and not path.is_symlink()]
         return sorted(files, reverse=True)
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, before: int | None = None) -> Checkpoint | None:
         """Return the newest good checkpoint, or None if there is none at all. A damaged one is skipped and reported.
+
+        Args:
+            before: where it has turned out that the checkpoint of this step is damaged too, only earlier ones are looked at.
 
         Raises:
             UserError: it belongs to a run that differs in what must be the same, or all checkpoints are damaged.
         """
-        paths = self.processes.from_first(self._manifests())
-        for path in paths:
+        found = self.processes.from_first(self._manifests())
+        for path in (path for path in found if before is None or _step_of(path) < before):
             folder, reason, manifest = path.with_suffix(""), None, None
             try:
                 manifest = Manifest.read(path)
                 self._check_files(folder, manifest.files)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 reason = error_reason(error)
             if not self.processes.all_true(reason is None):
-                reason = reason or "another process found so"
-                print(f"{folder}: skipped, it is damaged ({reason})")
+                self.tell_of_damage(folder, reason)
                 continue
             self._check_run(manifest.run)
             self.good = [manifest.step]
             has_same_batch = manifest.batch_size == self.batch_size
             return Checkpoint(manifest.step, folder, manifest.batch_size, has_same_batch, manifest.commands)
-        if paths:
+        if found:
             raise UserError(
-                f"{self.folder}: none of its {len(paths)} checkpoints is whole; copy them again, or add --overwrite to "
+                f"{self.folder}: none of its {len(found)} checkpoints is whole; copy them again, or add --overwrite to "
                 "start anew (what is there is kept beside)"
             )
         return None
 
+    def tell_of_damage(self, folder: Path, reason: str | None) -> None:
+        """Print that a checkpoint is skipped; `reason` is None where this process has found nothing wrong with it."""
+        print(f"{folder}: skipped, it is damaged ({shortened(reason or 'another process found so')})")
+
     def _check_files(self, folder: Path, checksums: dict[str, str]) -> None:
-        """Compare this process's share of the files with their checksums."""
+        """Compare this process's share of the files with their checksums, and look at their headers."""
         for name in sorted(checksums)[self.processes.rank :: self.processes.count]:
-            if Path(name).name != name or file_digest(folder / name) != checksums[name]:
+            if Path(name).name != name:
+                raise ValueError(f"{shown(name)} is no name of a file")
+            require_file(folder / name)
+            if file_digest(folder / name) != checksums[name]:
                 raise ValueError(f"the checksum of {name} differs")
+            if name.endswith(".safetensors"):
+                read_header(folder / name)
 
     def _check_run(self, description: dict[str, object]) -> None:
         """Refuse a checkpoint of a run that differs in what must be the same."""
         names = sorted(description.keys() | self.description.keys())
         differing = [
-            f"{name} {description.get(name)!r}, now {self.description.get(name)!r}"
+            f"{name} {shown(description.get(name))}, now {shown(self.description.get(name))}"
             for name in names
             if description.get(name) != self.description.get(name)
         ]
@@ -202,8 +240,8 @@ class Checkpoints:
     def _make_room(self, folder: Path) -> None:
         """Make the folder, empty. What was there stops being a checkpoint first, by losing its manifest."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        folder.with_suffix(".json").unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder.with_suffix(".json"))
+        remove(folder)  # of a link, which may lead nowhere, the link alone
         folder.mkdir()
 
     def _checksums(self, folder: Path) -> dict[str, str]:

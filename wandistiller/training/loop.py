@@ -13,7 +13,7 @@ from wandistiller.processes import Processes, full_tensor, local_part, without_a
 from wandistiller.reports.metrics import StepMetrics, mean_by_expert, mean_by_sigma
 from wandistiller.reports.progress import Stopwatch
 from wandistiller.targets.answers import Answer, Answers
-from wandistiller.training.checkpoints import Checkpoint, CheckpointError, Checkpoints
+from wandistiller.training.checkpoints import CheckpointError, Checkpoints
 from wandistiller.training.objective import Loss, Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.training.state import RunState
@@ -80,10 +80,10 @@ class Observer:
 
 @dataclass(frozen=True)
 class Saving:
-    """Where a run is saved, and the state that it resumes from; without either it is neither saved nor resumed."""
+    """Where a run is saved, and the state of the same student and answers that it resumes from; without either neither is done."""
 
     checkpoints: Checkpoints | None = None
-    resume_from: Checkpoint | None = None
+    state: RunState | None = None
 
 
 def train(
@@ -108,9 +108,9 @@ def train(
             the weights.
         CheckpointError: a checkpoint could not be written; those before it are good.
     """
-    processes = processes or Processes(options.device)
-    trained = TrainedStudent(student, objective)
-    loop = _Loop(trained, answers, options, observer or Observer(), saving or Saving(), processes)
+    processes, saving = processes or Processes(options.device), saving or Saving()
+    trained = TrainedStudent(student, objective) if saving.state is None else saving.state.trained
+    loop = _Loop(trained, answers, options, observer or Observer(), saving, processes)
     student.train()
     with StopRequest(is_repeated=processes.are_many).watching() as stop:
         is_stopped = loop.run(stop)
@@ -135,9 +135,8 @@ class _Loop:
         self.student, self.answers, self.options = trained.student, answers, options
         self.observer, self.checkpoints, self.processes = observer, saving.checkpoints, processes
         self.model = processes.averaging(trained, trained.has_idle_parts)
-        self.state = RunState(trained, answers, options.optimization, options.num_steps, processes)
-        if saving.resume_from is not None:
-            self.state.load(saving.resume_from)
+        self.state = saving.state or RunState(trained, answers, options.optimization, options.num_steps, processes)
+        self.state.restore_random()
         self.stopwatch = Stopwatch(options.num_steps, self.state.step)
 
     def run(self, stop: StopRequest) -> bool:

@@ -1,18 +1,23 @@
 """The state of a run as tensors, and back: weights, their average, optimiser, answers, random numbers, losses."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from wandistiller.device import is_out_of_memory
+from wandistiller.errors import UserError
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.processes import Processes, local_part, reshard
+from wandistiller.processes import Processes, error_reason, local_part, reshard
 from wandistiller.targets.answers import Answers
 from wandistiller.targets.state_dicts import belongs_to_lanes, part_of
-from wandistiller.training.checkpoints import Checkpoint
+from wandistiller.training.checkpoints import Checkpoint, DamagedCheckpointError
 from wandistiller.training.objective import TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_lr_scheduler, make_optimizer
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's AdamW names them
 
 
 class RunState:
@@ -35,6 +40,7 @@ class RunState:
         self.lr_scheduler = make_lr_scheduler(self.optimizer, options, num_steps)
         self.average = WeightAverage(trained.student, options.ema_decay) if options.ema_decay > 0 else None
         self.losses: list[float] = []
+        self._random: dict[str, Tensor] = {}
 
     @property
     def step(self) -> int:
@@ -85,21 +91,68 @@ class RunState:
         return {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Resume from a checkpoint, with any number of processes.
+        """Take over a checkpoint, with any number of processes; `restore_random` completes it when the loop begins.
 
         If its run had another global batch, the training states start anew and all else resumes.
+
+        Raises:
+            DamagedCheckpointError: it does not hold the state of this run, in any process. Another one can be loaded instead.
+            UserError: it was learnt from another cache of answers.
         """
-        tensors = checkpoint.read(self._room_for if checkpoint.has_same_batch else self._room_without_answers)
+        reason = None
+        try:
+            tensors = checkpoint.read(self._room_for if checkpoint.has_same_batch else self._room_without_answers)
+            self._check(tensors, checkpoint)
+            self._take_over(tensors, checkpoint)
+        except UserError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = (
+                f"{type(error).__name__}: {error_reason(error)}" if isinstance(error, KeyError) else error_reason(error)
+            )
+        if not self.processes.all_true(reason is None):
+            raise DamagedCheckpointError(reason or "another process found so")
+
+    def _check(self, tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+        """Refuse tensors that are not the state of a run such as this one, before any of them is taken over."""
+        own = self.tensors(has_states=checkpoint.has_same_batch)
+        own.pop("random.cuda", None)  # a checkpoint of a machine without a GPU has none
+        if lacking := sorted(own.keys() - tensors.keys()):
+            raise ValueError(f"it lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
+        for name, like in own.items():
+            found = tensors[name]
+            # The losses grow, and a cache of another size is answered by itself.
+            has_shape = name == "run.losses" or name.startswith("answers.") or found.shape == like.shape
+            if found.dtype != like.dtype or not has_shape:
+                raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, not {like.dtype} {tuple(like.shape)}")
+        for name, value in tensors.items():
+            is_weight = name.startswith(("trained.", "ema.", "optimizer.", "run."))
+            if is_weight and value.is_floating_point() and not local_part(value).isfinite().all():
+                raise ValueError(f"{name} is not finite")
+        if tensors["run.losses"].shape != (checkpoint.step,):
+            raise ValueError(f"it has {tuple(tensors['run.losses'].shape)} losses after {checkpoint.step} steps")
+        _check_optimizer_tensors(self.optimizer, part_of(tensors, "optimizer."))
+        torch.Generator().set_state(tensors["random.cpu"])
+
+    def _take_over(self, tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+        if checkpoint.has_same_batch:
+            answers = part_of(tensors, "answers.")
+            self.answers.load_state_dict({name: local_part(value) for name, value in answers.items()})
         self.trained.load_state_dict(part_of(tensors, "trained."))
         if self.average is not None:
             self.average.load_state_dict(part_of(tensors, "ema."))
         _load_optimizer_tensors(self.optimizer, part_of(tensors, "optimizer."))
-        if checkpoint.has_same_batch:
-            answers = part_of(tensors, "answers.")
-            self.answers.load_state_dict({name: local_part(value) for name, value in answers.items()})
         self.losses = part_of(tensors, "run.")["losses"].tolist()
         self._set_lr()
-        _load_random_tensors(part_of(tensors, "random."))
+        self._random = part_of(tensors, "random.")
+
+    def restore_random(self) -> None:
+        """Set the global generators as the checkpoint has them, where one was loaded; what draws before that is not the run's."""
+        if self._random:
+            _load_random_tensors(self._random)
+            self._random = {}
 
     def _room_without_answers(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         return None if name.startswith("answers.") else self._room_for(name, shape, dtype)
@@ -149,6 +202,21 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             tensors[f"{number}.{name}"] = value.clone() if id(value) in seen else value
             seen.add(id(value))
     return tensors
+
+
+def _check_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Refuse a state that the optimiser's next step could not do with: every parameter that has one has all of it."""
+    parameters, names = _parameters_of(optimizer), defaultdict(set)
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        if not number.isdecimal():
+            raise ValueError(f"optimizer.{key} is of no parameter")
+        names[int(number)].add(name)
+        if name in _MOMENTS and value.shape != parameters[int(number)].shape:
+            raise ValueError(f"optimizer.{key} has the shape {tuple(value.shape)}")
+    needed = {"step", *_MOMENTS} if isinstance(optimizer, torch.optim.AdamW) else set.union(set(), *names.values())
+    if not names or any(found != needed for found in names.values()):
+        raise ValueError("the optimiser's state lacks tensors, or has others")
 
 
 def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -3,41 +3,64 @@
 Only the text tokens of a prompt are kept, since every later slot of Wan's text is zero.
 """
 
+import errno
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError
+from wandistiller.files.paths import nearest_existing
 from wandistiller.files.safetensors_files import DamagedFileError, open_safetensors, read_header, write_tensors
 
 logger = logging.getLogger(__name__)
 SHARD_BYTES = 128 * 2**20  # what a killed encoding loses at most, and what it holds in memory
 KEPT_BYTES = 256 * 2**20  # embeddings up to this size stay in memory once they have been read
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 MAX_OPEN_SHARDS = 64  # each is a mapped file, and a million prompts have thousands of them
 
 
 class PromptCache:
-    """The shard that holds each prompt's embedding, by the sha256 of the cleaned prompt; values are read on demand."""
+    """The shard that holds each prompt's embedding, by the sha256 of the cleaned prompt; values are read on demand.
 
-    def __init__(self, folder: Path, text_dim: int):
-        self.folder, self.text_dim = folder, text_dim
+    The folder appears with its first shard, so that an encoder which is refused leaves none.
+
+    Args:
+        dtype: what the embeddings are stored in; a shard of another one is left out.
+    """
+
+    def __init__(self, folder: Path, text_dim: int, dtype: torch.dtype):
+        self.folder, self.text_dim, self.dtype = folder, text_dim, dtype
         self._open = lru_cache(maxsize=MAX_OPEN_SHARDS)(open_safetensors)
         self.shard_of: dict[str, Path] = {}
         self.truncated: set[str] = set()
         self._kept: dict[str, Tensor] = {}
         self._num_kept_bytes = 0
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as err:
-            raise UserError(
-                f"{folder}: the embedding cache cannot be made here ({err.strerror}); give --prompt_cache a folder"
-            ) from err
+        existing = nearest_existing(folder.absolute())
+        if not existing.is_dir():
+            raise self._cannot_be_made(f"{existing} is a file")
         for path in sorted(folder.glob("*.safetensors")):
             self._add_shard(path)
+
+    def _cannot_be_made(self, reason: str | None) -> UserError:
+        return UserError(
+            f"{self.folder}: the embedding cache cannot be made here ({reason}); give --prompt_cache a folder"
+        )
+
+    def check_writable(self) -> None:
+        """Refuse a folder that cannot be written to, before the encoder is loaded for it.
+
+        Raises:
+            UserError: its permissions say so.
+        """
+        existing = nearest_existing(self.folder.absolute())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise self._cannot_be_made(os.strerror(errno.EACCES))
 
     def _add_shard(self, path: Path) -> None:
         try:
@@ -48,6 +71,9 @@ class PromptCache:
         if any(shape[1:] != (self.text_dim,) for shape in header.shapes.values()):
             self._leave_out(path, f"it does not hold embeddings of width {self.text_dim}")
             return
+        if set(header.dtypes.values()) - {_SAFETENSORS_NAMES.get(self.dtype)}:
+            self._leave_out(path, f"it does not hold embeddings in {self.dtype}")
+            return
         self.shard_of.update(dict.fromkeys(header.shapes, path))
         self.truncated.update(header.metadata.get("truncated", "").split())
 
@@ -55,10 +81,19 @@ class PromptCache:
         logger.warning("%s: damaged, its prompts are encoded again (%s)", path, reason)
 
     def read(self, key: str) -> Tensor:
-        """Return the embedding (n, text_dim) of a key that `shard_of` knows."""
+        """Return the embedding (n, text_dim) of a key that `shard_of` knows.
+
+        Raises:
+            UserError: it is not finite, which no encoder's is that was stored.
+        """
         if key in self._kept:
             return self._kept[key]
         row = self._open(self.shard_of[key]).get_tensor(key)
+        if not row.isfinite().all():
+            raise UserError(
+                f"{self.shard_of[key]}: is damaged, it holds an embedding that is not finite; remove this file and run again, "
+                "its prompts are encoded anew"
+            )
         # The oldest never makes room for the newest: prompts come in rounds, and the oldest is asked for next.
         if self._num_kept_bytes + row.nbytes <= KEPT_BYTES:
             self._kept[key] = row
@@ -90,6 +125,10 @@ class PromptCache:
             return
         # A shard is named by its prompts, so that encoding a damaged shard's prompts again puts a good one in its place.
         path = self.folder / f"{hashlib.sha256(' '.join(rows).encode()).hexdigest()[:32]}.safetensors"
-        write_tensors(path, rows, {"truncated": " ".join(truncated)})
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(path, rows, {"truncated": " ".join(truncated)})
+        except OSError as error:
+            raise self._cannot_be_made(error.strerror) from None
         self.shard_of.update(dict.fromkeys(rows, path))
         self.truncated.update(truncated)

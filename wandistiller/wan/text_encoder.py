@@ -70,12 +70,13 @@ def encode_prompts(
     options = options or EncodingOptions()
     text_dim = files.text_dim()
     settings = f"{CACHE_VERSION} {options.text_max_length} {options.encoder_dtype}"
-    cache = PromptCache(Path(cache_dir) / files.fingerprint(settings), text_dim)
+    cache = PromptCache(Path(cache_dir) / files.fingerprint(settings), text_dim, options.encoder_dtype)
 
     cleaned = [clean_prompt(prompt) for prompt in prompts]
     keys = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in cleaned]
     missing = {key: prompt for key, prompt in zip(keys, cleaned, strict=True) if key not in cache.shard_of}
     if missing:
+        cache.check_writable()
         tokenizer = _load_tokenizer(files.tokenizer)
         encoder = _load_encoder(files.encoder, options.encoder_dtype).to(options.device)
         encoding = _encode(missing, tokenizer, encoder, options.text_max_length, options.batch_size)

@@ -1,0 +1,270 @@
+"""What a run wrote and somebody has damaged since is refused in one message, and leaves nothing behind.
+
+Weights and embeddings that are no numbers, exports in the place of a student, pipes, folders and links in the place of files,
+names that are too long, values of thousands of characters.
+
+pytest tests/commands/test_damaged_files.py
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import evaluate_student
+import export_student
+import generate_images
+import train_distillation
+from support.runs import PRUNED_CONFIG, at_most, weights_of
+from support.students import PROMPTS, train_student, write_teacher
+
+MAX_MESSAGE = 500  # characters
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory) -> Path:
+    """A teacher, a student of it and a text file of other prompts; to be read only."""
+    root = tmp_path_factory.mktemp("house")
+    write_teacher(root / "teacher", seed=5)
+    train_student(root, root / "teacher")
+    (root / "other.txt").write_text("a photo of a cat\na cathedral at dusk\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def own(house, tmp_path) -> Path:
+    """The student alone, to break."""
+    return shutil.copytree(house / "student", tmp_path / "student")
+
+
+def command_of(name: str, house: Path, student: Path, output: Path) -> tuple:
+    """A command's main and its words, for a student."""
+    where = ["--student", student, "--output", output]
+    drawn = ["--device", "cpu", "--prompt_cache", house / "cache"]
+    return {
+        "generate": (generate_images.main, *where, *drawn, "--prompt", "a red circle", "--num_inference_steps", 1),
+        "evaluate": (evaluate_student.main, *where, *drawn, "--prompts_file", house / "other.txt", "--num_seeds", 1),
+        "export": (export_student.main, *where, "--format", "diffusers"),
+        "pipeline": (export_student.main, *where, "--format", "pipeline"),
+    }[name]
+
+
+def assert_refused(outcome, *words: str) -> None:
+    assert outcome.code == 2 and "Traceback" not in outcome.err, outcome.err
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1 and len(outcome.err) < MAX_MESSAGE
+    assert all(word in outcome.err for word in words), outcome.err
+
+
+# ---- numbers that are none ----
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate", "export", "pipeline"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_student_whose_weights_are_no_numbers_is_refused_and_leaves_no_folder(
+    house, own, tmp_path, run_main, name, value
+):
+    weights = weights_of(own)
+    weights["proj_out.weight"][0, 0] = value
+    save_file(weights, own / "diffusion_model.safetensors")
+    outcome = run_main(*command_of(name, house, own, tmp_path / "new" / "out"))
+    assert_refused(outcome, "diffusion_model.safetensors", "1 of its tensors are not finite", "proj_out.weight")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("damage", ["not a number", "another dtype"])
+def test_an_embedding_that_is_no_number_is_never_learnt_from(house, tmp_path, run_main, caplog, damage):
+    cache = shutil.copytree(house / "cache", tmp_path / "cache")
+    for shard in cache.rglob("*.safetensors"):
+        rows = load_file(shard)
+        changed = {name: row.half() if damage == "another dtype" else row * torch.nan for name, row in rows.items()}
+        save_file(changed, shard, {"truncated": ""})
+    flags = ["--teacher_path", house / "teacher", "--student_config", house / "config.json", "--prompt_cache", cache]
+    flags += ["--data_path", house / "prompts.txt", "--max_steps", 1, "--device", "cpu", "--num_samples", 0]
+    outcome = run_main(train_distillation.main, *flags, "--output_dir", tmp_path / "out")
+    if damage == "another dtype":
+        assert outcome.code == 0 and "encoded again" in caplog.text
+        return
+    assert_refused(outcome, "is damaged, it holds an embedding that is not finite", "remove this file")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- nothing is left behind ----
+
+
+@pytest.mark.parametrize("part", ["tokenizer/tokenizer.json", "text_encoder/model.safetensors"])
+@pytest.mark.parametrize("name", ["train", "generate", "evaluate", "pipeline"])
+def test_a_damaged_encoder_leaves_no_folder(house, own, tmp_path, run_main, part, name):
+    teacher = shutil.copytree(house / "teacher", tmp_path / "teacher")
+    (teacher / part).write_bytes(b"{}")
+    output = tmp_path / "new" / "out"
+    if name == "train":
+        words = ["--student_config", house / "config.json", "--data_path", house / "prompts.txt", "--device", "cpu"]
+        command = (train_distillation.main, *words, "--output_dir", output)
+    else:
+        command = command_of(name, house, own, output)
+    cache = [] if name == "pipeline" else ["--prompt_cache", tmp_path / "cache"]
+    outcome = run_main(*command, "--teacher_path", teacher, *cache)
+    if name == "pipeline" and outcome.code == 0:
+        return  # an export copies these files as they are
+    assert_refused(outcome, part.split("/")[0])
+    assert not (tmp_path / "new").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_was_there_stays_though_it_is_empty(house, tmp_path, run_main):
+    (tmp_path / "out").mkdir()
+    teacher = shutil.copytree(house / "teacher", tmp_path / "teacher")
+    (teacher / "tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8")
+    words = ["--student_config", house / "config.json", "--data_path", house / "prompts.txt", "--device", "cpu"]
+    words += ["--teacher_path", teacher, "--prompt_cache", tmp_path / "cache", "--output_dir", tmp_path / "out"]
+    assert_refused(run_main(train_distillation.main, *words), "tokenizer")
+    assert (tmp_path / "out").is_dir()
+
+
+# ---- something else in the place of a student or a file ----
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate", "export"])
+@pytest.mark.parametrize("kind", ["pipeline", "diffusers"])
+def test_an_export_in_the_place_of_a_student_is_answered_by_its_name(house, tmp_path, run_main, name, kind):
+    exported = tmp_path / "exported"
+    if not exported.exists():
+        words = ["--student", house / "student", "--output", exported, "--format", kind]
+        assert run_main(export_student.main, *words).code == 0
+    outcome = run_main(*command_of(name, house, exported, tmp_path / "out"))
+    noun = "pipeline" if kind == "pipeline" else "model"
+    assert_refused(outcome, f"exported: is a {noun} for diffusers", "--output_dir of train_distillation.py")
+
+
+@pytest.mark.parametrize("file", ["student_config.json", "diffusion_model.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(house, own, tmp_path, run_main, file):
+    (own / file).unlink()
+    os.mkfifo(own / file)
+    with at_most(20):
+        outcome = run_main(*command_of("generate", house, own, tmp_path / "out"))
+    assert_refused(outcome, file, "Not a file but a pipe")
+
+
+@pytest.mark.parametrize("file", ["evaluation.json", "teacher_vs_student.png"])
+def test_a_folder_in_the_place_of_a_result_is_refused_before_anything_is_measured(house, own, tmp_path, run_main, file):
+    (own / file).mkdir()
+    outcome = run_main(*command_of("evaluate", house, own, own))
+    assert_refused(outcome, f"{file} is a folder there", "move it away")
+    assert "relative velocity error" not in outcome.out
+
+
+def test_a_folder_in_the_place_of_the_student_is_refused_before_a_run_resumes(train, teachers, tmp_path):
+    flags = ["--max_steps", 1, "--save_every", 1]
+    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    config = tmp_path / "out" / "student_config.json"
+    config.unlink()
+    config.mkdir()
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 2)
+    assert_refused(outcome, "student_config.json is a folder there", "move it away")
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "metrics.jsonl", "student_config.json", "tensorboard"])
+@pytest.mark.parametrize("kind", ["dangling", "circle"])
+def test_links_that_lead_nowhere_are_set_aside_by_a_new_run(train, teachers, tmp_path, name, kind):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "nowhere" if kind == "dangling" else name)
+    outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, "--save_every", 1)
+    assert outcome.code == 0, outcome.err
+    (aside,) = (tmp_path / "out").glob("replaced-*")
+    assert (aside / name).is_symlink() and (tmp_path / "out" / "checkpoints" / "step_00000001.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--output_dir", "--student_config", "--teacher_path", "--data_path", "--prompt_cache"]
+)
+@pytest.mark.parametrize("kind", ["long", "circle"])
+def test_a_path_that_cannot_be_is_answered_in_one_line(train, teachers, tmp_path, flag, kind):
+    path = tmp_path / ("n" * 300)
+    if kind == "circle":
+        path = tmp_path / "circle"
+        path.symlink_to("circle")
+    outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, flag, path)
+    assert_refused(outcome)
+    assert path.name[:20] in outcome.err
+
+
+@pytest.mark.parametrize("name", ["evaluate", "export", "generate"])
+@pytest.mark.parametrize("kind", ["long", "circle"])
+def test_an_output_that_cannot_be_is_answered_in_one_line(house, tmp_path, run_main, name, kind):
+    path = tmp_path / ("n" * 300)
+    if kind == "circle":
+        path = tmp_path / "circle"
+        path.symlink_to("circle")
+    outcome = run_main(*command_of(name, house, house / "student", path))
+    assert_refused(outcome, path.name[:20])
+
+
+def test_a_link_in_the_place_of_an_exported_file_stays(house, tmp_path, run_main):
+    (tmp_path / "file.safetensors").symlink_to("file.safetensors")
+    words = ["--student", house / "student", "--format", "original", "--output", tmp_path / "file.safetensors"]
+    assert_refused(run_main(export_student.main, *words), "is there already")
+
+
+# ---- messages ----
+
+
+def test_a_value_of_thousands_of_characters_is_cut_in_the_middle_of_a_message(train, teachers, own, run_main, house):
+    values = json.loads((own / "student_config.json").read_text(encoding="utf-8"))
+    for text in ("x" * 10_000, "a b " * 3000):
+        (own / "student_config.json").write_text(json.dumps(values | {"block": text}), encoding="utf-8")
+        outcome = run_main(*command_of("generate", house, own, own / "out"))
+        assert_refused(outcome, "student_config.json", "block=", 'nearest: "')
+        outcome = train(teachers.one, PRUNED_CONFIG, "--teacher_dtype", text)
+        assert outcome.code == 2 and len(outcome.err) < 2 * MAX_MESSAGE and "--teacher_dtype" in outcome.err
+
+
+def test_another_runs_negative_prompt_is_shown_in_part(train, teachers):
+    flags = ["--max_steps", 1, "--save_every", 1, "--guidance_scale", 3, "--negative_prompt"]
+    assert train(teachers.one, PRUNED_CONFIG, *flags, "blurry " * 500).code == 0
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags, "dull")
+    assert_refused(outcome, "negative_prompt 'blurry", "now 'dull'", "--overwrite")
+
+
+# ---- what an evaluation says ----
+
+
+def test_prompts_of_the_training_are_told_of_and_held_out_ones_are_not(house, tmp_path, run_main):
+    mixed = tmp_path / "mixed.txt"
+    mixed.write_text(f"{PROMPTS[0]}\na   photo of a cat\n", encoding="utf-8")
+    for file, count in ((house / "prompts.txt", 2), (mixed, 1), (house / "other.txt", 0)):
+        command = command_of("evaluate", house, house / "student", tmp_path / "out")
+        outcome = run_main(*command, "--prompts_file", file)
+        assert outcome.code == 0, outcome.err
+        warning = f"Warning: {count} of the 2 prompts are prompts of the training"
+        assert (warning in outcome.out) == (count > 0)
+        results = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+        assert results["num_trained_prompts"] == count
+
+
+# ---- a first run that was stopped ----
+
+
+def test_a_first_run_stopped_before_its_first_checkpoint_is_no_run_of_tensorboards(
+    train, teachers, tmp_path, monkeypatch
+):
+    from wandistiller.reports.progress import Progress
+
+    show = Progress.step
+
+    def show_and_stop(self, metrics):
+        show(self, metrics)
+        if metrics.step == 2:
+            raise ConnectionAbortedError("stopped by the test")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "step", show_and_stop)
+        assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 4, "--save_every", 3).code == 1
+    assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 4, "--save_every", 3).code == 0
+    events = list((tmp_path / "out").rglob("events.out.tfevents.*"))
+    assert [file.parent for file in events] == [tmp_path / "out" / "tensorboard"]
+    (aside,) = (tmp_path / "out").glob("replaced-*")
+    assert len((aside / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
