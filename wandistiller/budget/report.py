@@ -74,7 +74,7 @@ def possible_changes(workload: Workload, flags: Collection[str]) -> Iterator[Cha
     yield from _shard_changes(workload, flags)
     if "offline_teacher" in flags and not workload.offline_teacher:
         changed = replace(workload, offline_teacher=True, num_features=0)
-        cost = "answers from disk, without rollouts and hidden states"
+        cost = "no rollouts, no hidden states"
         yield Change("--offline_teacher --teacher_cache FOLDER", cost, ALONE, changed)
     yield from _smaller_batches(workload, flags)
     half, unit = workload.latent_size // 2, workload.student.patch_size
@@ -86,9 +86,9 @@ def possible_changes(workload: Workload, flags: Collection[str]) -> Iterator[Cha
 
 def _single_flag_changes(w: Workload, flags: Collection[str]) -> Iterator[Change]:
     is_offloaded, is_fp8 = w.teacher_offload or w.num_experts == 1, w.teacher_dtype == "fp8"
-    checkpointing = "a third more of the student's computing"
-    offload = "copies of experts from host memory, no renoised samples"
-    fp8 = "the teacher's answers change by some 4 %"
+    checkpointing = "a third more computing by the student"
+    offload = "experts take turns, no renoised samples"
+    fp8 = "the teacher's answers are off by some 4 %"
     single_flags: list[tuple[str, bool, str, int, dict[str, Any]]] = [
         ("gradient_checkpointing", w.gradient_checkpointing, checkpointing, SLOWER, {"gradient_checkpointing": True}),
         (
@@ -226,10 +226,9 @@ def _advice(workload: Workload, memory: int, flags: Collection[str]) -> str:
     if not changes:
         return "Train a smaller student, or take a GPU with more memory."
     if after > memory:
-        texts = [f"{change.advice} ({change.cost})" for change in changes]
         return (
-            f"Together, the least costly first: {', '.join(texts)}; about {gib(after)} then, still too much, so take also a "
-            "smaller student or a GPU with more memory."
+            f"Even with {' '.join(change.advice for change in changes)} about {gib(after)} are needed; take also a smaller "
+            "student or a GPU with more memory."
         )
     price = max(change.price for change in changes)
     ways = [
