@@ -21,7 +21,7 @@ HOSTILE = [
     float("nan"), float("inf"), float("-inf"), [1] * 1000, [0.0] * 16, [None] * 16, ["x"] * 16, {str(n): n for n in range(300)}, *DEEP,
 ]  # fmt: skip
 DTYPES = ["F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2", "I8", "U8", "I64", "BOOL", "F4", "X", ""]
-IN_JSON = ["value", "delete", "rename", "add", "twice", "text"]
+IN_JSON = ["value", "value", "value", "delete", "rename", "add", "twice", "text"]
 IN_BYTES = ["flip", "truncate", "insert", "zeros", "empty", "utf-16", "latin-1", "pickle"]
 IN_PLACE = ["missing", "folder", "pipe", "loop", "dangling"]
 IN_TENSORS = ["header", "dtype", "shape", "name", "offsets", "metadata", "nan", "length"]

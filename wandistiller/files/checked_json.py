@@ -29,17 +29,16 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and -LARGEST < value < LARGEST
 
 
-def _is_whole(value: Any, low: int, high: int = LARGEST_WHOLE) -> bool:
-    return type(value) is int and low <= value <= high
+def _is_whole(value: Any, most: int = LARGEST_WHOLE) -> bool:
+    return type(value) is int and 1 <= value <= most
 
 
 def _is_range(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(RATIO.fits, value)) and value[0] < value[1]
 
 
-WHOLE = Kind("a whole number above 0, at most 10^9", lambda value: _is_whole(value, 1))
-COUNT = Kind("a whole number of 0 or more", lambda value: _is_whole(value, 0, 10**15))
-STEPS = Kind("a whole number from 1 to 1000", lambda value: _is_whole(value, 1, 1000))
+WHOLE = Kind("a whole number above 0, at most 10^9", _is_whole)
+STEPS = Kind("a whole number from 1 to 1000", lambda value: _is_whole(value, 1000))
 POSITIVE = Kind("a number above 0, at most 1e18", lambda value: _is_number(value) and value > 0)
 NOT_NEGATIVE = Kind("a number of 0 or more, at most 1e18", lambda value: _is_number(value) and value >= 0)
 RATIO = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)

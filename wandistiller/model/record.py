@@ -7,7 +7,6 @@ import reprlib
 from collections.abc import Mapping
 
 from wandistiller.files.checked_json import (
-    COUNT,
     NOT_NEGATIVE,
     PATH,
     POSITIVE,
@@ -33,28 +32,13 @@ SAMPLING_KINDS = {
 }
 
 
-def _is_command(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and COUNT.fits(value.get("from_step"))
-        and POSITIVE.fits(value.get("lr"))
-        and TEXT.fits(value.get("command"))
-    )
-
-
-_LAYERS = Kind("a list of whole numbers", lambda value: isinstance(value, list) and all(map(COUNT.fits, value)))
-_COMMANDS = Kind(
-    'a list of {"from_step": ..., "lr": ..., "command": ...}',
-    lambda value: isinstance(value, list) and all(map(_is_command, value)),
-)
+# What drawing and exporting take from a student alone; what only a card shows may be anything
 _KINDS = {
     **SAMPLING_KINDS,
     **dict.fromkeys(("teacher_path", "teacher_path_low", "text_encoder_path", "base_model"), PATH),
-    **dict.fromkeys(("preset", "init", "states", "world"), TEXT),
-    **dict.fromkeys(("num_prompts", "num_train_steps", "num_teacher_batches", "batch_size"), COUNT),
+    "preset": TEXT,
+    "world": TEXT,
     "boundary_ratio": RATIO,
-    "layers": _LAYERS,
-    "commands": _COMMANDS,
 }
 
 
