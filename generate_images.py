@@ -3,10 +3,12 @@
     python generate_images.py --student outputs/demo --prompt "a large red circle on a white background"
     python generate_images.py --student outputs/demo --prompts_file data/static_prompts.txt --model teacher --output outputs/teacher
 
-Steps, shift, guidance and size default to what the student's own record holds.
+Steps, shift, guidance and size default to what the student's own record holds. A picture's name tells its seed and size, and
+no picture is replaced unless --overwrite says so.
 """
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING
 from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_output_folder, check_writable, prepare_output_folder
-from wandistiller.files.prompts import load_prompts
+from wandistiller.files.prompts import load_prompts, slug, unusable
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.recorded import (
     StudentRecord,
@@ -43,7 +45,8 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from wandistiller.wan.wan_files import WanFiles
 
 MAX_GRID_PICTURES = 100
-GRID_NAME = "grid.png"
+# Beyond these a picture is a slip of the keyboard that fills the memory; a student may be trained at more.
+MAX_PIXELS = 2048**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,7 @@ class Flags:
     device: str | None
     dtype: str | None
     output: str
+    overwrite: bool
 
 
 def parse_args(argv: list[str] | None = None) -> Flags:
@@ -121,7 +125,9 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     performance.flag("--device", "cpu, cuda, cuda:1, ... (cuda if there is one)")
     performance.flag("--dtype", "of matrix products (bf16 on cuda, else fp32)", choices=["fp32", "bf16"])
 
-    parser.group("Output").flag("--output", "folder for the pictures", "outputs/images", type=path)
+    output = parser.group("Output")
+    output.flag("--output", "folder for the pictures", "outputs/images", type=path)
+    output.flag("--overwrite", "replace pictures of the same names there", False, action="store_true")
     return Flags(**vars(parser.parse(argv)))
 
 
@@ -130,15 +136,22 @@ def read_prompts(flags: Flags) -> list[str]:
     if not flags.prompt and not flags.prompts_file:
         raise UserError("nothing to draw: give --prompt or --prompts_file")
     prompts = flags.prompt or []
-    if not all(prompt.strip() for prompt in prompts):
-        raise UserError("--prompt is empty; write what to draw, in quotes")
+    for prompt in prompts:
+        if reason := unusable(prompt):
+            raise UserError(f"--prompt {reason}; write what to draw, in quotes")
     return prompts + (load_prompts(flags.prompts_file).prompts if flags.prompts_file else [])
 
 
 def check_picture_size(size: tuple[int, int], config: StudentConfig, patch_size: int) -> None:
-    """Refuse a height or width that does not fill whole patches of `patch_size` latent pixels."""
+    """Refuse a height or width that does not fill whole patches of `patch_size` latent pixels, or is beyond any use."""
     for flag, pixels in zip(("--height", "--width"), size, strict=True):
         check_size(flag, pixels, config, patch_size)
+    most = max(MAX_PIXELS, 4 * config.image_size**2)
+    if math.prod(size) > most:
+        raise UserError(
+            f"--height {size[0]} --width {size[1]}: is {math.prod(size):,} pixels; allowed: at most {most:,}, as of "
+            f"{math.isqrt(most)} x {math.isqrt(most)} (this student was trained at {config.image_size} x {config.image_size})"
+        )
 
 
 def choose_guidance(flags: Flags, settings: "TeacherSettings") -> "TeacherSettings":
@@ -158,14 +171,20 @@ def choose_guidance(flags: Flags, settings: "TeacherSettings") -> "TeacherSettin
     return replace(settings, guidance_scale=scale, guidance_scale_2=None, boundary_ratio=None)
 
 
-def warn_of_untrained(config: StudentConfig, options: "SamplingOptions") -> None:
-    """Print a warning where the student is asked for noise levels or steps that it has not learnt."""
+def warn_of_untrained(config: StudentConfig, options: "SamplingOptions", size: tuple[int, int]) -> None:
+    """Print a warning where the student is asked for noise levels, steps or a size that it has not learnt."""
     record = StudentRecord.of(config)
     if warning := record.warning_of_untrained_levels():
         print(f"Warning: this student was {warning}")
     if record.student_steps not in (None, options.num_inference_steps):
         print(
             f"Warning: this student learnt to draw in {record.student_steps} steps, not in {options.num_inference_steps}"
+        )
+    side, (height, width) = config.image_size, size
+    if size != (side, side):
+        print(
+            f"Warning: this student was trained at {side} x {side} pixels alone, and is asked for {width} wide and {height} "
+            "high; the picture may be broken"
         )
 
 
@@ -218,7 +237,7 @@ def prepare(
     else:
         options = student_sampling(config, flags.num_inference_steps, dtype, device)
         wan_files = None
-        warn_of_untrained(config, options)
+        warn_of_untrained(config, options, size)
     parts = load_drawing_parts(
         config, teacher[0], text_encoder_path=flags.text_encoder_path, vae_path=flags.vae_path, device=device
     )
@@ -279,6 +298,27 @@ def describe(flags: Flags, size: tuple[int, int], drawing: Drawing) -> dict[str,
     return {name: value for name, value in values.items() if value is not None}
 
 
+def picture_files(flags: Flags, prompts: list[str], size: tuple[int, int]) -> tuple[list[Path], Path]:
+    """Return the files of the pictures and of their grid, by names that tell their seeds and sizes.
+
+    Raises:
+        UserError: one is there already, and --overwrite is not given.
+    """
+    height, width = size
+    folder = check_output_folder(flags.output, "--output")
+    drawn = [
+        folder / f"{index:03d}_{slug(prompt)}_seed{flags.seed + index}_{width}x{height}.png"
+        for index, prompt in enumerate(prompts)
+    ]
+    grid = folder / f"grid_seed{flags.seed}_{width}x{height}.png"
+    if there := [file for file in [*drawn, grid] if os.path.lexists(file) and not flags.overwrite]:
+        raise UserError(
+            f"{there[0]}: is there already (and {len(there) - 1} more of these pictures); give another --output or --seed, or "
+            "--overwrite to replace them"
+        )
+    return drawn, grid
+
+
 def save_grid(file: Path, pictures: "list[np.ndarray]", prompts: list[str], metadata: dict[str, object]) -> None:
     """Write the pictures on one sheet of about as many columns as rows, each under its prompt."""
     from wandistiller.files.pictures import labelled_grid, save_png
@@ -297,9 +337,9 @@ def main(argv: list[str] | None = None) -> int:
     teacher = teacher_paths(config, flags.teacher_path, flags.teacher_path_low)
     size = flags.height or config.image_size, flags.width or config.image_size
     check_picture_size(size, config, config.patch_size)
-    folder = check_output_folder(flags.output, "--output")
+    files, grid = picture_files(flags, prompts, size)
 
-    from wandistiller.files.pictures import save_png, slug
+    from wandistiller.files.pictures import save_png
 
     # Draw:
     drawing = prepare(flags, config, prompts, size, teacher)
@@ -307,15 +347,15 @@ def main(argv: list[str] | None = None) -> int:
     metadata = describe(flags, size, drawing)
     shown: list[np.ndarray] = []
     for index, picture in drawing.pictures():
-        file = folder / f"{index:03d}_{slug(prompts[index])}.png"
+        file = files[index]
         save_png(picture, file, {"prompt": prompts[index], "seed": flags.seed + index, **metadata})
         print(file, flush=True)
         if len(shown) < MAX_GRID_PICTURES:
             shown.append(picture)
 
     # Tell:
-    save_grid(folder / GRID_NAME, shown, prompts, metadata | {"seed": flags.seed})
-    print(f"{len(prompts)} pictures by the {flags.model} and {GRID_NAME} in {folder}")
+    save_grid(grid, shown, prompts, metadata | {"seed": flags.seed})
+    print(f"{len(prompts)} pictures by the {flags.model} and {grid.name} in {flags.output}")
     return 0
 
 

@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import re
+import reprlib
 import sys
 import time
 import traceback
@@ -26,6 +27,63 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # These are torchrun's own flags; they come here when it is left out or another launcher is used.
 LAUNCHER_FLAGS = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_endpoint", "local_rank"}
 OTHERS_WAIT_S = 5.0
+# What kohya's scripts, musubi-tuner, ai-toolkit, diffusers' examples and Wan's generate.py call the flags of these commands. A
+# command has the first of the names that it knows; after a colon stands what is answered where it knows the name before it.
+_OTHER_NAMES = {
+    "learning_rate unet_lr base_lr": ["lr"],
+    "steps max_train_steps train_steps num_train_steps num_steps iterations": ["max_steps", "num_inference_steps"],
+    "epochs num_train_epochs max_train_epochs": ["num_epochs"],
+    "infer_steps inference_steps sampling_steps sample_steps num_sampling_steps": ["num_inference_steps"],
+    "train_batch_size batch per_device_train_batch_size": ["batch_size"],
+    "gradient_accumulation_steps gradient_accumulation accumulate_grad_batches": ["grad_accum_steps"],
+    "mixed_precision precision weight_dtype": ["dtype"],
+    "fp8 fp8_base fp8_scaled quantize": ["teacher_dtype"],
+    "blocks_to_swap offload cpu_offload offload_model low_vram": ["teacher_offload"],
+    "optimizer_type use_8bit_adam use_8bit_optimizer": ["optimizer"],
+    "scheduler lr_scheduler_type": ["lr_scheduler"],
+    "warmup_steps lr_warmup": ["lr_warmup_steps"],
+    "adam_weight_decay": ["weight_decay"],
+    "use_ema ema ema_rate": ["ema_decay"],
+    "flow_shift discrete_flow_shift sample_shift timestep_shift": ["shift"],
+    "guidance cfg cfg_scale guide_scale sample_guide_scale": ["guidance_scale"],
+    "checkpointing_steps save_steps save_every_n_steps save_every_n_epochs save_interval": ["save_every"],
+    "checkpoints_total_limit save_total_limit max_step_saves_to_keep": ["keep_checkpoints"],
+    "validation_steps sample_every_n_steps sample_steps_interval": ["sample_every"],
+    "num_images num_images_per_prompt num_validation_images num_videos": [
+        "num_samples",
+        "num_seeds",
+        "prompt: each prompt is drawn once; give it twice for two pictures, each from a noise of its own",
+    ],
+    "validation_prompt validation_prompts sample_prompts": ["eval_prompts", "prompts_file"],
+    "prompts prompt_file prompt_path from_file captions": ["data_path", "prompts_file"],
+    "dataset dataset_name dataset_config dataset_path data data_dir train_data_dir instance_data_dir": ["data_path"],
+    "pretrained_model_name_or_path pretrained_model name_or_path base_model dit ckpt_dir teacher": ["teacher_path"],
+    "model_path ckpt checkpoint checkpoint_path student_path": ["student", "teacher_path"],
+    "vae vae_model": ["vae_path"],
+    "t5 text_encoder text_encoder1 tokenizer": ["text_encoder_path"],
+    "report_to log_with logging_dir use_wandb wandb tracker": ["report"],
+    "save_path save_dir save_file output_path output_folder output_name out": ["output", "output_dir"],
+    "config model_config config_file": ["student_config"],
+    "fsdp deepspeed use_fsdp": ["shard"],
+    "torch_compile compile_model dynamo_backend": ["compile"],
+    "resume resume_from resume_from_checkpoint": ["save_every: a run resumes where the same command is typed again"],
+    "resolution size image_size video_size": [
+        "height: the size of the pictures is --height and --width",
+        'student_config: the size of the pictures is "image_size" in the file of --student_config',
+        "student: the size of the pictures is the one that the student was trained at",
+    ],
+    "lora lora_path lora_rank lora_weight lora_weights rank network_dim network_alpha network_module network_weights": [
+        "student_config: there is no LoRA here; all weights of the student are trained",
+        "student: there is no LoRA here; a student is a whole model",
+    ],
+    "hidden_size depth num_layers num_heads ffn_dim patch_size text_max_length": [
+        "student_config: it is no flag but a line in the file of --student_config"
+    ],
+    "num_frames frame_num video_length": [
+        "student: a student draws single pictures",
+        "student_config: a student draws single pictures",
+    ],
+}
 
 
 class FlagGroup:
@@ -53,12 +111,14 @@ class FlagParser(argparse.ArgumentParser):
         )
         # Also -1e-5 and -1,2 are values, to be answered as such; argparse knows -1 and -1.5 only:
         self._negative_number_matcher = re.compile(r"-\.?\d")
+        self._given: list[str] = []
 
     def group(self, title: str) -> FlagGroup:
         return FlagGroup(self.add_argument_group(title))
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        args, unknown = self.parse_known_args([_underscored(arg) for arg in (sys.argv[1:] if argv is None else argv)])
+        self._given = [_underscored(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+        args, unknown = self.parse_known_args(self._given)
         if unknown:
             self.error(self._unknown_message(*unknown))
         return args
@@ -69,11 +129,24 @@ class FlagParser(argparse.ArgumentParser):
         if given.split("=")[0].removeprefix("--") in LAUNCHER_FLAGS:
             value = f" {others[0]}" if "=" not in given and others and not others[0].startswith("-") else ""
             return f"{given.split('=')[0]} is a flag of torchrun: torchrun {given}{value} {self.prog} ..."
+        flag = given.split("=")[0]
+        return f"unknown flag {reprlib.repr(flag)[1:-1]}; {self._suggestion(flag)}"
+
+    def _suggestion(self, flag: str) -> str:
+        """Return what to give instead of an unknown flag: what other trainers call so, else the flag that is spelt most alike."""
         known = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(given.split("=")[0], known, 1, 0.5)
-        return f"unknown flag {given.split('=')[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        for names, ours in _OTHER_NAMES.items():
+            for our, _, answer in (our.partition(": ") for our in ours if flag.removeprefix("--") in names.split()):
+                if f"--{our}" in known:
+                    return answer or f"here it is called --{our}"
+        near = difflib.get_close_matches(flag, known, 1, 0.65)
+        return f"did you mean {near[0]}?" if near else "see --help"
 
     def error(self, message: str) -> NoReturn:
+        if "arguments are required" in message:  # the one that is wanted may be there under a name of another trainer
+            known = {option for action in self._actions for option in action.option_strings}
+            strange = [arg for arg in self._given if arg.startswith("--") and arg.split("=")[0] not in known]
+            message = "; ".join([*(self._unknown_message(flag) for flag in strange[:1]), message])
         self.exit(2, f"{self.prog}: error: {shortened(message)}\n" if torchrun_environment().local_rank == 0 else None)
 
 

@@ -17,7 +17,15 @@ import train_distillation
 from support.measures import LiveBytes, count_flops, training_peak, with_checkpointing
 from support.runs import PRUNED_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.budget.report import GIB, by_effect, compute_lines, memory_lines, out_of_memory_message, verdict
+from wandistiller.budget.report import (
+    GIB,
+    by_price,
+    changes_that_fit,
+    compute_lines,
+    memory_lines,
+    out_of_memory_message,
+    verdict,
+)
 from wandistiller.budget.workload import (
     BACKWARD_PASSES,
     Workload,
@@ -261,12 +269,52 @@ def test_what_fits_is_said_to_fit():
     assert about.fits and not about.is_certain_not_to_fit and about.sentence.startswith("Fits: about ")
 
 
-def test_advice_goes_by_effect_and_its_run_fits():
+def test_the_advice_that_costs_least_comes_first_and_says_its_cost():
+    """At 80 GiB more time alone is enough, or one flag; a teacher that is not there costs most and is not named."""
     about = verdict(A14B, 80 * GIB, ALL_FLAGS)
     assert not about.fits
-    effects = [saved for change, saved in by_effect(A14B, ALL_FLAGS) if not change.is_last_resort]
-    assert effects == sorted(effects, reverse=True) and effects[0] > 20 * GIB
-    assert "it then fits" in about.sentence and "image_size" not in about.sentence
+    ways = about.sentence.split("the least costly way first, with ")[1].split(", or with ")
+    expected = {
+        "--gradient_checkpointing --batch_size 2 --grad_accum_steps 2 ": {
+            "gradient_checkpointing": True,
+            "batch_size": 2,
+            "grad_accum_steps": 2,
+        },
+        "--teacher_offload ": {"teacher_offload": True},
+        "--teacher_dtype fp8": {"teacher_dtype": "fp8"},
+    }
+    for way, (flags, changes) in zip(ways, expected.items(), strict=True):
+        after = peak_bytes(memory_budget(replace(A14B, **changes)))
+        assert after < 80 * GIB and way.startswith(flags) and f"(about {after / GIB:.2f} GiB; " in way
+        assert len(way.split("GiB; ")[1]) > 10, "what it costs"
+
+
+def test_changes_are_ordered_by_price_and_each_says_its_cost():
+    changes = [change for change, _ in by_price(A14B, ALL_FLAGS)]
+    prices = [change.price for change in changes]
+    assert prices == sorted(prices) and all(change.cost for change in changes)
+    assert changes[-1].advice.startswith("and a smaller image_size") and changes[-2].flag == "--offline_teacher"
+
+
+@pytest.mark.parametrize("memory", [60, 45, 30])
+def test_flags_that_are_needed_together_are_all_needed(memory):
+    changes, after = changes_that_fit(A14B, memory * GIB, ALL_FLAGS)
+    assert after <= memory * GIB
+    names = [change.flag for change in changes]
+    assert len(set(names)) == len(names)
+    every = {
+        "--gradient_checkpointing": {"gradient_checkpointing": True},
+        "--optimizer": {"optimizer": "adamw8bit"},
+        "--teacher_offload": {"teacher_offload": True},
+        "--teacher_dtype": {"teacher_dtype": "fp8"},
+        "--ema_decay": {"ema": False},
+        "--feature_loss_weight": {"num_features": 0},
+        "--offline_teacher": {"offline_teacher": True, "num_features": 0},
+        "--batch_size": {name: getattr(changes[-1].workload, name) for name in ("batch_size", "grad_accum_steps")},
+    }
+    for left_out in names:
+        rest = {key: value for name in names if name != left_out for key, value in every[name].items()}
+        assert peak_bytes(memory_budget(replace(A14B, **rest))) > memory * GIB, left_out
 
 
 def test_only_flags_that_the_command_has_are_advised():

@@ -248,7 +248,7 @@ def test_out_of_memory_by_any_of_its_names_gets_the_same_advice(train, teachers,
 
     monkeypatch.setattr("wandistiller.training.loop.train", fails)
     outcome = train(teachers.one, PRUNED_CONFIG)
-    assert outcome.code == 1 and "Change, in order of GiB saved" in outcome.err and "Traceback" not in outcome.err
+    assert outcome.code == 1 and "Change, the least costly first" in outcome.err and "Traceback" not in outcome.err
 
 
 def test_advice_for_a_run_with_checkpoints_says_what_it_can_be_resumed_with(train, teachers, monkeypatch):

@@ -23,7 +23,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import export_student
 import generate_images
@@ -437,9 +437,13 @@ def test_a_bare_transformer_is_a_teacher_with_a_text_encoder_given(exports, run_
 # ---- refusals: one sentence, and nothing written ----
 
 
-def assert_refused(outcome, message: str, folder: Path, before: dict) -> None:
+def assert_one_message(outcome, message: str) -> None:
     assert outcome.code == 2
     assert message in outcome.err and outcome.err.count("\n") == 1, outcome.err
+
+
+def assert_refused(outcome, message: str, folder: Path, before: dict) -> None:
+    assert_one_message(outcome, message)
     assert snapshot(folder) == before and not (folder / "out").exists()
 
 
@@ -537,6 +541,86 @@ def test_mistakes_are_answered_in_one_line(student, mistakes, run_main, name):
     before = snapshot(mistakes)
     required = ["--student", student, "--format", export_format, "--output", mistakes / "out"]
     assert_refused(run_main(export_student.main, *required, *flags), message, mistakes, before)
+
+
+# Entries of a record that no run writes, and what is said of them
+WRONG_RECORDS = {
+    "steps below one": ({"num_inference_steps": -20}, "num_inference_steps is -20; allowed: a whole number from 1 to"),
+    "steps without end": ({"num_inference_steps": 10**9}, "num_inference_steps is 1000000000; allowed"),
+    "few steps without end": ({"student_steps": 10**9}, "student_steps is 1000000000; allowed"),
+    "one noise level": ({"sigma_range": [0.0]}, "sigma_range is [0.0]; allowed: two numbers from 0 to 1"),
+    "noise levels reversed": ({"sigma_range": [1.0, 0.5]}, "sigma_range is [1.0, 0.5]; allowed: two numbers"),
+    "a mean left out": ({"latents_mean": [None] * 16}, "latents_mean is [None, None"),
+    "no spread": ({"latents_std": [0.0] * 16}, "latents_std is [0.0, 0.0"),
+    "a shift of text": ({"shift": "3"}, "shift is '3'; allowed: a number above 0"),
+    "a number beyond floats": ({"shift": 10**400}, "shift is 1000"),
+    "half a letter": ({"negative_prompt": "\ud800"}, "half of a surrogate pair"),
+    "a path of a number": ({"teacher_path": 5}, "teacher_path is 5; allowed: a path or hub id"),
+    "a long text": ({"sigma_range": "x" * 10_000}, "sigma_range is 'xxx"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RECORDS)
+def test_a_record_that_cannot_be_is_refused_before_anything_is_written(student, export, tmp_path, name):
+    changes, message = WRONG_RECORDS[name]
+    wrong = changed(student, tmp_path / "wrong", **changes)
+    for export_format in FORMATS:
+        outcome = export(wrong, export_format, output=f"{export_format}/new")
+        assert_one_message(outcome, message)
+        assert len(outcome.err) < 500 + len(str(tmp_path))
+        assert not (tmp_path / export_format).exists()
+    metadata = {"student_config": (wrong / "student_config.json").read_text(encoding="utf-8")}
+    save_file(load_file(wrong / "diffusion_model.safetensors"), tmp_path / "alone.safetensors", metadata)
+    assert_one_message(export(tmp_path / "alone.safetensors", "original"), message)
+
+
+@pytest.mark.parametrize("what", ["no name", "fp8", "bytes", "another shape"])
+def test_weights_that_no_student_has_are_refused(student, export, tmp_path, what):
+    wrong = changed(student, tmp_path / "wrong")
+    tensors = load_file(wrong / "diffusion_model.safetensors")
+    name, tensor = "blocks.0.attn1.to_q.weight", tensors["blocks.0.attn1.to_q.weight"]
+    changes, message = {
+        "no name": ({"": torch.zeros(2)}, "holds 1 tensors that are no part of it, the first is ''"),
+        "fp8": ({name: tensor.to(torch.float8_e4m3fn)}, f"{name} is stored as float8_e4m3fn; allowed: float32"),
+        "bytes": ({name: tensor.to(torch.uint8)}, f"{name} is stored as uint8; allowed: float32"),
+        "another shape": (
+            {name: tensor[:7].clone()},
+            f"{name} has shape [7, 64], a student of this config has [64, 64]",
+        ),
+    }[what]
+    save_file(tensors | changes, wrong / "diffusion_model.safetensors")
+    for export_format in FORMATS:
+        assert_one_message(export(wrong, export_format), message)
+    assert not (tmp_path / "out").exists()
+
+
+DEEP = "[" * 5000 + "]" * 5000
+WRONG_INDEXES = {
+    "cut short": ('{"_class_name": "WanPipeline", ', "not valid JSON"),
+    "nested": (f'{{"_class_name": {DEEP}}}', "nested more than"),
+    "a number for a class": ('{"text_encoder": 7}', "text_encoder is 7; allowed: a pair such as"),
+    "a list": ("[]", "holds a list"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INDEXES)
+def test_a_broken_index_beside_the_text_encoder_is_one_sentence(student, export, tmp_path, name):
+    text, message = WRONG_INDEXES[name]
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(DEMO_TEACHER / part, tmp_path / "encoder" / part)
+    (tmp_path / "encoder" / "model_index.json").write_text(text, encoding="utf-8")
+    outcome = export(student, "pipeline", "--text_encoder_path", tmp_path / "encoder")
+    assert_one_message(outcome, f"{tmp_path / 'encoder' / 'model_index.json'}: ")
+    assert message in outcome.err and not (tmp_path / "out").exists()
+
+
+def test_a_vae_whose_statistics_are_text_is_one_sentence(student, export, tmp_path):
+    shutil.copytree(DEMO_TEACHER / "vae", tmp_path / "vae")
+    settings = json.loads((tmp_path / "vae" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(settings | {"latents_mean": "none"}), encoding="utf-8")
+    outcome = export(student, "pipeline", "--vae_path", tmp_path / "vae")
+    assert_one_message(outcome, "latents_mean is 'none'; allowed: a list")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", FORMATS)

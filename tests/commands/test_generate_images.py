@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import generate_images
+from support.runs import snapshot
 from support.students import PROMPTS, train_student, write_teacher
 from support.wan_folders import write_pipeline_folder
 from wandistiller.command_line import run_command
@@ -136,7 +137,7 @@ def test_a_field_that_knows_the_data_is_sampled_to_the_data():
 def test_defaults_come_from_the_record(house, tmp_path):
     settings = StudentConfig.load(house / "of_one" / "student").distillation
     draw(house / "of_one" / "student", tmp_path, prompts=["a red circle"])
-    image = Image.open(tmp_path / "000_a-red-circle.png")
+    image = Image.open(tmp_path / "000_a-red-circle_seed0_32x32.png")
     assert image.size == (32, 32)
     expected = {"prompt": "a red circle", "seed": "0", "model": "student", "guidance_scale": "1.0", "shift": "3.0"}
     expected["num_inference_steps"] = str(settings["num_inference_steps"])
@@ -186,6 +187,54 @@ def test_lite_student_of_the_mock_draws_with_a_vae_given(house, tmp_path):
     assert len(draw(student, tmp_path / "teacher", *flags, "--model", "teacher")) == 2
 
 
+# ---- what is there, and sizes ----
+
+
+def test_pictures_of_another_seed_or_size_stand_beside_the_first(house, tmp_path):
+    student, flags = house / "of_one" / "student", ["--num_inference_steps", "1"]
+    draw(student, tmp_path, *flags)
+    before = snapshot(tmp_path)
+    draw(student, tmp_path, *flags, "--seed", "7")
+    draw(student, tmp_path, *flags, "--width", "48")
+    after = snapshot(tmp_path)
+    assert before.items() <= after.items()
+    names = {
+        f"{grid}_seed{seed}_{size}.png"
+        for grid in ("grid",)
+        for seed, size in ((0, "32x32"), (7, "32x32"), (0, "48x32"))
+    }
+    names |= {"000_a-red-circle_seed7_32x32.png", "001_a-blue-square-on-the-left-on-a-white-background_seed8_32x32.png"}
+    assert names <= set(after) and len(after) == 9
+
+
+def test_nothing_is_replaced_without_overwrite(house, tmp_path, capsys):
+    student = house / "of_one" / "student"
+    argv = ["--student", str(student), "--output", str(tmp_path / "out"), "--prompt", "a cat"]
+    argv += ["--prompt_cache", str(student.parent / "cache"), "--num_inference_steps", "1", "--device", "cpu"]
+    assert run_command(lambda: generate_images.main(argv)) == 0
+    file = tmp_path / "out" / "000_a-cat_seed0_32x32.png"
+    file.write_bytes(b"mine")
+    before = snapshot(tmp_path)
+    assert run_command(lambda: generate_images.main(argv)) == 2
+    error = capsys.readouterr().err
+    assert f"{file}: is there already (and 1 more of these pictures)" in error and "--overwrite" in error
+    assert snapshot(tmp_path) == before
+    assert run_command(lambda: generate_images.main([*argv, "--overwrite"])) == 0
+    assert Image.open(file).size == (32, 32)
+
+
+def test_a_size_that_the_student_has_not_learnt_is_warned_of(house, tmp_path, capsys):
+    flags = ["--num_inference_steps", "1"]
+    draw(house / "of_one" / "student", tmp_path / "a", *flags, "--height", "48", "--width", "64")
+    assert (
+        "Warning: this student was trained at 32 x 32 pixels alone, and is asked for 64 wide and 48"
+        in capsys.readouterr().out
+    )
+    draw(house / "of_one" / "student", tmp_path / "b", *flags)
+    draw(house / "of_one" / "student", tmp_path / "c", *flags, "--model", "teacher", "--height", "48")
+    assert "trained at" not in capsys.readouterr().out
+
+
 # ---- mistakes ----
 
 
@@ -205,6 +254,12 @@ MISTAKES = {
         ["--height", "40"],
         "--height 40 is not a multiple of 16 (VAE factor 8 x patch size 2); use 32 or 48",
     ),
+    "a picture without end": (
+        ["--height", "65536", "--width", "65536"],
+        "--height 65536 --width 65536: is 4,294,967,296 pixels; allowed: at most 4,194,304, as of 2048 x 2048",
+    ),
+    "bytes for a prompt": (["--prompt", "a \udcff"], "--prompt is not UTF-8 text"),
+    "control characters": (["--prompt", "a \x1b[2J"], "--prompt holds the control character U+001B"),
     "tiny width": (["--width", "8"], "use 16"),
     "no teacher": (["--teacher_path", "{tmp}/none"], "no VAE"),
     "no text encoder": (["--teacher_path", "{tmp}/only_vae"], "--text_encoder_path"),
@@ -251,7 +306,9 @@ def test_a_record_that_lacks_something_is_a_mistake(house, tmp_path, capsys):
     student = house / "of_one" / "student"
     cases = {
         "lacks shift": changed_record(student, tmp_path / "a", shift=None),
-        "lacks num_inference_steps": changed_record(student, tmp_path / "b", num_inference_steps="many"),
+        "num_inference_steps is 'many'; allowed: a whole number from 1 to 1000": changed_record(
+            student, tmp_path / "b", num_inference_steps="many"
+        ),
         "give --teacher_path": changed_record(student, tmp_path / "c", teacher_path="/not/here"),
     }
     bare = tmp_path / "bare"

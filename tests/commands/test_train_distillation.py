@@ -479,8 +479,11 @@ def test_a_student_of_few_steps_draws_in_the_steps_it_learnt(train, teachers, ru
     ]
     outcome = run_main(generate_images.main, *flags)
     assert outcome.code == 0 and "Warning" not in outcome.out
-    assert Image.open(tmp_path / "p" / "000_a.png").text["num_inference_steps"] == "3"
-    assert "learnt to draw in 3 steps" in run_main(generate_images.main, *flags, "--num_inference_steps", 5).out
+    assert Image.open(tmp_path / "p" / "000_a_seed0_32x32.png").text["num_inference_steps"] == "3"
+    assert (
+        "learnt to draw in 3 steps"
+        in run_main(generate_images.main, *flags, "--num_inference_steps", 5, "--overwrite").out
+    )
 
 
 # ---- the teacher's answers on disk ----

@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import evaluate_student
+import generate_images
 import train_distillation
 from support.runs import (
     IDENTITY_CONFIG,
@@ -130,6 +132,53 @@ FLAGS = {
     "empty teacher_path": (["--teacher_path", " "], ["--teacher_path", "empty"]),
     "low expert of the mock": (["--teacher_path", "mock", "--teacher_path_low", "x"], ["--teacher_path_low", "mock"]),
 }  # fmt: skip
+
+
+# What other trainers call it, and what is answered
+OTHER_NAMES = {
+    "--resume": "a run resumes where the same command is typed again",
+    "--resume_from_checkpoint": "a run resumes where",
+    "--learning_rate": "here it is called --lr",
+    "--learning-rate=1e-4": "unknown flag --learning_rate; here it is called --lr",
+    "--steps": "here it is called --max_steps",
+    "--max_train_steps": "here it is called --max_steps",
+    "--num_train_epochs": "here it is called --num_epochs",
+    "--num_images": "here it is called --num_samples",
+    "--resolution": '"image_size" in the file of --student_config',
+    "--lora": "there is no LoRA here",
+    "--network_dim": "there is no LoRA here",
+    "--train_batch_size": "here it is called --batch_size",
+    "--gradient_accumulation_steps": "here it is called --grad_accum_steps",
+    "--mixed_precision": "here it is called --dtype",
+    "--blocks_to_swap": "here it is called --teacher_offload",
+    "--pretrained_model_name_or_path": "here it is called --teacher_path",
+    "--discrete_flow_shift": "here it is called --shift",
+    "--report_to": "here it is called --report",
+    "--checkpointing_steps": "here it is called --save_every",
+    "--zzz": "unknown flag --zzz; see --help",
+}
+
+
+@pytest.mark.parametrize("flag", OTHER_NAMES)
+def test_a_flag_of_another_trainer_is_answered_with_ours(refused, flag):
+    refused(flag, words=["unknown flag", OTHER_NAMES[flag]])
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "answer"),
+    [
+        (generate_images, ["--steps", "4"], "here it is called --num_inference_steps"),
+        (generate_images, ["--resolution", "512"], "the size of the pictures is --height and --width"),
+        (generate_images, ["--num_images", "4"], "give it twice for two pictures"),
+        (evaluate_student, ["--num_images", "4"], "here it is called --num_seeds"),
+        (evaluate_student, ["--resolution", "4"], "the one that the student was trained at"),
+        (generate_images, ["--model_path", "x"], "here it is called --student; the following arguments are required"),
+    ],
+)
+def test_the_answer_is_a_flag_of_the_same_command(run_main, command, flags, answer):
+    required = [] if "required" in answer else ["--student", "x", "--prompts_file", "y"]
+    outcome = run_main(command.main, *required, *flags)
+    assert outcome.code == 2 and answer in outcome.err and outcome.err.count("\n") == 1, outcome.err
 
 
 @pytest.mark.parametrize("flags, words", FLAGS.values(), ids=FLAGS)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from wandistiller.files.pictures import labelled_grid, save_png, slug, wrap
+from wandistiller.files.pictures import caption_font, labelled_grid, lacking_letters, save_png, wrap
 
 
 def test_metadata_keeps_any_text(tmp_path):
@@ -17,12 +17,6 @@ def test_metadata_keeps_any_text(tmp_path):
     save_png(np.zeros((4, 4, 3), np.uint8), tmp_path / "a.png", {"prompt": prompt, "seed": 3})
     assert Image.open(tmp_path / "a.png").text == {"prompt": prompt, "seed": "3"}
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_slugs_are_file_names():
-    assert slug("A red/blue  circle: ../etc") == "a-red-blue-circle-etc"
-    assert slug("?!") == "prompt"
-    assert len(slug("word " * 50)) <= 48
 
 
 def test_wrapped_lines_fit_and_lose_nothing():
@@ -45,6 +39,29 @@ def test_a_caption_without_end_is_cut_and_costs_a_few_lines(text):
     assert lines[-1].endswith("...") and text.replace(" ", "").startswith("".join(lines)[:-3].replace(" ", ""))
     picture = np.zeros((32, 32, 3), np.uint8)
     assert labelled_grid([[picture]], [[text]]).height < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("красный круг", "красный круг"),
+        ("un cercle doré, ένας κύκλος", "un cercle doré, ένας κύκλος"),
+        ("红色的圆 red", r"\u7ea2\u8272\u7684\u5706 red"),
+    ],
+    ids=["ru", "fr and el", "zh"],
+)
+def test_no_letter_of_a_caption_is_a_box(text, shown):
+    """A letter that the font lacks is spelt as Python spells it; the others are drawn as they are."""
+    font = caption_font([text])
+    assert not lacking_letters(font, shown) and (shown == text or lacking_letters(font, text))
+    picture = np.zeros((300, 300, 3), np.uint8)
+    of_text, of_shown = (np.asarray(labelled_grid([[picture]], [[caption + " Ж"]])) for caption in (text, shown))
+    assert np.array_equal(of_text, of_shown)
+
+
+def test_a_caption_of_plain_letters_is_in_pillows_own_font():
+    """The pictures of earlier runs stay what they were."""
+    assert caption_font(["a large red circle, on the left!"]).getname() == ImageFont.load_default(size=13).getname()
 
 
 def test_grid_places_every_picture():

@@ -3,12 +3,14 @@
 pytest tests/files/test_prompts.py
 """
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from wandistiller.errors import UserError
-from wandistiller.files.prompts import clean_prompt, load_prompts
+from wandistiller.files.prompts import clean_prompt, load_prompts, slug
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [
@@ -24,6 +26,12 @@ def test_the_shipped_file_holds_55_different_prompts_of_usable_length():
     shipped = load_prompts(ROOT / "data" / "static_prompts.txt")
     assert (len(shipped.prompts), shipped.duplicates) == (55, 0)
     assert all(8 <= len(prompt.split()) <= 40 and clean_prompt(prompt) == prompt for prompt in shipped.prompts)
+
+
+def test_slugs_are_file_names():
+    assert slug("A red/blue  circle: ../etc") == "a-red-blue-circle-etc"
+    assert slug("?!") == "prompt"
+    assert len(slug("word " * 50)) <= 48
 
 
 @pytest.mark.parametrize(
@@ -83,3 +91,33 @@ def test_cleaning_equals_diffusers_on_hard_text():
         "âœ” donâ€™t ﬁne Ａ",
     ]
     assert [clean_prompt(text) for text in hard] == [prompt_clean(text) for text in hard]
+
+
+TABLES = {
+    "prompts.csv": 'prompt,seed\n"a cat, asleep",1\na  dog,2\n',
+    "PROMPTS.TSV": "seed\tprompt\n1\ta cat, asleep\n2\ta dog\n",
+    "it's prompts.jsonl": '{"prompt": "a cat, asleep"}\n{"prompt": "a dog"}\n',
+    "prompts.json": '[{"prompt": "a cat, asleep"},\n {"prompt": "a dog"}]\n',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_refused_with_a_command_that_makes_a_text_file(tmp_path, name):
+    (tmp_path / name).write_text(TABLES[name], encoding="utf-8")
+    with pytest.raises(UserError, match="whose lines are no prompts") as caught:
+        load_prompts(tmp_path / name)
+    command = str(caught.value).split('"prompt": ')[1].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert load_prompts(tmp_path / "prompts.txt").prompts == ["a cat, asleep", "a dog"]
+
+
+def test_json_lines_are_known_by_what_they_hold(tmp_path):
+    (tmp_path / "prompts.txt").write_text('\n{"prompt": "a cat"}\n{"prompt": "a dog"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="is JSONL, whose lines are no prompts"):
+        load_prompts(tmp_path / "prompts.txt")
+
+
+def test_braces_and_commas_are_prompts_too(tmp_path):
+    prompts = ["{a cat}, asleep", '"quoted", 1', "[a dog]"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    assert load_prompts(tmp_path / "prompts.txt").prompts == prompts

@@ -4,17 +4,20 @@ pytest tests/projection/test_calibration.py
 """
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import projection_mapper
 from support.wan_folders import write_pipeline_folder
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.errors import UserError
+from wandistiller.files.safetensors_files import read_header
 from wandistiller.model.config import ConfigError
 from wandistiller.projection import repair, ridge
 from wandistiller.projection.calibrated import Calibration, calibrate, calibrated_student, velocity_error
@@ -384,6 +387,25 @@ def test_a_damaged_calibration_is_refused(tiny, tmp_path):
     (tmp_path / "file").write_bytes(b"no")
     with pytest.raises(UserError, match="not a whole calibration"):
         load_calibration(tmp_path / "file", tiny[2].embeds, {}, "high", OPTIONS)
+
+
+@pytest.mark.parametrize("damage", ["lacks a tensor", "not finite", "nested metadata", "a pipe"])
+def test_a_calibration_with_damaged_parts_is_refused(tiny, tmp_path, damage):
+    path = tmp_path / "file"
+    save_calibration(path, tiny[2], {"teacher": "tiny"})
+    tensors, metadata = load_file(path), read_header(path).metadata
+    if damage == "lacks a tensor":
+        del tensors["held_back.sigma"]
+    elif damage == "not finite":
+        tensors["fitted.velocity"][0] = float("nan")
+    elif damage == "nested metadata":
+        metadata["calibration"] = "[" * 10_000
+    save_file(tensors, path, metadata)
+    if damage == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+    with pytest.raises(UserError, match="not a whole calibration"):
+        load_calibration(path, tiny[2].embeds, {"teacher": "tiny"}, "high", OPTIONS)
 
 
 @pytest.mark.parametrize(("side", "num_paths"), [(8, 96), (16, 48), (64, 48)])

@@ -223,7 +223,10 @@ def truncate(path: Path) -> None:
         (lambda f: shutil.rmtree(f / "text_encoder"), r"text_encoder: holds no config\.json"),
         (lambda f: write_config(f, model_type="t5"), "model_type='t5'"),
         (lambda f: write_config(f, d_model="wide"), "d_model='wide'"),
-        (lambda f: (f / "text_encoder" / "config.json").write_text("{"), r"config\.json: line 1: not valid JSON"),
+        (
+            lambda f: (f / "text_encoder" / "config.json").write_text("{"),
+            r"config\.json: line 1, column 2: not valid JSON",
+        ),
         (lambda f: (f / "text_encoder" / "model.safetensors").unlink(), "only safetensors weights are read"),
         (lambda f: truncate(f / "text_encoder" / "model.safetensors"), "not a whole safetensors file"),
         (lambda f: write_index(f, {"shared.weight": "../outside.safetensors"}), "names '../outside.safetensors'"),

@@ -1,6 +1,6 @@
-"""A budget in words: the table, whether it fits, which flags to change in order of effect, and the message when it did not."""
+"""A budget in words: the table, whether it fits, which flags to change and what each costs, and the message when it did not."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from wandistiller.reports.progress import format_duration
 GIB = 2**30
 # A change that takes a smaller share than this off the peak is not worth a flag.
 WORTHWHILE_SHARE = 0.01
+MAX_WAYS = 3
 # Pinned memory comes in powers of two of bytes, so the weights of A14B take half as much again there.
 PINNED_OVERHEAD = 1.5
 # An A100 or H100 is planned for where no GPU is at hand.
@@ -45,11 +46,26 @@ def si(value: float) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """One change of flags, and the run it makes; one that makes another student than was asked for is the last resort."""
+    """One change of flags, what it costs, and the run it makes.
+
+    Attributes:
+        cost: what is lost of the likeness to the teacher, of time or of disk, in words.
+        price: the place of that loss among those of the other changes; what makes another student comes last.
+    """
 
     advice: str
+    cost: str
+    price: int
     workload: Workload
-    is_last_resort: bool = False
+
+    @property
+    def flag(self) -> str:
+        return self.advice.split()[0]
+
+
+# The prices: the same student for more time, then a teacher or moments that are rounded, then parts of the recipe
+# (docs/experiments.md has what each is worth), then the teacher's presence, then another student.
+SLOWER, ROUNDED, TURNS, LESS_RECIPE, ALONE, ANOTHER = range(6)
 
 
 def possible_changes(workload: Workload, flags: Collection[str]) -> Iterator[Change]:
@@ -57,29 +73,40 @@ def possible_changes(workload: Workload, flags: Collection[str]) -> Iterator[Cha
     yield from _single_flag_changes(workload, flags)
     yield from _shard_changes(workload, flags)
     if "offline_teacher" in flags and not workload.offline_teacher:
-        advice = "--offline_teacher with --teacher_cache FOLDER (answers from disk, without rollouts and hidden states)"
-        yield Change(advice, replace(workload, offline_teacher=True, num_features=0))
+        changed = replace(workload, offline_teacher=True, num_features=0)
+        cost = "no rollouts, no hidden states"
+        yield Change("--offline_teacher --teacher_cache FOLDER", cost, ALONE, changed)
     yield from _smaller_batches(workload, flags)
     half, unit = workload.latent_size // 2, workload.student.patch_size
     if half >= 8 and half % unit == 0 and half % workload.teacher.patch_size == 0:
         factor = workload.student.image_size // workload.latent_size
-        advice = f'a smaller image_size, such as "image_size": {half * factor}'
-        yield Change(advice, replace(workload, latent_size=half), is_last_resort=True)
+        advice = f'and a smaller image_size, such as "image_size": {half * factor}'
+        yield Change(advice, "another student", ANOTHER, replace(workload, latent_size=half))
 
 
 def _single_flag_changes(w: Workload, flags: Collection[str]) -> Iterator[Change]:
-    single_flags: list[tuple[str, str, bool, dict[str, Any]]] = [
-        ("gradient_checkpointing", "", w.gradient_checkpointing, {"gradient_checkpointing": True}),
-        ("teacher_offload", "", w.teacher_offload or w.num_experts == 1 or w.shard_teacher, {"teacher_offload": True}),
-        ("teacher_dtype", " fp8", w.teacher_dtype == "fp8" or w.shard_teacher, {"teacher_dtype": "fp8"}),
-        ("optimizer", " adamw8bit", w.optimizer == "adamw8bit", {"optimizer": "adamw8bit"}),
-        ("ema_decay", " 0", not w.ema, {"ema": False}),
-        ("feature_loss_weight", " 0", not w.num_features, {"num_features": 0}),
-        ("dtype", " bf16", w.dtype == "bf16", {"dtype": "bf16", "teacher_dtype": "bf16"}),
+    is_offloaded, is_fp8 = w.teacher_offload or w.num_experts == 1, w.teacher_dtype == "fp8"
+    checkpointing = "a third more computing by the student"
+    offload = "experts take turns, no renoised samples"
+    fp8 = "the teacher's answers are off by some 4 %"
+    single_flags: list[tuple[str, bool, str, int, dict[str, Any]]] = [
+        ("gradient_checkpointing", w.gradient_checkpointing, checkpointing, SLOWER, {"gradient_checkpointing": True}),
+        (
+            "optimizer adamw8bit",
+            w.optimizer == "adamw8bit",
+            "its moments are rounded",
+            ROUNDED,
+            {"optimizer": "adamw8bit"},
+        ),
+        ("dtype bf16", w.dtype == "bf16", "products are rounded", ROUNDED, {"dtype": "bf16", "teacher_dtype": "bf16"}),
+        ("teacher_offload", is_offloaded or w.shard_teacher, offload, TURNS, {"teacher_offload": True}),
+        ("teacher_dtype fp8", is_fp8 or w.shard_teacher, fp8, TURNS, {"teacher_dtype": "fp8"}),
+        ("ema_decay 0", not w.ema, "the last weights, not their average", LESS_RECIPE, {"ema": False}),
+        ("feature_loss_weight 0", not w.num_features, "without hidden states", LESS_RECIPE, {"num_features": 0}),
     ]
-    for flag, value, is_done, changes in single_flags:
-        if flag in flags and not is_done:
-            yield Change(f"--{flag}{value}", replace(w, **changes))
+    for words, is_done, cost, price, changes in single_flags:
+        if words.split()[0] in flags and not is_done:
+            yield Change(f"--{words}", cost, price, replace(w, **changes))
 
 
 def _shard_changes(w: Workload, flags: Collection[str]) -> Iterator[Change]:
@@ -88,40 +115,74 @@ def _shard_changes(w: Workload, flags: Collection[str]) -> Iterator[Change]:
     is_done = w.shard_student and (w.shard_teacher or not shards_teacher)
     if w.num_processes > 1 and "shard" in flags and not is_done:
         which = "both" if shards_teacher else "student"
-        yield Change(f"--shard {which}", replace(w, shard_teacher=shards_teacher, shard_student=True))
+        changed = replace(w, shard_teacher=shards_teacher, shard_student=True)
+        yield Change(f"--shard {which}", "weights travel between GPUs", SLOWER, changed)
 
 
 def _smaller_batches(w: Workload, flags: Collection[str]) -> Iterator[Change]:
     if w.batch_size > 1:
         half, accum = w.batch_size // 2, 2 * w.grad_accum_steps
-        has_accum = "grad_accum_steps" in flags
-        advice = f"--batch_size {half}" + (f" with --grad_accum_steps {accum}" if has_accum else "")
-        yield Change(advice, replace(w, batch_size=half, grad_accum_steps=accum if has_accum else 1))
+        if "grad_accum_steps" in flags:
+            advice, cost, price = (
+                f"--batch_size {half} --grad_accum_steps {accum}",
+                "the same step in parts",
+                SLOWER,
+            )
+        else:
+            advice, cost, price, accum = f"--batch_size {half}", "fewer prompts a step", LESS_RECIPE, 1
+        yield Change(advice, cost, price, replace(w, batch_size=half, grad_accum_steps=accum))
 
 
-def by_effect(workload: Workload, flags: Collection[str]) -> list[tuple[Change, int]]:
-    """Return the changes worth making with the bytes that each alone takes off the peak: the largest first, last resorts last."""
+def by_price(workload: Workload, flags: Collection[str]) -> list[tuple[Change, int]]:
+    """Return the changes worth making with the bytes that each alone takes off the peak, the least costly first.
+
+    Of those that cost as much the one comes first that saves most.
+    """
     before = peak_bytes(memory_budget(workload))
     saved = [
         (change, before - peak_bytes(memory_budget(change.workload))) for change in possible_changes(workload, flags)
     ]
     worth = [(change, num_bytes) for change, num_bytes in saved if num_bytes > WORTHWHILE_SHARE * before]
-    return sorted(worth, key=lambda pair: (pair[0].is_last_resort, -pair[1]))
+    return sorted(worth, key=lambda pair: (pair[0].price, -pair[1]))
 
 
-def changes_that_fit(workload: Workload, memory: int, flags: Collection[str]) -> tuple[list[str], int]:
-    """Return the changes to make together, the most effective first, until the run fits; and its peak with them."""
-    advice: list[str] = []
+def changes_that_fit(workload: Workload, memory: int, flags: Collection[str]) -> tuple[list[Change], int]:
+    """Return the changes to make together until the run fits, none that it fits without; and its peak with them.
+
+    The least costly are taken first; then those that the costlier ones made needless are taken back, the costliest first.
+    """
+    chosen: list[Change] = []
     current = workload
-    while peak_bytes(memory_budget(current)) > memory:
-        effects = by_effect(current, flags)
-        if not effects:
-            break
-        change, _ = effects[0]
-        # A batch is halved again and again: the last word on it counts.
-        advice = [line for line in advice if line.split()[0] != change.advice.split()[0]] + [change.advice]
-        current = change.workload
-    return advice, peak_bytes(memory_budget(current))
+    while peak_bytes(memory_budget(current)) > memory and (found := by_price(current, flags)):
+        chosen.append(found[0][0])
+        current = chosen[-1].workload
+    if chosen and peak_bytes(memory_budget(current)) <= memory:
+        chosen = _without_needless(workload, chosen, memory, flags)
+        current = chosen[-1].workload
+    # A batch is halved again and again: the last word on it counts.
+    return list({change.flag: change for change in chosen}.values()), peak_bytes(memory_budget(current))
+
+
+def _without_needless(workload: Workload, chosen: list[Change], memory: int, flags: Collection[str]) -> list[Change]:
+    kept = dict(enumerate(chosen))
+    for index in sorted(kept, key=lambda index: -kept[index].price):
+        fewer = {other: change for other, change in kept.items() if other != index}
+        made = _made(workload, [change.flag for change in fewer.values()], flags)
+        if made and peak_bytes(memory_budget(made[-1].workload)) <= memory:
+            kept = dict(zip(fewer, made, strict=True))
+    return list(kept.values())
+
+
+def _made(workload: Workload, names: Sequence[str], flags: Collection[str]) -> list[Change]:
+    """Return the changes of these flags one after another, each of the run that the one before made."""
+    made: list[Change] = []
+    for name in names:
+        current = made[-1].workload if made else workload
+        change = next((change for change in possible_changes(current, flags) if change.flag == name), None)
+        if change is None:
+            return []
+        made.append(change)
+    return made
 
 
 # ---- verdict ----
@@ -156,17 +217,36 @@ def verdict(workload: Workload, memory: int, flags: Collection[str] = (), device
         if is_certain
         else f"May not fit: up to {gib(peak)} are needed"
     )
-    advice, after = changes_that_fit(workload, memory, flags)
-    if not advice:
-        return Verdict(False, is_certain, f"{start}, {of}. Train a smaller student, or take a GPU with more memory.")
-    end = (
-        "it then fits"
-        if after <= memory
-        else "still too much, so take also a smaller student or a GPU with more memory"
-    )
-    return Verdict(
-        False, is_certain, f"{start}, {of}. In order of effect: {', '.join(advice)}; about {gib(after)} then, {end}."
-    )
+    return Verdict(False, is_certain, f"{start}, {of}. {_advice(workload, memory, flags)}")
+
+
+def _advice(workload: Workload, memory: int, flags: Collection[str]) -> str:
+    """Return the ways to make a run fit, the least costly first, each with its peak and what it costs."""
+    changes, after = changes_that_fit(workload, memory, flags)
+    if not changes:
+        return "Train a smaller student, or take a GPU with more memory."
+    if after > memory:
+        return (
+            f"Even with {' '.join(change.advice for change in changes)} about {gib(after)} are needed; take also a smaller "
+            "student or a GPU with more memory."
+        )
+    price = max(change.price for change in changes)
+    ways = [
+        ([change], peak) for change, peak in _enough_alone(workload, memory, flags) if change.price <= max(price, TURNS)
+    ]
+    if len(changes) > 1 and (not ways or price < ways[0][0][0].price):
+        ways.insert(0, (changes, after))
+    texts = [
+        f"{' '.join(change.advice for change in way)} (about {gib(peak)}; {', '.join(change.cost for change in way)})"
+        for way, peak in ways[:MAX_WAYS]
+    ]
+    return f"It fits, the least costly way first, with {', or with '.join(texts)}."
+
+
+def _enough_alone(workload: Workload, memory: int, flags: Collection[str]) -> list[tuple[Change, int]]:
+    """Return the changes each of which makes a run of the same student fit, the least costly first, with its peak."""
+    peaks = [(change, peak_bytes(memory_budget(change.workload))) for change, _ in by_price(workload, flags)]
+    return [(change, peak) for change, peak in peaks if peak <= memory and change.price < ANOTHER]
 
 
 # ---- table ----
@@ -266,7 +346,7 @@ class OutOfMemory(RuntimeError):
 
 
 def out_of_memory_message(workload: Workload, flags: Collection[str] = (), has_checkpoints: bool = False) -> str:
-    """Return a message with what was resident by this arithmetic, the largest first, and which flags to change, in order of bytes saved.
+    """Return a message with what was resident by this arithmetic, the largest first, and which flags to change, the least costly first.
 
     Where there are checkpoints it says which changes they can be resumed with. The text encoder is left out: it has left memory
     by the time a run grows large.
@@ -279,8 +359,10 @@ def out_of_memory_message(workload: Workload, flags: Collection[str] = (), has_c
     resident = ", ".join(
         f"{part.name} {part.num_bytes / GIB:.1f}" for part in sorted(there, key=lambda part: -part.num_bytes)
     )
-    effects = [f"{change.advice} (-{saved / GIB:.1f})" for change, saved in by_effect(workload, flags)]
-    advice = f"Change, in order of GiB saved: {'; '.join(effects)}" if effects else "Train a smaller student"
+    changes = [
+        f"{change.advice} (-{saved / GIB:.1f} GiB, {change.cost})" for change, saved in by_price(workload, flags)
+    ]
+    advice = f"Change, the least costly first: {'; '.join(changes)}" if changes else "Train a smaller student"
     if has_checkpoints:
         advice += ". The run can be resumed with another --batch_size, --grad_accum_steps, --shard or --gradient_checkpointing; the "
         advice += "others make another run of it (--overwrite, or another --output_dir)"

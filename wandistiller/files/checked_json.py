@@ -1,13 +1,12 @@
 """The JSON files beside a Wan's weights, whose values are checked to be of the kind they must be."""
 
-import json
-import math
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from wandistiller.errors import UserError
+from wandistiller.files.json_files import JsonError, load_json
 
 
 class TeacherFileError(UserError):
@@ -21,15 +20,34 @@ class Kind(NamedTuple):
     fits: Callable[[Any], bool]
 
 
+LARGEST = 1e18  # every number becomes a float32 somewhere, and its square has to be one too
+LARGEST_WHOLE = 10**9
+LONGEST_PATH = 4096  # as long as Linux takes them
+
+
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -math.inf < value < math.inf
+    return type(value) in (int, float) and -LARGEST < value < LARGEST
 
 
-WHOLE = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
-POSITIVE = Kind("a number above 0", lambda value: _is_number(value) and value > 0)
-NOT_NEGATIVE = Kind("a number of 0 or more", lambda value: _is_number(value) and value >= 0)
+def _is_whole(value: Any, most: int = LARGEST_WHOLE) -> bool:
+    return type(value) is int and 1 <= value <= most
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(RATIO.fits, value)) and value[0] < value[1]
+
+
+WHOLE = Kind("a whole number above 0, at most 10^9", _is_whole)
+STEPS = Kind("a whole number from 1 to 1000", lambda value: _is_whole(value, 1000))
+POSITIVE = Kind("a number above 0, at most 1e18", lambda value: _is_number(value) and value > 0)
+NOT_NEGATIVE = Kind("a number of 0 or more, at most 1e18", lambda value: _is_number(value) and value >= 0)
 RATIO = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+SIGMA_RANGE = Kind("two numbers from 0 to 1, the lower first", _is_range)
 TEXT = Kind("text", lambda value: isinstance(value, str))
+PATH = Kind(
+    f"a path or hub id of at most {LONGEST_PATH} letters",
+    lambda value: isinstance(value, str) and 0 < len(value) <= LONGEST_PATH and "\0" not in value,
+)
 STAGES = Kind(
     "a list of whole numbers above 0, one a stage",
     lambda value: isinstance(value, list) and len(value) > 0 and all(map(WHOLE.fits, value)),
@@ -72,15 +90,9 @@ def read_json(path: Path) -> dict:
         TeacherFileError: the file cannot be read, or holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TeacherFileError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise TeacherFileError(
-            f"{path}: line {error.lineno}: not valid JSON: {error.msg}; copy the checkpoint again"
-        ) from None
-    except (ValueError, RecursionError) as error:  # a file of thousands of digits or brackets
-        raise TeacherFileError(f"{path}: not usable JSON: {error}; copy the checkpoint again") from None
+        values = load_json(path)
+    except JsonError as error:
+        raise TeacherFileError(f"{path}: {error}; copy the checkpoint again") from None
     if not isinstance(values, dict):
         raise TeacherFileError(f"{path}: holds a {type(values).__name__}, not the JSON object of a Wan checkpoint")
     return values

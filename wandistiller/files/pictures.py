@@ -3,9 +3,8 @@
 A picture is a uint8 array (H, W, 3). Pillow is imported where it is used.
 """
 
-import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,16 +14,12 @@ from wandistiller.files.atomic import atomic_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
 
-SLUG_LENGTH = 48
 MIN_CELL, MAX_CELL = 160, 512  # pixels; a cell has room for a caption, and a grid does not grow without end
 MARGIN, FONT_SIZE = 8, 13
 MAX_CAPTION_LINES = 8
-
-
-def slug(prompt: str) -> str:
-    """Return a prompt as part of a file name: its letters and digits with hyphens between them."""
-    return re.sub(r"[\W_]+", "-", prompt.lower())[:SLUG_LENGTH].strip("-") or "prompt"
+NO_LETTER = "\uffff"  # Unicode promises that this will never be a letter, so every font draws its box for it
 
 
 def save_png(picture: "np.ndarray | Image", path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
@@ -42,6 +37,41 @@ def save_png(picture: "np.ndarray | Image", path: str | Path, metadata: Mapping[
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     with atomic_path(path) as beside:
         image.save(beside, format="PNG", pnginfo=info)
+
+
+def caption_font(texts: Iterable[str]) -> "FreeTypeFont":
+    """Return Pillow's own font where it has every letter of the texts, else DejaVu Sans, which comes with matplotlib.
+
+    DejaVu has the alphabets of Europe and the Near East; no font of a package that is needed here has Chinese or emoji.
+    """
+    from PIL import ImageFont
+
+    # Pillow returns its bitmap font only where no size is given, which its annotation does not tell.
+    own = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=FONT_SIZE))
+    if not lacking_letters(own, "".join(texts)):
+        return own
+    try:
+        import matplotlib
+
+        return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
+    except (ImportError, OSError):  # an installation without the plots
+        return own
+
+
+def lacking_letters(font: "FreeTypeFont", text: str) -> set[str]:
+    """Return the letters of a text that a font draws as the box that stands for any letter it has not."""
+    box = font.getmask(NO_LETTER)
+    return {letter for letter in set(text) if not letter.isspace() and _is_same(font.getmask(letter), box)}
+
+
+def _is_same(drawn, box) -> bool:
+    return drawn.size == box.size and bytes(drawn) == bytes(box)
+
+
+def escaped(text: str, font: "FreeTypeFont") -> str:
+    r"""Return a text with the letters that a font lacks as Python spells them, such as \u7ea2."""
+    spelt = {letter: letter.encode("unicode_escape").decode("ascii") for letter in lacking_letters(font, text)}
+    return "".join(spelt.get(letter, letter) for letter in text) if spelt else text
 
 
 def _fitting_length(word: str, width: float, font) -> int:
@@ -91,13 +121,12 @@ def labelled_grid(
     rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]], row_names: Sequence[str] = ()
 ) -> "Image":
     """Draw rows of pictures of one size, each below its wrapped caption, with the names of the rows to their left."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
-    # Pillow returns its bitmap font only where no size is given, which its annotation does not tell.
-    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=FONT_SIZE))
+    font = caption_font([caption for row in captions for caption in row])
     line_height = sum(font.getmetrics()) + 1
     cell_height, cell_width = _cell_size(*rows[0][0].shape[:2])
-    wrapped = [[wrap(caption, cell_width, font) for caption in row] for row in captions]
+    wrapped = [[wrap(escaped(caption, font), cell_width, font) for caption in row] for row in captions]
     caption_heights = [line_height * max(map(len, row), default=0) for row in wrapped]
     left = MARGIN + (round(max(map(font.getlength, row_names))) + MARGIN if row_names else 0)
     num_columns = max(map(len, rows))

@@ -2,13 +2,25 @@
 
 import html
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from wandistiller.errors import UserError
+from wandistiller.files.json_files import JsonError, parse_json
+from wandistiller.files.paths import require_file
 
+SLUG_LENGTH = 48  # letters of a prompt in the name of its picture
 NUM_HELD_OUT = 16  # --eval_every measures on so many prompts
 _LINE_END = re.compile(r"\r\n|\n|\r")  # not str.splitlines: a prompt may hold U+2028 or U+0085
+_TABLES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
+# For each kind of table the modules that read it, and its rows from standard input
+_ROWS = {
+    "csv": ("csv, sys", "csv.DictReader(sys.stdin)"),
+    "tsv": ("csv, sys", "csv.DictReader(sys.stdin, dialect='excel-tab')"),
+    "jsonl": ("json, sys", "map(json.loads, sys.stdin)"),
+    "json": ("json, sys", "json.load(sys.stdin)"),
+}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # not U+0080..9F: those are damaged quotes that ftfy repairs
 
 
@@ -20,15 +32,28 @@ class PromptFile:
     duplicates: int
 
 
+def unusable(prompt: str) -> str | None:
+    """Return what is wrong with a prompt that was typed, which a file would be refused for as well; None where it is one."""
+    if not prompt.split():
+        return "is empty"
+    if control := _CONTROL.search(prompt.replace("\n", " ").replace("\r", " ")):
+        return f"holds the control character U+{ord(control[0]):04X}"
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        return "is not UTF-8 text"
+    return None
+
+
 def load_prompts(path: str | Path) -> PromptFile:
     """Read a UTF-8 file with one prompt on each line; blank lines, `#` lines and repeats are left out.
 
     Raises:
-        UserError: the file cannot be read, is not UTF-8, or holds control characters or no prompt; the line is named.
+        UserError: the file cannot be read, is not UTF-8, is a table, or holds control characters or no prompt; the line is named.
     """
     prompts: dict[str, str] = {}
     num_lines = 0
-    for number, line in enumerate(_LINE_END.split(_read_text(Path(path))), start=1):
+    lines = _LINE_END.split(_read_text(Path(path)))
+    _refuse_table(path, lines)
+    for number, line in enumerate(lines, start=1):
         prompt = line.lstrip("\ufeff").strip(" \t")  # a byte order mark sits mid-file where files were concatenated
         if control := _CONTROL.search(prompt):
             raise UserError(
@@ -43,8 +68,31 @@ def load_prompts(path: str | Path) -> PromptFile:
     return PromptFile(list(prompts.values()), num_lines - len(prompts))
 
 
+def _refuse_table(path: str | Path, lines: list[str]) -> None:
+    """Refuse CSV and JSON, whose lines would be learnt with their commas and braces; say how a text file is made of one."""
+    kind = _TABLES.get(Path(path).suffix.lower()) or ("jsonl" if _is_json(lines) else None)
+    if kind is None:
+        return
+    modules, rows = _ROWS[kind]
+    command = f"import {modules}; [print(*row['prompt'].split()) for row in {rows}]"
+    raise UserError(
+        f"{path}: is {kind.upper()}, whose lines are no prompts; write its prompts to a text file, one a line. Where they are "
+        f'called "prompt": python -c "{command}" < {shlex.quote(str(path))} > prompts.txt'
+    )
+
+
+def _is_json(lines: list[str]) -> bool:
+    """Return whether the first line that is not blank is a JSON object, which no prompt is."""
+    first = next((line.lstrip("\ufeff") for line in lines if line.split()), "")
+    try:
+        return first.lstrip().startswith("{") and isinstance(parse_json(first), dict)
+    except JsonError:
+        return False
+
+
 def _read_text(path: Path) -> str:
     try:
+        require_file(path)
         raw = path.read_bytes()
     except OSError as err:
         raise UserError(f"{path}: cannot be read ({err.strerror}); give a text file with one prompt a line") from err
@@ -56,6 +104,11 @@ def _read_text(path: Path) -> str:
         number = len(_LINE_END.split(err.object[: err.start].decode("utf-8")))
         bad_byte = err.object[err.start]
         raise UserError(f"{path}, line {number}: byte 0x{bad_byte:02X} is not UTF-8; save the file as UTF-8") from err
+
+
+def slug(prompt: str) -> str:
+    """Return a prompt as part of a file name: its letters and digits with hyphens between them."""
+    return re.sub(r"[\W_]+", "-", prompt.lower())[:SLUG_LENGTH].strip("-") or "prompt"
 
 
 def clean_prompt(text: str) -> str:

@@ -6,13 +6,15 @@ Standard library only, so that a typo in student_config.json is answered before 
 import difflib
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import get_args
 
 from wandistiller.errors import UserError
-from wandistiller.files.paths import require_file
+from wandistiller.files.json_files import JsonError, load_json, parse_json
+from wandistiller.model.record import wrong_entry
 
 CONFIG_NAME = "student_config.json"
 STUDENT_ADVICE = "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id owner/name"
@@ -219,40 +221,39 @@ class StudentConfig:
             if value is None and key != "distillation":
                 raise ConfigError(f"{where}: {key} is null; give it a value")
         try:
-            return cls(**values)
+            config = cls(**values)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
+        if wrong := wrong_entry(config.distillation or {}, config.num_channels):
+            raise ConfigError(f'{where}: its "distillation" record: {wrong}')
+        return config
 
     @classmethod
     def load(cls, path: str | Path) -> "StudentConfig":
         """Read and check a student_config.json; `path` may also be the folder that holds it."""
-        path = Path(path)
-        folder = path if path.is_dir() else None
-        path = path / CONFIG_NAME if folder else path
-        try:
-            require_file(path)
-            text = path.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
+        folder = path if os.path.isdir(path) else None
+        path = Path(folder) / CONFIG_NAME if folder else Path(path)
+        if not os.path.lexists(path):  # unlike Path.exists it also answers for a name longer than names may be
             if folder:
-                check_is_no_export(folder)
-            raise ConfigError(f"{path}: there is no such file; give a student_config.json (see config/)") from None
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8 JSON") from None
-        return cls.from_json(text, str(path))
+                check_is_no_export(Path(folder))
+            raise ConfigError(f"{path}: there is no such file; give a student_config.json (see config/)")
+        try:
+            values = load_json(path, _each_key_once)
+        except JsonError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        return cls._from_value(values, str(path))
 
     @classmethod
     def from_json(cls, text: str, where: str = CONFIG_NAME) -> "StudentConfig":
         """Return the checked config that JSON text holds; errors begin with `where`."""
         try:
-            values = json.loads(text, object_pairs_hook=_each_key_once)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{where}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
-            ) from None
-        except (ValueError, RecursionError) as error:  # a repeated key, or thousands of digits or brackets
-            raise ConfigError(f"{where}: not usable JSON: {error}") from None
+            values = parse_json(text, _each_key_once)
+        except JsonError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        return cls._from_value(values, where)
+
+    @classmethod
+    def _from_value(cls, values: object, where: str) -> "StudentConfig":
         if not isinstance(values, dict):
             raise ConfigError(f"{where}: holds a {type(values).__name__}; it must hold one JSON object {{...}}")
         return cls.from_dict(values, where)

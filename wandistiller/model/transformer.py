@@ -9,6 +9,7 @@ N heads, E head dim.
 
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,6 +32,7 @@ from wandistiller.model.layers import (
 WEIGHTS_NAME = "diffusion_model.safetensors"
 # Parameters that stay in float32 whatever the dtype of the rest (diffusers' Wan: _keep_in_fp32_modules).
 FP32_ISLANDS = re.compile(r"time_embedder|time_proj|scale_shift_table|\.norm")
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # others, such as fp8, have no arithmetic
 
 
 def fold_text_padding(prompt_embeds: Tensor, prompt_lengths: Tensor, text_max_length: int) -> tuple[Tensor, Tensor]:
@@ -424,17 +426,34 @@ class WanLiteStudent(nn.Module):
             raise ConfigError(f"{path}: was exported for other tools; {STUDENT_ADVICE}")
         with torch.device("meta"):
             student = cls(config)
-        try:
-            student.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())  # torch writes a line per tensor
-            raise ConfigError(f"{path}: does not fit {CONFIG_NAME} beside or in it: {reason}") from None
+        if reason := _misfit(tensors, student.state_dict()):
+            raise ConfigError(f"{path}: does not fit {CONFIG_NAME} beside or in it: {reason}")
+        student.load_state_dict(tensors, assign=True)
         broken = [name for name, weight in student.named_parameters() if not weight.float().isfinite().all()]
         if broken:
             raise ConfigError(
                 f"{path}: is damaged, {len(broken)} of its tensors are not finite, first {broken[0]}; copy it again, or train again"
             )
         return student.eval()
+
+
+def _misfit(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
+    """Return why these tensors cannot be the weights of a student, by the first tensor that is wrong; None where they can.
+
+    Args:
+        expected: the student's own tensors, of which only names and shapes matter.
+    """
+    if lacking := [name for name in expected if name not in tensors]:
+        return f"lacks {len(lacking)} of {len(expected)} tensors, the first is {lacking[0]}"
+    if strange := [name for name in tensors if name not in expected]:
+        return f"holds {len(strange)} tensors that are no part of it, the first is {reprlib.repr(strange[0])}"
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            return f"{name} has shape {list(tensor.shape)}, a student of this config has {list(expected[name].shape)}"
+        if tensor.dtype not in WEIGHT_DTYPES:
+            stored = str(tensor.dtype).removeprefix("torch.")
+            return f"{name} is stored as {stored}; allowed: float32, bfloat16, float16, float64"
+    return None
 
 
 def saved_config(place: str | Path) -> StudentConfig:

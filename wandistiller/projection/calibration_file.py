@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
-from wandistiller.errors import UserError
+from wandistiller.errors import UserError, shown
 from wandistiller.files.atomic import atomic_path
+from wandistiller.files.json_files import JsonError, parse_json
+from wandistiller.files.safetensors_files import DamagedFileError, read_header, read_tensors
 from wandistiller.projection.calibrated import Calibration
 from wandistiller.projection.calibration import CalibrationOptions, CalibrationStates, Energies
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 _STATES = ("latents", "sigma", "prompts", "velocity")
+_TENSORS = [f"{part}.{name}" for part in ("fitted", "held_back") for name in _STATES]
 # What the states and energies depend on; the other options may change from one student to the next.
 _DESCRIBED_OPTIONS = ("num_paths", "num_held_back", "num_levels", "num_texts", "seed")
 
@@ -48,23 +51,26 @@ def load_calibration(
     Raises:
         UserError: it is damaged, or of another teacher, other prompts or other options; it says what differs.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
-            saved = json.loads((file.metadata() or {}).get("calibration", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: is not a whole calibration ({error}); remove it, it is made again") from None
+        saved = parse_json(read_header(path).metadata.get("calibration", "null"))
+        tensors = read_tensors(path)
+    except (DamagedFileError, JsonError) as error:
+        reason = error.reason if isinstance(error, DamagedFileError) else error
+        raise UserError(f"{path}: is not a whole calibration ({reason}); remove it, it is made again") from None
     if not isinstance(saved, dict):
         raise UserError(f"{path}: is no calibration; give --calibration_cache another name")
     wanted = describe_calibration(about, expert, options)
     for name, value in wanted.items():
         if saved.get(name) != value:
             raise UserError(
-                f"{path}: is a calibration with {name} {saved.get(name)!r}, this one has {value!r}; give "
+                f"{path}: is a calibration with {name} {shown(saved.get(name))}, this one has {shown(value)}; give "
                 "--calibration_cache another name"
             )
+    lacking = [name for name in (*_TENSORS, "channels") if name not in tensors]
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if lacking or broken:
+        what = f"lacks {lacking[0]}" if lacking else f"{broken[0]} is not finite"
+        raise UserError(f"{path}: is not a whole calibration ({what}); remove it, it is made again")
     fitted, held_back = (
         CalibrationStates(*(tensors[f"{part}.{name}"] for name in _STATES)) for part in ("fitted", "held_back")
     )

@@ -4,7 +4,6 @@ Each carries the student's own config in the metadata of its weights, so that `w
 """
 
 import contextlib
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from wandistiller.errors import UserError
 from wandistiller.files.atomic import write_json
+from wandistiller.files.checked_json import COMPONENT, read_json, setting
 from wandistiller.files.hub import hub_id
 from wandistiller.files.safetensors_files import write_tensors
 from wandistiller.model.config import StudentConfig
@@ -88,8 +88,8 @@ def text_classes(encoder: Path) -> dict[str, list[str]]:
     """Return library and class of text encoder and tokenizer: as the folder around them says, else the released Wans'."""
     classes = {"text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
     index_path = encoder.parent / "model_index.json"
-    index = json.loads(index_path.read_text(encoding="utf-8")) if index_path.is_file() else {}
-    return {name: index.get(name, default) for name, default in classes.items()}
+    index = read_json(index_path) if index_path.is_file() else {}
+    return {name: setting(index, name, COMPONENT, index_path) or default for name, default in classes.items()}
 
 
 def published(config: StudentConfig, teacher_path: str | None = None) -> StudentConfig:
@@ -130,7 +130,7 @@ def _save(
 
 def _load_as_float32(config_path: Path) -> None:
     """Make float32 the precision that transformers loads this model in."""
-    settings = json.loads(config_path.read_text(encoding="utf-8"))
+    settings = read_json(config_path)
     settings.pop("torch_dtype", None)  # transformers before 5 has this key
     write_json(config_path, settings | {"dtype": "float32"}, end="\n", indent=2)
 

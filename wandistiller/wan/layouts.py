@@ -8,21 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from wandistiller.errors import UserError
-from wandistiller.files.checked_json import (
-    COMPONENT,
-    NOT_NEGATIVE,
-    POSITIVE,
-    RATIO,
-    TEXT,
-    WHOLE,
-    TeacherFileError,
-    numbers,
-    read_json,
-    setting,
-)
+from wandistiller.files.checked_json import COMPONENT, POSITIVE, RATIO, TeacherFileError, read_json, setting
 from wandistiller.files.hub import fetch, is_hub_id
 from wandistiller.files.safetensors_files import indexed_files, read_header
 from wandistiller.model.config import StudentConfig
+from wandistiller.model.record import SAMPLING_KINDS, latents_kinds
 from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.names import teacher_record
 from wandistiller.wan.transformer_files import (
@@ -36,14 +26,6 @@ from wandistiller.wan.transformer_files import (
 from wandistiller.wan.wan_files import WanFiles, with_latents
 
 WEIGHTS = "diffusion_pytorch_model"
-RECORD_KINDS = {
-    "shift": POSITIVE,
-    "guidance_scale": NOT_NEGATIVE,
-    "guidance_scale_2": NOT_NEGATIVE,
-    "num_inference_steps": WHOLE,
-    "negative_prompt": TEXT,
-    "vae_scale_factor": WHOLE,
-}
 _HUB_FILES = [
     "model_index.json",
     "teacher_record.json",
@@ -211,7 +193,6 @@ def _with_own_record(wan_files: WanFiles) -> WanFiles:
     """
     student = wan_files.experts["high"].student
     record = wan_files.record or (teacher_record(student) if student else {})
-    statistics = numbers(wan_files.config.num_channels)
-    for name, kind in (RECORD_KINDS | {"latents_mean": statistics, "latents_std": statistics}).items():
+    for name, kind in (SAMPLING_KINDS | latents_kinds(wan_files.config.num_channels)).items():
         setting(record, name, kind, f"{wan_files.location}, what it records of itself")
     return with_latents(replace(wan_files, record=record), record)

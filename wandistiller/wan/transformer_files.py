@@ -4,8 +4,8 @@ The shape comes from the tensors and from the config.json beside them, which mus
 text-to-video are refused.
 """
 
-import json
 import re
+import reprlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, setting
+from wandistiller.files.json_files import JsonError, parse_json
 from wandistiller.files.safetensors_files import open_safetensors, read_header
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
@@ -204,12 +205,12 @@ class WanTransformer:
         marker = plain[f"{stem}.comfy_quant"]
         text = bytes(marker.read().tolist()).decode("utf-8", "replace")
         try:
-            quant_format = json.loads(text).get("format")
-        except (json.JSONDecodeError, AttributeError):
+            quant_format = parse_json(text).get("format")
+        except (JsonError, AttributeError):
             quant_format = text
         if quant_format not in ("float8_e4m3fn", "float8_e5m2"):
             raise TeacherFileError(
-                f"{marker.path}: {stem} is quantised as {quant_format!r}; allowed: fp8_e4m3fn, fp8_scaled"
+                f"{marker.path}: {stem} is quantised as {reprlib.repr(quant_format)}; allowed: fp8_e4m3fn, fp8_scaled"
             )
 
     def _check_complete(self) -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError
-from wandistiller.files.checked_json import POSITIVE, STAGES, WHOLE, TeacherFileError, numbers, read_json, setting
+from wandistiller.files.checked_json import STAGES, WHOLE, TeacherFileError, read_json, setting
 from wandistiller.files.hub import fetch, is_hub_id
+from wandistiller.model.record import latents_kinds
 
 MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
 
@@ -99,11 +100,8 @@ def read_vae_config(path: Path, num_channels: int) -> VaeConfig:
     z_dim = setting(values, "z_dim", WHOLE, path)
     if z_dim not in (None, num_channels):
         raise TeacherFileError(f"{path}: z_dim is {z_dim}; the teacher's latents have {num_channels} channels")
-    return VaeConfig(
-        _read_scale_factor(values, path),
-        setting(values, "latents_mean", numbers(num_channels), path),
-        setting(values, "latents_std", numbers(num_channels, POSITIVE), path),
-    )
+    mean, std = (setting(values, name, kind, path) for name, kind in latents_kinds(num_channels).items())
+    return VaeConfig(_read_scale_factor(values, path), mean, std)
 
 
 def _read_scale_factor(values: dict, path: Path) -> int | None:
@@ -171,6 +169,8 @@ def load_vae(location: VaeLocation, num_channels: int, vae_scale_factor: int, de
             f"{location}: is a VAE of {vae.config.z_dim} channels and factor {factor}; the student's latents have "
             f"{num_channels} channels and factor {vae_scale_factor}; give --vae_path the teacher's own VAE"
         )
+    for name, kind in latents_kinds(num_channels).items():
+        setting(vae.config, name, kind, f"{location}, config.json")
     return vae.to(device).eval()
 
 
