@@ -32,8 +32,9 @@ from wandistiller.budget.workload import (
 from wandistiller.model.layers import rope_table
 from wandistiller.model.sizes import count_parameters, transformer_flops, weight_bytes
 from wandistiller.projection.project import project_teacher
-from wandistiller.run.dry_run import changeable_flags, expected_calls
+from wandistiller.run.dry_run import changeable_flags
 from wandistiller.run.flags import STATES
+from wandistiller.run.measuring import expected_calls
 from wandistiller.targets.answers import Answer
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.replay import ReplayedAnswers

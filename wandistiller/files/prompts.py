@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wandistiller.errors import UserError
 
-NUM_HELD_OUT = 16  # --eval_every measures on so many prompts
+NUM_HELD_OUT = 16  # a run measures on so many prompts
 _LINE_END = re.compile(r"\r\n|\n|\r")  # not str.splitlines: a prompt may hold U+2028 or U+0085
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # not U+0080..9F: those are damaged quotes that ftfy repairs
 

@@ -27,6 +27,7 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,
+    held_out_text,
     loss_change,
     loss_change_by_sigma,
     read_metrics,
@@ -199,8 +200,7 @@ def training_text(lines: list[dict]) -> str:
         f"Mean squared error of the velocity: {first:.4g} over the first tenth of the steps, {last:.4g} over the last."
     )
     if errors := held_out_error(lines):
-        named = " and ".join(f"{value:.3f} at {name.replace('_', ' ')}" for name, value in errors.items())
-        text += f" Relative velocity error on held-out prompts at the end: {named}."
+        text += f" At held-out states, which it has not learnt from, at the end: {held_out_text(errors)}."
     return text
 
 

@@ -1,4 +1,4 @@
-"""loss.png: the losses of a run by noise level, and its error on held-out prompts."""
+"""loss.png: the losses of a run by noise level, and its held-out error."""
 
 import time
 from collections.abc import Sequence
@@ -92,11 +92,11 @@ def _plot_losses(axes, lines: Sequence[dict]) -> None:
 def _plot_held_out(axes, measured: Sequence[dict]) -> None:
     colors = {"teacher_states": "#2f6db3", "student_states": "#d0712b"}
     for name, color in colors.items():
-        points = [(line["step"], line["velocity_error"][name]) for line in measured]
-        axes.plot(
-            *zip(*points, strict=True), color=color, marker="o", markersize=4, label=f"at {name.replace('_', ' ')}"
-        )
-    _finish(axes, "relative velocity error,\nheld-out prompts")
+        points = [(line["step"], line["velocity_error"][name]) for line in measured if name in line["velocity_error"]]
+        if points:
+            label = f"at {name.replace('_', ' ')}"
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=label)
+    _finish(axes, "relative velocity error,\nheld-out states")
 
 
 def _finish(axes, what: str) -> None:

@@ -11,7 +11,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from wandistiller.files.atomic import write_text
-from wandistiller.reports.metrics import StepMetrics, read_metrics
+from wandistiller.reports.metrics import StepMetrics, held_out_error, held_out_text, read_metrics
 
 LINE_EVERY_S = 10.0  # plain lines are at least this far apart, so that a long job's log stays readable
 
@@ -30,11 +30,13 @@ class Progress:
         self.line_every_s = line_every_s
         self.stream = sys.stderr
         self._last_line_s = -math.inf
+        self._held_out: dict[str, float] | None = None
 
     def __enter__(self) -> "Progress":
         # A killed run may have written steps beyond those that this one resumes from. A kill here loses no step before them:
         kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= self.first_step]
         write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._held_out = held_out_error(kept)
         self._file = self.metrics_path.open("a", encoding="utf-8")
         is_terminal = self.stream.isatty()
         self._bar = (
@@ -53,16 +55,19 @@ class Progress:
         """Show a step and write it down."""
         self._file.write(json.dumps(asdict(metrics)) + "\n")
         self._file.flush()  # a killed run keeps what it has measured
+        self._held_out = metrics.velocity_error or self._held_out
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {metrics.loss:.4g}, {metrics.samples_per_s:.1f} samples/s")
+            shown = [f"loss {metrics.loss:.4g}", *self._held_out_part(), f"{metrics.samples_per_s:.1f} samples/s"]
+            self._bar.set_postfix_str(", ".join(shown))
             self._bar.update()
         elif self._is_due(metrics):
             print(self.line(metrics), file=self.stream, flush=True)
         if metrics.velocity_error:
-            errors = ", ".join(
-                f"{value:.3f} at {name.replace('_', ' ')}" for name, value in metrics.velocity_error.items()
-            )
-            tqdm.write(f"step {metrics.step}: relative velocity error {errors}", file=self.stream)
+            tqdm.write(f"step {metrics.step}: {held_out_text(metrics.velocity_error)}", file=self.stream)
+
+    def _held_out_part(self) -> list[str]:
+        """Return the newest held-out error at the teacher's states, which is shown beside the loss; nothing before there is one."""
+        return [f"held-out {self._held_out['teacher_states']:.3g}"] if self._held_out else []
 
     def _is_due(self, metrics: StepMetrics) -> bool:
         due = metrics.elapsed_s - self._last_line_s >= self.line_every_s or metrics.step in (1, self.num_steps)
@@ -73,11 +78,16 @@ class Progress:
     def line(self, metrics: StepMetrics) -> str:
         """Return the plain line of a step."""
         digits = len(str(self.num_steps))
-        return (
-            f"step {metrics.step:0{digits}d}/{self.num_steps} ({metrics.step / self.num_steps:.1%}) | "
-            f"loss {metrics.loss:.4g} | grad {metrics.grad_norm:.3g} | lr {metrics.lr:.1e} | "
-            f"{metrics.samples_per_s:.1f} samples/s | eta {format_duration(metrics.eta_s)}"
-        )
+        parts = [
+            f"step {metrics.step:0{digits}d}/{self.num_steps} ({metrics.step / self.num_steps:.1%})",
+            f"loss {metrics.loss:.4g}",
+            *self._held_out_part(),
+            f"grad {metrics.grad_norm:.3g}",
+            f"lr {metrics.lr:.1e}",
+            f"{metrics.samples_per_s:.1f} samples/s",
+            f"eta {format_duration(metrics.eta_s)}",
+        ]
+        return " | ".join(parts)
 
 
 class Countdown:

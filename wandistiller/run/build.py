@@ -12,6 +12,7 @@ from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import ProjectionReport, fresh_student, project_experts, project_teacher
 from wandistiller.projection.selection import spread_layers
 from wandistiller.reports.progress import Countdown
+from wandistiller.run.held_out import held_out_states, keep_states
 from wandistiller.run.run import Run
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import Answers, TeacherAnswers
@@ -33,16 +34,16 @@ logger = logging.getLogger(__name__)
 
 def embed_prompts(run: Run) -> Embeds:
     """Embed every prompt, and the negative prompt where guidance needs it; the encoder has left memory on return."""
-    texts, settings = run.texts, run.settings
+    settings = run.settings
     negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
-    everything = [*run.trained_texts, *texts.held_out, *negative_prompts]
+    everything = [*run.trained_texts, *run.held_out_texts, *negative_prompts]
     embeds = _embed(run, everything)
     if embeds.truncated:
         print(f"Warning: {embeds.truncated} prompts are longer than {run.config.text_max_length} tokens and were cut")
     num_trained = len(run.trained_texts)
     negative = embeds.read(len(everything) - 1) if settings.uses_guidance else None
     logger.info("prompts encoded, or found in their cache")
-    return Embeds(embeds.first(num_trained), embeds.part(num_trained, len(texts.held_out)), negative)
+    return Embeds(embeds.first(num_trained), embeds.part(num_trained, len(run.held_out_texts)), negative)
 
 
 def _embed(run: Run, texts: list[str]) -> PromptEmbeds:
@@ -80,6 +81,8 @@ def load_teacher(run: Run, embeds: Embeds) -> Teacher | None:
         print(f"Asking the teacher for {num_batches} batches, kept in {cache.folder}", flush=True)
         cache.build(live_answers(run, embeds, teacher, []), num_batches, Countdown("Teacher's answers", num_batches))
         logger.info("answers of the teacher written to its cache")
+    if is_offline:
+        keep_states(run, held_out_states(run, embeds, teacher))
     return None if is_offline else teacher
 
 

@@ -1,6 +1,5 @@
 """The budget of a run from its plan; no weight is read and nothing is written."""
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,8 +23,8 @@ from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_writable
 from wandistiller.model.sizes import count_parameters
 from wandistiller.run.flags import STATES, Flags
+from wandistiller.run.measuring import expected_calls
 from wandistiller.run.plan import Plan
-from wandistiller.targets.replay import REPLAY_BATCHES
 from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.wan.text_encoder import count_tokens
 
@@ -88,24 +87,11 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
         ),
         calls_per_step=calls / plan.num_steps,
         num_steps=plan.num_steps,
-        num_prompts=len(plan.trained_texts) + len(plan.texts.held_out),
+        num_prompts=len(plan.trained_texts) + len(plan.held_out_texts),
         keep_checkpoints=flags.output.keep_checkpoints if flags.output.save_every else 0,
         teacher_cache_batches=calls if states.teacher_cache else 0,
         is_gpu=is_gpu,
     )
-
-
-def expected_calls(flags: Flags, teacher_steps: int, num_steps: int) -> int:
-    """About how many global batches the teacher answers for so many steps.
-
-    With --replay a full store is left over at the end, whose answers have half of their uses before them on average; a target
-    of --student_steps takes the teacher's steps through one segment.
-    """
-    replay, student_steps = flags.states.replay, flags.objective.student_steps
-    per_answer = max(1, round(teacher_steps / student_steps)) if student_steps else 1
-    left_over = 0 if flags.states.teacher_cache or replay == 1 else (REPLAY_BATCHES - 1) * replay / 2
-    at_least = REPLAY_BATCHES if left_over else 1
-    return per_answer * min(num_steps, max(at_least, math.ceil((num_steps + left_over) / replay)))
 
 
 def changeable_flags(flags: Flags) -> set[str]:

@@ -1,0 +1,95 @@
+"""How often a run measures its student, and on how many held-out states, so that it costs next to nothing unless it is asked for."""
+
+import math
+from dataclasses import dataclass
+
+from wandistiller.run.flags import Flags
+from wandistiller.targets.replay import REPLAY_BATCHES
+
+# Without --eval_every a run measures about so often, and its teacher answers at most so many held-out states, which may be at most
+# this share of all that it answers.
+NUM_MEASUREMENTS = 6
+MOST_ANSWERS = 256
+MOST_SHARE = 0.02
+# Fewer answers, or a single path, tell too little to be worth asking for.
+FEWEST_ANSWERS, FEWEST_PATHS = 16, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """When a student is measured, and the states of the teacher's paths that it then answers.
+
+    Attributes:
+        every: steps between measurements; 0 is none.
+        num_paths: paths of the teacher; 0 where --eval_every asks for a measurement of its own.
+        num_steps: of the teacher on each path.
+        num_levels: noise levels of a path that the student is measured at.
+    """
+
+    every: int = 0
+    num_paths: int = 0
+    num_steps: int = 0
+    num_levels: int = 0
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the run measures by itself."""
+        return self.num_paths > 0
+
+    @property
+    def segment_steps(self) -> int:
+        """Steps of the teacher from one measured noise level of a path to the next."""
+        return self.num_steps // self.num_levels
+
+
+NOTHING = Measuring()
+
+
+def plan_measuring(
+    flags: Flags, teacher_steps: int, num_steps: int, answers_per_call: int, num_prompts: int
+) -> Measuring:
+    """Return how a run measures its student.
+
+    Args:
+        teacher_steps: of the teacher's sampler.
+        num_steps: optimiser steps of the run.
+        answers_per_call: states that this process is answered in one of the global batches.
+        num_prompts: held-out prompts that there are.
+    """
+    if flags.output.eval_every is not None:
+        return Measuring(every=flags.output.eval_every)
+    answers = expected_calls(flags, teacher_steps, num_steps) * answers_per_call
+    budget = min(MOST_ANSWERS, int(MOST_SHARE * answers))
+    if budget < FEWEST_ANSWERS or num_prompts == 0:
+        return NOTHING
+    if student_steps := flags.objective.student_steps:
+        num_levels, path_steps = student_steps, student_steps * steps_of_segment(teacher_steps, student_steps)
+    else:
+        # Every answer on a path is one state, and there are about as many paths as noise levels:
+        num_levels = path_steps = min(teacher_steps, math.isqrt(budget))
+    num_paths = min(math.isqrt(MOST_ANSWERS), budget // path_steps)
+    batch_size = flags.optimization.batch_size
+    if num_paths > batch_size:
+        num_paths -= num_paths % batch_size  # so that all batches are of the size that the run trains with
+    if num_paths < FEWEST_PATHS:
+        return NOTHING
+    every = math.ceil(num_steps / NUM_MEASUREMENTS)
+    return Measuring(every=every, num_paths=num_paths, num_steps=path_steps, num_levels=num_levels)
+
+
+def steps_of_segment(teacher_steps: int, student_steps: int) -> int:
+    """Return how many steps the teacher takes through a segment of a student of few steps."""
+    return max(1, round(teacher_steps / student_steps))
+
+
+def expected_calls(flags: Flags, teacher_steps: int, num_steps: int) -> int:
+    """About how many global batches the teacher answers for so many steps.
+
+    With --replay a full store is left over at the end, whose answers have half of their uses before them on average; a target
+    of --student_steps takes the teacher's steps through one segment.
+    """
+    replay, student_steps = flags.states.replay, flags.objective.student_steps
+    per_answer = steps_of_segment(teacher_steps, student_steps) if student_steps else 1
+    left_over = 0 if flags.states.teacher_cache or replay == 1 else (REPLAY_BATCHES - 1) * replay / 2
+    at_least = REPLAY_BATCHES if left_over else 1
+    return per_answer * min(num_steps, max(at_least, math.ceil((num_steps + left_over) / replay)))
