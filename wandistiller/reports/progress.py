@@ -67,7 +67,7 @@ class Progress:
 
     def _held_out_part(self) -> list[str]:
         """Return the newest held-out error at the teacher's states, which is shown beside the loss; nothing before there is one."""
-        return [f"held-out {self._held_out['teacher_states']:.3g}"] if self._held_out else []
+        return [f"held-out {self._held_out['teacher_states']:.3f}"] if self._held_out else []
 
     def _is_due(self, metrics: StepMetrics) -> bool:
         due = metrics.elapsed_s - self._last_line_s >= self.line_every_s or metrics.step in (1, self.num_steps)

@@ -112,7 +112,9 @@ def memorising_line(lines: Sequence[dict], replay: int) -> str | None:
     rise = rise_of_held_out(lines)
     if rise is None:
         return None
-    advice = f"give a smaller --replay than {replay}, or more prompts" if replay > 1 else "give more prompts or fewer steps"
+    advice = (
+        f"give a smaller --replay than {replay}, or more prompts" if replay > 1 else "give more prompts or fewer steps"
+    )
     return (
         f"Warning: the held-out error rose from {rise.lowest:.3f} at step {rise.lowest_step} to {rise.last:.3f} at step "
         f"{rise.last_step} while the loss fell, so the student learns its answers by heart: {advice}"
