@@ -641,6 +641,7 @@ def test_plain_lines_when_not_a_terminal_and_one_metrics_line_a_step(tmp_path, m
     assert read_metrics(tmp_path)[6] == {
         "step": 7, "loss": 0.5 / 7, "grad_norm": 1.25, "lr": 1e-4, "samples_per_s": 8.0, "elapsed_s": 7.0, "eta_s": 93.0,
         "teacher_calls": 0, "loss_by_sigma": [], "loss_by_expert": None, "feature_loss": None, "velocity_error": None, "memory_bytes": None,
+        "noise_part": None,
     }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Velocity errors at held-out states, which are never trained on: they tell whether a run still learns what counts.
 
 `PathErrors` asks a student at states of the teacher's paths that were answered once, so that it costs a run next to nothing.
-`HeldOutErrors` also follows the student's own paths, and asks the teacher there each time.
+`HeldOutErrors` also follows the student's own paths, and asks the teacher there each time. `HeldOutNoise` compares what the
+noise decides in the pictures that both draw.
 """
 
 import contextlib
@@ -13,9 +14,17 @@ from torch import Tensor, nn
 
 from wandistiller.device import autocast, to_device
 from wandistiller.evaluation.measures import relative_errors
+from wandistiller.evaluation.noise_parts import noise_parts, noise_sums
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import seeded_noise
-from wandistiller.sampling.sampler import SamplingOptions, StudentField, VelocityField, sample, wan_scheduler
+from wandistiller.sampling.sampler import (
+    SamplingOptions,
+    StudentField,
+    VelocityField,
+    sample,
+    sample_in_batches,
+    wan_scheduler,
+)
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 NUM_LEVELS = 10
@@ -240,3 +249,43 @@ class HeldOutErrors:
     def _answer(self, field: VelocityField, latents: Tensor, sigma: Tensor, text: Text) -> Tensor:
         """Ask a field for its velocity (B, C, H, W), computed in the dtype that it is sampled in."""
         return autocast(field.velocity, self.options.device, self.options.compute_dtype)(latents, sigma, *text)
+
+
+# ---- what the noise decides ----
+
+
+class HeldOutNoise:
+    """Measures how much a student's pictures of one prompt follow the teacher's from noise to noise (noise_parts.py).
+
+    The teacher draws once. Noises differ from those of the held-out errors.
+
+    Args:
+        prompt_embeds: the prompts; each is drawn `num_noises` times.
+        batch_size: how many pictures are drawn at a time.
+    """
+
+    def __init__(
+        self,
+        teacher: VelocityField,
+        prompt_embeds: PromptEmbeds,
+        latent_shape: tuple[int, int, int],
+        sampling_options: SamplingOptions,
+        num_noises: int,
+        batch_size: int = BATCH_SIZE,
+    ):
+        self.prompt_embeds, self.options, self.batch_size = prompt_embeds, sampling_options, batch_size
+        self.prompts = [prompt for prompt in range(len(prompt_embeds)) for _ in range(num_noises)]
+        self.noise = seeded_noise(range(2 * SEED, 2 * SEED + len(self.prompts)), latent_shape)
+        self.of_teacher = self._draw(teacher)
+
+    def _draw(self, field: VelocityField) -> Tensor:
+        """Return latents (prompts, noises, C, H, W)."""
+        latents = sample_in_batches(field, self.noise, self.prompt_embeds, self.prompts, self.options, self.batch_size)
+        return latents.unflatten(0, (len(self.prompt_embeds), -1))
+
+    def __call__(self, student: WanLiteStudent) -> dict[str, float | None]:
+        """Return size (norm ratio), cosine and gain of the student's noise part; the student stays as it is."""
+        with evaluation_mode(student):
+            of_student = self._draw(StudentField(student))
+        parts = noise_parts(noise_sums(of_student, self.of_teacher), spread=1.0)  # none of these three has a unit
+        return {name: parts[name] for name in ("norm_ratio", "cosine", "gain")}

@@ -30,6 +30,8 @@ from wandistiller.reports.metrics import (
     held_out_text,
     loss_change,
     loss_change_by_sigma,
+    newest_noise_part,
+    noise_text,
     read_metrics,
     training_seconds,
 )
@@ -201,6 +203,8 @@ def training_text(lines: list[dict]) -> str:
     )
     if errors := held_out_error(lines):
         text += f" At held-out states, which it has not learnt from, at the end: {held_out_text(errors)}."
+    if parts := newest_noise_part(lines):
+        text += f" Of {noise_text(parts)}."
     return text
 
 

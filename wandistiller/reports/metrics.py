@@ -25,6 +25,8 @@ class StepMetrics:
         feature_loss: what the feature loss adds; None for an answer without hidden states.
         velocity_error: the held-out error, which is the relative error of the velocity at states that are never trained on, by
             kind of state; None if this step did not measure it.
+        noise_part: size, cosine and gain of what the noise decides in the student's pictures, as evaluation/noise_parts.py has them;
+            None if this step did not measure it.
         memory_bytes: the most that the first process has held so far: tensors on a GPU, resident memory on the CPU.
     """
 
@@ -41,6 +43,7 @@ class StepMetrics:
     feature_loss: float | None = None
     velocity_error: dict[str, float] | None = None
     memory_bytes: int | None = None
+    noise_part: dict[str, float | None] | None = None
 
 
 def mean_by_sigma(sigmas: Sequence[float], values: Sequence[float]) -> list[float | None]:
@@ -114,6 +117,18 @@ def held_out_text(errors: Mapping[str, float]) -> str:
     return "relative velocity error " + ", ".join(
         f"{value:.3f} at {name.replace('_', ' ')}" for name, value in errors.items()
     )
+
+
+def newest_noise_part(lines: Sequence[dict]) -> dict[str, float | None] | None:
+    """Return the newest size, cosine and gain of what the noise decides, or None if they were not measured."""
+    return next((line["noise_part"] for line in reversed(lines) if line.get("noise_part")), None)
+
+
+def noise_text(parts: Mapping[str, float | None]) -> str:
+    """Return the noise part as it is shown to people."""
+    named = {"size": parts["norm_ratio"], "cosine": parts["cosine"], "gain": parts["gain"]}
+    values = ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in named.items())
+    return f"what the noise decides, 1 follows the teacher: {values}"
 
 
 @dataclass(frozen=True)

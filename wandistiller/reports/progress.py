@@ -11,7 +11,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from wandistiller.files.atomic import write_text
-from wandistiller.reports.metrics import StepMetrics, held_out_error, held_out_text, read_metrics
+from wandistiller.reports.metrics import StepMetrics, held_out_error, held_out_text, noise_text, read_metrics
 
 LINE_EVERY_S = 10.0  # plain lines are at least this far apart, so that a long job's log stays readable
 
@@ -64,6 +64,8 @@ class Progress:
             print(self.line(metrics), file=self.stream, flush=True)
         if metrics.velocity_error:
             tqdm.write(f"step {metrics.step}: {held_out_text(metrics.velocity_error)}", file=self.stream)
+        if metrics.noise_part:
+            tqdm.write(f"step {metrics.step}: {noise_text(metrics.noise_part)}", file=self.stream)
 
     def _held_out_part(self) -> list[str]:
         """Return the newest held-out error at the teacher's states, which is shown beside the loss; nothing before there is one."""

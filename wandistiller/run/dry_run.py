@@ -32,7 +32,7 @@ from wandistiller.evaluation.held_out import NUM_LEVELS
 from wandistiller.files.output_folder import check_writable
 from wandistiller.model.sizes import count_parameters
 from wandistiller.run.flags import STATES, Flags
-from wandistiller.run.measuring import expected_calls
+from wandistiller.run.measuring import NUM_NOISES, expected_calls
 from wandistiller.run.plan import Plan
 from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.wan.text_encoder import count_tokens
@@ -120,7 +120,11 @@ def held_out_work(plan: Plan) -> HeldOutWork:
         )
     paths, steps = len(plan.held_out_texts), plan.settings.num_inference_steps
     num_states = paths * min(steps, NUM_LEVELS)
-    return HeldOutWork(teacher=paths * steps + times * num_states, student=times * (num_states + paths * steps))
+    for_noise = measuring.num_noise_prompts * NUM_NOISES * steps
+    return HeldOutWork(
+        teacher=paths * steps + for_noise + times * num_states,
+        student=times * (num_states + paths * steps + for_noise),
+    )
 
 
 def changeable_flags(flags: Flags) -> set[str]:

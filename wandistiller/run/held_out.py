@@ -7,9 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from wandistiller.evaluation.held_out import BATCH_SIZE, SEED, HeldOutErrors, PathErrors, PathStates, draw_path_states
+from wandistiller.evaluation.held_out import (
+    BATCH_SIZE,
+    SEED,
+    HeldOutErrors,
+    HeldOutNoise,
+    PathErrors,
+    PathStates,
+    draw_path_states,
+)
 from wandistiller.files.safetensors_files import DamagedFileError, read_header, read_tensors, write_tensors
 from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.run.measuring import NUM_NOISES
 from wandistiller.run.run import Run
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.cache import prompts_digest
@@ -31,6 +40,15 @@ def build_measure(run: Run, embeds: Embeds, teacher: Teacher | None) -> Measure 
     options = run.teacher_sampling
     print_drawing(run, len(embeds.held_out), options.num_inference_steps)
     return HeldOutErrors(teacher, embeds.held_out, run.latent_shape, options, batch_size=batch_size(run))
+
+
+def build_noise_measure(run: Run, embeds: Embeds, teacher: Teacher | None) -> HeldOutNoise | None:
+    """Build what measures the noise part beside --eval_every; it draws with the teacher once."""
+    prompts = embeds.held_out.first(run.measuring.num_noise_prompts)
+    if teacher is None or not prompts:
+        return None
+    print(f"Held-out pictures: the teacher draws {len(prompts)} prompts with {NUM_NOISES} noises each", flush=True)
+    return HeldOutNoise(teacher, prompts, run.latent_shape, run.teacher_sampling, NUM_NOISES, batch_size(run))
 
 
 def batch_size(run: Run) -> int:

@@ -11,6 +11,11 @@ from wandistiller.targets.replay import REPLAY_BATCHES
 NUM_MEASUREMENTS = 6
 MOST_ANSWERS = 256
 MOST_SHARE = 0.02
+# With --eval_every the noise part is measured too, over so many noises of up to so many prompts, where sampling the teacher for it
+# takes at most this share of all that it answers. Fewer prompts tell too little of it.
+NUM_NOISES = 4
+MOST_NOISE_PROMPTS, FEWEST_NOISE_PROMPTS = 8, 4
+MOST_NOISE_SHARE = 0.05
 # Fewer answers, or a single path, tell too little to be worth asking for.
 FEWEST_ANSWERS, FEWEST_PATHS = 16, 2
 
@@ -24,12 +29,14 @@ class Measuring:
         num_paths: paths of the teacher; 0 where --eval_every asks for a measurement of its own.
         num_steps: of the teacher on each path.
         num_levels: noise levels of a path that the student is measured at.
+        num_noise_prompts: prompts that the noise part is measured on, with NUM_NOISES of each.
     """
 
     every: int = 0
     num_paths: int = 0
     num_steps: int = 0
     num_levels: int = 0
+    num_noise_prompts: int = 0
 
     @property
     def is_default(self) -> bool:
@@ -56,9 +63,14 @@ def plan_measuring(
         answers_per_call: states that this process is answered in one of the global batches.
         num_prompts: held-out prompts that there are.
     """
-    if flags.output.eval_every is not None:
-        return Measuring(every=flags.output.eval_every)
     answers = expected_calls(flags, teacher_steps, num_steps) * answers_per_call
+    if flags.output.eval_every is not None:
+        affordable = int(MOST_NOISE_SHARE * answers) // (NUM_NOISES * teacher_steps)
+        noise_prompts = min(MOST_NOISE_PROMPTS, num_prompts, affordable)
+        return Measuring(
+            every=flags.output.eval_every,
+            num_noise_prompts=noise_prompts if noise_prompts >= FEWEST_NOISE_PROMPTS else 0,
+        )
     budget = min(MOST_ANSWERS, int(MOST_SHARE * answers))
     if budget < FEWEST_ANSWERS or num_prompts == 0:
         return NOTHING

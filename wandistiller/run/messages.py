@@ -20,6 +20,8 @@ from wandistiller.reports.metrics import (
     held_out_text,
     loss_change,
     loss_change_by_sigma,
+    newest_noise_part,
+    noise_text,
     read_metrics,
     rise_of_held_out,
     training_seconds,
@@ -139,7 +141,7 @@ def typed_command(script: str, argv: Sequence[str]) -> str:
 def summary_lines(folder: Path, calls: str) -> list[str]:
     """Return what the folder's records say of the run; `calls` is what the teacher was asked."""
     config, steps = StudentConfig.load(folder), read_metrics(folder / METRICS_NAME)
-    record, errors = config.distillation, held_out_error(steps)
+    record, errors, parts = config.distillation, held_out_error(steps), newest_noise_part(steps)
     loss = "{:.4g} over the first tenth of the steps, {:.4g} over the last".format(*loss_change(steps))
     before = {
         "teacher": f"{record['teacher_path']}; {calls}",
@@ -149,6 +151,7 @@ def summary_lines(folder: Path, calls: str) -> list[str]:
     }
     after = {
         "held out": held_out_text(errors) if errors else "",
+        "": noise_text(parts) if parts else "",
         "files": f"{folder}: {', '.join(name for name in SHOWN_FILES if (folder / name).exists())}",
     }
     rows = [[_row(name, text) for name, text in part.items() if text] for part in (before, after)]

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from wandistiller.evaluation.held_out import PathErrors
+from wandistiller.evaluation.held_out import HeldOutNoise, PathErrors
 from wandistiller.files.output_folder import (
     LOSS_PLOT_NAME,
     METRICS_NAME,
@@ -19,7 +19,7 @@ from wandistiller.reports.plots import LossPlot
 from wandistiller.reports.progress import Progress
 from wandistiller.reports.samples import SampleOptions, Samples
 from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Tracker, Trackers, started
-from wandistiller.run.held_out import Measure, build_measure, keep_states
+from wandistiller.run.held_out import Measure, build_measure, build_noise_measure, keep_states
 from wandistiller.run.run import Run
 from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.teacher import Teacher
@@ -36,6 +36,7 @@ class RunObserver(Observer):
         progress: shows every step and writes it down; None in a process that another one prints for.
         trackers: told of every step and picture.
         held_out: measures the student; None where nothing is measured.
+        noise: measures what the noise decides in its pictures; None where that is not measured.
         samples: draws with the student; None where nothing is drawn.
     """
 
@@ -44,9 +45,11 @@ class RunObserver(Observer):
         progress: Progress | None,
         trackers: Trackers,
         held_out: Measure | None,
+        noise: HeldOutNoise | None,
         samples: Samples | None,
     ):
         self.progress, self.trackers, self.held_out, self.samples = progress, trackers, held_out, samples
+        self.noise = noise
         self.has_begun = False
 
     def shown(self) -> contextlib.AbstractContextManager:
@@ -63,6 +66,9 @@ class RunObserver(Observer):
 
     def evaluate(self, student: WanLiteStudent) -> dict[str, float] | None:
         return None if self.held_out is None else self.held_out(student)
+
+    def compare_noise(self, student: WanLiteStudent) -> dict[str, float | None] | None:
+        return None if self.noise is None else self.noise(student)
 
     def draw(self, student: WanLiteStudent, step: int) -> None:
         if self.samples is not None:
@@ -85,7 +91,7 @@ def watch(run: Run, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObse
 
     A run that starts anew moves an earlier student of its folder aside first.
     """
-    held_out = build_measure(run, embeds, teacher)
+    held_out, noise = build_measure(run, embeds, teacher), build_noise_measure(run, embeds, teacher)
     if held_out is not None:
         logger.info("held-out states of the teacher drawn, or found")
     if run.resume_from is None:
@@ -99,7 +105,7 @@ def watch(run: Run, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObse
     with build_trackers(run) if is_first else Trackers() as trackers:
         samples = build_samples(run, embeds, teacher, trackers)
         logger.info("TensorBoard and sample pictures set up")
-        yield RunObserver(progress, trackers, held_out, samples)
+        yield RunObserver(progress, trackers, held_out, noise, samples)
 
 
 def build_trackers(run: Run) -> Trackers:
