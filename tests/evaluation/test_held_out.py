@@ -15,7 +15,7 @@ import torch
 
 from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.evaluation.held_out import HeldOutErrors, PathErrors, PathStates, draw_path_states
+from wandistiller.evaluation.held_out import HeldOutErrors, HeldOutNoise, PathErrors, PathStates, draw_path_states
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, sample, wan_scheduler
@@ -194,6 +194,37 @@ def test_only_noise_levels_of_a_range_are_kept():
     assert torch.equal(kept.latents, states.latents[inside]) and torch.equal(kept.velocity, states.velocity[inside])
 
 
+# ---- what the noise decides ----
+
+
+def noise_of(teacher: Teacher, **changes) -> HeldOutNoise:
+    return HeldOutNoise(teacher, EMBEDS, SHAPE, OPTIONS, **{"num_noises": 3} | changes)
+
+
+def test_a_student_that_equals_the_teacher_follows_every_noise():
+    teacher = mock_teacher()
+    assert noise_of(teacher)(student_like(teacher)) == pytest.approx(
+        {"norm_ratio": 1, "cosine": 1, "gain": 1}, rel=1e-4
+    )
+
+
+def test_the_noise_part_is_what_is_left_of_each_picture_without_the_mean_of_its_prompt():
+    teacher, student = mock_teacher(), other_student()
+    found = noise_of(teacher, batch_size=2)(student)
+    parts = {}
+    for name, model in (("teacher", teacher), ("student", Teacher({"high": student}, teacher.settings))):
+        noise, rest = noise_of(teacher).noise, []
+        for prompt in range(3):
+            text = EMBEDS.batch([prompt] * 3)
+            drawn = sample(model, noise[3 * prompt : 3 * prompt + 3], *text, OPTIONS).double()
+            rest.append(drawn - drawn.mean(dim=0))
+        parts[name] = torch.cat(rest).flatten()
+    gain = float(parts["student"] @ parts["teacher"] / parts["teacher"].square().sum())
+    ratio = float(parts["student"].norm() / parts["teacher"].norm())
+    assert found == pytest.approx({"norm_ratio": ratio, "cosine": gain / ratio, "gain": gain}, rel=1e-4)
+    assert abs(found["gain"] - 1) > 0.01
+
+
 # ---- the same every time ----
 
 
@@ -222,7 +253,9 @@ def test_errors_of_prompts_of_their_own_are_not_those_of_others():
 # ---- what it leaves alone ----
 
 
-@pytest.mark.parametrize("measure", [make_errors, lambda teacher: partial(path_errors, teacher)], ids=["both", "once"])
+@pytest.mark.parametrize(
+    "measure", [make_errors, lambda teacher: partial(path_errors, teacher), noise_of], ids=["both", "once", "noise"]
+)
 def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were(measure):
     teacher, student = mock_teacher(), other_student().train()
     student.blocks[0].eval()  # a part that is kept out of training stays out of it

@@ -16,7 +16,7 @@ import train_distillation
 from support.runs import PRUNED_CONFIG, read_metrics, weights_of
 from wandistiller.evaluation.held_out import PathErrors
 from wandistiller.reports.metrics import Rise, rise_of_held_out
-from wandistiller.run import held_out
+from wandistiller.run import held_out, measuring
 from wandistiller.run.measuring import MOST_ANSWERS, expected_calls, plan_measuring
 from wandistiller.sampling.sampler import StudentField
 from wandistiller.sampling.teacher import Teacher
@@ -84,6 +84,18 @@ def test_eval_every_has_the_last_word():
     assert plan_measuring(flags_of(), 50, 10_000, 4, 0).every == 0, "there are no prompts"
 
 
+def test_the_noise_part_is_measured_where_eval_every_is_given_and_the_run_can_afford_it():
+    flags = flags_of("--eval_every", 10, "--batch_size", 64)
+    found = []
+    for num_steps in (10, 200, 300, 500, 1000, 10_000):
+        count = plan_measuring(flags, 50, num_steps, 64, 16).num_noise_prompts
+        found.append(count)
+        assert count * measuring.NUM_NOISES * 50 <= 0.05 * 64 * num_steps
+    assert found == [0, 0, 4, 8, 8, 8]
+    assert plan_measuring(flags, 50, 10_000, 64, 3).num_noise_prompts == 0, "three prompts tell too little"
+    assert plan_measuring(flags_of(), 50, 10_000, 64, 16).num_noise_prompts == 0
+
+
 def test_the_dry_run_counts_what_is_then_asked(train, teachers, tmp_path, monkeypatch):
     asked = {"teacher": 0, "student": 0}
     for name, kind in (("teacher", Teacher), ("student", StudentField)):
@@ -94,7 +106,9 @@ def test_the_dry_run_counts_what_is_then_asked(train, teachers, tmp_path, monkey
             return plain(self, latents, *rest)
 
         monkeypatch.setattr(kind, "velocity", counted)
-    for flags in ([], ["--eval_every", 40]):
+    for flags in ([], ["--eval_every", 40], ["--eval_every", 60, "--verbose"]):
+        if "--verbose" in flags:
+            monkeypatch.setattr(measuring, "MOST_NOISE_SHARE", 1.0)
         asked.update(teacher=0, student=0)
         folder = tmp_path / f"out {len(flags)}"
         assert train(teachers.one, PRUNED_CONFIG, *LONG, *flags, output_dir=folder).code == 0
@@ -134,6 +148,27 @@ def test_weights_losses_and_checkpoints_are_those_of_a_run_without_it(train, tea
     assert_same(checkpoint_tensors(measured), checkpoint_tensors(plain))
     assert [line["loss"] for line in read_metrics(measured)] == [line["loss"] for line in read_metrics(plain)]
     assert "relative velocity error" in outcome.out and not list((plain / "checkpoints").glob("held_out*"))
+
+
+def test_what_the_noise_decides_is_measured_shown_and_leaves_training_as_it_was(train, teachers, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(measuring, "MOST_NOISE_SHARE", 1.0)  # of 960 answers, where 800 are needed
+    folder, plain = tmp_path / "measured", tmp_path / "plain"
+    outcome = train(teachers.one, PRUNED_CONFIG, *LONG, "--eval_every", 30, "--save_every", 60, output_dir=folder)
+    assert outcome.code == 0, outcome.err
+    assert train(teachers.one, PRUNED_CONFIG, *LONG, "--eval_every", 0, "--save_every", 60, output_dir=plain).code == 0
+    parts = {line["step"]: line["noise_part"] for line in read_metrics(folder) if line["noise_part"]}
+    assert list(parts) == [30, 60] and set(parts[60]) == {"norm_ratio", "cosine", "gain"}
+    assert all(part["gain"] == pytest.approx(part["norm_ratio"] * part["cosine"]) for part in parts.values())
+    assert parts[60] != parts[30] and 0 < parts[60]["gain"] < 1
+    shown = f"size {parts[60]['norm_ratio']:.2f}, cosine {parts[60]['cosine']:.2f}, gain {parts[60]['gain']:.2f}"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert all(shown in text for text in (outcome.out, outcome.err, card))
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("noise_part/gain")] == [30, 60]
+    assert_same(checkpoint_tensors(folder), checkpoint_tensors(plain))
 
 
 def test_a_run_that_resumes_measures_at_the_same_states_and_asks_nobody_again(train, teachers, tmp_path, monkeypatch):
