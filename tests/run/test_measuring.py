@@ -148,6 +148,8 @@ def test_weights_losses_and_checkpoints_are_those_of_a_run_without_it(train, tea
     assert_same(checkpoint_tensors(measured), checkpoint_tensors(plain))
     assert [line["loss"] for line in read_metrics(measured)] == [line["loss"] for line in read_metrics(plain)]
     assert "relative velocity error" in outcome.out and not list((plain / "checkpoints").glob("held_out*"))
+    (file,) = (measured / "checkpoints").glob("held_out*")
+    assert load_file(file)["sigma"].min() > (0.6 if "--sigma_range" in recipe else 0.1)
 
 
 def test_what_the_noise_decides_is_measured_shown_and_leaves_training_as_it_was(train, teachers, tmp_path, monkeypatch):
