@@ -182,8 +182,9 @@ def test_experts_take_turns_once_however_few_paths_are_asked_at_a_time():
     )
     expert = project_experts(wan_files, 512)["high"]
     teacher = Teacher({"high": expert, "low": copy.deepcopy(expert)}, settings)
-    draw_path_states(teacher, EMBEDS, SHAPE, OPTIONS, 6, batch_size=1)
-    assert teacher.num_swaps == 1
+    counted = Counted(teacher)
+    draw_path_states(counted, EMBEDS, SHAPE, OPTIONS, 6, batch_size=2)
+    assert teacher.num_swaps == 1 and counted.sizes == [2] * 3 * 8
 
 
 def test_only_noise_levels_of_a_range_are_kept():
