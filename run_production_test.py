@@ -116,7 +116,7 @@ def show_budget(
 ) -> None:
     """Print what --dry_run of the trainer prints, with its default flags; flags can be changed, so that nothing fails here."""
     from wandistiller.device import pick_device, pick_dtype
-    from wandistiller.files.prompts import Texts
+    from wandistiller.files.prompts import NUM_HELD_OUT, Texts
     from wandistiller.processes import Processes
     from wandistiller.run.dry_run import print_budget_tables
     from wandistiller.run.flags import parse_args as parse_training_flags
@@ -139,7 +139,7 @@ def show_budget(
     plan = Plan(
         flags=training,
         config=config,
-        texts=Texts(prompts, [], []),
+        texts=Texts(prompts, [], prompts[:NUM_HELD_OUT]),
         wan_files=wan_files,
         settings=settings,
         processes=processes,

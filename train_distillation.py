@@ -34,7 +34,7 @@ def distil(flags: Flags, command: list[str]) -> int:
     # What a person typed is checked before torch loads:
     config = StudentConfig.load(flags.student.student_config)
     texts = read_texts(
-        flags.data.data_path, flags.states.extra_prompts, flags.output.eval_prompts, flags.output.eval_every > 0
+        flags.data.data_path, flags.states.extra_prompts, flags.output.eval_prompts, flags.output.eval_every != 0
     )
     check_output_folder(flags.output.output_dir)
 

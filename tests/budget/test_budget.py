@@ -42,8 +42,9 @@ from wandistiller.device import DTYPES
 from wandistiller.model.layers import rope_table
 from wandistiller.model.sizes import count_parameters, transformer_flops, weight_bytes
 from wandistiller.projection.project import project_teacher
-from wandistiller.run.dry_run import calls_of, changeable_flags
+from wandistiller.run.dry_run import changeable_flags
 from wandistiller.run.flags import STATES
+from wandistiller.run.measuring import expected_calls
 from wandistiller.targets.answers import Answer
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.replay import ReplayedAnswers
@@ -123,7 +124,7 @@ def test_calls_of_a_replayed_teacher(replay, num_steps):
     for _ in range(num_steps):
         answers.next()
     flags = train_distillation.parse_args(["--teacher_path", "y", "--replay", str(replay)])
-    assert calls_of(flags, 50, num_steps) == source.num_calls
+    assert expected_calls(flags, 50, num_steps) == source.num_calls
 
 
 def test_bytes_of_a_checkpoint_on_disk(train, teachers, tmp_path):

@@ -96,7 +96,7 @@ FLAGS = [
     ("save_every", ["100"], 500),
     ("keep_checkpoints", ["5"], 2),
     ("overwrite", [], False),
-    ("eval_every", ["100"], 0),
+    ("eval_every", ["100"], None),
     ("eval_prompts", ["x"], "data/demo_heldout_prompts.txt"),
     ("num_samples", ["3"], 8),
     ("dry_run", [], False),

@@ -7,6 +7,7 @@ pytest tests/evaluation/test_held_out.py
 
 import copy
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -14,10 +15,10 @@ import torch
 
 from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.evaluation.held_out import HeldOutErrors
+from wandistiller.evaluation.held_out import HeldOutErrors, HeldOutNoise, PathErrors, PathStates, draw_path_states
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import seeded_noise
-from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
+from wandistiller.sampling.sampler import SamplingOptions, sample, wan_scheduler
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
@@ -132,6 +133,99 @@ def test_the_measured_steps_are_spread_evenly_with_both_ends_as_far_as_there_are
     assert all(latents.shape == velocity.shape == (3, *SHAPE) for latents, _, velocity in states)
 
 
+# ---- states that are answered once ----
+
+
+def path_errors(teacher: Teacher, student: WanLiteStudent, num_paths: int = 3, **draw) -> float:
+    states = draw_path_states(teacher, EMBEDS, SHAPE, OPTIONS, num_paths, **draw)
+    return PathErrors(states, EMBEDS, OPTIONS, draw.get("batch_size", 16))(student)["teacher_states"]
+
+
+def test_every_state_of_the_teachers_paths_is_measured_as_the_longer_measurement_does():
+    teacher, student = mock_teacher(), other_student()
+    expected = HeldOutErrors(teacher, EMBEDS, SHAPE, OPTIONS, num_levels=8)(student)["teacher_states"]
+    assert path_errors(teacher, student) == pytest.approx(expected, rel=1e-5) and expected > 0.1
+    assert path_errors(teacher, student, batch_size=2) == pytest.approx(expected, rel=1e-5)
+    assert path_errors(teacher, student_like(teacher)) < 1e-6
+    assert path_errors(teacher, student_like(teacher, 0.5)) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_more_paths_than_prompts_have_noises_of_their_own():
+    states = draw_path_states(mock_teacher(), EMBEDS, SHAPE, OPTIONS, 5)
+    few = draw_path_states(mock_teacher(), EMBEDS, SHAPE, OPTIONS, 3)
+    torch.testing.assert_close(states.latents[:, :3], few.latents)
+    assert not any(torch.equal(states.latents[0, path], states.latents[0, path % 3]) for path in (3, 4))
+    alone = draw_path_states(mock_teacher(), EMBEDS.part(0, 2), SHAPE, OPTIONS, 5)  # path 4 is of prompt 0 there
+    torch.testing.assert_close(alone.latents[0], states.latents[0])
+    assert not torch.allclose(alone.velocity[:, 4], states.velocity[:, 4])
+
+
+def test_a_student_of_few_steps_should_go_from_one_end_of_a_segment_to_the_next_in_one_step():
+    teacher = mock_teacher()
+    segments = draw_path_states(teacher, EMBEDS, SHAPE, OPTIONS, 3, segment_steps=2)
+    every = draw_path_states(teacher, EMBEDS, SHAPE, OPTIONS, 3)
+    noise = seeded_noise(range(2**31, 2**31 + 3), SHAPE)
+    end = sample(teacher, noise, *EMBEDS.batch(range(3)), OPTIONS)
+    torch.testing.assert_close(segments.latents, every.latents[::2])
+    sigmas = [*wan_scheduler(3.0, 4, "euler").sigmas.tolist()]  # what the student draws at
+    assert segments.sigma.tolist() == pytest.approx(sigmas[:-1])
+    starts = [*segments.latents, end]
+    for level, (sigma, following) in enumerate(pairwise(sigmas)):
+        step = starts[level] + (following - sigma) * segments.velocity[level]
+        torch.testing.assert_close(step, starts[level + 1], atol=1e-5, rtol=1e-4)
+
+
+def test_experts_take_turns_once_however_few_paths_are_asked_at_a_time():
+    wan_files = open_teacher("mock", StudentConfig.from_dict(IDENTITY_CONFIG))
+    settings = replace(
+        resolve_settings(wan_files, guidance_scale=1.0, shift=3.0), guidance_scale_2=1.0, boundary_ratio=0.9
+    )
+    expert = project_experts(wan_files, 512)["high"]
+    teacher = Teacher({"high": expert, "low": copy.deepcopy(expert)}, settings)
+    counted = Counted(teacher)
+    draw_path_states(counted, EMBEDS, SHAPE, OPTIONS, 6, batch_size=2)
+    assert teacher.num_swaps == 1 and counted.sizes == [2] * 3 * 8
+
+
+def test_only_noise_levels_of_a_range_are_kept():
+    states = draw_path_states(mock_teacher(), EMBEDS, SHAPE, OPTIONS, 3)
+    kept = states.within(0.5, 0.95)
+    inside = [level for level, sigma in enumerate(states.sigma.tolist()) if 0.5 <= sigma <= 0.95]
+    assert 0 < len(inside) < 8 and isinstance(kept, PathStates)
+    assert torch.equal(kept.latents, states.latents[inside]) and torch.equal(kept.velocity, states.velocity[inside])
+
+
+# ---- what the noise decides ----
+
+
+def noise_of(teacher: Teacher, **changes) -> HeldOutNoise:
+    return HeldOutNoise(teacher, EMBEDS, SHAPE, OPTIONS, **{"num_noises": 3} | changes)
+
+
+def test_a_student_that_equals_the_teacher_follows_every_noise():
+    teacher = mock_teacher()
+    assert noise_of(teacher)(student_like(teacher)) == pytest.approx(
+        {"norm_ratio": 1, "cosine": 1, "gain": 1}, rel=1e-4
+    )
+
+
+def test_the_noise_part_is_what_is_left_of_each_picture_without_the_mean_of_its_prompt():
+    teacher, student = mock_teacher(), other_student()
+    found = noise_of(teacher, batch_size=2)(student)
+    parts = {}
+    for name, model in (("teacher", teacher), ("student", Teacher({"high": student}, teacher.settings))):
+        noise, rest = noise_of(teacher).noise, []
+        for prompt in range(3):
+            text = EMBEDS.batch([prompt] * 3)
+            drawn = sample(model, noise[3 * prompt : 3 * prompt + 3], *text, OPTIONS).double()
+            rest.append(drawn - drawn.mean(dim=0))
+        parts[name] = torch.cat(rest).flatten()
+    gain = float(parts["student"] @ parts["teacher"] / parts["teacher"].square().sum())
+    ratio = float(parts["student"].norm() / parts["teacher"].norm())
+    assert found == pytest.approx({"norm_ratio": ratio, "cosine": gain / ratio, "gain": gain}, rel=1e-4)
+    assert abs(found["gain"] - 1) > 0.01
+
+
 # ---- the same every time ----
 
 
@@ -160,7 +254,10 @@ def test_errors_of_prompts_of_their_own_are_not_those_of_others():
 # ---- what it leaves alone ----
 
 
-def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were():
+@pytest.mark.parametrize(
+    "measure", [make_errors, lambda teacher: partial(path_errors, teacher), noise_of], ids=["both", "once", "noise"]
+)
+def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were(measure):
     teacher, student = mock_teacher(), other_student().train()
     student.blocks[0].eval()  # a part that is kept out of training stays out of it
     modes = [module.training for module in student.modules()]
@@ -171,7 +268,7 @@ def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were():
 
     inside = []
     student.register_forward_hook(lambda module, *_: inside.append(any(part.training for part in module.modules())))
-    make_errors(teacher)(student)
+    measure(teacher)(student)
 
     assert inside and not any(inside), "measured in training mode"
     assert [module.training for module in student.modules()] == modes

@@ -158,7 +158,9 @@ def test_a_run_writes_its_card_and_measuring_the_student_adds_the_table(train, t
     command = shlex.split(card.text.split("````")[1])
     assert command[:4] == ["python", "train_distillation.py", "--teacher_path", str(teachers.one)]
     assert command[-2:] == ["--eval_every", "2"]
-    assert "## Evaluation" not in card.text and "held-out prompts at the end" in card.text
+    assert (
+        "## Evaluation" not in card.text and "relative velocity error" in card.text and "held-out states" in card.text
+    )
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n", encoding="utf-8")

@@ -215,6 +215,20 @@ def test_the_plot_shows_every_noise_level_and_the_held_out_error(tmp_path):
     assert len(plots.loss_figure(lines_of(1)).axes) == 1
 
 
+def test_the_plot_shows_a_held_out_error_that_was_measured_at_the_teachers_states_alone(tmp_path):
+    lines = lines_of(4)
+    lines[1]["velocity_error"] = {"teacher_states": 0.5}
+    lines[2]["velocity_error"] = {"teacher_states": 0.4, "student_states": 0.6}  # --eval_every came with a resume
+    _, held_out = plots.loss_figure(lines).axes
+    shown = {line.get_label(): line.get_xdata() for line in held_out.get_lines()}
+    assert {name: list(steps) for name, steps in shown.items()} == {
+        "at teacher states": [2, 3],
+        "at student states": [3],
+    }
+    (line,) = plots.loss_figure(lines[:2]).axes[1].get_lines()
+    assert line.get_label() == "at teacher states"
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_run_without_any_error_is_plotted_too(tmp_path):
     lines = [line | {"loss": 0.0, "loss_by_sigma": [0.0] * 10} for line in lines_of(3)]

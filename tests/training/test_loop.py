@@ -657,6 +657,7 @@ def test_plain_lines_when_not_a_terminal_and_one_metrics_line_a_step(tmp_path, m
     assert read_metrics(tmp_path)[6] == {
         "step": 7, "loss": 0.5 / 7, "grad_norm": 1.25, "lr": 1e-4, "samples_per_s": 8.0, "elapsed_s": 7.0, "eta_s": 93.0,
         "teacher_calls": 0, "loss_by_sigma": [], "loss_by_expert": None, "feature_loss": None, "velocity_error": None, "memory_bytes": None,
+        "noise_part": None,
     }  # fmt: skip
 
 
@@ -680,6 +681,23 @@ def test_a_measurement_is_shown_when_it_is_made(tmp_path, monkeypatch, is_termin
     line = "step 2: relative velocity error 0.123 at teacher states, 0.250 at student states"
     assert screen.getvalue().count("relative velocity error") == 1 and line in screen.getvalue()
     assert [metrics["velocity_error"] for metrics in read_metrics(tmp_path)] == [None, errors, None]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_newest_held_out_error_stands_beside_the_loss_also_after_a_stop(tmp_path, monkeypatch, is_terminal):
+    monkeypatch.setattr("sys.stderr", screen := Screen(is_terminal))
+    measured = {2: {"teacher_states": 0.4321}, 3: {"teacher_states": 0.1234}}
+    with Progress(9, tmp_path / "metrics.jsonl", line_every_s=0.0) as progress:
+        for step in (1, 2, 3, 4):
+            progress.step(replace(metrics_at(step, float(step)), velocity_error=measured.get(step)))
+    shown = screen.getvalue()
+    assert shown.index("loss 0.5") < shown.index("held-out 0.432") < shown.index("held-out 0.123")
+    beside = ", held-out 0.123, " if is_terminal else "| loss 0.125 | held-out 0.123 | grad"
+    assert beside in shown
+    monkeypatch.setattr("sys.stderr", screen := Screen(is_terminal))
+    with Progress(9, tmp_path / "metrics.jsonl", first_step=2) as progress:
+        progress.step(metrics_at(3, 1.0))
+    assert "held-out 0.432" in screen.getvalue() and "0.123" not in screen.getvalue()
 
 
 def test_metrics_survive_a_loop_that_fails(tmp_path):

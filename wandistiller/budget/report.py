@@ -11,6 +11,7 @@ from wandistiller.budget.workload import (
     Workload,
     certain_bytes,
     disk_budget,
+    held_out_flops,
     memory_budget,
     peak_bytes,
     phase_bytes,
@@ -294,14 +295,23 @@ def parameter_lines(workload: Workload) -> list[str]:
 def compute_lines(workload: Workload) -> list[str]:
     """Return lines with the FLOPs of a step, and how many steps and calls the job takes."""
     flops = step_flops(workload)
-    calls = workload.calls_per_step * workload.num_steps
+    held_out, per_call = workload.held_out, workload.batch_size * workload.grad_accum_steps
+    calls = workload.calls_per_step * workload.num_steps + held_out.teacher / per_call
     extra = f" + {si(flops.recompute)} recomputed" if flops.recompute else ""
     extra += f" + {si(flops.orthogonalization)} orthogonalising" if flops.orthogonalization else ""
     return [
         f"  a step: teacher {si(flops.teacher)}, student {si(flops.student_forward)} forward + "
         f"{si(flops.student_backward)} backward{extra} = {si(flops.total)}FLOP a GPU",
         f"  the job: {workload.num_steps:,} steps of {workload.global_batch_size:,} prompts, about {calls:,.0f} teacher calls of as many, "
-        f"{si(flops.total * workload.num_steps)}FLOP a GPU",
+        f"{si(flops.total * workload.num_steps + held_out_flops(workload))}FLOP a GPU",
+        *(
+            [
+                f"  of these for the held-out error: {held_out.teacher / per_call:,.1f} calls, {si(held_out_flops(workload))}FLOP "
+                f"a GPU; the student answers {held_out.student:,} states"
+            ]
+            if held_out.student
+            else []
+        ),
     ]
 
 

@@ -40,6 +40,23 @@ PHASES = ("encoding", "answering", "learning")
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOutWork:
+    """What measuring the student at held-out states takes of one process over a whole run.
+
+    Attributes:
+        teacher, student: states that either is asked at.
+        num_kept: states that are kept on disk.
+    """
+
+    teacher: int = 0
+    student: int = 0
+    num_kept: int = 0
+
+
+NO_HELD_OUT_WORK = HeldOutWork()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """A run by its shapes and by what decides where bytes go.
 
@@ -60,6 +77,7 @@ class Workload:
         negative_text_tokens: length of the negative prompt.
         keep_checkpoints: 0 where none is written.
         teacher_cache_batches: answers kept on disk; 0 without a cache.
+        held_out: what measuring the student takes over the whole run.
     """
 
     teacher: StudentConfig
@@ -91,6 +109,7 @@ class Workload:
     text_encoder_parameters: int = UMT5_XXL_PARAMETERS
     keep_checkpoints: int = 2
     teacher_cache_batches: int = 0
+    held_out: HeldOutWork = NO_HELD_OUT_WORK
     is_gpu: bool = True
 
     @property
@@ -356,6 +375,11 @@ def disk_budget(workload: Workload) -> list[Component]:
         Component(
             "teacher cache", answers, f"{workload.teacher_cache_batches:,} batches: latents and velocities, fp16"
         ),
+        Component(
+            "held-out states",
+            2 * workload.held_out.num_kept * workload.latent_bytes,
+            f"{workload.held_out.num_kept}, that a resumed run measures at: latents and velocities, fp32",
+        ),
     ]
     return [part for part in parts if part.num_bytes]
 
@@ -382,13 +406,7 @@ class StepFlops:
 def step_flops(workload: Workload) -> StepFlops:
     """Count the FLOPs of a step: guidance is two forward passes of the teacher, a cached or replayed answer costs none."""
     passes = workload.grad_accum_steps
-    asked = workload.teacher, num_image_tokens(workload.teacher, workload.latent_size), workload.text_tokens
-    teacher = (
-        guided_flops(*asked, workload.negative_text_tokens + 1) if workload.uses_guidance else transformer_flops(*asked)
-    )
-    student = transformer_flops(
-        workload.student, num_image_tokens(workload.student, workload.latent_size), workload.text_tokens
-    )
+    teacher, student = _flops_of_an_answer(workload)
     forward = passes * workload.batch_size * student
     return StepFlops(
         teacher=passes * workload.calls_per_step * workload.batch_size * teacher,
@@ -397,6 +415,24 @@ def step_flops(workload: Workload) -> StepFlops:
         recompute=forward if workload.gradient_checkpointing else 0,
         orthogonalization=_orthogonalization_flops(workload.student) if workload.optimizer == "muon" else 0,
     )
+
+
+def held_out_flops(workload: Workload) -> float:
+    """Count the FLOPs that measuring the student takes of one GPU over the whole run."""
+    teacher, student = _flops_of_an_answer(workload)
+    return workload.held_out.teacher * teacher + workload.held_out.student * student
+
+
+def _flops_of_an_answer(workload: Workload) -> tuple[float, float]:
+    """Return the FLOPs of the teacher's answer to one prompt, which guidance makes two forward passes, and of the student's."""
+    asked = workload.teacher, num_image_tokens(workload.teacher, workload.latent_size), workload.text_tokens
+    teacher = (
+        guided_flops(*asked, workload.negative_text_tokens + 1) if workload.uses_guidance else transformer_flops(*asked)
+    )
+    student = transformer_flops(
+        workload.student, num_image_tokens(workload.student, workload.latent_size), workload.text_tokens
+    )
+    return teacher, student
 
 
 def _orthogonalization_flops(config: StudentConfig) -> int:

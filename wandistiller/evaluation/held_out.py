@@ -1,16 +1,30 @@
-"""Velocity errors on prompts and noises that are never trained on: they tell whether a run still learns what counts."""
+"""Velocity errors at held-out states, which are never trained on: they tell whether a run still learns what counts.
+
+`PathErrors` asks a student at states of the teacher's paths that were answered once, so that it costs a run next to nothing.
+`HeldOutErrors` also follows the student's own paths, and asks the teacher there each time. `HeldOutNoise` compares what the
+noise decides in the pictures that both draw.
+"""
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from wandistiller.device import autocast
+from wandistiller.device import autocast, to_device
 from wandistiller.evaluation.measures import relative_errors
+from wandistiller.evaluation.noise_parts import noise_parts, noise_sums
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import seeded_noise
-from wandistiller.sampling.sampler import SamplingOptions, StudentField, VelocityField, sample
+from wandistiller.sampling.sampler import (
+    SamplingOptions,
+    StudentField,
+    VelocityField,
+    sample,
+    sample_in_batches,
+    wan_scheduler,
+)
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 NUM_LEVELS = 10
@@ -45,6 +59,133 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in modes:
             module.training = was_training
+
+
+# ---- states that are answered once ----
+
+
+@dataclass(frozen=True)
+class PathStates:
+    """States on the teacher's paths and what a student should answer there, in host memory: S noise levels of P paths.
+
+    Attributes:
+        latents, velocity: (S, P, C, H, W).
+        sigma: (S,) float64.
+    """
+
+    latents: Tensor
+    sigma: Tensor
+    velocity: Tensor
+
+    @property
+    def num_paths(self) -> int:
+        return self.latents.shape[1]
+
+    def within(self, low: float, high: float) -> "PathStates":
+        """Return the noise levels from `low` to `high`."""
+        kept = (self.sigma >= low) & (self.sigma <= high)
+        return PathStates(self.latents[kept], self.sigma[kept], self.velocity[kept])
+
+
+class _Walk:
+    """A velocity field that keeps the states it is asked at and its answers, in host memory.
+
+    It asks for a few paths at a time. All paths still move on together, so that of two experts each answers its noise levels
+    of all paths before the other one is needed.
+    """
+
+    def __init__(self, field: VelocityField, batch_size: int):
+        self.field, self.batch_size = field, batch_size
+        self.latents: list[Tensor] = []
+        self.sigmas: list[Tensor] = []
+        self.velocities: list[Tensor] = []
+
+    def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor) -> Tensor:
+        parts = zip(
+            *(part.split(self.batch_size) for part in (latents, sigma, prompt_embeds, prompt_lengths)), strict=True
+        )
+        velocity = torch.cat(
+            [
+                self.field.velocity(x, s, to_device(embeds, x.device), to_device(lengths, x.device))
+                for x, s, embeds, lengths in parts
+            ]
+        ).float()
+        self.latents.append(latents.cpu())
+        self.sigmas.append(sigma[0])
+        self.velocities.append(velocity.cpu())
+        return velocity
+
+
+def draw_path_states(
+    teacher: VelocityField,
+    prompt_embeds: PromptEmbeds,
+    latent_shape: tuple[int, int, int],
+    sampling_options: SamplingOptions,
+    num_paths: int,
+    segment_steps: int | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> PathStates:
+    """Sample the teacher and return the states of its paths, from the highest noise level to the lowest.
+
+    Path i draws prompt i, the prompts in turn where there are more paths. Its noise is that of prompt i in `HeldOutErrors`.
+
+    Args:
+        prompt_embeds: of one prompt or more.
+        segment_steps: the teacher's steps in a segment of a student of few steps. The states then are the starts of segments,
+            and the answers the average velocities over them; None for the teacher's own velocity at every step.
+    """
+    prompts = [path % len(prompt_embeds) for path in range(num_paths)]
+    noise = seeded_noise(range(SEED, SEED + num_paths), latent_shape)
+    walk = _Walk(teacher, batch_size)
+    ends = sample(walk, noise, *prompt_embeds.batch(prompts), sampling_options)
+    if segment_steps is None:
+        return PathStates(torch.stack(walk.latents), torch.stack(walk.sigmas), torch.stack(walk.velocities))
+    scheduler = wan_scheduler(sampling_options.shift, sampling_options.num_inference_steps)
+    sigma = scheduler.sigmas[::segment_steps].double()
+    latents = torch.stack([*walk.latents[::segment_steps], ends.cpu()])
+    velocity = latents.diff(dim=0) / sigma.diff().float().view(-1, 1, 1, 1, 1)
+    return PathStates(latents[:-1], sigma[:-1], velocity)
+
+
+class PathErrors:
+    """Measures a student's mean relative velocity error at states of the teacher's paths, which the teacher has answered.
+
+    Args:
+        prompt_embeds: the prompts that the states were drawn with.
+        sampling_options: the device and the dtype that the student answers in.
+        batch_size: how many states are asked at a time; the error does not depend on it.
+    """
+
+    def __init__(
+        self,
+        states: PathStates,
+        prompt_embeds: PromptEmbeds,
+        sampling_options: SamplingOptions,
+        batch_size: int = BATCH_SIZE,
+    ):
+        self.states, self.prompt_embeds, self.options, self.batch_size = (
+            states,
+            prompt_embeds,
+            sampling_options,
+            batch_size,
+        )
+
+    @torch.no_grad()  # not inference mode, as in HeldOutErrors
+    def __call__(self, student: WanLiteStudent) -> dict[str, float]:
+        """Return the error by name; the student's modes, weights and gradients stay as they are."""
+        device, errors = self.options.device, []
+        ask = autocast(StudentField(student).velocity, device, self.options.compute_dtype)
+        with evaluation_mode(student):
+            for paths in torch.arange(self.states.num_paths).split(self.batch_size):
+                text = self.prompt_embeds.batch(paths % len(self.prompt_embeds), device)
+                for level, sigma in enumerate(self.states.sigma):
+                    latents = to_device(self.states.latents[level, paths], device)
+                    expected = to_device(self.states.velocity[level, paths], device)
+                    errors.append(relative_errors(ask(latents, sigma.expand(len(paths)), *text), expected))
+        return {"teacher_states": float(torch.cat(errors).mean())}
+
+
+# ---- states that are met on the student's own paths too ----
 
 
 class HeldOutErrors:
@@ -108,3 +249,43 @@ class HeldOutErrors:
     def _answer(self, field: VelocityField, latents: Tensor, sigma: Tensor, text: Text) -> Tensor:
         """Ask a field for its velocity (B, C, H, W), computed in the dtype that it is sampled in."""
         return autocast(field.velocity, self.options.device, self.options.compute_dtype)(latents, sigma, *text)
+
+
+# ---- what the noise decides ----
+
+
+class HeldOutNoise:
+    """Measures how much a student's pictures of one prompt follow the teacher's from noise to noise (noise_parts.py).
+
+    The teacher draws once. Noises differ from those of the held-out errors.
+
+    Args:
+        prompt_embeds: the prompts; each is drawn `num_noises` times.
+        batch_size: how many pictures are drawn at a time.
+    """
+
+    def __init__(
+        self,
+        teacher: VelocityField,
+        prompt_embeds: PromptEmbeds,
+        latent_shape: tuple[int, int, int],
+        sampling_options: SamplingOptions,
+        num_noises: int,
+        batch_size: int = BATCH_SIZE,
+    ):
+        self.prompt_embeds, self.options, self.batch_size = prompt_embeds, sampling_options, batch_size
+        self.prompts = [prompt for prompt in range(len(prompt_embeds)) for _ in range(num_noises)]
+        self.noise = seeded_noise(range(2 * SEED, 2 * SEED + len(self.prompts)), latent_shape)
+        self.of_teacher = self._draw(teacher)
+
+    def _draw(self, field: VelocityField) -> Tensor:
+        """Return latents (prompts, noises, C, H, W)."""
+        latents = sample_in_batches(field, self.noise, self.prompt_embeds, self.prompts, self.options, self.batch_size)
+        return latents.unflatten(0, (len(self.prompt_embeds), -1))
+
+    def __call__(self, student: WanLiteStudent) -> dict[str, float | None]:
+        """Return size (norm ratio), cosine and gain of the student's noise part; the student stays as it is."""
+        with evaluation_mode(student):
+            of_student = self._draw(StudentField(student))
+        parts = noise_parts(noise_sums(of_student, self.of_teacher), spread=1.0)  # none of these three has a unit
+        return {name: parts[name] for name in ("norm_ratio", "cosine", "gain")}

@@ -11,7 +11,7 @@ from wandistiller.files.json_files import JsonError, parse_json
 from wandistiller.files.paths import require_file
 
 SLUG_LENGTH = 48  # letters of a prompt in the name of its picture
-NUM_HELD_OUT = 16  # --eval_every measures on so many prompts
+NUM_HELD_OUT = 16  # a run measures on so many prompts
 _LINE_END = re.compile(r"\r\n|\n|\r")  # not str.splitlines: a prompt may hold U+2028 or U+0085
 _TABLES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
 # For each kind of table the modules that read it, and its rows from standard input

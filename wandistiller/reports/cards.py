@@ -29,8 +29,11 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,
+    held_out_text,
     loss_change,
     loss_change_by_sigma,
+    newest_noise_part,
+    noise_text,
     read_metrics,
     training_seconds,
 )
@@ -202,8 +205,9 @@ def training_text(lines: list[dict]) -> str:
     first, last = map(cell_text, loss_change(lines))
     text = f"Mean squared error of the velocity: {first} over the first tenth of the steps, {last} over the last."
     if errors := held_out_error(lines):
-        named = " and ".join(f"{value:.3f} at {name.replace('_', ' ')}" for name, value in errors.items())
-        text += f" Relative velocity error on held-out prompts at the end: {named}."
+        text += f" At held-out states, which it has not learnt from, at the end: {held_out_text(errors)}."
+    if parts := newest_noise_part(lines):
+        text += f" Of {noise_text(parts)}."
     return text
 
 

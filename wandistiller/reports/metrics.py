@@ -7,7 +7,7 @@ whatever is in it, or in its place, neither ends a command nor keeps a run from 
 import json
 import logging
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 NUM_BUCKETS = 10  # of noise levels, all equally wide
 FIRST_AND_LAST = 10  # the first and the last steps of a run are one part in so many
+RISE = 1.02  # a smaller rise of the held-out error is not worth a word
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class StepMetrics:
         loss_by_sigma: mean squared velocity error of the step's samples in equal buckets of sigma; None for an empty bucket.
         loss_by_expert: the same at the noise levels of either expert, for a teacher of two.
         feature_loss: what the feature loss adds; None for an answer without hidden states.
-        velocity_error: relative error on held-out prompts by kind of state; None if this step did not measure it.
+        velocity_error: the held-out error, which is the relative error of the velocity at states that are never trained on, by
+            kind of state; None if this step did not measure it.
+        noise_part: size, cosine and gain of what the noise decides in the student's pictures, as evaluation/noise_parts.py has them;
+            None if this step did not measure it.
         memory_bytes: the most that the first process has held so far: tensors on a GPU, resident memory on the CPU.
     """
 
@@ -43,6 +47,7 @@ class StepMetrics:
     feature_loss: float | None = None
     velocity_error: dict[str, float] | None = None
     memory_bytes: int | None = None
+    noise_part: dict[str, float | None] | None = None
 
 
 def mean_by_sigma(sigmas: Sequence[float], values: Sequence[float]) -> list[float | None]:
@@ -150,9 +155,66 @@ def loss_change_by_sigma(lines: Sequence[dict]) -> list[tuple[float | None, floa
     return [(mean_in(first, bucket), mean_in(last, bucket)) for bucket in range(NUM_BUCKETS if known else 0)]
 
 
+# ---- the held-out error ----
+
+
 def held_out_error(lines: Sequence[dict]) -> dict[str, float] | None:
-    """Return the newest relative velocity error on held-out prompts, or None if none was measured."""
+    """Return the newest held-out error by kind of state, or None if none was measured."""
     return next((line["velocity_error"] for line in reversed(lines) if line.get("velocity_error")), None)
+
+
+def held_out_text(errors: Mapping[str, float]) -> str:
+    """Return a held-out error as it is shown to people."""
+    return "relative velocity error " + ", ".join(
+        f"{value:.3f} at {name.replace('_', ' ')}" for name, value in errors.items()
+    )
+
+
+def newest_noise_part(lines: Sequence[dict]) -> dict[str, float | None] | None:
+    """Return the newest size, cosine and gain of what the noise decides, or None if they were not measured."""
+    return next((line["noise_part"] for line in reversed(lines) if line.get("noise_part")), None)
+
+
+def noise_text(parts: Mapping[str, float | None]) -> str:
+    """Return the noise part as it is shown to people."""
+    named = {"size": parts["norm_ratio"], "cosine": parts["cosine"], "gain": parts["gain"]}
+    values = ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in named.items())
+    return f"what the noise decides, 1 follows the teacher: {values}"
+
+
+@dataclass(frozen=True)
+class Rise:
+    """A held-out error that has risen since it was lowest, and the steps at which both were measured."""
+
+    lowest: float
+    lowest_step: int
+    last: float
+    last_step: int
+
+
+def rise_of_held_out(lines: Sequence[dict]) -> Rise | None:
+    """Return how much the held-out error has risen over the last two measurements or more, while the loss fell.
+
+    None where it has not: the last measurement is less than RISE above the lowest, the lowest is the one before it, or the loss
+    between measurements is no lower than it was up to the lowest. Only measurements of the same kinds of states are compared.
+    """
+    places = [place for place, line in enumerate(lines) if line.get("velocity_error")]
+    kinds = [lines[place]["velocity_error"].keys() for place in places]
+    places = [place for place, kind in zip(places, kinds, strict=True) if kind == kinds[-1]]
+    if len(places) < 3:
+        return None
+    errors = [lines[place]["velocity_error"]["teacher_states"] for place in places]
+    lowest = errors.index(min(errors))
+    if lowest > len(errors) - 3 or errors[-1] < RISE * errors[lowest]:
+        return None
+
+    def loss_up_to(number: int) -> float:
+        first = places[number - 1] + 1 if number else 0
+        return statistics.fmean(line["loss"] for line in lines[first : places[number] + 1])
+
+    if loss_up_to(len(places) - 1) >= loss_up_to(lowest):
+        return None
+    return Rise(errors[lowest], lines[places[lowest]]["step"], errors[-1], lines[places[-1]]["step"])
 
 
 def training_seconds(lines: Sequence[dict]) -> float:

@@ -1,4 +1,4 @@
-"""loss.png: the losses of a run by noise level, and its error on held-out prompts."""
+"""loss.png: the losses of a run by noise level, and its held-out error."""
 
 import time
 from collections.abc import Sequence
@@ -98,7 +98,7 @@ def _plot_held_out(axes, measured: Sequence[dict]) -> None:
         if points:
             label = f"at {name.replace('_', ' ')}"
             axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=label)
-    _finish(axes, "relative velocity error,\nheld-out prompts")
+    _finish(axes, "relative velocity error,\nheld-out states")
 
 
 def _finish(axes, what: str) -> None:

@@ -13,7 +13,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from wandistiller.files.atomic import write_text
-from wandistiller.reports.metrics import StepMetrics, read_metrics
+from wandistiller.reports.metrics import StepMetrics, held_out_error, held_out_text, noise_text, read_metrics
 
 LINE_EVERY_S = 10.0  # plain lines are at least this far apart, so that a long job's log stays readable
 
@@ -33,10 +33,12 @@ class Progress:
         self.stream = sys.stderr
         self._last_line_s = -math.inf
         self._file: TextIO | None = None
+        self._held_out: dict[str, float] | None = None
 
     def __enter__(self) -> "Progress":
         # A killed run may have written steps beyond those that this one resumes from. A kill here loses no step before them:
         kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= self.first_step]
+        self._held_out = held_out_error(kept)
         try:
             write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = self.metrics_path.open("a", encoding="utf-8")
@@ -59,6 +61,7 @@ class Progress:
 
     def step(self, metrics: StepMetrics) -> None:
         """Show a step and write it down."""
+        self._held_out = metrics.velocity_error or self._held_out
         if self._file is not None:
             try:
                 self._file.write(json.dumps(asdict(metrics)) + "\n")
@@ -66,15 +69,19 @@ class Progress:
             except OSError as error:
                 self._go_on_without_file(error)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {metrics.loss:.4g}, {metrics.samples_per_s:.1f} samples/s")
+            shown = [f"loss {metrics.loss:.4g}", *self._held_out_part(), f"{metrics.samples_per_s:.1f} samples/s"]
+            self._bar.set_postfix_str(", ".join(shown))
             self._bar.update()
         elif self._is_due(metrics):
             print(self.line(metrics), file=self.stream, flush=True)
         if metrics.velocity_error:
-            errors = ", ".join(
-                f"{value:.3f} at {name.replace('_', ' ')}" for name, value in metrics.velocity_error.items()
-            )
-            tqdm.write(f"step {metrics.step}: relative velocity error {errors}", file=self.stream)
+            tqdm.write(f"step {metrics.step}: {held_out_text(metrics.velocity_error)}", file=self.stream)
+        if metrics.noise_part:
+            tqdm.write(f"step {metrics.step}: {noise_text(metrics.noise_part)}", file=self.stream)
+
+    def _held_out_part(self) -> list[str]:
+        """Return the newest held-out error at the teacher's states, which is shown beside the loss; nothing before there is one."""
+        return [f"held-out {self._held_out['teacher_states']:.3f}"] if self._held_out else []
 
     def _go_on_without_file(self, error: OSError) -> None:
         if self._file is not None:
@@ -95,11 +102,16 @@ class Progress:
     def line(self, metrics: StepMetrics) -> str:
         """Return the plain line of a step."""
         digits = len(str(self.num_steps))
-        return (
-            f"step {metrics.step:0{digits}d}/{self.num_steps} ({metrics.step / self.num_steps:.1%}) | "
-            f"loss {metrics.loss:.4g} | grad {metrics.grad_norm:.3g} | lr {metrics.lr:.1e} | "
-            f"{metrics.samples_per_s:.1f} samples/s | eta {format_duration(metrics.eta_s)}"
-        )
+        parts = [
+            f"step {metrics.step:0{digits}d}/{self.num_steps} ({metrics.step / self.num_steps:.1%})",
+            f"loss {metrics.loss:.4g}",
+            *self._held_out_part(),
+            f"grad {metrics.grad_norm:.3g}",
+            f"lr {metrics.lr:.1e}",
+            f"{metrics.samples_per_s:.1f} samples/s",
+            f"eta {format_duration(metrics.eta_s)}",
+        ]
+        return " | ".join(parts)
 
 
 class Countdown:

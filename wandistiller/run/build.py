@@ -11,11 +11,12 @@ from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import ProjectionReport, fresh_student, project_experts, project_teacher
 from wandistiller.projection.selection import spread_layers
 from wandistiller.reports.progress import Countdown
+from wandistiller.run.held_out import held_out_states, keep_states
 from wandistiller.run.run import Run
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import Answers, TeacherAnswers
 from wandistiller.targets.cache import CachedAnswers
-from wandistiller.targets.replay import ReplayedAnswers, expected_calls
+from wandistiller.targets.replay import ReplayedAnswers, answered_batches
 from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
 from wandistiller.targets.state_batch import DrawOptions
 from wandistiller.targets.states import build_states
@@ -35,16 +36,16 @@ logger = logging.getLogger(__name__)
 
 def embed_prompts(run: Run) -> Embeds:
     """Embed every prompt, and the negative prompt where guidance needs it; the encoder has left memory on return."""
-    texts, settings = run.texts, run.settings
+    settings = run.settings
     negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
-    everything = [*run.trained_texts, *texts.held_out, *negative_prompts]
+    everything = [*run.trained_texts, *run.held_out_texts, *negative_prompts]
     embeds = _embed(run, everything)
     if embeds.truncated:
         print(f"Warning: {embeds.truncated} prompts are longer than {run.config.text_max_length} tokens and were cut")
     num_trained = len(run.trained_texts)
     negative = embeds.read(len(everything) - 1) if settings.uses_guidance else None
     logger.info("prompts encoded, or found in their cache")
-    return Embeds(embeds.first(num_trained), embeds.part(num_trained, len(texts.held_out)), negative)
+    return Embeds(embeds.first(num_trained), embeds.part(num_trained, len(run.held_out_texts)), negative)
 
 
 def _embed(run: Run, texts: list[str]) -> PromptEmbeds:
@@ -78,10 +79,12 @@ def load_teacher(run: Run, embeds: Embeds) -> Teacher | None:
     teacher = build_teacher(run, embeds.negative)
     logger.info("teacher read and projected")
     if cache is not None and not cache.is_complete:
-        num_batches = expected_calls(run.num_steps, run.flags.states.replay)
+        num_batches = answered_batches(run.num_steps, run.flags.states.replay)
         print(f"Asking the teacher for {num_batches} batches, kept in {cache.folder}", flush=True)
         cache.build(live_answers(run, embeds, teacher), num_batches, Countdown("Teacher's answers", num_batches))
         logger.info("answers of the teacher written to its cache")
+    if is_offline:
+        keep_states(run, held_out_states(run, embeds, teacher))
     return None if is_offline else teacher
 
 

@@ -1,5 +1,6 @@
 """The budget of a run from its plan; no weight is read and nothing is written."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,15 +18,23 @@ from wandistiller.budget.report import (
     verdict,
 )
 from wandistiller.budget.step_time import measure_step
-from wandistiller.budget.workload import UMT5_XXL_PARAMETERS, Workload, checkpoint_bytes, stored_latents
+from wandistiller.budget.workload import (
+    NO_HELD_OUT_WORK,
+    UMT5_XXL_PARAMETERS,
+    HeldOutWork,
+    Workload,
+    checkpoint_bytes,
+    stored_latents,
+)
 from wandistiller.device import DTYPES
 from wandistiller.errors import UserError
+from wandistiller.evaluation.held_out import NUM_LEVELS
 from wandistiller.files.output_folder import check_writable
 from wandistiller.model.sizes import count_parameters
 from wandistiller.run.flags import STATES, Flags
+from wandistiller.run.measuring import NUM_NOISES, expected_calls
 from wandistiller.run.plan import Plan
-from wandistiller.targets.replay import expected_calls, stored_batches
-from wandistiller.targets.segments import calls_per_answer
+from wandistiller.targets.replay import stored_batches
 from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.wan.text_encoder import count_tokens
 
@@ -59,7 +68,7 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
     is_gpu = torch.device(plan.device).type == "cuda" if is_gpu is None else is_gpu
     dtype = dtype or performance.dtype or ("bf16" if is_gpu else "fp32")
     replays = states.replay > 1 and not states.teacher_cache
-    calls = calls_of(flags, plan.settings.num_inference_steps, plan.num_steps)
+    calls = expected_calls(flags, plan.settings.num_inference_steps, plan.num_steps)
     return Workload(
         teacher=plan.wan_files.config,
         student=config,
@@ -88,20 +97,35 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
         ),
         calls_per_step=calls / plan.num_steps,
         num_steps=plan.num_steps,
-        num_prompts=len(plan.trained_texts) + len(plan.texts.held_out),
+        num_prompts=len(plan.trained_texts) + len(plan.held_out_texts),
         keep_checkpoints=flags.output.keep_checkpoints if flags.output.save_every else 0,
         teacher_cache_batches=calls if states.teacher_cache else 0,
+        held_out=held_out_work(plan),
         is_gpu=is_gpu,
     )
 
 
-def calls_of(flags: Flags, teacher_steps: int, num_steps: int) -> int:
-    """About how many global batches the teacher answers for so many steps.
-
-    A target of --student_steps takes the teacher's steps through one segment.
-    """
-    answers = expected_calls(num_steps, flags.states.replay)
-    return calls_per_answer(teacher_steps, flags.objective.student_steps) * answers
+def held_out_work(plan: Plan) -> HeldOutWork:
+    """Count the states that teacher and student are asked at when the student is measured."""
+    measuring, flags = plan.measuring, plan.flags
+    if not measuring.every:
+        return NO_HELD_OUT_WORK
+    times = math.ceil(plan.num_steps / measuring.every)
+    if measuring.is_default:
+        num_states = measuring.num_paths * measuring.num_levels
+        is_kept = flags.states.teacher_cache is not None or flags.output.save_every > 0
+        return HeldOutWork(
+            teacher=measuring.num_paths * measuring.num_steps,
+            student=times * num_states,
+            num_kept=num_states if is_kept else 0,
+        )
+    paths, steps = len(plan.held_out_texts), plan.settings.num_inference_steps
+    num_states = paths * min(steps, NUM_LEVELS)
+    for_noise = measuring.num_noise_prompts * NUM_NOISES * steps
+    return HeldOutWork(
+        teacher=paths * steps + for_noise + times * num_states,
+        student=times * (num_states + paths * steps + for_noise),
+    )
 
 
 def changeable_flags(flags: Flags) -> set[str]:

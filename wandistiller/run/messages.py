@@ -17,9 +17,13 @@ from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,
+    held_out_text,
     loss_change,
     loss_change_by_sigma,
+    newest_noise_part,
+    noise_text,
     read_metrics,
+    rise_of_held_out,
     training_seconds,
 )
 from wandistiller.reports.progress import format_duration
@@ -105,11 +109,27 @@ def print_end(run: "Run", result: "TrainingResult", num_calls: int, teacher: "Te
     state = "Interrupted after" if result.interrupted else "Done:"
     print(f"{state} {result.num_steps} steps. Saved {CONFIG_NAME} and diffusion_model.safetensors in {folder}")
     print("\n".join(summary_lines(folder, calls_line(run, num_calls, result.num_steps, teacher))))
+    if line := memorising_line(read_metrics(folder / METRICS_NAME), flags.states.replay):
+        print(line)
     if result.interrupted and flags.output.save_every:
         print(f"To resume:\n  {resume_command('train_distillation.py', run.command)}")
     elif run.vae_location is not None and not result.interrupted:
         prompts_file = flags.output.eval_prompts or held_out_prompts(run.wan_files)
         print("\n  ".join(["Next:", *next_commands(folder, run.texts.prompts[0], prompts_file, flags.data.vae_path)]))
+
+
+def memorising_line(lines: Sequence[dict], replay: int) -> str | None:
+    """Return a line for a run that learns its answers by heart, and what to do about it; None for any other run."""
+    rise = rise_of_held_out(lines)
+    if rise is None:
+        return None
+    advice = (
+        f"give a smaller --replay than {replay}, or more prompts" if replay > 1 else "give more prompts or fewer steps"
+    )
+    return (
+        f"Warning: the held-out error rose from {rise.lowest:.3f} at step {rise.lowest_step} to {rise.last:.3f} at step "
+        f"{rise.last_step} while the loss fell, so the student learns its answers by heart: {advice}"
+    )
 
 
 def calls_line(run: "Run", num_calls: int, num_steps: int, teacher: "Teacher | None") -> str:
@@ -130,7 +150,7 @@ def typed_command(script: str, argv: Sequence[str]) -> str:
 def summary_lines(folder: Path, calls: str) -> list[str]:
     """Return what the folder's records say of the run; `calls` is what the teacher was asked."""
     config, steps = StudentConfig.load(folder), read_metrics(folder / METRICS_NAME)
-    record = config.distillation
+    record, errors, parts = config.distillation, held_out_error(steps), newest_noise_part(steps)
     first, last = loss_change(steps)
     loss = (
         ""
@@ -144,7 +164,8 @@ def summary_lines(folder: Path, calls: str) -> list[str]:
         "loss": loss,
     }
     after = {
-        "held out": _held_out(steps),
+        "held out": held_out_text(errors) if errors else "",
+        "": noise_text(parts) if parts else "",
         "files": f"{folder}: {', '.join(name for name in SHOWN_FILES if (folder / name).exists())}",
     }
     rows = [[_row(name, text) for name, text in part.items() if text] for part in (before, after)]
@@ -164,12 +185,6 @@ def _by_sigma(lines: Sequence[dict]) -> list[str]:
 
 def _row(name: str, text: str) -> str:
     return f"  {name:<9} {text}"
-
-
-def _held_out(lines: Sequence[dict]) -> str:
-    errors = held_out_error(lines) or {}
-    named = ", ".join(f"{value:.3f} at {name.replace('_', ' ')}" for name, value in errors.items())
-    return f"relative velocity error {named}" if named else ""
 
 
 def held_out_prompts(wan_files: "WanFiles") -> str:

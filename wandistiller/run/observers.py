@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from wandistiller.evaluation.held_out import BATCH_SIZE, HeldOutErrors
+from wandistiller.evaluation.held_out import HeldOutNoise, PathErrors
 from wandistiller.files.output_folder import (
     LOSS_PLOT_NAME,
     METRICS_NAME,
@@ -19,9 +19,9 @@ from wandistiller.reports.plots import LossPlot
 from wandistiller.reports.progress import Progress
 from wandistiller.reports.samples import SampleOptions, Samples
 from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Tracker, Trackers, started
+from wandistiller.run.held_out import Measure, build_measure, build_noise_measure, keep_states
 from wandistiller.run.run import Run
 from wandistiller.sampling.recorded import StudentRecord
-from wandistiller.sampling.sampler import SamplingOptions
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.training.loop import Observer
 from wandistiller.wan.prompt_embeds import Embeds
@@ -36,6 +36,7 @@ class RunObserver(Observer):
         progress: shows every step and writes it down; None in a process that another one prints for.
         trackers: told of every step and picture.
         held_out: measures the student; None where nothing is measured.
+        noise: measures what the noise decides in its pictures; None where that is not measured.
         samples: draws with the student; None where nothing is drawn.
     """
 
@@ -43,10 +44,12 @@ class RunObserver(Observer):
         self,
         progress: Progress | None,
         trackers: Trackers,
-        held_out: HeldOutErrors | None,
+        held_out: Measure | None,
+        noise: HeldOutNoise | None,
         samples: Samples | None,
     ):
         self.progress, self.trackers, self.held_out, self.samples = progress, trackers, held_out, samples
+        self.noise = noise
         self.has_begun = False
 
     def shown(self) -> contextlib.AbstractContextManager:
@@ -63,6 +66,9 @@ class RunObserver(Observer):
 
     def evaluate(self, student: WanLiteStudent) -> dict[str, float] | None:
         return None if self.held_out is None else self.held_out(student)
+
+    def compare_noise(self, student: WanLiteStudent) -> dict[str, float | None] | None:
+        return None if self.noise is None else self.noise(student)
 
     def draw(self, student: WanLiteStudent, step: int) -> None:
         if self.samples is not None:
@@ -85,43 +91,21 @@ def watch(run: Run, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObse
 
     A run that starts anew moves an earlier student of its folder aside first.
     """
-    held_out = build_held_out_errors(run, embeds, teacher)
+    held_out, noise = build_measure(run, embeds, teacher), build_noise_measure(run, embeds, teacher)
     if held_out is not None:
-        logger.info("held-out states of the teacher drawn")
+        logger.info("held-out states of the teacher drawn, or found")
     if run.resume_from is None:
         aside = run.processes.first_then_all(lambda: set_aside_previous_student(run.folder))
         if aside:
             print(f"The student that was in {run.folder} is now in {aside}")
+    if isinstance(held_out, PathErrors):
+        keep_states(run, held_out.states)  # here, because an earlier student takes its checkpoints with it
     is_first = run.processes.is_first
     progress = Progress(run.num_steps, run.folder / METRICS_NAME, first_step=run.first_step) if is_first else None
     with build_trackers(run) if is_first else Trackers() as trackers:
         samples = build_samples(run, embeds, teacher, trackers)
         logger.info("TensorBoard and sample pictures set up")
-        yield RunObserver(progress, trackers, held_out, samples)
-
-
-def teacher_sampling(run: Run) -> SamplingOptions:
-    """Return how the teacher draws in this run."""
-    return SamplingOptions(
-        shift=run.settings.shift,
-        num_inference_steps=run.settings.num_inference_steps,
-        compute_dtype=run.dtype,
-        device=run.device,
-    )
-
-
-def build_held_out_errors(run: Run, embeds: Embeds, teacher: Teacher | None) -> HeldOutErrors | None:
-    """Build what --eval_every measures; it samples the teacher once."""
-    if not run.flags.output.eval_every or teacher is None:
-        return None
-    options = teacher_sampling(run)
-    print(
-        f"Held-out states: {len(embeds.held_out)} paths of the teacher, {options.num_inference_steps} steps", flush=True
-    )
-    batch_size = min(
-        BATCH_SIZE, run.flags.optimization.batch_size
-    )  # so that measuring takes no more memory than training
-    return HeldOutErrors(teacher, embeds.held_out, run.latent_shape, options, batch_size=batch_size)
+        yield RunObserver(progress, trackers, held_out, noise, samples)
 
 
 def build_trackers(run: Run) -> Trackers:
@@ -141,7 +125,7 @@ def build_samples(run: Run, embeds: Embeds, teacher: Teacher | None, trackers: T
     if run.vae_location is None:
         return None
     settings, flags, student_steps = run.settings, run.flags, run.flags.objective.student_steps
-    of_teacher = teacher_sampling(run)
+    of_teacher = run.teacher_sampling
     recorded = StudentRecord(num_inference_steps=settings.num_inference_steps, student_steps=student_steps)
     options = SampleOptions(
         latent_shape=run.latent_shape,

@@ -14,6 +14,8 @@ from wandistiller.projection.selection import check_fits
 from wandistiller.reports.trackers import check_report
 from wandistiller.run.defaults import suggested_lr, suggested_replay, suggested_warmup
 from wandistiller.run.flags import Flags
+from wandistiller.run.measuring import Measuring, plan_measuring
+from wandistiller.sampling.sampler import SamplingOptions
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.segments import calls_per_answer
 from wandistiller.targets.states import StatesOptions
@@ -70,6 +72,28 @@ class Plan:
         return self.texts.prompts + self.texts.extra
 
     @property
+    def measuring(self) -> Measuring:
+        """How the student is measured at held-out states while it trains."""
+        return plan_measuring(
+            self.flags, self.settings.num_inference_steps, self.num_steps, self.lanes.count, len(self.texts.held_out)
+        )
+
+    @property
+    def held_out_texts(self) -> list[str]:
+        """The prompts that the student is measured on."""
+        return self.texts.held_out if self.measuring.every else []
+
+    @property
+    def teacher_sampling(self) -> SamplingOptions:
+        """How the teacher draws in this run."""
+        return SamplingOptions(
+            shift=self.settings.shift,
+            num_inference_steps=self.settings.num_inference_steps,
+            compute_dtype=self.dtype,
+            device=self.device,
+        )
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images behind the teacher's VAE."""
         return self.settings.latent_shape(self.config)
@@ -104,7 +128,7 @@ class Plan:
                 max_grad_norm=own.max_grad_norm,
                 ema_decay=own.ema_decay,
             ),
-            eval_every=output.eval_every,
+            eval_every=self.measuring.every,
             sample_every=0 if self.vae_location is None else output.sample_every,
             save_every=output.save_every,
             boundary=self.settings.boundary_ratio,

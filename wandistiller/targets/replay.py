@@ -21,14 +21,14 @@ ASKING_SHARE = 0.5
 MAX_FEATURE_BYTES = 256 * 2**20
 
 
-def expected_calls(num_steps: int, replay: int) -> int:
+def answered_batches(num_steps: int, replay: int) -> int:
     """Return how many batches the teacher answers for so many optimiser steps."""
     return math.ceil(num_steps / replay)
 
 
 def stored_batches(num_steps: int, replay: int) -> int:
     """Return how many batches a run of so many optimiser steps has room for."""
-    return min(STORED_BATCHES, expected_calls(num_steps, replay))
+    return min(STORED_BATCHES, answered_batches(num_steps, replay))
 
 
 def feature_bytes(num_answers: int, num_layers: int, shape: Sequence[int]) -> int:
@@ -64,7 +64,7 @@ class ReplayedAnswers:
         self.source = source
         self.lanes = source.lanes
         self.device = device
-        self.total_calls = expected_calls(num_steps, replay)
+        self.total_calls = answered_batches(num_steps, replay)
         # Without fresh answers no stored one is given so often that it counts for more than the others:
         self.asking_steps = num_steps - min(round((1 - ASKING_SHARE) * num_steps), STORED_BATCHES * replay // 2)
         self.generator = torch.Generator().manual_seed(seed)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,10 @@ class Observer:
 
     def evaluate(self, student: WanLiteStudent) -> dict[str, float] | None:
         """Measure the student, every `options.eval_every` steps and at the last; return errors by name."""
+        return None
+
+    def compare_noise(self, student: WanLiteStudent) -> dict[str, float | None] | None:
+        """Measure what the noise decides in the student's pictures, whenever it is measured; return the parts by name."""
         return None
 
     def draw(self, student: WanLiteStudent, step: int) -> None:
@@ -145,8 +150,8 @@ class _Loop:
             lr, is_last = self.state.lr, step == self.options.num_steps
             found = self._take_step(step, stop)
             is_stopped = self._is_asked_to_stop(found, stop)
-            velocity_error = None if is_stopped else self._evaluate(step, is_last)
-            self.observer.step(self._metrics(step, found, lr, velocity_error))
+            measured = {} if is_stopped else self._evaluate(step, is_last)
+            self.observer.step(self._metrics(step, found, lr, measured))
             is_stopped = self._is_asked_to_stop(found, stop)
             self._save(step, is_last or is_stopped)
             if is_stopped:
@@ -184,15 +189,17 @@ class _Loop:
         """Return whether to stop here; many processes agree on a request that has just come in the step after it."""
         return found.is_stopped or (stop.requested and not self.processes.are_many)
 
-    def _evaluate(self, step: int, is_last: bool) -> dict[str, float] | None:
+    def _evaluate(self, step: int, is_last: bool) -> dict[str, Any]:
+        """Return what was measured of the student, by its name in `StepMetrics`."""
         if not is_due(step, self.options.eval_every, is_last):
-            return None
+            return {}
         with self.state.averaged() as averaged:
-            return self.observer.evaluate(averaged)
+            return {
+                "velocity_error": self.observer.evaluate(averaged),
+                "noise_part": self.observer.compare_noise(averaged),
+            }
 
-    def _metrics(
-        self, step: int, found: "_Measured", lr: float, velocity_error: dict[str, float] | None
-    ) -> StepMetrics:
+    def _metrics(self, step: int, found: "_Measured", lr: float, measured: dict[str, Any]) -> StepMetrics:
         boundary = self.options.boundary
         return StepMetrics(
             step,
@@ -204,8 +211,8 @@ class _Loop:
             loss_by_sigma=mean_by_sigma(found.sigmas, found.by_sample),
             loss_by_expert=None if boundary is None else mean_by_expert(found.sigmas, found.by_sample, boundary),
             feature_loss=found.feature_loss if found.has_features else None,
-            velocity_error=velocity_error,
             memory_bytes=peak_memory_bytes(self.processes.device),
+            **measured,
         )
 
     def _save(self, step: int, is_last: bool) -> None:
