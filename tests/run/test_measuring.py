@@ -22,7 +22,7 @@ from wandistiller.sampling.sampler import StudentField
 from wandistiller.sampling.teacher import Teacher
 
 # The smallest runs that are measured by themselves: 960 answers of the teacher.
-LONG = ["--max_steps", 60, "--batch_size", 16, "--guidance_scale", 1, "--lr", 1e-3]
+LONG = ["--max_steps", 60, "--batch_size", 16, "--guidance_scale", 1, "--lr", 1e-3, "--replay", 1]
 
 
 def errors_of(folder) -> dict[int, dict]:
@@ -44,7 +44,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 def flags_of(*words: object):
-    return train_distillation.parse_args(["--teacher_path", "y", *map(str, words)])
+    return train_distillation.parse_args(["--teacher_path", "y", "--replay", "1", *map(str, words)])
 
 
 @pytest.mark.parametrize("student_steps", [None, 1, 4])
@@ -239,7 +239,7 @@ def test_an_offline_teacher_is_asked_before_it_leaves_and_not_missed_later(train
 
 
 def test_sharded_processes_measure_together_and_train_as_without_it(flags_of, launch, tmp_path):
-    flags = ["--max_steps", 60, "--batch_size", 16, "--shard"]
+    flags = ["--max_steps", 60, "--batch_size", 16, "--replay", 1, "--shard"]
     for name, extra in (("measured", []), ("plain", ["--eval_every", 0])):
         codes, said = launch(2, flags_of(name, *flags, *extra))
         assert codes == [0, 0], said
