@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.errors import UserError
-from wandistiller.files.output_folder import check_output_folder, check_writable, prepare_output_folder
+from wandistiller.files.output_folder import (
+    check_output_folder,
+    check_writable,
+    prepare_output_folder,
+    removed_if_empty,
+)
 from wandistiller.files.prompts import load_prompts, slug, unusable
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.recorded import (
@@ -343,15 +348,18 @@ def main(argv: list[str] | None = None) -> int:
 
     # Draw:
     drawing = prepare(flags, config, prompts, size, teacher)
-    prepare_output_folder(flags.output, "--output")  # now that nothing is left to be refused
     metadata = describe(flags, size, drawing)
     shown: list[np.ndarray] = []
-    for index, picture in drawing.pictures():
-        file = files[index]
-        save_png(picture, file, {"prompt": prompts[index], "seed": flags.seed + index, **metadata})
-        print(file, flush=True)
-        if len(shown) < MAX_GRID_PICTURES:
-            shown.append(picture)
+    with removed_if_empty(
+        flags.output
+    ):  # a prompt's embedding that the cache holds is read, or refused, when it is drawn
+        prepare_output_folder(flags.output, "--output")
+        for index, picture in drawing.pictures():
+            file = files[index]
+            save_png(picture, file, {"prompt": prompts[index], "seed": flags.seed + index, **metadata})
+            print(file, flush=True)
+            if len(shown) < MAX_GRID_PICTURES:
+                shown.append(picture)
 
     # Tell:
     save_grid(grid, shown, prompts, metadata | {"seed": flags.seed})
