@@ -192,7 +192,7 @@ def test_another_optimiser_is_another_run(train, teachers, bitsandbytes):
     flags = [*FLAGS, "--save_every", 3]
     assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 3).code == 0
     outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--optimizer", "adamw8bit")
-    assert outcome.code == 2 and "optimizer 'adamw', now 'adamw8bit'" in outcome.err
+    assert outcome.code == 2 and "optimizer 'muon', now 'adamw8bit'" in outcome.err
 
 
 # ---- values that are not finite ----

@@ -82,7 +82,7 @@ def test_a_student_of_the_teachers_own_weights_errs_by_the_rounding_alone(train,
 
 
 def test_offloading_changes_no_bit_of_the_student(train, teachers, tmp_path):
-    flags = ("--max_steps", 30, "--calls_per_expert", 4)
+    flags = ("--max_steps", 30, "--replay", 1, "--calls_per_expert", 4)
     folders = tmp_path / "stays", tmp_path / "offloaded"
     outcomes = [
         train(teachers.two, PRUNED_CONFIG, *flags, *more, output_dir=folder)
@@ -99,7 +99,15 @@ def test_taking_turns_swaps_far_less_often_than_both_in_every_batch(train, teach
     counts = []
     for calls in (0, 16):
         outcome = train(
-            teachers.two, PRUNED_CONFIG, "--teacher_offload", "--max_steps", 60, "--calls_per_expert", calls
+            teachers.two,
+            PRUNED_CONFIG,
+            "--teacher_offload",
+            "--max_steps",
+            60,
+            "--replay",
+            1,
+            "--calls_per_expert",
+            calls,
         )
         assert outcome.code == 0, outcome.err
         counts.append(int(re.search(r"with (\d+) swaps", outcome.out)[1]))

@@ -268,10 +268,26 @@ FORGERIES = {
 }
 
 
+FORGERIES_OF_DEFAULTS = {
+    "no momentum of a matrix": {"optimizer.0.momentum_buffer": None},
+    "momentum of another shape": {"optimizer.0.momentum_buffer": torch.zeros(3)},
+    "no prompts": {"answers.source.states.paths.order": None},
+    "no uses of stored answers": {"answers.uses": None},
+    "uses of other lanes": {"answers.uses": torch.zeros(7, 1, dtype=torch.int64)},
+    "fewer answers than places": {"answers.counters": torch.tensor([3, 0])},
+}
+
+
 def test_a_checkpoint_whose_checksums_are_right_but_not_its_tensors_is_skipped_too(train, teachers, tmp_path):
-    flags = ["--max_steps", 3, "--lr", 1e-3, "--batch_size", 3, "--save_every", 2, "--keep_checkpoints", 3]
+    plain, default = ["--optimizer", "adamw", "--replay", 1], []
+    check_skips(train, teachers, tmp_path / "plain", plain, FORGERIES)
+    check_skips(train, teachers, tmp_path / "default", default, FORGERIES_OF_DEFAULTS)
+
+
+def check_skips(train, teachers, tmp_path, recipe, forgeries):
+    flags = ["--max_steps", 3, "--lr", 1e-3, "--batch_size", 3, "--save_every", 2, "--keep_checkpoints", 3, *recipe]
     assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / "whole").code == 0
-    for name, changes in FORGERIES.items():
+    for name, changes in forgeries.items():
         folder = shutil.copytree(tmp_path / "whole", tmp_path / name)
         forge(folder / "checkpoints" / "step_00000003.json", **changes)
         with at_most(60):

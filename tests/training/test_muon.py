@@ -120,6 +120,6 @@ def test_gradients_of_both_are_freed():
 
 def test_a_run_of_adamw_is_not_resumed_with_muon(train, teachers):
     flags = ["--max_steps", 2, "--batch_size", 4, "--save_every", 2]
-    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    assert train(teachers.one, PRUNED_CONFIG, *flags, "--optimizer", "adamw").code == 0
     outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--optimizer", "muon")
     assert outcome.code == 2 and "optimizer 'adamw', now 'muon'" in outcome.err and len(outcome.err.splitlines()) == 1

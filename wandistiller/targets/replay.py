@@ -168,7 +168,10 @@ class ReplayedAnswers:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.source.load_state_dict(part_of(state, "source."))
         self.num_steps, self.num_stored = state["counters"].tolist()
-        self.capacity = max(self.capacity, state["uses"].shape[1])  # of a run that was longer
+        filled = state["uses"].shape[1]
+        if not filled <= self.num_stored <= self.num_steps or len(state["uses"]) != self.lanes.total:
+            raise ValueError("the store of answers does not hold what was stored")
+        self.capacity = max(self.capacity, filled)  # of a run that was longer
         self.uses = self._with_room(state["uses"], "cpu", empty=-1)
         for name, value in part_of(state, LANE_PREFIX).items():
             setattr(self, name, self._with_room(value, self.device if name in self._ON_DEVICE else "cpu"))

@@ -225,7 +225,9 @@ def _check_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str
         count = len(_parameters_of(part))
         of_part = [names[number] for number in range(first, first + count) if number in names]
         needed = {"step", *_MOMENTS} if isinstance(part, torch.optim.AdamW) else set.union(set(), *of_part)
-        if not of_part or any(found != needed for found in of_part):
+        # A block's matrix, of which Muon has one tensor, gets a gradient at every step.
+        is_whole = len(of_part) == count or not isinstance(part, torch.optim.Muon)
+        if not of_part or not is_whole or any(found != needed for found in of_part):
             raise ValueError("the optimiser's state lacks tensors, or has others")
         first += count
 
