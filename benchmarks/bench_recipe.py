@@ -5,7 +5,8 @@
     python benchmarks/bench_recipe.py --teachers data/demo_teacher outputs/icon_teacher --write
     python benchmarks/bench_recipe.py --few_steps 1 2 4 8                             # students of few steps
 
-Every arm gets as many calls of the teacher, or with `--equal flops` as many FLOPs of teacher and student together. A teacher's
+Every arm gets as many calls of the teacher, or with `--equal flops` as many FLOPs of teacher and student together; students of few
+steps get the calls that their paths begin with on top, and are not at equal FLOPs. A teacher's
 folder names its prompts: those of the demo, or prompts.txt and heldout_prompts.txt in the folder. Students are judged by what
 they draw from held-out prompts, four noises of each: prompts right, distance to the teacher's latents, and how the noise is
 followed. A student that --output_dir holds is not made again, so that the same command resumes. Prints a table in Markdown, mean and

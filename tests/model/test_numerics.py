@@ -148,9 +148,9 @@ class StandIn(torch.optim.Optimizer):
                     state |= {
                         "step": 0,
                         "state1": torch.zeros(parameter.shape, dtype=torch.uint8),
-                        "absmax1": torch.ones(1),
-                        "qmap1": self.table,
                     }
+                    if parameter.ndim > 1:  # small parameters keep their moments as they are
+                        state |= {"absmax1": torch.ones(1), "qmap1": self.table}
                 state["step"] += 1
                 state["state1"] += (parameter.grad > 0).to(torch.uint8)
                 assert isinstance(state["step"], int) and state["state1"].dtype == torch.uint8

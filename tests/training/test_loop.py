@@ -167,6 +167,22 @@ def test_replayed_batches_mix_the_answers_of_several_calls():
     assert statistics.fmean(mixed) > 0.85
 
 
+def test_hidden_states_leave_the_store_where_a_longer_run_has_no_room_for_them(monkeypatch):
+    _, teacher, embeds, _ = make_run(guidance_scale=1.0)
+
+    def make(num_steps: int) -> ReplayedAnswers:
+        return ReplayedAnswers(answers(teacher, make_paths(), embeds, feature_layers=(0, 2)), embeds, 2, num_steps)
+
+    short, long = make(8), make(800)
+    with_states = [bool(short.next().features) for _ in range(8)]
+    assert all(with_states), "replayed answers have them too"
+    room = short.features.nbytes
+    monkeypatch.setattr("wandistiller.targets.replay.MAX_FEATURE_BYTES", 2 * room)
+    long.load_state_dict(short.state_dict())
+    assert len(long.features) == 0 and long.num_stored == short.num_stored
+    assert torch.equal(long.latents[:, : short.num_stored], short.latents)
+
+
 @pytest.mark.parametrize("replay, num_before", [(1, 7), (3, 0), (3, 4), (3, 60)])  # a store none, empty, filling, full
 def test_answers_go_on_from_a_saved_state(replay, num_before):
     _, teacher, embeds, _ = make_run(guidance_scale=1.0)

@@ -74,7 +74,7 @@ def possible_changes(workload: Workload, flags: Collection[str]) -> Iterator[Cha
     yield from _single_flag_changes(workload, flags)
     yield from _shard_changes(workload, flags)
     if "offline_teacher" in flags and not workload.offline_teacher:
-        changed = replace(workload, offline_teacher=True, num_features=0)
+        changed = replace(workload, offline_teacher=True, num_features=0, replayed_batches=0)
         cost = "no rollouts, no hidden states"
         yield Change("--offline_teacher --teacher_cache FOLDER", cost, ALONE, changed)
     yield from _smaller_batches(workload, flags)

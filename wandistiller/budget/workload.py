@@ -266,10 +266,10 @@ def _feature_components(workload: Workload) -> list[Component]:
 
 def _stored_feature_bytes(workload: Workload) -> int:
     """Return the bytes of hidden states that are kept to be learnt from again."""
-    num_answers = workload.replayed_batches * workload.batch_size * workload.grad_accum_steps
+    num_answers = workload.replayed_batches * workload.global_batch_size
     width = workload.teacher.hidden_size if workload.maps_features else workload.student.hidden_size
     tokens = num_image_tokens(workload.teacher, workload.latent_size)
-    return feature_bytes(num_answers, workload.num_features, (tokens, width))
+    return feature_bytes(num_answers, workload.num_features, (tokens, width)) // workload.num_processes
 
 
 def _student_components(workload: Workload) -> list[Component]:

@@ -85,6 +85,7 @@ def load_teacher(run: Run, embeds: Embeds) -> Teacher | None:
         logger.info("answers of the teacher written to its cache")
     if is_offline:
         keep_states(run, held_out_states(run, embeds, teacher))
+        run.processes.barrier()  # all of them read what the first one has written
     return None if is_offline else teacher
 
 

@@ -184,10 +184,13 @@ class ObjectiveFlags:
 class OptimizationFlags:
     """How long and how fast the student learns."""
 
-    num_epochs: int = flag_by_teacher("passes over the prompts", 1, 40, type=number(int, low=1))
+    num_epochs: int = flag_by_teacher(
+        "as many optimiser steps as so many passes over the prompts take", 1, 40, type=number(int, low=1)
+    )
     max_steps: int | None = flag("optimiser steps; overrides --num_epochs", type=number(int, low=1))
     teacher_calls: int | None = flag(
-        "batches that the teacher answers, from which the steps follow by --replay; overrides --num_epochs",
+        "batches that the teacher answers (with --student_steps beside those that its paths begin with), from which the steps "
+        "follow by --replay; overrides --num_epochs",
         type=number(int, low=1),
     )
     batch_size: int = flag_by_teacher(

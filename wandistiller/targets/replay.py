@@ -17,7 +17,7 @@ STORED_BATCHES = 256
 LEAD_BATCHES = 8
 # The teacher is done after this share of the steps. While the learning rate falls, the student learns from all that is stored.
 ASKING_SHARE = 0.5
-# Hidden states are kept beside the answers where all of this process's take no more bytes than this.
+# Hidden states are kept beside the answers where those of all processes take no more bytes than this together.
 MAX_FEATURE_BYTES = 256 * 2**20
 
 
@@ -151,11 +151,13 @@ class ReplayedAnswers:
 
     def _room_for(self, features: Sequence[Tensor]) -> Tensor:
         """Return room for hidden states like these (B, L, D) of every layer, or none where it would be too large."""
-        num_answers = self.lanes.count * self.capacity
-        if not features or not feature_bytes(num_answers, len(features), features[0].shape[1:]):
+        if not features or not self._keeps_features(len(features), features[0].shape[1:]):
             return torch.empty(0)
         shape = (self.lanes.count, self.capacity, len(features), *features[0].shape[1:])
         return torch.zeros(shape, dtype=torch.bfloat16, device=features[0].device)
+
+    def _keeps_features(self, num_layers: int, shape: Sequence[int]) -> bool:
+        return feature_bytes(self.lanes.total * self.capacity, num_layers, shape) > 0
 
     def state_dict(self) -> dict[str, Tensor]:
         source = with_prefix("source.", self.source.state_dict())
@@ -174,6 +176,8 @@ class ReplayedAnswers:
         self.capacity = max(self.capacity, filled)  # of a run that was longer
         self.uses = self._with_room(state["uses"], "cpu", empty=-1)
         for name, value in part_of(state, LANE_PREFIX).items():
+            if name == "features" and not self._keeps_features(value.shape[2], value.shape[3:]):
+                continue  # the run has become longer, and its store too large for them
             setattr(self, name, self._with_room(value, self.device if name in self._ON_DEVICE else "cpu"))
         self.generator.set_state(state["generator"])
 

@@ -228,7 +228,7 @@ class TrajectoryStates:
         self.is_teachers[slot] = True
 
     def _first_grid(self, level: float) -> Tensor:
-        """Return the noise levels of a first path: from 1 straight to u = `level`, and on in steps of the usual size."""
+        """Return the noise levels of a first path: from 1 straight to u = `level`, and on in steps of the teacher's own size."""
         num_steps = round((level - self.u_low) / (1 - self.u_low) * self.num_steps)
         u = torch.linspace(level, self.u_low, max(1, num_steps) + 1)
         return shift_sigma(torch.cat([torch.ones(1), u]), self.shift)

@@ -23,7 +23,8 @@ from wandistiller.training.optimizer import (
     make_optimizer,
 )
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch's AdamW names them
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # as torch's AdamW and Muon name them
+_STATE_OF = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
 
 
 class RunState:
@@ -218,18 +219,19 @@ def _check_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str
         if not number.isdecimal():
             raise ValueError(f"optimizer.{key} is of no parameter")
         names[int(number)].add(name)
-        if name in (*_MOMENTS, "momentum_buffer") and value.shape != parameters[int(number)].shape:
+        if name in _MOMENTS and value.shape != parameters[int(number)].shape:
             raise ValueError(f"optimizer.{key} has the shape {tuple(value.shape)}")
     first = 0
     for part in optimizer.parts if isinstance(optimizer, CombinedOptimizer) else [optimizer]:
-        count = len(_parameters_of(part))
-        of_part = [names[number] for number in range(first, first + count) if number in names]
-        needed = {"step", *_MOMENTS} if isinstance(part, torch.optim.AdamW) else set.union(set(), *of_part)
+        numbers = range(first, first + len(_parameters_of(part)))
+        of_part = [names[number] for number in numbers if number in names]
+        # bitsandbytes keeps more of large parameters than of small ones; torch's own optimisers have one form.
+        needed = next((tensors for kind, tensors in _STATE_OF.items() if isinstance(part, kind)), None)
         # A block's matrix, of which Muon has one tensor, gets a gradient at every step.
-        is_whole = len(of_part) == count or not isinstance(part, torch.optim.Muon)
-        if not of_part or not is_whole or any(found != needed for found in of_part):
+        is_whole = len(of_part) == len(numbers) or not isinstance(part, torch.optim.Muon)
+        if not of_part or not is_whole or (needed and any(found != needed for found in of_part)):
             raise ValueError("the optimiser's state lacks tensors, or has others")
-        first += count
+        first += len(numbers)
 
 
 def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
