@@ -242,6 +242,7 @@ class TeacherCache:
             AnswerError: an answer is not finite, or too large for STORED_DTYPE.
         """
         if self.is_complete:
+            self.state_file.unlink(missing_ok=True)  # a kill may have come just before
             return
         try:
             self._start(answers, num_batches)
