@@ -73,6 +73,7 @@ def workload(num_gpus: int = 1, **changes) -> Workload:
         student=student,
         latent_size=student.latent_size,
         num_experts=2,
+        optimizer="muon",
         batch_size=BATCH_SIZE,
         num_processes=num_gpus,
         num_features=student.depth,
@@ -100,6 +101,7 @@ def flops_table() -> str:
         "student, forward": flops.student_forward,
         "student, backward": flops.student_backward,
         "student, recomputed with --gradient_checkpointing": flops.recompute,
+        "Muon's orthogonalisation, shared by the prompts of a step": flops.orthogonalization,
     }
     rows = [[name, f"{value / BATCH_SIZE / 1e12:.1f}", f"{value / flops.total:.1%}"] for name, value in parts.items()]
     return markdown(["of one prompt", "TFLOP", "share"], rows)

@@ -431,6 +431,8 @@ ODD_LINES = {
     "text for a number": b'{"step": 2, "loss": "low"}',
     "a number of 400 digits": b'{"step": 2, "loss": 1' + b"0" * 400 + b"}",
     "an error that is none": b'{"step": 2, "velocity_error": {"teacher_states": null}}',
+    "an error at states that nobody measures": b'{"step": 2, "velocity_error": {"elsewhere": 0.5}}',
+    "a noise part that lacks a part": b'{"step": 2, "noise_part": {"cosine": 0.5}}',
     "a step that is text": b'{"step": "2"}',
     "a list": b"[2]",
     "brackets without end": b"[" * 100_000,

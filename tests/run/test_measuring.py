@@ -282,6 +282,13 @@ def test_only_errors_at_the_same_kinds_of_states_are_compared():
     assert rise_of_held_out(lines) is None
 
 
+def test_steps_whose_lines_lack_a_loss_are_no_hindrance():
+    lines = lines_of([5, 4, 3, 2], [0.5, 0.3, 0.31, 0.33])
+    for line in lines[2:]:
+        del line["loss"]
+    assert rise_of_held_out(lines) is None
+
+
 @pytest.mark.parametrize("replay", [1, 2])
 def test_a_run_that_learns_by_heart_ends_with_what_to_do(train, teachers, monkeypatch, replay):
     errors = iter([0.5, 0.2, 0.21, 0.22, 0.23, 0.24])

@@ -28,7 +28,7 @@ from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.reports.metrics import StepMetrics, mean_by_expert, mean_by_sigma
 from wandistiller.reports.progress import Progress, Stopwatch, format_duration
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets.answers import Answer, TeacherAnswers
+from wandistiller.targets.answers import Answer, HiddenStates, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
 from wandistiller.targets.replay import LEAD_BATCHES, STORED_BATCHES, ReplayedAnswers
@@ -171,7 +171,9 @@ def test_hidden_states_leave_the_store_where_a_longer_run_has_no_room_for_them(m
     _, teacher, embeds, _ = make_run(guidance_scale=1.0)
 
     def make(num_steps: int) -> ReplayedAnswers:
-        return ReplayedAnswers(answers(teacher, make_paths(), embeds, feature_layers=(0, 2)), embeds, 2, num_steps)
+        return ReplayedAnswers(
+            answers(teacher, make_paths(), embeds, hidden_states=HiddenStates((0, 2))), embeds, 2, num_steps
+        )
 
     short, long = make(8), make(800)
     with_states = [bool(short.next().features) for _ in range(8)]
@@ -537,7 +539,7 @@ def test_the_map_of_the_feature_loss_learns_beside_the_student_and_is_no_part_of
     feature_loss = FeatureLoss(12, teacher.experts["high"].config.hidden_size, 2, has_maps=True)
     before = [parameter.clone() for parameter in feature_loss.parameters()]
     objective = replace(OBJECTIVE, feature_loss=feature_loss, feature_weight=1.0)
-    source = answers(teacher, states, embeds, feature_layers=(0, 2))
+    source = answers(teacher, states, embeds, hidden_states=HiddenStates((0, 2)))
     seen: list[StepMetrics] = []
     with_features = train(student, source, objective, OPTIONS, Watching(seen.append)).losses
     assert all(not torch.equal(old, new) for old, new in zip(before, feature_loss.parameters(), strict=True))

@@ -94,9 +94,9 @@ def _single_flag_changes(w: Workload, flags: Collection[str]) -> Iterator[Change
         ("gradient_checkpointing", w.gradient_checkpointing, checkpointing, SLOWER, {"gradient_checkpointing": True}),
         (
             "optimizer adamw8bit",
-            w.optimizer == "adamw8bit",
-            "its moments are rounded",
-            ROUNDED,
+            w.optimizer == "adamw8bit" or w.shard_student,
+            "without Muon, and AdamW's moments are rounded" if w.optimizer == "muon" else "its moments are rounded",
+            LESS_RECIPE if w.optimizer == "muon" else ROUNDED,
             {"optimizer": "adamw8bit"},
         ),
         ("dtype bf16", w.dtype == "bf16", "products are rounded", ROUNDED, {"dtype": "bf16", "teacher_dtype": "bf16"}),

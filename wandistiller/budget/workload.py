@@ -69,9 +69,9 @@ class Workload:
         offline_teacher: all its answers come from a cache, and it has left memory before the student comes.
         shard_teacher, shard_student: weights (and gradients, moments, average) split over the processes.
         num_features: teacher layers whose hidden states are compared; 0 is none.
-        replayed_batches: batches of answers that are kept to be learnt from again; 0 without replay, and where a cache has them.
         maps_features: whether the student's hidden states pass a learnt map to the teacher's width first.
-        stored_latents: latents kept per sample of a batch: paths in flight, finished samples, answers for replay.
+        replayed_batches: batches of answers that are kept to be learnt from again; 0 without replay, and where a cache has them.
+        stored_latents: latents kept per sample of a batch for training states: paths in flight and finished samples.
         calls_per_step: batches that the teacher answers for one forward and backward pass of the student.
         mean_text_tokens: length of a prompt on average.
         negative_text_tokens: length of the negative prompt.

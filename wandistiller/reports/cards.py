@@ -7,13 +7,13 @@ A student's card is made of what its folder holds (student_config.json, metrics.
 that it can be written again when something is added.
 """
 
-import json
 import sys
 from pathlib import Path
 
 from wandistiller.errors import first_line
 from wandistiller.files.atomic import write_text
 from wandistiller.files.clone import DEMO_TEACHER, DEMO_WORLD
+from wandistiller.files.json_files import JsonError, load_json
 from wandistiller.files.output_folder import (
     CARD_MARK,
     CARD_NAME,
@@ -24,7 +24,6 @@ from wandistiller.files.output_folder import (
     SAMPLES_NAME,
     is_card,
 )
-from wandistiller.files.paths import require_file
 from wandistiller.model.config import StudentConfig
 from wandistiller.reports.metrics import (
     bucket_name,
@@ -223,10 +222,9 @@ def read_evaluation(folder: Path) -> dict:
     """Return what evaluate_student.py measured of the weights in the folder; nothing if it did not, or the file is damaged."""
     file = folder / EVALUATION_NAME
     try:
-        require_file(file)
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = load_json(file)
         measured_weights = results["student_sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (JsonError, KeyError, TypeError):
         return {}
     return results if measured_weights and measured_weights == weights_digest(folder) else {}
 

@@ -4,12 +4,13 @@ Each line of metrics.jsonl is one `StepMetrics`. The plot, the summary and the m
 whatever is in it, or in its place, neither ends a command nor keeps a run from being resumed.
 """
 
-import json
 import logging
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from wandistiller.files.json_files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ def read_metrics(path: Path) -> list[dict]:
 def _line(text: bytes) -> dict | None:
     """Return what a line says of a step, or None where it is not a line that a run writes."""
     try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
+        line = parse_json(text.decode("utf-8"))
+    except ValueError:  # bytes that are no UTF-8, or a JsonError
         return None
     if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < 2**53:
         return None
@@ -111,7 +112,16 @@ def _is_number_or_none(value: object) -> bool:
 
 
 def _is_error(value: object) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
+    return value is None or (
+        isinstance(value, dict) and "teacher_states" in value and all(map(_is_number, value.values()))
+    )
+
+
+def _is_noise_part(value: object) -> bool:
+    names = {"norm_ratio", "cosine", "gain"}
+    return value is None or (
+        isinstance(value, dict) and value.keys() == names and all(map(_is_number_or_none, value.values()))
+    )
 
 
 def _is_by_sigma(value: object) -> bool:
@@ -123,6 +133,7 @@ _KINDS: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("loss", "grad_norm", "lr", "samples_per_s", "elapsed_s", "eta_s"), _is_number),
     "loss_by_sigma": _is_by_sigma,
     "velocity_error": _is_error,
+    "noise_part": _is_noise_part,
 }
 
 
@@ -208,11 +219,12 @@ def rise_of_held_out(lines: Sequence[dict]) -> Rise | None:
     if lowest > len(errors) - 3 or errors[-1] < RISE * errors[lowest]:
         return None
 
-    def loss_up_to(number: int) -> float:
+    def loss_up_to(number: int) -> float | None:
         first = places[number - 1] + 1 if number else 0
-        return statistics.fmean(line["loss"] for line in lines[first : places[number] + 1])
+        return mean_of(line.get("loss") for line in lines[first : places[number] + 1])
 
-    if loss_up_to(len(places) - 1) >= loss_up_to(lowest):
+    loss_then, loss_now = loss_up_to(lowest), loss_up_to(len(places) - 1)
+    if loss_then is None or loss_now is None or loss_now >= loss_then:
         return None
     return Rise(errors[lowest], lines[places[lowest]]["step"], errors[-1], lines[places[-1]]["step"])
 

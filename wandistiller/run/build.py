@@ -14,7 +14,7 @@ from wandistiller.reports.progress import Countdown
 from wandistiller.run.held_out import held_out_states, keep_states
 from wandistiller.run.run import Run
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets.answers import Answers, TeacherAnswers
+from wandistiller.targets.answers import NO_HIDDEN_STATES, Answers, HiddenStates, TeacherAnswers
 from wandistiller.targets.cache import CachedAnswers
 from wandistiller.targets.replay import ReplayedAnswers, answered_batches
 from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
@@ -159,7 +159,7 @@ def build_objective(run: Run, projection: ProjectionReport) -> Objective:
     flags, config, teacher = run.flags, run.config, run.wan_files.config
     feature_loss = None
     if flags.objective.feature_loss_weight:
-        has_maps = feature_channels(run, projection) is None
+        has_maps = hidden_states(run, projection).channels is None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(flags.optimization.seed)  # maps that are learnt start the same in every process
             feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, has_maps).to(run.device)
@@ -173,17 +173,16 @@ def build_objective(run: Run, projection: ProjectionReport) -> Objective:
     )
 
 
-def feature_layers(run: Run, projection: ProjectionReport) -> list[int]:
-    """Return the teacher's layers whose hidden states the objective compares; none where it compares none."""
+def hidden_states(run: Run, projection: ProjectionReport) -> HiddenStates:
+    """Return which of the teacher's hidden states the objective compares; none where it compares none.
+
+    They are of the channels that the student has, or of all where it has none of the teacher's.
+    """
     if not run.flags.objective.feature_loss_weight:
-        return []
+        return NO_HIDDEN_STATES
     depth = run.wan_files.config.depth
-    return span_ends(projection.layers or spread_layers(depth, run.config.depth), depth)
-
-
-def feature_channels(run: Run, projection: ProjectionReport) -> list[int] | None:
-    """Return which of the teacher's channels the student's hidden states are compared in; None where it has none of them."""
-    return projection.channels if run.config.block == "wan" and projection.channels else None
+    layers = span_ends(projection.layers or spread_layers(depth, run.config.depth), depth)
+    return HiddenStates(layers, projection.channels or None if run.config.block == "wan" else None)
 
 
 def build_answers(
@@ -217,8 +216,7 @@ def live_answers(
         embeds.trained,
         run.device,
         run.dtype,
-        feature_layers=feature_layers(run, projection) if projection else (),
-        feature_channels=feature_channels(run, projection) if projection else None,
+        hidden_states=hidden_states(run, projection) if projection else NO_HIDDEN_STATES,
         student_rollout=run.flags.states.student_rollout,
     )
 

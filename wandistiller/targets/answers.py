@@ -76,6 +76,22 @@ class Answers(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
+@dataclass(frozen=True)
+class HiddenStates:
+    """Which of the teacher's hidden states come with its answers.
+
+    Attributes:
+        layers: those after which they are taken.
+        channels: which of their channels; None for all.
+    """
+
+    layers: Sequence[int] = ()
+    channels: Sequence[int] | None = None
+
+
+NO_HIDDEN_STATES = HiddenStates()
+
+
 class AnswerQueue:
     """Hands out stored answers a micro-batch at a time. The text of a micro-batch is read only when its turn comes.
 
@@ -120,8 +136,7 @@ class TeacherAnswers:
     """Asks the teacher at each batch of states. Its answer, or the student's, also moves those states on.
 
     Args:
-        feature_layers: teacher layers whose output comes with the answers.
-        feature_channels: which of their channels (D,); None for all.
+        hidden_states: which of the teacher's come with the answers.
         student_rollout: share of the paths that follow the student's velocity, at the start and at the end of training.
     """
 
@@ -133,16 +148,15 @@ class TeacherAnswers:
         device: str,
         compute_dtype: torch.dtype,
         *,
-        feature_layers: Sequence[int] = (),
-        feature_channels: Sequence[int] | None = None,
+        hidden_states: HiddenStates = NO_HIDDEN_STATES,
         student_rollout: tuple[float, float] = (0.0, 0.0),
     ):
         self.states = states
         self.lanes = states.lanes
         self.prompt_embeds = prompt_embeds
         self.device = device
-        self.feature_layers = feature_layers
-        self.feature_channels = None if feature_channels is None else torch.tensor(feature_channels, device=device)
+        self.layers, channels = hidden_states.layers, hidden_states.channels
+        self.channels = None if channels is None else torch.tensor(channels, device=device)
         self.student_rollout = student_rollout
         self.ask = autocast(teacher.velocity_and_features, device, compute_dtype)
         self.num_calls = 0
@@ -161,7 +175,7 @@ class TeacherAnswers:
         part = self._waiting.pop(0)
         latents = to_device(part.latents, self.device)
         prompt_embeds, prompt_lengths = self.prompt_embeds.batch(part.prompts, self.device)
-        velocity, features = self.ask(latents, part.sigma, prompt_embeds, prompt_lengths, self.feature_layers)
+        velocity, features = self.ask(latents, part.sigma, prompt_embeds, prompt_lengths, self.layers)
         return Answer(
             latents=latents,
             sigma=part.sigma,
@@ -175,9 +189,9 @@ class TeacherAnswers:
         )
 
     def _of_channels(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self.feature_channels is None:
+        if self.channels is None:
             return features
-        return tuple(states[..., self.feature_channels] for states in features)
+        return tuple(states[..., self.channels] for states in features)
 
     def advance(self, answer: Answer, student_velocity: Tensor, progress: float) -> None:
         """Move the states once all micro-batches of their batch are answered.

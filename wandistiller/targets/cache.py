@@ -23,8 +23,8 @@ from torch import Tensor
 from wandistiller.device import to_device
 from wandistiller.errors import UserError, first_line, shown
 from wandistiller.files.atomic import write_json
+from wandistiller.files.json_files import load_json
 from wandistiller.files.output_folder import check_output_folder
-from wandistiller.files.paths import require_file
 from wandistiller.files.safetensors_files import (
     DamagedFileError,
     open_safetensors,
@@ -147,8 +147,7 @@ class TeacherCache:
 
     def _read(self, file: Path) -> None:
         try:
-            require_file(file)
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = load_json(file)
             made_of, is_complete = dict(found["answers_of"]), bool(found["is_complete"])
             # The first caches only had num_shards. A number beyond the files that are there needs no list.
             rows = list(
@@ -156,7 +155,7 @@ class TeacherCache:
             )
             if is_complete and not rows:
                 raise ValueError("a complete cache without answers")
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             raise UserError(
                 f"{file}: is damaged; remove {self.folder} and run again, its answers are asked anew"
             ) from None

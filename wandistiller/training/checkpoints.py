@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wandistiller.errors import UserError, shortened, shown
 from wandistiller.files.atomic import file_digest, fsync, write_json
+from wandistiller.files.json_files import load_json
 from wandistiller.files.paths import nearest_existing, remove, require_file
 from wandistiller.files.safetensors_files import read_header
 from wandistiller.processes import Processes, error_reason, load_tensors, save_tensors
@@ -58,10 +59,9 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            OSError, ValueError, KeyError, TypeError, RecursionError: it is missing or damaged.
+            ValueError, KeyError, TypeError: it is missing or damaged.
         """
-        require_file(path)
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path)
         manifest = cls(
             step=found["step"],
             files=found["files"],
