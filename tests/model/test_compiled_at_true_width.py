@@ -3,7 +3,7 @@
 One block, few tokens. What changes from step to step is the shape of the pictures, the length of the prompts and, where a student is
 measured or draws, the last batch. torch itself is the oracle: `fail_on_recompile` raises where a graph would be made anew.
 
-pytest tests/model/test_compiled_at_true_width.py -m slow
+pytest tests/model/test_compiled_at_true_width.py
 """
 
 import importlib.util
