@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from wandistiller.errors import place_message, shortened
+from wandistiller.errors import lost_process_message, place_message, shortened
 
 # This says how long OpenMP's threads spin before they sleep, and must be set before torch loads. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes
 # small models a third of their speed; spinning for long costs whole time slices where another job keeps a core busy.
@@ -240,6 +240,8 @@ def run_command(main: Callable[[], int | None]) -> int:
         return 130
     except Exception as error:
         message, code = place_message(error) or (str(error), getattr(error, "exit_code", None))
+        if lost := lost_process_message(error):
+            message, code = lost, 1
         if code is None:
             traceback.print_exc()
             return 1
