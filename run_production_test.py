@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.errors import UserError
+from wandistiller.files.clone import check_is_in_clone
 from wandistiller.files.output_folder import (
     METRICS_NAME,
     check_output_folder,
@@ -154,6 +155,7 @@ def show_budget(
 
 def run_test(flags: Flags, folder: Path) -> None:
     """Take every step of a training run, in its order."""
+    check_is_in_clone({"data_path": flags.data_path, "student_config": flags.student_config})
     prompts = load_prompts(flags.data_path)
     passed(f"Prompts found: {len(prompts.prompts)} in {flags.data_path}")
     config = StudentConfig.load(flags.student_config)
