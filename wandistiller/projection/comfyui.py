@@ -81,6 +81,15 @@ def _has_released_latents(config: StudentConfig) -> bool:
     return True
 
 
+def comfyui_sampler(config: StudentConfig) -> str:
+    """Return ComfyUI's sampler that comes nearest to how the student is sampled here.
+
+    Euler's method is the same everywhere. ComfyUI's uni_pc is another algorithm than diffusers' UniPC, and dpmpp_2m draws nearer
+    to it (`python tools/check_comfyui.py`, docs/compatibility.md).
+    """
+    return "euler" if StudentRecord.of(config).sampler == "euler" else "dpmpp_2m"
+
+
 def comfyui_settings(config: StudentConfig) -> str:
     """Return the nodes and values that draw as the student was taught; without the shift ComfyUI would take 8.
 
@@ -89,7 +98,7 @@ def comfyui_settings(config: StudentConfig) -> str:
     """
     record = StudentRecord.of(config)
     steps = f"steps {record.steps}, " if record.steps else ""
-    sampler = f"KSampler with {steps}cfg 1, {'euler' if record.sampler == 'euler' else 'uni_pc'}, simple"
+    sampler = f"KSampler with {steps}cfg 1, {comfyui_sampler(config)}, simple"
     shift = f"ModelSamplingSD3 with shift {record.shift:g}, " if record.shift is not None else ""
     latent = "Wan22ImageToVideoLatent" if config.num_channels == 48 else "EmptyHunyuanLatentVideo"
     return f"Load Diffusion Model, {shift}{sampler}; {latent} of length 1; Load CLIP of type wan"
