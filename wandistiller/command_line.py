@@ -65,7 +65,7 @@ _OTHER_NAMES = {
     "num_images num_images_per_prompt num_validation_images num_videos": [
         "num_samples",
         "num_seeds",
-        "prompt: each prompt is drawn once; give it twice for two pictures, each from a noise of its own",
+        "num_images",
     ],
     "validation_prompt validation_prompts sample_prompts": ["eval_prompts", "prompts_file"],
     "prompts prompt_file prompt_path from_file captions": ["data_path", "prompts_file"],

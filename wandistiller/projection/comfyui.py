@@ -1,9 +1,9 @@
 """What ComfyUI makes of a student's file: what it reads, what it takes as given, and with which settings it draws.
 
-This was compared with Comfy-Org/ComfyUI 0.3.64 and 0.33.0: comfy/model_detection.py (detect_unet_config), sd.py
-(load_diffusion_model), supported_models.py (WAN21_T2V, WAN22_T2V), ldm/wan/model.py (WanModel), text_encoders/wan.py and
-latent_formats.py (Wan21, Wan22). Version 0.8.0 still takes as given what no tensor tells, and from 0.19.3 on the metadata of
-the file tell it; the code of these two and of 0.38 was read, not run.
+This was compared with Comfy-Org/ComfyUI 0.3.64, 0.8.0 and 0.33.0, which `tools/check_comfyui.py` also runs:
+comfy/model_detection.py (detect_unet_config), sd.py (load_diffusion_model), supported_models.py (WAN21_T2V, WAN22_T2V),
+ldm/wan/model.py (WanModel), text_encoders/wan.py and latent_formats.py (Wan21, Wan22). Version 0.8.0 still takes as given what no
+tensor tells, and from 0.19.3 on the metadata of the file tell it; the code of 0.19.3 and of 0.38 was read, not run.
 """
 
 import json
@@ -18,7 +18,11 @@ READS_METADATA = "0.19"  # 0.8.0 does not read it and 0.19.3 does; the versions 
 # first are given only to versions that read no metadata; the others lie outside the model, so that no metadata changes them.
 _GIVEN_BY_OLDER = {"patch_size": (2, "not load"), "freq_dim": (256, "not load"), "eps": (1e-6, "draw otherwise")}
 _GIVEN = {
-    "text_encoder_output_dim": (4096, "find no text encoder for it"),
+    "text_encoder_output_dim": (
+        4096,
+        f"find no text encoder for it, and versions older than {READS_METADATA} would not load the file (size mismatch for "
+        "text_embedding.0.weight)",
+    ),
     "text_max_length": (512, "draw otherwise"),
 }
 _MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals

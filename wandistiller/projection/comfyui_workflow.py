@@ -48,7 +48,7 @@ class Workflow:
     def of(cls, config: StudentConfig, file: str, **changes: Any) -> "Workflow":
         """Return the workflow of a student, with the settings that its record holds."""
         record = StudentRecord.of(config)
-        settings = {
+        settings: dict[str, Any] = {
             "num_channels": config.num_channels,
             "size": config.image_size,
             "shift": SHIFT if record.shift is None else record.shift,

@@ -70,7 +70,10 @@ def write_pipeline_parts(
         _place(source, folder / name, parts.link)
     if dtype == "fp32" and not parts.link:
         _load_as_float32(folder / "text_encoder" / "config.json")
-    wan_scheduler(options.shift, options.num_inference_steps, options.sampler).save_pretrained(folder / "scheduler")
+    scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler)
+    # UniPC calls the shift flow_shift and FlowMatchEulerDiscreteScheduler calls it shift, so that from_config would drop it:
+    scheduler.register_to_config(shift=options.shift)
+    scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "WanPipeline",
         "boundary_ratio": None,
