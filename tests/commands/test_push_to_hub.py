@@ -19,7 +19,7 @@ from test_export_student import save_random_student
 import export_student
 from support.runs import snapshot
 
-TOKEN = "hf_of_this_test"  # nosec B105
+TOKEN = "hf_of_this_test"
 
 
 class StandIn:

@@ -109,7 +109,7 @@ def nodes(workflow: Workflow) -> list[Node]:
             unseen={"seed": "fixed"},  # control_after_generate
         ),
         Node("VAEDecode", (1180, 0), {}, decoded, ("IMAGE",)),
-        Node("SaveImage", (1180, 120), {"filename_prefix": "wandistiller"}, {"images": ("IMAGE", "VAEDecode")}),
+        Node("SaveImage", (1180, 160), {"filename_prefix": "wandistiller"}, {"images": ("IMAGE", "VAEDecode")}),
     ]  # fmt: skip
 
 
