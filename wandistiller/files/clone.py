@@ -26,15 +26,16 @@ _OF_A_CLONE = {
 }
 
 
-def check_is_in_clone(given: dict[str, str]) -> None:
-    """Refuse flags that name files of a clone, as their defaults do, where the command was started in another folder.
+def check_is_in_clone(name: str, given: dict[str, str]) -> None:
+    """Refuse a flag that names a file of a clone, as its default does, where the command was started in another folder.
 
     Args:
-        given: the paths by the names of their flags.
+        name: the flag whose file is read next.
+        given: the paths of all such flags by their names, so that the message has each that is missing.
     """
-    missing = [name for name, path in given.items() if path in _OF_A_CLONE and not os.path.lexists(path)]
-    if missing:
+    missing = [flag for flag, path in given.items() if path in _OF_A_CLONE and not os.path.lexists(path)]
+    if name in missing:
         raise UserError(
-            f"--{missing[0]} {given[missing[0]]}: lies in a clone of WanDistiller, and the command was started elsewhere; "
-            f"start it in a clone, or give your own {', '.join(f'--{name}' for name in missing)}"
+            f"--{name} {given[name]}: lies in a clone of WanDistiller, and the command was started elsewhere; start it in a "
+            f"clone, or give your own {', '.join(f'--{flag}' for flag in missing)}"
         )

@@ -388,10 +388,10 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         parser.error(str(error))
 
 
-def check_files_are_here(flags: Flags) -> None:
-    """Refuse defaults that name files of a clone where there is none."""
+def check_is_here(flags: Flags, name: str) -> None:
+    """Refuse a default that names a file of a clone where there is none; `name` is the flag whose file is read next."""
     read = {"teacher_path": flags.data.teacher_path, "data_path": flags.data.data_path}
-    check_is_in_clone({**read, "student_config": flags.student.student_config})
+    check_is_in_clone(name, {**read, "student_config": flags.student.student_config})
 
 
 def part_of(values: dict[str, Any], group: type) -> dict[str, Any]:
