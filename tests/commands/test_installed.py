@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 import wandistiller
 from support.runs import PRUNED_CONFIG, ROOT
@@ -167,3 +168,23 @@ def test_a_run_of_the_one_command_records_it(run_main, teachers, write_config, t
     record = json.loads((tmp_path / "out" / "student_config.json").read_text(encoding="utf-8"))["distillation"]
     assert record["commands"][0]["command"].startswith("wandistiller train --teacher_path ")
     assert record["wandistiller_version"] == wandistiller.__version__
+
+
+def test_a_run_of_an_older_version_resumes(train, teachers, tmp_path, monkeypatch):
+    """The version is recorded and compared with nothing; a student of before it was recorded draws and is exported too."""
+    import export_student
+
+    with monkeypatch.context() as older:
+        older.setattr("wandistiller.run.record.__version__", "0.0.1")
+        assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, "--save_every", 1).code == 0
+    file = tmp_path / "out" / "student_config.json"
+    assert json.loads(file.read_text(encoding="utf-8"))["distillation"]["wandistiller_version"] == "0.0.1"
+    outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 2, "--save_every", 1)
+    assert outcome.code == 0 and "esum" in outcome.out, outcome.err
+    values = json.loads(file.read_text(encoding="utf-8"))
+    assert values["distillation"].pop("wandistiller_version") == wandistiller.__version__
+    file.write_text(json.dumps(values), encoding="utf-8")
+    flags = ["--format", "original", "--output", str(tmp_path / "a.safetensors")]
+    assert export_student.main(["--student", str(tmp_path / "out"), *flags]) == 0
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as exported:
+        assert exported.metadata()["wandistiller_version"] == wandistiller.__version__
