@@ -11,11 +11,6 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-
-from wandistiller.wan.settings import RELEASED_LATENTS
-
 parser = argparse.ArgumentParser()
 parser.add_argument("--cpu", action="store_true", required=True)
 parser.add_argument("--listen", required=True)
@@ -29,6 +24,11 @@ HISTORY: dict[str, dict] = {}
 
 def draw(base: Path, workflow: dict) -> dict:
     """Return the history of a workflow: what its SaveLatent wrote, or why it could not be run."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from wandistiller.wan.settings import RELEASED_LATENTS
+
     nodes = {node["class_type"]: node["inputs"] for node in workflow.values()}
     if "CLIPLoader" in nodes:
         about = {"node_type": "CLIPLoader", "exception_type": "RuntimeError", "exception_message": "an empty file\n"}
