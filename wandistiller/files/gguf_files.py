@@ -153,11 +153,6 @@ def block_size(path: str | Path, dtype: str) -> int:
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]][0]
 
 
-def require_gguf(path: str | Path) -> None:
-    """Refuse to go on without the library, before anything is done for a file that it is to write."""
-    _library(path)
-
-
 def _library(path: str | Path) -> Any:
     try:
         import gguf

@@ -72,6 +72,12 @@ def _warnings_of_older(config: StudentConfig) -> list[str]:
     return warnings
 
 
+def taken_as_given(config: StudentConfig) -> dict[str, tuple[float, float]]:
+    """Return what ComfyUI gets wrong of a student where no metadata reach it: for each setting what it takes, and what is true."""
+    given = {"head_dim": HEAD_DIM, **{name: value for name, (value, _) in _GIVEN_BY_OLDER.items()}}
+    return {name: (value, getattr(config, name)) for name, value in given.items() if getattr(config, name) != value}
+
+
 def _has_released_latents(config: StudentConfig) -> bool:
     """Tell whether mean and std of the student's latents, where it records them, are those of the released VAE."""
     record, (mean, std) = StudentRecord.of(config), RELEASED_LATENTS[config.num_channels]
@@ -81,7 +87,7 @@ def _has_released_latents(config: StudentConfig) -> bool:
     return True
 
 
-def comfyui_settings(config: StudentConfig) -> str:
+def comfyui_settings(config: StudentConfig, loader: str = "Load Diffusion Model") -> str:
     """Return the nodes and values that draw as the student was taught; without the shift ComfyUI would take 8.
 
     Its scheduler "simple" has the noise levels of `sampling.sampler.wan_scheduler` within 0.008; "normal" and "beta" have
@@ -92,4 +98,4 @@ def comfyui_settings(config: StudentConfig) -> str:
     sampler = f"KSampler with {steps}cfg 1, {'euler' if record.sampler == 'euler' else 'uni_pc'}, simple"
     shift = f"ModelSamplingSD3 with shift {record.shift:g}, " if record.shift is not None else ""
     latent = "Wan22ImageToVideoLatent" if config.num_channels == 48 else "EmptyHunyuanLatentVideo"
-    return f"Load Diffusion Model, {shift}{sampler}; {latent} of length 1; Load CLIP of type wan"
+    return f"{loader}, {shift}{sampler}; {latent} of length 1; Load CLIP of type wan"

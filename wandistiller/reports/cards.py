@@ -25,6 +25,7 @@ from wandistiller.files.output_folder import (
     is_card,
 )
 from wandistiller.model.config import StudentConfig
+from wandistiller.projection.comfyui import comfyui_settings
 from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,
@@ -341,13 +342,19 @@ def export_card(name: str, config: StudentConfig, export_format: str, dtype: str
     )
     if export_format == "pipeline":
         use = f"```python\n{drawing(config, THIS_FOLDER, dtype, link=link)}\n```"
+    elif export_format == "gguf":
+        use = (
+            "For [ComfyUI-GGUF](https://github.com/city96/ComfyUI-GGUF); VAE and text encoder are its teacher's. The file goes "
+            f"into `models/diffusion_models`; nodes: {comfyui_settings(config, 'Unet Loader (GGUF)')}."
+        )
     else:
         use = (
             "The transformer alone; VAE, text encoder, tokenizer and scheduler are its teacher's:\n\n```python\n"
             "from diffusers import WanTransformer3DModel\n\n"
             f'transformer = WanTransformer3DModel.from_pretrained("{THIS_FOLDER}")\n```'
         )
-    parts = [front_matter(record, "diffusers", ["wan", "distillation"]), f"# {name}", text, "## Use", use]
+    library = "gguf" if export_format == "gguf" else "diffusers"
+    parts = [front_matter(record, library, ["wan", "distillation"]), f"# {name}", text, "## Use", use]
     if record:
         made = [(what, value) for what, value in facts(config, record, []) if what != "guidance"]
         made.append(("guidance", "1.0 (the teacher's is learnt)"))
