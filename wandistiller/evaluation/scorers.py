@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from torch import Tensor
 from wandistiller.errors import UserError, first_line, shown
 from wandistiller.files.checked_json import read_json
 from wandistiller.files.hub import fetch, is_hub_id
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # What a model of each kind calls itself in its config.json.
 MODEL_TYPES = {
@@ -57,12 +54,13 @@ class Scorer:
     Attributes:
         kind: "clip", "siglip" or "dino".
         location: the folder or hub id that the person gave.
+        model: of transformers, as AutoModel finds its class.
         image_processor, tokenizer: its own, of transformers; a dino has no tokenizer.
     """
 
     kind: str
     location: str
-    model: "PreTrainedModel"
+    model: Any
     image_processor: Any
     tokenizer: Any | None = None
 
@@ -129,7 +127,7 @@ def _pooled(output: Any) -> Tensor:
 
 
 @contextmanager
-def _moved(model: "PreTrainedModel", device: str) -> Iterator[None]:
+def _moved(model: torch.nn.Module, device: str) -> Iterator[None]:
     """Keep a model on a device only as long as it is asked, since teacher and student need the room."""
     model.to(device)
     try:
@@ -188,7 +186,7 @@ def _find_folder(kind: str, location: str, flag: str) -> Path:
     return fetch(location, _HUB_FILES, f"the folder of a {kind} model that transformers has saved")
 
 
-def _load_model(folder: Path, flag: str) -> "PreTrainedModel":
+def _load_model(folder: Path, flag: str) -> Any:
     from transformers import AutoModel
     from transformers.utils import logging
 
@@ -196,7 +194,7 @@ def _load_model(folder: Path, flag: str) -> "PreTrainedModel":
     logging.set_verbosity_error()  # what is missing is told below, in one line
     logging.disable_progress_bar()
     try:
-        model, info = AutoModel.from_pretrained(
+        model, info = AutoModel.from_pretrained(  # nosec B615 (a local folder)
             folder,
             dtype=torch.float32,
             use_safetensors=True,
@@ -221,10 +219,10 @@ def _load_processor(kind: str, folder: Path, flag: str) -> tuple[Any, Any | None
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         if kind == "dino":
-            return AutoImageProcessor.from_pretrained(folder, **options), None
+            return AutoImageProcessor.from_pretrained(folder, **options), None  # nosec B615 (a local folder)
         if not any((folder / name).is_file() for name in _VOCABULARIES):  # a tokenizer that knows no word would be made
             raise FileNotFoundError(f"none of {', '.join(_VOCABULARIES)} is there")
-        processor = AutoProcessor.from_pretrained(folder, **options)
+        processor = AutoProcessor.from_pretrained(folder, **options)  # nosec B615 (a local folder)
         return processor.image_processor, processor.tokenizer
     except Exception as error:  # what is missing decides which of many types this is
         what = "image processor" if kind == "dino" else "image processor and tokenizer"
