@@ -19,6 +19,7 @@ from support.scorer_models import save_scorer
 from support.students import train_student, write_teacher
 from wandistiller.command_line import run_command
 from wandistiller.evaluation import demo_judge
+from wandistiller.evaluation.scorers import MODEL_TYPES
 from wandistiller.model.transformer import WanLiteStudent
 
 WORLD_PROMPTS = [
@@ -155,9 +156,10 @@ def test_mistakes_are_answered_in_one_line(house, tmp_path, capsys, flags, messa
 @pytest.fixture(scope="module")
 def scorers(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("scorers")
-    for kind in ("clip", "siglip", "dino"):
+    assert list(MODEL_TYPES) == evaluate_student.SCORER_KINDS
+    for kind in MODEL_TYPES:
         save_scorer(kind, root / kind)
-    return {kind: root / kind for kind in ("clip", "siglip", "dino")}
+    return {kind: root / kind for kind in MODEL_TYPES}
 
 
 def given(scorers: dict[str, Path]) -> list[str]:
@@ -179,7 +181,13 @@ def test_scorers_are_in_table_json_and_card(house, tmp_path, capsys, scorers):
     assert results["cmmd"]["num_pictures"] == 6 and results["cmmd"]["value"] > 0
     for shown in (f"{clip['student']:.4g}", f"{dino['cosine']:.4g}", f"{results['cmmd']['value']:.4g}"):
         assert shown in printed and shown in card
-    for words in ("siglip: cosine to the prompt", "dino: cosine to the teacher's picture", "CMMD (6 pictures)"):
+    assert str(scorers["clip"]) not in card
+    for words in (
+        "clip is clip",
+        "siglip: cosine to the prompt",
+        "dino: cosine to the teacher's picture",
+        "CMMD (6 pictures)",
+    ):
         assert words in printed and words in card
     assert "of another model than openai/clip-vit-large-patch14-336" in " ".join(printed.split())
 

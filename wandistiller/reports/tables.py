@@ -3,6 +3,9 @@
 import math
 import textwrap
 from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from wandistiller.files.hub import hub_id
 
 CMMD_NOTE = (
     "CMMD is of another model than openai/clip-vit-large-patch14-336, which published figures are of; it compares with figures of "
@@ -64,6 +67,10 @@ def score_rows(results: dict) -> list[tuple[str, tuple]]:
     """Return what scorers said as rows of a name and the values of student, teacher and ratio; none where there were none."""
     rows: list[tuple[str, tuple]] = []
     for kind, found in (results.get("scores") or {}).items():
+        model = found["model"]
+        rows.append(
+            (f"{kind} is {hub_id(model) or Path(model).name}", ("",))
+        )  # paths of a machine are nobody else's business
         if "cosine" in found:
             rows += [
                 (f"{kind}: cosine to the teacher's picture", (found["cosine"],)),

@@ -101,7 +101,7 @@ def _weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob(f"{WEIGHTS}*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
-        quantised = sorted(folder.rglob(f"*{GGUF_SUFFIX}"))
+        quantised = sorted([*folder.glob(f"*{GGUF_SUFFIX}"), *folder.glob(f"*/*{GGUF_SUFFIX}")])
         if pickled:
             advice = f"; {pickled[0].name} is a pickle, which is never opened: get the safetensors version"
         elif quantised:
