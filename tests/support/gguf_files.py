@@ -44,16 +44,14 @@ def write_wan_gguf(
     path: Path,
     *,
     dtype: str = "Q8_0",
-    rest: str = "F16",
     architecture: str | None = "wan",
     prefix: str = "",
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     noted_shapes: Mapping[str, tuple[int, ...]] | None = None,
-    model=None,
     seed: int = 0,
     **shape,
 ):
-    """Write a Wan's GGUF: the Linear weights of the blocks in one type, other matrices in a second, and the rest in fp32.
+    """Write a Wan's GGUF: the Linear weights of the blocks in one type, other matrices in 16 bits, and the rest in fp32.
 
     Args:
         shapes: other shapes to store tensors in, by their original names.
@@ -62,7 +60,7 @@ def write_wan_gguf(
     Returns:
         diffusers' transformer with the weights that the file holds.
     """
-    model = model or random_transformer(**SHAPE | shape, seed=seed)
+    model, rest = random_transformer(**SHAPE | shape, seed=seed), "BF16" if dtype == "F16" else "F16"
     writer = gguf.GGUFWriter(path=None, arch=architecture or "")
     if architecture is None:
         writer.kv_data[0].clear()

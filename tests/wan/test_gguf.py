@@ -57,7 +57,7 @@ def refusal(path, **arguments) -> str:
     ["Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K", "Q2_K", "IQ4_XS", "F16", "BF16", "F32"],
 )
 def test_every_type_equals_diffusers_with_what_the_library_makes_of_it(tmp_path, dtype):
-    expert = write_wan_gguf(tmp_path / "wan.gguf", dtype=dtype, rest="BF16" if dtype == "BF16" else "F16")
+    expert = write_wan_gguf(tmp_path / "wan.gguf", dtype=dtype)
     assert_same_as_diffusers(tmp_path / "wan.gguf", expert)
 
 
@@ -80,7 +80,7 @@ def test_diffusers_own_reader_reads_the_same(tmp_path):
 
 
 def test_plain_types_are_read_in_their_own_precision(tmp_path):
-    write_wan_gguf(tmp_path / "wan.gguf", dtype="BF16", rest="F16", **HALF)
+    write_wan_gguf(tmp_path / "wan.gguf", dtype="BF16", **HALF)
     transformer = open_wan_files(tmp_path / "wan.gguf").experts["high"]
     assert transformer.read("blocks.0.attn1.to_q.weight").dtype == torch.bfloat16
     assert transformer.read("proj_out.weight").dtype == torch.float16
