@@ -11,14 +11,19 @@ compares shapes of the same number of parameters before one of them is trained:
 
     python projection_mapper.py --student_config config/demo_student_config.json --teacher_path data/demo_teacher \
         --selection calibrated --calibration_prompts data/demo_prompts.txt --size_ladder 5
+
+With --lora a LoRA of the teacher is cut for a student of it, which diffusers and ComfyUI then load onto the student's export:
+
+    python projection_mapper.py --lora my_lora.safetensors --student outputs/demo --output outputs/demo_lora.safetensors
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import FlagParser, int_list, number, path, run_command
+from wandistiller.command_line import LORA_FLAG, FlagParser, int_list, number, path, run_command
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
 
@@ -44,8 +49,10 @@ def __getattr__(name: str):
 class Flags:
     """The flags of this command, as `--help` describes them."""
 
-    teacher_path: str
+    teacher_path: str | None
     teacher_path_low: str | None
+    teacher_lora: list[tuple[str, float]] | None
+    teacher_lora_low: list[tuple[str, float]] | None
     student_config: str | None
     expert: str
     layers: list[int] | None
@@ -59,13 +66,21 @@ class Flags:
     device: str | None
     size_ladder: int | None
     output_dir: str | None
+    lora: list[tuple[str, float]] | None
+    student: str | None
+    format: str
+    output: str | None
 
 
 def parse_args(argv: list[str] | None = None) -> Flags:
     parser = FlagParser("projection_mapper.py", "Project a Wan teacher to a 2D student, and say what it inherited.")
     group = parser.group("Input")
-    group.flag("--teacher_path", required=True, type=path, help="folder, .safetensors file, hub id, or mock")
+    group.flag("--teacher_path", type=path, help="folder, .safetensors file, hub id, or mock (required without --lora)")
     group.flag("--teacher_path_low", type=path, help="the low-noise expert, where the two are two files")
+    group.flag(
+        "--teacher_lora", help="a Wan LoRA that is merged into the teacher; may be given several times", **LORA_FLAG
+    )
+    group.flag("--teacher_lora_low", help="the same for the low-noise expert of two", **LORA_FLAG)
     group.flag("--student_config", type=path, help="student_config.json; without it the teacher's own shape is kept")
     group.flag("--expert", choices=["high", "low"], default="high", help="which expert of a two-expert teacher")
     group.flag("--layers", type=int_list, help="teacher layer of each student block, e.g. 0,2,5,7")
@@ -87,14 +102,24 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     parser.group("Output").flag(
         "--output_dir", type=path, help="folder for the student and projection_report.json (not with --size_ladder)"
     )
+    group = parser.group("A LoRA for a student (with these alone, and --teacher_path for students of earlier versions)")
+    group.flag("--lora", help="a LoRA of the student's teacher, to be cut for it; several are added up", **LORA_FLAG)
+    group.flag("--student", type=path, help="folder of the student, with its projection_report.json")
+    group.flag("--format", choices=["diffusers", "original"], default="diffusers", help="original is for ComfyUI")
+    group.flag("--output", type=path, help="file for the student's LoRA (.safetensors)")
     flags = Flags(**vars(parser.parse(argv)))
-    if flags.output_dir is None and flags.size_ladder is None:
-        parser.error("the following arguments are required: --output_dir")
+    needed = ("student", "output") if flags.lora else ("teacher_path", "output_dir")
+    missing = [f"--{name}" for name in needed if getattr(flags, name) is None]
+    if flags.size_ladder is not None:
+        missing = [name for name in missing if name != "--output_dir"]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     return flags
 
 
 def check_flags(flags: Flags) -> None:
     """Refuse flags that need each other, before torch loads."""
+    check_lora_flags(flags)
     is_calibrated, has_shape = flags.selection == "calibrated", flags.student_config is not None
     if flags.layers and not has_shape:
         raise UserError("--layers names the layers of a smaller student; give its shape with --student_config")
@@ -110,6 +135,51 @@ def check_flags(flags: Flags) -> None:
         raise UserError("--selection calibrated makes a smaller student; give its shape with --student_config")
     if is_calibrated and not flags.calibration_prompts:
         raise UserError("--selection calibrated needs prompts to ask the teacher; give --calibration_prompts FILE")
+
+
+def check_lora_flags(flags: Flags) -> None:
+    """Refuse flags of the two jobs, to project a teacher and to cut a LoRA, that are given together."""
+    projecting = ("student_config", "layers", "size_ladder", "output_dir", "teacher_lora", "teacher_lora_low")
+    cutting = ("student", "output")
+    for name in projecting if flags.lora else cutting:
+        if getattr(flags, name) is not None:
+            why = "makes a student, and --lora cuts a LoRA for one" if flags.lora else "belongs to --lora FILE"
+            raise UserError(f"--{name}: {why}; leave it out")
+
+
+def cut_lora(flags: Flags) -> None:
+    """Write the part of a teacher's LoRA that a student has, and say what became of the rest."""
+    from wandistiller.projection.lora import cut_loras, write_lora
+    from wandistiller.projection.selection_record import read_made_of
+    from wandistiller.sampling.recorded import load_shape
+    from wandistiller.wan.layouts import open_teacher
+    from wandistiller.wan.lora import open_lora
+    from wandistiller.wan.transformer_files import teacher_tensor_shapes
+
+    config, output = load_shape(flags.student or ""), Path(flags.output or "")
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: give a file name that ends in .safetensors")
+    if os.path.lexists(output):
+        raise UserError(f"--output {output}: is there already and is not replaced; remove it, or give another name")
+    wan_files = open_teacher(flags.teacher_path, config, flags.teacher_path_low) if flags.teacher_path else None
+    made_of = read_made_of(flags.student or "", config, wan_files)
+    shapes = teacher_tensor_shapes(made_of.teacher)
+    loras = [open_lora(path, scale, shapes) for path, scale in flags.lora or []]
+    student_lora = cut_loras(loras, made_of.selection, config)
+    if not student_lora.names():
+        raise UserError(
+            f"{loras[0].path}: changes only layers that the student does not have, so nothing of it is left"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    left_out = write_lora(student_lora, output, flags.format)
+    print(f"Wrote {output}: {len(student_lora.names())} tensors of the student are changed, names of {flags.format}")
+    if student_lora.dropped:
+        print(f"Left out: {len(student_lora.dropped)} tensors of layers that the student does not have")
+    if left_out:
+        print(
+            f"Left out: {len(left_out)} differences of norms and modulation tables, such as {left_out[0]}, which diffusers does "
+            "not load; --format original has them for ComfyUI"
+        )
 
 
 def calibrate_teacher(flags: Flags, wan_files: "WanFiles", config: StudentConfig) -> "tuple[Teacher, Calibration]":
@@ -183,15 +253,19 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse_args(argv)
     config = StudentConfig.load(flags.student_config) if flags.student_config else None
     check_flags(flags)
+    if flags.lora:
+        return cut_lora(flags)
 
     from wandistiller.files.output_folder import prepare_output_folder, set_aside_previous_student
     from wandistiller.projection.calibrated import calibrated_student
     from wandistiller.projection.project import REPORT_NAME, project_teacher
     from wandistiller.projection.selection import check_fits
     from wandistiller.wan.layouts import open_teacher
+    from wandistiller.wan.lora import merge_loras
 
     # The teacher's files and the output folder are checked before a weight is read:
-    wan_files = open_teacher(flags.teacher_path, config, flags.teacher_path_low)
+    wan_files = open_teacher(flags.teacher_path or "", config, flags.teacher_path_low)
+    wan_files = merge_loras(wan_files, flags.teacher_lora, flags.teacher_lora_low)
     if config is not None and flags.student_config is not None:
         check_fits(wan_files.expert(flags.expert).config, config, flags.layers, flags.student_config)
         config.check_image_size(wan_files.vae_scale_factor or config.vae_scale_factor, flags.student_config)
