@@ -1,15 +1,16 @@
 """How much of a teacher's LoRA arrives at a student that it is cut for.
 
     python benchmarks/bench_lora.py --student outputs/demo                  # the student that the demo command leaves
-    python benchmarks/bench_lora.py --student outputs/demo --scales 1 2 3 --output outputs/bench_lora
+    python benchmarks/bench_lora.py --student outputs/demo --fit_steps 200 --scales 0.5 1 1.5
+    python benchmarks/bench_lora.py --student outputs/demo --change swap --dropped
 
 A LoRA is trained on the demo teacher as trainers do it, by flow matching on pictures with captions. --change says what it learns:
-"swap", the teacher's own pictures with red and blue changed over, as a style is; or "green", what the teacher draws where every
-shape of the caption is green, which changes what words mean. It is cut for the student, and both draw held-out prompts with and
-without it from the same noise. The change of a picture's latents at the student is held against that at the teacher: the cosine
-between the two, the ratio of their norms, and the share of the squared error to the changed teacher that is closed; and the judge of
-the demo's world tells how many pictures are right and changed. Prints a table in Markdown, and as its last line one JSON document;
-writes the LoRAs and a picture to --output.
+"green", what the teacher draws where every shape of the caption is green; or "swap", the teacher's own pictures with red and blue
+changed over. It is cut for the student, and both draw held-out prompts with and without it from the same noise. The change of a
+picture's latents at the student is held against that at the teacher: the cosine between the two, the ratio of their norms, and the
+share of the squared error to the changed teacher that is closed; and the judge of the demo's world tells how many pictures are right
+and changed. --fit_steps also trains the cut matrices, and others that begin at zero, on answers of the changed teacher. Prints a
+table in Markdown, and as its last line one JSON document; writes the LoRAs and a picture to --output.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +42,7 @@ from wandistiller.projection.selection import Selection
 from wandistiller.projection.selection_record import read_made_of
 from wandistiller.sampling.flow import seeded_noise, shift_sigma, sigma_to_timestep
 from wandistiller.sampling.recorded import embed_with_negative
-from wandistiller.sampling.sampler import SamplingOptions, sample_in_batches, student_as_teacher
+from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches, student_as_teacher
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.lora import Lora, open_lora, shapes_of
@@ -58,20 +60,21 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--student", required=True, help="folder of a student of the teacher")
     parser.add_argument("--teacher_path", default=str(ROOT / "data/demo_teacher"))
-    parser.add_argument("--change", choices=["swap", "green"], default="swap", help="what the LoRA is trained for")
+    parser.add_argument("--change", choices=["swap", "green"], default="green", help="what the LoRA is trained for")
     parser.add_argument("--data_path", default=str(ROOT / "data/demo_prompts.txt"))
     parser.add_argument("--heldout_prompts", default=str(ROOT / "data/demo_heldout_prompts.txt"))
     parser.add_argument(
-        "--num_prompts", type=int, default=192, help="captions, a picture each, that the LoRA learns from"
+        "--num_prompts", type=int, default=256, help="captions, a picture each, that the LoRA learns from"
     )
     parser.add_argument("--num_heldout", type=int, default=48)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=150, help="of the LoRA's training")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=250, help="of the LoRA's training")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--scales", nargs="+", type=float, default=[1.0, 1.5, 2.0], help="of the LoRA at the student")
+    parser.add_argument("--scales", nargs="+", type=float, default=[0.5, 1.0, 1.5], help="of the LoRA at the student")
     parser.add_argument(
         "--dropped", action="store_true", help="also add what the LoRA does in dropped layers to the next kept"
     )
+    parser.add_argument("--fit_steps", type=int, default=0, help="steps that the student's LoRA is trained on, if any")
     parser.add_argument("--prompt_cache", default=str(ROOT / "outputs/prompt_cache"))
     parser.add_argument("--output", default=str(ROOT / "outputs/bench_lora"))
     return parser.parse_args()
@@ -107,7 +110,7 @@ class Bench:
         model, _ = project_teacher(self.wan_files, text_max_length=self.config.text_max_length, loras=loras)
         return Teacher({"high": model}, self.settings, self.negative)
 
-    def draw(self, field: Teacher, embeds, seed: int) -> Tensor:
+    def draw(self, field: VelocityField, embeds, seed: int) -> Tensor:
         shape = self.settings.latent_shape(self.config)
         noise = seeded_noise([seed + index for index in range(len(embeds))], shape)
         return sample_in_batches(field, noise, embeds, range(len(embeds)), self.options, BATCH_SIZE)
@@ -145,41 +148,56 @@ class Bench:
 class Product(nn.Module):
     """A weight with `up @ down` added to it."""
 
-    def __init__(self, weight: Tensor, rank: int):
+    def __init__(self, weight: Tensor, rank: int, product: tuple[Tensor, Tensor] | None = None):
         super().__init__()
         rows, columns = weight.shape
-        self.down = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
-        self.up = nn.Parameter(torch.zeros(rows, rank))
+        up, down = product or (torch.zeros(rows, rank), torch.randn(rank, columns) / columns**0.5)
+        self.up, self.down = nn.Parameter(up.clone()), nn.Parameter(down.clone())
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.up @ self.down
 
 
-def train_lora(bench: Bench, latents: Tensor, args: argparse.Namespace) -> dict[str, Tensor]:
-    """Train products for all linear layers of the blocks, and return them under diffusers' names."""
-    model = bench.teacher().experts["high"]
+def with_products(model: WanLiteStudent, rank: int, begun: StudentLora | None = None) -> dict[str, Product]:
+    """Add a product to each linear layer of the blocks in place, and return them by the names of the layers."""
     torch.manual_seed(0)
     products = {}
-    for name, module in model.blocks.named_modules():
-        if isinstance(module, nn.Linear):
-            products[f"transformer.blocks.{name}"] = Product(module.weight, args.rank)
-            parametrize.register_parametrization(module, "weight", products[f"transformer.blocks.{name}"])
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.startswith("blocks."):
+            products[name] = Product(module.weight, rank, begun.low_rank[f"{name}.weight"] if begun else None)
+            parametrize.register_parametrization(module, "weight", products[name])
+    return products
+
+
+def fit(products: dict[str, Product], batches: Iterator[tuple[Tensor, Tensor]], num_steps: int, lr: float) -> None:
+    """Train products, given pairs of what a model answers and what it should."""
     parameters = [parameter for product in products.values() for parameter in product.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(args.steps):
-        rows = torch.randint(len(latents), (BATCH_SIZE,), generator=generator)
-        noise = torch.randn(latents[rows].shape, generator=generator)
-        sigma = shift_sigma(torch.rand(BATCH_SIZE, generator=generator), bench.settings.shift)
-        mixed = torch.lerp(latents[rows], noise, sigma[:, None, None, None])
-        velocity = model(mixed, sigma_to_timestep(sigma), *bench.captions.batch(rows.tolist()))
-        loss = F.mse_loss(velocity, noise - latents[rows])
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for _, (velocity, expected) in zip(range(num_steps), batches, strict=False):
+        loss = F.mse_loss(velocity, expected)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    print(f"Loss of the LoRA's last step: {loss.item():.4f}", file=sys.stderr)
+    print(f"Loss of the last step: {loss.item():.4f}", file=sys.stderr)
+
+
+def flow_matching(bench: Bench, model: WanLiteStudent, latents: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        rows = torch.randint(len(latents), (BATCH_SIZE,), generator=generator)
+        noise = torch.randn(latents[rows].shape, generator=generator)
+        sigma = shift_sigma(torch.rand(BATCH_SIZE, generator=generator), bench.settings.shift)
+        mixed = torch.lerp(latents[rows], noise, sigma[:, None, None, None])
+        yield model(mixed, sigma_to_timestep(sigma), *bench.captions.batch(rows.tolist())), noise - latents[rows]
+
+
+def train_lora(bench: Bench, latents: Tensor, args: argparse.Namespace) -> dict[str, Tensor]:
+    """Train a LoRA of the teacher, and return it under diffusers' names."""
+    model = bench.teacher().experts["high"]
+    products = {f"transformer.{name}": product for name, product in with_products(model, args.rank).items()}
+    fit(products, flow_matching(bench, model, latents), args.steps, args.lr)
     down = {f"{name}.lora_A.weight": product.down.detach().clone() for name, product in products.items()}
     return down | {f"{name}.lora_B.weight": product.up.detach().clone() for name, product in products.items()}
 
@@ -193,6 +211,40 @@ def with_lora(folder: str, student_lora: StudentLora, scale: float) -> WanLiteSt
         for name, parameter in student.named_parameters():
             if name in student_lora.names():
                 parameter += scale * without_frames(student_lora.delta(name))
+    return student
+
+
+class Recorded:
+    """A teacher, and everything that it was asked and answered."""
+
+    def __init__(self, teacher: Teacher):
+        self.teacher, self.answers = teacher, []
+
+    def velocity(self, latents: Tensor, sigma: Tensor, *text: Tensor) -> Tensor:
+        answer = self.teacher.velocity(latents, sigma, *text)
+        self.answers.append((latents.clone(), sigma.float(), answer))
+        return answer
+
+
+def fitted_student(
+    bench: Bench, changed: Teacher, args: argparse.Namespace, begun: StudentLora | None
+) -> WanLiteStudent:
+    """Return the student with products that were trained on the changed teacher's paths; they begin as `begun`, or at zero."""
+    recorded = Recorded(changed)
+    bench.draw(recorded, bench.captions.first(BATCH_SIZE), NOISE_SEED)
+    student = WanLiteStudent.from_pretrained(args.student).requires_grad_(False)
+    text = bench.captions.batch(range(BATCH_SIZE))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(1)
+        latents, sigma, answers = (torch.stack(parts) for parts in zip(*recorded.answers, strict=True))
+        columns = torch.arange(BATCH_SIZE)
+        while True:  # each path at a noise level of its own
+            levels = torch.randint(len(latents), (BATCH_SIZE,), generator=generator)
+            timestep = sigma_to_timestep(sigma[levels, columns])
+            yield student(latents[levels, columns], timestep, *text), answers[levels, columns]
+
+    fit(with_products(student, args.rank, begun), batches(), args.fit_steps, args.lr)
     return student
 
 
@@ -249,15 +301,20 @@ def main() -> None:
     student_file.unlink(missing_ok=True)
     write_lora(arms[""], student_file, "diffusers")
     wanted = drawn["teacher + LoRA"] - drawn["teacher"]
+    students = {
+        f"student + {arm}LoRA at {scale:g}": with_lora(args.student, student_lora, scale)
+        for arm, student_lora in arms.items()
+        for scale in args.scales
+    }
+    if args.fit_steps:
+        students[f"LoRA trained on, {args.fit_steps} steps"] = fitted_student(bench, changed, args, arms[""])
+        students[f"LoRA from zero, {args.fit_steps} steps"] = fitted_student(bench, changed, args, None)
     rows = []
-    for arm, student_lora in arms.items():
-        for scale in args.scales:
-            student = student_as_teacher(with_lora(args.student, student_lora, scale), bench.settings)
-            name = f"student + {arm}LoRA at {scale:g}"
-            drawn[name] = bench.draw(student, bench.held_out_embeds, HELD_OUT_SEED)
-            change = drawn[name] - drawn["student"]
-            errors = (drawn["student"] - drawn["teacher + LoRA"], drawn[name] - drawn["teacher + LoRA"])
-            rows.append({"name": name} | measured(change, wanted, *errors))
+    for name, student in students.items():
+        drawn[name] = bench.draw(student_as_teacher(student, bench.settings), bench.held_out_embeds, HELD_OUT_SEED)
+        change = drawn[name] - drawn["student"]
+        errors = (drawn["student"] - drawn["teacher + LoRA"], drawn[name] - drawn["teacher + LoRA"])
+        rows.append({"name": name} | measured(change, wanted, *errors))
     shares = {name: bench.share_as_wanted(samples) for name, samples in drawn.items()}
 
     # Tell:

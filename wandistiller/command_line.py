@@ -74,8 +74,8 @@ _OTHER_NAMES = {
     ],
     "lora lora_path lora_weight lora_weights network_weights": [
         "lora",
+        "student: projection_mapper.py --lora cuts a LoRA for a student, which diffusers and ComfyUI load onto its export",
         "teacher_lora: a LoRA of the teacher is --teacher_lora FILE[:SCALE]; the student is trained whole",
-        "student: a student is a whole model; projection_mapper.py --lora cuts a LoRA for it, which diffusers and ComfyUI load",
     ],
     "lora_rank rank network_dim network_alpha network_module": [
         "student_config: no LoRA is trained here; all weights of the student are trained",
