@@ -1,7 +1,7 @@
 """How much of a teacher's LoRA arrives at a student that it is cut for.
 
     python benchmarks/bench_lora.py --student outputs/demo                  # the student that the demo command leaves
-    python benchmarks/bench_lora.py --student outputs/demo --fit_steps 200 --scales 0.5 1 1.5
+    python benchmarks/bench_lora.py --student outputs/demo --fit_steps 0 --scales 0.5 1 1.5
     python benchmarks/bench_lora.py --student outputs/demo --change swap --dropped
 
 A LoRA is trained on the demo teacher as trainers do it, by flow matching on pictures with captions. --change says what it learns:
@@ -9,8 +9,8 @@ A LoRA is trained on the demo teacher as trainers do it, by flow matching on pic
 changed over. It is cut for the student, and both draw held-out prompts with and without it from the same noise. The change of a
 picture's latents at the student is held against that at the teacher: the cosine between the two, the ratio of their norms, and the
 share of the squared error to the changed teacher that is closed; and the judge of the demo's world tells how many pictures are right
-and changed. --fit_steps also trains the cut matrices, and others that begin at zero, on answers of the changed teacher. Prints a
-table in Markdown, and as its last line one JSON document; writes the LoRAs and a picture to --output.
+and changed. Then the cut LoRA is fitted, as projection_mapper.py --calibration_prompts does, and beside it one that begins at zero.
+Prints a table in Markdown, and as its last line one JSON document; writes the LoRAs and a picture to --output.
 """
 
 import argparse
@@ -36,7 +36,9 @@ from wandistiller.files.pictures import labelled_grid, save_png
 from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.projection.calibration import draw_states, options_for
 from wandistiller.projection.lora import StudentLora, cut_loras, write_lora
+from wandistiller.projection.lora_fit import fit_lora
 from wandistiller.projection.project import project_teacher
 from wandistiller.projection.selection import Selection
 from wandistiller.projection.selection_record import read_made_of
@@ -70,11 +72,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=250, help="of the LoRA's training")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--scales", nargs="+", type=float, default=[0.5, 1.0, 1.5], help="of the LoRA at the student")
+    parser.add_argument("--scales", nargs="+", type=float, default=[1.0], help="of the LoRA at the student")
     parser.add_argument(
         "--dropped", action="store_true", help="also add what the LoRA does in dropped layers to the next kept"
     )
-    parser.add_argument("--fit_steps", type=int, default=0, help="steps that the student's LoRA is trained on, if any")
+    parser.add_argument(
+        "--fit_steps", type=int, default=200, help="steps that the student's LoRA is fitted for; 0: none"
+    )
     parser.add_argument("--prompt_cache", default=str(ROOT / "outputs/prompt_cache"))
     parser.add_argument("--output", default=str(ROOT / "outputs/bench_lora"))
     return parser.parse_args()
@@ -148,23 +152,23 @@ class Bench:
 class Product(nn.Module):
     """A weight with `up @ down` added to it."""
 
-    def __init__(self, weight: Tensor, rank: int, product: tuple[Tensor, Tensor] | None = None):
+    def __init__(self, weight: Tensor, rank: int):
         super().__init__()
         rows, columns = weight.shape
-        up, down = product or (torch.zeros(rows, rank), torch.randn(rank, columns) / columns**0.5)
-        self.up, self.down = nn.Parameter(up.clone()), nn.Parameter(down.clone())
+        self.up = nn.Parameter(torch.zeros(rows, rank))
+        self.down = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.up @ self.down
 
 
-def with_products(model: WanLiteStudent, rank: int, begun: StudentLora | None = None) -> dict[str, Product]:
+def with_products(model: WanLiteStudent, rank: int) -> dict[str, Product]:
     """Add a product to each linear layer of the blocks in place, and return them by the names of the layers."""
     torch.manual_seed(0)
     products = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.startswith("blocks."):
-            products[name] = Product(module.weight, rank, begun.low_rank[f"{name}.weight"] if begun else None)
+            products[name] = Product(module.weight, rank)
             parametrize.register_parametrization(module, "weight", products[name])
     return products
 
@@ -214,38 +218,23 @@ def with_lora(folder: str, student_lora: StudentLora, scale: float) -> WanLiteSt
     return student
 
 
-class Recorded:
-    """A teacher, and everything that it was asked and answered."""
-
-    def __init__(self, teacher: Teacher):
-        self.teacher, self.answers = teacher, []
-
-    def velocity(self, latents: Tensor, sigma: Tensor, *text: Tensor) -> Tensor:
-        answer = self.teacher.velocity(latents, sigma, *text)
-        self.answers.append((latents.clone(), sigma.float(), answer))
-        return answer
+def fitted(bench: Bench, changed: Teacher, folder: str, begun: StudentLora, num_steps: int) -> StudentLora:
+    """Return a student's LoRA trained on, as projection_mapper.py --calibration_prompts does."""
+    shape, patch_size = bench.settings.latent_shape(bench.config), bench.wan_files.config.patch_size or 1
+    options = options_for(shape, patch_size)
+    states = draw_states(changed, bench.captions, shape, options)
+    student = WanLiteStudent.from_pretrained(folder)
+    return fit_lora(student, begun, states, bench.captions, options, num_steps=num_steps).lora
 
 
-def fitted_student(
-    bench: Bench, changed: Teacher, args: argparse.Namespace, begun: StudentLora | None
-) -> WanLiteStudent:
-    """Return the student with products that were trained on the changed teacher's paths; they begin as `begun`, or at zero."""
-    recorded = Recorded(changed)
-    bench.draw(recorded, bench.captions.first(BATCH_SIZE), NOISE_SEED)
-    student = WanLiteStudent.from_pretrained(args.student).requires_grad_(False)
-    text = bench.captions.batch(range(BATCH_SIZE))
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(1)
-        latents, sigma, answers = (torch.stack(parts) for parts in zip(*recorded.answers, strict=True))
-        columns = torch.arange(BATCH_SIZE)
-        while True:  # each path at a noise level of its own
-            levels = torch.randint(len(latents), (BATCH_SIZE,), generator=generator)
-            timestep = sigma_to_timestep(sigma[levels, columns])
-            yield student(latents[levels, columns], timestep, *text), answers[levels, columns]
-
-    fit(with_products(student, args.rank, begun), batches(), args.fit_steps, args.lr)
-    return student
+def from_zero(student_lora: StudentLora) -> StudentLora:
+    """Return a LoRA of the same layers and ranks that changes nothing yet."""
+    generator = torch.Generator().manual_seed(0)
+    low_rank = {
+        name: (torch.zeros_like(up), torch.randn(down.shape, generator=generator) / down.shape[1] ** 0.5)
+        for name, (up, down) in student_lora.low_rank.items()
+    }
+    return replace(student_lora, low_rank=low_rank)
 
 
 def with_dropped_layers(lora: Lora, selection: Selection) -> Lora:
@@ -307,8 +296,9 @@ def main() -> None:
         for scale in args.scales
     }
     if args.fit_steps:
-        students[f"LoRA trained on, {args.fit_steps} steps"] = fitted_student(bench, changed, args, arms[""])
-        students[f"LoRA from zero, {args.fit_steps} steps"] = fitted_student(bench, changed, args, None)
+        for name, begun in (("cut LoRA", arms[""]), ("LoRA from zero", from_zero(arms[""]))):
+            student_lora = fitted(bench, changed, args.student, begun, args.fit_steps)
+            students[f"student + {name}, fitted"] = with_lora(args.student, student_lora, 1.0)
     rows = []
     for name, student in students.items():
         drawn[name] = bench.draw(student_as_teacher(student, bench.settings), bench.held_out_embeds, HELD_OUT_SEED)

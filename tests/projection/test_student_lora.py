@@ -7,6 +7,7 @@ pytest tests/projection/test_student_lora.py
 """
 
 import json
+import re
 import shutil
 
 import pytest
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 
 import projection_mapper
 from support.loras import comfyui_keys, diffusers_keys, kohya_keys, random_differences, random_pairs, write
+from support.runs import snapshot
+from support.students import PROMPTS, train_student
 from support.wan_folders import (
     oracle_velocity,
     random_transformer,
@@ -339,3 +342,94 @@ def test_the_low_noise_expert_of_two_is_what_a_lora_of_it_is_cut_from(run_main, 
     student.save_pretrained(tmp_path / "student")
     report.save(tmp_path / "student")
     assert read_made_of(tmp_path / "student", CONFIG, None).expert == "low"
+
+
+# ---- fitted to the teacher ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny student that was trained, with its recorded teacher, and a LoRA of that teacher."""
+    root = tmp_path_factory.mktemp("trained")
+    write_pipeline_folder(root / "teacher")
+    model = WanTransformer3DModel.from_pretrained(root / "teacher" / "transformer")
+    write(root / "lora.safetensors", comfyui_keys(random_pairs(model, size=1.0)))
+    train_student(root, root / "teacher", "--num_samples", "0", "--save_every", "0", "--guidance_scale", "1")
+    return root
+
+
+def fit(run_main, root, output, *flags):
+    argv = ["--lora", root / "lora.safetensors", "--student", root / "student", "--output", output, "--device", "cpu"]
+    argv += ["--calibration_prompts", root / "prompts.txt", "--calibration_paths", 8, "--prompt_cache", root / "cache"]
+    return run_main(projection_mapper.main, *argv, *flags)
+
+
+def test_a_fitted_lora_is_nearer_to_the_teacher_and_is_what_diffusers_loads(run_main, trained, tmp_path):
+    outcome = fit(run_main, trained, tmp_path / "fitted.safetensors", "--lora_steps", 60)
+    assert outcome.code == 0, outcome.err
+    before, cut_error, fitted = map(float, re.findall(r"\d\.\d{3}", outcome.out))
+    assert fitted < 0.95 * min(before, cut_error)
+    argv = [
+        "--lora",
+        trained / "lora.safetensors",
+        "--student",
+        trained / "student",
+        "--output",
+        tmp_path / "cut.safetensors",
+    ]
+    assert run_main(projection_mapper.main, *argv).code == 0
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("cut", "fitted"))
+    assert {name: tensor.shape for name, tensor in first.items()} == {
+        name: tensor.shape for name, tensor in second.items()
+    }
+    assert not any(torch.equal(first[name], second[name]) for name in first)
+
+    # Its error, by diffusers alone, where paths begin, to the teacher that diffusers has loaded the LoRA onto:
+    pipeline = WanPipeline.from_pretrained(trained / "teacher")
+    text, _ = pipeline.encode_prompt(PROMPTS[0], None, False, max_sequence_length=512)
+    teacher = pipeline.transformer
+    teacher.load_lora_adapter(_in_diffusers_names(trained / "lora.safetensors"), prefix=None)
+    config = StudentConfig.load(trained / "student")
+    errors = []
+    for name in ("cut", "fitted"):
+        student, _ = exported(trained, config)
+        student.load_lora_adapter(str(tmp_path), weight_name=f"{name}.safetensors")
+        generator = torch.Generator().manual_seed(0)
+        args = torch.randn(4, 16, 4, 4, generator=generator), torch.full((4,), 999.0), text.expand(4, -1, -1)
+        errors.append(relative_error(oracle_velocity(student, *args), oracle_velocity(teacher, *args)))
+    assert errors[1] < errors[0]
+
+
+def _in_diffusers_names(path):
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+
+    return {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in _convert_non_diffusers_wan_lora_to_diffusers(load_file(path)).items()
+    }
+
+
+def test_a_fit_is_repeatable_and_leaves_the_student_alone(run_main, trained, tmp_path):
+    before = snapshot(trained / "student")
+    for name in "ab":
+        assert fit(run_main, trained, tmp_path / f"{name}.safetensors", "--lora_steps", 2).code == 0
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first) and snapshot(trained / "student") == before
+
+
+def test_what_cannot_be_fitted_is_refused(run_main, trained, places, tmp_path):
+    output = tmp_path / "a.safetensors"
+    untrained = ["--lora", places / "products.safetensors", "--student", places / "student", "--output", output]
+    differences = random_differences(random_transformer(), ["blocks.0.norm2.weight"])
+    only_norms = write(tmp_path / "norms.safetensors", comfyui_keys({}, differences=differences))
+    argv = ["--student", trained / "student", "--output", output, "--calibration_prompts", trained / "prompts.txt"]
+    argv += ["--prompt_cache", trained / "cache", "--device", "cpu", "--calibration_paths", 2]
+    for words, message in (
+        ([*untrained, "--calibration_prompts", trained / "prompts.txt"], 'no "distillation" record'),
+        ([*untrained, "--calibration_paths", 3], "give --calibration_prompts FILE"),
+        ([*argv, "--lora", only_norms], "nothing of it can be fitted"),
+        ([*argv, "--lora", trained / "lora.safetensors", "--teacher_lora_low", only_norms], "has one expert"),
+    ):
+        outcome = run_main(projection_mapper.main, *words)
+        assert outcome.code == 2 and message in outcome.err and "Traceback" not in outcome.err, outcome.err
+    assert not output.exists()
