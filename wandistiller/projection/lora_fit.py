@@ -61,7 +61,7 @@ def fit_lora(
     before = states_error(student, states[1], embeds, options)
     linears = {name: module for name, module in student.named_modules() if isinstance(module, nn.Linear)}
     products = {
-        name: tuple(nn.Parameter(part.clone().to(options.device)) for part in lora.low_rank[f"{name}.weight"])
+        name: _trainable(lora.low_rank[f"{name}.weight"], options.device)
         for name in linears
         if f"{name}.weight" in lora.low_rank
     }
@@ -74,8 +74,13 @@ def fit_lora(
         cut = states_error(student, states[1], embeds, options)
         _train(student, products, states[0], embeds, options, num_steps, lr)
         fitted = states_error(student, states[1], embeds, options)
-    low_rank = {f"{name}.weight": tuple(part.detach().cpu() for part in pair) for name, pair in products.items()}
+    low_rank = {f"{name}.weight": (up.detach().cpu(), down.detach().cpu()) for name, (up, down) in products.items()}
     return FittedLora(replace(lora, low_rank=lora.low_rank | low_rank), before, cut, fitted)
+
+
+def _trainable(pair: tuple[Tensor, Tensor], device: str) -> tuple[Tensor, Tensor]:
+    up, down = (nn.Parameter(part.clone().to(device)) for part in pair)
+    return up, down
 
 
 def _adding(up: Tensor, down: Tensor):
@@ -94,12 +99,12 @@ def _add_the_rest(student: WanLiteStudent, lora: StudentLora, products: dict) ->
     )
     for name, parameter in student.named_parameters():
         if name in rest.names():
-            parameter += without_frames(rest.delta(name)).to(parameter)
+            parameter.add_(without_frames(rest.delta(name)).to(parameter))
 
 
 def _train(
     student: WanLiteStudent,
-    products: dict[str, tuple[Tensor, ...]],
+    products: dict[str, tuple[Tensor, Tensor]],
     states: CalibrationStates,
     embeds: PromptEmbeds,
     options: CalibrationOptions,
