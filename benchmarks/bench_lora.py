@@ -258,6 +258,20 @@ def measured(change: Tensor, wanted: Tensor, before: Tensor, after: Tensor) -> d
     }
 
 
+def tell(bench: Bench, rows: list[dict], shares: dict[str, float], drawn: dict[str, Tensor], output: Path) -> None:
+    """Print the table, and draw the first prompts by all."""
+    print("| drawn by | cosine of the change | its norm, of the teacher's | error closed | right and changed |")
+    print("|---|---|---|---|---|")
+    for name in ("teacher", "teacher + LoRA", "student"):
+        print(f"| {name} | | | | {shares[name]:.1%} |")
+    for row in rows:
+        cells = f"{row['cosine']:.3f} | {row['norm_ratio']:.2f} | {row['error_closed']:.1%} | {shares[row['name']]:.1%}"
+        print(f"| {row['name']} | {cells} |")
+    grid = [list(bench.pictures(samples[:NUM_SHOWN])) for samples in drawn.values()]
+    captions = [bench.held_out[:NUM_SHOWN], *[[""] * NUM_SHOWN] * (len(grid) - 1)]
+    save_png(labelled_grid(grid, captions, list(drawn)), output / "lora.png", {})
+
+
 def main() -> None:
     args, start = parse_args(), time.perf_counter()
     bench, output = Bench(args), Path(args.output)
@@ -307,17 +321,7 @@ def main() -> None:
         rows.append({"name": name} | measured(change, wanted, *errors))
     shares = {name: bench.share_as_wanted(samples) for name, samples in drawn.items()}
 
-    # Tell:
-    print("| drawn by | cosine of the change | its norm, of the teacher's | error closed | right and changed |")
-    print("|---|---|---|---|---|")
-    for name in ("teacher", "teacher + LoRA", "student"):
-        print(f"| {name} | | | | {shares[name]:.1%} |")
-    for row in rows:
-        cells = f"{row['cosine']:.3f} | {row['norm_ratio']:.2f} | {row['error_closed']:.1%} | {shares[row['name']]:.1%}"
-        print(f"| {row['name']} | {cells} |")
-    grid = [list(bench.pictures(samples[:NUM_SHOWN])) for samples in drawn.values()]
-    captions = [bench.held_out[:NUM_SHOWN], *[[""] * NUM_SHOWN] * (len(grid) - 1)]
-    save_png(labelled_grid(grid, captions, list(drawn)), output / "lora.png", {})
+    tell(bench, rows, shares, drawn, output)
     seconds = time.perf_counter() - start
     print(
         json.dumps(

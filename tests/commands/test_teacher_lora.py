@@ -1,6 +1,6 @@
 """A run with LoRAs in its teacher, as a person types it: what the student learns, records and may be resumed with.
 
-pytest tests/commands/test_lora.py
+pytest tests/commands/test_teacher_lora.py
 """
 
 import json
