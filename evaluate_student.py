@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller import __version__
-from wandistiller.command_line import FlagParser, number, path, run_command
+from wandistiller.command_line import LORA_FLAG, FlagParser, number, path, run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     COMPARISON_NAME,
@@ -26,6 +26,7 @@ from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.recorded import (
     StudentRecord,
+    TeacherLoras,
     check_size,
     embed_with_negative,
     load_drawing_parts,
@@ -56,6 +57,8 @@ class Flags:
     student: str
     teacher_path: str | None
     teacher_path_low: str | None
+    teacher_lora: list[tuple[str, float]] | None
+    teacher_lora_low: list[tuple[str, float]] | None
     text_encoder_path: str | None
     vae_path: str | None
     prompts_file: str
@@ -93,6 +96,8 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     )
     model.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
     model.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
+    model.flag("--teacher_lora", "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG)
+    model.flag("--teacher_lora_low", "the same for the low-noise expert of two", **LORA_FLAG)
     model.flag(
         "--text_encoder_path",
         "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",
@@ -159,7 +164,7 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
     device = pick_device(flags.device)
     dtype = pick_dtype(flags.dtype, device)
     settings = recorded_settings(config)
-    wan_files = open_recorded_teacher(config, *teacher)
+    wan_files = open_recorded_teacher(config, *teacher, TeacherLoras(flags.teacher_lora, flags.teacher_lora_low))
     check_size("the student's image_size", config.image_size, config, wan_files.config.patch_size)
     judge = find_judge(wan_files, prompts)
     parts = load_drawing_parts(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import FlagParser, number, path, run_command
+from wandistiller.command_line import LORA_FLAG, FlagParser, number, path, run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     check_output_folder,
@@ -27,6 +27,7 @@ from wandistiller.files.prompts import load_prompts, slug, unusable
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.recorded import (
     StudentRecord,
+    TeacherLoras,
     check_size,
     embed_with_negative,
     load_drawing_parts,
@@ -62,6 +63,8 @@ class Flags:
     model: str
     teacher_path: str | None
     teacher_path_low: str | None
+    teacher_lora: list[tuple[str, float]] | None
+    teacher_lora_low: list[tuple[str, float]] | None
     text_encoder_path: str | None
     vae_path: str | None
     prompt: list[str] | None
@@ -96,6 +99,8 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     )
     model.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
     model.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
+    model.flag("--teacher_lora", "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG)
+    model.flag("--teacher_lora_low", "the same for the low-noise expert of two", **LORA_FLAG)
     model.flag(
         "--text_encoder_path",
         "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",
@@ -245,7 +250,7 @@ def prepare(
     settings = choose_guidance(flags, recorded_settings(config))
     if flags.model == "teacher":
         options = teacher_sampling(config, flags.num_inference_steps, dtype, device)
-        wan_files = open_recorded_teacher(config, *teacher)
+        wan_files = open_recorded_teacher(config, *teacher, TeacherLoras(flags.teacher_lora, flags.teacher_lora_low))
         check_picture_size(size, config, wan_files.config.patch_size)
     else:
         options = student_sampling(config, flags.num_inference_steps, dtype, device)

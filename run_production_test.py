@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import FlagParser, number, path, run_command
+from wandistiller.command_line import LORA_FLAG, FlagParser, number, path, run_command
 from wandistiller.errors import UserError
 from wandistiller.files.clone import check_is_in_clone
 from wandistiller.files.output_folder import (
@@ -47,6 +47,8 @@ class Flags:
     data_path: str
     teacher_path: str
     teacher_path_low: str | None
+    teacher_lora: list[tuple[str, float]] | None
+    teacher_lora_low: list[tuple[str, float]] | None
     num_epochs: int
     batch_size: int
     output_dir: str | None
@@ -66,6 +68,8 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         "--teacher_path", "a real checkpoint to hold the config against (the steps run on a mock)", "mock", type=path
     )
     group.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
+    group.flag("--teacher_lora", "a Wan LoRA to hold against it; may be given several times", **LORA_FLAG)
+    group.flag("--teacher_lora_low", "the same for the low-noise expert of two", **LORA_FLAG)
     group = parser.group("Test run")
     group.flag("--num_epochs", "passes over the prompts", 1, type=number(int, low=1))
     group.flag("--batch_size", "prompts per step", 2, type=number(int, low=1))
@@ -94,15 +98,20 @@ def shrink(config: StudentConfig) -> StudentConfig:
 def check_real_teacher(flags: Flags, config: StudentConfig, prompts: list[str]) -> None:
     """Print from headers alone whether the given config fits the real teacher, and what a run with it will take."""
     from wandistiller.projection.selection import check_fits
+    from wandistiller.run.messages import lora_lines
     from wandistiller.wan.layouts import open_teacher
+    from wandistiller.wan.lora import merge_loras
     from wandistiller.wan.settings import resolve_settings, warnings_about
 
     wan_files = open_teacher(flags.teacher_path, config, flags.teacher_path_low)
+    wan_files = merge_loras(wan_files, flags.teacher_lora, flags.teacher_lora_low)
     shape = wan_files.config
     passed(
         f"Teacher {flags.teacher_path}: headers read, {' + '.join(wan_files.experts)}: hidden_size {shape.hidden_size}, "
         f"depth {shape.depth}, num_heads {shape.num_heads}, ffn_dim {shape.ffn_dim}, {shape.num_channels} channels"
     )
+    for line in lora_lines(wan_files):
+        passed(line)
     check_fits(shape, config, where=flags.student_config)
     settings = resolve_settings(wan_files)
     config.check_image_size(settings.vae_scale_factor, flags.student_config)
@@ -163,7 +172,7 @@ def run_test(flags: Flags, folder: Path) -> None:
     config = StudentConfig.load(flags.student_config)
     small = shrink(config)
     passed(f"Config found: {flags.student_config}")
-    if flags.teacher_path != "mock" or flags.teacher_path_low:
+    if flags.teacher_path != "mock" or flags.teacher_path_low or flags.teacher_lora or flags.teacher_lora_low:
         check_real_teacher(flags, config, prompts.prompts)
     passed(
         f"Config adjusted: model_type {small.model_type}, block {small.block}, hidden_size {config.hidden_size} -> "

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from wandistiller import __version__
 from wandistiller.errors import lost_process_message, place_message, shortened
@@ -85,9 +85,14 @@ _OTHER_NAMES = {
         'student_config: the size of the pictures is "image_size" in the file of --student_config',
         "student: the size of the pictures is the one that the student was trained at",
     ],
-    "lora lora_path lora_rank lora_weight lora_weights rank network_dim network_alpha network_module network_weights": [
-        "student_config: there is no LoRA here; all weights of the student are trained",
-        "student: there is no LoRA here; a student is a whole model",
+    "lora lora_path lora_weight lora_weights network_weights": [
+        "lora",
+        "student: projection_mapper.py --lora cuts a LoRA for a student, which diffusers and ComfyUI load onto its export",
+        "teacher_lora: a LoRA of the teacher is --teacher_lora FILE[:SCALE]; the student is trained whole",
+    ],
+    "lora_rank rank network_dim network_alpha network_module": [
+        "student_config: no LoRA is trained here; all weights of the student are trained",
+        "student: no LoRA is trained here; a student is a whole model",
     ],
     "hidden_size depth num_layers num_heads ffn_dim patch_size text_max_length": [
         "student_config: it is no flag but a line in the file of --student_config"
@@ -223,6 +228,23 @@ def int_list(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers separated by commas, such as 0,2,5") from None
+
+
+def lora_file(text: str) -> tuple[str, float]:
+    """Read FILE or FILE:SCALE, as an argparse type; a colon that no number follows belongs to the path."""
+    name, colon, after = path(text).rpartition(":")
+    try:
+        scale = float(after) if colon and name else math.nan
+    except ValueError:
+        return text, 1.0
+    if not (colon and name):
+        return text, 1.0
+    if not math.isfinite(scale) or scale == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: the scale after the colon must be a number other than 0")
+    return name, scale
+
+
+LORA_FLAG: dict[str, Any] = {"action": "append", "type": lora_file, "metavar": "FILE[:SCALE]"}
 
 
 @dataclass(frozen=True)

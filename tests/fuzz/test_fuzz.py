@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from diffusers import WanTransformer3DModel
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ import train_distillation
 from support.damage import IN_BYTES, IN_GGUF, IN_JSON, IN_PLACE, IN_TENSORS, Damage, apply, damages
 from support.forked import Ended, run_forked
 from support.gguf_files import write_wan_gguf
+from support.loras import comfyui_keys, random_pairs, write
 from support.runs import PRUNED_CONFIG
 from support.scorer_models import save_scorer
 from support.students import train_student, write_teacher
@@ -66,6 +68,16 @@ def project(*flags: object, teacher: str = "teacher") -> Command:
 def project_student(case: Path) -> tuple[Callable, list[object]]:
     main, argv = project()(case)
     return main, [*argv, "--student_config", case / "config.json"]
+
+
+def project_with_lora(case: Path) -> tuple[Callable, list[object]]:
+    main, argv = project()(case)
+    return main, [*argv, "--teacher_lora", case / "lora.safetensors"]
+
+
+def cut_lora(case: Path) -> tuple[Callable, list[object]]:
+    argv = ["--lora", case / "lora.safetensors", "--student", case / "student", "--output", case / "new.safetensors"]
+    return projection_mapper.main, argv
 
 
 def draw(*flags: object, prompts: bool = False) -> Command:
@@ -140,6 +152,16 @@ GROUPS = {
     "VAE": Group(
         [*SHARED_TEACHER, "cache"], ["teacher/vae/*"], IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE, export_pipeline, 20
     ),
+    "LoRA": Group(
+        ["teacher", "lora.safetensors"], ["lora.safetensors"], IN_TENSORS + IN_BYTES + IN_PLACE, project_with_lora, 25
+    ),
+    "student's selection": Group(
+        ["lora.safetensors", "student"],
+        ["student/projection_report.json", "lora.safetensors"],
+        IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE,
+        cut_lora,
+        30,
+    ),
     "student's record": Group(
         SHARED_TEACHER, ["student/student_config.json"], IN_JSON + IN_BYTES + IN_PLACE, export_pipeline, 25, 1000
     ),
@@ -200,6 +222,10 @@ def house(tmp_path_factory) -> Path:
     write_wan_gguf(root / "wan.gguf", heads=1)
     for kind in ("clip", "dino"):
         save_scorer(kind, root / kind)
+    model = WanTransformer3DModel.from_pretrained(root / "teacher" / "transformer")
+    write(
+        root / "lora.safetensors", comfyui_keys(random_pairs(model), alpha=1.5), {"lora_adapter_metadata": '{"r": 3}'}
+    )
     (root / "config.json").write_text(json.dumps(PRUNED_CONFIG), encoding="utf-8")
     made = train_student(root / "made", root / "teacher")
     for name, place in {
@@ -215,9 +241,10 @@ def house(tmp_path_factory) -> Path:
     for flags in (("--max_steps", 2, "--teacher_cache", "{case}/answers"), ("--max_steps", 2, "--overwrite")):
         main, argv = train(*flags)(root)
         assert main(list(map(str, argv))) == 0
-    for number, command in enumerate((project_student, draw(), export, export_pipeline)):
+    for number, command in enumerate((project_student, project_with_lora, cut_lora, draw(), export, export_pipeline)):
         main, argv = command(root)
-        argv = [root / f"warm_{number}" if word == root / "new" else word for word in argv]
+        warm = {root / "new": root / f"warm_{number}", root / "new.safetensors": root / f"warm_{number}.safetensors"}
+        argv = [warm.get(word, word) for word in argv]
         assert main(list(map(str, argv))) in (0, None)
     return root
 
@@ -251,7 +278,7 @@ def fault_of(ended: Ended, case: Path, before: set[str]) -> str | None:
         lines = ended.err.strip().splitlines()
         places = re.findall(r'File ".*?/(wandistiller/\S+|\w+\.py)", line (\d+)', ended.err)
         return f"traceback: {lines[-1][:160]} at {':'.join(places[-1]) if places else '?'}"
-    if written := set(os.listdir(case)) - before - {"new", "cache", "run"}:
+    if written := set(os.listdir(case)) - before - {"new", "new.safetensors", "cache", "run"}:
         return f"wrote {sorted(written)}"
     if ended.code == 2:
         messages = [line for line in ended.err.splitlines() if "error: " in line]
@@ -260,6 +287,8 @@ def fault_of(ended: Ended, case: Path, before: set[str]) -> str | None:
         if len(messages[0].replace(str(case), "")) > LONGEST_MESSAGE:
             return f"a message of {len(messages[0])} letters: {messages[0].replace(str(case), '')[:120]}"
         # A run may find damage only when it reads an answer, and then has written what it did until then.
+        if (case / "new.safetensors").exists():
+            return "refused, and a file is left"
         left = [name for name in ("new", "cache", "run") if name not in before and (case / name).exists()]
         empty = [name for name in left if name == "new" or not any((case / name).iterdir())]
         return f"refused, and {empty[0]} is left" if empty else None

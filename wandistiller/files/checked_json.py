@@ -37,6 +37,17 @@ def _is_range(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(RATIO.fits, value)) and value[0] < value[1]
 
 
+def _is_lora(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.get("expert") in ("high", "low")
+        and TEXT.fits(value.get("file"))
+        and TEXT.fits(value.get("sha256"))
+        and _is_number(value.get("scale"))
+        and (value.get("path") is None or PATH.fits(value["path"]))
+    )
+
+
 WHOLE = Kind("a whole number above 0, at most 10^9", _is_whole)
 STEPS = Kind("a whole number from 1 to 1000", lambda value: _is_whole(value, 1000))
 POSITIVE = Kind("a number above 0, at most 1e18", lambda value: _is_number(value) and value > 0)
@@ -51,6 +62,10 @@ PATH = Kind(
 STAGES = Kind(
     "a list of whole numbers above 0, one a stage",
     lambda value: isinstance(value, list) and len(value) > 0 and all(map(WHOLE.fits, value)),
+)
+LORAS = Kind(
+    "a list of objects with expert (high or low), file, sha256, scale and mostly path",
+    lambda value: isinstance(value, list) and all(map(_is_lora, value)),
 )
 COMPONENT = Kind(
     'a pair such as ["diffusers", "WanTransformer3DModel"], or [null, null]',

@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Mapping
 
 from wandistiller.files.checked_json import (
+    LORAS,
     NOT_NEGATIVE,
     PATH,
     POSITIVE,
@@ -39,6 +40,7 @@ _KINDS = {
     "preset": TEXT,
     "world": TEXT,
     "boundary_ratio": RATIO,
+    "teacher_loras": LORAS,
 }
 
 

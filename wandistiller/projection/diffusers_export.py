@@ -110,6 +110,8 @@ def published(config: StudentConfig, teacher_path: str | None = None) -> Student
         if name not in ("command", "commands", "extra_prompts")
         and (not name.endswith("_path") or _is_of_hub(value, record))
     }
+    if loras := record.get("teacher_loras"):
+        kept["teacher_loras"] = [{name: lora[name] for name in lora if name != "path"} for lora in loras]
     if "world" not in kept and "teacher_path" in record:
         with contextlib.suppress(UserError):  # the teacher may be gone
             teacher = teacher_paths(config, teacher_path)[0]

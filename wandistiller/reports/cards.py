@@ -210,6 +210,10 @@ def facts(config: StudentConfig, record: dict, lines: list[dict]) -> list[tuple[
     guidance = [f"{record[name]:g}" for name in ("guidance_scale", "guidance_scale_2") if record.get(name) is not None]
     rows = [
         ("teacher", plain(record.get("base_model") or local_name(record))),
+        (
+            "with the LoRA",
+            ", ".join(f"{plain(lora['file'])} at {lora['scale']:g}" for lora in record.get("teacher_loras") or []),
+        ),
         ("its settings", plain(record.get("preset"))),
         ("shift", record.get("shift")),
         ("guidance", " and ".join(guidance)),

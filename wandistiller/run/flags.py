@@ -10,7 +10,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from dataclasses import replace as replace_fields
 from typing import Any
 
-from wandistiller.command_line import FlagGroup, FlagParser, int_list, number, path, torchrun_environment
+from wandistiller.command_line import LORA_FLAG, FlagGroup, FlagParser, int_list, number, path, torchrun_environment
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_TEACHER, check_is_in_clone
 from wandistiller.run.config_help import READY_CONFIGS
 from wandistiller.run.recipe import Recipe
@@ -71,6 +71,12 @@ class DataFlags:
     teacher_path_low: str | None = flag(
         "the low-noise expert, where the two experts are two files or folders", type=path
     )
+    teacher_lora: list[tuple[str, float]] | None = flag(
+        "a Wan LoRA (.safetensors) that is merged into the teacher as it is read, into the high-noise expert of two; may be given "
+        "several times",
+        **LORA_FLAG,
+    )
+    teacher_lora_low: list[tuple[str, float]] | None = flag("the same for the low-noise expert of two", **LORA_FLAG)
     text_encoder_path: str | None = flag(
         "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none", type=path
     )

@@ -51,6 +51,8 @@ def print_plan(plan: "Plan") -> None:
     duplicates = f" ({texts.duplicates} repeated lines left out)" if texts.duplicates else ""
     print(f"Prompts: {len(texts.prompts)}{duplicates}")
     print(f"Teacher: {wan_files.location} ({' + '.join(wan_files.experts)}), {settings.summary()}")
+    for line in lora_lines(wan_files):
+        print(line)
     print(
         f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
         f"{config.image_size} px = {'x'.join(map(str, plan.latent_shape))} latents"
@@ -69,6 +71,23 @@ def print_plan(plan: "Plan") -> None:
     if plan.lanes.total != optimization.batch_size:
         parts = [f"--batch_size {optimization.batch_size}", f"--grad_accum_steps {optimization.grad_accum_steps}"]
         print(f"Samples a step: {' x '.join([*parts, f'{plan.processes.count} processes'])} = {plan.lanes.total}")
+
+
+def lora_lines(wan_files: "WanFiles") -> list[str]:
+    """Return a line for each LoRA that is merged into the teacher, and one where only one expert of two has any."""
+    of_two = len(wan_files.experts) > 1
+    lines = [
+        f"LoRA: {lora.path} at scale {lora.scale:g}, {lora.num_changed} of {lora.num_tensors} tensors"
+        f"{f' of the {lora.expert}-noise expert' if of_two else ''}"
+        for lora in wan_files.loras
+    ]
+    without = wan_files.experts.keys() - {lora.expert for lora in wan_files.loras}
+    if lines and without:
+        flag = "--teacher_lora_low" if "low" in without else "--teacher_lora"
+        lines.append(
+            f"Warning: the {''.join(without)}-noise expert has no LoRA; {flag} gives it one, which may be the same file"
+        )
+    return lines
 
 
 class _Printed(logging.Handler):

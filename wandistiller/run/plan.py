@@ -22,6 +22,7 @@ from wandistiller.targets.states import StatesOptions
 from wandistiller.training.loop import TrainingOptions, steps_of_epochs
 from wandistiller.training.optimizer import OptimizationOptions, check_optimizer
 from wandistiller.wan.layouts import check_headers, open_teacher
+from wandistiller.wan.lora import merge_loras
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
 from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, read_vae_config
@@ -203,6 +204,7 @@ def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles,
     """Open the teacher by its headers and refuse it unless the student is a part of it; no weight is read yet."""
     data, student, teacher = flags.data, flags.student, flags.teacher
     wan_files = open_teacher(data.teacher_path, config, data.teacher_path_low)
+    wan_files = merge_loras(wan_files, data.teacher_lora, data.teacher_lora_low)
     if data.vae_path:
         wan_files = wan_files.with_vae_config(find_vae(data.vae_path, data.teacher_path).config_path())
     check_fits(wan_files.expert(student.init_expert).config, config, student.layers, student.student_config)

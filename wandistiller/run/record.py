@@ -79,6 +79,8 @@ def save_trained_student(
     }
     recipe: dict[str, Any] = made_by | flags.recipe.recorded()
     recipe |= {name: recorded_path(recipe[name]) for name in RECORDED_PATHS}
+    if loras := run.wan_files.loras:
+        recipe["teacher_loras"] = [lora.record() | {"path": recorded_path(lora.path)} for lora in loras]
     if flags.objective.student_steps:
         recipe["segment_sigmas"] = segment_sigmas(settings.shift, flags.objective.student_steps).tolist()
     made_of = {

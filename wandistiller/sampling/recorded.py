@@ -47,6 +47,7 @@ class StudentRecord:
 
     Attributes:
         teacher_path, teacher_path_low, text_encoder_path: as `recorded_path` gives them.
+        teacher_loras: the LoRAs that were merged into it: expert, file, sha256, scale and path of each.
         base_model: the hub repository of the teacher, where the run took it from there.
         num_inference_steps: how many steps the teacher draws in.
         student_steps: how many steps the student draws in, where it learnt whole steps.
@@ -57,6 +58,7 @@ class StudentRecord:
 
     teacher_path: str | None = None
     teacher_path_low: str | None = None
+    teacher_loras: list[dict] | None = None
     base_model: str | None = None
     text_encoder_path: str | None = None
     shift: float | None = None
@@ -242,17 +244,56 @@ def check_is_teacher(teacher: StudentConfig, config: StudentConfig, teacher_path
             )
 
 
-def open_recorded_teacher(config: StudentConfig, teacher_path: str, teacher_path_low: str | None) -> "WanFiles":
-    """Open the files of the student's teacher; `teacher_paths` tells where they are. No weight is read yet.
+@dataclass(frozen=True)
+class TeacherLoras:
+    """Files and scales of the LoRAs that flags name for a student's teacher; with none the recorded ones are merged."""
+
+    high: "list[tuple[str, float]] | None" = None
+    low: "list[tuple[str, float]] | None" = None
+
+
+def open_recorded_teacher(
+    config: StudentConfig, teacher_path: str, teacher_path_low: str | None, loras: TeacherLoras | None = None
+) -> "WanFiles":
+    """Open the files of the student's teacher; `teacher_paths` tells where they are. No weight of it is read yet.
+
+    Args:
+        loras: those that flags name instead of the recorded ones.
 
     Raises:
         UserError: they cannot be opened, or are not those of this student's teacher.
     """
     from wandistiller.wan.layouts import open_teacher
+    from wandistiller.wan.lora import merge_loras
 
     wan_files = open_teacher(teacher_path, config, teacher_path_low)
     check_is_teacher(wan_files.config, config, teacher_path)
+    if loras and (loras.high or loras.low):
+        return merge_loras(wan_files, loras.high, loras.low)
+    recorded = StudentRecord.of(config).teacher_loras or []
+    for lora in recorded:
+        wan_files = merge_loras(wan_files, **{lora["expert"]: [(_lora_path(lora), lora["scale"])]})
+    for lora, merged in zip(recorded, wan_files.loras, strict=True):
+        if merged.sha256 != lora["sha256"]:
+            raise UserError(
+                f"{merged.path}: is another file than the LoRA that this student's teacher had (sha256 {merged.sha256[:12]}..., "
+                f"recorded {lora['sha256'][:12]}...); give {_lora_flag(lora)} the right one"
+            )
     return wan_files
+
+
+def _lora_flag(lora: dict) -> str:
+    return "--teacher_lora" if lora["expert"] == "high" else "--teacher_lora_low"
+
+
+def _lora_path(lora: dict) -> str:
+    """Return where a recorded LoRA is now; what was published has no path any more."""
+    flag = f"{_lora_flag(lora)} FILE:{lora['scale']:g}"
+    if lora.get("path") is None:
+        raise UserError(
+            f"this student's teacher had the LoRA {lora['file']}, and nothing records where that is; give {flag}"
+        )
+    return _found(lora["path"], "LoRA of the teacher that", flag, is_of_hub=False)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from wandistiller.targets.answers import Answer, AnswerQueue, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.state_dicts import check_order
 from wandistiller.targets.states import StatesOptions
+from wandistiller.wan.lora import without_loras
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.wan_files import WanFiles
@@ -64,10 +65,11 @@ class AnswerError(ValueError):
 def teacher_fingerprint(wan_files: WanFiles) -> str:
     """Return a digest of every expert's output layer and middle block, the same for the same weights wherever they lie.
 
-    The block tells a merged LoRA from the original. Reading everything would take minutes for a large teacher.
+    The block tells a merged LoRA from the original. Reading everything would take minutes for a large teacher. LoRAs that are
+    merged as it is read are left out: their sum depends on the machine in its last bits, and their files tell what they are.
     """
     digest = hashlib.sha256()
-    for expert in map(wan_files.expert, wan_files.experts):
+    for expert in (without_loras(wan_files.expert(name)) for name in wan_files.experts):
         middle = f"blocks.{expert.config.depth // 2}"
         for name in ("proj_out.weight", f"{middle}.attn1.to_q.weight", f"{middle}.ffn.net.2.weight"):
             digest.update(expert.read(name).float().numpy().tobytes())
@@ -87,6 +89,8 @@ def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str
         "negative_prompt": settings.negative_prompt if settings.uses_guidance else None,
         "shift": settings.shift,
         "num_inference_steps": settings.num_inference_steps,
+        # The fingerprint sees a part of the weights alone. Without LoRAs the description stays what it always was.
+        **({"teacher_lora": [lora.identity for lora in wan_files.loras]} if wan_files.loras else {}),
     }
 
 
