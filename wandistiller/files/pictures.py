@@ -3,6 +3,7 @@
 A picture is a uint8 array (H, W, 3). Pillow is imported where it is used.
 """
 
+import io
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,12 @@ def save_png(picture: "np.ndarray | Image", path: str | Path, metadata: Mapping[
     Args:
         metadata: text entries of the file.
     """
+    with atomic_path(path) as beside:
+        beside.write_bytes(png_bytes(picture, metadata))
+
+
+def png_bytes(picture: "np.ndarray | Image", metadata: Mapping[str, object] | None = None) -> bytes:
+    """Return a PNG with text entries."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -35,8 +42,9 @@ def save_png(picture: "np.ndarray | Image", path: str | Path, metadata: Mapping[
     for name, value in (metadata or {}).items():
         info.add_itxt(name, str(value))
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    with atomic_path(path) as beside:
-        image.save(beside, format="PNG", pnginfo=info)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
 
 
 def caption_font(texts: Iterable[str]) -> "FreeTypeFont":
