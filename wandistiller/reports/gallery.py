@@ -114,7 +114,7 @@ def gallery_page(evaluated: Evaluated, student_folder: Path) -> str:
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("gallery.html").render(
-        mark=Markup(f"{CARD_MARK}; it is written again when the student is measured. -->"),  # nosec B704 (a constant)
+        mark=Markup(f"{CARD_MARK}; it is written again when the student is measured. -->"),
         style=Markup(style),  # nosec B704 (our own file)
         script=Markup(script),  # nosec B704 (our own file)
         script_digest=digest,

@@ -28,14 +28,14 @@ POLICY = (
     "frame-ancestors 'self'; form-action 'self'; base-uri 'self'"
 )
 STYLE = """
-.answer .row { margin: 0 0 1rem; } .answer h3 { margin: 0 0 .3rem; font-size: 1rem; text-transform: capitalize; }
+.answer .row { margin: 0 0 1rem; } .answer.single { display: flex; flex-wrap: wrap; gap: 0 1.5rem; } .answer.single .row { flex: 0 1 auto; } .answer h3 { margin: 0 0 .3rem; font-size: 1rem; text-transform: capitalize; }
 .answer h3 small { text-transform: none; font-weight: normal; opacity: .75; }
 .answer .strip { display: flex; flex-wrap: wrap; gap: .6rem; } .answer figure { margin: 0; max-width: 100%; }
 .answer img { display: block; max-width: min(100%, 32rem); height: auto; } .answer img.small { width: 12rem; }
 .answer figcaption { font-size: .85rem; } .answer figcaption a { text-decoration: underline; margin-left: .4rem; }
 .message { margin: 0; padding: .5rem .8rem; border-left: 4px solid #c07a1a; } .message.error { border-color: #c03a2b; font-weight: 600; }
 .message p { margin: .1rem 0; }
-@media (max-width: 34rem) { .answer img.small { width: min(10rem, 44vw); } }
+@media (max-width: 34rem) { .answer img.small { width: min(10rem, 38vw); } .answer.single { gap: 0 .6rem; } .answer h3 small { display: block; } }
 """
 
 
@@ -79,7 +79,8 @@ def settings_text(answer: Answer) -> str:
     seeds = f"seed {wish.seed}" if wish.num_noises == 1 else f"seeds {wish.seed} to {last}"
     steps = f"{answer.rows[-1].steps} steps"
     teacher = ", with the teacher" if wish.with_teacher else ""
-    return f"{wish.prompt[:80]} | {wish.student}, {seeds}, {steps}, {width} x {height}{teacher}"
+    prompt = wish.prompt if len(wish.prompt) <= 80 else f"{wish.prompt[:77]}..."
+    return f"{prompt} | {wish.student}, {seeds}, {steps}, {width} x {height}{teacher}"
 
 
 def answer_html(answer: Answer) -> str:
@@ -156,8 +157,8 @@ def build_page(studio: Studio) -> "gradio.Blocks":
                 )
                 button = gradio.Button("Draw", variant="primary", elem_id="draw")
             with gradio.Column(scale=5, min_width=300):
-                message = gradio.HTML("", elem_id="message")
-                pictures = gradio.HTML(NOTHING_YET, elem_id="pictures")
+                message = gradio.HTML("", elem_id="message", padding=False)
+                pictures = gradio.HTML(NOTHING_YET, elem_id="pictures", padding=False)
                 past = gradio.Radio(
                     [], label="Drawn before; choosing one brings it back", visible=False, elem_id="past"
                 )

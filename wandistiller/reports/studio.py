@@ -196,7 +196,10 @@ class Studio:
         from wandistiller.device import is_out_of_memory
 
         config = self.config(wish.student)
-        size = wish.height or config.image_size, wish.width or config.image_size
+        size = (
+            config.image_size if wish.height is None else wish.height,
+            config.image_size if wish.width is None else wish.width,
+        )
         _check(wish, config, size)
         with self._lock:
             try:
@@ -223,7 +226,7 @@ class Studio:
             notes.append(
                 f"the text is longer than the {config.text_max_length} tokens that this student reads; what comes after them was left out"
             )
-        rows = [_timed(who, artist, wish, embeds, easel) for who, artist in artists.items()]
+        rows = [_timed(who, artist, wish, size, embeds, easel) for who, artist in artists.items()]
         return Answer(wish, size, rows, [f"{note[0].upper()}{note[1:]}." for note in notes])
 
 
@@ -243,17 +246,17 @@ def _check(wish: Wish, config: StudentConfig, size: tuple[int, int]) -> None:
     check_picture_size(size, config, config.patch_size, ("height", "width"))
 
 
-def _timed(who: str, artist: Artist, wish: Wish, embeds: "PromptEmbeds", easel: "_Easel") -> Drawn:
-    """Draw the row of one of the two, and measure the time of a picture."""
+def _timed(
+    who: str, artist: Artist, wish: Wish, size: tuple[int, int], embeds: "PromptEmbeds", easel: "_Easel"
+) -> Drawn:
+    """Draw the row of one of the two, and measure the time of a picture, from noise to pixels."""
     from wandistiller.files.pictures import png_bytes
 
     config, seeds = easel.config, range(wish.seed, wish.seed + wish.num_noises)
-    size = wish.height or config.image_size, wish.width or config.image_size
-    shape = (config.num_channels, *(pixels // config.vae_scale_factor for pixels in size))
+    height, width = (pixels // config.vae_scale_factor for pixels in size)
     start = time.perf_counter()
-    pictures = artist.draw(
-        embeds, [0] * len(seeds), seeds, shape
-    )  # the decoder's pictures come back to the CPU, which waits
+    # The pictures come back to the CPU, which waits for them:
+    pictures = artist.draw(embeds, [0] * len(seeds), seeds, (config.num_channels, height, width))
     seconds = (time.perf_counter() - start) / len(seeds)
     about = artist.metadata(who, str(easel.folder), size)
     drawn = [
