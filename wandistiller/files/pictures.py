@@ -128,7 +128,10 @@ def _cell_size(height: int, width: int) -> tuple[int, int]:
 def labelled_grid(
     rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]], row_names: Sequence[str] = ()
 ) -> "Image":
-    """Draw rows of pictures of one size, each below its wrapped caption, with the names of the rows to their left."""
+    """Draw rows of pictures of one size, each below its wrapped caption, with the names of the rows to their left.
+
+    The grid's `info` says where its last row begins, in pixels from the top.
+    """
     from PIL import Image, ImageDraw
 
     font = caption_font([caption for row in captions for caption in row])
@@ -146,6 +149,7 @@ def labelled_grid(
     drawing = ImageDraw.Draw(grid)
     top = MARGIN
     for index, row in enumerate(rows):
+        grid.info["last_row"] = top
         top += caption_heights[index]
         if row_names:
             drawing.text((MARGIN, top + cell_height / 2), row_names[index], "black", font, anchor="lm")

@@ -22,9 +22,10 @@ import numpy as np
 from wandistiller.errors import first_line
 from wandistiller.evaluation.per_prompt import PromptMeasures
 from wandistiller.files.atomic import write_text
-from wandistiller.files.output_folder import CARD_MARK, GALLERY_NAME, METRICS_NAME, has_mark, sample_files
+from wandistiller.files.output_folder import CARD_MARK, GALLERY_NAME, METRICS_NAME, has_mark
 from wandistiller.reports.charts import run_charts
 from wandistiller.reports.metrics import read_metrics
+from wandistiller.reports.over_time import read_samples
 from wandistiller.reports.tables import cell_text, comparison_rows, equal_steps
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ MAX_SIDE = 512  # pixels of a tile
 MAX_PIXELS = 128e6  # of all tiles together, which are some 50 MB; those of more prompts are smaller
 MAX_NOISES = 8  # of each prompt that are shown; the measures are of all
 LOSSLESS_SIDE = 128  # pixels up to which a tile is kept exactly
-MAX_SAMPLE_FILES, SAMPLE_WIDTH = 12, 1600
+MAX_SAMPLES, SAMPLE_WIDTH = 12, 1600
 QUALITY = 88  # of WebP
 DIFFERENCE_FACTOR = 3
 
@@ -124,7 +125,7 @@ def gallery_page(evaluated: Evaluated, student_folder: Path) -> str:
         equal=equal_steps(evaluated.results["teacher_at_fewer_steps"]),
         scale=error_scale(evaluated.results),
         charts=run_charts(read_metrics(student_folder / METRICS_NAME)),
-        frames=sample_frames(student_folder),
+        frames=list(sample_frames(student_folder)),
         rankings=[ranking for ranking in RANKINGS if _is_measured(evaluated, ranking)],
         prompts=list(prompt_entries(evaluated)),
         num_hidden_noises=max(0, evaluated.num_seeds - MAX_NOISES),
@@ -208,24 +209,10 @@ def data_uri(image: "Image") -> str:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def sample_frames(folder: Path) -> list[dict]:
-    """Return the sample pictures of a training by step, at most MAX_SAMPLE_FILES of them; damaged ones are left out."""
+def sample_frames(folder: Path) -> Iterator[dict]:
+    """Yield the sample pictures of a training by step."""
     from PIL import Image
 
-    frames = []
-    for step, file in spread_out(sample_files(folder), MAX_SAMPLE_FILES):
-        try:
-            with Image.open(file, formats=["PNG"]) as image:
-                picture = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            continue
-        picture.thumbnail((SAMPLE_WIDTH, 10 * SAMPLE_WIDTH), Image.Resampling.LANCZOS)
-        frames.append({"step": step, "uri": data_uri(picture), "width": picture.width, "height": picture.height})
-    return frames
-
-
-def spread_out(items: Sequence, count: int) -> list:
-    """Return at most `count` items, evenly spread from the first to the last."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
+    for step, picture in read_samples(folder, MAX_SAMPLES):
+        picture.thumbnail((SAMPLE_WIDTH, picture.height), Image.Resampling.LANCZOS)
+        yield {"step": step, "uri": data_uri(picture), "width": picture.width, "height": picture.height}
