@@ -89,6 +89,6 @@ def test_the_line_holds_the_loss_against_the_first_tenth_also_after_a_stop(tmp_p
     assert "25% of the first tenth's loss" in lines[-1] and any(
         "50% of the first tenth's loss" in line for line in lines
     )
-    assert "38% of the first tenth's loss" in show(22, range(23, 24))[-1]
+    assert "31% of the first tenth's loss" in show(22, range(23, 24))[-1]
     metrics = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     assert "first" not in metrics
