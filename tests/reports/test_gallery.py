@@ -230,6 +230,17 @@ def test_a_page_needs_neither_metrics_nor_samples_and_a_lone_step_is_enough(tmp_
     assert "<polyline" in gallery_page(evaluated(), tmp_path)
 
 
+@pytest.mark.parametrize("loss", ["0", "-1", "1e308", "-1e308", "1e-320", f"{10**300}", "NaN", "Infinity", "0.1"])
+def test_odd_metrics_cost_at_most_their_chart(tmp_path, loss):
+    lines = [
+        f'{{"step": {step}, "loss": {value}, "loss_by_sigma": [{", ".join([value] * 10)}], "velocity_error": {{"teacher_states": {value}}}}}'
+        for step, value in ((1, loss), (2, "1.0"), (9_007_199_254_740_991, "3"))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    page = gallery_page(evaluated(), tmp_path)
+    assert page.count("<svg viewBox") >= 2 and "nan" not in page.split("<h2>Training")[1].split("<h2>Prompts")[0]
+
+
 def test_a_file_of_a_person_is_neither_replaced_nor_moved(tmp_path, capsys):
     file = tmp_path / "gallery.html"
     file.write_text("my holidays", encoding="utf-8")

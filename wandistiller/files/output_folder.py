@@ -177,4 +177,4 @@ def has_mark(path: Path) -> bool:
 def sample_files(folder: Path) -> list[tuple[int, Path]]:
     """Return the sample pictures of a run's folder with their steps, in order."""
     names = ((SAMPLE_FILE.fullmatch(file.name), file) for file in (folder / SAMPLES_NAME).glob("step_*.png"))
-    return sorted((int(found[1]), file) for found, file in names if found)
+    return sorted((int(found[1]), file) for found, file in names if found and file.is_file())

@@ -9,6 +9,7 @@ from wandistiller.reports.plots import smoothing_groups
 
 WIDTH, HEIGHT = 480, 270  # of the SVG's own units, which a narrow page shows at about a pixel each
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 24
+LARGEST = 1e100  # a larger value, or none, is a damaged one, which no axis could hold
 Points = Sequence[tuple[float, float]]
 
 
@@ -80,7 +81,7 @@ def _held_out_chart(lines: Sequence[dict]) -> Chart | None:
 
 def _chart(title: str, curves: Sequence[tuple[str, str, float, Points]]) -> Chart | None:
     """Place curves of name, colour, width and points in a chart; None where there is nothing to draw."""
-    there = [(*curve[:3], [point for point in curve[3] if math.isfinite(point[1])]) for curve in curves]
+    there = [(*curve[:3], [point for point in curve[3] if abs(point[1]) < LARGEST]) for curve in curves]
     there = [curve for curve in there if curve[3]]
     xs, ys = ([point[axis] for curve in there for point in curve[3]] for axis in (0, 1))
     if not xs:

@@ -35,7 +35,7 @@ STYLE = """
 .answer figcaption { font-size: .85rem; } .answer figcaption a { text-decoration: underline; margin-left: .4rem; }
 .message { margin: 0; padding: .5rem .8rem; border-left: 4px solid #c07a1a; } .message.error { border-color: #c03a2b; font-weight: 600; }
 .message p { margin: .1rem 0; }
-@media (max-width: 34rem) { .answer img.small { width: min(10rem, 38vw); } .answer.single { gap: 0 .6rem; } .answer h3 small { display: block; } }
+@media (max-width: 34rem) { .answer img.small { width: min(10rem, 38vw); } .answer.single { gap: 0 .6rem; } .answer.single .row:has(img.small) { max-width: 38vw; } .answer h3 small { display: block; } }
 """
 
 

@@ -150,10 +150,11 @@ def told_record(folder: Path) -> str:
 def _told_evaluation(results: dict) -> str:
     """Return how near the student came to its teacher, or nothing where the evaluation lacks something."""
     try:
-        text = (
-            f"Measured on {results['num_prompts']} prompts, its pictures are as near to the teacher's as those of the teacher "
-            f"itself in {equal_steps(results['teacher_at_fewer_steps'])}."
-        )
+        text, fewer = f"Measured on {results['num_prompts']} prompts.", results["teacher_at_fewer_steps"]
+        if fewer["latent_relative_error"]:
+            text += (
+                f" Its pictures are as near to the teacher's as those of the teacher itself in {equal_steps(fewer)}."
+            )
         if right := results.get("accuracy"):
             text += f" It draws {right['student']['correct']:.1%} of them right, the teacher {right['teacher']['correct']:.1%}."
         return text
