@@ -244,7 +244,7 @@ def _check(wish: Wish, config: StudentConfig, size: tuple[int, int]) -> None:
     ):
         if not low <= value <= high:
             raise UserError(f"The {name} is {value}; allowed: {low} to {high}.")
-    check_picture_size(size, config, config.patch_size, ("height", "width"))
+    check_picture_size(size, config, config.patch_size or 1, ("height", "width"))
 
 
 def _timed(
