@@ -104,7 +104,8 @@ def opened(browser, page_file):
 
 
 def shown_prompts(page) -> list[str]:
-    return [card.inner_text() for card in page.locator(".card:visible h3").all()]
+    # inner_text is empty for a card that is not laid out because it is far below
+    return [card.text_content() for card in page.locator(".card:visible h3").all()]
 
 
 # ---- in a browser ----
