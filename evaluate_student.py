@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wandistiller import __version__
 from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.files.output_folder import (
     COMPARISON_NAME,
@@ -181,6 +182,7 @@ def describe(flags: Flags, config: StudentConfig, digest: str | None, experiment
         "image_size": config.image_size,
         "device": options.device,
         "dtype": str(options.compute_dtype).removeprefix("torch."),
+        "wandistiller_version": __version__,
     }
 
 
