@@ -1,4 +1,4 @@
-"""Hold a student against its teacher on prompts it was not trained on: a table, evaluation.json, teacher_vs_student.png.
+"""Hold a student against its teacher on prompts it was not trained on: a table, evaluation.json, gallery.html.
 
     python evaluate_student.py --student outputs/demo --prompts_file data/demo_heldout_prompts.txt --num_prompts 100
 
@@ -18,6 +18,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     COMPARISON_NAME,
     EVALUATION_NAME,
+    GALLERY_NAME,
     check_output_folder,
     check_replaceable,
     prepare_output_folder,
@@ -43,8 +44,9 @@ from wandistiller.sampling.recorded import (
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     import numpy as np
 
-    from wandistiller.evaluation.experiment import Experiment
+    from wandistiller.evaluation.experiment import Drawn, Experiment
     from wandistiller.evaluation.scorers import Scorer
+    from wandistiller.reports.gallery import Evaluated
 
 MAX_COLUMNS = 8  # of teacher_vs_student.png; each is a prompt
 SCORER_KINDS = ["clip", "siglip", "dino"]
@@ -135,7 +137,7 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     performance.flag("--dtype", "of matrix products (bf16 on cuda, else fp32)", choices=["fp32", "bf16"])
 
     parser.group("Output").flag(
-        "--output", f"folder for {EVALUATION_NAME} and {COMPARISON_NAME} (the student's own)", type=path
+        "--output", f"folder for {EVALUATION_NAME}, {GALLERY_NAME} and {COMPARISON_NAME} (the student's own)", type=path
     )
 
     values = vars(parser.parse(argv))
@@ -182,6 +184,7 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
         embeds=embeds,
         prompts=[prompts[index] for index in prompt_indices],
         prompt_indices=prompt_indices,
+        seeds=seeds,
         noise=seeded_noise(seeds, (config.num_channels, config.latent_size, config.latent_size)),
         teacher_options=teacher_sampling(config, flags.num_inference_steps, dtype, device),
         student_options=student_sampling(config, student_steps, dtype, device),
@@ -245,12 +248,12 @@ def score(scorers: "list[Scorer]", experiment: "Experiment", teacher: "np.ndarra
     return compare_scores(scorers, prompts, pictures, experiment.batch_size, experiment.teacher_options.device)
 
 
-def save_comparison(file: Path, experiment: "Experiment", teacher: "np.ndarray", student: "np.ndarray") -> None:
+def save_comparison(file: Path, experiment: "Experiment", teacher: "Drawn", student: "Drawn") -> None:
     """Write the pictures of the first prompts, each from its first seed: the teacher's row above the student's."""
     from wandistiller.files.pictures import labelled_grid, save_png
 
     chosen = range(0, len(experiment.prompts), experiment.num_seeds)[:MAX_COLUMNS]
-    rows = [[pictures[index] for index in chosen] for pictures in (teacher, student)]
+    rows = [[drawn.pictures[index] for index in chosen] for drawn in (teacher, student)]
     captions = [[experiment.prompts[index] for index in chosen], [""] * len(chosen)]
     options = experiment.teacher_options
     metadata = {"num_inference_steps": options.num_inference_steps, "shift": options.shift}
@@ -265,6 +268,25 @@ def save_results(file: Path, results: dict[str, object]) -> None:
     write_json(file, finite(results), end="\n", indent=2, ensure_ascii=False, allow_nan=False)
 
 
+def gallery_of(
+    experiment: "Experiment", about: dict[str, object], results: dict, teacher: "Drawn", student: "Drawn"
+) -> "Evaluated":
+    """Return what the gallery shows: each prompt with its own measures and pictures."""
+    from wandistiller.evaluation.per_prompt import measure_prompts
+    from wandistiller.reports.gallery import Evaluated
+
+    prompts, num_seeds = experiment.prompts, experiment.num_seeds
+    return Evaluated(
+        about=about,
+        results=results,
+        prompts=prompts[::num_seeds],
+        measures=measure_prompts(student, teacher, prompts, num_seeds, experiment.judge),
+        seeds=experiment.seeds,
+        teacher=teacher.pictures,
+        student=student.pictures,
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
     flags = parse_args(argv)
@@ -276,28 +298,33 @@ def main(argv: list[str] | None = None) -> int:
 
     from wandistiller.evaluation.experiment import measure, measure_cost
     from wandistiller.reports.cards import try_to_write_model_card
+    from wandistiller.reports.gallery import try_to_write_gallery
     from wandistiller.reports.tables import table_lines
 
     scorers = load_scorers(flags)
     digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
     experiment = prepare(flags, config, prompts, teacher)
-    check_replaceable(Path(flags.output), [COMPARISON_NAME, EVALUATION_NAME], "--output")
+    check_replaceable(Path(flags.output), [COMPARISON_NAME, EVALUATION_NAME, GALLERY_NAME], "--output")
     folder = prepare_output_folder(flags.output, "--output")
 
     # Measure:
     print(experiment.summary())
-    results, pictures_teacher, pictures_student = measure(experiment)
-    results |= score(scorers, experiment, pictures_teacher, pictures_student)
+    results, teacher_drawn, student_drawn = measure(experiment)
+    results |= score(scorers, experiment, teacher_drawn.pictures, student_drawn.pictures)
     results["cost"] = measure_cost(experiment)
     print("\n".join(table_lines(results)))
 
     # Save the results last, because they name the student that the picture is of:
-    save_comparison(folder / COMPARISON_NAME, experiment, pictures_teacher, pictures_student)
+    save_comparison(folder / COMPARISON_NAME, experiment, teacher_drawn, student_drawn)
     about = describe(flags, config, digest, experiment) | {"num_trained_prompts": num_trained}
     save_results(folder / EVALUATION_NAME, about | results)
+    shown = gallery_of(experiment, about, results, teacher_drawn, student_drawn)
+    gallery = try_to_write_gallery(folder, shown, Path(flags.student))
 
     # Tell:
     print(f"Saved {EVALUATION_NAME} and {COMPARISON_NAME} in {folder}")
+    if gallery:
+        print(f"Every prompt, the worst first; open it in a browser: {gallery}")
     if folder.resolve() == Path(flags.student).resolve() and (card := try_to_write_model_card(folder)):
         print(f"The model card holds them: {card}")
     return 0

@@ -25,10 +25,9 @@ from wandistiller.files.output_folder import (
 )
 from wandistiller.files.prompts import load_prompts, slug, unusable
 from wandistiller.model.config import StudentConfig
+from wandistiller.sampling.drawing import Artist, check_picture_size, untrained_warnings
 from wandistiller.sampling.recorded import (
-    StudentRecord,
     TeacherLoras,
-    check_size,
     embed_with_negative,
     load_drawing_parts,
     load_student_config,
@@ -41,7 +40,6 @@ from wandistiller.sampling.recorded import (
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     import numpy as np
-    from diffusers import AutoencoderKLWan
     from torch import Tensor
 
     from wandistiller.sampling.sampler import SamplingOptions
@@ -51,8 +49,6 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from wandistiller.wan.wan_files import WanFiles
 
 MAX_GRID_PICTURES = 100
-# Beyond these a picture is a slip of the keyboard that fills the memory; a student may be trained at more.
-MAX_PIXELS = 2048**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,18 +156,6 @@ def read_prompts(flags: Flags) -> list[str]:
     return [prompt for prompt in prompts for _ in range(flags.num_images)]
 
 
-def check_picture_size(size: tuple[int, int], config: StudentConfig, patch_size: int) -> None:
-    """Refuse a height or width that does not fill whole patches of `patch_size` latent pixels, or is beyond any use."""
-    for flag, pixels in zip(("--height", "--width"), size, strict=True):
-        check_size(flag, pixels, config, patch_size)
-    most = max(MAX_PIXELS, 4 * config.image_size**2)
-    if math.prod(size) > most:
-        raise UserError(
-            f"--height {size[0]} --width {size[1]}: is {math.prod(size):,} pixels; allowed: at most {most:,}, as of "
-            f"{math.isqrt(most)} x {math.isqrt(most)} (this student was trained at {config.image_size} x {config.image_size})"
-        )
-
-
 def choose_guidance(flags: Flags, settings: "TeacherSettings") -> "TeacherSettings":
     """Return the settings to draw with; a student needs no guidance, because it has learnt guided velocities."""
     if flags.model == "teacher":
@@ -189,48 +173,23 @@ def choose_guidance(flags: Flags, settings: "TeacherSettings") -> "TeacherSettin
     return replace(settings, guidance_scale=scale, guidance_scale_2=None, boundary_ratio=None)
 
 
-def warn_of_untrained(config: StudentConfig, options: "SamplingOptions", size: tuple[int, int]) -> None:
-    """Print a warning where the student is asked for noise levels, steps or a size that it has not learnt."""
-    record = StudentRecord.of(config)
-    if warning := record.warning_of_untrained_levels():
-        print(f"Warning: this student was {warning}")
-    if record.student_steps not in (None, options.num_inference_steps):
-        print(
-            f"Warning: this student learnt to draw in {record.student_steps} steps, not in {options.num_inference_steps}"
-        )
-    side, (height, width) = config.image_size, size
-    if size != (side, side):
-        print(
-            f"Warning: this student was trained at {side} x {side} pixels alone, and is asked for {width} wide and {height} "
-            "high; the picture may be broken"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """How pictures are drawn: the sampler, the velocity field it follows, its text, and what decodes the latents."""
+    """Who draws which text, at which size and from which noises."""
 
-    field: "Teacher"
+    artist: Artist
     embeds: "PromptEmbeds"
-    options: "SamplingOptions"
-    settings: "TeacherSettings"
-    vae: "AutoencoderKLWan"
     latent_shape: tuple[int, int, int]
     first_seed: int
     batch_size: int
 
     def pictures(self) -> "Iterator[tuple[int, np.ndarray]]":
         """Yield the index and the picture (H, W, 3) uint8 of every prompt, drawn a batch at a time."""
-        from wandistiller.sampling.flow import seeded_noise
-        from wandistiller.sampling.sampler import sample_in_batches
-        from wandistiller.wan.vae import decode
-
         num_prompts = len(self.embeds)
         for start in range(0, num_prompts, self.batch_size):
             indices = range(start, min(start + self.batch_size, num_prompts))
-            noise = seeded_noise([self.first_seed + index for index in indices], self.latent_shape)
-            latents = sample_in_batches(self.field, noise, self.embeds, indices, self.options, self.batch_size)
-            pictures = decode(self.vae, latents, self.settings.latents_mean, self.settings.latents_std)
+            seeds = [self.first_seed + index for index in indices]
+            pictures = self.artist.draw(self.embeds, indices, seeds, self.latent_shape)
             yield from zip(indices, pictures, strict=True)
 
 
@@ -255,7 +214,8 @@ def prepare(
     else:
         options = student_sampling(config, flags.num_inference_steps, dtype, device)
         wan_files = None
-        warn_of_untrained(config, options, size)
+        for warning in untrained_warnings(config, options.num_inference_steps, size):
+            print(f"Warning: {warning}")
     parts = load_drawing_parts(
         config, teacher[0], text_encoder_path=flags.text_encoder_path, vae_path=flags.vae_path, device=device
     )
@@ -264,12 +224,10 @@ def prepare(
     # The text comes first, so that its encoder leaves memory before the model comes:
     embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompt_cache, device)
     height, width = (pixels // config.vae_scale_factor for pixels in size)
+    field = load_field(flags, config, settings, options, wan_files, negative)
     return Drawing(
-        field=load_field(flags, config, settings, options, wan_files, negative),
+        artist=Artist(field=field, options=options, settings=settings, vae=parts.vae),
         embeds=embeds,
-        options=options,
-        settings=settings,
-        vae=parts.vae,
         latent_shape=(config.num_channels, height, width),
         first_seed=flags.seed,
         batch_size=flags.batch_size,
@@ -295,25 +253,6 @@ def load_field(
         return Teacher(experts, settings, negative_prompt_embeds)
     student = WanLiteStudent.from_pretrained(flags.student, options.device)
     return student_as_teacher(student, settings, settings.guidance_scale, negative_prompt_embeds)
-
-
-def describe(flags: Flags, size: tuple[int, int], drawing: Drawing) -> dict[str, object]:
-    """Return what the metadata of every picture holds, beside its prompt and seed."""
-    from wandistiller import __version__
-
-    height, width = size
-    values = {
-        "model": flags.model,
-        "student": flags.student,
-        "num_inference_steps": drawing.options.num_inference_steps,
-        "guidance_scale": drawing.settings.guidance_scale,
-        "guidance_scale_2": drawing.settings.guidance_scale_2,
-        "shift": drawing.options.shift,
-        "height": height,
-        "width": width,
-        "Software": f"WanDistiller {__version__}",
-    }
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def picture_files(flags: Flags, prompts: list[str], size: tuple[int, int]) -> tuple[list[Path], Path]:
@@ -361,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Draw:
     drawing = prepare(flags, config, prompts, size, teacher)
-    metadata = describe(flags, size, drawing)
+    metadata = drawing.artist.metadata(flags.model, flags.student, size)
     shown: list[np.ndarray] = []
     with removed_if_empty(
         flags.output

@@ -81,7 +81,11 @@ def test_table_json_and_picture(house, tmp_path, capsys):
     assert noise["meaning"][:40] in printed
     image = Image.open(tmp_path / "teacher_vs_student.png")
     assert image.width > 3 * 160 and image.height > 2 * 160
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "teacher_vs_student.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "evaluation.json",
+        "gallery.html",
+        "teacher_vs_student.png",
+    ]
 
 
 def test_a_student_equal_to_its_teacher_scores_perfectly(house, tmp_path):

@@ -69,13 +69,16 @@ def installed(installation, tmp_path):
     return run
 
 
-def test_the_wheel_holds_every_package_command_and_ready_config(wheel):
+def test_the_wheel_holds_every_package_command_page_and_ready_config(wheel):
     with zipfile.ZipFile(wheel) as file:
         held = {name for name in file.namelist() if ".dist-info/" not in name}
         metadata = next(name for name in file.namelist() if name.endswith("METADATA"))
         assert f"Version: {wandistiller.__version__}\n" in file.read(metadata).decode()
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "wandistiller").rglob("*.py")}
     expected |= {path.name for path in ROOT.glob("*.py")}
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "wandistiller" / "reports" / "page").iterdir()}
+    assert len(pages) == 4
+    expected |= pages
     assert held == expected | {f"wandistiller/ready_configs/{path.name}" for path in (ROOT / "config").glob("*.json")}
 
 

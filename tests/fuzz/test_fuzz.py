@@ -177,7 +177,13 @@ RUN_GROUPS = {
     "prompt cache": Group([*SHARED_TEACHER, "cache"], ["cache/*/*"], IN_TENSORS + IN_BYTES + IN_PLACE, draw(), 8),
     "evaluation": Group(
         [*SHARED_TEACHER, "cache", "prompts.txt"],
-        ["student/evaluation.json", "student/metrics.jsonl", "student/README.md"],
+        [
+            "student/evaluation.json",
+            "student/metrics.jsonl",
+            "student/README.md",
+            "student/samples/*",
+            "student/gallery.html",
+        ],
         IN_JSON + IN_BYTES + IN_PLACE,
         evaluate,
         5,

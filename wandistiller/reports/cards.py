@@ -20,10 +20,11 @@ from wandistiller.files.output_folder import (
     CARD_NAME,
     COMPARISON_NAME,
     EVALUATION_NAME,
+    GALLERY_NAME,
     LOSS_PLOT_NAME,
     METRICS_NAME,
-    SAMPLES_NAME,
-    is_card,
+    has_mark,
+    sample_files,
 )
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.comfyui import LOADERS, comfyui_settings, comfyui_warnings
@@ -70,7 +71,7 @@ python generate_images.py --student path/to/this/folder --prompt "..." --output 
 def write_model_card(folder: Path) -> Path | None:
     """Write the card of a student's folder. Return None if a README.md that a person wrote is in its place."""
     file = folder / CARD_NAME
-    if file.exists() and not is_card(file):
+    if file.exists() and not has_mark(file):
         return None
     config = StudentConfig.load(folder)
     card = model_card(folder, config)
@@ -119,6 +120,10 @@ def model_card(folder: Path, config: StudentConfig) -> str:
         parts.append(f"![Loss by noise level]({LOSS_PLOT_NAME})")
     if rows := evaluation_rows(evaluation):
         parts += ["## Evaluation", *rows]
+        if (folder / GALLERY_NAME).is_file():
+            parts.append(
+                f"[{GALLERY_NAME}]({GALLERY_NAME}) shows every prompt, the worst first; it opens from disk in a browser."
+            )
     parts += ["## Use", *use(config), "## Limits", limits(config, record), "## Licence", licence(record)]
     return "\n\n".join(parts) + "\n"
 
@@ -171,8 +176,8 @@ def local_name(record: dict) -> str | None:
 
 def shown_pictures(folder: Path) -> dict[str, str]:
     """Return the newest sample picture, and the evaluation's picture if it shows this student: by their names, what they show."""
-    found = sorted((folder / SAMPLES_NAME).glob("step_*.png"), key=lambda file: (len(file.name), file.name))[-1:]
-    about = {f"{SAMPLES_NAME}/{file.name}": "Prompts of the training, drawn" for file in found}
+    found = sample_files(folder)[-1:]
+    about = {file.relative_to(folder).as_posix(): "Prompts of the training, drawn" for _, file in found}
     if read_evaluation(folder) and (folder / COMPARISON_NAME).is_file():
         about[COMPARISON_NAME] = "Prompts of the evaluation, drawn"
     return about
