@@ -11,6 +11,7 @@ from wandistiller.files.checked_json import (
     PATH,
     POSITIVE,
     RATIO,
+    SAMPLER,
     SIGMA_RANGE,
     STEPS,
     TEXT,
@@ -26,6 +27,7 @@ SAMPLING_KINDS = {
     "guidance_scale_2": NOT_NEGATIVE,
     "num_inference_steps": STEPS,
     "student_steps": STEPS,
+    "teacher_sampler": SAMPLER,
     "sigma_range": SIGMA_RANGE,
     "negative_prompt": TEXT,
     "vae_scale_factor": WHOLE,
@@ -39,6 +41,7 @@ _KINDS = {
     "preset": TEXT,
     "world": TEXT,
     "boundary_ratio": RATIO,
+    "guidance_range": SIGMA_RANGE,
 }
 
 

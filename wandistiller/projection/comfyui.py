@@ -89,7 +89,7 @@ def comfyui_settings(config: StudentConfig) -> str:
     """
     record = StudentRecord.of(config)
     steps = f"steps {record.steps}, " if record.steps else ""
-    sampler = f"KSampler with {steps}cfg 1, {'euler' if record.sampler == 'euler' else 'uni_pc'}, simple"
+    sampler = f"KSampler with {steps}cfg 1, {'uni_pc' if record.sampler == 'unipc' else 'euler'}, simple"
     shift = f"ModelSamplingSD3 with shift {record.shift:g}, " if record.shift is not None else ""
     latent = "Wan22ImageToVideoLatent" if config.num_channels == 48 else "EmptyHunyuanLatentVideo"
     return f"Load Diffusion Model, {shift}{sampler}; {latent} of length 1; Load CLIP of type wan"

@@ -60,7 +60,8 @@ def write_pipeline_parts(
     """Write all of a WanPipeline folder but its transformer, into an existing folder.
 
     Args:
-        options: how the student draws; the scheduler is that of `wandistiller.sampling.sampler`.
+        options: how the student draws; the scheduler is that of `wandistiller.sampling.sampler`. A WanPipeline cannot be given
+            noise levels, so for "flow_euler" it is Euler's method at the pipeline's own, which differ by 0.001 at most.
         dtype: precision of the transformer. With fp32 a copied text encoder is marked to be loaded in float32 as well:
             transformers takes the precision that its config names, and one of bf16 would draw other pictures than the
             student does here.
@@ -69,7 +70,8 @@ def write_pipeline_parts(
         _place(source, folder / name, parts.link)
     if dtype == "fp32" and not parts.link:
         _load_as_float32(folder / "text_encoder" / "config.json")
-    wan_scheduler(options.shift, options.num_inference_steps, options.sampler).save_pretrained(folder / "scheduler")
+    sampler = "euler" if options.sampler == "flow_euler" else options.sampler
+    wan_scheduler(options.shift, options.num_inference_steps, sampler).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "WanPipeline",
         "boundary_ratio": None,

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from wandistiller.training.loop import TrainingResult
     from wandistiller.wan.wan_files import WanFiles
 
+MAX_SHOWN_LEVELS = 8
 SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME]
 # A teacher of a world of its own may hold prompts of that world, which its training has not met, in a file of this name.
 OWN_HELD_OUT_PROMPTS = "heldout_prompts.txt"
@@ -55,6 +56,10 @@ def print_plan(plan: "Plan") -> None:
         f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
         f"{config.image_size} px = {'x'.join(map(str, plan.latent_shape))} latents"
     )
+    if plan.teacher_levels:
+        levels = [f"{level:.4g}" for level in plan.teacher_levels]
+        shown = levels if len(levels) <= MAX_SHOWN_LEVELS else [*levels[: MAX_SHOWN_LEVELS - 2], "...", levels[-1]]
+        print(f"Teacher's {len(levels)} noise levels, and no others: {', '.join(shown)} (--teacher_sampler euler)")
     for warning in warnings_about(wan_files, settings, config):
         print(f"Warning: {warning}")
     optimization = plan.flags.optimization

@@ -81,12 +81,18 @@ def prompts_digest(prompts: Sequence[str]) -> str:
 def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str, object]:
     """Return what makes the teacher's velocities what they are: its weights, guidance and sampling."""
     guidance = {name: getattr(settings, name) for name in ("guidance_scale", "guidance_scale_2", "boundary_ratio")}
+    recorded = settings.recorded()
+    # Only where they are not usual, so that caches and checkpoints of runs without them stay those of the same run:
+    unusual: dict[str, object] = {
+        name: recorded[name] for name in ("teacher_sampler", "guidance_range") if name in recorded
+    }
     return {
         "teacher": teacher_fingerprint(wan_files),
         **guidance,
         "negative_prompt": settings.negative_prompt if settings.uses_guidance else None,
         "shift": settings.shift,
         "num_inference_steps": settings.num_inference_steps,
+        **unusual,
     }
 
 
