@@ -53,7 +53,8 @@ def suggested_replay(
     """
     asked = teacher, num_image_tokens(teacher, latent_size), TYPICAL_TEXT_TOKENS
     share = guided_share if uses_guidance else 0.0
-    answer = share * guided_flops(*asked, TYPICAL_TEXT_TOKENS) + (1 - share) * transformer_flops(*asked)
+    answer = share * guided_flops(*asked, TYPICAL_TEXT_TOKENS) if share else 0.0
+    answer += (1 - share) * transformer_flops(*asked) if share < 1 else 0.0
     forward = transformer_flops(student, num_image_tokens(student, latent_size), TYPICAL_TEXT_TOKENS)
     return min(max(round(calls_per_answer * answer / ((1 + BACKWARD_PASSES) * forward)), MIN_REPLAY), MAX_REPLAY)
 
