@@ -61,7 +61,8 @@ def write_pipeline_parts(
 
     Args:
         options: how the student draws; the scheduler is that of `wandistiller.sampling.sampler`. A WanPipeline cannot be given
-            noise levels, so for "flow_euler" it is Euler's method at the pipeline's own, which differ by 0.001 at most.
+            noise levels, so for "flow_euler" it is Euler's method at the pipeline's own: 0.001 off for 4
+            steps at shift 5, 0.002 for 8.
         dtype: precision of the transformer. With fp32 a copied text encoder is marked to be loaded in float32 as well:
             transformers takes the precision that its config names, and one of bf16 would draw other pictures than the
             student does here.

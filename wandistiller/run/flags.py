@@ -13,6 +13,7 @@ from typing import Any
 from wandistiller.command_line import FlagGroup, FlagParser, int_list, number, path, torchrun_environment
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_TEACHER
 from wandistiller.run.config_help import READY_CONFIGS
+from wandistiller.run.presets import PRESETS
 from wandistiller.run.recipe import Recipe
 
 REPORTS = ["none", "wandb", "trackio"]
@@ -326,6 +327,12 @@ class OutputFlags:
     report: str = flag(
         "send losses and pictures to wandb or trackio as well (pip install the one you name)", "none", choices=REPORTS
     )
+    preset: str | None = flag(
+        f"set the flags of a real run by teacher and student, as docs/recipes.md lists them: {', '.join(PRESETS)}; what is typed "
+        "beside it counts instead",
+        choices=list(PRESETS),
+        metavar="NAME",
+    )
     verbose: bool = switch("print when each part of the start was done")
     print_config: str | None = flag(
         "print a student_config.json for this teacher, and on stderr what its keys mean; nothing else is done",
@@ -400,7 +407,12 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     )
     for title, group in GROUPS.values():
         add_flags(parser.group(title), fields(group))
-    values = with_defaults(vars(parser.parse(argv)))
+    given = vars(parser.parse(argv))
+    if given["preset"]:
+        # A preset stands for the defaults of its flags, so that what is typed goes before it:
+        parser.set_defaults(**PRESETS[given["preset"]].flags)
+        given = vars(parser.parse(argv))
+    values = with_defaults(given)
     try:
         return Flags(**{name: group(**part_of(values, group)) for name, (_, group) in GROUPS.items()})
     except FlagError as error:

@@ -28,6 +28,7 @@ from wandistiller.reports.metrics import (
 )
 from wandistiller.reports.progress import format_duration
 from wandistiller.run.defaults import hints, suggested_lr
+from wandistiller.run.presets import PRESETS
 from wandistiller.wan.settings import warnings_about
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from wandistiller.wan.wan_files import WanFiles
 
 MAX_SHOWN_LEVELS = 8
+FEW_PROMPTS = 2  # a run with less than a half of the prompts that its preset is meant for is told of it
 SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME]
 # A teacher of a world of its own may hold prompts of that world, which its training has not met, in a file of this name.
 OWN_HELD_OUT_PROMPTS = "heldout_prompts.txt"
@@ -49,6 +51,8 @@ OWN_HELD_OUT_PROMPTS = "heldout_prompts.txt"
 def print_plan(plan: "Plan") -> None:
     """Print what is trained from what, and how many samples a step takes where that is not --batch_size alone."""
     texts, config, wan_files, settings = plan.texts, plan.config, plan.wan_files, plan.settings
+    if plan.flags.output.preset:
+        print("\n".join(preset_lines(plan)))
     duplicates = f" ({texts.duplicates} repeated lines left out)" if texts.duplicates else ""
     print(f"Prompts: {len(texts.prompts)}{duplicates}")
     print(f"Teacher: {wan_files.location} ({' + '.join(wan_files.experts)}), {settings.summary()}")
@@ -74,6 +78,22 @@ def print_plan(plan: "Plan") -> None:
     if plan.lanes.total != optimization.batch_size:
         parts = [f"--batch_size {optimization.batch_size}", f"--grad_accum_steps {optimization.grad_accum_steps}"]
         print(f"Samples a step: {' x '.join([*parts, f'{plan.processes.count} processes'])} = {plan.lanes.total}")
+
+
+def preset_lines(plan: "Plan") -> list[str]:
+    """Return what a preset has set, what was typed instead, and a hint where there are far fewer prompts than it is meant for."""
+    name, values = plan.flags.output.preset, plan.flags.as_dict()
+    preset = PRESETS[name]
+    kept = [f"--{flag} {value}" for flag, value in preset.flags.items() if values[flag] == value]
+    typed = [f"--{flag} {values[flag]}" for flag, value in preset.flags.items() if values[flag] != value]
+    lines = [f"Preset {name}: {' '.join(kept)}", *([f"  typed instead: {' '.join(typed)}"] if typed else [])]
+    count = len(plan.texts.prompts)
+    if FEW_PROMPTS * count < preset.num_prompts:
+        lines.append(
+            f"Hint: {count:,} prompts; the preset is meant for {preset.num_prompts:,} or more, and a student of few prompts learns "
+            "to draw these alone"
+        )
+    return lines
 
 
 class _Printed(logging.Handler):
