@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TypedDict, Unpack
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
@@ -129,25 +130,29 @@ class TeacherSettings:
         return any(scale not in (None, 1.0) for scale in (self.guidance_scale, self.guidance_scale_2))
 
 
-def resolve_settings(
-    wan_files: WanFiles,
-    *,
-    shift: float | None = None,
-    guidance_scale: float | None = None,
-    guidance_scale_2: float | None = None,
-    boundary_ratio: float | None = None,
-    negative_prompt: str | None = None,
-    teacher_steps: int | None = None,
-    teacher_sampler: str | None = None,
-    guidance_range: tuple[float, float] | None = None,
-) -> TeacherSettings:
-    """Return the settings that the flags give (the arguments), else a released model's preset, else what the folder records.
+class GivenSettings(TypedDict, total=False):
+    """What a person may say of how a teacher is sampled; what is left out or None is the teacher's own."""
+
+    shift: float | None
+    guidance_scale: float | None
+    guidance_scale_2: float | None
+    boundary_ratio: float | None
+    negative_prompt: str | None
+    teacher_steps: int | None
+    teacher_sampler: str | None
+    guidance_range: tuple[float, float] | None
+
+
+def resolve_settings(wan_files: WanFiles, **given: Unpack[GivenSettings]) -> TeacherSettings:
+    """Return the settings that the flags give (`given`), else a released model's preset, else what the folder records.
 
     An exported student says itself how it is sampled. For the others the preset goes before the folder because converted
     folders carry another shift (3 where A14B was made for 12: diffusers issue 12094). A single --guidance_scale counts for
     both experts, as in diffusers. A --guidance_range over all noise levels is none.
     """
     has_two = "low" in wan_files.experts
+    guidance_scale, guidance_scale_2 = given.get("guidance_scale"), given.get("guidance_scale_2")
+    boundary_ratio, guidance_range = given.get("boundary_ratio"), given.get("guidance_range")
     if not has_two and guidance_scale_2 is not None:
         raise UserError(
             "--guidance_scale_2 is the low-noise expert's; this teacher has one expert, use --guidance_scale"
@@ -160,16 +165,18 @@ def resolve_settings(
     latents_mean, latents_std = _latents_statistics(wan_files)
     settings = TeacherSettings(
         preset=base.name,
-        shift=shift or base.shift,
-        num_inference_steps=teacher_steps or base.num_inference_steps,
+        shift=given.get("shift") or base.shift,
+        num_inference_steps=given.get("teacher_steps") or base.num_inference_steps,
         guidance_scale=base.guidance_scale if guidance_scale is None else guidance_scale,
         guidance_scale_2=_first(guidance_scale_2, base.guidance_scale_2, base.guidance_scale) if has_two else None,
         boundary_ratio=_first(boundary_ratio, base.boundary_ratio, DEFAULT_BOUNDARY_RATIO) if has_two else None,
-        negative_prompt=_first(negative_prompt, wan_files.record.get("negative_prompt"), DEFAULT_NEGATIVE_PROMPT),
+        negative_prompt=_first(
+            given.get("negative_prompt"), wan_files.record.get("negative_prompt"), DEFAULT_NEGATIVE_PROMPT
+        ),
         latents_mean=latents_mean,
         latents_std=latents_std,
         vae_scale_factor=wan_files.vae_scale_factor or wan_files.config.vae_scale_factor,
-        teacher_sampler=_first(teacher_sampler, wan_files.record.get("teacher_sampler"), "unipc"),
+        teacher_sampler=_first(given.get("teacher_sampler"), wan_files.record.get("teacher_sampler"), "unipc"),
         guidance_range=None if guidance_range == (0.0, 1.0) else guidance_range,
     )
     if guidance_range is not None and not settings.uses_guidance:
