@@ -170,7 +170,7 @@ def choose_guidance(flags: Flags, settings: "TeacherSettings") -> "TeacherSettin
             f"{settings.guidance_scale:g}), and guiding it again overdoes it; leave the flag out, or add "
             "--allow_double_guidance"
         )
-    return replace(settings, guidance_scale=scale, guidance_scale_2=None, boundary_ratio=None)
+    return replace(settings, guidance_scale=scale, guidance_scale_2=None, boundary_ratio=None, guidance_range=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,6 +72,7 @@ class Workload:
         maps_features: whether the student's hidden states pass a learnt map to the teacher's width first.
         replayed_batches: batches of answers that are kept to be learnt from again; 0 without replay, and where a cache has them.
         stored_latents: latents kept per sample of a batch for training states: paths in flight and finished samples.
+        guided_share: share of the teacher's answers that guidance makes two passes of, where it is used.
         calls_per_step: batches that the teacher answers for one forward and backward pass of the student.
         mean_text_tokens: length of a prompt on average.
         negative_text_tokens: length of the negative prompt.
@@ -85,6 +86,7 @@ class Workload:
     latent_size: int
     num_experts: int = 1
     uses_guidance: bool = True
+    guided_share: float = 1.0
     batch_size: int = 1
     grad_accum_steps: int = 1
     num_processes: int = 1
@@ -244,13 +246,13 @@ def _teacher_components(workload: Workload) -> list[Component]:
 def _feature_components(workload: Workload) -> list[Component]:
     """Return the teacher's hidden states in float32, and what the error of each layer keeps.
 
-    Those of two experts are copied together, while the last one's are still there.
+    Those of two experts, or with and without guidance, are copied together, while the last ones are still there.
     """
     if not workload.num_features:
         return []
     tokens = workload.batch_size * num_image_tokens(workload.teacher, workload.latent_size)
     states = workload.num_features * tokens * workload.teacher.hidden_size * FP32
-    is_copied = workload.num_experts > 1
+    is_copied = workload.num_experts > 1 or (workload.uses_guidance and workload.guided_share < 1)
     width = workload.teacher.hidden_size if workload.maps_features else workload.student.hidden_size
     copies = 3 if workload.maps_features else 1  # of the difference; mapped, also of what was mapped and its rounding
     errors = workload.num_features * tokens * width * (copies * FP32 + 1)  # and the mask, a byte each
@@ -259,7 +261,7 @@ def _feature_components(workload: Workload) -> list[Component]:
     return [
         Component("stored features", stored, f"hidden states {layers} to learn from again, bf16"),
         Component("feature targets", states, f"hidden states {layers}, fp32"),
-        Component("features to copy", states if is_copied else 0, "those of one expert", "answering"),
+        Component("features to copy", states if is_copied else 0, "those of one part of the batch", "answering"),
         Component("feature errors", errors, f"differences and masks {layers}", "learning"),
     ]
 
@@ -426,9 +428,9 @@ def held_out_flops(workload: Workload) -> float:
 def _flops_of_an_answer(workload: Workload) -> tuple[float, float]:
     """Return the FLOPs of the teacher's answer to one prompt, which guidance makes two forward passes, and of the student's."""
     asked = workload.teacher, num_image_tokens(workload.teacher, workload.latent_size), workload.text_tokens
-    teacher = (
-        guided_flops(*asked, workload.negative_text_tokens + 1) if workload.uses_guidance else transformer_flops(*asked)
-    )
+    share = workload.guided_share if workload.uses_guidance else 0.0
+    guided = guided_flops(*asked, workload.negative_text_tokens + 1) if share else 0
+    teacher = share * guided + (1 - share) * transformer_flops(*asked) if share < 1 else guided
     student = transformer_flops(
         workload.student, num_image_tokens(workload.student, workload.latent_size), workload.text_tokens
     )

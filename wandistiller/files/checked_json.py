@@ -54,6 +54,7 @@ POSITIVE = Kind("a number above 0, at most 1e18", lambda value: _is_number(value
 NOT_NEGATIVE = Kind("a number of 0 or more, at most 1e18", lambda value: _is_number(value) and value >= 0)
 RATIO = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 SIGMA_RANGE = Kind("two numbers from 0 to 1, the lower first", _is_range)
+SAMPLER = Kind('"unipc" or "euler"', lambda value: value in ("unipc", "euler"))
 TEXT = Kind("text", lambda value: isinstance(value, str))
 PATH = Kind(
     f"a path or hub id of at most {LONGEST_PATH} letters",

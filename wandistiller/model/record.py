@@ -12,6 +12,7 @@ from wandistiller.files.checked_json import (
     PATH,
     POSITIVE,
     RATIO,
+    SAMPLER,
     SIGMA_RANGE,
     STEPS,
     TEXT,
@@ -27,6 +28,7 @@ SAMPLING_KINDS = {
     "guidance_scale_2": NOT_NEGATIVE,
     "num_inference_steps": STEPS,
     "student_steps": STEPS,
+    "teacher_sampler": SAMPLER,
     "sigma_range": SIGMA_RANGE,
     "negative_prompt": TEXT,
     "vae_scale_factor": WHOLE,
@@ -41,6 +43,7 @@ _KINDS = {
     "world": TEXT,
     "boundary_ratio": RATIO,
     "teacher_loras": LORAS,
+    "guidance_range": SIGMA_RANGE,
 }
 
 

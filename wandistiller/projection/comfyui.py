@@ -101,7 +101,7 @@ def comfyui_sampler(config: StudentConfig) -> str:
     Euler's method is the same everywhere. ComfyUI's uni_pc is another algorithm than diffusers' UniPC, and dpmpp_2m draws nearer
     to it (`python tools/check_comfyui.py`, docs/compatibility.md).
     """
-    return "euler" if StudentRecord.of(config).sampler == "euler" else "dpmpp_2m"
+    return "dpmpp_2m" if StudentRecord.of(config).sampler == "unipc" else "euler"
 
 
 def comfyui_settings(config: StudentConfig, loader: str = LOADERS["original"]) -> str:

@@ -222,6 +222,7 @@ def facts(config: StudentConfig, record: dict, lines: list[dict]) -> list[tuple[
         ("its settings", plain(record.get("preset"))),
         ("shift", record.get("shift")),
         ("guidance", " and ".join(guidance)),
+        ("guided at sigma", " to ".join(f"{sigma:g}" for sigma in record.get("guidance_range") or [])),
         ("sampling steps", record.get("student_steps") or record.get("num_inference_steps")),
         ("block", config.block),
         ("parameters", f"{config.num_parameters:,}"),

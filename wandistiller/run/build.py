@@ -19,7 +19,7 @@ from wandistiller.targets.cache import CachedAnswers
 from wandistiller.targets.replay import ReplayedAnswers, answered_batches
 from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
 from wandistiller.targets.state_batch import DrawOptions
-from wandistiller.targets.states import build_states
+from wandistiller.targets.states import build_states, teacher_levels
 from wandistiller.training.checkpoints import DamagedCheckpointError
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
 from wandistiller.training.loop import Saving
@@ -229,6 +229,7 @@ def segment_answers(run: Run, embeds: Embeds, teacher: Teacher, student: WanLite
         num_prompts=len(run.texts.prompts),
         lanes=run.lanes,
         shift=run.settings.shift,
+        levels=teacher_levels(run.settings),
         seed=flags.optimization.seed,
         device=run.device,
     )

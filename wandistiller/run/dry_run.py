@@ -75,6 +75,7 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
         latent_size=config.image_size // plan.settings.vae_scale_factor,
         num_experts=len(plan.wan_files.experts),
         uses_guidance=plan.settings.uses_guidance,
+        guided_share=plan.guided_share if plan.settings.uses_guidance else 1.0,
         batch_size=own.batch_size,
         grad_accum_steps=own.grad_accum_steps,
         num_processes=plan.processes.count,

@@ -13,6 +13,7 @@ from typing import Any
 from wandistiller.command_line import LORA_FLAG, FlagGroup, FlagParser, int_list, number, path, torchrun_environment
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_TEACHER, check_is_in_clone
 from wandistiller.run.config_help import READY_CONFIGS
+from wandistiller.run.presets import PRESETS
 from wandistiller.run.recipe import Recipe
 
 REPORTS = ["none", "wandb", "trackio"]
@@ -42,6 +43,13 @@ STATES = {
     "trajectory": StatesKind("the teacher's own sampling paths", renoise_fraction=0.25),
     "renoise": StatesKind("fresh noise mixed into the samples those end in", renoise_fraction=0.75),
     "noise": StatesKind("pure noise at every noise level", has_paths=False),
+}
+
+# A teacher that is to draw in so few steps was distilled to them, as lightning LoRAs are, unless its sampler is named.
+FEW_STEPS = 8
+SAMPLERS = {
+    "unipc": "the teacher answers rightly at all noise levels, as the released Wans do",
+    "euler": "it was distilled to its steps, and is asked at the noise levels of these alone",
 }
 
 
@@ -118,6 +126,18 @@ class TeacherFlags:
     )
     negative_prompt: str | None = flag("what guidance pushes away from (Wan's own, less the words against stills)")
     shift: float | None = flag("warp of the noise levels, shift u / (1 + (shift - 1) u)", type=number(float, above=0))
+    guidance_range: tuple[float, float] | None = flag(
+        "noise levels with guidance, ends included; at the others one pass of the teacher answers instead of two (left out: all)",
+        nargs=2,
+        type=number(float, low=0, high=1),
+        metavar=("LOW", "HIGH"),
+    )
+    teacher_steps: int | None = flag("steps that the teacher draws in", type=number(int, low=1, high=1000))
+    teacher_sampler: str | None = flag(
+        f"{'; '.join(f'{name}: {what}' for name, what in SAMPLERS.items())} (left out: euler for --teacher_steps of {FEW_STEPS} or "
+        "fewer, else unipc)",
+        choices=list(SAMPLERS),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +333,12 @@ class OutputFlags:
     report: str = flag(
         "send losses and pictures to wandb or trackio as well (pip install the one you name)", "none", choices=REPORTS
     )
+    preset: str | None = flag(
+        f"set the flags of a real run by teacher and student, as docs/recipes.md lists them: {', '.join(PRESETS)}; what is typed "
+        "beside it counts instead",
+        choices=list(PRESETS),
+        metavar="NAME",
+    )
     verbose: bool = switch("print when each part of the start was done")
     print_config: str | None = flag(
         "print a student_config.json for this teacher, and on stderr what its keys mean; nothing else is done",
@@ -387,7 +413,12 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     )
     for title, group in GROUPS.values():
         add_flags(parser.group(title), fields(group))
-    values = with_defaults(vars(parser.parse(argv)))
+    given = vars(parser.parse(argv))
+    if given["preset"]:
+        # A preset stands for the defaults of its flags, so that what is typed goes before it:
+        parser.set_defaults(**PRESETS[given["preset"]].flags)
+        given = vars(parser.parse(argv))
+    values = with_defaults(given)
     try:
         return Flags(**{name: group(**part_of(values, group)) for name, (_, group) in GROUPS.items()})
     except FlagError as error:
@@ -413,7 +444,7 @@ def add_flags(group: FlagGroup, flags: tuple[Field, ...]) -> None:
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Fill in the best known values for what was left out: by teacher first, then by other flags."""
-    for name in ("sigma_range", "student_rollout"):
+    for name in ("sigma_range", "student_rollout", "guidance_range"):
         values[name] = values[name] and tuple(values[name])
     is_demo = os.path.realpath(values["teacher_path"]) == os.path.realpath(DEMO_TEACHER)
     for _, group in GROUPS.values():
@@ -436,6 +467,7 @@ def with_recipe(values: dict[str, Any]) -> dict[str, Any]:
         return filled[name]
 
     takes_turns = values["teacher_offload"] and states == "trajectory" and not few_steps
+    fill("teacher_sampler", "euler" if (values["teacher_steps"] or FEW_STEPS + 1) <= FEW_STEPS else None)
     calls = fill("calls_per_expert", OFFLOAD_CALLS_PER_EXPERT if takes_turns and not values["renoise_fraction"] else 0)
     can_renoise = finishes and not few_steps and not calls
     fill("renoise_fraction", STATES[states].renoise_fraction if can_renoise else 0.0)
@@ -468,6 +500,8 @@ def mistakes(flags: Flags) -> Iterator[Mistake]:
     yield from cache_mistakes(flags)
     if flags.output.assume_gpu_gib is not None and not flags.output.dry_run:
         yield "--assume_gpu_gib", "plans for a GPU that is not here; it goes with --dry_run"
+    if (guided := flags.teacher.guidance_range) and guided[0] >= guided[1]:
+        yield "--guidance_range", f"LOW {guided[0]} must be below HIGH {guided[1]}"
     if flags.states.offline_teacher and flags.output.eval_every:
         yield "--eval_every", "asks the teacher, which --offline_teacher leaves out of memory"
 

@@ -28,6 +28,7 @@ from wandistiller.reports.metrics import (
 )
 from wandistiller.reports.progress import format_duration
 from wandistiller.run.defaults import hints, suggested_lr
+from wandistiller.run.presets import PRESETS
 from wandistiller.wan.settings import warnings_about
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from wandistiller.training.loop import TrainingResult
     from wandistiller.wan.wan_files import WanFiles
 
+MAX_SHOWN_LEVELS = 8
+FEW_PROMPTS = 2  # a run with less than a half of the prompts that its preset is meant for is told of it
 SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME]
 # A teacher of a world of its own may hold prompts of that world, which its training has not met, in a file of this name.
 OWN_HELD_OUT_PROMPTS = "heldout_prompts.txt"
@@ -48,6 +51,8 @@ OWN_HELD_OUT_PROMPTS = "heldout_prompts.txt"
 def print_plan(plan: "Plan") -> None:
     """Print what is trained from what, and how many samples a step takes where that is not --batch_size alone."""
     texts, config, wan_files, settings = plan.texts, plan.config, plan.wan_files, plan.settings
+    if plan.flags.output.preset:
+        print("\n".join(preset_lines(plan)))
     duplicates = f" ({texts.duplicates} repeated lines left out)" if texts.duplicates else ""
     print(f"Prompts: {len(texts.prompts)}{duplicates}")
     print(f"Teacher: {wan_files.location} ({' + '.join(wan_files.experts)}), {settings.summary()}")
@@ -57,6 +62,10 @@ def print_plan(plan: "Plan") -> None:
         f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
         f"{config.image_size} px = {'x'.join(map(str, plan.latent_shape))} latents"
     )
+    if plan.teacher_levels:
+        levels = [f"{level:.4g}" for level in plan.teacher_levels]
+        shown = levels if len(levels) <= MAX_SHOWN_LEVELS else [*levels[: MAX_SHOWN_LEVELS - 2], "...", levels[-1]]
+        print(f"Teacher's {len(levels)} noise levels, and no others: {', '.join(shown)} (--teacher_sampler euler)")
     for warning in warnings_about(wan_files, settings, config):
         print(f"Warning: {warning}")
     optimization = plan.flags.optimization
@@ -86,6 +95,22 @@ def lora_lines(wan_files: "WanFiles") -> list[str]:
         flag = "--teacher_lora_low" if "low" in without else "--teacher_lora"
         lines.append(
             f"Warning: the {''.join(without)}-noise expert has no LoRA; {flag} gives it one, which may be the same file"
+        )
+    return lines
+
+
+def preset_lines(plan: "Plan") -> list[str]:
+    """Return what a preset has set, what was typed instead, and a hint where there are far fewer prompts than it is meant for."""
+    name, values = plan.flags.output.preset, plan.flags.as_dict()
+    preset = PRESETS[name]
+    kept = [f"--{flag} {value}" for flag, value in preset.flags.items() if values[flag] == value]
+    typed = [f"--{flag} {values[flag]}" for flag, value in preset.flags.items() if values[flag] != value]
+    lines = [f"Preset {name}: {' '.join(kept)}", *([f"  typed instead: {' '.join(typed)}"] if typed else [])]
+    count = len(plan.texts.prompts)
+    if FEW_PROMPTS * count < preset.num_prompts:
+        lines.append(
+            f"Hint: {count:,} prompts; the preset is meant for {preset.num_prompts:,} or more, and a student of few prompts learns "
+            "to draw these alone"
         )
     return lines
 

@@ -131,7 +131,11 @@ def build_samples(run: Run, embeds: Embeds, teacher: Teacher | None, trackers: T
         return None
     settings, flags, student_steps = run.settings, run.flags, run.flags.objective.student_steps
     of_teacher = run.teacher_sampling
-    recorded = StudentRecord(num_inference_steps=settings.num_inference_steps, student_steps=student_steps)
+    recorded = StudentRecord(
+        num_inference_steps=settings.num_inference_steps,
+        student_steps=student_steps,
+        teacher_sampler=settings.teacher_sampler,
+    )
     options = SampleOptions(
         latent_shape=run.latent_shape,
         vae_location=run.vae_location,

@@ -15,10 +15,12 @@ from wandistiller.reports.trackers import check_report
 from wandistiller.run.defaults import suggested_lr, suggested_replay, suggested_warmup
 from wandistiller.run.flags import Flags
 from wandistiller.run.measuring import Measuring, plan_measuring
+from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.sampler import SamplingOptions
+from wandistiller.targets.guided_share import guided_share
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.segments import calls_per_answer
-from wandistiller.targets.states import StatesOptions
+from wandistiller.targets.states import StatesOptions, teacher_levels
 from wandistiller.training.loop import TrainingOptions, steps_of_epochs
 from wandistiller.training.optimizer import OptimizationOptions, check_optimizer
 from wandistiller.wan.layouts import check_headers, open_teacher
@@ -75,9 +77,9 @@ class Plan:
     @property
     def measuring(self) -> Measuring:
         """How the student is measured at held-out states while it trains."""
-        return plan_measuring(
-            self.flags, self.settings.num_inference_steps, self.num_steps, self.lanes.count, len(self.texts.held_out)
-        )
+        steps, num_prompts = self.settings.num_inference_steps, len(self.texts.held_out)
+        is_fixed = self.settings.has_few_levels
+        return plan_measuring(self.flags, steps, self.num_steps, self.lanes.count, num_prompts, is_fixed=is_fixed)
 
     @property
     def held_out_texts(self) -> list[str]:
@@ -90,9 +92,23 @@ class Plan:
         return SamplingOptions(
             shift=self.settings.shift,
             num_inference_steps=self.settings.num_inference_steps,
+            sampler=StudentRecord(teacher_sampler=self.settings.teacher_sampler).sampler_of_teacher,
             compute_dtype=self.dtype,
             device=self.device,
         )
+
+    @property
+    def teacher_levels(self) -> tuple[float, ...]:
+        """The only noise levels that the teacher answers rightly at, from 1 down; none where all will do."""
+        return (teacher_levels(self.settings) or ())[:-1]
+
+    @property
+    def guided_share(self) -> float:
+        """The share of the teacher's answers that guidance makes two passes of."""
+        if not self.settings.uses_guidance:
+            return 0.0
+        student_steps = self.flags.objective.student_steps
+        return guided_share(self.settings, self.states_options, student_steps)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -191,6 +207,7 @@ def with_defaults(plan: Plan) -> Plan:
             plan.latent_shape[-1],
             uses_guidance=plan.settings.uses_guidance,
             calls_per_answer=per_answer,
+            guided_share=plan.guided_share,
         )
         plan = changed(replay=replay)
     if own.lr is None:
@@ -209,8 +226,27 @@ def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles,
         wan_files = wan_files.with_vae_config(find_vae(data.vae_path, data.teacher_path).config_path())
     check_fits(wan_files.expert(student.init_expert).config, config, student.layers, student.student_config)
     settings = resolve_settings(wan_files, **asdict(teacher))
+    check_levels(flags, settings)
     config.check_image_size(settings.vae_scale_factor, student.student_config)
     return wan_files, settings
+
+
+def check_levels(flags: Flags, settings: TeacherSettings) -> None:
+    """Refuse a run that would need other noise levels than a teacher of a few of them has."""
+    if not settings.has_few_levels:
+        return
+    num_steps, student_steps = settings.num_inference_steps, flags.objective.student_steps
+    if student_steps and num_steps % student_steps:
+        allowed = ", ".join(str(count) for count in range(1, num_steps + 1) if num_steps % count == 0)
+        raise UserError(
+            f"--student_steps {student_steps}: the teacher's {num_steps} steps do not divide into so many segments, and it has no "
+            f"noise levels between them; allowed: {allowed}"
+        )
+    low, high = flags.states.sigma_range
+    levels = teacher_levels(settings)[:-1]
+    if not any(low <= level <= high for level in levels):
+        known = ", ".join(f"{level:.4g}" for level in levels)
+        raise UserError(f"--sigma_range {low:g} {high:g}: holds none of the teacher's noise levels, {known}")
 
 
 def possible_flags(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> Flags:

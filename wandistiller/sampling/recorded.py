@@ -5,7 +5,7 @@ Only the standard library is imported until a file is known to be right.
 
 import contextlib
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,7 @@ class StudentRecord:
         base_model: the hub repository of the teacher, where the run took it from there.
         num_inference_steps: how many steps the teacher draws in.
         student_steps: how many steps the student draws in, where it learnt whole steps.
+        teacher_sampler: "euler" where the teacher has noise levels of its own alone, which the student then has too.
         sigma_range: the noise levels it was trained at.
         latents_mean, latents_std: per channel; model space is (z - mean) / std.
         data_path, extra_prompts: files of the prompts that it was trained on, as `recorded_path` gives them.
@@ -64,6 +65,7 @@ class StudentRecord:
     shift: float | None = None
     num_inference_steps: int | None = None
     student_steps: int | None = None
+    teacher_sampler: str | None = None
     sigma_range: tuple[float, float] | None = None
     latents_mean: list[float] | None = None
     latents_std: list[float] | None = None
@@ -78,8 +80,19 @@ class StudentRecord:
 
     @property
     def sampler(self) -> str:
-        """A student of whole steps follows straight lines, as Euler's method does; any other is sampled as its teacher is."""
+        """The student's sampler, a name in `sampling.sampler.SamplingOptions`.
+
+        A student of whole steps follows straight lines, as Euler's method does; any other is sampled as its teacher is. That of
+        a teacher with noise levels of its own draws at these.
+        """
+        if self.teacher_sampler == "euler":
+            return "flow_euler"
         return "euler" if self.student_steps else "unipc"
+
+    @property
+    def sampler_of_teacher(self) -> str:
+        """The teacher's sampler, a name in `sampling.sampler.SamplingOptions`."""
+        return replace(self, student_steps=None).sampler
 
     @property
     def steps(self) -> int | None:
@@ -162,7 +175,8 @@ def recorded_settings(config: StudentConfig) -> "TeacherSettings":
     from wandistiller.wan.settings import TeacherSettings
 
     record = config.distillation or {}
-    return TeacherSettings(**{field.name: record.get(field.name) for field in fields(TeacherSettings)})
+    named = [field.name for field in fields(TeacherSettings) if field.default is MISSING or record.get(field.name)]
+    return TeacherSettings(**{name: record.get(name) for name in named})
 
 
 def student_sampling(
@@ -185,8 +199,9 @@ def teacher_sampling(
     config: StudentConfig, num_inference_steps: int | None, compute_dtype: "torch.dtype", device: str
 ) -> "SamplingOptions":
     """Return how the student's teacher draws; None steps are as recorded."""
-    steps = num_inference_steps or StudentRecord.of(config).num_inference_steps
-    return replace(student_sampling(config, steps, compute_dtype, device), sampler="unipc")
+    record = StudentRecord.of(config)
+    steps = num_inference_steps or record.num_inference_steps
+    return replace(student_sampling(config, steps, compute_dtype, device), sampler=record.sampler_of_teacher)
 
 
 def recorded_path(path: str | None) -> str | None:

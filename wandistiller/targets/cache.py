@@ -83,6 +83,11 @@ def prompts_digest(prompts: Sequence[str]) -> str:
 def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str, object]:
     """Return what makes the teacher's velocities what they are: its weights, guidance and sampling."""
     guidance = {name: getattr(settings, name) for name in ("guidance_scale", "guidance_scale_2", "boundary_ratio")}
+    recorded = settings.recorded()
+    # Only where they are not usual, so that caches and checkpoints of runs without them stay those of the same run:
+    unusual: dict[str, object] = {
+        name: recorded[name] for name in ("teacher_sampler", "guidance_range") if name in recorded
+    }
     return {
         "teacher": teacher_fingerprint(wan_files),
         **guidance,
@@ -91,6 +96,7 @@ def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str
         "num_inference_steps": settings.num_inference_steps,
         # The fingerprint sees a part of the weights alone. Without LoRAs the description stays what it always was.
         **({"teacher_lora": [lora.identity for lora in wan_files.loras]} if wan_files.loras else {}),
+        **unusual,
     }
 
 

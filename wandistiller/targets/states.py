@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.model.config import StudentConfig
+from wandistiller.sampling.sampler import flow_euler_scheduler
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
 from wandistiller.targets.prompt_order import PromptSwap
@@ -109,6 +110,13 @@ BUILDERS: dict[str, Callable[[StatesOptions, DrawOptions, TeacherSettings], Stat
 }
 
 
+def teacher_levels(settings: TeacherSettings) -> tuple[float, ...] | None:
+    """Return the only noise levels that the teacher answers rightly at, and the 0 that they end in; None where all will do."""
+    if not settings.has_few_levels:
+        return None
+    return tuple(flow_euler_scheduler(settings.shift, settings.num_inference_steps).sigmas.tolist())
+
+
 def build_states(
     options: StatesOptions,
     config: StudentConfig,
@@ -124,6 +132,7 @@ def build_states(
         lanes=lanes,
         shift=settings.shift,
         sigma_range=options.sigma_range,
+        levels=teacher_levels(settings),
         swap=PromptSwap(options.prompt_swap, num_prompts + options.num_extra_prompts),
         seed=options.seed,
         device=device,
