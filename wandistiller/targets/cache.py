@@ -13,7 +13,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from wandistiller.device import to_device
 from wandistiller.errors import UserError, first_line, shown
 from wandistiller.files.atomic import write_json
 from wandistiller.files.json_files import load_json
+from wandistiller.files.prompts import identity_of
 from wandistiller.files.output_folder import check_output_folder
 from wandistiller.files.safetensors_files import (
     DamagedFileError,
@@ -75,7 +76,13 @@ def teacher_fingerprint(wan_files: WanFiles) -> str:
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    """Return a digest of prompts, or of the templates that they are drawn from, without a copy of them all."""
+    digest, texts = hashlib.sha256(), identity_of(prompts)
+    separator = ""
+    while some := list(islice(texts, 4096)):
+        digest.update((separator + "\n".join(some)).encode())
+        separator = "\n"
+    return digest.hexdigest()[:16]
 
 
 def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str, object]:
