@@ -23,7 +23,7 @@ from wandistiller.files.output_folder import (
     prepare_output_folder,
     removed_if_empty,
 )
-from wandistiller.files.prompts import load_prompts, slug, unusable
+from wandistiller.files.prompts import is_endless, load_prompts, slug, unusable
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.recorded import (
     StudentRecord,
@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from wandistiller.wan.wan_files import WanFiles
 
 MAX_GRID_PICTURES = 100
+NUM_OF_TEMPLATES = 8  # pictures, where prompts without end are asked for and no number is given
 # Beyond these a picture is a slip of the keyboard that fills the memory; a student may be trained at more.
 MAX_PIXELS = 2048**2
 
@@ -66,6 +67,8 @@ class Flags:
     vae_path: str | None
     prompt: list[str] | None
     prompts_file: str | None
+    caption_column: str | None
+    num_prompts: int | None
     prompt_cache: str
     num_inference_steps: int | None
     guidance_scale: float | None
@@ -104,7 +107,17 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 
     prompts = parser.group("Prompts")
     prompts.flag("--prompt", "one or more prompts, each in quotes", nargs="+", metavar="PROMPT")
-    prompts.flag("--prompts_file", "text file, one prompt a line", type=path)
+    prompts.flag(
+        "--prompts_file",
+        "a text file with one prompt a line, a table, a folder or a glob of these, or a folder of prompt templates",
+        type=path,
+    )
+    prompts.flag("--caption_column", "column of tables that holds the prompts, where their names do not tell")
+    prompts.flag(
+        "--num_prompts",
+        f"how many of --prompts_file, from the first (all of them; of templates {NUM_OF_TEMPLATES})",
+        type=number(int, low=1),
+    )
     prompts.flag(
         "--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path
     )
@@ -144,7 +157,13 @@ def read_prompts(flags: Flags) -> list[str]:
     for prompt in prompts:
         if reason := unusable(prompt):
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
-    return prompts + (load_prompts(flags.prompts_file).prompts if flags.prompts_file else [])
+    if not flags.prompts_file:
+        return prompts
+    file = load_prompts(flags.prompts_file, flags.caption_column, held_out=True)
+    count = flags.num_prompts or (NUM_OF_TEMPLATES if is_endless(file.prompts) else None)
+    if file.notice:
+        print(f"{flags.prompts_file}: {file.notice}")
+    return [*prompts, *file.prompts[:count]]
 
 
 def check_picture_size(size: tuple[int, int], config: StudentConfig, patch_size: int) -> None:

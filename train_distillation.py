@@ -13,7 +13,7 @@ import sys
 
 from wandistiller.command_line import end_process, run_command
 from wandistiller.files.output_folder import check_output_folder
-from wandistiller.files.prompts import read_texts
+from wandistiller.files.prompts import TextPaths, read_texts
 from wandistiller.model.config import StudentConfig
 from wandistiller.run.config_help import print_config
 from wandistiller.run.flags import Flags, parse_args
@@ -33,9 +33,10 @@ def distil(flags: Flags, command: list[str]) -> int:
     """Take one run from its flags to a trained student; return the exit code."""
     # What a person typed is checked before torch loads:
     config = StudentConfig.load(flags.student.student_config)
-    texts = read_texts(
-        flags.data.data_path, flags.states.extra_prompts, flags.output.eval_prompts, flags.output.eval_every != 0
+    paths = TextPaths(
+        flags.data.data_path, flags.data.caption_column, flags.states.extra_prompts, flags.output.eval_prompts
     )
+    texts = read_texts(paths, flags.output.eval_every != 0, flags.optimization.seed)
     check_output_folder(flags.output.output_dir)
 
     from wandistiller.reports.cards import try_to_write_model_card

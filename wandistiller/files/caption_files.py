@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from wandistiller.errors import UserError, first_line
 from wandistiller.files.json_files import JsonError, parse_json
@@ -35,9 +35,7 @@ LONGEST_LINE = 8 * 2**20  # bytes, far more than any caption; what is longer is 
 LONGEST_JSON = 2**30
 _LINE_END = re.compile(r"\r\n|\n|\r")  # not str.splitlines: a prompt may hold U+2028 or U+0085
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
-WHAT_TO_GIVE = (
-    "give a text file with one prompt a line, a table (.csv, .tsv, .jsonl, .json, .parquet), or a folder or a glob of these"
-)
+WHAT_TO_GIVE = "give a text file with one prompt a line, a table (.csv, .tsv, .jsonl, .json, .parquet), or a folder or a glob of these"
 
 
 @dataclass(frozen=True)
@@ -50,14 +48,15 @@ class WrongRow:
 Row = tuple[int, object]  # the number of a row and its caption, which may be anything
 
 
-def _open_zstandard(path: Path) -> BinaryIO:
-    return cast(BinaryIO, _pyarrow(path).input_stream(str(path), compression="zstd"))
+def _open_zstandard(path: Path) -> Any:
+    return _pyarrow(path).input_stream(str(path), compression="zstd")
 
 
-COMPRESSIONS: dict[str, Callable[[Path], BinaryIO]] = {
-    ".gz": lambda path: cast(BinaryIO, gzip.open(path)),
-    ".bz2": lambda path: cast(BinaryIO, bz2.open(path)),
-    ".xz": lambda path: cast(BinaryIO, lzma.open(path)),
+# By the suffix, what opens a file to be read
+COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
     ".zst": _open_zstandard,
 }
 
@@ -200,7 +199,9 @@ def _csv_rows(path: Path, stream: BinaryIO, column: str | None, dialect: str = "
             elif row:
                 yield reader.line_num, WrongRow("with more or fewer cells than the first line (commas need quotes)")
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: is no CSV ({first_line(error)}); write the table anew") from None
+        raise UserError(
+            f"{path}, line {reader.line_num}: is no CSV ({first_line(error)}); write the table anew"
+        ) from None
 
 
 def _tsv_rows(path: Path, stream: BinaryIO, column: str | None) -> Iterator[Row]:

@@ -392,7 +392,7 @@ class TemplatePrompts(Sequence[str]):
 
     def _drawn(self, index: int) -> str:
         key = hashlib.sha256(f"{self.seed} {index}".encode()).digest()
-        generator = random.Random(int.from_bytes(key))  # noqa: S311  # nosec B311 (no secret: prompts of a seed)
+        generator = random.Random(int.from_bytes(key))  # nosec B311 (no secret: prompts of a seed)
         for _ in range(MOST_TRIES):
             prompt = self.templates.draw(generator)
             if prompt and is_held_out(prompt) == self.held_out:

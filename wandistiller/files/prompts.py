@@ -217,7 +217,7 @@ class Texts:
         return is_endless(self.prompts)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TextPaths:
     """Where the prompts of a run are, as its flags of the same names say."""
 

@@ -24,8 +24,8 @@ from wandistiller.device import to_device
 from wandistiller.errors import UserError, first_line, shown
 from wandistiller.files.atomic import write_json
 from wandistiller.files.json_files import load_json
-from wandistiller.files.prompts import identity_of
 from wandistiller.files.output_folder import check_output_folder
+from wandistiller.files.prompts import identity_of
 from wandistiller.files.safetensors_files import (
     DamagedFileError,
     open_safetensors,
@@ -149,6 +149,10 @@ class TeacherCache:
     def num_answers(self) -> int:
         """Answers that are kept so far: all of them once `is_complete`."""
         return sum(self.rows)
+
+    def prompts_asked_with(self) -> set[int]:
+        """Return the indices of the prompts that the answers of a complete cache belong to."""
+        return {index for path in self.shards for index in open_safetensors(path).get_tensor("prompts").tolist()}
 
     # What is on disk
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from wandistiller.sampling.flow import sample_sigmas, seeded_noise
-from wandistiller.targets.prompt_order import PromptOrder
 from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, loss_weights
 
 
@@ -18,7 +17,7 @@ class NoiseStates:
         self.sigma_range = options.sigma_range
         self.swap = options.swap
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.order = PromptOrder(options.num_prompts, options.seed)
+        self.order = options.prompt_order()
 
     def draw(self) -> StateBatch:
         """Return the next prompts, each with fresh noise. The last batch of an epoch holds the prompts that are left."""

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from wandistiller.device import to_device
 from wandistiller.sampling.flow import seeded_noise, shift_sigma, unshift_sigma
-from wandistiller.targets.prompt_order import PromptOrder
 from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, loss_weights
 from wandistiller.targets.state_dicts import LANE_PREFIX
 
@@ -19,6 +18,16 @@ STEPS_SHARE = (0.25, 0.5)
 PATHS_PER_LANE = 8
 # The turn of the expert in use ends when a smaller share of the lanes has a path left on its side of the boundary.
 ENOUGH_LANES = 0.75
+
+
+def most_path_prompts(num_batches: int, num_lanes: int, num_steps: int) -> int:
+    """Return how many prompts a pool of paths takes at most while so many batches are answered.
+
+    A lane takes a prompt for each path that it begins with, for each that comes after one of those, which may be short, and for
+    each that comes after a path of the usual length.
+    """
+    shortest = max(1, round(STEPS_SHARE[0] * num_steps))
+    return num_lanes * (PATHS_PER_LANE + min(num_batches, PATHS_PER_LANE + num_batches // shortest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +84,7 @@ class TrajectoryStates:
         self.on_finish = on_finish
         self.u_low = float(unshift_sigma(torch.tensor(options.sigma_range[0], dtype=torch.float64), options.shift))
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.order = PromptOrder(options.num_prompts, options.seed)
+        self.order = options.prompt_order()
         self.num_rounds = 0  # batches of the first round that were drawn
         self.on_high, self.calls_left = True, 0  # the expert in use, and for how many more batches
 
