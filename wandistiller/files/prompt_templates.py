@@ -388,9 +388,10 @@ class TemplatePrompts(Sequence[str]):
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         place = range(len(self))[index]  # which also knows what is outside
-        return self._drawn(place) if self.few is None else self.few[place]
+        return self.drawn(place) if self.few is None else self.few[place]
 
-    def _drawn(self, index: int) -> str:
+    def drawn(self, index: int) -> str:
+        """Return the prompt of an index, whatever its size, of templates without end."""
         key = hashlib.sha256(f"{self.seed} {index}".encode()).digest()
         generator = random.Random(int.from_bytes(key))  # nosec B311 (no secret: prompts of a seed)
         for _ in range(MOST_TRIES):
