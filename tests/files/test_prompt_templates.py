@@ -76,6 +76,7 @@ WRONG = {
     "deep": ({"a.template.txt": "{" * 60 + "}" * 60}, "more than 50 deep"),
     "no line": ({"a.template.txt": "__b__", "b.txt": "# nothing\n"}, "b.txt: holds no line"),
     "nothing": ({"a.template.txt": "{|}"}, "give no prompt"),
+    "control": ({"a.template.txt": "a\n\0"}, "a.template.txt, line 2: holds the control character U+0000"),
     "latin": ({"a.template.txt": "__b__", "b.txt": "caf\udce9"}, "b.txt, line 1: byte 0xE9 is not UTF-8"),
 }  # fmt: skip
 

@@ -34,6 +34,7 @@ BLOCK = 2**20
 LONGEST_LINE = 8 * 2**20  # bytes, far more than any caption; what is longer is another kind of file
 LONGEST_JSON = 2**30
 _LINE_END = re.compile(r"\r\n|\n|\r")  # not str.splitlines: a prompt may hold U+2028 or U+0085
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # not U+0080..9F: those are damaged quotes that ftfy repairs
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 WHAT_TO_GIVE = "give a text file with one prompt a line, a table (.csv, .tsv, .jsonl, .json, .parquet), or a folder or a glob of these"
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import overload
 
 from wandistiller.errors import UserError
-from wandistiller.files.caption_files import read_rows
+from wandistiller.files.caption_files import CONTROL, read_rows
 from wandistiller.files.paths import stays_inside
 
 SUFFIX = ".template.txt"
@@ -222,6 +222,8 @@ class Templates:
         found = []
         for number, row in read_rows(file):
             line = str(row).lstrip("\ufeff").strip()
+            if control := CONTROL.search(line):
+                raise UserError(f"{file}, line {number}: holds the control character U+{ord(control[0]):04X}")
             if line and not line.startswith("#"):
                 self.sources.append(f"{os.path.relpath(file, self.folder)}: {line}")
                 found.append(_Parser(line, f"{file}, line {number}").line())

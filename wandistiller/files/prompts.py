@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import overload
 
 from wandistiller.errors import UserError
-from wandistiller.files.caption_files import TEXT, WrongRow, find_caption_files, kind_of, read_rows
+from wandistiller.files.caption_files import CONTROL, TEXT, WrongRow, find_caption_files, kind_of, read_rows
 from wandistiller.files.json_files import JsonError, parse_json
 from wandistiller.files.prompt_templates import TemplatePrompts, Templates, is_template
 
 SLUG_LENGTH = 48  # letters of a prompt in the name of its picture
 NUM_HELD_OUT = 16  # a run measures on so many prompts
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # not U+0080..9F: those are damaged quotes that ftfy repairs
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def unusable(prompt: str) -> str | None:
     """Return what is wrong with a prompt that was typed, which a file would be refused for as well; None where it is one."""
     if not prompt.split():
         return "is empty"
-    if control := _CONTROL.search(prompt.replace("\n", " ").replace("\r", " ")):
+    if control := CONTROL.search(prompt.replace("\n", " ").replace("\r", " ")):
         return f"holds the control character U+{ord(control[0]):04X}"
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         return "is not UTF-8 text"
@@ -108,7 +107,7 @@ def _lines_of(file: Path) -> Iterator[str]:
                     "that holds them"
                 )
         prompt = line.strip(" \t")
-        if not prompt.isprintable() and (control := _CONTROL.search(prompt)):
+        if not prompt.isprintable() and (control := CONTROL.search(prompt)):
             raise UserError(
                 f"{file}, line {number}: holds the control character U+{ord(control[0]):04X}; a prompts file is plain "
                 "UTF-8 text (a file full of U+0000 is UTF-16 or not text at all)"
