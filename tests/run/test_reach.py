@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from support.runs import PRUNED_CONFIG, weights_of
 from support.states import make_noise, make_pool, make_renoised
-from wandistiller.run import build
+from wandistiller.run import build, reach
 from wandistiller.targets.prompt_order import PromptOrder, reached_prompts
 from wandistiller.targets.trajectories import most_path_prompts
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
@@ -23,7 +23,9 @@ NUM_PROMPTS = 700
 
 
 @pytest.fixture
-def many_prompts(tmp_path):
+def many_prompts(tmp_path, monkeypatch):
+    """More prompts than are encoded whatever a run can come to."""
+    monkeypatch.setattr(reach, "FEW_PROMPTS", NUM_PROMPTS - 1)
     file = tmp_path / "many.txt"
     file.write_text("\n".join(f"a cat, number {index}" for index in range(NUM_PROMPTS)), encoding="utf-8")
     return file

@@ -34,7 +34,7 @@ from wandistiller.model.sizes import count_parameters
 from wandistiller.run.flags import STATES, Flags
 from wandistiller.run.measuring import NUM_NOISES, expected_calls
 from wandistiller.run.plan import Plan
-from wandistiller.run.reach import most_reached, some_of, token_counts
+from wandistiller.run.reach import most_encoded, some_of, token_counts
 from wandistiller.targets.replay import stored_batches
 from wandistiller.training.checkpoints import Checkpoints
 
@@ -94,7 +94,7 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
         ),
         calls_per_step=calls / plan.num_steps,
         num_steps=plan.num_steps,
-        num_prompts=(plan.num_used or most_reached(plan)) + len(plan.held_out_texts),
+        num_prompts=most_encoded(plan) + len(plan.held_out_texts),
         keep_checkpoints=flags.output.keep_checkpoints if flags.output.save_every else 0,
         teacher_cache_batches=calls if states.teacher_cache else 0,
         held_out=held_out_work(plan),

@@ -29,7 +29,7 @@ from wandistiller.reports.metrics import (
 )
 from wandistiller.reports.progress import format_duration
 from wandistiller.run.defaults import hints, suggested_lr
-from wandistiller.run.reach import most_reached
+from wandistiller.run.reach import most_encoded, most_reached
 from wandistiller.wan.settings import warnings_about
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def print_prompts(plan: "Plan") -> None:
             f"Of them {plan.num_used} are used, as many as --prompt_cache_gib {plan.flags.data.prompt_cache_gib:g} has room for; in "
             f"so many steps the run could come to {reached}"
         )
-    elif reached < len(texts.prompts):
+    elif (reached := most_encoded(plan)) < len(texts.prompts):
         print(f"Of them {reached} are encoded, as many as the run can come to in so many steps")
 
 

@@ -1,5 +1,6 @@
 """Which prompts a run can come to, so that only these are encoded, and how many of them --prompt_cache_gib has room for."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 # The tokens of so many prompts stand for those of all of them.
 NUM_COUNTED_PROMPTS = 256
+# So few prompts are encoded whatever a run can come to: that costs little, and their embeddings, which in their last bits depend on
+# what is encoded together, stay the same when a run is made longer.
+FEW_PROMPTS = 4096
 
 
 def most_reached(plan: "Plan") -> int:
@@ -25,6 +29,17 @@ def most_reached(plan: "Plan") -> int:
     if plan.flags.states.prompt_swap:
         return len(plan.trained_texts)
     return min(most_taken(plan), len(plan.texts.prompts))
+
+
+def most_encoded(plan: "Plan") -> int:
+    """Return how many prompts a run encodes at most."""
+    return len(plan.trained_texts) if encodes_all(plan) else plan.num_used or most_reached(plan)
+
+
+def encodes_all(plan: "Plan") -> bool:
+    """Return whether a run encodes all prompts: they are few and have room, or --prompt_swap may come to any of them."""
+    few = len(plan.trained_texts) <= FEW_PROMPTS and longest_bytes(plan, len(plan.trained_texts)) <= room_bytes(plan)
+    return plan.num_used is None and (few or plan.flags.states.prompt_swap > 0)
 
 
 def most_taken(plan: "Plan") -> int:
@@ -40,7 +55,7 @@ def most_taken(plan: "Plan") -> int:
 
 def reachable_prompts(run: "Run") -> Sequence[int]:
     """Return the indices of the prompts that a run needs embeddings of, in ascending order."""
-    if run.flags.states.prompt_swap:
+    if encodes_all(run):
         return range(len(run.trained_texts))
     num_prompts = len(run.texts.prompts)
     if run.cache is not None and run.cache.is_complete:
@@ -56,22 +71,32 @@ def reachable_prompts(run: "Run") -> Sequence[int]:
 # ---- room for their embeddings ----
 
 
+def room_bytes(plan: "Plan") -> float:
+    """Return the bytes that embeddings of the prompts may take; the mock's are made when they are needed, and not kept."""
+    return plan.flags.data.prompt_cache_gib * 2**30 if plan.encoder else math.inf
+
+
+def token_bytes(plan: "Plan") -> int:
+    """Return the bytes of a token's embedding."""
+    return plan.config.text_encoder_output_dim * EncodingOptions(device=plan.device).encoder_dtype.itemsize
+
+
+def longest_bytes(plan: "Plan", num_prompts: int) -> int:
+    """Return the bytes of so many embeddings that fill all text slots."""
+    return num_prompts * plan.config.text_max_length * token_bytes(plan)
+
+
 def within_prompt_cache(plan: "Plan") -> int | None:
     """Return how many prompts a run uses where --prompt_cache_gib has no room for all that it can come to; None where it has.
 
     Raises:
         UserError: there is no room for any, or --prompt_swap comes to all of them.
     """
-    if plan.encoder is None:  # the mock's embeddings are made when they are needed, and not kept
+    room, wanted = room_bytes(plan), most_reached(plan)
+    if longest_bytes(plan, wanted) <= room:
         return None
-    room = plan.flags.data.prompt_cache_gib * 2**30
-    wanted, num_slots = most_reached(plan), plan.config.text_max_length
-    itemsize = EncodingOptions(device=plan.device).encoder_dtype.itemsize
-    token_bytes = plan.config.text_encoder_output_dim * itemsize
-    if wanted * num_slots * token_bytes <= room:  # however long they are
-        return None
-    counts = [min(count, num_slots) for count in token_counts(some_of(plan.trained_texts), plan.encoder)]
-    prompt_bytes = token_bytes * sum(counts) / len(counts)
+    counts = token_counts(some_of(plan.trained_texts), plan.encoder)
+    prompt_bytes = token_bytes(plan) * sum(min(count, plan.config.text_max_length) for count in counts) / len(counts)
     if wanted * prompt_bytes <= room:
         return None
     affordable = int(room / prompt_bytes)
