@@ -69,6 +69,7 @@ class Flags:
     prompts_file: str | None
     caption_column: str | None
     num_prompts: int | None
+    num_images: int
     prompt_cache: str
     num_inference_steps: int | None
     guidance_scale: float | None
@@ -109,7 +110,8 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     prompts.flag("--prompt", "one or more prompts, each in quotes", nargs="+", metavar="PROMPT")
     prompts.flag(
         "--prompts_file",
-        "a text file with one prompt a line, a table, a folder or a glob of these, or a folder of prompt templates",
+        "a text file with one prompt a line, a table, a folder or a glob of these, or a folder of prompt templates; a prompt that "
+        "stands there twice is drawn twice",
         type=path,
     )
     prompts.flag("--caption_column", "column of tables that holds the prompts, where their names do not tell")
@@ -117,6 +119,9 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         "--num_prompts",
         f"how many of --prompts_file, from the first (all of them; of templates {NUM_OF_TEMPLATES})",
         type=number(int, low=1),
+    )
+    prompts.flag(
+        "--num_images", "pictures of each prompt, each from a noise of its own", 1, type=number(int, low=1, high=10_000)
     )
     prompts.flag(
         "--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path
@@ -150,20 +155,20 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 
 
 def read_prompts(flags: Flags) -> list[str]:
-    """Read the prompts of --prompt, then those of --prompts_file."""
+    """Read the prompts of --prompt, then those of --prompts_file, each as often as it is drawn."""
     if not flags.prompt and not flags.prompts_file:
         raise UserError("nothing to draw: give --prompt or --prompts_file")
     prompts = flags.prompt or []
     for prompt in prompts:
         if reason := unusable(prompt):
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
-    if not flags.prompts_file:
-        return prompts
-    file = load_prompts(flags.prompts_file, flags.caption_column, held_out=True)
-    count = flags.num_prompts or (NUM_OF_TEMPLATES if is_endless(file.prompts) else None)
-    if file.notice:
-        print(f"{flags.prompts_file}: {file.notice}")
-    return [*prompts, *file.prompts[:count]]
+    if flags.prompts_file:
+        file = load_prompts(flags.prompts_file, flags.caption_column, held_out=True, keeps_repeats=True)
+        count = flags.num_prompts or (NUM_OF_TEMPLATES if is_endless(file.prompts) else None)
+        if file.notice:
+            print(f"{flags.prompts_file}: {file.notice}")
+        prompts = [*prompts, *file.prompts[:count]]
+    return [prompt for prompt in prompts for _ in range(flags.num_images)]
 
 
 def check_picture_size(size: tuple[int, int], config: StudentConfig, patch_size: int) -> None:

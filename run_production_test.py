@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.errors import UserError
+from wandistiller.files.clone import check_is_in_clone
 from wandistiller.files.output_folder import (
     METRICS_NAME,
     check_output_folder,
@@ -158,6 +159,8 @@ def show_budget(
 
 def run_test(flags: Flags, folder: Path) -> None:
     """Take every step of a training run, in its order."""
+    read = {"data_path": flags.data_path, "student_config": flags.student_config}
+    check_is_in_clone("data_path", read)
     file = load_prompts(flags.data_path, flags.caption_column)
     prompts = list(file.prompts[:MAX_PROMPTS])
     count = "as many as are asked for" if is_endless(file.prompts) else len(file.prompts)
@@ -166,6 +169,7 @@ def run_test(flags: Flags, folder: Path) -> None:
         warn(file.notice)
     if len(prompts) < len(file.prompts):
         passed(f"Prompts of this test: the first {len(prompts)}, among them {prompts[0]!r}")
+    check_is_in_clone("student_config", read)
     config = StudentConfig.load(flags.student_config)
     small = shrink(config)
     passed(f"Config found: {flags.student_config}")

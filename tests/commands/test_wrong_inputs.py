@@ -169,7 +169,7 @@ def test_a_flag_of_another_trainer_is_answered_with_ours(refused, flag):
     [
         (generate_images, ["--steps", "4"], "here it is called --num_inference_steps"),
         (generate_images, ["--resolution", "512"], "the size of the pictures is --height and --width"),
-        (generate_images, ["--num_images", "4"], "give it twice for two pictures"),
+        (generate_images, ["--num_images_per_prompt", "4"], "here it is called --num_images"),
         (evaluate_student, ["--num_images", "4"], "here it is called --num_seeds"),
         (evaluate_student, ["--resolution", "4"], "the one that the student was trained at"),
         (generate_images, ["--model_path", "x"], "here it is called --student; the following arguments are required"),
@@ -342,7 +342,8 @@ def test_a_wrong_prompts_file(refused, tmp_path, content, words):
 
 def test_prompts_that_are_not_there_or_a_folder(refused, tmp_path):
     refused("--data_path", tmp_path / "nowhere.txt", words=["nowhere.txt", "No such file", "one prompt a line"])
-    refused("--data_path", tmp_path, words=[str(tmp_path), "directory", "one prompt a line"])
+    (tmp_path / "empty").mkdir()
+    refused("--data_path", tmp_path / "empty", words=[str(tmp_path / "empty"), "directory", "one prompt a line"])
 
 
 CAPTION_FILES = {

@@ -58,7 +58,12 @@ def unusable(prompt: str) -> str | None:
 
 
 def load_prompts(
-    path: str | Path, caption_column: str | None = None, *, seed: int = 0, held_out: bool = False
+    path: str | Path,
+    caption_column: str | None = None,
+    *,
+    seed: int = 0,
+    held_out: bool = False,
+    keeps_repeats: bool = False,
 ) -> PromptFile:
     """Read the prompts of a file, of a folder or of a glob (caption_files.py), or those that templates give (prompt_templates.py).
 
@@ -69,6 +74,7 @@ def load_prompts(
         caption_column: the column of tables that holds the prompts, where their names do not tell.
         seed: of what templates give.
         held_out: of templates, the prompts that no run trains on instead of the others.
+        keeps_repeats: return a prompt as often as it stands in the files.
 
     Raises:
         UserError: a file cannot be read, is not what its name says, or holds control characters or no prompt; the line is named.
@@ -77,6 +83,7 @@ def load_prompts(
         return PromptFile(TemplatePrompts(Templates.load(path), seed, held_out))
     prompts: dict[str, str] = {}
     left_out: Counter[str] = Counter()
+    given: list[str] = []
     num_rows = 0
     for file in find_caption_files(path):
         is_text = kind_of(file) == TEXT
@@ -84,9 +91,13 @@ def load_prompts(
             words = " ".join(prompt.split())
             prompts.setdefault(prompt if words == prompt else words, prompt)
             num_rows += 1
+            if keeps_repeats:
+                given.append(prompt)
     if not prompts:
         nothing = "write one prompt a line (blank lines and # comments do not count)"
         raise UserError(f"{path}: holds no prompt; {rows_left_out(left_out) or nothing}")
+    if keeps_repeats:
+        return PromptFile(given, 0, left_out)
     return PromptFile(list(prompts.values()), num_rows - len(prompts), left_out)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError
-from wandistiller.files.clone import CLONE
+from wandistiller.files.clone import CLONE, DEMO_TEACHER, DEMO_WORLD
 from wandistiller.files.hub import hub_id, is_hub_id
-from wandistiller.files.prompts import is_endless, load_prompts
+from wandistiller.files.prompts import NUM_HELD_OUT, is_endless, load_prompts
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from wandistiller.wan.text_encoder_files import TextEncoderFiles
     from wandistiller.wan.wan_files import WanFiles
 
+DEMO_PROMPT = "a large yellow circle on the left, on a white background"
+ANY_PROMPT = "a lighthouse in a storm"  # for students that no prompt is known of
 # Drawing cannot do without these; the rest of the record may be missing.
 _NEEDED: dict[str, type | tuple[type, ...]] = {
     "teacher_path": str,
@@ -131,6 +133,23 @@ def trained_prompts(config: StudentConfig, prompts: "Sequence[str]") -> set[str]
             if not is_endless(known):
                 trained |= asked.intersection(" ".join(prompt.split()) for prompt in known)
     return trained
+
+
+def tested_prompt(config: StudentConfig) -> str:
+    """Return a prompt to show the student with: the shortest that its run measured it on, where its files are still there.
+
+    A student of the demo's world knows coloured shapes alone, so that its prompt is of them wherever the files are.
+    """
+    record = config.distillation or {}
+    if record.get("world") == DEMO_WORLD or record.get("teacher_path") == f"./{DEMO_TEACHER}":
+        return DEMO_PROMPT
+    file = CLONE / record["data_path"] if isinstance(record.get("data_path"), str) else None
+    column = record.get("caption_column")
+    if file and file.exists():
+        with contextlib.suppress(UserError, OSError):
+            found = load_prompts(file, column if isinstance(column, str) else None).prompts
+            return min(found[:NUM_HELD_OUT], key=len)
+    return ANY_PROMPT
 
 
 def weights_digest(folder: str | Path) -> str | None:
