@@ -64,6 +64,7 @@ class Flags:
     text_encoder_path: str | None
     vae_path: str | None
     prompts_file: str
+    caption_column: str | None
     num_prompts: int
     prompt_cache: str
     num_seeds: int
@@ -108,7 +109,14 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     model.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path)
 
     prompts = parser.group("Prompts")
-    prompts.flag("--prompts_file", "text file, one prompt a line, none of them trained on", required=True, type=path)
+    prompts.flag(
+        "--prompts_file",
+        "prompts that were not trained on: a text file with one a line, a table, a folder or a glob of these, or a folder of prompt "
+        "templates (of which the held-out part is taken)",
+        required=True,
+        type=path,
+    )
+    prompts.flag("--caption_column", "column of tables that holds the prompts, where their names do not tell")
     prompts.flag("--num_prompts", "how many of them, from the first", 32, type=number(int, low=1))
     prompts.flag(
         "--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path
@@ -221,7 +229,7 @@ def describe(flags: Flags, config: StudentConfig, digest: str | None, experiment
 
 def warn_of_trained(config: StudentConfig, prompts: list[str]) -> int:
     """Count the prompts that the student was trained on, and print a warning where there are any: it may look better at these."""
-    trained = trained_prompts(config)
+    trained = trained_prompts(config, prompts)
     num_trained = sum(" ".join(prompt.split()) in trained for prompt in prompts)
     if num_trained:
         print(
@@ -291,7 +299,10 @@ def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
     flags = parse_args(argv)
     config = load_student_config(flags.student)
-    prompts = load_prompts(flags.prompts_file).prompts[: flags.num_prompts]
+    file = load_prompts(flags.prompts_file, flags.caption_column, held_out=True)
+    prompts = list(file.prompts[: flags.num_prompts])
+    if file.notice:
+        print(f"{flags.prompts_file}: {file.notice}")
     teacher = teacher_paths(config, flags.teacher_path, flags.teacher_path_low)
     check_output_folder(flags.output, "--output")
     num_trained = warn_of_trained(config, prompts)

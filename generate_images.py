@@ -23,7 +23,7 @@ from wandistiller.files.output_folder import (
     prepare_output_folder,
     removed_if_empty,
 )
-from wandistiller.files.prompts import load_prompts, slug, unusable
+from wandistiller.files.prompts import is_endless, load_prompts, slug, unusable
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.drawing import Artist, check_picture_size, untrained_warnings
 from wandistiller.sampling.recorded import (
@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from wandistiller.wan.wan_files import WanFiles
 
 MAX_GRID_PICTURES = 100
+NUM_OF_TEMPLATES = 8  # pictures, where prompts without end are asked for and no number is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ class Flags:
     vae_path: str | None
     prompt: list[str] | None
     prompts_file: str | None
+    caption_column: str | None
+    num_prompts: int | None
     num_images: int
     prompt_cache: str
     num_inference_steps: int | None
@@ -107,7 +110,16 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     prompts = parser.group("Prompts")
     prompts.flag("--prompt", "one or more prompts, each in quotes", nargs="+", metavar="PROMPT")
     prompts.flag(
-        "--prompts_file", "text file, one prompt a line; one that stands there twice is drawn twice", type=path
+        "--prompts_file",
+        "a text file with one prompt a line, a table, a folder or a glob of these, or a folder of prompt templates; a prompt that "
+        "stands there twice is drawn twice",
+        type=path,
+    )
+    prompts.flag("--caption_column", "column of tables that holds the prompts, where their names do not tell")
+    prompts.flag(
+        "--num_prompts",
+        f"how many of --prompts_file, from the first (all of them; of templates {NUM_OF_TEMPLATES})",
+        type=number(int, low=1),
     )
     prompts.flag(
         "--num_images", "pictures of each prompt, each from a noise of its own", 1, type=number(int, low=1, high=10_000)
@@ -152,7 +164,11 @@ def read_prompts(flags: Flags) -> list[str]:
         if reason := unusable(prompt):
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
     if flags.prompts_file:
-        prompts = prompts + load_prompts(flags.prompts_file, keeps_repeats=True).prompts
+        file = load_prompts(flags.prompts_file, flags.caption_column, held_out=True, keeps_repeats=True)
+        count = flags.num_prompts or (NUM_OF_TEMPLATES if is_endless(file.prompts) else None)
+        if file.notice:
+            print(f"{flags.prompts_file}: {file.notice}")
+        prompts = [*prompts, *file.prompts[:count]]
     return [prompt for prompt in prompts for _ in range(flags.num_images)]
 
 

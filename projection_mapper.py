@@ -254,7 +254,7 @@ def calibrate_teacher(flags: Flags, wan_files: "WanFiles", config: StudentConfig
     """Load the whole teacher, and ask it what it does with the prompts, unless --calibration_cache has that already."""
     from wandistiller.device import pick_device, pick_dtype
     from wandistiller.files.output_folder import check_writable
-    from wandistiller.files.prompts import load_prompts
+    from wandistiller.files.prompts import is_endless, load_prompts
     from wandistiller.projection.calibrated import calibrate, check_can_be_calibrated
     from wandistiller.projection.calibration import options_for
     from wandistiller.projection.calibration_file import load_calibration, save_calibration
@@ -271,7 +271,8 @@ def calibrate_teacher(flags: Flags, wan_files: "WanFiles", config: StudentConfig
         check_writable(flags.output_dir, "--output_dir")
     device = pick_device(flags.device)
     dtype = pick_dtype(None, device)
-    prompts = load_prompts(flags.calibration_prompts or "").prompts
+    found = load_prompts(flags.calibration_prompts or "").prompts
+    prompts = found[: flags.calibration_paths] if is_endless(found) else found
     settings = resolve_settings(wan_files)
     encoder = find_text_encoder(flags.text_encoder_path) if flags.text_encoder_path else None
     if encoder is None and not wan_files.is_mock:

@@ -8,6 +8,7 @@ With a real --teacher_path it also says, from the checkpoint's headers alone, wh
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from wandistiller.files.output_folder import (
     prepare_output_folder,
     set_aside_previous_student,
 )
-from wandistiller.files.prompts import load_prompts
+from wandistiller.files.prompts import is_endless, load_prompts
 from wandistiller.model.config import StudentConfig
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
@@ -37,6 +38,7 @@ HIDDEN_SIZE, DEPTH, LATENT_SIZE = 256, 4, 8
 HEAD_DIM = 64  # for a wan student whose own heads do not fill HIDDEN_SIZE
 LR, SEED, STATES = 1e-4, 0, "trajectory"
 MAX_LOSS_LINES = 60
+MAX_PROMPTS = 2000  # are trained on, so that the test of a file of millions ends
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Flags:
 
     student_config: str
     data_path: str
+    caption_column: str | None
     teacher_path: str
     teacher_path_low: str | None
     teacher_lora: list[tuple[str, float]] | None
@@ -63,7 +66,8 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         "config/student_config.json",
         type=path,
     )
-    group.flag("--data_path", "text file, one prompt a line", "data/static_prompts.txt", type=path)
+    group.flag("--data_path", "the prompts, as train_distillation.py takes them", "data/static_prompts.txt", type=path)
+    group.flag("--caption_column", "column of tables that holds the prompts, where their names do not tell")
     group.flag(
         "--teacher_path", "a real checkpoint to hold the config against (the steps run on a mock)", "mock", type=path
     )
@@ -95,7 +99,7 @@ def shrink(config: StudentConfig) -> StudentConfig:
     return config.replace(**shrunk)
 
 
-def check_real_teacher(flags: Flags, config: StudentConfig, prompts: list[str]) -> None:
+def check_real_teacher(flags: Flags, config: StudentConfig, prompts: Sequence[str]) -> None:
     """Print from headers alone whether the given config fits the real teacher, and what a run with it will take."""
     from wandistiller.projection.selection import check_fits
     from wandistiller.run.messages import lora_lines
@@ -122,7 +126,7 @@ def check_real_teacher(flags: Flags, config: StudentConfig, prompts: list[str]) 
 
 
 def show_budget(
-    flags: Flags, wan_files: "WanFiles", settings: "TeacherSettings", config: StudentConfig, prompts: list[str]
+    flags: Flags, wan_files: "WanFiles", settings: "TeacherSettings", config: StudentConfig, prompts: Sequence[str]
 ) -> None:
     """Print what --dry_run of the trainer prints, with its default flags; flags can be changed, so that nothing fails here."""
     from wandistiller.device import pick_device, pick_dtype
@@ -166,14 +170,20 @@ def run_test(flags: Flags, folder: Path) -> None:
     """Take every step of a training run, in its order."""
     read = {"data_path": flags.data_path, "student_config": flags.student_config}
     check_is_in_clone("data_path", read)
-    prompts = load_prompts(flags.data_path)
-    passed(f"Prompts found: {len(prompts.prompts)} in {flags.data_path}")
+    file = load_prompts(flags.data_path, flags.caption_column)
+    prompts = list(file.prompts[:MAX_PROMPTS])
+    count = "as many as are asked for" if is_endless(file.prompts) else len(file.prompts)
+    passed(f"Prompts found: {count} in {flags.data_path}")
+    if file.notice:
+        warn(file.notice)
+    if len(prompts) < len(file.prompts):
+        passed(f"Prompts of this test: the first {len(prompts)}, among them {prompts[0]!r}")
     check_is_in_clone("student_config", read)
     config = StudentConfig.load(flags.student_config)
     small = shrink(config)
     passed(f"Config found: {flags.student_config}")
     if flags.teacher_path != "mock" or flags.teacher_path_low or flags.teacher_lora or flags.teacher_lora_low:
-        check_real_teacher(flags, config, prompts.prompts)
+        check_real_teacher(flags, config, prompts if is_endless(file.prompts) else file.prompts)
     passed(
         f"Config adjusted: model_type {small.model_type}, block {small.block}, hidden_size {config.hidden_size} -> "
         f"{small.hidden_size}, depth {config.depth} -> {small.depth}, num_heads {small.num_heads}, "
@@ -181,7 +191,7 @@ def run_test(flags: Flags, folder: Path) -> None:
     )
 
     prepare_output_folder(folder)
-    student, teacher, embeds, report = build(small, prompts.prompts)
+    student, teacher, embeds, report = build(small, prompts)
     if aside := set_aside_previous_student(folder):
         passed(f"The student that was in {folder} is now in {aside}")
     trained = train_briefly(flags, student, teacher, embeds, folder)

@@ -13,7 +13,7 @@ import sys
 
 from wandistiller.command_line import end_process, run_command
 from wandistiller.files.output_folder import check_output_folder
-from wandistiller.files.prompts import read_texts
+from wandistiller.files.prompts import TextPaths, read_texts
 from wandistiller.model.config import StudentConfig
 from wandistiller.run.config_help import print_config
 from wandistiller.run.flags import Flags, check_is_here, parse_args
@@ -35,9 +35,10 @@ def distil(flags: Flags, command: list[str]) -> int:
     check_is_here(flags, "student_config")
     config = StudentConfig.load(flags.student.student_config)
     check_is_here(flags, "data_path")
-    texts = read_texts(
-        flags.data.data_path, flags.states.extra_prompts, flags.output.eval_prompts, flags.output.eval_every != 0
+    paths = TextPaths(
+        flags.data.data_path, flags.data.caption_column, flags.states.extra_prompts, flags.output.eval_prompts
     )
+    texts = read_texts(paths, flags.output.eval_every != 0, flags.optimization.seed)
     check_is_here(flags, "teacher_path")
     check_output_folder(flags.output.output_dir)
 

@@ -20,6 +20,7 @@ from support.runs import snapshot
 from support.students import PROMPTS, train_student, write_teacher
 from support.wan_folders import write_pipeline_folder
 from wandistiller.command_line import run_command
+from wandistiller.files.prompt_templates import is_held_out
 from wandistiller.files.safetensors_files import read_header
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
@@ -373,3 +374,29 @@ def test_the_teacher_of_another_student_is_refused(house, mistakes, capsys):
     argv += ["--model", "teacher", "--teacher_path", str(mistakes / "other")]
     assert run_command(lambda: generate_images.main(argv)) == 2
     assert "has num_channels 48, the student 16" in capsys.readouterr().err
+
+
+def test_prompts_come_from_tables_and_from_the_held_out_part_of_templates(house, tmp_path, capsys):
+    (tmp_path / "p.csv").write_text("words,seed\na red circle,1\n,2\na blue square,3\n", encoding="utf-8")
+    (tmp_path / "p.template.txt").write_text(f"a {'{red|blue|green|white|black} ' * 8}circle\n", encoding="utf-8")
+    argv = [
+        "--student",
+        str(house / "of_one" / "student"),
+        "--prompt_cache",
+        str(house / "of_one" / "cache"),
+        "--device",
+        "cpu",
+    ]
+    argv += ["--num_inference_steps", "1"]
+    files = ["--prompts_file", str(tmp_path / "p.csv"), "--caption_column", "words", "--num_prompts", "1"]
+    assert generate_images.main([*argv, *files, "--output", str(tmp_path / "a")]) == 0
+    assert "1 rows left out: 1 without a caption" in capsys.readouterr().out
+    assert [file.name.split("_")[1] for file in (tmp_path / "a").glob("0*.png")] == ["a-red-circle"]
+    assert (
+        generate_images.main(
+            [*argv, "--prompts_file", str(tmp_path / "p.template.txt"), "--output", str(tmp_path / "b")]
+        )
+        == 0
+    )
+    drawn = [Image.open(file).text["prompt"] for file in sorted((tmp_path / "b").glob("0*.png"))]
+    assert len(drawn) == 8 and all(is_held_out(prompt) for prompt in drawn)

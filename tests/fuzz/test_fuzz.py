@@ -8,6 +8,7 @@ pytest tests/fuzz/test_fuzz.py
 """
 
 import collections
+import gzip
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from diffusers import WanTransformer3DModel
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -32,7 +35,7 @@ from support.gguf_files import write_wan_gguf
 from support.loras import comfyui_keys, random_pairs, write
 from support.runs import PRUNED_CONFIG
 from support.scorer_models import save_scorer
-from support.students import train_student, write_teacher
+from support.students import PROMPTS, train_student, write_teacher
 from support.wan_folders import write_single_file, write_transformer_folder
 
 LONGEST_MESSAGE = 500  # letters, without the path of the test's own folder
@@ -80,9 +83,9 @@ def cut_lora(case: Path) -> tuple[Callable, list[object]]:
     return projection_mapper.main, argv
 
 
-def draw(*flags: object, prompts: bool = False) -> Command:
+def draw(*flags: object, prompts: str = "") -> Command:
     def command(case: Path) -> tuple[Callable, list[object]]:
-        text = ["--prompts_file", case / "prompts.txt"] if prompts else ["--prompt", "a red circle"]
+        text = ["--prompts_file", case / prompts, "--num_prompts", 4] if prompts else ["--prompt", "a red circle"]
         places = ["--student", case / "student", "--prompt_cache", case / "cache", "--output", case / "new"]
         teacher = ["--teacher_path", case / "teacher"]
         return generate_images.main, [*places, *teacher, *text, "--num_inference_steps", 1, "--device", "cpu", *flags]
@@ -127,7 +130,13 @@ SHARED_TEACHER = ["teacher", "student"]
 GROUPS = {
     "student config": Group(["teacher", "config.json"], ["config.json"], IN_JSON + IN_BYTES + IN_PLACE, project_student, 30, 1000),
     "prompts": Group(
-        [*SHARED_TEACHER, "cache", "prompts.txt"], ["prompts.txt"], IN_BYTES + IN_PLACE, draw(prompts=True), 20
+        [*SHARED_TEACHER, "cache", "prompts.txt"], ["prompts.txt"], IN_BYTES + IN_PLACE, draw(prompts="prompts.txt"), 20
+    ),
+    "tables of captions": Group(
+        [*SHARED_TEACHER, "cache", "tables"], ["tables/*"], IN_JSON + IN_BYTES + IN_PLACE, draw(prompts="tables"), 24
+    ),
+    "prompt templates": Group(
+        [*SHARED_TEACHER, "cache", "templates"], ["templates/*"], IN_BYTES + IN_PLACE, draw(prompts="templates"), 12
     ),
     "teacher's JSON": Group(
         ["teacher"],
@@ -216,6 +225,18 @@ RUN_GROUPS = {
 }
 
 
+def write_tables(folder: Path) -> None:
+    """Write a folder with the same captions in every kind of table."""
+    folder.mkdir()
+    rows = [{"id": index, "caption": caption} for index, caption in enumerate(PROMPTS)]
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (folder / "a.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "b.csv.gz").write_bytes(gzip.compress(b'caption,id\n"a red circle",1\n'))
+    (folder / "c.tsv").write_text("id\tcaption\n1\ta blue square\n", encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "d.parquet")
+    (folder / "e.txt.zst").write_bytes(pyarrow.compress(b"a red circle\n", codec="zstd", asbytes=True))
+
+
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> Path:
     """Everything that a case takes its parts from, whole; what it is made with is loaded before a case is forked."""
@@ -240,6 +261,11 @@ def house(tmp_path_factory) -> Path:
         "prompts.txt": root / "made" / "prompts.txt",
     }.items():
         shutil.move(place, root / name)
+    write_tables(root / "tables")
+    (root / "templates").mkdir()
+    (root / "templates" / "a.template.txt").write_text(r"{3::__n__|2$$ and $$x|y} {\{a\}|{b|c}}", encoding="utf-8")
+    (root / "templates" / "n.txt").write_text("# numbers\n2::one\n__m__\n", encoding="utf-8")
+    (root / "templates" / "m.txt").write_text("two\nthree\n", encoding="utf-8")
     for command in (score, evaluate):
         main, argv = command(root)
         argv = [root / "warm_score" if word == root / "new" else word for word in argv]

@@ -60,10 +60,15 @@ def open_safetensors(path: str | Path) -> safe_open:
         return safe_open(path, framework="pt")
 
 
-def read_header(path: str | Path) -> SafetensorsHeader:
-    """Read names, shapes, dtypes and metadata of a file, but none of its tensors."""
+def read_header(path: str | Path, among: frozenset[str] | None = None) -> SafetensorsHeader:
+    """Read names, shapes, dtypes and metadata of a file, but none of its tensors.
+
+    Args:
+        among: only tensors of these names are looked at; None for all of the file.
+    """
     with _refusing_damage(path), safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        names = file.keys() if among is None else among.intersection(file.keys())
+        slices = {name: file.get_slice(name) for name in names}
         return SafetensorsHeader(
             shapes={name: tuple(part.get_shape()) for name, part in slices.items()},
             dtypes={name: part.get_dtype() for name, part in slices.items()},

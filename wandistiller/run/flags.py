@@ -92,9 +92,21 @@ class DataFlags:
         "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path
     )
     data_path: str = flag_by_teacher(
-        "text file, one prompt a line", "data/static_prompts.txt", "data/demo_prompts.txt", type=path
+        "prompts: a text file with one a line, a table (.csv, .tsv, .jsonl, .json, .parquet), a folder or a glob of these, or a "
+        "folder of prompt templates",
+        "data/static_prompts.txt",
+        "data/demo_prompts.txt",
+        type=path,
+    )
+    caption_column: str | None = flag(
+        "column of tables that holds the prompts (left out: the only one of text, or the one called caption, prompt or text)"
     )
     prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
+    prompt_cache_gib: float = flag(
+        "room for the embeddings of this run's prompts; where it is too little for all that the run can come to, fewer are used",
+        100.0,
+        type=number(float, above=0),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +181,7 @@ class StatesFlags:
         0.0,
         type=number(float, low=0, high=1),
     )
-    extra_prompts: str | None = flag("text file of further prompts, which come by --prompt_swap alone", type=path)
+    extra_prompts: str | None = flag("file of further prompts, which come by --prompt_swap alone", type=path)
     calls_per_expert: int = flag(
         "batches in a row for one expert of a two-expert teacher; 0: both in every batch (default: 0; with "
         f"--teacher_offload on trajectories {OFFLOAD_CALLS_PER_EXPERT}, unless --renoise_fraction is given)",
@@ -312,7 +324,7 @@ class OutputFlags:
     eval_prompts: str | None = field(
         default=None,
         metadata={
-            "help": "text file of held-out prompts to measure on (default: those of --data_path, with noise of their own; with the "
+            "help": "file of held-out prompts to measure on (default: those of --data_path, with noise of their own; with the "
             f"demo teacher {DEMO_HELD_OUT_PROMPTS})",
             "options": {"type": path},
             "defaults": (None, DEMO_HELD_OUT_PROMPTS),

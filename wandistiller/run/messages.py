@@ -13,6 +13,7 @@ from tqdm import tqdm
 from wandistiller.command_line import command_words, torchrun_environment
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_WORLD, HELD_OUT_PROMPTS
 from wandistiller.files.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
+from wandistiller.files.prompt_templates import TemplatePrompts
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.reports.metrics import (
     bucket_name,
@@ -29,6 +30,7 @@ from wandistiller.reports.metrics import (
 from wandistiller.reports.progress import format_duration
 from wandistiller.run.defaults import hints, suggested_lr
 from wandistiller.run.presets import PRESETS
+from wandistiller.run.reach import most_encoded, most_reached
 from wandistiller.wan.settings import warnings_about
 
 if TYPE_CHECKING:
@@ -50,11 +52,10 @@ OWN_HELD_OUT_PROMPTS = "heldout_prompts.txt"
 
 def print_plan(plan: "Plan") -> None:
     """Print what is trained from what, and how many samples a step takes where that is not --batch_size alone."""
-    texts, config, wan_files, settings = plan.texts, plan.config, plan.wan_files, plan.settings
+    config, wan_files, settings = plan.config, plan.wan_files, plan.settings
     if plan.flags.output.preset:
         print("\n".join(preset_lines(plan)))
-    duplicates = f" ({texts.duplicates} repeated lines left out)" if texts.duplicates else ""
-    print(f"Prompts: {len(texts.prompts)}{duplicates}")
+    print_prompts(plan)
     print(f"Teacher: {wan_files.location} ({' + '.join(wan_files.experts)}), {settings.summary()}")
     for line in lora_lines(wan_files):
         print(line)
@@ -80,6 +81,24 @@ def print_plan(plan: "Plan") -> None:
     if plan.lanes.total != optimization.batch_size:
         parts = [f"--batch_size {optimization.batch_size}", f"--grad_accum_steps {optimization.grad_accum_steps}"]
         print(f"Samples a step: {' x '.join([*parts, f'{plan.processes.count} processes'])} = {plan.lanes.total}")
+
+
+def print_prompts(plan: "Plan") -> None:
+    """Print how many prompts there are and what was left out of their files, and how many of them the run can come to."""
+    texts, reached = plan.texts, most_reached(plan)
+    duplicates = f"{texts.duplicates} repeated lines left out" if texts.duplicates else ""
+    left_out = "; ".join(part for part in (duplicates, texts.notice) if part)
+    what = f"{len(texts.prompts)}" + (f" ({left_out})" if left_out else "")
+    if isinstance(texts.prompts, TemplatePrompts) and texts.is_endless:
+        what = f"drawn from {texts.prompts.templates.num_templates} templates, with seed {texts.prompts.seed}"
+    print(f"Prompts: {what}")
+    if plan.num_used is not None:
+        print(
+            f"Of them {plan.num_used} are used, as many as --prompt_cache_gib {plan.flags.data.prompt_cache_gib:g} has room for; in "
+            f"so many steps the run could come to {reached}"
+        )
+    elif (reached := most_encoded(plan)) < len(texts.prompts):
+        print(f"Of them {reached} are encoded, as many as the run can come to in so many steps")
 
 
 def lora_lines(wan_files: "WanFiles") -> list[str]:

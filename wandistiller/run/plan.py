@@ -1,5 +1,6 @@
 """A plan: everything that is known of a run before anything is written or a weight is read, and every refusal up to there."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from wandistiller.reports.trackers import check_report
 from wandistiller.run.defaults import suggested_lr, suggested_replay, suggested_warmup
 from wandistiller.run.flags import Flags
 from wandistiller.run.measuring import Measuring, plan_measuring
+from wandistiller.run.reach import within_prompt_cache
 from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.sampler import SamplingOptions
 from wandistiller.targets.guided_share import guided_share
@@ -44,6 +46,7 @@ class Plan:
         dtype: of matrix products.
         encoder: the text encoder and its tokenizer on disk; None where the mock's stand-in embeddings will do.
         vae_location: where the VAE of the sample pictures is; None where none are drawn.
+        num_used: how many prompts come in turn, where --prompt_cache_gib has no room for all that the run can come to; else None.
     """
 
     flags: Flags
@@ -56,6 +59,7 @@ class Plan:
     dtype: torch.dtype
     encoder: TextEncoderFiles | None
     vae_location: VaeLocation | None
+    num_used: int | None = None
 
     @property
     def device(self) -> str:
@@ -70,9 +74,9 @@ class Plan:
         return own.max_steps or steps_of_epochs(own.num_epochs, len(self.texts.prompts), self.lanes.total)
 
     @property
-    def trained_texts(self) -> list[str]:
+    def trained_texts(self) -> Sequence[str]:
         """The prompts, and after them those that come by --prompt_swap alone."""
-        return self.texts.prompts + self.texts.extra
+        return self.texts.trained
 
     @property
     def measuring(self) -> Measuring:
@@ -82,7 +86,7 @@ class Plan:
         return plan_measuring(self.flags, steps, self.num_steps, self.lanes.count, num_prompts, is_fixed=is_fixed)
 
     @property
-    def held_out_texts(self) -> list[str]:
+    def held_out_texts(self) -> Sequence[str]:
         """The prompts that the student is measured on."""
         return self.texts.held_out if self.measuring.every else []
 
@@ -161,6 +165,11 @@ def make_plan(flags: Flags, config: StudentConfig, texts: Texts) -> Plan:
         UserError: something is missing, damaged, contradictory, or does not fit together.
     """
     performance, optimization = flags.performance, flags.optimization
+    if texts.is_endless and not (optimization.teacher_calls or optimization.max_steps):
+        raise UserError(
+            f"--data_path {flags.data.data_path}: these templates give prompts without end, so --num_epochs does not say how long "
+            "the run is; give --teacher_calls or --max_steps"
+        )
     processes = join(performance.device, pick_device)
     dtype = pick_dtype(performance.dtype, processes.device)
     check_optimizer(optimization.optimizer)
@@ -183,7 +192,8 @@ def make_plan(flags: Flags, config: StudentConfig, texts: Texts) -> Plan:
         encoder=encoder,
         vae_location=vae_location,
     )
-    return with_defaults(plan)
+    plan = with_defaults(plan)
+    return replace(plan, num_used=within_prompt_cache(plan))
 
 
 def steps_of_calls(flags: Flags, num_teacher_steps: int) -> int:

@@ -10,6 +10,7 @@ from wandistiller.files.hub import hub_id
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes, full_tensor
 from wandistiller.projection.project import ProjectionReport
+from wandistiller.run.reach import most_reached
 from wandistiller.sampling.recorded import StudentRecord, recorded_path
 from wandistiller.targets.segments import segment_sigmas
 from wandistiller.training.loop import TrainingOptions, TrainingResult
@@ -87,7 +88,7 @@ def save_trained_student(
         recipe["segment_sigmas"] = segment_sigmas(settings.shift, steps, sampler).tolist()
     made_of = {
         "layers": projection.layers,
-        "num_prompts": len(run.texts.prompts),
+        "num_prompts": most_reached(run) if run.texts.is_endless else len(run.texts.prompts),
         "num_teacher_batches": num_teacher_batches,
     }
     record = distillation_record(recipe, settings, run.training_options, result, made_of)

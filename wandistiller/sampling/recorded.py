@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from wandistiller.errors import UserError
 from wandistiller.files.clone import CLONE, DEMO_TEACHER, DEMO_WORLD
 from wandistiller.files.hub import hub_id, is_hub_id
-from wandistiller.files.prompts import NUM_HELD_OUT, load_prompts
+from wandistiller.files.prompts import NUM_HELD_OUT, is_endless, load_prompts
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class StudentRecord:
         sigma_range: the noise levels it was trained at.
         latents_mean, latents_std: per channel; model space is (z - mean) / std.
         data_path, extra_prompts: files of the prompts that it was trained on, as `recorded_path` gives them.
+        caption_column: the column of theirs that held the prompts, where it was named.
     """
 
     teacher_path: str | None = None
@@ -70,6 +71,7 @@ class StudentRecord:
     latents_mean: list[float] | None = None
     latents_std: list[float] | None = None
     data_path: str | None = None
+    caption_column: str | None = None
     extra_prompts: str | None = None
 
     @classmethod
@@ -131,19 +133,21 @@ def load_student_config(folder: str | Path) -> StudentConfig:
     return config
 
 
-def trained_prompts(config: StudentConfig) -> set[str]:
-    """Return the prompts that a student was trained on, as far as their files are still where its record says.
+def trained_prompts(config: StudentConfig, prompts: "Sequence[str]") -> set[str]:
+    """Return the words of those of these prompts that a student was trained on, as far as its files are still where it records.
 
-    They are told apart as `load_prompts` does: by their words, however these are spaced.
+    Prompts are told apart as `load_prompts` does: by their words, however these are spaced. Templates without end hold prompts out
+    by a rule, and what else they gave is not known.
     """
     record = StudentRecord.of(config)
-    prompts: set[str] = set()
+    column = record.caption_column if isinstance(record.caption_column, str) else None
+    asked, trained = {" ".join(prompt.split()) for prompt in prompts}, set()
     for path in (record.data_path, record.extra_prompts):
-        file = CLONE / path if isinstance(path, str) else None
-        if file and file.is_file():
-            with contextlib.suppress(UserError):  # a file that has become something else holds none of them
-                prompts.update(" ".join(prompt.split()) for prompt in load_prompts(file).prompts)
-    return prompts
+        with contextlib.suppress(UserError, OSError):  # a file that has become something else holds none of them
+            known = load_prompts(CLONE / path, column).prompts if isinstance(path, str) else []
+            if not is_endless(known):
+                trained |= asked.intersection(" ".join(prompt.split()) for prompt in known)
+    return trained
 
 
 def tested_prompt(config: StudentConfig) -> str:
@@ -155,9 +159,11 @@ def tested_prompt(config: StudentConfig) -> str:
     if record.get("world") == DEMO_WORLD or record.get("teacher_path") == f"./{DEMO_TEACHER}":
         return DEMO_PROMPT
     file = CLONE / record["data_path"] if isinstance(record.get("data_path"), str) else None
-    if file and file.is_file():
-        with contextlib.suppress(UserError):
-            return min(load_prompts(file).prompts[:NUM_HELD_OUT], key=len)
+    column = record.get("caption_column")
+    if file and file.exists():
+        with contextlib.suppress(UserError, OSError):
+            found = load_prompts(file, column if isinstance(column, str) else None).prompts
+            return min(found[:NUM_HELD_OUT], key=len)
     return ANY_PROMPT
 
 
@@ -372,6 +378,8 @@ def embed_with_negative(
 
     negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
     embeds = embed_texts([*prompts, *negative_prompts], encoder, config, prompt_cache, device)
+    if embeds.truncated:
+        print(f"Warning: {embeds.truncated} prompts are longer than {config.text_max_length} tokens and were cut")
     return embeds.first(len(prompts)), embeds.read(len(prompts)) if negative_prompts else None
 
 

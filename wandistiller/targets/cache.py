@@ -13,7 +13,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from wandistiller.errors import UserError, first_line, shown
 from wandistiller.files.atomic import write_json
 from wandistiller.files.json_files import load_json
 from wandistiller.files.output_folder import check_output_folder
+from wandistiller.files.prompts import identity_of
 from wandistiller.files.safetensors_files import (
     DamagedFileError,
     open_safetensors,
@@ -77,7 +78,13 @@ def teacher_fingerprint(wan_files: WanFiles) -> str:
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    """Return a digest of prompts, or of the templates that they are drawn from, without a copy of them all."""
+    digest, texts = hashlib.sha256(), identity_of(prompts)
+    separator = ""
+    while some := list(islice(texts, 4096)):
+        digest.update((separator + "\n".join(some)).encode())
+        separator = "\n"
+    return digest.hexdigest()[:16]
 
 
 def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str, object]:
@@ -152,6 +159,10 @@ class TeacherCache:
     def num_answers(self) -> int:
         """Answers that are kept so far: all of them once `is_complete`."""
         return sum(self.rows)
+
+    def prompts_asked_with(self) -> set[int]:
+        """Return the indices of the prompts that the answers of a complete cache belong to."""
+        return {index for path in self.shards for index in open_safetensors(path).get_tensor("prompts").tolist()}
 
     # What is on disk
 

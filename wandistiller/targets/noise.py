@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from wandistiller.sampling.flow import seeded_noise
-from wandistiller.targets.prompt_order import PromptOrder
 from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, draw_sigmas, loss_weights
 
 
@@ -17,7 +16,7 @@ class NoiseStates:
         self.shift, self.sigma_range, self.levels = options.shift, options.sigma_range, options.levels
         self.swap = options.swap
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.order = PromptOrder(options.num_prompts, options.seed)
+        self.order = options.prompt_order()
 
     def draw(self) -> StateBatch:
         """Return the next prompts, each with fresh noise. The last batch of an epoch holds the prompts that are left."""

@@ -12,7 +12,6 @@ from wandistiller.sampling.flow import seeded_noise, sigma_to_timestep
 from wandistiller.sampling.sampler import wan_scheduler
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import Answer, AnswerQueue
-from wandistiller.targets.prompt_order import PromptOrder
 from wandistiller.targets.state_batch import DrawOptions, draw_seeds
 from wandistiller.targets.state_dicts import LANE_PREFIX, part_of
 from wandistiller.targets.trajectories import PATHS_PER_LANE
@@ -44,6 +43,15 @@ class SegmentOptions:
 def calls_per_answer(num_teacher_steps: int, num_segments: int | None) -> int:
     """Return the teacher's steps through a segment of its path, which one target takes; one without segments."""
     return max(1, round(num_teacher_steps / num_segments)) if num_segments else 1
+
+
+def most_segment_prompts(num_batches: int, num_lanes: int, num_segments: int) -> int:
+    """Return how many prompts paths of segments take at most while so many batches of targets are learnt from.
+
+    A lane takes a prompt for each path that it begins with and for each that comes after one of those, which may have a single
+    segment, and then one for every `num_segments` targets; targets that are not learnt from yet count too.
+    """
+    return num_lanes * (2 * PATHS_PER_LANE + (num_batches + READY_PER_LANE) // num_segments)
 
 
 def segment_sigmas(shift: float, num_segments: int, sampler: str = "euler") -> Tensor:
@@ -94,7 +102,7 @@ class SegmentAnswers:
         self.teacher_velocity = autocast(teacher.velocity, self.device, segments.compute_dtype)
         self.student_forward = autocast(student, self.device, segments.compute_dtype)
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.order = PromptOrder(options.num_prompts, options.seed)
+        self.order = options.prompt_order()
         self.progress = 0.0
         self.num_calls = 0
         self._queue = AnswerQueue(prompt_embeds, self.device, self.lanes.micro_batch)

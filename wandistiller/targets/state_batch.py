@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wandistiller.sampling.flow import sample_sigmas
 from wandistiller.targets.lanes import Lanes
-from wandistiller.targets.prompt_order import NO_SWAP, PromptSwap
+from wandistiller.targets.prompt_order import NO_SWAP, PromptOrder, PromptSwap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,7 @@ class DrawOptions:
     Attributes:
         latent_shape: (C, H, W).
         num_prompts: prompts that come in turn.
+        num_used: how many of them come at all, the first of their order; None for all of them.
         lanes: the samples of a batch.
         shift: warp of the noise levels.
         sigma_range: lowest and highest noise level.
@@ -36,6 +37,11 @@ class DrawOptions:
     swap: PromptSwap = NO_SWAP
     seed: int = 0
     device: str | torch.device = "cpu"
+    num_used: int | None = None
+
+    def prompt_order(self) -> PromptOrder:
+        """Return the order that the prompts come in, from its beginning."""
+        return PromptOrder(self.num_prompts, self.seed, self.num_used)
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,13 @@ def build_states(
     num_prompts: int,
     lanes: Lanes,
     device: str | torch.device = "cpu",
+    num_used: int | None = None,
 ) -> States:
-    """Build the states that a run asks for, of the student's image size behind the teacher's VAE, at the teacher's shift."""
+    """Build the states that a run asks for, of the student's image size behind the teacher's VAE, at the teacher's shift.
+
+    Args:
+        num_used: how many of the prompts come at all; None for all of them.
+    """
     draw = DrawOptions(
         latent_shape=settings.latent_shape(config),
         num_prompts=num_prompts,
@@ -136,5 +141,6 @@ def build_states(
         swap=PromptSwap(options.prompt_swap, num_prompts + options.num_extra_prompts),
         seed=options.seed,
         device=device,
+        num_used=num_used,
     )
     return BUILDERS[options.kind](options, draw, settings)

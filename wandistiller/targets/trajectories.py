@@ -8,12 +8,11 @@ from torch import Tensor
 
 from wandistiller.device import to_device
 from wandistiller.sampling.flow import seeded_noise, shift_sigma, unshift_sigma
-from wandistiller.targets.prompt_order import PromptOrder
 from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, levels_within, loss_weights
 from wandistiller.targets.state_dicts import LANE_PREFIX
 
-# A path of a teacher that answers at all noise levels takes from a quarter of the teacher's steps to half of them. The states of one path are alike, so that at equal calls
-# short paths teach more, until the error of their steps outweighs that (docs/experiments.md).
+# A path of a teacher that answers at all noise levels takes from a quarter of the teacher's steps to half of them. The states of one
+# path are alike, so that at equal calls short paths teach more, until the error of their steps outweighs that (docs/experiments.md).
 STEPS_SHARE = (0.25, 0.5)
 # So many paths mix many prompts in a batch, and each path is still finished soon.
 PATHS_PER_LANE = 8
@@ -25,6 +24,16 @@ def steps_of_paths(num_steps: int) -> tuple[int, int]:
     """Return how few and how many steps a path takes of a teacher that answers at all noise levels and draws in `num_steps`."""
     low, high = (max(1, round(share * num_steps)) for share in STEPS_SHARE)
     return low, high
+
+
+def most_path_prompts(num_batches: int, num_lanes: int, num_steps: int) -> int:
+    """Return how many prompts a pool of paths takes at most while so many batches are answered.
+
+    A lane takes a prompt for each path that it begins with, for each that comes after one of those, which may be short, and for
+    each that comes after a path of the usual length.
+    """
+    shortest = steps_of_paths(num_steps)[0]
+    return num_lanes * (PATHS_PER_LANE + min(num_batches, PATHS_PER_LANE + num_batches // shortest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +93,7 @@ class TrajectoryStates:
         self.on_finish = on_finish
         self.u_low = float(unshift_sigma(torch.tensor(options.sigma_range[0], dtype=torch.float64), options.shift))
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.order = PromptOrder(options.num_prompts, options.seed)
+        self.order = options.prompt_order()
         self.levels = self._levels_of_paths(options)
         # Batches of the first round that were drawn; without a jump there is none.
         self.num_rounds = 0 if self.levels is None else paths.per_lane
