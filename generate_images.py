@@ -25,6 +25,7 @@ from wandistiller.files.output_folder import (
 )
 from wandistiller.files.prompts import load_prompts, slug, unusable
 from wandistiller.model.config import StudentConfig
+from wandistiller.model.image_sizes import ImageSize
 from wandistiller.sampling.recorded import (
     StudentRecord,
     check_size,
@@ -36,6 +37,7 @@ from wandistiller.sampling.recorded import (
     student_sampling,
     teacher_paths,
     teacher_sampling,
+    trained_sizes,
 )
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
@@ -151,12 +153,19 @@ def check_picture_size(size: tuple[int, int], config: StudentConfig, patch_size:
     """Refuse a height or width that does not fill whole patches of `patch_size` latent pixels, or is beyond any use."""
     for flag, pixels in zip(("--height", "--width"), size, strict=True):
         check_size(flag, pixels, config, patch_size)
-    most = max(MAX_PIXELS, 4 * config.image_size**2)
+    sizes = trained_sizes(config)
+    most = max(MAX_PIXELS, 4 * max(size.pixels for size in sizes))
     if math.prod(size) > most:
         raise UserError(
             f"--height {size[0]} --width {size[1]}: is {math.prod(size):,} pixels; allowed: at most {most:,}, as of "
-            f"{math.isqrt(most)} x {math.isqrt(most)} (this student was trained at {config.image_size} x {config.image_size})"
+            f"{math.isqrt(most)} x {math.isqrt(most)} (this student was trained at {sizes_text(sizes)})"
         )
+
+
+def sizes_text(sizes: list[ImageSize]) -> str:
+    """Return sizes in words."""
+    *others, last = [f"{size.width} x {size.height}" for size in sizes]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def choose_guidance(flags: Flags, settings: "TeacherSettings") -> "TeacherSettings":
@@ -185,10 +194,12 @@ def warn_of_untrained(config: StudentConfig, options: "SamplingOptions", size: t
         print(
             f"Warning: this student learnt to draw in {record.student_steps} steps, not in {options.num_inference_steps}"
         )
-    side, (height, width) = config.image_size, size
-    if size != (side, side):
+    sizes, (height, width) = trained_sizes(config), size
+    asked = ImageSize(width, height)
+    # One that learnt several sizes draws those beside them too; one that learnt a single size knows no other.
+    if not (any(map(asked.is_like, sizes)) if len(sizes) > 1 else asked in sizes):
         print(
-            f"Warning: this student was trained at {side} x {side} pixels alone, and is asked for {width} wide and {height} "
+            f"Warning: this student was trained at {sizes_text(sizes)} pixels alone, and is asked for {width} wide and {height} "
             "high; the picture may be broken"
         )
 
@@ -340,7 +351,8 @@ def main(argv: list[str] | None = None) -> int:
     config = load_student_config(flags.student)
     prompts = read_prompts(flags)
     teacher = teacher_paths(config, flags.teacher_path, flags.teacher_path_low)
-    size = flags.height or config.image_size, flags.width or config.image_size
+    own = trained_sizes(config)[0]
+    size = flags.height or own.height, flags.width or own.width
     check_picture_size(size, config, config.patch_size)
     files, grid = picture_files(flags, prompts, size)
 

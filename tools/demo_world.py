@@ -182,16 +182,29 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.n
     return np.maximum((2 * np.abs(x) - y - r) / slope, y - r)
 
 
-def render(scene: Scene, rng: np.random.Generator, num_frames: int = 1, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Draw the scene as uint8 (num_frames, size, size, 3), with a little jitter in place, size and colour."""
-    ys, xs = np.mgrid[:size, :size].astype(np.float32) + 0.5
+def render(
+    scene: Scene, rng: np.random.Generator, num_frames: int = 1, size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
+) -> np.ndarray:
+    """Draw the scene as uint8 (num_frames, height, width, 3), with a little jitter in place, size and colour.
+
+    Off the square a place lies at the same share of the width and of the height, and an object is as large as in the square
+    of the shorter side.
+
+    Args:
+        size: width and height in pixels.
+    """
+    width, height = size
+    stretch, scale = np.array(size) / IMAGE_SIZE, min(size) / IMAGE_SIZE
+    ys, xs = np.mgrid[:height, :width].astype(np.float32) + 0.5
     colour = np.array(BACKGROUNDS[scene.background]) + rng.uniform(-JITTER_COLOUR, JITTER_COLOUR, 3)
-    frames = np.tile(colour.astype(np.float32), (num_frames, size, size, 1))
+    frames = np.tile(colour.astype(np.float32), (num_frames, height, width, 1))
     for index, thing in enumerate(scene.things):
-        centre = np.array(PLACES[thing.place]) + rng.uniform(-JITTER_PIXELS, JITTER_PIXELS, 2)
-        radius = SIZES[thing.size] * (1 + rng.uniform(-JITTER_SIZE, JITTER_SIZE))
+        centre = stretch * PLACES[thing.place] + scale * rng.uniform(-JITTER_PIXELS, JITTER_PIXELS, 2)
+        radius = scale * SIZES[thing.size] * (1 + rng.uniform(-JITTER_SIZE, JITTER_SIZE))
         colour = np.array(COLOURS[thing.colour]) + rng.uniform(-JITTER_COLOUR, JITTER_COLOUR, 3)
-        step = np.array(MOTIONS[scene.motion]) * PIXELS_PER_FRAME if scene.motion and index == 0 else np.zeros(2)
+        step = (
+            scale * np.array(MOTIONS[scene.motion]) * PIXELS_PER_FRAME if scene.motion and index == 0 else np.zeros(2)
+        )
         for t in range(num_frames):
             cx, cy = centre + t * step
             # One pixel of linear coverage across the edge is the anti-aliasing.

@@ -37,11 +37,17 @@ def suggested_warmup(num_steps: int) -> int:
 
 
 def suggested_replay(
-    teacher: StudentConfig, student: StudentConfig, latent_size: int, *, uses_guidance: bool, calls_per_answer: int = 1
+    teacher: StudentConfig,
+    student: StudentConfig,
+    latent_size: int | tuple[int, int],
+    *,
+    uses_guidance: bool,
+    calls_per_answer: int = 1,
 ) -> int:
     """Return how often each answer is learnt from, so that learning costs about what the teacher's answers cost.
 
     Args:
+        latent_size: side of the latents, or their height and width.
         calls_per_answer: guided answers that one target takes, more than one for students of few steps.
     """
     asked = teacher, num_image_tokens(teacher, latent_size), TYPICAL_TEXT_TOKENS

@@ -14,6 +14,7 @@ from wandistiller.command_line import torchrun_environment
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_WORLD, HELD_OUT_PROMPTS
 from wandistiller.files.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
+from wandistiller.model.image_sizes import square
 from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,
@@ -28,6 +29,7 @@ from wandistiller.reports.metrics import (
 )
 from wandistiller.reports.progress import format_duration
 from wandistiller.run.defaults import hints, suggested_lr
+from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.wan.settings import warnings_about
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def print_plan(plan: "Plan") -> None:
     print(f"Teacher: {wan_files.location} ({' + '.join(wan_files.experts)}), {settings.summary()}")
     print(
         f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
-        f"{config.image_size} px = {'x'.join(map(str, plan.latent_shape))} latents"
+        f"{sizes_text(plan)}"
     )
     for warning in warnings_about(wan_files, settings, config):
         print(f"Warning: {warning}")
@@ -69,6 +71,13 @@ def print_plan(plan: "Plan") -> None:
     if plan.lanes.total != optimization.batch_size:
         parts = [f"--batch_size {optimization.batch_size}", f"--grad_accum_steps {optimization.grad_accum_steps}"]
         print(f"Samples a step: {' x '.join([*parts, f'{plan.processes.count} processes'])} = {plan.lanes.total}")
+
+
+def sizes_text(plan: "Plan") -> str:
+    """Return which sizes the student is trained at, and which latents they are."""
+    if len(plan.image_sizes) == 1 and plan.image_sizes[0] == square(plan.config.image_size):
+        return f"{plan.config.image_size} px = {'x'.join(map(str, plan.latent_shapes[0]))} latents"
+    return f"in turn at {', '.join(map(str, plan.image_sizes))} px (width x height)"
 
 
 class _Printed(logging.Handler):
@@ -134,8 +143,9 @@ def memorising_line(lines: Sequence[dict], replay: int) -> str | None:
 
 def calls_line(run: "Run", num_calls: int, num_steps: int, teacher: "Teacher | None") -> str:
     """Return what the teacher was asked; of two experts also how often the one in use changed, since this process began."""
-    if run.cache is not None:
-        return f"its answers came from {run.cache.num_answers} in {run.cache.folder}"
+    if run.caches:
+        total = sum(cache.num_answers for cache in run.caches)
+        return f"its answers came from {total} in {run.flags.states.teacher_cache}"
     line = f"the teacher answered {num_calls} batches, {num_calls / num_steps:.2f} a step"
     return line if len(teacher.experts) == 1 else f"{line}, with {teacher.num_swaps} swaps of its experts"
 
@@ -157,9 +167,10 @@ def summary_lines(folder: Path, calls: str) -> list[str]:
         if first is None or last is None
         else f"{first:.4g} over the first tenth of the steps, {last:.4g} over the last"
     )
+    sizes = ", ".join(StudentRecord.of(config).image_sizes or [str(config.image_size)])
     before = {
         "teacher": f"{record['teacher_path']}; {calls}",
-        "student": f"{config.num_parameters:,} parameters, {config.block}, {config.image_size} px",
+        "student": f"{config.num_parameters:,} parameters, {config.block}, {sizes} px",
         "time": f"{format_duration(training_seconds(steps))} of training, {record['batch_size']} samples a step",
         "loss": loss,
     }

@@ -17,8 +17,8 @@ class NoiseStates:
         self.shift = options.shift
         self.sigma_range = options.sigma_range
         self.swap = options.swap
-        self.generator = torch.Generator().manual_seed(options.seed)
-        self.order = PromptOrder(options.num_prompts, options.seed)
+        self.generator = torch.Generator().manual_seed(options.own_seed)
+        self.order = PromptOrder(options.num_prompts, options.own_seed)
 
     def draw(self) -> StateBatch:
         """Return the next prompts, each with fresh noise. The last batch of an epoch holds the prompts that are left."""

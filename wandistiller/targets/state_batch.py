@@ -7,6 +7,7 @@ from torch import Tensor
 
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.prompt_order import NO_SWAP, PromptSwap
+from wandistiller.targets.shares import WHOLE, ExpertTurn, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class DrawOptions:
         sigma_range: lowest and highest noise level.
         swap: gives some states another prompt.
         device: where latents of sampling paths are kept.
+        share: of what a run of one image size keeps; it also decides the seed.
+        expert_turn: of a teacher's two experts, the same for all sizes of a run.
     """
 
     latent_shape: tuple[int, int, int]
@@ -31,6 +34,13 @@ class DrawOptions:
     swap: PromptSwap = NO_SWAP
     seed: int = 0
     device: str | torch.device = "cpu"
+    share: Share = WHOLE
+    expert_turn: ExpertTurn = field(default_factory=ExpertTurn)
+
+    @property
+    def own_seed(self) -> int:
+        """The seed of everything that is drawn at this size."""
+        return self.share.seed(self.seed)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ adds fresh noise to what such paths have drawn. To add a source:
 5. Write its tests beside those of the other sources in tests/targets, and its line in docs/training.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
 from wandistiller.targets.prompt_order import PromptSwap
 from wandistiller.targets.renoise import RenoisedStates
+from wandistiller.targets.shares import ExpertTurn, Share
 from wandistiller.targets.state_batch import DrawOptions, StateBatch
 from wandistiller.targets.trajectories import PathOptions, TrajectoryStates
 from wandistiller.wan.settings import TeacherSettings
@@ -118,14 +119,33 @@ def build_states(
     device: str | torch.device = "cpu",
 ) -> States:
     """Build the states that a run asks for, of the student's image size behind the teacher's VAE, at the teacher's shift."""
-    draw = DrawOptions(
-        latent_shape=settings.latent_shape(config),
-        num_prompts=num_prompts,
-        lanes=lanes,
-        shift=settings.shift,
-        sigma_range=options.sigma_range,
-        swap=PromptSwap(options.prompt_swap, num_prompts + options.num_extra_prompts),
-        seed=options.seed,
-        device=device,
-    )
-    return BUILDERS[options.kind](options, draw, settings)
+    shapes = [settings.latent_shape(config)]
+    return build_states_by_size(options, shapes, settings, num_prompts, lanes, device)[0]
+
+
+def build_states_by_size(
+    options: StatesOptions,
+    latent_shapes: Sequence[tuple[int, int, int]],
+    settings: TeacherSettings,
+    num_prompts: int,
+    lanes: Lanes,
+    device: str | torch.device = "cpu",
+) -> list[States]:
+    """Build the states of each image size; all have the same expert of two in use, and share out what one size would keep."""
+    turn = ExpertTurn()
+    draws = [
+        DrawOptions(
+            latent_shape=shape,
+            num_prompts=num_prompts,
+            lanes=lanes,
+            shift=settings.shift,
+            sigma_range=options.sigma_range,
+            swap=PromptSwap(options.prompt_swap, num_prompts + options.num_extra_prompts),
+            seed=options.seed,
+            device=device,
+            share=Share(index, len(latent_shapes)),
+            expert_turn=turn,
+        )
+        for index, shape in enumerate(latent_shapes)
+    ]
+    return [BUILDERS[options.kind](options, draw, settings) for draw in draws]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
+from wandistiller.model.image_sizes import ImageSize, square
 from wandistiller.wan.wan_files import WanFiles
 
 # This is Wan's own (Wan2.2:wan/configs/shared_config.py) without its words for still, static, picture and artwork, which
@@ -91,10 +92,10 @@ class TeacherSettings:
     latents_std: list[float] | None
     vae_scale_factor: int
 
-    def latent_shape(self, student: StudentConfig) -> tuple[int, int, int]:
-        """Return (C, H, W) of the student's images behind the teacher's VAE."""
-        side = student.image_size // self.vae_scale_factor
-        return student.num_channels, side, side
+    def latent_shape(self, student: StudentConfig, size: ImageSize | None = None) -> tuple[int, int, int]:
+        """Return (C, H, W) of images of a size, or of the student's square ones, behind the teacher's VAE."""
+        width, height = size or square(student.image_size)
+        return student.num_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
     @property
     def is_released(self) -> bool:
