@@ -29,7 +29,9 @@ BACKGROUND_RGB = {
     "pink": (255, 190, 205),
     "brown": (105, 65, 35),
 }
-PLACE_XY = {"left": (0.25, 0.5), "right": (0.75, 0.5), "top": (0.5, 0.25), "bottom": (0.5, 0.75), "center": (0.5, 0.5)}
+# Which edge a place is near, and how far from it, as a share of the shorter side; along the other axis it is in the middle.
+PLACE_SIDES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
+EDGE_DISTANCE = 0.25
 SIZE_WORDS = {"small": "small", "little": "small", "large": "large", "big": "large"}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 DIRECTION_XY = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -39,7 +41,7 @@ FACTS = ("present", "shape", "colour", "size", "place", "background", "makeable"
 COLOUR_TOLERANCE = 70.0
 # Blobs that cover a smaller share of the picture, or of the square of its shorter side, are noise.
 SPECK_AREA = 14 / 64**2
-# Extents are shares of the picture's shorter side, distances along either axis shares of that side of the picture.
+# Extents and distances are shares of the picture's shorter side.
 SMALL_EXTENT = (0.20, 0.325)
 LARGE_EXTENT = (0.325, 0.48)
 PLACE_TOLERANCE = 0.11
@@ -173,8 +175,12 @@ def _nearest(
 
 def _place(centre: tuple[float, float], width: int, height: int) -> str | None:
     """Return the name of the place around this centre."""
-    point = np.array(centre) / (width, height)
-    offsets = {name: float(np.abs(point - np.array(xy)).max()) for name, xy in PLACE_XY.items()}
+    side, middle = min(width, height), np.array([width, height]) / 2
+    reach = middle - EDGE_DISTANCE * side  # from the middle to where a place near an edge is
+    offsets = {
+        name: float(np.abs(np.array(centre) - middle - sides * reach).max()) / side
+        for name, sides in PLACE_SIDES.items()
+    }
     name = min(offsets, key=offsets.get)
     return name if offsets[name] <= PLACE_TOLERANCE else None
 
