@@ -34,7 +34,13 @@ def test_the_ratios_of_a_512_student_are_what_its_documentation_says():
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("5:1", "nearest is 4:1"), ("1:5", "nearest is 1:4"), ("0:1", "above 0"), ("3", "16:9"), ("1.5:1", "whole numbers")],
+    [
+        ("5:1", "nearest is 4:1"),
+        ("1:5", "nearest is 1:4"),
+        ("0:1", "above 0"),
+        ("3", "16:9"),
+        ("1.5:1", "whole numbers"),
+    ],
 )
 def test_a_ratio_that_cannot_be_is_refused(text, words):
     with pytest.raises(ArgumentTypeError, match=words):

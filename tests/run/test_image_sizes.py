@@ -6,6 +6,7 @@ is asked, and the student learns, at shapes that are recorded where both are ask
 pytest tests/run/test_image_sizes.py
 """
 
+import itertools
 import json
 from collections import Counter
 
@@ -164,7 +165,7 @@ def test_all_sizes_have_the_same_expert_in_use():
         states.advance(batch, torch.zeros_like(batch.latents))
     steady = sides[30:]
     assert all(len(side) == 1 for side in steady)
-    swaps = sum(a != b for a, b in zip(steady, steady[1:], strict=False))
+    swaps = sum(a != b for a, b in itertools.pairwise(steady))
     assert 4 < swaps < len(steady) / 3
 
 
@@ -284,7 +285,9 @@ def test_sample_pictures_and_card_are_of_all_sizes(house):
 
 def test_an_evaluation_has_figures_and_pictures_of_every_size(house, run_main, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a small red circle on the left, on a white background\na large blue ring at the top, gray background\n")
+    prompts.write_text(
+        "a small red circle on the left, on a white background\na large blue ring at the top, gray background\n"
+    )
     flags = ["--student", house / "three" / "student", "--prompts_file", prompts, "--output", tmp_path / "out"]
     outcome = run_main(evaluate_student.main, *flags, "--prompt_cache", house / "cache", "--device", "cpu")
     assert outcome.code == 0, outcome.err
@@ -292,7 +295,9 @@ def test_an_evaluation_has_figures_and_pictures_of_every_size(house, run_main, t
     assert list(results["by_size"]) == ["32x32", "48x32", "32x48"] == results["image_sizes"]
     assert results["by_size"]["32x32"]["endpoint"] == results["endpoint"]
     errors = {measured["endpoint"]["latent_relative_error"] for measured in results["by_size"].values()}
-    assert len(errors) == 3 and all(measured["accuracy"]["num_pictures"] == 4 for measured in results["by_size"].values())
+    assert len(errors) == 3 and all(
+        measured["accuracy"]["num_pictures"] == 4 for measured in results["by_size"].values()
+    )
     assert "48x32: prompt accuracy" in outcome.out
 
 
