@@ -223,7 +223,9 @@ def make_sibling(args: argparse.Namespace) -> None:
     save_pipeline(args.output_dir, vae, tokenizer, text_encoder, transformer)
     demo_text.check_embeddings(text_encoder)
     minutes = demo_transformer.training_minutes(args.work_dir)
-    write_record(args, {"sizes": [str(size) for size in args.sizes], "transformer_minutes": minutes})
+    sizes = [str(size) for size in args.sizes]
+    own = {"start": args.start.name, "vae_steps": [0, 0, 0], "sizes": sizes, "transformer_minutes": minutes}
+    write_record(args, own)
 
 
 def write_record(args: argparse.Namespace, figures: dict) -> None:
