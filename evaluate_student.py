@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wandistiller import __version__
 from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.files.output_folder import (
     COMPARISON_NAME,
@@ -186,6 +187,7 @@ def describe(flags: Flags, config: StudentConfig, digest: str | None, experiment
         "image_sizes": [str(size) for size in trained_sizes(config)],
         "device": options.device,
         "dtype": str(options.compute_dtype).removeprefix("torch."),
+        "wandistiller_version": __version__,
     }
 
 

@@ -68,6 +68,7 @@ class Flags:
     vae_path: str | None
     prompt: list[str] | None
     prompts_file: str | None
+    num_images: int
     prompt_cache: str
     num_inference_steps: int | None
     guidance_scale: float | None
@@ -106,7 +107,12 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 
     prompts = parser.group("Prompts")
     prompts.flag("--prompt", "one or more prompts, each in quotes", nargs="+", metavar="PROMPT")
-    prompts.flag("--prompts_file", "text file, one prompt a line", type=path)
+    prompts.flag(
+        "--prompts_file", "text file, one prompt a line; one that stands there twice is drawn twice", type=path
+    )
+    prompts.flag(
+        "--num_images", "pictures of each prompt, each from a noise of its own", 1, type=number(int, low=1, high=10_000)
+    )
     prompts.flag(
         "--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path
     )
@@ -139,14 +145,16 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 
 
 def read_prompts(flags: Flags) -> list[str]:
-    """Read the prompts of --prompt, then those of --prompts_file."""
+    """Read the prompts of --prompt, then those of --prompts_file, each as often as it is drawn."""
     if not flags.prompt and not flags.prompts_file:
         raise UserError("nothing to draw: give --prompt or --prompts_file")
     prompts = flags.prompt or []
     for prompt in prompts:
         if reason := unusable(prompt):
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
-    return prompts + (load_prompts(flags.prompts_file).prompts if flags.prompts_file else [])
+    if flags.prompts_file:
+        prompts = prompts + load_prompts(flags.prompts_file, keeps_repeats=True).prompts
+    return [prompt for prompt in prompts for _ in range(flags.num_images)]
 
 
 def check_picture_size(size: tuple[int, int], config: StudentConfig, patch_size: int) -> None:

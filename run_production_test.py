@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, number, path, run_command
 from wandistiller.errors import UserError
+from wandistiller.files.clone import check_is_in_clone
 from wandistiller.files.output_folder import (
     METRICS_NAME,
     check_output_folder,
@@ -154,8 +155,11 @@ def show_budget(
 
 def run_test(flags: Flags, folder: Path) -> None:
     """Take every step of a training run, in its order."""
+    read = {"data_path": flags.data_path, "student_config": flags.student_config}
+    check_is_in_clone("data_path", read)
     prompts = load_prompts(flags.data_path)
     passed(f"Prompts found: {len(prompts.prompts)} in {flags.data_path}")
+    check_is_in_clone("student_config", read)
     config = StudentConfig.load(flags.student_config)
     small = shrink(config)
     passed(f"Config found: {flags.student_config}")

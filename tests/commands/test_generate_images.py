@@ -146,6 +146,40 @@ def test_defaults_come_from_the_record(house, tmp_path):
     assert {name: image.text[name] for name in expected} == expected
 
 
+def test_a_prompt_is_drawn_as_often_as_it_is_asked_for_each_time_from_a_noise_of_its_own(house, tmp_path):
+    """Written twice in a file, or several times by --num_images; a name tells the seed that draws the picture again."""
+    student = house / "of_one" / "student"
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na cat\n", encoding="utf-8")
+    flags = [
+        "--num_inference_steps",
+        "2",
+        "--device",
+        "cpu",
+        "--prompt_cache",
+        str(house / "cache"),
+        "--student",
+        str(student),
+    ]
+    file = ["--prompts_file", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "twice")]
+    assert generate_images.main([*flags, *file]) == 0
+    names = sorted(path.name for path in (tmp_path / "twice").glob("0*.png"))
+    assert names == [f"{i:03d}_{what}_seed{i}_32x32.png" for i, what in enumerate(["a-cat", "a-dog", "a-cat"])]
+    several = ["--prompt", "a cat", "a dog", "--num_images", "2", "--seed", "5", "--output", str(tmp_path / "several")]
+    assert generate_images.main([*flags, *several]) == 0
+    pictures = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "several").glob("0*.png")}
+    assert sorted(pictures) == [
+        "000_a-cat_seed5_32x32.png",
+        "001_a-cat_seed6_32x32.png",
+        "002_a-dog_seed7_32x32.png",
+        "003_a-dog_seed8_32x32.png",
+    ]
+    assert not np.array_equal(pictures["000_a-cat_seed5_32x32.png"], pictures["001_a-cat_seed6_32x32.png"])
+    again = ["--prompt", "a cat", "--seed", "6", "--output", str(tmp_path / "again")]
+    assert generate_images.main([*flags, *again]) == 0
+    drawn = np.asarray(Image.open(tmp_path / "again" / "000_a-cat_seed6_32x32.png"))
+    assert np.abs(drawn.astype(int) - pictures["001_a-cat_seed6_32x32.png"]).max() <= 1
+
+
 def test_guidance_is_refused_where_it_is_baked_in(house, tmp_path, capsys):
     student = house / "of_one" / "student"
     argv = ["--student", str(student), "--prompt", "x", "--guidance_scale", "4", "--output", str(tmp_path / "no")]

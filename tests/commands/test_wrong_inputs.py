@@ -169,7 +169,7 @@ def test_a_flag_of_another_trainer_is_answered_with_ours(refused, flag):
     [
         (generate_images, ["--steps", "4"], "here it is called --num_inference_steps"),
         (generate_images, ["--resolution", "512"], "the size of the pictures is --height and --width"),
-        (generate_images, ["--num_images", "4"], "give it twice for two pictures"),
+        (generate_images, ["--num_images_per_prompt", "4"], "here it is called --num_images"),
         (evaluate_student, ["--num_images", "4"], "here it is called --num_seeds"),
         (evaluate_student, ["--resolution", "4"], "the one that the student was trained at"),
         (generate_images, ["--model_path", "x"], "here it is called --student; the following arguments are required"),

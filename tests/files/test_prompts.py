@@ -52,6 +52,13 @@ def test_any_line_ending_and_bom_blank_lines_comments_and_repeats(tmp_path, raw,
     assert (loaded.prompts, loaded.duplicates) == (prompts, duplicates)
 
 
+def test_repeats_are_kept_for_who_draws_each(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"a cat\n# a comment\na dog\n\na  cat\na cat\n")
+    assert load_prompts(path, keeps_repeats=True).prompts == ["a cat", "a dog", "a  cat", "a cat"]
+    assert load_prompts(path).prompts == ["a cat", "a dog"]
+
+
 @pytest.mark.parametrize(
     ("raw", "said"),
     [

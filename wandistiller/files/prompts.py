@@ -43,14 +43,17 @@ def unusable(prompt: str) -> str | None:
     return None
 
 
-def load_prompts(path: str | Path) -> PromptFile:
+def load_prompts(path: str | Path, *, keeps_repeats: bool = False) -> PromptFile:
     """Read a UTF-8 file with one prompt on each line; blank lines, `#` lines and repeats are left out.
+
+    Args:
+        keeps_repeats: return a prompt as often as it stands in the file.
 
     Raises:
         UserError: the file cannot be read, is not UTF-8, is a table, or holds control characters or no prompt; the line is named.
     """
     prompts: dict[str, str] = {}
-    num_lines = 0
+    given: list[str] = []
     lines = _LINE_END.split(_read_text(Path(path)))
     _refuse_table(path, lines)
     for number, line in enumerate(lines, start=1):
@@ -62,10 +65,12 @@ def load_prompts(path: str | Path) -> PromptFile:
             )
         if prompt.split() and not prompt.startswith("#"):
             prompts.setdefault(" ".join(prompt.split()), prompt)
-            num_lines += 1
+            given.append(prompt)
     if not prompts:
         raise UserError(f"{path}: holds no prompt; write one prompt a line (blank lines and # comments do not count)")
-    return PromptFile(list(prompts.values()), num_lines - len(prompts))
+    if keeps_repeats:
+        return PromptFile(given, 0)
+    return PromptFile(list(prompts.values()), len(given) - len(prompts))
 
 
 def _refuse_table(path: str | Path, lines: list[str]) -> None:

@@ -1,5 +1,7 @@
 """Safetensors files: opened in this module alone, so that a missing or damaged file is refused the same way everywhere."""
 
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,9 +78,19 @@ def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
     with atomic_path(path) as beside:
-        safetensors.torch.save_file(dict(tensors), beside, metadata=dict(metadata) if metadata else None)
+        try:
+            safetensors.torch.save_file(dict(tensors), beside, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            # The library tells what the system said in its message alone.
+            if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
 
 
 def indexed_files(index: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from wandistiller import __version__
 from wandistiller.errors import UserError
 from wandistiller.files.atomic import write_json
 from wandistiller.files.checked_json import COMPONENT, read_json, setting
@@ -69,7 +70,10 @@ def write_pipeline_parts(
         _place(source, folder / name, parts.link)
     if dtype == "fp32" and not parts.link:
         _load_as_float32(folder / "text_encoder" / "config.json")
-    wan_scheduler(options.shift, options.num_inference_steps, options.sampler).save_pretrained(folder / "scheduler")
+    scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler)
+    # UniPC calls the shift flow_shift and FlowMatchEulerDiscreteScheduler calls it shift, so that from_config would drop it:
+    scheduler.register_to_config(shift=options.shift)
+    scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "WanPipeline",
         "boundary_ratio": None,
@@ -124,8 +128,9 @@ def _is_of_hub(value: object, record: dict) -> bool:
 def _save(
     tensors: dict[str, Tensor], config: StudentConfig, path: Path, more_metadata: dict[str, str] | None = None
 ) -> None:
-    """Write weights with the student's config in their metadata."""
-    write_tensors(path, tensors, {"format": "pt", "student_config": config.to_json(), **(more_metadata or {})})
+    """Write weights with the student's config in their metadata, and the version that exported them."""
+    about = {"format": "pt", "student_config": config.to_json(), "wandistiller_version": __version__}
+    write_tensors(path, tensors, about | (more_metadata or {}))
 
 
 def _load_as_float32(config_path: Path) -> None:

@@ -7,6 +7,7 @@ A student's card is made of what its folder holds (student_config.json, metrics.
 that it can be written again when something is added.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from wandistiller.files.output_folder import (
 )
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import square
+from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
 from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,
@@ -44,6 +46,7 @@ from wandistiller.sampling.recorded import trained_sizes, weights_digest
 FENCE = "````"  # longer than any fence that a command is likely to hold
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 THIS_FOLDER = "path/to/this/folder"
+DEFAULT_SLOTS = 512  # max_sequence_length of WanPipeline.__call__
 USE = """\
 In a clone of WanDistiller's repository:
 
@@ -100,7 +103,7 @@ def model_card(folder: Path, config: StudentConfig) -> str:
         f"{CARD_MARK}; it is written again when the student is measured. -->",
         f"# {plain(folder.resolve().name)}",
         introduction(config, record),
-        *pictures(folder, is_measured=bool(evaluation)),
+        *pictures(folder),
         "## How it was made",
         markdown_table(("", ""), facts(config, record, lines)),
     ]
@@ -172,13 +175,32 @@ def local_name(record: dict) -> str | None:
     return Path(path).name if path else None
 
 
-def pictures(folder: Path, is_measured: bool) -> list[str]:
-    """Link the newest sample picture, and the evaluation's picture if it shows this student."""
+def shown_pictures(folder: Path) -> dict[str, str]:
+    """Return the newest sample picture, and the evaluation's picture if it shows this student: by their names, what they show."""
     found = sorted((folder / SAMPLES_NAME).glob("step_*.png"), key=lambda file: (len(file.name), file.name))[-1:]
-    about = [(f"{SAMPLES_NAME}/{file.name}", "Prompts of the training, drawn") for file in found]
-    if is_measured and (folder / COMPARISON_NAME).is_file():
-        about.append((COMPARISON_NAME, "Prompts of the evaluation, drawn"))
-    return [f"![{what} by teacher and student from the same noise]({link})" for link, what in about]
+    about = {f"{SAMPLES_NAME}/{file.name}": "Prompts of the training, drawn" for file in found}
+    if read_evaluation(folder) and (folder / COMPARISON_NAME).is_file():
+        about[COMPARISON_NAME] = "Prompts of the evaluation, drawn"
+    return about
+
+
+def pictures(folder: Path) -> list[str]:
+    """Return the pictures of a student's folder as markdown."""
+    return [
+        f"![{what} by teacher and student from the same noise]({link})" for link, what in shown_pictures(folder).items()
+    ]
+
+
+def with_pictures(card: str, folder: Path) -> str:
+    """Return the card of an export with the pictures of the student's own folder above its use."""
+    return card.replace("\n\n## Use\n", "\n\n" + "\n\n".join([*pictures(folder), "## Use\n"]), 1)
+
+
+def comfyui_use(config: StudentConfig, file: str) -> str:
+    """Return how ComfyUI draws with an exported file, as markdown."""
+    warnings = [f"- {warning}." for warning in comfyui_warnings(config)]
+    told = f"{file} goes to ComfyUI's models/diffusion_models: {comfyui_settings(config)}."
+    return "\n\n".join([told, *(["\n".join(warnings)] if warnings else [])])
 
 
 def facts(config: StudentConfig, record: dict, lines: list[dict]) -> list[tuple[str, object]]:
@@ -295,12 +317,13 @@ def licence(record: dict) -> str:
     )
 
 
-def drawing(config: StudentConfig, folder: str, dtype: str, *, link: bool = False) -> str:
+def drawing(config: StudentConfig, folder: str, dtype: str, *, prompt: str, link: bool = False) -> str:
     """Return Python that draws a prompt with an exported pipeline, in diffusers' number of steps if none is recorded.
 
     Args:
         folder: folder of the pipeline.
         dtype: "fp32", "bf16" or "fp16", the precision of the transformer. The VAE stays in float32, as every Wan's does.
+        prompt: what to draw.
         link: whether the text encoder is a link to the teacher's own folder.
     """
     record = config.distillation or {}
@@ -317,30 +340,70 @@ def drawing(config: StudentConfig, folder: str, dtype: str, *, link: bool = Fals
     settings += [f"num_inference_steps={steps}"] if steps else []
     size = trained_sizes(config)[0]
     settings += [f"height={size.height}", f"width={size.width}", 'output_type="pil"']
-    settings += [f"max_sequence_length={slots}"] if slots != 512 else []
+    settings += ["generator=torch.Generator().manual_seed(0)"]
+    settings += [f"max_sequence_length={slots}"] if slots != DEFAULT_SLOTS else []
     return (
         "import torch\n"
         "from diffusers import WanPipeline\n\n"
         f"{remark}pipe = WanPipeline.from_pretrained({load})\n"
-        'prompt = "a large blue circle on a white background"\n'
+        f"prompt = {json.dumps(prompt, ensure_ascii=False)}\n"
         f'pipe(prompt, {", ".join(settings)}).frames[0][0].save("picture.png")'
     )
 
 
 def write_export_card(
-    folder: Path, name: str, config: StudentConfig, export_format: str, dtype: str, *, link: bool = False
+    folder: Path, name: str, config: StudentConfig, export_format: str, dtype: str, *, prompt: str, link: bool = False
 ) -> None:
     """Write the card into an exported folder.
 
     Args:
         name: name that the folder will have in the end.
         config: the student's, with the record that is published.
+        prompt: what the lines to copy draw.
     """
-    write_text(folder / CARD_NAME, export_card(name, config, export_format, dtype, link))
+    use = pipeline_use(config, dtype, prompt, link) if export_format == "pipeline" else TRANSFORMER_USE
+    write_text(folder / CARD_NAME, export_card(name, config, use))
 
 
-def export_card(name: str, config: StudentConfig, export_format: str, dtype: str, link: bool) -> str:
-    """Return the card of an exported folder as text."""
+TRANSFORMER_USE = (
+    "The transformer alone; VAE, text encoder, tokenizer and scheduler are its teacher's:\n\n```python\n"
+    "from diffusers import WanTransformer3DModel\n\n"
+    f'transformer = WanTransformer3DModel.from_pretrained("{THIS_FOLDER}")\n```'
+)
+
+
+def pipeline_use(config: StudentConfig, dtype: str, prompt: str, link: bool) -> str:
+    """Return the lines that draw with an exported pipeline, as markdown."""
+    return f"```python\n{drawing(config, THIS_FOLDER, dtype, prompt=prompt, link=link)}\n```"
+
+
+def silent_mistakes(config: StudentConfig) -> str:
+    """Return a table of what goes wrong in diffusers without a word, because its defaults are those of Wan's videos."""
+    slots, shift = config.text_max_length, (config.distillation or {}).get("shift")
+    rows = [
+        ("`pipe(...)`", "`guidance_scale=1.0`", "5.0: what was guided already is guided again, in twice the time"),
+        ("`pipe(...)`", "`num_frames=1`", "81: a video, which it has not learnt"),
+        ("`pipe.encode_prompt(...)`", f"`max_sequence_length={slots}`", "226: another padding, other pictures"),
+        (
+            "`FlowMatchEulerDiscreteScheduler`, any other scheduler",
+            f"its `shift` or `flow_shift`{'' if shift is None else f' {shift:g}'}, as `scheduler/` of a pipeline has it under both names",
+            "1.0: other noise levels",
+        ),
+        (
+            "`WanTransformer3DModel.from_single_file(...)`",
+            "`config=` a folder of format diffusers",
+            "a released model's shape, or the configuration of an image-to-video one",
+        ),
+    ]
+    if slots != DEFAULT_SLOTS:
+        rows.insert(
+            2, ("`pipe(...)`", f"`max_sequence_length={slots}`", f"{DEFAULT_SLOTS}: another padding, other pictures")
+        )
+    return markdown_table(("call", "give it", "left out"), rows)
+
+
+def export_card(name: str, config: StudentConfig, use: str) -> str:
+    """Return the card of an exported folder as text; `use` says how to draw with it."""
     record = config.distillation or {}
     text = (
         f"A text-to-image transformer of {config.num_parameters:,} parameters, distilled with WanDistiller from "
@@ -348,15 +411,11 @@ def export_card(name: str, config: StudentConfig, export_format: str, dtype: str
         "draws single pictures and makes no video. It has learnt the teacher's guided answer: guidance is 1.0, and there is no "
         "negative prompt."
     )
-    if export_format == "pipeline":
-        use = f"```python\n{drawing(config, THIS_FOLDER, dtype, link=link)}\n```"
-    else:
-        use = (
-            "The transformer alone; VAE, text encoder, tokenizer and scheduler are its teacher's:\n\n```python\n"
-            "from diffusers import WanTransformer3DModel\n\n"
-            f'transformer = WanTransformer3DModel.from_pretrained("{THIS_FOLDER}")\n```'
-        )
     parts = [front_matter(record, "diffusers", ["wan", "distillation"]), f"# {name}", text, "## Use", use]
+    parts += [
+        "Left out, these go wrong in silence, because diffusers' defaults are those of videos:",
+        silent_mistakes(config),
+    ]
     if record:
         made = [(what, value) for what, value in facts(config, record, []) if what != "guidance"]
         made.append(("guidance", "1.0 (the teacher's is learnt)"))

@@ -11,7 +11,7 @@ from dataclasses import replace as replace_fields
 from typing import Any
 
 from wandistiller.command_line import FlagGroup, FlagParser, int_list, number, path, torchrun_environment
-from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_TEACHER
+from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_TEACHER, check_is_in_clone
 from wandistiller.model.image_sizes import AspectRatio, ImageSize
 from wandistiller.run.config_help import READY_CONFIGS
 from wandistiller.run.recipe import Recipe
@@ -401,6 +401,12 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         return Flags(**{name: group(**part_of(values, group)) for name, (_, group) in GROUPS.items()})
     except FlagError as error:
         parser.error(str(error))
+
+
+def check_is_here(flags: Flags, name: str) -> None:
+    """Refuse a default that names a file of a clone where there is none; `name` is the flag whose file is read next."""
+    read = {"teacher_path": flags.data.teacher_path, "data_path": flags.data.data_path}
+    check_is_in_clone(name, {**read, "student_config": flags.student.student_config})
 
 
 def part_of(values: dict[str, Any], group: type) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from wandistiller.command_line import torchrun_environment
+from wandistiller.command_line import command_words, torchrun_environment
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_WORLD, HELD_OUT_PROMPTS
 from wandistiller.files.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
@@ -152,9 +152,7 @@ def calls_line(run: "Run", num_calls: int, num_steps: int, teacher: "Teacher | N
 
 def typed_command(script: str, argv: Sequence[str]) -> str:
     """Return the command as a person would type it again."""
-    num_processes = torchrun_environment().local_world_size
-    launcher = ["python"] if num_processes == 1 else ["torchrun", "--nproc_per_node", str(num_processes)]
-    return shlex.join([*launcher, script, *map(str, argv)])
+    return shlex.join([*command_words(script, torchrun_environment().local_world_size), *map(str, argv)])
 
 
 def summary_lines(folder: Path, calls: str) -> list[str]:
@@ -209,11 +207,11 @@ def held_out_prompts(wan_files: "WanFiles") -> str:
 def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | None = None) -> list[str]:
     """Return the commands that measure a finished student and draw a prompt with it."""
     vae = ["--vae_path", vae_path] if vae_path else []
-    student = ["python", "evaluate_student.py", "--student", str(folder), "--prompts_file", prompts_file, *vae]
+    student = [*command_words("evaluate_student.py"), "--student", str(folder), "--prompts_file", prompts_file, *vae]
     pictures = ["--prompt", prompt, "--output", str(folder / "pictures"), *vae]
     return [
         shlex.join(student),
-        shlex.join(["python", "generate_images.py", "--student", str(folder), *pictures]),
+        shlex.join([*command_words("generate_images.py"), "--student", str(folder), *pictures]),
     ]
 
 

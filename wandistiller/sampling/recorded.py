@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError
-from wandistiller.files.clone import CLONE
+from wandistiller.files.clone import CLONE, DEMO_TEACHER, DEMO_WORLD
 from wandistiller.files.hub import hub_id, is_hub_id
-from wandistiller.files.prompts import load_prompts
+from wandistiller.files.prompts import NUM_HELD_OUT, load_prompts
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.model.image_sizes import ImageSize, square
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from wandistiller.wan.text_encoder_files import TextEncoderFiles
     from wandistiller.wan.wan_files import WanFiles
 
+DEMO_PROMPT = "a large yellow circle on the left, on a white background"
+ANY_PROMPT = "a lighthouse in a storm"  # for students that no prompt is known of
 # Drawing cannot do without these; the rest of the record may be missing.
 _NEEDED: dict[str, type | tuple[type, ...]] = {
     "teacher_path": str,
@@ -137,6 +139,21 @@ def trained_prompts(config: StudentConfig) -> set[str]:
             with contextlib.suppress(UserError):  # a file that has become something else holds none of them
                 prompts.update(" ".join(prompt.split()) for prompt in load_prompts(file).prompts)
     return prompts
+
+
+def tested_prompt(config: StudentConfig) -> str:
+    """Return a prompt to show the student with: the shortest that its run measured it on, where its files are still there.
+
+    A student of the demo's world knows coloured shapes alone, so that its prompt is of them wherever the files are.
+    """
+    record = config.distillation or {}
+    if record.get("world") == DEMO_WORLD or record.get("teacher_path") == f"./{DEMO_TEACHER}":
+        return DEMO_PROMPT
+    file = CLONE / record["data_path"] if isinstance(record.get("data_path"), str) else None
+    if file and file.is_file():
+        with contextlib.suppress(UserError):
+            return min(load_prompts(file).prompts[:NUM_HELD_OUT], key=len)
+    return ANY_PROMPT
 
 
 def weights_digest(folder: str | Path) -> str | None:
