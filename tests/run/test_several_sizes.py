@@ -3,7 +3,7 @@
 A run of the square alone is bit for bit the run without the flags, and a run that was killed resumes bit for bit. The teacher
 is asked, and the student learns, at shapes that are recorded where both are asked.
 
-pytest tests/run/test_image_sizes.py
+pytest tests/run/test_several_sizes.py
 """
 
 import itertools
