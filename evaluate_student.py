@@ -6,6 +6,7 @@ Both draw from the same noise, with the recorded shift and the teacher's recorde
 wandistiller/evaluation/measures.py.
 """
 
+import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from wandistiller import __version__
 from wandistiller.command_line import FlagParser, number, path, run_command
+from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     COMPARISON_NAME,
     EVALUATION_NAME,
@@ -44,8 +46,10 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     import numpy as np
 
     from wandistiller.evaluation.experiment import Experiment
+    from wandistiller.evaluation.scorers import Scorer
 
 MAX_COLUMNS = 8  # of teacher_vs_student.png; each is a prompt
+SCORER_KINDS = ["clip", "siglip", "dino"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +67,21 @@ class Flags:
     num_seeds: int
     seed: int
     num_inference_steps: int | None
+    scorer: list[tuple[str, str]]
     batch_size: int
     device: str | None
     dtype: str | None
     output: str
+
+
+def scorer(text: str) -> tuple[str, str]:
+    """Read a scorer's kind and place, as an argparse type."""
+    kind, _, location = text.partition("=")
+    if kind not in SCORER_KINDS or not location.strip():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be KIND=ID_OR_FOLDER, of the kinds {', '.join(SCORER_KINDS)}; such as clip=openai/clip-vit-large-patch14"
+        )
+    return kind, location
 
 
 def parse_args(argv: list[str] | None = None) -> Flags:
@@ -104,6 +119,14 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         type=number(int, low=1, high=1000),
     )
 
+    parser.group("Scorers").flag(
+        "--scorer",
+        "KIND=ID_OR_FOLDER, a model of transformers that judges the pictures; may be given once for each kind: "
+        f"{', '.join(SCORER_KINDS)}",
+        action="append",
+        type=scorer,
+    )
+
     performance = parser.group("Performance")
     performance.flag("--batch_size", "pictures drawn at once", 16, type=number(int, low=1))
     performance.flag("--device", "cpu, cuda, cuda:1, ... (cuda if there is one)")
@@ -114,7 +137,10 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     )
 
     values = vars(parser.parse(argv))
-    return Flags(**values | {"output": values["output"] or values["student"]})
+    scorers = values["scorer"] or []
+    if len({kind for kind, _ in scorers}) < len(scorers):
+        raise UserError("--scorer: one kind is given twice; give each of clip, siglip and dino once at most")
+    return Flags(**values | {"output": values["output"] or values["student"], "scorer": scorers})
 
 
 def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tuple[str, str | None]) -> "Experiment":
@@ -203,6 +229,23 @@ def warn_of_trained(config: StudentConfig, prompts: list[str]) -> int:
     return num_trained
 
 
+def load_scorers(flags: Flags) -> "list[Scorer]":
+    from wandistiller.evaluation.scorers import load_scorer
+
+    return [load_scorer(kind, location) for kind, location in flags.scorer]
+
+
+def score(scorers: "list[Scorer]", experiment: "Experiment", teacher: "np.ndarray", student: "np.ndarray") -> dict:
+    """Return what the scorers say of the pictures; nothing without a scorer."""
+    from wandistiller.evaluation.scores import compare_scores
+
+    if not scorers:
+        return {}
+    prompts = experiment.prompts[:: experiment.num_seeds]
+    pictures = {"student": student, "teacher": teacher}
+    return compare_scores(scorers, prompts, pictures, experiment.batch_size, experiment.teacher_options.device)
+
+
 def measure_other_sizes(
     flags: Flags, config: StudentConfig, experiment: "Experiment"
 ) -> "Iterator[tuple[dict, np.ndarray, np.ndarray]]":
@@ -260,6 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     from wandistiller.reports.cards import try_to_write_model_card
     from wandistiller.reports.tables import table_lines
 
+    scorers = load_scorers(flags)
     digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
     experiment = prepare(flags, config, prompts, teacher)
     check_replaceable(Path(flags.output), [COMPARISON_NAME, EVALUATION_NAME], "--output")
@@ -270,12 +314,13 @@ def main(argv: list[str] | None = None) -> int:
     sizes = trained_sizes(config)
     results, *of_both = measure(experiment)
     drawn = [of_both]
+    results |= score(scorers, experiment, *of_both)
     results["cost"] = measure_cost(experiment)
     if len(sizes) > 1:
-        own = {name: results[name] for name in ("endpoint", "noise", "accuracy") if name in results}
+        own = {name: results[name] for name in ("endpoint", "noise", "accuracy", "scores", "cmmd") if name in results}
         results["by_size"] = {str(sizes[0]): own}
         for size, (of_size, *of_both) in zip(sizes[1:], measure_other_sizes(flags, config, experiment), strict=True):
-            results["by_size"][str(size)] = of_size
+            results["by_size"][str(size)] = of_size | score(scorers, experiment, *of_both)
             drawn.append(of_both)
     print("\n".join(table_lines(results)))
 

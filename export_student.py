@@ -3,8 +3,9 @@
     python export_student.py --student outputs/demo --format pipeline --output outputs/demo_pipeline
     python export_student.py --student outputs/demo --format original --dtype bf16 --output outputs/demo.safetensors
 
-diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder, original one file as ComfyUI reads it. With
---push_to_hub the export also becomes a repository of the hub; nothing is sent anywhere without that flag.
+diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder, original one file as ComfyUI reads it, gguf one
+file as ComfyUI-GGUF does. With --push_to_hub the export also becomes a repository of the hub; nothing is sent anywhere without
+that flag.
 """
 
 import os
@@ -39,8 +40,10 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 
     from wandistiller.projection.diffusers_export import PipelineParts
 
-FORMATS = ["diffusers", "original", "pipeline"]
-ORIGINAL_NAME = "wan_student.safetensors"
+FORMATS = ["diffusers", "original", "pipeline", "gguf"]
+# The formats that are one file, with the name that it gets in a folder
+FILE_NAMES = {"original": "wan_student.safetensors", "gguf": "wan_student.gguf"}
+GGUF_DTYPES = ["q8_0", "q5_0", "q4_0"]
 WEIGHT_SUFFIXES = {".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
@@ -77,18 +80,22 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     output = parser.group("Output")
     output.flag(
         "--format",
-        "diffusers: a transformer folder; pipeline: a whole pipeline folder; original: one file for ComfyUI",
+        "diffusers: a transformer folder; pipeline: a whole pipeline folder; original: one file for ComfyUI; gguf: one for ComfyUI-GGUF",
         required=True,
         choices=FORMATS,
     )
     output.flag(
-        "--output", f"a new folder; for original also a file, else {ORIGINAL_NAME} in it", required=True, type=path
+        "--output",
+        f"a new folder; for original and gguf also a file, else {' or '.join(FILE_NAMES.values())} in it",
+        required=True,
+        type=path,
     )
     output.flag(
         "--dtype",
-        "of the weights; norms, modulation and time embedding stay fp32; fp8 (original only) is float8_e4m3fn in the blocks",
+        "of the weights; norms, modulation and time embedding stay fp32; fp8 (original only) is float8_e4m3fn in the blocks, "
+        f"{', '.join(GGUF_DTYPES)} (gguf only) are its types there",
         "fp32",
-        choices=["fp32", "bf16", "fp16", "fp8"],
+        choices=["fp32", "bf16", "fp16", "fp8", *GGUF_DTYPES],
     )
     output.flag(
         "--workflow",
@@ -114,9 +121,12 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 def check_flags(flags: Flags) -> None:
     """Refuse flags that do not go together."""
     if flags.dtype == "fp8" and flags.format != "original":
+        reader, other = ("ComfyUI-GGUF", "q8_0") if flags.format == "gguf" else ("diffusers", "bf16")
         raise UserError(
-            f"--dtype fp8 is for --format original; diffusers reads no such files, give bf16 with {flags.format}"
+            f"--dtype fp8 is for --format original; {reader} reads no such files, give {other} with {flags.format}"
         )
+    if flags.dtype in GGUF_DTYPES and flags.format != "gguf":
+        raise UserError(f"--dtype {flags.dtype} is for --format gguf; give bf16 with {flags.format}")
     for name in ("teacher_path", "vae_path", "text_encoder_path", "link"):
         if getattr(flags, name) and flags.format != "pipeline":
             raise UserError(f"--{name} belongs to --format pipeline; the other formats hold the transformer alone")
@@ -156,16 +166,18 @@ def check_output(flags: Flags) -> Path:
     """Return the path of the file or folder that the export becomes; what is there already is never replaced."""
     target = Path(flags.output)
     is_file = target.suffix.lower() in WEIGHT_SUFFIXES
-    if is_file and (flags.format != "original" or target.suffix != ".safetensors"):
-        file = " or a file of suffix .safetensors" if flags.format == "original" else ""
+    name = FILE_NAMES.get(flags.format)
+    suffix = Path(name).suffix if name else None
+    if is_file and target.suffix != suffix:
+        file = f" or a file of suffix {suffix}" if suffix else ""
         raise UserError(
             f"--output {target}: --format {flags.format} writes no {target.suffix} file; give a new folder{file}"
         )
-    if flags.format == "original" and not is_file:
-        target = target / ORIGINAL_NAME
+    if name and not is_file:
+        target = target / name
     check_writable(target.parent, "--output")
     prove_writable(target.parent)
-    if flags.format == "original":
+    if name:
         for place in [target, *([workflow_file(target)] if flags.workflow else [])]:
             if os.path.lexists(place):
                 raise UserError(f"--output {place}: is there already; give another name")
@@ -241,12 +253,18 @@ def write_file(target: Path, tensors: "dict[str, Tensor]", config: StudentConfig
     from wandistiller.files.atomic import atomic_folder, write_json
     from wandistiller.projection.comfyui_workflow import Workflow, ui_workflow
     from wandistiller.projection.diffusers_export import write_original_file
+    from wandistiller.projection.gguf_export import write_gguf_file
+    from wandistiller.reports.cards import write_export_card
 
-    with nullcontext(target.parent) if target.parent.exists() else atomic_folder(target.parent) as folder:
+    write = write_gguf_file if flags.format == "gguf" else write_original_file
+    is_new = not target.parent.exists()
+    with atomic_folder(target.parent) if is_new else nullcontext(target.parent) as folder:
         if flags.workflow:
             workflow = ui_workflow(Workflow.of(config, target.name, prompt=prompt))
             write_json(workflow_file(folder / target.name), workflow, end="\n", indent=2)
-        write_original_file(tensors, config, folder / target.name, flags.dtype)
+        write(tensors, config, folder / target.name, flags.dtype)
+        if is_new and flags.format == "gguf":
+            write_export_card(folder, target.parent.resolve().name, config, flags.format, flags.dtype, prompt=prompt)
 
 
 def write_folder(
@@ -284,7 +302,8 @@ def print_warnings(config: StudentConfig, export_format: str) -> None:
     """Print what the export cannot carry into other tools."""
     from wandistiller.projection.comfyui import comfyui_warnings
 
-    warnings = comfyui_warnings(config) if export_format == "original" else []
+    is_gguf = export_format == "gguf"  # a student that is read right by versions that get its metadata alone is refused
+    warnings = comfyui_warnings(config, reads_metadata=is_gguf) if export_format in FILE_NAMES else []
     for warning in [*warnings, StudentRecord.of(config).warning_of_untrained_levels()]:
         if warning:
             print(f"Warning: {warning}")
@@ -292,7 +311,7 @@ def print_warnings(config: StudentConfig, export_format: str) -> None:
 
 def print_use(config: StudentConfig, target: Path, prompt: str, flags: Flags) -> None:
     """Print how to draw with a pipeline, or with a file that ComfyUI draws right."""
-    from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
+    from wandistiller.projection.comfyui import LOADERS, comfyui_settings, comfyui_warnings
     from wandistiller.reports.cards import drawing
 
     if flags.format == "pipeline":
@@ -300,14 +319,14 @@ def print_use(config: StudentConfig, target: Path, prompt: str, flags: Flags) ->
             "To draw:\n"
             + textwrap.indent(drawing(config, str(target), flags.dtype, prompt=prompt, link=flags.link), "  ")
         )
-    if flags.format == "original" and not comfyui_warnings(config, reads_metadata=True):
-        print(f"In ComfyUI: {comfyui_settings(config)}")
+    if flags.format in FILE_NAMES and not comfyui_warnings(config, reads_metadata=True):
+        print(f"In ComfyUI: {comfyui_settings(config, LOADERS[flags.format])}")
 
 
 def files_to_push(target: Path, config: StudentConfig, flags: Flags) -> "dict[str, Path | bytes]":
     """Return what a repository holds by name: the export, its card, and the pictures of the student's own folder."""
     from wandistiller.files.output_folder import CARD_NAME
-    from wandistiller.reports.cards import comfyui_use, export_card, shown_pictures, with_pictures
+    from wandistiller.reports.cards import comfyui_use, export_card, gguf_use, shown_pictures, with_pictures
 
     student = Path(flags.student)
     if target.is_dir():
@@ -315,7 +334,8 @@ def files_to_push(target: Path, config: StudentConfig, flags: Flags) -> "dict[st
         card = (target / CARD_NAME).read_text(encoding="utf-8")
     else:
         exported = {file.name: file for file in (target, workflow_file(target)) if file.is_file()}
-        card = export_card(target.stem, config, comfyui_use(config, target.name))
+        use = gguf_use(config) if flags.format == "gguf" else comfyui_use(config, target.name)
+        card = export_card(target.stem, config, use, "gguf" if flags.format == "gguf" else "diffusers")
     shown = {name: student / name for name in shown_pictures(student)}
     return {**exported, **shown, CARD_NAME: with_pictures(card, student).encode()}
 
@@ -331,7 +351,10 @@ def main(argv: list[str] | None = None) -> int:
 
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.diffusers_export import published
+    from wandistiller.projection.gguf_export import refuse_what_gguf_drops
 
+    if flags.format == "gguf":
+        refuse_what_gguf_drops(config)
     with terminated_as_interrupted():
         # Every file is checked before one is written:
         parts = find_parts(flags, config) if flags.format == "pipeline" else None
@@ -340,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # The file or folder appears whole or not at all:
         remove_killed_exports(target)
-        if flags.format == "original":
+        if flags.format in FILE_NAMES:
             write_file(target, tensors, public_config, prompt, flags)
         else:
             write_folder(target, tensors, public_config, parts, prompt, flags)

@@ -64,7 +64,7 @@ class Flags:
 def parse_args(argv: list[str] | None = None) -> Flags:
     parser = FlagParser("projection_mapper.py", "Project a Wan teacher to a 2D student, and say what it inherited.")
     group = parser.group("Input")
-    group.flag("--teacher_path", required=True, type=path, help="folder, .safetensors file, hub id, or mock")
+    group.flag("--teacher_path", required=True, type=path, help="folder, .safetensors or .gguf file, hub id, or mock")
     group.flag("--teacher_path_low", type=path, help="the low-noise expert, where the two are two files")
     group.flag("--student_config", type=path, help="student_config.json; without it the teacher's own shape is kept")
     group.flag("--expert", choices=["high", "low"], default="high", help="which expert of a two-expert teacher")

@@ -513,7 +513,7 @@ MISTAKES = {
     "fp8 for a pipeline": ("pipeline", ["--dtype", "fp8"], "give bf16 with pipeline"),
     "a VAE for one file": ("original", ["--vae_path", DEMO_TEACHER], "--vae_path belongs to --format pipeline"),
     "links in a transformer": ("diffusers", ["--link"], "--link belongs to --format pipeline"),
-    "a format of its own": ("gguf", [], "--format: invalid choice: 'gguf'"),
+    "a format of its own": ("onnx", [], "--format: invalid choice: 'onnx'"),
     "no such student": ("original", ["--student", "{tmp}/none"], "there is no such folder; give the --output_dir"),
     "a config for a student": (
         "diffusers",

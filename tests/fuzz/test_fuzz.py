@@ -25,9 +25,11 @@ import export_student
 import generate_images
 import projection_mapper
 import train_distillation
-from support.damage import IN_BYTES, IN_JSON, IN_PLACE, IN_TENSORS, Damage, apply, damages
+from support.damage import IN_BYTES, IN_GGUF, IN_JSON, IN_PLACE, IN_TENSORS, Damage, apply, damages
 from support.forked import Ended, run_forked
+from support.gguf_files import write_wan_gguf
 from support.runs import PRUNED_CONFIG
+from support.scorer_models import save_scorer
 from support.students import train_student, write_teacher
 from support.wan_folders import write_single_file, write_transformer_folder
 
@@ -91,6 +93,12 @@ def evaluate(case: Path) -> tuple[Callable, list[object]]:
     return evaluate_student.main, [*argv, "--device", "cpu"]
 
 
+def score(case: Path) -> tuple[Callable, list[object]]:
+    main, argv = evaluate(case)
+    scorers = ["--scorer", f"clip={case / 'clip'}", "--scorer", f"dino={case / 'dino'}", "--output", case / "new"]
+    return main, [*argv, *scorers]
+
+
 def train(*flags: object) -> Command:
     """Train on from the run in the case's folder, with its own teacher and cache."""
 
@@ -121,6 +129,7 @@ GROUPS = {
     "teacher's weights": Group(
         ["single.safetensors"], ["single.safetensors"], IN_TENSORS + IN_BYTES + IN_PLACE, project(teacher="single.safetensors"), 20
     ),
+    "GGUF": Group(["wan.gguf"], ["wan.gguf"], IN_GGUF + IN_BYTES + IN_PLACE, project(teacher="wan.gguf"), 30),
     "text encoder": Group(
         SHARED_TEACHER,
         ["teacher/text_encoder/*", "teacher/tokenizer/*"],
@@ -152,6 +161,14 @@ RUN_GROUPS = {
         5,
         300,
     ),
+    "scorers": Group(
+        [*SHARED_TEACHER, "cache", "prompts.txt", "clip", "dino"],
+        ["clip/*", "dino/*"],
+        IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE,
+        score,
+        10,
+        400,
+    ),
     "checkpoints": Group(
         ["teacher", "config.json", "prompts.txt", "cache", "run"],
         ["run/checkpoints/*.json", "run/checkpoints/*/*", "run/metrics.jsonl", "run/student_config.json"],
@@ -180,6 +197,9 @@ def house(tmp_path_factory) -> Path:
     (root / "teacher" / "teacher_record.json").write_text(json.dumps(record), encoding="utf-8")
     write_transformer_folder(root / "sharded", max_shard_size="60KB")
     write_single_file(root / "single.safetensors")
+    write_wan_gguf(root / "wan.gguf", heads=1)
+    for kind in ("clip", "dino"):
+        save_scorer(kind, root / kind)
     (root / "config.json").write_text(json.dumps(PRUNED_CONFIG), encoding="utf-8")
     made = train_student(root / "made", root / "teacher")
     for name, place in {
@@ -188,8 +208,10 @@ def house(tmp_path_factory) -> Path:
         "prompts.txt": root / "made" / "prompts.txt",
     }.items():
         shutil.move(place, root / name)
-    main, argv = evaluate(root)
-    assert main(list(map(str, argv))) == 0
+    for command in (score, evaluate):
+        main, argv = command(root)
+        argv = [root / "warm_score" if word == root / "new" else word for word in argv]
+        assert main(list(map(str, argv))) == 0
     for flags in (("--max_steps", 2, "--teacher_cache", "{case}/answers"), ("--max_steps", 2, "--overwrite")):
         main, argv = train(*flags)(root)
         assert main(list(map(str, argv))) == 0

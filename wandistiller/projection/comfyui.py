@@ -76,6 +76,12 @@ def _warnings_of_older(config: StudentConfig) -> list[str]:
     return warnings
 
 
+def taken_as_given(config: StudentConfig) -> dict[str, tuple[float, float]]:
+    """Return what ComfyUI gets wrong of a student where no metadata reach it: for each setting what it takes, and what is true."""
+    given = {"head_dim": HEAD_DIM, **{name: value for name, (value, _) in _GIVEN_BY_OLDER.items()}}
+    return {name: (value, getattr(config, name)) for name, value in given.items() if getattr(config, name) != value}
+
+
 def _has_released_latents(config: StudentConfig) -> bool:
     """Tell whether mean and std of the student's latents, where it records them, are those of the released VAE."""
     record, (mean, std) = StudentRecord.of(config), RELEASED_LATENTS[config.num_channels]
@@ -83,6 +89,10 @@ def _has_released_latents(config: StudentConfig) -> bool:
         if any(abs(value - given) > _MAX_STATISTICS_ERROR for value, given in zip(values, released, strict=True)):
             return False
     return True
+
+
+# The node that reads an exported file, by its format.
+LOADERS = {"original": "Load Diffusion Model", "gguf": "Unet Loader (GGUF)"}
 
 
 def comfyui_sampler(config: StudentConfig) -> str:
@@ -94,7 +104,7 @@ def comfyui_sampler(config: StudentConfig) -> str:
     return "euler" if StudentRecord.of(config).sampler == "euler" else "dpmpp_2m"
 
 
-def comfyui_settings(config: StudentConfig) -> str:
+def comfyui_settings(config: StudentConfig, loader: str = LOADERS["original"]) -> str:
     """Return the nodes and values that draw as the student was taught; without the shift ComfyUI would take 8.
 
     Its scheduler "simple" has the noise levels of `sampling.sampler.wan_scheduler` within 0.008; "normal" and "beta" have
@@ -105,4 +115,4 @@ def comfyui_settings(config: StudentConfig) -> str:
     sampler = f"KSampler with {steps}cfg 1, {comfyui_sampler(config)}, simple"
     shift = f"ModelSamplingSD3 with shift {record.shift:g}, " if record.shift is not None else ""
     latent = "Wan22ImageToVideoLatent" if config.num_channels == 48 else "EmptyHunyuanLatentVideo"
-    return f"Load Diffusion Model, {shift}{sampler}; {latent} of length 1; Load CLIP of type wan"
+    return f"{loader}, {shift}{sampler}; {latent} of length 1; Load CLIP of type wan"

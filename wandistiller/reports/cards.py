@@ -27,7 +27,7 @@ from wandistiller.files.output_folder import (
 )
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import square
-from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
+from wandistiller.projection.comfyui import LOADERS, comfyui_settings, comfyui_warnings
 from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,
@@ -203,6 +203,14 @@ def comfyui_use(config: StudentConfig, file: str) -> str:
     return "\n\n".join([told, *(["\n".join(warnings)] if warnings else [])])
 
 
+def gguf_use(config: StudentConfig) -> str:
+    """Return how ComfyUI-GGUF draws with an exported file, as markdown."""
+    return (
+        "For [ComfyUI-GGUF](https://github.com/city96/ComfyUI-GGUF); VAE and text encoder are its teacher's. The file goes into "
+        f"`models/diffusion_models`; nodes: {comfyui_settings(config, LOADERS['gguf'])}."
+    )
+
+
 def facts(config: StudentConfig, record: dict, lines: list[dict]) -> list[tuple[str, object]]:
     """Return rows of what was done. What the record does not hold is left out."""
     guidance = [f"{record[name]:g}" for name in ("guidance_scale", "guidance_scale_2") if record.get(name) is not None]
@@ -361,8 +369,12 @@ def write_export_card(
         config: the student's, with the record that is published.
         prompt: what the lines to copy draw.
     """
-    use = pipeline_use(config, dtype, prompt, link) if export_format == "pipeline" else TRANSFORMER_USE
-    write_text(folder / CARD_NAME, export_card(name, config, use))
+    if export_format == "gguf":
+        card = export_card(name, config, gguf_use(config), "gguf")
+    else:
+        use = pipeline_use(config, dtype, prompt, link) if export_format == "pipeline" else TRANSFORMER_USE
+        card = export_card(name, config, use)
+    write_text(folder / CARD_NAME, card)
 
 
 TRANSFORMER_USE = (
@@ -402,8 +414,8 @@ def silent_mistakes(config: StudentConfig) -> str:
     return markdown_table(("call", "give it", "left out"), rows)
 
 
-def export_card(name: str, config: StudentConfig, use: str) -> str:
-    """Return the card of an exported folder as text; `use` says how to draw with it."""
+def export_card(name: str, config: StudentConfig, use: str, library: str = "diffusers") -> str:
+    """Return the card of an exported folder as text; `use` says how to draw with it, in `library` if that is diffusers."""
     record = config.distillation or {}
     text = (
         f"A text-to-image transformer of {config.num_parameters:,} parameters, distilled with WanDistiller from "
@@ -411,11 +423,12 @@ def export_card(name: str, config: StudentConfig, use: str) -> str:
         "draws single pictures and makes no video. It has learnt the teacher's guided answer: guidance is 1.0, and there is no "
         "negative prompt."
     )
-    parts = [front_matter(record, "diffusers", ["wan", "distillation"]), f"# {name}", text, "## Use", use]
-    parts += [
-        "Left out, these go wrong in silence, because diffusers' defaults are those of videos:",
-        silent_mistakes(config),
-    ]
+    parts = [front_matter(record, library, ["wan", "distillation"]), f"# {name}", text, "## Use", use]
+    if library == "diffusers":
+        parts += [
+            "Left out, these go wrong in silence, because diffusers' defaults are those of videos:",
+            silent_mistakes(config),
+        ]
     if record:
         made = [(what, value) for what, value in facts(config, record, []) if what != "guidance"]
         made.append(("guidance", "1.0 (the teacher's is learnt)"))

@@ -67,7 +67,7 @@ class DataFlags:
     """What is read: the teacher, its text encoder and VAE, and the prompts."""
 
     teacher_path: str = flag(
-        "folder, .safetensors file, hub id, or mock (random weights, no download)", DEMO_TEACHER, type=path
+        "folder, .safetensors or .gguf file, hub id, or mock (random weights, no download)", DEMO_TEACHER, type=path
     )
     teacher_path_low: str | None = flag(
         "the low-noise expert, where the two experts are two files or folders", type=path
