@@ -184,7 +184,8 @@ def test_phases_share_what_is_there_all_the_time():
     assert peak_bytes(parts) == phases["learning"] > phases["answering"] > phases["encoding"]
     by_name = sizes(A14B)
     assert phases["encoding"] == by_name["text encoder"]
-    elsewhere = [by_name[name] for name in ("text encoder", "teacher activations", "features to copy")]
+    elsewhere = ["text encoder", "teacher activations", "features to copy", "gradients", "last activations"]
+    elsewhere = [by_name[name] for name in elsewhere]
     assert phases["learning"] == sum(by_name.values()) - sum(elsewhere)
 
 
@@ -271,8 +272,8 @@ def test_what_fits_is_said_to_fit():
 
 
 def test_the_advice_that_costs_least_comes_first_and_says_its_cost():
-    """At 80 GiB more time alone is enough, or one flag; a teacher that is not there costs most and is not named."""
-    about = verdict(A14B, 80 * GIB, ALL_FLAGS)
+    """At 76 GiB more time alone is enough, or one flag; a teacher that is not there costs most and is not named."""
+    about = verdict(A14B, 76 * GIB, ALL_FLAGS)
     assert not about.fits
     ways = about.sentence.split("the least costly way first, with ")[1].split(", or with ")
     expected = {
@@ -286,7 +287,7 @@ def test_the_advice_that_costs_least_comes_first_and_says_its_cost():
     }
     for way, (flags, changes) in zip(ways, expected.items(), strict=True):
         after = peak_bytes(memory_budget(replace(A14B, **changes)))
-        assert after < 80 * GIB and way.startswith(flags) and f"(about {after / GIB:.2f} GiB; " in way
+        assert after < 76 * GIB and way.startswith(flags) and f"(about {after / GIB:.2f} GiB; " in way
         assert len(way.split("GiB; ")[1]) > 10, "what it costs"
 
 

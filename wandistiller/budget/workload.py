@@ -35,8 +35,9 @@ UMT5_XXL_PARAMETERS = 5_680_910_336
 CONTEXT_BYTES, FRAGMENTATION = 2**30, 0.05
 # The tests that hold the formulas of activations.py against torch allow them this error.
 ACTIVATION_TOLERANCE = 0.15
-# The text encoder is in memory alone; then the teacher and the student take turns.
-PHASES = ("encoding", "answering", "learning")
+# The text encoder is in memory alone. Then the teacher answers, the student's activations are there, and at the end of its
+# backward pass, when they have gone, all gradients are there.
+PHASES = ("encoding", "answering", "learning", "updating")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ class Workload:
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether they are there all the time, to be added to or to be sent; else they come as activations go."""
+        """Whether gradients are there all the time, to be added to or to be sent; else they come as activations go."""
         return self.grad_accum_steps > 1 or self.num_processes > 1
 
     @property
@@ -192,21 +193,24 @@ def peak_bytes(components: Sequence[Component]) -> int:
     return max(phase_bytes(components).values())
 
 
+def training_peak_bytes(components: Sequence[Component]) -> int:
+    """Return the peak of all phases but that of the text encoder, which the prompt cache may spare."""
+    return max(num_bytes for phase, num_bytes in phase_bytes(components).items() if phase != "encoding")
+
+
 def certain_bytes(workload: Workload) -> int:
     """Return the bytes that the run needs at the very least.
 
     That is without a reserve, with activations at the low end of their estimate, without a text encoder (its answers may be in
-    the prompt cache), and with gradients only as activations make room for them.
+    the prompt cache), and without what Muon multiplies.
     """
-    sizes = {part.name: part.num_bytes for part in memory_budget(workload) if part.name != "reserve"}
-    phases = phase_bytes([part for part in memory_budget(workload) if part.name in sizes])
-    phases["answering"] -= round(ACTIVATION_TOLERANCE * sizes["teacher activations"])
-    activations = round((1 - ACTIVATION_TOLERANCE) * sizes["student activations"])
-    # Muon's products come when activations have gone.
-    phases["learning"] -= sizes["student activations"] - activations + sizes.get("orthogonalisation", 0)
-    if not workload.keeps_gradients:
-        phases["learning"] -= min(sizes["gradients"], activations)
-    return max(phases["answering"], phases["learning"])
+    parts = [part for part in memory_budget(workload) if part.name != "reserve"]
+    sizes, phases = {part.name: part.num_bytes for part in parts}, phase_bytes(parts)
+    uncertain = {"answering": "teacher activations", "learning": "student activations", "updating": "last activations"}
+    for phase, name in uncertain.items():
+        phases[phase] -= round(ACTIVATION_TOLERANCE * sizes[name])
+    phases["updating"] -= sizes.get("orthogonalisation", 0)
+    return max(phases[phase] for phase in uncertain)
 
 
 def _teacher_components(workload: Workload) -> list[Component]:
@@ -284,6 +288,9 @@ def _student_components(workload: Workload) -> list[Component]:
     activations = workload.batch_size * training_bytes(
         config, image, workload.text_tokens, compute, workload.gradient_checkpointing, workload.is_gpu
     )
+    last = workload.batch_size * training_bytes(
+        config.replace(depth=1), image, workload.text_tokens, compute, is_gpu=workload.is_gpu
+    )
     kept = "one block's, and every block's input" if workload.gradient_checkpointing else "all blocks'"
     moments = (
         "muon's one of matrices in blocks, adamw's two of the rest"
@@ -292,17 +299,18 @@ def _student_components(workload: Workload) -> list[Component]:
     )
     return [
         Component("student weights", own * FP32, f"{count.total:,} parameters, fp32{split}", phase),
-        Component("gradients", own * FP32, f"fp32{split}", phase if workload.keeps_gradients else "learning"),
+        Component("gradients", own * FP32, f"fp32{split}", phase if workload.keeps_gradients else "updating"),
         Component("optimizer moments", math.ceil(moment_bytes(workload) / parts), moments + split, phase),
         Component("average of weights", own * FP32 if workload.ema else 0, f"fp32{split}", phase),
         Component("weights to compute with", _compute_copies(workload, activations), f"{workload.dtype}", "learning"),
-        Component("orthogonalisation", _orthogonalization_bytes(workload), "of the largest matrix", "learning"),
+        Component("orthogonalisation", _orthogonalization_bytes(workload), "of the largest matrix", "updating"),
         Component(
             "student activations",
             activations,
             f"{kept}, {workload.batch_size} samples of {image} tokens",
             "learning",
         ),
+        Component("last activations", last, "of the last block of the backward pass", "updating"),
     ]
 
 
