@@ -160,7 +160,7 @@ def memory_table() -> str:
             sizes["teacher weights"],
             trained,
             sizes["student activations"],
-            sizes["feature targets"],
+            sizes["feature targets"] + sizes["whole features"],
             phases["answering"],
             max(phases["learning"], phases["updating"]),
         ]

@@ -184,7 +184,7 @@ def test_phases_share_what_is_there_all_the_time():
     assert peak_bytes(parts) == phases["learning"] > phases["answering"] > phases["encoding"]
     by_name = sizes(A14B)
     assert phases["encoding"] == by_name["text encoder"]
-    elsewhere = ["text encoder", "teacher activations", "features to copy", "gradients", "last activations"]
+    elsewhere = ["text encoder", "teacher activations", "whole features", "gradients", "last activations"]
     elsewhere = [by_name[name] for name in elsewhere]
     assert phases["learning"] == sum(by_name.values()) - sum(elsewhere)
 

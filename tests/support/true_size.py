@@ -13,11 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wandistiller.budget.workload import Workload
 from wandistiller.device import DTYPES
@@ -29,6 +33,7 @@ from wandistiller.projection.selection import spread_layers
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import NO_HIDDEN_STATES, Answers, HiddenStates, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.state_batch import StateBatch
 from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
 from wandistiller.training.loop import Observer, Saving, TrainingOptions, _Loop
@@ -85,7 +90,7 @@ def gpu_norms() -> Iterator[None]:
 @contextlib.contextmanager
 def numbers_of_nothing() -> Iterator[None]:
     """Let fake tensors be read by the host: every number is 1."""
-    with mock.patch.object(FakeTensor, "tolist", lambda tensor: torch.ones(tensor.shape).tolist()):
+    with mock.patch.object(FakeTensor, "tolist", lambda tensor: np.ones(tensor.shape).tolist()):
         yield
 
 
@@ -95,10 +100,21 @@ def numbers_of_nothing() -> Iterator[None]:
 class StepMemory(MemTracker):
     """torch's tracker without its table of modules, which takes ten times as long, and with the peak of each phase."""
 
-    def __init__(self):
+    def __init__(self, mode: FakeTensorMode):
         super().__init__()
+        self.mode = mode
         self.peaks: dict[str, dict[str, int]] = {}
         self._phase: str | None = None
+
+    @property
+    def _fake_mode_on_entry(self) -> FakeTensorMode | None:
+        """The tracker leaves out what runs in another mode than this, as DTensor's propagation of shapes does."""
+        current = active_fake_mode()
+        return current if current is None else self.mode
+
+    @_fake_mode_on_entry.setter
+    def _fake_mode_on_entry(self, mode: FakeTensorMode | None) -> None:
+        """Bookkeeping that is real runs without the mode, and counts too."""
 
     def _pre_fw_hook(self, *args) -> None:
         """Note nothing."""
@@ -170,24 +186,75 @@ def build_trained(workload: Workload, mode: FakeTensorMode) -> TrainedStudent:
     return TrainedStudent(student, objective)
 
 
-def step_memory(workload: Workload, num_steps: int = 2) -> dict[str, dict[str, int]]:
-    """Return the bytes by kind at the peak of each phase of a step: "answering", "learning" and "updating"."""
-    mode, memory = fake_mode(), StepMemory()
-    answers, teacher = build_answers(workload, mode)
-    trained = build_trained(workload, mode)
-    memory.track_external(
-        trained, *[expert for name, expert in teacher.experts.items() if name == "high" or not workload.teacher_offload]
-    )
-    options = OptimizationOptions(lr=1e-6, optimizer=workload.optimizer, ema_decay=0.999 if workload.ema else 0.0)
-    with memory, numbers_of_nothing(), gpu_norms() if workload.is_gpu else contextlib.nullcontext():
-        run = RunState(trained, answers, options, num_steps, Processes("cpu"))
-        training = TrainingOptions(batch_size=workload.batch_size, num_steps=num_steps, optimization=options)
-        loop = _Loop(trained, answers, training, Observer(), Saving(None, run), Processes("cpu"))
-        answers.next = _between(lambda: memory.begin("answering"), answers.next, lambda: memory.begin("learning"))
-        run.update = _between(lambda: memory.begin("updating"), run.update, lambda: memory.begin(None))
-        for step in range(1, num_steps + 1):
-            loop._take_step(step, StopRequest())
+def step_memory(workload: Workload) -> dict[str, dict[str, int]]:
+    """Return the bytes by kind at the peak of each phase of a step: "answering", "learning" and "updating".
+
+    Kinds are torch's; "Other" is the average of weights and the training states. Where processes are many, this is the first one.
+    """
+    mode = fake_mode()
+    memory = StepMemory(mode)
+    with process_group(workload.num_processes) as processes:
+        answers, teacher = build_answers(workload, mode)
+        trained = build_trained(workload, mode)
+        if workload.shard_teacher:
+            for expert in teacher.experts.values():
+                processes.shard(expert)
+        if workload.shard_student:
+            processes.shard(trained.student)
+            processes.shard(trained.feature_loss)
+        options = OptimizationOptions(lr=1e-6, optimizer=workload.optimizer, ema_decay=0.999 if workload.ema else 0.0)
+        # Without sharding DistributedDataParallel would average gradients, and keep them all the time: they are its buckets.
+        learning = processes if workload.shard_student else Processes("cpu")
+        run = RunState(trained, answers, options, 2, learning)
+        training = TrainingOptions(batch_size=workload.batch_size, num_steps=2, optimization=options)
+        loop = _Loop(trained, answers, training, Observer(), Saving(None, run), learning)
+        with mode:
+            _take_an_update(run)
+        _track_what_is_there(memory, run, teacher, workload)
+        _mark_phases(memory, answers, run)
+        _keep_bookkeeping_real(mode, answers, teacher)
+        with mode, memory, numbers_of_nothing(), gpu_norms() if workload.is_gpu else contextlib.nullcontext():
+            loop._take_step(1, StopRequest())
     return memory.peaks
+
+
+@contextlib.contextmanager
+def process_group(count: int) -> Iterator[Processes]:
+    """Join a group of so many processes of which there is only the first, and whose collectives send nothing."""
+    if count == 1:
+        yield Processes("cpu")
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield Processes("cpu", 0, count)
+    finally:
+        dist.destroy_process_group()
+
+
+def _take_an_update(run: RunState) -> None:
+    """Make the optimiser's state, as a first step would."""
+    for weight in run.trained.parameters():
+        weight.grad = torch.zeros_like(weight)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def _track_what_is_there(memory: StepMemory, run: RunState, teacher: Teacher, workload: Workload) -> None:
+    experts = list(teacher.experts.values())[: 1 if workload.teacher_offload else None]
+    states = run.answers.states
+    stored = [value for part in (states, states.paths) for value in vars(part).values() if isinstance(value, Tensor)]
+    averages = list(run.average.weights.values()) if run.average else []
+    memory.track_external(run.trained, *experts, run.optimizer, *stored, *averages)
+    if workload.keeps_gradients and not workload.shard_student:
+        for weight in run.trained.parameters():
+            weight.grad = torch.zeros_like(weight)
+        memory.track_external(run.trained)
+        run.optimizer.zero_grad = lambda set_to_none: None
+
+
+def _mark_phases(memory: StepMemory, answers: Answers, run: RunState) -> None:
+    answers.next = _between(lambda: memory.begin("answering"), answers.next, lambda: memory.begin("learning"))
+    run.update = _between(lambda: memory.begin("updating"), run.update, lambda: memory.begin(None))
 
 
 def _between(before: Callable[[], None], work: Callable, after: Callable[[], None]) -> Callable:
@@ -196,5 +263,31 @@ def _between(before: Callable[[], None], work: Callable, after: Callable[[], Non
         result = work(*args)
         after()
         return result
+
+    return wrapped
+
+
+def _keep_bookkeeping_real(mode: FakeTensorMode, answers: TeacherAnswers, teacher: Teacher) -> None:
+    """Let what decides by values have values: which states are drawn, and which expert answers them."""
+    states, text = answers.states, answers.prompt_embeds
+    for owner, name in ((states, "draw"), (states, "advance"), (answers, "ask"), (text, "batch")):
+        setattr(owner, name, unset_fake_temporarily()(getattr(owner, name)))
+    if "low" in teacher.experts:
+        # The first state is the high-noise expert's and all others are the low-noise one's: the most that there is at once.
+        draw = states.draw
+        states.draw = unset_fake_temporarily()(lambda: _with_levels(draw()))
+    teacher._guided = _inside(mode, teacher._guided)
+
+
+def _with_levels(batch: StateBatch) -> StateBatch:
+    sigma = torch.full_like(batch.sigma, 0.5)
+    sigma[0] = 1.0
+    return replace(batch, sigma=sigma)
+
+
+def _inside(mode: FakeTensorMode, work: Callable) -> Callable:
+    def wrapped(*args):
+        with mode:
+            return work(*args)
 
     return wrapped

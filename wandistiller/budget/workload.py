@@ -221,10 +221,13 @@ def _teacher_components(workload: Workload) -> list[Component]:
     experts = f"{resident} of {workload.num_experts} experts" if workload.num_experts > 1 else "one transformer"
     total = resident * one
     what = f"{experts} of {count_parameters(config).total:,} parameters, {dtype} (norms, modulation, time: fp32)"
+    gathered = 0
     if workload.shard_teacher:
-        gathered = 2 * count_parameters(config).block * BYTES["bf16" if dtype == "fp8" else dtype]
-        total = math.ceil(total / workload.num_processes) + gathered
-        what += f", split over {workload.num_processes}; two blocks gathered"
+        block = weight_bytes(config.replace(depth=2), dtype) - weight_bytes(config.replace(depth=1), dtype)
+        # FSDP2 leaves what is in no block gathered. A gathered block lies in the buffer that it came in, and in its weights.
+        ends, gathered = one - config.depth * block, 2 * block
+        total = math.ceil(total / workload.num_processes) + resident * ends
+        what += f", split over {workload.num_processes}; outside of blocks whole"
     phase = "answering" if workload.offline_teacher else ""
     image = num_image_tokens(config, workload.latent_size)
     compute = BYTES[workload.dtype]
@@ -235,35 +238,45 @@ def _teacher_components(workload: Workload) -> list[Component]:
         activations += compute * count_parameters(config).total  # autocast's copies, until the call is over
     return [
         Component("teacher weights", total, what, phase),
+        Component("gathered blocks", gathered, "of the teacher, two", "answering"),
         Component(
             "teacher activations",
             activations,
             f"the inside of one block, {workload.teacher_samples} samples of {image} tokens",
             "answering",
         ),
-        *_feature_components(workload),
+        *_feature_components(workload, activations),
     ]
 
 
-def _feature_components(workload: Workload) -> list[Component]:
-    """Return the teacher's hidden states in float32, and what the error of each layer keeps.
+def _feature_components(workload: Workload, activations: int) -> list[Component]:
+    """Return the hidden states that are compared, in float32, what the error of each layer keeps, and what the teacher has of them.
 
-    Those of two experts are copied together, while the last one's are still there.
+    Args:
+        activations: bytes of the inside of one of the teacher's blocks.
     """
     if not workload.num_features:
         return []
-    tokens = workload.batch_size * num_image_tokens(workload.teacher, workload.latent_size)
-    states = workload.num_features * tokens * workload.teacher.hidden_size * FP32
-    is_copied = workload.num_experts > 1
+    per_channel = workload.num_features * workload.batch_size * num_image_tokens(workload.teacher, workload.latent_size)
     width = workload.teacher.hidden_size if workload.maps_features else workload.student.hidden_size
+    targets = per_channel * width * FP32
+    whole = per_channel * workload.teacher.hidden_size * FP32
     copies = 3 if workload.maps_features else 1  # of the difference; mapped, also of what was mapped and its rounding
-    errors = workload.num_features * tokens * width * (copies * FP32 + 1)  # and the mask, a byte each
+    errors = per_channel * width * (copies * FP32 + 1)  # and the mask, a byte each
+    # The teacher's are whole until it has answered. Those of two experts are copied together: at most while the second one
+    # answers all states but one.
+    moments = [activations + whole]
+    if workload.num_experts > 1:
+        others = (workload.batch_size - 1) / workload.batch_size
+        moments.append(whole + round(others * (activations + whole)))
+    if not workload.maps_features:
+        moments.append(whole + targets)
     layers = f"of {workload.num_features} layers"
     stored = _stored_feature_bytes(workload)
     return [
         Component("stored features", stored, f"hidden states {layers} to learn from again, bf16"),
-        Component("feature targets", states, f"hidden states {layers}, fp32"),
-        Component("features to copy", states if is_copied else 0, "those of one expert", "answering"),
+        Component("feature targets", targets, f"hidden states {layers}, fp32"),
+        Component("whole features", max(moments) - activations - targets, "all channels of the teacher's", "answering"),
         Component("feature errors", errors, f"differences and masks {layers}", "learning"),
     ]
 
