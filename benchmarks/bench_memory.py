@@ -1,10 +1,12 @@
-"""The memory budget against a GPU: what a training step really takes, beside what `--dry_run` says it takes.
+"""A whole training step at true size on a GPU: its memory beside what `--dry_run` says it takes, its time and its MFU.
 
-    python benchmarks/bench_memory.py
+    python benchmarks/bench_memory.py                                           # Wan2.2-TI2V-5B
+    python benchmarks/bench_memory.py --teacher 14B --arms checkpointing        # one expert of Wan2.2-A14B
 
-A teacher of Wan2.2-TI2V-5B's true shape with random weights and the default student with its 48 channels, in bf16, with and
-without gradient checkpointing and torch.compile. Each arm is a process of its own, so that none inherits another's memory.
-The last line is one JSON document. It needs a CUDA GPU; without one it says so and exits with 2.
+A teacher of the released shape with random weights and the default student with its channels, in bf16, with and without gradient
+checkpointing and torch.compile. Each arm is a process of its own, so that none inherits another's memory. "MFU" is the share of
+the rate that plain matrix products reach on the device. The last line is one JSON document. It needs a CUDA GPU; without one it
+says so and exits with 2.
 """
 
 import argparse
@@ -21,11 +23,16 @@ GIB = 2**30
 NUM_TOKENS = 64  # text tokens of every prompt
 ARMS = {"plain": [], "checkpointing": ["--checkpointing"], "compile": ["--compile"],
         "checkpointing, compile": ["--checkpointing", "--compile"]}  # fmt: skip
-TEACHER_SHAPE = {"hidden_size": 3072, "depth": 30, "num_heads": 24, "ffn_dim": 14336, "num_channels": 48}
+TEACHERS = {  # Wan2.1 and Wan2.2: wan/configs
+    "1.3B": {"hidden_size": 1536, "depth": 30, "num_heads": 12, "ffn_dim": 8960, "num_channels": 16},
+    "5B": {"hidden_size": 3072, "depth": 30, "num_heads": 24, "ffn_dim": 14336, "num_channels": 48},
+    "14B": {"hidden_size": 5120, "depth": 40, "num_heads": 40, "ffn_dim": 13824, "num_channels": 16},
+}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", choices=list(TEACHERS), default="5B", help="its shape (default: 5B)")
     parser.add_argument("--image_size", type=int, default=1024, help="pixels (default: 1024)")
     parser.add_argument("--batch_size", type=int, default=4, help="prompts of a step (default: 4)")
     parser.add_argument("--num_steps", type=int, default=5, help="steps of an arm, the first is not timed (default: 5)")
@@ -51,7 +58,7 @@ def main() -> None:
         print(json.dumps(measure_arm(args)))
         return
     rows = {}
-    print(f"{'arm':<24}{'budget GiB':>12}{'measured GiB':>14}{'measured / budget':>19}{'s a step':>10}")
+    print(f"{'arm':<24}{'budget GiB':>12}{'measured GiB':>14}{'measured / budget':>19}{'s a step':>10}{'MFU':>6}")
     for name in args.arms:
         row = rows[name] = run_arm(args, ARMS[name])
         if "error" in row:
@@ -59,17 +66,27 @@ def main() -> None:
             continue
         ratio = row["measured_gib"] / row["budget_gib"]
         print(
-            f"{name:<24}{row['budget_gib']:>12.2f}{row['measured_gib']:>14.2f}{ratio:>19.1%}{row['seconds_per_step']:>10.3f}",
+            f"{name:<24}{row['budget_gib']:>12.2f}{row['measured_gib']:>14.2f}{ratio:>19.1%}"
+            f"{row['seconds_per_step']:>10.3f}{row['mfu']:>6.0%}",
             flush=True,
         )
     about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    about |= {"image_size": args.image_size, "batch_size": args.batch_size}
+    about |= {"teacher": args.teacher, "image_size": args.image_size, "batch_size": args.batch_size}
     print(json.dumps(about | {"arms": rows}))
 
 
 def run_arm(args: argparse.Namespace, flags: list[str]) -> dict:
     """Return the row of one arm, or under "error" why there is none."""
-    sizes = ["--image_size", args.image_size, "--batch_size", args.batch_size, "--num_steps", args.num_steps]
+    sizes = [
+        "--teacher",
+        args.teacher,
+        "--image_size",
+        args.image_size,
+        "--batch_size",
+        args.batch_size,
+        "--num_steps",
+        args.num_steps,
+    ]
     words = [sys.executable, __file__, "--one_arm", *sizes, *flags]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -81,6 +98,7 @@ def measure_arm(args: argparse.Namespace) -> dict:
     """Train a few steps of one arm as the trainer does, and read the allocator."""
     import torch
 
+    from wandistiller.budget.machine import matmul_rate
     from wandistiller.budget.workload import memory_budget, training_peak_bytes
 
     workload = build_workload(args)
@@ -96,13 +114,25 @@ def measure_arm(args: argparse.Namespace) -> dict:
     torch.cuda.synchronize()
     # The context and fragmentation are outside of what max_memory_allocated counts, so the reserve stays out here too.
     parts = [part for part in memory_budget(workload) if part.name != "reserve"]
+    seconds = start.elapsed_time(end) / 1000 / max(1, args.num_steps - 1)
     return {
         "budget_gib": training_peak_bytes(parts) / GIB,
         "measured_gib": torch.cuda.max_memory_allocated() / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
-        "seconds_per_step": start.elapsed_time(end) / 1000 / max(1, args.num_steps - 1),
+        "seconds_per_step": seconds,
+        "mfu": step_flops(workload) / seconds / matmul_rate("cuda", torch.bfloat16),
         "components_gib": {part.name: part.num_bytes / GIB for part in parts},
     }
+
+
+def step_flops(workload) -> float:
+    """Count the FLOPs of a step that asks the teacher; blocks computed twice count once, as MFU has it."""
+    from wandistiller.model.sizes import BACKWARD_PASSES, guided_flops, num_image_tokens, transformer_flops
+
+    teacher, student, side = workload.teacher, workload.student, workload.latent_size
+    answer = guided_flops(teacher, num_image_tokens(teacher, side), NUM_TOKENS + 1, NUM_TOKENS + 1)
+    forward = transformer_flops(student, num_image_tokens(student, side), NUM_TOKENS + 1)
+    return workload.batch_size * (answer + (1 + BACKWARD_PASSES) * forward)
 
 
 def build_workload(args: argparse.Namespace):
@@ -110,8 +140,9 @@ def build_workload(args: argparse.Namespace):
     from wandistiller.model.config import StudentConfig
 
     config = StudentConfig.load(ROOT / "config" / "student_config.json")
-    student = config.replace(num_channels=TEACHER_SHAPE["num_channels"], image_size=args.image_size)
-    teacher = StudentConfig(block="wan", image_size=args.image_size, **TEACHER_SHAPE)
+    shape = TEACHERS[args.teacher]
+    student = config.replace(num_channels=shape["num_channels"], image_size=args.image_size)
+    teacher = StudentConfig(block="wan", image_size=args.image_size, **shape)
     return Workload(
         teacher=teacher,
         student=student,
