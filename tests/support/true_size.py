@@ -272,7 +272,7 @@ def _keep_bookkeeping_real(mode: FakeTensorMode, answers: TeacherAnswers, teache
     states, text = answers.states, answers.prompt_embeds
     for owner, name in ((states, "draw"), (states, "advance"), (answers, "ask"), (text, "batch")):
         setattr(owner, name, unset_fake_temporarily()(getattr(owner, name)))
-    if "low" in teacher.experts:
+    if "low" in teacher.experts and teacher.offloaded is None:
         # The first state is the high-noise expert's and all others are the low-noise one's: the most that there is at once.
         draw = states.draw
         states.draw = unset_fake_temporarily()(lambda: _with_levels(draw()))
