@@ -15,6 +15,8 @@ from support.true_size import step_memory
 from wandistiller.budget.workload import Workload, memory_budget, phase_bytes
 
 TOLERANCE = 0.1
+MOVING_TOLERANCE = 0.2  # of what comes and goes in a step, which is a small part of the whole in some runs
+ALWAYS = ("teacher weights", "student weights", "optimizer moments", "average of weights", "training states")
 CHECKPOINTING = {"gradient_checkpointing": True}
 SAVING = CHECKPOINTING | {"teacher_dtype": "fp8"}
 
@@ -38,19 +40,32 @@ def check(run: Workload) -> None:
     assert max(expected.values()) == pytest.approx(max(found["Total"] for found in step.values()), rel=TOLERANCE)
     assert step["updating"]["Total"] <= 1.01 * budget["updating"]
     learning, updating = step["learning"], step["updating"]
-    if not run.shard_teacher:
+    exact = 0.05 if run.shard_student else 0.01  # the first process's part of a short vector is larger than others'
+    if not run.shard_teacher:  # what FSDP2 leaves gathered is a parameter in the budget and an activation in the step
+        always = sum(size[name] for name in ALWAYS if name in size)
+        always += size["gradients"] if run.keeps_gradients and not run.shard_student else 0
+        moved = size.get("orthogonalisation", 0) + (
+            size["gradients"] if run.shard_student or not run.keeps_gradients else 0
+        )
+        assert step["updating"]["Total"] == pytest.approx(always + moved, rel=0.02)
+        if run.teacher_offload:  # of experts in turns no batch is shared out here, and the budget counts with one
+            del expected["answering"]
+        for phase, num_bytes in expected.items():
+            moving = sum(step[phase].get(kind, 0) for kind in ("Activation", "Temp"))
+            slack = max(MOVING_TOLERANCE * moving, 0.01 * num_bytes)
+            assert num_bytes - always == pytest.approx(moving, abs=slack), phase
         assert learning["Parameter"] == pytest.approx(size["teacher weights"] + size["student weights"], rel=0.01)
-    assert learning["Optstate"] == pytest.approx(size["optimizer moments"], rel=0.01)
-    assert learning["Other"] == pytest.approx(size["average of weights"] + size["training states"], rel=0.01)
+    assert learning["Optstate"] == pytest.approx(size["optimizer moments"], rel=exact)
+    assert learning["Other"] == pytest.approx(size.get("average of weights", 0) + size["training states"], rel=exact)
     kind = "Gradient" if run.keeps_gradients and not run.shard_student else "Temp"
-    assert updating[kind] == pytest.approx(size["gradients"], rel=0.01)
+    assert updating[kind] == pytest.approx(size["gradients"], rel=exact)
 
 
 # ---- four blocks ----
 
 
 FOUR_BLOCKS = {
-    "1.3B": ("Wan2.1 1.3B", 512, {}),
+    "1.3B": ("Wan2.1 1.3B", 1024, {}),
     "5B, checkpointing, accumulation": ("Wan2.2 TI2V-5B", 1024, CHECKPOINTING | {"grad_accum_steps": 2}),
     "A14B, checkpointing": ("Wan2.2 A14B", 1024, CHECKPOINTING),
     "A14B, fp8, one expert at a time": ("Wan2.2 A14B", 512, SAVING | {"teacher_offload": True}),

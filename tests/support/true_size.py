@@ -270,10 +270,10 @@ def _between(before: Callable[[], None], work: Callable, after: Callable[[], Non
 def _keep_bookkeeping_real(mode: FakeTensorMode, answers: TeacherAnswers, teacher: Teacher) -> None:
     """Let what decides by values have values: which states are drawn, and which expert answers them."""
     states, text = answers.states, answers.prompt_embeds
-    for owner, name in ((states, "draw"), (states, "advance"), (answers, "ask"), (text, "batch")):
+    for owner, name in ((states, "draw"), (states, "advance"), (answers, "next"), (text, "batch")):
         setattr(owner, name, unset_fake_temporarily()(getattr(owner, name)))
-    if "low" in teacher.experts and teacher.offloaded is None:
-        # The first state is the high-noise expert's and all others are the low-noise one's: the most that there is at once.
+    if "low" in teacher.experts and teacher.offloaded is None and answers.layers:
+        # Hidden states of two experts are most where the second one answers all states but one.
         draw = states.draw
         states.draw = unset_fake_temporarily()(lambda: _with_levels(draw()))
     teacher._guided = _inside(mode, teacher._guided)
