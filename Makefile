@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := wandistiller tools benchmarks $(wildcard *.py)
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo playground test test-all lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train_distillation.py --output_dir outputs/demo
 	$(BIN)/python evaluate_student.py --student outputs/demo --prompts_file data/demo_heldout_prompts.txt \
 		--num_prompts 100 --batch_size 50
+
+playground: $(VENV)/.installed-playground
+	$(BIN)/python playground.py
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
@@ -30,6 +33,10 @@ format: $(VENV)/.installed-dev
 $(VENV)/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-playground: $(VENV)/.installed
+	$(BIN)/pip install -q -r requirements.txt "gradio>=6"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt

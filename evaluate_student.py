@@ -1,4 +1,4 @@
-"""Hold a student against its teacher on prompts it was not trained on: a table, evaluation.json, teacher_vs_student.png.
+"""Hold a student against its teacher on prompts it was not trained on: a table, evaluation.json, gallery.html.
 
     python evaluate_student.py --student outputs/demo --prompts_file data/demo_heldout_prompts.txt --num_prompts 100
 
@@ -6,15 +6,19 @@ Both draw from the same noise, with the recorded shift and the teacher's recorde
 wandistiller/evaluation/measures.py.
 """
 
+import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import FlagParser, number, path, run_command
+from wandistiller import __version__
+from wandistiller.command_line import LORA_FLAG, FlagParser, number, path, run_command
+from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     COMPARISON_NAME,
     EVALUATION_NAME,
+    GALLERY_NAME,
     check_output_folder,
     check_replaceable,
     prepare_output_folder,
@@ -23,6 +27,7 @@ from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.recorded import (
     StudentRecord,
+    TeacherLoras,
     check_size,
     embed_with_negative,
     load_drawing_parts,
@@ -39,9 +44,12 @@ from wandistiller.sampling.recorded import (
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     import numpy as np
 
-    from wandistiller.evaluation.experiment import Experiment
+    from wandistiller.evaluation.experiment import Drawn, Experiment
+    from wandistiller.evaluation.scorers import Scorer
+    from wandistiller.reports.gallery import Evaluated
 
 MAX_COLUMNS = 8  # of teacher_vs_student.png; each is a prompt
+SCORER_KINDS = ["clip", "siglip", "dino"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +59,32 @@ class Flags:
     student: str
     teacher_path: str | None
     teacher_path_low: str | None
+    teacher_lora: list[tuple[str, float]] | None
+    teacher_lora_low: list[tuple[str, float]] | None
     text_encoder_path: str | None
     vae_path: str | None
     prompts_file: str
+    caption_column: str | None
     num_prompts: int
     prompt_cache: str
     num_seeds: int
     seed: int
     num_inference_steps: int | None
+    scorer: list[tuple[str, str]]
     batch_size: int
     device: str | None
     dtype: str | None
     output: str
+
+
+def scorer(text: str) -> tuple[str, str]:
+    """Read a scorer's kind and place, as an argparse type."""
+    kind, _, location = text.partition("=")
+    if kind not in SCORER_KINDS or not location.strip():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be KIND=ID_OR_FOLDER, of the kinds {', '.join(SCORER_KINDS)}; such as clip=openai/clip-vit-large-patch14"
+        )
+    return kind, location
 
 
 def parse_args(argv: list[str] | None = None) -> Flags:
@@ -77,6 +99,8 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     )
     model.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
     model.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
+    model.flag("--teacher_lora", "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG)
+    model.flag("--teacher_lora_low", "the same for the low-noise expert of two", **LORA_FLAG)
     model.flag(
         "--text_encoder_path",
         "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",
@@ -85,7 +109,14 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     model.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path)
 
     prompts = parser.group("Prompts")
-    prompts.flag("--prompts_file", "text file, one prompt a line, none of them trained on", required=True, type=path)
+    prompts.flag(
+        "--prompts_file",
+        "prompts that were not trained on: a text file with one a line, a table, a folder or a glob of these, or a folder of prompt "
+        "templates (of which the held-out part is taken)",
+        required=True,
+        type=path,
+    )
+    prompts.flag("--caption_column", "column of tables that holds the prompts, where their names do not tell")
     prompts.flag("--num_prompts", "how many of them, from the first", 32, type=number(int, low=1))
     prompts.flag(
         "--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path
@@ -100,17 +131,28 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         type=number(int, low=1, high=1000),
     )
 
+    parser.group("Scorers").flag(
+        "--scorer",
+        "KIND=ID_OR_FOLDER, a model of transformers that judges the pictures; may be given once for each kind: "
+        f"{', '.join(SCORER_KINDS)}",
+        action="append",
+        type=scorer,
+    )
+
     performance = parser.group("Performance")
     performance.flag("--batch_size", "pictures drawn at once", 16, type=number(int, low=1))
     performance.flag("--device", "cpu, cuda, cuda:1, ... (cuda if there is one)")
     performance.flag("--dtype", "of matrix products (bf16 on cuda, else fp32)", choices=["fp32", "bf16"])
 
     parser.group("Output").flag(
-        "--output", f"folder for {EVALUATION_NAME} and {COMPARISON_NAME} (the student's own)", type=path
+        "--output", f"folder for {EVALUATION_NAME}, {GALLERY_NAME} and {COMPARISON_NAME} (the student's own)", type=path
     )
 
     values = vars(parser.parse(argv))
-    return Flags(**values | {"output": values["output"] or values["student"]})
+    scorers = values["scorer"] or []
+    if len({kind for kind, _ in scorers}) < len(scorers):
+        raise UserError("--scorer: one kind is given twice; give each of clip, siglip and dino once at most")
+    return Flags(**values | {"output": values["output"] or values["student"], "scorer": scorers})
 
 
 def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tuple[str, str | None]) -> "Experiment":
@@ -132,7 +174,7 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
     device = pick_device(flags.device)
     dtype = pick_dtype(flags.dtype, device)
     settings = recorded_settings(config)
-    wan_files = open_recorded_teacher(config, *teacher)
+    wan_files = open_recorded_teacher(config, *teacher, TeacherLoras(flags.teacher_lora, flags.teacher_lora_low))
     check_size("the student's image_size", config.image_size, config, wan_files.config.patch_size)
     judge = find_judge(wan_files, prompts)
     parts = load_drawing_parts(
@@ -150,6 +192,7 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
         embeds=embeds,
         prompts=[prompts[index] for index in prompt_indices],
         prompt_indices=prompt_indices,
+        seeds=seeds,
         noise=seeded_noise(seeds, (config.num_channels, config.latent_size, config.latent_size)),
         teacher_options=teacher_sampling(config, flags.num_inference_steps, dtype, device),
         student_options=student_sampling(config, student_steps, dtype, device),
@@ -180,12 +223,13 @@ def describe(flags: Flags, config: StudentConfig, digest: str | None, experiment
         "image_size": config.image_size,
         "device": options.device,
         "dtype": str(options.compute_dtype).removeprefix("torch."),
+        "wandistiller_version": __version__,
     }
 
 
 def warn_of_trained(config: StudentConfig, prompts: list[str]) -> int:
     """Count the prompts that the student was trained on, and print a warning where there are any: it may look better at these."""
-    trained = trained_prompts(config)
+    trained = trained_prompts(config, prompts)
     num_trained = sum(" ".join(prompt.split()) in trained for prompt in prompts)
     if num_trained:
         print(
@@ -195,12 +239,29 @@ def warn_of_trained(config: StudentConfig, prompts: list[str]) -> int:
     return num_trained
 
 
-def save_comparison(file: Path, experiment: "Experiment", teacher: "np.ndarray", student: "np.ndarray") -> None:
+def load_scorers(flags: Flags) -> "list[Scorer]":
+    from wandistiller.evaluation.scorers import load_scorer
+
+    return [load_scorer(kind, location) for kind, location in flags.scorer]
+
+
+def score(scorers: "list[Scorer]", experiment: "Experiment", teacher: "np.ndarray", student: "np.ndarray") -> dict:
+    """Return what the scorers say of the pictures; nothing without a scorer."""
+    from wandistiller.evaluation.scores import compare_scores
+
+    if not scorers:
+        return {}
+    prompts = experiment.prompts[:: experiment.num_seeds]
+    pictures = {"student": student, "teacher": teacher}
+    return compare_scores(scorers, prompts, pictures, experiment.batch_size, experiment.teacher_options.device)
+
+
+def save_comparison(file: Path, experiment: "Experiment", teacher: "Drawn", student: "Drawn") -> None:
     """Write the pictures of the first prompts, each from its first seed: the teacher's row above the student's."""
     from wandistiller.files.pictures import labelled_grid, save_png
 
     chosen = range(0, len(experiment.prompts), experiment.num_seeds)[:MAX_COLUMNS]
-    rows = [[pictures[index] for index in chosen] for pictures in (teacher, student)]
+    rows = [[drawn.pictures[index] for index in chosen] for drawn in (teacher, student)]
     captions = [[experiment.prompts[index] for index in chosen], [""] * len(chosen)]
     options = experiment.teacher_options
     metadata = {"num_inference_steps": options.num_inference_steps, "shift": options.shift}
@@ -215,37 +276,66 @@ def save_results(file: Path, results: dict[str, object]) -> None:
     write_json(file, finite(results), end="\n", indent=2, ensure_ascii=False, allow_nan=False)
 
 
+def gallery_of(
+    experiment: "Experiment", about: dict[str, object], results: dict, teacher: "Drawn", student: "Drawn"
+) -> "Evaluated":
+    """Return what the gallery shows: each prompt with its own measures and pictures."""
+    from wandistiller.evaluation.per_prompt import measure_prompts
+    from wandistiller.reports.gallery import Evaluated
+
+    prompts, num_seeds = experiment.prompts, experiment.num_seeds
+    return Evaluated(
+        about=about,
+        results=results,
+        prompts=prompts[::num_seeds],
+        measures=measure_prompts(student, teacher, prompts, num_seeds, experiment.judge),
+        seeds=experiment.seeds,
+        teacher=teacher.pictures,
+        student=student.pictures,
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
     flags = parse_args(argv)
     config = load_student_config(flags.student)
-    prompts = load_prompts(flags.prompts_file).prompts[: flags.num_prompts]
+    file = load_prompts(flags.prompts_file, flags.caption_column, held_out=True)
+    prompts = list(file.prompts[: flags.num_prompts])
+    if file.notice:
+        print(f"{flags.prompts_file}: {file.notice}")
     teacher = teacher_paths(config, flags.teacher_path, flags.teacher_path_low)
     check_output_folder(flags.output, "--output")
     num_trained = warn_of_trained(config, prompts)
 
     from wandistiller.evaluation.experiment import measure, measure_cost
     from wandistiller.reports.cards import try_to_write_model_card
+    from wandistiller.reports.gallery import try_to_write_gallery
     from wandistiller.reports.tables import table_lines
 
+    scorers = load_scorers(flags)
     digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
     experiment = prepare(flags, config, prompts, teacher)
-    check_replaceable(Path(flags.output), [COMPARISON_NAME, EVALUATION_NAME], "--output")
+    check_replaceable(Path(flags.output), [COMPARISON_NAME, EVALUATION_NAME, GALLERY_NAME], "--output")
     folder = prepare_output_folder(flags.output, "--output")
 
     # Measure:
     print(experiment.summary())
-    results, pictures_teacher, pictures_student = measure(experiment)
+    results, teacher_drawn, student_drawn = measure(experiment)
+    results |= score(scorers, experiment, teacher_drawn.pictures, student_drawn.pictures)
     results["cost"] = measure_cost(experiment)
     print("\n".join(table_lines(results)))
 
     # Save the results last, because they name the student that the picture is of:
-    save_comparison(folder / COMPARISON_NAME, experiment, pictures_teacher, pictures_student)
+    save_comparison(folder / COMPARISON_NAME, experiment, teacher_drawn, student_drawn)
     about = describe(flags, config, digest, experiment) | {"num_trained_prompts": num_trained}
     save_results(folder / EVALUATION_NAME, about | results)
+    shown = gallery_of(experiment, about, results, teacher_drawn, student_drawn)
+    gallery = try_to_write_gallery(folder, shown, Path(flags.student))
 
     # Tell:
     print(f"Saved {EVALUATION_NAME} and {COMPARISON_NAME} in {folder}")
+    if gallery:
+        print(f"Every prompt, the worst first; open it in a browser: {gallery}")
     if folder.resolve() == Path(flags.student).resolve() and (card := try_to_write_model_card(folder)):
         print(f"The model card holds them: {card}")
     return 0

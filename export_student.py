@@ -3,7 +3,9 @@
     python export_student.py --student outputs/demo --format pipeline --output outputs/demo_pipeline
     python export_student.py --student outputs/demo --format original --dtype bf16 --output outputs/demo.safetensors
 
-diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder, original one file as ComfyUI reads it.
+diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder, original one file as ComfyUI reads it, gguf one
+file as ComfyUI-GGUF does. With --push_to_hub the export also becomes a repository of the hub; nothing is sent anywhere without
+that flag.
 """
 
 import os
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from wandistiller.command_line import FlagParser, path, run_command
 from wandistiller.errors import UserError
+from wandistiller.files.hub_push import check_repository, push
 from wandistiller.files.output_folder import check_output_folder, check_writable
 from wandistiller.files.paths import nearest_existing
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
@@ -29,6 +32,7 @@ from wandistiller.sampling.recorded import (
     load_student_config,
     student_sampling,
     teacher_paths,
+    tested_prompt,
 )
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
@@ -36,8 +40,10 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 
     from wandistiller.projection.diffusers_export import PipelineParts
 
-FORMATS = ["diffusers", "original", "pipeline"]
-ORIGINAL_NAME = "wan_student.safetensors"
+FORMATS = ["diffusers", "original", "pipeline", "gguf"]
+# The formats that are one file, with the name that it gets in a folder
+FILE_NAMES = {"original": "wan_student.safetensors", "gguf": "wan_student.gguf"}
+GGUF_DTYPES = ["q8_0", "q5_0", "q4_0"]
 WEIGHT_SUFFIXES = {".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
@@ -53,6 +59,9 @@ class Flags:
     vae_path: str | None
     text_encoder_path: str | None
     link: bool
+    workflow: bool
+    push_to_hub: str | None
+    public: bool
 
 
 def parse_args(argv: list[str] | None = None) -> Flags:
@@ -71,19 +80,36 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     output = parser.group("Output")
     output.flag(
         "--format",
-        "diffusers: a transformer folder; pipeline: a whole pipeline folder; original: one file for ComfyUI",
+        "diffusers: a transformer folder; pipeline: a whole pipeline folder; original: one file for ComfyUI; gguf: one for ComfyUI-GGUF",
         required=True,
         choices=FORMATS,
     )
     output.flag(
-        "--output", f"a new folder; for original also a file, else {ORIGINAL_NAME} in it", required=True, type=path
+        "--output",
+        f"a new folder; for original and gguf also a file, else {' or '.join(FILE_NAMES.values())} in it",
+        required=True,
+        type=path,
     )
     output.flag(
         "--dtype",
-        "of the weights; norms, modulation and time embedding stay fp32; fp8 (original only) is float8_e4m3fn in the blocks",
+        "of the weights; norms, modulation and time embedding stay fp32; fp8 (original only) is float8_e4m3fn in the blocks, "
+        f"{', '.join(GGUF_DTYPES)} (gguf only) are its types there",
         "fp32",
-        choices=["fp32", "bf16", "fp16", "fp8"],
+        choices=["fp32", "bf16", "fp16", "fp8", *GGUF_DTYPES],
     )
+    output.flag(
+        "--workflow",
+        "write a ComfyUI workflow beside an original file, to drop on its editor",
+        False,
+        action="store_true",
+    )
+    hub = parser.group("Hub (nothing is sent without --push_to_hub)")
+    hub.flag(
+        "--push_to_hub",
+        "also make this repository of it, private, with the card and the sample pictures",
+        metavar="OWNER/NAME",
+    )
+    hub.flag("--public", "make that repository one that everybody sees", False, action="store_true")
     parts = parser.group("The rest of a pipeline (left out: from the teacher that the student records)")
     parts.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
     parts.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan", type=path)
@@ -95,12 +121,23 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 def check_flags(flags: Flags) -> None:
     """Refuse flags that do not go together."""
     if flags.dtype == "fp8" and flags.format != "original":
+        reader, other = ("ComfyUI-GGUF", "q8_0") if flags.format == "gguf" else ("diffusers", "bf16")
         raise UserError(
-            f"--dtype fp8 is for --format original; diffusers reads no such files, give bf16 with {flags.format}"
+            f"--dtype fp8 is for --format original; {reader} reads no such files, give {other} with {flags.format}"
         )
+    if flags.dtype in GGUF_DTYPES and flags.format != "gguf":
+        raise UserError(f"--dtype {flags.dtype} is for --format gguf; give bf16 with {flags.format}")
     for name in ("teacher_path", "vae_path", "text_encoder_path", "link"):
         if getattr(flags, name) and flags.format != "pipeline":
             raise UserError(f"--{name} belongs to --format pipeline; the other formats hold the transformer alone")
+    if flags.workflow and flags.format != "original":
+        raise UserError("--workflow is for --format original, the file that ComfyUI reads")
+    if flags.public and not flags.push_to_hub:
+        raise UserError("--public says who sees the repository of --push_to_hub; give that too")
+    if flags.push_to_hub and flags.link:
+        raise UserError(
+            "--link: a link to a folder of this machine is nothing on the hub; leave it out with --push_to_hub"
+        )
 
 
 def read_config(flags: Flags) -> StudentConfig:
@@ -113,6 +150,10 @@ def read_config(flags: Flags) -> StudentConfig:
         config = saved_config(flags.student)
     else:
         config = load_shape(flags.student)
+    if flags.workflow and config.num_channels not in (16, 48):
+        raise UserError(
+            f"--workflow: ComfyUI draws latents of 16 or 48 channels, this student's have {config.num_channels}"
+        )
     if config.block != "wan":
         raise UserError(
             f'{Path(flags.student) / CONFIG_NAME}: a student of block "{config.block}" is no Wan, and no other tool knows its '
@@ -125,23 +166,31 @@ def check_output(flags: Flags) -> Path:
     """Return the path of the file or folder that the export becomes; what is there already is never replaced."""
     target = Path(flags.output)
     is_file = target.suffix.lower() in WEIGHT_SUFFIXES
-    if is_file and (flags.format != "original" or target.suffix != ".safetensors"):
-        file = " or a file of suffix .safetensors" if flags.format == "original" else ""
+    name = FILE_NAMES.get(flags.format)
+    suffix = Path(name).suffix if name else None
+    if is_file and target.suffix != suffix:
+        file = f" or a file of suffix {suffix}" if suffix else ""
         raise UserError(
             f"--output {target}: --format {flags.format} writes no {target.suffix} file; give a new folder{file}"
         )
-    if flags.format == "original" and not is_file:
-        target = target / ORIGINAL_NAME
+    if name and not is_file:
+        target = target / name
     check_writable(target.parent, "--output")
     prove_writable(target.parent)
-    if flags.format == "original":
-        if os.path.lexists(target):
-            raise UserError(f"--output {target}: is there already; give another name")
+    if name:
+        for place in [target, *([workflow_file(target)] if flags.workflow else [])]:
+            if os.path.lexists(place):
+                raise UserError(f"--output {place}: is there already; give another name")
         return target
     check_output_folder(target, "--output")
     if target.is_dir() and any(target.iterdir()):
         raise UserError(f"--output {target}: holds files already; give a new folder")
     return target
+
+
+def workflow_file(target: Path) -> Path:
+    """Return where the workflow of an exported file goes."""
+    return target.with_suffix(".workflow.json")
 
 
 def prove_writable(folder: Path) -> None:
@@ -195,19 +244,42 @@ def remove_killed_exports(target: Path) -> None:
         remove_leftovers(target.parent)
 
 
-def write_file(target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, dtype: str) -> None:
-    """Write one file for ComfyUI; a folder that is new appears with the file in it, or not at all."""
-    from wandistiller.files.atomic import atomic_folder
-    from wandistiller.projection.diffusers_export import write_original_file
+def write_file(target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, prompt: str, flags: Flags) -> None:
+    """Write one file for ComfyUI; a folder that is new appears with the file in it, or not at all.
 
-    with nullcontext(target.parent) if target.parent.exists() else atomic_folder(target.parent) as folder:
-        write_original_file(tensors, config, folder / target.name, dtype)
+    Args:
+        prompt: what the workflow draws, where one is asked for.
+    """
+    from wandistiller.files.atomic import atomic_folder, write_json
+    from wandistiller.projection.comfyui_workflow import Workflow, ui_workflow
+    from wandistiller.projection.diffusers_export import write_original_file
+    from wandistiller.projection.gguf_export import write_gguf_file
+    from wandistiller.reports.cards import write_export_card
+
+    write = write_gguf_file if flags.format == "gguf" else write_original_file
+    is_new = not target.parent.exists()
+    with atomic_folder(target.parent) if is_new else nullcontext(target.parent) as folder:
+        if flags.workflow:
+            workflow = ui_workflow(Workflow.of(config, target.name, prompt=prompt))
+            write_json(workflow_file(folder / target.name), workflow, end="\n", indent=2)
+        write(tensors, config, folder / target.name, flags.dtype)
+        if is_new and flags.format == "gguf":
+            write_export_card(folder, target.parent.resolve().name, config, flags.format, flags.dtype, prompt=prompt)
 
 
 def write_folder(
-    target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: "PipelineParts | None", flags: Flags
+    target: Path,
+    tensors: "dict[str, Tensor]",
+    config: StudentConfig,
+    parts: "PipelineParts | None",
+    prompt: str,
+    flags: Flags,
 ) -> None:
-    """Write a folder for diffusers: a pipeline where its parts are given, else the transformer alone."""
+    """Write a folder for diffusers: a pipeline where its parts are given, else the transformer alone.
+
+    Args:
+        prompt: what the lines of its card draw.
+    """
     import torch
 
     from wandistiller.files.atomic import atomic_folder
@@ -222,28 +294,50 @@ def write_folder(
             transformer = folder / "transformer"
             transformer.mkdir()
         write_transformer_folder(tensors, config, transformer, flags.dtype)
-        write_export_card(folder, target.resolve().name, config, flags.format, flags.dtype, link=flags.link)
+        name = target.resolve().name
+        write_export_card(folder, name, config, flags.format, flags.dtype, prompt=prompt, link=flags.link)
 
 
 def print_warnings(config: StudentConfig, export_format: str) -> None:
     """Print what the export cannot carry into other tools."""
     from wandistiller.projection.comfyui import comfyui_warnings
 
-    warnings = comfyui_warnings(config) if export_format == "original" else []
+    is_gguf = export_format == "gguf"  # a student that is read right by versions that get its metadata alone is refused
+    warnings = comfyui_warnings(config, reads_metadata=is_gguf) if export_format in FILE_NAMES else []
     for warning in [*warnings, StudentRecord.of(config).warning_of_untrained_levels()]:
         if warning:
             print(f"Warning: {warning}")
 
 
-def print_use(config: StudentConfig, target: Path, flags: Flags) -> None:
+def print_use(config: StudentConfig, target: Path, prompt: str, flags: Flags) -> None:
     """Print how to draw with a pipeline, or with a file that ComfyUI draws right."""
-    from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
+    from wandistiller.projection.comfyui import LOADERS, comfyui_settings, comfyui_warnings
     from wandistiller.reports.cards import drawing
 
     if flags.format == "pipeline":
-        print("To draw:\n" + textwrap.indent(drawing(config, str(target), flags.dtype, link=flags.link), "  "))
-    if flags.format == "original" and not comfyui_warnings(config, reads_metadata=True):
-        print(f"In ComfyUI: {comfyui_settings(config)}")
+        print(
+            "To draw:\n"
+            + textwrap.indent(drawing(config, str(target), flags.dtype, prompt=prompt, link=flags.link), "  ")
+        )
+    if flags.format in FILE_NAMES and not comfyui_warnings(config, reads_metadata=True):
+        print(f"In ComfyUI: {comfyui_settings(config, LOADERS[flags.format])}")
+
+
+def files_to_push(target: Path, config: StudentConfig, flags: Flags) -> "dict[str, Path | bytes]":
+    """Return what a repository holds by name: the export, its card, and the pictures of the student's own folder."""
+    from wandistiller.files.output_folder import CARD_NAME
+    from wandistiller.reports.cards import comfyui_use, export_card, gguf_use, shown_pictures, with_pictures
+
+    student = Path(flags.student)
+    if target.is_dir():
+        exported = {str(file.relative_to(target)): file for file in sorted(target.rglob("*")) if file.is_file()}
+        card = (target / CARD_NAME).read_text(encoding="utf-8")
+    else:
+        exported = {file.name: file for file in (target, workflow_file(target)) if file.is_file()}
+        use = gguf_use(config) if flags.format == "gguf" else comfyui_use(config, target.name)
+        card = export_card(target.stem, config, use, "gguf" if flags.format == "gguf" else "diffusers")
+    shown = {name: student / name for name in shown_pictures(student)}
+    return {**exported, **shown, CARD_NAME: with_pictures(card, student).encode()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,27 +346,38 @@ def main(argv: list[str] | None = None) -> int:
     check_flags(flags)
     config = read_config(flags)
     target = check_output(flags)
+    if flags.push_to_hub:
+        check_repository(flags.push_to_hub)
 
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.diffusers_export import published
+    from wandistiller.projection.gguf_export import refuse_what_gguf_drops
 
+    if flags.format == "gguf":
+        refuse_what_gguf_drops(config)
     with terminated_as_interrupted():
         # Every file is checked before one is written:
         parts = find_parts(flags, config) if flags.format == "pipeline" else None
         tensors = WanLiteStudent.from_pretrained(flags.student).state_dict()
-        public_config = published(config, flags.teacher_path)
+        public_config, prompt = published(config, flags.teacher_path), tested_prompt(config)
 
         # The file or folder appears whole or not at all:
         remove_killed_exports(target)
-        if flags.format == "original":
-            write_file(target, tensors, public_config, flags.dtype)
+        if flags.format in FILE_NAMES:
+            write_file(target, tensors, public_config, prompt, flags)
         else:
-            write_folder(target, tensors, public_config, parts, flags)
+            write_folder(target, tensors, public_config, parts, prompt, flags)
 
     # Tell:
     print_warnings(public_config, flags.format)
     print(f"Wrote {target}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters, {flags.dtype}")
-    print_use(public_config, target, flags)
+    print_use(public_config, target, prompt, flags)
+    if flags.push_to_hub:
+        files = files_to_push(target, public_config, flags)
+        address = push(flags.push_to_hub, files, is_public=flags.public, local=target)
+        print(
+            f"Pushed {len(files)} files to {address}, {'which everybody sees' if flags.public else 'which is private'}"
+        )
     return 0
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import FlagParser, number, path, run_command
+from wandistiller.command_line import LORA_FLAG, FlagParser, number, path, run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     check_output_folder,
@@ -23,11 +23,11 @@ from wandistiller.files.output_folder import (
     prepare_output_folder,
     removed_if_empty,
 )
-from wandistiller.files.prompts import load_prompts, slug, unusable
+from wandistiller.files.prompts import is_endless, load_prompts, slug, unusable
 from wandistiller.model.config import StudentConfig
+from wandistiller.sampling.drawing import Artist, check_picture_size, untrained_warnings
 from wandistiller.sampling.recorded import (
-    StudentRecord,
-    check_size,
+    TeacherLoras,
     embed_with_negative,
     load_drawing_parts,
     load_student_config,
@@ -40,7 +40,6 @@ from wandistiller.sampling.recorded import (
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     import numpy as np
-    from diffusers import AutoencoderKLWan
     from torch import Tensor
 
     from wandistiller.sampling.sampler import SamplingOptions
@@ -50,8 +49,7 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from wandistiller.wan.wan_files import WanFiles
 
 MAX_GRID_PICTURES = 100
-# Beyond these a picture is a slip of the keyboard that fills the memory; a student may be trained at more.
-MAX_PIXELS = 2048**2
+NUM_OF_TEMPLATES = 8  # pictures, where prompts without end are asked for and no number is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +60,15 @@ class Flags:
     model: str
     teacher_path: str | None
     teacher_path_low: str | None
+    teacher_lora: list[tuple[str, float]] | None
+    teacher_lora_low: list[tuple[str, float]] | None
     text_encoder_path: str | None
     vae_path: str | None
     prompt: list[str] | None
     prompts_file: str | None
+    caption_column: str | None
+    num_prompts: int | None
+    num_images: int
     prompt_cache: str
     num_inference_steps: int | None
     guidance_scale: float | None
@@ -95,6 +98,8 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     )
     model.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
     model.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
+    model.flag("--teacher_lora", "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG)
+    model.flag("--teacher_lora_low", "the same for the low-noise expert of two", **LORA_FLAG)
     model.flag(
         "--text_encoder_path",
         "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",
@@ -104,7 +109,21 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 
     prompts = parser.group("Prompts")
     prompts.flag("--prompt", "one or more prompts, each in quotes", nargs="+", metavar="PROMPT")
-    prompts.flag("--prompts_file", "text file, one prompt a line", type=path)
+    prompts.flag(
+        "--prompts_file",
+        "a text file with one prompt a line, a table, a folder or a glob of these, or a folder of prompt templates; a prompt that "
+        "stands there twice is drawn twice",
+        type=path,
+    )
+    prompts.flag("--caption_column", "column of tables that holds the prompts, where their names do not tell")
+    prompts.flag(
+        "--num_prompts",
+        f"how many of --prompts_file, from the first (all of them; of templates {NUM_OF_TEMPLATES})",
+        type=number(int, low=1),
+    )
+    prompts.flag(
+        "--num_images", "pictures of each prompt, each from a noise of its own", 1, type=number(int, low=1, high=10_000)
+    )
     prompts.flag(
         "--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path
     )
@@ -137,26 +156,20 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 
 
 def read_prompts(flags: Flags) -> list[str]:
-    """Read the prompts of --prompt, then those of --prompts_file."""
+    """Read the prompts of --prompt, then those of --prompts_file, each as often as it is drawn."""
     if not flags.prompt and not flags.prompts_file:
         raise UserError("nothing to draw: give --prompt or --prompts_file")
     prompts = flags.prompt or []
     for prompt in prompts:
         if reason := unusable(prompt):
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
-    return prompts + (load_prompts(flags.prompts_file).prompts if flags.prompts_file else [])
-
-
-def check_picture_size(size: tuple[int, int], config: StudentConfig, patch_size: int) -> None:
-    """Refuse a height or width that does not fill whole patches of `patch_size` latent pixels, or is beyond any use."""
-    for flag, pixels in zip(("--height", "--width"), size, strict=True):
-        check_size(flag, pixels, config, patch_size)
-    most = max(MAX_PIXELS, 4 * config.image_size**2)
-    if math.prod(size) > most:
-        raise UserError(
-            f"--height {size[0]} --width {size[1]}: is {math.prod(size):,} pixels; allowed: at most {most:,}, as of "
-            f"{math.isqrt(most)} x {math.isqrt(most)} (this student was trained at {config.image_size} x {config.image_size})"
-        )
+    if flags.prompts_file:
+        file = load_prompts(flags.prompts_file, flags.caption_column, held_out=True, keeps_repeats=True)
+        count = flags.num_prompts or (NUM_OF_TEMPLATES if is_endless(file.prompts) else None)
+        if file.notice:
+            print(f"{flags.prompts_file}: {file.notice}")
+        prompts = [*prompts, *file.prompts[:count]]
+    return [prompt for prompt in prompts for _ in range(flags.num_images)]
 
 
 def choose_guidance(flags: Flags, settings: "TeacherSettings") -> "TeacherSettings":
@@ -173,51 +186,26 @@ def choose_guidance(flags: Flags, settings: "TeacherSettings") -> "TeacherSettin
             f"{settings.guidance_scale:g}), and guiding it again overdoes it; leave the flag out, or add "
             "--allow_double_guidance"
         )
-    return replace(settings, guidance_scale=scale, guidance_scale_2=None, boundary_ratio=None)
-
-
-def warn_of_untrained(config: StudentConfig, options: "SamplingOptions", size: tuple[int, int]) -> None:
-    """Print a warning where the student is asked for noise levels, steps or a size that it has not learnt."""
-    record = StudentRecord.of(config)
-    if warning := record.warning_of_untrained_levels():
-        print(f"Warning: this student was {warning}")
-    if record.student_steps not in (None, options.num_inference_steps):
-        print(
-            f"Warning: this student learnt to draw in {record.student_steps} steps, not in {options.num_inference_steps}"
-        )
-    side, (height, width) = config.image_size, size
-    if size != (side, side):
-        print(
-            f"Warning: this student was trained at {side} x {side} pixels alone, and is asked for {width} wide and {height} "
-            "high; the picture may be broken"
-        )
+    return replace(settings, guidance_scale=scale, guidance_scale_2=None, boundary_ratio=None, guidance_range=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """How pictures are drawn: the sampler, the velocity field it follows, its text, and what decodes the latents."""
+    """Who draws which text, at which size and from which noises."""
 
-    field: "Teacher"
+    artist: Artist
     embeds: "PromptEmbeds"
-    options: "SamplingOptions"
-    settings: "TeacherSettings"
-    vae: "AutoencoderKLWan"
     latent_shape: tuple[int, int, int]
     first_seed: int
     batch_size: int
 
     def pictures(self) -> "Iterator[tuple[int, np.ndarray]]":
         """Yield the index and the picture (H, W, 3) uint8 of every prompt, drawn a batch at a time."""
-        from wandistiller.sampling.flow import seeded_noise
-        from wandistiller.sampling.sampler import sample_in_batches
-        from wandistiller.wan.vae import decode
-
         num_prompts = len(self.embeds)
         for start in range(0, num_prompts, self.batch_size):
             indices = range(start, min(start + self.batch_size, num_prompts))
-            noise = seeded_noise([self.first_seed + index for index in indices], self.latent_shape)
-            latents = sample_in_batches(self.field, noise, self.embeds, indices, self.options, self.batch_size)
-            pictures = decode(self.vae, latents, self.settings.latents_mean, self.settings.latents_std)
+            seeds = [self.first_seed + index for index in indices]
+            pictures = self.artist.draw(self.embeds, indices, seeds, self.latent_shape)
             yield from zip(indices, pictures, strict=True)
 
 
@@ -237,12 +225,13 @@ def prepare(
     settings = choose_guidance(flags, recorded_settings(config))
     if flags.model == "teacher":
         options = teacher_sampling(config, flags.num_inference_steps, dtype, device)
-        wan_files = open_recorded_teacher(config, *teacher)
+        wan_files = open_recorded_teacher(config, *teacher, TeacherLoras(flags.teacher_lora, flags.teacher_lora_low))
         check_picture_size(size, config, wan_files.config.patch_size)
     else:
         options = student_sampling(config, flags.num_inference_steps, dtype, device)
         wan_files = None
-        warn_of_untrained(config, options, size)
+        for warning in untrained_warnings(config, options.num_inference_steps, size):
+            print(f"Warning: {warning}")
     parts = load_drawing_parts(
         config, teacher[0], text_encoder_path=flags.text_encoder_path, vae_path=flags.vae_path, device=device
     )
@@ -251,12 +240,10 @@ def prepare(
     # The text comes first, so that its encoder leaves memory before the model comes:
     embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompt_cache, device)
     height, width = (pixels // config.vae_scale_factor for pixels in size)
+    field = load_field(flags, config, settings, options, wan_files, negative)
     return Drawing(
-        field=load_field(flags, config, settings, options, wan_files, negative),
+        artist=Artist(field=field, options=options, settings=settings, vae=parts.vae),
         embeds=embeds,
-        options=options,
-        settings=settings,
-        vae=parts.vae,
         latent_shape=(config.num_channels, height, width),
         first_seed=flags.seed,
         batch_size=flags.batch_size,
@@ -282,25 +269,6 @@ def load_field(
         return Teacher(experts, settings, negative_prompt_embeds)
     student = WanLiteStudent.from_pretrained(flags.student, options.device)
     return student_as_teacher(student, settings, settings.guidance_scale, negative_prompt_embeds)
-
-
-def describe(flags: Flags, size: tuple[int, int], drawing: Drawing) -> dict[str, object]:
-    """Return what the metadata of every picture holds, beside its prompt and seed."""
-    from wandistiller import __version__
-
-    height, width = size
-    values = {
-        "model": flags.model,
-        "student": flags.student,
-        "num_inference_steps": drawing.options.num_inference_steps,
-        "guidance_scale": drawing.settings.guidance_scale,
-        "guidance_scale_2": drawing.settings.guidance_scale_2,
-        "shift": drawing.options.shift,
-        "height": height,
-        "width": width,
-        "Software": f"WanDistiller {__version__}",
-    }
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def picture_files(flags: Flags, prompts: list[str], size: tuple[int, int]) -> tuple[list[Path], Path]:
@@ -348,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Draw:
     drawing = prepare(flags, config, prompts, size, teacher)
-    metadata = describe(flags, size, drawing)
+    metadata = drawing.artist.metadata(flags.model, flags.student, size)
     shown: list[np.ndarray] = []
     with removed_if_empty(
         flags.output

@@ -8,19 +8,21 @@ With a real --teacher_path it also says, from the checkpoint's headers alone, wh
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import FlagParser, number, path, run_command
+from wandistiller.command_line import LORA_FLAG, FlagParser, number, path, run_command
 from wandistiller.errors import UserError
+from wandistiller.files.clone import check_is_in_clone
 from wandistiller.files.output_folder import (
     METRICS_NAME,
     check_output_folder,
     prepare_output_folder,
     set_aside_previous_student,
 )
-from wandistiller.files.prompts import load_prompts
+from wandistiller.files.prompts import is_endless, load_prompts
 from wandistiller.model.config import StudentConfig
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
@@ -36,6 +38,7 @@ HIDDEN_SIZE, DEPTH, LATENT_SIZE = 256, 4, 8
 HEAD_DIM = 64  # for a wan student whose own heads do not fill HIDDEN_SIZE
 LR, SEED, STATES = 1e-4, 0, "trajectory"
 MAX_LOSS_LINES = 60
+MAX_PROMPTS = 2000  # are trained on, so that the test of a file of millions ends
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,11 @@ class Flags:
 
     student_config: str
     data_path: str
+    caption_column: str | None
     teacher_path: str
     teacher_path_low: str | None
+    teacher_lora: list[tuple[str, float]] | None
+    teacher_lora_low: list[tuple[str, float]] | None
     num_epochs: int
     batch_size: int
     output_dir: str | None
@@ -60,11 +66,14 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         "config/student_config.json",
         type=path,
     )
-    group.flag("--data_path", "text file, one prompt a line", "data/static_prompts.txt", type=path)
+    group.flag("--data_path", "the prompts, as train_distillation.py takes them", "data/static_prompts.txt", type=path)
+    group.flag("--caption_column", "column of tables that holds the prompts, where their names do not tell")
     group.flag(
         "--teacher_path", "a real checkpoint to hold the config against (the steps run on a mock)", "mock", type=path
     )
     group.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
+    group.flag("--teacher_lora", "a Wan LoRA to hold against it; may be given several times", **LORA_FLAG)
+    group.flag("--teacher_lora_low", "the same for the low-noise expert of two", **LORA_FLAG)
     group = parser.group("Test run")
     group.flag("--num_epochs", "passes over the prompts", 1, type=number(int, low=1))
     group.flag("--batch_size", "prompts per step", 2, type=number(int, low=1))
@@ -90,18 +99,23 @@ def shrink(config: StudentConfig) -> StudentConfig:
     return config.replace(**shrunk)
 
 
-def check_real_teacher(flags: Flags, config: StudentConfig, prompts: list[str]) -> None:
+def check_real_teacher(flags: Flags, config: StudentConfig, prompts: Sequence[str]) -> None:
     """Print from headers alone whether the given config fits the real teacher, and what a run with it will take."""
     from wandistiller.projection.selection import check_fits
+    from wandistiller.run.messages import lora_lines
     from wandistiller.wan.layouts import open_teacher
+    from wandistiller.wan.lora import merge_loras
     from wandistiller.wan.settings import resolve_settings, warnings_about
 
     wan_files = open_teacher(flags.teacher_path, config, flags.teacher_path_low)
+    wan_files = merge_loras(wan_files, flags.teacher_lora, flags.teacher_lora_low)
     shape = wan_files.config
     passed(
         f"Teacher {flags.teacher_path}: headers read, {' + '.join(wan_files.experts)}: hidden_size {shape.hidden_size}, "
         f"depth {shape.depth}, num_heads {shape.num_heads}, ffn_dim {shape.ffn_dim}, {shape.num_channels} channels"
     )
+    for line in lora_lines(wan_files):
+        passed(line)
     check_fits(shape, config, where=flags.student_config)
     settings = resolve_settings(wan_files)
     config.check_image_size(settings.vae_scale_factor, flags.student_config)
@@ -112,7 +126,7 @@ def check_real_teacher(flags: Flags, config: StudentConfig, prompts: list[str]) 
 
 
 def show_budget(
-    flags: Flags, wan_files: "WanFiles", settings: "TeacherSettings", config: StudentConfig, prompts: list[str]
+    flags: Flags, wan_files: "WanFiles", settings: "TeacherSettings", config: StudentConfig, prompts: Sequence[str]
 ) -> None:
     """Print what --dry_run of the trainer prints, with its default flags; flags can be changed, so that nothing fails here."""
     from wandistiller.device import pick_device, pick_dtype
@@ -154,13 +168,22 @@ def show_budget(
 
 def run_test(flags: Flags, folder: Path) -> None:
     """Take every step of a training run, in its order."""
-    prompts = load_prompts(flags.data_path)
-    passed(f"Prompts found: {len(prompts.prompts)} in {flags.data_path}")
+    read = {"data_path": flags.data_path, "student_config": flags.student_config}
+    check_is_in_clone("data_path", read)
+    file = load_prompts(flags.data_path, flags.caption_column)
+    prompts = list(file.prompts[:MAX_PROMPTS])
+    count = "as many as are asked for" if is_endless(file.prompts) else len(file.prompts)
+    passed(f"Prompts found: {count} in {flags.data_path}")
+    if file.notice:
+        warn(file.notice)
+    if len(prompts) < len(file.prompts):
+        passed(f"Prompts of this test: the first {len(prompts)}, among them {prompts[0]!r}")
+    check_is_in_clone("student_config", read)
     config = StudentConfig.load(flags.student_config)
     small = shrink(config)
     passed(f"Config found: {flags.student_config}")
-    if flags.teacher_path != "mock" or flags.teacher_path_low:
-        check_real_teacher(flags, config, prompts.prompts)
+    if flags.teacher_path != "mock" or flags.teacher_path_low or flags.teacher_lora or flags.teacher_lora_low:
+        check_real_teacher(flags, config, prompts if is_endless(file.prompts) else file.prompts)
     passed(
         f"Config adjusted: model_type {small.model_type}, block {small.block}, hidden_size {config.hidden_size} -> "
         f"{small.hidden_size}, depth {config.depth} -> {small.depth}, num_heads {small.num_heads}, "
@@ -168,7 +191,7 @@ def run_test(flags: Flags, folder: Path) -> None:
     )
 
     prepare_output_folder(folder)
-    student, teacher, embeds, report = build(small, prompts.prompts)
+    student, teacher, embeds, report = build(small, prompts)
     if aside := set_aside_previous_student(folder):
         passed(f"The student that was in {folder} is now in {aside}")
     trained = train_briefly(flags, student, teacher, embeds, folder)

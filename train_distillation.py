@@ -13,10 +13,10 @@ import sys
 
 from wandistiller.command_line import end_process, run_command
 from wandistiller.files.output_folder import check_output_folder
-from wandistiller.files.prompts import read_texts
+from wandistiller.files.prompts import TextPaths, read_texts
 from wandistiller.model.config import StudentConfig
 from wandistiller.run.config_help import print_config
-from wandistiller.run.flags import Flags, parse_args
+from wandistiller.run.flags import Flags, check_is_here, parse_args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,10 +32,14 @@ def main(argv: list[str] | None = None) -> int:
 def distil(flags: Flags, command: list[str]) -> int:
     """Take one run from its flags to a trained student; return the exit code."""
     # What a person typed is checked before torch loads:
+    check_is_here(flags, "student_config")
     config = StudentConfig.load(flags.student.student_config)
-    texts = read_texts(
-        flags.data.data_path, flags.states.extra_prompts, flags.output.eval_prompts, flags.output.eval_every != 0
+    check_is_here(flags, "data_path")
+    paths = TextPaths(
+        flags.data.data_path, flags.data.caption_column, flags.states.extra_prompts, flags.output.eval_prompts
     )
+    texts = read_texts(paths, flags.output.eval_every != 0, flags.optimization.seed)
+    check_is_here(flags, "teacher_path")
     check_output_folder(flags.output.output_dir)
 
     from wandistiller.reports.cards import try_to_write_model_card

@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # The rooms of the house from the top floor down: each imports only those below it.
 FLOORS = [
+    "__main__",
     "run",
     "budget",
     "training",

@@ -15,14 +15,27 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from wandistiller.errors import place_message, shortened
+from wandistiller import __version__
+from wandistiller.errors import lost_process_message, place_message, shortened
 
 # This says how long OpenMP's threads spin before they sleep, and must be set before torch loads. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes
 # small models a third of their speed; spinning for long costs whole time slices where another job keeps a core busy.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+
+# `wandistiller NAME`, which an installation puts on the PATH, and the script of a clone that is the same command.
+COMMANDS = {
+    "train": "train_distillation.py",
+    "project": "projection_mapper.py",
+    "preflight": "run_production_test.py",
+    "generate": "generate_images.py",
+    "evaluate": "evaluate_student.py",
+    "export": "export_student.py",
+    "playground": "playground.py",
+}
+ONE_COMMAND = "wandistiller"
 
 # These are torchrun's own flags; they come here when it is left out or another launcher is used.
 LAUNCHER_FLAGS = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_endpoint", "local_rank"}
@@ -33,7 +46,13 @@ _OTHER_NAMES = {
     "learning_rate unet_lr base_lr": ["lr"],
     "steps max_train_steps train_steps num_train_steps num_steps iterations": ["max_steps", "num_inference_steps"],
     "epochs num_train_epochs max_train_epochs": ["num_epochs"],
-    "infer_steps inference_steps sampling_steps sample_steps num_sampling_steps": ["num_inference_steps"],
+    "infer_steps inference_steps sampling_steps sample_steps num_sampling_steps": [
+        "num_inference_steps",
+        "teacher_steps",
+    ],
+    "num_inference_steps teacher_num_inference_steps": ["teacher_steps"],
+    "sampler sample_solver solver sampler_name": ["teacher_sampler"],
+    "guidance_interval cfg_interval guidance_start guidance_end": ["guidance_range"],
     "train_batch_size batch per_device_train_batch_size": ["batch_size"],
     "gradient_accumulation_steps gradient_accumulation accumulate_grad_batches": ["grad_accum_steps"],
     "mixed_precision precision weight_dtype": ["dtype"],
@@ -52,7 +71,7 @@ _OTHER_NAMES = {
     "num_images num_images_per_prompt num_validation_images num_videos": [
         "num_samples",
         "num_seeds",
-        "prompt: each prompt is drawn once; give it twice for two pictures, each from a noise of its own",
+        "num_images",
     ],
     "validation_prompt validation_prompts sample_prompts": ["eval_prompts", "prompts_file"],
     "prompts prompt_file prompt_path from_file captions": ["data_path", "prompts_file"],
@@ -72,9 +91,14 @@ _OTHER_NAMES = {
         'student_config: the size of the pictures is "image_size" in the file of --student_config',
         "student: the size of the pictures is the one that the student was trained at",
     ],
-    "lora lora_path lora_rank lora_weight lora_weights rank network_dim network_alpha network_module network_weights": [
-        "student_config: there is no LoRA here; all weights of the student are trained",
-        "student: there is no LoRA here; a student is a whole model",
+    "lora lora_path lora_weight lora_weights network_weights": [
+        "lora",
+        "student: projection_mapper.py --lora cuts a LoRA for a student, which diffusers and ComfyUI load onto its export",
+        "teacher_lora: a LoRA of the teacher is --teacher_lora FILE[:SCALE]; the student is trained whole",
+    ],
+    "lora_rank rank network_dim network_alpha network_module": [
+        "student_config: no LoRA is trained here; all weights of the student are trained",
+        "student: no LoRA is trained here; a student is a whole model",
     ],
     "hidden_size depth num_layers num_heads ffn_dim patch_size text_max_length": [
         "student_config: it is no flag but a line in the file of --student_config"
@@ -84,6 +108,20 @@ _OTHER_NAMES = {
         "student_config: a student draws single pictures",
     ],
 }
+
+
+def is_one_command() -> bool:
+    """Return whether this process was started as `wandistiller NAME`, which `wandistiller/__main__.py` writes to sys.argv."""
+    return sys.argv[0].startswith(f"{ONE_COMMAND} ")
+
+
+def command_words(script: str, num_processes: int = 1) -> list[str]:
+    """Return how a person starts a command, in the way in which this process was started."""
+    names = [name for name, known in COMMANDS.items() if known == script] if is_one_command() else []
+    launcher = ["torchrun", "--nproc_per_node", str(num_processes)]
+    if names:
+        return [*([*launcher, "-m"] if num_processes > 1 else []), ONE_COMMAND, *names]
+    return [*(launcher if num_processes > 1 else ["python"]), script]
 
 
 class FlagGroup:
@@ -103,7 +141,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str, epilog: str | None = None):
         super().__init__(
-            prog=prog,
+            prog=sys.argv[0] if is_one_command() else prog,
             description=description,
             epilog=epilog,
             allow_abbrev=False,
@@ -112,6 +150,8 @@ class FlagParser(argparse.ArgumentParser):
         # Also -1e-5 and -1,2 are values, to be answered as such; argparse knows -1 and -1.5 only:
         self._negative_number_matcher = re.compile(r"-\.?\d")
         self._given: list[str] = []
+        version = f"WanDistiller {__version__}"
+        self.add_argument("--version", action="version", version=version, help="show the version and exit")
 
     def group(self, title: str) -> FlagGroup:
         return FlagGroup(self.add_argument_group(title))
@@ -128,7 +168,7 @@ class FlagParser(argparse.ArgumentParser):
             return f"unexpected argument {given!r}; every value follows a --flag"
         if given.split("=")[0].removeprefix("--") in LAUNCHER_FLAGS:
             value = f" {others[0]}" if "=" not in given and others and not others[0].startswith("-") else ""
-            return f"{given.split('=')[0]} is a flag of torchrun: torchrun {given}{value} {self.prog} ..."
+            return f"{given.split('=')[0]} is a flag of torchrun: torchrun {given}{value} {'-m ' * is_one_command()}{self.prog} ..."
         flag = given.split("=")[0]
         return f"unknown flag {reprlib.repr(flag)[1:-1]}; {self._suggestion(flag)}"
 
@@ -196,6 +236,23 @@ def int_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers separated by commas, such as 0,2,5") from None
 
 
+def lora_file(text: str) -> tuple[str, float]:
+    """Read FILE or FILE:SCALE, as an argparse type; a colon that no number follows belongs to the path."""
+    name, colon, after = path(text).rpartition(":")
+    try:
+        scale = float(after) if colon and name else math.nan
+    except ValueError:
+        return text, 1.0
+    if not (colon and name):
+        return text, 1.0
+    if not math.isfinite(scale) or scale == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: the scale after the colon must be a number other than 0")
+    return name, scale
+
+
+LORA_FLAG: dict[str, Any] = {"action": "append", "type": lora_file, "metavar": "FILE[:SCALE]"}
+
+
 @dataclass(frozen=True)
 class TorchrunEnvironment:
     """Which of how many processes this one is, in the whole run and on this machine."""
@@ -240,6 +297,8 @@ def run_command(main: Callable[[], int | None]) -> int:
         return 130
     except Exception as error:
         message, code = place_message(error) or (str(error), getattr(error, "exit_code", None))
+        if lost := lost_process_message(error):
+            message, code = lost, 1
         if code is None:
             traceback.print_exc()
             return 1

@@ -65,3 +65,18 @@ def place_message(error: Exception) -> tuple[str, int] | None:
     if error.errno in _OF_A_DISK:
         return shortened(f"{where}: {error.strerror}; free some space, or give a folder on another disk"), 1
     return shortened(f"{where}: {error.strerror}; give another path, or mend this one"), 2
+
+
+def lost_process_message(error: Exception) -> str | None:
+    """Return a message for what a process raises whose fellow of the same run has died, else None.
+
+    torch's own errors of this kind have a base class of their own; gloo's are plain ones that quote the system.
+    """
+    is_of_torch = any(base.__name__ == "DistError" for base in type(error).__mro__)
+    is_of_gloo = "gloo" in str(error) and re.search(r"closed by peer|reset by peer|Broken pipe|refused", str(error))
+    if not is_of_torch and not is_of_gloo:
+        return None
+    return shortened(
+        f"another process of this run has ended or cannot be reached ({first_line(error)}); what it printed last says why. "
+        "The same command resumes from the last checkpoint"
+    )

@@ -5,6 +5,7 @@ A student that equals its teacher must score perfectly, and results must not dep
 pytest tests/commands/test_evaluate_student.py
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -14,9 +15,11 @@ import pytest
 from PIL import Image
 
 import evaluate_student
+from support.scorer_models import save_scorer
 from support.students import train_student, write_teacher
 from wandistiller.command_line import run_command
 from wandistiller.evaluation import demo_judge
+from wandistiller.evaluation.scorers import MODEL_TYPES
 from wandistiller.model.transformer import WanLiteStudent
 
 WORLD_PROMPTS = [
@@ -78,7 +81,11 @@ def test_table_json_and_picture(house, tmp_path, capsys):
     assert noise["meaning"][:40] in printed
     image = Image.open(tmp_path / "teacher_vs_student.png")
     assert image.width > 3 * 160 and image.height > 2 * 160
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "teacher_vs_student.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "evaluation.json",
+        "gallery.html",
+        "teacher_vs_student.png",
+    ]
 
 
 def test_a_student_equal_to_its_teacher_scores_perfectly(house, tmp_path):
@@ -142,6 +149,100 @@ def test_mistakes_are_answered_in_one_line(house, tmp_path, capsys, flags, messa
     argv = ["--student", str(house / "of" / "student"), "--prompts_file", str(house / "world.txt")]
     argv += ["--output", str(tmp_path / "out"), *[flag.format(house=house) for flag in flags]]
     assert run_command(lambda: evaluate_student.main(argv)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_of_a_table_that_was_trained_on_are_told_of(house, tmp_path, capsys):
+    """The record of a student names the file and the column that it was trained on."""
+    student = tmp_path / "student"
+    shutil.copytree(house / "of" / "student", student)
+    config = json.loads((student / "student_config.json").read_text(encoding="utf-8"))
+    table = tmp_path / "p.csv"
+    table.write_text(f'long,short\n"{WORLD_PROMPTS[0]}",x\nanother,y\n', encoding="utf-8")
+    config["distillation"] |= {"data_path": str(table), "caption_column": "long"}
+    (student / "student_config.json").write_text(json.dumps(config), encoding="utf-8")
+    flags = ["--caption_column", "long", "--num_prompts", "2", "--num_seeds", "1", "--num_inference_steps", "2"]
+    (tmp_path / "q.csv").write_text(f'long\n"{WORLD_PROMPTS[0]}"\n"{WORLD_PROMPTS[1]}"\n', encoding="utf-8")
+    assert evaluate(student, tmp_path / "q.csv", tmp_path / "out", *flags)["num_trained_prompts"] == 1
+    assert "1 of the 2 prompts are prompts of the training" in capsys.readouterr().out
+
+
+# ---- scorers ----
+
+
+@pytest.fixture(scope="module")
+def scorers(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("scorers")
+    assert list(MODEL_TYPES) == evaluate_student.SCORER_KINDS
+    for kind in MODEL_TYPES:
+        save_scorer(kind, root / kind)
+    return {kind: root / kind for kind in MODEL_TYPES}
+
+
+def given(scorers: dict[str, Path]) -> list[str]:
+    return [word for kind, folder in scorers.items() for word in ("--scorer", f"{kind}={folder}")]
+
+
+def test_scorers_are_in_table_json_and_card(house, tmp_path, capsys, scorers):
+    student = shutil.copytree(house / "of" / "student", tmp_path / "of" / "student")
+    plain = evaluate(student, house / "world.txt", tmp_path / "plain", "--num_seeds", "2")
+    capsys.readouterr()
+    results = evaluate(student, house / "world.txt", student, "--num_seeds", "2", *given(scorers))
+    printed, card = capsys.readouterr().out, (student / "README.md").read_text(encoding="utf-8")
+    assert set(results["scores"]) == {"clip", "siglip", "dino"}
+    assert "scores" not in plain and "cmmd" not in plain  # and nothing else is changed by being scored
+    measured = {name: value for name, value in results.items() if name not in ("scores", "cmmd", "cost")}
+    assert measured == {name: value for name, value in plain.items() if name != "cost"}
+    clip, dino = results["scores"]["clip"], results["scores"]["dino"]
+    assert clip["num_prompts"] == 3 and clip["model"] == str(scorers["clip"]) and clip["num_cut"] == 3
+    assert results["cmmd"]["num_pictures"] == 6 and results["cmmd"]["value"] > 0
+    for shown in (f"{clip['student']:.4g}", f"{dino['cosine']:.4g}", f"{results['cmmd']['value']:.4g}"):
+        assert shown in printed and shown in card
+    assert str(scorers["clip"]) not in card
+    for words in (
+        "clip is clip",
+        "siglip: cosine to the prompt",
+        "dino: cosine to the teacher's picture",
+        "CMMD (6 pictures)",
+    ):
+        assert words in printed and words in card
+    assert "of another model than openai/clip-vit-large-patch14-336" in " ".join(printed.split())
+
+
+def test_a_student_equal_to_its_teacher_keeps_all_of_each_score(house, tmp_path, scorers):
+    shape = {"hidden_size": 24, "depth": 3, "num_heads": 2, "ffn_dim": 40}
+    student = train_student(tmp_path / "same", house / "teacher", "--guidance_scale", "1", "--lr", "1e-12", **shape)
+    results = evaluate(student, house / "world.txt", tmp_path / "out", "--num_seeds", "1", *given(scorers))
+    for kind in ("clip", "siglip"):
+        found = results["scores"][kind]
+        assert found["student"] == pytest.approx(found["teacher"], abs=1e-3)
+        assert found["ratio"] is None or found["ratio"] == pytest.approx(1, abs=0.05)
+    assert results["scores"]["dino"]["cosine"] == pytest.approx(1, abs=1e-3)
+    assert results["cmmd"]["value"] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["clip"], "must be KIND=ID_OR_FOLDER, of the kinds clip, siglip, dino"),
+        (["fid={clip}"], "must be KIND=ID_OR_FOLDER"),
+        (["clip={clip}", "clip={clip}"], "one kind is given twice"),
+        (["dino={clip}"], "is a model of type 'clip'; for dino allowed: dinov2"),
+        (["siglip={house}/teacher"], "holds no config.json"),
+        (["clip={house}/none"], "there is no such folder"),
+    ],
+)
+def test_what_is_no_scorer_is_refused_before_anything_is_drawn(
+    house, tmp_path, capsys, monkeypatch, scorers, flags, message
+):
+    monkeypatch.setattr("wandistiller.evaluation.experiment.sample_in_batches", None)
+    argv = ["--student", str(house / "of" / "student"), "--prompts_file", str(house / "world.txt")]
+    argv += ["--output", str(tmp_path / "out"), "--device", "cpu"]
+    argv += [word for flag in flags for word in ("--scorer", flag.format(house=house, **scorers))]
+    with contextlib.suppress(SystemExit):
+        assert run_command(lambda: evaluate_student.main(argv)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,7 @@
 safetensors reads names, dtypes and metadata; diffusers reads the transformer, as a folder and as one file (velocities
 to 1e-5), and the pipeline, whose picture must be that of generate_images.py to 2 of 255 levels; this trainer must get
 the student back bit for bit and distil it again. ComfyUI is no dependency, so no test imports it: its rules are
-written down in wandistiller/projection/comfyui.py, and were held against its code by hand (docs/export.md).
+written down in wandistiller/projection/comfyui.py, and tools/check_comfyui.py holds them against a ComfyUI.
 
 pytest tests/commands/test_export_student.py
 """
@@ -34,6 +34,7 @@ from wandistiller.files.hub import HubError
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
+from wandistiller.projection.comfyui_workflow import Workflow, api_workflow, ui_workflow
 from wandistiller.projection.project import project_teacher
 from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.settings import RELEASED_LATENTS, resolve_settings
@@ -288,12 +289,11 @@ def draw(student: Path, output: Path, *flags: str) -> np.ndarray:
 
 
 def draw_as_printed(out: str, folder: Path, steps: int | None = None) -> np.ndarray:
-    """What the lines under "To draw:" draw, word for word but for the prompt and the steps; of generate_images.py's seed."""
+    """What the lines under "To draw:" draw, word for word but for the prompt and the steps; their seed is generate_images.py's."""
     code = textwrap.dedent(out.split("To draw:\n")[1])
     code = re.sub('prompt = ".*"', f'prompt = "{PROMPT}"', code)
     if steps:
         code = re.sub(r"num_inference_steps=\d+", f"num_inference_steps={steps}", code)
-    code = code.replace("\npipe(", "\ntorch.manual_seed(0)\npipe(")
     with contextlib.chdir(folder):
         exec(code, names := {})
     assert names["pipe"].vae.dtype == torch.float32
@@ -325,7 +325,59 @@ def test_the_printed_lines_draw_in_each_precision(student, export, tmp_path, fla
     assert ("# The linked text encoder" in outcome.out) == (flags == ["--link"])
 
 
+def test_schedulers_made_of_the_exports_own_keep_the_shift(exports):
+    """FlowMatchEulerDiscreteScheduler calls it shift and UniPC flow_shift; each drops the name that it does not know."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    own = UniPCMultistepScheduler.from_pretrained(exports["pipeline"], subfolder="scheduler")
+    assert own.config.flow_shift == 3.0
+    assert FlowMatchEulerDiscreteScheduler.from_config(own.config).shift == 3.0
+    assert FlowMatchEulerDiscreteScheduler.from_pretrained(exports["pipeline"], subfolder="scheduler").shift == 3.0
+    again = UniPCMultistepScheduler.from_config(FlowMatchEulerDiscreteScheduler.from_config(own.config).config)
+    expected = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    for scheduler in (again, own, expected):
+        scheduler.set_timesteps(7)
+    assert torch.equal(again.sigmas, expected.sigmas) and torch.equal(own.sigmas, expected.sigmas)
+
+
+def test_the_printed_prompt_is_one_that_the_student_is_tested_on(student, export, tmp_path):
+    """Of the demo's world a held-out one, and else one of the first that its run measured."""
+    out = export(student, "pipeline", output="of the demo").out
+    prompt = re.search('prompt = "(.*)"', out)[1]
+    assert prompt in (ROOT / "data" / "demo_heldout_prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert "generator=torch.Generator().manual_seed(0)" in out
+    (tmp_path / "mine.txt").write_text('a long prompt of a cat\na "red" cat\n' + "a dog\n" * 20, encoding="utf-8")
+    record = {"teacher_path": str(tmp_path / "other"), "data_path": str(tmp_path / "mine.txt")}
+    shutil.copytree(DEMO_TEACHER, tmp_path / "other")
+    (tmp_path / "other" / "teacher_record.json").unlink()
+    outcome = export(changed(student, tmp_path / "of another", **record), "pipeline", output="of another teacher")
+    assert outcome.code == 0, outcome.err
+    assert '\n  prompt = "a dog"\n' in outcome.out
+
+
 # ---- the card of a folder ----
+
+
+@pytest.mark.parametrize("name", ["diffusers", "pipeline"])
+def test_the_card_has_what_goes_wrong_in_silence(exports, name):
+    """Each default that it names is diffusers' own."""
+    import inspect
+
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    text = ModelCard.load(exports[name] / "README.md").text
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    said = {re.search("`?([a-z_]+)", give)[1]: (give, left_out) for _, give, left_out in table}
+
+    def default(function, parameter: str) -> str:
+        return str(inspect.signature(function).parameters[parameter].default)
+
+    assert said["guidance_scale"][1].startswith(default(WanPipeline.__call__, "guidance_scale"))
+    assert said["num_frames"][1].startswith(default(WanPipeline.__call__, "num_frames"))
+    assert said["max_sequence_length"][1].startswith(default(WanPipeline.encode_prompt, "max_sequence_length"))
+    assert said["max_sequence_length"][0] == "`max_sequence_length=512`"
+    assert said["its"][1].startswith(default(FlowMatchEulerDiscreteScheduler.__init__, "shift"))
+    assert " 3," in said["its"][0] and said["config"][0].startswith("`config=`")
 
 
 @pytest.mark.parametrize("name", ["diffusers", "pipeline"])
@@ -461,7 +513,7 @@ MISTAKES = {
     "fp8 for a pipeline": ("pipeline", ["--dtype", "fp8"], "give bf16 with pipeline"),
     "a VAE for one file": ("original", ["--vae_path", DEMO_TEACHER], "--vae_path belongs to --format pipeline"),
     "links in a transformer": ("diffusers", ["--link"], "--link belongs to --format pipeline"),
-    "a format of its own": ("gguf", [], "--format: invalid choice: 'gguf'"),
+    "a format of its own": ("onnx", [], "--format: invalid choice: 'onnx'"),
     "no such student": ("original", ["--student", "{tmp}/none"], "there is no such folder; give the --output_dir"),
     "a config for a student": (
         "diffusers",
@@ -507,6 +559,10 @@ MISTAKES = {
     ),
     "where no file can be": ("original", ["--output", "/proc/x.safetensors"], "cannot be written to"),
     "where no folder can be": ("diffusers", ["--output", "/proc/x"], "cannot be written to"),
+    "a workflow of a folder": ("diffusers", ["--workflow"], "--workflow is for --format original"),
+    "public, and nowhere": ("diffusers", ["--public"], "give that too"),
+    "links on the hub": ("pipeline", ["--link", "--push_to_hub", "a/b"], "is nothing on the hub"),
+    "no name on the hub": ("diffusers", ["--push_to_hub", "name"], "give OWNER/NAME"),
     "one file in a file": ("original", ["--output", "{tmp}/file/a.safetensors"], "is a file; give a folder"),
 }
 
@@ -697,7 +753,11 @@ READ_WRONG = {
     ),
     "freq_dim": ({"freq_dim": 128}, "freq_dim 256 as given, this student has 128: it would not load"),
     "eps": ({"eps": 1e-3}, "eps 1e-06 as given, this student has 0.001: it would draw otherwise"),
-    "text width": ({"text_encoder_output_dim": 128}, "text_encoder_output_dim 4096 as given"),
+    "text width": (
+        {"text_encoder_output_dim": 128},
+        "text_encoder_output_dim 4096 as given, this student has 128: it would find no text encoder for it, and versions older "
+        "than 0.19 would not load the file (size mismatch for text_embedding.0.weight)",
+    ),
     "slots": ({"text_max_length": 64}, "text_max_length 512 as given"),
     "channels": ({"num_channels": 4}, "16 or 48 channels"),
     "latents": ({"distillation": {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}}, "learnt others"),
@@ -756,11 +816,68 @@ def test_the_command_prints_warnings_and_settings(student, export, tmp_path):
 def test_settings_for_comfyui_are_those_of_the_record():
     taught = StudentConfig(**RELEASED, distillation={"shift": 12.0, "num_inference_steps": 40})
     text = comfyui_settings(taught)
-    assert all(part in text for part in ("shift 12,", "steps 40,", "cfg 1,", "uni_pc", "length 1"))
+    assert all(part in text for part in ("shift 12,", "steps 40,", "cfg 1,", "dpmpp_2m", "length 1"))
     few = taught.replace(distillation={"shift": 12.0, "num_inference_steps": 40, "student_steps": 4})
     assert "steps 4, cfg 1, euler, simple" in comfyui_settings(few)
     assert "EmptyHunyuanLatentVideo of length 1" in text
     assert "Wan22ImageToVideoLatent of length 1" in comfyui_settings(taught.replace(num_channels=48))
+
+
+@pytest.mark.parametrize("channels, source", [(16, "student_config"), (48, "student_config_5B")])
+def test_the_workflows_of_the_docs_are_those_of_the_ready_configs(channels, source):
+    workflow = Workflow.of(StudentConfig.load(ROOT / "config" / f"{source}.json"), "wan_student.safetensors")
+    for kind, made in (("api", api_workflow(workflow)), ("ui", ui_workflow(workflow))):
+        file = ROOT / "docs" / "comfyui" / f"wan_student_{channels}_channels_{kind}.json"
+        assert json.loads(file.read_text(encoding="utf-8")) == made
+
+
+# The widgets of each node in their order, as ComfyUI 0.33.0 declares them; after a seed its editor has one of its own.
+WIDGETS = {
+    "UNETLoader": ["unet_name", "weight_dtype"],
+    "CLIPLoader": ["clip_name", "type", "device"],
+    "VAELoader": ["vae_name"],
+    "ModelSamplingSD3": ["shift"],
+    "CLIPTextEncode": ["text"],
+    "EmptyHunyuanLatentVideo": ["width", "height", "length", "batch_size"],
+    "Wan22ImageToVideoLatent": ["width", "height", "length", "batch_size"],
+    "KSampler": ["seed", "control_after_generate", "steps", "cfg", "sampler_name", "scheduler", "denoise"],
+    "VAEDecode": [],
+    "SaveImage": ["filename_prefix"],
+}
+
+
+@pytest.mark.parametrize("channels", [16, 48])
+def test_the_editors_workflow_asks_for_what_the_api_is_asked_for(channels):
+    """As ComfyUI's own editor turned these files into prompts (docs/compatibility.md)."""
+    folder = ROOT / "docs" / "comfyui"
+    editor, api = (
+        json.loads((folder / f"wan_student_{channels}_channels_{kind}.json").read_text()) for kind in ("ui", "api")
+    )
+    links = {number: (str(source), slot) for number, source, slot, *_ in editor["links"]}
+    prompt = {}
+    for node in editor["nodes"]:
+        values = dict(zip(WIDGETS[node["type"]], node["widgets_values"], strict=True))
+        values.pop("control_after_generate", None)
+        joined = {entry["name"]: list(links[entry["link"]]) for entry in node["inputs"]}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": values | joined}
+        for slot, output in enumerate(node["outputs"]):
+            assert all(links[link] == (str(node["id"]), slot) for link in output["links"])
+    assert prompt == api
+
+
+def test_a_workflow_beside_the_file_has_the_students_own_settings(export, student, tmp_path):
+    few = changed(student, tmp_path / "few", student_steps=3)
+    outcome = export(few, "original", "--workflow", output="a.safetensors")
+    assert outcome.code == 0, outcome.err
+    nodes = {
+        node["type"]: node["widgets_values"] for node in json.loads((tmp_path / "a.workflow.json").read_text())["nodes"]
+    }
+    assert nodes["UNETLoader"][0] == "a.safetensors" and nodes["ModelSamplingSD3"] == [3.0]
+    assert nodes["KSampler"][2:6] == [3, 1.0, "euler", "simple"]
+    assert nodes["EmptyHunyuanLatentVideo"][:3] == [64, 64, 1]
+    before = snapshot(tmp_path)
+    outcome = export(few, "original", "--workflow", output="a.safetensors")
+    assert_refused(outcome, "is there already", tmp_path, before)
 
 
 # ---- a student by folder or by name ----

@@ -20,6 +20,7 @@ from support.runs import snapshot
 from support.students import PROMPTS, train_student, write_teacher
 from support.wan_folders import write_pipeline_folder
 from wandistiller.command_line import run_command
+from wandistiller.files.prompt_templates import is_held_out
 from wandistiller.files.safetensors_files import read_header
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
@@ -144,6 +145,40 @@ def test_defaults_come_from_the_record(house, tmp_path):
     expected = {"prompt": "a red circle", "seed": "0", "model": "student", "guidance_scale": "1.0", "shift": "3.0"}
     expected["num_inference_steps"] = str(settings["num_inference_steps"])
     assert {name: image.text[name] for name in expected} == expected
+
+
+def test_a_prompt_is_drawn_as_often_as_it_is_asked_for_each_time_from_a_noise_of_its_own(house, tmp_path):
+    """Written twice in a file, or several times by --num_images; a name tells the seed that draws the picture again."""
+    student = house / "of_one" / "student"
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na cat\n", encoding="utf-8")
+    flags = [
+        "--num_inference_steps",
+        "2",
+        "--device",
+        "cpu",
+        "--prompt_cache",
+        str(house / "cache"),
+        "--student",
+        str(student),
+    ]
+    file = ["--prompts_file", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "twice")]
+    assert generate_images.main([*flags, *file]) == 0
+    names = sorted(path.name for path in (tmp_path / "twice").glob("0*.png"))
+    assert names == [f"{i:03d}_{what}_seed{i}_32x32.png" for i, what in enumerate(["a-cat", "a-dog", "a-cat"])]
+    several = ["--prompt", "a cat", "a dog", "--num_images", "2", "--seed", "5", "--output", str(tmp_path / "several")]
+    assert generate_images.main([*flags, *several]) == 0
+    pictures = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "several").glob("0*.png")}
+    assert sorted(pictures) == [
+        "000_a-cat_seed5_32x32.png",
+        "001_a-cat_seed6_32x32.png",
+        "002_a-dog_seed7_32x32.png",
+        "003_a-dog_seed8_32x32.png",
+    ]
+    assert not np.array_equal(pictures["000_a-cat_seed5_32x32.png"], pictures["001_a-cat_seed6_32x32.png"])
+    again = ["--prompt", "a cat", "--seed", "6", "--output", str(tmp_path / "again")]
+    assert generate_images.main([*flags, *again]) == 0
+    drawn = np.asarray(Image.open(tmp_path / "again" / "000_a-cat_seed6_32x32.png"))
+    assert np.abs(drawn.astype(int) - pictures["001_a-cat_seed6_32x32.png"]).max() <= 1
 
 
 def test_guidance_is_refused_where_it_is_baked_in(house, tmp_path, capsys):
@@ -339,3 +374,29 @@ def test_the_teacher_of_another_student_is_refused(house, mistakes, capsys):
     argv += ["--model", "teacher", "--teacher_path", str(mistakes / "other")]
     assert run_command(lambda: generate_images.main(argv)) == 2
     assert "has num_channels 48, the student 16" in capsys.readouterr().err
+
+
+def test_prompts_come_from_tables_and_from_the_held_out_part_of_templates(house, tmp_path, capsys):
+    (tmp_path / "p.csv").write_text("words,seed\na red circle,1\n,2\na blue square,3\n", encoding="utf-8")
+    (tmp_path / "p.template.txt").write_text(f"a {'{red|blue|green|white|black} ' * 8}circle\n", encoding="utf-8")
+    argv = [
+        "--student",
+        str(house / "of_one" / "student"),
+        "--prompt_cache",
+        str(house / "of_one" / "cache"),
+        "--device",
+        "cpu",
+    ]
+    argv += ["--num_inference_steps", "1"]
+    files = ["--prompts_file", str(tmp_path / "p.csv"), "--caption_column", "words", "--num_prompts", "1"]
+    assert generate_images.main([*argv, *files, "--output", str(tmp_path / "a")]) == 0
+    assert "1 rows left out: 1 without a caption" in capsys.readouterr().out
+    assert [file.name.split("_")[1] for file in (tmp_path / "a").glob("0*.png")] == ["a-red-circle"]
+    assert (
+        generate_images.main(
+            [*argv, "--prompts_file", str(tmp_path / "p.template.txt"), "--output", str(tmp_path / "b")]
+        )
+        == 0
+    )
+    drawn = [Image.open(file).text["prompt"] for file in sorted((tmp_path / "b").glob("0*.png"))]
+    assert len(drawn) == 8 and all(is_held_out(prompt) for prompt in drawn)

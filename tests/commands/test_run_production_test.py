@@ -32,6 +32,8 @@ FLAGS = [
     ("data_path", "x", "data/static_prompts.txt"),
     ("teacher_path", "x", "mock"),
     ("teacher_path_low", "x", None),
+    ("teacher_lora", "x:0.5", None),
+    ("teacher_lora_low", "x", None),
     ("num_epochs", "3", 1),
     ("batch_size", "5", 2),
     ("output_dir", "x", None),

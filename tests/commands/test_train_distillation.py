@@ -46,6 +46,8 @@ RUN_FILES = {"metrics.jsonl", "projection_report.json", "loss.png", "README.md"}
 FLAGS = [
     ("teacher_path", ["x"], "data/demo_teacher"),
     ("teacher_path_low", ["x"], None),
+    ("teacher_lora", ["x:0.5"], None),
+    ("teacher_lora_low", ["x"], None),
     ("text_encoder_path", ["x"], None),
     ("vae_path", ["x"], None),
     ("data_path", ["x"], "data/demo_prompts.txt"),

@@ -145,8 +145,8 @@ OTHER_NAMES = {
     "--num_train_epochs": "here it is called --num_epochs",
     "--num_images": "here it is called --num_samples",
     "--resolution": '"image_size" in the file of --student_config',
-    "--lora": "there is no LoRA here",
-    "--network_dim": "there is no LoRA here",
+    "--lora": "a LoRA of the teacher is --teacher_lora FILE[:SCALE]",
+    "--network_dim": "no LoRA is trained here",
     "--train_batch_size": "here it is called --batch_size",
     "--gradient_accumulation_steps": "here it is called --grad_accum_steps",
     "--mixed_precision": "here it is called --dtype",
@@ -169,7 +169,8 @@ def test_a_flag_of_another_trainer_is_answered_with_ours(refused, flag):
     [
         (generate_images, ["--steps", "4"], "here it is called --num_inference_steps"),
         (generate_images, ["--resolution", "512"], "the size of the pictures is --height and --width"),
-        (generate_images, ["--num_images", "4"], "give it twice for two pictures"),
+        (generate_images, ["--num_images_per_prompt", "4"], "here it is called --num_images"),
+        (generate_images, ["--lora", "x"], "projection_mapper.py --lora cuts a LoRA for a student"),
         (evaluate_student, ["--num_images", "4"], "here it is called --num_seeds"),
         (evaluate_student, ["--resolution", "4"], "the one that the student was trained at"),
         (generate_images, ["--model_path", "x"], "here it is called --student; the following arguments are required"),
@@ -342,7 +343,30 @@ def test_a_wrong_prompts_file(refused, tmp_path, content, words):
 
 def test_prompts_that_are_not_there_or_a_folder(refused, tmp_path):
     refused("--data_path", tmp_path / "nowhere.txt", words=["nowhere.txt", "No such file", "one prompt a line"])
-    refused("--data_path", tmp_path, words=[str(tmp_path), "directory", "one prompt a line"])
+    (tmp_path / "empty").mkdir()
+    refused("--data_path", tmp_path / "empty", words=[str(tmp_path / "empty"), "directory", "one prompt a line"])
+
+
+CAPTION_FILES = {
+    "two columns": ("p.csv", b"short,long\na,b\n", [], ["--caption_column", "'short', 'long'"]),
+    "no such column": (
+        "p.csv",
+        b"caption\na\n",
+        ["--caption_column", "words"],
+        ["--caption_column 'words'", "'caption'"],
+    ),
+    "an empty column": ("p.csv", b"caption,id\n,1\n,2\n", [], ["no prompt", "2 rows left out", "without a caption"]),
+    "no Parquet": ("p.parquet", b"a cat\n", [], ["no whole Parquet file"]),
+    "unknown wildcard": ("p.template.txt", b"a __cat__\n", [], ["line 1", "__cat__", "cat.txt"]),
+    "no length": ("p.template.txt", b"{0-8$$a|b|c|d|e|f|g|h|i}\n", [], ["--teacher_calls", "--max_steps"]),
+}
+
+
+@pytest.mark.parametrize("name", CAPTION_FILES)
+def test_a_wrong_table_or_template(refused, tmp_path, name):
+    file, content, flags, words = CAPTION_FILES[name]
+    (tmp_path / file).write_bytes(content)
+    refused("--data_path", tmp_path / file, *flags, words=[str(tmp_path / file), *words])
 
 
 # ---- teachers ----
@@ -472,7 +496,7 @@ def test_a_prompt_cache_that_is_a_file(refused, tmp_path):
     [
         (["--num-epoch", "3"], ["--num_epoch", "did you mean --num_epochs?"]),
         (["--student_config", "nowhere.json"], ["nowhere.json", "no such file"]),
-        (["--data_path", str(ROOT)], [str(ROOT), "directory"]),
+        (["--data_path", str(ROOT / "config")], [str(ROOT / "config"), "directory"]),
         (["--teacher_path", "nowhere/at/all"], ["nowhere/at/all", "no such file or folder"]),
     ],
 )

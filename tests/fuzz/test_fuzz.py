@@ -8,6 +8,7 @@ pytest tests/fuzz/test_fuzz.py
 """
 
 import collections
+import gzip
 import json
 import os
 import re
@@ -16,7 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+from diffusers import WanTransformer3DModel
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -25,10 +29,13 @@ import export_student
 import generate_images
 import projection_mapper
 import train_distillation
-from support.damage import IN_BYTES, IN_JSON, IN_PLACE, IN_TENSORS, Damage, apply, damages
+from support.damage import IN_BYTES, IN_GGUF, IN_JSON, IN_PLACE, IN_TENSORS, Damage, apply, damages
 from support.forked import Ended, run_forked
+from support.gguf_files import write_wan_gguf
+from support.loras import comfyui_keys, random_pairs, write
 from support.runs import PRUNED_CONFIG
-from support.students import train_student, write_teacher
+from support.scorer_models import save_scorer
+from support.students import PROMPTS, train_student, write_teacher
 from support.wan_folders import write_single_file, write_transformer_folder
 
 LONGEST_MESSAGE = 500  # letters, without the path of the test's own folder
@@ -66,9 +73,19 @@ def project_student(case: Path) -> tuple[Callable, list[object]]:
     return main, [*argv, "--student_config", case / "config.json"]
 
 
-def draw(*flags: object, prompts: bool = False) -> Command:
+def project_with_lora(case: Path) -> tuple[Callable, list[object]]:
+    main, argv = project()(case)
+    return main, [*argv, "--teacher_lora", case / "lora.safetensors"]
+
+
+def cut_lora(case: Path) -> tuple[Callable, list[object]]:
+    argv = ["--lora", case / "lora.safetensors", "--student", case / "student", "--output", case / "new.safetensors"]
+    return projection_mapper.main, argv
+
+
+def draw(*flags: object, prompts: str = "") -> Command:
     def command(case: Path) -> tuple[Callable, list[object]]:
-        text = ["--prompts_file", case / "prompts.txt"] if prompts else ["--prompt", "a red circle"]
+        text = ["--prompts_file", case / prompts, "--num_prompts", 4] if prompts else ["--prompt", "a red circle"]
         places = ["--student", case / "student", "--prompt_cache", case / "cache", "--output", case / "new"]
         teacher = ["--teacher_path", case / "teacher"]
         return generate_images.main, [*places, *teacher, *text, "--num_inference_steps", 1, "--device", "cpu", *flags]
@@ -91,6 +108,12 @@ def evaluate(case: Path) -> tuple[Callable, list[object]]:
     return evaluate_student.main, [*argv, "--device", "cpu"]
 
 
+def score(case: Path) -> tuple[Callable, list[object]]:
+    main, argv = evaluate(case)
+    scorers = ["--scorer", f"clip={case / 'clip'}", "--scorer", f"dino={case / 'dino'}", "--output", case / "new"]
+    return main, [*argv, *scorers]
+
+
 def train(*flags: object) -> Command:
     """Train on from the run in the case's folder, with its own teacher and cache."""
 
@@ -107,7 +130,13 @@ SHARED_TEACHER = ["teacher", "student"]
 GROUPS = {
     "student config": Group(["teacher", "config.json"], ["config.json"], IN_JSON + IN_BYTES + IN_PLACE, project_student, 30, 1000),
     "prompts": Group(
-        [*SHARED_TEACHER, "cache", "prompts.txt"], ["prompts.txt"], IN_BYTES + IN_PLACE, draw(prompts=True), 20
+        [*SHARED_TEACHER, "cache", "prompts.txt"], ["prompts.txt"], IN_BYTES + IN_PLACE, draw(prompts="prompts.txt"), 20
+    ),
+    "tables of captions": Group(
+        [*SHARED_TEACHER, "cache", "tables"], ["tables/*"], IN_JSON + IN_BYTES + IN_PLACE, draw(prompts="tables"), 24
+    ),
+    "prompt templates": Group(
+        [*SHARED_TEACHER, "cache", "templates"], ["templates/*"], IN_BYTES + IN_PLACE, draw(prompts="templates"), 12
     ),
     "teacher's JSON": Group(
         ["teacher"],
@@ -121,6 +150,7 @@ GROUPS = {
     "teacher's weights": Group(
         ["single.safetensors"], ["single.safetensors"], IN_TENSORS + IN_BYTES + IN_PLACE, project(teacher="single.safetensors"), 20
     ),
+    "GGUF": Group(["wan.gguf"], ["wan.gguf"], IN_GGUF + IN_BYTES + IN_PLACE, project(teacher="wan.gguf"), 30),
     "text encoder": Group(
         SHARED_TEACHER,
         ["teacher/text_encoder/*", "teacher/tokenizer/*"],
@@ -130,6 +160,16 @@ GROUPS = {
     ),
     "VAE": Group(
         [*SHARED_TEACHER, "cache"], ["teacher/vae/*"], IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE, export_pipeline, 20
+    ),
+    "LoRA": Group(
+        ["teacher", "lora.safetensors"], ["lora.safetensors"], IN_TENSORS + IN_BYTES + IN_PLACE, project_with_lora, 25
+    ),
+    "student's selection": Group(
+        ["lora.safetensors", "student"],
+        ["student/projection_report.json", "lora.safetensors"],
+        IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE,
+        cut_lora,
+        30,
     ),
     "student's record": Group(
         SHARED_TEACHER, ["student/student_config.json"], IN_JSON + IN_BYTES + IN_PLACE, export_pipeline, 25, 1000
@@ -146,11 +186,25 @@ RUN_GROUPS = {
     "prompt cache": Group([*SHARED_TEACHER, "cache"], ["cache/*/*"], IN_TENSORS + IN_BYTES + IN_PLACE, draw(), 8),
     "evaluation": Group(
         [*SHARED_TEACHER, "cache", "prompts.txt"],
-        ["student/evaluation.json", "student/metrics.jsonl", "student/README.md"],
+        [
+            "student/evaluation.json",
+            "student/metrics.jsonl",
+            "student/README.md",
+            "student/samples/*",
+            "student/gallery.html",
+        ],
         IN_JSON + IN_BYTES + IN_PLACE,
         evaluate,
         5,
         300,
+    ),
+    "scorers": Group(
+        [*SHARED_TEACHER, "cache", "prompts.txt", "clip", "dino"],
+        ["clip/*", "dino/*"],
+        IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE,
+        score,
+        10,
+        400,
     ),
     "checkpoints": Group(
         ["teacher", "config.json", "prompts.txt", "cache", "run"],
@@ -171,6 +225,18 @@ RUN_GROUPS = {
 }
 
 
+def write_tables(folder: Path) -> None:
+    """Write a folder with the same captions in every kind of table."""
+    folder.mkdir()
+    rows = [{"id": index, "caption": caption} for index, caption in enumerate(PROMPTS)]
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (folder / "a.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "b.csv.gz").write_bytes(gzip.compress(b'caption,id\n"a red circle",1\n'))
+    (folder / "c.tsv").write_text("id\tcaption\n1\ta blue square\n", encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "d.parquet")
+    (folder / "e.txt.zst").write_bytes(pyarrow.compress(b"a red circle\n", codec="zstd", asbytes=True))
+
+
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> Path:
     """Everything that a case takes its parts from, whole; what it is made with is loaded before a case is forked."""
@@ -180,6 +246,13 @@ def house(tmp_path_factory) -> Path:
     (root / "teacher" / "teacher_record.json").write_text(json.dumps(record), encoding="utf-8")
     write_transformer_folder(root / "sharded", max_shard_size="60KB")
     write_single_file(root / "single.safetensors")
+    write_wan_gguf(root / "wan.gguf", heads=1)
+    for kind in ("clip", "dino"):
+        save_scorer(kind, root / kind)
+    model = WanTransformer3DModel.from_pretrained(root / "teacher" / "transformer")
+    write(
+        root / "lora.safetensors", comfyui_keys(random_pairs(model), alpha=1.5), {"lora_adapter_metadata": '{"r": 3}'}
+    )
     (root / "config.json").write_text(json.dumps(PRUNED_CONFIG), encoding="utf-8")
     made = train_student(root / "made", root / "teacher")
     for name, place in {
@@ -188,14 +261,22 @@ def house(tmp_path_factory) -> Path:
         "prompts.txt": root / "made" / "prompts.txt",
     }.items():
         shutil.move(place, root / name)
-    main, argv = evaluate(root)
-    assert main(list(map(str, argv))) == 0
+    write_tables(root / "tables")
+    (root / "templates").mkdir()
+    (root / "templates" / "a.template.txt").write_text(r"{3::__n__|2$$ and $$x|y} {\{a\}|{b|c}}", encoding="utf-8")
+    (root / "templates" / "n.txt").write_text("# numbers\n2::one\n__m__\n", encoding="utf-8")
+    (root / "templates" / "m.txt").write_text("two\nthree\n", encoding="utf-8")
+    for command in (score, evaluate):
+        main, argv = command(root)
+        argv = [root / "warm_score" if word == root / "new" else word for word in argv]
+        assert main(list(map(str, argv))) == 0
     for flags in (("--max_steps", 2, "--teacher_cache", "{case}/answers"), ("--max_steps", 2, "--overwrite")):
         main, argv = train(*flags)(root)
         assert main(list(map(str, argv))) == 0
-    for number, command in enumerate((project_student, draw(), export, export_pipeline)):
+    for number, command in enumerate((project_student, project_with_lora, cut_lora, draw(), export, export_pipeline)):
         main, argv = command(root)
-        argv = [root / f"warm_{number}" if word == root / "new" else word for word in argv]
+        warm = {root / "new": root / f"warm_{number}", root / "new.safetensors": root / f"warm_{number}.safetensors"}
+        argv = [warm.get(word, word) for word in argv]
         assert main(list(map(str, argv))) in (0, None)
     return root
 
@@ -229,7 +310,7 @@ def fault_of(ended: Ended, case: Path, before: set[str]) -> str | None:
         lines = ended.err.strip().splitlines()
         places = re.findall(r'File ".*?/(wandistiller/\S+|\w+\.py)", line (\d+)', ended.err)
         return f"traceback: {lines[-1][:160]} at {':'.join(places[-1]) if places else '?'}"
-    if written := set(os.listdir(case)) - before - {"new", "cache", "run"}:
+    if written := set(os.listdir(case)) - before - {"new", "new.safetensors", "cache", "run"}:
         return f"wrote {sorted(written)}"
     if ended.code == 2:
         messages = [line for line in ended.err.splitlines() if "error: " in line]
@@ -238,6 +319,8 @@ def fault_of(ended: Ended, case: Path, before: set[str]) -> str | None:
         if len(messages[0].replace(str(case), "")) > LONGEST_MESSAGE:
             return f"a message of {len(messages[0])} letters: {messages[0].replace(str(case), '')[:120]}"
         # A run may find damage only when it reads an answer, and then has written what it did until then.
+        if (case / "new.safetensors").exists():
+            return "refused, and a file is left"
         left = [name for name in ("new", "cache", "run") if name not in before and (case / name).exists()]
         empty = [name for name in left if name == "new" or not any((case / name).iterdir())]
         return f"refused, and {empty[0]} is left" if empty else None

@@ -12,7 +12,8 @@ import pytest
 from support.runs import PRUNED_CONFIG, ROOT
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
-from wandistiller.sampling.recorded import recorded_path, teacher_paths
+from wandistiller.projection.comfyui import comfyui_sampler
+from wandistiller.sampling.recorded import StudentRecord, recorded_path, teacher_paths
 
 
 def student_of(**record: object) -> StudentConfig:
@@ -60,3 +61,20 @@ def test_the_low_noise_expert_is_found_as_the_teacher_is(tmp_path):
 
 def test_a_flag_goes_before_the_record():
     assert teacher_paths(student_of(teacher_path="somebodys/folder"), "a/b", "c") == ("a/b", "c")
+
+
+@pytest.mark.parametrize(
+    "record, sampler, teachers, comfyui",
+    [
+        ({}, "unipc", "unipc", "dpmpp_2m"),
+        ({"student_steps": 4}, "euler", "unipc", "euler"),
+        ({"teacher_sampler": "euler"}, "flow_euler", "flow_euler", "euler"),
+        ({"teacher_sampler": "euler", "student_steps": 2}, "flow_euler", "flow_euler", "euler"),
+    ],
+)
+def test_a_student_of_a_teacher_of_few_steps_is_drawn_by_eulers_method_wherever_it_is(
+    record, sampler, teachers, comfyui
+):
+    config = student_of(**record)
+    recorded = StudentRecord.of(config)
+    assert (recorded.sampler, recorded.sampler_of_teacher, comfyui_sampler(config)) == (sampler, teachers, comfyui)

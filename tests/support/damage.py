@@ -1,4 +1,4 @@
-"""Damage to files as hypothesis draws it: JSON with hostile values, safetensors with hostile headers, bytes, and no file at all.
+"""Damage to files as hypothesis draws it: JSON with hostile values, safetensors and GGUF with hostile headers, bytes, no file at all.
 
 A `Damage` is drawn before the file is known, so that it can be told in a line and done again.
 """
@@ -25,6 +25,8 @@ IN_JSON = ["value", "value", "value", "delete", "rename", "add", "twice", "text"
 IN_BYTES = ["flip", "truncate", "insert", "zeros", "empty", "utf-16", "latin-1", "pickle"]
 IN_PLACE = ["missing", "folder", "pipe", "loop", "dangling"]
 IN_TENSORS = ["header", "dtype", "shape", "name", "offsets", "metadata", "nan", "length"]
+IN_GGUF = ["header bytes", "header number"]
+GGUF_HEADER_BYTES = 2000  # the counts, the fields and the first tensors' names, shapes, types and places
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def apply(damage: Damage, files: list[Path], bomb: Path) -> Path:
         file.write_bytes(pickle.dumps(Bomb(str(bomb))))
     elif damage.kind in IN_BYTES:
         file.write_bytes(_bytes(file.read_bytes(), damage))
+    elif damage.kind in IN_GGUF:
+        file.write_bytes(_gguf(file.read_bytes(), damage))
     elif damage.kind in IN_TENSORS and file.suffix == ".safetensors":
         file.write_bytes(_tensors(file.read_bytes(), damage))
     elif file.suffix == ".jsonl":
@@ -117,6 +121,15 @@ def _bytes(content: bytes, damage: Damage) -> bytes:
     if damage.kind in ("utf-16", "latin-1"):
         return ("é" + content.decode("utf-8", "replace")).encode(damage.kind, "replace")
     return b"" if damage.kind == "empty" else content[:at]
+
+
+def _gguf(content: bytes, damage: Damage) -> bytes:
+    """Damage the header of a GGUF file: some bytes of it, or a whole number as the format has them."""
+    at = int(damage.where * min(GGUF_HEADER_BYTES, len(content)))
+    if damage.kind == "header bytes":
+        return content[:at] + bytes(byte ^ 0xFF for byte in content[at : at + 2]) + content[at + 2 :]
+    value = damage.value if type(damage.value) is int else len(str(damage.value))
+    return content[:at] + (value % 2**64).to_bytes(8, "little") + content[at + 8 :]
 
 
 def _json(text: str, damage: Damage) -> str:

@@ -73,13 +73,20 @@ def settings(num_experts: int, num_steps: int = 6) -> TeacherSettings:
     return about if num_experts == 1 else replace(about, guidance_scale_2=3.0, boundary_ratio=0.875)
 
 
-def make_teacher(gpu: FakeGpu, num_experts: int = 1, is_offloaded: bool = False, is_fp8: bool = False) -> Teacher:
+def make_teacher(
+    gpu: FakeGpu,
+    num_experts: int = 1,
+    is_offloaded: bool = False,
+    is_fp8: bool = False,
+    guidance_range: tuple[float, float] | None = None,
+) -> Teacher:
     place = "cpu" if is_offloaded else GPU
     models = [unfilled_model(TEACHER, torch.float32) for _ in range(num_experts)]
     experts = [filled(to_fp8(model) if is_fp8 else model, gpu.mode, place) for model in models]
     named = dict(zip(("high", "low"), experts, strict=False))
     negative = torch.randn(5, TEXT_DIM)
-    return Teacher(named, settings(num_experts), negative, GPU if is_offloaded else None)
+    about = replace(settings(num_experts), guidance_range=guidance_range)
+    return Teacher(named, about, negative, GPU if is_offloaded else None)
 
 
 def make_student(gpu: FakeGpu, config: StudentConfig = STUDENT) -> WanLiteStudent:
@@ -163,6 +170,7 @@ RUNS: dict[str, tuple[dict, dict]] = {
     "renoised": ({}, {"kind": "renoised"}),
     "two experts, renoised, in parts": ({"num_experts": 2}, {"kind": "renoised", "lanes": Lanes(4, 0, 4, 2)}),
     "noise": ({"num_experts": 2}, {"kind": "noise"}),
+    "guided at some noise levels": ({"guidance_range": (0.3, 0.9)}, {}),
     "one of two processes": ({}, {"lanes": Lanes(8, 4, 4, 4)}),
 }
 

@@ -468,7 +468,7 @@ def test_an_alien_safetensors_file_is_refused(tmp_path):
     assert "no Wan transformer" in refusal(path)
 
 
-@pytest.mark.parametrize("name", ["wan-Q4_K_M.gguf", "wan.ckpt", "wan.pth", "wan.bin", "wan"])
+@pytest.mark.parametrize("name", ["wan-Q4_K_M.ggml", "wan.ckpt", "wan.pth", "wan.bin", "wan"])
 def test_other_file_types_are_refused_with_what_is_allowed(tmp_path, name):
     (tmp_path / name).write_bytes(b"GGUF")
     assert ".safetensors" in refusal(tmp_path / name)

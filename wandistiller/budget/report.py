@@ -304,6 +304,11 @@ def compute_lines(workload: Workload) -> list[str]:
     return [
         f"  a step: teacher {si(flops.teacher)}, student {si(flops.student_forward)} forward + "
         f"{si(flops.student_backward)} backward{extra} = {si(flops.total)}FLOP a GPU",
+        *(
+            [f"  guidance, a second pass of the teacher, at about {workload.guided_share:.0%} of its answers"]
+            if workload.uses_guidance and workload.guided_share < 1
+            else []
+        ),
         f"  the job: {workload.num_steps:,} steps of {workload.global_batch_size:,} prompts, about {calls:,.0f} teacher calls of as many, "
         f"{si(flops.total * workload.num_steps + held_out_flops(workload))}FLOP a GPU",
         *(

@@ -74,7 +74,7 @@ def measure_step(workload: Workload, device: str, flops_per_s: float) -> StepTim
         return None
     dtype = DTYPES[workload.dtype]
     (answer_s,) = _at_depth(
-        lambda depth: _seconds_of_answers(workload, depth, device, dtype), teacher, workload.teacher.depth
+        lambda depth: _seconds_of_average_answers(workload, depth, device, dtype), teacher, workload.teacher.depth
     )
     learn_s, update_s = _at_depth(
         lambda depth: _seconds_of_learning(workload, depth, device, dtype), student, workload.student.depth
@@ -91,6 +91,16 @@ def _at_depth(measure: Callable[[int], tuple[float, ...]], measured: int, depth:
     # A block never takes less than nothing, as noise may have it.
     blocks = [max(0.0, most - least) / (measured - 1) for least, most in zip(measure(1), many, strict=True)]
     return [most + (depth - measured) * block for most, block in zip(many, blocks, strict=True)]
+
+
+def _seconds_of_average_answers(workload: Workload, depth: int, device: str, dtype: torch.dtype) -> tuple[float]:
+    """Measure an answer with guidance and, where not all have it, one without, each by its share."""
+    share = workload.guided_share if workload.uses_guidance else 1.0
+    (seconds,) = _seconds_of_answers(workload, depth, device, dtype)
+    if share == 1:
+        return (seconds,)
+    (without,) = _seconds_of_answers(replace(workload, uses_guidance=False), depth, device, dtype)
+    return (share * seconds + (1 - share) * without,)
 
 
 def _seconds_of_answers(workload: Workload, depth: int, device: str, dtype: torch.dtype) -> tuple[float]:

@@ -73,6 +73,7 @@ class Workload:
         maps_features: whether the student's hidden states pass a learnt map to the teacher's width first.
         replayed_batches: batches of answers that are kept to be learnt from again; 0 without replay, and where a cache has them.
         stored_latents: latents kept per sample of a batch for training states: paths in flight and finished samples.
+        guided_share: share of the teacher's answers that guidance makes two passes of, where it is used.
         calls_per_step: batches that the teacher answers for one forward and backward pass of the student.
         mean_text_tokens: length of a prompt on average.
         negative_text_tokens: length of the negative prompt.
@@ -86,6 +87,7 @@ class Workload:
     latent_size: int
     num_experts: int = 1
     uses_guidance: bool = True
+    guided_share: float = 1.0
     batch_size: int = 1
     grad_accum_steps: int = 1
     num_processes: int = 1
@@ -263,10 +265,10 @@ def _feature_components(workload: Workload, activations: int) -> list[Component]
     whole = per_channel * workload.teacher.hidden_size * FP32
     copies = 3 if workload.maps_features else 1  # of the difference; mapped, also of what was mapped and its rounding
     errors = per_channel * width * (copies * FP32 + 1)  # and the mask, a byte each
-    # The teacher's are whole until it has answered. Those of two experts are copied together: at most while the second one
-    # answers all states but one.
+    # The teacher's are whole until it has answered. Those of two experts, or with and without guidance, are copied together: at
+    # most while the second one answers all states but one.
     moments = [activations + whole]
-    if workload.num_experts > 1:
+    if workload.num_experts > 1 or (workload.uses_guidance and workload.guided_share < 1):
         others = (workload.batch_size - 1) / workload.batch_size
         moments.append(whole + round(others * (activations + whole)))
     if not workload.maps_features:
@@ -447,9 +449,9 @@ def held_out_flops(workload: Workload) -> float:
 def _flops_of_an_answer(workload: Workload) -> tuple[float, float]:
     """Return the FLOPs of the teacher's answer to one prompt, which guidance makes two forward passes, and of the student's."""
     asked = workload.teacher, num_image_tokens(workload.teacher, workload.latent_size), workload.text_tokens
-    teacher = (
-        guided_flops(*asked, workload.negative_text_tokens + 1) if workload.uses_guidance else transformer_flops(*asked)
-    )
+    share = workload.guided_share if workload.uses_guidance else 0.0
+    guided = guided_flops(*asked, workload.negative_text_tokens + 1) if share else 0
+    teacher = share * guided + (1 - share) * transformer_flops(*asked) if share < 1 else guided
     student = transformer_flops(
         workload.student, num_image_tokens(workload.student, workload.latent_size), workload.text_tokens
     )

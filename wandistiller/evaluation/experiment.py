@@ -34,6 +34,7 @@ class Experiment:
         prompts: the prompt of each sample.
         prompt_indices: where the prompt of each sample is in `embeds`.
         noise: (samples, C, H, W); the seeds of a prompt lie one after another.
+        seeds: of the noise of each sample.
         settings: how the teacher is guided, and the statistics of the latents.
         judge: tells which facts of a prompt hold in a picture; None where the prompts are of no known world.
     """
@@ -44,6 +45,7 @@ class Experiment:
     prompts: list[str]
     prompt_indices: list[int]
     noise: Tensor
+    seeds: list[int]
     teacher_options: SamplingOptions
     student_options: SamplingOptions
     settings: TeacherSettings
@@ -94,8 +96,8 @@ class Drawn:
     pictures: np.ndarray
 
 
-def measure(experiment: Experiment) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Return all measures but the cost as JSON values, the teacher's pictures and the student's."""
+def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
+    """Return all measures but the cost as JSON values, what the teacher drew and what the student drew."""
     recorded = measures.RecordedErrors(experiment.teacher, experiment.student, experiment.num_seeds)
     if experiment.can_compare_velocities:
         latents_teacher = experiment.draw("teacher and student's velocity", recorded, experiment.teacher_options)
@@ -121,7 +123,7 @@ def measure(experiment: Experiment) -> tuple[dict, np.ndarray, np.ndarray]:
         results["noise"]["by_sigma"] = recorded.noise.by_sigma(unit, measures.NUM_BUCKETS)
     if experiment.judge is not None:
         results["accuracy"] = compare_accuracy(experiment, student, teacher)
-    return results, teacher.pictures, student.pictures
+    return results, teacher, student
 
 
 def compare_endpoints(student: Drawn, teacher: Drawn) -> dict:

@@ -140,7 +140,8 @@ def draw_path_states(
     ends = sample(walk, noise, *prompt_embeds.batch(prompts), sampling_options)
     if segment_steps is None:
         return PathStates(torch.stack(walk.latents), torch.stack(walk.sigmas), torch.stack(walk.velocities))
-    scheduler = wan_scheduler(sampling_options.shift, sampling_options.num_inference_steps)
+    options = sampling_options
+    scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler)
     sigma = scheduler.sigmas[::segment_steps].double()
     latents = torch.stack([*walk.latents[::segment_steps], ends.cpu()])
     velocity = latents.diff(dim=0) / sigma.diff().float().view(-1, 1, 1, 1, 1)

@@ -37,12 +37,24 @@ def _is_range(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(RATIO.fits, value)) and value[0] < value[1]
 
 
+def _is_lora(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.get("expert") in ("high", "low")
+        and TEXT.fits(value.get("file"))
+        and TEXT.fits(value.get("sha256"))
+        and _is_number(value.get("scale"))
+        and (value.get("path") is None or PATH.fits(value["path"]))
+    )
+
+
 WHOLE = Kind("a whole number above 0, at most 10^9", _is_whole)
 STEPS = Kind("a whole number from 1 to 1000", lambda value: _is_whole(value, 1000))
 POSITIVE = Kind("a number above 0, at most 1e18", lambda value: _is_number(value) and value > 0)
 NOT_NEGATIVE = Kind("a number of 0 or more, at most 1e18", lambda value: _is_number(value) and value >= 0)
 RATIO = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 SIGMA_RANGE = Kind("two numbers from 0 to 1, the lower first", _is_range)
+SAMPLER = Kind('"unipc" or "euler"', lambda value: value in ("unipc", "euler"))
 TEXT = Kind("text", lambda value: isinstance(value, str))
 PATH = Kind(
     f"a path or hub id of at most {LONGEST_PATH} letters",
@@ -51,6 +63,10 @@ PATH = Kind(
 STAGES = Kind(
     "a list of whole numbers above 0, one a stage",
     lambda value: isinstance(value, list) and len(value) > 0 and all(map(WHOLE.fits, value)),
+)
+LORAS = Kind(
+    "a list of objects with expert (high or low), file, sha256, scale and mostly path",
+    lambda value: isinstance(value, list) and all(map(_is_lora, value)),
 )
 COMPONENT = Kind(
     'a pair such as ["diffusers", "WanTransformer3DModel"], or [null, null]',

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,23 +13,28 @@ from wandistiller.files.paths import nearest_existing
 MAX_NAME_BYTES = 255  # of a file or folder, on almost every file system
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples"
+STRIP_NAME = "samples_over_time.png"
 LOSS_PLOT_NAME = "loss.png"
 TENSORBOARD_NAME = "tensorboard"
 CARD_NAME = "README.md"
-# A card of ours holds this mark; a README.md without it is a person's.
+# A card or gallery of ours holds this mark; a file of that name without it is a person's.
 CARD_MARK = "<!-- Written by WanDistiller"
 EVALUATION_NAME = "evaluation.json"
 COMPARISON_NAME = "teacher_vs_student.png"
+GALLERY_NAME = "gallery.html"
+SAMPLE_FILE = re.compile(r"step_(\d{1,15})\.png")
 STUDENT_NAMES = ["student_config.json", "diffusion_model.safetensors", "projection_report.json"]
 _OF_A_RUN = [
     *STUDENT_NAMES,
     METRICS_NAME,
     SAMPLES_NAME,
+    STRIP_NAME,
     LOSS_PLOT_NAME,
     TENSORBOARD_NAME,
     "checkpoints",
     EVALUATION_NAME,
     COMPARISON_NAME,
+    GALLERY_NAME,
     CARD_NAME,
 ]
 
@@ -160,9 +166,15 @@ def check_replaceable(folder: Path, names: Iterable[str], flag: str = "--output_
 
 def _is_ours(path: Path) -> bool:
     """Return whether a run has written it: a README.md may be a person's own, as in a folder cloned from the hub."""
-    return path.name != CARD_NAME or is_card(path)
+    return path.name not in (CARD_NAME, GALLERY_NAME) or has_mark(path)
 
 
-def is_card(path: Path) -> bool:
-    """Return whether this is a model card that a run has written; a folder of that name is none."""
+def has_mark(path: Path) -> bool:
+    """Return whether this is a card or gallery that we have written; a folder of that name is none."""
     return path.is_file() and CARD_MARK in path.read_text(encoding="utf-8", errors="replace")
+
+
+def sample_files(folder: Path) -> list[tuple[int, Path]]:
+    """Return the sample pictures of a run's folder with their steps, in order."""
+    names = ((SAMPLE_FILE.fullmatch(file.name), file) for file in (folder / SAMPLES_NAME).glob("step_*.png"))
+    return sorted((int(found[1]), file) for found, file in names if found and file.is_file())

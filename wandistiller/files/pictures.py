@@ -3,6 +3,7 @@
 A picture is a uint8 array (H, W, 3). Pillow is imported where it is used.
 """
 
+import io
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,12 @@ def save_png(picture: "np.ndarray | Image", path: str | Path, metadata: Mapping[
     Args:
         metadata: text entries of the file.
     """
+    with atomic_path(path) as beside:
+        beside.write_bytes(png_bytes(picture, metadata))
+
+
+def png_bytes(picture: "np.ndarray | Image", metadata: Mapping[str, object] | None = None) -> bytes:
+    """Return a PNG with text entries."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -35,8 +42,9 @@ def save_png(picture: "np.ndarray | Image", path: str | Path, metadata: Mapping[
     for name, value in (metadata or {}).items():
         info.add_itxt(name, str(value))
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    with atomic_path(path) as beside:
-        image.save(beside, format="PNG", pnginfo=info)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
 
 
 def caption_font(texts: Iterable[str]) -> "FreeTypeFont":
@@ -120,7 +128,10 @@ def _cell_size(height: int, width: int) -> tuple[int, int]:
 def labelled_grid(
     rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]], row_names: Sequence[str] = ()
 ) -> "Image":
-    """Draw rows of pictures of one size, each below its wrapped caption, with the names of the rows to their left."""
+    """Draw rows of pictures of one size, each below its wrapped caption, with the names of the rows to their left.
+
+    The grid's `info` says where its last row begins, in pixels from the top.
+    """
     from PIL import Image, ImageDraw
 
     font = caption_font([caption for row in captions for caption in row])
@@ -138,6 +149,7 @@ def labelled_grid(
     drawing = ImageDraw.Draw(grid)
     top = MARGIN
     for index, row in enumerate(rows):
+        grid.info["last_row"] = top
         top += caption_heights[index]
         if row_names:
             drawing.text((MARGIN, top + cell_height / 2), row_names[index], "black", font, anchor="lm")

@@ -1,109 +1,155 @@
 """Prompts: the files that hold them, and how Wan cleans each before it is encoded."""
 
 import html
+import itertools
 import re
-import shlex
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 
 from wandistiller.errors import UserError
+from wandistiller.files.caption_files import CONTROL, TEXT, WrongRow, find_caption_files, kind_of, read_rows
 from wandistiller.files.json_files import JsonError, parse_json
-from wandistiller.files.paths import require_file
+from wandistiller.files.prompt_templates import TemplatePrompts, Templates, is_template
 
 SLUG_LENGTH = 48  # letters of a prompt in the name of its picture
 NUM_HELD_OUT = 16  # a run measures on so many prompts
-_LINE_END = re.compile(r"\r\n|\n|\r")  # not str.splitlines: a prompt may hold U+2028 or U+0085
-_TABLES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
-# For each kind of table the modules that read it, and its rows from standard input
-_ROWS = {
-    "csv": ("csv, sys", "csv.DictReader(sys.stdin)"),
-    "tsv": ("csv, sys", "csv.DictReader(sys.stdin, dialect='excel-tab')"),
-    "jsonl": ("json, sys", "map(json.loads, sys.stdin)"),
-    "json": ("json, sys", "json.load(sys.stdin)"),
-}
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # not U+0080..9F: those are damaged quotes that ftfy repairs
 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file in its order, and the number of repeated lines that were left out."""
+    """The prompts of a file or of several, in their order.
 
-    prompts: list[str]
-    duplicates: int
+    Attributes:
+        prompts: those of files, or those that templates give.
+        duplicates: number of repeated lines or rows that were left out.
+        left_out: of tables, how many other rows were left out, by what is wrong with them.
+    """
+
+    prompts: Sequence[str]
+    duplicates: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def notice(self) -> str:
+        """What was left out of tables, in words; empty where nothing was."""
+        return rows_left_out(self.left_out)
+
+
+def rows_left_out(reasons: Mapping[str, int]) -> str:
+    """Return how many rows of tables were left out, and why; empty where none were."""
+    if not reasons:
+        return ""
+    each = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda known: -known[1]))
+    return f"{sum(reasons.values())} rows left out: {each}"
 
 
 def unusable(prompt: str) -> str | None:
     """Return what is wrong with a prompt that was typed, which a file would be refused for as well; None where it is one."""
     if not prompt.split():
         return "is empty"
-    if control := _CONTROL.search(prompt.replace("\n", " ").replace("\r", " ")):
+    if control := CONTROL.search(prompt.replace("\n", " ").replace("\r", " ")):
         return f"holds the control character U+{ord(control[0]):04X}"
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         return "is not UTF-8 text"
     return None
 
 
-def load_prompts(path: str | Path) -> PromptFile:
-    """Read a UTF-8 file with one prompt on each line; blank lines, `#` lines and repeats are left out.
+def load_prompts(
+    path: str | Path,
+    caption_column: str | None = None,
+    *,
+    seed: int = 0,
+    held_out: bool = False,
+    keeps_repeats: bool = False,
+) -> PromptFile:
+    """Read the prompts of a file, of a folder or of a glob (caption_files.py), or those that templates give (prompt_templates.py).
+
+    Of a text file every line is a prompt but for blank lines and `#` lines. Repeats are left out, of a table also the rows whose
+    caption is empty or no text.
+
+    Args:
+        caption_column: the column of tables that holds the prompts, where their names do not tell.
+        seed: of what templates give.
+        held_out: of templates, the prompts that no run trains on instead of the others.
+        keeps_repeats: return a prompt as often as it stands in the files.
 
     Raises:
-        UserError: the file cannot be read, is not UTF-8, is a table, or holds control characters or no prompt; the line is named.
+        UserError: a file cannot be read, is not what its name says, or holds control characters or no prompt; the line is named.
     """
+    if is_template(path):
+        return PromptFile(TemplatePrompts(Templates.load(path), seed, held_out))
     prompts: dict[str, str] = {}
-    num_lines = 0
-    lines = _LINE_END.split(_read_text(Path(path)))
-    _refuse_table(path, lines)
-    for number, line in enumerate(lines, start=1):
-        prompt = line.lstrip("\ufeff").strip(" \t")  # a byte order mark sits mid-file where files were concatenated
-        if control := _CONTROL.search(prompt):
+    left_out: Counter[str] = Counter()
+    given: list[str] = []
+    num_rows = 0
+    for file in find_caption_files(path):
+        is_text = kind_of(file) == TEXT
+        for prompt in _lines_of(file) if is_text else _captions_of(file, caption_column, left_out):
+            words = " ".join(prompt.split())
+            prompts.setdefault(prompt if words == prompt else words, prompt)
+            num_rows += 1
+            if keeps_repeats:
+                given.append(prompt)
+    if not prompts:
+        nothing = "write one prompt a line (blank lines and # comments do not count)"
+        raise UserError(f"{path}: holds no prompt; {rows_left_out(left_out) or nothing}")
+    if keeps_repeats:
+        return PromptFile(given, 0, left_out)
+    return PromptFile(list(prompts.values()), num_rows - len(prompts), left_out)
+
+
+def _lines_of(file: Path) -> Iterator[str]:
+    """Yield the prompts of a text file.
+
+    Raises:
+        UserError: a line holds control characters, or the lines are JSON, which would be learnt with its braces.
+    """
+    has_begun = False
+    for number, row in read_rows(file):
+        line = str(row).lstrip("\ufeff")  # a byte order mark sits mid-file where files were concatenated
+        if not has_begun and line.split():
+            has_begun = True
+            if _is_json(line):
+                raise UserError(
+                    f"{file}: is JSONL, whose lines are no prompts; name it .jsonl, and give --caption_column the name of the field "
+                    "that holds them"
+                )
+        prompt = line.strip(" \t")
+        if not prompt.isprintable() and (control := CONTROL.search(prompt)):
             raise UserError(
-                f"{path}, line {number}: holds the control character U+{ord(control[0]):04X}; a prompts file is plain "
+                f"{file}, line {number}: holds the control character U+{ord(control[0]):04X}; a prompts file is plain "
                 "UTF-8 text (a file full of U+0000 is UTF-16 or not text at all)"
             )
-        if prompt.split() and not prompt.startswith("#"):
-            prompts.setdefault(" ".join(prompt.split()), prompt)
-            num_lines += 1
-    if not prompts:
-        raise UserError(f"{path}: holds no prompt; write one prompt a line (blank lines and # comments do not count)")
-    return PromptFile(list(prompts.values()), num_lines - len(prompts))
+        if prompt and not prompt.startswith("#") and not prompt.isspace():
+            yield prompt
 
 
-def _refuse_table(path: str | Path, lines: list[str]) -> None:
-    """Refuse CSV and JSON, whose lines would be learnt with their commas and braces; say how a text file is made of one."""
-    kind = _TABLES.get(Path(path).suffix.lower()) or ("jsonl" if _is_json(lines) else None)
-    if kind is None:
-        return
-    modules, rows = _ROWS[kind]
-    command = f"import {modules}; [print(*row['prompt'].split()) for row in {rows}]"
-    raise UserError(
-        f"{path}: is {kind.upper()}, whose lines are no prompts; write its prompts to a text file, one a line. Where they are "
-        f'called "prompt": python -c "{command}" < {shlex.quote(str(path))} > prompts.txt'
-    )
+def _captions_of(file: Path, column: str | None, left_out: Counter[str]) -> Iterator[str]:
+    """Yield the captions of a table, and count the rows that have none; line breaks in a caption are spaces."""
+    for _, row in read_rows(file, column):
+        if isinstance(row, WrongRow):
+            left_out[row.reason] += 1
+        elif row is None or (isinstance(row, str) and (not row or row.isspace())):
+            left_out["without a caption"] += 1
+        elif not isinstance(row, str):
+            left_out["whose caption is no text"] += 1
+        elif row.isprintable():
+            yield row.strip(" ")
+        elif unusable(row):
+            left_out["with control characters"] += 1
+        else:
+            yield " ".join(row.split())
 
 
-def _is_json(lines: list[str]) -> bool:
-    """Return whether the first line that is not blank is a JSON object, which no prompt is."""
-    first = next((line.lstrip("\ufeff") for line in lines if line.split()), "")
+def _is_json(line: str) -> bool:
+    """Return whether a line is a JSON object, which no prompt is."""
     try:
-        return first.lstrip().startswith("{") and isinstance(parse_json(first), dict)
+        return line.lstrip().startswith("{") and isinstance(parse_json(line), dict)
     except JsonError:
         return False
-
-
-def _read_text(path: Path) -> str:
-    try:
-        require_file(path)
-        raw = path.read_bytes()
-    except OSError as err:
-        raise UserError(f"{path}: cannot be read ({err.strerror}); give a text file with one prompt a line") from err
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}, line 1: starts with a UTF-16 byte order mark; save the file as UTF-8")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as err:
-        number = len(_LINE_END.split(err.object[: err.start].decode("utf-8")))
-        bad_byte = err.object[err.start]
-        raise UserError(f"{path}, line {number}: byte 0x{bad_byte:02X} is not UTF-8; save the file as UTF-8") from err
 
 
 def slug(prompt: str) -> str:
@@ -118,6 +164,40 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
+class JoinedTexts(Sequence[str]):
+    """Texts of one sequence, and after them those of another."""
+
+    def __init__(self, first: Sequence[str], second: Sequence[str]):
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return self.first[place] if place < len(self.first) else self.second[place - len(self.first)]
+
+
+def identity_of(prompts: Sequence[str]) -> Iterator[str]:
+    """Yield the texts that tell some prompts from others: they themselves, or the templates that they are drawn from."""
+    if isinstance(prompts, JoinedTexts):
+        return itertools.chain(identity_of(prompts.first), identity_of(prompts.second))
+    return iter(prompts.identity() if isinstance(prompts, TemplatePrompts) else prompts)
+
+
+def is_endless(prompts: Sequence[str]) -> bool:
+    """Return whether prompts are drawn from templates, so that nobody comes to their end."""
+    return isinstance(prompts, TemplatePrompts) and prompts.is_endless
+
+
 @dataclass(frozen=True)
 class Texts:
     """The prompts of a run.
@@ -127,22 +207,54 @@ class Texts:
         extra: prompts that --prompt_swap alone trains on.
         held_out: prompts that errors are measured on.
         duplicates: number of repeated lines that were left out of `prompts`.
+        notice: what else was left out, in words.
     """
 
-    prompts: list[str]
-    extra: list[str]
-    held_out: list[str]
+    prompts: Sequence[str]
+    extra: Sequence[str]
+    held_out: Sequence[str]
     duplicates: int = 0
+    notice: str = ""
+
+    @property
+    def trained(self) -> Sequence[str]:
+        """The prompts, and after them the extra ones."""
+        return JoinedTexts(self.prompts, self.extra) if self.extra else self.prompts
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether the prompts are drawn from templates, so that no run comes to their end."""
+        return is_endless(self.prompts)
 
 
-def read_texts(data_path: str, extra_prompts: str | None, eval_prompts: str | None, is_measured: bool) -> Texts:
+@dataclass(frozen=True)
+class TextPaths:
+    """Where the prompts of a run are, as its flags of the same names say."""
+
+    data_path: str
+    caption_column: str | None = None
+    extra_prompts: str | None = None
+    eval_prompts: str | None = None
+
+
+def read_texts(paths: TextPaths, is_measured: bool, seed: int = 0) -> Texts:
     """Read the prompts of all files of a run.
 
     Args:
-        is_measured: whether held-out prompts are needed; without `eval_prompts` they are the first of `data_path`.
+        is_measured: whether held-out prompts are needed; without `eval_prompts` they are the first of `data_path`, or of what its
+            templates hold out.
+        seed: of what templates give.
     """
-    file = load_prompts(data_path)
-    extra = load_prompts(extra_prompts).prompts if extra_prompts else []
-    held_out = (load_prompts(eval_prompts) if eval_prompts else file).prompts[:NUM_HELD_OUT] if is_measured else []
-    known = set(file.prompts)
-    return Texts(file.prompts, [prompt for prompt in extra if prompt not in known], held_out, file.duplicates)
+    column = paths.caption_column
+    file = load_prompts(paths.data_path, column, seed=seed)
+    extra = load_prompts(paths.extra_prompts, column, seed=seed).prompts if paths.extra_prompts else []
+    if extra and not is_endless(file.prompts) and not is_endless(extra):
+        known = set(file.prompts)
+        extra = [prompt for prompt in extra if prompt not in known]
+    held_out: Sequence[str] = []
+    if is_measured and paths.eval_prompts:
+        held_out = load_prompts(paths.eval_prompts, column, seed=seed, held_out=True).prompts[:NUM_HELD_OUT]
+    elif is_measured:
+        own = file.prompts
+        held_out = (own.of_held_out() if isinstance(own, TemplatePrompts) else own)[:NUM_HELD_OUT]
+    return Texts(file.prompts, extra, held_out, file.duplicates, file.notice)

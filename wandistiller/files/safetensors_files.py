@@ -1,5 +1,7 @@
 """Safetensors files: opened in this module alone, so that a missing or damaged file is refused the same way everywhere."""
 
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,10 +60,15 @@ def open_safetensors(path: str | Path) -> safe_open:
         return safe_open(path, framework="pt")
 
 
-def read_header(path: str | Path) -> SafetensorsHeader:
-    """Read names, shapes, dtypes and metadata of a file, but none of its tensors."""
+def read_header(path: str | Path, among: frozenset[str] | None = None) -> SafetensorsHeader:
+    """Read names, shapes, dtypes and metadata of a file, but none of its tensors.
+
+    Args:
+        among: only tensors of these names are looked at; None for all of the file.
+    """
     with _refusing_damage(path), safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        names = file.keys() if among is None else among.intersection(file.keys())
+        slices = {name: file.get_slice(name) for name in names}
         return SafetensorsHeader(
             shapes={name: tuple(part.get_shape()) for name, part in slices.items()},
             dtypes={name: part.get_dtype() for name, part in slices.items()},
@@ -76,9 +83,19 @@ def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
     with atomic_path(path) as beside:
-        safetensors.torch.save_file(dict(tensors), beside, metadata=dict(metadata) if metadata else None)
+        try:
+            safetensors.torch.save_file(dict(tensors), beside, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            # The library tells what the system said in its message alone.
+            if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
 
 
 def indexed_files(index: Path) -> list[Path]:

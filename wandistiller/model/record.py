@@ -7,10 +7,12 @@ import reprlib
 from collections.abc import Mapping
 
 from wandistiller.files.checked_json import (
+    LORAS,
     NOT_NEGATIVE,
     PATH,
     POSITIVE,
     RATIO,
+    SAMPLER,
     SIGMA_RANGE,
     STEPS,
     TEXT,
@@ -26,6 +28,7 @@ SAMPLING_KINDS = {
     "guidance_scale_2": NOT_NEGATIVE,
     "num_inference_steps": STEPS,
     "student_steps": STEPS,
+    "teacher_sampler": SAMPLER,
     "sigma_range": SIGMA_RANGE,
     "negative_prompt": TEXT,
     "vae_scale_factor": WHOLE,
@@ -39,6 +42,8 @@ _KINDS = {
     "preset": TEXT,
     "world": TEXT,
     "boundary_ratio": RATIO,
+    "teacher_loras": LORAS,
+    "guidance_range": SIGMA_RANGE,
 }
 
 

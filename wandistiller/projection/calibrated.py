@@ -168,13 +168,19 @@ def _note_refitted(report: ProjectionReport, student: WanLiteStudent, selected: 
             report.student[name] = entry | {"status": "refitted", "detail": f"from {entry['detail']}"}
 
 
-@torch.no_grad()
 def velocity_error(student: WanLiteStudent, calibration: Calibration) -> float:
     """Return the mean of |student - teacher| / |teacher| over the states that are held back; the teacher is guided."""
-    states, options = calibration.held_back, calibration.options
+    return states_error(student, calibration.held_back, calibration.embeds, calibration.options)
+
+
+@torch.no_grad()
+def states_error(
+    student: WanLiteStudent, states: CalibrationStates, embeds: PromptEmbeds, options: CalibrationOptions
+) -> float:
+    """Return the mean of |student - teacher| / |teacher| over states."""
     errors = []
     for level, paths in states.batches(options.batch_size):
-        text = calibration.embeds.batch(states.prompts[paths], options.device)
+        text = embeds.batch(states.prompts[paths], options.device)
         timestep = sigma_to_timestep(states.sigma[level]).to(options.device)
         answer = student(states.latents[level, paths].to(options.device), timestep, *text).double().flatten(1)
         expected = states.velocity[level, paths].to(options.device).double().flatten(1)

@@ -60,10 +60,10 @@ def load_calibration(
     if not isinstance(saved, dict):
         raise UserError(f"{path}: is no calibration; give --calibration_cache another name")
     wanted = describe_calibration(about, expert, options)
-    for name, value in wanted.items():
-        if saved.get(name) != value:
+    for name in wanted | saved:
+        if saved.get(name) != wanted.get(name):
             raise UserError(
-                f"{path}: is a calibration with {name} {shown(saved.get(name))}, this one has {shown(value)}; give "
+                f"{path}: is a calibration with {name} {shown(saved.get(name))}, this one has {shown(wanted.get(name))}; give "
                 "--calibration_cache another name"
             )
     lacking = [name for name in (*_TENSORS, "channels") if name not in tensors]

@@ -1,9 +1,9 @@
 """What ComfyUI makes of a student's file: what it reads, what it takes as given, and with which settings it draws.
 
-This was compared with Comfy-Org/ComfyUI 0.3.64 and 0.33.0: comfy/model_detection.py (detect_unet_config), sd.py
-(load_diffusion_model), supported_models.py (WAN21_T2V, WAN22_T2V), ldm/wan/model.py (WanModel), text_encoders/wan.py and
-latent_formats.py (Wan21, Wan22). Version 0.8.0 still takes as given what no tensor tells, and from 0.19.3 on the metadata of
-the file tell it; the code of these two and of 0.38 was read, not run.
+This was compared with Comfy-Org/ComfyUI 0.3.64, 0.8.0 and 0.33.0, which `tools/check_comfyui.py` also runs:
+comfy/model_detection.py (detect_unet_config), sd.py (load_diffusion_model), supported_models.py (WAN21_T2V, WAN22_T2V),
+ldm/wan/model.py (WanModel), text_encoders/wan.py and latent_formats.py (Wan21, Wan22). Version 0.8.0 still takes as given what no
+tensor tells, and from 0.19.3 on the metadata of the file tell it; the code of 0.19.3 and of 0.38 was read, not run.
 """
 
 import json
@@ -18,7 +18,11 @@ READS_METADATA = "0.19"  # 0.8.0 does not read it and 0.19.3 does; the versions 
 # first are given only to versions that read no metadata; the others lie outside the model, so that no metadata changes them.
 _GIVEN_BY_OLDER = {"patch_size": (2, "not load"), "freq_dim": (256, "not load"), "eps": (1e-6, "draw otherwise")}
 _GIVEN = {
-    "text_encoder_output_dim": (4096, "find no text encoder for it"),
+    "text_encoder_output_dim": (
+        4096,
+        f"find no text encoder for it, and versions older than {READS_METADATA} would not load the file (size mismatch for "
+        "text_embedding.0.weight)",
+    ),
     "text_max_length": (512, "draw otherwise"),
 }
 _MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
@@ -72,6 +76,12 @@ def _warnings_of_older(config: StudentConfig) -> list[str]:
     return warnings
 
 
+def taken_as_given(config: StudentConfig) -> dict[str, tuple[float, float]]:
+    """Return what ComfyUI gets wrong of a student where no metadata reach it: for each setting what it takes, and what is true."""
+    given = {"head_dim": HEAD_DIM, **{name: value for name, (value, _) in _GIVEN_BY_OLDER.items()}}
+    return {name: (value, getattr(config, name)) for name, value in given.items() if getattr(config, name) != value}
+
+
 def _has_released_latents(config: StudentConfig) -> bool:
     """Tell whether mean and std of the student's latents, where it records them, are those of the released VAE."""
     record, (mean, std) = StudentRecord.of(config), RELEASED_LATENTS[config.num_channels]
@@ -81,7 +91,20 @@ def _has_released_latents(config: StudentConfig) -> bool:
     return True
 
 
-def comfyui_settings(config: StudentConfig) -> str:
+# The node that reads an exported file, by its format.
+LOADERS = {"original": "Load Diffusion Model", "gguf": "Unet Loader (GGUF)"}
+
+
+def comfyui_sampler(config: StudentConfig) -> str:
+    """Return ComfyUI's sampler that comes nearest to how the student is sampled here.
+
+    Euler's method is the same everywhere. ComfyUI's uni_pc is another algorithm than diffusers' UniPC, and dpmpp_2m draws nearer
+    to it (`python tools/check_comfyui.py`, docs/compatibility.md).
+    """
+    return "dpmpp_2m" if StudentRecord.of(config).sampler == "unipc" else "euler"
+
+
+def comfyui_settings(config: StudentConfig, loader: str = LOADERS["original"]) -> str:
     """Return the nodes and values that draw as the student was taught; without the shift ComfyUI would take 8.
 
     Its scheduler "simple" has the noise levels of `sampling.sampler.wan_scheduler` within 0.008; "normal" and "beta" have
@@ -89,7 +112,7 @@ def comfyui_settings(config: StudentConfig) -> str:
     """
     record = StudentRecord.of(config)
     steps = f"steps {record.steps}, " if record.steps else ""
-    sampler = f"KSampler with {steps}cfg 1, {'euler' if record.sampler == 'euler' else 'uni_pc'}, simple"
+    sampler = f"KSampler with {steps}cfg 1, {comfyui_sampler(config)}, simple"
     shift = f"ModelSamplingSD3 with shift {record.shift:g}, " if record.shift is not None else ""
     latent = "Wan22ImageToVideoLatent" if config.num_channels == 48 else "EmptyHunyuanLatentVideo"
-    return f"Load Diffusion Model, {shift}{sampler}; {latent} of length 1; Load CLIP of type wan"
+    return f"{loader}, {shift}{sampler}; {latent} of length 1; Load CLIP of type wan"

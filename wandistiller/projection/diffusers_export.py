@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from wandistiller import __version__
 from wandistiller.errors import UserError
 from wandistiller.files.atomic import write_json
 from wandistiller.files.checked_json import COMPONENT, read_json, setting
@@ -60,7 +61,9 @@ def write_pipeline_parts(
     """Write all of a WanPipeline folder but its transformer, into an existing folder.
 
     Args:
-        options: how the student draws; the scheduler is that of `wandistiller.sampling.sampler`.
+        options: how the student draws; the scheduler is that of `wandistiller.sampling.sampler`. A WanPipeline cannot be given
+            noise levels, so for "flow_euler" it is Euler's method at the pipeline's own: 0.001 off for 4
+            steps at shift 5, 0.002 for 8.
         dtype: precision of the transformer. With fp32 a copied text encoder is marked to be loaded in float32 as well:
             transformers takes the precision that its config names, and one of bf16 would draw other pictures than the
             student does here.
@@ -69,7 +72,11 @@ def write_pipeline_parts(
         _place(source, folder / name, parts.link)
     if dtype == "fp32" and not parts.link:
         _load_as_float32(folder / "text_encoder" / "config.json")
-    wan_scheduler(options.shift, options.num_inference_steps, options.sampler).save_pretrained(folder / "scheduler")
+    sampler = "euler" if options.sampler == "flow_euler" else options.sampler
+    scheduler = wan_scheduler(options.shift, options.num_inference_steps, sampler)
+    # UniPC calls the shift flow_shift and FlowMatchEulerDiscreteScheduler calls it shift, so that from_config would drop it:
+    scheduler.register_to_config(shift=options.shift)
+    scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "WanPipeline",
         "boundary_ratio": None,
@@ -106,6 +113,8 @@ def published(config: StudentConfig, teacher_path: str | None = None) -> Student
         if name not in ("command", "commands", "extra_prompts")
         and (not name.endswith("_path") or _is_of_hub(value, record))
     }
+    if loras := record.get("teacher_loras"):
+        kept["teacher_loras"] = [{name: lora[name] for name in lora if name != "path"} for lora in loras]
     if "world" not in kept and "teacher_path" in record:
         with contextlib.suppress(UserError):  # the teacher may be gone
             teacher = teacher_paths(config, teacher_path)[0]
@@ -124,8 +133,9 @@ def _is_of_hub(value: object, record: dict) -> bool:
 def _save(
     tensors: dict[str, Tensor], config: StudentConfig, path: Path, more_metadata: dict[str, str] | None = None
 ) -> None:
-    """Write weights with the student's config in their metadata."""
-    write_tensors(path, tensors, {"format": "pt", "student_config": config.to_json(), **(more_metadata or {})})
+    """Write weights with the student's config in their metadata, and the version that exported them."""
+    about = {"format": "pt", "student_config": config.to_json(), "wandistiller_version": __version__}
+    write_tensors(path, tensors, about | (more_metadata or {}))
 
 
 def _load_as_float32(config_path: Path) -> None:

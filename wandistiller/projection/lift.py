@@ -14,8 +14,8 @@ from wandistiller.model.transformer import FP32_ISLANDS
 from wandistiller.wan.names import PATCH_KERNEL, to_original
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}
-# Plain fp8 files keep these weights in 8 bits, without a scale: the matrices of the blocks.
-_LINEAR_OF_A_BLOCK = re.compile(r"blocks\.\d+\.(attn[12]\.to_|ffn\.net\.).*\.weight")
+# Quantised files keep these weights in few bits, plain fp8 ones without a scale: the matrices of the blocks.
+LINEAR_OF_A_BLOCK = re.compile(r"blocks\.\d+\.(attn[12]\.to_|ffn\.net\.).*\.weight")
 
 
 def with_one_frame(name: str, tensor: Tensor) -> Tensor:
@@ -42,6 +42,6 @@ def in_dtype(name: str, tensor: Tensor, dtype: str) -> Tensor:
         return tensor.float().contiguous()
     if dtype != "fp8":
         return tensor.to(DTYPES[dtype]).contiguous()
-    if _LINEAR_OF_A_BLOCK.fullmatch(name):
+    if LINEAR_OF_A_BLOCK.fullmatch(name):
         return tensor.clamp(-FP8_MAX, FP8_MAX).to(FP8).contiguous()  # older torch turns larger values into nan
     return tensor.to(torch.bfloat16).contiguous()

@@ -19,12 +19,13 @@ from wandistiller.model.sizes import unfilled_model
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import fill
 from wandistiller.projection.selection import Selection, select
+from wandistiller.projection.selection_record import REPORT_NAME, selection_record
 from wandistiller.wan.layouts import open_teacher
+from wandistiller.wan.lora import LoraFiles, merge_loras
 from wandistiller.wan.names import without_frames
 from wandistiller.wan.transformer_files import TransformerTensors
 from wandistiller.wan.wan_files import WanFiles
 
-REPORT_NAME = "projection_report.json"
 STATUSES = ("exact", "selected", "initialised")
 
 # The axes (see wandistiller/projection/selection.py) that the dimensions of a teacher tensor run along; a dimension of None is
@@ -77,6 +78,8 @@ class ProjectionReport:
         teacher: name -> {"status": "used" | "dropped", "reason": ...}.
         layers: the teacher layer each student block came from.
         channels: which of the teacher's residual channels the student has; empty where it inherited none.
+        loras: the LoRAs that the expert was read with.
+        selection: the teacher's shape and what is kept of its axes, as `selection_record` has it; empty where nothing was inherited.
     """
 
     teacher_path: str
@@ -86,6 +89,8 @@ class ProjectionReport:
     student: dict[str, dict] = field(default_factory=dict)
     teacher: dict[str, dict] = field(default_factory=dict)
     num_parameters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATUSES, 0))
+    loras: list[dict] = field(default_factory=list)
+    selection: dict = field(default_factory=dict)
 
     def add(self, name: str, parameter: Tensor, status: str, source: list[str], detail: str) -> None:
         """Write down where a student tensor came from."""
@@ -97,6 +102,7 @@ class ProjectionReport:
         total = sum(self.num_parameters.values())
         layers = f"layers {','.join(map(str, self.layers))}" if self.layers else "nothing inherited"
         lines = [f"Projection of {self.teacher_path} (expert {self.expert}), {layers}"]
+        lines += [f"  with the LoRA {lora['file']} at scale {lora['scale']:g}" for lora in self.loras]
         for status in self.num_parameters:
             count = sum(entry["status"] == status for entry in self.student.values())
             share = self.num_parameters[status] / total
@@ -110,7 +116,9 @@ class ProjectionReport:
 
     def save(self, folder: str | Path) -> None:
         """Write the report to projection_report.json in `folder`."""
-        write_json(Path(folder) / REPORT_NAME, asdict(self), indent=1)
+        values = asdict(self)
+        empty = [name for name in ("loras", "selection") if not values[name]]
+        write_json(Path(folder) / REPORT_NAME, {name: values[name] for name in values if name not in empty}, indent=1)
 
 
 def project_teacher(
@@ -126,6 +134,7 @@ def project_teacher(
     fp8: bool = False,
     shard: Callable[[WanLiteStudent], None] | None = None,
     selection: Selection | None = None,
+    loras: LoraFiles | None = None,
 ) -> tuple[WanLiteStudent, ProjectionReport]:
     """Make a 2D model with a teacher's weights, and report what became of every tensor of both.
 
@@ -142,12 +151,16 @@ def project_teacher(
         fp8: whether the Linear weights of the (wan) blocks are kept as `wandistiller.model.fp8` does; such a model is frozen.
         shard: shards the parameters of a (wan) model in place, before there is memory for them.
         selection: the part of the teacher that fills the config's shape; None ranks by weight norm.
+        loras: files and scales of Wan LoRAs that are merged into the expert as it is read.
 
     Raises:
         UserError: the Wan cannot be read, or the config does not fit it.
     """
     wan_files = open_teacher(teacher_path, config)
     teacher = wan_files.expert(expert)
+    if loras:
+        wan_files = merge_loras(wan_files, **{expert: loras})
+        teacher = wan_files.expert(expert)
     if config is None:
         config = teacher.config.replace(text_max_length=text_max_length)
         selection = Selection(list(range(config.depth)))
@@ -156,6 +169,8 @@ def project_teacher(
     student = _empty_student(config, dtype, device, seed, fp8, shard)
     channels = selection.axes.get("channels", torch.arange(config.hidden_size)).tolist()
     report = ProjectionReport(wan_files.location, expert, selection.layers, channels)
+    report.loras = [lora.record() for lora in wan_files.loras if lora.expert == expert]
+    report.selection = selection_record(teacher.config, selection)
     _fill(student, teacher, selection, report)
     _report_teacher(teacher, selection, config, report)
     return student, report
@@ -242,7 +257,7 @@ def _axes_of(teacher_name: str) -> tuple[str | None, ...]:
     raise AssertionError(f"no projection rule for {teacher_name}")
 
 
-def _kept_indices(teacher_name: str, shape: Sequence[int], selection: Selection) -> dict[int, Tensor]:
+def kept_indices(teacher_name: str, shape: Sequence[int], selection: Selection) -> dict[int, Tensor]:
     """Return which indices of a teacher tensor are kept, for each dimension that is cut."""
     kept = {}
     for dim, axis in enumerate(_axes_of(teacher_name)):
@@ -255,14 +270,14 @@ def _kept_indices(teacher_name: str, shape: Sequence[int], selection: Selection)
 
 def _kept_shape(teacher_name: str, shape: Sequence[int], selection: Selection) -> list[int]:
     """Return the shape of what is kept of a teacher tensor, in 2D."""
-    kept = _kept_indices(teacher_name, shape, selection)
+    kept = kept_indices(teacher_name, shape, selection)
     sizes = [len(kept[dim]) if dim in kept else size for dim, size in enumerate(shape)]
     return sizes[:2] + sizes[3:] if len(sizes) == 5 else sizes
 
 
 def _take(tensor: Tensor, teacher_name: str, selection: Selection) -> Tensor:
     """Return the part of a teacher tensor that is kept, in 2D."""
-    kept = _kept_indices(teacher_name, tensor.shape, selection)
+    kept = kept_indices(teacher_name, tensor.shape, selection)
     if list(kept) == [0, 1]:
         return tensor[kept[0][:, None], kept[1]]  # takes half the time of cutting the rows and then the columns
     for dim, indices in kept.items():

@@ -114,13 +114,13 @@ def select(
     selection = Selection(layers or spread_layers(teacher.config.depth, student.depth))
     norms = cache(lambda name: squared_norms(teacher.read(name)))  # several axes ask for the same weights
     score = score or (lambda _, axis, selection: _score_axis(norms, axis, selection.layers))
-    for axis, (size, kept, group) in _axis_sizes(teacher.config, student, selection.layers).items():
+    for axis, (size, kept, group) in axis_sizes(teacher.config, student, selection.layers).items():
         if kept < size:
             selection.axes[axis] = _largest(score(teacher, axis, selection), kept, group)
     return selection
 
 
-def _axis_sizes(teacher: StudentConfig, student: StudentConfig, layers: list[int]) -> dict[str, tuple[int, int, int]]:
+def axis_sizes(teacher: StudentConfig, student: StudentConfig, layers: list[int]) -> dict[str, tuple[int, int, int]]:
     """Return for each axis its size in the teacher, how many entries are kept, and how many stay together (those of a head)."""
     width = (teacher.hidden_size, student.hidden_size)
     sizes = {"channels": (*width, 1)}

@@ -7,6 +7,7 @@ A student's card is made of what its folder holds (student_config.json, metrics.
 that it can be written again when something is added.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -19,12 +20,14 @@ from wandistiller.files.output_folder import (
     CARD_NAME,
     COMPARISON_NAME,
     EVALUATION_NAME,
+    GALLERY_NAME,
     LOSS_PLOT_NAME,
     METRICS_NAME,
-    SAMPLES_NAME,
-    is_card,
+    has_mark,
+    sample_files,
 )
 from wandistiller.model.config import StudentConfig
+from wandistiller.projection.comfyui import LOADERS, comfyui_settings, comfyui_warnings
 from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,
@@ -43,6 +46,7 @@ from wandistiller.sampling.recorded import weights_digest
 FENCE = "````"  # longer than any fence that a command is likely to hold
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 THIS_FOLDER = "path/to/this/folder"
+DEFAULT_SLOTS = 512  # max_sequence_length of WanPipeline.__call__
 USE = """\
 In a clone of WanDistiller's repository:
 
@@ -67,7 +71,7 @@ python generate_images.py --student path/to/this/folder --prompt "..." --output 
 def write_model_card(folder: Path) -> Path | None:
     """Write the card of a student's folder. Return None if a README.md that a person wrote is in its place."""
     file = folder / CARD_NAME
-    if file.exists() and not is_card(file):
+    if file.exists() and not has_mark(file):
         return None
     config = StudentConfig.load(folder)
     card = model_card(folder, config)
@@ -99,7 +103,7 @@ def model_card(folder: Path, config: StudentConfig) -> str:
         f"{CARD_MARK}; it is written again when the student is measured. -->",
         f"# {plain(folder.resolve().name)}",
         introduction(config, record),
-        *pictures(folder, is_measured=bool(evaluation)),
+        *pictures(folder),
         "## How it was made",
         markdown_table(("", ""), facts(config, record, lines)),
     ]
@@ -116,6 +120,10 @@ def model_card(folder: Path, config: StudentConfig) -> str:
         parts.append(f"![Loss by noise level]({LOSS_PLOT_NAME})")
     if rows := evaluation_rows(evaluation):
         parts += ["## Evaluation", *rows]
+        if (folder / GALLERY_NAME).is_file():
+            parts.append(
+                f"[{GALLERY_NAME}]({GALLERY_NAME}) shows every prompt, the worst first; it opens from disk in a browser."
+            )
     parts += ["## Use", *use(config), "## Limits", limits(config, record), "## Licence", licence(record)]
     return "\n\n".join(parts) + "\n"
 
@@ -166,13 +174,40 @@ def local_name(record: dict) -> str | None:
     return Path(path).name if path else None
 
 
-def pictures(folder: Path, is_measured: bool) -> list[str]:
-    """Link the newest sample picture, and the evaluation's picture if it shows this student."""
-    found = sorted((folder / SAMPLES_NAME).glob("step_*.png"), key=lambda file: (len(file.name), file.name))[-1:]
-    about = [(f"{SAMPLES_NAME}/{file.name}", "Prompts of the training, drawn") for file in found]
-    if is_measured and (folder / COMPARISON_NAME).is_file():
-        about.append((COMPARISON_NAME, "Prompts of the evaluation, drawn"))
-    return [f"![{what} by teacher and student from the same noise]({link})" for link, what in about]
+def shown_pictures(folder: Path) -> dict[str, str]:
+    """Return the newest sample picture, and the evaluation's picture if it shows this student: by their names, what they show."""
+    found = sample_files(folder)[-1:]
+    about = {file.relative_to(folder).as_posix(): "Prompts of the training, drawn" for _, file in found}
+    if read_evaluation(folder) and (folder / COMPARISON_NAME).is_file():
+        about[COMPARISON_NAME] = "Prompts of the evaluation, drawn"
+    return about
+
+
+def pictures(folder: Path) -> list[str]:
+    """Return the pictures of a student's folder as markdown."""
+    return [
+        f"![{what} by teacher and student from the same noise]({link})" for link, what in shown_pictures(folder).items()
+    ]
+
+
+def with_pictures(card: str, folder: Path) -> str:
+    """Return the card of an export with the pictures of the student's own folder above its use."""
+    return card.replace("\n\n## Use\n", "\n\n" + "\n\n".join([*pictures(folder), "## Use\n"]), 1)
+
+
+def comfyui_use(config: StudentConfig, file: str) -> str:
+    """Return how ComfyUI draws with an exported file, as markdown."""
+    warnings = [f"- {warning}." for warning in comfyui_warnings(config)]
+    told = f"{file} goes to ComfyUI's models/diffusion_models: {comfyui_settings(config)}."
+    return "\n\n".join([told, *(["\n".join(warnings)] if warnings else [])])
+
+
+def gguf_use(config: StudentConfig) -> str:
+    """Return how ComfyUI-GGUF draws with an exported file, as markdown."""
+    return (
+        "For [ComfyUI-GGUF](https://github.com/city96/ComfyUI-GGUF); VAE and text encoder are its teacher's. The file goes into "
+        f"`models/diffusion_models`; nodes: {comfyui_settings(config, LOADERS['gguf'])}."
+    )
 
 
 def facts(config: StudentConfig, record: dict, lines: list[dict]) -> list[tuple[str, object]]:
@@ -180,9 +215,14 @@ def facts(config: StudentConfig, record: dict, lines: list[dict]) -> list[tuple[
     guidance = [f"{record[name]:g}" for name in ("guidance_scale", "guidance_scale_2") if record.get(name) is not None]
     rows = [
         ("teacher", plain(record.get("base_model") or local_name(record))),
+        (
+            "with the LoRA",
+            ", ".join(f"{plain(lora['file'])} at {lora['scale']:g}" for lora in record.get("teacher_loras") or []),
+        ),
         ("its settings", plain(record.get("preset"))),
         ("shift", record.get("shift")),
         ("guidance", " and ".join(guidance)),
+        ("guided at sigma", " to ".join(f"{sigma:g}" for sigma in record.get("guidance_range") or [])),
         ("sampling steps", record.get("student_steps") or record.get("num_inference_steps")),
         ("block", config.block),
         ("parameters", f"{config.num_parameters:,}"),
@@ -287,12 +327,13 @@ def licence(record: dict) -> str:
     )
 
 
-def drawing(config: StudentConfig, folder: str, dtype: str, *, link: bool = False) -> str:
+def drawing(config: StudentConfig, folder: str, dtype: str, *, prompt: str, link: bool = False) -> str:
     """Return Python that draws a prompt with an exported pipeline, in diffusers' number of steps if none is recorded.
 
     Args:
         folder: folder of the pipeline.
         dtype: "fp32", "bf16" or "fp16", the precision of the transformer. The VAE stays in float32, as every Wan's does.
+        prompt: what to draw.
         link: whether the text encoder is a link to the teacher's own folder.
     """
     record = config.distillation or {}
@@ -308,30 +349,74 @@ def drawing(config: StudentConfig, folder: str, dtype: str, *, link: bool = Fals
     settings = ["num_frames=1", "guidance_scale=1.0"]
     settings += [f"num_inference_steps={steps}"] if steps else []
     settings += [f"height={config.image_size}", f"width={config.image_size}", 'output_type="pil"']
-    settings += [f"max_sequence_length={slots}"] if slots != 512 else []
+    settings += ["generator=torch.Generator().manual_seed(0)"]
+    settings += [f"max_sequence_length={slots}"] if slots != DEFAULT_SLOTS else []
     return (
         "import torch\n"
         "from diffusers import WanPipeline\n\n"
         f"{remark}pipe = WanPipeline.from_pretrained({load})\n"
-        'prompt = "a large blue circle on a white background"\n'
+        f"prompt = {json.dumps(prompt, ensure_ascii=False)}\n"
         f'pipe(prompt, {", ".join(settings)}).frames[0][0].save("picture.png")'
     )
 
 
 def write_export_card(
-    folder: Path, name: str, config: StudentConfig, export_format: str, dtype: str, *, link: bool = False
+    folder: Path, name: str, config: StudentConfig, export_format: str, dtype: str, *, prompt: str, link: bool = False
 ) -> None:
     """Write the card into an exported folder.
 
     Args:
         name: name that the folder will have in the end.
         config: the student's, with the record that is published.
+        prompt: what the lines to copy draw.
     """
-    write_text(folder / CARD_NAME, export_card(name, config, export_format, dtype, link))
+    if export_format == "gguf":
+        card = export_card(name, config, gguf_use(config), "gguf")
+    else:
+        use = pipeline_use(config, dtype, prompt, link) if export_format == "pipeline" else TRANSFORMER_USE
+        card = export_card(name, config, use)
+    write_text(folder / CARD_NAME, card)
 
 
-def export_card(name: str, config: StudentConfig, export_format: str, dtype: str, link: bool) -> str:
-    """Return the card of an exported folder as text."""
+TRANSFORMER_USE = (
+    "The transformer alone; VAE, text encoder, tokenizer and scheduler are its teacher's:\n\n```python\n"
+    "from diffusers import WanTransformer3DModel\n\n"
+    f'transformer = WanTransformer3DModel.from_pretrained("{THIS_FOLDER}")\n```'
+)
+
+
+def pipeline_use(config: StudentConfig, dtype: str, prompt: str, link: bool) -> str:
+    """Return the lines that draw with an exported pipeline, as markdown."""
+    return f"```python\n{drawing(config, THIS_FOLDER, dtype, prompt=prompt, link=link)}\n```"
+
+
+def silent_mistakes(config: StudentConfig) -> str:
+    """Return a table of what goes wrong in diffusers without a word, because its defaults are those of Wan's videos."""
+    slots, shift = config.text_max_length, (config.distillation or {}).get("shift")
+    rows = [
+        ("`pipe(...)`", "`guidance_scale=1.0`", "5.0: what was guided already is guided again, in twice the time"),
+        ("`pipe(...)`", "`num_frames=1`", "81: a video, which it has not learnt"),
+        ("`pipe.encode_prompt(...)`", f"`max_sequence_length={slots}`", "226: another padding, other pictures"),
+        (
+            "`FlowMatchEulerDiscreteScheduler`, any other scheduler",
+            f"its `shift` or `flow_shift`{'' if shift is None else f' {shift:g}'}, as `scheduler/` of a pipeline has it under both names",
+            "1.0: other noise levels",
+        ),
+        (
+            "`WanTransformer3DModel.from_single_file(...)`",
+            "`config=` a folder of format diffusers",
+            "a released model's shape, or the configuration of an image-to-video one",
+        ),
+    ]
+    if slots != DEFAULT_SLOTS:
+        rows.insert(
+            2, ("`pipe(...)`", f"`max_sequence_length={slots}`", f"{DEFAULT_SLOTS}: another padding, other pictures")
+        )
+    return markdown_table(("call", "give it", "left out"), rows)
+
+
+def export_card(name: str, config: StudentConfig, use: str, library: str = "diffusers") -> str:
+    """Return the card of an exported folder as text; `use` says how to draw with it, in `library` if that is diffusers."""
     record = config.distillation or {}
     text = (
         f"A text-to-image transformer of {config.num_parameters:,} parameters, distilled with WanDistiller from "
@@ -339,15 +424,12 @@ def export_card(name: str, config: StudentConfig, export_format: str, dtype: str
         "draws single pictures and makes no video. It has learnt the teacher's guided answer: guidance is 1.0, and there is no "
         "negative prompt."
     )
-    if export_format == "pipeline":
-        use = f"```python\n{drawing(config, THIS_FOLDER, dtype, link=link)}\n```"
-    else:
-        use = (
-            "The transformer alone; VAE, text encoder, tokenizer and scheduler are its teacher's:\n\n```python\n"
-            "from diffusers import WanTransformer3DModel\n\n"
-            f'transformer = WanTransformer3DModel.from_pretrained("{THIS_FOLDER}")\n```'
-        )
-    parts = [front_matter(record, "diffusers", ["wan", "distillation"]), f"# {name}", text, "## Use", use]
+    parts = [front_matter(record, library, ["wan", "distillation"]), f"# {name}", text, "## Use", use]
+    if library == "diffusers":
+        parts += [
+            "Left out, these go wrong in silence, because diffusers' defaults are those of videos:",
+            silent_mistakes(config),
+        ]
     if record:
         made = [(what, value) for what, value in facts(config, record, []) if what != "guidance"]
         made.append(("guidance", "1.0 (the teacher's is learnt)"))

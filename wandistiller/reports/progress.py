@@ -3,8 +3,10 @@
 import contextlib
 import json
 import math
+import statistics
 import sys
 import time
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +15,14 @@ from typing import TextIO
 from tqdm import tqdm
 
 from wandistiller.files.atomic import write_text
-from wandistiller.reports.metrics import StepMetrics, held_out_error, held_out_text, noise_text, read_metrics
+from wandistiller.reports.metrics import (
+    FIRST_AND_LAST,
+    StepMetrics,
+    held_out_error,
+    held_out_text,
+    noise_text,
+    read_metrics,
+)
 
 LINE_EVERY_S = 10.0  # plain lines are at least this far apart, so that a long job's log stays readable
 
@@ -34,11 +43,17 @@ class Progress:
         self._last_line_s = -math.inf
         self._file: TextIO | None = None
         self._held_out: dict[str, float] | None = None
+        self._num_first = max(1, num_steps // FIRST_AND_LAST)
+        self._num_noted = 0
+        self._first_losses: list[float] = []
+        self._last_losses: deque[float] = deque(maxlen=self._num_first)
 
     def __enter__(self) -> "Progress":
         # A killed run may have written steps beyond those that this one resumes from. A kill here loses no step before them:
         kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= self.first_step]
         self._held_out = held_out_error(kept)
+        for line in kept:
+            self._note_loss(line["step"], line.get("loss", math.nan))
         try:
             write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = self.metrics_path.open("a", encoding="utf-8")
@@ -62,6 +77,7 @@ class Progress:
     def step(self, metrics: StepMetrics) -> None:
         """Show a step and write it down."""
         self._held_out = metrics.velocity_error or self._held_out
+        self._note_loss(metrics.step, metrics.loss)
         if self._file is not None:
             try:
                 self._file.write(json.dumps(asdict(metrics)) + "\n")
@@ -70,6 +86,7 @@ class Progress:
                 self._go_on_without_file(error)
         if self._bar is not None:
             shown = [f"loss {metrics.loss:.4g}", *self._held_out_part(), f"{metrics.samples_per_s:.1f} samples/s"]
+            shown += self._change_part()
             self._bar.set_postfix_str(", ".join(shown))
             self._bar.update()
         elif self._is_due(metrics):
@@ -82,6 +99,19 @@ class Progress:
     def _held_out_part(self) -> list[str]:
         """Return the newest held-out error at the teacher's states, which is shown beside the loss; nothing before there is one."""
         return [f"held-out {self._held_out['teacher_states']:.3f}"] if self._held_out else []
+
+    def _note_loss(self, step: int, loss: float) -> None:
+        self._num_noted += 1
+        if step <= self._num_first:
+            self._first_losses.append(loss)
+        self._last_losses.append(loss)
+
+    def _change_part(self) -> list[str]:
+        """Return the mean loss of the last steps as a share of that of the first tenth; nothing before these are two."""
+        if self._num_noted < 2 * self._num_first or not self._first_losses:
+            return []
+        first, last = (statistics.fmean(losses) for losses in (self._first_losses, self._last_losses))
+        return [f"{last / first:.0%} of the first tenth's loss"] if first > 0 and math.isfinite(last / first) else []
 
     def _go_on_without_file(self, error: OSError) -> None:
         if self._file is not None:
@@ -109,6 +139,7 @@ class Progress:
             f"grad {metrics.grad_norm:.3g}",
             f"lr {metrics.lr:.1e}",
             f"{metrics.samples_per_s:.1f} samples/s",
+            *self._change_part(),
             f"eta {format_duration(metrics.eta_s)}",
         ]
         return " | ".join(parts)

@@ -14,11 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wandistiller.device import is_out_of_memory
-from wandistiller.errors import UserError
+from wandistiller.errors import UserError, first_line
 from wandistiller.evaluation.held_out import evaluation_mode
+from wandistiller.files.output_folder import STRIP_NAME
 from wandistiller.files.pictures import labelled_grid, save_png
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes
+from wandistiller.reports.over_time import STUDENT_ROW, save_strip
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, StudentField, VelocityField, sample_in_batches
 from wandistiller.sampling.teacher import Teacher
@@ -115,6 +117,14 @@ class Samples:
         self.is_over = bool(self.processes.from_first(self.is_over))
         return file if self.processes.is_first and not self.is_over else None
 
+    def over_time(self) -> Path | None:
+        """Write the strip of the run's pictures and return its file, or None where there is nothing to show or it cannot be written."""
+        try:
+            return save_strip(self.folder.parent)
+        except OSError as error:
+            tqdm.write(f"No {STRIP_NAME}: {first_line(error)}", file=sys.stdout)
+            return None
+
     def _draw(self, student: WanLiteStudent, step: int, file: Path) -> bool:
         """Draw, and write the picture in the first process. Return False if drawing had to be given up."""
         needs_others = self.options.needs_all_processes and self.processes.are_many
@@ -153,7 +163,8 @@ class Samples:
         grid = self._grid(latents)
         file.parent.mkdir(exist_ok=True)
         steps, shift = self.options.student_sampling.num_inference_steps, self.options.settings.shift
-        save_png(grid, file, {"num_inference_steps": steps, "shift": shift, "seed": SEED, "step": step})
+        about = {"num_inference_steps": steps, "shift": shift, "seed": SEED, "step": step}
+        save_png(grid, file, about | {STUDENT_ROW: grid.info["last_row"]})
         self.on_picture(step, grid)
 
     def _grid(self, latents: Tensor) -> "Image":

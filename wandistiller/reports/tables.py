@@ -3,6 +3,14 @@
 import math
 import textwrap
 from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from wandistiller.files.hub import hub_id
+
+CMMD_NOTE = (
+    "CMMD is of another model than openai/clip-vit-large-patch14-336, which published figures are of; it compares with figures of "
+    "the same model and as many pictures alone."
+)
 
 
 def cell_text(value: str | float | None) -> str:
@@ -46,9 +54,43 @@ def table_lines(results: dict) -> list[str]:
             lines.append(line(f"  sigma {low:.1f} to {high:.1f} ({bucket['count']} states)", bucket["mean"]))
     for name in ("high_frequency_energy", "prompt_sensitivity"):
         lines.append(compared(name.replace("_", " "), results[name]))
+    for name, values in score_rows(results):
+        lines.append(line(name, *values))
+    if results.get("cmmd") and not results["cmmd"]["is_published_model"]:
+        lines += textwrap.wrap(CMMD_NOTE, 106, initial_indent="  ", subsequent_indent="  ")
     for name, row in results["cost"].items():
         lines.append(compared(name.replace("_", " "), row))
     return lines
+
+
+def score_rows(results: dict) -> list[tuple[str, tuple]]:
+    """Return what scorers said as rows of a name and the values of student, teacher and ratio; none where there were none."""
+    rows: list[tuple[str, tuple]] = []
+    for kind, found in (results.get("scores") or {}).items():
+        model = found["model"]
+        rows.append(
+            (f"{kind} is {hub_id(model) or Path(model).name}", ("",))
+        )  # paths of a machine are nobody else's business
+        if "cosine" in found:
+            rows += [
+                (f"{kind}: cosine to the teacher's picture", (found["cosine"],)),
+                (f"{kind}: standard error", (found["standard_error"],)),
+                (f"{kind}: cosine to pictures of other prompts", (found["of_other_prompts"],)),
+            ]
+            continue
+        rows.append((f"{kind}: cosine to the prompt", _three(found)))
+        rows.append((f"{kind}: standard error", _three(found["standard_error"])))
+        if found["above_other_prompts"]:
+            rows.append((f"{kind}: above other prompts", _three(found["above_other_prompts"])))
+        if found["num_cut"]:
+            rows.append((f"{kind}: prompts longer than it reads", (found["num_cut"],)))
+    if cmmd := results.get("cmmd"):
+        rows += [(f"CMMD ({cmmd['num_pictures']} pictures)", (cmmd["value"],)), ("CMMD, unbiased", (cmmd["unbiased"],))]
+    return rows
+
+
+def _three(row: dict) -> tuple:
+    return row["student"], row["teacher"], row["ratio"]
 
 
 def noise_lines(noise: dict, line: Callable[..., str]) -> list[str]:
@@ -102,6 +144,7 @@ def comparison_rows(results: dict) -> list[tuple[str, str, str, str]]:
             row("what the noise decides: cosine to the teacher's", noise["cosine"]),
             row("what the noise decides: gain", noise["gain"]),
         ]
+    rows += [row(name, *values) for name, values in score_rows(results)]
     names = ("high_frequency_energy", *(() if noise else ("diversity",)), "prompt_sensitivity")
     compared = {name: results[name] for name in names}
     for name, values in (compared | results["cost"]).items():

@@ -12,6 +12,7 @@ from wandistiller.projection.project import ProjectionReport, fresh_student, pro
 from wandistiller.projection.selection import spread_layers
 from wandistiller.reports.progress import Countdown
 from wandistiller.run.held_out import held_out_states, keep_states
+from wandistiller.run.reach import reachable_prompts
 from wandistiller.run.run import Run
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import NO_HIDDEN_STATES, Answers, HiddenStates, TeacherAnswers
@@ -19,7 +20,7 @@ from wandistiller.targets.cache import CachedAnswers
 from wandistiller.targets.replay import ReplayedAnswers, answered_batches
 from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
 from wandistiller.targets.state_batch import DrawOptions
-from wandistiller.targets.states import build_states
+from wandistiller.targets.states import build_states, teacher_levels
 from wandistiller.training.checkpoints import DamagedCheckpointError
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
 from wandistiller.training.loop import Saving
@@ -35,31 +36,37 @@ logger = logging.getLogger(__name__)
 
 
 def embed_prompts(run: Run) -> Embeds:
-    """Embed every prompt, and the negative prompt where guidance needs it; the encoder has left memory on return."""
-    settings = run.settings
+    """Embed every prompt that the run can come to, and the negative prompt where guidance needs it.
+
+    The encoder has left memory on return.
+    """
+    settings, trained = run.settings, run.trained_texts
     negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
-    everything = [*run.trained_texts, *run.held_out_texts, *negative_prompts]
-    embeds = _embed(run, everything)
+    reached = reachable_prompts(run)
+    everything = [*(trained[index] for index in reached), *run.held_out_texts, *negative_prompts]
+    embeds = _embed_shared(run, everything)
     if embeds.truncated:
         print(f"Warning: {embeds.truncated} prompts are longer than {run.config.text_max_length} tokens and were cut")
-    num_trained = len(run.trained_texts)
     negative = embeds.read(len(everything) - 1) if settings.uses_guidance else None
     logger.info("prompts encoded, or found in their cache")
-    return Embeds(embeds.first(num_trained), embeds.part(num_trained, len(run.held_out_texts)), negative)
+    own = embeds.first(len(reached))
+    if len(reached) < len(trained):
+        # A state that a longer run has left may hold prompts that this one would not come to:
+        own = own.placed(reached, len(trained), lambda index: _embed(run, [trained[index]]).read(0))
+    return Embeds(own, embeds.part(len(reached), len(run.held_out_texts)), negative)
+
+
+def _embed_shared(run: Run, texts: list[str]) -> PromptEmbeds:
+    """Encode this process's share of the texts into the cache, and read all of them back."""
+    if run.encoder is not None:
+        _embed(run, texts[run.processes.rank :: run.processes.count])
+        run.processes.barrier()
+    return _embed(run, texts)
 
 
 def _embed(run: Run, texts: list[str]) -> PromptEmbeds:
-    """Encode this process's share of the texts into the cache, and read all of them back."""
-
-    def embed(prompts: list[str]) -> PromptEmbeds:
-        return embed_texts(
-            prompts, run.encoder, run.config, run.flags.data.prompt_cache, run.device, progress=print_encoding
-        )
-
-    if run.encoder is not None:
-        embed(texts[run.processes.rank :: run.processes.count])
-        run.processes.barrier()
-    return embed(texts)
+    """Encode the texts into the cache, as far as they are not there yet, and read them from it."""
+    return embed_texts(texts, run.encoder, run.config, run.flags.data.prompt_cache, run.device, progress=print_encoding)
 
 
 def print_encoding(done: int, total: int) -> None:
@@ -209,7 +216,9 @@ def live_answers(
 ) -> TeacherAnswers:
     """Build the teacher's answers at the states that the flags ask for."""
     num_prompts = len(run.texts.prompts)
-    states = build_states(run.states_options, run.config, run.settings, num_prompts, run.lanes, run.device)
+    states = build_states(
+        run.states_options, run.config, run.settings, num_prompts, run.lanes, run.device, run.num_used
+    )
     return TeacherAnswers(
         teacher,
         states,
@@ -229,8 +238,10 @@ def segment_answers(run: Run, embeds: Embeds, teacher: Teacher, student: WanLite
         num_prompts=len(run.texts.prompts),
         lanes=run.lanes,
         shift=run.settings.shift,
+        levels=teacher_levels(run.settings),
         seed=flags.optimization.seed,
         device=run.device,
+        num_used=run.num_used,
     )
     segments = SegmentOptions(
         num_segments=flags.objective.student_steps,

@@ -37,15 +37,24 @@ def suggested_warmup(num_steps: int) -> int:
 
 
 def suggested_replay(
-    teacher: StudentConfig, student: StudentConfig, latent_size: int, *, uses_guidance: bool, calls_per_answer: int = 1
+    teacher: StudentConfig,
+    student: StudentConfig,
+    latent_size: int,
+    *,
+    uses_guidance: bool,
+    calls_per_answer: int = 1,
+    guided_share: float = 1.0,
 ) -> int:
     """Return how often each answer is learnt from, so that learning costs about what the teacher's answers cost.
 
     Args:
-        calls_per_answer: guided answers that one target takes, more than one for students of few steps.
+        calls_per_answer: answers that one target takes, more than one for students of few steps.
+        guided_share: share of the answers that are guided, where guidance is used.
     """
     asked = teacher, num_image_tokens(teacher, latent_size), TYPICAL_TEXT_TOKENS
-    answer = guided_flops(*asked, TYPICAL_TEXT_TOKENS) if uses_guidance else transformer_flops(*asked)
+    share = guided_share if uses_guidance else 0.0
+    answer = share * guided_flops(*asked, TYPICAL_TEXT_TOKENS) if share else 0.0
+    answer += (1 - share) * transformer_flops(*asked) if share < 1 else 0.0
     forward = transformer_flops(student, num_image_tokens(student, latent_size), TYPICAL_TEXT_TOKENS)
     return min(max(round(calls_per_answer * answer / ((1 + BACKWARD_PASSES) * forward)), MIN_REPLAY), MAX_REPLAY)
 

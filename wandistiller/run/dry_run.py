@@ -34,12 +34,9 @@ from wandistiller.model.sizes import count_parameters
 from wandistiller.run.flags import STATES, Flags
 from wandistiller.run.measuring import NUM_NOISES, expected_calls
 from wandistiller.run.plan import Plan
+from wandistiller.run.reach import most_encoded, some_of, token_counts
 from wandistiller.targets.replay import stored_batches
 from wandistiller.training.checkpoints import Checkpoints
-from wandistiller.wan.text_encoder import count_tokens
-
-# The tokens of these stand for those of all prompts.
-NUM_COUNTED_PROMPTS = 256
 
 
 def print_budget(plan: Plan) -> int:
@@ -75,6 +72,7 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
         latent_size=config.image_size // plan.settings.vae_scale_factor,
         num_experts=len(plan.wan_files.experts),
         uses_guidance=plan.settings.uses_guidance,
+        guided_share=plan.guided_share if plan.settings.uses_guidance else 1.0,
         batch_size=own.batch_size,
         grad_accum_steps=own.grad_accum_steps,
         num_processes=plan.processes.count,
@@ -97,7 +95,7 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
         ),
         calls_per_step=calls / plan.num_steps,
         num_steps=plan.num_steps,
-        num_prompts=len(plan.trained_texts) + len(plan.held_out_texts),
+        num_prompts=most_encoded(plan) + len(plan.held_out_texts),
         keep_checkpoints=flags.output.keep_checkpoints if flags.output.save_every else 0,
         teacher_cache_batches=calls if states.teacher_cache else 0,
         held_out=held_out_work(plan),
@@ -148,14 +146,10 @@ class TextSizes:
 
 def measure_texts(plan: Plan) -> TextSizes:
     """Count the tokens of some prompts, evenly spread, with the run's own tokenizer; where there is none (the mock) words count."""
-    prompts, encoder = plan.trained_texts, plan.encoder
-    chosen = prompts[:: max(1, len(prompts) // NUM_COUNTED_PROMPTS)][:NUM_COUNTED_PROMPTS]
-    everything = [*chosen, plan.settings.negative_prompt]
-    if encoder is None:
-        counts = [len(text.split()) + 1 for text in everything]
-        parameters = 0 if plan.wan_files.is_mock else UMT5_XXL_PARAMETERS
-    else:
-        counts, parameters = count_tokens(everything, encoder), encoder.num_parameters()
+    encoder = plan.encoder
+    counts = token_counts([*some_of(plan.trained_texts), plan.settings.negative_prompt], encoder)
+    without = 0 if plan.wan_files.is_mock else UMT5_XXL_PARAMETERS
+    parameters = encoder.num_parameters() if encoder else without
     *of_prompts, negative = [min(count, plan.config.text_max_length) for count in counts]
     negative_tokens = negative if plan.settings.uses_guidance else 0
     return TextSizes(sum(of_prompts) / len(of_prompts), negative_tokens, parameters)

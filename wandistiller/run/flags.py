@@ -10,9 +10,10 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from dataclasses import replace as replace_fields
 from typing import Any
 
-from wandistiller.command_line import FlagGroup, FlagParser, int_list, number, path, torchrun_environment
-from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_TEACHER
+from wandistiller.command_line import LORA_FLAG, FlagGroup, FlagParser, int_list, number, path, torchrun_environment
+from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_TEACHER, check_is_in_clone
 from wandistiller.run.config_help import READY_CONFIGS
+from wandistiller.run.presets import PRESETS
 from wandistiller.run.recipe import Recipe
 
 REPORTS = ["none", "wandb", "trackio"]
@@ -44,6 +45,13 @@ STATES = {
     "noise": StatesKind("pure noise at every noise level", has_paths=False),
 }
 
+# A teacher that is to draw in so few steps was distilled to them, as lightning LoRAs are, unless its sampler is named.
+FEW_STEPS = 8
+SAMPLERS = {
+    "unipc": "the teacher answers rightly at all noise levels, as the released Wans do",
+    "euler": "it was distilled to its steps, and is asked at the noise levels of these alone",
+}
+
 
 def flag(help: str, default: object = None, **options: object) -> Any:
     """Declare a flag: its help text, its default, and what argparse needs to know of its values."""
@@ -66,11 +74,17 @@ class DataFlags:
     """What is read: the teacher, its text encoder and VAE, and the prompts."""
 
     teacher_path: str = flag(
-        "folder, .safetensors file, hub id, or mock (random weights, no download)", DEMO_TEACHER, type=path
+        "folder, .safetensors or .gguf file, hub id, or mock (random weights, no download)", DEMO_TEACHER, type=path
     )
     teacher_path_low: str | None = flag(
         "the low-noise expert, where the two experts are two files or folders", type=path
     )
+    teacher_lora: list[tuple[str, float]] | None = flag(
+        "a Wan LoRA (.safetensors) that is merged into the teacher as it is read, into the high-noise expert of two; may be given "
+        "several times",
+        **LORA_FLAG,
+    )
+    teacher_lora_low: list[tuple[str, float]] | None = flag("the same for the low-noise expert of two", **LORA_FLAG)
     text_encoder_path: str | None = flag(
         "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none", type=path
     )
@@ -78,9 +92,21 @@ class DataFlags:
         "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path
     )
     data_path: str = flag_by_teacher(
-        "text file, one prompt a line", "data/static_prompts.txt", "data/demo_prompts.txt", type=path
+        "prompts: a text file with one a line, a table (.csv, .tsv, .jsonl, .json, .parquet), a folder or a glob of these, or a "
+        "folder of prompt templates",
+        "data/static_prompts.txt",
+        "data/demo_prompts.txt",
+        type=path,
+    )
+    caption_column: str | None = flag(
+        "column of tables that holds the prompts (left out: the only one of text, or the one called caption, prompt or text)"
     )
     prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
+    prompt_cache_gib: float = flag(
+        "room for the embeddings of this run's prompts; where it is too little for all that the run can come to, fewer are used",
+        100.0,
+        type=number(float, above=0),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +138,18 @@ class TeacherFlags:
     )
     negative_prompt: str | None = flag("what guidance pushes away from (Wan's own, less the words against stills)")
     shift: float | None = flag("warp of the noise levels, shift u / (1 + (shift - 1) u)", type=number(float, above=0))
+    guidance_range: tuple[float, float] | None = flag(
+        "noise levels with guidance, ends included; at the others one pass of the teacher answers instead of two (left out: all)",
+        nargs=2,
+        type=number(float, low=0, high=1),
+        metavar=("LOW", "HIGH"),
+    )
+    teacher_steps: int | None = flag("steps that the teacher draws in", type=number(int, low=1, high=1000))
+    teacher_sampler: str | None = flag(
+        f"{'; '.join(f'{name}: {what}' for name, what in SAMPLERS.items())} (left out: euler for --teacher_steps of {FEW_STEPS} or "
+        "fewer, else unipc)",
+        choices=list(SAMPLERS),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +181,7 @@ class StatesFlags:
         0.0,
         type=number(float, low=0, high=1),
     )
-    extra_prompts: str | None = flag("text file of further prompts, which come by --prompt_swap alone", type=path)
+    extra_prompts: str | None = flag("file of further prompts, which come by --prompt_swap alone", type=path)
     calls_per_expert: int = flag(
         "batches in a row for one expert of a two-expert teacher; 0: both in every batch (default: 0; with "
         f"--teacher_offload on trajectories {OFFLOAD_CALLS_PER_EXPERT}, unless --renoise_fraction is given)",
@@ -286,7 +324,7 @@ class OutputFlags:
     eval_prompts: str | None = field(
         default=None,
         metadata={
-            "help": "text file of held-out prompts to measure on (default: those of --data_path, with noise of their own; with the "
+            "help": "file of held-out prompts to measure on (default: those of --data_path, with noise of their own; with the "
             f"demo teacher {DEMO_HELD_OUT_PROMPTS})",
             "options": {"type": path},
             "defaults": (None, DEMO_HELD_OUT_PROMPTS),
@@ -306,6 +344,12 @@ class OutputFlags:
     )
     report: str = flag(
         "send losses and pictures to wandb or trackio as well (pip install the one you name)", "none", choices=REPORTS
+    )
+    preset: str | None = flag(
+        f"set the flags of a real run by teacher and student, as docs/recipes.md lists them: {', '.join(PRESETS)}; what is typed "
+        "beside it counts instead",
+        choices=list(PRESETS),
+        metavar="NAME",
     )
     verbose: bool = switch("print when each part of the start was done")
     print_config: str | None = flag(
@@ -381,11 +425,22 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     )
     for title, group in GROUPS.values():
         add_flags(parser.group(title), fields(group))
-    values = with_defaults(vars(parser.parse(argv)))
+    given = vars(parser.parse(argv))
+    if given["preset"]:
+        # A preset stands for the defaults of its flags, so that what is typed goes before it:
+        parser.set_defaults(**PRESETS[given["preset"]].flags)
+        given = vars(parser.parse(argv))
+    values = with_defaults(given)
     try:
         return Flags(**{name: group(**part_of(values, group)) for name, (_, group) in GROUPS.items()})
     except FlagError as error:
         parser.error(str(error))
+
+
+def check_is_here(flags: Flags, name: str) -> None:
+    """Refuse a default that names a file of a clone where there is none; `name` is the flag whose file is read next."""
+    read = {"teacher_path": flags.data.teacher_path, "data_path": flags.data.data_path}
+    check_is_in_clone(name, {**read, "student_config": flags.student.student_config})
 
 
 def part_of(values: dict[str, Any], group: type) -> dict[str, Any]:
@@ -401,7 +456,7 @@ def add_flags(group: FlagGroup, flags: tuple[Field, ...]) -> None:
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Fill in the best known values for what was left out: by teacher first, then by other flags."""
-    for name in ("sigma_range", "student_rollout"):
+    for name in ("sigma_range", "student_rollout", "guidance_range"):
         values[name] = values[name] and tuple(values[name])
     is_demo = os.path.realpath(values["teacher_path"]) == os.path.realpath(DEMO_TEACHER)
     for _, group in GROUPS.values():
@@ -424,6 +479,7 @@ def with_recipe(values: dict[str, Any]) -> dict[str, Any]:
         return filled[name]
 
     takes_turns = values["teacher_offload"] and states == "trajectory" and not few_steps
+    fill("teacher_sampler", "euler" if (values["teacher_steps"] or FEW_STEPS + 1) <= FEW_STEPS else None)
     calls = fill("calls_per_expert", OFFLOAD_CALLS_PER_EXPERT if takes_turns and not values["renoise_fraction"] else 0)
     can_renoise = finishes and not few_steps and not calls
     fill("renoise_fraction", STATES[states].renoise_fraction if can_renoise else 0.0)
@@ -456,6 +512,8 @@ def mistakes(flags: Flags) -> Iterator[Mistake]:
     yield from cache_mistakes(flags)
     if flags.output.assume_gpu_gib is not None and not flags.output.dry_run:
         yield "--assume_gpu_gib", "plans for a GPU that is not here; it goes with --dry_run"
+    if (guided := flags.teacher.guidance_range) and guided[0] >= guided[1]:
+        yield "--guidance_range", f"LOW {guided[0]} must be below HIGH {guided[1]}"
     if flags.states.offline_teacher and flags.output.eval_every:
         yield "--eval_every", "asks the teacher, which --offline_teacher leaves out of memory"
 

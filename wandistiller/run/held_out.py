@@ -83,7 +83,9 @@ def held_out_states(run: Run, embeds: Embeds, teacher: Teacher | None) -> PathSt
         teacher,
         embeds.held_out,
         run.latent_shape,
-        replace(run.teacher_sampling, num_inference_steps=plan.num_steps),
+        replace(
+            run.teacher_sampling, num_inference_steps=plan.num_steps
+        ),  # fewer than its own, where it answers at all levels
         plan.num_paths,
         plan.segment_steps if run.flags.objective.student_steps else None,
         batch_size(run),

@@ -54,7 +54,7 @@ NOTHING = Measuring()
 
 
 def plan_measuring(
-    flags: Flags, teacher_steps: int, num_steps: int, answers_per_call: int, num_prompts: int
+    flags: Flags, teacher_steps: int, num_steps: int, answers_per_call: int, num_prompts: int, *, is_fixed: bool = False
 ) -> Measuring:
     """Return how a run measures its student.
 
@@ -63,6 +63,7 @@ def plan_measuring(
         num_steps: optimiser steps of the run.
         answers_per_call: states that this process is answered in one of the global batches.
         num_prompts: held-out prompts that there are.
+        is_fixed: whether the teacher's paths must take all its steps.
     """
     answers = expected_calls(flags, teacher_steps, num_steps) * answers_per_call
     if flags.output.eval_every is not None:
@@ -79,7 +80,7 @@ def plan_measuring(
         num_levels, path_steps = student_steps, student_steps * calls_per_answer(teacher_steps, student_steps)
     else:
         # Every answer on a path is one state, and there are about as many paths as noise levels:
-        num_levels = path_steps = min(teacher_steps, math.isqrt(budget))
+        num_levels = path_steps = teacher_steps if is_fixed else min(teacher_steps, math.isqrt(budget))
     num_paths = min(math.isqrt(MOST_ANSWERS), budget // path_steps)
     batch_size = flags.optimization.batch_size
     if num_paths > batch_size:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from wandistiller.command_line import torchrun_environment
+from wandistiller.command_line import command_words, torchrun_environment
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_WORLD, HELD_OUT_PROMPTS
 from wandistiller.files.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
+from wandistiller.files.prompt_templates import TemplatePrompts
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.reports.metrics import (
     bucket_name,
@@ -28,6 +29,8 @@ from wandistiller.reports.metrics import (
 )
 from wandistiller.reports.progress import format_duration
 from wandistiller.run.defaults import hints, suggested_lr
+from wandistiller.run.presets import PRESETS
+from wandistiller.run.reach import most_encoded, most_reached
 from wandistiller.wan.settings import warnings_about
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from wandistiller.training.loop import TrainingResult
     from wandistiller.wan.wan_files import WanFiles
 
+MAX_SHOWN_LEVELS = 8
+FEW_PROMPTS = 2  # a run with less than a half of the prompts that its preset is meant for is told of it
 SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME]
 # A teacher of a world of its own may hold prompts of that world, which its training has not met, in a file of this name.
 OWN_HELD_OUT_PROMPTS = "heldout_prompts.txt"
@@ -47,14 +52,21 @@ OWN_HELD_OUT_PROMPTS = "heldout_prompts.txt"
 
 def print_plan(plan: "Plan") -> None:
     """Print what is trained from what, and how many samples a step takes where that is not --batch_size alone."""
-    texts, config, wan_files, settings = plan.texts, plan.config, plan.wan_files, plan.settings
-    duplicates = f" ({texts.duplicates} repeated lines left out)" if texts.duplicates else ""
-    print(f"Prompts: {len(texts.prompts)}{duplicates}")
+    config, wan_files, settings = plan.config, plan.wan_files, plan.settings
+    if plan.flags.output.preset:
+        print("\n".join(preset_lines(plan)))
+    print_prompts(plan)
     print(f"Teacher: {wan_files.location} ({' + '.join(wan_files.experts)}), {settings.summary()}")
+    for line in lora_lines(wan_files):
+        print(line)
     print(
         f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
         f"{config.image_size} px = {'x'.join(map(str, plan.latent_shape))} latents"
     )
+    if plan.teacher_levels:
+        levels = [f"{level:.4g}" for level in plan.teacher_levels]
+        shown = levels if len(levels) <= MAX_SHOWN_LEVELS else [*levels[: MAX_SHOWN_LEVELS - 2], "...", levels[-1]]
+        print(f"Teacher's {len(levels)} noise levels, and no others: {', '.join(shown)} (--teacher_sampler euler)")
     for warning in warnings_about(wan_files, settings, config):
         print(f"Warning: {warning}")
     optimization = plan.flags.optimization
@@ -69,6 +81,57 @@ def print_plan(plan: "Plan") -> None:
     if plan.lanes.total != optimization.batch_size:
         parts = [f"--batch_size {optimization.batch_size}", f"--grad_accum_steps {optimization.grad_accum_steps}"]
         print(f"Samples a step: {' x '.join([*parts, f'{plan.processes.count} processes'])} = {plan.lanes.total}")
+
+
+def print_prompts(plan: "Plan") -> None:
+    """Print how many prompts there are and what was left out of their files, and how many of them the run can come to."""
+    texts, reached = plan.texts, most_reached(plan)
+    duplicates = f"{texts.duplicates} repeated lines left out" if texts.duplicates else ""
+    left_out = "; ".join(part for part in (duplicates, texts.notice) if part)
+    what = f"{len(texts.prompts)}" + (f" ({left_out})" if left_out else "")
+    if isinstance(texts.prompts, TemplatePrompts) and texts.is_endless:
+        what = f"drawn from {texts.prompts.templates.num_templates} templates, with seed {texts.prompts.seed}"
+    print(f"Prompts: {what}")
+    if plan.num_used is not None:
+        print(
+            f"Of them {plan.num_used} are used, as many as --prompt_cache_gib {plan.flags.data.prompt_cache_gib:g} has room for; in "
+            f"so many steps the run could come to {reached}"
+        )
+    elif (reached := most_encoded(plan)) < len(texts.prompts):
+        print(f"Of them {reached} are encoded, as many as the run can come to in so many steps")
+
+
+def lora_lines(wan_files: "WanFiles") -> list[str]:
+    """Return a line for each LoRA that is merged into the teacher, and one where only one expert of two has any."""
+    of_two = len(wan_files.experts) > 1
+    lines = [
+        f"LoRA: {lora.path} at scale {lora.scale:g}, {lora.num_changed} of {lora.num_tensors} tensors"
+        f"{f' of the {lora.expert}-noise expert' if of_two else ''}"
+        for lora in wan_files.loras
+    ]
+    without = wan_files.experts.keys() - {lora.expert for lora in wan_files.loras}
+    if lines and without:
+        flag = "--teacher_lora_low" if "low" in without else "--teacher_lora"
+        lines.append(
+            f"Warning: the {''.join(without)}-noise expert has no LoRA; {flag} gives it one, which may be the same file"
+        )
+    return lines
+
+
+def preset_lines(plan: "Plan") -> list[str]:
+    """Return what a preset has set, what was typed instead, and a hint where there are far fewer prompts than it is meant for."""
+    name, values = plan.flags.output.preset, plan.flags.as_dict()
+    preset = PRESETS[name]
+    kept = [f"--{flag} {value}" for flag, value in preset.flags.items() if values[flag] == value]
+    typed = [f"--{flag} {values[flag]}" for flag, value in preset.flags.items() if values[flag] != value]
+    lines = [f"Preset {name}: {' '.join(kept)}", *([f"  typed instead: {' '.join(typed)}"] if typed else [])]
+    count = len(plan.texts.prompts)
+    if FEW_PROMPTS * count < preset.num_prompts:
+        lines.append(
+            f"Hint: {count:,} prompts; the preset is meant for {preset.num_prompts:,} or more, and a student of few prompts learns "
+            "to draw these alone"
+        )
+    return lines
 
 
 class _Printed(logging.Handler):
@@ -142,9 +205,7 @@ def calls_line(run: "Run", num_calls: int, num_steps: int, teacher: "Teacher | N
 
 def typed_command(script: str, argv: Sequence[str]) -> str:
     """Return the command as a person would type it again."""
-    num_processes = torchrun_environment().local_world_size
-    launcher = ["python"] if num_processes == 1 else ["torchrun", "--nproc_per_node", str(num_processes)]
-    return shlex.join([*launcher, script, *map(str, argv)])
+    return shlex.join([*command_words(script, torchrun_environment().local_world_size), *map(str, argv)])
 
 
 def summary_lines(folder: Path, calls: str) -> list[str]:
@@ -198,11 +259,11 @@ def held_out_prompts(wan_files: "WanFiles") -> str:
 def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | None = None) -> list[str]:
     """Return the commands that measure a finished student and draw a prompt with it."""
     vae = ["--vae_path", vae_path] if vae_path else []
-    student = ["python", "evaluate_student.py", "--student", str(folder), "--prompts_file", prompts_file, *vae]
+    student = [*command_words("evaluate_student.py"), "--student", str(folder), "--prompts_file", prompts_file, *vae]
     pictures = ["--prompt", prompt, "--output", str(folder / "pictures"), *vae]
     return [
         shlex.join(student),
-        shlex.join(["python", "generate_images.py", "--student", str(folder), *pictures]),
+        shlex.join([*command_words("generate_images.py"), "--student", str(folder), *pictures]),
     ]
 
 

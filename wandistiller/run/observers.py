@@ -2,8 +2,11 @@
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+
+from tqdm import tqdm
 
 from wandistiller.evaluation.held_out import HeldOutNoise, PathErrors
 from wandistiller.files.output_folder import (
@@ -71,8 +74,8 @@ class RunObserver(Observer):
         return None if self.noise is None else self.noise(student)
 
     def draw(self, student: WanLiteStudent, step: int) -> None:
-        if self.samples is not None:
-            self.samples(student, step)
+        if self.samples is not None and (file := self.samples(student, step)):
+            tqdm.write(f"step {step}: pictures in {file}", file=sys.stderr)
 
     def draw_last(self, student: WanLiteStudent, step: int) -> None:
         """Draw the picture that a run ends with."""
@@ -83,6 +86,8 @@ class RunObserver(Observer):
         print(f"Drawing {len(samples.prompts)} prompts with {who}, {steps} steps", flush=True)
         if file := samples(student, step):
             print(f"{samples.caption}: {file}")
+            if strip := samples.over_time():
+                print(f"Over time: {strip}")
 
 
 @contextlib.contextmanager
@@ -126,7 +131,11 @@ def build_samples(run: Run, embeds: Embeds, teacher: Teacher | None, trackers: T
         return None
     settings, flags, student_steps = run.settings, run.flags, run.flags.objective.student_steps
     of_teacher = run.teacher_sampling
-    recorded = StudentRecord(num_inference_steps=settings.num_inference_steps, student_steps=student_steps)
+    recorded = StudentRecord(
+        num_inference_steps=settings.num_inference_steps,
+        student_steps=student_steps,
+        teacher_sampler=settings.teacher_sampler,
+    )
     options = SampleOptions(
         latent_shape=run.latent_shape,
         vae_location=run.vae_location,

@@ -1,5 +1,6 @@
 """A plan: everything that is known of a run before anything is written or a weight is read, and every refusal up to there."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from wandistiller.reports.trackers import check_report
 from wandistiller.run.defaults import suggested_lr, suggested_replay, suggested_warmup
 from wandistiller.run.flags import Flags
 from wandistiller.run.measuring import Measuring, plan_measuring
+from wandistiller.run.reach import within_prompt_cache
+from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.sampler import SamplingOptions
+from wandistiller.targets.guided_share import guided_share
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.segments import calls_per_answer
-from wandistiller.targets.states import StatesOptions
+from wandistiller.targets.states import StatesOptions, teacher_levels
 from wandistiller.training.loop import TrainingOptions, steps_of_epochs
 from wandistiller.training.optimizer import OptimizationOptions, check_optimizer
 from wandistiller.wan.layouts import check_headers, open_teacher
+from wandistiller.wan.lora import merge_loras
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
 from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, read_vae_config
@@ -41,6 +46,7 @@ class Plan:
         dtype: of matrix products.
         encoder: the text encoder and its tokenizer on disk; None where the mock's stand-in embeddings will do.
         vae_location: where the VAE of the sample pictures is; None where none are drawn.
+        num_used: how many prompts come in turn, where --prompt_cache_gib has no room for all that the run can come to; else None.
     """
 
     flags: Flags
@@ -53,6 +59,7 @@ class Plan:
     dtype: torch.dtype
     encoder: TextEncoderFiles | None
     vae_location: VaeLocation | None
+    num_used: int | None = None
 
     @property
     def device(self) -> str:
@@ -67,19 +74,19 @@ class Plan:
         return own.max_steps or steps_of_epochs(own.num_epochs, len(self.texts.prompts), self.lanes.total)
 
     @property
-    def trained_texts(self) -> list[str]:
+    def trained_texts(self) -> Sequence[str]:
         """The prompts, and after them those that come by --prompt_swap alone."""
-        return self.texts.prompts + self.texts.extra
+        return self.texts.trained
 
     @property
     def measuring(self) -> Measuring:
         """How the student is measured at held-out states while it trains."""
-        return plan_measuring(
-            self.flags, self.settings.num_inference_steps, self.num_steps, self.lanes.count, len(self.texts.held_out)
-        )
+        steps, num_prompts = self.settings.num_inference_steps, len(self.texts.held_out)
+        is_fixed = self.settings.has_few_levels
+        return plan_measuring(self.flags, steps, self.num_steps, self.lanes.count, num_prompts, is_fixed=is_fixed)
 
     @property
-    def held_out_texts(self) -> list[str]:
+    def held_out_texts(self) -> Sequence[str]:
         """The prompts that the student is measured on."""
         return self.texts.held_out if self.measuring.every else []
 
@@ -89,9 +96,23 @@ class Plan:
         return SamplingOptions(
             shift=self.settings.shift,
             num_inference_steps=self.settings.num_inference_steps,
+            sampler=StudentRecord(teacher_sampler=self.settings.teacher_sampler).sampler_of_teacher,
             compute_dtype=self.dtype,
             device=self.device,
         )
+
+    @property
+    def teacher_levels(self) -> tuple[float, ...]:
+        """The only noise levels that the teacher answers rightly at, from 1 down; none where all will do."""
+        return (teacher_levels(self.settings) or ())[:-1]
+
+    @property
+    def guided_share(self) -> float:
+        """The share of the teacher's answers that guidance makes two passes of."""
+        if not self.settings.uses_guidance:
+            return 0.0
+        student_steps = self.flags.objective.student_steps
+        return guided_share(self.settings, self.states_options, student_steps)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -144,6 +165,11 @@ def make_plan(flags: Flags, config: StudentConfig, texts: Texts) -> Plan:
         UserError: something is missing, damaged, contradictory, or does not fit together.
     """
     performance, optimization = flags.performance, flags.optimization
+    if texts.is_endless and not (optimization.teacher_calls or optimization.max_steps):
+        raise UserError(
+            f"--data_path {flags.data.data_path}: these templates give prompts without end, so --num_epochs does not say how long "
+            "the run is; give --teacher_calls or --max_steps"
+        )
     processes = join(performance.device, pick_device)
     dtype = pick_dtype(performance.dtype, processes.device)
     check_optimizer(optimization.optimizer)
@@ -166,7 +192,8 @@ def make_plan(flags: Flags, config: StudentConfig, texts: Texts) -> Plan:
         encoder=encoder,
         vae_location=vae_location,
     )
-    return with_defaults(plan)
+    plan = with_defaults(plan)
+    return replace(plan, num_used=within_prompt_cache(plan))
 
 
 def steps_of_calls(flags: Flags, num_teacher_steps: int) -> int:
@@ -190,6 +217,7 @@ def with_defaults(plan: Plan) -> Plan:
             plan.latent_shape[-1],
             uses_guidance=plan.settings.uses_guidance,
             calls_per_answer=per_answer,
+            guided_share=plan.guided_share,
         )
         plan = changed(replay=replay)
     if own.lr is None:
@@ -203,12 +231,32 @@ def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles,
     """Open the teacher by its headers and refuse it unless the student is a part of it; no weight is read yet."""
     data, student, teacher = flags.data, flags.student, flags.teacher
     wan_files = open_teacher(data.teacher_path, config, data.teacher_path_low)
+    wan_files = merge_loras(wan_files, data.teacher_lora, data.teacher_lora_low)
     if data.vae_path:
         wan_files = wan_files.with_vae_config(find_vae(data.vae_path, data.teacher_path).config_path())
     check_fits(wan_files.expert(student.init_expert).config, config, student.layers, student.student_config)
     settings = resolve_settings(wan_files, **asdict(teacher))
+    check_levels(flags, settings)
     config.check_image_size(settings.vae_scale_factor, student.student_config)
     return wan_files, settings
+
+
+def check_levels(flags: Flags, settings: TeacherSettings) -> None:
+    """Refuse a run that would need other noise levels than a teacher of a few of them has."""
+    if not settings.has_few_levels:
+        return
+    num_steps, student_steps = settings.num_inference_steps, flags.objective.student_steps
+    if student_steps and num_steps % student_steps:
+        allowed = ", ".join(str(count) for count in range(1, num_steps + 1) if num_steps % count == 0)
+        raise UserError(
+            f"--student_steps {student_steps}: the teacher's {num_steps} steps do not divide into so many segments, and it has no "
+            f"noise levels between them; allowed: {allowed}"
+        )
+    low, high = flags.states.sigma_range
+    levels = teacher_levels(settings)[:-1]
+    if not any(low <= level <= high for level in levels):
+        known = ", ".join(f"{level:.4g}" for level in levels)
+        raise UserError(f"--sigma_range {low:g} {high:g}: holds none of the teacher's noise levels, {known}")
 
 
 def possible_flags(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> Flags:

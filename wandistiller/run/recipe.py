@@ -21,6 +21,7 @@ class Recipe:
     teacher_path_low: str | None = part(recorded=True)
     text_encoder_path: str | None = part(recorded=True)
     data_path: str = part(recorded=True)
+    caption_column: str | None = part(recorded=True)
     extra_prompts: str | None = part(recorded=True)
     init: str = part(recorded=True, compared=True)
     init_expert: str = part(recorded=True, compared=True)

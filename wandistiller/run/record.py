@@ -10,7 +10,8 @@ from wandistiller.files.hub import hub_id
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes, full_tensor
 from wandistiller.projection.project import ProjectionReport
-from wandistiller.sampling.recorded import recorded_path
+from wandistiller.run.reach import most_reached
+from wandistiller.sampling.recorded import StudentRecord, recorded_path
 from wandistiller.targets.segments import segment_sigmas
 from wandistiller.training.loop import TrainingOptions, TrainingResult
 from wandistiller.wan.settings import TeacherSettings
@@ -37,7 +38,7 @@ def distillation_record(
     """
     return {
         **{name: value for name, value in recipe.items() if value is not None},
-        **asdict(settings),
+        **settings.recorded(),
         **made_of,
         "num_train_steps": result.num_steps,
         "batch_size": options.batch_size,
@@ -79,11 +80,15 @@ def save_trained_student(
     }
     recipe: dict[str, Any] = made_by | flags.recipe.recorded()
     recipe |= {name: recorded_path(recipe[name]) for name in RECORDED_PATHS}
+    if loras := run.wan_files.loras:
+        recipe["teacher_loras"] = [lora.record() | {"path": recorded_path(lora.path)} for lora in loras]
     if flags.objective.student_steps:
-        recipe["segment_sigmas"] = segment_sigmas(settings.shift, flags.objective.student_steps).tolist()
+        steps = flags.objective.student_steps
+        sampler = StudentRecord(teacher_sampler=settings.teacher_sampler, student_steps=steps).sampler
+        recipe["segment_sigmas"] = segment_sigmas(settings.shift, steps, sampler).tolist()
     made_of = {
         "layers": projection.layers,
-        "num_prompts": len(run.texts.prompts),
+        "num_prompts": most_reached(run) if run.texts.is_endless else len(run.texts.prompts),
         "num_teacher_batches": num_teacher_batches,
     }
     record = distillation_record(recipe, settings, run.training_options, result, made_of)

@@ -123,6 +123,8 @@ def open_cache(plan: Plan) -> TeacherCache | None:
         plan.lanes.total,
     )
     description |= plan.flags.recipe.teacher_storage()
+    if plan.num_used is not None:
+        description |= {"num_used_prompts": plan.num_used}
     return TeacherCache(plan.flags.states.teacher_cache, description, plan.processes)
 
 

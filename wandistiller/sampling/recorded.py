@@ -5,14 +5,14 @@ Only the standard library is imported until a file is known to be right.
 
 import contextlib
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError
-from wandistiller.files.clone import CLONE
+from wandistiller.files.clone import CLONE, DEMO_TEACHER, DEMO_WORLD
 from wandistiller.files.hub import hub_id, is_hub_id
-from wandistiller.files.prompts import load_prompts
+from wandistiller.files.prompts import NUM_HELD_OUT, is_endless, load_prompts
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from wandistiller.wan.text_encoder_files import TextEncoderFiles
     from wandistiller.wan.wan_files import WanFiles
 
+DEMO_PROMPT = "a large yellow circle on the left, on a white background"
+ANY_PROMPT = "a lighthouse in a storm"  # for students that no prompt is known of
 # Drawing cannot do without these; the rest of the record may be missing.
 _NEEDED: dict[str, type | tuple[type, ...]] = {
     "teacher_path": str,
@@ -45,25 +47,31 @@ class StudentRecord:
 
     Attributes:
         teacher_path, teacher_path_low, text_encoder_path: as `recorded_path` gives them.
+        teacher_loras: the LoRAs that were merged into it: expert, file, sha256, scale and path of each.
         base_model: the hub repository of the teacher, where the run took it from there.
         num_inference_steps: how many steps the teacher draws in.
         student_steps: how many steps the student draws in, where it learnt whole steps.
+        teacher_sampler: "euler" where the teacher has noise levels of its own alone, which the student then has too.
         sigma_range: the noise levels it was trained at.
         latents_mean, latents_std: per channel; model space is (z - mean) / std.
         data_path, extra_prompts: files of the prompts that it was trained on, as `recorded_path` gives them.
+        caption_column: the column of theirs that held the prompts, where it was named.
     """
 
     teacher_path: str | None = None
     teacher_path_low: str | None = None
+    teacher_loras: list[dict] | None = None
     base_model: str | None = None
     text_encoder_path: str | None = None
     shift: float | None = None
     num_inference_steps: int | None = None
     student_steps: int | None = None
+    teacher_sampler: str | None = None
     sigma_range: tuple[float, float] | None = None
     latents_mean: list[float] | None = None
     latents_std: list[float] | None = None
     data_path: str | None = None
+    caption_column: str | None = None
     extra_prompts: str | None = None
 
     @classmethod
@@ -74,8 +82,19 @@ class StudentRecord:
 
     @property
     def sampler(self) -> str:
-        """A student of whole steps follows straight lines, as Euler's method does; any other is sampled as its teacher is."""
+        """The student's sampler, a name in `sampling.sampler.SamplingOptions`.
+
+        A student of whole steps follows straight lines, as Euler's method does; any other is sampled as its teacher is. That of
+        a teacher with noise levels of its own draws at these.
+        """
+        if self.teacher_sampler == "euler":
+            return "flow_euler"
         return "euler" if self.student_steps else "unipc"
+
+    @property
+    def sampler_of_teacher(self) -> str:
+        """The teacher's sampler, a name in `sampling.sampler.SamplingOptions`."""
+        return replace(self, student_steps=None).sampler
 
     @property
     def steps(self) -> int | None:
@@ -114,19 +133,38 @@ def load_student_config(folder: str | Path) -> StudentConfig:
     return config
 
 
-def trained_prompts(config: StudentConfig) -> set[str]:
-    """Return the prompts that a student was trained on, as far as their files are still where its record says.
+def trained_prompts(config: StudentConfig, prompts: "Sequence[str]") -> set[str]:
+    """Return the words of those of these prompts that a student was trained on, as far as its files are still where it records.
 
-    They are told apart as `load_prompts` does: by their words, however these are spaced.
+    Prompts are told apart as `load_prompts` does: by their words, however these are spaced. Templates without end hold prompts out
+    by a rule, and what else they gave is not known.
     """
     record = StudentRecord.of(config)
-    prompts: set[str] = set()
+    column = record.caption_column if isinstance(record.caption_column, str) else None
+    asked, trained = {" ".join(prompt.split()) for prompt in prompts}, set()
     for path in (record.data_path, record.extra_prompts):
-        file = CLONE / path if isinstance(path, str) else None
-        if file and file.is_file():
-            with contextlib.suppress(UserError):  # a file that has become something else holds none of them
-                prompts.update(" ".join(prompt.split()) for prompt in load_prompts(file).prompts)
-    return prompts
+        with contextlib.suppress(UserError, OSError):  # a file that has become something else holds none of them
+            known = load_prompts(CLONE / path, column).prompts if isinstance(path, str) else []
+            if not is_endless(known):
+                trained |= asked.intersection(" ".join(prompt.split()) for prompt in known)
+    return trained
+
+
+def tested_prompt(config: StudentConfig) -> str:
+    """Return a prompt to show the student with: the shortest that its run measured it on, where its files are still there.
+
+    A student of the demo's world knows coloured shapes alone, so that its prompt is of them wherever the files are.
+    """
+    record = config.distillation or {}
+    if record.get("world") == DEMO_WORLD or record.get("teacher_path") == f"./{DEMO_TEACHER}":
+        return DEMO_PROMPT
+    file = CLONE / record["data_path"] if isinstance(record.get("data_path"), str) else None
+    column = record.get("caption_column")
+    if file and file.exists():
+        with contextlib.suppress(UserError, OSError):
+            found = load_prompts(file, column if isinstance(column, str) else None).prompts
+            return min(found[:NUM_HELD_OUT], key=len)
+    return ANY_PROMPT
 
 
 def weights_digest(folder: str | Path) -> str | None:
@@ -143,7 +181,8 @@ def recorded_settings(config: StudentConfig) -> "TeacherSettings":
     from wandistiller.wan.settings import TeacherSettings
 
     record = config.distillation or {}
-    return TeacherSettings(**{field.name: record.get(field.name) for field in fields(TeacherSettings)})
+    named = [field.name for field in fields(TeacherSettings) if field.default is MISSING or record.get(field.name)]
+    return TeacherSettings(**{name: record.get(name) for name in named})
 
 
 def student_sampling(
@@ -166,8 +205,9 @@ def teacher_sampling(
     config: StudentConfig, num_inference_steps: int | None, compute_dtype: "torch.dtype", device: str
 ) -> "SamplingOptions":
     """Return how the student's teacher draws; None steps are as recorded."""
-    steps = num_inference_steps or StudentRecord.of(config).num_inference_steps
-    return replace(student_sampling(config, steps, compute_dtype, device), sampler="unipc")
+    record = StudentRecord.of(config)
+    steps = num_inference_steps or record.num_inference_steps
+    return replace(student_sampling(config, steps, compute_dtype, device), sampler=record.sampler_of_teacher)
 
 
 def recorded_path(path: str | None) -> str | None:
@@ -225,17 +265,56 @@ def check_is_teacher(teacher: StudentConfig, config: StudentConfig, teacher_path
             )
 
 
-def open_recorded_teacher(config: StudentConfig, teacher_path: str, teacher_path_low: str | None) -> "WanFiles":
-    """Open the files of the student's teacher; `teacher_paths` tells where they are. No weight is read yet.
+@dataclass(frozen=True)
+class TeacherLoras:
+    """Files and scales of the LoRAs that flags name for a student's teacher; with none the recorded ones are merged."""
+
+    high: "list[tuple[str, float]] | None" = None
+    low: "list[tuple[str, float]] | None" = None
+
+
+def open_recorded_teacher(
+    config: StudentConfig, teacher_path: str, teacher_path_low: str | None, loras: TeacherLoras | None = None
+) -> "WanFiles":
+    """Open the files of the student's teacher; `teacher_paths` tells where they are. No weight of it is read yet.
+
+    Args:
+        loras: those that flags name instead of the recorded ones.
 
     Raises:
         UserError: they cannot be opened, or are not those of this student's teacher.
     """
     from wandistiller.wan.layouts import open_teacher
+    from wandistiller.wan.lora import merge_loras
 
     wan_files = open_teacher(teacher_path, config, teacher_path_low)
     check_is_teacher(wan_files.config, config, teacher_path)
+    if loras and (loras.high or loras.low):
+        return merge_loras(wan_files, loras.high, loras.low)
+    recorded = StudentRecord.of(config).teacher_loras or []
+    for lora in recorded:
+        wan_files = merge_loras(wan_files, **{lora["expert"]: [(_lora_path(lora), lora["scale"])]})
+    for lora, merged in zip(recorded, wan_files.loras, strict=True):
+        if merged.sha256 != lora["sha256"]:
+            raise UserError(
+                f"{merged.path}: is another file than the LoRA that this student's teacher had (sha256 {merged.sha256[:12]}..., "
+                f"recorded {lora['sha256'][:12]}...); give {_lora_flag(lora)} the right one"
+            )
     return wan_files
+
+
+def _lora_flag(lora: dict) -> str:
+    return "--teacher_lora" if lora["expert"] == "high" else "--teacher_lora_low"
+
+
+def _lora_path(lora: dict) -> str:
+    """Return where a recorded LoRA is now; what was published has no path any more."""
+    flag = f"{_lora_flag(lora)} FILE:{lora['scale']:g}"
+    if lora.get("path") is None:
+        raise UserError(
+            f"this student's teacher had the LoRA {lora['file']}, and nothing records where that is; give {flag}"
+        )
+    return _found(lora["path"], "LoRA of the teacher that", flag, is_of_hub=False)
 
 
 @dataclass(frozen=True)
@@ -299,6 +378,8 @@ def embed_with_negative(
 
     negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
     embeds = embed_texts([*prompts, *negative_prompts], encoder, config, prompt_cache, device)
+    if embeds.truncated:
+        print(f"Warning: {embeds.truncated} prompts are longer than {config.text_max_length} tokens and were cut")
     return embeds.first(len(prompts)), embeds.read(len(prompts)) if negative_prompts else None
 
 

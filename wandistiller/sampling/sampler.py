@@ -1,4 +1,4 @@
-"""From noise to latents: diffusers' UniPC follows a velocity field, as WanPipeline does at one frame.
+"""From noise to latents: diffusers' schedulers follow a velocity field, as WanPipeline does at one frame.
 
 Teacher and student are sampled alike. A student is a velocity field of its own (`StudentField`), or takes a teacher's place
 as its single expert (`student_as_teacher`).
@@ -30,7 +30,8 @@ class SamplingOptions:
     """How latents are drawn.
 
     Attributes:
-        sampler: "unipc", by which the released Wans are drawn, or "euler", for students that learnt whole steps.
+        sampler: "unipc", by which the released Wans are drawn; "euler", on the same noise levels, for students that learnt whole
+            steps; or "flow_euler", on the noise levels of teachers that were distilled to few steps.
         compute_dtype: dtype of matrix products; latents stay float32.
     """
 
@@ -61,15 +62,32 @@ def student_as_teacher(
 
     Guidance is 1, which takes one pass, because a student of a guided teacher has learnt the guided velocity.
     """
-    own = replace(settings, guidance_scale=guidance_scale, guidance_scale_2=None, boundary_ratio=None)
+    alone = {"guidance_scale_2": None, "boundary_ratio": None, "guidance_range": None}
+    own = replace(settings, guidance_scale=guidance_scale, **alone)
     return Teacher({"high": student}, own, negative_prompt_embeds)
 
 
-def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"):
-    """Return the flow-matching scheduler of the released Wan pipelines, diffusers' UniPCMultistepScheduler, with its steps set.
+def flow_euler_scheduler(shift: float, num_inference_steps: int):
+    """Return diffusers' FlowMatchEulerDiscreteScheduler, with steps that are even before the shift, from 1 down to 0.
 
-    UniPC of order one and without its corrector is Euler's method, on the same noise levels.
+    These are the noise levels that step-distilled Wans are made for: 1, 0.9375, 0.8333 and 0.625 for 4 steps at shift 5.
     """
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - step / num_inference_steps for step in range(num_inference_steps)])
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"):
+    """Return the scheduler of a sampler of `SamplingOptions`, with its steps set.
+
+    That of the released Wan pipelines is diffusers' UniPCMultistepScheduler. UniPC of order one and without its corrector is
+    Euler's method, on the same noise levels.
+    """
+    if sampler == "flow_euler":
+        return flow_euler_scheduler(shift, num_inference_steps)
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     # The corrector is disabled at every step there can be, so that a saved scheduler is Euler's at other numbers of steps too:
@@ -100,7 +118,7 @@ def sample(
     is_mixed = options.compute_dtype != torch.float32
     latents = to_device(noise, options.device)
     for timestep in scheduler.timesteps:
-        # The scheduler's timesteps are whole numbers, as WanPipeline feeds them, and float64 keeps them exact.
+        # UniPC's timesteps are whole numbers, as WanPipeline feeds them, and float64 keeps them exact.
         sigma = (timestep.double() / NUM_TRAIN_TIMESTEPS).expand(len(latents))
         with torch.autocast(device_type, options.compute_dtype, enabled=is_mixed):
             velocity = field.velocity(latents, sigma, prompt_embeds, prompt_lengths)

@@ -13,7 +13,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from wandistiller.errors import UserError, first_line, shown
 from wandistiller.files.atomic import write_json
 from wandistiller.files.json_files import load_json
 from wandistiller.files.output_folder import check_output_folder
+from wandistiller.files.prompts import identity_of
 from wandistiller.files.safetensors_files import (
     DamagedFileError,
     open_safetensors,
@@ -38,6 +39,7 @@ from wandistiller.targets.answers import Answer, AnswerQueue, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.state_dicts import check_order
 from wandistiller.targets.states import StatesOptions
+from wandistiller.wan.lora import without_loras
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.wan_files import WanFiles
@@ -64,10 +66,11 @@ class AnswerError(ValueError):
 def teacher_fingerprint(wan_files: WanFiles) -> str:
     """Return a digest of every expert's output layer and middle block, the same for the same weights wherever they lie.
 
-    The block tells a merged LoRA from the original. Reading everything would take minutes for a large teacher.
+    The block tells a merged LoRA from the original. Reading everything would take minutes for a large teacher. LoRAs that are
+    merged as it is read are left out: their sum depends on the machine in its last bits, and their files tell what they are.
     """
     digest = hashlib.sha256()
-    for expert in map(wan_files.expert, wan_files.experts):
+    for expert in (without_loras(wan_files.expert(name)) for name in wan_files.experts):
         middle = f"blocks.{expert.config.depth // 2}"
         for name in ("proj_out.weight", f"{middle}.attn1.to_q.weight", f"{middle}.ffn.net.2.weight"):
             digest.update(expert.read(name).float().numpy().tobytes())
@@ -75,18 +78,32 @@ def teacher_fingerprint(wan_files: WanFiles) -> str:
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    """Return a digest of prompts, or of the templates that they are drawn from, without a copy of them all."""
+    digest, texts = hashlib.sha256(), identity_of(prompts)
+    separator = ""
+    while some := list(islice(texts, 4096)):
+        digest.update((separator + "\n".join(some)).encode())
+        separator = "\n"
+    return digest.hexdigest()[:16]
 
 
 def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str, object]:
     """Return what makes the teacher's velocities what they are: its weights, guidance and sampling."""
     guidance = {name: getattr(settings, name) for name in ("guidance_scale", "guidance_scale_2", "boundary_ratio")}
+    recorded = settings.recorded()
+    # Only where they are not usual, so that caches and checkpoints of runs without them stay those of the same run:
+    unusual: dict[str, object] = {
+        name: recorded[name] for name in ("teacher_sampler", "guidance_range") if name in recorded
+    }
     return {
         "teacher": teacher_fingerprint(wan_files),
         **guidance,
         "negative_prompt": settings.negative_prompt if settings.uses_guidance else None,
         "shift": settings.shift,
         "num_inference_steps": settings.num_inference_steps,
+        # The fingerprint sees a part of the weights alone. Without LoRAs the description stays what it always was.
+        **({"teacher_lora": [lora.identity for lora in wan_files.loras]} if wan_files.loras else {}),
+        **unusual,
     }
 
 
@@ -142,6 +159,10 @@ class TeacherCache:
     def num_answers(self) -> int:
         """Answers that are kept so far: all of them once `is_complete`."""
         return sum(self.rows)
+
+    def prompts_asked_with(self) -> set[int]:
+        """Return the indices of the prompts that the answers of a complete cache belong to."""
+        return {index for path in self.shards for index in open_safetensors(path).get_tensor("prompts").tolist()}
 
     # What is on disk
 

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from wandistiller.sampling.flow import sample_sigmas, seeded_noise
-from wandistiller.targets.prompt_order import PromptOrder
-from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, loss_weights
+from wandistiller.sampling.flow import seeded_noise
+from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, draw_sigmas, loss_weights
 
 
 class NoiseStates:
@@ -14,17 +13,16 @@ class NoiseStates:
     def __init__(self, options: DrawOptions):
         self.latent_shape = options.latent_shape
         self.lanes = options.lanes
-        self.shift = options.shift
-        self.sigma_range = options.sigma_range
+        self.shift, self.sigma_range, self.levels = options.shift, options.sigma_range, options.levels
         self.swap = options.swap
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.order = PromptOrder(options.num_prompts, options.seed)
+        self.order = options.prompt_order()
 
     def draw(self) -> StateBatch:
         """Return the next prompts, each with fresh noise. The last batch of an epoch holds the prompts that are left."""
         taken = self.order.take(self.lanes.total)
         count = len(taken)
-        sigma = sample_sigmas(count, self.shift, self.sigma_range, self.generator)
+        sigma = draw_sigmas(count, self.shift, self.sigma_range, self.levels, self.generator)
         prompts = torch.tensor(self.swap(taken, sigma, self.generator))
         is_counted = torch.ones(count, dtype=torch.bool)
         if self.lanes.pads and count < self.lanes.total:

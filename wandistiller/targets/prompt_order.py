@@ -12,17 +12,23 @@ SWAP_DECAY = 5.0
 
 
 class PromptOrder:
-    """Gives prompt indices without end: every prompt once an epoch, in another order each epoch."""
+    """Gives prompt indices without end: every prompt once an epoch, in another order each epoch.
 
-    def __init__(self, num_prompts: int, seed: int):
+    Args:
+        num_used: only the first so many of the first epoch's order come at all; None for all of them.
+    """
+
+    def __init__(self, num_prompts: int, seed: int, num_used: int | None = None):
+        self.num_prompts, self.num_used = num_prompts, min(num_prompts, num_used or num_prompts)
         self.generator = torch.Generator().manual_seed(seed)
-        self.order = torch.randperm(num_prompts, generator=self.generator)
+        self.order = torch.randperm(num_prompts, generator=self.generator)[: self.num_used].clone()
         self.position = 0
 
     def take(self, count: int) -> list[int]:
         """Return the next `count` indices, or the ones that are left of the epoch."""
         if self.position == len(self.order):
-            self.order = torch.randperm(len(self.order), generator=self.generator)
+            places = torch.randperm(len(self.order), generator=self.generator)
+            self.order = places if len(places) == self.num_prompts else self.order[places]
             self.position = 0
         taken = self.order[self.position : self.position + count].tolist()
         self.position += len(taken)
@@ -36,10 +42,18 @@ class PromptOrder:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        check_order(state["order"], state["position"], len(self.order))
-        self.order = state["order"].clone()
-        self.position = int(state["position"])
+        """Resume an order. One of more prompts than are used now ends its epoch earlier, one of fewer goes on with these."""
+        order, position = state["order"], state["position"]
+        check_order(order, position, self.num_prompts, of_all=False)
+        self.order = order[: self.num_used].clone()
+        self.position = min(int(position), len(self.order))
         self.generator.set_state(state["order_generator"])
+
+
+def reached_prompts(num_prompts: int, seed: int, most_taken: int, num_used: int | None = None) -> list[int]:
+    """Return the prompts that a `PromptOrder` gives while at most so many are taken, in the order of the prompts."""
+    order = PromptOrder(num_prompts, seed, num_used).order
+    return order[: min(most_taken, len(order))].sort().values.tolist()
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
-from wandistiller.sampling.flow import sample_sigmas, seeded_noise
-from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, loss_weights
+from wandistiller.sampling.flow import seeded_noise
+from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, draw_sigmas, loss_weights
 from wandistiller.targets.state_dicts import LANE_PREFIX, part_of, with_prefix
 from wandistiller.targets.trajectories import PathOptions, TrajectoryStates
 
@@ -29,7 +29,8 @@ class RenoisedStates:
         self.lanes = lanes = options.lanes
         # At least one state must be on a path, or no path would ever finish; and at least one renoised, as asked for.
         self.num_renoised = max(1, min(round(fraction * lanes.total), lanes.total - 1))
-        self.latent_shape, self.shift, self.sigma_range = options.latent_shape, options.shift, options.sigma_range
+        self.latent_shape, self.levels = options.latent_shape, options.levels
+        self.shift, self.sigma_range = options.shift, options.sigma_range
         self.swap = options.swap
         self.generator = torch.Generator().manual_seed(options.seed)
         # x_0 of this process's lanes:
@@ -64,7 +65,7 @@ class RenoisedStates:
         """
         count = len(lanes)
         indices = (torch.rand(count, generator=self.generator) * stored).long().minimum(stored - 1)
-        sigma = sample_sigmas(count, self.shift, self.sigma_range, self.generator)
+        sigma = draw_sigmas(count, self.shift, self.sigma_range, self.levels, self.generator)
         prompts = self.swap(self.prompts[lanes, indices].tolist(), sigma, self.generator)
         seeds = draw_seeds(count, self.generator)
         rows = [self.lanes.place_of(lane) for lane in lanes.tolist()]

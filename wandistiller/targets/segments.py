@@ -12,7 +12,6 @@ from wandistiller.sampling.flow import seeded_noise, sigma_to_timestep
 from wandistiller.sampling.sampler import wan_scheduler
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import Answer, AnswerQueue
-from wandistiller.targets.prompt_order import PromptOrder
 from wandistiller.targets.state_batch import DrawOptions, draw_seeds
 from wandistiller.targets.state_dicts import LANE_PREFIX, part_of
 from wandistiller.targets.trajectories import PATHS_PER_LANE
@@ -46,9 +45,18 @@ def calls_per_answer(num_teacher_steps: int, num_segments: int | None) -> int:
     return max(1, round(num_teacher_steps / num_segments)) if num_segments else 1
 
 
-def segment_sigmas(shift: float, num_segments: int) -> Tensor:
+def most_segment_prompts(num_batches: int, num_lanes: int, num_segments: int) -> int:
+    """Return how many prompts paths of segments take at most while so many batches of targets are learnt from.
+
+    A lane takes a prompt for each path that it begins with and for each that comes after one of those, which may have a single
+    segment, and then one for every `num_segments` targets; targets that are not learnt from yet count too.
+    """
+    return num_lanes * (2 * PATHS_PER_LANE + (num_batches + READY_PER_LANE) // num_segments)
+
+
+def segment_sigmas(shift: float, num_segments: int, sampler: str = "euler") -> Tensor:
     """Return the ends of the segments (num_segments + 1,), from 1 down to 0: the noise levels of the student's sampler."""
-    return wan_scheduler(shift, num_segments).sigmas
+    return wan_scheduler(shift, num_segments, sampler).sigmas
 
 
 class SegmentAnswers:
@@ -58,6 +66,9 @@ class SegmentAnswers:
     end of the segment (the average velocity of progressive distillation, arXiv 2202.00512). The teacher walks a segment in
     several steps, so a target costs several calls. The next segment starts where the teacher arrived or, for a share of the
     paths, where the student's own step lands, so that the student learns from the states that it will meet.
+
+    A teacher of a few noise levels (`DrawOptions.levels`) takes Euler's steps from each to the next, as its sampler does; the
+    ends of segments are some of its levels.
 
     Args:
         options: `sigma_range` and `swap` are not used, since a segment starts at a noise level of the student's sampler and
@@ -78,15 +89,20 @@ class SegmentAnswers:
         self.prompt_embeds = prompt_embeds
         self.latent_shape = options.latent_shape
         self.lanes = options.lanes
-        self.segment_sigmas = segment_sigmas(options.shift, segments.num_segments).float()
         self.num_segments = segments.num_segments
         self.num_steps = calls_per_answer(segments.num_teacher_steps, self.num_segments)
+        self.levels = None if options.levels is None else torch.tensor(options.levels)
+        self.segment_sigmas = (
+            segment_sigmas(options.shift, self.num_segments).float()
+            if self.levels is None
+            else self.levels[:: self.num_steps]
+        )
         self.student_rollout = segments.student_rollout
         self.device = options.device
         self.teacher_velocity = autocast(teacher.velocity, self.device, segments.compute_dtype)
         self.student_forward = autocast(student, self.device, segments.compute_dtype)
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.order = PromptOrder(options.num_prompts, options.seed)
+        self.order = options.prompt_order()
         self.progress = 0.0
         self.num_calls = 0
         self._queue = AnswerQueue(prompt_embeds, self.device, self.lanes.micro_batch)
@@ -122,7 +138,7 @@ class SegmentAnswers:
     def next(self) -> Answer:
         """Return a target of every lane, a random one of those that are known. Ask the teacher first until there are enough."""
         if not self._queue:
-            if self.num_calls == 0:
+            if self.num_calls == 0 and self.levels is None:
                 self._jump_to_segments()
             while self.num_ready.min() < MIN_READY:
                 self._ask()
@@ -193,10 +209,11 @@ class SegmentAnswers:
         velocity = self._velocity(paths, sigma)
 
         # Adams-Bashforth of order two, and Euler on the first step of a segment: it costs no more calls than Euler alone and
-        # ends nearer to the exact path.
+        # ends nearer to the exact path. A teacher of a few levels knows no path but Euler's.
         step = self.grids[lanes, paths, positions + 1] - sigma
         step_before = sigma - self.grids[lanes, paths, (positions - 1).clamp(min=0)]
-        slope = torch.where(positions == 0, 0.0, step / (2 * torch.where(positions == 0, 1.0, step_before)))
+        is_euler = positions == 0 if self.levels is None else torch.ones_like(positions, dtype=torch.bool)
+        slope = torch.where(is_euler, 0.0, step / (2 * torch.where(positions == 0, 1.0, step_before)))
         weight, step = (self._local(value)[:, None, None, None] for value in (slope, step))
         here = self._local(paths)
         self.latents[own, here] += step * (velocity + weight * (velocity - self.before[own, here]))
@@ -258,9 +275,12 @@ class SegmentAnswers:
 
         The levels between the segment's ends are moved by a random part of a step, so that they differ from path to path.
         """
-        start, end = self.segment_sigmas[segment : segment + 2].tolist()
-        grid = torch.linspace(start, end, self.num_steps + 1)
-        grid[1:-1] += (torch.rand((), generator=self.generator) - 0.5) * (end - start) / self.num_steps
+        if self.levels is not None:
+            grid = self.levels[segment * self.num_steps :][: self.num_steps + 1]
+        else:
+            start, end = self.segment_sigmas[segment : segment + 2].tolist()
+            grid = torch.linspace(start, end, self.num_steps + 1)
+            grid[1:-1] += (torch.rand((), generator=self.generator) - 0.5) * (end - start) / self.num_steps
         self.segments[lane, path], self.positions[lane, path] = segment, 0
         self.grids[lane, path] = grid
         place = self.lanes.place_of(lane)

@@ -1,12 +1,14 @@
 """What every source of training states is given, and the batch of states that it draws."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from wandistiller.sampling.flow import sample_sigmas
 from wandistiller.targets.lanes import Lanes
-from wandistiller.targets.prompt_order import NO_SWAP, PromptSwap
+from wandistiller.targets.prompt_order import NO_SWAP, PromptOrder, PromptSwap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +18,12 @@ class DrawOptions:
     Attributes:
         latent_shape: (C, H, W).
         num_prompts: prompts that come in turn.
+        num_used: how many of them come at all, the first of their order; None for all of them.
         lanes: the samples of a batch.
         shift: warp of the noise levels.
         sigma_range: lowest and highest noise level.
+        levels: the only noise levels that there are, from 1 down to the 0 where paths end; None for all between. A teacher
+            that was distilled to few steps answers rightly at those of its own sampler alone.
         swap: gives some states another prompt.
         device: where latents of sampling paths are kept.
     """
@@ -28,9 +33,15 @@ class DrawOptions:
     lanes: Lanes
     shift: float
     sigma_range: tuple[float, float] = (0.0, 1.0)
+    levels: tuple[float, ...] | None = None
     swap: PromptSwap = NO_SWAP
     seed: int = 0
     device: str | torch.device = "cpu"
+    num_used: int | None = None
+
+    def prompt_order(self) -> PromptOrder:
+        """Return the order that the prompts come in, from its beginning."""
+        return PromptOrder(self.num_prompts, self.seed, self.num_used)
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,27 @@ class StateBatch:
             slots=self.slots[rows],
             weights=self.weights[rows],
         )
+
+
+def levels_within(levels: Sequence[float], sigma_range: tuple[float, float]) -> Tensor:
+    """Return the noise levels (N,) that a state may have, of the levels of `DrawOptions`."""
+    low, high = sigma_range
+    return torch.tensor([level for level in levels[:-1] if low <= level <= high])
+
+
+def draw_sigmas(
+    count: int,
+    shift: float,
+    sigma_range: tuple[float, float],
+    levels: Sequence[float] | None,
+    generator: torch.Generator,
+) -> Tensor:
+    """Draw noise levels (count,), spread over the range as `sample_sigmas` does, or over the levels in it."""
+    if levels is None:
+        return sample_sigmas(count, shift, sigma_range, generator)
+    known = levels_within(levels, sigma_range)
+    slices = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+    return known[(slices / count * len(known)).long().clamp(max=len(known) - 1)]
 
 
 def loss_weights(is_counted: Tensor) -> Tensor:

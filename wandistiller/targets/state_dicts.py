@@ -22,13 +22,19 @@ def belongs_to_lanes(name: str) -> bool:
     return f".{LANE_PREFIX}" in f".{name}"
 
 
-def check_order(order: Tensor, position: Tensor, count: int) -> None:
+def check_order(order: Tensor, position: Tensor, count: int, *, of_all: bool = True) -> None:
     """Refuse an order that is not one of `count` things, or a position outside of it, which nothing would ever reach the end of.
+
+    Args:
+        of_all: whether each of them must be in it; else some of them, each once.
 
     Raises:
         ValueError: it is none.
     """
-    if order.shape != (count,) or not torch.equal(order.sort().values, torch.arange(count)):
+    expected = torch.arange(count) if of_all else order.unique()
+    are_indices = order.ndim == 1 and order.dtype == torch.int64 and len(order) > 0
+    is_within = are_indices and int(order.min()) >= 0 and int(order.max()) < count
+    if not is_within or not torch.equal(order.sort().values, expected):
         raise ValueError(f"an order of {count} prompts or answers does not hold each of them once")
-    if not 0 <= int(position) <= count:
-        raise ValueError(f"position {int(position)} lies outside an order of {count}")
+    if not 0 <= int(position) <= len(order):
+        raise ValueError(f"position {int(position)} lies outside an order of {len(order)}")

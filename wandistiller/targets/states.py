@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.model.config import StudentConfig
+from wandistiller.sampling.sampler import flow_euler_scheduler
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
 from wandistiller.targets.prompt_order import PromptSwap
@@ -109,6 +110,13 @@ BUILDERS: dict[str, Callable[[StatesOptions, DrawOptions, TeacherSettings], Stat
 }
 
 
+def teacher_levels(settings: TeacherSettings) -> tuple[float, ...] | None:
+    """Return the only noise levels that the teacher answers rightly at, and the 0 that they end in; None where all will do."""
+    if not settings.has_few_levels:
+        return None
+    return tuple(flow_euler_scheduler(settings.shift, settings.num_inference_steps).sigmas.tolist())
+
+
 def build_states(
     options: StatesOptions,
     config: StudentConfig,
@@ -116,16 +124,23 @@ def build_states(
     num_prompts: int,
     lanes: Lanes,
     device: str | torch.device = "cpu",
+    num_used: int | None = None,
 ) -> States:
-    """Build the states that a run asks for, of the student's image size behind the teacher's VAE, at the teacher's shift."""
+    """Build the states that a run asks for, of the student's image size behind the teacher's VAE, at the teacher's shift.
+
+    Args:
+        num_used: how many of the prompts come at all; None for all of them.
+    """
     draw = DrawOptions(
         latent_shape=settings.latent_shape(config),
         num_prompts=num_prompts,
         lanes=lanes,
         shift=settings.shift,
         sigma_range=options.sigma_range,
+        levels=teacher_levels(settings),
         swap=PromptSwap(options.prompt_swap, num_prompts + options.num_extra_prompts),
         seed=options.seed,
         device=device,
+        num_used=num_used,
     )
     return BUILDERS[options.kind](options, draw, settings)

@@ -8,17 +8,32 @@ from torch import Tensor
 
 from wandistiller.device import to_device
 from wandistiller.sampling.flow import seeded_noise, shift_sigma, unshift_sigma
-from wandistiller.targets.prompt_order import PromptOrder
-from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, loss_weights
+from wandistiller.targets.state_batch import DrawOptions, StateBatch, draw_seeds, levels_within, loss_weights
 from wandistiller.targets.state_dicts import LANE_PREFIX
 
-# A path takes from a quarter of the teacher's steps to half of them. The states of one path are alike, so that at equal calls
-# short paths teach more, until the error of their steps outweighs that (docs/experiments.md).
+# A path of a teacher that answers at all noise levels takes from a quarter of the teacher's steps to half of them. The states of one
+# path are alike, so that at equal calls short paths teach more, until the error of their steps outweighs that (docs/experiments.md).
 STEPS_SHARE = (0.25, 0.5)
 # So many paths mix many prompts in a batch, and each path is still finished soon.
 PATHS_PER_LANE = 8
 # The turn of the expert in use ends when a smaller share of the lanes has a path left on its side of the boundary.
 ENOUGH_LANES = 0.75
+
+
+def steps_of_paths(num_steps: int) -> tuple[int, int]:
+    """Return how few and how many steps a path takes of a teacher that answers at all noise levels and draws in `num_steps`."""
+    low, high = (max(1, round(share * num_steps)) for share in STEPS_SHARE)
+    return low, high
+
+
+def most_path_prompts(num_batches: int, num_lanes: int, num_steps: int) -> int:
+    """Return how many prompts a pool of paths takes at most while so many batches are answered.
+
+    A lane takes a prompt for each path that it begins with, for each that comes after one of those, which may be short, and for
+    each that comes after a path of the usual length.
+    """
+    shortest = steps_of_paths(num_steps)[0]
+    return num_lanes * (PATHS_PER_LANE + min(num_batches, PATHS_PER_LANE + num_batches // shortest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +60,9 @@ class TrajectoryStates:
     arXiv 2409.03550, on the guided flow ODE). Every path has its own prompt, noise and sigma grid, and every lane has its own
     paths. In the first round every slot of the pool is drawn once, at sigma 1, and jumps to a level of its own, so that from
     then on the pool covers all noise levels.
+
+    A teacher that answers rightly at a few levels alone (`DrawOptions.levels`) takes all of its steps on every path, at exactly
+    these levels, and its paths neither vary nor jump: its sampler knows no other states.
 
     A share of the paths may follow the student's velocity instead, so that the student is corrected where its own mistakes
     lead (DAgger, arXiv 1011.0686; pi-Flow, arXiv 2510.14974). Every path draws a lot when it starts, and follows the student
@@ -75,8 +93,10 @@ class TrajectoryStates:
         self.on_finish = on_finish
         self.u_low = float(unshift_sigma(torch.tensor(options.sigma_range[0], dtype=torch.float64), options.shift))
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.order = PromptOrder(options.num_prompts, options.seed)
-        self.num_rounds = 0  # batches of the first round that were drawn
+        self.order = options.prompt_order()
+        self.levels = self._levels_of_paths(options)
+        # Batches of the first round that were drawn; without a jump there is none.
+        self.num_rounds = 0 if self.levels is None else paths.per_lane
         self.on_high, self.calls_left = True, 0  # the expert in use, and for how many more batches
 
         total, device = self.lanes.total, options.device
@@ -92,7 +112,15 @@ class TrajectoryStates:
         levels = (torch.arange(self.num_paths)[:, None] + (torch.stack(within) + 0.5) / total) / self.num_paths
         for slot, level in enumerate(levels.flatten().tolist()):
             self._start(slot, self._first_grid(self.u_low + (1 - self.u_low) * level))
-        self.is_teachers.fill_(False)  # the jump of the first round is too long a step for a true sample
+        if self.levels is None:
+            self.is_teachers.fill_(False)  # the jump of the first round is too long a step for a true sample
+
+    @staticmethod
+    def _levels_of_paths(options: DrawOptions) -> Tensor | None:
+        """Return the noise levels of every path: those of the sampler in the range, and the next one, where a path ends."""
+        if options.levels is None:
+            return None
+        return torch.tensor(options.levels[: len(levels_within(options.levels, options.sigma_range)) + 1])
 
     @property
     def pool_size(self) -> int:
@@ -187,7 +215,7 @@ class TrajectoryStates:
         for slot in drawn[self.positions[drawn] == self.last[drawn]].tolist():
             if self.on_finish is not None and self.is_teachers[slot]:
                 self.on_finish(self._latents_of(slot), int(self.prompts[slot]), slot % self.lanes.total)
-            self._start(slot, self._grid(self._random_steps()))
+            self._start(slot, self._next_grid())
 
     def _move(self, batch: StateBatch, velocity: Tensor, student_velocity: Tensor | None, student_share: float) -> None:
         """Take one Euler step on this process's paths."""
@@ -211,9 +239,13 @@ class TrajectoryStates:
         place = self.lanes.place_of(slot % self.lanes.total)
         return None if place is None else self.latents[place, slot // self.lanes.total]
 
+    def _next_grid(self) -> Tensor:
+        """Return the noise levels of a path."""
+        return self.levels if self.levels is not None else self._grid(self._random_steps())
+
     def _random_steps(self) -> int:
         """Draw the number of steps of a path."""
-        low, high = (max(1, round(share * self.num_steps)) for share in STEPS_SHARE)
+        low, high = steps_of_paths(self.num_steps)
         return int(torch.randint(low, high + 1, (), generator=self.generator))
 
     def _start(self, slot: int, grid: Tensor) -> None:
@@ -229,6 +261,8 @@ class TrajectoryStates:
 
     def _first_grid(self, level: float) -> Tensor:
         """Return the noise levels of a first path: from 1 straight to u = `level`, and on in steps of the teacher's own size."""
+        if self.levels is not None:
+            return self.levels
         num_steps = round((level - self.u_low) / (1 - self.u_low) * self.num_steps)
         u = torch.linspace(level, self.u_low, max(1, num_steps) + 1)
         return shift_sigma(torch.cat([torch.ones(1), u]), self.shift)

@@ -1,7 +1,8 @@
 """A Wan text-to-video model on disk or on the hub: its experts, and what the folder around them says of it.
 
 It may be a diffusers pipeline folder or bare transformer folder, an original Wan folder (one or two experts), a single
-safetensors file with original names (ComfyUI's, also fp8 and fp8_scaled), or a hub id. Only safetensors and JSON are read.
+safetensors file with original names (ComfyUI's, also fp8 and fp8_scaled), a GGUF file, or a hub id. Only safetensors, GGUF
+and JSON are read.
 """
 
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from wandistiller.errors import UserError
 from wandistiller.files.checked_json import COMPONENT, POSITIVE, RATIO, TeacherFileError, read_json, setting
+from wandistiller.files.gguf_files import SUFFIX as GGUF_SUFFIX
 from wandistiller.files.hub import fetch, is_hub_id
 from wandistiller.files.safetensors_files import indexed_files, read_header
 from wandistiller.model.config import StudentConfig
@@ -20,6 +22,7 @@ from wandistiller.wan.transformer_files import (
     LOCAL_LAYOUTS,
     REFUSED_CLASSES,
     WanTransformer,
+    is_gguf,
     refuse_kind,
     refuse_settings,
 )
@@ -59,7 +62,7 @@ def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None =
     """Open a Wan by its headers; no weight is read yet.
 
     Args:
-        teacher_path: a folder, .safetensors file or hub id (`mock` is made by `mock.mock_wan_files`).
+        teacher_path: a folder, .safetensors or .gguf file, or hub id (`mock` is made by `mock.mock_wan_files`).
         low_noise_path: the low-noise expert where the two are two files; teacher_path is then the high-noise one.
 
     Raises:
@@ -98,11 +101,16 @@ def _weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob(f"{WEIGHTS}*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
-        advice = (
-            f"; {pickled[0].name} is a pickle, which is never opened: get the safetensors version"
-            if pickled
-            else f"; allowed: {LAYOUTS}"
-        )
+        quantised = sorted([*folder.glob(f"*{GGUF_SUFFIX}"), *folder.glob(f"*/*{GGUF_SUFFIX}")])
+        if pickled:
+            advice = f"; {pickled[0].name} is a pickle, which is never opened: get the safetensors version"
+        elif quantised:
+            advice = (
+                f", but GGUF files: give one of them by its name, such as --teacher_path {quantised[0]}, and of two experts "
+                "the low-noise one as --teacher_path_low"
+            )
+        else:
+            advice = f"; allowed: {LAYOUTS}"
         raise TeacherFileError(f"{folder}: holds no .safetensors weights{advice}")
     return [path for path in files if path.name == f"{WEIGHTS}.safetensors"] or files
 
@@ -164,7 +172,7 @@ def _open_folder(folder: Path, location: str) -> WanFiles:
 
 
 def _open_single_file(path: Path) -> WanTransformer:
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" and not is_gguf(path):
         raise TeacherFileError(f"{path}: a {path.suffix or 'file without suffix'} is not read; allowed: {LAYOUTS}")
     beside = path.with_name("config.json")  # a transformer folder's own file means the folder's shape
     is_of_folder = path.name.startswith("diffusion_pytorch_model") and beside.is_file()

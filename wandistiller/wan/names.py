@@ -121,6 +121,7 @@ def teacher_record(config: StudentConfig) -> dict:
         "vae_scale_factor",
         "sigma_range",
         "student_steps",
+        "teacher_sampler",
         "world",
     )
     return {

@@ -32,10 +32,11 @@ class PromptCache:
 
     Args:
         dtype: what the embeddings are stored in; a shard of another one is left out.
+        wanted: keys that will be asked for, so that the others take no memory; None for all that there are.
     """
 
-    def __init__(self, folder: Path, text_dim: int, dtype: torch.dtype):
-        self.folder, self.text_dim, self.dtype = folder, text_dim, dtype
+    def __init__(self, folder: Path, text_dim: int, dtype: torch.dtype, wanted: frozenset[str] | None = None):
+        self.folder, self.text_dim, self.dtype, self.wanted = folder, text_dim, dtype, wanted
         self._open = lru_cache(maxsize=MAX_OPEN_SHARDS)(open_safetensors)
         self.shard_of: dict[str, Path] = {}
         self.truncated: set[str] = set()
@@ -64,7 +65,7 @@ class PromptCache:
 
     def _add_shard(self, path: Path) -> None:
         try:
-            header = read_header(path)
+            header = read_header(path, self.wanted)
         except DamagedFileError as err:
             self._leave_out(path, err.reason)
             return
@@ -75,7 +76,8 @@ class PromptCache:
             self._leave_out(path, f"it does not hold embeddings in {self.dtype}")
             return
         self.shard_of.update(dict.fromkeys(header.shapes, path))
-        self.truncated.update(header.metadata.get("truncated", "").split())
+        cut = header.metadata.get("truncated", "").split()
+        self.truncated.update(cut if self.wanted is None else self.wanted.intersection(cut))
 
     def _leave_out(self, path: Path, reason: str) -> None:
         logger.warning("%s: damaged, its prompts are encoded again (%s)", path, reason)
@@ -109,13 +111,15 @@ class PromptCache:
         """
         rows: dict[str, Tensor] = {}
         truncated: list[str] = []
+        num_bytes = 0
         try:
             for done, (key, row, was_truncated) in enumerate(encoding, start=1):
                 rows[key] = row
+                num_bytes += row.nbytes
                 truncated += [key] * was_truncated
-                if sum(row.nbytes for row in rows.values()) >= SHARD_BYTES:
+                if num_bytes >= SHARD_BYTES:
                     self._write_shard(rows, truncated)
-                    rows, truncated = {}, []
+                    rows, truncated, num_bytes = {}, [], 0
                 progress(done)
         finally:
             self._write_shard(rows, truncated)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from wandistiller.device import to_device
 from wandistiller.files.prompts import clean_prompt
 
 MOCK_SCALE = 0.1
+MOCK_KEPT_BYTES = 256 * 2**20  # at most, of what was made already
 
 
 class PromptEmbeds:
@@ -34,6 +36,20 @@ class PromptEmbeds:
     def part(self, start: int, count: int) -> "PromptEmbeds":
         """Return `count` of these prompts from `start` on, which share their values."""
         return PromptEmbeds(count, self.text_dim, lambda index: self.read(start + index))
+
+    def placed(self, places: Sequence[int], num_prompts: int, read_other: Callable[[int], Tensor]) -> "PromptEmbeds":
+        """Return embeddings of `num_prompts` prompts, of which these are those at `places`, in ascending order.
+
+        Args:
+            read_other: returns the embedding of a prompt at another place.
+        """
+        place_of = {place: number for number, place in enumerate(places)}
+
+        def read(index: int) -> Tensor:
+            number = place_of.get(index)
+            return read_other(index) if number is None else self.read(number)
+
+        return PromptEmbeds(num_prompts, self.text_dim, read, self.truncated)
 
     def batch(
         self, indices: Sequence[int] | Tensor, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
@@ -63,11 +79,15 @@ class Embeds:
 
 def mock_prompt_embeds(prompts: Sequence[str], text_dim: int, text_max_length: int = 512) -> PromptEmbeds:
     """Return noise in place of UMT5's embeddings, which depends on the prompt alone: a token for each word and one more."""
-    embeds, truncated = [], 0
-    for prompt in map(clean_prompt, prompts):
-        num_tokens = len(prompt.split()) + 1
+    cleaned = [clean_prompt(prompt) for prompt in prompts]
+
+    @lru_cache(maxsize=max(1, MOCK_KEPT_BYTES // (text_max_length * text_dim * torch.float32.itemsize)))
+    def read(index: int) -> Tensor:
+        prompt = cleaned[index]
         seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7])
         generator = torch.Generator().manual_seed(seed)
-        embeds.append(MOCK_SCALE * torch.randn(min(num_tokens, text_max_length), text_dim, generator=generator))
-        truncated += num_tokens > text_max_length
-    return PromptEmbeds(len(embeds), text_dim, embeds.__getitem__, truncated)
+        num_tokens = min(len(prompt.split()) + 1, text_max_length)
+        return MOCK_SCALE * torch.randn(num_tokens, text_dim, generator=generator)
+
+    truncated = sum(len(prompt.split()) + 1 > text_max_length for prompt in cleaned)
+    return PromptEmbeds(len(cleaned), text_dim, read, truncated)

@@ -1,7 +1,8 @@
 """How a teacher is sampled: each released Wan as it was made for, others as their folder or a person says."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TypedDict, Unpack
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
@@ -78,6 +79,9 @@ class TeacherSettings:
         guidance_scale_2: g for the low-noise expert; None with one expert.
         boundary_ratio: sigma at and above which the high-noise expert answers; None with one expert.
         latents_mean, latents_std: statistics that make model space (z - mean) / std; None where unknown.
+        teacher_sampler: "unipc", for a teacher that answers rightly at all noise levels; or "euler", for one that was distilled
+            to `num_inference_steps` and does so at the noise levels of these alone.
+        guidance_range: lowest and highest noise level with guidance; None for all of them.
     """
 
     preset: str
@@ -90,6 +94,13 @@ class TeacherSettings:
     latents_mean: list[float] | None
     latents_std: list[float] | None
     vae_scale_factor: int
+    teacher_sampler: str = "unipc"
+    guidance_range: tuple[float, float] | None = None
+
+    def recorded(self) -> dict[str, object]:
+        """Return what a student records of these; what has a default and is at it is left out."""
+        usual = {known.name: known.default for known in fields(self) if known.default is not MISSING}
+        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
     def latent_shape(self, student: StudentConfig) -> tuple[int, int, int]:
         """Return (C, H, W) of the student's images behind the teacher's VAE."""
@@ -103,31 +114,45 @@ class TeacherSettings:
     def summary(self) -> str:
         """Return one line for the screen."""
         line = f"settings of {self.preset}: shift {self.shift:g}, guidance_scale {self.guidance_scale:g}"
-        if self.boundary_ratio is None:
-            return line
-        return f"{line}, guidance_scale_2 {self.guidance_scale_2:g}, boundary_ratio {self.boundary_ratio:g}"
+        if self.boundary_ratio is not None:
+            line += f", guidance_scale_2 {self.guidance_scale_2:g}, boundary_ratio {self.boundary_ratio:g}"
+        if self.guidance_range is not None:
+            line += ", guidance at sigma {:g} to {:g} alone".format(*self.guidance_range)
+        return line
+
+    @property
+    def has_few_levels(self) -> bool:
+        """Whether the teacher answers rightly at the noise levels of its own sampler alone."""
+        return self.teacher_sampler == "euler"
 
     @property
     def uses_guidance(self) -> bool:
         return any(scale not in (None, 1.0) for scale in (self.guidance_scale, self.guidance_scale_2))
 
 
-def resolve_settings(
-    wan_files: WanFiles,
-    *,
-    shift: float | None = None,
-    guidance_scale: float | None = None,
-    guidance_scale_2: float | None = None,
-    boundary_ratio: float | None = None,
-    negative_prompt: str | None = None,
-) -> TeacherSettings:
-    """Return the settings that the flags give (the arguments), else a released model's preset, else what the folder records.
+class GivenSettings(TypedDict, total=False):
+    """What a person may say of how a teacher is sampled; what is left out or None is the teacher's own."""
+
+    shift: float | None
+    guidance_scale: float | None
+    guidance_scale_2: float | None
+    boundary_ratio: float | None
+    negative_prompt: str | None
+    teacher_steps: int | None
+    teacher_sampler: str | None
+    guidance_range: tuple[float, float] | None
+
+
+def resolve_settings(wan_files: WanFiles, **given: Unpack[GivenSettings]) -> TeacherSettings:
+    """Return the settings that the flags give (`given`), else a released model's preset, else what the folder records.
 
     An exported student says itself how it is sampled. For the others the preset goes before the folder because converted
     folders carry another shift (3 where A14B was made for 12: diffusers issue 12094). A single --guidance_scale counts for
-    both experts, as in diffusers.
+    both experts, as in diffusers. A --guidance_range over all noise levels is none.
     """
     has_two = "low" in wan_files.experts
+    guidance_scale, guidance_scale_2 = given.get("guidance_scale"), given.get("guidance_scale_2")
+    boundary_ratio, guidance_range = given.get("boundary_ratio"), given.get("guidance_range")
     if not has_two and guidance_scale_2 is not None:
         raise UserError(
             "--guidance_scale_2 is the low-noise expert's; this teacher has one expert, use --guidance_scale"
@@ -138,18 +163,27 @@ def resolve_settings(
     if guidance_scale is not None and guidance_scale_2 is None:
         guidance_scale_2 = guidance_scale
     latents_mean, latents_std = _latents_statistics(wan_files)
-    return TeacherSettings(
+    settings = TeacherSettings(
         preset=base.name,
-        shift=shift or base.shift,
-        num_inference_steps=base.num_inference_steps,
+        shift=given.get("shift") or base.shift,
+        num_inference_steps=given.get("teacher_steps") or base.num_inference_steps,
         guidance_scale=base.guidance_scale if guidance_scale is None else guidance_scale,
         guidance_scale_2=_first(guidance_scale_2, base.guidance_scale_2, base.guidance_scale) if has_two else None,
         boundary_ratio=_first(boundary_ratio, base.boundary_ratio, DEFAULT_BOUNDARY_RATIO) if has_two else None,
-        negative_prompt=_first(negative_prompt, wan_files.record.get("negative_prompt"), DEFAULT_NEGATIVE_PROMPT),
+        negative_prompt=_first(
+            given.get("negative_prompt"), wan_files.record.get("negative_prompt"), DEFAULT_NEGATIVE_PROMPT
+        ),
         latents_mean=latents_mean,
         latents_std=latents_std,
         vae_scale_factor=wan_files.vae_scale_factor or wan_files.config.vae_scale_factor,
+        teacher_sampler=_first(given.get("teacher_sampler"), wan_files.record.get("teacher_sampler"), "unipc"),
+        guidance_range=None if guidance_range == (0.0, 1.0) else guidance_range,
     )
+    if guidance_range is not None and not settings.uses_guidance:
+        raise UserError(
+            "--guidance_range: there is no guidance here (guidance_scale 1), so it has no range; leave it out"
+        )
+    return settings
 
 
 def _first(*values):
@@ -203,6 +237,11 @@ def warnings_about(wan_files: WanFiles, settings: TeacherSettings, student: Stud
         warnings.append(
             f"{wan_files.location}: no config.json tells its number of heads; {teacher.num_heads} of {teacher.head_dim} "
             "channels are assumed, the released Wans' width; if that is wrong, give the folder with its config.json"
+        )
+    if settings.has_few_levels and settings.is_released and settings.uses_guidance:
+        warnings.append(
+            f"a teacher of {settings.num_inference_steps} steps with guidance_scale {settings.guidance_scale:g}; those distilled to "
+            "few steps mostly are to guidance too, and want --guidance_scale 1"
         )
     if len(wan_files.experts) == 1 and re.search(r"(high|low)[_-]?noise", wan_files.location, re.IGNORECASE):
         warnings.append(

@@ -22,6 +22,7 @@ from wandistiller.wan.prompt_embeds import PromptEmbeds, mock_prompt_embeds
 from wandistiller.wan.text_encoder_files import TextEncoderFiles
 
 CACHE_VERSION = 1
+ROUND = 65536  # prompts whose tokens are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ def encode_prompts(
     options = options or EncodingOptions()
     text_dim = files.text_dim()
     settings = f"{CACHE_VERSION} {options.text_max_length} {options.encoder_dtype}"
-    cache = PromptCache(Path(cache_dir) / files.fingerprint(settings), text_dim, options.encoder_dtype)
-
     cleaned = [clean_prompt(prompt) for prompt in prompts]
     keys = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in cleaned]
+    folder = Path(cache_dir) / files.fingerprint(settings)
+    cache = PromptCache(folder, text_dim, options.encoder_dtype, frozenset(keys))
     missing = {key: prompt for key, prompt in zip(keys, cleaned, strict=True) if key not in cache.shard_of}
     if missing:
         cache.check_writable()
@@ -118,7 +119,16 @@ def count_tokens(prompts: Sequence[str], files: TextEncoderFiles) -> list[int]:
 def _encode(
     prompts: dict[str, str], tokenizer, encoder, text_max_length: int, batch_size: int
 ) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield the key, the text tokens (n, text_dim) and whether it was truncated of every prompt, the longest first."""
+    """Yield the key, the text tokens (n, text_dim) and whether it was truncated of every prompt, the longest of a round first."""
+    keys = list(prompts)
+    for start in range(0, len(keys), ROUND):
+        part = {key: prompts[key] for key in keys[start : start + ROUND]}
+        yield from _encode_round(part, tokenizer, encoder, text_max_length, batch_size)
+
+
+def _encode_round(
+    prompts: dict[str, str], tokenizer, encoder, text_max_length: int, batch_size: int
+) -> Iterator[tuple[str, Tensor, bool]]:
     untruncated = tokenizer(list(prompts.values()), truncation=True, max_length=text_max_length + 1)["input_ids"]
     num_tokens = dict(zip(prompts, map(len, untruncated), strict=True))
     # With the longest first padding stays small, and a GPU that is too small is noticed at once.

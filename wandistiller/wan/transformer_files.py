@@ -1,4 +1,4 @@
-"""One Wan transformer in safetensors files: its tensors under canonical names, read one at a time, and its own shape.
+"""One Wan transformer in safetensors or GGUF files: its tensors under canonical names, read one at a time, and its own shape.
 
 The shape comes from the tensors and from the config.json beside them, which must agree. Other kinds of Wan than
 text-to-video are refused.
@@ -6,6 +6,7 @@ text-to-video are refused.
 
 import re
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 
 from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, setting
+from wandistiller.files.gguf_files import SUFFIX as GGUF_SUFFIX
+from wandistiller.files.gguf_files import GgufTensor
 from wandistiller.files.json_files import JsonError, parse_json
 from wandistiller.files.safetensors_files import open_safetensors, read_header
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.wan.gguf_weights import gguf_texts, stored_gguf_tensors
 from wandistiller.wan.names import PATCH_KERNEL, other_wan_kind, to_canonical, transformer_settings, uses_original_names
 
 WAN_HEAD_DIM = 128
@@ -25,7 +29,7 @@ HEAD_KEYS = {"num_attention_heads", "num_heads", "attention_head_dim"}
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 LOCAL_LAYOUTS = (
     "a diffusers pipeline folder (model_index.json), its transformer folder, an original Wan folder (config.json + "
-    "diffusion_pytorch_model*.safetensors, or high_noise_model/ and low_noise_model/), one .safetensors file"
+    "diffusion_pytorch_model*.safetensors, or high_noise_model/ and low_noise_model/), one .safetensors or .gguf file"
 )
 LAYOUTS = f"{LOCAL_LAYOUTS}, a hub id, or mock"
 # These are the names of a StudentConfig's dimensions in diffusers' and in the original's config.json.
@@ -67,7 +71,7 @@ def refuse_kind(kind: str | None, where: object) -> None:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, and the tensor that holds its fp8 scale, if any.
+    """A tensor in a safetensors file, and the tensor that holds its fp8 scale, if any.
 
     Attributes:
         dtype: the stored precision as safetensors spells it, such as "BF16".
@@ -77,7 +81,7 @@ class StoredTensor:
     key: str
     shape: tuple[int, ...]
     dtype: str
-    scale: "StoredTensor | None" = None
+    scale: "StoredTensor | GgufTensor | None" = None
 
     def read(self) -> Tensor:
         """Read the tensor to the CPU in its stored precision; an fp8 one becomes float32 times its scale."""
@@ -92,15 +96,25 @@ class StoredTensor:
         return tensor.float().mul_(scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (tensor.ndim - 1)))
 
 
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of a safetensors file by its name there; only the header is read."""
+Stored = StoredTensor | GgufTensor
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == GGUF_SUFFIX
+
+
+def stored_tensors(path: Path) -> Mapping[str, Stored]:
+    """Return every tensor of a file by its name there; only the header is read."""
+    if is_gguf(path):
+        return stored_gguf_tensors(path)
     header = read_header(path)
     return {key: StoredTensor(path, key, shape, header.dtypes[key]) for key, shape in header.shapes.items()}
 
 
 def _exported_student(path: Path) -> StudentConfig | None:
     """Read the config that export_student.py wrote into the file's metadata, for the heads and eps that no tensor tells."""
-    text = read_header(path).metadata.get("student_config")
+    metadata = gguf_texts(path) if is_gguf(path) else read_header(path).metadata
+    text = metadata.get("student_config")
     if text is None:
         return None
     return StudentConfig.from_json(text, f"{path}, student_config in its metadata")
@@ -155,24 +169,26 @@ class WanTransformer:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self._stored.items()}
 
-    def _index(self, files: list[Path]) -> dict[str, StoredTensor]:
+    def _index(self, files: list[Path]) -> dict[str, Stored]:
         """Return the weights of all files by their canonical names, those of fp8 with their scales."""
-        found: dict[str, StoredTensor] = {}
+        found: dict[str, Stored] = {}
         for path in files:
             tensors = stored_tensors(path)
             if twice := next((key for key in tensors if key in found), None):
                 raise TeacherFileError(
                     f"{path}: holds {twice}, which {found[twice].path.name} holds too; these are two models, give one file"
                 )
-            found |= tensors
+            found.update(tensors)
         refuse_kind(other_wan_kind(list(found)), self.location)
         original = uses_original_names(list(found))
         plain = {to_canonical(key, original): stored for key, stored in found.items()}
         scaled_file = any(name == "scaled_fp8" or name.endswith(".comfy_quant") for name in plain)
-        weights: dict[str, StoredTensor] = {}
+        weights: dict[str, Stored] = {}
         for name, stored in plain.items():
             if reason := _no_weight_reason(name):
                 self.ignored[name] = reason
+            elif isinstance(stored, GgufTensor):
+                weights[name] = stored
             elif stored.dtype in ("F8_E4M3", "F8_E5M2"):
                 weights[name] = self._with_scale(name, stored, plain, scaled_file)
             elif stored.dtype in ("F32", "F16", "BF16", "F64"):
@@ -183,9 +199,7 @@ class WanTransformer:
                 )
         return weights
 
-    def _with_scale(
-        self, name: str, stored: StoredTensor, plain: dict[str, StoredTensor], scaled_file: bool
-    ) -> StoredTensor:
+    def _with_scale(self, name: str, stored: StoredTensor, plain: dict[str, Stored], scaled_file: bool) -> StoredTensor:
         stem = name.removesuffix(".weight")
         self._check_quant_format(stem, plain)
         for scale_name in (f"{stem}.scale_weight", f"{stem}.weight_scale"):
@@ -198,7 +212,7 @@ class WanTransformer:
         return stored
 
     @staticmethod
-    def _check_quant_format(stem: str, plain: dict[str, StoredTensor]) -> None:
+    def _check_quant_format(stem: str, plain: dict[str, Stored]) -> None:
         """Refuse other formats than fp8: ComfyUI's newer files name each layer's, as JSON in a byte tensor."""
         if f"{stem}.comfy_quant" not in plain:
             return

@@ -19,6 +19,33 @@ LATENT_SETTINGS = ("latents_mean", "latents_std", "vae_scale_factor")
 
 
 @dataclass(frozen=True)
+class MergedLora:
+    """A LoRA that is merged into an expert as its tensors are read.
+
+    Attributes:
+        expert: "high" or "low".
+        path: where its file is.
+        num_changed: tensors that it changes, of `num_tensors`.
+    """
+
+    expert: str
+    path: str
+    sha256: str
+    scale: float
+    num_changed: int
+    num_tensors: int
+
+    @property
+    def identity(self) -> str:
+        """What makes two teachers with LoRAs the same one; a file may be renamed."""
+        return f"{self.expert} {self.sha256[:16]} x {self.scale!r}"
+
+    def record(self) -> dict[str, object]:
+        """Return what a student records of it, but for its path."""
+        return {"expert": self.expert, "file": Path(self.path).name, "sha256": self.sha256, "scale": self.scale}
+
+
+@dataclass(frozen=True)
 class WanFiles:
     """A Wan on disk: its experts and what the folder around them says.
 
@@ -30,6 +57,7 @@ class WanFiles:
         record: teacher_record.json (the demo teacher's own defaults), or what an exported student says of itself; else empty.
         text_encoder_location: a folder or hub id with text_encoder/ and tokenizer/; None where there is none.
         pickled_text_encoder: the text encoder of an original Wan folder, which is never opened.
+        loras: those that are merged into the experts; see `wandistiller.wan.lora`.
     """
 
     location: str
@@ -42,6 +70,7 @@ class WanFiles:
     record: dict = field(default_factory=dict)
     text_encoder_location: str | Path | None = None
     pickled_text_encoder: Path | None = None
+    loras: tuple[MergedLora, ...] = ()
 
     @property
     def config(self) -> StudentConfig:

@@ -1,0 +1,179 @@
+"""What each preset of run/presets.py comes to: its flags, memory, disk and hours, the tables of docs/recipes.md.
+
+    python benchmarks/recipes.py            # prints the tables
+    python benchmarks/recipes.py --write    # puts them into the page
+
+A preset is planned as `--dry_run` plans it, for a teacher of the released shape. Nothing here is measured: shapes are exact, the rate
+of a GPU and the share of it that is reached are assumed.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from benchmarks.scaling import GIB, H100, MARK, MEAN_TEXT_TOKENS, MFUS, NEGATIVE_TEXT_TOKENS, RUNS, markdown
+from wandistiller.budget.workload import Workload, disk_budget, held_out_flops, memory_budget, peak_bytes, step_flops
+from wandistiller.files.prompts import Texts
+from wandistiller.model.config import StudentConfig
+from wandistiller.processes import Processes
+from wandistiller.run.dry_run import workload_of
+from wandistiller.run.flags import parse_args
+from wandistiller.run.plan import Plan, with_defaults
+from wandistiller.run.presets import PRESETS
+from wandistiller.targets.lanes import Lanes
+from wandistiller.wan.settings import resolve_settings
+from wandistiller.wan.wan_files import WanFiles
+
+PAGE = ROOT / "docs" / "recipes.md"
+NUM_HELD_OUT = 32
+# By the first part of a preset's name: the released teacher of `scaling.RUNS`
+TEACHERS = {"1.3B": "Wan2.1 1.3B", "5B": "Wan2.2 TI2V-5B", "14B": "Wan2.1 14B", "A14B": "Wan2.2 A14B"}
+# What is typed beside a preset: a teacher that a lightning LoRA was merged into
+FOUR_STEPS = ["--teacher_steps", "4", "--guidance_scale", "1", "--shift", "5"]
+MEMORY = {
+    "as it is": [],
+    "--gradient_checkpointing": ["--gradient_checkpointing"],
+    "and --teacher_dtype fp8 --batch_size 1 --grad_accum_steps 32": [
+        *("--gradient_checkpointing", "--teacher_dtype", "fp8"),
+        *("--batch_size", "1", "--grad_accum_steps", "32"),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A preset's run: its plan, and what it takes by shapes."""
+
+    plan: Plan
+    workload: Workload
+
+    @property
+    def flops(self) -> float:
+        work = self.workload
+        return step_flops(work).total * work.num_steps + held_out_flops(work)
+
+    def hours(self, mfu: float) -> float:
+        return self.flops / (mfu * H100.flops) / 3600
+
+    @property
+    def peak_gib(self) -> float:
+        return peak_bytes(memory_budget(self.workload)) / GIB
+
+    @property
+    def disk_gib(self) -> float:
+        return sum(part.num_bytes for part in disk_budget(self.workload)) / GIB
+
+
+def released(name: str) -> WanFiles:
+    """Return a released teacher by its shape alone; there are no files behind it."""
+    (width, heads, ffn_dim, depth, channels, _, num_experts), _ = RUNS[TEACHERS[name.split("-")[0]]]
+    config = StudentConfig(
+        block="wan",
+        hidden_size=width,
+        num_heads=heads,
+        ffn_dim=ffn_dim,
+        depth=depth,
+        num_channels=channels,
+        image_size=512,
+    )
+    experts = dict.fromkeys(("high", "low")[:num_experts], SimpleNamespace(config=config))
+    return WanFiles(name, experts)
+
+
+def planned(name: str, *typed: str) -> Planned:
+    """Return a preset's run with some flags typed beside it, as `--dry_run` would plan it on one GPU."""
+    flags = parse_args(["--preset", name, *typed])
+    config = StudentConfig.load(ROOT / flags.student.student_config)
+    prompts = [f"prompt {number}" for number in range(PRESETS[name].num_prompts)]
+    teacher, own = flags.teacher, flags.optimization
+    wan_files = released(name)
+    plan = with_defaults(
+        Plan(
+            flags=flags,
+            config=config,
+            texts=Texts(prompts, [], prompts[:NUM_HELD_OUT]),
+            wan_files=wan_files,
+            settings=resolve_settings(wan_files, **vars(teacher)),
+            processes=Processes(),
+            lanes=Lanes.of_process(own.batch_size, own.grad_accum_steps, 0, 1),
+            dtype=torch.bfloat16,
+            encoder=None,
+            vae_location=None,
+        )
+    )
+    work = replace(
+        workload_of(plan, is_gpu=True, dtype="bf16"),
+        mean_text_tokens=MEAN_TEXT_TOKENS,
+        negative_text_tokens=NEGATIVE_TEXT_TOKENS if plan.settings.uses_guidance else 0,
+    )
+    return Planned(plan, work)
+
+
+# ---- tables ----
+
+
+def presets_table() -> str:
+    rows = []
+    for name, preset in PRESETS.items():
+        run = planned(name)
+        own, states = run.plan.flags.optimization, run.plan.flags.states
+        rows.append(
+            [
+                f"`{name}`", f"{run.plan.config.image_size}", f"{preset.num_prompts:,}",
+                f"{own.batch_size} x {own.grad_accum_steps}", f"{own.teacher_calls:,}", str(states.replay),
+                f"{run.plan.num_steps:,}", f"{own.lr:g}", run.plan.flags.performance.teacher_dtype or "bf16",
+            ]
+        )  # fmt: skip
+    header = [
+        "preset", "pixels", "prompts, at least", "--batch_size x --grad_accum_steps", "--teacher_calls", "--replay",
+        "optimiser steps", "learning rate", "teacher kept in",
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
+def hours_table() -> str:
+    rows = []
+    for name in PRESETS:
+        run, few = planned(name), planned(name, *FOUR_STEPS)
+        hours = [f"{run.hours(mfu):.0f}" for mfu in MFUS]
+        rows.append(
+            [f"`{name}`", f"{run.flops / 1e18:.1f}", *hours, f"{few.hours(MFUS[1]):.0f}", f"{run.disk_gib:.0f}"]
+        )
+    shares = [f"hours at {mfu:.0%}" for mfu in MFUS]
+    header = ["preset", "EFLOP", *shares, f"hours at {MFUS[1]:.0%}, teacher of 4 steps without guidance", "disk, GiB"]
+    return markdown(header, rows)
+
+
+def memory_table() -> str:
+    rows = [[f"`{name}`", *(f"{planned(name, *typed).peak_gib:.0f}" for typed in MEMORY.values())] for name in PRESETS]
+    return markdown(["preset, GiB of one GPU", *MEMORY], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"presets": presets_table, "hours": hours_table, "memory": memory_table}
+
+
+def with_tables(page: str) -> str:
+    """Return the page with every table between its marks replaced by a fresh one."""
+    return MARK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/recipes.md")
+    if parser.parse_args().write:
+        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    for name, table in TABLES.items():
+        print(f"<!-- table: {name} -->\n{table()}<!-- end -->\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""`pip install .` puts one command on the PATH that is every command of the root, with no clone around it.
+
+A wheel is built and installed in a fresh environment, where pip's own script starts it from an empty folder; it sees the
+libraries of this interpreter. The wheel's modules are held against the folders of the repository.
+
+pytest tests/commands/test_installed.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import wandistiller
+from support.runs import PRUNED_CONFIG, ROOT
+from wandistiller.__main__ import ABOUT, main
+from wandistiller.command_line import COMMANDS, command_words
+from wandistiller.run.messages import next_commands
+
+SCRIPTS = {script: name for name, script in COMMANDS.items()}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this source, built without a network from a copy that git would check out."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("wandistiller", "config", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        (source / name).symlink_to(ROOT / name)
+    for script in ROOT.glob("*.py"):
+        (source / script.name).symlink_to(script)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", target, source]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if "No module named pip" in run.stderr or "No module named 'setuptools'" in run.stderr:
+        pytest.skip("pip and setuptools build the wheel, and one of them is not here")
+    assert run.returncode == 0, run.stderr
+    return next(target.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installation(wheel, tmp_path_factory) -> Path:
+    """A fresh environment with the wheel in it: the path of its `wandistiller`."""
+    place = tmp_path_factory.mktemp("environment")
+    venv.create(place, with_pip=False)
+    libraries = Path(sysconfig.get_path("purelib", vars={"base": str(place), "platbase": str(place)}))
+    (libraries / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "--python", place / "bin" / "python", "install", "--no-deps", "-q", wheel]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return place / "bin" / "wandistiller"
+
+
+@pytest.fixture
+def installed(installation, tmp_path):
+    """Run the installed command in an empty folder, and return what a person sees."""
+
+    def run(*words: object) -> subprocess.CompletedProcess:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        command = [str(installation), *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+
+    return run
+
+
+def test_the_wheel_holds_every_package_command_page_and_ready_config(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        held = {name for name in file.namelist() if ".dist-info/" not in name}
+        metadata = next(name for name in file.namelist() if name.endswith("METADATA"))
+        assert f"Version: {wandistiller.__version__}\n" in file.read(metadata).decode()
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "wandistiller").rglob("*.py")}
+    expected |= {path.name for path in ROOT.glob("*.py")}
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "wandistiller" / "reports" / "page").iterdir()}
+    assert len(pages) == 4
+    expected |= pages
+    assert held == expected | {f"wandistiller/ready_configs/{path.name}" for path in (ROOT / "config").glob("*.json")}
+
+
+def test_the_installed_command_lists_its_commands_and_has_a_version(installed):
+    outcome = installed("--help")
+    assert outcome.returncode == 0 and all(f"\n  {name} " in outcome.stdout for name in COMMANDS)
+    assert installed("--version").stdout == f"WanDistiller {wandistiller.__version__}\n"
+    outcome = installed("train", "--help")
+    assert outcome.returncode == 0 and outcome.stdout.startswith("usage: wandistiller train ")
+
+
+def test_the_installed_command_trains_where_no_clone_is(installed, tmp_path):
+    """A plan and a mistake are told as of the command that was typed; a config comes from what was installed."""
+    config = installed("train", "--print_config", "demo")
+    assert config.returncode == 0, config.stderr
+    assert json.loads(config.stdout) == json.loads((ROOT / "config" / "demo_student_config.json").read_text())
+    (tmp_path / "config.json").write_text(config.stdout)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    flags = [
+        "--teacher_path",
+        ROOT / "data" / "demo_teacher",
+        "--student_config",
+        "config.json",
+        "--data_path",
+        "prompts.txt",
+    ]
+    outcome = installed("train", "--dry_run", *flags)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "GiB" in outcome.stdout or "MiB" in outcome.stdout
+    outcome = installed("train")
+    assert outcome.returncode == 2 and "lies in a clone of WanDistiller" in outcome.stderr
+    assert all(flag in outcome.stderr for flag in ("--teacher_path", "--student_config", "--data_path"))
+    assert installed("train", "--no_such_flag").stderr.startswith("wandistiller train: error: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "prompts.txt"}
+
+
+def test_the_packages_of_the_project_file_are_those_of_the_source():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    packages = {f"wandistiller.{path.parent.name}" for path in (ROOT / "wandistiller").glob("*/__init__.py")}
+    assert set(settings["packages"]) == packages | {"wandistiller", "wandistiller.ready_configs"}
+    assert {path.stem for path in ROOT.glob("*.py")} <= set(settings["py-modules"])
+
+
+def test_every_script_of_the_root_is_a_command_with_its_own_function():
+    assert {path.name for path in ROOT.glob("*.py")} <= set(SCRIPTS) and COMMANDS.keys() == ABOUT.keys()
+
+
+@pytest.mark.parametrize("name", [name for name, script in COMMANDS.items() if (ROOT / script).is_file()])
+def test_each_command_has_a_version(run_main, name):
+    outcome = run_main(main, name, "--version")
+    assert (outcome.code, outcome.out) == (0, f"WanDistiller {wandistiller.__version__}\n")
+
+
+def test_a_command_that_is_not_there_is_one_sentence(run_main, monkeypatch):
+    outcome = run_main(main, "trian")
+    assert outcome.code == 2 and "'trian' is no command of wandistiller; allowed: train, project" in outcome.err
+    monkeypatch.setattr("wandistiller.__main__.find_spec", lambda name: None)
+    outcome = run_main(main, "playground")
+    assert outcome.code == 2 and 'pip install ".[playground]"' in outcome.err and "Traceback" not in outcome.err
+    assert run_main(main).code == 2
+
+
+def test_the_words_that_are_told_are_those_that_were_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_distillation.py"])
+    assert command_words("evaluate_student.py") == ["python", "evaluate_student.py"]
+    monkeypatch.setattr(sys, "argv", ["wandistiller train"])
+    assert command_words("evaluate_student.py") == ["wandistiller", "evaluate"]
+    assert next_commands(Path("out"), "a", "p.txt")[0] == "wandistiller evaluate --student out --prompts_file p.txt"
+    assert command_words("train_distillation.py", 2) == [
+        "torchrun",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "wandistiller",
+        "train",
+    ]
+
+
+def test_a_run_of_the_one_command_records_it(run_main, teachers, write_config, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nb\n", encoding="utf-8")
+    flags = {"teacher_path": teachers.one, "student_config": write_config(PRUNED_CONFIG)}
+    flags |= {
+        "data_path": tmp_path / "prompts.txt",
+        "prompt_cache": teachers.prompt_cache,
+        "output_dir": tmp_path / "out",
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    outcome = run_main(main, "train", *words, "--max_steps", 1, "--num_samples", 0, "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    record = json.loads((tmp_path / "out" / "student_config.json").read_text(encoding="utf-8"))["distillation"]
+    assert record["commands"][0]["command"].startswith("wandistiller train --teacher_path ")
+    assert record["wandistiller_version"] == wandistiller.__version__
+
+
+def test_a_run_of_an_older_version_resumes(train, teachers, tmp_path, monkeypatch):
+    """The version is recorded and compared with nothing; a student of before it was recorded draws and is exported too."""
+    import export_student
+
+    with monkeypatch.context() as older:
+        older.setattr("wandistiller.run.record.__version__", "0.0.1")
+        assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, "--save_every", 1).code == 0
+    file = tmp_path / "out" / "student_config.json"
+    assert json.loads(file.read_text(encoding="utf-8"))["distillation"]["wandistiller_version"] == "0.0.1"
+    outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 2, "--save_every", 1)
+    assert outcome.code == 0 and "esum" in outcome.out, outcome.err
+    values = json.loads(file.read_text(encoding="utf-8"))
+    assert values["distillation"].pop("wandistiller_version") == wandistiller.__version__
+    file.write_text(json.dumps(values), encoding="utf-8")
+    flags = ["--format", "original", "--output", str(tmp_path / "a.safetensors")]
+    assert export_student.main(["--student", str(tmp_path / "out"), *flags]) == 0
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as exported:
+        assert exported.metadata()["wandistiller_version"] == wandistiller.__version__

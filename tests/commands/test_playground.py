@@ -1,0 +1,230 @@
+"""playground.py is used as a person would use it, in the distribution's Chromium driven by Playwright.
+
+One server runs for all tests, of a tiny student; without Gradio, Playwright or Chromium they are skipped. No request may leave
+this machine, and no file may be served.
+
+pytest tests/commands/test_playground.py
+"""
+
+import importlib.util
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import playground
+from support.runs import ROOT
+from support.students import train_student, write_teacher
+
+HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
+needs_gradio = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason='Gradio is not installed: pip install ".[playground]"'
+)
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("playground")
+    write_teacher(root / "teacher", seed=5)
+    train_student(root / "outputs", root / "teacher", "--guidance_scale", "3", "--num_samples", "0")
+    return root
+
+
+@pytest.fixture(scope="module")
+def url(house) -> Iterator[str]:
+    """The address of a playground that runs as a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-u", ROOT / "playground.py", "--outputs", house / "outputs", "--port", str(port)]
+    command += ["--prompt_cache", house / "cache", "--device", "cpu"]
+    # Telemetry is off even where somebody's settings ask for it, and a share link is not made:
+    settings = os.environ | {"GRADIO_ANALYTICS_ENABLED": "True", "GRADIO_SHARE": "True", "TMPDIR": str(house)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=settings, cwd=house
+    ) as process:
+        said = [process.stdout.readline(), process.stdout.readline()]
+        try:
+            assert f"Open http://127.0.0.1:{port}/" in said[-1], said + process.stdout.readlines()
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(30) == 0 and "Traceback" not in rest, rest
+    assert not list(house.glob("playground-*")), "its scratch folder is removed"
+
+
+@pytest.fixture
+def page(browser, url) -> Iterator:
+    """A window of the playground, with what it requested in `page.requested`."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, accept_downloads=True)
+    window = context.new_page()
+    window.requested = []
+    window.on("request", lambda request: window.requested.append(request.url))
+    window.goto(url)
+    window.wait_for_function("document.querySelector('#width input')?.value === '32'")
+    yield window
+    context.close()
+
+
+def draw(page, prompt: str, seed: int = 0, **numbers: int) -> None:
+    page.fill("#prompt textarea", prompt)
+    for name, value in ({"seed": seed} | numbers).items():
+        page.fill(f"#{name} input", str(value))
+    page.click("#draw")
+
+
+def pictures(page, count: int, other_than: list[str] | None = None) -> list[str]:
+    """The pictures on the page, once there are so many and they are others than those."""
+    page.wait_for_function(
+        "([count, before]) => { const now = [...document.querySelectorAll('#pictures img')].map((image) => image.src);"
+        " return now.length === count && now.join() !== (before ?? []).join() }",
+        arg=[count, other_than],
+    )
+    return [image.get_attribute("src") for image in page.locator("#pictures img").all()]
+
+
+@needs_gradio
+@pytest.mark.slow
+def test_a_prompt_becomes_two_pictures_and_another_seed_two_others(page):
+    page.check("#teacher input")
+    draw(page, "a red circle")
+    first = pictures(page, 2)
+    assert re.findall(r"(teacher|student)\s+\d+ steps, [\d.e-]+ s a picture", page.inner_text("#pictures"), re.I) == [
+        "Teacher",
+        "Student",
+    ]
+    draw(page, "a red circle", seed=1)
+    second = pictures(page, 2, first)
+    assert not set(first) & set(second)
+    draw(page, "a red circle", seed=1, noises=3)
+    strip = pictures(page, 6)
+    assert page.locator("#pictures img").first.get_attribute("alt") == "teacher, seed 1: a red circle"
+    # What was drawn before comes back with its settings:
+    page.locator("#past label").nth(2).click()
+    assert pictures(page, 2, strip) == first
+    page.wait_for_function("document.querySelector('#seed input').value === '0'")
+
+
+@needs_gradio
+@pytest.mark.slow
+def test_mistakes_are_sentences_on_the_page_and_what_was_typed_is_text(page):
+    draw(page, "a red circle", width=40)
+    page.wait_for_selector("#message [role=alert]")
+    assert page.inner_text("#message").strip() == (
+        "Width 40 is not a multiple of 16 (VAE factor 8 x patch size 2); use 32 or 48."
+    )
+    draw(page, HOSTILE, width=48)
+    pictures(page, 1)
+    assert "trained at 32 x 32 pixels alone" in page.inner_text("#message [role=status]")
+    assert HOSTILE in page.inner_text("#past")
+    assert page.title() == "WanDistiller playground"
+
+
+@needs_gradio
+@pytest.mark.slow
+def test_the_keyboard_alone_is_enough(page):
+    page.focus("#prompt textarea")
+    page.keyboard.type("a blue square")
+    page.keyboard.press("Enter")
+    first = pictures(page, 1)
+    page.keyboard.press("Tab")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("7")
+    for _ in range(12):  # to the button
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "draw":
+            break
+    page.keyboard.press("Enter")
+    pictures(page, 1, first)
+    assert "seed 7" in page.inner_text("#pictures")
+
+
+@needs_gradio
+@pytest.mark.slow
+def test_a_download_is_a_png_that_tells_how_it_was_made(page):
+    draw(page, "a red circle", seed=5)
+    pictures(page, 1)
+    with page.expect_download() as download:
+        page.click("#pictures a[download]")
+    assert download.value.suggested_filename == "a-red-circle_seed5_32x32_student.png"
+    image = Image.open(io.BytesIO(Path(download.value.path()).read_bytes()))
+    assert (image.info["prompt"], image.info["seed"], image.info["model"]) == ("a red circle", "5", "student")
+
+
+@needs_gradio
+@pytest.mark.slow
+def test_it_fits_a_narrow_screen(page):
+    page.set_viewport_size({"width": 400, "height": 800})
+    draw(page, "a red circle", noises=3)
+    pictures(page, 3)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+@needs_gradio
+@pytest.mark.slow
+def test_nothing_leaves_this_machine_and_no_file_is_served(page, url, house):
+    draw(page, "a red circle")
+    pictures(page, 1)
+    assert {address.split("/")[2] for address in page.requested if address.startswith("http")} == {url.split("/")[2]}
+    # Neither could the page, if it wanted to:
+    blocked = "() => fetch('https://example.com/').then(() => 'there', (error) => String(error))"
+    assert "TypeError" in page.evaluate(blocked)
+    with pytest.raises(OSError):  # another address of this machine, which a server on all addresses would answer at
+        socket.create_connection(("127.0.0.2", int(url.rsplit(":", 1)[1].strip("/"))), timeout=5)
+    secret = house / "outputs" / "student" / "student_config.json"
+    (house / "secret.txt").write_text("secret", encoding="utf-8")
+    for asked in (
+        "/etc/passwd",
+        str(secret),
+        str(house / "secret.txt"),
+        "../../../../etc/passwd",
+        str(ROOT / "README.md"),
+    ):
+        for way in ("file=", "gradio_api/file=", "gradio_api/file/", "static/", "assets/", "theme.css/../"):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f"{url}{way}{asked}", timeout=20)
+            assert refused.value.code in (403, 404, 405), (way, asked)
+    config = urllib.request.urlopen(f"{url}config", timeout=20)
+    assert "default-src 'self'" in config.headers["content-security-policy"]
+    assert b'"analytics_enabled":false' in config.read().replace(b" ", b"")
+
+
+# ---- without a browser ----
+
+
+def test_without_gradio_one_message_says_what_to_install(run_main, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "gradio" else find_spec(name, *rest)
+    )
+    outcome = run_main(playground.main, "--outputs", tmp_path)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and 'pip install ".[playground]"' in outcome.err
+
+
+@needs_gradio
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--outputs", "{tmp}"], "holds no folder of a trained student"),
+        (["--student", "{tmp}/none"], "there is no such folder"),
+        (["--port", "0"], "--port"),
+    ],
+)
+def test_mistakes_in_flags_are_answered_in_one_line(run_main, tmp_path, flags, words):
+    outcome = run_main(playground.main, *[flag.format(tmp=tmp_path) for flag in flags])
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and words in outcome.err
+
+
+def test_it_listens_on_this_machine_alone_unless_told_otherwise():
+    assert playground.parse_args([]).host == "127.0.0.1"

@@ -1,0 +1,251 @@
+"""A run with LoRAs in its teacher, as a person types it: what the student learns, records and may be resumed with.
+
+pytest tests/commands/test_teacher_lora.py
+"""
+
+import json
+import shutil
+from hashlib import sha256
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+import evaluate_student
+import export_student
+import generate_images
+import projection_mapper
+import run_production_test
+import train_distillation
+from support.loras import comfyui_keys, diffusers_keys, kohya_keys, merged, random_pairs, write
+from support.runs import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, read_metrics, weights_of
+from support.students import STUDENT, write_teacher
+from wandistiller.files.output_folder import STUDENT_NAMES
+
+
+@pytest.fixture(scope="module")
+def loras(teachers, tmp_path_factory):
+    """LoRAs for the experts of `teachers.two`, and that Wan with them merged by definition."""
+    folder = tmp_path_factory.mktemp("loras")
+    shutil.copytree(teachers.two, folder / "merged")
+    for name, part, seed in (("high", "transformer", 1), ("low", "transformer_2", 2)):
+        model = WanTransformer3DModel.from_pretrained(teachers.two / part)
+        pairs = random_pairs(model, seed=seed)
+        write(folder / f"{name}.safetensors", kohya_keys(pairs, alpha=1.5))
+        model.load_state_dict(merged(model, pairs, 0.5, scale=0.8))
+        model.save_pretrained(folder / "merged" / part)
+    return folder
+
+
+def lora_flags(loras):
+    return [
+        "--teacher_lora",
+        f"{loras / 'high.safetensors'}:0.8",
+        "--teacher_lora_low",
+        f"{loras / 'low.safetensors'}:0.8",
+    ]
+
+
+TWO_STEPS = ["--max_steps", 2, "--batch_size", 2]
+
+
+def test_a_student_learns_what_it_learns_from_a_teacher_merged_beforehand(train, teachers, loras, tmp_path):
+    """Weights after two steps are those of a run whose Wan on disk has the LoRAs in it, within the rounding of the sum."""
+    plain = train(teachers.two, PRUNED_CONFIG, *TWO_STEPS, output_dir=tmp_path / "plain")
+    with_loras = train(teachers.two, PRUNED_CONFIG, *TWO_STEPS, *lora_flags(loras), output_dir=tmp_path / "loras")
+    before = train(loras / "merged", PRUNED_CONFIG, *TWO_STEPS, output_dir=tmp_path / "merged")
+    assert plain.code == with_loras.code == before.code == 0, with_loras.err
+    actual, expected, other = (weights_of(tmp_path / name) for name in ("loras", "merged", "plain"))
+    assert all(torch.allclose(actual[name], expected[name], atol=2e-5) for name in expected)
+    assert not all(torch.allclose(actual[name], other[name], atol=1e-3) for name in other)
+    assert "high.safetensors at scale 0.8, 30 of" in with_loras.out and "of the low-noise expert" in with_loras.out
+
+
+def test_a_student_of_the_teachers_shape_has_loss_zero_with_the_loras_of_both(train, teachers, loras, tmp_path):
+    """It starts from the high-noise expert with its LoRA, so where that answers there is nothing to learn."""
+    flags = [
+        *TWO_STEPS,
+        "--states",
+        "noise",
+        "--guidance_scale",
+        1,
+        "--boundary_ratio",
+        0,
+        "--lr",
+        1e-9,
+        "--optimizer",
+        "adamw",
+    ]
+    outcome = train(teachers.two, IDENTITY_CONFIG, *flags, *lora_flags(loras))
+    assert outcome.code == 0, outcome.err
+    assert max(step["loss"] for step in read_metrics(tmp_path / "out") if "loss" in step) < 1e-9
+
+
+def test_the_record_names_the_loras_and_what_is_published_tells_no_path(train, run_main, teachers, loras, tmp_path):
+    assert train(teachers.two, PRUNED_CONFIG, *TWO_STEPS, *lora_flags(loras)).code == 0
+    text = (tmp_path / "out" / "student_config.json").read_text(encoding="utf-8")
+    high, low = json.loads(text)["distillation"]["teacher_loras"]
+    file = loras / "high.safetensors"
+    expected = {"expert": "high", "file": "high.safetensors", "sha256": sha256(file.read_bytes()).hexdigest()}
+    assert high == expected | {"scale": 0.8, "path": str(file)} and low["expert"] == "low"
+    assert "high.safetensors at 0.8" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8").replace("\\", "")
+    export = ["--student", tmp_path / "out", "--format", "diffusers", "--output", tmp_path / "export"]
+    assert run_main(export_student.main, *export).code == 0
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "export").iterdir())
+    assert high["sha256"].encode() in everything and str(loras).encode() not in everything
+
+
+def test_a_run_resumes_with_the_same_loras_alone_and_bit_for_bit(train, teachers, loras, tmp_path):
+    """Their scales count and their contents, not the names of their files."""
+    shutil.copy(loras / "high.safetensors", tmp_path / "renamed.safetensors")
+    high, low = lora_flags(loras)[:2], lora_flags(loras)[2:]
+    # Nothing of these depends on how long the run is:
+    own = ["--batch_size", 2, "--save_every", 1, "--lr_scheduler", "constant", "--lr_warmup_steps", 0, "--lr", 1e-3]
+    own += ["--student_rollout", 0, 0, "--feature_loss_weight", 0, "--replay", 1, "--eval_every", 0]
+    assert train(teachers.two, PRUNED_CONFIG, *own, "--max_steps", 2, *high, *low).code == 0
+    for other in ([], high, [high[0], f"{loras / 'high.safetensors'}:0.7", *low], [high[0], low[1], *low]):
+        outcome = train(teachers.two, PRUNED_CONFIG, *own, "--max_steps", 3, *other)
+        assert outcome.code == 2 and "belongs to a run with" in outcome.err and "teacher_lora" in outcome.err
+    renamed = [high[0], f"{tmp_path / 'renamed.safetensors'}:0.8", *low]
+    resumed = train(teachers.two, PRUNED_CONFIG, *own, "--max_steps", 3, *renamed)
+    assert resumed.code == 0 and "Resuming from step 2" in resumed.out
+    assert (
+        train(teachers.two, PRUNED_CONFIG, *own, "--max_steps", 3, *high, *low, output_dir=tmp_path / "whole").code == 0
+    )
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_answers_in_a_teacher_cache_belong_to_their_loras(train, teachers, loras, tmp_path):
+    cache = [*TWO_STEPS, "--teacher_cache", tmp_path / "answers"]
+    assert train(teachers.two, PRUNED_CONFIG, *cache, *lora_flags(loras), output_dir=tmp_path / "a").code == 0
+    outcome = train(teachers.two, PRUNED_CONFIG, *cache, output_dir=tmp_path / "b")
+    assert outcome.code == 2 and "teacher_lora" in outcome.err
+    assert train(teachers.two, PRUNED_CONFIG, *cache, *lora_flags(loras), output_dir=tmp_path / "c").code == 0
+
+
+def test_a_lora_for_one_expert_of_two_alone_is_a_warning(train, teachers, loras):
+    outcome = train(teachers.two, PRUNED_CONFIG, *TWO_STEPS, *lora_flags(loras)[:2])
+    assert outcome.code == 0 and "Warning: the low-noise expert has no LoRA; --teacher_lora_low" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--teacher_lora", "none.safetensors"], "none.safetensors: there is no such file"),
+        (["--teacher_lora", "none.safetensors:0.5"], "none.safetensors: there is no such file"),
+        (["--teacher_lora", "none:style.safetensors"], "none:style.safetensors: there is no such file"),
+        (["--teacher_lora", "a.safetensors:inf"], "must be a number other than 0"),
+        (["--teacher_lora", ""], "is empty"),
+    ],
+)
+def test_a_mistyped_lora_is_answered_before_anything_is_written(train, teachers, tmp_path, flags, words):
+    outcome = train(teachers.one, PRUNED_CONFIG, *TWO_STEPS, *flags)
+    assert outcome.code == 2 and words in outcome.err and "Traceback" not in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_other_commands_take_a_lora_too(run_main, write_config, teachers, tmp_path):
+    model = WanTransformer3DModel.from_pretrained(teachers.one / "transformer")
+    lora = write(tmp_path / "lora.safetensors", comfyui_keys(random_pairs(model)))
+    config = write_config(PRUNED_CONFIG)
+    teacher = ["--teacher_path", teachers.one, "--student_config", config, "--teacher_lora", f"{lora}:-0.5"]
+    outcome = run_main(projection_mapper.main, *teacher, "--output_dir", tmp_path / "projected")
+    assert outcome.code == 0 and "with the LoRA lora.safetensors at scale -0.5" in outcome.out
+    outcome = run_main(run_production_test.main, *teacher, "--data_path", PROMPTS, "--batch_size", 40)
+    assert outcome.code == 0 and "LoRA: " in outcome.out, outcome.err
+    wrong = write(
+        tmp_path / "wrong.safetensors", diffusers_keys({"down_blocks.0.to_q": (torch.ones(1, 2), torch.ones(2, 1))})
+    )
+    outcome = run_main(run_production_test.main, *teacher[:4], "--teacher_lora", wrong, "--data_path", PROMPTS)
+    assert outcome.code == 2 and "another model" in outcome.err and "Production Test FAILED" in outcome.out
+
+
+# ---- whoever draws with the student's teacher ----
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory):
+    """A student whose teacher, which paints, had a LoRA; and the LoRA's file."""
+    root = tmp_path_factory.mktemp("drawing")
+    teacher = write_teacher(root / "teacher")
+    model = WanTransformer3DModel.from_pretrained(teacher / "transformer")
+    lora = write(root / "lora.safetensors", comfyui_keys(random_pairs(model, size=1.0)))
+    (root / "config.json").write_text(json.dumps(STUDENT), encoding="utf-8")
+    (root / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
+    paths = {"teacher_path": teacher, "student_config": root / "config.json", "data_path": root / "prompts.txt"}
+    paths |= {"prompt_cache": root / "cache", "output_dir": root / "student", "teacher_lora": f"{lora}:0.9"}
+    argv = [str(word) for name, value in paths.items() for word in (f"--{name}", value)]
+    assert train_distillation.main([*argv, "--max_steps", "2", "--device", "cpu", "--num_samples", "0"]) == 0
+    return root
+
+
+def draw(run_main, root, output, *flags):
+    return run_main(
+        generate_images.main, "--student", root / "student", "--model", "teacher", "--prompt", "a red circle", "--device", "cpu",
+        "--num_inference_steps", 2, "--prompt_cache", root / "cache", "--output", output, *flags,
+    )  # fmt: skip
+
+
+def picture(folder):
+    from PIL import Image
+
+    return Image.open(next(folder.glob("*a-red-circle*.png"))).tobytes()
+
+
+def test_the_recorded_teacher_draws_with_its_lora(run_main, drawing, tmp_path):
+    """As a teacher whose file on disk has it merged does, and not as the one without."""
+    shutil.copytree(drawing / "teacher", tmp_path / "merged")
+    model = WanTransformer3DModel.from_pretrained(drawing / "teacher" / "transformer")
+    pairs = random_pairs(model, size=1.0)
+    model.load_state_dict(merged(model, pairs, scale=0.9))
+    model.save_pretrained(tmp_path / "merged" / "transformer")
+    bare = tmp_path / "bare"
+    shutil.copytree(drawing / "student", bare / "student")
+    config = json.loads((bare / "student" / "student_config.json").read_text())
+    del config["distillation"]["teacher_loras"]
+    (bare / "student" / "student_config.json").write_text(json.dumps(config))
+    assert draw(run_main, drawing, tmp_path / "a").code == 0
+    for root, teacher, output in ((bare, tmp_path / "merged", "b"), (bare, drawing / "teacher", "c")):
+        outcome = draw(run_main, root, tmp_path / output, "--teacher_path", teacher)
+        assert outcome.code == 0, outcome.err
+    assert picture(tmp_path / "a") == picture(tmp_path / "b") != picture(tmp_path / "c")
+
+
+def test_a_recorded_lora_that_is_gone_or_another_is_named_and_can_be_given(run_main, drawing, tmp_path):
+    moved = tmp_path / "moved.safetensors"
+    there = drawing / "lora.safetensors"
+    shutil.move(there, moved)
+    try:
+        outcome = draw(run_main, drawing, tmp_path / "a")
+        assert outcome.code == 2 and "is not there; give --teacher_lora FILE:0.9" in outcome.err
+        outcome = draw(run_main, drawing, tmp_path / "a", "--teacher_lora", f"{moved}:0.9")
+        assert outcome.code == 0, outcome.err
+        model = WanTransformer3DModel.from_pretrained(drawing / "teacher" / "transformer")
+        write(there, comfyui_keys(random_pairs(model, seed=9)))
+        outcome = draw(run_main, drawing, tmp_path / "b")
+        assert outcome.code == 2 and "is another file than the LoRA" in outcome.err and "Traceback" not in outcome.err
+        argv = ["--student", drawing / "student", "--prompts_file", drawing / "prompts.txt", "--device", "cpu"]
+        outcome = run_main(
+            evaluate_student.main, *argv, "--prompt_cache", drawing / "cache", "--output", tmp_path / "c"
+        )
+        assert outcome.code == 2 and "is another file than the LoRA" in outcome.err
+    finally:
+        shutil.move(moved, there)
+
+
+@pytest.mark.parametrize(
+    "change", [{"expert": "x"}, {"scale": "1"}, {"path": ""}, {"sha256": None}, {"file": 3}], ids=str
+)
+def test_a_record_of_loras_that_cannot_be_is_refused(run_main, drawing, tmp_path, change):
+    folder = tmp_path / "student"
+    folder.mkdir()
+    for name in STUDENT_NAMES:
+        shutil.copy(drawing / "student" / name, folder / name)
+    config = json.loads((folder / "student_config.json").read_text())
+    config["distillation"]["teacher_loras"][0] |= change
+    (folder / "student_config.json").write_text(json.dumps(config))
+    outcome = run_main(
+        generate_images.main, "--student", folder, "--prompt", "x", "--device", "cpu", "--output", tmp_path / "out"
+    )
+    assert outcome.code == 2 and "teacher_loras" in outcome.err and "Traceback" not in outcome.err

@@ -1,0 +1,295 @@
+"""Scorers of transformers' real classes judge pictures as their own forward passes and numpy say.
+
+The oracle of cosines are the logits that CLIPModel and SiglipModel themselves return for pictures and texts together, and the
+pooled output of Dinov2Model; means, errors and CMMD are loops over numbers.
+
+pytest tests/evaluation/test_scorers.py
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import shutil
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor
+
+from support.scorer_models import save_scorer
+from wandistiller.errors import UserError
+from wandistiller.evaluation.scorers import MODEL_TYPES, load_scorer
+from wandistiller.evaluation.scores import cmmd, compare_scores, paired_cmmd, ratio_error, text_scores
+from wandistiller.files.hub import HubError
+
+PROMPTS = ["a red circle", "a blue square", "a cat", "rain"]
+NUM_SEEDS = 3
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, tuple[Path, object]]:
+    root = tmp_path_factory.mktemp("scorers")
+    return {kind: (root / kind, save_scorer(kind, root / kind)) for kind in MODEL_TYPES}
+
+
+def drawn(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (len(PROMPTS) * NUM_SEEDS, 48, 48, 3), dtype=np.uint8)
+
+
+STUDENT, TEACHER = drawn(1), drawn(2)
+PICTURES = {"student": STUDENT, "teacher": TEACHER}
+
+
+def images(pictures: np.ndarray) -> list[Image.Image]:
+    return [Image.fromarray(picture) for picture in pictures]
+
+
+@torch.no_grad()
+def cosines_of(model, folder: Path, pictures: np.ndarray) -> np.ndarray:
+    """The cosine of each picture to each prompt, taken back from the logits of the whole model."""
+    processor = AutoProcessor.from_pretrained(folder)
+    slots = model.config.text_config.max_position_embeddings
+    given = processor(
+        images=images(pictures),
+        text=PROMPTS,
+        padding="max_length",
+        max_length=slots,
+        truncation=True,
+        return_tensors="pt",
+    )
+    logits = model(**given).logits_per_image
+    if (bias := getattr(model, "logit_bias", None)) is not None:
+        logits = logits - bias
+    return (logits / model.logit_scale.exp()).numpy()
+
+
+def jackknife(pairs: list[tuple[float, float]]) -> float:
+    ratios = []
+    for left_out in range(len(pairs)):
+        kept = [pair for number, pair in enumerate(pairs) if number != left_out]
+        ratios.append(sum(student for student, _ in kept) / sum(teacher for _, teacher in kept))
+    mean = statistics.fmean(ratios)
+    return math.sqrt((len(pairs) - 1) / len(pairs) * sum((ratio - mean) ** 2 for ratio in ratios))
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_cosines_to_prompts_are_those_of_the_models_own_logits(models, kind):
+    folder, model = models[kind]
+    scorers = [load_scorer(kind, str(folder))]
+    found = compare_scores(scorers, PROMPTS, PICTURES, batch_size=5, device="cpu")["scores"][kind]
+    own, above = {}, {}
+    for name, pictures in PICTURES.items():
+        cosines = cosines_of(model, folder, pictures)
+        own[name] = [
+            statistics.fmean(cosines[prompt * NUM_SEEDS + seed][prompt] for seed in range(NUM_SEEDS))
+            for prompt in range(len(PROMPTS))
+        ]
+        others = [
+            cosines[prompt * NUM_SEEDS + seed][other]
+            for prompt, seed, other in itertools.product(range(4), range(NUM_SEEDS), range(4))
+            if other != prompt
+        ]
+        above[name] = statistics.fmean(own[name]) - statistics.fmean(others)
+        assert found[name] == pytest.approx(statistics.fmean(own[name]), abs=1e-6)
+        assert found["above_other_prompts"][name] == pytest.approx(above[name], abs=1e-6)
+        assert found["standard_error"][name] == pytest.approx(statistics.stdev(own[name]) / 2, rel=1e-4)
+    student, teacher = (statistics.fmean(own[name]) for name in ("student", "teacher"))
+    assert found["ratio"] == (pytest.approx(student / teacher, rel=1e-4) if teacher > 0 else None)
+    assert found["model"] == str(folder) and found["num_prompts"] == 4 and found["num_cut"] == 0
+
+
+def test_the_ratio_and_its_error_are_those_of_leaving_prompts_out():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.uniform(0.1, 0.2, 5), rng.uniform(0.2, 0.3, 5)
+    pairs = list(zip(student.tolist(), teacher.tolist(), strict=True))
+    assert ratio_error(student, teacher) == pytest.approx(jackknife(pairs), rel=1e-9)
+    assert ratio_error(2 * teacher, teacher) == pytest.approx(0, abs=1e-12)  # both vary together
+    assert ratio_error(student[:1], teacher[:1]) is None and ratio_error(student, -teacher) is None
+
+
+def test_no_share_is_kept_of_a_score_below_zero():
+    pictures, text = np.array([[[1.0, 0.0]], [[1.0, 0.0]]]), np.array([[-1.0, 0.0], [-1.0, 0.0]])
+    found = text_scores(pictures, pictures, text)
+    assert found["student"] == found["teacher"] == -1 and found["ratio"] is None
+    alone = text_scores(pictures[:1], pictures[:1], -text[:1])
+    assert alone["ratio"] == 1 and alone["above_other_prompts"] is None
+    assert set(alone["standard_error"].values()) == {None}
+
+
+@torch.no_grad()
+def test_a_dino_compares_each_picture_with_the_teachers_of_the_same_noise(models):
+    folder, model = models["dino"]
+    found = compare_scores([load_scorer("dino", str(folder))], PROMPTS, PICTURES, batch_size=4, device="cpu")
+    assert "cmmd" not in found
+    processor = AutoImageProcessor.from_pretrained(folder)
+    pooled = {
+        name: model(**processor(images=images(pictures), return_tensors="pt")).pooler_output.double()
+        for name, pictures in PICTURES.items()
+    }
+    cosines = torch.nn.functional.cosine_similarity(pooled["student"][:, None], pooled["teacher"][None], dim=-1)
+    same = [float(cosines[number, number]) for number in range(len(STUDENT))]
+    by_prompt = [statistics.fmean(same[start : start + NUM_SEEDS]) for start in range(0, len(same), NUM_SEEDS)]
+    others = [
+        float(cosines[i, j]) for i, j in itertools.product(range(12), range(12)) if i // NUM_SEEDS != j // NUM_SEEDS
+    ]
+    scores = found["scores"]["dino"]
+    assert scores["cosine"] == pytest.approx(statistics.fmean(same), abs=1e-6)
+    assert scores["standard_error"] == pytest.approx(statistics.stdev(by_prompt) / 2, rel=1e-4)
+    assert scores["of_other_prompts"] == pytest.approx(statistics.fmean(others), abs=1e-6)
+
+
+def kernel(a: np.ndarray, b: np.ndarray) -> float:
+    return math.exp(-(math.dist(a, b) ** 2) / 200)
+
+
+def directions(seed: int, count: int) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(size=(count, 7))
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def test_cmmd_is_that_of_its_authors_and_the_unbiased_one_leaves_pairs_out():
+    x, y = directions(0, 9), directions(1, 9)
+    pairs = list(itertools.product(range(9), range(9)))
+    terms = {
+        (i, j): kernel(x[i], x[j]) + kernel(y[i], y[j]) - kernel(x[i], y[j]) - kernel(x[j], y[i]) for i, j in pairs
+    }
+    biased = 1000 * sum(terms.values()) / 81
+    unbiased = 1000 * sum(term for (i, j), term in terms.items() if i != j) / 72
+    assert cmmd(x, y) == pytest.approx(biased, rel=1e-9)
+    assert paired_cmmd(x, y) == pytest.approx(unbiased, rel=1e-9)
+    assert cmmd(x, x) == pytest.approx(0, abs=1e-9) and paired_cmmd(x, x) == pytest.approx(0, abs=1e-9)
+    assert paired_cmmd(x[:1], y[:1]) is None
+
+
+def test_cmmd_of_many_pictures_is_summed_in_parts(monkeypatch):
+    x, y = directions(0, 9), directions(1, 9)
+    whole = cmmd(x, y)
+    monkeypatch.setattr("wandistiller.evaluation.scores._ROWS_AT_ONCE", 4)
+    assert cmmd(x, y) == pytest.approx(whole, rel=1e-9)
+
+
+@torch.no_grad()
+def test_cmmd_is_taken_of_the_clips_picture_embeddings(models):
+    folder, model = models["clip"]
+    found = compare_scores([load_scorer("clip", str(folder))], PROMPTS, PICTURES, batch_size=12, device="cpu")["cmmd"]
+    processor = AutoProcessor.from_pretrained(folder)
+    embeds = []
+    for pictures in (STUDENT, TEACHER):
+        given = processor(images=images(pictures), text=["x"], padding="max_length", max_length=24, return_tensors="pt")
+        embeds.append(model(**given).image_embeds.double().numpy())
+    assert found["value"] == pytest.approx(cmmd(*embeds), rel=1e-4) and found["value"] > 0.01
+    assert found["num_pictures"] == 12 and found["is_published_model"] is False
+
+
+def test_texts_longer_than_a_model_reads_are_counted_and_cut(models):
+    scorer = load_scorer("clip", str(models["clip"][0]))
+    prompts = ["short", "a" * 100, "b" * 22, "b" * 23]  # of 24 slots two are start and end
+    assert scorer.num_cut(prompts) == 2
+    assert scorer.embed_texts(prompts, 4, "cpu").shape == (4, 12)
+
+
+def test_scores_do_not_depend_on_the_batch(models):
+    scorers = [load_scorer(kind, str(folder)) for kind, (folder, _) in models.items()]
+    one, many = (compare_scores(scorers, PROMPTS, PICTURES, size, "cpu") for size in (1, 64))
+    assert one["scores"].keys() == many["scores"].keys() == MODEL_TYPES.keys()
+    assert one["scores"]["clip"]["student"] == pytest.approx(many["scores"]["clip"]["student"], rel=1e-5)
+    assert one["cmmd"]["value"] == pytest.approx(many["cmmd"]["value"], rel=1e-3)
+
+
+# ---- what is no scorer ----
+
+
+def refusal(kind: str, folder: Path | str) -> str:
+    with pytest.raises(UserError) as refused:
+        load_scorer(kind, str(folder))
+    message = str(refused.value)
+    assert message.startswith(f"--scorer {kind}=") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"), [("clip", "siglip"), ("siglip", "clip"), ("dino", "clip"), ("clip", "dino")]
+)
+def test_a_model_of_another_kind_is_refused(models, kind, other):
+    message = refusal(kind, models[other][0])
+    assert "is a model of type" in message and MODEL_TYPES[kind][0] in message
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+def test_a_model_without_its_processor_is_refused(models, tmp_path, kind):
+    folder = shutil.copytree(models[kind][0], tmp_path / kind, ignore=shutil.ignore_patterns("*processor_config.json"))
+    assert "image processor" in refusal(kind, folder)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_model_without_its_tokenizer_is_refused(models, tmp_path, kind):
+    folder = shutil.copytree(models[kind][0], tmp_path / kind, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "tokenizer cannot be loaded" in refusal(kind, folder)
+
+
+def test_what_is_no_model_at_all_is_refused(models, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    assert "holds no config.json" in refusal("clip", tmp_path / "empty")
+    assert "there is no such folder" in refusal("clip", tmp_path / "none")
+    assert "there is no such folder" in refusal("clip", tmp_path / "file")
+
+
+def test_pickled_weights_are_never_opened(models, tmp_path):
+    folder = shutil.copytree(models["clip"][0], tmp_path / "clip")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "pickles are never opened" in refusal("clip", folder)
+
+
+def test_weights_cut_short_or_missing_are_refused(models, tmp_path):
+    """transformers itself fills missing tensors with random values."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(models["dino"][0], tmp_path / "dino")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("layernorm.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "1 of its tensors are missing, the first is layernorm.weight" in refusal("dino", folder)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    assert "the model cannot be loaded" in refusal("dino", folder)
+
+
+def test_parts_that_do_not_fit_are_refused(models, tmp_path):
+    folder = shutil.copytree(models["clip"][0], tmp_path / "clip")
+    shutil.copy(models["siglip"][0] / "tokenizer.json", folder)
+    (folder / "processor_config.json").write_text(
+        (folder / "processor_config.json").read_text(encoding="utf-8").replace('"height": 32', '"height": 40'),
+        encoding="utf-8",
+    )
+    assert "the model does not answer" in refusal("clip", folder)
+
+
+def test_weights_that_are_not_finite_are_refused(models, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(models["dino"][0], tmp_path / "dino")
+    weights = load_file(folder / "model.safetensors")
+    weights["layernorm.weight"].fill_(float("nan"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "not finite" in refusal("dino", folder)
+
+
+def test_a_config_that_names_code_of_its_own_runs_none(models, tmp_path):
+    folder = shutil.copytree(models["dino"][0], tmp_path / "dino")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "dinov2", "auto_map": {"AutoModel": "code.Model", "AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with contextlib.suppress(UserError):
+        load_scorer("dino", str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_sentence():
+    with pytest.raises(HubError, match=r"nobody/no-such-clip: is no file or folder here"):
+        load_scorer("clip", "nobody/no-such-clip")

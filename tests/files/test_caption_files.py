@@ -1,0 +1,231 @@
+"""Captions of tables, folders, globs and packed files; csv, json, gzip and pyarrow write what is read here.
+
+pytest tests/files/test_caption_files.py
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import tracemalloc
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from wandistiller.errors import UserError
+from wandistiller.files import caption_files
+from wandistiller.files.caption_files import read_rows
+from wandistiller.files.prompts import load_prompts
+
+CAPTIONS = [
+    "a cat, asleep",
+    'a "quoted" dog',
+    "猫在窗台上",
+    "Día de los Muertos — “quotes”",
+    "# a caption that begins so",
+]
+
+
+def csv_text(rows: list[dict], dialect: str = "excel") -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(rows[0]), dialect=dialect)
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def table(captions: list, column: str = "caption") -> list[dict]:
+    return [{"id": index, column: caption, "score": 0.5} for index, caption in enumerate(captions)]
+
+
+def parquet_bytes(columns: dict, **types) -> bytes:
+    stream = io.BytesIO()
+    arrays = {name: pyarrow.array(values, types.get(name)) for name, values in columns.items()}
+    pyarrow.parquet.write_table(pyarrow.table(arrays), stream, row_group_size=2)
+    return stream.getvalue()
+
+
+def columns_of(rows: list[dict]) -> dict:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+WRITERS = {
+    "p.csv": lambda rows: csv_text(rows).encode(),
+    "P.CSV": lambda rows: csv_text(rows).encode("utf-8-sig"),
+    "p.tsv": lambda rows: csv_text(rows, "excel-tab").encode(),
+    "p.jsonl": lambda rows: "\n".join(json.dumps(row) for row in rows).encode(),
+    "p.ndjson": lambda rows: "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode(),
+    "p.json": lambda rows: json.dumps(rows, indent=1).encode(),
+    "p.parquet": lambda rows: parquet_bytes(columns_of(rows)),
+    "p.csv.gz": lambda rows: gzip.compress(csv_text(rows).encode()),
+    "p.jsonl.bz2": lambda rows: bz2.compress("\n".join(json.dumps(row) for row in rows).encode()),
+    "p.tsv.xz": lambda rows: lzma.compress(csv_text(rows, "excel-tab").encode()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("column", ["caption", "Prompt", "TEXT"])
+def test_what_other_libraries_write_is_read(tmp_path, name, column):
+    # CSV tells no types, so that there it is the name of the column that tells; everywhere else its type would do.
+    (tmp_path / name).write_bytes(WRITERS[name](table([*CAPTIONS, CAPTIONS[0]], column)))
+    found = load_prompts(tmp_path / name)
+    assert (found.prompts, found.duplicates, found.notice) == (CAPTIONS, 1, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("p.txt.gz", gzip.compress),
+        ("p.txt.bz2", bz2.compress),
+        ("p.txt.xz", lzma.compress),
+        ("p.txt.zst", lambda raw: pyarrow.compress(raw, codec="zstd", asbytes=True)),
+    ],
+)
+def test_packed_text_is_read_as_text(tmp_path, name, pack):
+    (tmp_path / name).write_bytes(pack(b"# a comment\r\none\rtwo\n\nthree"))
+    assert load_prompts(tmp_path / name).prompts == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    "kind", [pyarrow.large_string(), pyarrow.string_view(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())]
+)
+def test_every_kind_of_text_in_parquet_is_a_caption(tmp_path, kind):
+    (tmp_path / "p.parquet").write_bytes(parquet_bytes({"id": [1, 2], "words": ["a cat", "a dog"]}, words=kind))
+    assert load_prompts(tmp_path / "p.parquet").prompts == ["a cat", "a dog"]
+
+
+def test_a_column_is_named_where_more_than_one_could_be_it(tmp_path):
+    rows = [{"short": "a cat", "long": "a cat that sleeps"}]
+    for name in WRITERS:
+        (tmp_path / name).write_bytes(WRITERS[name](rows))
+        with pytest.raises(UserError, match=r"give --caption_column .* it has 'short', 'long'"):
+            load_prompts(tmp_path / name)
+        assert load_prompts(tmp_path / name, "LONG").prompts == ["a cat that sleeps"]
+        with pytest.raises(UserError, match=r"--caption_column 'caption' is no column of it; it has 'short', 'long'"):
+            load_prompts(tmp_path / name, "caption")
+
+
+def test_two_usual_names_are_not_chosen_between(tmp_path):
+    (tmp_path / "p.csv").write_text(csv_text([{"caption": "a", "text": "b", "id": "1"}]), encoding="utf-8")
+    with pytest.raises(UserError, match="give --caption_column"):
+        load_prompts(tmp_path / "p.csv")
+    assert load_prompts(tmp_path / "p.csv", "text").prompts == ["b"]
+
+
+def test_rows_without_a_usable_caption_are_counted_and_left_out(tmp_path):
+    values = ["a cat", "", None, "  ", 7, ["a"], "a\nb  c", "bell\x07", "\ud800", "a cat"]
+    lines = [json.dumps({"caption": value}) for value in values if value != "\ud800"]
+    (tmp_path / "p.jsonl").write_text("\n".join([*lines, '{"id": 1}', '"a text by itself"']), encoding="utf-8")
+    found = load_prompts(tmp_path / "p.jsonl")
+    assert (found.prompts, found.duplicates) == (["a cat", "a b c", "a text by itself"], 1)
+    assert found.notice == "7 rows left out: 4 without a caption, 2 whose caption is no text, 1 with control characters"
+    (tmp_path / "p.csv").write_text("caption,id\na cat, asleep,1\na dog,2\nalone\n\n", encoding="utf-8")
+    assert load_prompts(tmp_path / "p.csv").prompts == ["a dog"]
+    assert load_prompts(tmp_path / "p.csv").notice.startswith("2 rows left out: 2 with more or fewer cells")
+
+
+def test_a_row_of_parquet_that_is_not_utf8_is_left_out(tmp_path):
+    raw = pyarrow.array([b"a cat", b"caf\xe9", b"a dog"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "p.parquet")
+    found = load_prompts(tmp_path / "p.parquet")
+    assert found.prompts == ["a cat", "a dog"] and found.notice == "1 rows left out: 1 not UTF-8"
+
+
+WRONG = {
+    "empty.csv": (b"", "is empty"),
+    "no rows.csv": (b"caption\n", "holds no prompt"),
+    "no captions.csv": (b"id,caption\n1,\n2,  \n", "2 rows left out: 2 without a caption"),
+    "no header.csv": (b"a cat that sleeps on a chair\na dog\n", "its first line must name the column"),
+    "latin.csv": ("caption\na\ncafé\n".encode("latin-1"), "line 3: byte 0xE9 is not UTF-8"),
+    "utf-16.csv": ("caption\na\n".encode("utf-16"), "UTF-16"),
+    "cut.jsonl": (b'{"caption": "a cat"}\n{"capt', "line 2: "),
+    "numbers.jsonl": (b'{"id": 1}\n', "no column of it holds text"),
+    "an object.json": (b'{"caption": "a"}', "holds no list"),
+    "cut.json": (b'[{"caption": "a"}', "not valid JSON"),
+    "deep.json": (b"[" * 100_000, "nested more than"),
+    "text.gz": (b"one\ntwo\n", "is damaged, or not packed"),
+    "cut.txt.gz": (gzip.compress(b"one\ntwo\n" * 99)[:-9], "is damaged, or not packed"),
+    "cut.txt.xz": (lzma.compress(b"one\ntwo\n" * 99)[:60], "is damaged, or not packed"),
+    "text.txt.zst": (b"one\ntwo\n", "is damaged, or not packed"),
+    "text.parquet": (b"one\ntwo\n", "is no whole Parquet file"),
+    "cut.parquet": (parquet_bytes({"caption": ["a", "b"]})[:-9], "is no whole Parquet file"),
+    "numbers.parquet": (parquet_bytes({"id": [1, 2]}), "no column of it holds text"),
+    "p.parquet.gz": (b"", "compressed by itself"),
+    "pack.csv": (b"caption\n\"" + b"x" * 200_000, "is no CSV"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_table_is_refused_with_its_name_and_why(tmp_path, name):
+    raw, said = WRONG[name]
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(UserError) as refusal:
+        load_prompts(tmp_path / name)
+    assert str(tmp_path / name) in str(refusal.value) and said in str(refusal.value), refusal.value
+    assert len(str(refusal.value)) < 500
+
+
+def test_a_column_of_numbers_is_no_column_of_captions(tmp_path):
+    (tmp_path / "p.parquet").write_bytes(parquet_bytes({"id": [1, 2], "caption": ["a", "b"]}))
+    with pytest.raises(UserError, match="column 'id' holds int64, no text; it has 'caption'"):
+        load_prompts(tmp_path / "p.parquet", "id")
+
+
+def test_a_folder_and_a_glob_stand_for_their_files(tmp_path):
+    (tmp_path / "sub" / ".hidden").mkdir(parents=True)
+    (tmp_path / "b.txt").write_text("two\none\n", encoding="utf-8")
+    (tmp_path / "a.csv").write_text("caption\none\n", encoding="utf-8")
+    (tmp_path / "sub" / "c.jsonl").write_text('{"caption": "three"}\n', encoding="utf-8")
+    (tmp_path / "sub" / ".hidden" / "d.txt").write_text("four\n", encoding="utf-8")
+    (tmp_path / "settings.json").write_text('{"caption": 1}', encoding="utf-8")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    found = load_prompts(tmp_path)
+    assert (found.prompts, found.duplicates) == (["one", "two", "three"], 1)
+    assert load_prompts(f"{tmp_path}/*.txt").prompts == ["two", "one"]
+    assert load_prompts(f"{tmp_path}/**/*.[jt]*[lt]").prompts == ["two", "one", "three"]
+    with pytest.raises(UserError, match="no file matches"):
+        load_prompts(f"{tmp_path}/*.parquet")
+    (tmp_path / "odd[1].txt").write_text("five\n", encoding="utf-8")
+    assert load_prompts(tmp_path / "odd[1].txt").prompts == ["five"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="without captions"):
+        load_prompts(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 1000])
+def test_lines_do_not_depend_on_how_a_file_is_cut_into_blocks(tmp_path, monkeypatch, block):
+    text = "one\r\ntwo\rthree\n\n\r\r\nföur\u2028\u0085 five\r\n 六\r"
+    (tmp_path / "p.txt").write_bytes(text.encode())
+    monkeypatch.setattr(caption_files, "BLOCK", block)
+    with open(tmp_path / "p.txt", encoding="utf-8", newline=None) as stream:
+        expected = [line.removesuffix("\n") for line in stream]
+    found = [line for _, line in read_rows(tmp_path / "p.txt")]
+    assert [line for line in found if line] == [line for line in expected if line]
+    assert [number for number, line in read_rows(tmp_path / "p.txt") if line] == [
+        number for number, line in enumerate(expected, start=1) if line
+    ]
+
+
+def test_what_unpacks_to_one_endless_line_is_refused_in_bounded_memory(tmp_path):
+    with gzip.open(tmp_path / "bomb.txt.gz", "wb") as stream:
+        for _ in range(64):
+            stream.write(b"x" * 2**20)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="a line is longer"):
+        load_prompts(tmp_path / "bomb.txt.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 48 * 2**20
+
+
+def test_without_pyarrow_the_message_says_what_to_install(tmp_path, monkeypatch):
+    import sys
+
+    (tmp_path / "p.parquet").write_bytes(parquet_bytes({"caption": ["a"]}))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        load_prompts(Path(tmp_path / "p.parquet"))

@@ -1,0 +1,273 @@
+"""gallery.html opens from disk in a browser: sorted, filtered, harmless whatever a prompt holds, and whole without scripts.
+
+The browser is the distribution's Chromium, driven by Playwright; without either its tests are skipped. What is on the page is
+held against pictures and measures that these tests make up.
+
+pytest tests/reports/test_gallery.py
+"""
+
+import base64
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wandistiller.evaluation import measures
+from wandistiller.evaluation.experiment import Drawn
+from wandistiller.evaluation.per_prompt import PromptMeasures, measure_prompts
+from wandistiller.files.output_folder import set_aside_previous_student
+from wandistiller.reports import gallery
+from wandistiller.reports.gallery import Evaluated, gallery_page, try_to_write_gallery
+
+HOSTILE = "</h3><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & \"quoted\""
+PROMPTS = ["a red circle", "a blue square", HOSTILE]
+DISTANCES, SSIMS = [0.2, 0.9, 0.1], [0.5, 0.7, 0.9]
+RESULTS = {
+    "endpoint": {"latent_relative_error": 0.5, "psnr_db": 20.0, "ssim": 0.7},
+    "teacher_at_fewer_steps": {
+        "latent_relative_error": {2: 0.8, 10: 0.1},
+        "student_equals": {"at_least_steps": 2, "fewer_than_steps": 10},
+    },
+    "noise": dict.fromkeys(["mean_error", "noise_error", "cosine", "gain", "teacher_noise", "norm_ratio"], 0.25),
+    "high_frequency_energy": {"student": 1.0, "teacher": 2.0, "ratio": 0.5},
+    "prompt_sensitivity": {"student": 1.0, "teacher": 2.0, "ratio": 0.5},
+    "cost": {},
+}
+ABOUT = {"num_prompts": 3, "num_seeds": 2, "num_inference_steps": 20, "student_steps": 20, "num_trained_prompts": 0}
+
+
+def evaluated(prompts: list[str] = PROMPTS, num_seeds: int = 2, side: int = 8) -> Evaluated:
+    """Pictures of one colour each, so that a tile tells which one it is."""
+    count = len(prompts) * num_seeds
+    colors = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, side, side, 3), np.uint8)
+    known = {"psnr_db": 20.0, "sharpness": 1.0, "gain": None, "right_student": None, "right_teacher": None}
+    by_prompt = [
+        PromptMeasures(latent_distance=DISTANCES[n % 3], ssim=SSIMS[n % 3], **known) for n in range(len(prompts))
+    ]
+    return Evaluated(
+        about=ABOUT,
+        results=RESULTS,
+        prompts=prompts,
+        measures=by_prompt,
+        seeds=list(range(7, 7 + count)),
+        teacher=colors + 100,
+        student=colors * 2 + 90,
+    )
+
+
+def run_folder(root: Path) -> Path:
+    """A run's folder with metrics and three sample pictures, one of them damaged."""
+    (root / "run" / "samples").mkdir(parents=True)
+    lines = [
+        {"step": step, "loss": 1 / step, "velocity_error": {"teacher_states": 0.5} if step % 5 == 0 else None}
+        for step in range(1, 11)
+    ]
+    (root / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    for step, shade in ((2, 20), (10, 200)):
+        Image.new("RGB", (60, 20), (shade,) * 3).save(root / "run" / "samples" / f"step_{step:06d}.png")
+    (root / "run" / "samples" / "step_000004.png").write_bytes(b"no picture")
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory) -> Path:
+    """A gallery in a folder that was copied to another place, of which the first is gone."""
+    root = tmp_path_factory.mktemp("gallery")
+    folder = run_folder(root)
+    assert try_to_write_gallery(folder, evaluated(), folder) == folder / "gallery.html"
+    shutil.copytree(folder, root / "else where" / "run#2")
+    shutil.rmtree(folder)
+    return root / "else where" / "run#2" / "gallery.html"
+
+
+@pytest.fixture
+def opened(browser, page_file):
+    """Open the gallery as a person does; returns the page and the requests that it made."""
+    contexts = []
+
+    def open_page(**settings):
+        contexts.append(browser.new_context(**settings))
+        page, requests = contexts[-1].new_page(), []
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(page_file.as_uri())
+        return page, requests
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def shown_prompts(page) -> list[str]:
+    # inner_text is empty for a card that is not laid out because it is far below
+    return [card.text_content() for card in page.locator(".card:visible h3").all()]
+
+
+# ---- in a browser ----
+
+
+def test_the_worst_prompt_comes_first_by_the_chosen_measure_and_a_filter_hides_the_others(opened):
+    page, requests = opened()
+    assert shown_prompts(page) == [PROMPTS[1], PROMPTS[0], PROMPTS[2]]  # the largest distance first
+    page.select_option("#order", "ssim")
+    assert shown_prompts(page) == PROMPTS  # the smallest similarity first
+    page.select_option("#order", "psnr_db")
+    assert shown_prompts(page) == PROMPTS  # equal ones as in the file
+    page.fill("#filter", "BLUE a")
+    assert shown_prompts(page) == [PROMPTS[1]] and "1 of 3" in page.inner_text("#count")
+    assert [url for url in requests if not url.startswith(("data:", "file:"))] == []
+    assert sum(url.startswith("file:") for url in requests) == 1, "the page itself, and nothing beside it"
+
+
+def test_a_prompt_with_a_script_is_text(opened):
+    page, _ = opened()
+    assert page.title() == "run: teacher and student"
+    assert HOSTILE in shown_prompts(page)
+    assert page.locator("script").count() == 1
+    # A script that came into the page all the same would not run:
+    page.evaluate(
+        "() => { const s = document.createElement('script'); s.text = 'document.title = 1'; document.body.append(s) }"
+    )
+    assert page.title() == "run: teacher and student"
+
+
+def test_every_picture_is_drawn_and_has_a_text(opened):
+    page, _ = opened()
+    images = page.locator("img").all()
+    assert len(images) == 3 * 3 * 2 + 2  # prompts, rows, noises; sample pictures but the damaged one
+    page.evaluate("() => document.querySelectorAll('.frame').forEach((frame) => { frame.hidden = false })")
+    page.evaluate(
+        "() => Promise.all([...document.images].map((image) => { image.loading = 'eager'; return image.decode() }))"
+    )
+    assert all(image.evaluate("image => image.naturalWidth") in (8, 60) for image in images)
+    assert all(image.get_attribute("alt") for image in images)
+    assert images[0].get_attribute("alt").startswith("Sample pictures after 2 steps")
+    assert page.locator(".card").filter(has_text="a blue square").locator("img").first.get_attribute("alt") == (
+        "teacher, seed 9: a blue square"
+    )
+
+
+def test_the_slider_shows_one_sample_picture_at_a_time(opened):
+    page, _ = opened()
+    visible = page.locator(".frame:visible")
+    assert [visible.count(), visible.get_attribute("data-step")] == [1, "10"]
+    page.focus("#frame")
+    page.keyboard.press("Home")
+    assert [visible.count(), visible.get_attribute("data-step"), page.inner_text("#step")] == [1, "2", "2"]
+
+
+def test_without_scripts_everything_is_there_in_the_order_of_the_file(opened):
+    page, _ = opened(java_script_enabled=False)
+    assert shown_prompts(page) == PROMPTS
+    assert page.locator(".frame:visible").count() == 2
+    assert page.locator("#order, #filter, #frame").locator("visible=true").count() == 0
+    assert page.locator(".charts figure:visible").count() == 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_narrow_screen_in_both_schemes(opened, scheme):
+    page, _ = opened(viewport={"width": 400, "height": 800}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    shades = [
+        sum(map(int, re.findall(r"\d+", page.evaluate(f"getComputedStyle(document.body).{name}"))[:3])) / 3
+        for name in ("color", "backgroundColor")
+    ]
+    assert (shades[0] > shades[1]) == (scheme == "dark") and abs(shades[0] - shades[1]) > 150
+
+
+def test_the_keyboard_alone_reaches_all_that_can_be_chosen(opened):
+    page, _ = opened()
+    reached = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
+    assert {"Skip to the prompts", "frame", "order", "filter", "size"} <= set(reached)
+    page.focus("#order")
+    page.keyboard.press("S")  # of SSIM
+    assert shown_prompts(page) == PROMPTS
+
+
+# ---- the page as text ----
+
+
+def tiles_of(page: str) -> list[np.ndarray]:
+    uris = re.findall(r'<td><img loading="lazy" src="data:image/webp;base64,([^"]+)"', page)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))).convert("RGB")) for uri in uris]
+
+
+def test_small_pictures_are_kept_exactly_and_the_difference_is_brighter(tmp_path):
+    values = evaluated()
+    tiles = tiles_of(gallery_page(values, tmp_path))
+    for prompt in range(3):
+        for noise in range(2):
+            teacher, student, difference = (tiles[6 * prompt + 2 * row + noise] for row in range(3))
+            np.testing.assert_array_equal(teacher, values.teacher[2 * prompt + noise])
+            np.testing.assert_array_equal(student, values.student[2 * prompt + noise])
+            away = abs(int(teacher[0, 0, 0]) - int(student[0, 0, 0]))
+            assert away > 0 and (difference == 3 * away).all()
+
+
+def test_many_prompts_have_smaller_tiles_and_many_noises_are_cut(tmp_path, monkeypatch):
+    assert gallery.tile_side(100) == 512
+    for num_prompts in (1_000, 10_000):
+        side = gallery.tile_side(6 * num_prompts)
+        assert 32 <= side < 200 and 6 * num_prompts * side**2 <= gallery.MAX_PIXELS
+    monkeypatch.setattr(gallery, "MAX_PIXELS", 3 * 8 * 32**2)
+    page = gallery_page(evaluated(["a"], num_seeds=10, side=64), tmp_path)
+    tiles = tiles_of(page)
+    assert len(tiles) == 3 * 8 and {tile.shape for tile in tiles} == {(32, 32, 3)}
+    assert "2 more noises of each prompt" in page
+
+
+def test_a_page_needs_neither_metrics_nor_samples_and_a_lone_step_is_enough(tmp_path):
+    page = gallery_page(evaluated(), tmp_path)
+    assert "<h2>Training</h2>" not in page and page.count('class="card"') == 3
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\nno line\n', encoding="utf-8")
+    assert "<polyline" in gallery_page(evaluated(), tmp_path)
+
+
+@pytest.mark.parametrize("loss", ["0", "-1", "1e308", "-1e308", "1e-320", f"{10**300}", "NaN", "Infinity", "0.1"])
+def test_odd_metrics_cost_at_most_their_chart(tmp_path, loss):
+    lines = [
+        f'{{"step": {step}, "loss": {value}, "loss_by_sigma": [{", ".join([value] * 10)}], "velocity_error": {{"teacher_states": {value}}}}}'
+        for step, value in ((1, loss), (2, "1.0"), (9_007_199_254_740_991, "3"))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    page = gallery_page(evaluated(), tmp_path)
+    assert page.count("<svg viewBox") >= 2 and "nan" not in page.split("<h2>Training")[1].split("<h2>Prompts")[0]
+
+
+def test_a_file_of_a_person_is_neither_replaced_nor_moved(tmp_path, capsys):
+    file = tmp_path / "gallery.html"
+    file.write_text("my holidays", encoding="utf-8")
+    assert try_to_write_gallery(tmp_path, evaluated(), tmp_path) is None
+    assert set_aside_previous_student(tmp_path) is None
+    assert file.read_text(encoding="utf-8") == "my holidays" and "stays as it is" in capsys.readouterr().out
+    file.unlink()
+    assert try_to_write_gallery(tmp_path, evaluated(), tmp_path) == file
+    assert (set_aside_previous_student(tmp_path) / "gallery.html").is_file() and not file.exists()
+
+
+# ---- the measures of each prompt ----
+
+
+def test_the_distances_of_the_prompts_make_up_the_distance_of_all():
+    generator = torch.Generator().manual_seed(0)
+    latents = [torch.randn(6, 4, 3, 3, generator=generator) for _ in range(2)]
+    pictures = [np.random.default_rng(seed).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8) for seed in range(2)]
+    student, teacher = (Drawn(*both) for both in zip(latents, pictures, strict=True))
+    rows = measure_prompts(
+        student, teacher, ["a", "a", "b", "b", "c", "c"], 2, lambda picture, prompt: {"correct": prompt == "b"}
+    )
+    whole = measures.endpoint_error(*latents)
+    assert np.mean([row.latent_distance**2 for row in rows]) == pytest.approx(whole**2)
+    assert [row.right_student for row in rows] == [0, 1, 0]
+    assert np.mean([row.psnr_db for row in rows]) == pytest.approx(np.mean(measures.psnr(*reversed(pictures))))
+    same = measure_prompts(teacher, teacher, ["a", "a", "b", "b", "c", "c"], 2, None)
+    assert [(row.latent_distance, row.ssim, row.gain) for row in same] == [(0, 1, pytest.approx(1))] * 3
+    assert measure_prompts(teacher, teacher, list("abcdef"), 1, None)[0].gain is None

@@ -1,0 +1,395 @@
+"""A Wan LoRA is merged as it was meant, whichever trainer wrote it, and anything else is refused in one message.
+
+The oracle is diffusers: its own `load_lora_weights` and `fuse_lora` on a Wan of the true structure, whose velocities must be those
+of the teacher that is read with the same file. Where diffusers reads no such file, the merged weights are made by definition.
+
+pytest tests/wan/test_lora.py
+"""
+
+import json
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline
+from safetensors.torch import save_file
+
+from support.loras import (
+    LINEARS,
+    comfyui_keys,
+    diffusers_keys,
+    kohya_keys,
+    merged,
+    random_differences,
+    random_pairs,
+    write,
+)
+from support.wan_folders import (
+    oracle_velocity,
+    random_transformer,
+    relative_error,
+    with_weights,
+    write_pipeline_folder,
+    write_single_file,
+    write_transformer_folder,
+)
+from wandistiller.errors import UserError
+from wandistiller.projection.project import project_experts, project_teacher
+from wandistiller.wan.layouts import open_wan_files
+from wandistiller.wan.lora import merge_loras
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The folder of a tiny Wan, and its transformer."""
+    folder = tmp_path_factory.mktemp("teacher") / "transformer"
+    return folder, write_transformer_folder(folder)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 16, 4, 6, generator=generator)
+    return latents, torch.tensor([12.5, 987.6]), torch.randn(2, 512, 20, generator=generator)
+
+
+def velocity(path, *loras, expert: str = "high"):
+    model, _ = project_teacher(path, expert=expert, loras=list(loras))
+    with torch.no_grad():
+        return model(*inputs())
+
+
+def fused_by_diffusers(model, path, scale: float):
+    """What diffusers makes of the file: velocities of a pipeline whose transformer has the LoRA fused in."""
+    own = with_weights(model, model.state_dict())
+    pipeline = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=UniPCMultistepScheduler(), transformer=own
+    )
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="lora")
+    pipeline.fuse_lora(components=["transformer"], lora_scale=scale)
+    return oracle_velocity(own, *inputs())
+
+
+def check_against_diffusers(teacher, path, scale: float) -> None:
+    folder, model = teacher
+    plain, expected = oracle_velocity(model, *inputs()), fused_by_diffusers(model, path, scale)
+    assert relative_error(plain, expected) > 0.01  # else the LoRA changes too little to tell
+    assert relative_error(velocity(folder, (path, scale)), expected) < TOLERANCE
+
+
+# ---- the layouts that diffusers reads ----
+
+
+def comfyui_with_biases(pairs):
+    """As of distilled LoRAs: every layer with a difference of its bias, and the head with one of its weight."""
+    model = random_transformer()
+    biases = random_differences(model, [f"{name}.bias" for name in pairs] + ["proj_out.weight", "proj_out.bias"])
+    return comfyui_keys(pairs, differences=biases)
+
+
+LAYOUTS = {
+    "diffusers": diffusers_keys,
+    "kohya": lambda pairs: kohya_keys(pairs, alpha=1.5),
+    "ComfyUI, lora_down": lambda pairs: comfyui_keys(pairs, alpha=2.0),
+    "ComfyUI, lora_A": lambda pairs: comfyui_keys(pairs, words=("lora_A", "lora_B")),
+    "ComfyUI, biases and head": comfyui_with_biases,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+def test_a_lora_in_the_teacher_answers_as_diffusers_fuses_it(teacher, tmp_path, layout, scale):
+    check_against_diffusers(
+        teacher, write(tmp_path / "lora.safetensors", LAYOUTS[layout](random_pairs(teacher[1]))), scale
+    )
+
+
+def test_layers_outside_the_blocks_are_merged_as_diffusers_fuses_them(teacher, tmp_path):
+    embedder = "condition_embedder"
+    outside = [f"{embedder}.time_proj", "proj_out"]
+    outside += [f"{embedder}.{name}_embedder.linear_{number}" for name in ("time", "text") for number in (1, 2)]
+    pairs = random_pairs(teacher[1], [*outside, "blocks.0.attn1.to_q"])
+    for name, keys in {"original": comfyui_keys(pairs), "diffusers": diffusers_keys(pairs)}.items():
+        check_against_diffusers(teacher, write(tmp_path / f"{name}.safetensors", keys), 1.0)
+
+
+def test_alphas_in_the_metadata_that_diffusers_saves_count(teacher, tmp_path):
+    """diffusers itself writes the file: a rank of 4, an alpha of 6 and another one for a module."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    _, model = teacher
+    own = with_weights(model, model.state_dict())
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["to_q", "ffn.net.2"],
+        alpha_pattern={"blocks.1.attn1.to_q": 20},
+        init_lora_weights=False,
+    )
+    torch.manual_seed(0)
+    own.add_adapter(config)
+    WanPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(own),
+        weight_name="lora.safetensors",
+        transformer_lora_adapter_metadata=config.to_dict(),
+    )
+    check_against_diffusers(teacher, tmp_path / "lora.safetensors", 0.5)
+
+
+def test_pefts_own_folder_counts_the_alpha_beside_the_file(teacher, tmp_path):
+    """The oracle is PEFT: its merged model."""
+    from peft import LoraConfig, get_peft_model
+
+    folder, model = teacher
+    torch.manual_seed(0)
+    peft_model = get_peft_model(
+        with_weights(model, model.state_dict()),
+        LoraConfig(r=4, lora_alpha=12, target_modules=["to_k", "to_v"], init_lora_weights=False, use_rslora=True),
+    )
+    peft_model.save_pretrained(tmp_path)
+    expected = oracle_velocity(peft_model.merge_and_unload(), *inputs())
+    actual = velocity(folder, (tmp_path / "adapter_model.safetensors", 1.0))
+    assert relative_error(actual, expected) < TOLERANCE
+
+
+def test_each_of_two_experts_gets_its_own_lora(tmp_path):
+    experts = write_pipeline_folder(tmp_path / "two", two_experts=True)
+    files = {}
+    for name, model, seed in (("high", experts[0], 0), ("low", experts[1], 7)):
+        path = write(tmp_path / f"{name}.safetensors", kohya_keys(random_pairs(model, seed=seed), alpha=1.0))
+        files[name] = [(path, 0.8)]
+    wan_files = merge_loras(open_wan_files(tmp_path / "two"), **files)
+    for name, model in project_experts(wan_files, 512).items():
+        expected = fused_by_diffusers(experts[name == "low"], files[name][0][0], 0.8)
+        with torch.no_grad():
+            assert relative_error(model(*inputs()), expected) < TOLERANCE
+
+
+# ---- what diffusers does not read: by definition ----
+
+
+def test_every_difference_of_a_distilled_lora_is_added(teacher, tmp_path):
+    """Of every tensor there is, norms and modulation tables too, which diffusers passes over."""
+    folder, model = teacher
+    differences = random_differences(model, [name for name, _ in model.named_parameters()])
+    path = write(tmp_path / "lora.safetensors", comfyui_keys({}, differences=differences))
+    expected = oracle_velocity(with_weights(model, merged(model, {}, 1.0, differences, 0.7)), *inputs())
+    assert relative_error(velocity(folder, (path, 0.7)), expected) < TOLERANCE
+
+
+def test_a_product_of_kernels_changes_the_patch_kernel(teacher, tmp_path):
+    folder, model = teacher
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 16, 1, 2, 2, generator=generator), torch.randn(24, 2, 1, 1, 1, generator=generator)
+    keys = diffusers_keys({"patch_embedding": (down, up)})
+    tensors = merged(model, {})
+    tensors["patch_embedding.weight"] += torch.einsum("orxyz,rcfhw->ocfhw", up, down)
+    expected = oracle_velocity(with_weights(model, tensors), *inputs())
+    assert relative_error(velocity(folder, (write(tmp_path / "a.safetensors", keys), 1.0)), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model.", "base_model.model.transformer.", "model.diffusion_model."])
+def test_other_prefixes_and_names_of_adapters_are_known(teacher, tmp_path, prefix):
+    folder, model = teacher
+    pairs = random_pairs(model)
+    keys = {
+        name.replace(".weight", ".default.weight"): tensor
+        for name, tensor in comfyui_keys(pairs, words=("lora_A", "lora_B"), prefix=prefix).items()
+    }
+    expected = oracle_velocity(with_weights(model, merged(model, pairs)), *inputs())
+    path = write(tmp_path / "lora.safetensors", keys)
+    assert relative_error(velocity(folder, (path, 1.0)), expected) < TOLERANCE
+
+
+def test_several_loras_add_up_and_a_negative_scale_takes_away(teacher, tmp_path):
+    folder, model = teacher
+    first = write(tmp_path / "a.safetensors", kohya_keys(random_pairs(model), alpha=2.0))
+    second = write(tmp_path / "b.safetensors", diffusers_keys(random_pairs(model, seed=3)))
+    both = velocity(folder, (first, 1.0), (second, 0.5))
+    assert relative_error(velocity(folder, (second, 0.5), (first, 1.0)), both) < TOLERANCE
+    assert relative_error(velocity(folder, (first, 1.0)), both) > 0.01
+    plain = velocity(folder)
+    assert relative_error(velocity(folder, (first, 1.0), (first, -1.0)), plain) < TOLERANCE
+    assert torch.equal(velocity(folder), plain)
+
+
+@pytest.mark.parametrize("fp8", ["plain", "scaled", "comfy_quant"])
+def test_an_fp8_teacher_is_changed_at_the_values_that_it_stands_for(tmp_path, fp8):
+    model = write_single_file(tmp_path / "wan.safetensors", fp8=fp8)
+    pairs = random_pairs(model)
+    path = write(tmp_path / "lora.safetensors", comfyui_keys(pairs))
+    expected = oracle_velocity(with_weights(model, merged(model, pairs)), *inputs())
+    assert relative_error(velocity(tmp_path / "wan.safetensors", (path, 1.0)), expected) < TOLERANCE
+
+
+def test_a_bf16_lora_in_a_bf16_teacher_is_summed_in_float32(tmp_path):
+    model = write_transformer_folder(tmp_path / "wan", dtype=torch.bfloat16)
+    pairs = {name: (down.bfloat16(), up.bfloat16()) for name, (down, up) in random_pairs(model).items()}
+    path = write(tmp_path / "lora.safetensors", diffusers_keys(pairs))
+    expected = merged(model, {name: (down.float(), up.float()) for name, (down, up) in pairs.items()})
+    wan_files = merge_loras(open_wan_files(tmp_path / "wan"), [(path, 1.0)])
+    for name in (f"blocks.1.{linear}.weight" for linear in LINEARS):
+        actual = wan_files.expert("high").read(name)
+        assert actual.dtype == torch.float32 and torch.allclose(actual, expected[name], atol=1e-6)
+    untouched = wan_files.expert("high").read("proj_out.weight")
+    assert untouched.dtype == torch.bfloat16 and torch.equal(untouched.float(), expected["proj_out.weight"])
+
+
+# ---- what is refused ----
+
+
+def sdxl(pairs):
+    stem = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    return {f"{stem}.lora_down.weight": torch.zeros(4, 640), f"{stem}.lora_up.weight": torch.zeros(640, 4)}
+
+
+def flux(pairs):
+    return diffusers_keys({"single_transformer_blocks.0.attn.to_q": (torch.zeros(4, 3072), torch.zeros(3072, 4))})
+
+
+def image_to_video(pairs):
+    extra = {"blocks.0.attn2.add_k_proj": (torch.zeros(3, 24), torch.zeros(24, 3))}
+    return diffusers_keys(pairs | extra)
+
+
+def image_to_video_of_kohya(pairs):
+    stem = "lora_unet_blocks_0_cross_attn_k_img"
+    return kohya_keys(pairs, 1.0) | {
+        f"{stem}.lora_down.weight": torch.zeros(3, 24),
+        f"{stem}.lora_up.weight": torch.zeros(24, 3),
+    }
+
+
+def larger_wan(pairs):
+    return {
+        name: torch.cat([tensor, tensor], -1) for name, tensor in diffusers_keys(pairs).items() if "lora_A" in name
+    } | {name: torch.cat([tensor, tensor]) for name, tensor in diffusers_keys(pairs).items() if "lora_B" in name}
+
+
+def deeper_wan(pairs):
+    return diffusers_keys(pairs | {f"blocks.39.{LINEARS[0]}": pairs[f"blocks.0.{LINEARS[0]}"]})
+
+
+def not_finite(pairs):
+    keys = kohya_keys(pairs, 1.0)
+    keys["lora_unet_blocks_1_ffn_0.lora_up.weight"][3, 1] = float("nan")
+    return keys
+
+
+def without(word):
+    return lambda pairs: {name: tensor for name, tensor in comfyui_keys(pairs).items() if word not in name}
+
+
+def plus(key, value=None):
+    return lambda pairs: comfyui_keys(pairs) | {key: torch.ones(3) if value is None else value}
+
+
+BLOCK = "diffusion_model.blocks.0.self_attn.q"
+REFUSED = {
+    "SDXL": (sdxl, ["another model", "lora_unet_down_blocks_1"]),
+    "FLUX": (flux, ["another model", "single_transformer_blocks"]),
+    "image to video": (image_to_video, ["image-to-video (I2V)", "add_k_proj"]),
+    "image to video of kohya": (image_to_video_of_kohya, ["image-to-video (I2V)", "k_img"]),
+    "a larger Wan": (larger_wan, [".weight, which is 24x24 in this Wan", "48x3 and 3x48", "another model"]),
+    "a deeper Wan": (deeper_wan, ["blocks.39", "larger Wan"]),
+    "no tensors": (lambda pairs: {}, ["holds no tensors"]),
+    "alphas alone": (lambda pairs: {f"{BLOCK}.alpha": torch.tensor(1.0)}, ["changes nothing"]),
+    "not finite": (not_finite, ["lora_unet_blocks_1_ffn_0.lora_up.weight", "not finite"]),
+    "half of it": (without("self_attn.k.lora_up"), ["one of the two matrices", "blocks.0.attn1.to_k.weight"]),
+    "DoRA": (plus(f"{BLOCK}.dora_scale"), ["DoRA", "dora_scale"]),
+    "DoRA of PEFT": (plus("transformer.blocks.0.attn1.to_q.lora_magnitude_vector"), ["DoRA", "lora_magnitude_vector"]),
+    "LoKr": (plus(f"{BLOCK}.lokr_w1"), ["LoKr", "lokr_w1"]),
+    "LoHa": (plus(f"{BLOCK}.hada_w1_a"), ["LoHa", "hada_w1_a"]),
+    "twice": (plus("transformer.blocks.0.attn1.to_q.lora_A.weight", torch.zeros(3, 24)), ["twice", "to_q"]),
+    "an alpha of many": (plus(f"{BLOCK}.alpha"), ["an alpha is one number"]),
+    "whole numbers": (plus(f"{BLOCK}.diff", torch.zeros(24, 24, dtype=torch.int8)), ["I8", "allowed"]),
+    "a difference of another size": (plus("diffusion_model.head.head.diff", torch.zeros(64, 30)), ["64x24", "64x30"]),
+    "a module without such a tensor": (plus("diffusion_model.blocks.0.modulation.lora_A.weight"), ["modulation"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_lora_of_this_wan_is_refused_in_one_message(teacher, tmp_path, name):
+    keys, words = REFUSED[name]
+    path = write(tmp_path / "lora.safetensors", keys(random_pairs(teacher[1])))
+    with pytest.raises(UserError) as refused:
+        project_teacher(teacher[0], loras=[(path, 1.0)])
+    message = str(refused.value)
+    assert all(word in message for word in [str(path), *words]), message
+    assert len(message.replace(str(tmp_path), "")) < 500
+
+
+def test_what_is_no_safetensors_file_is_refused_and_no_pickle_is_opened(teacher, tmp_path):
+    pickle = tmp_path / "lora.pt"
+    pickle.write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
+    damaged = tmp_path / "cut.safetensors"
+    damaged.write_bytes(
+        write(tmp_path / "whole.safetensors", diffusers_keys(random_pairs(teacher[1]))).read_bytes()[:900]
+    )
+    for path, word in (
+        (pickle, "pickle"),
+        (damaged, "not a whole safetensors"),
+        (tmp_path / "none.safetensors", "no such file"),
+    ):
+        with pytest.raises(UserError, match=word):
+            project_teacher(teacher[0], loras=[(path, 1.0)])
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ('{"transformer.use_dora": true}', "DoRA"),
+        ('{"transformer.lora_alpha": "six"}', "numbers above 0"),
+        ('{"transformer.lora_alpha": -1}', "numbers above 0"),
+        ('{"transformer.alpha_pattern": [1]}', "numbers above 0"),
+        ("[1]", "holds a list"),
+        ("{", "save the LoRA again"),
+    ],
+)
+def test_damaged_settings_in_the_metadata_are_refused(teacher, tmp_path, settings, words):
+    keys = diffusers_keys(random_pairs(teacher[1]))
+    path = write(tmp_path / "lora.safetensors", keys, {"lora_adapter_metadata": settings})
+    with pytest.raises(UserError, match=words):
+        project_teacher(teacher[0], loras=[(path, 1.0)])
+
+
+def test_a_lora_for_the_low_noise_expert_needs_one(teacher, tmp_path):
+    path = write(tmp_path / "lora.safetensors", diffusers_keys(random_pairs(teacher[1])))
+    with pytest.raises(UserError, match="has one expert; give it as --teacher_lora"):
+        merge_loras(open_wan_files(teacher[0]), low=[(path, 1.0)])
+
+
+def test_the_report_names_the_lora_and_its_digest(teacher, tmp_path):
+    from hashlib import sha256
+
+    path = write(tmp_path / "lora.safetensors", diffusers_keys(random_pairs(teacher[1])))
+    _, report = project_teacher(teacher[0], loras=[(path, 0.5)])
+    report.save(tmp_path)
+    saved = json.loads((tmp_path / "projection_report.json").read_text())
+    digest = sha256(path.read_bytes()).hexdigest()
+    assert saved["loras"] == [{"expert": "high", "file": "lora.safetensors", "sha256": digest, "scale": 0.5}]
+    project_teacher(teacher[0])[1].save(tmp_path)
+    assert "loras" not in json.loads((tmp_path / "projection_report.json").read_text())
+
+
+def test_no_more_than_one_tensor_of_the_teacher_is_held(teacher, tmp_path, monkeypatch):
+    """Each is read once, when it is asked for."""
+    from wandistiller.wan.transformer_files import StoredTensor
+
+    path = write(tmp_path / "lora.safetensors", diffusers_keys(random_pairs(teacher[1])))
+    wan_files = merge_loras(open_wan_files(teacher[0]), [(path, 1.0)])
+    read, real = [], StoredTensor.read
+    monkeypatch.setattr(StoredTensor, "read", lambda self: (read.append(self.key), real(self))[1])
+    wan_files.expert("high").read("blocks.1.attn1.to_q.weight")
+    assert [key for key in read if "lora" not in key] == ["blocks.1.attn1.to_q.weight"]
+    assert sorted(key for key in read if "lora" in key) == [
+        f"transformer.blocks.1.attn1.to_q.lora_{part}.weight" for part in "AB"
+    ]
+
+
+def test_an_empty_file_is_refused_too(teacher, tmp_path):
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(UserError, match="holds no tensors"):
+        project_teacher(teacher[0], loras=[(tmp_path / "empty.safetensors", 1.0)])

@@ -1,0 +1,68 @@
+"""The command `wandistiller`, which an installation puts on the PATH: every command of the root by a shorter name.
+
+    wandistiller train --help
+    python -m wandistiller generate --student outputs/demo --prompt "a large red circle on a white background"
+
+It calls the same functions as the scripts of a clone, which are installed as modules of the same names.
+"""
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+
+from wandistiller import __version__
+from wandistiller.command_line import COMMANDS, ONE_COMMAND, end_process, run_command
+from wandistiller.errors import UserError
+
+ABOUT = {
+    "train": "distil a Wan text-to-video checkpoint into a small 2D image student",
+    "project": "cut a student out of a teacher, without training it",
+    "preflight": "try a run on a shrunk student before a long job",
+    "generate": "draw prompts with a student, or with its teacher",
+    "evaluate": "hold a student against its teacher",
+    "export": "write a student for diffusers or ComfyUI",
+    "playground": "try a student beside its teacher in a browser",
+}
+
+
+def usage() -> str:
+    """Return the help of the command: the name of each command and what it does."""
+    lines = [f"  {name:<10}  {about}" for name, about in ABOUT.items()]
+    return (
+        f"usage: {ONE_COMMAND} COMMAND [flags]\n\n" + "\n".join(lines) + f"\n\n{ONE_COMMAND} COMMAND --help lists the "
+        f"flags of a command, and {ONE_COMMAND} --version shows the version."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that the first word names with the words after it; return its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"WanDistiller {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        raise UserError(f"{words[0]!r} is no command of {ONE_COMMAND}; allowed: {', '.join(COMMANDS)}")
+    module = COMMANDS[words[0]].removesuffix(".py")
+    if find_spec(module) is None:
+        raise UserError(
+            f"{ONE_COMMAND} {words[0]}: its module {module} is not installed; in a clone of WanDistiller: "
+            f'pip install ".{"[playground]" * (words[0] == "playground")}"'
+        )
+    before = sys.argv
+    sys.argv = [f"{ONE_COMMAND} {words[0]}", *words[1:]]  # so that help and messages name the command as it was typed
+    try:
+        return import_module(module).main() or 0
+    finally:
+        sys.argv = before
+
+
+def installed() -> None:
+    """Run the command as a process: what pip installs on the PATH."""
+    end_process(run_command(main))
+
+
+if __name__ == "__main__":
+    installed()

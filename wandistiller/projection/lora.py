@@ -1,0 +1,210 @@
+"""A Wan LoRA cut for a student: its matrices by the part of the teacher that the student was made of.
+
+What a LoRA adds to a weight is `up @ down`. The student has some rows and columns of that weight, and of the product these are the
+same rows of `up` and columns of `down`, so that the cut is exact: it is what the student's projection would gain from a teacher
+with the LoRA in it. Changes of layers that the student does not have are left out.
+
+A student is a Wan, so the file is a Wan LoRA for its exports, of canonical names for diffusers or of original ones for ComfyUI.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wandistiller.files.safetensors_files import write_tensors
+from wandistiller.model.config import StudentConfig
+from wandistiller.projection.project import kept_indices
+from wandistiller.projection.selection import Selection
+from wandistiller.wan.lora import Change, Difference, Lora
+from wandistiller.wan.names import PATCH_KERNEL, to_original
+from wandistiller.wan.transformer_files import teacher_tensor_shapes
+
+LORA_FORMATS = ("diffusers", "original")
+_PREFIXES = {"diffusers": "transformer.", "original": "diffusion_model."}
+_NORMS = re.compile(r"\.norm(?:_[qk]|2)\.")
+
+
+@dataclass
+class StudentLora:
+    """What a LoRA adds to a student's tensors, by canonical names of the student.
+
+    Attributes:
+        shapes: of all the student's tensors, in 3D.
+        low_rank: (out, rank) and (rank, in) of each matrix that is changed by a product, scales and alphas in the first.
+        differences: the changes of whole tensors.
+        dropped: the teacher's tensors that the LoRA changes and this student does not have.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    low_rank: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    differences: dict[str, Tensor] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys([*self.low_rank, *self.differences]))
+
+    def delta(self, name: str) -> Tensor:
+        """Return what is added to a tensor of the student in 3D, in float32."""
+        shape = self.shapes[name]
+        total = torch.zeros(shape)
+        if name in self.low_rank:
+            up, down = self.low_rank[name]
+            total += (up @ down).reshape(shape)
+        if name in self.differences:
+            total += self.differences[name]
+        return total
+
+    def add(self, name: str, changes: Iterable[tuple[Tensor, Tensor] | Tensor]) -> None:
+        """Add changes of one tensor; products lie beside one another, so that their ranks add up."""
+        for change in changes:
+            if isinstance(change, Tensor):
+                self.differences[name] = self.differences.get(name, 0) + change
+            elif name in self.low_rank:
+                up, down = self.low_rank[name]
+                self.low_rank[name] = torch.cat([up, change[0]], dim=1), torch.cat([down, change[1]])
+            else:
+                self.low_rank[name] = change
+
+
+def cut_loras(loras: Sequence[Lora], selection: Selection, config: StudentConfig) -> StudentLora:
+    """Cut LoRAs of a teacher for the student that `selection` makes of it; several are added up.
+
+    Args:
+        config: the student's, of wan blocks.
+    """
+    student = StudentLora(teacher_tensor_shapes(config))
+    for lora in loras:
+        for name, changes in lora.changes.items():
+            own_name = _student_name(name, selection.layers)
+            if own_name is None:
+                student.dropped.append(name)
+                continue
+            shape = lora.shapes[name]
+            student.add(own_name, (_cut(change, name, shape, selection, lora.scale) for change in changes))
+    return student
+
+
+def _student_name(teacher_name: str, layers: list[int]) -> str | None:
+    """Return the student's name of a teacher's tensor; None where the layer is not kept."""
+    match = re.match(r"blocks\.(\d+)\.(.+)", teacher_name)
+    if match is None:
+        return teacher_name
+    return f"blocks.{layers.index(int(match[1]))}.{match[2]}" if int(match[1]) in layers else None
+
+
+def _cut(
+    change: Change, name: str, shape: tuple[int, ...], selection: Selection, scale: float
+) -> tuple[Tensor, Tensor] | Tensor:
+    """Return the part of a change that the student has, with the LoRA's scale."""
+    kept = kept_indices(name, shape, selection)
+    if isinstance(change, Difference):
+        difference = scale * change.read().reshape(shape)
+        for dim, indices in kept.items():
+            difference = difference.index_select(dim, indices)
+        return difference
+    up, down = change.read()
+    if 0 in kept:
+        up = up.index_select(0, kept[0])
+    if 1 in kept:  # of the patch kernel the columns stay whole, since latent channels are never cut
+        down = down.index_select(1, kept[1])
+    return scale * up, down
+
+
+# ---- the file ----
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A linear layer, or the patch kernel, and what is added to it."""
+
+    up: Tensor
+    down: Tensor
+    bias: Tensor | None
+
+
+def lora_tensors(student: StudentLora, file_format: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Return a LoRA's tensors under the names of a file, and the names of changes that such a file cannot hold.
+
+    diffusers takes products alone, with a bias for all of them or for none. A whole difference of a matrix becomes a product of
+    full rank, and what only has a bias gets a product of zeros. ComfyUI takes whole differences too.
+    """
+    is_original, prefix = file_format == "original", _PREFIXES[file_format]
+    tensors: dict[str, Tensor] = {}
+    left_out = []
+    for name in filter(_is_whole, student.names()):
+        if is_original:
+            tensors[prefix + _whole_name(name)] = student.delta(name)
+        else:
+            left_out.append(name)
+    for stem, module in _modules(student).items():
+        if (
+            is_original and f"{stem}.weight" == PATCH_KERNEL
+        ):  # diffusers refuses a product here, and passes over a difference
+            tensors |= {f"{prefix}{stem}.diff": student.delta(PATCH_KERNEL)}
+            tensors |= {} if module.bias is None else {f"{prefix}{stem}.diff_b": module.bias}
+            continue
+        tensors |= _named(prefix + (to_original(stem) if is_original else stem), module, is_original)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, left_out
+
+
+def _is_whole(name: str) -> bool:
+    """Tell whether a tensor is no part of a linear layer or kernel: a norm's, or a table."""
+    return bool(_NORMS.search(name)) or not name.endswith((".weight", ".bias"))
+
+
+def _whole_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if kind == "bias":
+        return f"{to_original(stem)}.diff_b"
+    return f"{to_original(stem if kind == 'weight' else name)}.diff"
+
+
+def _modules(student: StudentLora) -> dict[str, _Module]:
+    stems = dict.fromkeys(name.rpartition(".")[0] for name in student.names() if not _is_whole(name))
+    has_bias = any(f"{stem}.bias" in student.differences for stem in stems)
+    modules = {}
+    for stem in stems:
+        up, down = _product(student, f"{stem}.weight")
+        bias = student.differences.get(f"{stem}.bias", torch.zeros(len(up))) if has_bias else None
+        modules[stem] = _Module(up, down, bias)
+    return modules
+
+
+def _product(student: StudentLora, name: str) -> tuple[Tensor, Tensor]:
+    """Return the whole change of a matrix as a product, its factors in the shapes that layers of a LoRA have."""
+    shape = student.shapes[name]
+    rows, columns = shape[0], math.prod(shape[1:])
+    pairs = [student.low_rank[name]] if name in student.low_rank else []
+    if name in student.differences:
+        difference = student.differences[name].reshape(rows, columns)
+        pairs.append((torch.eye(rows), difference) if rows <= columns else (difference, torch.eye(columns)))
+    if not pairs:
+        pairs = [(torch.zeros(rows, 1), torch.zeros(1, columns))]
+    up, down = torch.cat([pair[0] for pair in pairs], dim=1), torch.cat([pair[1] for pair in pairs])
+    return up.reshape(*up.shape, *[1] * (len(shape) - 2)), down.reshape(-1, *shape[1:])
+
+
+def _named(name: str, module: _Module, is_original: bool) -> dict[str, Tensor]:
+    down, up, bias = (
+        ("lora_down.weight", "lora_up.weight", "diff_b")
+        if is_original
+        else (
+            "lora_A.weight",
+            "lora_B.weight",
+            "lora_B.bias",
+        )
+    )
+    tensors = {f"{name}.{down}": module.down, f"{name}.{up}": module.up}
+    return tensors if module.bias is None else tensors | {f"{name}.{bias}": module.bias}
+
+
+def write_lora(student: StudentLora, path: str | Path, file_format: str) -> list[str]:
+    """Write a LoRA for a student's exports, whole or not at all; return the names of changes that it cannot hold."""
+    tensors, left_out = lora_tensors(student, file_format)
+    write_tensors(path, tensors, {"format": "pt"})
+    return left_out

@@ -1,0 +1,219 @@
+"""gallery.html: what an evaluation drew, as one page that opens from disk and asks the network for nothing.
+
+    try_to_write_gallery(folder, evaluated, student_folder)
+
+All of it lies in the one file: pictures as data URIs, style, script. The page's template, style and script are in page/. Without
+scripts everything is there, unsorted. The page lets nothing load and no script run but its own, and what comes from files is
+escaped.
+"""
+
+import base64
+import hashlib
+import io
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wandistiller.errors import first_line
+from wandistiller.evaluation.per_prompt import PromptMeasures
+from wandistiller.files.atomic import write_text
+from wandistiller.files.output_folder import CARD_MARK, GALLERY_NAME, METRICS_NAME, has_mark
+from wandistiller.reports.charts import run_charts
+from wandistiller.reports.metrics import read_metrics
+from wandistiller.reports.over_time import read_samples
+from wandistiller.reports.tables import cell_text, comparison_rows, equal_steps
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PAGE = Path(__file__).with_name("page")
+MAX_SIDE = 512  # pixels of a tile
+MAX_PIXELS = 128e6  # of all tiles together, which are some 50 MB; those of more prompts are smaller
+MAX_NOISES = 8  # of each prompt that are shown; the measures are of all
+LOSSLESS_SIDE = 128  # pixels up to which a tile is kept exactly
+MAX_SAMPLES, SAMPLE_WIDTH = 12, 1600
+QUALITY = 88  # of WebP
+DIFFERENCE_FACTOR = 3
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A measure that prompts are sorted by: its attribute of PromptMeasures, its name, and which end is the worst."""
+
+    key: str
+    name: str
+    is_worst_low: bool
+
+
+RANKINGS = [
+    Ranking("latent_distance", "distance of latents", False),
+    Ranking("right_student", "drawn right", True),
+    Ranking("ssim", "SSIM", True),
+    Ranking("psnr_db", "PSNR, dB", True),
+    Ranking("sharpness", "sharpness, student / teacher", True),
+    Ranking("gain", "gain of what the noise decides", True),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What a gallery shows of an evaluation.
+
+    Attributes:
+        about: what evaluation.json says of how it was measured.
+        results: the measures over all prompts.
+        prompts: each prompt once.
+        measures: those of each prompt.
+        seeds: of the noise of each sample; the samples of a prompt follow one another.
+        teacher, student: pictures (samples, H, W, 3) uint8.
+    """
+
+    about: dict
+    results: dict
+    prompts: Sequence[str]
+    measures: Sequence[PromptMeasures]
+    seeds: Sequence[int]
+    teacher: np.ndarray
+    student: np.ndarray
+
+    @property
+    def num_seeds(self) -> int:
+        return len(self.seeds) // len(self.prompts)
+
+
+def try_to_write_gallery(folder: Path, evaluated: Evaluated, student_folder: Path) -> Path | None:
+    """Write the gallery of an evaluation, which a page must not turn into a failure; print what stands in its way."""
+    file = folder / GALLERY_NAME
+    if file.exists() and not has_mark(file):
+        print(f"{file} is not a gallery of ours and stays as it is")
+        return None
+    try:
+        write_text(file, gallery_page(evaluated, student_folder))
+    except OSError as error:
+        print(f"No gallery: {file} cannot be written ({error.strerror or first_line(error)})", file=sys.stderr)
+        return None
+    return file
+
+
+def gallery_page(evaluated: Evaluated, student_folder: Path) -> str:
+    """Return the page as text.
+
+    Args:
+        student_folder: where metrics and sample pictures of the training are, if there are any.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    style, script = ((PAGE / f"gallery.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(
+        loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    # Only our own mark, style and script are trusted to be HTML:
+    return environment.get_template("gallery.html").render(
+        mark=Markup(f"{CARD_MARK}; it is written again when the student is measured. -->"),  # nosec B704
+        style=Markup(style),  # nosec B704
+        script=Markup(script),  # nosec B704
+        script_digest=digest,
+        name=student_folder.resolve().name,
+        about=evaluated.about,
+        rows=comparison_rows(evaluated.results),
+        equal=equal_steps(evaluated.results["teacher_at_fewer_steps"]),
+        scale=error_scale(evaluated.results),
+        charts=run_charts(read_metrics(student_folder / METRICS_NAME)),
+        frames=list(sample_frames(student_folder)),
+        rankings=[ranking for ranking in RANKINGS if _is_measured(evaluated, ranking)],
+        prompts=list(prompt_entries(evaluated)),
+        num_hidden_noises=max(0, evaluated.num_seeds - MAX_NOISES),
+        difference_factor=DIFFERENCE_FACTOR,
+    )
+
+
+def _is_measured(evaluated: Evaluated, ranking: Ranking) -> bool:
+    return any(getattr(measures, ranking.key) is not None for measures in evaluated.measures)
+
+
+def error_scale(results: dict) -> list[tuple[str, float, bool]]:
+    """Return the student's distance from the teacher's pictures among those of the teacher in fewer steps: name, error, whether
+    it is the student's."""
+    fewer = results["teacher_at_fewer_steps"]["latent_relative_error"]
+    rows = [(f"teacher in {steps} steps", error, False) for steps, error in fewer.items()]
+    rows.append(("student", results["endpoint"]["latent_relative_error"], True))
+    return sorted((row for row in rows if math.isfinite(row[1])), key=lambda row: row[1])
+
+
+def prompt_entries(evaluated: Evaluated) -> Iterator[dict]:
+    """Yield what the page shows of each prompt: its text, its measures, and a column of pictures for each noise."""
+    shown = min(evaluated.num_seeds, MAX_NOISES)
+    side = tile_side(3 * shown * len(evaluated.prompts))
+    for number, (prompt, measures) in enumerate(zip(evaluated.prompts, evaluated.measures, strict=True)):
+        first = number * evaluated.num_seeds
+        values = {ranking.key: getattr(measures, ranking.key) for ranking in RANKINGS}
+        yield {
+            "number": number,
+            "text": prompt,
+            "values": values,
+            "badness": {ranking.key: _badness(values[ranking.key], ranking) for ranking in RANKINGS},
+            "shown": _shown_values(measures),
+            "columns": [
+                _column(evaluated.teacher[sample], evaluated.student[sample], evaluated.seeds[sample], side)
+                for sample in range(first, first + shown)
+            ],
+        }
+
+
+def _badness(value: float | None, ranking: Ranking) -> str:
+    """Return a number that is the larger the worse, as an attribute; empty for what was not measured, which comes last."""
+    if value is None or not math.isfinite(value):
+        return ""
+    return repr(-value if ranking.is_worst_low else value)
+
+
+def _shown_values(measures: PromptMeasures) -> list[tuple[str, str]]:
+    values = [(ranking.name, getattr(measures, ranking.key)) for ranking in RANKINGS if ranking.key != "right_student"]
+    rows = [(name, cell_text(float(f"{value:.3g}"))) for name, value in values if value is not None]
+    if measures.right_student is not None and measures.right_teacher is not None:
+        rows.append(("drawn right, student / teacher", f"{measures.right_student:.0%} / {measures.right_teacher:.0%}"))
+    return rows
+
+
+def _column(teacher: np.ndarray, student: np.ndarray, seed: int, side: int) -> dict:
+    # uint8 would wrap around:
+    difference = np.abs(teacher.astype(np.int16) - student) * DIFFERENCE_FACTOR
+    pictures = {"teacher": teacher, "student": student, "difference": difference.clip(0, 255).astype(np.uint8)}
+    return {"seed": seed, "pictures": {name: tile(picture, side) for name, picture in pictures.items()}}
+
+
+def tile_side(num_tiles: int) -> int:
+    """Return the largest side of a tile in pixels, so that all of them stay within MAX_PIXELS."""
+    return min(MAX_SIDE, max(32, int((MAX_PIXELS / num_tiles) ** 0.5)))
+
+
+def tile(picture: np.ndarray, side: int) -> str:
+    """Return a picture as a data URI, no larger than `side` pixels."""
+    from PIL import Image
+
+    image = Image.fromarray(picture)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return data_uri(image)
+
+
+def data_uri(image: "Image") -> str:
+    """Return an image as a data URI of WebP, exact if it is small."""
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=max(image.size) <= LOSSLESS_SIDE, quality=QUALITY)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def sample_frames(folder: Path) -> Iterator[dict]:
+    """Yield the sample pictures of a training by step."""
+    from PIL import Image
+
+    for step, picture in read_samples(folder, MAX_SAMPLES):
+        picture.thumbnail((SAMPLE_WIDTH, picture.height), Image.Resampling.LANCZOS)
+        yield {"step": step, "uri": data_uri(picture), "width": picture.width, "height": picture.height}
