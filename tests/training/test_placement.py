@@ -170,7 +170,7 @@ RUNS: dict[str, tuple[dict, dict]] = {
     "renoised": ({}, {"kind": "renoised"}),
     "two experts, renoised, in parts": ({"num_experts": 2}, {"kind": "renoised", "lanes": Lanes(4, 0, 4, 2)}),
     "noise": ({"num_experts": 2}, {"kind": "noise"}),
-    "guided at some noise levels": ({"guidance_range": (0.3, 0.9)}, {}),
+    "guided at some noise levels": ({"guidance_range": (0.9, 1.0)}, {}),
     "one of two processes": ({}, {"lanes": Lanes(8, 4, 4, 4)}),
 }
 
