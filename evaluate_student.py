@@ -8,7 +8,8 @@ wandistiller/evaluation/measures.py.
 
 import argparse
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from wandistiller.files.output_folder import (
 )
 from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
+from wandistiller.model.image_sizes import ImageSize
 from wandistiller.sampling.recorded import (
     StudentRecord,
     TeacherLoras,
@@ -38,6 +40,7 @@ from wandistiller.sampling.recorded import (
     teacher_paths,
     teacher_sampling,
     trained_prompts,
+    trained_sizes,
     weights_digest,
 )
 
@@ -175,7 +178,9 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
     dtype = pick_dtype(flags.dtype, device)
     settings = recorded_settings(config)
     wan_files = open_recorded_teacher(config, *teacher, TeacherLoras(flags.teacher_lora, flags.teacher_lora_low))
-    check_size("the student's image_size", config.image_size, config, wan_files.config.patch_size)
+    sizes = trained_sizes(config)
+    for side in {side for size in sizes for side in size}:
+        check_size("the student's image_size", side, config, wan_files.config.patch_size)
     judge = find_judge(wan_files, prompts)
     parts = load_drawing_parts(
         config, teacher[0], text_encoder_path=flags.text_encoder_path, vae_path=flags.vae_path, device=device
@@ -193,7 +198,7 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
         prompts=[prompts[index] for index in prompt_indices],
         prompt_indices=prompt_indices,
         seeds=seeds,
-        noise=seeded_noise(seeds, (config.num_channels, config.latent_size, config.latent_size)),
+        noise=seeded_noise(seeds, settings.latent_shape(config, sizes[0])),
         teacher_options=teacher_sampling(config, flags.num_inference_steps, dtype, device),
         student_options=student_sampling(config, student_steps, dtype, device),
         settings=settings,
@@ -221,6 +226,7 @@ def describe(flags: Flags, config: StudentConfig, digest: str | None, experiment
         "guidance_scale": settings.guidance_scale,
         "guidance_scale_2": settings.guidance_scale_2,
         "image_size": config.image_size,
+        "image_sizes": [str(size) for size in trained_sizes(config)],
         "device": options.device,
         "dtype": str(options.compute_dtype).removeprefix("torch."),
         "wandistiller_version": __version__,
@@ -256,16 +262,33 @@ def score(scorers: "list[Scorer]", experiment: "Experiment", teacher: "np.ndarra
     return compare_scores(scorers, prompts, pictures, experiment.batch_size, experiment.teacher_options.device)
 
 
-def save_comparison(file: Path, experiment: "Experiment", teacher: "Drawn", student: "Drawn") -> None:
-    """Write the pictures of the first prompts, each from its first seed: the teacher's row above the student's."""
+def measure_other_sizes(config: StudentConfig, experiment: "Experiment") -> "Iterator[tuple[dict, Drawn, Drawn]]":
+    """Yield what every image size but the first measures, what the teacher drew and what the student drew, from the same seeds."""
+    from wandistiller.evaluation.experiment import measure_size
+    from wandistiller.sampling.flow import seeded_noise
+
+    for size in trained_sizes(config)[1:]:
+        print(f"At {size.width} x {size.height} pixels:")
+        noise = seeded_noise(experiment.seeds, experiment.settings.latent_shape(config, size))
+        yield measure_size(replace(experiment, noise=noise))
+
+
+def save_comparison(file: Path, experiment: "Experiment", drawn: "list[list[Drawn]]", sizes: list[ImageSize]) -> None:
+    """Write the pictures of the first prompts, each from its first seed: the teacher's row above the student's, of each size.
+
+    Args:
+        drawn: what the teacher and the student drew at each of `sizes`.
+    """
     from wandistiller.files.pictures import labelled_grid, save_png
 
     chosen = range(0, len(experiment.prompts), experiment.num_seeds)[:MAX_COLUMNS]
-    rows = [[drawn.pictures[index] for index in chosen] for drawn in (teacher, student)]
-    captions = [[experiment.prompts[index] for index in chosen], [""] * len(chosen)]
+    rows = [[one.pictures[index] for index in chosen] for both in drawn for one in both]
+    captions = [[experiment.prompts[index] for index in chosen], *([[""] * len(chosen)] * (len(rows) - 1))]
+    ends = [f", {size}" for size in sizes] if len(sizes) > 1 else [""]
+    names = [f"{who}{end}" for end in ends for who in ("teacher", "student")]
     options = experiment.teacher_options
     metadata = {"num_inference_steps": options.num_inference_steps, "shift": options.shift}
-    save_png(labelled_grid(rows, captions, ["teacher", "student"]), file, metadata)
+    save_png(labelled_grid(rows, captions, names), file, metadata)
 
 
 def save_results(file: Path, results: dict[str, object]) -> None:
@@ -320,16 +343,24 @@ def main(argv: list[str] | None = None) -> int:
 
     # Measure:
     print(experiment.summary())
-    results, teacher_drawn, student_drawn = measure(experiment)
-    results |= score(scorers, experiment, teacher_drawn.pictures, student_drawn.pictures)
+    sizes = trained_sizes(config)
+    results, *of_both = measure(experiment)
+    drawn = [of_both]
+    results |= score(scorers, experiment, *(one.pictures for one in of_both))
     results["cost"] = measure_cost(experiment)
+    if len(sizes) > 1:
+        own = {name: results[name] for name in ("endpoint", "noise", "accuracy", "scores", "cmmd") if name in results}
+        results["by_size"] = {str(sizes[0]): own}
+        for size, (of_size, *of_both) in zip(sizes[1:], measure_other_sizes(config, experiment), strict=True):
+            results["by_size"][str(size)] = of_size | score(scorers, experiment, *(one.pictures for one in of_both))
+            drawn.append(of_both)
     print("\n".join(table_lines(results)))
 
     # Save the results last, because they name the student that the picture is of:
-    save_comparison(folder / COMPARISON_NAME, experiment, teacher_drawn, student_drawn)
+    save_comparison(folder / COMPARISON_NAME, experiment, drawn, sizes)
     about = describe(flags, config, digest, experiment) | {"num_trained_prompts": num_trained}
     save_results(folder / EVALUATION_NAME, about | results)
-    shown = gallery_of(experiment, about, results, teacher_drawn, student_drawn)
+    shown = gallery_of(experiment, about, results, *drawn[0])
     gallery = try_to_write_gallery(folder, shown, Path(flags.student))
 
     # Tell:

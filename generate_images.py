@@ -36,6 +36,7 @@ from wandistiller.sampling.recorded import (
     student_sampling,
     teacher_paths,
     teacher_sampling,
+    trained_sizes,
 )
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
@@ -308,7 +309,8 @@ def main(argv: list[str] | None = None) -> int:
     config = load_student_config(flags.student)
     prompts = read_prompts(flags)
     teacher = teacher_paths(config, flags.teacher_path, flags.teacher_path_low)
-    size = flags.height or config.image_size, flags.width or config.image_size
+    own = trained_sizes(config)[0]
+    size = flags.height or own.height, flags.width or own.width
     check_picture_size(size, config, config.patch_size)
     files, grid = picture_files(flags, prompts, size)
 

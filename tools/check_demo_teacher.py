@@ -1,6 +1,7 @@
 """Measure a demo teacher with diffusers' own WanPipeline: prompt accuracy by pixels, and whether its clips move.
 
     python tools/check_demo_teacher.py --sheet teacher.png
+    python tools/check_demo_teacher.py --size 96x64 --num_clips 0      # off the square
 
 Held-out prompts name combinations that no training prompt holds; wandistiller/evaluation/demo_judge.py reads the pictures.
 """
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from wandistiller.command_line import FlagParser, number
+from wandistiller.model.image_sizes import ImageSize
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,6 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.flag("--guidance_scale", "(as recorded)", type=number(float, low=0))
     group.flag("--num_inference_steps", "(as recorded)", type=count)
     group.flag("--batch_size", "prompts drawn at a time", 50, type=count)
+    group.flag("--size", "width x height of the pictures", ImageSize(64, 64), type=ImageSize.parse)
     group.flag("--seed", "of the noise", 1234, type=number(int, low=0))
     output = parser.group("Output")
     output.flag("--sheet", "PNG to write with the first pictures and clips", type=Path)
@@ -56,8 +59,18 @@ def load_pipeline(folder: Path):
     return pipeline
 
 
-def draw(pipeline, prompts: list[str], *, num_frames: int, steps: int, guidance: float, seed: int, batch_size: int):
-    """Draw pictures or clips as uint8 (N, T, 64, 64, 3)."""
+def draw(
+    pipeline,
+    prompts: list[str],
+    *,
+    num_frames: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch_size: int,
+    size: tuple[int, int] = (64, 64),
+):
+    """Draw pictures or clips of a width and height as uint8 (N, T, H, W, 3)."""
     import torch
     from tqdm import tqdm
 
@@ -66,8 +79,8 @@ def draw(pipeline, prompts: list[str], *, num_frames: int, steps: int, guidance:
     for start in tqdm(range(0, len(prompts), batch_size), desc=f"{num_frames} frame(s)"):
         result = pipeline(
             prompts[start : start + batch_size],
-            height=64,
-            width=64,
+            width=size[0],
+            height=size[1],
             num_frames=num_frames,
             guidance_scale=guidance,
             num_inference_steps=steps,
@@ -96,6 +109,7 @@ def main(argv: list[str] | None = None) -> dict:
     guidance = record["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
     steps = args.num_inference_steps or record["num_inference_steps"]
     settings = {"steps": steps, "guidance": guidance, "seed": args.seed, "batch_size": args.batch_size}
+    settings["size"] = args.size
     pipeline = load_pipeline(args.teacher_path)
 
     # Stills of held-out combinations:
@@ -104,7 +118,12 @@ def main(argv: list[str] | None = None) -> dict:
     facts = [demo_judge.judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     correct = Counter(name for fact in facts for name, is_right in fact.items() if is_right)
     figures = {name: round(correct[name] / len(prompts), 4) for name in (*demo_judge.FACTS, "correct")}
-    figures |= {"num_prompts": len(prompts), "guidance_scale": guidance, "num_inference_steps": steps}
+    figures |= {
+        "picture_size": str(args.size),
+        "num_prompts": len(prompts),
+        "guidance_scale": guidance,
+        "num_inference_steps": steps,
+    }
     for prompt, fact in zip(prompts, facts, strict=True):
         if not fact["correct"]:
             print("wrong:", prompt, "->", ", ".join(name for name in demo_judge.FACTS if not fact[name]))

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -88,11 +88,16 @@ def fold_pads(model):
     return processor
 
 
-def encode_scenes(vae, scenes: list[world.Scene], num_frames: int, rng: np.random.Generator) -> Tensor:
-    """Render scenes and encode them: normalised latents (N, C, T, H, W)."""
+SQUARE = (world.IMAGE_SIZE, world.IMAGE_SIZE)
+
+
+def encode_scenes(
+    vae, scenes: list[world.Scene], num_frames: int, rng: np.random.Generator, size: tuple[int, int] = SQUARE
+) -> Tensor:
+    """Render scenes at a width and height and encode them: normalised latents (N, C, T, H, W)."""
     parts = []
     for start in tqdm(range(0, len(scenes), 128), desc=f"latents of {num_frames} frame(s)", mininterval=5):
-        frames = np.stack([world.render(scene, rng, num_frames) for scene in scenes[start : start + 128]])
+        frames = np.stack([world.render(scene, rng, num_frames, size) for scene in scenes[start : start + 128]])
         parts.append(demo_vae.normalise(vae, demo_vae.encode(vae, frames)))
     return torch.cat(parts)
 
@@ -127,6 +132,26 @@ class LatentPool:
         return latents[torch.from_numpy(rows)], prompts
 
 
+class SizedPool:
+    """Normalised latents of stills at several sizes; the batches take turns, and each is of one size."""
+
+    def __init__(self, vae, num_stills: int, sizes: Sequence[tuple[int, int]], seed: int):
+        rng = np.random.default_rng(seed + 10)
+        self.scenes = [[world.sample_scene(rng, two_objects=TWO_OBJECTS) for _ in range(num_stills)] for _ in sizes]
+        self.latents = [
+            encode_scenes(vae, scenes, 1, rng, size) for scenes, size in zip(self.scenes, sizes, strict=True)
+        ]
+        self.turn = 0
+
+    def draw(self, count: int, clips: bool, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+        """Draw latents (B, C, 1, H, W) and prompts of the next size."""
+        scenes, latents = self.scenes[self.turn], self.latents[self.turn]
+        self.turn = (self.turn + 1) % len(self.latents)
+        rows = rng.integers(len(scenes), size=count)
+        prompts = ["" if rng.random() < PROMPT_DROPOUT else world.describe(scenes[i], rng) for i in rows]
+        return latents[torch.from_numpy(rows)], prompts
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """How a transformer and its text encoder are trained.
@@ -135,6 +160,7 @@ class Training:
         steps, batch_size, lr, seed, device: as the maker's flags say; a batch of clips is half as large.
         work: folder of the log and of the state that a later run resumes from.
         shape: arguments of `new_transformer`.
+        start: pipeline folder whose transformer and text encoder are trained further; None for new ones.
         clip_every: one batch in so many is of clips; 0 for a world of stills.
         shift: of the noise levels trained on.
         ema: decay of the average that becomes the teacher.
@@ -148,6 +174,7 @@ class Training:
     device: torch.device
     work: Path
     shape: dict[str, int] = field(default_factory=dict)
+    start: Path | None = None
     clip_every: int = CLIP_EVERY
     shift: float = TRAINING_SHIFT
     ema: float = 0.995
@@ -204,11 +231,23 @@ def ema_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
+def first_models(training: Training, vocab_size: int) -> tuple[nn.Module, nn.Module]:
+    """Return the transformer and the text encoder that training starts from, in fp32."""
+    if training.start is None:
+        return new_transformer(**training.shape), text.new_text_encoder(vocab_size)
+    from diffusers import WanTransformer3DModel
+    from transformers import UMT5EncoderModel
+
+    model = WanTransformer3DModel.from_pretrained(training.start / "transformer", dtype=torch.float32)
+    text_encoder = UMT5EncoderModel.from_pretrained(training.start / "text_encoder", dtype=torch.float32)
+    text.check_embeddings(text_encoder)
+    return model, text_encoder
+
+
 def train_transformer(tokenizer, open_pool: Callable[[], Pool], training: Training):
     """Train transformer and text encoder together, or resume from `training.work`; return both with their EMA weights."""
     torch.manual_seed(training.seed)
-    model = new_transformer(**training.shape).to(training.device)
-    text_encoder = text.new_text_encoder(len(tokenizer)).to(training.device)
+    model, text_encoder = (part.to(training.device) for part in first_models(training, len(tokenizer)))
     processor = fold_pads(model)
     both = nn.ModuleDict({"transformer": model, "text_encoder": text_encoder}).train()
     optimizer = MuonWithAdam(parameter_groups([model, text_encoder], training.lr))

@@ -182,16 +182,37 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.n
     return np.maximum((2 * np.abs(x) - y - r) / slope, y - r)
 
 
-def render(scene: Scene, rng: np.random.Generator, num_frames: int = 1, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Draw the scene as uint8 (num_frames, size, size, 3), with a little jitter in place, size and colour."""
-    ys, xs = np.mgrid[:size, :size].astype(np.float32) + 0.5
+def place_in(place: str, size: tuple[int, int]) -> np.ndarray:
+    """Return x and y of a place in a picture of this width and height."""
+    scale = min(size) / IMAGE_SIZE
+    offset = np.array(PLACES[place]) - IMAGE_SIZE // 2
+    # Where the place is off the middle, the longer side moves it on by what that side is longer.
+    return np.array(size) / 2 + scale * offset + np.sign(offset) * (np.array(size) - min(size)) / 2
+
+
+def render(
+    scene: Scene, rng: np.random.Generator, num_frames: int = 1, size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
+) -> np.ndarray:
+    """Draw the scene as uint8 (num_frames, height, width, 3), with a little jitter in place, size and colour.
+
+    Off the square an object is as large, and as far from the edge that its place names, as in the square of the shorter side;
+    otherwise it lies in the middle.
+
+    Args:
+        size: width and height in pixels.
+    """
+    width, height = size
+    scale = min(size) / IMAGE_SIZE
+    ys, xs = np.mgrid[:height, :width].astype(np.float32) + 0.5
     colour = np.array(BACKGROUNDS[scene.background]) + rng.uniform(-JITTER_COLOUR, JITTER_COLOUR, 3)
-    frames = np.tile(colour.astype(np.float32), (num_frames, size, size, 1))
+    frames = np.tile(colour.astype(np.float32), (num_frames, height, width, 1))
     for index, thing in enumerate(scene.things):
-        centre = np.array(PLACES[thing.place]) + rng.uniform(-JITTER_PIXELS, JITTER_PIXELS, 2)
-        radius = SIZES[thing.size] * (1 + rng.uniform(-JITTER_SIZE, JITTER_SIZE))
+        centre = place_in(thing.place, size) + scale * rng.uniform(-JITTER_PIXELS, JITTER_PIXELS, 2)
+        radius = scale * SIZES[thing.size] * (1 + rng.uniform(-JITTER_SIZE, JITTER_SIZE))
         colour = np.array(COLOURS[thing.colour]) + rng.uniform(-JITTER_COLOUR, JITTER_COLOUR, 3)
-        step = np.array(MOTIONS[scene.motion]) * PIXELS_PER_FRAME if scene.motion and index == 0 else np.zeros(2)
+        step = (
+            scale * np.array(MOTIONS[scene.motion]) * PIXELS_PER_FRAME if scene.motion and index == 0 else np.zeros(2)
+        )
         for t in range(num_frames):
             cx, cy = centre + t * step
             # One pixel of linear coverage across the edge is the anti-aliasing.

@@ -3,11 +3,13 @@
     python tools/make_demo_teacher.py                                     # CPU, about an hour on 2 cores
     python tools/make_demo_teacher.py --device cuda --steps 20000         # GPU
     python tools/make_demo_teacher.py --tiny --output_dir /tmp/teacher    # seconds: every stage, nothing learnt
+    python tools/make_demo_teacher.py --sizes 64x64 96x64 64x96           # CPU, minutes: a sibling that draws off the square
 
 The story: a world of coloured shapes (demo_world.py) gives prompts, stills and clips; a tokenizer knows its words; a
 video autoencoder learns its pictures (demo_vae.py); a Wan transformer and a UMT5 text encoder learn together to draw
 them from prompts (demo_transformer.py); all of it is saved as a folder that diffusers' WanPipeline loads unchanged.
-Each stage is kept in --work_dir, and the same command resumes where it stopped.
+Each stage is kept in --work_dir, and the same command resumes where it stopped. With --sizes the transformer and the text
+encoder of --start are trained further, on stills of these sizes, each batch of one size.
 """
 
 import argparse
@@ -21,17 +23,27 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from wandistiller.command_line import FlagParser, number
+from wandistiller.model.image_sizes import ImageSize
 
 TINY = {"vae_steps": [1, 2, 1], "steps": 8, "batch_size": 4, "num_stills": 16, "num_clips": 4}
 TINY |= {"num_prompts": 20, "num_measured": 4}
+DEMO_TEACHER = ROOT / "data" / "demo_teacher"
+# What the flags become that were left out: for a teacher from nothing, and for its sibling of several sizes.
+FROM_NOTHING = {"output_dir": DEMO_TEACHER, "steps": 2000, "batch_size": 160, "num_stills": 16000, "lr": 2e-3}
+SIBLING = {"output_dir": ROOT / "outputs" / "demo_teacher_sizes", "steps": 300, "batch_size": 48, "num_stills": 1500}
+SIBLING |= {"lr": 6e-4}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the flags; `--tiny` overrides the step counts and sizes."""
+    """Parse the flags; `--tiny` overrides the step counts and sizes, and `--sizes` has other defaults."""
     count = number(int, low=1)
     parser = FlagParser("make_demo_teacher.py", __doc__.split("\n")[0])
     folders = parser.group("Folders")
-    folders.flag("--output_dir", "pipeline folder to write", ROOT / "data" / "demo_teacher", type=Path)
+    folders.flag(
+        "--output_dir",
+        "pipeline folder to write (data/demo_teacher; with --sizes outputs/demo_teacher_sizes)",
+        type=Path,
+    )
     folders.flag("--prompts_dir", "where to write the two prompt lists (beside output_dir)", type=Path)
     folders.flag("--work_dir", "unfinished stages (output_dir with '.work' appended)", type=Path)
 
@@ -39,12 +51,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.flag("--seed", "of everything", 0, type=number(int, low=0))
     training.flag("--device", "cpu or cuda", "cpu")
     training.flag("--vae_steps", "VAE steps on crops, clips, whole pictures", [1000, 1000, 300], type=count, nargs=3)
-    training.flag("--steps", "of transformer and text encoder", 2000, type=count)
-    training.flag("--batch_size", "stills per step; batches of clips are half as large", 160, type=count)
-    training.flag("--num_stills", "rendered stills to train on", 16000, type=count)
+    training.flag("--steps", "of transformer and text encoder (2000; with --sizes 300)", type=count)
+    training.flag(
+        "--batch_size", "stills per step; batches of clips are half as large (160; with --sizes 48)", type=count
+    )
+    training.flag("--num_stills", "rendered stills to train on (16000; with --sizes 1500 of each)", type=count)
     training.flag("--num_clips", "rendered clips to train on", 1200, type=count)
-    training.flag("--lr", "peak learning rate of transformer and text encoder", 2e-3, type=number(float, above=0))
+    training.flag(
+        "--lr",
+        "peak learning rate of transformer and text encoder (0.002; with --sizes 0.0006)",
+        type=number(float, above=0),
+    )
     training.flag("--tiny", "a few steps of every stage, for tests", False, action="store_true")
+
+    sibling = parser.group("A sibling that draws off the square")
+    sibling.flag(
+        "--sizes", "sizes of its stills, such as 64x64 96x64 64x96", type=ImageSize.parse, nargs="+", metavar="WxH"
+    )
+    sibling.flag("--start", "the pipeline folder that is trained further, whose VAE stays", DEMO_TEACHER, type=Path)
 
     result = parser.group("Result")
     result.flag("--num_measured", "stills to measure the VAE's PSNR on; a quarter as many clips", 128, type=count)
@@ -55,6 +79,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     result.flag("--num_inference_steps", "sampling steps to record for drawing", 20, type=count)
 
     args = parser.parse(argv)
+    for name, value in (SIBLING if args.sizes else FROM_NOTHING).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.work_dir = args.work_dir or args.output_dir.with_name(args.output_dir.name + ".work")
     args.prompts_dir = args.prompts_dir or args.output_dir.parent
     vars(args).update(TINY if args.tiny else {})
@@ -168,6 +195,39 @@ def save_pipeline(folder: Path, vae, tokenizer, text_encoder, transformer) -> No
         path.chmod(0o644)  # written for the owner alone
 
 
+def make_sibling(args: argparse.Namespace) -> None:
+    """Train --start further on stills of --sizes, and write it as a folder of its own."""
+    import demo_text
+    import demo_transformer
+    import demo_vae
+    import torch
+    from transformers import T5TokenizerFast
+
+    device = torch.device(args.device)
+    vae = demo_vae.load_vae(args.start, device)
+    tokenizer = T5TokenizerFast.from_pretrained(args.start / "tokenizer")
+    training = demo_transformer.Training(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        seed=args.seed,
+        device=device,
+        work=args.work_dir,
+        start=args.start,
+        clip_every=0,
+        ema=0.98,
+    )
+    transformer, text_encoder = demo_transformer.train_transformer(
+        tokenizer, lambda: demo_transformer.SizedPool(vae, args.num_stills, args.sizes, args.seed), training
+    )
+    save_pipeline(args.output_dir, vae, tokenizer, text_encoder, transformer)
+    demo_text.check_embeddings(text_encoder)
+    minutes = demo_transformer.training_minutes(args.work_dir)
+    sizes = [str(size) for size in args.sizes]
+    own = {"start": args.start.name, "vae_steps": [0, 0, 0], "sizes": sizes, "transformer_minutes": minutes}
+    write_record(args, own)
+
+
 def write_record(args: argparse.Namespace, figures: dict) -> None:
     """Write what the folder is and how to draw with it; the trainer reads its defaults from here."""
     import demo_text
@@ -196,6 +256,14 @@ def write_record(args: argparse.Namespace, figures: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run every stage that is not done yet."""
     args = parse_args(argv)
+    for folder in (args.work_dir, args.prompts_dir, args.output_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    if args.sizes:
+        make_sibling(args)
+        print(
+            f"{args.output_dir}; measure it with: python tools/check_demo_teacher.py --teacher_path {args.output_dir}"
+        )
+        return
     import demo_text
     import demo_transformer
     import demo_world
@@ -203,8 +271,6 @@ def main(argv: list[str] | None = None) -> None:
     from diffusers import WanPipeline
 
     started = time.time()
-    for folder in (args.work_dir, args.prompts_dir, args.output_dir):
-        folder.mkdir(parents=True, exist_ok=True)
     print(f"VAE {sum(args.vae_steps)} steps, transformer {args.steps} of {args.batch_size}; work in {args.work_dir}")
 
     # The world's prompts:

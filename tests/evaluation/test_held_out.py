@@ -15,7 +15,14 @@ import torch
 
 from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.evaluation.held_out import HeldOutErrors, HeldOutNoise, PathErrors, PathStates, draw_path_states
+from wandistiller.evaluation.held_out import (
+    HeldOutErrors,
+    HeldOutNoise,
+    MeanOverSizes,
+    PathErrors,
+    PathStates,
+    draw_path_states,
+)
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, sample, wan_scheduler
@@ -303,3 +310,16 @@ def test_both_answer_in_the_compute_dtype(dtype):
     assert seen == {"teacher": {dtype}, "student": {dtype}}
     exact = make_errors(mock_teacher())(other_student())
     assert errors == pytest.approx(exact, rel=0.05)
+
+
+def test_several_sizes_are_one_mean_that_counts_every_path_alike():
+    teacher, student = mock_teacher(), other_student()
+    shapes = [(16, 4, 4), (16, 4, 6)]
+    parts = [
+        (HeldOutErrors(teacher, EMBEDS.first(n), shape, OPTIONS), n) for n, shape in zip((1, 2), shapes, strict=True)
+    ]
+    one, two = (part(student) for part, _ in parts)
+    both = MeanOverSizes(parts)(student)
+    assert both == {name: pytest.approx((one[name] + 2 * two[name]) / 3) for name in one}
+    assert MeanOverSizes([(lambda _: {"gain": None}, 1), (lambda _: {"gain": 0.5}, 3)])(student) == {"gain": 0.5}
+    assert MeanOverSizes([(lambda _: {"gain": None}, 1)])(student) == {"gain": None}

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from wandistiller.evaluation import demo_judge
 from wandistiller.projection.project import project_experts, project_teacher
@@ -63,6 +64,23 @@ def test_judge_accepts_true_renderings():
     scenes = [world.sample_scene(rng, held_out=bool(i % 2)) for i in range(400)]
     verdicts = [demo_judge.judge(world.render(s, rng)[0], world.describe(s, rng))["correct"] for s in scenes]
     assert np.mean(verdicts) >= 0.995
+
+
+OFF_THE_SQUARE = [(96, 64), (64, 96), (160, 96)]
+
+
+@pytest.mark.parametrize("size", OFF_THE_SQUARE)
+def test_judge_accepts_true_renderings_off_the_square_and_no_others(size):
+    """Objects are as large, and as far from the edge, as in the square of the shorter side."""
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        scene = world.sample_scene(rng, held_out=bool(index % 2))
+        picture, prompt = world.render(scene, rng, size=size)[0], world.describe(scene, rng, variety=0.0)
+        assert picture.shape == (size[1], size[0], 3)
+        assert demo_judge.judge(picture, prompt)["correct"], (scene, size)
+        for attribute in OTHER_VALUES:
+            other = world.describe(with_one_attribute_changed(scene, attribute, rng), rng, variety=0.0)
+            assert not demo_judge.judge(picture, other)["correct"], f"accepted {scene} as {other!r}"
 
 
 @pytest.mark.parametrize("attribute", OTHER_VALUES)
@@ -188,6 +206,23 @@ def test_maker_writes_a_folder_that_wan_pipeline_draws_from(tmp_path: Path):
     record = json.loads((tmp_path / "teacher" / "teacher_record.json").read_text(encoding="utf-8"))
     assert {"world", "guidance_scale", "num_inference_steps", "image_size", "text_max_length"} <= set(record)
     assert len(check_demo_teacher.read_prompts(tmp_path / "demo_heldout_prompts.txt")) == 5
+
+
+@pytest.mark.slow
+def test_maker_trains_a_sibling_on_the_sizes_that_it_is_given(tmp_path: Path):
+    command = [sys.executable, str(ROOT / "tools" / "make_demo_teacher.py"), "--tiny", "--sizes", "64x64", "96x64"]
+    command += ["--start", str(TEACHER), "--output_dir", str(tmp_path / "sibling")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    pipeline = check_demo_teacher.load_pipeline(tmp_path / "sibling")
+    settings = {"num_frames": 1, "steps": 2, "guidance": 2.0, "seed": 0, "batch_size": 1}
+    picture = check_demo_teacher.draw(pipeline, ["a red ring on a white background"], size=(96, 64), **settings)
+    assert picture.shape == (1, 1, 64, 96, 3)
+    own, first = (
+        load_file(folder / "vae" / "diffusion_pytorch_model.safetensors") for folder in (tmp_path / "sibling", TEACHER)
+    )
+    assert all(torch.equal(own[name], first[name]) for name in first)
+    record = json.loads((tmp_path / "sibling" / "teacher_record.json").read_text(encoding="utf-8"))
+    assert record["world"] == "shapes" and record["training"]["sizes"] == ["64x64", "96x64"]
 
 
 def test_training_prompts_hold_no_held_out_combination():

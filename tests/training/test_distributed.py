@@ -40,6 +40,7 @@ RECIPES = {
     "noise": ["--states", "noise", "--prompt_swap", 0.5],  # 55 prompts: the last batch of an epoch is short
     "few steps": ["--student_steps", 2, "--replay", 2],
     "two experts": ["--calls_per_expert", 2],
+    "three sizes": [*RECIPE, "--image_sizes", "32x32", "48x32", "32x48"],
 }
 
 

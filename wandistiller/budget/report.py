@@ -18,7 +18,7 @@ from wandistiller.budget.workload import (
     step_flops,
     training_peak_bytes,
 )
-from wandistiller.model.sizes import count_parameters, weight_bytes
+from wandistiller.model.sizes import count_parameters, sides, weight_bytes
 from wandistiller.reports.progress import format_duration
 
 GIB = 2**30
@@ -79,9 +79,10 @@ def possible_changes(workload: Workload, flags: Collection[str]) -> Iterator[Cha
         cost = "no rollouts, no hidden states"
         yield Change("--offline_teacher --teacher_cache FOLDER", cost, ALONE, changed)
     yield from _smaller_batches(workload, flags)
-    half, unit = workload.latent_size // 2, workload.student.patch_size
-    if half >= 8 and half % unit == 0 and half % workload.teacher.patch_size == 0:
-        factor = workload.student.image_size // workload.latent_size
+    height, width = sides(workload.latent_size)
+    half, unit = height // 2, workload.student.patch_size
+    if height == width and half >= 8 and half % unit == 0 and half % workload.teacher.patch_size == 0:
+        factor = workload.student.image_size // height
         advice = f'and a smaller image_size, such as "image_size": {half * factor}'
         yield Change(advice, "another student", ANOTHER, replace(workload, latent_size=half))
 

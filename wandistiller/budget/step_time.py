@@ -15,7 +15,7 @@ from wandistiller.budget.workload import Workload, step_flops
 from wandistiller.device import DTYPES, autocast
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.fp8 import to_fp8
-from wandistiller.model.sizes import unfilled_model
+from wandistiller.model.sizes import sides, unfilled_model
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_optimizer
 
@@ -148,10 +148,10 @@ def random_model(config: StudentConfig, device: str, dtype: torch.dtype) -> WanL
 
 def _random_inputs(workload: Workload, device: str) -> tuple[torch.Tensor, ...]:
     """Return latents, timesteps, text of a batch and its lengths."""
-    count, side, config = workload.batch_size, workload.latent_size, workload.student
+    count, config = workload.batch_size, workload.student
     text = min(workload.text_tokens - 1, config.text_max_length)  # the model adds the token that stands for the padding
     return (
-        torch.randn(count, config.num_channels, side, side, device=device),
+        torch.randn(count, config.num_channels, *sides(workload.latent_size), device=device),
         torch.linspace(100.0, 1000.0, count, device=device),
         torch.randn(count, text, config.text_encoder_output_dim, device=device),
         torch.full((count,), text, device=device),

@@ -12,18 +12,20 @@ from dataclasses import dataclass
 
 from wandistiller.budget.activations import FP32, block_input_bytes, inference_bytes, training_bytes
 from wandistiller.model.config import StudentConfig
+from wandistiller.model.image_sizes import shares
 from wandistiller.model.sizes import (
     BACKWARD_PASSES,
     BYTES,
     count_parameters,
     guided_flops,
     num_image_tokens,
+    sides,
     transformer_flops,
     weight_bytes,
 )
 from wandistiller.targets.renoise import SAMPLES_PER_LANE
 from wandistiller.targets.replay import feature_bytes
-from wandistiller.targets.segments import READY_PER_LANE
+from wandistiller.targets.segments import ready_per_lane
 from wandistiller.targets.trajectories import PATHS_PER_LANE
 from wandistiller.training.optimizer import NEWTON_SCHULZ_STEPS
 
@@ -62,7 +64,8 @@ class Workload:
     """A run by its shapes and by what decides where bytes go.
 
     Attributes:
-        latent_size: side of the latents, behind the teacher's own VAE.
+        latent_size: height and width of the latents behind the teacher's own VAE, or the side of square ones; of several image
+            sizes, those of the largest.
         batch_size: prompts of one process in one forward pass; an optimiser step has
             batch_size x grad_accum_steps x num_processes.
         teacher_dtype: how its weights are kept: "fp32", "bf16", or "fp8" (the Linear weights of its blocks).
@@ -84,7 +87,7 @@ class Workload:
 
     teacher: StudentConfig
     student: StudentConfig
-    latent_size: int
+    latent_size: int | tuple[int, int]
     num_experts: int = 1
     uses_guidance: bool = True
     guided_share: float = 1.0
@@ -127,7 +130,7 @@ class Workload:
     @property
     def latent_bytes(self) -> int:
         """Size of one sample's latents in float32."""
-        return FP32 * self.student.num_channels * self.latent_size**2
+        return FP32 * self.student.num_channels * math.prod(sides(self.latent_size))
 
     @property
     def teacher_samples(self) -> int:
@@ -145,11 +148,11 @@ class Workload:
         return max(self.text_tokens, self.negative_text_tokens + 1 if self.uses_guidance else 0)
 
 
-def stored_latents(has_paths: bool, *, renoised: bool = False, has_segments: bool = False) -> int:
-    """Return how many latents the training states keep on the device, per sample of a batch."""
+def stored_latents(has_paths: bool, *, renoised: bool = False, has_segments: bool = False, num_sizes: int = 1) -> int:
+    """Return how many latents the training states keep on the device, per sample of a batch, over all image sizes."""
     if has_segments:
         # Starts, ends and velocities of the paths; states and velocities of the targets that are known
-        return 3 * PATHS_PER_LANE + 2 * READY_PER_LANE
+        return sum(3 * paths + 2 * ready_per_lane(paths) for paths in shares(PATHS_PER_LANE, num_sizes))
     return 0 if not has_paths else PATHS_PER_LANE + (SAMPLES_PER_LANE if renoised else 0)
 
 

@@ -29,7 +29,9 @@ BACKGROUND_RGB = {
     "pink": (255, 190, 205),
     "brown": (105, 65, 35),
 }
-PLACE_XY = {"left": (0.25, 0.5), "right": (0.75, 0.5), "top": (0.5, 0.25), "bottom": (0.5, 0.75), "center": (0.5, 0.5)}
+# Which edge a place is near, and how far from it, as a share of the shorter side; along the other axis it is in the middle.
+PLACE_SIDES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
+EDGE_DISTANCE = 0.25
 SIZE_WORDS = {"small": "small", "little": "small", "large": "large", "big": "large"}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 DIRECTION_XY = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -37,9 +39,9 @@ FACTS = ("present", "shape", "colour", "size", "place", "background", "makeable"
 
 # A colour further than this RGB distance from every named colour has no name.
 COLOUR_TOLERANCE = 70.0
-# Blobs that cover a smaller share of the picture are noise.
+# Blobs that cover a smaller share of the picture, or of the square of its shorter side, are noise.
 SPECK_AREA = 14 / 64**2
-# Extents and distances are shares of the picture's width.
+# Extents and distances are shares of the picture's shorter side.
 SMALL_EXTENT = (0.20, 0.325)
 LARGE_EXTENT = (0.325, 0.48)
 PLACE_TOLERANCE = 0.11
@@ -116,18 +118,18 @@ def read_prompt(prompt: str) -> tuple[list[Wanted], str | None]:
 def look(image: np.ndarray) -> tuple[list[Seen], str | None]:
     """Return all blobs of an image (H, W, 3) uint8, and the name of its background colour."""
     pixels = image[..., :3].astype(np.float32)
-    height, width = pixels.shape[:2]
+    side = min(pixels.shape[:2])
     ground = _ground_colour(pixels)
     contrast = np.linalg.norm(pixels - ground, axis=2)
     labels, count = ndimage.label(contrast > 40, structure=np.ones((3, 3)))
     blobs = [labels == i for i in range(1, count + 1)]
-    blobs = [blob for blob in blobs if blob.sum() >= SPECK_AREA * height * width]
+    blobs = [blob for blob in blobs if blob.sum() >= SPECK_AREA * side**2]
     return [_look_at(pixels, ground, blob) for blob in blobs], _nearest(ground, BACKGROUND_RGB)
 
 
 def _ground_colour(pixels: np.ndarray) -> np.ndarray:
     """Return the background's colour, which is the median of the picture's border."""
-    edge = max(1, pixels.shape[1] // 32)
+    edge = max(1, min(pixels.shape[:2]) // 32)
     inner = np.zeros(pixels.shape[:2], bool)
     inner[edge:-edge, edge:-edge] = True
     return np.median(pixels[~inner], axis=0)
@@ -145,13 +147,13 @@ def _look_at(pixels: np.ndarray, ground: np.ndarray, blob: np.ndarray) -> Seen:
     if len(ys) == 0:
         return Seen(None, None, None, None, (0.0, 0.0))
     top, bottom, left, right = ys.min(), ys.max() + 1, xs.min(), xs.max() + 1
-    width = pixels.shape[1]
-    extent = max(bottom - top, right - left) / width
+    height, width = pixels.shape[:2]
+    extent = max(bottom - top, right - left) / min(height, width)
     centre = ((left + right) / 2, (top + bottom) / 2)
     sizes = {"small": SMALL_EXTENT, "large": LARGE_EXTENT}
     size = next((name for name, (low, high) in sizes.items() if low <= extent < high), None)
     shape = _outline(solid[top:bottom, left:right])
-    place = _place(centre, width, pixels.shape[0])
+    place = _place(centre, width, height)
     distance = min(float(np.linalg.norm(colour - rgb)) for rgb in OBJECT_RGB.values())
     return Seen(shape, _nearest(colour, OBJECT_RGB), size, place, centre, _is_crisp(cover, solid), distance)
 
@@ -173,8 +175,12 @@ def _nearest(
 
 def _place(centre: tuple[float, float], width: int, height: int) -> str | None:
     """Return the name of the place around this centre."""
-    point = np.array(centre) / (width, height)
-    offsets = {name: float(np.abs(point - np.array(xy)).max()) for name, xy in PLACE_XY.items()}
+    side, middle = min(width, height), np.array([width, height]) / 2
+    reach = middle - EDGE_DISTANCE * side  # from the middle to where a place near an edge is
+    offsets = {
+        name: float(np.abs(np.array(centre) - middle - sides * reach).max()) / side
+        for name, sides in PLACE_SIDES.items()
+    }
     name = min(offsets, key=offsets.get)
     return name if offsets[name] <= PLACE_TOLERANCE else None
 

@@ -107,11 +107,11 @@ def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
     student = Drawn(latents_student, experiment.decode(latents_student))
     teacher = Drawn(latents_teacher, experiment.decode(latents_teacher))
 
-    endpoint = compare_endpoints(student, teacher)
-    results = {
-        "endpoint": endpoint,
-        "teacher_at_fewer_steps": measure_fewer_steps(experiment, teacher, endpoint["latent_relative_error"]),
-        "noise": compare_noise(student, teacher, experiment.num_seeds),
+    results = size_results(experiment, student, teacher)
+    results |= {
+        "teacher_at_fewer_steps": measure_fewer_steps(
+            experiment, teacher, results["endpoint"]["latent_relative_error"]
+        ),
         **compare_variety(student, teacher, experiment.num_seeds),
     }
     if experiment.can_compare_velocities:
@@ -121,9 +121,27 @@ def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
         }
         unit = measures.spread(teacher.latents)
         results["noise"]["by_sigma"] = recorded.noise.by_sigma(unit, measures.NUM_BUCKETS)
+    return results, teacher, student
+
+
+def measure_size(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
+    """Return what tells of one more image size, without what `measure` adds to it; what the teacher and the student drew."""
+    latents = experiment.draw("student", experiment.student, experiment.student_options)
+    student = Drawn(latents, experiment.decode(latents))
+    latents = experiment.draw("teacher", experiment.teacher, experiment.teacher_options)
+    teacher = Drawn(latents, experiment.decode(latents))
+    return size_results(experiment, student, teacher), teacher, student
+
+
+def size_results(experiment: Experiment, student: Drawn, teacher: Drawn) -> dict:
+    """Return the measures that every image size has."""
+    results = {
+        "endpoint": compare_endpoints(student, teacher),
+        "noise": compare_noise(student, teacher, experiment.num_seeds),
+    }
     if experiment.judge is not None:
         results["accuracy"] = compare_accuracy(experiment, student, teacher)
-    return results, teacher, student
+    return results
 
 
 def compare_endpoints(student: Drawn, teacher: Drawn) -> dict:
@@ -203,7 +221,8 @@ def measure_cost(experiment: Experiment) -> dict:
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
         seconds = measures.median_seconds(calls, device)
 
-    flops = {name: measures.picture_flops(field, latents.shape[-1], text[0].shape[1]) for name, field in fields.items()}
+    height, width = latents.shape[2:]
+    flops = {name: measures.picture_flops(field, (height, width), text[0].shape[1]) for name, field in fields.items()}
     rows: dict[str, dict[str, float]] = {
         "parameters": {
             name: sum(count_parameters(expert.config).total for expert in field.experts.values())

@@ -6,7 +6,7 @@ noise decides in the pictures that both draw.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -250,6 +250,30 @@ class HeldOutErrors:
     def _answer(self, field: VelocityField, latents: Tensor, sigma: Tensor, text: Text) -> Tensor:
         """Ask a field for its velocity (B, C, H, W), computed in the dtype that it is sampled in."""
         return autocast(field.velocity, self.options.device, self.options.compute_dtype)(latents, sigma, *text)
+
+
+# ---- several image sizes ----
+
+
+class MeanOverSizes:
+    """Measures a student at several image sizes, and returns each measure's mean over them.
+
+    Args:
+        measures: one for each size, with what it counts for.
+    """
+
+    def __init__(self, measures: Sequence[tuple[Callable[[WanLiteStudent], Mapping[str, float | None]], int]]):
+        self.measures = measures
+
+    def __call__(self, student: WanLiteStudent) -> dict[str, float | None]:
+        """Return the means by name, of the sizes that have a value; None where none has."""
+        found = [(measure(student), weight) for measure, weight in self.measures]
+        means: dict[str, float | None] = {}
+        for name in found[0][0]:
+            known = [(values[name], weight) for values, weight in found if values[name] is not None]
+            total = sum(weight for _, weight in known)
+            means[name] = sum(value * weight for value, weight in known) / total if known else None
+        return means
 
 
 # ---- what the noise decides ----

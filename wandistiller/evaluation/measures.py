@@ -202,12 +202,13 @@ def steps_of_equal_error(error: float, errors_at_steps: Mapping[int, float]) -> 
 # ---- cost ----
 
 
-def picture_flops(field: Teacher, latent_size: int, num_tokens: int) -> tuple[int, int]:
+def picture_flops(field: Teacher, latent_size: int | tuple[int, int], num_tokens: int) -> tuple[int, int]:
     """Return the FLOPs of one forward pass and of one sampling step at sigma 1, for one picture.
 
     Guidance takes two passes, which share what is equal in both.
 
     Args:
+        latent_size: side of the picture's latents, or their height and width.
         num_tokens: text tokens of the prompt.
     """
     config = field.experts["high"].config

@@ -116,34 +116,34 @@ def wrap(text: str, width: float, font, max_lines: int = MAX_CAPTION_LINES) -> l
     return lines
 
 
-def _cell_size(height: int, width: int) -> tuple[int, int]:
-    """Return the (height, width) that a picture is shown at: small ones in whole multiples, large ones shrunk."""
-    if width < MIN_CELL:
-        factor = -(-MIN_CELL // width)
-        return height * factor, width * factor
-    scale = min(1.0, MAX_CELL / max(height, width))
-    return round(height * scale), round(width * scale)
+def _scale(height: int, width: int) -> float:
+    """Return how much larger a picture is shown: small ones in whole multiples, large ones shrunk."""
+    return -(-MIN_CELL // width) if width < MIN_CELL else min(1.0, MAX_CELL / max(height, width))
 
 
 def labelled_grid(
     rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]], row_names: Sequence[str] = ()
 ) -> "Image":
-    """Draw rows of pictures of one size, each below its wrapped caption, with the names of the rows to their left.
+    """Draw rows of pictures, each below its wrapped caption, with the names of the rows to their left.
 
-    The grid's `info` says where its last row begins, in pixels from the top.
+    Pictures of several sizes are shown at one scale; the columns are as wide as the widest. The grid's `info` says where its last row
+    begins, in pixels from the top.
     """
     from PIL import Image, ImageDraw
 
     font = caption_font([caption for row in captions for caption in row])
     line_height = sum(font.getmetrics()) + 1
-    cell_height, cell_width = _cell_size(*rows[0][0].shape[:2])
+    sides = [max(picture.shape[side] for row in rows for picture in row) for side in (0, 1)]
+    scale = _scale(*sides)
+    cell_width = round(sides[1] * scale)
+    cell_heights = [round(max(picture.shape[0] for picture in row) * scale) for row in rows]
     wrapped = [[wrap(escaped(caption, font), cell_width, font) for caption in row] for row in captions]
     caption_heights = [line_height * max(map(len, row), default=0) for row in wrapped]
     left = MARGIN + (round(max(map(font.getlength, row_names))) + MARGIN if row_names else 0)
     num_columns = max(map(len, rows))
     size = (
         left + num_columns * (cell_width + MARGIN),
-        MARGIN + sum(height + cell_height + MARGIN for height in caption_heights),
+        MARGIN + sum(map(sum, zip(caption_heights, cell_heights, strict=True))) + MARGIN * len(rows),
     )
     grid = Image.new("RGB", size, "white")
     drawing = ImageDraw.Draw(grid)
@@ -152,12 +152,13 @@ def labelled_grid(
         grid.info["last_row"] = top
         top += caption_heights[index]
         if row_names:
-            drawing.text((MARGIN, top + cell_height / 2), row_names[index], "black", font, anchor="lm")
+            drawing.text((MARGIN, top + cell_heights[index] / 2), row_names[index], "black", font, anchor="lm")
         for column, (picture, lines) in enumerate(zip(row, wrapped[index], strict=True)):
             x, first_line = left + column * (cell_width + MARGIN), top - line_height * len(lines)
             for number, line in enumerate(lines):
                 drawing.text((x, first_line + number * line_height), line, "black", font)
-            resampling = Image.Resampling.NEAREST if cell_width > picture.shape[1] else Image.Resampling.LANCZOS
-            grid.paste(Image.fromarray(picture).resize((cell_width, cell_height), resampling), (x, top))
-        top += cell_height + MARGIN
+            shown = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
+            resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+            grid.paste(Image.fromarray(picture).resize(shown, resampling), (x, top))
+        top += cell_heights[index] + MARGIN
     return grid

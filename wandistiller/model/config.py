@@ -47,7 +47,8 @@ class StudentConfig:
         block: "wan" for Wan's own block in 2D, "lite" for a small plain one.
         ffn_dim: neurons of a block's FFN; a lite block always has 4 * hidden_size.
         num_channels: latent channels.
-        image_size: side in pixels of the square images that the student is trained on.
+        image_size: side in pixels of the square images that the student is trained on. Images of other sizes, where it has any
+            (record.py), have about as many pixels.
         patch_size: latent pixels along a token's side; a lite student has no patches.
         text_max_length: text slots of the run, for teacher and student alike.
         freq_dim: width of the sinusoidal time embedding; a lite student always has hidden_size.

@@ -20,6 +20,7 @@ from wandistiller.files.checked_json import (
     Kind,
     numbers,
 )
+from wandistiller.model.image_sizes import MAX_SIZES, is_size
 
 # What a Wan and a student both say of themselves
 SAMPLING_KINDS = {
@@ -35,6 +36,13 @@ SAMPLING_KINDS = {
 }
 
 
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= MAX_SIZES and all(map(is_size, value))
+
+
+SIZES = Kind(f'a list of 1 to {MAX_SIZES} sizes such as "640x384", no side above 32768', _are_sizes)
+
+
 # What drawing and exporting take from a student alone; what only a card shows may be anything
 _KINDS = {
     **SAMPLING_KINDS,
@@ -44,6 +52,7 @@ _KINDS = {
     "boundary_ratio": RATIO,
     "teacher_loras": LORAS,
     "guidance_range": SIGMA_RANGE,
+    "image_sizes": SIZES,
 }
 
 

@@ -82,13 +82,19 @@ def weight_bytes(config: StudentConfig, dtype: str) -> int:
     return BYTES["fp32"] * count.float32 + size * (count.total - count.float32 - matrices) + BYTES["fp8"] * matrices
 
 
-def num_image_tokens(config: StudentConfig, latent_size: int | None = None) -> int:
-    """Return the number of tokens of a square image.
+def num_image_tokens(config: StudentConfig, latent_size: int | tuple[int, int] | None = None) -> int:
+    """Return the number of tokens of an image.
 
     Args:
-        latent_size: side of the image's latents; None takes that of the config's own image_size.
+        latent_size: side of a square image's latents, or their height and width; None takes the config's own image_size.
     """
-    return ((latent_size or config.latent_size) // config.patch_size) ** 2
+    height, width = sides(latent_size or config.latent_size)
+    return (height // config.patch_size) * (width // config.patch_size)
+
+
+def sides(latent_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of latents, of which a square is known by its side."""
+    return (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
 
 
 def transformer_flops(config: StudentConfig, num_image_tokens: int, num_text_tokens: int) -> int:

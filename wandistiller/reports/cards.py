@@ -27,6 +27,7 @@ from wandistiller.files.output_folder import (
     sample_files,
 )
 from wandistiller.model.config import StudentConfig
+from wandistiller.model.image_sizes import square
 from wandistiller.projection.comfyui import LOADERS, comfyui_settings, comfyui_warnings
 from wandistiller.reports.metrics import (
     bucket_name,
@@ -41,7 +42,7 @@ from wandistiller.reports.metrics import (
 )
 from wandistiller.reports.progress import format_duration
 from wandistiller.reports.tables import cell_text, comparison_rows, markdown_table
-from wandistiller.sampling.recorded import weights_digest
+from wandistiller.sampling.recorded import trained_sizes, weights_digest
 
 FENCE = "````"  # longer than any fence that a command is likely to hold
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -153,11 +154,16 @@ def introduction(config: StudentConfig, record: dict) -> str:
     steps = few or record.get("num_inference_steps")
     return (
         f"A text-to-image transformer of {config.num_parameters:,} parameters that draws what {teacher_name(record)} draws "
-        f"in one frame, at {config.image_size} x {config.image_size} pixels in {steps} steps"
+        f"in one frame, at {sizes_text(config)} pixels in {steps} steps"
         f"{' (the teacher takes ' + str(record.get('num_inference_steps')) + ')' if few else ''}. It was distilled with "
         "WanDistiller from text prompts alone. It has learnt the teacher's guided answer, so it takes one pass a step and no "
         "negative prompt."
     )
+
+
+def sizes_text(config: StudentConfig) -> str:
+    """Return the sizes that a student was trained at in words."""
+    return ", ".join(f"{size.width} x {size.height}" for size in trained_sizes(config))
 
 
 def teacher_name(record: dict) -> str:
@@ -303,8 +309,10 @@ def is_apache(record: dict) -> bool:
 
 
 def limits(config: StudentConfig, record: dict) -> str:
+    is_square = trained_sizes(config) == [square(config.image_size)]
+    what, at = ("square pictures", config.image_size) if is_square else ("pictures", sizes_text(config))
     texts = [
-        f"It draws single square pictures; it was trained at {config.image_size} pixels alone, on "
+        f"It draws single {what}; it was trained at {at} pixels alone, on "
         f"{record.get('num_prompts')} prompts. It makes no video.",
         "What the teacher cannot draw, it has not learnt; biases of the teacher's pictures are its own too.",
     ]
@@ -348,7 +356,8 @@ def drawing(config: StudentConfig, folder: str, dtype: str, *, prompt: str, link
     slots = config.text_max_length
     settings = ["num_frames=1", "guidance_scale=1.0"]
     settings += [f"num_inference_steps={steps}"] if steps else []
-    settings += [f"height={config.image_size}", f"width={config.image_size}", 'output_type="pil"']
+    size = trained_sizes(config)[0]
+    settings += [f"height={size.height}", f"width={size.width}", 'output_type="pil"']
     settings += ["generator=torch.Generator().manual_seed(0)"]
     settings += [f"max_sequence_length={slots}"] if slots != DEFAULT_SLOTS else []
     return (

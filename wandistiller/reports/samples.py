@@ -48,7 +48,7 @@ class SampleOptions:
     """How sample pictures are drawn.
 
     Attributes:
-        latent_shape: (C, H, W).
+        latent_shapes: (C, H, W) of each image size; the prompts take them in turn.
         vae_location: where the VAE is.
         settings: the teacher's, for the VAE's statistics and the record in each picture.
         teacher_sampling: how the teacher's row is sampled.
@@ -57,7 +57,7 @@ class SampleOptions:
         needs_all_processes: whether weights are sharded, so that all processes must draw together.
     """
 
-    latent_shape: tuple[int, int, int]
+    latent_shapes: Sequence[tuple[int, int, int]]
     vae_location: VaeLocation
     settings: TeacherSettings
     teacher_sampling: SamplingOptions
@@ -94,8 +94,14 @@ class Samples:
         self.prompts, self.prompt_embeds = prompts, prompt_embeds
         self.options, self.processes, self.on_picture = options, processes, on_picture
         self.batch_size = min(MAX_BATCH_SIZE, options.batch_size)
-        self.noise = seeded_noise(range(SEED, SEED + len(prompts)), options.latent_shape)
-        self.teacher_latents: Tensor | None = None
+        num_sizes = len(options.latent_shapes)
+        # The prompts of each size, and their noise:
+        self.indices = [range(first, len(prompts), num_sizes) for first in range(min(num_sizes, len(prompts)))]
+        self.noises = [
+            seeded_noise([SEED + index for index in indices], shape)
+            for indices, shape in zip(self.indices, options.latent_shapes, strict=False)
+        ]
+        self.teacher_latents: list[Tensor] = []
         self.teacher_row: list[np.ndarray] = []
         self.is_over = False
 
@@ -130,7 +136,7 @@ class Samples:
         needs_others = self.options.needs_all_processes and self.processes.are_many
         try:
             with undisturbed(student, self.options.student_sampling.device):
-                if self.teacher is not None and self.teacher_latents is None:
+                if self.teacher is not None and not self.teacher_latents:
                     self.teacher_latents = self._latents("teacher", self.teacher, self.options.teacher_sampling)
                 latents = self._latents("student", StudentField(student), self.options.student_sampling)
         except RuntimeError as error:
@@ -152,14 +158,15 @@ class Samples:
         tqdm.write(f"No sample pictures: {reason}", file=sys.stdout)
         return False
 
-    def _latents(self, name: str, field: VelocityField, options: SamplingOptions) -> Tensor:
-        count = len(self.prompts)
-        with tqdm(total=count, desc=f"drawing with the {name}", disable=None, leave=False) as bar:
-            return sample_in_batches(
-                field, self.noise, self.prompt_embeds, range(count), options, self.batch_size, bar.update
-            )
+    def _latents(self, name: str, field: VelocityField, options: SamplingOptions) -> list[Tensor]:
+        """Return what is drawn at each size."""
+        with tqdm(total=len(self.prompts), desc=f"drawing with the {name}", disable=None, leave=False) as bar:
+            return [
+                sample_in_batches(field, noise, self.prompt_embeds, indices, options, self.batch_size, bar.update)
+                for noise, indices in zip(self.noises, self.indices, strict=True)
+            ]
 
-    def _write(self, latents: Tensor, step: int, file: Path) -> None:
+    def _write(self, latents: list[Tensor], step: int, file: Path) -> None:
         grid = self._grid(latents)
         file.parent.mkdir(exist_ok=True)
         steps, shift = self.options.student_sampling.num_inference_steps, self.options.settings.shift
@@ -167,10 +174,10 @@ class Samples:
         save_png(grid, file, about | {STUDENT_ROW: grid.info["last_row"]})
         self.on_picture(step, grid)
 
-    def _grid(self, latents: Tensor) -> "Image":
+    def _grid(self, latents: list[Tensor]) -> "Image":
         factor, device = self.options.settings.vae_scale_factor, self.options.student_sampling.device
-        vae = load_vae(self.options.vae_location, latents.shape[1], factor, device)
-        if self.teacher_latents is not None and not self.teacher_row:
+        vae = load_vae(self.options.vae_location, latents[0].shape[1], factor, device)
+        if self.teacher_latents and not self.teacher_row:
             self.teacher_row = self._pictures(vae, self.teacher_latents)
         rows = {"teacher": self.teacher_row} if self.teacher_row else {}
         rows["student"] = self._pictures(vae, latents)
@@ -179,6 +186,11 @@ class Samples:
         captions = [self.prompts, [""] * len(self.prompts)][: len(rows)]
         return labelled_grid(list(rows.values()), captions, list(rows))
 
-    def _pictures(self, vae, latents: Tensor) -> list[np.ndarray]:
+    def _pictures(self, vae, latents: list[Tensor]) -> list[np.ndarray]:
+        """Return the pictures in the order of their prompts."""
         mean, std = self.options.settings.latents_mean, self.options.settings.latents_std
-        return [picture for part in latents.split(self.batch_size) for picture in decode(vae, part, mean, std)]
+        pictures: dict[int, np.ndarray] = {}
+        for of_size, indices in zip(latents, self.indices, strict=True):
+            decoded = [picture for part in of_size.split(self.batch_size) for picture in decode(vae, part, mean, std)]
+            pictures |= dict(zip(indices, decoded, strict=True))
+        return [pictures[index] for index in sorted(pictures)]

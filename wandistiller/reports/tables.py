@@ -60,6 +60,18 @@ def table_lines(results: dict) -> list[str]:
         lines += textwrap.wrap(CMMD_NOTE, 106, initial_indent="  ", subsequent_indent="  ")
     for name, row in results["cost"].items():
         lines.append(compared(name.replace("_", " "), row))
+    return [*lines, *size_lines(results, line)]
+
+
+def size_lines(results: dict, line: Callable[..., str]) -> list[str]:
+    """Return what was measured at each image size as lines of the table; nothing where there is one."""
+    lines = []
+    for size, measured in results.get("by_size", {}).items():
+        if judged := measured.get("accuracy"):
+            both = (judged[who]["correct"] for who in ("student", "teacher"))
+            lines.append(line(f"{size}: prompt accuracy", *both, judged["ratio"]))
+        lines.append(line(f"{size}: latent relative error", measured["endpoint"]["latent_relative_error"]))
+        lines.append(line(f"{size}: gain of what the noise decides", measured["noise"]["gain"]))
     return lines
 
 
@@ -127,6 +139,11 @@ def comparison_rows(results: dict) -> list[tuple[str, str, str, str]]:
     if judged := results.get("accuracy"):
         student, teacher = (f"{judged[who]['correct']:.1%}" for who in ("student", "teacher"))
         rows.append(("prompt drawn right", student, teacher, cell_text(judged["ratio"])))
+    for size, measured in results.get("by_size", {}).items():
+        if judged := measured.get("accuracy"):
+            student, teacher = (f"{judged[who]['correct']:.1%}" for who in ("student", "teacher"))
+            rows.append((f"prompt drawn right at {size}", student, teacher, cell_text(judged["ratio"])))
+        rows.append(row(f"distance to the teacher's latents at {size}", measured["endpoint"]["latent_relative_error"]))
     if "velocity_error" in results:
         rows.append(row("relative velocity error", results["velocity_error"]["mean"]))
     rows += [

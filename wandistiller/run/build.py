@@ -1,7 +1,7 @@
 """What a run is built of: embeddings, teacher, student, answers and objective."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from wandistiller.targets.answers import NO_HIDDEN_STATES, Answers, HiddenStates
 from wandistiller.targets.cache import CachedAnswers
 from wandistiller.targets.replay import ReplayedAnswers, answered_batches
 from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
+from wandistiller.targets.shares import Share
+from wandistiller.targets.sizes_in_turn import SizesInTurn
 from wandistiller.targets.state_batch import DrawOptions
-from wandistiller.targets.states import build_states, teacher_levels
+from wandistiller.targets.states import build_states_by_size, teacher_levels
 from wandistiller.training.checkpoints import DamagedCheckpointError
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
 from wandistiller.training.loop import Saving
@@ -80,16 +82,19 @@ def print_encoding(done: int, total: int) -> None:
 
 def load_teacher(run: Run, embeds: Embeds) -> Teacher | None:
     """Load the teacher, which fills the cache that the run asks for; return None where the run does without it from there on."""
-    cache, is_offline = run.cache, run.flags.states.offline_teacher
-    if cache is not None and cache.is_complete and is_offline:
+    is_offline = run.flags.states.offline_teacher
+    if run.caches and all(cache.is_complete for cache in run.caches) and is_offline:
         return None
     teacher = build_teacher(run, embeds.negative)
     logger.info("teacher read and projected")
-    if cache is not None and not cache.is_complete:
-        num_batches = answered_batches(run.num_steps, run.flags.states.replay)
-        print(f"Asking the teacher for {num_batches} batches, kept in {cache.folder}", flush=True)
-        cache.build(live_answers(run, embeds, teacher), num_batches, Countdown("Teacher's answers", num_batches))
-        logger.info("answers of the teacher written to its cache")
+    for index, cache in enumerate(run.caches):
+        if not cache.is_complete:
+            num_steps = Share(index, len(run.caches)).of(run.num_steps)
+            num_batches = answered_batches(num_steps, run.flags.states.replay)
+            print(f"Asking the teacher for {num_batches} batches, kept in {cache.folder}", flush=True)
+            answers = live_answers(run, embeds, teacher)[index]
+            cache.build(answers, num_batches, Countdown("Teacher's answers", num_batches))
+            logger.info("answers of the teacher written to its cache")
     if is_offline:
         keep_states(run, held_out_states(run, embeds, teacher))
         run.processes.barrier()  # all of them read what the first one has written
@@ -199,57 +204,83 @@ def build_answers(
 
     The answers bring along the hidden states that the objective compares; `projection` says of which layers and channels.
     """
-    states, seed = run.flags.states, run.flags.optimization.seed
-    if run.cache is not None:
-        return CachedAnswers(run.cache, embeds.trained, run.lanes, run.device, seed)
-    if run.flags.objective.student_steps:
-        answers: Answers = segment_answers(run, embeds, teacher, student)
+    by_size: Sequence[Answers]
+    if run.caches:
+        by_size = cached_answers(run, embeds)
+    elif run.flags.objective.student_steps:
+        by_size = segment_answers(run, embeds, teacher, student)
     else:
-        answers = live_answers(run, embeds, teacher, projection)
-    if states.replay == 1:
-        return answers
-    return ReplayedAnswers(answers, embeds.trained, states.replay, run.num_steps, seed, run.device)
+        by_size = live_answers(run, embeds, teacher, projection)
+    if run.flags.states.replay > 1 and not run.caches:
+        by_size = replayed_answers(run, embeds, by_size)
+    return by_size[0] if len(by_size) == 1 else SizesInTurn(by_size)
+
+
+def cached_answers(run: Run, embeds: Embeds) -> list[CachedAnswers]:
+    """Build the teacher's answers on disk, those of each image size."""
+    seed, count = run.flags.optimization.seed, len(run.caches)
+    return [
+        CachedAnswers(cache, embeds.trained, run.lanes, run.device, Share(index, count).seed(seed))
+        for index, cache in enumerate(run.caches)
+    ]
+
+
+def replayed_answers(run: Run, embeds: Embeds, by_size: Sequence[Answers]) -> list[ReplayedAnswers]:
+    """Build the store that the answers of each image size are learnt from again."""
+    replay, seed = run.flags.states.replay, run.flags.optimization.seed
+    parts = [Share(index, len(by_size)) for index in range(len(by_size))]
+    return [
+        ReplayedAnswers(answers, embeds.trained, replay, part.of(run.num_steps), seed, run.device, part)
+        for part, answers in zip(parts, by_size, strict=True)
+    ]
 
 
 def live_answers(
     run: Run, embeds: Embeds, teacher: Teacher, projection: ProjectionReport | None = None
-) -> TeacherAnswers:
-    """Build the teacher's answers at the states that the flags ask for."""
+) -> list[TeacherAnswers]:
+    """Build the teacher's answers at the states that the flags ask for, those of each image size."""
     num_prompts = len(run.texts.prompts)
-    states = build_states(
-        run.states_options, run.config, run.settings, num_prompts, run.lanes, run.device, run.num_used
+    by_size = build_states_by_size(
+        run.states_options, run.latent_shapes, run.settings, num_prompts, run.lanes, run.device, run.num_used
     )
-    return TeacherAnswers(
-        teacher,
-        states,
-        embeds.trained,
-        run.device,
-        run.dtype,
-        hidden_states=hidden_states(run, projection) if projection else NO_HIDDEN_STATES,
-        student_rollout=run.flags.states.student_rollout,
-    )
+    return [
+        TeacherAnswers(
+            teacher,
+            states,
+            embeds.trained,
+            run.device,
+            run.dtype,
+            hidden_states=hidden_states(run, projection) if projection else NO_HIDDEN_STATES,
+            student_rollout=run.flags.states.student_rollout,
+        )
+        for states in by_size
+    ]
 
 
-def segment_answers(run: Run, embeds: Embeds, teacher: Teacher, student: WanLiteStudent) -> SegmentAnswers:
-    """Build the teacher's answers over whole segments of its paths, for a student of --student_steps."""
-    flags = run.flags
-    draw = DrawOptions(
-        latent_shape=run.latent_shape,
-        num_prompts=len(run.texts.prompts),
-        lanes=run.lanes,
-        shift=run.settings.shift,
-        levels=teacher_levels(run.settings),
-        seed=flags.optimization.seed,
-        device=run.device,
-        num_used=run.num_used,
-    )
+def segment_answers(run: Run, embeds: Embeds, teacher: Teacher, student: WanLiteStudent) -> list[SegmentAnswers]:
+    """Build the teacher's answers over whole segments of its paths, of each image size, for a student of --student_steps."""
+    flags, shapes = run.flags, run.latent_shapes
     segments = SegmentOptions(
         num_segments=flags.objective.student_steps,
         num_teacher_steps=run.settings.num_inference_steps,
         student_rollout=flags.states.student_rollout,
         compute_dtype=run.dtype,
     )
-    return SegmentAnswers(teacher, student, embeds.trained, draw, segments)
+    draws = [
+        DrawOptions(
+            latent_shape=shape,
+            num_prompts=len(run.texts.prompts),
+            lanes=run.lanes,
+            shift=run.settings.shift,
+            levels=teacher_levels(run.settings),
+            seed=flags.optimization.seed,
+            device=run.device,
+            num_used=run.num_used,
+            share=Share(index, len(shapes)),
+        )
+        for index, shape in enumerate(shapes)
+    ]
+    return [SegmentAnswers(teacher, student, embeds.trained, draw, segments) for draw in draws]
 
 
 # ---- the state to resume from ----

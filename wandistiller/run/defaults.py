@@ -39,7 +39,7 @@ def suggested_warmup(num_steps: int) -> int:
 def suggested_replay(
     teacher: StudentConfig,
     student: StudentConfig,
-    latent_size: int,
+    latent_size: int | tuple[int, int],
     *,
     uses_guidance: bool,
     calls_per_answer: int = 1,
@@ -48,6 +48,7 @@ def suggested_replay(
     """Return how often each answer is learnt from, so that learning costs about what the teacher's answers cost.
 
     Args:
+        latent_size: side of the latents, or their height and width.
         calls_per_answer: answers that one target takes, more than one for students of few steps.
         guided_share: share of the answers that are guided, where guidance is used.
     """

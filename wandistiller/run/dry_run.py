@@ -65,11 +65,12 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
     is_gpu = torch.device(plan.device).type == "cuda" if is_gpu is None else is_gpu
     dtype = dtype or performance.dtype or ("bf16" if is_gpu else "fp32")
     replays = states.replay > 1 and not states.teacher_cache
+    num_sizes = len(plan.image_sizes)
     calls = expected_calls(flags, plan.settings.num_inference_steps, plan.num_steps)
     return Workload(
         teacher=plan.wan_files.config,
         student=config,
-        latent_size=config.image_size // plan.settings.vae_scale_factor,
+        latent_size=plan.largest_latent_size,
         num_experts=len(plan.wan_files.experts),
         uses_guidance=plan.settings.uses_guidance,
         guided_share=plan.guided_share if plan.settings.uses_guidance else 1.0,
@@ -87,11 +88,12 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
         ema=own.ema_decay > 0,
         num_features=config.depth if flags.objective.feature_loss_weight else 0,
         maps_features=config.block != "wan" or flags.student.init == "random",
-        replayed_batches=stored_batches(plan.num_steps, states.replay) if replays else 0,
+        replayed_batches=stored_batches(plan.num_steps, states.replay, num_sizes) if replays else 0,
         stored_latents=stored_latents(
             STATES[states.states].has_paths,
             renoised=states.renoise_fraction > 0,
             has_segments=flags.objective.student_steps is not None,
+            num_sizes=num_sizes,
         ),
         calls_per_step=calls / plan.num_steps,
         num_steps=plan.num_steps,

@@ -12,6 +12,7 @@ from typing import Any
 
 from wandistiller.command_line import LORA_FLAG, FlagGroup, FlagParser, int_list, number, path, torchrun_environment
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_TEACHER, check_is_in_clone
+from wandistiller.model.image_sizes import AspectRatio, ImageSize
 from wandistiller.run.config_help import READY_CONFIGS
 from wandistiller.run.presets import PRESETS
 from wandistiller.run.recipe import Recipe
@@ -121,6 +122,19 @@ class StudentFlags:
     )
     init_expert: str = flag(
         "the expert that initialises the student, of a two-expert teacher", "high", choices=["high", "low"]
+    )
+    aspect_ratios: tuple[AspectRatio, ...] | None = flag(
+        "train at these ratios of width to height, 4:1 to 1:4, such as 1:1 4:3 3:4, each of about image_size^2 pixels; a step "
+        "is of one of them, in turn (left out: image_size x image_size alone)",
+        nargs="+",
+        type=AspectRatio.parse,
+        metavar="W:H",
+    )
+    image_sizes: tuple[ImageSize, ...] | None = flag(
+        "train at these sizes in pixels instead, such as 512x512 640x384",
+        nargs="+",
+        type=ImageSize.parse,
+        metavar="WxH",
     )
     layers: list[int] | None = flag(
         "teacher layer of each student block, e.g. 0,2,5,7 (evenly spread if left out)", type=int_list
@@ -388,6 +402,7 @@ class Flags:
     def recipe(self) -> Recipe:
         """What the student records of how it is made, and what a resumed run must keep."""
         values = self.as_dict()
+        values["image_sizes"] = values["image_sizes"] and [str(size) for size in values["image_sizes"]]
         return Recipe(**{known.name: values[known.name] for known in fields(Recipe)})
 
     def as_dict(self) -> dict[str, Any]:
@@ -456,7 +471,7 @@ def add_flags(group: FlagGroup, flags: tuple[Field, ...]) -> None:
 
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Fill in the best known values for what was left out: by teacher first, then by other flags."""
-    for name in ("sigma_range", "student_rollout", "guidance_range"):
+    for name in ("sigma_range", "student_rollout", "guidance_range", "aspect_ratios", "image_sizes"):
         values[name] = values[name] and tuple(values[name])
     is_demo = os.path.realpath(values["teacher_path"]) == os.path.realpath(DEMO_TEACHER)
     for _, group in GROUPS.values():
@@ -506,6 +521,8 @@ def mistakes(flags: Flags) -> Iterator[Mistake]:
     if flags.output.eval_every and flags.states.sigma_range != (0.0, 1.0):
         yield "--eval_every", "measures at all noise levels; leave it out with a --sigma_range"
     yield from few_steps_mistakes(flags)
+    if flags.student.aspect_ratios and flags.student.image_sizes:
+        yield "--aspect_ratios", "says which sizes are trained at, and so does --image_sizes; give one of the two"
     if flags.optimization.teacher_calls and flags.optimization.max_steps:
         yield "--teacher_calls", "says how long the run is, and so does --max_steps; give one of the two"
     yield from shard_mistakes(flags)

@@ -3,30 +3,36 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from wandistiller.evaluation.held_out import (
     BATCH_SIZE,
     SEED,
     HeldOutErrors,
     HeldOutNoise,
+    MeanOverSizes,
     PathErrors,
     PathStates,
     draw_path_states,
 )
 from wandistiller.files.safetensors_files import DamagedFileError, read_header, read_tensors, write_tensors
+from wandistiller.model.image_sizes import shares
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.run.measuring import NUM_NOISES
 from wandistiller.run.run import Run
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets.cache import prompts_digest
-from wandistiller.wan.prompt_embeds import Embeds
+from wandistiller.targets.cache import TeacherCache, prompts_digest
+from wandistiller.training.checkpoints import Checkpoints
+from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
 
 logger = logging.getLogger(__name__)
 
 Measure = Callable[[WanLiteStudent], dict[str, float]]
+NoiseMeasure = Callable[[WanLiteStudent], dict[str, float | None]]
+Measured = TypeVar("Measured", bound=Callable[[WanLiteStudent], dict])
 FILE_NAME = "held_out_{}.safetensors"
 
 
@@ -34,21 +40,48 @@ def build_measure(run: Run, embeds: Embeds, teacher: Teacher | None) -> Measure 
     """Build what measures the student; None where nothing is measured. It samples the teacher once, if that is still to be done."""
     if run.measuring.is_default:
         states = held_out_states(run, embeds, teacher)
-        return None if states is None else PathErrors(states, embeds.held_out, run.teacher_sampling, batch_size(run))
+        measures = [PathErrors(part, embeds.held_out, run.teacher_sampling, batch_size(run)) for part in states]
+        return over_sizes([(measure, measure.states.num_paths) for measure in measures])
     if not run.measuring.every or teacher is None:
         return None
     options = run.teacher_sampling
     print_drawing(run, len(embeds.held_out), options.num_inference_steps)
-    return HeldOutErrors(teacher, embeds.held_out, run.latent_shape, options, batch_size=batch_size(run))
+    return over_sizes(
+        [
+            (HeldOutErrors(teacher, prompts, shape, options, batch_size=batch_size(run)), len(prompts))
+            for prompts, shape in prompts_by_size(run, embeds.held_out)
+        ]
+    )
 
 
-def build_noise_measure(run: Run, embeds: Embeds, teacher: Teacher | None) -> HeldOutNoise | None:
+def build_noise_measure(run: Run, embeds: Embeds, teacher: Teacher | None) -> NoiseMeasure | None:
     """Build what measures the noise part beside --eval_every; it draws with the teacher once."""
     prompts = embeds.held_out.first(run.measuring.num_noise_prompts)
     if teacher is None or not prompts:
         return None
     print(f"Held-out pictures: the teacher draws {len(prompts)} prompts with {NUM_NOISES} noises each", flush=True)
-    return HeldOutNoise(teacher, prompts, run.latent_shape, run.teacher_sampling, NUM_NOISES, batch_size(run))
+    options = run.teacher_sampling
+    return over_sizes(
+        [
+            (HeldOutNoise(teacher, part, shape, options, NUM_NOISES, batch_size(run)), len(part))
+            for part, shape in prompts_by_size(run, prompts)
+        ]
+    )
+
+
+def prompts_by_size(run: Run, prompts: PromptEmbeds) -> list[tuple[PromptEmbeds, tuple[int, int, int]]]:
+    """Split prompts over the image sizes, so that measuring costs what it costs at one; those that get none are left out."""
+    parts, start = [], 0
+    for count, shape in zip(shares(len(prompts), len(run.latent_shapes)), run.latent_shapes, strict=True):
+        if count:
+            parts.append((prompts.part(start, count), shape))
+        start += count
+    return parts
+
+
+def over_sizes(measures: Sequence[tuple[Measured, int]]) -> Measured | MeanOverSizes | None:
+    """Return a measure of all image sizes, from one of each and what it counts for; None where there is none."""
+    return MeanOverSizes(measures) if len(measures) > 1 else measures[0][0] if measures else None
 
 
 def batch_size(run: Run) -> int:
@@ -64,52 +97,60 @@ def print_drawing(run: Run, num_paths: int, num_steps: int) -> None:
 # ---- states that are answered once ----
 
 
-def held_out_states(run: Run, embeds: Embeds, teacher: Teacher | None) -> PathStates | None:
-    """Return the states that a run measures at by itself; None where it does not, or where nobody is there to answer.
+def held_out_states(run: Run, embeds: Embeds, teacher: Teacher | None) -> list[PathStates]:
+    """Return the states that a run measures at by itself, those of each image size that has a path.
+
+    There are none where it does not measure by itself, or where nobody is there to answer.
 
     Those of an earlier command are used as they are, however many there are: what is measured stays the same when a run goes on
     for longer.
     """
     plan, (low, high) = run.measuring, run.flags.states.sigma_range
     if not plan.is_default:
-        return None
-    kept = read_states(states_file(run))
-    if run.processes.all_true(kept is not None):
+        return []
+    counts = [count for count in shares(plan.num_paths, len(run.image_sizes)) if count]
+    found = [read_states(file) for file in states_files(run)[: len(counts)]]
+    kept = [states for states in found if states is not None]
+    if run.processes.all_true(len(kept) == len(counts)):
         return kept
     if teacher is None:
-        return None
+        return []
     print_drawing(run, plan.num_paths, plan.num_steps)
-    states = draw_path_states(
-        teacher,
-        embeds.held_out,
-        run.latent_shape,
-        replace(
-            run.teacher_sampling, num_inference_steps=plan.num_steps
-        ),  # fewer than its own, where it answers at all levels
-        plan.num_paths,
-        plan.segment_steps if run.flags.objective.student_steps else None,
-        batch_size(run),
-    ).within(low, high)
-    return states if len(states.sigma) else None
+    # Fewer steps than its own, where it answers at all levels
+    options = replace(run.teacher_sampling, num_inference_steps=plan.num_steps)
+    states = [
+        draw_path_states(
+            teacher,
+            embeds.held_out,
+            shape,
+            options,
+            count,
+            plan.segment_steps if run.flags.objective.student_steps else None,
+            batch_size(run),
+        ).within(low, high)
+        for count, shape in zip(counts, run.latent_shapes, strict=False)
+    ]
+    return states if len(states[0].sigma) else []
 
 
-def states_file(run: Run) -> Path | None:
-    """Return where the states are kept: with the teacher's cache, else with the checkpoints, if there are any.
+def states_files(run: Run) -> list[Path]:
+    """Return where the states of each image size are kept: with the teacher's cache, else with the checkpoints, if there are any.
 
     The name holds a digest of what the states depend on but their number, so that no others are ever taken for them.
     """
-    place = run.cache or (run.checkpoints if run.flags.output.save_every else None)
-    if place is None:
-        return None
-    own = {"held_out": prompts_digest(run.held_out_texts), "shape": run.latent_shape, "seed": SEED}
-    digest = hashlib.sha256(json.dumps(place.description | own, sort_keys=True).encode()).hexdigest()[:16]
-    return place.folder / FILE_NAME.format(digest)
+    places: Sequence[TeacherCache | Checkpoints] = run.caches
+    if not places and run.flags.output.save_every:
+        places = [run.checkpoints] * len(run.image_sizes)
+    files = []
+    for place, shape in zip(places, run.latent_shapes, strict=False):
+        own = {"held_out": prompts_digest(run.held_out_texts), "shape": shape, "seed": SEED}
+        digest = hashlib.sha256(json.dumps(place.description | own, sort_keys=True).encode()).hexdigest()[:16]
+        files.append(place.folder / FILE_NAME.format(digest))
+    return files
 
 
-def read_states(file: Path | None) -> PathStates | None:
+def read_states(file: Path) -> PathStates | None:
     """Read the states that a run has kept; None where there are none, or the file is damaged."""
-    if file is None:
-        return None
     try:
         return PathStates(**read_tensors(file))
     except (DamagedFileError, TypeError):
@@ -125,13 +166,19 @@ def is_whole(file: Path) -> bool:
     return True
 
 
-def keep_states(run: Run, states: PathStates | None) -> None:
+def states_of(measure: Measure | None) -> list[PathStates]:
+    """Return the states that a measure was built with; none where it keeps none."""
+    parts = [part for part, _ in measure.measures] if isinstance(measure, MeanOverSizes) else [measure]
+    return [part.states for part in parts if isinstance(part, PathErrors)]
+
+
+def keep_states(run: Run, by_size: Sequence[PathStates]) -> None:
     """Write the states for a later command, if they are not there yet; one that finds none asks the teacher again."""
-    file = states_file(run) if states is not None else None
-    if file is None or states is None or not run.processes.is_first or is_whole(file):
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(file, vars(states))
-    except OSError as error:
-        print(f"Warning: {file}: cannot be written ({error.strerror}); the run goes on without it")
+    for file, states in zip(states_files(run), by_size, strict=False):
+        if not run.processes.is_first or is_whole(file):
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(file, vars(states))
+        except OSError as error:
+            print(f"Warning: {file}: cannot be written ({error.strerror}); the run goes on without it")

@@ -94,4 +94,4 @@ def plan_measuring(
 def expected_calls(flags: Flags, teacher_steps: int, num_steps: int) -> int:
     """Return how many global batches the teacher answers for so many steps; a target of --student_steps takes several."""
     per_answer = calls_per_answer(teacher_steps, flags.objective.student_steps)
-    return per_answer * answered_batches(num_steps, flags.states.replay)
+    return per_answer * answered_batches(num_steps, flags.states.replay, len(flags.student.image_sizes or [None]))

@@ -15,6 +15,7 @@ from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_WORLD, HELD_OUT
 from wandistiller.files.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
 from wandistiller.files.prompt_templates import TemplatePrompts
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
+from wandistiller.model.image_sizes import square
 from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,
@@ -31,6 +32,7 @@ from wandistiller.reports.progress import format_duration
 from wandistiller.run.defaults import hints, suggested_lr
 from wandistiller.run.presets import PRESETS
 from wandistiller.run.reach import most_encoded, most_reached
+from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.wan.settings import warnings_about
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def print_plan(plan: "Plan") -> None:
         print(line)
     print(
         f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
-        f"{config.image_size} px = {'x'.join(map(str, plan.latent_shape))} latents"
+        f"{sizes_text(plan)}"
     )
     if plan.teacher_levels:
         levels = [f"{level:.4g}" for level in plan.teacher_levels]
@@ -134,6 +136,13 @@ def preset_lines(plan: "Plan") -> list[str]:
     return lines
 
 
+def sizes_text(plan: "Plan") -> str:
+    """Return which sizes the student is trained at, and which latents they are."""
+    if len(plan.image_sizes) == 1 and plan.image_sizes[0] == square(plan.config.image_size):
+        return f"{plan.config.image_size} px = {'x'.join(map(str, plan.latent_shapes[0]))} latents"
+    return f"in turn at {', '.join(map(str, plan.image_sizes))} px (width x height)"
+
+
 class _Printed(logging.Handler):
     """Prints log lines beside a progress bar, with their times to stdout; warnings go to stderr, as they do without it."""
 
@@ -197,8 +206,9 @@ def memorising_line(lines: Sequence[dict], replay: int) -> str | None:
 
 def calls_line(run: "Run", num_calls: int, num_steps: int, teacher: "Teacher | None") -> str:
     """Return what the teacher was asked; of two experts also how often the one in use changed, since this process began."""
-    if run.cache is not None:
-        return f"its answers came from {run.cache.num_answers} in {run.cache.folder}"
+    if run.caches:
+        total = sum(cache.num_answers for cache in run.caches)
+        return f"its answers came from {total} in {run.flags.states.teacher_cache}"
     line = f"the teacher answered {num_calls} batches, {num_calls / num_steps:.2f} a step"
     return line if len(teacher.experts) == 1 else f"{line}, with {teacher.num_swaps} swaps of its experts"
 
@@ -218,9 +228,10 @@ def summary_lines(folder: Path, calls: str) -> list[str]:
         if first is None or last is None
         else f"{first:.4g} over the first tenth of the steps, {last:.4g} over the last"
     )
+    sizes = ", ".join(StudentRecord.of(config).image_sizes or [str(config.image_size)])
     before = {
         "teacher": f"{record['teacher_path']}; {calls}",
-        "student": f"{config.num_parameters:,} parameters, {config.block}, {config.image_size} px",
+        "student": f"{config.num_parameters:,} parameters, {config.block}, {sizes} px",
         "time": f"{format_duration(training_seconds(steps))} of training, {record['batch_size']} samples a step",
         "loss": loss,
     }

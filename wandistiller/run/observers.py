@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from wandistiller.evaluation.held_out import HeldOutNoise, PathErrors
 from wandistiller.files.output_folder import (
     LOSS_PLOT_NAME,
     METRICS_NAME,
@@ -22,7 +21,7 @@ from wandistiller.reports.plots import LossPlot
 from wandistiller.reports.progress import Progress
 from wandistiller.reports.samples import SampleOptions, Samples
 from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Tracker, Trackers, started
-from wandistiller.run.held_out import Measure, build_measure, build_noise_measure, keep_states
+from wandistiller.run.held_out import Measure, NoiseMeasure, build_measure, build_noise_measure, keep_states, states_of
 from wandistiller.run.run import Run
 from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.teacher import Teacher
@@ -48,7 +47,7 @@ class RunObserver(Observer):
         progress: Progress | None,
         trackers: Trackers,
         held_out: Measure | None,
-        noise: HeldOutNoise | None,
+        noise: NoiseMeasure | None,
         samples: Samples | None,
     ):
         self.progress, self.trackers, self.held_out, self.samples = progress, trackers, held_out, samples
@@ -103,8 +102,7 @@ def watch(run: Run, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObse
         aside = run.processes.first_then_all(lambda: set_aside_previous_student(run.folder))
         if aside:
             print(f"The student that was in {run.folder} is now in {aside}")
-    if isinstance(held_out, PathErrors):
-        keep_states(run, held_out.states)  # here, because an earlier student takes its checkpoints with it
+    keep_states(run, states_of(held_out))  # here, because an earlier student takes its checkpoints with it
     is_first = run.processes.is_first
     progress = Progress(run.num_steps, run.folder / METRICS_NAME, first_step=run.first_step) if is_first else None
     with build_trackers(run) if is_first else Trackers() as trackers:
@@ -137,7 +135,7 @@ def build_samples(run: Run, embeds: Embeds, teacher: Teacher | None, trackers: T
         teacher_sampler=settings.teacher_sampler,
     )
     options = SampleOptions(
-        latent_shape=run.latent_shape,
+        latent_shapes=run.latent_shapes,
         vae_location=run.vae_location,
         settings=settings,
         teacher_sampling=of_teacher,

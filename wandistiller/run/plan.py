@@ -1,5 +1,6 @@
 """A plan: everything that is known of a run before anything is written or a weight is read, and every refusal up to there."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 from wandistiller.device import pick_device, pick_dtype, pick_teacher_dtype
 from wandistiller.errors import UserError
 from wandistiller.files.prompts import Texts
-from wandistiller.model.config import StudentConfig
+from wandistiller.model.config import MAX_PATCHES, StudentConfig
+from wandistiller.model.image_sizes import ImageSize, check_sizes, sizes_of_ratios, square
 from wandistiller.processes import Processes, join
 from wandistiller.projection.selection import check_fits
 from wandistiller.reports.trackers import check_report
@@ -115,9 +117,19 @@ class Plan:
         return guided_share(self.settings, self.states_options, student_steps)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images behind the teacher's VAE."""
-        return self.settings.latent_shape(self.config)
+    def image_sizes(self) -> tuple[ImageSize, ...]:
+        """The sizes that are trained at in turn; most runs have one."""
+        return self.flags.student.image_sizes or (square(self.config.image_size),)
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, int, int]]:
+        """(C, H, W) of the images of each size behind the teacher's VAE."""
+        return [self.settings.latent_shape(self.config, size) for size in self.image_sizes]
+
+    @property
+    def largest_latent_size(self) -> tuple[int, int]:
+        """(H, W) of the size that takes most memory and time."""
+        return max((shape[1:] for shape in self.latent_shapes), key=math.prod)
 
     @property
     def states_options(self) -> StatesOptions:
@@ -175,7 +187,7 @@ def make_plan(flags: Flags, config: StudentConfig, texts: Texts) -> Plan:
     check_optimizer(optimization.optimizer)
     check_report(flags.output.report)
     wan_files, settings = open_fitting_teacher(flags, config)
-    flags = possible_flags(flags, wan_files, config)
+    flags = with_image_sizes(possible_flags(flags, wan_files, config), config, wan_files, settings)
     encoder = find_encoder(flags, wan_files, config)
     vae_location = find_sample_vae(flags, wan_files, settings)
     if not flags.output.dry_run:  # which plans for a device that may not be here
@@ -214,7 +226,7 @@ def with_defaults(plan: Plan) -> Plan:
         replay = suggested_replay(
             plan.wan_files.config,
             config,
-            plan.latent_shape[-1],
+            plan.largest_latent_size,
             uses_guidance=plan.settings.uses_guidance,
             calls_per_answer=per_answer,
             guided_share=plan.guided_share,
@@ -257,6 +269,23 @@ def check_levels(flags: Flags, settings: TeacherSettings) -> None:
     if not any(low <= level <= high for level in levels):
         known = ", ".join(f"{level:.4g}" for level in levels)
         raise UserError(f"--sigma_range {low:g} {high:g}: holds none of the teacher's noise levels, {known}")
+
+
+def with_image_sizes(flags: Flags, config: StudentConfig, wan_files: WanFiles, settings: TeacherSettings) -> Flags:
+    """Return the flags with the sizes that the run is trained at, or with none where that is the square of image_size alone.
+
+    Raises:
+        UserError: one of them cannot be had of this teacher, or there are too many.
+    """
+    student = flags.student
+    unit = settings.vae_scale_factor * math.lcm(config.patch_size, wan_files.config.patch_size)
+    if student.aspect_ratios:
+        sizes = sizes_of_ratios(student.aspect_ratios, config.image_size, unit)
+    else:
+        sizes = student.image_sizes or ()
+    check_sizes(sizes, unit, MAX_PATCHES)
+    is_square = sizes == (square(config.image_size),)
+    return flags.replace(aspect_ratios=None, image_sizes=None if is_square or not sizes else sizes)
 
 
 def possible_flags(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> Flags:

@@ -9,6 +9,7 @@ from wandistiller.run.flags import STATES
 from wandistiller.targets.prompt_order import reached_prompts
 from wandistiller.targets.replay import answered_batches
 from wandistiller.targets.segments import most_segment_prompts
+from wandistiller.targets.shares import Share
 from wandistiller.targets.trajectories import most_path_prompts
 from wandistiller.wan.text_encoder import EncodingOptions, count_tokens
 
@@ -43,9 +44,20 @@ def encodes_all(plan: "Plan") -> bool:
 
 
 def most_taken(plan: "Plan") -> int:
-    """Return how many prompts are taken in turn at most, over the whole run."""
+    """Return how many prompts are taken in turn at most, over the whole run and all its image sizes."""
+    return sum(most_taken_at(plan, share) for share in shares_of(plan))
+
+
+def shares_of(plan: "Plan") -> list[Share]:
+    """Return the share of each image size."""
+    count = len(plan.image_sizes)
+    return [Share(index, count) for index in range(count)]
+
+
+def most_taken_at(plan: "Plan", share: Share) -> int:
+    """Return how many prompts are taken in turn at most at one image size."""
     states, num_lanes = plan.flags.states, plan.lanes.total
-    num_batches = answered_batches(plan.num_steps, states.replay)
+    num_batches = answered_batches(share.of(plan.num_steps), states.replay)
     if not STATES[states.states].has_paths:
         return num_batches * num_lanes
     if num_segments := plan.flags.objective.student_steps:
@@ -57,15 +69,16 @@ def reachable_prompts(run: "Run") -> Sequence[int]:
     """Return the indices of the prompts that a run needs embeddings of, in ascending order."""
     if encodes_all(run):
         return range(len(run.trained_texts))
-    num_prompts = len(run.texts.prompts)
-    if run.cache is not None and run.cache.is_complete:
-        reached = run.cache.prompts_asked_with()
-    elif most_taken(run) >= num_prompts and run.num_used is None:
+    num_prompts, seed = len(run.texts.prompts), run.flags.optimization.seed
+    reached: set[int] = set(range(min(run.flags.output.num_samples, num_prompts)))  # those of the sample pictures
+    if run.caches and all(cache.is_complete for cache in run.caches):
+        return sorted(reached.union(*(cache.prompts_asked_with() for cache in run.caches)))
+    if most_taken(run) >= num_prompts and run.num_used is None:
         return range(num_prompts)
-    else:
-        reached = set(reached_prompts(num_prompts, run.flags.optimization.seed, most_taken(run), run.num_used))
-    drawn = range(min(run.flags.output.num_samples, num_prompts))
-    return sorted(reached | set(drawn))
+    for share in shares_of(run):
+        taken, used = most_taken_at(run, share), share.used(run.num_used)
+        reached |= set(reached_prompts(num_prompts, share.seed(seed), taken, used))
+    return sorted(reached)
 
 
 # ---- room for their embeddings ----

@@ -25,6 +25,7 @@ class Recipe:
     extra_prompts: str | None = part(recorded=True)
     init: str = part(recorded=True, compared=True)
     init_expert: str = part(recorded=True, compared=True)
+    image_sizes: list[str] | None = part(recorded=True)
     layers: list[int] | None = part(compared=True)
     states: str = part(recorded=True, compared=True)
     sigma_range: tuple[float, float] = part(recorded=True, compared=True)
@@ -46,11 +47,15 @@ class Recipe:
 
     def compared(self) -> dict[str, object]:
         """Return what must be the same for a run to be resumed."""
-        return self.teacher_storage() | self._view("compared")
+        return self.teacher_storage() | self.several_sizes() | self._view("compared")
 
     def teacher_storage(self) -> dict[str, object]:
         """fp8 makes another teacher; fp32 and bf16 may change from one command to the next, as --dtype may."""
         return {"teacher_dtype": "fp8"} if self.teacher_dtype == "fp8" else {}
+
+    def several_sizes(self) -> dict[str, object]:
+        """Return the sizes that a run takes in turn; one of image_size alone has none, as before there were any others."""
+        return {"image_sizes": self.image_sizes} if self.image_sizes else {}
 
     def _view(self, name: str) -> dict[str, Any]:
         return {known.name: getattr(self, known.name) for known in fields(self) if known.metadata[name]}

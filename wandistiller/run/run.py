@@ -2,12 +2,13 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wandistiller.budget.report import OutOfMemory, out_of_memory_message
 from wandistiller.device import is_out_of_memory
+from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     STUDENT_NAMES,
     check_replaceable,
@@ -15,6 +16,7 @@ from wandistiller.files.output_folder import (
     prepare_output_folder,
     removed_if_empty,
 )
+from wandistiller.model.image_sizes import ImageSize
 from wandistiller.processes import leave
 from wandistiller.run.dry_run import changeable_flags, check_disk, has_checkpoints, workload_of
 from wandistiller.run.messages import typed_command
@@ -36,14 +38,14 @@ class Run(Plan):
         folder: where the student goes.
         checkpoints: of this run.
         resume_from: the state that the run resumes from; None where it starts anew.
-        cache: the teacher's answers on disk, where --teacher_cache asks for them.
+        caches: the teacher's answers on disk, at each size, where --teacher_cache asks for them.
         command: the words after the script's name.
     """
 
     folder: Path
     checkpoints: Checkpoints
     resume_from: Checkpoint | None
-    cache: TeacherCache | None
+    caches: list[TeacherCache]
     command: list[str]
 
     @property
@@ -83,7 +85,7 @@ def open_run(plan: Plan, command: list[str]) -> Iterator[Run]:
     """
     processes = plan.processes
     with memory_advice(plan):
-        cache = open_cache(plan)
+        caches = open_caches(plan)
         output_dir = plan.flags.output.output_dir
         with (
             removed_if_empty(output_dir) if processes.is_first else contextlib.nullcontext(),
@@ -91,7 +93,7 @@ def open_run(plan: Plan, command: list[str]) -> Iterator[Run]:
         ):
             folder = processes.first_then_all(lambda: prepare_output_folder(output_dir))
             processes.first_then_all(lambda: held.enter_context(locked_folder(folder)))
-            yield make_run(plan, folder, cache, command)
+            yield make_run(plan, folder, caches, command)
     leave()
 
 
@@ -110,10 +112,11 @@ def memory_advice(plan: Plan) -> Iterator[None]:
         raise out_of_memory(plan) from error
 
 
-def open_cache(plan: Plan) -> TeacherCache | None:
-    """Open the folder of --teacher_cache and refuse it where it holds answers to something else."""
-    if plan.flags.states.teacher_cache is None:
-        return None
+def open_caches(plan: Plan) -> list[TeacherCache]:
+    """Open the folder of --teacher_cache, or the folder of each size in it, and refuse what holds answers to something else."""
+    folder = plan.flags.states.teacher_cache
+    if folder is None:
+        return []
     description = describe_cache(
         plan.wan_files,
         plan.settings,
@@ -125,7 +128,25 @@ def open_cache(plan: Plan) -> TeacherCache | None:
     description |= plan.flags.recipe.teacher_storage()
     if plan.num_used is not None:
         description |= {"num_used_prompts": plan.num_used}
-    return TeacherCache(plan.flags.states.teacher_cache, description, plan.processes)
+    sizes = plan.flags.student.image_sizes
+    if sizes is None:
+        return [TeacherCache(folder, description, plan.processes)]
+    description |= plan.flags.recipe.several_sizes()
+    check_holds_sizes(Path(folder), sizes)
+    return [
+        TeacherCache(Path(folder) / str(size), description | {"latent_shape": list(shape)}, plan.processes)
+        for size, shape in zip(sizes, plan.latent_shapes, strict=True)
+    ]
+
+
+def check_holds_sizes(folder: Path, sizes: Sequence[ImageSize]) -> None:
+    """Refuse a folder that holds anything but answers at these sizes, each in a folder of its name."""
+    others = {path.name for path in folder.iterdir()} - {str(size) for size in sizes} if folder.is_dir() else set()
+    if others:
+        raise UserError(
+            f"--teacher_cache {folder}: holds {min(others)}, which is of no size of this run ({', '.join(map(str, sizes))}); give "
+            "another folder, or the sizes that it was made with"
+        )
 
 
 def run_identity(plan: Plan) -> dict[str, object]:
@@ -141,7 +162,7 @@ def run_identity(plan: Plan) -> dict[str, object]:
     }
 
 
-def make_run(plan: Plan, folder: Path, cache: TeacherCache | None, command: list[str]) -> Run:
+def make_run(plan: Plan, folder: Path, caches: list[TeacherCache], command: list[str]) -> Run:
     """Return the run at the state that it resumes from, or at its start."""
     output = plan.flags.output
     checkpoints = Checkpoints(folder, run_identity(plan), plan.lanes.total, output.keep_checkpoints, plan.processes)
@@ -151,7 +172,7 @@ def make_run(plan: Plan, folder: Path, cache: TeacherCache | None, command: list
     check_disk(checkpoints, plan)
     logger.info("headers of the teacher read, output folder taken")
     known = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
-    run = Run(**known, folder=folder, checkpoints=checkpoints, resume_from=None, cache=cache, command=command)
+    run = Run(**known, folder=folder, checkpoints=checkpoints, resume_from=None, caches=caches, command=command)
     return run.going_on_from(resume_from)
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
-from wandistiller.sampling.recorded import StudentRecord, check_size
+from wandistiller.model.image_sizes import ImageSize
+from wandistiller.sampling.recorded import StudentRecord, check_size, trained_sizes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,12 +32,19 @@ def check_picture_size(
     """
     for name, pixels in zip(names, size, strict=True):
         check_size(name, pixels, config, patch_size)
-    most = max(MAX_PIXELS, 4 * config.image_size**2)
+    sizes = trained_sizes(config)
+    most = max(MAX_PIXELS, 4 * max(own.pixels for own in sizes))
     if math.prod(size) > most:
         raise UserError(
             f"{names[0]} {size[0]} {names[1]} {size[1]}: is {math.prod(size):,} pixels; allowed: at most {most:,}, as of "
-            f"{math.isqrt(most)} x {math.isqrt(most)} (this student was trained at {config.image_size} x {config.image_size})"
+            f"{math.isqrt(most)} x {math.isqrt(most)} (this student was trained at {sizes_text(sizes)})"
         )
+
+
+def sizes_text(sizes: Sequence[ImageSize]) -> str:
+    """Return sizes in words."""
+    *others, last = [f"{size.width} x {size.height}" for size in sizes]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def untrained_warnings(config: StudentConfig, num_inference_steps: int, size: tuple[int, int]) -> list[str]:
@@ -46,10 +54,12 @@ def untrained_warnings(config: StudentConfig, num_inference_steps: int, size: tu
         warnings.append(f"this student was {levels}")
     if record.student_steps not in (None, num_inference_steps):
         warnings.append(f"this student learnt to draw in {record.student_steps} steps, not in {num_inference_steps}")
-    side, (height, width) = config.image_size, size
-    if size != (side, side):
+    sizes, (height, width) = trained_sizes(config), size
+    asked = ImageSize(width, height)
+    # One that learnt several sizes draws those beside them too; one that learnt a single size knows no other.
+    if not (any(map(asked.is_like, sizes)) if len(sizes) > 1 else asked in sizes):
         warnings.append(
-            f"this student was trained at {side} x {side} pixels alone, and is asked for {width} wide and {height} "
+            f"this student was trained at {sizes_text(sizes)} pixels alone, and is asked for {width} wide and {height} "
             "high; the picture may be broken"
         )
     return warnings

@@ -14,6 +14,7 @@ from wandistiller.files.clone import CLONE, DEMO_TEACHER, DEMO_WORLD
 from wandistiller.files.hub import hub_id, is_hub_id
 from wandistiller.files.prompts import NUM_HELD_OUT, is_endless, load_prompts
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
+from wandistiller.model.image_sizes import ImageSize, square
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +55,7 @@ class StudentRecord:
         teacher_sampler: "euler" where the teacher has noise levels of its own alone, which the student then has too.
         sigma_range: the noise levels it was trained at.
         latents_mean, latents_std: per channel; model space is (z - mean) / std.
+        image_sizes: what it was trained at, each as 640x384; None for the square of the config's image_size alone.
         data_path, extra_prompts: files of the prompts that it was trained on, as `recorded_path` gives them.
         caption_column: the column of theirs that held the prompts, where it was named.
     """
@@ -70,6 +72,7 @@ class StudentRecord:
     sigma_range: tuple[float, float] | None = None
     latents_mean: list[float] | None = None
     latents_std: list[float] | None = None
+    image_sizes: list[str] | None = None
     data_path: str | None = None
     caption_column: str | None = None
     extra_prompts: str | None = None
@@ -107,6 +110,13 @@ class StudentRecord:
         if low <= 0.0 and high >= 1.0:
             return None
         return f"trained at sigma {low:g} to {high:g} only; a picture needs all of 0 to 1"
+
+
+def trained_sizes(config: StudentConfig) -> list[ImageSize]:
+    """Return the sizes that a student was trained at. It draws at the first unless another is asked for: the square, if it is among them."""
+    sizes = [ImageSize.parse(size) for size in StudentRecord.of(config).image_sizes or []]
+    own = square(config.image_size)
+    return sorted(sizes, key=lambda size: size != own) or [own]
 
 
 def load_shape(folder: str | Path) -> StudentConfig:

@@ -15,7 +15,7 @@ class NoiseStates:
         self.lanes = options.lanes
         self.shift, self.sigma_range, self.levels = options.shift, options.sigma_range, options.levels
         self.swap = options.swap
-        self.generator = torch.Generator().manual_seed(options.seed)
+        self.generator = torch.Generator().manual_seed(options.own_seed)
         self.order = options.prompt_order()
 
     def draw(self) -> StateBatch:

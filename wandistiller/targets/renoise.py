@@ -32,14 +32,15 @@ class RenoisedStates:
         self.latent_shape, self.levels = options.latent_shape, options.levels
         self.shift, self.sigma_range = options.shift, options.sigma_range
         self.swap = options.swap
-        self.generator = torch.Generator().manual_seed(options.seed)
+        self.generator = torch.Generator().manual_seed(options.own_seed)
+        self.num_samples = options.share.of(SAMPLES_PER_LANE)
         # x_0 of this process's lanes:
-        self.samples = torch.zeros(lanes.count, SAMPLES_PER_LANE, *options.latent_shape, device=options.device)
-        self.prompts = torch.zeros(lanes.total, SAMPLES_PER_LANE, dtype=torch.long)
+        self.samples = torch.zeros(lanes.count, self.num_samples, *options.latent_shape, device=options.device)
+        self.prompts = torch.zeros(lanes.total, self.num_samples, dtype=torch.long)
         self.num_kept = torch.zeros(lanes.total, dtype=torch.long)  # includes the samples that were replaced since
 
     def _keep(self, latents: Tensor | None, prompt: int, lane: int) -> None:
-        index = int(self.num_kept[lane]) % SAMPLES_PER_LANE
+        index = int(self.num_kept[lane]) % self.num_samples
         self.prompts[lane, index] = prompt
         self.num_kept[lane] += 1
         if latents is not None:
@@ -47,7 +48,7 @@ class RenoisedStates:
 
     def draw(self) -> StateBatch:
         """Return a state on a path, or a renoised one, for every lane."""
-        stored = self.num_kept.clamp(max=SAMPLES_PER_LANE)
+        stored = self.num_kept.clamp(max=self.num_samples)
         ready = stored.nonzero().flatten()
         if len(ready) < self.num_renoised:
             return self.paths.draw()

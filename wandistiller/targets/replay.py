@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
+from wandistiller.model.image_sizes import shares
 from wandistiller.targets.answers import Answer, AnswerQueue, Answers
+from wandistiller.targets.shares import WHOLE, Share
 from wandistiller.targets.state_dicts import LANE_PREFIX, part_of, with_prefix
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
@@ -21,20 +23,25 @@ ASKING_SHARE = 0.5
 MAX_FEATURE_BYTES = 256 * 2**20
 
 
-def answered_batches(num_steps: int, replay: int) -> int:
-    """Return how many batches the teacher answers for so many optimiser steps."""
-    return math.ceil(num_steps / replay)
+def answered_batches(num_steps: int, replay: int, num_sizes: int = 1) -> int:
+    """Return how many batches the teacher answers for so many optimiser steps, which image sizes take in turn."""
+    return sum(math.ceil(steps / replay) for steps in shares(num_steps, num_sizes))
 
 
-def stored_batches(num_steps: int, replay: int) -> int:
-    """Return how many batches a run of so many optimiser steps has room for."""
-    return min(STORED_BATCHES, answered_batches(num_steps, replay))
+def stored_batches(num_steps: int, replay: int, num_sizes: int = 1) -> int:
+    """Return how many batches a run of so many optimiser steps has room for, over all of its image sizes."""
+    each = zip(shares(STORED_BATCHES, num_sizes), shares(num_steps, num_sizes), strict=True)
+    return sum(min(room, answered_batches(steps, replay)) for room, steps in each)
 
 
-def feature_bytes(num_answers: int, num_layers: int, shape: Sequence[int]) -> int:
-    """Return the bytes that hidden states of this shape (L, D) take beside so many answers; 0 where that is too much to keep."""
+def feature_bytes(num_answers: int, num_layers: int, shape: Sequence[int], num_sizes: int = 1) -> int:
+    """Return the bytes that hidden states of this shape (L, D) take beside so many answers; 0 where that is too much to keep.
+
+    Args:
+        num_sizes: image sizes that share what may be kept.
+    """
     num_bytes = torch.bfloat16.itemsize * num_answers * num_layers * math.prod(shape)
-    return num_bytes if num_bytes <= MAX_FEATURE_BYTES else 0
+    return num_bytes if num_bytes <= MAX_FEATURE_BYTES // num_sizes else 0
 
 
 class ReplayedAnswers:
@@ -47,6 +54,7 @@ class ReplayedAnswers:
 
     Args:
         num_steps: global batches that will be given, over which the calls are shared out.
+        share: of the store that a run of one image size has.
     """
 
     _OF_LANES = ("sigma", "prompts", "weights", "latents", "velocity", "features")
@@ -60,17 +68,19 @@ class ReplayedAnswers:
         num_steps: int,
         seed: int = 0,
         device: str = "cpu",
+        share: Share = WHOLE,
     ):
-        self.source = source
+        self.source, self.share = source, share
         self.lanes = source.lanes
         self.device = device
         self.total_calls = answered_batches(num_steps, replay)
         # Without fresh answers no stored one is given so often that it counts for more than the others:
-        self.asking_steps = num_steps - min(round((1 - ASKING_SHARE) * num_steps), STORED_BATCHES * replay // 2)
-        self.generator = torch.Generator().manual_seed(seed)
+        room = share.of(STORED_BATCHES)
+        self.asking_steps = num_steps - min(round((1 - ASKING_SHARE) * num_steps), room * replay // 2)
+        self.generator = torch.Generator().manual_seed(share.seed(seed))
         self.num_steps = 0  # global batches that were given
         self.num_stored = 0  # of them fresh ones; the n-th is stored in place n % capacity
-        self.capacity = stored_batches(num_steps, replay)
+        self.capacity = min(room, self.total_calls)
         # How often each answer was given, -1 where there is none:
         self.uses = torch.full((self.lanes.total, self.capacity), -1)
         self.sigma = torch.zeros(self.lanes.count, self.capacity)
@@ -157,7 +167,7 @@ class ReplayedAnswers:
         return torch.zeros(shape, dtype=torch.bfloat16, device=features[0].device)
 
     def _keeps_features(self, num_layers: int, shape: Sequence[int]) -> bool:
-        return feature_bytes(self.lanes.total * self.capacity, num_layers, shape) > 0
+        return feature_bytes(self.lanes.total * self.capacity, num_layers, shape, self.share.count) > 0
 
     def state_dict(self) -> dict[str, Tensor]:
         source = with_prefix("source.", self.source.state_dict())

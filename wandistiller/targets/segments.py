@@ -17,9 +17,6 @@ from wandistiller.targets.state_dicts import LANE_PREFIX, part_of
 from wandistiller.targets.trajectories import PATHS_PER_LANE
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
-# Room for targets that are known and not learnt from yet, in every lane: a lane may be this far ahead of another, and each of
-# its paths by one more.
-READY_PER_LANE = 2 * PATHS_PER_LANE + 4
 MIN_READY = 2  # targets that a lane must have before one of them is taken, so that batches mix paths
 
 
@@ -40,6 +37,14 @@ class SegmentOptions:
     compute_dtype: torch.dtype = torch.float32
 
 
+def ready_per_lane(num_paths: int) -> int:
+    """Return the room for targets that are known and not learnt from yet, in a lane of so many paths.
+
+    A lane may be so many ahead of another, and each of its paths by one more.
+    """
+    return 2 * num_paths + 4
+
+
 def calls_per_answer(num_teacher_steps: int, num_segments: int | None) -> int:
     """Return the teacher's steps through a segment of its path, which one target takes; one without segments."""
     return max(1, round(num_teacher_steps / num_segments)) if num_segments else 1
@@ -51,7 +56,7 @@ def most_segment_prompts(num_batches: int, num_lanes: int, num_segments: int) ->
     A lane takes a prompt for each path that it begins with and for each that comes after one of those, which may have a single
     segment, and then one for every `num_segments` targets; targets that are not learnt from yet count too.
     """
-    return num_lanes * (2 * PATHS_PER_LANE + (num_batches + READY_PER_LANE) // num_segments)
+    return num_lanes * (2 * PATHS_PER_LANE + (num_batches + ready_per_lane(PATHS_PER_LANE)) // num_segments)
 
 
 def segment_sigmas(shift: float, num_segments: int, sampler: str = "euler") -> Tensor:
@@ -101,33 +106,34 @@ class SegmentAnswers:
         self.device = options.device
         self.teacher_velocity = autocast(teacher.velocity, self.device, segments.compute_dtype)
         self.student_forward = autocast(student, self.device, segments.compute_dtype)
-        self.generator = torch.Generator().manual_seed(options.seed)
+        self.num_paths = options.share.of(PATHS_PER_LANE)
+        self.generator = torch.Generator().manual_seed(options.own_seed)
         self.order = options.prompt_order()
         self.progress = 0.0
         self.num_calls = 0
         self._queue = AnswerQueue(prompt_embeds, self.device, self.lanes.micro_batch)
         self._make_pool()
         for lane in range(self.lanes.total):
-            for path in range(PATHS_PER_LANE):
+            for path in range(self.num_paths):
                 self._start_path(lane, path)
 
     def _make_pool(self) -> None:
         """Allocate the paths, and the targets that are ready to be learnt from."""
-        pool, device = (self.lanes.total, PATHS_PER_LANE), self.device
+        pool, room, device = (self.lanes.total, self.num_paths), ready_per_lane(self.num_paths), self.device
         self.prompts = torch.zeros(pool, dtype=torch.long)
         self.segments = torch.zeros(pool, dtype=torch.long)
         self.positions = torch.zeros(pool, dtype=torch.long)
         self.lots = torch.zeros(pool)
         self.grids = torch.zeros(*pool, self.num_steps + 1)  # noise levels of the teacher's steps in the segment
         self.own = torch.arange(self.lanes.count, device=device)
-        shape = self.lanes.count, PATHS_PER_LANE, *self.latent_shape
+        shape = self.lanes.count, self.num_paths, *self.latent_shape
         self.starts = torch.zeros(shape, device=device)  # latents at the start of the segment
         self.latents = torch.zeros(shape, device=device)  # latents where the teacher is now
         self.before = torch.zeros(shape, device=device)  # the teacher's velocity one step ago
         self.num_ready = torch.zeros(self.lanes.total, dtype=torch.long)
-        self.ready_sigma = torch.zeros(self.lanes.total, READY_PER_LANE)
-        self.ready_prompts = torch.zeros(self.lanes.total, READY_PER_LANE, dtype=torch.long)
-        shape = self.lanes.count, READY_PER_LANE, *self.latent_shape
+        self.ready_sigma = torch.zeros(self.lanes.total, room)
+        self.ready_prompts = torch.zeros(self.lanes.total, room, dtype=torch.long)
+        shape = self.lanes.count, room, *self.latent_shape
         self.ready_latents = torch.zeros(shape, device=device)
         self.ready_velocity = torch.zeros(shape, device=device)
 
@@ -172,7 +178,7 @@ class SegmentAnswers:
 
     def _jump_to_segments(self) -> None:
         """Take the paths to starts of different segments in one long step, so that all segments are taught early on."""
-        for path in range(PATHS_PER_LANE):
+        for path in range(self.num_paths):
             paths = torch.full((self.lanes.total,), path)
             segments = (torch.arange(self.lanes.total) + path * self.lanes.total) % self.num_segments
             sigma = self.segment_sigmas[segments]
@@ -203,7 +209,7 @@ class SegmentAnswers:
         sigmas = self.grids.gather(2, self.positions[..., None])[..., 0]
         order = torch.randperm(self.lanes.total, generator=self.generator)
         spread = (order + torch.rand(self.lanes.total, generator=self.generator)) / self.lanes.total
-        picks = (spread * PATHS_PER_LANE).long().clamp(max=PATHS_PER_LANE - 1)
+        picks = (spread * self.num_paths).long().clamp(max=self.num_paths - 1)
         paths = sigmas.argsort(dim=1).gather(1, picks[:, None])[:, 0]
         positions, sigma = self.positions[lanes, paths], sigmas[lanes, paths]
         velocity = self._velocity(paths, sigma)

@@ -9,6 +9,7 @@ from torch import Tensor
 from wandistiller.sampling.flow import sample_sigmas
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.prompt_order import NO_SWAP, PromptOrder, PromptSwap
+from wandistiller.targets.shares import WHOLE, ExpertTurn, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class DrawOptions:
             that was distilled to few steps answers rightly at those of its own sampler alone.
         swap: gives some states another prompt.
         device: where latents of sampling paths are kept.
+        share: of what a run of one image size keeps; it also decides the seed.
+        expert_turn: of a teacher's two experts, the same for all sizes of a run.
     """
 
     latent_shape: tuple[int, int, int]
@@ -38,10 +41,17 @@ class DrawOptions:
     seed: int = 0
     device: str | torch.device = "cpu"
     num_used: int | None = None
+    share: Share = WHOLE
+    expert_turn: ExpertTurn = field(default_factory=ExpertTurn)
+
+    @property
+    def own_seed(self) -> int:
+        """The seed of everything that is drawn at this size."""
+        return self.share.seed(self.seed)
 
     def prompt_order(self) -> PromptOrder:
-        """Return the order that the prompts come in, from its beginning."""
-        return PromptOrder(self.num_prompts, self.seed, self.num_used)
+        """Return the order that the prompts come in at this size, from its beginning."""
+        return PromptOrder(self.num_prompts, self.own_seed, self.share.used(self.num_used))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ adds fresh noise to what such paths have drawn. To add a source:
 5. Write its tests beside those of the other sources in tests/targets, and its line in docs/training.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,7 @@ from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
 from wandistiller.targets.prompt_order import PromptSwap
 from wandistiller.targets.renoise import RenoisedStates
+from wandistiller.targets.shares import ExpertTurn, Share
 from wandistiller.targets.state_batch import DrawOptions, StateBatch
 from wandistiller.targets.trajectories import PathOptions, TrajectoryStates
 from wandistiller.wan.settings import TeacherSettings
@@ -131,16 +132,36 @@ def build_states(
     Args:
         num_used: how many of the prompts come at all; None for all of them.
     """
-    draw = DrawOptions(
-        latent_shape=settings.latent_shape(config),
-        num_prompts=num_prompts,
-        lanes=lanes,
-        shift=settings.shift,
-        sigma_range=options.sigma_range,
-        levels=teacher_levels(settings),
-        swap=PromptSwap(options.prompt_swap, num_prompts + options.num_extra_prompts),
-        seed=options.seed,
-        device=device,
-        num_used=num_used,
-    )
-    return BUILDERS[options.kind](options, draw, settings)
+    shapes = [settings.latent_shape(config)]
+    return build_states_by_size(options, shapes, settings, num_prompts, lanes, device, num_used)[0]
+
+
+def build_states_by_size(
+    options: StatesOptions,
+    latent_shapes: Sequence[tuple[int, int, int]],
+    settings: TeacherSettings,
+    num_prompts: int,
+    lanes: Lanes,
+    device: str | torch.device = "cpu",
+    num_used: int | None = None,
+) -> list[States]:
+    """Build the states of each image size; all have the same expert of two in use, and share out what one size would keep."""
+    turn = ExpertTurn()
+    draws = [
+        DrawOptions(
+            latent_shape=shape,
+            num_prompts=num_prompts,
+            lanes=lanes,
+            shift=settings.shift,
+            sigma_range=options.sigma_range,
+            levels=teacher_levels(settings),
+            swap=PromptSwap(options.prompt_swap, num_prompts + options.num_extra_prompts),
+            seed=options.seed,
+            device=device,
+            num_used=num_used,
+            share=Share(index, len(latent_shapes)),
+            expert_turn=turn,
+        )
+        for index, shape in enumerate(latent_shapes)
+    ]
+    return [BUILDERS[options.kind](options, draw, settings) for draw in draws]

@@ -86,18 +86,18 @@ class TrajectoryStates:
         self.lanes = options.lanes
         self.shift = options.shift
         self.swap = options.swap
-        self.num_paths = paths.per_lane
+        self.num_paths = options.share.of(paths.per_lane)
         self.num_steps = paths.num_steps
         self.boundary = paths.boundary
         self.calls_per_expert = paths.calls_per_expert if paths.boundary is not None else 0
         self.on_finish = on_finish
         self.u_low = float(unshift_sigma(torch.tensor(options.sigma_range[0], dtype=torch.float64), options.shift))
-        self.generator = torch.Generator().manual_seed(options.seed)
+        self.generator = torch.Generator().manual_seed(options.own_seed)
         self.order = options.prompt_order()
         self.levels = self._levels_of_paths(options)
         # Batches of the first round that were drawn; without a jump there is none.
         self.num_rounds = 0 if self.levels is None else paths.per_lane
-        self.on_high, self.calls_left = True, 0  # the expert in use, and for how many more batches
+        self.turn = options.expert_turn
 
         total, device = self.lanes.total, options.device
         pool_size = self.num_paths * total
@@ -188,14 +188,15 @@ class TrajectoryStates:
             return torch.ones_like(is_high)
         sides = {True: is_high, False: ~is_high}
         serving = {side: float(mask.any(dim=1).float().mean()) for side, mask in sides.items()}
-        if self.calls_left == 0 or serving[self.on_high] < ENOUGH_LANES:
-            other = not self.on_high
-            self.on_high = other if serving[other] >= ENOUGH_LANES else serving[True] >= serving[False]
+        turn = self.turn
+        if turn.calls_left == 0 or serving[turn.is_high] < ENOUGH_LANES:
+            other = not turn.is_high
+            turn.is_high = other if serving[other] >= ENOUGH_LANES else serving[True] >= serving[False]
             # A turn is as long as the expert has slots, so that neither side of the boundary runs dry.
-            share = float(sides[self.on_high].float().mean())
-            self.calls_left = max(1, round(2 * self.calls_per_expert * share))
-        self.calls_left -= 1
-        return sides[self.on_high]
+            share = float(sides[turn.is_high].float().mean())
+            turn.calls_left = max(1, round(2 * self.calls_per_expert * share))
+        turn.calls_left -= 1
+        return sides[turn.is_high]
 
     def advance(
         self, batch: StateBatch, velocity: Tensor, student_velocity: Tensor | None = None, student_share: float = 0.0
@@ -275,7 +276,7 @@ class TrajectoryStates:
         return shift_sigma(u, self.shift)
 
     def state_dict(self) -> dict[str, Tensor]:
-        counters = torch.tensor([self.num_rounds, self.on_high, self.calls_left])
+        counters = torch.tensor([self.num_rounds, self.turn.is_high, self.turn.calls_left])
         own = {name: getattr(self, name).clone() for name in self._TENSORS}
         own[f"{LANE_PREFIX}latents"] = self.latents.clone()
         return self.order.state_dict() | own | {"counters": counters, "generator": self.generator.get_state()}
@@ -284,7 +285,7 @@ class TrajectoryStates:
         for name in self._TENSORS:
             getattr(self, name).copy_(state[name])
         self.latents.copy_(state[f"{LANE_PREFIX}latents"])
-        self.num_rounds, on_high, self.calls_left = state["counters"].tolist()
-        self.on_high = bool(on_high)
+        self.num_rounds, is_high, self.turn.calls_left = state["counters"].tolist()
+        self.turn.is_high = bool(is_high)
         self.order.load_state_dict(state)
         self.generator.set_state(state["generator"])

@@ -6,6 +6,7 @@ from typing import TypedDict, Unpack
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
+from wandistiller.model.image_sizes import ImageSize, square
 from wandistiller.wan.wan_files import WanFiles
 
 # This is Wan's own (Wan2.2:wan/configs/shared_config.py) without its words for still, static, picture and artwork, which
@@ -102,10 +103,10 @@ class TeacherSettings:
         usual = {known.name: known.default for known in fields(self) if known.default is not MISSING}
         return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
-    def latent_shape(self, student: StudentConfig) -> tuple[int, int, int]:
-        """Return (C, H, W) of the student's images behind the teacher's VAE."""
-        side = student.image_size // self.vae_scale_factor
-        return student.num_channels, side, side
+    def latent_shape(self, student: StudentConfig, size: ImageSize | None = None) -> tuple[int, int, int]:
+        """Return (C, H, W) of images of a size, or of the student's square ones, behind the teacher's VAE."""
+        width, height = size or square(student.image_size)
+        return student.num_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
     @property
     def is_released(self) -> bool:

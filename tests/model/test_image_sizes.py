@@ -1,0 +1,89 @@
+"""Sizes of a ratio lie on the grid, near the ratio and near image_size^2 pixels; what is refused names the nearest allowed.
+
+pytest tests/model/test_image_sizes.py
+"""
+
+import math
+from argparse import ArgumentTypeError
+
+import pytest
+
+from wandistiller.errors import UserError
+from wandistiller.model.image_sizes import AspectRatio, ImageSize, check_sizes, is_size, shares, sizes_of_ratios
+
+RATIOS = ["1:1", "4:3", "3:4", "16:9", "9:16", "3:2", "2:1", "4:1", "1:4"]
+
+
+@pytest.mark.parametrize("unit", [16, 32])
+@pytest.mark.parametrize("image_size", [512, 640, 1024])
+@pytest.mark.parametrize("text", RATIOS)
+def test_a_ratio_gives_the_grid_point_next_to_it(text, image_size, unit):
+    width, height = AspectRatio.parse(text).size(image_size, unit)
+    wanted = [int(part) for part in text.split(":")]
+    exact = image_size * math.sqrt(wanted[0] / wanted[1]), image_size * math.sqrt(wanted[1] / wanted[0])
+    assert width % unit == height % unit == 0
+    assert abs(width - exact[0]) <= unit / 2 and abs(height - exact[1]) <= unit / 2
+    assert math.isclose(exact[0] * exact[1], image_size**2)  # the oracle itself
+
+
+def test_the_ratios_of_a_512_student_are_what_its_documentation_says():
+    ratios = [AspectRatio.parse(text) for text in RATIOS[:5]]
+    sizes = list(map(str, sizes_of_ratios(ratios, 512, 16)))
+    assert sizes == ["512x512", "592x448", "448x592", "688x384", "384x688"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("5:1", "nearest is 4:1"),
+        ("1:5", "nearest is 1:4"),
+        ("0:1", "above 0"),
+        ("3", "16:9"),
+        ("1.5:1", "whole numbers"),
+    ],
+)
+def test_a_ratio_that_cannot_be_is_refused(text, words):
+    with pytest.raises(ArgumentTypeError, match=words):
+        AspectRatio.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (["50x32"], "multiples of 16 .* nearest is 48x32"),
+        (["7x32"], "nearest is 16x32"),
+        (["160x32"], "4:1 to 1:4; the nearest is 160x48"),
+        (["32x32", "48x32", "32x32"], "32x32: is given twice"),
+        (["32768x16384"], "16384 pixels at most; the nearest is 16384x16384"),
+        ([f"{16 * n}x{16 * n}" for n in range(1, 10)], "9 sizes; allowed: at most 8"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_with_the_nearest_one(sizes, words):
+    with pytest.raises(UserError, match=words):
+        check_sizes([ImageSize.parse(size) for size in sizes], 16, 1024)
+
+
+def test_the_size_that_a_refusal_names_is_allowed():
+    for width in range(1, 400, 7):
+        for height in (1, 33, 100, 5000):
+            try:
+                check_sizes([ImageSize(width, height)], 16, 256)
+            except UserError as error:
+                check_sizes([ImageSize.parse(str(error).rsplit(" ", 1)[1])], 16, 256)
+
+
+def test_ratios_that_are_one_size_on_the_grid_are_refused_by_name():
+    with pytest.raises(UserError, match="4:3 and 3:2 are both 80x48 here"):
+        sizes_of_ratios([AspectRatio(1, 1), AspectRatio(4, 3), AspectRatio(3, 2)], 64, 16)
+
+
+def test_sizes_are_read_as_they_are_written():
+    assert ImageSize.parse(str(ImageSize(640, 384))) == (640, 384)
+    assert is_size("640x384") and not any(map(is_size, ["640x0", "640 x 384", "99999x16", 640, None, "٣x٣"]))
+
+
+def test_shares_add_up_and_differ_by_one_at_most():
+    for total in (0, 1, 8, 64, 255):
+        for count in range(1, 9):
+            parts = shares(total, count)
+            assert sum(parts) == total and len(parts) == count and max(parts) - min(parts) <= 1

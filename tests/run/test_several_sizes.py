@@ -1,0 +1,318 @@
+"""Runs at several image sizes: every step is of one size, all are visited equally, and memory is that of one size.
+
+A run of the square alone is bit for bit the run without the flags, and a run that was killed resumes bit for bit. The teacher
+is asked, and the student learns, at shapes that are recorded where both are asked.
+
+pytest tests/run/test_several_sizes.py
+"""
+
+import itertools
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+import evaluate_student
+import generate_images
+from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG, read_metrics, weights_of
+from support.students import train_student, write_teacher
+from wandistiller.budget.workload import memory_budget
+from wandistiller.files.prompts import TextPaths, read_texts
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.run.dry_run import workload_of
+from wandistiller.run.flags import parse_args
+from wandistiller.run.observers import RunObserver
+from wandistiller.run.plan import make_plan
+from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.shares import ExpertTurn
+from wandistiller.targets.states import StatesOptions, build_states_by_size
+from wandistiller.wan.settings import TeacherSettings
+
+THREE = ["--image_sizes", "32x32", "48x32", "32x48"]
+SHAPES = [(4, 4), (4, 6), (6, 4)]  # height and width of their latents
+RECIPES = {
+    "paths": ["--replay", 2, "--renoise_fraction", 0.5, "--student_rollout", 0, 1],
+    "few steps": ["--student_steps", 2, "--replay", 2],
+    "noise": ["--states", "noise", "--prompt_swap", 0.5],
+    "two experts": ["--calls_per_expert", 2, "--replay", 1],
+}
+
+
+def same_student(one, other) -> bool:
+    ours, theirs = weights_of(one), weights_of(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> dict[int, list[tuple]]:
+    """By the width of the model that is asked, teacher 24 and student 12: shapes of the latents of its forward passes."""
+    shapes: dict[int, list[tuple]] = {IDENTITY_CONFIG["hidden_size"]: [], PRUNED_CONFIG["hidden_size"]: []}
+    forward = WanLiteStudent.forward
+
+    def recorded(self, latents, *args, **kwargs):
+        if latents.device.type != "meta":  # where FLOPs are counted
+            shapes[self.config.hidden_size].append(tuple(latents.shape))
+        return forward(self, latents, *args, **kwargs)
+
+    monkeypatch.setattr(WanLiteStudent, "forward", recorded)
+    return shapes
+
+
+# ---- one size ----
+
+
+@pytest.mark.parametrize("flags", [["--aspect_ratios", "1:1"], ["--image_sizes", "32x32"]], ids=["ratio", "size"])
+def test_the_square_alone_is_the_run_without_the_flag(train, teachers, tmp_path, flags):
+    plain, given = tmp_path / "plain", tmp_path / "given"
+    recipe = [*RECIPES["paths"], "--max_steps", 8, "--batch_size", 4, "--save_every", 8]
+    assert train(teachers.one, PRUNED_CONFIG, *recipe, output_dir=plain).code == 0
+    outcome = train(teachers.one, PRUNED_CONFIG, *recipe, *flags, output_dir=given)
+    assert outcome.code == 0, outcome.err
+    assert same_student(plain, given)
+    records = [json.loads((folder / "student_config.json").read_text())["distillation"] for folder in (plain, given)]
+    for record in records:
+        record.pop("commands")
+    assert records[0] == records[1] and "image_sizes" not in records[0]
+    # A checkpoint of either is a checkpoint of the other:
+    longer = train(teachers.one, PRUNED_CONFIG, *recipe, *flags, "--max_steps", 9, output_dir=plain)
+    assert longer.code == 0 and "Resuming from step 8" in longer.out
+
+
+# ---- several sizes ----
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_step_is_of_one_size_and_all_are_visited_equally(train, teachers, asked, recipe):
+    teacher = teachers.two if recipe == "two experts" else teachers.one
+    flags = [*RECIPES[recipe], *THREE, "--max_steps", 18, "--batch_size", 4, "--eval_every", 0]
+    outcome = train(teacher, PRUNED_CONFIG, *flags)
+    assert outcome.code == 0, outcome.err
+    learnt = Counter(shape[2:] for shape in asked[12] if shape[0] == 4)
+    if recipe != "few steps":  # whose paths ask the student too
+        assert learnt == dict.fromkeys(SHAPES, 6)
+    taught = Counter(shape[2:] for shape in asked[24])
+    assert set(taught) == set(learnt) == set(SHAPES)
+    if recipe == "paths":
+        assert "the teacher answered 9 batches" in outcome.out
+        assert max(taught.values()) == min(taught.values())
+
+
+KILLED = [name if name == "paths" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+
+
+@pytest.mark.parametrize("recipe", KILLED)
+def test_a_killed_run_of_three_sizes_resumes_bit_for_bit(train, teachers, tmp_path, monkeypatch, recipe):
+    teacher = teachers.two if recipe == "two experts" else teachers.one
+    flags = [*RECIPES[recipe], *THREE, "--max_steps", 8, "--batch_size", 4, "--eval_every", 0]
+    assert train(teacher, PRUNED_CONFIG, *flags, output_dir=tmp_path / "whole").code == 0
+    flags += ["--save_every", 2]
+
+    class Killed(BaseException):
+        """What no one catches."""
+
+    step = RunObserver.step
+
+    def die(at: int):
+        def stepped(self, metrics):
+            if metrics.step == at:
+                raise Killed
+            step(self, metrics)
+
+        return stepped
+
+    for at in (3, 6):  # the newest checkpoint is of 2 steps, where one size had none yet, and then of 4
+        monkeypatch.setattr(RunObserver, "step", die(at))
+        with pytest.raises(Killed):
+            train(teacher, PRUNED_CONFIG, *flags, output_dir=tmp_path / "killed")
+    monkeypatch.setattr(RunObserver, "step", step)
+    outcome = train(teacher, PRUNED_CONFIG, *flags, output_dir=tmp_path / "killed")
+    assert "Resuming from step 4" in outcome.out
+    assert same_student(tmp_path / "whole", tmp_path / "killed")
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "killed")]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_at_other_sizes_is_another_run(train, teachers, tmp_path):
+    flags = ["--max_steps", 2, "--save_every", 2]
+    assert train(teachers.one, PRUNED_CONFIG, *flags, *THREE).code == 0
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags, *THREE[:3])
+    assert outcome.code == 2 and "image_sizes" in outcome.err and len(outcome.err) < 600
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_pool_and_samples_are_split_over_the_sizes(count):
+    """8 paths of a lane and 64 finished samples, however many sizes share them, each from a seed of its own."""
+    settings = TeacherSettings("", 5.0, 20, 1.0, None, None, "", None, None, 8)
+    options = StatesOptions(kind="trajectory", renoise_fraction=0.5, seed=3)
+    built = build_states_by_size(options, [(4, 4, 4)] * count, settings, 50, Lanes(2))
+    assert sum(states.paths.latents.shape[1] for states in built) == 8
+    assert sum(states.samples.shape[1] for states in built) == 64
+    drawn = [states.draw().latents for states in built]
+    assert all(not torch.equal(a, b) for number, a in enumerate(drawn) for b in drawn[:number])
+
+
+def test_all_sizes_have_the_same_expert_in_use():
+    """Else experts that take turns on the device would be moved about twice as often."""
+    settings = TeacherSettings("", 5.0, 8, 1.0, 1.0, 0.6, "", None, None, 8)
+    options = StatesOptions(kind="trajectory", calls_per_expert=12)
+
+    def swaps(turns: list[ExpertTurn]) -> int:
+        built = build_states_by_size(options, [(4, 4, 4), (4, 4, 6), (4, 6, 4)], settings, 50, Lanes(4))
+        for states, turn in zip(built, turns or [built[0].turn] * 3, strict=True):
+            assert turns or states.turn is turn
+            states.turn = turn
+        experts = []
+        for step in range(600):
+            states = built[step % 3]
+            batch = states.draw()
+            high = {bool(sigma >= 0.6) for sigma in batch.sigma[batch.weights > 0].tolist()}
+            assert len(high) == 1  # one expert answers a batch, of whatever size
+            experts.append(high.pop())
+            states.advance(batch, torch.zeros_like(batch.latents))
+        return sum(a != b for a, b in itertools.pairwise(experts))
+
+    assert swaps([]) < 0.7 * swaps([ExpertTurn() for _ in range(3)])
+
+
+# ---- caches ----
+
+
+def test_a_cache_of_several_sizes_is_filled_once_and_learnt_from_offline(train, teachers, tmp_path, asked):
+    cache = ["--teacher_cache", tmp_path / "cache", "--max_steps", 9, "--batch_size", 4]
+    first = train(teachers.one, PRUNED_CONFIG, *cache, *THREE, output_dir=tmp_path / "one")
+    assert first.code == 0, first.err
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["32x32", "32x48", "48x32"]
+    asked[24].clear()
+    again = train(teachers.one, PRUNED_CONFIG, *cache, *THREE, "--offline_teacher", output_dir=tmp_path / "two")
+    assert again.code == 0 and not asked[24]
+    assert same_student(tmp_path / "one", tmp_path / "two")
+    other = train(teachers.one, PRUNED_CONFIG, *cache, *THREE[:3], output_dir=tmp_path / "three")
+    assert other.code == 2 and "holds 32x48, which is of no size of this run" in other.err
+    plain = train(teachers.one, PRUNED_CONFIG, *cache, output_dir=tmp_path / "four")
+    assert plain.code == 2 and "--teacher_cache" in plain.err
+    assert not (tmp_path / "three").exists() and not (tmp_path / "four").exists()
+
+
+# ---- what is measured, planned and refused ----
+
+
+def test_held_out_states_are_of_every_size_and_a_resumed_run_finds_them(train, teachers, asked):
+    flags = [*THREE, "--max_steps", 300, "--batch_size", 8, "--replay", 1, "--save_every", 2, "--states", "noise"]
+    flags += ["--feature_loss_weight", 0, "--student_rollout", 0, 0]
+
+    def stop(self, metrics):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunObserver, "step", stop)
+        outcome = train(teachers.one, PRUNED_CONFIG, *flags)
+    assert "Held-out states" in outcome.out
+    walked = Counter(shape[2:] for shape in asked[24])
+    assert set(walked) == set(SHAPES)
+
+
+def test_the_memory_is_that_of_a_run_at_the_largest_size_alone(flags_of):
+    def planned(*flags: object):
+        given = parse_args(flags_of("planned", "--batch_size", 4, "--max_steps", 24, *flags))
+        texts = read_texts(TextPaths(given.data.data_path), is_measured=True)
+        return workload_of(make_plan(given, StudentConfig.load(given.student.student_config), texts))
+
+    three = planned(*THREE)
+    assert three == planned("--image_sizes", "48x32")
+    memory = {part.name: part.num_bytes for part in memory_budget(three)}
+    square = {part.name: part.num_bytes for part in memory_budget(planned())}
+    assert memory["training states"] == 1.5 * square["training states"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--aspect_ratios", "5:1"], "nearest is 4:1"),
+        (["--aspect_ratios", "0:1"], "above 0"),
+        (["--aspect_ratios", "1:1", "4:3"], "1:1 and 4:3 are both 32x32"),
+        (["--image_sizes", "50x32"], "nearest is 48x32"),
+        (["--image_sizes", "32x0"], "32x0"),
+        (["--image_sizes", "32x32", "32x32"], "twice"),
+        (["--image_sizes", "160x32"], "nearest is 160x48"),
+        (["--image_sizes", "48x32", "--aspect_ratios", "2:1"], "give one of the two"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_in_one_message(train, teachers, tmp_path, flags, words):
+    outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, *flags)
+    assert outcome.code == 2 and words in outcome.err and len(outcome.err) < 500 and "Traceback" not in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+# ---- what the student records, and who uses it ----
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A student of three sizes, and one of rectangles alone, of a teacher of the demo's world by its record."""
+    root = tmp_path_factory.mktemp("sizes")
+    teacher = write_teacher(root / "teacher", seed=5)
+    record = {"world": "shapes", "guidance_scale": 3.0, "num_inference_steps": 4}
+    (teacher / "teacher_record.json").write_text(json.dumps(record), encoding="utf-8")
+    train_student(root / "three", teacher, "--image_sizes", "48x32", "32x32", "32x48", "--num_samples", "4")
+    train_student(root / "wide", teacher, "--image_sizes", "48x32", "--num_samples", "0")
+    return root
+
+
+def draw(house, run_main, student: str, output, *flags: object):
+    argv = ["--student", house / student / "student", "--prompt", "a red ring", "--output", output, *flags]
+    outcome = run_main(generate_images.main, *argv, "--prompt_cache", house / "cache", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    return outcome.out
+
+
+def test_a_student_records_its_sizes_and_draws_at_them(house, run_main, tmp_path):
+    config = StudentConfig.load(house / "three" / "student")
+    assert config.image_size == 32 and config.distillation["image_sizes"] == ["48x32", "32x32", "32x48"]
+    out = draw(house, run_main, "three", tmp_path)
+    assert "_32x32.png" in out and "Warning" not in out
+    out = draw(house, run_main, "three", tmp_path, "--width", 48)
+    assert "_48x32.png" in out and "Warning" not in out
+    assert "_48x32.png" in draw(house, run_main, "wide", tmp_path / "wide")
+
+
+def test_a_size_far_from_all_that_were_learnt_is_a_warning_in_one_sentence(house, run_main, tmp_path):
+    out = draw(house, run_main, "three", tmp_path, "--width", 96, "--height", 48)
+    (warning,) = [line for line in out.splitlines() if line.startswith("Warning")]
+    assert "48 x 32" in warning and "32 x 48" in warning and "96 wide and 48 high" in warning
+
+
+def test_sample_pictures_and_card_are_of_all_sizes(house):
+    card = (house / "three" / "student" / "README.md").read_text(encoding="utf-8")
+    assert "32 x 32, 48 x 32, 32 x 48" in card and "square pictures" not in card
+    (strip,) = (house / "three" / "student" / "samples").glob("*.png")
+    assert strip.stat().st_size > 0
+
+
+def test_an_evaluation_has_figures_and_pictures_of_every_size(house, run_main, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(
+        "a small red circle on the left, on a white background\na large blue ring at the top, gray background\n"
+    )
+    flags = ["--student", house / "three" / "student", "--prompts_file", prompts, "--output", tmp_path / "out"]
+    outcome = run_main(evaluate_student.main, *flags, "--prompt_cache", house / "cache", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    results = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert list(results["by_size"]) == ["32x32", "48x32", "32x48"] == results["image_sizes"]
+    assert results["by_size"]["32x32"]["endpoint"] == results["endpoint"]
+    errors = {measured["endpoint"]["latent_relative_error"] for measured in results["by_size"].values()}
+    assert len(errors) == 3 and all(
+        measured["accuracy"]["num_pictures"] == 4 for measured in results["by_size"].values()
+    )
+    assert "48x32: prompt accuracy" in outcome.out
+
+
+@pytest.mark.parametrize("sizes", [[], ["32x0"], "48x32", ["48x32", 5], ["99999x32"]])
+def test_recorded_sizes_that_cannot_be_are_refused(house, run_main, tmp_path, sizes):
+    config = json.loads((house / "three" / "student" / "student_config.json").read_text())
+    config["distillation"]["image_sizes"] = sizes
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "student_config.json").write_text(json.dumps(config))
+    outcome = run_main(generate_images.main, "--student", tmp_path / "student", "--prompt", "a red ring")
+    assert outcome.code == 2 and "image_sizes" in outcome.err and "640x384" in outcome.err
