@@ -63,7 +63,10 @@ def build_noise_measure(run: Run, embeds: Embeds, teacher: Teacher | None) -> No
     options = run.teacher_sampling
     return over_sizes(
         [
-            (HeldOutNoise(teacher, part, shape, options, NUM_NOISES, batch_size(run)), len(part))
+            (
+                HeldOutNoise(teacher, part, shape, options, NUM_NOISES, batch_size(run), run.measuring.scale_steps),
+                len(part),
+            )
             for part, shape in prompts_by_size(run, prompts)
         ]
     )
