@@ -26,7 +26,8 @@ from wandistiller.errors import UserError
 from wandistiller.projection.project import project_experts
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import TeacherAnswers
-from wandistiller.targets.cache import AnswerError, CachedAnswers, TeacherCache, describe_cache, teacher_fingerprint
+from wandistiller.targets.cache import CachedAnswers, TeacherCache, describe_cache, teacher_fingerprint
+from wandistiller.targets.cache_shards import AnswerError
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.wan.layouts import open_teacher, open_wan_files
