@@ -220,21 +220,21 @@ class TeacherCache:
     def _check_builders(self, found: dict[str, Any]) -> None:
         """Refuse to go on with what was begun in other parts, or for another number of batches."""
         num_processes, num_parts = found.get("num_processes", 1), found.get("num_parts", 1)
-        refused = f"--teacher_cache {self.folder}: was begun "
+        refused = f"--teacher_cache {self.folder}: was "
         if num_parts != max(1, len(self.parts)):
             raise UserError(
-                f"{refused}with --cache_parts {shown(num_parts)}, this run has {max(1, len(self.parts))}; go on with the same, or "
+                f"{refused}begun with --cache_parts {shown(num_parts)}, this run has {max(1, len(self.parts))}; go on with the same, or "
                 "remove it and ask anew. A complete one serves any run"
             )
         if num_processes != self.processes.count:
             raise UserError(
-                f"{refused}by {num_processes} processes, these are {self.processes.count}; go on with as many, or remove it and ask "
+                f"{refused}begun by {num_processes} processes, these are {self.processes.count}; go on with as many, or remove it and ask "
                 "anew. A complete one serves any number"
             )
         num_batches = sum(part.num_batches for part in self.parts)
         if self.parts and found.get("num_batches") != num_batches:
             raise UserError(
-                f"{refused}for {shown(found.get('num_batches'))} batches of answers, this run asks for {num_batches}; give all builders "
+                f"{refused}begun for {shown(found.get('num_batches'))} batches of answers, this run asks for {num_batches}; give all builders "
                 "the same --max_steps, --num_epochs, --teacher_calls and --replay"
             )
 

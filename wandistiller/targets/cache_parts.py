@@ -133,5 +133,7 @@ class PartBuild:
             batches = [ask_batch(answers, done + index, on_progress) for index in range(count)]
             write_shard(self.folder / SHARD_NAME.format(self.part.numbers[self.num_shards]), batches)
             self.num_shards += 1
+            if answers.num_calls == self.part.num_batches:
+                return  # its last shard says that the part is done, and by now another builder may have tidied up
             state = answers.state_dict() | {"num_shards": torch.tensor(self.num_shards)}
             write_tensors(self.state_file, state | {CHECKSUMS_NAME: checksum_of(state)})
