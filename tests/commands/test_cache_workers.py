@@ -2,7 +2,7 @@
 
 Whoever asked for which part, the student is bit for bit that of one process that asked for all parts and trained by itself.
 
-pytest tests/commands/test_cache_builders.py
+pytest tests/commands/test_cache_workers.py
 """
 
 import json
