@@ -79,6 +79,8 @@ FLAGS = [
     ("replay", ["3"], None),
     ("teacher_cache", ["x"], None),
     ("offline_teacher", [], False),
+    ("cache_parts", ["3"], 1),
+    ("cache_only", [], False),
     ("feature_loss_weight", ["0.5"], 1.0),
     ("sigma_weighting", ["x0"], "none"),
     ("student_steps", ["4"], None),
@@ -121,6 +123,8 @@ COMPANIONS = {
     "teacher_path_low": ["--teacher_path", "y"],
     "extra_prompts": ["--prompt_swap", "0.5"],
     "offline_teacher": ["--teacher_cache", "y"],
+    "cache_parts": ["--teacher_cache", "y"],
+    "cache_only": ["--teacher_cache", "y"],
     "assume_gpu_gib": ["--dry_run"],
 }
 

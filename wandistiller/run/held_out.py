@@ -152,6 +152,12 @@ def states_files(run: Run) -> list[Path]:
     return files
 
 
+def has_states(run: Run) -> bool:
+    """Return whether all states that a run measures at by itself are kept; also where it measures at none."""
+    counts = [count for count in shares(run.measuring.num_paths, len(run.image_sizes)) if count]
+    return not run.measuring.is_default or all(is_whole(file) for file in states_files(run)[: len(counts)])
+
+
 def read_states(file: Path) -> PathStates | None:
     """Read the states that a run has kept; None where there are none, or the file is damaged."""
     try:
