@@ -300,13 +300,22 @@ def save_results(file: Path, results: dict[str, object]) -> None:
 
 
 def gallery_of(
-    experiment: "Experiment", about: dict[str, object], results: dict, teacher: "Drawn", student: "Drawn"
+    experiment: "Experiment",
+    about: dict[str, object],
+    results: dict,
+    drawn: "list[list[Drawn]]",
+    sizes: list[ImageSize],
 ) -> "Evaluated":
-    """Return what the gallery shows: each prompt with its own measures and pictures."""
+    """Return what the gallery shows: each prompt with its own measures and pictures.
+
+    Args:
+        drawn: what the teacher and the student drew at each of `sizes`.
+    """
     from wandistiller.evaluation.per_prompt import measure_prompts
     from wandistiller.reports.gallery import Evaluated
 
-    prompts, num_seeds = experiment.prompts, experiment.num_seeds
+    prompts, num_seeds, (teacher, student) = experiment.prompts, experiment.num_seeds, drawn[0]
+    others = zip(sizes[1:], drawn[1:], strict=True)
     return Evaluated(
         about=about,
         results=results,
@@ -315,6 +324,7 @@ def gallery_of(
         seeds=experiment.seeds,
         teacher=teacher.pictures,
         student=student.pictures,
+        other_sizes={str(size): (teacher.pictures, student.pictures) for size, (teacher, student) in others},
     )
 
 
@@ -360,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     save_comparison(folder / COMPARISON_NAME, experiment, drawn, sizes)
     about = describe(flags, config, digest, experiment) | {"num_trained_prompts": num_trained}
     save_results(folder / EVALUATION_NAME, about | results)
-    shown = gallery_of(experiment, about, results, *drawn[0])
+    shown = gallery_of(experiment, about, results, drawn, sizes)
     gallery = try_to_write_gallery(folder, shown, Path(flags.student))
 
     # Tell:

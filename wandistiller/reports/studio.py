@@ -31,6 +31,7 @@ from wandistiller.sampling.recorded import (
     student_sampling,
     teacher_paths,
     teacher_sampling,
+    trained_sizes,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Wish:
         student: its name in the studio.
         seed: of the first noise; each next noise has the next seed.
         steps: of student and teacher; None leaves them to the student's record.
-        width, height: pixels; None is the student's own size.
+        width, height: pixels; None is that of the student's first size.
         with_teacher: whether the teacher draws too.
     """
 
@@ -197,10 +198,8 @@ class Studio:
         from wandistiller.device import is_out_of_memory
 
         config = self.config(wish.student)
-        size = (
-            config.image_size if wish.height is None else wish.height,
-            config.image_size if wish.width is None else wish.width,
-        )
+        own = trained_sizes(config)[0]
+        size = own.height if wish.height is None else wish.height, own.width if wish.width is None else wish.width
         _check(wish, config, size)
         with self._lock:
             try:
