@@ -326,7 +326,7 @@ def test_an_evaluation_has_figures_and_pictures_of_every_size(house, run_main, t
     gallery = (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8")
     columns = re.findall(r'<th scope="col">(seed \d|\d+x\d+)</th>', gallery)
     assert columns == ["seed 0", "seed 1", "48x32", "32x48"] * 2
-    assert "drawn at 32x32 pixels" in gallery
+    assert "a noise at 32x32 pixels" in gallery
 
 
 @pytest.mark.parametrize("sizes", [[], ["32x0"], "48x32", ["48x32", 5], ["99999x32"]])
