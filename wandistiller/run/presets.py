@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
 OTHER_LENGTHS = ("max_steps", "num_epochs")  # what says how long a run is, beside the --teacher_calls of presets
 
 
