@@ -11,7 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, fields
 
-from wandistiller.command_line import FlagParser, number, path, run_command
+from wandistiller.command_line import LORA_FLAG, FlagParser, number, path, run_command
 from wandistiller.errors import UserError
 
 
@@ -23,6 +23,8 @@ class Flags:
     student: str | None
     teacher_path: str | None
     teacher_path_low: str | None
+    teacher_lora: list[tuple[str, float]] | None
+    teacher_lora_low: list[tuple[str, float]] | None
     text_encoder_path: str | None
     vae_path: str | None
     prompt_cache: str
@@ -44,6 +46,8 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     model.flag("--student", "folder of a trained student, which is shown first", type=path)
     model.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
     model.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
+    model.flag("--teacher_lora", "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG)
+    model.flag("--teacher_lora_low", "the same for the low-noise expert of two", **LORA_FLAG)
     model.flag(
         "--text_encoder_path",
         "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",

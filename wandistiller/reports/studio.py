@@ -24,6 +24,7 @@ from wandistiller.reports.tables import equal_steps
 from wandistiller.sampling.drawing import Artist, check_picture_size, untrained_warnings
 from wandistiller.sampling.recorded import (
     StudentRecord,
+    TeacherLoras,
     load_drawing_parts,
     load_student_config,
     open_recorded_teacher,
@@ -52,6 +53,8 @@ class StudioOptions:
 
     teacher_path: str | None = None
     teacher_path_low: str | None = None
+    teacher_lora: list[tuple[str, float]] | None = None
+    teacher_lora_low: list[tuple[str, float]] | None = None
     text_encoder_path: str | None = None
     vae_path: str | None = None
     prompt_cache: str = "outputs/prompt_cache"
@@ -321,7 +324,8 @@ class _Easel:
 
     @cached_property
     def _teacher_files(self):
-        return open_recorded_teacher(self.config, *self.places)
+        loras = TeacherLoras(self.options.teacher_lora, self.options.teacher_lora_low)
+        return open_recorded_teacher(self.config, *self.places, loras)
 
     @cached_property
     def _teacher_field(self):
