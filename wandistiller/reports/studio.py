@@ -324,7 +324,7 @@ class _Easel:
 
     @cached_property
     def _teacher_files(self):
-        loras = TeacherLoras(self.options.teacher_lora, self.options.teacher_lora_low)
+        loras = TeacherLoras(self.options.teacher_lora or [], self.options.teacher_lora_low or [])
         return open_recorded_teacher(self.config, *self.places, loras)
 
     @cached_property
