@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller import __version__
-from wandistiller.command_line import LORA_FLAG, FlagParser, number, path, run_command
+from wandistiller.command_line import FlagParser, add_student_flag, add_teacher_flags, number, path, run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     COMPARISON_NAME,
@@ -97,19 +97,8 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted, 1 anything else.",
     )
     model = parser.group("Model")
-    model.flag(
-        "--student", "folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path
-    )
-    model.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
-    model.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
-    model.flag("--teacher_lora", "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG)
-    model.flag("--teacher_lora_low", "the same for the low-noise expert of two", **LORA_FLAG)
-    model.flag(
-        "--text_encoder_path",
-        "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",
-        type=path,
-    )
-    model.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path)
+    add_student_flag(model)
+    add_teacher_flags(model)
 
     prompts = parser.group("Prompts")
     prompts.flag(
@@ -300,13 +289,22 @@ def save_results(file: Path, results: dict[str, object]) -> None:
 
 
 def gallery_of(
-    experiment: "Experiment", about: dict[str, object], results: dict, teacher: "Drawn", student: "Drawn"
+    experiment: "Experiment",
+    about: dict[str, object],
+    results: dict,
+    drawn: "list[list[Drawn]]",
+    sizes: list[ImageSize],
 ) -> "Evaluated":
-    """Return what the gallery shows: each prompt with its own measures and pictures."""
+    """Return what the gallery shows: each prompt with its own measures and pictures.
+
+    Args:
+        drawn: what the teacher and the student drew at each of `sizes`.
+    """
     from wandistiller.evaluation.per_prompt import measure_prompts
     from wandistiller.reports.gallery import Evaluated
 
-    prompts, num_seeds = experiment.prompts, experiment.num_seeds
+    prompts, num_seeds, (teacher, student) = experiment.prompts, experiment.num_seeds, drawn[0]
+    others = zip(sizes[1:], drawn[1:], strict=True)
     return Evaluated(
         about=about,
         results=results,
@@ -315,6 +313,7 @@ def gallery_of(
         seeds=experiment.seeds,
         teacher=teacher.pictures,
         student=student.pictures,
+        other_sizes={str(size): (teacher.pictures, student.pictures) for size, (teacher, student) in others},
     )
 
 
@@ -360,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     save_comparison(folder / COMPARISON_NAME, experiment, drawn, sizes)
     about = describe(flags, config, digest, experiment) | {"num_trained_prompts": num_trained}
     save_results(folder / EVALUATION_NAME, about | results)
-    shown = gallery_of(experiment, about, results, *drawn[0])
+    shown = gallery_of(experiment, about, results, drawn, sizes)
     gallery = try_to_write_gallery(folder, shown, Path(flags.student))
 
     # Tell:

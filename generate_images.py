@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import LORA_FLAG, FlagParser, number, path, run_command
+from wandistiller.command_line import FlagParser, add_student_flag, add_teacher_flags, number, path, run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     check_output_folder,
@@ -91,22 +91,11 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted, 1 anything else.",
     )
     model = parser.group("Model")
-    model.flag(
-        "--student", "folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path
-    )
+    add_student_flag(model)
     model.flag(
         "--model", "who draws: the student, or the teacher it records", "student", choices=["student", "teacher"]
     )
-    model.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
-    model.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
-    model.flag("--teacher_lora", "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG)
-    model.flag("--teacher_lora_low", "the same for the low-noise expert of two", **LORA_FLAG)
-    model.flag(
-        "--text_encoder_path",
-        "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",
-        type=path,
-    )
-    model.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path)
+    add_teacher_flags(model)
 
     prompts = parser.group("Prompts")
     prompts.flag("--prompt", "one or more prompts, each in quotes", nargs="+", metavar="PROMPT")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, fields
 
-from wandistiller.command_line import FlagParser, number, path, run_command
+from wandistiller.command_line import FlagParser, add_teacher_flags, number, path, run_command
 from wandistiller.errors import UserError
 
 
@@ -23,6 +23,8 @@ class Flags:
     student: str | None
     teacher_path: str | None
     teacher_path_low: str | None
+    teacher_lora: list[tuple[str, float]] | None
+    teacher_lora_low: list[tuple[str, float]] | None
     text_encoder_path: str | None
     vae_path: str | None
     prompt_cache: str
@@ -42,14 +44,7 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     model = parser.group("Model")
     model.flag("--outputs", "folder that holds folders of trained students", "outputs", type=path)
     model.flag("--student", "folder of a trained student, which is shown first", type=path)
-    model.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
-    model.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
-    model.flag(
-        "--text_encoder_path",
-        "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",
-        type=path,
-    )
-    model.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path)
+    add_teacher_flags(model)
     model.flag("--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
 
     performance = parser.group("Performance")

@@ -20,7 +20,8 @@ With --lora a LoRA of the teacher is cut for a student of it, which diffusers an
 
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from wandistiller.model.config import StudentConfig
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from wandistiller.projection.calibrated import Calibration
+    from wandistiller.projection.calibration import CalibrationOptions
     from wandistiller.projection.lora import StudentLora
     from wandistiller.projection.project import ProjectionReport
     from wandistiller.sampling.teacher import Teacher
@@ -83,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         type=path,
         help="folder, .safetensors or .gguf file, hub id, or mock (required without --lora)",
     )
-    group.flag("--teacher_path_low", type=path, help="the low-noise expert, where the two are two files")
+    group.flag("--teacher_path_low", type=path, help="the low-noise expert, where the two are two files or folders")
     group.flag(
         "--teacher_lora", help="a Wan LoRA that is merged into the teacher; may be given several times", **LORA_FLAG
     )
@@ -98,7 +100,11 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         default="norm",
         help="by weight norm, or by what the teacher does with prompts, with every linear layer refitted",
     )
-    group.flag("--calibration_prompts", type=path, help="text file, one prompt a line, to calibrate on")
+    group.flag(
+        "--calibration_prompts",
+        type=path,
+        help="prompts to calibrate on, in any file that --data_path of train_distillation.py takes",
+    )
     group.flag("--calibration_paths", type=number(int, low=1), help="the teacher's sampling paths to fit on (48 to 96)")
     group.flag("--calibration_cache", type=path, help="file that keeps the teacher's side of it for another student")
     group.flag("--text_encoder_path", type=path, help="folder or hub id with text_encoder/, where the teacher has none")
@@ -200,7 +206,6 @@ def cut_lora(flags: Flags) -> None:
 def fitted_lora(flags: Flags, config: StudentConfig, expert: str, student_lora: "StudentLora") -> "StudentLora":
     """Train the cut LoRA on what the teacher answers to the prompts with the LoRA in it, and print what that brings."""
     from wandistiller.device import pick_device, pick_dtype
-    from wandistiller.files.prompts import load_prompts
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.calibration import draw_states, options_for
     from wandistiller.projection.lora_fit import fit_lora
@@ -212,6 +217,8 @@ def fitted_lora(flags: Flags, config: StudentConfig, expert: str, student_lora: 
         open_recorded_teacher,
         recorded_settings,
         teacher_paths,
+        teacher_sampling,
+        trained_sizes,
     )
     from wandistiller.sampling.teacher import Teacher
     from wandistiller.wan.lora import merge_loras
@@ -229,14 +236,17 @@ def fitted_lora(flags: Flags, config: StudentConfig, expert: str, student_lora: 
     wan_files = merge_loras(wan_files, flags.teacher_lora, flags.teacher_lora_low)
     device, settings = pick_device(flags.device), recorded_settings(config)
     dtype = pick_dtype(None, device)
-    prompts = load_prompts(flags.calibration_prompts or "").prompts
+    shape, patch = settings.latent_shape(config, trained_sizes(config)[0]), wan_files.config.patch_size or 1
+    options = options_for(shape, patch, flags.calibration_paths, seed=flags.seed, compute_dtype=dtype, device=device)
+    if settings.has_few_levels:  # and is asked at no others
+        sampling = teacher_sampling(config, None, dtype, device)
+        options = replace(options, num_levels=sampling.num_inference_steps, sampler=sampling.sampler)
+    prompts = prompts_of_paths(flags, options)
     encoder = find_recorded_encoder(config, flags.text_encoder_path, teacher_path)
 
     # The text encoder leaves memory before the teacher comes:
     embeds, negative = embed_with_negative(prompts, settings, encoder, config, flags.prompt_cache, device)
     teacher = Teacher(project_experts(wan_files, config.text_max_length, dtype, device), settings, negative)
-    shape, patch = settings.latent_shape(config), wan_files.config.patch_size or 1
-    options = options_for(shape, patch, flags.calibration_paths, seed=flags.seed, compute_dtype=dtype, device=device)
     print(
         f"Asking the teacher with the LoRA: {options.num_paths} paths of {options.num_levels} noise levels", flush=True
     )
@@ -250,11 +260,18 @@ def fitted_lora(flags: Flags, config: StudentConfig, expert: str, student_lora: 
     return fitted.lora
 
 
+def prompts_of_paths(flags: Flags, options: "CalibrationOptions") -> Sequence[str]:
+    """Read the prompts to ask the teacher; of templates, which give them without end, one for each path."""
+    from wandistiller.files.prompts import is_endless, load_prompts
+
+    found = load_prompts(flags.calibration_prompts or "").prompts
+    return found[: options.num_paths + options.num_held_back] if is_endless(found) else found
+
+
 def calibrate_teacher(flags: Flags, wan_files: "WanFiles", config: StudentConfig) -> "tuple[Teacher, Calibration]":
     """Load the whole teacher, and ask it what it does with the prompts, unless --calibration_cache has that already."""
     from wandistiller.device import pick_device, pick_dtype
     from wandistiller.files.output_folder import check_writable
-    from wandistiller.files.prompts import is_endless, load_prompts
     from wandistiller.projection.calibrated import calibrate, check_can_be_calibrated
     from wandistiller.projection.calibration import options_for
     from wandistiller.projection.calibration_file import load_calibration, save_calibration
@@ -271,17 +288,7 @@ def calibrate_teacher(flags: Flags, wan_files: "WanFiles", config: StudentConfig
         check_writable(flags.output_dir, "--output_dir")
     device = pick_device(flags.device)
     dtype = pick_dtype(None, device)
-    found = load_prompts(flags.calibration_prompts or "").prompts
-    prompts = found[: flags.calibration_paths] if is_endless(found) else found
     settings = resolve_settings(wan_files)
-    encoder = find_text_encoder(flags.text_encoder_path) if flags.text_encoder_path else None
-    if encoder is None and not wan_files.is_mock:
-        encoder = wan_files.text_encoder()
-
-    # The text encoder leaves memory before the teacher comes:
-    embeds, negative = embed_with_negative(prompts, settings, encoder, config, flags.prompt_cache, device)
-    experts = project_experts(wan_files, config.text_max_length, dtype, device)
-    teacher = Teacher(experts, settings, negative)
     shape = settings.latent_shape(config)
     options = options_for(
         shape,
@@ -291,6 +298,15 @@ def calibrate_teacher(flags: Flags, wan_files: "WanFiles", config: StudentConfig
         compute_dtype=dtype,
         device=device,
     )
+    prompts = prompts_of_paths(flags, options)
+    encoder = find_text_encoder(flags.text_encoder_path) if flags.text_encoder_path else None
+    if encoder is None and not wan_files.is_mock:
+        encoder = wan_files.text_encoder()
+
+    # The text encoder leaves memory before the teacher comes:
+    embeds, negative = embed_with_negative(prompts, settings, encoder, config, flags.prompt_cache, device)
+    experts = project_experts(wan_files, config.text_max_length, dtype, device)
+    teacher = Teacher(experts, settings, negative)
     about = describe_teacher(wan_files, settings) | {
         "text_max_length": config.text_max_length,
         "latent_shape": shape,

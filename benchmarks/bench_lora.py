@@ -272,6 +272,16 @@ def tell(bench: Bench, rows: list[dict], shares: dict[str, float], drawn: dict[s
     save_png(labelled_grid(grid, captions, list(drawn)), output / "lora.png", {})
 
 
+def cut_arms(bench: Bench, file: Path, args: argparse.Namespace) -> dict[str, StudentLora]:
+    """Cut the teacher's LoRA for the student; with --dropped also with what it does in layers that the student lacks."""
+    selection = read_made_of(args.student, bench.config, bench.wan_files).selection
+    lora = open_lora(file, 1.0, shapes_of(bench.wan_files.expert("high")))
+    arms = {"": cut_loras([lora], selection, bench.config)}
+    if args.dropped:
+        arms["dropped layers too, "] = cut_loras([with_dropped_layers(lora, selection)], selection, bench.config)
+    return arms
+
+
 def main() -> None:
     args, start = parse_args(), time.perf_counter()
     bench, output = Bench(args), Path(args.output)
@@ -292,14 +302,7 @@ def main() -> None:
         }.items()
     }
 
-    # The LoRA of the student:
-    made_of = read_made_of(args.student, bench.config, bench.wan_files)
-    lora = open_lora(file, 1.0, shapes_of(bench.wan_files.expert("high")))
-    arms = {"": cut_loras([lora], made_of.selection, bench.config)}
-    if args.dropped:
-        arms["dropped layers too, "] = cut_loras(
-            [with_dropped_layers(lora, made_of.selection)], made_of.selection, bench.config
-        )
+    arms = cut_arms(bench, file, args)
     student_file = output / "student_lora.safetensors"
     student_file.unlink(missing_ok=True)
     write_lora(arms[""], student_file, "diffusers")

@@ -3,24 +3,30 @@
 pytest tests/commands/test_teacher_lora.py
 """
 
+import io
 import json
 import shutil
+from dataclasses import fields
 from hashlib import sha256
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from PIL import Image
 
 import evaluate_student
 import export_student
 import generate_images
+import playground
 import projection_mapper
 import run_production_test
 import train_distillation
 from support.loras import comfyui_keys, diffusers_keys, kohya_keys, merged, random_pairs, write
 from support.runs import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, read_metrics, weights_of
 from support.students import STUDENT, write_teacher
+from wandistiller.errors import UserError
 from wandistiller.files.output_folder import STUDENT_NAMES
+from wandistiller.reports.studio import Studio, StudioOptions, Wish
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +194,6 @@ def draw(run_main, root, output, *flags):
 
 
 def picture(folder):
-    from PIL import Image
-
     return Image.open(next(folder.glob("*a-red-circle*.png"))).tobytes()
 
 
@@ -232,6 +236,27 @@ def test_a_recorded_lora_that_is_gone_or_another_is_named_and_can_be_given(run_m
         assert outcome.code == 2 and "is another file than the LoRA" in outcome.err
     finally:
         shutil.move(moved, there)
+
+
+def test_the_playground_draws_with_the_recorded_lora_and_takes_one_that_has_moved(run_main, drawing, tmp_path):
+    """As generate_images.py does; and the flag that it names for a LoRA that is gone is one that it has."""
+    moved = shutil.copytree(drawing / "student", tmp_path / "moved")
+    config = json.loads((moved / "student_config.json").read_text(encoding="utf-8"))
+    config["distillation"]["teacher_loras"][0]["path"] = str(tmp_path / "gone.safetensors")
+    (moved / "student_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert draw(run_main, drawing, tmp_path / "drawn").code == 0
+
+    def drawn(name: str, *words: str) -> bytes:
+        flags = playground.parse_args([*words, "--prompt_cache", str(drawing / "cache"), "--device", "cpu"])
+        options = StudioOptions(**{field.name: getattr(flags, field.name) for field in fields(StudioOptions)})
+        studio = Studio({"own": drawing / "student", "moved": moved}, options)
+        answer = studio.draw(Wish(student=name, prompt="a red circle", steps=2, with_teacher=True))
+        return Image.open(io.BytesIO(answer.rows[0].pictures[0].png)).tobytes()
+
+    given = ["--teacher_lora", f"{drawing / 'lora.safetensors'}:0.9"]
+    assert drawn("own") == picture(tmp_path / "drawn") == drawn("moved", *given)
+    with pytest.raises(UserError, match=r"give --teacher_lora FILE:0\.9"):
+        drawn("moved")
 
 
 @pytest.mark.parametrize(

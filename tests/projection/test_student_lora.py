@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import projection_mapper
 from support.loras import comfyui_keys, diffusers_keys, kohya_keys, random_differences, random_pairs, write
+from support.prompt_templates import write_templates
 from support.runs import snapshot
 from support.students import PROMPTS, train_student
 from support.wan_folders import (
@@ -35,6 +36,7 @@ from wandistiller.projection.lora import cut_loras
 from wandistiller.projection.project import fresh_student, project_teacher
 from wandistiller.projection.selection import select
 from wandistiller.projection.selection_record import indices_of, ranges_of, read_made_of
+from wandistiller.wan import text_encoder
 from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.lora import merge_loras, open_lora, shapes_of
 
@@ -415,6 +417,38 @@ def test_a_fit_is_repeatable_and_leaves_the_student_alone(run_main, trained, tmp
         assert fit(run_main, trained, tmp_path / f"{name}.safetensors", "--lora_steps", 2).code == 0
     first, second = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first) and snapshot(trained / "student") == before
+
+
+def test_a_fit_asks_a_teacher_of_few_steps_at_its_levels_and_a_size_of_the_student(
+    run_main, trained, tmp_path, monkeypatch
+):
+    root = tmp_path / "few"
+    flags = ["--teacher_steps", "4", "--shift", "3", "--guidance_scale", "1", "--image_sizes", "48x32"]
+    train_student(root, trained / "teacher", "--num_samples", "0", "--save_every", "0", *flags)
+    asked, texts = set(), []
+    forward, embed = WanLiteStudent.forward, text_encoder.embed_texts
+
+    def recorded(self, latents, timestep, *args, **kwargs):
+        if self.config.hidden_size == 24:  # the teacher's
+            asked.update((round(float(time)), *latents.shape[2:]) for time in timestep)
+        return forward(self, latents, timestep, *args, **kwargs)
+
+    monkeypatch.setattr(WanLiteStudent, "forward", recorded)
+    monkeypatch.setattr(text_encoder, "embed_texts", lambda given, *rest: (texts.extend(given), embed(given, *rest))[1])
+    templates = ["--calibration_prompts", write_templates(tmp_path / "templates"), "--lora_steps", 1]
+    argv = [
+        "--lora",
+        trained / "lora.safetensors",
+        "--student",
+        root / "student",
+        "--output",
+        tmp_path / "a.safetensors",
+    ]
+    argv += ["--calibration_paths", 8, "--prompt_cache", tmp_path / "cache", "--device", "cpu", *templates]
+    outcome = run_main(projection_mapper.main, *argv)
+    assert outcome.code == 0 and "8 paths of 4 noise levels" in outcome.out, outcome.err
+    assert asked == {(time, 4, 6) for time in (1000, 900, 750, 500)}
+    assert 8 <= len(texts) <= 100  # of a million that the templates give
 
 
 def test_what_cannot_be_fitted_is_refused(run_main, trained, places, tmp_path):

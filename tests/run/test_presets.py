@@ -37,6 +37,26 @@ def test_a_typed_flag_goes_before_a_preset_wherever_it_stands():
     assert flags.states.replay == PRESETS["A14B-1B"].flags["replay"]
 
 
+@pytest.mark.parametrize(("flag", "steps"), [("--max_steps", 12), ("--num_epochs", 28)])
+def test_a_length_that_is_typed_in_steps_or_epochs_is_the_length(train, teachers, tmp_path, flag, steps):
+    prompts = tmp_path / "few.txt"
+    prompts.write_text("\n".join(f"a picture of {number} cats" for number in range(4)), encoding="utf-8")
+    flags = [
+        flag,
+        {"--max_steps": 12, "--num_epochs": 14}[flag],
+        "--batch_size",
+        1,
+        "--grad_accum_steps",
+        2,
+        "--data_path",
+        prompts,
+    ]
+    outcome = train(teachers.one, PRUNED_CONFIG, "--preset", "1.3B-0.5B", *flags, "--dry_run")
+    assert outcome.code == 0 and f"Steps: {steps} of 2 samples" in outcome.out, outcome.err
+    (typed,) = [line for line in outcome.out.splitlines() if "typed instead: " in line]
+    assert f"{flag} {flags[1]}" in typed and "None" not in typed and "--teacher_calls 24000" not in outcome.out
+
+
 def test_an_unknown_preset_lists_the_known_ones(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_args(["--preset", "A14B"])

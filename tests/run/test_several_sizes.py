@@ -6,12 +6,15 @@ is asked, and the student learns, at shapes that are recorded where both are ask
 pytest tests/run/test_several_sizes.py
 """
 
+import io
 import itertools
 import json
+import re
 from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate_student
 import generate_images
@@ -21,6 +24,8 @@ from wandistiller.budget.workload import memory_budget
 from wandistiller.files.prompts import TextPaths, read_texts
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.projection.comfyui_workflow import Workflow, api_workflow
+from wandistiller.reports.studio import Studio, StudioOptions, Wish
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.flags import parse_args
 from wandistiller.run.observers import RunObserver
@@ -277,6 +282,18 @@ def test_a_student_records_its_sizes_and_draws_at_them(house, run_main, tmp_path
     assert "_48x32.png" in draw(house, run_main, "wide", tmp_path / "wide")
 
 
+def test_a_student_of_rectangles_alone_is_drawn_at_its_first_everywhere(house):
+    """Where no size is asked for, as by generate_images.py: in the playground, and by the workflow for ComfyUI."""
+    folder = house / "wide" / "student"
+    workflow = api_workflow(Workflow.of(StudentConfig.load(folder), "student.safetensors"))
+    (latents,) = [node for node in workflow.values() if node["class_type"] == "EmptyHunyuanLatentVideo"]
+    assert (latents["inputs"]["width"], latents["inputs"]["height"]) == (48, 32)
+    studio = Studio({"wide": folder}, StudioOptions(prompt_cache=str(house / "cache"), device="cpu"))
+    answer = studio.draw(Wish(student="wide", prompt="a red ring"))
+    assert answer.size == (32, 48) and not answer.notes
+    assert Image.open(io.BytesIO(answer.rows[0].pictures[0].png)).size == (48, 32)
+
+
 def test_a_size_far_from_all_that_were_learnt_is_a_warning_in_one_sentence(house, run_main, tmp_path):
     out = draw(house, run_main, "three", tmp_path, "--width", 96, "--height", 48)
     (warning,) = [line for line in out.splitlines() if line.startswith("Warning")]
@@ -306,6 +323,10 @@ def test_an_evaluation_has_figures_and_pictures_of_every_size(house, run_main, t
         measured["accuracy"]["num_pictures"] == 4 for measured in results["by_size"].values()
     )
     assert "48x32: prompt accuracy" in outcome.out
+    gallery = (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8")
+    columns = re.findall(r'<th scope="col">(seed \d|\d+x\d+)</th>', gallery)
+    assert columns == ["seed 0", "seed 1", "48x32", "32x48"] * 2
+    assert "a noise at 32x32 pixels" in gallery
 
 
 @pytest.mark.parametrize("sizes", [[], ["32x0"], "48x32", ["48x32", 5], ["99999x32"]])

@@ -18,12 +18,14 @@ import torch
 import projection_mapper
 import train_distillation
 from support.gguf_files import SHAPE, write_wan_gguf
+from support.loras import comfyui_keys, merged, random_pairs, write
 from support.students import STUDENT, write_teacher
-from support.wan_folders import oracle_velocity, relative_error, write_single_file
+from support.wan_folders import oracle_velocity, relative_error, with_weights, write_single_file
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.projection.project import project_teacher
 from wandistiller.wan.layouts import open_wan_files
+from wandistiller.wan.lora import merge_loras
 
 MAX_ERROR = 1e-5
 KERNEL = "patch_embedding.weight"
@@ -59,6 +61,18 @@ def refusal(path, **arguments) -> str:
 def test_every_type_equals_diffusers_with_what_the_library_makes_of_it(tmp_path, dtype):
     expert = write_wan_gguf(tmp_path / "wan.gguf", dtype=dtype)
     assert_same_as_diffusers(tmp_path / "wan.gguf", expert)
+
+
+def test_a_lora_is_added_to_what_the_quantised_weights_stand_for(tmp_path):
+    expert = write_wan_gguf(tmp_path / "wan.gguf", dtype="Q4_K")
+    pairs = random_pairs(expert)
+    lora = write(tmp_path / "lora.safetensors", comfyui_keys(pairs))
+    changed = with_weights(expert, merged(expert, pairs, scale=0.7))
+    model, _ = project_teacher(merge_loras(open_wan_files(tmp_path / "wan.gguf"), [(lora, 0.7)]))
+    given = inputs(model.config)
+    with torch.no_grad():
+        answer, expected, plain = model(*given), oracle_velocity(changed, *given), oracle_velocity(expert, *given)
+    assert relative_error(plain, expected) > 0.01 and relative_error(answer, expected) <= MAX_ERROR
 
 
 def test_diffusers_own_reader_reads_the_same(tmp_path):

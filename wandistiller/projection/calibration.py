@@ -33,6 +33,7 @@ class CalibrationOptions:
         num_paths: the teacher's sampling paths that the student is fitted on, a prompt each.
         num_held_back: more of them that it is only measured on.
         num_levels: noise levels of a path.
+        sampler: that of the paths, a name in SamplingOptions.
         num_texts: prompts that the text embedder is fitted on.
         ridge: the penalty on a change of the selected weights, relative to the mean square of a layer's inputs.
         batch_size: states that are in the device's memory at once.
@@ -41,6 +42,7 @@ class CalibrationOptions:
     num_paths: int = MOST_PATHS
     num_held_back: int = 16
     num_levels: int = 16
+    sampler: str = "unipc"
     num_texts: int = 400
     ridge: float = 3e-2
     batch_size: int = 16
@@ -122,6 +124,7 @@ def draw_states(
     sampling = SamplingOptions(
         shift=teacher.settings.shift,
         num_inference_steps=options.num_levels,
+        sampler=options.sampler,
         compute_dtype=options.compute_dtype,
         device=options.device,
     )

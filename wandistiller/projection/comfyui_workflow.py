@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wandistiller.model.config import StudentConfig
+from wandistiller.model.image_sizes import ImageSize
 from wandistiller.projection.comfyui import comfyui_sampler
-from wandistiller.sampling.recorded import StudentRecord
+from wandistiller.sampling.recorded import StudentRecord, trained_sizes
 
 TEXT_ENCODER = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 VAES = {16: "wan_2.1_vae.safetensors", 48: "wan2.2_vae.safetensors"}
@@ -37,7 +38,7 @@ class Workflow:
 
     file: str
     num_channels: int
-    size: int
+    size: ImageSize
     shift: float
     steps: int
     sampler: str
@@ -50,7 +51,7 @@ class Workflow:
         record = StudentRecord.of(config)
         settings: dict[str, Any] = {
             "num_channels": config.num_channels,
-            "size": config.image_size,
+            "size": trained_sizes(config)[0],
             "shift": SHIFT if record.shift is None else record.shift,
             "steps": record.steps or STEPS,
             "sampler": comfyui_sampler(config),
@@ -78,7 +79,7 @@ class Node:
 
 def nodes(workflow: Workflow) -> list[Node]:
     """Return the nodes; cfg 1 asks for no negative prompt, so that the positive one stands in its place."""
-    size = {"width": workflow.size, "height": workflow.size, "length": 1, "batch_size": 1}
+    size = {"width": workflow.size.width, "height": workflow.size.height, "length": 1, "batch_size": 1}
     sampling = {
         "steps": workflow.steps,
         "cfg": 1.0,

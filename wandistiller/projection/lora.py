@@ -24,7 +24,6 @@ from wandistiller.wan.lora import Change, Difference, Lora
 from wandistiller.wan.names import PATCH_KERNEL, to_original
 from wandistiller.wan.transformer_files import teacher_tensor_shapes
 
-LORA_FORMATS = ("diffusers", "original")
 _PREFIXES = {"diffusers": "transformer.", "original": "diffusion_model."}
 _NORMS = re.compile(r"\.norm(?:_[qk]|2)\.")
 

@@ -230,6 +230,7 @@ def facts(config: StudentConfig, record: dict, lines: list[dict]) -> list[tuple[
         ("guidance", " and ".join(guidance)),
         ("guided at sigma", " to ".join(f"{sigma:g}" for sigma in record.get("guidance_range") or [])),
         ("sampling steps", record.get("student_steps") or record.get("num_inference_steps")),
+        ("teacher's sampler", record.get("teacher_sampler")),
         ("block", config.block),
         ("parameters", f"{config.num_parameters:,}"),
         ("width, depth, heads", f"{config.hidden_size}, {config.depth}, {config.num_heads}"),

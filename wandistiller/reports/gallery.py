@@ -12,8 +12,8 @@ import hashlib
 import io
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,7 @@ class Evaluated:
         measures: those of each prompt.
         seeds: of the noise of each sample; the samples of a prompt follow one another.
         teacher, student: pictures (samples, H, W, 3) uint8.
+        other_sizes: what both drew of the same samples at further image sizes, by the name of the size.
     """
 
     about: dict
@@ -80,6 +81,7 @@ class Evaluated:
     seeds: Sequence[int]
     teacher: np.ndarray
     student: np.ndarray
+    other_sizes: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @property
     def num_seeds(self) -> int:
@@ -130,6 +132,7 @@ def gallery_page(evaluated: Evaluated, student_folder: Path) -> str:
         rankings=[ranking for ranking in RANKINGS if _is_measured(evaluated, ranking)],
         prompts=list(prompt_entries(evaluated)),
         num_hidden_noises=max(0, evaluated.num_seeds - MAX_NOISES),
+        other_sizes=list(evaluated.other_sizes),
         difference_factor=DIFFERENCE_FACTOR,
     )
 
@@ -148,9 +151,12 @@ def error_scale(results: dict) -> list[tuple[str, float, bool]]:
 
 
 def prompt_entries(evaluated: Evaluated) -> Iterator[dict]:
-    """Yield what the page shows of each prompt: its text, its measures, and a column of pictures for each noise."""
+    """Yield what the page shows of each prompt: its text, its measures, and columns of pictures.
+
+    There is a column for each noise at the first image size, and one of the first noise for each further size.
+    """
     shown = min(evaluated.num_seeds, MAX_NOISES)
-    side = tile_side(3 * shown * len(evaluated.prompts))
+    side = tile_side(3 * (shown + len(evaluated.other_sizes)) * len(evaluated.prompts))
     for number, (prompt, measures) in enumerate(zip(evaluated.prompts, evaluated.measures, strict=True)):
         first = number * evaluated.num_seeds
         values = {ranking.key: getattr(measures, ranking.key) for ranking in RANKINGS}
@@ -161,8 +167,16 @@ def prompt_entries(evaluated: Evaluated) -> Iterator[dict]:
             "badness": {ranking.key: _badness(values[ranking.key], ranking) for ranking in RANKINGS},
             "shown": _shown_values(measures),
             "columns": [
-                _column(evaluated.teacher[sample], evaluated.student[sample], evaluated.seeds[sample], side)
-                for sample in range(first, first + shown)
+                *(
+                    _column(
+                        f"seed {evaluated.seeds[sample]}", evaluated.teacher[sample], evaluated.student[sample], side
+                    )
+                    for sample in range(first, first + shown)
+                ),
+                *(
+                    _column(size, teacher[first], student[first], side)
+                    for size, (teacher, student) in evaluated.other_sizes.items()
+                ),
             ],
         }
 
@@ -182,11 +196,11 @@ def _shown_values(measures: PromptMeasures) -> list[tuple[str, str]]:
     return rows
 
 
-def _column(teacher: np.ndarray, student: np.ndarray, seed: int, side: int) -> dict:
+def _column(label: str, teacher: np.ndarray, student: np.ndarray, side: int) -> dict:
     # uint8 would wrap around:
     difference = np.abs(teacher.astype(np.int16) - student) * DIFFERENCE_FACTOR
     pictures = {"teacher": teacher, "student": student, "difference": difference.clip(0, 255).astype(np.uint8)}
-    return {"seed": seed, "pictures": {name: tile(picture, side) for name, picture in pictures.items()}}
+    return {"label": label, "pictures": {name: tile(picture, side) for name, picture in pictures.items()}}
 
 
 def tile_side(num_tiles: int) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from wandistiller.errors import UserError
 from wandistiller.reports.studio import Answer, Picture, Studio, Wish, told_record
-from wandistiller.sampling.recorded import StudentRecord
+from wandistiller.sampling.recorded import StudentRecord, trained_sizes
 
 if TYPE_CHECKING:
     import gradio
@@ -200,7 +200,8 @@ def _connect(studio: Studio, page: "gradio.Blocks", parts: tuple) -> None:
             told = told_record(studio.folders[name])
         except UserError as error:
             return message_html([shown_sentence(error)], is_error=True), "", None, None, None
-        return "", told, StudentRecord.of(config).steps, config.image_size, config.image_size
+        own = trained_sizes(config)[0]
+        return "", told, StudentRecord.of(config).steps, own.width, own.height
 
     def bring_back(label, drawn):
         answer = drawn.find(label)

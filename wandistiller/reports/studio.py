@@ -24,6 +24,7 @@ from wandistiller.reports.tables import equal_steps
 from wandistiller.sampling.drawing import Artist, check_picture_size, untrained_warnings
 from wandistiller.sampling.recorded import (
     StudentRecord,
+    TeacherLoras,
     load_drawing_parts,
     load_student_config,
     open_recorded_teacher,
@@ -31,6 +32,7 @@ from wandistiller.sampling.recorded import (
     student_sampling,
     teacher_paths,
     teacher_sampling,
+    trained_sizes,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ class StudioOptions:
 
     teacher_path: str | None = None
     teacher_path_low: str | None = None
+    teacher_lora: list[tuple[str, float]] | None = None
+    teacher_lora_low: list[tuple[str, float]] | None = None
     text_encoder_path: str | None = None
     vae_path: str | None = None
     prompt_cache: str = "outputs/prompt_cache"
@@ -66,7 +70,7 @@ class Wish:
         student: its name in the studio.
         seed: of the first noise; each next noise has the next seed.
         steps: of student and teacher; None leaves them to the student's record.
-        width, height: pixels; None is the student's own size.
+        width, height: pixels; None is that of the student's first size.
         with_teacher: whether the teacher draws too.
     """
 
@@ -197,10 +201,8 @@ class Studio:
         from wandistiller.device import is_out_of_memory
 
         config = self.config(wish.student)
-        size = (
-            config.image_size if wish.height is None else wish.height,
-            config.image_size if wish.width is None else wish.width,
-        )
+        own = trained_sizes(config)[0]
+        size = own.height if wish.height is None else wish.height, own.width if wish.width is None else wish.width
         _check(wish, config, size)
         with self._lock:
             try:
@@ -322,7 +324,8 @@ class _Easel:
 
     @cached_property
     def _teacher_files(self):
-        return open_recorded_teacher(self.config, *self.places)
+        loras = TeacherLoras(self.options.teacher_lora or [], self.options.teacher_lora_low or [])
+        return open_recorded_teacher(self.config, *self.places, loras)
 
     @cached_property
     def _teacher_field(self):

@@ -450,7 +450,7 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     given = vars(parser.parse(argv))
     if given["preset"]:
         # A preset stands for the defaults of its flags, so that what is typed goes before it:
-        parser.set_defaults(**PRESETS[given["preset"]].flags)
+        parser.set_defaults(**PRESETS[given["preset"]].flags_beside(given))
         given = vars(parser.parse(argv))
     values = with_defaults(given)
     try:

@@ -30,7 +30,7 @@ from wandistiller.reports.metrics import (
 )
 from wandistiller.reports.progress import format_duration
 from wandistiller.run.defaults import hints, suggested_lr
-from wandistiller.run.presets import PRESETS
+from wandistiller.run.presets import OTHER_LENGTHS, PRESETS
 from wandistiller.run.reach import most_encoded, most_reached
 from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.wan.settings import warnings_about
@@ -125,7 +125,10 @@ def preset_lines(plan: "Plan") -> list[str]:
     name, values = plan.flags.output.preset, plan.flags.as_dict()
     preset = PRESETS[name]
     kept = [f"--{flag} {value}" for flag, value in preset.flags.items() if values[flag] == value]
-    typed = [f"--{flag} {values[flag]}" for flag, value in preset.flags.items() if values[flag] != value]
+    changed = [flag for flag, value in preset.flags.items() if values[flag] not in (None, value)]
+    if values["teacher_calls"] is None:
+        changed.append(next(flag for flag in OTHER_LENGTHS if values[flag]))
+    typed = [f"--{flag} {values[flag]}" for flag in changed]
     lines = [f"Preset {name}: {' '.join(kept)}", *([f"  typed instead: {' '.join(typed)}"] if typed else [])]
     count = len(plan.texts.prompts)
     if FEW_PROMPTS * count < preset.num_prompts:

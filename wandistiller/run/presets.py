@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+OTHER_LENGTHS = ("max_steps", "num_epochs")  # what says how long a run is, beside the --teacher_calls of presets
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -19,6 +21,11 @@ class Preset:
 
     num_prompts: int
     flags: Mapping[str, object]
+
+    def flags_beside(self, typed: Mapping[str, object]) -> Mapping[str, object]:
+        """Return the flags that are set beside typed ones: a run whose length is typed in steps or epochs has no other length."""
+        has_length = any(typed[name] is not None for name in OTHER_LENGTHS)
+        return {name: value for name, value in self.flags.items() if not (has_length and name == "teacher_calls")}
 
 
 # A step learns from 32 samples, whatever of them is in memory at a time. Checkpoints hold gigabytes, so they are written rarely.

@@ -5,7 +5,6 @@ quantised tensor comes as its reader gives it, is changed, and becomes what the 
 """
 
 import hashlib
-import json
 import math
 import re
 from collections import defaultdict
@@ -293,8 +292,3 @@ def merge_loras(wan_files: WanFiles, high: LoraFiles | None = None, low: LoraFil
             MergedLora(name, str(lora.path), lora.sha256, lora.scale, len(lora.changes), len(shapes)) for lora in loras
         ]
     return replace(wan_files, experts=experts, loras=tuple(merged))
-
-
-def peft_metadata(settings: Mapping[str, object]) -> dict[str, str]:
-    """Return the metadata in which diffusers looks for the settings of a LoRA."""
-    return {PEFT_METADATA: json.dumps({f"transformer.{name}": value for name, value in settings.items()})}
