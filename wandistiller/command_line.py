@@ -5,6 +5,7 @@ Standard library only, so that `--help` and mistakes are answered at once.
 """
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
@@ -311,10 +312,17 @@ def run_command(main: Callable[[], int | None]) -> int:
         if hasattr(stream, "reconfigure"):  # a prompt that a terminal cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone, as `| head` does. What is still to be written must not fail again at the exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         message, code = place_message(error) or (str(error), getattr(error, "exit_code", None))
         if lost := lost_process_message(error):
