@@ -306,6 +306,17 @@ def end_process(code: int) -> None:
     sys.exit(code)
 
 
+def _reader_has_left() -> bool:
+    """Return whether nobody reads the output any more, as after `| head`; the rest of it then goes nowhere, also at the exit."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's main and turn what it raises into an exit code; errors that carry one are messages to a person."""
     for stream in (sys.stdout, sys.stderr):
@@ -318,12 +329,9 @@ def run_command(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Whoever read the output has gone, as `| head` does. What is still to be written must not fail again at the exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            return 1
         message, code = place_message(error) or (str(error), getattr(error, "exit_code", None))
         if lost := lost_process_message(error):
             message, code = lost, 1
