@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := wandistiller tools benchmarks $(wildcard *.py)
 
-.PHONY: demo playground test test-all lint format clean
+.PHONY: demo playground test test-all lint format audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python train_distillation.py --output_dir outputs/demo
@@ -43,5 +43,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@
 
+# Needs a network; the tools live in a folder of their own, so that they are not audited themselves.
+audit: $(VENV)/.installed
+	test -x $(VENV)-audit/bin/pip-audit || $(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install -q pip-audit==2.10.1 pip-licenses==5.5.5 bandit==1.9.4
+	$(VENV)-audit/bin/bandit -q -r $(SOURCES) -ll
+	$(VENV)-audit/bin/pip-licenses --python $(BIN)/python
+	$(VENV)-audit/bin/pip-audit --progress-spinner off --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-audit .pytest_cache .ruff_cache .mypy_cache

@@ -48,7 +48,7 @@ def distil(flags: Flags, command: list[str]) -> int:
     from wandistiller.run.observers import watch
     from wandistiller.run.plan import make_plan
     from wandistiller.run.record import save_trained_student
-    from wandistiller.run.run import memory_advice, open_run
+    from wandistiller.run.run import memory_advice, open_builder, open_run
     from wandistiller.training.loop import train
 
     with messages.printed_log(flags.output.verbose):
@@ -58,6 +58,11 @@ def distil(flags: Flags, command: list[str]) -> int:
         if flags.output.dry_run:
             with memory_advice(plan):
                 return print_budget(plan)
+        if flags.states.cache_only:
+            with open_builder(plan, command) as run:
+                build.fill_only(run)
+                messages.print_filled(run)
+            return 0
         with open_run(plan, command) as run:
             # The text encoder leaves memory before the teacher comes, and an offline teacher before the student does:
             embeds = build.embed_prompts(run)

@@ -99,7 +99,7 @@ def measure_arm(args: argparse.Namespace) -> dict:
     import torch
 
     from wandistiller.budget.machine import matmul_rate
-    from wandistiller.budget.workload import memory_budget, phase_bytes
+    from wandistiller.budget.workload import memory_budget, training_peak_bytes
 
     workload = build_workload(args)
     step = build_step(workload, args.compile)
@@ -114,10 +114,9 @@ def measure_arm(args: argparse.Namespace) -> dict:
     torch.cuda.synchronize()
     # The context and fragmentation are outside of what max_memory_allocated counts, so the reserve stays out here too.
     parts = [part for part in memory_budget(workload) if part.name != "reserve"]
-    phases = phase_bytes(parts)
     seconds = start.elapsed_time(end) / 1000 / max(1, args.num_steps - 1)
     return {
-        "budget_gib": max(phases["answering"], phases["learning"]) / GIB,
+        "budget_gib": training_peak_bytes(parts) / GIB,
         "measured_gib": torch.cuda.max_memory_allocated() / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "seconds_per_step": seconds,

@@ -25,6 +25,7 @@ from wandistiller.budget.workload import (
     phase_bytes,
     step_flops,
     stored_latents,
+    training_peak_bytes,
 )
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import count_parameters, weight_bytes
@@ -153,16 +154,15 @@ def memory_table() -> str:
         trained = sum(
             sizes[part] for part in ("student weights", "gradients", "optimizer moments", "average of weights")
         )
-        phases = phase_bytes(parts)
-        peak = max(phases["answering"], phases["learning"])
+        phases, peak = phase_bytes(parts), training_peak_bytes(parts)
         fits = ["yes" if peak <= gpu.memory else "no" for gpu in GPUS]
         shown = [
             sizes["teacher weights"],
             trained,
             sizes["student activations"],
-            sizes["feature targets"],
+            sizes["feature targets"] + sizes["whole features"],
             phases["answering"],
-            phases["learning"],
+            max(phases["learning"], phases["updating"]),
         ]
         rows.append([name, *(f"{value / GB:.1f}" for value in shown), *fits])
     header = [

@@ -205,7 +205,7 @@ def make_sibling(args: argparse.Namespace) -> None:
 
     device = torch.device(args.device)
     vae = demo_vae.load_vae(args.start, device)
-    tokenizer = T5TokenizerFast.from_pretrained(args.start / "tokenizer")
+    tokenizer = T5TokenizerFast.from_pretrained(args.start / "tokenizer")  # nosec B615 # a local folder
     training = demo_transformer.Training(
         steps=args.steps,
         batch_size=args.batch_size,

@@ -30,6 +30,7 @@ SMALL = ("--student_config", ROOT / "config" / "demo_student_config.json", "--da
 FLAGS = [
     ("student_config", "x", "config/student_config.json"),
     ("data_path", "x", "data/static_prompts.txt"),
+    ("caption_column", "x", None),
     ("teacher_path", "x", "mock"),
     ("teacher_path_low", "x", None),
     ("teacher_lora", "x:0.5", None),

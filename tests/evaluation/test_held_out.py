@@ -209,28 +209,51 @@ def noise_of(teacher: Teacher, **changes) -> HeldOutNoise:
     return HeldOutNoise(teacher, EMBEDS, SHAPE, OPTIONS, **{"num_noises": 3} | changes)
 
 
+def distance_by_hand(latents: torch.Tensor, reference: torch.Tensor) -> float:
+    """1 is as far off as the flat colour of all pictures."""
+    flat = reference.mean(dim=(0, 2, 3), keepdim=True)
+    return float(((latents - reference).square().sum() / (reference - flat).square().sum()).sqrt())
+
+
 def test_a_student_that_equals_the_teacher_follows_every_noise():
     teacher = mock_teacher()
     assert noise_of(teacher)(student_like(teacher)) == pytest.approx(
-        {"norm_ratio": 1, "cosine": 1, "gain": 1}, rel=1e-4
+        {"norm_ratio": 1, "cosine": 1, "gain": 1, "endpoint": 0}, rel=1e-4, abs=1e-5
     )
 
 
 def test_the_noise_part_is_what_is_left_of_each_picture_without_the_mean_of_its_prompt():
     teacher, student = mock_teacher(), other_student()
     found = noise_of(teacher, batch_size=2)(student)
-    parts = {}
+    parts, whole = {}, {}
     for name, model in (("teacher", teacher), ("student", Teacher({"high": student}, teacher.settings))):
-        noise, rest = noise_of(teacher).noise, []
+        noise, rest, pictures = noise_of(teacher).noise, [], []
         for prompt in range(3):
             text = EMBEDS.batch([prompt] * 3)
             drawn = sample(model, noise[3 * prompt : 3 * prompt + 3], *text, OPTIONS).double()
             rest.append(drawn - drawn.mean(dim=0))
+            pictures.append(drawn)
         parts[name] = torch.cat(rest).flatten()
+        whole[name] = torch.cat(pictures)
     gain = float(parts["student"] @ parts["teacher"] / parts["teacher"].square().sum())
     ratio = float(parts["student"].norm() / parts["teacher"].norm())
-    assert found == pytest.approx({"norm_ratio": ratio, "cosine": gain / ratio, "gain": gain}, rel=1e-4)
+    distance = distance_by_hand(whole["student"], whole["teacher"])
+    expected = {"norm_ratio": ratio, "cosine": gain / ratio, "gain": gain, "endpoint": distance}
+    assert found == pytest.approx(expected, rel=1e-4)
     assert abs(found["gain"] - 1) > 0.01
+
+
+def test_the_scale_is_the_teachers_own_distance_in_fewer_steps():
+    teacher = mock_teacher()
+    found = noise_of(teacher, scale_steps=(1, 2))(student_like(teacher))
+    noise = noise_of(teacher).noise
+    for steps in (1, 2):
+        drawn = []
+        for options in (replace(OPTIONS, num_inference_steps=steps), OPTIONS):
+            first = [sample(teacher, noise[3 * n : 3 * n + 1], *EMBEDS.batch([n]), options) for n in range(3)]
+            drawn.append(torch.cat(first).double())
+        assert found[f"teacher_at_{steps}_steps"] == pytest.approx(distance_by_hand(*drawn), rel=1e-4)
+    assert found["teacher_at_1_steps"] > found["teacher_at_2_steps"] > found["endpoint"]
 
 
 # ---- the same every time ----

@@ -126,6 +126,7 @@ def train(*flags: object) -> Command:
     return command
 
 
+IN_PARTS = ("--max_steps", 2, "--replay", 1, "--cache_parts", 2, "--teacher_cache")
 SHARED_TEACHER = ["teacher", "student"]
 GROUPS = {
     "student config": Group(["teacher", "config.json"], ["config.json"], IN_JSON + IN_BYTES + IN_PLACE, project_student, 30, 1000),
@@ -222,7 +223,23 @@ RUN_GROUPS = {
         6,
         450,
     ),
+    "teacher cache of several builders": Group(
+        ["teacher", "config.json", "prompts.txt", "cache", "begun"],
+        ["begun/*"],
+        IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE,
+        train(*IN_PARTS, "{case}/begun", "--cache_only"),
+        3,
+        300,
+    ),
 }
+
+
+def write_begun_cache(folder: Path) -> None:
+    """Make a complete cache of two parts one that lacks the second, as builders leave it that were killed."""
+    about = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+    about |= {"is_complete": False, "num_shards": 0, "rows": [], "num_processes": 1, "num_parts": 2, "num_batches": 2}
+    (folder / "cache.json").write_text(json.dumps(about), encoding="utf-8")
+    (folder / "answers_00001.safetensors").unlink()
 
 
 def write_tables(folder: Path) -> None:
@@ -273,6 +290,9 @@ def house(tmp_path_factory) -> Path:
     for flags in (("--max_steps", 2, "--teacher_cache", "{case}/answers"), ("--max_steps", 2, "--overwrite")):
         main, argv = train(*flags)(root)
         assert main(list(map(str, argv))) == 0
+    main, argv = train(*IN_PARTS, "{case}/begun", "--cache_only")(root)
+    assert main(list(map(str, argv))) == 0
+    write_begun_cache(root / "begun")
     for number, command in enumerate((project_student, project_with_lora, cut_lora, draw(), export, export_pipeline)):
         main, argv = command(root)
         warm = {root / "new": root / f"warm_{number}", root / "new.safetensors": root / f"warm_{number}.safetensors"}

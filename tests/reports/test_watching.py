@@ -229,6 +229,16 @@ def test_the_plot_shows_a_held_out_error_that_was_measured_at_the_teachers_state
     assert line.get_label() == "at teacher states"
 
 
+def test_the_plot_shows_the_distance_of_the_pictures_between_those_of_the_teacher_in_fewer_steps():
+    lines = lines_of(4)
+    for number, distance in ((1, 0.5), (3, 0.25)):
+        lines[number]["noise_part"] = {"norm_ratio": 1.0, "cosine": 0.5, "gain": 0.5, "endpoint": distance}
+        lines[number]["noise_part"] |= {"teacher_at_5_steps": 0.3, "teacher_at_10_steps": 0.1}
+    _, distance = plots.loss_figure(lines).axes
+    shown = {line.get_label(): list(line.get_ydata()) for line in distance.get_lines()}
+    assert shown == {"student": [0.5, 0.25], "teacher in 5 steps": [0.3, 0.3], "teacher in 10 steps": [0.1, 0.1]}
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_run_without_any_error_is_plotted_too(tmp_path):
     lines = [line | {"loss": 0.0, "loss_by_sigma": [0.0] * 10} for line in lines_of(3)]

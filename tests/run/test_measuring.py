@@ -162,7 +162,10 @@ def test_what_the_noise_decides_is_measured_shown_and_leaves_training_as_it_was(
     outcome = train(teachers.one, PRUNED_CONFIG, *LONG, "--eval_every", 30, "--save_every", 60, output_dir=folder)
     assert outcome.code == 0, outcome.err
     parts = {line["step"]: line["noise_part"] for line in read_metrics(folder) if line["noise_part"]}
-    assert list(parts) == [30, 60] and set(parts[60]) == {"norm_ratio", "cosine", "gain"}
+    assert list(parts) == [30, 60] and set(parts[60]) >= {"norm_ratio", "cosine", "gain", "endpoint"}
+    scale = {name: value for name, value in parts[60].items() if name.startswith("teacher_at")}
+    assert len(scale) == 2 and all(parts[30][name] == value > 0 for name, value in scale.items())
+    assert f"distance of pictures from the teacher's: {parts[60]['endpoint']:.3f}" in outcome.err
     assert all(part["gain"] == pytest.approx(part["norm_ratio"] * part["cosine"]) for part in parts.values())
     assert parts[60] != parts[30] and 0 < parts[60]["gain"] < 1
     shown = f"size {parts[60]['norm_ratio']:.2f}, cosine {parts[60]['cosine']:.2f}, gain {parts[60]['gain']:.2f}"

@@ -20,40 +20,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import wandistiller.targets.cache as cache_module
-from support.runs import PRUNED_CONFIG, at_most, snapshot
-from wandistiller import StudentConfig
+from support.caches import BATCH_SIZE, CONFIG, OPTIONS, PROMPTS, contents, make_answers, make_description
+from support.runs import at_most, snapshot
 from wandistiller.errors import UserError
-from wandistiller.projection.project import project_experts
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets.answers import TeacherAnswers
-from wandistiller.targets.cache import AnswerError, CachedAnswers, TeacherCache, describe_cache, teacher_fingerprint
+from wandistiller.targets.cache import CachedAnswers, TeacherCache, teacher_fingerprint
+from wandistiller.targets.cache_shards import AnswerError
 from wandistiller.targets.lanes import Lanes
-from wandistiller.targets.states import StatesOptions, build_states
+from wandistiller.targets.states import StatesOptions
 from wandistiller.wan.layouts import open_teacher, open_wan_files
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
-from wandistiller.wan.settings import resolve_settings
 
-PROMPTS = [f"prompt {number}" for number in range(7)]
-CONFIG = StudentConfig.from_dict(PRUNED_CONFIG)
-OPTIONS = StatesOptions(kind="trajectory", seed=5)
-BATCH_SIZE = 3
 NUM_BATCHES = 2 * cache_module.SHARD_BATCHES + 5
-
-
-def make_description(options: StatesOptions = OPTIONS, prompts: list[str] = PROMPTS, **settings) -> dict:
-    wan_files = open_teacher("mock", CONFIG)
-    settings = resolve_settings(wan_files, **{"guidance_scale": 3.0, "shift": 3.0} | settings)
-    return describe_cache(wan_files, settings, options, prompts, CONFIG, BATCH_SIZE)
-
-
-def make_answers(options: StatesOptions = OPTIONS) -> TeacherAnswers:
-    torch.set_num_threads(1)
-    wan_files = open_teacher("mock", CONFIG)
-    settings = replace(resolve_settings(wan_files, guidance_scale=3.0, shift=3.0), num_inference_steps=6)
-    embeds = mock_prompt_embeds([*PROMPTS, ""], CONFIG.text_encoder_output_dim)
-    teacher = Teacher(project_experts(wan_files, CONFIG.text_max_length), settings, embeds.read(len(PROMPTS)))
-    states = build_states(options, CONFIG, settings, len(PROMPTS), Lanes(BATCH_SIZE))
-    return TeacherAnswers(teacher, states, embeds, "cpu", torch.float32)
 
 
 def cached_answers(cache: TeacherCache, batch_size: int = BATCH_SIZE, seed: int = 0) -> CachedAnswers:
@@ -76,10 +54,6 @@ def build_until(folder, stop_at: int, options: StatesOptions = OPTIONS) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         build(folder, stop, options)
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")

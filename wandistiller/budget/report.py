@@ -16,6 +16,7 @@ from wandistiller.budget.workload import (
     peak_bytes,
     phase_bytes,
     step_flops,
+    training_peak_bytes,
 )
 from wandistiller.model.sizes import count_parameters, sides, weight_bytes
 from wandistiller.reports.progress import format_duration
@@ -205,12 +206,12 @@ def verdict(workload: Workload, memory: int, flags: Collection[str] = (), device
     of = f"{device} has {gib(memory)}"
     if peak <= memory:
         return Verdict(True, False, f"Fits: about {gib(peak)} at the peak, {of}.")
-    phases = phase_bytes(memory_budget(workload))
-    if max(phases["answering"], phases["learning"]) <= memory:
+    parts = memory_budget(workload)
+    if training_peak_bytes(parts) <= memory:
         return Verdict(
             False,
             False,
-            f"May not fit: the text encoder alone takes {gib(phases['encoding'])}, {of}; the rest fits. Give a "
+            f"May not fit: the text encoder alone takes {gib(phase_bytes(parts)['encoding'])}, {of}; the rest fits. Give a "
             "--prompt_cache that was filled on a larger GPU.",
         )
     is_certain = least > memory
@@ -263,6 +264,7 @@ def memory_lines(workload: Workload) -> list[str]:
         "encoding": "while prompts are encoded (nothing else is there)",
         "answering": "while the teacher answers",
         "learning": "while the student learns",
+        "updating": "while its weights are updated",
     }
     lines = []
     for phase in ("", *PHASES):

@@ -37,8 +37,9 @@ UMT5_XXL_PARAMETERS = 5_680_910_336
 CONTEXT_BYTES, FRAGMENTATION = 2**30, 0.05
 # The tests that hold the formulas of activations.py against torch allow them this error.
 ACTIVATION_TOLERANCE = 0.15
-# The text encoder is in memory alone; then the teacher and the student take turns.
-PHASES = ("encoding", "answering", "learning")
+# The text encoder is in memory alone. Then the teacher answers, the student's activations are there, and at the end of its
+# backward pass, when they have gone, all gradients are there.
+PHASES = ("encoding", "answering", "learning", "updating")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,7 @@ class Workload:
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether they are there all the time, to be added to or to be sent; else they come as activations go."""
+        """Whether gradients are there all the time, to be added to or to be sent; else they come as activations go."""
         return self.grad_accum_steps > 1 or self.num_processes > 1
 
     @property
@@ -197,21 +198,24 @@ def peak_bytes(components: Sequence[Component]) -> int:
     return max(phase_bytes(components).values())
 
 
+def training_peak_bytes(components: Sequence[Component]) -> int:
+    """Return the peak of all phases but that of the text encoder, which the prompt cache may spare."""
+    return max(num_bytes for phase, num_bytes in phase_bytes(components).items() if phase != "encoding")
+
+
 def certain_bytes(workload: Workload) -> int:
     """Return the bytes that the run needs at the very least.
 
     That is without a reserve, with activations at the low end of their estimate, without a text encoder (its answers may be in
-    the prompt cache), and with gradients only as activations make room for them.
+    the prompt cache), and without what Muon multiplies.
     """
-    sizes = {part.name: part.num_bytes for part in memory_budget(workload) if part.name != "reserve"}
-    phases = phase_bytes([part for part in memory_budget(workload) if part.name in sizes])
-    phases["answering"] -= round(ACTIVATION_TOLERANCE * sizes["teacher activations"])
-    activations = round((1 - ACTIVATION_TOLERANCE) * sizes["student activations"])
-    # Muon's products come when activations have gone.
-    phases["learning"] -= sizes["student activations"] - activations + sizes.get("orthogonalisation", 0)
-    if not workload.keeps_gradients:
-        phases["learning"] -= min(sizes["gradients"], activations)
-    return max(phases["answering"], phases["learning"])
+    parts = [part for part in memory_budget(workload) if part.name != "reserve"]
+    sizes, phases = {part.name: part.num_bytes for part in parts}, phase_bytes(parts)
+    uncertain = {"answering": "teacher activations", "learning": "student activations", "updating": "last activations"}
+    for phase, name in uncertain.items():
+        phases[phase] -= round(ACTIVATION_TOLERANCE * sizes[name])
+    phases["updating"] -= sizes.get("orthogonalisation", 0)
+    return max(phases[phase] for phase in uncertain)
 
 
 def _teacher_components(workload: Workload) -> list[Component]:
@@ -222,10 +226,13 @@ def _teacher_components(workload: Workload) -> list[Component]:
     experts = f"{resident} of {workload.num_experts} experts" if workload.num_experts > 1 else "one transformer"
     total = resident * one
     what = f"{experts} of {count_parameters(config).total:,} parameters, {dtype} (norms, modulation, time: fp32)"
+    gathered = 0
     if workload.shard_teacher:
-        gathered = 2 * count_parameters(config).block * BYTES["bf16" if dtype == "fp8" else dtype]
-        total = math.ceil(total / workload.num_processes) + gathered
-        what += f", split over {workload.num_processes}; two blocks gathered"
+        block = weight_bytes(config.replace(depth=2), dtype) - weight_bytes(config.replace(depth=1), dtype)
+        # FSDP2 leaves what is in no block gathered. A gathered block lies in the buffer that it came in, and in its weights.
+        ends, gathered = one - config.depth * block, 2 * block
+        total = math.ceil(total / workload.num_processes) + resident * ends
+        what += f", split over {workload.num_processes}; outside of blocks whole"
     phase = "answering" if workload.offline_teacher else ""
     image = num_image_tokens(config, workload.latent_size)
     compute = BYTES[workload.dtype]
@@ -236,35 +243,45 @@ def _teacher_components(workload: Workload) -> list[Component]:
         activations += compute * count_parameters(config).total  # autocast's copies, until the call is over
     return [
         Component("teacher weights", total, what, phase),
+        Component("gathered blocks", gathered, "of the teacher, two", "answering"),
         Component(
             "teacher activations",
             activations,
             f"the inside of one block, {workload.teacher_samples} samples of {image} tokens",
             "answering",
         ),
-        *_feature_components(workload),
+        *_feature_components(workload, activations),
     ]
 
 
-def _feature_components(workload: Workload) -> list[Component]:
-    """Return the teacher's hidden states in float32, and what the error of each layer keeps.
+def _feature_components(workload: Workload, activations: int) -> list[Component]:
+    """Return the hidden states that are compared, in float32, what the error of each layer keeps, and what the teacher has of them.
 
-    Those of two experts, or with and without guidance, are copied together, while the last ones are still there.
+    Args:
+        activations: bytes of the inside of one of the teacher's blocks.
     """
     if not workload.num_features:
         return []
-    tokens = workload.batch_size * num_image_tokens(workload.teacher, workload.latent_size)
-    states = workload.num_features * tokens * workload.teacher.hidden_size * FP32
-    is_copied = workload.num_experts > 1 or (workload.uses_guidance and workload.guided_share < 1)
+    per_channel = workload.num_features * workload.batch_size * num_image_tokens(workload.teacher, workload.latent_size)
     width = workload.teacher.hidden_size if workload.maps_features else workload.student.hidden_size
+    targets = per_channel * width * FP32
+    whole = per_channel * workload.teacher.hidden_size * FP32
     copies = 3 if workload.maps_features else 1  # of the difference; mapped, also of what was mapped and its rounding
-    errors = workload.num_features * tokens * width * (copies * FP32 + 1)  # and the mask, a byte each
+    errors = per_channel * width * (copies * FP32 + 1)  # and the mask, a byte each
+    # The teacher's are whole until it has answered. Those of two experts, or with and without guidance, are copied together: at
+    # most while the second one answers all states but one.
+    moments = [activations + whole]
+    if workload.num_experts > 1 or (workload.uses_guidance and workload.guided_share < 1):
+        others = (workload.batch_size - 1) / workload.batch_size
+        moments.append(whole + round(others * (activations + whole)))
+    if not workload.maps_features:
+        moments.append(whole + targets)
     layers = f"of {workload.num_features} layers"
     stored = _stored_feature_bytes(workload)
     return [
         Component("stored features", stored, f"hidden states {layers} to learn from again, bf16"),
-        Component("feature targets", states, f"hidden states {layers}, fp32"),
-        Component("features to copy", states if is_copied else 0, "those of one part of the batch", "answering"),
+        Component("feature targets", targets, f"hidden states {layers}, fp32"),
+        Component("whole features", max(moments) - activations - targets, "all channels of the teacher's", "answering"),
         Component("feature errors", errors, f"differences and masks {layers}", "learning"),
     ]
 
@@ -289,6 +306,9 @@ def _student_components(workload: Workload) -> list[Component]:
     activations = workload.batch_size * training_bytes(
         config, image, workload.text_tokens, compute, workload.gradient_checkpointing, workload.is_gpu
     )
+    last = workload.batch_size * training_bytes(
+        config.replace(depth=1), image, workload.text_tokens, compute, is_gpu=workload.is_gpu
+    )
     kept = "one block's, and every block's input" if workload.gradient_checkpointing else "all blocks'"
     moments = (
         "muon's one of matrices in blocks, adamw's two of the rest"
@@ -297,17 +317,18 @@ def _student_components(workload: Workload) -> list[Component]:
     )
     return [
         Component("student weights", own * FP32, f"{count.total:,} parameters, fp32{split}", phase),
-        Component("gradients", own * FP32, f"fp32{split}", phase if workload.keeps_gradients else "learning"),
+        Component("gradients", own * FP32, f"fp32{split}", phase if workload.keeps_gradients else "updating"),
         Component("optimizer moments", math.ceil(moment_bytes(workload) / parts), moments + split, phase),
         Component("average of weights", own * FP32 if workload.ema else 0, f"fp32{split}", phase),
         Component("weights to compute with", _compute_copies(workload, activations), f"{workload.dtype}", "learning"),
-        Component("orthogonalisation", _orthogonalization_bytes(workload), "of the largest matrix", "learning"),
+        Component("orthogonalisation", _orthogonalization_bytes(workload), "of the largest matrix", "updating"),
         Component(
             "student activations",
             activations,
             f"{kept}, {workload.batch_size} samples of {image} tokens",
             "learning",
         ),
+        Component("last activations", last, "of the last block of the backward pass", "updating"),
     ]
 
 

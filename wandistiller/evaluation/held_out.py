@@ -7,13 +7,13 @@ noise decides in the pictures that both draw.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from wandistiller.device import autocast, to_device
-from wandistiller.evaluation.measures import relative_errors
+from wandistiller.evaluation.measures import endpoint_error, relative_errors, spread
 from wandistiller.evaluation.noise_parts import noise_parts, noise_sums
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import seeded_noise
@@ -287,6 +287,8 @@ class HeldOutNoise:
     Args:
         prompt_embeds: the prompts; each is drawn `num_noises` times.
         batch_size: how many pictures are drawn at a time.
+        scale_steps: numbers of steps that the teacher also draws in, from the first noise of each prompt: how far its pictures are
+            then from its own is a scale for the student's distance.
     """
 
     def __init__(
@@ -297,11 +299,20 @@ class HeldOutNoise:
         sampling_options: SamplingOptions,
         num_noises: int,
         batch_size: int = BATCH_SIZE,
+        scale_steps: Sequence[int] = (),
     ):
         self.prompt_embeds, self.options, self.batch_size = prompt_embeds, sampling_options, batch_size
         self.prompts = [prompt for prompt in range(len(prompt_embeds)) for _ in range(num_noises)]
         self.noise = seeded_noise(range(2 * SEED, 2 * SEED + len(self.prompts)), latent_shape)
         self.of_teacher = self._draw(teacher)
+        self.scale = {teacher_at(steps): self._distance_in(steps, teacher) for steps in scale_steps}
+
+    def _distance_in(self, steps: int, teacher: VelocityField) -> float | None:
+        """Return how far the teacher's latents drawn in so many steps are from its own, relative, over the first noises."""
+        options, prompts = replace(self.options, num_inference_steps=steps), range(len(self.prompt_embeds))
+        noise = self.noise.unflatten(0, self.of_teacher.shape[:2])[:, 0]
+        drawn = sample_in_batches(teacher, noise, self.prompt_embeds, prompts, options, self.batch_size)
+        return distance_of(drawn, self.of_teacher[:, 0])
 
     def _draw(self, field: VelocityField) -> Tensor:
         """Return latents (prompts, noises, C, H, W)."""
@@ -309,8 +320,22 @@ class HeldOutNoise:
         return latents.unflatten(0, (len(self.prompt_embeds), -1))
 
     def __call__(self, student: WanLiteStudent) -> dict[str, float | None]:
-        """Return size (norm ratio), cosine and gain of the student's noise part; the student stays as it is."""
+        """Return size (norm ratio), cosine and gain of the student's noise part, and the distance of its pictures with its scale.
+
+        The student stays as it is.
+        """
         with evaluation_mode(student):
             of_student = self._draw(StudentField(student))
         parts = noise_parts(noise_sums(of_student, self.of_teacher), spread=1.0)  # none of these three has a unit
-        return {name: parts[name] for name in ("norm_ratio", "cosine", "gain")}
+        distance = distance_of(of_student.flatten(0, 1), self.of_teacher.flatten(0, 1))
+        return {**{name: parts[name] for name in ("norm_ratio", "cosine", "gain")}, "endpoint": distance, **self.scale}
+
+
+def distance_of(latents: Tensor, reference: Tensor) -> float | None:
+    """Return the distance of latents from others, relative; None where all of those are the same flat colour."""
+    return endpoint_error(latents, reference) if spread(reference) else None
+
+
+def teacher_at(steps: int) -> str:
+    """Return the name of the teacher's own distance at fewer steps."""
+    return f"teacher_at_{steps}_steps"

@@ -194,7 +194,7 @@ def _load_model(folder: Path, flag: str) -> Any:
     logging.set_verbosity_error()  # what is missing is told below, in one line
     logging.disable_progress_bar()
     try:
-        model, info = AutoModel.from_pretrained(  # nosec B615 (a local folder)
+        model, info = AutoModel.from_pretrained(  # nosec B615 # a local folder
             folder,
             dtype=torch.float32,
             use_safetensors=True,
@@ -219,10 +219,10 @@ def _load_processor(kind: str, folder: Path, flag: str) -> tuple[Any, Any | None
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         if kind == "dino":
-            return AutoImageProcessor.from_pretrained(folder, **options), None  # nosec B615 (a local folder)
+            return AutoImageProcessor.from_pretrained(folder, **options), None  # nosec B615 # a local folder
         if not any((folder / name).is_file() for name in _VOCABULARIES):  # a tokenizer that knows no word would be made
             raise FileNotFoundError(f"none of {', '.join(_VOCABULARIES)} is there")
-        processor = AutoProcessor.from_pretrained(folder, **options)  # nosec B615 (a local folder)
+        processor = AutoProcessor.from_pretrained(folder, **options)  # nosec B615 # a local folder
         return processor.image_processor, processor.tokenizer
     except Exception as error:  # what is missing decides which of many types this is
         what = "image processor" if kind == "dino" else "image processor and tokenizer"

@@ -395,7 +395,7 @@ class TemplatePrompts(Sequence[str]):
     def drawn(self, index: int) -> str:
         """Return the prompt of an index, whatever its size, of templates without end."""
         key = hashlib.sha256(f"{self.seed} {index}".encode()).digest()
-        generator = random.Random(int.from_bytes(key))  # nosec B311 (no secret: prompts of a seed)
+        generator = random.Random(int.from_bytes(key))  # nosec B311 # no secret: prompts of a seed
         for _ in range(MOST_TRIES):
             prompt = self.templates.draw(generator)
             if prompt and is_held_out(prompt) == self.held_out:

@@ -5,6 +5,7 @@ whatever is in it, or in its place, neither ends a command nor keeps a run from 
 """
 
 import logging
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ class StepMetrics:
         feature_loss: what the feature loss adds; None for an answer without hidden states.
         velocity_error: the held-out error, which is the relative error of the velocity at states that are never trained on, by
             kind of state; None if this step did not measure it.
-        noise_part: size, cosine and gain of what the noise decides in the student's pictures, as evaluation/noise_parts.py has them;
+        noise_part: size, cosine and gain of what the noise decides in the student's pictures, and their distance with its scale, as evaluation/noise_parts.py has them;
             None if this step did not measure it.
         memory_bytes: the most that the first process has held so far: tensors on a GPU, resident memory on the CPU.
     """
@@ -118,9 +119,9 @@ def _is_error(value: object) -> bool:
 
 
 def _is_noise_part(value: object) -> bool:
-    names = {"norm_ratio", "cosine", "gain"}
+    names = {"norm_ratio", "cosine", "gain"}  # newer runs also hold the distance of the pictures and its scale
     return value is None or (
-        isinstance(value, dict) and value.keys() == names and all(map(_is_number_or_none, value.values()))
+        isinstance(value, dict) and value.keys() >= names and all(map(_is_number_or_none, value.values()))
     )
 
 
@@ -191,6 +192,21 @@ def noise_text(parts: Mapping[str, float | None]) -> str:
     named = {"size": parts["norm_ratio"], "cosine": parts["cosine"], "gain": parts["gain"]}
     values = ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in named.items())
     return f"what the noise decides, 1 follows the teacher: {values}"
+
+
+def distance_text(parts: Mapping[str, float | None]) -> str:
+    """Return how far the student's pictures are from the teacher's, with its scale, as it is shown to people."""
+    if parts.get("endpoint") is None:
+        return ""
+    scale = [f"{distance:.3f} in {steps}" for steps, distance in teacher_scale(parts).items()]
+    beside = f" (the teacher itself: {', '.join(scale)} steps)" if scale else ""
+    return f"distance of pictures from the teacher's: {parts['endpoint']:.3f}{beside}"
+
+
+def teacher_scale(parts: Mapping[str, float | None]) -> dict[int, float]:
+    """Return the teacher's own distance by the number of steps that it then draws in."""
+    found = ((re.fullmatch(r"teacher_at_(\d+)_steps", name), value) for name, value in parts.items())
+    return {int(name[1]): value for name, value in found if name and value is not None}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""loss.png: the losses of a run by noise level, and its held-out error."""
+"""loss.png: the losses of a run by noise level, its held-out error, and the distance of its pictures."""
 
 import time
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.files.atomic import atomic_path
-from wandistiller.reports.metrics import NUM_BUCKETS, StepMetrics, bucket_name, mean_of, read_metrics
+from wandistiller.reports.metrics import NUM_BUCKETS, StepMetrics, bucket_name, mean_of, read_metrics, teacher_scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,17 +55,19 @@ def save_loss_plot(lines: Sequence[dict], file: Path) -> None:
 
 
 def loss_figure(lines: Sequence[dict]) -> "Figure":
-    """Plot the loss over steps, total and by noise level, and below it the held-out error if it was measured."""
+    """Plot the loss over steps, total and by noise level, and below it held-out error and distance of pictures if measured."""
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and asks for a screen
 
-    measured = [line for line in lines if line.get("velocity_error")]
-    figure = Figure(figsize=(9, 7.5 if measured else 5), dpi=110, layout="constrained")
-    panels = figure.subplots(
-        2 if measured else 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + bool(measured)]
-    )
+    below = {
+        _plot_held_out: [line for line in lines if line.get("velocity_error")],
+        _plot_distance: [line for line in lines if (line.get("noise_part") or {}).get("endpoint") is not None],
+    }
+    shown = [(plot, measured) for plot, measured in below.items() if measured]
+    figure = Figure(figsize=(9, 5 + 2.5 * len(shown)), dpi=110, layout="constrained")
+    panels = figure.subplots(1 + len(shown), sharex=True, squeeze=False, height_ratios=[2, *[1] * len(shown)])
     _plot_losses(panels[0, 0], lines)
-    if measured:
-        _plot_held_out(panels[1, 0], measured)
+    for axes, (plot, measured) in zip(panels[1:, 0], shown, strict=True):
+        plot(axes, measured)
     panels[-1, 0].set_xlabel("optimiser step")
     return figure
 
@@ -99,6 +101,16 @@ def _plot_held_out(axes, measured: Sequence[dict]) -> None:
             label = f"at {name.replace('_', ' ')}"
             axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=label)
     _finish(axes, "relative velocity error,\nheld-out states")
+
+
+def _plot_distance(axes, measured: Sequence[dict]) -> None:
+    """Plot how far the student's pictures are from the teacher's, between lines of the teacher's own in fewer steps."""
+    points = [(line["step"], line["noise_part"]["endpoint"]) for line in measured]
+    axes.plot(*zip(*points, strict=True), color="#2f6db3", marker="o", markersize=4, label="student")
+    scale = teacher_scale(measured[-1]["noise_part"])
+    for (steps, distance), style in zip(scale.items(), ("--", ":"), strict=False):
+        axes.axhline(distance, color=BLACK, linewidth=1, linestyle=style, label=f"teacher in {steps} steps")
+    _finish(axes, "relative distance of\npictures' latents")
 
 
 def _finish(axes, what: str) -> None:

@@ -18,6 +18,7 @@ from wandistiller.files.atomic import write_text
 from wandistiller.reports.metrics import (
     FIRST_AND_LAST,
     StepMetrics,
+    distance_text,
     held_out_error,
     held_out_text,
     noise_text,
@@ -94,7 +95,9 @@ class Progress:
         if metrics.velocity_error:
             tqdm.write(f"step {metrics.step}: {held_out_text(metrics.velocity_error)}", file=self.stream)
         if metrics.noise_part:
-            tqdm.write(f"step {metrics.step}: {noise_text(metrics.noise_part)}", file=self.stream)
+            for text in (noise_text(metrics.noise_part), distance_text(metrics.noise_part)):
+                if text:
+                    tqdm.write(f"step {metrics.step}: {text}", file=self.stream)
 
     def _held_out_part(self) -> list[str]:
         """Return the newest held-out error at the teacher's states, which is shown beside the loss; nothing before there is one."""

@@ -1,7 +1,9 @@
 """What a run is built of: embeddings, teacher, student, answers and objective."""
 
+import contextlib
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,18 +13,21 @@ from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import ProjectionReport, fresh_student, project_experts, project_teacher
 from wandistiller.projection.selection import spread_layers
 from wandistiller.reports.progress import Countdown
-from wandistiller.run.held_out import held_out_states, keep_states
+from wandistiller.run.caches import asking_line, cached_batches, in_turn_with_builders
+from wandistiller.run.held_out import has_states, held_out_states, keep_states
 from wandistiller.run.reach import reachable_prompts
 from wandistiller.run.run import Run
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import NO_HIDDEN_STATES, Answers, HiddenStates, TeacherAnswers
-from wandistiller.targets.cache import CachedAnswers
-from wandistiller.targets.replay import ReplayedAnswers, answered_batches
+from wandistiller.targets.cache import CachedAnswers, TeacherCache
+from wandistiller.targets.cache_builders import Filling, fill_together
+from wandistiller.targets.cache_parts import CachePart
+from wandistiller.targets.replay import ReplayedAnswers
 from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
 from wandistiller.targets.shares import Share
 from wandistiller.targets.sizes_in_turn import SizesInTurn
 from wandistiller.targets.state_batch import DrawOptions
-from wandistiller.targets.states import build_states_by_size, teacher_levels
+from wandistiller.targets.states import draws_by_size, states_of, teacher_levels
 from wandistiller.training.checkpoints import DamagedCheckpointError
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
 from wandistiller.training.loop import Saving
@@ -32,6 +37,9 @@ from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
 from wandistiller.wan.text_encoder import embed_texts
 
 logger = logging.getLogger(__name__)
+
+# What one builder of a teacher cache at a time does for all, and locks while it does:
+ENCODING_LOCK, HELD_OUT_LOCK = ".encoding.lock", ".held_out.lock"
 
 
 # ---- text ----
@@ -61,7 +69,9 @@ def embed_prompts(run: Run) -> Embeds:
 def _embed_shared(run: Run, texts: list[str]) -> PromptEmbeds:
     """Encode this process's share of the texts into the cache, and read all of them back."""
     if run.encoder is not None:
-        _embed(run, texts[run.processes.rank :: run.processes.count])
+        lock = Path(run.flags.data.prompt_cache) / ENCODING_LOCK
+        with contextlib.nullcontext() if run.has_all_answers else in_turn_with_builders(run, lock, "the prompts"):
+            _embed(run, texts[run.processes.rank :: run.processes.count])
         run.processes.barrier()
     return _embed(run, texts)
 
@@ -82,23 +92,50 @@ def print_encoding(done: int, total: int) -> None:
 
 def load_teacher(run: Run, embeds: Embeds) -> Teacher | None:
     """Load the teacher, which fills the cache that the run asks for; return None where the run does without it from there on."""
-    is_offline = run.flags.states.offline_teacher
-    if run.caches and all(cache.is_complete for cache in run.caches) and is_offline:
+    is_only, is_offline = run.flags.states.cache_only, run.flags.states.offline_teacher
+    if run.has_all_answers and is_offline and not is_only:
         return None
     teacher = build_teacher(run, embeds.negative)
     logger.info("teacher read and projected")
-    for index, cache in enumerate(run.caches):
-        if not cache.is_complete:
-            num_steps = Share(index, len(run.caches)).of(run.num_steps)
-            num_batches = answered_batches(num_steps, run.flags.states.replay)
-            print(f"Asking the teacher for {num_batches} batches, kept in {cache.folder}", flush=True)
-            answers = live_answers(run, embeds, teacher)[index]
-            cache.build(answers, num_batches, Countdown("Teacher's answers", num_batches))
-            logger.info("answers of the teacher written to its cache")
-    if is_offline:
-        keep_states(run, held_out_states(run, embeds, teacher))
+    if not run.has_all_answers:
+        fill_caches(run, embeds, teacher)
+    if is_offline or is_only:
+        with in_turn_with_builders(run, run.caches[0].folder / HELD_OUT_LOCK, "the held-out states"):
+            keep_states(run, held_out_states(run, embeds, teacher))
         run.processes.barrier()  # all of them read what the first one has written
-    return None if is_offline else teacher
+    return None if is_offline or is_only else teacher
+
+
+def fill_only(run: Run) -> None:
+    """Ask the teacher for what its caches lack, and for what runs that learn from them offline measure their students with."""
+    if not run.has_all_answers or not has_states(run):
+        load_teacher(run, embed_prompts(run))
+
+
+def fill_caches(run: Run, embeds: Embeds, teacher: Teacher) -> None:
+    """Ask the teacher for everything that is to lie in its caches, together with whatever other builders there are."""
+
+    def filling(index: int, cache: TeacherCache) -> Filling:
+        num_batches = cached_batches(run, Share(index, len(run.caches)))
+
+        def answers_of(part: CachePart) -> TeacherAnswers:
+            return live_answers(run, embeds, teacher, part=(part.index, max(1, len(cache.parts))))[index]
+
+        def on_part(part: CachePart) -> Countdown:
+            print(asking_line(cache, part, num_batches), flush=True)
+            return Countdown("Teacher's answers", part.num_batches or num_batches)
+
+        return Filling(cache, num_batches, answers_of, on_part)
+
+    fillings = [filling(index, cache) for index, cache in enumerate(run.caches)]
+    if run.processes.are_many:
+        for each in fillings:
+            if not each.cache.is_complete:
+                part = each.cache.own_part
+                each.cache.build(each.answers_of(part), each.num_batches, each.on_part(part))
+    else:
+        fill_together(fillings, lambda text: print(f"Waiting for other builders of {text}", flush=True))
+    logger.info("answers of the teacher written to its cache")
 
 
 def build_teacher(run: Run, negative_prompt_embeds: Tensor | None) -> Teacher:
@@ -236,24 +273,32 @@ def replayed_answers(run: Run, embeds: Embeds, by_size: Sequence[Answers]) -> li
 
 
 def live_answers(
-    run: Run, embeds: Embeds, teacher: Teacher, projection: ProjectionReport | None = None
+    run: Run,
+    embeds: Embeds,
+    teacher: Teacher,
+    projection: ProjectionReport | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> list[TeacherAnswers]:
-    """Build the teacher's answers at the states that the flags ask for, those of each image size."""
+    """Build the teacher's answers at the states that the flags ask for, those of each image size.
+
+    Args:
+        part: number and count, where the answers are those of a part of a cache.
+    """
     num_prompts = len(run.texts.prompts)
-    by_size = build_states_by_size(
+    draws = draws_by_size(
         run.states_options, run.latent_shapes, run.settings, num_prompts, run.lanes, run.device, run.num_used
     )
     return [
         TeacherAnswers(
             teacher,
-            states,
+            states_of(run.states_options, draw.of_part(*part), run.settings),
             embeds.trained,
             run.device,
             run.dtype,
             hidden_states=hidden_states(run, projection) if projection else NO_HIDDEN_STATES,
             student_rollout=run.flags.states.student_rollout,
         )
-        for states in by_size
+        for draw in draws
     ]
 
 

@@ -122,8 +122,9 @@ def held_out_work(plan: Plan) -> HeldOutWork:
     paths, steps = len(plan.held_out_texts), plan.settings.num_inference_steps
     num_states = paths * min(steps, NUM_LEVELS)
     for_noise = measuring.num_noise_prompts * NUM_NOISES * steps
+    for_scale = measuring.num_noise_prompts * sum(measuring.scale_steps)
     return HeldOutWork(
-        teacher=paths * steps + for_noise + times * num_states,
+        teacher=paths * steps + for_noise + for_scale + times * num_states,
         student=times * (num_states + paths * steps + for_noise),
     )
 

@@ -209,6 +209,13 @@ class StatesFlags:
         "folder for the teacher's answers: all are asked for first, then learnt from", type=path
     )
     offline_teacher: bool = switch("with --teacher_cache: no teacher in memory while the student trains")
+    cache_parts: int = flag(
+        "with --teacher_cache: parts that the answers are asked for in, so that as many processes started with this command ask at "
+        "once, each for other parts",
+        1,
+        type=number(int, low=1, high=1000),
+    )
+    cache_only: bool = switch("with --teacher_cache: end once the answers are complete; nothing is trained")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -607,8 +614,15 @@ def shard_mistakes(flags: Flags) -> Iterator[Mistake]:
 
 def cache_mistakes(flags: Flags) -> Iterator[Mistake]:
     """Yield what answers from a cache cannot bring along."""
-    if not flags.states.teacher_cache:
+    states = flags.states
+    if not states.teacher_cache:
+        if states.cache_parts > 1:
+            yield "--cache_parts", "are parts of a teacher's cache; add --teacher_cache FOLDER"
+        if states.cache_only:
+            yield "--cache_only", "asks for the teacher's answers and keeps them; add --teacher_cache FOLDER"
         return
+    if states.cache_only and flags.output.dry_run:
+        yield "--cache_only", "--dry_run plans for the whole run; leave one of the two out"
     for name, is_given, why in (
         (
             "--student_rollout",

@@ -63,7 +63,10 @@ def build_noise_measure(run: Run, embeds: Embeds, teacher: Teacher | None) -> No
     options = run.teacher_sampling
     return over_sizes(
         [
-            (HeldOutNoise(teacher, part, shape, options, NUM_NOISES, batch_size(run)), len(part))
+            (
+                HeldOutNoise(teacher, part, shape, options, NUM_NOISES, batch_size(run), run.measuring.scale_steps),
+                len(part),
+            )
             for part, shape in prompts_by_size(run, prompts)
         ]
     )
@@ -147,6 +150,12 @@ def states_files(run: Run) -> list[Path]:
         digest = hashlib.sha256(json.dumps(place.description | own, sort_keys=True).encode()).hexdigest()[:16]
         files.append(place.folder / FILE_NAME.format(digest))
     return files
+
+
+def has_states(run: Run) -> bool:
+    """Return whether all states that a run measures at by itself are kept; also where it measures at none."""
+    counts = [count for count in shares(run.measuring.num_paths, len(run.image_sizes)) if count]
+    return not run.measuring.is_default or all(is_whole(file) for file in states_files(run)[: len(counts)])
 
 
 def read_states(file: Path) -> PathStates | None:

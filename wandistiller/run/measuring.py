@@ -17,6 +17,8 @@ MOST_SHARE = 0.02
 NUM_NOISES = 4
 MOST_NOISE_PROMPTS, FEWEST_NOISE_PROMPTS = 8, 4
 MOST_NOISE_SHARE = 0.05
+# The teacher also draws the first noise of each prompt in these shares of its steps, which is a scale for the student's distance.
+SCALE_SHARES = (0.25, 0.5)
 # Fewer answers, or a single path, tell too little to be worth asking for.
 FEWEST_ANSWERS, FEWEST_PATHS = 16, 2
 
@@ -31,6 +33,7 @@ class Measuring:
         num_steps: of the teacher on each path.
         num_levels: noise levels of a path that the student is measured at.
         num_noise_prompts: prompts that the noise part is measured on, with NUM_NOISES of each.
+        scale_steps: smaller numbers of steps that the teacher draws the first noise of these prompts in.
     """
 
     every: int = 0
@@ -38,6 +41,7 @@ class Measuring:
     num_steps: int = 0
     num_levels: int = 0
     num_noise_prompts: int = 0
+    scale_steps: tuple[int, ...] = ()
 
     @property
     def is_default(self) -> bool:
@@ -67,11 +71,14 @@ def plan_measuring(
     """
     answers = expected_calls(flags, teacher_steps, num_steps) * answers_per_call
     if flags.output.eval_every is not None:
+        fewer = {round(share * teacher_steps) for share in SCALE_SHARES} - {0, teacher_steps}
+        scale = () if is_fixed else tuple(sorted(fewer))
         affordable = int(MOST_NOISE_SHARE * answers) // (NUM_NOISES * teacher_steps)
         noise_prompts = min(MOST_NOISE_PROMPTS, num_prompts, affordable)
         return Measuring(
             every=flags.output.eval_every,
             num_noise_prompts=noise_prompts if noise_prompts >= FEWEST_NOISE_PROMPTS else 0,
+            scale_steps=scale,
         )
     budget = min(MOST_ANSWERS, int(MOST_SHARE * answers))
     if budget < FEWEST_ANSWERS or num_prompts == 0:

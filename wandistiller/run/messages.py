@@ -193,6 +193,14 @@ def print_end(run: "Run", result: "TrainingResult", num_calls: int, teacher: "Te
         print("\n  ".join(["Next:", *next_commands(folder, run.texts.prompts[0], prompts_file, flags.data.vae_path)]))
 
 
+def print_filled(run: "Run") -> None:
+    """Print that a cache is complete, and what learns from it."""
+    total = sum(cache.num_answers for cache in run.caches)
+    print(
+        f"Done: {run.flags.states.teacher_cache} holds all {total} answers. To learn from them, leave --cache_only out"
+    )
+
+
 def memorising_line(lines: Sequence[dict], replay: int) -> str | None:
     """Return a line for a run that learns its answers by heart, and what to do about it; None for any other run."""
     rise = rise_of_held_out(lines)

@@ -57,12 +57,14 @@ def shares_of(plan: "Plan") -> list[Share]:
 def most_taken_at(plan: "Plan", share: Share) -> int:
     """Return how many prompts are taken in turn at most at one image size."""
     states, num_lanes = plan.flags.states, plan.lanes.total
-    num_batches = answered_batches(share.of(plan.num_steps), states.replay)
+    # Parts of a cache are dealt the prompts in turn: none comes further than so many times what the largest takes.
+    num_parts = states.cache_parts
+    num_batches = math.ceil(answered_batches(share.of(plan.num_steps), states.replay) / num_parts)
     if not STATES[states.states].has_paths:
-        return num_batches * num_lanes
+        return num_parts * num_batches * num_lanes
     if num_segments := plan.flags.objective.student_steps:
         return most_segment_prompts(num_batches, num_lanes, num_segments)
-    return most_path_prompts(num_batches, num_lanes, plan.settings.num_inference_steps)
+    return num_parts * most_path_prompts(num_batches, num_lanes, plan.settings.num_inference_steps)
 
 
 def reachable_prompts(run: "Run") -> Sequence[int]:

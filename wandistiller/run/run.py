@@ -2,13 +2,13 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from wandistiller.budget.report import OutOfMemory, out_of_memory_message
 from wandistiller.device import is_out_of_memory
-from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     STUDENT_NAMES,
     check_replaceable,
@@ -16,13 +16,13 @@ from wandistiller.files.output_folder import (
     prepare_output_folder,
     removed_if_empty,
 )
-from wandistiller.model.image_sizes import ImageSize
 from wandistiller.processes import leave
+from wandistiller.run.caches import open_caches
 from wandistiller.run.dry_run import changeable_flags, check_disk, has_checkpoints, workload_of
 from wandistiller.run.messages import typed_command
 from wandistiller.run.plan import Plan
 from wandistiller.run.record import commands_so_far
-from wandistiller.targets.cache import TeacherCache, describe_cache, describe_teacher, prompts_digest
+from wandistiller.targets.cache import TeacherCache, describe_teacher, prompts_digest
 from wandistiller.training.checkpoints import Checkpoint, Checkpoints
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,11 @@ class Run(Plan):
     def first_step(self) -> int:
         """Steps that were taken before this process."""
         return 0 if self.resume_from is None else self.resume_from.step
+
+    @property
+    def has_all_answers(self) -> bool:
+        """Whether everything that the teacher is to answer lies in its cache."""
+        return bool(self.caches) and all(cache.is_complete for cache in self.caches)
 
     def going_on_from(self, checkpoint: Checkpoint | None) -> "Run":
         """Return this run at the state of a checkpoint, or at its start, with the commands that have led there; say so."""
@@ -98,6 +103,27 @@ def open_run(plan: Plan, command: list[str]) -> Iterator[Run]:
 
 
 @contextlib.contextmanager
+def open_builder(plan: Plan, command: list[str]) -> Iterator[Run]:
+    """Open the caches of a run that fills them and ends. Its output folder, where another run may be at work, is not touched.
+
+    Raises:
+        UserError, OutOfMemory: as in `open_run`.
+    """
+    with memory_advice(plan):
+        folder = Path(plan.flags.output.output_dir)
+        checkpoints = Checkpoints(folder, {}, plan.lanes.total)
+        yield Run(
+            **known_of(plan),
+            folder=folder,
+            checkpoints=checkpoints,
+            resume_from=None,
+            caches=open_caches(plan),
+            command=command,
+        )
+    leave()
+
+
+@contextlib.contextmanager
 def memory_advice(plan: Plan) -> Iterator[None]:
     """Turn running out of memory inside into advice on which flags to change.
 
@@ -110,43 +136,6 @@ def memory_advice(plan: Plan) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(plan) from error
-
-
-def open_caches(plan: Plan) -> list[TeacherCache]:
-    """Open the folder of --teacher_cache, or the folder of each size in it, and refuse what holds answers to something else."""
-    folder = plan.flags.states.teacher_cache
-    if folder is None:
-        return []
-    description = describe_cache(
-        plan.wan_files,
-        plan.settings,
-        plan.states_options,
-        plan.trained_texts,
-        plan.config,
-        plan.lanes.total,
-    )
-    description |= plan.flags.recipe.teacher_storage()
-    if plan.num_used is not None:
-        description |= {"num_used_prompts": plan.num_used}
-    sizes = plan.flags.student.image_sizes
-    if sizes is None:
-        return [TeacherCache(folder, description, plan.processes)]
-    description |= plan.flags.recipe.several_sizes()
-    check_holds_sizes(Path(folder), sizes)
-    return [
-        TeacherCache(Path(folder) / str(size), description | {"latent_shape": list(shape)}, plan.processes)
-        for size, shape in zip(sizes, plan.latent_shapes, strict=True)
-    ]
-
-
-def check_holds_sizes(folder: Path, sizes: Sequence[ImageSize]) -> None:
-    """Refuse a folder that holds anything but answers at these sizes, each in a folder of its name."""
-    others = {path.name for path in folder.iterdir()} - {str(size) for size in sizes} if folder.is_dir() else set()
-    if others:
-        raise UserError(
-            f"--teacher_cache {folder}: holds {min(others)}, which is of no size of this run ({', '.join(map(str, sizes))}); give "
-            "another folder, or the sizes that it was made with"
-        )
 
 
 def run_identity(plan: Plan) -> dict[str, object]:
@@ -171,9 +160,15 @@ def make_run(plan: Plan, folder: Path, caches: list[TeacherCache], command: list
         check_replaceable(folder, STUDENT_NAMES)
     check_disk(checkpoints, plan)
     logger.info("headers of the teacher read, output folder taken")
-    known = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
-    run = Run(**known, folder=folder, checkpoints=checkpoints, resume_from=None, caches=caches, command=command)
+    run = Run(
+        **known_of(plan), folder=folder, checkpoints=checkpoints, resume_from=None, caches=caches, command=command
+    )
     return run.going_on_from(resume_from)
+
+
+def known_of(plan: Plan) -> dict[str, Any]:
+    """Return the fields of a plan, for the run that is made of it."""
+    return {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
 
 
 def out_of_memory(plan: Plan) -> OutOfMemory:

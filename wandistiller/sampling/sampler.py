@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from wandistiller.device import to_device
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS, sigma_to_timestep
 from wandistiller.sampling.teacher import Teacher
@@ -48,7 +49,7 @@ class StudentField:
         self.student = student
 
     def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor) -> Tensor:
-        return self.student(latents, sigma_to_timestep(sigma).to(latents.device), prompt_embeds, prompt_lengths)
+        return self.student(latents, to_device(sigma_to_timestep(sigma), latents.device), prompt_embeds, prompt_lengths)
 
 
 def student_as_teacher(
@@ -115,7 +116,7 @@ def sample(
     scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler)
     device_type = torch.device(options.device).type
     is_mixed = options.compute_dtype != torch.float32
-    latents = noise.to(options.device)
+    latents = to_device(noise, options.device)
     for timestep in scheduler.timesteps:
         # UniPC's timesteps are whole numbers, as WanPipeline feeds them, and float64 keeps them exact.
         sigma = (timestep.double() / NUM_TRAIN_TIMESTEPS).expand(len(latents))

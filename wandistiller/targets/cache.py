@@ -3,15 +3,16 @@
 The folder holds shards of answers as safetensors, and `cache.json`, which says what they are answers to. A shard holds a
 checksum of every answer, which is compared when the answer is read: damage is never learnt from, and nothing is read twice for
 it. While the folder is being built it also holds the state of the sampling paths, so that the same command resumes a build that was stopped.
+cache_shards.py has the shards, cache_parts.py the parts that a cache is asked for in, cache_builders.py several builders at once.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import accumulate, islice
 from pathlib import Path
@@ -21,21 +22,27 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
-from wandistiller.errors import UserError, first_line, shown
-from wandistiller.files.atomic import write_json
+from wandistiller.errors import UserError, shown
+from wandistiller.files.atomic import remove_leftovers, write_json
 from wandistiller.files.json_files import load_json
+from wandistiller.files.locks import NoLocksError, locked_file, waited_for
 from wandistiller.files.output_folder import check_output_folder
 from wandistiller.files.prompts import identity_of
-from wandistiller.files.safetensors_files import (
-    DamagedFileError,
-    open_safetensors,
-    read_header,
-    read_tensors,
-    write_tensors,
-)
+from wandistiller.files.safetensors_files import open_safetensors
 from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
 from wandistiller.targets.answers import Answer, AnswerQueue, TeacherAnswers
+from wandistiller.targets.cache_parts import CachePart, PartBuild, part_of_process
+from wandistiller.targets.cache_shards import (
+    CHECKSUMS_NAME,
+    SHARD_BATCHES,
+    SHARD_NAME,
+    STORED_DTYPE,
+    STORED_NAMES,
+    checksum_of,
+    count_rows,
+    damaged_file,
+)
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.state_dicts import check_order
 from wandistiller.targets.states import StatesOptions
@@ -45,22 +52,10 @@ from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.wan_files import WanFiles
 
 DESCRIPTION_NAME = "cache.json"
-STATE_NAME = "state.safetensors"
-SHARD_NAME = "answers_{:05d}.safetensors"
-SHARD_BATCHES = 16
-STORED_NAMES = ("latents", "velocity", "sigma", "prompts")
-CHECKSUMS_NAME = "checksums"  # CRC-32 of every answer; shards of the first versions have none
-# Latents and velocities are rounded to this. The rounding is far below the error that a student reaches.
-STORED_DTYPE = torch.float16
-STORED_DTYPES = {"latents": "F16", "velocity": "F16", "sigma": "F32", "prompts": "I64"}  # as safetensors spells them
-# Files that a process leaves if it is killed while it writes one of ours.
+LOCK_NAME = ".cache.lock"  # held while the description is made or completed
+# Files that a process leaves if it is killed while it writes one of ours, and what several builders lock.
 LEFTOVERS = tuple(f".{name}.*.tmp" for name in (DESCRIPTION_NAME, "state*.safetensors", "answers_*.safetensors"))
-
-
-class AnswerError(ValueError):
-    """An answer cannot be stored. The message says what to do."""
-
-    exit_code = 1
+LOCKS = (LOCK_NAME, ".part_*.lock")
 
 
 def teacher_fingerprint(wan_files: WanFiles) -> str:
@@ -131,29 +126,40 @@ def describe_cache(
 class TeacherCache:
     """A folder of answers, which is new, partly built or complete.
 
+    Args:
+        parts: those that any builder may take, where it is not asked for in one.
+
     Raises:
         UserError: the folder holds something else, or answers to something else (it says what differs), or is damaged.
     """
 
-    def __init__(self, folder: str | Path, description: dict[str, Any], processes: Processes | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        description: dict[str, Any],
+        processes: Processes | None = None,
+        parts: Sequence[CachePart] = (),
+    ):
         self.folder = check_output_folder(folder, "--teacher_cache")
         self.description = description
         self.processes = processes or Processes()
-        # If several processes build the cache, each keeps a state of its own:
-        mine = f"_{self.processes.rank}_of_{self.processes.count}" if self.processes.are_many else ""
-        self.state_file = self.folder / STATE_NAME.replace(".", f"{mine}.")
+        self.own_part = part_of_process(self.processes.rank, self.processes.count)
+        self.parts = parts
         self.is_complete = False
         self.shards: list[Path] = []
         self.rows: list[int] = []  # answers in each shard
         self.has_checksums = True
-        file = self.folder / DESCRIPTION_NAME
-        if os.path.lexists(file):
-            self._read(file)
-        elif self.folder.exists() and set(self.folder.iterdir()) - set(self._leftovers()):
+        if os.path.lexists(self._file):
+            self._read()
+        elif self.folder.exists() and set(self.folder.iterdir()) - self._found(*LEFTOVERS, *LOCKS):
             raise UserError(
                 f"--teacher_cache {folder}: holds files and no {DESCRIPTION_NAME}, so it is not a teacher cache; give "
                 "a new or empty folder"
             )
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / DESCRIPTION_NAME
 
     @property
     def num_answers(self) -> int:
@@ -164,9 +170,17 @@ class TeacherCache:
         """Return the indices of the prompts that the answers of a complete cache belong to."""
         return {index for path in self.shards for index in open_safetensors(path).get_tensor("prompts").tolist()}
 
-    # What is on disk
+    def look_again(self) -> bool:
+        """Return whether the cache is complete by now; other builders may have done the rest."""
+        if not self.is_complete and os.path.lexists(self._file):
+            self._read()
+        return self.is_complete
 
-    def _read(self, file: Path) -> None:
+    # Reading
+
+    def _read(self) -> None:
+        """Read the description, and where the cache is complete the headers of its shards."""
+        file = self._file
         try:
             found = load_json(file)
             made_of, is_complete = dict(found["answers_of"]), bool(found["is_complete"])
@@ -191,61 +205,50 @@ class TeacherCache:
                 "or the same flags"
             )
         self.is_complete = is_complete
-        if not is_complete and found.get("num_processes", 1) != self.processes.count:
-            raise UserError(
-                f"--teacher_cache {self.folder}: was begun by {found.get('num_processes', 1)} processes, these are "
-                f"{self.processes.count}; go on with as many, or remove it and ask anew. A complete one serves any number"
+        if not is_complete:
+            self._check_builders(found)
+            return
+        self._index(range(len(rows)))
+        if not self.has_checksums:
+            print(
+                f"Warning: {self.folder} was made by a version without checksums, so damage to its answers may go unnoticed"
             )
-        if is_complete:
-            self._index(range(len(rows)))
-            if not self.has_checksums:
-                print(
-                    f"Warning: {self.folder} was made by a version without checksums, so damage to its answers may go unnoticed"
-                )
-            for path, expected, count in zip(self.shards, rows, self.rows, strict=True):
-                if expected not in (None, count):
-                    raise self.damaged(path, f"it holds {count} answers, {expected} were written")
+        for path, expected, count in zip(self.shards, rows, self.rows, strict=True):
+            if expected not in (None, count):
+                raise damaged_file(path, f"it holds {count} answers, {expected} were written")
+
+    def _check_builders(self, found: dict[str, Any]) -> None:
+        """Refuse to go on with what was begun in other parts, or for another number of batches."""
+        num_processes, num_parts = found.get("num_processes", 1), found.get("num_parts", 1)
+        refused = f"--teacher_cache {self.folder}: was "
+        if num_parts != max(1, len(self.parts)):
+            raise UserError(
+                f"{refused}begun with --cache_parts {shown(num_parts)}, this run has {max(1, len(self.parts))}; go on with the same, or "
+                "remove it and ask anew. A complete one serves any run"
+            )
+        if num_processes != self.processes.count:
+            raise UserError(
+                f"{refused}begun by {num_processes} processes, these are {self.processes.count}; go on with as many, or remove it and ask "
+                "anew. A complete one serves any number"
+            )
+        num_batches = sum(part.num_batches for part in self.parts)
+        if self.parts and found.get("num_batches") != num_batches:
+            raise UserError(
+                f"{refused}begun for {shown(found.get('num_batches'))} batches of answers, this run asks for {num_batches}; give all builders "
+                "the same --max_steps, --num_epochs, --teacher_calls and --replay"
+            )
 
     def _index(self, numbers: Iterable[int]) -> None:
         """Find these shards, and count their rows by their headers alone."""
         self.shards = [self.folder / SHARD_NAME.format(number) for number in numbers]
-        self.has_checksums = True
-        self.rows = [self._count_rows(path) for path in self.shards]
+        counted = [count_rows(path, self.description["latent_shape"]) for path in self.shards]
+        self.rows = [count for count, _ in counted]
+        self.has_checksums = all(has_checksums for _, has_checksums in counted)
 
-    def _numbers(self, num_shards: int) -> range:
-        """Return the numbers of the shards that this process writes, in turns with the others."""
-        return range(self.processes.rank, num_shards * self.processes.count, self.processes.count)
+    def _found(self, *patterns: str) -> set[Path]:
+        return {path for pattern in patterns for path in self.folder.glob(pattern)}
 
-    def _count_rows(self, path: Path) -> int:
-        try:
-            header = read_header(path)
-        except DamagedFileError as error:
-            raise self.damaged(path, error.reason) from None
-        shapes = {name: header.shapes.get(name, ()) for name in STORED_NAMES}
-        count = shapes["sigma"][:1]
-        latents = (*count, *self.description["latent_shape"])
-        if shapes != {"latents": latents, "velocity": latents, "sigma": count, "prompts": count} or not count:
-            raise self.damaged(path, f"its tensors have the shapes {shapes}")
-        if wrong := {
-            name: header.dtypes[name] for name, dtype in STORED_DTYPES.items() if header.dtypes[name] != dtype
-        }:
-            raise self.damaged(path, f"its tensors are of the types {wrong}")
-        if CHECKSUMS_NAME not in header.shapes:
-            self.has_checksums = False
-        elif (header.shapes[CHECKSUMS_NAME], header.dtypes[CHECKSUMS_NAME]) != (count, "I64"):
-            raise self.damaged(path, "its checksums are not those of its answers")
-        return count[0]
-
-    def damaged(self, path: Path, reason: str) -> UserError:
-        """Return the refusal of a file of this cache."""
-        return UserError(
-            f"{path}: is missing or damaged ({reason}); copy it again, or remove {self.folder} to ask the teacher anew"
-        )
-
-    def _leftovers(self) -> list[Path]:
-        return [path for pattern in LEFTOVERS for path in self.folder.glob(pattern)]
-
-    # Building
+    # Building, by one process or by those that torchrun started
 
     def build(self, answers: TeacherAnswers, num_batches: int, on_progress: Callable[[int], None]) -> None:
         """Ask for `num_batches` batches (fewer where a stopped build has some already) and mark the cache complete.
@@ -261,74 +264,140 @@ class TeacherCache:
                 damaged.
             AnswerError: an answer is not finite, or too large for STORED_DTYPE.
         """
+        build = PartBuild(self.folder, self.own_part, self.description["latent_shape"])
         if self.is_complete:
-            self.state_file.unlink(missing_ok=True)  # a kill may have come just before
+            build.state_file.unlink(missing_ok=True)  # a kill may have come just before
             return
-        try:
-            self._start(answers, num_batches)
-        except OSError as error:
-            raise UserError(
-                f"--teacher_cache {self.folder}: cannot be written to ({error.strerror}); give another folder"
-            ) from None
-        while (done := answers.num_calls) < num_batches:
-            count = min(SHARD_BATCHES, num_batches - done)
-            self._write_shard([_ask(answers, done + index, on_progress) for index in range(count)])
-            self._write_state(answers)
+        with self._writing():
+            self._start(build, answers, num_batches)
+        build.ask(answers, num_batches, on_progress)
         self.processes.barrier()
-        self._index(range(len(self.shards) * self.processes.count))
+        self._index(range(build.num_shards * self.processes.count))
         if self.processes.is_first:
             self._describe(True)
         self.processes.barrier()
-        self.state_file.unlink(missing_ok=True)
+        build.state_file.unlink(missing_ok=True)
         self.is_complete = True
 
-    def _start(self, answers: TeacherAnswers, num_batches: int) -> None:
+    def _start(self, build: PartBuild, answers: TeacherAnswers, num_batches: int) -> None:
         """Prepare the folder, and refuse whatever can be refused before the teacher is asked."""
         self.processes.barrier()  # all have found the folder as it was
         if self.processes.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self._leftovers():
+            for path in self._found(*LEFTOVERS):
                 path.unlink()
         self.processes.barrier()
-        self._load_state(answers)
-        self._check_disk(num_batches - answers.num_calls, answers)
+        build.resume(answers)
+        num_states = self.processes.count * (1 if build.state_file.exists() else 2)
+        self._check_disk(num_batches - answers.num_calls, answers, num_states)
         if self.processes.is_first:
             self._describe(False)
         self.processes.barrier()
 
-    def _load_state(self, answers: TeacherAnswers) -> None:
-        """Load the paths as they were after so many whole shards. What a killed build wrote beyond these is written again."""
-        state, num_shards = self.state_file, 0
-        if os.path.lexists(state):
-            try:
-                saved = read_tensors(state)
-                checksum = saved.pop(CHECKSUMS_NAME, None)
-                if checksum is not None and not torch.equal(checksum, _checksum(saved)):
-                    raise ValueError("its checksum differs")
-                num_shards = int(saved.pop("num_shards"))
-                answers.load_state_dict(saved)
-            except DamagedFileError as error:
-                raise self.damaged(state, error.reason) from None
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise self.damaged(state, f"it is not the state of a build: {first_line(error)}") from None
-        self._index(self._numbers(num_shards))
+    # Building, by whoever comes: see cache_builders.py
 
-    def _write_shard(self, batches: list[dict[str, Tensor]]) -> None:
-        shard = {name: torch.cat([batch[name] for batch in batches]) for name in STORED_NAMES}
-        path = self.folder / SHARD_NAME.format(self._numbers(len(self.shards) + 1)[-1])
-        rows = [{name: values[row : row + 1] for name, values in shard.items()} for row in range(len(shard["sigma"]))]
-        write_tensors(path, shard | {CHECKSUMS_NAME: torch.cat([_checksum(row) for row in rows])})
-        self.shards.append(path)
-        self.rows.append(len(shard["sigma"]))
+    def begin(self) -> None:
+        """Make the folder and, unless another builder has, say in it what is to be asked for in parts.
 
-    def _write_state(self, answers: TeacherAnswers) -> None:
-        state = answers.state_dict() | {"num_shards": torch.tensor(len(self.shards))}
-        write_tensors(self.state_file, state | {CHECKSUMS_NAME: _checksum(state)})
+        Raises:
+            UserError: it cannot be written to, has no locks, or another builder has begun something else there.
+        """
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.parts:
+                with waited_for(self.folder / LOCK_NAME):
+                    if os.path.lexists(self._file):
+                        self._read()
+                    else:
+                        remove_leftovers(self._file)
+                        self._describe(False)
 
-    def _check_disk(self, num_batches: int, answers: TeacherAnswers) -> None:
+    def unfinished(self) -> list[CachePart]:
+        """Return the parts that lack answers, by the names of their shards."""
+        if not self.parts:
+            return [] if self.is_complete else [self.own_part]
+        # Listed, not asked for by name: a file system on a network may remember for a while that there was no such file.
+        names = set(os.listdir(self.folder))
+        return [part for part in self.parts if part.last_name not in names]
+
+    @contextlib.contextmanager
+    def taken(self, part: CachePart) -> Iterator[bool]:
+        """Yield whether this process alone may ask for a part inside, or until it ends however it ends."""
+        with contextlib.ExitStack() as held:
+            with self._writing():
+                try:
+                    is_mine = held.enter_context(locked_file(self.lock_of(part)))
+                except NoLocksError:
+                    if self.parts:
+                        raise
+                    is_mine = True  # one builder needs none
+            yield is_mine
+
+    def lock_of(self, part: CachePart) -> Path:
+        """Return the file that a builder locks while it asks for a part."""
+        return self.folder / part.lock_name
+
+    def build_part(self, part: CachePart, answers: TeacherAnswers, on_progress: Callable[[int], None]) -> None:
+        """Ask for a part that this process has taken; `build` says of what and what is raised."""
+        build = PartBuild(self.folder, part, self.description["latent_shape"])
+        with self._writing():
+            build.remove_leftovers()
+            build.resume(answers)
+            others = [other for other in self.unfinished() if other != part]
+            num_left = part.num_batches - answers.num_calls + self._batches_left(others)
+            num_states = (1 if build.state_file.exists() else 2) + 2 * len(others)
+            self._check_disk(num_left, answers, num_states)
+        build.ask(answers, part.num_batches, on_progress)
+
+    def _batches_left(self, parts: Sequence[CachePart]) -> int:
+        """Return how many batches these unfinished parts lack."""
+        names = set(os.listdir(self.folder))
+        written = sum(SHARD_NAME.format(number) in names for part in parts for number in part.numbers)
+        return sum(part.num_batches for part in parts) - SHARD_BATCHES * written
+
+    def finish(self) -> None:
+        """Mark the cache complete, unless another builder has: all parts are done.
+
+        Raises:
+            UserError: a shard is missing or damaged.
+        """
+        with self._writing(), waited_for(self.folder / LOCK_NAME):
+            if self.look_again():
+                return
+            self._index(range(self.parts[-1].numbers.stop))
+            # First, so that none is left if a kill comes between: the parts are done without them.
+            for path in self._found("state*.safetensors", *LEFTOVERS, ".part_*.lock"):
+                path.unlink(missing_ok=True)
+            self._describe(True)
+            self.is_complete = True
+
+    # What both do
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the file system refuses inside into words.
+
+        Raises:
+            UserError: it has no locks, or the folder cannot be written to.
+        """
+        try:
+            yield
+        except NoLocksError as error:
+            raise UserError(
+                f"--cache_parts {len(self.parts)}: {self.folder} is on a file system without locks ({error.strerror}), which keep "
+                "builders from asking for the same; give a --teacher_cache on another one, or leave --cache_parts out"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"--teacher_cache {self.folder}: cannot be written to ({error.strerror}); give another folder"
+            ) from None
+
+    def _check_disk(self, num_batches: int, answers: TeacherAnswers, num_states: int) -> None:
+        """Refuse a disk without room for so many batches and states.
+
+        The state of renoised samples can be larger than the answers, and is on the disk twice while it is replaced.
+        """
         elements = self.description["batch_size"] * torch.Size(self.description["latent_shape"]).numel()
-        # The state of renoised samples can be larger than the answers, and is on the disk twice while it is replaced.
-        num_states = self.processes.count * (1 if self.state_file.exists() else 2)
         needed = 2 * elements * STORED_DTYPE.itemsize * num_batches
         needed += num_states * sum(value.nbytes for value in answers.state_dict().values())
         free = shutil.disk_usage(self.folder).free
@@ -341,50 +410,11 @@ class TeacherCache:
     def _describe(self, is_complete: bool) -> None:
         rows = self.rows if is_complete else []
         about = {"is_complete": is_complete, "num_shards": len(rows), "rows": rows, "answers_of": self.description}
-        about |= {} if is_complete else {"num_processes": self.processes.count}
-        write_json(self.folder / DESCRIPTION_NAME, about, indent=1, ensure_ascii=False)
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the CRC-32 (1,) int64 of tensors and their names, whatever order they come in."""
-    checksum = 0
-    for name in sorted(tensors):
-        values = tensors[name].detach().cpu().contiguous().flatten()
-        checksum = zlib.crc32(values.view(torch.uint8).numpy().data, zlib.crc32(name.encode(), checksum))
-    return torch.tensor([checksum])
-
-
-def _ask(answers: TeacherAnswers, done: int, on_progress: Callable[[int], None]) -> dict[str, Tensor]:
-    """Ask for the next batch, and return it as it is stored."""
-    parts = []
-    for _ in range(answers.lanes.num_micro_batches):
-        answer = answers.next()
-        answers.advance(answer, answer.velocity, 0.0)
-        # A row of weight 0 stands for a lane that had no state to ask about.
-        counted = answer.weights.nonzero().flatten()
-        on_device = counted.to(answer.latents.device)
-        parts.append(
-            {
-                "latents": _stored(answer.latents[on_device], f"batch {done + 1}: the latents"),
-                "velocity": _stored(answer.velocity[on_device], f"batch {done + 1}: the teacher's velocities"),
-                "sigma": answer.sigma[counted].float(),
-                "prompts": torch.tensor(answer.prompts)[counted],
-            }
-        )
-    on_progress(done + 1)
-    return {name: torch.cat([part[name] for part in parts]) for name in STORED_NAMES}
-
-
-def _stored(values: Tensor, what: str) -> Tensor:
-    stored = values.to("cpu", STORED_DTYPE)
-    if stored.isfinite().all():
-        return stored
-    if not values.isfinite().all():
-        raise AnswerError(f"{what} are not finite; copy the checkpoint again, or give --dtype fp32")
-    raise AnswerError(
-        f"{what} reach {values.abs().max():.3g}, more than {STORED_DTYPE} holds ({torch.finfo(STORED_DTYPE).max:g}); "
-        "lower --guidance_scale, or train without --teacher_cache"
-    )
+        if not is_complete:
+            about["num_processes"] = self.processes.count
+            if self.parts:
+                about |= {"num_parts": len(self.parts), "num_batches": sum(part.num_batches for part in self.parts)}
+        write_json(self._file, about, indent=1, ensure_ascii=False)
 
 
 class CachedAnswers:
@@ -451,12 +481,12 @@ class CachedAnswers:
             UserError: it is damaged.
         """
         checksum = answer.pop(CHECKSUMS_NAME, None)
-        is_whole = checksum is None or torch.equal(checksum, _checksum(answer))
+        is_whole = checksum is None or torch.equal(checksum, checksum_of(answer))
         # What no checksum tells of must at least be what a teacher can have answered.
         is_possible = 0 <= answer["sigma"] <= 1 and 0 <= answer["prompts"] < len(self.prompt_embeds)
         if is_whole and is_possible and all(values.isfinite().all() for values in answer.values()):
             return answer
-        raise self.cache.damaged(self.cache.shards[shard], f"its answer {row} is not the one that was written")
+        raise damaged_file(self.cache.shards[shard], f"its answer {row} is not the one that was written")
 
     def state_dict(self) -> dict[str, Tensor]:
         return {

@@ -16,22 +16,25 @@ class PromptOrder:
 
     Args:
         num_used: only the first so many of the first epoch's order come at all; None for all of them.
+        part, num_parts: the order is dealt out like cards, and this is hand `part` of `num_parts`, from 0 on. All hands together
+            are the order without them.
     """
 
-    def __init__(self, num_prompts: int, seed: int, num_used: int | None = None):
+    def __init__(self, num_prompts: int, seed: int, num_used: int | None = None, *, part: int = 0, num_parts: int = 1):
         self.num_prompts, self.num_used = num_prompts, min(num_prompts, num_used or num_prompts)
         self.generator = torch.Generator().manual_seed(seed)
         self.order = torch.randperm(num_prompts, generator=self.generator)[: self.num_used].clone()
-        self.position = 0
+        self.position, self.num_parts = part, num_parts
 
     def take(self, count: int) -> list[int]:
         """Return the next `count` indices, or the ones that are left of the epoch."""
-        if self.position == len(self.order):
+        while self.position >= len(self.order):
             places = torch.randperm(len(self.order), generator=self.generator)
+            self.position -= len(self.order)  # the first of the next epoch's that is dealt to this hand
             self.order = places if len(places) == self.num_prompts else self.order[places]
-            self.position = 0
-        taken = self.order[self.position : self.position + count].tolist()
-        self.position += len(taken)
+        step = self.num_parts
+        taken = self.order[self.position : self.position + count * step : step].tolist()
+        self.position += len(taken) * step
         return taken
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -44,9 +47,12 @@ class PromptOrder:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Resume an order. One of more prompts than are used now ends its epoch earlier, one of fewer goes on with these."""
         order, position = state["order"], state["position"]
-        check_order(order, position, self.num_prompts, of_all=False)
+        beyond = min(
+            max(0, int(position) - len(order)), self.num_parts - 1
+        )  # where a hand is dealt on in the next epoch
+        check_order(order, position - beyond, self.num_prompts, of_all=False)
         self.order = order[: self.num_used].clone()
-        self.position = min(int(position), len(self.order))
+        self.position = min(int(position) - beyond, len(self.order)) + beyond
         self.generator.set_state(state["order_generator"])
 
 

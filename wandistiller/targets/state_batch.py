@@ -27,7 +27,7 @@ class DrawOptions:
             that was distilled to few steps answers rightly at those of its own sampler alone.
         swap: gives some states another prompt.
         device: where latents of sampling paths are kept.
-        share: of what a run of one image size keeps; it also decides the seed.
+        share: of what a run of one image size keeps; it also decides the seed, and which of the prompts come.
         expert_turn: of a teacher's two experts, the same for all sizes of a run.
     """
 
@@ -46,12 +46,23 @@ class DrawOptions:
 
     @property
     def own_seed(self) -> int:
-        """The seed of everything that is drawn at this size."""
+        """The seed of everything that is drawn for this share."""
         return self.share.seed(self.seed)
 
     def prompt_order(self) -> PromptOrder:
-        """Return the order that the prompts come in at this size, from its beginning."""
-        return PromptOrder(self.num_prompts, self.own_seed, self.share.used(self.num_used))
+        """Return the order that the prompts come in at this size, from its beginning; parts of a cache deal it out."""
+        share = self.share
+        return PromptOrder(
+            self.num_prompts,
+            share.of_size.seed(self.seed),
+            share.used(self.num_used),
+            part=share.part,
+            num_parts=share.num_parts,
+        )
+
+    def of_part(self, part: int, num_parts: int) -> "DrawOptions":
+        """Return what the states of a part of this size's teacher cache are drawn of."""
+        return replace(self, share=self.share.of_part(part, num_parts))
 
 
 @dataclass(frozen=True)

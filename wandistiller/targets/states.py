@@ -146,8 +146,27 @@ def build_states_by_size(
     num_used: int | None = None,
 ) -> list[States]:
     """Build the states of each image size; all have the same expert of two in use, and share out what one size would keep."""
+    draws = draws_by_size(options, latent_shapes, settings, num_prompts, lanes, device, num_used)
+    return [states_of(options, draw, settings) for draw in draws]
+
+
+def states_of(options: StatesOptions, draw: DrawOptions, settings: TeacherSettings) -> States:
+    """Build the states that are drawn of these, such as those of one image size, or of a part of its teacher cache."""
+    return BUILDERS[options.kind](options, draw, settings)
+
+
+def draws_by_size(
+    options: StatesOptions,
+    latent_shapes: Sequence[tuple[int, int, int]],
+    settings: TeacherSettings,
+    num_prompts: int,
+    lanes: Lanes,
+    device: str | torch.device = "cpu",
+    num_used: int | None = None,
+) -> list[DrawOptions]:
+    """Return what the states of each image size are drawn of."""
     turn = ExpertTurn()
-    draws = [
+    return [
         DrawOptions(
             latent_shape=shape,
             num_prompts=num_prompts,
@@ -164,4 +183,3 @@ def build_states_by_size(
         )
         for index, shape in enumerate(latent_shapes)
     ]
-    return [BUILDERS[options.kind](options, draw, settings) for draw in draws]

@@ -165,7 +165,7 @@ def _load_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(  # nosec B615 (a local folder)
+        tokenizer = AutoTokenizer.from_pretrained(  # nosec B615 # a local folder
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as err:  # the tokenizers library raises bare Exception for a file it cannot parse
@@ -182,7 +182,7 @@ def _load_encoder(folder: Path, dtype: torch.dtype):
     transformers_logging.disable_progress_bar()
     try:
         # transformers' annotation does not know of the pair that `output_loading_info` returns.
-        loaded: Any = UMT5EncoderModel.from_pretrained(  # nosec B615 (a local folder)
+        loaded: Any = UMT5EncoderModel.from_pretrained(  # nosec B615 # a local folder
             folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
         )
     except (MemoryError, torch.OutOfMemoryError):

@@ -1,0 +1,118 @@
+"""A budget is what a step of the trainer takes, at the true shapes of the released Wans and of their ready students.
+
+The oracle is torch's own tracker of memory, in a step of the trainer's own parts on tensors that have shapes and no memory
+(support/true_size.py). Models of four blocks run here; the slow tests run all blocks of each, one process and up to 64.
+
+pytest tests/budget/test_true_size.py
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import scaling
+from support.true_size import step_memory
+from wandistiller.budget.workload import Workload, memory_budget, phase_bytes
+
+TOLERANCE = 0.1
+MOVING_TOLERANCE = 0.2  # of what comes and goes in a step, which is a small part of the whole in some runs
+ALWAYS = ("teacher weights", "student weights", "optimizer moments", "average of weights", "training states")
+CHECKPOINTING = {"gradient_checkpointing": True}
+SAVING = CHECKPOINTING | {"teacher_dtype": "fp8"}
+
+
+def shallow(run: Workload, depth: int = 4) -> Workload:
+    """The same run with so many blocks; all blocks are alike."""
+    features = {"num_features": min(run.num_features, depth)}
+    return replace(run, teacher=run.teacher.replace(depth=depth), student=run.student.replace(depth=depth), **features)
+
+
+def check(run: Workload) -> None:
+    """Hold the budget of a run to the step, the peak of each phase and what can be told apart."""
+    step = step_memory(run)
+    parts = [part for part in memory_budget(run) if part.name not in ("reserve", "text encoder")]
+    size = {part.name: part.num_bytes for part in parts}
+    budget = phase_bytes(parts)
+    # The backward pass is in both: at its start activations are there, at its end gradients.
+    expected = {"answering": budget["answering"], "learning": max(budget["learning"], budget["updating"])}
+    for phase, num_bytes in expected.items():
+        assert num_bytes == pytest.approx(step[phase]["Total"], rel=TOLERANCE), phase
+    assert max(expected.values()) == pytest.approx(max(found["Total"] for found in step.values()), rel=TOLERANCE)
+    assert step["updating"]["Total"] <= 1.01 * budget["updating"]
+    learning, updating = step["learning"], step["updating"]
+    exact = 0.05 if run.shard_student else 0.01  # the first process's part of a short vector is larger than others'
+    if not run.shard_teacher:  # what FSDP2 leaves gathered is a parameter in the budget and an activation in the step
+        always = sum(size[name] for name in ALWAYS if name in size)
+        always += size["gradients"] if run.keeps_gradients and not run.shard_student else 0
+        moved = size.get("orthogonalisation", 0) + (
+            size["gradients"] if run.shard_student or not run.keeps_gradients else 0
+        )
+        assert step["updating"]["Total"] == pytest.approx(always + moved, rel=0.02)
+        if run.teacher_offload:  # of experts in turns no batch is shared out here, and the budget counts with one
+            del expected["answering"]
+        for phase, num_bytes in expected.items():
+            moving = sum(step[phase].get(kind, 0) for kind in ("Activation", "Temp"))
+            slack = max(MOVING_TOLERANCE * moving, 0.01 * num_bytes)
+            assert num_bytes - always == pytest.approx(moving, abs=slack), phase
+        assert learning["Parameter"] == pytest.approx(size["teacher weights"] + size["student weights"], rel=0.01)
+    assert learning["Optstate"] == pytest.approx(size["optimizer moments"], rel=exact)
+    assert learning["Other"] == pytest.approx(size.get("average of weights", 0) + size["training states"], rel=exact)
+    kind = "Gradient" if run.keeps_gradients and not run.shard_student else "Temp"
+    assert updating[kind] == pytest.approx(size["gradients"], rel=exact)
+
+
+# ---- four blocks ----
+
+
+FOUR_BLOCKS = {
+    "1.3B": ("Wan2.1 1.3B", 1024, {}),
+    "5B, checkpointing, accumulation": ("Wan2.2 TI2V-5B", 1024, CHECKPOINTING | {"grad_accum_steps": 2}),
+    "A14B, checkpointing": ("Wan2.2 A14B", 1024, CHECKPOINTING),
+    "A14B, fp8, one expert at a time": ("Wan2.2 A14B", 512, SAVING | {"teacher_offload": True}),
+}
+
+
+@pytest.mark.parametrize("name", FOUR_BLOCKS)
+def test_a_step_takes_what_the_budget_says(name):
+    teacher, pixels, changes = FOUR_BLOCKS[name]
+    check(replace(shallow(scaling.run_of(teacher, pixels)), **changes))
+
+
+def test_a_sharded_step_takes_what_the_budget_says():
+    run = shallow(scaling.run_of("Wan2.2 A14B", 512))
+    check(replace(run, num_processes=8, shard_teacher=True, shard_student=True, **CHECKPOINTING))
+
+
+# ---- all blocks ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, CHECKPOINTING], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("pixels", [512, 1024])
+@pytest.mark.parametrize("teacher", scaling.RUNS)
+def test_a_step_of_a_released_teacher(teacher, pixels, changes):
+    check(replace(scaling.run_of(teacher, pixels), **changes))
+
+
+VARIANTS = {
+    "fp8": SAVING,
+    "fp8, one expert at a time": SAVING | {"teacher_offload": True},
+    "accumulation": CHECKPOINTING | {"grad_accum_steps": 4, "batch_size": 1},
+    "adamw, no average": {"optimizer": "adamw", "ema": False},
+    "without hidden states": {"num_features": 0},
+    "CPU": {"is_gpu": False},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_step_with_other_flags(name):
+    check(replace(scaling.run_of("Wan2.2 A14B", 1024), **VARIANTS[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [8, 64])
+@pytest.mark.parametrize("which", ["teacher", "student", "both"])
+def test_a_sharded_step(which, num_processes):
+    sharded = {"shard_teacher": which != "student", "shard_student": which != "teacher"}
+    check(replace(scaling.run_of("Wan2.2 A14B", 1024), num_processes=num_processes, **sharded, **CHECKPOINTING))

@@ -1,0 +1,310 @@
+"""Everything that a run does without gradients, on a GPU that computes nothing (support/fake_gpu.py).
+
+A tensor on the wrong device ends a run with torch's own error. The host may wait for the GPU at the lines that are listed here,
+each with its reason, and as often as is said; the message names any other.
+
+pytest tests/training/test_placement.py
+"""
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
+
+from support.fake_gpu import FakeGpu, Wait, fake_gpu
+from support.true_size import filled
+from wandistiller.device import to_device
+from wandistiller.evaluation.held_out import HeldOutErrors, HeldOutNoise, PathErrors, draw_path_states
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.fp8 import to_fp8
+from wandistiller.model.sizes import unfilled_model
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.sampling.sampler import SamplingOptions, StudentField, sample_in_batches
+from wandistiller.sampling.teacher import Teacher
+from wandistiller.targets import segments
+from wandistiller.targets.answers import Answers, HiddenStates, TeacherAnswers
+from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.noise import NoiseStates
+from wandistiller.targets.prompt_order import PromptSwap
+from wandistiller.targets.renoise import RenoisedStates
+from wandistiller.targets.replay import ReplayedAnswers
+from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
+from wandistiller.targets.state_batch import DrawOptions
+from wandistiller.targets.trajectories import PathOptions, TrajectoryStates
+from wandistiller.training.feature_loss import FeatureLoss
+from wandistiller.training.loop import Observer, TrainingOptions, train
+from wandistiller.training.objective import Objective, TrainedStudent
+from wandistiller.training.optimizer import OptimizationOptions
+from wandistiller.wan.mock import mock_wan_files
+from wandistiller.wan.prompt_embeds import mock_prompt_embeds
+from wandistiller.wan.settings import TeacherSettings, resolve_settings
+
+GPU = "cuda:0"  # a GPU without a number would be asked for it
+TEXT_DIM = 16
+SHAPE = {"block": "wan", "num_channels": 16, "image_size": 64, "text_encoder_output_dim": TEXT_DIM, "freq_dim": 32}
+TEACHER = StudentConfig(hidden_size=48, depth=1, num_heads=2, ffn_dim=64, **SHAPE)
+STUDENT = StudentConfig(hidden_size=24, depth=1, num_heads=1, ffn_dim=32, **SHAPE)
+LITE = StudentConfig(**SHAPE | {"block": "lite", "hidden_size": 24, "depth": 1, "num_heads": 2})
+LATENTS = (16, 8, 8)
+EMBEDS = mock_prompt_embeds(["a red cube", "a dog", "two cats on a mat", "rain", "a blue ball"], TEXT_DIM)
+LANES = Lanes(4)
+PATHS, NUM_STEPS = 2, 8  # all paths are drawn first, then they end one after another
+# Where the host is meant to wait: how often at most, and why.
+Meant = dict[str, tuple[float, str]]
+A_STEP: Meant = {
+    "training/loop.py _measure": (1, "the loss goes to the log, and nothing may be applied that is not finite")
+}
+SAMPLING: Meant = {
+    "sampling/sampler.py sample": (math.inf, "diffusers' UniPC brings a few numbers of its own there at each step")
+}
+
+
+def settings(num_experts: int, num_steps: int = 6) -> TeacherSettings:
+    about = resolve_settings(mock_wan_files(STUDENT), shift=5.0, guidance_scale=5.0)
+    about = replace(about, num_inference_steps=num_steps)
+    return about if num_experts == 1 else replace(about, guidance_scale_2=3.0, boundary_ratio=0.875)
+
+
+def make_teacher(
+    gpu: FakeGpu,
+    num_experts: int = 1,
+    is_offloaded: bool = False,
+    is_fp8: bool = False,
+    guidance_range: tuple[float, float] | None = None,
+) -> Teacher:
+    place = "cpu" if is_offloaded else GPU
+    models = [unfilled_model(TEACHER, torch.float32) for _ in range(num_experts)]
+    experts = [filled(to_fp8(model) if is_fp8 else model, gpu.mode, place) for model in models]
+    named = dict(zip(("high", "low"), experts, strict=False))
+    negative = torch.randn(5, TEXT_DIM)
+    about = replace(settings(num_experts), guidance_range=guidance_range)
+    return Teacher(named, about, negative, GPU if is_offloaded else None)
+
+
+def make_student(gpu: FakeGpu, config: StudentConfig = STUDENT) -> WanLiteStudent:
+    return filled(unfilled_model(config, torch.float32), gpu.mode, GPU)
+
+
+class Steps(Observer):
+    """Notes the waits of every step; what is waited for between steps it leaves out."""
+
+    def __init__(self, gpu: FakeGpu):
+        self.gpu, self.waits = gpu, []
+
+    def step(self, metrics) -> None:
+        self.waits.append(list(self.gpu.waits))
+        self.gpu.waits.clear()
+
+
+@contextlib.contextmanager
+def gradients_of_nothing(model: torch.nn.Module):
+    """Give every weight a gradient at the backward pass, which these tensors cannot have."""
+
+    def backward(loss: Tensor) -> None:
+        for weight in model.parameters():
+            weight.grad = torch.empty_like(weight)
+
+    with mock.patch.object(Tensor, "backward", backward):
+        yield
+
+
+def waits_of_steps(gpu: FakeGpu, student: WanLiteStudent, answers: Answers, has_maps: bool = False) -> list[list[Wait]]:
+    """Train, and return the waits of each step but the first two, in which there is what is made at first use."""
+    feature_loss = None
+    if has_maps:
+        feature_loss = filled(FeatureLoss(24, 48, 1, has_maps=True).to("meta"), gpu.mode, GPU)
+    objective = Objective(shift=5.0, feature_loss=feature_loss, feature_weight=1.0, device=GPU)
+    options = TrainingOptions(
+        batch_size=4,
+        num_steps=NUM_STEPS,
+        optimization=OptimizationOptions(lr=1e-3, optimizer="muon", ema_decay=0.9),
+        device=GPU,
+        boundary=0.875,
+    )
+    steps = Steps(gpu)
+    with gradients_of_nothing(TrainedStudent(student, objective)):
+        train(student, answers, objective, options, steps)
+    assert len(steps.waits) == NUM_STEPS
+    return steps.waits[2:]
+
+
+def check(waits: list[Wait], meant: Meant) -> None:
+    """Hold waits to the lines that are meant, and each of these to how often it may."""
+    for place, count in Counter(wait.place for wait in waits).items():
+        (first, *_) = [wait for wait in waits if wait.place == place]
+        most, _ = meant.get(place, (0, ""))
+        assert count <= most, f"{count} times, {most} of them meant: {first}"
+
+
+# ---- training ----
+
+
+def live_answers(teacher: Teacher, kind: str = "paths", lanes: Lanes = LANES, **changes) -> TeacherAnswers:
+    """The teacher's answers at states of some kind, of a pool so small that its paths end within the steps of a test."""
+    swap = PromptSwap(0.5, len(EMBEDS))
+    draw = DrawOptions(latent_shape=LATENTS, num_prompts=len(EMBEDS), lanes=lanes, shift=5.0, swap=swap, device=GPU)
+    paths = PathOptions(num_steps=4, per_lane=PATHS, boundary=teacher.settings.boundary_ratio, **changes)
+    states = {
+        "paths": lambda: TrajectoryStates(draw, paths),
+        "renoised": lambda: RenoisedStates(draw, paths, 0.5),
+        "noise": lambda: NoiseStates(draw),
+    }[kind]()
+    rollout = (0.0, 0.0) if kind == "renoised" else (0.5, 1.0)
+    hidden = HiddenStates([0], None)
+    return TeacherAnswers(teacher, states, EMBEDS, GPU, torch.float32, hidden_states=hidden, student_rollout=rollout)
+
+
+RUNS: dict[str, tuple[dict, dict]] = {
+    "one expert": ({}, {}),
+    "two experts": ({"num_experts": 2}, {}),
+    "two experts in turns": ({"num_experts": 2, "is_offloaded": True}, {"calls_per_expert": 1}),
+    "fp8": ({"is_fp8": True}, {}),
+    "renoised": ({}, {"kind": "renoised"}),
+    "two experts, renoised, in parts": ({"num_experts": 2}, {"kind": "renoised", "lanes": Lanes(4, 0, 4, 2)}),
+    "noise": ({"num_experts": 2}, {"kind": "noise"}),
+    "guided at some noise levels": ({"guidance_range": (0.9, 1.0)}, {}),
+    "one of two processes": ({}, {"lanes": Lanes(8, 4, 4, 4)}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_stays_on_the_gpu_and_waits_for_it_once(name):
+    of_teacher, of_states = RUNS[name]
+    with fake_gpu() as gpu:
+        teacher = make_teacher(gpu, **of_teacher)
+        answers = live_answers(teacher, **of_states)
+        for waits in waits_of_steps(gpu, make_student(gpu), answers, has_maps=True):
+            check(waits, A_STEP)
+            assert len(waits) == 1
+    if "low" in teacher.experts:
+        assert teacher.num_swaps > 0
+    if of_states.get("kind") == "renoised":
+        assert answers.states.num_kept.sum() > 0
+    if of_teacher.get("is_offloaded"):
+        places = [{weight.device.type for weight in expert.parameters()} for expert in teacher.experts.values()]
+        assert sorted(places, key=str) == [{"cpu"}, {"cuda"}]
+
+
+@pytest.mark.parametrize("student", [STUDENT, LITE], ids=["wan", "lite"])
+def test_a_replayed_step_too(student):
+    with fake_gpu() as gpu:
+        source = live_answers(make_teacher(gpu))
+        if student is LITE:
+            source.layers = ()  # its tokens are not the teacher's
+        answers = ReplayedAnswers(source, EMBEDS, 2, NUM_STEPS, 0, GPU)
+        for waits in waits_of_steps(gpu, make_student(gpu, student), answers, has_maps=student is STUDENT):
+            check(waits, A_STEP)
+            assert len(waits) == 1
+    assert answers.num_calls == NUM_STEPS / 2
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+def test_a_step_towards_the_end_of_a_segment_too(num_experts):
+    with fake_gpu() as gpu, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(segments, "PATHS_PER_LANE", PATHS)
+        teacher, student = make_teacher(gpu, num_experts), make_student(gpu)
+        draw = DrawOptions(latent_shape=LATENTS, num_prompts=len(EMBEDS), lanes=LANES, shift=5.0, device=GPU)
+        options = SegmentOptions(num_segments=2, num_teacher_steps=4, student_rollout=(1.0, 1.0))
+        answers = SegmentAnswers(teacher, student, EMBEDS, draw, options)
+        for waits in waits_of_steps(gpu, student, answers):
+            check(waits, A_STEP)
+            assert len(waits) == 1
+
+
+# ---- sampling and measuring ----
+
+
+OPTIONS = SamplingOptions(shift=5.0, num_inference_steps=4, device=GPU)
+
+
+def test_sampling_and_measuring_stay_on_the_gpu_and_wait_where_it_is_meant():
+    with fake_gpu() as gpu:
+        teacher, student = make_teacher(gpu, num_experts=2), make_student(gpu)
+
+        def waits_of(work: Callable[[], object]) -> list[Wait]:
+            work()  # once for what is made at first use
+            gpu.waits.clear()
+            work()
+            return gpu.waits
+
+        noise, field = torch.randn(4, *LATENTS), StudentField(student)
+        in_parts: Meant = {"sampling/sampler.py sample_in_batches": (2, "each batch that is drawn goes to host memory")}
+        for who in (teacher, field):
+            drawn = partial(sample_in_batches, who, noise, EMBEDS, range(4), OPTIONS, 2)
+            check(waits_of(drawn), SAMPLING | in_parts)
+        states = draw_path_states(teacher, EMBEDS, LATENTS, OPTIONS, 4)
+        to_host: Meant = {
+            "evaluation/held_out.py _Walk.velocity": (8, "states and answers of each step go to host memory")
+        }
+        check(waits_of(lambda: draw_path_states(teacher, EMBEDS, LATENTS, OPTIONS, 4)), SAMPLING | to_host)
+        errors = PathErrors(states, EMBEDS, OPTIONS, 2)
+        to_log: Meant = {"evaluation/held_out.py PathErrors.__call__": (1, "the error goes to the log")}
+        check(waits_of(lambda: errors(student)), to_log)
+        both = HeldOutErrors(teacher, EMBEDS, LATENTS, OPTIONS, batch_size=3)
+        to_log = {"evaluation/held_out.py HeldOutErrors.__call__": (2, "both errors go to the log")}
+        check(waits_of(lambda: both(student)), SAMPLING | to_log)
+        parts = HeldOutNoise(teacher, EMBEDS.first(1), LATENTS, OPTIONS, 4, batch_size=2)
+        check(waits_of(lambda: parts(student)), SAMPLING | in_parts)
+
+
+# ---- the GPU itself ----
+
+
+FAULTS: dict[str, Callable[[Tensor], object]] = {
+    "a number": lambda there: there.sum().item(),
+    "a float": lambda there: float(there.sum()),
+    "a truth": lambda there: bool((there > 0).all()),
+    "a list": lambda there: there.tolist(),
+    "values": lambda there: there.cpu(),
+    "places of what is not zero": lambda there: there.nonzero(),
+    "a mask": lambda there: there[there > 0],
+    "a mask to write to": lambda there: there.__setitem__(there > 0, 1.0),
+    "an index on the host": lambda there: there[torch.tensor([0, 1])],
+    "a copy that is not queued": lambda there: torch.zeros(3).to(GPU),
+    "a copy that is not pinned": lambda there: torch.zeros(3).to(GPU, non_blocking=True),
+    "values from the host": lambda there: there.copy_(torch.zeros(2, 3)),
+    "a tensor of numbers": lambda there: torch.tensor([1.0, 2.0], device=GPU),
+}
+NO_FAULTS: dict[str, Callable[[Tensor], object]] = {
+    "to_device": lambda there: there[to_device(torch.tensor([0, 1]), there.device)],
+    "a number of the host": lambda there: there * torch.tensor(2.0),
+    "what is made there": lambda there: torch.arange(3, device=there.device) + there[0, :1],
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_fake_gpu_notices(name):
+    with fake_gpu() as gpu:
+        with contextlib.suppress(DynamicOutputShapeException):
+            FAULTS[name](torch.empty(2, 3, device=GPU))
+        assert len(gpu.waits) == 1
+
+
+@pytest.mark.parametrize("name", NO_FAULTS)
+def test_the_fake_gpu_lets_pass(name):
+    with fake_gpu() as gpu:
+        NO_FAULTS[name](torch.empty(2, 3, device=GPU))
+        assert gpu.waits == []
+
+
+def test_the_fake_gpu_refuses_tensors_of_two_devices():
+    with fake_gpu(), pytest.raises(RuntimeError, match="same device"):
+        torch.empty(2, 3, device=GPU) + torch.zeros(3)
+
+
+def test_a_wait_names_its_line():
+    with fake_gpu() as gpu:
+        student = make_student(gpu)
+        StudentField(student).velocity(torch.empty(2, *LATENTS, device=GPU), torch.ones(2), *EMBEDS.batch([0, 1], GPU))
+        gpu.waits.clear()
+        WanLiteStudent.forward(student, torch.empty(2, *LATENTS, device=GPU), torch.ones(2), *EMBEDS.batch([0, 1], GPU))
+        (wait,) = gpu.waits
+    assert str(wait).startswith("wandistiller/model/transformer.py:") and "torch.as_tensor(timestep" in str(wait)
