@@ -11,6 +11,7 @@ import math
 import os
 import re
 import reprlib
+import select
 import sys
 import time
 import traceback
@@ -308,12 +309,12 @@ def end_process(code: int) -> None:
 
 def _reader_has_left() -> bool:
     """Return whether nobody reads the output any more, as after `| head`; the rest of it then goes nowhere, also at the exit."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no file behind it, or a system without poll
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        if output.poll(0):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
+            return True
     return False
 
 
