@@ -324,9 +324,9 @@ def run_command(main: Callable[[], int | None]) -> int:
         if hasattr(stream, "reconfigure"):  # a prompt that a terminal cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = main() or 0
+        exit_code = main() or 0
         sys.stdout.flush()
-        return code
+        return exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
