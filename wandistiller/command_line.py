@@ -5,11 +5,13 @@ Standard library only, so that `--help` and mistakes are answered at once.
 """
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
 import re
 import reprlib
+import select
 import sys
 import time
 import traceback
@@ -305,17 +307,32 @@ def end_process(code: int) -> None:
     sys.exit(code)
 
 
+def _reader_has_left() -> bool:
+    """Return whether nobody reads the output any more, as after `| head`; the rest of it then goes nowhere, also at the exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no file behind it, or a system without poll
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        if output.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return True
+    return False
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's main and turn what it raises into an exit code; errors that carry one are messages to a person."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a prompt that a terminal cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
     try:
-        return main() or 0
+        exit_code = main() or 0
+        sys.stdout.flush()
+        return exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            return 1
         message, code = place_message(error) or (str(error), getattr(error, "exit_code", None))
         if lost := lost_process_message(error):
             message, code = lost, 1

@@ -516,3 +516,15 @@ def test_a_stdout_that_cannot_show_a_prompt_does_not_end_a_run():
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "a \\u732b\n", "")
+
+
+@pytest.mark.parametrize("letters", [1, 200_000])
+def test_a_reader_that_leaves_is_no_traceback(letters):
+    """As in `python train_distillation.py --dry_run | head`, before and after the system's buffer is full."""
+    code = "import sys; from wandistiller.command_line import run_command; "
+    code += f"sys.exit(run_command(lambda: print('x' * {letters})))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
