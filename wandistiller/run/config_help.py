@@ -25,7 +25,7 @@ TEACHERS = {
     "demo": "data/demo_teacher",
 }
 # The peak of one GPU at a batch of 4 in bf16, and with the memory-saving flags. benchmarks/scaling.py computes them; a test compares.
-PEAKS_GIB = {"1.3B": (20, 13), "14B": (58, 36), "A14B": (87, 36), "5B": (33, 24)}
+PEAKS_GIB = {"1.3B": (18, 11), "14B": (53, 32), "A14B": (82, 32), "5B": (29, 22)}
 # docs/config.md has the same table; a test holds them together.
 KEYS = {
     "model_type": 'always `"WanLiteStudent"`',
