@@ -137,7 +137,7 @@ def undisturbed(life: Life) -> float:
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["live teacher", "teacher cache"])
-@pytest.mark.parametrize("num_kills", [2, pytest.param(75, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [1, pytest.param(75, marks=pytest.mark.slow)])
 def test_a_life_killed_at_random_moments_ends_as_one_never_killed(teachers, tmp_path, num_kills, cached):
     def life(name: str) -> Life:
         extra = ["--teacher_cache", tmp_path / name / "answers"] if cached else []
@@ -184,7 +184,8 @@ def end(processes: list[multiprocessing.Process]) -> None:
         process.join()
 
 
-@pytest.mark.parametrize("num_kills", [1, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [50])
 def test_two_processes_killed_from_the_first_moment_on_end_as_if_never_killed(teachers, tmp_path, num_kills):
     whole = Life(teachers.one, tmp_path / "whole", "--teacher_cache", tmp_path / "whole" / "answers")
     start = time.monotonic()

@@ -323,6 +323,21 @@ def test_a_builder_of_something_else_that_comes_at_the_same_moment_is_refused_to
         other.begin()
 
 
+def test_a_folder_that_another_builder_begins_at_the_same_moment_is_no_strange_one(tmp_path, monkeypatch):
+    folder, listed = tmp_path / "cache", Path.iterdir
+    other = open_cache(folder)
+
+    def list_while_another_begins(path: Path):
+        if path == folder and not (folder / "cache.json").exists():
+            other.begin()
+        return listed(path)
+
+    folder.mkdir()
+    monkeypatch.setattr(Path, "iterdir", list_while_another_begins)
+    assert not open_cache(folder).is_complete
+    assert (folder / "cache.json").exists()
+
+
 def test_a_complete_cache_serves_any_number_of_parts(alone):
     assert {open_cache(alone, parts).num_answers for parts in (1, 2, 3, 9)} == {NUM_BATCHES * BATCH_SIZE}
 

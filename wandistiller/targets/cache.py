@@ -14,6 +14,7 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatch
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,11 @@ class TeacherCache:
         self.shards: list[Path] = []
         self.rows: list[int] = []  # answers in each shard
         self.has_checksums = True
+        # Listed before the description is looked for, which another builder may write at any moment and before anything else:
+        is_foreign = self._holds_other_files()
         if os.path.lexists(self._file):
             self._read()
-        elif self.folder.exists() and set(self.folder.iterdir()) - self._found(*LEFTOVERS, *LOCKS):
+        elif is_foreign:
             raise UserError(
                 f"--teacher_cache {folder}: holds files and no {DESCRIPTION_NAME}, so it is not a teacher cache; give "
                 "a new or empty folder"
@@ -160,6 +163,11 @@ class TeacherCache:
     @property
     def _file(self) -> Path:
         return self.folder / DESCRIPTION_NAME
+
+    def _holds_other_files(self) -> bool:
+        """Return whether the folder holds anything but locks and what a killed process leaves."""
+        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        return any(not any(fnmatch(name, pattern) for pattern in (*LEFTOVERS, *LOCKS)) for name in names)
 
     @property
     def num_answers(self) -> int:
