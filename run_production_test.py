@@ -291,7 +291,8 @@ def save_and_reload(
     inputs = (latents, torch.tensor([500.0]), *embeds.batch([0]))
     with torch.no_grad():
         expected, reloaded = student(*inputs), WanLiteStudent.from_pretrained(folder)(*inputs)
-    if not torch.allclose(expected, reloaded, rtol=1e-5, atol=1e-6):
+    # Weights that lie elsewhere in memory are summed in another order, which a value near zero shows most.
+    if float((reloaded - expected).norm()) > 1e-4 * float(expected.norm()):
         raise RuntimeError(f"the student reloaded from {folder} does not predict what the one in memory predicts")
     passed("Reloaded from disk: predicts the same")
 
