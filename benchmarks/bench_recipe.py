@@ -28,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.pages import write_section
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import BACKWARD_PASSES, guided_flops, num_image_tokens, transformer_flops
 from wandistiller.run.defaults import TYPICAL_TEXT_TOKENS, suggested_lr, suggested_replay
@@ -37,7 +38,6 @@ from wandistiller.wan.settings import resolve_settings
 BATCH_SIZE = 64
 NUM_NOISES = 4
 PAGE = ROOT / "docs" / "experiments.md"
-START, END = "<!-- bench_recipe: begin -->", "<!-- bench_recipe: end -->"
 ARMS: dict[str, dict[str, object]] = {
     "default": {},
     "AdamW": {"--optimizer": "adamw"},
@@ -217,14 +217,6 @@ def table(rows: dict[str, dict[str, list[dict]]], args: argparse.Namespace) -> s
     return "\n".join(lines)
 
 
-def write(text: str) -> None:
-    """Put the table between the two marks of docs/experiments.md."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(START)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{START}\n\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     args = parse_args()
     names = [*args.arms, *(f"{few} steps" for few in args.few_steps)]
@@ -243,7 +235,7 @@ def main() -> None:
     text = table(rows, args)
     print(text)
     if args.write:
-        write(text)
+        write_section(PAGE, "bench_recipe", text)
     print(json.dumps({"equal": args.equal, "seeds": args.seeds, "teachers": rows}))
 
 

@@ -9,7 +9,6 @@ process of many where the weights are sharded (tests/support/true_size.py). The 
 
 import argparse
 import json
-import re
 import sys
 import time
 from dataclasses import replace
@@ -19,10 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmarks import scaling
+from benchmarks.pages import print_tables, write_tables
 from wandistiller.budget.workload import Workload, memory_budget, phase_bytes
 
 GIB = 2**30
-MARK = re.compile(r"(<!-- step: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 CHECKPOINTING = {"gradient_checkpointing": True}
 
 
@@ -86,15 +85,10 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES), help="which (default: all)")
     args = parser.parse_args()
     made = {name: table(name) for name in args.tables}
-    for name, (text, _) in made.items():
-        print(f"<!-- step: {name} -->\n{text}<!-- end -->\n")
+    tables = {name: lambda text=text: text for name, (text, _) in made.items()}
+    print_tables("step", tables)
     if args.write:
-        for page in scaling.PAGES:
-            text = page.read_text(encoding="utf-8")
-            fresh = MARK.sub(
-                lambda match: match[1] + made[match[2]][0] + match[3] if match[2] in made else match[0], text
-            )
-            page.write_text(fresh, encoding="utf-8")
+        write_tables(scaling.PAGES, "step", tables)
     print(json.dumps({name: rows for name, (_, rows) in made.items()}))
 
 

@@ -23,8 +23,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.pages import write_section
+
 PAGE = ROOT / "docs" / "benchmarks.md"
-START, END = "<!-- on_gpu: begin -->", "<!-- on_gpu: end -->"
 PART_MINUTES = 8.0
 
 
@@ -218,11 +221,7 @@ def section(parts: list[dict]) -> str:
 def write(folder: Path) -> None:
     """Put the tables of all parts that the folder holds between the two marks of docs/benchmarks.md."""
     kept = [json.loads((folder / f"{name}.json").read_text()) for name in PARTS if (folder / f"{name}.json").exists()]
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(START)
-    _, after = rest.split(END)
-    text = section([part for part in kept if not part["is_tiny"]])
-    PAGE.write_text(f"{before}{START}\n\n{text}\n{END}{after}", encoding="utf-8")
+    write_section(PAGE, "on_gpu", section([part for part in kept if not part["is_tiny"]]))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,6 @@ A preset is planned as `--dry_run` plans it, for a teacher of the released shape
 of a GPU and the share of it that is reached are assumed.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from benchmarks.scaling import GIB, H100, MARK, MEAN_TEXT_TOKENS, MFUS, NEGATIVE_TEXT_TOKENS, RUNS, markdown
+from benchmarks.pages import print_or_write
+from benchmarks.scaling import GIB, H100, MEAN_TEXT_TOKENS, MFUS, NEGATIVE_TEXT_TOKENS, RUNS, markdown
 from wandistiller.budget.workload import Workload, disk_budget, held_out_flops, memory_budget, peak_bytes, step_flops
 from wandistiller.files.prompts import Texts
 from wandistiller.model.config import StudentConfig
@@ -160,20 +160,5 @@ def memory_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {"presets": presets_table, "hours": hours_table, "memory": memory_table}
 
 
-def with_tables(page: str) -> str:
-    """Return the page with every table between its marks replaced by a fresh one."""
-    return MARK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], page)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/recipes.md")
-    if parser.parse_args().write:
-        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-        return
-    for name, table in TABLES.items():
-        print(f"<!-- table: {name} -->\n{table()}<!-- end -->\n")
-
-
 if __name__ == "__main__":
-    main()
+    print_or_write(__doc__, [PAGE], TABLES)

@@ -6,9 +6,7 @@
 Nothing here is measured: shapes are exact, rates and shares of them are the assumptions that docs/scaling.md names with their source.
 """
 
-import argparse
 import math
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.pages import print_or_write
 from wandistiller.budget.workload import (
     Workload,
     disk_budget,
@@ -32,7 +31,6 @@ from wandistiller.model.sizes import count_parameters, weight_bytes
 
 PAGES = (ROOT / "docs" / "scaling.md", ROOT / "docs" / "memory.md")
 GIB, GB = 2**30, 1e9
-MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # ---- inputs ----
 
@@ -301,21 +299,5 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def with_tables(page: str) -> str:
-    """Return the page with every table between its marks replaced by a fresh one."""
-    return MARK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], page)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md and docs/memory.md")
-    if parser.parse_args().write:
-        for page in PAGES:
-            page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
-        return
-    for name, table in TABLES.items():
-        print(f"<!-- table: {name} -->\n{table()}<!-- end -->\n")
-
-
 if __name__ == "__main__":
-    main()
+    print_or_write(__doc__, PAGES, TABLES)

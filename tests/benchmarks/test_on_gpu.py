@@ -78,7 +78,7 @@ def test_a_part_that_fails_or_takes_too_long_does_not_end_the_others(monkeypatch
 
 def test_the_page_holds_the_tables_of_full_size_alone(monkeypatch, tmp_path):
     page = tmp_path / "benchmarks.md"
-    page.write_text(f"before\n{on_gpu.START}\nold\n{on_gpu.END}\nafter\n")
+    page.write_text("before\n<!-- on_gpu: begin -->\nold\n<!-- on_gpu: end -->\nafter\n")
     monkeypatch.setattr(on_gpu, "PAGE", page)
     machine = {"date": "2026-01-01", "device": "a GPU", "torch": "2", "commit": "abc"}
     for name, is_tiny in (("fp8", False), ("offload", True)):

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from benchmarks import scaling
+from benchmarks import pages, scaling
 from support.runs import ROOT
 
 
@@ -26,7 +26,7 @@ def test_the_pages_hold_exactly_the_tables_that_the_script_prints():
         found += [name for name, _ in tables]
         for name, table in tables:
             assert f"<!-- table: {name} -->\n{table}<!-- end -->\n" in printed, "python benchmarks/scaling.py --write"
-        assert scaling.with_tables(page) == page
+        assert pages.with_tables(page, "table", scaling.TABLES) == page
     assert sorted(found) == sorted(scaling.TABLES)
 
 

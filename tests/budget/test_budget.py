@@ -43,8 +43,8 @@ from wandistiller.model.layers import rope_table
 from wandistiller.model.sizes import count_parameters, transformer_flops, weight_bytes
 from wandistiller.projection.project import project_teacher
 from wandistiller.run.dry_run import changeable_flags
-from wandistiller.run.flags import STATES
 from wandistiller.run.measuring import expected_calls
+from wandistiller.run.states_kinds import STATES
 from wandistiller.targets.answers import Answer
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.replay import ReplayedAnswers

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 import torch
 
 import train_distillation
+from support.processes import fork, run_and_exit
 from support.runs import PRUNED_CONFIG, read_metrics, snapshot, weights_of
 from wandistiller.command_line import run_command
 from wandistiller.files.output_folder import locked_folder
@@ -63,21 +63,9 @@ def started(argv: list[str], log: Path) -> multiprocessing.Process:
 
     def child() -> None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for number in (1, 2):
-            os.dup2(descriptor, number)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))  # noqa: SIM115
-        torch.set_num_threads(1)
-        code = 99
-        try:
-            code = run_command(lambda: train_distillation.main(argv))
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
+        run_and_exit(lambda: run_command(lambda: train_distillation.main(argv)), descriptor)
 
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    return process
+    return fork(child)
 
 
 def ended(processes: list[multiprocessing.Process]) -> list[int | None]:

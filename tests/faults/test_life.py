@@ -23,14 +23,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import export_student
 import projection_mapper
 import train_distillation
+from support.processes import fork, run_and_exit
 from support.runs import PROMPTS, PRUNED_CONFIG, read_metrics
-from support.torchrun import free_port, run_as
+from support.torchrun import start
 from wandistiller.command_line import run_command
 
 STEPS = 16
@@ -106,22 +106,9 @@ def in_a_process(work: Callable[[], int], log: Path) -> multiprocessing.Process:
 
     def child() -> None:
         os.setpgid(0, 0)
-        with log.open("w") as file:
-            for number in (1, 2):
-                os.dup2(file.fileno(), number)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))  # noqa: SIM115
-        torch.set_num_threads(1)
-        code = 99
-        try:
-            code = work()
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
+        run_and_exit(work, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
 
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    return process
+    return fork(child)
 
 
 def undisturbed(life: Life) -> float:
@@ -168,14 +155,7 @@ def test_a_life_killed_at_random_moments_ends_as_one_never_killed(teachers, tmp_
 
 def launched(life: Life) -> list[multiprocessing.Process]:
     """Train in two processes, as torchrun starts them."""
-    port = free_port()
-    argv = [str(word) for word in life.train]
-    context = multiprocessing.get_context("fork")
-    log = life.folder / "log.txt"
-    processes = [context.Process(target=run_as, args=(rank, 2, port, argv, log)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    return processes
+    return start(2, [str(word) for word in life.train], life.folder / "log.txt")
 
 
 def end(processes: list[multiprocessing.Process]) -> None:
@@ -261,8 +241,7 @@ def test_a_full_disk_at_any_write_is_said_in_words_and_costs_nothing(teachers, t
         return 0
 
     read, write = os.pipe()  # what is printed must not count against the limit
-    process = multiprocessing.get_context("fork").Process(target=_printing_to, args=(cramped, read, write))
-    process.start()
+    process = fork(_printing_to, cramped, read, write)
     os.close(write)
     with os.fdopen(read) as pipe:
         said = pipe.read()
@@ -277,16 +256,7 @@ def test_a_full_disk_at_any_write_is_said_in_words_and_costs_nothing(teachers, t
 
 def _printing_to(work: Callable[[], int], read: int, write: int) -> None:
     os.close(read)
-    for number in (1, 2):
-        os.dup2(write, number)
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))  # noqa: SIM115
-    code = 99
-    try:
-        code = work()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
+    run_and_exit(work, write)
 
 
 def without_privileges() -> None:

@@ -9,7 +9,7 @@ import re
 import pytest
 
 import train_distillation
-from benchmarks import recipes
+from benchmarks import pages, recipes
 from support.runs import PROMPTS, PRUNED_CONFIG, ROOT
 from support.wan_folders import write_hollow_a14b
 from wandistiller import StudentConfig
@@ -97,7 +97,7 @@ def test_the_dry_run_of_a_preset_says_what_the_page_does(run_main, tmp_path):
 
 def test_the_page_holds_exactly_the_tables_of_the_presets():
     page = recipes.PAGE.read_text(encoding="utf-8")
-    assert recipes.with_tables(page) == page, "python benchmarks/recipes.py --write"
+    assert pages.with_tables(page, "table", recipes.TABLES) == page, "python benchmarks/recipes.py --write"
     assert {name for name in re.findall(r"<!-- table: (\w+) -->", page)} == set(recipes.TABLES)
 
 

@@ -32,7 +32,7 @@ from wandistiller.run.observers import RunObserver
 from wandistiller.run.plan import make_plan
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.shares import ExpertTurn
-from wandistiller.targets.states import StatesOptions, build_states_by_size
+from wandistiller.targets.states import StatesOptions, draws_by_size, states_of
 from wandistiller.wan.settings import TeacherSettings
 
 THREE = ["--image_sizes", "32x32", "48x32", "32x48"]
@@ -151,7 +151,8 @@ def test_pool_and_samples_are_split_over_the_sizes(count):
     """8 paths of a lane and 64 finished samples, however many sizes share them, each from a seed of its own."""
     settings = TeacherSettings("", 5.0, 20, 1.0, None, None, "", None, None, 8)
     options = StatesOptions(kind="trajectory", renoise_fraction=0.5, seed=3)
-    built = build_states_by_size(options, [(4, 4, 4)] * count, settings, 50, Lanes(2))
+    draws = draws_by_size(options, [(4, 4, 4)] * count, settings, 50, Lanes(2))
+    built = [states_of(options, draw, settings) for draw in draws]
     assert sum(states.paths.latents.shape[1] for states in built) == 8
     assert sum(states.samples.shape[1] for states in built) == 64
     drawn = [states.draw().latents for states in built]
@@ -164,7 +165,8 @@ def test_all_sizes_have_the_same_expert_in_use():
     options = StatesOptions(kind="trajectory", calls_per_expert=12)
 
     def swaps(turns: list[ExpertTurn]) -> int:
-        built = build_states_by_size(options, [(4, 4, 4), (4, 4, 6), (4, 6, 4)], settings, 50, Lanes(4))
+        draws = draws_by_size(options, [(4, 4, 4), (4, 4, 6), (4, 6, 4)], settings, 50, Lanes(4))
+        built = [states_of(options, draw, settings) for draw in draws]
         for states, turn in zip(built, turns or [built[0].turn] * 3, strict=True):
             assert turns or states.turn is turn
             states.turn = turn

@@ -3,12 +3,10 @@
 import multiprocessing
 import os
 import socket
-import sys
 from pathlib import Path
 
-import torch
-
 import train_distillation
+from support.processes import fork, run_and_exit
 
 FLAGS = ["--lr", 1e-3, "--ema_decay", 0.9]
 
@@ -26,19 +24,9 @@ def run_as(rank: int, count: int, port: int, argv: list[str], log: Path) -> None
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    torch.set_num_threads(1)
-    code = train_distillation.run_command(lambda: train_distillation.main(argv))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    run_and_exit(lambda: train_distillation.run_command(lambda: train_distillation.main(argv)), descriptor)
 
 
 def start(count: int, argv: list[str], log: Path) -> list[multiprocessing.Process]:
-    context, port = multiprocessing.get_context("fork"), free_port()
-    processes = [context.Process(target=run_as, args=(rank, count, port, argv, log)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    return processes
+    port = free_port()
+    return [fork(run_as, rank, count, port, argv, log) for rank in range(count)]

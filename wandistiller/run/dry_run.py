@@ -31,10 +31,11 @@ from wandistiller.errors import UserError
 from wandistiller.evaluation.held_out import NUM_LEVELS
 from wandistiller.files.output_folder import check_writable
 from wandistiller.model.sizes import count_parameters
-from wandistiller.run.flags import STATES, Flags
+from wandistiller.run.flags import Flags
 from wandistiller.run.measuring import NUM_NOISES, expected_calls
 from wandistiller.run.plan import Plan
 from wandistiller.run.reach import most_encoded, some_of, token_counts
+from wandistiller.run.states_kinds import STATES
 from wandistiller.targets.replay import stored_batches
 from wandistiller.training.checkpoints import Checkpoints
 

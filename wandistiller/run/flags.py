@@ -1,11 +1,10 @@
-"""The flags of train_distillation.py, grouped as `--help` shows them: names, meanings, defaults, and which go together.
+"""The flags of train_distillation.py, grouped as `--help` shows them: names, meanings and defaults.
 
 Each flag is a field, with its help text beside it. `parse_args` returns a frozen `Flags`; nothing changes it afterwards. The
 module needs the standard library alone, so that `--help` and mistakes are answered before torch loads.
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import Field, asdict, dataclass, field, fields
 from dataclasses import replace as replace_fields
 from typing import Any
@@ -14,8 +13,10 @@ from wandistiller.command_line import LORA_FLAG, FlagGroup, FlagParser, int_list
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_TEACHER, check_is_in_clone
 from wandistiller.model.image_sizes import AspectRatio, ImageSize
 from wandistiller.run.config_help import READY_CONFIGS
+from wandistiller.run.flag_mistakes import mistakes
 from wandistiller.run.presets import PRESETS
 from wandistiller.run.recipe import Recipe
+from wandistiller.run.states_kinds import STATES
 
 REPORTS = ["none", "wandb", "trackio"]
 LR_SCHEDULERS = ["constant", "linear", "cosine"]
@@ -25,26 +26,6 @@ FEATURE_LOSS_WEIGHT = 1.0
 # Experts that take turns on the device answer many batches each, which spreads the time that it takes to move one in.
 OFFLOAD_CALLS_PER_EXPERT = 64
 
-
-@dataclass(frozen=True)
-class StatesKind:
-    """What the flags must know of a value of --states; targets/states.py builds the states themselves.
-
-    Attributes:
-        has_paths: whether its states lie on sampling paths, which a student can be rolled out on and which end in samples.
-        renoise_fraction: the share of renoised samples that it trains on unless another is given.
-    """
-
-    help: str
-    has_paths: bool = True
-    renoise_fraction: float = 0.0
-
-
-STATES = {
-    "trajectory": StatesKind("the teacher's own sampling paths", renoise_fraction=0.25),
-    "renoise": StatesKind("fresh noise mixed into the samples those end in", renoise_fraction=0.75),
-    "noise": StatesKind("pure noise at every noise level", has_paths=False),
-}
 
 # A teacher that is to draw in so few steps was distilled to them, as lightning LoRAs are, unless its sampler is named.
 FEW_STEPS = 8
@@ -508,128 +489,3 @@ def with_recipe(values: dict[str, Any]) -> dict[str, Any]:
     fill("student_rollout", STUDENT_ROLLOUT if has_paths and is_live else (0.0, 0.0))
     fill("feature_loss_weight", FEATURE_LOSS_WEIGHT if has_paths and is_live and not few_steps else 0.0)
     return values | filled
-
-
-def samples_per_step(flags: Flags) -> int:
-    """Samples that an optimiser step takes, over all processes."""
-    own = flags.optimization
-    return own.batch_size * own.grad_accum_steps * torchrun_environment().world_size
-
-
-# ---- flags that contradict each other ----
-
-Mistake = tuple[str, str]
-
-
-def mistakes(flags: Flags) -> Iterator[Mistake]:
-    """Yield flags that contradict each other, each with what would be right."""
-    yield from states_mistakes(flags)
-    yield from renoise_mistakes(flags)
-    if flags.output.eval_every and flags.states.sigma_range != (0.0, 1.0):
-        yield "--eval_every", "measures at all noise levels; leave it out with a --sigma_range"
-    yield from few_steps_mistakes(flags)
-    if flags.student.aspect_ratios and flags.student.image_sizes:
-        yield "--aspect_ratios", "says which sizes are trained at, and so does --image_sizes; give one of the two"
-    if flags.optimization.teacher_calls and flags.optimization.max_steps:
-        yield "--teacher_calls", "says how long the run is, and so does --max_steps; give one of the two"
-    yield from shard_mistakes(flags)
-    yield from cache_mistakes(flags)
-    if flags.output.assume_gpu_gib is not None and not flags.output.dry_run:
-        yield "--assume_gpu_gib", "plans for a GPU that is not here; it goes with --dry_run"
-    if (guided := flags.teacher.guidance_range) and guided[0] >= guided[1]:
-        yield "--guidance_range", f"LOW {guided[0]} must be below HIGH {guided[1]}"
-    if flags.states.offline_teacher and flags.output.eval_every:
-        yield "--eval_every", "asks the teacher, which --offline_teacher leaves out of memory"
-
-
-def states_mistakes(flags: Flags) -> Iterator[Mistake]:
-    """Yield what cannot be asked of the noise levels and of the states at them."""
-    states = flags.states
-    low, high = states.sigma_range
-    if low >= high:
-        yield "--sigma_range", f"LOW {low} must be below HIGH {high}"
-    has_paths = STATES[states.states].has_paths
-    if has_paths and high != 1.0:
-        yield "--sigma_range", "a trajectory begins at sigma 1, so HIGH must be 1 (or use --states noise)"
-    if states.extra_prompts and not states.prompt_swap:
-        yield "--extra_prompts", "these prompts come by --prompt_swap alone; give it a probability above 0"
-    if states.offline_teacher and not states.teacher_cache:
-        yield "--offline_teacher", "the teacher's answers must come from somewhere; add --teacher_cache FOLDER"
-    if not has_paths:
-        for name, is_given in (
-            ("--student_steps", flags.objective.student_steps is not None),
-            ("--renoise_fraction", states.renoise_fraction > 0),
-            ("--student_rollout", max(states.student_rollout) > 0),
-        ):
-            if is_given:
-                yield name, f"needs sampling paths, and --states {states.states} has none; use --states trajectory"
-
-
-def renoise_mistakes(flags: Flags) -> Iterator[Mistake]:
-    """Yield what renoised samples do not go together with."""
-    if not flags.states.renoise_fraction:
-        return
-    if flags.states.sigma_range != (0.0, 1.0):
-        yield "--renoise_fraction", "needs finished samples, and paths of a --sigma_range above 0 do not finish"
-    if flags.states.calls_per_expert:
-        yield "--renoise_fraction", "mixes all noise levels in every batch, which --calls_per_expert keeps apart"
-    if samples_per_step(flags) < 2:
-        yield "--renoise_fraction", "shares a batch with states of paths; needs --batch_size 2 or more"
-
-
-def few_steps_mistakes(flags: Flags) -> Iterator[Mistake]:
-    """Yield what a student of few steps does not go together with."""
-    if not flags.objective.student_steps:
-        return
-    states = flags.states
-    for name, is_given in (
-        ("--states", states.states != "trajectory"),
-        ("--sigma_range", states.sigma_range != (0.0, 1.0)),
-        ("--renoise_fraction", states.renoise_fraction > 0),
-        ("--prompt_swap", states.prompt_swap > 0),
-        ("--calls_per_expert", states.calls_per_expert > 0),
-        ("--feature_loss_weight", flags.objective.feature_loss_weight > 0),
-        ("--teacher_cache", states.teacher_cache is not None),
-        ("--eval_every", bool(flags.output.eval_every)),
-    ):
-        if is_given:
-            yield name, "does not go together with --student_steps, which teaches whole segments of trajectories"
-
-
-def shard_mistakes(flags: Flags) -> Iterator[Mistake]:
-    """Yield what sharded weights do not go together with."""
-    performance = flags.performance
-    if performance.shards_teacher:
-        for name, is_given in (
-            ("--teacher_dtype", performance.teacher_dtype == "fp8"),
-            ("--teacher_offload", performance.teacher_offload),
-        ):
-            if is_given:
-                yield name, "does not go together with a sharded teacher; give --shard student"
-        if flags.states.teacher_cache and torchrun_environment().world_size > 1:
-            yield "--shard", "with --teacher_cache the teacher answers before training; give --shard student"
-    if performance.shards_student and flags.optimization.optimizer == "adamw8bit":
-        yield "--optimizer", "adamw8bit does not know sharded weights; --shard shards adamw's moments too"
-
-
-def cache_mistakes(flags: Flags) -> Iterator[Mistake]:
-    """Yield what answers from a cache cannot bring along."""
-    states = flags.states
-    if not states.teacher_cache:
-        if states.cache_parts > 1:
-            yield "--cache_parts", "are parts of a teacher's cache; add --teacher_cache FOLDER"
-        if states.cache_only:
-            yield "--cache_only", "asks for the teacher's answers and keeps them; add --teacher_cache FOLDER"
-        return
-    if states.cache_only and flags.output.dry_run:
-        yield "--cache_only", "--dry_run plans for the whole run; leave one of the two out"
-    for name, is_given, why in (
-        (
-            "--student_rollout",
-            max(flags.states.student_rollout) > 0,
-            "answers at the student's own states cannot be asked for beforehand",
-        ),
-        ("--feature_loss_weight", flags.objective.feature_loss_weight > 0, "hidden states are too large to keep"),
-    ):
-        if is_given:
-            yield name, f"does not go together with --teacher_cache: {why}"

@@ -175,7 +175,7 @@ def is_whole(file: Path) -> bool:
     return True
 
 
-def states_of(measure: Measure | None) -> list[PathStates]:
+def measured_states(measure: Measure | None) -> list[PathStates]:
     """Return the states that a measure was built with; none where it keeps none."""
     parts = [part for part, _ in measure.measures] if isinstance(measure, MeanOverSizes) else [measure]
     return [part.states for part in parts if isinstance(part, PathErrors)]

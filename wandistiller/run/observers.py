@@ -21,7 +21,14 @@ from wandistiller.reports.plots import LossPlot
 from wandistiller.reports.progress import Progress
 from wandistiller.reports.samples import SampleOptions, Samples
 from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Tracker, Trackers, started
-from wandistiller.run.held_out import Measure, NoiseMeasure, build_measure, build_noise_measure, keep_states, states_of
+from wandistiller.run.held_out import (
+    Measure,
+    NoiseMeasure,
+    build_measure,
+    build_noise_measure,
+    keep_states,
+    measured_states,
+)
 from wandistiller.run.run import Run
 from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.teacher import Teacher
@@ -102,7 +109,7 @@ def watch(run: Run, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObse
         aside = run.processes.first_then_all(lambda: set_aside_previous_student(run.folder))
         if aside:
             print(f"The student that was in {run.folder} is now in {aside}")
-    keep_states(run, states_of(held_out))  # here, because an earlier student takes its checkpoints with it
+    keep_states(run, measured_states(held_out))  # here, because an earlier student takes its checkpoints with it
     is_first = run.processes.is_first
     progress = Progress(run.num_steps, run.folder / METRICS_NAME, first_step=run.first_step) if is_first else None
     with build_trackers(run) if is_first else Trackers() as trackers:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError
-from wandistiller.run.flags import STATES
+from wandistiller.run.states_kinds import STATES
 from wandistiller.targets.prompt_order import reached_prompts
 from wandistiller.targets.replay import answered_batches
 from wandistiller.targets.segments import most_segment_prompts

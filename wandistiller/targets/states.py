@@ -7,7 +7,7 @@ adds fresh noise to what such paths have drawn. To add a source:
    this process, and draws everything but latents for all lanes (see lanes.py). It draws from generators of its own only, which
    `state_dict` saves: a run that resumes must draw what it would have drawn.
 2. Enter its name and a function that builds it in `BUILDERS`.
-3. Enter the name in `STATES` of run/flags.py, with what the flags must know of it, and what the source keeps on the device in
+3. Enter the name in `STATES` of run/states_kinds.py, with what the flags must know of it, and what the source keeps on the device in
    `stored_latents` of budget/workload.py. A test holds the two tables to the same names.
 4. A value of its own goes through `StatesOptions` and run/plan.py; where it decides what a student becomes, run/recipe.py too.
    Teacher caches and checkpoints that were written before are then refused, since they lack it.
@@ -133,21 +133,8 @@ def build_states(
         num_used: how many of the prompts come at all; None for all of them.
     """
     shapes = [settings.latent_shape(config)]
-    return build_states_by_size(options, shapes, settings, num_prompts, lanes, device, num_used)[0]
-
-
-def build_states_by_size(
-    options: StatesOptions,
-    latent_shapes: Sequence[tuple[int, int, int]],
-    settings: TeacherSettings,
-    num_prompts: int,
-    lanes: Lanes,
-    device: str | torch.device = "cpu",
-    num_used: int | None = None,
-) -> list[States]:
-    """Build the states of each image size; all have the same expert of two in use, and share out what one size would keep."""
-    draws = draws_by_size(options, latent_shapes, settings, num_prompts, lanes, device, num_used)
-    return [states_of(options, draw, settings) for draw in draws]
+    (draw,) = draws_by_size(options, shapes, settings, num_prompts, lanes, device, num_used)
+    return states_of(options, draw, settings)
 
 
 def states_of(options: StatesOptions, draw: DrawOptions, settings: TeacherSettings) -> States:
@@ -164,7 +151,8 @@ def draws_by_size(
     device: str | torch.device = "cpu",
     num_used: int | None = None,
 ) -> list[DrawOptions]:
-    """Return what the states of each image size are drawn of."""
+    """Return what the states of each image size are drawn of; all have the same expert of two in use, and share out what one size
+    would keep."""
     turn = ExpertTurn()
     return [
         DrawOptions(
