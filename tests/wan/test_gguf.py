@@ -18,40 +18,21 @@ import torch
 import projection_mapper
 import train_distillation
 from support.gguf_files import SHAPE, write_wan_gguf
+from support.layout_checks import MAX_ERROR, assert_exact, inputs, refusal
 from support.loras import comfyui_keys, merged, random_pairs, write
 from support.students import STUDENT, write_teacher
 from support.wan_folders import oracle_velocity, relative_error, with_weights, write_single_file
 from wandistiller.command_line import run_command
-from wandistiller.errors import UserError
 from wandistiller.projection.project import project_teacher
 from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.lora import merge_loras
 
-MAX_ERROR = 1e-5
 KERNEL = "patch_embedding.weight"
 HALF = {"heads": 1}
 
 
-def inputs(config):
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(3, config.num_channels, 4, 6, generator=generator)
-    prompt_embeds = torch.randn(3, 512, config.text_encoder_output_dim, generator=generator)
-    return latents, torch.tensor([0.37, 499.63, 1000.0]), prompt_embeds, torch.tensor([1, 77, 512])
-
-
 def assert_same_as_diffusers(path: Path, expert, name: str = "high", **arguments) -> None:
-    model, report = project_teacher(open_wan_files(path, **arguments), expert=name)
-    assert {entry["status"] for entry in report.student.values()} == {"exact"}
-    given = inputs(model.config)
-    with torch.no_grad():
-        assert relative_error(model(*given), oracle_velocity(expert, *given)) <= MAX_ERROR
-
-
-def refusal(path, **arguments) -> str:
-    with pytest.raises(UserError) as refused:
-        open_wan_files(path, **arguments)
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    assert_exact(*project_teacher(open_wan_files(path, **arguments), expert=name), expert)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.layout_checks import MAX_ERROR, assert_exact, inputs, refusal
 from support.wan_folders import (
     oracle_velocity,
     original_tensors,
@@ -29,12 +30,10 @@ from support.wan_folders import (
     write_single_file,
     write_transformer_folder,
 )
-from wandistiller.errors import UserError
 from wandistiller.projection.project import project_teacher
 from wandistiller.wan.layouts import TeacherFileError, open_wan_files
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
 
-MAX_ERROR = 1e-5
 RELEASED = {  # the structure of each released model at tiny widths
     "Wan2.1-T2V-1.3B": {"heads": 2, "head_dim": 128, "layers": 1, "ffn_dim": 96},
     "Wan2.1-T2V-14B": {"heads": 5, "head_dim": 12, "layers": 4, "ffn_dim": 54},
@@ -44,33 +43,12 @@ RELEASED = {  # the structure of each released model at tiny widths
 TINY = {"heads": 2, "head_dim": 12, "layers": 2, "ffn_dim": 40, "channels": 16, "text_dim": 20}
 
 
-def inputs(config, seed: int = 0):
-    """Non-square latents, timesteps between whole numbers, and prompts of no, some and all 512 tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(4, config.num_channels, 4, 6, generator=generator)
-    timestep = torch.tensor([0.37, 499.63, 875.5, 1000.0])
-    prompt_embeds = torch.randn(4, 512, config.text_encoder_output_dim, generator=generator)
-    return latents, timestep, prompt_embeds, torch.tensor([0, 1, 77, 512])
-
-
 def assert_same_as_diffusers(path: Path, experts: list) -> None:
     """Projected at its own shape, each expert equals diffusers' 3D model at one frame."""
     wan_files = open_wan_files(path)
     assert list(wan_files.experts) == ["high", "low"][: len(experts)]
     for name, expert in zip(wan_files.experts, experts, strict=True):
-        model, report = project_teacher(path, expert=name)
-        assert {entry["status"] for entry in report.student.values()} == {"exact"}
-        given = inputs(model.config)
-        with torch.no_grad():
-            assert relative_error(model(*given), oracle_velocity(expert, *given)) <= MAX_ERROR
-
-
-def refusal(path, **arguments) -> str:
-    """The one line that a checkpoint is refused with."""
-    with pytest.raises(UserError) as refused:
-        open_wan_files(path, **arguments)
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+        assert_exact(*project_teacher(path, expert=name), expert)
 
 
 def edit_json(path: Path, **changes) -> None:
