@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,31 +60,33 @@ def load_pipeline(folder: Path):
     return pipeline
 
 
-def draw(
-    pipeline,
-    prompts: list[str],
-    *,
-    num_frames: int,
-    steps: int,
-    guidance: float,
-    seed: int,
-    batch_size: int,
-    size: tuple[int, int] = (64, 64),
-):
-    """Draw pictures or clips of a width and height as uint8 (N, T, H, W, 3)."""
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How pictures, or clips of several frames, are drawn; `size` is width and height."""
+
+    steps: int
+    guidance: float
+    seed: int
+    batch_size: int
+    num_frames: int = 1
+    size: tuple[int, int] = (64, 64)
+
+
+def draw(pipeline, prompts: list[str], how: Drawing):
+    """Draw prompts as uint8 (N, T, H, W, 3)."""
     import torch
     from tqdm import tqdm
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(how.seed)
     parts = []
-    for start in tqdm(range(0, len(prompts), batch_size), desc=f"{num_frames} frame(s)"):
+    for start in tqdm(range(0, len(prompts), how.batch_size), desc=f"{how.num_frames} frame(s)"):
         result = pipeline(
-            prompts[start : start + batch_size],
-            width=size[0],
-            height=size[1],
-            num_frames=num_frames,
-            guidance_scale=guidance,
-            num_inference_steps=steps,
+            prompts[start : start + how.batch_size],
+            width=how.size[0],
+            height=how.size[1],
+            num_frames=how.num_frames,
+            guidance_scale=how.guidance,
+            num_inference_steps=how.steps,
             generator=generator,
             output_type="np",
         )
@@ -108,13 +111,12 @@ def main(argv: list[str] | None = None) -> dict:
     record = json.loads(record_path.read_text(encoding="utf-8"))
     guidance = record["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
     steps = args.num_inference_steps or record["num_inference_steps"]
-    settings = {"steps": steps, "guidance": guidance, "seed": args.seed, "batch_size": args.batch_size}
-    settings["size"] = args.size
+    how = Drawing(steps=steps, guidance=guidance, seed=args.seed, batch_size=args.batch_size, size=args.size)
     pipeline = load_pipeline(args.teacher_path)
 
     # Stills of held-out combinations:
     prompts = read_prompts(args.prompts)[: args.num_prompts]
-    pictures = draw(pipeline, prompts, num_frames=1, **settings)[:, 0]
+    pictures = draw(pipeline, prompts, how)[:, 0]
     facts = [demo_judge.judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     correct = Counter(name for fact in facts for name, is_right in fact.items() if is_right)
     figures = {name: round(correct[name] / len(prompts), 4) for name in (*demo_judge.FACTS, "correct")}
@@ -131,7 +133,7 @@ def main(argv: list[str] | None = None) -> dict:
     # Clips of moving objects:
     clip_prompts = moving_prompts(args.num_clips, args.seed)
     if clip_prompts:
-        clips = draw(pipeline, clip_prompts, num_frames=5, **settings)
+        clips = draw(pipeline, clip_prompts, replace(how, num_frames=5))
         judged = [demo_judge.judge_clip(clip, prompt) for clip, prompt in zip(clips, clip_prompts, strict=True)]
         figures["clips_move"] = round(float(np.mean([fact["moves"] for fact in judged])), 4)
         figures["clips_first_frame_correct"] = round(float(np.mean([fact["correct"] for fact in judged])), 4)

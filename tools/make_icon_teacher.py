@@ -177,7 +177,7 @@ def write_record(args: argparse.Namespace, figures: dict) -> None:
 def check(args: argparse.Namespace, figures: dict) -> None:
     """Draw the held-out prompts as a stranger would, judge them, and keep the figures and a contact sheet."""
     import icon_world as world
-    from check_demo_teacher import draw, load_pipeline, read_prompts
+    from check_demo_teacher import Drawing, draw, load_pipeline, read_prompts
     from demo_world import contact_sheet
     from PIL import Image
 
@@ -185,8 +185,8 @@ def check(args: argparse.Namespace, figures: dict) -> None:
     from wandistiller.evaluation.measures import accuracy
 
     prompts = [p for p in read_prompts(args.output_dir / "heldout_prompts.txt") for _ in range(args.num_seeds)]
-    settings = {"steps": args.num_inference_steps, "guidance": args.guidance_scale, "seed": 1234, "batch_size": 80}
-    pictures = draw(load_pipeline(args.output_dir), prompts, num_frames=1, **settings)[:, 0]
+    how = Drawing(steps=args.num_inference_steps, guidance=args.guidance_scale, seed=1234, batch_size=80)
+    pictures = draw(load_pipeline(args.output_dir), prompts, how)[:, 0]
     figures["held_out_accuracy"] = accuracy(pictures, prompts, open_judge(args.output_dir).judge)
     plain = [i for i, prompt in enumerate(prompts) if not any(word in prompt.split() for word in world.BACKGROUNDS)]
     print(json.dumps(figures, indent=2))

@@ -198,9 +198,8 @@ def test_maker_writes_a_folder_that_wan_pipeline_draws_from(tmp_path: Path):
     command += ["--output_dir", str(tmp_path / "teacher"), "--num_heldout_prompts", "5"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     pipeline = check_demo_teacher.load_pipeline(tmp_path / "teacher")
-    clip = check_demo_teacher.draw(
-        pipeline, ["a red ring on a white background"], num_frames=5, steps=2, guidance=2.0, seed=0, batch_size=1
-    )
+    how = check_demo_teacher.Drawing(num_frames=5, steps=2, guidance=2.0, seed=0, batch_size=1)
+    clip = check_demo_teacher.draw(pipeline, ["a red ring on a white background"], how)
     assert clip.shape == (1, 5, 64, 64, 3)
     assert pipeline.vae.config.latents_std != [1.0] * 16
     record = json.loads((tmp_path / "teacher" / "teacher_record.json").read_text(encoding="utf-8"))
@@ -214,8 +213,8 @@ def test_maker_trains_a_sibling_on_the_sizes_that_it_is_given(tmp_path: Path):
     command += ["--start", str(TEACHER), "--output_dir", str(tmp_path / "sibling")]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     pipeline = check_demo_teacher.load_pipeline(tmp_path / "sibling")
-    settings = {"num_frames": 1, "steps": 2, "guidance": 2.0, "seed": 0, "batch_size": 1}
-    picture = check_demo_teacher.draw(pipeline, ["a red ring on a white background"], size=(96, 64), **settings)
+    how = check_demo_teacher.Drawing(steps=2, guidance=2.0, seed=0, batch_size=1, size=(96, 64))
+    picture = check_demo_teacher.draw(pipeline, ["a red ring on a white background"], how)
     assert picture.shape == (1, 1, 64, 96, 3)
     own, first = (
         load_file(folder / "vae" / "diffusion_pytorch_model.safetensors") for folder in (tmp_path / "sibling", TEACHER)
@@ -290,15 +289,9 @@ def test_shipped_teacher_draws_held_out_prompts(pipeline, record):
     assert sum(path.stat().st_size for path in files) <= 16 * 2**20
     assert {path.suffix for path in files} <= {".safetensors", ".json"}
     prompts = check_demo_teacher.read_prompts(ROOT / "data" / "demo_heldout_prompts.txt")[:8]
-    pictures = check_demo_teacher.draw(
-        pipeline,
-        prompts,
-        num_frames=1,
-        steps=record["num_inference_steps"],
-        guidance=record["guidance_scale"],
-        seed=0,
-        batch_size=8,
-    )
+    steps, guidance = record["num_inference_steps"], record["guidance_scale"]
+    how = check_demo_teacher.Drawing(steps=steps, guidance=guidance, seed=0, batch_size=8)
+    pictures = check_demo_teacher.draw(pipeline, prompts, how)
     facts = [demo_judge.judge(picture[0], prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     wrong = [(prompt, fact) for prompt, fact in zip(prompts, facts, strict=True) if not fact["correct"]]
     assert len(wrong) <= 2, wrong
