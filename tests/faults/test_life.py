@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import export_student
 import projection_mapper
 import train_distillation
 from support.processes import fork, run_and_exit
-from support.runs import PROMPTS, PRUNED_CONFIG, read_metrics
+from support.runs import PROMPTS, PRUNED_CONFIG, read_metrics, snapshot
 from support.torchrun import start
 from wandistiller.command_line import run_command
 
@@ -346,6 +346,35 @@ def test_a_prompt_cache_that_vanishes_between_runs_is_made_again(teachers, tmp_p
     (life.folder / "student" / "checkpoints" / "step_00000010.json").unlink()
     assert in_turn(life, "train") == 0
     assert digest(life.folder / RESULTS[0]) == digest(whole.folder / RESULTS[0])
+
+
+def trained_on(teacher: Path, place: Path, name: str) -> Path:
+    """Copy a teacher, one of whose tensors has been trained on a little."""
+    shutil.copytree(teacher, place)
+    path = place / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name] * 1.001}, path)
+    return place
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn2.to_k.weight", "condition_embedder.time_embedder.linear_1.bias"])
+def test_a_teacher_that_changes_between_runs_is_said_and_costs_nothing(teachers, tmp_path, name):
+    answers = ["--teacher_cache", tmp_path / "answers"]
+    live, cached = tmp_path / "live", tmp_path / "cached"
+    assert in_turn(Life(teachers.one, live, "--max_steps", 8), "train") == 0
+    assert in_turn(Life(teachers.one, cached, *answers, "--max_steps", 8), "train") == 0
+    before = {folder: snapshot(folder) for folder in (live / "student", cached / "student", tmp_path / "answers")}
+    other = trained_on(teachers.one, tmp_path / "other", name)
+    for folder, life in (
+        (live, Life(other, live, "--max_steps", 16)),
+        (cached, Life(other, cached, *answers, "--max_steps", 16)),
+        (tmp_path / "third", Life(other, tmp_path / "third", *answers, "--max_steps", 8)),
+    ):
+        assert in_turn(life, "train") == 2
+        said = (folder / "log.txt").read_text()
+        assert "teacher" in said.splitlines()[-1] and "Traceback" not in said, said
+    assert before == {folder: snapshot(folder) for folder in before}
+    assert in_turn(Life(teachers.one, live, "--max_steps", 16), "train") == 0
 
 
 def in_turn(life: Life, what: str = "all") -> int:

@@ -81,6 +81,12 @@ class GgufTensor:
                 values[start * block :][: len(part)] = torch.from_numpy(part)
             return values.reshape(self.shape)
 
+    def read_row(self) -> Tensor:
+        """Read the first row as `read` does, without the others where rows are stored apart."""
+        if prod(self.shape[1:]) % block_size(self.path, self.dtype):
+            return self.read()[:1]
+        return replace(self, shape=(1, *self.shape[1:]), num_bytes=self.num_bytes // self.shape[0]).read()
+
 
 @dataclass(frozen=True)
 class GgufHeader:

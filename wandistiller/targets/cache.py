@@ -9,6 +9,7 @@ cache_shards.py has the shards, cache_parts.py the parts that a cache is asked f
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from bisect import bisect_right
@@ -53,6 +54,7 @@ from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.wan_files import WanFiles
 
 DESCRIPTION_NAME = "cache.json"
+WHOLE_VALUES = 2**16  # tensors of up to so many values are fingerprinted by all of them
 LOCK_NAME = ".cache.lock"  # held while the description is made or completed
 # Files that a process leaves if it is killed while it writes one of ours, and what several builders lock.
 LEFTOVERS = tuple(f".{name}.*.tmp" for name in (DESCRIPTION_NAME, "state*.safetensors", "answers_*.safetensors"))
@@ -60,16 +62,18 @@ LOCKS = (LOCK_NAME, ".part_*.lock")
 
 
 def teacher_fingerprint(wan_files: WanFiles) -> str:
-    """Return a digest of every expert's output layer and middle block, the same for the same weights wherever they lie.
+    """Return a digest of every tensor of every expert, the same for the same weights wherever they lie.
 
-    The block tells a merged LoRA from the original. Reading everything would take minutes for a large teacher. LoRAs that are
-    merged as it is read are left out: their sum depends on the machine in its last bits, and their files tell what they are.
+    Of a large tensor the first row stands for all of it, which training or a merged LoRA changes with the others: reading
+    everything would take minutes for a large teacher. LoRAs that are merged as it is read are left out: their sum depends on
+    the machine in its last bits, and their files tell what they are.
     """
     digest = hashlib.sha256()
     for expert in (without_loras(wan_files.expert(name)) for name in wan_files.experts):
-        middle = f"blocks.{expert.config.depth // 2}"
-        for name in ("proj_out.weight", f"{middle}.attn1.to_q.weight", f"{middle}.ffn.net.2.weight"):
-            digest.update(expert.read(name).float().numpy().tobytes())
+        for name in sorted(expert.names()):
+            is_small = math.prod(expert.shape(name)) <= WHOLE_VALUES
+            values = expert.read(name) if is_small else expert.read_row(name)
+            digest.update(name.encode() + values.float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -251,6 +251,9 @@ class MergedTransformer:
             tensor = lora.added_to(name, tensor)
         return tensor
 
+    def read_row(self, name: str) -> Tensor:
+        return self.read(name)[:1]
+
 
 def without_loras(transformer: TransformerTensors) -> TransformerTensors:
     """Return the transformer as it lies on disk."""

@@ -42,6 +42,9 @@ class MockTransformer:
             return values * 0.02
         return values / values[0].numel() ** 0.5
 
+    def read_row(self, name: str) -> Tensor:
+        return self.read(name)[:1]
+
 
 def mock_shape(student: StudentConfig) -> StudentConfig:
     """Return the shape of a Wan with a quarter more heads, layers and FFN neurons than a student, at least one more of each."""

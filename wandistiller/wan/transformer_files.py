@@ -88,12 +88,23 @@ class StoredTensor:
         # The file is opened for each tensor, since a mapping kept open would keep every page already read in memory.
         with open_safetensors(self.path) as file:
             tensor = file.get_tensor(self.key)
-        if tensor.dtype not in FP8_DTYPES:
-            return tensor
+        return self._scaled(tensor)
+
+    def read_row(self) -> Tensor:
+        """Read the first row as `read` does, without the others."""
+        with open_safetensors(self.path) as file:
+            row = file.get_slice(self.key)[:1]
+        return self._scaled(row)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        if rows.dtype not in FP8_DTYPES:
+            return rows
         if self.scale is None:
-            return tensor.float()
+            return rows.float()
         scale = self.scale.read().float()
-        return tensor.float().mul_(scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (tensor.ndim - 1)))
+        return rows.float().mul_(
+            scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (rows.ndim - 1))[: len(rows)]
+        )
 
 
 Stored = StoredTensor | GgufTensor
@@ -131,6 +142,7 @@ class TransformerTensors(Protocol):
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def read(self, name: str) -> Tensor: ...
+    def read_row(self, name: str) -> Tensor: ...
 
 
 class WanTransformer:
@@ -165,6 +177,10 @@ class WanTransformer:
     def read(self, name: str) -> Tensor:
         """Read a tensor by its canonical name, as `StoredTensor.read` does."""
         return self._stored[name].read()
+
+    def read_row(self, name: str) -> Tensor:
+        """Read the first row of a tensor that has rows, as `read` would give it."""
+        return self._stored[name].read_row()
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self._stored.items()}
