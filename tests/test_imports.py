@@ -31,6 +31,7 @@ FLOORS = [
     "processes",
     "device",
     "command_line",
+    "lost_output",
     "errors",
 ]
 SCRIPTS = sorted(ROOT.glob("*.py"))

@@ -5,13 +5,11 @@ Standard library only, so that `--help` and mistakes are answered at once.
 """
 
 import argparse
-import contextlib
 import difflib
 import math
 import os
 import re
 import reprlib
-import select
 import sys
 import time
 import traceback
@@ -21,6 +19,7 @@ from typing import Any, NoReturn
 
 from wandistiller import __version__
 from wandistiller.errors import lost_process_message, place_message, shortened
+from wandistiller.lost_output import is_lost_output
 
 # This says how long OpenMP's threads spin before they sleep, and must be set before torch loads. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes
 # small models a third of their speed; spinning for long costs whole time slices where another job keeps a core busy.
@@ -307,17 +306,6 @@ def end_process(code: int) -> None:
     sys.exit(code)
 
 
-def _reader_has_left() -> bool:
-    """Return whether nobody reads the output any more, as after `| head`; the rest of it then goes nowhere, also at the exit."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no file behind it, or a system without poll
-        output = select.poll()
-        output.register(sys.stdout.fileno(), 0)
-        if output.poll(0):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return True
-    return False
-
-
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's main and turn what it raises into an exit code; errors that carry one are messages to a person."""
     for stream in (sys.stdout, sys.stderr):
@@ -331,7 +319,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_has_left():
+        if is_lost_output(error):
             return 1
         message, code = place_message(error) or (str(error), getattr(error, "exit_code", None))
         if lost := lost_process_message(error):

@@ -8,16 +8,19 @@ pytest tests/faults/test_life.py
 """
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
+import pty
 import random
 import resource
 import shutil
 import signal
 import struct
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -213,6 +216,38 @@ def test_when_one_of_two_processes_dies_the_other_ends_in_words_and_the_run_resu
     for process in again:
         process.join(LONGEST_S)
     assert [process.exitcode for process in again] == [0, 0], (life.folder / "log.txt").read_text()
+
+
+# ---- nobody reads what it prints ----
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_when_its_reader_leaves_or_its_terminal_closes_a_run_saves_what_it_learnt(teachers, tmp_path, kind):
+    whole, life = (
+        Life(teachers.one, tmp_path / name, "--max_steps", 60, "--save_every", 100) for name in ("whole", "life")
+    )
+    undisturbed(whole)
+    reader, writer = os.pipe() if kind == "pipe" else pty.openpty()
+
+    def child() -> None:
+        os.close(reader)
+        os.setsid()
+        if kind == "terminal":
+            fcntl.ioctl(writer, termios.TIOCSCTTY, 0)
+        run_and_exit(lambda: run_main(train_distillation.main, life.train), writer)
+
+    process = fork(child)
+    os.close(writer)
+    said = b""
+    while b"step 8:" not in said:
+        said += os.read(reader, 1024)
+    os.close(reader)
+    process.join(LONGEST_S)
+    assert process.exitcode == 130
+    done = len(read_metrics(life.folder / "student"))
+    assert 0 < done < 60 and (life.folder / "student" / "checkpoints" / f"step_{done:08d}.json").exists()
+    assert in_turn(life, "train") == 0
+    assert digest(life.folder / RESULTS[0]) == digest(whole.folder / RESULTS[0])
 
 
 # ---- no room, no permission, no clock ----

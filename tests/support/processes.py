@@ -13,7 +13,7 @@ def run_and_exit(work: Callable[[], int], descriptor: int) -> NoReturn:
     """End this process with what `work` returns; what it prints goes to an open file or pipe."""
     for number in (1, 2):
         os.dup2(descriptor, number)
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="utf-8") for number in (1, 2))  # noqa: SIM115
+    sys.stdout, sys.stderr = (open(number, "w", 1, closefd=False, encoding="utf-8") for number in (1, 2))  # noqa: SIM115
     torch.set_num_threads(1)
     code = 99
     try:

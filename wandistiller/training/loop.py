@@ -151,12 +151,14 @@ class _Loop:
             found = self._take_step(step, stop)
             is_stopped = self._is_asked_to_stop(found, stop)
             measured = {} if is_stopped else self._evaluate(step, is_last)
-            self.observer.step(self._metrics(step, found, lr, measured))
+            with stop.unless_unread():
+                self.observer.step(self._metrics(step, found, lr, measured))
             is_stopped = self._is_asked_to_stop(found, stop)
             self._save(step, is_last or is_stopped)
             if is_stopped:
                 return True
-            self._draw(step, is_last)
+            with stop.unless_unread():
+                self._draw(step, is_last)
         return False
 
     def _take_step(self, step: int, stop: StopRequest) -> "_Measured":
