@@ -51,7 +51,16 @@ ARMS: dict[str, dict[str, object]] = {
     "replay 8": {"--replay": 8},
     "half the learning rate": {"lr factor": 0.5},
     "twice the learning rate": {"lr factor": 2.0},
+    "batches of 4": {"--batch_size": 4},
+    "batches of 4, twice the learning rate": {"--batch_size": 4, "lr factor": 2.0},
+    "batches of 4, 4 times the learning rate": {"--batch_size": 4, "lr factor": 4.0},
+    "batches of 8": {"--batch_size": 8},
     "batches of 16": {"--batch_size": 16},
+    "batches of 16, replay 8": {"--batch_size": 16, "--replay": 8},
+    "batches of 16, half the learning rate": {"--batch_size": 16, "lr factor": 0.5},
+    "batches of 16, twice the learning rate": {"--batch_size": 16, "lr factor": 2.0},
+    "hidden states, weight 3": {"--feature_loss_weight": 3},
+    "weight decay 0.1": {"--weight_decay": 0.1},
     "endpoint weights": {"--sigma_weighting": "endpoint"},
 }
 MEASURES = {  # of a row -> the title of its column, and digits
