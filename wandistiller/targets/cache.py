@@ -101,7 +101,7 @@ def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str
         "negative_prompt": settings.negative_prompt if settings.uses_guidance else None,
         "shift": settings.shift,
         "num_inference_steps": settings.num_inference_steps,
-        # The fingerprint sees a part of the weights alone. Without LoRAs the description stays what it always was.
+        # The fingerprint is that of the weights as they lie on disk. Without LoRAs the description stays what it always was.
         **({"teacher_lora": [lora.identity for lora in wan_files.loras]} if wan_files.loras else {}),
         **unusual,
     }
