@@ -1,14 +1,15 @@
 """What each part of the recipe brings: the default, and the default with one part changed, on one teacher or several.
 
     python benchmarks/bench_recipe.py --output_dir outputs/recipe                     # the demo teacher, hours on two cores
-    python benchmarks/bench_recipe.py --arms default adamw --seeds 0                  # a part of it
+    python benchmarks/bench_recipe.py --arms default AdamW --seeds 0                  # a part of it
     python benchmarks/bench_recipe.py --teachers data/demo_teacher outputs/icon_teacher --write
+    python benchmarks/bench_recipe.py --batch_size 4 --arms default AdamW             # smaller steps, as many answers
     python benchmarks/bench_recipe.py --few_steps 1 2 4 8                             # students of few steps
 
-Every arm gets as many calls of the teacher, or with `--equal flops` as many FLOPs of teacher and student together; students of few
-steps get the calls that their paths begin with on top, and are not at equal FLOPs. A teacher's
-folder names its prompts: those of the demo, or prompts.txt and heldout_prompts.txt in the folder. Students are judged by what
-they draw from held-out prompts, four noises of each: prompts right, distance to the teacher's latents, and how the noise is
+Every arm gets as many answers of the teacher (counted in batches of 64, whatever the batch is), or with `--equal flops` as many
+FLOPs of teacher and student together; students of few steps get the calls that their paths begin with on top, and are not at equal
+FLOPs. A teacher's folder names its prompts: those of the demo, or prompts.txt and heldout_prompts.txt in the folder. Students are
+judged by what they draw from held-out prompts, four noises of each: prompts right, distance to the teacher's latents, and how the noise is
 followed. A student that --output_dir holds is not made again, so that the same command resumes. Prints a table in Markdown, mean and
 largest distance from it over the seeds, and as its last line one JSON document; --write puts the table into docs/experiments.md.
 """
@@ -51,14 +52,7 @@ ARMS: dict[str, dict[str, object]] = {
     "replay 8": {"--replay": 8},
     "half the learning rate": {"lr factor": 0.5},
     "twice the learning rate": {"lr factor": 2.0},
-    "batches of 4": {"--batch_size": 4},
-    "batches of 4, twice the learning rate": {"--batch_size": 4, "lr factor": 2.0},
-    "batches of 4, 4 times the learning rate": {"--batch_size": 4, "lr factor": 4.0},
-    "batches of 8": {"--batch_size": 8},
-    "batches of 16": {"--batch_size": 16},
-    "batches of 16, replay 8": {"--batch_size": 16, "--replay": 8},
-    "batches of 16, half the learning rate": {"--batch_size": 16, "lr factor": 0.5},
-    "batches of 16, twice the learning rate": {"--batch_size": 16, "lr factor": 2.0},
+    "4 times the learning rate": {"lr factor": 4.0},
     "hidden states, weight 3": {"--feature_loss_weight": 3},
     "weight decay 0.1": {"--weight_decay": 0.1},
     "endpoint weights": {"--sigma_weighting": "endpoint"},
@@ -78,6 +72,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--few_steps", nargs="*", type=int, default=[], help="step counts of few-step students")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--teacher_calls", type=int, default=160, help=f"batches of {BATCH_SIZE} the teacher answers")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="samples a step learns from")
     parser.add_argument("--equal", choices=["calls", "flops"], default="calls", help="what every arm gets as much of")
     parser.add_argument(
         "--num_prompts", type=int, default=40, help=f"held-out prompts drawn, {NUM_NOISES} noises of each"
@@ -138,13 +133,13 @@ def open_setting(teacher: str, student_config: str) -> Setting:
 
 
 def steps_of(setting: Setting, args: argparse.Namespace, changes: dict) -> int:
-    """Return the optimiser steps of an arm, of its own batch."""
-    replay, batch_size = changes.get("--replay", setting.replay), changes.get("--batch_size", BATCH_SIZE)
+    """Return the optimiser steps of an arm."""
+    replay = changes.get("--replay", setting.replay)
     samples = args.teacher_calls * BATCH_SIZE
     if args.equal == "flops":
         budget = samples * (setting.answer_flops + setting.replay * setting.step_flops)
         samples = budget / (setting.answer_flops + replay * setting.step_flops)
-    return round(samples / batch_size) * replay
+    return round(samples / args.batch_size) * replay
 
 
 def run(script: str, *flags: object) -> None:
@@ -165,16 +160,17 @@ def train_and_judge(setting: Setting, args: argparse.Namespace, name: str, seed:
     """Train one student and return its measures."""
     few = name.removesuffix(" steps") if name.endswith(" steps") else None
     changes: dict = {"--student_steps": int(few)} if few else dict(ARMS[name])
-    folder = work / re.sub(r"\W+", "_", f"{setting.name} {name} {args.equal} {args.teacher_calls} {seed}")
+    kind = f"{setting.name} {Path(args.student_config).stem} {name} {args.equal} {args.teacher_calls} batch {args.batch_size} {seed}"
+    folder = work / re.sub(r"\W+", "_", kind)
     steps = steps_of(setting, args, changes)
-    batch_size = changes.get("--batch_size", BATCH_SIZE)
     optimizer = changes.get("--optimizer", "muon")
     if factor := changes.pop("lr factor", None):
-        changes["--lr"] = factor * suggested_lr(optimizer, setting.config.hidden_size, batch_size)
-    length = {"--teacher_calls": args.teacher_calls} if few else {"--max_steps": steps}
+        changes["--lr"] = factor * suggested_lr(optimizer, setting.config.hidden_size, args.batch_size)
+    calls = round(args.teacher_calls * BATCH_SIZE / args.batch_size)
+    length = {"--teacher_calls": calls} if few else {"--max_steps": steps}
     flags = length | {
         "--teacher_path": setting.teacher, "--student_config": setting.student_config, "--data_path": setting.prompts,
-        "--batch_size": batch_size, "--num_samples": 0, "--sample_every": 0, "--eval_every": 0, "--save_every": 0,
+        "--batch_size": args.batch_size, "--num_samples": 0, "--sample_every": 0, "--eval_every": 0, "--save_every": 0,
         "--seed": seed, "--output_dir": folder, "--device": "cpu",
     } | changes  # fmt: skip
     words: list[object] = []
@@ -189,7 +185,7 @@ def train_and_judge(setting: Setting, args: argparse.Namespace, name: str, seed:
     noise = judged["noise"]
     row = {
         "steps": last["step"],
-        "teacher_calls": last["teacher_calls"] * batch_size / BATCH_SIZE,
+        "teacher_calls": last["teacher_calls"] * args.batch_size / BATCH_SIZE,
         "minutes": last["elapsed_s"] / 60,
         "accuracy": judged["accuracy"]["student"]["correct"] if "accuracy" in judged else None,
         "teacher_accuracy": judged["accuracy"]["teacher"]["correct"] if "accuracy" in judged else None,
