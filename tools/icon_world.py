@@ -18,6 +18,7 @@ import numpy as np
 from demo_world import IMAGE_SIZE, contact_sheet
 
 PICTOGRAPHS = "🐶🐱🦊🐼🐸🐷🐘🐟🦋🐞🍎🍏🍋🍌🍓🍐🍕🍔🍩🌵🌲🍄🚗🚀🎈🎁⚽🔔💡⏰☂⭐🌙🌞❤🔥"
+LEFT_OUT_PICTOGRAPHS = "🐭🐰🐻🐯🐮🐔🐧🐢🐙🐬🐳🐝🌸🌻🍇🍉🍒🍑🥕🌽🍪🍰☕🚲🚌⛵🏠🎸🎺🏀🎲🔑🔨📚💎👑"  # of a world that no default was chosen on
 BACKGROUNDS = {
     "white": (246, 246, 246),
     "gray": (150, 150, 155),
@@ -53,9 +54,9 @@ def icon_name(character: str) -> str:
     return unicodedata.name(character).lower()
 
 
-def icon_names() -> list[str]:
-    """List all names in the order of PICTOGRAPHS."""
-    return [icon_name(character) for character in PICTOGRAPHS]
+def icon_names(pictographs: str = PICTOGRAPHS) -> list[str]:
+    """List all names in the order of the pictographs."""
+    return [icon_name(character) for character in pictographs]
 
 
 def is_held_out(scene: IconScene) -> bool:
@@ -64,9 +65,9 @@ def is_held_out(scene: IconScene) -> bool:
     return digest[0] % HELD_OUT_ONE_IN == 0
 
 
-def all_scenes(*, held_out: bool) -> list[IconScene]:
+def all_scenes(pictographs: str = PICTOGRAPHS, *, held_out: bool) -> list[IconScene]:
     """List every scene on one side of the split."""
-    scenes = [IconScene(*pair) for pair in itertools.product(PICTOGRAPHS, BACKGROUNDS)]
+    scenes = [IconScene(*pair) for pair in itertools.product(pictographs, BACKGROUNDS)]
     return [scene for scene in scenes if is_held_out(scene) == held_out]
 
 
@@ -83,25 +84,26 @@ def describe(scene: IconScene, rng: np.random.Generator) -> str:
     return _phrase(templates[rng.integers(len(templates))], scene)
 
 
-def training_prompts() -> list[str]:
+def training_prompts(pictographs: str = PICTOGRAPHS) -> list[str]:
     """List every prompt that training may meet, in a fixed order."""
-    scenes, templates = all_scenes(held_out=False), (*TEMPLATES, *PLAIN_TEMPLATES)
+    scenes, templates = all_scenes(pictographs, held_out=False), (*TEMPLATES, *PLAIN_TEMPLATES)
     return list(dict.fromkeys(_phrase(template, scene) for scene in scenes for template in templates))
 
 
-def held_out_prompts() -> list[str]:
+def held_out_prompts(pictographs: str = PICTOGRAPHS) -> list[str]:
     """List pairs that no training picture shows, and every pictograph without a background, in a phrase of its own."""
     rng = np.random.default_rng(0)
-    pairs = [_phrase(TEMPLATES[rng.integers(len(TEMPLATES))], scene) for scene in all_scenes(held_out=True)]
-    plain = [_phrase(HELD_OUT_PLAIN_TEMPLATE, IconScene(character, "")) for character in PICTOGRAPHS]
+    scenes = all_scenes(pictographs, held_out=True)
+    pairs = [_phrase(TEMPLATES[rng.integers(len(TEMPLATES))], scene) for scene in scenes]
+    plain = [_phrase(HELD_OUT_PLAIN_TEMPLATE, IconScene(character, "")) for character in pictographs]
     # Shuffled, so that the first few prompts are a fair sample.
     return [str(prompt) for prompt in rng.permutation([*pairs, *plain])]
 
 
-def vocabulary() -> list[str]:
-    """List every word that a prompt of this world can hold, in a fixed order."""
+def vocabulary(pictographs: str = PICTOGRAPHS) -> list[str]:
+    """List every word that a prompt of their world can hold, in a fixed order."""
     words = ["a", "an", "one", "on", "of", "picture", "background", *BACKGROUNDS]
-    words += [word for name in icon_names() for word in name.split()]
+    words += [word for name in icon_names(pictographs) for word in name.split()]
     return list(dict.fromkeys(words))
 
 
@@ -150,11 +152,11 @@ def render(scene: IconScene, rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.round(picture), 0, 255).astype(np.uint8)[None]
 
 
-def reference_sheet() -> np.ndarray:
-    """Draw all pictographs side by side with transparency, uint8 (64, 64 N, 4), for a judge that knows no font."""
+def reference_sheet(pictographs: str = PICTOGRAPHS) -> np.ndarray:
+    """Draw the pictographs side by side with transparency, uint8 (64, 64 N, 4), for a judge that knows no font."""
     size = 3 * SUPERSAMPLING * 15  # the em square of a middling picture
     tiles = []
-    for character in PICTOGRAPHS:
+    for character in pictographs:
         glyph, extent = _glyph(character, size), SUPERSAMPLING * REFERENCE_PIXELS
         start = size - extent // 2
         window = glyph[start : start + extent, start : start + extent]

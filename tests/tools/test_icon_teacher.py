@@ -38,6 +38,18 @@ def test_judge_accepts_true_renderings(judge):
             assert facts["correct"], (scene, facts)
 
 
+def test_left_out_pictographs_are_others_and_have_a_judge_of_their_own():
+    left_out = world.LEFT_OUT_PICTOGRAPHS
+    assert len(set(left_out)) == len(left_out) and not set(left_out) & set(world.PICTOGRAPHS)
+    judge = IconJudge(world.reference_sheet(left_out), world.icon_names(left_out), world.BACKGROUNDS)
+    rng = np.random.default_rng(0)
+    for scene in world.all_scenes(left_out, held_out=True):
+        assert judge.judge(world.render(scene, rng)[0], world.describe(scene, rng))["correct"], scene
+    assert {judge.read_prompt(prompt)[0] for prompt in world.held_out_prompts(left_out)} == set(
+        world.icon_names(left_out)
+    )
+
+
 def test_judge_rejects_another_pictograph_and_another_background(judge):
     rng = np.random.default_rng(1)
     for scene in world.all_scenes(held_out=False):
