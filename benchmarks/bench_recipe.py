@@ -9,9 +9,10 @@
 Every arm gets as many answers of the teacher (counted in batches of 64, whatever the batch is), or with `--equal flops` as many
 FLOPs of teacher and student together; students of few steps get the calls that their paths begin with on top, and are not at equal
 FLOPs. A teacher's folder names its prompts: those of the demo, or prompts.txt and heldout_prompts.txt in the folder. Students are
-judged by what they draw from held-out prompts, four noises of each: prompts right, distance to the teacher's latents, and how the noise is
-followed. A student that --output_dir holds is not made again, so that the same command resumes. Prints a table in Markdown, mean and
-largest distance from it over the seeds, and as its last line one JSON document; --write puts the table into docs/experiments.md.
+judged by what they draw from held-out prompts, four noises of each: prompts right, distance to the teacher's latents, and how the
+noise is followed. A student that --output_dir holds is not made again, so that the same command resumes. Prints a table in Markdown,
+mean and largest distance from it over the seeds, and as its last line one JSON document; --write puts the table into
+docs/experiments.md.
 """
 
 import argparse
@@ -160,7 +161,8 @@ def train_and_judge(setting: Setting, args: argparse.Namespace, name: str, seed:
     """Train one student and return its measures."""
     few = name.removesuffix(" steps") if name.endswith(" steps") else None
     changes: dict = {"--student_steps": int(few)} if few else dict(ARMS[name])
-    kind = f"{setting.name} {Path(args.student_config).stem} {name} {args.equal} {args.teacher_calls} batch {args.batch_size} {seed}"
+    budget = f"{args.equal} {args.teacher_calls} batch {args.batch_size}"
+    kind = f"{setting.name} {Path(args.student_config).stem} {name} {budget} {seed}"
     folder = work / re.sub(r"\W+", "_", kind)
     steps = steps_of(setting, args, changes)
     optimizer = changes.get("--optimizer", "muon")

@@ -18,7 +18,8 @@ import numpy as np
 from demo_world import IMAGE_SIZE, contact_sheet
 
 PICTOGRAPHS = "🐶🐱🦊🐼🐸🐷🐘🐟🦋🐞🍎🍏🍋🍌🍓🍐🍕🍔🍩🌵🌲🍄🚗🚀🎈🎁⚽🔔💡⏰☂⭐🌙🌞❤🔥"
-LEFT_OUT_PICTOGRAPHS = "🐭🐰🐻🐯🐮🐔🐧🐢🐙🐬🐳🐝🌸🌻🍇🍉🍒🍑🥕🌽🍪🍰☕🚲🚌⛵🏠🎸🎺🏀🎲🔑🔨📚💎👑"  # of a world that no default was chosen on
+# Of a second world, on which no default of the trainer is chosen:
+LEFT_OUT_PICTOGRAPHS = "🐭🐰🐻🐯🐮🐔🐧🐢🐙🐬🐳🐝🌸🌻🍇🍉🍒🍑🥕🌽🍪🍰☕🚲🚌⛵🏠🎸🎺🏀🎲🔑🔨📚💎👑"
 BACKGROUNDS = {
     "white": (246, 246, 246),
     "gray": (150, 150, 155),

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from icon_world import LEFT_OUT_PICTOGRAPHS, PICTOGRAPHS
+import icon_world as world
 
 from wandistiller.command_line import FlagParser, number
 
@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     result.flag("--num_seeds", "pictures of each held-out prompt to judge", 4, type=count)
 
     args = parser.parse(argv)
-    args.pictographs = LEFT_OUT_PICTOGRAPHS if args.left_out else PICTOGRAPHS
+    args.pictographs = world.LEFT_OUT_PICTOGRAPHS if args.left_out else world.PICTOGRAPHS
     args.output_dir = args.output_dir or ROOT / "outputs" / ("left_out_teacher" if args.left_out else "icon_teacher")
     args.work_dir = args.work_dir or args.output_dir.with_name(args.output_dir.name + ".work")
     vars(args).update(TINY if args.tiny else {})
@@ -74,7 +74,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def random_pictures(pictographs: str, count: int, seed: int):
     """Draw training pictures, uint8 (count, 1, 64, 64, 3), and return them with the scene of each."""
-    import icon_world as world
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -122,7 +121,6 @@ class IconPool:
 
     def draw(self, count: int, clips: bool, rng):
         """Draw latents (B, C, 1, H, W) and prompts; a prompt is now and then empty, which is what guidance needs."""
-        import icon_world as world
         import torch
 
         rows = rng.integers(len(self.scenes), size=count)
@@ -155,7 +153,6 @@ def transformer_stage(args: argparse.Namespace, vae, tokenizer):
 
 def write_prompts(folder: Path, pictographs: str) -> None:
     """Write the training prompts, and held-out prompts: unseen pairs, and pictographs whose background is left open."""
-    import icon_world as world
 
     for name, prompts, note in (
         ("prompts.txt", world.training_prompts(pictographs), "training prompts of the icon world"),
@@ -168,7 +165,6 @@ def write_prompts(folder: Path, pictographs: str) -> None:
 def write_record(args: argparse.Namespace, figures: dict) -> None:
     """Write what the folder is, how to draw with it, and what its judge needs; the trainer reads its defaults from here."""
     import demo_text
-    import icon_world as world
     from PIL import Image
 
     from wandistiller.evaluation.icon_judge import SHEET_NAME, WORLD
@@ -195,7 +191,6 @@ def write_record(args: argparse.Namespace, figures: dict) -> None:
 
 def check(args: argparse.Namespace, figures: dict) -> None:
     """Draw the held-out prompts as a stranger would, judge them, and keep the figures and a contact sheet."""
-    import icon_world as world
     from check_demo_teacher import Drawing, draw, load_pipeline, read_prompts
     from demo_world import contact_sheet
     from PIL import Image
@@ -218,13 +213,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     import demo_text
     import demo_transformer
-    import icon_world
     from make_demo_teacher import save_pipeline
 
     started = time.time()
     for folder in (args.work_dir, args.output_dir):
         folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = demo_text.make_tokenizer(icon_world.vocabulary(args.pictographs))
+    tokenizer = demo_text.make_tokenizer(world.vocabulary(args.pictographs))
     vae, psnr = vae_stage(args)
     transformer, text_encoder = transformer_stage(args, vae, tokenizer)
     save_pipeline(args.output_dir, vae, tokenizer, text_encoder, transformer)
