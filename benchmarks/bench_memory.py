@@ -138,6 +138,7 @@ def step_flops(workload) -> float:
 def build_workload(args: argparse.Namespace):
     from wandistiller.budget.workload import Workload, stored_latents
     from wandistiller.model.config import StudentConfig
+    from wandistiller.targets.trajectories import paths_per_lane
 
     config = StudentConfig.load(ROOT / "config" / "student_config.json")
     shape = TEACHERS[args.teacher]
@@ -149,7 +150,7 @@ def build_workload(args: argparse.Namespace):
         latent_size=student.latent_size,
         batch_size=args.batch_size,
         gradient_checkpointing=args.checkpointing,
-        stored_latents=stored_latents(True, renoised=True),
+        stored_latents=stored_latents(paths_per_lane(args.batch_size), renoised=True),
         mean_text_tokens=NUM_TOKENS,
         negative_text_tokens=NUM_TOKENS,
         text_encoder_parameters=0,

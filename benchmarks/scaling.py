@@ -28,6 +28,7 @@ from wandistiller.budget.workload import (
 )
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import count_parameters, weight_bytes
+from wandistiller.targets.trajectories import paths_per_lane
 
 PAGES = (ROOT / "docs" / "scaling.md", ROOT / "docs" / "memory.md")
 GIB, GB = 2**30, 1e9
@@ -76,7 +77,7 @@ def workload(num_gpus: int = 1, **changes) -> Workload:
         batch_size=BATCH_SIZE,
         num_processes=num_gpus,
         num_features=student.depth,
-        stored_latents=stored_latents(True, renoised=True),
+        stored_latents=stored_latents(paths_per_lane(BATCH_SIZE * num_gpus), renoised=True),
         num_steps=math.ceil(NUM_PROMPTS / (BATCH_SIZE * num_gpus)),
         num_prompts=NUM_PROMPTS,
         mean_text_tokens=MEAN_TEXT_TOKENS,

@@ -49,6 +49,7 @@ from wandistiller.targets.answers import Answer
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.replay import ReplayedAnswers
 from wandistiller.targets.states import StatesOptions, build_states
+from wandistiller.targets.trajectories import paths_per_lane
 from wandistiller.training.optimizer import OptimizationOptions, make_optimizer
 from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
@@ -91,9 +92,8 @@ def test_latents_that_training_states_keep(kind, fraction):
     settings = resolve_settings(mock_wan_files(config))
     states = build_states(StatesOptions(kind=kind, renoise_fraction=fraction), config, settings, 30, Lanes(3))
     latents = [tensor for tensor in states.state_dict().values() if tensor.ndim == 5]  # (lanes, kept, C, H, W)
-    assert stored_latents(STATES[kind].has_paths, renoised=fraction > 0) * 3 == sum(
-        len(tensor.flatten(0, 1)) for tensor in latents
-    )
+    num_paths = paths_per_lane(3) if STATES[kind].has_paths else 0
+    assert stored_latents(num_paths, renoised=fraction > 0) * 3 == sum(len(tensor.flatten(0, 1)) for tensor in latents)
 
 
 class CountingAnswers:
@@ -134,7 +134,7 @@ def test_bytes_of_a_checkpoint_on_disk(train, teachers, tmp_path):
     assert outcome.code == 0, outcome.err
     checkpoint = max((tmp_path / "out" / "checkpoints").glob("*/*.safetensors"))
     student = StudentConfig.from_dict(PRUNED_CONFIG)
-    stored = stored_latents(True, renoised=True)
+    stored = stored_latents(paths_per_lane(4), renoised=True)
     workload = Workload(teacher=student, student=student, latent_size=4, batch_size=4, stored_latents=stored)
     (checkpoints,) = [part for part in disk_budget(workload) if part.name == "checkpoints"]
     saved = sum(tensor.nbytes for tensor in load_file(checkpoint).values())
@@ -210,7 +210,7 @@ def test_a_text_encoder_that_the_prompt_cache_may_spare_makes_nothing_certain():
         ({"uses_guidance": False}, "teacher activations", 1 / 2),
         ({"batch_size": 8}, "student activations", 2),
         ({"batch_size": 8}, "feature targets", 2),
-        ({"stored_latents": 72}, "training states", 9),
+        ({"stored_latents": 18}, "training states", 9),
         ({"num_processes": 4, "shard_student": True}, "optimizer moments", 1 / 4),
         ({"num_processes": 4, "shard_student": True}, "average of weights", 1 / 4),
         ({"num_processes": 4}, "optimizer moments", 1),

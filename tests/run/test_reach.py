@@ -16,7 +16,7 @@ from support.runs import PRUNED_CONFIG, weights_of
 from support.states import make_noise, make_pool, make_renoised
 from wandistiller.run import build, reach
 from wandistiller.targets.prompt_order import PromptOrder, reached_prompts
-from wandistiller.targets.trajectories import most_path_prompts
+from wandistiller.targets.trajectories import most_path_prompts, paths_per_lane
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 
 NUM_PROMPTS = 700
@@ -58,7 +58,7 @@ def test_paths_take_no_more_prompts_than_is_said_and_not_far_fewer(monkeypatch, 
         changes["calls_per_expert"] = 4
     for num_batches in (1, 7, 40, 300):
         states = make_renoised(0.25, **changes) if kind == "renoised" else make_pool(**changes)
-        taken, most = taken_by(states, num_batches, monkeypatch), most_path_prompts(num_batches, 8, num_steps)
+        taken, most = taken_by(states, num_batches, monkeypatch), most_path_prompts(num_batches, 8, num_steps, 8)
         assert taken <= most
         if kind == "paths" and num_batches == 300:
             assert most < 2.5 * taken
@@ -121,7 +121,7 @@ def test_only_reachable_prompts_are_encoded_and_the_student_is_the_same(
     outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--prompt_cache", few)
     assert outcome.code == 0, outcome.err
     encoded = len(keys_in(few)) - 1  # the negative prompt is one of them
-    assert encoded == most_path_prompts(2, 2, 50)  # 8 steps with the default replay of 4
+    assert encoded == most_path_prompts(2, 2, 50, paths_per_lane(2))  # 8 steps with the default replay of 4
     assert f"Of them {encoded} are encoded" in outcome.out and f"Prompts: {NUM_PROMPTS}" in outcome.out
 
     with monkeypatch.context() as patched:  # everything is encoded, and then each run reads the same embeddings

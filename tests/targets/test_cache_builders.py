@@ -159,7 +159,10 @@ def test_each_part_holds_what_its_own_paths_are_answered_and_is_read_in_order(al
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 8, 11])
 def test_parts_share_out_the_paths_and_the_prompts_of_one_build(num_parts):
     draw = DrawOptions(latent_shape=(1, 2, 2), num_prompts=10, lanes=Lanes(2), shift=3.0, seed=4)
-    built = [TrajectoryStates(draw.of_part(part, num_parts), PathOptions(num_steps=8)) for part in range(num_parts)]
+    built = [
+        TrajectoryStates(draw.of_part(part, num_parts), PathOptions(num_steps=8, per_lane=8))
+        for part in range(num_parts)
+    ]
     assert sum(states.num_paths for states in built) == max(8, num_parts)
     assert len({states.latents.sum().item() for states in built}) == num_parts  # noises of their own
     whole = PromptOrder(10, seed=4)

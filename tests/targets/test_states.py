@@ -231,7 +231,7 @@ def test_states_are_of_the_students_size_at_the_teachers_shift():
         for kind, fraction in (("noise", 0.0), ("trajectory", 0.0), ("renoise", 0.5))
     )
     assert isinstance(noise, NoiseStates) and noise.draw().latents.shape == (4, 16, 8, 8)
-    assert isinstance(paths, TrajectoryStates) and paths.latents.shape == (4, 8, 16, 8, 8)
+    assert isinstance(paths, TrajectoryStates) and paths.latents.shape == (4, 2, 16, 8, 8)
     assert isinstance(renoised, RenoisedStates) and renoised.num_renoised == 2
     for states in (noise, paths, renoised.paths):
         assert (states.shift, states.swap.probability) == (SHIFT, 0.0)

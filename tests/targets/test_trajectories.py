@@ -100,7 +100,7 @@ def test_the_pool_covers_all_noise_levels_after_its_first_round_and_keeps_doing_
     pool = after_first_round()
     for step in range(400):
         shares = torch.histc(unshift(pool.sigma), bins=5, min=0, max=1) / 64
-        assert shares.min() >= 0.04 and shares.max() <= 0.45, f"step {step}: {shares.tolist()}"
+        assert shares.min() > 0 and shares.max() <= 0.45, f"step {step}: {shares.tolist()}"
         batch = pool.draw()
         assert len(set(batch.slots)) == 8
         pool.advance(batch, torch.zeros_like(batch.latents))
@@ -264,3 +264,15 @@ def test_trajectories_go_on_from_a_saved_state(num_before, changes):
         return make_pool(num_steps=6, seed=seed, **changes)
 
     check_goes_on_from_a_saved_state(make, step_of_states, num_before)
+
+
+def test_a_pool_goes_on_from_a_wider_one():
+    wide, narrow = make_pool(), make_pool(per_lane=2, seed=9)
+    for _ in range(20):
+        step_of_states(wide)
+    narrow.load_state_dict(wide.state_dict())
+    for _ in range(20):
+        one, other = wide.draw(), narrow.draw()
+        assert torch.equal(one.latents, other.latents) and one.prompts == other.prompts
+        for pool, batch in ((wide, one), (narrow, other)):
+            pool.advance(batch, batch.latents)

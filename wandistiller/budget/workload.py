@@ -26,7 +26,7 @@ from wandistiller.model.sizes import (
 from wandistiller.targets.renoise import SAMPLES_PER_LANE
 from wandistiller.targets.replay import feature_bytes
 from wandistiller.targets.segments import ready_per_lane
-from wandistiller.targets.trajectories import PATHS_PER_LANE
+from wandistiller.targets.trajectories import FEW_PATHS_PER_LANE, PATHS_PER_LANE
 from wandistiller.training.optimizer import NEWTON_SCHULZ_STEPS
 
 # The bytes that AdamW's two moments take for each parameter. Muon has one, in float32, of the matrices that it moves.
@@ -106,7 +106,7 @@ class Workload:
     num_features: int = 0
     maps_features: bool = False
     replayed_batches: int = 0
-    stored_latents: int = PATHS_PER_LANE
+    stored_latents: int = FEW_PATHS_PER_LANE
     calls_per_step: float = 1.0
     num_steps: int = 1
     num_prompts: int = 1
@@ -148,12 +148,17 @@ class Workload:
         return max(self.text_tokens, self.negative_text_tokens + 1 if self.uses_guidance else 0)
 
 
-def stored_latents(has_paths: bool, *, renoised: bool = False, has_segments: bool = False, num_sizes: int = 1) -> int:
-    """Return how many latents the training states keep on the device, per sample of a batch, over all image sizes."""
+def stored_latents(num_paths: int, *, renoised: bool = False, has_segments: bool = False, num_sizes: int = 1) -> int:
+    """Return how many latents the training states keep on the device, per sample of a batch, over all image sizes.
+
+    Args:
+        num_paths: sampling paths of a lane; 0 where the states lie on none. Segments have a pool of their own.
+    """
     if has_segments:
         # Starts, ends and velocities of the paths; states and velocities of the targets that are known
         return sum(3 * paths + 2 * ready_per_lane(paths) for paths in shares(PATHS_PER_LANE, num_sizes))
-    return 0 if not has_paths else PATHS_PER_LANE + (SAMPLES_PER_LANE if renoised else 0)
+    # Every size has a path of its own:
+    return 0 if not num_paths else max(num_paths, num_sizes) + (SAMPLES_PER_LANE if renoised else 0)
 
 
 # ---- memory ----

@@ -37,6 +37,7 @@ from wandistiller.run.plan import Plan
 from wandistiller.run.reach import most_encoded, some_of, token_counts
 from wandistiller.run.states_kinds import STATES
 from wandistiller.targets.replay import stored_batches
+from wandistiller.targets.states import pool_per_lane
 from wandistiller.training.checkpoints import Checkpoints
 
 
@@ -91,7 +92,9 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
         maps_features=config.block != "wan" or flags.student.init == "random",
         replayed_batches=stored_batches(plan.num_steps, states.replay, num_sizes) if replays else 0,
         stored_latents=stored_latents(
-            STATES[states.states].has_paths,
+            pool_per_lane(plan.states_options, plan.settings, plan.lanes.total)
+            if STATES[states.states].has_paths
+            else 0,
             renoised=states.renoise_fraction > 0,
             has_segments=flags.objective.student_steps is not None,
             num_sizes=num_sizes,

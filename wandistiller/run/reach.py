@@ -10,6 +10,7 @@ from wandistiller.targets.prompt_order import reached_prompts
 from wandistiller.targets.replay import answered_batches
 from wandistiller.targets.segments import most_segment_prompts
 from wandistiller.targets.shares import Share
+from wandistiller.targets.states import pool_per_lane
 from wandistiller.targets.trajectories import most_path_prompts
 from wandistiller.wan.text_encoder import EncodingOptions, count_tokens
 
@@ -64,7 +65,8 @@ def most_taken_at(plan: "Plan", share: Share) -> int:
         return num_parts * num_batches * num_lanes
     if num_segments := plan.flags.objective.student_steps:
         return most_segment_prompts(num_batches, num_lanes, num_segments)
-    return num_parts * most_path_prompts(num_batches, num_lanes, plan.settings.num_inference_steps)
+    per_lane = pool_per_lane(plan.states_options, plan.settings, num_lanes)
+    return num_parts * most_path_prompts(num_batches, num_lanes, plan.settings.num_inference_steps, per_lane)
 
 
 def reachable_prompts(run: "Run") -> Sequence[int]:

@@ -29,7 +29,7 @@ from wandistiller.targets.prompt_order import PromptSwap
 from wandistiller.targets.renoise import RenoisedStates
 from wandistiller.targets.shares import ExpertTurn, Share
 from wandistiller.targets.state_batch import DrawOptions, StateBatch
-from wandistiller.targets.trajectories import PathOptions, TrajectoryStates
+from wandistiller.targets.trajectories import PathOptions, TrajectoryStates, paths_per_lane
 from wandistiller.wan.settings import TeacherSettings
 
 
@@ -94,12 +94,19 @@ def _path_states(options: StatesOptions, draw: DrawOptions, settings: TeacherSet
     """Build a pool of sampling paths. A path begins at sigma 1, so the range of noise levels must end there."""
     paths = PathOptions(
         num_steps=settings.num_inference_steps,
+        per_lane=pool_per_lane(options, settings, draw.lanes.total),
         boundary=settings.boundary_ratio,
         calls_per_expert=options.calls_per_expert,
     )
     if options.renoise_fraction:
         return RenoisedStates(draw, paths, options.renoise_fraction)
     return TrajectoryStates(draw, paths)
+
+
+def pool_per_lane(options: StatesOptions, settings: TeacherSettings, num_lanes: int) -> int:
+    """Return how many sampling paths each of so many lanes has, where the states lie on such paths."""
+    in_turns = settings.boundary_ratio is not None and options.calls_per_expert > 0
+    return paths_per_lane(num_lanes, in_turns=in_turns)
 
 
 # A kind fills whole batches. What only takes a share of a batch of paths is a fraction, as `renoise_fraction` is; "trajectory" and

@@ -1,5 +1,6 @@
 """Training states on the teacher's own sampling paths, which its answers move on."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +15,11 @@ from wandistiller.targets.state_dicts import LANE_PREFIX
 # A path of a teacher that answers at all noise levels takes from a quarter of the teacher's steps to half of them. The states of one
 # path are alike, so that at equal calls short paths teach more, until the error of their steps outweighs that (docs/experiments.md).
 STEPS_SHARE = (0.25, 0.5)
-# So many paths mix many prompts in a batch, and each path is still finished soon.
+# Where experts take turns, or paths are cut into segments, every lane needs paths at all noise levels at once.
 PATHS_PER_LANE = 8
+# Elsewhere a lane has these, or as many more as a pool of MIN_POOL takes, which mixes the prompts of small batches. The first path of
+# every slot begins with one long step that no sampler takes, and a wide pool spends much of a short run on those.
+FEW_PATHS_PER_LANE, MIN_POOL = 2, 8
 # The turn of the expert in use ends when a smaller share of the lanes has a path left on its side of the boundary.
 ENOUGH_LANES = 0.75
 
@@ -26,14 +30,19 @@ def steps_of_paths(num_steps: int) -> tuple[int, int]:
     return low, high
 
 
-def most_path_prompts(num_batches: int, num_lanes: int, num_steps: int) -> int:
+def paths_per_lane(num_lanes: int, *, in_turns: bool = False) -> int:
+    """Return how many paths a lane has; `in_turns` says that a teacher's two experts answer in turns."""
+    return PATHS_PER_LANE if in_turns else min(max(FEW_PATHS_PER_LANE, math.ceil(MIN_POOL / num_lanes)), PATHS_PER_LANE)
+
+
+def most_path_prompts(num_batches: int, num_lanes: int, num_steps: int, per_lane: int) -> int:
     """Return how many prompts a pool of paths takes at most while so many batches are answered.
 
     A lane takes a prompt for each path that it begins with, for each that comes after one of those, which may be short, and for
     each that comes after a path of the usual length.
     """
     shortest = steps_of_paths(num_steps)[0]
-    return num_lanes * (PATHS_PER_LANE + min(num_batches, PATHS_PER_LANE + num_batches // shortest))
+    return num_lanes * (per_lane + min(num_batches, per_lane + num_batches // shortest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +57,7 @@ class PathOptions:
     """
 
     num_steps: int
-    per_lane: int = PATHS_PER_LANE
+    per_lane: int
     boundary: float | None = None
     calls_per_expert: int = 0
 
@@ -86,7 +95,6 @@ class TrajectoryStates:
         self.lanes = options.lanes
         self.shift = options.shift
         self.swap = options.swap
-        self.num_paths = options.share.of(paths.per_lane)
         self.num_steps = paths.num_steps
         self.boundary = paths.boundary
         self.calls_per_expert = paths.calls_per_expert if paths.boundary is not None else 0
@@ -99,21 +107,26 @@ class TrajectoryStates:
         self.num_rounds = 0 if self.levels is None else paths.per_lane
         self.turn = options.expert_turn
 
-        total, device = self.lanes.total, options.device
-        pool_size = self.num_paths * total
-        self.latents = torch.empty(self.lanes.count, self.num_paths, *self.latent_shape, device=device)
-        self.prompts = torch.zeros(pool_size, dtype=torch.long)
-        self.grids = torch.zeros(pool_size, self.num_steps + 2)  # each path's noise levels, the last of them at `last`
-        self.last = torch.zeros(pool_size, dtype=torch.long)
-        self.positions = torch.zeros(pool_size, dtype=torch.long)
-        self.lots = torch.zeros(pool_size)
-        self.is_teachers = torch.zeros(pool_size, dtype=torch.bool)  # paths that followed the teacher alone so far
+        total = self.lanes.total
+        self._make_pool(options.share.of(paths.per_lane), options.device)
         within = [torch.randperm(total, generator=self.generator) for _ in range(self.num_paths)]
         levels = (torch.arange(self.num_paths)[:, None] + (torch.stack(within) + 0.5) / total) / self.num_paths
         for slot, level in enumerate(levels.flatten().tolist()):
             self._start(slot, self._first_grid(self.u_low + (1 - self.u_low) * level))
         if self.levels is None:
             self.is_teachers.fill_(False)  # the jump of the first round is too long a step for a true sample
+
+    def _make_pool(self, num_paths: int, device: str | torch.device) -> None:
+        """Allocate so many paths of every lane."""
+        self.num_paths = num_paths
+        pool_size = num_paths * self.lanes.total
+        self.latents = torch.empty(self.lanes.count, num_paths, *self.latent_shape, device=device)
+        self.prompts = torch.zeros(pool_size, dtype=torch.long)
+        self.grids = torch.zeros(pool_size, self.num_steps + 2)  # each path's noise levels, the last of them at `last`
+        self.last = torch.zeros(pool_size, dtype=torch.long)
+        self.positions = torch.zeros(pool_size, dtype=torch.long)
+        self.lots = torch.zeros(pool_size)
+        self.is_teachers = torch.zeros(pool_size, dtype=torch.bool)  # paths that followed the teacher alone so far
 
     @staticmethod
     def _levels_of_paths(options: DrawOptions) -> Tensor | None:
@@ -261,10 +274,10 @@ class TrajectoryStates:
         self.is_teachers[slot] = True
 
     def _first_grid(self, level: float) -> Tensor:
-        """Return the noise levels of a first path: from 1 straight to u = `level`, and on in steps of the teacher's own size."""
+        """Return the noise levels of a first path: from 1 straight to u = `level`, and on in the steps of a later path."""
         if self.levels is not None:
             return self.levels
-        num_steps = round((level - self.u_low) / (1 - self.u_low) * self.num_steps)
+        num_steps = round((level - self.u_low) / (1 - self.u_low) * self._random_steps())
         u = torch.linspace(level, self.u_low, max(1, num_steps) + 1)
         return shift_sigma(torch.cat([torch.ones(1), u]), self.shift)
 
@@ -282,6 +295,9 @@ class TrajectoryStates:
         return self.order.state_dict() | own | {"counters": counters, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        num_paths = len(state["last"]) // self.lanes.total
+        if num_paths != self.num_paths:  # of an earlier version, whose pools were wider
+            self._make_pool(num_paths, self.latents.device)
         for name in self._TENSORS:
             getattr(self, name).copy_(state[name])
         self.latents.copy_(state[f"{LANE_PREFIX}latents"])
