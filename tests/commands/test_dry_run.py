@@ -98,7 +98,7 @@ def test_the_full_size_a14b_from_the_shell_in_seconds(a14b, tmp_path):
     for name, size in {"student weights": 4, "gradients": 4, "optimizer moments": 8, "average of weights": 4}.items():
         assert gib[name] == pytest.approx(size * student / GIB, abs=0.01), name
     assert gib["text encoder"] == pytest.approx(2 * 5_680_910_336 / GIB, abs=0.01)
-    # 8 paths and 64 finished samples for each of the 4 prompts of a batch, 16 channels of 64 x 64 in float32:
+    # 2 paths and 64 finished samples for each of the 4 prompts of a batch, 16 channels of 64 x 64 in float32:
     assert gib["training states"] == pytest.approx((2 + 64) * 4 * 16 * 64 * 64 * 4 / GIB, abs=0.01)
     assert gib["student"] == pytest.approx(4 * student / GIB, abs=0.01)
     always = [

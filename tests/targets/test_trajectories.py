@@ -97,13 +97,15 @@ def test_a_path_along_the_true_velocity_ends_at_the_clean_sample():
 
 
 def test_the_pool_covers_all_noise_levels_after_its_first_round_and_keeps_doing_so():
-    pool = after_first_round()
+    pool, total = after_first_round(), torch.zeros(5)
     for step in range(400):
         shares = torch.histc(unshift(pool.sigma), bins=5, min=0, max=1) / 64
+        total += shares
         assert shares.min() > 0 and shares.max() <= 0.45, f"step {step}: {shares.tolist()}"
         batch = pool.draw()
         assert len(set(batch.slots)) == 8
         pool.advance(batch, torch.zeros_like(batch.latents))
+    assert (total / 400).min() > 0.08, total / 400  # one step's shares vary, since paths have few levels
 
 
 def test_batches_are_stratified_over_the_pools_noise_levels():

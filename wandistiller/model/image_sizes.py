@@ -12,7 +12,7 @@ from typing import NamedTuple
 from wandistiller.errors import UserError
 
 MAX_RATIO = 4.0  # of the longer side to the shorter: Wan was trained on nothing near it
-# A run's pool of sampling paths, PATHS_PER_LANE of them, is split over its sizes.
+# Each size has a sampling path of every lane at least, of no more than PATHS_PER_LANE together.
 MAX_SIZES = 8
 MAX_SIDE = 32_768  # MAX_PATCHES of 32 pixels
 # A size is like another one where no side differs by more than this factor.
