@@ -24,9 +24,9 @@ from wandistiller.files.output_folder import (
     check_replaceable,
     prepare_output_folder,
 )
-from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize
+from wandistiller.prompts.prompts import load_prompts
 from wandistiller.sampling.recorded import (
     StudentRecord,
     TeacherLoras,

@@ -23,8 +23,8 @@ from wandistiller.files.output_folder import (
     prepare_output_folder,
     removed_if_empty,
 )
-from wandistiller.files.prompts import is_endless, load_prompts, slug, unusable
 from wandistiller.model.config import StudentConfig
+from wandistiller.prompts.prompts import is_endless, load_prompts, slug, unusable
 from wandistiller.sampling.drawing import Artist, check_picture_size, untrained_warnings
 from wandistiller.sampling.recorded import (
     TeacherLoras,

@@ -262,7 +262,7 @@ def fitted_lora(flags: Flags, config: StudentConfig, expert: str, student_lora: 
 
 def prompts_of_paths(flags: Flags, options: "CalibrationOptions") -> Sequence[str]:
     """Read the prompts to ask the teacher; of templates, which give them without end, one for each path."""
-    from wandistiller.files.prompts import is_endless, load_prompts
+    from wandistiller.prompts.prompts import is_endless, load_prompts
 
     found = load_prompts(flags.calibration_prompts or "").prompts
     return found[: options.num_paths + options.num_held_back] if is_endless(found) else found

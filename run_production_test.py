@@ -22,8 +22,8 @@ from wandistiller.files.output_folder import (
     prepare_output_folder,
     set_aside_previous_student,
 )
-from wandistiller.files.prompts import is_endless, load_prompts
 from wandistiller.model.config import StudentConfig
+from wandistiller.prompts.prompts import is_endless, load_prompts
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from wandistiller.model.transformer import WanLiteStudent
@@ -130,8 +130,8 @@ def show_budget(
 ) -> None:
     """Print what --dry_run of the trainer prints, with its default flags; flags can be changed, so that nothing fails here."""
     from wandistiller.device import pick_device, pick_dtype
-    from wandistiller.files.prompts import NUM_HELD_OUT, Texts
     from wandistiller.processes import Processes
+    from wandistiller.prompts.prompts import NUM_HELD_OUT, Texts
     from wandistiller.run.dry_run import print_budget_tables
     from wandistiller.run.flags import parse_args as parse_training_flags
     from wandistiller.run.plan import Plan, find_encoder, possible_flags, with_defaults

@@ -13,8 +13,8 @@ import sys
 
 from wandistiller.command_line import end_process, run_command
 from wandistiller.files.output_folder import check_output_folder
-from wandistiller.files.prompts import TextPaths, read_texts
 from wandistiller.model.config import StudentConfig
+from wandistiller.prompts.prompts import TextPaths, read_texts
 from wandistiller.run.config_help import print_config
 from wandistiller.run.flags import Flags, check_is_here, parse_args
 

@@ -33,7 +33,6 @@ sys.path.insert(0, str(ROOT))
 
 from wandistiller.evaluation.demo_judge import OBJECT_RGB, judge
 from wandistiller.files.pictures import labelled_grid, save_png
-from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.calibration import draw_states, options_for
@@ -42,6 +41,7 @@ from wandistiller.projection.lora_fit import fit_lora
 from wandistiller.projection.project import project_teacher
 from wandistiller.projection.selection import Selection
 from wandistiller.projection.selection_record import read_made_of
+from wandistiller.prompts.prompts import load_prompts
 from wandistiller.sampling.flow import seeded_noise, shift_sigma, sigma_to_timestep
 from wandistiller.sampling.recorded import embed_with_negative
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches, student_as_teacher

@@ -25,12 +25,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.calibrated import Calibration, calibrate, calibrated_student, velocity_error
 from wandistiller.projection.calibration import CalibrationOptions, draw_states, options_for
 from wandistiller.projection.project import project_experts, project_teacher
+from wandistiller.prompts.prompts import load_prompts
 from wandistiller.sampling.flow import sigma_to_timestep
 from wandistiller.sampling.recorded import embed_with_negative
 from wandistiller.sampling.teacher import Teacher

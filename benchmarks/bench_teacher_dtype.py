@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 from wandistiller.device import autocast
 from wandistiller.evaluation.held_out import HeldOutErrors
 from wandistiller.evaluation.measures import endpoint_error, relative_errors
-from wandistiller.files.prompts import load_prompts
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import project_experts
+from wandistiller.prompts.prompts import load_prompts
 from wandistiller.sampling.recorded import embed_with_negative
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample, student_as_teacher
 from wandistiller.sampling.teacher import Teacher

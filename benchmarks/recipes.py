@@ -21,9 +21,9 @@ import torch
 from benchmarks.pages import print_or_write
 from benchmarks.scaling import GIB, H100, MEAN_TEXT_TOKENS, MFUS, NEGATIVE_TEXT_TOKENS, RUNS, markdown
 from wandistiller.budget.workload import Workload, disk_budget, held_out_flops, memory_budget, peak_bytes, step_flops
-from wandistiller.files.prompts import Texts
 from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
+from wandistiller.prompts.prompts import Texts
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.flags import parse_args
 from wandistiller.run.plan import Plan, with_defaults

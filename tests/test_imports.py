@@ -27,6 +27,7 @@ FLOORS = [
     "sampling",
     "wan",
     "model",
+    "prompts",
     "files",
     "processes",
     "device",

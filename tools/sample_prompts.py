@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from wandistiller.command_line import FlagParser, number, path, run_command
-from wandistiller.files.prompt_templates import TemplatePrompts, Templates
+from wandistiller.prompts.templates import TemplatePrompts, Templates
 
 
 def main(argv: list[str] | None = None) -> int:

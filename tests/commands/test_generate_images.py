@@ -20,10 +20,10 @@ from support.runs import snapshot
 from support.students import PROMPTS, train_student, write_teacher
 from support.wan_folders import write_pipeline_folder
 from wandistiller.command_line import run_command
-from wandistiller.files.prompt_templates import is_held_out
 from wandistiller.files.safetensors_files import read_header
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.prompts.templates import is_held_out
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, sample
 from wandistiller.wan.settings import DEFAULT_NEGATIVE_PROMPT

@@ -250,7 +250,7 @@ def test_a_full_width_student_follows_the_teacher_through_the_layers_it_has(tiny
 
 
 def test_the_refitted_demo_student_starts_nearer_to_its_teacher():
-    from wandistiller.files.prompts import load_prompts
+    from wandistiller.prompts.prompts import load_prompts
     from wandistiller.sampling.recorded import embed_with_negative
 
     config = StudentConfig.load(ROOT / "config" / "demo_student_config.json")

@@ -1,6 +1,6 @@
 """Captions of tables, folders, globs and packed files; csv, json, gzip and pyarrow write what is read here.
 
-pytest tests/files/test_caption_files.py
+pytest tests/prompts/test_caption_files.py
 """
 
 import bz2
@@ -17,9 +17,9 @@ import pyarrow.parquet
 import pytest
 
 from wandistiller.errors import UserError
-from wandistiller.files import caption_files
-from wandistiller.files.caption_files import read_rows
-from wandistiller.files.prompts import load_prompts
+from wandistiller.prompts import caption_files
+from wandistiller.prompts.caption_files import read_rows
+from wandistiller.prompts.prompts import load_prompts
 
 CAPTIONS = [
     "a cat, asleep",

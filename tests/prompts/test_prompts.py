@@ -1,6 +1,6 @@
 """The prompts file, whatever an editor made of it, and Wan's cleaning of prompts; diffusers is the oracle of the cleaning.
 
-pytest tests/files/test_prompts.py
+pytest tests/prompts/test_prompts.py
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from wandistiller.errors import UserError
-from wandistiller.files.prompts import clean_prompt, load_prompts, slug
+from wandistiller.prompts.prompts import clean_prompt, load_prompts, slug
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [

@@ -2,7 +2,7 @@ r"""Prompt templates: what each part of the syntax gives, the same prompts for t
 
 Expected sets of prompts are written by hand; the held-out rule and the a or an of the shipped templates are checked apart.
 
-pytest tests/files/test_prompt_templates.py
+pytest tests/prompts/test_templates.py
 """
 
 import collections
@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from wandistiller.errors import UserError
-from wandistiller.files.prompt_templates import TemplatePrompts, Templates, is_held_out
-from wandistiller.files.prompts import TextPaths, load_prompts, read_texts
+from wandistiller.prompts.prompts import TextPaths, load_prompts, read_texts
+from wandistiller.prompts.templates import TemplatePrompts, Templates, is_held_out
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "data" / "prompt_templates"
@@ -124,7 +124,7 @@ def test_a_prompt_is_a_function_of_seed_and_index_alone(tmp_path):
     forwards = [prompts[index] for index in range(50)]
     assert [prompts[index] for index in reversed(range(50))][::-1] == forwards == prompts[:50]
     assert prompts[-1] == prompts[2**20 - 1] and forwards != TemplatePrompts(templates, seed=4)[:50]
-    code = f"from wandistiller.files.prompts import load_prompts; print(load_prompts({str(tmp_path)!r}, seed=3).prompts[:50])"
+    code = f"from wandistiller.prompts.prompts import load_prompts; print(load_prompts({str(tmp_path)!r}, seed=3).prompts[:50])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == str(forwards)
     with pytest.raises(IndexError):

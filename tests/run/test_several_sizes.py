@@ -22,10 +22,10 @@ import generate_images
 from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG, read_metrics, weights_of
 from support.students import train_student, write_teacher
 from wandistiller.budget.workload import memory_budget
-from wandistiller.files.prompts import TextPaths, read_texts
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.comfyui_workflow import Workflow, api_workflow
+from wandistiller.prompts.prompts import TextPaths, read_texts
 from wandistiller.reports.studio import Studio, StudioOptions, Wish
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.flags import parse_args

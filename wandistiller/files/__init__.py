@@ -1,4 +1,4 @@
-"""What is read from and written to disk with care: atomic writes, checked JSON, safetensors, prompts, pictures, the hub.
+"""What is read from and written to disk with care: atomic writes, checked JSON, safetensors, pictures, the hub.
 
 It may import only the modules beside the packages.
 """

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import overload
 
 from wandistiller.errors import UserError
-from wandistiller.files.caption_files import CONTROL, TEXT, WrongRow, find_caption_files, kind_of, read_rows
 from wandistiller.files.json_files import JsonError, parse_json
-from wandistiller.files.prompt_templates import TemplatePrompts, Templates, is_template
+from wandistiller.prompts.caption_files import CONTROL, TEXT, WrongRow, find_caption_files, kind_of, read_rows
+from wandistiller.prompts.templates import TemplatePrompts, Templates, is_template
 
 SLUG_LENGTH = 48  # letters of a prompt in the name of its picture
 NUM_HELD_OUT = 16  # a run measures on so many prompts
@@ -65,7 +65,7 @@ def load_prompts(
     held_out: bool = False,
     keeps_repeats: bool = False,
 ) -> PromptFile:
-    """Read the prompts of a file, of a folder or of a glob (caption_files.py), or those that templates give (prompt_templates.py).
+    """Read the prompts of a file, of a folder or of a glob (caption_files.py), or those that templates give (templates.py).
 
     Of a text file every line is a prompt but for blank lines and `#` lines. Repeats are left out, of a table also the rows whose
     caption is empty or no text.

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import overload
 
 from wandistiller.errors import UserError
-from wandistiller.files.caption_files import CONTROL, read_rows
 from wandistiller.files.paths import stays_inside
+from wandistiller.prompts.caption_files import CONTROL, read_rows
 
 SUFFIX = ".template.txt"
 NUM_DRAWN = 2**20  # prompts that a run draws from; fewer where the templates give only FEW or fewer

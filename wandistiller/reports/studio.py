@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import STUDENT_NAMES
-from wandistiller.files.prompts import slug, unusable
 from wandistiller.model.config import StudentConfig
+from wandistiller.prompts.prompts import slug, unusable
 from wandistiller.reports.cards import introduction, limits, read_evaluation
 from wandistiller.reports.tables import equal_steps
 from wandistiller.sampling.drawing import Artist, check_picture_size, untrained_warnings

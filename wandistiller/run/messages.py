@@ -13,9 +13,9 @@ from tqdm import tqdm
 from wandistiller.command_line import command_words, torchrun_environment
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_WORLD, HELD_OUT_PROMPTS
 from wandistiller.files.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
-from wandistiller.files.prompt_templates import TemplatePrompts
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.model.image_sizes import square
+from wandistiller.prompts.templates import TemplatePrompts
 from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,

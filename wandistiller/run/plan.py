@@ -9,11 +9,11 @@ import torch
 
 from wandistiller.device import pick_device, pick_dtype, pick_teacher_dtype
 from wandistiller.errors import UserError
-from wandistiller.files.prompts import Texts
 from wandistiller.model.config import MAX_PATCHES, StudentConfig
 from wandistiller.model.image_sizes import ImageSize, check_sizes, sizes_of_ratios, square
 from wandistiller.processes import Processes, join
 from wandistiller.projection.selection import check_fits
+from wandistiller.prompts.prompts import Texts
 from wandistiller.reports.trackers import check_report
 from wandistiller.run.defaults import suggested_lr, suggested_replay, suggested_warmup
 from wandistiller.run.flags import Flags

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from wandistiller.errors import UserError
 from wandistiller.files.clone import CLONE, DEMO_TEACHER, DEMO_WORLD
 from wandistiller.files.hub import hub_id, is_hub_id
-from wandistiller.files.prompts import NUM_HELD_OUT, is_endless, load_prompts
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.model.image_sizes import ImageSize, square
+from wandistiller.prompts.prompts import NUM_HELD_OUT, is_endless, load_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -29,10 +29,10 @@ from wandistiller.files.atomic import remove_leftovers, write_json
 from wandistiller.files.json_files import load_json
 from wandistiller.files.locks import NoLocksError, locked_file, waited_for
 from wandistiller.files.output_folder import check_output_folder
-from wandistiller.files.prompts import identity_of
 from wandistiller.files.safetensors_files import open_safetensors
 from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
+from wandistiller.prompts.prompts import identity_of
 from wandistiller.targets.answers import Answer, AnswerQueue, TeacherAnswers
 from wandistiller.targets.cache_parts import CachePart, PartBuild, part_of_process
 from wandistiller.targets.cache_shards import (

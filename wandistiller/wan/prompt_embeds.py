@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
-from wandistiller.files.prompts import clean_prompt
+from wandistiller.prompts.prompts import clean_prompt
 
 MOCK_SCALE = 0.1
 MOCK_KEPT_BYTES = 256 * 2**20  # at most, of what was made already

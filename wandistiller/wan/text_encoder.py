@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError, first_line
-from wandistiller.files.prompts import clean_prompt
 from wandistiller.model.config import StudentConfig
+from wandistiller.prompts.prompts import clean_prompt
 from wandistiller.wan.prompt_cache import PromptCache
 from wandistiller.wan.prompt_embeds import PromptEmbeds, mock_prompt_embeds
 from wandistiller.wan.text_encoder_files import TextEncoderFiles
