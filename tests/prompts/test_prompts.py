@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from wandistiller.errors import UserError
-from wandistiller.prompts.prompts import clean_prompt, load_prompts, slug
+from wandistiller.prompts.prompts import clean_prompt, load_prompts, read_prompts, slug
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [
@@ -96,6 +96,17 @@ def test_cleaning_equals_diffusers_on_hard_text():
         "âœ” donâ€™t ﬁne Ａ",
     ]
     assert [clean_prompt(text) for text in hard] == [prompt_clean(text) for text in hard]
+
+
+def test_as_many_prompts_of_a_file_as_are_asked_for_are_drawn_by_the_seed(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"prompt {number}\n" for number in [*range(100), 7]), encoding="utf-8")
+    whole, some, more = (read_prompts(path, num_prompts=count, seed=1) for count in (None, 10, 20))
+    assert whole.train == load_prompts(path).prompts and whole.lines == ["Prompts: 100 (1 repeated lines left out)"]
+    assert more.train[:10] == some.train and len(set(more.train)) == 20 and some.held_out == some.train
+    assert "10 of 100, drawn with seed 1" in some.lines[0]
+    assert set(read_prompts(path, num_prompts=10, seed=2).train) != set(some.train)
+    assert read_prompts(path, num_prompts=500).train == whole.train
 
 
 TABLES = {

@@ -1,5 +1,7 @@
 """Prompts: the files that hold them, and how Wan cleans each before it is encoded."""
 
+import hashlib
+import heapq
 import html
 import itertools
 import re
@@ -15,6 +17,7 @@ from wandistiller.prompts.caption_files import CONTROL, TEXT, WrongRow, find_cap
 from wandistiller.prompts.templates import TemplatePrompts, Templates, is_template
 
 SLUG_LENGTH = 48  # letters of a prompt in the name of its picture
+NUM_OF_TEMPLATES = 4096  # prompts that templates give where nobody says how many
 NUM_HELD_OUT = 16  # a run measures on so many prompts
 
 
@@ -162,6 +165,61 @@ def clean_prompt(text: str) -> str:
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a run, drawn up front from files and templates alike.
+
+    Attributes:
+        train: prompts that are trained on.
+        held_out: prompts that errors are measured on: those of `eval_prompts`, of templates those that no run trains on, else
+            the first of `train`.
+        lines: for the screen: how many there are and where from, what was left out.
+    """
+
+    train: list[str]
+    held_out: list[str]
+    lines: list[str]
+
+
+def read_prompts(
+    path: str | Path,
+    column: str | None = None,
+    *,
+    num_prompts: int | None = None,
+    seed: int = 0,
+    eval_prompts: str | Path | None = None,
+) -> Prompts:
+    """Read or draw the prompts of a run.
+
+    Args:
+        num_prompts: how many are drawn, by `seed`; a larger number adds to them. None takes all of a file, and NUM_OF_TEMPLATES
+            of templates.
+        eval_prompts: a file or templates of the prompts that errors are measured on.
+    """
+    file = load_prompts(path, column, seed=seed)
+    own, there = file.prompts, f"{len(file.prompts):,}"
+    if isinstance(own, TemplatePrompts) and own.is_endless:
+        train = list(dict.fromkeys(own[: num_prompts or NUM_OF_TEMPLATES]))
+        held_out = own.of_held_out()[:NUM_HELD_OUT]
+        there = f"{len(train):,} drawn from {own.templates.num_templates} templates, with seed {seed}"
+    else:
+        train = list(own)
+        if num_prompts and num_prompts < len(train):
+            train = heapq.nsmallest(num_prompts, train, key=lambda prompt: _place(prompt, seed))
+            there = f"{num_prompts:,} of {there}, drawn with seed {seed}"
+        held_out = train[:NUM_HELD_OUT]
+    if eval_prompts:
+        held_out = load_prompts(eval_prompts, column, seed=seed, held_out=True).prompts[:NUM_HELD_OUT]
+    repeats = f"{file.duplicates} repeated lines left out" if file.duplicates else ""
+    left_out = "; ".join(part for part in (repeats, file.notice) if part)
+    return Prompts(train, list(held_out), [f"Prompts: {there}" + (f" ({left_out})" if left_out else "")])
+
+
+def _place(prompt: str, seed: int) -> bytes:
+    """Return where a prompt stands in the order of a seed, whatever the others are."""
+    return hashlib.sha256(f"{seed} {prompt}".encode()).digest()
 
 
 class JoinedTexts(Sequence[str]):
