@@ -234,8 +234,8 @@ def train_briefly(
 ) -> "tuple[TrainingResult, TrainingOptions]":
     import torch
 
-    from wandistiller.reports.metrics import StepMetrics
     from wandistiller.reports.progress import LINE_EVERY_S, Progress
+    from wandistiller.step_metrics import StepMetrics
     from wandistiller.targets.answers import TeacherAnswers
     from wandistiller.targets.lanes import Lanes
     from wandistiller.targets.states import StatesOptions, build_states

@@ -38,8 +38,8 @@ from wandistiller.model.sizes import (
     transformer_flops,
 )
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.reports.metrics import StepMetrics
 from wandistiller.sampling.teacher import Teacher
+from wandistiller.step_metrics import StepMetrics
 from wandistiller.training.optimizer import WeightAverage, make_optimizer
 
 WARM_UP = 10

@@ -29,6 +29,7 @@ FLOORS = [
     "model",
     "prompts",
     "files",
+    "step_metrics",
     "processes",
     "device",
     "command_line",

@@ -12,9 +12,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from support.runs import PRUNED_CONFIG
 from wandistiller.files.output_folder import set_aside_previous_student
-from wandistiller.reports.metrics import StepMetrics
 from wandistiller.reports.over_time import STUDENT_ROW, save_strip, spread_out
 from wandistiller.reports.progress import Progress
+from wandistiller.step_metrics import StepMetrics
 
 CELL = 160 + 8  # pixels of a drawn prompt in a sample picture, with its margin
 

@@ -26,9 +26,9 @@ from wandistiller import StudentConfig
 from wandistiller.files.output_folder import set_aside_previous_student
 from wandistiller.reports import metrics, plots, samples, trackers
 from wandistiller.reports.cards import try_to_write_model_card, write_model_card
-from wandistiller.reports.metrics import StepMetrics
 from wandistiller.reports.progress import Progress
 from wandistiller.run.messages import resume_command, typed_command
+from wandistiller.step_metrics import StepMetrics
 
 CELL = 160 + 8  # pixels of a drawn prompt in a sample picture, with its margin
 DRAWN = ["--guidance_scale", 1, "--num_samples", 2]

@@ -25,9 +25,9 @@ from support.runs import PRUNED_CONFIG, read_metrics
 from support.states import check_goes_on_from_a_saved_state
 from wandistiller import StudentConfig
 from wandistiller.projection.project import project_experts, project_teacher
-from wandistiller.reports.metrics import StepMetrics, mean_by_expert, mean_by_sigma
-from wandistiller.reports.progress import Progress, Stopwatch, format_duration
+from wandistiller.reports.progress import Progress, format_duration
 from wandistiller.sampling.teacher import Teacher
+from wandistiller.step_metrics import StepMetrics, Stopwatch, mean_by_expert, mean_by_sigma
 from wandistiller.targets.answers import Answer, HiddenStates, TeacherAnswers
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
@@ -727,7 +727,7 @@ def test_metrics_survive_a_loop_that_fails(tmp_path):
 
 def test_rate_and_remaining_time_count_from_the_first_step_on(monkeypatch):
     clock = iter([0.0, 10.0, 12.0, 14.0])
-    monkeypatch.setattr("wandistiller.reports.progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("wandistiller.step_metrics.time.perf_counter", lambda: next(clock))
     stopwatch = Stopwatch(num_steps=5)
     assert stopwatch.lap(1, 4) == (0.4, 10.0, 40.0)  # warming up: all there is to go by
     assert stopwatch.lap(2, 4) == (2.0, 12.0, 6.0)

@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wandistiller.reports.metrics import NUM_BUCKETS, bucket_name, mean_of
+from wandistiller.reports.metrics import bucket_name, mean_of
 from wandistiller.reports.plots import smoothing_groups
+from wandistiller.step_metrics import NUM_BUCKETS
 
 WIDTH, HEIGHT = 480, 270  # of the SVG's own units, which a narrow page shows at about a pixel each
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 24

@@ -1,6 +1,6 @@
-"""What an optimiser step measured, and how a run's metrics.jsonl is read back. Standard library only.
+"""A run's metrics.jsonl, read back: each line is one `StepMetrics`. Standard library only.
 
-Each line of metrics.jsonl is one `StepMetrics`. The plot, the summary and the model card read it. The file only tells of a run:
+The plot, the summary and the model card read it. The file only tells of a run:
 whatever is in it, or in its place, neither ends a command nor keeps a run from being resumed.
 """
 
@@ -8,64 +8,16 @@ import logging
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from wandistiller.files.json_files import parse_json
+from wandistiller.step_metrics import NUM_BUCKETS
 
 logger = logging.getLogger(__name__)
 
-NUM_BUCKETS = 10  # of noise levels, all equally wide
 FIRST_AND_LAST = 10  # the first and the last steps of a run are one part in so many
 RISE = 1.02  # a smaller rise of the held-out error is not worth a word
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one optimiser step measured. Seconds count from the start of the loop.
-
-    Attributes:
-        teacher_calls: batches that the teacher has answered so far.
-        loss_by_sigma: mean squared velocity error of the step's samples in equal buckets of sigma; None for an empty bucket.
-        loss_by_expert: the same at the noise levels of either expert, for a teacher of two.
-        feature_loss: what the feature loss adds; None for an answer without hidden states.
-        velocity_error: the held-out error, which is the relative error of the velocity at states that are never trained on, by
-            kind of state; None if this step did not measure it.
-        noise_part: size, cosine and gain of what the noise decides in the student's pictures, and their distance with its scale, as evaluation/noise_parts.py has them;
-            None if this step did not measure it.
-        memory_bytes: the most that the first process has held so far: tensors on a GPU, resident memory on the CPU.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    samples_per_s: float
-    elapsed_s: float
-    eta_s: float
-    teacher_calls: int = 0
-    loss_by_sigma: list[float | None] = field(default_factory=list)
-    loss_by_expert: dict[str, float | None] | None = None
-    feature_loss: float | None = None
-    velocity_error: dict[str, float] | None = None
-    memory_bytes: int | None = None
-    noise_part: dict[str, float | None] | None = None
-
-
-def mean_by_sigma(sigmas: Sequence[float], values: Sequence[float]) -> list[float | None]:
-    """Return the mean of the values in equal buckets of sigma [0, 1]; sigma 1 belongs to the last bucket."""
-    buckets: list[list[float]] = [[] for _ in range(NUM_BUCKETS)]
-    for sigma, value in zip(sigmas, values, strict=True):
-        buckets[min(int(sigma * NUM_BUCKETS), NUM_BUCKETS - 1)].append(value)
-    return [sum(bucket) / len(bucket) if bucket else None for bucket in buckets]
-
-
-def mean_by_expert(sigmas: Sequence[float], values: Sequence[float], boundary: float) -> dict[str, float | None]:
-    """Return the mean of the values at the noise levels of either expert; sigma = `boundary` is the high-noise expert's."""
-    sides: dict[str, list[float]] = {"high": [], "low": []}
-    for sigma, value in zip(sigmas, values, strict=True):
-        sides["high" if sigma >= boundary else "low"].append(value)
-    return {name: sum(side) / len(side) if side else None for name, side in sides.items()}
 
 
 def read_metrics(path: Path) -> list[dict]:

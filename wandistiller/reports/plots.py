@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.files.atomic import atomic_path
-from wandistiller.reports.metrics import NUM_BUCKETS, StepMetrics, bucket_name, mean_of, read_metrics, teacher_scale
+from wandistiller.reports.metrics import bucket_name, mean_of, read_metrics, teacher_scale
+from wandistiller.step_metrics import NUM_BUCKETS, StepMetrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

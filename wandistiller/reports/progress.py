@@ -17,13 +17,13 @@ from tqdm import tqdm
 from wandistiller.files.atomic import write_text
 from wandistiller.reports.metrics import (
     FIRST_AND_LAST,
-    StepMetrics,
     distance_text,
     held_out_error,
     held_out_text,
     noise_text,
     read_metrics,
 )
+from wandistiller.step_metrics import StepMetrics
 
 LINE_EVERY_S = 10.0  # plain lines are at least this far apart, so that a long job's log stays readable
 
@@ -165,27 +165,6 @@ class Countdown:
         self._last_line_s = now
         seconds = (now - self.start_s) / max(1, done - self.first) * (self.total - done)
         print(f"{self.what}: {done}/{self.total} | eta {format_duration(seconds)}", file=sys.stderr, flush=True)
-
-
-class Stopwatch:
-    """Measures rate and remaining time, over all steps of this process but the first, which pays for warming up."""
-
-    def __init__(self, num_steps: int, steps_before: int = 0):
-        self.num_steps = num_steps
-        self.steps_before = steps_before
-        self.start_s = self.first_step_s = time.perf_counter()
-        self.num_samples = 0
-
-    def lap(self, step: int, batch_size: int) -> tuple[float, float, float]:
-        """Return samples per second, elapsed seconds and remaining seconds after `step` steps."""
-        now, done = time.perf_counter(), step - self.steps_before
-        if done == 1:
-            self.first_step_s = now
-            elapsed = now - self.start_s
-            return batch_size / elapsed, elapsed, elapsed * (self.num_steps - step)
-        self.num_samples += batch_size
-        since_first = now - self.first_step_s
-        return self.num_samples / since_first, now - self.start_s, since_first / (done - 1) * (self.num_steps - step)
 
 
 def format_duration(seconds: float) -> str:

@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from wandistiller.errors import UserError
-from wandistiller.reports.metrics import StepMetrics, bucket_name
+from wandistiller.reports.metrics import bucket_name
+from wandistiller.step_metrics import StepMetrics
 
 if TYPE_CHECKING:
     from PIL.Image import Image

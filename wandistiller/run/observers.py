@@ -16,7 +16,6 @@ from wandistiller.files.output_folder import (
     set_aside_previous_student,
 )
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.reports.metrics import StepMetrics
 from wandistiller.reports.plots import LossPlot
 from wandistiller.reports.progress import Progress
 from wandistiller.reports.samples import SampleOptions, Samples
@@ -32,6 +31,7 @@ from wandistiller.run.held_out import (
 from wandistiller.run.run import Run
 from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.teacher import Teacher
+from wandistiller.step_metrics import StepMetrics
 from wandistiller.training.loop import Observer
 from wandistiller.wan.prompt_embeds import Embeds
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from wandistiller.device import peak_memory_bytes, to_device
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes, full_tensor, local_part, without_averaging
-from wandistiller.reports.metrics import StepMetrics, mean_by_expert, mean_by_sigma
-from wandistiller.reports.progress import Stopwatch
+from wandistiller.step_metrics import StepMetrics, Stopwatch, mean_by_expert, mean_by_sigma
 from wandistiller.targets.answers import Answer, Answers
 from wandistiller.training.checkpoints import CheckpointError, Checkpoints
 from wandistiller.training.objective import Loss, Objective, TrainedStudent

@@ -1,0 +1,79 @@
+"""The measurements of one optimiser step, and the clock of the loop that takes them. Standard library only.
+
+The loop makes a `StepMetrics` of every step; metrics.jsonl, plots and trackers take it from there.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+NUM_BUCKETS = 10  # of noise levels, all equally wide
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimiser step measured. Seconds count from the start of the loop.
+
+    Attributes:
+        teacher_calls: batches that the teacher has answered so far.
+        loss_by_sigma: mean squared velocity error of the step's samples in equal buckets of sigma; None for an empty bucket.
+        loss_by_expert: the same at the noise levels of either expert, for a teacher of two.
+        feature_loss: what the feature loss adds; None for an answer without hidden states.
+        velocity_error: the held-out error, which is the relative error of the velocity at states that are never trained on, by
+            kind of state; None if this step did not measure it.
+        noise_part: size, cosine and gain of what the noise decides in the student's pictures, and their distance with its scale, as evaluation/noise_parts.py has them;
+            None if this step did not measure it.
+        memory_bytes: the most that the first process has held so far: tensors on a GPU, resident memory on the CPU.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    samples_per_s: float
+    elapsed_s: float
+    eta_s: float
+    teacher_calls: int = 0
+    loss_by_sigma: list[float | None] = field(default_factory=list)
+    loss_by_expert: dict[str, float | None] | None = None
+    feature_loss: float | None = None
+    velocity_error: dict[str, float] | None = None
+    memory_bytes: int | None = None
+    noise_part: dict[str, float | None] | None = None
+
+
+def mean_by_sigma(sigmas: Sequence[float], values: Sequence[float]) -> list[float | None]:
+    """Return the mean of the values in equal buckets of sigma [0, 1]; sigma 1 belongs to the last bucket."""
+    buckets: list[list[float]] = [[] for _ in range(NUM_BUCKETS)]
+    for sigma, value in zip(sigmas, values, strict=True):
+        buckets[min(int(sigma * NUM_BUCKETS), NUM_BUCKETS - 1)].append(value)
+    return [sum(bucket) / len(bucket) if bucket else None for bucket in buckets]
+
+
+def mean_by_expert(sigmas: Sequence[float], values: Sequence[float], boundary: float) -> dict[str, float | None]:
+    """Return the mean of the values at the noise levels of either expert; sigma = `boundary` is the high-noise expert's."""
+    sides: dict[str, list[float]] = {"high": [], "low": []}
+    for sigma, value in zip(sigmas, values, strict=True):
+        sides["high" if sigma >= boundary else "low"].append(value)
+    return {name: sum(side) / len(side) if side else None for name, side in sides.items()}
+
+
+class Stopwatch:
+    """Measures rate and remaining time, over all steps of this process but the first, which pays for warming up."""
+
+    def __init__(self, num_steps: int, steps_before: int = 0):
+        self.num_steps = num_steps
+        self.steps_before = steps_before
+        self.start_s = self.first_step_s = time.perf_counter()
+        self.num_samples = 0
+
+    def lap(self, step: int, batch_size: int) -> tuple[float, float, float]:
+        """Return samples per second, elapsed seconds and remaining seconds after `step` steps."""
+        now, done = time.perf_counter(), step - self.steps_before
+        if done == 1:
+            self.first_step_s = now
+            elapsed = now - self.start_s
+            return batch_size / elapsed, elapsed, elapsed * (self.num_steps - step)
+        self.num_samples += batch_size
+        since_first = now - self.first_step_s
+        return self.num_samples / since_first, now - self.start_s, since_first / (done - 1) * (self.num_steps - step)
