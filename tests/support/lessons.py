@@ -1,0 +1,61 @@
+"""A tiny student and lessons that no teacher gives: batches that follow from their number alone.
+
+The loop, the state of a run and its checkpoints are tested with these, apart from where training states come from.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from support.runs import PRUNED_CONFIG
+from support.wan_folders import random_weights
+from wandistiller import StudentConfig, WanLiteStudent
+from wandistiller.targets.answers import Answer
+from wandistiller.targets.lanes import Lanes
+from wandistiller.training.loop import Observer
+
+LATENTS = (16, 4, 4)
+
+
+def make_student(seed: int = 0, config: dict = PRUNED_CONFIG) -> WanLiteStudent:
+    student = WanLiteStudent(StudentConfig.from_dict(config))
+    random_weights(student, seed)
+    return student
+
+
+def make_batch(seed: int = 0, size: int = 3, latents: tuple[int, ...] = LATENTS, **changes) -> Answer:
+    """A batch of states, prompts of 2, 3, ... tokens and target velocities; fields given in `changes` win."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {name: torch.randn(size, *latents, generator=generator) for name in ("latents", "velocity")}
+    values |= {"sigma": torch.rand(size, generator=generator), "weights": torch.ones(size), "prompts": [*range(size)]}
+    values["prompt_lengths"] = torch.arange(size) + 2
+    values["prompt_embeds"] = torch.randn(size, size + 1, 20, generator=generator)
+    return Answer(**values | changes)
+
+
+class Lessons:
+    """Gives a new batch at every call, of a teacher that is asked every time; a saved state goes on where it was."""
+
+    def __init__(self, seed: int = 0, size: int = 3, **changes):
+        self.seed, self.size, self.changes = seed, size, changes
+        self.num_calls, self.lanes = 0, Lanes(size)
+
+    def next(self) -> Answer:
+        self.num_calls += 1
+        return make_batch(1000 * self.seed + self.num_calls, self.size, **self.changes)
+
+    def advance(self, *_) -> None:
+        """Nothing moves on."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"num_calls": torch.tensor(self.num_calls)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.num_calls = int(state["num_calls"])
+
+
+class Watching(Observer):
+    """Passes every step, and every student that is to be measured, to a function."""
+
+    def __init__(self, step: Callable = lambda _: None, evaluate: Callable = lambda _: None):
+        self.step, self.evaluate = step, evaluate
