@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller import __version__
-from wandistiller.command_line import FlagParser, add_student_flag, add_teacher_flags, number, path, run_command
+from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     COMPARISON_NAME,
@@ -24,6 +24,7 @@ from wandistiller.files.output_folder import (
     check_replaceable,
     prepare_output_folder,
 )
+from wandistiller.flags import FlagParser, add_student_flag, add_teacher_flags, number, path
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import load_prompts

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import FlagParser, path, run_command
+from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.files.hub_push import check_repository, push
 from wandistiller.files.output_folder import check_output_folder, check_writable
 from wandistiller.files.paths import nearest_existing
+from wandistiller.flags import flag, group, parse_flags, path, switch
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.sampling.recorded import (
     StudentRecord,
@@ -48,74 +49,57 @@ WEIGHT_SUFFIXES = {".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckp
 
 
 @dataclass(frozen=True, kw_only=True)
+class HubFlags:
+    """Where it is published."""
+
+    push_to_hub: str | None = flag(
+        "also make this repository of it, private, with the card and the sample pictures", metavar="OWNER/NAME"
+    )
+    public: bool = switch("make that repository one that everybody sees")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsFlags:
+    """Where the other parts of a pipeline are; None: beside the teacher that the student records."""
+
+    teacher_path: str | None = flag("the teacher, where it is no longer where the student's record says", type=path)
+    vae_path: str | None = flag("folder or hub id of a diffusers AutoencoderKLWan", type=path)
+    text_encoder_path: str | None = flag("folder or hub id with text_encoder/ and tokenizer/", type=path)
+    link: bool = switch("link to these folders instead of copying them")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Flags:
     """The flags of this command, as `--help` describes them."""
 
-    student: str
-    format: str
-    output: str
-    dtype: str
-    teacher_path: str | None
-    vae_path: str | None
-    text_encoder_path: str | None
-    link: bool
-    workflow: bool
-    push_to_hub: str | None
-    public: bool
-
-
-def parse_args(argv: list[str] | None = None) -> Flags:
-    parser = FlagParser(
-        "export_student.py",
-        "Export a trained student to diffusers or ComfyUI. Flags are accepted with underscores or hyphens.",
-        "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted, 1 anything else.",
-    )
-    model = parser.group("Model")
-    model.flag(
-        "--student",
+    student: str = flag(
         "folder of a trained student (--output_dir of train_distillation.py), or its .safetensors file",
         required=True,
         type=path,
     )
-    output = parser.group("Output")
-    output.flag(
-        "--format",
+    format: str = flag(
         "diffusers: a transformer folder; pipeline: a whole pipeline folder; original: one file for ComfyUI; gguf: one for ComfyUI-GGUF",
         required=True,
         choices=FORMATS,
     )
-    output.flag(
-        "--output",
+    output: str = flag(
         f"a new folder; for original and gguf also a file, else {' or '.join(FILE_NAMES.values())} in it",
         required=True,
         type=path,
     )
-    output.flag(
-        "--dtype",
+    dtype: str = flag(
         "of the weights; norms, modulation and time embedding stay fp32; fp8 (original only) is float8_e4m3fn in the blocks, "
         f"{', '.join(GGUF_DTYPES)} (gguf only) are its types there",
         "fp32",
         choices=["fp32", "bf16", "fp16", "fp8", *GGUF_DTYPES],
     )
-    output.flag(
-        "--workflow",
-        "write a ComfyUI workflow beside an original file, to drop on its editor",
-        False,
-        action="store_true",
-    )
-    hub = parser.group("Hub (nothing is sent without --push_to_hub)")
-    hub.flag(
-        "--push_to_hub",
-        "also make this repository of it, private, with the card and the sample pictures",
-        metavar="OWNER/NAME",
-    )
-    hub.flag("--public", "make that repository one that everybody sees", False, action="store_true")
-    parts = parser.group("The rest of a pipeline (left out: from the teacher that the student records)")
-    parts.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
-    parts.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan", type=path)
-    parts.flag("--text_encoder_path", "folder or hub id with text_encoder/ and tokenizer/", type=path)
-    parts.flag("--link", "link to these folders instead of copying them", False, action="store_true")
-    return Flags(**vars(parser.parse(argv)))
+    workflow: bool = switch("write a ComfyUI workflow beside an original file, to drop on its editor")
+    hub: HubFlags = group("Hub (nothing is sent without --push_to_hub)")
+    parts: PartsFlags = group("The rest of a pipeline (left out: from the teacher that the student records)")
+
+
+def parse_args(argv: list[str] | None = None) -> Flags:
+    return parse_flags(Flags, "export_student.py", "Export a trained student to diffusers or ComfyUI.", argv)
 
 
 def check_flags(flags: Flags) -> None:
@@ -128,13 +112,13 @@ def check_flags(flags: Flags) -> None:
     if flags.dtype in GGUF_DTYPES and flags.format != "gguf":
         raise UserError(f"--dtype {flags.dtype} is for --format gguf; give bf16 with {flags.format}")
     for name in ("teacher_path", "vae_path", "text_encoder_path", "link"):
-        if getattr(flags, name) and flags.format != "pipeline":
+        if getattr(flags.parts, name) and flags.format != "pipeline":
             raise UserError(f"--{name} belongs to --format pipeline; the other formats hold the transformer alone")
     if flags.workflow and flags.format != "original":
         raise UserError("--workflow is for --format original, the file that ComfyUI reads")
-    if flags.public and not flags.push_to_hub:
+    if flags.hub.public and not flags.hub.push_to_hub:
         raise UserError("--public says who sees the repository of --push_to_hub; give that too")
-    if flags.push_to_hub and flags.link:
+    if flags.hub.push_to_hub and flags.parts.link:
         raise UserError(
             "--link: a link to a folder of this machine is nothing on the hub; leave it out with --push_to_hub"
         )
@@ -208,10 +192,10 @@ def find_parts(flags: Flags, config: StudentConfig) -> "PipelineParts":
     from wandistiller.projection.diffusers_export import PipelineParts, text_classes
     from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, load_vae
 
-    needs_teacher = not (flags.vae_path and flags.text_encoder_path)
-    teacher = teacher_paths(config, flags.teacher_path)[0] if needs_teacher else "mock"
-    vae = find_vae(flags.vae_path, teacher).folder()
-    encoder = find_recorded_encoder(config, flags.text_encoder_path, teacher)
+    needs_teacher = not (flags.parts.vae_path and flags.parts.text_encoder_path)
+    teacher = teacher_paths(config, flags.parts.teacher_path)[0] if needs_teacher else "mock"
+    vae = find_vae(flags.parts.vae_path, teacher).folder()
+    encoder = find_recorded_encoder(config, flags.parts.text_encoder_path, teacher)
     if encoder is None:
         raise UserError(
             "this student learnt the mock teacher's stand-in embeddings; there is no text encoder for a pipeline, export it "
@@ -222,7 +206,7 @@ def find_parts(flags: Flags, config: StudentConfig) -> "PipelineParts":
     learnt = LatentStatistics(record.latents_mean, record.latents_std)
     check_statistics(learnt, LatentStatistics(found.latents_mean, found.latents_std), vae)
     folders = {"vae": vae, "text_encoder": encoder.encoder, "tokenizer": encoder.tokenizer}
-    return PipelineParts(folders, text_classes(encoder.encoder), flags.link)
+    return PipelineParts(folders, text_classes(encoder.encoder), flags.parts.link)
 
 
 @contextmanager
@@ -295,7 +279,7 @@ def write_folder(
             transformer.mkdir()
         write_transformer_folder(tensors, config, transformer, flags.dtype)
         name = target.resolve().name
-        write_export_card(folder, name, config, flags.format, flags.dtype, prompt=prompt, link=flags.link)
+        write_export_card(folder, name, config, flags.format, flags.dtype, prompt=prompt, link=flags.parts.link)
 
 
 def print_warnings(config: StudentConfig, export_format: str) -> None:
@@ -317,7 +301,7 @@ def print_use(config: StudentConfig, target: Path, prompt: str, flags: Flags) ->
     if flags.format == "pipeline":
         print(
             "To draw:\n"
-            + textwrap.indent(drawing(config, str(target), flags.dtype, prompt=prompt, link=flags.link), "  ")
+            + textwrap.indent(drawing(config, str(target), flags.dtype, prompt=prompt, link=flags.parts.link), "  ")
         )
     if flags.format in FILE_NAMES and not comfyui_warnings(config, reads_metadata=True):
         print(f"In ComfyUI: {comfyui_settings(config, LOADERS[flags.format])}")
@@ -346,8 +330,8 @@ def main(argv: list[str] | None = None) -> int:
     check_flags(flags)
     config = read_config(flags)
     target = check_output(flags)
-    if flags.push_to_hub:
-        check_repository(flags.push_to_hub)
+    if flags.hub.push_to_hub:
+        check_repository(flags.hub.push_to_hub)
 
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.diffusers_export import published
@@ -359,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
         # Every file is checked before one is written:
         parts = find_parts(flags, config) if flags.format == "pipeline" else None
         tensors = WanLiteStudent.from_pretrained(flags.student).state_dict()
-        public_config, prompt = published(config, flags.teacher_path), tested_prompt(config)
+        public_config, prompt = published(config, flags.parts.teacher_path), tested_prompt(config)
 
         # The file or folder appears whole or not at all:
         remove_killed_exports(target)
@@ -372,11 +356,11 @@ def main(argv: list[str] | None = None) -> int:
     print_warnings(public_config, flags.format)
     print(f"Wrote {target}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters, {flags.dtype}")
     print_use(public_config, target, prompt, flags)
-    if flags.push_to_hub:
+    if flags.hub.push_to_hub:
         files = files_to_push(target, public_config, flags)
-        address = push(flags.push_to_hub, files, is_public=flags.public, local=target)
+        address = push(flags.hub.push_to_hub, files, is_public=flags.hub.public, local=target)
         print(
-            f"Pushed {len(files)} files to {address}, {'which everybody sees' if flags.public else 'which is private'}"
+            f"Pushed {len(files)} files to {address}, {'which everybody sees' if flags.hub.public else 'which is private'}"
         )
     return 0
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import FlagParser, add_student_flag, add_teacher_flags, number, path, run_command
+from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     check_output_folder,
@@ -23,6 +23,7 @@ from wandistiller.files.output_folder import (
     prepare_output_folder,
     removed_if_empty,
 )
+from wandistiller.flags import ComputeFlags, TeacherFlags, flag, group, number, parse_flags, path, switch
 from wandistiller.model.config import StudentConfig
 from wandistiller.prompts.prompts import is_endless, load_prompts, slug, unusable
 from wandistiller.sampling.drawing import Artist, check_picture_size, untrained_warnings
@@ -54,123 +55,86 @@ NUM_OF_TEMPLATES = 8  # pictures, where prompts without end are asked for and no
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
-    """The flags of this command, as `--help` describes them; None leaves a value to the student's record."""
+class PromptFlags:
+    """What is drawn."""
 
-    student: str
-    model: str
-    teacher_path: str | None
-    teacher_path_low: str | None
-    teacher_lora: list[tuple[str, float]] | None
-    teacher_lora_low: list[tuple[str, float]] | None
-    text_encoder_path: str | None
-    vae_path: str | None
-    prompt: list[str] | None
-    prompts_file: str | None
-    caption_column: str | None
-    num_prompts: int | None
-    num_images: int
-    prompt_cache: str
-    num_inference_steps: int | None
-    guidance_scale: float | None
-    allow_double_guidance: bool
-    seed: int
-    height: int | None
-    width: int | None
-    batch_size: int
-    device: str | None
-    dtype: str | None
-    output: str
-    overwrite: bool
-
-
-def parse_args(argv: list[str] | None = None) -> Flags:
-    parser = FlagParser(
-        "generate_images.py",
-        "Draw prompts with a trained student, or with its teacher. Flags are accepted with underscores or hyphens.",
-        "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted, 1 anything else.",
-    )
-    model = parser.group("Model")
-    add_student_flag(model)
-    model.flag(
-        "--model", "who draws: the student, or the teacher it records", "student", choices=["student", "teacher"]
-    )
-    add_teacher_flags(model)
-
-    prompts = parser.group("Prompts")
-    prompts.flag("--prompt", "one or more prompts, each in quotes", nargs="+", metavar="PROMPT")
-    prompts.flag(
-        "--prompts_file",
+    prompt: list[str] | None = flag("one or more prompts, each in quotes", nargs="+", metavar="PROMPT")
+    prompts_file: str | None = flag(
         "a text file with one prompt a line, a table, a folder or a glob of these, or a folder of prompt templates; a prompt that "
         "stands there twice is drawn twice",
         type=path,
     )
-    prompts.flag("--caption_column", "column of tables that holds the prompts, where their names do not tell")
-    prompts.flag(
-        "--num_prompts",
+    caption_column: str | None = flag("column of tables that holds the prompts, where their names do not tell")
+    num_prompts: int | None = flag(
         f"how many of --prompts_file, from the first (all of them; of templates {NUM_OF_TEMPLATES})",
         type=number(int, low=1),
     )
-    prompts.flag(
-        "--num_images", "pictures of each prompt, each from a noise of its own", 1, type=number(int, low=1, high=10_000)
+    num_images: int = flag(
+        "pictures of each prompt, each from a noise of its own", 1, type=number(int, low=1, high=10_000)
     )
-    prompts.flag(
-        "--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path
-    )
+    prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
 
-    sampling = parser.group("Sampling (left out: as the student records)")
-    sampling.flag("--num_inference_steps", "steps of the sampler", type=number(int, low=1, high=1000))
-    sampling.flag(
-        "--guidance_scale",
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """How it is drawn; None: as the student records."""
+
+    num_inference_steps: int | None = flag("steps of the sampler", type=number(int, low=1, high=1000))
+    guidance_scale: float | None = flag(
         "g of v_uncond + g (v_cond - v_uncond); a student has learnt its teacher's guided velocity, so for it 1",
         type=number(float, low=0),
     )
-    sampling.flag(
-        "--allow_double_guidance", "guide a student whose teacher was guided already", False, action="store_true"
-    )
-    sampling.flag(
-        "--seed", "of the first picture's noise; each next one has one more", 0, type=number(int, low=0, high=2**62)
-    )
-    sampling.flag("--height", "pixels", type=number(int, low=1))
-    sampling.flag("--width", "pixels", type=number(int, low=1))
+    allow_double_guidance: bool = switch("guide a student whose teacher was guided already")
+    seed: int = flag("of the first picture's noise; each next one has one more", 0, type=number(int, low=0, high=2**62))
+    height: int | None = flag("pixels", type=number(int, low=1))
+    width: int | None = flag("pixels", type=number(int, low=1))
+    batch_size: int = flag("pictures drawn at once", 4, type=number(int, low=1))
 
-    performance = parser.group("Performance")
-    performance.flag("--batch_size", "pictures drawn at once", 4, type=number(int, low=1))
-    performance.flag("--device", "cpu, cuda, cuda:1, ... (cuda if there is one)")
-    performance.flag("--dtype", "of matrix products (bf16 on cuda, else fp32)", choices=["fp32", "bf16"])
 
-    output = parser.group("Output")
-    output.flag("--output", "folder for the pictures", "outputs/images", type=path)
-    output.flag("--overwrite", "replace pictures of the same names there", False, action="store_true")
-    return Flags(**vars(parser.parse(argv)))
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags of this command, as `--help` describes them."""
+
+    student: str = flag("folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path)
+    model: str = flag("who draws: the student, or the teacher it records", "student", choices=["student", "teacher"])
+    output: str = flag("folder for the pictures", "outputs/images", type=path)
+    overwrite: bool = switch("replace pictures of the same names there")
+    teacher: TeacherFlags = group("Teacher (left out: as the student records)")
+    prompts: PromptFlags = group("Prompts")
+    sampling: SamplingFlags = group("Sampling (left out: as the student records)")
+    compute: ComputeFlags = group("Performance")
+
+
+def parse_args(argv: list[str] | None = None) -> Flags:
+    return parse_flags(Flags, "generate_images.py", "Draw prompts with a trained student, or with its teacher.", argv)
 
 
 def read_prompts(flags: Flags) -> list[str]:
     """Read the prompts of --prompt, then those of --prompts_file, each as often as it is drawn."""
-    if not flags.prompt and not flags.prompts_file:
+    if not flags.prompts.prompt and not flags.prompts.prompts_file:
         raise UserError("nothing to draw: give --prompt or --prompts_file")
-    prompts = flags.prompt or []
+    prompts = flags.prompts.prompt or []
     for prompt in prompts:
         if reason := unusable(prompt):
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
-    if flags.prompts_file:
-        file = load_prompts(flags.prompts_file, flags.caption_column, held_out=True, keeps_repeats=True)
-        count = flags.num_prompts or (NUM_OF_TEMPLATES if is_endless(file.prompts) else None)
+    if flags.prompts.prompts_file:
+        file = load_prompts(flags.prompts.prompts_file, flags.prompts.caption_column, held_out=True, keeps_repeats=True)
+        count = flags.prompts.num_prompts or (NUM_OF_TEMPLATES if is_endless(file.prompts) else None)
         if file.notice:
-            print(f"{flags.prompts_file}: {file.notice}")
+            print(f"{flags.prompts.prompts_file}: {file.notice}")
         prompts = [*prompts, *file.prompts[:count]]
-    return [prompt for prompt in prompts for _ in range(flags.num_images)]
+    return [prompt for prompt in prompts for _ in range(flags.prompts.num_images)]
 
 
 def choose_guidance(flags: Flags, settings: "TeacherSettings") -> "TeacherSettings":
     """Return the settings to draw with; a student needs no guidance, because it has learnt guided velocities."""
     if flags.model == "teacher":
-        if flags.guidance_scale is None:
+        if flags.sampling.guidance_scale is None:
             return settings
-        low = None if settings.boundary_ratio is None else flags.guidance_scale
-        return replace(settings, guidance_scale=flags.guidance_scale, guidance_scale_2=low)
-    scale = 1.0 if flags.guidance_scale is None else flags.guidance_scale
-    if scale != 1.0 and settings.uses_guidance and not flags.allow_double_guidance:
+        low = None if settings.boundary_ratio is None else flags.sampling.guidance_scale
+        return replace(settings, guidance_scale=flags.sampling.guidance_scale, guidance_scale_2=low)
+    scale = 1.0 if flags.sampling.guidance_scale is None else flags.sampling.guidance_scale
+    if scale != 1.0 and settings.uses_guidance and not flags.sampling.allow_double_guidance:
         raise UserError(
             f"--guidance_scale {scale:g}: this student learnt its teacher's guided velocity (guidance_scale "
             f"{settings.guidance_scale:g}), and guiding it again overdoes it; leave the flag out, or add "
@@ -210,33 +174,39 @@ def prepare(
     """
     from wandistiller.device import pick_device, pick_dtype
 
-    device = pick_device(flags.device)
-    dtype = pick_dtype(flags.dtype, device)
+    device = pick_device(flags.compute.device)
+    dtype = pick_dtype(flags.compute.dtype, device)
     settings = choose_guidance(flags, recorded_settings(config))
     if flags.model == "teacher":
-        options = teacher_sampling(config, flags.num_inference_steps, dtype, device)
-        wan_files = open_recorded_teacher(config, *teacher, TeacherLoras(flags.teacher_lora, flags.teacher_lora_low))
+        options = teacher_sampling(config, flags.sampling.num_inference_steps, dtype, device)
+        wan_files = open_recorded_teacher(
+            config, *teacher, TeacherLoras(flags.teacher.teacher_lora, flags.teacher.teacher_lora_low)
+        )
         check_picture_size(size, config, wan_files.config.patch_size)
     else:
-        options = student_sampling(config, flags.num_inference_steps, dtype, device)
+        options = student_sampling(config, flags.sampling.num_inference_steps, dtype, device)
         wan_files = None
         for warning in untrained_warnings(config, options.num_inference_steps, size):
             print(f"Warning: {warning}")
     parts = load_drawing_parts(
-        config, teacher[0], text_encoder_path=flags.text_encoder_path, vae_path=flags.vae_path, device=device
+        config,
+        teacher[0],
+        text_encoder_path=flags.teacher.text_encoder_path,
+        vae_path=flags.teacher.vae_path,
+        device=device,
     )
     check_writable(flags.output, "--output")
 
     # The text comes first, so that its encoder leaves memory before the model comes:
-    embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompt_cache, device)
+    embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompts.prompt_cache, device)
     height, width = (pixels // config.vae_scale_factor for pixels in size)
     field = load_field(flags, config, settings, options, wan_files, negative)
     return Drawing(
         artist=Artist(field=field, options=options, settings=settings, vae=parts.vae),
         embeds=embeds,
         latent_shape=(config.num_channels, height, width),
-        first_seed=flags.seed,
-        batch_size=flags.batch_size,
+        first_seed=flags.sampling.seed,
+        batch_size=flags.sampling.batch_size,
     )
 
 
@@ -270,10 +240,10 @@ def picture_files(flags: Flags, prompts: list[str], size: tuple[int, int]) -> tu
     height, width = size
     folder = check_output_folder(flags.output, "--output")
     drawn = [
-        folder / f"{index:03d}_{slug(prompt)}_seed{flags.seed + index}_{width}x{height}.png"
+        folder / f"{index:03d}_{slug(prompt)}_seed{flags.sampling.seed + index}_{width}x{height}.png"
         for index, prompt in enumerate(prompts)
     ]
-    grid = folder / f"grid_seed{flags.seed}_{width}x{height}.png"
+    grid = folder / f"grid_seed{flags.sampling.seed}_{width}x{height}.png"
     if there := [file for file in [*drawn, grid] if os.path.lexists(file) and not flags.overwrite]:
         raise UserError(
             f"{there[0]}: is there already (and {len(there) - 1} more of these pictures); give another --output or --seed, or "
@@ -297,9 +267,9 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_args(argv)
     config = load_student_config(flags.student)
     prompts = read_prompts(flags)
-    teacher = teacher_paths(config, flags.teacher_path, flags.teacher_path_low)
+    teacher = teacher_paths(config, flags.teacher.teacher_path, flags.teacher.teacher_path_low)
     own = trained_sizes(config)[0]
-    size = flags.height or own.height, flags.width or own.width
+    size = flags.sampling.height or own.height, flags.sampling.width or own.width
     check_picture_size(size, config, config.patch_size)
     files, grid = picture_files(flags, prompts, size)
 
@@ -315,13 +285,13 @@ def main(argv: list[str] | None = None) -> int:
         prepare_output_folder(flags.output, "--output")
         for index, picture in drawing.pictures():
             file = files[index]
-            save_png(picture, file, {"prompt": prompts[index], "seed": flags.seed + index, **metadata})
+            save_png(picture, file, {"prompt": prompts[index], "seed": flags.sampling.seed + index, **metadata})
             print(file, flush=True)
             if len(shown) < MAX_GRID_PICTURES:
                 shown.append(picture)
 
     # Tell:
-    save_grid(grid, shown, prompts, metadata | {"seed": flags.seed})
+    save_grid(grid, shown, prompts, metadata | {"seed": flags.sampling.seed})
     print(f"{len(prompts)} pictures by the {flags.model} and {grid.name} in {flags.output}")
     return 0
 

@@ -11,8 +11,9 @@ import sys
 import tempfile
 from dataclasses import dataclass, fields
 
-from wandistiller.command_line import FlagParser, add_teacher_flags, number, path, run_command
+from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
+from wandistiller.flags import FlagParser, add_teacher_flags, number, path
 
 
 @dataclass(frozen=True, kw_only=True)

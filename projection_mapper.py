@@ -25,8 +25,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import LORA_FLAG, FlagParser, int_list, number, path, run_command
+from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
+from wandistiller.flags import LORA_FLAG, FlagParser, int_list, number, path
 from wandistiller.model.config import StudentConfig
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.command_line import LORA_FLAG, FlagParser, number, path, run_command
+from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.files.clone import check_is_in_clone
 from wandistiller.files.output_folder import (
@@ -22,6 +22,7 @@ from wandistiller.files.output_folder import (
     prepare_output_folder,
     set_aside_previous_student,
 )
+from wandistiller.flags import LORA_FLAG, FlagParser, number, path
 from wandistiller.model.config import StudentConfig
 from wandistiller.prompts.prompts import is_endless, load_prompts
 

@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from wandistiller.command_line import FlagParser, number, run_command
+from wandistiller.command_line import run_command
 from wandistiller.errors import UserError, shortened
+from wandistiller.flags import FlagParser, number
 
 if TYPE_CHECKING:
     from torch import Tensor

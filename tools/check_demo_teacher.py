@@ -18,7 +18,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from wandistiller.command_line import FlagParser, number
+from wandistiller.flags import FlagParser, number
 from wandistiller.model.image_sizes import ImageSize
 
 

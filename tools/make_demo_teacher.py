@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from wandistiller.command_line import FlagParser, number
+from wandistiller.flags import FlagParser, number
 from wandistiller.model.image_sizes import ImageSize
 
 TINY = {"vae_steps": [1, 2, 1], "steps": 8, "batch_size": 4, "num_stills": 16, "num_clips": 4}

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import icon_world as world
 
-from wandistiller.command_line import FlagParser, number
+from wandistiller.flags import FlagParser, number
 
 TINY = {"vae_steps": 2, "steps": 4, "batch_size": 4, "num_pictures": 16, "num_seeds": 1, "num_inference_steps": 2}
 SHAPE = {"num_layers": 5, "num_heads": 4, "ffn_dim": 384}

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from wandistiller.command_line import FlagParser, path, run_command
+from wandistiller.command_line import run_command
 from wandistiller.errors import UserError, shown
 from wandistiller.files.output_folder import check_writable
+from wandistiller.flags import FlagParser, path
 
 if TYPE_CHECKING:
     from torch import Tensor

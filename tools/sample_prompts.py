@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wandistiller.command_line import FlagParser, number, path, run_command
+from wandistiller.command_line import run_command
+from wandistiller.flags import FlagParser, number, path
 from wandistiller.prompts.templates import TemplatePrompts, Templates
 
 

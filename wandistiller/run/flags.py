@@ -5,12 +5,13 @@ module needs the standard library alone, so that `--help` and mistakes are answe
 """
 
 import os
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from dataclasses import replace as replace_fields
 from typing import Any
 
-from wandistiller.command_line import LORA_FLAG, FlagGroup, FlagParser, int_list, number, path, torchrun_environment
+from wandistiller.command_line import torchrun_environment
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_TEACHER, check_is_in_clone
+from wandistiller.flags import LORA_FLAG, FlagParser, build, flag, group, int_list, number, path, switch
 from wandistiller.model.image_sizes import AspectRatio, ImageSize
 from wandistiller.run.config_help import READY_CONFIGS
 from wandistiller.run.flag_mistakes import mistakes
@@ -33,16 +34,6 @@ SAMPLERS = {
     "unipc": "the teacher answers rightly at all noise levels, as the released Wans do",
     "euler": "it was distilled to its steps, and is asked at the noise levels of these alone",
 }
-
-
-def flag(help: str, default: object = None, **options: object) -> Any:
-    """Declare a flag: its help text, its default, and what argparse needs to know of its values."""
-    return field(default=default, metadata={"help": help, "options": options})
-
-
-def switch(help: str) -> Any:
-    """Declare a flag without a value, which is off unless it is given."""
-    return flag(help, False, action="store_true")
 
 
 def flag_by_teacher(help: str, general: object, demo: object, rest: str = "", **options: object) -> Any:
@@ -373,14 +364,14 @@ class Flags:
         FlagError: flags contradict each other.
     """
 
-    data: DataFlags
-    student: StudentFlags
-    teacher: TeacherFlags
-    states: StatesFlags
-    objective: ObjectiveFlags
-    optimization: OptimizationFlags
-    performance: PerformanceFlags
-    output: OutputFlags
+    data: DataFlags = group("Data")
+    student: StudentFlags = group("Student")
+    teacher: TeacherFlags = group("Teacher (left out: the released model's own values, or what the checkpoint records)")
+    states: StatesFlags = group("Training states")
+    objective: ObjectiveFlags = group("Objective")
+    optimization: OptimizationFlags = group("Optimization")
+    performance: PerformanceFlags = group("Performance")
+    output: OutputFlags = group("Output")
 
     def __post_init__(self) -> None:
         for name, message in mistakes(self):
@@ -406,28 +397,13 @@ class Flags:
         return Flags(**groups)
 
 
-# By the name of the group in `Flags`: its title in `--help`, and its flags
-GROUPS = {
-    "data": ("Data", DataFlags),
-    "student": ("Student", StudentFlags),
-    "teacher": ("Teacher (left out: the released model's own values, or what the checkpoint records)", TeacherFlags),
-    "states": ("Training states", StatesFlags),
-    "objective": ("Objective", ObjectiveFlags),
-    "optimization": ("Optimization", OptimizationFlags),
-    "performance": ("Performance", PerformanceFlags),
-    "output": ("Output", OutputFlags),
-}
-
-
 def parse_args(argv: list[str] | None = None) -> Flags:
     """Read the command line; mistakes end the process with one line and exit code 2."""
     parser = FlagParser(
         "train_distillation.py",
         "Distil a Wan checkpoint into a small 2D image student. Flags are accepted with underscores or hyphens.",
-        "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted after saving, 1 anything else.",
+        flags=Flags,
     )
-    for title, group in GROUPS.values():
-        add_flags(parser.group(title), fields(group))
     given = vars(parser.parse(argv))
     if given["preset"]:
         # A preset stands for the defaults of its flags, so that what is typed goes before it:
@@ -435,7 +411,7 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         given = vars(parser.parse(argv))
     values = with_defaults(given)
     try:
-        return Flags(**{name: group(**part_of(values, group)) for name, (_, group) in GROUPS.items()})
+        return build(Flags, values)
     except FlagError as error:
         parser.error(str(error))
 
@@ -446,24 +422,13 @@ def check_is_here(flags: Flags, name: str) -> None:
     check_is_in_clone(name, {**read, "student_config": flags.student.student_config})
 
 
-def part_of(values: dict[str, Any], group: type) -> dict[str, Any]:
-    """Return the values of the flags that a group holds."""
-    return {known.name: values[known.name] for known in fields(group)}
-
-
-def add_flags(group: FlagGroup, flags: tuple[Field, ...]) -> None:
-    """Tell argparse of the flags of one group."""
-    for known in flags:
-        group.flag(f"--{known.name}", known.metadata["help"], known.default, **known.metadata["options"])
-
-
 def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """Fill in the best known values for what was left out: by teacher first, then by other flags."""
     for name in ("sigma_range", "student_rollout", "guidance_range", "aspect_ratios", "image_sizes"):
         values[name] = values[name] and tuple(values[name])
     is_demo = os.path.realpath(values["teacher_path"]) == os.path.realpath(DEMO_TEACHER)
-    for _, group in GROUPS.values():
-        for known in fields(group):
+    for flags in fields(Flags):
+        for known in fields(flags.type):
             if "defaults" in known.metadata and values[known.name] is None:
                 values[known.name] = known.metadata["defaults"][is_demo]
     return with_recipe(values)

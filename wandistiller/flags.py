@@ -1,0 +1,239 @@
+"""How a command declares its flags: the fields of a dataclass, each with its help text, default, type and check.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Flags:
+        student: str = flag("folder of a trained student", required=True, type=path)
+        num_images: int = flag("pictures of each prompt", 1, type=number(int, low=1))
+        model: str = flag("who draws", "student", choices=["student", "teacher"])
+        teacher_lora: list[tuple[str, float]] | None = flag("a LoRA of the teacher", **LORA_FLAG)
+        overwrite: bool = switch("replace pictures of the same names")
+        compute: ComputeFlags = group("Performance")
+
+    flags = parse_flags(Flags, "generate_images.py", "Draw prompts with a trained student.", argv)
+    flags.num_images, flags.compute.device
+
+A group is another such dataclass, which commands can share; its flags stand under its title in `--help`, all others under
+"options". `--num_images` and `--num-images` are one flag, nothing is abbreviated, and the help text ends with the default. A
+mistake ends the process with one line and exit code 2. Standard library only, so that this happens before torch loads.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
+
+from wandistiller import __version__
+from wandistiller.command_line import is_one_command, torchrun_environment
+from wandistiller.errors import shortened
+from wandistiller.flag_hints import unknown_flag
+
+EXIT_CODES = "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted, 1 anything else."
+
+
+def flag(help: str, default: object = None, **options: object) -> Any:
+    """Declare a flag; `options` are those of argparse's add_argument (type, choices, nargs, required, metavar, action)."""
+    return field(default=default, metadata={"help": help, "options": options})
+
+
+def switch(help: str) -> Any:
+    """Declare a flag without a value: False unless it is given."""
+    return flag(help, False, action="store_true")
+
+
+def group(title: str) -> Any:
+    """Declare a field that holds a dataclass of flags, shown under `title` in `--help`."""
+    return field(metadata={"title": title})
+
+
+def parse_flags(flags: type, prog: str, description: str, argv: list[str] | None = None) -> Any:
+    """Read the command line into a dataclass of flags; `argv` is that of this process by default."""
+    return build(flags, vars(FlagParser(prog, description, flags=flags).parse(argv)))
+
+
+def build(flags: type, values: dict[str, Any]) -> Any:
+    """Return a dataclass of flags, its groups included, from the values by flag name."""
+    return flags(
+        **{
+            known.name: build(known.type, values) if "title" in known.metadata else values[known.name]
+            for known in fields(flags)
+        }
+    )
+
+
+class FlagGroup:
+    """One titled group of flags in `--help`."""
+
+    def __init__(self, group: argparse._ActionsContainer):
+        self._group = group
+
+    def flag(self, name: str, help: str, default=None, **options) -> None:
+        """Add a flag by its snake_case name; the help text shows its default."""
+        shown = "" if default in (None, False) or options.get("required") else f" (default: {default})"
+        self._group.add_argument(name, help=(help + shown).replace("%", "%%"), default=default, **options)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An argument parser of a dataclass of flags, with hyphens as good as underscores and mistakes answered in one line."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = EXIT_CODES, *, flags: type | None = None):
+        super().__init__(
+            prog=sys.argv[0] if is_one_command() else prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        # Also -1e-5 and -1,2 are values, to be answered as such; argparse knows -1 and -1.5 only:
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+        self._given: list[str] = []
+        version = f"WanDistiller {__version__}"
+        self.add_argument("--version", action="version", version=version, help="show the version and exit")
+        if flags is not None:
+            self._declare(flags, FlagGroup(self))
+
+    def _declare(self, flags: type, shown_in: FlagGroup) -> None:
+        for known in fields(flags):
+            if "title" in known.metadata:
+                self._declare(known.type, self.group(known.metadata["title"]))
+            else:
+                given = known.metadata
+                shown_in.flag(f"--{known.name}", given["help"], known.default, **given["options"])
+
+    def group(self, title: str) -> FlagGroup:
+        return FlagGroup(self.add_argument_group(title))
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        self._given = [_underscored(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+        args, unknown = self.parse_known_args(self._given)
+        if unknown:
+            self.error(self._unknown(*unknown))
+        return args
+
+    def _unknown(self, given: str, *others: str) -> str:
+        return unknown_flag(given, list(others), self._known(), self.prog)
+
+    def _known(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings]
+
+    def error(self, message: str) -> NoReturn:
+        if "arguments are required" in message:  # the one that is wanted may be there under a name of another trainer
+            strange = [arg for arg in self._given if arg.startswith("--") and arg.split("=")[0] not in self._known()]
+            message = "; ".join([*(self._unknown(given) for given in strange[:1]), message])
+        self.exit(2, f"{self.prog}: error: {shortened(message)}\n" if torchrun_environment().local_rank == 0 else None)
+
+
+def _underscored(arg: str) -> str:
+    """Turn --num-epochs=3 into --num_epochs=3; values are left as they are."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def number(
+    kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf
+) -> Callable[[str], float]:
+    """Return an argparse type: an int or float with low <= value <= high and value > above."""
+    noun = {int: "a whole number", float: "a number"}[kind]
+    bounds = [f"above {above}"] if above > -math.inf else []
+    bounds += [f"at least {low}"] if low > -math.inf else []
+    bounds += [f"at most {high}"] if high < math.inf else []
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and value > above) or math.isinf(value):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must be {noun}" + (f" {' and '.join(bounds)}" if bounds else "")
+            )
+        return value
+
+    return parse
+
+
+def path(text: str) -> str:
+    """Check a path as an argparse type: the empty text of a shell variable that is not set would mean the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give a path")
+    return text
+
+
+def int_list(text: str) -> list[int]:
+    """Read whole numbers separated by commas, as an argparse type."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers separated by commas, such as 0,2,5") from None
+
+
+def lora_file(text: str) -> tuple[str, float]:
+    """Read FILE or FILE:SCALE, as an argparse type; a colon that no number follows belongs to the path."""
+    name, colon, after = path(text).rpartition(":")
+    try:
+        scale = float(after) if colon and name else math.nan
+    except ValueError:
+        return text, 1.0
+    if not (colon and name):
+        return text, 1.0
+    if not math.isfinite(scale) or scale == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: the scale after the colon must be a number other than 0")
+    return name, scale
+
+
+LORA_FLAG: dict[str, Any] = {"action": "append", "type": lora_file, "metavar": "FILE[:SCALE]"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFlags:
+    """Where the teacher of a student and its parts are; None: where the student's record says."""
+
+    teacher_path: str | None = flag("the teacher, where it is no longer where the student's record says", type=path)
+    teacher_path_low: str | None = flag(
+        "its low-noise expert, where the two experts are two files or folders", type=path
+    )
+    teacher_lora: list[tuple[str, float]] | None = flag(
+        "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG
+    )
+    teacher_lora_low: list[tuple[str, float]] | None = flag("the same for the low-noise expert of two", **LORA_FLAG)
+    text_encoder_path: str | None = flag(
+        "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none", type=path
+    )
+    vae_path: str | None = flag(
+        "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeFlags:
+    """Where and in which precision a command computes."""
+
+    device: str | None = flag("cpu, cuda, cuda:1, ... (cuda if there is one)")
+    dtype: str | None = flag("of matrix products (bf16 on cuda, else fp32)", choices=["fp32", "bf16"])
+
+
+# For the commands that declare their flags one by one still:
+
+
+def add_student_flag(group: FlagGroup) -> None:
+    """Add the flag that names a student's folder."""
+    help_text = "folder of a trained student (--output_dir of train_distillation.py)"
+    group.flag("--student", help_text, required=True, type=path)
+
+
+def add_teacher_flags(group: FlagGroup) -> None:
+    """Add the flags that say where the teacher of a student and its parts are, for whoever draws with both."""
+    group.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
+    group.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
+    group.flag("--teacher_lora", "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG)
+    group.flag("--teacher_lora_low", "the same for the low-noise expert of two", **LORA_FLAG)
+    group.flag(
+        "--text_encoder_path",
+        "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",
+        type=path,
+    )
+    group.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path)
