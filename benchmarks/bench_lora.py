@@ -1,15 +1,14 @@
 """How much of a teacher's LoRA arrives at a student that it is cut for.
 
     python benchmarks/bench_lora.py --student outputs/demo                  # the student that the demo command leaves
-    python benchmarks/bench_lora.py --student outputs/demo --fit_steps 0 --scales 0.5 1 1.5
-    python benchmarks/bench_lora.py --student outputs/demo --change swap --dropped
+    python benchmarks/bench_lora.py --student outputs/demo --change swap --scales 0.5 1 1.5
 
 A LoRA is trained on the demo teacher as trainers do it, by flow matching on pictures with captions. --change says what it learns:
 "green", what the teacher draws where every shape of the caption is green; or "swap", the teacher's own pictures with red and blue
 changed over. It is cut for the student, and both draw held-out prompts with and without it from the same noise. The change of a
 picture's latents at the student is held against that at the teacher: the cosine between the two, the ratio of their norms, and the
 share of the squared error to the changed teacher that is closed; and the judge of the demo's world tells how many pictures are right
-and changed. Then the cut LoRA is fitted, as projection_mapper.py --calibration_prompts does, and beside it one that begins at zero.
+and changed.
 Prints a table in Markdown, and as its last line one JSON document; writes the LoRAs and a picture to --output.
 """
 
@@ -19,7 +18,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,11 +33,8 @@ from wandistiller.evaluation.demo_judge import OBJECT_RGB, judge
 from wandistiller.files.pictures import labelled_grid, save_png
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.projection.calibration import draw_states, options_for
 from wandistiller.projection.lora import StudentLora, cut_loras, write_lora
-from wandistiller.projection.lora_fit import fit_lora
 from wandistiller.projection.project import project_teacher
-from wandistiller.projection.selection import Selection
 from wandistiller.projection.selection_record import read_made_of
 from wandistiller.prompts.prompts import load_prompts
 from wandistiller.sampling.flow import seeded_noise, shift_sigma, sigma_to_timestep
@@ -47,7 +42,7 @@ from wandistiller.sampling.recorded import embed_with_negative
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches, student_as_teacher
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.layouts import open_teacher
-from wandistiller.wan.lora import Lora, open_lora, shapes_of
+from wandistiller.wan.lora import open_lora, shapes_of
 from wandistiller.wan.names import without_frames
 from wandistiller.wan.settings import resolve_settings
 from wandistiller.wan.vae import decode, find_vae, load_vae
@@ -73,12 +68,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=250, help="of the LoRA's training")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0], help="of the LoRA at the student")
-    parser.add_argument(
-        "--dropped", action="store_true", help="also add what the LoRA does in dropped layers to the next kept"
-    )
-    parser.add_argument(
-        "--fit_steps", type=int, default=200, help="steps that the student's LoRA is fitted for; 0: none"
-    )
     parser.add_argument("--prompt_cache", default=str(ROOT / "outputs/prompt_cache"))
     parser.add_argument("--output", default=str(ROOT / "outputs/bench_lora"))
     return parser.parse_args()
@@ -218,36 +207,6 @@ def with_lora(folder: str, student_lora: StudentLora, scale: float) -> WanLiteSt
     return student
 
 
-def fitted(bench: Bench, changed: Teacher, folder: str, begun: StudentLora, num_steps: int) -> StudentLora:
-    """Return a student's LoRA trained on, as projection_mapper.py --calibration_prompts does."""
-    shape, patch_size = bench.settings.latent_shape(bench.config), bench.wan_files.config.patch_size or 1
-    options = options_for(shape, patch_size)
-    states = draw_states(changed, bench.captions, shape, options)
-    student = WanLiteStudent.from_pretrained(folder)
-    return fit_lora(student, begun, states, bench.captions, options, num_steps=num_steps).lora
-
-
-def from_zero(student_lora: StudentLora) -> StudentLora:
-    """Return a LoRA of the same layers and ranks that changes nothing yet."""
-    generator = torch.Generator().manual_seed(0)
-    low_rank = {
-        name: (torch.zeros_like(up), torch.randn(down.shape, generator=generator) / down.shape[1] ** 0.5)
-        for name, (up, down) in student_lora.low_rank.items()
-    }
-    return replace(student_lora, low_rank=low_rank)
-
-
-def with_dropped_layers(lora: Lora, selection: Selection) -> Lora:
-    """Return the LoRA with the changes of each dropped layer added to the kept layer below it, at the same places."""
-    changes = {name: list(parts) for name, parts in lora.changes.items()}
-    for name, parts in lora.changes.items():
-        layer = int(name.split(".")[1])
-        if layer not in selection.layers:
-            nearest = max((kept for kept in selection.layers if kept < layer), default=selection.layers[0])
-            changes[name.replace(f"blocks.{layer}.", f"blocks.{nearest}.", 1)] += parts
-    return replace(lora, changes=changes)
-
-
 def measured(change: Tensor, wanted: Tensor, before: Tensor, after: Tensor) -> dict[str, float]:
     """Compare changes of latents, and errors to the changed teacher before and after; means over the pictures."""
     change, wanted = change.double().flatten(1), wanted.double().flatten(1)
@@ -272,14 +231,11 @@ def tell(bench: Bench, rows: list[dict], shares: dict[str, float], drawn: dict[s
     save_png(labelled_grid(grid, captions, list(drawn)), output / "lora.png", {})
 
 
-def cut_arms(bench: Bench, file: Path, args: argparse.Namespace) -> dict[str, StudentLora]:
-    """Cut the teacher's LoRA for the student; with --dropped also with what it does in layers that the student lacks."""
-    selection = read_made_of(args.student, bench.config, bench.wan_files).selection
+def cut(bench: Bench, file: Path, folder: str) -> StudentLora:
+    """Cut the teacher's LoRA for the student."""
+    selection = read_made_of(folder, bench.config).selection
     lora = open_lora(file, 1.0, shapes_of(bench.wan_files.expert("high")))
-    arms = {"": cut_loras([lora], selection, bench.config)}
-    if args.dropped:
-        arms["dropped layers too, "] = cut_loras([with_dropped_layers(lora, selection)], selection, bench.config)
-    return arms
+    return cut_loras([lora], selection, bench.config)
 
 
 def main() -> None:
@@ -302,20 +258,12 @@ def main() -> None:
         }.items()
     }
 
-    arms = cut_arms(bench, file, args)
+    student_lora = cut(bench, file, args.student)
     student_file = output / "student_lora.safetensors"
     student_file.unlink(missing_ok=True)
-    write_lora(arms[""], student_file, "diffusers")
+    write_lora(student_lora, student_file, "diffusers")
     wanted = drawn["teacher + LoRA"] - drawn["teacher"]
-    students = {
-        f"student + {arm}LoRA at {scale:g}": with_lora(args.student, student_lora, scale)
-        for arm, student_lora in arms.items()
-        for scale in args.scales
-    }
-    if args.fit_steps:
-        for name, begun in (("cut LoRA", arms[""]), ("LoRA from zero", from_zero(arms[""]))):
-            student_lora = fitted(bench, changed, args.student, begun, args.fit_steps)
-            students[f"student + {name}, fitted"] = with_lora(args.student, student_lora, 1.0)
+    students = {f"student + LoRA at {scale:g}": with_lora(args.student, student_lora, scale) for scale in args.scales}
     rows = []
     for name, student in students.items():
         drawn[name] = bench.draw(student_as_teacher(student, bench.settings), bench.held_out_embeds, HELD_OUT_SEED)

@@ -1,4 +1,4 @@
-"""Faults over the whole life of a student: calibration, encoding, the teacher's cache, training, saving, export.
+"""Faults over the whole life of a student: projection, encoding, the teacher's cache, training, saving, export.
 
 The commands are run as a person repeats them: each again until it is done. A real process is killed with SIGKILL at random moments
 of all of it (200 in the slow suite, one process and two), and what comes out must be, bit for bit, what comes out undisturbed. A
@@ -53,11 +53,7 @@ class Life:
         cache = ["--prompt_cache", folder / "prompts"]
         prompts = folder / "few.txt"
         prompts.write_text("\n".join(PROMPTS.read_text().splitlines()[:12]))
-        self.project = [
-            "--teacher_path", teacher, "--student_config", config, "--selection", "calibrated", "--calibration_prompts",
-            prompts, "--calibration_paths", 4, "--calibration_cache", folder / "calibration.safetensors", "--device",
-            "cpu", "--output_dir", folder / "projected", *cache,
-        ]  # fmt: skip
+        self.project = ["--teacher_path", teacher, "--student_config", config, "--output_dir", folder / "projected"]
         self.train = [
             "--teacher_path", teacher, "--student_config", config, "--data_path", prompts, "--device", "cpu",
             "--num_samples", 0, "--output_dir", folder / "student", *cache, *TRAINING, *training,

@@ -1,8 +1,7 @@
 """Which part of a teacher a smaller student inherits: layers, residual channels, heads, FFN neurons.
 
 Layers are spread evenly with both ends kept (TinyFusion, arXiv 2412.01199, table 3). Along every other axis the entries with
-the largest score are kept, in their original order. The score is the weight norm, which reads the checkpoint alone, or
-whatever `select` is given: `wandistiller.projection.calibration` has the energy of activations.
+the largest weight norm are kept, in their original order; only the checkpoint is read for it.
 
 An axis is a named index set used wherever that axis occurs, so that what is cut stays consistent:
 `channels` (the residual stream), `text_channels` (text stream fed to every cross-attention), `time_hidden`, `text_hidden`
@@ -97,26 +96,18 @@ def _check_layers(layers: list[int], teacher_depth: int, depth: int) -> None:
         )
 
 
-def select(
-    teacher: TransformerTensors,
-    student: StudentConfig,
-    layers: list[int] | None = None,
-    score: Callable[[TransformerTensors, str, Selection], Tensor] | None = None,
-) -> Selection:
-    """Choose the part of `teacher` that becomes a student of this shape.
+def select(teacher: TransformerTensors, student: StudentConfig, layers: list[int] | None = None) -> Selection:
+    """Choose the part of `teacher` that becomes a student of this shape, by weight norm.
 
     Args:
         layers: the teacher layer of each student block; None spreads them evenly.
-        score: scores the entries of an axis, given what is selected already (the residual channels come first); None ranks
-            by weight norm.
     """
     check_fits(teacher.config, student, layers)
     selection = Selection(layers or spread_layers(teacher.config.depth, student.depth))
     norms = cache(lambda name: squared_norms(teacher.read(name)))  # several axes ask for the same weights
-    score = score or (lambda _, axis, selection: _score_axis(norms, axis, selection.layers))
     for axis, (size, kept, group) in axis_sizes(teacher.config, student, selection.layers).items():
         if kept < size:
-            selection.axes[axis] = _largest(score(teacher, axis, selection), kept, group)
+            selection.axes[axis] = _largest(_score_axis(norms, axis, selection.layers), kept, group)
     return selection
 
 

@@ -1,4 +1,4 @@
-"""The part of its teacher that a student was made of, as projection_report.json holds it, for what is cut for the student later."""
+"""The part of its teacher that a student was made of, as projection_report.json holds it: a LoRA is cut by it later."""
 
 import re
 from collections.abc import Mapping
@@ -11,8 +11,7 @@ from torch import Tensor
 from wandistiller.errors import UserError
 from wandistiller.files.json_files import JsonError, load_json
 from wandistiller.model.config import CONFIG_NAME, ConfigError, StudentConfig
-from wandistiller.projection.selection import Selection, axis_sizes, check_fits, select
-from wandistiller.wan.wan_files import WanFiles
+from wandistiller.projection.selection import Selection, axis_sizes, check_fits
 
 REPORT_NAME = "projection_report.json"
 _RANGES = re.compile(r"\d{1,7}(-\d{1,7})?(,\d{1,7}(-\d{1,7})?)*")
@@ -33,7 +32,7 @@ class MadeOf:
 
 
 def selection_record(teacher: StudentConfig, selection: Selection) -> dict[str, object]:
-    """Return the shape of a teacher and what is kept of each of its axes that is cut, as JSON values."""
+    """Return the shape of a teacher and the kept indices of each axis that is cut, as JSON values."""
     axes = {name: ranges_of(kept.tolist()) for name, kept in selection.axes.items()}
     return {"teacher": teacher.to_dict(), "axes": axes}
 
@@ -47,7 +46,7 @@ def ranges_of(indices: list[int]) -> str:
 
 
 def indices_of(text: object, size: int) -> Tensor | None:
-    """Return the indices that `ranges_of` wrote; None where the text is none of its, or they lie beyond `size`."""
+    """Return the indices below `size` that `ranges_of` wrote; None if the text is not of that form."""
     if not isinstance(text, str) or not _RANGES.fullmatch(text):
         return None
     found: list[int] = []
@@ -59,16 +58,11 @@ def indices_of(text: object, size: int) -> Tensor | None:
     return torch.tensor(found) if found == sorted(set(found)) else None
 
 
-def read_made_of(folder: str | Path, config: StudentConfig, wan_files: WanFiles | None) -> MadeOf:
+def read_made_of(folder: str | Path, config: StudentConfig) -> MadeOf:
     """Read what the student in a folder was made of.
 
-    A report of an earlier version names layers and channels alone. The rest was ranked by weight norm, and is ranked again.
-
-    Args:
-        wan_files: the student's teacher, which only such a report needs.
-
     Raises:
-        UserError: it was not made of a teacher, or the report is missing or damaged or needs the teacher.
+        UserError: it was not made of a teacher, or the report is missing or damaged.
     """
     path = Path(folder) / REPORT_NAME
     report = _read_report(path)
@@ -79,16 +73,10 @@ def read_made_of(folder: str | Path, config: StudentConfig, wan_files: WanFiles 
     layers, expert = report.get("layers"), report.get("expert", "high")
     if layers == []:
         raise UserError(f"{path}: the student inherited nothing of its teacher (--init random), so no LoRA fits it")
+    record = report.get("selection")
     if not isinstance(layers, list) or not all(map(_is_layer, layers)) or expert not in ("high", "low"):
         raise _damaged(path)
-    if "selection" not in report:
-        return _select_again(path, report, config, wan_files)
-    record = report["selection"]
-    if (
-        not isinstance(record, dict)
-        or not isinstance(record.get("axes"), dict)
-        or not isinstance(record.get("teacher"), dict)
-    ):
+    if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in ("axes", "teacher")):
         raise _damaged(path)
     teacher = StudentConfig.from_dict(record["teacher"], f"{path}, selection.teacher")
     try:
@@ -132,26 +120,3 @@ def _axes(
                 raise _damaged(path)
             axes[name] = indices
     return axes
-
-
-def _select_again(path: Path, report: dict, config: StudentConfig, wan_files: WanFiles | None) -> MadeOf:
-    if report.get("calibration"):
-        raise UserError(
-            f"{path}: is of an earlier version, which did not write down what --selection calibrated selects; make the student "
-            "again, or take one that was selected by weight norm"
-        )
-    if wan_files is None:
-        raise UserError(
-            f"{path}: is of an earlier version, which did not write down all of what was selected; give --teacher_path the "
-            "student's teacher, and it is ranked again"
-        )
-    expert = report.get("expert", "high")
-    transformer = wan_files.expert(expert)
-    selection = select(transformer, config, report["layers"])
-    channels = selection.axes.get("channels", torch.arange(config.hidden_size)).tolist()
-    if report.get("channels", channels) != channels:
-        raise UserError(
-            f"{wan_files.location}: is not the teacher that this student was made of: other channels of it are the strongest; "
-            "give --teacher_path the one it was made of"
-        )
-    return MadeOf(transformer.config, expert, selection)
