@@ -91,7 +91,8 @@ def _has_released_latents(config: StudentConfig) -> bool:
     return True
 
 
-# The node that reads an exported file, by its format.
+# The node that makes empty latents, by their channels, and the one that reads an exported file, by its format.
+LATENTS = {16: "EmptyHunyuanLatentVideo", 48: "Wan22ImageToVideoLatent"}
 LOADERS = {"original": "Load Diffusion Model", "gguf": "Unet Loader (GGUF)"}
 
 
@@ -114,5 +115,4 @@ def comfyui_settings(config: StudentConfig, loader: str = LOADERS["original"]) -
     steps = f"steps {record.steps}, " if record.steps else ""
     sampler = f"KSampler with {steps}cfg 1, {comfyui_sampler(config)}, simple"
     shift = f"ModelSamplingSD3 with shift {record.shift:g}, " if record.shift is not None else ""
-    latent = "Wan22ImageToVideoLatent" if config.num_channels == 48 else "EmptyHunyuanLatentVideo"
-    return f"{loader}, {shift}{sampler}; {latent} of length 1; Load CLIP of type wan"
+    return f"{loader}, {shift}{sampler}; {LATENTS.get(config.num_channels, LATENTS[16])} of length 1; Load CLIP of type wan"

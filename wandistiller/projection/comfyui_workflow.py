@@ -4,27 +4,39 @@
     api_workflow(workflow)  # for POST /prompt
     ui_workflow(workflow)   # to drop on the editor
 
-Both are made of one list of nodes. `docs/comfyui/` holds those of two ready configs, and `tools/check_comfyui.py` runs them.
+`docs/comfyui/` holds those of two ready configs, and `tools/check_comfyui.py` runs them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize
-from wandistiller.projection.comfyui import comfyui_sampler
+from wandistiller.projection.comfyui import LATENTS, comfyui_sampler
 from wandistiller.sampling.recorded import StudentRecord, trained_sizes
 
 TEXT_ENCODER = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 VAES = {16: "wan_2.1_vae.safetensors", 48: "wan2.2_vae.safetensors"}
 _HUB = "https://huggingface.co/Comfy-Org"
-# Where the editor offers to fetch the released files from
-_URLS = {
-    TEXT_ENCODER: f"{_HUB}/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/text_encoders/{TEXT_ENCODER}",
-    **{name: f"{_HUB}/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files/vae/{name}" for name in VAES.values()},
+# The released files: their folder in models/, and where the editor offers to fetch them from.
+_FILES = {
+    TEXT_ENCODER: ("text_encoders", f"{_HUB}/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/text_encoders"),
+    **{name: ("vae", f"{_HUB}/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files/vae") for name in VAES.values()},
 }
-# What is typed where a student's record does not say: Wan's own steps and shift at small sizes
+# Wan's own steps and shift at small sizes, for a student whose record names none
 STEPS, SHIFT = 50, 5.0
+# What the editor has of each class beside its inputs: the type of its output, and where the node stands.
+_IN_EDITOR = {
+    "UNETLoader": ("MODEL", (0, 0)),
+    "CLIPLoader": ("CLIP", (0, 150)),
+    "VAELoader": ("VAE", (0, 320)),
+    "ModelSamplingSD3": ("MODEL", (380, 0)),
+    "CLIPTextEncode": ("CONDITIONING", (380, 150)),
+    **dict.fromkeys(LATENTS.values(), ("LATENT", (380, 400))),
+    "KSampler": ("LATENT", (820, 0)),
+    "VAEDecode": ("IMAGE", (1180, 0)),
+    "SaveImage": (None, (1180, 160)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,90 +71,41 @@ class Workflow:
         return cls(file=file, **settings | changes)
 
 
-@dataclass(frozen=True)
-class Node:
-    """One node: its class in ComfyUI, what is typed in it, and which output of which node goes to which of its inputs.
-
-    Attributes:
-        links: by the name of the input: its type and the class of the node that it comes from.
-        unseen: widgets that only the editor has, by the widget after which they stand.
-    """
-
-    kind: str
-    position: tuple[int, int]
-    widgets: dict[str, Any] = field(default_factory=dict)
-    links: dict[str, tuple[str, str]] = field(default_factory=dict)
-    outputs: tuple[str, ...] = ()
-    unseen: dict[str, Any] = field(default_factory=dict)
-    directory: str | None = None
-
-
-def nodes(workflow: Workflow) -> list[Node]:
-    """Return the nodes; cfg 1 asks for no negative prompt, so that the positive one stands in its place."""
-    size = {"width": workflow.size.width, "height": workflow.size.height, "length": 1, "batch_size": 1}
-    sampling = {
-        "steps": workflow.steps,
-        "cfg": 1.0,
-        "sampler_name": workflow.sampler,
-        "scheduler": "simple",
-        "denoise": 1.0,
-    }
-    model = {"unet_name": workflow.file, "weight_dtype": "default"}
-    text = {"clip_name": TEXT_ENCODER, "type": "wan", "device": "default"}
-    is_large = workflow.num_channels == 48
-    latents = "Wan22ImageToVideoLatent" if is_large else "EmptyHunyuanLatentVideo"
-    conditions = {name: ("CONDITIONING", "CLIPTextEncode") for name in ("positive", "negative")}
-    drawn_with = {"model": ("MODEL", "ModelSamplingSD3"), **conditions, "latent_image": ("LATENT", latents)}
-    decoded = {"samples": ("LATENT", "KSampler"), "vae": ("VAE", "VAELoader")}
-    return [
-        Node("UNETLoader", (0, 0), model, outputs=("MODEL",)),
-        Node("CLIPLoader", (0, 150), text, outputs=("CLIP",), directory="text_encoders"),
-        Node("VAELoader", (0, 320), {"vae_name": VAES[workflow.num_channels]}, outputs=("VAE",), directory="vae"),
-        Node("ModelSamplingSD3", (380, 0), {"shift": workflow.shift}, {"model": ("MODEL", "UNETLoader")}, ("MODEL",)),
-        Node("CLIPTextEncode", (380, 150), {"text": workflow.prompt}, {"clip": ("CLIP", "CLIPLoader")}, ("CONDITIONING",)),
-        Node(latents, (380, 400), size, {"vae": ("VAE", "VAELoader")} if is_large else {}, ("LATENT",)),
-        Node(
-            "KSampler",
-            (820, 0),
-            {"seed": workflow.seed, **sampling},
-            drawn_with,
-            ("LATENT",),
-            unseen={"seed": "fixed"},  # control_after_generate
-        ),
-        Node("VAEDecode", (1180, 0), {}, decoded, ("IMAGE",)),
-        Node("SaveImage", (1180, 160), {"filename_prefix": "wandistiller"}, {"images": ("IMAGE", "VAEDecode")}),
-    ]  # fmt: skip
-
-
 def api_workflow(workflow: Workflow) -> dict[str, dict[str, Any]]:
-    """Return the workflow as POST /prompt takes it: nodes by number."""
-    listed = nodes(workflow)
-    numbers = {node.kind: str(number) for number, node in enumerate(listed, start=1)}
-    return {
-        numbers[node.kind]: {
-            "class_type": node.kind,
-            "inputs": {**node.widgets, **{name: [numbers[source], 0] for name, (_, source) in node.links.items()}},
-        }
-        for node in listed
-    }
+    """Return the workflow as POST /prompt takes it: nodes by number; an input [node, 0] is the output of that node.
+
+    cfg 1 asks for no negative prompt, so that the positive one stands in its place.
+    """
+    model, clip, vae, shifted, text, latents, drawn, picture = ([str(number), 0] for number in range(1, 9))
+    size = {"width": workflow.size.width, "height": workflow.size.height, "length": 1, "batch_size": 1}
+    sampling = {"seed": workflow.seed, "steps": workflow.steps, "cfg": 1.0, "sampler_name": workflow.sampler}
+    sampling |= {"scheduler": "simple", "denoise": 1.0}
+    nodes = [
+        ("UNETLoader", {"unet_name": workflow.file, "weight_dtype": "default"}),
+        ("CLIPLoader", {"clip_name": TEXT_ENCODER, "type": "wan", "device": "default"}),
+        ("VAELoader", {"vae_name": VAES[workflow.num_channels]}),
+        ("ModelSamplingSD3", {"shift": workflow.shift, "model": model}),
+        ("CLIPTextEncode", {"text": workflow.prompt, "clip": clip}),
+        (LATENTS[workflow.num_channels], size | ({"vae": vae} if workflow.num_channels == 48 else {})),
+        ("KSampler", sampling | {"model": shifted, "positive": text, "negative": text, "latent_image": latents}),
+        ("VAEDecode", {"samples": drawn, "vae": vae}),
+        ("SaveImage", {"filename_prefix": "wandistiller", "images": picture}),
+    ]
+    return {str(number): {"class_type": kind, "inputs": inputs} for number, (kind, inputs) in enumerate(nodes, start=1)}
 
 
 def ui_workflow(workflow: Workflow) -> dict[str, Any]:
     """Return the workflow as ComfyUI's editor saves one, to be opened or dropped there."""
-    listed = nodes(workflow)
-    numbers = {node.kind: number for number, node in enumerate(listed, start=1)}
-    # A link is its number, the node and slot that it comes from, those that it goes to, and its type:
-    links = [
-        [0, numbers[source], 0, numbers[node.kind], slot, kind]
-        for node in listed
-        for slot, (kind, source) in enumerate(node.links.values())
-    ]
-    for number, link in enumerate(links, start=1):
-        link[0] = number
+    nodes = api_workflow(workflow)
+    links: list[list] = []  # number, from node and slot, to node and slot, type
+    for number, node in nodes.items():
+        for slot, (source, _) in enumerate(_joined(node).values()):
+            kind = _IN_EDITOR[nodes[source]["class_type"]][0]
+            links.append([len(links) + 1, int(source), 0, int(number), slot, kind])
     return {
-        "last_node_id": len(listed),
+        "last_node_id": len(nodes),
         "last_link_id": len(links),
-        "nodes": [_drawn(node, number, links) for number, node in enumerate(listed, start=1)],
+        "nodes": [_in_editor(node, int(number), links) for number, node in nodes.items()],
         "links": links,
         "groups": [],
         "config": {},
@@ -151,32 +114,38 @@ def ui_workflow(workflow: Workflow) -> dict[str, Any]:
     }
 
 
-def _drawn(node: Node, number: int, links: list[list]) -> dict[str, Any]:
+def _joined(node: dict[str, Any]) -> dict[str, list]:
+    """Return the inputs of a node that come from other nodes."""
+    return {name: value for name, value in node["inputs"].items() if isinstance(value, list)}
+
+
+def _in_editor(node: dict[str, Any], number: int, links: list[list]) -> dict[str, Any]:
     """Return a node as the editor saves it."""
-    arriving = {link[4]: link[0] for link in links if link[3] == number}
+    kind = node["class_type"]
+    output, position = _IN_EDITOR[kind]
+    arriving = [link for link in links if link[3] == number]
     leaving = [link[0] for link in links if link[1] == number]
     values: list[Any] = []
-    for name, value in node.widgets.items():
-        values += [value, *([node.unseen[name]] if name in node.unseen else [])]
-    properties: dict[str, Any] = {"Node name for S&R": node.kind}
-    if node.directory:
-        name = values[0]
-        properties["models"] = [{"name": name, "url": _URLS[name], "directory": node.directory}]
+    for name, value in node["inputs"].items():
+        if not isinstance(value, list):
+            values += [value, "fixed"] if name == "seed" else [value]  # the editor's own widget, control_after_generate
+    properties: dict[str, Any] = {"Node name for S&R": kind}
+    if values and values[0] in _FILES:
+        directory, address = _FILES[values[0]]
+        properties["models"] = [{"name": values[0], "url": f"{address}/{values[0]}", "directory": directory}]
+    height = max(60, 40 + 26 * max(len(values), len(arriving)))
     return {
         "id": number,
-        "type": node.kind,
-        "pos": list(node.position),
-        "size": [340, 200]
-        if node.kind == "CLIPTextEncode"
-        else [320, max(60, 40 + 26 * max(len(values), len(arriving)))],
+        "type": kind,
+        "pos": list(position),
+        "size": [340, 200] if kind == "CLIPTextEncode" else [320, height],
         "flags": {},
         "order": number - 1,
         "mode": 0,
         "inputs": [
-            {"name": name, "type": kind, "link": arriving[slot]}
-            for slot, (name, (kind, _)) in enumerate(node.links.items())
+            {"name": name, "type": link[5], "link": link[0]} for name, link in zip(_joined(node), arriving, strict=True)
         ],
-        "outputs": [{"name": kind, "type": kind, "links": leaving, "slot_index": 0} for kind in node.outputs],
+        "outputs": [{"name": output, "type": output, "links": leaving, "slot_index": 0}] if output else [],
         "properties": properties,
         "widgets_values": values,
     }

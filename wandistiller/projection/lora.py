@@ -24,17 +24,21 @@ from wandistiller.wan.lora import Change, Difference, Lora
 from wandistiller.wan.names import PATCH_KERNEL, to_original
 from wandistiller.wan.transformer_files import teacher_tensor_shapes
 
-_PREFIXES = {"diffusers": "transformer.", "original": "diffusion_model."}
+# The names of a file, by its format: the prefix of a module's name, and what follows it for down, up and bias.
+_NAMES = {
+    "diffusers": ("transformer.", "lora_A.weight", "lora_B.weight", "lora_B.bias"),
+    "original": ("diffusion_model.", "lora_down.weight", "lora_up.weight", "diff_b"),
+}
 _NORMS = re.compile(r"\.norm(?:_[qk]|2)\.")
 
 
 @dataclass
 class StudentLora:
-    """What a LoRA adds to a student's tensors, by canonical names of the student.
+    """A LoRA's changes of a student's tensors, by canonical names of the student.
 
     Attributes:
         shapes: of all the student's tensors, in 3D.
-        low_rank: (out, rank) and (rank, in) of each matrix that is changed by a product, scales and alphas in the first.
+        low_rank: up (out, rank) and down (rank, in) of each matrix that a product changes, scales and alphas in the first.
         differences: the changes of whole tensors.
         dropped: the teacher's tensors that the LoRA changes and this student does not have.
     """
@@ -48,7 +52,7 @@ class StudentLora:
         return list(dict.fromkeys([*self.low_rank, *self.differences]))
 
     def delta(self, name: str) -> Tensor:
-        """Return what is added to a tensor of the student in 3D, in float32."""
+        """Return the change of a tensor of the student in 3D, in float32."""
         shape = self.shapes[name]
         total = torch.zeros(shape)
         if name in self.low_rank:
@@ -99,7 +103,7 @@ def _student_name(teacher_name: str, layers: list[int]) -> str | None:
 def _cut(
     change: Change, name: str, shape: tuple[int, ...], selection: Selection, scale: float
 ) -> tuple[Tensor, Tensor] | Tensor:
-    """Return the part of a change that the student has, with the LoRA's scale."""
+    """Return the student's part of a change, with the LoRA's scale."""
     kept = kept_indices(name, shape, selection)
     if isinstance(change, Difference):
         difference = scale * change.read().reshape(shape)
@@ -117,42 +121,31 @@ def _cut(
 # ---- the file ----
 
 
-@dataclass(frozen=True)
-class _Module:
-    """A linear layer, or the patch kernel, and what is added to it."""
-
-    up: Tensor
-    down: Tensor
-    bias: Tensor | None
-
-
 def lora_tensors(student: StudentLora, file_format: str) -> tuple[dict[str, Tensor], list[str]]:
     """Return a LoRA's tensors under the names of a file, and the names of changes that such a file cannot hold.
 
     diffusers takes products alone, with a bias for all of them or for none. A whole difference of a matrix becomes a product of
-    full rank, and what only has a bias gets a product of zeros. ComfyUI takes whole differences too.
+    full rank, and a layer whose bias alone changes gets a product of zeros. ComfyUI takes whole differences too.
     """
-    is_original, prefix = file_format == "original", _PREFIXES[file_format]
+    is_original = file_format == "original"
+    prefix, down_name, up_name, bias_name = _NAMES[file_format]
     tensors: dict[str, Tensor] = {}
-    left_out = []
-    for name in filter(_is_whole, student.names()):
-        if is_original:
-            tensors[prefix + _whole_name(name)] = student.delta(name)
+    whole = list(filter(_is_whole, student.names()))
+    if is_original:
+        tensors |= {prefix + _whole_name(name): student.delta(name) for name in whole}
+    for stem, (up, down, bias) in _modules(student).items():
+        name = prefix + (to_original(stem) if is_original else stem)
+        if is_original and f"{stem}.weight" == PATCH_KERNEL:  # diffusers refuses a product here, but skips a difference
+            tensors[f"{name}.diff"] = student.delta(PATCH_KERNEL)
         else:
-            left_out.append(name)
-    for stem, module in _modules(student).items():
-        if (
-            is_original and f"{stem}.weight" == PATCH_KERNEL
-        ):  # diffusers refuses a product here, and passes over a difference
-            tensors |= {f"{prefix}{stem}.diff": student.delta(PATCH_KERNEL)}
-            tensors |= {} if module.bias is None else {f"{prefix}{stem}.diff_b": module.bias}
-            continue
-        tensors |= _named(prefix + (to_original(stem) if is_original else stem), module, is_original)
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, left_out
+            tensors |= {f"{name}.{down_name}": down, f"{name}.{up_name}": up}
+        if bias is not None:
+            tensors[f"{name}.{bias_name}"] = bias
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, [] if is_original else whole
 
 
 def _is_whole(name: str) -> bool:
-    """Tell whether a tensor is no part of a linear layer or kernel: a norm's, or a table."""
+    """Return whether a tensor is a norm's or a table, no part of a linear layer or kernel."""
     return bool(_NORMS.search(name)) or not name.endswith((".weight", ".bias"))
 
 
@@ -163,14 +156,15 @@ def _whole_name(name: str) -> str:
     return f"{to_original(stem if kind == 'weight' else name)}.diff"
 
 
-def _modules(student: StudentLora) -> dict[str, _Module]:
+def _modules(student: StudentLora) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+    """Return up, down and bias of each linear layer that is changed, and of the patch kernel."""
     stems = dict.fromkeys(name.rpartition(".")[0] for name in student.names() if not _is_whole(name))
     has_bias = any(f"{stem}.bias" in student.differences for stem in stems)
     modules = {}
     for stem in stems:
         up, down = _product(student, f"{stem}.weight")
         bias = student.differences.get(f"{stem}.bias", torch.zeros(len(up))) if has_bias else None
-        modules[stem] = _Module(up, down, bias)
+        modules[stem] = up, down, bias
     return modules
 
 
@@ -188,22 +182,8 @@ def _product(student: StudentLora, name: str) -> tuple[Tensor, Tensor]:
     return up.reshape(*up.shape, *[1] * (len(shape) - 2)), down.reshape(-1, *shape[1:])
 
 
-def _named(name: str, module: _Module, is_original: bool) -> dict[str, Tensor]:
-    down, up, bias = (
-        ("lora_down.weight", "lora_up.weight", "diff_b")
-        if is_original
-        else (
-            "lora_A.weight",
-            "lora_B.weight",
-            "lora_B.bias",
-        )
-    )
-    tensors = {f"{name}.{down}": module.down, f"{name}.{up}": module.up}
-    return tensors if module.bias is None else tensors | {f"{name}.{bias}": module.bias}
-
-
 def write_lora(student: StudentLora, path: str | Path, file_format: str) -> list[str]:
-    """Write a LoRA for a student's exports, whole or not at all; return the names of changes that it cannot hold."""
+    """Write a LoRA for a student's exports, whole or not at all; return the names of changes that the format cannot hold."""
     tensors, left_out = lora_tensors(student, file_format)
     write_tensors(path, tensors, {"format": "pt"})
     return left_out

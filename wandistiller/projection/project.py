@@ -4,6 +4,7 @@ The patch kernel of Wan is (1, p, p) and frame 0 has temporal RoPE angle 0, so o
 transformer with the same weights and Conv2d = W[:, :, 0]. A smaller student takes a consistent part of them.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -71,15 +72,15 @@ _LITE_FROM_WAN = {
 
 @dataclass
 class ProjectionReport:
-    """What became of every tensor on both sides.
+    """The fate of every tensor on both sides.
 
     Attributes:
         student: name -> {"status": "exact" | "selected" | "initialised", "source": [...], "detail": ...}.
         teacher: name -> {"status": "used" | "dropped", "reason": ...}.
-        layers: the teacher layer each student block came from.
-        channels: which of the teacher's residual channels the student has; empty where it inherited none.
+        layers: the teacher layer of each student block.
+        channels: the teacher's residual channels that the student has; empty if it inherited none.
         loras: the LoRAs that the expert was read with.
-        selection: the teacher's shape and what is kept of its axes, as `selection_record` has it; empty where nothing was inherited.
+        selection: the teacher's shape and the kept part of its axes, see `selection_record`; empty if nothing was inherited.
     """
 
     teacher_path: str
@@ -93,7 +94,7 @@ class ProjectionReport:
     selection: dict = field(default_factory=dict)
 
     def add(self, name: str, parameter: Tensor, status: str, source: list[str], detail: str) -> None:
-        """Write down where a student tensor came from."""
+        """Note where a student tensor came from."""
         self.student[name] = {"status": status, "source": source, "detail": detail}
         self.num_parameters[status] += parameter.numel()
 
@@ -136,11 +137,11 @@ def project_teacher(
     selection: Selection | None = None,
     loras: LoraFiles | None = None,
 ) -> tuple[WanLiteStudent, ProjectionReport]:
-    """Make a 2D model with a teacher's weights, and report what became of every tensor of both.
+    """Make a 2D model with a teacher's weights; return it with a report of every tensor of both.
 
     Args:
-        teacher_path: a Wan as `wandistiller.wan.layouts.open_wan_files` takes it, or one that it has opened; "mock" needs a
-            config, because it is made around one.
+        teacher_path: a Wan in any layout that `wandistiller.wan.layouts` reads, or an opened one; "mock" needs a config,
+            because it is made around one.
         config: the student's shape; None keeps the teacher's own, and every weight.
         expert: "high" or "low" noise; a teacher of one transformer has only "high".
         layers: the teacher layer of each student block, in rising order; None spreads them evenly with both ends kept.
@@ -149,7 +150,7 @@ def project_teacher(
         device: where the model is filled.
         seed: seed of the initial values of tensors that inherit nothing, which only lite students have.
         fp8: whether the Linear weights of the (wan) blocks are kept as `wandistiller.model.fp8` does; such a model is frozen.
-        shard: shards the parameters of a (wan) model in place, before there is memory for them.
+        shard: shards the parameters of a (wan) model in place, before memory is allocated for them.
         selection: the part of the teacher that fills the config's shape; None ranks by weight norm.
         loras: files and scales of Wan LoRAs that are merged into the expert as it is read.
 
@@ -157,10 +158,9 @@ def project_teacher(
         UserError: the Wan cannot be read, or the config does not fit it.
     """
     wan_files = open_teacher(teacher_path, config)
+    wan_files.expert(expert)  # refuses a missing expert before its LoRAs
+    wan_files = merge_loras(wan_files, **{expert: loras})
     teacher = wan_files.expert(expert)
-    if loras:
-        wan_files = merge_loras(wan_files, **{expert: loras})
-        teacher = wan_files.expert(expert)
     if config is None:
         config = teacher.config.replace(text_max_length=text_max_length)
         selection = Selection(list(range(config.depth)))
@@ -184,7 +184,7 @@ def fresh_student(
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> tuple[WanLiteStudent, ProjectionReport]:
-    """Make a student that inherits nothing, from seeded initial values: projection is measured against it."""
+    """Make a student from seeded random values, which inherits nothing: the baseline for projection."""
     wan_files = open_teacher(teacher_path, config)
     student = _seeded_student(config, None, device, seed)
     report = ProjectionReport(wan_files.location, expert, [])
@@ -216,7 +216,7 @@ def project_experts(
 def _seeded_student(
     config: StudentConfig, dtype: torch.dtype | None, device: str | torch.device, seed: int
 ) -> WanLiteStudent:
-    """Make a model of initial values that depend on the seed alone; the global random numbers stay as they are."""
+    """Make a model of initial values that depend on the seed alone, without a draw from the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return WanLiteStudent(config).to(device=device, dtype=dtype or torch.float32)
@@ -230,19 +230,19 @@ def _empty_student(
     fp8: bool = False,
     shard: Callable[[WanLiteStudent], None] | None = None,
 ) -> WanLiteStudent:
-    """Make a model to be filled: a wan model in unwritten memory, because it inherits every tensor; a lite one as it begins."""
+    """Make a model to be filled: a wan model in unwritten memory, since it inherits every tensor, a lite one initialised."""
     if config.block == "lite":
         return _seeded_student(config, dtype, device, seed)
     student = unfilled_model(config, dtype or torch.float32)
     if fp8:
-        to_fp8(student)  # before there is memory, because a large teacher fits in no other precision
+        to_fp8(student)  # before memory is allocated, because a large teacher fits in no other precision
     if shard is not None:
         shard(student)
     return student.to_empty(device=device)
 
 
 def _sources(student_name: str, config: StudentConfig, layers: list[int]) -> list[str]:
-    """Return the teacher tensors that a student tensor is made of, stacked along dim 0; none where it inherits nothing."""
+    """Return the teacher tensors that a student tensor is stacked of along dim 0; empty if it inherits nothing."""
     match = re.match(r"blocks\.(\d+)\.(.+)", student_name)
     if config.block == "wan":
         return [f"blocks.{layers[int(match[1])]}.{match[2]}" if match else student_name]
@@ -258,7 +258,7 @@ def _axes_of(teacher_name: str) -> tuple[str | None, ...]:
 
 
 def kept_indices(teacher_name: str, shape: Sequence[int], selection: Selection) -> dict[int, Tensor]:
-    """Return which indices of a teacher tensor are kept, for each dimension that is cut."""
+    """Return the kept indices of a teacher tensor, by each dimension that is cut."""
     kept = {}
     for dim, axis in enumerate(_axes_of(teacher_name)):
         if axis == "6 x channels" and "channels" in selection.axes:  # six parts that lie one after another
@@ -268,15 +268,8 @@ def kept_indices(teacher_name: str, shape: Sequence[int], selection: Selection) 
     return kept
 
 
-def _kept_shape(teacher_name: str, shape: Sequence[int], selection: Selection) -> list[int]:
-    """Return the shape of what is kept of a teacher tensor, in 2D."""
-    kept = kept_indices(teacher_name, shape, selection)
-    sizes = [len(kept[dim]) if dim in kept else size for dim, size in enumerate(shape)]
-    return sizes[:2] + sizes[3:] if len(sizes) == 5 else sizes
-
-
 def _take(tensor: Tensor, teacher_name: str, selection: Selection) -> Tensor:
-    """Return the part of a teacher tensor that is kept, in 2D."""
+    """Return the kept part of a teacher tensor, in 2D."""
     kept = kept_indices(teacher_name, tensor.shape, selection)
     if list(kept) == [0, 1]:
         return tensor[kept[0][:, None], kept[1]]  # takes half the time of cutting the rows and then the columns
@@ -285,37 +278,35 @@ def _take(tensor: Tensor, teacher_name: str, selection: Selection) -> Tensor:
     return without_frames(tensor)
 
 
+@torch.no_grad()
 def _fill(student: WanLiteStudent, teacher: TransformerTensors, selection: Selection, report: ProjectionReport) -> None:
     """Copy every inherited tensor, one teacher tensor in memory at a time, and report where each came from."""
     fp8_layers = fp8_linears(student)
     for name, parameter in student.named_parameters():
         sources = _sources(name, student.config, selection.layers)
+        parts = list(zip(sources, parameter.chunk(len(sources)) if len(sources) > 1 else [parameter], strict=False))
         status, detail = "initialised", "the teacher has no counterpart"
-        if sources:
-            with torch.no_grad():
-                rows = parameter.chunk(len(sources)) if len(sources) > 1 else [parameter]
-                pairs = list(zip(sources, rows, strict=True))
-                if all(_fits(teacher, source, selection, part) for source, part in pairs):
-                    layer = fp8_layers.get(name)
-                    copied = [_copy(teacher, source, selection, part, layer) for source, part in pairs]
-                    status, detail = copied[0]  # stacked parts are all cut alike
-                else:
-                    sources, detail = [], f"the teacher's {sources[0]} is smaller"
+        if not all(_fits(teacher, source, selection, part) for source, part in parts):
+            sources, parts, detail = [], [], f"the teacher's {sources[0]} is smaller"
+        for source, part in parts:  # stacked parts are all cut alike
+            status, detail = _copy(teacher, source, selection, part, fp8_layers.get(name))
         report.add(name, parameter, status, sources, detail)
 
 
 def _fits(teacher: TransformerTensors, source: str, selection: Selection, target: Tensor) -> bool:
-    """Tell whether a source fills its target; only a lite student's MLP can be larger than what the teacher has."""
-    return _kept_shape(source, teacher.shape(source), selection) == list(target.shape)
+    """Return whether the kept part of a source fills its target; a lite student's MLP can be larger than the teacher's."""
+    shape = teacher.shape(source)
+    kept = kept_indices(source, shape, selection)
+    return math.prod(len(kept[dim]) if dim in kept else size for dim, size in enumerate(shape)) == target.numel()
 
 
 def _copy(
     teacher: TransformerTensors, name: str, selection: Selection, target: Tensor, fp8_layer: Fp8Linear | None
 ) -> tuple[str, str]:
-    """Fill `target` with what is kept of a teacher tensor; return status and detail for the report.
+    """Fill `target` with the kept part of a teacher tensor; return status and detail for the report.
 
     Args:
-        fp8_layer: the layer whose weight `target` is, where that is kept as fp8; its scales are filled too.
+        fp8_layer: the layer of `target`, if its weight is kept as fp8; its scales are filled too.
     """
     source = teacher.read(name)
     kept = _take(source, name, selection)
@@ -335,7 +326,7 @@ def _copy(
 def _report_teacher(
     teacher: TransformerTensors, selection: Selection, config: StudentConfig, report: ProjectionReport
 ) -> None:
-    """Report of every teacher tensor which student tensor uses it, or why none does."""
+    """Report the student tensor that uses each teacher tensor, or why none does."""
     used_by: dict[str, str] = {}
     for student_name, entry in report.student.items():
         used_by |= dict.fromkeys(entry["source"], student_name)
@@ -353,5 +344,5 @@ def _report_teacher(
 
 
 def _ignored(teacher: TransformerTensors) -> dict[str, dict]:
-    """Return the report's entries for tensors in the teacher's files that are no weights of a text-to-video Wan."""
+    """Return entries for the tensors in the teacher's files that are no weights of a text-to-video Wan."""
     return {name: {"status": "dropped", "reason": reason} for name, reason in teacher.ignored.items()}
