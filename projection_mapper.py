@@ -77,7 +77,9 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 def check_flags(flags: Flags) -> None:
     """Refuse flags that are missing, and flags of the two jobs together, before torch loads."""
     project, cut = vars(flags.project), vars(flags.cut)
-    own, others, needed = (cut, project, ("student", "output")) if flags.cut.lora else (project, cut, ("teacher_path", "output_dir"))
+    own, others, needed = (
+        (cut, project, ("student", "output")) if flags.cut.lora else (project, cut, ("teacher_path", "output_dir"))
+    )
     for name, value in others.items():
         if name not in ("expert", "format") and value is not None:
             why = "makes a student, and --lora cuts a LoRA for one" if flags.cut.lora else "belongs to --lora FILE"
