@@ -99,7 +99,7 @@ def measure_arm(args: argparse.Namespace) -> dict:
     import torch
 
     from wandistiller.budget.machine import matmul_rate
-    from wandistiller.budget.workload import memory_budget, training_peak_bytes
+    from wandistiller.budget.memory import memory_budget, training_peak_bytes
 
     workload = build_workload(args)
     step = build_step(workload, args.compile)

@@ -129,7 +129,7 @@ def open_setting(teacher: str, student_config: str) -> Setting:
         student_config=student_config,
         answer_flops=answer,
         step_flops=(1 + BACKWARD_PASSES) * forward,
-        replay=suggested_replay(own, config, size, uses_guidance=settings.uses_guidance),
+        replay=suggested_replay(own, config, size, guided_fraction=float(settings.uses_guidance)),
     )
 
 

@@ -19,7 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmarks import scaling
 from benchmarks.pages import print_tables, write_tables
-from wandistiller.budget.workload import Workload, memory_budget, phase_bytes
+from wandistiller.budget.memory import memory_budget, phase_bytes
+from wandistiller.budget.workload import Workload
 
 GIB = 2**30
 CHECKPOINTING = {"gradient_checkpointing": True}

@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.pages import print_or_write
 from benchmarks.scaling import GIB, H100, MEAN_TEXT_TOKENS, MFUS, NEGATIVE_TEXT_TOKENS, RUNS, markdown
-from wandistiller.budget.workload import Workload, disk_budget, held_out_flops, memory_budget, peak_bytes, step_flops
+from wandistiller.budget.memory import disk_budget, memory_budget, peak_bytes
+from wandistiller.budget.workload import Workload, held_out_flops, step_flops
 from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
 from wandistiller.prompts.prompts import Texts

@@ -16,16 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.pages import print_or_write
-from wandistiller.budget.workload import (
-    Workload,
-    disk_budget,
-    memory_budget,
-    peak_bytes,
-    phase_bytes,
-    step_flops,
-    stored_latents,
-    training_peak_bytes,
-)
+from wandistiller.budget.memory import disk_budget, memory_budget, peak_bytes, phase_bytes, training_peak_bytes
+from wandistiller.budget.workload import Workload, step_flops, stored_latents
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import count_parameters, weight_bytes
 from wandistiller.targets.trajectories import paths_per_lane

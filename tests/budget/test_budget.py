@@ -17,42 +17,28 @@ import train_distillation
 from support.measures import LiveBytes, count_flops, training_peak, with_checkpointing
 from support.runs import PRUNED_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.budget.report import (
-    GIB,
-    by_price,
-    changes_that_fit,
-    compute_lines,
-    memory_lines,
-    out_of_memory_message,
-    verdict,
-)
-from wandistiller.budget.workload import (
-    BACKWARD_PASSES,
-    Workload,
+from wandistiller.budget.machine import GIB
+from wandistiller.budget.memory import (
     certain_bytes,
     checkpoint_bytes,
     disk_budget,
     memory_budget,
     peak_bytes,
     phase_bytes,
-    step_flops,
-    stored_latents,
 )
+from wandistiller.budget.report import compute_lines, hints, memory_lines, out_of_memory_message, verdict
+from wandistiller.budget.workload import BACKWARD_PASSES, Workload, guided_fraction, step_flops, stored_latents
 from wandistiller.device import DTYPES
 from wandistiller.model.layers import rope_table
 from wandistiller.model.sizes import count_parameters, transformer_flops, weight_bytes
 from wandistiller.projection.project import project_teacher
-from wandistiller.run.dry_run import changeable_flags
-from wandistiller.run.measuring import expected_calls
 from wandistiller.run.states_kinds import STATES
-from wandistiller.targets.answers import Answer
+from wandistiller.sampling.flow import sample_sigmas
 from wandistiller.targets.lanes import Lanes
-from wandistiller.targets.replay import ReplayedAnswers
 from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.targets.trajectories import paths_per_lane
 from wandistiller.training.optimizer import OptimizationOptions, make_optimizer
 from wandistiller.wan.mock import mock_wan_files
-from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.settings import resolve_settings
 
 TEACHER = StudentConfig(
@@ -63,11 +49,6 @@ STUDENT = StudentConfig(
 )
 LITE = StudentConfig(block="lite", hidden_size=64, depth=2, num_heads=4, num_channels=4, image_size=32)
 A14B = Workload(teacher=TEACHER, student=STUDENT, latent_size=64, num_experts=2, batch_size=4, num_features=20)
-EMBEDS = mock_prompt_embeds(["a prompt"], 6)
-ALL_FLAGS = {
-    "gradient_checkpointing", "teacher_offload", "teacher_dtype", "optimizer", "ema_decay", "feature_loss_weight", "dtype",
-    "shard", "offline_teacher", "grad_accum_steps",
-}  # fmt: skip
 
 
 def sizes(workload: Workload) -> dict[str, int]:
@@ -94,37 +75,6 @@ def test_latents_that_training_states_keep(kind, fraction):
     latents = [tensor for tensor in states.state_dict().values() if tensor.ndim == 5]  # (lanes, kept, C, H, W)
     num_paths = paths_per_lane(3) if STATES[kind].has_paths else 0
     assert stored_latents(num_paths, renoised=fraction > 0) * 3 == sum(len(tensor.flatten(0, 1)) for tensor in latents)
-
-
-class CountingAnswers:
-    """Answers of zeros that count how often they were asked for."""
-
-    num_calls = 0
-    lanes = Lanes(2)
-
-    def next(self) -> Answer:
-        self.num_calls += 1
-        nothing, (prompt_embeds, prompt_lengths) = torch.zeros(2, 1, 2, 2), EMBEDS.batch([0, 0])
-        return Answer(
-            latents=nothing,
-            sigma=torch.zeros(2),
-            prompts=[0, 0],
-            prompt_embeds=prompt_embeds,
-            prompt_lengths=prompt_lengths,
-            velocity=nothing,
-            weights=torch.ones(2),
-        )
-
-
-@pytest.mark.parametrize("replay", [1, 2, 4, 8])
-@pytest.mark.parametrize("num_steps", [10, 400, 2000])
-def test_calls_of_a_replayed_teacher(replay, num_steps):
-    source = CountingAnswers()
-    answers = source if replay == 1 else ReplayedAnswers(source, EMBEDS, replay, num_steps)
-    for _ in range(num_steps):
-        answers.next()
-    flags = train_distillation.parse_args(["--teacher_path", "y", "--replay", str(replay)])
-    assert expected_calls(flags, 50, num_steps) == source.num_calls
 
 
 def test_bytes_of_a_checkpoint_on_disk(train, teachers, tmp_path):
@@ -178,6 +128,19 @@ def test_peak_of_a_step_of_the_default_student_in_its_true_size(batch_size, is_c
 # ---- the sum ----
 
 
+@pytest.mark.parametrize(
+    "shift, guidance_range, sigma_range", [(5.0, (0.5, 1.0), (0.0, 1.0)), (12.0, (0.3, 0.9), (0.2, 0.95))]
+)
+def test_the_fraction_of_guided_answers_is_that_of_noise_levels_as_they_are_drawn(shift, guidance_range, sigma_range):
+    given = {"shift": shift, "guidance_scale": 4.0, "guidance_range": guidance_range}
+    sigma = sample_sigmas(4096, shift, sigma_range)
+    drawn = ((guidance_range[0] <= sigma) & (sigma <= guidance_range[1])).double().mean()
+    settings = resolve_settings(mock_wan_files(LITE), **given)
+    assert guided_fraction(settings, sigma_range) == pytest.approx(float(drawn), abs=0.001)
+    assert guided_fraction(replace(settings, guidance_range=None)) == 1.0
+    assert guided_fraction(replace(settings, guidance_scale=1.0)) == 0.0
+
+
 def test_phases_share_what_is_there_all_the_time():
     parts = memory_budget(A14B)
     phases = phase_bytes(parts)
@@ -189,25 +152,13 @@ def test_phases_share_what_is_there_all_the_time():
     assert phases["learning"] == sum(by_name.values()) - sum(elsewhere)
 
 
-def test_the_certain_part_is_below_the_peak_and_grows_where_gradients_stay():
-    assert certain_bytes(A14B) < peak_bytes(memory_budget(A14B))
-    assert certain_bytes(replace(A14B, grad_accum_steps=2)) > certain_bytes(A14B)
-
-
-def test_a_text_encoder_that_the_prompt_cache_may_spare_makes_nothing_certain():
-    small = replace(A14B, teacher=STUDENT, student=STUDENT.replace(depth=1), num_experts=1, num_features=0)
-    about = verdict(small, 10 * GIB)
-    assert not about.fits and not about.is_certain_not_to_fit and about.sentence.startswith("May not fit: the text")
-    assert "--prompt_cache" in about.sentence
-
-
 @pytest.mark.parametrize(
     "changes, name, factor",
     [
         ({"teacher_offload": True}, "teacher weights", 1 / 2),
         ({"optimizer": "adamw8bit"}, "optimizer moments", 1 / 4),
         ({"optimizer": "muon"}, "optimizer moments", 0.514),
-        ({"uses_guidance": False}, "teacher activations", 1 / 2),
+        ({"guided_fraction": 0.0}, "teacher activations", 1 / 2),
         ({"batch_size": 8}, "student activations", 2),
         ({"batch_size": 8}, "feature targets", 2),
         ({"stored_latents": 18}, "training states", 9),
@@ -241,7 +192,8 @@ def test_flops_of_a_step_count_guidance_replay_and_accumulation():
     )
     guided = step_flops(A14B).teacher
     assert 4 * (one + negative) * (1 - 1 / TEACHER.depth) < guided < 4 * (one + negative)  # less of one block is shared
-    assert step_flops(replace(A14B, uses_guidance=False)).teacher == 4 * one
+    assert step_flops(replace(A14B, guided_fraction=0.0)).teacher == 4 * one
+    assert step_flops(replace(A14B, guided_fraction=0.5)).teacher == (guided + 4 * one) / 2
     assert step_flops(replace(A14B, calls_per_step=0.25, grad_accum_steps=3)).teacher == 3 / 4 * guided
 
 
@@ -263,97 +215,77 @@ def test_offloaded_experts_are_in_host_memory():
     assert 1.4 < float(line.split()[2]) / (sizes(A14B)["teacher weights"] / GIB) < 1.6
 
 
-# ---- what is advised ----
+# ---- verdicts and hints ----
 
 
-def test_what_fits_is_said_to_fit():
-    about = verdict(A14B, 140 * GIB, ALL_FLAGS)
-    assert about.fits and not about.is_certain_not_to_fit and about.sentence.startswith("Fits: about ")
+def advised(workload: Workload) -> list[str]:
+    return [hint.flags for hint in hints(workload)]
 
 
-def test_the_advice_that_costs_least_comes_first_and_says_its_cost():
-    """At 80 GiB more time alone is enough, or one flag; a teacher that is not there costs most and is not named."""
-    run, memory = replace(A14B, grad_accum_steps=2), 80 * GIB
-    about = verdict(run, memory, ALL_FLAGS)
-    assert not about.fits
-    ways = about.sentence.split("the least costly way first, with ")[1].split(", or with ")
-    expected = {
-        "--gradient_checkpointing --batch_size 2 --grad_accum_steps 4 ": {
-            "gradient_checkpointing": True,
-            "batch_size": 2,
-            "grad_accum_steps": 4,
-        },
-        "--teacher_offload ": {"teacher_offload": True},
-        "--teacher_dtype fp8": {"teacher_dtype": "fp8"},
-    }
-    for way, (flags, changes) in zip(ways, expected.items(), strict=True):
-        after = peak_bytes(memory_budget(replace(run, **changes)))
-        assert after < memory and way.startswith(flags) and f"(about {after / GIB:.2f} GiB; " in way
-        assert len(way.split("GiB; ")[1]) > 10, "what it costs"
+STEP, ROUNDED, OFFLOADED = (
+    "--gradient_checkpointing --batch_size 1 --grad_accum_steps 4",
+    "--teacher_dtype fp8",
+    "--teacher_offload",
+)
 
 
-def test_changes_are_ordered_by_price_and_each_says_its_cost():
-    changes = [change for change, _ in by_price(A14B, ALL_FLAGS)]
-    prices = [change.price for change in changes]
-    assert prices == sorted(prices) and all(change.cost for change in changes)
-    assert changes[-1].advice.startswith("and a smaller image_size") and changes[-2].flag == "--offline_teacher"
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [STEP, ROUNDED, OFFLOADED]),
+        ({"num_experts": 1}, [STEP, ROUNDED]),
+        ({"teacher_dtype": "fp8", "teacher_offload": True}, [STEP]),
+        ({"gradient_checkpointing": True, "batch_size": 6}, ["--batch_size 1 --grad_accum_steps 6", ROUNDED, OFFLOADED]),
+        ({"gradient_checkpointing": True, "batch_size": 16, "grad_accum_steps": 2}, ["--batch_size 4 --grad_accum_steps 8", ROUNDED, OFFLOADED]),
+        ({"gradient_checkpointing": True, "batch_size": 1}, [ROUNDED, OFFLOADED]),
+        ({"num_processes": 8}, [STEP, "--shard both"]),
+        ({"num_processes": 8, "teacher_dtype": "fp8"}, [STEP, "--shard student"]),
+        ({"num_processes": 8, "teacher_offload": True}, [STEP, "--shard student"]),
+        ({"num_processes": 8, "shard_teacher": True}, [STEP, "--shard both"]),
+        ({"num_processes": 8, "shard_teacher": True, "shard_student": True}, [STEP]),
+        ({"num_processes": 8, "optimizer": "adamw8bit"}, [STEP]),
+    ],
+)  # fmt: skip
+def test_hints_are_those_that_the_run_has_not_taken_and_can_take(changes, expected):
+    assert advised(replace(A14B, **changes)) == expected
 
 
-@pytest.mark.parametrize("memory", [60, 45, 30])
-def test_flags_that_are_needed_together_are_all_needed(memory):
-    changes, after = changes_that_fit(A14B, memory * GIB, ALL_FLAGS)
-    assert after <= memory * GIB
-    names = [change.flag for change in changes]
-    assert len(set(names)) == len(names)
-    every = {
-        "--gradient_checkpointing": {"gradient_checkpointing": True},
-        "--optimizer": {"optimizer": "adamw8bit"},
-        "--teacher_offload": {"teacher_offload": True},
-        "--teacher_dtype": {"teacher_dtype": "fp8"},
-        "--ema_decay": {"ema": False},
-        "--feature_loss_weight": {"num_features": 0},
-        "--offline_teacher": {"offline_teacher": True, "num_features": 0},
-        "--batch_size": {name: getattr(changes[-1].workload, name) for name in ("batch_size", "grad_accum_steps")},
-    }
-    for left_out in names:
-        rest = {key: value for name in names if name != left_out for key, value in every[name].items()}
-        assert peak_bytes(memory_budget(replace(A14B, **rest))) > memory * GIB, left_out
+def test_every_hint_is_accepted_by_the_trainer_keeps_the_samples_of_a_step_and_saves_memory():
+    before = peak_bytes(memory_budget(A14B))
+    for hint in hints(A14B):
+        train_distillation.parse_args(["--teacher_path", "y", *hint.flags.split()])
+        changed = replace(A14B, **hint.changes)
+        assert changed.global_batch_size == A14B.global_batch_size
+        assert peak_bytes(memory_budget(changed)) < before and hint.cost
 
 
-def test_only_flags_that_the_command_has_are_advised():
-    for flags in (set(), {"ema_decay"}, ALL_FLAGS):
-        message = out_of_memory_message(replace(A14B, num_processes=2), flags)
-        advised = {name for name in ALL_FLAGS if f"--{name} " in message or f"--{name};" in message}
-        assert advised <= flags
-        assert "--batch_size 2" in message and "image_size" in message
-    assert "--shard both" in message and "--grad_accum_steps 2" in message
+def test_a_run_that_does_not_fit_is_told_what_each_hint_leads_to():
+    about = verdict(A14B, 70 * GIB)
+    assert not about.fits and "all of these: " in about.sentence and "more memory" not in about.sentence
+    for hint in hints(A14B):
+        after = peak_bytes(memory_budget(replace(A14B, **hint.changes)))
+        assert f"{hint.flags}: {after / GIB:.2f} GiB ({hint.cost})" in about.sentence
 
 
-def test_a_teacher_that_is_spread_is_neither_offloaded_nor_kept_in_8_bits():
-    spread = out_of_memory_message(replace(A14B, num_processes=8, shard_teacher=True), ALL_FLAGS)
-    assert "--shard both" in spread and "--teacher_offload" not in spread and "fp8" not in spread
-    offloaded = out_of_memory_message(replace(A14B, num_processes=8, teacher_offload=True), ALL_FLAGS)
-    assert "--shard student" in offloaded and "--shard both" not in offloaded
+@pytest.mark.parametrize(("memory", "fits", "is_certain"), [(140, True, False), (80, False, False), (2, False, True)])
+def test_a_verdict_is_certain_only_below_what_is_needed_at_least(memory, fits, is_certain):
+    about = verdict(A14B, memory * GIB)
+    assert (about.fits, about.is_certain_not_to_fit) == (fits, is_certain)
+    assert about.sentence.startswith("Fits: about " if fits else "Does not" if is_certain else "May not")
+    assert ("GPU with more memory" in about.sentence) == is_certain
 
 
-def test_a_flag_that_contradicts_another_is_not_advised():
-    few_steps = train_distillation.parse_args(["--teacher_path", "y", "--student_steps", "4"])
-    assert "offline_teacher" not in changeable_flags(few_steps)
-    assert "offline_teacher" in changeable_flags(train_distillation.parse_args(["--teacher_path", "y"]))
+def test_a_text_encoder_that_the_prompt_cache_may_spare_makes_nothing_certain():
+    small = replace(A14B, teacher=STUDENT, student=STUDENT.replace(depth=1), num_experts=1, num_features=0)
+    about = verdict(small, 10 * GIB)
+    assert not about.fits and not about.is_certain_not_to_fit and about.sentence.startswith("May not fit: the text")
+    assert "--prompt_cache" in about.sentence
 
 
-def test_a_flag_that_is_set_is_not_advised_again():
-    workload = replace(A14B, teacher_offload=True, gradient_checkpointing=True, teacher_dtype="fp8")
-    message = out_of_memory_message(workload, ALL_FLAGS)
-    assert not any(word in message for word in ("--teacher_offload", "--gradient_checkpointing", "fp8 ("))
-
-
-def test_a_machine_that_is_far_too_small_gets_no_false_hope():
-    about = verdict(A14B, 2 * GIB, ALL_FLAGS)
-    assert about.is_certain_not_to_fit and "GPU with more memory" in about.sentence
-
-
-def test_the_out_of_memory_message_lists_the_largest_first():
-    message = out_of_memory_message(replace(A14B, grad_accum_steps=2), ALL_FLAGS)
+def test_out_of_memory_lists_the_largest_first_and_the_same_hints():
+    run = replace(A14B, grad_accum_steps=2)
+    message = out_of_memory_message(run)
     order = [message.index(name) for name in ("teacher weights", "student activations", "gradients", "training states")]
-    assert order == sorted(order)
+    assert order == sorted(order) and "text encoder" not in message
+    assert all(f"{flags}: " in message for flags in advised(run)) and "resumes" not in message
+    assert "The run resumes with another --batch_size" in out_of_memory_message(run, has_checkpoints=True)

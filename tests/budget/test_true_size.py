@@ -12,7 +12,8 @@ import pytest
 
 from benchmarks import scaling
 from support.true_size import step_memory
-from wandistiller.budget.workload import Workload, memory_budget, phase_bytes
+from wandistiller.budget.memory import memory_budget, phase_bytes
+from wandistiller.budget.workload import Workload
 
 TOLERANCE = 0.1
 MOVING_TOLERANCE = 0.2  # of what comes and goes in a step, which is a small part of the whole in some runs

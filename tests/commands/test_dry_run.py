@@ -130,7 +130,7 @@ def test_a_run_that_cannot_fit_says_which_flags_to_change_and_exits_with_2(a14b,
     outcome = dry_run(*flags, "--assume_gpu_gib", 24)
     assert outcome.code == 2
     (line,) = outcome.err.splitlines()
-    assert line.startswith("error: --dry_run: Does not fit: at least ") and "--offline_teacher" in line
+    assert line.startswith("error: --dry_run: Does not fit: at least ") and "--teacher_dtype fp8: " in line
     assert "teacher weights" in outcome.out, "the table is shown all the same"
 
 
@@ -207,11 +207,18 @@ def test_a_measured_step_takes_as_long_as_those_of_the_run(dry_run, run_main, tm
     assert seconds_a_step(told.out) == pytest.approx(taken, rel=0.4)
 
 
-def test_a_disk_that_is_too_small_is_refused_as_by_a_real_run(dry_run, teachers, write_config, monkeypatch):
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    outcome = dry_run("--teacher_path", teachers.one, "--student_config", write_config(PRUNED_CONFIG))
-    assert outcome.code == 2 and "--keep_checkpoints" in outcome.err
+def test_a_disk_without_room_for_the_checkpoints_is_refused_as_by_a_real_run(dry_run, teachers, write_config):
+    run = ("--teacher_path", teachers.one, "--student_config", write_config(PRUNED_CONFIG))
+    outcome = dry_run(*run, "--keep_checkpoints", 10**9)
+    assert outcome.code == 2 and "a smaller --keep_checkpoints" in outcome.err
+
+
+def test_each_disk_is_held_against_all_that_is_to_lie_there(dry_run, a14b, tmp_path):
+    run = ("--teacher_path", a14b, "--student_config", DEFAULT_CONFIG, "--save_every", 0, "--assume_gpu_gib", 140)
+    assert re.search(r"--output_dir, --prompt_cache: up to .* free, fits", dry_run(*run).out)
+    outcome = dry_run(*run, "--teacher_cache", tmp_path / "answers", "--teacher_calls", 10**9, "--replay", 1)
+    assert outcome.code == 0, "what is there already takes no more room"
+    assert re.search(r"--output_dir, --prompt_cache, --teacher_cache: up to .* free, does not fit", outcome.out)
 
 
 def test_a_student_that_does_not_fit_the_teacher_is_refused(dry_run, teachers, write_config):
@@ -253,7 +260,7 @@ def test_out_of_memory_by_any_of_its_names_gets_the_same_advice(train, teachers,
 
     monkeypatch.setattr("wandistiller.training.loop.train", fails)
     outcome = train(teachers.one, PRUNED_CONFIG)
-    assert outcome.code == 1 and "Change, the least costly first" in outcome.err and "Traceback" not in outcome.err
+    assert outcome.code == 1 and "What takes less: " in outcome.err and "Traceback" not in outcome.err
 
 
 def test_advice_for_a_run_with_checkpoints_says_what_it_can_be_resumed_with(train, teachers, monkeypatch):
@@ -265,9 +272,7 @@ def test_advice_for_a_run_with_checkpoints_says_what_it_can_be_resumed_with(trai
 
     monkeypatch.setattr("wandistiller.training.loop.train", fails)
     outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 4)
-    assert (
-        "The run can be resumed with another --batch_size" in outcome.err and "others make another run" in outcome.err
-    )
+    assert "The run resumes with another --batch_size" in outcome.err and "makes another run" in outcome.err
 
 
 def test_out_of_memory_in_a_run_lists_what_was_there_and_what_to_change(train, teachers, monkeypatch):

@@ -21,7 +21,7 @@ import evaluate_student
 import generate_images
 from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG, read_metrics, weights_of
 from support.students import train_student, write_teacher
-from wandistiller.budget.workload import memory_budget
+from wandistiller.budget.memory import memory_budget
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.comfyui_workflow import Workflow, api_workflow

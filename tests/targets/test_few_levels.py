@@ -5,8 +5,6 @@ The oracle of a path is diffusers' FlowMatchEulerDiscreteScheduler; that of a sh
 pytest tests/targets/test_few_levels.py
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -15,12 +13,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from support.states import SHIFT, check_goes_on_from_a_saved_state, make_noise, make_pool, make_renoised, step_of_states
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, sample
-from wandistiller.targets.guided_share import guided_share
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.prompt_order import PromptSwap
 from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
 from wandistiller.targets.state_batch import DrawOptions
-from wandistiller.targets.states import StatesOptions, teacher_levels
+from wandistiller.targets.states import teacher_levels
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.settings import TeacherSettings
 
@@ -165,46 +162,3 @@ def test_whoever_draws_takes_the_steps_of_diffusers_scheduler(num_steps):
     drawn = sample(teacher, noise, *EMBEDS.batch([0, 1]), options)
     torch.testing.assert_close(drawn, diffusers_path(noise, num_steps)[-1], atol=1e-5, rtol=1e-5)
     assert len(teacher.asked) == 2 * num_steps
-
-
-# ---- how many of the states are guided ----
-
-
-@pytest.mark.parametrize(
-    "kind, sampler, fraction",
-    [
-        ("trajectory", "unipc", 0.0),
-        ("trajectory", "unipc", 0.25),
-        ("noise", "unipc", 0.0),
-        ("trajectory", "euler", 0.25),
-    ],
-)
-def test_the_share_of_guided_states_is_that_of_the_states_that_are_drawn(kind, sampler, fraction):
-    settings = settings_of(20 if sampler == "unipc" else 4, teacher_sampler=sampler)
-    paths = {"lanes": Lanes(16), "levels": teacher_levels(settings), "num_steps": settings.num_inference_steps}
-    if kind == "noise":
-        states = make_noise(batch_size=16)
-    else:
-        states = make_renoised(fraction, **paths) if fraction else make_pool(**paths)
-    seen = []
-    for step in range(500):
-        batch = states.draw()
-        states.advance(batch, batch.latents)
-        seen += batch.sigma.tolist() if step >= 100 else []
-    options, sigma = StatesOptions(kind=kind, renoise_fraction=fraction), torch.tensor(seen)
-    for low, high in ((0.5, 1.0), (0.3, 0.9)):
-        drawn = float(((low <= sigma) & (sigma <= high)).double().mean())
-        assert guided_share(replace(settings, guidance_range=(low, high)), options) == pytest.approx(drawn, abs=0.02)
-
-
-@pytest.mark.parametrize("sampler, num_steps", [("unipc", 20), ("euler", 4)])
-def test_the_share_of_guided_steps_in_segments_is_that_of_the_teachers_calls(sampler, num_steps):
-    settings = settings_of(num_steps, teacher_sampler=sampler, guidance_range=(0.6, 0.95))
-    teacher = Field()
-    draw = DrawOptions(latent_shape=SHAPE, num_prompts=10, lanes=Lanes(8), shift=SHIFT, levels=teacher_levels(settings))
-    options = SegmentOptions(num_segments=2, num_teacher_steps=num_steps, student_rollout=(0.0, 0.0))
-    answers = SegmentAnswers(teacher, teacher, EMBEDS, draw, options)
-    for _ in range(150):
-        answers.next()
-    drawn = sum(0.6 <= level <= 0.95 for level in teacher.asked) / len(teacher.asked)
-    assert guided_share(settings, StatesOptions(kind="trajectory"), 2) == pytest.approx(drawn, abs=0.03)

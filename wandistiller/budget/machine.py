@@ -1,35 +1,27 @@
-"""What a machine offers a run: memory of its device, room on a disk, and how fast it multiplies matrices."""
+"""What a machine offers a run: memory of its device, and how fast it multiplies matrices."""
 
 import os
-import shutil
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from wandistiller.budget.report import ASSUMED_GPU_GIB, GIB
 from wandistiller.device import wait_for
-from wandistiller.files.paths import nearest_existing
 
-# These are large enough to reach the device's rate, and small enough for a second.
-MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}
+GIB = 2**30
+ASSUMED_GPU_GIB = 80.0  # an A100 or H100, where no GPU is here and none was named
+MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}  # large enough to reach the device's rate, small enough for a second
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The device that a budget is held against.
-
-    Attributes:
-        device: where a rate can be measured; None for a GPU that is not here.
-        is_known: false where nobody said what GPU there will be.
-    """
+    """The device that a budget is held against."""
 
     name: str
-    memory: int
+    memory: int  # bytes
     is_gpu: bool
-    device: str | None
-    is_known: bool = True
+    device: str | None  # where a rate can be measured; None for a GPU that is not here
+    is_known: bool = True  # false where nobody said what GPU there will be
 
 
 def find_machine(device: str, assumed_gib: float | None = None, can_be_elsewhere: bool = False) -> Machine:
@@ -38,7 +30,7 @@ def find_machine(device: str, assumed_gib: float | None = None, can_be_elsewhere
     Args:
         device: the run's own.
         assumed_gib: memory of a GPU that is not here, which then is the one planned for.
-        can_be_elsewhere: whether a run that would fall back to the CPU here is planned for a GPU of ASSUMED_GPU_GIB instead.
+        can_be_elsewhere: plan for a GPU of ASSUMED_GPU_GIB where the run would fall back to the CPU.
     """
     if assumed_gib is not None:
         return Machine(f"the GPU of --assume_gpu_gib {assumed_gib:g}", int(assumed_gib * GIB), True, None)
@@ -49,11 +41,6 @@ def find_machine(device: str, assumed_gib: float | None = None, can_be_elsewhere
         name = "an assumed GPU (none is here, see --assume_gpu_gib)"
         return Machine(name, int(ASSUMED_GPU_GIB * GIB), True, None, is_known=False)
     return Machine("this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), False, device)
-
-
-def free_bytes(folder: str | Path) -> int:
-    """Return the free bytes of the disk where a folder lies or will lie."""
-    return shutil.disk_usage(nearest_existing(Path(folder).absolute())).free
 
 
 def matmul_rate(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:

@@ -1,7 +1,6 @@
 """How long a step takes on a device: measured with random weights at the true widths, before any weight is read.
 
-Models of as many blocks as there is patience for do what the run's own would: the teacher answers a guided batch, the student
-learns from it. Blocks are all alike: what is missing is worth the difference to a model of one block.
+All blocks are alike, so models of a few blocks are measured, and their times scaled by FLOPs (updates by parameters).
 """
 
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from wandistiller.budget.workload import Workload, step_flops
+from wandistiller.budget.workload import Workload, flops_per_sample, step_flops
 from wandistiller.device import DTYPES, autocast
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.fp8 import to_fp8
@@ -19,43 +18,24 @@ from wandistiller.model.sizes import sides, unfilled_model
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_optimizer
 
-# A budget should come in seconds, so all measurements together may take about this long.
-PATIENCE_S = 10.0
-# Until a step is measured, it is assumed to reach this share of the rate of plain matrix products.
-ASSUMED_UTILISATION = 0.4
-# The timer takes about this many slow steps of each kind: one to warm up, one to choose how often to repeat, four that count.
-LEAST_STEPS = 6
-# Short steps are repeated until a measurement has taken this long.
-LEAST_S = 0.15
-# Random weights of this size overflow nowhere.
-WEIGHT_STD = 0.02
+ASSUMED_UTILISATION = 0.4  # of the rate of plain matrix products, for a step that is not measured
+MEASURED_DEPTH = 4  # blocks
+MOST_S, LEAST_S = 10.0, 0.2  # the longest step that is measured, and the time that short work is repeated for
+WEIGHT_STD = 0.02  # random weights of this size overflow nowhere
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """What a process takes: for a batch that the teacher answers, for one that the student learns from, for an update.
+    """Seconds of one process: for a batch that the teacher answers, one that the student learns from, and an update."""
 
-    Attributes:
-        depths: blocks of the teacher and of the student that were measured.
-    """
-
-    depths: tuple[int, int]
     answer_s: float
     learn_s: float
     update_s: float
-    batches_per_step: int
-    calls_per_step: float
-
-    @property
-    def total_s(self) -> float:
-        """Seconds of an optimiser step."""
-        return self.batches_per_step * (self.calls_per_step * self.answer_s + self.learn_s) + self.update_s
+    total_s: float  # of an optimizer step
 
 
 def measure_step(workload: Workload, device: str, flops_per_s: float) -> StepTime | None:
-    """Measure a step of this workload, without what processes send each other and without moving experts.
-
-    Return None where even two blocks would take longer than PATIENCE_S.
+    """Measure a step without traffic between processes or swaps of experts; None where that would take long.
 
     Args:
         flops_per_s: the rate of plain matrix products on the device.
@@ -63,64 +43,41 @@ def measure_step(workload: Workload, device: str, flops_per_s: float) -> StepTim
     Raises:
         torch.OutOfMemoryError: the device has no room for it.
     """
-    affordable = PATIENCE_S * ASSUMED_UTILISATION * flops_per_s / LEAST_STEPS
-    once = replace(workload, grad_accum_steps=1, calls_per_step=1.0)
-    share = min(1.0, affordable / step_flops(once).total)
-    teacher, student = (
-        max(min(2, depth), int(share * depth)) for depth in (workload.teacher.depth, workload.student.depth)
-    )
-    shallow = (workload.teacher.replace(depth=teacher), workload.student.replace(depth=student))
-    if step_flops(replace(once, teacher=shallow[0], student=shallow[1])).total > affordable:
+    shallow = [
+        model.replace(depth=min(MEASURED_DEPTH, model.depth), distillation=None)
+        for model in (workload.teacher, workload.student)
+    ]
+    few = replace(workload, teacher=shallow[0], student=shallow[1], grad_accum_steps=1, calls_per_step=1.0)
+    few = replace(few, guided_fraction=float(few.guided_fraction > 0))
+    # Six steps: one to warm up, one to choose how often to repeat, four that count.
+    if 6 * step_flops(few).total > MOST_S * ASSUMED_UTILISATION * flops_per_s:
         return None
+    whole, measured = flops_per_sample(workload), flops_per_sample(few)
+    answer = _answer_seconds(few, device) * whole[0] / measured[0]
+    learn, update = _learn_seconds(few, device)
+    learn *= whole[1] / measured[1]
+    update *= workload.student.num_parameters / few.student.num_parameters
+    total = workload.grad_accum_steps * (workload.calls_per_step * answer + learn) + update
+    return StepTime(answer, learn, update, total)
+
+
+def _answer_seconds(workload: Workload, device: str) -> float:
     dtype = DTYPES[workload.dtype]
-    (answer_s,) = _at_depth(
-        lambda depth: _seconds_of_average_answers(workload, depth, device, dtype), teacher, workload.teacher.depth
-    )
-    learn_s, update_s = _at_depth(
-        lambda depth: _seconds_of_learning(workload, depth, device, dtype), student, workload.student.depth
-    )
-    depths = teacher, student
-    return StepTime(depths, answer_s, learn_s, update_s, workload.grad_accum_steps, workload.calls_per_step)
-
-
-def _at_depth(measure: Callable[[int], tuple[float, ...]], measured: int, depth: int) -> list[float]:
-    """Return what `measure` gives at `depth`, from `measured` blocks and, where these are not all, from one."""
-    many = measure(measured)
-    if measured == depth:
-        return list(many)
-    # A block never takes less than nothing, as noise may have it.
-    blocks = [max(0.0, most - least) / (measured - 1) for least, most in zip(measure(1), many, strict=True)]
-    return [most + (depth - measured) * block for most, block in zip(many, blocks, strict=True)]
-
-
-def _seconds_of_average_answers(workload: Workload, depth: int, device: str, dtype: torch.dtype) -> tuple[float]:
-    """Measure an answer with guidance and, where not all have it, one without, each by its share."""
-    share = workload.guided_share if workload.uses_guidance else 1.0
-    (seconds,) = _seconds_of_answers(workload, depth, device, dtype)
-    if share == 1:
-        return (seconds,)
-    (without,) = _seconds_of_answers(replace(workload, uses_guidance=False), depth, device, dtype)
-    return (share * seconds + (1 - share) * without,)
-
-
-def _seconds_of_answers(workload: Workload, depth: int, device: str, dtype: torch.dtype) -> tuple[float]:
-    model = random_model(workload.teacher.replace(depth=depth), device, DTYPES.get(workload.teacher_dtype, dtype))
-    if workload.teacher_dtype == "fp8":
-        to_fp8(model)
-    inputs = _random_inputs(workload, device)
-    text_dim = workload.teacher.text_encoder_output_dim
-    negative = torch.randn(workload.negative_text_tokens, text_dim, device=device) if workload.uses_guidance else None
+    model = random_model(workload.teacher, device, DTYPES.get(workload.teacher_dtype, dtype))
+    model = to_fp8(model) if workload.teacher_dtype == "fp8" else model
+    inputs, negative = _random_inputs(workload, device), None
+    if workload.guided_fraction:
+        negative = torch.randn(workload.negative_text_tokens, workload.teacher.text_encoder_output_dim, device=device)
     ask = autocast(model.requires_grad_(False).eval(), device, dtype)
     with torch.no_grad():
-        return (_seconds_of(lambda: ask(*inputs, negative)),)
+        return _seconds_of(lambda: ask(*inputs, negative))
 
 
-def _seconds_of_learning(workload: Workload, depth: int, device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Measure a forward and backward pass; and clipping, optimiser and average."""
-    student = random_model(workload.student.replace(depth=depth), device, torch.float32).train()
+def _learn_seconds(workload: Workload, device: str) -> tuple[float, float]:
+    """Measure a forward and backward pass; and clipping, optimizer and EMA."""
+    student, dtype = random_model(workload.student, device, torch.float32).train(), DTYPES[workload.dtype]
     student.gradient_checkpointing = workload.gradient_checkpointing
-    inputs = _random_inputs(workload, device)
-    answer = autocast(student, device, dtype)
+    inputs, answer = _random_inputs(workload, device), autocast(student, device, dtype)
     optimizer = make_optimizer(student, OptimizationOptions(lr=1e-6, optimizer=workload.optimizer), device, dtype)
     average = WeightAverage(student, 0.999) if workload.ema else None
 
@@ -138,7 +95,7 @@ def _seconds_of_learning(workload: Workload, depth: int, device: str, dtype: tor
 
 
 def random_model(config: StudentConfig, device: str, dtype: torch.dtype) -> WanLiteStudent:
-    """Return a model of this shape whose weights are kept as `project_teacher` keeps a teacher's, of small random values."""
+    """Return a model of this shape with small random weights, kept as `project_teacher` keeps a teacher's."""
     model = unfilled_model(config, dtype).to_empty(device=device)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -159,7 +116,7 @@ def _random_inputs(workload: Workload, device: str) -> tuple[torch.Tensor, ...]:
 
 
 def _seconds_of(work: Callable[[], object]) -> float:
-    """Return the median time of a call, which pays for libraries and memory once before."""
+    """Return the median time of a call, after one that pays for libraries and memory."""
     work()
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())  # it waits for a GPU by itself
-    return timer.adaptive_autorange(min_run_time=LEAST_S, max_run_time=PATIENCE_S / 4).median
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())  # it waits for a GPU
+    return timer.adaptive_autorange(min_run_time=LEAST_S, max_run_time=MOST_S / 4).median

@@ -41,21 +41,19 @@ def suggested_replay(
     student: StudentConfig,
     latent_size: int | tuple[int, int],
     *,
-    uses_guidance: bool,
+    guided_fraction: float,
     calls_per_answer: int = 1,
-    guided_share: float = 1.0,
 ) -> int:
     """Return how often each answer is learnt from, so that learning costs about what the teacher's answers cost.
 
     Args:
         latent_size: side of the latents, or their height and width.
+        guided_fraction: of the answers, those that take a second pass.
         calls_per_answer: answers that one target takes, more than one for students of few steps.
-        guided_share: share of the answers that are guided, where guidance is used.
     """
     asked = teacher, num_image_tokens(teacher, latent_size), TYPICAL_TEXT_TOKENS
-    share = guided_share if uses_guidance else 0.0
-    answer = share * guided_flops(*asked, TYPICAL_TEXT_TOKENS) if share else 0.0
-    answer += (1 - share) * transformer_flops(*asked) if share < 1 else 0.0
+    guided, plain = guided_flops(*asked, TYPICAL_TEXT_TOKENS), transformer_flops(*asked)
+    answer = guided_fraction * guided + (1 - guided_fraction) * plain
     forward = transformer_flops(student, num_image_tokens(student, latent_size), TYPICAL_TEXT_TOKENS)
     return min(max(round(calls_per_answer * answer / ((1 + BACKWARD_PASSES) * forward)), MIN_REPLAY), MAX_REPLAY)
 

@@ -1,35 +1,39 @@
 """The budget of a run from its plan; no weight is read and nothing is written."""
 
 import math
-from dataclasses import dataclass, replace
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from wandistiller.budget.activations import FP32
-from wandistiller.budget.machine import Machine, find_machine, free_bytes, matmul_rate
+from wandistiller.budget.machine import GIB, Machine, find_machine, matmul_rate
+from wandistiller.budget.memory import Component, checkpoint_bytes, disk_budget
 from wandistiller.budget.report import (
-    GIB,
     Verdict,
     compute_lines,
-    disk_lines,
+    gib,
     memory_lines,
-    parameter_lines,
+    table_line,
     time_lines,
     verdict,
 )
 from wandistiller.budget.step_time import measure_step
 from wandistiller.budget.workload import (
-    NO_HELD_OUT_WORK,
+    FP32,
     UMT5_XXL_PARAMETERS,
     HeldOutWork,
     Workload,
-    checkpoint_bytes,
+    guided_fraction,
     stored_latents,
 )
 from wandistiller.device import DTYPES
 from wandistiller.errors import UserError
 from wandistiller.evaluation.held_out import NUM_LEVELS
 from wandistiller.files.output_folder import check_writable
+from wandistiller.files.paths import nearest_existing
 from wandistiller.model.sizes import count_parameters
 from wandistiller.run.flags import Flags
 from wandistiller.run.measuring import NUM_NOISES, expected_calls
@@ -74,8 +78,7 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
         student=config,
         latent_size=plan.largest_latent_size,
         num_experts=len(plan.wan_files.experts),
-        uses_guidance=plan.settings.uses_guidance,
-        guided_share=plan.guided_share if plan.settings.uses_guidance else 1.0,
+        guided_fraction=guided_fraction(plan.settings, states.sigma_range),
         batch_size=own.batch_size,
         grad_accum_steps=own.grad_accum_steps,
         num_processes=plan.processes.count,
@@ -111,18 +114,13 @@ def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None
 
 def held_out_work(plan: Plan) -> HeldOutWork:
     """Count the states that teacher and student are asked at when the student is measured."""
-    measuring, flags = plan.measuring, plan.flags
+    measuring = plan.measuring
     if not measuring.every:
-        return NO_HELD_OUT_WORK
+        return HeldOutWork()
     times = math.ceil(plan.num_steps / measuring.every)
     if measuring.is_default:
         num_states = measuring.num_paths * measuring.num_levels
-        is_kept = flags.states.teacher_cache is not None or flags.output.save_every > 0
-        return HeldOutWork(
-            teacher=measuring.num_paths * measuring.num_steps,
-            student=times * num_states,
-            num_kept=num_states if is_kept else 0,
-        )
+        return HeldOutWork(teacher=measuring.num_paths * measuring.num_steps, student=times * num_states)
     paths, steps = len(plan.held_out_texts), plan.settings.num_inference_steps
     num_states = paths * min(steps, NUM_LEVELS)
     for_noise = measuring.num_noise_prompts * NUM_NOISES * steps
@@ -133,36 +131,20 @@ def held_out_work(plan: Plan) -> HeldOutWork:
     )
 
 
-def changeable_flags(flags: Flags) -> set[str]:
-    """Return the names of the flags, but for those that contradict what was given."""
-    contradicted = {"offline_teacher"} if flags.objective.student_steps or flags.output.eval_every else set()
-    return set(flags.as_dict()) - contradicted
-
-
-# ---- text ----
-
-
-@dataclass(frozen=True)
-class TextSizes:
-    """Tokens of a prompt on average and of the negative one, and parameters of the encoder that makes them."""
-
-    mean_tokens: float
-    negative_tokens: int
-    encoder_parameters: int
-
-
-def measure_texts(plan: Plan) -> TextSizes:
-    """Count the tokens of some prompts, evenly spread, with the run's own tokenizer; where there is none (the mock) words count."""
-    encoder = plan.encoder
-    counts = token_counts([*some_of(plan.trained_texts), plan.settings.negative_prompt], encoder)
-    without = 0 if plan.wan_files.is_mock else UMT5_XXL_PARAMETERS
-    parameters = encoder.num_parameters() if encoder else without
+def with_texts(plan: Plan, workload: Workload) -> Workload:
+    """Return the workload with the tokens of some prompts, evenly spread, and the size of the run's text encoder."""
+    counts = token_counts([*some_of(plan.trained_texts), plan.settings.negative_prompt], plan.encoder)
     *of_prompts, negative = [min(count, plan.config.text_max_length) for count in counts]
-    negative_tokens = negative if plan.settings.uses_guidance else 0
-    return TextSizes(sum(of_prompts) / len(of_prompts), negative_tokens, parameters)
+    without_files = 0 if plan.wan_files.is_mock else UMT5_XXL_PARAMETERS
+    return replace(
+        workload,
+        mean_text_tokens=sum(of_prompts) / len(of_prompts),
+        negative_text_tokens=negative if workload.guided_fraction else 0,
+        text_encoder_parameters=plan.encoder.num_parameters() if plan.encoder else without_files,
+    )
 
 
-# ---- places ----
+# ---- folders ----
 
 
 def has_checkpoints(flags: Flags) -> bool:
@@ -170,14 +152,14 @@ def has_checkpoints(flags: Flags) -> bool:
     return Checkpoints(flags.output.output_dir, {}, flags.optimization.batch_size).exist()
 
 
-def places_of(flags: Flags) -> dict[str, str]:
+def folders_of(flags: Flags) -> dict[str, str]:
     """Return the folders that the run would write to, by their flags."""
-    places = {
+    folders = {
         "--output_dir": flags.output.output_dir,
         "--prompt_cache": flags.data.prompt_cache,
         "--teacher_cache": flags.states.teacher_cache,
     }
-    return {name: folder for name, folder in places.items() if folder}
+    return {name: folder for name, folder in folders.items() if folder}
 
 
 def check_disk(checkpoints: Checkpoints, plan: Plan) -> None:
@@ -195,12 +177,26 @@ def check_places(plan: Plan) -> None:
         UserError: one cannot be written to, or the disk has no room for the checkpoints.
     """
     flags = plan.flags
-    for name, folder in places_of(flags).items():
+    for name, folder in folders_of(flags).items():
         check_writable(folder, name)
     checkpoints = Checkpoints(flags.output.output_dir, {}, flags.optimization.batch_size, flags.output.keep_checkpoints)
     check_disk(checkpoints, plan)
     if has_checkpoints(flags) or flags.states.teacher_cache:
         print("Not looked at, since it takes weights: whether checkpoints and teacher cache belong to this run")
+
+
+def disk_lines(parts: Sequence[Component], folders: dict[str, str]) -> list[str]:
+    """Return a line for each component, and one for each disk with what is free there."""
+    lines, disks = [table_line(part.name, part.num_bytes, f"{part.what} ({part.phase})") for part in parts], {}
+    for name, folder in folders.items():
+        existing = nearest_existing(Path(folder).absolute())
+        disks.setdefault(os.stat(existing).st_dev, (existing, []))[1].append(name)
+    for existing, names in disks.values():
+        needed = sum(part.num_bytes for part in parts if part.phase in names)
+        free = shutil.disk_usage(existing).free
+        told = "fits" if needed <= free else "does not fit, unless it is there already"
+        lines.append(f"  {', '.join(names)}: up to {gib(needed)} of {gib(free)} free, {told}")
+    return lines
 
 
 # ---- report ----
@@ -211,32 +207,25 @@ def print_budget_tables(plan: Plan) -> tuple[Verdict, Machine]:
     flags = plan.flags
     machine = find_machine(plan.device, flags.output.assume_gpu_gib, can_be_elsewhere=flags.performance.device is None)
     dtype = flags.performance.dtype or ("bf16" if machine.is_gpu else "fp32")
-    sizes = measure_texts(plan)
-    workload = replace(
-        workload_of(plan, machine.is_gpu, dtype),
-        mean_text_tokens=sizes.mean_tokens,
-        negative_text_tokens=sizes.negative_tokens,
-        text_encoder_parameters=sizes.encoder_parameters,
-    )
-    memory = (
-        f"Memory of one {'GPU' if machine.is_gpu else 'process'}, GiB; {machine.name} has {machine.memory / GIB:.2f}"
-    )
-    free = ", ".join(f"{name} has {free_bytes(folder) / GIB:.2f} free" for name, folder in places_of(flags).items())
+    workload = with_texts(plan, workload_of(plan, machine.is_gpu, dtype))
+    teacher, student = (count_parameters(model).total for model in (workload.teacher, workload.student))
+    experts = f"{workload.num_experts} x " if workload.num_experts > 1 else ""
+    unit = "GPU" if machine.is_gpu else "process"
     for title, lines in (
-        ("Parameters", parameter_lines(workload)),
-        (memory, memory_lines(workload)),
-        (f"Disk, GiB ({free})", disk_lines(workload)),
-        ("Computing", [*compute_lines(workload), *measured_time_lines(workload, machine, dtype)]),
+        ("Parameters", [f"  teacher {experts}{teacher:,}, student {student:,} ({student / teacher:.1%} of one)"]),
+        (f"Memory of one {unit}, GiB; {machine.name} has {machine.memory / GIB:.2f}", memory_lines(workload)),
+        ("Disk, GiB", disk_lines(disk_budget(workload), folders_of(flags))),
+        ("Computing", [*compute_lines(workload), *measured_time_lines(workload, machine)]),
     ):
         print("\n".join([title, *lines]))
-    return verdict(workload, machine.memory, changeable_flags(flags), machine.name), machine
+    return verdict(workload, machine.memory, machine.name), machine
 
 
-def measured_time_lines(workload: Workload, machine: Machine, dtype: str) -> list[str]:
-    """Return the loop's time where there is a device: from a few steps of random weights, or from FLOPs where these take too long."""
+def measured_time_lines(workload: Workload, machine: Machine) -> list[str]:
+    """Return the loop's time if the device is here: from a few steps of random weights, or from FLOPs if these take too long."""
     if machine.device is None:
         return ["  time: not measured, the device is not here (--device cpu plans for this machine)"]
-    rate = matmul_rate(machine.device, DTYPES[dtype])
+    rate = matmul_rate(machine.device, DTYPES[workload.dtype])
     try:
         step = measure_step(workload, machine.device, rate)
     except torch.OutOfMemoryError:

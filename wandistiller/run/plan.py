@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from wandistiller.budget.workload import guided_fraction
 from wandistiller.device import pick_device, pick_dtype, pick_teacher_dtype
 from wandistiller.errors import UserError
 from wandistiller.model.config import MAX_PATCHES, StudentConfig
@@ -21,7 +22,6 @@ from wandistiller.run.measuring import Measuring, plan_measuring
 from wandistiller.run.reach import within_prompt_cache
 from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.sampler import SamplingOptions
-from wandistiller.targets.guided_share import guided_share
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.segments import calls_per_answer
 from wandistiller.targets.states import StatesOptions, teacher_levels
@@ -107,14 +107,6 @@ class Plan:
     def teacher_levels(self) -> tuple[float, ...]:
         """The only noise levels that the teacher answers rightly at, from 1 down; none where all will do."""
         return (teacher_levels(self.settings) or ())[:-1]
-
-    @property
-    def guided_share(self) -> float:
-        """The share of the teacher's answers that guidance makes two passes of."""
-        if not self.settings.uses_guidance:
-            return 0.0
-        student_steps = self.flags.objective.student_steps
-        return guided_share(self.settings, self.states_options, student_steps)
 
     @property
     def image_sizes(self) -> tuple[ImageSize, ...]:
@@ -227,9 +219,8 @@ def with_defaults(plan: Plan) -> Plan:
             plan.wan_files.config,
             config,
             plan.largest_latent_size,
-            uses_guidance=plan.settings.uses_guidance,
+            guided_fraction=guided_fraction(plan.settings, plan.flags.states.sigma_range),
             calls_per_answer=per_answer,
-            guided_share=plan.guided_share,
         )
         plan = changed(replay=replay)
     if own.lr is None:

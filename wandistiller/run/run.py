@@ -18,7 +18,7 @@ from wandistiller.files.output_folder import (
 )
 from wandistiller.processes import leave
 from wandistiller.run.caches import open_caches
-from wandistiller.run.dry_run import changeable_flags, check_disk, has_checkpoints, workload_of
+from wandistiller.run.dry_run import check_disk, has_checkpoints, workload_of
 from wandistiller.run.messages import typed_command
 from wandistiller.run.plan import Plan
 from wandistiller.run.record import commands_so_far
@@ -174,4 +174,4 @@ def known_of(plan: Plan) -> dict[str, Any]:
 def out_of_memory(plan: Plan) -> OutOfMemory:
     """Return what was in the memory of the device that ran out, and which flags to change."""
     workload = workload_of(plan)
-    return OutOfMemory(out_of_memory_message(workload, changeable_flags(plan.flags), has_checkpoints(plan.flags)))
+    return OutOfMemory(out_of_memory_message(workload, has_checkpoints(plan.flags)))

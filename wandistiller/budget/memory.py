@@ -1,0 +1,254 @@
+"""Bytes of one GPU and of the disk, by component: arithmetic on shapes.
+
+    components = memory_budget(workload)
+    print(peak_bytes(components))
+
+tests/budget and benchmarks/bench_true_size.py hold it against torch's MemTracker, benchmarks/bench_memory.py against a GPU.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wandistiller.budget.activations import block_input_bytes, inference_bytes, training_bytes
+from wandistiller.budget.workload import FP32, Workload
+from wandistiller.model.sizes import BYTES, count_parameters, weight_bytes
+from wandistiller.targets.replay import feature_bytes
+
+# The bytes that AdamW's two moments take for each parameter. Muon has one, in float32, of the matrices that it moves.
+MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 8}
+# The CUDA context with its libraries, and what the allocator cannot use between tensors, are assumed, not measured.
+CONTEXT_BYTES, FRAGMENTATION = 2**30, 0.05
+ACTIVATION_TOLERANCE = 0.15  # the error that tests allow the formulas of activations.py
+# The text encoder is in memory alone. Then the teacher answers, then the student's activations are there; at the end of its
+# backward pass, when they have gone, all gradients are there.
+PHASES = ("encoding", "answering", "learning", "updating")
+
+
+@dataclass(frozen=True)
+class Component:
+    """Some bytes of one GPU in one `phase` ("": in all but encoding), or of the disk in the folder of one flag."""
+
+    name: str
+    num_bytes: int
+    what: str
+    phase: str = ""
+
+
+def memory_budget(workload: Workload) -> list[Component]:
+    """Return the bytes of one GPU by component; those of one phase and those of no phase are there together."""
+    encoder = workload.text_encoder_parameters * BYTES[workload.dtype]
+    parts = [
+        *_teacher_components(workload),
+        *_feature_components(workload),
+        *_student_components(workload),
+        _states(workload),
+        Component("text encoder", encoder, "not at all if the prompt cache has every prompt", "encoding"),
+    ]
+    parts = [part for part in parts if part.num_bytes]
+    if workload.is_gpu:
+        reserve = CONTEXT_BYTES + round(FRAGMENTATION * peak_bytes(parts))
+        parts.append(Component("reserve", reserve, f"assumed: CUDA context, and {FRAGMENTATION:.0%} for fragmentation"))
+    return parts
+
+
+def phase_bytes(components: Sequence[Component]) -> dict[str, int]:
+    """Return the bytes that are there at once in each phase; the text encoder is alone."""
+    always = sum(part.num_bytes for part in components if not part.phase)
+    own = {phase: sum(part.num_bytes for part in components if part.phase == phase) for phase in PHASES}
+    return {phase: own[phase] + (0 if phase == "encoding" else always) for phase in PHASES}
+
+
+def peak_bytes(components: Sequence[Component]) -> int:
+    return max(phase_bytes(components).values())
+
+
+def training_peak_bytes(components: Sequence[Component]) -> int:
+    """Return the peak after the text encoder has gone."""
+    return max(num_bytes for phase, num_bytes in phase_bytes(components).items() if phase != "encoding")
+
+
+def certain_bytes(workload: Workload) -> int:
+    """Return the least bytes that the run can do with: no reserve, no text encoder, none of Muon's products, low activations."""
+    parts = [part for part in memory_budget(workload) if part.name not in ("reserve", "orthogonalisation")]
+    sizes, phases = {part.name: part.num_bytes for part in parts}, phase_bytes(parts)
+    uncertain = {"answering": "teacher activations", "learning": "student activations", "updating": "last activations"}
+    return max(phases[phase] - round(ACTIVATION_TOLERANCE * sizes[name]) for phase, name in uncertain.items())
+
+
+# ---- teacher ----
+
+
+def _teacher_components(workload: Workload) -> list[Component]:
+    config, dtype = workload.teacher, workload.teacher_dtype
+    one = weight_bytes(config, dtype)
+    resident = 1 if workload.teacher_offload else workload.num_experts
+    experts = f"{resident} of {workload.num_experts} experts" if workload.num_experts > 1 else "one transformer"
+    what = f"{experts} of {count_parameters(config).total:,} parameters, {dtype} (norms, modulation, time: fp32)"
+    total, gathered = resident * one, 0
+    if workload.shard_teacher:
+        block = weight_bytes(config.replace(depth=2), dtype) - weight_bytes(config.replace(depth=1), dtype)
+        # FSDP2 leaves what is in no block gathered. A gathered block lies in the buffer that it came in, and in its weights.
+        total = math.ceil(total / workload.num_processes) + resident * (one - config.depth * block)
+        gathered = 2 * block
+        what += f", split over {workload.num_processes}; outside of blocks whole"
+    inside = f"the inside of one block, {_teacher_samples(workload)} samples of {workload.teacher_tokens} tokens"
+    return [
+        Component("teacher weights", total, what, "answering" if workload.offline_teacher else ""),
+        Component("gathered blocks", gathered, "of the teacher, two", "answering"),
+        Component("teacher activations", _teacher_activations(workload), inside, "answering"),
+    ]
+
+
+def _teacher_samples(workload: Workload) -> int:
+    """Return the samples of one call: guidance asks with the prompt and with the negative prompt at once."""
+    return workload.batch_size * (2 if workload.guided_fraction else 1)
+
+
+def _teacher_activations(workload: Workload) -> int:
+    config, compute = workload.teacher, BYTES[workload.dtype]
+    text = max(workload.text_tokens, workload.negative_text_tokens + 1 if workload.guided_fraction else 0)
+    activations = _teacher_samples(workload) * inference_bytes(config, workload.teacher_tokens, text, compute)
+    if workload.teacher_dtype == "fp8":
+        return activations + compute * config.hidden_size * max(
+            config.hidden_size, config.ffn_dim
+        )  # one layer, widened
+    if BYTES[workload.teacher_dtype] > compute:
+        return activations + compute * count_parameters(config).total  # autocast's copies, until the call is over
+    return activations
+
+
+def _feature_components(workload: Workload) -> list[Component]:
+    """Return the hidden states that are compared, in float32, what the teacher has of them, and what their loss keeps."""
+    if not workload.num_features:
+        return []
+    activations = _teacher_activations(workload)
+    tokens = workload.num_features * workload.batch_size * workload.teacher_tokens
+    targets, whole = FP32 * tokens * _feature_width(workload), FP32 * tokens * workload.teacher.hidden_size
+    copies = 3 if workload.maps_features else 1  # of the difference; mapped, also of what was mapped and its rounding
+    errors = tokens * _feature_width(workload) * (copies * FP32 + 1)  # and the mask, a byte each
+    # The teacher's are whole until it has answered. Those of two experts, or with and without guidance, are copied together: at
+    # most while the second one answers all states but one.
+    moments = [activations + whole]
+    if workload.num_experts > 1 or 0 < workload.guided_fraction < 1:
+        moments.append(whole + round((1 - 1 / workload.batch_size) * (activations + whole)))
+    if not workload.maps_features:
+        moments.append(whole + targets)
+    layers = f"of {workload.num_features} layers"
+    return [
+        Component("stored features", _stored_feature_bytes(workload), f"{layers}, bf16, to learn from again"),
+        Component("feature targets", targets, f"hidden states {layers}, fp32"),
+        Component("whole features", max(moments) - activations - targets, "all channels of the teacher's", "answering"),
+        Component("feature errors", errors, f"differences and masks {layers}", "learning"),
+    ]
+
+
+def _feature_width(workload: Workload) -> int:
+    return (workload.teacher if workload.maps_features else workload.student).hidden_size
+
+
+def _stored_feature_bytes(workload: Workload) -> int:
+    num_answers = workload.replayed_batches * workload.global_batch_size
+    shape = workload.teacher_tokens, _feature_width(workload)
+    return feature_bytes(num_answers, workload.num_features, shape) // workload.num_processes
+
+
+# ---- student ----
+
+
+def _student_components(workload: Workload) -> list[Component]:
+    count, is_checkpointed = count_parameters(workload.student), workload.gradient_checkpointing
+    parts = workload.num_processes if workload.shard_student else 1
+    own = FP32 * math.ceil(count.total / parts)
+    split = f", split over {parts}" if parts > 1 else ""
+    phase = "learning" if workload.offline_teacher else ""
+    activations, last = _student_activations(workload), _student_activations(workload, depth=1)
+    samples = f"{workload.batch_size} samples of {workload.student_tokens} tokens"
+    kept = ("one block's, and every block's input" if is_checkpointed else "all blocks'") + f", {samples}"
+    moments = "muon's one of matrices in blocks, adamw's two of the rest"
+    moments = moments if workload.optimizer == "muon" else f"{workload.optimizer}'s two"
+    return [
+        Component("student weights", own, f"{count.total:,} parameters, fp32{split}", phase),
+        Component("gradients", own, f"fp32{split}", phase if workload.keeps_gradients else "updating"),
+        Component("optimizer moments", math.ceil(moment_bytes(workload) / parts), moments + split, phase),
+        Component("average of weights", own if workload.ema else 0, f"EMA, fp32{split}", phase),
+        Component("weights to compute with", _compute_copies(workload, activations), workload.dtype, "learning"),
+        Component("student activations", activations, kept, "learning"),
+        Component("last activations", last, "of the last block of the backward pass", "updating"),
+        Component("orthogonalisation", _orthogonalization_bytes(workload), "of the largest matrix", "updating"),
+    ]
+
+
+def _student_activations(workload: Workload, depth: int | None = None) -> int:
+    config = workload.student.replace(depth=depth or workload.student.depth)
+    checkpointing = workload.gradient_checkpointing and depth is None
+    shape = workload.student_tokens, workload.text_tokens, BYTES[workload.dtype]
+    return workload.batch_size * training_bytes(config, *shape, checkpointing, workload.is_gpu)
+
+
+def _compute_copies(workload: Workload, activations: int) -> int:
+    """Return the bytes of autocast's copies of the student's weights; sharded ones are gathered besides, in float32, two blocks at a time.
+
+    Autograd keeps the copies with the activations. With checkpointing they are gone after the forward pass, where little but
+    every block's input is there beside them; the backward pass makes those of one block at a time.
+    """
+    config, count, compute = workload.student, count_parameters(workload.student), BYTES[workload.dtype]
+    gathered = FP32 * (count.total - (config.depth - 2) * count.block) if workload.shard_student else 0
+    if compute == FP32:
+        return gathered
+    copies = compute * (count.total - count.float32)
+    if not workload.gradient_checkpointing:
+        return gathered + copies
+    inputs = config.depth * block_input_bytes(config, workload.student_tokens, compute)
+    in_forward = inputs + inference_bytes(config, workload.student_tokens, workload.text_tokens, compute)
+    return gathered + max(compute * count.block, copies - (activations - workload.batch_size * in_forward))
+
+
+def moment_bytes(workload: Workload) -> int:
+    """Return the bytes of the optimizer's moments, over all processes that share them."""
+    count = count_parameters(workload.student)
+    matrices = workload.student.depth * count.block_matrices if workload.optimizer == "muon" else 0
+    return MOMENT_BYTES[workload.optimizer] * count.total - FP32 * matrices
+
+
+def _orthogonalization_bytes(workload: Workload) -> int:
+    """Return the bytes of Muon's update of the largest matrix: the update, gathered where it is sharded, and what is multiplied."""
+    if workload.optimizer != "muon":
+        return 0
+    rows, columns = max(count_parameters(workload.student).matrix_shapes, key=math.prod)
+    updates = FP32 * rows * columns * (2 if workload.shard_student else 1)
+    return updates + 2 * BYTES[workload.dtype] * (rows * columns + min(rows, columns) ** 2)
+
+
+def _states(workload: Workload) -> Component:
+    per_sample = workload.stored_latents + 2 * workload.replayed_batches  # an answer has a state and a velocity
+    num_latents = per_sample * workload.batch_size * workload.grad_accum_steps
+    return Component("training states", num_latents * workload.latent_bytes, f"{num_latents} latents, fp32")
+
+
+# ---- disk ----
+
+
+def checkpoint_bytes(workload: Workload) -> int:
+    """Return the bytes of one checkpoint: weights, their average, the optimizer's moments, the training states."""
+    weights = (2 if workload.ema else 1) * FP32 * count_parameters(workload.student).total
+    states = _states(workload).num_bytes + _stored_feature_bytes(workload)
+    return weights + moment_bytes(workload) + workload.num_processes * states
+
+
+def disk_budget(workload: Workload) -> list[Component]:
+    """Return the bytes that the run writes, whatever is there already; `phase` is the flag of the folder."""
+    keep, total = workload.keep_checkpoints, count_parameters(workload.student).total
+    checkpoints = (keep + 1) * checkpoint_bytes(workload) if keep else 0
+    tokens = workload.num_prompts * workload.mean_text_tokens
+    embeds = round(tokens * workload.teacher.text_encoder_output_dim * BYTES[workload.dtype])
+    prompts = f"{workload.num_prompts:,} prompts of about {workload.mean_text_tokens:.0f} tokens"
+    answers = workload.teacher_cache_batches * workload.global_batch_size * workload.latent_bytes  # two in fp16
+    batches = f"{workload.teacher_cache_batches:,} batches: latents and velocities, fp16"
+    parts = [
+        Component("student", total * FP32, f"{total:,} parameters, fp32", "--output_dir"),
+        Component("checkpoints", checkpoints, f"{keep} and one being written", "--output_dir"),
+        Component("prompt cache", embeds, prompts, "--prompt_cache"),
+        Component("teacher cache", answers, batches, "--teacher_cache"),
+    ]
+    return [part for part in parts if part.num_bytes]
