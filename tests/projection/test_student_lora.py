@@ -75,9 +75,15 @@ def made_of(root):
     return read_made_of(root / "student", CONFIG)
 
 
-def cut(run_main, root, output, name, *flags, scale=""):
-    lora = f"{root / name}.safetensors{scale}"
-    return run_main(projection_mapper.main, "--lora", lora, "--student", root / "student", "--output", output, *flags)
+@pytest.fixture
+def cut(run_main, places, tmp_path):
+    """Run the command with one of the LoRAs; the file is `student_lora.safetensors` in the test's folder."""
+
+    def run(name, *flags, student=places / "student", scale=""):
+        lora, output = f"{places / name}.safetensors{scale}", tmp_path / "student_lora.safetensors"
+        return run_main(projection_mapper.main, "--lora", lora, "--student", student, "--output", output, *flags)
+
+    return run
 
 
 # ---- the cut ----
@@ -97,16 +103,7 @@ def test_the_cut_is_what_the_projection_gains_from_a_teacher_with_the_lora(place
     assert moved == set(student_lora.names())
     for key in moved:
         assert torch.allclose(student_lora.delta(key), lifted[key], atol=1e-6), key
-    assert len(student_lora.dropped) > 0 and all(
-        f"blocks.{layer}." in key for key, layer in _layers(student_lora.dropped)
-    )
-
-
-def _layers(names):
-    kept = {0, 2, 4}
-    layers = [(name, int(name.split(".")[1])) for name in names]
-    assert not kept & {layer for _, layer in layers}
-    return layers
+    assert {int(key.split(".")[1]) for key in student_lora.dropped} == {1, 3}  # layers that the student does not have
 
 
 def test_several_loras_add_up(places):
@@ -118,12 +115,14 @@ def test_several_loras_add_up(places):
         assert torch.allclose(both.delta(name), total, atol=1e-6)
 
 
-def test_what_was_selected_is_read_back_from_the_report(places):
-    selection = select(open_wan_files(places / "teacher").expert("high"), CONFIG)
-    read = made_of(places)
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_the_selection_is_read_back_from_the_report(tmp_path, expert):
+    write_pipeline_folder(tmp_path / "two", two_experts=True, **TEACHER)
+    project_teacher(tmp_path / "two", CONFIG, expert)[1].save(tmp_path)
+    selection, read = select(open_wan_files(tmp_path / "two").expert(expert), CONFIG), read_made_of(tmp_path, CONFIG)
     assert read.selection.layers == selection.layers and read.selection.axes.keys() == selection.axes.keys()
     assert all(torch.equal(read.selection.axes[axis], kept) for axis, kept in selection.axes.items())
-    assert read.teacher.hidden_size == 48 and read.teacher.depth == 5 and read.expert == "high"
+    assert (read.teacher.hidden_size, read.teacher.depth, read.expert) == (48, 5, expert)
 
 
 @pytest.mark.parametrize("indices", [[0], [0, 1, 2], [1, 3, 4, 5, 9], list(range(0, 20, 2))])
@@ -139,15 +138,14 @@ def test_other_texts_are_no_ranges(text):
 # ---- the file, in diffusers ----
 
 
-def exported(root, config=CONFIG, folder="student"):
-    """The student as diffusers' transformer, and its weights."""
-    student = WanLiteStudent.from_pretrained(root / folder)
-    tensors = lift(student.state_dict())
+@pytest.fixture
+def transformer(places):
+    """The student as diffusers' transformer."""
+    student = WanLiteStudent.from_pretrained(places / "student")
     transformer = WanTransformer3DModel(
-        num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, num_layers=config.depth,
-        in_channels=16, out_channels=16, ffn_dim=config.ffn_dim, text_dim=20,
+        num_attention_heads=2, attention_head_dim=12, num_layers=3, in_channels=16, out_channels=16, ffn_dim=32, text_dim=20,
     )  # fmt: skip
-    return with_weights(transformer, tensors), tensors
+    return with_weights(transformer, lift(student.state_dict()))
 
 
 def inputs():
@@ -156,83 +154,67 @@ def inputs():
     return latents, torch.tensor([12.5, 987.6]), torch.randn(2, 9, 20, generator=generator)
 
 
-@pytest.mark.parametrize("file_format", ["diffusers", "original"])
-@pytest.mark.parametrize("name", ["products", "biases"])
-def test_diffusers_loads_the_file_onto_the_exported_student(run_main, places, tmp_path, file_format, name):
-    output = tmp_path / "student_lora.safetensors"
-    outcome = cut(run_main, places, output, name, "--format", file_format, scale=":0.8")
+@pytest.mark.parametrize(
+    "name, file_format, skipped",
+    [
+        ("products", "diffusers", []),
+        ("biases", "diffusers", []),
+        ("products", "original", ["patch_embedding"]),  # which ComfyUI reads
+        ("biases", "original", ["patch_embedding"]),
+        ("differences", "diffusers", ["norm", "scale_shift_table"]),
+    ],
+)
+def test_diffusers_loads_the_file_onto_the_exported_student(
+    cut, places, transformer, tmp_path, name, file_format, skipped
+):
+    """It then answers as the student with the changes added to its weights, but for the tensors that diffusers skips."""
+    outcome = cut(name, "--format", file_format, scale=":0.8")
     assert outcome.code == 0, outcome.err
+    assert ("norms and modulation tables" in outcome.out) == ("norm" in skipped)
     student_lora = cut_loras([lora_of(places, name, 0.8)], made_of(places).selection, CONFIG)
-    transformer, tensors = exported(places)
+    tensors = {key: tensor.clone() for key, tensor in transformer.state_dict().items()}
     plain = oracle_velocity(transformer, *inputs())
-    # Of a file with original names diffusers passes over the patch kernel, which ComfyUI reads:
-    read = {key for key in student_lora.names() if file_format == "diffusers" or "patch_embedding" not in key}
-    added = {key: tensor + student_lora.delta(key) if key in read else tensor for key, tensor in tensors.items()}
+    added = {
+        key: tensor + student_lora.delta(key)
+        if key in student_lora.names() and not any(part in key for part in skipped)
+        else tensor
+        for key, tensor in tensors.items()
+    }
     expected = oracle_velocity(with_weights(transformer, added), *inputs())
+    with_weights(transformer, tensors)
     pipeline = WanPipeline(
         tokenizer=None, text_encoder=None, vae=None, scheduler=UniPCMultistepScheduler(), transformer=transformer
     )
-    pipeline.load_lora_weights(str(tmp_path), weight_name=output.name)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="student_lora.safetensors")
     assert relative_error(plain, expected) > 0.01
     assert relative_error(oracle_velocity(transformer, *inputs()), expected) < 1e-5
 
 
-def test_differences_of_matrices_become_products_and_those_of_norms_are_named(run_main, places, tmp_path):
-    """diffusers applies all but the norms and the tables, and the command says that these are left out."""
-    output = tmp_path / "student_lora.safetensors"
-    outcome = cut(run_main, places, output, "differences")
-    assert outcome.code == 0 and "norms and modulation tables" in outcome.out and "--format original" in outcome.out
-    student_lora = cut_loras([lora_of(places, "differences")], made_of(places).selection, CONFIG)
-    transformer, tensors = exported(places)
-    held = {key for key in tensors if not ("norm" in key or key.endswith("scale_shift_table"))}
-    added = {key: tensor + student_lora.delta(key) if key in held else tensor for key, tensor in tensors.items()}
-    expected = oracle_velocity(with_weights(transformer, added), *inputs())
-    transformer.load_lora_adapter(str(tmp_path), weight_name=output.name)
-    assert relative_error(oracle_velocity(transformer, *inputs()), expected) < 1e-5
-
-
-def test_a_file_for_comfyui_holds_every_change_once_under_the_original_name(run_main, places, tmp_path):
+def test_a_file_for_comfyui_holds_every_change_once_under_the_original_name(cut, places, transformer, tmp_path):
     """As ComfyUI's comfy/lora.py reads it: a module's name with .lora_up, .lora_down, .diff or .diff_b; one of the first and the third."""
-    output = tmp_path / "student_lora.safetensors"
-    assert cut(run_main, places, output, "differences", "--format", "original").code == 0
-    tensors = load_file(output)
+    assert cut("differences", "--format", "original").code == 0
+    tensors = load_file(tmp_path / "student_lora.safetensors")
     student_lora = cut_loras([lora_of(places, "differences")], made_of(places).selection, CONFIG)
-    model, _ = exported(places)
     seen = set()
     for name in student_lora.names():
         original = f"diffusion_model.{to_original(name)}"
         stem = original.removesuffix(".weight").removesuffix(".bias")
-        if name.endswith(".bias"):
-            found = tensors[f"{stem}.diff_b"]
-            seen.add(f"{stem}.diff_b")
-        elif f"{stem}.diff" in tensors:
-            found = tensors[f"{stem}.diff"]
-            seen.add(f"{stem}.diff")
-            assert f"{stem}.lora_up.weight" not in tensors
-        else:
-            found = tensors[f"{stem}.lora_up.weight"] @ tensors[f"{stem}.lora_down.weight"]
-            seen |= {f"{stem}.lora_up.weight", f"{stem}.lora_down.weight"}
+        parts = [f"{stem}.diff_b"] if name.endswith(".bias") else [f"{stem}.diff"]
+        if parts[0] not in tensors:
+            parts = [f"{stem}.lora_up.weight", f"{stem}.lora_down.weight"]
+        found = tensors[parts[0]] if len(parts) == 1 else tensors[parts[0]] @ tensors[parts[1]]
         assert torch.allclose(found, student_lora.delta(name), atol=1e-6), name
-    assert seen == set(tensors) and len(student_lora.names()) == len(model.state_dict())
-    pipeline = WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, scheduler=UniPCMultistepScheduler(), transformer=model
-    )
-    pipeline.load_lora_weights(str(tmp_path), weight_name=output.name)  # diffusers passes over what it has no place for
+        seen.update(parts)
+    assert seen == set(tensors) and len(student_lora.names()) == len(transformer.state_dict())
 
 
-def test_a_lora_for_the_teachers_own_shape_is_the_lora(run_main, places, tmp_path):
-    teacher = places / "teacher"
-    student, report = project_teacher(teacher)
+def test_a_lora_for_the_teachers_own_shape_is_the_lora(cut, places, tmp_path):
+    student, report = project_teacher(places / "teacher")
     student.save_pretrained(tmp_path / "student")
     report.save(tmp_path / "student")
-    output = tmp_path / "lora.safetensors"
-    lora = places / "products.safetensors"
-    assert (
-        run_main(projection_mapper.main, "--lora", lora, "--student", tmp_path / "student", "--output", output).code
-        == 0
-    )
-    again = open_lora(output, 1.0, shapes_of(open_wan_files(teacher).expert("high")))
+    assert cut("products", student=tmp_path / "student").code == 0
     expected = lora_of(places, "products")
+    again = open_lora(tmp_path / "student_lora.safetensors", 1.0, expected.shapes)
     for name, shape in expected.shapes.items():
         zeros = torch.zeros(shape)
         assert torch.allclose(again.added_to(name, zeros), expected.added_to(name, zeros), atol=1e-6)
@@ -241,42 +223,25 @@ def test_a_lora_for_the_teachers_own_shape_is_the_lora(run_main, places, tmp_pat
 # ---- what is refused ----
 
 
-def damaged_report(root, folder, change):
-    shutil.copytree(root / "student", folder)
-    path = folder / "projection_report.json"
-    report = json.loads(path.read_text())
-    change(report)
-    path.write_text(json.dumps(report))
-    return folder
-
-
 REPORTS = {
-    "no selection": (lambda report: report.pop("selection"), "copy the student's files again"),
-    "no layers": (lambda report: report.update(layers="0,2,4"), "copy the student's files again"),
-    "other layers": (lambda report: report.update(layers=[0, 2, 9]), "copy the student's files again"),
-    "an axis too few": (lambda report: report["selection"]["axes"].pop("channels"), "copy the student's files again"),
-    "an axis beyond": (
-        lambda report: report["selection"]["axes"].update(channels="30-53"),
-        "copy the student's files again",
-    ),
-    "no teacher": (lambda report: report["selection"].pop("teacher"), "copy the student's files again"),
-    "another teacher": (
-        lambda report: report["selection"]["teacher"].update(hidden_size=12, num_heads=1),
-        "copy the student's",
-    ),
+    "no selection": lambda report: report.pop("selection"),
+    "no layers": lambda report: report.update(layers="0,2,4"),
+    "other layers": lambda report: report.update(layers=[0, 2, 9]),
+    "an axis too few": lambda report: report["selection"]["axes"].pop("channels"),
+    "an axis beyond": lambda report: report["selection"]["axes"].update(channels="30-53"),
+    "another teacher": lambda report: report["selection"]["teacher"].update(hidden_size=12, num_heads=1),
 }
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_a_report_that_does_not_tell_is_refused(run_main, places, tmp_path, name):
-    change, words = REPORTS[name]
-    folder = damaged_report(places, tmp_path / "student", change)
-    lora = places / "products.safetensors"
-    outcome = run_main(
-        projection_mapper.main, "--lora", lora, "--student", folder, "--output", tmp_path / "a.safetensors"
-    )
-    assert outcome.code == 2 and words in outcome.err and "Traceback" not in outcome.err
-    assert not (tmp_path / "a.safetensors").exists()
+def test_a_report_that_does_not_tell_is_refused(cut, places, tmp_path, name):
+    folder = shutil.copytree(places / "student", tmp_path / "student")
+    report = json.loads((folder / "projection_report.json").read_text())
+    REPORTS[name](report)
+    (folder / "projection_report.json").write_text(json.dumps(report))
+    outcome = cut("products", student=folder)
+    assert outcome.code == 2 and "copy the student's files again" in outcome.err and "Traceback" not in outcome.err
+    assert not (tmp_path / "student_lora.safetensors").exists()
 
 
 def test_students_that_no_lora_fits_are_refused(places, tmp_path):
@@ -313,11 +278,3 @@ def test_a_lora_of_dropped_layers_alone_a_file_that_is_there_and_other_flags_are
         outcome = run_main(projection_mapper.main, *argv)
         assert outcome.code == 2 and words in outcome.err and "Traceback" not in outcome.err, outcome.err
     assert there.read_bytes() == b"mine" and not (tmp_path / "new.safetensors").exists()
-
-
-def test_the_low_noise_expert_of_two_is_what_a_lora_of_it_is_cut_from(run_main, tmp_path):
-    write_pipeline_folder(tmp_path / "two", two_experts=True, **TEACHER)
-    student, report = project_teacher(tmp_path / "two", CONFIG, "low")
-    student.save_pretrained(tmp_path / "student")
-    report.save(tmp_path / "student")
-    assert read_made_of(tmp_path / "student", CONFIG).expert == "low"
