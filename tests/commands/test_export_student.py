@@ -175,21 +175,12 @@ def test_weights_carry_the_students_config(student, exports, name):
     assert not any(str(path) in text for path in (ROOT, student.parent))
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_hub_ids_stay_in_what_is_exported(student, export, tmp_path, name):
+def test_hub_ids_stay_in_what_is_exported(student, export, tmp_path):
     of_hub = changed(student, tmp_path / "of_hub", teacher_path="Wan-AI/Wan2.1", base_model="Wan-AI/Wan2.1")
-    parts = ["--teacher_path", DEMO_TEACHER] if name == "pipeline" else []
-    assert export(of_hub, name, *parts, output="out").code == 0
-    place = tmp_path / "out" / "wan_student.safetensors" if name == "original" else tmp_path / "out"
-    with safe_open(weights_file(place), framework="pt") as file:
-        assert (
-            StudentConfig.from_json(file.metadata()["student_config"]).distillation["teacher_path"] == "Wan-AI/Wan2.1"
-        )
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_an_exported_student_can_be_judged_by_its_teachers_world(exports, name):
-    assert open_wan_files(exports[name]).record["world"] == "shapes"
+    assert export(of_hub, "diffusers", output="out").code == 0
+    with safe_open(weights_file(tmp_path / "out"), framework="pt") as file:
+        carried = StudentConfig.from_json(file.metadata()["student_config"])
+    assert carried.distillation["teacher_path"] == "Wan-AI/Wan2.1"
 
 
 # ---- as diffusers reads it ----
@@ -453,7 +444,9 @@ def test_link_makes_links_that_diffusers_follows(student, export, tmp_path):
 def test_an_export_says_how_it_is_sampled(student, exports, name):
     """Guidance is in what a student learnt, so that a student of it is taught without."""
     record = StudentConfig.load(student).distillation
-    settings = resolve_settings(open_wan_files(exports[name]))
+    wan_files = open_wan_files(exports[name])
+    settings = resolve_settings(wan_files)
+    assert wan_files.record["world"] == "shapes"  # so that a judge of the teacher's world can be found
     assert (settings.guidance_scale, settings.num_inference_steps, settings.shift) == (1.0, 20, 3.0)
     assert record["guidance_scale"] == 3.0
     for key in ("latents_mean", "latents_std", "vae_scale_factor", "negative_prompt"):
@@ -510,16 +503,10 @@ def test_a_lite_student_is_no_wan(student, export, tmp_path, name):
 
 MISTAKES = {
     "fp8 for diffusers": ("diffusers", ["--dtype", "fp8"], "--dtype fp8 is for --format original"),
-    "fp8 for a pipeline": ("pipeline", ["--dtype", "fp8"], "give bf16 with pipeline"),
     "a VAE for one file": ("original", ["--vae_path", DEMO_TEACHER], "--vae_path belongs to --format pipeline"),
     "links in a transformer": ("diffusers", ["--link"], "--link belongs to --format pipeline"),
     "a format of its own": ("onnx", [], "--format: invalid choice: 'onnx'"),
     "no such student": ("original", ["--student", "{tmp}/none"], "there is no such folder; give the --output_dir"),
-    "a config for a student": (
-        "diffusers",
-        ["--student", "{tmp}/one_file/student_config.json"],
-        "a student is the --output",
-    ),
     "a file of another model": (
         "original",
         ["--student", DEMO_TEACHER / "vae/diffusion_pytorch_model.safetensors"],
@@ -527,20 +514,15 @@ MISTAKES = {
     ),
     "a student without weights": ("original", ["--student", "{tmp}/one_file"], "there is no such file"),
     "damaged weights": ("diffusers", ["--student", "{tmp}/damaged"], "is not a whole safetensors file"),
-    "damaged weights, pipeline": ("pipeline", ["--student", "{tmp}/damaged"], "is not a whole safetensors file"),
     "no record": ("pipeline", ["--student", "{tmp}/no_record"], 'has no "distillation" record'),
     "a student of the mock": ("pipeline", ["--student", "{tmp}/mock", "--vae_path", DEMO_TEACHER], "stand-in"),
     "the recorded teacher is gone": ("pipeline", ["--student", "{tmp}/moved"], "is not there; give --teacher_path"),
-    "no such teacher": ("pipeline", ["--teacher_path", "{tmp}/none"], "there is no such folder"),
     "a teacher without a VAE": ("pipeline", ["--teacher_path", "{tmp}/bare"], "has no VAE beside it"),
     "a teacher without an encoder": ("pipeline", ["--teacher_path", "{tmp}/only_vae"], "holds no text encoder; --text"),
     "another encoder": ("pipeline", ["--text_encoder_path", "{tmp}/other"], "gives embeddings of width 20"),
     "a VAE of other channels": ("pipeline", ["--vae_path", "{tmp}/other"], "is a VAE of 48 channels and factor 16"),
     "a VAE of other latents": ("pipeline", ["--vae_path", "{tmp}/other_latents"], "has other latents_mean than"),
-    "a damaged VAE": ("pipeline", ["--vae_path", "{tmp}/broken"], "the VAE cannot be loaded"),
     "a VAE of the hub": ("pipeline", ["--vae_path", "nobody/no-such-vae"], "nobody/no-such-vae: is no file or folder"),
-    "an encoder of the hub": ("pipeline", ["--text_encoder_path", "nobody/no-such-text"], "the hub cannot be reached"),
-    "a teacher of the hub": ("pipeline", ["--teacher_path", "nobody/no-such-wan"], "the hub cannot be reached"),
     "output is in a file": ("pipeline", ["--output", "{tmp}/file/out"], "is a file; give a folder"),
     "a pickle": (
         "original",
@@ -552,18 +534,11 @@ MISTAKES = {
         ["--output", "{tmp}/tr.safetensors"],
         "writes no .safetensors file; give a new",
     ),
-    "a file for a pipeline": (
-        "pipeline",
-        ["--output", "{tmp}/p.safetensors"],
-        "writes no .safetensors file; give a new",
-    ),
     "where no file can be": ("original", ["--output", "/proc/x.safetensors"], "cannot be written to"),
-    "where no folder can be": ("diffusers", ["--output", "/proc/x"], "cannot be written to"),
     "a workflow of a folder": ("diffusers", ["--workflow"], "--workflow is for --format original"),
     "public, and nowhere": ("diffusers", ["--public"], "give that too"),
     "links on the hub": ("pipeline", ["--link", "--push_to_hub", "a/b"], "is nothing on the hub"),
     "no name on the hub": ("diffusers", ["--push_to_hub", "name"], "give OWNER/NAME"),
-    "one file in a file": ("original", ["--output", "{tmp}/file/a.safetensors"], "is a file; give a folder"),
 }
 
 
@@ -580,8 +555,6 @@ def mistakes(student, tmp_path_factory) -> Path:
     changed(student, root / "mock", teacher_path="mock", text_encoder_path=None)
     changed(student, root / "moved", teacher_path="/not/here")
     shutil.copytree(DEMO_TEACHER / "vae", root / "only_vae" / "vae")
-    shutil.copytree(DEMO_TEACHER / "vae", root / "broken")
-    (root / "broken" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
     shutil.copytree(DEMO_TEACHER / "vae", root / "other_latents")
     settings = json.loads((root / "other_latents" / "config.json").read_text(encoding="utf-8"))
     settings["latents_mean"][3] += 0.01
@@ -601,16 +574,10 @@ def test_mistakes_are_answered_in_one_line(student, mistakes, run_main, name):
 
 # Entries of a record that no run writes, and what is said of them
 WRONG_RECORDS = {
-    "steps below one": ({"num_inference_steps": -20}, "num_inference_steps is -20; allowed: a whole number from 1 to"),
     "steps without end": ({"num_inference_steps": 10**9}, "num_inference_steps is 1000000000; allowed"),
-    "few steps without end": ({"student_steps": 10**9}, "student_steps is 1000000000; allowed"),
     "one noise level": ({"sigma_range": [0.0]}, "sigma_range is [0.0]; allowed: two numbers from 0 to 1"),
-    "noise levels reversed": ({"sigma_range": [1.0, 0.5]}, "sigma_range is [1.0, 0.5]; allowed: two numbers"),
     "a mean left out": ({"latents_mean": [None] * 16}, "latents_mean is [None, None"),
-    "no spread": ({"latents_std": [0.0] * 16}, "latents_std is [0.0, 0.0"),
-    "a shift of text": ({"shift": "3"}, "shift is '3'; allowed: a number above 0"),
     "a number beyond floats": ({"shift": 10**400}, "shift is 1000"),
-    "half a letter": ({"negative_prompt": "\ud800"}, "half of a surrogate pair"),
     "a path of a number": ({"teacher_path": 5}, "teacher_path is 5; allowed: a path or hub id"),
     "a long text": ({"sigma_range": "x" * 10_000}, "sigma_range is 'xxx"),
 }
@@ -620,11 +587,9 @@ WRONG_RECORDS = {
 def test_a_record_that_cannot_be_is_refused_before_anything_is_written(student, export, tmp_path, name):
     changes, message = WRONG_RECORDS[name]
     wrong = changed(student, tmp_path / "wrong", **changes)
-    for export_format in FORMATS:
-        outcome = export(wrong, export_format, output=f"{export_format}/new")
-        assert_one_message(outcome, message)
-        assert len(outcome.err) < 500 + len(str(tmp_path))
-        assert not (tmp_path / export_format).exists()
+    outcome = export(wrong, "diffusers", output="folder/new")
+    assert_one_message(outcome, message)
+    assert len(outcome.err) < 500 + len(str(tmp_path)) and not (tmp_path / "folder").exists()
     metadata = {"student_config": (wrong / "student_config.json").read_text(encoding="utf-8")}
     save_file(load_file(wrong / "diffusion_model.safetensors"), tmp_path / "alone.safetensors", metadata)
     assert_one_message(export(tmp_path / "alone.safetensors", "original"), message)
@@ -645,17 +610,13 @@ def test_weights_that_no_student_has_are_refused(student, export, tmp_path, what
         ),
     }[what]
     save_file(tensors | changes, wrong / "diffusion_model.safetensors")
-    for export_format in FORMATS:
-        assert_one_message(export(wrong, export_format), message)
+    assert_one_message(export(wrong, "diffusers"), message)
     assert not (tmp_path / "out").exists()
 
 
-DEEP = "[" * 5000 + "]" * 5000
 WRONG_INDEXES = {
     "cut short": ('{"_class_name": "WanPipeline", ', "not valid JSON"),
-    "nested": (f'{{"_class_name": {DEEP}}}', "nested more than"),
     "a number for a class": ('{"text_encoder": 7}', "text_encoder is 7; allowed: a pair such as"),
-    "a list": ("[]", "holds a list"),
 }
 
 
@@ -670,15 +631,6 @@ def test_a_broken_index_beside_the_text_encoder_is_one_sentence(student, export,
     assert message in outcome.err and not (tmp_path / "out").exists()
 
 
-def test_a_vae_whose_statistics_are_text_is_one_sentence(student, export, tmp_path):
-    shutil.copytree(DEMO_TEACHER / "vae", tmp_path / "vae")
-    settings = json.loads((tmp_path / "vae" / "config.json").read_text(encoding="utf-8"))
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(settings | {"latents_mean": "none"}), encoding="utf-8")
-    outcome = export(student, "pipeline", "--vae_path", tmp_path / "vae")
-    assert_one_message(outcome, "latents_mean is 'none'; allowed: a list")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_there_is_never_replaced(student, export, tmp_path, name):
     assert export(student, name).code == 0
@@ -686,12 +638,6 @@ def test_what_is_there_is_never_replaced(student, export, tmp_path, name):
     outcome = export(student, name, "--dtype", "bf16")
     assert outcome.code == 2 and " already; give a" in outcome.err and outcome.err.count("\n") == 1
     assert snapshot(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_an_output_that_cannot_be_written_to(student, export, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("os.access", lambda path, mode: False)  # these tests may run as root, who may write anywhere
-    assert_refused(export(student, name), "cannot be written to (Permission denied)", tmp_path, {})
 
 
 def test_a_file_is_added_to_a_folder_and_an_empty_one_is_used(student, export, tmp_path):
@@ -703,31 +649,20 @@ def test_a_file_is_added_to_a_folder_and_an_empty_one_is_used(student, export, t
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("end, code", [("Ctrl-C", 130), ("SIGTERM", 130), ("a full disk", 1)])
 @pytest.mark.parametrize("name", FORMATS)
-def test_an_export_that_ends_early_leaves_nothing(student, export, tmp_path, monkeypatch, name, error):
+def test_an_export_that_ends_early_leaves_nothing(student, export, tmp_path, monkeypatch, name, end, code):
     def half(tensors, file, **settings):
         Path(file).write_bytes(b"half of a file")
-        raise error("no space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", half)
-    outcome = export(student, name, output="new/out")
-    assert outcome.code == (130 if error is KeyboardInterrupt else 1)
-    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
-    assert not (tmp_path / "new" / "out").exists()
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_sigterm_is_an_interrupt(student, export, tmp_path, monkeypatch, name):
-    def killed(tensors, file, **settings):
-        Path(file).write_bytes(b"half of a file")
-        os.kill(os.getpid(), signal.SIGTERM)
+        if end == "a full disk":
+            raise OSError("no space left on device")
+        os.kill(os.getpid(), signal.SIGTERM if end == "SIGTERM" else signal.SIGINT)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("safetensors.torch.save_file", killed)
-    assert export(student, name, output="new/out").code == 130
+    monkeypatch.setattr("safetensors.torch.save_file", half)
+    assert export(student, name, output="new/out").code == code
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert not (tmp_path / "new" / "out").exists() and signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("output", ["out", "out.safetensors"])
