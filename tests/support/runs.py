@@ -75,6 +75,19 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "diffusion_model.safetensors")
 
 
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same student, bit for bit."""
+    ours, theirs = weights_of(one), weights_of(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def as_if_stopped_after(folder: Path, step: int) -> None:
+    """Take the later checkpoints from a run that kept all: it stands as if its process had ended before the next was whole."""
+    for manifest in (folder / "checkpoints").glob("step_*.json"):
+        if manifest.stem > f"step_{step:08d}":
+            manifest.unlink()
+
+
 @contextlib.contextmanager
 def at_most(seconds: int) -> Iterator[None]:
     """End what waits inside for something that never comes, such as a writer to a named pipe."""
