@@ -15,14 +15,7 @@ import torch
 
 from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.evaluation.held_out import (
-    HeldOutErrors,
-    HeldOutNoise,
-    MeanOverSizes,
-    PathErrors,
-    PathStates,
-    draw_path_states,
-)
+from wandistiller.evaluation.held_out import HeldOutNoise, PathErrors, PathStates, draw_path_states
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, sample, wan_scheduler
@@ -34,7 +27,6 @@ from wandistiller.wan.settings import resolve_settings
 SHAPE = (16, 4, 4)
 OPTIONS = SamplingOptions(shift=3.0, num_inference_steps=8)
 EMBEDS = mock_prompt_embeds([f"prompt {'word ' * i}" for i in range(3)], 20)
-SEED = 41
 
 
 def mock_teacher() -> Teacher:
@@ -59,10 +51,6 @@ def other_student() -> WanLiteStudent:
     return project_teacher(open_teacher("mock", config), config)[0]
 
 
-def make_errors(teacher: Teacher, options: SamplingOptions = OPTIONS, **changes) -> HeldOutErrors:
-    return HeldOutErrors(teacher, EMBEDS, SHAPE, options, **{"num_levels": 4, "seed": SEED} | changes)
-
-
 class Counted:
     """A velocity field that counts the batches and the states it answers."""
 
@@ -74,87 +62,63 @@ class Counted:
         return self.teacher.velocity(latents, sigma, prompt_embeds, prompt_lengths)
 
 
-# ---- the two errors ----
+# ---- velocity errors ----
 
 
-def test_a_student_that_equals_the_teacher_errs_nowhere():
-    teacher = mock_teacher()
-    errors = make_errors(teacher)(student_like(teacher))
-    assert list(errors) == ["teacher_states", "student_states"]
-    assert max(errors.values()) < 1e-6
+def path_errors(teacher: Teacher, student: WanLiteStudent, options: SamplingOptions = OPTIONS, **draw) -> float:
+    states = draw_path_states(teacher, EMBEDS, SHAPE, options, 3, **draw)
+    return PathErrors([states], EMBEDS, options, draw.get("batch_size", 16))(student)["teacher_states"]
 
 
-@pytest.mark.parametrize("scale", [1.1, 0.5])
+@pytest.mark.parametrize("scale", [1, 1.1, 0.5])
 def test_a_velocity_that_is_off_by_a_known_part_errs_by_that_part(scale):
     teacher = mock_teacher()
-    errors = make_errors(teacher)(student_like(teacher, scale))
     # |s v - v| / |v| at whichever state both are asked:
-    assert errors == pytest.approx({"teacher_states": abs(scale - 1), "student_states": abs(scale - 1)}, rel=1e-4)
+    expected = pytest.approx(abs(scale - 1), rel=1e-4, abs=1e-6)
+    assert path_errors(teacher, student_like(teacher, scale)) == expected
 
 
-def errors_by_hand(teacher: Teacher, student: WanLiteStudent, leader: str, steps: set[int]) -> float:
-    """Mean relative error at some steps of Euler's method along the velocity of `leader`, one prompt at a time."""
+def errors_by_hand(teacher: Teacher, student: WanLiteStudent) -> float:
+    """Mean relative error over Euler's method along the velocity of the teacher, one prompt at a time."""
     scheduler, errors = wan_scheduler(3.0, 8, "euler"), []
-    models = {"teacher": teacher.experts["high"], "student": student}
     for index in range(len(EMBEDS)):
-        latents, text = seeded_noise([SEED + index], SHAPE), EMBEDS.batch([index])
-        sigmas = list(pairwise(scheduler.sigmas.tolist()))
-        for step, (timestep, (sigma, following)) in enumerate(zip(scheduler.timesteps, sigmas, strict=True)):
+        latents, text = seeded_noise([2**31 + index], SHAPE), EMBEDS.batch([index])
+        sigmas = pairwise(scheduler.sigmas.tolist())
+        for timestep, (sigma, following) in zip(scheduler.timesteps, sigmas, strict=True):
             with torch.no_grad():
-                velocities = {name: model(latents, timestep[None], *text) for name, model in models.items()}
-            if step in steps:
-                difference = velocities["student"] - velocities["teacher"]
-                errors.append(float(difference.norm() / velocities["teacher"].norm()))
-            latents = latents + (following - sigma) * velocities[leader]
-    assert len(errors) == len(EMBEDS) * len(steps)
+                of_teacher, of_student = (
+                    model(latents, timestep[None], *text) for model in (teacher.experts["high"], student)
+                )
+            errors.append(float((of_student - of_teacher).norm() / of_teacher.norm()))
+            latents = latents + (following - sigma) * of_teacher
+    assert len(errors) == len(EMBEDS) * 8
     return sum(errors) / len(errors)
 
 
-def test_each_error_is_met_on_the_path_of_its_own_leader():
-    teacher, student = mock_teacher(), other_student()
-    errors = make_errors(teacher, replace(OPTIONS, sampler="euler"))(student)
-    by_hand = {
-        f"{leader}_states": errors_by_hand(teacher, student, leader, {0, 2, 5, 7}) for leader in ("teacher", "student")
-    }
-    assert errors == pytest.approx(by_hand, rel=1e-4)
-    # The two kinds of states must differ by far more than that tolerance, or the hand-written loop would prove nothing.
-    assert abs(by_hand["teacher_states"] / by_hand["student_states"] - 1) > 0.01
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_every_state_of_the_teachers_paths_is_measured_as_by_hand(batch_size):
+    teacher, student, euler = mock_teacher(), other_student(), replace(OPTIONS, sampler="euler")
+    expected = errors_by_hand(teacher, student)
+    assert path_errors(teacher, student, euler, batch_size=batch_size) == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.1
 
 
-def test_the_teacher_is_sampled_once_and_then_asked_at_the_measured_steps_alone():
+def test_the_teacher_is_sampled_once_and_then_asked_no_more():
     teacher = Counted(mock_teacher())
-    errors = make_errors(teacher, num_levels=3, batch_size=2)
-    assert teacher.sizes == [2] * 8 + [1] * 8
-    for _ in range(2):
-        teacher.sizes.clear()
-        errors(other_student())
-        assert teacher.sizes == [2] * 3 + [1] * 3
+    states = draw_path_states(teacher, EMBEDS, SHAPE, OPTIONS, 3, batch_size=2)
+    assert teacher.sizes == [2, 1] * 8
+    errors = PathErrors([states], EMBEDS, OPTIONS)
+    assert errors(other_student()) == errors(other_student()) and len(teacher.sizes) == 16
 
 
-@pytest.mark.parametrize("num_levels, steps", [(1, [0]), (2, [0, 7]), (4, [0, 2, 5, 7]), (99, list(range(8)))])
-def test_the_measured_steps_are_spread_evenly_with_both_ends_as_far_as_there_are_any(num_levels, steps):
-    errors = make_errors(mock_teacher(), num_levels=num_levels)
-    sigmas = wan_scheduler(3.0, 8).timesteps / 1000
-    (states,) = errors.teacher_states
-    assert [float(sigma[0]) for _, sigma, _ in states] == pytest.approx(sigmas[steps].tolist())
-    assert all(latents.shape == velocity.shape == (3, *SHAPE) for latents, _, velocity in states)
-
-
-# ---- states that are answered once ----
-
-
-def path_errors(teacher: Teacher, student: WanLiteStudent, num_paths: int = 3, **draw) -> float:
-    states = draw_path_states(teacher, EMBEDS, SHAPE, OPTIONS, num_paths, **draw)
-    return PathErrors(states, EMBEDS, OPTIONS, draw.get("batch_size", 16))(student)["teacher_states"]
-
-
-def test_every_state_of_the_teachers_paths_is_measured_as_the_longer_measurement_does():
+def test_states_of_several_sizes_count_alike():
     teacher, student = mock_teacher(), other_student()
-    expected = HeldOutErrors(teacher, EMBEDS, SHAPE, OPTIONS, num_levels=8)(student)["teacher_states"]
-    assert path_errors(teacher, student) == pytest.approx(expected, rel=1e-5) and expected > 0.1
-    assert path_errors(teacher, student, batch_size=2) == pytest.approx(expected, rel=1e-5)
-    assert path_errors(teacher, student_like(teacher)) < 1e-6
-    assert path_errors(teacher, student_like(teacher, 0.5)) == pytest.approx(0.5, rel=1e-4)
+    sizes = [(1, (16, 4, 4)), (2, (16, 4, 6))]
+    states = [draw_path_states(teacher, EMBEDS, shape, OPTIONS, num_paths) for num_paths, shape in sizes]
+    one, two, both = (
+        PathErrors(part, EMBEDS, OPTIONS)(student)["teacher_states"] for part in (states[:1], states[1:], states)
+    )
+    assert both == pytest.approx((one + 2 * two) / 3) and one != pytest.approx(two, rel=1e-3)
 
 
 def test_more_paths_than_prompts_have_noises_of_their_own():
@@ -206,7 +170,10 @@ def test_only_noise_levels_of_a_range_are_kept():
 
 
 def noise_of(teacher: Teacher, **changes) -> HeldOutNoise:
-    return HeldOutNoise(teacher, EMBEDS, SHAPE, OPTIONS, **{"num_noises": 3} | changes)
+    return HeldOutNoise(teacher, [(EMBEDS, SHAPE)], OPTIONS, **{"num_noises": 3} | changes)
+
+
+NOISE = seeded_noise(range(2**32, 2**32 + 9), SHAPE)  # of three prompts, three each
 
 
 def distance_by_hand(latents: torch.Tensor, reference: torch.Tensor) -> float:
@@ -227,10 +194,10 @@ def test_the_noise_part_is_what_is_left_of_each_picture_without_the_mean_of_its_
     found = noise_of(teacher, batch_size=2)(student)
     parts, whole = {}, {}
     for name, model in (("teacher", teacher), ("student", Teacher({"high": student}, teacher.settings))):
-        noise, rest, pictures = noise_of(teacher).noise, [], []
+        rest, pictures = [], []
         for prompt in range(3):
             text = EMBEDS.batch([prompt] * 3)
-            drawn = sample(model, noise[3 * prompt : 3 * prompt + 3], *text, OPTIONS).double()
+            drawn = sample(model, NOISE[3 * prompt : 3 * prompt + 3], *text, OPTIONS).double()
             rest.append(drawn - drawn.mean(dim=0))
             pictures.append(drawn)
         parts[name] = torch.cat(rest).flatten()
@@ -246,47 +213,30 @@ def test_the_noise_part_is_what_is_left_of_each_picture_without_the_mean_of_its_
 def test_the_scale_is_the_teachers_own_distance_in_fewer_steps():
     teacher = mock_teacher()
     found = noise_of(teacher, scale_steps=(1, 2))(student_like(teacher))
-    noise = noise_of(teacher).noise
     for steps in (1, 2):
         drawn = []
         for options in (replace(OPTIONS, num_inference_steps=steps), OPTIONS):
-            first = [sample(teacher, noise[3 * n : 3 * n + 1], *EMBEDS.batch([n]), options) for n in range(3)]
+            first = [sample(teacher, NOISE[3 * n : 3 * n + 1], *EMBEDS.batch([n]), options) for n in range(3)]
             drawn.append(torch.cat(first).double())
         assert found[f"teacher_at_{steps}_steps"] == pytest.approx(distance_by_hand(*drawn), rel=1e-4)
     assert found["teacher_at_1_steps"] > found["teacher_at_2_steps"] > found["endpoint"]
 
 
-# ---- the same every time ----
-
-
-def test_the_errors_repeat_and_follow_their_seed():
+def test_noise_parts_of_several_sizes_add_up():
+    """Of two sizes of one picture each that are alike, the parts are those of one size; distances add in quadrature."""
     teacher, student = mock_teacher(), other_student()
-    errors = make_errors(teacher)
-    first = errors(student)
-    assert errors(student) == first == make_errors(teacher)(student)
-    assert make_errors(teacher, seed=SEED + 1)(student) != first
-
-
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_the_batch_size_changes_nothing(batch_size):
-    teacher, student = mock_teacher(), other_student()
-    assert make_errors(teacher, batch_size=batch_size)(student) == pytest.approx(
-        make_errors(teacher)(student), rel=1e-4
-    )
-
-
-def test_errors_of_prompts_of_their_own_are_not_those_of_others():
-    teacher, student = mock_teacher(), other_student()
-    others = mock_prompt_embeds([f"a picture of {i}" for i in range(3)], 20)
-    assert HeldOutErrors(teacher, others, SHAPE, OPTIONS, 4, SEED)(student) != make_errors(teacher)(student)
+    alone = noise_of(teacher)(student)
+    twice = HeldOutNoise(teacher, [(EMBEDS, SHAPE)] * 2, OPTIONS, 3)(student)
+    assert twice == pytest.approx(alone, rel=1e-6)
+    other = HeldOutNoise(teacher, [(EMBEDS, (16, 4, 6))], OPTIONS, 3)(student)
+    both = HeldOutNoise(teacher, [(EMBEDS, SHAPE), (EMBEDS, (16, 4, 6))], OPTIONS, 3)(student)
+    assert min(alone["gain"], other["gain"]) < both["gain"] < max(alone["gain"], other["gain"])
 
 
 # ---- what it leaves alone ----
 
 
-@pytest.mark.parametrize(
-    "measure", [make_errors, lambda teacher: partial(path_errors, teacher), noise_of], ids=["both", "once", "noise"]
-)
+@pytest.mark.parametrize("measure", [lambda teacher: partial(path_errors, teacher), noise_of], ids=["errors", "noise"])
 def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were(measure):
     teacher, student = mock_teacher(), other_student().train()
     student.blocks[0].eval()  # a part that is kept out of training stays out of it
@@ -308,18 +258,19 @@ def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were(measur
 
 
 def test_training_mode_returns_even_from_a_failure():
-    errors, student = make_errors(mock_teacher()), other_student().train()
+    teacher, student = mock_teacher(), other_student().train()
     student.proj_out.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        errors(student)
+        path_errors(teacher, student)
     assert all(module.training for module in student.modules())
 
 
 def test_the_student_trains_on_after_it_was_measured_also_at_the_kept_states():
-    errors, student = make_errors(mock_teacher()), other_student().train()
-    errors(student)
-    latents, sigma, velocity = errors.teacher_states[0][1]
-    (student(latents, 1000 * sigma, *errors.texts[0]) - velocity).square().mean().backward()
+    student = other_student().train()
+    states = draw_path_states(mock_teacher(), EMBEDS, SHAPE, OPTIONS, 3)
+    PathErrors([states], EMBEDS, OPTIONS)(student)
+    timestep = 1000 * states.sigma[1].expand(3)
+    (student(states.latents[1], timestep, *EMBEDS.batch(range(3))) - states.velocity[1]).square().mean().backward()
     assert float(student.proj_out.weight.grad.norm()) > 0
 
 
@@ -329,20 +280,6 @@ def test_both_answer_in_the_compute_dtype(dtype):
     seen: dict[str, set[torch.dtype]] = {"teacher": set(), "student": set()}
     for side, model in (("student", student), ("teacher", teacher.experts["high"])):
         model.blocks[0].ffn.net[2].register_forward_hook(lambda *call, side=side: seen[side].add(call[2].dtype))
-    errors = make_errors(teacher, replace(OPTIONS, compute_dtype=dtype))(student)
+    error = path_errors(teacher, student, replace(OPTIONS, compute_dtype=dtype))
     assert seen == {"teacher": {dtype}, "student": {dtype}}
-    exact = make_errors(mock_teacher())(other_student())
-    assert errors == pytest.approx(exact, rel=0.05)
-
-
-def test_several_sizes_are_one_mean_that_counts_every_path_alike():
-    teacher, student = mock_teacher(), other_student()
-    shapes = [(16, 4, 4), (16, 4, 6)]
-    parts = [
-        (HeldOutErrors(teacher, EMBEDS.first(n), shape, OPTIONS), n) for n, shape in zip((1, 2), shapes, strict=True)
-    ]
-    one, two = (part(student) for part, _ in parts)
-    both = MeanOverSizes(parts)(student)
-    assert both == {name: pytest.approx((one[name] + 2 * two[name]) / 3) for name in one}
-    assert MeanOverSizes([(lambda _: {"gain": None}, 1), (lambda _: {"gain": 0.5}, 3)])(student) == {"gain": 0.5}
-    assert MeanOverSizes([(lambda _: {"gain": None}, 1)])(student) == {"gain": None}
+    assert error == pytest.approx(path_errors(mock_teacher(), other_student()), rel=0.05)

@@ -136,8 +136,9 @@ class Field:
 def test_recorded_velocities_are_split_as_predictions_of_x_0():
     mean, noise = (part[:5].float() for part in drawn(seed=15))
     teacher, student = (mean + noise).flatten(0, 1), (mean + 0.25 * noise).flatten(0, 1)
-    recorded = measures.RecordedErrors(Field(teacher), Field(student), num_seeds=NOISES)
+    comparison = measures.VelocityComparison(Field(student), num_seeds=NOISES)
+    recorded = measures.Recorded(Field(teacher), comparison.note)
     recorded.velocity(seeded_noise(range(15), SHAPE), torch.full((15,), 0.75), None, None)
-    row = recorded.noise.by_sigma(spread=1.0, num_buckets=10)[7]
+    row = comparison.noise.by_sigma(spread=1.0, num_buckets=10)[7]
     assert row["count"] == 15
     assert row["gain"] == pytest.approx(0.25, rel=1e-4) and row["cosine"] == pytest.approx(1, rel=1e-4)

@@ -242,16 +242,19 @@ def test_sampling_and_measuring_stay_on_the_gpu_and_wait_where_it_is_meant():
             check(waits_of(drawn), SAMPLING | in_parts)
         states = draw_path_states(teacher, EMBEDS, LATENTS, OPTIONS, 4)
         to_host: Meant = {
-            "evaluation/held_out.py _Walk.velocity": (8, "states and answers of each step go to host memory")
+            "evaluation/held_out.py draw_path_states": (
+                8,
+                "states and answers of each step go to host memory",
+            )
         }
         check(waits_of(lambda: draw_path_states(teacher, EMBEDS, LATENTS, OPTIONS, 4)), SAMPLING | to_host)
-        errors = PathErrors(states, EMBEDS, OPTIONS, 2)
+        errors = PathErrors([states], EMBEDS, OPTIONS, 2)
         to_log: Meant = {"evaluation/held_out.py PathErrors.__call__": (1, "the error goes to the log")}
         check(waits_of(lambda: errors(student)), to_log)
         both = HeldOutErrors(teacher, EMBEDS, LATENTS, OPTIONS, batch_size=3)
         to_log = {"evaluation/held_out.py HeldOutErrors.__call__": (2, "both errors go to the log")}
         check(waits_of(lambda: both(student)), SAMPLING | to_log)
-        parts = HeldOutNoise(teacher, EMBEDS.first(1), LATENTS, OPTIONS, 4, batch_size=2)
+        parts = HeldOutNoise(teacher, [(EMBEDS.first(1), LATENTS)], OPTIONS, 4, batch_size=2)
         check(waits_of(lambda: parts(student)), SAMPLING | in_parts)
 
 

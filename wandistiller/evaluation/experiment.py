@@ -98,8 +98,9 @@ class Drawn:
 
 def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
     """Return all measures but the cost as JSON values, what the teacher drew and what the student drew."""
-    recorded = measures.RecordedErrors(experiment.teacher, experiment.student, experiment.num_seeds)
+    comparison = measures.VelocityComparison(experiment.student, experiment.num_seeds)
     if experiment.can_compare_velocities:
+        recorded = measures.Recorded(experiment.teacher, comparison.note)
         latents_teacher = experiment.draw("teacher and student's velocity", recorded, experiment.teacher_options)
     else:
         latents_teacher = experiment.draw("teacher", experiment.teacher, experiment.teacher_options)
@@ -115,12 +116,9 @@ def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
         **compare_variety(student, teacher, experiment.num_seeds),
     }
     if experiment.can_compare_velocities:
-        results["velocity_error"] = {
-            "mean": float(recorded.errors.mean()),
-            "by_sigma": measures.bucket_means(recorded.sigmas, recorded.errors),
-        }
+        results["velocity_error"] = comparison.results()
         unit = measures.spread(teacher.latents)
-        results["noise"]["by_sigma"] = recorded.noise.by_sigma(unit, measures.NUM_BUCKETS)
+        results["noise"]["by_sigma"] = comparison.noise.by_sigma(unit, measures.NUM_BUCKETS)
     return results, teacher, student
 
 

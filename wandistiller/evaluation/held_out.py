@@ -1,8 +1,9 @@
-"""Velocity errors at held-out states, which are never trained on: they tell whether a run still learns what counts.
+"""Held-out measurements of a student while it trains: the velocity error at states of the teacher's paths, and the noise part.
 
-`PathErrors` asks a student at states of the teacher's paths that were answered once, so that it costs a run next to nothing.
-`HeldOutErrors` also follows the student's own paths, and asks the teacher there each time. `HeldOutNoise` compares what the
-noise decides in the pictures that both draw.
+    states = [draw_path_states(teacher, prompts, shape, options) for shape in latent_shapes]   # once, one for each image size
+    PathErrors(states, prompts, options)(student)                                             # {"teacher_states": 0.31}
+
+The teacher answers NUM_PATHS paths of NUM_LEVELS noise levels once; after that a measurement costs 64 forward passes of the student.
 """
 
 import contextlib
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from wandistiller.device import autocast, to_device
-from wandistiller.evaluation.measures import endpoint_error, relative_errors, spread
-from wandistiller.evaluation.noise_parts import noise_parts, noise_sums
+from wandistiller.evaluation.measures import Recorded, relative_errors, spread
+from wandistiller.evaluation.noise_parts import add_up, noise_parts, noise_sums
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import (
@@ -27,26 +28,10 @@ from wandistiller.sampling.sampler import (
 )
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
-NUM_LEVELS = 10
+NUM_PATHS = 16
 BATCH_SIZE = 16
 SEED = 2**31  # far from the seeds that pictures are drawn from
-State = tuple[Tensor, Tensor, Tensor]  # latents (B, C, H, W), sigma (B,) and the velocity (B, C, H, W) answered there
-Text = tuple[Tensor, Tensor]  # prompt_embeds (B, S, text_dim) and prompt_lengths (B,)
-
-
-class _RecordedField:
-    """A velocity field that keeps the states it is asked at, and its answers, at some of the steps."""
-
-    def __init__(self, field: VelocityField, steps: set[int]):
-        self.field, self.steps, self.step = field, steps, 0
-        self.states: list[State] = []
-
-    def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor) -> Tensor:
-        velocity = self.field.velocity(latents, sigma, prompt_embeds, prompt_lengths)
-        if self.step in self.steps:
-            self.states.append((latents, sigma, velocity))
-        self.step += 1
-        return velocity
+LatentShape = tuple[int, int, int]  # (C, H, W)
 
 
 @contextlib.contextmanager
@@ -61,12 +46,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = was_training
 
 
-# ---- states that are answered once ----
+# ---- velocity errors at states that the teacher has answered ----
 
 
 @dataclass(frozen=True)
 class PathStates:
-    """States on the teacher's paths and what a student should answer there, in host memory: S noise levels of P paths.
+    """States of the teacher's paths with its velocities there, in host memory: S noise levels of P paths.
 
     Attributes:
         latents, velocity: (S, P, C, H, W).
@@ -87,106 +72,197 @@ class PathStates:
         return PathStates(self.latents[kept], self.sigma[kept], self.velocity[kept])
 
 
-class _Walk:
-    """A velocity field that keeps the states it is asked at and its answers, in host memory.
+@dataclass(frozen=True)
+class _InParts:
+    """A velocity field that is asked for a few samples at a time.
 
-    It asks for a few paths at a time. All paths still move on together, so that of two experts each answers its noise levels
-    of all paths before the other one is needed.
+    All paths still move on together, so that each of two experts answers its noise levels of all paths before the other one.
     """
 
-    def __init__(self, field: VelocityField, batch_size: int):
-        self.field, self.batch_size = field, batch_size
-        self.latents: list[Tensor] = []
-        self.sigmas: list[Tensor] = []
-        self.velocities: list[Tensor] = []
+    field: VelocityField
+    batch_size: int
 
-    def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor) -> Tensor:
-        parts = zip(
-            *(part.split(self.batch_size) for part in (latents, sigma, prompt_embeds, prompt_lengths)), strict=True
+    def velocity(self, latents: Tensor, sigma: Tensor, *text: Tensor) -> Tensor:
+        device, parts = (
+            latents.device,
+            zip(*(part.split(self.batch_size) for part in (latents, sigma, *text)), strict=True),
         )
-        velocity = torch.cat(
-            [
-                self.field.velocity(x, s, to_device(embeds, x.device), to_device(lengths, x.device))
-                for x, s, embeds, lengths in parts
-            ]
-        ).float()
-        self.latents.append(latents.cpu())
-        self.sigmas.append(sigma[0])
-        self.velocities.append(velocity.cpu())
-        return velocity
+        answers = [
+            self.field.velocity(
+                x, level, *(to_device(part, device) for part in text_of_part)
+            )  # sigma stays on the host
+            for x, level, *text_of_part in parts
+        ]
+        return torch.cat(answers).float()
 
 
 def draw_path_states(
     teacher: VelocityField,
     prompt_embeds: PromptEmbeds,
-    latent_shape: tuple[int, int, int],
+    latent_shape: LatentShape,
     sampling_options: SamplingOptions,
-    num_paths: int,
+    num_paths: int = NUM_PATHS,
     segment_steps: int | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> PathStates:
     """Sample the teacher and return the states of its paths, from the highest noise level to the lowest.
 
-    Path i draws prompt i, the prompts in turn where there are more paths. Its noise is that of prompt i in `HeldOutErrors`.
+    Path i draws prompt i, the prompts in turn where there are more paths, from a noise of its own.
 
     Args:
         prompt_embeds: of one prompt or more.
+        sampling_options: with as many steps as noise levels are measured.
         segment_steps: the teacher's steps in a segment of a student of few steps. The states then are the starts of segments,
             and the answers the average velocities over them; None for the teacher's own velocity at every step.
     """
+    states: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(velocity: Tensor, latents: Tensor, sigma: Tensor, *text: Tensor) -> None:
+        states.append((latents.cpu(), sigma[0], velocity.cpu()))
+
     prompts = [path % len(prompt_embeds) for path in range(num_paths)]
     noise = seeded_noise(range(SEED, SEED + num_paths), latent_shape)
-    walk = _Walk(teacher, batch_size)
-    ends = sample(walk, noise, *prompt_embeds.batch(prompts), sampling_options)
+    field = Recorded(_InParts(teacher, batch_size), keep)
+    ends = sample(field, noise, *prompt_embeds.batch(prompts), sampling_options)
+    latents, sigma, velocity = (torch.stack(values) for values in zip(*states, strict=True))
     if segment_steps is None:
-        return PathStates(torch.stack(walk.latents), torch.stack(walk.sigmas), torch.stack(walk.velocities))
+        return PathStates(latents, sigma, velocity)
     options = sampling_options
-    scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler)
-    sigma = scheduler.sigmas[::segment_steps].double()
-    latents = torch.stack([*walk.latents[::segment_steps], ends.cpu()])
-    velocity = latents.diff(dim=0) / sigma.diff().float().view(-1, 1, 1, 1, 1)
-    return PathStates(latents[:-1], sigma[:-1], velocity)
+    sigma = wan_scheduler(options.shift, options.num_inference_steps, options.sampler).sigmas[::segment_steps].double()
+    bounds = torch.cat([latents[::segment_steps], ends.cpu()[None]])
+    return PathStates(bounds[:-1], sigma[:-1], bounds.diff(dim=0) / sigma.diff().float().view(-1, 1, 1, 1, 1))
 
 
 class PathErrors:
-    """Measures a student's mean relative velocity error at states of the teacher's paths, which the teacher has answered.
+    """Measures a student's mean relative velocity error at states of the teacher's paths.
 
     Args:
+        states: those of each image size.
         prompt_embeds: the prompts that the states were drawn with.
         sampling_options: the device and the dtype that the student answers in.
-        batch_size: how many states are asked at a time; the error does not depend on it.
+        batch_size: states that are asked at a time; the error does not depend on it.
     """
 
     def __init__(
         self,
-        states: PathStates,
+        states: Sequence[PathStates],
         prompt_embeds: PromptEmbeds,
         sampling_options: SamplingOptions,
         batch_size: int = BATCH_SIZE,
     ):
-        self.states, self.prompt_embeds, self.options, self.batch_size = (
-            states,
-            prompt_embeds,
-            sampling_options,
-            batch_size,
-        )
+        self.states, self.prompt_embeds = states, prompt_embeds
+        self.options, self.batch_size = sampling_options, batch_size
 
-    @torch.no_grad()  # not inference mode, as in HeldOutErrors
+    @torch.no_grad()  # not inference mode, because weights that FSDP2 gathers in it could not be trained afterwards
     def __call__(self, student: WanLiteStudent) -> dict[str, float]:
         """Return the error by name; the student's modes, weights and gradients stay as they are."""
-        device, errors = self.options.device, []
-        ask = autocast(StudentField(student).velocity, device, self.options.compute_dtype)
         with evaluation_mode(student):
-            for paths in torch.arange(self.states.num_paths).split(self.batch_size):
-                text = self.prompt_embeds.batch(paths % len(self.prompt_embeds), device)
-                for level, sigma in enumerate(self.states.sigma):
-                    latents = to_device(self.states.latents[level, paths], device)
-                    expected = to_device(self.states.velocity[level, paths], device)
-                    errors.append(relative_errors(ask(latents, sigma.expand(len(paths)), *text), expected))
+            errors = [error for states in self.states for error in self._errors(student, states)]
         return {"teacher_states": float(torch.cat(errors).mean())}
 
+    def _errors(self, student: WanLiteStudent, states: PathStates) -> Iterator[Tensor]:
+        device = self.options.device
+        ask = autocast(StudentField(student).velocity, device, self.options.compute_dtype)
+        for paths in torch.arange(states.num_paths).split(self.batch_size):
+            text = self.prompt_embeds.batch(paths % len(self.prompt_embeds), device)
+            for level, sigma in enumerate(states.sigma):
+                latents = to_device(states.latents[level, paths], device)
+                expected = to_device(states.velocity[level, paths], device)
+                yield relative_errors(ask(latents, sigma.expand(len(paths)), *text), expected)
 
-# ---- states that are met on the student's own paths too ----
+
+# ---- the noise part ----
+
+
+class HeldOutNoise:
+    """Measures how much a student's pictures of one prompt follow the teacher's from noise to noise (noise_parts.py).
+
+    The teacher draws once. Noises differ from those of the held-out states.
+
+    Args:
+        prompts_by_size: prompts and latent shape of each image size; each prompt is drawn `num_noises` times.
+        batch_size: pictures that are drawn at a time.
+        scale_steps: numbers of steps that the teacher also draws in, from the first noise of each prompt: how far its pictures are
+            then from its own is a scale for the student's distance.
+    """
+
+    def __init__(
+        self,
+        teacher: VelocityField,
+        prompts_by_size: Sequence[tuple[PromptEmbeds, LatentShape]],
+        sampling_options: SamplingOptions,
+        num_noises: int,
+        batch_size: int = BATCH_SIZE,
+        scale_steps: Sequence[int] = (),
+    ):
+        self.options, self.batch_size, self.num_noises = sampling_options, batch_size, num_noises
+        self.prompts_by_size = prompts_by_size
+        self.of_teacher = self._draw(teacher)
+        self.scale = {teacher_at(steps): self._distance_in(steps, teacher) for steps in scale_steps}
+
+    def _draw(self, field: VelocityField, num_noises: int | None = None, steps: int | None = None) -> list[Tensor]:
+        """Return latents (prompts, noises, C, H, W) of each image size, from the first `num_noises` noises of each prompt."""
+        options = replace(self.options, num_inference_steps=steps or self.options.num_inference_steps)
+        drawn = []
+        for embeds, shape in self.prompts_by_size:
+            noise = seeded_noise(range(2 * SEED, 2 * SEED + len(embeds) * self.num_noises), shape)
+            noise = noise.unflatten(0, (len(embeds), -1))[:, :num_noises]  # (prompts, noises, C, H, W)
+            prompts = [prompt for prompt in range(len(embeds)) for _ in range(noise.shape[1])]
+            latents = sample_in_batches(field, noise.flatten(0, 1), embeds, prompts, options, self.batch_size)
+            drawn.append(latents.unflatten(0, noise.shape[:2]))
+        return drawn
+
+    def _distance_in(self, steps: int, teacher: VelocityField) -> float | None:
+        """Return the relative distance of the teacher's latents drawn in `steps` steps from its own, over the first noises."""
+        return distance_of(self._draw(teacher, 1, steps), [latents[:, :1] for latents in self.of_teacher])
+
+    def __call__(self, student: WanLiteStudent) -> dict[str, float | None]:
+        """Return size (norm ratio), cosine and gain of the student's noise part, and the distance of its pictures with its scale.
+
+        The student stays as it is.
+        """
+        with evaluation_mode(student):
+            of_student = self._draw(StudentField(student))
+        sums = add_up(noise_sums(*both) for both in zip(of_student, self.of_teacher, strict=True))
+        parts = noise_parts(sums, spread=1.0)  # none of these three has a unit
+        distance = distance_of(of_student, self.of_teacher)
+        return {**{name: parts[name] for name in ("norm_ratio", "cosine", "gain")}, "endpoint": distance, **self.scale}
+
+
+def distance_of(latents: Sequence[Tensor], references: Sequence[Tensor]) -> float | None:
+    """Return `measures.endpoint_error` of latents (prompts, noises, C, H, W) over all image sizes; None if all references are flat."""
+    squares, spreads = 0.0, 0.0
+    for drawn, reference in zip(latents, references, strict=True):
+        squares += float((drawn.double() - reference.double()).square().sum())
+        spreads += len(reference.flatten(0, 1)) * spread(reference.flatten(0, 1)) ** 2
+    return (squares / spreads) ** 0.5 if spreads else None
+
+
+def teacher_at(steps: int) -> str:
+    """Return the name of the teacher's own distance at fewer steps."""
+    return f"teacher_at_{steps}_steps"
+
+
+# ---- to leave with run/held_out.py ----
+
+NUM_LEVELS = 10
+State = tuple[Tensor, Tensor, Tensor]
+Text = tuple[Tensor, Tensor]
+
+
+class _RecordedField:
+    """A velocity field that keeps the states it is asked at, and its answers, at some of the steps."""
+
+    def __init__(self, field: VelocityField, steps: set[int]):
+        self.field, self.steps, self.step = field, steps, 0
+        self.states: list[State] = []
+
+    def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor) -> Tensor:
+        velocity = self.field.velocity(latents, sigma, prompt_embeds, prompt_lengths)
+        if self.step in self.steps:
+            self.states.append((latents, sigma, velocity))
+        self.step += 1
+        return velocity
 
 
 class HeldOutErrors:
@@ -252,9 +328,6 @@ class HeldOutErrors:
         return autocast(field.velocity, self.options.device, self.options.compute_dtype)(latents, sigma, *text)
 
 
-# ---- several image sizes ----
-
-
 class MeanOverSizes:
     """Measures a student at several image sizes, and returns each measure's mean over them.
 
@@ -274,68 +347,3 @@ class MeanOverSizes:
             total = sum(weight for _, weight in known)
             means[name] = sum(value * weight for value, weight in known) / total if known else None
         return means
-
-
-# ---- what the noise decides ----
-
-
-class HeldOutNoise:
-    """Measures how much a student's pictures of one prompt follow the teacher's from noise to noise (noise_parts.py).
-
-    The teacher draws once. Noises differ from those of the held-out errors.
-
-    Args:
-        prompt_embeds: the prompts; each is drawn `num_noises` times.
-        batch_size: how many pictures are drawn at a time.
-        scale_steps: numbers of steps that the teacher also draws in, from the first noise of each prompt: how far its pictures are
-            then from its own is a scale for the student's distance.
-    """
-
-    def __init__(
-        self,
-        teacher: VelocityField,
-        prompt_embeds: PromptEmbeds,
-        latent_shape: tuple[int, int, int],
-        sampling_options: SamplingOptions,
-        num_noises: int,
-        batch_size: int = BATCH_SIZE,
-        scale_steps: Sequence[int] = (),
-    ):
-        self.prompt_embeds, self.options, self.batch_size = prompt_embeds, sampling_options, batch_size
-        self.prompts = [prompt for prompt in range(len(prompt_embeds)) for _ in range(num_noises)]
-        self.noise = seeded_noise(range(2 * SEED, 2 * SEED + len(self.prompts)), latent_shape)
-        self.of_teacher = self._draw(teacher)
-        self.scale = {teacher_at(steps): self._distance_in(steps, teacher) for steps in scale_steps}
-
-    def _distance_in(self, steps: int, teacher: VelocityField) -> float | None:
-        """Return how far the teacher's latents drawn in so many steps are from its own, relative, over the first noises."""
-        options, prompts = replace(self.options, num_inference_steps=steps), range(len(self.prompt_embeds))
-        noise = self.noise.unflatten(0, self.of_teacher.shape[:2])[:, 0]
-        drawn = sample_in_batches(teacher, noise, self.prompt_embeds, prompts, options, self.batch_size)
-        return distance_of(drawn, self.of_teacher[:, 0])
-
-    def _draw(self, field: VelocityField) -> Tensor:
-        """Return latents (prompts, noises, C, H, W)."""
-        latents = sample_in_batches(field, self.noise, self.prompt_embeds, self.prompts, self.options, self.batch_size)
-        return latents.unflatten(0, (len(self.prompt_embeds), -1))
-
-    def __call__(self, student: WanLiteStudent) -> dict[str, float | None]:
-        """Return size (norm ratio), cosine and gain of the student's noise part, and the distance of its pictures with its scale.
-
-        The student stays as it is.
-        """
-        with evaluation_mode(student):
-            of_student = self._draw(StudentField(student))
-        parts = noise_parts(noise_sums(of_student, self.of_teacher), spread=1.0)  # none of these three has a unit
-        distance = distance_of(of_student.flatten(0, 1), self.of_teacher.flatten(0, 1))
-        return {**{name: parts[name] for name in ("norm_ratio", "cosine", "gain")}, "endpoint": distance, **self.scale}
-
-
-def distance_of(latents: Tensor, reference: Tensor) -> float | None:
-    """Return the distance of latents from others, relative; None where all of those are the same flat colour."""
-    return endpoint_error(latents, reference) if spread(reference) else None
-
-
-def teacher_at(steps: int) -> str:
-    """Return the name of the teacher's own distance at fewer steps."""
-    return f"teacher_at_{steps}_steps"

@@ -7,6 +7,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -49,39 +50,44 @@ def relative_errors(actual: Tensor, expected: Tensor) -> Tensor:
     return (actual.double().flatten(1) - expected).norm(dim=1) / expected.norm(dim=1)
 
 
-class RecordedErrors:
-    """The teacher's velocity field that also asks the student at every state, and records its relative errors.
+@dataclass(frozen=True)
+class Recorded:
+    """A velocity field that calls `note(velocity, latents, sigma, prompt_embeds, prompt_lengths)` for each state it answers."""
+
+    field: VelocityField
+    note: Callable[..., None]
+
+    def velocity(self, *state: Tensor) -> Tensor:
+        velocity = self.field.velocity(*state)
+        self.note(velocity, *state)
+        return velocity
+
+
+class VelocityComparison:
+    """A student's relative velocity errors at states that the teacher answers, and the noise part of what both predict as x_0.
 
     Args:
         num_seeds: samples of each prompt; they come one after another, as `sample_plan` puts them.
-
-    Attributes:
-        noise: what both predict as x_0 at each noise level, in parts.
     """
 
-    def __init__(self, teacher: VelocityField, student: VelocityField, num_seeds: int = 1):
-        self.teacher, self.student = teacher, student
-        self.noise = NoiseByLevel(num_seeds)
+    def __init__(self, student: VelocityField, num_seeds: int = 1):
+        self.student, self.noise = student, NoiseByLevel(num_seeds)
         self._sigmas: list[Tensor] = []
         self._errors: list[Tensor] = []
 
-    def velocity(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor) -> Tensor:
-        velocity_teacher = self.teacher.velocity(latents, sigma, prompt_embeds, prompt_lengths)
-        velocity_student = self.student.velocity(latents, sigma, prompt_embeds, prompt_lengths)
+    def note(self, velocity_teacher: Tensor, latents: Tensor, sigma: Tensor, *text: Tensor) -> None:
+        """Ask the student at a state that the teacher has answered; a `Recorded` teacher calls this."""
+        velocity_student = self.student.velocity(latents, sigma, *text)
         self._sigmas.append(sigma.cpu())
         self._errors.append(relative_errors(velocity_student, velocity_teacher).cpu())
         scale = sigma.to(latents.device).view(-1, 1, 1, 1)
         x_0_student, x_0_teacher = (latents - scale * v for v in (velocity_student, velocity_teacher))
         self.noise.add(float(sigma[0]), x_0_student, x_0_teacher)
-        return velocity_teacher
 
-    @property
-    def sigmas(self) -> Tensor:
-        return torch.cat(self._sigmas)
-
-    @property
-    def errors(self) -> Tensor:
-        return torch.cat(self._errors)
+    def results(self) -> dict:
+        """Return the mean error over all states, and by noise level."""
+        sigmas, errors = torch.cat(self._sigmas), torch.cat(self._errors)
+        return {"mean": float(errors.mean()), "by_sigma": bucket_means(sigmas, errors)}
 
 
 def bucket_means(sigmas: Tensor, values: Tensor, num_buckets: int = NUM_BUCKETS) -> list[dict]:

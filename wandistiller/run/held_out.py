@@ -40,8 +40,7 @@ def build_measure(run: Run, embeds: Embeds, teacher: Teacher | None) -> Measure 
     """Build what measures the student; None where nothing is measured. It samples the teacher once, if that is still to be done."""
     if run.measuring.is_default:
         states = held_out_states(run, embeds, teacher)
-        measures = [PathErrors(part, embeds.held_out, run.teacher_sampling, batch_size(run)) for part in states]
-        return over_sizes([(measure, measure.states.num_paths) for measure in measures])
+        return PathErrors(states, embeds.held_out, run.teacher_sampling, batch_size(run)) if states else None
     if not run.measuring.every or teacher is None:
         return None
     options = run.teacher_sampling
@@ -61,14 +60,13 @@ def build_noise_measure(run: Run, embeds: Embeds, teacher: Teacher | None) -> No
         return None
     print(f"Held-out pictures: the teacher draws {len(prompts)} prompts with {NUM_NOISES} noises each", flush=True)
     options = run.teacher_sampling
-    return over_sizes(
-        [
-            (
-                HeldOutNoise(teacher, part, shape, options, NUM_NOISES, batch_size(run), run.measuring.scale_steps),
-                len(part),
-            )
-            for part, shape in prompts_by_size(run, prompts)
-        ]
+    return HeldOutNoise(
+        teacher,
+        prompts_by_size(run, prompts),
+        options,
+        NUM_NOISES,
+        batch_size(run),
+        run.measuring.scale_steps,
     )
 
 
@@ -177,8 +175,7 @@ def is_whole(file: Path) -> bool:
 
 def measured_states(measure: Measure | None) -> list[PathStates]:
     """Return the states that a measure was built with; none where it keeps none."""
-    parts = [part for part, _ in measure.measures] if isinstance(measure, MeanOverSizes) else [measure]
-    return [part.states for part in parts if isinstance(part, PathErrors)]
+    return list(measure.states) if isinstance(measure, PathErrors) else []
 
 
 def keep_states(run: Run, by_size: Sequence[PathStates]) -> None:
