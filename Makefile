@@ -9,7 +9,7 @@ SOURCES := wandistiller tools benchmarks $(wildcard *.py)
 demo: $(VENV)/.installed
 	$(BIN)/python train_distillation.py --output_dir outputs/demo
 	$(BIN)/python evaluate_student.py --student outputs/demo --prompts_file data/demo_heldout_prompts.txt \
-		--num_prompts 100 --batch_size 50
+		--num_prompts 100 --batch_size 50 --judge tools/demo_judge.py:judge_all
 
 playground: $(VENV)/.installed-playground
 	$(BIN)/python playground.py

@@ -74,6 +74,7 @@ class Flags:
     num_seeds: int
     seed: int
     num_inference_steps: int | None
+    judge: str | None
     scorer: list[tuple[str, str]]
     batch_size: int
     device: str | None
@@ -124,7 +125,13 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         type=number(int, low=1, high=1000),
     )
 
-    parser.group("Scorers").flag(
+    scorers = parser.group("Scorers")
+    scorers.flag(
+        "--judge",
+        "FILE.py:FUNCTION of your own, run as code, that says which pictures are right: given pictures (N, H, W, 3) uint8 and N "
+        'prompts, it returns N answers, each True, False or a dict of facts with "correct" (tools/demo_judge.py:judge_all)',
+    )
+    scorers.flag(
         "--scorer",
         "KIND=ID_OR_FOLDER, a model of transformers that judges the pictures; may be given once for each kind: "
         f"{', '.join(SCORER_KINDS)}",
@@ -156,7 +163,7 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
     """
     from wandistiller.device import pick_device, pick_dtype
     from wandistiller.evaluation.experiment import Experiment
-    from wandistiller.evaluation.judges import find_judge
+    from wandistiller.evaluation.judges import load_judge
     from wandistiller.evaluation.measures import sample_plan
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.project import project_experts
@@ -171,7 +178,9 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
     sizes = trained_sizes(config)
     for side in {side for size in sizes for side in size}:
         check_size("the student's image_size", side, config, wan_files.config.patch_size)
-    judge = find_judge(wan_files, prompts)
+    judge = load_judge(flags.judge) if flags.judge else None
+    if judge:
+        judge.try_out(prompts)
     parts = load_drawing_parts(
         config, teacher[0], text_encoder_path=flags.text_encoder_path, vae_path=flags.vae_path, device=device
     )
@@ -310,7 +319,7 @@ def gallery_of(
         about=about,
         results=results,
         prompts=prompts[::num_seeds],
-        measures=measure_prompts(student, teacher, prompts, num_seeds, experiment.judge),
+        measures=measure_prompts(student, teacher, num_seeds),
         seeds=experiment.seeds,
         teacher=teacher.pictures,
         student=student.pictures,

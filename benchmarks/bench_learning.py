@@ -69,7 +69,16 @@ def train_for(minutes: float, flags: list, folder: Path) -> dict:
 
 def evaluate(folder: Path, num_prompts: int) -> dict:
     heldout = ROOT / "data" / "demo_heldout_prompts.txt"
-    flags = ["--num_prompts", num_prompts, "--num_seeds", 1, "--batch_size", 50]
+    flags = [
+        "--num_prompts",
+        num_prompts,
+        "--num_seeds",
+        1,
+        "--batch_size",
+        50,
+        "--judge",
+        "tools/demo_judge.py:judge_all",
+    ]
     run("evaluate_student.py", "--student", folder, "--prompts_file", heldout, *flags)
     results = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     return {

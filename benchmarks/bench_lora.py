@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wandistiller.evaluation.demo_judge import OBJECT_RGB, judge
+from tools.demo_judge import OBJECT_RGB, judge
 from wandistiller.files.pictures import labelled_grid, save_png
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent

@@ -111,6 +111,11 @@ class Setting:
     def name(self) -> str:
         return Path(self.teacher).name
 
+    @property
+    def judge(self) -> str:
+        world = "icon" if (Path(self.teacher) / "pictographs.png").exists() else "demo"
+        return f"tools/{world}_judge.py:judge_all"
+
 
 def open_setting(teacher: str, student_config: str) -> Setting:
     folder, config = Path(teacher), StudentConfig.load(student_config)
@@ -180,7 +185,15 @@ def train_and_judge(setting: Setting, args: argparse.Namespace, name: str, seed:
         words += [flag, *(value if isinstance(value, tuple) else [value])]
     if not (folder / "evaluation.json").exists():
         run("train_distillation.py", *words)
-        heldout = ["--prompts_file", setting.heldout_prompts, "--num_prompts", args.num_prompts]
+        heldout = [
+            "--prompts_file",
+            setting.heldout_prompts,
+            "--num_prompts",
+            args.num_prompts,
+            "--judge",
+            setting.judge,
+        ]
+        os.environ["ICON_TEACHER"] = setting.teacher  # where tools/icon_judge.py finds its pictographs
         run("evaluate_student.py", "--student", folder, *heldout, "--num_seeds", NUM_NOISES, "--batch_size", 64)
     judged = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])

@@ -3,7 +3,7 @@
     python tools/check_demo_teacher.py --sheet teacher.png
     python tools/check_demo_teacher.py --size 96x64 --num_clips 0      # off the square
 
-Held-out prompts name combinations that no training prompt holds; wandistiller/evaluation/demo_judge.py reads the pictures.
+Held-out prompts name combinations that no training prompt holds; tools/demo_judge.py reads the pictures.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def moving_prompts(count: int, seed: int) -> list[str]:
 def main(argv: list[str] | None = None) -> dict:
     """Draw, judge, print, and return the figures."""
     args = parse_args(argv)
-    from wandistiller.evaluation import demo_judge
+    import demo_judge
 
     record_path = args.teacher_path / "teacher_record.json"
     record = json.loads(record_path.read_text(encoding="utf-8"))

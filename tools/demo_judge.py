@@ -4,6 +4,9 @@ The judge shares no code with the renderer or the trainer, so that it can find t
 English by itself, finds blobs by their contrast to the border, and measures colour, outline, extent and position of each.
 
     facts = judge(image, "a small red circle on the left, on a white background")    # facts["correct"] is True or False
+    python evaluate_student.py --student outputs/demo --judge tools/demo_judge.py:judge_all ...
+
+numpy alone, so that `make demo` needs no package for it that training does not.
 """
 
 import itertools
@@ -12,7 +15,6 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
 
 OBJECT_RGB = {
     "red": (225, 35, 35),
@@ -121,10 +123,22 @@ def look(image: np.ndarray) -> tuple[list[Seen], str | None]:
     side = min(pixels.shape[:2])
     ground = _ground_colour(pixels)
     contrast = np.linalg.norm(pixels - ground, axis=2)
-    labels, count = ndimage.label(contrast > 40, structure=np.ones((3, 3)))
-    blobs = [labels == i for i in range(1, count + 1)]
-    blobs = [blob for blob in blobs if blob.sum() >= SPECK_AREA * side**2]
+    blobs = [blob for blob in blobs_of(contrast > 40) if blob.sum() >= SPECK_AREA * side**2]
     return [_look_at(pixels, ground, blob) for blob in blobs], _nearest(ground, BACKGROUND_RGB)
+
+
+def blobs_of(mask: np.ndarray) -> list[np.ndarray]:
+    """Return the connected parts of a mask (H, W), in which neighbours may also touch at a corner, as masks of their own."""
+    left, blobs = set(zip(*(places.tolist() for places in np.nonzero(mask)), strict=True)), []
+    while left:
+        blob = [left.pop()]
+        for y, x in blob:  # grows while it is read
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            blob.extend(near)
+            left -= near
+        blobs.append(np.zeros_like(mask))
+        blobs[-1][tuple(np.array(blob).T)] = True
+    return blobs
 
 
 def _ground_colour(pixels: np.ndarray) -> np.ndarray:
@@ -160,7 +174,8 @@ def _look_at(pixels: np.ndarray, ground: np.ndarray, blob: np.ndarray) -> Seen:
 
 def _is_crisp(cover: np.ndarray, solid: np.ndarray) -> bool:
     """Return whether half-covered pixels are as few as an edge has; those of a mean of several pictures fill areas."""
-    edge = solid & ~ndimage.binary_erosion(solid, np.ones((3, 3)))
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(solid, 1), (3, 3))
+    edge = solid & ~windows.all(axis=(2, 3))
     return bool(((cover > 0.12) & (cover < 0.88)).sum() <= MAX_EDGE_WIDTH * edge.sum())
 
 
@@ -239,6 +254,11 @@ def judge(image: np.ndarray, prompt: str) -> dict[str, bool]:
         facts |= best
         facts["makeable"] = says_everything(wanted, background) or is_makeable(seen)
     return facts | {"correct": all(facts.values())}
+
+
+def judge_all(pictures: np.ndarray, prompts: list[str]) -> list[dict[str, bool]]:
+    """Judge pictures (N, H, W, 3) uint8 by their prompts, as `evaluate_student.py --judge` asks for it."""
+    return [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
 
 
 def says_everything(wanted: list[Wanted], background: str | None) -> bool:

@@ -6,15 +6,17 @@ cut out, scaled to one size, and compared with every pictograph on the same back
 
     judge = open_judge(folder).judge
     facts = judge(image, "a fox face on a pink background")    # facts["correct"] is True or False
+    ICON_TEACHER=outputs/icon_teacher python evaluate_student.py --judge tools/icon_judge.py:judge_all ...
 """
 
 import itertools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage  # of requirements-dev.txt
 from scipy.spatial.distance import cdist
 
 from wandistiller.errors import UserError
@@ -184,3 +186,12 @@ def open_judge(folder: str | Path) -> IconJudge:
             "make it again with tools/make_icon_teacher.py"
         )
     return IconJudge(np.asarray(Image.open(sheet_path).convert("RGBA")), icons, backgrounds)
+
+
+def judge_all(pictures: np.ndarray, prompts: list[str]) -> list[dict[str, bool]]:
+    """Judge pictures (N, H, W, 3) uint8 by their prompts, as `evaluate_student.py --judge` asks for it.
+
+    The environment variable ICON_TEACHER names the teacher's folder (default: outputs/icon_teacher).
+    """
+    judge = open_judge(os.environ.get("ICON_TEACHER", "outputs/icon_teacher")).judge
+    return [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]

@@ -165,9 +165,8 @@ def write_prompts(folder: Path, pictographs: str) -> None:
 def write_record(args: argparse.Namespace, figures: dict) -> None:
     """Write what the folder is, how to draw with it, and what its judge needs; the trainer reads its defaults from here."""
     import demo_text
+    from icon_judge import SHEET_NAME, WORLD
     from PIL import Image
-
-    from wandistiller.evaluation.icon_judge import SHEET_NAME, WORLD
 
     Image.fromarray(world.reference_sheet(args.pictographs)).save(args.output_dir / SHEET_NAME)
     record = {
@@ -193,15 +192,15 @@ def check(args: argparse.Namespace, figures: dict) -> None:
     """Draw the held-out prompts as a stranger would, judge them, and keep the figures and a contact sheet."""
     from check_demo_teacher import Drawing, draw, load_pipeline, read_prompts
     from demo_world import contact_sheet
+    from icon_judge import open_judge
     from PIL import Image
 
-    from wandistiller.evaluation.icon_judge import open_judge
-    from wandistiller.evaluation.measures import accuracy
+    from wandistiller.evaluation.judges import accuracy
 
     prompts = [p for p in read_prompts(args.output_dir / "heldout_prompts.txt") for _ in range(args.num_seeds)]
     how = Drawing(steps=args.num_inference_steps, guidance=args.guidance_scale, seed=1234, batch_size=80)
     pictures = draw(load_pipeline(args.output_dir), prompts, how)[:, 0]
-    figures["held_out_accuracy"] = accuracy(pictures, prompts, open_judge(args.output_dir).judge)
+    figures["held_out_accuracy"] = accuracy(list(map(open_judge(args.output_dir).judge, pictures, prompts)))
     plain = [i for i, prompt in enumerate(prompts) if not any(word in prompt.split() for word in world.BACKGROUNDS)]
     print(json.dumps(figures, indent=2))
     write_record(args, figures)

