@@ -38,7 +38,7 @@ class Judge:
         try:
             answers = list(self.function(pictures, list(prompts)))
         except ValueError as error:
-            raise UserError(f"{self.flag}: {first_line(error)}") from None
+            raise UserError(f"{self.flag}: {error}") from None
         verdicts = [answer if isinstance(answer, dict) else {"correct": answer} for answer in answers]
         if len(verdicts) != len(prompts) or any("correct" not in verdict for verdict in verdicts):
             raise UserError(
