@@ -1,16 +1,19 @@
-"""Prompts become the embeddings that diffusers' own WanPipeline makes of them, fresh and from the cache.
+"""Prompts become the embeddings that diffusers' own WanPipeline makes of them, from every layout of the encoder and from the cache.
 
-The encoder is loaded once and leaves memory; a damaged shard is encoded again.
+The encoder is loaded once and leaves memory; a damaged shard is encoded again; what is no whole UMT5 is refused by name.
 
 pytest tests/wan/test_text_encoder.py
 """
 
+import gc
+import io
 import json
+import re
 import shutil
 import sys
-import weakref
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from wandistiller.errors import UserError
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts
-from wandistiller.wan.text_encoder_files import TextEncoderFiles
+from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
+from wandistiller.wan.tokenizer import open_tokenizer
+from wandistiller.wan.umt5 import COPY
 
 TEXT_DIM = 16
 PROMPTS = [
@@ -84,8 +89,11 @@ def oracle(saved_pipeline) -> torch.Tensor:
 
 def encode(folder: Path, prompts=PROMPTS, **settings):
     progress = settings.pop("progress", None)
-    files = TextEncoderFiles(folder / "text_encoder", folder / "tokenizer")
-    return encode_prompts(prompts, files, folder.parent / "cache", EncodingOptions(**settings), progress)
+    return encode_prompts(prompts, files_of(folder), folder.parent / "cache", EncodingOptions(**settings), progress)
+
+
+def files_of(folder: Path) -> TextEncoderFiles:
+    return TextEncoderFiles(folder / "text_encoder", folder / "tokenizer")
 
 
 def padded(embeds, slots: int = 512) -> torch.Tensor:
@@ -125,19 +133,14 @@ def test_a_batch_is_padded_with_zeros_to_its_longest_prompt(pipeline_folder):
     assert prompt_embeds[1, 0].any() and not prompt_embeds[1, 1:].any()
 
 
-def test_the_encoder_is_loaded_once_and_has_left_memory(pipeline_folder, monkeypatch):
+def test_the_encoder_has_left_memory(pipeline_folder):
     from transformers import UMT5EncoderModel
 
-    load, loaded = UMT5EncoderModel.from_pretrained, []
+    def count() -> int:
+        return sum(type(thing) is UMT5EncoderModel for thing in gc.get_objects())
 
-    def load_and_note(*args, **settings):
-        encoder, info = load(*args, **settings)
-        loaded.append(weakref.ref(encoder))
-        return encoder, info
-
-    monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", load_and_note)
-    embeds = encode(pipeline_folder, SHORT, batch_size=1)
-    assert [encoder() for encoder in loaded] == [None] and len(embeds) == len(SHORT)
+    before = count()
+    assert len(encode(pipeline_folder, SHORT, batch_size=1)) == len(SHORT) and count() == before
 
 
 def test_only_the_prompts_the_cache_lacks_are_encoded(pipeline_folder):
@@ -153,19 +156,18 @@ def test_many_small_shards_hold_the_same_values(pipeline_folder, oracle, monkeyp
     assert len(list(pipeline_folder.parent.glob("cache/*/*.safetensors"))) == len(SHORT)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_changed_weights_tokenizer_slots_or_dtype_miss_the_cache(pipeline_folder, monkeypatch, whole):
-    if not whole:
-        monkeypatch.setattr("wandistiller.wan.text_encoder_files.READ_WHOLE_BYTES", 0)
+def test_changed_weights_tokenizer_slots_or_dtype_miss_the_cache(pipeline_folder):
     before = padded(encode(pipeline_folder, ["fox"]))
     edit_weights(pipeline_folder, lambda weights: weights["encoder.final_layer_norm.weight"].mul_(2))
     torch.testing.assert_close(padded(encode(pipeline_folder, ["fox"])), 2 * before)
+    edit_weights(pipeline_folder, lambda weights: weights["shared.weight"][-1].mul_(2))
+    encode(pipeline_folder, ["fox"])
     encode(pipeline_folder, ["fox"], text_max_length=2)
     encode(pipeline_folder, ["fox"], dtype=torch.bfloat16)
-    config = pipeline_folder / "tokenizer" / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 77}))
+    tokenizer = pipeline_folder / "tokenizer" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
     encode(pipeline_folder, ["fox"])
-    assert len(list(pipeline_folder.parent.glob("cache/*"))) == 5
+    assert len(list(pipeline_folder.parent.glob("cache/*"))) == 6
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-7], lambda raw: b"", lambda raw: b"\xff" * len(raw)])
@@ -203,6 +205,173 @@ def test_a_sharded_encoder_gives_the_same_embeddings(pipeline_folder, oracle):
     torch.testing.assert_close(padded(encode(pipeline_folder, SHORT)), oracle[: len(SHORT)], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_precision_is_that_of_transformers(pipeline_folder, dtype):
+    from transformers import UMT5EncoderModel
+
+    theirs = UMT5EncoderModel.from_pretrained(pipeline_folder / "text_encoder", dtype=dtype)
+    ours = files_of(pipeline_folder).umt5.load(dtype)
+    tensors = ours.state_dict()
+    assert all(torch.equal(tensors[name], value) for name, value in theirs.state_dict().items())
+    assert {name: value.dtype for name, value in tensors.items()} == {
+        name: value.dtype for name, value in theirs.state_dict().items()
+    }
+
+
+# ---- the layouts that people have ----
+
+
+def to_original(name: str) -> str:
+    """Return the original release's name of a transformers tensor (Wan2.1:wan/modules/t5.py)."""
+    for pattern, other in [
+        (r"^shared\.", "token_embedding."),
+        (r"^encoder\.final_layer_norm\.", "norm."),
+        (r"^encoder\.block\.(\d+)\.layer\.", r"blocks.\1."),
+        (r"\.0\.layer_norm\.", ".norm1."),
+        (r"\.1\.layer_norm\.", ".norm2."),
+        (r"\.0\.SelfAttention\.relative_attention_bias\.", ".pos_embedding.embedding."),
+        (r"\.0\.SelfAttention\.", ".attn."),
+        (r"\.1\.DenseReluDense\.wi_0\.", ".ffn.gate.0."),
+        (r"\.1\.DenseReluDense\.wi_1\.", ".ffn.fc1."),
+        (r"\.1\.DenseReluDense\.wo\.", ".ffn.fc2."),
+    ]:
+        name = re.sub(pattern, other, name)
+    return name
+
+
+def to_gguf(name: str) -> str:
+    """Return llama.cpp's name of a transformers tensor (gguf.MODEL_ARCH.T5ENCODER)."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 9)
+    return f"{names.get_name(name.removesuffix('.weight'))}.weight"
+
+
+def scaled(tensors: dict, blocks: bool = False) -> tuple[dict, dict]:
+    """Return tensors as ComfyUI's fp8_scaled file has them, and what they mean."""
+    stored, meant = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, {}
+    for name, tensor in tensors.items():
+        stored[name] = meant[name] = tensor
+        if "SelfAttention" in name or ("DenseReluDense" in name and "relative" not in name):
+            scale = torch.rand(tensor.shape[0], 2) + 0.5 if blocks else tensor.abs().max() / 448
+            stored[name] = (tensor / scale.max()).to(torch.float8_e4m3fn)
+            spread = scale.repeat_interleave(tensor.shape[1] // 2, 1) if blocks else scale
+            stored[name.replace("weight", "scale_weight")], meant[name] = scale, stored[name].float() * spread
+    return stored, meant
+
+
+def sentencepiece_model() -> bytes:
+    """Train SentencePiece itself on some lines, with UMT5's places of <pad> and </s>."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red fox in the snow", "a blue boat at sea", "golden light"] * 50),
+        model_writer=model,
+        vocab_size=24,
+        character_coverage=1.0,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def write_layout(layout: str, folder: Path, tensors: dict) -> tuple[Path, dict]:
+    """Write an encoder as people have it; return what --text_encoder_path is given, and the tensors that it means."""
+    half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    meant = {name: tensor.float() for name, tensor in half.items()}
+    place = folder / "models"
+    path = place / "text_encoders" / "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+    path.parent.mkdir(parents=True)
+    inside = {"spiece_model": torch.frombuffer(bytearray(sentencepiece_model()), dtype=torch.uint8)}
+    if layout == "comfyui bf16":
+        save_file(half | inside, path)
+    elif layout in ("comfyui fp8_scaled", "blocks of fp8_scaled"):
+        stored, meant = scaled(tensors, blocks=layout.startswith("blocks"))
+        save_file(stored | inside, path)
+    elif layout == "comfyui fp8":
+        stored = {name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for name, value in tensors.items()}
+        meant = {name: value.float() for name, value in stored.items()}
+        save_file(stored | inside, path)
+    elif layout == "all in one":
+        others = {"model.diffusion_model.head.modulation": torch.ones(2), "first_stage_model.conv1.bias": torch.ones(2)}
+        part = {f"text_encoders.umt5xxl.transformer.{name}": value for name, value in half.items()}
+        part |= {f"text_encoders.umt5xxl.{name}": value for name, value in inside.items()}
+        save_file(part | others | {"text_encoders.umt5xxl.logit_scale": torch.tensor(4.6)}, path)
+        place = path
+    elif layout == "gguf":
+        (path.parent / "spiece.model").write_bytes(sentencepiece_model())
+        place = path.with_suffix(".gguf")
+        writer = gguf.GGUFWriter(path=None, arch="t5encoder")
+        for name, value in tensors.items():
+            kind = gguf.GGMLQuantizationType.Q8_0 if value.ndim == 2 and not value.shape[1] % 32 else None
+            stored = value.numpy() if kind is None else gguf.quants.quantize(value.numpy(), kind)
+            writer.add_tensor(to_gguf(name), stored, raw_dtype=kind)
+            back = value if kind is None else torch.from_numpy(gguf.quants.dequantize(stored, kind))
+            meant[name] = back.reshape(value.shape).float()
+        writer.write_header_to_file(path=place)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    else:
+        place = folder / "original"
+        (place / "google" / "umt5-xxl").mkdir(parents=True)
+        (place / "google" / "umt5-xxl" / "spiece.model").write_bytes(sentencepiece_model())
+        original = {to_original(name): value for name, value in half.items()}
+        if layout == "original pth":
+            torch.save(original, place / "models_t5_umt5-xxl-enc-bf16.pth")
+        else:
+            save_file(original, place / "umt5-xxl-enc-bf16.safetensors")
+    return place, meant
+
+
+LAYOUTS = ["comfyui bf16", "comfyui fp8", "comfyui fp8_scaled", "blocks of fp8_scaled", "all in one", "gguf"]
+TEXTS = ["a red fox", "", "golden boat"]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "original pth", "original safetensors"])
+def test_every_layout_gives_the_embeddings_of_transformers_with_the_weights_it_means(pipeline_folder, tmp_path, layout):
+    from sentencepiece import SentencePieceProcessor
+    from transformers import UMT5EncoderModel
+
+    encoder = UMT5EncoderModel.from_pretrained(pipeline_folder / "text_encoder")
+    tensors = {name: value.clone() for name, value in encoder.state_dict().items() if "embed_tokens" not in name}
+    place, meant = write_layout(layout, tmp_path / "layout", tensors)
+    encoder.load_state_dict(meant | {"encoder.embed_tokens.weight": meant["shared.weight"]})
+    embeds = encode_prompts(TEXTS, find_text_encoder(place), tmp_path / "cache")
+    assert embeds.text_dim == TEXT_DIM
+    processor = SentencePieceProcessor(model_proto=sentencepiece_model())
+    for number, text in enumerate(TEXTS):
+        with torch.no_grad():
+            expected = encoder(torch.tensor([[*processor.encode(text), 1]])).last_hidden_state[0]
+        torch.testing.assert_close(embeds.read(number), expected, rtol=0, atol=1e-6)
+
+
+def test_sentencepiece_and_a_tokenizers_json_of_the_same_words_agree(tmp_path):
+    """transformers' T5Tokenizer, around the same pieces, is the oracle."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers import T5TokenizerFast
+
+    (tmp_path / "spiece.model").write_bytes(sentencepiece_model())
+    processor = SentencePieceProcessor(model_proto=sentencepiece_model())
+    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size())]
+    T5TokenizerFast(vocab=pieces, extra_ids=0).save_pretrained(tmp_path / "json")
+    assert open_tokenizer(tmp_path)(TEXTS) == open_tokenizer(tmp_path / "json")(TEXTS)
+
+
+def test_a_file_without_a_tokenizer_says_what_to_copy(pipeline_folder, tmp_path):
+    weights = Path(shutil.copy(pipeline_folder / "text_encoder" / "model.safetensors", tmp_path / "umt5.safetensors"))
+    with pytest.raises(UserError, match=r"umt5\.safetensors: holds no tokenizer.*copy that of google/umt5-xxl"):
+        find_text_encoder(weights)
+    shutil.copy(weights, tmp_path / "umt5_fp8.safetensors")
+    with pytest.raises(UserError, match="several text encoders"):
+        find_text_encoder(tmp_path)
+
+
+# ---- what is refused ----
+
+
 def write_config(folder: Path, **changes) -> None:
     path = folder / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -217,29 +386,46 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
+NORM, QUERY = "encoder.final_layer_norm.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda f: shutil.rmtree(f / "text_encoder"), r"text_encoder: holds no config\.json"),
         (lambda f: write_config(f, model_type="t5"), "model_type='t5'"),
         (lambda f: write_config(f, d_model="wide"), "d_model='wide'"),
-        (
-            lambda f: (f / "text_encoder" / "config.json").write_text("{"),
-            r"config\.json: line 1, column 2: not valid JSON",
-        ),
+        (lambda f: write_config(f, num_layers=10**9), "num_layers=1000000000; .* has num_layers=2"),
+        (lambda f: write_config(f, feed_forward_proj="relu"), "feed_forward_proj='relu'"),
+        (lambda f: (f / "text_encoder" / "config.json").write_text("{"), r"config\.json: line 1, column 2: not valid"),
         (lambda f: (f / "text_encoder" / "model.safetensors").unlink(), "only safetensors weights are read"),
         (lambda f: truncate(f / "text_encoder" / "model.safetensors"), "not a whole safetensors file"),
         (lambda f: write_index(f, {"shared.weight": "../outside.safetensors"}), "names '../outside.safetensors'"),
         (lambda f: write_index(f, {"shared.weight": "gone.safetensors"}), r"names 'gone\.safetensors'"),
+        (lambda f: write_index(f, {"shared.weight": "pytorch_model.bin"}), "only .safetensors shards are read"),
         (lambda f: write_index(f, ["a"]), "has no weight_map"),
-        (lambda f: write_config(f, d_ff=48), "text encoder cannot be loaded"),
+        (lambda f: write_config(f, d_ff=48), "d_ff=48; .* has d_ff=32"),
         (lambda f: shutil.rmtree(f / "tokenizer"), r"tokenizer: holds no tokenizer\.json or spiece\.model"),
         (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"), "tokenizer cannot be loaded"),
         (lambda f: edit_weights(f, lambda w: w["shared.weight"].zero_()), "all zeros"),
+        (lambda f: edit_weights(f, lambda w: w.update({COPY: 2 * w["shared.weight"]})), "unlike its copy"),
         (lambda f: edit_weights(f, lambda w: w["shared.weight"].fill_(torch.nan)), "not finite"),
-        (lambda f: edit_weights(f, lambda w: w["encoder.final_layer_norm.weight"].fill_(torch.inf)), "not finite"),
-        (lambda f: edit_weights(f, lambda w: w.pop("encoder.final_layer_norm.weight")), "lack 1 tensors"),
-        (lambda f: edit_weights(f, lambda w: w.pop("shared.weight")), "lack|unlike shared"),
+        (lambda f: edit_weights(f, lambda w: w[NORM].fill_(torch.inf)), "not finite"),
+        (lambda f: edit_weights(f, lambda w: w.pop(NORM)), f"1 of .* are missing, the first is {NORM}"),
+        (lambda f: edit_weights(f, lambda w: w.pop("shared.weight")), "holds no UMT5 text encoder"),
+        (
+            lambda f: edit_weights(f, lambda w: w.update({"encoder.adapter.weight": w[QUERY].clone()})),
+            "'encoder.adapter.weight'",
+        ),
+        (lambda f: edit_weights(f, lambda w: w.update({QUERY: w[QUERY].to(torch.int8)})), "stored as I8"),
+        (
+            lambda f: edit_weights(f, lambda w: w.update({QUERY.replace("weight", "scale_weight"): torch.ones(3)})),
+            r"the scale of .*q\.weight, \[16, 16\], has shape \[3\]",
+        ),
+        (
+            lambda f: edit_weights(f, lambda w: w.update(scaled_fp8=torch.ones(9))),
+            "scaled_fp8 is stored as F32 of shape",
+        ),
         (lambda f: (f.parent / "cache").write_text(""), "cache cannot be made"),
     ],
 )
@@ -249,19 +435,15 @@ def test_an_unusable_encoder_tokenizer_or_cache_is_refused(pipeline_folder, spoi
         encode(pipeline_folder, ["fox"])
 
 
-def test_an_embedding_table_that_transformers_left_zero_is_refused(pipeline_folder, monkeypatch):
-    from transformers import UMT5EncoderModel
-
-    load = UMT5EncoderModel.from_pretrained
-
-    def load_with_the_regression(*args, **settings):
-        encoder, info = load(*args, **settings)
-        encoder.encoder.embed_tokens.weight = torch.nn.Parameter(torch.zeros_like(encoder.shared.weight))
-        return encoder, info
-
-    monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", load_with_the_regression)
-    with pytest.raises(UserError, match="all zeros"):
-        encode(pipeline_folder, ["fox"])
+def test_nothing_but_our_tensors_decides_what_is_loaded(pipeline_folder, oracle):
+    """transformers would read the pickle, the adapter and the other tokenizer that these fields name."""
+    folder = pipeline_folder / "text_encoder"
+    torch.save({}, folder / "adapter_model.bin")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    write_config(pipeline_folder, transformers_weights="adapter_model.bin", quantization_config={"quant_method": "fp8"})
+    config = pipeline_folder / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps({"tokenizer_class": "RagTokenizer", "tokenizer_file": "/elsewhere.json"}))
+    torch.testing.assert_close(padded(encode(pipeline_folder, SHORT)), oracle[: len(SHORT)], rtol=0, atol=1e-6)
 
 
 def test_a_tokenizer_of_another_model_is_refused(pipeline_folder):

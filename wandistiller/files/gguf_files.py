@@ -1,15 +1,17 @@
-"""GGUF files: opened in this module alone, through the gguf library, so that a missing or damaged file is refused the same way everywhere.
+"""GGUF files: opened in this module alone, so that a missing or damaged file is refused the same way everywhere.
 
-A file is mapped into memory, and one tensor of it at a time becomes numbers. The library is needed for such files alone.
+The header is read here, since the gguf library reads an array a number at a time and past a file's end; the library makes numbers
+of one tensor at a time, and is needed for such files alone.
 """
 
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +23,16 @@ from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.files.paths import require_file
 from wandistiller.files.safetensors_files import DamagedFileError
 
-if TYPE_CHECKING:
-    from gguf import GGUFReader
-
 SUFFIX = ".gguf"
 # Tensors of these types are kept as they are; those of all others become float32 as they are read.
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Converters store some tensors as rows of another length, and note here the shape that these have (ComfyUI-GGUF's convert.py).
 _SHAPE_KEY = "comfy.gguf.orig_shape."
-_MOST_DIMS = 8  # a file may claim more, and a Wan has 5
+# A file may claim anything; a Wan has 5 dimensions, and its text encoder 256,384 words.
+_MOST_DIMS, _MOST_ALIGNMENT, _LONGEST_TEXT, _MOST_TEXTS = 8, 2**20, 2**24, 10**6
+# The kinds of values of fields, by struct's codes
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _ARRAY = 8, 9
 # The library makes floats of so many values at once: of a whole tensor it would hold them twice.
 _VALUES_AT_ONCE = 2**18
 
@@ -81,23 +84,25 @@ class GgufTensor:
                 values[start * block :][: len(part)] = torch.from_numpy(part)
             return values.reshape(self.shape)
 
-    def read_row(self) -> Tensor:
-        """Read the first row as `read` does, without the others where rows are stored apart."""
-        if prod(self.shape[1:]) % block_size(self.path, self.dtype):
-            return self.read()[:1]
-        return replace(self, shape=(1, *self.shape[1:]), num_bytes=self.num_bytes // self.shape[0]).read()
-
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says before any tensor is read: its tensors by name, and its fields of text, such as general.architecture."""
+    """What a GGUF file says before any tensor is read: its tensors by name, and its fields, such as general.architecture.
+
+    Attributes:
+        fields: numbers, texts, arrays of numbers as numpy has them, and lists of texts.
+    """
 
     tensors: dict[str, GgufTensor]
-    texts: dict[str, str]
+    fields: dict[str, Any]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        return {name: value for name, value in self.fields.items() if isinstance(value, str)}
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Read names, shapes and types of a file's tensors and its fields of text.
+    """Read names, shapes and types of a file's tensors and its fields (github.com/ggml-org/ggml: docs/gguf.md).
 
     Raises:
         DamagedFileError: the file is missing or not whole.
@@ -105,26 +110,96 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """
     gguf = _library(path)
     with _refusing_damage(path):
-        reader = _open(path)
-        if reader.byte_order != "I":
-            raise ValueError("its numbers are in the other byte order")
-        texts = {
-            name: field.contents()
-            for name, field in reader.fields.items()
-            if field.types == [gguf.GGUFValueType.STRING]
-        }
-        tensors = {}
-        for stored in reader.tensors:
-            shape = tuple(int(size) for size in reversed(stored.shape))
-            if not 0 < len(shape) <= _MOST_DIMS or min(shape) < 1:
-                raise ValueError(f"{stored.name!r} has shape {list(shape)}")
-            place = int(stored.data_offset), int(stored.n_bytes)
-            tensors[stored.name] = GgufTensor(path, stored.name, shape, stored.tensor_type.name, *place)
-        shapes = {name: _original_shape(reader, name) for name in tensors}
+        header = _Cursor(np.memmap(path, np.uint8, mode="r"))
+        if header.take(4) != b"GGUF" or header.number("I") not in (2, 3):
+            raise ValueError("it does not begin as one of version 2 or 3")
+        num_tensors, num_fields = header.number("Q"), header.number("Q")
+        fields = dict(_each_once(header.field() for _ in range(num_fields)))
+        infos = dict(_each_once(header.tensor() for _ in range(num_tensors)))
+        alignment = fields.get("general.alignment", 32)
+        if type(alignment) is not int or not 0 < alignment <= _MOST_ALIGNMENT:
+            raise ValueError("general.alignment is no such number")
+        start = -(-header.at // alignment) * alignment
+        tensors = {name: _tensor(path, gguf, name, *info, start, header.size) for name, info in infos.items()}
+        shapes = {name: _original_shape(fields, name) for name in tensors}
     _refuse_types(path, gguf, tensors)
     return GgufHeader(
-        {name: tensor.with_shape(shapes[name] or tensor.shape) for name, tensor in tensors.items()}, texts
+        {name: tensor.with_shape(shapes[name] or tensor.shape) for name, tensor in tensors.items()}, fields
     )
+
+
+class _Cursor:
+    """A place in the header of a file that moves on as values are taken; none is taken from behind the file's end."""
+
+    def __init__(self, data: np.ndarray):
+        self.data, self.at, self.size = data, 0, len(data)
+
+    def take(self, count: int) -> bytes:
+        return self.array(np.dtype(np.uint8), count).tobytes()
+
+    def array(self, dtype: np.dtype, count: int) -> np.ndarray:
+        end = self.at + count * dtype.itemsize
+        if end > self.size:
+            raise ValueError(f"it has {self.size:,} bytes and says that there are {end:,}")
+        part, self.at = self.data[self.at : end], end
+        return part.view(dtype)
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+
+    def text(self) -> str:
+        if (length := self.number("Q")) > _LONGEST_TEXT:
+            raise ValueError(f"it holds a text of {length:,} bytes")
+        return self.take(length).decode()
+
+    def field(self) -> tuple[str, Any]:
+        return self.text(), self._value(self.number("I"))
+
+    def _value(self, kind: int) -> Any:
+        if kind == _TEXT:
+            return self.text()
+        if kind != _ARRAY:
+            return self.number(_NUMBERS[kind])
+        kind, count = self.number("I"), self.number("Q")
+        if kind != _TEXT:
+            return self.array(np.dtype(f"<{_NUMBERS[kind]}"), count)
+        if count > _MOST_TEXTS:
+            raise ValueError(f"it holds a list of {count:,} texts")
+        return [self.text() for _ in range(count)]
+
+    def tensor(self) -> tuple[str, tuple[tuple[int, ...], int, int]]:
+        """Take (name, (shape, number of its type, offset behind the header))."""
+        name, num_dims = self.text(), self.number("I")
+        if not 0 < num_dims <= _MOST_DIMS:
+            raise ValueError(f"{name!r} has {num_dims} dimensions")
+        shape = tuple(self.number("Q") for _ in range(num_dims))[::-1]
+        return name, (shape, self.number("I"), self.number("Q"))
+
+
+def _each_once(pairs: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    seen = set()
+    for name, value in pairs:
+        if name in seen:
+            raise ValueError(f"it holds {name!r} twice")
+        seen.add(name)
+        yield name, value
+
+
+def _tensor(
+    path: Path, gguf: Any, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int, file_size: int
+) -> GgufTensor:
+    try:
+        dtype = gguf.GGMLQuantizationType(kind)
+    except ValueError:
+        raise TeacherFileError(
+            f"{path}: holds a type of values that gguf {version('gguf')} does not know ({kind}, of {name}); try a newer gguf "
+            "(pip install -U gguf), or give another quantisation of this model"
+        ) from None
+    block, block_bytes = gguf.GGML_QUANT_SIZES[dtype]
+    num_bytes = prod(shape) // block * block_bytes
+    if min(shape) < 1 or shape[-1] % block or start + offset + num_bytes > file_size:
+        raise ValueError(f"{name!r} of shape {list(shape)} in {dtype.name} does not end in its {file_size:,} bytes")
+    return GgufTensor(path, name, shape, dtype.name, start + offset, num_bytes)
 
 
 def write_gguf(
@@ -180,46 +255,21 @@ def _refusing_damage(path: str | Path) -> Iterator[None]:
         raise DamagedFileError(f"{path}: {reason}", reason) from None
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, struct.error) as error:
         reason = first_line(error)
         advice = "a download cut short looks like this, copy it again"
         raise DamagedFileError(f"{path}: is not a whole GGUF file ({reason}); {advice}", reason) from None
 
 
-def _open(path: Path) -> "GGUFReader":
-    """Open a file with the library's reader, which takes an unknown type of values for damage and does not look for the file's end."""
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        """The library's reader, made to stop at the end of the file, where it would read nothing as often as a file claims."""
-
-        def _get(self, offset, dtype, count=1, override_order=None):
-            end = int(offset) + int(count) * np.dtype(dtype).itemsize
-            if end > len(self.data):
-                raise ValueError(f"it has {len(self.data):,} bytes and says that there are {end:,}")
-            return super()._get(offset, dtype, count, override_order)
-
-    try:
-        return Reader(path)
-    except ValueError as error:
-        if "GGMLQuantizationType" not in str(error):
-            raise
-        raise TeacherFileError(
-            f"{path}: holds a type of values that gguf {version('gguf')} does not know ({error}); try a newer gguf "
-            "(pip install -U gguf), or give another quantisation of this model"
-        ) from None
-
-
-def _original_shape(reader: "GGUFReader", name: str) -> tuple[int, ...] | None:
+def _original_shape(fields: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
     """Return the shape that a converter noted of a tensor which it stored in another one."""
-    field = reader.get_field(_SHAPE_KEY + name)
-    if field is None:
+    noted = fields.get(_SHAPE_KEY + name)
+    if noted is None:
         return None
-    shape = field.contents()
-    is_shape = isinstance(shape, list) and 0 < len(shape) <= _MOST_DIMS
-    if not is_shape or not all(type(size) is int and size > 0 for size in shape):
+    shape = tuple(int(size) for size in noted[: _MOST_DIMS + 1])
+    if not 0 < len(shape) <= _MOST_DIMS or min(shape) < 1:
         raise ValueError(f"{_SHAPE_KEY}{name} is no shape")
-    return tuple(shape)
+    return shape
 
 
 def _refuse_types(path: Path, gguf: Any, tensors: Mapping[str, GgufTensor]) -> None:

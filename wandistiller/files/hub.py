@@ -18,6 +18,20 @@ def is_hub_id(text: str | Path) -> bool:
     return _HUB_ID.fullmatch(str(text)) is not None
 
 
+def local_path(path: str | Path) -> Path:
+    """Return where a path that a person gave leads: ~ is the home folder, and of a hub's cache (models--OWNER--NAME) its snapshot."""
+    folder = Path(path).expanduser() if str(path).startswith("~") else Path(path)
+    if folder.is_dir() and (folder / "snapshots").is_dir() and not (folder / "model_index.json").exists():
+        main = folder / "refs" / "main"
+        named = folder / "snapshots" / main.read_text().strip() if main.is_file() else None
+        snapshots = sorted((folder / "snapshots").iterdir())
+        if named in snapshots:
+            return named
+        if len(snapshots) == 1:
+            return snapshots[0]
+    return folder
+
+
 def hub_id(path: str) -> str | None:
     """Return the hub repository that a path names; None where it is something on this machine."""
     return path if is_hub_id(path) and not Path(path).exists() else None

@@ -1,24 +1,47 @@
-"""Safetensors files: opened in this module alone, so that a missing or damaged file is refused the same way everywhere."""
+"""Safetensors files: opened in this module alone, so that a missing or damaged file is refused the same way everywhere.
+
+Headers and tensors are read by offset, and no file is mapped: a file larger than memory opens, and what was read leaves no pages.
+"""
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wandistiller.errors import UserError, first_line
 from wandistiller.files.atomic import atomic_path
 from wandistiller.files.checked_json import TeacherFileError, read_json
+from wandistiller.files.json_files import parse_json
 from wandistiller.files.paths import require_file, stays_inside
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class DamagedFileError(UserError):
-    """A safetensors file is missing or damaged; `reason` is the part of the message that says how."""
+    """A file of tensors is missing or damaged; `reason` is the part of the message that says how."""
 
     def __init__(self, message: str, reason: str):
         super().__init__(message)
@@ -26,18 +49,58 @@ class DamagedFileError(UserError):
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """A tensor whose values lie in a file one after another.
+
+    Attributes:
+        dtype: as the safetensors format spells it, such as "BF16" or "F8_E4M3".
+        offset: of its first byte in the file.
+    """
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    num_bytes: int
+
+    def read(self) -> Tensor:
+        """Read the tensor to the CPU in its stored precision.
+
+        Raises:
+            DamagedFileError: its bytes are not there, or are of a type without a counterpart in torch.
+        """
+        with _refusing_damage(self.path), open(self.path, "rb", buffering=0) as file:
+            if self.dtype not in DTYPES:
+                raise ValueError(f"{self.key} is stored as {self.dtype}")
+            values = torch.empty(prod(self.shape), dtype=DTYPES[self.dtype])
+            place = memoryview(values.view(torch.uint8).numpy())
+            file.seek(self.offset)
+            while place and (count := file.readinto(place)):
+                place = place[count:]
+            if place:
+                raise ValueError(f"it ends {len(place):,} bytes before {self.key} does")
+        return values.reshape(self.shape)
+
+
+@dataclass(frozen=True)
 class SafetensorsHeader:
     """What a safetensors file says of its tensors before any of them is read.
 
     Attributes:
-        shapes: shape of each tensor by its name.
-        dtypes: dtype of each tensor as the format spells it, such as "BF16" or "F8_E4M3".
         metadata: texts that the writer of the file added.
     """
 
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, str]
+    tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        return {name: tensor.dtype for name, tensor in self.tensors.items()}
 
 
 @contextmanager
@@ -48,14 +111,14 @@ def _refusing_damage(path: str | Path) -> Iterator[None]:
     except FileNotFoundError:
         reason = "there is no such file"
         raise DamagedFileError(f"{path}: {reason}", reason) from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = first_line(error)
         advice = "a download cut short looks like this, copy it again"
         raise DamagedFileError(f"{path}: is not a whole safetensors file ({reason}); {advice}", reason) from None
 
 
 def open_safetensors(path: str | Path) -> safe_open:
-    """Open a file whose tensors are then read one by one; its header is checked against its size."""
+    """Map a file whose tensors are then read one by one; its header is checked against its size."""
     with _refusing_damage(path):
         return safe_open(path, framework="pt")
 
@@ -64,22 +127,48 @@ def read_header(path: str | Path, among: frozenset[str] | None = None) -> Safete
     """Read names, shapes, dtypes and metadata of a file, but none of its tensors.
 
     Args:
-        among: only tensors of these names are looked at; None for all of the file.
+        among: only tensors of these names are kept; None for all of the file.
     """
-    with _refusing_damage(path), safe_open(path, framework="pt") as file:
-        names = file.keys() if among is None else among.intersection(file.keys())
-        slices = {name: file.get_slice(name) for name in names}
-        return SafetensorsHeader(
-            shapes={name: tuple(part.get_shape()) for name, part in slices.items()},
-            dtypes={name: part.get_dtype() for name, part in slices.items()},
-            metadata=file.metadata() or {},
-        )
+    path = Path(path)
+    with _refusing_damage(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"its {size:,} bytes cannot hold a header of {length:,}")
+        entries = parse_json(file.read(length).decode())
+        metadata = entries.pop("__metadata__", None) or {}
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata is not text")
+        start = 8 + length
+        tensors = {key: _stored(path, key, entry, start) for key, entry in entries.items()}
+        _check_no_gaps(tensors.values(), start, size)
+    if among is not None:
+        tensors = {key: tensor for key, tensor in tensors.items() if key in among}
+    return SafetensorsHeader(tensors, metadata)
+
+
+def _stored(path: Path, key: str, entry: dict, start: int) -> StoredTensor:
+    shape, dtype, (begin, end) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{key!r} has no shape or place")
+    if dtype in DTYPES and prod(shape) * DTYPES[dtype].itemsize != end - begin:
+        raise ValueError(f"{key!r} of shape {list(shape)} in {dtype} does not fill its {end - begin:,} bytes")
+    return StoredTensor(path, key, shape, dtype, start + begin, end - begin)
+
+
+def _check_no_gaps(tensors: Iterable[StoredTensor], start: int, size: int) -> None:
+    """Hold the places of the tensors against the file: one after another, without a gap, from the header to the end."""
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        if tensor.offset != start:
+            raise ValueError(f"{tensor.key!r} begins at byte {tensor.offset:,}, the tensor before it ends at {start:,}")
+        start += tensor.num_bytes
+    if start != size:
+        raise ValueError(f"its tensors end at byte {start:,}, the file at {size:,}")
 
 
 def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
     """Read all tensors of a file."""
-    with _refusing_damage(path):
-        return safetensors.torch.load_file(path, device=device)
+    return {name: tensor.read().to(device) for name, tensor in read_header(path).tensors.items()}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -102,7 +191,7 @@ def indexed_files(index: Path) -> list[Path]:
     """Return the shards that a `*.safetensors.index.json` names, in its order.
 
     Raises:
-        TeacherFileError: the index is damaged, or names a file that is missing or outside its folder.
+        TeacherFileError: the index is damaged, or names a file that is missing, outside its folder or no safetensors file.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -110,6 +199,8 @@ def indexed_files(index: Path) -> list[Path]:
     for name in weight_map.values():
         if not stays_inside(name):
             raise TeacherFileError(f"{index}: names {name!r}, which lies outside its folder")
+        if not name.endswith(".safetensors"):
+            raise TeacherFileError(f"{index}: names {name!r}; only .safetensors shards are read")
     names = list(dict.fromkeys(weight_map.values()))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise TeacherFileError(

@@ -9,7 +9,6 @@ cache_shards.py has the shards, cache_parts.py the parts that a cache is asked f
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 from bisect import bisect_right
@@ -48,13 +47,11 @@ from wandistiller.targets.cache_shards import (
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.state_dicts import check_order
 from wandistiller.targets.states import StatesOptions
-from wandistiller.wan.lora import without_loras
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.wan_files import WanFiles
 
 DESCRIPTION_NAME = "cache.json"
-WHOLE_VALUES = 2**16  # tensors of up to so many values are fingerprinted by all of them
 LOCK_NAME = ".cache.lock"  # held while the description is made or completed
 # Files that a process leaves if it is killed while it writes one of ours, and what several builders lock.
 LEFTOVERS = tuple(f".{name}.*.tmp" for name in (DESCRIPTION_NAME, "state*.safetensors", "answers_*.safetensors"))
@@ -62,19 +59,9 @@ LOCKS = (LOCK_NAME, ".part_*.lock")
 
 
 def teacher_fingerprint(wan_files: WanFiles) -> str:
-    """Return a digest of every tensor of every expert, the same for the same weights wherever they lie.
-
-    Of a large tensor the first row stands for all of it, which training or a merged LoRA changes with the others: reading
-    everything would take minutes for a large teacher. LoRAs that are merged as it is read are left out: their sum depends on
-    the machine in its last bits, and their files tell what they are.
-    """
-    digest = hashlib.sha256()
-    for expert in (without_loras(wan_files.expert(name)) for name in wan_files.experts):
-        for name in sorted(expert.names()):
-            is_small = math.prod(expert.shape(name)) <= WHOLE_VALUES
-            values = expert.read(name) if is_small else expert.read_row(name)
-            digest.update(name.encode() + values.float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Return a digest of every byte of every expert's files, wherever they lie; merged LoRAs' files tell what they are."""
+    digests = (wan_files.expert(name).fingerprint() for name in wan_files.experts)
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:

@@ -4,37 +4,40 @@ The files of city96 and QuantStack hold the original names, `general.architectur
 original names holds but its metadata: no tensor tells how wide a head is.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from wandistiller.errors import shown
 from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.files.gguf_files import GgufTensor, read_gguf_header
+from wandistiller.files.weights import Stored
 from wandistiller.wan.names import PATCH_KERNEL
 
 ARCHITECTURE = "wan"
 _ARCHITECTURE_KEY = "general.architecture"
 # Some converters name themselves instead, or nothing; ComfyUI-GGUF goes by the tensors there, as is done here.
-_OF_CONVERTERS = {None, "pig", "cow"}
+_OF_CONVERTERS = (None, "pig", "cow")
 
 
-def stored_gguf_tensors(path: Path) -> dict[str, GgufTensor]:
-    """Return every tensor of a Wan's GGUF file by its name there, in the shape that a Wan's has; only the header is read."""
-    header = read_gguf_header(path)
-    architecture = header.texts.get(_ARCHITECTURE_KEY)
-    if architecture not in {ARCHITECTURE, *_OF_CONVERTERS}:
+def refuse_architecture(path: Path) -> None:
+    """Refuse a GGUF file that says it is another model's."""
+    architecture = read_gguf_header(path).fields.get(_ARCHITECTURE_KEY)
+    if architecture not in (ARCHITECTURE, *_OF_CONVERTERS):
         raise TeacherFileError(
             f"{path}: is a GGUF of architecture {shown(architecture)}; allowed: that of a Wan text-to-video transformer, "
             f'architecture "{ARCHITECTURE}"'
         )
-    return {name: _with_all_dims(name, tensor, header.tensors) for name, tensor in header.tensors.items()}
 
 
-def gguf_texts(path: Path) -> dict[str, str]:
-    """Return the fields of text of a GGUF file, which are what metadata is to a safetensors file."""
-    return read_gguf_header(path).texts
+def as_wan_tensors(found: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Return tensors in the shape that a Wan's has."""
+    return {
+        name: _with_all_dims(name, tensor, found) if isinstance(tensor, GgufTensor) else tensor
+        for name, tensor in found.items()
+    }
 
 
-def _with_all_dims(name: str, tensor: GgufTensor, tensors: dict[str, GgufTensor]) -> GgufTensor:
+def _with_all_dims(name: str, tensor: GgufTensor, tensors: Mapping[str, Stored]) -> GgufTensor:
     """Return a tensor with the dimensions that a converter dropped: programs of ggml keep four at most, and none of 1 in front."""
     shape = tensor.shape
     if name.endswith(("modulation", "scale_shift_table")) and len(shape) == 2:

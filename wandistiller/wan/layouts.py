@@ -10,9 +10,8 @@ from pathlib import Path
 
 from wandistiller.errors import UserError
 from wandistiller.files.checked_json import COMPONENT, POSITIVE, RATIO, TeacherFileError, read_json, setting
-from wandistiller.files.gguf_files import SUFFIX as GGUF_SUFFIX
 from wandistiller.files.hub import fetch, is_hub_id
-from wandistiller.files.safetensors_files import indexed_files, read_header
+from wandistiller.files.weights import SUFFIXES, stored_tensors, weight_files
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.record import SAMPLING_KINDS, latents_kinds
 from wandistiller.wan.mock import mock_wan_files
@@ -22,13 +21,11 @@ from wandistiller.wan.transformer_files import (
     LOCAL_LAYOUTS,
     REFUSED_CLASSES,
     WanTransformer,
-    is_gguf,
     refuse_kind,
     refuse_settings,
 )
 from wandistiller.wan.wan_files import WanFiles, with_latents
 
-WEIGHTS = "diffusion_pytorch_model"
 _HUB_FILES = [
     "model_index.json",
     "teacher_record.json",
@@ -87,32 +84,9 @@ def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None =
 
 
 def check_headers(folder: Path) -> None:
-    """Refuse a folder without weights, or with weights cut short; only headers are read."""
-    for path in _weight_files(folder):
-        read_header(path)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of one transformer: those that its index names, or the only one there is."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        # The plain name is preferred, since the others are variants such as fp16.
-        return indexed_files(next((path for path in indexes if path.name.startswith(f"{WEIGHTS}.")), indexes[0]))
-    files = sorted(folder.glob(f"{WEIGHTS}*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
-        quantised = sorted([*folder.glob(f"*{GGUF_SUFFIX}"), *folder.glob(f"*/*{GGUF_SUFFIX}")])
-        if pickled:
-            advice = f"; {pickled[0].name} is a pickle, which is never opened: get the safetensors version"
-        elif quantised:
-            advice = (
-                f", but GGUF files: give one of them by its name, such as --teacher_path {quantised[0]}, and of two experts "
-                "the low-noise one as --teacher_path_low"
-            )
-        else:
-            advice = f"; allowed: {LAYOUTS}"
-        raise TeacherFileError(f"{folder}: holds no .safetensors weights{advice}")
-    return [path for path in files if path.name == f"{WEIGHTS}.safetensors"] or files
+    """Refuse a folder without weights, or with weights cut short, and such a file; only headers are read."""
+    for path in [folder] if folder.is_file() else weight_files(folder, LAYOUTS):
+        stored_tensors(path)
 
 
 def _open_transformer_folder(folder: Path) -> WanTransformer:
@@ -121,7 +95,7 @@ def _open_transformer_folder(folder: Path) -> WanTransformer:
     config_path = folder / "config.json"
     settings = read_json(config_path) if config_path.is_file() else {}
     refuse_settings(settings, folder)
-    return WanTransformer(folder, _weight_files(folder), settings)
+    return WanTransformer(folder, weight_files(folder, LAYOUTS), settings)
 
 
 def _open_pipeline_folder(folder: Path, location: str) -> WanFiles:
@@ -172,7 +146,7 @@ def _open_folder(folder: Path, location: str) -> WanFiles:
 
 
 def _open_single_file(path: Path) -> WanTransformer:
-    if path.suffix != ".safetensors" and not is_gguf(path):
+    if path.suffix.lower() not in SUFFIXES:
         raise TeacherFileError(f"{path}: a {path.suffix or 'file without suffix'} is not read; allowed: {LAYOUTS}")
     beside = path.with_name("config.json")  # a transformer folder's own file means the folder's shape
     is_of_folder = path.name.startswith("diffusion_pytorch_model") and beside.is_file()

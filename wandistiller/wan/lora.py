@@ -4,7 +4,6 @@ One tensor of the teacher is in memory at a time. The sum is made in float32, wh
 quantised tensor comes as its reader gives it, is changed, and becomes what the run keeps its teacher in, as without a LoRA.
 """
 
-import hashlib
 import math
 import re
 from collections import defaultdict
@@ -18,10 +17,11 @@ from torch import Tensor
 from wandistiller.errors import UserError
 from wandistiller.files.checked_json import read_json
 from wandistiller.files.json_files import JsonError, parse_json
-from wandistiller.files.safetensors_files import read_header
+from wandistiller.files.safetensors_files import StoredTensor, read_header
+from wandistiller.files.weights import Weight, file_digest, stored_tensors
 from wandistiller.model.config import StudentConfig
 from wandistiller.wan.lora_keys import LoraError, LoraKey, read_keys
-from wandistiller.wan.transformer_files import StoredTensor, TransformerTensors, stored_tensors
+from wandistiller.wan.transformer_files import TransformerTensors
 from wandistiller.wan.wan_files import MergedLora, WanFiles
 
 PEFT_METADATA = "lora_adapter_metadata"  # where diffusers keeps the alphas of a LoRA that it saves
@@ -39,8 +39,8 @@ class LowRank:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return (out, rank) and (rank, in) in float32, the factor in the first."""
-        up = self.up.read().float().flatten(1) * self.factor
-        return up, self.down.read().float().flatten(1)
+        up = Weight(self.up).read().float().flatten(1) * self.factor
+        return up, Weight(self.down).read().float().flatten(1)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Difference:
     factor: float
 
     def read(self) -> Tensor:
-        return self.stored.read().float() * self.factor
+        return Weight(self.stored).read().float() * self.factor
 
 
 Change = LowRank | Difference
@@ -108,15 +108,13 @@ def open_lora(path: str | Path, scale: float, shapes: Mapping[str, tuple[int, ..
     changes = {name: _changes(path, name, of_tensor, factors, shapes[name]) for name, of_tensor in parts.items()}
     if not any(changes.values()):
         raise LoraError(f"{path}: holds {len(stored)} tensors and changes nothing with them; save the LoRA again")
-    with path.open("rb") as file:
-        return Lora(path, hashlib.file_digest(file, "sha256").hexdigest(), scale, changes, shapes)
+    return Lora(path, file_digest(path), scale, changes, shapes)
 
 
 def _check_numbers(stored: StoredTensor) -> None:
     if stored.dtype not in _FLOATS:
         raise LoraError(f"{stored.path}: {stored.key} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8")
-    if not bool(stored.read().float().isfinite().all()):
-        raise LoraError(f"{stored.path}: {stored.key} holds numbers that are not finite; train or copy the LoRA again")
+    Weight(stored).read()
 
 
 def _changes(
@@ -251,15 +249,9 @@ class MergedTransformer:
             tensor = lora.added_to(name, tensor)
         return tensor
 
-    def read_row(self, name: str) -> Tensor:
-        return self.read(name)[:1]
-
-
-def without_loras(transformer: TransformerTensors) -> TransformerTensors:
-    """Return the transformer as it lies on disk."""
-    while isinstance(transformer, MergedTransformer):
-        transformer = transformer.transformer
-    return transformer
+    def fingerprint(self) -> str:
+        """Return that of the transformer as it lies on disk."""
+        return self.transformer.fingerprint()
 
 
 def shapes_of(transformer: TransformerTensors) -> dict[str, tuple[int, ...]]:

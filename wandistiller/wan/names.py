@@ -1,12 +1,18 @@
 """The names of Wan's tensors and settings: original and ComfyUI spellings become canonical ones (diffusers'), and back."""
 
 import re
+from collections.abc import Mapping
 
 from torch import Tensor
 
+from wandistiller.files.checked_json import TeacherFileError
+from wandistiller.files.weights import Stored
 from wandistiller.model.config import StudentConfig
 
-COMFYUI_PREFIX = "model.diffusion_model."
+# What the other parts of an all-in-one checkpoint begin with (ComfyUI's supported_models.py and its own loaders)
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+TEXT_ENCODER_PREFIXES = ("text_encoders.", "cond_stage_model.", "text_encoder.")
 PATCH_KERNEL = "patch_embedding.weight"
 
 # These map the stem of an original name to diffusers' (scripts/convert_wan_to_diffusers.py), in the model and in a block.
@@ -40,16 +46,81 @@ _OTHER_KINDS = [
     (re.compile(r"^img_emb\.|image_embedder|\.k_img\.|\.add_k_proj\."), "an image-to-video (I2V)"),
 ]
 
+# Models of a Wan's shape with trained weights of their own, by what only they hold
+_RELATIVES = [
+    (re.compile(pattern), relative)
+    for pattern, relative in {
+        r"to_gate_compress": "a FastWan with sparse attention (VSA); use its FullAttn variant",
+        r"^fps_(embedding|projection)": "a SkyReels-V2-DF, which is told its frames per second; use SkyReels-V2-T2V",
+        r"attn_op\.|\.proj_l\b": "a TurboWan with sparse linear attention; use the Wan that it was made from",
+        r"delta_embedding": "an AnyFlow, whose steps are told their length; use the Wan that it was made from",
+        r"(^|\.)mot_": "a Video-As-Prompt, which has a second transformer beside Wan's",
+        r"cam_encoder|\.projector\.": "a ReCamMaster, which is told camera paths",
+        r"audio": "a Wan that is told sound",
+        r"_ip\b|ip_adapter": "a Wan with an image adapter",
+        r"lora_|lokr_|hada_": "a LoRA, or a Wan with one beside its weights; give a LoRA as --teacher_lora",
+        r"(quant|zero|scale|qweight|absmax|nf4)": "weights in a quantisation that is not read; get bf16, fp8_scaled or GGUF",
+    }.items()
+]
 
-def uses_original_names(names: list[str]) -> bool:
-    """Return whether these are original names: the head's modulation table is `scale_shift_table` in diffusers."""
-    return any(name.removeprefix(COMFYUI_PREFIX) == "head.modulation" for name in names)
+
+def canonical_tensors(found: Mapping[str, Stored], where: object) -> dict[str, Stored]:
+    """Return a file's tensors by canonical names; those of other parts in an all-in-one checkpoint keep their own.
+
+    Raises:
+        TeacherFileError: there are two transformers.
+    """
+    bare = with_prefix_of(re.escape(PATCH_KERNEL), {without_wrappers(name): found[name] for name in found}, where)
+    is_original = "head.modulation" in bare
+    return {to_canonical(name) if is_original else name: stored for name, stored in bare.items()}
 
 
-def to_canonical(name: str, original: bool) -> str:
-    """Return the canonical name, diffusers', of a tensor as it stands in a file."""
-    name = name.removeprefix(COMFYUI_PREFIX)
-    return _renamed(name, *_TO_CANONICAL) if original else name
+def with_prefix_of(anchor: str, found: Mapping[str, Stored], where: object) -> dict[str, Stored]:
+    """Return tensors without the prefix that a part of a file has, whichever that is; others keep their names.
+
+    Args:
+        anchor: a pattern of the name of a tensor that the part has once.
+
+    Raises:
+        TeacherFileError: there are two such parts.
+    """
+    matches = (re.fullmatch(rf"((?:.*\.)?)(?:{anchor})", name) for name in found)
+    prefixes = sorted({match[1] for match in matches if match})
+    if len(prefixes) > 1:
+        raise TeacherFileError(f"{where}: holds two models, as {prefixes[0]!r} and {prefixes[1]!r}; give a file of one")
+    prefix = prefixes[0] if prefixes else ""
+    # ComfyUI keeps what belongs to a text encoder beside its "transformer."
+    outer = prefix.removesuffix("transformer.")
+    bare = {name.removeprefix(prefix if name.startswith(prefix) else outer): stored for name, stored in found.items()}
+    if len(bare) < len(found):
+        raise TeacherFileError(
+            f"{where}: holds tensors of one name with {prefix!r} and without; give a file of one model"
+        )
+    return bare
+
+
+def without_wrappers(name: str) -> str:
+    """Return a tensor's name without those of torch.compile's, FSDP's and checkpointing's wrappers, wherever they stand."""
+    return re.sub(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
+
+
+def harmless_reason(name: str) -> str | None:
+    """Return why a tensor in a Wan's file does no harm though it is none of the transformer's; None where it is a stranger."""
+    if name.startswith((*VAE_PREFIXES, *TEXT_ENCODER_PREFIXES)):
+        return "of the VAE or text encoder in the same file"
+    return (
+        "a table of positions, which follows from the shape" if re.match(r"(rope\.)?freqs(_cos|_sin)?$", name) else None
+    )
+
+
+def relative_of_wan(name: str) -> str | None:
+    """Return which model of Wan's shape a stranger suggests, and what to use instead."""
+    return next((relative for pattern, relative in _RELATIVES if pattern.search(name)), None)
+
+
+def to_canonical(name: str) -> str:
+    """Return the canonical name, diffusers', of a tensor's original one."""
+    return _renamed(name, *_TO_CANONICAL)
 
 
 def to_original(name: str) -> str:
@@ -70,9 +141,8 @@ def _renamed(name: str, in_model: dict[str, str], in_block: dict[str, str]) -> s
 
 def other_wan_kind(names: list[str]) -> str | None:
     """Return the other kind of Wan these tensors belong to, such as "an image-to-video (I2V)"; None for text-to-video."""
-    bare = [name.removeprefix(COMFYUI_PREFIX) for name in names]
     for pattern, kind in _OTHER_KINDS:
-        if any(pattern.search(name) for name in bare):
+        if any(pattern.search(name) for name in names):
             return kind
     return None
 

@@ -9,19 +9,19 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from wandistiller.errors import UserError, first_line
+from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
 from wandistiller.prompts.prompts import clean_prompt
 from wandistiller.wan.prompt_cache import PromptCache
 from wandistiller.wan.prompt_embeds import PromptEmbeds, mock_prompt_embeds
 from wandistiller.wan.text_encoder_files import TextEncoderFiles
+from wandistiller.wan.tokenizer import Tokenize, open_tokenizer
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 ROUND = 65536  # prompts whose tokens are in memory at a time
 
 
@@ -78,9 +78,9 @@ def encode_prompts(
     missing = {key: prompt for key, prompt in zip(keys, cleaned, strict=True) if key not in cache.shard_of}
     if missing:
         cache.check_writable()
-        tokenizer = _load_tokenizer(files.tokenizer)
-        encoder = _load_encoder(files.encoder, options.encoder_dtype).to(options.device)
-        encoding = _encode(missing, tokenizer, encoder, options.text_max_length, options.batch_size)
+        tokenize = open_tokenizer(files.tokenizer)
+        encoder = files.umt5.load(options.encoder_dtype).to(options.device)
+        encoding = _encode(missing, tokenize, encoder, files, options)
         cache.fill(encoding, lambda done: progress(done, len(missing)) if progress else None)
         del encoder, encoding
         gc.collect()  # modules hold reference cycles, and 11 GB should not wait for the collector
@@ -112,94 +112,59 @@ def embed_texts(
 
 def count_tokens(prompts: Sequence[str], files: TextEncoderFiles) -> list[int]:
     """Count the tokens of each prompt, without cutting any."""
-    tokenizer = _load_tokenizer(files.tokenizer)
-    return [len(ids) for ids in tokenizer([clean_prompt(prompt) for prompt in prompts])["input_ids"]]
+    return list(map(len, open_tokenizer(files.tokenizer)([clean_prompt(prompt) for prompt in prompts])))
+
+
+Encoded = tuple[str, Tensor, bool]
 
 
 def _encode(
-    prompts: dict[str, str], tokenizer, encoder, text_max_length: int, batch_size: int
-) -> Iterator[tuple[str, Tensor, bool]]:
+    prompts: dict[str, str], tokenize: Tokenize, encoder, files: TextEncoderFiles, options: EncodingOptions
+) -> Iterator[Encoded]:
     """Yield the key, the text tokens (n, text_dim) and whether it was truncated of every prompt, the longest of a round first."""
     keys = list(prompts)
     for start in range(0, len(keys), ROUND):
         part = {key: prompts[key] for key in keys[start : start + ROUND]}
-        yield from _encode_round(part, tokenizer, encoder, text_max_length, batch_size)
+        tokens = dict(zip(part, tokenize(list(part.values())), strict=True))
+        yield from _encode_round(tokens, encoder, files, options)
 
 
 def _encode_round(
-    prompts: dict[str, str], tokenizer, encoder, text_max_length: int, batch_size: int
-) -> Iterator[tuple[str, Tensor, bool]]:
-    untruncated = tokenizer(list(prompts.values()), truncation=True, max_length=text_max_length + 1)["input_ids"]
-    num_tokens = dict(zip(prompts, map(len, untruncated), strict=True))
+    tokens: dict[str, list[int]], encoder, files: TextEncoderFiles, options: EncodingOptions
+) -> Iterator[Encoded]:
+    slots, vocab_size = options.text_max_length, encoder.config.vocab_size
     # With the longest first padding stays small, and a GPU that is too small is noticed at once.
-    keys = sorted(prompts, key=num_tokens.__getitem__, reverse=True)
-    for start in range(0, len(keys), batch_size):
-        batch_keys = keys[start : start + batch_size]
-        texts = [prompts[key] for key in batch_keys]
-        longest = min(num_tokens[batch_keys[0]], text_max_length)
-        for key, row in zip(batch_keys, _encode_batch(tokenizer, encoder, texts, longest), strict=True):
+    keys = sorted(tokens, key=lambda key: len(tokens[key]), reverse=True)
+    for start in range(0, len(keys), options.batch_size):
+        batch_keys = keys[start : start + options.batch_size]
+        batch = [_cut(tokens[key], slots) for key in batch_keys]
+        largest = max(map(max, filter(None, batch)), default=0)
+        if largest >= vocab_size:  # on a GPU this would be an assertion that kills the process
+            raise UserError(
+                f"{files.tokenizer}: makes token {largest}, but {files.encoder} knows {vocab_size} tokens; "
+                "give the tokenizer that belongs to this encoder"
+            )
+        for key, row in zip(batch_keys, _encode_batch(encoder, batch), strict=True):
             if not row.isfinite().all():
                 raise UserError(
-                    f"{encoder.name_or_path}: the embedding of {prompts[key][:60]!r} in {encoder.dtype} is not finite; "
-                    "use bfloat16 or float32, or check the encoder's weights"
+                    f"{files.encoder}: an embedding in {encoder.dtype} is not finite; use bfloat16 or float32, or check the "
+                    "encoder's weights"
                 )
-            yield key, row, num_tokens[key] > text_max_length
+            yield key, row, len(tokens[key]) > slots
+
+
+def _cut(ids: list[int], slots: int) -> list[int]:
+    """Return at most `slots` tokens, of which the last one stays the closing </s>."""
+    return ids if len(ids) <= slots else [*ids[: slots - 1], ids[-1]]
 
 
 @torch.no_grad()
-def _encode_batch(tokenizer, encoder, texts: list[str], longest: int) -> list[Tensor]:
+def _encode_batch(encoder, batch: list[list[int]]) -> list[Tensor]:
     # The mask makes the number of pads immaterial, so pads up to the longest of the batch are enough.
-    settings = {"padding": "max_length", "max_length": max(1, longest), "truncation": True, "return_tensors": "pt"}
-    tokens = tokenizer(texts, add_special_tokens=True, return_attention_mask=True, **settings)
-    ids, mask, vocab_size = tokens.input_ids, tokens.attention_mask, encoder.config.vocab_size
-    if ids.max() >= vocab_size:  # on a GPU this would be an assertion that kills the process
-        raise UserError(
-            f"{tokenizer.name_or_path}: makes token {ids.max()}, but {encoder.name_or_path} knows {vocab_size} tokens; "
-            "give the tokenizer that belongs to this encoder"
-        )
+    ids = torch.zeros(len(batch), max(1, *map(len, batch)), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
     hidden = encoder(ids.to(encoder.device), mask.to(encoder.device)).last_hidden_state.to("cpu", encoder.dtype)
-    return [row[:length].clone() for row, length in zip(hidden, mask.sum(dim=1).tolist(), strict=True)]
-
-
-def _load_tokenizer(folder: Path):
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(  # nosec B615 # a local folder
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as err:  # the tokenizers library raises bare Exception for a file it cannot parse
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(err)})") from err
-    if tokenizer.pad_token is None:
-        raise UserError(f"{folder}: the tokenizer has no pad token; give the tokenizer/ folder of a Wan pipeline")
-    return tokenizer
-
-
-def _load_encoder(folder: Path, dtype: torch.dtype):
-    from transformers import UMT5EncoderModel
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    try:
-        # transformers' annotation does not know of the pair that `output_loading_info` returns.
-        loaded: Any = UMT5EncoderModel.from_pretrained(  # nosec B615 # a local folder
-            folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
-        )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as err:  # transformers wraps a bad file in any of a dozen types
-        raise UserError(f"{folder}: the text encoder cannot be loaded ({first_line(err)})") from err
-    encoder, info = loaded
-    missing = set(info["missing_keys"])
-    table, shared = encoder.encoder.embed_tokens.weight, encoder.shared.weight
-    # transformers after PR 41580 could leave the table zero or unfilled, silently: issues 43880 and 43992.
-    is_tied = table.data_ptr() == shared.data_ptr() or "shared.weight" in missing or torch.equal(table, shared)
-    if not is_tied or not table.any():
-        raise UserError(
-            f"{folder}: the embedding table came out all zeros or unlike shared.weight, so prompts would mean nothing. "
-            "Some versions of transformers load UMT5 so (a known regression): install the one in requirements.txt; "
-            "if it is that one already, the file itself is broken: fetch it again"
-        )
-    if lacking := missing - {"shared.weight"}:
-        raise UserError(f"{folder}: the weights lack {len(lacking)} tensors of the encoder, first {min(lacking)}")
-    return encoder.eval()
+    return [row[: len(tokens)].clone() for row, tokens in zip(hidden, batch, strict=True)]

@@ -6,29 +6,52 @@ Nothing here loads a weight or imports transformers.
 import hashlib
 import json
 from dataclasses import dataclass
-from math import prod
+from functools import cached_property
 from pathlib import Path
 
 from wandistiller.errors import UserError
 from wandistiller.files.checked_json import TeacherFileError, read_json
-from wandistiller.files.hub import fetch, is_hub_id
-from wandistiller.files.safetensors_files import indexed_files, read_header
+from wandistiller.files.hub import fetch, is_hub_id, local_path
+from wandistiller.files.safetensors_files import indexed_files
+from wandistiller.files.weights import SUFFIXES, digest_of, file_digest
+from wandistiller.wan.tokenizer import JSON_NAME, SENTENCEPIECE_NAME, has_tokenizer_inside, tokenizer_file
+from wandistiller.wan.umt5 import Umt5Files
 
 TEXT_ENCODER_SOURCE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # all released Wans share this encoder
 TEXT_ENCODER_ADVICE = f"a folder with text_encoder/ and tokenizer/, such as a copy of {TEXT_ENCODER_SOURCE} (only these two folders are needed)"
-TOKENIZER_MODELS = ("tokenizer.json", "spiece.model")
-TOKENIZER_FILES = (*TOKENIZER_MODELS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-READ_WHOLE_BYTES = 64 * 2**20  # weight files up to this size are fingerprinted by all their bytes
-HEADER_BYTES = 2**20  # what is read of a larger file's start: its header at least
-NUM_SAMPLES, SAMPLE_BYTES = 2048, 4096  # a larger file is sampled; these reach every matrix of UMT5-XXL
+ORIGINAL_TOKENIZER = "google/umt5-xxl"  # where the original releases keep it
+# Folders that ComfyUI keeps text encoders in, and what files of this one are called there and in the original releases
+_FOLDERS = (".", "text_encoders", "clip")
+_FILES = ("models_t5_umt5*", "*umt5*")
 
 
 @dataclass(frozen=True)
 class TextEncoderFiles:
-    """The folders of a text encoder and of its tokenizer."""
+    """A text encoder and its tokenizer: folders, or files.
+
+    Attributes:
+        encoder: a folder like text_encoder/ of a pipeline, or a file of weights in any layout.
+        tokenizer: a folder like tokenizer/ of a pipeline, or the file itself; a file of weights may hold it.
+    """
 
     encoder: Path
     tokenizer: Path
+
+    @cached_property
+    def umt5(self) -> Umt5Files:
+        """The encoder by its headers.
+
+        Raises:
+            TeacherFileError: this is no usable UMT5 encoder.
+        """
+        path = self.encoder / "config.json"
+        if not self.encoder.is_file() and not path.is_file():
+            raise TeacherFileError(
+                f"{self.encoder}: holds no config.json; a text encoder is a folder like text_encoder/ of a Wan pipeline in "
+                "diffusers format, with config.json and *.safetensors, or one file of weights"
+            )
+        config = {} if self.encoder.is_file() else read_json(path)
+        return Umt5Files(self.encoder, self._weight_files(), config)
 
     def text_dim(self) -> int:
         """Return the width of the embeddings, which config.json calls d_model.
@@ -36,20 +59,7 @@ class TextEncoderFiles:
         Raises:
             TeacherFileError: the folder is not that of a UMT5 encoder.
         """
-        path = self.encoder / "config.json"
-        if not path.is_file():
-            raise TeacherFileError(
-                f"{self.encoder}: holds no config.json; a text encoder is a folder like text_encoder/ of a Wan pipeline in "
-                "diffusers format, with config.json and *.safetensors (an original models_t5_*.pth cannot be used directly)"
-            )
-        config = read_json(path)
-        model_type, text_dim = config.get("model_type"), config.get("d_model")
-        if model_type != "umt5" or not isinstance(text_dim, int) or text_dim < 1:
-            raise TeacherFileError(
-                f"{path}: model_type={model_type!r}, d_model={text_dim!r}; "
-                "Wan's text encoder has model_type 'umt5' and a positive d_model"
-            )
-        return text_dim
+        return self.umt5.shape["d_model"]
 
     def check_text_dim(self, text_dim: int) -> None:
         """Refuse an encoder whose embeddings have another width than teacher and student take."""
@@ -61,29 +71,27 @@ class TextEncoderFiles:
 
     def num_parameters(self) -> int:
         """Count the encoder's parameters by the headers of its files; the embedding table counts once."""
-        sizes: dict[str, int] = {}
-        for path in self._weight_files():
-            sizes |= {name: prod(shape) for name, shape in read_header(path).shapes.items()}
-        table = "encoder.embed_tokens.weight"
-        return sum(size for name, size in sizes.items() if name != table or "shared.weight" not in sizes)
+        return self.umt5.num_parameters
 
-    def fingerprint(self, settings: str) -> str:
-        """Return a digest that changes with anything that changes an embedding; large weight files are only sampled.
+    def fingerprint(self, settings: str = "") -> str:
+        """Return a digest of every byte that an embedding depends on.
 
         Args:
             settings: what an embedding depends on beside the files.
         """
-        if not any((self.tokenizer / name).is_file() for name in TOKENIZER_MODELS):
+        tokenizer = tokenizer_file(self.tokenizer)
+        if tokenizer is None:
             raise TeacherFileError(
-                f"{self.tokenizer}: holds no {' or '.join(TOKENIZER_MODELS)}; give the tokenizer/ folder of a Wan pipeline"
+                f"{self.tokenizer}: holds no {JSON_NAME} or {SENTENCEPIECE_NAME}; give the tokenizer/ folder of a Wan pipeline"
             )
-        small = [self.encoder / "config.json", *(self.tokenizer / name for name in TOKENIZER_FILES)]
-        parts = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in small if path.is_file()]
-        parts += [(path.name, _weight_file_digest(path)) for path in sorted(self._weight_files())]
-        return hashlib.sha256(json.dumps([settings, parts]).encode()).hexdigest()[:32]
+        shape = json.dumps(self.umt5.shape, sort_keys=True)
+        parts = [settings, shape, digest_of(self._weight_files()), file_digest(tokenizer)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def _weight_files(self) -> list[Path]:
-        """Return the files that transformers will read."""
+        """Return the files of the encoder's weights."""
+        if self.encoder.is_file():
+            return [self.encoder]
         single, index = self.encoder / "model.safetensors", self.encoder / "model.safetensors.index.json"
         if single.is_file():
             return [single]
@@ -95,12 +103,23 @@ class TextEncoderFiles:
 
 
 def find_text_encoder(path: str | Path) -> TextEncoderFiles:
-    """Find encoder and tokenizer by `--text_encoder_path`: a pipeline folder, a hub id, or the encoder's own folder."""
-    folder = Path(path)
+    """Find encoder and tokenizer by `--text_encoder_path`.
+
+    Args:
+        path: a pipeline folder, a hub id, the encoder's own folder, a file of weights, the folder of an original release, or
+            ComfyUI's models/.
+
+    Raises:
+        TeacherFileError: there is none, or there are several, or its tokenizer is missing.
+    """
+    folder = local_path(path)
     if not folder.exists() and is_hub_id(path):
         folder = fetch(str(path), ["text_encoder/*", "tokenizer/*"], "a local folder with text_encoder/ and tokenizer/")
     if (folder / "text_encoder").is_dir():
         return TextEncoderFiles(folder / "text_encoder", folder / "tokenizer")
+    files = [folder] if folder.is_file() else _files_in(folder)
+    if files:
+        return TextEncoderFiles(files[0], _tokenizer_of(files[0]))
     if (folder / "config.json").is_file():
         beside = folder.parent / "tokenizer"
         return TextEncoderFiles(folder, beside if beside.is_dir() else folder)
@@ -108,13 +127,32 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
     raise TeacherFileError(f"{path}: {reason}; --text_encoder_path takes {TEXT_ENCODER_ADVICE}")
 
 
-def _weight_file_digest(path: Path) -> str:
-    read_header(path)  # refuses a file that is not whole
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{size} ".encode())
-    with path.open("rb") as file:
-        digest.update(file.read(READ_WHOLE_BYTES if size <= READ_WHOLE_BYTES else HEADER_BYTES))
-        for start in range(0, size if size > READ_WHOLE_BYTES else 0, max(1, size // NUM_SAMPLES)):
-            file.seek(start)
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+def _files_in(folder: Path) -> list[Path]:
+    """Return the file of an original release's or ComfyUI's text encoder in a list of one, or an empty list."""
+    found = {
+        path: None
+        for pattern in _FILES
+        for place in _FOLDERS
+        for path in sorted((folder / place).glob(pattern))
+        if path.suffix.lower() in SUFFIXES
+    }
+    if len(found) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found)
+        raise TeacherFileError(
+            f"{folder}: holds several text encoders ({names}); give one of them as --text_encoder_path"
+        )
+    return list(found)
+
+
+def _tokenizer_of(weights: Path) -> Path:
+    """Find the tokenizer of a file of weights: in it, beside it, or where original releases and pipelines keep it."""
+    if has_tokenizer_inside(weights):
+        return weights
+    folder = weights.parent
+    for place in (folder, folder / ORIGINAL_TOKENIZER, folder / "tokenizer", folder.parent / "tokenizer"):
+        if tokenizer_file(place):
+            return place
+    raise TeacherFileError(
+        f"{weights}: holds no tokenizer, and none lies beside it ({JSON_NAME} or {SENTENCEPIECE_NAME}); copy that of "
+        f"{ORIGINAL_TOKENIZER} or of {TEXT_ENCODER_SOURCE} there"
+    )

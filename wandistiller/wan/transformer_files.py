@@ -5,9 +5,6 @@ text-to-video are refused.
 """
 
 import re
-import reprlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,18 +12,24 @@ import torch
 from torch import Tensor
 
 from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, setting
-from wandistiller.files.gguf_files import SUFFIX as GGUF_SUFFIX
-from wandistiller.files.gguf_files import GgufTensor
-from wandistiller.files.json_files import JsonError, parse_json
-from wandistiller.files.safetensors_files import open_safetensors, read_header
+from wandistiller.files.gguf_files import read_gguf_header
+from wandistiller.files.safetensors_files import read_header
+from wandistiller.files.torch_files import SUFFIXES as TORCH_SUFFIXES
+from wandistiller.files.weights import Stored, admit, all_tensors, digest_of, is_gguf
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.wan.gguf_weights import gguf_texts, stored_gguf_tensors
-from wandistiller.wan.names import PATCH_KERNEL, other_wan_kind, to_canonical, transformer_settings, uses_original_names
+from wandistiller.wan.gguf_weights import as_wan_tensors, refuse_architecture
+from wandistiller.wan.names import (
+    PATCH_KERNEL,
+    canonical_tensors,
+    harmless_reason,
+    other_wan_kind,
+    relative_of_wan,
+    transformer_settings,
+)
 
 WAN_HEAD_DIM = 128
 HEAD_KEYS = {"num_attention_heads", "num_heads", "attention_head_dim"}
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 LOCAL_LAYOUTS = (
     "a diffusers pipeline folder (model_index.json), its transformer folder, an original Wan folder (config.json + "
     "diffusion_pytorch_model*.safetensors, or high_noise_model/ and low_noise_model/), one .safetensors or .gguf file"
@@ -69,62 +72,11 @@ def refuse_kind(kind: str | None, where: object) -> None:
         )
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a safetensors file, and the tensor that holds its fp8 scale, if any.
-
-    Attributes:
-        dtype: the stored precision as safetensors spells it, such as "BF16".
-    """
-
-    path: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-    scale: "StoredTensor | GgufTensor | None" = None
-
-    def read(self) -> Tensor:
-        """Read the tensor to the CPU in its stored precision; an fp8 one becomes float32 times its scale."""
-        # The file is opened for each tensor, since a mapping kept open would keep every page already read in memory.
-        with open_safetensors(self.path) as file:
-            tensor = file.get_tensor(self.key)
-        return self._scaled(tensor)
-
-    def read_row(self) -> Tensor:
-        """Read the first row as `read` does, without the others."""
-        with open_safetensors(self.path) as file:
-            row = file.get_slice(self.key)[:1]
-        return self._scaled(row)
-
-    def _scaled(self, rows: Tensor) -> Tensor:
-        if rows.dtype not in FP8_DTYPES:
-            return rows
-        if self.scale is None:
-            return rows.float()
-        scale = self.scale.read().float()
-        return rows.float().mul_(
-            scale if scale.numel() == 1 else scale.reshape(-1, *[1] * (rows.ndim - 1))[: len(rows)]
-        )
-
-
-Stored = StoredTensor | GgufTensor
-
-
-def is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == GGUF_SUFFIX
-
-
-def stored_tensors(path: Path) -> Mapping[str, Stored]:
-    """Return every tensor of a file by its name there; only the header is read."""
-    if is_gguf(path):
-        return stored_gguf_tensors(path)
-    header = read_header(path)
-    return {key: StoredTensor(path, key, shape, header.dtypes[key]) for key, shape in header.shapes.items()}
-
-
 def _exported_student(path: Path) -> StudentConfig | None:
     """Read the config that export_student.py wrote into the file's metadata, for the heads and eps that no tensor tells."""
-    metadata = gguf_texts(path) if is_gguf(path) else read_header(path).metadata
+    if path.suffix in TORCH_SUFFIXES:
+        return None
+    metadata = read_gguf_header(path).texts if is_gguf(path) else read_header(path).metadata
     text = metadata.get("student_config")
     if text is None:
         return None
@@ -142,7 +94,7 @@ class TransformerTensors(Protocol):
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def read(self, name: str) -> Tensor: ...
-    def read_row(self, name: str) -> Tensor: ...
+    def fingerprint(self) -> str: ...
 
 
 class WanTransformer:
@@ -159,118 +111,42 @@ class WanTransformer:
     def __init__(self, location: Path, files: list[Path], settings: dict | None = None):
         """Read the headers of `files`; `settings` is the config.json beside them, if there is one."""
         self.location = location
-        self.ignored: dict[str, str] = {}
-        self._stored = self._index(files)
+        self.files = files
+        found = _wan_tensors(files)
+        refuse_kind(other_wan_kind(list(found)), location)
         self.student = _exported_student(files[0])
         if not settings and self.student is not None:
             settings = transformer_settings(self.student)
         self.heads_are_assumed = not settings or not HEAD_KEYS & settings.keys()
-        self.config = _own_shape(self._shapes(), settings or {}, location)
-        self._check_complete()
+        self.config = _own_shape({name: stored.shape for name, stored in found.items()}, settings or {}, location)
+        expected = teacher_tensor_shapes(self.config)
+        self._weights, self.ignored = admit(
+            found, expected, location, what="Wan text-to-video", harmless=harmless_reason, suggested=relative_of_wan
+        )
 
     def names(self) -> list[str]:
-        return list(self._stored)
+        return list(self._weights)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._stored[name].shape
+        return self._weights[name].shape
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor by its canonical name, as `StoredTensor.read` does."""
-        return self._stored[name].read()
+        """Read a tensor by its canonical name, as `Weight.read` does."""
+        return self._weights[name].read()
 
-    def read_row(self, name: str) -> Tensor:
-        """Read the first row of a tensor that has rows, as `read` would give it."""
-        return self._stored[name].read_row()
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: stored.shape for name, stored in self._stored.items()}
-
-    def _index(self, files: list[Path]) -> dict[str, Stored]:
-        """Return the weights of all files by their canonical names, those of fp8 with their scales."""
-        found: dict[str, Stored] = {}
-        for path in files:
-            tensors = stored_tensors(path)
-            if twice := next((key for key in tensors if key in found), None):
-                raise TeacherFileError(
-                    f"{path}: holds {twice}, which {found[twice].path.name} holds too; these are two models, give one file"
-                )
-            found.update(tensors)
-        refuse_kind(other_wan_kind(list(found)), self.location)
-        original = uses_original_names(list(found))
-        plain = {to_canonical(key, original): stored for key, stored in found.items()}
-        scaled_file = any(name == "scaled_fp8" or name.endswith(".comfy_quant") for name in plain)
-        weights: dict[str, Stored] = {}
-        for name, stored in plain.items():
-            if reason := _no_weight_reason(name):
-                self.ignored[name] = reason
-            elif isinstance(stored, GgufTensor):
-                weights[name] = stored
-            elif stored.dtype in ("F8_E4M3", "F8_E5M2"):
-                weights[name] = self._with_scale(name, stored, plain, scaled_file)
-            elif stored.dtype in ("F32", "F16", "BF16", "F64"):
-                weights[name] = stored
-            else:
-                raise TeacherFileError(
-                    f"{stored.path}: {name} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8_e4m3fn, fp8_scaled"
-                )
-        return weights
-
-    def _with_scale(self, name: str, stored: StoredTensor, plain: dict[str, Stored], scaled_file: bool) -> StoredTensor:
-        stem = name.removesuffix(".weight")
-        self._check_quant_format(stem, plain)
-        for scale_name in (f"{stem}.scale_weight", f"{stem}.weight_scale"):
-            if scale_name in plain:
-                return replace(stored, scale=plain[scale_name])
-        if scaled_file:
-            raise TeacherFileError(
-                f"{stored.path}: {name} is scaled fp8 but its scale ({stem}.scale_weight) is missing"
-            )
-        return stored
-
-    @staticmethod
-    def _check_quant_format(stem: str, plain: dict[str, Stored]) -> None:
-        """Refuse other formats than fp8: ComfyUI's newer files name each layer's, as JSON in a byte tensor."""
-        if f"{stem}.comfy_quant" not in plain:
-            return
-        marker = plain[f"{stem}.comfy_quant"]
-        text = bytes(marker.read().tolist()).decode("utf-8", "replace")
-        try:
-            quant_format = parse_json(text).get("format")
-        except (JsonError, AttributeError):
-            quant_format = text
-        if quant_format not in ("float8_e4m3fn", "float8_e5m2"):
-            raise TeacherFileError(
-                f"{marker.path}: {stem} is quantised as {reprlib.repr(quant_format)}; allowed: fp8_e4m3fn, fp8_scaled"
-            )
-
-    def _check_complete(self) -> None:
-        """Refuse a transformer that lacks a tensor of its shape or has one of another size; set strangers aside by name."""
-        expected = teacher_tensor_shapes(self.config)
-        missing = [name for name in expected if name not in self._stored]
-        if missing:
-            raise TeacherFileError(
-                f"{self.location}: {len(missing)} of {len(expected)} tensors of this Wan are missing, "
-                f"the first is {missing[0]}; the checkpoint is incomplete or another kind of model"
-            )
-        for name, shape in expected.items():
-            if self.shape(name) != shape:
-                raise TeacherFileError(
-                    f"{self.location}: {name} has shape {list(self.shape(name))}, a Wan of this size has {list(shape)}"
-                )
-        for name in [name for name in self._stored if name not in expected]:
-            self.ignored[name] = "no part of a text-to-video Wan"
-            del self._stored[name]
+    def fingerprint(self) -> str:
+        """Return a digest of every byte of its files."""
+        return digest_of(self.files)
 
 
-def _no_weight_reason(name: str) -> str | None:
-    """Return why a tensor is no weight itself; None where it is one."""
-    if name == "scaled_fp8" or name.endswith(".comfy_quant"):
-        return "marks fp8_scaled weights"
-    if name.endswith((".scale_weight", ".weight_scale")):
-        return "fp8 scale, multiplied into its weight"
-    if name.endswith((".scale_input", ".input_scale")):
-        return "fp8 activation scale, not needed at higher precision"
-    return None
+def _wan_tensors(files: list[Path]) -> dict[str, Stored]:
+    """Return the tensors of files by canonical names, in the shapes that a Wan's have."""
+    found = all_tensors(files)
+    if any(map(is_gguf, files)):
+        found = as_wan_tensors(found)
+        for path in filter(is_gguf, files):
+            refuse_architecture(path)
+    return canonical_tensors(found, files[0])
 
 
 def teacher_tensor_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,210 @@
+"""A Wan's VAE is read in every layout and decodes as diffusers' own, and what is no such VAE is refused.
+
+The oracle is diffusers' AutoencoderKLWan, and for Wan2.1's original names diffusers' own converter.
+
+pytest tests/wan/test_vae.py
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from support.wan_folders import random_weights
+from wandistiller.errors import UserError
+from wandistiller.wan.vae import RELEASED_LATENTS, VaeLocation, decode, find_vae, load_vae, read_vae_config
+
+SHAPES = {
+    "2.1": {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2},
+    "2.2": {
+        "base_dim": 8,
+        "decoder_base_dim": 12,
+        "z_dim": 48,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+    },
+}
+FACTORS = {"2.1": 8, "2.2": 16}
+FILES = {"2.1": ["wan_2.1_vae.safetensors", "Wan2.1_VAE.pth"], "2.2": ["wan2.2_vae.safetensors", "Wan2.2_VAE.pth"]}
+
+
+def make_vae(release: str):
+    from diffusers import AutoencoderKLWan
+
+    shape = SHAPES[release]
+    mean, std = RELEASED_LATENTS[shape["z_dim"]]
+    vae = AutoencoderKLWan(**shape, latents_mean=mean, latents_std=std)
+    random_weights(vae, seed=0)
+    return vae.eval()
+
+
+def to_original(name: str, release: str) -> str:
+    """Return the original release's name of a diffusers tensor (Wan2.2:wan/modules/vae2_1.py, vae2_2.py)."""
+    for pattern, other in [
+        (r"^quant_conv\.", "conv1."),
+        (r"^post_quant_conv\.", "conv2."),
+        (r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
+        (r"\.norm_out\.", ".head.0."),
+        (r"\.conv_out\.", ".head.2."),
+        (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+        (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+        (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+        (r"\.norm1\.", ".residual.0."),
+        (r"\.conv1\.(?=\w+$)(?<!coder\.conv1\.)", ".residual.2."),
+        (r"\.norm2\.", ".residual.3."),
+        (r"\.conv2\.", ".residual.6."),
+        (r"\.conv_shortcut\.", ".shortcut."),
+    ]:
+        name = re.sub(pattern, other, name)
+    if release == "2.2":
+        name = re.sub(r"down_blocks\.(\d)\.(?:resnets\.(\d)|downsampler)\.", lambda m: _stage("down", m, 2), name)
+        return re.sub(r"up_blocks\.(\d)\.(?:resnets\.(\d)|upsampler)\.", lambda m: _stage("up", m, 3), name)
+    name = name.replace("down_blocks.", "downsamples.")
+    # A stage of the decoder has three residual blocks and, but for the last, an upsampler.
+    return re.sub(
+        r"up_blocks\.(\d)\.(?:resnets\.(\d)|upsamplers\.0)\.",
+        lambda m: f"upsamples.{4 * int(m[1]) + (3 if m[2] is None else int(m[2]))}.",
+        name,
+    )
+
+
+def _stage(side: str, match: re.Match, num_blocks: int) -> str:
+    return f"{side}samples.{match[1]}.{side}samples.{num_blocks if match[2] is None else match[2]}."
+
+
+def write(path: Path, tensors: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    torch.save(tensors, path) if path.suffix == ".pth" else save_file(tensors, path)
+    return path
+
+
+def write_original(path: Path, vae, release: str, prefix: str = "") -> Path:
+    return write(path, {prefix + to_original(name, release): value for name, value in vae.state_dict().items()})
+
+
+def assert_same(location: VaeLocation, vae, release: str) -> None:
+    """Decoded and encoded, a loaded VAE gives the numbers of diffusers' one with the same weights."""
+    channels = vae.config.z_dim
+    read = load_vae(location, channels, FACTORS[release])
+    latents = torch.randn(2, channels, 2, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pixels, expected = (model.decode(latents[:, :, None]).sample for model in (read, vae))
+        assert torch.equal(pixels, expected)
+        assert torch.equal(read.encode(pixels).latent_dist.mean, vae.encode(pixels).latent_dist.mean)
+    mean, std = RELEASED_LATENTS[channels]
+    assert decode(read, latents, None, None).tobytes() == decode(vae, latents, mean, std).tobytes()
+
+
+def test_the_original_names_of_these_tests_are_those_diffusers_converts_from():
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    names = list(make_vae("2.1").state_dict())
+    converted = convert_wan_vae_to_diffusers({to_original(name, "2.1"): name for name in names})
+    assert converted == {name: name for name in names}
+
+
+@pytest.mark.parametrize("release", SHAPES)
+def test_a_vae_decodes_and_encodes_as_diffusers_does_in_every_layout(tmp_path, release):
+    vae = make_vae(release)
+    vae.save_pretrained(tmp_path / "pipeline" / "vae")
+    assert_same(find_vae(None, str(tmp_path / "pipeline")), vae, release)
+    for name in FILES[release]:
+        path = write_original(tmp_path / "files" / name, vae, release)
+        assert_same(find_vae(str(path), "mock"), vae, release)
+        about = read_vae_config(path, vae.config.z_dim)
+        assert (
+            about.vae_scale_factor == FACTORS[release] and about.latents_mean == RELEASED_LATENTS[vae.config.z_dim][0]
+        )
+    whole = write_original(tmp_path / "all_in_one.safetensors", vae, release, prefix="first_stage_model.")
+    save_file(load_file(whole) | {"model.diffusion_model.patch_embedding.bias": torch.ones(2)}, whole)
+    assert_same(find_vae(None, str(whole)), vae, release)
+
+
+def test_the_vae_of_a_comfyui_or_original_folder_is_found_by_its_name_and_channels(tmp_path):
+    for release in SHAPES:
+        write_original(tmp_path / "models" / "vae" / FILES[release][0], make_vae(release), release)
+    (tmp_path / "models" / "vae" / "sdxl_vae.safetensors").write_bytes(b"another")
+    for channels, name in ((16, FILES["2.1"][0]), (48, FILES["2.2"][0])):
+        found = find_vae(None, str(tmp_path / "models"), channels)
+        assert found == VaeLocation(str(tmp_path / "models" / "vae" / name), None)
+    with pytest.raises(UserError, match="several VAEs"):
+        find_vae(None, str(tmp_path / "models"))
+    write_original(tmp_path / "original" / "Wan2.1_VAE.pth", make_vae("2.1"), "2.1")
+    assert find_vae(None, str(tmp_path / "original")).location.endswith("Wan2.1_VAE.pth")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("vae") / "vae"
+    make_vae("2.1").save_pretrained(place)
+    return place
+
+
+def edit(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def to_index(folder: Path, name: str) -> None:
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), folder / "weights.bin")
+    shutil.move(weights, folder.parent / "x.safetensors")
+    index = {"weight_map": {"decoder.conv_in.weight": name}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+NAME = "decoder.mid_block.resnets.0.conv1.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda f: edit_tensors(f, lambda t: t[NAME].view(-1)[:1].fill_(torch.nan)),
+            f"{NAME} holds numbers that are not",
+        ),
+        (
+            lambda f: edit_tensors(f, lambda t: t.update({"decoder.extra.weight": torch.ones(2)})),
+            "decoder.extra.weight",
+        ),
+        (lambda f: edit_tensors(f, lambda t: t.pop(NAME)), f"1 of .* the first is {NAME}"),
+        (lambda f: edit_tensors(f, lambda t: t.update({NAME: torch.ones(2, 2)})), f"{NAME} has shape"),
+        (lambda f: edit_tensors(f, lambda t: t.update({NAME: t[NAME].to(torch.int32)})), "stored as I32"),
+        (lambda f: edit_tensors(f, lambda t: t.pop("encoder.conv_in.weight")), "holds no VAE of a Wan"),
+        (lambda f: to_index(f, "weights.bin"), "only .safetensors shards are read"),
+        (lambda f: to_index(f, "../x.safetensors"), "outside its folder"),
+        (lambda f: edit(f, num_res_blocks=10**9), "num_res_blocks is 1000000000, the tensors beside it have 2"),
+        (lambda f: edit(f, dim_mult=[1] * 4), "dim_mult is"),
+        (lambda f: edit(f, z_dim=8), "z_dim is 8"),
+        (lambda f: edit(f, attn_scales=[0.5]), "attn_scales is"),
+        (lambda f: edit(f, latents_mean=[0.0]), "latents_mean is"),
+        (lambda f: edit(f, _class_name="AutoencoderKL"), "AutoencoderKL'"),
+    ],
+)
+def test_a_vae_that_is_not_whole_or_more_than_one_is_refused_by_name(folder, tmp_path, spoil, said):
+    place = Path(shutil.copytree(folder, tmp_path / "vae"))
+    spoil(place)
+    with pytest.raises(UserError, match=said):
+        load_vae(find_vae(str(place), "mock"), 16, 8)
+
+
+def test_the_vae_of_another_wan_is_refused(folder):
+    with pytest.raises(UserError, match="is a VAE of 16 channels and factor 8"):
+        load_vae(find_vae(str(folder), "mock"), 48, 16)

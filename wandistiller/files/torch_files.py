@@ -1,0 +1,59 @@
+"""Checkpoints of torch.save (.pth): their tensors by name and place. Nothing but `torch.load(weights_only=True)` unpickles.
+
+Loaded onto the meta device, a checkpoint tells where each storage lies in its file and reads none of it.
+"""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wandistiller.errors import first_line
+from wandistiller.files.checked_json import TeacherFileError
+from wandistiller.files.paths import require_file
+from wandistiller.files.safetensors_files import DTYPES, StoredTensor
+
+SUFFIXES = (".pth", ".pt")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_WRAPPERS = ("state_dict", "model_state", "model", "module")  # where trainers keep the tensors among other things
+
+
+def read_torch_header(path: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a checkpoint; no value is read.
+
+    Raises:
+        TeacherFileError: it is missing or damaged, holds more than tensors, or is in torch's format before 1.6.
+    """
+    try:
+        require_file(path)
+        with zipfile.ZipFile(path) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("its records are compressed, which torch does not write")
+        values = torch.load(path, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError:
+        raise TeacherFileError(
+            f"{path}: is a pickle that holds more than tensors, which is never opened; get the safetensors version"
+        ) from None
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise TeacherFileError(
+            f"{path}: is no whole checkpoint of torch.save ({first_line(error)}); copy it again, or get the safetensors version"
+        ) from None
+    for name in _WRAPPERS:
+        if isinstance(values, dict) and isinstance(values.get(name), dict):
+            values = values[name]
+    if not isinstance(values, dict) or not values:
+        raise TeacherFileError(f"{path}: holds no tensors by name")
+    return {str(name): _stored(path, str(name), value, path.stat().st_size) for name, value in values.items()}
+
+
+def _stored(path: Path, name: str, value: object, size: int) -> StoredTensor:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_contiguous():
+        raise TeacherFileError(f"{path}: {name} is no plain tensor; get the safetensors version")
+    storage = value.untyped_storage()
+    start = storage._checkpoint_offset + value.storage_offset() * value.element_size()
+    if start + value.nbytes > size or value.storage_offset() * value.element_size() + value.nbytes > storage.nbytes():
+        raise TeacherFileError(f"{path}: {name} ends behind the file; copy it again")
+    dtype = _NAMES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+    return StoredTensor(path, name, tuple(value.shape), dtype, start, value.nbytes)

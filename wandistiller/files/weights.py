@@ -1,0 +1,293 @@
+"""The one door for weights: every tensor of a file is used, known to do no harm, or the file is refused by that tensor's name.
+
+A model says which tensors it expects; the door pairs fp8 weights with their scales, holds shapes, precisions, scales and markers
+against each other, and hands out `Weight`s, whose numbers are finite when they are read.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+from torch import Tensor
+
+from wandistiller.errors import shown
+from wandistiller.files.checked_json import TeacherFileError
+from wandistiller.files.gguf_files import SUFFIX as GGUF_SUFFIX
+from wandistiller.files.gguf_files import GgufTensor, read_gguf_header
+from wandistiller.files.json_files import JsonError, parse_json
+from wandistiller.files.safetensors_files import StoredTensor, indexed_files, read_header
+from wandistiller.files.torch_files import SUFFIXES as TORCH_SUFFIXES
+from wandistiller.files.torch_files import read_torch_header
+
+Stored = StoredTensor | GgufTensor
+WEIGHTS = "diffusion_pytorch_model"
+SUFFIXES = (".safetensors", GGUF_SUFFIX, *TORCH_SUFFIXES)
+_FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_FLOATS = ("F32", "F16", "BF16", "F64", *_FP8)
+_SCALES = ("scale_weight", "weight_scale")
+_ACTIVATION_SCALES = ("scale_input", "input_scale")
+_MARKER = "scaled_fp8"  # its own type is that of the scaled weights; float32 stands for float8_e4m3fn (ComfyUI: model_detection.py)
+_LAYER_MARKER = "comfy_quant"
+_MOST_MARKER_BYTES = 4096
+# Tensors that no weight is, whatever the model: their names, how many values they may have, and why they do no harm.
+_HARMLESS = (
+    (re.compile(r"(^|\.)spiece_model$"), 2**28, "the tokenizer's words, no weight"),
+    (re.compile(r"^model_type\."), 16, "a marker of the kind of model"),
+    (re.compile(r"(^|\.)logit_scale$"), 1, "a number of CLIP's that ComfyUI keeps beside every text encoder"),
+)
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == GGUF_SUFFIX
+
+
+def stored_tensors(path: Path) -> Mapping[str, Stored]:
+    """Return every tensor of a .safetensors, .gguf or .pth file by its name there; only the header is read."""
+    if is_gguf(path):
+        return read_gguf_header(path).tensors
+    return read_torch_header(path) if path.suffix in TORCH_SUFFIXES else read_header(path).tensors
+
+
+def weight_files(folder: Path, allowed: str = "*.safetensors") -> list[Path]:
+    """Return the safetensors files of one model of diffusers: those that its index names, or the only one there is.
+
+    Args:
+        allowed: what might be given instead, for the message.
+    """
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        # The plain name is preferred, since the others are variants such as fp16.
+        return indexed_files(next((path for path in indexes if path.name.startswith(f"{WEIGHTS}.")), indexes[0]))
+    files = sorted(folder.glob(f"{WEIGHTS}*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
+        quantised = sorted([*folder.glob(f"*{GGUF_SUFFIX}"), *folder.glob(f"*/*{GGUF_SUFFIX}")])
+        if pickled:
+            advice = (
+                f"; {pickled[0].name} is a pickle, which is not looked for in a folder: get the safetensors version"
+            )
+        elif quantised:
+            advice = (
+                f", but GGUF files: give one of them by its name, such as --teacher_path {quantised[0]}, and of two experts "
+                "the low-noise one as --teacher_path_low"
+            )
+        else:
+            advice = f"; allowed: {allowed}"
+        raise TeacherFileError(f"{folder}: holds no .safetensors weights{advice}")
+    return [path for path in files if path.name == f"{WEIGHTS}.safetensors"] or files
+
+
+def all_tensors(files: Iterable[Path]) -> dict[str, Stored]:
+    """Return the tensors of several files that are one model.
+
+    Raises:
+        TeacherFileError: two of them hold the same tensor.
+    """
+    found: dict[str, Stored] = {}
+    for path in files:
+        tensors = stored_tensors(path)
+        if twice := next((key for key in tensors if key in found), None):
+            raise TeacherFileError(
+                f"{path}: holds {twice}, which {found[twice].path.name} holds too; these are two models, give one file"
+            )
+        found.update(tensors)
+    return found
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of a file, times its scale where it has one."""
+
+    stored: Stored
+    scale: Stored | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    def read(self) -> Tensor:
+        """Read the weight to the CPU in its stored precision; one in fp8 or with a scale becomes float32.
+
+        Raises:
+            TeacherFileError: a number of it is not finite.
+        """
+        values = self.stored.read()
+        if self.stored.dtype in _FP8 or self.scale is not None:
+            values = values.float()
+        if self.scale is not None:
+            values.mul_(_spread(self.scale.read().float(), values.shape))
+        if values.numel() and not all(bound.isfinite() for bound in values.aminmax()):
+            raise TeacherFileError(
+                f"{self.stored.path}: {self.stored.key} holds numbers that are not finite; the file is damaged, copy it again"
+            )
+        return values
+
+
+def _spread(scale: Tensor, shape: Iterable[int]) -> Tensor:
+    """Return a scale of a tensor, of its rows or of blocks in a form that multiplies a weight of this shape."""
+    if scale.numel() == 1:
+        return scale.reshape(())
+    rows, *columns = shape
+    if scale.numel() == rows and scale.shape[0] == rows:
+        return scale.reshape(rows, *[1] * len(columns))
+    return scale.repeat_interleave(rows // scale.shape[0], 0).repeat_interleave(columns[0] // scale.shape[1], 1)
+
+
+def _is_scale_of(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Tell whether a scale is one of the whole weight, of each row (alone, or with dimensions of 1), or of each block of a matrix."""
+    if prod(scale) == 1 or (shape and scale[0] == shape[0] == prod(scale)):
+        return True
+    return len(scale) == len(shape) == 2 and all(
+        size and not whole % size for size, whole in zip(scale, shape, strict=True)
+    )
+
+
+def admit(
+    found: Mapping[str, Stored],
+    expected: Mapping[str, tuple[int, ...]],
+    where: object,
+    *,
+    what: str = "model",
+    harmless: Callable[[str], str | None] = lambda name: None,
+    suggested: Callable[[str], str | None] = lambda name: None,
+) -> tuple[dict[str, Weight], dict[str, str]]:
+    """Account for every tensor that was found.
+
+    Args:
+        found: by the names that the model has for them.
+        expected: shapes of the model's own tensors.
+        what: the model's name in messages.
+        harmless: returns why another tensor does no harm, None where it is a stranger.
+        suggested: returns what the name of a stranger suggests.
+
+    Returns:
+        The weights, and the reason for each tensor that is no weight of the model.
+
+    Raises:
+        TeacherFileError: one is missing, a stranger, of another shape or precision, or its scale does not fit.
+    """
+    rest = dict(found)
+    _check_complete(found, expected, where, what)
+    marker = _read_marker(rest)
+    weights: dict[str, Weight] = {}
+    ignored = {_MARKER: "marks fp8_scaled weights"} if marker else {}
+    for name, shape in expected.items():
+        stored, stem = rest.pop(name), name.removesuffix(".weight")
+        if stored.shape != shape:
+            raise TeacherFileError(
+                f"{where}: {name} has shape {list(stored.shape)}, a {what} of this size has {list(shape)}"
+            )
+        own = {end: rest.pop(f"{stem}.{end}") for end in _ENDS if f"{stem}.{end}" in rest}
+        weights[name] = _weight(name, stored, own, marker)
+        ignored |= {f"{stem}.{end}": _ENDS[end] for end in own}
+    reasons = {name: harmless(name) or _harmless(name, stored) for name, stored in rest.items()}
+    if strangers := [name for name, reason in reasons.items() if reason is None]:
+        raise _stranger(where, rest[strangers[0]], what, suggested(strangers[0]), len(strangers))
+    return weights, ignored | {name: str(reason) for name, reason in reasons.items()}
+
+
+_ENDS = {
+    **dict.fromkeys(_SCALES, "fp8 scale, multiplied into its weight"),
+    **dict.fromkeys(_ACTIVATION_SCALES, "fp8 activation scale, not needed at higher precision"),
+    _LAYER_MARKER: "marks fp8_scaled weights",
+}
+
+
+def _check_complete(
+    found: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]], where: object, what: str
+) -> None:
+    if missing := [name for name in expected if name not in found]:
+        raise TeacherFileError(
+            f"{where}: {len(missing)} of {len(expected)} tensors of this {what} are missing, the first is {missing[0]}; the "
+            "checkpoint is incomplete or another kind of model"
+        )
+
+
+def _stranger(where: object, stored: Stored, what: str, suggestion: str | None, count: int) -> TeacherFileError:
+    number = f"{count} tensors that are" if count > 1 else "a tensor that is"
+    first = f"the first is {shown(stored.key)}" if count > 1 else shown(stored.key)
+    advice = suggestion or "it is another kind of model, or more than one"
+    return TeacherFileError(f"{where}: holds {number} no part of a {what}, {first}: {advice}")
+
+
+def _harmless(name: str, stored: Stored) -> str | None:
+    return next(
+        (reason for pattern, most, reason in _HARMLESS if pattern.search(name) and prod(stored.shape) <= most), None
+    )
+
+
+def _read_marker(rest: dict[str, Stored]) -> str | None:
+    """Take the marker of a file of scaled fp8 weights, and return their type."""
+    if (marker := rest.pop(_MARKER, None)) is None:
+        return None
+    dtype = "F8_E4M3" if marker.dtype == "F32" else marker.dtype
+    if dtype not in _FP8 or prod(marker.shape) > 2:
+        raise TeacherFileError(
+            f"{marker.path}: {marker.key} is stored as {marker.dtype} of shape {list(marker.shape)}; allowed: up to two numbers of "
+            "float8_e4m3fn or float8_e5m2, the type that it marks"
+        )
+    return dtype
+
+
+def _weight(name: str, stored: Stored, own: Mapping[str, Stored], marker: str | None) -> Weight:
+    """Hold a weight's precision, its scale and its marker against each other."""
+    if isinstance(stored, StoredTensor) and stored.dtype not in _FLOATS:
+        raise TeacherFileError(
+            f"{stored.path}: {name} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8_e4m3fn, fp8_scaled"
+        )
+    if _LAYER_MARKER in own:
+        _check_layer_marker(name, own[_LAYER_MARKER], stored.dtype)
+    scales = [own[end] for end in _SCALES if end in own]
+    if not scales:
+        if stored.dtype in _FP8 and (marker or _LAYER_MARKER in own):
+            raise TeacherFileError(
+                f"{stored.path}: {name} is scaled fp8 but its scale ({name.removesuffix('.weight')}.scale_weight) is missing"
+            )
+        return Weight(stored)
+    if marker and stored.dtype in _FP8 and stored.dtype != marker:
+        raise TeacherFileError(
+            f"{stored.path}: {name} is stored as {stored.dtype}, {_MARKER} in the file says {marker}"
+        )
+    if len(scales) > 1 or scales[0].dtype not in _FLOATS or not _is_scale_of(scales[0].shape, stored.shape):
+        raise TeacherFileError(
+            f"{stored.path}: the scale of {name}, {list(stored.shape)}, has shape {list(scales[0].shape)} in {scales[0].dtype}; allowed: one "
+            "float for the whole, for each row, or for each block that divides it"
+        )
+    return Weight(stored, scales[0])
+
+
+def _check_layer_marker(name: str, marker: Stored, dtype: str) -> None:
+    """Refuse other formats than fp8: ComfyUI's newer files name each layer's, as JSON in a byte tensor."""
+    quant_format: object = f"{marker.dtype} of shape {list(marker.shape)}"
+    if marker.dtype == "U8" and prod(marker.shape) <= _MOST_MARKER_BYTES:
+        text = bytes(marker.read().flatten().tolist()).decode("utf-8", "replace")
+        try:
+            quant_format = parse_json(text).get("format")
+        except (JsonError, AttributeError):
+            quant_format = text
+    if quant_format != _FP8.get(dtype):
+        raise TeacherFileError(
+            f"{marker.path}: {name} is quantised as {shown(quant_format)} and stored as {dtype}; allowed: fp8_e4m3fn, fp8_scaled"
+        )
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """Return a digest of every byte of some files, wherever they lie and whatever they are called."""
+    return hashlib.sha256(" ".join(sorted(map(file_digest, files))).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file; one that has not changed since is not read again."""
+    path = path.resolve()
+    stat = path.stat()
+    return _file_digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=1024)
+def _file_digest(path: Path, *_state: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

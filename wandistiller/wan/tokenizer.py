@@ -1,0 +1,80 @@
+"""The tokenizer of Wan's text encoder: from tokenizer.json, or from SentencePiece's own model, as a file or inside the encoder's.
+
+Nothing but the file itself decides what a prompt becomes: no library searches a folder, and no class that a folder names is made.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from wandistiller.errors import UserError, first_line
+from wandistiller.files.checked_json import TeacherFileError
+from wandistiller.files.paths import require_file
+from wandistiller.files.weights import is_gguf, stored_tensors
+
+JSON_NAME, SENTENCEPIECE_NAME = "tokenizer.json", "spiece.model"
+INSIDE = "spiece_model"  # ComfyUI's name for the model as bytes in a file of weights
+MAX_BYTES = 2**28  # UMT5's are 4 MB (spiece.model) and 17 MB (tokenizer.json)
+Tokenize = Callable[[Sequence[str]], list[list[int]]]
+
+
+def tokenizer_file(place: Path) -> Path | None:
+    """Return the file that a tokenizer is read from: `place` itself, or the one in this folder; None where there is none."""
+    if place.is_file():
+        return place
+    return next((place / name for name in (JSON_NAME, SENTENCEPIECE_NAME) if (place / name).is_file()), None)
+
+
+def has_tokenizer_inside(weights: Path) -> bool:
+    """Tell whether a file of weights brings its tokenizer along."""
+    return not is_gguf(weights) and any(name.endswith(INSIDE) for name in stored_tensors(weights))
+
+
+def open_tokenizer(place: Path) -> Tokenize:
+    """Return what makes a list of token numbers of each text, the closing </s> included and nothing cut.
+
+    Raises:
+        UserError: there is no tokenizer, or it cannot be read.
+    """
+    path = tokenizer_file(place)
+    if path is None:
+        raise TeacherFileError(
+            f"{place}: holds no {JSON_NAME} or {SENTENCEPIECE_NAME}; give the tokenizer/ folder of a Wan pipeline"
+        )
+    try:
+        if path.suffix == ".json":
+            return _of_json(_read(path))
+        return _of_sentencepiece(_read(path) if path.suffix == ".model" else _read_inside(path))
+    except UserError:
+        raise
+    except Exception as err:  # the tokenizers library raises bare Exception for a file it cannot parse
+        raise UserError(f"{path}: the tokenizer cannot be loaded ({first_line(err)})") from err
+
+
+def _read(path: Path) -> bytes:
+    require_file(path)
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: a tokenizer of more than {MAX_BYTES:,} bytes is not read")
+    return path.read_bytes()
+
+
+def _read_inside(weights: Path) -> bytes:
+    stored = next(tensor for name, tensor in stored_tensors(weights).items() if name.endswith(INSIDE))
+    if stored.dtype != "U8" or len(stored.shape) != 1 or stored.shape[0] > MAX_BYTES:
+        raise UserError(f"{weights}: {stored.key} is stored as {stored.dtype}; the tokenizer's bytes (U8) belong there")
+    return stored.read().numpy().tobytes()
+
+
+def _of_json(content: bytes) -> Tokenize:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(content.decode())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+
+
+def _of_sentencepiece(content: bytes) -> Tokenize:
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_proto=content)
+    return lambda texts: processor.encode(list(texts), add_eos=True)

@@ -1,0 +1,200 @@
+"""UMT5, Wan's text encoder, from files in any layout: names, shape, and transformers' model built around our tensors.
+
+The names are transformers' own (also ComfyUI's), the original release's (Wan2.1:wan/modules/t5.py) and GGUF's (llama.cpp's
+"t5encoder"). What the tensors tell decides the model's shape, and a config.json beside them must agree.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from wandistiller.errors import UserError, shown
+from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, setting
+from wandistiller.files.gguf_files import read_gguf_header
+from wandistiller.files.weights import Stored, Weight, admit, all_tensors, is_gguf
+from wandistiller.wan.names import TRANSFORMER_PREFIXES, VAE_PREFIXES, with_prefix_of, without_wrappers
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
+
+TABLE, COPY = "shared.weight", "encoder.embed_tokens.weight"
+_ATTENTION, _FEED_FORWARD = "layer.0.SelfAttention.", "layer.1.DenseReluDense."
+_IN_MODEL = {
+    "token_embedding": "shared",
+    "token_embd": "shared",
+    "norm": "encoder.final_layer_norm",
+    "enc.output_norm": "encoder.final_layer_norm",
+}
+_IN_BLOCK = {
+    "norm1": "layer.0.layer_norm",
+    "norm2": "layer.1.layer_norm",
+    **{f"attn.{name}": f"{_ATTENTION}{name}" for name in "qkvo"},
+    "pos_embedding.embedding": f"{_ATTENTION}relative_attention_bias",
+    "ffn.gate.0": f"{_FEED_FORWARD}wi_0",
+    "ffn.fc1": f"{_FEED_FORWARD}wi_1",
+    "ffn.fc2": f"{_FEED_FORWARD}wo",
+}
+_IN_GGUF_BLOCK = {
+    "attn_norm": "layer.0.layer_norm",
+    "ffn_norm": "layer.1.layer_norm",
+    **{f"attn_{name}": f"{_ATTENTION}{name}" for name in "qkvo"},
+    "attn_rel_b": f"{_ATTENTION}relative_attention_bias",
+    "ffn_gate": f"{_FEED_FORWARD}wi_0",
+    "ffn_up": f"{_FEED_FORWARD}wi_1",
+    "ffn_down": f"{_FEED_FORWARD}wo",
+}
+# The keys of config.json that the tensors tell
+_SHAPE_KEYS = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size", "relative_attention_num_buckets")
+
+
+def _to_transformers(name: str) -> str:
+    match = re.match(r"(?:(blocks)|enc\.blk)\.(\d+)\.", name)
+    table = _IN_MODEL if match is None else _IN_BLOCK if match[1] else _IN_GGUF_BLOCK
+    inside = name[match.end() :] if match else name
+    stem, _, end = inside.rpartition(".")
+    if stem not in table:
+        return name
+    return (f"encoder.block.{match[2]}." if match else "") + f"{table[stem]}.{end}"
+
+
+class Umt5Files:
+    """A UMT5 encoder on disk, by its headers.
+
+    Attributes:
+        shape: the arguments of transformers' UMT5Config.
+        ignored: the reason for each tensor that is no weight of the encoder.
+    """
+
+    def __init__(self, where: Path, files: list[Path], config: dict):
+        """Read the headers of `files`; `config` is the config.json beside them, or empty.
+
+        Raises:
+            TeacherFileError: they hold no UMT5 encoder, not all of it, more than it, or contradict the config.
+        """
+        self.where = where
+        for path in filter(is_gguf, files):
+            _refuse_architecture(path)
+        found = _named(all_tensors(files), where)
+        self._copy = found.get(COPY) if TABLE in found else None
+        if TABLE not in found and COPY in found:
+            found[TABLE] = found.pop(COPY)
+        self.shape = _shape({name: stored.shape for name, stored in found.items()}, config, where)
+        self._weights, self.ignored = admit(
+            found, _expected(self.shape), where, what="UMT5 text encoder", harmless=_harmless_reason
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(torch.Size(weight.shape).numel() for weight in self._weights.values())
+
+    def load(self, dtype: torch.dtype) -> "UMT5EncoderModel":
+        """Load the encoder to the CPU.
+
+        Raises:
+            UserError: its table of embeddings is all zeros, or two tables differ; a number is not finite.
+        """
+        encoder = _unfilled(self.shape)
+        # As transformers has it (UMT5PreTrainedModel._keep_in_fp32_modules), since these products leave float16's range:
+        kept = torch.float32 if dtype == torch.float16 else dtype
+        tensors = {
+            name: weight.read().to(kept if name.endswith("wo.weight") else dtype)
+            for name, weight in self._weights.items()
+        }
+        table = tensors[COPY] = tensors[TABLE]
+        if not table.any() or (self._copy and not torch.equal(Weight(self._copy).read().to(dtype), table)):
+            raise UserError(
+                f"{self.where}: the embedding table is all zeros or unlike its copy {COPY}, so prompts would mean nothing; "
+                "the file is broken, fetch it again"
+            )
+        encoder.load_state_dict(tensors, assign=True)
+        return encoder.eval()
+
+
+def _refuse_architecture(path: Path) -> None:
+    architecture = read_gguf_header(path).fields.get("general.architecture")
+    if architecture not in ("t5encoder", "t5", None):
+        raise TeacherFileError(
+            f"{path}: is a GGUF of architecture {shown(architecture)}; a text encoder's is t5encoder"
+        )
+
+
+def _named(found: Mapping[str, Stored], where: Path) -> dict[str, Stored]:
+    """Return a file's tensors by transformers' names; those of other parts in an all-in-one checkpoint keep their own."""
+    bare = {without_wrappers(name): stored for name, stored in found.items()}
+    bare = with_prefix_of(r"(shared|token_embedding|token_embd|encoder\.embed_tokens)\.weight", bare, where)
+    named = {_to_transformers(name): stored for name, stored in bare.items()}
+    if len(named) < len(found):
+        raise TeacherFileError(f"{where}: holds the same tensor under two names; give a file of one model")
+    return named
+
+
+def _shape(shapes: Mapping[str, tuple[int, ...]], config: dict, where: Path) -> dict:
+    block = "encoder.block.0."
+    try:
+        vocab_size, d_model = shapes[TABLE]
+        buckets, num_heads = shapes[f"{block}{_ATTENTION}relative_attention_bias.weight"]
+        inner, _ = shapes[f"{block}{_ATTENTION}q.weight"]
+        d_ff, _ = shapes[f"{block}{_FEED_FORWARD}wi_0.weight"]
+    except (KeyError, ValueError):
+        raise TeacherFileError(
+            f"{where}: holds no UMT5 text encoder (its table of embeddings and block 0 were looked for)"
+        ) from None
+    num_layers = len({match[1] for name in shapes if (match := re.match(r"encoder\.block\.(\d+)\.", name))})
+    sizes = (d_model, inner // num_heads if num_heads else 0, d_ff, num_layers, num_heads, vocab_size, buckets)
+    shape: dict = dict(zip(_SHAPE_KEYS, sizes, strict=True))
+    if min(sizes) < 1 or inner % num_heads:
+        raise TeacherFileError(f"{where}: an attention of width {inner} does not divide into {num_heads} heads")
+    _check_config(config, shape, where)
+    distance = setting(config, "relative_attention_max_distance", WHOLE, where / "config.json")
+    eps = setting(config, "layer_norm_epsilon", POSITIVE, where / "config.json")
+    return shape | {"relative_attention_max_distance": distance or 128, "layer_norm_epsilon": eps or 1e-6}
+
+
+def _check_config(config: dict, shape: dict, where: Path) -> None:
+    expected = {"model_type": "umt5", "feed_forward_proj": "gated-gelu", **shape}
+    for key, value in expected.items():
+        if config and (given := config.get(key, value)) != value:
+            raise TeacherFileError(
+                f"{where / 'config.json'}: {key}={shown(given)}; Wan's text encoder beside it has {key}={value!r}"
+            )
+    if config and "model_type" not in config:
+        raise TeacherFileError(f"{where / 'config.json'}: model_type=None; Wan's text encoder has model_type 'umt5'")
+
+
+def _unfilled(shape: dict) -> "UMT5EncoderModel":
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.device("meta"):
+        return UMT5EncoderModel(UMT5Config(**shape))
+
+
+def _expected(shape: dict) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the encoder's tensors, without importing transformers."""
+    width, inner, d_ff = shape["d_model"], shape["num_heads"] * shape["d_kv"], shape["d_ff"]
+    of_block = {
+        **{f"{_ATTENTION}{name}": (inner, width) for name in "qkv"},
+        f"{_ATTENTION}o": (width, inner),
+        f"{_ATTENTION}relative_attention_bias": (shape["relative_attention_num_buckets"], shape["num_heads"]),
+        **{f"{_FEED_FORWARD}{name}": (d_ff, width) for name in ("wi_0", "wi_1")},
+        f"{_FEED_FORWARD}wo": (width, d_ff),
+        **{f"layer.{number}.layer_norm": (width,) for number in (0, 1)},
+    }
+    blocks = {
+        f"encoder.block.{layer}.{name}.weight": size
+        for layer in range(shape["num_layers"])
+        for name, size in of_block.items()
+    }
+    return {TABLE: (shape["vocab_size"], width), **blocks, "encoder.final_layer_norm.weight": (width,)}
+
+
+def _harmless_reason(name: str) -> str | None:
+    if name == COPY:
+        return f"a copy of {TABLE}"
+    if name.startswith(("decoder.", "lm_head.")):
+        return "of UMT5's decoder, which makes no embeddings"
+    if name.startswith((*VAE_PREFIXES, *TRANSFORMER_PREFIXES)):
+        return "of the transformer or VAE in the same file"
+    return None
