@@ -7,7 +7,6 @@ pytest tests/targets/test_cache.py
 """
 
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -22,9 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import wandistiller.targets.cache as cache_module
 from support.caches import BATCH_SIZE, CONFIG, OPTIONS, PROMPTS, contents, make_answers, make_description
-from support.gguf_files import write_wan_gguf
 from support.runs import at_most, snapshot
-from support.wan_folders import write_single_file
 from wandistiller.errors import UserError
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.cache import CachedAnswers, TeacherCache, teacher_fingerprint
@@ -160,22 +157,6 @@ def test_a_teacher_is_known_by_its_weights_wherever_it_lies(tmp_path):
     assert fingerprint("elsewhere", weights) == here
     for number, name in enumerate(weights):
         assert fingerprint(f"another {number}", weights | {name: weights[name] + 0.01}) != here, name
-
-
-def test_large_tensors_are_known_by_a_row_in_every_kind_of_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "WHOLE_VALUES", 100)
-    write_single_file(tmp_path / "single.safetensors")
-    write_single_file(tmp_path / "fp8.safetensors", fp8="scaled")
-    write_wan_gguf(tmp_path / "q8.gguf")
-    write_wan_gguf(tmp_path / "q4.gguf", dtype="Q4_K")
-    files = ("single.safetensors", "fp8.safetensors", "q8.gguf", "q4.gguf")
-    for name in files:
-        expert = open_wan_files(tmp_path / name).expert("high")
-        large = [key for key in expert.names() if math.prod(expert.shape(key)) > 100]
-        assert len(large) > 10
-        for key in large:
-            assert torch.equal(expert.read_row(key), expert.read(key)[:1]), (name, key)
-    assert len({teacher_fingerprint(open_wan_files(tmp_path / name)) for name in files}) == len(files)
 
 
 # ---- stopped and gone on ----

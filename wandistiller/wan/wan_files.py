@@ -1,5 +1,6 @@
 """A Wan on disk: its experts by their headers, and what the folder around them says."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -84,6 +85,11 @@ class WanFiles:
         if name not in self.experts:
             raise TeacherFileError(f'{self.location}: has no expert "{name}"; it has: {", ".join(self.experts)}')
         return self.experts[name]
+
+    def fingerprint(self) -> str:
+        """Return a digest of every byte of every expert's files, wherever they lie; merged LoRAs' files tell what they are."""
+        digests = (expert.fingerprint() for expert in self.experts.values())
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
     def text_encoder(self) -> TextEncoderFiles:
         """Find the text encoder that belongs to this Wan; one on the hub is fetched now."""
