@@ -12,11 +12,9 @@ The demo, on a CPU in minutes and with no download, needs no flags:
 import sys
 
 from wandistiller.command_line import end_process, run_command
-from wandistiller.files.output_folder import check_output_folder
-from wandistiller.model.config import StudentConfig
-from wandistiller.prompts.prompts import TextPaths, read_texts
 from wandistiller.run.config_help import print_config
-from wandistiller.run.flags import Flags, check_is_here, parse_args
+from wandistiller.run.flags import Flags, parse_args
+from wandistiller.run.inputs import read_inputs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,56 +30,50 @@ def main(argv: list[str] | None = None) -> int:
 def distil(flags: Flags, command: list[str]) -> int:
     """Take one run from its flags to a trained student; return the exit code."""
     # What a person typed is checked before torch loads:
-    check_is_here(flags, "student_config")
-    config = StudentConfig.load(flags.student.student_config)
-    check_is_here(flags, "data_path")
-    paths = TextPaths(
-        flags.data.data_path, flags.data.caption_column, flags.states.extra_prompts, flags.output.eval_prompts
-    )
-    texts = read_texts(paths, flags.output.eval_every != 0, flags.optimization.seed)
-    check_is_here(flags, "teacher_path")
-    check_output_folder(flags.output.output_dir)
+    inputs = read_inputs(flags)
 
     from wandistiller.reports.cards import try_to_write_model_card
     from wandistiller.run import build, messages
+    from wandistiller.run.caches import open_caches
     from wandistiller.run.dry_run import print_budget
+    from wandistiller.run.folder import memory_advice, open_folder
     from wandistiller.run.observers import watch
-    from wandistiller.run.plan import make_plan
     from wandistiller.run.record import save_trained_student
-    from wandistiller.run.run import memory_advice, open_builder, open_run
+    from wandistiller.run.resolve import resolve
     from wandistiller.training.loop import train
 
     with messages.printed_log(flags.output.verbose):
         # Every refusal that needs no folder comes before anything is written or a weight is read:
-        plan = make_plan(flags, config, texts)
-        messages.print_plan(plan)
-        if flags.output.dry_run:
-            with memory_advice(plan):
-                return print_budget(plan)
-        if flags.states.cache_only:
-            with open_builder(plan, command) as run:
-                build.fill_only(run)
-                messages.print_filled(run)
-            return 0
-        with open_run(plan, command) as run:
-            # The text encoder leaves memory before the teacher comes, and an offline teacher before the student does:
-            embeds = build.embed_prompts(run)
-            teacher = build.load_teacher(run, embeds)
-            student, projection = build.make_student(run)
-            objective = build.build_objective(run, projection)
-            build.compile_and_shard(run, student, teacher, objective)
-            answers = build.build_answers(run, embeds, teacher, student, projection)
-            run, saving = build.resume(run, student, objective, answers)
-            with watch(run, embeds, teacher) as observer:
-                with observer.shown():
-                    options = run.training_options
-                    result = train(student, answers, objective, options, observer, saving, run.processes)
-                save_trained_student(run, student, projection, result, answers.num_calls)
-                if not result.interrupted:
-                    observer.draw_last(student, result.num_steps)
-            if run.processes.is_first:
-                try_to_write_model_card(run.folder)
-                messages.print_end(run, result, answers.num_calls, teacher)
+        settings = resolve(flags, inputs, command)
+        messages.print_settings(settings)
+        with memory_advice(settings):
+            if flags.output.dry_run:
+                return print_budget(settings)
+            caches = open_caches(settings)
+            if settings.cache_part:
+                build.fill_part(settings, caches)
+                messages.print_filled(settings, caches)
+                return 0
+            with open_folder(settings) as folder:
+                # The text encoder leaves memory before the teacher comes, and an offline teacher before the student does:
+                embeds = build.embed_prompts(settings)
+                teacher = build.load_teacher(settings, embeds, caches)
+                student, projection = build.make_student(settings)
+                objective = build.build_objective(settings, projection)
+                build.compile_and_shard(settings, student, teacher, objective)
+                answers = build.build_answers(settings, caches, embeds, teacher, student, projection)
+                folder, saving = build.resume(settings, folder, student, objective, answers)
+                with watch(settings, folder, embeds, teacher) as observer:
+                    with observer.shown():
+                        options = settings.training_options
+                        result = train(student, answers, objective, options, observer, saving, settings.processes)
+                    save_trained_student(settings, folder, student, projection, result, answers.num_calls)
+                    if not result.interrupted:
+                        observer.draw_last(student, result.num_steps)
+                if settings.processes.is_first:
+                    try_to_write_model_card(folder.path)
+                    calls = messages.calls_line(settings, answers.num_calls, result.num_steps, teacher)
+                    messages.print_end(settings, folder, result, calls)
     return 130 if result.interrupted else 0
 
 

@@ -56,7 +56,6 @@ ARMS: dict[str, dict[str, object]] = {
     "4 times the learning rate": {"lr factor": 4.0},
     "hidden states, weight 3": {"--feature_loss_weight": 3},
     "weight decay 0.1": {"--weight_decay": 0.1},
-    "endpoint weights": {"--sigma_weighting": "endpoint"},
 }
 MEASURES = {  # of a row -> the title of its column, and digits
     "accuracy": ("prompts right", 3),

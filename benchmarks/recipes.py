@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from wandistiller.run.plan import Plan, with_defaults
 
 from benchmarks.pages import print_or_write
 from benchmarks.scaling import GIB, H100, MEAN_TEXT_TOKENS, MFUS, NEGATIVE_TEXT_TOKENS, RUNS, markdown
@@ -27,7 +28,6 @@ from wandistiller.processes import Processes
 from wandistiller.prompts.prompts import Texts
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.flags import parse_args
-from wandistiller.run.plan import Plan, with_defaults
 from wandistiller.run.presets import PRESETS
 from wandistiller.targets.lanes import Lanes
 from wandistiller.wan.settings import resolve_settings

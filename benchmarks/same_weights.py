@@ -30,7 +30,7 @@ RUNS = {
     "segments": [*SHORT, "--student_steps", "2", "--replay", "2"],
     "cache": [*SHORT, "--teacher_cache", "{folder}/cache", "--offline_teacher"],
     "fp8 teacher": [*SHORT, "--teacher_dtype", "fp8", "--replay", "1"],
-    "noise": [*SHORT, "--states", "noise", "--prompt_swap", "0.5"],
+    "noise": [*SHORT, "--states", "noise"],
     "from random weights": [*SHORT, "--init", "random"],
 }
 

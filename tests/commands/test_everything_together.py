@@ -48,7 +48,7 @@ class World:
     def training(self, output: Path, *more: object) -> list[str]:
         words = [
             "--teacher_path", self.teacher, "--student_config", self.config, "--teacher_lora", f"{self.lora}:0.7",
-            "--teacher_steps", 4, "--shift", 3, "--aspect_ratios", "1:1", "3:2", "2:3", "--data_path", self.templates,
+            "--teacher_steps", 4, "--shift", 3, "--image_sizes", "1:1", "3:2", "2:3", "--data_path", self.templates,
             "--eval_prompts", self.templates, "--prompt_cache", self.root / "cache", "--teacher_calls", 6, "--replay", 2,
             "--batch_size", 4, "--save_every", 4, "--eval_every", 6, "--num_samples", 3, "--sample_every", 6,
             "--device", "cpu", "--output_dir", output, *more,

@@ -100,19 +100,18 @@ FLAGS = {
     "renoised above 0": (["--renoise_fraction", 0.5, "--sigma_range", 0.5, 1], ["--renoise_fraction", "--sigma_range"]),
     "renoised by expert": (["--renoise_fraction", 0.5, "--calls_per_expert", 4], ["--renoise_fraction", "--calls_per_expert"]),
     "renoised alone": (["--renoise_fraction", 0.5, "--batch_size", 1], ["--renoise_fraction", "--batch_size 2"]),
-    "measured above 0": (["--eval_every", 5, "--sigma_range", 0.5, 1], ["--eval_every", "--sigma_range"]),
     "rolled out noise": (["--states", "noise", "--student_rollout", 0, 1], ["--student_rollout", "--states trajectory"]),
     "rollout of one": (["--student_rollout", 1], ["--student_rollout", "2"]),
     "few steps of noise": (["--states", "noise", "--student_steps", 4], ["--student_steps", "--states trajectory"]),
     "few steps with features": (["--student_steps", 4, "--feature_loss_weight", 1], ["--feature_loss_weight", "segments"]),
     "few steps cached": (["--student_steps", 4, "--teacher_cache", "x"], ["--teacher_cache", "--student_steps"]),
     "few steps is zero": (["--student_steps", 0], ["--student_steps", "at least 1"]),
-    "extra prompts never used": (["--extra_prompts", "x"], ["--extra_prompts", "--prompt_swap"]),
-    "extra prompts not there": (["--extra_prompts", "nowhere.txt", "--prompt_swap", 1], ["nowhere.txt"]),
     "eval prompts not there": (["--eval_prompts", "nowhere.txt", "--eval_every", 5], ["nowhere.txt"]),
     "offline without a cache": (["--offline_teacher"], ["--offline_teacher", "--teacher_cache"]),
-    "offline and measured": (
-        ["--teacher_cache", "x", "--offline_teacher", "--eval_every", 5], ["--eval_every", "--offline_teacher"]),
+    "a part without a cache": (["--cache_part", "1/2"], ["--cache_part", "--teacher_cache"]),
+    "no such part": (["--cache_part", "3/2", "--teacher_cache", "x"], ["--cache_part", "1 to N"]),
+    "a part that is trained": (["--cache_part", "1/2", "--teacher_cache", "x", "--dry_run"], ["--cache_part", "--dry_run"]),
+    "no prompts": (["--num_prompts", 0], ["--num_prompts", "at least 1"]),
     "rollout from a cache": (["--teacher_cache", "x", "--student_rollout", 0, 1], ["--student_rollout", "--teacher_cache"]),
     "features from a cache": (["--teacher_cache", "x", "--feature_loss_weight", 1], ["--feature_loss_weight", "hidden states"]),
     "a cache in use": (["--teacher_cache", "/proc"], ["--teacher_cache", "/proc", "not a teacher cache"]),
@@ -358,7 +357,6 @@ CAPTION_FILES = {
     "an empty column": ("p.csv", b"caption,id\n,1\n,2\n", [], ["no prompt", "2 rows left out", "without a caption"]),
     "no Parquet": ("p.parquet", b"a cat\n", [], ["no whole Parquet file"]),
     "unknown wildcard": ("p.template.txt", b"a __cat__\n", [], ["line 1", "__cat__", "cat.txt"]),
-    "no length": ("p.template.txt", b"{0-8$$a|b|c|d|e|f|g|h|i}\n", [], ["--teacher_calls", "--max_steps"]),
 }
 
 

@@ -126,7 +126,7 @@ def train(*flags: object) -> Command:
     return command
 
 
-IN_PARTS = ("--max_steps", 2, "--replay", 1, "--cache_parts", 2, "--teacher_cache")
+IN_PARTS = ("--max_steps", 2, "--replay", 1, "--cache_part", "1/2", "--teacher_cache")
 SHARED_TEACHER = ["teacher", "student"]
 GROUPS = {
     "student config": Group(["teacher", "config.json"], ["config.json"], IN_JSON + IN_BYTES + IN_PLACE, project_student, 30, 1000),
@@ -227,7 +227,7 @@ RUN_GROUPS = {
         ["teacher", "config.json", "prompts.txt", "cache", "begun"],
         ["begun/*"],
         IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE,
-        train(*IN_PARTS, "{case}/begun", "--cache_only"),
+        train(*IN_PARTS, "{case}/begun"),
         3,
         300,
     ),
@@ -290,7 +290,7 @@ def house(tmp_path_factory) -> Path:
     for flags in (("--max_steps", 2, "--teacher_cache", "{case}/answers"), ("--max_steps", 2, "--overwrite")):
         main, argv = train(*flags)(root)
         assert main(list(map(str, argv))) == 0
-    main, argv = train(*IN_PARTS, "{case}/begun", "--cache_only")(root)
+    main, argv = train(*IN_PARTS, "{case}/begun")(root)
     assert main(list(map(str, argv))) == 0
     write_begun_cache(root / "begun")
     for number, command in enumerate((project_student, project_with_lora, cut_lora, draw(), export, export_pipeline)):

@@ -25,12 +25,12 @@ from wandistiller.budget.memory import memory_budget
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.comfyui_workflow import Workflow, api_workflow
-from wandistiller.prompts.prompts import TextPaths, read_texts
 from wandistiller.reports.studio import Studio, StudioOptions, Wish
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.flags import parse_args
+from wandistiller.run.inputs import read_inputs
 from wandistiller.run.observers import RunObserver
-from wandistiller.run.plan import make_plan
+from wandistiller.run.resolve import resolve
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.shares import ExpertTurn
 from wandistiller.targets.states import StatesOptions, draws_by_size, states_of
@@ -41,7 +41,7 @@ SHAPES = [(4, 4), (4, 6), (6, 4)]  # height and width of their latents
 RECIPES = {
     "paths": ["--replay", 2, "--renoise_fraction", 0.5, "--student_rollout", 0, 1],
     "few steps": ["--student_steps", 2, "--replay", 2],
-    "noise": ["--states", "noise", "--prompt_swap", 0.5],
+    "noise": ["--states", "noise"],
     "two experts": ["--calls_per_expert", 2, "--replay", 1],
 }
 
@@ -69,7 +69,7 @@ def asked(monkeypatch) -> dict[int, list[tuple]]:
 # ---- one size ----
 
 
-@pytest.mark.parametrize("flags", [["--aspect_ratios", "1:1"], ["--image_sizes", "32x32"]], ids=["ratio", "size"])
+@pytest.mark.parametrize("flags", [["--image_sizes", "1:1"], ["--image_sizes", "32x32"]], ids=["ratio", "size"])
 def test_the_square_alone_is_the_run_without_the_flag(train, teachers, tmp_path, flags):
     plain, given = tmp_path / "plain", tmp_path / "given"
     recipe = [*RECIPES["paths"], "--max_steps", 8, "--batch_size", 4, "--save_every", 8]
@@ -206,26 +206,10 @@ def test_a_cache_of_several_sizes_is_filled_once_and_learnt_from_offline(train, 
 # ---- what is measured, planned and refused ----
 
 
-def test_held_out_states_are_of_every_size_and_a_resumed_run_finds_them(train, teachers, asked):
-    flags = [*THREE, "--max_steps", 300, "--batch_size", 8, "--replay", 1, "--save_every", 2, "--states", "noise"]
-    flags += ["--feature_loss_weight", 0, "--student_rollout", 0, 0]
-
-    def stop(self, metrics):
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunObserver, "step", stop)
-        outcome = train(teachers.one, PRUNED_CONFIG, *flags)
-    assert "Held-out states" in outcome.out
-    walked = Counter(shape[2:] for shape in asked[24])
-    assert set(walked) == set(SHAPES)
-
-
 def test_the_memory_is_that_of_a_run_at_the_largest_size_alone(flags_of):
     def planned(*flags: object):
         given = parse_args(flags_of("planned", "--batch_size", 4, "--max_steps", 24, *flags))
-        texts = read_texts(TextPaths(given.data.data_path), is_measured=True)
-        return workload_of(make_plan(given, StudentConfig.load(given.student.student_config), texts))
+        return workload_of(resolve(given, read_inputs(given)))
 
     three = planned(*THREE)
     one = planned("--image_sizes", "48x32")
@@ -238,14 +222,13 @@ def test_the_memory_is_that_of_a_run_at_the_largest_size_alone(flags_of):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--aspect_ratios", "5:1"], "nearest is 4:1"),
-        (["--aspect_ratios", "0:1"], "above 0"),
-        (["--aspect_ratios", "1:1", "4:3"], "1:1 and 4:3 are both 32x32"),
+        (["--image_sizes", "5:1"], "nearest is 4:1"),
+        (["--image_sizes", "0:1"], "above 0"),
+        (["--image_sizes", "1:1", "4:3"], "4:3: is 32x32 here, as 1:1 is"),
         (["--image_sizes", "50x32"], "nearest is 48x32"),
         (["--image_sizes", "32x0"], "32x0"),
         (["--image_sizes", "32x32", "32x32"], "twice"),
         (["--image_sizes", "160x32"], "nearest is 160x48"),
-        (["--image_sizes", "48x32", "--aspect_ratios", "2:1"], "give one of the two"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_in_one_message(train, teachers, tmp_path, flags, words):

@@ -29,8 +29,7 @@ from support.states import (
     walk,
 )
 from wandistiller import StudentConfig
-from wandistiller.run.flags import parse_args
-from wandistiller.run.states_kinds import STATES
+from wandistiller.run.flags import STATES, parse_args
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.noise import NoiseStates
 from wandistiller.targets.prompt_order import PromptOrder, PromptSwap

@@ -37,7 +37,7 @@ RECIPE = ["--replay", 2, "--student_rollout", 0, 1, "--renoise_fraction", 0.5, "
 RECIPES = {
     "trajectory": RECIPE,
     "maps of features": ["--init", "random", "--replay", 8, "--feature_loss_weight", 1],  # idle at replayed answers
-    "noise": ["--states", "noise", "--prompt_swap", 0.5],  # 55 prompts: the last batch of an epoch is short
+    "noise": ["--states", "noise"],  # 55 prompts: the last batch of an epoch is short
     "few steps": ["--student_steps", 2, "--replay", 2],
     "two experts": ["--calls_per_expert", 2],
     "three sizes": [*RECIPE, "--image_sizes", "32x32", "48x32", "32x48"],

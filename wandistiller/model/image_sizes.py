@@ -12,7 +12,6 @@ from typing import NamedTuple
 from wandistiller.errors import UserError
 
 MAX_RATIO = 4.0  # of the longer side to the shorter: Wan was trained on nothing near it
-# Each size has a sampling path of every lane at least, of no more than PATHS_PER_LANE together.
 MAX_SIZES = 8
 MAX_SIDE = 32_768  # MAX_PATCHES of 32 pixels
 # A size is like another one where no side differs by more than this factor.
@@ -95,49 +94,45 @@ def is_size(value: object) -> bool:
         return False
 
 
-def sizes_of_ratios(ratios: Sequence[AspectRatio], image_size: int, unit: int) -> tuple[ImageSize, ...]:
-    """Return a size for each ratio (see `AspectRatio.size`).
+def size_or_ratio(text: str) -> ImageSize | AspectRatio:
+    """Read 640x384 (pixels) or 16:9 (a ratio), as an argparse type."""
+    return AspectRatio.parse(text) if ":" in text else ImageSize.parse(text)
+
+
+def resolve_sizes(
+    given: Sequence[ImageSize | AspectRatio], image_size: int, unit: int, max_patches: int
+) -> tuple[ImageSize, ...]:
+    """Return the sizes in pixels of --image_sizes.
+
+    Args:
+        image_size: its square is about the number of pixels of a ratio.
+        unit: divisor of both sides.
+        max_patches: largest multiple of `unit`.
 
     Raises:
-        UserError: two of them have the same, or there are too many.
+        UserError: one is off the grid, too long, too large or given twice (the nearest allowed size is named), or there are too many.
     """
-    sizes: dict[ImageSize, AspectRatio] = {}
-    for ratio in ratios:
-        size = ratio.size(image_size, unit)
+    sizes: dict[ImageSize, ImageSize | AspectRatio] = {}
+    for each in given:
+        size = each.size(image_size, unit) if isinstance(each, AspectRatio) else each
         if size in sizes:
-            raise UserError(
-                f"--aspect_ratios: {sizes[size]} and {ratio} are both {size} here, where sides are multiples of {unit} around "
-                f"{image_size}; leave one out, or give --image_sizes"
-            )
-        sizes[size] = ratio
-    _check_number("--aspect_ratios", len(sizes))
+            same = "is given twice" if each == sizes[size] else f"is {size} here, as {sizes[size]} is"
+            raise UserError(f"--image_sizes {each}: {same}; leave one out")
+        _check_size(size, unit, max_patches)
+        sizes[size] = each
+    if len(sizes) > MAX_SIZES:
+        raise UserError(f"--image_sizes: {len(sizes)} sizes; allowed: at most {MAX_SIZES}")
     return tuple(sizes)
 
 
-def check_sizes(sizes: Sequence[ImageSize], unit: int, max_patches: int) -> None:
-    """Refuse sizes of --image_sizes that a run cannot train on.
-
-    Args:
-        unit: what both sides must be multiples of.
-        max_patches: how many times `unit` a side may be.
-
-    Raises:
-        UserError: one of them is off the grid, too long or too large, or is given twice; it says the nearest allowed.
-    """
-    for number, size in enumerate(sizes):
-        where = f"--image_sizes {size}"
-        if size in sizes[:number]:
-            raise UserError(f"{where}: is given twice; leave one out")
-        nearest = nearest_size(size, unit, max_patches)
-        if any(side % unit for side in size):
-            raise UserError(
-                f"{where}: both sides must be multiples of {unit} for this teacher; the nearest is {nearest}"
-            )
-        if max(size) > MAX_RATIO * min(size):
-            raise UserError(f"{where}: is beyond what is allowed, 4:1 to 1:4; the nearest is {nearest}")
-        if max(size) > max_patches * unit:
-            raise UserError(f"{where}: a side may have {max_patches * unit} pixels at most; the nearest is {nearest}")
-    _check_number("--image_sizes", len(sizes))
+def _check_size(size: ImageSize, unit: int, max_patches: int) -> None:
+    where, nearest = f"--image_sizes {size}", nearest_size(size, unit, max_patches)
+    if any(side % unit for side in size):
+        raise UserError(f"{where}: both sides must be multiples of {unit} for this teacher; the nearest is {nearest}")
+    if max(size) > MAX_RATIO * min(size):
+        raise UserError(f"{where}: is beyond what is allowed, 4:1 to 1:4; the nearest is {nearest}")
+    if max(size) > max_patches * unit:
+        raise UserError(f"{where}: a side may have {max_patches * unit} pixels at most; the nearest is {nearest}")
 
 
 def nearest_size(size: ImageSize, unit: int, max_patches: int) -> ImageSize:
@@ -145,13 +140,6 @@ def nearest_size(size: ImageSize, unit: int, max_patches: int) -> ImageSize:
     width, height = (min(max(1, round(side / unit)), max_patches) for side in size)
     least = math.ceil(max(width, height) / MAX_RATIO)
     return ImageSize(max(width, least) * unit, max(height, least) * unit)
-
-
-def _check_number(flag: str, count: int) -> None:
-    if count > MAX_SIZES:
-        raise UserError(
-            f"{flag}: {count} sizes; allowed: at most {MAX_SIZES}, since the pool of paths is split over them"
-        )
 
 
 def shares(total: int, count: int) -> list[int]:

@@ -1,9 +1,7 @@
 """What a run is built of: embeddings, teacher, student, answers and objective."""
 
-import contextlib
 import logging
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,15 +11,13 @@ from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import ProjectionReport, fresh_student, project_experts, project_teacher
 from wandistiller.projection.selection import spread_layers
 from wandistiller.reports.progress import Countdown
-from wandistiller.run.caches import asking_line, cached_batches, in_turn_with_builders
-from wandistiller.run.held_out import has_states, held_out_states, keep_states
-from wandistiller.run.reach import reachable_prompts
-from wandistiller.run.run import Run
+from wandistiller.run.caches import asking_line, cached_batches
+from wandistiller.run.folder import Folder
+from wandistiller.run.held_out import held_out_states, keep_states
+from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.targets.answers import NO_HIDDEN_STATES, Answers, HiddenStates, TeacherAnswers
 from wandistiller.targets.cache import CachedAnswers, TeacherCache
-from wandistiller.targets.cache_builders import Filling, fill_together
-from wandistiller.targets.cache_parts import CachePart
 from wandistiller.targets.replay import ReplayedAnswers
 from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
 from wandistiller.targets.shares import Share
@@ -38,47 +34,37 @@ from wandistiller.wan.text_encoder import embed_texts
 
 logger = logging.getLogger(__name__)
 
-# What one builder of a teacher cache at a time does for all, and locks while it does:
-ENCODING_LOCK, HELD_OUT_LOCK = ".encoding.lock", ".held_out.lock"
-
 
 # ---- text ----
 
 
-def embed_prompts(run: Run) -> Embeds:
-    """Embed every prompt that the run can come to, and the negative prompt where guidance needs it.
+def embed_prompts(settings: Settings) -> Embeds:
+    """Embed the prompts of the run, those that it measures on, and the negative prompt where guidance needs it.
 
-    The encoder has left memory on return.
+    The text encoder has left memory on return.
     """
-    settings, trained = run.settings, run.trained_texts
-    negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
-    reached = reachable_prompts(run)
-    everything = [*(trained[index] for index in reached), *run.held_out_texts, *negative_prompts]
-    embeds = _embed_shared(run, everything)
+    prompts, held_out = settings.prompts, settings.held_out_prompts
+    negative_prompts = [settings.teacher.negative_prompt] if settings.teacher.uses_guidance else []
+    texts = [*prompts, *held_out, *negative_prompts]
+    processes = settings.processes
+    if settings.encoder is not None and processes.are_many:
+        _embed(settings, texts[processes.rank :: processes.count])
+        processes.barrier()
+    embeds = _embed(settings, texts)
     if embeds.truncated:
-        print(f"Warning: {embeds.truncated} prompts are longer than {run.config.text_max_length} tokens and were cut")
-    negative = embeds.read(len(everything) - 1) if settings.uses_guidance else None
+        print(
+            f"Warning: {embeds.truncated} prompts are longer than {settings.config.text_max_length} tokens and were cut"
+        )
+    negative = embeds.read(len(texts) - 1) if negative_prompts else None
     logger.info("prompts encoded, or found in their cache")
-    own = embeds.first(len(reached))
-    if len(reached) < len(trained):
-        # A state that a longer run has left may hold prompts that this one would not come to:
-        own = own.placed(reached, len(trained), lambda index: _embed(run, [trained[index]]).read(0))
-    return Embeds(own, embeds.part(len(reached), len(run.held_out_texts)), negative)
+    return Embeds(embeds.first(len(prompts)), embeds.part(len(prompts), len(held_out)), negative)
 
 
-def _embed_shared(run: Run, texts: list[str]) -> PromptEmbeds:
-    """Encode this process's share of the texts into the cache, and read all of them back."""
-    if run.encoder is not None:
-        lock = Path(run.flags.data.prompt_cache) / ENCODING_LOCK
-        with contextlib.nullcontext() if run.has_all_answers else in_turn_with_builders(run, lock, "the prompts"):
-            _embed(run, texts[run.processes.rank :: run.processes.count])
-        run.processes.barrier()
-    return _embed(run, texts)
-
-
-def _embed(run: Run, texts: list[str]) -> PromptEmbeds:
+def _embed(settings: Settings, texts: list[str]) -> PromptEmbeds:
     """Encode the texts into the cache, as far as they are not there yet, and read them from it."""
-    return embed_texts(texts, run.encoder, run.config, run.flags.data.prompt_cache, run.device, progress=print_encoding)
+    return embed_texts(
+        texts, settings.encoder, settings.config, settings.prompt_cache, settings.device, progress=print_encoding
+    )
 
 
 def print_encoding(done: int, total: int) -> None:
@@ -90,105 +76,105 @@ def print_encoding(done: int, total: int) -> None:
 # ---- teacher and student ----
 
 
-def load_teacher(run: Run, embeds: Embeds) -> Teacher | None:
-    """Load the teacher, which fills the cache that the run asks for; return None where the run does without it from there on."""
-    is_only, is_offline = run.flags.states.cache_only, run.flags.states.offline_teacher
-    if run.has_all_answers and is_offline and not is_only:
+def load_teacher(settings: Settings, embeds: Embeds, caches: Sequence[TeacherCache]) -> Teacher | None:
+    """Load the teacher, which fills the caches; return None where the student trains without it in memory."""
+    has_all_answers = bool(caches) and all(cache.is_complete for cache in caches)
+    if has_all_answers and settings.offline_teacher:
         return None
-    teacher = build_teacher(run, embeds.negative)
+    teacher = build_teacher(settings, embeds.negative)
     logger.info("teacher read and projected")
-    if not run.has_all_answers:
-        fill_caches(run, embeds, teacher)
-    if is_offline or is_only:
-        with in_turn_with_builders(run, run.caches[0].folder / HELD_OUT_LOCK, "the held-out states"):
-            keep_states(run, held_out_states(run, embeds, teacher))
-        run.processes.barrier()  # all of them read what the first one has written
-    return None if is_offline or is_only else teacher
+    if not has_all_answers:
+        fill_caches(settings, embeds, teacher, caches)
+    if not settings.offline_teacher:
+        return teacher
+    keep_states(settings, held_out_states(settings, embeds, teacher))
+    settings.processes.barrier()  # all of them read what the first one has written
+    return None
 
 
-def fill_only(run: Run) -> None:
-    """Ask the teacher for what its caches lack, and for what runs that learn from them offline measure their students with."""
-    if not run.has_all_answers or not has_states(run):
-        load_teacher(run, embed_prompts(run))
-
-
-def fill_caches(run: Run, embeds: Embeds, teacher: Teacher) -> None:
-    """Ask the teacher for everything that is to lie in its caches, together with whatever other builders there are."""
-
-    def filling(index: int, cache: TeacherCache) -> Filling:
-        num_batches = cached_batches(run, Share(index, len(run.caches)))
-
-        def answers_of(part: CachePart) -> TeacherAnswers:
-            return live_answers(run, embeds, teacher, part=(part.index, max(1, len(cache.parts))))[index]
-
-        def on_part(part: CachePart) -> Countdown:
-            print(asking_line(cache, part, num_batches), flush=True)
-            return Countdown("Teacher's answers", part.num_batches or num_batches)
-
-        return Filling(cache, num_batches, answers_of, on_part)
-
-    fillings = [filling(index, cache) for index, cache in enumerate(run.caches)]
-    if run.processes.are_many:
-        for each in fillings:
-            if not each.cache.is_complete:
-                part = each.cache.own_part
-                each.cache.build(each.answers_of(part), each.num_batches, each.on_part(part))
-    else:
-        fill_together(fillings, lambda text: print(f"Waiting for other builders of {text}", flush=True))
+def fill_caches(settings: Settings, embeds: Embeds, teacher: Teacher, caches: Sequence[TeacherCache]) -> None:
+    """Ask the teacher for everything that is to lie in its caches."""
+    for index, cache in enumerate(caches):
+        if cache.is_complete:
+            continue
+        num_batches = cached_batches(settings, Share(index, len(caches)))
+        print(asking_line(cache, cache.own_part, num_batches), flush=True)
+        answers = live_answers(settings, embeds, teacher)[index]
+        cache.build(answers, num_batches, Countdown("Teacher's answers", num_batches))
     logger.info("answers of the teacher written to its cache")
 
 
-def build_teacher(run: Run, negative_prompt_embeds: Tensor | None) -> Teacher:
+def fill_part(settings: Settings, caches: Sequence[TeacherCache]) -> None:
+    """Ask the teacher for one part of what its caches lack (--cache_part); the first part's builder keeps held-out states too."""
+    embeds, index = embed_prompts(settings), settings.cache_part[0] - 1
+    teacher = build_teacher(settings, embeds.negative)
+    for number, cache in enumerate(caches):
+        cache.begin()
+        part = cache.parts[index] if index < len(cache.parts) else None
+        if part in cache.unfinished():
+            print(asking_line(cache, part, sum(each.num_batches for each in cache.parts)), flush=True)
+            answers = live_answers(settings, embeds, teacher, part=(index, len(cache.parts)))[number]
+            cache.build_part(part, answers, Countdown("Teacher's answers", part.num_batches))
+        if not cache.is_complete and not cache.unfinished():
+            cache.finish()
+    if index == 0:
+        keep_states(settings, held_out_states(settings, embeds, teacher))
+
+
+def build_teacher(settings: Settings, negative_prompt_embeds: Tensor | None) -> Teacher:
     """Build the teacher: all of the Wan in 2D, its weights kept as the flags say."""
-    performance, processes = run.flags.performance, run.processes
-    is_fp8 = performance.teacher_dtype == "fp8"
-    is_sharded = performance.shards_teacher and processes.can_shard
+    processes = settings.processes
+    is_fp8 = settings.teacher_dtype == "fp8"
+    is_sharded = settings.shard_teacher and processes.can_shard
     experts = project_experts(
-        run.wan_files,
-        run.config.text_max_length,
-        run.dtype if is_fp8 else DTYPES[performance.teacher_dtype],
-        "cpu" if performance.teacher_offload else processes.device,
+        settings.wan_files,
+        settings.config.text_max_length,
+        settings.compute_dtype if is_fp8 else DTYPES[settings.teacher_dtype],
+        "cpu" if settings.teacher_offload else processes.device,
         fp8=is_fp8,
         shard=processes.shard if is_sharded else None,
     )
     return Teacher(
         experts,
-        run.settings,
+        settings.teacher,
         negative_prompt_embeds,
-        processes.device if performance.teacher_offload else None,
+        processes.device if settings.teacher_offload else None,
         processes.any_true if is_sharded else bool,
     )
 
 
-def make_student(run: Run) -> tuple[WanLiteStudent, ProjectionReport]:
+def make_student(settings: Settings) -> tuple[WanLiteStudent, ProjectionReport]:
     """Make what is trained: a part of the teacher, or a student that inherits nothing."""
-    flags = run.flags
-    device, seed = run.device, flags.optimization.seed
-    if flags.student.init == "random":
-        student, report = fresh_student(run.wan_files, run.config, flags.student.init_expert, device=device, seed=seed)
+    device, seed = settings.device, settings.seed
+    if settings.init == "random":
+        student, report = fresh_student(
+            settings.wan_files, settings.config, settings.init_expert, device=device, seed=seed
+        )
     else:
         student, report = project_teacher(
-            run.wan_files,
-            run.config,
-            flags.student.init_expert,
-            layers=flags.student.layers,
+            settings.wan_files,
+            settings.config,
+            settings.init_expert,
+            layers=settings.layers,
             device=device,
             seed=seed,
         )
     print(report.summary())
     logger.info("student read and projected")
-    student.gradient_checkpointing = flags.performance.gradient_checkpointing
+    student.gradient_checkpointing = settings.gradient_checkpointing
     return student, report
 
 
-def compile_and_shard(run: Run, student: WanLiteStudent, teacher: Teacher | None, objective: Objective) -> None:
+def compile_and_shard(
+    settings: Settings, student: WanLiteStudent, teacher: Teacher | None, objective: Objective
+) -> None:
     """Compile the models' blocks and shard the student, where the flags ask for it."""
-    performance, processes = run.flags.performance, run.processes
-    if performance.compile:
+    processes = settings.processes
+    if settings.compile:
         compile_blocks([student, *(teacher.experts.values() if teacher else [])])
-    if performance.shard and not processes.can_shard:
-        print("--shard is of no use to a process by itself; start several with torchrun --nproc_per_node N")
-    if performance.shards_student:
+    if (settings.shard_teacher or settings.shard_student) and not processes.can_shard:
+        print("--shard is of no use to a single process; start several with torchrun --nproc_per_node N")
+    if settings.shard_student:
         processes.shard(student)
         processes.shard(objective.feature_loss)
 
@@ -203,77 +189,83 @@ def compile_blocks(models: Iterable[WanLiteStudent]) -> None:
 # ---- answers and objective ----
 
 
-def build_objective(run: Run, projection: ProjectionReport) -> Objective:
+def build_objective(settings: Settings, projection: ProjectionReport) -> Objective:
     """Build the loss, with the maps of hidden states that it learns beside the student."""
-    flags, config, teacher = run.flags, run.config, run.wan_files.config
+    config, teacher = settings.config, settings.wan_files.config
     feature_loss = None
-    if flags.objective.feature_loss_weight:
-        has_maps = hidden_states(run, projection).channels is None
+    if settings.feature_loss_weight:
+        has_maps = hidden_states(settings, projection).channels is None
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(flags.optimization.seed)  # maps that are learnt start the same in every process
-            feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, has_maps).to(run.device)
+            torch.manual_seed(settings.seed)  # maps that are learnt start the same in every process
+            feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, has_maps).to(
+                settings.device
+            )
     return Objective(
-        shift=run.settings.shift,
-        sigma_weighting=flags.objective.sigma_weighting,
+        shift=settings.teacher.shift,
         feature_loss=feature_loss,
-        feature_weight=flags.objective.feature_loss_weight,
-        compute_dtype=run.dtype,
-        device=run.device,
+        feature_weight=settings.feature_loss_weight,
+        compute_dtype=settings.compute_dtype,
+        device=settings.device,
     )
 
 
-def hidden_states(run: Run, projection: ProjectionReport) -> HiddenStates:
+def hidden_states(settings: Settings, projection: ProjectionReport) -> HiddenStates:
     """Return which of the teacher's hidden states the objective compares; none where it compares none.
 
     They are of the channels that the student has, or of all where it has none of the teacher's.
     """
-    if not run.flags.objective.feature_loss_weight:
+    if not settings.feature_loss_weight:
         return NO_HIDDEN_STATES
-    depth = run.wan_files.config.depth
-    layers = span_ends(projection.layers or spread_layers(depth, run.config.depth), depth)
-    return HiddenStates(layers, projection.channels or None if run.config.block == "wan" else None)
+    depth = settings.wan_files.config.depth
+    layers = span_ends(projection.layers or spread_layers(depth, settings.config.depth), depth)
+    return HiddenStates(layers, projection.channels or None if settings.config.block == "wan" else None)
 
 
 def build_answers(
-    run: Run, embeds: Embeds, teacher: Teacher | None, student: WanLiteStudent, projection: ProjectionReport
+    settings: Settings,
+    caches: Sequence[TeacherCache],
+    embeds: Embeds,
+    teacher: Teacher | None,
+    student: WanLiteStudent,
+    projection: ProjectionReport,
 ) -> Answers:
     """Build what the student learns from: the cache, whole segments of the teacher's paths, or the teacher itself, once or more.
 
     The answers bring along the hidden states that the objective compares; `projection` says of which layers and channels.
     """
     by_size: Sequence[Answers]
-    if run.caches:
-        by_size = cached_answers(run, embeds)
-    elif run.flags.objective.student_steps:
-        by_size = segment_answers(run, embeds, teacher, student)
+    if caches:
+        by_size = cached_answers(settings, caches, embeds)
+    elif settings.student_steps:
+        by_size = segment_answers(settings, embeds, teacher, student)
     else:
-        by_size = live_answers(run, embeds, teacher, projection)
-    if run.flags.states.replay > 1 and not run.caches:
-        by_size = replayed_answers(run, embeds, by_size)
+        by_size = live_answers(settings, embeds, teacher, projection)
+    if settings.replay > 1 and not caches:
+        by_size = replayed_answers(settings, embeds, by_size)
     return by_size[0] if len(by_size) == 1 else SizesInTurn(by_size)
 
 
-def cached_answers(run: Run, embeds: Embeds) -> list[CachedAnswers]:
+def cached_answers(settings: Settings, caches: Sequence[TeacherCache], embeds: Embeds) -> list[CachedAnswers]:
     """Build the teacher's answers on disk, those of each image size."""
-    seed, count = run.flags.optimization.seed, len(run.caches)
+    seed, count = settings.seed, len(caches)
     return [
-        CachedAnswers(cache, embeds.trained, run.lanes, run.device, Share(index, count).seed(seed))
-        for index, cache in enumerate(run.caches)
+        CachedAnswers(cache, embeds.trained, settings.lanes, settings.device, Share(index, count).seed(seed))
+        for index, cache in enumerate(caches)
     ]
 
 
-def replayed_answers(run: Run, embeds: Embeds, by_size: Sequence[Answers]) -> list[ReplayedAnswers]:
+def replayed_answers(settings: Settings, embeds: Embeds, by_size: Sequence[Answers]) -> list[ReplayedAnswers]:
     """Build the store that the answers of each image size are learnt from again."""
-    replay, seed = run.flags.states.replay, run.flags.optimization.seed
+    replay, seed = settings.replay, settings.seed
     parts = [Share(index, len(by_size)) for index in range(len(by_size))]
     return [
-        ReplayedAnswers(answers, embeds.trained, replay, part.of(run.num_steps), seed, run.device, part)
+        ReplayedAnswers(answers, embeds.trained, replay, part.of(settings.num_steps), seed, settings.device, part)
         for part, answers in zip(parts, by_size, strict=True)
     ]
 
 
 def live_answers(
-    run: Run,
+    settings: Settings,
     embeds: Embeds,
     teacher: Teacher,
     projection: ProjectionReport | None = None,
@@ -284,43 +276,44 @@ def live_answers(
     Args:
         part: number and count, where the answers are those of a part of a cache.
     """
-    num_prompts = len(run.texts.prompts)
+    num_prompts = len(settings.prompts)
     draws = draws_by_size(
-        run.states_options, run.latent_shapes, run.settings, num_prompts, run.lanes, run.device, run.num_used
+        settings.states_options, settings.latent_shapes, settings.teacher, num_prompts, settings.lanes, settings.device
     )
     return [
         TeacherAnswers(
             teacher,
-            states_of(run.states_options, draw.of_part(*part), run.settings),
+            states_of(settings.states_options, draw.of_part(*part), settings.teacher),
             embeds.trained,
-            run.device,
-            run.dtype,
-            hidden_states=hidden_states(run, projection) if projection else NO_HIDDEN_STATES,
-            student_rollout=run.flags.states.student_rollout,
+            settings.device,
+            settings.compute_dtype,
+            hidden_states=hidden_states(settings, projection) if projection else NO_HIDDEN_STATES,
+            student_rollout=settings.student_rollout,
         )
         for draw in draws
     ]
 
 
-def segment_answers(run: Run, embeds: Embeds, teacher: Teacher, student: WanLiteStudent) -> list[SegmentAnswers]:
+def segment_answers(
+    settings: Settings, embeds: Embeds, teacher: Teacher, student: WanLiteStudent
+) -> list[SegmentAnswers]:
     """Build the teacher's answers over whole segments of its paths, of each image size, for a student of --student_steps."""
-    flags, shapes = run.flags, run.latent_shapes
+    shapes = settings.latent_shapes
     segments = SegmentOptions(
-        num_segments=flags.objective.student_steps,
-        num_teacher_steps=run.settings.num_inference_steps,
-        student_rollout=flags.states.student_rollout,
-        compute_dtype=run.dtype,
+        num_segments=settings.student_steps,
+        num_teacher_steps=settings.teacher.num_inference_steps,
+        student_rollout=settings.student_rollout,
+        compute_dtype=settings.compute_dtype,
     )
     draws = [
         DrawOptions(
             latent_shape=shape,
-            num_prompts=len(run.texts.prompts),
-            lanes=run.lanes,
-            shift=run.settings.shift,
-            levels=teacher_levels(run.settings),
-            seed=flags.optimization.seed,
-            device=run.device,
-            num_used=run.num_used,
+            num_prompts=len(settings.prompts),
+            lanes=settings.lanes,
+            shift=settings.teacher.shift,
+            levels=teacher_levels(settings.teacher),
+            seed=settings.seed,
+            device=settings.device,
             share=Share(index, len(shapes)),
         )
         for index, shape in enumerate(shapes)
@@ -331,25 +324,27 @@ def segment_answers(run: Run, embeds: Embeds, teacher: Teacher, student: WanLite
 # ---- the state to resume from ----
 
 
-def resume(run: Run, student: WanLiteStudent, objective: Objective, answers: Answers) -> tuple[Run, Saving]:
-    """Load the newest checkpoint that holds the state of this run; return the run that resumes from it, with that state.
+def resume(
+    settings: Settings, folder: Folder, student: WanLiteStudent, objective: Objective, answers: Answers
+) -> tuple[Folder, Saving]:
+    """Load the newest checkpoint that holds the state of this run; return the folder at it, with that state.
 
     A checkpoint can be damaged though its checksums are right, and then the one before it is loaded.
 
     Raises:
         UserError: none of the checkpoints can be loaded.
     """
-    if run.resume_from is None:
-        return run, Saving(run.checkpoints)
-    options = run.training_options
+    if folder.resume_from is None:
+        return folder, Saving(folder.checkpoints)
+    options = settings.training_options
     state = RunState(
-        TrainedStudent(student, objective), answers, options.optimization, options.num_steps, run.processes
+        TrainedStudent(student, objective), answers, options.optimization, options.num_steps, settings.processes
     )
     while True:
         try:
-            state.load(run.resume_from)
+            state.load(folder.resume_from)
         except DamagedCheckpointError as error:
-            run.checkpoints.tell_of_damage(run.resume_from.folder, str(error))
-            run = run.going_on_from(run.checkpoints.newest(before=run.resume_from.step))
+            folder.checkpoints.tell_of_damage(folder.resume_from.folder, str(error))
+            folder = folder.resuming_from(folder.checkpoints.newest(before=folder.resume_from.step), settings)
         else:
-            return run, Saving(run.checkpoints, state)
+            return folder, Saving(folder.checkpoints, state)

@@ -1,4 +1,4 @@
-"""The budget of a run from its plan; no weight is read and nothing is written."""
+"""The budget of a run from its settings; no weight is read and nothing is written."""
 
 import math
 import os
@@ -26,162 +26,142 @@ from wandistiller.budget.workload import (
     UMT5_XXL_PARAMETERS,
     HeldOutWork,
     Workload,
-    guided_fraction,
     stored_latents,
 )
 from wandistiller.device import DTYPES
 from wandistiller.errors import UserError
-from wandistiller.evaluation.held_out import NUM_LEVELS
 from wandistiller.files.output_folder import check_writable
 from wandistiller.files.paths import nearest_existing
 from wandistiller.model.sizes import count_parameters
-from wandistiller.run.flags import Flags
-from wandistiller.run.measuring import NUM_NOISES, expected_calls
-from wandistiller.run.plan import Plan
-from wandistiller.run.reach import most_encoded, some_of, token_counts
-from wandistiller.run.states_kinds import STATES
+from wandistiller.run.held_out import NUM_LEVELS, NUM_PATHS
+from wandistiller.run.resolve import some_of, token_counts
+from wandistiller.run.settings import Settings
 from wandistiller.targets.replay import stored_batches
 from wandistiller.targets.states import pool_per_lane
 from wandistiller.training.checkpoints import Checkpoints
 
 
-def print_budget(plan: Plan) -> int:
+def print_budget(settings: Settings) -> int:
     """Print what the run will take and whether it fits; return the exit code.
 
     Raises:
         UserError: a folder cannot be written to, the disk has no room, or the run is certain not to fit.
     """
-    check_places(plan)
-    about, machine = print_budget_tables(plan)
+    check_places(settings)
+    about, machine = print_budget_tables(settings)
     if about.is_certain_not_to_fit and machine.is_known:
         raise UserError(f"--dry_run: {about.sentence}")
     print(about.sentence)
     return 0
 
 
-def workload_of(plan: Plan, is_gpu: bool | None = None, dtype: str | None = None) -> Workload:
+def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
     """Describe the run by its shapes.
 
     Args:
-        is_gpu: whether it is planned for a GPU; None for the device of this process.
-        dtype: of matrix products, "fp32" or "bf16"; None for what the flags say, or the best of the device.
+        dtype: of matrix products, "fp32" or "bf16"; None for that of the run.
     """
-    flags, config = plan.flags, plan.config
-    states, own, performance = flags.states, flags.optimization, flags.performance
-    is_gpu = torch.device(plan.device).type == "cuda" if is_gpu is None else is_gpu
-    dtype = dtype or performance.dtype or ("bf16" if is_gpu else "fp32")
-    replays = states.replay > 1 and not states.teacher_cache
-    num_sizes = len(plan.image_sizes)
-    calls = expected_calls(flags, plan.settings.num_inference_steps, plan.num_steps)
+    config = settings.config
+    replays = settings.replay > 1 and not settings.teacher_cache
+    num_sizes, has_paths = len(settings.image_sizes), settings.states != "noise"
+    num_samples = settings.num_samples_per_step
+    num_latents = pool_per_lane(settings.states_options, settings.teacher, num_samples) if has_paths else 0
     return Workload(
-        teacher=plan.wan_files.config,
+        teacher=settings.wan_files.config,
         student=config,
-        latent_size=plan.largest_latent_size,
-        num_experts=len(plan.wan_files.experts),
-        guided_fraction=guided_fraction(plan.settings, states.sigma_range),
-        batch_size=own.batch_size,
-        grad_accum_steps=own.grad_accum_steps,
-        num_processes=plan.processes.count,
-        dtype=dtype,
-        teacher_dtype=performance.teacher_dtype or dtype,
-        teacher_offload=performance.teacher_offload,
-        offline_teacher=states.offline_teacher,
-        shard_teacher=performance.shards_teacher,
-        shard_student=performance.shards_student,
-        gradient_checkpointing=performance.gradient_checkpointing,
-        optimizer=own.optimizer,
-        ema=own.ema_decay > 0,
-        num_features=config.depth if flags.objective.feature_loss_weight else 0,
-        maps_features=config.block != "wan" or flags.student.init == "random",
-        replayed_batches=stored_batches(plan.num_steps, states.replay, num_sizes) if replays else 0,
+        latent_size=settings.largest_latent_size,
+        num_experts=len(settings.wan_files.experts),
+        guided_fraction=settings.guided_fraction,
+        batch_size=settings.batch_size,
+        grad_accum_steps=settings.grad_accum_steps,
+        num_processes=settings.processes.count,
+        dtype=dtype or settings.dtype,
+        teacher_dtype=settings.teacher_dtype,
+        teacher_offload=settings.teacher_offload,
+        offline_teacher=settings.offline_teacher,
+        shard_teacher=settings.shard_teacher,
+        shard_student=settings.shard_student,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        optimizer=settings.optimization.optimizer,
+        ema=settings.optimization.ema_decay > 0,
+        num_features=config.depth if settings.feature_loss_weight else 0,
+        maps_features=config.block != "wan" or settings.init == "random",
+        replayed_batches=stored_batches(settings.num_steps, settings.replay, num_sizes) if replays else 0,
         stored_latents=stored_latents(
-            pool_per_lane(plan.states_options, plan.settings, plan.lanes.total)
-            if STATES[states.states].has_paths
-            else 0,
-            renoised=states.renoise_fraction > 0,
-            has_segments=flags.objective.student_steps is not None,
+            num_latents,
+            renoised=settings.renoise_fraction > 0,
+            has_segments=settings.student_steps is not None,
             num_sizes=num_sizes,
         ),
-        calls_per_step=calls / plan.num_steps,
-        num_steps=plan.num_steps,
-        num_prompts=most_encoded(plan) + len(plan.held_out_texts),
-        keep_checkpoints=flags.output.keep_checkpoints if flags.output.save_every else 0,
-        teacher_cache_batches=calls if states.teacher_cache else 0,
-        held_out=held_out_work(plan),
-        is_gpu=is_gpu,
+        calls_per_step=settings.num_calls / settings.num_steps,
+        num_steps=settings.num_steps,
+        num_prompts=len(settings.prompts) + len(settings.held_out_prompts),
+        keep_checkpoints=settings.keep_checkpoints if settings.save_every else 0,
+        teacher_cache_batches=settings.num_calls if settings.teacher_cache else 0,
+        held_out=held_out_work(settings),
+        is_gpu=settings.is_for_gpu,
     )
 
 
-def held_out_work(plan: Plan) -> HeldOutWork:
+def held_out_work(settings: Settings) -> HeldOutWork:
     """Count the states that teacher and student are asked at when the student is measured."""
-    measuring = plan.measuring
-    if not measuring.every:
+    if not settings.eval_every:
         return HeldOutWork()
-    times = math.ceil(plan.num_steps / measuring.every)
-    if measuring.is_default:
-        num_states = measuring.num_paths * measuring.num_levels
-        return HeldOutWork(teacher=measuring.num_paths * measuring.num_steps, student=times * num_states)
-    paths, steps = len(plan.held_out_texts), plan.settings.num_inference_steps
-    num_states = paths * min(steps, NUM_LEVELS)
-    for_noise = measuring.num_noise_prompts * NUM_NOISES * steps
-    for_scale = measuring.num_noise_prompts * sum(measuring.scale_steps)
-    return HeldOutWork(
-        teacher=paths * steps + for_noise + for_scale + times * num_states,
-        student=times * (num_states + paths * steps + for_noise),
-    )
+    levels = settings.student_steps or len(settings.teacher_levels) or NUM_LEVELS
+    times = math.ceil(settings.num_steps / settings.eval_every)
+    return HeldOutWork(teacher=NUM_PATHS * settings.held_out_steps, student=times * NUM_PATHS * levels)
 
 
-def with_texts(plan: Plan, workload: Workload) -> Workload:
+def with_texts(settings: Settings, workload: Workload) -> Workload:
     """Return the workload with the tokens of some prompts, evenly spread, and the size of the run's text encoder."""
-    counts = token_counts([*some_of(plan.trained_texts), plan.settings.negative_prompt], plan.encoder)
-    *of_prompts, negative = [min(count, plan.config.text_max_length) for count in counts]
-    without_files = 0 if plan.wan_files.is_mock else UMT5_XXL_PARAMETERS
+    counts = token_counts([*some_of(settings.prompts), settings.teacher.negative_prompt], settings.encoder)
+    *of_prompts, negative = [min(count, settings.config.text_max_length) for count in counts]
+    without_files = 0 if settings.wan_files.is_mock else UMT5_XXL_PARAMETERS
     return replace(
         workload,
         mean_text_tokens=sum(of_prompts) / len(of_prompts),
         negative_text_tokens=negative if workload.guided_fraction else 0,
-        text_encoder_parameters=plan.encoder.num_parameters() if plan.encoder else without_files,
+        text_encoder_parameters=settings.encoder.num_parameters() if settings.encoder else without_files,
     )
 
 
 # ---- folders ----
 
 
-def has_checkpoints(flags: Flags) -> bool:
+def has_checkpoints(settings: Settings) -> bool:
     """Return whether the folder of --output_dir holds some already."""
-    return Checkpoints(flags.output.output_dir, {}, flags.optimization.batch_size).exist()
+    return Checkpoints(settings.output_dir, {}, settings.batch_size).exist()
 
 
-def folders_of(flags: Flags) -> dict[str, str]:
+def folders_of(settings: Settings) -> dict[str, str]:
     """Return the folders that the run would write to, by their flags."""
     folders = {
-        "--output_dir": flags.output.output_dir,
-        "--prompt_cache": flags.data.prompt_cache,
-        "--teacher_cache": flags.states.teacher_cache,
+        "--output_dir": settings.output_dir,
+        "--prompt_cache": settings.prompt_cache,
+        "--teacher_cache": settings.teacher_cache,
     }
     return {name: folder for name, folder in folders.items() if folder}
 
 
-def check_disk(checkpoints: Checkpoints, plan: Plan) -> None:
+def check_disk(checkpoints: Checkpoints, settings: Settings) -> None:
     """Refuse a run whose checkpoints the disk of --output_dir has no room for."""
-    if plan.flags.output.save_every:
-        workload = workload_of(plan, is_gpu=True, dtype="fp32")  # the precision that they are saved in
-        student_bytes = FP32 * count_parameters(plan.config).total
-        checkpoints.check_disk(checkpoint_bytes(workload), student_bytes, plan.flags.output.overwrite)
+    if settings.save_every:
+        workload = workload_of(settings, dtype="fp32")  # the precision that they are saved in
+        student_bytes = FP32 * count_parameters(settings.config).total
+        checkpoints.check_disk(checkpoint_bytes(workload), student_bytes, settings.overwrite)
 
 
-def check_places(plan: Plan) -> None:
+def check_places(settings: Settings) -> None:
     """Refuse folders as the run would, as far as that takes no weight and writes nothing.
 
     Raises:
         UserError: one cannot be written to, or the disk has no room for the checkpoints.
     """
-    flags = plan.flags
-    for name, folder in folders_of(flags).items():
+    for name, folder in folders_of(settings).items():
         check_writable(folder, name)
-    checkpoints = Checkpoints(flags.output.output_dir, {}, flags.optimization.batch_size, flags.output.keep_checkpoints)
-    check_disk(checkpoints, plan)
-    if has_checkpoints(flags) or flags.states.teacher_cache:
+    checkpoints = Checkpoints(settings.output_dir, {}, settings.batch_size, settings.keep_checkpoints)
+    check_disk(checkpoints, settings)
+    if has_checkpoints(settings) or settings.teacher_cache:
         print("Not looked at, since it takes weights: whether checkpoints and teacher cache belong to this run")
 
 
@@ -202,19 +182,17 @@ def disk_lines(parts: Sequence[Component], folders: dict[str, str]) -> list[str]
 # ---- report ----
 
 
-def print_budget_tables(plan: Plan) -> tuple[Verdict, Machine]:
+def print_budget_tables(settings: Settings) -> tuple[Verdict, Machine]:
     """Print what the run will take, against what the machine has."""
-    flags = plan.flags
-    machine = find_machine(plan.device, flags.output.assume_gpu_gib, can_be_elsewhere=flags.performance.device is None)
-    dtype = flags.performance.dtype or ("bf16" if machine.is_gpu else "fp32")
-    workload = with_texts(plan, workload_of(plan, machine.is_gpu, dtype))
+    machine = find_machine(settings.device, settings.assume_gpu_gib, can_be_elsewhere=not settings.is_device_typed)
+    workload = with_texts(settings, workload_of(settings))
     teacher, student = (count_parameters(model).total for model in (workload.teacher, workload.student))
     experts = f"{workload.num_experts} x " if workload.num_experts > 1 else ""
     unit = "GPU" if machine.is_gpu else "process"
     for title, lines in (
         ("Parameters", [f"  teacher {experts}{teacher:,}, student {student:,} ({student / teacher:.1%} of one)"]),
         (f"Memory of one {unit}, GiB; {machine.name} has {machine.memory / GIB:.2f}", memory_lines(workload)),
-        ("Disk, GiB", disk_lines(disk_budget(workload), folders_of(flags))),
+        ("Disk, GiB", disk_lines(disk_budget(workload), folders_of(settings))),
         ("Computing", [*compute_lines(workload), *measured_time_lines(workload, machine)]),
     ):
         print("\n".join([title, *lines]))

@@ -6,16 +6,13 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from wandistiller.command_line import command_words, torchrun_environment
+from wandistiller.command_line import command_words
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_WORLD, HELD_OUT_PROMPTS
 from wandistiller.files.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
-from wandistiller.model.image_sizes import square
-from wandistiller.prompts.templates import TemplatePrompts
 from wandistiller.reports.metrics import (
     bucket_name,
     held_out_error,
@@ -30,20 +27,16 @@ from wandistiller.reports.metrics import (
 )
 from wandistiller.reports.progress import format_duration
 from wandistiller.run.defaults import hints, suggested_lr
-from wandistiller.run.presets import OTHER_LENGTHS, PRESETS
-from wandistiller.run.reach import most_encoded, most_reached
+from wandistiller.run.folder import SCRIPT, Folder, typed_command
+from wandistiller.run.settings import Settings
 from wandistiller.sampling.recorded import StudentRecord
+from wandistiller.sampling.teacher import Teacher
+from wandistiller.targets.cache import TeacherCache
+from wandistiller.training.loop import TrainingResult
 from wandistiller.wan.settings import warnings_about
-
-if TYPE_CHECKING:
-    from wandistiller.run.plan import Plan
-    from wandistiller.run.run import Run
-    from wandistiller.sampling.teacher import Teacher
-    from wandistiller.training.loop import TrainingResult
-    from wandistiller.wan.wan_files import WanFiles
+from wandistiller.wan.wan_files import WanFiles
 
 MAX_SHOWN_LEVELS = 8
-FEW_PROMPTS = 2  # a run with less than a half of the prompts that its preset is meant for is told of it
 SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME]
 # A teacher of a world of its own may hold prompts of that world, which its training has not met, in a file of this name.
 OWN_HELD_OUT_PROMPTS = "heldout_prompts.txt"
@@ -52,58 +45,39 @@ OWN_HELD_OUT_PROMPTS = "heldout_prompts.txt"
 # ---- before it begins ----
 
 
-def print_plan(plan: "Plan") -> None:
+def print_settings(settings: Settings) -> None:
     """Print what is trained from what, and how many samples a step takes where that is not --batch_size alone."""
-    config, wan_files, settings = plan.config, plan.wan_files, plan.settings
-    if plan.flags.output.preset:
-        print("\n".join(preset_lines(plan)))
-    print_prompts(plan)
-    print(f"Teacher: {wan_files.location} ({' + '.join(wan_files.experts)}), {settings.summary()}")
+    config, wan_files, teacher = settings.config, settings.wan_files, settings.teacher
+    print(f"Teacher: {wan_files.location} ({' + '.join(wan_files.experts)}), {teacher.summary()}")
     for line in lora_lines(wan_files):
         print(line)
     print(
         f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
-        f"{sizes_text(plan)}"
+        f"{sizes_text(settings)}"
     )
-    if plan.teacher_levels:
-        levels = [f"{level:.4g}" for level in plan.teacher_levels]
+    if levels := [f"{level:.4g}" for level in settings.teacher_levels]:
         shown = levels if len(levels) <= MAX_SHOWN_LEVELS else [*levels[: MAX_SHOWN_LEVELS - 2], "...", levels[-1]]
         print(f"Teacher's {len(levels)} noise levels, and no others: {', '.join(shown)} (--teacher_sampler euler)")
-    for warning in warnings_about(wan_files, settings, config):
+    for warning in warnings_about(wan_files, teacher, config):
         print(f"Warning: {warning}")
-    optimization = plan.flags.optimization
-    replay, warmup = plan.flags.states.replay, optimization.lr_warmup_steps
+    print_steps(settings)
+
+
+def print_steps(settings: Settings) -> None:
+    """Print how long the run is and how fast it learns."""
+    own, total = settings.optimization, settings.num_samples_per_step
     print(
-        f"Steps: {plan.num_steps} of {plan.lanes.total} samples, {optimization.optimizer} at {optimization.lr:g} after {warmup} of "
-        f"warm-up, each answer learnt from {replay} times"
+        f"Steps: {settings.num_steps} of {total} samples, {own.optimizer} at {own.lr:g} after {own.lr_warmup_steps} of warm-up, "
+        f"{settings.replay} for each teacher batch"
     )
-    wanted_lr = suggested_lr(optimization.optimizer, config.hidden_size, plan.lanes.total)
-    for hint in hints(optimization.lr, wanted_lr, plan.num_steps):
+    for hint in hints(own.lr, suggested_lr(own.optimizer, settings.config.hidden_size, total), settings.num_steps):
         print(f"Hint: {hint}")
-    if plan.lanes.total != optimization.batch_size:
-        parts = [f"--batch_size {optimization.batch_size}", f"--grad_accum_steps {optimization.grad_accum_steps}"]
-        print(f"Samples a step: {' x '.join([*parts, f'{plan.processes.count} processes'])} = {plan.lanes.total}")
+    if total != settings.batch_size:
+        parts = [f"--batch_size {settings.batch_size}", f"--grad_accum_steps {settings.grad_accum_steps}"]
+        print(f"Samples a step: {' x '.join([*parts, f'{settings.processes.count} processes'])} = {total}")
 
 
-def print_prompts(plan: "Plan") -> None:
-    """Print how many prompts there are and what was left out of their files, and how many of them the run can come to."""
-    texts, reached = plan.texts, most_reached(plan)
-    duplicates = f"{texts.duplicates} repeated lines left out" if texts.duplicates else ""
-    left_out = "; ".join(part for part in (duplicates, texts.notice) if part)
-    what = f"{len(texts.prompts)}" + (f" ({left_out})" if left_out else "")
-    if isinstance(texts.prompts, TemplatePrompts) and texts.is_endless:
-        what = f"drawn from {texts.prompts.templates.num_templates} templates, with seed {texts.prompts.seed}"
-    print(f"Prompts: {what}")
-    if plan.num_used is not None:
-        print(
-            f"Of them {plan.num_used} are used, as many as --prompt_cache_gib {plan.flags.data.prompt_cache_gib:g} has room for; in "
-            f"so many steps the run could come to {reached}"
-        )
-    elif (reached := most_encoded(plan)) < len(texts.prompts):
-        print(f"Of them {reached} are encoded, as many as the run can come to in so many steps")
-
-
-def lora_lines(wan_files: "WanFiles") -> list[str]:
+def lora_lines(wan_files: WanFiles) -> list[str]:
     """Return a line for each LoRA that is merged into the teacher, and one where only one expert of two has any."""
     of_two = len(wan_files.experts) > 1
     lines = [
@@ -120,30 +94,11 @@ def lora_lines(wan_files: "WanFiles") -> list[str]:
     return lines
 
 
-def preset_lines(plan: "Plan") -> list[str]:
-    """Return what a preset has set, what was typed instead, and a hint where there are far fewer prompts than it is meant for."""
-    name, values = plan.flags.output.preset, plan.flags.as_dict()
-    preset = PRESETS[name]
-    kept = [f"--{flag} {value}" for flag, value in preset.flags.items() if values[flag] == value]
-    changed = [flag for flag, value in preset.flags.items() if values[flag] not in (None, value)]
-    if values["teacher_calls"] is None:
-        changed.append(next(flag for flag in OTHER_LENGTHS if values[flag]))
-    typed = [f"--{flag} {values[flag]}" for flag in changed]
-    lines = [f"Preset {name}: {' '.join(kept)}", *([f"  typed instead: {' '.join(typed)}"] if typed else [])]
-    count = len(plan.texts.prompts)
-    if FEW_PROMPTS * count < preset.num_prompts:
-        lines.append(
-            f"Hint: {count:,} prompts; the preset is meant for {preset.num_prompts:,} or more, and a student of few prompts learns "
-            "to draw these alone"
-        )
-    return lines
-
-
-def sizes_text(plan: "Plan") -> str:
-    """Return which sizes the student is trained at, and which latents they are."""
-    if len(plan.image_sizes) == 1 and plan.image_sizes[0] == square(plan.config.image_size):
-        return f"{plan.config.image_size} px = {'x'.join(map(str, plan.latent_shapes[0]))} latents"
-    return f"in turn at {', '.join(map(str, plan.image_sizes))} px (width x height)"
+def sizes_text(settings: Settings) -> str:
+    """Return the sizes that the student is trained at, and their latents."""
+    if settings.has_one_square_size:
+        return f"{settings.config.image_size} px = {'x'.join(map(str, settings.latent_shapes[0]))} latents"
+    return f"in turn at {', '.join(map(str, settings.image_sizes))} px (width x height)"
 
 
 class _Printed(logging.Handler):
@@ -174,30 +129,31 @@ def printed_log(is_on: bool) -> Iterator[None]:
 # ---- when it is over ----
 
 
-def print_end(run: "Run", result: "TrainingResult", num_calls: int, teacher: "Teacher | None") -> None:
+def print_end(settings: Settings, folder: Folder, result: TrainingResult, calls: str) -> None:
     """Print what was trained, how well, how long, where it is, and what to type next.
 
     Args:
-        num_calls: global batches that the teacher has answered.
+        calls: what the teacher was asked, as `calls_line` says it.
     """
-    flags, folder = run.flags, run.folder
+    path = folder.path
     state = "Interrupted after" if result.interrupted else "Done:"
-    print(f"{state} {result.num_steps} steps. Saved {CONFIG_NAME} and diffusion_model.safetensors in {folder}")
-    print("\n".join(summary_lines(folder, calls_line(run, num_calls, result.num_steps, teacher))))
-    if line := memorising_line(read_metrics(folder / METRICS_NAME), flags.states.replay):
+    print(f"{state} {result.num_steps} steps. Saved {CONFIG_NAME} and diffusion_model.safetensors in {path}")
+    print("\n".join(summary_lines(path, calls)))
+    if line := memorising_line(read_metrics(path / METRICS_NAME), settings.replay):
         print(line)
-    if result.interrupted and flags.output.save_every:
-        print(f"To resume:\n  {resume_command('train_distillation.py', run.command)}")
-    elif run.vae_location is not None and not result.interrupted:
-        prompts_file = flags.output.eval_prompts or held_out_prompts(run.wan_files)
-        print("\n  ".join(["Next:", *next_commands(folder, run.texts.prompts[0], prompts_file, flags.data.vae_path)]))
+    if result.interrupted and settings.save_every:
+        print(f"To resume:\n  {resume_command(SCRIPT, settings.command)}")
+    elif settings.vae_location is not None and not result.interrupted:
+        prompts_file = settings.eval_prompts or held_out_prompts(settings.wan_files)
+        print("\n  ".join(["Next:", *next_commands(path, settings.prompts[0], prompts_file, settings.vae_path)]))
 
 
-def print_filled(run: "Run") -> None:
-    """Print that a cache is complete, and what learns from it."""
-    total = sum(cache.num_answers for cache in run.caches)
+def print_filled(settings: Settings, caches: Sequence[TeacherCache]) -> None:
+    """Print which part of the cache was filled, and what trains from it."""
+    part, num_parts = settings.cache_part
+    state = "the cache is complete" if all(cache.is_complete for cache in caches) else "other parts are missing"
     print(
-        f"Done: {run.flags.states.teacher_cache} holds all {total} answers. To learn from them, leave --cache_only out"
+        f"Done: part {part} of {num_parts} is in {settings.teacher_cache}; {state}. To train from all of it, leave --cache_part out"
     )
 
 
@@ -215,18 +171,12 @@ def memorising_line(lines: Sequence[dict], replay: int) -> str | None:
     )
 
 
-def calls_line(run: "Run", num_calls: int, num_steps: int, teacher: "Teacher | None") -> str:
+def calls_line(settings: Settings, num_calls: int, num_steps: int, teacher: Teacher | None) -> str:
     """Return what the teacher was asked; of two experts also how often the one in use changed, since this process began."""
-    if run.caches:
-        total = sum(cache.num_answers for cache in run.caches)
-        return f"its answers came from {total} in {run.flags.states.teacher_cache}"
+    if settings.teacher_cache:
+        return f"its answers came from {settings.teacher_cache}"
     line = f"the teacher answered {num_calls} batches, {num_calls / num_steps:.2f} a step"
     return line if len(teacher.experts) == 1 else f"{line}, with {teacher.num_swaps} swaps of its experts"
-
-
-def typed_command(script: str, argv: Sequence[str]) -> str:
-    """Return the command as a person would type it again."""
-    return shlex.join([*command_words(script, torchrun_environment().local_world_size), *map(str, argv)])
 
 
 def summary_lines(folder: Path, calls: str) -> list[str]:
@@ -270,7 +220,7 @@ def _row(name: str, text: str) -> str:
     return f"  {name:<9} {text}"
 
 
-def held_out_prompts(wan_files: "WanFiles") -> str:
+def held_out_prompts(wan_files: WanFiles) -> str:
     """Return a file of prompts that no run of ours trains on: the teacher's own, else those of the demo's world or general ones."""
     own = Path(wan_files.location) / OWN_HELD_OUT_PROMPTS
     if own.is_file():

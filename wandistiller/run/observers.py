@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
+from wandistiller.evaluation.held_out import PathErrors
 from wandistiller.files.output_folder import (
     LOSS_PLOT_NAME,
     METRICS_NAME,
@@ -20,15 +21,9 @@ from wandistiller.reports.plots import LossPlot
 from wandistiller.reports.progress import Progress
 from wandistiller.reports.samples import SampleOptions, Samples
 from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Tracker, Trackers, started
-from wandistiller.run.held_out import (
-    Measure,
-    NoiseMeasure,
-    build_measure,
-    build_noise_measure,
-    keep_states,
-    measured_states,
-)
-from wandistiller.run.run import Run
+from wandistiller.run.folder import Folder
+from wandistiller.run.held_out import build_measure, held_out_states, keep_states
+from wandistiller.run.settings import Settings
 from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.step_metrics import StepMetrics
@@ -45,7 +40,6 @@ class RunObserver(Observer):
         progress: shows every step and writes it down; None in a process that another one prints for.
         trackers: told of every step and picture.
         held_out: measures the student; None where nothing is measured.
-        noise: measures what the noise decides in its pictures; None where that is not measured.
         samples: draws with the student; None where nothing is drawn.
     """
 
@@ -53,12 +47,10 @@ class RunObserver(Observer):
         self,
         progress: Progress | None,
         trackers: Trackers,
-        held_out: Measure | None,
-        noise: NoiseMeasure | None,
+        held_out: PathErrors | None,
         samples: Samples | None,
     ):
         self.progress, self.trackers, self.held_out, self.samples = progress, trackers, held_out, samples
-        self.noise = noise
         self.has_begun = False
 
     def shown(self) -> contextlib.AbstractContextManager:
@@ -75,9 +67,6 @@ class RunObserver(Observer):
 
     def evaluate(self, student: WanLiteStudent) -> dict[str, float] | None:
         return None if self.held_out is None else self.held_out(student)
-
-    def compare_noise(self, student: WanLiteStudent) -> dict[str, float | None] | None:
-        return None if self.noise is None else self.noise(student)
 
     def draw(self, student: WanLiteStudent, step: int) -> None:
         if self.samples is not None and (file := self.samples(student, step)):
@@ -97,59 +86,62 @@ class RunObserver(Observer):
 
 
 @contextlib.contextmanager
-def watch(run: Run, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObserver]:
+def watch(settings: Settings, folder: Folder, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObserver]:
     """Set up everyone who watches the run, from before its first step until its student is saved.
 
     A run that starts anew moves an earlier student of its folder aside first.
     """
-    held_out, noise = build_measure(run, embeds, teacher), build_noise_measure(run, embeds, teacher)
-    if held_out is not None:
+    states = held_out_states(settings, embeds, teacher)
+    if states:
         logger.info("held-out states of the teacher drawn, or found")
-    if run.resume_from is None:
-        aside = run.processes.first_then_all(lambda: set_aside_previous_student(run.folder))
+    if folder.resume_from is None:
+        aside = settings.processes.first_then_all(lambda: set_aside_previous_student(folder.path))
         if aside:
-            print(f"The student that was in {run.folder} is now in {aside}")
-    keep_states(run, measured_states(held_out))  # here, because an earlier student takes its checkpoints with it
-    is_first = run.processes.is_first
-    progress = Progress(run.num_steps, run.folder / METRICS_NAME, first_step=run.first_step) if is_first else None
-    with build_trackers(run) if is_first else Trackers() as trackers:
-        samples = build_samples(run, embeds, teacher, trackers)
+            print(f"The student that was in {folder.path} is now in {aside}")
+    keep_states(settings, states)  # here, because an earlier student takes its checkpoints with it
+    is_first = settings.processes.is_first
+    metrics = folder.path / METRICS_NAME
+    progress = Progress(settings.num_steps, metrics, first_step=folder.first_step) if is_first else None
+    with build_trackers(settings, folder) if is_first else Trackers() as trackers:
+        samples = build_samples(settings, folder, embeds, teacher, trackers)
         logger.info("TensorBoard and sample pictures set up")
-        yield RunObserver(progress, trackers, held_out, noise, samples)
+        yield RunObserver(progress, trackers, build_measure(settings, embeds, states), samples)
 
 
-def build_trackers(run: Run) -> Trackers:
+def build_trackers(settings: Settings, folder: Folder) -> Trackers:
     """TensorBoard, the loss plot, and the tracker of --report; one that cannot start is left out with a line."""
-    folder, report = run.folder, run.flags.output.report
+    path, report = folder.path, settings.report
     makers: list[tuple[str, Callable[[], Tracker]]] = [
-        ("TensorBoard", lambda: TensorBoardFiles(folder / TENSORBOARD_NAME, run.first_step)),
-        (LOSS_PLOT_NAME, lambda: LossPlot(folder / METRICS_NAME, folder / LOSS_PLOT_NAME)),
+        ("TensorBoard", lambda: TensorBoardFiles(path / TENSORBOARD_NAME, folder.first_step)),
+        (LOSS_PLOT_NAME, lambda: LossPlot(path / METRICS_NAME, path / LOSS_PLOT_NAME)),
     ]
     if report != "none":
-        makers.append((report, lambda: RunTracker(report, folder, run.flags.as_dict())))
+        makers.append((report, lambda: RunTracker(report, path, settings.as_dict())))
     return Trackers(started(makers))
 
 
-def build_samples(run: Run, embeds: Embeds, teacher: Teacher | None, trackers: Trackers) -> Samples | None:
+def build_samples(
+    settings: Settings, folder: Folder, embeds: Embeds, teacher: Teacher | None, trackers: Trackers
+) -> Samples | None:
     """Build what --num_samples and --sample_every draw, sampled as whoever draws with the saved student will."""
-    if run.vae_location is None:
+    if settings.vae_location is None:
         return None
-    settings, flags, student_steps = run.settings, run.flags, run.flags.objective.student_steps
-    of_teacher = run.teacher_sampling
+    of_teacher = settings.teacher_sampling
     recorded = StudentRecord(
-        num_inference_steps=settings.num_inference_steps,
-        student_steps=student_steps,
-        teacher_sampler=settings.teacher_sampler,
+        num_inference_steps=settings.teacher.num_inference_steps,
+        student_steps=settings.student_steps,
+        teacher_sampler=settings.teacher.teacher_sampler,
     )
     options = SampleOptions(
-        latent_shapes=run.latent_shapes,
-        vae_location=run.vae_location,
-        settings=settings,
+        latent_shapes=settings.latent_shapes,
+        vae_location=settings.vae_location,
+        settings=settings.teacher,
         teacher_sampling=of_teacher,
         student_sampling=replace(of_teacher, num_inference_steps=recorded.steps, sampler=recorded.sampler),
-        batch_size=flags.optimization.batch_size,
-        needs_all_processes=flags.performance.shard
-        is not None,  # sharded weights are needed from all, to draw with any
+        batch_size=settings.batch_size,
+        needs_all_processes=settings.shard_teacher or settings.shard_student,  # sharded weights are needed from all
     )
-    prompts, folder = run.texts.prompts[: flags.output.num_samples], run.folder / SAMPLES_NAME
-    return Samples(folder, teacher, prompts, embeds.trained, options, run.processes, trackers.picture)
+    prompts = settings.prompts[: settings.num_samples]
+    return Samples(
+        folder.path / SAMPLES_NAME, teacher, prompts, embeds.trained, options, settings.processes, trackers.picture
+    )

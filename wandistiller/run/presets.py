@@ -1,45 +1,26 @@
-"""Ready values of the flags for a real run, by teacher and student; docs/recipes.md has what each costs and where they come from.
+"""Values of the flags that go together: for the demo teacher, and for a real run by teacher and student (docs/recipes.md).
 
-Standard library only. benchmarks/recipes.py computes that page's tables from here, and a test holds the two together.
+Standard library only. benchmarks/recipes.py computes that page's tables from here, and a test compares the two.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-OTHER_LENGTHS = ("max_steps", "num_epochs")  # what says how long a run is, beside the --teacher_calls of presets
+from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS
 
+OTHER_LENGTHS = ("max_steps", "num_epochs")  # flags that set the length of a run, beside the --teacher_calls of presets
 
-@dataclass(frozen=True)
-class Preset:
-    """Values of flags that go together.
-
-    Attributes:
-        num_prompts: how many prompts they are meant for.
-        flags: the flags that are set; any of them may be typed instead.
-    """
-
-    num_prompts: int
-    flags: Mapping[str, object]
-
-    def flags_beside(self, typed: Mapping[str, object]) -> Mapping[str, object]:
-        """Return the flags that are set beside typed ones: a run whose length is typed in steps or epochs has no other length."""
-        has_length = any(typed[name] is not None for name in OTHER_LENGTHS)
-        return {name: value for name, value in self.flags.items() if not (has_length and name == "teacher_calls")}
-
-
-# A step learns from 32 samples, whatever of them is in memory at a time. Checkpoints hold gigabytes, so they are written rarely.
+# A step learns from 32 samples, however many of them are in memory at a time. Checkpoints hold gigabytes, so they are written rarely.
 _COMMON = {"eval_prompts": "data/heldout_prompts.txt", "save_every": 2000, "sample_every": 2000, "num_samples": 8}
 
 
-def _preset(teacher_path: str, student_config: str, num_prompts: int, **flags: object) -> Preset:
-    named = {"teacher_path": teacher_path, "student_config": f"config/{student_config}"}
-    return Preset(num_prompts, named | flags | _COMMON)
+def _preset(teacher_path: str, student_config: str, **flags: object) -> dict[str, object]:
+    return {"teacher_path": teacher_path, "student_config": f"config/{student_config}"} | flags | _COMMON
 
 
 _WAN_1_3B, _WAN_5B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 _WAN_14B, _WAN_A14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
-# An answer of 1.3B and 5B costs about what a student of half or a fifth of its size takes to learn from it four times, one of 14B
+# A batch of 1.3B and 5B costs about what a student of half or a fifth of its size takes to learn from it four times, one of 14B
 # eight times. The calls are those that about 96,000 steps take.
 _CHEAP: dict[str, Any] = {"num_prompts": 40_000, "teacher_calls": 24_000, "replay": 4}
 _DEAR: dict[str, Any] = {"num_prompts": 20_000, "teacher_calls": 12_000, "replay": 8}
@@ -55,3 +36,34 @@ PRESETS = {
     "A14B-0.5B": _preset(_WAN_A14B, "student_config_0.5B.json", **_DEAR, **_TWO_EXPERTS),
     "A14B-1B": _preset(_WAN_A14B, "student_config.json", **_DEAR, **_TWO_EXPERTS),
 }
+# What counts for the demo teacher where nothing else is typed
+DEMO: dict[str, object] = {
+    "data_path": "data/demo_prompts.txt",
+    "eval_prompts": DEMO_HELD_OUT_PROMPTS,
+    "num_epochs": 40,
+    "batch_size": 64,
+    "sample_every": 200,
+}
+
+
+def flags_beside(preset: Mapping[str, object], typed: Mapping[str, object]) -> dict[str, object]:
+    """Return the flags that a preset sets beside typed ones: a length in steps or epochs replaces its --teacher_calls."""
+    has_length = any(typed[name] is not None for name in OTHER_LENGTHS)
+    return {name: value for name, value in preset.items() if not (has_length and name == "teacher_calls")}
+
+
+def preset_lines(name: str, values: Mapping[str, object], num_prompts: int) -> list[str]:
+    """Return what a preset has set, what was typed instead, and a warning below half of the preset's prompts."""
+    preset = PRESETS[name]
+    kept = [f"--{flag} {value}" for flag, value in preset.items() if values[flag] == value]
+    changed = [flag for flag, value in preset.items() if values[flag] not in (None, value)]
+    if values["teacher_calls"] is None:
+        changed.append(next(flag for flag in OTHER_LENGTHS if values[flag]))
+    typed = [f"--{flag} {values[flag]}" for flag in changed]
+    lines = [f"Preset {name}: {' '.join(kept)}", *([f"  typed instead: {' '.join(typed)}"] if typed else [])]
+    if 2 * num_prompts < (meant := int(str(preset["num_prompts"]))):
+        lines.append(
+            f"Hint: {num_prompts:,} prompts; the preset is meant for {meant:,} or more, and a student of few prompts learns to "
+            "draw these alone"
+        )
+    return lines

@@ -1,97 +1,101 @@
-"""A trained student is saved with the record of how it was distilled, from which whatever samples it takes its defaults."""
+"""The student that a run saves, with the record of how it was distilled; whoever draws with it takes its defaults from there."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from wandistiller import __version__
 from wandistiller.files.hub import hub_id
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.processes import Processes, full_tensor
+from wandistiller.processes import full_tensor
 from wandistiller.projection.project import ProjectionReport
-from wandistiller.run.reach import most_reached
+from wandistiller.run.folder import Folder
+from wandistiller.run.settings import Settings
 from wandistiller.sampling.recorded import StudentRecord, recorded_path
 from wandistiller.targets.segments import segment_sigmas
-from wandistiller.training.loop import TrainingOptions, TrainingResult
-from wandistiller.wan.settings import TeacherSettings
+from wandistiller.training.loop import TrainingResult
 
-if TYPE_CHECKING:
-    from wandistiller.run.run import Run
-
-# These are recorded so that whoever samples the student finds them from any folder.
-RECORDED_PATHS = ("teacher_path", "teacher_path_low", "text_encoder_path", "data_path", "extra_prompts")
+# Recorded as paths that are found from any folder
+PATHS = ("teacher_path", "teacher_path_low", "text_encoder_path", "data_path")
+RECORDED = (
+    "caption_column",
+    "init",
+    "init_expert",
+    "states",
+    "sigma_range",
+    "renoise_fraction",
+    "student_rollout",
+    "calls_per_expert",
+    "replay",
+    "feature_loss_weight",
+    "student_steps",
+    "teacher_dtype",
+)
 
 
 def distillation_record(
-    recipe: Mapping[str, object],
-    settings: TeacherSettings,
-    options: TrainingOptions,
-    result: TrainingResult,
-    made_of: Mapping[str, object],
+    settings: Settings, projection: ProjectionReport, result: TrainingResult, num_calls: int, commands: list[dict]
 ) -> dict[str, object]:
-    """Return everything another run or a sampler needs to know, as JSON values.
+    """Return everything that another run or a sampler needs to know of a student, as JSON values.
 
     Args:
-        recipe: the flags that make a student what it is; those that are None are left out.
-        made_of: layers, and the numbers of prompts and of the teacher's answers.
+        num_calls: batches that the teacher has answered.
+        commands: the commands that made the student.
     """
+    paths = {name: recorded_path(getattr(settings, name)) for name in PATHS}
+    recipe = {name: getattr(settings, name) for name in RECORDED}
+    made_by = {"base_model": hub_id(settings.teacher_path), "image_sizes": recorded_sizes(settings)}
+    known = {name: value for name, value in (paths | recipe | made_by).items() if value is not None}
     return {
-        **{name: value for name, value in recipe.items() if value is not None},
-        **settings.recorded(),
-        **made_of,
+        "num_processes": settings.processes.count,
+        "commands": commands,
+        **known,
+        **teacher_loras(settings),
+        **segments(settings),
+        **settings.teacher.recorded(),
+        "layers": projection.layers,
+        "num_prompts": len(settings.prompts),
+        "num_teacher_batches": num_calls,
         "num_train_steps": result.num_steps,
-        "batch_size": options.batch_size,
-        **asdict(options.optimization),
-        "seed": options.seed,
+        "batch_size": settings.num_samples_per_step,
+        **asdict(settings.optimization),
+        "seed": settings.seed,
         "final_loss": result.losses[-1],
         "wandistiller_version": __version__,
     }
 
 
-def commands_so_far(before: list[dict], first_step: int, command: str, lr: float) -> list[dict]:
-    """Return the commands that make a student, each with the steps before it; `before` are those that led to `first_step`.
-
-    A command that came to no step is left out, and one that only resumes with the same flags is not listed twice.
-    """
-    made = [entry for entry in before if entry["from_step"] < first_step]
-    if made and (made[-1]["command"], made[-1]["lr"]) == (command, lr):
-        return made
-    return [*made, {"from_step": first_step, "lr": lr, "command": command}]
+def recorded_sizes(settings: Settings) -> list[str] | None:
+    """Return the image sizes as 640x384; None for the square of the config's image_size alone."""
+    return None if settings.has_one_square_size else [str(size) for size in settings.image_sizes]
 
 
-def save_student(student: WanLiteStudent, record: dict, folder: Path, processes: Processes | None = None) -> None:
-    """Save the student with its record in student_config.json; sharded weights are put together first."""
-    student.config = student.config.replace(distillation=record)
-    weights = {name: full_tensor(tensor) for name, tensor in student.state_dict().items()}
-    if processes is None or processes.is_first:
-        student.save_pretrained(folder, weights)
+def teacher_loras(settings: Settings) -> dict[str, object]:
+    """Return the record of the LoRAs that were merged into the teacher, if there are any."""
+    loras = settings.wan_files.loras
+    records = [lora.record() | {"path": recorded_path(lora.path)} for lora in loras]
+    return {"teacher_loras": records} if loras else {}
+
+
+def segments(settings: Settings) -> dict[str, object]:
+    """Return the noise levels between which a student of few steps draws."""
+    if settings.student_steps is None:
+        return {}
+    steps, teacher = settings.student_steps, settings.teacher
+    sampler = StudentRecord(teacher_sampler=teacher.teacher_sampler, student_steps=steps).sampler
+    return {"segment_sigmas": segment_sigmas(teacher.shift, steps, sampler).tolist()}
 
 
 def save_trained_student(
-    run: "Run", student: WanLiteStudent, projection: ProjectionReport, result: TrainingResult, num_teacher_batches: int
+    settings: Settings,
+    folder: Folder,
+    student: WanLiteStudent,
+    projection: ProjectionReport,
+    result: TrainingResult,
+    num_calls: int,
 ) -> None:
-    """Save the trained student with everything that is recorded of the run that made it."""
-    flags, settings = run.flags, run.settings
-    made_by = {
-        "num_processes": run.processes.count,
-        "base_model": hub_id(flags.data.teacher_path),
-        "commands": run.checkpoints.commands,
-    }
-    recipe: dict[str, Any] = made_by | flags.recipe.recorded()
-    recipe |= {name: recorded_path(recipe[name]) for name in RECORDED_PATHS}
-    if loras := run.wan_files.loras:
-        recipe["teacher_loras"] = [lora.record() | {"path": recorded_path(lora.path)} for lora in loras]
-    if flags.objective.student_steps:
-        steps = flags.objective.student_steps
-        sampler = StudentRecord(teacher_sampler=settings.teacher_sampler, student_steps=steps).sampler
-        recipe["segment_sigmas"] = segment_sigmas(settings.shift, steps, sampler).tolist()
-    made_of = {
-        "layers": projection.layers,
-        "num_prompts": most_reached(run) if run.texts.is_endless else len(run.texts.prompts),
-        "num_teacher_batches": num_teacher_batches,
-    }
-    record = distillation_record(recipe, settings, run.training_options, result, made_of)
-    save_student(student, record, run.folder, run.processes)
-    if run.processes.is_first:
-        projection.save(run.folder)
+    """Save the student with its record; sharded weights are put together first."""
+    record = distillation_record(settings, projection, result, num_calls, folder.checkpoints.commands)
+    student.config = student.config.replace(distillation=record)
+    weights = {name: full_tensor(tensor) for name, tensor in student.state_dict().items()}
+    if settings.processes.is_first:
+        student.save_pretrained(folder.path, weights)
+        projection.save(folder.path)

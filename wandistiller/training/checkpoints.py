@@ -120,6 +120,7 @@ class Checkpoints:
         description: what a run must share with a checkpoint to resume from it, as JSON values.
         batch_size: samples a step, over all processes. A run may resume with another batch size.
         keep: how many of the newest checkpoints stay.
+        neutral: what a checkpoint counts as having where its description lacks a name, which came later.
 
     Attributes:
         good: steps of the checkpoints that this process has resumed from or written.
@@ -133,9 +134,10 @@ class Checkpoints:
         batch_size: int,
         keep: int = 2,
         processes: Processes | None = None,
+        neutral: dict[str, object] | None = None,
     ):
         self.folder = Path(output_dir) / FOLDER_NAME
-        self.description = json.loads(json.dumps(description))  # as it will be read back
+        self.description, self.neutral = json.loads(json.dumps([description, neutral or {}]))  # as it will be read back
         self.batch_size = batch_size
         self.keep = keep
         self.processes = processes or Processes()
@@ -201,11 +203,11 @@ class Checkpoints:
 
     def _check_run(self, description: dict[str, object]) -> None:
         """Refuse a checkpoint of a run that differs in what must be the same."""
-        names = sorted(description.keys() | self.description.keys())
+        theirs, ours = self.neutral | description, self.neutral | self.description
         differing = [
-            f"{name} {shown(description.get(name))}, now {shown(self.description.get(name))}"
-            for name in names
-            if description.get(name) != self.description.get(name)
+            f"{name} {shown(theirs.get(name))}, now {shown(ours.get(name))}"
+            for name in sorted(theirs.keys() | ours.keys())
+            if theirs.get(name) != ours.get(name)
         ]
         if differing:
             raise UserError(

@@ -1,0 +1,141 @@
+"""From typed flags to settings: what every flag that was left out becomes, what is corrected with a line, and what is refused.
+
+Whatever is resolved here is what the dry run, the messages, the record and a resumed run read.
+
+pytest tests/run/test_settings.py
+"""
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from support.runs import PROMPTS, PRUNED_CONFIG
+from wandistiller.errors import UserError
+from wandistiller.run.flags import parse_args
+from wandistiller.run.inputs import read_inputs
+from wandistiller.run.resolve import resolve
+from wandistiller.training.checkpoints import Checkpoints
+
+
+@pytest.fixture
+def resolved(write_config, teachers):
+    """Settings of a command line, for a teacher of one expert unless another is given."""
+
+    def run(*flags: object, teacher=None, config: dict = PRUNED_CONFIG):
+        words = ["--teacher_path", teacher or teachers.one, "--student_config", write_config(config), "--device", "cpu"]
+        given = parse_args([str(word) for word in (*words, "--data_path", PROMPTS, *flags)])
+        return resolve(given, read_inputs(given))
+
+    return run
+
+
+# ---- defaults ----
+
+
+@pytest.mark.parametrize(
+    "flags, recipe",
+    [
+        ([], (0.25, (0.0, 1.0), 1.0)),
+        (["--states", "renoise"], (0.75, (0.0, 1.0), 1.0)),
+        (["--states", "noise"], (0.0, (0.0, 0.0), 0.0)),
+        (["--teacher_cache", "x"], (0.25, (0.0, 0.0), 0.0)),
+        (["--student_steps", "4"], (0.0, (0.0, 1.0), 0.0)),
+        (["--sigma_range", "0.5", "1"], (0.0, (0.0, 1.0), 1.0)),
+        (["--calls_per_expert", "4"], (0.0, (0.0, 1.0), 1.0)),
+        (["--teacher_offload"], (0.0, (0.0, 1.0), 1.0)),
+        (["--batch_size", "1"], (0.0, (0.0, 1.0), 1.0)),
+        (
+            ["--renoise_fraction", "0", "--student_rollout", "0", "0", "--feature_loss_weight", "0"],
+            (0.0, (0.0, 0.0), 0.0),
+        ),
+    ],
+)
+def test_the_recipe_is_the_default_wherever_it_applies(resolved, teachers, flags, recipe):
+    found = resolved(*flags, teacher=teachers.two)
+    assert (found.renoise_fraction, found.student_rollout, found.feature_loss_weight) == recipe
+
+
+@pytest.mark.parametrize(
+    "flags, calls_per_expert, renoise_fraction",
+    [
+        ([], 64, 0.0),
+        (["--calls_per_expert", "8"], 8, 0.0),
+        (["--calls_per_expert", "0"], 0, 0.25),
+        (["--renoise_fraction", "0.5"], 0, 0.5),
+        (["--renoise_fraction", "0"], 64, 0.0),
+        (["--states", "renoise"], 0, 0.75),
+        (["--states", "noise"], 0, 0.0),
+        (["--student_steps", "4"], 0, 0.0),
+    ],
+)
+def test_an_offloaded_teacher_answers_in_turns_unless_something_speaks_against_it(
+    resolved, teachers, flags, calls_per_expert, renoise_fraction
+):
+    found = resolved("--teacher_offload", *flags, teacher=teachers.two)
+    assert (found.calls_per_expert, found.renoise_fraction) == (calls_per_expert, renoise_fraction)
+
+
+def test_an_offload_of_one_expert_is_left_out_with_a_line_and_changes_nothing(resolved, capsys):
+    found = resolved("--teacher_offload")
+    assert not found.teacher_offload and found.calls_per_expert == 0 and found.renoise_fraction == 0.25
+    assert "--teacher_offload is of no use here" in capsys.readouterr().out
+
+
+def test_the_length_is_that_of_calls_else_steps_else_epochs(resolved):
+    assert resolved("--batch_size", 20, "--num_epochs", 2).num_steps == 6
+    assert resolved("--num_epochs", 2, "--max_steps", 5).num_steps == 5
+    found = resolved("--teacher_calls", 7, "--replay", 3)
+    assert (found.num_steps, found.num_calls, found.replay) == (21, 7, 3)
+    segments = resolved("--teacher_calls", 100, "--replay", 2, "--student_steps", 5, "--teacher_steps", 50)
+    assert (segments.num_steps, segments.num_calls) == (20, 100), "a target is the teacher's 10 steps through a segment"
+
+
+def test_settings_do_not_change(resolved):
+    with pytest.raises(FrozenInstanceError):
+        resolved().num_steps = 3
+
+
+@pytest.mark.parametrize("steps, sampler", [(4, "euler"), (8, "euler"), (9, "unipc")])
+def test_a_teacher_of_few_steps_is_one_of_few_noise_levels(resolved, steps, sampler):
+    found = resolved("--teacher_steps", steps)
+    assert found.teacher.teacher_sampler == sampler
+    assert len(found.teacher_levels) == (steps if sampler == "euler" else 0)
+
+
+def test_the_precision_is_that_of_the_device_and_of_the_gpu_that_a_dry_run_plans_for(resolved):
+    assert (resolved().dtype, resolved().teacher_dtype) == ("fp32", "fp32")
+    planned = resolved("--dry_run", "--assume_gpu_gib", 80)
+    assert (planned.dtype, planned.teacher_dtype, planned.is_for_gpu) == ("bf16", "bf16", True)
+    assert resolved("--dtype", "bf16", "--teacher_dtype", "fp8").teacher_dtype == "fp8"
+
+
+# ---- prompts ----
+
+
+def test_so_many_prompts_are_drawn_once_and_more_of_them_begin_with_the_same(resolved):
+    lines = PROMPTS.read_text(encoding="utf-8").splitlines()
+    few, more = resolved("--num_prompts", 5).prompts, resolved("--num_prompts", 9).prompts
+    assert len(set(few)) == 5 and more[:5] == few and set(more) <= set(lines)
+    assert resolved("--num_prompts", 5, "--seed", 1).prompts != few
+    assert len(resolved().prompts) == 55
+
+
+def test_prompts_without_room_are_refused_with_a_number_that_has_room(resolved):
+    with pytest.raises(
+        UserError, match=r"--prompt_cache_gib 1e-05: the embeddings of 55 prompts.* give --num_prompts (\d+)"
+    ) as refusal:
+        resolved("--prompt_cache_gib", 1e-5)
+    number = int(str(refusal.value).split("--num_prompts ")[1].split()[0])
+    assert 0 < number < 55
+    assert len(resolved("--prompt_cache_gib", 1e-5, "--num_prompts", number).prompts) == number
+
+
+# ---- what a resumed run must share ----
+
+
+def test_a_setting_that_a_checkpoint_lacks_counts_as_its_neutral_value(tmp_path):
+    neutral = {"replay": 1, "renoise_fraction": 0.0}
+    Checkpoints(tmp_path, {"seed": 3}, 4).save(1, {})
+    assert Checkpoints(tmp_path, {"seed": 3, "replay": 1}, 4, neutral=neutral).newest().step == 1
+    with pytest.raises(UserError, match="replay 1, now 2"):
+        Checkpoints(tmp_path, {"seed": 3, "replay": 2}, 4, neutral=neutral).newest()

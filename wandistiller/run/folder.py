@@ -1,0 +1,169 @@
+"""The output folder of a run: taken for it alone, with the checkpoint that the run resumes from."""
+
+import contextlib
+import logging
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wandistiller.budget.report import OutOfMemory, out_of_memory_message
+from wandistiller.command_line import command_words, torchrun_environment
+from wandistiller.device import is_out_of_memory
+from wandistiller.files.output_folder import (
+    STUDENT_NAMES,
+    check_replaceable,
+    locked_folder,
+    prepare_output_folder,
+    removed_if_empty,
+)
+from wandistiller.processes import leave
+from wandistiller.run.dry_run import check_disk, has_checkpoints, workload_of
+from wandistiller.run.settings import Settings
+from wandistiller.targets.cache import describe_teacher
+from wandistiller.training.checkpoints import Checkpoint, Checkpoints
+
+logger = logging.getLogger(__name__)
+
+SCRIPT = "train_distillation.py"
+# Settings that a run must share with the one that it resumes, each with the value that it had, in effect, before it existed: a checkpoint
+# that lacks it counts as having that. The other settings say how long, how fast, and what is shown.
+COMPARED: dict[str, object] = {
+    "init": "projection",
+    "init_expert": "high",
+    "layers": None,
+    "states": "trajectory",
+    "sigma_range": (0.0, 1.0),
+    "renoise_fraction": 0.0,
+    "student_rollout": (0.0, 0.0),
+    "calls_per_expert": 0,
+    "replay": 1,
+    "feature_loss_weight": 0.0,
+    "student_steps": None,
+    "seed": 0,
+}
+NEUTRAL = COMPARED | {
+    "teacher_dtype": None,
+    "image_sizes": None,
+    "optimizer": "adamw",
+    "ema": True,
+    "teacher_cache": False,
+}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The output folder of a run.
+
+    Attributes:
+        path: where the student goes.
+        checkpoints: of this run.
+        resume_from: the checkpoint that the run resumes from; None where it starts anew.
+    """
+
+    path: Path
+    checkpoints: Checkpoints
+    resume_from: Checkpoint | None
+
+    @property
+    def first_step(self) -> int:
+        """Steps taken by earlier commands."""
+        return 0 if self.resume_from is None else self.resume_from.step
+
+    def resuming_from(self, checkpoint: Checkpoint | None, settings: Settings) -> "Folder":
+        """Return the folder at a checkpoint, or at the start of a run, with the commands that have led there; say so."""
+        first_step, before = 0, []
+        if checkpoint is not None:
+            first_step, before = checkpoint.step, checkpoint.commands
+            print(f"Resuming from step {first_step} of {self.path} (--overwrite starts anew)")
+            if not checkpoint.has_same_batch:
+                had = checkpoint.batch_size
+                why = (
+                    f"a step had {had} samples, and has {settings.num_samples_per_step} now"
+                    if had
+                    else "this checkpoint was saved without them"
+                )
+                print(f"Training states start anew: {why}")
+        command = typed_command(SCRIPT, settings.command)
+        self.checkpoints.commands = commands_so_far(before, first_step, command, settings.optimization.lr)
+        return replace(self, resume_from=checkpoint)
+
+
+def run_identity(settings: Settings) -> dict[str, object]:
+    """Return what makes two runs the same one: student, teacher, prompts, states and objective."""
+    shape = settings.config.to_dict().items()
+    sizes = [] if settings.has_one_square_size else [str(size) for size in settings.image_sizes]
+    return {
+        **{f"student {name}": value for name, value in shape if name != "distillation"},
+        **describe_teacher(settings.wan_files, settings.teacher),
+        **{name: getattr(settings, name) for name in COMPARED},
+        "prompts": settings.prompts_digest,
+        "teacher_cache": settings.teacher_cache is not None,
+        "optimizer": settings.optimization.optimizer,
+        "ema": settings.optimization.ema_decay > 0,
+        # fp8 makes another teacher; fp32 and bf16 may change from one command to the next, as --dtype may.
+        "teacher_dtype": "fp8" if settings.teacher_dtype == "fp8" else None,
+        "image_sizes": sizes or None,
+    }
+
+
+def typed_command(script: str, words: Sequence[str]) -> str:
+    """Return the command as a person would type it again."""
+    return shlex.join([*command_words(script, torchrun_environment().local_world_size), *map(str, words)])
+
+
+def commands_so_far(before: list[dict], first_step: int, command: str, lr: float) -> list[dict]:
+    """Return the commands that make a student, each with the steps before it; `before` are those that led to `first_step`.
+
+    A command that took no step is left out, and one that only resumes with the same flags is not listed twice.
+    """
+    made = [entry for entry in before if entry["from_step"] < first_step]
+    if made and (made[-1]["command"], made[-1]["lr"]) == (command, lr):
+        return made
+    return [*made, {"from_step": first_step, "lr": lr, "command": command}]
+
+
+@contextlib.contextmanager
+def open_folder(settings: Settings) -> Iterator[Folder]:
+    """Take the output folder and find where the run resumes; the processes leave together at the end.
+
+    Raises:
+        UserError: the folder or its checkpoints belong to something else, or the disk has no room.
+    """
+    processes, output_dir = settings.processes, settings.output_dir
+    with (
+        removed_if_empty(output_dir) if processes.is_first else contextlib.nullcontext(),
+        contextlib.ExitStack() as held,
+    ):
+        path = processes.first_then_all(lambda: prepare_output_folder(output_dir))
+        processes.first_then_all(lambda: held.enter_context(locked_folder(path)))
+        checkpoints = Checkpoints(
+            path,
+            run_identity(settings),
+            settings.num_samples_per_step,
+            settings.keep_checkpoints,
+            processes,
+            neutral=NEUTRAL,
+        )
+        resume_from = None if settings.overwrite else checkpoints.newest()
+        if resume_from is not None:  # else what is there is set aside
+            check_replaceable(path, STUDENT_NAMES)
+        check_disk(checkpoints, settings)
+        logger.info("headers of the teacher read, output folder taken")
+        yield Folder(path, checkpoints, None).resuming_from(resume_from, settings)
+    leave()
+
+
+@contextlib.contextmanager
+def memory_advice(settings: Settings) -> Iterator[None]:
+    """Turn running out of memory inside into advice on which flags to change.
+
+    Raises:
+        OutOfMemory: the device ran out of memory; the message says what was there.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(out_of_memory_message(workload_of(settings), has_checkpoints(settings))) from error

@@ -1,0 +1,207 @@
+"""The settings of a run: every value that it needs, decided once (resolve.py) before anything is written or a weight is read."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from wandistiller.device import DTYPES
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.image_sizes import ImageSize, square
+from wandistiller.processes import Processes
+from wandistiller.sampling.recorded import StudentRecord
+from wandistiller.sampling.sampler import SamplingOptions
+from wandistiller.targets.lanes import Lanes
+from wandistiller.targets.states import StatesOptions
+from wandistiller.training.loop import TrainingOptions
+from wandistiller.training.optimizer import OptimizationOptions
+from wandistiller.wan.settings import TeacherSettings
+from wandistiller.wan.text_encoder_files import TextEncoderFiles
+from wandistiller.wan.vae import VaeLocation
+from wandistiller.wan.wan_files import WanFiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that a run needs to know. A field that is named as a flag has the value that counts, typed or not.
+
+    None means that there is none, never that it is to be decided.
+
+    Attributes:
+        command: the words after the script's name.
+
+        teacher_path, teacher_path_low, text_encoder_path, vae_path, data_path, caption_column, eval_prompts: as they were typed.
+        wan_files: the teacher by its headers.
+        teacher: how it is sampled; shift, guidance and latents are here.
+        teacher_levels: the only noise levels it knows, from 1 down; () where it knows all.
+        encoder: the text encoder and its tokenizer on disk; None: the mock's stand-in embeddings.
+        vae_location: the VAE of the sample pictures; None: none are drawn.
+        prompts: the prompts to train on.
+        held_out_prompts: the prompts to measure on; [] where nothing is measured.
+        prompts_digest: of the prompts, for checkpoints and caches.
+
+        config: shape of the student.
+        layers: teacher layer of each student block; None: evenly spread.
+        image_sizes: in pixels; one or more, in turn.
+
+        states, sigma_range, renoise_fraction, student_rollout, calls_per_expert, replay: the states trained on.
+        student_steps: segments of a student of few steps; None: a student of the teacher's own steps.
+        teacher_cache: folder of the teacher's answers; None: they are in memory.
+        cache_part: (I, N): fill this part of the cache and end; None: train.
+        num_calls: teacher batches of the whole run, of `num_samples_per_step` samples each.
+        guided_fraction: of the teacher's answers, those with two passes.
+
+        num_steps: optimizer steps of the whole run.
+        optimization: learning rate, optimizer, EMA.
+
+        dtype: of matrix products, "fp32" or "bf16".
+        teacher_dtype: of the teacher's weights, "fp32", "bf16" or "fp8".
+        is_for_gpu: whether it runs on a GPU or (--dry_run) is planned for one.
+
+        eval_every: steps between held-out measurements; 0: none.
+        held_out_steps: of the teacher on a measured path (held_out.py).
+        sample_every: steps between sample pictures; 0: none.
+        assume_gpu_gib, is_device_typed: what --dry_run plans for.
+    """
+
+    command: list[str]
+    # Data
+    teacher_path: str
+    teacher_path_low: str | None
+    text_encoder_path: str | None
+    vae_path: str | None
+    data_path: str
+    caption_column: str | None
+    eval_prompts: str | None
+    wan_files: WanFiles
+    teacher: TeacherSettings
+    teacher_levels: tuple[float, ...]
+    encoder: TextEncoderFiles | None
+    vae_location: VaeLocation | None
+    prompts: list[str]
+    held_out_prompts: list[str]
+    prompts_digest: str
+    prompt_cache: str
+    # Student
+    config: StudentConfig
+    init: str
+    init_expert: str
+    layers: list[int] | None
+    image_sizes: tuple[ImageSize, ...]
+    # States
+    states: str
+    sigma_range: tuple[float, float]
+    renoise_fraction: float
+    student_rollout: tuple[float, float]
+    calls_per_expert: int
+    replay: int
+    student_steps: int | None
+    teacher_cache: str | None
+    offline_teacher: bool
+    cache_part: tuple[int, int] | None
+    num_calls: int
+    guided_fraction: float
+    # Optimization
+    num_steps: int
+    batch_size: int
+    grad_accum_steps: int
+    feature_loss_weight: float
+    optimization: OptimizationOptions
+    seed: int
+    # Performance
+    processes: Processes
+    dtype: str
+    teacher_dtype: str
+    is_for_gpu: bool
+    teacher_offload: bool
+    shard_teacher: bool
+    shard_student: bool
+    gradient_checkpointing: bool
+    compile: bool
+    # Output
+    output_dir: str
+    save_every: int
+    keep_checkpoints: int
+    overwrite: bool
+    eval_every: int
+    held_out_steps: int
+    num_samples: int
+    sample_every: int
+    report: str
+    assume_gpu_gib: float | None
+    is_device_typed: bool
+
+    @property
+    def device(self) -> str:
+        return self.processes.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def num_samples_per_step(self) -> int:
+        """The global batch: samples of an optimizer step over all processes."""
+        return self.batch_size * self.grad_accum_steps * self.processes.count
+
+    @property
+    def lanes(self) -> Lanes:
+        """The samples of a step, and this process's among them."""
+        processes = self.processes
+        return Lanes.of_process(self.batch_size, self.grad_accum_steps, processes.rank, processes.count)
+
+    @property
+    def states_options(self) -> StatesOptions:
+        """Which states the run trains on."""
+        return StatesOptions(
+            kind=self.states,
+            sigma_range=self.sigma_range,
+            renoise_fraction=self.renoise_fraction,
+            calls_per_expert=self.calls_per_expert,
+            seed=self.seed,
+        )
+
+    @property
+    def has_one_square_size(self) -> bool:
+        return self.image_sizes == (square(self.config.image_size),)
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, int, int]]:
+        """(C, H, W) of the latents of each image size."""
+        return [self.teacher.latent_shape(self.config, size) for size in self.image_sizes]
+
+    @property
+    def largest_latent_size(self) -> tuple[int, int]:
+        """(H, W) of the image size that takes most memory and time."""
+        return max((shape[1:] for shape in self.latent_shapes), key=math.prod)
+
+    @property
+    def teacher_sampling(self) -> SamplingOptions:
+        """How the teacher draws in this run."""
+        return SamplingOptions(
+            shift=self.teacher.shift,
+            num_inference_steps=self.teacher.num_inference_steps,
+            sampler=StudentRecord(teacher_sampler=self.teacher.teacher_sampler).sampler_of_teacher,
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+        )
+
+    @property
+    def training_options(self) -> TrainingOptions:
+        """What the loop is told; its batch is the global one."""
+        return TrainingOptions(
+            batch_size=self.num_samples_per_step,
+            num_steps=self.num_steps,
+            optimization=self.optimization,
+            eval_every=self.eval_every,
+            sample_every=self.sample_every,
+            save_every=self.save_every,
+            boundary=self.teacher.boundary_ratio,
+            device=self.device,
+            seed=self.seed,
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the values that are numbers or text by their names, for a tracker."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, (str, int, float, tuple))}
+        return plain | vars(self.optimization)
