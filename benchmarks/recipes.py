@@ -16,8 +16,6 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-from wandistiller.run.plan import Plan, with_defaults
 
 from benchmarks.pages import print_or_write
 from benchmarks.scaling import GIB, H100, MEAN_TEXT_TOKENS, MFUS, NEGATIVE_TEXT_TOKENS, RUNS, markdown
@@ -25,12 +23,13 @@ from wandistiller.budget.memory import disk_budget, memory_budget, peak_bytes
 from wandistiller.budget.workload import Workload, held_out_flops, step_flops
 from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
-from wandistiller.prompts.prompts import Texts
+from wandistiller.prompts.prompts import Prompts
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.flags import parse_args
+from wandistiller.run.inputs import Inputs
 from wandistiller.run.presets import PRESETS
-from wandistiller.targets.lanes import Lanes
-from wandistiller.wan.settings import resolve_settings
+from wandistiller.run.resolve import Files, decide, sampled_as
+from wandistiller.run.settings import Settings
 from wandistiller.wan.wan_files import WanFiles
 
 PAGE = ROOT / "docs" / "recipes.md"
@@ -51,9 +50,9 @@ MEMORY = {
 
 @dataclass(frozen=True)
 class Planned:
-    """A preset's run: its plan, and what it takes by shapes."""
+    """A preset's run: its settings, and what it takes by shapes."""
 
-    plan: Plan
+    settings: Settings
     workload: Workload
 
     @property
@@ -93,29 +92,17 @@ def planned(name: str, *typed: str) -> Planned:
     """Return a preset's run with some flags typed beside it, as `--dry_run` would plan it on one GPU."""
     flags = parse_args(["--preset", name, *typed])
     config = StudentConfig.load(ROOT / flags.student.student_config)
-    prompts = [f"prompt {number}" for number in range(PRESETS[name].num_prompts)]
-    teacher, own = flags.teacher, flags.optimization
+    prompts = [f"prompt {number}" for number in range(PRESETS[name]["num_prompts"])]
     wan_files = released(name)
-    plan = with_defaults(
-        Plan(
-            flags=flags,
-            config=config,
-            texts=Texts(prompts, [], prompts[:NUM_HELD_OUT]),
-            wan_files=wan_files,
-            settings=resolve_settings(wan_files, **vars(teacher)),
-            processes=Processes(),
-            lanes=Lanes.of_process(own.batch_size, own.grad_accum_steps, 0, 1),
-            dtype=torch.bfloat16,
-            encoder=None,
-            vae_location=None,
-        )
-    )
+    files = Files(wan_files, sampled_as(flags, wan_files), encoder=None, vae_location=None)
+    inputs = Inputs(config, Prompts(prompts, prompts[:NUM_HELD_OUT], []))
+    settings = decide(flags, inputs, files, Processes("cuda"))
     work = replace(
-        workload_of(plan, is_gpu=True, dtype="bf16"),
+        workload_of(settings),
         mean_text_tokens=MEAN_TEXT_TOKENS,
-        negative_text_tokens=NEGATIVE_TEXT_TOKENS if plan.settings.uses_guidance else 0,
+        negative_text_tokens=NEGATIVE_TEXT_TOKENS if settings.teacher.uses_guidance else 0,
     )
-    return Planned(plan, work)
+    return Planned(settings, work)
 
 
 # ---- tables ----
@@ -125,12 +112,12 @@ def presets_table() -> str:
     rows = []
     for name, preset in PRESETS.items():
         run = planned(name)
-        own, states = run.plan.flags.optimization, run.plan.flags.states
+        own = run.settings
         rows.append(
             [
-                f"`{name}`", f"{run.plan.config.image_size}", f"{preset.num_prompts:,}",
-                f"{own.batch_size} x {own.grad_accum_steps}", f"{own.teacher_calls:,}", str(states.replay),
-                f"{run.plan.num_steps:,}", f"{own.lr:g}", run.plan.flags.performance.teacher_dtype or "bf16",
+                f"`{name}`", f"{own.config.image_size}", f"{preset['num_prompts']:,}",
+                f"{own.batch_size} x {own.grad_accum_steps}", f"{preset['teacher_calls']:,}", str(own.replay),
+                f"{own.num_steps:,}", f"{own.optimization.lr:g}", own.teacher_dtype,
             ]
         )  # fmt: skip
     header = [

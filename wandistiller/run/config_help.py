@@ -35,7 +35,7 @@ KEYS = {
     "num_heads": "attention heads; for a narrower `wan` student cut these, and `hidden_size` with them",
     "ffn_dim": "neurons of each block's FFN (`lite`: always 4 x `hidden_size`)",
     "num_channels": "latent channels: the teacher's (16, or 48 for TI2V-5B)",
-    "image_size": "pixels, a multiple of VAE factor x `patch_size` (16, or 32 for TI2V-5B); `--aspect_ratios` gives other sizes of about as many "
+    "image_size": "pixels, a multiple of VAE factor x `patch_size` (16, or 32 for TI2V-5B); `--image_sizes` gives other sizes of about as many "
     "pixels",
     "patch_size": "latent pixels a token covers; the teacher's 2 (`lite`: 1)",
     "text_max_length": "text slots; 512 for the released models",

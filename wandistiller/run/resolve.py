@@ -51,8 +51,18 @@ FEW_TEACHER_STEPS = 8
 NUM_COUNTED_PROMPTS = 256
 
 
+@dataclass(frozen=True)
+class Files:
+    """What is known of the files of a run by their headers; names and meanings are those of `Settings`."""
+
+    wan_files: WanFiles
+    teacher: TeacherSettings
+    encoder: TextEncoderFiles | None
+    vae_location: VaeLocation | None
+
+
 def resolve(flags: Flags, inputs: Inputs, command: Sequence[str] = ()) -> Settings:
-    """Join the processes, open the teacher by its headers and give every setting its value.
+    """Join the processes, open the files by their headers and give every setting its value.
 
     Args:
         command: the words after the script's name.
@@ -60,28 +70,29 @@ def resolve(flags: Flags, inputs: Inputs, command: Sequence[str] = ()) -> Settin
     Raises:
         UserError: something is missing, damaged or contradictory, or does not fit together.
     """
-    config, own = inputs.config, flags.optimization
     processes = join(flags.performance.device, pick_device)
-    check_optimizer(own.optimizer)
+    check_optimizer(flags.optimization.optimizer)
     check_report(flags.output.report)
-    wan_files, teacher = open_fitting_teacher(flags, config)
-    sizes = pixel_sizes(flags, config, wan_files, teacher)
-    states = resolve_states(flags, wan_files, config)
-    encoder = find_encoder(flags, wan_files, config)
-    check_prompt_cache(inputs.prompts.train, encoder, config, flags.data.prompt_cache_gib)
-    device = resolve_device(flags, processes)
-    length = resolve_length(flags, inputs, teacher, states, sizes, wan_files.config)
+    files = open_files(flags, inputs.config)
+    check_prompt_cache(inputs.prompts.train, files.encoder, inputs.config, flags.data.prompt_cache_gib)
+    if flags.output.preset:
+        print("\n".join(preset_lines(flags.output.preset, flags.as_dict(), len(inputs.prompts.train))))
+    print("\n".join(inputs.prompts.lines))
+    return decide(flags, inputs, files, processes, command)
+
+
+def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes, command: Sequence[str] = ()) -> Settings:
+    """Return the settings: what was typed, with every default and correction."""
+    config, own, teacher = inputs.config, flags.optimization, files.teacher
+    sizes = pixel_sizes(flags, config, files)
+    states = resolve_states(flags, files.wan_files, config)
+    length = resolve_length(flags, inputs, files, states, sizes)
     num_samples = own.batch_size * own.grad_accum_steps * processes.count
-    vae_location = find_sample_vae(flags, wan_files, teacher)
     eval_every, held_out_steps = resolve_measuring(flags, teacher, length, num_samples)
     decided = {
         "command": list(command),
         "config": config,
-        "wan_files": wan_files,
-        "teacher": teacher,
         "teacher_levels": (teacher_levels(teacher) or ())[:-1],
-        "encoder": encoder,
-        "vae_location": vae_location,
         "prompts": inputs.prompts.train,
         "held_out_prompts": inputs.prompts.held_out if eval_every else [],
         "prompts_digest": prompts_digest(inputs.prompts.train),
@@ -90,21 +101,23 @@ def resolve(flags: Flags, inputs: Inputs, command: Sequence[str] = ()) -> Settin
         "processes": processes,
         "eval_every": eval_every,
         "held_out_steps": held_out_steps,
-        "sample_every": 0 if vae_location is None else flags.output.sample_every,
+        "sample_every": flags.output.sample_every if files.vae_location else 0,
         "is_device_typed": flags.performance.device is not None,
-        **vars(states),
-        **vars(length),
-        **vars(device),
     }
     names = {known.name for known in fields(Settings)}
     typed = {name: value for name, value in flags.as_dict().items() if name in names}
-    if flags.output.preset:
-        print("\n".join(preset_lines(flags.output.preset, flags.as_dict(), len(inputs.prompts.train))))
-    print("\n".join(inputs.prompts.lines))
-    return Settings(**(typed | decided))
+    parts = vars(files) | vars(states) | vars(length) | vars(resolve_device(flags, processes))
+    return Settings(**(typed | decided | parts))
 
 
-# ---- teacher and student ----
+# ---- files ----
+
+
+def open_files(flags: Flags, config: StudentConfig) -> Files:
+    """Open everything that the run reads weights from, by its headers."""
+    wan_files, teacher = open_fitting_teacher(flags, config)
+    encoder = find_encoder(flags, wan_files, config)
+    return Files(wan_files, teacher, encoder, find_sample_vae(flags, wan_files, teacher))
 
 
 def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles, TeacherSettings]:
@@ -147,15 +160,6 @@ def check_levels(flags: Flags, teacher: TeacherSettings) -> None:
     if not any(low <= level <= high for level in levels):
         known = ", ".join(f"{level:.4g}" for level in levels)
         raise UserError(f"--sigma_range {low:g} {high:g}: holds none of the teacher's noise levels, {known}")
-
-
-def pixel_sizes(
-    flags: Flags, config: StudentConfig, wan_files: WanFiles, teacher: TeacherSettings
-) -> tuple[ImageSize, ...]:
-    """Return the image sizes that are trained at, in turn."""
-    unit = teacher.vae_scale_factor * math.lcm(config.patch_size, wan_files.config.patch_size)
-    given = flags.student.image_sizes or [square(config.image_size)]
-    return resolve_sizes(given, config.image_size, unit, MAX_PATCHES)
 
 
 def find_encoder(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> TextEncoderFiles | None:
@@ -240,7 +244,14 @@ def token_counts(texts: Sequence[str], encoder: TextEncoderFiles | None) -> list
     return count_tokens(texts, encoder) if encoder else [len(text.split()) + 1 for text in texts]
 
 
-# ---- states and length ----
+# ---- sizes, states and length ----
+
+
+def pixel_sizes(flags: Flags, config: StudentConfig, files: Files) -> tuple[ImageSize, ...]:
+    """Return the image sizes that are trained at, in turn."""
+    unit = files.teacher.vae_scale_factor * math.lcm(config.patch_size, files.wan_files.config.patch_size)
+    given = flags.student.image_sizes or [square(config.image_size)]
+    return resolve_sizes(given, config.image_size, unit, MAX_PATCHES)
 
 
 @dataclass(frozen=True)
@@ -314,20 +325,13 @@ class Length:
     guided_fraction: float
 
 
-def resolve_length(
-    flags: Flags,
-    inputs: Inputs,
-    teacher: TeacherSettings,
-    states: States,
-    sizes: Sequence[ImageSize],
-    teacher_config: StudentConfig,
-) -> Length:
+def resolve_length(flags: Flags, inputs: Inputs, files: Files, states: States, sizes: Sequence[ImageSize]) -> Length:
     """Return the steps of the run, and the teacher's calls that they take."""
-    own, student_steps = flags.optimization, flags.objective.student_steps
+    own, teacher, student_steps = flags.optimization, files.teacher, flags.objective.student_steps
     per_answer = calls_per_answer(teacher.num_inference_steps, student_steps)
     guided = guided_fraction(teacher, states.sigma_range)
     replay = flags.states.replay or suggested_replay(
-        teacher_config,
+        files.wan_files.config,
         inputs.config,
         max((teacher.latent_shape(inputs.config, size)[1:] for size in sizes), key=math.prod),
         guided_fraction=guided,
