@@ -20,6 +20,7 @@ from wandistiller.files.output_folder import (
     COMPARISON_NAME,
     EVALUATION_NAME,
     GALLERY_NAME,
+    check_evaluation_is_ours,
     check_output_folder,
     check_replaceable,
     prepare_output_folder,
@@ -336,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     if file.notice:
         print(f"{flags.prompts_file}: {file.notice}")
     teacher = teacher_paths(config, flags.teacher_path, flags.teacher_path_low)
-    check_output_folder(flags.output, "--output")
+    check_evaluation_is_ours(check_output_folder(flags.output, "--output"), "--output")
     num_trained = warn_of_trained(config, prompts)
 
     from wandistiller.evaluation.experiment import measure, measure_cost

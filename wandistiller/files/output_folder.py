@@ -174,6 +174,18 @@ def has_mark(path: Path) -> bool:
     return path.is_file() and CARD_MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
+def check_evaluation_is_ours(folder: Path, flag: str) -> None:
+    """Refuse a folder whose evaluation.json or teacher_vs_student.png a person put there: ours say how they were made.
+
+    Raises:
+        UserError: names the file.
+    """
+    for name, marks in ((EVALUATION_NAME, b'"wandistiller_version"'), (COMPARISON_NAME, b"num_inference_steps")):
+        file = folder / name
+        if file.is_file() and marks not in file.read_bytes():
+            raise UserError(f"{flag} {folder}: {name} there was not written by evaluate_student.py; move it away")
+
+
 def sample_files(folder: Path) -> list[tuple[int, Path]]:
     """Return the sample pictures of a run's folder with their steps, in order."""
     names = ((SAMPLE_FILE.fullmatch(file.name), file) for file in (folder / SAMPLES_NAME).glob("step_*.png"))

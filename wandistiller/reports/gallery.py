@@ -23,9 +23,9 @@ from wandistiller.errors import first_line
 from wandistiller.evaluation.per_prompt import PromptMeasures
 from wandistiller.files.atomic import write_text
 from wandistiller.files.output_folder import CARD_MARK, GALLERY_NAME, METRICS_NAME, has_mark
-from wandistiller.reports.charts import run_charts
 from wandistiller.reports.metrics import read_metrics
 from wandistiller.reports.over_time import read_samples
+from wandistiller.reports.plots import loss_svg
 from wandistiller.reports.tables import cell_text, comparison_rows, equal_steps
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def gallery_page(evaluated: Evaluated, student_folder: Path) -> str:
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    # Only our own mark, style and script are trusted to be HTML:
+    # Only our own mark, style, script and plot are trusted to be HTML:
     return environment.get_template("gallery.html").render(
         mark=Markup(f"{CARD_MARK}; it is written again when the student is measured. -->"),  # nosec B704
         style=Markup(style),  # nosec B704
@@ -127,7 +127,7 @@ def gallery_page(evaluated: Evaluated, student_folder: Path) -> str:
         rows=comparison_rows(evaluated.results),
         equal=equal_steps(evaluated.results["teacher_at_fewer_steps"]),
         scale=error_scale(evaluated.results),
-        charts=run_charts(read_metrics(student_folder / METRICS_NAME)),
+        plot=Markup(loss_svg(read_metrics(student_folder / METRICS_NAME))),  # nosec B704
         frames=list(sample_frames(student_folder)),
         rankings=[ranking for ranking in RANKINGS if _is_measured(evaluated, ranking)],
         prompts=list(prompt_entries(evaluated)),

@@ -17,6 +17,7 @@ from wandistiller.step_metrics import NUM_BUCKETS
 logger = logging.getLogger(__name__)
 
 FIRST_AND_LAST = 10  # the first and the last steps of a run are one part in so many
+LARGEST = 1e100
 RISE = 1.02  # a smaller rise of the held-out error is not worth a word
 
 
@@ -57,7 +58,9 @@ def _line(text: bytes) -> dict | None:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) is float or (type(value) is int and abs(value) < 2**1000)  # a larger int is no float
+    return (
+        type(value) in (int, float) and not abs(value) >= LARGEST
+    )  # a larger one is damaged, and no axis could hold it
 
 
 def _is_number_or_none(value: object) -> bool:

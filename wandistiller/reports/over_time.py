@@ -11,18 +11,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_ROWS, MAX_WIDTH = 10, 1600
+MAX_PIXELS = 64e6  # of a sample picture, which is more than any run writes
 # The metadata of a sample picture that says where the student's row begins, in pixels from the top.
 STUDENT_ROW = "student_row"
 
 
 def read_samples(folder: Path, count: int) -> Iterator[tuple[int, "Image"]]:
     """Yield the step and the picture of at most `count` sample pictures of a run's folder, evenly spread from the first to the
-    last; those that cannot be read are left out."""
+    last; those that cannot be read, or are far too large, are left out."""
     from PIL import Image
 
     for step, file in spread_out(sample_files(folder), count):
         try:
             with Image.open(file, formats=["PNG"]) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    continue
                 picture = image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow's words for a damaged file
             continue

@@ -1,5 +1,6 @@
-"""loss.png: the losses of a run by noise level, its held-out error, and the distance of its pictures."""
+"""The plot of a run: losses by noise level, held-out error, distance of pictures; as loss.png, and as SVG inside gallery.html."""
 
+import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,19 @@ def save_loss_plot(lines: Sequence[dict], file: Path) -> None:
     """Write the plot of a run's metrics."""
     with atomic_path(file) as beside:
         loss_figure(lines).savefig(beside, format="png")
+
+
+def loss_svg(lines: Sequence[dict]) -> str:
+    """Return the plot of a run's metrics as an SVG element; nothing where no loss is known. It holds no text of any file."""
+    from matplotlib import rc_context
+
+    known = [line for line in lines if "loss" in line]
+    if not known:
+        return ""
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "loss"}):  # letters as text, and the same ids every time
+        loss_figure(known).savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
 def loss_figure(lines: Sequence[dict]) -> "Figure":
