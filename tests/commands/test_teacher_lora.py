@@ -6,7 +6,6 @@ pytest tests/commands/test_teacher_lora.py
 import io
 import json
 import shutil
-from dataclasses import fields
 from hashlib import sha256
 
 import pytest
@@ -26,7 +25,7 @@ from support.runs import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, read_metrics, 
 from support.students import STUDENT, write_teacher
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import STUDENT_NAMES
-from wandistiller.reports.studio import Studio, StudioOptions, Wish
+from wandistiller.reports.studio import Request, Studio
 
 
 @pytest.fixture(scope="module")
@@ -248,9 +247,8 @@ def test_the_playground_draws_with_the_recorded_lora_and_takes_one_that_has_move
 
     def drawn(name: str, *words: str) -> bytes:
         flags = playground.parse_args([*words, "--prompt_cache", str(drawing / "cache"), "--device", "cpu"])
-        options = StudioOptions(**{field.name: getattr(flags, field.name) for field in fields(StudioOptions)})
-        studio = Studio({"own": drawing / "student", "moved": moved}, options)
-        answer = studio.draw(Wish(student=name, prompt="a red circle", steps=2, with_teacher=True))
+        studio = Studio({"own": drawing / "student", "moved": moved}, flags.teacher, flags.compute, flags.prompt_cache)
+        answer = studio.draw(Request(student=name, prompt="a red circle", steps=2, with_teacher=True))
         return Image.open(io.BytesIO(answer.rows[0].pictures[0].png)).tobytes()
 
     given = ["--teacher_lora", f"{drawing / 'lora.safetensors'}:0.9"]

@@ -18,20 +18,20 @@ from PIL import Image
 import generate_images
 from support.students import train_student, write_teacher
 from wandistiller.errors import UserError
-from wandistiller.reports.playground_page import History, answer_html, message_html, read_wish, settings_text
+from wandistiller.flags import ComputeFlags
+from wandistiller.reports.playground_page import History, answer_html, message_html, read_request, settings_text
 from wandistiller.reports.studio import (
     MAX_LETTERS,
     Answer,
-    Drawn,
     Picture,
+    Request,
+    Row,
     Studio,
-    StudioOptions,
-    Wish,
     find_students,
     told_record,
 )
 
-WISH = Wish(student="student", prompt="a red circle", seed=3, num_noises=2)
+ASKED = Request(student="student", prompt="a red circle", seed=3, num_noises=2)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,14 @@ def house(tmp_path_factory) -> Path:
     return root
 
 
+def studio_of(house: Path, outputs: Path) -> Studio:
+    students = find_students(str(outputs), None)
+    return Studio(students, compute=ComputeFlags(device="cpu"), prompt_cache=str(house / "cache"))
+
+
 @pytest.fixture(scope="module")
 def studio(house) -> Studio:
-    options = StudioOptions(prompt_cache=str(house / "cache"), device="cpu")
-    return Studio(find_students(None, str(house / "student")), options)
+    return studio_of(house, house)
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -53,7 +57,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 def test_it_draws_what_generate_images_draws_with_the_same_metadata(house, studio, tmp_path):
-    answer = studio.draw(replace(WISH, with_teacher=True, steps=3))
+    answer = studio.draw(replace(ASKED, with_teacher=True, steps=3))
     assert [row.who for row in answer.rows] == ["teacher", "student"] and not answer.notes
     for row in answer.rows:
         argv = ["--student", str(house / "student"), "--model", row.who, "--prompt", "a red circle", "a red circle"]
@@ -65,19 +69,6 @@ def test_it_draws_what_generate_images_draws_with_the_same_metadata(house, studi
             np.testing.assert_array_equal(np.asarray(Image.open(file)), pixels(picture.png))
             assert Image.open(io.BytesIO(picture.png)).info == Image.open(file).info
             assert f"seed{picture.seed}" in picture.name and picture.name.endswith(f"_{row.who}.png")
-
-
-def test_the_teacher_is_read_only_when_asked_for(house, monkeypatch):
-    import wandistiller.projection.project as project
-
-    def never(*values, **settings):
-        raise AssertionError("the teacher was read")
-
-    monkeypatch.setattr(project, "project_experts", never)
-    fresh = Studio(find_students(str(house), None), StudioOptions(prompt_cache=str(house / "cache"), device="cpu"))
-    assert len(fresh.draw(WISH).rows) == 1
-    with pytest.raises(AssertionError, match="the teacher was read"):
-        fresh.draw(replace(WISH, with_teacher=True))
 
 
 @pytest.mark.parametrize(
@@ -96,12 +87,12 @@ def test_the_teacher_is_read_only_when_asked_for(house, monkeypatch):
 )
 def test_what_cannot_be_drawn_is_said_in_a_sentence(studio, changes, sentence):
     with pytest.raises(UserError) as caught:
-        studio.draw(replace(WISH, **changes))
+        studio.draw(replace(ASKED, **changes))
     assert sentence in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_a_size_it_never_saw_and_a_text_too_long_are_drawn_with_a_sentence(studio):
-    answer = studio.draw(replace(WISH, num_noises=1, width=48, prompt="red " * 600))
+    answer = studio.draw(replace(ASKED, num_noises=1, width=48, prompt="red " * 600))
     assert pixels(answer.rows[0].pictures[0].png).shape == (32, 48, 3)
     assert len(answer.notes) == 2
     assert "trained at 32 x 32 pixels alone" in answer.notes[0] and "longer than the 512 tokens" in answer.notes[1]
@@ -114,27 +105,26 @@ def test_a_student_whose_vae_is_gone_says_so_and_another_is_drawn_all_the_same(h
     record = json.loads((tmp_path / "lost" / "student_config.json").read_text(encoding="utf-8"))
     record["distillation"]["teacher_path"] = str(tmp_path / "teacher")
     (tmp_path / "lost" / "student_config.json").write_text(json.dumps(record), encoding="utf-8")
-    both = Studio(find_students(str(tmp_path), None), StudioOptions(prompt_cache=str(house / "cache"), device="cpu"))
+    both = studio_of(house, tmp_path)
     with pytest.raises(UserError, match="has no VAE beside it"):
-        both.draw(replace(WISH, student="lost"))
-    assert both.draw(replace(WISH, student="there")).rows
+        both.draw(replace(ASKED, student="lost"))
+    assert both.draw(replace(ASKED, student="there")).rows
     shutil.rmtree(tmp_path / "there")
     with pytest.raises(UserError, match="there is no such folder"):
-        both.draw(replace(WISH, student="there"))
+        both.draw(replace(ASKED, student="there"))
 
 
 def test_weights_that_a_run_has_written_anew_are_read_again(house, tmp_path):
     shutil.copytree(house / "student", tmp_path / "student")
-    options = StudioOptions(prompt_cache=str(house / "cache"), device="cpu")
-    own = Studio(find_students(str(tmp_path), None), options)
-    before = own.draw(WISH).rows[0].pictures[0].png
+    own = studio_of(house, tmp_path)
+    before = own.draw(ASKED).rows[0].pictures[0].png
     from wandistiller import WanLiteStudent
 
     student = WanLiteStudent.from_pretrained(tmp_path / "student")
     for parameter in student.parameters():
         parameter.data.mul_(1.5)
     student.save_pretrained(tmp_path / "student")
-    assert own.draw(WISH).rows[0].pictures[0].png != before
+    assert own.draw(ASKED).rows[0].pictures[0].png != before
 
 
 def test_students_are_those_with_weights_and_the_named_one_comes_first(house, tmp_path):
@@ -162,7 +152,7 @@ def test_the_record_is_told_in_words(house):
 
 def an_answer(prompt: str = "<script>alert(1)</script>", num_bytes: int = 10) -> Answer:
     pictures = [Picture(b"p" * num_bytes, 'a"b.png', 7)]
-    return Answer(Wish(student="demo", prompt=prompt, seed=7), (64, 48), [Drawn("student", 4, pictures, 0.25)])
+    return Answer(Request(student="demo", prompt=prompt, seed=7), (64, 48), [Row("student", 4, pictures, 0.25)])
 
 
 def test_what_was_typed_is_escaped():
@@ -176,16 +166,16 @@ def test_the_history_keeps_the_newest_and_not_more_than_memory_allows(monkeypatc
     for number in range(25):
         history.add(an_answer(f"prompt {number}"))
     assert len(history.labels) == 20 and history.labels[0].startswith("25: prompt 24 | demo, seed 7, 4 steps, 48 x 64")
-    assert history.find(history.labels[3]).wish.prompt == "prompt 21" and history.find("none") is None
+    assert history.find(history.labels[3]).request.prompt == "prompt 21" and history.find("none") is None
     history.add(an_answer("large", num_bytes=int(201e6)))
     assert history.labels == [f"26: {settings_text(history.entries[0][1])}"]
 
 
 def test_empty_fields_are_left_to_the_record_and_fractions_are_refused():
-    assert read_wish("demo", "a", (None, None, None, None, None), False) == Wish(student="demo", prompt="a")
-    assert read_wish("demo", "a", (5.0, 2, 4, 48, 64), True) == Wish(
+    assert read_request("demo", "a", (None, None, None, None, None), False) == Request(student="demo", prompt="a")
+    assert read_request("demo", "a", (5.0, 2, 4, 48, 64), True) == Request(
         student="demo", prompt="a", seed=5, num_noises=2, steps=4, width=48, height=64, with_teacher=True
     )
     for numbers, words in (((1.5, 1, 1, 1, 1), "seed is 1.5"), ((1, 1, 1, 0, 1), "width is 0")):
         with pytest.raises(UserError, match=words):
-            read_wish("demo", "a", numbers, False)
+            read_request("demo", "a", numbers, False)

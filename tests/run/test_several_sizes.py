@@ -22,10 +22,11 @@ import generate_images
 from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG, read_metrics, weights_of
 from support.students import train_student, write_teacher
 from wandistiller.budget.memory import memory_budget
+from wandistiller.flags import ComputeFlags
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.comfyui_workflow import Workflow, api_workflow
-from wandistiller.reports.studio import Studio, StudioOptions, Wish
+from wandistiller.reports.studio import Request, Studio
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.flags import parse_args
 from wandistiller.run.inputs import read_inputs
@@ -275,8 +276,8 @@ def test_a_student_of_rectangles_alone_is_drawn_at_its_first_everywhere(house):
     workflow = api_workflow(Workflow.of(StudentConfig.load(folder), "student.safetensors"))
     (latents,) = [node for node in workflow.values() if node["class_type"] == "EmptyHunyuanLatentVideo"]
     assert (latents["inputs"]["width"], latents["inputs"]["height"]) == (48, 32)
-    studio = Studio({"wide": folder}, StudioOptions(prompt_cache=str(house / "cache"), device="cpu"))
-    answer = studio.draw(Wish(student="wide", prompt="a red ring"))
+    studio = Studio({"wide": folder}, compute=ComputeFlags(device="cpu"), prompt_cache=str(house / "cache"))
+    answer = studio.draw(Request(student="wide", prompt="a red ring"))
     assert answer.size == (32, 48) and not answer.notes
     assert Image.open(io.BytesIO(answer.rows[0].pictures[0].png)).size == (48, 32)
 

@@ -1,15 +1,19 @@
 """Model cards in the hub's format: README.md of a student's folder, and README.md of a folder exported for diffusers.
 
     write_model_card(folder)
-    write_export_card(folder, name, config, "pipeline", "bf16")
+    write_export_card(folder, name, config, "pipeline", "bf16", prompt="...")
 
-A student's card is made of what its folder holds (student_config.json, metrics.jsonl, evaluation.json and the pictures), so
-that it can be written again when something is added.
+The prose lies in page/*.md. A student's card is made of what its folder holds (student_config.json, metrics.jsonl, evaluation.json
+and the pictures), so that it can be written again when something is added. Whatever a template is given is escaped for markdown.
 """
 
 import json
+import re
 import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 from wandistiller.errors import first_line
 from wandistiller.files.atomic import write_text
@@ -44,29 +48,56 @@ from wandistiller.reports.progress import format_duration
 from wandistiller.reports.tables import cell_text, comparison_rows, markdown_table
 from wandistiller.sampling.recorded import trained_sizes, weights_digest
 
-FENCE = "````"  # longer than any fence that a command is likely to hold
+PAGE = Path(__file__).with_name("page")
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 THIS_FOLDER = "path/to/this/folder"
 DEFAULT_SLOTS = 512  # max_sequence_length of WanPipeline.__call__
-USE = """\
-In a clone of WanDistiller's repository:
 
-```python
-import torch
-from wandistiller import WanLiteStudent
 
-student = WanLiteStudent.from_pretrained("path/to/this/folder")
-config = student.config
-latents = torch.randn(1, config.num_channels, config.latent_size, config.latent_size)  # (z - mean) / std
-prompt_embeds = torch.randn(1, 12, config.text_encoder_output_dim)  # of the teacher's text encoder
-velocity = student(latents, torch.tensor([1000.0]), prompt_embeds, torch.tensor([12]))  # noise - x_0
-```
+class Markdown(str):
+    """Text that is markdown already, which a template takes as it is."""
 
-From a prompt to a picture, with the teacher's text encoder and VAE:
 
-```
-python generate_images.py --student path/to/this/folder --prompt "..." --output pictures
-```"""
+def plain(value: object) -> str:
+    """Escape a value so that markdown, in a table too, shows it as it is; control characters become blanks."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(value))
+    one_line = " ".join(text.split())
+    return "".join(f"\\{sign}" if sign in "\\`*_|<>[]#" else sign for sign in one_line)
+
+
+def fenced(command: str) -> Markdown:
+    """Return a command as a code block that nothing in it ends."""
+    longest = max((len(run) for run in re.findall("`+", command)), default=0)
+    fence = "`" * max(4, longest + 1)
+    return Markdown(f"{fence}\n{command}\n{fence}")
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> Markdown:
+    """Return a markdown table of escaped cells."""
+    return Markdown(markdown_table(head, ([_escaped(cell) for cell in row] for row in rows)))
+
+
+def _escaped(value: object) -> object:
+    return value if isinstance(value, Markdown) else plain(value)
+
+
+def fill_in(template: str, **values: object) -> Markdown:
+    """Return a template of page/ with the values filled in, escaped."""
+    return Markdown(_templates().get_template(template).render(values).strip() + "\n")
+
+
+def _templates():
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(  # nosec B701 # markdown, which `finalize` escapes
+        loader=FileSystemLoader(PAGE),
+        finalize=_escaped,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"table": table, "fenced": fenced}
+    return environment
 
 
 def write_model_card(folder: Path) -> Path | None:
@@ -97,39 +128,34 @@ def try_to_write_model_card(folder: Path) -> Path | None:
 
 def model_card(folder: Path, config: StudentConfig) -> str:
     """Return the card of a student's folder as text."""
-    record, lines = config.distillation or {}, read_metrics(folder / METRICS_NAME)
-    evaluation = read_evaluation(folder)
-    parts = [
-        f"{front_matter(record, 'wandistiller', ['wan', 'text-to-image', 'distillation'])}\n"
-        f"{CARD_MARK}; it is written again when the student is measured. -->",
-        f"# {plain(folder.resolve().name)}",
-        introduction(config, record),
-        *pictures(folder),
-        "## How it was made",
-        markdown_table(("", ""), facts(config, record, lines)),
-    ]
-    for entry in record.get("commands", []):
-        since = f"From step {entry['from_step']} on, with" if entry["from_step"] else "With"
-        parts += [f"{since} learning rate {entry['lr']:g} and this command:", f"{FENCE}\n{entry['command']}\n{FENCE}"]
-    if lines:
-        parts += [
-            "## Training",
-            training_text(lines),
-            markdown_table(("noise level", "first tenth", "last tenth"), losses(lines)),
-        ]
-    if (folder / LOSS_PLOT_NAME).is_file():
-        parts.append(f"![Loss by noise level]({LOSS_PLOT_NAME})")
-    if rows := evaluation_rows(evaluation):
-        parts += ["## Evaluation", *rows]
-        if (folder / GALLERY_NAME).is_file():
-            parts.append(
-                f"[{GALLERY_NAME}]({GALLERY_NAME}) shows every prompt, the worst first; it opens from disk in a browser."
-            )
-    parts += ["## Use", *use(config), "## Limits", limits(config, record), "## Licence", licence(record)]
-    return "\n\n".join(parts) + "\n"
+    record, steps = config.distillation or {}, read_metrics(folder / METRICS_NAME)
+    errors, noise = held_out_error(steps), newest_noise_part(steps)
+    return fill_in(
+        "student_card.md",
+        front_matter=front_matter(record, "wandistiller", ["wan", "text-to-image", "distillation"]),
+        mark=Markdown(f"{CARD_MARK}; it is written again when the student is measured. -->"),
+        name=folder.resolve().name,
+        config=config,
+        record=defaultdict(lambda: None, record),
+        introduction=introduction(config),
+        pictures=[(Markdown(link), what) for link, what in shown_pictures(folder).items()],
+        facts=facts(config, record, steps),
+        steps=steps,
+        loss_change=[cell_text(value) for value in loss_change(steps)] if steps else (),
+        held_out=errors and held_out_text(errors),
+        noise=noise and noise_text(noise),
+        losses=losses(steps) if steps else (),
+        has_plot=(folder / LOSS_PLOT_NAME).is_file(),
+        plot_name=Markdown(LOSS_PLOT_NAME),
+        evaluation=evaluation_text(read_evaluation(folder)),
+        has_gallery=(folder / GALLERY_NAME).is_file(),
+        gallery_name=Markdown(GALLERY_NAME),
+        limits=limits(config),
+        is_apache=is_apache(record),
+    )
 
 
-def front_matter(record: dict, library_name: str, tags: list[str]) -> str:
+def front_matter(record: dict, library_name: str, tags: list[str]) -> Markdown:
     """Return the YAML that the hub reads at the top of a card."""
     from huggingface_hub import CardData  # unlike ModelCardData it keeps the order given here
 
@@ -140,25 +166,24 @@ def front_matter(record: dict, library_name: str, tags: list[str]) -> str:
         pipeline_tag="text-to-image",
         tags=tags,
     )
-    return f"---\n{data.to_yaml()}\n---"
+    return Markdown(data.to_yaml() + "\n")
 
 
-def plain(text: object) -> str:
-    """Escape text so that a markdown table or heading shows it as it is."""
-    one_line = " ".join(str(text).split())
-    return "".join(f"\\{sign}" if sign in "\\`*_|<>[]#" else sign for sign in one_line)
+def introduction(config: StudentConfig) -> Markdown:
+    """Return the paragraph that says what a student is."""
+    record = defaultdict(lambda: None, config.distillation or {})
+    return Markdown(_words().introduction(config, record, sizes_text(config), teacher_name(record)).strip())
 
 
-def introduction(config: StudentConfig, record: dict) -> str:
-    few = record.get("student_steps")
-    steps = few or record.get("num_inference_steps")
-    return (
-        f"A text-to-image transformer of {config.num_parameters:,} parameters that draws what {teacher_name(record)} draws "
-        f"in one frame, at {sizes_text(config)} pixels in {steps} steps"
-        f"{' (the teacher takes ' + str(record.get('num_inference_steps')) + ')' if few else ''}. It was distilled with "
-        "WanDistiller from text prompts alone. It has learnt the teacher's guided answer, so it takes one pass a step and no "
-        "negative prompt."
-    )
+def limits(config: StudentConfig) -> Markdown:
+    """Return the list of what a student does not do."""
+    is_square = trained_sizes(config) == [square(config.image_size)]
+    record = defaultdict(lambda: None, config.distillation or {})
+    return Markdown(_words().limits(config, record, sizes_text(config), is_square).strip())
+
+
+def _words():
+    return _templates().get_template("words.md").module
 
 
 def sizes_text(config: StudentConfig) -> str:
@@ -166,15 +191,15 @@ def sizes_text(config: StudentConfig) -> str:
     return ", ".join(f"{size.width} x {size.height}" for size in trained_sizes(config))
 
 
-def teacher_name(record: dict) -> str:
+def teacher_name(record: Mapping) -> Markdown:
     """Name the teacher by its hub id, or by its file or folder without the path, which is nobody else's business."""
     if base_model := record.get("base_model"):
-        return f"[{base_model}](https://huggingface.co/{base_model})"
+        return Markdown(f"[{plain(base_model)}](https://huggingface.co/{quote(base_model)})")
     name = local_name(record)
-    return f"the Wan checkpoint `{name}`" if name else "a Wan checkpoint"
+    return Markdown(f"the Wan checkpoint `{plain(name)}`" if name else "a Wan checkpoint")
 
 
-def local_name(record: dict) -> str | None:
+def local_name(record: Mapping) -> str | None:
     """Return the name of the teacher's folder or file, without the path to it."""
     path = record.get("teacher_path")
     return Path(path).name if path else None
@@ -201,16 +226,16 @@ def with_pictures(card: str, folder: Path) -> str:
     return card.replace("\n\n## Use\n", "\n\n" + "\n\n".join([*pictures(folder), "## Use\n"]), 1)
 
 
-def comfyui_use(config: StudentConfig, file: str) -> str:
+def comfyui_use(config: StudentConfig, file: str) -> Markdown:
     """Return how ComfyUI draws with an exported file, as markdown."""
-    warnings = [f"- {warning}." for warning in comfyui_warnings(config)]
-    told = f"{file} goes to ComfyUI's models/diffusion_models: {comfyui_settings(config)}."
-    return "\n\n".join([told, *(["\n".join(warnings)] if warnings else [])])
+    told = f"{plain(file)} goes to ComfyUI's models/diffusion_models: {comfyui_settings(config)}."
+    warnings = "\n".join(f"- {warning}." for warning in comfyui_warnings(config))
+    return Markdown(f"{told}\n\n{warnings}".strip())
 
 
-def gguf_use(config: StudentConfig) -> str:
+def gguf_use(config: StudentConfig) -> Markdown:
     """Return how ComfyUI-GGUF draws with an exported file, as markdown."""
-    return (
+    return Markdown(
         "For [ComfyUI-GGUF](https://github.com/city96/ComfyUI-GGUF); VAE and text encoder are its teacher's. The file goes into "
         f"`models/diffusion_models`; nodes: {comfyui_settings(config, LOADERS['gguf'])}."
     )
@@ -220,12 +245,12 @@ def facts(config: StudentConfig, record: dict, lines: list[dict]) -> list[tuple[
     """Return rows of what was done. What the record does not hold is left out."""
     guidance = [f"{record[name]:g}" for name in ("guidance_scale", "guidance_scale_2") if record.get(name) is not None]
     rows = [
-        ("teacher", plain(record.get("base_model") or local_name(record))),
+        ("teacher", record.get("base_model") or local_name(record)),
         (
             "with the LoRA",
-            ", ".join(f"{plain(lora['file'])} at {lora['scale']:g}" for lora in record.get("teacher_loras") or []),
+            ", ".join(f"{lora['file']} at {lora['scale']:g}" for lora in record.get("teacher_loras") or []),
         ),
-        ("its settings", plain(record.get("preset"))),
+        ("its settings", record.get("preset")),
         ("shift", record.get("shift")),
         ("guidance", " and ".join(guidance)),
         ("guided at sigma", " to ".join(f"{sigma:g}" for sigma in record.get("guidance_range") or [])),
@@ -244,17 +269,7 @@ def facts(config: StudentConfig, record: dict, lines: list[dict]) -> list[tuple[
         ("batches the teacher answered", record.get("num_teacher_batches")),
         ("training time", format_duration(training_seconds(lines)) if lines else None),
     ]
-    return [(name, value) for name, value in rows if value not in (None, "", "None")]
-
-
-def training_text(lines: list[dict]) -> str:
-    first, last = map(cell_text, loss_change(lines))
-    text = f"Mean squared error of the velocity: {first} over the first tenth of the steps, {last} over the last."
-    if errors := held_out_error(lines):
-        text += f" At held-out states, which it has not learnt from, at the end: {held_out_text(errors)}."
-    if parts := newest_noise_part(lines):
-        text += f" Of {noise_text(parts)}."
-    return text
+    return [(name, value) for name, value in rows if value not in (None, "")]
 
 
 def losses(lines: list[dict]) -> list[tuple[str, str, str]]:
@@ -276,28 +291,18 @@ def read_evaluation(folder: Path) -> dict:
     return results if measured_weights and measured_weights == weights_digest(folder) else {}
 
 
-def evaluation_rows(results: dict) -> list[str]:
-    """Return an evaluation as text and a table, or nothing if it lacks something."""
+def evaluation_text(results: dict) -> dict | None:
+    """Return an evaluation's numbers and rows for the card, or None if it lacks something."""
     try:
         num_trained = results.get("num_trained_prompts", 0)
-        prompts = f"prompts, {num_trained} of them trained on" if num_trained else "held-out prompts"
-        about = (
-            f"`evaluate_student.py` on {results['num_prompts']} {prompts}, noises of each: {results['num_seeds']}, the "
-            "same for both:"
-        )
-        return [about, markdown_table(("", "student", "teacher", "student / teacher"), comparison_rows(results))]
+        return {
+            "num_prompts": results["num_prompts"],
+            "num_seeds": results["num_seeds"],
+            "prompts": f"prompts, {num_trained} of them trained on" if num_trained else "held-out prompts",
+            "rows": comparison_rows(results),
+        }
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        return []
-
-
-def use(config: StudentConfig) -> list[str]:
-    """Say how to draw with the folder."""
-    exported = (
-        "For diffusers and ComfyUI, which need none of that code, there are exports:\n\n```\n"
-        "python export_student.py --student path/to/this/folder --format pipeline --output path/to/a/new/folder\n"
-        "python export_student.py --student path/to/this/folder --format original --output student.safetensors\n```"
-    )
-    return [USE, *([exported] if config.block == "wan" else [])]
+        return None
 
 
 def is_apache(record: dict) -> bool:
@@ -307,33 +312,6 @@ def is_apache(record: dict) -> bool:
     """
     is_demo = record.get("world") == DEMO_WORLD or record.get("teacher_path") == f"./{DEMO_TEACHER}"
     return is_demo or str(record.get("base_model")).startswith("Wan-AI/")
-
-
-def limits(config: StudentConfig, record: dict) -> str:
-    is_square = trained_sizes(config) == [square(config.image_size)]
-    what, at = ("square pictures", config.image_size) if is_square else ("pictures", sizes_text(config))
-    texts = [
-        f"It draws single {what}; it was trained at {at} pixels alone, on "
-        f"{record.get('num_prompts')} prompts. It makes no video.",
-        "What the teacher cannot draw, it has not learnt; biases of the teacher's pictures are its own too.",
-    ]
-    low, high = record.get("sigma_range") or (0, 1)
-    if (low, high) != (0, 1):
-        texts.append(f"It knows the noise levels {low:g} to {high:g} alone and does not draw by itself.")
-    return "\n".join(f"- {text}" for text in texts)
-
-
-def licence(record: dict) -> str:
-    origin = (
-        "The weights were learnt from the teacher's answers"
-        if record.get("init") == "random"
-        else "The weights derive from those of the teacher"
-    )
-    if is_apache(record):
-        return f"Apache-2.0. {origin}, which is under Apache-2.0 too."
-    return (
-        f"That of the teacher. {origin}, whose licence holds for its students; the released Wans are under Apache-2.0."
-    )
 
 
 def drawing(config: StudentConfig, folder: str, dtype: str, *, prompt: str, link: bool = False) -> str:
@@ -400,49 +378,22 @@ def pipeline_use(config: StudentConfig, dtype: str, prompt: str, link: bool) -> 
     return f"```python\n{drawing(config, THIS_FOLDER, dtype, prompt=prompt, link=link)}\n```"
 
 
-def silent_mistakes(config: StudentConfig) -> str:
-    """Return a table of what goes wrong in diffusers without a word, because its defaults are those of Wan's videos."""
-    slots, shift = config.text_max_length, (config.distillation or {}).get("shift")
-    rows = [
-        ("`pipe(...)`", "`guidance_scale=1.0`", "5.0: what was guided already is guided again, in twice the time"),
-        ("`pipe(...)`", "`num_frames=1`", "81: a video, which it has not learnt"),
-        ("`pipe.encode_prompt(...)`", f"`max_sequence_length={slots}`", "226: another padding, other pictures"),
-        (
-            "`FlowMatchEulerDiscreteScheduler`, any other scheduler",
-            f"its `shift` or `flow_shift`{'' if shift is None else f' {shift:g}'}, as `scheduler/` of a pipeline has it under both names",
-            "1.0: other noise levels",
-        ),
-        (
-            "`WanTransformer3DModel.from_single_file(...)`",
-            "`config=` a folder of format diffusers",
-            "a released model's shape, or the configuration of an image-to-video one",
-        ),
-    ]
-    if slots != DEFAULT_SLOTS:
-        rows.insert(
-            2, ("`pipe(...)`", f"`max_sequence_length={slots}`", f"{DEFAULT_SLOTS}: another padding, other pictures")
-        )
-    return markdown_table(("call", "give it", "left out"), rows)
-
-
 def export_card(name: str, config: StudentConfig, use: str, library: str = "diffusers") -> str:
-    """Return the card of an exported folder as text; `use` says how to draw with it, in `library` if that is diffusers."""
+    """Return the card of an exported folder as text; `use` says as markdown how to draw with it, in `library` if that is diffusers."""
     record = config.distillation or {}
-    text = (
-        f"A text-to-image transformer of {config.num_parameters:,} parameters, distilled with WanDistiller from "
-        f"{teacher_name(record)}. It "
-        "draws single pictures and makes no video. It has learnt the teacher's guided answer: guidance is 1.0, and there is no "
-        "negative prompt."
+    made = [(what, value) for what, value in facts(config, record, []) if what != "guidance"]
+    return fill_in(
+        "export_card.md",
+        front_matter=front_matter(record, library, ["wan", "distillation"]),
+        name=name,
+        config=config,
+        record=defaultdict(lambda: None, record),
+        teacher=teacher_name(record),
+        use=Markdown(use),
+        library=library,
+        slots=config.text_max_length,
+        default_slots=DEFAULT_SLOTS,
+        facts=[*made, ("guidance", "1.0 (the teacher's is learnt)")],
+        limits=limits(config),
+        is_apache=is_apache(record),
     )
-    parts = [front_matter(record, library, ["wan", "distillation"]), f"# {name}", text, "## Use", use]
-    if library == "diffusers":
-        parts += [
-            "Left out, these go wrong in silence, because diffusers' defaults are those of videos:",
-            silent_mistakes(config),
-        ]
-    if record:
-        made = [(what, value) for what, value in facts(config, record, []) if what != "guidance"]
-        made.append(("guidance", "1.0 (the teacher's is learnt)"))
-        parts += ["## How it was made", markdown_table(("", ""), made), "## Limits", limits(config, record)]
-    terms = "Apache-2.0, as its teacher is." if is_apache(record) else "The teacher's licence holds for its students."
-    return "\n\n".join([*parts, "## Licence", terms]) + "\n"

@@ -2,7 +2,8 @@
 
     build_page(studio).launch(**launch_options("127.0.0.1", 7860))
 
-Pictures reach the browser inside the page, so that no file is served; the browser is told to load nothing from elsewhere.
+Pictures reach the browser inside the page, so that no file is served; nothing is taken in but what the page asks, and the browser is
+told to load nothing from elsewhere.
 """
 
 import base64
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from wandistiller.errors import UserError
-from wandistiller.reports.studio import Answer, Picture, Studio, Wish, told_record
+from wandistiller.reports.studio import Answer, Picture, Request, Studio, told_record
 from wandistiller.sampling.recorded import StudentRecord, trained_sizes
 
 if TYPE_CHECKING:
@@ -27,16 +29,7 @@ POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "frame-ancestors 'self'; form-action 'self'; base-uri 'self'"
 )
-STYLE = """
-.answer .row { margin: 0 0 1rem; } .answer.single { display: flex; flex-wrap: wrap; gap: 0 1.5rem; } .answer.single .row { flex: 0 1 auto; } .answer h3 { margin: 0 0 .3rem; font-size: 1rem; text-transform: capitalize; }
-.answer h3 small { text-transform: none; font-weight: normal; opacity: .75; }
-.answer .strip { display: flex; flex-wrap: wrap; gap: .6rem; } .answer figure { margin: 0; max-width: 100%; }
-.answer img { display: block; max-width: min(100%, 32rem); height: auto; } .answer img.small { width: 12rem; }
-.answer figcaption { font-size: .85rem; } .answer figcaption a { text-decoration: underline; margin-left: .4rem; }
-.message { margin: 0; padding: .5rem .8rem; border-left: 4px solid #c07a1a; } .message.error { border-color: #c03a2b; font-weight: 600; }
-.message p { margin: .1rem 0; }
-@media (max-width: 34rem) { .answer img.small { width: min(10rem, 38vw); } .answer.single { gap: 0 .6rem; } .answer.single .row:has(img.small) { max-width: 38vw; } .answer h3 small { display: block; } }
-"""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def prepare_gradio(scratch: str) -> None:
@@ -74,13 +67,13 @@ def _size(answer: Answer) -> int:
 
 def settings_text(answer: Answer) -> str:
     """Return what was asked for, in one line."""
-    wish, (height, width) = answer.wish, answer.size
-    last = wish.seed + wish.num_noises - 1
-    seeds = f"seed {wish.seed}" if wish.num_noises == 1 else f"seeds {wish.seed} to {last}"
+    asked, (height, width) = answer.request, answer.size
+    last = asked.seed + asked.num_noises - 1
+    seeds = f"seed {asked.seed}" if asked.num_noises == 1 else f"seeds {asked.seed} to {last}"
     steps = f"{answer.rows[-1].steps} steps"
-    teacher = ", with the teacher" if wish.with_teacher else ""
-    prompt = wish.prompt if len(wish.prompt) <= 80 else f"{wish.prompt[:77]}..."
-    return f"{prompt} | {wish.student}, {seeds}, {steps}, {width} x {height}{teacher}"
+    teacher = ", with the teacher" if asked.with_teacher else ""
+    prompt = asked.prompt if len(asked.prompt) <= 80 else f"{asked.prompt[:77]}..."
+    return f"{prompt} | {asked.student}, {seeds}, {steps}, {width} x {height}{teacher}"
 
 
 def answer_html(answer: Answer) -> str:
@@ -106,8 +99,8 @@ def message_html(sentences: Sequence[str], is_error: bool = False) -> str:
     )
 
 
-def read_wish(student: str, prompt: str, numbers: Sequence[float | None], with_teacher: bool) -> Wish:
-    """Return what was typed as a wish.
+def read_request(student: str, prompt: str, numbers: Sequence[float | None], with_teacher: bool) -> Request:
+    """Return what was typed as a request.
 
     Args:
         numbers: seed, noises, steps, width and height; an empty field is None.
@@ -120,7 +113,7 @@ def read_wish(student: str, prompt: str, numbers: Sequence[float | None], with_t
     for name, number in (("width", width), ("height", height)):
         if number is not None and number < 1:
             raise UserError(f"The {name} is {number}; give a number of pixels above 0.")
-    return Wish(
+    return Request(
         student=student,
         prompt=prompt or "",
         seed=seed or 0,
@@ -172,7 +165,7 @@ def build_page(studio: Studio) -> "gradio.Blocks":
 def _number(label: str, name: str, value: int | None = None):
     import gradio
 
-    # The bounds are checked where a wish is drawn, in a sentence; Gradio's own answer to a wrong number is none.
+    # The bounds are checked where a request is drawn, in a sentence; Gradio's own answer to a wrong number is none.
     return gradio.Number(label=label, value=value, min_width=80, elem_id=name)
 
 
@@ -187,7 +180,7 @@ def _connect(studio: Studio, page: "gradio.Blocks", parts: tuple) -> None:
     def draw(name, text, *rest):
         *numbers, with_teacher, drawn = rest
         try:
-            answer = studio.draw(read_wish(name, text, numbers, with_teacher))
+            answer = studio.draw(read_request(name, text, numbers, with_teacher))
         except UserError as error:
             return message_html([shown_sentence(error)], is_error=True), gradio.skip(), drawn, gradio.skip()
         drawn.add(answer)
@@ -207,17 +200,9 @@ def _connect(studio: Studio, page: "gradio.Blocks", parts: tuple) -> None:
         answer = drawn.find(label)
         if answer is None:
             return [gradio.skip()] * (2 + len(settings))
-        wish, (tall, wide) = answer.wish, answer.size
-        values = [
-            wish.student,
-            wish.prompt,
-            wish.seed,
-            wish.num_noises,
-            answer.rows[-1].steps,
-            wide,
-            tall,
-            wish.with_teacher,
-        ]
+        asked, (tall, wide) = answer.request, answer.size
+        values = [asked.student, asked.prompt, asked.seed, asked.num_noises]
+        values += [answer.rows[-1].steps, wide, tall, asked.with_teacher]
         return [message_html(answer.notes), answer_html(answer), *values]
 
     private: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "studio"}
@@ -252,19 +237,30 @@ def launch_options(host: str, port: int | None) -> dict[str, Any]:
         "ssr_mode": False,
         "pwa": False,
         "enable_monitoring": False,
-        "max_file_size": "1mb",  # nothing is uploaded
         "allowed_paths": [],
-        "app_kwargs": {"middleware": [Middleware(_Policy)], "docs_url": None, "redoc_url": None},
+        "app_kwargs": {"middleware": [Middleware(OwnPageOnly, host=host)], "docs_url": None, "redoc_url": None},
         "theme": gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        "css": STYLE,
+        "css": (PAGE / "playground.css").read_text(encoding="utf-8"),
     }
 
 
-class _Policy:
-    """Middleware that tells the browser to load nothing from elsewhere."""
+class OwnPageOnly:
+    """ASGI middleware that answers the page alone, takes no upload, and tells the browser to load nothing from elsewhere.
 
-    def __init__(self, app):
-        self.app = app
+    A browser sends along which page a request comes from (Origin), and any page may send a simple POST to this machine. A name
+    that somebody lets lead to this machine (DNS rebinding) is told from ours by the Host.
+    """
+
+    def __init__(self, app, host: str):
+        self.app, self.host = app, host
+
+    def refuses(self, scope) -> bool:
+        """Return whether a request is an upload, or was made by another page than ours."""
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        is_foreign_host = self.host in LOOPBACK and urlsplit(f"//{host}").hostname not in LOOPBACK
+        is_foreign_page = origin is not None and urlsplit(origin).netloc != host
+        return is_foreign_host or is_foreign_page or "/upload" in scope["path"]
 
     async def __call__(self, scope, receive, send):
         async def with_policy(message):
@@ -272,4 +268,13 @@ class _Policy:
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
             await send(message)
 
-        await self.app(scope, receive, with_policy if scope["type"] == "http" else send)
+        if scope["type"] != "http":
+            return await (self.app(scope, receive, send) if scope["type"] == "lifespan" else _refuse_socket(send))
+        if self.refuses(scope):  # without reading what it sends
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"connection", b"close")]})
+            return await send({"type": "http.response.body", "body": b"the playground answers its own page alone"})
+        return await self.app(scope, receive, with_policy)
+
+
+async def _refuse_socket(send) -> None:
+    await send({"type": "websocket.close", "code": 1008})  # Gradio's page uses none
