@@ -73,8 +73,9 @@ def test_what_a_record_holds_is_shown_as_it_is_and_never_as_markdown(tmp_path):
     card = write_folder(
         tmp_path / "a_b", teacher_path=f"x|y{evil}", base_model=None, commands=commands, preset=evil, states=evil
     )
-    assert "| teacher | script\\>\\[x\\]" not in card.text and "# a\\_b" in card.text
-    assert "<script>" not in card.text and "](http://evil" not in card.text and "49" not in card.text
+    assert "# a\\_b" in card.text and "49" not in card.text
+    shown = card.text.replace("\\<", "").replace("\\]", "")  # what stays is markdown
+    assert "script>alert" not in shown and "](http://evil" not in shown
     assert "`````\npython t.py --prompt '````\n# mine'\n`````" in card.text
     linked = write_folder(tmp_path / "c", base_model="a/b) [mine](http://evil.example").text
     assert "](http://evil" not in linked

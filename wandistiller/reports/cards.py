@@ -60,9 +60,12 @@ class Markdown(str):
 
 def plain(value: object) -> str:
     """Escape a value so that markdown, in a table too, shows it as it is; control characters become blanks."""
-    text = "".join(letter if letter.isprintable() else " " for letter in str(value))
-    one_line = " ".join(text.split())
-    return "".join(f"\\{sign}" if sign in "\\`*_|<>[]#" else sign for sign in one_line)
+    return "".join(f"\\{sign}" if sign in "\\`*_|<>[]#" else sign for sign in one_line(value))
+
+
+def one_line(value: object) -> str:
+    """Return a value as one line of printable letters."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(value)).split())
 
 
 def fenced(command: str) -> Markdown:
@@ -196,7 +199,7 @@ def teacher_name(record: Mapping) -> Markdown:
     if base_model := record.get("base_model"):
         return Markdown(f"[{plain(base_model)}](https://huggingface.co/{quote(base_model)})")
     name = local_name(record)
-    return Markdown(f"the Wan checkpoint `{plain(name)}`" if name else "a Wan checkpoint")
+    return Markdown(f"the Wan checkpoint `{one_line(name).replace('`', '')}`" if name else "a Wan checkpoint")
 
 
 def local_name(record: Mapping) -> str | None:
