@@ -78,7 +78,7 @@ def test_what_a_record_holds_is_shown_as_it_is_and_never_as_markdown(tmp_path):
     assert "script>alert" not in shown and "](http://evil" not in shown
     assert "`````\npython t.py --prompt '````\n# mine'\n`````" in card.text
     linked = write_folder(tmp_path / "c", base_model="a/b) [mine](http://evil.example").text
-    assert "](http://evil" not in linked
+    assert "\\](http://evil" in linked and "%5Bmine%5D" in linked
 
 
 def test_only_files_that_are_there_are_linked(tmp_path):
