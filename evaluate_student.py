@@ -29,22 +29,16 @@ from wandistiller.flags import FlagParser, add_student_flag, add_teacher_flags, 
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import load_prompts
-from wandistiller.sampling.recorded import (
-    StudentRecord,
+from wandistiller.students.drawing import check_size, embed_with_negative, student_sampling, teacher_sampling
+from wandistiller.students.parts import (
     TeacherLoras,
-    check_size,
-    embed_with_negative,
     load_drawing_parts,
-    load_student_config,
     open_recorded_teacher,
     recorded_settings,
-    student_sampling,
     teacher_paths,
-    teacher_sampling,
-    trained_prompts,
-    trained_sizes,
-    weights_digest,
 )
+from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes, weights_digest
+from wandistiller.students.trained_prompts import trained_prompts
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     import numpy as np
@@ -233,10 +227,10 @@ def describe(flags: Flags, config: StudentConfig, digest: str | None, experiment
     }
 
 
-def warn_of_trained(config: StudentConfig, prompts: list[str]) -> int:
+def warn_of_trained(flags: Flags, config: StudentConfig, prompts: list[str]) -> int:
     """Count the prompts that the student was trained on, and print a warning where there are any: it may look better at these."""
-    trained = trained_prompts(config, prompts)
-    num_trained = sum(" ".join(prompt.split()) in trained for prompt in prompts)
+    trained = trained_prompts(flags.student, config, prompts, flags.prompts_file)
+    num_trained = sum(prompt in trained for prompt in prompts)
     if num_trained:
         print(
             f"Warning: {num_trained} of the {len(prompts)} prompts are prompts of the training, so this does not measure what the "
@@ -338,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{flags.prompts_file}: {file.notice}")
     teacher = teacher_paths(config, flags.teacher_path, flags.teacher_path_low)
     check_evaluation_is_ours(check_output_folder(flags.output, "--output"), "--output")
-    num_trained = warn_of_trained(config, prompts)
+    num_trained = warn_of_trained(flags, config, prompts)
 
     from wandistiller.evaluation.experiment import measure, measure_cost
     from wandistiller.reports.cards import try_to_write_model_card

@@ -26,15 +26,9 @@ from wandistiller.files.output_folder import check_output_folder, check_writable
 from wandistiller.files.paths import nearest_existing
 from wandistiller.flags import flag, group, parse_flags, path, switch
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
-from wandistiller.sampling.recorded import (
-    StudentRecord,
-    find_recorded_encoder,
-    load_shape,
-    load_student_config,
-    student_sampling,
-    teacher_paths,
-    tested_prompt,
-)
+from wandistiller.students.drawing import example_prompt, student_sampling
+from wandistiller.students.parts import find_recorded_encoder, teacher_paths
+from wandistiller.students.record import StudentRecord, load_shape, load_student_config
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from torch import Tensor
@@ -343,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
         # Every file is checked before one is written:
         parts = find_parts(flags, config) if flags.format == "pipeline" else None
         tensors = WanLiteStudent.from_pretrained(flags.student).state_dict()
-        public_config, prompt = published(config, flags.parts.teacher_path), tested_prompt(config)
+        public_config, prompt = published(config, flags.parts.teacher_path), example_prompt(config)
 
         # The file or folder appears whole or not at all:
         remove_killed_exports(target)

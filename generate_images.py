@@ -26,19 +26,22 @@ from wandistiller.files.output_folder import (
 from wandistiller.flags import ComputeFlags, TeacherFlags, flag, group, number, parse_flags, path, switch
 from wandistiller.model.config import StudentConfig
 from wandistiller.prompts.prompts import is_endless, load_prompts, slug, unusable
-from wandistiller.sampling.drawing import Artist, check_picture_size, untrained_warnings
-from wandistiller.sampling.recorded import (
-    TeacherLoras,
+from wandistiller.students.drawing import (
+    Artist,
+    check_picture_size,
     embed_with_negative,
+    student_sampling,
+    teacher_sampling,
+    untrained_warnings,
+)
+from wandistiller.students.parts import (
+    TeacherLoras,
     load_drawing_parts,
-    load_student_config,
     open_recorded_teacher,
     recorded_settings,
-    student_sampling,
     teacher_paths,
-    teacher_sampling,
-    trained_sizes,
 )
+from wandistiller.students.record import load_student_config, trained_sizes
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     import numpy as np

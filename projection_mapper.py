@@ -99,7 +99,7 @@ def cut_lora(flags: LoraFlags) -> None:
     """Write the part of a teacher's LoRA that a student has, and print what is left out."""
     from wandistiller.projection.lora import cut_loras, write_lora
     from wandistiller.projection.selection_record import read_made_of
-    from wandistiller.sampling.recorded import load_shape
+    from wandistiller.students.record import load_shape
     from wandistiller.wan.lora import open_lora
     from wandistiller.wan.transformer_files import teacher_tensor_shapes
 

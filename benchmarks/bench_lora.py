@@ -38,9 +38,9 @@ from wandistiller.projection.project import project_teacher
 from wandistiller.projection.selection_record import read_made_of
 from wandistiller.prompts.prompts import load_prompts
 from wandistiller.sampling.flow import seeded_noise, shift_sigma, sigma_to_timestep
-from wandistiller.sampling.recorded import embed_with_negative
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches, student_as_teacher
 from wandistiller.sampling.teacher import Teacher
+from wandistiller.students.drawing import embed_with_negative
 from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.lora import open_lora, shapes_of
 from wandistiller.wan.names import without_frames

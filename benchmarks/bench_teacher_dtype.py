@@ -27,9 +27,9 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import project_experts
 from wandistiller.prompts.prompts import load_prompts
-from wandistiller.sampling.recorded import embed_with_negative
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample, student_as_teacher
 from wandistiller.sampling.teacher import Teacher
+from wandistiller.students.drawing import embed_with_negative
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.wan.layouts import open_teacher

@@ -24,6 +24,7 @@ FLOORS = [
     "evaluation",
     "targets",
     "projection",
+    "students",
     "sampling",
     "wan",
     "model",

@@ -215,7 +215,8 @@ def prepare_cases(flags: argparse.Namespace) -> list[Case]:
     if flags.student is None:
         return [demo_case(flags), *(random_case(channels, flags.seed) for channels in (16, 48))]
     from wandistiller.model.transformer import WanLiteStudent
-    from wandistiller.sampling.recorded import StudentRecord, load_student_config, teacher_paths
+    from wandistiller.students.parts import teacher_paths
+    from wandistiller.students.record import StudentRecord, load_student_config
 
     config = load_student_config(flags.student)
     record = StudentRecord.of(config)
@@ -239,7 +240,7 @@ def demo_case(flags: argparse.Namespace) -> Case:
 
 def case_of(flags: argparse.Namespace, student: "WanLiteStudent", teacher: str, shift: float, steps: int) -> Case:
     """Return a case whose text encoder and VAE are found as drawing finds them."""
-    from wandistiller.sampling.recorded import load_drawing_parts
+    from wandistiller.students.parts import load_drawing_parts
     from wandistiller.wan.text_encoder import embed_texts
 
     config = student.config

@@ -13,7 +13,8 @@ from support.runs import PRUNED_CONFIG, ROOT
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.comfyui import comfyui_sampler
-from wandistiller.sampling.recorded import StudentRecord, recorded_path, teacher_paths
+from wandistiller.students.parts import recorded_path, teacher_paths
+from wandistiller.students.record import StudentRecord
 
 
 def student_of(**record: object) -> StudentConfig:

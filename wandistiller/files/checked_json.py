@@ -25,7 +25,8 @@ LARGEST_WHOLE = 10**9
 LONGEST_PATH = 4096  # as long as Linux takes them
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number that is no slip of the keyboard."""
     return type(value) in (int, float) and -LARGEST < value < LARGEST
 
 
@@ -33,28 +34,11 @@ def _is_whole(value: Any, most: int = LARGEST_WHOLE) -> bool:
     return type(value) is int and 1 <= value <= most
 
 
-def _is_range(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(RATIO.fits, value)) and value[0] < value[1]
-
-
-def _is_lora(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("expert") in ("high", "low")
-        and TEXT.fits(value.get("file"))
-        and TEXT.fits(value.get("sha256"))
-        and _is_number(value.get("scale"))
-        and (value.get("path") is None or PATH.fits(value["path"]))
-    )
-
-
 WHOLE = Kind("a whole number above 0, at most 10^9", _is_whole)
 STEPS = Kind("a whole number from 1 to 1000", lambda value: _is_whole(value, 1000))
-POSITIVE = Kind("a number above 0, at most 1e18", lambda value: _is_number(value) and value > 0)
-NOT_NEGATIVE = Kind("a number of 0 or more, at most 1e18", lambda value: _is_number(value) and value >= 0)
-RATIO = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
-SIGMA_RANGE = Kind("two numbers from 0 to 1, the lower first", _is_range)
-SAMPLER = Kind('"unipc" or "euler"', lambda value: value in ("unipc", "euler"))
+POSITIVE = Kind("a number above 0, at most 1e18", lambda value: is_number(value) and value > 0)
+NOT_NEGATIVE = Kind("a number of 0 or more, at most 1e18", lambda value: is_number(value) and value >= 0)
+RATIO = Kind("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
 TEXT = Kind("text", lambda value: isinstance(value, str))
 PATH = Kind(
     f"a path or hub id of at most {LONGEST_PATH} letters",
@@ -63,10 +47,6 @@ PATH = Kind(
 STAGES = Kind(
     "a list of whole numbers above 0, one a stage",
     lambda value: isinstance(value, list) and len(value) > 0 and all(map(WHOLE.fits, value)),
-)
-LORAS = Kind(
-    "a list of objects with expert (high or low), file, sha256, scale and mostly path",
-    lambda value: isinstance(value, list) and all(map(_is_lora, value)),
 )
 COMPONENT = Kind(
     'a pair such as ["diffusers", "WanTransformer3DModel"], or [null, null]',
@@ -82,7 +62,7 @@ def numbers(count: int, each: Kind | None = None) -> Kind:
     Args:
         each: what every number must be; None allows all that are finite.
     """
-    fits = each.fits if each else _is_number
+    fits = each.fits if each else is_number
     words = f"a list of {count} numbers" + (f", each {each.allowed}" if each else "")
     return Kind(words, lambda value: isinstance(value, list) and len(value) == count and all(map(fits, value)))
 

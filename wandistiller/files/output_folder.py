@@ -22,10 +22,12 @@ CARD_MARK = "<!-- Written by WanDistiller"
 EVALUATION_NAME = "evaluation.json"
 COMPARISON_NAME = "teacher_vs_student.png"
 GALLERY_NAME = "gallery.html"
+TRAINED_PROMPTS_NAME = "trained_prompts.sha256"
 SAMPLE_FILE = re.compile(r"step_(\d{1,15})\.png")
 STUDENT_NAMES = ["student_config.json", "diffusion_model.safetensors", "projection_report.json"]
 _OF_A_RUN = [
     *STUDENT_NAMES,
+    TRAINED_PROMPTS_NAME,
     METRICS_NAME,
     SAMPLES_NAME,
     STRIP_NAME,

@@ -14,9 +14,9 @@ from typing import get_args
 
 from wandistiller.errors import UserError
 from wandistiller.files.json_files import JsonError, load_json, parse_json
-from wandistiller.model.record import wrong_entry
 
 CONFIG_NAME = "student_config.json"
+WEIGHTS_NAME = "diffusion_model.safetensors"
 STUDENT_ADVICE = "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id owner/name"
 
 # These lie far beyond any Wan: a larger value is a slip of the keyboard that would fill the memory or take for ever.
@@ -48,7 +48,7 @@ class StudentConfig:
         ffn_dim: neurons of a block's FFN; a lite block always has 4 * hidden_size.
         num_channels: latent channels.
         image_size: side in pixels of the square images that the student is trained on. Images of other sizes, where it has any
-            (record.py), have about as many pixels.
+            (students/record.py), have about as many pixels.
         patch_size: latent pixels along a token's side; a lite student has no patches.
         text_max_length: text slots of the run, for teacher and student alike.
         freq_dim: width of the sinusoidal time embedding; a lite student always has hidden_size.
@@ -222,12 +222,9 @@ class StudentConfig:
             if value is None and key != "distillation":
                 raise ConfigError(f"{where}: {key} is null; give it a value")
         try:
-            config = cls(**values)
+            return cls(**values)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-        if wrong := wrong_entry(config.distillation or {}, config.num_channels):
-            raise ConfigError(f'{where}: its "distillation" record: {wrong}')
-        return config
 
     @classmethod
     def load(cls, path: str | Path) -> "StudentConfig":

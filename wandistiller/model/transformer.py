@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wandistiller.model.config import CONFIG_NAME, STUDENT_ADVICE, ConfigError, StudentConfig, check_is_no_export
+from wandistiller.model.config import (
+    CONFIG_NAME,
+    STUDENT_ADVICE,
+    WEIGHTS_NAME,
+    ConfigError,
+    StudentConfig,
+    check_is_no_export,
+)
 from wandistiller.model.layers import (
     Linear,
     apply_rope,
@@ -29,7 +36,6 @@ from wandistiller.model.layers import (
     sinusoidal_embedding,
 )
 
-WEIGHTS_NAME = "diffusion_model.safetensors"
 # Parameters that stay in float32 whatever the dtype of the rest (diffusers' Wan: _keep_in_fp32_modules).
 FP32_ISLANDS = re.compile(r"time_embedder|time_proj|scale_shift_table|\.norm")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # others, such as fp8, have no arithmetic

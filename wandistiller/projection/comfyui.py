@@ -9,7 +9,7 @@ tensor tells, and from 0.19.3 on the metadata of the file tell it; the code of 0
 import json
 
 from wandistiller.model.config import StudentConfig
-from wandistiller.sampling.recorded import StudentRecord
+from wandistiller.students.record import StudentRecord
 from wandistiller.wan.settings import RELEASED_LATENTS
 
 HEAD_DIM = 128

@@ -13,7 +13,7 @@ from typing import Any
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize
 from wandistiller.projection.comfyui import LATENTS, comfyui_sampler
-from wandistiller.sampling.recorded import StudentRecord, trained_sizes
+from wandistiller.students.record import StudentRecord, trained_sizes
 
 TEXT_ENCODER = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 VAES = {16: "wan_2.1_vae.safetensors", 48: "wan2.2_vae.safetensors"}

@@ -19,8 +19,8 @@ from wandistiller.files.safetensors_files import write_tensors
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.comfyui import comfyui_metadata
 from wandistiller.projection.lift import lift
-from wandistiller.sampling.recorded import teacher_paths
 from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
+from wandistiller.students.parts import teacher_paths
 from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.names import teacher_record, transformer_settings
 

@@ -46,7 +46,7 @@ from wandistiller.reports.metrics import (
 )
 from wandistiller.reports.progress import format_duration
 from wandistiller.reports.tables import cell_text, comparison_rows, markdown_table
-from wandistiller.sampling.recorded import trained_sizes, weights_digest
+from wandistiller.students.record import trained_sizes, weights_digest
 
 PAGE = Path(__file__).with_name("page")
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

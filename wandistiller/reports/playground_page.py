@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from wandistiller.errors import UserError
 from wandistiller.reports.studio import Answer, Picture, Request, Studio, told_record
-from wandistiller.sampling.recorded import StudentRecord, trained_sizes
+from wandistiller.students.record import StudentRecord, trained_sizes
 
 if TYPE_CHECKING:
     import gradio

@@ -22,19 +22,21 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.prompts.prompts import slug, unusable
 from wandistiller.reports.cards import introduction, limits, read_evaluation
 from wandistiller.reports.tables import equal_steps
-from wandistiller.sampling.drawing import Artist, check_picture_size, untrained_warnings
-from wandistiller.sampling.recorded import (
-    StudentRecord,
+from wandistiller.students.drawing import (
+    Artist,
+    check_picture_size,
+    student_sampling,
+    teacher_sampling,
+    untrained_warnings,
+)
+from wandistiller.students.parts import (
     TeacherLoras,
     load_drawing_parts,
-    load_student_config,
     open_recorded_teacher,
     recorded_settings,
-    student_sampling,
     teacher_paths,
-    teacher_sampling,
-    trained_sizes,
 )
+from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes
 
 if TYPE_CHECKING:
     from wandistiller.wan.prompt_embeds import PromptEmbeds

@@ -29,8 +29,8 @@ from wandistiller.reports.progress import format_duration
 from wandistiller.run.defaults import hints, suggested_lr
 from wandistiller.run.folder import SCRIPT, Folder, typed_command
 from wandistiller.run.settings import Settings
-from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.teacher import Teacher
+from wandistiller.students.record import StudentRecord
 from wandistiller.targets.cache import TeacherCache
 from wandistiller.training.loop import TrainingResult
 from wandistiller.wan.settings import warnings_about

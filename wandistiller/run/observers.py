@@ -24,9 +24,9 @@ from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Tracker,
 from wandistiller.run.folder import Folder
 from wandistiller.run.held_out import build_measure, held_out_states, keep_states
 from wandistiller.run.settings import Settings
-from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.step_metrics import StepMetrics
+from wandistiller.students.record import StudentRecord
 from wandistiller.training.loop import Observer
 from wandistiller.wan.prompt_embeds import Embeds
 

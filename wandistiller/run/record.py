@@ -9,7 +9,9 @@ from wandistiller.processes import full_tensor
 from wandistiller.projection.project import ProjectionReport
 from wandistiller.run.folder import Folder
 from wandistiller.run.settings import Settings
-from wandistiller.sampling.recorded import StudentRecord, recorded_path
+from wandistiller.students.parts import recorded_path
+from wandistiller.students.record import StudentRecord
+from wandistiller.students.trained_prompts import write_trained_prompts
 from wandistiller.targets.segments import segment_sigmas
 from wandistiller.training.loop import TrainingResult
 
@@ -48,6 +50,7 @@ def distillation_record(
         "num_processes": settings.processes.count,
         "commands": commands,
         **known,
+        **teachers_world(settings),
         **teacher_loras(settings),
         **segments(settings),
         **settings.teacher.recorded(),
@@ -66,6 +69,12 @@ def distillation_record(
 def recorded_sizes(settings: Settings) -> list[str] | None:
     """Return the image sizes as 640x384; None for the square of the config's image_size alone."""
     return None if settings.has_one_square_size else [str(size) for size in settings.image_sizes]
+
+
+def teachers_world(settings: Settings) -> dict[str, object]:
+    """Return the world of a toy teacher, whose prompts are of it."""
+    world = settings.wan_files.record.get("world")
+    return {"world": world} if isinstance(world, str) else {}
 
 
 def teacher_loras(settings: Settings) -> dict[str, object]:
@@ -99,3 +108,4 @@ def save_trained_student(
     if settings.processes.is_first:
         student.save_pretrained(folder.path, weights)
         projection.save(folder.path)
+        write_trained_prompts(folder.path, settings.prompts)

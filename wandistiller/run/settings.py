@@ -9,8 +9,8 @@ from wandistiller.device import DTYPES
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize, square
 from wandistiller.processes import Processes
-from wandistiller.sampling.recorded import StudentRecord
 from wandistiller.sampling.sampler import SamplingOptions
+from wandistiller.students.record import StudentRecord
 from wandistiller.targets.lanes import Lanes
 from wandistiller.targets.states import StatesOptions
 from wandistiller.training.loop import TrainingOptions

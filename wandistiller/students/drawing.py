@@ -1,25 +1,93 @@
-"""How one prompt after another is drawn, for every command that draws: which sizes are allowed, what to be warned of, the pictures."""
+"""Drawing with a student or its teacher: how each is sampled, which sizes are allowed, what to be warned of, the pictures."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError
+from wandistiller.files.clone import DEMO_TEACHER, DEMO_WORLD
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize
-from wandistiller.sampling.recorded import StudentRecord, check_size, trained_sizes
+from wandistiller.students.record import StudentRecord, trained_sizes
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from diffusers import AutoencoderKLWan
+    from torch import Tensor
 
     from wandistiller.sampling.sampler import SamplingOptions, VelocityField
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
+    from wandistiller.wan.text_encoder_files import TextEncoderFiles
 
 # Beyond these a picture is a slip of the keyboard that fills the memory; a student may be trained at more.
 MAX_PIXELS = 2048**2
+# A student of the demo's world knows coloured shapes alone.
+DEMO_PROMPT, ANY_PROMPT = "a large yellow circle on the left, on a white background", "a lighthouse in a storm"
+
+
+def example_prompt(config: StudentConfig) -> str:
+    """Return a prompt to show a student with; never one of its training prompts, which are its owner's."""
+    record = StudentRecord.of(config)
+    is_demo = record.world == DEMO_WORLD or record.teacher_path == f"./{DEMO_TEACHER}"
+    return DEMO_PROMPT if is_demo else ANY_PROMPT
+
+
+def student_sampling(
+    config: StudentConfig, num_inference_steps: int | None, compute_dtype: "torch.dtype", device: str
+) -> "SamplingOptions":
+    """Return how a student draws: as its teacher does, or by whole steps where it learnt them; None steps are as recorded."""
+    from wandistiller.sampling.sampler import SamplingOptions
+
+    record = StudentRecord.of(config)
+    return SamplingOptions(
+        shift=record.shift,
+        num_inference_steps=num_inference_steps or record.steps,
+        sampler=record.sampler,
+        compute_dtype=compute_dtype,
+        device=device,
+    )
+
+
+def teacher_sampling(
+    config: StudentConfig, num_inference_steps: int | None, compute_dtype: "torch.dtype", device: str
+) -> "SamplingOptions":
+    """Return how the student's teacher draws; None steps are as recorded."""
+    record = StudentRecord.of(config)
+    steps = num_inference_steps or record.num_inference_steps
+    return replace(student_sampling(config, steps, compute_dtype, device), sampler=record.sampler_of_teacher)
+
+
+def embed_with_negative(
+    prompts: Sequence[str],
+    settings: "TeacherSettings",
+    encoder: "TextEncoderFiles | None",
+    config: StudentConfig,
+    prompt_cache: str,
+    device: str,
+) -> "tuple[PromptEmbeds, Tensor | None]":
+    """Return the text tokens of every prompt, and of the negative prompt where guidance needs it; see `embed_texts`."""
+    from wandistiller.wan.text_encoder import embed_texts
+
+    negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
+    embeds = embed_texts([*prompts, *negative_prompts], encoder, config, prompt_cache, device)
+    if embeds.truncated:
+        print(f"Warning: {embeds.truncated} prompts are longer than {config.text_max_length} tokens and were cut")
+    return embeds.first(len(prompts)), embeds.read(len(prompts)) if negative_prompts else None
+
+
+def check_size(name: str, pixels: int, config: StudentConfig, patch_size: int) -> None:
+    """Refuse a height or width that does not fill whole patches behind the VAE; the error begins with `name`."""
+    unit = config.vae_scale_factor * patch_size
+    if pixels % unit or pixels < unit:
+        lower, upper = pixels // unit * unit, (pixels // unit + 1) * unit
+        choices = f"{lower} or {upper}" if lower else f"{upper}"
+        raise UserError(
+            f"{name} {pixels} is not a multiple of {unit} (VAE factor {config.vae_scale_factor} x patch size "
+            f"{patch_size}); use {choices}"
+        )
 
 
 def check_picture_size(

@@ -13,9 +13,9 @@ from wandistiller.files.checked_json import COMPONENT, POSITIVE, RATIO, TeacherF
 from wandistiller.files.hub import fetch, is_hub_id
 from wandistiller.files.weights import SUFFIXES, stored_tensors, weight_files
 from wandistiller.model.config import StudentConfig
-from wandistiller.model.record import SAMPLING_KINDS, latents_kinds
 from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.names import teacher_record
+from wandistiller.wan.record_kinds import SAMPLING_KINDS, latents_kinds
 from wandistiller.wan.transformer_files import (
     LAYOUTS,
     LOCAL_LAYOUTS,

@@ -19,7 +19,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.checked_json import STAGES, WHOLE, TeacherFileError, read_json, setting
 from wandistiller.files.hub import fetch, is_hub_id, local_path
 from wandistiller.files.weights import SUFFIXES, admit, stored_tensors, weight_files
-from wandistiller.model.record import latents_kinds
+from wandistiller.wan.record_kinds import latents_kinds
 from wandistiller.wan.vae_files import harmless_reason, vae_architecture, vae_tensors
 
 if TYPE_CHECKING:

@@ -1,0 +1,27 @@
+"""The values that a Wan and a student may record of how they are sampled, and of their latents. Standard library only."""
+
+from wandistiller.files.checked_json import NOT_NEGATIVE, POSITIVE, RATIO, STEPS, TEXT, WHOLE, Kind, numbers
+
+
+def _is_range(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(RATIO.fits, value)) and value[0] < value[1]
+
+
+SIGMA_RANGE = Kind("two numbers from 0 to 1, the lower first", _is_range)
+SAMPLER = Kind('"unipc" or "euler"', lambda value: value in ("unipc", "euler"))
+SAMPLING_KINDS = {
+    "shift": POSITIVE,
+    "guidance_scale": NOT_NEGATIVE,
+    "guidance_scale_2": NOT_NEGATIVE,
+    "num_inference_steps": STEPS,
+    "student_steps": STEPS,
+    "teacher_sampler": SAMPLER,
+    "sigma_range": SIGMA_RANGE,
+    "negative_prompt": TEXT,
+    "vae_scale_factor": WHOLE,
+}
+
+
+def latents_kinds(num_channels: int) -> dict[str, Kind]:
+    """Return the kinds of the statistics of the latents: one number for each channel."""
+    return {"latents_mean": numbers(num_channels), "latents_std": numbers(num_channels, POSITIVE)}
