@@ -170,21 +170,6 @@ def test_mistakes_are_answered_in_one_line(house, tmp_path, capsys, flags, messa
     assert not (tmp_path / "out").exists()
 
 
-def test_prompts_of_a_table_that_was_trained_on_are_told_of(house, tmp_path, capsys):
-    """The record of a student names the file and the column that it was trained on."""
-    student = tmp_path / "student"
-    shutil.copytree(house / "of" / "student", student)
-    config = json.loads((student / "student_config.json").read_text(encoding="utf-8"))
-    table = tmp_path / "p.csv"
-    table.write_text(f'long,short\n"{WORLD_PROMPTS[0]}",x\nanother,y\n', encoding="utf-8")
-    config["distillation"] |= {"data_path": str(table), "caption_column": "long"}
-    (student / "student_config.json").write_text(json.dumps(config), encoding="utf-8")
-    flags = ["--caption_column", "long", "--num_prompts", "2", "--num_seeds", "1", "--num_inference_steps", "2"]
-    (tmp_path / "q.csv").write_text(f'long\n"{WORLD_PROMPTS[0]}"\n"{WORLD_PROMPTS[1]}"\n', encoding="utf-8")
-    assert evaluate(student, tmp_path / "q.csv", tmp_path / "out", *flags)["num_trained_prompts"] == 1
-    assert "1 of the 2 prompts are prompts of the training" in capsys.readouterr().out
-
-
 # ---- scorers ----
 
 

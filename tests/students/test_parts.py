@@ -2,7 +2,7 @@
 
 Local paths, paths in the clone, hub ids and the low-noise expert are each looked up from elsewhere.
 
-pytest tests/sampling/test_recorded.py
+pytest tests/students/test_parts.py
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ import pytest
 
 from support.runs import PRUNED_CONFIG, ROOT
 from wandistiller.errors import UserError
+from wandistiller.files.hub import cached_snapshot
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.comfyui import comfyui_sampler
 from wandistiller.students.parts import recorded_path, teacher_paths
@@ -39,10 +40,20 @@ def test_what_lies_in_the_clone_is_recorded_so_that_it_may_move_with_it(tmp_path
         assert Path(teacher_paths(student_of(teacher_path=path), None)[0]).samefile(ROOT / "data" / "demo_teacher")
 
 
-def test_only_what_came_from_the_hub_is_sought_there():
+def test_a_hub_repository_that_is_only_recorded_is_taken_from_the_local_cache_and_never_fetched(tmp_path):
     hub_id = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert recorded_path(hub_id) == hub_id and recorded_path("mock") == "mock" and recorded_path(None) is None
-    assert teacher_paths(student_of(teacher_path=hub_id, base_model=hub_id), None) == (hub_id, None)
+    with pytest.raises(UserError, match=f"not in the hub's local cache; .* --teacher_path {hub_id} fetches it"):
+        teacher_paths(student_of(teacher_path=hub_id, base_model=hub_id), None)
+    repository = tmp_path / "models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for file, text in ((snapshot / "model_index.json", "{}"), (repository / "refs" / "main", "0" * 40)):
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    assert cached_snapshot(hub_id, tmp_path) == snapshot and cached_snapshot("some/body", tmp_path) is None
+
+
+def test_a_missing_folder_is_not_taken_for_a_repository_of_its_name():
     with pytest.raises(UserError, match="the teacher this student records is not there; give --teacher_path"):
         teacher_paths(student_of(teacher_path="somebodys/folder"), None)
 
@@ -54,10 +65,6 @@ def test_the_low_noise_expert_is_found_as_the_teacher_is(tmp_path):
     assert teacher_paths(student_of(teacher_path=paths[0], teacher_path_low=paths[1]), None) == tuple(paths[:2])
     with pytest.raises(UserError, match="low-noise expert this student records is not there; give --teacher_path_low"):
         teacher_paths(student_of(teacher_path=paths[0], teacher_path_low=paths[2]), None)
-    assert (
-        teacher_paths(student_of(teacher_path=paths[0], teacher_path_low="some/low-expert"), None)[1]
-        == "some/low-expert"
-    )
 
 
 def test_a_flag_goes_before_the_record():

@@ -68,12 +68,12 @@ def fetch(repo_id: str, patterns: list[str], local: str) -> Path:
     )
 
 
-def cached_snapshot(repo_id: str) -> Path | None:
+def cached_snapshot(repo_id: str, cache: Path | None = None) -> Path | None:
     """Return the folder of a repository in the hub's local cache, asking no network; None where it is not there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, IncompleteSnapshotError, LocalEntryNotFoundError
 
     try:  # no file pattern: whatever an earlier command fetched of it
-        return Path(snapshot_download(repo_id, local_files_only=True, allow_patterns=[]))  # nosec B615
+        return Path(snapshot_download(repo_id, cache_dir=cache, local_files_only=True, allow_patterns=[]))  # nosec B615
     except (LocalEntryNotFoundError, IncompleteSnapshotError, HFValidationError):
         return None
