@@ -11,10 +11,9 @@ that flag.
 import os
 import signal
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +21,7 @@ from typing import TYPE_CHECKING
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.files.hub_push import check_repository, push
-from wandistiller.files.output_folder import check_output_folder, check_writable
-from wandistiller.files.paths import nearest_existing
+from wandistiller.files.output_folder import check_output_folder, check_writable, prove_writable
 from wandistiller.flags import flag, group, parse_flags, path, switch
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.students.drawing import example_prompt, student_sampling
@@ -33,7 +31,7 @@ from wandistiller.students.record import StudentRecord, load_shape, load_student
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from torch import Tensor
 
-    from wandistiller.projection.diffusers_export import PipelineParts
+    from wandistiller.projection.pipeline_export import PipelineParts
 
 FORMATS = ["diffusers", "original", "pipeline", "gguf"]
 # The formats that are one file, with the name that it gets in a folder
@@ -126,6 +124,7 @@ def read_config(flags: Flags) -> StudentConfig:
         from wandistiller.model.transformer import saved_config
 
         config = saved_config(flags.student)
+        StudentRecord.of(config, flags.student)
     else:
         config = load_shape(flags.student)
     if flags.workflow and config.num_channels not in (16, 48):
@@ -142,26 +141,20 @@ def read_config(flags: Flags) -> StudentConfig:
 
 def check_output(flags: Flags) -> Path:
     """Return the path of the file or folder that the export becomes; what is there already is never replaced."""
-    target = Path(flags.output)
-    is_file = target.suffix.lower() in WEIGHT_SUFFIXES
-    name = FILE_NAMES.get(flags.format)
-    suffix = Path(name).suffix if name else None
+    target, name = Path(flags.output), FILE_NAMES.get(flags.format)
+    is_file, suffix = target.suffix.lower() in WEIGHT_SUFFIXES, Path(name or "").suffix
     if is_file and target.suffix != suffix:
         file = f" or a file of suffix {suffix}" if suffix else ""
         raise UserError(
             f"--output {target}: --format {flags.format} writes no {target.suffix} file; give a new folder{file}"
         )
-    if name and not is_file:
-        target = target / name
+    target = target / name if name and not is_file else target
     check_writable(target.parent, "--output")
-    prove_writable(target.parent)
-    if name:
-        for place in [target, *([workflow_file(target)] if flags.workflow else [])]:
-            if os.path.lexists(place):
-                raise UserError(f"--output {place}: is there already; give another name")
-        return target
-    check_output_folder(target, "--output")
-    if target.is_dir() and any(target.iterdir()):
+    prove_writable(target.parent, "--output")
+    places = [target, *([workflow_file(target)] if flags.workflow else [])] if name else []
+    if there := [place for place in places if os.path.lexists(place)]:
+        raise UserError(f"--output {there[0]}: is there already; give another name")
+    if not name and check_output_folder(target, "--output").is_dir() and any(target.iterdir()):
         raise UserError(f"--output {target}: holds files already; give a new folder")
     return target
 
@@ -171,25 +164,15 @@ def workflow_file(target: Path) -> Path:
     return target.with_suffix(".workflow.json")
 
 
-def prove_writable(folder: Path) -> None:
-    """Refuse a folder where no file can be made, whatever its permissions say, as in /proc; nothing is left there."""
-    folder = nearest_existing(folder.absolute())
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written to ({error.strerror}); give another folder") from None
-
-
-def find_parts(flags: Flags, config: StudentConfig) -> "PipelineParts":
+def find_parts(flags: PartsFlags, config: StudentConfig) -> "PipelineParts":
     """Find the VAE, the text encoder and the tokenizer of a pipeline, and check that they are those of the student."""
-    from wandistiller.projection.diffusers_export import PipelineParts, text_classes
+    from wandistiller.projection.pipeline_export import PipelineParts, text_classes
     from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, load_vae
 
-    needs_teacher = not (flags.parts.vae_path and flags.parts.text_encoder_path)
-    teacher = teacher_paths(config, flags.parts.teacher_path)[0] if needs_teacher else "mock"
-    vae = find_vae(flags.parts.vae_path, teacher).folder()
-    encoder = find_recorded_encoder(config, flags.parts.text_encoder_path, teacher)
+    needs_teacher = not (flags.vae_path and flags.text_encoder_path)
+    teacher = teacher_paths(config, flags.teacher_path)[0] if needs_teacher else "mock"
+    vae = find_vae(flags.vae_path, teacher).folder()
+    encoder = find_recorded_encoder(config, flags.text_encoder_path, teacher)
     if encoder is None:
         raise UserError(
             "this student learnt the mock teacher's stand-in embeddings; there is no text encoder for a pipeline, export it "
@@ -200,7 +183,9 @@ def find_parts(flags: Flags, config: StudentConfig) -> "PipelineParts":
     learnt = LatentStatistics(record.latents_mean, record.latents_std)
     check_statistics(learnt, LatentStatistics(found.latents_mean, found.latents_std), vae)
     folders = {"vae": vae, "text_encoder": encoder.encoder, "tokenizer": encoder.tokenizer}
-    return PipelineParts(folders, text_classes(encoder.encoder), flags.parts.link)
+    parts = PipelineParts(folders, text_classes(encoder.encoder), flags.link)
+    parts.check()
+    return parts
 
 
 @contextmanager
@@ -213,96 +198,98 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def remove_killed_exports(target: Path) -> None:
-    """Remove what a killed export left beside the target, or beside its folder where that is new as well."""
-    from wandistiller.files.atomic import remove_leftovers
-
-    remove_leftovers(target)
-    if not target.parent.exists():
-        remove_leftovers(target.parent)
-
-
-def write_file(target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, prompt: str, flags: Flags) -> None:
-    """Write one file for ComfyUI; a folder that is new appears with the file in it, or not at all.
+def write(
+    target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: "PipelineParts | None", flags: Flags
+) -> None:
+    """Write the export: the file or folder appears whole or not at all, and replaces nothing that has come there meanwhile.
 
     Args:
-        prompt: what the workflow draws, where one is asked for.
+        tensors: the student's state dict.
+        config: the student's, with the record that is published.
     """
-    from wandistiller.files.atomic import atomic_folder, write_json
+    from wandistiller.files.atomic import atomic_folder, new_files, remove_leftovers
+
+    # What a killed export left beside the target, or beside its folder where that is new as well:
+    is_new = not target.parent.exists()
+    for place in (target, target.parent) if is_new else (target,):
+        remove_leftovers(place)
+    if flags.format not in FILE_NAMES:
+        with atomic_folder(target) as folder:
+            write_folder(folder, target.resolve().name, tensors, config, parts, flags)
+        return
+    with atomic_folder(target.parent) if is_new else new_files(target) as folder:
+        write_file(folder / target.name, tensors, config, flags)
+        if is_new and flags.format == "gguf":
+            write_card(folder, target.parent.resolve().name, config, flags)
+
+
+def write_file(path: Path, tensors: "dict[str, Tensor]", config: StudentConfig, flags: Flags) -> None:
+    """Write one file for ComfyUI, with a workflow beside it where one is asked for."""
+    from wandistiller.files.atomic import write_json
     from wandistiller.projection.comfyui_workflow import Workflow, ui_workflow
     from wandistiller.projection.diffusers_export import write_original_file
     from wandistiller.projection.gguf_export import write_gguf_file
-    from wandistiller.reports.cards import write_export_card
 
-    write = write_gguf_file if flags.format == "gguf" else write_original_file
-    is_new = not target.parent.exists()
-    with atomic_folder(target.parent) if is_new else nullcontext(target.parent) as folder:
-        if flags.workflow:
-            workflow = ui_workflow(Workflow.of(config, target.name, prompt=prompt))
-            write_json(workflow_file(folder / target.name), workflow, end="\n", indent=2)
-        write(tensors, config, folder / target.name, flags.dtype)
-        if is_new and flags.format == "gguf":
-            write_export_card(folder, target.parent.resolve().name, config, flags.format, flags.dtype, prompt=prompt)
+    if flags.workflow:
+        workflow = ui_workflow(Workflow.of(config, path.name, prompt=example_prompt(config)))
+        write_json(workflow_file(path), workflow, end="\n", indent=2)
+    (write_gguf_file if flags.format == "gguf" else write_original_file)(tensors, config, path, flags.dtype)
 
 
 def write_folder(
-    target: Path,
+    folder: Path,
+    name: str,
     tensors: "dict[str, Tensor]",
     config: StudentConfig,
     parts: "PipelineParts | None",
-    prompt: str,
     flags: Flags,
 ) -> None:
     """Write a folder for diffusers: a pipeline where its parts are given, else the transformer alone.
 
     Args:
-        prompt: what the lines of its card draw.
+        folder: a new folder, which is called `name` in the end.
     """
     import torch
 
-    from wandistiller.files.atomic import atomic_folder
-    from wandistiller.projection.diffusers_export import write_pipeline_parts, write_transformer_folder
+    from wandistiller.projection.diffusers_export import write_transformer_folder
+    from wandistiller.projection.pipeline_export import write_pipeline_parts
+
+    transformer = folder if parts is None else folder / "transformer"
+    if parts is not None:
+        options = student_sampling(config, None, torch.float32, "cpu")
+        write_pipeline_parts(config, folder, options, parts, flags.dtype)
+        transformer.mkdir()
+    write_transformer_folder(tensors, config, transformer, flags.dtype)
+    write_card(folder, name, config, flags)
+
+
+def write_card(folder: Path, name: str, config: StudentConfig, flags: Flags) -> None:
     from wandistiller.reports.cards import write_export_card
 
-    with atomic_folder(target) as folder:
-        transformer = folder
-        if parts is not None:
-            options = student_sampling(config, None, torch.float32, "cpu")
-            write_pipeline_parts(config, folder, options, parts, flags.dtype)
-            transformer = folder / "transformer"
-            transformer.mkdir()
-        write_transformer_folder(tensors, config, transformer, flags.dtype)
-        name = target.resolve().name
-        write_export_card(folder, name, config, flags.format, flags.dtype, prompt=prompt, link=flags.parts.link)
+    prompt, link = example_prompt(config), flags.parts.link
+    write_export_card(folder, name, config, flags.format, flags.dtype, prompt=prompt, link=link)
 
 
-def print_warnings(config: StudentConfig, export_format: str) -> None:
-    """Print what the export cannot carry into other tools."""
-    from wandistiller.projection.comfyui import comfyui_warnings
-
-    is_gguf = export_format == "gguf"  # a student that is read right by versions that get its metadata alone is refused
-    warnings = comfyui_warnings(config, reads_metadata=is_gguf) if export_format in FILE_NAMES else []
-    for warning in [*warnings, StudentRecord.of(config).warning_of_untrained_levels()]:
-        if warning:
-            print(f"Warning: {warning}")
-
-
-def print_use(config: StudentConfig, target: Path, prompt: str, flags: Flags) -> None:
-    """Print how to draw with a pipeline, or with a file that ComfyUI draws right."""
+def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
+    """Print what was written, what it cannot carry into other tools, and how to draw with it."""
     from wandistiller.projection.comfyui import LOADERS, comfyui_settings, comfyui_warnings
     from wandistiller.reports.cards import drawing
 
+    is_gguf = flags.format == "gguf"  # a student that is read right by versions that get its metadata alone is refused
+    warnings = comfyui_warnings(config, reads_metadata=is_gguf) if flags.format in FILE_NAMES else []
+    for warning in [*warnings, StudentRecord.of(config).warning_of_untrained_levels()]:
+        if warning:
+            print(f"Warning: {warning}")
+    print(f"Wrote {target}: {config.num_parameters:,} parameters, {flags.dtype}")
     if flags.format == "pipeline":
-        print(
-            "To draw:\n"
-            + textwrap.indent(drawing(config, str(target), flags.dtype, prompt=prompt, link=flags.parts.link), "  ")
-        )
+        lines = drawing(config, str(target), flags.dtype, prompt=example_prompt(config), link=flags.parts.link)
+        print("To draw:\n" + textwrap.indent(lines, "  "))
     if flags.format in FILE_NAMES and not comfyui_warnings(config, reads_metadata=True):
         print(f"In ComfyUI: {comfyui_settings(config, LOADERS[flags.format])}")
 
 
-def files_to_push(target: Path, config: StudentConfig, flags: Flags) -> "dict[str, Path | bytes]":
-    """Return what a repository holds by name: the export, its card, and the pictures of the student's own folder."""
+def push_export(target: Path, config: StudentConfig, flags: Flags) -> None:
+    """Make a repository of the export, its card, and the pictures of the student's own folder."""
     from wandistiller.files.output_folder import CARD_NAME
     from wandistiller.reports.cards import comfyui_use, export_card, gguf_use, shown_pictures, with_pictures
 
@@ -315,7 +302,9 @@ def files_to_push(target: Path, config: StudentConfig, flags: Flags) -> "dict[st
         use = gguf_use(config) if flags.format == "gguf" else comfyui_use(config, target.name)
         card = export_card(target.stem, config, use, "gguf" if flags.format == "gguf" else "diffusers")
     shown = {name: student / name for name in shown_pictures(student)}
-    return {**exported, **shown, CARD_NAME: with_pictures(card, student).encode()}
+    files = {**exported, **shown, CARD_NAME: with_pictures(card, student).encode()}
+    address = push(flags.hub.push_to_hub or "", files, is_public=flags.hub.public, local=target)
+    print(f"Pushed {len(files)} files to {address}, which {'everybody sees' if flags.hub.public else 'is private'}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -335,27 +324,14 @@ def main(argv: list[str] | None = None) -> int:
         refuse_what_gguf_drops(config)
     with terminated_as_interrupted():
         # Every file is checked before one is written:
-        parts = find_parts(flags, config) if flags.format == "pipeline" else None
+        parts = find_parts(flags.parts, config) if flags.format == "pipeline" else None
         tensors = WanLiteStudent.from_pretrained(flags.student).state_dict()
-        public_config, prompt = published(config, flags.parts.teacher_path), example_prompt(config)
+        public_config = published(config)
+        write(target, tensors, public_config, parts, flags)
 
-        # The file or folder appears whole or not at all:
-        remove_killed_exports(target)
-        if flags.format in FILE_NAMES:
-            write_file(target, tensors, public_config, prompt, flags)
-        else:
-            write_folder(target, tensors, public_config, parts, prompt, flags)
-
-    # Tell:
-    print_warnings(public_config, flags.format)
-    print(f"Wrote {target}: {sum(tensor.numel() for tensor in tensors.values()):,} parameters, {flags.dtype}")
-    print_use(public_config, target, prompt, flags)
+    print_result(target, public_config, flags)
     if flags.hub.push_to_hub:
-        files = files_to_push(target, public_config, flags)
-        address = push(flags.hub.push_to_hub, files, is_public=flags.hub.public, local=target)
-        print(
-            f"Pushed {len(files)} files to {address}, {'which everybody sees' if flags.hub.public else 'which is private'}"
-        )
+        push_export(target, public_config, flags)
     return 0
 
 

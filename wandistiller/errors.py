@@ -12,10 +12,12 @@ MAX_MESSAGE, MAX_VALUE = 480, 200
 # What the place itself is to blame for, by no fault of this program: the person gives another one or mends it.
 _OF_A_PLACE = {
     errno.EACCES,
+    errno.EEXIST,
     errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
+    errno.ENOTEMPTY,
     errno.ENXIO,
     errno.EPERM,
     errno.EROFS,

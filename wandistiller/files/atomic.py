@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
+
+_HEX = "[0-9a-f]" * 8
 
 
 def fsync(path: Path) -> None:
@@ -20,27 +22,51 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _default_mode() -> int:
-    """Return the mode of a newly made file: what the umask leaves of read and write for everyone."""
-    umask = os.umask(0)  # the umask can only be read by setting it
-    os.umask(umask)
-    return 0o666 & ~umask
+def _temporary(path: Path) -> Path:
+    """Return a new name beside `path`, which `remove_leftovers` knows."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+@contextmanager
+def _held(path: Path, wants: bool = True) -> Iterator[bool]:
+    """Lock a temporary file or folder inside, and yield whether that worked: of a living writer's it does not.
+
+    Args:
+        wants: what to yield where the system or the file system has no locks.
+    """
+    descriptor, is_held = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), wants
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = True
+        except BlockingIOError:
+            is_held = False
+        except (ImportError, OSError):
+            pass
+        yield is_held
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`.
+    """Yield a temporary file in the folder of `path`.
 
-    The file written there replaces `path` on success, and is removed on any failure.
+    It replaces `path` on success, and is removed on any failure.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    beside = _temporary(path)
+    beside.touch(exist_ok=False)  # with the mode of a new file, where some writers would make theirs private
     try:
-        yield beside
-        os.chmod(beside, _default_mode())  # some writers make their files private
-        fsync(beside)
-        os.replace(beside, path)
-        fsync(path.parent)  # the rename itself must survive a power cut
+        with _held(beside):
+            yield beside
+            with suppress(FileNotFoundError):
+                os.chmod(beside, os.stat(path).st_mode & 0o777)  # what was private stays so
+            fsync(beside)
+            os.replace(beside, path)
+            fsync(path.parent)  # the rename itself must survive a power cut
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
@@ -63,10 +89,32 @@ def write_json(path: str | Path, values: object, end: str = "", **settings) -> N
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove what a killed process left beside `path` while it wrote a file or a folder there."""
+    """Remove what killed processes left beside `path` while they wrote a file or a folder there."""
     path = Path(path).resolve()
-    for left in path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    _remove_unheld(path.parent.glob(f".{escape(path.name)}.{_HEX}.tmp"))
+
+
+def remove_all_leftovers(folder: str | Path) -> None:
+    """Remove what killed processes left in a folder while they wrote files there."""
+    _remove_unheld(Path(folder).glob(f".*.{_HEX}.tmp"))
+
+
+def _remove_unheld(left_over: Iterable[Path]) -> None:
+    for left in left_over:
+        with suppress(OSError), _held(left, wants=False) as is_dead:  # a link, or somebody else has removed it
+            if is_dead:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    beside = _temporary(path)
+    beside.mkdir()
+    try:
+        with _held(beside):
+            yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager
@@ -74,12 +122,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which must be new or empty.
 
     The folder takes the place of `path` on success, and is removed on any failure.
+
+    Raises:
+        OSError: a file or a folder that is not empty has come to lie at `path` meanwhile; it is kept.
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        beside.mkdir()
+    with _temporary_folder(path) as beside:
         yield beside
         for file in beside.rglob("*"):
             if not file.is_symlink():
@@ -87,9 +136,33 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         fsync(beside)
         os.replace(beside, path)
         fsync(path.parent)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def new_files(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, whose files come to lie beside it on success, the one named as `path` last.
+
+    Raises:
+        FileExistsError: something has come to lie at such a place meanwhile; it is kept.
+    """
+    path = Path(path).resolve()
+    with _temporary_folder(path) as folder:
+        yield folder
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+            fsync(file)
+            _place_new(file, path.with_name(file.name))
+        fsync(path.parent)
+
+
+def _place_new(source: Path, target: Path) -> None:
+    """Give a file a second name, which unlike a rename never replaces what is there."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
         raise
+    except OSError:  # a file system without such names
+        target.touch(exist_ok=False)
+        os.replace(source, target)
 
 
 def file_digest(path: Path) -> str:

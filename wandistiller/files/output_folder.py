@@ -3,11 +3,13 @@
 import contextlib
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from wandistiller.errors import UserError, shown
+from wandistiller.files.atomic import remove_all_leftovers
 from wandistiller.files.paths import nearest_existing
 
 MAX_NAME_BYTES = 255  # of a file or folder, on almost every file system
@@ -64,16 +66,30 @@ def check_writable(path: str | Path, flag: str) -> None:
 
 
 def prepare_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
-    """Create the folder and prove that it can be written to."""
+    """Create the folder, prove that it can be written to, and remove what killed processes left of files in it."""
     folder = check_output_folder(path, flag)
-    probe = folder / ".write_test"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
     except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be written to ({error.strerror}); give another folder") from None
+        raise _cannot_be_written(folder, flag, error) from None
+    prove_writable(folder, flag)
+    for place in (folder, folder / SAMPLES_NAME):
+        remove_all_leftovers(place)
     return folder
+
+
+def prove_writable(folder: Path, flag: str) -> None:
+    """Refuse a folder where no file can be made, whatever its permissions say, as in /proc; nothing is left there."""
+    folder = nearest_existing(folder.absolute())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _cannot_be_written(folder, flag, error) from None
+
+
+def _cannot_be_written(folder: Path, flag: str, error: OSError) -> UserError:
+    return UserError(f"{flag} {folder}: cannot be written to ({error.strerror}); give another folder")
 
 
 @contextlib.contextmanager

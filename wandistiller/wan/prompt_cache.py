@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError
+from wandistiller.files.atomic import remove_all_leftovers
 from wandistiller.files.paths import nearest_existing
 from wandistiller.files.safetensors_files import DamagedFileError, open_safetensors, read_header, write_tensors
 
@@ -45,6 +46,7 @@ class PromptCache:
         existing = nearest_existing(folder.absolute())
         if not existing.is_dir():
             raise self._cannot_be_made(f"{existing} is a file")
+        remove_all_leftovers(folder)
         for path in sorted(folder.glob("*.safetensors")):
             self._add_shard(path)
 
