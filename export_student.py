@@ -171,7 +171,7 @@ def find_parts(flags: PartsFlags, config: StudentConfig) -> "PipelineParts":
 
     needs_teacher = not (flags.vae_path and flags.text_encoder_path)
     teacher = teacher_paths(config, flags.teacher_path)[0] if needs_teacher else "mock"
-    vae = find_vae(flags.vae_path, teacher).folder()
+    place = find_vae(flags.vae_path, teacher, config.num_channels).folder()
     encoder = find_recorded_encoder(config, flags.text_encoder_path, teacher)
     if encoder is None:
         raise UserError(
@@ -179,11 +179,11 @@ def find_parts(flags: PartsFlags, config: StudentConfig) -> "PipelineParts":
             "as diffusers or original"
         )
     record = StudentRecord.of(config)
-    found = load_vae(VaeLocation(str(vae), None), config.num_channels, config.vae_scale_factor).config
+    vae = load_vae(VaeLocation(str(place), None), config.num_channels, config.vae_scale_factor)
     learnt = LatentStatistics(record.latents_mean, record.latents_std)
-    check_statistics(learnt, LatentStatistics(found.latents_mean, found.latents_std), vae)
-    folders = {"vae": vae, "text_encoder": encoder.encoder, "tokenizer": encoder.tokenizer}
-    parts = PipelineParts(folders, text_classes(encoder.encoder), flags.link)
+    check_statistics(learnt, LatentStatistics(vae.config.latents_mean, vae.config.latents_std), place)
+    folders = {"vae": place, "text_encoder": encoder.encoder, "tokenizer": encoder.tokenizer}
+    parts = PipelineParts(folders, text_classes(encoder.encoder), flags.link, vae)
     parts.check()
     return parts
 

@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError, shown
 from wandistiller.files.atomic import write_json
@@ -15,7 +16,9 @@ from wandistiller.files.checked_json import read_json
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
 from wandistiller.wan.names import teacher_record
-from wandistiller.wan.text_encoder_files import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
 
 # What a part's folder holds: weights, their index, and settings of JSON whose keys are known.
 FILES = {
@@ -23,7 +26,7 @@ FILES = {
         r"config\.json|diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors|diffusion_pytorch_model\.safetensors\.index\.json"
     ),
     "text_encoder": re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"),
-    "tokenizer": re.compile("|".join(map(re.escape, TOKENIZER_FILES))),
+    "tokenizer": re.compile(r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|spiece\.model"),
 }
 # Library and class of the text parts: what a Wan may name, the released Wans' first.
 CLASSES = {"text_encoder": ["UMT5EncoderModel", "T5EncoderModel"], "tokenizer": ["T5TokenizerFast", "T5Tokenizer"]}
@@ -51,18 +54,25 @@ class PipelineParts:
     """The parts of a WanPipeline that a student draws with beside its transformer.
 
     Attributes:
-        folders: the folders of "vae", "text_encoder" and "tokenizer".
+        folders: the folders of "vae", "text_encoder" and "tokenizer"; a VAE may be one file.
         classes: library and class of the two text parts, as `text_classes` finds them.
         link: whether an export links to these folders instead of copying them.
+        vae: the loaded VAE, which is written where there is no folder to copy.
     """
 
     folders: dict[str, Path]
     classes: dict[str, list[str]]
     link: bool
+    vae: "AutoencoderKLWan"
 
     def check(self) -> None:
-        """Refuse parts that lead out of their folders, before anything is written."""
+        """Refuse parts that a pipeline cannot hold, or that lead out of their folders, before anything is written."""
         for name, source in self.folders.items():
+            if source.is_file() and (self.link or name != "vae"):
+                raise UserError(
+                    f"{source}: is one file, and a pipeline has the folder {name}/ of transformers and diffusers; give a copy of "
+                    "that with --text_encoder_path or --vae_path, or export as original"
+                )
             for file in _known_files(name, source):
                 _check_stays(file, source)
 
@@ -101,6 +111,8 @@ def write_pipeline_parts(
     for name, source in parts.folders.items():
         if parts.link:
             (folder / name).symlink_to(source.resolve(), target_is_directory=True)
+        elif source.is_file():
+            parts.vae.save_pretrained(folder / name)
         else:
             _copy(name, source, folder / name, load_as_float32=dtype == "fp32")
     sampler = "euler" if options.sampler == "flow_euler" else options.sampler
@@ -124,6 +136,8 @@ def write_pipeline_parts(
 
 def _known_files(part: str, folder: Path) -> list[Path]:
     """Files of a part by their names; a pipe or a link that leads nowhere is none."""
+    if folder.is_file():
+        return []
     return sorted(file for file in folder.iterdir() if FILES[part].fullmatch(file.name) and file.is_file())
 
 
