@@ -16,7 +16,6 @@ import json
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,21 +24,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.shapes import RELEASED, in_turns, ratio, ratio_text, released_config
 from wandistiller.budget.machine import matmul_rate
 from wandistiller.device import DTYPES
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import BACKWARD_PASSES, transformer_flops
-from wandistiller.model.transformer import (
-    FP32_ISLANDS,
-    WanLiteStudent,
-)
+from wandistiller.model.transformer import FP32_ISLANDS, WanLiteStudent
+from wandistiller.wan.names import transformer_settings
 
-SHAPES = {  # hidden_size, heads, ffn_dim, depth, channels, text width (Wan2.1, Wan2.2: wan/configs)
-    "demo": None,
-    "1.3B": (1536, 12, 8960, 30, 16, 4096),
-    "5B": (3072, 24, 14336, 30, 48, 4096),
-    "14B": (5120, 40, 13824, 40, 16, 4096),
-}
 DEMO = ROOT / "data" / "demo_teacher" / "transformer"
 TEXT_SLOTS = 512
 PRODUCTS = re.compile(r"^(aten::(mm|addmm|bmm|baddbmm|.*attention.*|.*convolution.*)|mkldnn::_linear_pointwise)$")
@@ -47,7 +39,7 @@ PRODUCTS = re.compile(r"^(aten::(mm|addmm|bmm|baddbmm|.*attention.*|.*convolutio
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", nargs="+", choices=list(SHAPES), default=["demo", "1.3B"])
+    parser.add_argument("--model", nargs="+", choices=["demo", *RELEASED], default=["demo", "1.3B"])
     parser.add_argument("--depth", type=int, default=2, help="blocks of the released shapes (random weights)")
     parser.add_argument("--pixels", nargs="+", type=int, default=[256, 1024], help="of the picture; the demo's are 64")
     parser.add_argument("--prompt_tokens", nargs="+", type=int, default=[24, 200])
@@ -66,19 +58,13 @@ def make_pair(name: str, args: argparse.Namespace) -> tuple[WanLiteStudent, torc
     """Make our model and diffusers', with the same weights."""
     from diffusers import WanTransformer3DModel
 
-    if SHAPES[name] is None:
+    if name == "demo":
         theirs = WanTransformer3DModel.from_pretrained(DEMO, dtype=torch.float32)
     else:
-        hidden_size, heads, ffn_dim, _, channels, text_dim = SHAPES[name]
         torch.manual_seed(0)
+        config = released_config(name, 512, args.depth)
         theirs = WanTransformer3DModel(
-            num_attention_heads=heads,
-            attention_head_dim=hidden_size // heads,
-            in_channels=channels,
-            out_channels=channels,
-            text_dim=text_dim,
-            ffn_dim=ffn_dim,
-            num_layers=args.depth,
+            **{key: value for key, value in transformer_settings(config).items() if key[0] != "_"}
         )
     shape = theirs.config
     config = StudentConfig(
@@ -139,19 +125,6 @@ def run(work: Callable, is_training: bool) -> None:
             work()
 
 
-def seconds_of(work: Callable, model: torch.nn.Module, is_training: bool) -> float:
-    """Time a forward pass, with the backward one where it trains, to gradients that were None before."""
-    model.zero_grad()
-    is_cuda = next(model.parameters()).is_cuda
-    if is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run(work, is_training)
-    if is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def share_of_products(work: Callable, model: torch.nn.Module, is_training: bool) -> float:
     """Return the share of one pass's time that the profiler finds inside matrix products, attention and convolutions."""
     model.zero_grad()
@@ -162,25 +135,21 @@ def share_of_products(work: Callable, model: torch.nn.Module, is_training: bool)
     return sum(time for name, time in taken.items() if PRODUCTS.search(name)) / sum(taken.values())
 
 
-def compare(models: tuple, works: tuple[Callable, Callable], is_training: bool, rounds: int) -> dict[str, float]:
-    """Return the median seconds of both, and of the ratios of pairs taken one after the other."""
-    sides = list(zip(works, models, strict=True))
-    for work, model in sides:
-        seconds_of(work, model, is_training)  # warms caches and compiles
-    pairs = []
-    for number in range(rounds):
-        order = (0, 1) if number % 2 else (1, 0)
-        taken = {side: seconds_of(*sides[side], is_training) for side in order}
-        pairs.append((taken[0], taken[1]))
-    ratios = [other / own for own, other in pairs]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {
-        "ours_s": statistics.median(own for own, _ in pairs),
-        "diffusers_s": statistics.median(other for _, other in pairs),
-        "ratio": middle,
-        "ratio_low": low,
-        "ratio_high": high,
-    }
+def compare(
+    models: tuple, works: tuple[Callable, Callable], is_training: bool, args: argparse.Namespace
+) -> dict[str, float]:
+    """Return the median seconds of both, and the ratio of theirs over ours."""
+
+    def side(number: int) -> Callable[[], None]:
+        def work() -> None:
+            models[number].zero_grad()
+            run(works[number], is_training)
+
+        return work
+
+    taken = in_turns({"ours": side(0), "diffusers": side(1)}, args.rounds, args.device)
+    medians = {f"{name}_s": statistics.median(seconds) for name, seconds in taken.items()}
+    return medians | ratio(taken["diffusers"], taken["ours"])
 
 
 def measure(name: str, args: argparse.Namespace, rate: float) -> list[dict]:
@@ -208,7 +177,7 @@ def measure(name: str, args: argparse.Namespace, rate: float) -> list[dict]:
             limit = transformer_flops(ours.config, num_image_tokens, TEXT_SLOTS) / flops
             for mode in args.modes:
                 is_training = mode == "training"
-                found = compare(models, works, is_training, args.rounds)
+                found = compare(models, works, is_training, args)
                 done = args.batch_size * flops * (1 + BACKWARD_PASSES * is_training)
                 row = {
                     "model": name, "pixels": pixels, "image_tokens": num_image_tokens, "prompt_tokens": num_tokens,
@@ -223,8 +192,7 @@ def measure(name: str, args: argparse.Namespace, rate: float) -> list[dict]:
 def print_row(row: dict) -> None:
     print(
         f"{row['model']:<6}{row['pixels']:>6}{row['image_tokens']:>8}{row['prompt_tokens']:>8}  {row['mode']:<9}"
-        f"{row['ours_s']:>10.4f}{row['diffusers_s']:>12.4f}{row['ratio']:>8.2f} "
-        f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f}){row['limit']:>7.2f}{row['relative_error']:>10.1e}"
+        f"{row['ours_s']:>10.4f}{row['diffusers_s']:>12.4f}  {ratio_text(row)}{row['limit']:>7.2f}{row['relative_error']:>10.1e}"
         f"{row['diffusers_error']:>11.1e}{row['mfu']:>6.0%}{row['products']:>9.0%}",
         flush=True,
     )

@@ -1,13 +1,13 @@
-"""A teacher in 8 bits on its device: weights kept as fp8 and widened for each product, and products in fp8 by torchao.
+"""A large teacher on its device: weights and products in 8 bits, and the swap of two offloaded experts.
 
     python benchmarks/bench_fp8.py --device cuda                           # blocks of 14B's width at 1024 pixels
-    python benchmarks/bench_fp8.py --model 1.3B --pixels 64 --rounds 1     # a CPU
+    python benchmarks/bench_fp8.py --model 1.3B --depth 1 --pixels 64 --rounds 1     # a CPU
 
-All sides have the same random weights and are timed in turns. "error" is the distance of the answer from that of the weights and
-products in fp32, relative; "ratio" is the time of bf16 over this one's, the median over the rounds. Products in fp8 are those of
-torchao's Float8DynamicActivationFloat8WeightConfig, a scale for each row; where torchao or a GPU for it (compute capability 8.9) is
-missing, the row says so. They pay where they are faster at an error near that of fp8 weights alone. The last line is one JSON
-document.
+All sides have the same random weights and are timed in turns. "error" is the relative distance of the answer from that of weights
+and products in fp32; "ratio" is the time of bf16 over this one's, the median over the rounds. Products in fp8 are torchao's
+Float8DynamicActivationFloat8WeightConfig, a scale for each row; where torchao or a GPU for it (compute capability 8.9) is missing,
+the row says so. Two experts then lie in host memory (pinned if the device is a GPU) and are brought to it in turns, as
+`--teacher_offload` does; both times grow with depth alike. The last line is one JSON document.
 """
 
 import argparse
@@ -15,8 +15,6 @@ import copy
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,12 +22,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.bench_forward import SHAPES
+from benchmarks.shapes import RELEASED, in_turns, ratio, ratio_text, released_config, seconds_of
+from wandistiller.budget.machine import GIB
 from wandistiller.budget.step_time import random_model
-from wandistiller.device import DTYPES, autocast, wait_for
-from wandistiller.model.config import StudentConfig
+from wandistiller.device import DTYPES, autocast
 from wandistiller.model.fp8 import to_fp8
 from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.sampling.teacher import OffloadedExperts
 
 NUM_TOKENS = 64  # text tokens of the prompt
 LEAST_CAPABILITY = (8, 9)  # Ada and Hopper multiply in fp8
@@ -37,31 +36,19 @@ LEAST_CAPABILITY = (8, 9)  # Ada and Hopper multiply in fp8
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=[name for name in SHAPES if name != "demo"], default="14B")
+    parser.add_argument("--model", choices=list(RELEASED), default="14B")
     parser.add_argument("--depth", type=int, default=4, help="blocks (default: 4)")
     parser.add_argument("--pixels", type=int, default=1024)
-    parser.add_argument(
-        "--batch_size", type=int, default=2, help="samples; a guided call has two a prompt (default: 2)"
-    )
+    parser.add_argument("--batch_size", type=int, default=2, help="samples; guidance has two a prompt (default: 2)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
-def make_model(args: argparse.Namespace) -> WanLiteStudent:
-    hidden_size, heads, ffn_dim, _, channels, text_dim = SHAPES[args.model]
-    config = StudentConfig(
-        block="wan",
-        hidden_size=hidden_size,
-        depth=args.depth,
-        num_heads=heads,
-        ffn_dim=ffn_dim,
-        num_channels=channels,
-        image_size=args.pixels,
-        text_encoder_output_dim=text_dim,
-    )
+def make_model(args: argparse.Namespace, device: str) -> WanLiteStudent:
     torch.manual_seed(0)
-    return random_model(config, args.device, torch.bfloat16).requires_grad_(False)
+    config = released_config(args.model, args.pixels, args.depth)
+    return random_model(config, device, torch.bfloat16).requires_grad_(False)
 
 
 def with_fp8_products(model: WanLiteStudent) -> WanLiteStudent | str:
@@ -79,61 +66,63 @@ def with_fp8_products(model: WanLiteStudent) -> WanLiteStudent | str:
 
 def make_inputs(model: WanLiteStudent, args: argparse.Namespace) -> tuple[torch.Tensor, ...]:
     config, count = model.config, args.batch_size
-    side = args.pixels // config.vae_scale_factor
-    generator = torch.Generator().manual_seed(1)
+    side, generator = args.pixels // config.vae_scale_factor, torch.Generator().manual_seed(1)
     latents = torch.randn(count, config.num_channels, side, side, generator=generator)
     text = 0.1 * torch.randn(count, NUM_TOKENS, config.text_encoder_output_dim, generator=generator)
     times, lengths = torch.full((count,), 700.0), torch.full((count,), NUM_TOKENS)
     return tuple(value.to(args.device) for value in (latents, times, text, lengths))
 
 
-def seconds_of(work: Callable[[], object], device: str) -> float:
-    wait_for(device)
-    start = time.perf_counter()
-    work()
-    wait_for(device)
-    return time.perf_counter() - start
-
-
 @torch.no_grad()
-def measure(args: argparse.Namespace) -> dict[str, dict]:
-    """Return seconds, ratio to bf16 and error of every side; the one that is missing has a "note" alone."""
-    model = make_model(args)
+def measure_sides(args: argparse.Namespace) -> dict[str, dict]:
+    """Return seconds, ratio to bf16 and error of every side; one that is missing has a "note" alone."""
+    model = make_model(args, args.device)
     inputs = make_inputs(model, args)
-    expected = copy.deepcopy(model).float()(*inputs).cpu()
-    sides: dict[str, WanLiteStudent | str] = {
+    expected = copy.deepcopy(model).float()(*inputs)
+    sides = {
         "bf16": model,
         "fp8 weights": to_fp8(copy.deepcopy(model)),
         "fp8 weights and products": with_fp8_products(copy.deepcopy(model)),
     }
+    there = {name: side for name, side in sides.items() if not isinstance(side, str)}
     works = {
-        name: lambda side=side: autocast(side, args.device, DTYPES["bf16"])(*inputs)
-        for name, side in sides.items()
-        if not isinstance(side, str)
+        name: lambda side=side: autocast(side, args.device, DTYPES["bf16"])(*inputs) for name, side in there.items()
     }
-    found: dict[str, dict] = {name: {"note": side} if isinstance(side, str) else {} for name, side in sides.items()}
-    for name, work in works.items():  # which warms the libraries too
-        found[name]["error"] = float((work().float().cpu() - expected).norm() / expected.norm())
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(args.rounds):
-        for name, work in works.items():
-            taken[name].append(seconds_of(work, args.device))
-    for name, seconds in taken.items():
-        ratios = [plain / own for plain, own in zip(taken["bf16"], seconds, strict=True)]
-        found[name] |= {"seconds": statistics.median(seconds), "ratio": statistics.median(ratios)}
+    taken = in_turns(works, args.rounds, args.device)
+    found = {name: {"note": side} for name, side in sides.items() if name not in there}
+    for name, work in works.items():
+        error = float((work() - expected).norm() / expected.norm())
+        seconds = statistics.median(taken[name])
+        found[name] = {"seconds": seconds, **ratio(taken["bf16"], taken[name]), "error": error}
     return found
+
+
+@torch.no_grad()
+def measure_swaps(args: argparse.Namespace) -> dict[str, float]:
+    experts = {name: make_model(args, "cpu") for name in ("high", "low")}
+    num_bytes = sum(tensor.nbytes for tensor in [*experts["high"].parameters(), *experts["high"].buffers()])
+    offloaded, inputs = OffloadedExperts(experts, args.device), make_inputs(experts["high"], args)
+    swaps, answers = [], []
+    for number in range(2 * args.rounds + 2):
+        name = ("high", "low")[number % 2]
+        swaps.append(seconds_of(lambda name=name: offloaded.use(name), args.device))
+        ask = autocast(experts[name], args.device, DTYPES["bf16"])
+        answers.append(seconds_of(lambda ask=ask: ask(*inputs), args.device))
+    swap, answer = statistics.median(swaps[2:]), statistics.median(answers[2:])  # the first two pay for libraries
+    return {"expert_gib": num_bytes / GIB, "swap_s": swap, "answer_s": answer, "answers_a_swap": swap / answer}
 
 
 def main() -> int:
     args = parse_args()
-    found = measure(args)
-    print(f"{'side':<28}{'s':>10}{'ratio to bf16':>15}{'error':>10}")
-    for name, row in found.items():
-        print(
-            f"{name:<28}"
-            + (row["note"] if "note" in row else f"{row['seconds']:>10.4f}{row['ratio']:>15.2f}{row['error']:>10.1e}")
-        )
-    print(json.dumps(vars(args) | {"sides": found}))
+    sides, swaps = measure_sides(args), measure_swaps(args)
+    print(f"{'weights and products':<26}{'s':>9}  {'bf16 / this':<22}{'error':>9}")
+    for name, row in sides.items():
+        text = row.get("note") or f"{row['seconds']:>9.4f}  {ratio_text(row):<22}{row['error']:>9.1e}"
+        print(f"{name:<26}{text}")
+    print(
+        f"a swap of experts of {swaps['expert_gib']:.2f} GiB takes {swaps['swap_s']:.4f} s, {swaps['answers_a_swap']:.2f} answers"
+    )
+    print(json.dumps(vars(args) | {"sides": sides, "swaps": swaps}))
     return 0
 
 

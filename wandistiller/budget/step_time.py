@@ -52,46 +52,44 @@ def measure_step(workload: Workload, device: str, flops_per_s: float) -> StepTim
     # Six steps: one to warm up, one to choose how often to repeat, four that count.
     if 6 * step_flops(few).total > MOST_S * ASSUMED_UTILISATION * flops_per_s:
         return None
-    whole, measured = flops_per_sample(workload), flops_per_sample(few)
-    answer = _answer_seconds(few, device) * whole[0] / measured[0]
-    learn, update = _learn_seconds(few, device)
-    learn *= whole[1] / measured[1]
-    update *= workload.student.num_parameters / few.student.num_parameters
+    step, whole, measured = RandomStep(few, device), flops_per_sample(workload), flops_per_sample(few)
+    answer = seconds_of(step.answer) * whole[0] / measured[0]
+    learn = seconds_of(step.learn) * whole[1] / measured[1]
+    update = seconds_of(step.update) * workload.student.num_parameters / few.student.num_parameters
     total = workload.grad_accum_steps * (workload.calls_per_step * answer + learn) + update
     return StepTime(answer, learn, update, total)
 
 
-def _answer_seconds(workload: Workload, device: str) -> float:
-    dtype = DTYPES[workload.dtype]
-    model = random_model(workload.teacher, device, DTYPES.get(workload.teacher_dtype, dtype))
-    model = to_fp8(model) if workload.teacher_dtype == "fp8" else model
-    inputs, negative = _random_inputs(workload, device), None
-    if workload.guided_fraction:
-        negative = torch.randn(workload.negative_text_tokens, workload.teacher.text_encoder_output_dim, device=device)
-    ask = autocast(model.requires_grad_(False).eval(), device, dtype)
-    with torch.no_grad():
-        return _seconds_of(lambda: ask(*inputs, negative))
+class RandomStep:
+    """The parts of a training step of this shape, on random weights and inputs; no hidden states, no training states."""
 
+    def __init__(self, workload: Workload, device: str):
+        dtype, config = DTYPES[workload.dtype], workload.teacher
+        teacher = random_model(config, device, DTYPES.get(workload.teacher_dtype, dtype)).requires_grad_(False).eval()
+        self.teacher = to_fp8(teacher) if workload.teacher_dtype == "fp8" else teacher
+        self.student = random_model(workload.student, device, torch.float32).train()
+        self.student.gradient_checkpointing = workload.gradient_checkpointing
+        self._ask, self._predict = (autocast(model, device, dtype) for model in (self.teacher, self.student))
+        options = OptimizationOptions(lr=1e-6, optimizer=workload.optimizer)
+        self._optimizer = make_optimizer(self.student, options, device, dtype)
+        self._average = WeightAverage(self.student, 0.999) if workload.ema else None
+        self._inputs, self._negative = _random_inputs(workload, device), None
+        if workload.guided_fraction:
+            self._negative = torch.randn(workload.negative_text_tokens, config.text_encoder_output_dim, device=device)
 
-def _learn_seconds(workload: Workload, device: str) -> tuple[float, float]:
-    """Measure a forward and backward pass; and clipping, optimizer and EMA."""
-    student, dtype = random_model(workload.student, device, torch.float32).train(), DTYPES[workload.dtype]
-    student.gradient_checkpointing = workload.gradient_checkpointing
-    inputs, answer = _random_inputs(workload, device), autocast(student, device, dtype)
-    optimizer = make_optimizer(student, OptimizationOptions(lr=1e-6, optimizer=workload.optimizer), device, dtype)
-    average = WeightAverage(student, 0.999) if workload.ema else None
+    @torch.no_grad()
+    def answer(self) -> torch.Tensor:
+        return self._ask(*self._inputs, self._negative)
 
-    def learn() -> None:
-        student.zero_grad()
-        answer(*inputs).float().square().mean().backward()
+    def learn(self) -> None:
+        self.student.zero_grad()
+        self._predict(*self._inputs).float().square().mean().backward()
 
-    def update() -> None:
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        if average is not None:
-            average.update()
-
-    return _seconds_of(learn), _seconds_of(update)
+    def update(self) -> None:
+        nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self._optimizer.step()
+        if self._average is not None:
+            self._average.update()
 
 
 def random_model(config: StudentConfig, device: str, dtype: torch.dtype) -> WanLiteStudent:
@@ -115,7 +113,7 @@ def _random_inputs(workload: Workload, device: str) -> tuple[torch.Tensor, ...]:
     )
 
 
-def _seconds_of(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
     """Return the median time of a call, after one that pays for libraries and memory."""
     work()
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())  # it waits for a GPU
