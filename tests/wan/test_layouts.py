@@ -7,6 +7,7 @@ pytest tests/wan/test_layouts.py
 """
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.layout_checks import MAX_ERROR, assert_exact, inputs, refusal
+from support.loras import comfyui_keys, random_pairs, write
 from support.wan_folders import (
     A14B_SHAPE,
     oracle_velocity,
@@ -36,6 +38,9 @@ from support.wan_folders import (
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.project import project_teacher
 from wandistiller.wan.layouts import TeacherFileError, open_wan_files
+from wandistiller.wan.lora import merge_loras
+from wandistiller.wan.names import side_of
+from wandistiller.wan.settings import resolve_settings, warnings_about
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
 from wandistiller.wan.transformer_files import teacher_tensor_shapes
 
@@ -105,11 +110,210 @@ def test_a_bare_transformer_folder_in_any_precision_equals_diffusers(tmp_path, d
     assert_same_as_diffusers(tmp_path, [write_transformer_folder(tmp_path, dtype=dtype, **TINY)])
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("fp8", [None, "plain", "scaled", "comfy_quant"])
-def test_a_single_file_equals_diffusers_with_the_weights_it_holds(tmp_path, prefix, fp8):
-    model = write_single_file(tmp_path / "wan.safetensors", prefix=prefix, fp8=fp8, heads=1, ffn_dim=48)
+def test_a_single_file_equals_diffusers_with_the_weights_it_holds(tmp_path, fp8):
+    model = write_single_file(tmp_path / "wan.safetensors", fp8=fp8, heads=1, ffn_dim=48)
     assert_same_as_diffusers(tmp_path / "wan.safetensors", [model])
+
+
+PREFIXES = [
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "model.",
+    "net.",
+    "transformer.",
+    "module.",
+    "_orig_mod.",
+    "dit.",
+]
+
+
+@pytest.mark.parametrize("prefix", [*PREFIXES, "pipe.dit.", "module._orig_mod.", "whatever.it.is."])
+@pytest.mark.parametrize("names", ["original", "diffusers"])
+def test_any_prefix_is_taken_off(tmp_path, prefix, names):
+    path = tmp_path / "wan.safetensors"
+    model = write_single_file(path, heads=1, layers=1, ffn_dim=48)
+    tensors = load_file(path) if names == "original" else model.state_dict()
+    save_file({prefix + name: value.clone() for name, value in tensors.items()}, path)
+    assert_same_as_diffusers(path, [model])
+
+
+def test_a_block_that_torch_compiled_keeps_its_place(tmp_path):
+    path = tmp_path / "wan.safetensors"
+    model = write_single_file(path, heads=1, layers=2, ffn_dim=48)
+    save_file(
+        {re.sub(r"(blocks\.\d\.)", r"\1_orig_mod.", name): value for name, value in load_file(path).items()}, path
+    )
+    assert_same_as_diffusers(path, [model])
+
+
+def test_a_checkpoint_of_torch_save_equals_diffusers_and_more_than_tensors_is_refused(tmp_path):
+    model = write_single_file(tmp_path / "wan.safetensors", heads=1, layers=1, ffn_dim=48)
+    tensors = load_file(tmp_path / "wan.safetensors")
+    for name, content in {"plain": tensors, "of a trainer": {"state_dict": tensors, "epoch": 3}}.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        assert_same_as_diffusers(tmp_path / f"{name}.pth", [model])
+    torch.save(tensors | {"x": Path("a")}, tmp_path / "object.pth")
+    assert "pickle of more than tensors" in refusal(tmp_path / "object.pth")
+    content = (tmp_path / "plain.pth").read_bytes()
+    (tmp_path / "short.pth").write_bytes(content[: len(content) // 2])
+    assert "no whole checkpoint" in refusal(tmp_path / "short.pth")
+
+
+def test_an_all_in_one_checkpoint_gives_its_transformer_and_names_the_other_parts(tmp_path):
+    path = tmp_path / "all_in_one.safetensors"
+    model = write_single_file(path, prefix="model.diffusion_model.", heads=1, layers=1, ffn_dim=48)
+    others = {
+        "first_stage_model.conv1.weight": torch.zeros(4, 4),
+        "text_encoders.umt5xxl.transformer.shared.weight": torch.zeros(4, 4, dtype=torch.float16),
+        "text_encoders.umt5xxl.spiece_model": torch.zeros(99, dtype=torch.uint8),
+    }
+    save_file(
+        load_file(path) | others | {"model_type.SkyReels-V2-T2V-14B-540P": torch.zeros(1, dtype=torch.uint8)}, path
+    )
+    assert_same_as_diffusers(path, [model])
+    assert set(others) < set(open_wan_files(path).experts["high"].ignored)
+
+
+STRANGERS = {
+    "blocks.0.to_gate_compress.weight": "a FastWan with sparse attention (VSA); use its FullAttn variant",
+    "fps_embedding.weight": "a SkyReels-V2-DF",
+    "blocks.0.self_attn.attn_op.local_attn.proj_l.weight": "a TurboWan",
+    "delta_embedding.0.weight": "an AnyFlow",
+    "mot_blocks.0.weight": "a Video-As-Prompt",
+    "blocks.0.self_attn.q.lora_A.weight": "a LoRA",
+    "blocks.0.other.weight": "another kind of model",
+    "model_type.weight.of.some.size": "another kind of model",
+    "blocks.0.norm3.weight_absmax": "weights in a quantisation that is not read",
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_tensor_that_no_wan_has_is_refused_by_name_with_what_it_suggests(tmp_path, stranger):
+    path = tmp_path / "wan.safetensors"
+    write_single_file(path, prefix="model.diffusion_model.", heads=1, layers=1, ffn_dim=48)
+    save_file(load_file(path) | {f"model.diffusion_model.{stranger}": torch.zeros(128, 128)}, path)
+    message = refusal(path)
+    assert stranger in message and STRANGERS[stranger] in message
+
+
+def test_a_folder_whose_tensors_are_a_wans_is_one_whatever_its_pipeline_is_called(tmp_path):
+    experts = write_pipeline_folder(tmp_path / "sky", flow_shift=8.0)
+    edit_json(tmp_path / "sky" / "model_index.json", _class_name="SkyReelsV2Pipeline")
+    assert_same_as_diffusers(tmp_path / "sky", experts)
+    wan_files = open_wan_files(tmp_path / "sky")
+    (said,) = warnings_about(wan_files, resolve_settings(wan_files), wan_files.config)
+    assert "SkyReelsV2Pipeline" in said and "--shift" in said
+    (tmp_path / "sky" / "model_index.json").rename(tmp_path / "sky" / "modular_model_index.json")
+    assert_same_as_diffusers(tmp_path / "sky", experts)
+    shutil.rmtree(tmp_path / "sky" / "transformer")
+    assert "names its parts in other repositories" in refusal(tmp_path / "sky")
+
+
+def test_the_root_of_a_hub_cache_and_the_home_folder_lead_to_the_model(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--Wan-AI--Wan" / "snapshots" / "abc"
+    experts = write_pipeline_folder(snapshot)
+    assert_same_as_diffusers(tmp_path / "models--Wan-AI--Wan", experts)
+    (snapshot.parent / "def").mkdir()
+    (tmp_path / "models--Wan-AI--Wan" / "refs").mkdir()
+    (tmp_path / "models--Wan-AI--Wan" / "refs" / "main").write_text("abc")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert_same_as_diffusers("~/models--Wan-AI--Wan", experts)
+    assert find_text_encoder("~/models--Wan-AI--Wan").encoder == snapshot / "text_encoder"
+
+
+def test_a_comfyui_folder_gives_its_wan_or_the_two_experts_that_their_names_tell_apart(tmp_path):
+    folder = tmp_path / "models" / "diffusion_models"
+    folder.mkdir(parents=True)
+    low = write_single_file(folder / "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors", heads=1, ffn_dim=48, seed=2)
+    assert_same_as_diffusers(tmp_path / "models", [low])
+    high = write_single_file(folder / "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", heads=1, ffn_dim=48, seed=1)
+    write_single_file(folder / "wan2.2_i2v_high_noise_14B.safetensors", heads=1, ffn_dim=48)
+    assert_same_as_diffusers(tmp_path / "models", [high, low])
+    write_single_file(folder / "wan2.1_t2v_1.3B.safetensors", heads=1, ffn_dim=48)
+    message = refusal(tmp_path / "models")
+    assert "wan2.1_t2v_1.3B" in message and "--teacher_path_low" in message
+
+
+SIDES = {
+    "wan2.2_t2v_high_noise_14B_fp16.safetensors": "high",
+    "Wan2_2-T2V-A14B-LOW_fp8_e4m3fn_scaled_KJ.safetensors": "low",
+    "wan2.2-t2v-a14b-high-Q8_0.gguf": "high",
+    "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf": "low",
+    "HighNoise/wan-Q8_0.gguf": "high",
+    "low_noise_model": "low",
+    "wan2.1_t2v_14B_bf16.safetensors": None,
+    "wan_flow_highres.safetensors": None,
+    "wan_high_and_low.safetensors": None,
+}
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_the_names_that_people_give_experts_are_understood(name):
+    assert side_of(Path("models") / name) == SIDES[name]
+
+
+def test_experts_and_loras_the_wrong_way_round_and_one_alone_are_told(tmp_path):
+    names = {side: tmp_path / f"Wan2_2-T2V-A14B-{side}_fp8.safetensors" for side in ("HIGH", "LOW")}
+    for side, path in names.items():
+        write_single_file(path, heads=1, layers=1, ffn_dim=48, seed=len(side))
+
+    def told(wan_files) -> str:
+        return " ".join(warnings_about(wan_files, resolve_settings(wan_files), wan_files.config))
+
+    right, wrong = open_wan_files(names["HIGH"], names["LOW"]), open_wan_files(names["LOW"], names["HIGH"])
+    assert "swapped" not in told(right) and told(wrong).count("swapped; exchange --teacher_path and") == 2
+    assert "looks like one of two experts" in told(open_wan_files(names["LOW"]))
+    pairs = random_pairs(random_transformer(heads=1, head_dim=128, layers=1, ffn_dim=48))
+    lora = write(tmp_path / "4steps-lora_LOW_fp16.safetensors", comfyui_keys(pairs))
+    assert "swapped; exchange --teacher_lora and" in told(merge_loras(right, [(lora, 1.0)]))
+    assert "swapped" not in told(merge_loras(right, None, [(lora, 1.0)]))
+
+
+def test_every_byte_of_every_file_is_in_the_fingerprint_and_no_name(tmp_path):
+    write_original_two_experts(tmp_path / "a", num_shards=2, **TINY)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    expected = open_wan_files(tmp_path / "a").fingerprint()
+    assert open_wan_files(tmp_path / "b").fingerprint() == expected
+    for path in sorted((tmp_path / "b").rglob("*.safetensors")):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert open_wan_files(tmp_path / "b").fingerprint() != expected, path
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_refused_when_its_tensor_is_read(tmp_path, value):
+    path = tmp_path / "wan.safetensors"
+    write_single_file(path, heads=1, layers=1, ffn_dim=48)
+    tensors = load_file(path)
+    tensors["blocks.0.ffn.0.weight"][3, 5] = value
+    save_file(tensors, path)
+    with pytest.raises(TeacherFileError, match=r"blocks\.0\.ffn\.0\.weight holds numbers that are not finite"):
+        project_teacher(path)
+
+
+def test_scales_of_blocks_are_multiplied_into_their_blocks_and_others_refused(tmp_path):
+    path, name = tmp_path / "wan.safetensors", "blocks.0.ffn.0"
+    model = write_single_file(path, fp8="scaled", heads=1, ffn_dim=48)
+    tensors, scale = load_file(path), torch.rand(6, 4) + 0.5
+    held = model.state_dict()
+    held["blocks.0.ffn.net.0.proj.weight"] = tensors[f"{name}.weight"].float() * torch.kron(scale, torch.ones(8, 32))
+    save_file(tensors | {f"{name}.scale_weight": scale}, path)
+    assert_same_as_diffusers(path, [with_weights(model, held)])
+    for wrong in (
+        torch.ones(3),
+        torch.ones(128),
+        torch.ones(5, 4),
+        torch.ones(6, 4, 1),
+        torch.ones(1, dtype=torch.int8),
+    ):
+        save_file(tensors | {f"{name}.scale_weight": wrong}, path)
+        assert "the scale of blocks.0.ffn.net.0.proj.weight, [48, 128], has shape" in refusal(path)
+    save_file(tensors | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e5m2)}, path)
+    assert "scaled_fp8 in the file says F8_E5M2" in refusal(path)
+    save_file(tensors | {"blocks.0.ffn.7.scale_weight": torch.ones(1)}, path)
+    assert "blocks.0.ffn.7.scale_weight" in refusal(path)
 
 
 def test_a_scaled_single_file_with_48_channels_equals_diffusers(tmp_path):
@@ -158,12 +362,6 @@ def test_the_pipeline_folder_says_its_shift_boundary_latents_and_vae_factor(tmp_
     both = TextEncoderFiles(tmp_path / "text_encoder", tmp_path / "tokenizer")
     assert wan_files.text_encoder() == both
     assert find_text_encoder(tmp_path / "text_encoder") == both
-
-
-def test_the_text_encoder_of_an_original_folder_is_recognised_and_answered_with_what_to_give(tmp_path):
-    write_original_two_experts(tmp_path, **TINY)
-    with pytest.raises(TeacherFileError, match=r"models_t5_umt5-xxl-enc-bf16\.pth.*--text_encoder_path.*text_encoder/"):
-        open_wan_files(tmp_path).text_encoder()
 
 
 def test_a_single_file_has_no_text_encoder_and_says_so(tmp_path):
@@ -231,7 +429,7 @@ def test_other_kinds_are_refused_by_their_config(tmp_path, settings, kind):
         ("WanImageToVideoPipeline", "image-to-video"),
         ("WanVACEPipeline", "VACE"),
         ("WanAnimatePipeline", "Animate"),
-        ("StableDiffusionXLPipeline", "StableDiffusionXLPipeline"),
+        ("StableDiffusionXLPipeline", "is that of a StableDiffusionXLPipeline; give a WanPipeline"),
         (["WanPipeline"], "WanPipeline"),
     ],
 )

@@ -1,17 +1,20 @@
 """A Wan LoRA is merged as it was meant, whichever trainer wrote it, and anything else is refused in one message.
 
 The oracle is diffusers: its own `load_lora_weights` and `fuse_lora` on a Wan of the true structure, whose velocities must be those
-of the teacher that is read with the same file. Where diffusers reads no such file, the merged weights are made by definition.
+of the teacher that is read with the same file. Where diffusers reads no such file, PEFT merges it, or the definition does.
 
 pytest tests/wan/test_lora.py
 """
 
+import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from support.loras import (
     LINEARS,
@@ -27,6 +30,7 @@ from support.wan_folders import (
     oracle_velocity,
     random_transformer,
     relative_error,
+    to_original,
     with_weights,
     write_pipeline_folder,
     write_single_file,
@@ -36,6 +40,7 @@ from wandistiller.errors import UserError
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.lora import merge_loras
+from wandistiller.wan.lora_keys import HADAMARD
 
 TOLERANCE = 1e-5
 
@@ -203,6 +208,116 @@ def test_other_prefixes_and_names_of_adapters_are_known(teacher, tmp_path, prefi
     assert relative_error(velocity(folder, (path, 1.0)), expected) < TOLERANCE
 
 
+IN_BLOCKS = re.compile(r"lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_")
+DIALECTS = {
+    "VideoX-Fun": lambda key: key.replace("lora_unet_", "lora_unet__"),
+    "half dots": lambda key: IN_BLOCKS.sub(r"lora_unet_blocks_\1.\2.", key),
+    "LyCORIS": lambda key: key.replace("lora_unet_", "lycoris_"),
+    "compiled": lambda key: key.replace("lora_unet_", "lora_unet__orig_mod_"),
+    "SimpleTuner": lambda key: key.replace("transformer.", "transformer.base_model.model."),
+    "compiled of diffusers": lambda key: key.replace("transformer.", "transformer._orig_mod."),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_dialect_of_the_keys_is_known(teacher, tmp_path, dialect):
+    folder, model = teacher
+    pairs = random_pairs(model)
+    is_diffusers = dialect in ("SimpleTuner", "compiled of diffusers")
+    keys = diffusers_keys(pairs) if is_diffusers else kohya_keys(pairs, 1.5)
+    path = write(tmp_path / "lora.safetensors", {DIALECTS[dialect](key): value for key, value in keys.items()})
+    expected = oracle_velocity(with_weights(model, merged(model, pairs, 1.0 if is_diffusers else 0.5)), *inputs())
+    assert relative_error(velocity(folder, (path, 1.0)), expected) < TOLERANCE
+
+
+# ---- against PEFT's own arithmetic ----
+
+
+def of_peft(folder: Path, model, config) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Save an adapter of random values as PEFT does; return its file and the state dict with PEFT's merge of it."""
+    import peft
+
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or "hada_" in name or "lokr_" in name:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    adapted.save_pretrained(folder)
+    return folder / "adapter_model.safetensors", adapted.merge_and_unload().state_dict()
+
+
+PATTERNS = {"ffn.net.2": 5, r"blocks\.[01]\.attn1.to_.": 7, "blocks.1.attn2.to_k": 3}
+
+
+@pytest.mark.parametrize("kind", ["patterns", "rslora", "DoRA"])
+def test_pefts_patterns_scales_and_doras_count_as_peft_merges_them(teacher, tmp_path, kind):
+    import peft
+
+    folder, model = teacher
+    linears = r"blocks\..*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
+    settings = {
+        "patterns": {"alpha_pattern": PATTERNS, "rank_pattern": {"^blocks.0.attn1.to_q": 2, "to_k": 6}},
+        "rslora": {"use_rslora": True},
+        "DoRA": {"use_dora": True},
+    }[kind]
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=linears, init_lora_weights=False, **settings)
+    path, weights = of_peft(tmp_path / "lora", model, config)
+    expected = oracle_velocity(with_weights(model, weights), *inputs())
+    assert relative_error(velocity(folder), expected) > 0.01
+    assert relative_error(velocity(folder, (path, 1.0)), expected) < TOLERANCE
+    # A scale of 0 leaves the teacher, and of a half goes half of the way from weight to weight of a DoRA.
+    assert relative_error(velocity(folder, (path, 0.0)), velocity(folder)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr of whole matrices", "LoKr of four"])
+def test_lycoris_products_are_those_of_pefts_layers(teacher, tmp_path, kind):
+    """PEFT has the products of LyCORIS in its own arithmetic; the keys are those of LyCORIS with an alpha for each."""
+    import peft
+
+    folder, model = teacher
+    linears = r"blocks\..*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
+    options = {"r": 2, "alpha": 3, "target_modules": linears}
+    if kind == "LoHa":
+        config = peft.LoHaConfig(**options, init_weights=False)
+    else:
+        config = peft.LoKrConfig(
+            **options, init_weights=False, decompose_both=kind == "LoKr of four", decompose_factor=4
+        )
+    path, weights = of_peft(tmp_path / "adapter", model, config)
+    keys = {}
+    for key, tensor in load_file(path).items():
+        module, _, part = key.removeprefix("base_model.model.").rpartition(".")
+        stem = "lycoris_" + to_original(f"{module}.").removesuffix(".").replace(".", "_")
+        keys |= {f"{stem}.{part}": tensor, f"{stem}.alpha": torch.tensor(3.0)}
+    if (
+        kind == "LoKr of whole matrices"
+    ):  # which LyCORIS saves where the rank is no smaller than the matrix; alpha counts for nothing
+        stems = {key.rpartition(".")[0] for key in keys}
+        for stem in stems:
+            second = keys.pop(f"{stem}.lokr_w2_a") @ keys.pop(f"{stem}.lokr_w2_b")
+            keys[f"{stem}.lokr_w2"] = 1.5 * second
+    written = write(tmp_path / "lora.safetensors", keys)
+    expected = oracle_velocity(with_weights(model, weights), *inputs())
+    assert relative_error(velocity(folder), expected) > 0.01
+    assert relative_error(velocity(folder, (written, 1.0)), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+", "(a|a)*b", "[", "a*b*c*d*e*", "(?=a)"])
+def test_a_pattern_that_may_take_forever_is_refused(teacher, tmp_path, pattern):
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.alpha_pattern": {pattern: 2}, "transformer.r": 3})}
+    path = write(tmp_path / "lora.safetensors", diffusers_keys(random_pairs(teacher[1])), metadata)
+    with pytest.raises(UserError, match="which is no plain pattern of names"):
+        velocity(teacher[0], (path, 1.0))
+
+
+@pytest.mark.parametrize("scale", [float("inf"), float("nan"), 1e9])
+def test_a_scale_of_nonsense_is_refused(teacher, tmp_path, scale):
+    path = write(tmp_path / "lora.safetensors", diffusers_keys(random_pairs(teacher[1])))
+    with pytest.raises(UserError, match="a scale of"):
+        velocity(teacher[0], (path, scale))
+
+
 def test_several_loras_add_up_and_a_negative_scale_takes_away(teacher, tmp_path):
     folder, model = teacher
     first = write(tmp_path / "a.safetensors", kohya_keys(random_pairs(model), alpha=2.0))
@@ -295,13 +410,25 @@ REFUSED = {
     "a larger Wan": (larger_wan, [".weight, which is 24x24 in this Wan", "48x3 and 3x48", "another model"]),
     "a deeper Wan": (deeper_wan, ["blocks.39", "larger Wan"]),
     "no tensors": (lambda pairs: {}, ["holds no tensors"]),
-    "alphas alone": (lambda pairs: {f"{BLOCK}.alpha": torch.tensor(1.0)}, ["changes nothing"]),
+    "alphas alone": (
+        lambda pairs: {f"{BLOCK}.alpha": torch.tensor(1.0)},
+        ["has alpha for", "nothing to change it with"],
+    ),
+    "an alpha without end": (plus(f"{BLOCK}.alpha", torch.tensor(float("inf"))), ["not finite"]),
+    "an alpha of nonsense": (plus(f"{BLOCK}.alpha", torch.tensor(1e30)), ["alpha is 1e+30; allowed"]),
+    "lengths of another size": (plus(f"{BLOCK}.dora_scale"), ["24x24", "lengths of 3"]),
+    "half of a LoKr": (plus(f"{BLOCK}.lokr_w1", torch.ones(4, 4)), ["4x4, which do not go together"]),
+    "a LoKr of another size": (
+        lambda pairs: {f"{BLOCK}.lokr_w1": torch.ones(4, 4), f"{BLOCK}.lokr_w2": torch.ones(5, 5)},
+        ["24x24", "4x4 and 5x5"],
+    ),
+    "a LoHa that does not multiply": (
+        lambda pairs: {f"{BLOCK}.{name}": torch.ones(24, 3) for name in HADAMARD},
+        ["which do not go together"],
+    ),
+    "OFT": (plus(f"{BLOCK}.oft_blocks"), ["OFT", "oft_blocks"]),
     "not finite": (not_finite, ["lora_unet_blocks_1_ffn_0.lora_up.weight", "not finite"]),
     "half of it": (without("self_attn.k.lora_up"), ["one of the two matrices", "blocks.0.attn1.to_k.weight"]),
-    "DoRA": (plus(f"{BLOCK}.dora_scale"), ["DoRA", "dora_scale"]),
-    "DoRA of PEFT": (plus("transformer.blocks.0.attn1.to_q.lora_magnitude_vector"), ["DoRA", "lora_magnitude_vector"]),
-    "LoKr": (plus(f"{BLOCK}.lokr_w1"), ["LoKr", "lokr_w1"]),
-    "LoHa": (plus(f"{BLOCK}.hada_w1_a"), ["LoHa", "hada_w1_a"]),
     "twice": (plus("transformer.blocks.0.attn1.to_q.lora_A.weight", torch.zeros(3, 24)), ["twice", "to_q"]),
     "an alpha of many": (plus(f"{BLOCK}.alpha"), ["an alpha is one number"]),
     "whole numbers": (plus(f"{BLOCK}.diff", torch.zeros(24, 24, dtype=torch.int8)), ["I8", "allowed"]),
@@ -372,21 +499,6 @@ def test_the_report_names_the_lora_and_its_digest(teacher, tmp_path):
     assert saved["loras"] == [{"expert": "high", "file": "lora.safetensors", "sha256": digest, "scale": 0.5}]
     project_teacher(teacher[0])[1].save(tmp_path)
     assert "loras" not in json.loads((tmp_path / "projection_report.json").read_text())
-
-
-def test_no_more_than_one_tensor_of_the_teacher_is_held(teacher, tmp_path, monkeypatch):
-    """Each is read once, when it is asked for."""
-    from wandistiller.wan.transformer_files import StoredTensor
-
-    path = write(tmp_path / "lora.safetensors", diffusers_keys(random_pairs(teacher[1])))
-    wan_files = merge_loras(open_wan_files(teacher[0]), [(path, 1.0)])
-    read, real = [], StoredTensor.read
-    monkeypatch.setattr(StoredTensor, "read", lambda self: (read.append(self.key), real(self))[1])
-    wan_files.expert("high").read("blocks.1.attn1.to_q.weight")
-    assert [key for key in read if "lora" not in key] == ["blocks.1.attn1.to_q.weight"]
-    assert sorted(key for key in read if "lora" in key) == [
-        f"transformer.blocks.1.attn1.to_q.lora_{part}.weight" for part in "AB"
-    ]
 
 
 def test_an_empty_file_is_refused_too(teacher, tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wandistiller.errors import UserError
 from wandistiller.files.safetensors_files import write_tensors
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.project import kept_indices
@@ -82,6 +83,10 @@ def cut_loras(loras: Sequence[Lora], selection: Selection, config: StudentConfig
     """
     student = StudentLora(teacher_tensor_shapes(config))
     for lora in loras:
+        if lora.magnitudes:
+            raise UserError(
+                f"{lora.path}: is a DoRA, whose lengths are those of the teacher's rows; of a student it would be another"
+            )
         for name, changes in lora.changes.items():
             own_name = _student_name(name, selection.layers)
             if own_name is None:

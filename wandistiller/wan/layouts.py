@@ -1,21 +1,22 @@
 """A Wan text-to-video model on disk or on the hub: its experts, and what the folder around them says of it.
 
-It may be a diffusers pipeline folder or bare transformer folder, an original Wan folder (one or two experts), a single
-safetensors file with original names (ComfyUI's, also fp8 and fp8_scaled), a GGUF file, or a hub id. Only safetensors, GGUF
-and JSON are read.
+It may be a diffusers pipeline folder (modular or not) or bare transformer folder, an original Wan folder (one or two experts), a
+file of weights with any prefix (ComfyUI's, also fp8, fp8_scaled and whole checkpoints; GGUF; .pth), ComfyUI's models/, or a hub id.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from wandistiller.errors import UserError
 from wandistiller.files.checked_json import COMPONENT, POSITIVE, RATIO, TeacherFileError, read_json, setting
-from wandistiller.files.hub import fetch, is_hub_id
+from wandistiller.files.hub import fetch, is_hub_id, local_path
 from wandistiller.files.weights import SUFFIXES, stored_tensors, weight_files
 from wandistiller.model.config import StudentConfig
 from wandistiller.wan.mock import mock_wan_files
-from wandistiller.wan.names import teacher_record
+from wandistiller.wan.names import COMFYUI_FOLDERS, side_of, teacher_record
 from wandistiller.wan.record_kinds import SAMPLING_KINDS, latents_kinds
+from wandistiller.wan.text_encoder_files import encoder_files
 from wandistiller.wan.transformer_files import (
     LAYOUTS,
     LOCAL_LAYOUTS,
@@ -26,8 +27,12 @@ from wandistiller.wan.transformer_files import (
 )
 from wandistiller.wan.wan_files import WanFiles, with_latents
 
+MODULAR_INDEX = "modular_model_index.json"
+# Other files with Wan in their names that lie in these folders
+_OTHERS = re.compile(r"i2v|flf2v|vace|animate|s2v|fun|camera|lora|vae|umt5|control", re.IGNORECASE)
 _HUB_FILES = [
     "model_index.json",
+    MODULAR_INDEX,
     "teacher_record.json",
     "config.json",
     "diffusion_pytorch_model*",
@@ -67,9 +72,9 @@ def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None =
         DamagedFileError: a file of it is not whole.
     """
     location = str(teacher_path)
-    path = Path(teacher_path)
+    path = local_path(teacher_path)
     if path.is_file():
-        wan_files = WanFiles(location, {"high": _open_single_file(path)})
+        wan_files = WanFiles(location, {"high": _open_single_file(path)}, text_encoder_location=_encoder_of(path))
     elif path.is_dir():
         wan_files = _open_folder(path, location)
     elif is_hub_id(location):
@@ -78,7 +83,7 @@ def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None =
     else:
         raise TeacherFileError(f"{location}: there is no such file or folder; allowed: {LAYOUTS}")
     if low_noise_path is not None:
-        wan_files = _with_low_noise_expert(wan_files, Path(low_noise_path))
+        wan_files = _with_low_noise_expert(wan_files, local_path(low_noise_path))
     _check_experts_agree(wan_files)
     return _with_own_record(wan_files)
 
@@ -98,15 +103,23 @@ def _open_transformer_folder(folder: Path) -> WanTransformer:
     return WanTransformer(folder, weight_files(folder, LAYOUTS), settings)
 
 
-def _open_pipeline_folder(folder: Path, location: str) -> WanFiles:
-    index_path = folder / "model_index.json"
+def _open_pipeline_folder(folder: Path, location: str, index_name: str) -> WanFiles:
+    """Open what diffusers saved: the tensors decide whether it is a Wan, whatever the pipeline is called."""
+    index_path = folder / index_name
     index = read_json(index_path)
     name = str(index.get("_class_name"))
     refuse_kind(REFUSED_CLASSES.get(name), folder)
-    if not name.startswith("Wan"):
-        raise TeacherFileError(f"{folder}: model_index.json is that of a {name}, not of a WanPipeline")
+    is_modular = index_name == MODULAR_INDEX
+    if not (folder / "transformer").is_dir():
+        reason = (
+            "names its parts in other repositories; give them"
+            if is_modular
+            else f"is that of a {name}; give a WanPipeline"
+        )
+        raise TeacherFileError(f"{folder}: has no transformer/ folder, and its {index_name} {reason}")
     experts = {"high": _open_transformer_folder(folder / "transformer")}
-    if (setting(index, "transformer_2", COMPONENT, index_path) or [None])[0] is not None:
+    second = None if is_modular else (setting(index, "transformer_2", COMPONENT, index_path) or [None])[0]
+    if second is not None or (is_modular and (folder / "transformer_2").is_dir()):
         experts["low"] = _open_transformer_folder(folder / "transformer_2")
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_json(scheduler_path) if scheduler_path.is_file() else {}
@@ -116,6 +129,7 @@ def _open_pipeline_folder(folder: Path, location: str) -> WanFiles:
     wan_files = WanFiles(
         location,
         experts,
+        pipeline=name,
         boundary_ratio=setting(index, "boundary_ratio", RATIO, index_path),
         flow_shift=next((shift for shift in shifts if shift is not None), None),
         record=read_json(record_path) if record_path.is_file() else {},
@@ -130,19 +144,47 @@ def _open_original_folder(folder: Path, location: str) -> WanFiles:
         experts = {side: _open_transformer_folder(folder / f"{side}_noise_model") for side in ("high", "low")}
     else:
         experts = {"high": _open_transformer_folder(folder)}
-    pickles = sorted(folder.glob("models_t5_*.pth"))
-    return WanFiles(location, experts, pickled_text_encoder=pickles[0] if pickles else None)
+    return WanFiles(location, experts, text_encoder_location=_encoder_of(folder))
+
+
+def _open_comfyui_folder(folder: Path, location: str) -> WanFiles:
+    """Open ComfyUI's models/: the only Wan in it, or two experts that their names tell apart."""
+    found = sorted(
+        path
+        for name in COMFYUI_FOLDERS
+        for path in (folder / name).rglob("*")
+        if path.suffix.lower() in SUFFIXES and re.search("wan", path.name, re.I) and not _OTHERS.search(path.name)
+    )
+    sides = {side_of(path): path for path in found}
+    if len(found) == 2 and set(sides) == {"high", "low"}:
+        experts = {side: _open_single_file(sides[side]) for side in ("high", "low")}
+    elif len(found) == 1:
+        experts = {"high": _open_single_file(found[0])}
+    else:
+        names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
+        raise TeacherFileError(
+            f"{folder}: one Wan text-to-video, or a high-noise and a low-noise expert, were looked for in {', '.join(COMFYUI_FOLDERS)}; "
+            f"found: {names}. Give one by its name, and a second expert as --teacher_path_low"
+        )
+    return WanFiles(location, experts, text_encoder_location=_encoder_of(folder))
 
 
 def _open_folder(folder: Path, location: str) -> WanFiles:
-    if (folder / "model_index.json").is_file():
-        return _open_pipeline_folder(folder, location)
+    for index_name in ("model_index.json", MODULAR_INDEX):
+        if (folder / index_name).is_file():
+            return _open_pipeline_folder(folder, location, index_name)
     if (folder / "student_config.json").is_file():
         raise TeacherFileError(
             f"{folder}: is a student, not a Wan checkpoint; to use it as a teacher, export it first: python "
             "export_student.py --format pipeline"
         )
+    if any((folder / name).is_dir() for name in COMFYUI_FOLDERS):
+        return _open_comfyui_folder(folder, location)
     return _open_original_folder(folder, location)
+
+
+def _encoder_of(place: Path) -> Path | None:
+    return place if encoder_files(place) else None
 
 
 def _open_single_file(path: Path) -> WanTransformer:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -144,6 +145,29 @@ def other_wan_kind(names: list[str]) -> str | None:
     for pattern, kind in _OTHER_KINDS:
         if any(pattern.search(name) for name in names):
             return kind
+    return None
+
+
+COMFYUI_FOLDERS = ("diffusion_models", "unet", "checkpoints")  # of ComfyUI's models/, for transformers
+
+
+def parts_folder(path: Path) -> Path:
+    """Return the folder that the other parts of a transformer's file lie in or below: ComfyUI's models/, or its own."""
+    return path.parent.parent if path.parent.name in COMFYUI_FOLDERS else path.parent
+
+
+_SIDE = re.compile(r"(?<![a-z])(high|low)(?![a-z])|(high|low)[ _-]?noise")
+
+
+def side_of(place: str | Path) -> str | None:
+    """Return which expert of two the name of a file or of its folder tells, "high" or "low"; None where it tells none."""
+    place = Path(place)
+    for name in (place.name, place.parent.name):
+        # A capital begins a word, as in HighNoise.
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", name).lower()
+        sides = {match[1] or match[2] for match in _SIDE.finditer(words)}
+        if sides:
+            return sides.pop() if len(sides) == 1 else None
     return None
 
 

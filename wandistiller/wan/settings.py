@@ -1,12 +1,12 @@
 """How a teacher is sampled: each released Wan as it was made for, others as their folder or a person says."""
 
-import re
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TypedDict, Unpack
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize, square
+from wandistiller.wan.names import side_of
 from wandistiller.wan.vae import RELEASED_LATENTS
 from wandistiller.wan.wan_files import WanFiles
 
@@ -222,9 +222,33 @@ def warnings_about(wan_files: WanFiles, settings: TeacherSettings, student: Stud
             f"a teacher of {settings.num_inference_steps} steps with guidance_scale {settings.guidance_scale:g}; those distilled to "
             "few steps mostly are to guidance too, and want --guidance_scale 1"
         )
-    if len(wan_files.experts) == 1 and re.search(r"(high|low)[_-]?noise", wan_files.location, re.IGNORECASE):
-        warnings.append(
+    return [*warnings, *_expert_warnings(wan_files, settings), *_pipeline_warnings(wan_files)]
+
+
+def _expert_warnings(wan_files: WanFiles, settings: TeacherSettings) -> list[str]:
+    """Return what the names of files tell against their places: experts and LoRAs the wrong way round, and one expert alone."""
+    if len(wan_files.experts) == 1:
+        if side_of(wan_files.experts["high"].location) is None:
+            return []
+        return [
             f"{wan_files.location} looks like one of two experts and is used at every noise level, with "
             f"{settings.summary()}; give the folder of both, or the low-noise one as --teacher_path_low"
-        )
-    return warnings
+        ]
+    places = [("expert", name, expert.location, "--teacher_path") for name, expert in wan_files.experts.items()]
+    places += [("LoRA", lora.expert, lora.path, "--teacher_lora") for lora in wan_files.loras]
+    return [
+        f"{place} looks like the {side}-noise {kind} and is used as the {name}-noise one: the two experts seem to be swapped; "
+        f"exchange {flag} and {flag}_low"
+        for kind, name, place, flag in places
+        if (side := side_of(place)) not in (None, name)
+    ]
+
+
+def _pipeline_warnings(wan_files: WanFiles) -> list[str]:
+    if wan_files.pipeline in (None, "None", "WanPipeline", "WanModularPipeline") or wan_files.record:
+        return []
+    few = " (FastVideo's: 3 steps, --shift 8, --guidance_scale 1)" if "DMD" in wan_files.pipeline else ""
+    return [
+        f"{wan_files.location}: is a {wan_files.pipeline}{few}, asked here as a Wan of its size; say how it was made to be sampled with "
+        "--shift, --guidance_scale, --teacher_steps and --teacher_sampler"
+    ]

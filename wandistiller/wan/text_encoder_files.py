@@ -5,6 +5,7 @@ Nothing here loads a weight or imports transformers.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +14,17 @@ from wandistiller.errors import UserError
 from wandistiller.files.checked_json import TeacherFileError, read_json
 from wandistiller.files.hub import fetch, is_hub_id, local_path
 from wandistiller.files.safetensors_files import indexed_files
-from wandistiller.files.weights import SUFFIXES, digest_of, file_digest
+from wandistiller.files.weights import SUFFIXES, digest_of, file_digest, stored_tensors
+from wandistiller.wan.names import parts_folder
 from wandistiller.wan.tokenizer import JSON_NAME, SENTENCEPIECE_NAME, has_tokenizer_inside, tokenizer_file
-from wandistiller.wan.umt5 import Umt5Files
+from wandistiller.wan.umt5 import ANCHOR, Umt5Files
 
 TEXT_ENCODER_SOURCE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # all released Wans share this encoder
 TEXT_ENCODER_ADVICE = f"a folder with text_encoder/ and tokenizer/, such as a copy of {TEXT_ENCODER_SOURCE} (only these two folders are needed)"
 ORIGINAL_TOKENIZER = "google/umt5-xxl"  # where the original releases keep it
 # Folders that ComfyUI keeps text encoders in, and what files of this one are called there and in the original releases
 _FOLDERS = (".", "text_encoders", "clip")
+_IS_ENCODERS = re.compile(rf"(^|\.)({ANCHOR})$")
 _FILES = ("models_t5_umt5*", "*umt5*")
 
 
@@ -106,8 +109,8 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
     """Find encoder and tokenizer by `--text_encoder_path`.
 
     Args:
-        path: a pipeline folder, a hub id, the encoder's own folder, a file of weights, the folder of an original release, or
-            ComfyUI's models/.
+        path: a pipeline folder, a hub id, the encoder's own folder, a file of weights or another that it lies beside, the folder of
+            an original release, or ComfyUI's models/.
 
     Raises:
         TeacherFileError: there is none, or there are several, or its tokenizer is missing.
@@ -117,7 +120,12 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
         folder = fetch(str(path), ["text_encoder/*", "tokenizer/*"], "a local folder with text_encoder/ and tokenizer/")
     if (folder / "text_encoder").is_dir():
         return TextEncoderFiles(folder / "text_encoder", folder / "tokenizer")
-    files = [folder] if folder.is_file() else _files_in(folder)
+    files = encoder_files(folder)
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise TeacherFileError(
+            f"{folder}: holds several text encoders ({names}); give one of them as --text_encoder_path"
+        )
     if files:
         return TextEncoderFiles(files[0], _tokenizer_of(files[0]))
     if (folder / "config.json").is_file():
@@ -127,20 +135,19 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
     raise TeacherFileError(f"{path}: {reason}; --text_encoder_path takes {TEXT_ENCODER_ADVICE}")
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """Return the file of an original release's or ComfyUI's text encoder in a list of one, or an empty list."""
+def encoder_files(place: Path) -> list[Path]:
+    """Return the files that are a text encoder: `place` itself, or by their names those in this folder or where its parts lie."""
+    if place.is_file():
+        if place.suffix.lower() in SUFFIXES and any(map(_IS_ENCODERS.search, stored_tensors(place))):
+            return [place]
+        place = parts_folder(place)
     found = {
         path: None
         for pattern in _FILES
-        for place in _FOLDERS
-        for path in sorted((folder / place).glob(pattern))
+        for folder in _FOLDERS
+        for path in sorted((place / folder).glob(pattern))
         if path.suffix.lower() in SUFFIXES
     }
-    if len(found) > 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found)
-        raise TeacherFileError(
-            f"{folder}: holds several text encoders ({names}); give one of them as --text_encoder_path"
-        )
     return list(found)
 
 

@@ -32,7 +32,8 @@ WAN_HEAD_DIM = 128
 HEAD_KEYS = {"num_attention_heads", "num_heads", "attention_head_dim"}
 LOCAL_LAYOUTS = (
     "a diffusers pipeline folder (model_index.json), its transformer folder, an original Wan folder (config.json + "
-    "diffusion_pytorch_model*.safetensors, or high_noise_model/ and low_noise_model/), one .safetensors or .gguf file"
+    "diffusion_pytorch_model*.safetensors, or high_noise_model/ and low_noise_model/), ComfyUI's models/, one .safetensors, .gguf or "
+    ".pth file"
 )
 LAYOUTS = f"{LOCAL_LAYOUTS}, a hub id, or mock"
 # These are the names of a StudentConfig's dimensions in diffusers' and in the original's config.json.
@@ -86,6 +87,7 @@ def _exported_student(path: Path) -> StudentConfig | None:
 class TransformerTensors(Protocol):
     """One transformer that a teacher is read from: a `WanTransformer` on disk, or the mock. `WanTransformer` describes the members."""
 
+    location: str | Path
     config: StudentConfig
     student: StudentConfig | None
     ignored: dict[str, str]
@@ -177,7 +179,7 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
         raise TeacherFileError(f"{where}: patch kernel {kernel}; one frame is exactly 2D only for a kernel (1, p, p)")
     if out_rows != in_channels * kernel[1] * kernel[2]:
         refuse_kind(f"an image-conditioned ({in_channels} input channels)", where)
-    depth = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name)))
+    depth = len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})
     found: dict[str, Any] = {
         "hidden_size": hidden_size,
         "depth": depth,

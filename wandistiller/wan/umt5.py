@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
 TABLE, COPY = "shared.weight", "encoder.embed_tokens.weight"
+ANCHOR = r"(?:shared|token_embedding|token_embd|encoder\.embed_tokens)\.weight"  # its table in any layout
 _ATTENTION, _FEED_FORWARD = "layer.0.SelfAttention.", "layer.1.DenseReluDense."
 _IN_MODEL = {
     "token_embedding": "shared",
@@ -124,7 +125,7 @@ def _refuse_architecture(path: Path) -> None:
 def _named(found: Mapping[str, Stored], where: Path) -> dict[str, Stored]:
     """Return a file's tensors by transformers' names; those of other parts in an all-in-one checkpoint keep their own."""
     bare = {without_wrappers(name): stored for name, stored in found.items()}
-    bare = with_prefix_of(r"(shared|token_embedding|token_embd|encoder\.embed_tokens)\.weight", bare, where)
+    bare = with_prefix_of(ANCHOR, bare, where)
     named = {_to_transformers(name): stored for name, stored in bare.items()}
     if len(named) < len(found):
         raise TeacherFileError(f"{where}: holds the same tensor under two names; give a file of one model")

@@ -19,6 +19,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.checked_json import STAGES, WHOLE, TeacherFileError, read_json, setting
 from wandistiller.files.hub import fetch, is_hub_id, local_path
 from wandistiller.files.weights import SUFFIXES, admit, stored_tensors, weight_files
+from wandistiller.wan.names import parts_folder
 from wandistiller.wan.record_kinds import latents_kinds
 from wandistiller.wan.vae_files import harmless_reason, vae_architecture, vae_tensors
 
@@ -131,10 +132,11 @@ def find_vae(vae_path: str | None, teacher_path: str, num_channels: int | None =
 
 
 def _files_of(place: Path, is_vae: bool) -> list[Path]:
-    """Return the files that may be the VAE: the given one, a checkpoint that holds one, or those in a folder by their names."""
+    """Return the files that may be the VAE: the given one, a checkpoint that holds one, or by their names those in a folder."""
     if place.is_file():
-        is_one = place.suffix in SUFFIXES and (is_vae or any(map(_is_of_vae, stored_tensors(place))))
-        return [place] if is_one else []
+        if place.suffix in SUFFIXES and (is_vae or any(map(_is_of_vae, stored_tensors(place)))):
+            return [place]
+        place = parts_folder(place)
     found = {path for folder in (place, place / "vae") for path in folder.glob("*") if path.suffix in SUFFIXES}
     return sorted(path for path in found if re.search(r"wan.*vae", path.name, re.IGNORECASE))
 

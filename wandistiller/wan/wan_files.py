@@ -56,8 +56,8 @@ class WanFiles:
         boundary_ratio, flow_shift: values that the pipeline folder records, else None.
         latents_mean, latents_std, vae_scale_factor: values of vae/config.json, else None.
         record: teacher_record.json (the demo teacher's own defaults), or what an exported student says of itself; else empty.
-        text_encoder_location: a folder or hub id with text_encoder/ and tokenizer/; None where there is none.
-        pickled_text_encoder: the text encoder of an original Wan folder, which is never opened.
+        text_encoder_location: what `find_text_encoder` takes; None where there is none.
+        pipeline: the class that the index of diffusers names, which may be another than WanPipeline.
         loras: those that are merged into the experts; see `wandistiller.wan.lora`.
     """
 
@@ -70,7 +70,7 @@ class WanFiles:
     vae_scale_factor: int | None = None
     record: dict = field(default_factory=dict)
     text_encoder_location: str | Path | None = None
-    pickled_text_encoder: Path | None = None
+    pipeline: str | None = None
     loras: tuple[MergedLora, ...] = ()
 
     @property
@@ -95,11 +95,6 @@ class WanFiles:
         """Find the text encoder that belongs to this Wan; one on the hub is fetched now."""
         if self.text_encoder_location is not None:
             return find_text_encoder(self.text_encoder_location)
-        if self.pickled_text_encoder is not None:
-            raise TeacherFileError(
-                f"{self.pickled_text_encoder}: is Wan's text encoder as a pickle in its original layout, which is not opened "
-                f"here; give --text_encoder_path {TEXT_ENCODER_ADVICE}: the encoder is the same"
-            )
         raise TeacherFileError(
             f"{self.location}: has no text encoder beside it; give --text_encoder_path {TEXT_ENCODER_ADVICE}"
         )
