@@ -1,3 +1,3 @@
-"""Here a 3D Wan becomes a 2D model and a student a Wan again: selection, projection, lifting, and formats for other tools.
+"""3D -> 2D -> 3D: selection, projection, LoRAs of a teacher for a student, lifting, and formats for other tools.
 
 It may import sampling, wan, model and files."""

@@ -1,4 +1,4 @@
-"""What ComfyUI makes of a student's file: what it reads, what it takes as given, and with which settings it draws.
+"""A student's file in ComfyUI: the metadata that it reads, its fixed values, and the settings to draw with.
 
 This was compared with Comfy-Org/ComfyUI 0.3.64, 0.8.0 and 0.33.0, which `tools/check_comfyui.py` also runs:
 comfy/model_detection.py (detect_unet_config), sd.py (load_diffusion_model), supported_models.py (WAN21_T2V, WAN22_T2V),
@@ -7,6 +7,7 @@ tensor tells, and from 0.19.3 on the metadata of the file tell it; the code of 0
 """
 
 import json
+from collections.abc import Mapping
 
 from wandistiller.model.config import StudentConfig
 from wandistiller.students.record import StudentRecord
@@ -14,10 +15,9 @@ from wandistiller.wan.settings import RELEASED_LATENTS
 
 HEAD_DIM = 128
 READS_METADATA = "0.19"  # 0.8.0 does not read it and 0.19.3 does; the versions between were not looked at
-# The value that ComfyUI takes as given for a key of a student's config, and what happens to a student of another value. The
-# first are given only to versions that read no metadata; the others lie outside the model, so that no metadata changes them.
+# ComfyUI's fixed value for a key of a student's config, and what it does with a student of another value.
 _GIVEN_BY_OLDER = {"patch_size": (2, "not load"), "freq_dim": (256, "not load"), "eps": (1e-6, "draw otherwise")}
-_GIVEN = {
+_GIVEN = {  # outside the model, so that no metadata changes them
     "text_encoder_output_dim": (
         4096,
         f"find no text encoder for it, and versions older than {READS_METADATA} would not load the file (size mismatch for "
@@ -52,9 +52,7 @@ def comfyui_warnings(config: StudentConfig, *, reads_metadata: bool = False) -> 
         reads_metadata: warn only of versions that read `comfyui_metadata`, and not of older ones.
     """
     warnings = [] if reads_metadata else _warnings_of_older(config)
-    for name, (given, outcome) in _GIVEN.items():
-        if (value := getattr(config, name)) != given:
-            warnings.append(f"ComfyUI takes {name} {given:g} as given, this student has {value:g}: it would {outcome}")
+    warnings += _warnings_of("ComfyUI", _GIVEN, config)
     if config.num_channels not in RELEASED_LATENTS:
         warnings.append(f"ComfyUI knows Wan latents of 16 or 48 channels, this student's have {config.num_channels}")
     elif not _has_released_latents(config):
@@ -70,20 +68,25 @@ def _warnings_of_older(config: StudentConfig) -> list[str]:
             f"{older} takes hidden_size // {HEAD_DIM} = {heads} for the number of heads, this student has "
             f"{config.num_heads} (of {config.head_dim} channels): it would {'draw wrongly' if heads else 'not load'}"
         )
-    for name, (given, outcome) in _GIVEN_BY_OLDER.items():
-        if (value := getattr(config, name)) != given:
-            warnings.append(f"{older} takes {name} {given:g} as given, this student has {value:g}: it would {outcome}")
-    return warnings
+    return warnings + _warnings_of(older, _GIVEN_BY_OLDER, config)
+
+
+def _warnings_of(who: str, given: Mapping[str, tuple[float, str]], config: StudentConfig) -> list[str]:
+    return [
+        f"{who} takes {name} {fixed:g} as given, this student has {getattr(config, name):g}: it would {outcome}"
+        for name, (fixed, outcome) in given.items()
+        if getattr(config, name) != fixed
+    ]
 
 
 def taken_as_given(config: StudentConfig) -> dict[str, tuple[float, float]]:
-    """Return what ComfyUI gets wrong of a student where no metadata reach it: for each setting what it takes, and what is true."""
+    """Return the settings that ComfyUI gets wrong without metadata: its own value of each, and the student's."""
     given = {"head_dim": HEAD_DIM, **{name: value for name, (value, _) in _GIVEN_BY_OLDER.items()}}
     return {name: (value, getattr(config, name)) for name, value in given.items() if getattr(config, name) != value}
 
 
 def _has_released_latents(config: StudentConfig) -> bool:
-    """Tell whether mean and std of the student's latents, where it records them, are those of the released VAE."""
+    """Return whether the recorded mean and std of the student's latents are those of the released VAE."""
     record, (mean, std) = StudentRecord.of(config), RELEASED_LATENTS[config.num_channels]
     for values, released in ((record.latents_mean or mean, mean), (record.latents_std or std, std)):
         if any(abs(value - given) > _MAX_STATISTICS_ERROR for value, given in zip(values, released, strict=True)):

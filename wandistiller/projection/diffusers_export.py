@@ -34,7 +34,7 @@ def write_transformer_folder(
 
 
 def published(config: StudentConfig) -> StudentConfig:
-    """Return the config that an export carries: without commands and paths of this machine, and with the demo's world."""
+    """Return the config of an export: without commands and paths of this machine, and with the demo's world."""
     if not (record := config.distillation):
         return config
     kept = {

@@ -22,9 +22,9 @@ DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0", "q5_0": 
 
 
 def refuse_what_gguf_drops(config: StudentConfig) -> None:
-    """Refuse a student that ComfyUI would read wrong from a GGUF, whose metadata its loader does not hand on.
+    """Refuse a student that ComfyUI would misread from a GGUF, since its loader passes no metadata on.
 
-    The number of heads is the trap: it is in no tensor, and a wrong one draws without a word.
+    The number of heads is the trap: it is in no tensor, and a wrong one draws without an error.
     """
     for name, (given, value) in taken_as_given(config).items():
         what = f"heads have {value} channels" if name == "head_dim" else f"{name} is {value:g}"

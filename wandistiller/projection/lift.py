@@ -1,4 +1,4 @@
-"""2D -> 3D: a wan student's weights become those of the Wan transformer that the student is at one frame.
+"""2D -> 3D: a wan student's weights as those of a Wan transformer, which answers the same at one frame.
 
 The patch kernel is the only weight whose shape differs: Conv2d (D, C, P, P) is the one frame of Conv3d (D, C, 1, P, P).
 Every other tensor is the same in both, under the names of `wandistiller.wan.names`. `project.py` goes from 3D to 2D.
@@ -37,7 +37,7 @@ def lift(tensors: dict[str, Tensor], dtype: str = "fp32", *, original: bool = Fa
 
 
 def in_dtype(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    """Return a tensor in the precision that an export of `dtype` keeps it in, given its canonical name."""
+    """Return a tensor in its precision in an export of `dtype`, given its canonical name."""
     if FP32_ISLANDS.search(name):
         return tensor.float().contiguous()
     if dtype != "fp8":
