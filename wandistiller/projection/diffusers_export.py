@@ -51,7 +51,7 @@ def published(config: StudentConfig) -> StudentConfig:
 
 
 def _is_of_hub(value: object, record: dict) -> bool:
-    """Tell whether a recorded path is of the hub; a folder data/name looks like a hub id, but `base_model` tells them apart."""
+    """Return whether a recorded path is of the hub; a folder data/name looks like a hub id, but `base_model` tells them apart."""
     return isinstance(value, str) and (
         value == record.get("base_model") or (hub_id(value) == value != record.get("teacher_path"))
     )

@@ -51,7 +51,7 @@ TOKENIZER_KEYS = {
 
 @dataclass(frozen=True)
 class PipelineParts:
-    """The parts of a WanPipeline that a student draws with beside its transformer.
+    """The parts of a WanPipeline beside its transformer.
 
     Attributes:
         folders: the folders of "vae", "text_encoder" and "tokenizer"; a VAE may be one file.
@@ -78,7 +78,7 @@ class PipelineParts:
 
 
 def text_classes(encoder: Path) -> dict[str, list[str]]:
-    """Return library and class of text encoder and tokenizer: as the folder around them says, else the released Wans'.
+    """Return library and class of text encoder and tokenizer from the folder around them, else those of the released Wans.
 
     Raises:
         UserError: it names another class, which would have to be loaded by its name.
@@ -98,15 +98,13 @@ def text_classes(encoder: Path) -> dict[str, list[str]]:
 def write_pipeline_parts(
     config: StudentConfig, folder: Path, options: SamplingOptions, parts: PipelineParts, dtype: str = "fp32"
 ) -> None:
-    """Write all of a WanPipeline folder but its transformer, into an existing folder.
+    """Write a WanPipeline folder without its transformer, into an existing folder.
 
     Args:
-        options: how the student draws; the scheduler is that of `wandistiller.sampling.sampler`. A WanPipeline cannot be given
-            noise levels, so for "flow_euler" it is Euler's method at the pipeline's own: 0.001 off for 4
-            steps at shift 5, 0.002 for 8.
-        dtype: precision of the transformer. With fp32 a copied text encoder is marked to be loaded in float32 as well:
-            transformers takes the precision that its config names, and one of bf16 would draw other pictures than the
-            student does here.
+        options: how the student draws; the scheduler is that of `wandistiller.sampling.sampler`. A WanPipeline takes no noise
+            levels, so "flow_euler" becomes Euler's method at the pipeline's own: 0.001 off for 4 steps at shift 5, 0.002 for 8.
+        dtype: precision of the transformer. With fp32 a copied text encoder is marked to be loaded in float32 too:
+            transformers takes the precision that its config names, and bf16 would change the pictures.
     """
     for name, source in parts.folders.items():
         if parts.link:
