@@ -25,7 +25,8 @@ from wandistiller.files.output_folder import (
 )
 from wandistiller.flags import ComputeFlags, TeacherFlags, flag, group, number, parse_flags, path, switch
 from wandistiller.model.config import StudentConfig
-from wandistiller.prompts.prompts import is_endless, load_prompts, slug, unusable
+from wandistiller.prompts.prompts import PROMPT_PER, PROMPT_PER_HELP, load_prompts, slug, unusable
+from wandistiller.prompts.templates import is_template
 from wandistiller.students.drawing import (
     Artist,
     check_picture_size,
@@ -68,6 +69,7 @@ class PromptFlags:
         type=path,
     )
     caption_column: str | None = flag("column of tables that holds the prompts, where their names do not tell")
+    prompt_per: str | None = flag(PROMPT_PER_HELP, choices=["line", "file"])
     num_prompts: int | None = flag(
         f"how many of --prompts_file, from the first (all of them; of templates {NUM_OF_TEMPLATES})",
         type=number(int, low=1),
@@ -121,8 +123,10 @@ def read_prompts(flags: Flags) -> list[str]:
         if reason := unusable(prompt):
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
     if flags.prompts.prompts_file:
-        file = load_prompts(flags.prompts.prompts_file, flags.prompts.caption_column, held_out=True, keeps_repeats=True)
-        count = flags.prompts.num_prompts or (NUM_OF_TEMPLATES if is_endless(file.prompts) else None)
+        path, column = flags.prompts.prompts_file, flags.prompts.caption_column
+        count = flags.prompts.num_prompts or (NUM_OF_TEMPLATES if is_template(path) else None)
+        per_file = PROMPT_PER[flags.prompts.prompt_per]
+        file = load_prompts(path, column, num_drawn=count, held_out=True, keeps_repeats=True, per_file=per_file)
         if file.notice:
             print(f"{flags.prompts.prompts_file}: {file.notice}")
         prompts = [*prompts, *file.prompts[:count]]

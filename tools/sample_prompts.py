@@ -7,6 +7,7 @@
 `--count` draws so many prompts and counts those that differ, which takes about a minute a million.
 """
 
+import random
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from wandistiller.command_line import run_command
 from wandistiller.flags import FlagParser, number, path
-from wandistiller.prompts.templates import TemplatePrompts, Templates
+from wandistiller.prompts.templates import Templates, draw_prompts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,17 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     group.flag("--num_prompts", "how many are printed, from the first", 10, type=number(int, low=0))
     group.flag("--count", "how many are drawn to count the different ones", 0, type=number(int, low=0))
     args = parser.parse(argv)
-    templates = Templates.load(args.prompts)
-    prompts = TemplatePrompts(templates, args.seed, args.held_out)
-    for prompt in prompts[: args.num_prompts]:
+    prompts = draw_prompts(args.prompts, args.seed, args.num_prompts, args.num_prompts)
+    for prompt in (prompts.held_out if args.held_out else prompts.train)[: args.num_prompts]:
         print(prompt)
-    print(
-        f"{templates.num_templates} templates and {len(templates.wildcards)} wildcards, {templates.count:,} ways to draw a prompt",
-        file=sys.stderr,
-    )
-    if args.count and prompts.is_endless:
+    print(f"{prompts.num_templates} templates", file=sys.stderr)
+    if args.count:
+        templates, generator = Templates.load(args.prompts), random.Random(args.seed)
         # A digest of each would do; Python's own hash tells two prompts of one process apart as well.
-        different = {hash(prompts.drawn(index)) for index in range(args.count)}
+        different = {hash(templates.draw(generator)) for _ in range(args.count)}
         print(f"{args.count:,} draws gave {len(different):,} different prompts", file=sys.stderr)
     return 0
 

@@ -9,6 +9,8 @@ import gzip
 import io
 import json
 import lzma
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -17,10 +19,10 @@ import pyarrow.parquet
 import pytest
 
 from wandistiller.errors import UserError
-from wandistiller.prompts import caption_files
-from wandistiller.prompts.caption_files import read_rows
+from wandistiller.prompts.caption_files import text_lines
 from wandistiller.prompts.prompts import load_prompts
 
+ROOT = Path(__file__).resolve().parents[2]
 CAPTIONS = [
     "a cat, asleep",
     'a "quoted" dog',
@@ -117,15 +119,129 @@ def test_two_usual_names_are_not_chosen_between(tmp_path):
 
 
 def test_rows_without_a_usable_caption_are_counted_and_left_out(tmp_path):
-    values = ["a cat", "", None, "  ", 7, ["a"], "a\nb  c", "bell\x07", "\ud800", "a cat"]
-    lines = [json.dumps({"caption": value}) for value in values if value != "\ud800"]
+    values = ["a cat", "", None, "  ", 7, [8], "a\nb  c", "bell\x07", "x" * 100_001, "a cat"]
+    lines = [json.dumps({"caption": value}) for value in values]
     (tmp_path / "p.jsonl").write_text("\n".join([*lines, '{"id": 1}', '"a text by itself"']), encoding="utf-8")
     found = load_prompts(tmp_path / "p.jsonl")
     assert (found.prompts, found.duplicates) == (["a cat", "a b c", "a text by itself"], 1)
-    assert found.notice == "7 rows left out: 4 without a caption, 2 whose caption is no text, 1 with control characters"
+    assert found.notice == (
+        "8 rows left out: 4 without a caption, 2 whose caption is no text, 1 with control characters, 1 with more than 100,000 letters"
+    )
     (tmp_path / "p.csv").write_text("caption,id\na cat, asleep,1\na dog,2\nalone\n\n", encoding="utf-8")
     assert load_prompts(tmp_path / "p.csv").prompts == ["a dog"]
     assert load_prompts(tmp_path / "p.csv").notice.startswith("2 rows left out: 2 with more or fewer cells")
+
+
+ODD_FIRST_ROWS = {
+    "null": [{"file_name": "1.png", "text": None}, {"file_name": "2.png", "text": "a red fox"}],
+    "absent": [{"file_name": "1.png"}, {"file_name": "2.png", "text": "a red fox"}],
+    "a number": [{"file_name": "1.png", "Caption": 7}, {"file_name": "2.png", "Caption": "a red fox"}],
+    "lists": [{"key": "0001", "captions": ["a red fox", "a fox"]}, {"key": "0002", "captions": ["a red fox", None]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", ODD_FIRST_ROWS.values(), ids=ODD_FIRST_ROWS)
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.parquet"])
+def test_the_column_with_a_captions_name_is_the_one_whatever_its_first_row_holds(tmp_path, rows, name):
+    if name == "p.parquet":
+        if isinstance(rows[0].get("Caption"), int):
+            return  # a column of Parquet has one type
+        rows = [{key: row.get(key) for key in rows[1]} for row in rows]
+    (tmp_path / name).write_bytes(WRITERS[name](rows))
+    found = load_prompts(tmp_path / name)
+    assert found.prompts in (["a red fox"], ["a red fox", "a fox"]) and (found.notice or found.duplicates)
+
+
+def test_names_in_a_column_without_a_captions_name_are_no_captions(tmp_path):
+    for rows in ([{"file_name": "img_1.png", "width": 1}], [{"key": "000001", "width": 1}]):
+        for name in ("p.jsonl", "p.json", "p.parquet"):
+            (tmp_path / name).write_bytes(WRITERS[name](rows))
+            with pytest.raises(UserError, match=r"holds single words such as .* give --caption_column"):
+                load_prompts(tmp_path / name)
+
+
+CSV_DIALECTS = {
+    "semicolons": 'id;caption;score\r\n1;a red fox, in snow;0.5\r\n2;"a house; on a hill";0.75\r\n',
+    "tabs": "id\tcaption\n1\ta red fox, in snow\n2\ta house; on a hill\n",
+    "bars": "id|caption\n1|a red fox, in snow\n2|a house; on a hill\n",
+    "Excel's first line": "sep=;\ncaption;id\na red fox, in snow;1\n\"a house; on a hill\";2\n",
+    "one column without quotes": "caption\na red fox, in snow\na house; on a hill\n",
+    "line breaks in quotes": 'id,caption\n1,"a red\nfox, in snow"\n2,a house; on a hill\n',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.tsv"])
+@pytest.mark.parametrize("text", CSV_DIALECTS.values(), ids=CSV_DIALECTS)
+def test_a_table_of_cells_is_read_by_the_delimiter_that_it_has(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert load_prompts(tmp_path / name).prompts == ["a red fox, in snow", "a house; on a hill"]
+
+
+@pytest.mark.parametrize("row", ['2,"a blue boat', '2,"a "blue" boat"', '2,"a \\"blue\\" boat"'])
+def test_quotes_that_do_not_close_are_refused_with_their_line(tmp_path, row):
+    (tmp_path / "p.csv").write_text(f"id,caption\n1,a fox\n{row}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="line 3: is no CSV"):
+        load_prompts(tmp_path / "p.csv")
+
+
+def test_caption_files_beside_pictures_are_one_caption_each(tmp_path):
+    texts = {
+        "1.txt": "**Subject:** a fox\n\n# Style\nphotorealistic",
+        "2.txt": "a boat",
+        "3.caption": "a ship\nat sea",
+        "list.txt": "a\nb",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert load_prompts(tmp_path).prompts == [
+        "**Subject:** a fox",
+        "photorealistic",
+        "a boat",
+        "a ship at sea",
+        "a",
+        "b",
+    ]
+    assert "3 files read a prompt a line (--prompt_per file" in load_prompts(tmp_path).notice
+    for name in ("1.png", "2.mp4"):
+        (tmp_path / name).touch()
+    whole = ["**Subject:** a fox # Style photorealistic", "a boat", "a ship at sea"]
+    assert (
+        load_prompts(tmp_path).prompts == [*whole, "a", "b"] and load_prompts(tmp_path / "1.txt").prompts == whole[:1]
+    )
+    assert "3 caption files taken whole, a prompt each (--prompt_per line" in load_prompts(tmp_path).notice
+    assert load_prompts(tmp_path, per_file=True).prompts == [*whole, "a b"]
+    assert load_prompts(f"{tmp_path}/*", per_file=False).prompts[-4:] == ["a ship", "at sea", "a", "b"]
+
+
+@pytest.mark.parametrize("name", ["bomb.json.gz", "bomb.csv.xz", "bomb.parquet", "dictionary.parquet", "lists.parquet"])
+def test_what_unpacks_to_far_more_than_captions_do_costs_bounded_memory(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        text = pyarrow.DictionaryArray.from_arrays(
+            pyarrow.array([0] * 4096, pyarrow.int32()), pyarrow.array(["x" * 200_000])
+        )
+        column = pyarrow.ListArray.from_arrays([0, 4096], text) if name == "lists.parquet" else text
+        values = pyarrow.array(["x" * 99_000] * 1000) if name == "bomb.parquet" else column
+        table = pyarrow.table({"caption": values})
+        pyarrow.parquet.write_table(
+            table, path, use_dictionary=name != "bomb.parquet", compression="zstd", store_schema=False
+        )
+    else:
+        with (gzip if path.suffix == ".gz" else lzma).open(path, "wb") as stream:
+            stream.write(b"[\n" if ".json" in name else b"caption\n")
+            row = b'{"a": "%s"},\n' if ".json" in name else b"%s\n"
+            for _ in range(16 * 16):
+                stream.write(row % (b"x" * 2**16))
+    code = (
+        "import re, sys; from wandistiller.prompts.prompts import load_prompts\n"
+        "try: load_prompts(sys.argv[1])\n"
+        "except ValueError as error: print(error)\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, cwd=ROOT, check=True)
+    said, peak_kib = done.stdout.splitlines()
+    assert "unpacks to more than 100 times" in said or "with more than 100,000 letters" in said
+    assert int(peak_kib) < 500_000, said
 
 
 def test_a_row_of_parquet_that_is_not_utf8_is_left_out(tmp_path):
@@ -196,18 +312,14 @@ def test_a_folder_and_a_glob_stand_for_their_files(tmp_path):
         load_prompts(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 7, 1000])
-def test_lines_do_not_depend_on_how_a_file_is_cut_into_blocks(tmp_path, monkeypatch, block):
-    text = "one\r\ntwo\rthree\n\n\r\r\nföur\u2028\u0085 five\r\n 六\r"
+@pytest.mark.parametrize("packed", [False, True])
+def test_lines_are_those_that_python_reads_wherever_blocks_end(tmp_path, packed):
+    text = "one\r\ntwo\rthree\n\n\r\r\nföur\u2028\u0085 five\r\n" * 9000 + " 六\r"
     (tmp_path / "p.txt").write_bytes(text.encode())
-    monkeypatch.setattr(caption_files, "BLOCK", block)
+    (tmp_path / "p.txt.gz").write_bytes(gzip.compress(text.encode(), 0))
     with open(tmp_path / "p.txt", encoding="utf-8", newline=None) as stream:
-        expected = [line.removesuffix("\n") for line in stream]
-    found = [line for _, line in read_rows(tmp_path / "p.txt")]
-    assert [line for line in found if line] == [line for line in expected if line]
-    assert [number for number, line in read_rows(tmp_path / "p.txt") if line] == [
-        number for number, line in enumerate(expected, start=1) if line
-    ]
+        expected = [(number, line.removesuffix("\n")) for number, line in enumerate(stream, start=1)]
+    assert list(text_lines(tmp_path / ("p.txt.gz" if packed else "p.txt"))) == expected
 
 
 def test_what_unpacks_to_one_endless_line_is_refused_in_bounded_memory(tmp_path):
@@ -215,7 +327,7 @@ def test_what_unpacks_to_one_endless_line_is_refused_in_bounded_memory(tmp_path)
         for _ in range(64):
             stream.write(b"x" * 2**20)
     tracemalloc.start()
-    with pytest.raises(UserError, match="a line is longer"):
+    with pytest.raises(UserError, match="line 1: is longer"):
         load_prompts(tmp_path / "bomb.txt.gz")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -223,8 +335,6 @@ def test_what_unpacks_to_one_endless_line_is_refused_in_bounded_memory(tmp_path)
 
 
 def test_without_pyarrow_the_message_says_what_to_install(tmp_path, monkeypatch):
-    import sys
-
     (tmp_path / "p.parquet").write_bytes(parquet_bytes({"caption": ["a"]}))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="pip install pyarrow"):

@@ -103,8 +103,9 @@ def test_as_many_prompts_of_a_file_as_are_asked_for_are_drawn_by_the_seed(tmp_pa
     path.write_text("".join(f"prompt {number}\n" for number in [*range(100), 7]), encoding="utf-8")
     whole, some, more = (read_prompts(path, num_prompts=count, seed=1) for count in (None, 10, 20))
     assert whole.train == load_prompts(path).prompts and whole.lines == ["Prompts: 100 (1 repeated lines left out)"]
-    assert more.train[:10] == some.train and len(set(more.train)) == 20 and some.held_out == some.train
-    assert "10 of 100, drawn with seed 1" in some.lines[0]
+    assert more.train[:10] == some.train and len(set(more.train)) == 20
+    assert whole.held_out == whole.train[:16] and len(some.held_out) == 16 and not set(some.held_out) & set(some.train)
+    assert "10 drawn with seed 1 of 100" in some.lines[0]
     assert set(read_prompts(path, num_prompts=10, seed=2).train) != set(some.train)
     assert read_prompts(path, num_prompts=500).train == whole.train
 
@@ -123,10 +124,40 @@ def test_a_table_is_read_by_its_name(tmp_path, name):
     assert [" ".join(prompt.split()) for prompt in load_prompts(tmp_path / name).prompts] == ["a cat, asleep", "a dog"]
 
 
-def test_json_lines_are_known_by_what_they_hold(tmp_path):
-    (tmp_path / "prompts.txt").write_text('\n{"prompt": "a cat"}\n{"prompt": "a dog"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match="is JSONL, whose lines are no prompts"):
+NO_PROMPTS = {
+    "JSON lines": ('\n{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "is JSON, .* name it .jsonl"),
+    "JSON": ('[\n {"prompt": "a cat"}\n]\n', "is JSON, .* name it .json,"),
+    "names of pictures": ("img_0001.png\nsub dir/img 2.JPG\n", "names of files .* 'img_0001.png'"),
+    "addresses": ("https://example.org/1\nhttps://example.org/2\n", "names of files or addresses"),
+    "captions behind names": ("1.png\ta red fox\n2.png\ta blue boat\n", "stands behind the name of a file"),
+    "a config": ("# musubi\n[general]\nresolution = [960, 544]\ncaption_extension = '.txt'\n", "is a config"),
+    "options first": ("a cat\n--prompt a dog --steps 20\n", "line 2: begins with an option, '--prompt a dog"),
+    "a line of a book": ("a cat\n" + "x" * 200_000 + "\n", "line 2: is longer than 100,000 letters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_PROMPTS)
+def test_what_other_trainers_have_in_place_of_captions_is_refused_by_its_name(tmp_path, name):
+    text, said = NO_PROMPTS[name]
+    (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=said):
         load_prompts(tmp_path / "prompts.txt")
+    (tmp_path / "dataset.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"dataset.toml: is a config"):
+        load_prompts(tmp_path / "dataset.toml")
+
+
+def test_sample_prompts_of_other_trainers_lose_their_options_and_the_screen_says_so(tmp_path):
+    lines = [
+        "a cat --w 832 --h 480 --n bad quality",
+        "a dog -- asleep --",
+        "a ship --ar 16:9 --v 6",
+        "a {red|blue} hat",
+    ]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    found = load_prompts(tmp_path / "prompts.txt")
+    assert found.prompts == ["a cat", "a dog -- asleep --", "a ship", "a {red|blue} hat"]
+    assert "2 cut before options such as --w 832" in found.notice and "1 hold {a|b}" in found.notice
 
 
 def test_braces_and_commas_are_prompts_too(tmp_path):

@@ -7,6 +7,7 @@ pytest tests/prompts/test_templates.py
 
 import collections
 import hashlib
+import random
 import re
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from wandistiller.errors import UserError
-from wandistiller.prompts.prompts import TextPaths, load_prompts, read_texts
-from wandistiller.prompts.templates import TemplatePrompts, Templates, is_held_out
+from wandistiller.prompts.prompts import load_prompts, read_prompts
+from wandistiller.prompts.templates import Templates, is_held_out
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "data" / "prompt_templates"
@@ -40,16 +41,16 @@ def write(folder: Path, files: dict[str, str]) -> Path:
         ("{1-2$$ and $$a|b}", ["a", "b", "a and b", "b and a"]),
         ("x {-1$$a|b}", ["x", "x a", "x b"]),
         ("x {1-$$ $$a|b}", ["x a", "x b", "x a b", "x b a"]),
+        ("a {~red|blue} cat", ["a red cat", "a blue cat"]),
         (r"\{a\|b\} \_\_c\_\_ \$ \\", [r"{a|b} __c__ $ \ ".strip()]),
         ("# a comment\n\na cat\n2::a dog\n", ["a cat", "a dog"]),
+        ("# a comment\n// another\na cat", ["a cat"]),
         ("a snake_case, a __ gap, 10:30, (word:1.2)", ["a snake_case, a __ gap, 10:30, (word:1.2)"]),
     ],
 )
 def test_the_syntax_that_users_of_stable_diffusion_know(tmp_path, template, prompts):
     found = load_prompts(write(tmp_path, {"a.template.txt": template})).prompts
     assert sorted(found) == sorted(prompts)
-    templates = Templates.load(tmp_path)
-    assert templates.count == len(prompts)
 
 
 def test_wildcards_are_lines_of_files_which_lead_to_others(tmp_path):
@@ -58,8 +59,34 @@ def test_wildcards_are_lines_of_files_which_lead_to_others(tmp_path):
         "pet.txt": "cat\n# none\n\n__wild/big_cats__\n{small |}dog\n",
         "wild/big_cats.txt": "lion\n",
     }
-    assert load_prompts(write(tmp_path, files)).prompts[:] == ["a cat", "a lion", "a small dog", "a dog"]
-    assert load_prompts(tmp_path / "a.template.txt").prompts[:] == ["a cat", "a lion", "a small dog", "a dog"]
+    prompts = ["a cat", "a lion", "a small dog", "a dog"]
+    assert sorted(load_prompts(write(tmp_path, files)).prompts) == sorted(prompts)
+    assert sorted(load_prompts(tmp_path / "a.template.txt").prompts) == sorted(prompts)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompts"),
+    [
+        ("__animals/*__", ["fox", "cow"]),
+        ("__animals/**__", ["fox", "cow", "boar"]),
+        ("__**/w*__", ["fox", "boar"]),
+        ("__animals/ta?e__", ["cow"]),
+        ("a __my colors__ hat", ["a red hat"]),
+        ("__动物__ 在雪中", ["狐狸 在雪中"]),
+        ("__~animals/wild__", ["fox"]),
+        ("{2$$ and $$__animals/*__}", ["fox and cow", "cow and fox"]),
+    ],
+)
+def test_wildcards_have_any_name_and_globs_stand_for_several(tmp_path, template, prompts):
+    files = {
+        "animals/wild.txt": "fox",
+        "animals/tame.txt": "cow",
+        "animals/deep/wild.txt": "boar",
+        "my colors.txt": "red",
+        "动物.txt": "狐狸",
+    }
+    write(tmp_path, files | {"a.template.txt": template})
+    assert sorted(load_prompts(tmp_path).prompts) == sorted(prompts)
 
 
 WRONG = {
@@ -72,7 +99,19 @@ WRONG = {
     "weight": ({"a.template.txt": "{0::a|b}"}, "a weight of 0"),
     "too many": ({"a.template.txt": "{3$$a|b}"}, "3 to 3 of 2 options cannot be drawn"),
     "backwards": ({"a.template.txt": "{2-1$$a|b}"}, "2 to 1 of 2 options"),
-    "variable": ({"a.template.txt": "${x=1}"}, "variables"),
+    "variable": ({"a.template.txt": "${x=1}"}, "'${': variables"),
+    "combined": ({"a.template.txt": "a {!red|blue}"}, "'{!': the samplers"),
+    "in turn": ({"a.template.txt": "a __@b__"}, "'__@': the samplers"),
+    "parameters": ({"a.template.txt": "a __b(size=big)__"}, "'__b(size=big)__': parameters"),
+    "number": ({"a.template.txt": "a 2#__b__"}, "'2#__': a number"),
+    "tag": ({"a.template.txt": "a <wildcard:b>"}, "'<wildcard:': tags"),
+    "LoRA": ({"a.template.txt": "a <lora:b:0.8>"}, "'<lora:': tags"),
+    "editing": ({"a.template.txt": "a [fox:dog:0.5]"}, "'[fox:dog:0.5]': prompt editing"),
+    "glob": ({"a.template.txt": "a __b/*__"}, "there is no wildcard __b/*__"),
+    "YAML": ({"a.template.txt": "a __b__", "b.yaml": "b: [x]"}, "those of b.yaml are not read"),
+    "long name": ({"a.template.txt": f"a __{'动' * 150}__"}, "there is no wildcard"),
+    "too few lines": ({"a.template.txt": "{3$$__b__}", "b.txt": "x\ny"}, "3 different lines are asked for of a wildcard of 2"),
+    "long line": ({"a.template.txt": "__b__", "b.txt": "x" * 30_000}, "b.txt, line 1: is longer than 20,000 letters"),
     "deep": ({"a.template.txt": "{" * 60 + "}" * 60}, "more than 50 deep"),
     "no line": ({"a.template.txt": "__b__", "b.txt": "# nothing\n"}, "b.txt: holds no line"),
     "nothing": ({"a.template.txt": "{|}"}, "give no prompt"),
@@ -91,17 +130,26 @@ def test_a_mistake_is_told_with_its_file_and_line(tmp_path, name):
     assert said in str(refusal.value) and str(tmp_path) in str(refusal.value) and len(str(refusal.value)) < 500
 
 
-def test_templates_that_repeat_each_other_without_measure_are_refused(tmp_path):
+BOMBS = {
+    "words": ({"n40.txt": "x\ny\n"}, "prompts of more than"),
+    "nothing at all": ({"n40.txt": "{|}\n"}, "prompts of more than"),
+    "files": ({f"n{level}.txt": f"__n{level + 1}__\n" for level in range(40, 60)}, "files deep"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_templates_that_repeat_each_other_without_measure_are_refused(tmp_path, name):
     files = {f"n{level}.txt": f"__n{level + 1}__ __n{level + 1}__\n" for level in range(40)}
-    write(tmp_path, {"a.template.txt": "__n0__\n", "n40.txt": "x\ny\n"} | files)
-    with pytest.raises(UserError, match="prompts of more than"):
-        load_prompts(tmp_path).prompts[0]
-    write(
-        tmp_path,
-        {"n40.txt": f"{'__n41__' * 2}\n", **{f"n{level}.txt": f"__n{level + 1}__\n" for level in range(40, 60)}},
-    )
-    with pytest.raises(UserError, match="files deep"):
+    more, said = BOMBS[name]
+    write(tmp_path, {"a.template.txt": "__n0__\n"} | files | more)
+    with pytest.raises(UserError, match=said):
         load_prompts(tmp_path)
+
+
+def test_braces_in_wildcards_in_braces_are_drawn_from_however_deep_they_are(tmp_path):
+    files = {f"w{n}.txt": "{" * 49 + f"__w{n + 1}__|b" + "}" * 49 for n in range(40)}
+    write(tmp_path, files | {"a.template.txt": "__w0__", "w40.txt": "x\ny"})
+    assert "b" in load_prompts(tmp_path).prompts
 
 
 def test_weights_are_how_often_an_option_is_drawn(tmp_path):
@@ -112,59 +160,73 @@ def test_weights_are_how_often_an_option_is_drawn(tmp_path):
             "n.txt": MANY["n.txt"],
         },
     )
-    drawn = collections.Counter(prompt.split()[0] for prompt in load_prompts(tmp_path).prompts[:4000])
+    templates, generator = Templates.load(tmp_path), random.Random(0)
+    drawn = collections.Counter(templates.draw(generator).split()[0] for _ in range(4000))
     for colour, share in {"red": 9 / 16, "blue": 3 / 16, "green": 1 / 4}.items():
         assert abs(drawn[colour] / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5, drawn
 
 
-def test_a_prompt_is_a_function_of_seed_and_index_alone(tmp_path):
-    templates = Templates.load(write(tmp_path, MANY))
-    prompts = TemplatePrompts(templates, seed=3)
-    assert prompts.is_endless and len(prompts) == 2**20
-    forwards = [prompts[index] for index in range(50)]
-    assert [prompts[index] for index in reversed(range(50))][::-1] == forwards == prompts[:50]
-    assert prompts[-1] == prompts[2**20 - 1] and forwards != TemplatePrompts(templates, seed=4)[:50]
-    code = f"from wandistiller.prompts.prompts import load_prompts; print(load_prompts({str(tmp_path)!r}, seed=3).prompts[:50])"
+def test_of_several_options_the_first_is_drawn_by_its_weight(tmp_path):
+    templates, generator = (
+        Templates.load(write(tmp_path, {"a.template.txt": "{2$$ $$6::a|3::b|1::c}"})),
+        random.Random(0),
+    )
+    drawn = collections.Counter(templates.draw(generator) for _ in range(4000))
+    # The second is drawn by the weights of those that are left: P(a b) = 6/10 3/4.
+    for prompt, share in {"a b": 0.45, "a c": 0.15, "b a": 0.3 * 6 / 7, "c b": 0.1 * 3 / 9}.items():
+        assert abs(drawn[prompt] / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5, drawn
+
+
+def test_the_prompts_are_those_of_their_seed_and_more_of_them_go_on(tmp_path):
+    write(tmp_path, MANY)
+    some, more, others = (
+        read_prompts(tmp_path, num_prompts=count, seed=seed) for count, seed in ((50, 3), (500, 3), (50, 4))
+    )
+    assert more.train[:50] == some.train and len(set(more.train)) == 500 and others.train != some.train
+    assert some.lines == ["Prompts: 50 drawn from 1 templates, with seed 3"]
+    code = f"from wandistiller.prompts.prompts import load_prompts; print(load_prompts({str(tmp_path)!r}, num_drawn=50, seed=3).prompts)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == str(forwards)
-    with pytest.raises(IndexError):
-        prompts[2**20]
+    assert done.stdout.strip() == str(some.train)
 
 
 def test_what_is_held_out_is_never_trained_on(tmp_path):
     write(tmp_path, MANY)
-    texts = read_texts(TextPaths(str(tmp_path)), is_measured=True, seed=1)
-    others = load_prompts(tmp_path, seed=2, held_out=True).prompts[:300]
-    for prompt in [*texts.held_out, *others]:
+    own = read_prompts(tmp_path, num_prompts=5000, seed=1)
+    others = load_prompts(tmp_path, num_drawn=300, seed=2, held_out=True).prompts
+    for prompt in [*own.held_out, *others]:
         assert int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 50 == 0
-    assert not set(texts.prompts[:5000]) & set(others) and len(texts.held_out) == 16
-    assert not any(is_held_out(prompt) for prompt in texts.prompts[:5000])
+    assert not set(own.train) & set(others) and len(own.held_out) == 16 and len(set(others)) == 300
+    assert not any(is_held_out(prompt) for prompt in own.train)
 
 
 def test_few_prompts_are_all_trained_on_and_measured_on(tmp_path):
     write(tmp_path, {"a.template.txt": "a {red|blue|green} {cat|dog}"})
-    texts = read_texts(TextPaths(str(tmp_path)), is_measured=True, seed=1)
-    assert not texts.is_endless and len(texts.prompts) == 6 and list(texts.held_out) == list(texts.prompts)
+    prompts = read_prompts(tmp_path, seed=1)
+    assert len(prompts.train) == 6 and sorted(prompts.held_out) == sorted(prompts.train)
+    assert set(read_prompts(tmp_path, num_prompts=2).train) < set(prompts.train)
 
 
 # ---- the templates that are shipped ----
 
 
 @pytest.fixture(scope="module")
-def shipped() -> TemplatePrompts:
-    return TemplatePrompts(Templates.load(SHIPPED))
+def shipped() -> Templates:
+    return Templates.load(SHIPPED)
+
+
+def drawn(templates: Templates, count: int) -> list[str]:
+    generator = random.Random(0)
+    return [templates.draw(generator) for _ in range(count)]
 
 
 def test_the_shipped_templates_give_more_than_a_million_different_prompts(shipped):
     """Of n draws among N equally likely prompts n^2 / 2N pairs are alike, so that few pairs tell of many prompts."""
     num_draws = 8000
-    repeats = num_draws - len(set(shipped[:num_draws]))
-    assert shipped.templates.count > 10**8
-    assert repeats < num_draws**2 / (2 * 10**6)
+    assert num_draws - len(set(drawn(shipped, num_draws))) < num_draws**2 / (2 * 10**6)
 
 
 def test_the_shipped_templates_read_well(shipped):
-    prompts = shipped[:4000]
+    prompts = drawn(shipped, 4000)
     for prompt in prompts:
         assert not re.search(r"[{}|$\\]|__|  | ,|,,|\.\.|， | ，", prompt), prompt
         assert not re.search(r"\b(\w+) \1\b", prompt), prompt
@@ -181,5 +243,5 @@ def test_no_line_of_the_shipped_templates_is_there_twice(shipped):
     for file in SHIPPED.rglob("*.txt"):
         lines = file.read_text(encoding="utf-8").splitlines()
         assert len(set(lines)) == len(lines), file
-    named = {SHIPPED / f"{name}.txt" for name in shipped.templates.wildcards}
+    named = {SHIPPED / f"{name}.txt" for name in shipped.wildcards}
     assert named == {file for file in SHIPPED.rglob("*.txt") if not file.name.endswith(".template.txt")}

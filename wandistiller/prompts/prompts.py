@@ -1,4 +1,4 @@
-"""Prompts: the files that hold them, and how Wan cleans each before it is encoded."""
+"""Prompts: those that files hold or templates give, and how Wan cleans each before it is encoded."""
 
 import hashlib
 import heapq
@@ -6,47 +6,72 @@ import html
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
 
 from wandistiller.errors import UserError
 from wandistiller.files.json_files import JsonError, parse_json
-from wandistiller.prompts.caption_files import CONTROL, TEXT, WrongRow, find_caption_files, kind_of, read_rows
-from wandistiller.prompts.templates import TemplatePrompts, Templates, is_template
+from wandistiller.prompts.caption_files import CONTROL, MEDIA, TEXT, WHOLE, CaptionFile, find_caption_files, text_lines
+from wandistiller.prompts.tables import WrongRow, table_rows
+from wandistiller.prompts.templates import draw_prompts, is_template
 
 SLUG_LENGTH = 48  # letters of a prompt in the name of its picture
+NUM_HELD_OUT = 16  # prompts that a run measures on
 NUM_OF_TEMPLATES = 4096  # prompts that templates give where nobody says how many
-NUM_HELD_OUT = 16  # a run measures on so many prompts
+LONGEST_PROMPT = 100_000  # letters; Wan reads 512 tokens
+# --prompt_per: whether a text file is one prompt
+PROMPT_PER = {None: None, "line": False, "file": True}
+PROMPT_PER_HELP = "a text file holds a prompt a line, or one (one where a picture of its name lies beside it, else a prompt a line)"
+LOOKED_AT = 100  # prompts that tell what a file holds
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MEDIA = "|".join(MEDIA)
+_NAME_OF_A_FILE = re.compile(rf"(?:https?://\S+|.*\.(?:{_MEDIA}|txt|caption|json|npz|npy|pt|safetensors))", re.I)
+_BEHIND_A_NAME = re.compile(rf"\S+\.(?:{_MEDIA})[\s,;|:]+\S.*", re.I)
+_SETTING = re.compile(r"\w+\s*=\s*\S.*|\[+[\w.-]+\]+")  # a line of TOML or of an .ini
+_SYNTAX = re.compile(r"\{[^{}]*\|[^{}]*\}|__\w[\w/ *-]*__")
+# What kohya's and musubi's sample prompts, or Midjourney's, have behind a prompt
+_OPTIONS = re.compile(
+    r"\s--(?:[wdhslngfiovq]|fs|ar|am|ci|no|iw|ow|cfg|seed|niji|style|stylize|chaos|tile|raw)(?:\s.*|$)", re.S
+)
+_OF_OPTIONS = "cut before options such as --w 832"
 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file or of several, in their order.
+    """The prompts of a file or of several, in their order, or those that templates give.
 
     Attributes:
-        prompts: those of files, or those that templates give.
         duplicates: number of repeated lines or rows that were left out.
-        left_out: of tables, how many other rows were left out, by what is wrong with them.
+        notice: what else was left out, or read otherwise than a person may think; empty where nothing was.
     """
 
-    prompts: Sequence[str]
+    prompts: list[str]
     duplicates: int = 0
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    notice: str = ""
 
-    @property
+
+@dataclass
+class _Found:
+    """What is counted while files are read."""
+
+    left_out: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
+    num_files: Counter[str] = field(default_factory=Counter)
+    num_rows: int = 0
+
     def notice(self) -> str:
-        """What was left out of tables, in words; empty where nothing was."""
-        return rows_left_out(self.left_out)
+        parts = [_counted(self.left_out, "rows left out")] if self.left_out else []
+        if whole := self.num_files[WHOLE]:
+            parts.append(f"{whole} caption files taken whole, a prompt each (--prompt_per line: a prompt a line)")
+        if (texts := self.num_files[TEXT]) > 1 and self.num_rows > sum(self.num_files.values()):
+            parts.append(f"{texts} files read a prompt a line (--prompt_per file: a prompt each)")
+        return "; ".join([*parts, *(f"{count} {what}" for what, count in self.changed.items())])
 
 
-def rows_left_out(reasons: Mapping[str, int]) -> str:
-    """Return how many rows of tables were left out, and why; empty where none were."""
-    if not reasons:
-        return ""
+def _counted(reasons: Mapping[str, int], what: str) -> str:
     each = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda known: -known[1]))
-    return f"{sum(reasons.values())} rows left out: {each}"
+    return f"{sum(reasons.values())} {what}: {each}"
 
 
 def unusable(prompt: str) -> str | None:
@@ -55,116 +80,174 @@ def unusable(prompt: str) -> str | None:
         return "is empty"
     if control := CONTROL.search(prompt.replace("\n", " ").replace("\r", " ")):
         return f"holds the control character U+{ord(control[0]):04X}"
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+    if _SURROGATE.search(prompt):
         return "is not UTF-8 text"
-    return None
+    return f"is longer than {LONGEST_PROMPT:,} letters" if len(prompt) > LONGEST_PROMPT else None
 
 
 def load_prompts(
     path: str | Path,
     caption_column: str | None = None,
     *,
+    num_drawn: int | None = None,
     seed: int = 0,
     held_out: bool = False,
     keeps_repeats: bool = False,
+    per_file: bool | None = None,
 ) -> PromptFile:
-    """Read the prompts of a file, of a folder or of a glob (caption_files.py), or those that templates give (templates.py).
+    """Read the prompts of a file, of a folder or of a glob (caption_files.py), or draw those of templates (templates.py).
 
     Of a text file every line is a prompt but for blank lines and `#` lines. Repeats are left out, of a table also the rows whose
     caption is empty or no text.
 
     Args:
         caption_column: the column of tables that holds the prompts, where their names do not tell.
-        seed: of what templates give.
-        held_out: of templates, the prompts that no run trains on instead of the others.
+        num_drawn: how many prompts templates give, by `seed`; None for NUM_OF_TEMPLATES.
+        held_out: of templates, draw prompts that no run trains on instead of the others.
         keeps_repeats: return a prompt as often as it stands in the files.
+        per_file: whether a text file is one prompt rather than one a line; None as `find_caption_files` has it.
 
     Raises:
         UserError: a file cannot be read, is not what its name says, or holds control characters or no prompt; the line is named.
     """
     if is_template(path):
-        return PromptFile(TemplatePrompts(Templates.load(path), seed, held_out))
+        count = num_drawn or NUM_OF_TEMPLATES
+        drawn = draw_prompts(path, seed, *((0, count) if held_out else (count, 0)))
+        return PromptFile(drawn.held_out if held_out else drawn.train)
     prompts: dict[str, str] = {}
-    left_out: Counter[str] = Counter()
     given: list[str] = []
-    num_rows = 0
-    for file in find_caption_files(path):
-        is_text = kind_of(file) == TEXT
-        for prompt in _lines_of(file) if is_text else _captions_of(file, caption_column, left_out):
-            words = " ".join(prompt.split())
-            prompts.setdefault(prompt if words == prompt else words, prompt)
-            num_rows += 1
+    found = _Found()
+    for file in find_caption_files(path, per_file):
+        found.num_files[file.kind] += 1
+        for prompt in _looked_at(file, READERS.get(file.kind, _captions)(file, caption_column, found)):
+            shortened = _without_options(prompt, found)
+            words = " ".join(shortened.split())
+            prompts.setdefault(shortened if words == shortened else words, shortened)
+            found.num_rows += 1
             if keeps_repeats:
-                given.append(prompt)
+                given.append(shortened)
     if not prompts:
         nothing = "write one prompt a line (blank lines and # comments do not count)"
-        raise UserError(f"{path}: holds no prompt; {rows_left_out(left_out) or nothing}")
+        raise UserError(
+            f"{path}: holds no prompt; {_counted(found.left_out, 'rows left out') if found.left_out else nothing}"
+        )
     if keeps_repeats:
-        return PromptFile(given, 0, left_out)
-    return PromptFile(list(prompts.values()), num_rows - len(prompts), left_out)
+        return PromptFile(given, 0, found.notice())
+    return PromptFile(list(prompts.values()), found.num_rows - len(prompts), found.notice())
 
 
-def _lines_of(file: Path) -> Iterator[str]:
-    """Yield the prompts of a text file.
+def _without_options(prompt: str, found: _Found) -> str:
+    """Return a prompt without what other tools take for options; count those, and templates' syntax that is learnt as it stands."""
+    if " --" in prompt and (options := _OPTIONS.search(prompt)) and options.start():
+        found.changed[_OF_OPTIONS] += 1
+        prompt = prompt[: options.start()].rstrip()
+    if ("{" in prompt or "__" in prompt) and _SYNTAX.search(prompt):
+        found.changed["hold {a|b} or __name__, which only a file NAME.template.txt draws from"] += 1
+    return prompt
+
+
+def _looked_at(file: CaptionFile, prompts: Iterator[str]) -> Iterator[str]:
+    """Refuse prompts whose first ones are all something else: names of files, or settings."""
+    first = list(itertools.islice(prompts, LOOKED_AT))
+    if first and all(map(_NAME_OF_A_FILE.fullmatch, first)):
+        raise UserError(
+            f"{file.path}: holds names of files or addresses such as {first[0][:60]!r}, and no captions; give the captions"
+        )
+    if first and all(map(_BEHIND_A_NAME.fullmatch, first)):
+        raise UserError(
+            f"{file.path}: each caption stands behind the name of a file; make it a .tsv or .csv whose first line names the columns"
+        )
+    if file.kind == TEXT and sum(bool(_SETTING.fullmatch(prompt)) for prompt in first) * 2 > len(first):
+        raise UserError(
+            f"{file.path}: is a config, such as {first[0][:60]!r}, and holds no captions; give those that it names"
+        )
+    return itertools.chain(first, prompts)
+
+
+def _lines(file: CaptionFile, column: str | None, found: _Found) -> Iterator[str]:
+    """Yield the prompts of a text file, one a line.
 
     Raises:
-        UserError: a line holds control characters, or the lines are JSON, which would be learnt with its braces.
+        UserError: a line holds control characters or options, or the lines are JSON, which would be learnt with its braces.
     """
     has_begun = False
-    for number, row in read_rows(file):
-        line = str(row).lstrip("\ufeff")  # a byte order mark sits mid-file where files were concatenated
-        if not has_begun and line.split():
-            has_begun = True
-            if _is_json(line):
-                raise UserError(
-                    f"{file}: is JSONL, whose lines are no prompts; name it .jsonl, and give --caption_column the name of the field "
-                    "that holds them"
-                )
-        prompt = line.strip(" \t")
+    for number, row in text_lines(file.path):
+        prompt, where = row.lstrip("\ufeff").strip(" \t"), f"{file.path}, line {number}"  # files were concatenated
+        if not prompt or prompt.startswith("#") or prompt.isspace():
+            continue
+        if not has_begun and (suffix := _json_suffix(prompt)):
+            raise UserError(
+                f"{file.path}: is JSON, whose lines are no prompts; name it {suffix}, and give --caption_column the name of the "
+                "field that holds them"
+            )
+        has_begun = True
         if not prompt.isprintable() and (control := CONTROL.search(prompt)):
             raise UserError(
-                f"{file}, line {number}: holds the control character U+{ord(control[0]):04X}; a prompts file is plain "
+                f"{where}: holds the control character U+{ord(control[0]):04X}; a prompts file is plain "
                 "UTF-8 text (a file full of U+0000 is UTF-16 or not text at all)"
             )
-        if prompt and not prompt.startswith("#") and not prompt.isspace():
-            yield prompt
+        if prompt.startswith("--"):
+            raise UserError(f"{where}: begins with an option, {prompt[:40]!r}; write the prompt alone")
+        if len(prompt) > LONGEST_PROMPT:
+            raise UserError(f"{where}: is longer than {LONGEST_PROMPT:,} letters, and no prompt")
+        yield prompt
 
 
-def _captions_of(file: Path, column: str | None, left_out: Counter[str]) -> Iterator[str]:
-    """Yield the captions of a table, and count the rows that have none; line breaks in a caption are spaces."""
-    for _, row in read_rows(file, column):
-        if isinstance(row, WrongRow):
-            left_out[row.reason] += 1
-        elif row is None or (isinstance(row, str) and (not row or row.isspace())):
-            left_out["without a caption"] += 1
-        elif not isinstance(row, str):
-            left_out["whose caption is no text"] += 1
-        elif row.isprintable():
-            yield row.strip(" ")
-        elif unusable(row):
-            left_out["with control characters"] += 1
-        else:
-            yield " ".join(row.split())
+def _whole(file: CaptionFile, column: str | None, found: _Found) -> Iterator[str]:
+    """Yield the one caption of a file, whose line breaks are spaces."""
+    lines: list[str] = []
+    num_letters = 0
+    for _, line in text_lines(file.path):
+        lines.append(line.strip("\ufeff \t"))
+        num_letters += len(line) + 1
+        if num_letters > LONGEST_PROMPT:
+            raise UserError(f"{file.path}: is longer than {LONGEST_PROMPT:,} letters, and no caption")
+    yield from _usable(" ".join(filter(None, lines)), found)
 
 
-def _is_json(line: str) -> bool:
-    """Return whether a line is a JSON object, which no prompt is."""
+def _captions(file: CaptionFile, column: str | None, found: _Found) -> Iterator[str]:
+    """Yield the captions of a table, each of a list of them, and count the rows that have none."""
+    for row in table_rows(file, column):
+        for caption in row if isinstance(row, list) and row else [row]:
+            if isinstance(caption, WrongRow):
+                found.left_out[caption.reason] += 1
+            elif caption is not None and not isinstance(caption, str):
+                found.left_out["whose caption is no text"] += 1
+            else:
+                yield from _usable(caption or "", found)
+
+
+def _usable(caption: str, found: _Found) -> Iterator[str]:
+    """Yield a caption with its line breaks as spaces, or count what is wrong with it."""
+    if not caption or caption.isspace():
+        found.left_out["without a caption"] += 1
+    elif len(caption) > LONGEST_PROMPT:
+        found.left_out[f"with more than {LONGEST_PROMPT:,} letters"] += 1
+    elif caption.isprintable():
+        yield caption.strip(" ")
+    elif unusable(caption):
+        found.left_out["with control characters"] += 1
+    else:
+        yield " ".join(caption.split())
+
+
+READERS: dict[str, Callable[[CaptionFile, str | None, _Found], Iterator[str]]] = {TEXT: _lines, WHOLE: _whole}
+
+
+def _json_suffix(line: str) -> str | None:
+    """Return the suffix that a file should have whose first line is JSON: an object or a list, whole or begun; else None."""
+    if line in ("{", "[", "[{"):
+        return ".json"
     try:
-        return line.lstrip().startswith("{") and isinstance(parse_json(line), dict)
+        value = parse_json(line.rstrip(",")) if line[0] in "{[" else None
     except JsonError:
-        return False
+        return None
+    if isinstance(value, dict):
+        return ".jsonl"
+    return ".json" if isinstance(value, list) and value and isinstance(value[0], dict | str | list) else None
 
 
-def slug(prompt: str) -> str:
-    """Return a prompt as part of a file name: its letters and digits with hyphens between them."""
-    return re.sub(r"[\W_]+", "-", prompt.lower())[:SLUG_LENGTH].strip("-") or "prompt"
-
-
-def clean_prompt(text: str) -> str:
-    """Clean a prompt as Wan does: ftfy repairs it, HTML entities are undone twice, whitespace is collapsed."""
-    import ftfy
-
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+# ---- the prompts of a run ----
 
 
 @dataclass(frozen=True)
@@ -173,8 +256,8 @@ class Prompts:
 
     Attributes:
         train: prompts that are trained on.
-        held_out: prompts that errors are measured on: those of `eval_prompts`, of templates those that no run trains on, else
-            the first of `train`.
+        held_out: prompts that errors are measured on: those of `eval_prompts`, of templates those that no run trains on, of a file
+            some that were not drawn, or where all are trained on the first of them.
         lines: for the screen: how many there are and where from, what was left out.
     """
 
@@ -190,6 +273,7 @@ def read_prompts(
     num_prompts: int | None = None,
     seed: int = 0,
     eval_prompts: str | Path | None = None,
+    per_file: bool | None = None,
 ) -> Prompts:
     """Read or draw the prompts of a run.
 
@@ -197,24 +281,27 @@ def read_prompts(
         num_prompts: how many are drawn, by `seed`; a larger number adds to them. None takes all of a file, and NUM_OF_TEMPLATES
             of templates.
         eval_prompts: a file or templates of the prompts that errors are measured on.
+        per_file: as `load_prompts` takes it.
     """
-    file = load_prompts(path, column, seed=seed)
-    own, there = file.prompts, f"{len(file.prompts):,}"
-    if isinstance(own, TemplatePrompts) and own.is_endless:
-        train = list(dict.fromkeys(own[: num_prompts or NUM_OF_TEMPLATES]))
-        held_out = own.of_held_out()[:NUM_HELD_OUT]
-        there = f"{len(train):,} drawn from {own.templates.num_templates} templates, with seed {seed}"
+    if is_template(path):
+        drawn = draw_prompts(path, seed, num_prompts or NUM_OF_TEMPLATES, NUM_HELD_OUT)
+        train, held_out = drawn.train, drawn.held_out[:NUM_HELD_OUT]
+        line = f"{len(train):,} drawn from {drawn.num_templates} templates, with seed {seed}"
     else:
-        train = list(own)
-        if num_prompts and num_prompts < len(train):
-            train = heapq.nsmallest(num_prompts, train, key=lambda prompt: _place(prompt, seed))
-            there = f"{num_prompts:,} of {there}, drawn with seed {seed}"
+        file = load_prompts(path, column, per_file=per_file)
+        train, line = file.prompts, f"{len(file.prompts):,}"
+        repeats = f"{file.duplicates} repeated lines left out" if file.duplicates else ""
+        if left_out := "; ".join(part for part in (repeats, file.notice) if part):
+            line += f" ({left_out})"
         held_out = train[:NUM_HELD_OUT]
+    if num_prompts and num_prompts < len(train):
+        drawn_of = heapq.nsmallest(num_prompts + NUM_HELD_OUT, train, key=lambda prompt: _place(prompt, seed))
+        train, held_out = drawn_of[:num_prompts], drawn_of[num_prompts:]
+        line = f"{num_prompts:,} drawn with seed {seed} of {line}"
     if eval_prompts:
-        held_out = load_prompts(eval_prompts, column, seed=seed, held_out=True).prompts[:NUM_HELD_OUT]
-    repeats = f"{file.duplicates} repeated lines left out" if file.duplicates else ""
-    left_out = "; ".join(part for part in (repeats, file.notice) if part)
-    return Prompts(train, list(held_out), [f"Prompts: {there}" + (f" ({left_out})" if left_out else "")])
+        found = load_prompts(eval_prompts, column, num_drawn=NUM_HELD_OUT, seed=seed, held_out=True, per_file=per_file)
+        held_out = found.prompts[:NUM_HELD_OUT]
+    return Prompts(train, held_out, [f"Prompts: {line}"])
 
 
 def _place(prompt: str, seed: int) -> bytes:
@@ -222,67 +309,55 @@ def _place(prompt: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed} {prompt}".encode()).digest()
 
 
-class JoinedTexts(Sequence[str]):
-    """Texts of one sequence, and after them those of another."""
-
-    def __init__(self, first: Sequence[str], second: Sequence[str]):
-        self.first, self.second = first, second
-
-    def __len__(self) -> int:
-        return len(self.first) + len(self.second)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        return self.first[place] if place < len(self.first) else self.second[place - len(self.first)]
+# ---- one prompt ----
 
 
-def identity_of(prompts: Sequence[str]) -> Iterator[str]:
-    """Yield the texts that tell some prompts from others: they themselves, or the templates that they are drawn from."""
-    if isinstance(prompts, JoinedTexts):
-        return itertools.chain(identity_of(prompts.first), identity_of(prompts.second))
-    return iter(prompts.identity() if isinstance(prompts, TemplatePrompts) else prompts)
+def slug(prompt: str) -> str:
+    """Return a prompt as part of a file name: its letters and digits with hyphens between them."""
+    return re.sub(r"[\W_]+", "-", prompt.lower())[:SLUG_LENGTH].strip("-") or "prompt"
 
 
-def is_endless(prompts: Sequence[str]) -> bool:
-    """Return whether prompts are drawn from templates, so that nobody comes to their end."""
-    return isinstance(prompts, TemplatePrompts) and prompts.is_endless
+def clean_prompt(text: str) -> str:
+    """Clean a prompt as Wan does: ftfy repairs it, HTML entities are undone twice, whitespace is collapsed."""
+    import ftfy
+
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
+# ---- until nobody asks for these ----
+
+
+class JoinedTexts(list):
+    def __init__(self, first, second):
+        super().__init__([*first, *second])
+
+
+def identity_of(prompts):
+    return iter(prompts)
+
+
+def is_endless(prompts) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The prompts of a run.
+    """The prompts of a run: those that are trained on, and those that errors are measured on."""
 
-    Attributes:
-        prompts: prompts that are trained on.
-        extra: prompts that --prompt_swap alone trains on.
-        held_out: prompts that errors are measured on.
-        duplicates: number of repeated lines that were left out of `prompts`.
-        notice: what else was left out, in words.
-    """
-
-    prompts: Sequence[str]
-    extra: Sequence[str]
-    held_out: Sequence[str]
+    prompts: list[str]
+    extra: list[str]
+    held_out: list[str]
     duplicates: int = 0
     notice: str = ""
+    lines: tuple[str, ...] = ()
 
     @property
-    def trained(self) -> Sequence[str]:
-        """The prompts, and after them the extra ones."""
-        return JoinedTexts(self.prompts, self.extra) if self.extra else self.prompts
+    def trained(self) -> list[str]:
+        return [*self.prompts, *self.extra] if self.extra else self.prompts
 
     @property
     def is_endless(self) -> bool:
-        """Whether the prompts are drawn from templates, so that no run comes to their end."""
-        return is_endless(self.prompts)
+        return False
 
 
 @dataclass(frozen=True)
@@ -296,23 +371,8 @@ class TextPaths:
 
 
 def read_texts(paths: TextPaths, is_measured: bool, seed: int = 0) -> Texts:
-    """Read the prompts of all files of a run.
-
-    Args:
-        is_measured: whether held-out prompts are needed; without `eval_prompts` they are the first of `data_path`, or of what its
-            templates hold out.
-        seed: of what templates give.
-    """
-    column = paths.caption_column
-    file = load_prompts(paths.data_path, column, seed=seed)
-    extra = load_prompts(paths.extra_prompts, column, seed=seed).prompts if paths.extra_prompts else []
-    if extra and not is_endless(file.prompts) and not is_endless(extra):
-        known = set(file.prompts)
-        extra = [prompt for prompt in extra if prompt not in known]
-    held_out: Sequence[str] = []
-    if is_measured and paths.eval_prompts:
-        held_out = load_prompts(paths.eval_prompts, column, seed=seed, held_out=True).prompts[:NUM_HELD_OUT]
-    elif is_measured:
-        own = file.prompts
-        held_out = (own.of_held_out() if isinstance(own, TemplatePrompts) else own)[:NUM_HELD_OUT]
-    return Texts(file.prompts, extra, held_out, file.duplicates, file.notice)
+    found = read_prompts(paths.data_path, paths.caption_column, seed=seed, eval_prompts=paths.eval_prompts)
+    extra = load_prompts(paths.extra_prompts, paths.caption_column, seed=seed).prompts if paths.extra_prompts else []
+    known = set(found.train)
+    extra = [prompt for prompt in extra if prompt not in known]
+    return Texts(found.train, extra, found.held_out if is_measured else [], lines=tuple(found.lines))

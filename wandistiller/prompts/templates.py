@@ -1,44 +1,59 @@
-r"""Prompt templates with the wildcards that users of Stable Diffusion know, from which prompts without end are drawn.
+r"""Prompt templates with the wildcards that users of Stable Diffusion know.
 
-A file NAME.template.txt holds one template a line; blank lines and lines that begin with # do not count. A template is text with
+A file NAME.template.txt holds one template a line; blank lines and lines that begin with # or // do not count.
 
     {red|blue}          one of these; {3::red|blue} draws red three times as often
     {2$$red|blue|green} two different ones, joined by a comma; {1-2$$ and $$red|blue} one or two, joined by " and "
-    __animals/birds__   a line of animals/birds.txt in the folder of the templates, which is a template itself
+    __animals/birds__   a line of animals/birds.txt in the folder of the templates, which is a template itself;
+                        __animals/*__, __animals/**__ and __b?rds__ a line of any file of such a name; {2$$__animals/birds__} two
     \{ \} \| \_ \$ \\   these letters themselves
 
-A line may begin with a weight too (3::text). Prompt i is a function of the seed and of i alone, so that nothing is kept.
-Standard library only.
+A line may begin with a weight too (3::text). What else such templates may hold elsewhere is refused by its name, never learnt as text.
 """
 
 import hashlib
+import heapq
 import itertools
-import os
 import random
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from glob import has_magic
 from pathlib import Path
-from typing import overload
 
 from wandistiller.errors import UserError
 from wandistiller.files.paths import stays_inside
-from wandistiller.prompts.caption_files import CONTROL, read_rows
+from wandistiller.prompts.caption_files import CONTROL, text_lines
 
 SUFFIX = ".template.txt"
-NUM_DRAWN = 2**20  # prompts that a run draws from; fewer where the templates give only FEW or fewer
-FEW = 4096
+FEW = 1024  # templates of fewer different prompts are a list like any other, of which nothing is held out
 # One prompt in so many is held out: its digest says so, so that no run and no seed trains on it.
 HELD_OUT_SHARE = 50
-LONGEST_PROMPT = 4000  # letters; templates that repeat each other could fill the memory otherwise
-MOST_COUNTED = 10**18
-MOST_TRIES = 10_000
-DEEPEST = 50  # braces in braces
-_WILDCARD = re.compile(r"__([A-Za-z0-9](?:[\w./-]*?[A-Za-z0-9])?)__", re.ASCII)
-_WEIGHT = re.compile(r"\s*(\d{1,6}(?:\.\d{1,6})?)::")
+MOST_TRIES = 10_000  # draws in a row without a new prompt, after which there are no more
+# Bounds on what a stranger's templates cost: letters of a prompt, steps to draw it, letters of a line, lines, nesting
+LONGEST_PROMPT, MOST_STEPS = 4000, 4000
+LONGEST_LINE, MOST_LINES = 20_000, 2_000_000
+DEEPEST = 50
+
+_WEIGHT = re.compile(r"\s*(\d{1,6}(?:\.\d{1,6})?|\.\d{1,6})::")
 _SEVERAL = re.compile(r"\s*(\d{1,3})?(-)?(\d{1,3})?\$\$(?:([^{}|]*?)\$\$)?")
-_ESCAPED = "{}|_$\\:#"
+_WILDCARD = re.compile(r"__~?((?=[^\s_])[^{}|$\\<>]{0,199}?[^\s_{}|$\\<>])__")
+_ESCAPED = "{}|_$\\:#!@~<["
+_UNKNOWN = [
+    (re.compile(r"(?<!\\)\$\{"), r"variables such as ${name=...} are not known here; write \$ for the letter"),
+    (re.compile(r"(?<!\\)(?:\{|__)[!@]"), "the samplers ! (each in turn, combined) and @ (each in turn) are not known here"),
+    (re.compile(r"__[^\s{}|_][^{}|]{0,200}?\([^(){}|]*=[^(){}|]*\)__"), "parameters of a wildcard are not known here"),
+    (re.compile(r"\d#__"), "a number with # before a wildcard is not known here; write {2$$__name__}"),
+    (
+        re.compile(r"(?<!\\)<(?:wildcard|wc|random|alternate|lora|lyco|hypernet|embed|embedding|preset|segment|setvar|var)[:\[]", re.I),
+        r"tags such as <wildcard:name> and <lora:name:1> are not known here; write \< for the letter",
+    ),
+    (
+        re.compile(r"(?<!\\)\[[^\[\]|]{0,200}:[^\[\]|]{0,200}:\s*\d*\.?\d+\s*\]"),
+        r"prompt editing such as [from:to:0.5] is not known here; write \[ for the letter",
+    ),
+]  # fmt: skip
 
 
 def is_template(path: str | Path) -> bool:
@@ -61,60 +76,69 @@ def is_held_out(prompt: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Several:
+    """How many different options are drawn, and what joins them; `high` None is all that there are."""
+
+    low: int = 1
+    high: int | None = 1
+    separator: str = ""
+
+
+ONE = Several()
+
+
+@dataclass(frozen=True)
 class Wildcard:
-    """A line of another file."""
+    """Lines of other files."""
 
     name: str
-    where: str
+    several: Several = ONE
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One or more of some options, each a template.
-
-    Attributes:
-        ends: sums of the weights up to each option.
-        low, high: how many of them are drawn.
-    """
+    """Some of several options, each a template; `ends` are the sums of their weights up to each."""
 
     options: "list[Template]"
     ends: list[float]
-    low: int = 1
-    high: int = 1
-    separator: str = ""
+    several: Several = ONE
 
 
 Template = list[str | Wildcard | Choice]
 
 
-def _choice(options: "list[tuple[float, Template]]", low: int = 1, high: int = 1, separator: str = "") -> Choice:
-    ends = list(itertools.accumulate(weight for weight, _ in options))
-    return Choice([option for _, option in options], ends, low, high, separator)
+def _choice(options: "list[tuple[float, Template]]", several: Several = ONE) -> Choice:
+    return Choice(
+        [option for _, option in options], list(itertools.accumulate(weight for weight, _ in options)), several
+    )
 
 
 @dataclass
 class _Parser:
-    """Reads one line; `where` is its file and number, for messages."""
+    """Reads one line; `where` is its file and number, and `names` become its wildcards."""
 
     text: str
     where: str
     position: int = 0
     depth: int = 0
+    names: list[str] = field(default_factory=list)
 
     def refuse(self, reason: str) -> UserError:
         return UserError(f"{self.where}: {reason}")
 
     def line(self) -> tuple[float, Template]:
-        weight, template = self.option()
+        if len(self.text) > LONGEST_LINE:
+            raise self.refuse(f"is longer than {LONGEST_LINE:,} letters, and no template")
+        for construct, words in _UNKNOWN:
+            if found := construct.search(self.text):
+                raise self.refuse(f"{found[0][:40]!r}: {words}")
+        option = self.option()
         if self.position < len(self.text):
-            letter = self.text[self.position]
-            what = (
-                "a } that closes nothing"
-                if letter == "}"
-                else "a | outside of braces; write {a|b}, or \\| for the letter"
+            closes = self.text[self.position] == "}"
+            raise self.refuse(
+                "a } that closes nothing" if closes else "a | outside of braces; write {a|b}, or \\| for the letter"
             )
-            raise self.refuse(what)
-        return weight, template
+        return option
 
     def option(self) -> tuple[float, Template]:
         """Read up to a | or } of this depth; return its weight and its parts."""
@@ -124,62 +148,62 @@ class _Parser:
             if not weight:
                 raise self.refuse("a weight of 0; leave the option out, or give it a number above 0")
         parts: Template = []
-        letters: list[str] = []
-
-        def close_text() -> None:
-            if letters:
-                parts.append("".join(letters))
-                letters.clear()
-
         while self.position < len(self.text) and self.text[self.position] not in "|}":
-            letter = self.text[self.position]
-            if letter == "\\" and self.text[self.position + 1 : self.position + 2] in tuple(_ESCAPED):
-                letters.append(self.text[self.position + 1])
-                self.position += 2
-            elif letter == "{":
-                close_text()
-                parts.append(self.braces())
-            elif found := _WILDCARD.match(self.text, self.position):
-                close_text()
-                parts.append(Wildcard(found[1], self.where))
-                self.position = found.end()
-            elif self.text.startswith("${", self.position):
-                raise self.refuse("variables such as ${name=...} are not known here; write \\$ for the letter")
-            else:
-                letters.append(letter)
-                self.position += 1
-        close_text()
+            part = self.part()
+            if isinstance(part, str) and parts and isinstance(parts[-1], str):
+                part = parts.pop() + part  # type: ignore[operator] # both are text
+            parts.append(part)
         return weight, parts
 
-    def braces(self) -> Choice:
-        """Read from a { to its }."""
+    def part(self) -> str | Wildcard | Choice:
+        letter, self.position = self.text[self.position], self.position + 1
+        if letter == "{":
+            return self.braces()
+        if letter == "\\" and self.text[self.position : self.position + 1] in tuple(_ESCAPED):
+            letter, self.position = self.text[self.position], self.position + 1
+        elif letter == "_" and (found := _WILDCARD.match(self.text, self.position - 1)):
+            self.position = found.end()
+            self.names.append(found[1])
+            return Wildcard(found[1])
+        return letter
+
+    def braces(self) -> Wildcard | Choice:
+        """Read from behind a { to its }."""
         start = self.position
-        self.position, self.depth = self.position + 1, self.depth + 1
+        self.depth += 1
         if self.depth > DEEPEST:
             raise self.refuse(f"braces are nested more than {DEEPEST} deep")
-        low, high, separator = self.several()
+        if self.text[start : start + 1] == "~":  # a random sampler, as every choice here is one
+            self.position += 1
+        several = self.several()
         options = [self.option()]
         while self.text[self.position : self.position + 1] == "|":
             self.position += 1
             options.append(self.option())
         if self.text[self.position : self.position + 1] != "}":
-            raise self.refuse(f"the {{ at letter {start + 1} has no }}; write \\{{ for the letter itself")
+            raise self.refuse(f"the {{ at letter {start} has no }}; write \\{{ for the letter itself")
         self.position, self.depth = self.position + 1, self.depth - 1
-        high = len(options) if high is None else high
-        if not 0 <= low <= high <= len(options):
-            raise self.refuse(f"{low} to {high} of {len(options)} options cannot be drawn")
-        return _choice(options, low, high, separator)
+        first = options[0][1]
+        if len(options) == 1 and several is not ONE and len(first) == 1 and isinstance(first[0], Wildcard):
+            return Wildcard(first[0].name, several)
+        self.check(several, len(options))
+        return _choice(options, several)
 
-    def several(self) -> tuple[int, int | None, str]:
+    def check(self, several: Several, count: int) -> None:
+        high = count if several.high is None else several.high
+        if not several.low <= high <= count:
+            raise self.refuse(f"{several.low} to {high} of {count} options cannot be drawn")
+
+    def several(self) -> Several:
         """Read how many options are drawn, where a $$ says so: "2$$", "1-3$$", "2$$ and $$"."""
         found = _SEVERAL.match(self.text, self.position)
         if not found or not (found[1] or found[3]):
-            return 1, 1, ""
+            return ONE
         self.position = found.end()
-        first, last = found[1], found[3]
-        if not found[2]:
+        first, dash, last, separator = found.groups()
+        if not dash:
             first = last = first + (last or "")
-        return int(first or 0), int(last) if last else None, ", " if found[4] is None else found[4]
+        return Several(int(first or 0), int(last) if last else None, ", " if separator is None else separator)
 
 
 # ---- a folder of templates ----
@@ -187,20 +211,12 @@ class _Parser:
 
 @dataclass
 class Templates:
-    """Templates and the wildcards that they lead to, all of which are there and lead to no circle.
-
-    Attributes:
-        root: the choice among the templates.
-        wildcards: by name, the choice among the lines of each.
-        sources: text that changes whenever a file does.
-    """
+    """Templates and the wildcards that they lead to, all of which are there and lead to no circle."""
 
     folder: Path
-    root: Choice
+    root: Choice = field(default_factory=lambda: Choice([], []))
     wildcards: dict[str, Choice] = field(default_factory=dict)
-    sources: list[str] = field(default_factory=list)
-    num_templates: int = 0
-    _counts: dict[str, int] = field(default_factory=dict)
+    num_lines: int = 0
 
     @classmethod
     def load(cls, path: str | Path) -> "Templates":
@@ -210,198 +226,147 @@ class Templates:
             UserError: a file is missing or empty, a line cannot be read, or wildcards lead back to themselves; the line is named.
         """
         place = Path(path)
-        files = _template_files(place) if place.is_dir() else [place]
-        own = cls(place if place.is_dir() else place.parent, Choice([], []))
-        lines = [line for file in files for line in own._lines(file)]
-        own.root = _choice(lines)
-        own.num_templates = len(lines)
-        own._follow(own.root.options, [])
+        own = cls(place if place.is_dir() else place.parent)
+        own.root, names = own._read(_template_files(place) if place.is_dir() else [place])
+        own._follow(names, [])
         return own
 
-    def _lines(self, file: Path) -> list[tuple[float, Template]]:
-        found = []
-        for number, row in read_rows(file):
-            line = str(row).lstrip("\ufeff").strip()
-            if control := CONTROL.search(line):
-                raise UserError(f"{file}, line {number}: holds the control character U+{ord(control[0]):04X}")
-            if line and not line.startswith("#"):
-                self.sources.append(f"{os.path.relpath(file, self.folder)}: {line}")
-                found.append(_Parser(line, f"{file}, line {number}").line())
-        if not found:
-            raise UserError(f"{file}: holds no line; blank lines and # comments do not count")
-        return found
+    def _read(self, files: list[Path]) -> tuple[Choice, dict[str, str]]:
+        """Return the choice among the lines of some files, and where each wildcard of theirs stands first."""
+        lines: list[tuple[float, Template]] = []
+        names: dict[str, str] = {}
+        for file in files:
+            before = len(lines)
+            for number, text in text_lines(file):
+                line, where = text.lstrip("\ufeff").strip(), f"{file}, line {number}"
+                if control := CONTROL.search(line):
+                    raise UserError(f"{where}: holds the control character U+{ord(control[0]):04X}")
+                if not line or line.startswith(("#", "//")):
+                    continue
+                self.num_lines += 1
+                if self.num_lines > MOST_LINES:
+                    raise UserError(f"{where}: there are more than {MOST_LINES:,} lines of templates and wildcards")
+                parser = _Parser(line, where)
+                lines.append(parser.line())
+                for name in parser.names:
+                    names.setdefault(name, where)
+            if len(lines) == before:
+                raise UserError(f"{file}: holds no line; blank lines and comments do not count")
+        return _choice(lines), names
 
-    def _follow(self, templates: Iterable[Template], path: list[str]) -> None:
-        """Read the wildcards behind some templates; `path` are those that lead here."""
-        for wildcard in _wildcards(templates):
-            name = wildcard.name
+    def _follow(self, names: dict[str, str], path: list[str]) -> None:
+        """Read the wildcards of these names; `path` are those that lead here."""
+        for name, where in names.items():
             if name in path:
                 circle = " -> ".join([*path[path.index(name) :], name])
-                raise UserError(f"{wildcard.where}: __{name}__ leads back to itself ({circle})")
+                raise UserError(f"{where}: __{name}__ leads back to itself ({circle})")
             if name in self.wildcards:
                 continue
             if len(path) > DEEPEST:
-                raise UserError(f"{wildcard.where}: wildcards lead more than {DEEPEST} files deep")
-            file = self.folder / f"{name}.txt"
-            if not stays_inside(name) or not file.is_file():
-                raise UserError(f"{wildcard.where}: there is no wildcard __{name}__; it would be a line of {file}")
-            choice = _choice(self._lines(file))
-            self._follow(choice.options, [*path, name])
+                raise UserError(f"{where}: wildcards lead more than {DEEPEST} files deep")
+            choice, inner = self._read(self._files_of(name, where))
+            self._follow(inner, [*path, name])
             self.wildcards[name] = choice
 
-    # How many there are
-
-    @property
-    def count(self) -> int:
-        """How many ways there are to draw a prompt, MOST_COUNTED at most. Two ways may give the same prompt."""
-        return self._count(self.root)
-
-    def _count(self, part: str | Wildcard | Choice) -> int:
-        if isinstance(part, str):
-            return 1
-        if isinstance(part, Wildcard):
-            if part.name not in self._counts:
-                self._counts[part.name] = self._count(self.wildcards[part.name])
-            return self._counts[part.name]
-        ways = [1] + [0] * part.high  # of taking so many options, in any order
-        for option in part.options:
-            own = self._product(option)
-            for taken in range(part.high, 0, -1):
-                ways[taken] = min(MOST_COUNTED, ways[taken] + ways[taken - 1] * own)
-        orders = itertools.accumulate(range(1, part.high + 1), lambda number, factor: number * factor, initial=1)
-        return min(MOST_COUNTED, sum(way * order for way, order in list(zip(ways, orders, strict=True))[part.low :]))
-
-    def _product(self, template: Template) -> int:
-        product = 1
-        for part in template:
-            product = min(MOST_COUNTED, product * self._count(part))
-        return product
-
-    def all(self) -> Iterator[str]:
-        """Yield every prompt, some perhaps more than once; only sensible where `count` is small."""
-        return (" ".join(text.split()) for text in self._every(self.root))
-
-    def _every(self, part: str | Wildcard | Choice) -> Iterator[str]:
-        if isinstance(part, str):
-            yield part
-        elif isinstance(part, Wildcard):
-            yield from self._every(self.wildcards[part.name])
-        else:
-            for size in range(part.low, part.high + 1):
-                for options in itertools.permutations(part.options, size):
-                    yield from map(part.separator.join, itertools.product(*map(self._every_of, options)))
-
-    def _every_of(self, template: Template) -> list[str]:
-        return list(map("".join, itertools.product(*map(self._every, template))))
-
-    # One of them
+    def _files_of(self, name: str, where: str) -> list[Path]:
+        """Return the files that a wildcard's lines come from."""
+        file, found = self.folder / f"{name}.txt", []
+        if stays_inside(name):
+            try:
+                every = self.folder.glob(re.sub(r"\*\*$", "**/*", name) + ".txt") if has_magic(name) else [file]
+                found = sorted(one for one in every if one.is_file() and not one.name.lower().endswith(SUFFIX))
+            except (OSError, ValueError):  # a name or pattern that no file can have
+                found = []
+        if not found:
+            others = [*self.folder.glob("*.y*ml"), *self.folder.glob("*.json")]
+            hint = f"; those of {others[0].name} are not read, only .txt files are" if others else ""
+            raise UserError(f"{where}: there is no wildcard __{name}__; it would be a line of {file}{hint}")
+        return found
 
     def draw(self, generator: random.Random) -> str:
         """Draw a prompt.
 
         Raises:
-            UserError: it is too long.
+            UserError: it is too long, or takes too many steps.
         """
-        written: list[str] = []
-        self._write(self.root, generator, written)
-        return " ".join("".join(written).split())
+        letters: list[str] = []
+        waiting: list[str | Wildcard | Choice] = [self.root]
+        length = steps = 0
+        while waiting and length <= LONGEST_PROMPT and steps <= MOST_STEPS:
+            part = waiting.pop()
+            if isinstance(part, str):
+                letters.append(part)
+                length, steps = length + len(part), steps + 1
+                continue
+            choice = self.wildcards[part.name] if isinstance(part, Wildcard) else part
+            steps += 1 if part.several is ONE else len(choice.options)
+            waiting.extend(reversed(self._picked(choice, part.several, generator)))
+        if waiting or length > LONGEST_PROMPT:
+            raise UserError(f"{self.folder}: its templates give prompts of more than {LONGEST_PROMPT} letters or parts")
+        return " ".join("".join(letters).split())
 
-    def _write(self, part: str | Wildcard | Choice, generator: random.Random, written: list[str]) -> None:
-        if isinstance(part, str):
-            written.append(part)
-            if len(written) > LONGEST_PROMPT or len(part) > LONGEST_PROMPT:
-                raise UserError(f"{self.folder}: its templates give prompts of more than {LONGEST_PROMPT} letters")
-            return
-        if isinstance(part, Wildcard):
-            part = self.wildcards[part.name]
-        for number, option in enumerate(_pick(part, generator)):
-            if number:
-                written.append(part.separator)
-            for inner in option:
-                self._write(inner, generator, written)
-
-
-def _wildcards(templates: Iterable[Template]) -> Iterator[Wildcard]:
-    for template in templates:
-        for part in template:
-            if isinstance(part, Wildcard):
-                yield part
-            elif isinstance(part, Choice):
-                yield from _wildcards(part.options)
-
-
-def _pick(choice: Choice, generator: random.Random) -> list[Template]:
-    """Draw options of a choice by their weights, none of them twice."""
-    if choice.low == choice.high == 1:
-        return [choice.options[_index(choice.ends, generator)]]
-    size = choice.low + int(generator.random() * (choice.high - choice.low + 1))
-    left = [
-        (end - before, option)
-        for before, end, option in zip([0.0, *choice.ends], choice.ends, choice.options, strict=False)
-    ]
-    picked = []
-    for _ in range(size):
-        index = _index(list(itertools.accumulate(weight for weight, _ in left)), generator)
-        picked.append(left.pop(index)[1])
-    return picked
-
-
-def _index(ends: list[float], generator: random.Random) -> int:
-    return min(bisect_right(ends, generator.random() * ends[-1]), len(ends) - 1)
+    def _picked(self, choice: Choice, several: Several, generator: random.Random) -> Template:
+        """Draw options of a choice by their weights, none of them twice, with the separator between them."""
+        options, ends = choice.options, choice.ends
+        if several is ONE:
+            return options[min(bisect_right(ends, generator.random() * ends[-1]), len(ends) - 1)]
+        high = len(options) if several.high is None else min(several.high, len(options))
+        if several.low > high:
+            raise UserError(
+                f"{self.folder}: {several.low} different lines are asked for of a wildcard of {len(options)}"
+            )
+        size = several.low + int(generator.random() * (high - several.low + 1))
+        # The largest of u^(1 / weight) are a weighted draw without replacement (Efraimidis and Spirakis 2006, doi:10.1016/j.ipl.2005.11.003).
+        weights = (end - before for before, end in itertools.pairwise([0.0, *ends]))
+        keys = [(generator.random() ** (1 / weight), index) for index, weight in enumerate(weights)]
+        picked: Template = []
+        for number, (_, index) in enumerate(heapq.nlargest(size, keys)):
+            picked += ([several.separator] if number else []) + options[index]
+        return picked
 
 
 # ---- the prompts ----
 
 
-class TemplatePrompts(Sequence[str]):
-    """The prompts that templates give: drawn when they are asked for, or all of them where there are few.
+def different_prompts(templates: Templates, seed: int) -> Iterator[str]:
+    """Yield the different prompts that templates give, in the order of a seed, until hardly any new one comes."""
+    generator = random.Random(f"prompts of seed {seed}")  # nosec B311 # no secret
+    known: set[str] = {""}
+    tries = 0
+    while tries < MOST_TRIES:
+        prompt = templates.draw(generator)
+        tries += 1
+        if prompt not in known:
+            known.add(prompt)
+            tries = 0
+            yield prompt
 
-    Args:
-        seed: the prompts of another seed are others.
-        held_out: whether these are the prompts that no run trains on. Few prompts are not divided.
+
+@dataclass(frozen=True)
+class Drawn:
+    """What templates gave: prompts to train on, and prompts that no run trains on."""
+
+    train: list[str]
+    held_out: list[str]
+    num_templates: int
+
+
+def draw_prompts(path: str | Path, seed: int, num_train: int, num_held_out: int) -> Drawn:
+    """Draw different prompts of a file or folder of templates; templates that give few give all of them to both sides.
+
+    Raises:
+        UserError: they cannot be read, or give no prompt at all.
     """
-
-    def __init__(self, templates: Templates, seed: int = 0, held_out: bool = False):
-        self.templates, self.seed, self.held_out = templates, seed, held_out
-        few = dict.fromkeys(prompt for prompt in templates.all() if prompt) if templates.count <= FEW else None
-        self.few = None if few is None else list(few)
-        if self.few == []:
-            raise UserError(f"{templates.folder}: its templates give no prompt")
-
-    @property
-    def is_endless(self) -> bool:
-        """Whether prompts are drawn, so that a pass over all of them means nothing."""
-        return self.few is None
-
-    def __len__(self) -> int:
-        return NUM_DRAWN if self.few is None else len(self.few)
-
-    def of_held_out(self) -> "TemplatePrompts":
-        """Return the prompts of the same templates that no run trains on; the same ones where these are few."""
-        return TemplatePrompts(self.templates, self.seed, held_out=True)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]  # which also knows what is outside
-        return self.drawn(place) if self.few is None else self.few[place]
-
-    def drawn(self, index: int) -> str:
-        """Return the prompt of an index, whatever its size, of templates without end."""
-        key = hashlib.sha256(f"{self.seed} {index}".encode()).digest()
-        generator = random.Random(int.from_bytes(key))  # nosec B311 # no secret: prompts of a seed
-        for _ in range(MOST_TRIES):
-            prompt = self.templates.draw(generator)
-            if prompt and is_held_out(prompt) == self.held_out:
-                return prompt
-        raise UserError(f"{self.templates.folder}: its templates hardly give any prompt that is not empty")
-
-    def identity(self) -> list[str]:
-        """Return what makes these prompts what they are, whatever number of them is drawn."""
-        return [f"drawn with seed {self.seed}", *self.templates.sources]
+    templates = Templates.load(path)
+    few = list(itertools.islice(different_prompts(templates, 0), FEW))
+    if not few:
+        raise UserError(f"{templates.folder}: its templates give no prompt")
+    if len(few) < FEW:
+        return Drawn(few, few, len(templates.root.options))
+    train: list[str] = []
+    held_out: list[str] = []
+    for prompt in different_prompts(templates, seed):
+        (held_out if is_held_out(prompt) else train).append(prompt)
+        if len(train) >= num_train and len(held_out) >= num_held_out:
+            break
+    return Drawn(train[:num_train], held_out[:num_held_out], len(templates.root.options))
