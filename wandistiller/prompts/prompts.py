@@ -22,7 +22,9 @@ NUM_OF_TEMPLATES = 4096  # prompts that templates give where nobody says how man
 LONGEST_PROMPT = 100_000  # letters; Wan reads 512 tokens
 # --prompt_per: whether a text file is one prompt
 PROMPT_PER = {None: None, "line": False, "file": True}
-PROMPT_PER_HELP = "a text file holds a prompt a line, or one (one where a picture of its name lies beside it, else a prompt a line)"
+PROMPT_PER_HELP = (
+    "a text file holds a prompt a line, or one (one where a picture of its name lies beside it, else a prompt a line)"
+)
 LOOKED_AT = 100  # prompts that tell what a file holds
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MEDIA = "|".join(MEDIA)
