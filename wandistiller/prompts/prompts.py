@@ -326,55 +326,6 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
-# ---- until nobody asks for these ----
-
-
-class JoinedTexts(list):
-    def __init__(self, first, second):
-        super().__init__([*first, *second])
-
-
-def identity_of(prompts):
+def identity_of(prompts: list[str]) -> Iterator[str]:
+    """Yield the texts that tell some prompts from others."""
     return iter(prompts)
-
-
-def is_endless(prompts) -> bool:
-    return False
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The prompts of a run: those that are trained on, and those that errors are measured on."""
-
-    prompts: list[str]
-    extra: list[str]
-    held_out: list[str]
-    duplicates: int = 0
-    notice: str = ""
-    lines: tuple[str, ...] = ()
-
-    @property
-    def trained(self) -> list[str]:
-        return [*self.prompts, *self.extra] if self.extra else self.prompts
-
-    @property
-    def is_endless(self) -> bool:
-        return False
-
-
-@dataclass(frozen=True)
-class TextPaths:
-    """Where the prompts of a run are, as its flags of the same names say."""
-
-    data_path: str
-    caption_column: str | None = None
-    extra_prompts: str | None = None
-    eval_prompts: str | None = None
-
-
-def read_texts(paths: TextPaths, is_measured: bool, seed: int = 0) -> Texts:
-    found = read_prompts(paths.data_path, paths.caption_column, seed=seed, eval_prompts=paths.eval_prompts)
-    extra = load_prompts(paths.extra_prompts, paths.caption_column, seed=seed).prompts if paths.extra_prompts else []
-    known = set(found.train)
-    extra = [prompt for prompt in extra if prompt not in known]
-    return Texts(found.train, extra, found.held_out if is_measured else [], lines=tuple(found.lines))
