@@ -25,10 +25,10 @@ from wandistiller.files.output_folder import (
     check_replaceable,
     prepare_output_folder,
 )
-from wandistiller.flags import FlagParser, add_student_flag, add_teacher_flags, number, path
+from wandistiller.flags import PROMPT_PER, FlagParser, add_student_flag, add_teacher_flags, number, path
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize
-from wandistiller.prompts.prompts import PROMPT_PER, PROMPT_PER_HELP, load_prompts
+from wandistiller.prompts.prompts import load_prompts
 from wandistiller.students.drawing import check_size, embed_with_negative, student_sampling, teacher_sampling
 from wandistiller.students.parts import (
     TeacherLoras,
@@ -107,7 +107,7 @@ def parse_args(argv: list[str] | None = None) -> Flags:
         type=path,
     )
     prompts.flag("--caption_column", "column of tables that holds the prompts, where their names do not tell")
-    prompts.flag("--prompt_per", PROMPT_PER_HELP, choices=["line", "file"])
+    prompts.flag("--prompt_per", **PROMPT_PER)
     prompts.flag("--num_prompts", "how many of them, from the first", 32, type=number(int, low=1))
     prompts.flag(
         "--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path
@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
         flags.caption_column,
         num_drawn=flags.num_prompts,
         held_out=True,
-        per_file=PROMPT_PER[flags.prompt_per],
+        prompt_per=flags.prompt_per,
     )
     prompts = list(file.prompts[: flags.num_prompts])
     if file.notice:

@@ -23,9 +23,9 @@ from wandistiller.files.output_folder import (
     prepare_output_folder,
     removed_if_empty,
 )
-from wandistiller.flags import ComputeFlags, TeacherFlags, flag, group, number, parse_flags, path, switch
+from wandistiller.flags import PROMPT_PER, ComputeFlags, TeacherFlags, flag, group, number, parse_flags, path, switch
 from wandistiller.model.config import StudentConfig
-from wandistiller.prompts.prompts import PROMPT_PER, PROMPT_PER_HELP, load_prompts, slug, unusable
+from wandistiller.prompts.prompts import load_prompts, slug, unusable
 from wandistiller.prompts.templates import is_template
 from wandistiller.students.drawing import (
     Artist,
@@ -69,7 +69,7 @@ class PromptFlags:
         type=path,
     )
     caption_column: str | None = flag("column of tables that holds the prompts, where their names do not tell")
-    prompt_per: str | None = flag(PROMPT_PER_HELP, choices=["line", "file"])
+    prompt_per: str | None = flag(**PROMPT_PER)
     num_prompts: int | None = flag(
         f"how many of --prompts_file, from the first (all of them; of templates {NUM_OF_TEMPLATES})",
         type=number(int, low=1),
@@ -125,8 +125,9 @@ def read_prompts(flags: Flags) -> list[str]:
     if flags.prompts.prompts_file:
         path, column = flags.prompts.prompts_file, flags.prompts.caption_column
         count = flags.prompts.num_prompts or (NUM_OF_TEMPLATES if is_template(path) else None)
-        per_file = PROMPT_PER[flags.prompts.prompt_per]
-        file = load_prompts(path, column, num_drawn=count, held_out=True, keeps_repeats=True, per_file=per_file)
+        file = load_prompts(
+            path, column, num_drawn=count, held_out=True, keeps_repeats=True, prompt_per=flags.prompts.prompt_per
+        )
         if file.notice:
             print(f"{flags.prompts.prompts_file}: {file.notice}")
         prompts = [*prompts, *file.prompts[:count]]

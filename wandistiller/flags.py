@@ -33,6 +33,12 @@ from wandistiller.flag_hints import unknown_flag
 EXIT_CODES = "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted, 1 anything else."
 
 
+PROMPT_PER: dict[str, Any] = {
+    "help": "a text file holds a prompt a line, or is one (left out: one where a picture of its name lies beside it)",
+    "choices": ["line", "file"],
+}
+
+
 def flag(help: str, default: object = None, **options: object) -> Any:
     """Declare a flag; `options` are those of argparse's add_argument (type, choices, nargs, required, metavar, action)."""
     return field(default=default, metadata={"help": help, "options": options})

@@ -209,8 +209,8 @@ def test_caption_files_beside_pictures_are_one_caption_each(tmp_path):
         load_prompts(tmp_path).prompts == [*whole, "a", "b"] and load_prompts(tmp_path / "1.txt").prompts == whole[:1]
     )
     assert "3 caption files taken whole, a prompt each (--prompt_per line" in load_prompts(tmp_path).notice
-    assert load_prompts(tmp_path, per_file=True).prompts == [*whole, "a b"]
-    assert load_prompts(f"{tmp_path}/*", per_file=False).prompts[-4:] == ["a ship", "at sea", "a", "b"]
+    assert load_prompts(tmp_path, prompt_per="file").prompts == [*whole, "a b"]
+    assert load_prompts(f"{tmp_path}/*", prompt_per="line").prompts[-4:] == ["a ship", "at sea", "a", "b"]
 
 
 @pytest.mark.parametrize("name", ["bomb.json.gz", "bomb.csv.xz", "bomb.parquet", "dictionary.parquet", "lists.parquet"])

@@ -93,11 +93,11 @@ def _suffixes(path: Path) -> tuple[str, str]:
     return suffix, ""
 
 
-def find_caption_files(path: str | Path, per_file: bool | None = None) -> list[CaptionFile]:
+def find_caption_files(path: str | Path, prompt_per: str | None = None) -> list[CaptionFile]:
     """Return the files that a path stands for: itself, all of a folder and its folders, or those that a glob matches.
 
     Args:
-        per_file: whether a text file holds one caption rather than one a line; None: where a picture or video of its name lies
+        prompt_per: "file" where a text file holds one caption, "line" where it holds one a line; None: one where a picture or video of its name lies
             beside it, as trainers of LoRAs have them, or its name ends in .caption.
 
     Raises:
@@ -116,7 +116,7 @@ def find_caption_files(path: str | Path, per_file: bool | None = None) -> list[C
     else:
         found = [place]
     beside = _MediaBeside()
-    return [CaptionFile(file, _kind_of(file, per_file, beside)) for file in sorted(found)]
+    return [CaptionFile(file, _kind_of(file, prompt_per, beside)) for file in sorted(found)]
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -151,7 +151,7 @@ class _MediaBeside:
         return file.name.partition(".")[0] in self._stems[folder] or file.stem in self._stems[folder]
 
 
-def _kind_of(file: Path, per_file: bool | None, has_media: Callable[[Path], bool]) -> str:
+def _kind_of(file: Path, prompt_per: str | None, has_media: Callable[[Path], bool]) -> str:
     suffix, compression = _suffixes(file)
     if suffix in CONFIGS:
         raise UserError(
@@ -162,9 +162,8 @@ def _kind_of(file: Path, per_file: bool | None, has_media: Callable[[Path], bool
         raise UserError(f"{file}: a Parquet file is compressed by itself; unpack it and give the .parquet")
     if kind not in (TEXT, WHOLE):
         return kind
-    if per_file is None:
-        per_file = kind == WHOLE or has_media(file)
-    return WHOLE if per_file else TEXT
+    is_whole = kind == WHOLE or has_media(file) if prompt_per is None else prompt_per == "file"
+    return WHOLE if is_whole else TEXT
 
 
 # ---- what is in them ----

@@ -20,9 +20,6 @@ SLUG_LENGTH = 48  # letters of a prompt in the name of its picture
 NUM_HELD_OUT = 16  # prompts that a run measures on
 NUM_OF_TEMPLATES = 4096  # prompts that templates give where nobody says how many
 LONGEST_PROMPT = 100_000  # letters; Wan reads 512 tokens
-# --prompt_per: whether a text file is one prompt
-PROMPT_PER = {None: None, "line": False, "file": True}
-PROMPT_PER_HELP = (
     "a text file holds a prompt a line, or one (one where a picture of its name lies beside it, else a prompt a line)"
 )
 LOOKED_AT = 100  # prompts that tell what a file holds
@@ -95,7 +92,7 @@ def load_prompts(
     seed: int = 0,
     held_out: bool = False,
     keeps_repeats: bool = False,
-    per_file: bool | None = None,
+    prompt_per: str | None = None,
 ) -> PromptFile:
     """Read the prompts of a file, of a folder or of a glob (caption_files.py), or draw those of templates (templates.py).
 
@@ -107,7 +104,7 @@ def load_prompts(
         num_drawn: how many prompts templates give, by `seed`; None for NUM_OF_TEMPLATES.
         held_out: of templates, draw prompts that no run trains on instead of the others.
         keeps_repeats: return a prompt as often as it stands in the files.
-        per_file: whether a text file is one prompt rather than one a line; None as `find_caption_files` has it.
+        prompt_per: "file" where a text file is one prompt, "line" where each of its lines is; None as `find_caption_files` has it.
 
     Raises:
         UserError: a file cannot be read, is not what its name says, or holds control characters or no prompt; the line is named.
@@ -119,7 +116,7 @@ def load_prompts(
     prompts: dict[str, str] = {}
     given: list[str] = []
     found = _Found()
-    for file in find_caption_files(path, per_file):
+    for file in find_caption_files(path, prompt_per):
         found.num_files[file.kind] += 1
         for prompt in _looked_at(file, READERS.get(file.kind, _captions)(file, caption_column, found)):
             shortened = _without_options(prompt, found)
@@ -275,7 +272,7 @@ def read_prompts(
     num_prompts: int | None = None,
     seed: int = 0,
     eval_prompts: str | Path | None = None,
-    per_file: bool | None = None,
+    prompt_per: str | None = None,
 ) -> Prompts:
     """Read or draw the prompts of a run.
 
@@ -283,14 +280,14 @@ def read_prompts(
         num_prompts: how many are drawn, by `seed`; a larger number adds to them. None takes all of a file, and NUM_OF_TEMPLATES
             of templates.
         eval_prompts: a file or templates of the prompts that errors are measured on.
-        per_file: as `load_prompts` takes it.
+        prompt_per: as `load_prompts` takes it.
     """
     if is_template(path):
         drawn = draw_prompts(path, seed, num_prompts or NUM_OF_TEMPLATES, NUM_HELD_OUT)
         train, held_out = drawn.train, drawn.held_out[:NUM_HELD_OUT]
         line = f"{len(train):,} drawn from {drawn.num_templates} templates, with seed {seed}"
     else:
-        file = load_prompts(path, column, per_file=per_file)
+        file = load_prompts(path, column, prompt_per=prompt_per)
         train, line = file.prompts, f"{len(file.prompts):,}"
         repeats = f"{file.duplicates} repeated lines left out" if file.duplicates else ""
         if left_out := "; ".join(part for part in (repeats, file.notice) if part):
@@ -301,7 +298,7 @@ def read_prompts(
         train, held_out = drawn_of[:num_prompts], drawn_of[num_prompts:]
         line = f"{num_prompts:,} drawn with seed {seed} of {line}"
     if eval_prompts:
-        found = load_prompts(eval_prompts, column, num_drawn=NUM_HELD_OUT, seed=seed, held_out=True, per_file=per_file)
+        found = load_prompts(eval_prompts, column, num_drawn=NUM_HELD_OUT, seed=seed, held_out=True, prompt_per=prompt_per)
         held_out = found.prompts[:NUM_HELD_OUT]
     return Prompts(train, held_out, [f"Prompts: {line}"])
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from wandistiller.files.clone import DEMO_TEACHER
-from wandistiller.flags import LORA_FLAG, FlagParser, build, flag, group, int_list, number, path, switch
+from wandistiller.flags import LORA_FLAG, PROMPT_PER, FlagParser, build, flag, group, int_list, number, path, switch
 from wandistiller.model.image_sizes import AspectRatio, ImageSize, size_or_ratio
-from wandistiller.prompts.prompts import PROMPT_PER_HELP
 from wandistiller.run.config_help import READY_CONFIGS
 from wandistiller.run.presets import DEMO, PRESETS, flags_beside
 
@@ -80,7 +79,7 @@ class DataFlags:
     caption_column: str | None = flag(
         "column of tables that holds the prompts (left out: the one called caption, prompt or text, or the only one of text)"
     )
-    prompt_per: str | None = flag(PROMPT_PER_HELP, choices=["line", "file"])
+    prompt_per: str | None = flag(**PROMPT_PER)
     num_prompts: int | None = flag(
         "number of different prompts to draw from --data_path (left out: all of a file, 4096 of templates)",
         type=number(int, low=1, high=2**20),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from wandistiller.files.clone import check_is_in_clone
 from wandistiller.files.output_folder import check_output_folder
 from wandistiller.model.config import StudentConfig
-from wandistiller.prompts.prompts import PROMPT_PER, Prompts, read_prompts
+from wandistiller.prompts.prompts import Prompts, read_prompts
 from wandistiller.run.flags import Flags
 from wandistiller.run.mistakes import check_flags
 
@@ -40,7 +40,7 @@ def read_inputs(flags: Flags) -> Inputs:
         num_prompts=data.num_prompts,
         seed=flags.optimization.seed,
         eval_prompts=None if output.eval_every == 0 else output.eval_prompts,
-        per_file=PROMPT_PER[data.prompt_per],
+        prompt_per=data.prompt_per,
     )
     check_is_in_clone("teacher_path", paths)
     check_output_folder(output.output_dir)
