@@ -20,8 +20,6 @@ SLUG_LENGTH = 48  # letters of a prompt in the name of its picture
 NUM_HELD_OUT = 16  # prompts that a run measures on
 NUM_OF_TEMPLATES = 4096  # prompts that templates give where nobody says how many
 LONGEST_PROMPT = 100_000  # letters; Wan reads 512 tokens
-    "a text file holds a prompt a line, or one (one where a picture of its name lies beside it, else a prompt a line)"
-)
 LOOKED_AT = 100  # prompts that tell what a file holds
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MEDIA = "|".join(MEDIA)
@@ -298,7 +296,9 @@ def read_prompts(
         train, held_out = drawn_of[:num_prompts], drawn_of[num_prompts:]
         line = f"{num_prompts:,} drawn with seed {seed} of {line}"
     if eval_prompts:
-        found = load_prompts(eval_prompts, column, num_drawn=NUM_HELD_OUT, seed=seed, held_out=True, prompt_per=prompt_per)
+        found = load_prompts(
+            eval_prompts, column, num_drawn=NUM_HELD_OUT, seed=seed, held_out=True, prompt_per=prompt_per
+        )
         held_out = found.prompts[:NUM_HELD_OUT]
     return Prompts(train, held_out, [f"Prompts: {line}"])
 
