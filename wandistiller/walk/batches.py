@@ -1,0 +1,161 @@
+"""What each optimizer step learns from: when the teacher is asked, and the micro-batches that are drawn from the store."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wandistiller.walk.cache import CachedAnswers
+from wandistiller.walk.grids import calls_per_target
+from wandistiller.walk.store import CAPACITY, Store
+from wandistiller.walk.walk import Walk
+from wandistiller.wan.prompt_embeds import PromptEmbeds
+
+# The first calls are made in a row, so that the first steps do not learn from a few answers alone.
+LEAD_CALLS = 8
+# The teacher is done after this share of the steps. While the learning rate falls, the student learns from all that is stored.
+ASKING_SHARE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch: states, the text they are asked with, and what the student should answer.
+
+    Attributes:
+        latents: x_sigma (B, C, H, W) in model space, on the device.
+        sigma: noise levels (B,), on the CPU.
+        prompt_embeds: text tokens (B, S, text_dim), padded with zeros, on the device.
+        prompt_lengths: how many of the tokens are text (B,), on the device.
+        velocity: the target (B, C, H, W), on the device.
+        features: the teacher's hidden states (B, L, D) after the layers that were asked for; none where they were not kept.
+    """
+
+    latents: Tensor
+    sigma: Tensor
+    prompt_embeds: Tensor
+    prompt_lengths: Tensor
+    velocity: Tensor
+    features: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many calls of the teacher are due at each step of a run of `num_steps` that learns `replay` times from each answer.
+
+    Attributes:
+        per_target: calls behind one target.
+        before_first: calls until every slot has a target.
+    """
+
+    num_steps: int
+    replay: int
+    per_target: int = 1
+    before_first: int = 1
+
+    @property
+    def num_targets(self) -> int:
+        """Batches of targets in all."""
+        return math.ceil(self.num_steps / self.replay)
+
+    @property
+    def num_calls(self) -> int:
+        """Batches that the teacher answers in all."""
+        return self.before_first - 1 + self.num_targets * self.per_target
+
+    @property
+    def capacity(self) -> int:
+        """Targets of a slot that a store has room for."""
+        return min(CAPACITY, self.num_targets)
+
+    def due(self, step: int) -> int:
+        """Return the calls that are to be made by a step (from 0): a few in a row, and then more at the early steps than at the late.
+
+        Without fresh answers no stored one is taken so often that it counts for more than the others.
+        """
+        asking_steps = self.num_steps - min(round((1 - ASKING_SHARE) * self.num_steps), CAPACITY * self.replay // 2)
+        targets = LEAD_CALLS + min(1.0, step / asking_steps) * self.num_targets
+        targets = min(step + 1, math.ceil(targets), self.num_targets)
+        return self.before_first - 1 + targets * self.per_target
+
+
+class Batches:
+    """The batches of a run, of one image size or of several in turn.
+
+    Args:
+        sources: for each image size, its walk with the store that it fills, or the answers of a cache.
+        schedules: when the walk of each size is asked.
+        micro_batch: slots of this process that are learnt from at a time.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Walk, Store] | CachedAnswers],
+        schedules: Sequence[Schedule],
+        prompt_embeds: PromptEmbeds,
+        micro_batch: int,
+        device: str = "cpu",
+    ):
+        self.sources, self.schedules, self.prompt_embeds, self.device = sources, schedules, prompt_embeds, device
+        slots = len((sources[0] if isinstance(sources[0], CachedAnswers) else sources[0][1]).slots)
+        self.micro_batches = [range(start, start + micro_batch) for start in range(0, slots, micro_batch)]
+        self.calls = [source.num_calls if isinstance(source, CachedAnswers) else 0 for source in sources]
+        self.num_steps = sum(schedule.num_steps for schedule in schedules)
+
+    @property
+    def num_calls(self) -> int:
+        """Global batches that the teacher has answered."""
+        return sum(self.calls)
+
+    def of_step(self, step: int) -> Iterator[Batch]:
+        """Yield the micro-batches of a step (from 0), all of one size. The teacher is asked for those that are due."""
+        size, own_step = step % len(self.sources), step // len(self.sources)
+        source = self.sources[size]
+        if isinstance(source, CachedAnswers):
+            for rows in self.micro_batches:
+                yield self._batch(source.sample(own_step, rows))
+            return
+        (walk, store), due = source, self.schedules[size].due(own_step)
+        for rows in self.micro_batches:
+            fresh: dict[str, Tensor] = {}
+            for call in range(self.calls[size], due):
+                fresh = walk.ask(call, rows, step / self.num_steps)
+                store.add(fresh)
+            taken = store.sample(own_step, rows)
+            if "features" in fresh and len(fresh["rows"]) == len(rows):  # which a store may have no room for
+                taken["features"] = fresh["features"]
+            yield self._batch(taken)
+        self.calls[size] = max(due, self.calls[size])
+
+    def _batch(self, taken: dict[str, Tensor]) -> Batch:
+        prompt_embeds, prompt_lengths = self.prompt_embeds.batch(taken["prompts"], self.device)
+        features = taken["features"].unbind(dim=1) if "features" in taken else ()
+        return Batch(
+            latents=taken["latents"],
+            sigma=taken["sigma"],
+            prompt_embeds=prompt_embeds,
+            prompt_lengths=prompt_lengths,
+            velocity=taken["velocity"],
+            features=features,
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return walks and stores by slots along the first dimension, and the calls of each size as plain numbers."""
+        state = {}
+        for number, source in enumerate(self.sources):
+            if isinstance(source, CachedAnswers):
+                continue
+            for name, part in zip(("walk", "store"), source, strict=True):
+                state |= {f"{number}.{name}.{key}": value for key, value in part.state_dict().items()}
+            state[f"{number}.calls"] = torch.tensor(self.calls[number])
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for number, source in enumerate(self.sources):
+            if isinstance(source, CachedAnswers):
+                continue
+            for name, part in zip(("walk", "store"), source, strict=True):
+                prefix = f"{number}.{name}."
+                part.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+            self.calls[number] = int(state[f"{number}.calls"])

@@ -1,0 +1,81 @@
+"""The noise levels that sampling paths take: pure functions of the teacher's sampler and of random numbers."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wandistiller.sampling.flow import shift_sigma, unshift_sigma
+from wandistiller.sampling.sampler import flow_euler_scheduler, wan_scheduler
+from wandistiller.wan.settings import TeacherSettings
+
+# A path of a teacher that can be asked at all noise levels takes from a quarter to a half of the teacher's steps. The states of one
+# path are alike, so that at equal calls short paths teach more, until the error of their steps outweighs that (docs/measurements.md).
+STEPS_SHARE = (0.25, 0.5)
+
+
+def steps_of_paths(num_steps: int) -> tuple[int, int]:
+    """Return the fewest and the most steps of a path of a teacher that draws in `num_steps`."""
+    low, high = (max(1, round(share * num_steps)) for share in STEPS_SHARE)
+    return low, high
+
+
+def lowest_u(sigma_range: tuple[float, float], shift: float) -> float:
+    """Return the u that `shift_sigma` maps to the lower end of the range."""
+    return float(unshift_sigma(torch.tensor(sigma_range[0], dtype=torch.float64), shift))
+
+
+def path_grid(num_steps: int, jitter: float, shift: float, u_low: float = 0.0) -> Tensor:
+    """Return the noise levels (num_steps + 1,) of a path, from 1 down.
+
+    Args:
+        jitter: in [0, 1); moves all levels between the ends by up to half a step, the same for all.
+    """
+    u = torch.linspace(1, u_low, num_steps + 1)
+    u[1:-1] += (jitter - 0.5) * (1 - u_low) / num_steps
+    return shift_sigma(u, shift)
+
+
+def first_grid(level: float, num_steps: int, shift: float, u_low: float = 0.0) -> Tensor:
+    """Return the noise levels of a first path: from 1 straight to a level of its own, then on in the steps of later paths.
+
+    Args:
+        level: in [0, 1], the share of the noise levels that the path still has before it after the jump.
+        num_steps: of a whole path.
+    """
+    u = torch.linspace(u_low + (1 - u_low) * level, u_low, max(1, round(level * num_steps)) + 1)
+    return shift_sigma(torch.cat([torch.ones(1), u]), shift)
+
+
+def teacher_levels(settings: TeacherSettings) -> tuple[float, ...] | None:
+    """Return the only noise levels that a few-step teacher was made for, and the 0 that they end in; None where all will do."""
+    if not settings.has_few_levels:
+        return None
+    return tuple(flow_euler_scheduler(settings.shift, settings.num_inference_steps).sigmas.tolist())
+
+
+def levels_within(levels: Sequence[float], sigma_range: tuple[float, float]) -> list[float]:
+    """Return those of a teacher's noise levels (without the last 0) that lie in the range."""
+    low, high = sigma_range
+    return [level for level in levels[:-1] if low <= level <= high]
+
+
+def segment_sigmas(shift: float, num_segments: int, sampler: str = "euler") -> Tensor:
+    """Return the ends of the segments (num_segments + 1,), from 1 down to 0: the noise levels of a few-step student's sampler."""
+    return wan_scheduler(shift, num_segments, sampler).sigmas
+
+
+def calls_per_target(num_teacher_steps: int, num_segments: int | None) -> int:
+    """Return the teacher calls behind one target: the teacher's steps through a segment, or one call without segments."""
+    return max(1, round(num_teacher_steps / num_segments)) if num_segments else 1
+
+
+def most_paths(num_calls: int, num_slots: int, num_steps: int, paths_per_slot: int) -> int:
+    """Return an upper bound on the paths that slots begin, and so on the distinct prompts that a run uses.
+
+    A slot takes a prompt for each path that it begins with, for each that comes after one of those, which may be short, and then one
+    for each path of at least the fewest steps.
+    """
+    shortest = steps_of_paths(num_steps)[0]
+    return num_slots * (paths_per_slot + min(num_calls, paths_per_slot + math.ceil(num_calls / shortest)))

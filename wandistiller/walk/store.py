@@ -1,0 +1,111 @@
+"""The store of answers that steps learn from: each answer serves several steps, since a student's pass is far cheaper than a call."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from wandistiller.device import to_device
+from wandistiller.walk.draws import SAMPLE, rng
+
+# A wide store mixes what a step learns from, so that a few answers are not memorised.
+CAPACITY = 256
+# Hidden states are kept beside the answers where those of all processes take no more bytes than this together.
+MAX_FEATURE_BYTES = 256 * 2**20
+_ON_DEVICE = ("latents", "velocity", "features")
+
+
+def feature_bytes(num_answers: int, num_layers: int, shape: tuple[int, ...], num_sizes: int = 1) -> int:
+    """Return the bytes of hidden states of this shape (L, D) beside so many answers; 0 where that is too much to keep.
+
+    Args:
+        num_sizes: image sizes that share what may be kept.
+    """
+    num_bytes = torch.bfloat16.itemsize * num_answers * num_layers * math.prod(shape)
+    return num_bytes if num_bytes <= MAX_FEATURE_BYTES // num_sizes else 0
+
+
+class Store:
+    """The newest answers of every slot.
+
+    A step takes a slot's newest answer if none has learnt from it yet, and else, of two that are drawn, the one that was taken less
+    often. So every answer is learnt from, and all about as often.
+
+    Args:
+        capacity: answers of a slot; a new one then replaces the oldest.
+        slots: a range, of `batch_size` in all.
+        key: (seed, number of the image size).
+        num_sizes: image sizes that share the memory of hidden states.
+    """
+
+    def __init__(self, capacity: int, slots: range, batch_size: int, key: tuple[int, int], device: str = "cpu", num_sizes: int = 1):
+        self.capacity, self.slots, self.batch_size, self.key = capacity, slots, batch_size, key
+        self.device, self.num_sizes = device, num_sizes
+        self.rows: dict[str, Tensor] = {}  # (slots, capacity, ...); their shapes come with the first answer
+        self.uses = torch.zeros(len(slots), capacity, dtype=torch.long)
+        self.num_stored = torch.zeros(len(slots), dtype=torch.long)  # includes those that were replaced since
+
+    def add(self, answer: dict[str, Tensor]) -> None:
+        """Keep an answer of some of the slots: what `Walk.ask` returns."""
+        if not answer:
+            return
+        rows, values = answer["rows"], {name: value for name, value in answer.items() if name != "rows"}
+        for name, value in values.items():
+            if name not in self.rows and (name != "features" or self.keeps_features(value.shape[1:])):
+                dtype = torch.bfloat16 if name == "features" else value.dtype
+                self.rows[name] = torch.zeros(len(self.slots), self.capacity, *value.shape[1:], dtype=dtype, device=value.device)
+        places = self.num_stored[rows] % self.capacity
+        for name in self.rows.keys() & values.keys():
+            self.rows[name][self._at(name, rows), self._at(name, places)] = values[name].to(self.rows[name].dtype)
+        self.uses[rows, places] = 0
+        self.num_stored[rows] += 1
+
+    def sample(self, step: int, rows: range) -> dict[str, Tensor]:
+        """Return an answer of each of these slots for a step to learn from: latents, sigma, prompts, velocity and features if kept."""
+        own = torch.tensor(rows)
+        stored = self.num_stored[own].clamp(max=self.capacity)
+        chances = torch.from_numpy(rng(*self.key, SAMPLE, step).random((self.batch_size, 2)))
+        drawn = (chances[torch.tensor(self.slots)[own] % self.batch_size] * stored[:, None]).long()
+        uses = self.uses[own[:, None], drawn]
+        places = torch.where(uses[:, 1] < uses[:, 0], drawn[:, 1], drawn[:, 0])
+        newest = (self.num_stored[own] - 1) % self.capacity
+        places = torch.where(self.uses[own, newest] == 0, newest, places)
+        self.uses[own, places] += 1
+        return {name: values[self._at(name, own), self._at(name, places)] for name, values in self.rows.items()}
+
+    def keeps_features(self, shape: tuple[int, ...]) -> bool:
+        """Return whether there is room for hidden states (layers, L, D) beside every answer."""
+        return feature_bytes(self.batch_size * self.capacity, shape[0], tuple(shape[1:]), self.num_sizes) > 0
+
+    def _at(self, name: str, indices: Tensor) -> Tensor:
+        return to_device(indices, self.device) if name in _ON_DEVICE else indices
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything by slots along the first dimension, without the places that are still empty."""
+        filled = int(self.num_stored.max().clamp(max=self.capacity))
+        rows = {f"rows.{name}": values[:, :filled].clone() for name, values in self.rows.items()}
+        return rows | {"uses": self.uses[:, :filled].clone(), "num_stored": self.num_stored.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            ValueError: it does not hold what it says was stored.
+        """
+        filled = state["uses"].shape[1]
+        if state["num_stored"].shape != self.num_stored.shape or filled < int(state["num_stored"].max().clamp(max=self.capacity)):
+            raise ValueError("the store of answers does not hold what was stored")
+        self.capacity = max(self.capacity, filled)  # of a run that was longer
+        self.num_stored = state["num_stored"].clone()
+        self.uses = self._with_room(state["uses"], "cpu")
+        for name, values in state.items():
+            name = name.removeprefix("rows.")
+            if name in ("uses", "num_stored") or (name == "features" and not self.keeps_features(values.shape[2:])):
+                continue  # such features are those of a run that was shorter
+            self.rows[name] = self._with_room(values, self.device if name in _ON_DEVICE else "cpu")
+
+    def _with_room(self, filled: Tensor, device: str) -> Tensor:
+        """Return what was stored (slots, filled, ...) with the places (slots, capacity, ...) that are still empty."""
+        stored = torch.zeros(len(filled), self.capacity, *filled.shape[2:], dtype=filled.dtype, device=device)
+        stored[:, : filled.shape[1]] = filled
+        return stored

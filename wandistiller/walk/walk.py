@@ -1,0 +1,417 @@
+"""Training states on the teacher's sampling paths: the teacher answers one state of each slot, and the answer walks that state on.
+
+These are the states that the teacher meets when it samples, and they cost no calls of their own: the velocity that moves a path is
+the target at its state (the pool of DKDM, arXiv 2409.03550, on the guided flow ODE).
+
+A slot is one place of the global batch. What a slot draws depends on (seed, slot, how often it has drawn) and on nothing else. So
+processes, builders of a cache and image sizes are ranges of slots, and no generator's state is ever saved.
+
+    B slots that are asked   P paths of a slot   K samples of a slot   C H W latents   L D hidden states
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wandistiller.device import autocast, to_device
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.sampling.flow import seeded_noise, shift_sigma, sigma_to_timestep
+from wandistiller.sampling.teacher import Teacher
+from wandistiller.walk.draws import CALL, FIRST_LEVELS, PATH, dealt_prompt, permutation, rng
+from wandistiller.walk.grids import first_grid, levels_within, lowest_u, path_grid, steps_of_paths
+from wandistiller.wan.prompt_embeds import PromptEmbeds
+
+# Paths of a slot. A small batch has more, so that its slots together mix MIN_POOL prompts; but the first path of every place begins with
+# one long step that no sampler takes, and a wide pool spends much of a short run on those (docs/measurements.md).
+FEW_PATHS, MIN_POOL = 2, 8
+# Where two experts take turns, every slot needs paths on both sides of the boundary.
+PATHS_IN_TURNS = 8
+SAMPLES_PER_SLOT = 64  # finished samples that are kept to be renoised; a new one replaces the oldest
+MAX_SEED = 2**62
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkOptions:
+    """Which states a run learns from.
+
+    Attributes:
+        key: (seed, number of the image size); all random numbers follow from it.
+        latent_shape: (C, H, W).
+        num_prompts: prompts that paths take in turn.
+        num_slots: slots of the whole walk, over all processes.
+        batch_size: slots of a global batch. A walk for a cache has several groups of so many.
+        shift: warp of the noise levels.
+        num_steps: steps of the teacher's sampler from sigma 1 to 0.
+        kind: "paths", or "noise" for fresh noise at every noise level.
+        sigma_range: lowest and highest noise level.
+        levels: a few-step teacher's only noise levels, from 1 down to 0; None for any.
+        boundary: noise level between two experts that take turns; None where one expert answers, or both in every batch.
+        calls_per_expert: calls in a row for one of two experts, on average over both.
+        renoise_fraction: share of the states that is fresh noise mixed into samples in which paths have ended.
+        student_rollout: share of the paths that follow the student's velocity, at the start and at the end of training.
+        layers: teacher layers whose hidden states are compared.
+        channels: which of their channels; None for all.
+    """
+
+    key: tuple[int, int]
+    latent_shape: tuple[int, int, int]
+    num_prompts: int
+    num_slots: int
+    batch_size: int
+    shift: float
+    num_steps: int
+    kind: str = "paths"
+    sigma_range: tuple[float, float] = (0.0, 1.0)
+    levels: tuple[float, ...] | None = None
+    boundary: float | None = None
+    calls_per_expert: int = 0
+    renoise_fraction: float = 0.0
+    student_rollout: tuple[float, float] = (0.0, 0.0)
+    layers: Sequence[int] = ()
+    channels: Sequence[int] | None = None
+    device: str = "cpu"
+    compute_dtype: torch.dtype = torch.float32
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether two experts answer in turns."""
+        return self.boundary is not None and self.calls_per_expert > 0
+
+    @property
+    def paths_per_slot(self) -> int:
+        return PATHS_IN_TURNS if self.in_turns else paths_per_slot(self.batch_size)
+
+    @property
+    def samples_per_slot(self) -> int:
+        return SAMPLES_PER_SLOT if self.renoise_fraction else 0
+
+
+def paths_per_slot(batch_size: int) -> int:
+    """Return the paths of a slot where every batch may hold states of all noise levels."""
+    return max(FEW_PATHS, math.ceil(MIN_POOL / batch_size))
+
+
+@dataclass(frozen=True)
+class States:
+    """States that the teacher is asked at.
+
+    Attributes:
+        rows: which of the walk's slots they belong to (B,), on the CPU as all indices are.
+        paths: path of each (B,).
+        on_path: whether each lies on its path (B,), and not beside it.
+        latents: (B, C, H, W), on the device.
+        sigma: (B,), on the CPU.
+        prompts: (B,), on the CPU.
+        text: prompt_embeds (B, S, text_dim) and prompt_lengths (B,), on the device.
+    """
+
+    rows: Tensor
+    paths: Tensor
+    on_path: Tensor
+    latents: Tensor
+    sigma: Tensor
+    prompts: Tensor
+    text: tuple[Tensor, Tensor]
+
+    @property
+    def asked(self) -> tuple[Tensor, ...]:
+        return self.latents, self.sigma, *self.text
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What the slots of one call draw, each (B,): `order` is a place of its own among the `batch_size` slots of its group."""
+
+    order: Tensor
+    jitter: Tensor
+    chance: Tensor
+    seeds: list[int]
+
+
+class Walk:
+    """Sampling paths of a range of slots.
+
+    Every path has its own prompt, noise and sigma grid. The first path of every place jumps from sigma 1 to a level of its own, so
+    that from then on the pool covers all noise levels. Paths of a few-step teacher neither vary nor jump: its sampler knows no
+    other states.
+
+    A share of the paths may follow the student's velocity instead, so that the student is corrected where its own mistakes lead
+    (DAgger, arXiv 1011.0686; pi-Flow, arXiv 2510.14974).
+
+    Args:
+        student: asked on paths that follow it; it may change between calls.
+        slots: a range within one group of `options.batch_size`.
+        asks_together: whether the student is sharded over processes, which can only ask it all at the same time.
+    """
+
+    # All have the walk's slots as their first dimension.
+    _STATE = ("latents", "prompts", "grids", "last", "position", "lots", "is_sample", "born", "samples", "sample_prompts", "num_samples")  # fmt: skip
+    calls_before_first = 1  # calls after which every slot has given an answer
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: WanLiteStudent | None,
+        prompt_embeds: PromptEmbeds,
+        options: WalkOptions,
+        slots: range,
+        *,
+        asks_together: bool = False,
+    ):
+        self.options, self.slots, self.prompt_embeds, self.asks_together = options, slots, prompt_embeds, asks_together
+        self.teacher = autocast(teacher.velocity_and_features, options.device, options.compute_dtype)
+        self.student = None if student is None else autocast(student, options.device, options.compute_dtype)
+        self.levels = None if options.levels is None else torch.tensor(self._own_levels())
+        self.u_low = lowest_u(options.sigma_range, options.shift)
+        self.channels = None if options.channels is None else torch.tensor(options.channels, device=options.device)
+        count, paths, kept, shape = len(slots), self.num_paths, options.samples_per_slot, options.latent_shape
+        self.latents = torch.zeros(count, paths, *shape, device=options.device)
+        self.prompts = torch.zeros(count, paths, dtype=torch.long)
+        self.grids = torch.zeros(count, paths, self._longest_grid())  # each path's noise levels, the last of them at `last`
+        self.last = torch.zeros(count, paths, dtype=torch.long)
+        self.position = torch.zeros(count, paths, dtype=torch.long)
+        self.lots = torch.zeros(count, paths)  # a path follows the student while the share exceeds this
+        self.is_sample = torch.zeros(count, paths, dtype=torch.bool)  # the teacher alone has walked it
+        self.born = torch.zeros(count, dtype=torch.long)  # paths that a slot has begun
+        self.samples = torch.zeros(count, kept, *shape, device=options.device)
+        self.sample_prompts = torch.zeros(count, kept, dtype=torch.long)
+        self.num_samples = torch.zeros(count, dtype=torch.long)  # includes those that were replaced since
+        for row in range(count):
+            for path in range(paths):
+                self._begin(row, path, is_first=self.levels is None)
+
+    @property
+    def num_paths(self) -> int:
+        return self.options.paths_per_slot
+
+    def _own_levels(self) -> list[float]:
+        """Return the noise levels of every path of a few-step teacher: those in the range, and the next one, where a path ends."""
+        levels = self.options.levels
+        return list(levels[: len(levels_within(levels, self.options.sigma_range)) + 1])
+
+    def _longest_grid(self) -> int:
+        return self.options.num_steps + 2
+
+    # ---- asking ----
+
+    @torch.no_grad()
+    def ask(self, call: int, rows: range, progress: float = 0.0) -> dict[str, Tensor]:
+        """Let the teacher answer a state of each of these slots, and walk the states on; return what a step learns from.
+
+        Args:
+            call: number of the global batch that the teacher answers, from 0.
+            rows: of the walk's slots, those to be asked now. A caller may ask a micro-batch at a time.
+            progress: how much of the training is done, from 0 to 1.
+
+        Returns:
+            latents (B, C, H, W), sigma (B,), prompts (B,), velocity (B, C, H, W), rows (B,) and, where layers were named, features
+            (B, layers, L, D). B is smaller than len(rows) where some slots have no path on the side of the expert in use.
+        """
+        states = self._states(call, torch.tensor(rows))
+        if states is None:
+            return {}
+        velocity, features = self.teacher(*states.asked, self.options.layers)
+        self._move(states, velocity, progress)
+        answer = {name: getattr(states, name) for name in ("latents", "sigma", "prompts", "rows")}
+        answer["velocity"] = velocity.float()
+        if features:
+            answer["features"] = torch.stack([self._of_channels(hidden) for hidden in features], dim=1)
+        return answer
+
+    def _of_channels(self, hidden: Tensor) -> Tensor:
+        return hidden if self.channels is None else hidden[..., self.channels]
+
+    def _draws(self, call: int, rows: Tensor) -> Draws:
+        """Return what these slots draw for a call. Places of a group are stratified: each slot takes another part of the whole."""
+        size = self.options.batch_size
+        own = (torch.tensor(self.slots)[rows] % size).numpy()
+        draw = rng(*self.options.key, CALL, self.slots.start // size, call)
+        order, jitter, chance, seeds = draw.permutation(size), draw.random(size), draw.random(size), draw.integers(MAX_SEED, size=size)
+        of_slots = (torch.from_numpy(np.ascontiguousarray(values[own])) for values in (order, jitter, chance))
+        return Draws(*of_slots, seeds[own].tolist())
+
+    def _states(self, call: int, rows: Tensor) -> States | None:
+        """Return the states to ask at: on paths, spread over the noise levels; for a share of the slots beside them. None for none."""
+        draws = self._draws(call, rows)
+        if self.options.kind == "noise":
+            return self._noise(call, rows, draws)
+        size, fraction = self.options.batch_size, self.options.renoise_fraction
+        # A count that adds up to the share over the calls, so that it holds for batches of any size:
+        count = math.floor((call + 1) * fraction * size) - math.floor(call * fraction * size)
+        is_renoised = (draws.order < count) & (self.num_samples[rows] > 0)
+        first, among = torch.where(draws.order < count, 0, count), torch.where(draws.order < count, count, size - count)
+        spread = (draws.order - first + draws.jitter) / among  # (B,) in [0, 1), stratified
+        paths, has_path = self._choose(call, rows, spread)
+        is_asked = has_path | is_renoised
+        if not is_asked.any():
+            return None
+        if not is_asked.all():
+            keep = is_asked.nonzero().flatten()
+            rows, paths, is_renoised, spread = rows[keep], paths[keep], is_renoised[keep], spread[keep]
+            draws = Draws(draws.order[keep], draws.jitter[keep], draws.chance[keep], [draws.seeds[row] for row in keep.tolist()])
+        return self._on_paths(rows, paths, is_renoised, spread, draws)
+
+    def _on_paths(self, rows: Tensor, paths: Tensor, is_renoised: Tensor, spread: Tensor, draws: Draws) -> States:
+        """Return the states of these paths, some of them replaced by renoised samples."""
+        sigma, prompts = self._sigma(rows, paths), self.prompts[rows, paths]
+        latents = self.latents[self._there(rows), self._there(paths)]
+        which = is_renoised.nonzero().flatten()
+        if len(which):
+            kept = self.num_samples[rows[which]].clamp(max=self.options.samples_per_slot)
+            places = (draws.chance[which] * kept).long()
+            level = self._level(spread[which])
+            noise = seeded_noise([draws.seeds[row] for row in which.tolist()], self.options.latent_shape)
+            x_0 = self.samples[self._there(rows[which]), self._there(places)]
+            weight = self._there(level)[:, None, None, None]
+            latents[self._there(which)] = (1 - weight) * x_0 + weight * self._there(noise)
+            sigma[which], prompts[which] = level, self.sample_prompts[rows[which], places]
+        return States(rows, paths, ~is_renoised, latents, sigma, prompts, self._text(prompts))
+
+    def _noise(self, call: int, rows: Tensor, draws: Draws) -> States:
+        """Return fresh noise at every noise level, which lies on the teacher's paths near sigma 1 alone."""
+        options = self.options
+        slots = torch.tensor(self.slots)[rows].tolist()
+        prompts = [dealt_prompt(options.key, call * options.num_slots + slot, options.num_prompts) for slot in slots]
+        latents = self._there(seeded_noise(draws.seeds, options.latent_shape))
+        sigma = self._level((draws.order + draws.jitter) / options.batch_size)
+        beside = torch.zeros(len(rows), dtype=torch.bool)
+        return States(rows, torch.zeros_like(rows), beside, latents, sigma, torch.tensor(prompts), self._text(prompts))
+
+    def _level(self, place: Tensor) -> Tensor:
+        """Return the noise level (B,) float32 at a place (B,) in [0, 1) of all that states beside paths may have."""
+        low, high = self.options.sigma_range
+        if self.levels is not None:
+            known = torch.tensor(levels_within(self.options.levels, (low, high)))
+            return known[(place * len(known)).long()]
+        u_high = lowest_u((high, high), self.options.shift)
+        u = self.u_low + (u_high - self.u_low) * place.double()
+        return shift_sigma(u, self.options.shift).clamp(low, high).float()
+
+    def _text(self, prompts: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self.prompt_embeds.batch(prompts, self.options.device)
+
+    def _there(self, values: Tensor) -> Tensor:
+        return to_device(values, self.options.device)
+
+    def _sigma(self, rows: Tensor, paths: Tensor) -> Tensor:
+        """Return the noise level (B,) of one path of each slot."""
+        return self.grids[rows, paths, self.position[rows, paths]]
+
+    # ---- choosing ----
+
+    def _choose(self, call: int, rows: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a path (B,) of each slot, and whether it may be asked about (B,); together they are spread over the noise levels."""
+        if self.levels is None and call < self.num_paths:  # each path jumps to its own level first
+            return torch.full_like(rows, call), torch.ones_like(rows, dtype=torch.bool)
+        sigma = self.grids[rows].gather(2, self.position[rows][..., None])[..., 0]
+        usable = self._on_side(call, sigma)
+        counts = usable.sum(dim=1)
+        by_noise = sigma.masked_fill(~usable, torch.inf).argsort(dim=1, stable=True)
+        places = (spread * counts).long().minimum(counts - 1).clamp(min=0)
+        return by_noise.gather(1, places[:, None])[:, 0], counts > 0
+
+    def _on_side(self, call: int, sigma: Tensor) -> Tensor:
+        """Return which paths (B, P) may be asked about: all, or those on the side of the expert whose turn it is."""
+        if not self.options.in_turns:
+            return torch.ones_like(sigma, dtype=torch.bool)
+        is_high = sigma >= self.options.boundary
+        high, low = turns(self.options)
+        return is_high if (call - self.num_paths) % (high + low) < high else ~is_high
+
+    # ---- moving ----
+
+    def _students(self, states: States, progress: float) -> tuple[Tensor, Tensor | None]:
+        """Return which of the paths (B,) follow the student at this point of the training, and its velocity (B, C, H, W) or None."""
+        start, end = self.options.student_rollout
+        share = start + (end - start) * progress
+        follows = states.on_path & (self.lots[states.rows, states.paths] < share)
+        if self.student is None or share <= 0 or not (self.asks_together or follows.any()):
+            return follows, None
+        latents, sigma, *text = states.asked
+        return follows, self.student(latents, self._there(sigma_to_timestep(sigma)), *text).float()
+
+    def _move(self, states: States, velocity: Tensor, progress: float) -> None:
+        """Take one Euler step on the paths that were asked about, and begin the next ones where these end."""
+        follows, students = self._students(states, progress)
+        if students is not None:
+            velocity = torch.where(self._there(follows)[:, None, None, None], students, velocity)
+        self.is_sample[states.rows, states.paths] &= ~follows
+        which = states.on_path.nonzero().flatten()
+        rows, paths, there = states.rows[which], states.paths[which], self._there(which)
+        step = self.grids[rows, paths, self.position[rows, paths] + 1] - states.sigma[which]
+        moved = states.latents[there] + self._there(step)[:, None, None, None] * velocity[there]
+        self.latents[self._there(rows), self._there(paths)] = moved.float()
+        self.position[rows, paths] += 1
+        is_done = self.position[rows, paths] == self.last[rows, paths]
+        for row, path in zip(rows[is_done].tolist(), paths[is_done].tolist(), strict=True):
+            self._end(row, path)
+
+    def _end(self, row: int, path: int) -> None:
+        """Keep a finished sample to be renoised, and begin the slot's next path in its place."""
+        if kept := self.options.samples_per_slot * bool(self.is_sample[row, path]):
+            place = int(self.num_samples[row]) % kept
+            self.samples[row, place] = self.latents[row, path]
+            self.sample_prompts[row, place] = self.prompts[row, path]
+            self.num_samples[row] += 1
+        self._begin(row, path)
+
+    def _begin(self, row: int, path: int, is_first: bool = False) -> None:
+        """Begin a path of a slot with its next prompt, from noise of its own."""
+        options, slot, number = self.options, self.slots[row], int(self.born[row])
+        draw = rng(*options.key, PATH, slot, number)
+        self.lots[row, path], self.is_sample[row, path] = draw.random(), not is_first  # a jump is too long a step for a sample
+        noise = seeded_noise([int(draw.integers(MAX_SEED))], options.latent_shape)[0]
+        self.latents[row, path] = self._there(noise)
+        self.prompts[row, path] = dealt_prompt(options.key, number * options.num_slots + slot, options.num_prompts)
+        self.born[row] += 1
+        self._set_grid(row, path, self._grid(slot, path, draw, is_first))
+
+    def _set_grid(self, row: int, path: int, grid: Tensor) -> None:
+        self.grids[row, path, : len(grid)] = grid
+        self.last[row, path], self.position[row, path] = len(grid) - 1, 0
+
+    def _grid(self, slot: int, path: int, draw: np.random.Generator, is_first: bool) -> Tensor:
+        """Return the noise levels of a path that begins."""
+        if self.levels is not None:
+            return self.levels
+        low, high = steps_of_paths(self.options.num_steps)
+        num_steps, jitter = int(draw.integers(low, high + 1)), draw.random()
+        if is_first:
+            return first_grid(self._first_level(slot, path), num_steps, self.options.shift, self.u_low)
+        return path_grid(num_steps, jitter, self.options.shift, self.u_low)
+
+    def _first_level(self, slot: int, path: int) -> float:
+        """Return a place in (0, 1) for a first path to jump to; those of a group are spread evenly."""
+        group, index = divmod(slot, self.options.batch_size)
+        order = permutation((*self.options.key, FIRST_LEVELS, group, path), self.options.batch_size)
+        return (path + (float(order[index]) + 0.5) / self.options.batch_size) / self.num_paths
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything by slots along the first dimension, so that it resumes in any number of processes."""
+        return {name: getattr(self, name).clone() for name in self._STATE}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name in self._STATE:
+            getattr(self, name).copy_(state[name])
+
+
+def turns(options: WalkOptions) -> tuple[int, int]:
+    """Return the calls in a row of the high-noise expert and of the other, by the share of the noise levels that each has.
+
+    A turn is no longer than the steps that a slot's paths have on that side, or slots would have nothing to be asked about.
+    """
+    if options.levels is not None:
+        levels = torch.tensor(options.levels[:-1])
+        num_steps, share = len(levels), float((levels >= options.boundary).float().mean())
+    else:
+        num_steps = sum(steps_of_paths(options.num_steps)) / 2
+        share = 1 - lowest_u((options.boundary, 1.0), options.shift)
+    each = (min(2 * options.calls_per_expert, options.paths_per_slot * num_steps) * part for part in (share, 1 - share))
+    high, low = (max(1, round(calls)) for calls in each)
+    return high, low
