@@ -1,4 +1,4 @@
-"""The distillation loop: the teacher's answer, the student's answer, one optimiser step."""
+"""The distillation loop: a batch of the teacher's answers, the student's answers, one optimizer step."""
 
 import math
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from wandistiller.device import peak_memory_bytes, to_device
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes, full_tensor, local_part, without_averaging
 from wandistiller.step_metrics import StepMetrics, Stopwatch, mean_by_expert, mean_by_sigma
-from wandistiller.targets.answers import Answer, Answers
 from wandistiller.training.checkpoints import CheckpointError, Checkpoints
 from wandistiller.training.objective import Loss, Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.training.state import RunState
 from wandistiller.training.stop import StopRequest
+from wandistiller.walk.batches import Batch, Batches
 
 
 class NonFiniteError(RuntimeError):
@@ -84,7 +84,7 @@ class Observer:
 
 @dataclass(frozen=True)
 class Saving:
-    """Where a run is saved, and the state of the same student and answers that it resumes from; without either neither is done."""
+    """Where a run is saved, and the state of the same student and batches that it resumes from; without either neither is done."""
 
     checkpoints: Checkpoints | None = None
     state: RunState | None = None
@@ -92,7 +92,7 @@ class Saving:
 
 def train(
     student: WanLiteStudent,
-    answers: Answers,
+    batches: Batches,
     objective: Objective,
     options: TrainingOptions,
     observer: Observer | None = None,
@@ -114,7 +114,7 @@ def train(
     """
     processes, saving = processes or Processes(options.device), saving or Saving()
     trained = TrainedStudent(student, objective) if saving.state is None else saving.state.trained
-    loop = _Loop(trained, answers, options, observer or Observer(), saving, processes)
+    loop = _Loop(trained, batches, options, observer or Observer(), saving, processes)
     student.train()
     with StopRequest(is_repeated=processes.are_many).watching() as stop:
         is_stopped = loop.run(stop)
@@ -125,21 +125,21 @@ def train(
 
 
 class _Loop:
-    """The steps of a run: learn, check, update, move the states on; then measure, tell, save and draw where that is due."""
+    """The steps of a run: learn, check, update; then measure, tell, save and draw where that is due."""
 
     def __init__(
         self,
         trained: TrainedStudent,
-        answers: Answers,
+        batches: Batches,
         options: TrainingOptions,
         observer: Observer,
         saving: Saving,
         processes: Processes,
     ):
-        self.student, self.answers, self.options = trained.student, answers, options
+        self.student, self.batches, self.options = trained.student, batches, options
         self.observer, self.checkpoints, self.processes = observer, saving.checkpoints, processes
         self.model = processes.averaging(trained, trained.has_idle_parts)
-        self.state = saving.state or RunState(trained, answers, options.optimization, options.num_steps, processes)
+        self.state = saving.state or RunState(trained, batches, options.optimization, options.num_steps, processes)
         self.state.restore_random()
         self.stopwatch = Stopwatch(options.num_steps, self.state.step)
 
@@ -161,10 +161,12 @@ class _Loop:
         return False
 
     def _take_step(self, step: int, stop: StopRequest) -> "_Measured":
-        """Take one optimiser step on a global batch, after which the states move on."""
-        progress = (step - 1) / self.options.num_steps
-        num_passes = self.answers.lanes.num_micro_batches
-        passes = [self._learn(progress, number == num_passes) for number in range(1, num_passes + 1)]
+        """Take one optimizer step on a global batch."""
+        progress, count = (step - 1) / self.options.num_steps, self.batches.num_micro_batches
+        passes = [
+            self._learn(batch, progress, number == count)
+            for number, batch in enumerate(self.batches.of_step(step - 1), start=1)
+        ]
         parameters = self.state.trained.parameters()
         grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, self.options.optimization.max_grad_norm))
         found = _measure(passes, grad_norm, stop.requested, self.processes)
@@ -174,17 +176,14 @@ class _Loop:
             self._save_last_good(error)
             raise
         self.state.update(found.loss)
-        for taken in passes:
-            self.answers.advance(taken.answer, taken.loss.student_velocity, progress)
         return found
 
-    def _learn(self, progress: float, is_last: bool) -> "_Pass":
+    def _learn(self, batch: Batch, progress: float, is_last: bool) -> "_Pass":
         """Add the gradients of a micro-batch; the last one's are averaged over the processes, with those of all before."""
-        answer = self.answers.next()
         with without_averaging(self.model, not is_last):
-            loss = self.model(answer, progress)
-            (loss.total / self.answers.lanes.num_micro_batches).backward()
-        return _Pass(answer.released(), replace(loss, total=loss.total.detach()), bool(answer.features))
+            loss = self.model(batch, progress)
+            (loss.total / self.batches.num_micro_batches).backward()
+        return _Pass(batch.sigma, replace(loss, total=loss.total.detach()), bool(batch.features))
 
     def _is_asked_to_stop(self, found: "_Measured", stop: StopRequest) -> bool:
         """Return whether to stop here; many processes agree on a request that has just come in the step after it."""
@@ -208,7 +207,7 @@ class _Loop:
             found.grad_norm,
             lr,
             *self.stopwatch.lap(step, len(found.sigmas)),
-            teacher_calls=self.answers.num_calls,
+            teacher_calls=self.batches.num_calls,
             loss_by_sigma=mean_by_sigma(found.sigmas, found.by_sample),
             loss_by_expert=None if boundary is None else mean_by_expert(found.sigmas, found.by_sample, boundary),
             feature_loss=found.feature_loss if found.has_features else None,
@@ -249,16 +248,16 @@ class _Loop:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One micro-batch that has been learnt from."""
+    """One micro-batch that has been learnt from, without its text and hidden states, which may be gigabytes."""
 
-    answer: Answer
+    sigma: Tensor
     loss: Loss
     has_features: bool
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a step shows, the same in every process; sigmas and squared errors are those of all samples that count."""
+    """What a step shows, the same in every process; sigmas and squared errors are those of all samples."""
 
     loss: float
     feature_loss: float
@@ -271,29 +270,19 @@ class _Measured:
 
 def _measure(passes: list[_Pass], grad_norm: Tensor, is_stopped: bool, processes: Processes) -> _Measured:
     """Gather the losses over all passes and processes; one process's request to stop is everyone's."""
-    losses, answers = [taken.loss for taken in passes], [taken.answer for taken in passes]
+    losses = [taken.loss for taken in passes]
     by_sample = torch.cat([loss.by_sample for loss in losses])
-    sigma, weights = (torch.cat([getattr(answer, name) for answer in answers]) for name in ("sigma", "weights"))
-    both = [loss.velocity for loss in losses], [loss.features for loss in losses]
-    means = [sum(parts[1:], start=parts[0]) / len(passes) for parts in both]
-    head = torch.stack([*means, means[0].new_full((), float(is_stopped))])
-    samples = torch.stack([*(to_device(values, by_sample.device) for values in (sigma, weights)), by_sample], dim=1)
-    everyones = processes.gathered(torch.cat([head[None], samples])[None])  # (processes, 1 + samples, 3)
+    sigma = to_device(torch.cat([taken.sigma for taken in passes]), by_sample.device)
+    means = [
+        torch.stack(values).mean()
+        for values in ([loss.velocity for loss in losses], [loss.features for loss in losses])
+    ]
+    own = torch.stack([*means, means[0].new_full((), float(is_stopped))])
+    head = processes.gathered(own[None]).mean(dim=0)
+    samples = processes.gathered(torch.stack([sigma.to(by_sample), by_sample], dim=1))
     # note: CPU-GPU sync point, the only one of a step
-    *table, norm = torch.cat([everyones.flatten(), grad_norm.to(everyones)[None]]).tolist()
-    rows = [table[start : start + 3] for start in range(0, len(table), 3)]
-    heads = rows[:: 1 + len(samples)]
-    counted = [row for number, row in enumerate(rows) if number % (1 + len(samples)) and row[1] > 0]
-    velocity, features, stops = (sum(column) / len(heads) for column in zip(*heads, strict=True))
-    return _Measured(
-        velocity,
-        features,
-        passes[0].has_features,
-        norm,
-        stops > 0,
-        [row[0] for row in counted],
-        [row[2] for row in counted],
-    )
+    velocity, features, stops, norm, *rest = torch.cat([head, grad_norm.to(head)[None], samples.flatten()]).tolist()
+    return _Measured(velocity, features, passes[0].has_features, norm, stops > 0, rest[0::2], rest[1::2])
 
 
 def is_due(step: int, every: int, is_last: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The state of a run as tensors, and back: weights, their average, optimiser, answers, random numbers, losses."""
+"""The state of a run as tensors, and back: weights, their EMA, optimizer, walks and stores, random numbers, losses."""
 
 import contextlib
 from collections import defaultdict
@@ -11,8 +11,6 @@ from wandistiller.device import is_out_of_memory
 from wandistiller.errors import UserError
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes, error_reason, local_part, reshard
-from wandistiller.targets.answers import Answers
-from wandistiller.targets.state_dicts import belongs_to_lanes, part_of
 from wandistiller.training.checkpoints import Checkpoint, DamagedCheckpointError
 from wandistiller.training.objective import TrainedStudent
 from wandistiller.training.optimizer import (
@@ -22,6 +20,7 @@ from wandistiller.training.optimizer import (
     make_lr_scheduler,
     make_optimizer,
 )
+from wandistiller.walk.batches import Batches
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # as torch's AdamW and Muon name them
 _STATE_OF = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
@@ -37,12 +36,12 @@ class RunState:
     def __init__(
         self,
         trained: TrainedStudent,
-        answers: Answers,
+        batches: Batches,
         options: OptimizationOptions,
         num_steps: int,
         processes: Processes,
     ):
-        self.trained, self.answers, self.processes = trained, answers, processes
+        self.trained, self.batches, self.processes = trained, batches, processes
         self.optimizer = make_optimizer(trained, options, processes.device, trained.objective.compute_dtype)
         self.lr_scheduler = make_lr_scheduler(self.optimizer, options, num_steps)
         self.average = WeightAverage(trained.student, options.ema_decay) if options.ema_decay > 0 else None
@@ -88,9 +87,11 @@ class RunState:
             "trained": self.trained.state_dict(),
             "ema": {} if self.average is None else self.average.state_dict(),
             "optimizer": _optimizer_tensors(self.optimizer),
-            "answers": {
-                name: self.processes.rows(value) if belongs_to_lanes(name) else value
-                for name, value in (self.answers.state_dict() if has_states else {}).items()
+            "batches": {
+                name: self.processes.rows(value)
+                if value.ndim
+                else value  # by slots; what has no dimension is a counter
+                for name, value in (self.batches.state_dict() if has_states else {}).items()
             },
             "random": _random_tensors(),
             "run": {"losses": torch.tensor(self.losses, dtype=torch.float64)},
@@ -104,11 +105,10 @@ class RunState:
 
         Raises:
             DamagedCheckpointError: it does not hold the state of this run, in any process. Another one can be loaded instead.
-            UserError: it was learnt from another cache of answers.
         """
         reason = None
         try:
-            tensors = checkpoint.read(self._room_for if checkpoint.has_same_batch else self._room_without_answers)
+            tensors = checkpoint.read(self._room_for if checkpoint.has_same_batch else self._room_without_batches)
             self._check(tensors, checkpoint)
             self._take_over(tensors, checkpoint)
         except UserError:
@@ -130,8 +130,8 @@ class RunState:
             raise ValueError(f"it lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
         for name, like in own.items():
             found = tensors[name]
-            # The losses grow, and a cache of another size is answered by itself.
-            has_shape = name == "run.losses" or name.startswith("answers.") or found.shape == like.shape
+            # The losses grow, and so does a store.
+            has_shape = name == "run.losses" or name.startswith("batches.") or found.shape == like.shape
             if found.dtype != like.dtype or not has_shape:
                 raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, not {like.dtype} {tuple(like.shape)}")
         for name, value in tensors.items():
@@ -145,8 +145,8 @@ class RunState:
 
     def _take_over(self, tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
         if checkpoint.has_same_batch:
-            answers = part_of(tensors, "answers.")
-            self.answers.load_state_dict({name: local_part(value) for name, value in answers.items()})
+            batches = part_of(tensors, "batches.")
+            self.batches.load_state_dict({name: local_part(value) for name, value in batches.items()})
         self.trained.load_state_dict(part_of(tensors, "trained."))
         if self.average is not None:
             self.average.load_state_dict(part_of(tensors, "ema."))
@@ -161,8 +161,8 @@ class RunState:
             _load_random_tensors(self._random)
             self._random = {}
 
-    def _room_without_answers(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        return None if name.startswith("answers.") else self._room_for(name, shape, dtype)
+    def _room_without_batches(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        return None if name.startswith("batches.") else self._room_for(name, shape, dtype)
 
     def _room_for(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Allocate memory for a saved tensor, sharded as the tensor is that it will be loaded into."""
@@ -175,7 +175,7 @@ class RunState:
             like = _parameters_of(self.optimizer)[int(rest.split(".", 1)[0])]
         if like is not None and like.shape == shape:
             return torch.empty_like(like, dtype=dtype, requires_grad=False)
-        if part == "answers" and belongs_to_lanes(name):
+        if part == "batches" and len(shape):
             return self.processes.empty_rows(shape, dtype)
         return torch.empty(shape, dtype=dtype)
 
@@ -188,6 +188,11 @@ class RunState:
         )
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the entries whose name starts with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -244,7 +249,7 @@ def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str,
 
 
 def _random_tensors() -> dict[str, Tensor]:
-    """Return the states of the global generators. A step draws from generators of its own, which belong to the answers."""
+    """Return the states of the global generators. A step draws from none of them (walk/draws.py)."""
     gpu = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"cpu": torch.get_rng_state()} | gpu
 

@@ -108,6 +108,11 @@ class Batches:
         """Global batches that the teacher has answered."""
         return sum(self.calls)
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step, whose gradients add up (gradient accumulation)."""
+        return len(self.micro_batches)
+
     def of_step(self, step: int) -> Iterator[Batch]:
         """Yield the micro-batches of a step (from 0), all of one size. The teacher is asked for those that are due."""
         size, own_step = step % len(self.sources), step // len(self.sources)
@@ -157,5 +162,7 @@ class Batches:
                 continue
             for name, part in zip(("walk", "store"), source, strict=True):
                 prefix = f"{number}.{name}."
-                part.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+                part.load_state_dict(
+                    {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+                )
             self.calls[number] = int(state[f"{number}.calls"])

@@ -137,9 +137,13 @@ class TeacherCache:
         try:
             found = load_json(file)
             made_of, made_by = dict(found["answers_of"]), found.get("format", 1)
-            layout = Layout(**{name: int(value) for name, value in found["layout"].items()}) if made_by == FORMAT else None
+            layout = (
+                Layout(**{name: int(value) for name, value in found["layout"].items()}) if made_by == FORMAT else None
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{file}: is damaged; remove {self.folder} and run again, its answers are asked anew") from None
+            raise UserError(
+                f"{file}: is damaged; remove {self.folder} and run again, its answers are asked anew"
+            ) from None
         if layout is None:
             raise UserError(
                 f"--teacher_cache {self.folder}: was made by an earlier version, which asked at other states; remove it, or give another "
@@ -165,7 +169,9 @@ class TeacherCache:
                 f"--teacher_cache {self.folder}: was made with {'; '.join(differing)}. Give another folder, or the same flags"
             )
 
-    def fill(self, chunks: Sequence[range], walk_of: Callable[[range], Walk], on_progress: Callable[[int], None]) -> None:
+    def fill(
+        self, chunks: Sequence[range], walk_of: Callable[[range], Walk], on_progress: Callable[[int], None]
+    ) -> None:
         """Ask for the answers of these chunks, as far as they are not there yet.
 
         Args:
@@ -213,7 +219,10 @@ def ask_chunk(walk: Walk, num_calls: int) -> dict[str, Tensor]:
     rows = range(len(walk.slots))
     found = [answer for call in range(num_calls) if (answer := walk.ask(call, rows))]
     answers = {name: torch.cat([_stored(name, answer[name]) for answer in found]) for name in STORED_NAMES}
-    checksums = [checksum_of({name: values[row : row + 1] for name, values in answers.items()}) for row in range(len(answers["sigma"]))]
+    checksums = [
+        checksum_of({name: values[row : row + 1] for name, values in answers.items()})
+        for row in range(len(answers["sigma"]))
+    ]
     return answers | {CHECKSUMS_NAME: torch.tensor(checksums)}
 
 
@@ -257,7 +266,11 @@ def count_answers(path: Path, latent_shape: Sequence[int]) -> int:
         raise damaged_file(path, error.reason) from None
     count = header.shapes.get("sigma", ())[:1]
     latents = (*count, *latent_shape)
-    if header.shapes != {"latents": latents, "velocity": latents, "sigma": count, "prompts": count, CHECKSUMS_NAME: count} or not count:
+    if (
+        header.shapes
+        != {"latents": latents, "velocity": latents, "sigma": count, "prompts": count, CHECKSUMS_NAME: count}
+        or not count
+    ):
         raise damaged_file(path, f"its tensors have the shapes {header.shapes}")
     if header.dtypes != STORED_DTYPES | {CHECKSUMS_NAME: "I64"}:
         raise damaged_file(path, f"its tensors are of the types {header.dtypes}")
@@ -273,9 +286,21 @@ class CachedAnswers:
     """
 
     def __init__(
-        self, cache: TeacherCache, slots: range, batch_size: int, key: tuple[int, int], num_prompts: int, device: str = "cpu"
+        self,
+        cache: TeacherCache,
+        slots: range,
+        batch_size: int,
+        key: tuple[int, int],
+        num_prompts: int,
+        device: str = "cpu",
     ):
-        self.slots, self.batch_size, self.key, self.num_prompts, self.device = slots, batch_size, key, num_prompts, device
+        self.slots, self.batch_size, self.key, self.num_prompts, self.device = (
+            slots,
+            batch_size,
+            key,
+            num_prompts,
+            device,
+        )
         self.files = [cache.file_of(chunk) for chunk in cache.layout.chunks]
         self.ends = list(accumulate(count_answers(file, cache.description["latent_shape"]) for file in self.files))
         opened = [open_safetensors(file) for file in self.files]

@@ -49,7 +49,9 @@ class SegmentWalk(Walk):
     _STATE = (*Walk._STATE, "starts", "before", "segments")
     options: SegmentOptions
 
-    def __init__(self, teacher, student, prompt_embeds, options: SegmentOptions, slots: range, *, asks_together: bool = False):
+    def __init__(
+        self, teacher, student, prompt_embeds, options: SegmentOptions, slots: range, *, asks_together: bool = False
+    ):
         count, shape = len(slots), (options.paths_per_slot, *options.latent_shape)
         self.ends = self._segment_ends(options)
         self.starts = torch.zeros(count, *shape, device=options.device)  # latents at the start of the segment
@@ -123,7 +125,10 @@ class SegmentWalk(Walk):
         return self._only(answer, taught) if len(taught) else {}
 
     def _only(self, answer: dict[str, Tensor], which: Tensor) -> dict[str, Tensor]:
-        return {name: values[self._there(which) if name in ("latents", "velocity") else which] for name, values in answer.items()}
+        return {
+            name: values[self._there(which) if name in ("latents", "velocity") else which]
+            for name, values in answer.items()
+        }
 
     def _rolled_out(self, states: States, ended: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
         """Return which paths (B,) go on from the student's own step over the segment that ended, and its velocity at the starts."""
@@ -163,7 +168,11 @@ class SegmentWalk(Walk):
         target = self._first_segment(slot, path) if is_first else 0
         self.segments[row, path] = JUMP if target else 0
         self.starts[row, path] = self.latents[row, path]
-        return torch.stack([self.ends[0], self.ends[target]]) if target else self._segment_grid(slot, path, 0, int(self.born[row]))
+        return (
+            torch.stack([self.ends[0], self.ends[target]])
+            if target
+            else self._segment_grid(slot, path, 0, int(self.born[row]))
+        )
 
     def _segment_grid(self, slot: int, path: int, segment: int, number: int) -> Tensor:
         """Return the noise levels of the teacher's steps through a segment of a slot's path.

@@ -38,7 +38,15 @@ class Store:
         num_sizes: image sizes that share the memory of hidden states.
     """
 
-    def __init__(self, capacity: int, slots: range, batch_size: int, key: tuple[int, int], device: str = "cpu", num_sizes: int = 1):
+    def __init__(
+        self,
+        capacity: int,
+        slots: range,
+        batch_size: int,
+        key: tuple[int, int],
+        device: str = "cpu",
+        num_sizes: int = 1,
+    ):
         self.capacity, self.slots, self.batch_size, self.key = capacity, slots, batch_size, key
         self.device, self.num_sizes = device, num_sizes
         self.rows: dict[str, Tensor] = {}  # (slots, capacity, ...); their shapes come with the first answer
@@ -53,7 +61,9 @@ class Store:
         for name, value in values.items():
             if name not in self.rows and (name != "features" or self.keeps_features(value.shape[1:])):
                 dtype = torch.bfloat16 if name == "features" else value.dtype
-                self.rows[name] = torch.zeros(len(self.slots), self.capacity, *value.shape[1:], dtype=dtype, device=value.device)
+                self.rows[name] = torch.zeros(
+                    len(self.slots), self.capacity, *value.shape[1:], dtype=dtype, device=value.device
+                )
         places = self.num_stored[rows] % self.capacity
         for name in self.rows.keys() & values.keys():
             self.rows[name][self._at(name, rows), self._at(name, places)] = values[name].to(self.rows[name].dtype)
@@ -93,7 +103,9 @@ class Store:
             ValueError: it does not hold what it says was stored.
         """
         filled = state["uses"].shape[1]
-        if state["num_stored"].shape != self.num_stored.shape or filled < int(state["num_stored"].max().clamp(max=self.capacity)):
+        if state["num_stored"].shape != self.num_stored.shape or filled < int(
+            state["num_stored"].max().clamp(max=self.capacity)
+        ):
             raise ValueError("the store of answers does not hold what was stored")
         self.capacity = max(self.capacity, filled)  # of a run that was longer
         self.num_stored = state["num_stored"].clone()

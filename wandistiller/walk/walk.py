@@ -34,6 +34,19 @@ SAMPLES_PER_SLOT = 64  # finished samples that are kept to be renoised; a new on
 MAX_SEED = 2**62
 
 
+@dataclass(frozen=True)
+class HiddenStates:
+    """Which of the teacher's hidden states come with its answers.
+
+    Attributes:
+        layers: those after which they are taken.
+        channels: which of their channels; None for all.
+    """
+
+    layers: Sequence[int] = ()
+    channels: Sequence[int] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class WalkOptions:
     """Which states a run learns from.
@@ -171,7 +184,9 @@ class Walk:
         count, paths, kept, shape = len(slots), self.num_paths, options.samples_per_slot, options.latent_shape
         self.latents = torch.zeros(count, paths, *shape, device=options.device)
         self.prompts = torch.zeros(count, paths, dtype=torch.long)
-        self.grids = torch.zeros(count, paths, self._longest_grid())  # each path's noise levels, the last of them at `last`
+        self.grids = torch.zeros(
+            count, paths, self._longest_grid()
+        )  # each path's noise levels, the last of them at `last`
         self.last = torch.zeros(count, paths, dtype=torch.long)
         self.position = torch.zeros(count, paths, dtype=torch.long)
         self.lots = torch.zeros(count, paths)  # a path follows the student while the share exceeds this
@@ -230,7 +245,12 @@ class Walk:
         size = self.options.batch_size
         own = (torch.tensor(self.slots)[rows] % size).numpy()
         draw = rng(*self.options.key, CALL, self.slots.start // size, call)
-        order, jitter, chance, seeds = draw.permutation(size), draw.random(size), draw.random(size), draw.integers(MAX_SEED, size=size)
+        order, jitter, chance, seeds = (
+            draw.permutation(size),
+            draw.random(size),
+            draw.random(size),
+            draw.integers(MAX_SEED, size=size),
+        )
         of_slots = (torch.from_numpy(np.ascontiguousarray(values[own])) for values in (order, jitter, chance))
         return Draws(*of_slots, seeds[own].tolist())
 
@@ -252,7 +272,9 @@ class Walk:
         if not is_asked.all():
             keep = is_asked.nonzero().flatten()
             rows, paths, is_renoised, spread = rows[keep], paths[keep], is_renoised[keep], spread[keep]
-            draws = Draws(draws.order[keep], draws.jitter[keep], draws.chance[keep], [draws.seeds[row] for row in keep.tolist()])
+            draws = Draws(
+                draws.order[keep], draws.jitter[keep], draws.chance[keep], [draws.seeds[row] for row in keep.tolist()]
+            )
         return self._on_paths(rows, paths, is_renoised, spread, draws)
 
     def _on_paths(self, rows: Tensor, paths: Tensor, is_renoised: Tensor, spread: Tensor, draws: Draws) -> States:
@@ -363,7 +385,10 @@ class Walk:
         """Begin a path of a slot with its next prompt, from noise of its own."""
         options, slot, number = self.options, self.slots[row], int(self.born[row])
         draw = rng(*options.key, PATH, slot, number)
-        self.lots[row, path], self.is_sample[row, path] = draw.random(), not is_first  # a jump is too long a step for a sample
+        self.lots[row, path], self.is_sample[row, path] = (
+            draw.random(),
+            not is_first,
+        )  # a jump is too long a step for a sample
         noise = seeded_noise([int(draw.integers(MAX_SEED))], options.latent_shape)[0]
         self.latents[row, path] = self._there(noise)
         self.prompts[row, path] = dealt_prompt(options.key, number * options.num_slots + slot, options.num_prompts)

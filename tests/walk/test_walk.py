@@ -1,0 +1,277 @@
+"""Training states lie on the teacher's sampling paths, or beside them where that was asked for.
+
+The oracles are Euler's method by hand and velocity fields that are known in closed form.
+
+pytest tests/walk/test_walk.py
+"""
+
+import pytest
+import torch
+
+from support.walks import BOUNDARY, NUM_PROMPTS, Field, TowardsClean, ask, make_walk, unshift
+from wandistiller.sampling.sampler import flow_euler_scheduler
+from wandistiller.walk.walk import turns
+
+LEVELS = tuple(flow_euler_scheduler(3.0, 4).sigmas.tolist())
+KINDS = {
+    "paths": {},
+    "renoised samples": {"renoise_fraction": 0.25},
+    "noise": {"kind": "noise"},
+    "experts in turn": {"boundary": BOUNDARY, "calls_per_expert": 8},
+    "few levels": {"levels": LEVELS, "num_steps": 4, "renoise_fraction": 0.25},
+    "a range": {"sigma_range": (0.5, 1.0)},
+    "segments": {"num_segments": 4},
+    "segments of few levels": {"num_segments": 2, "levels": LEVELS, "num_steps": 4},
+}
+
+
+def invariant_of(answer: dict) -> dict[tuple[int, int], float]:
+    """x - sigma, which is the same all along a path of the constant field 1, by slot and prompt."""
+    values = (answer["latents"][:, 0, 0, 0] - answer["sigma"]).tolist()
+    return dict(zip(zip(answer["rows"].tolist(), answer["prompts"].tolist(), strict=True), values, strict=True))
+
+
+# ---- what a slot draws ----
+
+
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+def test_the_answers_of_a_slot_are_the_same_bit_for_bit_however_slots_are_shared_out(changes):
+    teacher, student = Field(rate=0.3, constant=0.1), Field(rate=0.1)
+    whole = make_walk(teacher, student, student_rollout=(0.0, 1.0), **changes)
+    parts = [
+        make_walk(teacher, student, range(*ends), student_rollout=(0.0, 1.0), **changes) for ends in ((0, 2), (2, 8))
+    ]
+    num_answers = 0
+    for call in range(120):
+        expected = whole.ask(call, range(8), call / 120)
+        found = [part.ask(call, range(len(part.slots)), call / 120) for part in parts]
+        for part, answer in zip(parts, found, strict=True):
+            if answer:
+                answer["rows"] = answer["rows"] + part.slots.start
+        for name, values in expected.items():
+            assert torch.equal(values, torch.cat([answer[name] for answer in found if answer]))
+        num_answers += len(expected.get("rows", ()))
+    assert num_answers > 150
+
+
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+def test_a_micro_batch_at_a_time_is_the_same_as_all_at_once(changes):
+    one, other = (make_walk(Field(rate=0.3), **changes) for _ in range(2))
+    for call in range(80):
+        whole, parts = one.ask(call, range(8)), [other.ask(call, rows) for rows in (range(0, 4), range(4, 8))]
+        for name, values in whole.items():
+            assert torch.equal(values, torch.cat([part[name] for part in parts if part]))
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 30])
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+def test_a_walk_goes_on_bit_for_bit_from_a_saved_state(changes, num_before):
+    make = lambda: make_walk(Field(rate=0.3), Field(rate=0.1), student_rollout=(0.5, 0.5), **changes)  # noqa: E731
+    one, other = make(), make()
+    ask(one, num_before)
+    saved = one.state_dict()
+    assert all(len(values) == 8 for values in saved.values()), "slots are the first dimension of everything"
+    expected = ask(one, 60, num_before)
+    other.load_state_dict(saved)
+    for first, second in zip(expected, ask(other, 60, num_before), strict=True):
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_walks_repeat_with_their_seed_and_image_sizes_differ():
+    first, same, seed, size = (ask(make_walk(key=key), 20)[-1]["latents"] for key in ((1, 0), (1, 0), (2, 0), (1, 1)))
+    assert torch.equal(first, same) and not torch.equal(first, seed) and not torch.equal(first, size)
+
+
+@pytest.mark.parametrize("num_prompts", [7, 10])
+def test_slots_are_dealt_every_prompt_once_an_epoch_in_an_order_of_its_own(num_prompts):
+    walk = make_walk(kind="noise", num_prompts=num_prompts)
+    taken = torch.cat([answer["prompts"] for answer in ask(walk, 21)]).tolist()
+    epochs = [
+        tuple(taken[start : start + num_prompts])
+        for start in range(0, num_prompts * (len(taken) // num_prompts), num_prompts)
+    ]
+    assert all(sorted(epoch) == list(range(num_prompts)) for epoch in epochs) and len(set(epochs)) > 3
+
+
+# ---- paths ----
+
+
+def test_a_path_is_eulers_method_with_the_teachers_velocities():
+    invariant, num_moves, num_starts = {}, 0, 0
+    for answer in ask(make_walk(num_prompts=1000, embeds=_Texts()), 300):
+        for place, value in invariant_of(answer).items():
+            assert abs(invariant.setdefault(place, value) - value) < 1e-5
+        num_starts += int((answer["sigma"] == 1).sum())
+        num_moves += int((answer["sigma"] < 1).sum())
+    assert num_starts > 100 and num_moves > 1000 and len(invariant) == num_starts
+
+
+class _Texts:
+    """Prompts enough for a path to be known by its own."""
+
+    def batch(self, prompts, device):
+        return torch.zeros(len(prompts), 1, 6), torch.ones(len(prompts), dtype=torch.long)
+
+
+def test_a_path_along_the_true_velocity_ends_at_the_clean_sample():
+    clean = torch.tensor([0.3, -2.0])[:, None, None]
+    walk = make_walk(TowardsClean(clean), renoise_fraction=0.25)
+    ask(walk, 200)
+    kept = [samples[:count] for samples, count in zip(walk.samples, walk.num_samples.tolist(), strict=True)]
+    samples = torch.cat(kept)
+    assert len(samples) > 50 and torch.allclose(samples, clean.expand_as(samples), atol=1e-4)
+
+
+def test_the_states_cover_all_noise_levels_from_the_third_call_on():
+    walk, counts = make_walk(num_slots=64), torch.zeros(5)
+    for call, answer in enumerate(ask(walk, 200)):
+        u = unshift(answer["sigma"])
+        if call < 2:  # every path jumps from sigma 1 to a level of its own
+            assert (answer["sigma"] == 1).all()
+            continue
+        shares = torch.histc(u, bins=5, min=0, max=1) / 64
+        assert shares.min() > 0.02, f"call {call}: {shares.tolist()}"
+        counts += shares / 198
+    assert counts.min() > 0.12 and counts.max() < 0.35
+
+
+def test_sigmas_differ_from_path_to_path():
+    assert len({level for answer in ask(make_walk(), 100) for level in answer["sigma"].tolist()}) > 300
+
+
+def test_a_range_that_ends_above_zero_stops_the_paths_there():
+    assert min(float(answer["sigma"].min()) for answer in ask(make_walk(sigma_range=(BOUNDARY, 1.0)), 100)) >= BOUNDARY
+
+
+def test_a_few_step_teacher_is_asked_at_its_own_levels_alone():
+    walk = make_walk(levels=LEVELS, num_steps=4, renoise_fraction=0.25)
+    counts = {level: 0 for level in LEVELS[:-1]}
+    for answer in ask(walk, 200):
+        for level in answer["sigma"].tolist():
+            counts[level] += 1
+    assert min(counts.values()) > 0.1 * sum(counts.values())
+
+
+# ---- states beside the paths ----
+
+
+def test_noise_is_unit_noise_spread_over_the_range_of_noise_levels():
+    (answer,) = ask(make_walk(kind="noise", num_slots=64, latent_shape=(16, 8, 8), sigma_range=(0.25, 0.75)), 1)
+    latents, sigma = answer["latents"], answer["sigma"]
+    assert latents.shape == (64, 16, 8, 8) and abs(latents.mean()) < 0.02 and abs(latents.std() - 1) < 0.02
+    # Stratified: undone from the shift, exactly one draw lies in each of 64 equal slices.
+    u = (unshift(sigma.double()) - unshift(0.25)) / (unshift(0.75) - unshift(0.25))
+    assert sorted((64 * u).floor().long().tolist()) == list(range(64))
+
+
+@pytest.mark.parametrize("fraction, num_slots", [(0.25, 8), (0.75, 4), (0.25, 1)])
+def test_renoised_states_are_fresh_unit_noise_mixed_into_a_sample_of_their_prompt(fraction, num_slots):
+    clean = torch.tensor([0.5, -1.5])[:, None, None]
+    walk = make_walk(TowardsClean(clean), renoise_fraction=fraction, num_slots=num_slots, num_steps=8)
+    noises, sigmas, num_asked = [], [], 0
+    for call in range(200 + 1600 // num_slots):
+        starts = {float(level) for level in walk.grids.flatten()}
+        answer = walk.ask(call, range(num_slots))
+        if call < 200:
+            continue
+        num_asked += num_slots
+        for x, level in zip(answer["latents"], answer["sigma"].tolist(), strict=True):
+            if level not in starts:  # a level of no path
+                noises.append((x - (1 - level) * clean) / level)
+                sigmas.append(level)
+    noise, u = torch.stack(noises), unshift(torch.tensor(sigmas, dtype=torch.float64))
+    assert len(noise) / num_asked == pytest.approx(fraction, abs=0.02)
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    assert torch.histc(u, bins=4, min=0, max=1) / len(u) == pytest.approx([0.25] * 4, abs=0.05)
+
+
+def test_samples_are_kept_with_their_prompt_and_only_of_whole_paths_of_the_teacher():
+    log = {}
+    walk = make_walk(Field(constant=1.0), Field(constant=-2.0), renoise_fraction=0.25, student_rollout=(0.5, 0.5), num_prompts=1000, embeds=_Texts())  # fmt: skip
+    for answer in ask(walk, 300):
+        for (row, prompt), value in invariant_of(answer).items():
+            log.setdefault((row, prompt), set()).add(round(value, 3))
+    num_kept = 0
+    for row, count in enumerate(walk.num_samples.tolist()):
+        for sample, prompt in list(zip(walk.samples[row], walk.sample_prompts[row].tolist(), strict=True))[:count]:
+            # At sigma 0 of the constant field 1 a sample is its path's invariant, which the student's velocity would have changed.
+            assert round(float(sample[0]), 3) in log[row, prompt]
+            num_kept += 1
+    assert num_kept > 40
+
+
+def test_the_newest_samples_replace_the_oldest_of_their_slot():
+    walk = make_walk(renoise_fraction=0.01, num_steps=2)
+    ask(walk, 500)
+    assert walk.num_samples.min() > walk.options.samples_per_slot == walk.samples.shape[1]
+    newest = walk.born.max() - 1
+    assert all(0 <= prompt < NUM_PROMPTS for prompt in walk.sample_prompts.flatten().tolist()) and newest > 64
+
+
+# ---- paths of the student ----
+
+
+def test_without_rollout_the_student_is_never_asked():
+    student = Field(constant=99.0)
+    one, other = make_walk(student=student), make_walk()
+    for first, second in zip(ask(one, 60), ask(other, 60), strict=True):
+        assert torch.equal(first["latents"], second["latents"])
+    assert not student.asked
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_a_share_of_the_paths_is_the_students_each_from_start_to_end(share):
+    # x - sigma is constant on a path of the teacher, x + 2 sigma on one of the student.
+    walk = make_walk(
+        Field(constant=1.0), Field(constant=-2.0), student_rollout=(share, share), num_prompts=4000, embeds=_Texts()
+    )
+    seen: dict[tuple, list] = {}
+    for answer in ask(walk, 500):
+        for row, prompt, x, sigma in zip(*(answer[name].tolist() for name in ("rows", "prompts")), answer["latents"][:, 0, 0, 0].tolist(), answer["sigma"].tolist(), strict=True):  # fmt: skip
+            seen.setdefault((row, prompt), []).append((x, sigma))
+    rates = [
+        [(x2 - x1) / (s2 - s1) for (x1, s1), (x2, s2) in zip(path, path[1:], strict=False)] for path in seen.values()
+    ]
+    paths = [{round(rate) for rate in path} for path in rates if path]
+    assert len(paths) > 300 and all(path in ({1}, {-2}) for path in paths)
+    assert sum(path == {-2} for path in paths) / len(paths) == pytest.approx(share, abs=0.06)
+
+
+# ---- two experts ----
+
+
+def test_experts_in_turn_answer_calls_in_a_row_and_no_path_is_left_behind():
+    walk = make_walk(boundary=BOUNDARY, calls_per_expert=10)
+    sides, asked = [], torch.zeros(8)
+    answers = ask(walk, 300)
+    born = walk.born.clone()
+    for answer in [*answers, *ask(walk, 300, first=300)]:
+        is_high = answer["sigma"] >= BOUNDARY if answer else torch.ones(0)
+        sides.append(
+            "none" if not len(is_high) else "high" if is_high.all() else "low" if not is_high.any() else "both"
+        )
+        if answer:
+            asked[answer["rows"]] += 1
+    switches = sum(one != other for one, other in zip(sides, sides[1:], strict=False) if "none" not in (one, other))
+    high, low = turns(walk.options)
+    assert "both" not in sides and switches <= 2 * 600 / (high + low) + 2
+    assert asked.min() > 0.7 * asked.max() > 300, "hardly a slot waits"
+    assert (walk.born - born).min() > 15, "paths go on to their ends"
+    # Three tenths of a path's steps lie above the boundary:
+    assert 0.2 < sides.count("high") / 600 < 0.42
+
+
+def test_experts_take_turns_only_where_there_are_two():
+    one, other = make_walk(calls_per_expert=5), make_walk()
+    assert all(torch.equal(a["sigma"], b["sigma"]) for a, b in zip(ask(one, 30), ask(other, 30), strict=True))
+
+
+# ---- hidden states ----
+
+
+def test_hidden_states_come_of_the_layers_and_channels_that_were_named():
+    (whole,) = ask(make_walk(layers=(0, 2)), 1)
+    (part,) = ask(make_walk(layers=(0, 2), channels=(2, 0)), 1)
+    assert whole["features"].shape == (8, 2, 2, 3) and part["features"].shape == (8, 2, 2, 2)
+    assert torch.equal(part["features"], whole["features"][..., [2, 0]])
+    assert "features" not in ask(make_walk(), 1)[0]
