@@ -29,20 +29,14 @@ from wandistiller.model.sizes import unfilled_model
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.sampler import SamplingOptions, StudentField, sample_in_batches
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets import segments
-from wandistiller.targets.answers import Answers, HiddenStates, TeacherAnswers
-from wandistiller.targets.lanes import Lanes
-from wandistiller.targets.noise import NoiseStates
-from wandistiller.targets.prompt_order import PromptSwap
-from wandistiller.targets.renoise import RenoisedStates
-from wandistiller.targets.replay import ReplayedAnswers
-from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
-from wandistiller.targets.state_batch import DrawOptions
-from wandistiller.targets.trajectories import PathOptions, TrajectoryStates
 from wandistiller.training.feature_loss import FeatureLoss
 from wandistiller.training.loop import Observer, TrainingOptions, train
 from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
+from wandistiller.walk.batches import Batches, Schedule
+from wandistiller.walk.segments import SegmentOptions, SegmentWalk
+from wandistiller.walk.store import Store
+from wandistiller.walk.walk import Walk, WalkOptions
 from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
@@ -55,8 +49,7 @@ STUDENT = StudentConfig(hidden_size=24, depth=1, num_heads=1, ffn_dim=32, **SHAP
 LITE = StudentConfig(**SHAPE | {"block": "lite", "hidden_size": 24, "depth": 1, "num_heads": 2})
 LATENTS = (16, 8, 8)
 EMBEDS = mock_prompt_embeds(["a red cube", "a dog", "two cats on a mat", "rain", "a blue ball"], TEXT_DIM)
-LANES = Lanes(4)
-PATHS, NUM_STEPS = 2, 8  # all paths are drawn first, then they end one after another
+NUM_SLOTS, NUM_STEPS = 4, 8  # every path jumps first, then they end one after another
 # Where the host is meant to wait: how often at most, and why.
 Meant = dict[str, tuple[float, str]]
 A_STEP: Meant = {
@@ -116,12 +109,12 @@ def gradients_of_nothing(model: torch.nn.Module):
         yield
 
 
-def waits_of_steps(gpu: FakeGpu, student: WanLiteStudent, answers: Answers, has_maps: bool = False) -> list[list[Wait]]:
+def waits_of_steps(gpu: FakeGpu, student: WanLiteStudent, batches: Batches, has_maps: bool = False) -> list[list[Wait]]:
     """Train, and return the waits of each step but the first two, in which there is what is made at first use."""
     feature_loss = None
     if has_maps:
         feature_loss = filled(FeatureLoss(24, 48, 1, has_maps=True).to("meta"), gpu.mode, GPU)
-    objective = Objective(shift=5.0, feature_loss=feature_loss, feature_weight=1.0, device=GPU)
+    objective = Objective(feature_loss=feature_loss, feature_weight=1.0, device=GPU)
     options = TrainingOptions(
         batch_size=4,
         num_steps=NUM_STEPS,
@@ -131,7 +124,7 @@ def waits_of_steps(gpu: FakeGpu, student: WanLiteStudent, answers: Answers, has_
     )
     steps = Steps(gpu)
     with gradients_of_nothing(TrainedStudent(student, objective)):
-        train(student, answers, objective, options, steps)
+        train(student, batches, objective, options, steps)
     assert len(steps.waits) == NUM_STEPS
     return steps.waits[2:]
 
@@ -147,19 +140,24 @@ def check(waits: list[Wait], meant: Meant) -> None:
 # ---- training ----
 
 
-def live_answers(teacher: Teacher, kind: str = "paths", lanes: Lanes = LANES, **changes) -> TeacherAnswers:
-    """The teacher's answers at states of some kind, of a pool so small that its paths end within the steps of a test."""
-    swap = PromptSwap(0.5, len(EMBEDS))
-    draw = DrawOptions(latent_shape=LATENTS, num_prompts=len(EMBEDS), lanes=lanes, shift=5.0, swap=swap, device=GPU)
-    paths = PathOptions(num_steps=4, per_lane=PATHS, boundary=teacher.settings.boundary_ratio, **changes)
-    states = {
-        "paths": lambda: TrajectoryStates(draw, paths),
-        "renoised": lambda: RenoisedStates(draw, paths, 0.5),
-        "noise": lambda: NoiseStates(draw),
-    }[kind]()
-    rollout = (0.0, 0.0) if kind == "renoised" else (0.5, 1.0)
-    hidden = HiddenStates([0], None)
-    return TeacherAnswers(teacher, states, EMBEDS, GPU, torch.float32, hidden_states=hidden, student_rollout=rollout)
+def make_batches(
+    teacher: Teacher,
+    student: WanLiteStudent,
+    slots: range = range(NUM_SLOTS),
+    replay: int = 1,
+    micro_batch: int = 0,
+    **changes,
+) -> Batches:
+    """Batches of a walk whose paths are so short that they end within the steps of a test."""
+    values = {
+        "key": (0, 0), "latent_shape": LATENTS, "num_prompts": len(EMBEDS), "num_slots": slots.stop, "batch_size": slots.stop,
+        "shift": 5.0, "num_steps": 4, "boundary": teacher.settings.boundary_ratio, "student_rollout": (0.5, 1.0), "device": GPU,
+    }  # fmt: skip
+    kind, made = (SegmentOptions, SegmentWalk) if "num_segments" in changes else (WalkOptions, Walk)
+    walk = made(teacher, student, EMBEDS, kind(**values | changes), slots)
+    schedule = Schedule(NUM_STEPS, replay, getattr(walk.options, "steps_per_segment", 1), walk.calls_before_first)
+    store = Store(schedule.capacity, slots, slots.stop, (0, 0), GPU)
+    return Batches([(walk, store)], [schedule], EMBEDS, micro_batch or len(slots), GPU)
 
 
 RUNS: dict[str, tuple[dict, dict]] = {
@@ -167,56 +165,45 @@ RUNS: dict[str, tuple[dict, dict]] = {
     "two experts": ({"num_experts": 2}, {}),
     "two experts in turns": ({"num_experts": 2, "is_offloaded": True}, {"calls_per_expert": 1}),
     "fp8": ({"is_fp8": True}, {}),
-    "renoised": ({}, {"kind": "renoised"}),
-    "two experts, renoised, in parts": ({"num_experts": 2}, {"kind": "renoised", "lanes": Lanes(4, 0, 4, 2)}),
+    "renoised": ({}, {"renoise_fraction": 0.5, "num_steps": 2, "student_rollout": (0.0, 0.0)}),
+    "two experts, renoised, in parts": ({"num_experts": 2}, {"renoise_fraction": 0.5, "micro_batch": 2}),
     "noise": ({"num_experts": 2}, {"kind": "noise"}),
     "guided at some noise levels": ({"guidance_range": (0.9, 1.0)}, {}),
-    "one of two processes": ({}, {"lanes": Lanes(8, 4, 4, 4)}),
+    "one of two processes": ({}, {"slots": range(4, 8)}),
+    "replayed": ({}, {"replay": 2}),
+    "segments": ({}, {"num_segments": 2}),
+    "segments, two experts": ({"num_experts": 2}, {"num_segments": 2}),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step_stays_on_the_gpu_and_waits_for_it_once(name):
     of_teacher, of_states = RUNS[name]
+    has_maps = "num_segments" not in of_states
     with fake_gpu() as gpu:
-        teacher = make_teacher(gpu, **of_teacher)
-        answers = live_answers(teacher, **of_states)
-        for waits in waits_of_steps(gpu, make_student(gpu), answers, has_maps=True):
+        teacher, student = make_teacher(gpu, **of_teacher), make_student(gpu)
+        batches = make_batches(teacher, student, **of_states, **({"layers": (0,)} if has_maps else {}))
+        for waits in waits_of_steps(gpu, student, batches, has_maps):
             check(waits, A_STEP)
             assert len(waits) == 1
-    if "low" in teacher.experts:
+    walk, _ = batches.sources[0]
+    if "low" in teacher.experts and name != "two experts in turns":
         assert teacher.num_swaps > 0
-    if of_states.get("kind") == "renoised":
-        assert answers.states.num_kept.sum() > 0
+    if name == "renoised":
+        assert walk.num_samples.sum() > 0
     if of_teacher.get("is_offloaded"):
         places = [{weight.device.type for weight in expert.parameters()} for expert in teacher.experts.values()]
         assert sorted(places, key=str) == [{"cpu"}, {"cuda"}]
 
 
-@pytest.mark.parametrize("student", [STUDENT, LITE], ids=["wan", "lite"])
-def test_a_replayed_step_too(student):
-    with fake_gpu() as gpu:
-        source = live_answers(make_teacher(gpu))
-        if student is LITE:
-            source.layers = ()  # its tokens are not the teacher's
-        answers = ReplayedAnswers(source, EMBEDS, 2, NUM_STEPS, 0, GPU)
-        for waits in waits_of_steps(gpu, make_student(gpu, student), answers, has_maps=student is STUDENT):
+def test_a_step_of_a_lite_student_too():
+    with fake_gpu() as gpu:  # its tokens are not the teacher's
+        student = make_student(gpu, LITE)
+        batches = make_batches(make_teacher(gpu), student, replay=2)
+        for waits in waits_of_steps(gpu, student, batches):
             check(waits, A_STEP)
             assert len(waits) == 1
-    assert answers.num_calls == NUM_STEPS / 2
-
-
-@pytest.mark.parametrize("num_experts", [1, 2])
-def test_a_step_towards_the_end_of_a_segment_too(num_experts):
-    with fake_gpu() as gpu, pytest.MonkeyPatch.context() as patched:
-        patched.setattr(segments, "PATHS_PER_LANE", PATHS)
-        teacher, student = make_teacher(gpu, num_experts), make_student(gpu)
-        draw = DrawOptions(latent_shape=LATENTS, num_prompts=len(EMBEDS), lanes=LANES, shift=5.0, device=GPU)
-        options = SegmentOptions(num_segments=2, num_teacher_steps=4, student_rollout=(1.0, 1.0))
-        answers = SegmentAnswers(teacher, student, EMBEDS, draw, options)
-        for waits in waits_of_steps(gpu, student, answers):
-            check(waits, A_STEP)
-            assert len(waits) == 1
+    assert batches.num_calls == NUM_STEPS / 2
 
 
 # ---- sampling and measuring ----

@@ -282,7 +282,8 @@ def _measure(passes: list[_Pass], grad_norm: Tensor, is_stopped: bool, processes
     samples = processes.gathered(torch.stack([sigma.to(by_sample), by_sample], dim=1))
     # note: CPU-GPU sync point, the only one of a step
     velocity, features, stops, norm, *rest = torch.cat([head, grad_norm.to(head)[None], samples.flatten()]).tolist()
-    return _Measured(velocity, features, passes[0].has_features, norm, stops > 0, rest[0::2], rest[1::2])
+    stops_now = is_stopped or (processes.are_many and stops > 0)
+    return _Measured(velocity, features, passes[0].has_features, norm, stops_now, rest[0::2], rest[1::2])
 
 
 def is_due(step: int, every: int, is_last: bool) -> bool:
