@@ -61,7 +61,7 @@ def schedules_of(settings: Settings) -> list[Schedule]:
         options = walk_options(settings, 0, settings.num_samples_per_step)
         per_target, before_first = options.steps_per_segment, options.calls_before_first
     counts = shares(settings.num_steps, len(settings.image_sizes))
-    return [Schedule(count, settings.replay, per_target, before_first) for count in counts]
+    return [Schedule(count, settings.replay, per_target, before_first, len(counts)) for count in counts]
 
 
 def walk_options(
@@ -83,6 +83,7 @@ def walk_options(
         "num_steps": teacher.num_inference_steps,
         "levels": (*settings.teacher_levels, 0.0) if settings.teacher_levels else None,
         "student_rollout": settings.student_rollout,
+        "num_sizes": len(settings.image_sizes),
         "device": settings.device,
         "compute_dtype": settings.compute_dtype,
     }

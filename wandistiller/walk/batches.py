@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wandistiller.device import to_device
 from wandistiller.walk.cache import CachedAnswers
-from wandistiller.walk.grids import calls_per_target
 from wandistiller.walk.store import CAPACITY, Store
 from wandistiller.walk.walk import Walk
 from wandistiller.wan.prompt_embeds import PromptEmbeds
@@ -47,12 +47,14 @@ class Schedule:
     Attributes:
         per_target: calls behind one target.
         before_first: calls until every slot has a target.
+        num_sizes: image sizes that share the room of the store.
     """
 
     num_steps: int
     replay: int
     per_target: int = 1
     before_first: int = 1
+    num_sizes: int = 1
 
     @property
     def num_targets(self) -> int:
@@ -67,17 +69,30 @@ class Schedule:
     @property
     def capacity(self) -> int:
         """Targets of a slot that a store has room for."""
-        return min(CAPACITY, self.num_targets)
+        return min(CAPACITY // self.num_sizes, self.num_targets)
 
     def due(self, step: int) -> int:
         """Return the calls that are to be made by a step (from 0): a few in a row, and then more at the early steps than at the late.
 
         Without fresh answers no stored one is taken so often that it counts for more than the others.
         """
-        asking_steps = self.num_steps - min(round((1 - ASKING_SHARE) * self.num_steps), CAPACITY * self.replay // 2)
+        asking_steps = self.num_steps - min(round((1 - ASKING_SHARE) * self.num_steps), self.capacity * self.replay // 2)
         targets = LEAD_CALLS + min(1.0, step / asking_steps) * self.num_targets
         targets = min(step + 1, math.ceil(targets), self.num_targets)
         return self.before_first - 1 + targets * self.per_target
+
+
+def with_fresh_features(kept: Tensor | None, fresh: dict[str, Tensor], rows: range) -> Tensor:
+    """Return the hidden states of a micro-batch (B, layers, L, D): those of fresh answers, and what a store has kept of the others.
+
+    A store may have no room for any. Zeros then stand for them, to which the feature loss gives no weight.
+    """
+    features = fresh["features"]
+    if len(features) == len(rows):
+        return features
+    whole = features.new_zeros(len(rows), *features.shape[1:]) if kept is None else kept.to(features.dtype)
+    whole[to_device(fresh["rows"] - rows.start, features.device)] = features
+    return whole
 
 
 class Batches:
@@ -128,8 +143,8 @@ class Batches:
                 fresh = walk.ask(call, rows, step / self.num_steps)
                 store.add(fresh)
             taken = store.sample(own_step, rows)
-            if "features" in fresh and len(fresh["rows"]) == len(rows):  # which a store may have no room for
-                taken["features"] = fresh["features"]
+            if "features" in fresh:
+                taken["features"] = with_fresh_features(taken.get("features"), fresh, rows)
             yield self._batch(taken)
         self.calls[size] = max(due, self.calls[size])
 

@@ -28,6 +28,11 @@ class SegmentOptions(WalkOptions):
     num_segments: int
 
     @property
+    def latents_per_slot(self) -> int:
+        """Latents that a walk keeps on the device for each slot: of each path the start, where it is now, and a velocity."""
+        return 3 * self.paths_per_slot
+
+    @property
     def steps_per_segment(self) -> int:
         return calls_per_target(self.num_steps, self.num_segments)
 

@@ -68,6 +68,7 @@ class WalkOptions:
         student_rollout: share of the paths that follow the student's velocity, at the start and at the end of training.
         layers: teacher layers whose hidden states are compared.
         channels: which of their channels; None for all.
+        num_sizes: image sizes that share the room for finished samples.
     """
 
     key: tuple[int, int]
@@ -86,6 +87,7 @@ class WalkOptions:
     student_rollout: tuple[float, float] = (0.0, 0.0)
     layers: Sequence[int] = ()
     channels: Sequence[int] | None = None
+    num_sizes: int = 1
     device: str = "cpu"
     compute_dtype: torch.dtype = torch.float32
 
@@ -99,8 +101,13 @@ class WalkOptions:
         return PATHS_IN_TURNS if self.in_turns else paths_per_slot(self.batch_size)
 
     @property
+    def latents_per_slot(self) -> int:
+        """Latents that a walk keeps on the device for each slot."""
+        return self.paths_per_slot + self.samples_per_slot if self.kind == "paths" else 0
+
+    @property
     def samples_per_slot(self) -> int:
-        return SAMPLES_PER_SLOT if self.renoise_fraction else 0
+        return max(1, SAMPLES_PER_SLOT // self.num_sizes) if self.renoise_fraction else 0
 
 
 def paths_per_slot(batch_size: int) -> int:
