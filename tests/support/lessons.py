@@ -3,16 +3,15 @@
 The loop, the state of a run and its checkpoints are tested with these, apart from where training states come from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from support.runs import PRUNED_CONFIG
 from support.wan_folders import random_weights
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.targets.answers import Answer
-from wandistiller.targets.lanes import Lanes
 from wandistiller.training.loop import Observer
+from wandistiller.walk.batches import Batch
 
 LATENTS = (16, 4, 4)
 
@@ -23,29 +22,28 @@ def make_student(seed: int = 0, config: dict = PRUNED_CONFIG) -> WanLiteStudent:
     return student
 
 
-def make_batch(seed: int = 0, size: int = 3, latents: tuple[int, ...] = LATENTS, **changes) -> Answer:
+def make_batch(seed: int = 0, size: int = 3, latents: tuple[int, ...] = LATENTS, **changes) -> Batch:
     """A batch of states, prompts of 2, 3, ... tokens and target velocities; fields given in `changes` win."""
     generator = torch.Generator().manual_seed(seed)
     values = {name: torch.randn(size, *latents, generator=generator) for name in ("latents", "velocity")}
-    values |= {"sigma": torch.rand(size, generator=generator), "weights": torch.ones(size), "prompts": [*range(size)]}
+    values["sigma"] = torch.rand(size, generator=generator)
     values["prompt_lengths"] = torch.arange(size) + 2
     values["prompt_embeds"] = torch.randn(size, size + 1, 20, generator=generator)
-    return Answer(**values | changes)
+    return Batch(**values | changes)
 
 
 class Lessons:
-    """Gives a new batch at every call, of a teacher that is asked every time; a saved state goes on where it was."""
+    """Gives a batch by the number of its step, of a teacher that is asked every time; stands in for `walk.batches.Batches`."""
+
+    num_micro_batches = 1
 
     def __init__(self, seed: int = 0, size: int = 3, **changes):
         self.seed, self.size, self.changes = seed, size, changes
-        self.num_calls, self.lanes = 0, Lanes(size)
+        self.num_calls = 0
 
-    def next(self) -> Answer:
+    def of_step(self, step: int) -> Iterator[Batch]:
         self.num_calls += 1
-        return make_batch(1000 * self.seed + self.num_calls, self.size, **self.changes)
-
-    def advance(self, *_) -> None:
-        """Nothing moves on."""
+        yield make_batch(1000 * self.seed + step + 1, self.size, **self.changes)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"num_calls": torch.tensor(self.num_calls)}

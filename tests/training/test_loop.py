@@ -31,7 +31,7 @@ from wandistiller.training.stop import StopRequest
 
 OPTIMIZATION = OptimizationOptions(lr=3e-3, max_grad_norm=0.05, weight_decay=0.1)
 OPTIONS = TrainingOptions(batch_size=3, num_steps=3, optimization=OPTIMIZATION, seed=11)
-OBJECTIVE = Objective(shift=3.0)
+OBJECTIVE = Objective()
 
 
 def copy_of(student) -> dict[str, torch.Tensor]:
@@ -108,9 +108,9 @@ def test_a_student_trained_with_an_average_ends_as_that_average():
 # ---- the step ----
 
 
-def loss_by_hand(student, lessons) -> torch.Tensor:
+def loss_by_hand(student, lessons, step: int) -> torch.Tensor:
     """MSE of the two velocities, one sample and its own text at a time, with 1000 sigma written out."""
-    batch, squares = lessons.next(), []
+    (batch,), squares = lessons.of_step(step - 1), []
     for row, length in enumerate(batch.prompt_lengths.tolist()):
         x, timestep, text = (value[row : row + 1] for value in (batch.latents, 1000 * batch.sigma, batch.prompt_embeds))
         velocity = student(x, timestep, text[:, :length], torch.tensor([length]))
@@ -139,7 +139,7 @@ def test_three_steps_equal_clipping_and_adamw_written_by_hand():
     parameters = list(expected.parameters())
     moments = [(torch.zeros_like(parameter), torch.zeros_like(parameter)) for parameter in parameters]
     for step in range(1, 4):
-        loss = loss_by_hand(expected, lessons)
+        loss = loss_by_hand(expected, lessons, step)
         gradients = torch.autograd.grad(loss, parameters)
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         assert norm > OPTIMIZATION.max_grad_norm, "clipping was not tested"
@@ -260,14 +260,14 @@ def test_a_weight_that_is_not_finite_is_named():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_loop_after_the_step_in_hand_and_nothing_is_measured_any_more(number):
     before, lessons, measured = signal.getsignal(number), Lessons(), []
-    give = lessons.next
+    give = lessons.of_step
 
-    def interrupt_the_fourth():
-        if lessons.num_calls == 3:
+    def interrupt_the_fourth(step: int):
+        if step == 3:
             os.kill(os.getpid(), number)
-        return give()
+        return give(step)
 
-    lessons.next = interrupt_the_fourth
+    lessons.of_step = interrupt_the_fourth
     watching = Watching(evaluate=lambda _: measured.append(lessons.num_calls) or {})
     result = train(make_student(), lessons, OBJECTIVE, replace(OPTIONS, num_steps=50, eval_every=2), watching)
     assert result.interrupted and result.num_steps == len(result.losses) == 4

@@ -78,7 +78,7 @@ def test_the_ends_of_a_few_step_teachers_segments_are_levels_of_its_own():
         torch.tensor(level).item() for level in levels
     }
     # Two of Euler's steps, as its sampler takes them:
-    by_level = dict(zip(levels, levels[1:], strict=False))
+    by_level = dict(pairwise(levels))
     middle = [
         by_level[min(by_level, key=lambda known, level=level: abs(known - level))] for level in found["sigma"].tolist()
     ]

@@ -16,7 +16,7 @@ from wandistiller.walk.store import MAX_FEATURE_BYTES, Store
 NUM_SLOTS = 8
 
 
-def answer_of(call: int, rows: range = range(NUM_SLOTS), **more) -> dict[str, torch.Tensor]:
+def answer_of(call: int, rows: range = range(NUM_SLOTS)) -> dict[str, torch.Tensor]:
     """An answer whose values tell call and slot."""
     number = call * 100.0 + torch.tensor(rows)
     values = number[:, None, None, None].expand(-1, 2, 1, 1).clone()
@@ -26,7 +26,6 @@ def answer_of(call: int, rows: range = range(NUM_SLOTS), **more) -> dict[str, to
         "velocity": -values,
         "sigma": number,
         "prompts": number.long(),
-        **more,
     }
 
 
@@ -103,15 +102,14 @@ def test_a_store_goes_on_from_a_saved_state_also_in_a_longer_run():
 
 
 def test_hidden_states_are_kept_while_there_is_room_for_them():
-    small, large = (
-        torch.ones(NUM_SLOTS, 2, 3, 4),
-        torch.ones(NUM_SLOTS, 1, 1, MAX_FEATURE_BYTES // 2 // 16 // NUM_SLOTS + 1),
-    )
+    large = MAX_FEATURE_BYTES // 2 // 16 // NUM_SLOTS // 2 + 1  # two layers of them are too much
     stores = [make_store(), make_store()]
-    for store, features in zip(stores, (small, large), strict=True):
-        store.add(answer_of(0, features=features))
+    for store, shape in zip(stores, ((3, 4), (1, large)), strict=True):
+        features = {f"features.{layer}": torch.ones(NUM_SLOTS, *shape) for layer in range(2)}
+        store.add(answer_of(0) | features)
     kept, left = (store.sample(0, range(NUM_SLOTS)) for store in stores)
-    assert kept["features"].dtype == torch.bfloat16 and kept["features"].shape == small.shape and "features" not in left
+    assert kept["features.1"].dtype == torch.bfloat16 and kept["features.1"].shape == (NUM_SLOTS, 3, 4)
+    assert "latents" in left and "features.1" not in left
 
 
 # ---- when the teacher is asked ----
@@ -151,7 +149,7 @@ def test_micro_batches_are_the_rows_of_the_whole_and_processes_those_of_one():
 
 def test_hidden_states_come_with_fresh_answers_even_where_none_are_kept():
     batches = make_batches(12, layers=(0, 1))
-    batches.sources[0][1].keeps_features = lambda shape: False
+    batches.sources[0][1].keeps_features = lambda *shape: False
     has_features = [bool(batch.features) for step in range(12) for batch in batches.of_step(step)]
     assert has_features == [step < 3 for step in range(12)], "three calls, each at a step of its own"
 

@@ -5,6 +5,8 @@ The oracles are Euler's method by hand and velocity fields that are known in clo
 pytest tests/walk/test_walk.py
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -229,9 +231,7 @@ def test_a_share_of_the_paths_is_the_students_each_from_start_to_end(share):
     for answer in ask(walk, 500):
         for row, prompt, x, sigma in zip(*(answer[name].tolist() for name in ("rows", "prompts")), answer["latents"][:, 0, 0, 0].tolist(), answer["sigma"].tolist(), strict=True):  # fmt: skip
             seen.setdefault((row, prompt), []).append((x, sigma))
-    rates = [
-        [(x2 - x1) / (s2 - s1) for (x1, s1), (x2, s2) in zip(path, path[1:], strict=False)] for path in seen.values()
-    ]
+    rates = [[(x2 - x1) / (s2 - s1) for (x1, s1), (x2, s2) in itertools.pairwise(path)] for path in seen.values()]
     paths = [{round(rate) for rate in path} for path in rates if path]
     assert len(paths) > 300 and all(path in ({1}, {-2}) for path in paths)
     assert sum(path == {-2} for path in paths) / len(paths) == pytest.approx(share, abs=0.06)
@@ -252,7 +252,7 @@ def test_experts_in_turn_answer_calls_in_a_row_and_no_path_is_left_behind():
         )
         if answer:
             asked[answer["rows"]] += 1
-    switches = sum(one != other for one, other in zip(sides, sides[1:], strict=False) if "none" not in (one, other))
+    switches = sum(one != other for one, other in itertools.pairwise(sides) if "none" not in (one, other))
     high, low = turns(walk.options)
     assert "both" not in sides and switches <= 2 * 600 / (high + low) + 2
     assert asked.min() > 0.7 * asked.max() > 300, "hardly a slot waits"
@@ -272,6 +272,6 @@ def test_experts_take_turns_only_where_there_are_two():
 def test_hidden_states_come_of_the_layers_and_channels_that_were_named():
     (whole,) = ask(make_walk(layers=(0, 2)), 1)
     (part,) = ask(make_walk(layers=(0, 2), channels=(2, 0)), 1)
-    assert whole["features"].shape == (8, 2, 2, 3) and part["features"].shape == (8, 2, 2, 2)
-    assert torch.equal(part["features"], whole["features"][..., [2, 0]])
-    assert "features" not in ask(make_walk(), 1)[0]
+    assert whole["features.1"].shape == (8, 2, 3) and part["features.1"].shape == (8, 2, 2)
+    assert torch.equal(part["features.1"], whole["features.1"][..., [2, 0]]) and "features.2" not in whole
+    assert "features.0" not in ask(make_walk(), 1)[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wandistiller.device import to_device
 from wandistiller.walk.cache import CachedAnswers
-from wandistiller.walk.store import CAPACITY, Store
+from wandistiller.walk.store import CAPACITY, Store, is_feature
 from wandistiller.walk.walk import Walk
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
@@ -76,22 +76,23 @@ class Schedule:
 
         Without fresh answers no stored one is taken so often that it counts for more than the others.
         """
-        asking_steps = self.num_steps - min(round((1 - ASKING_SHARE) * self.num_steps), self.capacity * self.replay // 2)
+        asking_steps = self.num_steps - min(
+            round((1 - ASKING_SHARE) * self.num_steps), self.capacity * self.replay // 2
+        )
         targets = LEAD_CALLS + min(1.0, step / asking_steps) * self.num_targets
         targets = min(step + 1, math.ceil(targets), self.num_targets)
         return self.before_first - 1 + targets * self.per_target
 
 
-def with_fresh_features(kept: Tensor | None, fresh: dict[str, Tensor], rows: range) -> Tensor:
-    """Return the hidden states of a micro-batch (B, layers, L, D): those of fresh answers, and what a store has kept of the others.
+def with_fresh_features(kept: Tensor | None, fresh: Tensor, fresh_rows: Tensor, rows: range) -> Tensor:
+    """Return the hidden states (B, L, D) of a micro-batch: those of fresh answers, and what a store has kept of the others.
 
     A store may have no room for any. Zeros then stand for them, to which the feature loss gives no weight.
     """
-    features = fresh["features"]
-    if len(features) == len(rows):
-        return features
-    whole = features.new_zeros(len(rows), *features.shape[1:]) if kept is None else kept.to(features.dtype)
-    whole[to_device(fresh["rows"] - rows.start, features.device)] = features
+    if len(fresh) == len(rows):
+        return fresh
+    whole = fresh.new_zeros(len(rows), *fresh.shape[1:]) if kept is None else kept.to(fresh.dtype)
+    whole[to_device(fresh_rows - rows.start, fresh.device)] = fresh
     return whole
 
 
@@ -143,21 +144,21 @@ class Batches:
                 fresh = walk.ask(call, rows, step / self.num_steps)
                 store.add(fresh)
             taken = store.sample(own_step, rows)
-            if "features" in fresh:
-                taken["features"] = with_fresh_features(taken.get("features"), fresh, rows)
+            for name in filter(is_feature, fresh):
+                taken[name] = with_fresh_features(taken.get(name), fresh[name], fresh["rows"], rows)
             yield self._batch(taken)
         self.calls[size] = max(due, self.calls[size])
 
     def _batch(self, taken: dict[str, Tensor]) -> Batch:
         prompt_embeds, prompt_lengths = self.prompt_embeds.batch(taken["prompts"], self.device)
-        features = taken["features"].unbind(dim=1) if "features" in taken else ()
+        features = sorted((name for name in taken if is_feature(name)), key=lambda name: int(name.split(".")[1]))
         return Batch(
             latents=taken["latents"],
             sigma=taken["sigma"],
             prompt_embeds=prompt_embeds,
             prompt_lengths=prompt_lengths,
             velocity=taken["velocity"],
-            features=features,
+            features=tuple(taken[name] for name in features),
         )
 
     def state_dict(self) -> dict[str, Tensor]:

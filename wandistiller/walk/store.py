@@ -1,6 +1,7 @@
 """The store of answers that steps learn from: each answer serves several steps, since a student's pass is far cheaper than a call."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,10 +13,9 @@ from wandistiller.walk.draws import SAMPLE, rng
 CAPACITY = 256
 # Hidden states are kept beside the answers where those of all processes take no more bytes than this together.
 MAX_FEATURE_BYTES = 256 * 2**20
-_ON_DEVICE = ("latents", "velocity", "features")
 
 
-def feature_bytes(num_answers: int, num_layers: int, shape: tuple[int, ...], num_sizes: int = 1) -> int:
+def feature_bytes(num_answers: int, num_layers: int, shape: Sequence[int], num_sizes: int = 1) -> int:
     """Return the bytes of hidden states of this shape (L, D) beside so many answers; 0 where that is too much to keep.
 
     Args:
@@ -23,6 +23,11 @@ def feature_bytes(num_answers: int, num_layers: int, shape: tuple[int, ...], num
     """
     num_bytes = torch.bfloat16.itemsize * num_answers * num_layers * math.prod(shape)
     return num_bytes if num_bytes <= MAX_FEATURE_BYTES // num_sizes else 0
+
+
+def is_feature(name: str) -> bool:
+    """Return whether a tensor of an answer holds the hidden states of a layer."""
+    return name.startswith("features.")
 
 
 class Store:
@@ -71,7 +76,7 @@ class Store:
         self.num_stored[rows] += 1
 
     def sample(self, step: int, rows: range) -> dict[str, Tensor]:
-        """Return an answer of each of these slots for a step to learn from: latents, sigma, prompts, velocity and features if kept."""
+        """Return an answer of each of these slots for a step to learn from: latents, sigma, prompts, velocity, and features where these are kept."""
         own = torch.tensor(rows)
         stored = self.num_stored[own].clamp(max=self.capacity)
         chances = torch.from_numpy(rng(*self.key, SAMPLE, step).random((self.batch_size, 2)))
@@ -81,14 +86,14 @@ class Store:
         newest = (self.num_stored[own] - 1) % self.capacity
         places = torch.where(self.uses[own, newest] == 0, newest, places)
         self.uses[own, places] += 1
-        return {name: values[self._at(name, own), self._at(name, places)] for name, values in self.rows.items()}
+        return {
+            name: values[to_device(own, values.device), to_device(places, values.device)]
+            for name, values in self.rows.items()
+        }
 
-    def keeps_features(self, shape: tuple[int, ...]) -> bool:
-        """Return whether there is room for hidden states (layers, L, D) beside every answer."""
-        return feature_bytes(self.batch_size * self.capacity, shape[0], tuple(shape[1:]), self.num_sizes) > 0
-
-    def _at(self, name: str, indices: Tensor) -> Tensor:
-        return to_device(indices, self.device) if name in _ON_DEVICE else indices
+    def keeps_features(self, num_layers: int, shape: Sequence[int]) -> bool:
+        """Return whether there is room for hidden states (L, D) of so many layers beside every answer."""
+        return feature_bytes(self.batch_size * self.capacity, num_layers, shape, self.num_sizes) > 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything by slots along the first dimension, without the places that are still empty."""
@@ -110,11 +115,12 @@ class Store:
         self.capacity = max(self.capacity, filled)  # of a run that was longer
         self.num_stored = state["num_stored"].clone()
         self.uses = self._with_room(state["uses"], "cpu")
-        for name, values in state.items():
-            name = name.removeprefix("rows.")
-            if name in ("uses", "num_stored") or (name == "features" and not self.keeps_features(values.shape[2:])):
-                continue  # such features are those of a run that was shorter
-            self.rows[name] = self._with_room(values, self.device if name in _ON_DEVICE else "cpu")
+        rows = {name.removeprefix("rows."): values for name, values in state.items() if name.startswith("rows.")}
+        features = [values for name, values in rows.items() if is_feature(name)]
+        is_kept = bool(features) and self.keeps_features(len(features), features[0].shape[2:])
+        for name, values in rows.items():
+            if is_kept or not is_feature(name):  # those of a shorter run may have no room in a longer one
+                self.rows[name] = self._with_room(values, "cpu" if name in ("sigma", "prompts") else self.device)
 
     def _with_room(self, filled: Tensor, device: str) -> Tensor:
         """Return what was stored (slots, filled, ...) with the places (slots, capacity, ...) that are still empty."""

@@ -230,8 +230,8 @@ class Walk:
             progress: how much of the training is done, from 0 to 1.
 
         Returns:
-            latents (B, C, H, W), sigma (B,), prompts (B,), velocity (B, C, H, W), rows (B,) and, where layers were named, features
-            (B, layers, L, D). B is smaller than len(rows) where some slots have no path on the side of the expert in use.
+            latents (B, C, H, W), sigma (B,), prompts (B,), velocity (B, C, H, W), rows (B,) and for each layer that was named
+            "features.N" (B, L, D). B is smaller than len(rows) where some slots have no path on the side of the expert in use.
         """
         states = self._states(call, torch.tensor(rows))
         if states is None:
@@ -240,9 +240,7 @@ class Walk:
         self._move(states, velocity, progress)
         answer = {name: getattr(states, name) for name in ("latents", "sigma", "prompts", "rows")}
         answer["velocity"] = velocity.float()
-        if features:
-            answer["features"] = torch.stack([self._of_channels(hidden) for hidden in features], dim=1)
-        return answer
+        return answer | {f"features.{number}": self._of_channels(hidden) for number, hidden in enumerate(features)}
 
     def _of_channels(self, hidden: Tensor) -> Tensor:
         return hidden if self.channels is None else hidden[..., self.channels]
