@@ -62,21 +62,22 @@ class Store:
         """Keep an answer of some of the slots: what `Walk.ask` returns."""
         if not answer:
             return
-        rows, values = answer["rows"], {name: value for name, value in answer.items() if name != "rows"}
-        for name, value in values.items():
-            if name not in self.rows and (name != "features" or self.keeps_features(value.shape[1:])):
-                dtype = torch.bfloat16 if name == "features" else value.dtype
-                self.rows[name] = torch.zeros(
-                    len(self.slots), self.capacity, *value.shape[1:], dtype=dtype, device=value.device
-                )
+        rows, features = answer["rows"], [value for name, value in answer.items() if is_feature(name)]
+        is_kept = bool(features) and self.keeps_features(len(features), features[0].shape[1:])
         places = self.num_stored[rows] % self.capacity
-        for name in self.rows.keys() & values.keys():
-            self.rows[name][self._at(name, rows), self._at(name, places)] = values[name].to(self.rows[name].dtype)
+        for name, value in answer.items():
+            if name == "rows" or (is_feature(name) and not is_kept):
+                continue
+            if name not in self.rows:
+                shape, dtype = value.shape[1:], torch.bfloat16 if is_feature(name) else value.dtype
+                self.rows[name] = torch.zeros(len(self.slots), self.capacity, *shape, dtype=dtype, device=value.device)
+            kept = self.rows[name]
+            kept[to_device(rows, kept.device), to_device(places, kept.device)] = value.to(kept.dtype)
         self.uses[rows, places] = 0
         self.num_stored[rows] += 1
 
     def sample(self, step: int, rows: range) -> dict[str, Tensor]:
-        """Return an answer of each of these slots for a step to learn from: latents, sigma, prompts, velocity, and features where these are kept."""
+        """Return an answer of each of these slots for a step: latents, sigma, prompts, velocity, and features where they are kept."""
         own = torch.tensor(rows)
         stored = self.num_stored[own].clamp(max=self.capacity)
         chances = torch.from_numpy(rng(*self.key, SAMPLE, step).random((self.batch_size, 2)))
