@@ -4,7 +4,7 @@
 backward pass, clipping, the optimiser, the average. torch's MemTracker counts the bytes that would have been there at once.
 
 Weights and all that is computed with them are fake CPU tensors, since autograd and autocast work with these; the bookkeeping of
-noise levels, lanes and prompts is real. Kernels are the CPU's but for RMSNorm, which `gpu_norms` makes the GPU's.
+noise levels, slots and prompts is real. Kernels are the CPU's but for RMSNorm, which `gpu_norms` makes the GPU's.
 """
 
 import contextlib
@@ -26,21 +26,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from wandistiller.budget.workload import Workload
 from wandistiller.device import DTYPES
 from wandistiller.model.fp8 import to_fp8
-from wandistiller.model.sizes import unfilled_model
+from wandistiller.model.sizes import sides, unfilled_model
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes
 from wandistiller.projection.selection import spread_layers
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets.answers import NO_HIDDEN_STATES, Answers, HiddenStates, TeacherAnswers
-from wandistiller.targets.lanes import Lanes
-from wandistiller.targets.state_batch import StateBatch
-from wandistiller.targets.states import StatesOptions, build_states
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
 from wandistiller.training.loop import Observer, Saving, TrainingOptions, _Loop
 from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.training.state import RunState
 from wandistiller.training.stop import StopRequest
+from wandistiller.walk.batches import Batches, Schedule
+from wandistiller.walk.store import Store
+from wandistiller.walk.walk import States, Walk, WalkOptions
 from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import resolve_settings
@@ -136,16 +135,14 @@ class StepMemory(MemTracker):
 # ---- a step ----
 
 
-def build_answers(workload: Workload, mode: FakeTensorMode) -> tuple[Answers, Teacher]:
-    """Build the teacher's answers at the default states, with the hidden states that the workload compares."""
-    dtype = DTYPES[workload.dtype]
+def build_batches(workload: Workload, mode: FakeTensorMode, student: WanLiteStudent) -> tuple[Batches, Teacher]:
+    """Build the batches of the default states, with the hidden states that the workload compares."""
     names = ("high", "low")[: workload.num_experts]
     experts = {name: filled(_unfilled_teacher(workload), mode) for name in names}
     text_dim = workload.teacher.text_encoder_output_dim
     settings = resolve_settings(mock_wan_files(workload.student), shift=5.0, guidance_scale=5.0)
     if workload.num_experts > 1:
         settings = replace(settings, guidance_scale_2=4.0, boundary_ratio=0.875)
-    settings = replace(settings, vae_scale_factor=workload.student.image_size // workload.latent_size)
     teacher = Teacher(
         experts,
         settings,
@@ -154,15 +151,27 @@ def build_answers(workload: Workload, mode: FakeTensorMode) -> tuple[Answers, Te
     )
     text = torch.zeros(math.ceil(workload.mean_text_tokens), text_dim)
     embeds = PromptEmbeds(NUM_PROMPTS, text_dim, lambda index: text)
-    lanes = Lanes.of_process(workload.batch_size, workload.grad_accum_steps, 0, workload.num_processes)
-    options = StatesOptions(kind="trajectory", renoise_fraction=0.25)
-    states = build_states(options, workload.student, settings, NUM_PROMPTS, lanes)
     depth = workload.teacher.depth
-    layers = span_ends(spread_layers(depth, workload.student.depth), depth) if workload.num_features else ()
-    channels = None if workload.maps_features else range(workload.student.hidden_size)
-    hidden = HiddenStates(layers, channels) if workload.num_features else NO_HIDDEN_STATES
-    answers = TeacherAnswers(teacher, states, embeds, "cpu", dtype, hidden_states=hidden)
-    return answers, teacher
+    is_compared = workload.num_features > 0
+    options = WalkOptions(
+        key=(0, 0),
+        latent_shape=(workload.student.num_channels, *sides(workload.latent_size)),
+        num_prompts=NUM_PROMPTS,
+        num_slots=workload.global_batch_size,
+        batch_size=workload.global_batch_size,
+        shift=settings.shift,
+        num_steps=settings.num_inference_steps,
+        renoise_fraction=0.25,
+        layers=span_ends(spread_layers(depth, workload.student.depth), depth) if is_compared else (),
+        channels=range(workload.student.hidden_size) if is_compared and not workload.maps_features else None,
+        compute_dtype=DTYPES[workload.dtype],
+    )
+    slots = range(workload.batch_size * workload.grad_accum_steps)
+    schedule = Schedule(2, replay=1)
+    store = Store(schedule.capacity, slots, workload.global_batch_size, options.key)
+    store.keeps_features = lambda *shape: False  # a run has room for few of them, and the budget counts those
+    walk = Walk(teacher, student, embeds, options, slots)
+    return Batches([(walk, store)], [schedule], embeds, workload.batch_size), teacher
 
 
 def _unfilled_teacher(workload: Workload) -> WanLiteStudent:
@@ -182,7 +191,7 @@ def build_trained(workload: Workload, mode: FakeTensorMode) -> TrainedStudent:
             feature_loss = FeatureLoss(*widths, workload.num_features, workload.maps_features)
         feature_loss = filled(feature_loss, mode)
     dtype = DTYPES[workload.dtype]
-    objective = Objective(shift=5.0, feature_loss=feature_loss, feature_weight=1.0, compute_dtype=dtype)
+    objective = Objective(feature_loss=feature_loss, feature_weight=1.0, compute_dtype=dtype)
     return TrainedStudent(student, objective)
 
 
@@ -194,8 +203,8 @@ def step_memory(workload: Workload) -> dict[str, dict[str, int]]:
     mode = fake_mode()
     memory = StepMemory(mode)
     with process_group(workload.num_processes) as processes:
-        answers, teacher = build_answers(workload, mode)
         trained = build_trained(workload, mode)
+        batches, teacher = build_batches(workload, mode, trained.student)
         if workload.shard_teacher:
             for expert in teacher.experts.values():
                 processes.shard(expert)
@@ -205,14 +214,14 @@ def step_memory(workload: Workload) -> dict[str, dict[str, int]]:
         options = OptimizationOptions(lr=1e-6, optimizer=workload.optimizer, ema_decay=0.999 if workload.ema else 0.0)
         # Without sharding DistributedDataParallel would average gradients, and keep them all the time: they are its buckets.
         learning = processes if workload.shard_student else Processes("cpu")
-        run = RunState(trained, answers, options, 2, learning)
+        run = RunState(trained, batches, options, 2, learning)
         training = TrainingOptions(batch_size=workload.batch_size, num_steps=2, optimization=options)
-        loop = _Loop(trained, answers, training, Observer(), Saving(None, run), learning)
+        loop = _Loop(trained, batches, training, Observer(), Saving(None, run), learning)
         with mode:
             _take_an_update(run)
         _track_what_is_there(memory, run, teacher, workload)
-        _mark_phases(memory, answers, run)
-        _keep_bookkeeping_real(mode, answers, teacher)
+        _mark_phases(memory, batches, run)
+        _keep_bookkeeping_real(mode, batches, teacher)
         with mode, memory, numbers_of_nothing(), gpu_norms() if workload.is_gpu else contextlib.nullcontext():
             loop._take_step(1, StopRequest())
     return memory.peaks
@@ -241,8 +250,8 @@ def _take_an_update(run: RunState) -> None:
 
 def _track_what_is_there(memory: StepMemory, run: RunState, teacher: Teacher, workload: Workload) -> None:
     experts = list(teacher.experts.values())[: 1 if workload.teacher_offload else None]
-    states = run.answers.states
-    stored = [value for part in (states, states.paths) for value in vars(part).values() if isinstance(value, Tensor)]
+    walk, _ = run.batches.sources[0]
+    stored = [value for value in vars(walk).values() if isinstance(value, Tensor)]
     averages = list(run.average.weights.values()) if run.average else []
     memory.track_external(run.trained, *experts, run.optimizer, *stored, *averages)
     if workload.keeps_gradients and not workload.shard_student:
@@ -252,8 +261,9 @@ def _track_what_is_there(memory: StepMemory, run: RunState, teacher: Teacher, wo
         run.optimizer.zero_grad = lambda set_to_none: None
 
 
-def _mark_phases(memory: StepMemory, answers: Answers, run: RunState) -> None:
-    answers.next = _between(lambda: memory.begin("answering"), answers.next, lambda: memory.begin("learning"))
+def _mark_phases(memory: StepMemory, batches: Batches, run: RunState) -> None:
+    walk, _ = batches.sources[0]
+    walk.ask = _between(lambda: memory.begin("answering"), walk.ask, lambda: memory.begin("learning"))
     run.update = _between(lambda: memory.begin("updating"), run.update, lambda: memory.begin(None))
 
 
@@ -267,22 +277,25 @@ def _between(before: Callable[[], None], work: Callable, after: Callable[[], Non
     return wrapped
 
 
-def _keep_bookkeeping_real(mode: FakeTensorMode, answers: TeacherAnswers, teacher: Teacher) -> None:
+def _keep_bookkeeping_real(mode: FakeTensorMode, batches: Batches, teacher: Teacher) -> None:
     """Let what decides by values have values: which states are drawn, and which expert answers them."""
-    states, text = answers.states, answers.prompt_embeds
-    for owner, name in ((states, "draw"), (states, "advance"), (answers, "next"), (text, "batch")):
-        setattr(owner, name, unset_fake_temporarily()(getattr(owner, name)))
-    if "low" in teacher.experts and teacher.offloaded is None and answers.layers:
+    (walk, store), text = batches.sources[0], batches.prompt_embeds
+    if "low" in teacher.experts and teacher.offloaded is None and walk.options.layers:
         # Hidden states of two experts are most where the second one answers all states but one.
-        draw = states.draw
-        states.draw = unset_fake_temporarily()(lambda: _with_levels(draw()))
+        walk._states = _with_levels(walk._states)
+    for owner, name in ((walk, "ask"), (store, "add"), (store, "sample"), (text, "batch")):
+        setattr(owner, name, unset_fake_temporarily()(getattr(owner, name)))
     teacher._guided = _inside(mode, teacher._guided)
 
 
-def _with_levels(batch: StateBatch) -> StateBatch:
-    sigma = torch.full_like(batch.sigma, 0.5)
-    sigma[0] = 1.0
-    return replace(batch, sigma=sigma)
+def _with_levels(states_of: Callable[..., States]) -> Callable[..., States]:
+    def changed(*args) -> States:
+        states = states_of(*args)
+        sigma = torch.full_like(states.sigma, 0.5)
+        sigma[0] = 1.0
+        return replace(states, sigma=sigma)
+
+    return changed
 
 
 def _inside(mode: FakeTensorMode, work: Callable) -> Callable:
