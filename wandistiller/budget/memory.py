@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from wandistiller.budget.activations import block_input_bytes, inference_bytes, training_bytes
 from wandistiller.budget.workload import FP32, Workload
 from wandistiller.model.sizes import BYTES, count_parameters, weight_bytes
-from wandistiller.targets.replay import feature_bytes
+from wandistiller.walk.store import feature_bytes
 
 # The bytes that AdamW's two moments take for each parameter. Muon has one, in float32, of the matrices that it moves.
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 8}
@@ -221,7 +221,7 @@ def _orthogonalization_bytes(workload: Workload) -> int:
 
 
 def _states(workload: Workload) -> Component:
-    per_sample = workload.stored_latents + 2 * workload.replayed_batches  # an answer has a state and a velocity
+    per_sample = workload.latents_per_slot + 2 * workload.replayed_batches  # an answer has a state and a velocity
     num_latents = per_sample * workload.batch_size * workload.grad_accum_steps
     return Component("training states", num_latents * workload.latent_bytes, f"{num_latents} latents, fp32")
 

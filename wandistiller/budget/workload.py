@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 from wandistiller.model.config import StudentConfig
-from wandistiller.model.image_sizes import shares
 from wandistiller.model.sizes import (
     BACKWARD_PASSES,
     count_parameters,
@@ -18,10 +17,8 @@ from wandistiller.model.sizes import (
     transformer_flops,
 )
 from wandistiller.sampling.flow import shift_sigma
-from wandistiller.targets.renoise import SAMPLES_PER_LANE
-from wandistiller.targets.segments import ready_per_lane
-from wandistiller.targets.trajectories import FEW_PATHS_PER_LANE, PATHS_PER_LANE
 from wandistiller.training.optimizer import NEWTON_SCHULZ_STEPS
+from wandistiller.walk.walk import FEW_PATHS
 from wandistiller.wan.settings import TeacherSettings
 
 UMT5_XXL_PARAMETERS = 5_680_910_336  # the text encoder of all released Wans, whose files are not always here
@@ -60,7 +57,7 @@ class Workload:
     num_features: int = 0  # teacher layers whose hidden states are compared
     maps_features: bool = False  # the student's hidden states pass a learnt map to the teacher's width
     replayed_batches: int = 0  # batches of answers in memory to learn from again
-    stored_latents: int = FEW_PATHS_PER_LANE  # latents of training states per sample of a batch
+    latents_per_slot: int = FEW_PATHS  # that a walk keeps, over all image sizes
     calls_per_step: float = 1.0  # batches that the teacher answers per forward and backward pass of the student
     num_steps: int = 1
     num_prompts: int = 1  # that are encoded
@@ -99,19 +96,6 @@ class Workload:
     @property
     def teacher_tokens(self) -> int:
         return num_image_tokens(self.teacher, self.latent_size)
-
-
-def stored_latents(num_paths: int, *, renoised: bool = False, has_segments: bool = False, num_sizes: int = 1) -> int:
-    """Return how many latents the training states keep on the device, per sample of a batch, over all image sizes.
-
-    Args:
-        num_paths: sampling paths per sample; 0 for states on no path. Segments have a pool of their own.
-    """
-    if has_segments:
-        # Starts, ends and velocities of the paths; states and velocities of the targets that are known
-        return sum(3 * paths + 2 * ready_per_lane(paths) for paths in shares(PATHS_PER_LANE, num_sizes))
-    # Every size has a path of its own:
-    return 0 if not num_paths else max(num_paths, num_sizes) + (SAMPLES_PER_LANE if renoised else 0)
 
 
 def guided_fraction(settings: TeacherSettings, sigma_range: tuple[float, float] = (0.0, 1.0)) -> float:
