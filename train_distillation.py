@@ -34,9 +34,9 @@ def distil(flags: Flags, command: list[str]) -> int:
 
     from wandistiller.reports.cards import try_to_write_model_card
     from wandistiller.run import build, messages
-    from wandistiller.run.caches import open_caches
     from wandistiller.run.dry_run import print_budget
     from wandistiller.run.folder import memory_advice, open_folder
+    from wandistiller.run.learning import open_caches
     from wandistiller.run.observers import watch
     from wandistiller.run.record import save_trained_student
     from wandistiller.run.resolve import resolve
@@ -61,18 +61,18 @@ def distil(flags: Flags, command: list[str]) -> int:
                 student, projection = build.make_student(settings)
                 objective = build.build_objective(settings, projection)
                 build.compile_and_shard(settings, student, teacher, objective)
-                answers = build.build_answers(settings, caches, embeds, teacher, student, projection)
-                folder, saving = build.resume(settings, folder, student, objective, answers)
+                batches = build.build_learning(settings, caches, embeds, teacher, student, projection)
+                folder, saving = build.resume(settings, folder, student, objective, batches)
                 with watch(settings, folder, embeds, teacher) as observer:
                     with observer.shown():
                         options = settings.training_options
-                        result = train(student, answers, objective, options, observer, saving, settings.processes)
-                    save_trained_student(settings, folder, student, projection, result, answers.num_calls)
+                        result = train(student, batches, objective, options, observer, saving, settings.processes)
+                    save_trained_student(settings, folder, student, projection, result, batches.num_calls)
                     if not result.interrupted:
                         observer.draw_last(student, result.num_steps)
                 if settings.processes.is_first:
                     try_to_write_model_card(folder.path)
-                    calls = messages.calls_line(settings, answers.num_calls, result.num_steps, teacher)
+                    calls = messages.calls_line(settings, batches.num_calls, result.num_steps, teacher)
                     messages.print_end(settings, folder, result, calls)
     return 130 if result.interrupted else 0
 

@@ -17,10 +17,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.pages import print_or_write
 from wandistiller.budget.memory import disk_budget, memory_budget, peak_bytes, phase_bytes, training_peak_bytes
-from wandistiller.budget.workload import Workload, step_flops, stored_latents
+from wandistiller.budget.workload import Workload, step_flops
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import count_parameters, weight_bytes
-from wandistiller.targets.trajectories import paths_per_lane
+from wandistiller.walk.walk import SAMPLES_PER_SLOT, paths_per_slot
 
 PAGES = (ROOT / "docs" / "scaling.md", ROOT / "docs" / "memory.md")
 GIB, GB = 2**30, 1e9
@@ -69,7 +69,7 @@ def workload(num_gpus: int = 1, **changes) -> Workload:
         batch_size=BATCH_SIZE,
         num_processes=num_gpus,
         num_features=student.depth,
-        stored_latents=stored_latents(paths_per_lane(BATCH_SIZE * num_gpus), renoised=True),
+        latents_per_slot=paths_per_slot(BATCH_SIZE * num_gpus) + SAMPLES_PER_SLOT,
         num_steps=math.ceil(NUM_PROMPTS / (BATCH_SIZE * num_gpus)),
         num_prompts=NUM_PROMPTS,
         mean_text_tokens=MEAN_TEXT_TOKENS,

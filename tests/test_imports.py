@@ -22,7 +22,7 @@ FLOORS = [
     "training",
     "reports",
     "evaluation",
-    "targets",
+    "walk",
     "projection",
     "students",
     "sampling",

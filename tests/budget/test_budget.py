@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import train_distillation
 from support.measures import LiveBytes, count_flops, training_peak, with_checkpointing
 from support.runs import PRUNED_CONFIG
+from support.walks import make_walk
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.budget.machine import GIB
 from wandistiller.budget.memory import (
@@ -27,16 +28,14 @@ from wandistiller.budget.memory import (
     phase_bytes,
 )
 from wandistiller.budget.report import compute_lines, hints, memory_lines, out_of_memory_message, verdict
-from wandistiller.budget.workload import BACKWARD_PASSES, Workload, guided_fraction, step_flops, stored_latents
+from wandistiller.budget.workload import BACKWARD_PASSES, Workload, guided_fraction, step_flops
 from wandistiller.device import DTYPES
 from wandistiller.model.layers import rope_table
 from wandistiller.model.sizes import count_parameters, transformer_flops, weight_bytes
 from wandistiller.projection.project import project_teacher
 from wandistiller.sampling.flow import sample_sigmas
-from wandistiller.targets.lanes import Lanes
-from wandistiller.targets.states import StatesOptions, build_states
-from wandistiller.targets.trajectories import paths_per_lane
 from wandistiller.training.optimizer import OptimizationOptions, make_optimizer
+from wandistiller.walk.walk import SAMPLES_PER_SLOT, paths_per_slot
 from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.settings import resolve_settings
 
@@ -64,16 +63,12 @@ def test_weights_of_a_projected_teacher(teachers, dtype):
     assert weight_bytes(model.config, "bf16" if dtype == torch.bfloat16 else "fp32") == expected
 
 
-@pytest.mark.parametrize(
-    "kind, fraction", [("trajectory", 0.0), ("trajectory", 0.25), ("renoise", 0.75), ("noise", 0.0)]
-)
-def test_latents_that_training_states_keep(kind, fraction):
-    config = StudentConfig.from_dict(PRUNED_CONFIG)
-    settings = resolve_settings(mock_wan_files(config))
-    states = build_states(StatesOptions(kind=kind, renoise_fraction=fraction), config, settings, 30, Lanes(3))
-    latents = [tensor for tensor in states.state_dict().values() if tensor.ndim == 5]  # (lanes, kept, C, H, W)
-    num_paths = paths_per_lane(3) if kind != "noise" else 0
-    assert stored_latents(num_paths, renoised=fraction > 0) * 3 == sum(len(tensor.flatten(0, 1)) for tensor in latents)
+@pytest.mark.parametrize("changes", [{}, {"renoise_fraction": 0.25}, {"kind": "noise"}, {"num_segments": 4}])
+def test_latents_that_training_states_keep(changes):
+    walk = make_walk(**changes)
+    latents = [tensor for tensor in walk.state_dict().values() if tensor.ndim == 5]  # (slots, kept, C, H, W)
+    kept = sum(tensor.shape[1] for tensor in latents) if "kind" not in changes else 0
+    assert walk.options.latents_per_slot == kept
 
 
 def test_bytes_of_a_checkpoint_on_disk(train, teachers, tmp_path):
@@ -83,8 +78,10 @@ def test_bytes_of_a_checkpoint_on_disk(train, teachers, tmp_path):
     assert outcome.code == 0, outcome.err
     checkpoint = max((tmp_path / "out" / "checkpoints").glob("*/*.safetensors"))
     student = StudentConfig.from_dict(PRUNED_CONFIG)
-    stored = stored_latents(paths_per_lane(4), renoised=True)
-    workload = Workload(teacher=student, student=student, latent_size=4, batch_size=4, stored_latents=stored)
+    kept = paths_per_slot(4) + SAMPLES_PER_SLOT
+    workload = Workload(
+        teacher=student, student=student, latent_size=4, batch_size=4, latents_per_slot=kept, stored_batches=1
+    )
     (checkpoints,) = [part for part in disk_budget(workload) if part.name == "checkpoints"]
     saved = sum(tensor.nbytes for tensor in load_file(checkpoint).values())
     assert checkpoints.num_bytes / 3 == pytest.approx(saved, abs=40_000)  # beside it counters and random generators
@@ -103,7 +100,7 @@ def test_moments_workspace_and_flops_of_muon(config, dtype):
     moments = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.ndim]
     num_bytes = sum(tensor.nbytes for tensor in moments)
     assert sizes(run)["optimizer moments"] == num_bytes
-    assert checkpoint_bytes(replace(run, stored_latents=0, ema=False)) == num_bytes + 4 * config.num_parameters
+    assert checkpoint_bytes(replace(run, latents_per_slot=0, ema=False)) == num_bytes + 4 * config.num_parameters
     with LiveBytes([*student.parameters(), *(weight.grad for weight in student.parameters()), *moments]) as live:
         optimizer.step()
     assert sizes(run)["orthogonalisation"] == pytest.approx(live.peak, rel=0.02)
@@ -160,7 +157,7 @@ def test_phases_share_what_is_there_all_the_time():
         ({"guided_fraction": 0.0}, "teacher activations", 1 / 2),
         ({"batch_size": 8}, "student activations", 2),
         ({"batch_size": 8}, "feature targets", 2),
-        ({"stored_latents": 18}, "training states", 9),
+        ({"latents_per_slot": 18}, "training states", 9),
         ({"num_processes": 4, "shard_student": True}, "optimizer moments", 1 / 4),
         ({"num_processes": 4, "shard_student": True}, "average of weights", 1 / 4),
         ({"num_processes": 4}, "optimizer moments", 1),

@@ -148,7 +148,7 @@ def _feature_width(workload: Workload) -> int:
 
 
 def _stored_feature_bytes(workload: Workload) -> int:
-    num_answers = workload.replayed_batches * workload.global_batch_size
+    num_answers = workload.stored_batches * workload.global_batch_size
     shape = workload.teacher_tokens, _feature_width(workload)
     return feature_bytes(num_answers, workload.num_features, shape) // workload.num_processes
 
@@ -221,7 +221,7 @@ def _orthogonalization_bytes(workload: Workload) -> int:
 
 
 def _states(workload: Workload) -> Component:
-    per_sample = workload.latents_per_slot + 2 * workload.replayed_batches  # an answer has a state and a velocity
+    per_sample = workload.latents_per_slot + 2 * workload.stored_batches  # an answer has a state and a velocity
     num_latents = per_sample * workload.batch_size * workload.grad_accum_steps
     return Component("training states", num_latents * workload.latent_bytes, f"{num_latents} latents, fp32")
 

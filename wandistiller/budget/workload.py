@@ -56,7 +56,7 @@ class Workload:
     ema: bool = True
     num_features: int = 0  # teacher layers whose hidden states are compared
     maps_features: bool = False  # the student's hidden states pass a learnt map to the teacher's width
-    replayed_batches: int = 0  # batches of answers in memory to learn from again
+    stored_batches: int = 0  # batches of answers in memory to learn from again
     latents_per_slot: int = FEW_PATHS  # that a walk keeps, over all image sizes
     calls_per_step: float = 1.0  # batches that the teacher answers per forward and backward pass of the student
     num_steps: int = 1

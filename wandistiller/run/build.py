@@ -1,4 +1,4 @@
-"""What a run is built of: embeddings, teacher, student, answers and objective."""
+"""What a run is built of: embeddings, teacher, student, objective and batches."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -10,25 +10,19 @@ from wandistiller.device import DTYPES
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import ProjectionReport, fresh_student, project_experts, project_teacher
 from wandistiller.projection.selection import spread_layers
-from wandistiller.reports.progress import Countdown
-from wandistiller.run.caches import asking_line, cached_batches
 from wandistiller.run.folder import Folder
 from wandistiller.run.held_out import held_out_states, keep_states
+from wandistiller.run.learning import build_batches, fill_caches
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets.answers import NO_HIDDEN_STATES, Answers, HiddenStates, TeacherAnswers
-from wandistiller.targets.cache import CachedAnswers, TeacherCache
-from wandistiller.targets.replay import ReplayedAnswers
-from wandistiller.targets.segments import SegmentAnswers, SegmentOptions
-from wandistiller.targets.shares import Share
-from wandistiller.targets.sizes_in_turn import SizesInTurn
-from wandistiller.targets.state_batch import DrawOptions
-from wandistiller.targets.states import draws_by_size, states_of, teacher_levels
 from wandistiller.training.checkpoints import DamagedCheckpointError
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
 from wandistiller.training.loop import Saving
 from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.state import RunState
+from wandistiller.walk.batches import Batches
+from wandistiller.walk.cache import TeacherCache
+from wandistiller.walk.walk import NO_HIDDEN_STATES, HiddenStates
 from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
 from wandistiller.wan.text_encoder import embed_texts
 
@@ -84,7 +78,8 @@ def load_teacher(settings: Settings, embeds: Embeds, caches: Sequence[TeacherCac
     teacher = build_teacher(settings, embeds.negative)
     logger.info("teacher read and projected")
     if not has_all_answers:
-        fill_caches(settings, embeds, teacher, caches)
+        fill_caches(settings, caches, embeds.trained, teacher)
+        logger.info("answers of the teacher written to its cache")
     if not settings.offline_teacher:
         return teacher
     keep_states(settings, held_out_states(settings, embeds, teacher))
@@ -92,32 +87,12 @@ def load_teacher(settings: Settings, embeds: Embeds, caches: Sequence[TeacherCac
     return None
 
 
-def fill_caches(settings: Settings, embeds: Embeds, teacher: Teacher, caches: Sequence[TeacherCache]) -> None:
-    """Ask the teacher for everything that is to lie in its caches."""
-    for index, cache in enumerate(caches):
-        if cache.is_complete:
-            continue
-        num_batches = cached_batches(settings, Share(index, len(caches)))
-        print(asking_line(cache, cache.own_part, num_batches), flush=True)
-        answers = live_answers(settings, embeds, teacher)[index]
-        cache.build(answers, num_batches, Countdown("Teacher's answers", num_batches))
-    logger.info("answers of the teacher written to its cache")
-
-
 def fill_part(settings: Settings, caches: Sequence[TeacherCache]) -> None:
     """Ask the teacher for one part of what its caches lack (--cache_part); the first part's builder keeps held-out states too."""
-    embeds, index = embed_prompts(settings), settings.cache_part[0] - 1
+    embeds = embed_prompts(settings)
     teacher = build_teacher(settings, embeds.negative)
-    for number, cache in enumerate(caches):
-        cache.begin()
-        part = cache.parts[index] if index < len(cache.parts) else None
-        if part in cache.unfinished():
-            print(asking_line(cache, part, sum(each.num_batches for each in cache.parts)), flush=True)
-            answers = live_answers(settings, embeds, teacher, part=(index, len(cache.parts)))[number]
-            cache.build_part(part, answers, Countdown("Teacher's answers", part.num_batches))
-        if not cache.is_complete and not cache.unfinished():
-            cache.finish()
-    if index == 0:
+    fill_caches(settings, caches, embeds.trained, teacher)
+    if settings.cache_part[0] == 1:
         keep_states(settings, held_out_states(settings, embeds, teacher))
 
 
@@ -186,7 +161,7 @@ def compile_blocks(models: Iterable[WanLiteStudent]) -> None:
             block.compile()
 
 
-# ---- answers and objective ----
+# ---- objective and batches ----
 
 
 def build_objective(settings: Settings, projection: ProjectionReport) -> Objective:
@@ -201,7 +176,6 @@ def build_objective(settings: Settings, projection: ProjectionReport) -> Objecti
                 settings.device
             )
     return Objective(
-        shift=settings.teacher.shift,
         feature_loss=feature_loss,
         feature_weight=settings.feature_loss_weight,
         compute_dtype=settings.compute_dtype,
@@ -221,111 +195,23 @@ def hidden_states(settings: Settings, projection: ProjectionReport) -> HiddenSta
     return HiddenStates(layers, projection.channels or None if settings.config.block == "wan" else None)
 
 
-def build_answers(
+def build_learning(
     settings: Settings,
     caches: Sequence[TeacherCache],
     embeds: Embeds,
     teacher: Teacher | None,
     student: WanLiteStudent,
     projection: ProjectionReport,
-) -> Answers:
-    """Build what the student learns from: the cache, whole segments of the teacher's paths, or the teacher itself, once or more.
-
-    The answers bring along the hidden states that the objective compares; `projection` says of which layers and channels.
-    """
-    by_size: Sequence[Answers]
-    if caches:
-        by_size = cached_answers(settings, caches, embeds)
-    elif settings.student_steps:
-        by_size = segment_answers(settings, embeds, teacher, student)
-    else:
-        by_size = live_answers(settings, embeds, teacher, projection)
-    if settings.replay > 1 and not caches:
-        by_size = replayed_answers(settings, embeds, by_size)
-    return by_size[0] if len(by_size) == 1 else SizesInTurn(by_size)
-
-
-def cached_answers(settings: Settings, caches: Sequence[TeacherCache], embeds: Embeds) -> list[CachedAnswers]:
-    """Build the teacher's answers on disk, those of each image size."""
-    seed, count = settings.seed, len(caches)
-    return [
-        CachedAnswers(cache, embeds.trained, settings.lanes, settings.device, Share(index, count).seed(seed))
-        for index, cache in enumerate(caches)
-    ]
-
-
-def replayed_answers(settings: Settings, embeds: Embeds, by_size: Sequence[Answers]) -> list[ReplayedAnswers]:
-    """Build the store that the answers of each image size are learnt from again."""
-    replay, seed = settings.replay, settings.seed
-    parts = [Share(index, len(by_size)) for index in range(len(by_size))]
-    return [
-        ReplayedAnswers(answers, embeds.trained, replay, part.of(settings.num_steps), seed, settings.device, part)
-        for part, answers in zip(parts, by_size, strict=True)
-    ]
-
-
-def live_answers(
-    settings: Settings,
-    embeds: Embeds,
-    teacher: Teacher,
-    projection: ProjectionReport | None = None,
-    part: tuple[int, int] = (0, 1),
-) -> list[TeacherAnswers]:
-    """Build the teacher's answers at the states that the flags ask for, those of each image size.
-
-    Args:
-        part: number and count, where the answers are those of a part of a cache.
-    """
-    num_prompts = len(settings.prompts)
-    draws = draws_by_size(
-        settings.states_options, settings.latent_shapes, settings.teacher, num_prompts, settings.lanes, settings.device
-    )
-    return [
-        TeacherAnswers(
-            teacher,
-            states_of(settings.states_options, draw.of_part(*part), settings.teacher),
-            embeds.trained,
-            settings.device,
-            settings.compute_dtype,
-            hidden_states=hidden_states(settings, projection) if projection else NO_HIDDEN_STATES,
-            student_rollout=settings.student_rollout,
-        )
-        for draw in draws
-    ]
-
-
-def segment_answers(
-    settings: Settings, embeds: Embeds, teacher: Teacher, student: WanLiteStudent
-) -> list[SegmentAnswers]:
-    """Build the teacher's answers over whole segments of its paths, of each image size, for a student of --student_steps."""
-    shapes = settings.latent_shapes
-    segments = SegmentOptions(
-        num_segments=settings.student_steps,
-        num_teacher_steps=settings.teacher.num_inference_steps,
-        student_rollout=settings.student_rollout,
-        compute_dtype=settings.compute_dtype,
-    )
-    draws = [
-        DrawOptions(
-            latent_shape=shape,
-            num_prompts=len(settings.prompts),
-            lanes=settings.lanes,
-            shift=settings.teacher.shift,
-            levels=teacher_levels(settings.teacher),
-            seed=settings.seed,
-            device=settings.device,
-            share=Share(index, len(shapes)),
-        )
-        for index, shape in enumerate(shapes)
-    ]
-    return [SegmentAnswers(teacher, student, embeds.trained, draw, segments) for draw in draws]
+) -> Batches:
+    """Build what each step learns from, with the hidden states that the objective compares."""
+    return build_batches(settings, caches, embeds.trained, teacher, student, hidden_states(settings, projection))
 
 
 # ---- the state to resume from ----
 
 
 def resume(
-    settings: Settings, folder: Folder, student: WanLiteStudent, objective: Objective, answers: Answers
+    settings: Settings, folder: Folder, student: WanLiteStudent, objective: Objective, batches: Batches
 ) -> tuple[Folder, Saving]:
     """Load the newest checkpoint that holds the state of this run; return the folder at it, with that state.
 
@@ -338,7 +224,7 @@ def resume(
         return folder, Saving(folder.checkpoints)
     options = settings.training_options
     state = RunState(
-        TrainedStudent(student, objective), answers, options.optimization, options.num_steps, settings.processes
+        TrainedStudent(student, objective), batches, options.optimization, options.num_steps, settings.processes
     )
     while True:
         try:

@@ -42,20 +42,20 @@ def suggested_replay(
     latent_size: int | tuple[int, int],
     *,
     guided_fraction: float,
-    calls_per_answer: int = 1,
+    calls_per_target: int = 1,
 ) -> int:
     """Return how often each answer is learnt from, so that learning costs about what the teacher's answers cost.
 
     Args:
         latent_size: side of the latents, or their height and width.
         guided_fraction: of the answers, those that take a second pass.
-        calls_per_answer: answers that one target takes, more than one for students of few steps.
+        calls_per_target: answers that one target takes, more than one for students of few steps.
     """
     asked = teacher, num_image_tokens(teacher, latent_size), TYPICAL_TEXT_TOKENS
     guided, plain = guided_flops(*asked, TYPICAL_TEXT_TOKENS), transformer_flops(*asked)
     answer = guided_fraction * guided + (1 - guided_fraction) * plain
     forward = transformer_flops(student, num_image_tokens(student, latent_size), TYPICAL_TEXT_TOKENS)
-    return min(max(round(calls_per_answer * answer / ((1 + BACKWARD_PASSES) * forward)), MIN_REPLAY), MAX_REPLAY)
+    return min(max(round(calls_per_target * answer / ((1 + BACKWARD_PASSES) * forward)), MIN_REPLAY), MAX_REPLAY)
 
 
 def hints(lr: float, wanted_lr: float, num_steps: int) -> Iterator[str]:

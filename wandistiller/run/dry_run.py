@@ -26,7 +26,6 @@ from wandistiller.budget.workload import (
     UMT5_XXL_PARAMETERS,
     HeldOutWork,
     Workload,
-    stored_latents,
 )
 from wandistiller.device import DTYPES
 from wandistiller.errors import UserError
@@ -34,10 +33,9 @@ from wandistiller.files.output_folder import check_writable
 from wandistiller.files.paths import nearest_existing
 from wandistiller.model.sizes import count_parameters
 from wandistiller.run.held_out import NUM_LEVELS, NUM_PATHS
+from wandistiller.run.learning import schedules_of, walk_options
 from wandistiller.run.resolve import some_of, token_counts
 from wandistiller.run.settings import Settings
-from wandistiller.targets.replay import stored_batches
-from wandistiller.targets.states import pool_per_lane
 from wandistiller.training.checkpoints import Checkpoints
 
 
@@ -62,10 +60,9 @@ def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
         dtype: of matrix products, "fp32" or "bf16"; None for that of the run.
     """
     config = settings.config
-    replays = settings.replay > 1 and not settings.teacher_cache
-    num_sizes, has_paths = len(settings.image_sizes), settings.states != "noise"
     num_samples = settings.num_samples_per_step
-    num_latents = pool_per_lane(settings.states_options, settings.teacher, num_samples) if has_paths else 0
+    walks = [walk_options(settings, size, num_samples) for size in range(len(settings.image_sizes))]
+    stored = sum(schedule.capacity for schedule in schedules_of(settings))
     return Workload(
         teacher=settings.wan_files.config,
         student=config,
@@ -86,13 +83,8 @@ def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
         ema=settings.optimization.ema_decay > 0,
         num_features=config.depth if settings.feature_loss_weight else 0,
         maps_features=config.block != "wan" or settings.init == "random",
-        replayed_batches=stored_batches(settings.num_steps, settings.replay, num_sizes) if replays else 0,
-        stored_latents=stored_latents(
-            num_latents,
-            renoised=settings.renoise_fraction > 0,
-            has_segments=settings.student_steps is not None,
-            num_sizes=num_sizes,
-        ),
+        stored_batches=0 if settings.teacher_cache else stored,
+        latents_per_slot=0 if settings.teacher_cache else sum(walk.latents_per_slot for walk in walks),
         calls_per_step=settings.num_calls / settings.num_steps,
         num_steps=settings.num_steps,
         num_prompts=len(settings.prompts) + len(settings.held_out_prompts),

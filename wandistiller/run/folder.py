@@ -20,8 +20,8 @@ from wandistiller.files.output_folder import (
 from wandistiller.processes import leave
 from wandistiller.run.dry_run import check_disk, has_checkpoints, workload_of
 from wandistiller.run.settings import Settings
-from wandistiller.targets.cache import describe_teacher
 from wandistiller.training.checkpoints import Checkpoint, Checkpoints
+from wandistiller.wan.identity import describe_teacher
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from wandistiller.files.safetensors_files import DamagedFileError, read_tensors,
 from wandistiller.model.image_sizes import shares
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.targets.cache import describe_teacher
 from wandistiller.training.checkpoints import FOLDER_NAME
+from wandistiller.wan.identity import describe_teacher
 from wandistiller.wan.prompt_embeds import Embeds
 from wandistiller.wan.settings import TeacherSettings
 

@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from wandistiller.errors import UserError
-from wandistiller.model.image_sizes import shares
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.reports.progress import Countdown
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.walk.batches import Batches, Schedule
+from wandistiller.walk.batches import Batches, Schedule, make_schedules
 from wandistiller.walk.cache import CALLS_PER_GROUP, CachedAnswers, Layout, TeacherCache
-from wandistiller.walk.grids import calls_per_target
-from wandistiller.walk.segments import SegmentOptions, SegmentWalk
+from wandistiller.walk.segments import SegmentOptions, SegmentWalk, calls_of_run
 from wandistiller.walk.store import Store
-from wandistiller.walk.walk import HiddenStates, Walk, WalkOptions, turns
+from wandistiller.walk.walk import NO_HIDDEN_STATES, HiddenStates, Walk, WalkOptions, turns
 from wandistiller.wan.identity import describe_teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
@@ -56,16 +54,12 @@ def own_slots(settings: Settings) -> range:
 
 def schedules_of(settings: Settings) -> list[Schedule]:
     """Return when the teacher is asked at each image size; the sizes take turns, a step each."""
-    per_target, before_first = 1, 1
-    if settings.student_steps:
-        options = walk_options(settings, 0, settings.num_samples_per_step)
-        per_target, before_first = options.steps_per_segment, options.calls_before_first
-    counts = shares(settings.num_steps, len(settings.image_sizes))
-    return [Schedule(count, settings.replay, per_target, before_first, len(counts)) for count in counts]
+    calls = calls_of_run(settings.teacher, settings.student_steps, settings.num_samples_per_step)
+    return make_schedules(settings.num_steps, settings.replay, len(settings.image_sizes), *calls)
 
 
 def walk_options(
-    settings: Settings, size: int, num_slots: int, hidden_states: HiddenStates = HiddenStates()
+    settings: Settings, size: int, num_slots: int, hidden_states: HiddenStates = NO_HIDDEN_STATES
 ) -> WalkOptions:
     """Return which states are walked at an image size.
 

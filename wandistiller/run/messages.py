@@ -31,8 +31,8 @@ from wandistiller.run.folder import SCRIPT, Folder, typed_command
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.students.record import StudentRecord
-from wandistiller.targets.cache import TeacherCache
 from wandistiller.training.loop import TrainingResult
+from wandistiller.walk.cache import TeacherCache
 from wandistiller.wan.settings import warnings_about
 from wandistiller.wan.wan_files import WanFiles
 

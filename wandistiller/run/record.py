@@ -12,8 +12,8 @@ from wandistiller.run.settings import Settings
 from wandistiller.students.parts import recorded_path
 from wandistiller.students.record import StudentRecord
 from wandistiller.students.trained_prompts import write_trained_prompts
-from wandistiller.targets.segments import segment_sigmas
 from wandistiller.training.loop import TrainingResult
+from wandistiller.walk.grids import segment_sigmas
 
 # Recorded as paths that are found from any folder
 PATHS = ("teacher_path", "teacher_path_low", "text_encoder_path", "data_path")

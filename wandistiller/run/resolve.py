@@ -24,12 +24,12 @@ from wandistiller.run.inputs import Inputs
 from wandistiller.run.mistakes import samples_per_step
 from wandistiller.run.presets import preset_lines
 from wandistiller.run.settings import Settings
-from wandistiller.targets.cache import prompts_digest
-from wandistiller.targets.replay import answered_batches
-from wandistiller.targets.segments import calls_per_answer
-from wandistiller.targets.states import teacher_levels
 from wandistiller.training.loop import steps_of_epochs
 from wandistiller.training.optimizer import OptimizationOptions, check_optimizer
+from wandistiller.walk.batches import make_schedules
+from wandistiller.walk.grids import teacher_levels
+from wandistiller.walk.segments import calls_of_run
+from wandistiller.wan.identity import prompts_digest
 from wandistiller.wan.layouts import check_headers, open_teacher
 from wandistiller.wan.lora import merge_loras
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
@@ -328,22 +328,22 @@ class Length:
 def resolve_length(flags: Flags, inputs: Inputs, files: Files, states: States, sizes: Sequence[ImageSize]) -> Length:
     """Return the steps of the run, and the teacher's calls that they take."""
     own, teacher, student_steps = flags.optimization, files.teacher, flags.objective.student_steps
-    per_answer = calls_per_answer(teacher.num_inference_steps, student_steps)
+    per_target, before_first = calls_of_run(teacher, student_steps, samples_per_step(flags))
     guided = guided_fraction(teacher, states.sigma_range)
     replay = flags.states.replay or suggested_replay(
         files.wan_files.config,
         inputs.config,
         max((teacher.latent_shape(inputs.config, size)[1:] for size in sizes), key=math.prod),
         guided_fraction=guided,
-        calls_per_answer=per_answer,
+        calls_per_target=per_target,
     )
     if own.teacher_calls:
-        num_steps = replay * max(1, own.teacher_calls // per_answer)
+        num_steps = replay * max(1, own.teacher_calls // per_target)
     else:
         epochs = steps_of_epochs(own.num_epochs or 1, len(inputs.prompts.train), samples_per_step(flags))
         num_steps = own.max_steps or epochs
-    num_calls = per_answer * answered_batches(num_steps, replay, len(sizes))
-    return Length(replay, num_steps, num_calls, guided)
+    schedules = make_schedules(num_steps, replay, len(sizes), per_target, before_first)
+    return Length(replay, num_steps, sum(schedule.num_calls for schedule in schedules), guided)
 
 
 def resolve_optimization(flags: Flags, config: StudentConfig, num_samples: int, num_steps: int) -> OptimizationOptions:

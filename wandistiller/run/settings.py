@@ -11,8 +11,6 @@ from wandistiller.model.image_sizes import ImageSize, square
 from wandistiller.processes import Processes
 from wandistiller.sampling.sampler import SamplingOptions
 from wandistiller.students.record import StudentRecord
-from wandistiller.targets.lanes import Lanes
-from wandistiller.targets.states import StatesOptions
 from wandistiller.training.loop import TrainingOptions
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.wan.settings import TeacherSettings
@@ -143,23 +141,6 @@ class Settings:
     def num_samples_per_step(self) -> int:
         """The global batch: samples of an optimizer step over all processes."""
         return self.batch_size * self.grad_accum_steps * self.processes.count
-
-    @property
-    def lanes(self) -> Lanes:
-        """The samples of a step, and this process's among them."""
-        processes = self.processes
-        return Lanes.of_process(self.batch_size, self.grad_accum_steps, processes.rank, processes.count)
-
-    @property
-    def states_options(self) -> StatesOptions:
-        """Which states the run trains on."""
-        return StatesOptions(
-            kind=self.states,
-            sigma_range=self.sigma_range,
-            renoise_fraction=self.renoise_fraction,
-            calls_per_expert=self.calls_per_expert,
-            seed=self.seed,
-        )
 
     @property
     def has_one_square_size(self) -> bool:

@@ -68,7 +68,9 @@ class Schedule:
 
     @property
     def capacity(self) -> int:
-        """Targets of a slot that a store has room for."""
+        """Targets of a slot that a store has room for; one call's, where each is learnt from once and right away."""
+        if self.replay == 1 and self.per_target == 1:
+            return 1
         return min(CAPACITY // self.num_sizes, self.num_targets)
 
     def due(self, step: int) -> int:
@@ -94,6 +96,12 @@ def with_fresh_features(kept: Tensor | None, fresh: Tensor, fresh_rows: Tensor, 
     whole = fresh.new_zeros(len(rows), *fresh.shape[1:]) if kept is None else kept.to(fresh.dtype)
     whole[to_device(fresh_rows - rows.start, fresh.device)] = fresh
     return whole
+
+
+def make_schedules(num_steps: int, replay: int, num_sizes: int, per_target: int, before_first: int) -> list[Schedule]:
+    """Return when the teacher is asked at each image size; the sizes take turns, a step each."""
+    counts = [len(range(size, num_steps, num_sizes)) for size in range(num_sizes)]
+    return [Schedule(count, replay, per_target, before_first, num_sizes) for count in counts]
 
 
 class Batches:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from wandistiller.walk.draws import SEGMENT, rng
 from wandistiller.walk.grids import calls_per_target, segment_sigmas
-from wandistiller.walk.walk import States, Walk, WalkOptions
+from wandistiller.walk.walk import States, Walk, WalkOptions, paths_per_slot
+from wandistiller.wan.settings import TeacherSettings
 
 JUMP = -1  # in place of the number of a segment, while a first path jumps to the start of one
 
@@ -38,9 +39,25 @@ class SegmentOptions(WalkOptions):
 
     @property
     def calls_before_first(self) -> int:
-        """Calls after which every slot has ended a segment: its paths' jumps, and a step more than leaves all of them one short."""
-        jumps = 0 if self.levels is not None else self.paths_per_slot
-        return jumps + self.paths_per_slot * (self.steps_per_segment - 1) + 1
+        """Calls after which every slot has ended a segment."""
+        return calls_before_first(self.paths_per_slot, self.steps_per_segment, self.levels is not None)
+
+
+def calls_before_first(num_paths: int, steps_per_segment: int, has_few_levels: bool) -> int:
+    """Return the calls after which a slot of so many paths has ended a segment.
+
+    These are its paths' jumps, which a few-step teacher's do not make, and a step more than leaves all of them one short.
+    """
+    jumps = 0 if has_few_levels else num_paths
+    return jumps + num_paths * (steps_per_segment - 1) + 1
+
+
+def calls_of_run(teacher: TeacherSettings, num_segments: int | None, batch_size: int) -> tuple[int, int]:
+    """Return the calls behind one target, and those until every slot has its first."""
+    if num_segments is None:
+        return 1, 1
+    per_target = calls_per_target(teacher.num_inference_steps, num_segments)
+    return per_target, calls_before_first(paths_per_slot(batch_size), per_target, teacher.has_few_levels)
 
 
 class SegmentWalk(Walk):

@@ -47,6 +47,9 @@ class HiddenStates:
     channels: Sequence[int] | None = None
 
 
+NO_HIDDEN_STATES = HiddenStates()
+
+
 @dataclass(frozen=True, kw_only=True)
 class WalkOptions:
     """Which states a run learns from.
