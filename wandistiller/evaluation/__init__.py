@@ -1,3 +1,3 @@
 """Here is measured how close a student is to its teacher: measures, errors at held-out states, judges of pictures.
 
-It may import targets, projection, sampling, wan, model and files."""
+It may import projection, sampling, wan, model and files."""
