@@ -88,7 +88,7 @@ def measure_arm(args: argparse.Namespace) -> dict:
         batch_size=args.batch_size,
         gradient_checkpointing=ARMS[args.arms[0]],
         optimizer="muon",
-        stored_latents=0,
+        latents_per_slot=0,
         mean_text_tokens=NUM_TOKENS,
         negative_text_tokens=NUM_TOKENS,
         text_encoder_parameters=0,

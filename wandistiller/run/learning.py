@@ -106,7 +106,7 @@ def open_caches(settings: Settings) -> list[TeacherCache]:
     if settings.has_one_square_size:
         return [open_cache(settings, folder, 0)]
     names = [str(size) for size in sizes]
-    others = {path.name for path in folder.iterdir()} - set(names) if folder.is_dir() else set()
+    others = {path.name for path in folder.iterdir() if path.is_dir()} - set(names) if folder.is_dir() else set()
     if others:
         raise UserError(
             f"--teacher_cache {folder}: holds {min(others)}, which is of no size of this run ({', '.join(names)}); give another "
