@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import run_production_test
 import train_distillation
 from support.runs import (
     PROMPTS,
@@ -140,16 +139,6 @@ def test_without_a_gpu_the_plan_is_for_an_assumed_one_and_never_fails(a14b, dry_
     outcome = dry_run(*flags, "--batch_size", 64)
     assert outcome.code == 0
     assert "an assumed GPU" in outcome.out and "Does not fit" in outcome.out.splitlines()[-1]
-
-
-def test_the_preflight_prints_the_same_table(a14b, dry_run, run_main):
-    config = ("--student_config", ROOT / "config" / "student_config.json", "--data_path", PROMPTS)
-    outcome = run_main(run_production_test.main, "--teacher_path", a14b, *config, "--batch_size", 55)
-    assert outcome.code == 0, outcome.err
-    expected = figures(dry_run("--teacher_path", a14b, *config, "--save_every", 0).out)
-    printed = figures(outcome.out)
-    assert expected.items() - {"peak": 0}.items() <= printed.items()
-    assert "[ok] Fits" in outcome.out or "[!!] " in outcome.out
 
 
 # ---- the same refusals as a real run, and nothing written ----
