@@ -24,8 +24,6 @@ TEACHERS = {
     "5B": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     "demo": "data/demo_teacher",
 }
-# The peak of one GPU at a batch of 4 in bf16, and with the memory-saving flags. benchmarks/scaling.py computes them; a test compares.
-PEAKS_GIB = {"1.3B": (18, 11), "14B": (53, 32), "A14B": (82, 32), "5B": (29, 22)}
 # docs/config.md has the same table; a test holds them together.
 KEYS = {
     "model_type": 'always `"WanLiteStudent"`',
@@ -63,22 +61,9 @@ def explanation(teacher: str, config: StudentConfig, file: Path) -> list[str]:
         f"A student for {teacher} (config/{file.name}): {count:,} parameters, {gib(FP32_BYTES * count)} of weights;",
         f"training takes {gib(BYTES_PER_PARAMETER * count)} for weights, gradients and AdamW ({BYTES_PER_PARAMETER} bytes a "
         f"parameter), {gib(FP32_BYTES * count)} more for --ema_decay, and teacher and activations besides",
-        *expected_peak(teacher, config),
         f"Your own run: python train_distillation.py --dry_run --teacher_path {TEACHERS[teacher]} --student_config "
         f"config/{file.name}",
         *(f"  {key:<{width}}  {text.replace('`', '')}" for key, text in KEYS.items()),
-    ]
-
-
-def expected_peak(teacher: str, config: StudentConfig) -> list[str]:
-    """Return a line on the memory of a whole run; none for the demo, whose is small everywhere."""
-    if teacher not in PEAKS_GIB:
-        return []
-    plain, saving = PEAKS_GIB[teacher]
-    offload = " --teacher_offload" if teacher == "A14B" else ""
-    return [
-        f"A whole run at {config.image_size} px in batches of 4: about {plain} GiB of a GPU in bf16, {saving} with --teacher_dtype fp8 "
-        f"--gradient_checkpointing{offload} (arithmetic, not measured on a GPU)"
     ]
 
 

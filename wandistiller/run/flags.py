@@ -59,8 +59,7 @@ class DataFlags:
         "the low-noise expert, where the two experts are two files or folders", type=path
     )
     teacher_lora: list[tuple[str, float]] | None = flag(
-        "a Wan LoRA (.safetensors) merged into the teacher as it is read, into the high-noise expert of two; may be given several "
-        "times",
+        "a Wan LoRA (.safetensors) to merge into the teacher, the high-noise expert of two; may be given several times",
         **LORA_FLAG,
     )
     teacher_lora_low: list[tuple[str, float]] | None = flag("the same for the low-noise expert of two", **LORA_FLAG)
@@ -71,17 +70,17 @@ class DataFlags:
         "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path
     )
     data_path: str = flag(
-        "prompts: a text file with one a line, a table (.csv, .tsv, .jsonl, .json, .parquet), a folder or a glob of these, or a "
-        f"folder of prompt templates {demo('data_path')}",
+        "prompts: a text file, a table (.csv, .tsv, .jsonl, .json, .parquet), a folder or a glob of these, or a folder of prompt "
+        f"templates {demo('data_path')}",
         "data/static_prompts.txt",
         type=path,
     )
     caption_column: str | None = flag(
-        "column of tables that holds the prompts (left out: the one called caption, prompt or text, or the only one of text)"
+        "column of tables with the prompts (left out: the one called caption, prompt or text, or the only one of text)"
     )
     prompt_per: str | None = flag(**PROMPT_PER)
     num_prompts: int | None = flag(
-        "number of different prompts to draw from --data_path (left out: all of a file, 4096 of templates)",
+        "different prompts to draw from --data_path (left out: all of a file, 4096 of templates)",
         type=number(int, low=1, high=2**20),
     )
     prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
@@ -96,23 +95,17 @@ class StudentFlags:
 
     student_config: str = flag("shape of the student", "config/demo_student_config.json", type=path)
     init: str = flag(
-        "initial weights of the student: the teacher's, projected, or random values",
-        "projection",
-        choices=["projection", "random"],
+        "initial weights: the teacher's, projected, or random", "projection", choices=["projection", "random"]
     )
-    init_expert: str = flag(
-        "expert that initialises the student, of a two-expert teacher", "high", choices=["high", "low"]
-    )
+    init_expert: str = flag("expert of two that initialises the student", "high", choices=["high", "low"])
     image_sizes: list[ImageSize | AspectRatio] | None = flag(
-        "sizes to train at, one per step, in turn: WxH in pixels, or W:H for a ratio of about image_size^2 pixels, such as 1:1 4:3 "
+        "sizes to train at in turn, one per step: WxH in pixels, or W:H for a ratio of about image_size^2 pixels, such as 1:1 "
         "640x384 (left out: image_size x image_size)",
         nargs="+",
         type=size_or_ratio,
         metavar="SIZE",
     )
-    layers: list[int] | None = flag(
-        "teacher layer of each student block, e.g. 0,2,5,7 (evenly spread if left out)", type=int_list
-    )
+    layers: list[int] | None = flag("teacher layer of each student block, e.g. 0,2,5 (evenly spread)", type=int_list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,21 +114,19 @@ class TeacherFlags:
 
     guidance_scale: float | None = flag("g of v_uncond + g (v_cond - v_uncond); 1 is off", type=number(float, low=0))
     guidance_scale_2: float | None = flag("g of the low-noise expert", type=number(float, low=0))
-    boundary_ratio: float | None = flag(
-        "sigma from which the high-noise expert answers", type=number(float, low=0, high=1)
-    )
+    boundary_ratio: float | None = flag("lowest sigma of the high-noise expert", type=number(float, low=0, high=1))
     negative_prompt: str | None = flag("negative prompt (Wan's own, less the words against stills)")
     shift: float | None = flag("warp of the noise levels, shift u / (1 + (shift - 1) u)", type=number(float, above=0))
     guidance_range: list[float] | None = flag(
-        "noise levels with guidance, ends included; at the others one pass of the teacher instead of two (left out: all)",
+        "noise levels with guidance; one pass of the teacher instead of two at the others (left out: all)",
         nargs=2,
         type=number(float, low=0, high=1),
         metavar=("LOW", "HIGH"),
     )
     teacher_steps: int | None = flag("sampling steps of the teacher", type=number(int, low=1, high=1000))
     teacher_sampler: str | None = flag(
-        "unipc: a teacher of all noise levels, as the released Wans are; euler: one that was distilled to few steps, asked at the "
-        "noise levels of these alone (left out: euler for --teacher_steps of 8 or fewer, else unipc)",
+        "unipc: a teacher of all noise levels, as the released Wans; euler: one distilled to few steps, asked at their noise "
+        "levels alone (left out: euler for --teacher_steps of 8 or fewer)",
         choices=["unipc", "euler"],
     )
 
@@ -156,15 +147,14 @@ class StatesFlags:
         type=number(float, low=0, high=1),
     )
     student_rollout: list[float] | None = flag(
-        "share of the sampling paths that follow the student's own velocity, at the start and at the end of training (default: "
-        "0 1; with --teacher_cache 0 0)",
+        "share of sampling paths that follow the student's velocity, first and last (default: 0 1; with --teacher_cache 0 0)",
         nargs=2,
         type=number(float, low=0, high=1),
         metavar=("START", "END"),
     )
     calls_per_expert: int | None = flag(
-        "teacher batches in a row for one expert of a two-expert teacher; 0: both in every batch (default: 0; with "
-        "--teacher_offload on trajectories 64, unless --renoise_fraction is given)",
+        "teacher batches in a row for one expert of two; 0: both in every batch (default: 0; with --teacher_offload on "
+        "trajectories 64, unless --renoise_fraction is given)",
         type=number(int, low=0),
     )
     replay: int | None = flag(
@@ -174,7 +164,7 @@ class StatesFlags:
     teacher_cache: str | None = flag("folder for the teacher's answers: filled first, then trained from", type=path)
     offline_teacher: bool = switch("with --teacher_cache: no teacher in memory while the student trains")
     cache_part: tuple[int, int] | None = flag(
-        "with --teacher_cache: fill part I of N of it and end, so that N processes or machines can share the work",
+        "with --teacher_cache: fill part I of N and end, so that N processes or machines can share the work",
         type=cache_part,
         metavar="I/N",
     )
@@ -185,8 +175,7 @@ class ObjectiveFlags:
     """What the student is asked to match."""
 
     feature_loss_weight: float | None = flag(
-        "weight of the hidden-state loss; decays linearly to 0 (default: 1; 0 with --teacher_cache, --student_steps and --states "
-        "noise)",
+        "weight of the hidden-state loss; decays linearly to 0 (default: 1; 0 with --teacher_cache, --student_steps, noise)",
         type=number(float, low=0),
     )
     student_steps: int | None = flag(
@@ -202,13 +191,11 @@ class OptimizationFlags:
     num_epochs: int | None = flag(f"passes over the prompts {demo('num_epochs', 1)}", type=number(int, low=1))
     max_steps: int | None = flag("optimizer steps; overrides --num_epochs", type=number(int, low=1))
     teacher_calls: int | None = flag(
-        "teacher batches (with --student_steps beside the first ones of its paths); the steps follow by --replay; overrides "
-        "--num_epochs",
+        "teacher batches of the run, --replay optimizer steps for each; overrides --num_epochs",
         type=number(int, low=1),
     )
     batch_size: int = flag(
-        "samples per GPU (or process) and micro-batch; a step takes this times --grad_accum_steps times the processes "
-        f"{demo('batch_size')}",
+        f"samples per process and micro-batch; a step has this x --grad_accum_steps x processes {demo('batch_size')}",
         4,
         type=number(int, low=1),
     )
@@ -225,8 +212,8 @@ class OptimizationFlags:
         "EMA decay of the saved weights; 0 turns EMA off", 0.999, type=number(float, low=0, high=0.999999)
     )
     optimizer: str = flag(
-        "adamw; adamw8bit: its two moments in 8 bits, a quarter of the memory (needs pip install bitsandbytes); muon: "
-        "orthogonalised updates for the matrices of the student's blocks, adamw for the rest",
+        "adamw; adamw8bit: its moments in 8 bits (needs pip install bitsandbytes); muon: orthogonalised updates for the "
+        "matrices of the student's blocks, adamw for the rest",
         "muon",
         choices=["muon", "adamw", "adamw8bit"],
     )
@@ -249,8 +236,8 @@ class PerformanceFlags:
     )
     teacher_offload: bool = switch("keep a two-expert teacher in host memory, the expert in use on the device")
     shard: str | None = flag(
-        "under torchrun: shard the weights of the student (with gradients, EMA and optimizer), of the teacher or, without a "
-        "value, of both over the processes (FSDP2); left out: a whole copy in each (DDP)",
+        "under torchrun: shard the student (with gradients, EMA, optimizer), the teacher or, without a value, both over the "
+        "processes (FSDP2); left out: a whole copy in each (DDP)",
         nargs="?",
         const="both",
         choices=["student", "teacher", "both"],
@@ -265,27 +252,23 @@ class OutputFlags:
 
     output_dir: str = flag("folder for the student", "outputs/demo", type=path)
     save_every: int = flag(
-        "steps between checkpoints, and one at the end; the same command resumes from the newest; 0: none",
+        "steps between checkpoints; the same command resumes from the newest; 0: none",
         500,
         type=number(int, low=0),
     )
     keep_checkpoints: int = flag("number of newest checkpoints to keep", 2, type=number(int, low=1))
     overwrite: bool = switch("start anew where the output folder holds checkpoints; what is there is kept beside")
     eval_every: int | None = flag(
-        "steps between measurements of the velocity error on held-out prompts; 0: none (left out: about 6 in all, where they cost "
-        "less than 2 % of the teacher's calls)",
+        "steps between measurements of the held-out error; 0: none (left out: about 6 in all, if they cost less than 2 %)",
         type=number(int, low=0),
     )
     eval_prompts: str | None = flag(
-        "file of held-out prompts to measure on (left out: of templates those that no run trains on, else the first of "
-        f"--data_path, with noise of their own) {demo('eval_prompts')}",
+        f"file of held-out prompts (left out: those that templates hold out, else the first of --data_path) {demo('eval_prompts')}",
         type=path,
     )
-    num_samples: int = flag(
-        "prompts drawn by teacher and student after training; 0: none", 8, type=number(int, low=0, high=64)
-    )
+    num_samples: int = flag("prompts to draw after training; 0: none", 8, type=number(int, low=0, high=64))
     dry_run: bool = switch(
-        "check everything, print the memory, disk and compute of the run, and whether it fits; write nothing"
+        "check everything, print memory, disk and compute of the run, and whether it fits; write nothing"
     )
     assume_gpu_gib: float | None = flag(
         "with --dry_run: memory of the GPU to plan for, where it is not the one here", type=number(float, above=0)
@@ -297,7 +280,7 @@ class OutputFlags:
         "send losses and pictures to wandb or trackio as well (pip install the one you name)", "none", choices=REPORTS
     )
     preset: str | None = flag(
-        f"flags of a real run by teacher and student, as docs/recipes.md lists them: {', '.join(PRESETS)}; typed flags override it",
+        f"flags of a real run by teacher and student: {', '.join(PRESETS)}; typed flags override them (docs/recipes.md)",
         choices=[*PRESETS],
         metavar="NAME",
     )
