@@ -9,7 +9,7 @@ from argparse import ArgumentTypeError
 import pytest
 
 from wandistiller.errors import UserError
-from wandistiller.model.image_sizes import AspectRatio, ImageSize, check_sizes, is_size, shares, sizes_of_ratios
+from wandistiller.model.image_sizes import AspectRatio, ImageSize, is_size, resolve_sizes, shares, size_or_ratio
 
 RATIOS = ["1:1", "4:3", "3:4", "16:9", "9:16", "3:2", "2:1", "4:1", "1:4"]
 
@@ -27,8 +27,7 @@ def test_a_ratio_gives_the_grid_point_next_to_it(text, image_size, unit):
 
 
 def test_the_ratios_of_a_512_student_are_what_its_documentation_says():
-    ratios = [AspectRatio.parse(text) for text in RATIOS[:5]]
-    sizes = list(map(str, sizes_of_ratios(ratios, 512, 16)))
+    sizes = list(map(str, resolve_sizes(list(map(size_or_ratio, RATIOS[:5])), 512, 16, 1024)))
     assert sizes == ["512x512", "592x448", "448x592", "688x384", "384x688"]
 
 
@@ -44,7 +43,7 @@ def test_the_ratios_of_a_512_student_are_what_its_documentation_says():
 )
 def test_a_ratio_that_cannot_be_is_refused(text, words):
     with pytest.raises(ArgumentTypeError, match=words):
-        AspectRatio.parse(text)
+        size_or_ratio(text)
 
 
 @pytest.mark.parametrize(
@@ -60,21 +59,22 @@ def test_a_ratio_that_cannot_be_is_refused(text, words):
 )
 def test_a_size_that_cannot_be_is_refused_with_the_nearest_one(sizes, words):
     with pytest.raises(UserError, match=words):
-        check_sizes([ImageSize.parse(size) for size in sizes], 16, 1024)
+        resolve_sizes(list(map(size_or_ratio, sizes)), 32, 16, 1024)
 
 
 def test_the_size_that_a_refusal_names_is_allowed():
     for width in range(1, 400, 7):
         for height in (1, 33, 100, 5000):
             try:
-                check_sizes([ImageSize(width, height)], 16, 256)
+                resolve_sizes([ImageSize(width, height)], 32, 16, 256)
             except UserError as error:
-                check_sizes([ImageSize.parse(str(error).rsplit(" ", 1)[1])], 16, 256)
+                resolve_sizes([ImageSize.parse(str(error).rsplit(" ", 1)[1])], 32, 16, 256)
 
 
-def test_ratios_that_are_one_size_on_the_grid_are_refused_by_name():
-    with pytest.raises(UserError, match="4:3 and 3:2 are both 80x48 here"):
-        sizes_of_ratios([AspectRatio(1, 1), AspectRatio(4, 3), AspectRatio(3, 2)], 64, 16)
+def test_ratios_and_sizes_go_together_and_two_that_are_one_size_are_refused_by_name():
+    assert list(map(str, resolve_sizes(list(map(size_or_ratio, ["1:1", "96x48"])), 64, 16, 1024))) == ["64x64", "96x48"]
+    with pytest.raises(UserError, match="3:2: is 80x48 here, as 4:3 is"):
+        resolve_sizes(list(map(size_or_ratio, ["1:1", "4:3", "3:2"])), 64, 16, 1024)
 
 
 def test_sizes_are_read_as_they_are_written():

@@ -96,6 +96,8 @@ def is_size(value: object) -> bool:
 
 def size_or_ratio(text: str) -> ImageSize | AspectRatio:
     """Read 640x384 (pixels) or 16:9 (a ratio), as an argparse type."""
+    if not re.search("[x:]", text):
+        raise ArgumentTypeError(f"{text!r} is no size; write WIDTHxHEIGHT in pixels, or a ratio such as 16:9")
     return AspectRatio.parse(text) if ":" in text else ImageSize.parse(text)
 
 
