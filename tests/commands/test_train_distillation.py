@@ -52,6 +52,7 @@ FLAGS = [
     ("vae_path", ["x"], None),
     ("data_path", ["x"], "data/demo_prompts.txt"),
     ("caption_column", ["x"], None),
+    ("prompt_per", ["file"], None),
     ("num_prompts", ["7"], None),
     ("prompt_cache", ["x"], "outputs/prompt_cache"),
     ("prompt_cache_gib", ["2.5"], 100.0),
