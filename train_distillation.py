@@ -78,4 +78,4 @@ def distil(flags: Flags, command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    end_process(run_command(main))
+    end_process(run_command(main, many_processes=True))

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def installed() -> None:
     """Run the command as a process: what pip installs on the PATH."""
-    end_process(run_command(main))
+    end_process(run_command(main, many_processes=sys.argv[1:2] == ["train"]))
 
 
 if __name__ == "__main__":

@@ -80,8 +80,23 @@ def end_process(code: int) -> None:
     sys.exit(code)
 
 
-def run_command(main: Callable[[], int | None]) -> int:
-    """Run a command's main and turn what it raises into an exit code; errors that carry one are messages to a person."""
+def let_the_first_speak() -> str:
+    """Return what the message of a process of a run begins with; any but the first waits, since most mistakes are all processes'.
+
+    torchrun ends the others when the first has ended.
+    """
+    if not (number := torchrun_environment().local_rank):
+        return ""
+    time.sleep(OTHERS_WAIT_S)
+    return f"process {number}: "
+
+
+def run_command(main: Callable[[], int | None], *, many_processes: bool = False) -> int:
+    """Run a command's main and turn what it raises into an exit code; errors that carry one are messages to a person.
+
+    Args:
+        many_processes: whether torchrun starts this command. Any other may find torchrun's variables in its environment too.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a prompt that a terminal cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
@@ -101,8 +116,5 @@ def run_command(main: Callable[[], int | None]) -> int:
         if code is None:
             traceback.print_exc()
             return 1
-        if number := torchrun_environment().local_rank:
-            # Most mistakes are every process's; torchrun ends the others when the first has said so.
-            time.sleep(OTHERS_WAIT_S)
-        print(f"process {number}: error: {message}" if number else f"error: {message}", file=sys.stderr)
+        print(f"{let_the_first_speak() if many_processes else ''}error: {message}", file=sys.stderr)
         return code

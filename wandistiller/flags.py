@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from wandistiller import __version__
-from wandistiller.command_line import is_one_command, torchrun_environment
+from wandistiller.command_line import COMMANDS, is_one_command, let_the_first_speak
 from wandistiller.errors import shortened
 from wandistiller.flag_hints import unknown_flag
 
@@ -95,6 +95,7 @@ class FlagParser(argparse.ArgumentParser):
         # Also -1e-5 and -1,2 are values, to be answered as such; argparse knows -1 and -1.5 only:
         self._negative_number_matcher = re.compile(r"-\.?\d")
         self._given: list[str] = []
+        self._many_processes = prog == COMMANDS["train"]
         version = f"WanDistiller {__version__}"
         self.add_argument("--version", action="version", version=version, help="show the version and exit")
         if flags is not None:
@@ -128,7 +129,8 @@ class FlagParser(argparse.ArgumentParser):
         if "arguments are required" in message:  # the one that is wanted may be there under a name of another trainer
             strange = [arg for arg in self._given if arg.startswith("--") and arg.split("=")[0] not in self._known()]
             message = "; ".join([*(self._unknown(given) for given in strange[:1]), message])
-        self.exit(2, f"{self.prog}: error: {shortened(message)}\n" if torchrun_environment().local_rank == 0 else None)
+        whose = let_the_first_speak() if self._many_processes else ""
+        self.exit(2, f"{whose}{self.prog}: error: {shortened(message)}\n")
 
 
 def _underscored(arg: str) -> str:

@@ -24,7 +24,9 @@ def run_as(rank: int, count: int, port: int, argv: list[str], log: Path) -> None
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    run_and_exit(lambda: train_distillation.run_command(lambda: train_distillation.main(argv)), descriptor)
+    run_and_exit(
+        lambda: train_distillation.run_command(lambda: train_distillation.main(argv), many_processes=True), descriptor
+    )
 
 
 def start(count: int, argv: list[str], log: Path) -> list[multiprocessing.Process]:
