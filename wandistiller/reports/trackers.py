@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -54,6 +55,7 @@ class TensorBoardFiles:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        threading.excepthook = _without_tensorboards(threading.excepthook)
 
     def step(self, metrics: StepMetrics) -> None:
         for name, value in scalars(metrics).items():
@@ -67,6 +69,19 @@ class TensorBoardFiles:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _without_tensorboards(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable[..., None]:
+    """Return a hook that prints no traceback of TensorBoard's writing thread, whose error its next call raises as well.
+
+    A folder that is moved or removed while a run writes to it, or a full disk, then is one warning.
+    """
+
+    def hooked(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard"):
+            hook(failure)
+
+    return hooked
 
 
 class RunTracker:
