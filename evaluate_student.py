@@ -25,7 +25,7 @@ from wandistiller.files.output_folder import (
     check_replaceable,
     prepare_output_folder,
 )
-from wandistiller.flags import PROMPT_PER, FlagParser, add_student_flag, add_teacher_flags, number, path
+from wandistiller.flags import PROMPT_PER, ComputeFlags, TeacherFlags, flag, group, number, parse_flags, path
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import load_prompts
@@ -51,33 +51,6 @@ MAX_COLUMNS = 8  # of teacher_vs_student.png; each is a prompt
 SCORER_KINDS = ["clip", "siglip", "dino"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flags:
-    """The flags of this command, as `--help` describes them; None leaves a value to the student's record."""
-
-    student: str
-    teacher_path: str | None
-    teacher_path_low: str | None
-    teacher_lora: list[tuple[str, float]] | None
-    teacher_lora_low: list[tuple[str, float]] | None
-    text_encoder_path: str | None
-    vae_path: str | None
-    prompts_file: str
-    caption_column: str | None
-    prompt_per: str | None
-    num_prompts: int
-    prompt_cache: str
-    num_seeds: int
-    seed: int
-    num_inference_steps: int | None
-    judge: str | None
-    scorer: list[tuple[str, str]]
-    batch_size: int
-    device: str | None
-    dtype: str | None
-    output: str
-
-
 def scorer(text: str) -> tuple[str, str]:
     """Read a scorer's kind and place, as an argparse type."""
     kind, _, location = text.partition("=")
@@ -88,68 +61,77 @@ def scorer(text: str) -> tuple[str, str]:
     return kind, location
 
 
-def parse_args(argv: list[str] | None = None) -> Flags:
-    parser = FlagParser(
-        "evaluate_student.py",
-        "Hold a student against its teacher on held-out prompts. Flags are accepted with underscores or hyphens.",
-        "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted, 1 anything else.",
-    )
-    model = parser.group("Model")
-    add_student_flag(model)
-    add_teacher_flags(model)
+@dataclass(frozen=True, kw_only=True)
+class PromptFlags:
+    """What is drawn."""
 
-    prompts = parser.group("Prompts")
-    prompts.flag(
-        "--prompts_file",
+    prompts_file: str = flag(
         "prompts that were not trained on: a text file with one a line, a table, a folder or a glob of these, or a folder of prompt "
         "templates (of which the held-out part is taken)",
         required=True,
         type=path,
     )
-    prompts.flag("--caption_column", "column of tables that holds the prompts, where their names do not tell")
-    prompts.flag("--prompt_per", **PROMPT_PER)
-    prompts.flag("--num_prompts", "how many of them, from the first", 32, type=number(int, low=1))
-    prompts.flag(
-        "--prompt_cache", "folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path
-    )
+    caption_column: str | None = flag("column of tables that holds the prompts, where their names do not tell")
+    prompt_per: str | None = flag(**PROMPT_PER)
+    num_prompts: int = flag("how many of them, from the first", 32, type=number(int, low=1))
+    prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
 
-    sampling = parser.group("Sampling")
-    sampling.flag("--num_seeds", "pictures of each prompt", 2, type=number(int, low=1))
-    sampling.flag("--seed", "of the first noise", 0, type=number(int, low=0, high=2**62))
-    sampling.flag(
-        "--num_inference_steps",
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """How it is drawn."""
+
+    num_seeds: int = flag("pictures of each prompt", 2, type=number(int, low=1))
+    seed: int = flag("of the first noise", 0, type=number(int, low=0, high=2**62))
+    num_inference_steps: int | None = flag(
         "steps of the sampler (as recorded; a student of few steps keeps to its own)",
         type=number(int, low=1, high=1000),
     )
+    batch_size: int = flag("pictures drawn at once", 16, type=number(int, low=1))
 
-    scorers = parser.group("Scorers")
-    scorers.flag(
-        "--judge",
+
+@dataclass(frozen=True, kw_only=True)
+class JudgingFlags:
+    """Who looks at the pictures."""
+
+    judge: str | None = flag(
         "FILE.py:FUNCTION of your own, run as code, that says which pictures are right: given pictures (N, H, W, 3) uint8 and N "
-        'prompts, it returns N answers, each True, False or a dict of facts with "correct" (tools/demo_judge.py:judge_all)',
+        'prompts, it returns N answers, each True, False or a dict of facts with "correct" (tools/demo_judge.py:judge_all)'
     )
-    scorers.flag(
-        "--scorer",
-        "KIND=ID_OR_FOLDER, a model of transformers that judges the pictures; may be given once for each kind: "
+    scorer: list[tuple[str, str]] | None = flag(
+        "KIND=ID_OR_FOLDER, a model of transformers that scores the pictures; may be given once for each kind: "
         f"{', '.join(SCORER_KINDS)}",
         action="append",
         type=scorer,
     )
 
-    performance = parser.group("Performance")
-    performance.flag("--batch_size", "pictures drawn at once", 16, type=number(int, low=1))
-    performance.flag("--device", "cpu, cuda, cuda:1, ... (cuda if there is one)")
-    performance.flag("--dtype", "of matrix products (bf16 on cuda, else fp32)", choices=["fp32", "bf16"])
 
-    parser.group("Output").flag(
-        "--output", f"folder for {EVALUATION_NAME}, {GALLERY_NAME} and {COMPARISON_NAME} (the student's own)", type=path
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags of this command, as `--help` describes them."""
+
+    student: str = flag("folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path)
+    output: str | None = flag(
+        f"folder for {EVALUATION_NAME}, {GALLERY_NAME} and {COMPARISON_NAME} (the student's own)", type=path
     )
+    teacher: TeacherFlags = group("Teacher (left out: as the student records)")
+    prompts: PromptFlags = group("Prompts")
+    sampling: SamplingFlags = group("Sampling")
+    judging: JudgingFlags = group("Judge and scorers")
+    compute: ComputeFlags = group("Performance")
 
-    values = vars(parser.parse(argv))
-    scorers = values["scorer"] or []
-    if len({kind for kind, _ in scorers}) < len(scorers):
+    @property
+    def folder(self) -> Path:
+        """The folder that the results go to."""
+        return Path(self.output or self.student)
+
+
+def parse_args(argv: list[str] | None = None) -> Flags:
+    flags = parse_flags(Flags, "evaluate_student.py", "Hold a student against its teacher on held-out prompts.", argv)
+    kinds = [kind for kind, _ in flags.judging.scorer or []]
+    if len(set(kinds)) < len(kinds):
         raise UserError("--scorer: one kind is given twice; give each of clip, siglip and dino once at most")
-    return Flags(**values | {"output": values["output"] or values["student"], "scorer": scorers})
+    return flags
 
 
 def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tuple[str, str | None]) -> "Experiment":
@@ -168,25 +150,25 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
     from wandistiller.sampling.sampler import student_as_teacher
     from wandistiller.sampling.teacher import Teacher
 
-    device = pick_device(flags.device)
-    dtype = pick_dtype(flags.dtype, device)
+    given, device = flags.teacher, pick_device(flags.compute.device)
+    dtype = pick_dtype(flags.compute.dtype, device)
     settings = recorded_settings(config)
-    wan_files = open_recorded_teacher(config, *teacher, TeacherLoras(flags.teacher_lora, flags.teacher_lora_low))
+    wan_files = open_recorded_teacher(config, *teacher, TeacherLoras(given.teacher_lora, given.teacher_lora_low))
     sizes = trained_sizes(config)
     for side in {side for size in sizes for side in size}:
         check_size("the student's image_size", side, config, wan_files.config.patch_size)
-    judge = load_judge(flags.judge) if flags.judge else None
+    judge = load_judge(flags.judging.judge) if flags.judging.judge else None
     if judge:
         judge.try_out(prompts)
     parts = load_drawing_parts(
-        config, teacher[0], text_encoder_path=flags.text_encoder_path, vae_path=flags.vae_path, device=device
+        config, teacher[0], text_encoder_path=given.text_encoder_path, vae_path=given.vae_path, device=device
     )
 
     # The text comes first, so that its encoder leaves memory before the models come:
-    embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompt_cache, device)
+    embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompts.prompt_cache, device)
     # A student that learnt whole steps draws in these alone, whatever --num_inference_steps says:
-    student_steps = StudentRecord.of(config).student_steps or flags.num_inference_steps
-    prompt_indices, seeds = sample_plan(len(prompts), flags.num_seeds, flags.seed)
+    student_steps = StudentRecord.of(config).student_steps or flags.sampling.num_inference_steps
+    prompt_indices, seeds = sample_plan(len(prompts), flags.sampling.num_seeds, flags.sampling.seed)
     return Experiment(
         student=student_as_teacher(WanLiteStudent.from_pretrained(flags.student, device), settings),
         teacher=Teacher(project_experts(wan_files, config.text_max_length, dtype, device), settings, negative),
@@ -195,13 +177,13 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
         prompt_indices=prompt_indices,
         seeds=seeds,
         noise=seeded_noise(seeds, settings.latent_shape(config, sizes[0])),
-        teacher_options=teacher_sampling(config, flags.num_inference_steps, dtype, device),
+        teacher_options=teacher_sampling(config, flags.sampling.num_inference_steps, dtype, device),
         student_options=student_sampling(config, student_steps, dtype, device),
         settings=settings,
         vae=parts.vae,
         judge=judge,
-        num_seeds=flags.num_seeds,
-        batch_size=flags.batch_size,
+        num_seeds=flags.sampling.num_seeds,
+        batch_size=flags.sampling.batch_size,
     )
 
 
@@ -211,11 +193,11 @@ def describe(flags: Flags, config: StudentConfig, digest: str | None, experiment
     return {
         "student": flags.student,
         "student_sha256": digest,
-        "teacher": flags.teacher_path or StudentRecord.of(config).teacher_path,
-        "prompts_file": flags.prompts_file,
+        "teacher": flags.teacher.teacher_path or StudentRecord.of(config).teacher_path,
+        "prompts_file": flags.prompts.prompts_file,
         "num_prompts": len(experiment.embeds),
-        "num_seeds": flags.num_seeds,
-        "seed": flags.seed,
+        "num_seeds": flags.sampling.num_seeds,
+        "seed": flags.sampling.seed,
         "num_inference_steps": options.num_inference_steps,
         "student_steps": experiment.student_options.num_inference_steps,
         "shift": options.shift,
@@ -231,7 +213,7 @@ def describe(flags: Flags, config: StudentConfig, digest: str | None, experiment
 
 def warn_of_trained(flags: Flags, config: StudentConfig, prompts: list[str]) -> int:
     """Count the prompts that the student was trained on, and print a warning where there are any: it may look better at these."""
-    trained = trained_prompts(flags.student, config, prompts, flags.prompts_file)
+    trained = trained_prompts(flags.student, config, prompts, flags.prompts.prompts_file)
     num_trained = sum(prompt in trained for prompt in prompts)
     if num_trained:
         print(
@@ -244,7 +226,7 @@ def warn_of_trained(flags: Flags, config: StudentConfig, prompts: list[str]) -> 
 def load_scorers(flags: Flags) -> "list[Scorer]":
     from wandistiller.evaluation.scorers import load_scorer
 
-    return [load_scorer(kind, location) for kind, location in flags.scorer]
+    return [load_scorer(kind, location) for kind, location in flags.judging.scorer or []]
 
 
 def score(scorers: "list[Scorer]", experiment: "Experiment", teacher: "np.ndarray", student: "np.ndarray") -> dict:
@@ -328,18 +310,19 @@ def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
     flags = parse_args(argv)
     config = load_student_config(flags.student)
+    given = flags.prompts
     file = load_prompts(
-        flags.prompts_file,
-        flags.caption_column,
-        num_drawn=flags.num_prompts,
+        given.prompts_file,
+        given.caption_column,
+        num_drawn=given.num_prompts,
         held_out=True,
-        prompt_per=flags.prompt_per,
+        prompt_per=given.prompt_per,
     )
-    prompts = list(file.prompts[: flags.num_prompts])
+    prompts = list(file.prompts[: given.num_prompts])
     if file.notice:
-        print(f"{flags.prompts_file}: {file.notice}")
-    teacher = teacher_paths(config, flags.teacher_path, flags.teacher_path_low)
-    check_evaluation_is_ours(check_output_folder(flags.output, "--output"), "--output")
+        print(f"{flags.prompts.prompts_file}: {file.notice}")
+    teacher = teacher_paths(config, flags.teacher.teacher_path, flags.teacher.teacher_path_low)
+    check_evaluation_is_ours(check_output_folder(flags.folder, "--output"), "--output")
     num_trained = warn_of_trained(flags, config, prompts)
 
     from wandistiller.evaluation.experiment import measure, measure_cost
@@ -350,8 +333,8 @@ def main(argv: list[str] | None = None) -> int:
     scorers = load_scorers(flags)
     digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
     experiment = prepare(flags, config, prompts, teacher)
-    check_replaceable(Path(flags.output), [COMPARISON_NAME, EVALUATION_NAME, GALLERY_NAME], "--output")
-    folder = prepare_output_folder(flags.output, "--output")
+    check_replaceable(flags.folder, [COMPARISON_NAME, EVALUATION_NAME, GALLERY_NAME], "--output")
+    folder = prepare_output_folder(flags.folder, "--output")
 
     # Measure:
     print(experiment.summary())

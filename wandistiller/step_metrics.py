@@ -21,8 +21,6 @@ class StepMetrics:
         feature_loss: what the feature loss adds; None for an answer without hidden states.
         velocity_error: the held-out error, which is the relative error of the velocity at states that are never trained on, by
             kind of state; None if this step did not measure it.
-        noise_part: size, cosine and gain of what the noise decides in the student's pictures, and their distance with its scale, as evaluation/noise_parts.py has them;
-            None if this step did not measure it.
         memory_bytes: the most that the first process has held so far: tensors on a GPU, resident memory on the CPU.
     """
 
@@ -39,7 +37,6 @@ class StepMetrics:
     feature_loss: float | None = None
     velocity_error: dict[str, float] | None = None
     memory_bytes: int | None = None
-    noise_part: dict[str, float | None] | None = None
 
 
 def mean_by_sigma(sigmas: Sequence[float], values: Sequence[float]) -> list[float | None]:

@@ -7,7 +7,6 @@ pytest tests/evaluation/test_held_out.py
 
 import copy
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 
 from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.evaluation.held_out import HeldOutNoise, PathErrors, PathStates, draw_path_states
+from wandistiller.evaluation.held_out import PathErrors, PathStates, draw_path_states
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, sample, wan_scheduler
@@ -166,78 +165,10 @@ def test_only_noise_levels_of_a_range_are_kept():
     assert torch.equal(kept.latents, states.latents[inside]) and torch.equal(kept.velocity, states.velocity[inside])
 
 
-# ---- what the noise decides ----
-
-
-def noise_of(teacher: Teacher, **changes) -> HeldOutNoise:
-    return HeldOutNoise(teacher, [(EMBEDS, SHAPE)], OPTIONS, **{"num_noises": 3} | changes)
-
-
-NOISE = seeded_noise(range(2**32, 2**32 + 9), SHAPE)  # of three prompts, three each
-
-
-def distance_by_hand(latents: torch.Tensor, reference: torch.Tensor) -> float:
-    """1 is as far off as the flat colour of all pictures."""
-    flat = reference.mean(dim=(0, 2, 3), keepdim=True)
-    return float(((latents - reference).square().sum() / (reference - flat).square().sum()).sqrt())
-
-
-def test_a_student_that_equals_the_teacher_follows_every_noise():
-    teacher = mock_teacher()
-    assert noise_of(teacher)(student_like(teacher)) == pytest.approx(
-        {"norm_ratio": 1, "cosine": 1, "gain": 1, "endpoint": 0}, rel=1e-4, abs=1e-5
-    )
-
-
-def test_the_noise_part_is_what_is_left_of_each_picture_without_the_mean_of_its_prompt():
-    teacher, student = mock_teacher(), other_student()
-    found = noise_of(teacher, batch_size=2)(student)
-    parts, whole = {}, {}
-    for name, model in (("teacher", teacher), ("student", Teacher({"high": student}, teacher.settings))):
-        rest, pictures = [], []
-        for prompt in range(3):
-            text = EMBEDS.batch([prompt] * 3)
-            drawn = sample(model, NOISE[3 * prompt : 3 * prompt + 3], *text, OPTIONS).double()
-            rest.append(drawn - drawn.mean(dim=0))
-            pictures.append(drawn)
-        parts[name] = torch.cat(rest).flatten()
-        whole[name] = torch.cat(pictures)
-    gain = float(parts["student"] @ parts["teacher"] / parts["teacher"].square().sum())
-    ratio = float(parts["student"].norm() / parts["teacher"].norm())
-    distance = distance_by_hand(whole["student"], whole["teacher"])
-    expected = {"norm_ratio": ratio, "cosine": gain / ratio, "gain": gain, "endpoint": distance}
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert abs(found["gain"] - 1) > 0.01
-
-
-def test_the_scale_is_the_teachers_own_distance_in_fewer_steps():
-    teacher = mock_teacher()
-    found = noise_of(teacher, scale_steps=(1, 2))(student_like(teacher))
-    for steps in (1, 2):
-        drawn = []
-        for options in (replace(OPTIONS, num_inference_steps=steps), OPTIONS):
-            first = [sample(teacher, NOISE[3 * n : 3 * n + 1], *EMBEDS.batch([n]), options) for n in range(3)]
-            drawn.append(torch.cat(first).double())
-        assert found[f"teacher_at_{steps}_steps"] == pytest.approx(distance_by_hand(*drawn), rel=1e-4)
-    assert found["teacher_at_1_steps"] > found["teacher_at_2_steps"] > found["endpoint"]
-
-
-def test_noise_parts_of_several_sizes_add_up():
-    """Of two sizes of one picture each that are alike, the parts are those of one size; distances add in quadrature."""
-    teacher, student = mock_teacher(), other_student()
-    alone = noise_of(teacher)(student)
-    twice = HeldOutNoise(teacher, [(EMBEDS, SHAPE)] * 2, OPTIONS, 3)(student)
-    assert twice == pytest.approx(alone, rel=1e-6)
-    other = HeldOutNoise(teacher, [(EMBEDS, (16, 4, 6))], OPTIONS, 3)(student)
-    both = HeldOutNoise(teacher, [(EMBEDS, SHAPE), (EMBEDS, (16, 4, 6))], OPTIONS, 3)(student)
-    assert min(alone["gain"], other["gain"]) < both["gain"] < max(alone["gain"], other["gain"])
-
-
 # ---- what it leaves alone ----
 
 
-@pytest.mark.parametrize("measure", [lambda teacher: partial(path_errors, teacher), noise_of], ids=["errors", "noise"])
-def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were(measure):
+def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were():
     teacher, student = mock_teacher(), other_student().train()
     student.blocks[0].eval()  # a part that is kept out of training stays out of it
     modes = [module.training for module in student.modules()]
@@ -248,7 +179,7 @@ def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were(measur
 
     inside = []
     student.register_forward_hook(lambda module, *_: inside.append(any(part.training for part in module.modules())))
-    measure(teacher)(student)
+    path_errors(teacher, student)
 
     assert inside and not any(inside), "measured in training mode"
     assert [module.training for module in student.modules()] == modes

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from support.fake_gpu import FakeGpu, Wait, fake_gpu
 from support.true_size import filled
 from wandistiller.device import to_device
-from wandistiller.evaluation.held_out import HeldOutErrors, HeldOutNoise, PathErrors, draw_path_states
+from wandistiller.evaluation.held_out import PathErrors, draw_path_states
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.fp8 import to_fp8
 from wandistiller.model.sizes import unfilled_model
@@ -238,11 +238,6 @@ def test_sampling_and_measuring_stay_on_the_gpu_and_wait_where_it_is_meant():
         errors = PathErrors([states], EMBEDS, OPTIONS, 2)
         to_log: Meant = {"evaluation/held_out.py PathErrors.__call__": (1, "the error goes to the log")}
         check(waits_of(lambda: errors(student)), to_log)
-        both = HeldOutErrors(teacher, EMBEDS, LATENTS, OPTIONS, batch_size=3)
-        to_log = {"evaluation/held_out.py HeldOutErrors.__call__": (2, "both errors go to the log")}
-        check(waits_of(lambda: both(student)), SAMPLING | to_log)
-        parts = HeldOutNoise(teacher, [(EMBEDS.first(1), LATENTS)], OPTIONS, 4, batch_size=2)
-        check(waits_of(lambda: parts(student)), SAMPLING | in_parts)
 
 
 # ---- the GPU itself ----

@@ -39,8 +39,6 @@ from wandistiller.reports.metrics import (
     held_out_text,
     loss_change,
     loss_change_by_sigma,
-    newest_noise_part,
-    noise_text,
     read_metrics,
     training_seconds,
 )
@@ -132,7 +130,7 @@ def try_to_write_model_card(folder: Path) -> Path | None:
 def model_card(folder: Path, config: StudentConfig) -> str:
     """Return the card of a student's folder as text."""
     record, steps = config.distillation or {}, read_metrics(folder / METRICS_NAME)
-    errors, noise = held_out_error(steps), newest_noise_part(steps)
+    errors = held_out_error(steps)
     return fill_in(
         "student_card.md",
         front_matter=front_matter(record, "wandistiller", ["wan", "text-to-image", "distillation"]),
@@ -146,7 +144,6 @@ def model_card(folder: Path, config: StudentConfig) -> str:
         steps=steps,
         loss_change=[cell_text(value) for value in loss_change(steps)] if steps else (),
         held_out=errors and held_out_text(errors),
-        noise=noise and noise_text(noise),
         losses=losses(steps) if steps else (),
         has_plot=(folder / LOSS_PLOT_NAME).is_file(),
         plot_name=Markdown(LOSS_PLOT_NAME),

@@ -5,7 +5,6 @@ whatever is in it, or in its place, neither ends a command nor keeps a run from 
 """
 
 import logging
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,13 +72,6 @@ def _is_error(value: object) -> bool:
     )
 
 
-def _is_noise_part(value: object) -> bool:
-    names = {"norm_ratio", "cosine", "gain"}  # newer runs also hold the distance of the pictures and its scale
-    return value is None or (
-        isinstance(value, dict) and value.keys() >= names and all(map(_is_number_or_none, value.values()))
-    )
-
-
 def _is_by_sigma(value: object) -> bool:
     return isinstance(value, list) and len(value) in (0, NUM_BUCKETS) and all(map(_is_number_or_none, value))
 
@@ -89,7 +81,6 @@ _KINDS: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("loss", "grad_norm", "lr", "samples_per_s", "elapsed_s", "eta_s"), _is_number),
     "loss_by_sigma": _is_by_sigma,
     "velocity_error": _is_error,
-    "noise_part": _is_noise_part,
 }
 
 
@@ -132,36 +123,7 @@ def held_out_error(lines: Sequence[dict]) -> dict[str, float] | None:
 
 def held_out_text(errors: Mapping[str, float]) -> str:
     """Return a held-out error as it is shown to people."""
-    return "relative velocity error " + ", ".join(
-        f"{value:.3f} at {name.replace('_', ' ')}" for name, value in errors.items()
-    )
-
-
-def newest_noise_part(lines: Sequence[dict]) -> dict[str, float | None] | None:
-    """Return the newest size, cosine and gain of what the noise decides, or None if they were not measured."""
-    return next((line["noise_part"] for line in reversed(lines) if line.get("noise_part")), None)
-
-
-def noise_text(parts: Mapping[str, float | None]) -> str:
-    """Return the noise part as it is shown to people."""
-    named = {"size": parts["norm_ratio"], "cosine": parts["cosine"], "gain": parts["gain"]}
-    values = ", ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in named.items())
-    return f"what the noise decides, 1 follows the teacher: {values}"
-
-
-def distance_text(parts: Mapping[str, float | None]) -> str:
-    """Return how far the student's pictures are from the teacher's, with its scale, as it is shown to people."""
-    if parts.get("endpoint") is None:
-        return ""
-    scale = [f"{distance:.3f} in {steps}" for steps, distance in teacher_scale(parts).items()]
-    beside = f" (the teacher itself: {', '.join(scale)} steps)" if scale else ""
-    return f"distance of pictures from the teacher's: {parts['endpoint']:.3f}{beside}"
-
-
-def teacher_scale(parts: Mapping[str, float | None]) -> dict[int, float]:
-    """Return the teacher's own distance by the number of steps that it then draws in."""
-    found = ((re.fullmatch(r"teacher_at_(\d+)_steps", name), value) for name, value in parts.items())
-    return {int(name[1]): value for name, value in found if name and value is not None}
+    return f"relative velocity error {errors['teacher_states']:.3f} at the teacher's states"
 
 
 @dataclass(frozen=True)
@@ -178,11 +140,9 @@ def rise_of_held_out(lines: Sequence[dict]) -> Rise | None:
     """Return how much the held-out error has risen over the last two measurements or more, while the loss fell.
 
     None where it has not: the last measurement is less than RISE above the lowest, the lowest is the one before it, or the loss
-    between measurements is no lower than it was up to the lowest. Only measurements of the same kinds of states are compared.
+    between measurements is no lower than it was up to the lowest.
     """
     places = [place for place, line in enumerate(lines) if line.get("velocity_error")]
-    kinds = [lines[place]["velocity_error"].keys() for place in places]
-    places = [place for place, kind in zip(places, kinds, strict=True) if kind == kinds[-1]]
     if len(places) < 3:
         return None
     errors = [lines[place]["velocity_error"]["teacher_states"] for place in places]

@@ -1,13 +1,13 @@
-"""The plot of a run: losses by noise level, held-out error, distance of pictures; as loss.png, and as SVG inside gallery.html."""
+"""The plot of a run: losses by noise level and held-out error; as loss.png, and as SVG inside gallery.html."""
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.files.atomic import atomic_path
-from wandistiller.reports.metrics import bucket_name, mean_of, read_metrics, teacher_scale
+from wandistiller.reports.metrics import bucket_name, mean_of, read_metrics
 from wandistiller.step_metrics import NUM_BUCKETS, StepMetrics
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ GREY, BLACK = "#c4c4c4", "#202020"
 class LossPlot:
     """A tracker that keeps a plot of metrics.jsonl up to date, at no more than REDRAW_SHARE of the time."""
 
-    def __init__(self, metrics_path: Path, file: Path):
-        self.metrics_path, self.file = metrics_path, file
-        self._next_s = time.perf_counter() + REDRAW_EVERY_S
+    def __init__(self, metrics_path: Path, file: Path, clock: Callable[[], float] = time.perf_counter):
+        self.metrics_path, self.file, self._clock = metrics_path, file, clock
+        self._next_s = clock() + REDRAW_EVERY_S
         self._is_behind = True
 
     def step(self, metrics: StepMetrics) -> None:
         self._is_behind = True
-        if time.perf_counter() >= self._next_s:
+        if self._clock() >= self._next_s:
             self._draw()
 
     def picture(self, step: int, picture: "Image") -> None:
@@ -42,11 +42,11 @@ class LossPlot:
             self._draw()
 
     def _draw(self) -> None:
-        start_s = time.perf_counter()
+        start_s = self._clock()
         if lines := [line for line in read_metrics(self.metrics_path) if "loss" in line]:
             save_loss_plot(lines, self.file)
         self._is_behind = False
-        now = time.perf_counter()
+        now = self._clock()
         self._next_s = now + max(REDRAW_EVERY_S, (now - start_s) / REDRAW_SHARE)
 
 
@@ -70,19 +70,17 @@ def loss_svg(lines: Sequence[dict]) -> str:
 
 
 def loss_figure(lines: Sequence[dict]) -> "Figure":
-    """Plot the loss over steps, total and by noise level, and below it held-out error and distance of pictures if measured."""
+    """Plot the loss over steps, total and by noise level, and below it the held-out error if measured."""
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and asks for a screen
 
-    below = {
-        _plot_held_out: [line for line in lines if line.get("velocity_error")],
-        _plot_distance: [line for line in lines if (line.get("noise_part") or {}).get("endpoint") is not None],
-    }
-    shown = [(plot, measured) for plot, measured in below.items() if measured]
-    figure = Figure(figsize=(9, 5 + 2.5 * len(shown)), dpi=110, layout="constrained")
-    panels = figure.subplots(1 + len(shown), sharex=True, squeeze=False, height_ratios=[2, *[1] * len(shown)])
+    measured = [line for line in lines if line.get("velocity_error")]
+    figure = Figure(figsize=(9, 7.5 if measured else 5), dpi=110, layout="constrained")
+    panels = figure.subplots(
+        2 if measured else 1, sharex=True, squeeze=False, height_ratios=[2, 1] if measured else [1]
+    )
     _plot_losses(panels[0, 0], lines)
-    for axes, (plot, measured) in zip(panels[1:, 0], shown, strict=True):
-        plot(axes, measured)
+    if measured:
+        _plot_held_out(panels[1, 0], measured)
     panels[-1, 0].set_xlabel("optimiser step")
     return figure
 
@@ -109,23 +107,9 @@ def _plot_losses(axes, lines: Sequence[dict]) -> None:
 
 
 def _plot_held_out(axes, measured: Sequence[dict]) -> None:
-    colors = {"teacher_states": "#2f6db3", "student_states": "#d0712b"}
-    for name, color in colors.items():
-        points = [(line["step"], line["velocity_error"][name]) for line in measured if name in line["velocity_error"]]
-        if points:
-            label = f"at {name.replace('_', ' ')}"
-            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=label)
+    points = [(line["step"], line["velocity_error"]["teacher_states"]) for line in measured]
+    axes.plot(*zip(*points, strict=True), color="#2f6db3", marker="o", markersize=4)
     _finish(axes, "relative velocity error,\nheld-out states")
-
-
-def _plot_distance(axes, measured: Sequence[dict]) -> None:
-    """Plot how far the student's pictures are from the teacher's, between lines of the teacher's own in fewer steps."""
-    points = [(line["step"], line["noise_part"]["endpoint"]) for line in measured]
-    axes.plot(*zip(*points, strict=True), color="#2f6db3", marker="o", markersize=4, label="student")
-    scale = teacher_scale(measured[-1]["noise_part"])
-    for (steps, distance), style in zip(scale.items(), ("--", ":"), strict=False):
-        axes.axhline(distance, color=BLACK, linewidth=1, linestyle=style, label=f"teacher in {steps} steps")
-    _finish(axes, "relative distance of\npictures' latents")
 
 
 def _finish(axes, what: str) -> None:
@@ -136,7 +120,8 @@ def _finish(axes, what: str) -> None:
     axes.grid(which="minor", color="#f2f2f2", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
 
 
 def _use_log_scale(axes) -> None:

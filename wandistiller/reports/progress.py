@@ -17,10 +17,8 @@ from tqdm import tqdm
 from wandistiller.files.atomic import write_text
 from wandistiller.reports.metrics import (
     FIRST_AND_LAST,
-    distance_text,
     held_out_error,
     held_out_text,
-    noise_text,
     read_metrics,
 )
 from wandistiller.step_metrics import StepMetrics
@@ -94,10 +92,6 @@ class Progress:
             print(self.line(metrics), file=self.stream, flush=True)
         if metrics.velocity_error:
             tqdm.write(f"step {metrics.step}: {held_out_text(metrics.velocity_error)}", file=self.stream)
-        if metrics.noise_part:
-            for text in (noise_text(metrics.noise_part), distance_text(metrics.noise_part)):
-                if text:
-                    tqdm.write(f"step {metrics.step}: {text}", file=self.stream)
 
     def _held_out_part(self) -> list[str]:
         """Return the newest held-out error at the teacher's states, which is shown beside the loss; nothing before there is one."""

@@ -19,8 +19,6 @@ from wandistiller.reports.metrics import (
     held_out_text,
     loss_change,
     loss_change_by_sigma,
-    newest_noise_part,
-    noise_text,
     read_metrics,
     rise_of_held_out,
     training_seconds,
@@ -182,7 +180,7 @@ def calls_line(settings: Settings, num_calls: int, num_steps: int, teacher: Teac
 def summary_lines(folder: Path, calls: str) -> list[str]:
     """Return what the folder's records say of the run; `calls` is what the teacher was asked."""
     config, steps = StudentConfig.load(folder), read_metrics(folder / METRICS_NAME)
-    record, errors, parts = config.distillation, held_out_error(steps), newest_noise_part(steps)
+    record, errors = config.distillation, held_out_error(steps)
     first, last = loss_change(steps)
     loss = (
         ""
@@ -198,7 +196,6 @@ def summary_lines(folder: Path, calls: str) -> list[str]:
     }
     after = {
         "held out": held_out_text(errors) if errors else "",
-        "": noise_text(parts) if parts else "",
         "files": f"{folder}: {', '.join(name for name in SHOWN_FILES if (folder / name).exists())}",
     }
     rows = [[_row(name, text) for name, text in part.items() if text] for part in (before, after)]

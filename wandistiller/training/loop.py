@@ -74,10 +74,6 @@ class Observer:
         """Measure the student, every `options.eval_every` steps and at the last; return errors by name."""
         return None
 
-    def compare_noise(self, student: WanLiteStudent) -> dict[str, float | None] | None:
-        """Measure what the noise decides in the student's pictures, whenever it is measured; return the parts by name."""
-        return None
-
     def draw(self, student: WanLiteStudent, step: int) -> None:
         """Draw with the student, every `options.sample_every` steps but the last, after which it is there to be drawn with."""
 
@@ -194,10 +190,7 @@ class _Loop:
         if not is_due(step, self.options.eval_every, is_last):
             return {}
         with self.state.averaged() as averaged:
-            return {
-                "velocity_error": self.observer.evaluate(averaged),
-                "noise_part": self.observer.compare_noise(averaged),
-            }
+            return {"velocity_error": self.observer.evaluate(averaged)}
 
     def _metrics(self, step: int, found: "_Measured", lr: float, measured: dict[str, Any]) -> StepMetrics:
         boundary = self.options.boundary
