@@ -222,26 +222,3 @@ class ComputeFlags:
 
     device: str | None = flag("cpu, cuda, cuda:1, ... (cuda if there is one)")
     dtype: str | None = flag("of matrix products (bf16 on cuda, else fp32)", choices=["fp32", "bf16"])
-
-
-# For the commands that declare their flags one by one still:
-
-
-def add_student_flag(group: FlagGroup) -> None:
-    """Add the flag that names a student's folder."""
-    help_text = "folder of a trained student (--output_dir of train_distillation.py)"
-    group.flag("--student", help_text, required=True, type=path)
-
-
-def add_teacher_flags(group: FlagGroup) -> None:
-    """Add the flags that say where the teacher of a student and its parts are, for whoever draws with both."""
-    group.flag("--teacher_path", "the teacher, where it is no longer where the student's record says", type=path)
-    group.flag("--teacher_path_low", "its low-noise expert, where the two experts are two files or folders", type=path)
-    group.flag("--teacher_lora", "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG)
-    group.flag("--teacher_lora_low", "the same for the low-noise expert of two", **LORA_FLAG)
-    group.flag(
-        "--text_encoder_path",
-        "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none",
-        type=path,
-    )
-    group.flag("--vae_path", "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path)

@@ -33,7 +33,7 @@ def measure_prompts(student: Drawn, teacher: Drawn, num_seeds: int) -> list[Prom
     """Return the measures of every prompt; its `num_seeds` noises follow one another."""
     unit = measures.spread(teacher.latents)
     starts = range(0, len(student.latents), num_seeds)
-    return [_measure(*(_part(drawn, start, num_seeds) for drawn in (student, teacher)), unit) for start in starts]
+    return [_measure(_part(student, start, num_seeds), _part(teacher, start, num_seeds), unit) for start in starts]
 
 
 def _part(drawn: Drawn, start: int, count: int) -> Drawn:

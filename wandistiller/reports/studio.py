@@ -145,7 +145,7 @@ def _is_student(folder: Path) -> bool:
 def told_record(folder: Path) -> str:
     """Return what a student's folder says of it, in words, as markdown."""
     config = load_student_config(folder)
-    parts = [introduction(config)]
+    parts: list[str] = [introduction(config)]
     if results := read_evaluation(folder):
         parts.append(_told_evaluation(results))
     return "\n\n".join([*parts, limits(config)])
