@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from wandistiller.errors import lost_process_message, place_message
-from wandistiller.lost_output import is_lost_output
+from wandistiller.lost_output import is_lost_output, spelt_output
 
 # This says how long OpenMP's threads spin before they sleep, and must be set before torch loads. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes
 # small models a third of their speed; spinning for long costs whole time slices where another job keeps a core busy.
@@ -100,6 +100,11 @@ def run_command(main: Callable[[], int | None], *, many_processes: bool = False)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a prompt that a terminal cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
+    with spelt_output():
+        return _exit_code(main)
+
+
+def _exit_code(main: Callable[[], int | None]) -> int:
     try:
         exit_code = main() or 0
         sys.stdout.flush()

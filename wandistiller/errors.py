@@ -25,6 +25,17 @@ _OF_A_PLACE = {
 _OF_A_DISK = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC}
 
 
+# What commands a terminal, or turns the order of its letters: C0 but for tab and line feed, DEL, C1, and Unicode's bidi controls
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def spelt(text: str, but: str = "") -> str:
+    """Return a text with its control characters as Python spells them, but for tabs, line feeds and those of `but`."""
+    if text.isprintable():
+        return text
+    return _COMMANDS.sub(lambda found: found[0] if found[0] in but else ascii(found[0])[1:-1], text)
+
+
 class UserError(ValueError):
     """A mistake in flags, config or files, told in one message that a person can act on."""
 
@@ -43,7 +54,8 @@ def _cut(text: str, limit: int) -> str:
 
 
 def shortened(message: str) -> str:
-    """Return a message without the middle of its longest words, and of itself where it is still too long."""
+    """Return a message without control characters, the middle of its longest words, and of itself where it is still too long."""
+    message = spelt(message)
     return _cut(re.sub(rf"\S{{{MAX_VALUE + 1},}}", lambda word: _cut(word[0], MAX_VALUE), message), MAX_MESSAGE)
 
 

@@ -1,11 +1,48 @@
-"""Output that nobody reads any more: the reader of a pipe has ended, as after `| head`, or the terminal has been closed."""
+"""What is printed: nothing that a file holds commands the terminal, and what nobody reads any more goes nowhere.
+
+The reader of a pipe has ended, as after `| head`, or the terminal has been closed.
+"""
 
 import contextlib
 import errno
 import os
+import re
 import select
 import sys
-from typing import TextIO
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO, cast
+
+from wandistiller.errors import spelt
+
+_MOVES_OF_BARS = re.compile(r"(?:\n|\x1b\[A)+")  # between tqdm's bars
+
+
+class _SpeltStream:
+    """A stream whose control characters are spelt, but for what progress bars need."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(text if _MOVES_OF_BARS.fullmatch(text) else spelt(text, but="\r"))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def spelt_output() -> Iterator[None]:
+    """Spell the control characters of all that is printed inside: names of tensors and texts of files come from strangers."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _SpeltStream(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def is_lost_output(error: Exception) -> bool:

@@ -76,7 +76,7 @@ def _lock(path: Path) -> int | None:
     except ImportError:  # not on Windows
         raise NoLocksError("no locks on this system") from None
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
