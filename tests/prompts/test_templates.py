@@ -146,10 +146,15 @@ def test_templates_that_repeat_each_other_without_measure_are_refused(tmp_path, 
         load_prompts(tmp_path)
 
 
-def test_braces_in_wildcards_in_braces_are_drawn_from_however_deep_they_are(tmp_path):
-    files = {f"w{n}.txt": "{" * 49 + f"__w{n + 1}__|b" + "}" * 49 for n in range(40)}
-    write(tmp_path, files | {"a.template.txt": "__w0__", "w40.txt": "x\ny"})
-    assert "b" in load_prompts(tmp_path).prompts
+@pytest.mark.parametrize(("num_files", "is_read"), [(4, True), (14, False)])
+def test_braces_in_wildcards_in_braces_are_drawn_from_up_to_a_depth(tmp_path, num_files, is_read):
+    files = {f"w{n}.txt": "{" * 45 + f"__w{n + 1}__|b" + "}" * 45 for n in range(num_files)}
+    write(tmp_path, files | {"a.template.txt": "__w0__", f"w{num_files}.txt": "x\ny"})
+    if is_read:
+        assert sorted(load_prompts(tmp_path).prompts) == ["b", "x", "y"]
+    else:
+        with pytest.raises(UserError, match=r"w4.txt, line 1: wildcards lead .* through 200 braces"):
+            load_prompts(tmp_path)
 
 
 def test_weights_are_how_often_an_option_is_drawn(tmp_path):

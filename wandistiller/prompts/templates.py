@@ -34,7 +34,7 @@ MOST_TRIES = 10_000  # draws in a row without a new prompt, after which there ar
 # Bounds on what a stranger's templates cost: letters of a prompt, steps to draw it, letters of a line, lines, nesting
 LONGEST_PROMPT, MOST_STEPS = 4000, 4000
 LONGEST_LINE, MOST_LINES = 20_000, 2_000_000
-DEEPEST = 50
+DEEPEST, DEEPEST_BRACES = 50, 200  # braces in braces of a line, or files behind files; braces over all files on the way
 
 _WEIGHT = re.compile(r"\s*(\d{1,6}(?:\.\d{1,6})?|\.\d{1,6})::")
 _SEVERAL = re.compile(r"\s*(\d{1,3})?(-)?(\d{1,3})?\$\$(?:([^{}|]*?)\$\$)?")
@@ -121,6 +121,7 @@ class _Parser:
     where: str
     position: int = 0
     depth: int = 0
+    deepest: int = 0
     names: list[str] = field(default_factory=list)
 
     def refuse(self, reason: str) -> UserError:
@@ -171,6 +172,7 @@ class _Parser:
         """Read from behind a { to its }."""
         start = self.position
         self.depth += 1
+        self.deepest = max(self.deepest, self.depth)
         if self.depth > DEEPEST:
             raise self.refuse(f"braces are nested more than {DEEPEST} deep")
         if self.text[start : start + 1] == "~":  # a random sampler, as every choice here is one
@@ -227,14 +229,15 @@ class Templates:
         """
         place = Path(path)
         own = cls(place if place.is_dir() else place.parent)
-        own.root, names = own._read(_template_files(place) if place.is_dir() else [place])
-        own._follow(names, [])
+        own.root, names, depth = own._read(_template_files(place) if place.is_dir() else [place])
+        own._follow(names, [], depth)
         return own
 
-    def _read(self, files: list[Path]) -> tuple[Choice, dict[str, str]]:
-        """Return the choice among the lines of some files, and where each wildcard of theirs stands first."""
+    def _read(self, files: list[Path]) -> tuple[Choice, dict[str, str], int]:
+        """Return the choice among the lines of some files, where each wildcard of theirs stands first, and their deepest braces."""
         lines: list[tuple[float, Template]] = []
         names: dict[str, str] = {}
+        deepest = 0
         for file in files:
             before = len(lines)
             for number, text in text_lines(file):
@@ -248,24 +251,27 @@ class Templates:
                     raise UserError(f"{where}: there are more than {MOST_LINES:,} lines of templates and wildcards")
                 parser = _Parser(line, where)
                 lines.append(parser.line())
+                deepest = max(deepest, parser.deepest)
                 for name in parser.names:
                     names.setdefault(name, where)
             if len(lines) == before:
                 raise UserError(f"{file}: holds no line; blank lines and comments do not count")
-        return _choice(lines), names
+        return _choice(lines), names, deepest
 
-    def _follow(self, names: dict[str, str], path: list[str]) -> None:
-        """Read the wildcards of these names; `path` are those that lead here."""
+    def _follow(self, names: dict[str, str], path: list[str], depth: int) -> None:
+        """Read the wildcards of these names; `path` are those that lead here, through so many braces."""
         for name, where in names.items():
             if name in path:
                 circle = " -> ".join([*path[path.index(name) :], name])
                 raise UserError(f"{where}: __{name}__ leads back to itself ({circle})")
             if name in self.wildcards:
                 continue
-            if len(path) > DEEPEST:
-                raise UserError(f"{where}: wildcards lead more than {DEEPEST} files deep")
-            choice, inner = self._read(self._files_of(name, where))
-            self._follow(inner, [*path, name])
+            if len(path) > DEEPEST or depth > DEEPEST_BRACES:
+                raise UserError(
+                    f"{where}: wildcards lead more than {DEEPEST} files deep, or through {DEEPEST_BRACES} braces"
+                )
+            choice, inner, own_depth = self._read(self._files_of(name, where))
+            self._follow(inner, [*path, name], depth + own_depth)
             self.wildcards[name] = choice
 
     def _files_of(self, name: str, where: str) -> list[Path]:
