@@ -101,10 +101,10 @@ def run_command(main: Callable[[], int | None], *, many_processes: bool = False)
         if hasattr(stream, "reconfigure"):  # a prompt that a terminal cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
     with spelt_output():
-        return _exit_code(main)
+        return _exit_code(main, many_processes)
 
 
-def _exit_code(main: Callable[[], int | None]) -> int:
+def _exit_code(main: Callable[[], int | None], many_processes: bool) -> int:
     try:
         exit_code = main() or 0
         sys.stdout.flush()

@@ -3,6 +3,8 @@
 pytest tests/prompts/test_prompts.py
 """
 
+import contextlib
+import time
 from pathlib import Path
 
 import pytest
@@ -132,7 +134,7 @@ NO_PROMPTS = {
     "captions behind names": ("1.png\ta red fox\n2.png\ta blue boat\n", "stands behind the name of a file"),
     "a config": ("# musubi\n[general]\nresolution = [960, 544]\ncaption_extension = '.txt'\n", "is a config"),
     "options first": ("a cat\n--prompt a dog --steps 20\n", "line 2: begins with an option, '--prompt a dog"),
-    "a line of a book": ("a cat\n" + "x" * 200_000 + "\n", "line 2: is longer than 100,000 letters"),
+    "a line of a book": ("a cat\n" + "x" * 1_000_001 + "\n", "line 2: is longer than 1,000,000 letters"),
 }  # fmt: skip
 
 
@@ -164,3 +166,17 @@ def test_braces_and_commas_are_prompts_too(tmp_path):
     prompts = ["{a cat}, asleep", '"quoted", 1', "[a dog]"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     assert load_prompts(tmp_path / "prompts.txt").prompts == prompts
+
+
+@pytest.mark.parametrize(
+    "text", ["{" + "|" * 400_000, "__a " * 200_000, "a --w" * 150_000, "a.png " * 150_000, "x=" * 400_000]
+)
+def test_no_text_takes_the_patterns_long(tmp_path, text):
+    (tmp_path / "p.txt").write_text(f"{text}\n{text}b\n", encoding="utf-8")
+    start = time.process_time()
+    with contextlib.suppress(UserError):
+        load_prompts(tmp_path / "p.txt")
+    (tmp_path / "a.template.txt").write_text(f"{text[:19_000]}\n", encoding="utf-8")
+    with contextlib.suppress(UserError):
+        load_prompts(tmp_path / "a.template.txt")
+    assert time.process_time() - start < 5

@@ -19,14 +19,14 @@ from wandistiller.prompts.templates import draw_prompts, is_template
 SLUG_LENGTH = 48  # letters of a prompt in the name of its picture
 NUM_HELD_OUT = 16  # prompts that a run measures on
 NUM_OF_TEMPLATES = 4096  # prompts that templates give where nobody says how many
-LONGEST_PROMPT = 100_000  # letters; Wan reads 512 tokens
+LONGEST_PROMPT = 1_000_000  # letters; Wan reads 512 tokens
 LOOKED_AT = 100  # prompts that tell what a file holds
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MEDIA = "|".join(MEDIA)
 _NAME_OF_A_FILE = re.compile(rf"(?:https?://\S+|.*\.(?:{_MEDIA}|txt|caption|json|npz|npy|pt|safetensors))", re.I)
 _BEHIND_A_NAME = re.compile(rf"\S+\.(?:{_MEDIA})[\s,;|:]+\S.*", re.I)
 _SETTING = re.compile(r"\w+\s*=\s*\S.*|\[+[\w.-]+\]+")  # a line of TOML or of an .ini
-_SYNTAX = re.compile(r"\{[^{}]*\|[^{}]*\}|__\w[\w/ *-]*__")
+_SYNTAX = re.compile(r"\{[^{}|]{0,99}\|[^{}]{0,99}\}|__\w[\w/ *-]{0,99}?__")
 # What kohya's and musubi's sample prompts, or Midjourney's, have behind a prompt
 _OPTIONS = re.compile(
     r"\s--(?:[wdhslngfiovq]|fs|ar|am|ci|no|iw|ow|cfg|seed|niji|style|stylize|chaos|tile|raw)(?:\s.*|$)", re.S

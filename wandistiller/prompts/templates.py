@@ -43,7 +43,7 @@ _ESCAPED = "{}|_$\\:#!@~<["
 _UNKNOWN = [
     (re.compile(r"(?<!\\)\$\{"), r"variables such as ${name=...} are not known here; write \$ for the letter"),
     (re.compile(r"(?<!\\)(?:\{|__)[!@]"), "the samplers ! (each in turn, combined) and @ (each in turn) are not known here"),
-    (re.compile(r"__[^\s{}|_][^{}|]{0,200}?\([^(){}|]*=[^(){}|]*\)__"), "parameters of a wildcard are not known here"),
+    (re.compile(r"__[^\s{}|_][^{}|]{0,99}?\([^(){}|=]{0,99}=[^(){}|]{0,99}\)__"), "parameters of a wildcard are not known here"),
     (re.compile(r"\d#__"), "a number with # before a wildcard is not known here; write {2$$__name__}"),
     (
         re.compile(r"(?<!\\)<(?:wildcard|wc|random|alternate|lora|lyco|hypernet|embed|embedding|preset|segment|setvar|var)[:\[]", re.I),
