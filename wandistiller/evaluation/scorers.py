@@ -4,7 +4,7 @@ A clip or siglip puts pictures and texts into one space, a dino pictures alone; 
 safetensors and JSON are read, and a hub id that was named is the only thing that is fetched.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 from wandistiller.errors import UserError, first_line, shown
 from wandistiller.files.checked_json import read_json
 from wandistiller.files.hub import fetch, is_hub_id
+from wandistiller.files.weights import Weight, all_tensors, weight_files
 
 # What a model of each kind calls itself in its config.json.
 MODEL_TYPES = {
@@ -187,29 +188,49 @@ def _find_folder(kind: str, location: str, flag: str) -> Path:
 
 
 def _load_model(folder: Path, flag: str) -> Any:
-    from transformers import AutoModel
+    """Build the model around the tensors of its files; transformers gets no folder to search, and a config that its weights agree with."""
+    from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what is missing is told below, in one line
-    logging.disable_progress_bar()
     try:
-        model, info = AutoModel.from_pretrained(  # nosec B615 # a local folder
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+        found = all_tensors(weight_files(folder))
+        _check_depth(read_json(folder / "config.json"), found, flag)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # nosec B615 # a local folder
+        with torch.device("meta"):
+            kind = type(AutoModel.from_config(config))
+        tensors = {name: Weight(stored).read() for name, stored in found.items()}
+        # No folder is given, so that transformers renames and fills, and searches nothing.
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:  # transformers and safetensors each wrap a bad file in their own types
+    except UserError as error:
+        raise UserError(f"{flag}: {str(error).removeprefix(f'{flag}: ')}") from None
+    except Exception as error:  # transformers wraps a bad config in its own types
         raise UserError(f"{flag}: the model cannot be loaded ({first_line(error)}); copy it again") from None
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if missing:  # transformers fills them with random values
         raise UserError(f"{flag}: {len(missing)} of its tensors are missing, the first is {missing[0]}; copy it again")
+    if strangers := sorted(map(str, info["unexpected_keys"])):
+        raise UserError(
+            f"{flag}: holds {len(strangers)} tensors that are no part of a {config.model_type}, the first is {shown(strangers[0])}; give a "
+            "model as transformers saves it"
+        )
     return model.eval()
+
+
+def _check_depth(config: dict, found: Mapping[str, object], flag: str) -> None:
+    """Refuse a config of more layers than the weights have, before the model is built."""
+    most = len(found)
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if layers is not None and not (type(layers) is int and 0 < layers <= most):
+            raise UserError(
+                f"{flag}: num_hidden_layers is {shown(layers)}, and its files hold {most} tensors; copy it again"
+            )
 
 
 def _load_processor(kind: str, folder: Path, flag: str) -> tuple[Any, Any | None]:

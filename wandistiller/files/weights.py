@@ -4,21 +4,23 @@ A model says which tensors it expects; the door pairs fp8 weights with their sca
 against each other, and hands out `Weight`s, whose numbers are finite when they are read.
 """
 
+import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from pathlib import Path
 
 from torch import Tensor
 
 from wandistiller.errors import shown
+from wandistiller.files.atomic import write_json
 from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.files.gguf_files import SUFFIX as GGUF_SUFFIX
 from wandistiller.files.gguf_files import GgufTensor, read_gguf_header
-from wandistiller.files.json_files import JsonError, parse_json
+from wandistiller.files.json_files import JsonError, load_json, parse_json
 from wandistiller.files.safetensors_files import StoredTensor, indexed_files, read_header
 from wandistiller.files.torch_files import SUFFIXES as TORCH_SUFFIXES
 from wandistiller.files.torch_files import read_torch_header
@@ -78,7 +80,7 @@ def weight_files(folder: Path, allowed: str = "*.safetensors") -> list[Path]:
         else:
             advice = f"; allowed: {allowed}"
         raise TeacherFileError(f"{folder}: holds no .safetensors weights{advice}")
-    return [path for path in files if path.name == f"{WEIGHTS}.safetensors"] or files
+    return [path for path in files if path.name in (f"{WEIGHTS}.safetensors", "model.safetensors")] or files
 
 
 def all_tensors(files: Iterable[Path]) -> dict[str, Stored]:
@@ -281,13 +283,39 @@ def digest_of(files: Iterable[Path]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the sha256 of a file; one that has not changed since is not read again."""
+    """Return the sha256 of a file; one that has not changed since is not read again, and a large one by no later process either."""
     path = path.resolve()
     stat = path.stat()
-    return _file_digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    state = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+    if state not in _digests:
+        kept = _read_kept() if stat.st_size >= _KEPT_FROM_BYTES else {}
+        if state not in kept:
+            with path.open("rb") as file:
+                kept[state] = hashlib.file_digest(file, "sha256").hexdigest()
+            if stat.st_size >= _KEPT_FROM_BYTES:
+                _keep(kept)
+        _digests[state] = kept[state]
+    return _digests[state]
 
 
-@lru_cache(maxsize=1024)
-def _file_digest(path: Path, *_state: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_KEPT_FROM_BYTES, _MOST_KEPT = 2**26, 1000
+_digests: dict[str, str] = {}
+
+
+def _kept_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wandistiller" / "digests.json"
+
+
+def _read_kept() -> dict[str, str]:
+    try:
+        kept = load_json(_kept_file())
+    except JsonError:
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _keep(digests: dict[str, str]) -> None:
+    """Write the newest digests for later processes, where that can be done."""
+    with contextlib.suppress(OSError):
+        _kept_file().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(_kept_file(), dict(list(digests.items())[-_MOST_KEPT:]))

@@ -5,6 +5,7 @@ Only the text tokens of a prompt are kept, since every later slot of Wan's text 
 
 import errno
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from wandistiller.errors import UserError
 from wandistiller.files.atomic import remove_all_leftovers
+from wandistiller.files.json_files import JsonError, parse_json
 from wandistiller.files.paths import nearest_existing
 from wandistiller.files.safetensors_files import DamagedFileError, open_safetensors, read_header, write_tensors
 
@@ -41,6 +43,7 @@ class PromptCache:
         self._open = lru_cache(maxsize=MAX_OPEN_SHARDS)(open_safetensors)
         self.shard_of: dict[str, Path] = {}
         self.truncated: set[str] = set()
+        self._digest_of: dict[str, str] = {}
         self._kept: dict[str, Tensor] = {}
         self._num_kept_bytes = 0
         existing = nearest_existing(folder.absolute())
@@ -77,6 +80,11 @@ class PromptCache:
         if set(header.dtypes.values()) - {_SAFETENSORS_NAMES.get(self.dtype)}:
             self._leave_out(path, f"it does not hold embeddings in {self.dtype}")
             return
+        digests = _read_digests(header.metadata.get("digests", ""))
+        if not header.shapes.keys() <= digests.keys():
+            self._leave_out(path, "it does not hold a checksum for each embedding")
+            return
+        self._digest_of.update({key: digests[key] for key in header.shapes})
         self.shard_of.update(dict.fromkeys(header.shapes, path))
         cut = header.metadata.get("truncated", "").split()
         self.truncated.update(cut if self.wanted is None else self.wanted.intersection(cut))
@@ -88,14 +96,14 @@ class PromptCache:
         """Return the embedding (n, text_dim) of a key that `shard_of` knows.
 
         Raises:
-            UserError: it is not finite, which no encoder's is that was stored.
+            UserError: it is not what was stored.
         """
         if key in self._kept:
             return self._kept[key]
         row = self._open(self.shard_of[key]).get_tensor(key)
-        if not row.isfinite().all():
+        if _digest(row) != self._digest_of[key]:
             raise UserError(
-                f"{self.shard_of[key]}: is damaged, it holds an embedding that is not finite; remove this file and run again, "
+                f"{self.shard_of[key]}: is damaged, an embedding in it is not what was written; remove this file and run again, "
                 "its prompts are encoded anew"
             )
         # The oldest never makes room for the newest: prompts come in rounds, and the oldest is asked for next.
@@ -133,8 +141,25 @@ class PromptCache:
         path = self.folder / f"{hashlib.sha256(' '.join(rows).encode()).hexdigest()[:32]}.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, rows, {"truncated": " ".join(truncated)})
+            digests = {key: _digest(row) for key, row in rows.items()}
+            write_tensors(path, rows, {"truncated": " ".join(truncated), "digests": json.dumps(digests)})
         except OSError as error:
             raise self._cannot_be_made(error.strerror) from None
+        self._digest_of.update(digests)
         self.shard_of.update(dict.fromkeys(rows, path))
         self.truncated.update(truncated)
+
+
+def _digest(row: Tensor) -> str:
+    """Return a checksum of an embedding's bytes and shape."""
+    return hashlib.sha256(
+        f"{list(row.shape)}".encode() + row.contiguous().view(torch.uint8).numpy().tobytes()
+    ).hexdigest()[:16]
+
+
+def _read_digests(text: str) -> dict[str, str]:
+    try:
+        digests = parse_json(text)
+    except JsonError:
+        return {}
+    return digests if isinstance(digests, dict) else {}
