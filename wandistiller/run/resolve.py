@@ -5,8 +5,11 @@ typed. The defaults that were measured lie in defaults.py.
 """
 
 import math
+import os
+import shutil
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from wandistiller.budget.workload import guided_fraction
@@ -117,6 +120,7 @@ def open_files(flags: Flags, config: StudentConfig) -> Files:
     """Open everything that the run reads weights from, by its headers."""
     wan_files, teacher = open_fitting_teacher(flags, config)
     encoder = find_encoder(flags, wan_files, config)
+    wan_files = replace(wan_files, encoder=encoder)  # which is a part of what the teacher is
     return Files(wan_files, teacher, encoder, find_sample_vae(flags, wan_files, teacher))
 
 
@@ -126,7 +130,9 @@ def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles,
     wan_files = open_teacher(data.teacher_path, config, data.teacher_path_low)
     wan_files = merge_loras(wan_files, data.teacher_lora, data.teacher_lora_low)
     if data.vae_path:
-        wan_files = wan_files.with_vae_config(find_vae(data.vae_path, data.teacher_path).config_path())
+        wan_files = wan_files.with_vae_config(
+            find_vae(data.vae_path, data.teacher_path, wan_files.config.num_channels).config_path()
+        )
     check_fits(wan_files.expert(student.init_expert).config, config, student.layers, student.student_config)
     settings = sampled_as(flags, wan_files)
     check_levels(flags, settings)
@@ -185,7 +191,7 @@ def find_sample_vae(flags: Flags, wan_files: WanFiles, teacher: TeacherSettings)
         print("No sample pictures: a student of a part of the noise levels does not draw on its own")
         return None
     try:
-        location = find_vae(given, flags.data.teacher_path)
+        location = find_vae(given, flags.data.teacher_path, wan_files.config.num_channels)
         check_is_vae_of(teacher, wan_files.config.num_channels, location.config_path())
         if Path(location.location).exists():  # else the hub's client sees to its files
             check_headers(location.folder())
@@ -383,12 +389,22 @@ class Device:
     shard_student: bool
 
 
+def check_compiler(flags: Flags) -> None:
+    """Refuse --compile where the C++ compiler is missing that torch calls (torch: _inductor/cpp_builder.py), as in slim containers."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if flags.performance.compile and not flags.output.dry_run and shutil.which(compiler) is None:
+        raise UserError(
+            f"--compile: torch.compile needs a C++ compiler, and there is no {compiler}; install one, or leave it out"
+        )
+
+
 def resolve_device(flags: Flags, processes: Processes) -> Device:
     """Return the precision for the device of this process, or for the GPU that --dry_run plans for."""
     own, output = flags.performance, flags.output
     is_elsewhere = output.dry_run and (output.assume_gpu_gib is not None or own.device is None)
     is_for_gpu = is_elsewhere or processes.device.startswith("cuda")
     dtype = own.dtype or ("bf16" if is_for_gpu else "fp32")
+    check_compiler(flags)
     return Device(
         dtype=dtype,
         teacher_dtype=own.teacher_dtype or dtype,

@@ -174,7 +174,7 @@ def load_drawing_parts(
     """
     from wandistiller.wan.vae import find_vae, load_vae
 
-    vae_location = find_vae(vae_path, teacher_path)
+    vae_location = find_vae(vae_path, teacher_path, config.num_channels)
     encoder = find_recorded_encoder(config, text_encoder_path, teacher_path)
     return DrawingParts(encoder, load_vae(vae_location, config.num_channels, config.vae_scale_factor, device))
 

@@ -59,6 +59,7 @@ class WanFiles:
         text_encoder_location: what `find_text_encoder` takes; None where there is none.
         pipeline: the class that the index of diffusers names, which may be another than WanPipeline.
         loras: those that are merged into the experts; see `wandistiller.wan.lora`.
+        encoder: the text encoder that a run's prompts are embedded with; None before one is chosen, and of the mock.
     """
 
     location: str
@@ -72,6 +73,7 @@ class WanFiles:
     text_encoder_location: str | Path | None = None
     pipeline: str | None = None
     loras: tuple[MergedLora, ...] = ()
+    encoder: TextEncoderFiles | None = None
 
     @property
     def config(self) -> StudentConfig:
@@ -87,8 +89,12 @@ class WanFiles:
         return self.experts[name]
 
     def fingerprint(self) -> str:
-        """Return a digest of every byte of every expert's files, wherever they lie; merged LoRAs' files tell what they are."""
-        digests = (expert.fingerprint() for expert in self.experts.values())
+        """Return a digest of every byte of every expert's files, and of the text encoder that they are asked with, wherever they lie.
+
+        Merged LoRAs are left out; their own digests tell what they are.
+        """
+        digests = [expert.fingerprint() for expert in self.experts.values()]
+        digests += [self.encoder.fingerprint()] if self.encoder else []
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
     def text_encoder(self) -> TextEncoderFiles:
