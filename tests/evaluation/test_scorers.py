@@ -254,6 +254,14 @@ def test_weights_cut_short_or_missing_are_refused(models, tmp_path):
     weights.pop("layernorm.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert "1 of its tensors are missing, the first is layernorm.weight" in refusal("dino", folder)
+    save_file(
+        load_file(models["dino"][0] / "model.safetensors") | {"adapter.weight": weights["layernorm.bias"]},
+        folder / "model.safetensors",
+    )
+    assert "1 tensors that are no part of a dinov2, the first is 'adapter.weight'" in refusal("dino", folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}), encoding="utf-8")
+    assert "num_hidden_layers is 1000000000" in refusal("dino", folder)
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
     assert "copy it again" in refusal("dino", folder)

@@ -6,11 +6,13 @@ headers only, follows no path outside the folder, and opens no pickle.
 pytest tests/wan/test_layouts.py
 """
 
+import hashlib
 import json
 import re
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,7 @@ from support.wan_folders import (
     write_single_file,
     write_transformer_folder,
 )
+from wandistiller.files.weights import file_digest
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.project import project_teacher
 from wandistiller.wan.layouts import TeacherFileError, open_wan_files
@@ -280,6 +283,24 @@ def test_every_byte_of_every_file_is_in_the_fingerprint_and_no_name(tmp_path):
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         assert open_wan_files(tmp_path / "b").fingerprint() != expected, path
         path.write_bytes(content)
+
+
+def test_the_text_encoder_is_in_the_fingerprint_and_large_digests_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    write_pipeline_folder(tmp_path / "wan")
+    wan_files = open_wan_files(tmp_path / "wan")
+    asked = replace(wan_files, encoder=wan_files.text_encoder())
+    before = asked.fingerprint()
+    weights = tmp_path / "wan" / "text_encoder" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert wan_files.fingerprint() != before != asked.fingerprint()
+    assert not (tmp_path / "kept").exists()
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**26)
+    assert file_digest(tmp_path / "large") == hashlib.sha256(bytes(2**26)).hexdigest()
+    (digest,) = json.loads((tmp_path / "kept" / "wandistiller" / "digests.json").read_text()).values()
+    assert digest == file_digest(tmp_path / "large")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

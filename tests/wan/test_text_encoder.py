@@ -182,6 +182,21 @@ def test_a_damaged_shard_is_reported_encoded_again_and_replaced(pipeline_folder,
     assert not caplog.text
 
 
+@pytest.mark.parametrize("byte", [-1, -2, 1])
+def test_an_embedding_that_is_not_what_was_written_is_refused(pipeline_folder, byte):
+    """A flipped bit leaves a whole file of numbers; without checksums in the header nothing would tell."""
+    encode(pipeline_folder, ["fox"])
+    (shard,) = pipeline_folder.parent.glob("cache/*/*.safetensors")
+    content = bytearray(shard.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[byte if byte < 0 else start + byte] ^= 0x40
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged, an embedding in it is not what was written; remove this file"):
+        encode(pipeline_folder, ["fox"]).read(0)
+    save_file(load_file(shard), shard)
+    assert encode(pipeline_folder, ["fox"]).read(0).isfinite().all()  # encoded again, as there are no checksums
+
+
 def test_what_was_encoded_before_a_stop_is_kept(pipeline_folder, monkeypatch):
     def stop(done, total):
         if done == 2:

@@ -47,8 +47,9 @@ def print_settings(settings: Settings) -> None:
     """Print what is trained from what, and how many samples a step takes where that is not --batch_size alone."""
     config, wan_files, teacher = settings.config, settings.wan_files, settings.teacher
     print(f"Teacher: {wan_files.location} ({' + '.join(wan_files.experts)}), {teacher.summary()}")
-    for line in lora_lines(wan_files):
-        print(line)
+    for line in [*lora_lines(wan_files), wan_files.left_out()]:
+        if line:
+            print(line)
     print(
         f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
         f"{sizes_text(settings)}"

@@ -31,25 +31,7 @@ class PromptEmbeds:
 
     def first(self, count: int) -> "PromptEmbeds":
         """Return the first `count` of these prompts, which share their values."""
-        return self.part(0, count)
-
-    def part(self, start: int, count: int) -> "PromptEmbeds":
-        """Return `count` of these prompts from `start` on, which share their values."""
-        return PromptEmbeds(count, self.text_dim, lambda index: self.read(start + index))
-
-    def placed(self, places: Sequence[int], num_prompts: int, read_other: Callable[[int], Tensor]) -> "PromptEmbeds":
-        """Return embeddings of `num_prompts` prompts, of which these are those at `places`, in ascending order.
-
-        Args:
-            read_other: returns the embedding of a prompt at another place.
-        """
-        place_of = {place: number for number, place in enumerate(places)}
-
-        def read(index: int) -> Tensor:
-            number = place_of.get(index)
-            return read_other(index) if number is None else self.read(number)
-
-        return PromptEmbeds(num_prompts, self.text_dim, read, self.truncated)
+        return PromptEmbeds(count, self.text_dim, self.read)
 
     def batch(
         self, indices: Sequence[int] | Tensor, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32

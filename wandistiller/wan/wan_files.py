@@ -1,19 +1,16 @@
 """A Wan on disk: its experts by their headers, and what the folder around them says."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wandistiller.files.checked_json import (
-    TeacherFileError,
-)
+from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.model.config import StudentConfig
 from wandistiller.wan.text_encoder_files import TEXT_ENCODER_ADVICE, TextEncoderFiles, find_text_encoder
-from wandistiller.wan.transformer_files import (
-    TransformerTensors,
-)
+from wandistiller.wan.transformer_files import TransformerTensors
 from wandistiller.wan.vae import read_vae_config
 
 LATENT_SETTINGS = ("latents_mean", "latents_std", "vae_scale_factor")
@@ -96,6 +93,15 @@ class WanFiles:
         digests = [expert.fingerprint() for expert in self.experts.values()]
         digests += [self.encoder.fingerprint()] if self.encoder else []
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
+
+    def left_out(self) -> str | None:
+        """Return one line for the screen on the tensors of its files that are no weights, with why they do no harm."""
+        parts = [expert.ignored for expert in self.experts.values()] + (
+            [self.encoder.umt5.ignored] if self.encoder else []
+        )
+        reasons = Counter(reason for ignored in parts for reason in ignored.values())
+        told = ", ".join(f"{count} ({reason})" for reason, count in reasons.items())
+        return f"Tensors that are no weights: {told}" if told else None
 
     def text_encoder(self) -> TextEncoderFiles:
         """Find the text encoder that belongs to this Wan; one on the hub is fetched now."""
