@@ -27,6 +27,11 @@ from support.runs import (
     snapshot,
 )
 from support.wan_folders import write_hollow_a14b
+from wandistiller.budget.report import OutOfMemory
+from wandistiller.run.flags import parse_args
+from wandistiller.run.folder import memory_advice
+from wandistiller.run.inputs import read_inputs
+from wandistiller.run.resolve import resolve
 
 GIB = 2**30
 DEFAULT_CONFIG = ROOT / "config" / "student_config.json"
@@ -233,45 +238,38 @@ def test_a_gpu_to_plan_for_goes_with_a_dry_run(run_main):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "error",
     [
-        "CUDA error: out of memory",  # of pinned memory and contexts
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),  # of pinned memory and contexts
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
-)
-def test_out_of_memory_by_any_of_its_names_gets_the_same_advice(train, teachers, monkeypatch, words):
-    def fails(*args, **kwargs):
+    ids=lambda error: str(error)[:40],
+)  # fmt: skip
+def test_out_of_memory_by_any_of_its_names_says_what_was_there_and_what_takes_less(flags_of, error):
+    flags = parse_args(flags_of("out"))
+    with pytest.raises(OutOfMemory) as told, memory_advice(resolve(flags, read_inputs(flags))):
         try:
-            raise RuntimeError(words)
-        except RuntimeError as error:
-            raise ValueError("a step failed") from error
-
-    monkeypatch.setattr("wandistiller.training.loop.train", fails)
-    outcome = train(teachers.one, PRUNED_CONFIG)
-    assert outcome.code == 1 and "What takes less: " in outcome.err and "Traceback" not in outcome.err
-
-
-def test_advice_for_a_run_with_checkpoints_says_what_it_can_be_resumed_with(train, teachers, monkeypatch):
-    flags = ["--max_steps", 2, "--save_every", 2]
-    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
-
-    def fails(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr("wandistiller.training.loop.train", fails)
-    outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 4)
-    assert "The run resumes with another --batch_size" in outcome.err and "makes another run" in outcome.err
+            raise error
+        except RuntimeError as cause:
+            raise ValueError("a step failed") from cause
+    message = str(told.value)
+    assert message.startswith("the device is out of memory") and "teacher weights" in message
+    assert "What takes less: --gradient_checkpointing" in message and "\n" not in message
+    assert told.value.exit_code == 1
 
 
-def test_out_of_memory_in_a_run_lists_what_was_there_and_what_to_change(train, teachers, monkeypatch):
-    def fails(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+def test_an_error_of_another_kind_is_not_out_of_memory(flags_of):
+    flags = parse_args(flags_of("out"))
+    with pytest.raises(ValueError, match="a step failed"), memory_advice(resolve(flags, read_inputs(flags))):
+        raise ValueError("a step failed")
 
-    monkeypatch.setattr("wandistiller.training.loop.train", fails)
-    outcome = train(teachers.one, PRUNED_CONFIG)
-    assert outcome.code == 1
-    (line,) = outcome.err.splitlines()
-    assert (
-        line.startswith("error: the device is out of memory") and "teacher weights" in line and "Traceback" not in line
-    )
+
+def test_advice_for_a_run_with_checkpoints_says_what_it_can_be_resumed_with(flags_of, run_main):
+    words = flags_of("out", "--max_steps", 1, "--save_every", 1)
+    assert run_main(train_distillation.main, *words).code == 0
+    flags = parse_args(words)
+    told = pytest.raises(OutOfMemory, match="The run resumes with another --batch_size")
+    with told, memory_advice(resolve(flags, read_inputs(flags))):
+        raise torch.OutOfMemoryError

@@ -1,17 +1,11 @@
 """A budget in words: tables of memory, disk, FLOPs and time, whether the run fits, and what takes less memory if it does not."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from wandistiller.budget.machine import GIB
-from wandistiller.budget.memory import (
-    certain_bytes,
-    memory_budget,
-    peak_bytes,
-    phase_bytes,
-    training_peak_bytes,
-)
+from wandistiller.budget.memory import certain_bytes, memory_budget, peak_bytes, phase_bytes, training_peak_bytes
 from wandistiller.budget.step_time import ASSUMED_UTILISATION, StepTime
 from wandistiller.budget.workload import Workload, held_out_flops, step_flops
 from wandistiller.model.sizes import weight_bytes
@@ -82,8 +76,7 @@ def advice(workload: Workload, memory: int | None = None) -> str:
     return "; ".join(ways)
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Whether a run fits, and the sentence that says so. Between `fits` and certainty lie the reserve and upper bounds."""
 
     fits: bool
@@ -98,12 +91,12 @@ def verdict(workload: Workload, memory: int, device: str = "the GPU") -> Verdict
     if peak <= memory:
         return Verdict(True, False, f"Fits: about {gib(peak)} at the peak, {has}.")
     if training_peak_bytes(parts) <= memory:
-        encoding = gib(phase_bytes(parts)["encoding"])
-        start = f"May not fit: the text encoder alone takes {encoding}, {has}; the rest fits."
+        start = (
+            f"May not fit: the text encoder alone takes {gib(phase_bytes(parts)['encoding'])}, {has}; the rest fits."
+        )
         return Verdict(False, False, f"{start} Give a --prompt_cache that was filled on a larger GPU.")
-    is_certain = least > memory
-    needed = f"Does not fit: at least {gib(least)}" if is_certain else f"May not fit: up to {gib(peak)}"
-    return Verdict(False, is_certain, f"{needed} needed, {has}. What takes less: {advice(workload, memory)}.")
+    needed = f"Does not fit: at least {gib(least)}" if least > memory else f"May not fit: up to {gib(peak)}"
+    return Verdict(False, least > memory, f"{needed} needed, {has}. What takes less: {advice(workload, memory)}.")
 
 
 class OutOfMemory(RuntimeError):
@@ -113,21 +106,20 @@ class OutOfMemory(RuntimeError):
 
 
 def out_of_memory_message(workload: Workload, has_checkpoints: bool = False) -> str:
-    """Return what was in memory at the peak, the largest first, and what takes less.
-
-    The text encoder is left out: it has left memory by the time a run grows large.
-    """
+    """Return what was in memory at the peak, the largest first, and what takes less. The text encoder has gone by then."""
     workload = replace(workload, text_encoder_parameters=0)
     components = memory_budget(workload)
     phases = phase_bytes(components)
-    phase = max(phases, key=phases.__getitem__)
-    there = sorted((part for part in components if part.phase in ("", phase)), key=lambda part: -part.num_bytes)
+    there = [part for part in components if part.phase in ("", max(phases, key=phases.__getitem__))]
+    there.sort(key=lambda part: -part.num_bytes)
     resident = ", ".join(f"{part.name} {part.num_bytes / GIB:.1f}" for part in there)
     text = f"the device is out of memory; in GiB, by the arithmetic of --dry_run: {resident}. What takes less: {advice(workload)}"
-    if has_checkpoints:
-        text += ". The run resumes with another --batch_size, --grad_accum_steps, --shard or --gradient_checkpointing; any other "
-        text += "flag makes another run of it (--overwrite, or another --output_dir)"
-    return text
+    if not has_checkpoints:
+        return text
+    return (
+        f"{text}. The run resumes with another --batch_size, --grad_accum_steps, --shard or --gradient_checkpointing; any other flag "
+        "makes another run of it (--overwrite, or another --output_dir)"
+    )
 
 
 # ---- tables ----

@@ -11,15 +11,7 @@ import torch
 
 from wandistiller.budget.machine import GIB, Machine, find_machine, matmul_rate
 from wandistiller.budget.memory import Component, checkpoint_bytes, disk_budget
-from wandistiller.budget.report import (
-    Verdict,
-    compute_lines,
-    gib,
-    memory_lines,
-    table_line,
-    time_lines,
-    verdict,
-)
+from wandistiller.budget.report import Verdict, compute_lines, gib, memory_lines, table_line, time_lines, verdict
 from wandistiller.budget.step_time import measure_step
 from wandistiller.budget.workload import (
     FP32,
