@@ -22,8 +22,8 @@ from wandistiller.run.presets import PRESETS
 def test_a_preset_sets_exactly_its_flags_and_fits_its_teacher(name):
     flags, plain = parse_args(["--preset", name]), parse_args(["--teacher_path", "somewhere"])
     values, usual = flags.as_dict(), plain.as_dict()
-    assert {flag: values[flag] for flag in PRESETS[name].flags} == dict(PRESETS[name].flags)
-    assert {flag for flag in values if values[flag] != usual[flag]} <= {*PRESETS[name].flags, "preset"}
+    assert {flag: values[flag] for flag in PRESETS[name]} == dict(PRESETS[name])
+    assert {flag for flag in values if values[flag] != usual[flag]} <= {*PRESETS[name], "preset"}
     config = StudentConfig.load(ROOT / flags.student.student_config)
     check_fits(recipes.released(name).config, config)
     assert flags.optimization.batch_size * flags.optimization.grad_accum_steps == 32
@@ -34,7 +34,7 @@ def test_a_typed_flag_goes_before_a_preset_wherever_it_stands():
     flags = parse_args(words)
     assert flags.optimization.teacher_calls == 7 and flags.performance.teacher_dtype == "bf16"
     assert flags.data.teacher_path == "elsewhere"
-    assert flags.states.replay == PRESETS["A14B-1B"].flags["replay"]
+    assert flags.states.replay == PRESETS["A14B-1B"]["replay"]
 
 
 @pytest.mark.parametrize(("flag", "steps"), [("--max_steps", 12), ("--num_epochs", 28)])
