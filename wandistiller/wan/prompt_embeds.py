@@ -31,7 +31,11 @@ class PromptEmbeds:
 
     def first(self, count: int) -> "PromptEmbeds":
         """Return the first `count` of these prompts, which share their values."""
-        return PromptEmbeds(count, self.text_dim, self.read)
+        return self.part(0, count)
+
+    def part(self, start: int, count: int) -> "PromptEmbeds":
+        """Return `count` of these prompts from `start` on, which share their values."""
+        return PromptEmbeds(count, self.text_dim, lambda index: self.read(start + index))
 
     def batch(
         self, indices: Sequence[int] | Tensor, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
