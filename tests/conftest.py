@@ -1,5 +1,6 @@
 """What the tests of the commands share: one thread, no network, tiny Wan checkpoints, and a command run in-process."""
 
+import gc
 import json
 import os
 import shutil
@@ -16,17 +17,18 @@ import pytest
 import torch
 
 import train_distillation
-from support.runs import (
-    PROMPTS,
-    PRUNED_CONFIG,
-    Outcome,
-    Teachers,
-)
+from support.processes import exit_code
+from support.runs import PROMPTS, PRUNED_CONFIG, Outcome, Teachers
 from support.torchrun import FLAGS, start
 from support.wan_folders import write_original_folder, write_pipeline_folder, write_single_file
-from wandistiller.command_line import run_command
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_garbage() -> None:
+    """Leave what is loaded so far out of garbage collection: half of a tiny run's time would go into looking through libraries."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +39,7 @@ def teachers(tmp_path_factory) -> Teachers:
     write_pipeline_folder(places.two, two_experts=True, seed=5)
     write_original_folder(places.original)
     write_single_file(places.single_file, prefix="model.diffusion_model.")
+    gc.freeze()
     return places
 
 
@@ -46,11 +49,7 @@ def run_main(capsys) -> Callable[..., Outcome]:
 
     def run(main: Callable[[list[str]], int | None], *args: object) -> Outcome:
         capsys.readouterr()
-        try:
-            code = run_command(lambda: main([str(arg) for arg in args]))
-        except SystemExit as stop:  # argparse's way out
-            code = stop.code
-        return Outcome(code, *capsys.readouterr())
+        return Outcome(exit_code(main, args), *capsys.readouterr())
 
     return run
 

@@ -31,10 +31,9 @@ from safetensors.torch import load_file, save_file
 import export_student
 import projection_mapper
 import train_distillation
-from support.processes import fork, run_and_exit
+from support.processes import exit_code, fork, run_and_exit
 from support.runs import PROMPTS, PRUNED_CONFIG, read_metrics, snapshot
 from support.torchrun import start
-from wandistiller.command_line import run_command
 
 STEPS = 16
 TRAINING = ["--max_steps", STEPS, "--lr", 1e-3, "--batch_size", 2, "--save_every", 1, "--replay", 2, "--eval_every", 8]
@@ -79,7 +78,7 @@ class Life:
     def live(self) -> int:
         """Run what is left in this process; return the exit code of the first command that fails."""
         for main, argv in self.steps():
-            if code := run_main(main, argv):
+            if code := exit_code(main, argv):
                 return code
         return 0
 
@@ -91,13 +90,6 @@ class Life:
 def digest(path: Path) -> str:
     tensors = load_file(path)
     return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
-
-
-def run_main(main: Callable[[list[str]], int | None], argv: list[object]) -> int:
-    try:
-        return run_command(lambda: main([str(word) for word in argv])) or 0
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
 
 
 def in_a_process(work: Callable[[], int], log: Path) -> multiprocessing.Process:
@@ -230,7 +222,7 @@ def test_when_its_reader_leaves_or_its_terminal_closes_a_run_saves_what_it_learn
         os.setsid()
         if kind == "terminal":
             fcntl.ioctl(writer, termios.TIOCSCTTY, 0)
-        run_and_exit(lambda: run_main(train_distillation.main, life.train), writer)
+        run_and_exit(lambda: exit_code(train_distillation.main, life.train), writer)
 
     process = fork(child)
     os.close(writer)
@@ -264,7 +256,7 @@ def test_a_full_disk_at_any_write_is_said_in_words_and_costs_nothing(teachers, t
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         for (main, argv), name in zip(life.steps(), ("project", "train", "export"), strict=False):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            code = run_main(main, argv)
+            code = exit_code(main, argv)
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             print(f"[{name}: {code}]", flush=True)
             if code:
@@ -333,7 +325,7 @@ def test_a_clock_that_goes_back_takes_nothing_from_a_run(teachers, tmp_path, mon
 
     def stopped_half_way() -> int:
         monkeypatch.setattr(time, "time", earlier)
-        return run_main(train_distillation.main, [*life.train, "--max_steps", STEPS // 2, "--lr_scheduler", "cosine"])
+        return exit_code(train_distillation.main, [*life.train, "--max_steps", STEPS // 2, "--lr_scheduler", "cosine"])
 
     process = in_a_process(stopped_half_way, life.folder / "log.txt")
     process.join()
@@ -341,7 +333,7 @@ def test_a_clock_that_goes_back_takes_nothing_from_a_run(teachers, tmp_path, mon
 
     def rest() -> int:
         monkeypatch.setattr(time, "time", earlier)
-        return run_main(train_distillation.main, life.train)
+        return exit_code(train_distillation.main, life.train)
 
     process = in_a_process(rest, life.folder / "log.txt")
     process.join()
@@ -409,7 +401,7 @@ def test_a_teacher_that_changes_between_runs_is_said_and_costs_nothing(teachers,
 
 
 def in_turn(life: Life, what: str = "all") -> int:
-    work = life.live if what == "all" else lambda: run_main(train_distillation.main, life.train)
+    work = life.live if what == "all" else lambda: exit_code(train_distillation.main, life.train)
     process = in_a_process(work, life.folder / "log.txt")
     process.join(LONGEST_S)
     return process.exitcode

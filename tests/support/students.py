@@ -6,26 +6,12 @@ from pathlib import Path
 import torch
 
 import train_distillation
+from support.runs import PRUNED_CONFIG
 from support.wan_folders import write_pipeline_folder
 
 PROMPTS = ["a red circle", "a blue square on the left, on a white background"]
 
-
-STUDENT = {
-    "model_type": "WanLiteStudent",
-    "block": "wan",
-    "hidden_size": 12,
-    "depth": 2,
-    "num_heads": 1,
-    "ffn_dim": 24,
-    "num_channels": 16,
-    "image_size": 32,
-    "patch_size": 2,
-    "text_max_length": 512,
-    "text_encoder_output_dim": 20,
-    "freq_dim": 256,
-    "eps": 1e-6,
-}
+STUDENT = PRUNED_CONFIG
 
 
 def write_teacher(folder: Path, **shape) -> Path:

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 import train_distillation
-from support.processes import fork, run_and_exit
+from support.processes import exit_code, fork, run_and_exit
 
 FLAGS = ["--lr", 1e-3, "--ema_decay", 0.9]
 
@@ -24,9 +24,7 @@ def run_as(rank: int, count: int, port: int, argv: list[str], log: Path) -> None
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    run_and_exit(
-        lambda: train_distillation.run_command(lambda: train_distillation.main(argv), many_processes=True), descriptor
-    )
+    run_and_exit(lambda: exit_code(train_distillation.main, argv, many_processes=True), descriptor)
 
 
 def start(count: int, argv: list[str], log: Path) -> list[multiprocessing.Process]:
