@@ -33,17 +33,22 @@ def make_batch(seed: int = 0, size: int = 3, latents: tuple[int, ...] = LATENTS,
 
 
 class Lessons:
-    """Gives a batch by the number of its step, of a teacher that is asked every time; stands in for `walk.batches.Batches`."""
+    """Gives a batch by the number of its step, of a teacher that is asked every time; stands in for `walk.batches.Batches`.
+
+    Args:
+        broken_at: the step, from 1, whose target velocities are infinite.
+    """
 
     num_micro_batches = 1
 
-    def __init__(self, seed: int = 0, size: int = 3, **changes):
-        self.seed, self.size, self.changes = seed, size, changes
+    def __init__(self, seed: int = 0, size: int = 3, broken_at: int | None = None, **changes):
+        self.seed, self.size, self.broken_at, self.changes = seed, size, broken_at, changes
         self.num_calls = 0
 
     def of_step(self, step: int) -> Iterator[Batch]:
         self.num_calls += 1
-        yield make_batch(1000 * self.seed + step + 1, self.size, **self.changes)
+        broken = {"velocity": torch.full((self.size, *LATENTS), torch.inf)} if step + 1 == self.broken_at else {}
+        yield make_batch(1000 * self.seed + step + 1, self.size, **self.changes | broken)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"num_calls": torch.tensor(self.num_calls)}

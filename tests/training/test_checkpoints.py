@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -24,12 +23,21 @@ from safetensors.torch import load_file, save_file
 
 from support.lessons import Lessons, Watching, make_student
 from support.processes import fork
-from support.runs import PRUNED_CONFIG, as_if_stopped_after, at_most, read_metrics, same_weights, snapshot, weights_of
+from support.runs import (
+    PRUNED_CONFIG,
+    as_if_stopped_after,
+    at_most,
+    file_size_limited,
+    read_metrics,
+    same_weights,
+    snapshot,
+    weights_of,
+)
 from support.torchrun import start
 from wandistiller.errors import UserError
 from wandistiller.processes import Processes
 from wandistiller.training.checkpoints import CheckpointError, Checkpoints, DamagedCheckpointError
-from wandistiller.training.loop import Saving, TrainingOptions, train
+from wandistiller.training.loop import NonFiniteError, Saving, TrainingOptions, train
 from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.training.state import RunState
@@ -147,27 +155,29 @@ DAMAGES: list[Callable[[Path], object]] = [
     lambda manifest: manifest.write_text("{", encoding="utf-8"),
     lambda manifest: forge(manifest, **{"trained.student.proj_out.weight": None}),
 ]
-# What a run learns from, as it cannot be
-HOSTILE = [
-    {"answers.uses": torch.zeros(7, 1, dtype=torch.int64)},
-    {"answers.source.states.paths.order": torch.zeros(55, dtype=torch.int64)},
-    {"answers.source.states.paths.position": torch.tensor(10**9)},
-    {"answers.counters": torch.tensor([3, 0])},
-]
+
+
+def forgeries(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor | None]]:
+    """What a run learns from, as it cannot be: each tensor left out, or without its first slot, and paths that are nowhere."""
+    states = {name: value for name, value in tensors.items() if name.startswith("batches.") and "features" not in name}
+    forged: list = [
+        {name: value[1:] if value.ndim and number % 2 else None} for number, (name, value) in enumerate(states.items())
+    ]
+    nowhere = [name for name in states if name.endswith(("walk.prompts", "walk.position"))]
+    assert len(forged) > 10 and len(nowhere) == 2
+    return forged + [{name: torch.full_like(states[name], 10**9)} for name in nowhere]
 
 
 def test_checkpoints_each_damaged_in_its_own_way_are_skipped_and_a_run_without_a_whole_one_is_refused(
     train, teachers, tmp_path
 ):
     """Among them, with right checksums, those that lack a tensor of what the student learns from, or have one that cannot be."""
-    steps, whole, folder, lost = 26, *(tmp_path / name for name in ("whole", "damaged", "lost"))
+    steps, whole, folder, lost = 32, *(tmp_path / name for name in ("whole", "damaged", "lost"))
     flags = [*FLAGS, "--save_every", 1, "--keep_checkpoints", 99, "--max_steps", steps]
     assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=whole).code == 0
     manifests = sorted((whole / "checkpoints").glob("*.json"))
-    names = [name for name in load_file(file_of(manifests[-1])) if name.startswith("answers.source.states.")]
-    forged = [*HOSTILE, *({name: None} for name in names)]
+    forged = forgeries(load_file(file_of(manifests[-1])))
     damages = DAMAGES + [lambda manifest, change=change: forge(manifest, **change) for change in forged]
-    assert len(DAMAGES + HOSTILE) < len(damages) < steps
 
     shutil.copytree(whole, folder)
     for damage, manifest in zip(damages, manifests[-len(damages) :], strict=True):
@@ -189,10 +199,10 @@ def test_checkpoints_each_damaged_in_its_own_way_are_skipped_and_a_run_without_a
 # ---- the state of a run ----
 
 
-def make_state(optimizer: str = "adamw", seed: int = 0, size: int = 3) -> RunState:
-    trained = TrainedStudent(make_student(seed), Objective(shift=3.0))
+def make_state(optimizer: str = "adamw", seed: int = 0, **of_lessons) -> RunState:
+    trained = TrainedStudent(make_student(seed), Objective())
     options = OptimizationOptions(lr=1e-3, optimizer=optimizer, ema_decay=0.9)
-    return RunState(trained, Lessons(size=size), options, STEPS, Processes())
+    return RunState(trained, Lessons(**of_lessons), options, STEPS, Processes())
 
 
 def go_on(state: RunState, checkpoints: Checkpoints, stop_after: int = STEPS) -> dict[str, torch.Tensor]:
@@ -205,7 +215,7 @@ def go_on(state: RunState, checkpoints: Checkpoints, stop_after: int = STEPS) ->
     options = TrainingOptions(batch_size=3, num_steps=STEPS, optimization=OptimizationOptions(lr=1e-3), save_every=3)
     trained = state.trained
     try:
-        train(trained.student, state.answers, trained.objective, options, Watching(cut), Saving(checkpoints, state))
+        train(trained.student, state.batches, trained.objective, options, Watching(cut), Saving(checkpoints, state))
     except ConnectionAbortedError:
         assert stop_after < STEPS
     return dict(trained.student.state_dict())
@@ -228,11 +238,41 @@ def test_a_state_that_is_loaded_goes_on_bit_for_bit(tmp_path, optimizer):
 
 
 def test_a_run_of_another_batch_size_takes_over_all_but_what_it_learns_from(tmp_path):
-    go_on(make_state(), checkpoints_in(tmp_path))
-    state = make_state(seed=1, size=5)
+    saved, state = make_state(), make_state(seed=1, size=5)
+    go_on(saved, checkpoints_in(tmp_path))
     found = checkpoints_in(tmp_path, batch_size=5).newest()
     state.load(found)
-    assert not found.has_same_batch and state.answers.num_calls == 0 and state.step == STEPS
+    assert not found.has_same_batch and state.batches.num_calls == 0 and state.step == STEPS
+    for ours, theirs in zip(state.average.weights.values(), saved.trained.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs)  # a run that is over has its average for weights
+
+
+@pytest.mark.parametrize("broken_at, last_good", [(1, None), (4, 3), (5, 4)], ids=["at once", "saved", "not saved"])
+def test_a_step_that_is_not_finite_leaves_the_state_before_it_and_drops_no_checkpoint(tmp_path, broken_at, last_good):
+    checkpoints, state = checkpoints_in(tmp_path, keep=1), make_state(broken_at=broken_at)
+    with pytest.raises(NonFiniteError, match=f"^step {broken_at}: .*--lr 0.0001") as error:
+        go_on(state, checkpoints)
+    if last_good is None:
+        assert not checkpoints.exist()
+        return
+    assert f"step {last_good}, is saved. To go back further" in str(error.value)
+    found = checkpoints_in(tmp_path).newest()
+    assert found.step == last_good and "step_00000003" in names_in(tmp_path)
+    assert found.has_same_batch == (last_good == 3)  # saved in need it has no training states, which had moved on
+    again = make_state(seed=1)
+    again.load(found)
+    assert again.step == last_good and again.batches.num_calls == (last_good if found.has_same_batch else 0)
+    assert all(weight.isfinite().all() for weight in again.trained.parameters())
+    before = snapshot(tmp_path)
+    with pytest.raises(NonFiniteError, match=f"step {last_good}, is saved"):  # gone on with, it fails at once
+        again.batches.broken_at = last_good + 1
+        go_on(again, checkpoints)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_disk_that_fills_up_in_need_does_not_hide_what_failed(tmp_path):
+    with file_size_limited(10_000), pytest.raises(NonFiniteError, match=r"^step 3: loss is .*File too large"):
+        go_on(make_state(broken_at=3), checkpoints_in(tmp_path))
 
 
 WEIGHT = "trained.student.proj_out.weight"
@@ -402,14 +442,10 @@ def test_another_run_and_checkpoints_that_are_all_damaged_are_refused(tmp_path):
 
 
 def test_a_disk_that_fills_costs_no_checkpoint_before_and_one_too_small_is_refused_before_training(tmp_path):
-    checkpoints, limits = checkpoints_in(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = checkpoints_in(tmp_path)
     save(checkpoints, 4)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match=r"File too large.*last good one is step_00000004"):
-            save(checkpoints, 8)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with file_size_limited(10_000), pytest.raises(CheckpointError, match=r"File too large.*good one is step_00000004"):
+        save(checkpoints, 8)
     assert checkpoints_in(tmp_path).newest().step == 4
     with pytest.raises(UserError, match=r"are free; free some space.*--keep_checkpoints"):
         checkpoints.check_disk(2**60, 0, starts_anew=False)

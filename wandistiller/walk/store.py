@@ -109,14 +109,15 @@ class Store:
             ValueError: it does not hold what it says was stored.
         """
         filled = state["uses"].shape[1]
-        if state["num_stored"].shape != self.num_stored.shape or filled < int(
-            state["num_stored"].max().clamp(max=self.capacity)
-        ):
+        rows = {name.removeprefix("rows."): values for name, values in state.items() if name.startswith("rows.")}
+        is_whole = state["num_stored"].shape == self.num_stored.shape == state["uses"].shape[:1]
+        is_whole = is_whole and filled >= int(state["num_stored"].max().clamp(max=self.capacity))
+        is_whole = is_whole and (not filled or {"latents", "sigma", "prompts", "velocity"} <= rows.keys())
+        if not is_whole or any(values.shape[:2] != state["uses"].shape for values in rows.values()):
             raise ValueError("the store of answers does not hold what was stored")
         self.capacity = max(self.capacity, filled)  # of a run that was longer
         self.num_stored = state["num_stored"].clone()
         self.uses = self._with_room(state["uses"], "cpu")
-        rows = {name.removeprefix("rows."): values for name, values in state.items() if name.startswith("rows.")}
         features = [values for name, values in rows.items() if is_feature(name)]
         is_kept = bool(features) and self.keeps_features(len(features), features[0].shape[2:])
         for name, values in rows.items():

@@ -430,8 +430,21 @@ class Walk:
         return {name: getattr(self, name).clone() for name in self._STATE}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            ValueError: no walk with these options can be in it.
+        """
         for name in self._STATE:
-            getattr(self, name).copy_(state[name])
+            own = getattr(self, name)
+            if state[name].shape != own.shape:
+                raise ValueError(f"{name} of the walk is {tuple(state[name].shape)}, not {tuple(own.shape)}")
+            own.copy_(state[name])
+        ends = dict.fromkeys(("prompts", "sample_prompts"), len(self.prompt_embeds))
+        ends |= {"last": self.grids.shape[2], "position": self.grids.shape[2] - 1}
+        for name, end in ends.items():
+            if ((getattr(self, name) < 0) | (getattr(self, name) >= end)).any():
+                raise ValueError(f"{name} of the walk is beyond {end - 1}")
 
 
 def turns(options: WalkOptions) -> tuple[int, int]:
