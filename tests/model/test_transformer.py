@@ -9,7 +9,6 @@ pytest tests/model/test_transformer.py
 import dataclasses
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,27 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from support.runs import IDENTITY_CONFIG, file_size_limited
 from support.wan_folders import oracle_velocity, random_transformer, random_weights, relative_error
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.model.config import ConfigError
 from wandistiller.sampling.flow import sample_sigmas, shift_sigma, sigma_to_timestep, unshift_sigma
 
-ROOT = Path(__file__).resolve().parents[2]
-WAN = {
-    "model_type": "WanLiteStudent",
-    "block": "wan",
-    "hidden_size": 24,
-    "depth": 2,
-    "num_heads": 2,
-    "ffn_dim": 40,
-    "num_channels": 16,
-    "image_size": 64,
-    "patch_size": 2,
-    "text_max_length": 512,
-    "text_encoder_output_dim": 20,
-    "freq_dim": 256,
-    "eps": 1e-6,
-}
+WAN = IDENTITY_CONFIG | {"depth": 2, "image_size": 64}
 LITE = {
     "model_type": "WanLiteStudent",
     "block": "lite",
@@ -295,12 +280,6 @@ def test_a_config_goes_to_json_and_back(tmp_path, values):
     assert StudentConfig.load(tmp_path) == StudentConfig.load(tmp_path / "student_config.json") == config
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "config").glob("*.json")))
-def test_the_shipped_configs_are_valid(name):
-    config = StudentConfig.load(ROOT / "config" / name)
-    assert config.to_dict() == json.loads((ROOT / "config" / name).read_text())
-
-
 def test_a_key_that_is_there_twice_is_refused():
     text = json.dumps(WAN)[:-1] + ', "depth": 3}'
     with pytest.raises(ConfigError, match=r'^my\.json: .*key "depth" is there twice'):
@@ -383,31 +362,9 @@ def test_a_lite_value_that_cannot_work_is_refused_with_what_would(changes, said)
         StudentConfig.from_dict(LITE | changes)
 
 
-@pytest.mark.parametrize(
-    ("raw", "said"),
-    [
-        (b"", "line 1, column 1: not valid JSON"),
-        (b'{\n "depth": 2,\n}', "line 3"),
-        (b"[]", "one JSON object"),
-        (b"\xff\xfe{", "not UTF-8"),
-    ],
-)
-def test_a_config_file_that_is_no_json_object_is_refused_with_its_place(tmp_path, raw, said):
-    path = tmp_path / "student_config.json"
-    path.write_bytes(raw)
-    with pytest.raises(ConfigError, match=said) as refusal:
-        StudentConfig.load(path)
-    assert str(path) in str(refusal.value)
-
-
 def test_a_config_file_with_a_byte_order_mark_is_read(tmp_path):
     (tmp_path / "student_config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(WAN).encode())
     assert StudentConfig.load(tmp_path).hidden_size == 24
-
-
-def test_a_config_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="nowhere"):
-        StudentConfig.load(tmp_path / "nowhere.json")
 
 
 # ---- save and load ----
@@ -434,18 +391,11 @@ def test_saving_leaves_two_whole_files_and_nothing_beside_them(tmp_path):
     assert names == ["diffusion_model.safetensors", "student_config.json"]
 
 
-@pytest.mark.parametrize("fails", ["os.replace", "safetensors.torch.save_file", "os.fsync"])
-def test_a_failed_save_leaves_the_student_that_was_there(tmp_path, monkeypatch, fails):
+def test_a_save_on_a_full_disk_leaves_the_student_that_was_there(tmp_path):
     old = student_of(WAN, seed=1)
     old.save_pretrained(tmp_path)
-
-    def no_space(*_args, **_settings):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(fails, no_space)
-    with pytest.raises(OSError, match="No space"):
+    with file_size_limited(10_000), pytest.raises(OSError, match=r"File too large|Error while serializing"):
         student_of(WAN, seed=2).save_pretrained(tmp_path)
-    monkeypatch.undo()
     assert same_weights(WanLiteStudent.from_pretrained(tmp_path), old)
     assert len(os.listdir(tmp_path)) == 2
 

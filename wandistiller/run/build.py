@@ -154,11 +154,11 @@ def compile_and_shard(
         processes.shard(objective.feature_loss)
 
 
-def compile_blocks(models: Iterable[WanLiteStudent]) -> None:
+def compile_blocks(models: Iterable[WanLiteStudent], **options: object) -> None:
     """torch.compile each block in place: one graph serves all blocks of a model, and names of weights stay."""
     for model in models:
         for block in model.blocks:
-            block.compile()
+            block.compile(**options)
 
 
 # ---- objective and batches ----
