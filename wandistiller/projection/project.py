@@ -284,7 +284,8 @@ def _fill(student: WanLiteStudent, teacher: TransformerTensors, selection: Selec
     fp8_layers = fp8_linears(student)
     for name, parameter in student.named_parameters():
         sources = _sources(name, student.config, selection.layers)
-        parts = list(zip(sources, parameter.chunk(len(sources)) if len(sources) > 1 else [parameter], strict=False))
+        stacked = parameter.chunk(len(sources)) if len(sources) > 1 else [parameter]
+        parts = list(zip(sources, stacked, strict=False))  # empty where nothing is inherited
         status, detail = "initialised", "the teacher has no counterpart"
         if not all(_fits(teacher, source, selection, part) for source, part in parts):
             sources, parts, detail = [], [], f"the teacher's {sources[0]} is smaller"
