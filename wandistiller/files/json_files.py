@@ -105,11 +105,11 @@ class _ListReader:
                 problem = None
             except _Malformed as error:  # or cut by the end of what was read
                 problem, value, end = error, None, len(self._text)
-            # A number that ends with what was read may go on as well.
-            if end < len(self._text):
-                break
-            if len(self._text) - self._place > self._longest:
+            if end - self._place > self._longest:
                 raise self._error(f"a value is longer than {self._longest:,} letters")
+            # A number that ends with what was read, or before a dot there, may go on as well.
+            if self._text[end : end + 1] in (",", "]", *_SPACES):
+                break
             if not self._read_on():
                 if problem:
                     raise self._error(f"not valid JSON: {problem.reason}")
