@@ -100,22 +100,15 @@ def test_every_kind_of_text_in_parquet_is_a_caption(tmp_path, kind):
     assert load_prompts(tmp_path / "p.parquet").prompts == ["a cat", "a dog"]
 
 
-def test_a_column_is_named_where_more_than_one_could_be_it(tmp_path):
-    rows = [{"short": "a cat", "long": "a cat that sleeps"}]
+@pytest.mark.parametrize(("short", "long"), [("short", "long"), ("text", "caption")])
+def test_a_column_is_named_where_more_than_one_could_be_it(tmp_path, short, long):
     for name in WRITERS:
-        (tmp_path / name).write_bytes(WRITERS[name](rows))
-        with pytest.raises(UserError, match=r"give --caption_column .* it has 'short', 'long'"):
+        (tmp_path / name).write_bytes(WRITERS[name]([{short: "a cat", long: "a cat that sleeps"}]))
+        with pytest.raises(UserError, match=f"give --caption_column .* it has {short!r}, {long!r}"):
             load_prompts(tmp_path / name)
-        assert load_prompts(tmp_path / name, "LONG").prompts == ["a cat that sleeps"]
-        with pytest.raises(UserError, match=r"--caption_column 'caption' is no column of it; it has 'short', 'long'"):
-            load_prompts(tmp_path / name, "caption")
-
-
-def test_two_usual_names_are_not_chosen_between(tmp_path):
-    (tmp_path / "p.csv").write_text(csv_text([{"caption": "a", "text": "b", "id": "1"}]), encoding="utf-8")
-    with pytest.raises(UserError, match="give --caption_column"):
-        load_prompts(tmp_path / "p.csv")
-    assert load_prompts(tmp_path / "p.csv", "text").prompts == ["b"]
+        assert load_prompts(tmp_path / name, long.upper()).prompts == ["a cat that sleeps"]
+        with pytest.raises(UserError, match=f"--caption_column 'words' is no column of it; it has {short!r}, {long!r}"):
+            load_prompts(tmp_path / name, "words")
 
 
 def test_rows_without_a_usable_caption_are_counted_and_left_out(tmp_path):

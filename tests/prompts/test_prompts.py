@@ -112,20 +112,6 @@ def test_as_many_prompts_of_a_file_as_are_asked_for_are_drawn_by_the_seed(tmp_pa
     assert read_prompts(path, num_prompts=500).train == whole.train
 
 
-TABLES = {
-    "prompts.csv": 'prompt,seed\n"a cat, asleep",1\na  dog,2\n',
-    "PROMPTS.TSV": "seed\tprompt\n1\ta cat, asleep\n2\ta dog\n",
-    "it's prompts.jsonl": '{"prompt": "a cat, asleep"}\n{"prompt": "a dog"}\n',
-    "prompts.json": '[{"prompt": "a cat, asleep"},\n {"prompt": "a dog"}]\n',
-}
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_a_table_is_read_by_its_name(tmp_path, name):
-    (tmp_path / name).write_text(TABLES[name], encoding="utf-8")
-    assert [" ".join(prompt.split()) for prompt in load_prompts(tmp_path / name).prompts] == ["a cat, asleep", "a dog"]
-
-
 NO_PROMPTS = {
     "JSON lines": ('\n{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "is JSON, .* name it .jsonl"),
     "JSON": ('[\n {"prompt": "a cat"}\n]\n', "is JSON, .* name it .json,"),

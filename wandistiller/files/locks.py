@@ -20,7 +20,7 @@ class NoLocksError(OSError):
 
 @contextlib.contextmanager
 def locked_file(path: Path) -> Iterator[bool]:
-    """Yield whether this process has the lock inside, which is not so while any other has it; no file is left behind.
+    """Try to take the lock; yield True if acquired. No file is left behind.
 
     Raises:
         NoLocksError: the file system has none.

@@ -94,7 +94,7 @@ def _cannot_be_written(folder: Path, flag: str, error: OSError) -> UserError:
 
 @contextlib.contextmanager
 def removed_if_empty(path: str | Path) -> Iterator[None]:
-    """Where what is done inside fails, remove the folder, and those above it, if they are new and nothing came to lie there.
+    """On error, remove the folders created here if still empty.
 
     A file that is refused only once the folder is there, such as a damaged text encoder, then leaves nothing behind.
     """
