@@ -234,14 +234,6 @@ RUN_GROUPS = {
 }
 
 
-def write_begun_cache(folder: Path) -> None:
-    """Make a complete cache of two parts one that lacks the second, as builders leave it that were killed."""
-    about = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
-    about |= {"is_complete": False, "num_shards": 0, "rows": [], "num_processes": 1, "num_parts": 2, "num_batches": 2}
-    (folder / "cache.json").write_text(json.dumps(about), encoding="utf-8")
-    (folder / "answers_00001.safetensors").unlink()
-
-
 def write_tables(folder: Path) -> None:
     """Write a folder with the same captions in every kind of table."""
     folder.mkdir()
@@ -292,7 +284,6 @@ def house(tmp_path_factory) -> Path:
         assert main(list(map(str, argv))) == 0
     main, argv = train(*IN_PARTS, "{case}/begun")(root)
     assert main(list(map(str, argv))) == 0
-    write_begun_cache(root / "begun")
     for number, command in enumerate((project_student, project_with_lora, cut_lora, draw(), export, export_pipeline)):
         main, argv = command(root)
         warm = {root / "new": root / f"warm_{number}", root / "new.safetensors": root / f"warm_{number}.safetensors"}

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -17,6 +18,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from wandistiller.errors import UserError
 from wandistiller.prompts.caption_files import text_lines
@@ -243,6 +246,30 @@ def test_a_row_of_parquet_that_is_not_utf8_is_left_out(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "p.parquet")
     found = load_prompts(tmp_path / "p.parquet")
     assert found.prompts == ["a cat", "a dog"] and found.notice == "1 rows left out: 1 not UTF-8"
+
+
+CELLS = st.none() | st.text(max_size=6) | st.integers() | st.lists(st.none() | st.text(max_size=3), max_size=3)
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.lists(CELLS, min_size=1, max_size=8), st.sampled_from(["p.jsonl", "p.json", "p.csv", "p.tsv"]))
+def test_every_row_is_used_or_counted(tmp_path_factory, cells, name):
+    if name in ("p.csv", "p.tsv"):
+        cells = [cell.translate({13: 32, 0: 32}) if isinstance(cell, str) else str(cell) for cell in cells]
+    rows = [{"file_name": f"{index}.png", "text": cell} for index, cell in enumerate(cells)]
+    path = tmp_path_factory.mktemp("rows") / name
+    path.write_bytes(WRITERS[name](rows))
+    given_texts = [text for cell in cells for text in (cell if isinstance(cell, list) and cell else [cell])]
+    try:
+        found = load_prompts(path)
+    except UserError as error:
+        assert f"holds no prompt; {len(given_texts)} rows left out" in str(error)
+    else:
+        left_out = re.match(r"(\d+) rows left out", found.notice)
+        assert len(found.prompts) + found.duplicates + int(left_out[1] if left_out else 0) == len(given_texts)
+        assert {" ".join(prompt.split()) for prompt in found.prompts} <= {
+            " ".join(str(text).split()) for text in given_texts
+        }
 
 
 WRONG = {

@@ -321,8 +321,3 @@ def clean_prompt(text: str) -> str:
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
-
-
-def identity_of(prompts: list[str]) -> Iterator[str]:
-    """Yield the texts that tell some prompts from others."""
-    return iter(prompts)
