@@ -26,9 +26,10 @@ from wandistiller.processes import Processes
 from wandistiller.prompts.prompts import Prompts
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.flags import parse_args
+from wandistiller.run.headers import Files, sampled_as
 from wandistiller.run.inputs import Inputs
 from wandistiller.run.presets import PRESETS
-from wandistiller.run.resolve import Files, decide, sampled_as
+from wandistiller.run.resolve import decide
 from wandistiller.run.settings import Settings
 from wandistiller.wan.wan_files import WanFiles
 

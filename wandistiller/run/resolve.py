@@ -9,8 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields
 
 from wandistiller.budget.workload import guided_fraction
 from wandistiller.device import pick_device
@@ -18,10 +17,10 @@ from wandistiller.errors import UserError
 from wandistiller.model.config import MAX_PATCHES, StudentConfig
 from wandistiller.model.image_sizes import ImageSize, resolve_sizes, square
 from wandistiller.processes import Processes, join
-from wandistiller.projection.selection import check_fits
 from wandistiller.reports.trackers import check_report
 from wandistiller.run.defaults import suggested_lr, suggested_replay, suggested_warmup
 from wandistiller.run.flags import Flags
+from wandistiller.run.headers import ALL_LEVELS, Files, open_files
 from wandistiller.run.held_out import MAX_SHARE, NUM_MEASUREMENTS, NUM_PATHS, path_steps
 from wandistiller.run.inputs import Inputs
 from wandistiller.run.mistakes import samples_per_step
@@ -33,35 +32,19 @@ from wandistiller.walk.batches import make_schedules
 from wandistiller.walk.grids import teacher_levels
 from wandistiller.walk.segments import calls_of_run
 from wandistiller.wan.identity import prompts_digest
-from wandistiller.wan.layouts import check_headers, open_teacher
-from wandistiller.wan.lora import merge_loras
-from wandistiller.wan.settings import TeacherSettings, resolve_settings
+from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.text_encoder import EncodingOptions, count_tokens
-from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
-from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, read_vae_config
+from wandistiller.wan.text_encoder_files import TextEncoderFiles
 from wandistiller.wan.wan_files import WanFiles
 
-ALL_LEVELS = (0.0, 1.0)
 # The recipe that won on two teachers (docs/experiments.md)
 RENOISE_FRACTION = {"trajectory": 0.25, "renoise": 0.75, "noise": 0.0}
 STUDENT_ROLLOUT = (0.0, 1.0)
 FEATURE_LOSS_WEIGHT = 1.0
 # Experts that take turns on the device answer many batches each, so that moving one in is rare.
 OFFLOAD_CALLS_PER_EXPERT = 64
-# A teacher of so few steps was distilled to them, as lightning LoRAs are, unless its sampler is named.
-FEW_TEACHER_STEPS = 8
 # The tokens of so many prompts stand for those of all.
 NUM_COUNTED_PROMPTS = 256
-
-
-@dataclass(frozen=True)
-class Files:
-    """What is known of the files of a run by their headers; names and meanings are those of `Settings`."""
-
-    wan_files: WanFiles
-    teacher: TeacherSettings
-    encoder: TextEncoderFiles | None
-    vae_location: VaeLocation | None
 
 
 def resolve(flags: Flags, inputs: Inputs, command: Sequence[str] = ()) -> Settings:
@@ -76,6 +59,7 @@ def resolve(flags: Flags, inputs: Inputs, command: Sequence[str] = ()) -> Settin
     processes = join(flags.performance.device, pick_device)
     check_optimizer(flags.optimization.optimizer)
     check_report(flags.output.report)
+    check_compiler(flags)
     files = open_files(flags, inputs.config)
     check_prompt_cache(inputs.prompts.train, files.encoder, inputs.config, flags.data.prompt_cache_gib)
     if flags.output.preset:
@@ -105,116 +89,11 @@ def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes, com
         "eval_every": eval_every,
         "held_out_steps": held_out_steps,
         "sample_every": flags.output.sample_every if files.vae_location else 0,
-        "is_device_typed": flags.performance.device is not None,
     }
     names = {known.name for known in fields(Settings)}
     typed = {name: value for name, value in flags.as_dict().items() if name in names}
-    parts = vars(files) | vars(states) | vars(length) | vars(resolve_device(flags, processes))
+    parts = vars(files) | vars(states) | vars(length) | resolve_device(flags, processes)
     return Settings(**(typed | decided | parts))
-
-
-# ---- files ----
-
-
-def open_files(flags: Flags, config: StudentConfig) -> Files:
-    """Open everything that the run reads weights from, by its headers."""
-    wan_files, teacher = open_fitting_teacher(flags, config)
-    encoder = find_encoder(flags, wan_files, config)
-    wan_files = replace(wan_files, encoder=encoder)  # which is a part of what the teacher is
-    return Files(wan_files, teacher, encoder, find_sample_vae(flags, wan_files, teacher))
-
-
-def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles, TeacherSettings]:
-    """Open the teacher by its headers, and refuse it unless the student is a part of it."""
-    data, student = flags.data, flags.student
-    wan_files = open_teacher(data.teacher_path, config, data.teacher_path_low)
-    wan_files = merge_loras(wan_files, data.teacher_lora, data.teacher_lora_low)
-    if data.vae_path:
-        wan_files = wan_files.with_vae_config(
-            find_vae(data.vae_path, data.teacher_path, wan_files.config.num_channels).config_path()
-        )
-    check_fits(wan_files.expert(student.init_expert).config, config, student.layers, student.student_config)
-    settings = sampled_as(flags, wan_files)
-    check_levels(flags, settings)
-    config.check_image_size(settings.vae_scale_factor, student.student_config)
-    return wan_files, settings
-
-
-def sampled_as(flags: Flags, wan_files: WanFiles) -> TeacherSettings:
-    """Return how the teacher is sampled."""
-    typed = dict(vars(flags.teacher))
-    if guided := typed["guidance_range"]:
-        typed["guidance_range"] = tuple(guided)
-    if typed["teacher_sampler"] is None and (typed["teacher_steps"] or math.inf) <= FEW_TEACHER_STEPS:
-        typed["teacher_sampler"] = "euler"
-    return resolve_settings(wan_files, **typed)
-
-
-def check_levels(flags: Flags, teacher: TeacherSettings) -> None:
-    """Refuse a run that needs other noise levels than a teacher of a few of them has."""
-    if not teacher.has_few_levels:
-        return
-    num_steps, student_steps = teacher.num_inference_steps, flags.objective.student_steps
-    if student_steps and num_steps % student_steps:
-        allowed = ", ".join(str(count) for count in range(1, num_steps + 1) if num_steps % count == 0)
-        raise UserError(
-            f"--student_steps {student_steps}: does not divide the teacher's {num_steps} steps, and it has no noise levels between "
-            f"them; allowed: {allowed}"
-        )
-    low, high = flags.states.sigma_range or ALL_LEVELS
-    levels = (teacher_levels(teacher) or ())[:-1]
-    if not any(low <= level <= high for level in levels):
-        known = ", ".join(f"{level:.4g}" for level in levels)
-        raise UserError(f"--sigma_range {low:g} {high:g}: holds none of the teacher's noise levels, {known}")
-
-
-def find_encoder(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> TextEncoderFiles | None:
-    """Find the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings will do."""
-    given = flags.data.text_encoder_path
-    if wan_files.is_mock and given is None:
-        return None
-    encoder = find_text_encoder(given) if given else wan_files.text_encoder()
-    encoder.check_text_dim(config.text_encoder_output_dim)
-    return encoder
-
-
-def find_sample_vae(flags: Flags, wan_files: WanFiles, teacher: TeacherSettings) -> VaeLocation | None:
-    """Find the VAE of the sample pictures; None where none can be drawn. A --vae_path without a VAE is a mistake.
-
-    Raises:
-        UserError: it is not the teacher's, or its files are not whole.
-    """
-    given = flags.data.vae_path
-    if not flags.output.num_samples or (wan_files.is_mock and given is None):
-        return None
-    if tuple(flags.states.sigma_range or ALL_LEVELS) != ALL_LEVELS:
-        print("No sample pictures: a student of a part of the noise levels does not draw on its own")
-        return None
-    try:
-        location = find_vae(given, flags.data.teacher_path, wan_files.config.num_channels)
-        check_is_vae_of(teacher, wan_files.config.num_channels, location.config_path())
-        if Path(location.location).exists():  # else the hub's client sees to its files
-            check_headers(location.folder())
-    except UserError as error:
-        if given is not None:
-            raise
-        print(f"No sample pictures: {error}")
-        return None
-    return location
-
-
-def check_is_vae_of(teacher: TeacherSettings, num_channels: int, config_path: Path) -> None:
-    """Refuse a VAE of other latents than the teacher's, by its config.json."""
-    vae = read_vae_config(config_path, num_channels)
-    folder = config_path.parent
-    if vae.vae_scale_factor not in (None, teacher.vae_scale_factor):
-        raise UserError(
-            f"{folder}: is a VAE of factor {vae.vae_scale_factor}; the teacher's latents have factor "
-            f"{teacher.vae_scale_factor}; give --vae_path the teacher's own VAE"
-        )
-    if vae.latents_mean and vae.latents_std:
-        learnt = LatentStatistics(teacher.latents_mean, teacher.latents_std)
-        check_statistics(learnt, LatentStatistics(vae.latents_mean, vae.latents_std), folder)
 
 
 # ---- text ----
@@ -378,17 +257,6 @@ def resolve_measuring(flags: Flags, teacher: TeacherSettings, length: Length, nu
 # ---- device ----
 
 
-@dataclass(frozen=True)
-class Device:
-    """Where and in which precision a run computes; names and meanings are those of `Settings`."""
-
-    dtype: str
-    teacher_dtype: str
-    is_for_gpu: bool
-    shard_teacher: bool
-    shard_student: bool
-
-
 def check_compiler(flags: Flags) -> None:
     """Refuse --compile where the C++ compiler is missing that torch calls (torch: _inductor/cpp_builder.py), as in slim containers."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -398,17 +266,17 @@ def check_compiler(flags: Flags) -> None:
         )
 
 
-def resolve_device(flags: Flags, processes: Processes) -> Device:
+def resolve_device(flags: Flags, processes: Processes) -> dict[str, object]:
     """Return the precision for the device of this process, or for the GPU that --dry_run plans for."""
     own, output = flags.performance, flags.output
     is_elsewhere = output.dry_run and (output.assume_gpu_gib is not None or own.device is None)
     is_for_gpu = is_elsewhere or processes.device.startswith("cuda")
     dtype = own.dtype or ("bf16" if is_for_gpu else "fp32")
-    check_compiler(flags)
-    return Device(
-        dtype=dtype,
-        teacher_dtype=own.teacher_dtype or dtype,
-        is_for_gpu=is_for_gpu,
-        shard_teacher=own.shard in ("teacher", "both"),
-        shard_student=own.shard in ("student", "both"),
-    )
+    return {
+        "dtype": dtype,
+        "teacher_dtype": own.teacher_dtype or dtype,
+        "is_for_gpu": is_for_gpu,
+        "is_device_typed": own.device is not None,
+        "shard_teacher": own.shard in ("teacher", "both"),
+        "shard_student": own.shard in ("student", "both"),
+    }

@@ -1,0 +1,131 @@
+"""The files of a run by their headers: the teacher and how it is sampled, text encoder and VAE, refused unless they fit the student."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wandistiller.errors import UserError
+from wandistiller.model.config import StudentConfig
+from wandistiller.projection.selection import check_fits
+from wandistiller.run.flags import Flags
+from wandistiller.walk.grids import teacher_levels
+from wandistiller.wan.layouts import check_headers, open_teacher
+from wandistiller.wan.lora import merge_loras
+from wandistiller.wan.settings import TeacherSettings, resolve_settings
+from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
+from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, read_vae_config
+from wandistiller.wan.wan_files import WanFiles
+
+ALL_LEVELS = (0.0, 1.0)
+# A teacher of so few steps was distilled to them, as lightning LoRAs are, unless its sampler is named.
+FEW_TEACHER_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is known of the files of a run by their headers; names and meanings are those of `Settings`."""
+
+    wan_files: WanFiles
+    teacher: TeacherSettings
+    encoder: TextEncoderFiles | None
+    vae_location: VaeLocation | None
+
+
+def open_files(flags: Flags, config: StudentConfig) -> Files:
+    """Open everything that the run reads weights from, by its headers."""
+    wan_files, teacher = open_fitting_teacher(flags, config)
+    encoder = find_encoder(flags, wan_files, config)
+    wan_files = replace(wan_files, encoder=encoder)  # which is a part of what the teacher is
+    return Files(wan_files, teacher, encoder, find_sample_vae(flags, wan_files, teacher))
+
+
+def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles, TeacherSettings]:
+    """Open the teacher by its headers, and refuse it unless the student is a part of it."""
+    data, student = flags.data, flags.student
+    wan_files = open_teacher(data.teacher_path, config, data.teacher_path_low)
+    wan_files = merge_loras(wan_files, data.teacher_lora, data.teacher_lora_low)
+    if data.vae_path:
+        vae = find_vae(data.vae_path, data.teacher_path, wan_files.config.num_channels)
+        wan_files = wan_files.with_vae_config(vae.config_path())
+    check_fits(wan_files.expert(student.init_expert).config, config, student.layers, student.student_config)
+    settings = sampled_as(flags, wan_files)
+    check_levels(flags, settings)
+    config.check_image_size(settings.vae_scale_factor, student.student_config)
+    return wan_files, settings
+
+
+def sampled_as(flags: Flags, wan_files: WanFiles) -> TeacherSettings:
+    """Return how the teacher is sampled."""
+    typed = dict(vars(flags.teacher))
+    if guided := typed["guidance_range"]:
+        typed["guidance_range"] = tuple(guided)
+    if typed["teacher_sampler"] is None and (typed["teacher_steps"] or math.inf) <= FEW_TEACHER_STEPS:
+        typed["teacher_sampler"] = "euler"
+    return resolve_settings(wan_files, **typed)
+
+
+def check_levels(flags: Flags, teacher: TeacherSettings) -> None:
+    """Refuse a run that needs other noise levels than a teacher of a few of them has."""
+    if not teacher.has_few_levels:
+        return
+    num_steps, student_steps = teacher.num_inference_steps, flags.objective.student_steps
+    if student_steps and num_steps % student_steps:
+        allowed = ", ".join(str(count) for count in range(1, num_steps + 1) if num_steps % count == 0)
+        raise UserError(
+            f"--student_steps {student_steps}: does not divide the teacher's {num_steps} steps, and it has no noise levels between "
+            f"them; allowed: {allowed}"
+        )
+    low, high = flags.states.sigma_range or ALL_LEVELS
+    levels = (teacher_levels(teacher) or ())[:-1]
+    if not any(low <= level <= high for level in levels):
+        known = ", ".join(f"{level:.4g}" for level in levels)
+        raise UserError(f"--sigma_range {low:g} {high:g}: holds none of the teacher's noise levels, {known}")
+
+
+def find_encoder(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> TextEncoderFiles | None:
+    """Find the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings will do."""
+    given = flags.data.text_encoder_path
+    if wan_files.is_mock and given is None:
+        return None
+    encoder = find_text_encoder(given) if given else wan_files.text_encoder()
+    encoder.check_text_dim(config.text_encoder_output_dim)
+    return encoder
+
+
+def find_sample_vae(flags: Flags, wan_files: WanFiles, teacher: TeacherSettings) -> VaeLocation | None:
+    """Find the VAE of the sample pictures; None where none can be drawn. A --vae_path without a VAE is a mistake.
+
+    Raises:
+        UserError: it is not the teacher's, or its files are not whole.
+    """
+    given = flags.data.vae_path
+    if not flags.output.num_samples or (wan_files.is_mock and given is None):
+        return None
+    if tuple(flags.states.sigma_range or ALL_LEVELS) != ALL_LEVELS:
+        print("No sample pictures: a student of a part of the noise levels does not draw on its own")
+        return None
+    try:
+        location = find_vae(given, flags.data.teacher_path, wan_files.config.num_channels)
+        check_is_vae_of(teacher, wan_files.config.num_channels, location.config_path())
+        if Path(location.location).exists():  # else the hub's client sees to its files
+            check_headers(location.folder())
+    except UserError as error:
+        if given is not None:
+            raise
+        print(f"No sample pictures: {error}")
+        return None
+    return location
+
+
+def check_is_vae_of(teacher: TeacherSettings, num_channels: int, config_path: Path) -> None:
+    """Refuse a VAE of other latents than the teacher's, by its config.json."""
+    vae = read_vae_config(config_path, num_channels)
+    folder = config_path.parent
+    if vae.vae_scale_factor not in (None, teacher.vae_scale_factor):
+        raise UserError(
+            f"{folder}: is a VAE of factor {vae.vae_scale_factor}; the teacher's latents have factor "
+            f"{teacher.vae_scale_factor}; give --vae_path the teacher's own VAE"
+        )
+    if vae.latents_mean and vae.latents_std:
+        learnt = LatentStatistics(teacher.latents_mean, teacher.latents_std)
+        check_statistics(learnt, LatentStatistics(vae.latents_mean, vae.latents_std), folder)
