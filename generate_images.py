@@ -46,13 +46,9 @@ from wandistiller.students.record import load_student_config, trained_sizes
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     import numpy as np
-    from torch import Tensor
 
-    from wandistiller.sampling.sampler import SamplingOptions
-    from wandistiller.sampling.teacher import Teacher
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
-    from wandistiller.wan.wan_files import WanFiles
 
 MAX_GRID_PICTURES = 100
 NUM_OF_TEMPLATES = 8  # pictures, where prompts without end are asked for and no number is given
@@ -114,41 +110,38 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     return parse_flags(Flags, "generate_images.py", "Draw prompts with a trained student, or with its teacher.", argv)
 
 
-def read_prompts(flags: Flags) -> list[str]:
+def read_prompts(flags: PromptFlags) -> list[str]:
     """Read the prompts of --prompt, then those of --prompts_file, each as often as it is drawn."""
-    if not flags.prompts.prompt and not flags.prompts.prompts_file:
+    prompts = flags.prompt or []
+    if not prompts and not flags.prompts_file:
         raise UserError("nothing to draw: give --prompt or --prompts_file")
-    prompts = flags.prompts.prompt or []
     for prompt in prompts:
         if reason := unusable(prompt):
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
-    if flags.prompts.prompts_file:
-        path, column = flags.prompts.prompts_file, flags.prompts.caption_column
-        count = flags.prompts.num_prompts or (NUM_OF_TEMPLATES if is_template(path) else None)
-        file = load_prompts(
-            path, column, num_drawn=count, held_out=True, keeps_repeats=True, prompt_per=flags.prompts.prompt_per
-        )
+    if flags.prompts_file:
+        count = flags.num_prompts or (NUM_OF_TEMPLATES if is_template(flags.prompts_file) else None)
+        how = {"held_out": True, "keeps_repeats": True, "prompt_per": flags.prompt_per}
+        file = load_prompts(flags.prompts_file, flags.caption_column, num_drawn=count, **how)
         if file.notice:
-            print(f"{flags.prompts.prompts_file}: {file.notice}")
+            print(f"{flags.prompts_file}: {file.notice}")
         prompts = [*prompts, *file.prompts[:count]]
-    return [prompt for prompt in prompts for _ in range(flags.prompts.num_images)]
+    return [prompt for prompt in prompts for _ in range(flags.num_images)]
 
 
-def choose_guidance(flags: Flags, settings: "TeacherSettings") -> "TeacherSettings":
+def choose_guidance(flags: SamplingFlags, model: str, settings: "TeacherSettings") -> "TeacherSettings":
     """Return the settings to draw with; a student needs no guidance, because it has learnt guided velocities."""
-    if flags.model == "teacher":
-        if flags.sampling.guidance_scale is None:
-            return settings
-        low = None if settings.boundary_ratio is None else flags.sampling.guidance_scale
-        return replace(settings, guidance_scale=flags.sampling.guidance_scale, guidance_scale_2=low)
-    scale = 1.0 if flags.sampling.guidance_scale is None else flags.sampling.guidance_scale
-    if scale != 1.0 and settings.uses_guidance and not flags.sampling.allow_double_guidance:
+    scale = flags.guidance_scale
+    if model == "teacher":
+        low = None if settings.boundary_ratio is None else scale
+        return settings if scale is None else replace(settings, guidance_scale=scale, guidance_scale_2=low)
+    if scale not in (None, 1.0) and settings.uses_guidance and not flags.allow_double_guidance:
         raise UserError(
             f"--guidance_scale {scale:g}: this student learnt its teacher's guided velocity (guidance_scale "
             f"{settings.guidance_scale:g}), and guiding it again overdoes it; leave the flag out, or add "
             "--allow_double_guidance"
         )
-    return replace(settings, guidance_scale=scale, guidance_scale_2=None, boundary_ratio=None, guidance_range=None)
+    alone = {"guidance_scale_2": None, "boundary_ratio": None, "guidance_range": None}
+    return replace(settings, guidance_scale=1.0 if scale is None else scale, **alone)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,34 +174,36 @@ def prepare(
         teacher: what `teacher_paths` found.
     """
     from wandistiller.device import pick_device, pick_dtype
+    from wandistiller.model.transformer import WanLiteStudent
+    from wandistiller.projection.project import project_experts
+    from wandistiller.sampling.sampler import student_as_teacher
+    from wandistiller.sampling.teacher import Teacher
 
+    steps, given = flags.sampling.num_inference_steps, flags.teacher
     device = pick_device(flags.compute.device)
     dtype = pick_dtype(flags.compute.dtype, device)
-    settings = choose_guidance(flags, recorded_settings(config))
+    settings = choose_guidance(flags.sampling, flags.model, recorded_settings(config))
+    wan_files = None
     if flags.model == "teacher":
-        options = teacher_sampling(config, flags.sampling.num_inference_steps, dtype, device)
-        wan_files = open_recorded_teacher(
-            config, *teacher, TeacherLoras(flags.teacher.teacher_lora, flags.teacher.teacher_lora_low)
-        )
+        options = teacher_sampling(config, steps, dtype, device)
+        wan_files = open_recorded_teacher(config, *teacher, TeacherLoras(given.teacher_lora, given.teacher_lora_low))
         check_picture_size(size, config, wan_files.config.patch_size)
     else:
-        options = student_sampling(config, flags.sampling.num_inference_steps, dtype, device)
-        wan_files = None
+        options = student_sampling(config, steps, dtype, device)
         for warning in untrained_warnings(config, options.num_inference_steps, size):
             print(f"Warning: {warning}")
-    parts = load_drawing_parts(
-        config,
-        teacher[0],
-        text_encoder_path=flags.teacher.text_encoder_path,
-        vae_path=flags.teacher.vae_path,
-        device=device,
-    )
+    places = {"text_encoder_path": given.text_encoder_path, "vae_path": given.vae_path}
+    parts = load_drawing_parts(config, teacher[0], device=device, **places)
     check_writable(flags.output, "--output")
 
     # The text comes first, so that its encoder leaves memory before the model comes:
     embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompts.prompt_cache, device)
+    if wan_files is not None:
+        field = Teacher(project_experts(wan_files, config.text_max_length, dtype, device), settings, negative)
+    else:
+        student = WanLiteStudent.from_pretrained(flags.student, device)
+        field = student_as_teacher(student, settings, settings.guidance_scale, negative)
     height, width = (pixels // config.vae_scale_factor for pixels in size)
-    field = load_field(flags, config, settings, options, wan_files, negative)
     return Drawing(
         artist=Artist(field=field, options=options, settings=settings, vae=parts.vae),
         embeds=embeds,
@@ -216,27 +211,6 @@ def prepare(
         first_seed=flags.sampling.seed,
         batch_size=flags.sampling.batch_size,
     )
-
-
-def load_field(
-    flags: Flags,
-    config: StudentConfig,
-    settings: "TeacherSettings",
-    options: "SamplingOptions",
-    wan_files: "WanFiles | None",
-    negative_prompt_embeds: "Tensor | None",
-) -> "Teacher":
-    """Load the velocity field to follow: the experts of the teacher where `wan_files` are given, else the student."""
-    from wandistiller.model.transformer import WanLiteStudent
-    from wandistiller.projection.project import project_experts
-    from wandistiller.sampling.sampler import student_as_teacher
-    from wandistiller.sampling.teacher import Teacher
-
-    if wan_files is not None:
-        experts = project_experts(wan_files, config.text_max_length, options.compute_dtype, options.device)
-        return Teacher(experts, settings, negative_prompt_embeds)
-    student = WanLiteStudent.from_pretrained(flags.student, options.device)
-    return student_as_teacher(student, settings, settings.guidance_scale, negative_prompt_embeds)
 
 
 def picture_files(flags: Flags, prompts: list[str], size: tuple[int, int]) -> tuple[list[Path], Path]:
@@ -274,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
     flags = parse_args(argv)
     config = load_student_config(flags.student)
-    prompts = read_prompts(flags)
+    prompts = read_prompts(flags.prompts)
     teacher = teacher_paths(config, flags.teacher.teacher_path, flags.teacher.teacher_path_low)
     own = trained_sizes(config)[0]
     size = flags.sampling.height or own.height, flags.sampling.width or own.width
@@ -287,9 +261,8 @@ def main(argv: list[str] | None = None) -> int:
     drawing = prepare(flags, config, prompts, size, teacher)
     metadata = drawing.artist.metadata(flags.model, flags.student, size)
     shown: list[np.ndarray] = []
-    with removed_if_empty(
-        flags.output
-    ):  # a prompt's embedding that the cache holds is read, or refused, when it is drawn
+    # An embedding that the prompt cache holds is read, or refused, when it is drawn:
+    with removed_if_empty(flags.output):
         prepare_output_folder(flags.output, "--output")
         for index, picture in drawing.pictures():
             file = files[index]

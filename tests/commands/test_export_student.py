@@ -255,11 +255,10 @@ def test_files_hold_the_dtypes_that_are_claimed(export, tmp_path, dtype):
         torch.testing.assert_close(tensor, expected, rtol=coarsest, atol=2**-10 if dtype == "fp8" else 1e-7)
 
 
-@pytest.mark.parametrize("name", ["diffusers", "pipeline"])
-def test_half_precision_of_a_folder_keeps_the_fp32_parts(student, export, tmp_path, name):
+def test_half_precision_of_a_folder_keeps_the_fp32_parts(student, export, tmp_path):
     from diffusers import WanTransformer3DModel
 
-    assert export(student, name, "--dtype", "bf16").code == 0
+    assert export(student, "diffusers", "--dtype", "bf16").code == 0
     tensors = load_file(weights_file(tmp_path / "out"))
     kept = [key for key, tensor in tensors.items() if tensor.dtype == torch.float32]
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32, torch.bfloat16}
@@ -348,14 +347,13 @@ def test_no_training_prompt_is_published(student, export, tmp_path):
 # ---- the card of a folder ----
 
 
-@pytest.mark.parametrize("name", ["diffusers", "pipeline"])
-def test_the_card_has_what_goes_wrong_in_silence(exports, name):
+def test_the_card_has_what_goes_wrong_in_silence(exports):
     """Each default that it names is diffusers' own."""
     import inspect
 
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-    text = ModelCard.load(exports[name] / "README.md").text
+    text = ModelCard.load(exports["pipeline"] / "README.md").text
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
     said = {re.search("`?([a-z_]+)", give)[1]: (give, left_out) for _, give, left_out in table}
 
@@ -370,17 +368,15 @@ def test_the_card_has_what_goes_wrong_in_silence(exports, name):
     assert " 3," in said["its"][0] and said["config"][0].startswith("`config=`")
 
 
-@pytest.mark.parametrize("name", ["diffusers", "pipeline"])
-def test_a_folder_has_a_model_card(student, export, tmp_path, name):
-    outcome = export(student, name)
+def test_a_folder_has_a_model_card(student, export, tmp_path):
+    outcome = export(student, "pipeline")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-image")
     assert card.data.license == "apache-2.0" and card.data.base_model is None  # of the demo teacher
     assert "| shift | 3.0 |" in card.text and "| sampling steps | 20 |" in card.text and "| guidance | 1.0" in card.text
     assert str(ROOT) not in card.content and str(tmp_path) not in card.content
-    if name == "pipeline":
-        printed = textwrap.dedent(outcome.out.split("To draw:\n")[1]).strip()
-        assert printed.replace(str(tmp_path / "out"), "path/to/this/folder") in card.text
+    printed = textwrap.dedent(outcome.out.split("To draw:\n")[1]).strip()
+    assert printed.replace(str(tmp_path / "out"), "path/to/this/folder") in card.text
 
 
 @pytest.mark.parametrize(
@@ -394,18 +390,6 @@ def test_the_licence_is_claimed_of_known_teachers_alone(student, export, tmp_pat
     assert export(other, "diffusers").code == 0
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.license, data.base_model) == (license, base_model)
-
-
-def test_a_pipeline_of_float32_computes_its_text_so(student, export, tmp_path):
-    """transformers loads in the precision that a config names, and the teacher's names bf16."""
-    from transformers import UMT5EncoderModel
-
-    assert export(student, "pipeline", output="as fp32").code == 0
-    assert export(student, "pipeline", "--dtype", "bf16", output="as bf16").code == 0
-    dtypes = [
-        UMT5EncoderModel.from_pretrained(tmp_path / name / "text_encoder").dtype for name in ("as fp32", "as bf16")
-    ]
-    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture
@@ -537,9 +521,8 @@ def test_a_student_is_distilled_from_an_exported_student(exports, run_main, tmp_
     assert draw(tmp_path / "grandchild", tmp_path / "pictures").shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize("name", ["diffusers", "original"])
-def test_a_bare_transformer_is_a_teacher_with_a_text_encoder_given(exports, run_main, tmp_path, name):
-    outcome = grandchild(run_main, tmp_path, exports[name], "--text_encoder_path", DEMO_TEACHER, "--dry_run")
+def test_a_bare_transformer_is_a_teacher_with_a_text_encoder_given(exports, run_main, tmp_path):
+    outcome = grandchild(run_main, tmp_path, exports["original"], "--text_encoder_path", DEMO_TEACHER, "--dry_run")
     assert outcome.code == 0, outcome.err
     assert "shift 3, guidance_scale 1" in outcome.out
 
@@ -557,18 +540,16 @@ def assert_refused(outcome, message: str, folder: Path, before: dict) -> None:
     assert snapshot(folder) == before and not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_lite_student_is_no_wan(student, export, tmp_path, name):
+def test_a_lite_student_is_no_wan(student, export, tmp_path):
     record = StudentConfig.load(student).distillation
     shape = {"block": "lite", "hidden_size": 16, "depth": 1, "num_heads": 2, "num_channels": 16, "image_size": 64}
     WanLiteStudent(StudentConfig(**shape, distillation=record)).save_pretrained(tmp_path / "lite")
     before = snapshot(tmp_path)
-    assert_refused(export(tmp_path / "lite", name), 'block "lite" is no Wan', tmp_path, before)
+    assert_refused(export(tmp_path / "lite", "pipeline"), 'block "lite" is no Wan', tmp_path, before)
 
 
 MISTAKES = {
     "fp8 for diffusers": ("diffusers", ["--dtype", "fp8"], "--dtype fp8 is for --format original"),
-    "a VAE for one file": ("original", ["--vae_path", DEMO_TEACHER], "--vae_path belongs to --format pipeline"),
     "links in a transformer": ("diffusers", ["--link"], "--link belongs to --format pipeline"),
     "a format of its own": ("onnx", [], "--format: invalid choice: 'onnx'"),
     "no such student": ("original", ["--student", "{tmp}/none"], "there is no such folder; give the --output_dir"),
@@ -577,18 +558,12 @@ MISTAKES = {
         ["--student", DEMO_TEACHER / "vae/diffusion_pytorch_model.safetensors"],
         "no student_config in",
     ),
-    "a student without weights": ("original", ["--student", "{tmp}/one_file"], "there is no such file"),
     "damaged weights": ("diffusers", ["--student", "{tmp}/damaged"], "is not a whole safetensors file"),
-    "no record": ("pipeline", ["--student", "{tmp}/no_record"], 'has no "distillation" record'),
     "a student of the mock": ("pipeline", ["--student", "{tmp}/mock", "--vae_path", DEMO_TEACHER], "stand-in"),
     "the recorded teacher is gone": ("pipeline", ["--student", "{tmp}/moved"], "is not there; give --teacher_path"),
-    "a teacher without a VAE": ("pipeline", ["--teacher_path", "{tmp}/bare"], "has no VAE beside it"),
-    "a teacher without an encoder": ("pipeline", ["--teacher_path", "{tmp}/only_vae"], "holds no text encoder; --text"),
     "another encoder": ("pipeline", ["--text_encoder_path", "{tmp}/other"], "gives embeddings of width 20"),
     "a VAE of other channels": ("pipeline", ["--vae_path", "{tmp}/other"], "is a VAE of 48 channels and factor 16"),
     "a VAE of other latents": ("pipeline", ["--vae_path", "{tmp}/other_latents"], "has other latents_mean than"),
-    "a VAE of the hub": ("pipeline", ["--vae_path", "nobody/no-such-vae"], "nobody/no-such-vae: is no file or folder"),
-    "output is in a file": ("pipeline", ["--output", "{tmp}/file/out"], "is a file; give a folder"),
     "a pickle": (
         "original",
         ["--output", "{tmp}/o.bin"],
@@ -603,7 +578,6 @@ MISTAKES = {
     "a workflow of a folder": ("diffusers", ["--workflow"], "--workflow is for --format original"),
     "public, and nowhere": ("diffusers", ["--public"], "give that too"),
     "links on the hub": ("pipeline", ["--link", "--push_to_hub", "a/b"], "is nothing on the hub"),
-    "no name on the hub": ("diffusers", ["--push_to_hub", "name"], "give OWNER/NAME"),
 }
 
 
@@ -611,15 +585,10 @@ MISTAKES = {
 def mistakes(student, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("mistakes")
     (root / "file").write_text("")
-    (root / "bare").mkdir()
-    (root / "one_file").mkdir()
-    shutil.copy(student / "student_config.json", root / "one_file")
     shutil.copytree(student, root / "damaged")
     (root / "damaged" / "diffusion_model.safetensors").write_bytes(b"cut short")
-    save_random_student(root / "no_record")
     changed(student, root / "mock", teacher_path="mock", text_encoder_path=None)
     changed(student, root / "moved", teacher_path="/not/here")
-    shutil.copytree(DEMO_TEACHER / "vae", root / "only_vae" / "vae")
     shutil.copytree(DEMO_TEACHER / "vae", root / "other_latents")
     settings = json.loads((root / "other_latents" / "config.json").read_text(encoding="utf-8"))
     settings["latents_mean"][3] += 0.01
@@ -651,22 +620,12 @@ def test_a_record_that_cannot_be_is_refused_before_anything_is_written(student, 
         assert_one_message(export(tmp_path / "alone.safetensors", "original"), message)
 
 
-@pytest.mark.parametrize("what", ["no name", "fp8", "bytes", "another shape"])
-def test_weights_that_no_student_has_are_refused(student, export, tmp_path, what):
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
+def test_weights_that_no_student_has_are_refused(student, export, tmp_path, dtype):
     wrong = changed(student, tmp_path / "wrong")
-    tensors = load_file(wrong / "diffusion_model.safetensors")
-    name, tensor = "blocks.0.attn1.to_q.weight", tensors["blocks.0.attn1.to_q.weight"]
-    changes, message = {
-        "no name": ({"": torch.zeros(2)}, "holds 1 tensors that are no part of it, the first is ''"),
-        "fp8": ({name: tensor.to(torch.float8_e4m3fn)}, f"{name} is stored as float8_e4m3fn; allowed: float32"),
-        "bytes": ({name: tensor.to(torch.uint8)}, f"{name} is stored as uint8; allowed: float32"),
-        "another shape": (
-            {name: tensor[:7].clone()},
-            f"{name} has shape [7, 64], a student of this config has [64, 64]",
-        ),
-    }[what]
-    save_file(tensors | changes, wrong / "diffusion_model.safetensors")
-    assert_one_message(export(wrong, "diffusers"), message)
+    tensors, name = load_file(wrong / "diffusion_model.safetensors"), "blocks.0.attn1.to_q.weight"
+    save_file(tensors | {name: tensors[name].to(dtype)}, wrong / "diffusion_model.safetensors")
+    assert_one_message(export(wrong, "diffusers"), f"{name} is stored as {str(dtype)[6:]}; allowed: float32")
     assert not (tmp_path / "out").exists()
 
 
@@ -688,7 +647,7 @@ def test_a_broken_index_beside_the_text_encoder_is_one_sentence(student, export,
     assert message in outcome.err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ["original", "pipeline"])
 def test_what_is_there_is_never_replaced(student, export, tmp_path, name):
     assert export(student, name).code == 0
     before = snapshot(tmp_path)
@@ -707,7 +666,7 @@ def test_a_file_is_added_to_a_folder_and_an_empty_one_is_used(student, export, t
 
 
 @pytest.mark.parametrize("end, code", [("Ctrl-C", 130), ("SIGTERM", 130), ("a full disk", 1)])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ["original", "pipeline"])
 def test_an_export_that_ends_early_leaves_nothing(student, export, tmp_path, monkeypatch, name, end, code):
     def half(tensors, file, **settings):
         Path(file).write_bytes(b"half of a file")
@@ -780,25 +739,16 @@ def test_a_workflow_beside_the_file_has_the_students_own_settings(export, studen
 # ---- a student by folder or by name ----
 
 
-def test_weights_alone_are_a_student(tmp_path):
-    saved = save_random_student(tmp_path)
-    (tmp_path / "student_config.json").unlink()
-    loaded = WanLiteStudent.from_pretrained(tmp_path)
-    assert loaded.config == saved.config
-    assert_same_tensors(loaded.state_dict(), saved.state_dict())
-
-
 def test_a_file_of_weights_is_a_student(student, export, tmp_path):
     saved = WanLiteStudent.from_pretrained(student)
-    loaded = WanLiteStudent.from_pretrained(
-        shutil.copy(student / "diffusion_model.safetensors", tmp_path / "a.safetensors")
-    )
+    shutil.copy(student / "diffusion_model.safetensors", tmp_path / "alone.safetensors")
+    loaded = WanLiteStudent.from_pretrained(tmp_path / "alone.safetensors")
     assert loaded.config == saved.config
     assert_same_tensors(loaded.state_dict(), saved.state_dict())
-    assert export(tmp_path / "a.safetensors", "diffusers").code == 0
+    assert export(tmp_path / "alone.safetensors", "diffusers").code == 0
 
 
-@pytest.mark.parametrize("place", ["nosuch", "a_file", "another", "diffusers", "pipeline", "original"])
+@pytest.mark.parametrize("place", ["nosuch", "a_file", "another", "pipeline", "original"])
 def test_what_is_no_student_is_one_sentence(exports, tmp_path, place):
     (tmp_path / "a_file").write_text("text")
     paths = exports | {"another": DEMO_TEACHER / "vae" / "diffusion_pytorch_model.safetensors"}

@@ -103,15 +103,8 @@ def test_student_draws_what_wan_pipeline_draws_with_the_student_in_it(house, tmp
     from diffusers import WanPipeline, WanTransformer3DModel
 
     student = WanLiteStudent.from_pretrained(house / "of_one" / "student")
-    transformer = WanTransformer3DModel(
-        num_attention_heads=1,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=20,
-        ffn_dim=24,
-        num_layers=2,
-    )
+    shape = {"num_attention_heads": 1, "attention_head_dim": 12, "num_layers": 2, "ffn_dim": 24, "text_dim": 20}
+    transformer = WanTransformer3DModel(in_channels=16, out_channels=16, **shape)
     lifted = student.state_dict()
     lifted["patch_embedding.weight"] = lifted["patch_embedding.weight"][:, :, None]
     transformer.load_state_dict(lifted)
@@ -147,38 +140,24 @@ def test_defaults_come_from_the_record(house, tmp_path):
     assert {name: image.text[name] for name in expected} == expected
 
 
-def test_a_prompt_is_drawn_as_often_as_it_is_asked_for_each_time_from_a_noise_of_its_own(house, tmp_path):
+def test_a_prompt_is_drawn_as_often_as_it_is_asked_for_each_time_from_a_noise_of_its_own(house, tmp_path, run_main):
     """Written twice in a file, or several times by --num_images; a name tells the seed that draws the picture again."""
-    student = house / "of_one" / "student"
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na cat\n", encoding="utf-8")
-    flags = [
-        "--num_inference_steps",
-        "2",
-        "--device",
-        "cpu",
-        "--prompt_cache",
-        str(house / "cache"),
-        "--student",
-        str(student),
-    ]
-    file = ["--prompts_file", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "twice")]
-    assert generate_images.main([*flags, *file]) == 0
-    names = sorted(path.name for path in (tmp_path / "twice").glob("0*.png"))
-    assert names == [f"{i:03d}_{what}_seed{i}_32x32.png" for i, what in enumerate(["a-cat", "a-dog", "a-cat"])]
-    several = ["--prompt", "a cat", "a dog", "--num_images", "2", "--seed", "5", "--output", str(tmp_path / "several")]
-    assert generate_images.main([*flags, *several]) == 0
-    pictures = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "several").glob("0*.png")}
-    assert sorted(pictures) == [
-        "000_a-cat_seed5_32x32.png",
-        "001_a-cat_seed6_32x32.png",
-        "002_a-dog_seed7_32x32.png",
-        "003_a-dog_seed8_32x32.png",
-    ]
-    assert not np.array_equal(pictures["000_a-cat_seed5_32x32.png"], pictures["001_a-cat_seed6_32x32.png"])
-    again = ["--prompt", "a cat", "--seed", "6", "--output", str(tmp_path / "again")]
-    assert generate_images.main([*flags, *again]) == 0
-    drawn = np.asarray(Image.open(tmp_path / "again" / "000_a-cat_seed6_32x32.png"))
-    assert np.abs(drawn.astype(int) - pictures["001_a-cat_seed6_32x32.png"]).max() <= 1
+    flags = ["--num_inference_steps", 2, "--device", "cpu", "--prompt_cache", house / "cache"]
+
+    def pictures(folder: str, *more: object) -> dict[str, np.ndarray]:
+        output = tmp_path / folder
+        student = house / "of_one" / "student"
+        assert run_main(generate_images.main, "--student", student, "--output", output, *flags, *more).code == 0
+        return {file.name: np.asarray(Image.open(file)).astype(int) for file in sorted(output.glob("0*.png"))}
+
+    twice = pictures("twice", "--prompts_file", tmp_path / "prompts.txt")
+    assert [*twice] == [f"{i:03d}_{what}_seed{i}_32x32.png" for i, what in enumerate(["a-cat", "a-dog", "a-cat"])]
+    several = pictures("several", "--prompt", "a cat", "a dog", "--num_images", 2, "--seed", 5)
+    names = [f"{i:03d}_{what}_seed{i + 5}_32x32.png" for i, what in enumerate(["a-cat", "a-cat", "a-dog", "a-dog"])]
+    assert [*several] == names and not np.array_equal(several[names[0]], several[names[1]])
+    (again,) = pictures("again", "--prompt", "a cat", "--seed", 6).values()
+    assert np.abs(again - several[names[1]]).max() <= 1
 
 
 def test_guidance_is_refused_where_it_is_baked_in(house, tmp_path, capsys):
@@ -234,14 +213,8 @@ def test_pictures_of_another_seed_or_size_stand_beside_the_first(house, tmp_path
     draw(student, tmp_path, *flags, "--seed", "7")
     draw(student, tmp_path, *flags, "--width", "48")
     after = snapshot(tmp_path)
-    assert before.items() <= after.items()
-    names = {
-        f"{grid}_seed{seed}_{size}.png"
-        for grid in ("grid",)
-        for seed, size in ((0, "32x32"), (7, "32x32"), (0, "48x32"))
-    }
-    names |= {"000_a-red-circle_seed7_32x32.png", "001_a-blue-square-on-the-left-on-a-white-background_seed8_32x32.png"}
-    assert names <= set(after) and len(after) == 9
+    names = {"grid_seed0_32x32.png", "grid_seed7_32x32.png", "grid_seed0_48x32.png", "000_a-red-circle_seed7_32x32.png"}
+    assert before.items() <= after.items() and names <= set(after) and len(after) == 9
 
 
 def test_nothing_is_replaced_without_overwrite(house, tmp_path, capsys):
@@ -296,7 +269,6 @@ def changed_record(student: Path, target: Path, **changes) -> Path:
 
 MISTAKES = {
     "no such student": (["--student", "{tmp}/none"], "there is no such folder; give the --output_dir"),
-    "a folder without a student": (["--student", "{tmp}"], "student_config.json"),
     "no prompt": (["--prompts_file", "{tmp}/none.txt"], "none.txt: cannot be read"),
     "odd height": (
         ["--height", "40"],
@@ -308,14 +280,15 @@ MISTAKES = {
     ),
     "bytes for a prompt": (["--prompt", "a \udcff"], "--prompt is not UTF-8 text"),
     "control characters": (["--prompt", "a \x1b[2J"], "--prompt holds the control character U+001B"),
-    "tiny width": (["--width", "8"], "use 16"),
-    "no teacher": (["--teacher_path", "{tmp}/none"], "no VAE"),
-    "no text encoder": (["--teacher_path", "{tmp}/only_vae"], "--text_encoder_path"),
     "no VAE": (["--teacher_path", "{tmp}/bare"], "has no VAE beside it (no vae/config.json); give --vae_path"),
-    "a folder that is no VAE": (["--vae_path", "{tmp}"], "holds no VAE"),
     "another VAE": (["--vae_path", "{tmp}/other/vae"], "is a VAE of 48 channels and factor 16"),
     "a broken VAE": (["--vae_path", "{tmp}/broken"], "the VAE cannot be loaded"),
     "output is a file": (["--output", "{tmp}/file"], "is a file"),
+    "nothing": (["--prompt", " "], "--prompt"),
+    "another's teacher": (
+        ["--model", "teacher", "--teacher_path", "{tmp}/other"],
+        "has num_channels 48, the student 16",
+    ),
     "no such device": (["--device", "warp9"], "warp9"),
 }
 
@@ -325,7 +298,6 @@ def mistakes(house, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("mistakes")
     (root / "file").write_text("")
     (root / "bare").mkdir()
-    shutil.copytree(house / "one" / "vae", root / "only_vae" / "vae")
     shutil.copytree(house / "one" / "vae", root / "broken")
     (root / "broken" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
     write_pipeline_folder(root / "other", channels=48)
@@ -343,60 +315,34 @@ def test_mistakes_are_answered_in_one_line(house, mistakes, capsys, name):
     assert not (mistakes / "out").exists()
 
 
-@pytest.mark.parametrize("flags", [[], ["--prompt", " "]])
-def test_nothing_to_draw_is_a_mistake(house, capsys, flags):
-    argv = ["--student", str(house / "of_one" / "student"), *flags]
-    assert run_command(lambda: generate_images.main(argv)) == 2
-    assert "--prompt" in capsys.readouterr().err
-
-
-def test_a_record_that_lacks_something_is_a_mistake(house, tmp_path, capsys):
+def test_a_record_that_lacks_something_is_a_mistake(house, tmp_path, run_main):
     student = house / "of_one" / "student"
     cases = {
         "lacks shift": changed_record(student, tmp_path / "a", shift=None),
-        "num_inference_steps is 'many'; allowed: a whole number from 1 to 1000": changed_record(
-            student, tmp_path / "b", num_inference_steps="many"
-        ),
         "give --teacher_path": changed_record(student, tmp_path / "c", teacher_path="/not/here"),
+        'no "distillation" record': tmp_path / "bare",
     }
-    bare = tmp_path / "bare"
-    WanLiteStudent(StudentConfig.load(student).replace(distillation=None)).save_pretrained(bare)
-    for message, folder in (cases | {'no "distillation" record': bare}).items():
-        argv = ["--student", str(folder), "--prompt", "x", "--output", str(tmp_path / "out")]
-        assert run_command(lambda argv=argv: generate_images.main(argv)) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
+    WanLiteStudent(StudentConfig.load(student).replace(distillation=None)).save_pretrained(tmp_path / "bare")
+    for message, folder in cases.items():
+        outcome = run_main(generate_images.main, "--student", folder, "--prompt", "x", "--output", tmp_path / "out")
+        assert outcome.code == 2 and message in outcome.err and outcome.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_the_teacher_of_another_student_is_refused(house, mistakes, capsys):
-    argv = ["--student", str(house / "of_one" / "student"), "--prompt", "x", "--output", str(mistakes / "out")]
-    argv += ["--model", "teacher", "--teacher_path", str(mistakes / "other")]
-    assert run_command(lambda: generate_images.main(argv)) == 2
-    assert "has num_channels 48, the student 16" in capsys.readouterr().err
-
-
-def test_prompts_come_from_tables_and_from_the_held_out_part_of_templates(house, tmp_path, capsys):
+def test_prompts_come_from_tables_and_from_the_held_out_part_of_templates(house, tmp_path, run_main):
     (tmp_path / "p.csv").write_text("words,seed\na red circle,1\n,2\na blue square,3\n", encoding="utf-8")
     (tmp_path / "p.template.txt").write_text(f"a {'{red|blue|green|white|black} ' * 8}circle\n", encoding="utf-8")
-    argv = [
-        "--student",
-        str(house / "of_one" / "student"),
-        "--prompt_cache",
-        str(house / "of_one" / "cache"),
-        "--device",
-        "cpu",
-    ]
-    argv += ["--num_inference_steps", "1"]
-    files = ["--prompts_file", str(tmp_path / "p.csv"), "--caption_column", "words", "--num_prompts", "1"]
-    assert generate_images.main([*argv, *files, "--output", str(tmp_path / "a")]) == 0
-    assert "1 rows left out: 1 without a caption" in capsys.readouterr().out
-    assert [file.name.split("_")[1] for file in (tmp_path / "a").glob("0*.png")] == ["a-red-circle"]
-    assert (
-        generate_images.main(
-            [*argv, "--prompts_file", str(tmp_path / "p.template.txt"), "--output", str(tmp_path / "b")]
-        )
-        == 0
-    )
-    drawn = [Image.open(file).text["prompt"] for file in sorted((tmp_path / "b").glob("0*.png"))]
-    assert len(drawn) == 8 and all(is_held_out(prompt) for prompt in drawn)
+    flags = ["--student", house / "of_one" / "student", "--prompt_cache", house / "of_one" / "cache", "--device", "cpu"]
+
+    def drawn(folder: str, *more: object) -> tuple[str, list[str]]:
+        output = ["--num_inference_steps", 1, "--output", tmp_path / folder]
+        outcome = run_main(generate_images.main, *flags, *output, *more)
+        assert outcome.code == 0, outcome.err
+        files = sorted((tmp_path / folder).glob("0*.png"))
+        return outcome.out, [Image.open(file).text["prompt"] for file in files]
+
+    table = ["--prompts_file", tmp_path / "p.csv", "--caption_column", "words", "--num_prompts", 1]
+    out, prompts = drawn("a", *table)
+    assert "1 rows left out: 1 without a caption" in out and prompts == ["a red circle"]
+    _, prompts = drawn("b", "--prompts_file", tmp_path / "p.template.txt")
+    assert len(prompts) == 8 and all(map(is_held_out, prompts))
