@@ -31,7 +31,6 @@ from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import load_prompts
 from wandistiller.students.drawing import check_size, embed_with_negative, student_sampling, teacher_sampling
 from wandistiller.students.parts import (
-    TeacherLoras,
     load_drawing_parts,
     open_recorded_teacher,
     recorded_settings,
@@ -153,16 +152,14 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
     given, device = flags.teacher, pick_device(flags.compute.device)
     dtype = pick_dtype(flags.compute.dtype, device)
     settings = recorded_settings(config)
-    wan_files = open_recorded_teacher(config, *teacher, TeacherLoras(given.teacher_lora, given.teacher_lora_low))
+    wan_files = open_recorded_teacher(config, teacher, given)
     sizes = trained_sizes(config)
     for side in {side for size in sizes for side in size}:
         check_size("the student's image_size", side, config, wan_files.config.patch_size)
     judge = load_judge(flags.judging.judge) if flags.judging.judge else None
     if judge:
         judge.try_out(prompts)
-    parts = load_drawing_parts(
-        config, teacher[0], text_encoder_path=given.text_encoder_path, vae_path=given.vae_path, device=device
-    )
+    parts = load_drawing_parts(config, teacher[0], given, device)
 
     # The text comes first, so that its encoder leaves memory before the models come:
     embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompts.prompt_cache, device)
@@ -321,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     prompts = list(file.prompts[: given.num_prompts])
     if file.notice:
         print(f"{flags.prompts.prompts_file}: {file.notice}")
-    teacher = teacher_paths(config, flags.teacher.teacher_path, flags.teacher.teacher_path_low)
+    teacher = teacher_paths(config, flags.teacher)
     check_evaluation_is_ours(check_output_folder(flags.folder, "--output"), "--output")
     num_trained = warn_of_trained(flags, config, prompts)
 

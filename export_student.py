@@ -22,7 +22,7 @@ from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.files.hub_push import check_repository, push
 from wandistiller.files.output_folder import check_output_folder, check_writable, prove_writable
-from wandistiller.flags import flag, group, parse_flags, path, switch
+from wandistiller.flags import TeacherFlags, flag, group, parse_flags, path, switch
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.students.drawing import example_prompt, student_sampling
 from wandistiller.students.parts import find_recorded_encoder, teacher_paths
@@ -170,7 +170,7 @@ def find_parts(flags: PartsFlags, config: StudentConfig) -> "PipelineParts":
     from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, load_vae
 
     needs_teacher = not (flags.vae_path and flags.text_encoder_path)
-    teacher = teacher_paths(config, flags.teacher_path)[0] if needs_teacher else "mock"
+    teacher = teacher_paths(config, TeacherFlags(teacher_path=flags.teacher_path))[0] if needs_teacher else "mock"
     place = find_vae(flags.vae_path, teacher, config.num_channels).folder()
     encoder = find_recorded_encoder(config, flags.text_encoder_path, teacher)
     if encoder is None:

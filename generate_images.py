@@ -36,7 +36,6 @@ from wandistiller.students.drawing import (
     untrained_warnings,
 )
 from wandistiller.students.parts import (
-    TeacherLoras,
     load_drawing_parts,
     open_recorded_teacher,
     recorded_settings,
@@ -179,21 +178,19 @@ def prepare(
     from wandistiller.sampling.sampler import student_as_teacher
     from wandistiller.sampling.teacher import Teacher
 
-    steps, given = flags.sampling.num_inference_steps, flags.teacher
-    device = pick_device(flags.compute.device)
+    steps, device = flags.sampling.num_inference_steps, pick_device(flags.compute.device)
     dtype = pick_dtype(flags.compute.dtype, device)
     settings = choose_guidance(flags.sampling, flags.model, recorded_settings(config))
     wan_files = None
     if flags.model == "teacher":
         options = teacher_sampling(config, steps, dtype, device)
-        wan_files = open_recorded_teacher(config, *teacher, TeacherLoras(given.teacher_lora, given.teacher_lora_low))
+        wan_files = open_recorded_teacher(config, teacher, flags.teacher)
         check_picture_size(size, config, wan_files.config.patch_size)
     else:
         options = student_sampling(config, steps, dtype, device)
         for warning in untrained_warnings(config, options.num_inference_steps, size):
             print(f"Warning: {warning}")
-    places = {"text_encoder_path": given.text_encoder_path, "vae_path": given.vae_path}
-    parts = load_drawing_parts(config, teacher[0], device=device, **places)
+    parts = load_drawing_parts(config, teacher[0], flags.teacher, device)
     check_writable(flags.output, "--output")
 
     # The text comes first, so that its encoder leaves memory before the model comes:
@@ -249,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_args(argv)
     config = load_student_config(flags.student)
     prompts = read_prompts(flags.prompts)
-    teacher = teacher_paths(config, flags.teacher.teacher_path, flags.teacher.teacher_path_low)
+    teacher = teacher_paths(config, flags.teacher)
     own = trained_sizes(config)[0]
     size = flags.sampling.height or own.height, flags.sampling.width or own.width
     check_picture_size(size, config, config.patch_size)

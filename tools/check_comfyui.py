@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT)]
 
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError, shortened
-from wandistiller.flags import FlagParser, number
+from wandistiller.flags import FlagParser, TeacherFlags, number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -221,7 +221,7 @@ def prepare_cases(flags: argparse.Namespace) -> list[Case]:
     config = load_student_config(flags.student)
     record = StudentRecord.of(config)
     steps = flags.num_inference_steps or record.steps
-    teacher = teacher_paths(config, None)[0]
+    teacher = teacher_paths(config, TeacherFlags())[0]
     return [case_of(flags, WanLiteStudent.from_pretrained(flags.student), teacher, record.shift, steps)]
 
 
@@ -244,7 +244,7 @@ def case_of(flags: argparse.Namespace, student: "WanLiteStudent", teacher: str, 
     from wandistiller.wan.text_encoder import embed_texts
 
     config = student.config
-    parts = load_drawing_parts(config, teacher, text_encoder_path=None, vae_path=None, device="cpu")
+    parts = load_drawing_parts(config, teacher, TeacherFlags(), "cpu")
     with tempfile.TemporaryDirectory() as cache:
         prompt_embeds = embed_texts([flags.prompt], parts.encoder, config, cache, "cpu").read(0)[None].clone()
     name = "demo teacher" if flags.student is None else flags.student.resolve().name

@@ -12,6 +12,7 @@ import pytest
 from support.runs import PRUNED_CONFIG, ROOT
 from wandistiller.errors import UserError
 from wandistiller.files.hub import cached_snapshot
+from wandistiller.flags import TeacherFlags
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.comfyui import comfyui_sampler
 from wandistiller.students.parts import recorded_path, teacher_paths
@@ -28,7 +29,7 @@ def test_a_local_teacher_is_found_from_another_folder(tmp_path, monkeypatch):
     recorded = recorded_path("teacher")
     assert Path(recorded).is_absolute()
     monkeypatch.chdir(tmp_path)
-    assert Path(teacher_paths(student_of(teacher_path=recorded), None)[0]) == tmp_path / "here" / "teacher"
+    assert Path(teacher_paths(student_of(teacher_path=recorded), TeacherFlags())[0]) == tmp_path / "here" / "teacher"
 
 
 def test_what_lies_in_the_clone_is_recorded_so_that_it_may_move_with_it(tmp_path, monkeypatch):
@@ -37,14 +38,16 @@ def test_what_lies_in_the_clone_is_recorded_so_that_it_may_move_with_it(tmp_path
     assert recorded == "./data/demo_teacher"
     monkeypatch.chdir(tmp_path)
     for path in (recorded, "data/demo_teacher"):  # the second as earlier students have it
-        assert Path(teacher_paths(student_of(teacher_path=path), None)[0]).samefile(ROOT / "data" / "demo_teacher")
+        assert Path(teacher_paths(student_of(teacher_path=path), TeacherFlags())[0]).samefile(
+            ROOT / "data" / "demo_teacher"
+        )
 
 
 def test_a_hub_repository_that_is_only_recorded_is_taken_from_the_local_cache_and_never_fetched(tmp_path):
     hub_id = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert recorded_path(hub_id) == hub_id and recorded_path("mock") == "mock" and recorded_path(None) is None
     with pytest.raises(UserError, match=f"not in the hub's local cache; .* --teacher_path {hub_id} fetches it"):
-        teacher_paths(student_of(teacher_path=hub_id, base_model=hub_id), None)
+        teacher_paths(student_of(teacher_path=hub_id, base_model=hub_id), TeacherFlags())
     repository = tmp_path / "models--Wan-AI--Wan2.1-T2V-1.3B-Diffusers"
     snapshot = repository / "snapshots" / ("0" * 40)
     for file, text in ((snapshot / "model_index.json", "{}"), (repository / "refs" / "main", "0" * 40)):
@@ -55,20 +58,24 @@ def test_a_hub_repository_that_is_only_recorded_is_taken_from_the_local_cache_an
 
 def test_a_missing_folder_is_not_taken_for_a_repository_of_its_name():
     with pytest.raises(UserError, match="the teacher this student records is not there; give --teacher_path"):
-        teacher_paths(student_of(teacher_path="somebodys/folder"), None)
+        teacher_paths(student_of(teacher_path="somebodys/folder"), TeacherFlags())
 
 
 def test_the_low_noise_expert_is_found_as_the_teacher_is(tmp_path):
     (tmp_path / "high").mkdir()
     (tmp_path / "low").mkdir()
     paths = [str(tmp_path / name) for name in ("high", "low", "gone")]
-    assert teacher_paths(student_of(teacher_path=paths[0], teacher_path_low=paths[1]), None) == tuple(paths[:2])
+    assert teacher_paths(student_of(teacher_path=paths[0], teacher_path_low=paths[1]), TeacherFlags()) == tuple(
+        paths[:2]
+    )
     with pytest.raises(UserError, match="low-noise expert this student records is not there; give --teacher_path_low"):
-        teacher_paths(student_of(teacher_path=paths[0], teacher_path_low=paths[2]), None)
+        teacher_paths(student_of(teacher_path=paths[0], teacher_path_low=paths[2]), TeacherFlags())
 
 
 def test_a_flag_goes_before_the_record():
-    assert teacher_paths(student_of(teacher_path="somebodys/folder"), "a/b", "c") == ("a/b", "c")
+    assert teacher_paths(
+        student_of(teacher_path="somebodys/folder"), TeacherFlags(teacher_path="a/b", teacher_path_low="c")
+    ) == ("a/b", "c")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ from wandistiller.students.drawing import (
     untrained_warnings,
 )
 from wandistiller.students.parts import (
-    TeacherLoras,
     load_drawing_parts,
     open_recorded_teacher,
     recorded_settings,
@@ -252,16 +251,10 @@ class _Loaded:
         from wandistiller.model.transformer import WanLiteStudent
         from wandistiller.sampling.sampler import student_as_teacher
 
-        self.folder, self.config, self.studio, given = folder, config, studio, studio.teacher
+        self.folder, self.config, self.studio = folder, config, studio
         self.settings = recorded_settings(config)
-        self.places = teacher_paths(config, given.teacher_path, given.teacher_path_low)
-        self.parts = load_drawing_parts(
-            config,
-            self.places[0],
-            text_encoder_path=given.text_encoder_path,
-            vae_path=given.vae_path,
-            device=studio.device,
-        )
+        self.places = teacher_paths(config, studio.teacher)
+        self.parts = load_drawing_parts(config, self.places[0], studio.teacher, studio.device)
         self.written_ns = self._written_ns()
         self.field = student_as_teacher(WanLiteStudent.from_pretrained(folder, studio.device), self.settings)
 
@@ -295,10 +288,7 @@ class _Loaded:
 
     @cached_property
     def _teacher_files(self):
-        given = self.studio.teacher
-        return open_recorded_teacher(
-            self.config, *self.places, TeacherLoras(given.teacher_lora, given.teacher_lora_low)
-        )
+        return open_recorded_teacher(self.config, self.places, self.studio.teacher)
 
     @cached_property
     def _teacher_field(self):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from wandistiller.errors import UserError
 from wandistiller.files.clone import CLONE
 from wandistiller.files.hub import cached_snapshot, hub_id, is_hub_id
+from wandistiller.flags import TeacherFlags
 from wandistiller.model.config import StudentConfig
 from wandistiller.students.record import StudentRecord
 
@@ -71,22 +72,21 @@ def _found(recorded: str, what: str, flag: str, is_of_hub: bool) -> str:
     return str(local)
 
 
-def teacher_paths(
-    config: StudentConfig, teacher_path: str | None, teacher_path_low: str | None = None
-) -> tuple[str, str | None]:
-    """Return where the teacher and its low-noise expert are: as the arguments say, else as recorded.
+def teacher_paths(config: StudentConfig, given: TeacherFlags) -> tuple[str, str | None]:
+    """Return where the teacher and its low-noise expert are: as flags say, else as recorded.
 
     A recorded teacher is a hub repository only where the run that made the student took it from there (`base_model`): a
     missing folder must not become somebody else's repository of the same name.
     """
-    if teacher_path is not None:
-        return teacher_path, teacher_path_low
+    low = given.teacher_path_low
+    if given.teacher_path is not None:
+        return given.teacher_path, low
     record = StudentRecord.of(config)
     is_of_hub = record.teacher_path == record.base_model
     teacher = _found(record.teacher_path, "teacher", "--teacher_path", is_of_hub)
-    if teacher_path_low is None and (low := record.teacher_path_low) is not None:
-        teacher_path_low = _found(low, "low-noise expert", "--teacher_path_low", is_of_hub=False)
-    return teacher, teacher_path_low
+    if low is None and record.teacher_path_low is not None:
+        low = _found(record.teacher_path_low, "low-noise expert", "--teacher_path_low", is_of_hub=False)
+    return teacher, low
 
 
 def check_is_teacher(teacher: StudentConfig, config: StudentConfig, teacher_path: str) -> None:
@@ -99,21 +99,11 @@ def check_is_teacher(teacher: StudentConfig, config: StudentConfig, teacher_path
             )
 
 
-@dataclass(frozen=True)
-class TeacherLoras:
-    """Files and scales of the LoRAs that flags name for a student's teacher; with none the recorded ones are merged."""
-
-    high: "list[tuple[str, float]] | None" = None
-    low: "list[tuple[str, float]] | None" = None
-
-
-def open_recorded_teacher(
-    config: StudentConfig, teacher_path: str, teacher_path_low: str | None, loras: TeacherLoras | None = None
-) -> "WanFiles":
-    """Open the files of the student's teacher, which `teacher_paths` found. No weight of it is read yet.
+def open_recorded_teacher(config: StudentConfig, teacher: tuple[str, str | None], given: TeacherFlags) -> "WanFiles":
+    """Open the files of the student's teacher, with the LoRAs that flags name or else the recorded ones. No weight is read yet.
 
     Args:
-        loras: LoRAs that flags name instead of the recorded ones.
+        teacher: what `teacher_paths` found.
 
     Raises:
         UserError: they cannot be opened, or are not those of this student's teacher.
@@ -121,10 +111,10 @@ def open_recorded_teacher(
     from wandistiller.wan.layouts import open_teacher
     from wandistiller.wan.lora import merge_loras
 
-    wan_files = open_teacher(teacher_path, config, teacher_path_low)
-    check_is_teacher(wan_files.config, config, teacher_path)
-    if loras and (loras.high or loras.low):
-        return merge_loras(wan_files, loras.high, loras.low)
+    wan_files = open_teacher(teacher[0], config, teacher[1])
+    check_is_teacher(wan_files.config, config, teacher[0])
+    if given.teacher_lora or given.teacher_lora_low:
+        return merge_loras(wan_files, given.teacher_lora, given.teacher_lora_low)
     recorded = StudentRecord.of(config).teacher_loras or []
     for lora in recorded:
         wan_files = merge_loras(wan_files, **{lora["expert"]: [(_lora_path(lora), lora["scale"])]})
@@ -164,18 +154,16 @@ class DrawingParts:
     vae: "AutoencoderKLWan"
 
 
-def load_drawing_parts(
-    config: StudentConfig, teacher_path: str, *, text_encoder_path: str | None, vae_path: str | None, device: str
-) -> DrawingParts:
-    """Find the text encoder and the VAE of a student, as paths from flags say or else beside its teacher, and load the VAE.
+def load_drawing_parts(config: StudentConfig, teacher_path: str, given: TeacherFlags, device: str) -> DrawingParts:
+    """Find the text encoder and the VAE of a student, as flags say or else beside its teacher, and load the VAE.
 
     Raises:
         UserError: one of them is missing or damaged, or belongs to another Wan.
     """
     from wandistiller.wan.vae import find_vae, load_vae
 
-    vae_location = find_vae(vae_path, teacher_path, config.num_channels)
-    encoder = find_recorded_encoder(config, text_encoder_path, teacher_path)
+    vae_location = find_vae(given.vae_path, teacher_path, config.num_channels)
+    encoder = find_recorded_encoder(config, given.text_encoder_path, teacher_path)
     return DrawingParts(encoder, load_vae(vae_location, config.num_channels, config.vae_scale_factor, device))
 
 
