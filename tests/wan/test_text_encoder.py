@@ -6,9 +6,7 @@ pytest tests/wan/test_text_encoder.py
 """
 
 import gc
-import io
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.wan_parts import scaled, sentencepiece_model, umt5_to_original
 from wandistiller.errors import UserError
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts
@@ -236,60 +235,10 @@ def test_another_precision_is_that_of_transformers(pipeline_folder, dtype):
 # ---- the layouts that people have ----
 
 
-def to_original(name: str) -> str:
-    """Return the original release's name of a transformers tensor (Wan2.1:wan/modules/t5.py)."""
-    for pattern, other in [
-        (r"^shared\.", "token_embedding."),
-        (r"^encoder\.final_layer_norm\.", "norm."),
-        (r"^encoder\.block\.(\d+)\.layer\.", r"blocks.\1."),
-        (r"\.0\.layer_norm\.", ".norm1."),
-        (r"\.1\.layer_norm\.", ".norm2."),
-        (r"\.0\.SelfAttention\.relative_attention_bias\.", ".pos_embedding.embedding."),
-        (r"\.0\.SelfAttention\.", ".attn."),
-        (r"\.1\.DenseReluDense\.wi_0\.", ".ffn.gate.0."),
-        (r"\.1\.DenseReluDense\.wi_1\.", ".ffn.fc1."),
-        (r"\.1\.DenseReluDense\.wo\.", ".ffn.fc2."),
-    ]:
-        name = re.sub(pattern, other, name)
-    return name
-
-
 def to_gguf(name: str) -> str:
     """Return llama.cpp's name of a transformers tensor (gguf.MODEL_ARCH.T5ENCODER)."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 9)
     return f"{names.get_name(name.removesuffix('.weight'))}.weight"
-
-
-def scaled(tensors: dict, blocks: bool = False) -> tuple[dict, dict]:
-    """Return tensors as ComfyUI's fp8_scaled file has them, and what they mean."""
-    stored, meant = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, {}
-    for name, tensor in tensors.items():
-        stored[name] = meant[name] = tensor
-        if "SelfAttention" in name or ("DenseReluDense" in name and "relative" not in name):
-            scale = torch.rand(tensor.shape[0], 2) + 0.5 if blocks else tensor.abs().max() / 448
-            stored[name] = (tensor / scale.max()).to(torch.float8_e4m3fn)
-            spread = scale.repeat_interleave(tensor.shape[1] // 2, 1) if blocks else scale
-            stored[name.replace("weight", "scale_weight")], meant[name] = scale, stored[name].float() * spread
-    return stored, meant
-
-
-def sentencepiece_model() -> bytes:
-    """Train SentencePiece itself on some lines, with UMT5's places of <pad> and </s>."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red fox in the snow", "a blue boat at sea", "golden light"] * 50),
-        model_writer=model,
-        vocab_size=24,
-        character_coverage=1.0,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    return model.getvalue()
 
 
 def write_layout(layout: str, folder: Path, tensors: dict) -> tuple[Path, dict]:
@@ -333,7 +282,7 @@ def write_layout(layout: str, folder: Path, tensors: dict) -> tuple[Path, dict]:
         place = folder / "original"
         (place / "google" / "umt5-xxl").mkdir(parents=True)
         (place / "google" / "umt5-xxl" / "spiece.model").write_bytes(sentencepiece_model())
-        original = {to_original(name): value for name, value in half.items()}
+        original = {umt5_to_original(name): value for name, value in half.items()}
         if layout == "original pth":
             torch.save(original, place / "models_t5_umt5-xxl-enc-bf16.pth")
         else:

@@ -6,7 +6,6 @@ pytest tests/wan/test_vae.py
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -14,71 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.wan_folders import random_weights
+from support.wan_parts import VAE_SHAPES, vae_to_original
+from support.wan_parts import make_vae as make_vae_of
 from wandistiller.errors import UserError
 from wandistiller.wan.vae import RELEASED_LATENTS, VaeLocation, decode, find_vae, load_vae, read_vae_config
 
-SHAPES = {
-    "2.1": {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2},
-    "2.2": {
-        "base_dim": 8,
-        "decoder_base_dim": 12,
-        "z_dim": 48,
-        "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-    },
-}
 FACTORS = {"2.1": 8, "2.2": 16}
 FILES = {"2.1": ["wan_2.1_vae.safetensors", "Wan2.1_VAE.pth"], "2.2": ["wan2.2_vae.safetensors", "Wan2.2_VAE.pth"]}
 
 
 def make_vae(release: str):
-    from diffusers import AutoencoderKLWan
-
-    shape = SHAPES[release]
-    mean, std = RELEASED_LATENTS[shape["z_dim"]]
-    vae = AutoencoderKLWan(**shape, latents_mean=mean, latents_std=std)
-    random_weights(vae, seed=0)
-    return vae.eval()
-
-
-def to_original(name: str, release: str) -> str:
-    """Return the original release's name of a diffusers tensor (Wan2.2:wan/modules/vae2_1.py, vae2_2.py)."""
-    for pattern, other in [
-        (r"^quant_conv\.", "conv1."),
-        (r"^post_quant_conv\.", "conv2."),
-        (r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
-        (r"\.norm_out\.", ".head.0."),
-        (r"\.conv_out\.", ".head.2."),
-        (r"\.mid_block\.resnets\.0\.", ".middle.0."),
-        (r"\.mid_block\.resnets\.1\.", ".middle.2."),
-        (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-        (r"\.norm1\.", ".residual.0."),
-        (r"\.conv1\.(?=\w+$)(?<!coder\.conv1\.)", ".residual.2."),
-        (r"\.norm2\.", ".residual.3."),
-        (r"\.conv2\.", ".residual.6."),
-        (r"\.conv_shortcut\.", ".shortcut."),
-    ]:
-        name = re.sub(pattern, other, name)
-    if release == "2.2":
-        name = re.sub(r"down_blocks\.(\d)\.(?:resnets\.(\d)|downsampler)\.", lambda m: _stage("down", m, 2), name)
-        return re.sub(r"up_blocks\.(\d)\.(?:resnets\.(\d)|upsampler)\.", lambda m: _stage("up", m, 3), name)
-    name = name.replace("down_blocks.", "downsamples.")
-    # A stage of the decoder has three residual blocks and, but for the last, an upsampler.
-    return re.sub(
-        r"up_blocks\.(\d)\.(?:resnets\.(\d)|upsamplers\.0)\.",
-        lambda m: f"upsamples.{4 * int(m[1]) + (3 if m[2] is None else int(m[2]))}.",
-        name,
-    )
-
-
-def _stage(side: str, match: re.Match, num_blocks: int) -> str:
-    return f"{side}samples.{match[1]}.{side}samples.{num_blocks if match[2] is None else match[2]}."
+    mean, std = RELEASED_LATENTS[VAE_SHAPES[release]["z_dim"]]
+    return make_vae_of(release, latents_mean=mean, latents_std=std)
 
 
 def write(path: Path, tensors: dict) -> Path:
@@ -89,7 +35,7 @@ def write(path: Path, tensors: dict) -> Path:
 
 
 def write_original(path: Path, vae, release: str, prefix: str = "") -> Path:
-    return write(path, {prefix + to_original(name, release): value for name, value in vae.state_dict().items()})
+    return write(path, {prefix + vae_to_original(name, release): value for name, value in vae.state_dict().items()})
 
 
 def assert_same(location: VaeLocation, vae, release: str) -> None:
@@ -109,11 +55,11 @@ def test_the_original_names_of_these_tests_are_those_diffusers_converts_from():
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     names = list(make_vae("2.1").state_dict())
-    converted = convert_wan_vae_to_diffusers({to_original(name, "2.1"): name for name in names})
+    converted = convert_wan_vae_to_diffusers({vae_to_original(name, "2.1"): name for name in names})
     assert converted == {name: name for name in names}
 
 
-@pytest.mark.parametrize("release", SHAPES)
+@pytest.mark.parametrize("release", VAE_SHAPES)
 def test_a_vae_decodes_and_encodes_as_diffusers_does_in_every_layout(tmp_path, release):
     vae = make_vae(release)
     vae.save_pretrained(tmp_path / "pipeline" / "vae")
@@ -131,7 +77,7 @@ def test_a_vae_decodes_and_encodes_as_diffusers_does_in_every_layout(tmp_path, r
 
 
 def test_the_vae_of_a_comfyui_or_original_folder_is_found_by_its_name_and_channels(tmp_path):
-    for release in SHAPES:
+    for release in VAE_SHAPES:
         write_original(tmp_path / "models" / "vae" / FILES[release][0], make_vae(release), release)
     (tmp_path / "models" / "vae" / "sdxl_vae.safetensors").write_bytes(b"another")
     for channels, name in ((16, FILES["2.1"][0]), (48, FILES["2.2"][0])):

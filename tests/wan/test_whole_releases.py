@@ -1,0 +1,85 @@
+"""A whole run from files as people have them: ComfyUI's four in its models/, and an original release's folder, typed as they would.
+
+pytest tests/wan/test_whole_releases.py
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import generate_images
+import train_distillation
+from support.students import STUDENT
+from support.wan_folders import (
+    random_transformer,
+    tiny_text_encoder,
+    write_original_transformer,
+    write_single_file,
+)
+from support.wan_parts import make_vae, scaled, sentencepiece_model, umt5_to_original, vae_to_original
+
+WAN = {"heads": 1, "head_dim": 128, "layers": 1, "ffn_dim": 48}
+
+
+def parts() -> tuple[dict, dict]:
+    """The tensors of a text encoder by transformers' names, and of a VAE by the original ones."""
+    encoder = tiny_text_encoder(24, 20, 0).state_dict()
+    encoder = {name: tensor.clone() for name, tensor in encoder.items() if "embed_tokens" not in name}
+    vae = {vae_to_original(name, "2.1"): tensor.clone() for name, tensor in make_vae("2.1").state_dict().items()}
+    return encoder, vae
+
+
+def write_comfyui(folder: Path) -> list[str]:
+    encoder, vae = parts()
+    for name in ("diffusion_models", "text_encoders", "vae"):
+        (folder / name).mkdir(parents=True)
+    for seed, side in enumerate(("high", "low")):
+        path = folder / "diffusion_models" / f"wan2.2_t2v_{side}_noise_14B_fp8_scaled.safetensors"
+        write_single_file(path, fp8="scaled", seed=seed, **WAN)
+    words = torch.frombuffer(bytearray(sentencepiece_model()), dtype=torch.uint8)
+    stored = scaled(encoder)[0] | {"spiece_model": words}
+    save_file(stored, folder / "text_encoders" / "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    save_file(vae, folder / "vae" / "wan_2.1_vae.safetensors")
+    return ["--teacher_path", str(folder)]
+
+
+def write_comfyui_by_file(folder: Path) -> list[str]:
+    write_comfyui(folder)
+    high, low = sorted((folder / "diffusion_models").iterdir())
+    return ["--teacher_path", str(high), "--teacher_path_low", str(low)]
+
+
+def write_original(folder: Path) -> list[str]:
+    encoder, vae = parts()
+    for seed, side in enumerate(("high", "low")):
+        write_original_transformer(folder / f"{side}_noise_model", random_transformer(seed=seed, **WAN))
+    torch.save(
+        {umt5_to_original(name): tensor.bfloat16() for name, tensor in encoder.items()},
+        folder / "models_t5_umt5-xxl-enc-bf16.pth",
+    )
+    torch.save(vae, folder / "Wan2.1_VAE.pth")
+    (folder / "google" / "umt5-xxl").mkdir(parents=True)
+    (folder / "google" / "umt5-xxl" / "spiece.model").write_bytes(sentencepiece_model())
+    return ["--teacher_path", str(folder)]
+
+
+@pytest.mark.parametrize("write", [write_comfyui, write_comfyui_by_file, write_original])
+def test_a_run_and_its_pictures_need_nothing_but_the_files_as_they_are(tmp_path, write, capsys):
+    config = STUDENT | {"hidden_size": 128, "depth": 1, "num_heads": 1, "ffn_dim": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("a red fox\na blue boat\n", encoding="utf-8")
+    argv = [*write(tmp_path / "models"), "--student_config", str(tmp_path / "config.json")]
+    argv += ["--data_path", str(tmp_path / "prompts.txt"), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    argv += ["--prompt_cache", str(tmp_path / "cache"), "--max_steps", "2", "--batch_size", "2", "--num_samples", "1"]
+    assert train_distillation.main([*argv, "--dry_run"]) == 0
+    assert train_distillation.main(argv) == 0
+    told = capsys.readouterr().out
+    assert "(high + low)" in told and "swapped" not in told
+    assert list((tmp_path / "out" / "samples").glob("*.png"))
+    draw = ["--student", str(tmp_path / "out"), "--prompt", "golden light", "--num_inference_steps", "1"]
+    draw += ["--prompt_cache", str(tmp_path / "cache"), "--device", "cpu", "--output", str(tmp_path / "drawn")]
+    assert generate_images.main(draw) == 0
+    assert list((tmp_path / "drawn").glob("*.png"))
