@@ -15,14 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_distillation
 from support.measures import LiveBytes, count_flops, training_peak, with_checkpointing
-from support.runs import PRUNED_CONFIG
-from support.walks import make_walk
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.budget.machine import GIB
 from wandistiller.budget.memory import (
     certain_bytes,
     checkpoint_bytes,
-    disk_budget,
     memory_budget,
     peak_bytes,
     phase_bytes,
@@ -33,9 +30,11 @@ from wandistiller.device import DTYPES
 from wandistiller.model.layers import rope_table
 from wandistiller.model.sizes import count_parameters, transformer_flops, weight_bytes
 from wandistiller.projection.project import project_teacher
+from wandistiller.run.dry_run import workload_of
+from wandistiller.run.inputs import read_inputs
+from wandistiller.run.resolve import resolve
 from wandistiller.sampling.flow import sample_sigmas
 from wandistiller.training.optimizer import OptimizationOptions, make_optimizer
-from wandistiller.walk.walk import SAMPLES_PER_SLOT, paths_per_slot
 from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.settings import resolve_settings
 
@@ -63,28 +62,26 @@ def test_weights_of_a_projected_teacher(teachers, dtype):
     assert weight_bytes(model.config, "bf16" if dtype == torch.bfloat16 else "fp32") == expected
 
 
-@pytest.mark.parametrize("changes", [{}, {"renoise_fraction": 0.25}, {"kind": "noise"}, {"num_segments": 4}])
-def test_latents_that_training_states_keep(changes):
-    walk = make_walk(**changes)
-    latents = [tensor for tensor in walk.state_dict().values() if tensor.ndim == 5]  # (slots, kept, C, H, W)
-    kept = sum(tensor.shape[1] for tensor in latents) if "kind" not in changes else 0
-    assert walk.options.latents_per_slot == kept
-
-
-def test_bytes_of_a_checkpoint_on_disk(train, teachers, tmp_path):
-    outcome = train(
-        teachers.one, PRUNED_CONFIG, "--max_steps", 2, "--save_every", 1, "--dtype", "fp32", "--batch_size", 4
-    )
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--replay", 1],
+        ["--replay", 3, "--optimizer", "adamw", "--renoise_fraction", 0],
+        ["--states", "noise", "--ema_decay", 0],
+        ["--student_steps", 2],
+        ["--image_sizes", "32x32", "48x32"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_bytes_of_a_checkpoint_on_disk(flags_of, run_main, tmp_path, flags):
+    words = flags_of("out", "--max_steps", 6, "--save_every", 6, "--batch_size", 4, *flags)
+    outcome = run_main(train_distillation.main, *words)
     assert outcome.code == 0, outcome.err
-    checkpoint = max((tmp_path / "out" / "checkpoints").glob("*/*.safetensors"))
-    student = StudentConfig.from_dict(PRUNED_CONFIG)
-    kept = paths_per_slot(4) + SAMPLES_PER_SLOT
-    workload = Workload(
-        teacher=student, student=student, latent_size=4, batch_size=4, latents_per_slot=kept, stored_batches=1
-    )
-    (checkpoints,) = [part for part in disk_budget(workload) if part.name == "checkpoints"]
-    saved = sum(tensor.nbytes for tensor in load_file(checkpoint).values())
-    assert checkpoints.num_bytes / 3 == pytest.approx(saved, abs=40_000)  # beside it counters and random generators
+    files = (tmp_path / "out" / "checkpoints").glob("*/*.safetensors")
+    saved = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+    given = train_distillation.parse_args(words)
+    expected = checkpoint_bytes(workload_of(resolve(given, read_inputs(given)), "fp32"))
+    assert expected == pytest.approx(saved, abs=40_000)  # beside it counters
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
