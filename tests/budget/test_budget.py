@@ -81,7 +81,8 @@ def test_bytes_of_a_checkpoint_on_disk(flags_of, run_main, tmp_path, flags):
     saved = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
     given = train_distillation.parse_args(words)
     expected = checkpoint_bytes(workload_of(resolve(given, read_inputs(given)), "fp32"))
-    assert expected == pytest.approx(saved, abs=40_000)  # beside it counters
+    # Beside it counters; and of several sizes each counts as the largest:
+    assert expected == pytest.approx(saved, abs=0.15 * saved if "--image_sizes" in flags else 40_000)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
