@@ -360,6 +360,23 @@ def test_a_teacher_cache_that_vanishes_is_said_and_can_be_asked_for_anew(teacher
     assert "Traceback" not in (life.folder / "log.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    "goes", [lambda out: out.rename(out.with_name("elsewhere")), shutil.rmtree], ids=["moved", "removed"]
+)
+def test_an_output_folder_that_goes_while_a_run_writes_to_it_is_said_and_costs_nothing(teachers, tmp_path, goes):
+    whole, life = (Life(teachers.one, tmp_path / name, "--save_every", 12) for name in ("whole", "life"))
+    undisturbed(whole)
+    process = in_a_process(life.live, life.folder / "log.txt")
+    metrics, until = life.folder / "student" / "metrics.jsonl", time.monotonic() + LONGEST_S
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < until:
+        time.sleep(0.005)
+    goes(metrics.parent)
+    process.join(LONGEST_S)
+    log = (life.folder / "log.txt").read_text()
+    assert process.exitcode == 0 and log.count("was moved or removed") == 1, log
+    assert life.results() == whole.results()
+
+
 def test_a_prompt_cache_that_vanishes_between_runs_is_made_again(teachers, tmp_path):
     whole, life = (Life(teachers.one, tmp_path / name, "--max_steps", 10) for name in ("whole", "life"))
     undisturbed(whole)

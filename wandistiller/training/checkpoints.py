@@ -241,6 +241,11 @@ class Checkpoints:
 
     def _make_room(self, folder: Path) -> None:
         """Make the folder, empty. What was there stops being a checkpoint first, by losing its manifest."""
+        if not self.folder.parent.is_dir():
+            print(
+                f"Warning: {self.folder.parent} was moved or removed while the run writes to it; it is made anew, and what is saved "
+                "from here on lies there"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         remove(folder.with_suffix(".json"))
         remove(folder)  # of a link, which may lead nowhere, the link alone
