@@ -1,7 +1,7 @@
 """Runs at several image sizes: every step is of one size, all are visited equally, and memory is that of one size.
 
-A run of the square alone is bit for bit the run without the flags, and a run that was killed resumes bit for bit. The teacher
-is asked, and the student learns, at shapes that are recorded where both are asked.
+A run of the square alone is bit for bit the run without the flags. The teacher is asked, and the student learns, at shapes that are
+recorded where both are asked. That a stopped run resumes bit for bit is in tests/training/test_checkpoints.py.
 
 pytest tests/run/test_several_sizes.py
 """
@@ -13,12 +13,11 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import torch
 from PIL import Image
 
 import evaluate_student
 import generate_images
-from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG, read_metrics, weights_of
+from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG, same_weights
 from support.students import train_student, write_teacher
 from wandistiller.budget.memory import memory_budget
 from wandistiller.flags import ComputeFlags
@@ -29,7 +28,6 @@ from wandistiller.reports.studio import Request, Studio
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.flags import parse_args
 from wandistiller.run.inputs import read_inputs
-from wandistiller.run.observers import RunObserver
 from wandistiller.run.resolve import resolve
 
 THREE = ["--image_sizes", "32x32", "48x32", "32x48"]
@@ -40,11 +38,6 @@ RECIPES = {
     "noise": ["--states", "noise"],
     "two experts": ["--calls_per_expert", 2, "--replay", 1],
 }
-
-
-def same_student(one, other) -> bool:
-    ours, theirs = weights_of(one), weights_of(other)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.fixture
@@ -72,7 +65,7 @@ def test_the_square_alone_is_the_run_without_the_flag(train, teachers, tmp_path,
     assert train(teachers.one, PRUNED_CONFIG, *recipe, output_dir=plain).code == 0
     outcome = train(teachers.one, PRUNED_CONFIG, *recipe, *flags, output_dir=given)
     assert outcome.code == 0, outcome.err
-    assert same_student(plain, given)
+    assert same_weights(plain, given)
     records = [json.loads((folder / "student_config.json").read_text())["distillation"] for folder in (plain, given)]
     for record in records:
         record.pop("commands")
@@ -102,41 +95,6 @@ def test_every_step_is_of_one_size_and_all_are_visited_equally(train, teachers, 
         assert max(taught.values()) == min(taught.values())
 
 
-KILLED = [name if name == "paths" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
-
-
-@pytest.mark.parametrize("recipe", KILLED)
-def test_a_killed_run_of_three_sizes_resumes_bit_for_bit(train, teachers, tmp_path, monkeypatch, recipe):
-    teacher = teachers.two if recipe == "two experts" else teachers.one
-    flags = [*RECIPES[recipe], *THREE, "--max_steps", 8, "--batch_size", 4, "--eval_every", 0]
-    assert train(teacher, PRUNED_CONFIG, *flags, output_dir=tmp_path / "whole").code == 0
-    flags += ["--save_every", 2]
-
-    class Killed(BaseException):
-        """What no one catches."""
-
-    step = RunObserver.step
-
-    def die(at: int):
-        def stepped(self, metrics):
-            if metrics.step == at:
-                raise Killed
-            step(self, metrics)
-
-        return stepped
-
-    for at in (3, 6):  # the newest checkpoint is of 2 steps, where one size had none yet, and then of 4
-        monkeypatch.setattr(RunObserver, "step", die(at))
-        with pytest.raises(Killed):
-            train(teacher, PRUNED_CONFIG, *flags, output_dir=tmp_path / "killed")
-    monkeypatch.setattr(RunObserver, "step", step)
-    outcome = train(teacher, PRUNED_CONFIG, *flags, output_dir=tmp_path / "killed")
-    assert "Resuming from step 4" in outcome.out
-    assert same_student(tmp_path / "whole", tmp_path / "killed")
-    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "killed")]
-    assert losses[0] == losses[1]
-
-
 def test_a_run_at_other_sizes_is_another_run(train, teachers, tmp_path):
     flags = ["--max_steps", 2, "--save_every", 2]
     assert train(teachers.one, PRUNED_CONFIG, *flags, *THREE).code == 0
@@ -155,7 +113,7 @@ def test_a_cache_of_several_sizes_is_filled_once_and_learnt_from_offline(train, 
     asked[24].clear()
     again = train(teachers.one, PRUNED_CONFIG, *cache, *THREE, "--offline_teacher", output_dir=tmp_path / "two")
     assert again.code == 0 and not asked[24]
-    assert same_student(tmp_path / "one", tmp_path / "two")
+    assert same_weights(tmp_path / "one", tmp_path / "two")
     other = train(teachers.one, PRUNED_CONFIG, *cache, *THREE[:3], output_dir=tmp_path / "three")
     assert other.code == 2 and "holds 32x48, which is of no size of this run" in other.err
     plain = train(teachers.one, PRUNED_CONFIG, *cache, output_dir=tmp_path / "four")
