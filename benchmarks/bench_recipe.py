@@ -12,7 +12,7 @@ FLOPs. A teacher's folder names its prompts: those of the demo, or prompts.txt a
 judged by what they draw from held-out prompts, four noises of each: prompts right, distance to the teacher's latents, and how the
 noise is followed. A student that --output_dir holds is not made again, so that the same command resumes. Prints a table in Markdown,
 mean and largest distance from it over the seeds, and as its last line one JSON document; --write puts the table into
-docs/experiments.md.
+docs/measurements.md.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from wandistiller.wan.settings import resolve_settings
 
 BATCH_SIZE = 64
 NUM_NOISES = 4
-PAGE = ROOT / "docs" / "experiments.md"
+PAGE = ROOT / "docs" / "measurements.md"
 ARMS: dict[str, dict[str, object]] = {
     "default": {},
     "AdamW": {"--optimizer": "adamw"},
@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--student_config", default="config/demo_student_config.json")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--output_dir", type=Path, help="folder that keeps the students (default: a temporary one)")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/experiments.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/measurements.md")
     args = parser.parse_args()
     if args.arms is None:
         args.arms = [] if args.few_steps else list(ARMS)

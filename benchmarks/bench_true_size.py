@@ -1,7 +1,6 @@
-"""A step of the trainer at the true shapes of the released Wans, beside what `--dry_run` says: tables of docs/memory.md and docs/scaling.md.
+"""A step of the trainer at the true shapes of the released Wans, beside what `--dry_run` says.
 
-    python benchmarks/bench_true_size.py            # prints the tables
-    python benchmarks/bench_true_size.py --write    # puts them into the two pages
+    python benchmarks/bench_true_size.py
 
 It needs no GPU. The tensors have shapes and no memory; torch's MemTracker counts the bytes that would be there at once, in one
 process of many where the weights are sharded (tests/support/true_size.py). The last line is one JSON document.
@@ -17,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from benchmarks import scaling
-from benchmarks.pages import print_tables, write_tables
+from benchmarks.pages import print_tables
+from benchmarks.shapes import RUNS, markdown, run_of
 from wandistiller.budget.memory import memory_budget, phase_bytes
 from wandistiller.budget.workload import Workload
 
@@ -29,9 +28,9 @@ CHECKPOINTING = {"gradient_checkpointing": True}
 def step_runs() -> dict[tuple[str, ...], Workload]:
     """Return each released teacher with its ready student, plain and with gradient checkpointing, and A14B with other flags."""
     runs = {}
-    for name in scaling.RUNS:
+    for name in RUNS:
         for pixels in (512, 1024):
-            run = scaling.run_of(name, pixels)
+            run = run_of(name, pixels)
             runs[name, str(pixels), ""] = run
             runs[name, str(pixels), "`--gradient_checkpointing`"] = replace(run, **CHECKPOINTING)
     small = replace(run, **CHECKPOINTING)
@@ -41,8 +40,8 @@ def step_runs() -> dict[tuple[str, ...], Workload]:
 
 
 def rank_runs() -> dict[tuple[str, ...], Workload]:
-    """Return the run of docs/scaling.md in 8 and 64 processes, of which one is looked at."""
-    run, runs = scaling.workload(**CHECKPOINTING), {}
+    """Return the run of A14B at 1024 pixels in 8 and 64 processes, of which one is looked at."""
+    run, runs = replace(run_of("Wan2.2 A14B", 1024), **CHECKPOINTING), {}
     for count, which in ((8, "teacher"), (8, "student"), (8, "both"), (64, "both")):
         sharded = {"shard_teacher": which != "student", "shard_student": which != "teacher"}
         runs[str(count), f"`--shard {which}`"] = replace(run, num_processes=count, **sharded)
@@ -77,19 +76,16 @@ def table(name: str) -> tuple[str, list[dict]]:
         lines.append([*words, *(f"{value:.1f}" for value in shown), f"{row['budget'] / row['peak'] - 1:+.1%}"])
         print(rows[-1], file=sys.stderr, flush=True)
     columns = ["teacher answers", "student learns", "peak of the step", "peak of `--dry_run`", "off by"]
-    return scaling.markdown([*header, *columns], lines), rows
+    return markdown([*header, *columns], lines), rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/memory.md and docs/scaling.md")
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES), help="which (default: all)")
     args = parser.parse_args()
     made = {name: table(name) for name in args.tables}
     tables = {name: lambda text=text: text for name, (text, _) in made.items()}
     print_tables("step", tables)
-    if args.write:
-        write_tables(scaling.PAGES, "step", tables)
     print(json.dumps({name: rows for name, (_, rows) in made.items()}))
 
 

@@ -1,4 +1,4 @@
-"""Everything that a GPU is needed for, in parts of at most eight minutes, and the section of docs/benchmarks.md that they make.
+"""Everything that a GPU is needed for, in parts of at most eight minutes, and the section of docs/measurements.md that they make.
 
     python benchmarks/on_gpu.py --list
     python benchmarks/on_gpu.py --output_dir outputs/on_gpu --write              # all parts, one after the other
@@ -8,7 +8,7 @@
 It runs from a clone with torch for CUDA and what requirements.txt names; pytest is needed for the part `tests`, torchao for
 products in fp8, and what is missing is said in the part's table. What the commands print and measure goes to PART.json in
 --output_dir, with date, device and commit; a part that fails or takes longer than its minutes is told and the next one runs.
---write puts the tables of all parts that the folder holds into docs/benchmarks.md. The last line is one JSON document.
+--write puts the tables of all parts that the folder holds into docs/measurements.md. The last line is one JSON document.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.pages import write_section
 
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "measurements.md"
 PART_MINUTES = 8.0
 
 
@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None, parts: Mapping[str, Part]) -> argparse.Na
     parser.add_argument("--tiny", action="store_true", help="every command at a tiny size")
     parser.add_argument("--minutes", type=float, default=PART_MINUTES, help=f"a part's (default: {PART_MINUTES:g})")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "on_gpu")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/measurements.md")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.parts if name not in parts]:
         parser.error(f"no part is called {unknown[0]}; there are {', '.join(parts)}")
@@ -155,7 +155,7 @@ def run_part(name: str, part: Part, args: argparse.Namespace, machine: dict[str,
 
 
 def section(parts: list[dict]) -> str:
-    """Return the section of docs/benchmarks.md in Markdown."""
+    """Return the section of docs/measurements.md in Markdown."""
     lines = []
     for part in parts:
         where = f"{part['date']}, {part['device']}, torch {part['torch']}, commit {part['commit']}"

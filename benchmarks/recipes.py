@@ -1,7 +1,7 @@
-"""What each preset of run/presets.py comes to: its flags, memory, disk and hours, the tables of docs/recipes.md.
+"""What each preset of run/presets.py comes to: its flags, memory, disk and hours, tables of docs/training.md and docs/memory.md.
 
     python benchmarks/recipes.py            # prints the tables
-    python benchmarks/recipes.py --write    # puts them into the page
+    python benchmarks/recipes.py --write    # puts them into the pages
 
 A preset is planned as `--dry_run` plans it, for a teacher of the released shape. Nothing here is measured: shapes are exact, the rate
 of a GPU and the share of it that is reached are assumed.
@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 
 from benchmarks.pages import print_or_write
-from benchmarks.scaling import GIB, H100, MEAN_TEXT_TOKENS, MFUS, NEGATIVE_TEXT_TOKENS, RUNS, markdown
+from benchmarks.shapes import GIB, H100_FLOPS, MEAN_TEXT_TOKENS, NEGATIVE_TEXT_TOKENS, markdown, released_config
 from wandistiller.budget.memory import disk_budget, memory_budget, peak_bytes
 from wandistiller.budget.workload import Workload, held_out_flops, step_flops
 from wandistiller.model.config import StudentConfig
@@ -33,10 +33,9 @@ from wandistiller.run.resolve import decide
 from wandistiller.run.settings import Settings
 from wandistiller.wan.wan_files import WanFiles
 
-PAGE = ROOT / "docs" / "recipes.md"
+PAGES = (ROOT / "docs" / "training.md", ROOT / "docs" / "memory.md")
+MFUS = (0.18, 0.33, 0.40)  # shares of the peak: what others reached with Wan 14B, and the guess of --dry_run
 NUM_HELD_OUT = 32
-# By the first part of a preset's name: the released teacher of `scaling.RUNS`
-TEACHERS = {"1.3B": "Wan2.1 1.3B", "5B": "Wan2.2 TI2V-5B", "14B": "Wan2.1 14B", "A14B": "Wan2.2 A14B"}
 # What is typed beside a preset: a teacher that a lightning LoRA was merged into
 FOUR_STEPS = ["--teacher_steps", "4", "--guidance_scale", "1", "--shift", "5"]
 MEMORY = {
@@ -62,7 +61,7 @@ class Planned:
         return step_flops(work).total * work.num_steps + held_out_flops(work)
 
     def hours(self, mfu: float) -> float:
-        return self.flops / (mfu * H100.flops) / 3600
+        return self.flops / (mfu * H100_FLOPS) / 3600
 
     @property
     def peak_gib(self) -> float:
@@ -75,17 +74,10 @@ class Planned:
 
 def released(name: str) -> WanFiles:
     """Return a released teacher by its shape alone; there are no files behind it."""
-    (width, heads, ffn_dim, depth, channels, _, num_experts), _ = RUNS[TEACHERS[name.split("-")[0]]]
-    config = StudentConfig(
-        block="wan",
-        hidden_size=width,
-        num_heads=heads,
-        ffn_dim=ffn_dim,
-        depth=depth,
-        num_channels=channels,
-        image_size=512,
-    )
-    experts = dict.fromkeys(("high", "low")[:num_experts], SimpleNamespace(config=config))
+    teacher = name.split("-")[0]
+    config = released_config(teacher.removeprefix("A"), 512)
+    sides = ("high", "low") if teacher == "A14B" else ("high",)
+    experts = dict.fromkeys(sides, SimpleNamespace(config=config))
     return WanFiles(name, experts)
 
 
@@ -150,4 +142,4 @@ TABLES: dict[str, Callable[[], str]] = {"presets": presets_table, "hours": hours
 
 
 if __name__ == "__main__":
-    print_or_write(__doc__, [PAGE], TABLES)
+    print_or_write(__doc__, PAGES, TABLES)

@@ -1,11 +1,18 @@
-"""Shapes of the released Wans, and what the timed benchmarks share: work in turns, medians and quartiles."""
+"""Shapes of the released Wans and runs that learn from them; what the timed benchmarks share: work in turns, medians, quartiles."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+from wandistiller.budget.workload import Workload
 from wandistiller.device import wait_for
 from wandistiller.model.config import StudentConfig
+from wandistiller.walk.walk import SAMPLES_PER_SLOT, paths_per_slot
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+H100_FLOPS = 989e12  # dense bf16, by the data sheet of H100 and H200
 
 RELEASED = {  # Wan2.1 and Wan2.2: wan/configs
     "1.3B": {"hidden_size": 1536, "depth": 30, "num_heads": 12, "ffn_dim": 8960, "num_channels": 16},
@@ -13,11 +20,44 @@ RELEASED = {  # Wan2.1 and Wan2.2: wan/configs
     "14B": {"hidden_size": 5120, "depth": 40, "num_heads": 40, "ffn_dim": 13824, "num_channels": 16},
 }
 
+# A teacher -> its shape here, the factor of its VAE, its experts, and the ready student for it
+RUNS = {
+    "Wan2.1 1.3B": ("1.3B", 8, 1, "student_config_0.5B.json"),
+    "Wan2.2 TI2V-5B": ("5B", 16, 1, "student_config_5B.json"),
+    "Wan2.1 14B": ("14B", 8, 1, "student_config.json"),
+    "Wan2.2 A14B": ("14B", 8, 2, "student_config.json"),
+}
+MEAN_TEXT_TOKENS, NEGATIVE_TEXT_TOKENS = 96, 120  # long captions; Wan's own negative prompt
+BATCH_SIZE = 4
+
 
 def released_config(name: str, image_size: int, depth: int | None = None) -> StudentConfig:
     """Return the 2D config of a released transformer, of all its blocks unless `depth` says how many."""
     shape = RELEASED[name]
     return StudentConfig(block="wan", image_size=image_size, **shape | {"depth": depth or shape["depth"]})
+
+
+def run_of(name: str, pixels: int) -> Workload:
+    """Return a run of a released teacher with its ready student, at batches of 4 and the default states."""
+    shape, factor, num_experts, file = RUNS[name]
+    student = StudentConfig.load(ROOT / "config" / file).replace(image_size=pixels)
+    return Workload(
+        teacher=released_config(shape, pixels),
+        student=student,
+        latent_size=pixels // factor,
+        num_experts=num_experts,
+        optimizer="muon",
+        batch_size=BATCH_SIZE,
+        num_features=student.depth,
+        latents_per_slot=paths_per_slot(BATCH_SIZE) + SAMPLES_PER_SLOT,
+        mean_text_tokens=MEAN_TEXT_TOKENS,
+        negative_text_tokens=NEGATIVE_TEXT_TOKENS,
+    )
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def seconds_of(work: Callable[[], object], device: str) -> float:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import scaling
+from benchmarks import shapes
 from support.true_size import step_memory
 from wandistiller.budget.memory import memory_budget, phase_bytes
 from wandistiller.budget.workload import Workload
@@ -76,11 +76,11 @@ FOUR_BLOCKS = {
 @pytest.mark.parametrize("name", FOUR_BLOCKS)
 def test_a_step_takes_what_the_budget_says(name):
     teacher, pixels, changes = FOUR_BLOCKS[name]
-    check(replace(shallow(scaling.run_of(teacher, pixels)), **changes))
+    check(replace(shallow(shapes.run_of(teacher, pixels)), **changes))
 
 
 def test_a_sharded_step_takes_what_the_budget_says():
-    run = shallow(scaling.run_of("Wan2.2 A14B", 512))
+    run = shallow(shapes.run_of("Wan2.2 A14B", 512))
     check(replace(run, num_processes=8, shard_teacher=True, shard_student=True, **CHECKPOINTING))
 
 
@@ -90,9 +90,9 @@ def test_a_sharded_step_takes_what_the_budget_says():
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, CHECKPOINTING], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("pixels", [512, 1024])
-@pytest.mark.parametrize("teacher", scaling.RUNS)
+@pytest.mark.parametrize("teacher", shapes.RUNS)
 def test_a_step_of_a_released_teacher(teacher, pixels, changes):
-    check(replace(scaling.run_of(teacher, pixels), **changes))
+    check(replace(shapes.run_of(teacher, pixels), **changes))
 
 
 VARIANTS = {
@@ -108,7 +108,7 @@ VARIANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_step_with_other_flags(name):
-    check(replace(scaling.run_of("Wan2.2 A14B", 1024), **VARIANTS[name]))
+    check(replace(shapes.run_of("Wan2.2 A14B", 1024), **VARIANTS[name]))
 
 
 @pytest.mark.slow
@@ -116,4 +116,4 @@ def test_a_step_with_other_flags(name):
 @pytest.mark.parametrize("which", ["teacher", "student", "both"])
 def test_a_sharded_step(which, num_processes):
     sharded = {"shard_teacher": which != "student", "shard_student": which != "teacher"}
-    check(replace(scaling.run_of("Wan2.2 A14B", 1024), num_processes=num_processes, **sharded, **CHECKPOINTING))
+    check(replace(shapes.run_of("Wan2.2 A14B", 1024), num_processes=num_processes, **sharded, **CHECKPOINTING))

@@ -1,7 +1,5 @@
 """Every ready config fits its released teacher, is counted rightly, passes the pre-flight and prints as a file.
 
-The help of a key and docs/config.md must say the same.
-
 pytest tests/run/test_config_help.py
 """
 
@@ -100,12 +98,6 @@ def test_a_config_is_printed_alone_on_stdout_and_explained_on_stderr(run_main, t
     assert f"{config.num_parameters:,} parameters" in outcome.err
     explained = re.findall(r"^  (\w+)  ", outcome.err, re.MULTILINE)
     assert explained == list(KEYS) == list(json.loads(outcome.out))
-
-
-def test_the_docs_and_help_say_the_same_of_every_key():
-    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    for key, text in KEYS.items():
-        assert f"| `{key}` | {text} |" in page, key
 
 
 @pytest.mark.parametrize("name", ["1.3b", "a14B", "DEMO"])

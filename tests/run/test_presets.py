@@ -95,10 +95,12 @@ def test_the_dry_run_of_a_preset_says_what_the_page_does(run_main, tmp_path):
     assert peak == pytest.approx(recipes.planned("A14B-1B").peak_gib, rel=0.02)  # the texts are others
 
 
-def test_the_page_holds_exactly_the_tables_of_the_presets():
-    page = recipes.PAGE.read_text(encoding="utf-8")
-    assert pages.with_tables(page, "table", recipes.TABLES) == page, "python benchmarks/recipes.py --write"
-    assert {name for name in re.findall(r"<!-- table: (\w+) -->", page)} == set(recipes.TABLES)
+def test_the_pages_hold_exactly_the_tables_of_the_presets():
+    texts = [page.read_text(encoding="utf-8") for page in recipes.PAGES]
+    assert [pages.with_tables(text, "table", recipes.TABLES) for text in texts] == texts, (
+        "python benchmarks/recipes.py --write"
+    )
+    assert set(re.findall(r"<!-- table: (\w+) -->", "".join(texts))) == set(recipes.TABLES)
 
 
 def test_hours_of_a_preset_reckoned_by_hand():
@@ -107,7 +109,7 @@ def test_hours_of_a_preset_reckoned_by_hand():
     width, ffn, layers = 1536, 8960, 20
     student = 3 * layers * (2 * tokens * (6 * width**2 + 2 * width * ffn) + 4 * tokens**2 * width)
     run = recipes.planned("A14B-1B")
-    muon = run.workload.num_steps * 35.7e12  # docs/scaling.md: 8.9 TFLOP a prompt, 4 a step
+    muon = run.workload.num_steps * 35.7e12  # of a step: Newton-Schulz of all matrices
     assert run.flops == pytest.approx(12_000 * 32 * guided + 96_000 * 32 * student + muon, rel=0.05)
     few = recipes.planned("A14B-1B", *recipes.FOUR_STEPS)
     assert run.flops - few.flops == pytest.approx(12_000 * 32 * guided / 2, rel=0.08)

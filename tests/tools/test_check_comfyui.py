@@ -1,7 +1,7 @@
 """tools/check_comfyui.py compares what a ComfyUI draws, says why one does not, and ends the process that it started.
 
 A small server that speaks ComfyUI's HTTP API stands in for it: it keeps the noise as it is, which is what a student draws whose
-velocity is 0, and shifts it by a known amount where it is asked to. ComfyUI itself is no dependency; docs/compatibility.md
+velocity is 0, and shifts it by a known amount where it is asked to. ComfyUI itself is no dependency; docs/export.md
 has what the tool said of real ones.
 
 pytest tests/tools/test_check_comfyui.py

@@ -100,7 +100,7 @@ class _OneDnnLinear(torch.autograd.Function):
 class Linear(nn.Linear):
     """An nn.Linear with a bias, whose large products in float32 on a CPU are oneDNN's instead of MKL's.
 
-    docs/benchmarks.md has the gain on an AMD processor, by benchmarks/bench_linear.py; no other processor was tried.
+    docs/measurements.md has the gain on an AMD processor, by benchmarks/bench_linear.py; no other processor was tried.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def comfyui_sampler(config: StudentConfig) -> str:
     """Return ComfyUI's sampler that comes nearest to how the student is sampled here.
 
     Euler's method is the same everywhere. ComfyUI's uni_pc is another algorithm than diffusers' UniPC, and dpmpp_2m draws nearer
-    to it (`python tools/check_comfyui.py`, docs/compatibility.md).
+    to it (`python tools/check_comfyui.py`, docs/export.md).
     """
     return "dpmpp_2m" if StudentRecord.of(config).sampler == "unipc" else "euler"
 

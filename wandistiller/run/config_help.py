@@ -24,7 +24,6 @@ TEACHERS = {
     "5B": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     "demo": "data/demo_teacher",
 }
-# docs/config.md has the same table; a test holds them together.
 KEYS = {
     "model_type": 'always `"WanLiteStudent"`',
     "block": '`"wan"`: Wan\'s own block in 2D; `"lite"`: a small plain transformer without patches',

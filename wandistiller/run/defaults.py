@@ -1,6 +1,6 @@
 """The defaults that depend on teacher, student and batch: how fast a student learns, and how often from each answer.
 
-They stand for flags that are left out; docs/experiments.md has the measurements that they were chosen by.
+They stand for flags that are left out; docs/measurements.md has the measurements that they were chosen by.
 """
 
 import math

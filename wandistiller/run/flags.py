@@ -280,7 +280,7 @@ class OutputFlags:
         "send losses and pictures to wandb or trackio as well (pip install the one you name)", "none", choices=REPORTS
     )
     preset: str | None = flag(
-        f"flags of a real run by teacher and student: {', '.join(PRESETS)}; typed flags override them (docs/recipes.md)",
+        f"flags of a real run by teacher and student: {', '.join(PRESETS)}; typed flags override them (docs/training.md)",
         choices=[*PRESETS],
         metavar="NAME",
     )

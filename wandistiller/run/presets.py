@@ -1,4 +1,4 @@
-"""Values of the flags that go together: for the demo teacher, and for a real run by teacher and student (docs/recipes.md).
+"""Values of the flags that go together: for the demo teacher, and for a real run by teacher and student (docs/training.md).
 
 Standard library only. benchmarks/recipes.py computes that page's tables from here, and a test compares the two.
 """
