@@ -96,7 +96,7 @@ WIDGETS = {
 
 @pytest.mark.parametrize("channels", [16, 48])
 def test_the_editors_workflow_asks_for_what_the_api_is_asked_for(channels):
-    """As ComfyUI's own editor turned these files into prompts (docs/compatibility.md)."""
+    """As ComfyUI's own editor turned these files into prompts (docs/export.md)."""
     folder = ROOT / "docs" / "comfyui"
     editor, api = (
         json.loads((folder / f"wan_student_{channels}_channels_{kind}.json").read_text()) for kind in ("ui", "api")

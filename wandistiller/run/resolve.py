@@ -37,7 +37,7 @@ from wandistiller.wan.text_encoder import EncodingOptions, count_tokens
 from wandistiller.wan.text_encoder_files import TextEncoderFiles
 from wandistiller.wan.wan_files import WanFiles
 
-# The recipe that won on two teachers (docs/experiments.md)
+# The recipe that won on two teachers (docs/measurements.md)
 RENOISE_FRACTION = {"trajectory": 0.25, "renoise": 0.75, "noise": 0.0}
 STUDENT_ROLLOUT = (0.0, 1.0)
 FEATURE_LOSS_WEIGHT = 1.0
