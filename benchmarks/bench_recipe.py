@@ -147,16 +147,12 @@ def steps_of(setting: Setting, args: argparse.Namespace, changes: dict) -> int:
     return round(samples / args.batch_size) * replay
 
 
-def run(script: str, *flags: object) -> None:
+def run(script: str, *flags: object, **environment: str) -> None:
     """Run a command of this repository on one thread, and show its output only where it fails."""
     done = subprocess.run(
         [sys.executable, ROOT / script, *map(str, flags)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+        cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{script} {flags} failed with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
 
@@ -179,21 +175,17 @@ def train_and_judge(setting: Setting, args: argparse.Namespace, name: str, seed:
         "--batch_size": args.batch_size, "--num_samples": 0, "--sample_every": 0, "--eval_every": 0, "--save_every": 0,
         "--seed": seed, "--output_dir": folder, "--device": "cpu",
     } | changes  # fmt: skip
-    words: list[object] = []
-    for flag, value in flags.items():
-        words += [flag, *(value if isinstance(value, tuple) else [value])]
+    words = [
+        word for flag, value in flags.items() for word in (flag, *(value if isinstance(value, tuple) else [value]))
+    ]
     if not (folder / "evaluation.json").exists():
         run("train_distillation.py", *words)
-        heldout = [
-            "--prompts_file",
-            setting.heldout_prompts,
-            "--num_prompts",
-            args.num_prompts,
-            "--judge",
-            setting.judge,
-        ]
-        os.environ["ICON_TEACHER"] = setting.teacher  # where tools/icon_judge.py finds its pictographs
-        run("evaluate_student.py", "--student", folder, *heldout, "--num_seeds", NUM_NOISES, "--batch_size", 64)
+        held_out = {
+            "--student": folder, "--prompts_file": setting.heldout_prompts, "--num_prompts": args.num_prompts,
+            "--num_seeds": NUM_NOISES, "--batch_size": 64, "--judge": setting.judge,
+        }  # fmt: skip
+        # tools/icon_judge.py finds its pictographs by this:
+        run("evaluate_student.py", *(word for pair in held_out.items() for word in pair), ICON_TEACHER=setting.teacher)
     judged = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     noise = judged["noise"]

@@ -1,8 +1,4 @@
-"""A run by its shapes, and the FLOPs of its steps. No weight is read, and no flag is seen.
-
-workload = Workload(teacher=teacher_config, student=student_config, latent_size=64, batch_size=4)
-print(step_flops(workload).total)
-"""
+"""A run by its shapes, `Workload(teacher=..., student=..., latent_size=64)`, and the FLOPs of its steps. No weight is read."""
 
 import math
 from dataclasses import dataclass
