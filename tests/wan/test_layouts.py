@@ -8,6 +8,7 @@ pytest tests/wan/test_layouts.py
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -223,6 +224,11 @@ def test_the_root_of_a_hub_cache_and_the_home_folder_lead_to_the_model(tmp_path,
     monkeypatch.setenv("HOME", str(tmp_path))
     assert_same_as_diffusers("~/models--Wan-AI--Wan", experts)
     assert find_text_encoder("~/models--Wan-AI--Wan").encoder == snapshot / "text_encoder"
+    assert "no such file or folder" in refusal("~nobody-of-this-name/wan")
+    linked = tmp_path / os.fsdecode(b"no text \xff")
+    linked.symlink_to(snapshot)
+    assert_same_as_diffusers(linked, experts)
+    assert open_wan_files(linked).fingerprint() == open_wan_files(snapshot).fingerprint()
 
 
 def test_a_comfyui_folder_gives_its_wan_or_the_two_experts_that_their_names_tell_apart(tmp_path):

@@ -1,5 +1,6 @@
 """Files of a hub repository: only those that are asked for are fetched, and one sentence tells where they cannot be had."""
 
+import os
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def is_hub_id(text: str | Path) -> bool:
 
 def local_path(path: str | Path) -> Path:
     """Return where a path that a person gave leads: ~ is the home folder, and of a hub's cache (models--OWNER--NAME) its snapshot."""
-    folder = Path(path).expanduser() if str(path).startswith("~") else Path(path)
+    folder = Path(os.path.expanduser(path))  # which leaves the ~ of an unknown user as it is
     if folder.is_dir() and (folder / "snapshots").is_dir() and not (folder / "model_index.json").exists():
         main = folder / "refs" / "main"
         named = folder / "snapshots" / main.read_text().strip() if main.is_file() else None

@@ -286,7 +286,8 @@ def file_digest(path: Path) -> str:
     """Return the sha256 of a file; one that has not changed since is not read again, and a large one by no later process either."""
     path = path.resolve()
     stat = path.stat()
-    state = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+    numbers = f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+    state = hashlib.sha256(os.fsencode(path) + numbers.encode()).hexdigest()  # a name may be no text, and stays private
     if state not in _digests:
         kept = _read_kept() if stat.st_size >= _KEPT_FROM_BYTES else {}
         if state not in kept:
