@@ -30,6 +30,8 @@ from wandistiller.command_line import COMMANDS, is_one_command, let_the_first_sp
 from wandistiller.errors import shortened
 from wandistiller.flag_hints import unknown_flag
 
+# Beyond these a number is a slip of the keyboard; its square still is a number in float32.
+LARGEST, SMALLEST = {int: 10**12, float: 1e18}, 1e-18
 EXIT_CODES = "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted, 1 anything else."
 
 
@@ -159,6 +161,10 @@ def number(
             raise argparse.ArgumentTypeError(
                 f"{text!r} must be {noun}" + (f" {' and '.join(bounds)}" if bounds else "")
             )
+        if math.isinf(high) and abs(value) > LARGEST[kind]:
+            raise argparse.ArgumentTypeError(f"{text!r} is too large; allowed: at most {LARGEST[kind]:g}")
+        if 0 < abs(value) < SMALLEST:
+            raise argparse.ArgumentTypeError(f"{text!r} is too near to 0; allowed: 0 or at least {SMALLEST:g}")
         return value
 
     return parse

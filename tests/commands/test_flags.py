@@ -18,6 +18,7 @@ class PageFlags:
     """A group."""
 
     page_width: int = flag("pixels", 80, type=number(int, low=1))
+    zoom: float = flag("of it", 1.0, type=number(float, above=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,10 @@ def test_flags_become_the_fields_of_their_dataclasses():
         (["--student", "a", "--colour", "green"], "argument --colour: invalid choice: 'green' (choose from red, blue)"),
         (["--student", "a", "--page-width", "0"], "argument --page_width: '0' must be a whole number at least 1"),
         (["--student", "a", "--page-width", "9" * 5000], "must be a whole number"),
+        (["--student", "a", "--page-width", "9" * 30], "is too large; allowed: at most 1e+12"),
+        (["--student", "a", "--zoom", "1e300"], "is too large; allowed: at most 1e+18"),
+        (["--student", "a", "--zoom", "1e-300"], "is too near to 0; allowed: 0 or at least 1e-18"),
+        (["--student", "a", "--zoom", "nan"], "must be a number above 0"),
         (["--student", "a", "--lora", "x:0"], "the scale after the colon must be a number other than 0"),
         (["--student", "a", "--colou", "red"], "unknown flag --colou; did you mean --colour?"),
         (["--model_path", "a"], "unknown flag --model_path; here it is called --student"),
