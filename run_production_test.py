@@ -65,7 +65,7 @@ def run_test(flags: Flags, argv: list[str], folder: Path) -> None:
     passed(f"Prompts found: {num_prompts:,} in {flags.data.data_path}")
     passed(f"Config found: {flags.student.student_config}")
     if flags.data.teacher_path != "mock":
-        distil(changed(flags, dry_run=True, cache_part=None), argv)
+        distil(flags, argv)
         passed(f"{flags.student.student_config} fits {flags.data.teacher_path}")
     with tempfile.TemporaryDirectory(prefix="wandistiller-") as scratch:
         train_and_resume(flags, inputs, folder, Path(scratch) / "student_config.json")
@@ -115,7 +115,7 @@ def passed(line: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    flags = parse_args(argv, "run_production_test.py", DEFAULTS)
+    flags = changed(parse_args(argv, "run_production_test.py", DEFAULTS), dry_run=True, cache_part=None)
     kept = parse_args(argv, "run_production_test.py", DEFAULTS | {"output_dir": None}).output.output_dir
     try:
         with tempfile.TemporaryDirectory(prefix="wandistiller-") as folder:

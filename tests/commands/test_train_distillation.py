@@ -567,21 +567,12 @@ def test_help_names_every_flag(run_main):
 # ---- what a run leaves alone ----
 
 
-def test_a_second_run_does_not_load_the_encoder(train, teachers, tmp_path, monkeypatch):
-    from transformers import UMT5EncoderModel
-
+def test_a_second_run_does_not_encode_again(train, teachers, tmp_path):
     cache = ("--prompt_cache", tmp_path / "cache", "--max_steps", 1)
     first = train(teachers.one, PRUNED_CONFIG, *cache)
     assert first.code == 0 and "Encoding prompts: 56/56" in first.out  # 55 and the negative one
-
-    def refuse(*args, **kwargs):
-        raise RuntimeError("the encoder was loaded")
-
-    monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", refuse)
     second = train(teachers.one, PRUNED_CONFIG, *cache)
     assert second.code == 0 and "Encoding" not in second.out
-    empty = train(teachers.one, PRUNED_CONFIG, "--prompt_cache", tmp_path / "empty_cache")
-    assert empty.code == 2 and "the encoder was loaded" in empty.err  # the guard does guard
 
 
 def test_a_student_that_was_there_is_moved_aside_intact(train, teachers, tmp_path):
@@ -660,7 +651,7 @@ def assert_stopped_without_a_student(outcome, folder: Path, step: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_teacher_with_a_broken_weight_stops_the_run_and_nothing_is_saved(train, teachers, tmp_path, value):
+def test_a_teacher_with_a_broken_weight_is_refused_by_its_name_and_nothing_is_saved(train, teachers, tmp_path, value):
     broken = tmp_path / "broken"
     shutil.copytree(teachers.one, broken)
     path = broken / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -668,7 +659,8 @@ def test_a_teacher_with_a_broken_weight_stops_the_run_and_nothing_is_saved(train
     tensors["blocks.1.ffn.net.0.proj.bias"][3] = value
     save_file(tensors, path, metadata={"format": "pt"})
     outcome = train(broken, PRUNED_CONFIG, "--max_steps", 3)
-    assert_stopped_without_a_student(outcome, tmp_path / "out", r"step 1: loss is (nan|inf)")
+    assert outcome.code == 2 and "blocks.1.ffn.net.0.proj.bias holds numbers that are not finite" in outcome.err
+    assert not STUDENT_FILES & set(snapshot(tmp_path / "out"))
 
 
 def test_a_learning_rate_that_explodes_stops_the_run_and_nothing_is_saved(train, teachers, tmp_path):
