@@ -63,6 +63,8 @@ def test_the_strip_has_at_most_ten_times_and_passes_by_what_is_no_sample(tmp_pat
         write_sample(tmp_path, step, 7, row)
     (tmp_path / "samples" / "step_000200.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "samples" / "step_x.png").write_bytes(b"")
+    far_too_large = Image.new("1", (13_000, 13_000))
+    far_too_large.save(tmp_path / "samples" / "step_000300.png")
     assert 7 not in np.asarray(Image.open(save_strip(tmp_path)))[:, -1, 0]
     assert (set_aside_previous_student(tmp_path) / "samples_over_time.png").is_file()
 

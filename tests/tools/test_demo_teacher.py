@@ -59,18 +59,8 @@ def with_one_attribute_changed(scene: world.Scene, attribute: str, rng: np.rando
     return dataclasses.replace(scene, things=tuple(things))
 
 
-def test_judge_accepts_true_renderings():
-    rng = np.random.default_rng(0)
-    scenes = [world.sample_scene(rng, held_out=bool(i % 2)) for i in range(400)]
-    verdicts = [demo_judge.judge(world.render(s, rng)[0], world.describe(s, rng))["correct"] for s in scenes]
-    assert np.mean(verdicts) >= 0.995
-
-
-OFF_THE_SQUARE = [(96, 64), (64, 96), (160, 96)]
-
-
-@pytest.mark.parametrize("size", OFF_THE_SQUARE)
-def test_judge_accepts_true_renderings_off_the_square_and_no_others(size):
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (64, 96)])
+def test_judge_accepts_true_renderings_and_none_with_another_attribute(size):
     """Objects are as large, and as far from the edge, as in the square of the shorter side."""
     rng = np.random.default_rng(0)
     for index in range(40):
@@ -81,16 +71,6 @@ def test_judge_accepts_true_renderings_off_the_square_and_no_others(size):
         for attribute in OTHER_VALUES:
             other = world.describe(with_one_attribute_changed(scene, attribute, rng), rng, variety=0.0)
             assert not demo_judge.judge(picture, other)["correct"], f"accepted {scene} as {other!r}"
-
-
-@pytest.mark.parametrize("attribute", OTHER_VALUES)
-def test_judge_rejects_one_changed_attribute(attribute: str):
-    rng = np.random.default_rng(1)
-    for _ in range(60):
-        scene = world.sample_scene(rng)
-        prompt = world.describe(with_one_attribute_changed(scene, attribute, rng), rng, variety=0.0)
-        facts = demo_judge.judge(world.render(scene, rng)[0], prompt)
-        assert not facts["correct"], f"accepted {scene} as {prompt!r}"
 
 
 def test_judge_rejects_empty_noisy_and_crowded_pictures():

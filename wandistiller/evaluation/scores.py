@@ -11,7 +11,7 @@ from wandistiller.evaluation.scorers import Scorer
 
 # CMMD (Jayasumana et al. 2024, arXiv 2401.09603): the width of the Gaussian kernel, and the factor that makes figures readable.
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
-_ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 1024
 
 
 def compare_scores(
@@ -91,7 +91,7 @@ def picture_scores(student: np.ndarray, teacher: np.ndarray) -> dict:
 
 
 def retention(student: float, teacher: float) -> float | None:
-    """Return student / teacher; None where the teacher's score is none to keep a share of."""
+    """Return student / teacher; None if the teacher's score is not positive."""
     return student / teacher if teacher > 0 else None
 
 
@@ -112,13 +112,14 @@ def ratio_error(student: np.ndarray, teacher: np.ndarray) -> float | None:
     return float((((ratios - ratios.mean()) ** 2).sum() * (count - 1) / count) ** 0.5)
 
 
-def cmmd(x: np.ndarray, y: np.ndarray) -> float:
+def cmmd(x: np.ndarray, y: np.ndarray, rows_at_once: int = ROWS_AT_ONCE) -> float:
     """Return CMMD as its authors' code computes it: the biased estimate of the squared mean discrepancy, times 1000.
 
     k_xx + k_yy - 2 k_xy with means of exp(-|a - b|^2 / (2 sigma^2)) over all pairs, a picture with itself among them. It is
     larger for fewer pictures, so only figures of as many compare.
     """
-    return CMMD_SCALE * float(_mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y))
+    parts = ((x, x, 1), (y, y, 1), (x, y, -2))
+    return CMMD_SCALE * sum(sign * _mean_kernel(a, b, rows_at_once) for a, b, sign in parts)
 
 
 def paired_cmmd(x: np.ndarray, y: np.ndarray) -> float | None:
@@ -135,11 +136,11 @@ def paired_cmmd(x: np.ndarray, y: np.ndarray) -> float | None:
     return CMMD_SCALE * float((within - 2 * between) / (count * (count - 1)))
 
 
-def _mean_kernel(x: np.ndarray, y: np.ndarray) -> float:
+def _mean_kernel(x: np.ndarray, y: np.ndarray, rows_at_once: int = ROWS_AT_ONCE) -> float:
     """Return the mean of the Gaussian kernel over all pairs, some rows at a time."""
     total, y_squares = 0.0, (y**2).sum(axis=1)
-    for start in range(0, len(x), _ROWS_AT_ONCE):
-        rows = x[start : start + _ROWS_AT_ONCE]
+    for start in range(0, len(x), rows_at_once):
+        rows = x[start : start + rows_at_once]
         squares = (rows**2).sum(axis=1)[:, None] + y_squares - 2 * rows @ y.T
         total += float(np.exp(-squares / (2 * CMMD_SIGMA**2)).sum())
     return total / (len(x) * len(y))
