@@ -19,6 +19,7 @@ mistake ends the process with one line and exit code 2. Standard library only, s
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -171,10 +172,13 @@ def number(
 
 
 def path(text: str) -> str:
-    """Check a path as an argparse type: the empty text of a shell variable that is not set would mean the current folder."""
+    """Check a path as an argparse type: the empty text of a shell variable that is not set would mean the current folder.
+
+    A ~ is the home folder, also where the shell leaves it as it is (--output_dir=~/out, quotes, config files of launchers).
+    """
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a path")
-    return text
+    return os.path.expanduser(text) if text.startswith("~") and not os.path.lexists(text) else text
 
 
 def int_list(text: str) -> list[int]:

@@ -91,3 +91,11 @@ def test_a_command_that_a_process_of_another_run_starts_speaks_at_once(tmp_path)
         words, env={"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}, capture_output=True, text=True
     )
     assert ended.returncode == 2 and ended.stderr.startswith("error: --student") and ended.stderr.count("\n") == 1
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert path("~/out") == f"{tmp_path}/out" and path("a~b") == "a~b"
+    (tmp_path / "~odd").touch()
+    assert path("~odd") == "~odd"

@@ -18,6 +18,19 @@ def test_text_is_written_in_utf_8_over_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127 + "n"])
+def test_a_name_as_long_as_file_systems_take_is_written_and_its_leftovers_removed(tmp_path, name):
+    write_text(tmp_path / name, "whole \udce9")  # a letter of a path that is no UTF-8
+    assert (tmp_path / name).read_text(encoding="utf-8") == "whole ?"
+    with pytest.raises(OSError), atomic_path(tmp_path / name) as beside:
+        kept = tmp_path / "kept"
+        beside.rename(kept)
+        raise OSError
+    kept.rename(beside)
+    remove_leftovers(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_json_is_written_as_json_dumps_has_it(tmp_path):
     values = {"négatif": [1, None, 0.5]}
     write_json(tmp_path / "plain.json", values)

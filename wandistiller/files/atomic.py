@@ -24,7 +24,12 @@ def fsync(path: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     """Return a new name beside `path`, which `remove_leftovers` knows."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    return path.with_name(f".{_stem(path)}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _stem(path: Path) -> str:
+    """Name of a path, cut so that a temporary name made of it is no longer than file systems allow (255 bytes)."""
+    return os.fsdecode(os.fsencode(path.name)[:240])
 
 
 @contextmanager
@@ -73,9 +78,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all."""
+    """Write a UTF-8 text file, whole or not at all; a letter of a path that is not UTF-8 is a question mark in it."""
     with atomic_path(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: str | Path, values: object, end: str = "", **settings) -> None:
@@ -91,7 +96,7 @@ def write_json(path: str | Path, values: object, end: str = "", **settings) -> N
 def remove_leftovers(path: str | Path) -> None:
     """Remove what killed processes left beside `path` while they wrote a file or a folder there."""
     path = Path(path).resolve()
-    _remove_unheld(path.parent.glob(f".{escape(path.name)}.{_HEX}.tmp"))
+    _remove_unheld(path.parent.glob(f".{escape(_stem(path))}.{_HEX}.tmp"))
 
 
 def remove_all_leftovers(folder: str | Path) -> None:
