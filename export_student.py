@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
@@ -179,7 +179,7 @@ def find_parts(flags: PartsFlags, config: StudentConfig) -> "PipelineParts":
             "as diffusers or original"
         )
     record = StudentRecord.of(config)
-    vae = load_vae(VaeLocation(str(place), None), config.num_channels, config.vae_scale_factor)
+    vae: Any = load_vae(VaeLocation(str(place), None), config.num_channels, config.vae_scale_factor)
     learnt = LatentStatistics(record.latents_mean, record.latents_std)
     check_statistics(learnt, LatentStatistics(vae.config.latents_mean, vae.config.latents_std), place)
     folders = {"vae": place, "text_encoder": encoder.encoder, "tokenizer": encoder.tokenizer}
@@ -302,7 +302,7 @@ def push_export(target: Path, config: StudentConfig, flags: Flags) -> None:
         use = gguf_use(config) if flags.format == "gguf" else comfyui_use(config, target.name)
         card = export_card(target.stem, config, use, "gguf" if flags.format == "gguf" else "diffusers")
     shown = {name: student / name for name in shown_pictures(student)}
-    files = {**exported, **shown, CARD_NAME: with_pictures(card, student).encode()}
+    files: dict[str, Path | bytes] = {**exported, **shown, CARD_NAME: with_pictures(card, student).encode()}
     address = push(flags.hub.push_to_hub or "", files, is_public=flags.hub.public, local=target)
     print(f"Pushed {len(files)} files to {address}, which {'everybody sees' if flags.hub.public else 'is private'}")
 

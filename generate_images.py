@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
@@ -119,7 +119,7 @@ def read_prompts(flags: PromptFlags) -> list[str]:
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
     if flags.prompts_file:
         count = flags.num_prompts or (NUM_OF_TEMPLATES if is_template(flags.prompts_file) else None)
-        how = {"held_out": True, "keeps_repeats": True, "prompt_per": flags.prompt_per}
+        how: dict[str, Any] = {"held_out": True, "keeps_repeats": True, "prompt_per": flags.prompt_per}
         file = load_prompts(flags.prompts_file, flags.caption_column, num_drawn=count, **how)
         if file.notice:
             print(f"{flags.prompts_file}: {file.notice}")

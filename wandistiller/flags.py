@@ -62,7 +62,7 @@ def parse_flags(flags: type, prog: str, description: str, argv: list[str] | None
     return build(flags, vars(FlagParser(prog, description, flags=flags).parse(argv)))
 
 
-def build(flags: type, values: dict[str, Any]) -> Any:
+def build(flags: Any, values: dict[str, Any]) -> Any:
     """Return a dataclass of flags, its groups included, from the values by flag name."""
     return flags(
         **{
@@ -104,7 +104,7 @@ class FlagParser(argparse.ArgumentParser):
         if flags is not None:
             self._declare(flags, FlagGroup(self))
 
-    def _declare(self, flags: type, shown_in: FlagGroup) -> None:
+    def _declare(self, flags: Any, shown_in: FlagGroup) -> None:
         for known in fields(flags):
             if "title" in known.metadata:
                 self._declare(known.type, self.group(known.metadata["title"]))

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import (
     BACKWARD_PASSES,
@@ -12,7 +14,7 @@ from wandistiller.model.sizes import (
     sides,
     transformer_flops,
 )
-from wandistiller.sampling.flow import shift_sigma
+from wandistiller.sampling.flow import unshift_sigma
 from wandistiller.training.optimizer import NEWTON_SCHULZ_STEPS
 from wandistiller.walk.walk import FEW_PATHS
 from wandistiller.wan.settings import TeacherSettings
@@ -98,9 +100,8 @@ def guided_fraction(settings: TeacherSettings, sigma_range: tuple[float, float] 
     """Return the fraction of the teacher's answers that guidance makes two passes of, for noise levels evenly spread before the shift."""
     if not settings.uses_guidance or settings.guidance_range is None:
         return float(settings.uses_guidance)
-    low, high, guided_low, guided_high = (
-        shift_sigma(sigma, 1 / settings.shift) for sigma in (*sigma_range, *settings.guidance_range)
-    )
+    sigmas = torch.tensor([*sigma_range, *settings.guidance_range], dtype=torch.float64)
+    low, high, guided_low, guided_high = unshift_sigma(sigmas, settings.shift).tolist()
     return max(0.0, min(high, guided_high) - max(low, guided_low)) / (high - low)
 
 

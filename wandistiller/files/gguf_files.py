@@ -120,7 +120,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         if type(alignment) is not int or not 0 < alignment <= _MOST_ALIGNMENT:
             raise ValueError("general.alignment is no such number")
         start = -(-header.at // alignment) * alignment
-        tensors = {name: _tensor(path, gguf, name, *info, start, header.size) for name, info in infos.items()}
+        tensors = {name: _tensor(path, gguf, name, info, start, header.size) for name, info in infos.items()}
         shapes = {name: _original_shape(fields, name) for name in tensors}
     _refuse_types(path, gguf, tensors)
     return GgufHeader(
@@ -186,8 +186,9 @@ def _each_once(pairs: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 
 def _tensor(
-    path: Path, gguf: Any, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int, file_size: int
+    path: Path, gguf: Any, name: str, info: tuple[tuple[int, ...], int, int], start: int, file_size: int
 ) -> GgufTensor:
+    shape, kind, offset = info
     try:
         dtype = gguf.GGMLQuantizationType(kind)
     except ValueError:

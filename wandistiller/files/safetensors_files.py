@@ -74,7 +74,7 @@ class StoredTensor:
             if self.dtype not in DTYPES:
                 raise ValueError(f"{self.key} is stored as {self.dtype}")
             values = torch.empty(prod(self.shape), dtype=DTYPES[self.dtype])
-            place = memoryview(values.view(torch.uint8).numpy())
+            place = values.view(torch.uint8).numpy().data
             file.seek(self.offset)
             while place and (count := file.readinto(place)):
                 place = place[count:]

@@ -49,7 +49,7 @@ def _stored(path: Path, name: str, value: object, size: int) -> StoredTensor:
     if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_contiguous():
         raise TeacherFileError(f"{path}: {name} is no plain tensor; get the safetensors version")
     storage = value.untyped_storage()
-    start = storage._checkpoint_offset + value.storage_offset() * value.element_size()
+    start = int(storage._checkpoint_offset or 0) + int(value.storage_offset()) * value.element_size()
     if start + value.nbytes > size or value.storage_offset() * value.element_size() + value.nbytes > storage.nbytes():
         raise TeacherFileError(f"{path}: {name} ends behind the file; copy it again")
     dtype = _NAMES.get(value.dtype, str(value.dtype).removeprefix("torch."))

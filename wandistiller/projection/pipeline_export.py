@@ -8,7 +8,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wandistiller.errors import UserError, shown
 from wandistiller.files.atomic import write_json
@@ -18,7 +18,7 @@ from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
 from wandistiller.wan.names import teacher_record
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
+    pass
 
 # What a part's folder holds: weights, their index, and settings of JSON whose keys are known.
 FILES = {
@@ -63,7 +63,7 @@ class PipelineParts:
     folders: dict[str, Path]
     classes: dict[str, list[str]]
     link: bool
-    vae: "AutoencoderKLWan"
+    vae: Any
 
     def check(self) -> None:
         """Refuse parts that a pipeline cannot hold, or that lead out of their folders, before anything is written."""

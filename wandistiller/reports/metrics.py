@@ -57,9 +57,8 @@ def _line(text: bytes) -> dict | None:
 
 
 def _is_number(value: object) -> bool:
-    return (
-        type(value) in (int, float) and not abs(value) >= LARGEST
-    )  # a larger one is damaged, and no axis could hold it
+    # A larger one is damaged, and no axis could hold it.
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) >= LARGEST
 
 
 def _is_number_or_none(value: object) -> bool:

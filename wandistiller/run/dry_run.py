@@ -151,7 +151,8 @@ def check_places(settings: Settings) -> None:
 
 def disk_lines(parts: Sequence[Component], folders: dict[str, str]) -> list[str]:
     """Return a line for each component, and one for each disk with what is free there."""
-    lines, disks = [table_line(part.name, part.num_bytes, f"{part.what} ({part.phase})") for part in parts], {}
+    lines = [table_line(part.name, part.num_bytes, f"{part.what} ({part.phase})") for part in parts]
+    disks: dict[int, tuple[Path, list[str]]] = {}
     for name, folder in folders.items():
         existing = nearest_existing(Path(folder).absolute())
         disks.setdefault(os.stat(existing).st_dev, (existing, []))[1].append(name)

@@ -1,6 +1,8 @@
 """What a run learns from, by its settings: the walk and the store of each image size, or its answers in a folder."""
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 def build_batches(
     settings: Settings,
-    caches: list[TeacherCache],
+    caches: Sequence[TeacherCache],
     prompt_embeds: PromptEmbeds,
     teacher: Teacher | None,
     student: WanLiteStudent,
@@ -39,7 +41,7 @@ def build_batches(
     sources = []
     for size, schedule in enumerate(schedules):
         options = walk_options(settings, size, total, hidden_states)
-        kind = SegmentWalk if isinstance(options, SegmentOptions) else Walk
+        kind: type[Walk] = SegmentWalk if isinstance(options, SegmentOptions) else Walk
         walk = kind(teacher, student, prompt_embeds, options, slots, asks_together=settings.shard_student)
         store = Store(schedule.capacity, slots, total, options.key, device, num_sizes=len(schedules))
         sources.append((walk, store))
@@ -67,7 +69,7 @@ def walk_options(
         num_slots: those of a batch, or those of a cache.
     """
     teacher = settings.teacher
-    known = {
+    known: dict[str, Any] = {
         "key": (settings.seed, size),
         "latent_shape": settings.latent_shapes[size],
         "num_prompts": len(settings.prompts),
@@ -145,7 +147,9 @@ def describe_answers(settings: Settings, options: WalkOptions) -> dict[str, Any]
     return json.loads(json.dumps(description))  # as it will be read back
 
 
-def fill_caches(settings: Settings, caches: list[TeacherCache], prompt_embeds: PromptEmbeds, teacher: Teacher) -> None:
+def fill_caches(
+    settings: Settings, caches: Sequence[TeacherCache], prompt_embeds: PromptEmbeds, teacher: Teacher
+) -> None:
     """Ask the teacher for what the caches lack: all of it, or this process's part of it."""
     for size, cache in enumerate(caches):
         layout, processes = cache.layout, settings.processes
@@ -158,5 +162,5 @@ def fill_caches(settings: Settings, caches: list[TeacherCache], prompt_embeds: P
         calls = sum(layout.calls_of(chunk) for chunk in cache.missing(chunks)) * layout.micro_batch // layout.batch_size
         print(f"Asking the teacher for {calls} batches, kept in {cache.folder}", flush=True)
         countdown = Countdown("Chunks of the teacher's answers", len(chunks))
-        cache.fill(chunks, lambda slots, options=options: Walk(teacher, None, prompt_embeds, options, slots), countdown)
+        cache.fill(chunks, partial(Walk, teacher, None, prompt_embeds, options), countdown)
         processes.barrier()

@@ -8,7 +8,7 @@ to be right.
 import os
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wandistiller.errors import UserError
 from wandistiller.files.clone import CLONE
@@ -32,7 +32,8 @@ def recorded_settings(config: StudentConfig) -> "TeacherSettings":
     StudentRecord.of(config)
     record = config.distillation or {}
     named = [known.name for known in fields(TeacherSettings) if known.default is MISSING or record.get(known.name)]
-    return TeacherSettings(**{name: record.get(name) for name in named})
+    values: dict[str, Any] = {name: record.get(name) for name in named}
+    return TeacherSettings(**values)
 
 
 def recorded_path(path: str | None) -> str | None:

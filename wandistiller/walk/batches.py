@@ -171,12 +171,13 @@ class Batches:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return walks and stores by slots along the first dimension, and the calls of each size as plain numbers."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for number, source in enumerate(self.sources):
             if isinstance(source, CachedAnswers):
                 continue
-            for name, part in zip(("walk", "store"), source, strict=True):
-                state |= {f"{number}.{name}.{key}": value for key, value in part.state_dict().items()}
+            walk, store = source
+            for name, part in (("walk", walk.state_dict()), ("store", store.state_dict())):
+                state |= {f"{number}.{name}.{key}": value for key, value in part.items()}
             state[f"{number}.calls"] = torch.tensor(self.calls[number])
         return state
 
@@ -184,9 +185,11 @@ class Batches:
         for number, source in enumerate(self.sources):
             if isinstance(source, CachedAnswers):
                 continue
-            for name, part in zip(("walk", "store"), source, strict=True):
-                prefix = f"{number}.{name}."
-                part.load_state_dict(
-                    {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-                )
+            walk, store = source
+            walk.load_state_dict(_part_of(state, f"{number}.walk."))
+            store.load_state_dict(_part_of(state, f"{number}.store."))
             self.calls[number] = int(state[f"{number}.calls"])
+
+
+def _part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -172,7 +172,7 @@ class Walk:
     """
 
     # All have the walk's slots as their first dimension.
-    _STATE = ("latents", "prompts", "grids", "last", "position", "lots", "is_sample", "born", "samples", "sample_prompts", "num_samples")  # fmt: skip
+    _STATE: tuple[str, ...] = ("latents", "prompts", "grids", "last", "position", "lots", "is_sample", "born", "samples", "sample_prompts", "num_samples")  # fmt: skip
     calls_before_first = 1  # calls after which every slot has given an answer
 
     def __init__(
@@ -259,8 +259,8 @@ class Walk:
             draw.random(size),
             draw.integers(MAX_SEED, size=size),
         )
-        of_slots = (torch.from_numpy(np.ascontiguousarray(values[own])) for values in (order, jitter, chance))
-        return Draws(*of_slots, seeds[own].tolist())
+        mine = [torch.from_numpy(np.ascontiguousarray(values[own])) for values in (order, jitter, chance)]
+        return Draws(mine[0], mine[1], mine[2], seeds[own].tolist())
 
     def _states(self, call: int, rows: Tensor) -> States | None:
         """Return the states to ask at: on paths, spread over the noise levels; for a share of the slots beside them. None for none."""
@@ -454,7 +454,7 @@ def turns(options: WalkOptions) -> tuple[int, int]:
     """
     if options.levels is not None:
         levels = torch.tensor(options.levels[:-1])
-        num_steps, share = len(levels), float((levels >= options.boundary).float().mean())
+        num_steps, share = float(len(levels)), float((levels >= options.boundary).float().mean())
     else:
         num_steps = sum(steps_of_paths(options.num_steps)) / 2
         share = 1 - lowest_u((options.boundary, 1.0), options.shift)

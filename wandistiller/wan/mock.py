@@ -2,6 +2,7 @@
 
 import hashlib
 import zlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class MockTransformer:
     """Random tensors under canonical names, each made when it is read; the interface is that of `TransformerTensors`."""
 
     def __init__(self, config: StudentConfig):
-        self.location = "mock"
+        self.location: str | Path = "mock"
         self.config = config
         self.student: StudentConfig | None = None
         self.ignored: dict[str, str] = {}

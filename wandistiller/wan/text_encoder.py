@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,8 @@ def encode_prompts(
     if missing:
         cache.check_writable()
         tokenize = open_tokenizer(files.tokenizer)
-        encoder = files.umt5.load(options.encoder_dtype).to(options.device)
+        encoder: Any = files.umt5.load(options.encoder_dtype)
+        encoder.to(options.device)
         encoding = _encode(missing, tokenize, encoder, files, options)
         cache.fill(encoding, lambda done: progress(done, len(missing)) if progress else None)
         del encoder, encoding

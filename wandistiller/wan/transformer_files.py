@@ -112,7 +112,7 @@ class WanTransformer:
 
     def __init__(self, location: Path, files: list[Path], settings: dict | None = None):
         """Read the headers of `files`; `settings` is the config.json beside them, if there is one."""
-        self.location = location
+        self.location: str | Path = location
         self.files = files
         found = _wan_tensors(files)
         refuse_kind(other_wan_kind(list(found)), location)

@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -240,7 +240,7 @@ def load_vae(
         )
     statistics = {"latents_mean": about.latents_mean, "latents_std": about.latents_std}
     settings = told | {name: value for name, value in statistics.items() if value} | {"scale_factor_spatial": factor}
-    vae = _unfilled_vae(settings | {"patch_size": patch_size if patch_size > 1 else None})
+    vae: Any = _unfilled_vae(settings | {"patch_size": patch_size if patch_size > 1 else None})
     expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     weights, _ = admit(found, expected, place, what="Wan VAE", harmless=harmless_reason)
     vae.load_state_dict({name: weight.read().float() for name, weight in weights.items()}, assign=True)
