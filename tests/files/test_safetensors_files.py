@@ -85,3 +85,8 @@ def test_an_index_gives_its_shards_once_each_in_its_order(tmp_path, file):
 def test_an_index_that_cannot_be_followed_is_refused(file, weight_map, said):
     with pytest.raises(UserError, match=said):
         indexed_files(write_index(file.parent, weight_map))
+
+
+def test_metadata_with_letters_that_are_no_utf8_is_written_with_question_marks(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", TENSORS, {"path": "caf\udce9"})
+    assert read_header(tmp_path / "a.safetensors").metadata == {"path": "caf?"}

@@ -177,9 +177,11 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
+    # Names of files that are no UTF-8 get question marks, as in atomic.py; the format holds UTF-8 alone.
+    texts = {name: text.encode("utf-8", "replace").decode() for name, text in (metadata or {}).items()}
     with atomic_path(path) as beside:
         try:
-            safetensors.torch.save_file(dict(tensors), beside, metadata=dict(metadata) if metadata else None)
+            safetensors.torch.save_file(dict(tensors), beside, metadata=texts or None)
         except SafetensorError as error:
             # The library tells what the system said in its message alone.
             if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
