@@ -126,7 +126,7 @@ def cut_lora(flags: LoraFlags) -> None:
 
 def project(flags: ProjectFlags) -> None:
     """Write a student, or the teacher in 2D, with the report of what it inherited."""
-    from wandistiller.files.output_folder import prepare_output_folder, set_aside_previous_student
+    from wandistiller.files.output_folder import prepare_output_folder, removed_if_empty, set_aside_previous_student
     from wandistiller.projection.project import REPORT_NAME, project_teacher
     from wandistiller.projection.selection import check_fits
     from wandistiller.wan.layouts import open_teacher
@@ -139,16 +139,17 @@ def project(flags: ProjectFlags) -> None:
     if config is not None and flags.student_config is not None:
         check_fits(wan_files.expert(flags.expert).config, config, flags.layers, flags.student_config)
         config.check_image_size(wan_files.vae_scale_factor or config.vae_scale_factor, flags.student_config)
-    folder = prepare_output_folder(flags.output_dir or "")
+    with removed_if_empty(flags.output_dir or ""):
+        folder = prepare_output_folder(flags.output_dir or "")
 
-    # Project and save:
-    student, report = project_teacher(wan_files, config, flags.expert, layers=flags.layers)
-    print(report.summary())
-    if aside := set_aside_previous_student(folder):
-        print(f"The student that was in {folder} is now in {aside}")
-    student.save_pretrained(folder)
-    report.save(folder)
-    print(f"Saved to {folder}: student_config.json, diffusion_model.safetensors, {REPORT_NAME}")
+        # Project and save:
+        student, report = project_teacher(wan_files, config, flags.expert, layers=flags.layers)
+        print(report.summary())
+        if aside := set_aside_previous_student(folder):
+            print(f"The student that was in {folder} is now in {aside}")
+        student.save_pretrained(folder)
+        report.save(folder)
+        print(f"Saved to {folder}: student_config.json, diffusion_model.safetensors, {REPORT_NAME}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -85,11 +85,7 @@ def test_an_embedding_that_is_no_number_is_never_learnt_from(house, tmp_path, ru
     flags = ["--teacher_path", house / "teacher", "--student_config", house / "config.json", "--prompt_cache", cache]
     flags += ["--data_path", house / "prompts.txt", "--max_steps", 1, "--device", "cpu", "--num_samples", 0]
     outcome = run_main(train_distillation.main, *flags, "--output_dir", tmp_path / "out")
-    if damage == "another dtype":
-        assert outcome.code == 0 and "encoded again" in caplog.text
-        return
-    assert_refused(outcome, "is damaged, it holds an embedding that is not finite", "remove this file")
-    assert not (tmp_path / "out").exists()
+    assert outcome.code == 0 and "encoded again" in caplog.text
 
 
 # ---- nothing is left behind ----

@@ -277,7 +277,7 @@ def test_a_run_is_reported_with_scalars_and_pictures(train, teachers, tmp_path, 
     monkeypatch.delenv("WANDB_MODE", raising=False)
     outcome = train(teachers.one, PRUNED_CONFIG, *DRAWN, "--max_steps", 4, "--sample_every", 3, "--report", name)
     assert outcome.code == 0, outcome.err
-    assert module.started["config"]["max_steps"] == 4 and module.started["name"] == "out"
+    assert module.started["config"]["num_steps"] == 4 and module.started["name"] == "out"
     assert module.started.get("mode") == ("offline" if name == "wandb" else None), "nobody is logged in"
     losses = [(step, values["loss"]) for step, values in module.logged if "loss" in values]
     assert losses == [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "out")]

@@ -38,7 +38,7 @@ def test_replay_grows_with_what_an_answer_costs_and_is_bounded():
     # Two passes of a model nine times as large, against three of the student:
     assert replay(wan(128, 18), wan(128, 2)) == 6
     assert replay(wan(128, 18), wan(128, 2), guided_fraction=0.0) == MIN_REPLAY
-    assert replay(wan(128, 4), wan(128, 2), calls_per_answer=5) == 6
+    assert replay(wan(128, 4), wan(128, 2), calls_per_target=5) == 6
 
 
 def test_a_run_says_what_was_chosen_and_the_student_records_it(train, teachers, tmp_path):

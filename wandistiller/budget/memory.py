@@ -148,6 +148,8 @@ def _feature_width(workload: Workload) -> int:
 
 
 def _stored_feature_bytes(workload: Workload) -> int:
+    if workload.stored_batches <= 1:
+        return 0  # each answer is learnt from once, while it is fresh
     num_answers = workload.stored_batches * workload.global_batch_size
     shape = workload.teacher_tokens, _feature_width(workload)
     return feature_bytes(num_answers, workload.num_features, shape) // workload.num_processes

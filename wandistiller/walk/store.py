@@ -93,8 +93,10 @@ class Store:
         }
 
     def keeps_features(self, num_layers: int, shape: Sequence[int]) -> bool:
-        """Return whether there is room for hidden states (L, D) of so many layers beside every answer."""
-        return feature_bytes(self.batch_size * self.capacity, num_layers, shape, self.num_sizes) > 0
+        """Return whether hidden states (L, D) of so many layers are kept beside every answer: they have room, and come again."""
+        return (
+            self.capacity > 1 and feature_bytes(self.batch_size * self.capacity, num_layers, shape, self.num_sizes) > 0
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything by slots along the first dimension, without the places that are still empty."""
