@@ -36,11 +36,6 @@ def pick_dtype(name: str | None, device: str) -> torch.dtype:
     return DTYPES[name or ("bf16" if torch.device(device).type == "cuda" else "fp32")]
 
 
-def pick_teacher_dtype(name: str | None, dtype: torch.dtype) -> str:
-    """Return how the teacher's weights are kept: as a flag says, or in the precision `dtype` of the run."""
-    return name or next(known for known, value in DTYPES.items() if value == dtype)
-
-
 def autocast(function: Callable, device: str | torch.device, dtype: torch.dtype) -> Callable:
     """Return the function with its matrix products in `dtype`, over weights that stay float32; float32 changes nothing."""
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)(function)

@@ -33,7 +33,7 @@ from wandistiller.projection.project import project_teacher
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.inputs import read_inputs
 from wandistiller.run.resolve import resolve
-from wandistiller.sampling.flow import sample_sigmas
+from wandistiller.sampling.flow import shift_sigma, unshift_sigma
 from wandistiller.training.optimizer import OptimizationOptions, make_optimizer
 from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.settings import resolve_settings
@@ -127,7 +127,8 @@ def test_peak_of_a_step_of_the_default_student_in_its_true_size(batch_size, is_c
 )
 def test_the_fraction_of_guided_answers_is_that_of_noise_levels_as_they_are_drawn(shift, guidance_range, sigma_range):
     given = {"shift": shift, "guidance_scale": 4.0, "guidance_range": guidance_range}
-    sigma = sample_sigmas(4096, shift, sigma_range)
+    low, high = unshift_sigma(torch.tensor(sigma_range, dtype=torch.float64), shift)
+    sigma = shift_sigma(low + (high - low) * (torch.arange(4096) + 0.5) / 4096, shift)
     drawn = ((guidance_range[0] <= sigma) & (sigma <= guidance_range[1])).double().mean()
     settings = resolve_settings(mock_wan_files(LITE), **given)
     assert guided_fraction(settings, sigma_range) == pytest.approx(float(drawn), abs=0.001)

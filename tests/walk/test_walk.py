@@ -157,13 +157,16 @@ def test_a_few_step_teacher_is_asked_at_its_own_levels_alone():
 # ---- states beside the paths ----
 
 
-def test_noise_is_unit_noise_spread_over_the_range_of_noise_levels():
-    (answer,) = ask(make_walk(kind="noise", num_slots=64, latent_shape=(16, 8, 8), sigma_range=(0.25, 0.75)), 1)
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.25, 0.75), (0.875, 1.0), (0.1, 0.7)])
+def test_noise_is_unit_noise_spread_over_the_range_of_noise_levels(low, high):
+    (answer,) = ask(make_walk(kind="noise", num_slots=64, latent_shape=(16, 8, 8), sigma_range=(low, high)), 1)
     latents, sigma = answer["latents"], answer["sigma"]
     assert latents.shape == (64, 16, 8, 8) and abs(latents.mean()) < 0.02 and abs(latents.std() - 1) < 0.02
     # Stratified: undone from the shift, exactly one draw lies in each of 64 equal slices.
-    u = (unshift(sigma.double()) - unshift(0.25)) / (unshift(0.75) - unshift(0.25))
+    u = (unshift(sigma.double()) - unshift(low)) / (unshift(high) - unshift(low))
     assert sorted((64 * u).floor().long().tolist()) == list(range(64))
+    assert sigma.dtype == torch.float32 and low <= sigma.min() and sigma.max() <= high
+    assert not torch.equal(sigma, sigma.sort().values)
 
 
 @pytest.mark.parametrize("fraction, num_slots", [(0.25, 8), (0.75, 4), (0.25, 1)])

@@ -29,24 +29,8 @@ KINDS = {
 KINDS_OF_FOLDER = set(KINDS) - {".json"}
 CONFIGS = {".toml", ".yaml", ".yml", ".ini", ".cfg"}
 MEDIA = [
-    "png",
-    "jpg",
-    "jpeg",
-    "webp",
-    "gif",
-    "bmp",
-    "avif",
-    "jxl",
-    "tif",
-    "tiff",
-    "heic",
-    "mp4",
-    "mov",
-    "mkv",
-    "webm",
-    "avi",
-    "m4v",
-]
+    "png", "jpg", "jpeg", "webp", "gif", "bmp", "avif", "jxl", "tif", "tiff", "heic", "mp4", "mov", "mkv", "webm", "avi", "m4v",
+]  # fmt: skip
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # not U+0080..9F: those are damaged quotes that ftfy repairs
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is none
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -97,8 +81,8 @@ def find_caption_files(path: str | Path, prompt_per: str | None = None) -> list[
     """Return the files that a path stands for: itself, all of a folder and its folders, or those that a glob matches.
 
     Args:
-        prompt_per: "file" where a text file holds one caption, "line" where it holds one a line; None: one where a picture or video of its name lies
-            beside it, as trainers of LoRAs have them, or its name ends in .caption.
+        prompt_per: "file" where a text file holds one caption, "line" where it holds one a line; None: one where a picture or
+            video of its name lies beside it, as trainers of LoRAs have them, or its name ends in .caption.
 
     Raises:
         UserError: there are none.

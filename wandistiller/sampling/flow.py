@@ -27,23 +27,6 @@ def sigma_to_timestep(sigma: Tensor) -> Tensor:
     return NUM_TRAIN_TIMESTEPS * sigma
 
 
-def sample_sigmas(
-    batch_size: int,
-    shift: float,
-    sigma_range: tuple[float, float] = (0.0, 1.0),
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw shifted noise levels (B,) float32, stratified: one from each of B equal slices of u, in random order.
-
-    The draw is uniform in u between the two ends of `sigma_range`, so a narrower range keeps the density of `shift`.
-    """
-    u_low, u_high = unshift_sigma(torch.tensor(sigma_range, dtype=torch.float64), shift)
-    slices = torch.randperm(batch_size, generator=generator)
-    within = torch.rand(batch_size, generator=generator, dtype=torch.float64)
-    u = u_low + (u_high - u_low) * (slices + within) / batch_size
-    return shift_sigma(u, shift).clamp(*sigma_range).float()
-
-
 def seeded_noise(seeds: Sequence[int], latent_shape: tuple[int, int, int]) -> Tensor:
     """Draw noise (B, C, H, W), each sample from its own seed and on the CPU, so that it depends on nothing but the seed."""
     return torch.stack([torch.randn(latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

@@ -67,7 +67,8 @@ class StudentRecord:
         sigma_range: noise levels trained at.
         latents_mean, latents_std: per channel; model space is (z - mean) / std.
         image_sizes: sizes trained at, each as 640x384; None: the square of the config's image_size.
-        data_path, extra_prompts: files of the training prompts. They are named in messages, and never opened.
+        data_path, extra_prompts: files of the training prompts, the second of earlier versions. They are named in messages, and never
+            opened.
     """
 
     teacher_path: str | None = entry(PATH)

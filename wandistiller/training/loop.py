@@ -54,10 +54,6 @@ class TrainingResult:
     losses: list[float]
     interrupted: bool
 
-    @property
-    def average_loss(self) -> float:
-        return sum(self.losses) / len(self.losses)
-
 
 def steps_of_epochs(num_epochs: int, num_prompts: int, batch_size: int) -> int:
     """Count optimiser steps: an epoch is ceil(prompts / batch) of them, and its last batch holds what is left."""

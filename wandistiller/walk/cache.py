@@ -266,11 +266,8 @@ def count_answers(path: Path, latent_shape: Sequence[int]) -> int:
         raise damaged_file(path, error.reason) from None
     count = header.shapes.get("sigma", ())[:1]
     latents = (*count, *latent_shape)
-    if (
-        header.shapes
-        != {"latents": latents, "velocity": latents, "sigma": count, "prompts": count, CHECKSUMS_NAME: count}
-        or not count
-    ):
+    shapes = {"latents": latents, "velocity": latents, "sigma": count, "prompts": count, CHECKSUMS_NAME: count}
+    if header.shapes != shapes or not count:
         raise damaged_file(path, f"its tensors have the shapes {header.shapes}")
     if header.dtypes != STORED_DTYPES | {CHECKSUMS_NAME: "I64"}:
         raise damaged_file(path, f"its tensors are of the types {header.dtypes}")
@@ -294,13 +291,8 @@ class CachedAnswers:
         num_prompts: int,
         device: str = "cpu",
     ):
-        self.slots, self.batch_size, self.key, self.num_prompts, self.device = (
-            slots,
-            batch_size,
-            key,
-            num_prompts,
-            device,
-        )
+        self.slots, self.batch_size, self.key = slots, batch_size, key
+        self.num_prompts, self.device = num_prompts, device
         self.files = [cache.file_of(chunk) for chunk in cache.layout.chunks]
         self.ends = list(accumulate(count_answers(file, cache.description["latent_shape"]) for file in self.files))
         opened = [open_safetensors(file) for file in self.files]

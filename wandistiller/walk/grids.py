@@ -1,6 +1,5 @@
 """The noise levels that sampling paths take: pure functions of the teacher's sampler and of random numbers."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -69,13 +68,3 @@ def segment_sigmas(shift: float, num_segments: int, sampler: str = "euler") -> T
 def calls_per_target(num_teacher_steps: int, num_segments: int | None) -> int:
     """Return the teacher calls behind one target: the teacher's steps through a segment, or one call without segments."""
     return max(1, round(num_teacher_steps / num_segments)) if num_segments else 1
-
-
-def most_paths(num_calls: int, num_slots: int, num_steps: int, paths_per_slot: int) -> int:
-    """Return an upper bound on the paths that slots begin, and so on the distinct prompts that a run uses.
-
-    A slot takes a prompt for each path that it begins with, for each that comes after one of those, which may be short, and then one
-    for each path of at least the fewest steps.
-    """
-    shortest = steps_of_paths(num_steps)[0]
-    return num_slots * (paths_per_slot + min(num_calls, paths_per_slot + math.ceil(num_calls / shortest)))

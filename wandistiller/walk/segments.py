@@ -190,11 +190,9 @@ class SegmentWalk(Walk):
         target = self._first_segment(slot, path) if is_first else 0
         self.segments[row, path] = JUMP if target else 0
         self.starts[row, path] = self.latents[row, path]
-        return (
-            torch.stack([self.ends[0], self.ends[target]])
-            if target
-            else self._segment_grid(slot, path, 0, int(self.born[row]))
-        )
+        if target:
+            return torch.stack([self.ends[0], self.ends[target]])
+        return self._segment_grid(slot, path, 0, int(self.born[row]))
 
     def _segment_grid(self, slot: int, path: int, segment: int, number: int) -> Tensor:
         """Return the noise levels of the teacher's steps through a segment of a slot's path.

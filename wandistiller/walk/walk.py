@@ -194,9 +194,8 @@ class Walk:
         count, paths, kept, shape = len(slots), self.num_paths, options.samples_per_slot, options.latent_shape
         self.latents = torch.zeros(count, paths, *shape, device=options.device)
         self.prompts = torch.zeros(count, paths, dtype=torch.long)
-        self.grids = torch.zeros(
-            count, paths, self._longest_grid()
-        )  # each path's noise levels, the last of them at `last`
+        # Each path's noise levels, the last of them at `last`:
+        self.grids = torch.zeros(count, paths, self._longest_grid())
         self.last = torch.zeros(count, paths, dtype=torch.long)
         self.position = torch.zeros(count, paths, dtype=torch.long)
         self.lots = torch.zeros(count, paths)  # a path follows the student while the share exceeds this
@@ -251,16 +250,12 @@ class Walk:
     def _draws(self, call: int, rows: Tensor) -> Draws:
         """Return what these slots draw for a call. Places of a group are stratified: each slot takes another part of the whole."""
         size = self.options.batch_size
-        own = (torch.tensor(self.slots)[rows] % size).numpy()
+        own = torch.tensor(self.slots)[rows] % size
         draw = rng(*self.options.key, CALL, self.slots.start // size, call)
-        order, jitter, chance, seeds = (
-            draw.permutation(size),
-            draw.random(size),
-            draw.random(size),
-            draw.integers(MAX_SEED, size=size),
-        )
-        mine = [torch.from_numpy(np.ascontiguousarray(values[own])) for values in (order, jitter, chance)]
-        return Draws(mine[0], mine[1], mine[2], seeds[own].tolist())
+        drawn = draw.permutation(size), draw.random(size), draw.random(size)
+        order, jitter, chance = (torch.from_numpy(values)[own] for values in drawn)
+        seeds = draw.integers(MAX_SEED, size=size)[own.numpy()].tolist()
+        return Draws(order, jitter, chance, seeds)
 
     def _states(self, call: int, rows: Tensor) -> States | None:
         """Return the states to ask at: on paths, spread over the noise levels; for a share of the slots beside them. None for none."""
@@ -270,8 +265,9 @@ class Walk:
         size, fraction = self.options.batch_size, self.options.renoise_fraction
         # A count that adds up to the share over the calls, so that it holds for batches of any size:
         count = math.floor((call + 1) * fraction * size) - math.floor(call * fraction * size)
-        is_renoised = (draws.order < count) & (self.num_samples[rows] > 0)
-        first, among = torch.where(draws.order < count, 0, count), torch.where(draws.order < count, count, size - count)
+        is_share = draws.order < count
+        is_renoised = is_share & (self.num_samples[rows] > 0)
+        first, among = torch.where(is_share, 0, count), torch.where(is_share, count, size - count)
         spread = (draws.order - first + draws.jitter) / among  # (B,) in [0, 1), stratified
         paths, has_path = self._choose(call, rows, spread)
         is_asked = has_path | is_renoised
@@ -280,9 +276,8 @@ class Walk:
         if not is_asked.all():
             keep = is_asked.nonzero().flatten()
             rows, paths, is_renoised, spread = rows[keep], paths[keep], is_renoised[keep], spread[keep]
-            draws = Draws(
-                draws.order[keep], draws.jitter[keep], draws.chance[keep], [draws.seeds[row] for row in keep.tolist()]
-            )
+            seeds = [draws.seeds[row] for row in keep.tolist()]
+            draws = Draws(draws.order[keep], draws.jitter[keep], draws.chance[keep], seeds)
         return self._on_paths(rows, paths, is_renoised, spread, draws)
 
     def _on_paths(self, rows: Tensor, paths: Tensor, is_renoised: Tensor, spread: Tensor, draws: Draws) -> States:
@@ -393,10 +388,8 @@ class Walk:
         """Begin a path of a slot with its next prompt, from noise of its own."""
         options, slot, number = self.options, self.slots[row], int(self.born[row])
         draw = rng(*options.key, PATH, slot, number)
-        self.lots[row, path], self.is_sample[row, path] = (
-            draw.random(),
-            not is_first,
-        )  # a jump is too long a step for a sample
+        self.lots[row, path] = draw.random()
+        self.is_sample[row, path] = not is_first  # a jump is too long a step for a sample
         noise = seeded_noise([int(draw.integers(MAX_SEED))], options.latent_shape)[0]
         self.latents[row, path] = self._there(noise)
         self.prompts[row, path] = dealt_prompt(options.key, number * options.num_slots + slot, options.num_prompts)
