@@ -158,7 +158,7 @@ def number(
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high and value > above) or math.isinf(value):
+        if not (low <= value <= high and value > above) or value in (-math.inf, math.inf):
             raise argparse.ArgumentTypeError(
                 f"{text!r} must be {noun}" + (f" {' and '.join(bounds)}" if bounds else "")
             )

@@ -56,6 +56,7 @@ def test_flags_become_the_fields_of_their_dataclasses():
         (["--student", "a", "--page-width", "0"], "argument --page_width: '0' must be a whole number at least 1"),
         (["--student", "a", "--page-width", "9" * 5000], "must be a whole number"),
         (["--student", "a", "--page-width", "9" * 30], "is too large; allowed: at most 1e+12"),
+        (["--student", "a", "--page-width", "9" * 400], "is too large; allowed: at most 1e+12"),  # no float holds it
         (["--student", "a", "--zoom", "1e300"], "is too large; allowed: at most 1e+18"),
         (["--student", "a", "--zoom", "1e-300"], "is too near to 0; allowed: 0 or at least 1e-18"),
         (["--student", "a", "--zoom", "nan"], "must be a number above 0"),

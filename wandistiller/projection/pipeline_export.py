@@ -8,7 +8,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wandistiller.errors import UserError, shown
 from wandistiller.files.atomic import write_json
@@ -16,9 +16,6 @@ from wandistiller.files.checked_json import read_json
 from wandistiller.model.config import StudentConfig
 from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
 from wandistiller.wan.names import teacher_record
-
-if TYPE_CHECKING:
-    pass
 
 # What a part's folder holds: weights, their index, and settings of JSON whose keys are known.
 FILES = {
