@@ -8,25 +8,13 @@ from pathlib import Path
 Tables = Mapping[str, Callable[[], str]]
 
 
-def with_tables(page: str, kind: str, tables: Tables) -> str:
-    """Return a page with fresh tables between its marks of this kind; those of other names stay as they are."""
+def with_tables(page: str, tables: Tables) -> str:
+    """Return a page with fresh tables between its marks; those of other names stay as they are."""
 
     def fresh(match: re.Match) -> str:
         return match[1] + tables[match[2]]() + match[3] if match[2] in tables else match[0]
 
-    return re.sub(rf"(<!-- {kind}: (\w+) -->\n).*?(<!-- end -->)", fresh, page, flags=re.DOTALL)
-
-
-def write_tables(pages: Sequence[Path], kind: str, tables: Tables) -> None:
-    """Put fresh tables into the pages that have marks for them."""
-    for page in pages:
-        page.write_text(with_tables(page.read_text(encoding="utf-8"), kind, tables), encoding="utf-8")
-
-
-def print_tables(kind: str, tables: Tables) -> None:
-    """Print the tables between their marks."""
-    for name, table in tables.items():
-        print(f"<!-- {kind}: {name} -->\n{table()}<!-- end -->\n")
+    return re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", fresh, page, flags=re.DOTALL)
 
 
 def print_or_write(about: str, pages: Sequence[Path], tables: Tables) -> None:
@@ -34,10 +22,12 @@ def print_or_write(about: str, pages: Sequence[Path], tables: Tables) -> None:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = " and ".join(f"docs/{page.name}" for page in pages)
     parser.add_argument("--write", action="store_true", help=f"put the tables into {where}")
-    if parser.parse_args().write:
-        write_tables(pages, "table", tables)
-    else:
-        print_tables("table", tables)
+    if not parser.parse_args().write:
+        for name, table in tables.items():
+            print(f"<!-- table: {name} -->\n{table()}<!-- end -->\n")
+        return
+    for page in pages:
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 def write_section(page: Path, name: str, text: str) -> None:

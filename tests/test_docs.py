@@ -36,7 +36,7 @@ def flags_of(script: str) -> set[str]:
     """The flags that a command lists; those of a benchmark or tool are read from its source, which is slow to import."""
     if "/" in script:
         text = (ROOT / script).read_text(encoding="utf-8")
-        return set(FLAG.findall(text)) | (flags_of("train_distillation.py") if "bench_step" in script else set())
+        return set(FLAG.findall(text))
     command = [sys.executable, ROOT / script, "--help"]
     return set(FLAG.findall(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout))
 

@@ -97,9 +97,7 @@ def test_the_dry_run_of_a_preset_says_what_the_page_does(run_main, tmp_path):
 
 def test_the_pages_hold_exactly_the_tables_of_the_presets():
     texts = [page.read_text(encoding="utf-8") for page in recipes.PAGES]
-    assert [pages.with_tables(text, "table", recipes.TABLES) for text in texts] == texts, (
-        "python benchmarks/recipes.py --write"
-    )
+    assert [pages.with_tables(text, recipes.TABLES) for text in texts] == texts, "python benchmarks/recipes.py --write"
     assert set(re.findall(r"<!-- table: (\w+) -->", "".join(texts))) == set(recipes.TABLES)
 
 

@@ -3,7 +3,7 @@
     components = memory_budget(workload)
     print(peak_bytes(components))
 
-tests/budget and benchmarks/bench_true_size.py hold it against torch's MemTracker, benchmarks/bench_memory.py against a GPU.
+tests/budget holds it against torch's MemTracker, benchmarks/bench_memory.py against a GPU.
 """
 
 import math
