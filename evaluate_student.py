@@ -8,7 +8,6 @@ wandistiller/evaluation/measures.py.
 
 import argparse
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,10 +39,7 @@ from wandistiller.students.record import StudentRecord, load_student_config, tra
 from wandistiller.students.trained_prompts import trained_prompts
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
-    import numpy as np
-
     from wandistiller.evaluation.experiment import Drawn, Experiment
-    from wandistiller.evaluation.scorers import Scorer
     from wandistiller.reports.gallery import Evaluated
 
 MAX_COLUMNS = 8  # of teacher_vs_student.png; each is a prompt
@@ -143,6 +139,7 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
     from wandistiller.evaluation.experiment import Experiment
     from wandistiller.evaluation.judges import load_judge
     from wandistiller.evaluation.measures import sample_plan
+    from wandistiller.evaluation.scorers import load_scorer
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.project import project_experts
     from wandistiller.sampling.flow import seeded_noise
@@ -156,9 +153,7 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
     sizes = trained_sizes(config)
     for side in {side for size in sizes for side in size}:
         check_size("the student's image_size", side, config, wan_files.config.patch_size)
-    judge = load_judge(flags.judging.judge) if flags.judging.judge else None
-    if judge:
-        judge.try_out(prompts)
+    judge = load_judge(flags.judging.judge, prompts) if flags.judging.judge else None
     parts = load_drawing_parts(config, teacher[0], given, device)
 
     # The text comes first, so that its encoder leaves memory before the models come:
@@ -179,6 +174,7 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
         settings=settings,
         vae=parts.vae,
         judge=judge,
+        scorers=[load_scorer(kind, location) for kind, location in flags.judging.scorer or []],
         num_seeds=flags.sampling.num_seeds,
         batch_size=flags.sampling.batch_size,
     )
@@ -220,34 +216,6 @@ def warn_of_trained(flags: Flags, config: StudentConfig, prompts: list[str]) -> 
     return num_trained
 
 
-def load_scorers(flags: Flags) -> "list[Scorer]":
-    from wandistiller.evaluation.scorers import load_scorer
-
-    return [load_scorer(kind, location) for kind, location in flags.judging.scorer or []]
-
-
-def score(scorers: "list[Scorer]", experiment: "Experiment", teacher: "np.ndarray", student: "np.ndarray") -> dict:
-    """Return what the scorers say of the pictures; nothing without a scorer."""
-    from wandistiller.evaluation.scores import compare_scores
-
-    if not scorers:
-        return {}
-    prompts = experiment.prompts[:: experiment.num_seeds]
-    pictures = {"student": student, "teacher": teacher}
-    return compare_scores(scorers, prompts, pictures, experiment.batch_size, experiment.teacher_options.device)
-
-
-def measure_other_sizes(config: StudentConfig, experiment: "Experiment") -> "Iterator[tuple[dict, Drawn, Drawn]]":
-    """Yield what every image size but the first measures, what the teacher drew and what the student drew, from the same seeds."""
-    from wandistiller.evaluation.experiment import measure_size
-    from wandistiller.sampling.flow import seeded_noise
-
-    for size in trained_sizes(config)[1:]:
-        print(f"At {size.width} x {size.height} pixels:")
-        noise = seeded_noise(experiment.seeds, experiment.settings.latent_shape(config, size))
-        yield measure_size(replace(experiment, noise=noise))
-
-
 def save_comparison(file: Path, experiment: "Experiment", drawn: "list[list[Drawn]]", sizes: list[ImageSize]) -> None:
     """Write the pictures of the first prompts, each from its first seed: the teacher's row above the student's, of each size.
 
@@ -286,7 +254,7 @@ def gallery_of(
     Args:
         drawn: what the teacher and the student drew at each of `sizes`.
     """
-    from wandistiller.evaluation.per_prompt import measure_prompts
+    from wandistiller.evaluation.experiment import measure_prompts
     from wandistiller.reports.gallery import Evaluated
 
     prompts, num_seeds, (teacher, student) = experiment.prompts, experiment.num_seeds, drawn[0]
@@ -322,12 +290,12 @@ def main(argv: list[str] | None = None) -> int:
     check_evaluation_is_ours(check_output_folder(flags.folder, "--output"), "--output")
     num_trained = warn_of_trained(flags, config, prompts)
 
-    from wandistiller.evaluation.experiment import measure, measure_cost
+    from wandistiller.evaluation.experiment import measure, measure_cost, measure_fewer_steps
     from wandistiller.reports.cards import try_to_write_model_card
     from wandistiller.reports.gallery import try_to_write_gallery
     from wandistiller.reports.tables import table_lines
+    from wandistiller.sampling.flow import seeded_noise
 
-    scorers = load_scorers(flags)
     digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
     experiment = prepare(flags, config, prompts, teacher)
     check_replaceable(flags.folder, [COMPARISON_NAME, EVALUATION_NAME, GALLERY_NAME], "--output")
@@ -335,17 +303,19 @@ def main(argv: list[str] | None = None) -> int:
 
     # Measure:
     print(experiment.summary())
-    sizes = trained_sizes(config)
-    results, *of_both = measure(experiment)
-    drawn = [of_both]
-    results |= score(scorers, experiment, *(one.pictures for one in of_both))
+    sizes, by_size, drawn = trained_sizes(config), {}, []
+    for size in sizes:
+        if len(sizes) > 1:
+            print(f"At {size.width} x {size.height} pixels:")
+        noise = seeded_noise(experiment.seeds, experiment.settings.latent_shape(config, size))
+        by_size[str(size)], *of_both = measure(replace(experiment, noise=noise))
+        drawn.append(of_both)
+    results = dict(by_size[str(sizes[0])])
+    error = results["endpoint"]["latent_relative_error"]
+    results["teacher_at_fewer_steps"] = measure_fewer_steps(experiment, drawn[0][0], error)
     results["cost"] = measure_cost(experiment)
     if len(sizes) > 1:
-        own = {name: results[name] for name in ("endpoint", "noise", "accuracy", "scores", "cmmd") if name in results}
-        results["by_size"] = {str(sizes[0]): own}
-        for size, (of_size, *of_both) in zip(sizes[1:], measure_other_sizes(config, experiment), strict=True):
-            results["by_size"][str(size)] = of_size | score(scorers, experiment, *(one.pictures for one in of_both))
-            drawn.append(of_both)
+        results["by_size"] = by_size
     print("\n".join(table_lines(results)))
 
     # Save the results last, because they name the student that the picture is of:

@@ -89,8 +89,6 @@ def test_table_json_and_picture(house, tmp_path, capsys):
         parameter.numel() for parameter in WanLiteStudent.from_pretrained(house / "of" / "student").parameters()
     )
     assert 0 < cost["parameters"]["ratio"] < 1
-    assert cost["step_flops"]["student"] == cost["forward_flops"]["student"]
-    assert 1 < cost["step_flops"]["teacher"] / cost["forward_flops"]["teacher"] < 3  # guidance: two passes
     for words in (
         "prompt accuracy (6 pictures)",
         "the student equals the teacher at",
@@ -98,9 +96,8 @@ def test_table_json_and_picture(house, tmp_path, capsys):
         "gain: share of the teacher's in it",
     ):
         assert words in printed
-    assert "diversity" in results and "diversity" not in printed  # kept in the file, but it cannot tell shrinkage
     noise = results["noise"]
-    assert noise["num_noises"] == 2 and sum(bucket["count"] for bucket in noise["by_sigma"]) == 3 * 2 * 6
+    assert noise["num_noises"] == 2
     in_quadrature = math.hypot(noise["mean_error"], noise["noise_error"])
     assert noise["mean_error"] == 0 or in_quadrature == pytest.approx(results["endpoint"]["latent_relative_error"])
     assert noise["meaning"][:40] in printed
@@ -129,13 +126,11 @@ def test_a_student_equal_to_its_teacher_scores_perfectly(house, tmp_path, scorer
     assert results["velocity_error"]["mean"] < 1e-5
     assert results["endpoint"]["latent_relative_error"] < 1e-4
     assert results["endpoint"]["psnr_db"] > 60 and results["endpoint"]["ssim"] > 0.999
-    for name in ("high_frequency_energy", "diversity", "prompt_sensitivity"):
-        assert results[name]["ratio"] == pytest.approx(1, abs=1e-3)
-        assert results[name]["teacher"] > 0
+    assert results["high_frequency_energy"]["ratio"] == pytest.approx(1, abs=1e-3)
     for name in ("norm_ratio", "cosine", "gain"):
         assert results["noise"][name] == pytest.approx(1, abs=1e-3)
     assert results["noise"]["noise_error"] < 1e-4
-    for name in ("parameters", "forward_flops", "step_flops"):
+    for name in ("parameters", "step_flops"):
         assert results["cost"][name]["ratio"] == 1
 
 
@@ -202,7 +197,7 @@ def test_scorers_are_in_table_json_and_card(house, tmp_path, capsys, scorers):
     measured = {name: value for name, value in results.items() if name not in ("scores", "cmmd", "cost")}
     assert measured == {name: value for name, value in plain.items() if name != "cost"}
     clip, dino = results["scores"]["clip"], results["scores"]["dino"]
-    assert clip["num_prompts"] == 3 and clip["model"] == str(scorers["clip"]) and clip["num_cut"] == 3
+    assert clip["num_prompts"] == 3 and clip["model"] == str(scorers["clip"])
     assert results["cmmd"]["num_pictures"] == 6 and results["cmmd"]["value"] > 0
     for shown in (f"{clip['student']:.4g}", f"{dino['cosine']:.4g}", f"{results['cmmd']['value']:.4g}"):
         assert shown in printed and shown in card
@@ -214,7 +209,6 @@ def test_scorers_are_in_table_json_and_card(house, tmp_path, capsys, scorers):
         "CMMD (6 pictures)",
     ):
         assert words in printed and words in card
-    assert "of another model than openai/clip-vit-large-patch14-336" in " ".join(printed.split())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from support.measures import count_flops
 from support.wan_folders import write_pipeline_folder
 from wandistiller.evaluation import measures
+from wandistiller.evaluation.experiment import step_flops
 from wandistiller.evaluation.judges import accuracy
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
@@ -91,16 +92,6 @@ def test_blur_lowers_high_frequency_energy():
     assert measures.high_frequency_energy(blurred) < 0.4 * measures.high_frequency_energy(sharp)
 
 
-def test_diversity_and_prompt_sensitivity_are_mean_distances():
-    latents = torch.zeros(3, 3, 1, 2, 2)  # prompts, seeds, C, H, W
-    latents[:, :, 0, 0, 0] = torch.tensor([[0.0, 1.0, 3.0], [10.0, 11.0, 13.0], [0.0, 0.0, 0.0]])
-    assert measures.diversity(latents) == pytest.approx((1 + 2 + 3 + 1 + 2 + 3 + 0 + 0 + 0) / 9)
-    assert measures.prompt_sensitivity(latents) == pytest.approx(10)  # the third prompt has no partner
-    assert measures.diversity(latents[:, :1]) is None
-    assert measures.prompt_sensitivity(latents[:1]) is None
-    assert measures.ratio(None, 3.0) is None and measures.ratio(1.0, 0.0) is None
-
-
 @pytest.mark.parametrize(
     ("error", "expected", "words"),
     [
@@ -151,15 +142,66 @@ def test_flops_of_a_picture_are_those_that_torch_counts(tmp_path, block):
     write_pipeline_folder(tmp_path)
     settings = resolve_settings(open_wan_files(tmp_path), guidance_scale=3.0)
     field = Teacher({"high": model}, settings, torch.zeros(7, 20))
-    forward, step = measures.picture_flops(field, 8, 3)
-    assert forward == pytest.approx(count_flops(lambda: model(latents, torch.tensor([500.0]), *prompt)), rel=0.01)
-    assert step == pytest.approx(count_flops(lambda: field.velocity(latents, torch.ones(1), *prompt)), rel=0.01)
+    counted = count_flops(lambda: field.velocity(latents, torch.ones(1), *prompt))
+    assert step_flops(field, (8, 8), 3) == pytest.approx(counted, rel=0.01)
 
 
-def test_timed_calls_take_turns_and_the_first_turn_warms_up(monkeypatch):
+def test_timed_calls_take_turns_and_the_first_turn_warms_up():
     order: list[str] = []
-    clock = iter(range(1000))
-    monkeypatch.setattr(measures.time, "perf_counter", lambda: next(clock))
-    calls = {"a": lambda: order.append("a"), "b": lambda: (order.append("b"), next(clock))}
-    assert measures.median_seconds(calls, "cpu", repeats=2) == {"a": 1, "b": 2}
-    assert order == ["a", "b"] * 3
+    seconds = measures.median_seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", 2)
+    assert order == ["a", "b"] * 3 and seconds.keys() == {"a", "b"} and min(seconds.values()) > 0
+
+
+# ---- what the prompt decides and what the noise decides ----
+
+PROMPTS, NOISES, SHAPE = 400, 3, (4, 6, 6)
+
+
+def drawn(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the prompt decides (prompts, 1, C, H, W) and what the noise decides (prompts, noises, C, H, W) of a teacher."""
+    return 2 * random_latents(PROMPTS, 1, *SHAPE, seed=seed), random_latents(PROMPTS, NOISES, *SHAPE, seed=seed + 1)
+
+
+def parts_of(student: torch.Tensor, teacher: torch.Tensor) -> dict[str, float]:
+    return measures.noise_parts(student, teacher, measures.spread(teacher.flatten(0, 1)))
+
+
+def test_a_share_of_the_teachers_part_and_noise_of_its_own_give_the_known_numbers():
+    """Student noise part = a x teacher's + b x independent: gain a, norm ratio sqrt(a^2 + b^2), cosine a / ratio."""
+    mean, noise = drawn(seed=0)
+    a, b, offset = 0.6, 0.3, 0.5
+    own = random_latents(PROMPTS, NOISES, *SHAPE, seed=9)
+    student = mean + offset * random_latents(PROMPTS, 1, *SHAPE, seed=8) + a * noise + b * own
+    parts = parts_of(student, mean + noise)
+    total = math.sqrt(5)  # the teacher's variances, 4 of the prompts and 1 of the noises
+    assert parts["gain"] == pytest.approx(a, abs=0.01)
+    assert parts["norm_ratio"] == pytest.approx(math.hypot(a, b), abs=0.01)
+    assert parts["cosine"] == pytest.approx(a / math.hypot(a, b), abs=0.01)
+    assert parts["noise_error"] == pytest.approx(math.hypot(1 - a, b) / total, rel=0.02)
+    assert parts["teacher_noise"] == pytest.approx(1 / total, rel=0.02)
+    assert parts["mean_error"] == pytest.approx(offset / total, rel=0.03)
+    whole = measures.endpoint_error(student.flatten(0, 1), (mean + noise).flatten(0, 1))
+    assert math.hypot(parts["mean_error"], parts["noise_error"]) == pytest.approx(whole, rel=1e-9)
+
+
+def test_the_mean_of_few_noises_is_not_blamed_for_their_noise():
+    """With two noises half of the noise part's variance is in their mean; the error of the prompt's part is nothing yet."""
+    mean, noise = drawn(seed=7)
+    teacher, student = mean + noise, mean + random_latents(PROMPTS, NOISES, *SHAPE, seed=18)
+    few = parts_of(student[:, :2], teacher[:, :2])
+    assert few["mean_error"] < 0.06
+    assert few["noise_error"] == pytest.approx(math.sqrt(2 / 5), rel=0.02)
+    assert few["norm_ratio"] == pytest.approx(1, abs=0.02) and abs(few["cosine"]) < 0.02
+
+
+def test_a_picture_of_the_mean_alone_errs_by_the_teachers_whole_noise_part_and_equal_ones_by_nothing():
+    mean, noise = (part.double() for part in drawn(seed=11))
+    parts = parts_of(mean.expand_as(noise), mean + noise)
+    assert parts["noise_error"] == parts["teacher_noise"] > 0 and parts["cosine"] is None
+    assert parts["norm_ratio"] == pytest.approx(0, abs=1e-9) and parts["gain"] == pytest.approx(0, abs=1e-9)
+    equal = parts_of(mean + noise, mean + noise)
+    assert equal["mean_error"] == equal["noise_error"] == 0
+    assert equal["norm_ratio"] == equal["cosine"] == equal["gain"] == pytest.approx(1)
+    assert set(measures.noise_parts(noise[:, :1], noise[:, :1], 1.0).values()) == {None}, (
+        "of one noise nothing is known"
+    )

@@ -24,9 +24,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 
 from support.scorer_models import save_scorer
 from wandistiller.errors import UserError
-from wandistiller.evaluation.scorers import MODEL_TYPES, load_scorer
-from wandistiller.evaluation.scores import cmmd, compare_scores, paired_cmmd, ratio_error, text_scores
-from wandistiller.files.hub import HubError
+from wandistiller.evaluation.scorers import MODEL_TYPES, cmmd, compare_scores, load_scorer, text_scores
 
 PROMPTS = ["a red circle", "a blue square", "a cat", "rain"]
 NUM_SEEDS = 3
@@ -69,57 +67,31 @@ def cosines_of(model, folder: Path, pictures: np.ndarray) -> np.ndarray:
     return (logits / model.logit_scale.exp()).numpy()
 
 
-def jackknife(pairs: list[tuple[float, float]]) -> float:
-    ratios = []
-    for left_out in range(len(pairs)):
-        kept = [pair for number, pair in enumerate(pairs) if number != left_out]
-        ratios.append(sum(student for student, _ in kept) / sum(teacher for _, teacher in kept))
-    mean = statistics.fmean(ratios)
-    return math.sqrt((len(pairs) - 1) / len(pairs) * sum((ratio - mean) ** 2 for ratio in ratios))
-
-
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_cosines_to_prompts_are_those_of_the_models_own_logits(models, kind):
     folder, model = models[kind]
     scorers = [load_scorer(kind, str(folder))]
     found = compare_scores(scorers, PROMPTS, PICTURES, batch_size=5, device="cpu")["scores"][kind]
-    own, above = {}, {}
+    own = {}
     for name, pictures in PICTURES.items():
         cosines = cosines_of(model, folder, pictures)
         own[name] = [
             statistics.fmean(cosines[prompt * NUM_SEEDS + seed][prompt] for seed in range(NUM_SEEDS))
             for prompt in range(len(PROMPTS))
         ]
-        others = [
-            cosines[prompt * NUM_SEEDS + seed][other]
-            for prompt, seed, other in itertools.product(range(4), range(NUM_SEEDS), range(4))
-            if other != prompt
-        ]
-        above[name] = statistics.fmean(own[name]) - statistics.fmean(others)
         assert found[name] == pytest.approx(statistics.fmean(own[name]), abs=1e-6)
-        assert found["above_other_prompts"][name] == pytest.approx(above[name], abs=1e-6)
-        assert found["standard_error"][name] == pytest.approx(statistics.stdev(own[name]) / 2, rel=1e-4)
     student, teacher = (statistics.fmean(own[name]) for name in ("student", "teacher"))
     assert found["ratio"] == (pytest.approx(student / teacher, rel=1e-4) if teacher > 0 else None)
-    assert found["model"] == str(folder) and found["num_prompts"] == 4 and found["num_cut"] == 0
-
-
-def test_the_ratio_and_its_error_are_those_of_leaving_prompts_out():
-    rng = np.random.default_rng(0)
-    student, teacher = rng.uniform(0.1, 0.2, 5), rng.uniform(0.2, 0.3, 5)
-    pairs = list(zip(student.tolist(), teacher.tolist(), strict=True))
-    assert ratio_error(student, teacher) == pytest.approx(jackknife(pairs), rel=1e-9)
-    assert ratio_error(2 * teacher, teacher) == pytest.approx(0, abs=1e-12)  # both vary together
-    assert ratio_error(student[:1], teacher[:1]) is None and ratio_error(student, -teacher) is None
+    differences = [a - b for a, b in zip(own["student"], own["teacher"], strict=True)]
+    assert found["standard_error_of_difference"] == pytest.approx(statistics.stdev(differences) / 2, rel=1e-3)
+    assert found["model"] == str(folder) and found["num_prompts"] == 4
 
 
 def test_no_share_is_kept_of_a_score_below_zero():
-    pictures, text = np.array([[[1.0, 0.0]], [[1.0, 0.0]]]), np.array([[-1.0, 0.0], [-1.0, 0.0]])
-    found = text_scores(pictures, pictures, text)
+    pictures, texts = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]]), torch.tensor([[-1.0, 0.0], [-1.0, 0.0]])
+    found = text_scores(pictures, pictures, texts)
     assert found["student"] == found["teacher"] == -1 and found["ratio"] is None
-    alone = text_scores(pictures[:1], pictures[:1], -text[:1])
-    assert alone["ratio"] == 1 and alone["above_other_prompts"] is None
-    assert set(alone["standard_error"].values()) == {None}
+    assert text_scores(pictures[:1], pictures[:1], -texts[:1])["standard_error_of_difference"] is None
 
 
 @torch.no_grad()
@@ -144,27 +116,16 @@ def test_a_dino_compares_each_picture_with_the_teachers_of_the_same_noise(models
     assert scores["of_other_prompts"] == pytest.approx(statistics.fmean(others), abs=1e-6)
 
 
-def kernel(a: np.ndarray, b: np.ndarray) -> float:
+def kernel(a: torch.Tensor, b: torch.Tensor) -> float:
     return math.exp(-(math.dist(a, b) ** 2) / 200)
 
 
-def directions(seed: int, count: int) -> np.ndarray:
-    values = np.random.default_rng(seed).normal(size=(count, 7))
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
-
-
-def test_cmmd_is_that_of_its_authors_and_the_unbiased_one_leaves_pairs_out():
-    x, y = directions(0, 9), directions(1, 9)
+def test_cmmd_is_that_of_its_authors():
+    x, y = torch.nn.functional.normalize(torch.randn(2, 9, 7, dtype=torch.float64), dim=-1)
     pairs = list(itertools.product(range(9), range(9)))
-    terms = {
-        (i, j): kernel(x[i], x[j]) + kernel(y[i], y[j]) - kernel(x[i], y[j]) - kernel(x[j], y[i]) for i, j in pairs
-    }
-    biased = 1000 * sum(terms.values()) / 81
-    unbiased = 1000 * sum(term for (i, j), term in terms.items() if i != j) / 72
-    assert cmmd(x, y) == pytest.approx(biased, rel=1e-9) == cmmd(x, y, rows_at_once=4)
-    assert paired_cmmd(x, y) == pytest.approx(unbiased, rel=1e-9)
-    assert cmmd(x, x) == pytest.approx(0, abs=1e-9) and paired_cmmd(x, x) == pytest.approx(0, abs=1e-9)
-    assert paired_cmmd(x[:1], y[:1]) is None
+    terms = [kernel(x[i], x[j]) + kernel(y[i], y[j]) - kernel(x[i], y[j]) - kernel(x[j], y[i]) for i, j in pairs]
+    assert cmmd(x, y) == pytest.approx(1000 * sum(terms) / 81, rel=1e-6)
+    assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
 
 
 @torch.no_grad()
@@ -175,16 +136,16 @@ def test_cmmd_is_taken_of_the_clips_picture_embeddings(models):
     embeds = []
     for pictures in (STUDENT, TEACHER):
         given = processor(images=images(pictures), text=["x"], padding="max_length", max_length=24, return_tensors="pt")
-        embeds.append(model(**given).image_embeds.double().numpy())
+        embeds.append(model(**given).image_embeds.double())
     assert found["value"] == pytest.approx(cmmd(*embeds), rel=1e-4) and found["value"] > 0.01
-    assert found["num_pictures"] == 12 and found["is_published_model"] is False
+    assert found["num_pictures"] == 12
 
 
-def test_texts_longer_than_a_model_reads_are_counted_and_cut(models):
+def test_texts_longer_than_a_model_reads_are_cut(models):
     scorer = load_scorer("clip", str(models["clip"][0]))
-    prompts = ["short", "a" * 100, "b" * 22, "b" * 23]  # of 24 slots two are start and end
-    assert scorer.num_cut(prompts) == 2
-    assert scorer.embed_texts(prompts, 4, "cpu").shape == (4, 12)
+    # Of 24 slots two are start and end:
+    long, longer, other = scorer.embed_texts(["b" * 23, "b" * 30, "a" * 23], 4, "cpu")
+    assert torch.equal(long, longer) and not torch.allclose(long, other)
 
 
 def test_scores_do_not_depend_on_the_batch(models):
@@ -240,9 +201,12 @@ def another_picture_size(folder: Path) -> None:
 
 
 BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
-    *((kind, removed("*processor_config.json"), "image processor") for kind in MODEL_TYPES),
-    ("clip", removed("tokenizer*"), "tokenizer cannot be loaded"),
-    ("siglip", removed("tokenizer*"), "tokenizer cannot be loaded"),
+    *(
+        (kind, removed("*processor_config.json"), "copy it again, with preprocessor_config.json")
+        for kind in MODEL_TYPES
+    ),
+    ("clip", removed("tokenizer*"), "holds no tokenizer"),
+    ("siglip", removed("tokenizer*"), "holds no tokenizer"),
     ("clip", removed("*"), "holds no config.json"),
     ("clip", lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickles are never"),
     # transformers itself fills missing tensors with random values:
@@ -258,7 +222,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ),
     ("dino", too_many_layers, "num_hidden_layers is 1000000000"),
     ("dino", cut_short, "copy it again"),
-    ("clip", another_picture_size, "the model does not answer"),
+    ("clip", another_picture_size, "cannot be used"),
     ("dino", lambda folder: change_weights(folder, lambda w: w["layernorm.weight"].fill_(math.nan)), "not finite"),
 ]
 
@@ -285,5 +249,4 @@ def test_a_place_where_nothing_is_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for place in (tmp_path / "none", tmp_path / "file"):
         assert "there is no such folder" in refusal("clip", place)
-    with pytest.raises(HubError, match=r"nobody/no-such-clip: is no file or folder here"):
-        load_scorer("clip", "nobody/no-such-clip")
+    assert "nobody/no-such-clip: is no file or folder here" in refusal("clip", "nobody/no-such-clip")

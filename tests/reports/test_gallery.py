@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 
 from wandistiller.evaluation import measures
-from wandistiller.evaluation.experiment import Drawn
-from wandistiller.evaluation.per_prompt import PromptMeasures, measure_prompts
+from wandistiller.evaluation.experiment import Drawn, PromptMeasures, measure_prompts
 from wandistiller.files.output_folder import set_aside_previous_student
 from wandistiller.reports import gallery
 from wandistiller.reports.gallery import Evaluated, gallery_page, try_to_write_gallery
@@ -37,7 +36,6 @@ RESULTS = {
     },
     "noise": dict.fromkeys(["mean_error", "noise_error", "cosine", "gain", "teacher_noise", "norm_ratio"], 0.25),
     "high_frequency_energy": {"student": 1.0, "teacher": 2.0, "ratio": 0.5},
-    "prompt_sensitivity": {"student": 1.0, "teacher": 2.0, "ratio": 0.5},
     "cost": {},
 }
 ABOUT = {"num_prompts": 3, "num_seeds": 2, "num_inference_steps": 20, "student_steps": 20, "num_trained_prompts": 0}

@@ -32,20 +32,15 @@ def results() -> dict:
         "endpoint": {"latent_relative_error": 0.2, "psnr_db": 20.0, "ssim": 0.9},
         "noise": noise | {"meaning": "In words."},
         "high_frequency_energy": both,
-        "diversity": both,
-        "prompt_sensitivity": both,
         "cost": {},
     }
 
 
-def test_the_noise_stands_in_place_of_diversity(results: dict):
+def test_what_the_noise_decides_has_rows(results: dict):
     rows = {name: values for name, *values in comparison_rows(results)}
     assert rows["what the prompt decides: error"] == ["0.1", "", ""]
     assert rows["what the noise decides: size"] == ["0.3", "0.4", "0.75"]
     assert rows["what the noise decides: gain"] == ["0.6", "", ""]
-    assert "diversity" not in rows
-    del results["noise"]  # as an earlier version measured
-    assert "diversity" in {name for name, *_ in comparison_rows(results)}
 
 
 def test_one_noise_of_each_prompt_leaves_its_rows_empty(results: dict):

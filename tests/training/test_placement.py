@@ -227,15 +227,13 @@ def test_sampling_and_measuring_stay_on_the_gpu_and_wait_where_it_is_meant():
         for who in (teacher, field):
             drawn = partial(sample_in_batches, who, noise, EMBEDS, range(4), OPTIONS, 2)
             check(waits_of(drawn), SAMPLING | in_parts)
-        states = draw_path_states(teacher, EMBEDS, LATENTS, OPTIONS, 4)
+        states = draw_path_states(teacher, EMBEDS, LATENTS, OPTIONS)
         to_host: Meant = {
-            "evaluation/held_out.py draw_path_states": (
-                8,
-                "states and answers of each step go to host memory",
-            )
+            "evaluation/held_out.py _Kept.velocity": (8, "states and answers of each step go to host memory"),
+            "evaluation/held_out.py draw_path_states": (1, "so do the ends"),
         }
-        check(waits_of(lambda: draw_path_states(teacher, EMBEDS, LATENTS, OPTIONS, 4)), SAMPLING | to_host)
-        errors = PathErrors([states], EMBEDS, OPTIONS, 2)
+        check(waits_of(lambda: draw_path_states(teacher, EMBEDS, LATENTS, OPTIONS)), SAMPLING | to_host)
+        errors = PathErrors(states, EMBEDS, OPTIONS, 8)
         to_log: Meant = {"evaluation/held_out.py PathErrors.__call__": (1, "the error goes to the log")}
         check(waits_of(lambda: errors(student)), to_log)
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wandistiller.evaluation import measures, noise_parts
+from wandistiller.device import autocast
+from wandistiller.evaluation import measures
 from wandistiller.evaluation.judges import Judge, Verdict, accuracy
-from wandistiller.model.sizes import count_parameters
+from wandistiller.evaluation.scorers import Scorer, compare_scores
+from wandistiller.model.sizes import count_parameters, guided_flops, num_image_tokens, transformer_flops
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
@@ -23,6 +25,12 @@ from wandistiller.wan.vae import decode
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
+
+NOISE_MEANING = (
+    "Over several noises of a prompt, the mean of its pictures is what the prompt decides and the rest is what the noise "
+    "decides. A student that draws the mean of all it could draw has a gain of 0, one that follows its teacher has cosine and "
+    "size 1. A noise error above the size of the teacher's noise part is worse than drawing the mean."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +45,7 @@ class Experiment:
         seeds: of the noise of each sample.
         settings: how the teacher is guided, and the statistics of the latents.
         judge: of --judge; None without.
+        scorers: of --scorer.
     """
 
     student: Teacher
@@ -51,6 +60,7 @@ class Experiment:
     settings: TeacherSettings
     vae: "AutoencoderKLWan"
     judge: Judge | None
+    scorers: Sequence[Scorer]
     num_seeds: int
     batch_size: int
 
@@ -68,24 +78,16 @@ class Experiment:
             f"teacher's guidance_scale {self.settings.guidance_scale:g}"
         )
 
-    def draw(self, name: str, field: VelocityField, options: SamplingOptions) -> Tensor:
-        """Return the latents of every sample; a bar shows the progress, and a line tells the time it took."""
+    def draw(self, name: str, field: VelocityField, options: SamplingOptions) -> "Drawn":
+        """Draw every sample, decode it and judge it; a bar shows the progress, and a line tells the time it took."""
         name, start = f"{name}, {options.num_inference_steps} steps", time.perf_counter()
         with tqdm(total=len(self.noise), desc=name, disable=None, leave=False) as bar:
             latents = sample_in_batches(
                 field, self.noise, self.embeds, self.prompt_indices, options, self.batch_size, bar.update
             )
         print(f"{name}: {len(latents)} pictures, {time.perf_counter() - start:.1f} s", flush=True)
-        return latents
-
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Return the pictures (samples, H, W, 3) uint8 of latents."""
         mean, std = self.settings.latents_mean, self.settings.latents_std
-        return np.concatenate([decode(self.vae, part, mean, std) for part in latents.split(self.batch_size)])
-
-    def drawn(self, latents: Tensor) -> "Drawn":
-        """Decode latents and judge the pictures."""
-        pictures = self.decode(latents)
+        pictures = np.concatenate([decode(self.vae, part, mean, std) for part in latents.split(self.batch_size)])
         return Drawn(latents, pictures, self.judge(pictures, self.prompts) if self.judge else None)
 
 
@@ -97,88 +99,75 @@ class Drawn:
     pictures: np.ndarray
     verdicts: list[Verdict] | None = None
 
+    def part(self, samples: slice) -> "Drawn":
+        return Drawn(self.latents[samples], self.pictures[samples], self.verdicts and self.verdicts[samples])
+
+    @property
+    def right(self) -> float | None:
+        """Share of the pictures that the judge holds for right."""
+        return accuracy(self.verdicts)["correct"] if self.verdicts else None
+
+
+class ComparedTeacher:
+    """The teacher as a velocity field; the student is asked at each state too, and its relative error noted."""
+
+    def __init__(self, teacher: VelocityField, student: VelocityField):
+        self.teacher, self.student = teacher, student
+        self._sigmas: list[Tensor] = []
+        self._errors: list[Tensor] = []
+
+    def velocity(self, latents: Tensor, sigma: Tensor, *text: Tensor) -> Tensor:
+        expected = self.teacher.velocity(latents, sigma, *text)
+        errors = measures.relative_errors(self.student.velocity(latents, sigma, *text), expected)
+        self._sigmas.append(sigma.cpu())
+        self._errors.append(errors.cpu())
+        return expected
+
+    def results(self) -> dict:
+        """Return the mean error over all states, and by noise level."""
+        sigmas, errors = torch.cat(self._sigmas), torch.cat(self._errors)
+        return {"mean": float(errors.mean()), "by_sigma": measures.bucket_means(sigmas, errors)}
+
 
 def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
     """Return all measures but the cost as JSON values, what the teacher drew and what the student drew."""
-    comparison = measures.VelocityComparison(experiment.student, experiment.num_seeds)
+    compared = ComparedTeacher(experiment.teacher, experiment.student)
     if experiment.can_compare_velocities:
-        recorded = measures.Recorded(experiment.teacher, comparison.note)
-        latents_teacher = experiment.draw("teacher and student's velocity", recorded, experiment.teacher_options)
+        teacher = experiment.draw("teacher and student's velocity", compared, experiment.teacher_options)
     else:
-        latents_teacher = experiment.draw("teacher", experiment.teacher, experiment.teacher_options)
-    latents_student = experiment.draw("student", experiment.student, experiment.student_options)
-    student, teacher = experiment.drawn(latents_student), experiment.drawn(latents_teacher)
-
-    results = size_results(experiment, student, teacher)
-    results |= {
-        "teacher_at_fewer_steps": measure_fewer_steps(
-            experiment, teacher, results["endpoint"]["latent_relative_error"]
-        ),
-        **compare_variety(student, teacher, experiment.num_seeds),
+        teacher = experiment.draw("teacher", experiment.teacher, experiment.teacher_options)
+    student = experiment.draw("student", experiment.student, experiment.student_options)
+    sharpness = {
+        name: measures.high_frequency_energy(one.pictures) for name, one in (("student", student), ("teacher", teacher))
     }
+    results = {
+        "endpoint": {
+            "latent_relative_error": measures.endpoint_error(student.latents, teacher.latents),
+            "psnr_db": statistics.fmean(measures.psnr(student.pictures, teacher.pictures)),
+            "ssim": statistics.fmean(measures.ssim(student.pictures, teacher.pictures)),
+        },
+        "noise": compare_noise(student.latents, teacher.latents, experiment.num_seeds),
+        "high_frequency_energy": sharpness | {"ratio": measures.ratio(sharpness["student"], sharpness["teacher"])},
+    }
+    if student.verdicts and teacher.verdicts:
+        of_student, of_teacher = accuracy(student.verdicts), accuracy(teacher.verdicts)
+        right = measures.ratio(of_student["correct"], of_teacher["correct"])
+        results["accuracy"] = {"student": of_student, "teacher": of_teacher, "ratio": right}
+        results["accuracy"]["num_pictures"] = len(student.verdicts)
     if experiment.can_compare_velocities:
-        results["velocity_error"] = comparison.results()
-        unit = measures.spread(teacher.latents)
-        results["noise"]["by_sigma"] = comparison.noise.by_sigma(unit, measures.NUM_BUCKETS)
+        results["velocity_error"] = compared.results()
+    if experiment.scorers:
+        prompts, options = experiment.prompts[:: experiment.num_seeds], experiment.teacher_options
+        pictures = {"student": student.pictures, "teacher": teacher.pictures}
+        results |= compare_scores(experiment.scorers, prompts, pictures, experiment.batch_size, options.device)
     return results, teacher, student
 
 
-def measure_size(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
-    """Return what tells of one more image size, without what `measure` adds to it; what the teacher and the student drew."""
-    student = experiment.drawn(experiment.draw("student", experiment.student, experiment.student_options))
-    teacher = experiment.drawn(experiment.draw("teacher", experiment.teacher, experiment.teacher_options))
-    return size_results(experiment, student, teacher), teacher, student
-
-
-def size_results(experiment: Experiment, student: Drawn, teacher: Drawn) -> dict:
-    """Return the measures that every image size has."""
-    results = {
-        "endpoint": compare_endpoints(student, teacher),
-        "noise": compare_noise(student, teacher, experiment.num_seeds),
-    }
-    if student.verdicts and teacher.verdicts:
-        results["accuracy"] = compare_accuracy(student.verdicts, teacher.verdicts)
-    return results
-
-
-def compare_endpoints(student: Drawn, teacher: Drawn) -> dict:
-    """Return how far what the student drew is from what the teacher drew from the same noise."""
-    return {
-        "latent_relative_error": measures.endpoint_error(student.latents, teacher.latents),
-        "psnr_db": statistics.fmean(measures.psnr(student.pictures, teacher.pictures)),
-        "ssim": statistics.fmean(measures.ssim(student.pictures, teacher.pictures)),
-    }
-
-
-def compare_noise(student: Drawn, teacher: Drawn, num_seeds: int) -> dict:
-    """Return how the two agree in what the prompt decides and in what the noise decides; of one seed nothing is known."""
-    by_prompt = [drawn.latents.unflatten(0, (-1, num_seeds)) for drawn in (student, teacher)]
-    sums = noise_parts.noise_sums(*by_prompt) if num_seeds > 1 else noise_parts.NOTHING
-    parts = noise_parts.noise_parts(sums, measures.spread(teacher.latents))
-    return {"num_noises": num_seeds, **parts, "meaning": noise_parts.MEANING}
-
-
-def compare_variety(student: Drawn, teacher: Drawn, num_seeds: int) -> dict:
-    """Return what averages over pixels hide: blur, too little diversity, and prompts that are not listened to."""
-    both = {"student": student, "teacher": teacher}
-    by_prompt = {name: drawn.latents.unflatten(0, (-1, num_seeds)) for name, drawn in both.items()}
-    measured = {
-        "high_frequency_energy": {name: measures.high_frequency_energy(drawn.pictures) for name, drawn in both.items()},
-        "diversity": {name: measures.diversity(latents) for name, latents in by_prompt.items()},
-        "prompt_sensitivity": {name: measures.prompt_sensitivity(latents) for name, latents in by_prompt.items()},
-    }
-    return {name: row | {"ratio": measures.ratio(row["student"], row["teacher"])} for name, row in measured.items()}
-
-
-def compare_accuracy(student: list[Verdict], teacher: list[Verdict]) -> dict:
-    """Return the share of pictures that the judge holds for right, fact by fact."""
-    of_student, of_teacher = accuracy(student), accuracy(teacher)
-    return {
-        "student": of_student,
-        "teacher": of_teacher,
-        "ratio": measures.ratio(of_student["correct"], of_teacher["correct"]),
-        "num_pictures": len(student),
-    }
+def compare_noise(student: Tensor, teacher: Tensor, num_seeds: int) -> dict:
+    """Return how latents agree in what the prompt decides and in what the noise decides; of one seed nothing is known."""
+    by_prompt = [latents.unflatten(0, (-1, num_seeds)) for latents in (student, teacher)]
+    parts = measures.noise_parts(*by_prompt, measures.spread(teacher))
+    return {"num_noises": num_seeds, **parts, "meaning": NOISE_MEANING}
 
 
 def measure_fewer_steps(experiment: Experiment, teacher: Drawn, student_error: float) -> dict:
@@ -187,10 +176,10 @@ def measure_fewer_steps(experiment: Experiment, teacher: Drawn, student_error: f
     full, own = experiment.teacher_options.num_inference_steps, experiment.student_options.num_inference_steps
     for steps in measures.fewer_steps(full, own):
         options = replace(experiment.teacher_options, num_inference_steps=steps)
-        latents = experiment.draw("teacher", experiment.teacher, options)
-        errors[steps] = measures.endpoint_error(latents, teacher.latents)
-        if experiment.judge is not None and (verdicts := experiment.drawn(latents).verdicts):
-            accuracies[steps] = accuracy(verdicts)["correct"]
+        drawn = experiment.draw("teacher", experiment.teacher, options)
+        errors[steps] = measures.endpoint_error(drawn.latents, teacher.latents)
+        if drawn.right is not None:
+            accuracies[steps] = drawn.right
     low, high = measures.steps_of_equal_error(student_error, errors)
     return {
         "latent_relative_error": errors,
@@ -199,35 +188,85 @@ def measure_fewer_steps(experiment: Experiment, teacher: Drawn, student_error: f
     }
 
 
+# ---- cost ----
+
+
 def measure_cost(experiment: Experiment) -> dict:
-    """Return parameters, and seconds and FLOPs of one forward pass and of one sampling step, for a single picture.
-
-    A sampling step of a guided teacher takes two passes.
-    """
+    """Return parameters, and seconds and FLOPs of one sampling step, for a single picture; guidance takes two passes."""
     options = experiment.teacher_options
-    device, dtype = options.device, options.compute_dtype
-    latents, sigma, timestep = experiment.noise[:1].to(device), torch.ones(1), torch.tensor([1000.0], device=device)
-    text = experiment.embeds.batch([0], device)
+    latents, sigma = experiment.noise[:1].to(options.device), torch.ones(1)
+    text = experiment.embeds.batch([0], options.device)
     fields = {"student": experiment.student, "teacher": experiment.teacher}
-
-    calls: dict[tuple[str, str], Callable[[], object]] = {}
-    for name, field in fields.items():
-        expert = field.experts["high"]
-        calls[name, "forward"] = partial(expert, latents, timestep, *text)
-        calls[name, "step"] = partial(field.velocity, latents, sigma, *text)
-    with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-        seconds = measures.median_seconds(calls, device)
-
-    height, width = latents.shape[2:]
-    flops = {name: measures.picture_flops(field, (height, width), text[0].shape[1]) for name, field in fields.items()}
+    asked = {
+        name: partial(autocast(field.velocity, options.device, options.compute_dtype), latents, sigma, *text)
+        for name, field in fields.items()
+    }
     rows: dict[str, dict[str, float]] = {
         "parameters": {
             name: sum(count_parameters(expert.config).total for expert in field.experts.values())
             for name, field in fields.items()
         },
-        "forward_seconds": {name: seconds[name, "forward"] for name in fields},
-        "forward_flops": {name: forward for name, (forward, _) in flops.items()},
-        "step_seconds": {name: seconds[name, "step"] for name in fields},
-        "step_flops": {name: step for name, (_, step) in flops.items()},
+        "step_seconds": measures.median_seconds(asked, options.device),
+        "step_flops": {
+            name: step_flops(field, tuple(latents.shape[2:]), text[0].shape[1]) for name, field in fields.items()
+        },
     }
     return {name: row | {"ratio": row["student"] / row["teacher"]} for name, row in rows.items()}
+
+
+def step_flops(field: Teacher, latent_size: tuple[int, int], num_tokens: int) -> int:
+    """Return the FLOPs of one sampling step at sigma 1, for one picture.
+
+    Args:
+        latent_size: height and width of the picture's latents.
+        num_tokens: text tokens of the prompt.
+    """
+    config = field.experts["high"].config
+    asked = config, num_image_tokens(config, latent_size), num_tokens + 1  # and the token that stands for the padding
+    if field.settings.guidance_scale == 1.0:
+        return transformer_flops(*asked)
+    return guided_flops(*asked, len(field.negative_prompt_embeds) + 1)
+
+
+# ---- each prompt ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptMeasures:
+    """The measures of one prompt over all of its noises; None where something was not measured.
+
+    Attributes:
+        latent_distance: how far the student's latents are from the teacher's, in the unit of `measures.endpoint_error`, whose
+            square is the mean of these squares.
+        psnr_db, ssim: means over the pictures.
+        sharpness: high-frequency energy of the student's pictures, as a share of the teacher's.
+        gain: the share of the teacher's noise part that the student draws.
+        right_student, right_teacher: share of the pictures that the judge holds for right.
+    """
+
+    latent_distance: float | None
+    psnr_db: float
+    ssim: float
+    sharpness: float | None
+    gain: float | None
+    right_student: float | None
+    right_teacher: float | None
+
+
+def measure_prompts(student: Drawn, teacher: Drawn, num_seeds: int) -> list[PromptMeasures]:
+    """Return the measures of every prompt; its `num_seeds` noises follow one another."""
+    unit = measures.spread(teacher.latents)
+    parts = [slice(start, start + num_seeds) for start in range(0, len(student.latents), num_seeds)]
+    return [_measure_prompt(student.part(samples), teacher.part(samples), unit) for samples in parts]
+
+
+def _measure_prompt(student: Drawn, teacher: Drawn, unit: float) -> PromptMeasures:
+    return PromptMeasures(
+        latent_distance=measures.endpoint_error(student.latents, teacher.latents, unit) if unit else None,
+        psnr_db=statistics.fmean(measures.psnr(student.pictures, teacher.pictures)),
+        ssim=statistics.fmean(measures.ssim(student.pictures, teacher.pictures)),
+        sharpness=measures.ratio(*(measures.high_frequency_energy(drawn.pictures) for drawn in (student, teacher))),
+        gain=measures.noise_parts(student.latents[None], teacher.latents[None], unit)["gain"],
+        right_student=student.right,
+        right_teacher=teacher.right,
+    )

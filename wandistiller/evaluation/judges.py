@@ -11,7 +11,6 @@ import importlib.util
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,43 +18,16 @@ import numpy as np
 from wandistiller.errors import UserError, first_line
 
 Verdict = dict[str, bool]  # facts of a picture by name; "correct" says whether it is right
+Judge = Callable[[np.ndarray, Sequence[str]], list[Verdict]]
 PROBE_SIDE = 64  # pixels of the grey picture that a prompt is tried with
 
 
-@dataclass(frozen=True)
-class Judge:
-    """A function of pictures and prompts, and the flag that named it."""
-
-    function: Callable[[np.ndarray, list[str]], Sequence[bool | Verdict]]
-    flag: str
-
-    def __call__(self, pictures: np.ndarray, prompts: Sequence[str]) -> list[Verdict]:
-        """Return the verdict on each picture (N, H, W, 3) uint8.
-
-        Raises:
-            UserError: the function refuses a prompt, or does not answer as it should.
-        """
-        try:
-            answers = list(self.function(pictures, list(prompts)))
-        except ValueError as error:
-            raise UserError(f"{self.flag}: {error}") from None
-        verdicts = [answer if isinstance(answer, dict) else {"correct": answer} for answer in answers]
-        if len(verdicts) != len(prompts) or any("correct" not in verdict for verdict in verdicts):
-            raise UserError(
-                f'{self.flag}: must return True, False or a dict with "correct" for each of {len(prompts)} pictures'
-            )
-        return [{name: bool(value) for name, value in verdict.items()} for verdict in verdicts]
-
-    def try_out(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts that cannot be judged, before anything is drawn for them."""
-        self(np.full((len(prompts), PROBE_SIDE, PROBE_SIDE, 3), 128, np.uint8), prompts)
-
-
-def load_judge(location: str) -> Judge:
-    """Load FILE.py:FUNCTION.
+def load_judge(location: str, prompts: Sequence[str]) -> Judge:
+    """Load FILE.py:FUNCTION, and try it with the prompts before anything is drawn for them.
 
     Raises:
-        UserError: there is no such file or function, or the file fails as it is run.
+        UserError: there is no such file or function, the file fails as it is run, or the function refuses a prompt. The judge
+            raises it too, where an answer is not as it should be.
     """
     flag = f"--judge {location}"
     name, _, function_name = location.rpartition(":")
@@ -73,7 +45,21 @@ def load_judge(location: str) -> Judge:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"{flag}: the file has no function {function_name}")
-    return Judge(function, flag)
+
+    def judge(pictures: np.ndarray, prompts: Sequence[str]) -> list[Verdict]:
+        try:
+            answers = list(function(pictures, list(prompts)))
+        except ValueError as error:
+            raise UserError(f"{flag}: {error}") from None
+        verdicts = [answer if isinstance(answer, dict) else {"correct": answer} for answer in answers]
+        if len(verdicts) != len(prompts) or any("correct" not in verdict for verdict in verdicts):
+            raise UserError(
+                f'{flag}: must return True, False or a dict with "correct" for each of {len(prompts)} pictures'
+            )
+        return [{name: bool(value) for name, value in verdict.items()} for verdict in verdicts]
+
+    judge(np.full((len(prompts), PROBE_SIDE, PROBE_SIDE, 3), 128, np.uint8), prompts)
+    return judge
 
 
 def accuracy(verdicts: Sequence[Verdict]) -> dict[str, float]:

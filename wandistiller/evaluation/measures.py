@@ -4,36 +4,30 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from wandistiller.device import wait_for
-from wandistiller.evaluation.noise_parts import NoiseByLevel
-from wandistiller.model.sizes import guided_flops, num_image_tokens, transformer_flops
-from wandistiller.sampling.sampler import VelocityField
-from wandistiller.sampling.teacher import Teacher
-
-Name = TypeVar("Name", bound=Hashable)
 
 NUM_BUCKETS = 10
 # PSNR is infinite for two equal pictures; unequal uint8 pictures rarely come near this value.
 IDENTICAL_PSNR_DB = 100.0
 # In cycles per pixel: frequencies above it are the upper half of what pixels can hold.
 HIGH_FREQUENCY = 0.25
+NOISE_PARTS = ("mean_error", "noise_error", "teacher_noise", "norm_ratio", "cosine", "gain")
+# A noise part is nothing but the rounding of float64, and has no direction, where its square is a smaller share of the other.
+ROUNDING = 1e-24
 
-# ---- which samples ----
+# ---- samples ----
 
 
 def sample_plan(num_prompts: int, num_seeds: int, seed: int) -> tuple[list[int], list[int]]:
     """Return the prompt index and the noise seed of every sample; the seeds of a prompt follow one another.
 
-    Prompts 2k and 2k + 1 share their noises, so that what differs between them is the prompt alone; other pairs have
-    noises of their own, so that no single noise decides a result.
+    Prompts 2k and 2k + 1 share their noises; other pairs have noises of their own, so that no single noise decides a result.
     """
     pairs = list(itertools.product(range(num_prompts), range(num_seeds)))
     return [prompt for prompt, _ in pairs], [seed + prompt // 2 * num_seeds + number for prompt, number in pairs]
@@ -46,46 +40,6 @@ def relative_errors(actual: Tensor, expected: Tensor) -> Tensor:
     """Return |actual - expected| / |expected| of each sample (B,), in float64."""
     expected = expected.double().flatten(1)
     return (actual.double().flatten(1) - expected).norm(dim=1) / expected.norm(dim=1)
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A velocity field that calls `note(velocity, latents, sigma, prompt_embeds, prompt_lengths)` for each state it answers."""
-
-    field: VelocityField
-    note: Callable[..., None]
-
-    def velocity(self, *state: Tensor) -> Tensor:
-        velocity = self.field.velocity(*state)
-        self.note(velocity, *state)
-        return velocity
-
-
-class VelocityComparison:
-    """A student's relative velocity errors at states that the teacher answers, and the noise part of what both predict as x_0.
-
-    Args:
-        num_seeds: samples of each prompt; they come one after another, as `sample_plan` puts them.
-    """
-
-    def __init__(self, student: VelocityField, num_seeds: int = 1):
-        self.student, self.noise = student, NoiseByLevel(num_seeds)
-        self._sigmas: list[Tensor] = []
-        self._errors: list[Tensor] = []
-
-    def note(self, velocity_teacher: Tensor, latents: Tensor, sigma: Tensor, *text: Tensor) -> None:
-        """Ask the student at a state that the teacher has answered; a `Recorded` teacher calls this."""
-        velocity_student = self.student.velocity(latents, sigma, *text)
-        self._sigmas.append(sigma.cpu())
-        self._errors.append(relative_errors(velocity_student, velocity_teacher).cpu())
-        scale = sigma.to(latents.device).view(-1, 1, 1, 1)
-        x_0_student, x_0_teacher = (latents - scale * v for v in (velocity_student, velocity_teacher))
-        self.noise.add(float(sigma[0]), x_0_student, x_0_teacher)
-
-    def results(self) -> dict:
-        """Return the mean error over all states, and by noise level."""
-        sigmas, errors = torch.cat(self._sigmas), torch.cat(self._errors)
-        return {"mean": float(errors.mean()), "by_sigma": bucket_means(sigmas, errors)}
 
 
 def bucket_means(sigmas: Tensor, values: Tensor, num_buckets: int = NUM_BUCKETS) -> list[dict]:
@@ -112,13 +66,63 @@ def spread(reference: Tensor) -> float:
     return float((reference - reference.mean(dim=(0, 2, 3), keepdim=True)).norm()) / len(reference) ** 0.5
 
 
-def endpoint_error(latents: Tensor, reference: Tensor) -> float:
-    """Return sqrt(sum |x - r|^2 / sum |r - mean|^2), where mean is the per-channel mean of all r.
+def endpoint_error(latents: Tensor, reference: Tensor, unit: float | None = None) -> float:
+    """Return sqrt(mean of |x - r|^2 over samples), relative to `unit`, by default the spread of the reference.
 
     It is 0 for equal latents, and 1 for latents as far off as flat colour is.
     """
-    latents, reference = latents.double(), reference.double()
-    return float((latents - reference).norm()) / len(latents) ** 0.5 / spread(reference)
+    distance = float((latents.double() - reference.double()).norm()) / len(latents) ** 0.5
+    return distance / (spread(reference) if unit is None else unit)
+
+
+def noise_parts(student: Tensor, teacher: Tensor, unit: float) -> dict[str, float | None]:
+    """Split what a student keeps of its teacher into what the prompt decides and what the noise decides.
+
+    The mean of a prompt's K samples is the prompt's part, and what each sample differs from it is the noise part. A student that
+    draws the mean of all that it could draw has a small endpoint error and no noise part, which no other measure shows.
+
+    The mean of K samples still contains 1/K of the noise part. So products of deviations from it count K / (K - 1) times, and
+    the mean's error is what remains of the whole error: the two errors add in quadrature to `endpoint_error`, and a mean error
+    that comes out below zero counts as zero.
+
+    Args:
+        student, teacher: latents (prompts, noises, C, H, W) that both drew from the same noises.
+        unit: of the errors, the teacher's `spread`.
+
+    Returns:
+        All None where there is one noise of each prompt, else:
+        mean_error: the error of the prompt's part.
+        noise_error: the error of the noise part.
+        teacher_noise: the teacher's whole noise part, which is the noise error of a student without one.
+        norm_ratio: size of the student's noise part, as a share of the teacher's.
+        cosine: between the two noise parts, over all samples together.
+        gain: the student's noise part projected onto the teacher's, as a share of the latter: norm_ratio times cosine.
+    """
+    num_prompts, num_noises = student.shape[:2]
+    if num_noises < 2 or unit == 0:
+        return dict.fromkeys(NOISE_PARTS)
+    student, teacher = student.double().flatten(2), teacher.double().flatten(2)
+    of_student, of_teacher = (part - part.mean(dim=1, keepdim=True) for part in (student, teacher))
+    unbiased = num_noises / (num_noises - 1)
+    own, theirs, cross = (
+        unbiased * float((a * b).sum())
+        for a, b in ((of_student, of_student), (of_teacher, of_teacher), (of_student, of_teacher))
+    )
+    noise_error = max(0.0, own + theirs - 2 * cross)
+    mean_error = max(0.0, float((student - teacher).square().sum()) - noise_error)
+    scale = math.sqrt(num_prompts * num_noises) * unit
+    has_direction = min(own, theirs) > ROUNDING * max(own, theirs)
+    return {
+        "mean_error": math.sqrt(mean_error) / scale,
+        "noise_error": math.sqrt(noise_error) / scale,
+        "teacher_noise": math.sqrt(theirs) / scale,
+        "norm_ratio": math.sqrt(own / theirs) if theirs else None,
+        "cosine": cross / math.sqrt(own * theirs) if has_direction else None,
+        "gain": cross / theirs if theirs else None,
+    }
+
+
+# ---- pictures ----
 
 
 def psnr(pictures: np.ndarray, reference: np.ndarray) -> list[float]:
@@ -146,9 +150,6 @@ def _ssim(picture: np.ndarray, reference: np.ndarray) -> float:
     return float((luminance * (2 * covariance + c2) / (var_x + var_y + c2)).mean())
 
 
-# ---- what averages hide ----
-
-
 def high_frequency_energy(pictures: np.ndarray, cutoff: float = HIGH_FREQUENCY) -> float:
     """Return the mean square of the luma (0..255) that lies above `cutoff` cycles per pixel; blur lowers it."""
     luma = pictures.astype(np.float64) @ np.array([0.299, 0.587, 0.114])  # (B, H, W), ITU-R BT.601
@@ -158,27 +159,30 @@ def high_frequency_energy(pictures: np.ndarray, cutoff: float = HIGH_FREQUENCY) 
     return float((power * (frequency > cutoff)).sum(axis=(1, 2)).mean())
 
 
-def _mean_distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float | None:
-    return statistics.fmean(float((a.double() - b.double()).norm()) for a, b in pairs) if pairs else None
-
-
-def diversity(latents: Tensor) -> float | None:
-    """Return the mean distance of two samples of one prompt, None with one seed; latents (prompts, seeds, C, H, W)."""
-    return _mean_distance([pair for samples in latents for pair in itertools.combinations(samples, 2)])
-
-
-def prompt_sensitivity(latents: Tensor) -> float | None:
-    """Return the mean distance of two samples of one noise, None with one prompt; latents (prompts, seeds, C, H, W).
-
-    `sample_plan` gives prompts 2k and 2k + 1 the same noises.
-    """
-    even, odd = latents[0::2], latents[1::2]
-    return _mean_distance([pair for samples in zip(even, odd, strict=False) for pair in zip(*samples, strict=True)])
-
-
 def ratio(value: float | None, reference: float | None) -> float | None:
     """Return value / reference; None where one of them was not measured, or the reference is 0."""
     return value / reference if value is not None and reference else None
+
+
+# ---- time ----
+
+
+@torch.inference_mode()
+def median_seconds(calls: Mapping[str, Callable[[], object]], device: str, repeats: int = 11) -> dict[str, float]:
+    """Return the median time of each call on `device`, after one call that warms up.
+
+    The calls take turns, so that a busy spell of the machine slows all of them and not the ratio between two; this is why
+    torch.utils.benchmark.Timer, which finishes one call before it begins the next, is not used.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            wait_for(device)
+            start = time.perf_counter()
+            call()
+            wait_for(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 # ---- the teacher at fewer steps, as a scale ----
@@ -198,41 +202,3 @@ def steps_of_equal_error(error: float, errors_at_steps: Mapping[int, float]) -> 
     low = max((steps for steps, theirs in errors_at_steps.items() if theirs >= error), default=None)
     high = min((steps for steps in errors_at_steps if low is None or steps > low), default=None)
     return low, high
-
-
-# ---- cost ----
-
-
-def picture_flops(field: Teacher, latent_size: int | tuple[int, int], num_tokens: int) -> tuple[int, int]:
-    """Return the FLOPs of one forward pass and of one sampling step at sigma 1, for one picture.
-
-    Guidance takes two passes, which share what is equal in both.
-
-    Args:
-        latent_size: side of the picture's latents, or their height and width.
-        num_tokens: text tokens of the prompt.
-    """
-    config = field.experts["high"].config
-    num_image = num_image_tokens(config, latent_size)
-    forward = transformer_flops(config, num_image, num_tokens + 1)  # and the token that stands for the padding
-    if field.settings.guidance_scale == 1.0:
-        return forward, forward
-    return forward, guided_flops(config, num_image, num_tokens + 1, len(field.negative_prompt_embeds) + 1)
-
-
-@torch.inference_mode()
-def median_seconds(calls: Mapping[Name, Callable[[], object]], device: str, repeats: int = 11) -> dict[Name, float]:
-    """Return the median time of each call on `device`, after one call that warms up.
-
-    The calls take turns, so that a busy spell of the machine slows all of them and not the ratio between two; this is why
-    torch.utils.benchmark.Timer, which finishes one call before it begins the next, is not used.
-    """
-    seconds: dict[Name, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats + 1):
-        for name, call in calls.items():
-            wait_for(device)
-            start = time.perf_counter()
-            call()
-            wait_for(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}

@@ -1,11 +1,14 @@
 """Scorers: models of transformers that judge pictures of any world, named by `--scorer KIND=ID_OR_FOLDER`.
 
-A clip or siglip puts pictures and texts into one space, a dino pictures alone; `scores.py` says what is made of that. Only
-safetensors and JSON are read, and a hub id that was named is the only thing that is fetched.
+    scorer = load_scorer("clip", "openai/clip-vit-large-patch14")
+    compare_scores([scorer], prompts, {"student": pictures, "teacher": pictures}, batch_size=16, device="cpu")
+
+A clip or siglip puts pictures and texts into one space, a dino pictures alone. Only safetensors and JSON are read, and a hub id
+that was named is the only thing that is fetched.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError, first_line, shown
+from wandistiller.evaluation.measures import ratio
 from wandistiller.files.checked_json import read_json
 from wandistiller.files.hub import fetch, is_hub_id
 from wandistiller.files.weights import Weight, all_tensors, weight_files
@@ -30,22 +34,11 @@ EXAMPLES = {
     "siglip": "google/siglip-so400m-patch14-384",
     "dino": "facebook/dinov2-large",
 }
-_HUB_FILES = [
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-]
+_HUB_FILES = ["*.json", "tokenizer*", "merges.txt", "spiece.model", "model.safetensors", "model-*.safetensors"]
 # A tokenizer's words are in one of these.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+# CMMD (Jayasumana et al. 2024, arXiv 2401.09603): the width of the Gaussian kernel, and the factor that makes figures readable.
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 
 
 @dataclass(frozen=True)
@@ -65,27 +58,8 @@ class Scorer:
     image_processor: Any
     tokenizer: Any | None = None
 
-    @property
-    def reads_text(self) -> bool:
-        return self.tokenizer is not None
-
-    @property
-    def is_published_cmmd(self) -> bool:
-        """Whether this has the shape of CLIP ViT-L/14 at 336 pixels, which published CMMD figures are made with."""
-        if self.kind != "clip":
-            return False
-        config = self.model.config
-        vision = config.vision_config
-        shape = vision.hidden_size, vision.patch_size, vision.image_size, config.projection_dim
-        return shape == (1024, 14, 336, 768)
-
-    @property
-    def num_text_slots(self) -> int:
-        """The tokens of a text that the model reads; the rest is cut."""
-        return self.model.config.text_config.max_position_embeddings
-
-    def embed_pictures(self, pictures: np.ndarray, batch_size: int, device: str) -> np.ndarray:
-        """Return the direction (N, D) of each picture (N, H, W, 3) uint8, of length 1."""
+    def embed_pictures(self, pictures: np.ndarray, batch_size: int, device: str) -> Tensor:
+        """Return the direction (N, D) of each picture (N, H, W, 3) uint8, of length 1, in float64."""
         from PIL import Image
 
         def embed(part: np.ndarray) -> Tensor:
@@ -97,29 +71,27 @@ class Scorer:
 
         return self._directions(embed, pictures, batch_size, device)
 
-    def embed_texts(self, texts: Sequence[str], batch_size: int, device: str) -> np.ndarray:
-        """Return the direction (N, D) of each text, of length 1."""
+    def embed_texts(self, texts: Sequence[str], batch_size: int, device: str) -> Tensor:
+        """Return the direction (N, D) of each text, of length 1, in float64; the end of a long text is cut."""
+        slots = self.model.config.text_config.max_position_embeddings
 
         def embed(part: Sequence[str]) -> Tensor:
             # A SigLIP was trained with every text filled up, and a CLIP does not see what comes after the end of its text.
             given = self.tokenizer(
-                list(part), padding="max_length", truncation=True, max_length=self.num_text_slots, return_tensors="pt"
+                list(part), padding="max_length", truncation=True, max_length=slots, return_tensors="pt"
             )
             return _pooled(self.model.get_text_features(**given.to(device)))
 
         return self._directions(embed, texts, batch_size, device)
 
-    def num_cut(self, texts: Sequence[str]) -> int:
-        """Count the texts that are longer than the model reads."""
-        return sum(len(ids) > self.num_text_slots for ids in self.tokenizer(list(texts), verbose=False)["input_ids"])
-
     def _directions(
         self, embed: Callable[[Any], Tensor], values: Sequence | np.ndarray, batch_size: int, device: str
-    ) -> np.ndarray:
-        with _moved(self.model, device), torch.inference_mode():
+    ) -> Tensor:
+        self.model.to(device)  # only as long as it is asked, since teacher and student need the room
+        with torch.inference_mode():
             parts = [embed(values[start : start + batch_size]) for start in range(0, len(values), batch_size)]
-            found = torch.cat(parts).double().cpu().numpy()  # (N, D)
-        return found / np.linalg.norm(found, axis=1, keepdims=True)
+        self.model.to("cpu")
+        return torch.nn.functional.normalize(torch.cat(parts).double().cpu(), dim=1)
 
 
 def _pooled(output: Any) -> Tensor:
@@ -127,127 +99,176 @@ def _pooled(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-@contextmanager
-def _moved(model: torch.nn.Module, device: str) -> Iterator[None]:
-    """Keep a model on a device only as long as it is asked, since teacher and student need the room."""
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to("cpu")
+# ---- scores ----
+
+
+def compare_scores(
+    scorers: Sequence[Scorer], prompts: Sequence[str], pictures: dict[str, np.ndarray], batch_size: int, device: str
+) -> dict:
+    """Return what the scorers say, as JSON values: "scores" by kind, and "cmmd" where one of them is a CLIP.
+
+    Args:
+        prompts: each prompt once.
+        pictures: those of the "student" and of the "teacher", (N, H, W, 3) uint8, as many of each prompt as there are noises.
+    """
+    results: dict = {"scores": {}}
+    for scorer in scorers:
+        found = {name: scorer.embed_pictures(drawn, batch_size, device) for name, drawn in pictures.items()}
+        by_prompt = [directions.unflatten(0, (len(prompts), -1)) for directions in found.values()]
+        if scorer.kind == "dino":
+            scores = picture_scores(*by_prompt)
+        else:
+            scores = text_scores(*by_prompt, scorer.embed_texts(prompts, batch_size, device))
+        results["scores"][scorer.kind] = {"model": scorer.location, "num_prompts": len(prompts), **scores}
+        if scorer.kind == "clip":
+            value = cmmd(found["student"], found["teacher"])
+            results["cmmd"] = {"model": scorer.location, "num_pictures": len(found["student"]), "value": value}
+    return results
+
+
+def text_scores(student: Tensor, teacher: Tensor, texts: Tensor) -> dict:
+    """Return the cosines of pictures to their prompts, and the standard error of the difference of the two over prompts.
+
+    Args:
+        student, teacher: directions of pictures, (prompts, seeds, D).
+        texts: directions of prompts, (prompts, D).
+    """
+    own, theirs = (torch.einsum("psd,pd->ps", pictures, texts).mean(dim=1) for pictures in (student, teacher))
+    score, reference = float(own.mean()), float(theirs.mean())
+    return {
+        "student": score,
+        "teacher": reference,
+        "ratio": ratio(score, reference) if reference > 0 else None,
+        "standard_error_of_difference": standard_error(own - theirs),
+    }
+
+
+def picture_scores(student: Tensor, teacher: Tensor) -> dict:
+    """Return the cosine of the student's pictures to the teacher's of the same prompt and noise, and of other prompts."""
+    cosines = torch.einsum("psd,psd->p", student, teacher) / student.shape[1]
+    by_prompt = torch.einsum("psd,qtd->pq", student, teacher) / student.shape[1] ** 2
+    others = by_prompt[~torch.eye(len(student), dtype=torch.bool)]
+    return {
+        "cosine": float(cosines.mean()),
+        "standard_error": standard_error(cosines),
+        "of_other_prompts": float(others.mean()) if len(others) else None,
+    }
+
+
+def standard_error(values: Tensor) -> float | None:
+    """Return the standard error of the mean of values (N,); of one value nothing is known."""
+    return statistics.stdev(values.tolist()) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def cmmd(x: Tensor, y: Tensor) -> float:
+    """Return CMMD as its authors' code computes it: the biased estimate of the squared mean discrepancy, times 1000.
+
+    k_xx + k_yy - 2 k_xy with means of exp(-|a - b|^2 / (2 sigma^2)) over all pairs, a picture with itself among them. It is
+    larger for fewer pictures, so only figures of as many, and of the same CLIP, compare.
+    """
+
+    def kernel(a: Tensor, b: Tensor) -> float:
+        return float(torch.exp(-torch.cdist(a, b).square() / (2 * CMMD_SIGMA**2)).mean())
+
+    return CMMD_SCALE * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
+
+
+# ---- loading ----
 
 
 def load_scorer(kind: str, location: str) -> Scorer:
-    """Load a scorer to the CPU in float32, checked to be whole and of its kind.
+    """Load a scorer to the CPU in float32, checked to be whole, of its kind, and to answer.
 
     Raises:
         UserError: there is no such model, it is of another kind, or lacks weights, its processor or its tokenizer.
     """
     flag = f"--scorer {kind}={location}"
-    folder = _find_folder(kind, location, flag)
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise UserError(f"{flag}: holds no config.json; give a {kind} model of transformers, such as {EXAMPLES[kind]}")
-    model_type = read_json(config_path).get("model_type")
-    if model_type not in MODEL_TYPES[kind]:
+    try:
+        folder = _find_folder(kind, location)
+        scorer = Scorer(kind, location, _load_model(folder), *_load_processor(kind, folder))
+        answers = [scorer.embed_pictures(np.zeros((1, 64, 64, 3), np.uint8), 1, "cpu")]
+        if kind != "dino":
+            answers.append(scorer.embed_texts(["a picture"], 1, "cpu"))
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+    except Exception as error:  # transformers wraps a damaged model, image processor or tokenizer in many types
         raise UserError(
-            f"{flag}: is a model of type {shown(model_type)}; for {kind} allowed: {', '.join(MODEL_TYPES[kind])}, such as "
-            f"{EXAMPLES[kind]}"
-        )
-    if not any(folder.glob("model*.safetensors")):
-        raise UserError(
-            f"{flag}: holds no model.safetensors, and pickles are never opened; give a copy that was saved so"
-        )
-    image_processor, tokenizer = _load_processor(kind, folder, flag)
-    scorer = Scorer(kind, location, _load_model(folder, flag), image_processor, tokenizer)
-    _try_out(scorer, flag)
+            f"{flag}: cannot be used ({first_line(error)}); copy it again, with preprocessor_config.json or processor_config.json "
+            "and its tokenizer's files"
+        ) from None
+    if not all(answer.isfinite().all() for answer in answers):
+        raise UserError(f"{flag}: the model answers with values that are not finite; copy it again")
     return scorer
 
 
-def _try_out(scorer: Scorer, flag: str) -> None:
-    """Refuse parts that do not go together, before any picture is drawn for them."""
-    try:
-        answers = [scorer.embed_pictures(np.zeros((1, 64, 64, 3), np.uint8), 1, "cpu")]
-        if scorer.reads_text:
-            answers.append(scorer.embed_texts(["a picture"], 1, "cpu"))
-    except Exception as error:  # a model, its image processor and its tokenizer fail to fit in many ways
-        raise UserError(f"{flag}: the model does not answer ({first_line(error)}); copy it again") from None
-    if not all(np.isfinite(answer).all() for answer in answers):
-        raise UserError(f"{flag}: the model answers with values that are not finite; copy it again")
-
-
-def _find_folder(kind: str, location: str, flag: str) -> Path:
-    path = Path(location)
-    if path.is_dir():
-        return path
-    if path.exists() or not is_hub_id(location):
+def _find_folder(kind: str, location: str) -> Path:
+    """Return the folder of a model, which holds safetensors and the config of its kind."""
+    folder = Path(location)
+    if not folder.is_dir():
+        if folder.exists() or not is_hub_id(location):
+            raise UserError(f"there is no such folder; give the folder or hub id of a model, such as {EXAMPLES[kind]}")
+        folder = fetch(location, _HUB_FILES, f"the folder of a {kind} model that transformers has saved")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"holds no config.json; give a {kind} model of transformers, such as {EXAMPLES[kind]}")
+    model_type, allowed = read_json(folder / "config.json").get("model_type"), MODEL_TYPES[kind]
+    if model_type not in allowed:
         raise UserError(
-            f"{flag}: there is no such folder; give the folder or hub id of a model, such as {EXAMPLES[kind]}"
+            f"is a model of type {shown(model_type)}; for {kind} allowed: {', '.join(allowed)}, such as {EXAMPLES[kind]}"
         )
-    return fetch(location, _HUB_FILES, f"the folder of a {kind} model that transformers has saved")
+    if not any(folder.glob("model*.safetensors")):
+        raise UserError("holds no model.safetensors, and pickles are never opened; give a copy that was saved so")
+    return folder
 
 
-def _load_model(folder: Path, flag: str) -> Any:
+def _load_model(folder: Path) -> Any:
     """Build the model around the tensors of its files; transformers gets no folder to search, and a config that its weights agree with."""
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
+    found = all_tensors(weight_files(folder))
+    _check_depth(read_json(folder / "config.json"), found)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # nosec B615 # a local folder
+    with torch.device("meta"):
+        kind = type(AutoModel.from_config(config))
+    tensors = {name: Weight(stored).read() for name, stored in found.items()}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what is missing is told below, in one line
     try:
-        found = all_tensors(weight_files(folder))
-        _check_depth(read_json(folder / "config.json"), found, flag)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # nosec B615 # a local folder
-        with torch.device("meta"):
-            kind = type(AutoModel.from_config(config))
-        tensors = {name: Weight(stored).read() for name, stored in found.items()}
         # No folder is given, so that transformers renames and fills, and searches nothing.
         model, info = kind.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
         )
-    except UserError as error:
-        raise UserError(f"{flag}: {str(error).removeprefix(f'{flag}: ')}") from None
-    except Exception as error:  # transformers wraps a bad config in its own types
-        raise UserError(f"{flag}: the model cannot be loaded ({first_line(error)}); copy it again") from None
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if missing:  # transformers fills them with random values
-        raise UserError(f"{flag}: {len(missing)} of its tensors are missing, the first is {missing[0]}; copy it again")
+        raise UserError(f"{len(missing)} of its tensors are missing, the first is {missing[0]}; copy it again")
     if strangers := sorted(map(str, info["unexpected_keys"])):
         raise UserError(
-            f"{flag}: holds {len(strangers)} tensors that are no part of a {config.model_type}, the first is {shown(strangers[0])}; give a "
+            f"holds {len(strangers)} tensors that are no part of a {config.model_type}, the first is {shown(strangers[0])}; give a "
             "model as transformers saves it"
         )
     return model.eval()
 
 
-def _check_depth(config: dict, found: Mapping[str, object], flag: str) -> None:
+def _check_depth(config: dict, found: Mapping[str, object]) -> None:
     """Refuse a config of more layers than the weights have, before the model is built."""
-    most = len(found)
     for part in (config, config.get("text_config"), config.get("vision_config")):
         layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
-        if layers is not None and not (type(layers) is int and 0 < layers <= most):
+        if layers is not None and not (type(layers) is int and 0 < layers <= len(found)):
             raise UserError(
-                f"{flag}: num_hidden_layers is {shown(layers)}, and its files hold {most} tensors; copy it again"
+                f"num_hidden_layers is {shown(layers)}, and its files hold {len(found)} tensors; copy it again"
             )
 
 
-def _load_processor(kind: str, folder: Path, flag: str) -> tuple[Any, Any | None]:
+def _load_processor(kind: str, folder: Path) -> tuple[Any, Any | None]:
     """Return a model's image processor and, where it reads text, its tokenizer."""
     from transformers import AutoImageProcessor, AutoProcessor
 
     options = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        if kind == "dino":
-            return AutoImageProcessor.from_pretrained(folder, **options), None  # nosec B615 # a local folder
-        if not any((folder / name).is_file() for name in _VOCABULARIES):  # a tokenizer that knows no word would be made
-            raise FileNotFoundError(f"none of {', '.join(_VOCABULARIES)} is there")
-        processor = AutoProcessor.from_pretrained(folder, **options)  # nosec B615 # a local folder
-        return processor.image_processor, processor.tokenizer
-    except Exception as error:  # what is missing decides which of many types this is
-        what = "image processor" if kind == "dino" else "image processor and tokenizer"
-        raise UserError(
-            f"{flag}: its {what} cannot be loaded ({first_line(error)}); they lie beside the weights as "
-            "preprocessor_config.json or processor_config.json, and tokenizer files"
-        ) from None
+    if kind == "dino":
+        return AutoImageProcessor.from_pretrained(folder, **options), None  # nosec B615 # a local folder
+    if not any((folder / name).is_file() for name in _VOCABULARIES):  # a tokenizer that knows no word would be made
+        raise UserError(f"holds no tokenizer (none of {', '.join(_VOCABULARIES)}); copy it again")
+    processor = AutoProcessor.from_pretrained(folder, **options)  # nosec B615 # a local folder
+    return processor.image_processor, processor.tokenizer

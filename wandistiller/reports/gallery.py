@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wandistiller.errors import first_line
-from wandistiller.evaluation.per_prompt import PromptMeasures
+from wandistiller.evaluation.experiment import PromptMeasures
 from wandistiller.files.atomic import write_text
 from wandistiller.files.output_folder import CARD_MARK, GALLERY_NAME, METRICS_NAME, has_mark
 from wandistiller.reports.metrics import read_metrics

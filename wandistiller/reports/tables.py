@@ -7,11 +7,6 @@ from pathlib import Path
 
 from wandistiller.files.hub import hub_id
 
-CMMD_NOTE = (
-    "CMMD is of another model than openai/clip-vit-large-patch14-336, which published figures are of; it compares with figures of "
-    "the same model and as many pictures alone."
-)
-
 
 def cell_text(value: str | float | None) -> str:
     """Return a value as a table shows it."""
@@ -52,12 +47,9 @@ def table_lines(results: dict) -> list[str]:
         for bucket in results["velocity_error"]["by_sigma"]:
             low, high = bucket["sigma"]
             lines.append(line(f"  sigma {low:.1f} to {high:.1f} ({bucket['count']} states)", bucket["mean"]))
-    for name in ("high_frequency_energy", "prompt_sensitivity"):
-        lines.append(compared(name.replace("_", " "), results[name]))
+    lines.append(compared("high frequency energy", results["high_frequency_energy"]))
     for name, values in score_rows(results):
         lines.append(line(name, *values))
-    if results.get("cmmd") and not results["cmmd"]["is_published_model"]:
-        lines += textwrap.wrap(CMMD_NOTE, 106, initial_indent="  ", subsequent_indent="  ")
     for name, row in results["cost"].items():
         lines.append(compared(name.replace("_", " "), row))
     return [*lines, *size_lines(results, line)]
@@ -90,19 +82,13 @@ def score_rows(results: dict) -> list[tuple[str, tuple]]:
                 (f"{kind}: cosine to pictures of other prompts", (found["of_other_prompts"],)),
             ]
             continue
-        rows.append((f"{kind}: cosine to the prompt", _three(found)))
-        rows.append((f"{kind}: standard error", _three(found["standard_error"])))
-        if found["above_other_prompts"]:
-            rows.append((f"{kind}: above other prompts", _three(found["above_other_prompts"])))
-        if found["num_cut"]:
-            rows.append((f"{kind}: prompts longer than it reads", (found["num_cut"],)))
+        rows += [
+            (f"{kind}: cosine to the prompt", (found["student"], found["teacher"], found["ratio"])),
+            (f"{kind}: standard error of the difference", (found.get("standard_error_of_difference"),)),
+        ]
     if cmmd := results.get("cmmd"):
-        rows += [(f"CMMD ({cmmd['num_pictures']} pictures)", (cmmd["value"],)), ("CMMD, unbiased", (cmmd["unbiased"],))]
+        rows.append((f"CMMD ({cmmd['num_pictures']} pictures)", (cmmd["value"],)))
     return rows
-
-
-def _three(row: dict) -> tuple:
-    return row["student"], row["teacher"], row["ratio"]
 
 
 def noise_lines(noise: dict, line: Callable[..., str]) -> list[str]:
@@ -114,10 +100,6 @@ def noise_lines(noise: dict, line: Callable[..., str]) -> list[str]:
         line("  cosine to the teacher's", noise["cosine"]),
         line("  gain: share of the teacher's in it", noise["gain"]),
     ]
-    for bucket in noise.get("by_sigma", []):
-        if bucket["gain"] is not None:
-            low, high = bucket["sigma"]
-            lines.append(line(f"  gain in x_0, sigma {low:.1f} to {high:.1f}", bucket["gain"]))
     return lines + textwrap.wrap(noise["meaning"], 106, initial_indent="  ", subsequent_indent="  ")
 
 
@@ -151,9 +133,7 @@ def comparison_rows(results: dict) -> list[tuple[str, str, str, str]]:
         row("PSNR, dB", endpoint["psnr_db"]),
         row("SSIM", endpoint["ssim"]),
     ]
-    # An evaluation.json of an earlier version holds diversity alone.
-    noise = results.get("noise")
-    if noise:
+    if noise := results.get("noise"):  # which an evaluation.json of an earlier version lacks
         rows += [
             row("what the prompt decides: error", noise["mean_error"]),
             row("what the noise decides: error", noise["noise_error"]),
@@ -162,9 +142,8 @@ def comparison_rows(results: dict) -> list[tuple[str, str, str, str]]:
             row("what the noise decides: gain", noise["gain"]),
         ]
     rows += [row(name, *values) for name, values in score_rows(results)]
-    names = ("high_frequency_energy", *(() if noise else ("diversity",)), "prompt_sensitivity")
-    compared = {name: results[name] for name in names}
-    for name, values in (compared | results["cost"]).items():
+    compared = {"high_frequency_energy": results["high_frequency_energy"], **results["cost"]}
+    for name, values in compared.items():
         rows.append(row(name.replace("_", " "), values["student"], values["teacher"], values["ratio"]))
     return rows
 

@@ -11,7 +11,7 @@ from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import ProjectionReport, fresh_student, project_experts, project_teacher
 from wandistiller.projection.selection import spread_layers
 from wandistiller.run.folder import Folder
-from wandistiller.run.held_out import held_out_states, keep_states
+from wandistiller.run.held_out import build_measure
 from wandistiller.run.learning import build_batches, fill_caches
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
@@ -82,7 +82,7 @@ def load_teacher(settings: Settings, embeds: Embeds, caches: Sequence[TeacherCac
         logger.info("answers of the teacher written to its cache")
     if not settings.offline_teacher:
         return teacher
-    keep_states(settings, held_out_states(settings, embeds, teacher))
+    build_measure(settings, embeds, teacher)  # which keeps its states in the cache's folder
     settings.processes.barrier()  # all of them read what the first one has written
     return None
 
@@ -93,7 +93,7 @@ def fill_part(settings: Settings, caches: Sequence[TeacherCache]) -> None:
     teacher = build_teacher(settings, embeds.negative)
     fill_caches(settings, caches, embeds.trained, teacher)
     if settings.cache_part[0] == 1:
-        keep_states(settings, held_out_states(settings, embeds, teacher))
+        build_measure(settings, embeds, teacher)
 
 
 def build_teacher(settings: Settings, negative_prompt_embeds: Tensor | None) -> Teacher:

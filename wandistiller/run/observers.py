@@ -22,7 +22,7 @@ from wandistiller.reports.progress import Progress
 from wandistiller.reports.samples import SampleOptions, Samples
 from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Tracker, Trackers, started
 from wandistiller.run.folder import Folder
-from wandistiller.run.held_out import build_measure, held_out_states, keep_states
+from wandistiller.run.held_out import build_measure
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.step_metrics import StepMetrics
@@ -91,21 +91,20 @@ def watch(settings: Settings, folder: Folder, embeds: Embeds, teacher: Teacher |
 
     A run that starts anew moves an earlier student of its folder aside first.
     """
-    states = held_out_states(settings, embeds, teacher)
-    if states:
+    held_out = build_measure(settings, embeds, teacher)
+    if held_out:
         logger.info("held-out states of the teacher drawn, or found")
     if folder.resume_from is None:
         aside = settings.processes.first_then_all(lambda: set_aside_previous_student(folder.path))
         if aside:
             print(f"The student that was in {folder.path} is now in {aside}")
-    keep_states(settings, states)  # here, because an earlier student takes its checkpoints with it
     is_first = settings.processes.is_first
     metrics = folder.path / METRICS_NAME
     progress = Progress(settings.num_steps, metrics, first_step=folder.first_step) if is_first else None
     with build_trackers(settings, folder) if is_first else Trackers() as trackers:
         samples = build_samples(settings, folder, embeds, teacher, trackers)
         logger.info("TensorBoard and sample pictures set up")
-        yield RunObserver(progress, trackers, build_measure(settings, embeds, states), samples)
+        yield RunObserver(progress, trackers, held_out, samples)
 
 
 def build_trackers(settings: Settings, folder: Folder) -> Trackers:
