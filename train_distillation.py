@@ -42,38 +42,37 @@ def distil(flags: Flags, command: list[str]) -> int:
     from wandistiller.run.resolve import resolve
     from wandistiller.training.loop import train
 
-    with messages.printed_log(flags.output.verbose):
-        # Every refusal that needs no folder comes before anything is written or a weight is read:
-        settings = resolve(flags, inputs, command)
-        messages.print_settings(settings)
-        with memory_advice(settings):
-            if flags.output.dry_run:
-                return print_budget(settings)
-            caches = open_caches(settings)
-            if settings.cache_part:
-                build.fill_part(settings, caches)
-                messages.print_filled(settings, caches)
-                return 0
-            with open_folder(settings) as folder:
-                # The text encoder leaves memory before the teacher comes, and an offline teacher before the student does:
-                embeds = build.embed_prompts(settings)
-                teacher = build.load_teacher(settings, embeds, caches)
-                student, projection = build.make_student(settings)
-                objective = build.build_objective(settings, projection)
-                build.compile_and_shard(settings, student, teacher, objective)
-                batches = build.build_learning(settings, caches, embeds, teacher, student, projection)
-                folder, saving = build.resume(settings, folder, student, objective, batches)
-                with watch(settings, folder, embeds, teacher) as observer:
-                    with observer.shown():
-                        options = settings.training_options
-                        result = train(student, batches, objective, options, observer, saving, settings.processes)
-                    save_trained_student(settings, folder, student, projection, result, batches.num_calls)
-                    if not result.interrupted:
-                        observer.draw_last(student, result.num_steps)
-                if settings.processes.is_first:
-                    try_to_write_model_card(folder.path)
-                    calls = messages.calls_line(settings, batches.num_calls, result.num_steps, teacher)
-                    messages.print_end(settings, folder, result, calls)
+    # Every refusal that needs no folder comes before anything is written or a weight is read:
+    settings = resolve(flags, inputs, command)
+    messages.print_settings(settings)
+    with memory_advice(settings):
+        if flags.output.dry_run:
+            return print_budget(settings)
+        caches = open_caches(settings)
+        if settings.cache_part:
+            build.fill_part(settings, caches)
+            messages.print_filled(settings, caches)
+            return 0
+        with open_folder(settings) as folder:
+            # The text encoder leaves memory before the teacher comes, and an offline teacher before the student does:
+            embeds = build.embed_prompts(settings)
+            teacher = build.load_teacher(settings, embeds, caches)
+            student, projection = build.make_student(settings)
+            objective = build.build_objective(settings, projection)
+            build.compile_and_shard(settings, student, teacher, objective)
+            batches = build.build_learning(settings, caches, embeds, teacher, student, projection)
+            folder, saving = build.resume(settings, folder, student, objective, batches)
+            with watch(settings, folder, embeds, teacher) as observer:
+                with observer.shown():
+                    options = settings.training_options
+                    result = train(student, batches, objective, options, observer, saving, settings.processes)
+                save_trained_student(settings, folder, student, projection, result, batches.num_calls)
+                if not result.interrupted:
+                    observer.draw_last(student, result.num_steps)
+            if settings.processes.is_first:
+                try_to_write_model_card(folder.path)
+                calls = messages.calls_line(settings, batches.num_calls, result.num_steps, teacher)
+                messages.print_end(settings, folder, result, calls)
     return 130 if result.interrupted else 0
 
 

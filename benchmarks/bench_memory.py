@@ -21,10 +21,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from benchmarks.random_step import RandomStep
 from benchmarks.shapes import RELEASED, released_config
 from wandistiller.budget.machine import GIB, matmul_rate
 from wandistiller.budget.memory import memory_budget, training_peak_bytes
-from wandistiller.budget.step_time import RandomStep
 from wandistiller.budget.workload import Workload, step_flops
 from wandistiller.model.config import StudentConfig
 

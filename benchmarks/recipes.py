@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.pages import print_or_write
 from benchmarks.shapes import GIB, H100_FLOPS, MEAN_TEXT_TOKENS, NEGATIVE_TEXT_TOKENS, markdown, released_config
 from wandistiller.budget.memory import disk_budget, memory_budget, peak_bytes
-from wandistiller.budget.workload import Workload, held_out_flops, step_flops
+from wandistiller.budget.workload import Workload, step_flops
 from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
 from wandistiller.prompts.prompts import Prompts
@@ -57,8 +57,7 @@ class Planned:
 
     @property
     def flops(self) -> float:
-        work = self.workload
-        return step_flops(work).total * work.num_steps + held_out_flops(work)
+        return step_flops(self.workload).total * self.workload.num_steps
 
     def hours(self, mfu: float) -> float:
         return self.flops / (mfu * H100_FLOPS) / 3600

@@ -1,7 +1,6 @@
 """A budget agrees with what it is about (projected weights, stores, checkpoints, replays), and its advice helps.
 
-The peak of the default student in its true size is measured with tensors that take no memory. Nothing here knows a
-GPU: benchmarks/bench_memory.py holds the budget against one.
+Nothing here knows a GPU: benchmarks/bench_memory.py holds the budget against one.
 
 pytest tests/budget/test_budget.py
 """
@@ -11,24 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_distillation
-from support.measures import LiveBytes, count_flops, training_peak, with_checkpointing
+from support.measures import LiveBytes, count_flops
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.budget.machine import GIB
-from wandistiller.budget.memory import (
-    certain_bytes,
-    checkpoint_bytes,
-    memory_budget,
-    peak_bytes,
-    phase_bytes,
-)
-from wandistiller.budget.report import compute_lines, hints, memory_lines, out_of_memory_message, verdict
-from wandistiller.budget.workload import BACKWARD_PASSES, Workload, guided_fraction, step_flops
+from wandistiller.budget.memory import checkpoint_bytes, memory_budget, peak_bytes
+from wandistiller.budget.report import hints, memory_lines, verdict
+from wandistiller.budget.workload import Workload, guided_fraction, step_flops
 from wandistiller.device import DTYPES
-from wandistiller.model.layers import rope_table
-from wandistiller.model.sizes import count_parameters, transformer_flops, weight_bytes
+from wandistiller.model.sizes import transformer_flops, weight_bytes
 from wandistiller.projection.project import project_teacher
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.inputs import read_inputs
@@ -104,21 +95,6 @@ def test_moments_workspace_and_flops_of_muon(config, dtype):
     assert sizes(run)["orthogonalisation"] == pytest.approx(live.peak, rel=0.02)
 
 
-@pytest.mark.parametrize("is_checkpointed", [False, True])
-@pytest.mark.parametrize("batch_size", [1, 8])
-def test_peak_of_a_step_of_the_default_student_in_its_true_size(batch_size, is_checkpointed):
-    """Tensors without memory go through the real forward and backward pass; the CPU's kernels, bf16."""
-    with FakeTensorMode():
-        model = WanLiteStudent(STUDENT)
-        model = with_checkpointing(model) if is_checkpointed else model
-        rope_table.cache_clear()
-        measured = training_peak(model, batch_size, 64, torch.bfloat16)
-    rope_table.cache_clear()  # a table without values must not reach another test
-    run = replace(A14B, batch_size=batch_size, gradient_checkpointing=is_checkpointed, is_gpu=False)
-    expected = sizes(run)["student activations"] + sizes(run)["weights to compute with"]
-    assert expected == pytest.approx(measured, rel=0.1)
-
-
 # ---- the sum ----
 
 
@@ -134,17 +110,6 @@ def test_the_fraction_of_guided_answers_is_that_of_noise_levels_as_they_are_draw
     assert guided_fraction(settings, sigma_range) == pytest.approx(float(drawn), abs=0.001)
     assert guided_fraction(replace(settings, guidance_range=None)) == 1.0
     assert guided_fraction(replace(settings, guidance_scale=1.0)) == 0.0
-
-
-def test_phases_share_what_is_there_all_the_time():
-    parts = memory_budget(A14B)
-    phases = phase_bytes(parts)
-    assert peak_bytes(parts) == phases["learning"] > phases["answering"] > phases["encoding"]
-    by_name = sizes(A14B)
-    assert phases["encoding"] == by_name["text encoder"]
-    elsewhere = ["text encoder", "teacher activations", "whole features", "gradients", "last activations"]
-    elsewhere = [by_name[name] for name in elsewhere]
-    assert phases["learning"] == sum(by_name.values()) - sum(elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -166,21 +131,6 @@ def test_what_a_flag_does_to_its_component(changes, name, factor):
     assert sizes(replace(A14B, **changes))[name] == pytest.approx(factor * sizes(A14B)[name], rel=0.01)
 
 
-def test_fp8_halves_what_is_matrices_of_blocks():
-    count = count_parameters(TEACHER)
-    saved = sizes(A14B)["teacher weights"] - sizes(replace(A14B, teacher_dtype="fp8"))["teacher weights"]
-    assert saved == 2 * 40 * count.block_matrices
-    assert 0.97 * count.total < 40 * count.block_matrices < count.total
-
-
-def test_checkpointing_keeps_an_input_a_block_and_costs_a_forward_pass():
-    checkpointed = replace(A14B, gradient_checkpointing=True)
-    assert sizes(checkpointed)["student activations"] < sizes(A14B)["student activations"] / 4
-    plain, again = step_flops(A14B), step_flops(checkpointed)
-    assert again.recompute == plain.student_forward and plain.recompute == 0
-    assert plain.student_backward == BACKWARD_PASSES * plain.student_forward
-
-
 def test_flops_of_a_step_count_guidance_replay_and_accumulation():
     one, negative = (
         transformer_flops(TEACHER, 32 * 32, tokens) for tokens in (A14B.text_tokens, A14B.negative_text_tokens + 1)
@@ -190,18 +140,8 @@ def test_flops_of_a_step_count_guidance_replay_and_accumulation():
     assert step_flops(replace(A14B, guided_fraction=0.0)).teacher == 4 * one
     assert step_flops(replace(A14B, guided_fraction=0.5)).teacher == (guided + 4 * one) / 2
     assert step_flops(replace(A14B, calls_per_step=0.25, grad_accum_steps=3)).teacher == 3 / 4 * guided
-
-
-def test_what_muon_computes_is_told_and_is_none_of_what_is_certain():
-    plain, muon = A14B, replace(A14B, optimizer="muon", grad_accum_steps=2)
-    assert step_flops(plain).orthogonalization == 0 and not any("orthogonal" in line for line in memory_lines(plain))
-    assert any(" orthogonalising = " in line for line in compute_lines(muon))
-    assert any("orthogonalisation " in line for line in memory_lines(muon))
-    saved = sizes(replace(plain, grad_accum_steps=2))["optimizer moments"] - sizes(muon)["optimizer moments"]
-    assert certain_bytes(replace(plain, grad_accum_steps=2)) - certain_bytes(muon) == saved
-    sharded = replace(muon, num_processes=4, shard_student=True)
-    assert sizes(sharded)["optimizer moments"] == pytest.approx(sizes(muon)["optimizer moments"] / 4, rel=1e-6)
-    assert sizes(sharded)["orthogonalisation"] > sizes(muon)["orthogonalisation"]  # a matrix is gathered
+    again = step_flops(replace(A14B, gradient_checkpointing=True))
+    assert again.recompute == again.student_forward and again.student_backward == 2 * again.student_forward
 
 
 def test_offloaded_experts_are_in_host_memory():
@@ -212,54 +152,35 @@ def test_offloaded_experts_are_in_host_memory():
 
 # ---- verdicts and hints ----
 
-
-def advised(workload: Workload) -> list[str]:
-    return [hint.flags for hint in hints(workload)]
-
-
-STEP, ROUNDED, OFFLOADED = (
-    "--gradient_checkpointing --batch_size 1 --grad_accum_steps 4",
-    "--teacher_dtype fp8",
-    "--teacher_offload",
-)
+STEP = "--gradient_checkpointing --batch_size 1 --grad_accum_steps 4"
+ROUNDED, OFFLOADED = "--teacher_dtype fp8", "--teacher_offload"
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({}, [STEP, ROUNDED, OFFLOADED]),
-        ({"num_experts": 1}, [STEP, ROUNDED]),
         ({"teacher_dtype": "fp8", "teacher_offload": True}, [STEP]),
         ({"gradient_checkpointing": True, "batch_size": 6}, ["--batch_size 1 --grad_accum_steps 6", ROUNDED, OFFLOADED]),
-        ({"gradient_checkpointing": True, "batch_size": 16, "grad_accum_steps": 2}, ["--batch_size 4 --grad_accum_steps 8", ROUNDED, OFFLOADED]),
-        ({"gradient_checkpointing": True, "batch_size": 1}, [ROUNDED, OFFLOADED]),
+        ({"gradient_checkpointing": True, "batch_size": 1, "num_experts": 1}, [ROUNDED]),
         ({"num_processes": 8}, [STEP, "--shard both"]),
         ({"num_processes": 8, "teacher_dtype": "fp8"}, [STEP, "--shard student"]),
-        ({"num_processes": 8, "teacher_offload": True}, [STEP, "--shard student"]),
-        ({"num_processes": 8, "shard_teacher": True}, [STEP, "--shard both"]),
-        ({"num_processes": 8, "shard_teacher": True, "shard_student": True}, [STEP]),
         ({"num_processes": 8, "optimizer": "adamw8bit"}, [STEP]),
     ],
 )  # fmt: skip
 def test_hints_are_those_that_the_run_has_not_taken_and_can_take(changes, expected):
-    assert advised(replace(A14B, **changes)) == expected
+    assert list(hints(replace(A14B, **changes))) == expected
 
 
-def test_every_hint_is_accepted_by_the_trainer_keeps_the_samples_of_a_step_and_saves_memory():
-    before = peak_bytes(memory_budget(A14B))
-    for hint in hints(A14B):
-        train_distillation.parse_args(["--teacher_path", "y", *hint.flags.split()])
-        changed = replace(A14B, **hint.changes)
-        assert changed.global_batch_size == A14B.global_batch_size
-        assert peak_bytes(memory_budget(changed)) < before and hint.cost
-
-
-def test_a_run_that_does_not_fit_is_told_what_each_hint_leads_to():
-    about = verdict(A14B, 70 * GIB)
-    assert not about.fits and "all of these: " in about.sentence and "more memory" not in about.sentence
-    for hint in hints(A14B):
-        after = peak_bytes(memory_budget(replace(A14B, **hint.changes)))
-        assert f"{hint.flags}: {after / GIB:.2f} GiB ({hint.cost})" in about.sentence
+def test_every_hint_is_accepted_by_the_trainer_keeps_the_samples_of_a_step_and_leads_to_the_peak_that_is_told():
+    before, told = peak_bytes(memory_budget(A14B)), verdict(A14B, 70 * GIB)
+    assert not told.fits and "all of these: " in told.sentence and "more memory" not in told.sentence
+    for flags, changes in hints(A14B).items():
+        train_distillation.parse_args(["--teacher_path", "y", *flags.split()])
+        changed = replace(A14B, **changes)
+        after = peak_bytes(memory_budget(changed))
+        assert changed.global_batch_size == A14B.global_batch_size and after < before
+        assert f"{flags}: {after / GIB:.2f} GiB" in told.sentence
 
 
 @pytest.mark.parametrize(("memory", "fits", "is_certain"), [(140, True, False), (80, False, False), (2, False, True)])
@@ -275,12 +196,3 @@ def test_a_text_encoder_that_the_prompt_cache_may_spare_makes_nothing_certain():
     about = verdict(small, 10 * GIB)
     assert not about.fits and not about.is_certain_not_to_fit and about.sentence.startswith("May not fit: the text")
     assert "--prompt_cache" in about.sentence
-
-
-def test_out_of_memory_lists_the_largest_first_and_the_same_hints():
-    run = replace(A14B, grad_accum_steps=2)
-    message = out_of_memory_message(run)
-    order = [message.index(name) for name in ("teacher weights", "student activations", "gradients", "training states")]
-    assert order == sorted(order) and "text encoder" not in message
-    assert all(f"{flags}: " in message for flags in advised(run)) and "resumes" not in message
-    assert "The run resumes with another --batch_size" in out_of_memory_message(run, has_checkpoints=True)

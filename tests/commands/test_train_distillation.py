@@ -55,7 +55,6 @@ FLAGS = [
     ("prompt_per", ["file"], None),
     ("num_prompts", ["7"], None),
     ("prompt_cache", ["x"], "outputs/prompt_cache"),
-    ("prompt_cache_gib", ["2.5"], 100.0),
     ("student_config", ["x"], "config/demo_student_config.json"),
     ("init", ["random"], "projection"),
     ("init_expert", ["low"], "high"),
@@ -112,7 +111,6 @@ FLAGS = [
     ("assume_gpu_gib", ["24"], None),
     ("sample_every", ["100"], 200),
     ("report", ["wandb"], "none"),
-    ("verbose", [], False),
     ("print_config", ["5B"], None),
 ]
 

@@ -11,7 +11,7 @@ import importlib.util
 import pytest
 import torch
 
-from wandistiller.budget.step_time import random_model
+from benchmarks.random_step import random_model
 from wandistiller.model.config import StudentConfig
 from wandistiller.run.build import compile_blocks
 

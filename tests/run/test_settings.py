@@ -121,16 +121,6 @@ def test_so_many_prompts_are_drawn_once_and_more_of_them_begin_with_the_same(res
     assert len(resolved().prompts) == 55
 
 
-def test_prompts_without_room_are_refused_with_a_number_that_has_room(resolved):
-    with pytest.raises(
-        UserError, match=r"--prompt_cache_gib 1e-05: the embeddings of 55 prompts.* give --num_prompts (\d+)"
-    ) as refusal:
-        resolved("--prompt_cache_gib", 1e-5)
-    number = int(str(refusal.value).split("--num_prompts ")[1].split()[0])
-    assert 0 < number < 55
-    assert len(resolved("--prompt_cache_gib", 1e-5, "--num_prompts", number).prompts) == number
-
-
 # ---- what a resumed run must share ----
 
 

@@ -15,32 +15,40 @@ MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}  # large enough to reach the device's 
 
 @dataclass(frozen=True)
 class Machine:
-    """The device that a budget is held against."""
+    """The device that a budget is held against.
+
+    Attributes:
+        memory: bytes.
+        unit: what has that memory.
+        device: where a rate can be measured; None for a GPU that is not here.
+        is_known: False where nobody said what GPU there will be.
+    """
 
     name: str
-    memory: int  # bytes
-    is_gpu: bool
-    device: str | None  # where a rate can be measured; None for a GPU that is not here
-    is_known: bool = True  # false where nobody said what GPU there will be
+    memory: int
+    unit: str = "GPU"
+    device: str | None = None
+    is_known: bool = True
 
 
-def find_machine(device: str, assumed_gib: float | None = None, can_be_elsewhere: bool = False) -> Machine:
+def find_machine(device: str, is_for_gpu: bool, assumed_gib: float | None = None) -> Machine:
     """Find the machine that a run is planned for.
 
     Args:
         device: the run's own.
-        assumed_gib: memory of a GPU that is not here, which then is the one planned for.
-        can_be_elsewhere: plan for a GPU of ASSUMED_GPU_GIB where the run would fall back to the CPU.
+        is_for_gpu: plan for a GPU, also where none is here.
+        assumed_gib: memory of a GPU that is not here.
     """
     if assumed_gib is not None:
-        return Machine(f"the GPU of --assume_gpu_gib {assumed_gib:g}", int(assumed_gib * GIB), True, None)
+        return Machine(f"the GPU of --assume_gpu_gib {assumed_gib:g}", int(assumed_gib * GIB))
     if torch.device(device).type == "cuda":
         about = torch.cuda.get_device_properties(device)
-        return Machine(about.name, about.total_memory, True, device)
-    if can_be_elsewhere:
+        return Machine(about.name, about.total_memory, device=device)
+    if is_for_gpu:
         name = "an assumed GPU (none is here, see --assume_gpu_gib)"
-        return Machine(name, int(ASSUMED_GPU_GIB * GIB), True, None, is_known=False)
-    return Machine("this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), False, device)
+        return Machine(name, int(ASSUMED_GPU_GIB * GIB), is_known=False)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine("this machine", memory, "process", device)
 
 
 def matmul_rate(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:

@@ -1,18 +1,24 @@
-"""A budget in words: tables of memory, disk, FLOPs and time, whether the run fits, and what takes less memory if it does not."""
+"""A budget in words: tables of memory, FLOPs and hours, whether the run fits, and what takes less memory if it does not."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from wandistiller.budget.machine import GIB
 from wandistiller.budget.memory import certain_bytes, memory_budget, peak_bytes, phase_bytes, training_peak_bytes
-from wandistiller.budget.step_time import ASSUMED_UTILISATION, StepTime
-from wandistiller.budget.workload import Workload, held_out_flops, step_flops
+from wandistiller.budget.workload import Workload, step_flops
 from wandistiller.model.sizes import weight_bytes
 from wandistiller.reports.progress import format_duration
 
 # Pinned memory comes in powers of two of bytes, so the weights of A14B take half as much again there.
 PINNED_OVERHEAD = 1.5
+ASSUMED_UTILISATION = 0.4  # of the rate of plain matrix products, over a whole step
+WHEN = {
+    "": "",
+    "encoding": "while prompts are encoded (nothing else is there): ",
+    "answering": "while the teacher answers: ",
+    "learning": "while the student learns: ",
+    "updating": "while its weights are updated: ",
+}
 
 
 def gib(num_bytes: float) -> str:
@@ -21,59 +27,61 @@ def gib(num_bytes: float) -> str:
 
 def si(value: float) -> str:
     """Return FLOPs with a prefix: 227.7 T."""
-    for exponent, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
-        if value >= 10**exponent:
-            return f"{value / 10**exponent:.4g} {prefix}"
+    for prefix, size in {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}.items():
+        if value >= size:
+            return f"{value / size:.4g} {prefix}"
     return f"{value:.4g} "
 
 
-# ---- verdict ----
+# ---- what takes less memory ----
 
 
-class Hint(NamedTuple):
-    """Flags that take less memory, what they cost, and what they change of a workload."""
-
-    flags: str
-    cost: str
-    changes: dict[str, Any]
-
-
-def hints(workload: Workload) -> list[Hint]:
-    """Return at most three ways to take less memory, in a fixed order; those that the run already goes are left out."""
-    found = []
+def hints(workload: Workload) -> dict[str, dict[str, Any]]:
+    """Return at most three ways to take less memory: flags, and what they change. Those that the run already goes are left out."""
+    found: dict[str, dict[str, Any]] = {}
     batch_size = workload.batch_size // 4 if workload.batch_size % 4 == 0 else 1
     grad_accum_steps = workload.grad_accum_steps * workload.batch_size // batch_size
     step = {"gradient_checkpointing": True, "batch_size": batch_size, "grad_accum_steps": grad_accum_steps}
     if changes := {name: value for name, value in step.items() if getattr(workload, name) != value}:
-        flags = " ".join(f"--{name}" + (f" {value}" if value is not True else "") for name, value in changes.items())
-        found.append(Hint(flags, "the same student, slower", changes))
+        flags = (f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
+        found[" ".join(flags)] = changes
     is_rounded, is_offloaded = workload.teacher_dtype == "fp8", workload.teacher_offload
-    if workload.num_processes > 1 and not workload.shard_student and workload.optimizer != "adamw8bit":
-        both = not (is_rounded or is_offloaded or workload.teacher_cache_batches)  # such a teacher cannot be sharded
-        changes = {"shard_teacher": both, "shard_student": True}
-        found.append(Hint(f"--shard {'both' if both else 'student'}", "weights travel between GPUs", changes))
-    if workload.num_processes == 1 and not is_rounded:
-        found.append(Hint("--teacher_dtype fp8", "the teacher is off by about 4 %", {"teacher_dtype": "fp8"}))
-    if workload.num_processes == 1 and not is_offloaded and workload.num_experts > 1:
-        cost = "one expert at a time, no renoised samples"
-        found.append(Hint("--teacher_offload", cost, {"teacher_offload": True}))
+    if workload.num_processes > 1:
+        if not workload.shard_student and workload.optimizer != "adamw8bit":
+            both = not (is_rounded or is_offloaded or workload.teacher_cache_batches)  # such a teacher is not sharded
+            found[f"--shard {'both' if both else 'student'}"] = {"shard_teacher": both, "shard_student": True}
+        return found
+    if not is_rounded:
+        found["--teacher_dtype fp8"] = {"teacher_dtype": "fp8"}
+    if workload.num_experts > 1 and not is_offloaded:
+        found["--teacher_offload"] = {"teacher_offload": True}
     return found
 
 
 def advice(workload: Workload, memory: int | None = None) -> str:
     """Return each hint with the peak that it leads to, and all together; beyond `memory` bytes, what else would help."""
 
-    def peak(chosen: Iterable[Hint]) -> int:
-        changes = {name: value for hint in chosen for name, value in hint.changes.items()}
+    def peak(changes: dict[str, Any]) -> int:
         return peak_bytes(memory_budget(replace(workload, **changes)))
 
     found = hints(workload)
-    ways = [f"{hint.flags}: {gib(peak([hint]))} ({hint.cost})" for hint in found]
+    together = peak({name: value for changes in found.values() for name, value in changes.items()})
+    ways = [f"{flags}: {gib(peak(changes))}" for flags, changes in found.items()]
     if len(found) > 1:
-        ways.append(f"all of these: {gib(peak(found))}")
-    if not ways or (memory is not None and peak(found) > memory):
+        ways.append(f"all of these: {gib(together)}")
+    if not found or (memory is not None and together > memory):
         ways.append("a smaller student, a smaller image_size, or a GPU with more memory")
-    return "; ".join(ways)
+    return f"What takes less (docs/memory.md has the prices): {'; '.join(ways)}"
+
+
+class OutOfMemory(RuntimeError):
+    """The device ran out of memory; the message says which flags to change."""
+
+    exit_code = 1
+
+    def __init__(self, workload: Workload):
+        without_encoder = replace(workload, text_encoder_parameters=0)  # which has gone by then
+        super().__init__(f"the device is out of memory. {advice(without_encoder)}")
 
 
 class Verdict(NamedTuple):
@@ -91,46 +99,19 @@ def verdict(workload: Workload, memory: int, device: str = "the GPU") -> Verdict
     if peak <= memory:
         return Verdict(True, False, f"Fits: about {gib(peak)} at the peak, {has}.")
     if training_peak_bytes(parts) <= memory:
-        start = (
-            f"May not fit: the text encoder alone takes {gib(phase_bytes(parts)['encoding'])}, {has}; the rest fits."
+        encoder = f"May not fit: the text encoder alone takes {gib(phase_bytes(parts)['encoding'])}, {has}"
+        return Verdict(
+            False, False, f"{encoder}; the rest fits. Give a --prompt_cache that was filled on a larger GPU."
         )
-        return Verdict(False, False, f"{start} Give a --prompt_cache that was filled on a larger GPU.")
     needed = f"Does not fit: at least {gib(least)}" if least > memory else f"May not fit: up to {gib(peak)}"
-    return Verdict(False, least > memory, f"{needed} needed, {has}. What takes less: {advice(workload, memory)}.")
-
-
-class OutOfMemory(RuntimeError):
-    """The device ran out of memory; the message says what was there and which flags to change."""
-
-    exit_code = 1
-
-
-def out_of_memory_message(workload: Workload, has_checkpoints: bool = False) -> str:
-    """Return what was in memory at the peak, the largest first, and what takes less. The text encoder has gone by then."""
-    workload = replace(workload, text_encoder_parameters=0)
-    components = memory_budget(workload)
-    phases = phase_bytes(components)
-    there = [part for part in components if part.phase in ("", max(phases, key=phases.__getitem__))]
-    there.sort(key=lambda part: -part.num_bytes)
-    resident = ", ".join(f"{part.name} {part.num_bytes / GIB:.1f}" for part in there)
-    text = f"the device is out of memory; in GiB, by the arithmetic of --dry_run: {resident}. What takes less: {advice(workload)}"
-    if not has_checkpoints:
-        return text
-    return (
-        f"{text}. The run resumes with another --batch_size, --grad_accum_steps, --shard or --gradient_checkpointing; any other flag "
-        "makes another run of it (--overwrite, or another --output_dir)"
-    )
+    return Verdict(False, least > memory, f"{needed} needed, {has}. {advice(workload, memory)}.")
 
 
 # ---- tables ----
 
-WHEN = {
-    "": "",
-    "encoding": "while prompts are encoded (nothing else is there): ",
-    "answering": "while the teacher answers: ",
-    "learning": "while the student learns: ",
-    "updating": "while its weights are updated: ",
-}
+
+def table_line(name: str, num_bytes: float, what: str) -> str:
+    return f"  {name:<24}{num_bytes / GIB:>9.2f}  {what}"
 
 
 def memory_lines(workload: Workload) -> list[str]:
@@ -145,53 +126,26 @@ def memory_lines(workload: Workload) -> list[str]:
     return [*lines, table_line("peak", phases[highest], WHEN[highest].removesuffix(": "))]
 
 
-def table_line(name: str, num_bytes: float, what: str) -> str:
-    return f"  {name:<24}{num_bytes / GIB:>9.2f}  {what}"
+def compute_lines(workload: Workload, rate: float | None) -> list[str]:
+    """Return lines with the FLOPs of a step and of the job, and how long it takes.
 
-
-def compute_lines(workload: Workload) -> list[str]:
-    """Return lines with the FLOPs of a step, and how many steps and teacher calls the job takes."""
-    flops, held_out = step_flops(workload), workload.held_out
-    per_call = workload.batch_size * workload.grad_accum_steps
-    calls = workload.calls_per_step * workload.num_steps + held_out.teacher / per_call
-    total = flops.total * workload.num_steps + held_out_flops(workload)
+    Args:
+        rate: FLOP/s of plain matrix products on the device; None where it is not here.
+    """
+    flops, num_steps = step_flops(workload), workload.num_steps
     extra = f" + {si(flops.recompute)} recomputed" if flops.recompute else ""
     extra += f" + {si(flops.orthogonalization)} orthogonalising" if flops.orthogonalization else ""
     lines = [
         f"  a step: teacher {si(flops.teacher)}, student {si(flops.student_forward)} forward + "
         f"{si(flops.student_backward)} backward{extra} = {si(flops.total)}FLOP a GPU",
-        f"  the job: {workload.num_steps:,} steps of {workload.global_batch_size:,} prompts, about {calls:,.0f} teacher calls of as "
-        f"many, {si(total)}FLOP a GPU",
+        f"  the job: {num_steps:,} steps of {workload.global_batch_size:,} prompts, about "
+        f"{workload.calls_per_step * num_steps:,.0f} teacher calls of as many, {si(flops.total * num_steps)}FLOP a GPU",
     ]
-    if 0 < workload.guided_fraction < 1:
-        fraction = f"{workload.guided_fraction:.0%}"
-        lines.append(f"  guidance, a second pass of the teacher, at about {fraction} of its answers")
-    if held_out.student:
-        lines.append(
-            f"  of these for the held-out error: {held_out.teacher / per_call:,.1f} calls, {si(held_out_flops(workload))}FLOP a GPU; "
-            f"the student answers {held_out.student:,} states"
-        )
-    return lines
-
-
-def time_lines(workload: Workload, step: StepTime | None, rate: float) -> list[str]:
-    """Return lines with the time of the loop, from a measured step or, without one, from FLOPs.
-
-    Args:
-        rate: FLOP/s of plain matrix products on the device.
-    """
-    flops = step_flops(workload).total
-    seconds = flops / (ASSUMED_UTILISATION * rate) if step is None else step.total_s
-    job = (
-        f"{seconds:.3g} s a step, {format_duration(seconds * workload.num_steps)} for all {workload.num_steps:,} steps"
-    )
-    of_rate = f"{flops / seconds / rate:.0%} of the {rate / 1e12:.4g} TFLOP/s of plain {workload.dtype} products here"
-    if step is None:
-        return [f"  time, an estimate: {job}, if {of_rate} are reached (assumed)"]
-    left_out = ["what the processes send each other"] if workload.num_processes > 1 else []
-    left_out += ["moving experts"] if workload.teacher_offload else []
+    if rate is None:
+        return [*lines, "  time: the device is not here (--device cpu plans for this machine)"]
+    seconds = flops.total / (ASSUMED_UTILISATION * rate)
     return [
-        f"  time, measured with random weights in a few blocks: {step.answer_s:.3g} s a teacher's answer, {step.learn_s:.3g} s to "
-        f"learn from one, {step.update_s:.3g} s an update",
-        f"  so {job} ({of_rate})" + (f", without {' and '.join(left_out)}" if left_out else ""),
+        *lines,
+        f"  time, an estimate: {seconds:.3g} s a step, {format_duration(seconds * num_steps)} for all, if "
+        f"{ASSUMED_UTILISATION:.0%} of the {rate / 1e12:.4g} TFLOP/s of plain {workload.dtype} products here are reached",
     ]

@@ -24,14 +24,6 @@ FP32 = 4  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOutWork:
-    """Samples that each model answers in one process, over the whole run, to measure the student at held-out states."""
-
-    teacher: int = 0
-    student: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Workload:
     """Shapes and settings that decide where the bytes and the FLOPs of a run go."""
 
@@ -64,7 +56,6 @@ class Workload:
     text_encoder_parameters: int = UMT5_XXL_PARAMETERS
     keep_checkpoints: int = 2  # 0: none is written
     teacher_cache_batches: int = 0  # batches of answers on disk
-    held_out: HeldOutWork = HeldOutWork()
     is_gpu: bool = True
 
     @property
@@ -135,12 +126,6 @@ def step_flops(workload: Workload) -> StepFlops:
         recompute=samples * forward if workload.gradient_checkpointing else 0,
         orthogonalization=_orthogonalization_flops(workload.student) if workload.optimizer == "muon" else 0,
     )
-
-
-def held_out_flops(workload: Workload) -> float:
-    """Count the FLOPs of one GPU to measure the student, over the whole run."""
-    teacher, student = flops_per_sample(workload)
-    return workload.held_out.teacher * teacher + workload.held_out.student * student
 
 
 def flops_per_sample(workload: Workload) -> tuple[float, float]:

@@ -84,9 +84,6 @@ class DataFlags:
         type=number(int, low=1, high=2**20),
     )
     prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
-    prompt_cache_gib: float = flag(
-        "limit on the size of the prompt embeddings of this run, in GiB", 100.0, type=number(float, above=0)
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +281,6 @@ class OutputFlags:
         choices=[*PRESETS],
         metavar="NAME",
     )
-    verbose: bool = switch("print the time of each part of the start")
     print_config: str | None = flag(
         "print a student_config.json for this teacher, and on stderr what its keys mean; nothing else is done",
         type=config_name,

@@ -1,13 +1,12 @@
 """The output folder of a run: taken for it alone, with the checkpoint that the run resumes from."""
 
 import contextlib
-import logging
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wandistiller.budget.report import OutOfMemory, out_of_memory_message
+from wandistiller.budget.report import OutOfMemory
 from wandistiller.command_line import command_words, torchrun_environment
 from wandistiller.device import is_out_of_memory
 from wandistiller.files.output_folder import (
@@ -18,12 +17,10 @@ from wandistiller.files.output_folder import (
     removed_if_empty,
 )
 from wandistiller.processes import leave
-from wandistiller.run.dry_run import check_disk, has_checkpoints, workload_of
+from wandistiller.run.dry_run import check_disk, workload_of
 from wandistiller.run.settings import Settings
 from wandistiller.training.checkpoints import Checkpoint, Checkpoints
 from wandistiller.wan.identity import describe_teacher
-
-logger = logging.getLogger(__name__)
 
 SCRIPT = "train_distillation.py"
 # Settings that a run must share with the one that it resumes, each with the value that it had, in effect, before it existed: a checkpoint
@@ -149,7 +146,6 @@ def open_folder(settings: Settings) -> Iterator[Folder]:
         if resume_from is not None:  # else what is there is set aside
             check_replaceable(path, STUDENT_NAMES)
         check_disk(checkpoints, settings)
-        logger.info("headers of the teacher read, output folder taken")
         yield Folder(path, checkpoints, None).resuming_from(resume_from, settings)
     leave()
 
@@ -159,11 +155,11 @@ def memory_advice(settings: Settings) -> Iterator[None]:
     """Turn running out of memory inside into advice on which flags to change.
 
     Raises:
-        OutOfMemory: the device ran out of memory; the message says what was there.
+        OutOfMemory: the device ran out of memory.
     """
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(out_of_memory_message(workload_of(settings), has_checkpoints(settings))) from error
+        raise OutOfMemory(workload_of(settings)) from error

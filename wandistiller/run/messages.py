@@ -1,13 +1,8 @@
-"""The first lines of a run, the times of its start with --verbose, and its summary; a part prints its own notices where they arise."""
+"""The first lines of a run, and its summary; a part prints its own notices where they arise."""
 
-import contextlib
-import logging
 import shlex
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from tqdm import tqdm
 
 from wandistiller.command_line import command_words
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_WORLD, HELD_OUT_PROMPTS
@@ -98,31 +93,6 @@ def sizes_text(settings: Settings) -> str:
     if settings.has_one_square_size:
         return f"{settings.config.image_size} px = {'x'.join(map(str, settings.latent_shapes[0]))} latents"
     return f"in turn at {', '.join(map(str, settings.image_sizes))} px (width x height)"
-
-
-class _Printed(logging.Handler):
-    """Prints log lines beside a progress bar, with their times to stdout; warnings go to stderr, as they do without it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.WARNING:
-            tqdm.write(record.getMessage(), file=sys.stderr)
-        else:
-            tqdm.write(f"{record.relativeCreated / 1000:8.2f} s  {record.getMessage()}", file=sys.stdout)
-
-
-@contextlib.contextmanager
-def printed_log(is_on: bool) -> Iterator[None]:
-    """Print what the package logs, with the seconds since this process loaded its first modules; --verbose asks for it."""
-    logger, handler = logging.getLogger("wandistiller"), _Printed()
-    level = logger.level
-    if is_on:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 # ---- when it is over ----

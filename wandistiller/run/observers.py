@@ -1,7 +1,6 @@
 """Who watches a run: the terminal, its own files, trackers, held-out errors and sample pictures, as one observer of the loop."""
 
 import contextlib
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,8 +29,6 @@ from wandistiller.students.record import StudentRecord
 from wandistiller.training.loop import Observer
 from wandistiller.wan.prompt_embeds import Embeds
 
-logger = logging.getLogger(__name__)
-
 
 class RunObserver(Observer):
     """Hands what the loop tells to those who want it.
@@ -51,7 +48,6 @@ class RunObserver(Observer):
         samples: Samples | None,
     ):
         self.progress, self.trackers, self.held_out, self.samples = progress, trackers, held_out, samples
-        self.has_begun = False
 
     def shown(self) -> contextlib.AbstractContextManager:
         """While the loop runs: the progress bar is there, and metrics.jsonl is open."""
@@ -61,9 +57,6 @@ class RunObserver(Observer):
         if self.progress is not None:
             self.progress.step(metrics)
         self.trackers.step(metrics)
-        if not self.has_begun:
-            self.has_begun = True
-            logger.info("first step taken")
 
     def evaluate(self, student: WanLiteStudent) -> dict[str, float] | None:
         return None if self.held_out is None else self.held_out(student)
@@ -92,8 +85,6 @@ def watch(settings: Settings, folder: Folder, embeds: Embeds, teacher: Teacher |
     A run that starts anew moves an earlier student of its folder aside first.
     """
     held_out = build_measure(settings, embeds, teacher)
-    if held_out:
-        logger.info("held-out states of the teacher drawn, or found")
     if folder.resume_from is None:
         aside = settings.processes.first_then_all(lambda: set_aside_previous_student(folder.path))
         if aside:
@@ -103,7 +94,6 @@ def watch(settings: Settings, folder: Folder, embeds: Embeds, teacher: Teacher |
     progress = Progress(settings.num_steps, metrics, first_step=folder.first_step) if is_first else None
     with build_trackers(settings, folder) if is_first else Trackers() as trackers:
         samples = build_samples(settings, folder, embeds, teacher, trackers)
-        logger.info("TensorBoard and sample pictures set up")
         yield RunObserver(progress, trackers, held_out, samples)
 
 

@@ -33,8 +33,6 @@ from wandistiller.walk.grids import teacher_levels
 from wandistiller.walk.segments import calls_of_run
 from wandistiller.wan.identity import prompts_digest
 from wandistiller.wan.settings import TeacherSettings
-from wandistiller.wan.text_encoder import EncodingOptions, count_tokens
-from wandistiller.wan.text_encoder_files import TextEncoderFiles
 from wandistiller.wan.wan_files import WanFiles
 
 # The recipe that won on two teachers (docs/measurements.md)
@@ -43,8 +41,6 @@ STUDENT_ROLLOUT = (0.0, 1.0)
 FEATURE_LOSS_WEIGHT = 1.0
 # Experts that take turns on the device answer many batches each, so that moving one in is rare.
 OFFLOAD_CALLS_PER_EXPERT = 64
-# The tokens of so many prompts stand for those of all.
-NUM_COUNTED_PROMPTS = 256
 
 
 def resolve(flags: Flags, inputs: Inputs, command: Sequence[str] = ()) -> Settings:
@@ -61,7 +57,6 @@ def resolve(flags: Flags, inputs: Inputs, command: Sequence[str] = ()) -> Settin
     check_report(flags.output.report)
     check_compiler(flags)
     files = open_files(flags, inputs.config)
-    check_prompt_cache(inputs.prompts.train, files.encoder, inputs.config, flags.data.prompt_cache_gib)
     if flags.output.preset:
         print("\n".join(preset_lines(flags.output.preset, flags.as_dict(), len(inputs.prompts.train))))
     print("\n".join(inputs.prompts.lines))
@@ -94,39 +89,6 @@ def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes, com
     typed = {name: value for name, value in flags.as_dict().items() if name in names}
     parts = vars(files) | vars(states) | vars(length) | resolve_device(flags, processes)
     return Settings(**(typed | decided | parts))
-
-
-# ---- text ----
-
-
-def check_prompt_cache(
-    prompts: Sequence[str], encoder: TextEncoderFiles | None, config: StudentConfig, room_gib: float
-) -> None:
-    """Refuse more prompts than --prompt_cache_gib has room for; the mock's embeddings are made when they are needed."""
-    if encoder is None:
-        return
-    token_bytes = config.text_encoder_output_dim * EncodingOptions().encoder_dtype.itemsize
-    if len(prompts) * config.text_max_length * token_bytes <= room_gib * 2**30:
-        return
-    counts = token_counts(some_of(prompts), encoder)
-    prompt_bytes = token_bytes * sum(min(count, config.text_max_length) for count in counts) / len(counts)
-    if (needed := len(prompts) * prompt_bytes / 2**30) <= room_gib:
-        return
-    affordable = int(room_gib * 2**30 / prompt_bytes)
-    raise UserError(
-        f"--prompt_cache_gib {room_gib:g}: the embeddings of {len(prompts):,} prompts, about {prompt_bytes / 2**10:,.0f} KiB each, "
-        f"take {needed:.3g} GiB; give " + (f"--num_prompts {affordable} or more room" if affordable else "more room")
-    )
-
-
-def some_of(prompts: Sequence[str]) -> Sequence[str]:
-    """Return some prompts, evenly spread, that stand for all of them."""
-    return prompts[:: max(1, len(prompts) // NUM_COUNTED_PROMPTS)][:NUM_COUNTED_PROMPTS]
-
-
-def token_counts(texts: Sequence[str], encoder: TextEncoderFiles | None) -> list[int]:
-    """Count the tokens of texts with the run's own tokenizer; where there is none (the mock) words count."""
-    return count_tokens(texts, encoder) if encoder else [len(text.split()) + 1 for text in texts]
 
 
 # ---- sizes, states and length ----
@@ -276,7 +238,6 @@ def resolve_device(flags: Flags, processes: Processes) -> dict[str, object]:
         "dtype": dtype,
         "teacher_dtype": own.teacher_dtype or dtype,
         "is_for_gpu": is_for_gpu,
-        "is_device_typed": own.device is not None,
         "shard_teacher": own.shard in ("teacher", "both"),
         "shard_student": own.shard in ("student", "both"),
     }

@@ -59,7 +59,6 @@ class Settings:
         eval_every: steps between held-out measurements; 0: none.
         held_out_steps: of the teacher on a measured path (held_out.py).
         sample_every: steps between sample pictures; 0: none.
-        assume_gpu_gib, is_device_typed: what --dry_run plans for.
     """
 
     command: list[str]
@@ -127,7 +126,6 @@ class Settings:
     sample_every: int
     report: str
     assume_gpu_gib: float | None
-    is_device_typed: bool
 
     @property
     def device(self) -> str:
