@@ -91,6 +91,20 @@ def test_the_length_is_that_of_calls_else_steps_else_epochs(resolved):
     assert 100 <= segments.num_calls < 150, "with those until every slot has its first target"
 
 
+def test_a_run_measures_itself_about_six_times_where_that_is_cheap(resolved):
+    cheap = [
+        "--batch_size",
+        64,
+        "--guidance_scale",
+        1,
+        "--replay",
+        1,
+    ]  # of 60 calls of 64, 16 paths of 4 steps are 1.7 %
+    assert resolved(*cheap, "--max_steps", 60).eval_every == 10
+    assert resolved(*cheap, "--max_steps", 30).eval_every == 0
+    assert resolved("--max_steps", 30, "--eval_every", 7).eval_every == 7
+
+
 def test_settings_do_not_change(resolved):
     with pytest.raises(FrozenInstanceError):
         resolved().num_steps = 3
