@@ -34,7 +34,7 @@ from wandistiller.wan.names import transformer_settings
 
 DEMO = ROOT / "data" / "demo_teacher" / "transformer"
 TEXT_SLOTS = 512
-PRODUCTS = re.compile(r"^(aten::(mm|addmm|bmm|baddbmm|.*attention.*|.*convolution.*)|mkldnn::_linear_pointwise)$")
+PRODUCTS = re.compile(r"^(aten::(mm|addmm|bmm|baddbmm|.*attention.*|.*convolution.*))$")
 
 
 def parse_args() -> argparse.Namespace:

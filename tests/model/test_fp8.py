@@ -16,7 +16,7 @@ from support.measures import LiveBytes
 from support.wan_folders import oracle_velocity, relative_error, write_pipeline_folder, write_single_file
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.model.fp8 import FP8, Fp8Linear, fp8_linears, quantise, to_fp8
-from wandistiller.model.hidden_states import block_outputs
+from wandistiller.model.transformer import block_outputs
 from wandistiller.projection.project import _empty_student, project_experts, project_teacher
 from wandistiller.wan.layouts import open_wan_files
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from support.runs import IDENTITY_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.model.hidden_states import block_outputs
+from wandistiller.model.transformer import block_outputs
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.training.feature_loss import FeatureLoss, masked_relative_error, span_ends
 from wandistiller.wan.settings import TeacherSettings

@@ -1,14 +1,10 @@
-"""The parts that the transformer's blocks are built of: rotary and sin-cos positions, timestep features, linear layers.
-
-Positions are pure functions of shapes. B batch, L image tokens, N heads, E head dim.
-"""
+"""Positions and timestep features: pure functions. B batch, L image tokens, N heads, E head dim."""
 
 import math
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 ROPE_THETA = 10000.0
 
@@ -58,62 +54,3 @@ def sincos_positions(dim: int, height: int, width: int, device: torch.device) ->
     rows = torch.cat([rows.sin(), rows.cos()], dim=-1)[:, None].expand(height, width, -1)
     columns = torch.cat([columns.sin(), columns.cos()], dim=-1)[None].expand(height, width, -1)
     return torch.cat([rows, columns], dim=-1).flatten(0, 1).float().to(device)
-
-
-# With fewer weights the cost of a call to oneDNN eats up what its product saves.
-MIN_WEIGHTS_FOR_ONEDNN = 2**20
-# Where torch has no MKL, its own linear layers are oneDNN's already.
-HAS_MKL_AND_ONEDNN = (
-    torch.backends.mkl.is_available()
-    and torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
-
-
-def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x (..., in) @ weight.T (in, out) + bias by oneDNN, in float32 on a CPU and without gradients.
-
-    The operator is a private one of torch, the same that torch's compiler takes for its linear layers.
-    """
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class _OneDnnLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return onednn_product(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            onednn_product(grad, weight.t()) if needs_x else None,
-            onednn_product(grad_rows.t(), rows.t()) if needs_weight else None,
-            grad_rows.sum(dim=0) if needs_bias else None,
-        )
-
-
-class Linear(nn.Linear):
-    """An nn.Linear with a bias, whose large products in float32 on a CPU are oneDNN's instead of MKL's.
-
-    docs/measurements.md has the gain on an AMD processor, by benchmarks/bench_linear.py; no other processor was tried.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._is_for_onednn(x):
-            return _OneDnnLinear.apply(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
-
-    def _is_for_onednn(self, x: Tensor) -> bool:
-        return (
-            HAS_MKL_AND_ONEDNN
-            and x.device.type == "cpu"
-            and self.weight.numel() >= MIN_WEIGHTS_FOR_ONEDNN
-            and x.dtype == self.weight.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()  # the compiler chooses for itself
-        )

@@ -10,8 +10,8 @@ N heads, E head dim.
 import math
 import re
 import reprlib
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,6 @@ from wandistiller.model.config import (
     check_is_no_export,
 )
 from wandistiller.model.layers import (
-    Linear,
     apply_rope,
     rope_table,
     sincos_positions,
@@ -113,10 +112,10 @@ class WanAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, eps: float):
         super().__init__()
         self.num_heads = num_heads
-        self.to_q = Linear(hidden_size, hidden_size)
-        self.to_k = Linear(hidden_size, hidden_size)
-        self.to_v = Linear(hidden_size, hidden_size)
-        self.to_out = nn.ModuleList([Linear(hidden_size, hidden_size)])
+        self.to_q = nn.Linear(hidden_size, hidden_size)
+        self.to_k = nn.Linear(hidden_size, hidden_size)
+        self.to_v = nn.Linear(hidden_size, hidden_size)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size)])
         self.norm_q = Fp32RMSNorm(hidden_size, eps=eps)
         self.norm_k = Fp32RMSNorm(hidden_size, eps=eps)
 
@@ -156,7 +155,7 @@ class GeluProjection(nn.Module):
 
     def __init__(self, hidden_size: int, ffn_dim: int):
         super().__init__()
-        self.proj = Linear(hidden_size, ffn_dim)
+        self.proj = nn.Linear(hidden_size, ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.proj(x), approximate="tanh")
@@ -167,7 +166,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, ffn_dim: int):
         super().__init__()
-        self.net = nn.Sequential(GeluProjection(hidden_size, ffn_dim), nn.Identity(), Linear(ffn_dim, hidden_size))
+        self.net = nn.Sequential(GeluProjection(hidden_size, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -441,6 +440,26 @@ class WanLiteStudent(nn.Module):
                 f"{path}: is damaged, {len(broken)} of its tensors are not finite, first {broken[0]}; copy it again, or train again"
             )
         return student.eval()
+
+
+@contextmanager
+def block_outputs(model: WanLiteStudent, layers: Sequence[int], num_rows: int | None = None) -> Iterator[list[Tensor]]:
+    """Collect the hidden states (B, L, D) after the blocks in `layers` during the one forward pass inside the context.
+
+    Args:
+        num_rows: number of first rows to copy, so that the memory of the others is free; None keeps the outputs themselves.
+    """
+    outputs: list[Tensor] = []
+
+    def keep(block: nn.Module, inputs: tuple, output: Tensor) -> None:
+        outputs.append(output if num_rows is None else output[:num_rows].clone())
+
+    hooks = [model.blocks[layer].register_forward_hook(keep) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _misfit(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from wandistiller.device import to_device
-from wandistiller.model.hidden_states import block_outputs
-from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.model.transformer import WanLiteStudent, block_outputs
 from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS, sigma_to_timestep
 from wandistiller.wan.settings import TeacherSettings
 
