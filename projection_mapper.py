@@ -104,10 +104,10 @@ def cut_lora(flags: LoraFlags) -> None:
     from wandistiller.wan.transformer_files import teacher_tensor_shapes
 
     config, output = load_shape(flags.student or ""), Path(flags.output or "")
-    made_of = read_made_of(flags.student or "", config)
-    shapes = teacher_tensor_shapes(made_of.teacher)
+    teacher, selection = read_made_of(flags.student or "", config)
+    shapes = teacher_tensor_shapes(teacher)
     loras = [open_lora(path, scale, shapes) for path, scale in flags.lora or []]
-    student_lora = cut_loras(loras, made_of.selection, config)
+    student_lora = cut_loras(loras, selection, config)
     if not student_lora.names():
         raise UserError(
             f"{loras[0].path}: changes only layers that the student does not have, so nothing of it is left"
@@ -119,8 +119,8 @@ def cut_lora(flags: LoraFlags) -> None:
         print(f"Left out: {len(student_lora.dropped)} tensors of layers that the student does not have")
     if left_out:
         print(
-            f"Left out: {len(left_out)} differences of norms and modulation tables, such as {left_out[0]}, which diffusers does "
-            "not load; --format original has them for ComfyUI"
+            f"Left out: {len(left_out)} changes that are no product of two matrices, such as that of {left_out[0]}; --format "
+            "original has them for ComfyUI"
         )
 
 

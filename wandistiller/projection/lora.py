@@ -7,7 +7,6 @@ with the LoRA in it. Changes of layers that the student does not have are left o
 A student is a Wan, so the file is a Wan LoRA for its exports, of canonical names for diffusers or of original ones for ComfyUI.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,13 +23,6 @@ from wandistiller.projection.selection import Selection
 from wandistiller.wan.lora import Change, Difference, Lora
 from wandistiller.wan.names import PATCH_KERNEL, to_original
 from wandistiller.wan.transformer_files import teacher_tensor_shapes
-
-# The names of a file, by its format: the prefix of a module's name, and what follows it for down, up and bias.
-_NAMES = {
-    "diffusers": ("transformer.", "lora_A.weight", "lora_B.weight", "lora_B.bias"),
-    "original": ("diffusion_model.", "lora_down.weight", "lora_up.weight", "diff_b"),
-}
-_NORMS = re.compile(r"\.norm(?:_[qk]|2)\.")
 
 
 @dataclass
@@ -126,69 +118,44 @@ def _cut(
 # ---- the file ----
 
 
-def lora_tensors(student: StudentLora, file_format: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Return a LoRA's tensors under the names of a file, and the names of changes that such a file cannot hold.
-
-    diffusers takes products alone, with a bias for all of them or for none. A whole difference of a matrix becomes a product of
-    full rank, and a layer whose bias alone changes gets a product of zeros. ComfyUI takes whole differences too.
-    """
-    is_original = file_format == "original"
-    prefix, down_name, up_name, bias_name = _NAMES[file_format]
-    tensors: dict[str, Tensor] = {}
-    whole = list(filter(_is_whole, student.names()))
-    if is_original:
-        tensors |= {prefix + _whole_name(name): student.delta(name) for name in whole}
-    for stem, (up, down, bias) in _modules(student).items():
-        name = prefix + (to_original(stem) if is_original else stem)
-        if is_original and f"{stem}.weight" == PATCH_KERNEL:  # diffusers refuses a product here, but skips a difference
-            tensors[f"{name}.diff"] = student.delta(PATCH_KERNEL)
-        else:
-            tensors |= {f"{name}.{down_name}": down, f"{name}.{up_name}": up}
-        if bias is not None:
-            tensors[f"{name}.{bias_name}"] = bias
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, [] if is_original else whole
-
-
-def _is_whole(name: str) -> bool:
-    """Return whether a tensor is a norm's or a table, no part of a linear layer or kernel."""
-    return bool(_NORMS.search(name)) or not name.endswith((".weight", ".bias"))
-
-
-def _whole_name(name: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    if kind == "bias":
-        return f"{to_original(stem)}.diff_b"
-    return f"{to_original(stem if kind == 'weight' else name)}.diff"
-
-
-def _modules(student: StudentLora) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
-    """Return up, down and bias of each linear layer that is changed, and of the patch kernel."""
-    stems = dict.fromkeys(name.rpartition(".")[0] for name in student.names() if not _is_whole(name))
-    has_bias = any(f"{stem}.bias" in student.differences for stem in stems)
-    modules = {}
-    for stem in stems:
-        up, down = _product(student, f"{stem}.weight")
-        bias = student.differences.get(f"{stem}.bias", torch.zeros(len(up))) if has_bias else None
-        modules[stem] = up, down, bias
-    return modules
-
-
-def _product(student: StudentLora, name: str) -> tuple[Tensor, Tensor]:
-    """Return the whole change of a matrix as a product, its factors in the shapes that layers of a LoRA have."""
-    shape = student.shapes[name]
-    rows, columns = shape[0], math.prod(shape[1:])
-    pairs = [student.low_rank[name]] if name in student.low_rank else []
-    if name in student.differences:
-        difference = student.differences[name].reshape(rows, columns)
-        pairs.append((torch.eye(rows), difference) if rows <= columns else (difference, torch.eye(columns)))
-    if not pairs:
-        pairs = [(torch.zeros(rows, 1), torch.zeros(1, columns))]
-    up, down = torch.cat([pair[0] for pair in pairs], dim=1), torch.cat([pair[1] for pair in pairs])
-    return up.reshape(*up.shape, *[1] * (len(shape) - 2)), down.reshape(-1, *shape[1:])
-
-
 def write_lora(student: StudentLora, path: str | Path, file_format: str) -> list[str]:
-    """Write a LoRA for a student's exports, whole or not at all; return the names of changes that the format cannot hold."""
-    tensors, left_out = lora_tensors(student, file_format)
-    write_tensors(path, tensors, {"format": "pt"})
+    """Write a LoRA for a student's exports, whole or not at all; return the names of changes that the format cannot hold.
+
+    A file for diffusers holds products alone. ComfyUI ("original") also takes whole differences.
+
+    Raises:
+        UserError: nothing would be left for diffusers.
+    """
+    if file_format == "original":
+        tensors, left_out = _for_comfyui(student), []
+    else:
+        tensors, left_out = _for_diffusers(student), list(student.differences)
+    if not tensors:
+        raise UserError(f"{path}: diffusers loads no LoRA of whole differences; give --format original, for ComfyUI")
+    write_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
     return left_out
+
+
+def _for_diffusers(student: StudentLora) -> dict[str, Tensor]:
+    tensors = {}
+    for name, (up, down) in student.low_rank.items():
+        stem, shape = f"transformer.{name.removesuffix('.weight')}", student.shapes[name]
+        tensors[f"{stem}.lora_A.weight"] = down.reshape(-1, *shape[1:])  # the patch kernel's is a convolution
+        tensors[f"{stem}.lora_B.weight"] = up.reshape(*up.shape, *[1] * (len(shape) - 2))
+    return tensors
+
+
+def _for_comfyui(student: StudentLora) -> dict[str, Tensor]:
+    """A product where nothing else changes the tensor, and the whole difference otherwise: of two, ComfyUI takes the last."""
+    tensors = {}
+    for name in student.names():
+        stem, _, kind = name.rpartition(".")
+        module = f"diffusion_model.{to_original(stem if kind in ('weight', 'bias') else name)}"
+        if (
+            name in student.differences or name == PATCH_KERNEL
+        ):  # which diffusers refuses as a product, and skips like this
+            tensors[f"{module}.{'diff_b' if kind == 'bias' else 'diff'}"] = student.delta(name)
+        else:
+            up, down = student.low_rank[name]
+            tensors |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+    return tensors

@@ -4,7 +4,6 @@ The patch kernel of Wan is (1, p, p) and frame 0 has temporal RoPE angle 0, so o
 transformer with the same weights and Conv2d = W[:, :, 0]. A smaller student takes a consistent part of them.
 """
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from wandistiller.files.atomic import write_json
 from wandistiller.model.config import StudentConfig
-from wandistiller.model.fp8 import Fp8Linear, fp8_linears, to_fp8
+from wandistiller.model.fp8 import fp8_linears, to_fp8
 from wandistiller.model.sizes import unfilled_model
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import fill
-from wandistiller.projection.selection import Selection, select
+from wandistiller.projection.selection import Selection, check_fits, select
 from wandistiller.projection.selection_record import REPORT_NAME, selection_record
 from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.lora import LoraFiles, merge_loras
@@ -56,26 +55,13 @@ _AXES_BY_NAME = [
 ]
 _AXES = [(re.compile(pattern), axes) for pattern, axes in _AXES_BY_NAME]
 
-# The tensors of a Wan block, stacked, that a tensor of a lite block inherits; any other tensor starts from its own
-# initialisation.
-_LITE_FROM_WAN = {
-    "attn.in_proj_weight": ["attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_v.weight"],
-    "attn.in_proj_bias": ["attn1.to_q.bias", "attn1.to_k.bias", "attn1.to_v.bias"],
-    "attn.out_proj.weight": ["attn1.to_out.0.weight"],
-    "attn.out_proj.bias": ["attn1.to_out.0.bias"],
-    "mlp.0.weight": ["ffn.net.0.proj.weight"],
-    "mlp.0.bias": ["ffn.net.0.proj.bias"],
-    "mlp.2.weight": ["ffn.net.2.weight"],
-    "mlp.2.bias": ["ffn.net.2.bias"],
-}
-
 
 @dataclass
 class ProjectionReport:
     """The fate of every tensor on both sides.
 
     Attributes:
-        student: name -> {"status": "exact" | "selected" | "initialised", "source": [...], "detail": ...}.
+        student: name -> {"status": "exact" | "selected" | "initialised", "source": name, "detail": ...}.
         teacher: name -> {"status": "used" | "dropped", "reason": ...}.
         layers: the teacher layer of each student block.
         channels: the teacher's residual channels that the student has; empty if it inherited none.
@@ -93,7 +79,7 @@ class ProjectionReport:
     loras: list[dict] = field(default_factory=list)
     selection: dict = field(default_factory=dict)
 
-    def add(self, name: str, parameter: Tensor, status: str, source: list[str], detail: str) -> None:
+    def add(self, name: str, parameter: Tensor, status: str, source: str | None, detail: str) -> None:
         """Note where a student tensor came from."""
         self.student[name] = {"status": status, "source": source, "detail": detail}
         self.num_parameters[status] += parameter.numel()
@@ -148,9 +134,9 @@ def project_teacher(
         text_max_length: the model's text slots where config is None.
         dtype: the dtype of parameters, float32 unless given; norms, modulation and time embedding stay float32.
         device: where the model is filled.
-        seed: seed of the initial values of tensors that inherit nothing, which only lite students have.
-        fp8: whether the Linear weights of the (wan) blocks are kept as `wandistiller.model.fp8` does; such a model is frozen.
-        shard: shards the parameters of a (wan) model in place, before memory is allocated for them.
+        seed: seed of the values of a lite student, which inherits nothing.
+        fp8: whether the Linear weights of the blocks are kept as `wandistiller.model.fp8` does; such a model is frozen.
+        shard: shards the parameters in place, before memory is allocated for them.
         selection: the part of the teacher that fills the config's shape; None ranks by weight norm.
         loras: files and scales of Wan LoRAs that are merged into the expert as it is read.
 
@@ -164,15 +150,17 @@ def project_teacher(
     if config is None:
         config = teacher.config.replace(text_max_length=text_max_length)
         selection = Selection(list(range(config.depth)))
-    elif selection is None:
-        selection = select(teacher, config, layers)
-    student = _empty_student(config, dtype, device, seed, fp8, shard)
+    check_fits(teacher.config, config, layers)
+    if config.block == "lite":
+        return fresh_student(wan_files, config, expert, device=device, seed=seed)
+    selection = selection or select(teacher, config, layers)
+    student = _empty_model(config, dtype or torch.float32, device, fp8, shard)
     channels = selection.axes.get("channels", torch.arange(config.hidden_size)).tolist()
     report = ProjectionReport(wan_files.location, expert, selection.layers, channels)
     report.loras = [lora.record() for lora in wan_files.loras if lora.expert == expert]
     report.selection = selection_record(teacher.config, selection)
     _fill(student, teacher, selection, report)
-    _report_teacher(teacher, selection, config, report)
+    _report_teacher(teacher, report)
     return student, report
 
 
@@ -184,14 +172,19 @@ def fresh_student(
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> tuple[WanLiteStudent, ProjectionReport]:
-    """Make a student from seeded random values, which inherits nothing: the baseline for projection."""
+    """Make a student from seeded random values, which inherits nothing: the baseline for projection, and every lite student.
+
+    The values depend on the seed alone, and nothing is drawn from the global generator.
+    """
     wan_files = open_teacher(teacher_path, config)
-    student = _seeded_student(config, None, device, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = WanLiteStudent(config).to(device)
     report = ProjectionReport(wan_files.location, expert, [])
-    teacher, reason = wan_files.expert(expert), "random initial values were asked for"
+    teacher, reason = wan_files.expert(expert), "the student starts from random values"
     for name, parameter in student.named_parameters():
-        report.add(name, parameter, "initialised", [], reason)
-    report.teacher = {name: {"status": "dropped", "reason": reason} for name in teacher.names()} | _ignored(teacher)
+        report.add(name, parameter, "initialised", None, reason)
+    report.teacher = {name: _dropped(reason) for name in teacher.names()} | _ignored(teacher)
     return student, report
 
 
@@ -213,40 +206,20 @@ def project_experts(
     }
 
 
-def _seeded_student(
-    config: StudentConfig, dtype: torch.dtype | None, device: str | torch.device, seed: int
-) -> WanLiteStudent:
-    """Make a model of initial values that depend on the seed alone, without a draw from the global generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return WanLiteStudent(config).to(device=device, dtype=dtype or torch.float32)
-
-
-def _empty_student(
+def _empty_model(
     config: StudentConfig,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     device: str | torch.device,
-    seed: int,
-    fp8: bool = False,
-    shard: Callable[[WanLiteStudent], None] | None = None,
+    fp8: bool,
+    shard: Callable[[WanLiteStudent], None] | None,
 ) -> WanLiteStudent:
-    """Make a model to be filled: a wan model in unwritten memory, since it inherits every tensor, a lite one initialised."""
-    if config.block == "lite":
-        return _seeded_student(config, dtype, device, seed)
-    student = unfilled_model(config, dtype or torch.float32)
+    """Make a wan model in unwritten memory, since it inherits every tensor."""
+    model = unfilled_model(config, dtype)
     if fp8:
-        to_fp8(student)  # before memory is allocated, because a large teacher fits in no other precision
+        to_fp8(model)  # before memory is allocated, because a large teacher fits in no other precision
     if shard is not None:
-        shard(student)
-    return student.to_empty(device=device)
-
-
-def _sources(student_name: str, config: StudentConfig, layers: list[int]) -> list[str]:
-    """Return the teacher tensors that a student tensor is stacked of along dim 0; empty if it inherits nothing."""
-    match = re.match(r"blocks\.(\d+)\.(.+)", student_name)
-    if config.block == "wan":
-        return [f"blocks.{layers[int(match[1])]}.{match[2]}" if match else student_name]
-    return [f"blocks.{layers[int(match[1])]}.{name}" for name in _LITE_FROM_WAN.get(match[2], [])] if match else []
+        shard(model)
+    return model.to_empty(device=device)
 
 
 def _axes_of(teacher_name: str) -> tuple[str | None, ...]:
@@ -280,70 +253,39 @@ def _take(tensor: Tensor, teacher_name: str, selection: Selection) -> Tensor:
 
 @torch.no_grad()
 def _fill(student: WanLiteStudent, teacher: TransformerTensors, selection: Selection, report: ProjectionReport) -> None:
-    """Copy every inherited tensor, one teacher tensor in memory at a time, and report where each came from."""
+    """Copy every tensor, one of the teacher's in memory at a time, and report where each came from."""
     fp8_layers = fp8_linears(student)
     for name, parameter in student.named_parameters():
-        sources = _sources(name, student.config, selection.layers)
-        stacked = parameter.chunk(len(sources)) if len(sources) > 1 else [parameter]
-        parts = list(zip(sources, stacked, strict=False))  # empty where nothing is inherited
-        status, detail = "initialised", "the teacher has no counterpart"
-        if not all(_fits(teacher, source, selection, part) for source, part in parts):
-            sources, parts, detail = [], [], f"the teacher's {sources[0]} is smaller"
-        for source, part in parts:  # stacked parts are all cut alike
-            status, detail = _copy(teacher, source, selection, part, fp8_layers.get(name))
-        report.add(name, parameter, status, sources, detail)
+        block = re.match(r"blocks\.(\d+)\.(.+)", name)
+        source = f"blocks.{selection.layers[int(block[1])]}.{block[2]}" if block else name
+        whole = teacher.read(source)
+        kept = _take(whole, source, selection)
+        if fp8_layer := fp8_layers.get(name):
+            fp8_layer.store(kept)
+        else:
+            fill(parameter, kept)
+        is_exact = kept.numel() == whole.numel()
+        detail = "x".join(map(str, kept.shape)) + ("" if is_exact else f" of {'x'.join(map(str, whole.shape))}")
+        if whole.dtype.itemsize > parameter.dtype.itemsize:
+            detail += f", rounded to {str(parameter.dtype).removeprefix('torch.')}"
+        report.add(name, parameter, "exact" if is_exact else "selected", source, detail)
 
 
-def _fits(teacher: TransformerTensors, source: str, selection: Selection, target: Tensor) -> bool:
-    """Return whether the kept part of a source fills its target; a lite student's MLP can be larger than the teacher's."""
-    shape = teacher.shape(source)
-    kept = kept_indices(source, shape, selection)
-    return math.prod(len(kept[dim]) if dim in kept else size for dim, size in enumerate(shape)) == target.numel()
-
-
-def _copy(
-    teacher: TransformerTensors, name: str, selection: Selection, target: Tensor, fp8_layer: Fp8Linear | None
-) -> tuple[str, str]:
-    """Fill `target` with the kept part of a teacher tensor; return status and detail for the report.
-
-    Args:
-        fp8_layer: the layer of `target`, if its weight is kept as fp8; its scales are filled too.
-    """
-    source = teacher.read(name)
-    kept = _take(source, name, selection)
-    if fp8_layer is None:
-        fill(target, kept)
-    else:
-        fp8_layer.store(kept)
-    detail = "x".join(map(str, kept.shape))
-    is_exact = kept.numel() == source.numel()
-    if not is_exact:
-        detail += f" of {'x'.join(map(str, source.shape))}"
-    if source.dtype.itemsize > target.dtype.itemsize:
-        detail += f", rounded to {str(target.dtype).removeprefix('torch.')}"
-    return "exact" if is_exact else "selected", detail
-
-
-def _report_teacher(
-    teacher: TransformerTensors, selection: Selection, config: StudentConfig, report: ProjectionReport
-) -> None:
+def _report_teacher(teacher: TransformerTensors, report: ProjectionReport) -> None:
     """Report the student tensor that uses each teacher tensor, or why none does."""
-    used_by: dict[str, str] = {}
-    for student_name, entry in report.student.items():
-        used_by |= dict.fromkeys(entry["source"], student_name)
+    used_by = {entry["source"]: name for name, entry in report.student.items()}
     for name in teacher.names():
         if name in used_by:
             report.teacher[name] = {"status": "used", "reason": f"in {used_by[name]}"}
-            continue
-        match = re.match(r"blocks\.(\d+)\.", name)
-        if match and int(match[1]) not in selection.layers:
-            reason = f"layer {match[1]} is not kept"
         else:
-            reason = "a lite student has no counterpart" if config.block == "lite" else "no student tensor uses it"
-        report.teacher[name] = {"status": "dropped", "reason": reason}
+            report.teacher[name] = _dropped(f"layer {name.split('.')[1]} is not kept")
     report.teacher |= _ignored(teacher)
 
 
 def _ignored(teacher: TransformerTensors) -> dict[str, dict]:
     """Return entries for the tensors in the teacher's files that are no weights of a text-to-video Wan."""
-    return {name: {"status": "dropped", "reason": reason} for name, reason in teacher.ignored.items()}
+    return {name: _dropped(reason) for name, reason in teacher.ignored.items()}
+
+
+def _dropped(reason: str) -> dict[str, str]:
+    return {"status": "dropped", "reason": reason}

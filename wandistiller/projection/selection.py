@@ -97,12 +97,7 @@ def _check_layers(layers: list[int], teacher_depth: int, depth: int) -> None:
 
 
 def select(teacher: TransformerTensors, student: StudentConfig, layers: list[int] | None = None) -> Selection:
-    """Choose the part of `teacher` that becomes a student of this shape, by weight norm.
-
-    Args:
-        layers: the teacher layer of each student block; None spreads them evenly.
-    """
-    check_fits(teacher.config, student, layers)
+    """Choose the part of `teacher` that becomes a wan student of this shape, by weight norm; None spreads the layers evenly."""
     selection = Selection(layers or spread_layers(teacher.config.depth, student.depth))
     norms = cache(lambda name: squared_norms(teacher.read(name)))  # several axes ask for the same weights
     for axis, (size, kept, group) in axis_sizes(teacher.config, student, selection.layers).items():
@@ -114,14 +109,9 @@ def select(teacher: TransformerTensors, student: StudentConfig, layers: list[int
 def axis_sizes(teacher: StudentConfig, student: StudentConfig, layers: list[int]) -> dict[str, tuple[int, int, int]]:
     """Return for each axis its size in the teacher, how many entries are kept, and how many stay together (those of a head)."""
     width = (teacher.hidden_size, student.hidden_size)
-    sizes = {"channels": (*width, 1)}
-    if student.block == "wan":
-        sizes |= {axis: (*width, 1) for axis in ("text_channels", "time_hidden", "text_hidden")}
-    same_heads = student.head_dim == teacher.head_dim
-    group = teacher.head_dim if same_heads else 1  # a lite student may cut heads apart, because it has no RoPE to keep
+    sizes = {axis: (*width, 1) for axis in ("channels", "text_channels", "time_hidden", "text_hidden")}
     for layer in layers:
-        for attention in ("attn1", "attn2") if student.block == "wan" else ("attn1",):
-            sizes[f"{attention}.{layer}"] = (*width, group)
+        sizes |= {f"{attention}.{layer}": (*width, teacher.head_dim) for attention in ("attn1", "attn2")}
         sizes[f"neurons.{layer}"] = (teacher.ffn_dim, student.ffn_dim, 1)
     return sizes
 
