@@ -9,35 +9,30 @@ that flag.
 """
 
 import os
-import signal
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.files.hub_push import check_repository, push
-from wandistiller.files.output_folder import check_output_folder, check_writable, prove_writable
+from wandistiller.files.output_folder import check_output_folder, check_writable, prove_writable, removed_if_empty
 from wandistiller.flags import TeacherFlags, flag, group, parse_flags, path, switch
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.students.drawing import example_prompt, student_sampling
-from wandistiller.students.parts import find_recorded_encoder, teacher_paths
+from wandistiller.students.parts import DrawingParts, load_drawing_parts, teacher_paths
 from wandistiller.students.record import StudentRecord, load_shape, load_student_config
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from torch import Tensor
 
-    from wandistiller.projection.pipeline_export import PipelineParts
-
 FORMATS = ["diffusers", "original", "pipeline", "gguf"]
 # The formats that are one file, with the name that it gets in a folder
 FILE_NAMES = {"original": "wan_student.safetensors", "gguf": "wan_student.gguf"}
 GGUF_DTYPES = ["q8_0", "q5_0", "q4_0"]
-WEIGHT_SUFFIXES = {".safetensors", ".sft", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
+WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +52,6 @@ class PartsFlags:
     teacher_path: str | None = flag("the teacher, where it is no longer where the student's record says", type=path)
     vae_path: str | None = flag("folder or hub id of a diffusers AutoencoderKLWan", type=path)
     text_encoder_path: str | None = flag("folder or hub id with text_encoder/ and tokenizer/", type=path)
-    link: bool = switch("link to these folders instead of copying them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +97,13 @@ def check_flags(flags: Flags) -> None:
         )
     if flags.dtype in GGUF_DTYPES and flags.format != "gguf":
         raise UserError(f"--dtype {flags.dtype} is for --format gguf; give bf16 with {flags.format}")
-    for name in ("teacher_path", "vae_path", "text_encoder_path", "link"):
-        if getattr(flags.parts, name) and flags.format != "pipeline":
+    for name, value in vars(flags.parts).items():
+        if value and flags.format != "pipeline":
             raise UserError(f"--{name} belongs to --format pipeline; the other formats hold the transformer alone")
     if flags.workflow and flags.format != "original":
         raise UserError("--workflow is for --format original, the file that ComfyUI reads")
     if flags.hub.public and not flags.hub.push_to_hub:
         raise UserError("--public says who sees the repository of --push_to_hub; give that too")
-    if flags.hub.push_to_hub and flags.parts.link:
-        raise UserError(
-            "--link: a link to a folder of this machine is nothing on the hub; leave it out with --push_to_hub"
-        )
 
 
 def read_config(flags: Flags) -> StudentConfig:
@@ -164,42 +154,30 @@ def workflow_file(target: Path) -> Path:
     return target.with_suffix(".workflow.json")
 
 
-def find_parts(flags: PartsFlags, config: StudentConfig) -> "PipelineParts":
-    """Find the VAE, the text encoder and the tokenizer of a pipeline, and check that they are those of the student."""
-    from wandistiller.projection.pipeline_export import PipelineParts, text_classes
-    from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, load_vae
+def find_parts(flags: PartsFlags, config: StudentConfig) -> DrawingParts:
+    """Find VAE, text encoder and tokenizer of a pipeline, and check that they are those of the student."""
+    from wandistiller.wan.vae import LatentStatistics, check_statistics
 
+    given = TeacherFlags(**vars(flags))
     needs_teacher = not (flags.vae_path and flags.text_encoder_path)
-    teacher = teacher_paths(config, TeacherFlags(teacher_path=flags.teacher_path))[0] if needs_teacher else "mock"
-    place = find_vae(flags.vae_path, teacher, config.num_channels).folder()
-    encoder = find_recorded_encoder(config, flags.text_encoder_path, teacher)
-    if encoder is None:
+    teacher = teacher_paths(config, given)[0] if needs_teacher else "mock"
+    parts = load_drawing_parts(config, teacher, given, "cpu")
+    if parts.encoder is None:
         raise UserError(
             "this student learnt the mock teacher's stand-in embeddings; there is no text encoder for a pipeline, export it "
             "as diffusers or original"
         )
-    record = StudentRecord.of(config)
-    vae: Any = load_vae(VaeLocation(str(place), None), config.num_channels, config.vae_scale_factor)
-    learnt = LatentStatistics(record.latents_mean, record.latents_std)
-    check_statistics(learnt, LatentStatistics(vae.config.latents_mean, vae.config.latents_std), place)
-    folders = {"vae": place, "text_encoder": encoder.encoder, "tokenizer": encoder.tokenizer}
-    parts = PipelineParts(folders, text_classes(encoder.encoder), flags.link, vae)
-    parts.check()
+    record, theirs = StudentRecord.of(config), parts.vae.config
+    check_statistics(
+        LatentStatistics(record.latents_mean, record.latents_std),
+        LatentStatistics(theirs.latents_mean, theirs.latents_std),
+        Path(flags.vae_path or teacher),
+    )
     return parts
 
 
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, so that it leaves nothing half written."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def write(
-    target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: "PipelineParts | None", flags: Flags
+    target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: DrawingParts | None, flags: Flags
 ) -> None:
     """Write the export: the file or folder appears whole or not at all, and replaces nothing that has come there meanwhile.
 
@@ -207,33 +185,23 @@ def write(
         tensors: the student's state dict.
         config: the student's, with the record that is published.
     """
-    from wandistiller.files.atomic import atomic_folder, new_files, remove_leftovers
+    from wandistiller.files.atomic import atomic_folder, new_files, remove_leftovers, write_json
+    from wandistiller.projection.comfyui import comfyui_workflow
+    from wandistiller.projection.exports import write_gguf_file, write_original_file
 
-    # What a killed export left beside the target, or beside its folder where that is new as well:
-    is_new = not target.parent.exists()
-    for place in (target, target.parent) if is_new else (target,):
-        remove_leftovers(place)
-    if flags.format not in FILE_NAMES:
-        with atomic_folder(target) as folder:
-            write_folder(folder, target.resolve().name, tensors, config, parts, flags)
-        return
-    with atomic_folder(target.parent) if is_new else new_files(target) as folder:
-        write_file(folder / target.name, tensors, config, flags)
-        if is_new and flags.format == "gguf":
-            write_card(folder, target.parent.resolve().name, config, flags)
-
-
-def write_file(path: Path, tensors: "dict[str, Tensor]", config: StudentConfig, flags: Flags) -> None:
-    """Write one file for ComfyUI, with a workflow beside it where one is asked for."""
-    from wandistiller.files.atomic import write_json
-    from wandistiller.projection.comfyui_workflow import Workflow, ui_workflow
-    from wandistiller.projection.diffusers_export import write_original_file
-    from wandistiller.projection.gguf_export import write_gguf_file
-
-    if flags.workflow:
-        workflow = ui_workflow(Workflow.of(config, path.name, prompt=example_prompt(config)))
-        write_json(workflow_file(path), workflow, end="\n", indent=2)
-    (write_gguf_file if flags.format == "gguf" else write_original_file)(tensors, config, path, flags.dtype)
+    remove_leftovers(target)  # of a killed export
+    with removed_if_empty(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if flags.format not in FILE_NAMES:
+            with atomic_folder(target) as folder:
+                write_folder(folder, target.resolve().name, tensors, config, parts, flags)
+            return
+        with new_files(target) as folder:
+            if flags.workflow:
+                workflow = comfyui_workflow(config, target.name, example_prompt(config))
+                write_json(workflow_file(folder / target.name), workflow, end="\n", indent=2)
+            write_file = write_gguf_file if flags.format == "gguf" else write_original_file
+            write_file(tensors, config, folder / target.name, flags.dtype)
 
 
 def write_folder(
@@ -241,7 +209,7 @@ def write_folder(
     name: str,
     tensors: "dict[str, Tensor]",
     config: StudentConfig,
-    parts: "PipelineParts | None",
+    parts: DrawingParts | None,
     flags: Flags,
 ) -> None:
     """Write a folder for diffusers: a pipeline where its parts are given, else the transformer alone.
@@ -251,8 +219,8 @@ def write_folder(
     """
     import torch
 
-    from wandistiller.projection.diffusers_export import write_transformer_folder
-    from wandistiller.projection.pipeline_export import write_pipeline_parts
+    from wandistiller.projection.exports import write_pipeline_parts, write_transformer_folder
+    from wandistiller.reports.cards import write_export_card
 
     transformer = folder if parts is None else folder / "transformer"
     if parts is not None:
@@ -260,14 +228,7 @@ def write_folder(
         write_pipeline_parts(config, folder, options, parts, flags.dtype)
         transformer.mkdir()
     write_transformer_folder(tensors, config, transformer, flags.dtype)
-    write_card(folder, name, config, flags)
-
-
-def write_card(folder: Path, name: str, config: StudentConfig, flags: Flags) -> None:
-    from wandistiller.reports.cards import write_export_card
-
-    prompt, link = example_prompt(config), flags.parts.link
-    write_export_card(folder, name, config, flags.format, flags.dtype, prompt=prompt, link=link)
+    write_export_card(folder, name, config, flags.format, flags.dtype, prompt=example_prompt(config))
 
 
 def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
@@ -275,16 +236,15 @@ def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
     from wandistiller.projection.comfyui import LOADERS, comfyui_settings, comfyui_warnings
     from wandistiller.reports.cards import drawing
 
-    is_gguf = flags.format == "gguf"  # a student that is read right by versions that get its metadata alone is refused
-    warnings = comfyui_warnings(config, reads_metadata=is_gguf) if flags.format in FILE_NAMES else []
+    warnings = comfyui_warnings(config) if flags.format in FILE_NAMES else []
     for warning in [*warnings, StudentRecord.of(config).warning_of_untrained_levels()]:
         if warning:
             print(f"Warning: {warning}")
     print(f"Wrote {target}: {config.num_parameters:,} parameters, {flags.dtype}")
     if flags.format == "pipeline":
-        lines = drawing(config, str(target), flags.dtype, prompt=example_prompt(config), link=flags.parts.link)
+        lines = drawing(config, str(target), flags.dtype, prompt=example_prompt(config))
         print("To draw:\n" + textwrap.indent(lines, "  "))
-    if flags.format in FILE_NAMES and not comfyui_warnings(config, reads_metadata=True):
+    if flags.format in FILE_NAMES:
         print(f"In ComfyUI: {comfyui_settings(config, LOADERS[flags.format])}")
 
 
@@ -317,17 +277,15 @@ def main(argv: list[str] | None = None) -> int:
         check_repository(flags.hub.push_to_hub)
 
     from wandistiller.model.transformer import WanLiteStudent
-    from wandistiller.projection.diffusers_export import published
-    from wandistiller.projection.gguf_export import refuse_what_gguf_drops
+    from wandistiller.projection.exports import published, refuse_what_gguf_drops
 
+    # Every file is checked before one is written:
     if flags.format == "gguf":
         refuse_what_gguf_drops(config)
-    with terminated_as_interrupted():
-        # Every file is checked before one is written:
-        parts = find_parts(flags.parts, config) if flags.format == "pipeline" else None
-        tensors = WanLiteStudent.from_pretrained(flags.student).state_dict()
-        public_config = published(config)
-        write(target, tensors, public_config, parts, flags)
+    parts = find_parts(flags.parts, config) if flags.format == "pipeline" else None
+    tensors = WanLiteStudent.from_pretrained(flags.student).state_dict()
+    public_config = published(config)
+    write(target, tensors, public_config, parts, flags)
 
     print_result(target, public_config, flags)
     if flags.hub.push_to_hub:

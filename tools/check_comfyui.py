@@ -318,7 +318,7 @@ def write_inputs(case: Case, number: int, base: Path) -> dict[str, str]:
     import torch
 
     from wandistiller.files.safetensors_files import write_tensors
-    from wandistiller.projection.diffusers_export import write_original_file
+    from wandistiller.projection.exports import write_original_file
 
     names = {dtype: f"student_{number}_{dtype}.safetensors" for dtype in DTYPES}
     for dtype, name in names.items():
@@ -332,11 +332,14 @@ def write_inputs(case: Case, number: int, base: Path) -> dict[str, str]:
 
 def check_workflow(case: Case, file: str, sampler: str, seed: int, text: Path) -> dict[str, Any]:
     """Return the workflow of docs/comfyui for a student, with our node for text encoder and VAE, and latents for a picture."""
-    from wandistiller.projection.comfyui_workflow import Workflow, api_workflow
-
-    settings = {"shift": case.shift, "steps": case.steps, "sampler": sampler, "seed": seed}
-    workflow = api_workflow(Workflow.of(case.config, file, **settings))
+    documented = ROOT / "docs" / "comfyui" / f"wan_student_{case.config.num_channels}_channels_api.json"
+    workflow = json.loads(documented.read_text(encoding="utf-8"))
     numbers = {node["class_type"]: number for number, node in workflow.items()}
+    side = case.config.image_size
+    settings = {"unet_name": file, "shift": case.shift, "width": side, "height": side, "seed": seed}
+    settings |= {"steps": case.steps, "sampler_name": sampler}
+    for node in workflow.values():
+        node["inputs"] |= {name: value for name, value in settings.items() if name in node["inputs"]}
     ours = {numbers["CLIPTextEncode"]: ["text", 0], numbers["VAELoader"]: ["text", 1]}
     for kind in ("CLIPTextEncode", "CLIPLoader", "VAELoader", "VAEDecode", "SaveImage"):
         workflow.pop(numbers[kind])
@@ -407,16 +410,13 @@ def compare_pictures(case: Case, latents: dict[str, "Tensor"], output: Path | No
 
 def check_documented(server: Server) -> dict[str, str]:
     """Post the workflows of docs/comfyui beside empty files of the right names: its answer to each, before it loads one."""
-    from wandistiller.projection.comfyui_workflow import TEXT_ENCODER, VAES
-
     models, answers = server.base / "models", {}
-    for name in (f"text_encoders/{TEXT_ENCODER}", *(f"vae/{vae}" for vae in VAES.values())):
-        (models / name).touch()
+    folders = {"unet_name": "diffusion_models", "clip_name": "text_encoders", "vae_name": "vae"}
     for file in sorted((ROOT / "docs" / "comfyui").glob("*_api.json")):
         workflow = json.loads(file.read_text(encoding="utf-8"))
         for node in workflow.values():
-            if node["class_type"] == "UNETLoader":
-                (models / "diffusion_models" / node["inputs"]["unet_name"]).touch()
+            for name in folders.keys() & node["inputs"].keys():
+                (models / folders[name] / node["inputs"][name]).touch()
         try:
             server.run(workflow)
             answers[file.name] = "ran"

@@ -15,7 +15,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
 
 import export_student
 from support.runs import snapshot
@@ -166,19 +165,15 @@ def test_what_the_file_carries(saved, export, tmp_path):
     assert json.loads(reader.get_field("config").contents())["transformer"]["num_heads"] == 2
     wan_files = open_wan_files(tmp_path / "out" / "wan_student.gguf")
     assert wan_files.record["guidance_scale"] == 1.0 and wan_files.latents_mean == MEAN
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.library_name == "gguf" and card.data.base_model == RECORD["base_model"]
-    assert "Unet Loader (GGUF)" in card.text and "from diffusers" not in card.text and "someone" not in card.text
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 8}, "heads have 32 channels"),
-        ({"num_heads": 1}, "heads have 256 channels"),
-        ({"patch_size": 1}, "patch_size is 1"),
-        ({"freq_dim": 128}, "freq_dim is 128"),
-        ({"eps": 1e-5}, "eps is 1e-05"),
+        ({"num_heads": 8}, "head_dim 32 (not 128)"),
+        ({"patch_size": 1}, "patch_size 1"),
+        ({"freq_dim": 128}, "freq_dim 128"),
+        ({"eps": 1e-5}, "eps 1e-05 (not 1e-06)"),
     ],
 )
 def test_what_comfyui_would_read_wrong_is_refused(export, tmp_path, changes, message):
@@ -200,7 +195,6 @@ def test_what_comfyui_would_read_wrong_is_refused(export, tmp_path, changes, mes
             "writes no .safetensors file; give a new folder or a file of suffix .gguf",
         ),
         (["--output", "{tmp}/is_there.gguf"], "is there already; give another name"),
-        (["--vae_path", "{tmp}"], "--vae_path belongs to --format pipeline"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(saved, export, tmp_path, flags, message):

@@ -16,8 +16,9 @@ from support.measures import LiveBytes
 from support.wan_folders import oracle_velocity, relative_error, write_pipeline_folder, write_single_file
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.model.fp8 import FP8, Fp8Linear, fp8_linears, quantise, to_fp8
+from wandistiller.model.sizes import unfilled_model
 from wandistiller.model.transformer import block_outputs
-from wandistiller.projection.project import _empty_student, project_experts, project_teacher
+from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.wan.layouts import open_wan_files
 
 # Rounding to three bits of mantissa errs by at most 1/16 of a value, evenly spread by about 1/28 (root mean square); a
@@ -195,7 +196,8 @@ def test_a_checkpoint_that_is_fp8_on_disk_is_kept_as_it_is(tmp_path, fp8):
 @pytest.mark.parametrize("dtype, fp8, gib", [(torch.float32, False, 53.2), (torch.bfloat16, False, 27.0), (torch.bfloat16, True, 13.9)])  # fmt: skip
 def test_the_memory_of_a_14b_expert_is_what_the_docs_say(dtype, fp8, gib):
     shape = {"hidden_size": 5120, "num_heads": 40, "ffn_dim": 13824, "depth": 40, "num_channels": 16}
-    model = _empty_student(StudentConfig(block="wan", image_size=512, **shape), dtype, "meta", 0, fp8)
+    model = unfilled_model(StudentConfig(block="wan", image_size=512, **shape), dtype)
+    model = to_fp8(model) if fp8 else model
     assert sum(tensor.numel() for tensor in model.parameters()) == 14_288_491_584  # as diffusers counts them
     assert round(sum(tensor.nbytes for tensor in model.parameters()) / 2**30, 1) == gib
 

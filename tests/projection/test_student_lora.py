@@ -27,11 +27,11 @@ from support.wan_folders import (
 )
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.errors import UserError
-from wandistiller.projection.lift import lift
+from wandistiller.projection.exports import lift
 from wandistiller.projection.lora import cut_loras
 from wandistiller.projection.project import fresh_student, project_teacher
 from wandistiller.projection.selection import select
-from wandistiller.projection.selection_record import indices_of, ranges_of, read_made_of
+from wandistiller.projection.selection_record import read_made_of
 from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.lora import merge_loras, open_lora, shapes_of
 
@@ -71,8 +71,8 @@ def lora_of(root, name, scale=1.0):
     return open_lora(root / f"{name}.safetensors", scale, shapes_of(open_wan_files(root / "teacher").expert("high")))
 
 
-def made_of(root):
-    return read_made_of(root / "student", CONFIG)
+def selection_of(root):
+    return read_made_of(root / "student", CONFIG)[1]
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_the_cut_is_what_the_projection_gains_from_a_teacher_with_the_lora(place
     file = places / f"{name}.safetensors"
     plain = project_teacher(wan_files, CONFIG, selection=selection)[0].state_dict()
     changed = project_teacher(merge_loras(wan_files, [(file, 0.7)]), CONFIG, selection=selection)[0].state_dict()
-    student_lora = cut_loras([lora_of(places, name, 0.7)], made_of(places).selection, CONFIG)
+    student_lora = cut_loras([lora_of(places, name, 0.7)], selection_of(places), CONFIG)
     lifted = lift({key: changed[key] - plain[key] for key in plain})
     moved = {key for key, gain in lifted.items() if gain.abs().max() > 1e-4}
     assert moved == set(student_lora.names())
@@ -107,7 +107,7 @@ def test_the_cut_is_what_the_projection_gains_from_a_teacher_with_the_lora(place
 
 
 def test_several_loras_add_up(places):
-    selection = made_of(places).selection
+    selection = selection_of(places)
     first, second = lora_of(places, "products", 0.5), lora_of(places, "differences", -1.0)
     both, one, other = (cut_loras(loras, selection, CONFIG) for loras in ([first, second], [first], [second]))
     for name in both.names():
@@ -119,20 +119,11 @@ def test_several_loras_add_up(places):
 def test_the_selection_is_read_back_from_the_report(tmp_path, expert):
     write_pipeline_folder(tmp_path / "two", two_experts=True, **TEACHER)
     project_teacher(tmp_path / "two", CONFIG, expert)[1].save(tmp_path)
-    selection, read = select(open_wan_files(tmp_path / "two").expert(expert), CONFIG), read_made_of(tmp_path, CONFIG)
-    assert read.selection.layers == selection.layers and read.selection.axes.keys() == selection.axes.keys()
-    assert all(torch.equal(read.selection.axes[axis], kept) for axis, kept in selection.axes.items())
-    assert (read.teacher.hidden_size, read.teacher.depth, read.expert) == (48, 5, expert)
-
-
-@pytest.mark.parametrize("indices", [[0], [0, 1, 2], [1, 3, 4, 5, 9], list(range(0, 20, 2))])
-def test_ranges_are_read_back_as_the_indices_they_stand_for(indices):
-    assert indices_of(ranges_of(indices), 20).tolist() == indices
-
-
-@pytest.mark.parametrize("text", ["", "3-1", "1,1", "0-99999", "2,1", "a", "1,", None, 7, "-1"])
-def test_other_texts_are_no_ranges(text):
-    assert indices_of(text, 20) is None
+    selection = select(open_wan_files(tmp_path / "two").expert(expert), CONFIG)
+    teacher, read = read_made_of(tmp_path, CONFIG)
+    assert read.layers == selection.layers and read.axes.keys() == selection.axes.keys()
+    assert all(torch.equal(read.axes[axis], kept) for axis, kept in selection.axes.items())
+    assert (teacher.hidden_size, teacher.depth) == (48, 5)
 
 
 # ---- the file, in diffusers ----
@@ -158,10 +149,8 @@ def inputs():
     "name, file_format, skipped",
     [
         ("products", "diffusers", []),
-        ("biases", "diffusers", []),
+        ("biases", "diffusers", ["bias"]),
         ("products", "original", ["patch_embedding"]),  # which ComfyUI reads
-        ("biases", "original", ["patch_embedding"]),
-        ("differences", "diffusers", ["norm", "scale_shift_table"]),
     ],
 )
 def test_diffusers_loads_the_file_onto_the_exported_student(
@@ -170,8 +159,8 @@ def test_diffusers_loads_the_file_onto_the_exported_student(
     """It then answers as the student with the changes added to its weights, but for the tensors that diffusers skips."""
     outcome = cut(name, "--format", file_format, scale=":0.8")
     assert outcome.code == 0, outcome.err
-    assert ("norms and modulation tables" in outcome.out) == ("norm" in skipped)
-    student_lora = cut_loras([lora_of(places, name, 0.8)], made_of(places).selection, CONFIG)
+    assert ("no product of two matrices" in outcome.out) == ("bias" in skipped)
+    student_lora = cut_loras([lora_of(places, name, 0.8)], selection_of(places), CONFIG)
     tensors = {key: tensor.clone() for key, tensor in transformer.state_dict().items()}
     plain = oracle_velocity(transformer, *inputs())
     added = {
@@ -190,11 +179,16 @@ def test_diffusers_loads_the_file_onto_the_exported_student(
     assert relative_error(oracle_velocity(transformer, *inputs()), expected) < 1e-5
 
 
+def test_differences_alone_are_no_lora_for_diffusers(cut, tmp_path):
+    outcome = cut("differences")
+    assert outcome.code == 2 and "give --format original" in outcome.err and list(tmp_path.iterdir()) == []
+
+
 def test_a_file_for_comfyui_holds_every_change_once_under_the_original_name(cut, places, transformer, tmp_path):
     """As ComfyUI's comfy/lora.py reads it: a module's name with .lora_up, .lora_down, .diff or .diff_b; one of the first and the third."""
     assert cut("differences", "--format", "original").code == 0
     tensors = load_file(tmp_path / "student_lora.safetensors")
-    student_lora = cut_loras([lora_of(places, "differences")], made_of(places).selection, CONFIG)
+    student_lora = cut_loras([lora_of(places, "differences")], selection_of(places), CONFIG)
     seen = set()
     for name in student_lora.names():
         original = f"diffusion_model.{to_original(name)}"
@@ -228,7 +222,10 @@ REPORTS = {
     "no layers": lambda report: report.update(layers="0,2,4"),
     "other layers": lambda report: report.update(layers=[0, 2, 9]),
     "an axis too few": lambda report: report["selection"]["axes"].pop("channels"),
-    "an axis beyond": lambda report: report["selection"]["axes"].update(channels="30-53"),
+    **{
+        f"channels {text!r}": lambda report, text=text: report["selection"]["axes"].update(channels=text)
+        for text in ("30-53", "0-23,0-23", "23-0", "1,1-23", "2,1,3-24", "0-9999999", "a", "0-23,", "", 7, None)
+    },
     "another teacher": lambda report: report["selection"]["teacher"].update(hidden_size=12, num_heads=1),
 }
 
@@ -255,7 +252,7 @@ def test_students_that_no_lora_fits_are_refused(places, tmp_path):
         make(places / "teacher", config)[1].save(tmp_path)
         with pytest.raises(UserError, match=words):
             read_made_of(tmp_path, config)
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="cannot be read .*copy it too"):
         read_made_of(tmp_path / "none", CONFIG)
 
 

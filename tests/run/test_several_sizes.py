@@ -23,7 +23,7 @@ from wandistiller.budget.memory import memory_budget
 from wandistiller.flags import ComputeFlags
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.projection.comfyui_workflow import Workflow, api_workflow
+from wandistiller.projection.comfyui import comfyui_workflow
 from wandistiller.reports.studio import Request, Studio
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.flags import parse_args
@@ -192,9 +192,9 @@ def test_a_student_records_its_sizes_and_draws_at_them(house, run_main, tmp_path
 def test_a_student_of_rectangles_alone_is_drawn_at_its_first_everywhere(house):
     """Where no size is asked for, as by generate_images.py: in the playground, and by the workflow for ComfyUI."""
     folder = house / "wide" / "student"
-    workflow = api_workflow(Workflow.of(StudentConfig.load(folder), "student.safetensors"))
-    (latents,) = [node for node in workflow.values() if node["class_type"] == "EmptyHunyuanLatentVideo"]
-    assert (latents["inputs"]["width"], latents["inputs"]["height"]) == (48, 32)
+    workflow = comfyui_workflow(StudentConfig.load(folder), "student.safetensors", "a red ring")
+    (latents,) = [node for node in workflow["nodes"] if node["type"] == "EmptyHunyuanLatentVideo"]
+    assert latents["widgets_values"][:2] == [48, 32]
     studio = Studio({"wide": folder}, compute=ComputeFlags(device="cpu"), prompt_cache=str(house / "cache"))
     answer = studio.draw(Request(student="wide", prompt="a red ring"))
     assert answer.size == (32, 48) and not answer.notes

@@ -1,4 +1,4 @@
-"""A student's file in ComfyUI: the metadata that it reads, its fixed values, and the settings to draw with.
+"""A student's file in ComfyUI: the metadata that it reads, its fixed values, and the settings and workflow to draw with.
 
 This was compared with Comfy-Org/ComfyUI 0.3.64, 0.8.0 and 0.33.0, which `tools/check_comfyui.py` also runs:
 comfy/model_detection.py (detect_unet_config), sd.py (load_diffusion_model), supported_models.py (WAN21_T2V, WAN22_T2V),
@@ -7,25 +7,22 @@ tensor tells, and from 0.19.3 on the metadata of the file tell it; the code of 0
 """
 
 import json
-from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from wandistiller.model.config import StudentConfig
-from wandistiller.students.record import StudentRecord
+from wandistiller.students.record import StudentRecord, trained_sizes
 from wandistiller.wan.settings import RELEASED_LATENTS
 
-HEAD_DIM = 128
 READS_METADATA = "0.19"  # 0.8.0 does not read it and 0.19.3 does; the versions between were not looked at
-# ComfyUI's fixed value for a key of a student's config, and what it does with a student of another value.
-_GIVEN_BY_OLDER = {"patch_size": (2, "not load"), "freq_dim": (256, "not load"), "eps": (1e-6, "draw otherwise")}
-_GIVEN = {  # outside the model, so that no metadata changes them
-    "text_encoder_output_dim": (
-        4096,
-        f"find no text encoder for it, and versions older than {READS_METADATA} would not load the file (size mismatch for "
-        "text_embedding.0.weight)",
-    ),
-    "text_max_length": (512, "draw otherwise"),
-}
+# What no tensor tells: the value that ComfyUI takes where it reads no metadata
+_GIVEN = {"head_dim": 128, "patch_size": 2, "freq_dim": 256, "eps": 1e-6}
 _MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
+# The node that makes empty latents, by their channels, and the one that reads an exported file, by its format.
+LATENTS = {16: "EmptyHunyuanLatentVideo", 48: "Wan22ImageToVideoLatent"}
+LOADERS = {"original": "Load Diffusion Model", "gguf": "Unet Loader (GGUF)"}
+# Wan's own steps and shift at small sizes, for a student whose record names none
+STEPS, SHIFT = 50, 5.0
 
 
 def comfyui_metadata(config: StudentConfig) -> dict[str, str]:
@@ -42,17 +39,26 @@ def comfyui_metadata(config: StudentConfig) -> dict[str, str]:
     return {"config": json.dumps({"transformer": settings})}
 
 
-def comfyui_warnings(config: StudentConfig, *, reads_metadata: bool = False) -> list[str]:
-    """Return why ComfyUI would refuse a wan student or draw it wrongly, a sentence each; empty where it draws it right.
+def needs_metadata(config: StudentConfig) -> list[str]:
+    """Return what ComfyUI gets wrong of a student without its metadata, such as "eps 1e-05 (not 1e-06)"."""
+    return [
+        f"{name} {getattr(config, name):g} (not {given:g})"
+        for name, given in _GIVEN.items()
+        if getattr(config, name) != given
+    ]
 
-    ComfyUI recognises a Wan by head.modulation, and reads width, FFN, depth and channels from the tensors. No tensor tells the
-    number of heads: versions that do not read the metadata take it to be the width // 128.
 
-    Args:
-        reads_metadata: warn only of versions that read `comfyui_metadata`, and not of older ones.
-    """
-    warnings = [] if reads_metadata else _warnings_of_older(config)
-    warnings += _warnings_of("ComfyUI", _GIVEN, config)
+def comfyui_warnings(config: StudentConfig) -> list[str]:
+    """Return why ComfyUI would not draw a wan student or draw it wrongly, a sentence each; empty where it draws it right."""
+    warnings = []
+    if lost := needs_metadata(config):
+        warnings.append(
+            f"ComfyUI older than {READS_METADATA} draws this student wrongly or not at all: it has {', '.join(lost)}"
+        )
+    if (width := config.text_encoder_output_dim) != 4096:
+        warnings.append(f"ComfyUI has no text encoder of width {width} for this student, only Wan's of 4096")
+    if (slots := config.text_max_length) != 512:
+        warnings.append(f"ComfyUI draws otherwise: it pads prompts to 512 tokens, and this student learnt {slots}")
     if config.num_channels not in RELEASED_LATENTS:
         warnings.append(f"ComfyUI knows Wan latents of 16 or 48 channels, this student's have {config.num_channels}")
     elif not _has_released_latents(config):
@@ -60,43 +66,11 @@ def comfyui_warnings(config: StudentConfig, *, reads_metadata: bool = False) -> 
     return warnings
 
 
-def _warnings_of_older(config: StudentConfig) -> list[str]:
-    """Return the warnings that hold for versions which read no metadata."""
-    heads, older, warnings = config.hidden_size // HEAD_DIM, f"ComfyUI older than {READS_METADATA}", []
-    if config.num_heads != heads:
-        warnings.append(
-            f"{older} takes hidden_size // {HEAD_DIM} = {heads} for the number of heads, this student has "
-            f"{config.num_heads} (of {config.head_dim} channels): it would {'draw wrongly' if heads else 'not load'}"
-        )
-    return warnings + _warnings_of(older, _GIVEN_BY_OLDER, config)
-
-
-def _warnings_of(who: str, given: Mapping[str, tuple[float, str]], config: StudentConfig) -> list[str]:
-    return [
-        f"{who} takes {name} {fixed:g} as given, this student has {getattr(config, name):g}: it would {outcome}"
-        for name, (fixed, outcome) in given.items()
-        if getattr(config, name) != fixed
-    ]
-
-
-def taken_as_given(config: StudentConfig) -> dict[str, tuple[float, float]]:
-    """Return the settings that ComfyUI gets wrong without metadata: its own value of each, and the student's."""
-    given = {"head_dim": HEAD_DIM, **{name: value for name, (value, _) in _GIVEN_BY_OLDER.items()}}
-    return {name: (value, getattr(config, name)) for name, value in given.items() if getattr(config, name) != value}
-
-
 def _has_released_latents(config: StudentConfig) -> bool:
     """Return whether the recorded mean and std of the student's latents are those of the released VAE."""
     record, (mean, std) = StudentRecord.of(config), RELEASED_LATENTS[config.num_channels]
-    for values, released in ((record.latents_mean or mean, mean), (record.latents_std or std, std)):
-        if any(abs(value - given) > _MAX_STATISTICS_ERROR for value, given in zip(values, released, strict=True)):
-            return False
-    return True
-
-
-# The node that makes empty latents, by their channels, and the one that reads an exported file, by its format.
-LATENTS = {16: "EmptyHunyuanLatentVideo", 48: "Wan22ImageToVideoLatent"}
-LOADERS = {"original": "Load Diffusion Model", "gguf": "Unet Loader (GGUF)"}
+    values = [*(record.latents_mean or mean), *(record.latents_std or std)]
+    return all(abs(value - given) <= _MAX_STATISTICS_ERROR for value, given in zip(values, [*mean, *std], strict=True))
 
 
 def comfyui_sampler(config: StudentConfig) -> str:
@@ -119,3 +93,24 @@ def comfyui_settings(config: StudentConfig, loader: str = LOADERS["original"]) -
     sampler = f"KSampler with {steps}cfg 1, {comfyui_sampler(config)}, simple"
     shift = f"ModelSamplingSD3 with shift {record.shift:g}, " if record.shift is not None else ""
     return f"{loader}, {shift}{sampler}; {LATENTS.get(config.num_channels, LATENTS[16])} of length 1; Load CLIP of type wan"
+
+
+def comfyui_workflow(config: StudentConfig, file: str, prompt: str) -> dict[str, Any]:
+    """Return a workflow that draws with a student of 16 or 48 channels, as ComfyUI's editor saves and opens one.
+
+    cfg 1 asks for no negative prompt, so that the positive one stands in its place.
+
+    Args:
+        file: name of the student's file in `models/diffusion_models`.
+    """
+    template = Path(__file__).with_name(f"comfyui_workflow_{config.num_channels}.json")
+    workflow = json.loads(template.read_text(encoding="utf-8"))
+    widgets = {node["type"]: node["widgets_values"] for node in workflow["nodes"]}
+    record, size = StudentRecord.of(config), trained_sizes(config)[0]
+    widgets["UNETLoader"][0] = file
+    widgets["ModelSamplingSD3"][0] = SHIFT if record.shift is None else record.shift
+    widgets["CLIPTextEncode"][0] = prompt
+    widgets[LATENTS[config.num_channels]][:2] = size.width, size.height
+    widgets["KSampler"][2] = record.steps or STEPS
+    widgets["KSampler"][4] = comfyui_sampler(config)
+    return workflow

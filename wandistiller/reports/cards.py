@@ -314,23 +314,18 @@ def is_apache(record: dict) -> bool:
     return is_demo or str(record.get("base_model")).startswith("Wan-AI/")
 
 
-def drawing(config: StudentConfig, folder: str, dtype: str, *, prompt: str, link: bool = False) -> str:
+def drawing(config: StudentConfig, folder: str, dtype: str, *, prompt: str) -> str:
     """Return Python that draws a prompt with an exported pipeline, in diffusers' number of steps if none is recorded.
 
     Args:
         folder: folder of the pipeline.
         dtype: "fp32", "bf16" or "fp16", the precision of the transformer. The VAE stays in float32, as every Wan's does.
         prompt: what to draw.
-        link: whether the text encoder is a link to the teacher's own folder.
     """
     record = config.distillation or {}
     load = f'"{folder}"'
-    remark = ""
     if dtype != "fp32":
         load += f', dtype={{"default": torch.{TORCH_NAMES[dtype]}, "vae": torch.float32}}'
-    elif link:
-        load += ", dtype=torch.float32"
-        remark = "# The linked text encoder would load in the precision that its own config names, often bf16:\n"
     steps = record.get("student_steps") or record.get("num_inference_steps")
     slots = config.text_max_length
     settings = ["num_frames=1", "guidance_scale=1.0"]
@@ -342,28 +337,24 @@ def drawing(config: StudentConfig, folder: str, dtype: str, *, prompt: str, link
     return (
         "import torch\n"
         "from diffusers import WanPipeline\n\n"
-        f"{remark}pipe = WanPipeline.from_pretrained({load})\n"
+        f"pipe = WanPipeline.from_pretrained({load})\n"
         f"prompt = {json.dumps(prompt, ensure_ascii=False)}\n"
         f'pipe(prompt, {", ".join(settings)}).frames[0][0].save("picture.png")'
     )
 
 
 def write_export_card(
-    folder: Path, name: str, config: StudentConfig, export_format: str, dtype: str, *, prompt: str, link: bool = False
+    folder: Path, name: str, config: StudentConfig, export_format: str, dtype: str, *, prompt: str
 ) -> None:
-    """Write the card into an exported folder.
+    """Write the card into a folder for diffusers.
 
     Args:
         name: name that the folder will have in the end.
         config: the student's, with the record that is published.
         prompt: what the lines to copy draw.
     """
-    if export_format == "gguf":
-        card = export_card(name, config, gguf_use(config), "gguf")
-    else:
-        use = pipeline_use(config, dtype, prompt, link) if export_format == "pipeline" else TRANSFORMER_USE
-        card = export_card(name, config, use)
-    write_text(folder / CARD_NAME, card)
+    use = pipeline_use(config, dtype, prompt) if export_format == "pipeline" else TRANSFORMER_USE
+    write_text(folder / CARD_NAME, export_card(name, config, use))
 
 
 TRANSFORMER_USE = (
@@ -373,9 +364,9 @@ TRANSFORMER_USE = (
 )
 
 
-def pipeline_use(config: StudentConfig, dtype: str, prompt: str, link: bool) -> str:
+def pipeline_use(config: StudentConfig, dtype: str, prompt: str) -> str:
     """Return the lines that draw with an exported pipeline, as markdown."""
-    return f"```python\n{drawing(config, THIS_FOLDER, dtype, prompt=prompt, link=link)}\n```"
+    return f"```python\n{drawing(config, THIS_FOLDER, dtype, prompt=prompt)}\n```"
 
 
 def export_card(name: str, config: StudentConfig, use: str, library: str = "diffusers") -> str:

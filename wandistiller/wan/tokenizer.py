@@ -35,19 +35,24 @@ def open_tokenizer(place: Path) -> Tokenize:
     Raises:
         UserError: there is no tokenizer, or it cannot be read.
     """
+    name, content = read_tokenizer(place)
+    try:
+        return _of_json(content) if name == JSON_NAME else _of_sentencepiece(content)
+    except Exception as err:  # the tokenizers library raises bare Exception for a file it cannot parse
+        path = tokenizer_file(place)
+        raise UserError(f"{path}: the tokenizer cannot be loaded ({first_line(err)})") from err
+
+
+def read_tokenizer(place: Path) -> tuple[str, bytes]:
+    """Return the name that a pipeline gives the tokenizer's file, and its content."""
     path = tokenizer_file(place)
     if path is None:
         raise TeacherFileError(
             f"{place}: holds no {JSON_NAME} or {SENTENCEPIECE_NAME}; give the tokenizer/ folder of a Wan pipeline"
         )
-    try:
-        if path.suffix == ".json":
-            return _of_json(_read(path))
-        return _of_sentencepiece(_read(path) if path.suffix == ".model" else _read_inside(path))
-    except UserError:
-        raise
-    except Exception as err:  # the tokenizers library raises bare Exception for a file it cannot parse
-        raise UserError(f"{path}: the tokenizer cannot be loaded ({first_line(err)})") from err
+    if path.suffix in (".json", ".model"):
+        return JSON_NAME if path.suffix == ".json" else SENTENCEPIECE_NAME, _read(path)
+    return SENTENCEPIECE_NAME, _read_inside(path)
 
 
 def _read(path: Path) -> bytes:

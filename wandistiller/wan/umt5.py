@@ -91,6 +91,11 @@ class Umt5Files:
     def num_parameters(self) -> int:
         return sum(torch.Size(weight.shape).numel() for weight in self._weights.values())
 
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether bfloat16 holds every weight as it is stored."""
+        return all(weight.stored.dtype == "BF16" for weight in self._weights.values())
+
     def load(self, dtype: torch.dtype) -> "UMT5EncoderModel":
         """Load the encoder to the CPU.
 
