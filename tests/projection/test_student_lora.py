@@ -252,7 +252,7 @@ def test_students_that_no_lora_fits_are_refused(places, tmp_path):
         make(places / "teacher", config)[1].save(tmp_path)
         with pytest.raises(UserError, match=words):
             read_made_of(tmp_path, config)
-    with pytest.raises(UserError, match="cannot be read .*copy it too"):
+    with pytest.raises(UserError, match=r"cannot be read .*copy it too"):
         read_made_of(tmp_path / "none", CONFIG)
 
 
