@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
@@ -110,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 
 
 def read_prompts(flags: PromptFlags) -> list[str]:
-    """Read the prompts of --prompt, then those of --prompts_file, each as often as it is drawn."""
+    """Read the prompts of --prompt, then the different ones of --prompts_file, each as often as it is drawn."""
     prompts = flags.prompt or []
     if not prompts and not flags.prompts_file:
         raise UserError("nothing to draw: give --prompt or --prompts_file")
@@ -119,8 +119,9 @@ def read_prompts(flags: PromptFlags) -> list[str]:
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
     if flags.prompts_file:
         count = flags.num_prompts or (NUM_OF_TEMPLATES if is_template(flags.prompts_file) else None)
-        how: dict[str, Any] = {"held_out": True, "keeps_repeats": True, "prompt_per": flags.prompt_per}
-        file = load_prompts(flags.prompts_file, flags.caption_column, num_drawn=count, **how)
+        file = load_prompts(
+            flags.prompts_file, flags.caption_column, num_drawn=count, held_out=True, prompt_per=flags.prompt_per
+        )
         if file.notice:
             print(f"{flags.prompts_file}: {file.notice}")
         prompts = [*prompts, *file.prompts[:count]]

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(prompt)
     print(f"{prompts.num_templates} templates", file=sys.stderr)
     if args.count:
-        templates, generator = Templates.load(args.prompts), random.Random(args.seed)
+        templates, generator = Templates(args.prompts), random.Random(args.seed)
         # A digest of each would do; Python's own hash tells two prompts of one process apart as well.
         different = {hash(templates.draw(generator)) for _ in range(args.count)}
         print(f"{args.count:,} draws gave {len(different):,} different prompts", file=sys.stderr)

@@ -141,8 +141,7 @@ def test_defaults_come_from_the_record(house, tmp_path):
 
 
 def test_a_prompt_is_drawn_as_often_as_it_is_asked_for_each_time_from_a_noise_of_its_own(house, tmp_path, run_main):
-    """Written twice in a file, or several times by --num_images; a name tells the seed that draws the picture again."""
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\na cat\n", encoding="utf-8")
+    """Typed twice, or several times by --num_images; a name tells the seed that draws the picture again."""
     flags = ["--num_inference_steps", 2, "--device", "cpu", "--prompt_cache", house / "cache"]
 
     def pictures(folder: str, *more: object) -> dict[str, np.ndarray]:
@@ -151,7 +150,7 @@ def test_a_prompt_is_drawn_as_often_as_it_is_asked_for_each_time_from_a_noise_of
         assert run_main(generate_images.main, "--student", student, "--output", output, *flags, *more).code == 0
         return {file.name: np.asarray(Image.open(file)).astype(int) for file in sorted(output.glob("0*.png"))}
 
-    twice = pictures("twice", "--prompts_file", tmp_path / "prompts.txt")
+    twice = pictures("twice", "--prompt", "a cat", "a dog", "a cat")
     assert [*twice] == [f"{i:03d}_{what}_seed{i}_32x32.png" for i, what in enumerate(["a-cat", "a-dog", "a-cat"])]
     several = pictures("several", "--prompt", "a cat", "a dog", "--num_images", 2, "--seed", 5)
     names = [f"{i:03d}_{what}_seed{i + 5}_32x32.png" for i, what in enumerate(["a-cat", "a-cat", "a-dog", "a-dog"])]
@@ -343,6 +342,6 @@ def test_prompts_come_from_tables_and_from_the_held_out_part_of_templates(house,
 
     table = ["--prompts_file", tmp_path / "p.csv", "--caption_column", "words", "--num_prompts", 1]
     out, prompts = drawn("a", *table)
-    assert "1 rows left out: 1 without a caption" in out and prompts == ["a red circle"]
+    assert "1 rows left out: 1 whose caption is empty" in out and prompts == ["a red circle"]
     _, prompts = drawn("b", "--prompts_file", tmp_path / "p.template.txt")
     assert len(prompts) == 8 and all(map(is_held_out, prompts))

@@ -24,7 +24,7 @@ PROMPTS = [
 
 def test_the_shipped_file_holds_55_different_prompts_of_usable_length():
     shipped = load_prompts(ROOT / "data" / "static_prompts.txt")
-    assert (len(shipped.prompts), shipped.duplicates) == (55, 0)
+    assert (len(shipped.prompts), shipped.notice) == (55, "")
     assert all(8 <= len(prompt.split()) <= 40 and clean_prompt(prompt) == prompt for prompt in shipped.prompts)
 
 
@@ -35,28 +35,21 @@ def test_slugs_are_file_names():
 
 
 @pytest.mark.parametrize(
-    ("raw", "prompts", "duplicates"),
+    ("raw", "prompts", "notice"),
     [
-        (b"one\ntwo\n", ["one", "two"], 0),
-        (b"one\r\ntwo\rthree", ["one", "two", "three"], 0),
-        (b"\xef\xbb\xbfone\n\xef\xbb\xbf# joined file\n", ["one"], 0),
-        (b"# note\n\n  \t\n  # indented\none # not a comment\n", ["one # not a comment"], 0),
-        (b"b\na\nb\n b  \nb\n", ["b", "a"], 3),
-        ("Día\u2028de\u0085 los\n\u3000\n".encode(), ["Día\u2028de\u0085 los"], 0),
+        (b"one\ntwo\n", ["one", "two"], ""),
+        (b"one\r\ntwo\rthree", ["one", "two", "three"], ""),
+        (b"\xef\xbb\xbfone\n\xef\xbb\xbf# joined file\n", ["one"], ""),
+        (b"# note\n\n  \t\n  # indented\none # not a comment\n", ["one # not a comment"], ""),
+        (b"b\na\nb\n b  \nb\n", ["b", "a"], "3 repeated lines left out"),
+        ("Día\u2028de\u0085 los\n\u3000\n".encode(), ["Día\u2028de\u0085 los"], ""),
     ],
 )
-def test_any_line_ending_and_bom_blank_lines_comments_and_repeats(tmp_path, raw, prompts, duplicates):
+def test_any_line_ending_and_bom_blank_lines_comments_and_repeats(tmp_path, raw, prompts, notice):
     path = tmp_path / "prompts.txt"
     path.write_bytes(raw)
     loaded = load_prompts(path)
-    assert (loaded.prompts, loaded.duplicates) == (prompts, duplicates)
-
-
-def test_repeats_are_kept_for_who_draws_each(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(b"a cat\n# a comment\na dog\n\na  cat\na cat\n")
-    assert load_prompts(path, keeps_repeats=True).prompts == ["a cat", "a dog", "a  cat", "a cat"]
-    assert load_prompts(path).prompts == ["a cat", "a dog"]
+    assert (loaded.prompts, loaded.notice) == (prompts, notice)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,11 @@ import html
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from wandistiller.errors import UserError
-from wandistiller.files.json_files import JsonError, parse_json
 from wandistiller.prompts.caption_files import CONTROL, MEDIA, TEXT, WHOLE, CaptionFile, find_caption_files, text_lines
 from wandistiller.prompts.tables import WrongRow, table_rows
 from wandistiller.prompts.templates import draw_prompts, is_template
@@ -26,60 +25,37 @@ _MEDIA = "|".join(MEDIA)
 _NAME_OF_A_FILE = re.compile(rf"(?:https?://\S+|.*\.(?:{_MEDIA}|txt|caption|json|npz|npy|pt|safetensors))", re.I)
 _BEHIND_A_NAME = re.compile(rf"\S+\.(?:{_MEDIA})[\s,;|:]+\S.*", re.I)
 _SETTING = re.compile(r"\w+\s*=\s*\S.*|\[+[\w.-]+\]+")  # a line of TOML or of an .ini
+_JSON = re.compile(r'[\[{][\[{]?\s*(?:"|$)')  # how the first line of JSON begins, or all of it
 _SYNTAX = re.compile(r"\{[^{}|]{0,99}\|[^{}]{0,99}\}|__\w[\w/ *-]{0,99}?__")
 # What kohya's and musubi's sample prompts, or Midjourney's, have behind a prompt
 _OPTIONS = re.compile(
     r"\s--(?:[wdhslngfiovq]|fs|ar|am|ci|no|iw|ow|cfg|seed|niji|style|stylize|chaos|tile|raw)(?:\s.*|$)", re.S
 )
-_OF_OPTIONS = "cut before options such as --w 832"
 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file or of several, in their order, or those that templates give.
+    """The different prompts of files in their order, or those that templates give.
 
     Attributes:
-        duplicates: number of repeated lines or rows that were left out.
-        notice: what else was left out, or read otherwise than a person may think; empty where nothing was.
+        notice: what was left out, or read otherwise than a person may think; empty where nothing was.
     """
 
     prompts: list[str]
-    duplicates: int = 0
     notice: str = ""
 
 
-@dataclass
-class _Found:
-    """What is counted while files are read."""
-
-    left_out: Counter[str] = field(default_factory=Counter)
-    changed: Counter[str] = field(default_factory=Counter)
-    num_files: Counter[str] = field(default_factory=Counter)
-    num_rows: int = 0
-
-    def notice(self) -> str:
-        parts = [_counted(self.left_out, "rows left out")] if self.left_out else []
-        if whole := self.num_files[WHOLE]:
-            parts.append(f"{whole} caption files taken whole, a prompt each (--prompt_per line: a prompt a line)")
-        if (texts := self.num_files[TEXT]) > 1 and self.num_rows > sum(self.num_files.values()):
-            parts.append(f"{texts} files read a prompt a line (--prompt_per file: a prompt each)")
-        return "; ".join([*parts, *(f"{count} {what}" for what, count in self.changed.items())])
-
-
-def _counted(reasons: Mapping[str, int], what: str) -> str:
-    each = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda known: -known[1]))
-    return f"{sum(reasons.values())} {what}: {each}"
-
-
 def unusable(prompt: str) -> str | None:
-    """Return what is wrong with a prompt that was typed, which a file would be refused for as well; None where it is one."""
-    if not prompt.split():
+    """Return what is wrong with a prompt; None where it is one."""
+    if not prompt or prompt.isspace():
         return "is empty"
-    if control := CONTROL.search(prompt.replace("\n", " ").replace("\r", " ")):
+    if len(prompt) > LONGEST_PROMPT:
+        return f"is longer than {LONGEST_PROMPT:,} letters"
+    if prompt.isprintable():
+        return None
+    if control := CONTROL.search(prompt.replace("\r", " ")):
         return f"holds the control character U+{ord(control[0]):04X}"
-    if _SURROGATE.search(prompt):
-        return "is not UTF-8 text"
-    return f"is longer than {LONGEST_PROMPT:,} letters" if len(prompt) > LONGEST_PROMPT else None
+    return "is not UTF-8 text" if _SURROGATE.search(prompt) else None
 
 
 def load_prompts(
@@ -89,7 +65,6 @@ def load_prompts(
     num_drawn: int | None = None,
     seed: int = 0,
     held_out: bool = False,
-    keeps_repeats: bool = False,
     prompt_per: str | None = None,
 ) -> PromptFile:
     """Read the prompts of a file, of a folder or of a glob (caption_files.py), or draw those of templates (templates.py).
@@ -101,7 +76,6 @@ def load_prompts(
         caption_column: the column of tables that holds the prompts, where their names do not tell.
         num_drawn: how many prompts templates give, by `seed`; None for NUM_OF_TEMPLATES.
         held_out: of templates, draw prompts that no run trains on instead of the others.
-        keeps_repeats: return a prompt as often as it stands in the files.
         prompt_per: "file" where a text file is one prompt, "line" where each of its lines is; None as `find_caption_files` has it.
 
     Raises:
@@ -112,34 +86,43 @@ def load_prompts(
         drawn = draw_prompts(path, seed, *((0, count) if held_out else (count, 0)))
         return PromptFile(drawn.held_out if held_out else drawn.train)
     prompts: dict[str, str] = {}
-    given: list[str] = []
-    found = _Found()
-    for file in find_caption_files(path, prompt_per):
-        found.num_files[file.kind] += 1
-        for prompt in _looked_at(file, READERS.get(file.kind, _captions)(file, caption_column, found)):
-            shortened = _without_options(prompt, found)
-            words = " ".join(shortened.split())
-            prompts.setdefault(shortened if words == shortened else words, shortened)
-            found.num_rows += 1
-            if keeps_repeats:
-                given.append(shortened)
+    left_out: Counter[str] = Counter()
+    noted: Counter[str] = Counter()
+    num_rows = 0
+    files = find_caption_files(path, prompt_per)
+    for file in files:
+        for prompt in _looked_at(file, READERS.get(file.kind, _captions)(file, caption_column, left_out)):
+            shortened = _without_options(prompt, noted)
+            prompts.setdefault(" ".join(shortened.split()), shortened)
+            num_rows += 1
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+    rows = f"{left_out.total()} rows left out: {reasons}" if left_out else ""
     if not prompts:
-        nothing = "write one prompt a line (blank lines and # comments do not count)"
         raise UserError(
-            f"{path}: holds no prompt; {_counted(found.left_out, 'rows left out') if found.left_out else nothing}"
+            f"{path}: holds no prompt; {rows or 'write one prompt a line (blank lines and # comments do not count)'}"
         )
-    if keeps_repeats:
-        return PromptFile(given, 0, found.notice())
-    return PromptFile(list(prompts.values()), found.num_rows - len(prompts), found.notice())
+    repeats = f"{num_rows - len(prompts)} repeated lines left out" if num_rows > len(prompts) else ""
+    changes = [f"{count} {what}" for what, count in noted.items()]
+    notes = [repeats, rows, *_how_read(files, num_rows), *changes]
+    return PromptFile(list(prompts.values()), "; ".join(filter(None, notes)))
 
 
-def _without_options(prompt: str, found: _Found) -> str:
+def _how_read(files: Sequence[CaptionFile], num_rows: int) -> Iterator[str]:
+    """Say where text files could be meant the other way, a prompt each or a prompt a line."""
+    kinds = Counter(file.kind for file in files)
+    if kinds[WHOLE]:
+        yield f"{kinds[WHOLE]} caption files taken whole, a prompt each (--prompt_per line: a prompt a line)"
+    if kinds[TEXT] > 1 and num_rows > len(files):
+        yield f"{kinds[TEXT]} files read a prompt a line (--prompt_per file: a prompt each)"
+
+
+def _without_options(prompt: str, noted: Counter[str]) -> str:
     """Return a prompt without what other tools take for options; count those, and templates' syntax that is learnt as it stands."""
     if " --" in prompt and (options := _OPTIONS.search(prompt)) and options.start():
-        found.changed[_OF_OPTIONS] += 1
+        noted["cut before options such as --w 832"] += 1
         prompt = prompt[: options.start()].rstrip()
     if ("{" in prompt or "__" in prompt) and _SYNTAX.search(prompt):
-        found.changed["hold {a|b} or __name__, which only a file NAME.template.txt draws from"] += 1
+        noted["hold {a|b} or __name__, which only a file NAME.template.txt draws from"] += 1
     return prompt
 
 
@@ -161,36 +144,32 @@ def _looked_at(file: CaptionFile, prompts: Iterator[str]) -> Iterator[str]:
     return itertools.chain(first, prompts)
 
 
-def _lines(file: CaptionFile, column: str | None, found: _Found) -> Iterator[str]:
+def _lines(file: CaptionFile, column: str | None, left_out: Counter[str]) -> Iterator[str]:
     """Yield the prompts of a text file, one a line.
 
     Raises:
-        UserError: a line holds control characters or options, or the lines are JSON, which would be learnt with its braces.
+        UserError: a line is no prompt, or the lines are JSON, which would be learnt with its braces.
     """
-    has_begun = False
+    is_first = True
     for number, row in text_lines(file.path):
         prompt, where = row.lstrip("\ufeff").strip(" \t"), f"{file.path}, line {number}"  # files were concatenated
         if not prompt or prompt.startswith("#") or prompt.isspace():
             continue
-        if not has_begun and (suffix := _json_suffix(prompt)):
+        if is_first and _JSON.match(prompt):
+            suffix = ".jsonl" if prompt.endswith("}") else ".json"
             raise UserError(
                 f"{file.path}: is JSON, whose lines are no prompts; name it {suffix}, and give --caption_column the name of the "
                 "field that holds them"
             )
-        has_begun = True
-        if not prompt.isprintable() and (control := CONTROL.search(prompt)):
-            raise UserError(
-                f"{where}: holds the control character U+{ord(control[0]):04X}; a prompts file is plain "
-                "UTF-8 text (a file full of U+0000 is UTF-16 or not text at all)"
-            )
+        is_first = False
+        if reason := unusable(prompt):
+            raise UserError(f"{where}: {reason}; a prompts file is plain UTF-8 text, one prompt a line")
         if prompt.startswith("--"):
             raise UserError(f"{where}: begins with an option, {prompt[:40]!r}; write the prompt alone")
-        if len(prompt) > LONGEST_PROMPT:
-            raise UserError(f"{where}: is longer than {LONGEST_PROMPT:,} letters, and no prompt")
         yield prompt
 
 
-def _whole(file: CaptionFile, column: str | None, found: _Found) -> Iterator[str]:
+def _whole(file: CaptionFile, column: str | None, left_out: Counter[str]) -> Iterator[str]:
     """Yield the one caption of a file, whose line breaks are spaces."""
     lines: list[str] = []
     num_letters = 0
@@ -199,49 +178,30 @@ def _whole(file: CaptionFile, column: str | None, found: _Found) -> Iterator[str
         num_letters += len(line) + 1
         if num_letters > LONGEST_PROMPT:
             raise UserError(f"{file.path}: is longer than {LONGEST_PROMPT:,} letters, and no caption")
-    yield from _usable(" ".join(filter(None, lines)), found)
+    yield from _usable(" ".join(filter(None, lines)), left_out)
 
 
-def _captions(file: CaptionFile, column: str | None, found: _Found) -> Iterator[str]:
+def _captions(file: CaptionFile, column: str | None, left_out: Counter[str]) -> Iterator[str]:
     """Yield the captions of a table, each of a list of them, and count the rows that have none."""
     for row in table_rows(file, column):
         for caption in row if isinstance(row, list) and row else [row]:
             if isinstance(caption, WrongRow):
-                found.left_out[caption.reason] += 1
+                left_out[caption.reason] += 1
             elif caption is not None and not isinstance(caption, str):
-                found.left_out["whose caption is no text"] += 1
+                left_out["whose caption is no text"] += 1
             else:
-                yield from _usable(caption or "", found)
+                yield from _usable(caption or "", left_out)
 
 
-def _usable(caption: str, found: _Found) -> Iterator[str]:
+def _usable(caption: str, left_out: Counter[str]) -> Iterator[str]:
     """Yield a caption with its line breaks as spaces, or count what is wrong with it."""
-    if not caption or caption.isspace():
-        found.left_out["without a caption"] += 1
-    elif len(caption) > LONGEST_PROMPT:
-        found.left_out[f"with more than {LONGEST_PROMPT:,} letters"] += 1
-    elif caption.isprintable():
-        yield caption.strip(" ")
-    elif unusable(caption):
-        found.left_out["with control characters"] += 1
+    if reason := unusable(caption):
+        left_out[f"whose caption {reason}"] += 1
     else:
         yield " ".join(caption.split())
 
 
-READERS: dict[str, Callable[[CaptionFile, str | None, _Found], Iterator[str]]] = {TEXT: _lines, WHOLE: _whole}
-
-
-def _json_suffix(line: str) -> str | None:
-    """Return the suffix that a file should have whose first line is JSON: an object or a list, whole or begun; else None."""
-    if line in ("{", "[", "[{"):
-        return ".json"
-    try:
-        value = parse_json(line.rstrip(",")) if line[0] in "{[" else None
-    except JsonError:
-        return None
-    if isinstance(value, dict):
-        return ".jsonl"
-    return ".json" if isinstance(value, list) and value and isinstance(value[0], dict | str | list) else None
+READERS: dict[str, Callable[[CaptionFile, str | None, Counter[str]], Iterator[str]]] = {TEXT: _lines, WHOLE: _whole}
 
 
 # ---- the prompts of a run ----
@@ -287,9 +247,8 @@ def read_prompts(
     else:
         file = load_prompts(path, column, prompt_per=prompt_per)
         train, line = file.prompts, f"{len(file.prompts):,}"
-        repeats = f"{file.duplicates} repeated lines left out" if file.duplicates else ""
-        if left_out := "; ".join(part for part in (repeats, file.notice) if part):
-            line += f" ({left_out})"
+        if file.notice:
+            line += f" ({file.notice})"
         held_out = train[:NUM_HELD_OUT]
     if num_prompts and num_prompts < len(train):
         drawn_of = heapq.nsmallest(num_prompts + NUM_HELD_OUT, train, key=lambda prompt: _place(prompt, seed))
