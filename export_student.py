@@ -219,8 +219,10 @@ def write_folder(
     """
     import torch
 
+    from wandistiller.files.atomic import write_text
+    from wandistiller.files.output_folder import CARD_NAME
     from wandistiller.projection.exports import write_pipeline_parts, write_transformer_folder
-    from wandistiller.reports.cards import write_export_card
+    from wandistiller.reports.cards import export_card
 
     transformer = folder if parts is None else folder / "transformer"
     if parts is not None:
@@ -228,7 +230,7 @@ def write_folder(
         write_pipeline_parts(config, folder, options, parts, flags.dtype)
         transformer.mkdir()
     write_transformer_folder(tensors, config, transformer, flags.dtype)
-    write_export_card(folder, name, config, flags.format, flags.dtype, prompt=example_prompt(config))
+    write_text(folder / CARD_NAME, export_card(name, config, flags.format, flags.dtype))
 
 
 def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
@@ -242,7 +244,7 @@ def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
             print(f"Warning: {warning}")
     print(f"Wrote {target}: {config.num_parameters:,} parameters, {flags.dtype}")
     if flags.format == "pipeline":
-        lines = drawing(config, str(target), flags.dtype, prompt=example_prompt(config))
+        lines = drawing(config, str(target), flags.dtype)
         print("To draw:\n" + textwrap.indent(lines, "  "))
     if flags.format in FILE_NAMES:
         print(f"In ComfyUI: {comfyui_settings(config, LOADERS[flags.format])}")
@@ -251,18 +253,18 @@ def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
 def push_export(target: Path, config: StudentConfig, flags: Flags) -> None:
     """Make a repository of the export, its card, and the pictures of the student's own folder."""
     from wandistiller.files.output_folder import CARD_NAME
-    from wandistiller.reports.cards import comfyui_use, export_card, gguf_use, shown_pictures, with_pictures
+    from wandistiller.reports.cards import export_card, shown_pictures
 
-    student = Path(flags.student)
+    student, name = Path(flags.student), target.resolve().name
     if target.is_dir():
         exported = {str(file.relative_to(target)): file for file in sorted(target.rglob("*")) if file.is_file()}
-        card = (target / CARD_NAME).read_text(encoding="utf-8")
     else:
         exported = {file.name: file for file in (target, workflow_file(target)) if file.is_file()}
-        use = gguf_use(config) if flags.format == "gguf" else comfyui_use(config, target.name)
-        card = export_card(target.stem, config, use, "gguf" if flags.format == "gguf" else "diffusers")
-    shown = {name: student / name for name in shown_pictures(student)}
-    files: dict[str, Path | bytes] = {**exported, **shown, CARD_NAME: with_pictures(card, student).encode()}
+        name = target.stem
+    pictures = shown_pictures(student)
+    card = export_card(name, config, flags.format, flags.dtype, pictures)
+    shown = {str(picture): student / picture for picture in pictures}
+    files: dict[str, Path | bytes] = {**exported, **shown, CARD_NAME: card.encode()}
     address = push(flags.hub.push_to_hub or "", files, is_public=flags.hub.public, local=target)
     print(f"Pushed {len(files)} files to {address}, which {'everybody sees' if flags.hub.public else 'is private'}")
 

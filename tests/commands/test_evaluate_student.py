@@ -90,10 +90,10 @@ def test_table_json_and_picture(house, tmp_path, capsys):
     )
     assert 0 < cost["parameters"]["ratio"] < 1
     for words in (
-        "prompt accuracy (6 pictures)",
-        "the student equals the teacher at",
+        "prompt drawn right",
+        "The student equals the teacher at",
         "sigma 0.9 to 1.0",
-        "gain: share of the teacher's in it",
+        "what the noise decides: gain",
     ):
         assert words in printed
     noise = results["noise"]

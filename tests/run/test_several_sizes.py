@@ -229,7 +229,7 @@ def test_an_evaluation_has_figures_and_pictures_of_every_size(house, run_main, t
     errors = {measured["endpoint"]["latent_relative_error"] for measured in results["by_size"].values()}
     assert len(errors) == 3
     assert all(measured["accuracy"]["num_pictures"] == 4 for measured in results["by_size"].values())
-    assert "48x32: prompt accuracy" in outcome.out
+    assert "48x32: prompt drawn right" in outcome.out
     gallery = (tmp_path / "out" / "gallery.html").read_text(encoding="utf-8")
     columns = re.findall(r'<th scope="col">(seed \d|\d+x\d+)</th>', gallery)
     assert columns == ["seed 0", "seed 1", "48x32", "32x48"] * 2

@@ -126,8 +126,7 @@ def labelled_grid(
 ) -> "Image":
     """Draw rows of pictures, each below its wrapped caption, with the names of the rows to their left.
 
-    Pictures of several sizes are shown at one scale; the columns are as wide as the widest. The grid's `info` says where its last row
-    begins, in pixels from the top.
+    Pictures of several sizes are shown at one scale; the columns are as wide as the widest.
     """
     from PIL import Image, ImageDraw
 
@@ -149,7 +148,6 @@ def labelled_grid(
     drawing = ImageDraw.Draw(grid)
     top = MARGIN
     for index, row in enumerate(rows):
-        grid.info["last_row"] = top
         top += caption_heights[index]
         if row_names:
             drawing.text((MARGIN, top + cell_heights[index] / 2), row_names[index], "black", font, anchor="lm")

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import io
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +18,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wandistiller.errors import first_line
 from wandistiller.evaluation.experiment import PromptMeasures
-from wandistiller.files.atomic import write_text
-from wandistiller.files.output_folder import CARD_MARK, GALLERY_NAME, METRICS_NAME, has_mark
+from wandistiller.files.output_folder import CARD_MARK, GALLERY_NAME, METRICS_NAME, sample_files
+from wandistiller.reports.cards import try_to_write
 from wandistiller.reports.metrics import read_metrics
-from wandistiller.reports.over_time import read_samples
 from wandistiller.reports.plots import loss_svg
 from wandistiller.reports.tables import cell_text, comparison_rows, equal_steps
 
@@ -36,28 +33,21 @@ MAX_SIDE = 512  # pixels of a tile
 MAX_PIXELS = 128e6  # of all tiles together, which are some 50 MB; those of more prompts are smaller
 MAX_NOISES = 8  # of each prompt that are shown; the measures are of all
 LOSSLESS_SIDE = 128  # pixels up to which a tile is kept exactly
-MAX_SAMPLES, SAMPLE_WIDTH = 12, 1600
+MAX_SAMPLES, SAMPLE_WIDTH, MAX_SAMPLE_PIXELS = 12, 1600, 64e6  # a run writes none that is larger
 QUALITY = 88  # of WebP
 DIFFERENCE_FACTOR = 3
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """A measure that prompts are sorted by: its attribute of PromptMeasures, its name, and which end is the worst."""
-
-    key: str
-    name: str
-    is_worst_low: bool
-
-
-RANKINGS = [
-    Ranking("latent_distance", "distance of latents", False),
-    Ranking("right_student", "drawn right", True),
-    Ranking("ssim", "SSIM", True),
-    Ranking("psnr_db", "PSNR, dB", True),
-    Ranking("sharpness", "sharpness, student / teacher", True),
-    Ranking("gain", "gain of what the noise decides", True),
-]
+# Measures that prompts are sorted by: attributes of PromptMeasures with their names, and those of which a low value is bad.
+RANKINGS = {
+    "latent_distance": "distance of latents",
+    "right_student": "drawn right",
+    "ssim": "SSIM",
+    "psnr_db": "PSNR, dB",
+    "sharpness": "sharpness, student / teacher",
+    "gain": "gain of what the noise decides",
+}
+WORST_LOW = RANKINGS.keys() - {"latent_distance"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +79,8 @@ class Evaluated:
 
 
 def try_to_write_gallery(folder: Path, evaluated: Evaluated, student_folder: Path) -> Path | None:
-    """Write the gallery of an evaluation, which a page must not turn into a failure; print what stands in its way."""
-    file = folder / GALLERY_NAME
-    if file.exists() and not has_mark(file):
-        print(f"{file} is not a gallery of ours and stays as it is")
-        return None
-    try:
-        write_text(file, gallery_page(evaluated, student_folder))
-    except OSError as error:
-        print(f"No gallery: {file} cannot be written ({error.strerror or first_line(error)})", file=sys.stderr)
-        return None
-    return file
+    """Write the gallery of an evaluation, where `try_to_write` can."""
+    return try_to_write(folder / GALLERY_NAME, lambda: gallery_page(evaluated, student_folder))
 
 
 def gallery_page(evaluated: Evaluated, student_folder: Path) -> str:
@@ -124,30 +105,20 @@ def gallery_page(evaluated: Evaluated, student_folder: Path) -> str:
         script_digest=digest,
         name=student_folder.resolve().name,
         about=evaluated.about,
-        rows=comparison_rows(evaluated.results),
+        rows=comparison_rows(evaluated.results, in_detail=True),
         equal=equal_steps(evaluated.results["teacher_at_fewer_steps"]),
-        scale=error_scale(evaluated.results),
         plot=Markup(loss_svg(read_metrics(student_folder / METRICS_NAME))),  # nosec B704
         frames=list(sample_frames(student_folder)),
-        rankings=[ranking for ranking in RANKINGS if _is_measured(evaluated, ranking)],
+        rankings={
+            key: name
+            for key, name in RANKINGS.items()
+            if any(getattr(one, key) is not None for one in evaluated.measures)
+        },
         prompts=list(prompt_entries(evaluated)),
         num_hidden_noises=max(0, evaluated.num_seeds - MAX_NOISES),
         other_sizes=list(evaluated.other_sizes),
         difference_factor=DIFFERENCE_FACTOR,
     )
-
-
-def _is_measured(evaluated: Evaluated, ranking: Ranking) -> bool:
-    return any(getattr(measures, ranking.key) is not None for measures in evaluated.measures)
-
-
-def error_scale(results: dict) -> list[tuple[str, float, bool]]:
-    """Return the student's distance from the teacher's pictures among those of the teacher in fewer steps: name, error, whether
-    it is the student's."""
-    fewer = results["teacher_at_fewer_steps"]["latent_relative_error"]
-    rows = [(f"teacher in {steps} steps", error, False) for steps, error in fewer.items()]
-    rows.append(("student", results["endpoint"]["latent_relative_error"], True))
-    return sorted((row for row in rows if math.isfinite(row[1])), key=lambda row: row[1])
 
 
 def prompt_entries(evaluated: Evaluated) -> Iterator[dict]:
@@ -159,48 +130,40 @@ def prompt_entries(evaluated: Evaluated) -> Iterator[dict]:
     side = tile_side(3 * (shown + len(evaluated.other_sizes)) * len(evaluated.prompts))
     for number, (prompt, measures) in enumerate(zip(evaluated.prompts, evaluated.measures, strict=True)):
         first = number * evaluated.num_seeds
-        values = {ranking.key: getattr(measures, ranking.key) for ranking in RANKINGS}
+        drawn = [
+            (f"seed {evaluated.seeds[sample]}", evaluated.teacher[sample], evaluated.student[sample])
+            for sample in range(first, first + shown)
+        ]
+        drawn += [(size, teacher[first], student[first]) for size, (teacher, student) in evaluated.other_sizes.items()]
         yield {
             "number": number,
             "text": prompt,
-            "values": values,
-            "badness": {ranking.key: _badness(values[ranking.key], ranking) for ranking in RANKINGS},
+            "badness": {key: _badness(key, getattr(measures, key)) for key in RANKINGS},
             "shown": _shown_values(measures),
-            "columns": [
-                *(
-                    _column(
-                        f"seed {evaluated.seeds[sample]}", evaluated.teacher[sample], evaluated.student[sample], side
-                    )
-                    for sample in range(first, first + shown)
-                ),
-                *(
-                    _column(size, teacher[first], student[first], side)
-                    for size, (teacher, student) in evaluated.other_sizes.items()
-                ),
-            ],
+            "columns": [(label, _tiles(teacher, student, side)) for label, teacher, student in drawn],
         }
 
 
-def _badness(value: float | None, ranking: Ranking) -> str:
+def _badness(key: str, value: float | None) -> str:
     """Return a number that is the larger the worse, as an attribute; empty for what was not measured, which comes last."""
     if value is None or not math.isfinite(value):
         return ""
-    return repr(-value if ranking.is_worst_low else value)
+    return repr(-value if key in WORST_LOW else value)
 
 
 def _shown_values(measures: PromptMeasures) -> list[tuple[str, str]]:
-    values = [(ranking.name, getattr(measures, ranking.key)) for ranking in RANKINGS if ranking.key != "right_student"]
+    values = [(name, getattr(measures, key)) for key, name in RANKINGS.items() if key != "right_student"]
     rows = [(name, cell_text(float(f"{value:.3g}"))) for name, value in values if value is not None]
     if measures.right_student is not None and measures.right_teacher is not None:
         rows.append(("drawn right, student / teacher", f"{measures.right_student:.0%} / {measures.right_teacher:.0%}"))
     return rows
 
 
-def _column(label: str, teacher: np.ndarray, student: np.ndarray, side: int) -> dict:
+def _tiles(teacher: np.ndarray, student: np.ndarray, side: int) -> dict[str, str]:
     # uint8 would wrap around:
     difference = np.abs(teacher.astype(np.int16) - student) * DIFFERENCE_FACTOR
     pictures = {"teacher": teacher, "student": student, "difference": difference.clip(0, 255).astype(np.uint8)}
-    return {"label": label, "pictures": {name: tile(picture, side) for name, picture in pictures.items()}}
+    return {name: tile(picture, side) for name, picture in pictures.items()}
 
 
 def tile_side(num_tiles: int) -> int:
@@ -225,9 +188,21 @@ def data_uri(image: "Image") -> str:
 
 
 def sample_frames(folder: Path) -> Iterator[dict]:
-    """Yield the sample pictures of a training by step."""
+    """Yield at most MAX_SAMPLES sample pictures of a run's folder, evenly spread from the first to the last.
+
+    Those that cannot be read, or are far too large, are left out.
+    """
     from PIL import Image
 
-    for step, picture in read_samples(folder, MAX_SAMPLES):
+    found = sample_files(folder)
+    chosen = sorted({round(index) for index in np.linspace(0, len(found) - 1, MAX_SAMPLES)}) if found else []
+    for step, file in (found[index] for index in chosen):
+        try:
+            with Image.open(file, formats=["PNG"]) as image:
+                if image.width * image.height > MAX_SAMPLE_PIXELS:
+                    continue
+                picture = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow's words for a damaged file
+            continue
         picture.thumbnail((SAMPLE_WIDTH, picture.height), Image.Resampling.LANCZOS)
         yield {"step": step, "uri": data_uri(picture), "width": picture.width, "height": picture.height}

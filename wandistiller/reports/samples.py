@@ -4,7 +4,7 @@ import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wandistiller.device import is_out_of_memory
-from wandistiller.errors import UserError, first_line
+from wandistiller.errors import UserError
 from wandistiller.evaluation.held_out import evaluation_mode
-from wandistiller.files.output_folder import STRIP_NAME
 from wandistiller.files.pictures import labelled_grid, save_png
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes
-from wandistiller.reports.over_time import STUDENT_ROW, save_strip
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, StudentField, VelocityField, sample_in_batches
 from wandistiller.sampling.teacher import Teacher
@@ -43,29 +41,7 @@ def undisturbed(student: WanLiteStudent, device: str) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """How sample pictures are drawn.
-
-    Attributes:
-        latent_shapes: (C, H, W) of each image size; the prompts take them in turn.
-        vae_location: where the VAE is.
-        settings: the teacher's, for the VAE's statistics and the record in each picture.
-        teacher_sampling: how the teacher's row is sampled.
-        student_sampling: how the student's row is sampled.
-        batch_size: prompts of a training batch; drawing takes no more at a time.
-        needs_all_processes: whether weights are sharded, so that all processes must draw together.
-    """
-
-    latent_shapes: Sequence[tuple[int, int, int]]
-    vae_location: VaeLocation
-    settings: TeacherSettings
-    teacher_sampling: SamplingOptions
-    student_sampling: SamplingOptions
-    batch_size: int = MAX_BATCH_SIZE
-    needs_all_processes: bool = False
-
-
+@dataclass(kw_only=True)
 class Samples:
     """Draws the same prompts from the same noise every time, so that the pictures of a run can be compared.
 
@@ -73,42 +49,36 @@ class Samples:
     the first one draws and writes, and the others draw with it only where weights are sharded. A picture that cannot be made
     must not turn a run into a failed one: it is reported once, and no more are tried.
 
-    Args:
+    Attributes:
         folder: where step_XXXXXX.png go.
         teacher: None if it does not fit beside the student, whose row then stands alone.
         prompts: what is drawn, with a picture for each.
+        latent_shapes: (C, H, W) of each image size; the prompts take them in turn.
+        settings: the teacher's, for the VAE's statistics and the record in each picture.
+        batch_size: prompts of a training batch; drawing takes no more at a time.
+        needs_all_processes: whether weights are sharded, so that all processes must draw together.
         on_picture: called with the step and the picture, in the process that writes it.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        teacher: Teacher | None,
-        prompts: Sequence[str],
-        prompt_embeds: PromptEmbeds,
-        options: SampleOptions,
-        processes: Processes,
-        on_picture: "Callable[[int, Image], None]",
-    ):
-        self.folder, self.teacher = folder, teacher
-        self.prompts, self.prompt_embeds = prompts, prompt_embeds
-        self.options, self.processes, self.on_picture = options, processes, on_picture
-        self.batch_size = min(MAX_BATCH_SIZE, options.batch_size)
-        num_sizes = len(options.latent_shapes)
-        # The prompts of each size, and their noise:
-        self.indices = [range(first, len(prompts), num_sizes) for first in range(min(num_sizes, len(prompts)))]
-        self.noises = [
-            seeded_noise([SEED + index for index in indices], shape)
-            for indices, shape in zip(self.indices, options.latent_shapes, strict=False)
-        ]
-        self.teacher_latents: list[Tensor] = []
-        self.teacher_row: list[np.ndarray] = []
-        self.is_over = False
+    folder: Path
+    teacher: Teacher | None
+    prompts: Sequence[str]
+    prompt_embeds: PromptEmbeds
+    latent_shapes: Sequence[tuple[int, int, int]]
+    vae_location: VaeLocation
+    settings: TeacherSettings
+    teacher_sampling: SamplingOptions
+    student_sampling: SamplingOptions
+    batch_size: int
+    needs_all_processes: bool
+    processes: Processes
+    on_picture: "Callable[[int, Image], None]"
+    teacher_latents: list[Tensor] = field(default_factory=list, init=False)
+    teacher_row: list[np.ndarray] = field(default_factory=list, init=False)
+    is_over: bool = field(default=False, init=False)
 
-    @property
-    def caption(self) -> str:
-        """What the rows of a picture show."""
-        return "The student" if self.teacher is None else "Teacher above, student below"
+    def __post_init__(self) -> None:
+        self.batch_size = min(MAX_BATCH_SIZE, self.batch_size)
 
     def __call__(self, student: WanLiteStudent, step: int) -> Path | None:
         """Draw the picture of a step and return its file, or None if this process wrote none. The student stays as it is.
@@ -118,65 +88,55 @@ class Samples:
         if self.is_over:
             return None
         file = self.folder / f"step_{step:06d}.png"
-        if self.processes.is_first or self.options.needs_all_processes:
+        if self.processes.is_first or self.needs_all_processes:
             self.is_over = not self._draw(student, step, file)
         self.is_over = bool(self.processes.from_first(self.is_over))
         return file if self.processes.is_first and not self.is_over else None
 
-    def over_time(self) -> Path | None:
-        """Write the strip of the run's pictures and return its file, or None where there is nothing to show or it cannot be written."""
-        try:
-            return save_strip(self.folder.parent)
-        except OSError as error:
-            tqdm.write(f"No {STRIP_NAME}: {first_line(error)}", file=sys.stdout)
-            return None
-
     def _draw(self, student: WanLiteStudent, step: int, file: Path) -> bool:
         """Draw, and write the picture in the first process. Return False if drawing had to be given up."""
-        needs_others = self.options.needs_all_processes and self.processes.are_many
+        latents = None
         try:
-            with undisturbed(student, self.options.student_sampling.device):
+            with undisturbed(student, self.student_sampling.device):
                 if self.teacher is not None and not self.teacher_latents:
-                    self.teacher_latents = self._latents("teacher", self.teacher, self.options.teacher_sampling)
-                latents = self._latents("student", StudentField(student), self.options.student_sampling)
-        except RuntimeError as error:
-            # The others may be waiting for this process's shard of the weights, so only a process by itself can give up.
-            if needs_others or not is_out_of_memory(error):
+                    self.teacher_latents = self._latents("teacher", self.teacher, self.teacher_sampling)
+                latents = self._latents("student", StudentField(student), self.student_sampling)
+                if self.processes.is_first:
+                    self._write(latents, step, file)
+        except (UserError, OSError, RuntimeError) as error:
+            # The others may be waiting for this process's shard of the weights, so only a process by itself can give up:
+            is_awaited = latents is None and self.needs_all_processes and self.processes.are_many
+            if is_awaited or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
                 raise
-            return self._give_up(error)
-        if not self.processes.is_first:
-            return True
-        try:
-            with undisturbed(student, self.options.student_sampling.device):
-                self._write(latents, step, file)
-        except (UserError, OSError, torch.OutOfMemoryError) as error:
-            return self._give_up(error)
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:200]}"
+            tqdm.write(f"No sample pictures: {reason}", file=sys.stdout)
+            return False
         return True
 
-    def _give_up(self, error: Exception) -> bool:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:200]}"
-        tqdm.write(f"No sample pictures: {reason}", file=sys.stdout)
-        return False
+    def _of_sizes(self) -> Iterator[tuple[range, tuple[int, int, int]]]:
+        """Yield the prompts of each size, by their indices, and its latent shape."""
+        for first, shape in enumerate(self.latent_shapes[: len(self.prompts)]):
+            yield range(first, len(self.prompts), len(self.latent_shapes)), shape
 
-    def _latents(self, name: str, field: VelocityField, options: SamplingOptions) -> list[Tensor]:
+    def _latents(self, name: str, who: VelocityField, options: SamplingOptions) -> list[Tensor]:
         """Return what is drawn at each size."""
         with tqdm(total=len(self.prompts), desc=f"drawing with the {name}", disable=None, leave=False) as bar:
             return [
-                sample_in_batches(field, noise, self.prompt_embeds, indices, options, self.batch_size, bar.update)
-                for noise, indices in zip(self.noises, self.indices, strict=True)
+                sample_in_batches(
+                    who,
+                    seeded_noise([SEED + index for index in indices], shape),
+                    self.prompt_embeds,
+                    indices,
+                    options,
+                    self.batch_size,
+                    bar.update,
+                )
+                for indices, shape in self._of_sizes()
             ]
 
     def _write(self, latents: list[Tensor], step: int, file: Path) -> None:
-        grid = self._grid(latents)
-        file.parent.mkdir(exist_ok=True)
-        steps, shift = self.options.student_sampling.num_inference_steps, self.options.settings.shift
-        about = {"num_inference_steps": steps, "shift": shift, "seed": SEED, "step": step}
-        save_png(grid, file, about | {STUDENT_ROW: grid.info["last_row"]})
-        self.on_picture(step, grid)
-
-    def _grid(self, latents: list[Tensor]) -> "Image":
-        factor, device = self.options.settings.vae_scale_factor, self.options.student_sampling.device
-        vae = load_vae(self.options.vae_location, latents[0].shape[1], factor, device)
+        factor, device = self.settings.vae_scale_factor, self.student_sampling.device
+        vae = load_vae(self.vae_location, latents[0].shape[1], factor, device)
         if self.teacher_latents and not self.teacher_row:
             self.teacher_row = self._pictures(vae, self.teacher_latents)
         rows = {"teacher": self.teacher_row} if self.teacher_row else {}
@@ -184,13 +144,17 @@ class Samples:
         del vae
         gc.collect()  # its modules hold each other
         captions = [self.prompts, [""] * len(self.prompts)][: len(rows)]
-        return labelled_grid(list(rows.values()), captions, list(rows))
+        grid = labelled_grid(list(rows.values()), captions, list(rows))
+        file.parent.mkdir(exist_ok=True)
+        steps, shift = self.student_sampling.num_inference_steps, self.settings.shift
+        save_png(grid, file, {"num_inference_steps": steps, "shift": shift, "seed": SEED, "step": step})
+        self.on_picture(step, grid)
 
     def _pictures(self, vae, latents: list[Tensor]) -> list[np.ndarray]:
         """Return the pictures in the order of their prompts."""
-        mean, std = self.options.settings.latents_mean, self.options.settings.latents_std
+        mean, std = self.settings.latents_mean, self.settings.latents_std
         pictures: dict[int, np.ndarray] = {}
-        for of_size, indices in zip(latents, self.indices, strict=True):
+        for of_size, (indices, _) in zip(latents, self._of_sizes(), strict=True):
             decoded = [picture for part in of_size.split(self.batch_size) for picture in decode(vae, part, mean, std)]
             pictures |= dict(zip(indices, decoded, strict=True))
         return [pictures[index] for index in sorted(pictures)]

@@ -10,7 +10,7 @@ UserError, whose text a page shows.
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +19,8 @@ from wandistiller.errors import UserError
 from wandistiller.files.output_folder import STUDENT_NAMES
 from wandistiller.flags import ComputeFlags, TeacherFlags
 from wandistiller.model.config import StudentConfig
+from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import slug, unusable
-from wandistiller.reports.cards import introduction, limits, read_evaluation
-from wandistiller.reports.tables import equal_steps
 from wandistiller.students.drawing import (
     Artist,
     check_picture_size,
@@ -41,9 +40,7 @@ if TYPE_CHECKING:
     from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 NEEDED_NAMES = STUDENT_NAMES[:2]  # of a folder to be a student's
-MAX_NOISES = 8
-MAX_LETTERS = 10_000  # of a prompt
-MAX_STEPS, MAX_SEED = 1000, 2**62
+BOUNDS = {"seed": (0, 2**62), "noises": (1, 8), "steps": (1, 1000), "width": (1, 2**20), "height": (1, 2**20)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +50,7 @@ class Request:
     Attributes:
         student: its name in the studio.
         seed: of the first noise; each next noise has the next seed.
+        noises: how many pictures of each.
         steps: of student and teacher; None: as the student records.
         width, height: pixels; None: those of the student's first size.
         with_teacher: whether the teacher draws too.
@@ -61,26 +59,20 @@ class Request:
     student: str
     prompt: str
     seed: int = 0
-    num_noises: int = 1
+    noises: int = 1
     steps: int | None = None
     width: int | None = None
     height: int | None = None
     with_teacher: bool = False
 
-    def check(self, config: StudentConfig, size: tuple[int, int]) -> None:
+    def check(self) -> None:
         """Refuse what no student could draw, before anything is loaded."""
         if reason := unusable(self.prompt):
-            raise UserError(f"The prompt {reason}; write what to draw.")
-        if len(self.prompt) > MAX_LETTERS:
-            raise UserError(f"The prompt has {len(self.prompt):,} letters; allowed: at most {MAX_LETTERS:,}.")
-        for name, value, low, high in (
-            ("seed", self.seed, 0, MAX_SEED),
-            ("number of noises", self.num_noises, 1, MAX_NOISES),
-            ("number of steps", 1 if self.steps is None else self.steps, 1, MAX_STEPS),
-        ):
-            if not low <= value <= high:
-                raise UserError(f"The {name} is {value}; allowed: {low} to {high}.")
-        check_picture_size(size, config, config.patch_size or 1, ("height", "width"))
+            raise UserError(f"the prompt {reason}; write what to draw")
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name} is {value}; allowed: {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -104,12 +96,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Answer:
-    """The pictures of a request: the teacher's row, if it was asked, above the student's; and sentences to be aware of."""
+    """The pictures of a request: the teacher's row, if it was asked, above the student's; and sentences to be aware of.
+
+    `size` is height and width in pixels.
+    """
 
     request: Request
     size: tuple[int, int]
     rows: Sequence[Row]
-    notes: Sequence[str] = field(default_factory=list)
+    notes: Sequence[str]
 
 
 def find_students(outputs: str | None, student: str | None) -> dict[str, Path]:
@@ -118,51 +113,21 @@ def find_students(outputs: str | None, student: str | None) -> dict[str, Path]:
     Raises:
         UserError: `student` is not that of a trained student, or there is none at all.
     """
-    found: dict[str, Path] = {}
+    found = []
     if student is not None:
         load_student_config(student)
-        found[Path(student).resolve().name] = Path(student)
-    outputs_folder = Path(outputs) if outputs is not None else None
-    if outputs_folder is not None and outputs_folder.is_dir():
-        folders = [folder for folder in (outputs_folder, *outputs_folder.iterdir()) if _is_student(folder)]
-        folders.sort(key=lambda folder: (folder / NEEDED_NAMES[1]).stat().st_mtime, reverse=True)
-        for folder in folders:
-            if all(folder.resolve() != known.resolve() for known in found.values()):
-                name = folder.resolve().name
-                found[name if name not in found else str(folder)] = folder
+        found.append(Path(student))
+    place = Path(outputs) if outputs else None
+    if place is not None and place.is_dir():
+        there = [
+            folder for folder in (place, *place.iterdir()) if all((folder / name).is_file() for name in NEEDED_NAMES)
+        ]
+        found += sorted(there, key=lambda folder: (folder / NEEDED_NAMES[1]).stat().st_mtime, reverse=True)
     if not found:
         raise UserError(
             f"--outputs {outputs}: holds no folder of a trained student; give the folder that --output_dir lies in, or --student"
         )
-    return found
-
-
-def _is_student(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in NEEDED_NAMES)
-
-
-def told_record(folder: Path) -> str:
-    """Return what a student's folder says of it, in words, as markdown."""
-    config = load_student_config(folder)
-    parts: list[str] = [introduction(config)]
-    if results := read_evaluation(folder):
-        parts.append(_told_evaluation(results))
-    return "\n\n".join([*parts, limits(config)])
-
-
-def _told_evaluation(results: dict) -> str:
-    """Return how near the student came to its teacher, or nothing where the evaluation lacks something."""
-    try:
-        text, fewer = f"Measured on {results['num_prompts']} prompts.", results["teacher_at_fewer_steps"]
-        if fewer["latent_relative_error"]:
-            text += (
-                f" Its pictures are as near to the teacher's as those of the teacher itself in {equal_steps(fewer)}."
-            )
-        if right := results.get("accuracy"):
-            text += f" It draws {right['student']['correct']:.1%} of them right, the teacher {right['teacher']['correct']:.1%}."
-        return text
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return ""
+    return {str(folder): folder for folder in found}
 
 
 class Studio:
@@ -200,7 +165,7 @@ class Studio:
             UserError: there is none of that name, or its files have become unusable.
         """
         if name not in self.folders:
-            raise UserError(f"There is no student {name!r}; choose one of: {', '.join(self.folders)}.")
+            raise UserError(f"there is no student {name!r}; choose one of: {', '.join(self.folders)}")
         return load_student_config(self.folders[name])
 
     def draw(self, request: Request) -> Answer:
@@ -211,10 +176,11 @@ class Studio:
         """
         from wandistiller.device import is_out_of_memory
 
+        request.check()
         config = self.config(request.student)
         own = trained_sizes(config)[0]
         size = request.height or own.height, request.width or own.width
-        request.check(config, size)
+        check_picture_size(size, config, config.patch_size or 1, ("height", "width"))
         with self._lock:
             try:
                 return self._draw(request, config, size)
@@ -223,7 +189,7 @@ class Studio:
                     raise
                 self._loaded = None
                 raise UserError(
-                    f"The memory of {self.device} is not enough for this; ask for smaller or fewer pictures, or leave the teacher out."
+                    f"the memory of {self.device} is not enough for this; ask for smaller or fewer pictures, or leave the teacher out"
                 ) from error
 
     def _draw(self, request: Request, config: StudentConfig, size: tuple[int, int]) -> Answer:
@@ -233,15 +199,14 @@ class Studio:
             self._loaded = _Loaded(folder, config, self)
         loaded = self._loaded
         embeds = loaded.embed(request.prompt)
-        artists = {"teacher": loaded.teacher_artist(request.steps, size)} if request.with_teacher else {}
-        artists["student"] = loaded.student_artist(request.steps)
+        artists = {"teacher": loaded.teacher(request.steps, size)} if request.with_teacher else {}
+        artists["student"] = loaded.student(request.steps)
         notes = untrained_warnings(config, artists["student"].options.num_inference_steps, size)
         if embeds.truncated:
             notes.append(
-                f"the text is longer than the {config.text_max_length} tokens that this student reads; the rest was left out"
+                f"the text is longer than the {config.text_max_length} tokens that this student reads, and was cut"
             )
-        rows = [loaded.row(who, artist, request, size, embeds) for who, artist in artists.items()]
-        return Answer(request, size, rows, [f"{note[0].upper()}{note[1:]}." for note in notes])
+        return Answer(request, size, [loaded.row(who, artists[who], request, size, embeds) for who in artists], notes)
 
 
 class _Loaded:
@@ -274,11 +239,11 @@ class _Loaded:
 
         return embed_texts([text], self.parts.encoder, self.config, self.studio.prompt_cache, self.studio.device)
 
-    def student_artist(self, steps: int | None) -> Artist:
+    def student(self, steps: int | None) -> Artist:
         options = student_sampling(self.config, steps, self.studio.dtype, self.studio.device)
         return Artist(field=self.field, options=options, settings=self.field.settings, vae=self.parts.vae)
 
-    def teacher_artist(self, steps: int | None, size: tuple[int, int]) -> Artist:
+    def teacher(self, steps: int | None, size: tuple[int, int]) -> Artist:
         """Return the teacher, which is loaded the first time."""
         check_picture_size(size, self.config, self._teacher_files.config.patch_size, ("height", "width"))
         # Whole steps are the student's alone, so that the teacher's own number is asked for where none is:
@@ -296,26 +261,26 @@ class _Loaded:
         from wandistiller.sampling.teacher import Teacher
 
         negative = self.embed(self.settings.negative_prompt).read(0) if self.settings.uses_guidance else None
-        length, studio = self.config.text_max_length, self.studio
-        return Teacher(
-            project_experts(self._teacher_files, length, studio.dtype, studio.device), self.settings, negative
+        experts = project_experts(
+            self._teacher_files, self.config.text_max_length, self.studio.dtype, self.studio.device
         )
+        return Teacher(experts, self.settings, negative)
 
     def row(self, who: str, artist: Artist, request: Request, size: tuple[int, int], embeds: "PromptEmbeds") -> Row:
-        """Draw the row of one of the two."""
+        """Draw the row of teacher or student."""
         from wandistiller.files.pictures import png_bytes
 
-        seeds = range(request.seed, request.seed + request.num_noises)
-        height, width = (pixels // self.config.vae_scale_factor for pixels in size)
+        (height, width), seeds = size, range(request.seed, request.seed + request.noises)
         start = time.perf_counter()
         # The pictures come back to the CPU, which waits for them:
-        pictures = artist.draw(embeds, [0] * len(seeds), seeds, (self.config.num_channels, height, width))
+        shape = self.settings.latent_shape(self.config, ImageSize(width, height))
+        pictures = artist.draw(embeds, [0] * len(seeds), seeds, shape)
         seconds = (time.perf_counter() - start) / len(seeds)
-        about, name = artist.metadata(who, str(self.folder), size), f"{size[1]}x{size[0]}_{who}.png"
+        about = {"prompt": request.prompt, **artist.metadata(who, str(self.folder), size)}
         drawn = [
             Picture(
-                png_bytes(picture, {"prompt": request.prompt, "seed": seed, **about}),
-                f"{slug(request.prompt)}_seed{seed}_{name}",
+                png_bytes(picture, about | {"seed": seed}),
+                f"{slug(request.prompt)}_seed{seed}_{width}x{height}_{who}.png",
                 seed,
             )
             for seed, picture in zip(seeds, pictures, strict=True)

@@ -1,11 +1,13 @@
-"""An evaluation as a table, for the screen and for a model card, and as values that JSON can hold."""
+"""An evaluation as rows of one table, for the screen, a model card and the gallery, and as values that JSON can hold."""
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 from wandistiller.files.hub import hub_id
+
+Row = tuple[str, ...]
 
 
 def cell_text(value: str | float | None) -> str:
@@ -16,142 +18,96 @@ def cell_text(value: str | float | None) -> str:
 
 
 def table_lines(results: dict) -> list[str]:
-    """Return the results as the lines of a table for the screen."""
-
-    def line(name: str, *cells: str | float | None) -> str:
-        return f"{name:<42}" + "".join(f"{cell_text(cell):>16}" for cell in cells)
-
-    def compared(name: str, row: dict) -> str:
-        return line(name, row["student"], row["teacher"], row["ratio"])
-
-    endpoint, fewer = results["endpoint"], results["teacher_at_fewer_steps"]
-    lines = [line("", "student", "teacher", "ratio")]
-    if "accuracy" in results:
-        judged = results["accuracy"]
-        both = judged["student"], judged["teacher"]
-        lines += [
-            line(f"prompt accuracy ({judged['num_pictures']} pictures)", *(b["correct"] for b in both), judged["ratio"])
-        ]
-        lines += [line(f"  {name}", *(b[name] for b in both)) for name in both[0] if name != "correct"]
-        lines += [line(f"  teacher at {n} steps", "", share) for n, share in fewer["accuracy"].items()]
-    lines += [
-        line("endpoint: latent relative error", endpoint["latent_relative_error"]),
-        line("endpoint: PSNR, dB", endpoint["psnr_db"]),
-        line("endpoint: SSIM", endpoint["ssim"]),
-        *(line(f"  teacher at {n} steps: relative error", "", e) for n, e in fewer["latent_relative_error"].items()),
-        f"  the student equals the teacher at {equal_steps(fewer)}",
-    ]
-    lines += noise_lines(results["noise"], line)
-    if "velocity_error" in results:
-        lines.append(line("relative velocity error", results["velocity_error"]["mean"]))
-        for bucket in results["velocity_error"]["by_sigma"]:
-            low, high = bucket["sigma"]
-            lines.append(line(f"  sigma {low:.1f} to {high:.1f} ({bucket['count']} states)", bucket["mean"]))
-    lines.append(compared("high frequency energy", results["high_frequency_energy"]))
-    for name, values in score_rows(results):
-        lines.append(line(name, *values))
-    for name, row in results["cost"].items():
-        lines.append(compared(name.replace("_", " "), row))
-    return [*lines, *size_lines(results, line)]
+    """Return the results as the lines of a table for the screen, and below it what they mean."""
+    rows = [("", "student", "teacher", "ratio"), *comparison_rows(results, in_detail=True)]
+    equal = f"The student equals the teacher at {equal_steps(results['teacher_at_fewer_steps'])}."
+    lines = [f"{name:<46}" + "".join(f"{cell:>14}" for cell in cells) for name, *cells in rows]
+    return [*lines, equal, *textwrap.wrap(results["noise"]["meaning"], 106)]
 
 
-def size_lines(results: dict, line: Callable[..., str]) -> list[str]:
-    """Return what was measured at each image size as lines of the table; nothing where there is one."""
-    lines = []
+def comparison_rows(results: dict, in_detail: bool = False) -> list[Row]:
+    """Return the results as rows of name, student, teacher and ratio.
+
+    Args:
+        in_detail: whether to show what a figure consists of too: noise levels, a judge's facts, the teacher in fewer steps.
+    """
+    rows = [*_judged("prompt drawn right", results, in_detail), *_distances(results, in_detail)]
+    rows += _noise(results["noise"])
+    if velocity := results.get("velocity_error"):
+        rows.append(_row("relative velocity error", velocity["mean"]))
+        levels = velocity["by_sigma"] if in_detail else []
+        rows += [_row(f"  {_sigmas(level)} ({level['count']} states)", level["mean"]) for level in levels]
+    rows.append(_row("high frequency energy", *_three(results["high_frequency_energy"])))
+    rows += _scores(results)
+    rows += [_row(name.replace("_", " "), *_three(values)) for name, values in results["cost"].items()]
     for size, measured in results.get("by_size", {}).items():
-        if judged := measured.get("accuracy"):
-            both = (judged[who]["correct"] for who in ("student", "teacher"))
-            lines.append(line(f"{size}: prompt accuracy", *both, judged["ratio"]))
-        lines.append(line(f"{size}: latent relative error", measured["endpoint"]["latent_relative_error"]))
-        lines.append(line(f"{size}: gain of what the noise decides", measured["noise"]["gain"]))
-    return lines
-
-
-def score_rows(results: dict) -> list[tuple[str, tuple]]:
-    """Return what scorers said as rows of a name and the values of student, teacher and ratio; none where there were none."""
-    rows: list[tuple[str, tuple]] = []
-    for kind, found in (results.get("scores") or {}).items():
-        model = found["model"]
-        rows.append(
-            (f"{kind} is {hub_id(model) or Path(model).name}", ("",))
-        )  # paths of a machine are nobody else's business
-        if "cosine" in found:
-            rows += [
-                (f"{kind}: cosine to the teacher's picture", (found["cosine"],)),
-                (f"{kind}: standard error", (found["standard_error"],)),
-                (f"{kind}: cosine to pictures of other prompts", (found["of_other_prompts"],)),
-            ]
-            continue
-        rows += [
-            (f"{kind}: cosine to the prompt", (found["student"], found["teacher"], found["ratio"])),
-            (f"{kind}: standard error of the difference", (found.get("standard_error_of_difference"),)),
-        ]
-    if cmmd := results.get("cmmd"):
-        rows.append((f"CMMD ({cmmd['num_pictures']} pictures)", (cmmd["value"],)))
+        rows += _judged(f"{size}: prompt drawn right", measured)
+        rows.append(_row(f"{size}: distance to the teacher's latents", measured["endpoint"]["latent_relative_error"]))
+        rows.append(_row(f"{size}: gain of what the noise decides", measured["noise"]["gain"]))
     return rows
 
 
-def noise_lines(noise: dict, line: Callable[..., str]) -> list[str]:
-    """Return what the prompt decides and what the noise decides as lines of the table, and below them what they mean."""
-    lines = [
-        line("what the prompt decides: error", noise["mean_error"]),
-        line("what the noise decides: error", noise["noise_error"]),
-        line("  size", *noise_sizes(noise)),
-        line("  cosine to the teacher's", noise["cosine"]),
-        line("  gain: share of the teacher's in it", noise["gain"]),
-    ]
-    return lines + textwrap.wrap(noise["meaning"], 106, initial_indent="  ", subsequent_indent="  ")
+def _row(name: str, *values: str | float | None) -> Row:
+    """Return a row of texts; a value that could not be measured is "-", and one that there is not is empty."""
+    return name, *map(cell_text, values), *[""] * (3 - len(values))
 
 
-def noise_sizes(noise: dict) -> tuple[float | None, float | None, float | None]:
-    """Return the size of the student's noise part, that of the teacher's, and their ratio."""
-    teacher, ratio = noise["teacher_noise"], noise["norm_ratio"]
-    return (None if ratio is None else ratio * teacher), teacher, ratio
+def _three(row: dict) -> tuple:
+    return row["student"], row["teacher"], row["ratio"]
 
 
-def comparison_rows(results: dict) -> list[tuple[str, str, str, str]]:
-    """Return the results as rows of name, student, teacher and ratio, for a markdown table."""
+def _sigmas(level: dict) -> str:
+    low, high = level["sigma"]
+    return f"sigma {low:.1f} to {high:.1f}"
 
-    def row(name: str, *values: str | float | None) -> tuple[str, str, str, str]:
-        student, teacher, ratio = (["" if value is None else cell_text(value) for value in values] + ["", ""])[:3]
-        return name, student, teacher, ratio
 
+def _judged(name: str, results: dict, in_detail: bool = False) -> Iterator[Row]:
+    """Yield how many pictures the judge holds for right; nothing without a judge."""
+    if not (judged := results.get("accuracy")):
+        return
+    both = judged["student"], judged["teacher"]
+    yield _row(name, *(f"{facts['correct']:.1%}" for facts in both), judged["ratio"])
+    if in_detail:
+        for fact in (name for name in both[0] if name != "correct"):
+            yield _row(f"  {fact}", *(f"{facts[fact]:.1%}" for facts in both))
+        for steps, share in results["teacher_at_fewer_steps"]["accuracy"].items():
+            yield _row(f"  teacher in {steps} steps", "", f"{share:.1%}")
+
+
+def _distances(results: dict, in_detail: bool) -> Iterator[Row]:
     endpoint = results["endpoint"]
-    rows: list[tuple[str, str, str, str]] = []
-    if judged := results.get("accuracy"):
-        student, teacher = (f"{judged[who]['correct']:.1%}" for who in ("student", "teacher"))
-        rows.append(("prompt drawn right", student, teacher, cell_text(judged["ratio"])))
-    for size, measured in results.get("by_size", {}).items():
-        if judged := measured.get("accuracy"):
-            student, teacher = (f"{judged[who]['correct']:.1%}" for who in ("student", "teacher"))
-            rows.append((f"prompt drawn right at {size}", student, teacher, cell_text(judged["ratio"])))
-        rows.append(row(f"distance to the teacher's latents at {size}", measured["endpoint"]["latent_relative_error"]))
-    if "velocity_error" in results:
-        rows.append(row("relative velocity error", results["velocity_error"]["mean"]))
-    rows += [
-        row("distance to the teacher's latents, relative", endpoint["latent_relative_error"]),
-        row("PSNR, dB", endpoint["psnr_db"]),
-        row("SSIM", endpoint["ssim"]),
-    ]
-    if noise := results.get("noise"):  # which an evaluation.json of an earlier version lacks
-        rows += [
-            row("what the prompt decides: error", noise["mean_error"]),
-            row("what the noise decides: error", noise["noise_error"]),
-            row("what the noise decides: size", *noise_sizes(noise)),
-            row("what the noise decides: cosine to the teacher's", noise["cosine"]),
-            row("what the noise decides: gain", noise["gain"]),
-        ]
-    rows += [row(name, *values) for name, values in score_rows(results)]
-    compared = {"high_frequency_energy": results["high_frequency_energy"], **results["cost"]}
-    for name, values in compared.items():
-        rows.append(row(name.replace("_", " "), values["student"], values["teacher"], values["ratio"]))
-    return rows
+    yield _row("distance to the teacher's latents, relative", endpoint["latent_relative_error"])
+    if in_detail:
+        for steps, error in results["teacher_at_fewer_steps"]["latent_relative_error"].items():
+            yield _row(f"  teacher in {steps} steps", "", error)
+    yield _row("PSNR, dB", endpoint["psnr_db"])
+    yield _row("SSIM", endpoint["ssim"])
 
 
-def markdown_table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+def _noise(noise: dict) -> Iterator[Row]:
+    """Yield the errors of what the prompt decides and of what the noise decides, and how the latter compares."""
+    teacher, ratio = noise["teacher_noise"], noise["norm_ratio"]
+    yield _row("what the prompt decides: error", noise["mean_error"])
+    yield _row("what the noise decides: error", noise["noise_error"])
+    yield _row("what the noise decides: size", None if ratio is None else ratio * teacher, teacher, ratio)
+    yield _row("what the noise decides: cosine to the teacher's", noise["cosine"])
+    yield _row("what the noise decides: gain", noise["gain"])
+
+
+def _scores(results: dict) -> Iterator[Row]:
+    """Yield what scorers said of the pictures; nothing where there were none."""
+    for kind, found in (results.get("scores") or {}).items():
+        # Paths of a machine are nobody else's business:
+        yield _row(f"{kind} is {hub_id(found['model']) or Path(found['model']).name}")
+        if "cosine" in found:
+            yield _row(f"{kind}: cosine to the teacher's picture", found["cosine"])
+            yield _row(f"{kind}: standard error", found["standard_error"])
+            yield _row(f"{kind}: cosine to pictures of other prompts", found["of_other_prompts"])
+            continue
+        yield _row(f"{kind}: cosine to the prompt", *_three(found))
+        yield _row(f"{kind}: standard error of the difference", found.get("standard_error_of_difference"))
+    if cmmd := results.get("cmmd"):
+        yield _row(f"CMMD ({cmmd['num_pictures']} pictures)", cmmd["value"])
 
 
 def finite(values: object) -> object:

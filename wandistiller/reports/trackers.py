@@ -1,21 +1,22 @@
-"""Trackers, which watch a run beside its own files: TensorBoard, wandb or trackio, each imported where it is used.
+"""Trackers, which watch a run: metrics.jsonl, TensorBoard, and wandb or trackio, each imported where it is used.
 
 A tracker gets the metrics of every step and the sample pictures. None of them may end a run.
 """
 
 import importlib
 import importlib.util
+import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError
-from wandistiller.reports.metrics import bucket_name
+from wandistiller.files.atomic import write_text
+from wandistiller.reports.metrics import bucket_name, read_metrics
 from wandistiller.step_metrics import StepMetrics
 
 if TYPE_CHECKING:
@@ -25,12 +26,36 @@ PROJECT = "wandistiller"
 PICTURE_NAME = "samples"
 
 
-class Tracker(Protocol):
-    """Watches a run."""
+class Tracker:
+    """Watches a run; does nothing with what it has no place for."""
 
-    def step(self, metrics: StepMetrics) -> None: ...
-    def picture(self, step: int, picture: "Image") -> None: ...
-    def close(self) -> None: ...
+    def step(self, metrics: StepMetrics) -> None:
+        """Take the metrics of a step."""
+
+    def picture(self, step: int, picture: "Image") -> None:
+        """Take the sample picture of a step."""
+
+    def close(self) -> None:
+        """Finish at the end of the run."""
+
+
+class MetricsFile(Tracker):
+    """Writes every step to metrics.jsonl.
+
+    Args:
+        first_step: the step that the run resumes from. What a killed process wrote beyond it is removed.
+    """
+
+    def __init__(self, path: Path, first_step: int = 0):
+        kept = [line for line in read_metrics(path) if line["step"] <= first_step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))  # a kill here loses no step before them
+        self._file = path.open("ab", buffering=0)  # a killed run keeps what it has measured
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._file.write(json.dumps(asdict(metrics)).encode() + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def scalars(metrics: StepMetrics) -> dict[str, float]:
@@ -44,7 +69,7 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
     return {name: float(value) for name, value in named.items() if value is not None}
 
 
-class TensorBoardFiles:
+class TensorBoardFiles(Tracker):
     """Writes event files to a folder, which `tensorboard --logdir` shows.
 
     Args:
@@ -55,7 +80,11 @@ class TensorBoardFiles:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
-        threading.excepthook = _without_tensorboards(threading.excepthook)
+        # An error of TensorBoard's writing thread is raised by the next call too, and told there in one line:
+        plain_hook = threading.excepthook
+        threading.excepthook = lambda failure: (
+            None if type(failure.thread).__module__.startswith("tensorboard") else plain_hook(failure)
+        )
 
     def step(self, metrics: StepMetrics) -> None:
         for name, value in scalars(metrics).items():
@@ -71,21 +100,10 @@ class TensorBoardFiles:
         self.writer.close()
 
 
-def _without_tensorboards(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable[..., None]:
-    """Return a hook that prints no traceback of TensorBoard's writing thread, whose error its next call raises as well.
-
-    A folder that is moved or removed while a run writes to it, or a full disk, then is one warning.
-    """
-
-    def hooked(failure: threading.ExceptHookArgs) -> None:
-        if not type(failure.thread).__module__.startswith("tensorboard"):
-            hook(failure)
-
-    return hooked
-
-
-class RunTracker:
+class RunTracker(Tracker):
     """Reports to wandb or to trackio, which share their calls: init, log, Image and finish.
+
+    wandb writes files for a later `wandb sync` where the person is not logged in or WANDB_MODE says so.
 
     Args:
         name: name of the library.
@@ -95,11 +113,11 @@ class RunTracker:
 
     def __init__(self, name: str, folder: Path, config: dict):
         self.module = importlib.import_module(name)
-        about = {"project": PROJECT, "name": folder.resolve().name, "config": config}
+        options = {"project": PROJECT, "name": folder.resolve().name, "config": config}
         if name == "wandb":
-            _start_wandb(self.module, {**about, "dir": str(folder)})
-        else:
-            self.module.init(**about)
+            mode = os.environ.get("WANDB_MODE") or ("online" if _is_logged_in(self.module) else "offline")
+            options |= {"dir": str(folder), "mode": mode}
+        self.module.init(**options)
 
     def step(self, metrics: StepMetrics) -> None:
         self.module.log(scalars(metrics), step=metrics.step)
@@ -111,26 +129,12 @@ class RunTracker:
         self.module.finish()
 
 
-def _start_wandb(module, about: dict) -> None:
-    """Start wandb online if the person is logged in and it can be reached, or else with files for a later `wandb sync`."""
-    mode = os.environ.get("WANDB_MODE") or ("online" if _is_logged_in(module) else "offline")
-    try:
-        module.init(**about, mode=mode)
-    except Exception as error:  # wandb has a type of its own for each way in which a server is not reached
-        if mode != "online":
-            raise
-        print(
-            f"Warning: wandb is not reached ({type(error).__name__}); its files stay in {about['dir']}", file=sys.stderr
-        )
-        module.init(**about, mode="offline")
-
-
-def _is_logged_in(module) -> bool:
+def _is_logged_in(wandb) -> bool:
     """Return whether the person is logged in to wandb. Ask no question, since nobody may be there to answer."""
     try:
-        return module.login(prompt=False, verify=False)
+        return wandb.login(prompt=False, verify=False)
     except TypeError:  # older releases have no `prompt`
-        return bool(module.api.api_key)
+        return bool(wandb.api.api_key)
 
 
 def check_report(name: str) -> None:
@@ -147,18 +151,25 @@ def check_report(name: str) -> None:
         raise UserError(f"--report {name}: {name} is not installed; pip install {name}, or leave --report out")
 
 
-class Trackers:
-    """Several trackers as one, used as a context manager. One that fails is reported once and left out."""
+class Trackers(Tracker):
+    """Several trackers as one, used as a context manager. One that cannot start, or fails, is reported once and left out.
 
-    def __init__(self, trackers: Sequence[Tracker] = ()):
-        self.trackers = list(trackers)
+    Args:
+        makers: a function that starts each tracker, by its name.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tracker]] | None = None):
+        self.trackers: dict[str, Tracker] = {}
+        for name, make in (makers or {}).items():
+            try:
+                self.trackers[name] = make()
+            except Exception as error:  # a full disk, a lost network, a library's own error: the run is worth more
+                _complain(name, error)
 
     def __enter__(self) -> "Trackers":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._call_all("close")
 
     def step(self, metrics: StepMetrics) -> None:
@@ -168,26 +179,15 @@ class Trackers:
         self._call_all("picture", step, picture)
 
     def _call_all(self, what: str, *values: object) -> None:
-        for tracker in list(self.trackers):
+        for name, tracker in list(self.trackers.items()):
             try:
                 getattr(tracker, what)(*values)
-            except Exception as error:  # a full disk, a lost network, a library's own error: the run is worth more
-                self.trackers.remove(tracker)
-                print(f"Warning: {_complaint(tracker, error)}", file=sys.stderr, flush=True)
+            except Exception as error:  # as above
+                del self.trackers[name]
+                _complain(name, error)
 
 
-def started(trackers: Sequence[tuple[str, Callable[[], Tracker]]]) -> list[Tracker]:
-    """Start trackers, each given as its name and a function that makes it. One that cannot start is reported and left out."""
-    running = []
-    for name, make in trackers:
-        try:
-            running.append(make())
-        except Exception as error:  # as in Trackers
-            print(f"Warning: {_complaint(name, error)}", file=sys.stderr, flush=True)
-    return running
-
-
-def _complaint(tracker: object, error: Exception) -> str:
-    name = tracker if isinstance(tracker, str) else type(tracker).__name__
+def _complain(name: str, error: Exception) -> None:
     reason = " ".join(str(error).split())[:200]
-    return f"{name} is left out from here on ({type(error).__name__}: {reason}); the run goes on"
+    text = f"Warning: {name} is left out from here on ({type(error).__name__}: {reason}); the run goes on"
+    print(text, file=sys.stderr, flush=True)

@@ -127,16 +127,17 @@ def print_filled(settings: Settings, caches: Sequence[TeacherCache]) -> None:
 
 
 def memorising_line(lines: Sequence[dict], replay: int) -> str | None:
-    """Return a line for a run that learns its answers by heart, and what to do about it; None for any other run."""
+    """Return a line for a run that seems to learn its answers by heart, and what to do about it; None for any other run."""
     rise = rise_of_held_out(lines)
     if rise is None:
         return None
+    (lowest_step, lowest), (last_step, last) = rise
     advice = (
         f"give a smaller --replay than {replay}, or more prompts" if replay > 1 else "give more prompts or fewer steps"
     )
     return (
-        f"Warning: the held-out error rose from {rise.lowest:.3f} at step {rise.lowest_step} to {rise.last:.3f} at step "
-        f"{rise.last_step} while the loss fell, so the student learns its answers by heart: {advice}"
+        f"Warning: the held-out error rose from {lowest:.3f} at step {lowest_step} to {last:.3f} at step {last_step}; if the loss "
+        f"fell meanwhile, the student learns its answers by heart: {advice}"
     )
 
 

@@ -18,8 +18,8 @@ from wandistiller.files.output_folder import (
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.reports.plots import LossPlot
 from wandistiller.reports.progress import Progress
-from wandistiller.reports.samples import SampleOptions, Samples
-from wandistiller.reports.trackers import RunTracker, TensorBoardFiles, Tracker, Trackers, started
+from wandistiller.reports.samples import Samples
+from wandistiller.reports.trackers import MetricsFile, RunTracker, TensorBoardFiles, Tracker, Trackers
 from wandistiller.run.folder import Folder
 from wandistiller.run.held_out import build_measure
 from wandistiller.run.settings import Settings
@@ -50,13 +50,13 @@ class RunObserver(Observer):
         self.progress, self.trackers, self.held_out, self.samples = progress, trackers, held_out, samples
 
     def shown(self) -> contextlib.AbstractContextManager:
-        """While the loop runs: the progress bar is there, and metrics.jsonl is open."""
+        """While the loop runs: the progress bar is there."""
         return contextlib.nullcontext() if self.progress is None else self.progress
 
     def step(self, metrics: StepMetrics) -> None:
+        self.trackers.step(metrics)
         if self.progress is not None:
             self.progress.step(metrics)
-        self.trackers.step(metrics)
 
     def evaluate(self, student: WanLiteStudent) -> dict[str, float] | None:
         return None if self.held_out is None else self.held_out(student)
@@ -70,12 +70,10 @@ class RunObserver(Observer):
         if (samples := self.samples) is None:
             return
         who = "the student" if samples.teacher is None else "teacher and student"
-        steps = samples.options.student_sampling.num_inference_steps
+        steps = samples.student_sampling.num_inference_steps
         print(f"Drawing {len(samples.prompts)} prompts with {who}, {steps} steps", flush=True)
         if file := samples(student, step):
-            print(f"{samples.caption}: {file}")
-            if strip := samples.over_time():
-                print(f"Over time: {strip}")
+            print(f"{'The student' if samples.teacher is None else 'Teacher above, student below'}: {file}")
 
 
 @contextlib.contextmanager
@@ -90,23 +88,23 @@ def watch(settings: Settings, folder: Folder, embeds: Embeds, teacher: Teacher |
         if aside:
             print(f"The student that was in {folder.path} is now in {aside}")
     is_first = settings.processes.is_first
-    metrics = folder.path / METRICS_NAME
-    progress = Progress(settings.num_steps, metrics, first_step=folder.first_step) if is_first else None
+    progress = Progress(settings.num_steps, folder.first_step) if is_first else None
     with build_trackers(settings, folder) if is_first else Trackers() as trackers:
         samples = build_samples(settings, folder, embeds, teacher, trackers)
         yield RunObserver(progress, trackers, held_out, samples)
 
 
 def build_trackers(settings: Settings, folder: Folder) -> Trackers:
-    """TensorBoard, the loss plot, and the tracker of --report; one that cannot start is left out with a line."""
+    """metrics.jsonl, TensorBoard, the loss plot, and the tracker of --report."""
     path, report = folder.path, settings.report
-    makers: list[tuple[str, Callable[[], Tracker]]] = [
-        ("TensorBoard", lambda: TensorBoardFiles(path / TENSORBOARD_NAME, folder.first_step)),
-        (LOSS_PLOT_NAME, lambda: LossPlot(path / METRICS_NAME, path / LOSS_PLOT_NAME)),
-    ]
+    makers: dict[str, Callable[[], Tracker]] = {
+        METRICS_NAME: lambda: MetricsFile(path / METRICS_NAME, folder.first_step),
+        "TensorBoard": lambda: TensorBoardFiles(path / TENSORBOARD_NAME, folder.first_step),
+        LOSS_PLOT_NAME: lambda: LossPlot(path / METRICS_NAME, path / LOSS_PLOT_NAME),
+    }
     if report != "none":
-        makers.append((report, lambda: RunTracker(report, path, settings.as_dict())))
-    return Trackers(started(makers))
+        makers[report] = lambda: RunTracker(report, path, settings.as_dict())
+    return Trackers(makers)
 
 
 def build_samples(
@@ -121,7 +119,11 @@ def build_samples(
         student_steps=settings.student_steps,
         teacher_sampler=settings.teacher.teacher_sampler,
     )
-    options = SampleOptions(
+    return Samples(
+        folder=folder.path / SAMPLES_NAME,
+        teacher=teacher,
+        prompts=settings.prompts[: settings.num_samples],
+        prompt_embeds=embeds.trained,
         latent_shapes=settings.latent_shapes,
         vae_location=settings.vae_location,
         settings=settings.teacher,
@@ -129,8 +131,6 @@ def build_samples(
         student_sampling=replace(of_teacher, num_inference_steps=recorded.steps, sampler=recorded.sampler),
         batch_size=settings.batch_size,
         needs_all_processes=settings.shard_teacher or settings.shard_student,  # sharded weights are needed from all
-    )
-    prompts = settings.prompts[: settings.num_samples]
-    return Samples(
-        folder.path / SAMPLES_NAME, teacher, prompts, embeds.trained, options, settings.processes, trackers.picture
+        processes=settings.processes,
+        on_picture=trackers.picture,
     )
