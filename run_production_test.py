@@ -16,16 +16,20 @@ from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.flags import build
 from wandistiller.model.config import StudentConfig
-from wandistiller.run.flags import Flags, TeacherFlags, parse_args
-from wandistiller.run.inputs import Inputs, read_inputs
+from wandistiller.run.flags import Flags, GuidanceFlags, parse_args
+from wandistiller.run.inputs import read_inputs
 
 HIDDEN_SIZE, DEPTH, LATENT_SIZE = 256, 4, 8
 HEAD_DIM = 64  # for a wan student whose own heads do not fill HIDDEN_SIZE
 BATCH_SIZE, MAX_PROMPTS = 2, 200
-DEFAULTS: dict[str, object] = {"teacher_path": "mock", "student_config": "config/student_config.json"}
+DEFAULTS: dict[str, object] = {
+    "teacher_path": "mock",
+    "student_config": "config/student_config.json",
+    "output_dir": None,  # a temporary folder
+}
 # Flags that need the real teacher, a GPU or a long time; the rest of what was typed is tested.
 SMALL: dict[str, object] = {
-    **dict.fromkeys(vars(TeacherFlags())),
+    **dict.fromkeys(vars(GuidanceFlags())),
     **dict.fromkeys(("teacher_path_low", "teacher_lora", "teacher_lora_low", "text_encoder_path", "vae_path")),
     **dict.fromkeys(("layers", "image_sizes", "calls_per_expert", "replay", "teacher_cache", "cache_part")),
     **dict.fromkeys(("teacher_calls", "max_steps", "lr_warmup_steps", "dtype", "teacher_dtype", "shard", "preset")),
@@ -58,28 +62,14 @@ def changed(flags: Flags, **values: object) -> Flags:
     return build(Flags, flags.as_dict() | values)
 
 
-def run_test(flags: Flags, argv: list[str], folder: Path) -> None:
+def run_test(flags: Flags, argv: list[str], scratch: Path) -> None:
     """Dry-run the real command where there is a real teacher, then train, resume and reload a small student."""
-    inputs = read_inputs(flags)
-    num_prompts = len(inputs.prompts.train)
-    passed(f"Prompts found: {num_prompts:,} in {flags.data.data_path}")
+    inputs, folder, config_file = read_inputs(flags), Path(flags.output.output_dir), scratch / "student_config.json"
+    passed(f"Prompts found: {len(inputs.prompts.train):,} in {flags.data.data_path}")
     passed(f"Config found: {flags.student.student_config}")
     if flags.data.teacher_path != "mock":
         distil(flags, argv)
         passed(f"{flags.student.student_config} fits {flags.data.teacher_path}")
-    with tempfile.TemporaryDirectory(prefix="wandistiller-") as scratch:
-        train_and_resume(flags, inputs, folder, Path(scratch) / "student_config.json")
-
-
-def train_and_resume(flags: Flags, inputs: Inputs, folder: Path, config_file: Path) -> None:
-    """Train half of an epoch, resume for the rest, and reload the student."""
-    import torch
-
-    from wandistiller.model.transformer import WanLiteStudent
-    from wandistiller.reports.metrics import read_metrics
-
-    # So small a model gains nothing from more threads, and with them waits minutes for cores that others keep busy.
-    torch.set_num_threads(1)
     small = shrink(inputs.config)
     config_file.write_text(small.to_json(), encoding="utf-8")
     passed(
@@ -89,20 +79,40 @@ def train_and_resume(flags: Flags, inputs: Inputs, folder: Path, config_file: Pa
     )
     passed(f"Student parameters: {small.num_parameters:,}")
     num_prompts = min(len(inputs.prompts.train), MAX_PROMPTS)
-    num_steps = -(-num_prompts // BATCH_SIZE)
+    own = {"student_config": str(config_file), "num_prompts": num_prompts}
+    train_and_resume(changed(flags, **SMALL | own), -(-num_prompts // BATCH_SIZE))
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    passed("Files saved: " + ", ".join(f"{path.name} ({path.stat().st_size:,} bytes)" for path in files))
+    reload(folder)
+
+
+def train_and_resume(flags: Flags, num_steps: int) -> None:
+    """Train half of an epoch, and resume for the rest."""
+    import torch
+
+    from wandistiller.reports.metrics import read_metrics
+
+    # So small a model gains nothing from more threads, and with them waits minutes for cores that others keep busy.
+    torch.set_num_threads(1)
     half = max(1, num_steps // 2)
-    own = {"student_config": str(config_file), "num_prompts": num_prompts, "output_dir": str(folder)}
-    whole = changed(flags, **SMALL | own | {"save_every": half, "eval_every": half})
+    whole = changed(flags, save_every=half, eval_every=half)
     for part in (changed(whole, max_steps=half), changed(whole, overwrite=False)):
         if distil(part, []) == 130:
             raise KeyboardInterrupt
-    losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+    losses = [line["loss"] for line in read_metrics(Path(flags.output.output_dir) / "metrics.jsonl")]
     passed(f"Steps completed: {len(losses)} of {num_steps}, average loss {sum(losses) / len(losses):.4f}")
-    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    passed("Files saved: " + ", ".join(f"{path.name} ({path.stat().st_size:,} bytes)" for path in files))
-    latents = torch.randn(1, small.num_channels, small.latent_size, small.latent_size)
-    text = torch.randn(1, 3, small.text_encoder_output_dim)
-    velocity = WanLiteStudent.from_pretrained(folder)(latents, torch.tensor([500.0]), text)
+
+
+def reload(folder: Path) -> None:
+    """Let the saved student answer once."""
+    import torch
+
+    from wandistiller.model.transformer import WanLiteStudent
+
+    student = WanLiteStudent.from_pretrained(folder)
+    config = student.config
+    latents = torch.randn(1, config.num_channels, config.latent_size, config.latent_size)
+    velocity = student(latents, torch.tensor([500.0]), torch.randn(1, 3, config.text_encoder_output_dim))
     if velocity.shape != latents.shape or not velocity.isfinite().all():
         raise RuntimeError(f"the student reloaded from {folder} does not answer with finite velocities")
     passed("Reloaded from disk: answers with finite velocities")
@@ -115,11 +125,11 @@ def passed(line: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    flags = changed(parse_args(argv, "run_production_test.py", DEFAULTS), dry_run=True, cache_part=None)
-    kept = parse_args(argv, "run_production_test.py", DEFAULTS | {"output_dir": None}).output.output_dir
+    flags = parse_args(argv, "run_production_test.py", DEFAULTS)
     try:
-        with tempfile.TemporaryDirectory(prefix="wandistiller-") as folder:
-            run_test(flags, argv, Path(kept or folder))
+        with tempfile.TemporaryDirectory(prefix="wandistiller-") as scratch:
+            folder = flags.output.output_dir or f"{scratch}/student"
+            run_test(changed(flags, output_dir=folder, dry_run=True, cache_part=None), argv, Path(scratch))
     except KeyboardInterrupt:
         print("Production Test interrupted")
         return 130

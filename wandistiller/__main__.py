@@ -8,7 +8,6 @@ It calls the same functions as the scripts of a clone, which are installed as mo
 
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 
 from wandistiller import __version__
 from wandistiller.command_line import COMMANDS, ONE_COMMAND, end_process, run_command
@@ -45,16 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if words[0] not in COMMANDS:
         raise UserError(f"{words[0]!r} is no command of {ONE_COMMAND}; allowed: {', '.join(COMMANDS)}")
-    module = COMMANDS[words[0]].removesuffix(".py")
-    if find_spec(module) is None:
-        raise UserError(
-            f"{ONE_COMMAND} {words[0]}: its module {module} is not installed; in a clone of WanDistiller: "
-            f'pip install ".{"[playground]" * (words[0] == "playground")}"'
-        )
     before = sys.argv
     sys.argv = [f"{ONE_COMMAND} {words[0]}", *words[1:]]  # so that help and messages name the command as it was typed
     try:
-        return import_module(module).main() or 0
+        return import_module(COMMANDS[words[0]].removesuffix(".py")).main() or 0
     finally:
         sys.argv = before
 

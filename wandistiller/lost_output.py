@@ -1,7 +1,4 @@
-"""What is printed: nothing that a file holds commands the terminal, and what nobody reads any more goes nowhere.
-
-The reader of a pipe has ended, as after `| head`, or the terminal has been closed.
-"""
+"""What is printed: nothing that a file holds commands the terminal, and a stream whose reader has ended (`| head`) is no error."""
 
 import contextlib
 import errno
@@ -46,23 +43,23 @@ def spelt_output() -> Iterator[None]:
 
 
 def is_lost_output(error: Exception) -> bool:
-    """Return whether an error tells that nobody reads what is printed; the rest of it then goes nowhere, also at the exit."""
+    """Return whether the error is a closed stdout or stderr; what is printed there then goes nowhere, also at the exit."""
     return isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO) and silence_lost_output()
 
 
 def silence_lost_output() -> bool:
-    """Let what is printed to a stream that nobody reads any more go nowhere; return whether there is one."""
-    # Both are asked, since a closed terminal takes both away.
-    return any([_silence_if_lost(stream) for stream in (sys.stdout, sys.stderr)])
+    """Send what is printed to a closed stdout or stderr nowhere; return whether one is closed."""
+    lost = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]  # a closed terminal takes both away
+    for stream in lost:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    return bool(lost)
 
 
-def _silence_if_lost(stream: TextIO) -> bool:
+def _is_closed(stream: TextIO) -> bool:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no file behind it, or a system without poll
         output = select.poll()
         output.register(stream.fileno(), 0)
-        if output.poll(0):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-            return True
+        return bool(output.poll(0))
     return False

@@ -7,6 +7,7 @@ pytest tests/commands/test_run_production_test.py
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from support.runs import (
     PROMPTS,
     PRUNED_CONFIG,
     ROOT,
+    file_size_limited,
     snapshot,
 )
 from wandistiller import StudentConfig, WanLiteStudent
@@ -109,20 +111,14 @@ def test_output_dir_keeps_a_student_that_loads_and_moves_another_one_aside(prefl
     "flags",
     [
         ("--states", "noise", "--optimizer", "adamw"),
-        ("--student-steps", 4, "--grad_accum_steps", 8),
         ("--preset", "A14B-1B", "--teacher_path", "mock", "--teacher_dtype", "fp8", "--compile"),
     ],
-    ids=["noise", "few steps", "preset"],
+    ids=["noise", "preset"],
 )
 def test_it_takes_the_flags_of_the_trainer_and_tests_the_recipe_that_was_typed(preflight, few, flags):
     outcome = preflight(*few, *flags)
     assert_passed(outcome)
     assert ("adamw at" in outcome.out) == ("adamw" in flags)
-
-
-def test_an_unknown_flag_is_answered_as_by_the_trainer(preflight):
-    outcome = preflight("--epochs", 3)
-    assert outcome.code == 2 and "--num_epochs" in outcome.err
 
 
 # ---- shrinking ----
@@ -132,15 +128,11 @@ def test_an_unknown_flag_is_answered_as_by_the_trainer(preflight):
     "changes, expected",
     [
         ({"hidden_size": 1536, "num_heads": 12}, {"hidden_size": 256, "num_heads": 2}),
-        ({"hidden_size": 5120, "num_heads": 40}, {"hidden_size": 256, "num_heads": 2}),
         ({"hidden_size": 384, "num_heads": 32}, {"hidden_size": 256, "num_heads": 4}),  # heads of 12 do not fill 256
         ({"hidden_size": 128, "num_heads": 2, "depth": 2}, {"hidden_size": 128, "num_heads": 2, "depth": 2}),
         ({"hidden_size": 1536, "num_heads": 12, "num_channels": 48, "image_size": 512}, {"image_size": 128}),
-        ({"hidden_size": 1536, "num_heads": 12, "patch_size": 4, "image_size": 512}, {"image_size": 64}),
         ({"block": "lite", "hidden_size": 300, "num_heads": 15, "ffn_dim": None, "patch_size": None, "freq_dim": None},
          {"hidden_size": 256, "num_heads": 8, "ffn_dim": 1024}),
-        ({"block": "lite", "hidden_size": 64, "num_heads": 8, "ffn_dim": None, "patch_size": None, "freq_dim": None},
-         {"hidden_size": 64, "num_heads": 8, "ffn_dim": 256}),
     ],
 )  # fmt: skip
 def test_any_config_shrinks_to_a_small_one_of_its_kind(changes, expected):
@@ -151,30 +143,18 @@ def test_any_config_shrinks_to_a_small_one_of_its_kind(changes, expected):
     assert small.num_channels == config.num_channels
 
 
-def test_a_trained_students_config_shrinks_too():
-    record = {"vae_scale_factor": 4}
-    config = StudentConfig(**IDENTITY_CONFIG | {"image_size": 24, "distillation": record})
-    assert run_production_test.shrink(config).latent_size % config.patch_size == 0
-
-
 # ---- a real teacher ----
-
-
-def without_weights(folder):
-    """Overwrite every weight by NaN behind intact headers: nothing that uses one can go unnoticed."""
-    for path in folder.rglob("*.safetensors"):
-        raw = path.read_bytes()
-        header = 8 + int.from_bytes(raw[:8], "little")
-        path.write_bytes(raw[:header] + b"\xff" * (len(raw) - header))
 
 
 @pytest.fixture
 def hollow_teacher(teachers, tmp_path):
-    import shutil
-
+    """Every weight is NaN behind intact headers: nothing that uses one can go unnoticed."""
     folder = tmp_path / "hollow"
     shutil.copytree(teachers.two, folder)
-    without_weights(folder)
+    for path in folder.rglob("*.safetensors"):
+        raw = path.read_bytes()
+        header = 8 + int.from_bytes(raw[:8], "little")
+        path.write_bytes(raw[:header] + b"\xff" * (len(raw) - header))
     return folder
 
 
@@ -199,10 +179,7 @@ def test_where_the_command_would_be_refused_the_preflight_fails_too(preflight, f
     "changes, words",
     [
         ({"num_channels": 48, "image_size": 64}, ['edit the line to "num_channels": 16']),
-        ({"text_encoder_output_dim": 4096}, ['edit the line to "text_encoder_output_dim": 20']),
         ({"depth": 9}, ["depth=9", "use 3 or less"]),
-        ({"hidden_size": 48, "num_heads": 4}, ["hidden_size=48", "use 24 or less"]),
-        ({"hidden_size": 24, "num_heads": 1}, ["heads of 24", "hidden_size=24 with num_heads=2"]),
     ],
 )
 def test_a_config_that_does_not_fit_the_real_teacher_is_refused_with_the_line_to_edit(
@@ -217,12 +194,6 @@ def test_a_config_that_does_not_fit_the_real_teacher_is_refused_with_the_line_to
     assert "Student parameters" not in outcome.out, "work began before the answer"
 
 
-def test_the_lite_config_is_refused_for_a_teacher_of_other_channels(preflight, teachers):
-    outcome = preflight("--student_config", LITE, "--data_path", PROMPTS, "--teacher_path", teachers.one)
-    assert outcome.code == 2
-    assert '"num_channels": 16' in outcome.err and "Production Test FAILED" in outcome.out
-
-
 # ---- failing ----
 
 
@@ -230,7 +201,6 @@ def test_the_lite_config_is_refused_for_a_teacher_of_other_channels(preflight, t
     "text, words",
     [
         ('{"block": "wan",}', ["line 1"]),
-        (json.dumps(IDENTITY_CONFIG | {"hiden_size": 3}), ["hiden_size", "hidden_size"]),
         (json.dumps(IDENTITY_CONFIG | {"num_heads": 5}), ["hidden_size=24", "num_heads"]),
     ],
 )
@@ -248,21 +218,9 @@ def test_a_broken_config_fails_with_one_message_and_exit_2(preflight, write_conf
     assert not list(preflight.scratch.glob("wandistiller-*"))
 
 
-def test_a_prompts_file_without_prompts_fails_with_exit_2_and_makes_no_folder(preflight, tmp_path):
-    (tmp_path / "prompts.txt").write_text("# nothing yet\n", encoding="utf-8")
-    outcome = preflight("--data_path", tmp_path / "prompts.txt", "--output_dir", tmp_path / "new")
-    assert outcome.code == 2 and "holds no prompt" in outcome.err
-    assert "Production Test FAILED" in outcome.out
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_failure_of_the_product_shows_its_traceback_and_exit_1(preflight, few, monkeypatch):
-    def fail(self, folder, state_dict=None):
-        raise RuntimeError("a broken save")
-
-    monkeypatch.setattr(WanLiteStudent, "save_pretrained", fail)
-    outcome = preflight(*few)
-    assert outcome.code == 1
-    assert "Traceback" in outcome.err and "a broken save" in outcome.err
+def test_a_failure_that_is_no_mistake_shows_its_traceback_and_exit_1(preflight, few):
+    with file_size_limited(10_000):
+        outcome = preflight(*few)
+    assert outcome.code == 1 and "Traceback" in outcome.err
     assert outcome.out.splitlines()[-1] == "Production Test FAILED"
     assert not list(preflight.scratch.glob("wandistiller-*"))

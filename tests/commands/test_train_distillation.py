@@ -80,9 +80,9 @@ FLAGS = [
     ("cache_part", ["2/3"], None),
     ("feature_loss_weight", ["0.5"], None),
     ("student_steps", ["4"], None),
-    ("num_epochs", ["3"], 40),
+    ("num_epochs", ["3"], None),
     ("max_steps", ["3"], None),
-    ("teacher_calls", ["3"], None),
+    ("teacher_calls", ["3"], 320),
     ("batch_size", ["3"], 64),
     ("grad_accum_steps", ["2"], 1),
     ("optimizer", ["adamw8bit"], "muon"),
@@ -538,7 +538,7 @@ def test_another_teacher_gets_the_general_defaults():
     defaults = train_distillation.parse_args(["--teacher_path", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]).as_dict()
     general = {
         "data_path": "data/static_prompts.txt",
-        "num_epochs": None,
+        "teacher_calls": None,
         "batch_size": 4,
         "eval_prompts": None,
         "sample_every": 0,

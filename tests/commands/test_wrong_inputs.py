@@ -71,40 +71,27 @@ def refused(run_main, write_config, teachers, previous, tmp_path):
 FLAGS = {
     "unknown": (["--epochs", 3], ["--epochs", "--num_epochs"]),
     "one hyphen": (["-lr", 3], ["-lr", "did you mean --lr?"]),
-    "int is a word": (["--batch_size", "four"], ["--batch_size", "'four'", "whole number"]),
     "int is zero": (["--num_epochs", 0], ["--num_epochs", "at least 1"]),
-    "int is too large": (["--seed", 2**64], ["--seed", "at most"]),
-    "float is nan": (["--lr", "nan"], ["--lr", "'nan'", "above 0"]),
     "float is negative with exponent": (["--lr", "-1e-5"], ["--lr", "'-1e-5'", "above 0"]),
     "boundary above 1": (["--boundary_ratio", 875], ["--boundary_ratio", "at most 1"]),
     "choice": (["--dtype", "fp16"], ["--dtype", "fp16", "fp32", "bf16"]),
     "a trajectory from below": (["--sigma_range", 0, 0.5], ["--sigma_range", "sigma 1", "--states noise"]),
     "sigma_range reversed": (["--sigma_range", 0.9, 0.1], ["--sigma_range", "0.9", "below", "0.1"]),
-    "sigma_range too wide": (["--sigma_range", 0, 1000], ["--sigma_range", "at most 1"]),
     "renoised noise": (["--states", "noise", "--renoise_fraction", 0.5], ["--renoise_fraction", "--states trajectory"]),
     "renoised above 0": (["--renoise_fraction", 0.5, "--sigma_range", 0.5, 1], ["--renoise_fraction", "--sigma_range"]),
-    "renoised by expert": (["--renoise_fraction", 0.5, "--calls_per_expert", 4], ["--renoise_fraction", "--calls_per_expert"]),
     "renoised alone": (["--renoise_fraction", 0.5, "--batch_size", 1], ["--renoise_fraction", "--batch_size 2"]),
     "few steps of noise": (["--states", "noise", "--student_steps", 4], ["--student_steps", "--states trajectory"]),
-    "few steps with features": (["--student_steps", 4, "--feature_loss_weight", 1], ["--feature_loss_weight", "segments"]),
     "few steps cached": (["--student_steps", 4, "--teacher_cache", "x"], ["--teacher_cache", "--student_steps"]),
     "eval prompts not there": (["--eval_prompts", "nowhere.txt", "--eval_every", 5], ["nowhere.txt"]),
     "offline without a cache": (["--offline_teacher"], ["--offline_teacher", "--teacher_cache"]),
-    "a part without a cache": (["--cache_part", "1/2"], ["--cache_part", "--teacher_cache"]),
     "no such part": (["--cache_part", "3/2", "--teacher_cache", "x"], ["--cache_part", "1 to N"]),
-    "a part that is trained": (["--cache_part", "1/2", "--teacher_cache", "x", "--dry_run"], ["--cache_part", "--dry_run"]),
-    "no prompts": (["--num_prompts", 0], ["--num_prompts", "at least 1"]),
     "rollout from a cache": (["--teacher_cache", "x", "--student_rollout", 0, 1], ["--student_rollout", "--teacher_cache"]),
     "features from a cache": (["--teacher_cache", "x", "--feature_loss_weight", 1], ["--feature_loss_weight", "hidden states"]),
     "a cache in use": (["--teacher_cache", "/proc"], ["--teacher_cache", "/proc", "not a teacher cache"]),
-    "layers malformed": (["--layers", "0;2"], ["--layers", "'0;2'", "0,2,5"]),
     "layers out of range": (["--layers", "0,3"], ["--layers", "0,3", "from 0 to 2"]),
-    "layers falling": (["--layers", "2,0"], ["--layers", "rising"]),
     "layers too many": (["--layers", "0,1,2"], ["--layers", "3 layers", "depth=2"]),
     "device nonsense": (["--device", "gpu"], ["--device", "gpu", "allowed: cpu"]),
-    "device that computes nothing": (["--device", "meta"], ["--device", "meta", "allowed: cpu"]),
     "guidance_scale_2 with one expert": (["--guidance_scale_2", 3], ["--guidance_scale_2", "one expert"]),
-    "init_expert low with one expert": (["--init_expert", "low"], ["low", "high"]),
     "empty output_dir": (["--output_dir", ""], ["--output_dir", "empty"]),
     "low expert of the mock": (["--teacher_path", "mock", "--teacher_path_low", "x"], ["--teacher_path_low", "mock"]),
 }  # fmt: skip
@@ -117,8 +104,6 @@ OTHER_NAMES = {
     "--learning-rate=1e-4": "unknown flag --learning_rate; here it is called --lr",
     "--resolution": '"image_size" in the file of --student_config',
     "--lora": "a LoRA of the teacher is --teacher_lora FILE[:SCALE]",
-    "--network_dim": "no LoRA is trained here",
-    "--blocks_to_swap": "here it is called --teacher_offload",
     "--zzz": "unknown flag --zzz; see --help",
 }
 
@@ -132,11 +117,8 @@ def test_a_flag_of_another_trainer_is_answered_with_ours(refused, flag):
     ("command", "flags", "answer"),
     [
         (generate_images, ["--steps", "4"], "here it is called --num_inference_steps"),
-        (generate_images, ["--resolution", "512"], "the size of the pictures is --height and --width"),
         (generate_images, ["--num_images_per_prompt", "4"], "here it is called --num_images"),
-        (generate_images, ["--lora", "x"], "projection_mapper.py --lora cuts a LoRA for a student"),
         (evaluate_student, ["--num_images", "4"], "here it is called --num_seeds"),
-        (evaluate_student, ["--resolution", "4"], "the one that the student was trained at"),
         (generate_images, ["--model_path", "x"], "here it is called --student; the following arguments are required"),
     ],
 )
@@ -188,22 +170,15 @@ def without(key: str) -> dict:
 LITE = PRUNED_CONFIG | {"block": "lite", "patch_size": 1, "ffn_dim": 48, "freq_dim": 12, "num_channels": 4}
 CONFIGS = {
     "broken JSON": ('{"block": "wan",\n "depth": }', ["line 2", "JSON"]),
-    "empty file": ("", ["JSON"]),
     "unknown key": (PRUNED_CONFIG | {"hiden_size": 1}, ['"hiden_size"', '"hidden_size"']),
     "missing key": (without("depth"), ["missing", '"depth"']),
     "number in quotes": (PRUNED_CONFIG | {"depth": "2"}, ["depth='2'", "whole number"]),
-    "number for text": (PRUNED_CONFIG | {"block": 1}, ["block=1", "text"]),
-    "zero": (PRUNED_CONFIG | {"depth": 0}, ["depth=0", "above 0"]),
-    "NaN": (json.dumps(PRUNED_CONFIG).replace("1e-06", "NaN"), ["eps=nan"]),
     "unknown block": (PRUNED_CONFIG | {"block": "lit"}, ["block='lit'", '"wan"', '"lite"']),
-    "another model": (PRUNED_CONFIG | {"model_type": "WanModel"}, ["model_type", "WanLiteStudent"]),
     "odd hidden_size": (LITE | {"hidden_size": 13, "ffn_dim": 52, "freq_dim": 13}, ["hidden_size=13", "even", "14"]),
-    "heads do not divide": (PRUNED_CONFIG | {"num_heads": 5}, ["hidden_size=12", "num_heads", "use 10 or 20"]),
     "image_size": (PRUNED_CONFIG | {"image_size": 100}, ["image_size=100", "use 96 or 112"]),
     "head_dim of another teacher": (PRUNED_CONFIG | {"hidden_size": 24, "num_heads": 1}, ["hidden_size=24", "num_heads=2", "heads"]),
     "wider than the teacher": (PRUNED_CONFIG | {"hidden_size": 48, "num_heads": 4}, ["hidden_size=48", "24 or less"]),
     "deeper than the teacher": (PRUNED_CONFIG | {"depth": 30}, ["depth=30", "3 or less"]),
-    "more neurons than the teacher": (PRUNED_CONFIG | {"ffn_dim": 8960}, ["ffn_dim=8960", "40 or less"]),
     "lite of other channels": (LITE, ["num_channels=4", 'edit the line to "num_channels": 16']),
     "other text width": (PRUNED_CONFIG | {"text_encoder_output_dim": 4096}, ['edit the line to "text_encoder_output_dim": 20']),
 }  # fmt: skip
@@ -225,11 +200,6 @@ def is_valid_alone(config: object) -> bool:
 
 def test_a_config_that_is_not_there(refused, tmp_path):
     refused("--student_config", tmp_path / "nowhere.json", words=["nowhere.json", "no such file", "config/"])
-
-
-def test_a_config_that_is_not_text(refused, tmp_path):
-    (tmp_path / "weights.json").write_bytes(b"\xff\xfe\x00\x01")
-    refused("--student_config", tmp_path / "weights.json", words=["weights.json", "UTF-8"])
 
 
 def test_an_image_size_that_does_not_fit_the_real_vae(refused, teachers, tmp_path):
@@ -283,10 +253,8 @@ def test_a_teacher_with_a_damaged_vae_is_learnt_from_without_pictures(train, tea
 
 PROMPT_FILES = {
     "empty": (b"", ["no prompt"]),
-    "only comments": (b"# one\n\n   \n# two\n", ["no prompt", "#"]),
     "latin-1": ("a tree\na café\n".encode("latin-1"), ["line 2", "0xE9", "UTF-8"]),
     "UTF-16": ("a tree\n".encode("utf-16"), ["UTF-16", "UTF-8"]),
-    "UTF-16 without mark": ("a tree\n".encode("utf-16-le"), ["line 1", "UTF-16"]),
     "binary": (b"\x89PNG\r\n\x1a\n\x00\x00", ["line 1", "UTF-8"]),
 }
 
@@ -349,12 +317,10 @@ def only_a_pickle(path: Path) -> None:
 # What happens to the transformer's file or to a JSON file of a good pipeline folder, and what the message must say.
 DAMAGES = {
     "truncated weights": (truncate, None, ["diffusion_pytorch_model.safetensors", "whole"]),
-    "empty weights": (lambda path: path.write_bytes(b""), None, ["diffusion_pytorch_model.safetensors", "whole"]),
     "a tensor is missing": (drop_a_tensor, None, ["blocks.1.attn1.to_q.weight", "missing"]),
     "only a pickle": (only_a_pickle, None, ["diffusion_pytorch_model.bin", "pickle", "safetensors"]),
     "no weights": (Path.unlink, None, ["transformer", ".safetensors"]),
     "config says another depth": ({"num_layers": 7}, "transformer/config.json", ["depth 7", "have 3"]),
-    "config says other heads": ({"num_attention_heads": 5}, "transformer/config.json", ["hidden_size 60", "have 24"]),
     "image to video by its config": ({"image_dim": 1280}, "transformer/config.json", ["image-to-video", "text-to-video"]),
     "image to video by its pipeline": ({"_class_name": "WanImageToVideoPipeline"}, "model_index.json", ["image-to-video"]),
     "encoder is no UMT5": ({"model_type": "t5"}, "text_encoder/config.json", ["'t5'", "umt5"]),
@@ -383,11 +349,6 @@ def test_a_damaged_text_encoder(refused, teachers, tmp_path, part):
 
 def test_a_teacher_that_is_not_there(refused, tmp_path):
     refused("--teacher_path", tmp_path / "nowhere", words=["nowhere", "no such file or folder", "diffusers", "mock"])
-
-
-def test_an_empty_folder_as_teacher(refused, tmp_path):
-    (tmp_path / "empty").mkdir()
-    refused("--teacher_path", tmp_path / "empty", words=[str(tmp_path / "empty"), ".safetensors"])
 
 
 def test_a_safetensors_file_of_something_else(refused, tmp_path):
@@ -433,19 +394,6 @@ def test_an_original_release_whose_text_encoder_is_damaged(refused, teachers):
     refused("--teacher_path", teachers.original, config=PRUNED_CONFIG, words=words)
 
 
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_text_encoder_path_that_holds_none(refused, tmp_path, exists):
-    folder = tmp_path / "encoder"
-    if exists:
-        folder.mkdir()
-    refused("--text_encoder_path", folder, words=[str(folder), "--text_encoder_path", "text_encoder/", "tokenizer/"])
-
-
-def test_a_prompt_cache_that_is_a_file(refused, tmp_path):
-    (tmp_path / "taken").write_text("mine", encoding="utf-8")
-    refused("--prompt_cache", tmp_path / "taken", words=["taken", "--prompt_cache"])
-
-
 # ---- the same from the shell ----
 
 
@@ -453,8 +401,6 @@ def test_a_prompt_cache_that_is_a_file(refused, tmp_path):
     "flags, words",
     [
         (["--num-epoch", "3"], ["--num_epoch", "did you mean --num_epochs?"]),
-        (["--student_config", "nowhere.json"], ["nowhere.json", "no such file"]),
-        (["--data_path", str(ROOT / "config")], [str(ROOT / "config"), "directory"]),
         (["--teacher_path", "nowhere/at/all"], ["nowhere/at/all", "no such file or folder"]),
     ],
 )

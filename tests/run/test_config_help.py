@@ -41,14 +41,12 @@ def released(name: str) -> StudentConfig:
     )
 
 
-def test_every_shipped_config_and_every_ready_one_is_known_here():
-    assert set(FITS) == set(CONFIGS)
-    assert set(READY_CONFIGS.values()) < set(CONFIGS)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_shipped_config_fits_its_teachers_and_is_written_as_we_write_them(name):
+def test_a_shipped_config_fits_its_teachers_is_counted_rightly_and_is_written_as_we_write_them(name):
     config = StudentConfig.load(CONFIGS[name])
+    with torch.device("meta"):
+        student = WanLiteStudent(config)
+    assert config.num_parameters == sum(parameter.numel() for parameter in student.parameters())
     for teacher in FITS[name]:
         check_fits(released(teacher), config)
         assert config.head_dim == 128 and config.ffn_dim % 128 == 0
@@ -63,30 +61,6 @@ def test_the_config_of_other_channels_passes_the_pre_flight(run_main, tmp_path):
     assert outcome.code == 0 and "Production Test PASSED" in outcome.out, outcome.err
 
 
-@pytest.mark.parametrize("path", CONFIGS.values(), ids=CONFIGS)
-def test_parameters_are_counted_as_the_module_has_them(path):
-    check_count(StudentConfig.load(path))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"hidden_size": 36, "num_heads": 3, "ffn_dim": 17, "freq_dim": 6, "text_encoder_output_dim": 5, "depth": 1},
-        {"num_channels": 3, "patch_size": 4, "depth": 7},
-        {"block": "lite", "ffn_dim": 96, "patch_size": 1, "freq_dim": 24, "num_channels": 3, "depth": 5},
-    ],
-)
-def test_parameters_of_odd_shapes_are_counted_too(changes):
-    check_count(StudentConfig.from_dict(IDENTITY_CONFIG | changes))
-
-
-def check_count(config: StudentConfig) -> None:
-    with torch.device("meta"):
-        student = WanLiteStudent(config)
-    assert config.num_parameters == sum(parameter.numel() for parameter in student.parameters())
-
-
 @pytest.mark.parametrize("teacher", READY_CONFIGS)
 def test_a_config_is_printed_alone_on_stdout_and_explained_on_stderr(run_main, teacher, tmp_path):
     outcome = run_main(train_distillation.main, "--print_config", teacher)
@@ -98,10 +72,3 @@ def test_a_config_is_printed_alone_on_stdout_and_explained_on_stderr(run_main, t
     assert f"{config.num_parameters:,} parameters" in outcome.err
     explained = re.findall(r"^  (\w+)  ", outcome.err, re.MULTILINE)
     assert explained == list(KEYS) == list(json.loads(outcome.out))
-
-
-@pytest.mark.parametrize("name", ["1.3b", "a14B", "DEMO"])
-def test_the_case_of_a_name_does_not_matter_and_the_memory_of_a_run_has_its_command(run_main, name):
-    outcome = run_main(train_distillation.main, "--print_config", name)
-    assert outcome.code == 0 and json.loads(outcome.out)["model_type"] == "WanLiteStudent"
-    assert "train_distillation.py --dry_run --teacher_path " in outcome.err

@@ -57,8 +57,3 @@ def test_a_learning_rate_far_from_the_wanted_one_is_told_of_and_kept(train, teac
     outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, "--batch_size", 4, "--lr", lr)
     assert outcome.code == 0 and StudentConfig.load(tmp_path / "out").distillation["lr"] == float(lr)
     assert f"Hint: --lr {float(lr):g} is {side} 0.001" in outcome.out
-
-
-def test_calls_and_steps_are_not_both_given(train, teachers):
-    outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, "--teacher_calls", 1)
-    assert outcome.code == 2 and "--teacher_calls" in outcome.err and "--max_steps" in outcome.err

@@ -37,41 +37,21 @@ def test_a_typed_flag_goes_before_a_preset_wherever_it_stands():
     assert flags.states.replay == PRESETS["A14B-1B"]["replay"]
 
 
-@pytest.mark.parametrize(("flag", "steps"), [("--max_steps", 12), ("--num_epochs", 28)])
-def test_a_length_that_is_typed_in_steps_or_epochs_is_the_length(train, teachers, tmp_path, flag, steps):
+@pytest.mark.parametrize(("flag", "value", "steps"), [("--max_steps", 12, 12), ("--num_epochs", 14, 28)])
+def test_a_length_that_is_typed_in_steps_or_epochs_is_the_length(train, teachers, tmp_path, flag, value, steps):
     prompts = tmp_path / "few.txt"
     prompts.write_text("\n".join(f"a picture of {number} cats" for number in range(4)), encoding="utf-8")
-    flags = [
-        flag,
-        {"--max_steps": 12, "--num_epochs": 14}[flag],
-        "--batch_size",
-        1,
-        "--grad_accum_steps",
-        2,
-        "--data_path",
-        prompts,
-    ]
+    flags = [flag, value, "--batch_size", 1, "--grad_accum_steps", 2, "--data_path", prompts]
     outcome = train(teachers.one, PRUNED_CONFIG, "--preset", "1.3B-0.5B", *flags, "--dry_run")
     assert outcome.code == 0 and f"Steps: {steps} of 2 samples" in outcome.out, outcome.err
-    (typed,) = [line for line in outcome.out.splitlines() if "typed instead: " in line]
-    assert f"{flag} {flags[1]}" in typed and "None" not in typed and "--teacher_calls 24000" not in outcome.out
 
 
-def test_an_unknown_preset_lists_the_known_ones(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_args(["--preset", "A14B"])
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and len(message) < 500
-    assert all(name in message for name in PRESETS)
-
-
-def test_a_run_prints_what_the_preset_set_and_what_was_typed_and_resumes_with_the_values(train, teachers, tmp_path):
+def test_a_run_prints_what_the_preset_sets_and_resumes_with_the_values(train, teachers, tmp_path):
     typed = ["--teacher_calls", 2, "--batch_size", 2, "--grad_accum_steps", 2, "--save_every", 4, "--replay", 4]
     first = train(teachers.one, PRUNED_CONFIG, "--preset", "1.3B-0.5B", *typed)
     assert first.code == 0, first.err
     line = next(line for line in first.out.splitlines() if line.startswith("Preset 1.3B-0.5B: "))
-    assert "--replay 4" in line and "--eval_prompts data/heldout_prompts.txt" in line and "--batch_size" not in line
-    assert "typed instead: " in first.out and "--teacher_calls 2" in first.out
+    assert "--replay 4" in line and "--eval_prompts data/heldout_prompts.txt" in line
     assert "the preset is meant for 40,000 or more" in first.out
     record = json.loads((tmp_path / "out" / "student_config.json").read_text(encoding="utf-8"))["distillation"]
     assert record["replay"] == 4 and record["num_train_steps"] == 8 and record["num_teacher_batches"] == 2
@@ -109,5 +89,3 @@ def test_hours_of_a_preset_reckoned_by_hand():
     run = recipes.planned("A14B-1B")
     muon = run.workload.num_steps * 35.7e12  # of a step: Newton-Schulz of all matrices
     assert run.flops == pytest.approx(12_000 * 32 * guided + 96_000 * 32 * student + muon, rel=0.05)
-    few = recipes.planned("A14B-1B", *recipes.FOUR_STEPS)
-    assert run.flops - few.flops == pytest.approx(12_000 * 32 * guided / 2, rel=0.08)

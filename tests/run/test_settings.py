@@ -81,9 +81,11 @@ def test_an_offload_of_one_expert_is_left_out_with_a_line_and_changes_nothing(re
     assert "--teacher_offload is of no use here" in capsys.readouterr().out
 
 
-def test_the_length_is_that_of_calls_else_steps_else_epochs(resolved):
+def test_the_length_is_that_of_steps_else_epochs_else_calls(resolved):
     assert resolved("--batch_size", 20, "--num_epochs", 2).num_steps == 6
     assert resolved("--num_epochs", 2, "--max_steps", 5).num_steps == 5
+    assert resolved("--teacher_calls", 2, "--max_steps", 5).num_steps == 5
+    assert resolved("--teacher_calls", 2, "--num_epochs", 3, "--batch_size", 20).num_steps == 9
     found = resolved("--teacher_calls", 7, "--replay", 3)
     assert (found.num_steps, found.num_calls, found.replay) == (21, 7, 3)
     segments = resolved("--teacher_calls", 100, "--replay", 2, "--student_steps", 5, "--teacher_steps", 50)

@@ -10,10 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from wandistiller.files.clone import DEMO_TEACHER
-from wandistiller.flags import LORA_FLAG, PROMPT_PER, FlagParser, build, flag, group, int_list, number, path, switch
+from wandistiller.flags import (
+    LORA_FLAG,
+    PROMPT_PER,
+    FlagParser,
+    TeacherFlags,
+    build,
+    flag,
+    group,
+    int_list,
+    number,
+    path,
+    switch,
+)
 from wandistiller.model.image_sizes import AspectRatio, ImageSize, size_or_ratio
 from wandistiller.run.config_help import READY_CONFIGS
-from wandistiller.run.presets import DEMO, PRESETS, flags_beside
+from wandistiller.run.presets import DEMO, PRESETS
 
 STATES = {
     "trajectory": "the teacher's own sampling paths",
@@ -34,40 +46,21 @@ def cache_part(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def config_name(text: str) -> str:
-    """Return the name of a ready config in its own spelling, as an argparse type."""
-    return next((name for name in READY_CONFIGS if name.lower() == text.lower()), text)
-
-
-def demo(name: str, general: object = None) -> str:
-    """Return the default of a flag that differs for the demo teacher, as its help text shows it."""
-    return (
-        f"(default: {general}; with the demo teacher {DEMO[name]})"
-        if general is not None
-        else f"(with the demo teacher {DEMO[name]})"
-    )
+def demo(name: str) -> str:
+    """Return the default of a flag with the demo teacher, for its help text."""
+    return f"(with the demo teacher {DEMO[name]})"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataFlags:
+class DataFlags(TeacherFlags):
     """What is read: the teacher, its text encoder and VAE, and the prompts."""
 
     teacher_path: str = flag(
         "folder, .safetensors or .gguf file, hub id, or mock (random weights, no download)", DEMO_TEACHER, type=path
     )
-    teacher_path_low: str | None = flag(
-        "the low-noise expert, where the two experts are two files or folders", type=path
-    )
     teacher_lora: list[tuple[str, float]] | None = flag(
         "a Wan LoRA (.safetensors) to merge into the teacher, the high-noise expert of two; may be given several times",
         **LORA_FLAG,
-    )
-    teacher_lora_low: list[tuple[str, float]] | None = flag("the same for the low-noise expert of two", **LORA_FLAG)
-    text_encoder_path: str | None = flag(
-        "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none", type=path
-    )
-    vae_path: str | None = flag(
-        "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path
     )
     data_path: str = flag(
         "prompts: a text file, a table (.csv, .tsv, .jsonl, .json, .parquet), a folder or a glob of these, or a folder of prompt "
@@ -106,7 +99,7 @@ class StudentFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherFlags:
+class GuidanceFlags:
     """How the teacher is sampled."""
 
     guidance_scale: float | None = flag("g of v_uncond + g (v_cond - v_uncond); 1 is off", type=number(float, low=0))
@@ -185,10 +178,14 @@ class ObjectiveFlags:
 class OptimizationFlags:
     """How long and how fast the student learns."""
 
-    num_epochs: int | None = flag(f"passes over the prompts {demo('num_epochs', 1)}", type=number(int, low=1))
-    max_steps: int | None = flag("optimizer steps; overrides --num_epochs", type=number(int, low=1))
+    max_steps: int | None = flag("optimizer steps of the run", type=number(int, low=1))
+    num_epochs: int | None = flag(
+        "passes over the prompts, where --max_steps is left out (default: 1, unless --teacher_calls are given)",
+        type=number(int, low=1),
+    )
     teacher_calls: int | None = flag(
-        "teacher batches of the run, --replay optimizer steps for each; overrides --num_epochs",
+        "teacher batches of the run, --replay optimizer steps for each, where neither of these is given "
+        f"{demo('teacher_calls')}",
         type=number(int, low=1),
     )
     batch_size: int = flag(
@@ -283,7 +280,6 @@ class OutputFlags:
     )
     print_config: str | None = flag(
         "print a student_config.json for this teacher, and on stderr what its keys mean; nothing else is done",
-        type=config_name,
         choices=[*READY_CONFIGS],
     )
 
@@ -294,7 +290,9 @@ class Flags:
 
     data: DataFlags = group("Data")
     student: StudentFlags = group("Student")
-    teacher: TeacherFlags = group("Teacher (left out: the released model's own values, or what the checkpoint records)")
+    teacher: GuidanceFlags = group(
+        "Teacher (left out: the released model's own values, or what the checkpoint records)"
+    )
     states: StatesFlags = group("Training states")
     objective: ObjectiveFlags = group("Objective")
     optimization: OptimizationFlags = group("Optimization")
@@ -316,10 +314,10 @@ def parse_args(
     """
     parser = FlagParser(prog, "Distil a Wan checkpoint into a small 2D image student.", flags=Flags)
     parser.set_defaults(**(defaults or {}))
-    typed = vars(parser.parse(argv))
-    # A preset sets defaults, so that a flag that is typed beside it counts instead:
-    if typed["preset"]:
-        parser.set_defaults(**flags_beside(PRESETS[typed["preset"]], typed))
-    elif os.path.realpath(typed["teacher_path"]) == os.path.realpath(DEMO_TEACHER):
+    typed = parser.parse(argv)
+    # These set defaults, so that a flag that is typed beside them counts instead:
+    if typed.preset:
+        parser.set_defaults(**PRESETS[typed.preset])
+    elif os.path.realpath(typed.teacher_path) == os.path.realpath(DEMO_TEACHER):
         parser.set_defaults(**DEMO)
     return build(Flags, vars(parser.parse(argv)))

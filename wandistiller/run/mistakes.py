@@ -16,7 +16,6 @@ SEGMENTS = "does not go together with --student_steps, which teaches whole segme
 CACHED = "does not go together with --teacher_cache:"
 # A flag to change, the flag that it does not go together with, and why
 EXCLUDES = (
-    ("teacher_calls", "max_steps", "sets the length of the run, and so does --max_steps; give one of the two"),
     ("renoise_fraction", "calls_per_expert", "mixes all noise levels in every batch, and --calls_per_expert does not"),
     ("cache_part", "dry_run", "fills a cache, and --dry_run plans the whole run; leave one of the two out"),
     ("student_rollout", "teacher_cache", f"{CACHED} answers at the student's own states cannot be computed beforehand"),

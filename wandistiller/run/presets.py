@@ -3,12 +3,9 @@
 Standard library only. benchmarks/recipes.py computes that page's tables from here, and a test compares the two.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS
-
-OTHER_LENGTHS = ("max_steps", "num_epochs")  # flags that set the length of a run, beside the --teacher_calls of presets
 
 # A step learns from 32 samples, however many of them are in memory at a time. Checkpoints hold gigabytes, so they are written rarely.
 _COMMON = {"eval_prompts": "data/heldout_prompts.txt", "save_every": 2000, "sample_every": 2000, "num_samples": 8}
@@ -40,28 +37,18 @@ PRESETS = {
 DEMO: dict[str, object] = {
     "data_path": "data/demo_prompts.txt",
     "eval_prompts": DEMO_HELD_OUT_PROMPTS,
-    "num_epochs": 40,
+    "teacher_calls": 320,
     "batch_size": 64,
     "sample_every": 200,
 }
 
 
-def flags_beside(preset: Mapping[str, object], typed: Mapping[str, object]) -> dict[str, object]:
-    """Return the flags that a preset sets beside typed ones: a length in steps or epochs replaces its --teacher_calls."""
-    has_length = any(typed[name] is not None for name in OTHER_LENGTHS)
-    return {name: value for name, value in preset.items() if not (has_length and name == "teacher_calls")}
-
-
-def preset_lines(name: str, values: Mapping[str, object], num_prompts: int) -> list[str]:
-    """Return what a preset has set, what was typed instead, and a warning below half of the preset's prompts."""
-    preset = PRESETS[name]
-    kept = [f"--{flag} {value}" for flag, value in preset.items() if values[flag] == value]
-    changed = [flag for flag, value in preset.items() if values[flag] not in (None, value)]
-    if values["teacher_calls"] is None:
-        changed.append(next(flag for flag in OTHER_LENGTHS if values[flag]))
-    typed = [f"--{flag} {values[flag]}" for flag in changed]
-    lines = [f"Preset {name}: {' '.join(kept)}", *([f"  typed instead: {' '.join(typed)}"] if typed else [])]
-    if 2 * num_prompts < (meant := int(str(preset["num_prompts"]))):
+def preset_lines(name: str, num_prompts: int) -> list[str]:
+    """Return the flags that a preset stands for, and a warning below half of the preset's prompts."""
+    lines = [
+        f"Preset {name}: {' '.join(f'--{flag} {value}' for flag, value in PRESETS[name].items())}; typed flags go before"
+    ]
+    if 2 * num_prompts < (meant := int(str(PRESETS[name]["num_prompts"]))):
         lines.append(
             f"Hint: {num_prompts:,} prompts; the preset is meant for {meant:,} or more, and a student of few prompts learns to "
             "draw these alone"

@@ -58,7 +58,7 @@ def resolve(flags: Flags, inputs: Inputs, command: Sequence[str] = ()) -> Settin
     check_compiler(flags)
     files = open_files(flags, inputs.config)
     if flags.output.preset:
-        print("\n".join(preset_lines(flags.output.preset, flags.as_dict(), len(inputs.prompts.train))))
+        print("\n".join(preset_lines(flags.output.preset, len(inputs.prompts.train))))
     print("\n".join(inputs.prompts.lines))
     return decide(flags, inputs, files, processes, command)
 
@@ -184,11 +184,12 @@ def resolve_length(flags: Flags, inputs: Inputs, files: Files, states: States, s
         guided_fraction=guided,
         calls_per_target=per_target,
     )
-    if own.teacher_calls:
+    if own.max_steps is not None:
+        num_steps = own.max_steps
+    elif own.num_epochs is None and own.teacher_calls is not None:
         num_steps = replay * max(1, own.teacher_calls // per_target)
     else:
-        epochs = steps_of_epochs(own.num_epochs or 1, len(inputs.prompts.train), samples_per_step(flags))
-        num_steps = own.max_steps or epochs
+        num_steps = steps_of_epochs(own.num_epochs or 1, len(inputs.prompts.train), samples_per_step(flags))
     schedules = make_schedules(num_steps, replay, len(sizes), per_target, before_first)
     return Length(replay, num_steps, sum(schedule.num_calls for schedule in schedules), guided)
 
