@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.pages import write_section
 from wandistiller.model.config import StudentConfig
-from wandistiller.model.sizes import BACKWARD_PASSES, guided_flops, num_image_tokens, transformer_flops
+from wandistiller.model.sizes import BACKWARD_PASSES, num_image_tokens, transformer_flops
 from wandistiller.run.defaults import TYPICAL_TEXT_TOKENS, suggested_lr, suggested_replay
 from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.settings import resolve_settings
@@ -122,7 +122,7 @@ def open_setting(teacher: str, student_config: str) -> Setting:
     settings = resolve_settings(wan_files)
     size = settings.latent_shape(config)[-1]
     own = wan_files.config
-    answer = guided_flops(own, num_image_tokens(own, size), TYPICAL_TEXT_TOKENS, TYPICAL_TEXT_TOKENS)
+    answer = transformer_flops(own, num_image_tokens(own, size), TYPICAL_TEXT_TOKENS, TYPICAL_TEXT_TOKENS)
     forward = transformer_flops(config, num_image_tokens(config, size), TYPICAL_TEXT_TOKENS)
     has_own = (folder / "prompts.txt").exists()
     return Setting(

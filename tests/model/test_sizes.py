@@ -10,7 +10,6 @@ import pytest
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import (
     count_parameters,
-    guided_flops,
     num_image_tokens,
     transformer_flops,
     weight_bytes,
@@ -42,7 +41,7 @@ def test_flops_are_exactly_those_of_every_product(name):
     image = num_image_tokens(config)
     found = (
         transformer_flops(config, image, TEXT_TOKENS),
-        guided_flops(config, image, TEXT_TOKENS, NEGATIVE_TOKENS),
+        transformer_flops(config, image, TEXT_TOKENS, NEGATIVE_TOKENS),
     )
     assert found == FLOPS[name]
 

@@ -9,7 +9,6 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import (
     BACKWARD_PASSES,
     count_parameters,
-    guided_flops,
     num_image_tokens,
     sides,
     transformer_flops,
@@ -131,7 +130,7 @@ def step_flops(workload: Workload) -> StepFlops:
 def flops_per_sample(workload: Workload) -> tuple[float, float]:
     """Return the FLOPs of the teacher's answer to one prompt, two passes with guidance, and of the student's."""
     asked = workload.teacher, workload.teacher_tokens, workload.text_tokens
-    plain, guided = transformer_flops(*asked), guided_flops(*asked, workload.negative_text_tokens + 1)
+    plain, guided = transformer_flops(*asked), transformer_flops(*asked, workload.negative_text_tokens + 1)
     teacher = workload.guided_fraction * guided + (1 - workload.guided_fraction) * plain
     return teacher, transformer_flops(workload.student, workload.student_tokens, workload.text_tokens)
 

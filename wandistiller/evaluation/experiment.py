@@ -16,7 +16,7 @@ from wandistiller.device import autocast
 from wandistiller.evaluation import measures
 from wandistiller.evaluation.judges import Judge, Verdict, accuracy
 from wandistiller.evaluation.scorers import Scorer, compare_scores
-from wandistiller.model.sizes import count_parameters, guided_flops, num_image_tokens, transformer_flops
+from wandistiller.model.sizes import count_parameters, num_image_tokens, transformer_flops
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
@@ -225,7 +225,7 @@ def step_flops(field: Teacher, latent_size: tuple[int, int], num_tokens: int) ->
     asked = config, num_image_tokens(config, latent_size), num_tokens + 1  # and the token that stands for the padding
     if field.settings.guidance_scale == 1.0:
         return transformer_flops(*asked)
-    return guided_flops(*asked, len(field.negative_prompt_embeds) + 1)
+    return transformer_flops(*asked, len(field.negative_prompt_embeds) + 1)
 
 
 # ---- each prompt ----

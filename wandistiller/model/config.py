@@ -7,6 +7,8 @@ import difflib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import NoneType
@@ -20,18 +22,7 @@ WEIGHTS_NAME = "diffusion_model.safetensors"
 STUDENT_ADVICE = "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id owner/name"
 
 # These lie far beyond any Wan: a larger value is a slip of the keyboard that would fill the memory or take for ever.
-LARGEST = {
-    "hidden_size": 100_000,
-    "depth": 1000,
-    "num_heads": 100_000,
-    "ffn_dim": 1_000_000,
-    "num_channels": 10_000,
-    "image_size": 1_000_000,
-    "patch_size": 1000,
-    "text_max_length": 100_000,
-    "text_encoder_output_dim": 1_000_000,
-    "freq_dim": 1_000_000,
-}
+LARGEST, LARGEST_BY_NAME = 1_000_000, {"depth": 1000, "patch_size": 1000}
 MAX_PATCHES = 1024  # patches along a side: Wan's rope_max_seq_len
 
 
@@ -105,21 +96,33 @@ class StudentConfig:
     @property
     def num_parameters(self) -> int:
         """Number of the student's parameters, counted without making it and without torch."""
-        return _wan_parameters(self) if self.block == "wan" else _lite_parameters(self)
+        width, channels, text_dim = self.hidden_size, self.num_channels, self.text_encoder_output_dim
+        ffn = _linear(width, self.ffn_dim) + _linear(self.ffn_dim, width)
+        if self.block == "wan":
+            patch = channels * self.patch_size**2
+            embedders = sum(_linear(inputs, width) for inputs in (patch, self.freq_dim, text_dim))
+            embedders += 2 * _linear(width, width) + _linear(width, 6 * width)
+            # Two attentions with norms of q and k, a norm with bias, and a modulation table of six rows:
+            block = 2 * (4 * _linear(width, width) + 2 * width) + 2 * width + 6 * width + ffn
+            head = _linear(width, patch) + 2 * width
+        else:
+            embedders = _linear(9 * channels, width) + _linear(text_dim, width)
+            embedders += _linear(width, 4 * width) + _linear(4 * width, width)
+            block = 4 * _linear(width, width) + 2 * 2 * width + ffn  # two norms with biases
+            head = _linear(9 * width, channels)
+        return embedders + self.depth * block + head
 
     def check_image_size(self, vae_scale_factor: int, where: str | Path | None = None) -> None:
         """Refuse an image_size that does not fill whole patches behind a VAE of this factor; the message begins with `where`."""
         unit = vae_scale_factor * self.patch_size
         reason = f"{unit} = VAE factor {vae_scale_factor} x patch_size {self.patch_size}"
-        try:
+        with _errors_from(where):
             self._check_multiple("image_size", unit, reason)
             if self.image_size > MAX_PATCHES * unit:
                 raise ConfigError(
                     f"image_size={self.image_size} is too large; allowed: at most {MAX_PATCHES * unit}, {MAX_PATCHES} "
                     f"patches a side, with {reason}"
                 )
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}" if where else str(error)) from None
 
     def _check_types(self) -> None:
         nouns = {str: "text in quotes", int: "a whole number", float: "a number", dict: "an object"}
@@ -148,18 +151,16 @@ class StudentConfig:
 
     def _fill_block_defaults(self) -> None:
         """Fill in the keys that may be left out, since the block has a value for them."""
-        if self.block == "lite":
-            fixed = {"ffn_dim": 4 * self.hidden_size, "patch_size": 1}
-            for name, value in fixed.items():
-                if getattr(self, name) not in (None, value):
-                    raise ConfigError(
-                        f'{name}={getattr(self, name)} does not fit block "lite", which always has {name} {value} here; '
-                        f"use {value} or leave the key out"
-                    )
-            defaults = fixed | {"freq_dim": self.hidden_size}
-        else:
-            defaults = {"ffn_dim": 4 * self.hidden_size, "patch_size": 2, "freq_dim": 256}
-        for name, value in defaults.items():
+        is_lite = self.block == "lite"
+        fixed = {"ffn_dim": 4 * self.hidden_size, "patch_size": 1} if is_lite else {}
+        for name, value in fixed.items():
+            if getattr(self, name) not in (None, value):
+                raise ConfigError(
+                    f'{name}={getattr(self, name)} does not fit block "lite", which always has {name} {value} here; '
+                    f"use {value} or leave the key out"
+                )
+        defaults = {"ffn_dim": 4 * self.hidden_size, "patch_size": 2, "freq_dim": self.hidden_size if is_lite else 256}
+        for name, value in (defaults | fixed).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the dataclass is frozen
 
@@ -168,8 +169,9 @@ class StudentConfig:
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and not (0 < value < math.inf):
                 raise ConfigError(f"{field.name}={value} cannot work; it must be above 0 and finite")
-            if field.name in LARGEST and value > LARGEST[field.name]:
-                raise ConfigError(f"{field.name}={value} is too large; allowed: at most {LARGEST[field.name]}")
+            largest = LARGEST_BY_NAME.get(field.name, LARGEST)
+            if isinstance(value, int) and value > largest:
+                raise ConfigError(f"{field.name}={value} is too large; allowed: at most {largest}")
 
     def _check_shape(self) -> None:
         if self.block == "wan":
@@ -213,18 +215,14 @@ class StudentConfig:
                     f'{where}: unknown key "{key}"; did you mean "{near[0]}"? Known keys: {", ".join(known)}'
                 )
         block_fixed = {"ffn_dim", "patch_size", "freq_dim"} if values.get("block") == "lite" else set()
-        missing = [key for key in known if key not in values and key not in block_fixed | {"distillation"}]
+        missing = [f'"{key}"' for key in known if key not in values and key not in block_fixed | {"distillation"}]
         if missing:
-            raise ConfigError(
-                f'{where}: missing key "{missing[0]}"' + (f" (and {', '.join(missing[1:])})" if missing[1:] else "")
-            )
+            raise ConfigError(f"{where}: missing key {', '.join(missing)}")
         for key, value in values.items():
             if value is None and key != "distillation":
                 raise ConfigError(f"{where}: {key} is null; give it a value")
-        try:
+        with _errors_from(where):
             return cls(**values)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
 
     @classmethod
     def load(cls, path: str | Path) -> "StudentConfig":
@@ -235,19 +233,15 @@ class StudentConfig:
             if folder:
                 check_is_no_export(Path(folder))
             raise ConfigError(f"{path}: there is no such file; give a student_config.json (see config/)")
-        try:
+        with _errors_from(path):
             values = load_json(path, _each_key_once)
-        except JsonError as error:
-            raise ConfigError(f"{path}: {error}") from None
         return cls._from_value(values, str(path))
 
     @classmethod
     def from_json(cls, text: str, where: str = CONFIG_NAME) -> "StudentConfig":
         """Return the checked config that JSON text holds; errors begin with `where`."""
-        try:
+        with _errors_from(where):
             values = parse_json(text, _each_key_once)
-        except JsonError as error:
-            raise ConfigError(f"{where}: {error}") from None
         return cls._from_value(values, where)
 
     @classmethod
@@ -270,6 +264,15 @@ class StudentConfig:
         return replace(self, **changes)
 
 
+@contextmanager
+def _errors_from(where: str | Path | None) -> Iterator[None]:
+    """Let the messages of errors inside begin with a place."""
+    try:
+        yield
+    except (ConfigError, JsonError) as error:
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+
+
 def check_is_no_export(folder: Path) -> None:
     """Refuse a folder for diffusers where a student's own is wanted, by its name.
 
@@ -284,48 +287,8 @@ def check_is_no_export(folder: Path) -> None:
         )
 
 
-def _linear_parameters(inputs: int, outputs: int) -> int:
+def _linear(inputs: int, outputs: int) -> int:
     return (inputs + 1) * outputs
-
-
-def _wan_parameters(config: StudentConfig) -> int:
-    """Count embedders, blocks (two attentions with norms of q and k, a norm, the FFN, modulation) and head."""
-    width, patch = config.hidden_size, config.num_channels * config.patch_size**2
-    embedders = sum(
-        _linear_parameters(inputs, width) for inputs in (patch, config.freq_dim, config.text_encoder_output_dim)
-    )
-    embedders += 2 * _linear_parameters(width, width) + _linear_parameters(width, 6 * width)
-    attention = 4 * _linear_parameters(width, width) + 2 * width
-    block = (
-        2 * attention
-        + 2 * width
-        + _linear_parameters(width, config.ffn_dim)
-        + _linear_parameters(config.ffn_dim, width)
-        + 6 * width
-    )
-    return embedders + config.depth * block + _linear_parameters(width, patch) + 2 * width
-
-
-def _lite_parameters(config: StudentConfig) -> int:
-    """Count embedders, blocks (two norms, attention, MLP) and the two convolutions of 3 x 3."""
-    width, channels = config.hidden_size, config.num_channels
-    embedders = (
-        _linear_parameters(config.text_encoder_output_dim, width)
-        + _linear_parameters(width, 4 * width)
-        + _linear_parameters(4 * width, width)
-    )
-    block = (
-        4 * width
-        + 4 * _linear_parameters(width, width)
-        + _linear_parameters(width, config.ffn_dim)
-        + _linear_parameters(config.ffn_dim, width)
-    )
-    return (
-        _linear_parameters(9 * channels, width)
-        + embedders
-        + config.depth * block
-        + _linear_parameters(9 * width, channels)
-    )
 
 
 def _each_key_once(pairs: list[tuple[str, object]]) -> dict:

@@ -97,17 +97,15 @@ def sides(latent_size: int | tuple[int, int]) -> tuple[int, int]:
     return (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
 
 
-def transformer_flops(config: StudentConfig, num_image_tokens: int, num_text_tokens: int) -> int:
+def transformer_flops(
+    config: StudentConfig, num_image_tokens: int, num_text_tokens: int, num_negative_tokens: int | None = None
+) -> int:
     """Return the FLOPs of a forward pass of one sample.
 
     Args:
         num_text_tokens: tokens that cross-attention sees, with the one pad token that stands for all padding.
+        num_negative_tokens: those of the negative prompt, in a guided pass that answers for both prompts at once.
     """
-    return _flops(config.replace(distillation=None), num_image_tokens, num_text_tokens, None)
-
-
-def guided_flops(config: StudentConfig, num_image_tokens: int, num_text_tokens: int, num_negative_tokens: int) -> int:
-    """Return the FLOPs of a guided pass of one sample, which answers for its prompt and for the negative prompt at once."""
     return _flops(config.replace(distillation=None), num_image_tokens, num_text_tokens, num_negative_tokens)
 
 

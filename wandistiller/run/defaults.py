@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from wandistiller.model.config import StudentConfig
-from wandistiller.model.sizes import BACKWARD_PASSES, guided_flops, num_image_tokens, transformer_flops
+from wandistiller.model.sizes import BACKWARD_PASSES, num_image_tokens, transformer_flops
 
 # The best learning rates of a student of MEASURED_WIDTH that learns from MEASURED_SAMPLES a step, by optimiser:
 MEASURED_LR = {"adamw": 3e-3, "adamw8bit": 3e-3, "muon": 4e-3}
@@ -52,7 +52,7 @@ def suggested_replay(
         calls_per_target: answers that one target takes, more than one for students of few steps.
     """
     asked = teacher, num_image_tokens(teacher, latent_size), TYPICAL_TEXT_TOKENS
-    guided, plain = guided_flops(*asked, TYPICAL_TEXT_TOKENS), transformer_flops(*asked)
+    guided, plain = transformer_flops(*asked, TYPICAL_TEXT_TOKENS), transformer_flops(*asked)
     answer = guided_fraction * guided + (1 - guided_fraction) * plain
     forward = transformer_flops(student, num_image_tokens(student, latent_size), TYPICAL_TEXT_TOKENS)
     return min(max(round(calls_per_target * answer / ((1 + BACKWARD_PASSES) * forward)), MIN_REPLAY), MAX_REPLAY)
