@@ -33,7 +33,6 @@ import train_distillation
 from support.runs import ROOT, snapshot
 from support.wan_folders import oracle_velocity, random_weights, relative_error, write_pipeline_folder
 from support.wan_parts import sentencepiece_model
-from wandistiller.files.hub import HubError
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.exports import published
@@ -157,14 +156,12 @@ def test_there_and_back_is_the_student_bit_for_bit(student, exports, name):
     assert shape == saved.config
 
 
-@pytest.mark.parametrize("name", ["diffusers", "original"])
-def test_a_student_without_a_record_comes_back_with_its_heads_and_eps(export, tmp_path, name):
+def test_a_student_without_a_record_comes_back_with_its_heads_and_eps(export, tmp_path):
     """No tensor tells the number of heads, nor eps: 2 heads of 12 channels here."""
     saved = save_random_student(tmp_path / "student")
-    outcome = export(tmp_path / "student", name, output="out/file.safetensors" if name == "original" else "out")
+    outcome = export(tmp_path / "student", "original", output="out/file.safetensors")
     assert outcome.code == 0, outcome.err
-    place = tmp_path / "out" / ("file.safetensors" if name == "original" else "")
-    back, _ = project_teacher(place, None)
+    back, _ = project_teacher(tmp_path / "out" / "file.safetensors", None)
     assert_same_tensors(back.state_dict(), saved.state_dict())
     assert (back.config.num_heads, back.config.eps) == (2, 1e-5)
 
@@ -203,19 +200,6 @@ def test_diffusers_answers_as_the_student(export, tmp_path, patch_size):
         expected = saved(*inputs(saved.config))
     for name, model in loaded.items():
         assert relative_error(oracle_velocity(model.eval(), *inputs(saved.config)), expected) <= 1e-5, name
-
-
-def test_diffusers_answers_in_bf16_within_its_rounding(export, tmp_path):
-    from diffusers import WanTransformer3DModel
-
-    saved = save_random_student(tmp_path / "student")
-    assert export(tmp_path / "student", "diffusers", "--dtype", "bf16").code == 0
-    model = WanTransformer3DModel.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
-    latents, timestep, prompt_embeds, lengths = inputs(saved.config)
-    with torch.no_grad():
-        expected = saved(latents, timestep, prompt_embeds, lengths)
-    answer = oracle_velocity(model, latents.bfloat16(), timestep, prompt_embeds.bfloat16(), lengths)
-    assert 1e-4 < relative_error(answer, expected) < 0.05
 
 
 # ---- precision ----
@@ -334,27 +318,6 @@ def test_no_training_prompt_is_published(student, export, tmp_path):
 
 
 # ---- the card of a folder ----
-
-
-def test_the_card_has_what_goes_wrong_in_silence(exports):
-    """Each default that it names is diffusers' own."""
-    import inspect
-
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-
-    text = ModelCard.load(exports["pipeline"] / "README.md").text
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
-    said = {re.search("`?([a-z_]+)", give)[1]: (give, left_out) for _, give, left_out in table}
-
-    def default(function, parameter: str) -> str:
-        return str(inspect.signature(function).parameters[parameter].default)
-
-    assert said["guidance_scale"][1].startswith(default(WanPipeline.__call__, "guidance_scale"))
-    assert said["num_frames"][1].startswith(default(WanPipeline.__call__, "num_frames"))
-    assert said["max_sequence_length"][1].startswith(default(WanPipeline.encode_prompt, "max_sequence_length"))
-    assert said["max_sequence_length"][0] == "`max_sequence_length=512`"
-    assert said["its"][1].startswith(default(FlowMatchEulerDiscreteScheduler.__init__, "shift"))
-    assert " 3," in said["its"][0] and said["config"][0].startswith("`config=`")
 
 
 def test_a_folder_has_a_model_card(student, export, tmp_path):
@@ -532,18 +495,15 @@ def test_a_lite_student_is_no_wan(student, export, tmp_path):
 MISTAKES = {
     "fp8 for diffusers": ("diffusers", ["--dtype", "fp8"], "--dtype fp8 is for --format original"),
     "a part of a transformer": ("diffusers", ["--vae_path", "x"], "--vae_path belongs to --format pipeline"),
-    "a format of its own": ("onnx", [], "--format: invalid choice: 'onnx'"),
     "no such student": ("original", ["--student", "{tmp}/none"], "there is no such folder; give the --output_dir"),
     "a file of another model": (
         "original",
         ["--student", DEMO_TEACHER / "vae/diffusion_pytorch_model.safetensors"],
         "no student_config in",
     ),
-    "damaged weights": ("diffusers", ["--student", "{tmp}/damaged"], "is not a whole safetensors file"),
     "a student of the mock": ("pipeline", ["--student", "{tmp}/mock", "--vae_path", DEMO_TEACHER], "stand-in"),
     "the recorded teacher is gone": ("pipeline", ["--student", "{tmp}/moved"], "is not there; give --teacher_path"),
     "another encoder": ("pipeline", ["--text_encoder_path", "{tmp}/other"], "gives embeddings of width 20"),
-    "a VAE of other channels": ("pipeline", ["--vae_path", "{tmp}/other"], "is a VAE of 48 channels and factor 16"),
     "a VAE of other latents": ("pipeline", ["--vae_path", "{tmp}/other_latents"], "has other latents_mean than"),
     "a pickle": (
         "original",
@@ -555,7 +515,6 @@ MISTAKES = {
         ["--output", "{tmp}/tr.safetensors"],
         "writes no .safetensors file; give a new",
     ),
-    "where no file can be": ("original", ["--output", "/proc/x.safetensors"], "cannot be written to"),
     "a workflow of a folder": ("diffusers", ["--workflow"], "--workflow is for --format original"),
     "public, and nowhere": ("diffusers", ["--public"], "give that too"),
 }
@@ -564,9 +523,6 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def mistakes(student, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("mistakes")
-    (root / "file").write_text("")
-    shutil.copytree(student, root / "damaged")
-    (root / "damaged" / "diffusion_model.safetensors").write_bytes(b"cut short")
     changed(student, root / "mock", teacher_path="mock", text_encoder_path=None)
     changed(student, root / "moved", teacher_path="/not/here")
     shutil.copytree(DEMO_TEACHER / "vae", root / "other_latents")
@@ -586,26 +542,26 @@ def test_mistakes_are_answered_in_one_line(student, mistakes, run_main, name):
     assert_refused(run_main(export_student.main, *required, *flags), message, mistakes, before)
 
 
-@pytest.mark.parametrize("export_format", FORMATS)
-def test_a_record_that_cannot_be_is_refused_before_anything_is_written(student, export, tmp_path, export_format):
-    """tests/students/test_record.py has the entries one by one."""
-    message = "sigma_range is 'xxx"
+def test_a_record_that_cannot_be_is_refused_before_anything_is_written(student, export, tmp_path):
+    """Beside the weights and in them; tests/students/test_record.py has the entries one by one."""
     wrong = changed(student, tmp_path / "wrong", sigma_range="x" * 10_000)
-    outcome = export(wrong, export_format, output="new/out")
-    assert_one_message(outcome, message)
-    assert len(outcome.err) < 500 + len(str(tmp_path)) and not (tmp_path / "new").exists()
-    if export_format == "original":
-        metadata = {"student_config": (wrong / "student_config.json").read_text(encoding="utf-8")}
-        save_file(load_file(wrong / "diffusion_model.safetensors"), tmp_path / "alone.safetensors", metadata)
-        assert_one_message(export(tmp_path / "alone.safetensors", "original"), message)
+    metadata = {"student_config": (wrong / "student_config.json").read_text(encoding="utf-8")}
+    save_file(load_file(wrong / "diffusion_model.safetensors"), tmp_path / "alone.safetensors", metadata)
+    for place, export_format in (
+        (wrong, "pipeline"),
+        (wrong, "original"),
+        (tmp_path / "alone.safetensors", "original"),
+    ):
+        outcome = export(place, export_format, output="new/out")
+        assert_one_message(outcome, "sigma_range is 'xxx")
+        assert len(outcome.err) < 500 + len(str(tmp_path)) and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
-def test_weights_that_no_student_has_are_refused(student, export, tmp_path, dtype):
+def test_weights_that_no_student_has_are_refused(student, export, tmp_path):
     wrong = changed(student, tmp_path / "wrong")
     tensors, name = load_file(wrong / "diffusion_model.safetensors"), "blocks.0.attn1.to_q.weight"
-    save_file(tensors | {name: tensors[name].to(dtype)}, wrong / "diffusion_model.safetensors")
-    assert_one_message(export(wrong, "diffusers"), f"{name} is stored as {str(dtype)[6:]}; allowed: float32")
+    save_file(tensors | {name: tensors[name].to(torch.uint8)}, wrong / "diffusion_model.safetensors")
+    assert_one_message(export(wrong, "diffusers"), f"{name} is stored as uint8; allowed: float32")
     assert not (tmp_path / "out").exists()
 
 
@@ -717,11 +673,6 @@ def test_what_is_no_student_is_one_sentence(exports, tmp_path, place):
     assert "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id" in str(
         caught.value
     )
-
-
-def test_a_student_of_the_hub_that_cannot_be_had_is_one_sentence():
-    with pytest.raises(HubError, match=r"nobody/no-such-student: is no file or folder here.*the hub cannot be reached"):
-        WanLiteStudent.from_pretrained("nobody/no-such-student")
 
 
 def test_a_folder_goes_before_a_hub_repository_of_its_name(tmp_path, monkeypatch):

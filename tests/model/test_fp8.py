@@ -14,10 +14,8 @@ from torch import nn
 
 from support.measures import LiveBytes
 from support.wan_folders import oracle_velocity, relative_error, write_pipeline_folder, write_single_file
-from wandistiller import StudentConfig, WanLiteStudent
+from wandistiller import WanLiteStudent
 from wandistiller.model.fp8 import FP8, Fp8Linear, fp8_linears, quantise, to_fp8
-from wandistiller.model.sizes import unfilled_model
-from wandistiller.model.transformer import block_outputs
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.wan.layouts import open_wan_files
 
@@ -85,13 +83,12 @@ def test_a_weight_of_zeros_and_a_broken_one():
 # ---- one layer ----
 
 
-@pytest.mark.parametrize("shape", [(5, 48), (2, 5, 48)])
-def test_a_layer_is_the_product_with_the_weight_that_it_holds(shape):
+def test_a_layer_is_the_product_with_the_weight_that_it_holds_on_any_device_and_as_a_copy():
     layer = make_layer(0.02 * seeded(32, 48))
-    x = seeded(*shape, seed=3)
-    held = layer.weight.double() * layer.scale
-    expected = x.double() @ held.t() + layer.bias.double()
-    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
+    x = seeded(2, 5, 48, seed=3)
+    expected = x.double() @ (layer.weight.double() * layer.scale).t() + layer.bias.double()
+    for same in (layer, layer.to("cpu"), copy.deepcopy(layer)):
+        torch.testing.assert_close(same(x).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_under_autocast_the_scale_costs_no_further_rounding():
@@ -104,33 +101,6 @@ def test_under_autocast_the_scale_costs_no_further_rounding():
         actual, plain = layer(x), linear(x)
     assert actual.dtype == plain.dtype == torch.bfloat16
     assert relative_error(actual, expected) <= 1.1 * relative_error(plain, expected)
-
-
-def test_no_cast_touches_the_weight_or_its_scale_and_moves_and_copies_keep_both():
-    layer = make_layer(0.02 * seeded(32, 48))
-    weight, scale = layer.weight.float().clone(), layer.scale
-    for change in (
-        lambda module: module.to(torch.bfloat16),
-        lambda module: module.half(),
-        lambda module: module.to("cpu", torch.float64),
-        lambda module: module.float(),
-        lambda module: module.to("cpu"),
-        copy.deepcopy,
-    ):
-        changed = change(nn.Sequential(layer))[0]
-        assert changed.weight.dtype == FP8 and changed.scale == scale
-        assert torch.equal(changed.weight.float(), weight)
-    assert layer.bias.dtype == torch.float32  # what a cast is for
-    assert layer.to("meta").weight.dtype == FP8
-
-
-def test_the_state_dict_holds_the_scale_too():
-    layer, other = make_layer(0.02 * seeded(32, 48)), make_layer(seeded(32, 48, seed=5))
-    x = seeded(3, 48, seed=3)
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x), layer(x))
-    with pytest.raises(RuntimeError, match="extra_state"):
-        other.load_state_dict({"weight": layer.weight, "bias": layer.bias})
 
 
 # ---- a whole teacher ----
@@ -191,30 +161,3 @@ def test_a_checkpoint_that_is_fp8_on_disk_is_kept_as_it_is(tmp_path, fp8):
         torch.testing.assert_close(layer.weight.float() * layer.scale, held[name], rtol=1e-6, atol=0)
     velocity = teacher.requires_grad_(False)(*inputs())
     assert relative_error(velocity, oracle_velocity(model, *inputs())) <= 1e-5
-
-
-@pytest.mark.parametrize("dtype, fp8, gib", [(torch.float32, False, 53.2), (torch.bfloat16, False, 27.0), (torch.bfloat16, True, 13.9)])  # fmt: skip
-def test_the_memory_of_a_14b_expert_is_what_the_docs_say(dtype, fp8, gib):
-    shape = {"hidden_size": 5120, "num_heads": 40, "ffn_dim": 13824, "depth": 40, "num_channels": 16}
-    model = unfilled_model(StudentConfig(block="wan", image_size=512, **shape), dtype)
-    model = to_fp8(model) if fp8 else model
-    assert sum(tensor.numel() for tensor in model.parameters()) == 14_288_491_584  # as diffusers counts them
-    assert round(sum(tensor.nbytes for tensor in model.parameters()) / 2**30, 1) == gib
-
-
-def test_hidden_states_are_collected_from_an_fp8_teacher_under_autocast(tmp_path):
-    write_pipeline_folder(tmp_path)
-    teacher, plain = teacher_of(tmp_path, fp8=True, dtype=torch.bfloat16), teacher_of(tmp_path, fp8=False)
-    with torch.autocast("cpu", torch.bfloat16), block_outputs(teacher, [0, 2]) as ours:
-        velocity = teacher(*inputs())
-    with block_outputs(plain, [0, 2]) as theirs:
-        expected = plain(*inputs())
-    assert velocity.dtype == torch.float32 and relative_error(velocity, expected) < VELOCITY_BOUND
-    assert [relative_error(a, b) < VELOCITY_BOUND for a, b in zip(ours, theirs, strict=True)] == [True, True]
-
-
-def test_a_lite_model_is_refused():
-    shape = {"hidden_size": 16, "depth": 1, "num_heads": 2, "ffn_dim": 64, "patch_size": 1, "freq_dim": 16}
-    config = StudentConfig(block="lite", num_channels=4, image_size=32, **shape)
-    with pytest.raises(ValueError, match="only wan blocks"):
-        to_fp8(WanLiteStudent(config))

@@ -31,18 +31,9 @@ def test_the_ratios_of_a_512_student_are_what_its_documentation_says():
     assert sizes == ["512x512", "592x448", "448x592", "688x384", "384x688"]
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("5:1", "nearest is 4:1"),
-        ("1:5", "nearest is 1:4"),
-        ("0:1", "above 0"),
-        ("3", "16:9"),
-        ("1.5:1", "whole numbers"),
-    ],
-)
-def test_a_ratio_that_cannot_be_is_refused(text, words):
-    with pytest.raises(ArgumentTypeError, match=words):
+@pytest.mark.parametrize("text", ["5:1", "1:5", "0:1", "3", "1.5:1"])
+def test_a_ratio_that_cannot_be_is_refused(text):
+    with pytest.raises(ArgumentTypeError, match="16:9"):
         size_or_ratio(text)
 
 
@@ -51,9 +42,10 @@ def test_a_ratio_that_cannot_be_is_refused(text, words):
     [
         (["50x32"], "multiples of 16 .* nearest is 48x32"),
         (["7x32"], "nearest is 16x32"),
-        (["160x32"], "4:1 to 1:4; the nearest is 160x48"),
-        (["32x32", "48x32", "32x32"], "32x32: is given twice"),
-        (["32768x16384"], "16384 pixels at most; the nearest is 16384x16384"),
+        (["160x32"], "4 times the other; the nearest is 160x48"),
+        (["32x32", "48x32", "32x32"], "32x32 is there already"),
+        (["1:1", "32x32"], "32x32 is there already"),
+        (["32768x16384"], "16384 pixels at most.* the nearest is 16384x16384"),
         ([f"{16 * n}x{16 * n}" for n in range(1, 10)], "9 sizes; allowed: at most 8"),
     ],
 )
@@ -69,12 +61,6 @@ def test_the_size_that_a_refusal_names_is_allowed():
                 resolve_sizes([ImageSize(width, height)], 32, 16, 256)
             except UserError as error:
                 resolve_sizes([ImageSize.parse(str(error).rsplit(" ", 1)[1])], 32, 16, 256)
-
-
-def test_ratios_and_sizes_go_together_and_two_that_are_one_size_are_refused_by_name():
-    assert list(map(str, resolve_sizes(list(map(size_or_ratio, ["1:1", "96x48"])), 64, 16, 1024))) == ["64x64", "96x48"]
-    with pytest.raises(UserError, match="3:2: is 80x48 here, as 4:3 is"):
-        resolve_sizes(list(map(size_or_ratio, ["1:1", "4:3", "3:2"])), 64, 16, 1024)
 
 
 def test_sizes_are_read_as_they_are_written():

@@ -27,20 +27,15 @@ from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.run.build import compile_blocks
 
 FLAGS = ["--max_steps", 6, "--lr", 1e-3, "--batch_size", 4]
-LITE_CONFIG = PRUNED_CONFIG | {"block": "lite", "hidden_size": 16, "ffn_dim": 64, "freq_dim": 16, "patch_size": 1}
 
 
 # ---- gradient checkpointing ----
 
 
-@pytest.mark.parametrize("config", [PRUNED_CONFIG, LITE_CONFIG], ids=["wan", "lite"])
-def test_blocks_that_are_computed_again_train_the_same_student_bit_for_bit(train, teachers, tmp_path, config):
-    assert train(teachers.one, config, *FLAGS, output_dir=tmp_path / "kept").code == 0
-    assert train(teachers.one, config, *FLAGS, "--gradient_checkpointing", output_dir=tmp_path / "again").code == 0
+def test_blocks_that_are_computed_again_train_the_same_student_bit_for_bit(train, teachers, tmp_path):
+    for name, flags in (("kept", []), ("again", ["--gradient_checkpointing"])):
+        assert train(teachers.one, PRUNED_CONFIG, *FLAGS, *flags, output_dir=tmp_path / name).code == 0
     assert same_weights(tmp_path / "kept", tmp_path / "again")
-    kept, again = (read_metrics(tmp_path / name) for name in ("kept", "again"))
-    assert [line["loss"] for line in kept] == [line["loss"] for line in again]
-    assert [line["feature_loss"] for line in kept] == [line["feature_loss"] for line in again]
 
 
 def kept_for_backward(student: WanLiteStudent, *inputs: torch.Tensor) -> int:
@@ -81,7 +76,7 @@ def test_compiled_blocks_train_the_same_student(train, teachers, tmp_path):
 
 
 def test_compiled_blocks_are_one_graph_each_and_settle():
-    """Guided teacher and student, prompts of other lengths in every batch: no graph breaks, and nothing new after a while."""
+    """Guided teacher and student, other sizes and prompts in every batch: no graph breaks, and nothing new after a while."""
     from torch._dynamo.testing import CompileCounter
     from torch._dynamo.utils import counters
 
@@ -93,18 +88,18 @@ def test_compiled_blocks_are_one_graph_each_and_settle():
     )
     compile_blocks([teacher, student], backend=counter, fullgraph=True)
 
-    def step(tokens: int) -> None:
-        latents, timestep = torch.randn(3, 16, 4, 4), torch.tensor([900.0, 500.0, 100.0])
+    def step(tokens: int, *size: int) -> None:
+        latents, timestep = torch.randn(3, 16, *size), torch.tensor([900.0, 500.0, 100.0])
         embeds, lengths = torch.randn(3, tokens, 20), torch.tensor([tokens, 1, 2])
         with torch.no_grad():
             teacher(latents, timestep, embeds, lengths, torch.randn(5, 20))
         student(latents, timestep, embeds, lengths).square().mean().backward()
 
-    for tokens in (4, 7, 9):
-        step(tokens)
+    for given in ((4, 8, 8), (7, 6, 10), (9, 6, 10)):
+        step(*given)
     settled = counter.frame_count
-    for tokens in (5, 8, 6, 12):
-        step(tokens)
+    for given in ((5, 10, 6), (8, 4, 12), (6, 12, 4), (12, 8, 8)):
+        step(*given)
     assert 0 < settled == counter.frame_count
     assert not counters["graph_break"]
     torch._dynamo.reset()

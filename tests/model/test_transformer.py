@@ -20,7 +20,7 @@ from support.runs import IDENTITY_CONFIG, file_size_limited
 from support.wan_folders import oracle_velocity, random_transformer, random_weights, relative_error
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.model.config import ConfigError
-from wandistiller.sampling.flow import shift_sigma, sigma_to_timestep, unshift_sigma
+from wandistiller.sampling.flow import shift_sigma, unshift_sigma
 
 WAN = IDENTITY_CONFIG | {"depth": 2, "image_size": 64}
 LITE = {
@@ -109,26 +109,6 @@ def test_folded_padding_equals_that_many_zero_tokens(text_max_length):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
-def test_a_noise_level_may_be_a_plain_number(values):
-    student = student_of(values)
-    latents, _, prompt_embeds = inputs(student.config)
-    expected = student(latents, torch.tensor([500.0, 500.0]), prompt_embeds)
-    for timestep in (500.0, 500, torch.tensor(500.0), torch.tensor([500, 500])):
-        assert torch.equal(student(latents, timestep, prompt_embeds), expected)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("values", [WAN, LITE], ids=["wan", "lite"])
-def test_a_length_that_no_prompt_has_counts_as_the_nearest(values):
-    student = student_of(values)
-    latents, timestep, prompt_embeds = inputs(student.config)
-    expected = student(latents, timestep, prompt_embeds, torch.tensor([0, 7]))
-    for lengths in ([-1, 8], [-600, 10_000]):
-        assert torch.equal(student(latents, timestep, prompt_embeds, torch.tensor(lengths)), expected)
-
-
-@torch.no_grad()
 def test_what_stands_past_a_prompts_length_changes_nothing():
     student = student_of(WAN)
     latents, timestep, prompt_embeds = inputs(student.config)
@@ -159,7 +139,8 @@ def test_timesteps_are_not_rounded(values):
     latents, _, prompt_embeds = inputs(student.config, batch=1)
     given = [student(latents, torch.tensor([t]), prompt_embeds) for t in (500.0, 500.25, 500.5)]
     assert not torch.equal(given[0], given[1]) and not torch.equal(given[1], given[2])
-    assert torch.equal(given[0], student(latents, torch.tensor(500.0), prompt_embeds))  # a scalar counts for the batch
+    for same in (500, 500.0, torch.tensor(500.0)):
+        assert torch.equal(given[0], student(latents, same, prompt_embeds))
 
 
 @torch.no_grad()
@@ -202,11 +183,9 @@ def test_no_student_holds_anything_3d(values):
 @pytest.mark.parametrize(
     "shapes",
     [
-        ((1, 4, 4, 4), (1, 3, 20)),
         ((1, 16, 5, 4), (1, 3, 20)),
         ((1, 16, 1, 4, 4), (1, 3, 20)),
         ((1, 16, 4, 4), (1, 3, 21)),
-        ((1, 16, 4, 4), (3, 20)),
     ],
 )
 def test_inputs_of_the_wrong_shape_are_refused_with_what_is_expected(shapes):
@@ -251,23 +230,12 @@ def test_the_lite_student_sees_the_mean_over_text_tokens_only():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("height", "width"), [(3, 5), (8, 8), (1, 1)])
-def test_the_lite_student_draws_any_size(height, width):
-    student = student_of(LITE)
-    given = inputs(student.config, height=height, width=width)
-    assert student(*given).shape == given[0].shape
-
-
-@torch.no_grad()
 def test_the_lite_student_knows_where_a_token_is():
     student = student_of(LITE)
     latents, timestep, prompt_embeds = inputs(student.config, height=6, width=6)
-    turned = student(latents.transpose(2, 3), timestep, prompt_embeds).transpose(2, 3)
     uniform = student(torch.zeros_like(latents), timestep, prompt_embeds)
-    assert relative_error(turned, student(latents, timestep, prompt_embeds)) > 1e-2
-    assert (
-        relative_error(uniform[:, :, 2:3, 2:3], uniform[:, :, 2:3, 3:4]) > 1e-3
-    )  # no border in reach of either kernel
+    # No border is in reach of either kernel:
+    assert relative_error(uniform[:, :, 2:3, 2:3], uniform[:, :, 2:3, 3:4]) > 1e-3
 
 
 # ---- StudentConfig ----
@@ -306,16 +274,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(unknown, near):
     ("changes", "said"),
     [
         ({"hidden_size": 25}, "hidden_size=25 .* use 24 or 28"),
-        ({"num_heads": 5}, "hidden_size=24 is not divisible by 10"),
         ({"num_heads": 6}, "num_heads=4 or fewer"),
-        ({"num_heads": 0}, "num_heads=0"),
         ({"hidden_size": -24}, "hidden_size=-24"),
         ({"hidden_size": "24"}, "hidden_size='24' .* whole number"),
-        ({"hidden_size": 24.0}, "hidden_size=24.0 .* whole number"),
         ({"depth": True}, "depth=True .* whole number"),
-        ({"depth": 0}, "depth=0"),
-        ({"depth": [2]}, "depth=.* whole number"),
-        ({"eps": "1e-6"}, "eps='1e-6' .* number"),
         ({"eps": float("nan")}, "eps=nan"),
         ({"eps": 1}, "eps=1 is too large"),
         ({"freq_dim": 255}, "freq_dim=255 must be even; use 254 or 256"),
@@ -331,14 +293,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(unknown, near):
         ),
         ({"image_size": 16 * 10**9}, "image_size=16000000000 is too large; allowed: at most 1000000"),
         ({"depth": 10**9}, "depth=1000000000 is too large; allowed: at most 1000"),
-        ({"hidden_size": 10**30}, "hidden_size=10+ is too large; allowed: at most 100000"),
-        ({"text_max_length": 10**9}, "text_max_length=1000000000 is too large; allowed: at most 100000"),
         ({"block": "Wan"}, 'allowed: "wan", "lite" .nearest: "wan"'),
-        ({"block": None}, "block is null"),
         ({"model_type": "WanLite"}, 'nearest: "WanLiteStudent"'),
         ({"distillation": [1]}, "distillation=.* object"),
         ({"distillation": {"vae_scale_factor": "8"}}, "vae_scale_factor"),
-        ({"distillation": {"vae_scale_factor": -8}}, "vae_scale_factor"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_with_what_would(changes, said):
@@ -351,7 +309,6 @@ def test_a_value_that_cannot_work_is_refused_with_what_would(changes, said):
     ("changes", "said"),
     [
         ({"hidden_size": 33, "num_heads": 1}, "hidden_size=33 .* use 32 or 34"),
-        ({"num_heads": 5}, "hidden_size=32 is not divisible by 10 .* use 30 or 40"),
         ({"image_size": 100, "distillation": {"vae_scale_factor": 8}}, "not divisible by 8 .* use 96 or 104"),
         ({"ffn_dim": 100}, "ffn_dim=100 .* 128"),
         ({"patch_size": 2}, "patch_size=2 .* 1"),
@@ -360,11 +317,6 @@ def test_a_value_that_cannot_work_is_refused_with_what_would(changes, said):
 def test_a_lite_value_that_cannot_work_is_refused_with_what_would(changes, said):
     with pytest.raises(ConfigError, match=said):
         StudentConfig.from_dict(LITE | changes)
-
-
-def test_a_config_file_with_a_byte_order_mark_is_read(tmp_path):
-    (tmp_path / "student_config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(WAN).encode())
-    assert StudentConfig.load(tmp_path).hidden_size == 24
 
 
 # ---- save and load ----
@@ -382,13 +334,6 @@ def test_a_saved_student_comes_back_bit_for_bit(tmp_path, values, dtype):
     assert torch.equal(loaded(*given), student(*given))
     with safe_open(tmp_path / "diffusion_model.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["student_config"]) == student.config.to_dict()
-
-
-def test_saving_leaves_two_whole_files_and_nothing_beside_them(tmp_path):
-    for seed in range(2):
-        student_of(WAN, seed).save_pretrained(tmp_path / "new" / "folder")
-    names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
-    assert names == ["diffusion_model.safetensors", "student_config.json"]
 
 
 def test_a_save_on_a_full_disk_leaves_the_student_that_was_there(tmp_path):
@@ -410,7 +355,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("keep", [0, 6, 500, -1])
+@pytest.mark.parametrize("keep", [0, 500, -1])
 def test_truncated_weights_are_refused(tmp_path, keep):
     student_of(WAN).save_pretrained(tmp_path)
     path = tmp_path / "diffusion_model.safetensors"
@@ -451,9 +396,3 @@ def test_unshift_undoes_shift(shift):
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
     torch.testing.assert_close(unshift_sigma(shift_sigma(u, shift), shift), u)
     torch.testing.assert_close(shift_sigma(unshift_sigma(u, shift), shift), u)
-
-
-def test_timesteps_are_a_thousand_sigmas_and_stay_floats():
-    torch.testing.assert_close(
-        sigma_to_timestep(torch.tensor([0.0, 0.87654, 1.0])), torch.tensor([0.0, 876.54, 1000.0])
-    )

@@ -129,8 +129,7 @@ def hide(small, large, layers: list[int], seed: int) -> tuple[dict[str, Tensor],
     return hidden, parts
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("layers", [None, [0, 1, 3]])
+@pytest.mark.parametrize("seed, layers", [(0, None), (1, [0, 1, 3]), (2, None)])
 def test_a_wan_hidden_in_a_larger_one_is_found_bit_for_bit(tmp_path, seed, layers):
     small = random_transformer(**TEACHER | {"heads": 2, "layers": 3, "ffn_dim": 36}, seed=seed)
     tensors, _ = hide(small, random_transformer(**TEACHER, seed=seed + 10), layers or [0, 2, 4], seed)
@@ -196,9 +195,7 @@ def test_spread_layers_keep_both_ends_and_rise(teacher_depth):
     ("layers", "said"),
     [
         ([0, 1, 2], "names 3 layers, the student has depth=2"),
-        ([], "names 0 layers"),
         ([0, 5], "from 0 to 4"),
-        ([-1, 4], "from 0 to 4"),
         ([3, 1], "rising"),
         ([2, 2], "each once"),
     ],
@@ -224,8 +221,6 @@ def test_layers_that_cannot_work_are_refused(tmp_path, layers, said):
         (wan_config(patch_size=4), r'"patch_size": 2'),
         (wan_config(freq_dim=64), r'"freq_dim": 256'),
         (lite_config(num_channels=4), r'num_channels=4 .* "num_channels": 16'),
-        (lite_config(depth=6), r"depth=6 .* use 5 or less"),
-        (lite_config(hidden_size=64), r"hidden_size=64 .* use 48 or less"),
     ],
 )
 def test_a_student_that_is_no_part_of_the_teacher_is_refused_with_what_would_be(tmp_path, config, said):
@@ -283,12 +278,6 @@ def test_the_report_tells_the_truth_of_every_tensor_of_both_sides(tmp_path, kind
     assert not any(isinstance(module, torch.nn.Conv3d) for module in student.modules())
 
 
-def test_the_reason_a_layer_was_dropped_names_it(tmp_path):
-    write_transformer_folder(tmp_path, **TEACHER)
-    _, report = project_teacher(tmp_path, wan_config(depth=2))
-    assert report.teacher["blocks.2.ffn.net.2.bias"] == {"status": "dropped", "reason": "layer 2 is not kept"}
-
-
 def test_fp8_scales_and_strangers_are_reported_as_dropped(tmp_path):
     path = tmp_path / "wan.safetensors"
     write_single_file(path, fp8="scaled", heads=1, layers=1, ffn_dim=48)
@@ -324,7 +313,7 @@ def test_both_experts_are_projected_each_from_its_own_weights(tmp_path):
             assert relative_error(model(*given), oracle_velocity(expert, *given)) <= 1e-5
 
 
-@pytest.mark.parametrize("config", [wan_config(), lite_config(), lite_config(hidden_size=30, num_heads=15)])
+@pytest.mark.parametrize("config", [wan_config(), lite_config(hidden_size=30, num_heads=15)])
 def test_the_mock_is_a_larger_wan_that_never_changes(config):
     shape = mock_wan_files(config).config
     assert shape.block == "wan" and shape.num_channels == config.num_channels
@@ -450,8 +439,7 @@ def test_projecting_a_sharded_checkpoint_never_holds_it_in_memory(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_projecting_the_widths_of_the_14b_never_holds_it_in_memory(tmp_path, dtype):
-    teacher = {"heads": 40, "ffn_dim": 13824, "depth": 8, "dtype": dtype}
+def test_projecting_the_widths_of_the_14b_never_holds_it_in_memory(tmp_path):
+    teacher = {"heads": 40, "ffn_dim": 13824, "depth": 8, "dtype": "BF16"}
     student = {"hidden_size": 2560, "num_heads": 20, "depth": 3, "ffn_dim": 6912}
     assert_memory_stays_bounded(tmp_path, teacher, student)

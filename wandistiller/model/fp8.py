@@ -21,8 +21,8 @@ FP8_MAX = torch.finfo(FP8).max
 class Fp8Linear(nn.Module):
     """A frozen Linear with its weight (out, in) in float8_e4m3fn: y = scale * (x @ weight.T) + bias.
 
-    `scale` is a number instead of a buffer, so that no cast or device move touches it, and the matrix product takes it as its
-    factor without waiting for the device and without a rounding of its own. The state dict holds it all the same.
+    `scale` is a number instead of a buffer: the matrix product takes it as its factor without waiting for the device and without a
+    rounding of its own.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter, device: torch.device | None = None):
@@ -44,26 +44,6 @@ class Fp8Linear(nn.Module):
         weight = self.weight.to(dtype)  # exact: bf16 and fp32 hold every fp8 value
         rows = x.flatten(0, -2).to(dtype)
         return torch.addmm(self.bias.to(dtype), rows, weight.t(), alpha=self.scale).unflatten(0, x.shape[:-1])
-
-    def _apply(self, fn, recurse: bool = True):
-        """Let device moves reach the weight, and keep casts from it: `.to(dtype)` would widen it, or round it again."""
-
-        def kept_fp8(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            is_cast = tensor is self.weight and moved.dtype != FP8
-            return tensor.to(moved.device) if is_cast else moved
-
-        return super()._apply(kept_fp8, recurse)
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.scale, dtype=torch.float32)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.scale = float(state)
-
-    def extra_repr(self) -> str:
-        out_features, in_features = self.weight.shape
-        return f"in_features={in_features}, out_features={out_features}, scale={self.scale:g}"
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, float]:
@@ -87,12 +67,7 @@ def to_fp8(model: "WanLiteStudent") -> "WanLiteStudent":
     """Store the Linear weights of a wan model's blocks as fp8, in place and one layer at a time.
 
     A model on the meta device gets layers of the same shapes, to be filled later.
-
-    Raises:
-        ValueError: the model has lite blocks, whose attention reads its weights past any module.
     """
-    if model.config.block != "wan":
-        raise ValueError(f"only wan blocks are kept as fp8, not {model.config.block}")
     for name, linear in list(model.blocks.named_modules()):
         if isinstance(linear, nn.Linear):
             stored = Fp8Linear(linear.in_features, linear.out_features, linear.bias, linear.weight.device)

@@ -66,15 +66,12 @@ class AspectRatio(NamedTuple):
             ArgumentTypeError: it is none, or lies beyond MAX_RATIO.
         """
         found = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", text)
-        if found is None:
+        ratio = found and cls(int(found[1]), int(found[2]))
+        if not ratio or max(ratio) > MAX_RATIO * min(ratio):
             raise ArgumentTypeError(
-                f"{text!r} is no aspect ratio; write WIDTH:HEIGHT in whole numbers above 0, such as 16:9"
+                f"{text!r} is no aspect ratio; write WIDTH:HEIGHT in whole numbers, from 4:1 to 1:4, such as 16:9"
             )
-        width, height = int(found[1]), int(found[2])
-        if max(width, height) > MAX_RATIO * min(width, height):
-            nearest = "4:1" if width > height else "1:4"
-            raise ArgumentTypeError(f"{text} is beyond what is allowed, 4:1 to 1:4; the nearest is {nearest}")
-        return cls(width, height)
+        return ratio
 
     def __str__(self) -> str:
         return f"{self.width}:{self.height}"
@@ -114,30 +111,23 @@ def resolve_sizes(
     Raises:
         UserError: one is off the grid, too long, too large or given twice (the nearest allowed size is named), or there are too many.
     """
-    sizes: dict[ImageSize, ImageSize | AspectRatio] = {}
+    sizes: list[ImageSize] = []
     for each in given:
         size = each.size(image_size, unit) if isinstance(each, AspectRatio) else each
         if size in sizes:
-            same = "is given twice" if each == sizes[size] else f"is {size} here, as {sizes[size]} is"
-            raise UserError(f"--image_sizes {each}: {same}; leave one out")
-        _check_size(size, unit, max_patches)
-        sizes[size] = each
+            raise UserError(f"--image_sizes {each}: {size} is there already; leave one out")
+        if size != (nearest := _nearest_size(size, unit, max_patches)):
+            raise UserError(
+                f"--image_sizes {size}: both sides must be multiples of {unit} for this teacher, {max_patches * unit} pixels at "
+                f"most, and none more than {MAX_RATIO:g} times the other; the nearest is {nearest}"
+            )
+        sizes.append(size)
     if len(sizes) > MAX_SIZES:
         raise UserError(f"--image_sizes: {len(sizes)} sizes; allowed: at most {MAX_SIZES}")
     return tuple(sizes)
 
 
-def _check_size(size: ImageSize, unit: int, max_patches: int) -> None:
-    where, nearest = f"--image_sizes {size}", nearest_size(size, unit, max_patches)
-    if any(side % unit for side in size):
-        raise UserError(f"{where}: both sides must be multiples of {unit} for this teacher; the nearest is {nearest}")
-    if max(size) > MAX_RATIO * min(size):
-        raise UserError(f"{where}: is beyond what is allowed, 4:1 to 1:4; the nearest is {nearest}")
-    if max(size) > max_patches * unit:
-        raise UserError(f"{where}: a side may have {max_patches * unit} pixels at most; the nearest is {nearest}")
-
-
-def nearest_size(size: ImageSize, unit: int, max_patches: int) -> ImageSize:
+def _nearest_size(size: ImageSize, unit: int, max_patches: int) -> ImageSize:
     """Return the allowed size that is nearest to one, keeping the longer side where it can."""
     width, height = (min(max(1, round(side / unit)), max_patches) for side in size)
     least = math.ceil(max(width, height) / MAX_RATIO)
