@@ -21,7 +21,6 @@ from wandistiller.files.output_folder import (
     GALLERY_NAME,
     check_evaluation_is_ours,
     check_output_folder,
-    check_replaceable,
     prepare_output_folder,
 )
 from wandistiller.flags import PROMPT_PER, ComputeFlags, TeacherFlags, flag, group, number, parse_flags, path
@@ -298,7 +297,6 @@ def main(argv: list[str] | None = None) -> int:
 
     digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
     experiment = prepare(flags, config, prompts, teacher)
-    check_replaceable(flags.folder, [COMPARISON_NAME, EVALUATION_NAME, GALLERY_NAME], "--output")
     folder = prepare_output_folder(flags.folder, "--output")
 
     # Measure:

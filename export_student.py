@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.files.hub_push import check_repository, push
-from wandistiller.files.output_folder import check_output_folder, check_writable, prove_writable, removed_if_empty
+from wandistiller.files.output_folder import check_output_folder, check_writable, removed_if_empty
 from wandistiller.flags import TeacherFlags, flag, group, parse_flags, path, switch
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.students.drawing import example_prompt, student_sampling
@@ -140,7 +140,6 @@ def check_output(flags: Flags) -> Path:
         )
     target = target / name if name and not is_file else target
     check_writable(target.parent, "--output")
-    prove_writable(target.parent, "--output")
     places = [target, *([workflow_file(target)] if flags.workflow else [])] if name else []
     if there := [place for place in places if os.path.lexists(place)]:
         raise UserError(f"--output {there[0]}: is there already; give another name")

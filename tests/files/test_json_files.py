@@ -3,12 +3,11 @@
 pytest tests/files/test_json_files.py
 """
 
-import json
 import os
 
 import pytest
 
-from wandistiller.files.json_files import MAX_BYTES, JsonError, json_list, load_json, parse_json
+from wandistiller.files.json_files import MAX_BYTES, JsonError, load_json, parse_json
 
 UNUSABLE = {
     "a missing bracket": ('{"a": 1,\n "b": ', "line 2, column 7: not valid JSON"),
@@ -59,33 +58,3 @@ def test_what_is_no_text_file_is_refused_at_once(tmp_path):
     for name, reason in reasons.items():
         with pytest.raises(JsonError, match=reason):
             load_json(tmp_path / name)
-
-
-VALUES = ["a \n]", {"caption": ["é", None, 1.5e3]}, 12345, -0.5, [], {}, True, None, '\\"]']
-
-
-@pytest.mark.parametrize("block", [1, 2, 3, 7, 1000])
-@pytest.mark.parametrize("indent", [None, 1])
-def test_a_list_is_read_a_value_at_a_time_wherever_blocks_end(block, indent):
-    text = f" {json.dumps(VALUES, indent=indent, ensure_ascii=False)} \n"
-    blocks = (text[start : start + block] for start in range(0, len(text), block))
-    assert [value for _, value in json_list(blocks, 100)] == json.loads(text)
-
-
-NO_LISTS = {
-    "an object": ('{"a": 1}', "holds no list"),
-    "nothing": (" ", "holds no list"),
-    "no end": ("[1,\n2", "line 2: not valid JSON"),
-    "cut in a value": ('[1,\n {"a": ', "line 2: not valid JSON"),
-    "no comma": ("[1\n 2]", "line 2: not valid JSON"),
-    "more behind it": ("[1]\n[2]", "line 2: not valid JSON"),
-    "a long value": ('["' + "x" * 200 + '"]', "line 1: a value is longer than 100 letters"),
-    "deep": ("[" * 100_000, "nested more than"),
-    "half a letter": ('["\\ud800"]', "surrogate"),
-}
-
-
-@pytest.mark.parametrize("text, words", NO_LISTS.values(), ids=NO_LISTS)
-def test_what_is_no_list_is_refused_with_its_line(text, words):
-    with pytest.raises(JsonError, match=words):
-        list(json_list(iter([text[:50], text[50:]]), 100))

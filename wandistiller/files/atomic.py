@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -33,24 +33,20 @@ def _stem(path: Path) -> str:
 
 
 @contextmanager
-def _held(path: Path, wants: bool = True) -> Iterator[bool]:
-    """Lock a temporary file or folder inside, and yield whether that worked: of a living writer's it does not.
-
-    Args:
-        wants: what to yield where the system or the file system has no locks.
-    """
-    descriptor, is_held = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), wants
+def locked(path: Path) -> Iterator[bool | None]:
+    """Lock a file or folder inside; yield False where another process has the lock, None where there are no locks (Windows)."""
+    descriptor, is_locked = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), None
     try:
         try:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_held = True
+            is_locked = True
         except BlockingIOError:
-            is_held = False
-        except (ImportError, OSError):
+            is_locked = False
+        except (ImportError, OSError):  # another system, or a file system without locks
             pass
-        yield is_held
+        yield is_locked
     finally:
         os.close(descriptor)
 
@@ -65,7 +61,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     beside = _temporary(path)
     beside.touch(exist_ok=False)  # with the mode of a new file, where some writers would make theirs private
     try:
-        with _held(beside):
+        with locked(beside):
             yield beside
             with suppress(FileNotFoundError):
                 os.chmod(beside, os.stat(path).st_mode & 0o777)  # what was private stays so
@@ -96,17 +92,13 @@ def write_json(path: str | Path, values: object, end: str = "", **settings) -> N
 def remove_leftovers(path: str | Path) -> None:
     """Remove what killed processes left beside `path` while they wrote a file or a folder there."""
     path = Path(path).resolve()
-    _remove_unheld(path.parent.glob(f".{escape(_stem(path))}.{_HEX}.tmp"))
+    remove_all_leftovers(path.parent, escape(_stem(path)))
 
 
-def remove_all_leftovers(folder: str | Path) -> None:
-    """Remove what killed processes left in a folder while they wrote files there."""
-    _remove_unheld(Path(folder).glob(f".*.{_HEX}.tmp"))
-
-
-def _remove_unheld(left_over: Iterable[Path]) -> None:
-    for left in left_over:
-        with suppress(OSError), _held(left, wants=False) as is_dead:  # a link, or somebody else has removed it
+def remove_all_leftovers(folder: str | Path, of: str = "*") -> None:
+    """Remove what killed processes left in a folder while they wrote files there; a living writer has its file locked."""
+    for left in Path(folder).glob(f".{of}.{_HEX}.tmp"):
+        with suppress(OSError), locked(left) as is_dead:  # a link, or somebody else has removed it
             if is_dead:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
@@ -116,7 +108,7 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
     beside = _temporary(path)
     beside.mkdir()
     try:
-        with _held(beside):
+        with locked(beside):
             yield beside
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -26,16 +26,11 @@ _OF_A_CLONE = {
 }
 
 
-def check_is_in_clone(name: str, given: dict[str, str]) -> None:
-    """Refuse a flag that names a file of a clone, as its default does, where the command was started in another folder.
-
-    Args:
-        name: the flag whose file is read next.
-        given: the paths of all such flags by their names, so that the message has each that is missing.
-    """
-    missing = [flag for flag, path in given.items() if path in _OF_A_CLONE and not os.path.lexists(path)]
-    if name in missing:
+def check_is_in_clone(given: dict[str, str]) -> None:
+    """Refuse flags left at files of a clone where the command was started in another folder; `given` are the paths by flag."""
+    missing = [f"--{flag}" for flag, path in given.items() if path in _OF_A_CLONE and not os.path.lexists(path)]
+    if missing:
         raise UserError(
-            f"--{name} {given[name]}: lies in a clone of WanDistiller, and the command was started elsewhere; start it in a "
-            f"clone, or give your own {', '.join(f'--{flag}' for flag in missing)}"
+            f"{missing[0]} {given[missing[0][2:]]}: lies in a clone of WanDistiller, and the command was started elsewhere; start "
+            f"it in a clone, or give your own {', '.join(missing)}"
         )

@@ -4,7 +4,8 @@ Callers turn a `JsonError` into their own refusal, or into going without the fil
 """
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from wandistiller.files.paths import require_file
 
 MAX_DEPTH = 100  # of brackets in brackets: far more than any file of ours or of a Wan has, far less than Python's stack
 MAX_BYTES = 32 * 2**20  # of a file that is read whole: parsed it can take 20 times as much memory
-_SPACES = tuple(" \t\n\r")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class JsonError(ValueError):
@@ -37,106 +38,16 @@ def parse_json(text: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], A
     Raises:
         JsonError: the text is no JSON, is nested too deep, or holds half of a surrogate pair or a number without end.
     """
-    value = _decoded(lambda: json.loads(text, object_pairs_hook=object_pairs_hook))
-    _refuse_unwritable(value)
-    return value
-
-
-def json_list(blocks: Iterator[str], longest: int) -> Iterator[tuple[int, Any]]:
-    """Yield the values of a JSON list, each behind the number of its letters, in the memory of the longest.
-
-    Args:
-        blocks: the text, in pieces of any size.
-        longest: letters that a value may have.
-
-    Raises:
-        JsonError: the text is no list, or a value is longer or no usable JSON.
-    """
-    return _ListReader(blocks, longest).values()
-
-
-class _ListReader:
-    """Reads a JSON list from blocks of text; `text[place:]` is what was read and not yet used, and `line` where it begins."""
-
-    def __init__(self, blocks: Iterator[str], longest: int):
-        self._blocks, self._longest = blocks, longest
-        self._text, self._place, self._line = "", 0, 1
-        self._decoder = json.JSONDecoder()
-
-    def values(self) -> Iterator[tuple[int, Any]]:
-        if self._next_letter() != "[":
-            raise JsonError("holds no list")
-        self._move(self._place + 1)
-        while self._next_letter() != "]":
-            yield self._value()
-            letter = self._next_letter()
-            if letter not in (",", "]"):
-                raise self._error("not valid JSON: there must be a comma or a ] behind a value")
-            self._move(self._place + (letter == ","))
-        self._move(self._place + 1)
-        if self._next_letter():
-            raise self._error("not valid JSON: there is more behind the list")
-
-    def _error(self, reason: str) -> JsonError:
-        return JsonError(f"line {self._line}: {reason}")
-
-    def _move(self, place: int) -> None:
-        self._line += self._text.count("\n", self._place, place)
-        self._place = place
-
-    def _read_on(self) -> bool:
-        """Read another block; return whether there was one."""
-        block = next(self._blocks, "")
-        self._text, self._place = self._text[self._place :] + block, 0
-        return bool(block)
-
-    def _next_letter(self) -> str:
-        """Go on to the next letter that is no space and return it; empty at the end."""
-        while True:
-            while self._text[self._place : self._place + 1] in _SPACES:
-                self._move(self._place + 1)
-            if self._place < len(self._text) or not self._read_on():
-                return self._text[self._place : self._place + 1]
-
-    def _value(self) -> tuple[int, Any]:
-        while True:
-            try:
-                value, end = _decoded(lambda: self._decoder.raw_decode(self._text, self._place))
-                problem = None
-            except _Malformed as error:  # or cut by the end of what was read
-                problem, value, end = error, None, len(self._text)
-            if end - self._place > self._longest:
-                raise self._error(f"a value is longer than {self._longest:,} letters")
-            # A number that ends with what was read, or before a dot there, may go on as well.
-            if self._text[end : end + 1] in (",", "]", *_SPACES):
-                break
-            if not self._read_on():
-                if problem:
-                    raise self._error(f"not valid JSON: {problem.reason}")
-                break
-        _refuse_unwritable(value)
-        num_letters = end - self._place
-        self._move(end)
-        return num_letters, value
-
-
-class _Malformed(JsonError):
-    """A JSON text breaks off, or holds a letter that cannot stand there."""
-
-    def __init__(self, error: json.JSONDecodeError):
-        super().__init__(f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}")
-        self.reason = error.msg
-
-
-def _decoded(decode: Callable[[], Any]) -> Any:
     try:
-        return decode()
+        value = json.loads(text, object_pairs_hook=object_pairs_hook)
     except json.JSONDecodeError as error:
-        raise _Malformed(error) from None
+        raise JsonError(f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
     except RecursionError:
         raise JsonError(f"not usable JSON: nested more than {MAX_DEPTH} brackets deep") from None
     except ValueError as error:  # a number of thousands of digits, or what the hook refuses
         raise JsonError(f"not usable JSON: {error}") from None
+    _refuse_unwritable(value)
+    return value
 
 
 def _refuse_unwritable(value: Any) -> None:
@@ -151,17 +62,9 @@ def _refuse_unwritable(value: Any) -> None:
                 inside += [*part.keys(), *part.values()]
             elif isinstance(part, list):
                 inside += part
-            elif isinstance(part, str) and not _is_utf8(part):
+            elif isinstance(part, str) and _SURROGATE.search(part):
                 raise JsonError("not usable JSON: half of a surrogate pair, such as \\ud800 alone, is no letter")
         level, depth = inside, depth + 1
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_text(path: Path) -> str:

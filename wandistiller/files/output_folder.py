@@ -4,12 +4,12 @@ import contextlib
 import os
 import re
 import tempfile
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 from wandistiller.errors import UserError, shown
-from wandistiller.files.atomic import remove_all_leftovers
+from wandistiller.files.atomic import locked, remove_all_leftovers
 from wandistiller.files.paths import nearest_existing
 
 MAX_NAME_BYTES = 255  # of a file or folder, on almost every file system
@@ -57,36 +57,29 @@ def check_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
 
 
 def check_writable(path: str | Path, flag: str) -> None:
-    """Refuse a folder that cannot be written to or made, as far as its permissions tell, without touching anything."""
+    """Refuse a folder where no file can be made, whatever its permissions say, as in /proc; nothing is left there."""
     existing = nearest_existing(check_output_folder(path, flag).absolute())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path}: cannot be written to (Permission denied); give another folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise _cannot_be_written(path, flag, error) from None
 
 
 def prepare_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
-    """Create the folder, prove that it can be written to, and remove what killed processes left of files in it."""
+    """Create the folder, check that it can be written to, and remove what killed processes left of files in it."""
     folder = check_output_folder(path, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_be_written(folder, flag, error) from None
-    prove_writable(folder, flag)
+    check_writable(folder, flag)
     for place in (folder, folder / SAMPLES_NAME):
         remove_all_leftovers(place)
     return folder
 
 
-def prove_writable(folder: Path, flag: str) -> None:
-    """Refuse a folder where no file can be made, whatever its permissions say, as in /proc; nothing is left there."""
-    folder = nearest_existing(folder.absolute())
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _cannot_be_written(folder, flag, error) from None
-
-
-def _cannot_be_written(folder: Path, flag: str, error: OSError) -> UserError:
+def _cannot_be_written(folder: str | Path, flag: str, error: OSError) -> UserError:
     return UserError(f"{flag} {folder}: cannot be written to ({error.strerror}); give another folder")
 
 
@@ -116,68 +109,25 @@ def locked_folder(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another run has it.
     """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
+    with locked(folder.resolve()) as is_ours:
+        if is_ours is False:
+            raise UserError(
+                f"--output_dir {folder}: another run is writing to it; wait for its end, stop it, or give another folder"
+            )
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"--output_dir {folder}: another run is writing to it; wait for its end, stop it, or give another folder"
-                ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def set_aside_previous_student(folder: Path) -> Path | None:
     """Move what an earlier run left into a folder of its own, so that a new student never replaces it silently."""
-    if not any((folder / name).exists() for name in STUDENT_NAMES) and not any(folder.glob("checkpoints/*.json")):
-        # Such a run was stopped before there was anything of it to keep. metrics.jsonl and samples/ say all that the event
-        # files do, and TensorBoard would list these beside those of the run that starts now, as a run of its own.
-        _remove_event_files(folder / TENSORBOARD_NAME)
     # A link that leads nowhere would be in the way as well:
     previous = [folder / name for name in _OF_A_RUN if os.path.lexists(folder / name) and _is_ours(folder / name)]
     if not previous:
         return None
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    aside = next(
-        path
-        for count in range(1000)
-        if not (path := folder / (f"replaced-{stamp}" + (f"-{count}" if count else ""))).exists()
-    )
+    aside = folder / datetime.now().strftime("replaced-%Y%m%d-%H%M%S-%f")
     aside.mkdir()
     for path in previous:
         path.rename(aside / path.name)
     return aside
-
-
-def _remove_event_files(folder: Path) -> None:
-    """Remove TensorBoard's files, and their folder if it holds nothing else."""
-    if not folder.is_dir() or folder.is_symlink():
-        return
-    for file in folder.glob("events.out.tfevents.*"):
-        file.unlink()
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def check_replaceable(folder: Path, names: Iterable[str], flag: str = "--output_dir") -> None:
-    """Refuse a folder in which another folder lies in the place of a file that will be written.
-
-    Raises:
-        UserError: it would only come out once the work is done.
-    """
-    for name in names:
-        if (folder / name).is_dir() and not (folder / name).is_symlink():
-            raise UserError(
-                f"{flag} {folder}: {name} is a folder there, and a file of that name is to be written; move it away"
-            )
 
 
 def _is_ours(path: Path) -> bool:
@@ -191,14 +141,14 @@ def has_mark(path: Path) -> bool:
 
 
 def check_evaluation_is_ours(folder: Path, flag: str) -> None:
-    """Refuse a folder whose evaluation.json or teacher_vs_student.png a person put there: ours say how they were made.
+    """Refuse a folder whose evaluation.json or teacher_vs_student.png a person put there, be it a folder: ours say how they were made.
 
     Raises:
         UserError: names the file.
     """
     for name, marks in ((EVALUATION_NAME, b'"wandistiller_version"'), (COMPARISON_NAME, b"num_inference_steps")):
         file = folder / name
-        if file.is_file() and marks not in file.read_bytes():
+        if os.path.lexists(file) and not (file.is_file() and marks in file.read_bytes()):
             raise UserError(f"{flag} {folder}: {name} there was not written by evaluate_student.py; move it away")
 
 

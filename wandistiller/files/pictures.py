@@ -4,7 +4,7 @@ A picture is a uint8 array (H, W, 3). Pillow is imported where it is used.
 """
 
 import io
-from bisect import bisect_right
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -82,36 +82,16 @@ def escaped(text: str, font: "FreeTypeFont") -> str:
     return "".join(spelt.get(letter, letter) for letter in text) if spelt else text
 
 
-def _fitting_length(word: str, width: float, font) -> int:
-    """Return how many letters of a word fit into `width` pixels, but at least one."""
-    return max(1, bisect_right(range(1, len(word) + 1), width, key=lambda length: font.getlength(word[:length])))
+def wrap(text: str, width: float, font: "FreeTypeFont", max_lines: int = MAX_CAPTION_LINES) -> list[str]:
+    """Cut a text into lines no wider than `width` pixels; a word that is too wide is broken.
 
-
-def wrap(text: str, width: float, font, max_lines: int = MAX_CAPTION_LINES) -> list[str]:
-    """Cut a text into lines no wider than `width` pixels; a word that is too wide by itself is broken.
-
-    Text for more than `max_lines` ends in an ellipsis, and costs no more time than what is shown of it. Lines are measured
-    in pixels, since textwrap counts letters and those of a Chinese prompt are twice as wide as Latin ones.
+    Text for more than `max_lines` ends in an ellipsis, and costs no more time than what is shown of it.
     """
-    max_chars = max(1, int(width))  # letters are more than a pixel wide, so no line has more of them
-
-    def fits(line: str) -> bool:
-        return len(line) <= max_chars and font.getlength(line) <= width
-
+    text = text[: max_lines * int(width)]  # letters are more than a pixel wide
     lines: list[str] = []
-    for word in text.split():
-        if lines and fits(f"{lines[-1]} {word}"):
-            lines[-1] += f" {word}"
-            continue
-        while word and len(lines) <= max_lines:
-            length = _fitting_length(word[:max_chars], width, font)
-            lines.append(word[:length])
-            word = word[length:]
-        if len(lines) > max_lines:
-            lines = lines[:max_lines]
-            while lines[-1] and not fits(f"{lines[-1]}..."):
-                lines[-1] = lines[-1][:-1]
-            lines[-1] += "..."
+    for num_letters in range(int(width / font.getlength("i")), 3, -1):  # lines of as many letters as fit
+        lines = textwrap.wrap(text, num_letters, max_lines=max_lines, placeholder="...")
+        if all(font.getlength(line) <= width for line in lines):
             break
     return lines
 

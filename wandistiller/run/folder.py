@@ -10,8 +10,6 @@ from wandistiller.budget.report import OutOfMemory
 from wandistiller.command_line import command_words, torchrun_environment
 from wandistiller.device import is_out_of_memory
 from wandistiller.files.output_folder import (
-    STUDENT_NAMES,
-    check_replaceable,
     locked_folder,
     prepare_output_folder,
     removed_if_empty,
@@ -143,8 +141,6 @@ def open_folder(settings: Settings) -> Iterator[Folder]:
             neutral=NEUTRAL,
         )
         resume_from = None if settings.overwrite else checkpoints.newest()
-        if resume_from is not None:  # else what is there is set aside
-            check_replaceable(path, STUDENT_NAMES)
         check_disk(checkpoints, settings)
         yield Folder(path, checkpoints, None).resuming_from(resume_from, settings)
     leave()

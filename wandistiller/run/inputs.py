@@ -26,14 +26,11 @@ def read_inputs(flags: Flags) -> Inputs:
     """
     check_flags(flags)
     data, output = flags.data, flags.output
-    paths = {
-        "teacher_path": data.teacher_path,
-        "data_path": data.data_path,
-        "student_config": flags.student.student_config,
-    }
-    check_is_in_clone("student_config", paths)
-    config = StudentConfig.load(flags.student.student_config)
-    check_is_in_clone("data_path", paths)
+    student_config = flags.student.student_config
+    check_is_in_clone(
+        {"student_config": student_config, "data_path": data.data_path, "teacher_path": data.teacher_path}
+    )
+    config = StudentConfig.load(student_config)
     prompts = read_prompts(
         data.data_path,
         data.caption_column,
@@ -42,6 +39,5 @@ def read_inputs(flags: Flags) -> Inputs:
         eval_prompts=None if output.eval_every == 0 else output.eval_prompts,
         prompt_per=data.prompt_per,
     )
-    check_is_in_clone("teacher_path", paths)
     check_output_folder(output.output_dir)
     return Inputs(config, prompts)
