@@ -49,11 +49,4 @@ def test_a_run_says_what_was_chosen_and_the_student_records_it(train, teachers, 
     assert record["lr"] == suggested_lr("muon", PRUNED_CONFIG["hidden_size"], 4)
     assert record["num_teacher_batches"] == 3 and read_metrics(tmp_path / "out")[-1]["teacher_calls"] == 3
     assert "Steps: 12 of 4 samples, muon at 0.001" in outcome.out
-    assert "Hint: 12 steps are enough to try things out" in outcome.out and "Hint: --lr" not in outcome.out
-
-
-@pytest.mark.parametrize("lr, side", [("1e-5", "100 times below"), ("0.1", "100 times above")])
-def test_a_learning_rate_far_from_the_wanted_one_is_told_of_and_kept(train, teachers, tmp_path, lr, side):
-    outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, "--batch_size", 4, "--lr", lr)
-    assert outcome.code == 0 and StudentConfig.load(tmp_path / "out").distillation["lr"] == float(lr)
-    assert f"Hint: --lr {float(lr):g} is {side} 0.001" in outcome.out
+    assert "Hint: 12 steps are enough to try things out" in outcome.out

@@ -4,7 +4,6 @@ They stand for flags that are left out; docs/measurements.md has the measurement
 """
 
 import math
-from collections.abc import Iterator
 
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import BACKWARD_PASSES, num_image_tokens, transformer_flops
@@ -15,8 +14,6 @@ MEASURED_WIDTH, MEASURED_SAMPLES = 128, 64
 WARMUP_SHARE, MAX_WARMUP_STEPS = 0.04, 500
 # An answer is learnt from so often at least, however cheap it is; and at most, since more often it would be memorised.
 MIN_REPLAY, MAX_REPLAY = 4, 8
-# A learning rate that is off by more than this factor, and a run of fewer steps than this, are told of.
-FAR, FEW_STEPS = 5.0, 300
 TYPICAL_TEXT_TOKENS = 64  # the ratio of two models' FLOPs hardly depends on the text
 
 
@@ -56,19 +53,3 @@ def suggested_replay(
     answer = guided_fraction * guided + (1 - guided_fraction) * plain
     forward = transformer_flops(student, num_image_tokens(student, latent_size), TYPICAL_TEXT_TOKENS)
     return min(max(round(calls_per_target * answer / ((1 + BACKWARD_PASSES) * forward)), MIN_REPLAY), MAX_REPLAY)
-
-
-def hints(lr: float, wanted_lr: float, num_steps: int) -> Iterator[str]:
-    """Yield a line for each of the values that is far from what a student learns well with."""
-    factor = max(lr / wanted_lr, wanted_lr / lr)
-    if factor > FAR:
-        side = "below" if lr < wanted_lr else "above"
-        yield (
-            f"--lr {lr:g} is {factor:.0f} times {side} {wanted_lr:g}, with which students of this width and batch learn best; "
-            "leave it out for that"
-        )
-    if num_steps < FEW_STEPS:
-        yield (
-            f"{num_steps} steps are enough to try things out, not to learn to draw, which takes thousands; --teacher_calls, "
-            "--max_steps or --num_epochs make it longer"
-        )

@@ -13,6 +13,7 @@ from wandistiller.files.clone import DEMO_TEACHER
 from wandistiller.flags import (
     LORA_FLAG,
     PROMPT_PER,
+    ComputeFlags,
     FlagParser,
     TeacherFlags,
     build,
@@ -34,6 +35,8 @@ STATES = {
 }
 REPORTS = ["none", "wandb", "trackio"]
 LR_SCHEDULERS = ["constant", "linear", "cosine"]
+COUNT, COUNT_OR_0, SHARE = number(int, low=1), number(int, low=0), number(float, low=0, high=1)
+RANGE: dict[str, Any] = {"nargs": 2, "type": SHARE, "metavar": ("LOW", "HIGH")}
 
 
 def cache_part(text: str) -> tuple[int, int]:
@@ -46,11 +49,6 @@ def cache_part(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def demo(name: str) -> str:
-    """Return the default of a flag with the demo teacher, for its help text."""
-    return f"(with the demo teacher {DEMO[name]})"
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataFlags(TeacherFlags):
     """What is read: the teacher, its text encoder and VAE, and the prompts."""
@@ -59,22 +57,19 @@ class DataFlags(TeacherFlags):
         "folder, .safetensors or .gguf file, hub id, or mock (random weights, no download)", DEMO_TEACHER, type=path
     )
     teacher_lora: list[tuple[str, float]] | None = flag(
-        "a Wan LoRA (.safetensors) to merge into the teacher, the high-noise expert of two; may be given several times",
-        **LORA_FLAG,
+        "a Wan LoRA to merge into the teacher, the high-noise expert of two; may be given several times", **LORA_FLAG
     )
     data_path: str = flag(
-        "prompts: a text file, a table (.csv, .tsv, .jsonl, .json, .parquet), a folder or a glob of these, or a folder of prompt "
-        f"templates {demo('data_path')}",
+        "prompts: text file, table (.csv, .tsv, .jsonl, .json, .parquet), folder or glob of these, or folder of templates",
         "data/static_prompts.txt",
         type=path,
     )
     caption_column: str | None = flag(
-        "column of tables with the prompts (left out: the one called caption, prompt or text, or the only one of text)"
+        "column of tables with the prompts (left out: caption, prompt, text or the only one)"
     )
     prompt_per: str | None = flag(**PROMPT_PER)
     num_prompts: int | None = flag(
-        "different prompts to draw from --data_path (left out: all of a file, 4096 of templates)",
-        type=number(int, low=1, high=2**20),
+        "different prompts to draw (left out: all of a file, 4096 of templates)", type=number(int, low=1, high=2**20)
     )
     prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
 
@@ -84,13 +79,10 @@ class StudentFlags:
     """What the student looks like, and what it starts from."""
 
     student_config: str = flag("shape of the student", "config/demo_student_config.json", type=path)
-    init: str = flag(
-        "initial weights: the teacher's, projected, or random", "projection", choices=["projection", "random"]
-    )
+    init: str = flag("initial weights: of the teacher, or random", "projection", choices=["projection", "random"])
     init_expert: str = flag("expert of two that initialises the student", "high", choices=["high", "low"])
     image_sizes: list[ImageSize | AspectRatio] | None = flag(
-        "sizes to train at in turn, one per step: WxH in pixels, or W:H for a ratio of about image_size^2 pixels, such as 1:1 "
-        "640x384 (left out: image_size x image_size)",
+        "sizes to train at in turn: WxH in pixels, or W:H for a ratio of image_size^2 pixels (left out: image_size alone)",
         nargs="+",
         type=size_or_ratio,
         metavar="SIZE",
@@ -104,19 +96,14 @@ class GuidanceFlags:
 
     guidance_scale: float | None = flag("g of v_uncond + g (v_cond - v_uncond); 1 is off", type=number(float, low=0))
     guidance_scale_2: float | None = flag("g of the low-noise expert", type=number(float, low=0))
-    boundary_ratio: float | None = flag("lowest sigma of the high-noise expert", type=number(float, low=0, high=1))
+    boundary_ratio: float | None = flag("lowest sigma of the high-noise expert", type=SHARE)
     negative_prompt: str | None = flag("negative prompt (Wan's own, less the words against stills)")
     shift: float | None = flag("warp of the noise levels, shift u / (1 + (shift - 1) u)", type=number(float, above=0))
-    guidance_range: list[float] | None = flag(
-        "noise levels with guidance; one pass of the teacher instead of two at the others (left out: all)",
-        nargs=2,
-        type=number(float, low=0, high=1),
-        metavar=("LOW", "HIGH"),
-    )
+    guidance_range: list[float] | None = flag("noise levels with guidance (left out: all)", **RANGE)
     teacher_steps: int | None = flag("sampling steps of the teacher", type=number(int, low=1, high=1000))
     teacher_sampler: str | None = flag(
-        "unipc: a teacher of all noise levels, as the released Wans; euler: one distilled to few steps, asked at their noise "
-        "levels alone (left out: euler for --teacher_steps of 8 or fewer)",
+        "unipc: all noise levels, as the released Wans; euler: those of --teacher_steps alone, as teachers distilled to few "
+        "steps (left out: euler for --teacher_steps of 8 or fewer)",
         choices=["unipc", "euler"],
     )
 
@@ -178,36 +165,26 @@ class ObjectiveFlags:
 class OptimizationFlags:
     """How long and how fast the student learns."""
 
-    max_steps: int | None = flag("optimizer steps of the run", type=number(int, low=1))
-    num_epochs: int | None = flag(
-        "passes over the prompts, where --max_steps is left out (default: 1, unless --teacher_calls are given)",
-        type=number(int, low=1),
-    )
+    max_steps: int | None = flag("optimizer steps of the run", type=COUNT)
+    num_epochs: int | None = flag("passes over the prompts, where --max_steps is left out (default: 1)", type=COUNT)
     teacher_calls: int | None = flag(
-        "teacher batches of the run, --replay optimizer steps for each, where neither of these is given "
-        f"{demo('teacher_calls')}",
-        type=number(int, low=1),
+        "teacher batches of the run, where both are left out; --replay optimizer steps for each", type=COUNT
     )
-    batch_size: int = flag(
-        f"samples per process and micro-batch; a step has this x --grad_accum_steps x processes {demo('batch_size')}",
-        4,
-        type=number(int, low=1),
-    )
-    grad_accum_steps: int = flag("micro-batches per optimizer step (gradient accumulation)", 1, type=number(int, low=1))
+    batch_size: int = flag("samples per process and micro-batch", 4, type=COUNT)
+    grad_accum_steps: int = flag("micro-batches per optimizer step (gradient accumulation)", 1, type=COUNT)
     lr: float | None = flag(
         "peak learning rate (default: by the optimizer, the student's width and the samples of a step)",
         type=number(float, above=0, high=1e9),
     )
     lr_scheduler: str = flag("learning rate after its warm-up: kept, or down to zero", "cosine", choices=LR_SCHEDULERS)
     lr_warmup_steps: int | None = flag(
-        "steps of a linear rise from zero (default: 4 % of all, 500 at most)", type=number(int, low=0)
+        "steps of a linear rise from zero (default: 4 % of all, at most 500)", type=COUNT_OR_0
     )
     ema_decay: float = flag(
-        "EMA decay of the saved weights; 0 turns EMA off", 0.999, type=number(float, low=0, high=0.999999)
+        "EMA decay of the saved weights; 0: no EMA", 0.999, type=number(float, low=0, high=0.999999)
     )
     optimizer: str = flag(
-        "adamw; adamw8bit: its moments in 8 bits (needs pip install bitsandbytes); muon: orthogonalised updates for the "
-        "matrices of the student's blocks, adamw for the rest",
+        "muon for matrices of blocks, adamw for the rest; adamw; adamw8bit: moments in 8 bits (pip install bitsandbytes)",
         "muon",
         choices=["muon", "adamw", "adamw8bit"],
     )
@@ -217,21 +194,16 @@ class OptimizationFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerformanceFlags:
+class PerformanceFlags(ComputeFlags):
     """Where and in which precision the run computes."""
 
-    device: str | None = flag("cpu, cuda, cuda:1, ... (cuda if there is one)")
-    dtype: str | None = flag(
-        "precision of matrix products and of the teacher's weights (bf16 on cuda, else fp32)", choices=["fp32", "bf16"]
-    )
     teacher_dtype: str | None = flag(
-        "precision of the teacher's weights (that of --dtype); fp8: one byte per weight of its blocks, products in --dtype",
+        "of the teacher's weights (that of --dtype); fp8: a byte per weight of its blocks",
         choices=["fp32", "bf16", "fp8"],
     )
     teacher_offload: bool = switch("keep a two-expert teacher in host memory, the expert in use on the device")
     shard: str | None = flag(
-        "under torchrun: shard the student (with gradients, EMA, optimizer), the teacher or, without a value, both over the "
-        "processes (FSDP2); left out: a whole copy in each (DDP)",
+        "under torchrun: shard student, teacher or, without a value, both (FSDP2); left out: a copy in each process (DDP)",
         nargs="?",
         const="both",
         choices=["student", "teacher", "both"],
@@ -246,41 +218,29 @@ class OutputFlags:
 
     output_dir: str = flag("folder for the student", "outputs/demo", type=path)
     save_every: int = flag(
-        "steps between checkpoints; the same command resumes from the newest; 0: none",
-        500,
-        type=number(int, low=0),
+        "steps between checkpoints, from which the same command resumes; 0: none", 500, type=COUNT_OR_0
     )
-    keep_checkpoints: int = flag("number of newest checkpoints to keep", 2, type=number(int, low=1))
+    keep_checkpoints: int = flag("number of newest checkpoints to keep", 2, type=COUNT)
     overwrite: bool = switch("start anew where the output folder holds checkpoints; what is there is kept beside")
     eval_every: int | None = flag(
-        "steps between measurements of the held-out error; 0: none (left out: about 6 in all, if they cost less than 2 %)",
-        type=number(int, low=0),
+        "steps between measurements of the held-out error; 0: none (left out: about 6 in all, if cheap)",
+        type=COUNT_OR_0,
     )
     eval_prompts: str | None = flag(
-        f"file of held-out prompts (left out: those that templates hold out, else the first of --data_path) {demo('eval_prompts')}",
-        type=path,
+        "file of held-out prompts (left out: those that templates hold out, else the first of --data_path)", type=path
     )
     num_samples: int = flag("prompts to draw after training; 0: none", 8, type=number(int, low=0, high=64))
-    dry_run: bool = switch(
-        "check everything, print memory, disk and compute of the run, and whether it fits; write nothing"
-    )
-    assume_gpu_gib: float | None = flag(
-        "with --dry_run: memory of the GPU to plan for, where it is not the one here", type=number(float, above=0)
-    )
-    sample_every: int = flag(
-        f"steps between such pictures while it trains; 0: none {demo('sample_every')}", 0, type=number(int, low=0)
-    )
-    report: str = flag(
-        "send losses and pictures to wandb or trackio as well (pip install the one you name)", "none", choices=REPORTS
-    )
+    sample_every: int = flag("steps between such pictures while it trains; 0: none", 0, type=COUNT_OR_0)
+    report: str = flag("send losses and pictures to a tracker too (pip install it)", "none", choices=REPORTS)
+    dry_run: bool = switch("check everything, print what the run takes and whether it fits; write nothing")
+    assume_gpu_gib: float | None = flag("with --dry_run: memory of a GPU that is not here", type=number(float, above=0))
     preset: str | None = flag(
-        f"flags of a real run by teacher and student: {', '.join(PRESETS)}; typed flags override them (docs/training.md)",
+        f"flags of a real run by teacher and student, under those that are typed: {', '.join(PRESETS)}",
         choices=[*PRESETS],
         metavar="NAME",
     )
     print_config: str | None = flag(
-        "print a student_config.json for this teacher, and on stderr what its keys mean; nothing else is done",
-        choices=[*READY_CONFIGS],
+        "print a student_config.json for this teacher, and on stderr what its keys mean", choices=[*READY_CONFIGS]
     )
 
 
@@ -312,7 +272,9 @@ def parse_args(
     Args:
         defaults: of flags, instead of their general ones.
     """
-    parser = FlagParser(prog, "Distil a Wan checkpoint into a small 2D image student.", flags=Flags)
+    beside_demo = " ".join(f"--{name} {value}" for name, value in DEMO.items())
+    about = f"Distil a Wan checkpoint into a small 2D image student.\n\nThe demo teacher brings {beside_demo}."
+    parser = FlagParser(prog, about, flags=Flags)
     parser.set_defaults(**(defaults or {}))
     typed = parser.parse(argv)
     # These set defaults, so that a flag that is typed beside them counts instead:

@@ -5,21 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wandistiller.command_line import command_words
-from wandistiller.files.clone import DEMO_HELD_OUT_PROMPTS, DEMO_WORLD, HELD_OUT_PROMPTS
+from wandistiller.files.clone import HELD_OUT_PROMPTS
 from wandistiller.files.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.reports.metrics import (
-    bucket_name,
     held_out_error,
     held_out_text,
     loss_change,
-    loss_change_by_sigma,
     read_metrics,
     rise_of_held_out,
     training_seconds,
 )
 from wandistiller.reports.progress import format_duration
-from wandistiller.run.defaults import hints, suggested_lr
 from wandistiller.run.folder import SCRIPT, Folder, typed_command
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
@@ -29,31 +26,30 @@ from wandistiller.walk.cache import TeacherCache
 from wandistiller.wan.settings import warnings_about
 from wandistiller.wan.wan_files import WanFiles
 
-MAX_SHOWN_LEVELS = 8
+FEW_STEPS = 300  # a run of fewer is told so
 SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME]
-# A teacher of a world of its own may hold prompts of that world, which its training has not met, in a file of this name.
-OWN_HELD_OUT_PROMPTS = "heldout_prompts.txt"
 
 
 # ---- before it begins ----
 
 
 def print_settings(settings: Settings) -> None:
-    """Print what is trained from what, and how many samples a step takes where that is not --batch_size alone."""
+    """Print what is trained from what, and what of it asks for a second look."""
     config, wan_files, teacher = settings.config, settings.wan_files, settings.teacher
     print(f"Teacher: {wan_files.location} ({' + '.join(wan_files.experts)}), {teacher.summary()}")
-    for line in [*lora_lines(wan_files), wan_files.left_out()]:
-        if line:
-            print(line)
-    print(
-        f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; "
-        f"{sizes_text(settings)}"
+    lines = [*lora_lines(wan_files), wan_files.left_out()]
+    size = f"{config.image_size} px = {'x'.join(map(str, settings.latent_shapes[0]))} latents"
+    if not settings.has_one_square_size:
+        size = f"in turn at {', '.join(map(str, settings.image_sizes))} px (width x height)"
+    lines.append(
+        f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; {size}"
     )
     if levels := [f"{level:.4g}" for level in settings.teacher_levels]:
-        shown = levels if len(levels) <= MAX_SHOWN_LEVELS else [*levels[: MAX_SHOWN_LEVELS - 2], "...", levels[-1]]
-        print(f"Teacher's {len(levels)} noise levels, and no others: {', '.join(shown)} (--teacher_sampler euler)")
-    for warning in warnings_about(wan_files, teacher, config):
-        print(f"Warning: {warning}")
+        lines.append(
+            f"Teacher's {len(levels)} noise levels, and no others: {', '.join(levels)} (--teacher_sampler euler)"
+        )
+    lines += [f"Warning: {warning}" for warning in warnings_about(wan_files, teacher, config)]
+    print("\n".join(filter(None, lines)))
     print_steps(settings)
 
 
@@ -64,8 +60,11 @@ def print_steps(settings: Settings) -> None:
         f"Steps: {settings.num_steps} of {total} samples, {own.optimizer} at {own.lr:g} after {own.lr_warmup_steps} of warm-up, "
         f"{settings.replay} for each teacher batch"
     )
-    for hint in hints(own.lr, suggested_lr(own.optimizer, settings.config.hidden_size, total), settings.num_steps):
-        print(f"Hint: {hint}")
+    if settings.num_steps < FEW_STEPS:
+        print(
+            f"Hint: {settings.num_steps} steps are enough to try things out, not to learn to draw, which takes thousands; "
+            "--teacher_calls, --max_steps or --num_epochs make it longer"
+        )
     if total != settings.batch_size:
         parts = [f"--batch_size {settings.batch_size}", f"--grad_accum_steps {settings.grad_accum_steps}"]
         print(f"Samples a step: {' x '.join([*parts, f'{settings.processes.count} processes'])} = {total}")
@@ -88,13 +87,6 @@ def lora_lines(wan_files: WanFiles) -> list[str]:
     return lines
 
 
-def sizes_text(settings: Settings) -> str:
-    """Return the sizes that the student is trained at, and their latents."""
-    if settings.has_one_square_size:
-        return f"{settings.config.image_size} px = {'x'.join(map(str, settings.latent_shapes[0]))} latents"
-    return f"in turn at {', '.join(map(str, settings.image_sizes))} px (width x height)"
-
-
 # ---- when it is over ----
 
 
@@ -113,7 +105,7 @@ def print_end(settings: Settings, folder: Folder, result: TrainingResult, calls:
     if result.interrupted and settings.save_every:
         print(f"To resume:\n  {resume_command(SCRIPT, settings.command)}")
     elif settings.vae_location is not None and not result.interrupted:
-        prompts_file = settings.eval_prompts or held_out_prompts(settings.wan_files)
+        prompts_file = settings.eval_prompts or HELD_OUT_PROMPTS
         print("\n  ".join(["Next:", *next_commands(path, settings.prompts[0], prompts_file, settings.vae_path)]))
 
 
@@ -132,12 +124,10 @@ def memorising_line(lines: Sequence[dict], replay: int) -> str | None:
     if rise is None:
         return None
     (lowest_step, lowest), (last_step, last) = rise
-    advice = (
-        f"give a smaller --replay than {replay}, or more prompts" if replay > 1 else "give more prompts or fewer steps"
-    )
     return (
         f"Warning: the held-out error rose from {lowest:.3f} at step {lowest_step} to {last:.3f} at step {last_step}; if the loss "
-        f"fell meanwhile, the student learns its answers by heart: {advice}"
+        "fell meanwhile, the student learns its answers by heart: give more prompts"
+        + (f", or a smaller --replay than {replay}" if replay > 1 else ", or fewer steps")
     )
 
 
@@ -154,57 +144,25 @@ def summary_lines(folder: Path, calls: str) -> list[str]:
     config, steps = StudentConfig.load(folder), read_metrics(folder / METRICS_NAME)
     record, errors = config.distillation, held_out_error(steps)
     first, last = loss_change(steps)
-    loss = (
-        ""
-        if first is None or last is None
-        else f"{first:.4g} over the first tenth of the steps, {last:.4g} over the last"
-    )
     sizes = ", ".join(StudentRecord.of(config).image_sizes or [str(config.image_size)])
-    before = {
+    rows = {
         "teacher": f"{record['teacher_path']}; {calls}",
         "student": f"{config.num_parameters:,} parameters, {config.block}, {sizes} px",
         "time": f"{format_duration(training_seconds(steps))} of training, {record['batch_size']} samples a step",
-        "loss": loss,
-    }
-    after = {
-        "held out": held_out_text(errors) if errors else "",
+        "loss": last and f"{first:.4g} over the first tenth of the steps, {last:.4g} over the last",
+        "held out": errors and held_out_text(errors),
         "files": f"{folder}: {', '.join(name for name in SHOWN_FILES if (folder / name).exists())}",
     }
-    rows = [[_row(name, text) for name, text in part.items() if text] for part in (before, after)]
-    return [*rows[0], *_by_sigma(steps), *rows[1]]
-
-
-def _by_sigma(lines: Sequence[dict]) -> list[str]:
-    """Return the losses of each noise level below one another: at first, and at last."""
-    changes = loss_change_by_sigma(lines)
-    names = [bucket_name(bucket, len(changes)) for bucket in range(len(changes))]
-    rows = {"by sigma": names} | {
-        when: ["-" if change[index] is None else f"{change[index]:.2g}" for change in changes]
-        for index, when in enumerate(("  first", "  last"))
-    }
-    return [_row(name, "".join(f"{cell:<9}" for cell in cells).rstrip()) for name, cells in rows.items() if cells]
-
-
-def _row(name: str, text: str) -> str:
-    return f"  {name:<9} {text}"
-
-
-def held_out_prompts(wan_files: WanFiles) -> str:
-    """Return a file of prompts that no run of ours trains on: the teacher's own, else those of the demo's world or general ones."""
-    own = Path(wan_files.location) / OWN_HELD_OUT_PROMPTS
-    if own.is_file():
-        return str(own)
-    return DEMO_HELD_OUT_PROMPTS if wan_files.record.get("world") == DEMO_WORLD else HELD_OUT_PROMPTS
+    return [f"  {name:<9} {text}" for name, text in rows.items() if text]
 
 
 def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | None = None) -> list[str]:
     """Return the commands that measure a finished student and draw a prompt with it."""
-    vae = ["--vae_path", vae_path] if vae_path else []
-    student = [*command_words("evaluate_student.py"), "--student", str(folder), "--prompts_file", prompts_file, *vae]
-    pictures = ["--prompt", prompt, "--output", str(folder / "pictures"), *vae]
+    student, vae = ["--student", str(folder)], ["--vae_path", vae_path] if vae_path else []
+    pictures = ["--prompt", prompt, "--output", str(folder / "pictures")]
     return [
-        shlex.join(student),
-        shlex.join([*command_words("generate_images.py"), "--student", str(folder), *pictures]),
+        shlex.join([*command_words("evaluate_student.py"), *student, "--prompts_file", prompts_file, *vae]),
+        shlex.join([*command_words("generate_images.py"), *student, *pictures, *vae]),
     ]
 
 
