@@ -155,7 +155,7 @@ def workflow_file(target: Path) -> Path:
 
 def find_parts(flags: PartsFlags, config: StudentConfig) -> DrawingParts:
     """Find VAE, text encoder and tokenizer of a pipeline, and check that they are those of the student."""
-    from wandistiller.wan.vae import LatentStatistics, check_statistics
+    from wandistiller.wan.vae import check_statistics
 
     given = TeacherFlags(**vars(flags))
     needs_teacher = not (flags.vae_path and flags.text_encoder_path)
@@ -167,11 +167,7 @@ def find_parts(flags: PartsFlags, config: StudentConfig) -> DrawingParts:
             "as diffusers or original"
         )
     record, theirs = StudentRecord.of(config), parts.vae.config
-    check_statistics(
-        LatentStatistics(record.latents_mean, record.latents_std),
-        LatentStatistics(theirs.latents_mean, theirs.latents_std),
-        Path(flags.vae_path or teacher),
-    )
+    check_statistics(record.latents_mean, record.latents_std, theirs, Path(flags.vae_path or teacher))
     return parts
 
 

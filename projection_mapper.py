@@ -130,7 +130,7 @@ def project(flags: ProjectFlags) -> None:
     from wandistiller.projection.project import REPORT_NAME, project_teacher
     from wandistiller.projection.selection import check_fits
     from wandistiller.wan.layouts import open_teacher
-    from wandistiller.wan.lora import merge_loras
+    from wandistiller.wan.wan_files import merge_loras
 
     # The teacher's files and the output folder are checked before a weight is read:
     config = StudentConfig.load(flags.student_config) if flags.student_config else None

@@ -33,7 +33,8 @@ from wandistiller.projection.project import fresh_student, project_teacher
 from wandistiller.projection.selection import select
 from wandistiller.projection.selection_record import read_made_of
 from wandistiller.wan.layouts import open_wan_files
-from wandistiller.wan.lora import merge_loras, open_lora, shapes_of
+from wandistiller.wan.lora import open_lora
+from wandistiller.wan.wan_files import merge_loras
 
 TEACHER = {"heads": 4, "head_dim": 12, "layers": 5, "ffn_dim": 60, "channels": 16, "text_dim": 20}
 CONFIG = StudentConfig(
@@ -68,7 +69,7 @@ def places(tmp_path_factory):
 
 
 def lora_of(root, name, scale=1.0):
-    return open_lora(root / f"{name}.safetensors", scale, shapes_of(open_wan_files(root / "teacher").expert("high")))
+    return open_lora(root / f"{name}.safetensors", scale, open_wan_files(root / "teacher").expert("high").shapes)
 
 
 def selection_of(root):

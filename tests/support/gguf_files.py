@@ -40,6 +40,13 @@ def is_linear_of_a_block(name: str) -> bool:
     return name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name
 
 
+def finish(writer: gguf.GGUFWriter, path: Path) -> None:
+    writer.write_header_to_file(path=path)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_wan_gguf(
     path: Path,
     *,
@@ -76,9 +83,6 @@ def write_wan_gguf(
         if shapes and name in shapes:
             stored = stored.reshape(shapes[name])
         writer.add_tensor(prefix + name, stored, raw_dtype=gguf.GGMLQuantizationType[stored_as])
-    writer.write_header_to_file(path=path)
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer, path)
     canonical = dict(zip(model.state_dict(), held.values(), strict=True))
     return with_weights(model, canonical)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import projection_mapper
-from support.gguf_files import SHAPE, write_wan_gguf
+from support.gguf_files import SHAPE, finish, write_wan_gguf
 from support.layout_checks import MAX_ERROR, assert_exact, inputs, refusal
 from support.loras import comfyui_keys, merged, random_pairs, write
 from support.runs import PRUNED_CONFIG
@@ -33,8 +33,8 @@ from support.wan_folders import (
 from wandistiller import StudentConfig
 from wandistiller.projection.project import project_teacher
 from wandistiller.wan.layouts import open_wan_files
-from wandistiller.wan.lora import merge_loras
 from wandistiller.wan.transformer_files import teacher_tensor_shapes
+from wandistiller.wan.wan_files import merge_loras
 
 KERNEL = "patch_embedding.weight"
 HALF = {"heads": 1}
@@ -126,7 +126,7 @@ def test_two_files_are_the_two_experts(tmp_path):
     for name, expert in experts.items():
         assert_same_as_diffusers(high, expert, name, low_noise_path=low)
     message = refusal(tmp_path)
-    assert "GGUF files: give one of them by its name" in message and str(high) in message
+    assert "GGUF files are given by their names" in message and str(high) in message
     assert "--teacher_path_low" in message
 
 
@@ -199,10 +199,7 @@ def write_small(path: Path, architecture: str, *tensors: tuple[str, np.ndarray, 
     writer = gguf.GGUFWriter(path=None, arch=architecture)
     for name, values, kind in tensors:
         writer.add_tensor(name, values, raw_dtype=kind)
-    writer.write_header_to_file(path=path)
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer, path)
 
 
 FLOATS = np.zeros((2, 2), np.float32), gguf.GGMLQuantizationType.F32

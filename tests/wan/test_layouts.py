@@ -38,15 +38,17 @@ from support.wan_folders import (
     write_single_file,
     write_transformer_folder,
 )
-from wandistiller.files.weights import file_digest
+from wandistiller.errors import UserError
+from wandistiller.files.weights import kept_digest
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.project import project_teacher
 from wandistiller.wan.layouts import TeacherFileError, open_wan_files
-from wandistiller.wan.lora import merge_loras
 from wandistiller.wan.names import side_of
 from wandistiller.wan.settings import resolve_settings, warnings_about
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
 from wandistiller.wan.transformer_files import teacher_tensor_shapes
+from wandistiller.wan.vae import find_vae
+from wandistiller.wan.wan_files import merge_loras
 
 RELEASED = {  # the structure of each released model at tiny widths
     "Wan2.1-T2V-1.3B": {"heads": 2, "head_dim": 128, "layers": 1, "ffn_dim": 96},
@@ -304,9 +306,9 @@ def test_the_text_encoder_is_in_the_fingerprint_and_large_digests_are_kept(tmp_p
     assert not (tmp_path / "kept").exists()
     with (tmp_path / "large").open("wb") as file:
         file.truncate(2**26)
-    assert file_digest(tmp_path / "large") == hashlib.sha256(bytes(2**26)).hexdigest()
+    assert kept_digest(tmp_path / "large") == hashlib.sha256(bytes(2**26)).hexdigest()
     (digest,) = json.loads((tmp_path / "kept" / "wandistiller" / "digests.json").read_text()).values()
-    assert digest == file_digest(tmp_path / "large")
+    assert digest == kept_digest(tmp_path / "large")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -743,33 +745,55 @@ def test_a_hub_id_offline_is_refused_at_once_with_the_local_alternatives(offline
     assert "hub" in message and "high_noise_model/" in message and "mock" in message
 
 
-def test_a_hub_id_fetches_only_what_is_used(tmp_path, monkeypatch):
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The folder of a hub's repository; of its files only what is asked for comes to the folder of the snapshot beside it."""
     import fnmatch
 
     import huggingface_hub
 
-    write_pipeline_folder(tmp_path / "snapshot", two_experts=True)
-    asked = []
+    repository, snapshot = tmp_path / "repository", tmp_path / "snapshot"
 
     def snapshot_download(repo_id, allow_patterns, ignore_patterns):
-        asked.append((repo_id, allow_patterns, ignore_patterns))
-        return str(tmp_path / "snapshot")
+        for path in (path for path in repository.rglob("*") if path.is_file()):
+            name = str(path.relative_to(repository))
+            is_asked = any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
+            if is_asked and not any(fnmatch.fnmatch(name, pattern) for pattern in ignore_patterns):
+                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, snapshot / name)
+        return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return repository
+
+
+def test_a_hub_id_fetches_only_what_is_used(hub):
+    write_pipeline_folder(hub, two_experts=True)
+    (hub / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    (hub / "a.png").write_bytes(b"a picture")
     wan_files = open_wan_files("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
     assert list(wan_files.experts) == ["high", "low"]
-    assert wan_files.text_encoder().encoder == tmp_path / "snapshot" / "text_encoder"
-    (_, transformers_asked, ignored), (_, encoder_asked, _) = asked
+    got = hub.parent / "snapshot"
+    assert not list(got.rglob("text_encoder/*.safetensors")) and not list(got.rglob("vae/*.safetensors"))
+    assert wan_files.text_encoder().encoder == got / "text_encoder"
+    assert find_vae(None, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 16) == got / "vae"
+    assert not list(got.rglob("*.bin")) and not list(got.rglob("*.png"))
 
-    def is_fetched(name: str, patterns: list[str]) -> bool:
-        return any(fnmatch.fnmatch(name, p) for p in patterns) and not any(fnmatch.fnmatch(name, p) for p in ignored)
 
-    assert is_fetched("transformer_2/diffusion_pytorch_model-00001-of-00012.safetensors", transformers_asked)
-    assert is_fetched("high_noise_model/diffusion_pytorch_model.safetensors.index.json", transformers_asked)
-    assert not is_fetched("text_encoder/model-00001-of-00005.safetensors", transformers_asked)
-    assert is_fetched("text_encoder/model-00001-of-00005.safetensors", encoder_asked)
-    for never in ("vae/diffusion_pytorch_model.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "assets/a.png"):
-        assert not is_fetched(never, transformers_asked + encoder_asked)
+def test_an_original_release_on_the_hub_brings_its_encoder_tokenizer_and_vae(hub):
+    experts = write_original_two_experts(hub, **TINY)
+    for name in ("Wan2.1_VAE.pth", "google/umt5-xxl/spiece.model", "examples/i2v_input.JPG"):
+        (hub / name).parent.mkdir(parents=True, exist_ok=True)
+        (hub / name).write_bytes(b"its content is read later")
+    wan_files = open_wan_files("Wan-AI/Wan2.2-T2V-A14B")
+    assert [expert.config.depth for expert in wan_files.experts.values()] == [len(e.blocks) for e in experts]
+    got = hub.parent / "snapshot"
+    assert not list(got.rglob("*.pth"))
+    vae = find_vae(None, "Wan-AI/Wan2.2-T2V-A14B", 16)
+    with pytest.raises(UserError, match=r"enc-bf16\.pth: is no whole checkpoint"):
+        wan_files.text_encoder()
+    assert vae == got / "Wan2.1_VAE.pth" and (got / "google/umt5-xxl/spiece.model").is_file()
+    assert not list(got.rglob("*.JPG"))
 
 
 def test_huggingface_hub_is_imported_only_for_a_hub_id(tmp_path, monkeypatch):

@@ -39,8 +39,8 @@ from support.wan_folders import (
 from wandistiller.errors import UserError
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.wan.layouts import open_wan_files
-from wandistiller.wan.lora import merge_loras
 from wandistiller.wan.lora_keys import HADAMARD
+from wandistiller.wan.wan_files import merge_loras
 
 TOLERANCE = 1e-5
 
@@ -428,7 +428,7 @@ REFUSED = {
     ),
     "OFT": (plus(f"{BLOCK}.oft_blocks"), ["OFT", "oft_blocks"]),
     "not finite": (not_finite, ["lora_unet_blocks_1_ffn_0.lora_up.weight", "not finite"]),
-    "half of it": (without("self_attn.k.lora_up"), ["one of the two matrices", "blocks.0.attn1.to_k.weight"]),
+    "half of it": (without("self_attn.k.lora_up"), ["blocks.0.attn1.to_k.weight", "do not go together"]),
     "twice": (plus("transformer.blocks.0.attn1.to_q.lora_A.weight", torch.zeros(3, 24)), ["twice", "to_q"]),
     "an alpha of many": (plus(f"{BLOCK}.alpha"), ["an alpha is one number"]),
     "whole numbers": (plus(f"{BLOCK}.diff", torch.zeros(24, 24, dtype=torch.int8)), ["I8", "allowed"]),

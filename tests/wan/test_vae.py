@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.wan_parts import VAE_SHAPES, vae_to_original
 from support.wan_parts import make_vae as make_vae_of
 from wandistiller.errors import UserError
-from wandistiller.wan.vae import RELEASED_LATENTS, VaeLocation, decode, find_vae, load_vae, read_vae_config
+from wandistiller.wan.vae import RELEASED_LATENTS, decode, find_vae, load_vae, read_vae_config
 
 FACTORS = {"2.1": 8, "2.2": 16}
 FILES = {"2.1": ["wan_2.1_vae.safetensors", "Wan2.1_VAE.pth"], "2.2": ["wan2.2_vae.safetensors", "Wan2.2_VAE.pth"]}
@@ -38,7 +38,7 @@ def write_original(path: Path, vae, release: str, prefix: str = "") -> Path:
     return write(path, {prefix + vae_to_original(name, release): value for name, value in vae.state_dict().items()})
 
 
-def assert_same(location: VaeLocation, vae, release: str) -> None:
+def assert_same(location: Path, vae, release: str) -> None:
     """Decoded and encoded, a loaded VAE gives the numbers of diffusers' one with the same weights."""
     channels = vae.config.z_dim
     read = load_vae(location, channels, FACTORS[release])
@@ -82,11 +82,11 @@ def test_the_vae_of_a_comfyui_or_original_folder_is_found_by_its_name_and_channe
     (tmp_path / "models" / "vae" / "sdxl_vae.safetensors").write_bytes(b"another")
     for channels, name in ((16, FILES["2.1"][0]), (48, FILES["2.2"][0])):
         found = find_vae(None, str(tmp_path / "models"), channels)
-        assert found == VaeLocation(str(tmp_path / "models" / "vae" / name), None)
+        assert found == tmp_path / "models" / "vae" / name
     with pytest.raises(UserError, match="several VAEs"):
         find_vae(None, str(tmp_path / "models"))
     write_original(tmp_path / "original" / "Wan2.1_VAE.pth", make_vae("2.1"), "2.1")
-    assert find_vae(None, str(tmp_path / "original")).location.endswith("Wan2.1_VAE.pth")
+    assert find_vae(None, str(tmp_path / "original")).name == "Wan2.1_VAE.pth"
 
 
 @pytest.fixture(scope="module")

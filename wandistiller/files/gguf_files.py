@@ -5,9 +5,9 @@ of one tensor at a time, and is needed for such files alone.
 """
 
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wandistiller.errors import UserError, first_line
+from wandistiller.errors import UserError, shown
 from wandistiller.files.atomic import atomic_path
 from wandistiller.files.checked_json import TeacherFileError
-from wandistiller.files.paths import require_file
-from wandistiller.files.safetensors_files import DamagedFileError
+from wandistiller.files.safetensors_files import StoredTensor, refusing_damage
 
 SUFFIX = ".gguf"
 # Tensors of these types are kept as they are; those of all others become float32 as they are read.
@@ -33,55 +32,27 @@ _MOST_DIMS, _MOST_ALIGNMENT, _LONGEST_TEXT, _MOST_TEXTS = 8, 2**20, 2**24, 10**6
 # The kinds of values of fields, by struct's codes
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
-# The library makes floats of so many values at once: of a whole tensor it would hold them twice.
-_VALUES_AT_ONCE = 2**18
+_BLOCKS = 2**13  # that are made numbers of at a time
 
 
-@dataclass(frozen=True)
-class GgufTensor:
-    """A tensor in a GGUF file.
-
-    Attributes:
-        dtype: the type of its values as the format spells it, such as "Q4_K" or "BF16".
-        offset, num_bytes: where its values lie in the file.
-    """
-
-    path: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int
-    num_bytes: int
-
-    def with_shape(self, shape: tuple[int, ...]) -> "GgufTensor":
-        """Return the same values in another shape.
-
-        Raises:
-            TeacherFileError: they are not as many.
-        """
-        if prod(shape) != prod(self.shape):
-            raise TeacherFileError(
-                f"{self.path}: {self.key} is to have shape {list(shape)}, but has the values of {list(self.shape)}"
-            )
-        return replace(self, shape=shape)
+@dataclass(frozen=True, slots=True)
+class GgufTensor(StoredTensor):
+    """A tensor in a GGUF file, whose `dtype` is as the format spells it, such as "Q4_K" or "BF16"."""
 
     def read(self) -> Tensor:
-        """Read the tensor to the CPU: fp32, fp16 and bf16 as they are, any other type as float32 (gguf.quants.dequantize)."""
+        """Read the tensor to the CPU: fp32, fp16 and bf16 as they are, any other type as float32."""
         gguf = _library(self.path)
-        with _refusing_damage(self.path):
-            # The file is mapped for each tensor, since a mapping kept would keep every page already read in memory.
-            stored = np.memmap(self.path, np.uint8, mode="r", offset=self.offset, shape=(self.num_bytes,))
+        with refusing_damage(self.path, "GGUF"):
+            stored = self.read_bytes()
             if dtype := _PLAIN.get(self.dtype):
-                return torch.from_numpy(np.array(stored)).view(dtype).reshape(self.shape)
+                return stored.view(dtype).reshape(self.shape)
             kind = gguf.GGMLQuantizationType[self.dtype]
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-            num_blocks = self.num_bytes // block_bytes
-            at_once = max(1, _VALUES_AT_ONCE // block)
-            values = torch.empty(num_blocks * block)
-            for start in range(0, num_blocks, at_once):
-                blocks = stored[start * block_bytes : (start + at_once) * block_bytes]
-                part = gguf.quants.dequantize(blocks[None], kind).reshape(-1)
-                values[start * block :][: len(part)] = torch.from_numpy(part)
+            values = torch.empty(self.num_bytes // block_bytes * block)
+            # Of a whole tensor the library would hold several copies.
+            parts = zip(stored.split(_BLOCKS * block_bytes), values.split(_BLOCKS * block), strict=True)
+            for part, place in parts:
+                place.copy_(torch.from_numpy(gguf.quants.dequantize(part.numpy()[None], kind)[0]))
             return values.reshape(self.shape)
 
 
@@ -108,8 +79,17 @@ def read_gguf_header(path: Path) -> GgufHeader:
         DamagedFileError: the file is missing or not whole.
         TeacherFileError: it holds a type that the library cannot make numbers of.
     """
+    _library(path)
+    with refusing_damage(path, "GGUF"):
+        stat = path.stat()
+    return _read_header(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)  # the 256,384 words of a text encoder take a second
+def _read_header(path: Path, *state: int) -> GgufHeader:
+    """Read a header; `state` is what changes with the file."""
     gguf = _library(path)
-    with _refusing_damage(path):
+    with refusing_damage(path, "GGUF"):
         header = _Cursor(np.memmap(path, np.uint8, mode="r"))
         if header.take(4) != b"GGUF" or header.number("I") not in (2, 3):
             raise ValueError("it does not begin as one of version 2 or 3")
@@ -120,12 +100,16 @@ def read_gguf_header(path: Path) -> GgufHeader:
         if type(alignment) is not int or not 0 < alignment <= _MOST_ALIGNMENT:
             raise ValueError("general.alignment is no such number")
         start = -(-header.at // alignment) * alignment
-        tensors = {name: _tensor(path, gguf, name, info, start, header.size) for name, info in infos.items()}
-        shapes = {name: _original_shape(fields, name) for name in tensors}
-    _refuse_types(path, gguf, tensors)
-    return GgufHeader(
-        {name: tensor.with_shape(shapes[name] or tensor.shape) for name, tensor in tensors.items()}, fields
-    )
+        tensors = {}
+        for name, (shape, kind, offset) in infos.items():
+            dtype, num_bytes = _stored_as(path, gguf, name, shape, kind)
+            if start + offset + num_bytes > header.size:
+                raise ValueError(
+                    f"{name!r} of shape {list(shape)} in {dtype} does not end in its {header.size:,} bytes"
+                )
+            tensor = GgufTensor(path, name, shape, dtype, start + offset, num_bytes)
+            tensors[name] = tensor.with_shape(_noted_shape(fields, name) or shape)
+    return GgufHeader(tensors, fields)
 
 
 class _Cursor:
@@ -185,22 +169,47 @@ def _each_once(pairs: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _tensor(
-    path: Path, gguf: Any, name: str, info: tuple[tuple[int, ...], int, int], start: int, file_size: int
-) -> GgufTensor:
-    shape, kind, offset = info
-    try:
-        dtype = gguf.GGMLQuantizationType(kind)
-    except ValueError:
+def _stored_as(path: Path, gguf: Any, name: str, shape: tuple[int, ...], kind: int) -> tuple[str, int]:
+    """Return the type of a tensor's values and their bytes; a type that the library makes no numbers of is refused."""
+    if kind not in set(gguf.GGMLQuantizationType):
         raise TeacherFileError(
             f"{path}: holds a type of values that gguf {version('gguf')} does not know ({kind}, of {name}); try a newer gguf "
             "(pip install -U gguf), or give another quantisation of this model"
-        ) from None
+        )
+    dtype = gguf.GGMLQuantizationType(kind)
     block, block_bytes = gguf.GGML_QUANT_SIZES[dtype]
-    num_bytes = prod(shape) // block * block_bytes
-    if min(shape) < 1 or shape[-1] % block or start + offset + num_bytes > file_size:
-        raise ValueError(f"{name!r} of shape {list(shape)} in {dtype.name} does not end in its {file_size:,} bytes")
-    return GgufTensor(path, name, shape, dtype.name, start + offset, num_bytes)
+    if min(shape) < 1 or shape[-1] % block:
+        raise ValueError(f"{name!r} of shape {list(shape)} is not made of blocks of {dtype.name}")
+    try:
+        if dtype.name not in _PLAIN:
+            gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), dtype)
+    except NotImplementedError:
+        raise TeacherFileError(
+            f"{path}: {name} is stored as {dtype.name}, which gguf {version('gguf')} cannot make numbers of; give another "
+            "quantisation of this model, such as Q8_0"
+        ) from None
+    return dtype.name, prod(shape) // block * block_bytes
+
+
+def _noted_shape(fields: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
+    """Return the shape that a converter noted of a tensor which it stored in another one."""
+    shape = tuple(int(size) for size in fields.get(_SHAPE_KEY + name, ())[: _MOST_DIMS + 1])
+    if len(shape) > _MOST_DIMS or min(shape, default=1) < 1:
+        raise ValueError(f"{_SHAPE_KEY}{name} is no shape")
+    return shape or None
+
+
+def require_architecture(path: Path, allowed: Sequence[str], what: str) -> None:
+    """Refuse a GGUF file that says it is another model's; one that says nothing is judged by its tensors.
+
+    Args:
+        what: the model, for the message.
+    """
+    architecture = read_gguf_header(path).fields.get("general.architecture")
+    if architecture not in (None, *allowed):
+        raise TeacherFileError(
+            f'{path}: is a GGUF of architecture {shown(architecture)}; allowed: that of {what}, architecture "{allowed[0]}"'
+        )
 
 
 def write_gguf(
@@ -243,46 +252,3 @@ def _library(path: str | Path) -> Any:
             f"{path}: a GGUF file needs the gguf package, which is not installed: pip install gguf"
         ) from None
     return gguf
-
-
-@contextmanager
-def _refusing_damage(path: str | Path) -> Iterator[None]:
-    try:
-        require_file(path)
-        with np.errstate(all="ignore"):  # sizes that a damaged file claims may leave what an integer holds
-            yield
-    except FileNotFoundError:
-        reason = "there is no such file"
-        raise DamagedFileError(f"{path}: {reason}", reason) from None
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, struct.error) as error:
-        reason = first_line(error)
-        advice = "a download cut short looks like this, copy it again"
-        raise DamagedFileError(f"{path}: is not a whole GGUF file ({reason}); {advice}", reason) from None
-
-
-def _original_shape(fields: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
-    """Return the shape that a converter noted of a tensor which it stored in another one."""
-    noted = fields.get(_SHAPE_KEY + name)
-    if noted is None:
-        return None
-    shape = tuple(int(size) for size in noted[: _MOST_DIMS + 1])
-    if not 0 < len(shape) <= _MOST_DIMS or min(shape) < 1:
-        raise ValueError(f"{_SHAPE_KEY}{name} is no shape")
-    return shape
-
-
-def _refuse_types(path: Path, gguf: Any, tensors: Mapping[str, GgufTensor]) -> None:
-    """Refuse types that the library knows by name but cannot make numbers of, before anything is read."""
-    for dtype, name in {tensor.dtype: name for name, tensor in tensors.items()}.items():
-        if dtype in _PLAIN:
-            continue
-        kind = gguf.GGMLQuantizationType[dtype]
-        try:
-            gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-        except NotImplementedError:
-            raise TeacherFileError(
-                f"{path}: {name} is stored as {dtype}, which gguf {version('gguf')} cannot make numbers of; give another "
-                "quantisation of this model, such as Q8_0"
-            ) from None

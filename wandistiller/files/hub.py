@@ -7,7 +7,7 @@ from pathlib import Path
 from wandistiller.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_PICKLES = ["*.bin", "*.pth", "*.pt", "*.ckpt"]
+_PICKLES = ["*.bin", "*.pt", "*.ckpt"]  # .pth only where a pattern names it: the original releases' encoder and VAE
 
 
 class HubError(UserError):
@@ -42,7 +42,7 @@ def fetch(repo_id: str, patterns: list[str], local: str) -> Path:
     """Fetch files of a hub repository, or find them in the hub's cache, and return the folder that holds them.
 
     Args:
-        patterns: the files to fetch; pickles are never among them.
+        patterns: the files to fetch; other pickles than .pth are never among them.
         local: what works without the hub, for the message where it cannot be reached.
 
     Raises:
@@ -58,7 +58,7 @@ def fetch(repo_id: str, patterns: list[str], local: str) -> Path:
     )
 
     try:
-        # The person chose the repository; only safetensors and JSON of it are read.
+        # The person chose the repository; only safetensors and JSON of it are read, and tensors of a .pth.
         return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=_PICKLES))  # nosec B615
     except (RepositoryNotFoundError, HFValidationError) as error:
         reason = f"the hub knows no such model, or it needs a login ({type(error).__name__})"

@@ -7,10 +7,11 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Self
 
 import safetensors.torch
 import torch
@@ -48,7 +49,7 @@ class DamagedFileError(UserError):
         self.reason = reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor whose values lie in a file one after another.
 
@@ -70,17 +71,32 @@ class StoredTensor:
         Raises:
             DamagedFileError: its bytes are not there, or are of a type without a counterpart in torch.
         """
-        with _refusing_damage(self.path), open(self.path, "rb", buffering=0) as file:
-            if self.dtype not in DTYPES:
-                raise ValueError(f"{self.key} is stored as {self.dtype}")
-            values = torch.empty(prod(self.shape), dtype=DTYPES[self.dtype])
-            place = values.view(torch.uint8).numpy().data
+        with refusing_damage(self.path):
+            return self.read_bytes().view(DTYPES[self.dtype]).reshape(self.shape)
+
+    def read_bytes(self) -> Tensor:
+        """Read the bytes of its values, as uint8."""
+        values = torch.empty(self.num_bytes, dtype=torch.uint8)
+        place = values.numpy().data
+        with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset)
             while place and (count := file.readinto(place)):
                 place = place[count:]
-            if place:
-                raise ValueError(f"it ends {len(place):,} bytes before {self.key} does")
-        return values.reshape(self.shape)
+        if place:
+            raise ValueError(f"it ends {len(place):,} bytes before {self.key} does")
+        return values
+
+    def with_shape(self, shape: tuple[int, ...]) -> Self:
+        """Return the same values in another shape.
+
+        Raises:
+            TeacherFileError: they are not as many.
+        """
+        if prod(shape) != prod(self.shape):
+            raise TeacherFileError(
+                f"{self.path}: {self.key} is to have shape {list(shape)}, but has the values of {list(self.shape)}"
+            )
+        return replace(self, shape=shape)
 
 
 @dataclass(frozen=True)
@@ -104,33 +120,32 @@ class SafetensorsHeader:
 
 
 @contextmanager
-def _refusing_damage(path: str | Path) -> Iterator[None]:
+def refusing_damage(path: str | Path, kind: str = "safetensors") -> Iterator[None]:
+    """Turn what goes wrong inside while a file is read into one message."""
     try:
         require_file(path)
         yield
     except FileNotFoundError:
         reason = "there is no such file"
         raise DamagedFileError(f"{path}: {reason}", reason) from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         reason = first_line(error)
         advice = "a download cut short looks like this, copy it again"
-        raise DamagedFileError(f"{path}: is not a whole safetensors file ({reason}); {advice}", reason) from None
+        raise DamagedFileError(f"{path}: is not a whole {kind} file ({reason}); {advice}", reason) from None
 
 
 def open_safetensors(path: str | Path) -> safe_open:
     """Map a file whose tensors are then read one by one; its header is checked against its size."""
-    with _refusing_damage(path):
+    with refusing_damage(path):
         return safe_open(path, framework="pt")
 
 
-def read_header(path: str | Path, among: frozenset[str] | None = None) -> SafetensorsHeader:
-    """Read names, shapes, dtypes and metadata of a file, but none of its tensors.
-
-    Args:
-        among: only tensors of these names are kept; None for all of the file.
-    """
+def read_header(path: str | Path) -> SafetensorsHeader:
+    """Read names, shapes, dtypes and metadata of a file, but none of its tensors."""
     path = Path(path)
-    with _refusing_damage(path), path.open("rb") as file:
+    with refusing_damage(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
@@ -142,8 +157,6 @@ def read_header(path: str | Path, among: frozenset[str] | None = None) -> Safete
         start = 8 + length
         tensors = {key: _stored(path, key, entry, start) for key, entry in entries.items()}
         _check_no_gaps(tensors.values(), start, size)
-    if among is not None:
-        tensors = {key: tensor for key, tensor in tensors.items() if key in among}
     return SafetensorsHeader(tensors, metadata)
 
 

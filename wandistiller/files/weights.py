@@ -16,22 +16,28 @@ from pathlib import Path
 from torch import Tensor
 
 from wandistiller.errors import shown
-from wandistiller.files.atomic import write_json
+from wandistiller.files.atomic import file_digest, write_json
 from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.files.gguf_files import SUFFIX as GGUF_SUFFIX
-from wandistiller.files.gguf_files import GgufTensor, read_gguf_header
+from wandistiller.files.gguf_files import read_gguf_header
 from wandistiller.files.json_files import JsonError, load_json, parse_json
 from wandistiller.files.safetensors_files import StoredTensor, indexed_files, read_header
 from wandistiller.files.torch_files import SUFFIXES as TORCH_SUFFIXES
 from wandistiller.files.torch_files import read_torch_header
 
-Stored = StoredTensor | GgufTensor
+Stored = StoredTensor  # of safetensors, GGUF or torch.save
 WEIGHTS = "diffusion_pytorch_model"
 SUFFIXES = (".safetensors", GGUF_SUFFIX, *TORCH_SUFFIXES)
+# What to do where a folder holds other files alone
+_OTHERS = {
+    GGUF_SUFFIX: "GGUF files are given by their names; of two experts the low-noise one as --teacher_path_low",
+    **dict.fromkeys(
+        (".bin", *TORCH_SUFFIXES), "a pickle, which is not looked for in a folder: get the safetensors version"
+    ),
+}
 _FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-_FLOATS = ("F32", "F16", "BF16", "F64", *_FP8)
+FLOATS = ("F32", "F16", "BF16", "F64", *_FP8)
 _SCALES = ("scale_weight", "weight_scale")
-_ACTIVATION_SCALES = ("scale_input", "input_scale")
 _MARKER = "scaled_fp8"  # its own type is that of the scaled weights; float32 stands for float8_e4m3fn (ComfyUI: model_detection.py)
 _LAYER_MARKER = "comfy_quant"
 _MOST_MARKER_BYTES = 4096
@@ -43,15 +49,24 @@ _HARMLESS = (
 )
 
 
+def is_weight_file(path: Path) -> bool:
+    """Tell by its suffix, of any case, whether a file holds tensors."""
+    return path.suffix.lower() in SUFFIXES
+
+
 def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == GGUF_SUFFIX
+
+
+def is_torch(path: Path) -> bool:
+    return path.suffix.lower() in TORCH_SUFFIXES
 
 
 def stored_tensors(path: Path) -> Mapping[str, Stored]:
     """Return every tensor of a .safetensors, .gguf or .pth file by its name there; only the header is read."""
     if is_gguf(path):
         return read_gguf_header(path).tensors
-    return read_torch_header(path) if path.suffix in TORCH_SUFFIXES else read_header(path).tensors
+    return read_torch_header(path) if is_torch(path) else read_header(path).tensors
 
 
 def weight_files(folder: Path, allowed: str = "*.safetensors") -> list[Path]:
@@ -66,19 +81,8 @@ def weight_files(folder: Path, allowed: str = "*.safetensors") -> list[Path]:
         return indexed_files(next((path for path in indexes if path.name.startswith(f"{WEIGHTS}.")), indexes[0]))
     files = sorted(folder.glob(f"{WEIGHTS}*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
-        pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
-        quantised = sorted([*folder.glob(f"*{GGUF_SUFFIX}"), *folder.glob(f"*/*{GGUF_SUFFIX}")])
-        if pickled:
-            advice = (
-                f"; {pickled[0].name} is a pickle, which is not looked for in a folder: get the safetensors version"
-            )
-        elif quantised:
-            advice = (
-                f", but GGUF files: give one of them by its name, such as --teacher_path {quantised[0]}, and of two experts "
-                "the low-noise one as --teacher_path_low"
-            )
-        else:
-            advice = f"; allowed: {allowed}"
+        others = sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix in _OTHERS)
+        advice = f"; {others[0]}: {_OTHERS[others[0].suffix]}" if others else f"; allowed: {allowed}"
         raise TeacherFileError(f"{folder}: holds no .safetensors weights{advice}")
     return [path for path in files if path.name in (f"{WEIGHTS}.safetensors", "model.safetensors")] or files
 
@@ -148,6 +152,13 @@ def _is_scale_of(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     )
 
 
+_ENDS = {
+    **dict.fromkeys(_SCALES, "fp8 scale, multiplied into its weight"),
+    **dict.fromkeys(("scale_input", "input_scale"), "fp8 activation scale, not needed at higher precision"),
+    _LAYER_MARKER: "marks fp8_scaled weights",
+}
+
+
 def admit(
     found: Mapping[str, Stored],
     expected: Mapping[str, tuple[int, ...]],
@@ -172,8 +183,12 @@ def admit(
     Raises:
         TeacherFileError: one is missing, a stranger, of another shape or precision, or its scale does not fit.
     """
+    if missing := [name for name in expected if name not in found]:
+        raise TeacherFileError(
+            f"{where}: {len(missing)} of {len(expected)} tensors of this {what} are missing, the first is {missing[0]}; the "
+            "checkpoint is incomplete or another kind of model"
+        )
     rest = dict(found)
-    _check_complete(found, expected, where, what)
     marker = _read_marker(rest)
     weights: dict[str, Weight] = {}
     ignored = {_MARKER: "marks fp8_scaled weights"} if marker else {}
@@ -186,40 +201,23 @@ def admit(
         own = {end: rest.pop(f"{stem}.{end}") for end in _ENDS if f"{stem}.{end}" in rest}
         weights[name] = _weight(name, stored, own, marker)
         ignored |= {f"{stem}.{end}": _ENDS[end] for end in own}
-    reasons = {name: harmless(name) or _harmless(name, stored) for name, stored in rest.items()}
-    if strangers := [name for name, reason in reasons.items() if reason is None]:
-        raise _stranger(where, rest[strangers[0]], what, suggested(strangers[0]), len(strangers))
-    return weights, ignored | {name: str(reason) for name, reason in reasons.items()}
-
-
-_ENDS = {
-    **dict.fromkeys(_SCALES, "fp8 scale, multiplied into its weight"),
-    **dict.fromkeys(_ACTIVATION_SCALES, "fp8 activation scale, not needed at higher precision"),
-    _LAYER_MARKER: "marks fp8_scaled weights",
-}
-
-
-def _check_complete(
-    found: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]], where: object, what: str
-) -> None:
-    if missing := [name for name in expected if name not in found]:
+    strangers = []
+    for name, stored in rest.items():
+        if reason := harmless(name) or _harmless(name, stored):
+            ignored[name] = reason
+        else:
+            strangers.append(name)
+    if strangers:
         raise TeacherFileError(
-            f"{where}: {len(missing)} of {len(expected)} tensors of this {what} are missing, the first is {missing[0]}; the "
-            "checkpoint is incomplete or another kind of model"
+            f"{where}: tensors that are no part of a {what}: {len(strangers)}, the first is {shown(rest[strangers[0]].key)}: "
+            + (suggested(strangers[0]) or "it is another kind of model, or more than one")
         )
-
-
-def _stranger(where: object, stored: Stored, what: str, suggestion: str | None, count: int) -> TeacherFileError:
-    number = f"{count} tensors that are" if count > 1 else "a tensor that is"
-    first = f"the first is {shown(stored.key)}" if count > 1 else shown(stored.key)
-    advice = suggestion or "it is another kind of model, or more than one"
-    return TeacherFileError(f"{where}: holds {number} no part of a {what}, {first}: {advice}")
+    return weights, ignored
 
 
 def _harmless(name: str, stored: Stored) -> str | None:
-    return next(
-        (reason for pattern, most, reason in _HARMLESS if pattern.search(name) and prod(stored.shape) <= most), None
-    )
+    size = prod(stored.shape)
+    return next((reason for pattern, most, reason in _HARMLESS if pattern.search(name) and size <= most), None)
 
 
 def _read_marker(rest: dict[str, Stored]) -> str | None:
@@ -237,29 +235,29 @@ def _read_marker(rest: dict[str, Stored]) -> str | None:
 
 def _weight(name: str, stored: Stored, own: Mapping[str, Stored], marker: str | None) -> Weight:
     """Hold a weight's precision, its scale and its marker against each other."""
-    if isinstance(stored, StoredTensor) and stored.dtype not in _FLOATS:
+    if not is_gguf(stored.path) and stored.dtype not in FLOATS:
         raise TeacherFileError(
             f"{stored.path}: {name} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8_e4m3fn, fp8_scaled"
         )
     if _LAYER_MARKER in own:
         _check_layer_marker(name, own[_LAYER_MARKER], stored.dtype)
     scales = [own[end] for end in _SCALES if end in own]
-    if not scales:
-        if stored.dtype in _FP8 and (marker or _LAYER_MARKER in own):
-            raise TeacherFileError(
-                f"{stored.path}: {name} is scaled fp8 but its scale ({name.removesuffix('.weight')}.scale_weight) is missing"
-            )
-        return Weight(stored)
-    if marker and stored.dtype in _FP8 and stored.dtype != marker:
+    is_fp8 = stored.dtype in _FP8
+    if not scales and is_fp8 and (marker or _LAYER_MARKER in own):
+        raise TeacherFileError(
+            f"{stored.path}: {name} is scaled fp8 but its scale ({name.removesuffix('.weight')}.scale_weight) is missing"
+        )
+    if scales and marker and is_fp8 and stored.dtype != marker:
         raise TeacherFileError(
             f"{stored.path}: {name} is stored as {stored.dtype}, {_MARKER} in the file says {marker}"
         )
-    if len(scales) > 1 or scales[0].dtype not in _FLOATS or not _is_scale_of(scales[0].shape, stored.shape):
+    scale = scales[0] if scales else None
+    if scale and (len(scales) > 1 or scale.dtype not in FLOATS or not _is_scale_of(scale.shape, stored.shape)):
         raise TeacherFileError(
-            f"{stored.path}: the scale of {name}, {list(stored.shape)}, has shape {list(scales[0].shape)} in {scales[0].dtype}; allowed: one "
+            f"{stored.path}: the scale of {name}, {list(stored.shape)}, has shape {list(scale.shape)} in {scale.dtype}; allowed: one "
             "float for the whole, for each row, or for each block that divides it"
         )
-    return Weight(stored, scales[0])
+    return Weight(stored, scale)
 
 
 def _check_layer_marker(name: str, marker: Stored, dtype: str) -> None:
@@ -279,44 +277,34 @@ def _check_layer_marker(name: str, marker: Stored, dtype: str) -> None:
 
 def digest_of(files: Iterable[Path]) -> str:
     """Return a digest of every byte of some files, wherever they lie and whatever they are called."""
-    return hashlib.sha256(" ".join(sorted(map(file_digest, files))).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a file; one that has not changed since is not read again, and a large one by no later process either."""
-    path = path.resolve()
-    stat = path.stat()
-    numbers = f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-    state = hashlib.sha256(os.fsencode(path) + numbers.encode()).hexdigest()  # a name may be no text, and stays private
-    if state not in _digests:
-        kept = _read_kept() if stat.st_size >= _KEPT_FROM_BYTES else {}
-        if state not in kept:
-            with path.open("rb") as file:
-                kept[state] = hashlib.file_digest(file, "sha256").hexdigest()
-            if stat.st_size >= _KEPT_FROM_BYTES:
-                _keep(kept)
-        _digests[state] = kept[state]
-    return _digests[state]
+    return hashlib.sha256(" ".join(sorted(map(kept_digest, files))).encode()).hexdigest()
 
 
 _KEPT_FROM_BYTES, _MOST_KEPT = 2**26, 1000
 _digests: dict[str, str] = {}
 
 
-def _kept_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wandistiller" / "digests.json"
+def kept_digest(path: Path) -> str:
+    """Return the sha256 of a file; one that has not changed since is not read again, and a large one by no later process either."""
+    path = path.resolve()
+    stat = path.stat()
+    numbers = f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+    state = hashlib.sha256(os.fsencode(path) + numbers.encode()).hexdigest()  # a name may be no text, and stays private
+    if state in _digests:
+        return _digests[state]
+    store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wandistiller" / "digests.json"
+    kept = _read_kept(store) if stat.st_size >= _KEPT_FROM_BYTES else {}
+    _digests[state] = kept.get(state) or file_digest(path)
+    if stat.st_size >= _KEPT_FROM_BYTES and state not in kept:
+        with contextlib.suppress(OSError):
+            store.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_json(store, dict([*kept.items(), (state, _digests[state])][-_MOST_KEPT:]))
+    return _digests[state]
 
 
-def _read_kept() -> dict[str, str]:
+def _read_kept(store: Path) -> dict[str, str]:
     try:
-        kept = load_json(_kept_file())
+        kept = load_json(store)
     except JsonError:
         return {}
     return kept if isinstance(kept, dict) else {}
-
-
-def _keep(digests: dict[str, str]) -> None:
-    """Write the newest digests for later processes, where that can be done."""
-    with contextlib.suppress(OSError):
-        _kept_file().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_json(_kept_file(), dict(list(digests.items())[-_MOST_KEPT:]))

@@ -9,7 +9,6 @@ N heads, E head dim.
 
 import math
 import re
-import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from wandistiller.errors import UserError
 from wandistiller.model.config import (
     CONFIG_NAME,
     STUDENT_ADVICE,
@@ -37,7 +37,6 @@ from wandistiller.model.layers import (
 
 # Parameters that stay in float32 whatever the dtype of the rest (diffusers' Wan: _keep_in_fp32_modules).
 FP32_ISLANDS = re.compile(r"time_embedder|time_proj|scale_shift_table|\.norm")
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # others, such as fp8, have no arithmetic
 
 
 def fold_text_padding(prompt_embeds: Tensor, prompt_lengths: Tensor, text_max_length: int) -> tuple[Tensor, Tensor]:
@@ -416,29 +415,25 @@ class WanLiteStudent(nn.Module):
             HubError: there is no such folder, and no such repository can be had either.
         """
         from wandistiller.files.hub import fetch, is_hub_id
-        from wandistiller.files.safetensors_files import DamagedFileError, read_tensors
+        from wandistiller.files.weights import admit, stored_tensors
 
         if not Path(folder).exists() and is_hub_id(folder):
             files = [CONFIG_NAME, WEIGHTS_NAME]
             folder = fetch(str(folder), files, f"a student's folder with {' and '.join(files)}")
         config = saved_config(folder)
         path = Path(folder) if Path(folder).is_file() else Path(folder) / WEIGHTS_NAME
-        try:
-            tensors = read_tensors(path, str(device))
-        except DamagedFileError as error:
-            raise ConfigError(str(error)) from None
-        if any(tensor.ndim == 5 for tensor in tensors.values()):
-            raise ConfigError(f"{path}: was exported for other tools; {STUDENT_ADVICE}")
         with torch.device("meta"):
             student = cls(config)
-        if reason := _misfit(tensors, student.state_dict()):
-            raise ConfigError(f"{path}: does not fit {CONFIG_NAME} beside or in it: {reason}")
+        expected = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}
+        try:
+            stored = stored_tensors(path)
+            if any(len(tensor.shape) == 5 for tensor in stored.values()):
+                raise ConfigError(f"{path}: was exported for other tools; {STUDENT_ADVICE}")
+            weights, _ = admit(stored, expected, path, what=f"student as its {CONFIG_NAME} says")
+            tensors = {name: weight.read().to(device) for name, weight in weights.items()}
+        except UserError as error:
+            raise ConfigError(str(error)) from None
         student.load_state_dict(tensors, assign=True)
-        broken = [name for name, weight in student.named_parameters() if not weight.float().isfinite().all()]
-        if broken:
-            raise ConfigError(
-                f"{path}: is damaged, {len(broken)} of its tensors are not finite, first {broken[0]}; copy it again, or train again"
-            )
         return student.eval()
 
 
@@ -460,25 +455,6 @@ def block_outputs(model: WanLiteStudent, layers: Sequence[int], num_rows: int | 
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _misfit(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
-    """Return why these tensors cannot be the weights of a student, by the first tensor that is wrong; None where they can.
-
-    Args:
-        expected: the student's own tensors, of which only names and shapes matter.
-    """
-    if lacking := [name for name in expected if name not in tensors]:
-        return f"lacks {len(lacking)} of {len(expected)} tensors, the first is {lacking[0]}"
-    if strange := [name for name in tensors if name not in expected]:
-        return f"holds {len(strange)} tensors that are no part of it, the first is {reprlib.repr(strange[0])}"
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            return f"{name} has shape {list(tensor.shape)}, a student of this config has {list(expected[name].shape)}"
-        if tensor.dtype not in WEIGHT_DTYPES:
-            stored = str(tensor.dtype).removeprefix("torch.")
-            return f"{name} is stored as {stored}; allowed: float32, bfloat16, float16, float64"
-    return None
 
 
 def saved_config(place: str | Path) -> StudentConfig:

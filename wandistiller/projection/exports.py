@@ -26,9 +26,9 @@ from wandistiller.model.transformer import FP32_ISLANDS
 from wandistiller.projection.comfyui import comfyui_metadata, needs_metadata
 from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
 from wandistiller.students.parts import DrawingParts
-from wandistiller.wan.gguf_weights import ARCHITECTURE
 from wandistiller.wan.names import PATCH_KERNEL, teacher_record, to_original, transformer_settings
 from wandistiller.wan.tokenizer import open_tokenizer, read_tokenizer
+from wandistiller.wan.transformer_files import GGUF_ARCHITECTURE
 from wandistiller.wan.umt5 import COPY
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def write_gguf_file(tensors: dict[str, Tensor], config: StudentConfig, path: Pat
         to_original(name): (_with_one_frame(name, tensor), _gguf_type(name, tensor, GGUF_TYPES[dtype], path))
         for name, tensor in tensors.items()
     }
-    write_gguf(path, ARCHITECTURE, stored, {"student_config": config.to_json(), **comfyui_metadata(config)})
+    write_gguf(path, GGUF_ARCHITECTURE, stored, {"student_config": config.to_json(), **comfyui_metadata(config)})
 
 
 def _gguf_type(name: str, tensor: Tensor, dtype: str, path: Path) -> str:

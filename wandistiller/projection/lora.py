@@ -20,7 +20,7 @@ from wandistiller.files.safetensors_files import write_tensors
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.project import kept_indices
 from wandistiller.projection.selection import Selection
-from wandistiller.wan.lora import Change, Difference, Lora
+from wandistiller.wan.lora import Change, Lora
 from wandistiller.wan.names import PATCH_KERNEL, to_original
 from wandistiller.wan.transformer_files import teacher_tensor_shapes
 
@@ -102,12 +102,12 @@ def _cut(
 ) -> tuple[Tensor, Tensor] | Tensor:
     """Return the student's part of a change, with the LoRA's scale."""
     kept = kept_indices(name, shape, selection)
-    if isinstance(change, Difference):
+    if not change.is_low_rank:
         difference = scale * change.read().reshape(shape)
         for dim, indices in kept.items():
             difference = difference.index_select(dim, indices)
         return difference
-    up, down = change.read()
+    up, down = change.read_low_rank()
     if 0 in kept:
         up = up.index_select(0, kept[0])
     if 1 in kept:  # of the patch kernel the columns stay whole, since latent channels are never cut

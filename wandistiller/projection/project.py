@@ -21,10 +21,9 @@ from wandistiller.processes import fill
 from wandistiller.projection.selection import Selection, check_fits, select
 from wandistiller.projection.selection_record import REPORT_NAME, selection_record
 from wandistiller.wan.layouts import open_teacher
-from wandistiller.wan.lora import LoraFiles, merge_loras
 from wandistiller.wan.names import without_frames
-from wandistiller.wan.transformer_files import TransformerTensors
-from wandistiller.wan.wan_files import WanFiles
+from wandistiller.wan.transformer_files import WanTransformer
+from wandistiller.wan.wan_files import LoraFiles, WanFiles, merge_loras
 
 STATUSES = ("exact", "selected", "initialised")
 
@@ -184,7 +183,7 @@ def fresh_student(
     teacher, reason = wan_files.expert(expert), "the student starts from random values"
     for name, parameter in student.named_parameters():
         report.add(name, parameter, "initialised", None, reason)
-    report.teacher = {name: _dropped(reason) for name in teacher.names()} | _ignored(teacher)
+    report.teacher = {name: _dropped(reason) for name in teacher.weights} | _ignored(teacher)
     return student, report
 
 
@@ -252,7 +251,7 @@ def _take(tensor: Tensor, teacher_name: str, selection: Selection) -> Tensor:
 
 
 @torch.no_grad()
-def _fill(student: WanLiteStudent, teacher: TransformerTensors, selection: Selection, report: ProjectionReport) -> None:
+def _fill(student: WanLiteStudent, teacher: WanTransformer, selection: Selection, report: ProjectionReport) -> None:
     """Copy every tensor, one of the teacher's in memory at a time, and report where each came from."""
     fp8_layers = fp8_linears(student)
     for name, parameter in student.named_parameters():
@@ -271,10 +270,10 @@ def _fill(student: WanLiteStudent, teacher: TransformerTensors, selection: Selec
         report.add(name, parameter, "exact" if is_exact else "selected", source, detail)
 
 
-def _report_teacher(teacher: TransformerTensors, report: ProjectionReport) -> None:
+def _report_teacher(teacher: WanTransformer, report: ProjectionReport) -> None:
     """Report the student tensor that uses each teacher tensor, or why none does."""
     used_by = {entry["source"]: name for name, entry in report.student.items()}
-    for name in teacher.names():
+    for name in teacher.weights:
         if name in used_by:
             report.teacher[name] = {"status": "used", "reason": f"in {used_by[name]}"}
         else:
@@ -282,7 +281,7 @@ def _report_teacher(teacher: TransformerTensors, report: ProjectionReport) -> No
     report.teacher |= _ignored(teacher)
 
 
-def _ignored(teacher: TransformerTensors) -> dict[str, dict]:
+def _ignored(teacher: WanTransformer) -> dict[str, dict]:
     """Return entries for the tensors in the teacher's files that are no weights of a text-to-video Wan."""
     return {name: _dropped(reason) for name, reason in teacher.ignored.items()}
 

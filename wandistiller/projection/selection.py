@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.model.config import CONFIG_NAME, ConfigError, StudentConfig
-from wandistiller.wan.transformer_files import TransformerTensors
+from wandistiller.wan.transformer_files import WanTransformer
 
 ROWS_AT_A_TIME = 64  # few enough to stay in a processor's cache, also at the width of 14B
 
@@ -96,7 +96,7 @@ def _check_layers(layers: list[int], teacher_depth: int, depth: int) -> None:
         )
 
 
-def select(teacher: TransformerTensors, student: StudentConfig, layers: list[int] | None = None) -> Selection:
+def select(teacher: WanTransformer, student: StudentConfig, layers: list[int] | None = None) -> Selection:
     """Choose the part of `teacher` that becomes a wan student of this shape, by weight norm; None spreads the layers evenly."""
     selection = Selection(layers or spread_layers(teacher.config.depth, student.depth))
     norms = cache(lambda name: squared_norms(teacher.read(name)))  # several axes ask for the same weights

@@ -24,7 +24,7 @@ from wandistiller.sampling.sampler import SamplingOptions, StudentField, Velocit
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
-from wandistiller.wan.vae import VaeLocation, decode, load_vae
+from wandistiller.wan.vae import decode, load_vae
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,7 +65,7 @@ class Samples:
     prompts: Sequence[str]
     prompt_embeds: PromptEmbeds
     latent_shapes: Sequence[tuple[int, int, int]]
-    vae_location: VaeLocation
+    vae_location: Path
     settings: TeacherSettings
     teacher_sampling: SamplingOptions
     student_sampling: SamplingOptions

@@ -100,7 +100,7 @@ def with_texts(settings: Settings, workload: Workload) -> Workload:
         workload,
         mean_text_tokens=sum(of_prompts) / len(of_prompts),
         negative_text_tokens=negative if workload.guided_fraction else 0,
-        text_encoder_parameters=encoder.num_parameters() if encoder else without_files,
+        text_encoder_parameters=encoder.umt5.num_parameters if encoder else without_files,
     )
 
 

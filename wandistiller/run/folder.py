@@ -18,7 +18,7 @@ from wandistiller.processes import leave
 from wandistiller.run.dry_run import check_disk, workload_of
 from wandistiller.run.settings import Settings
 from wandistiller.training.checkpoints import Checkpoint, Checkpoints
-from wandistiller.wan.identity import describe_teacher
+from wandistiller.wan.settings import describe_teacher
 
 SCRIPT = "train_distillation.py"
 # Settings that a run must share with the one that it resumes, each with the value that it had, in effect, before it existed: a checkpoint

@@ -10,11 +10,10 @@ from wandistiller.projection.selection import check_fits
 from wandistiller.run.flags import Flags
 from wandistiller.walk.grids import teacher_levels
 from wandistiller.wan.layouts import check_headers, open_teacher
-from wandistiller.wan.lora import merge_loras
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
-from wandistiller.wan.vae import LatentStatistics, VaeLocation, check_statistics, find_vae, read_vae_config
-from wandistiller.wan.wan_files import WanFiles
+from wandistiller.wan.vae import check_statistics, find_vae, read_vae_config
+from wandistiller.wan.wan_files import WanFiles, merge_loras
 
 ALL_LEVELS = (0.0, 1.0)
 # A teacher of so few steps was distilled to them, as lightning LoRAs are, unless its sampler is named.
@@ -28,7 +27,7 @@ class Files:
     wan_files: WanFiles
     teacher: TeacherSettings
     encoder: TextEncoderFiles | None
-    vae_location: VaeLocation | None
+    vae_location: Path | None
 
 
 def open_files(flags: Flags, config: StudentConfig) -> Files:
@@ -46,7 +45,7 @@ def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles,
     wan_files = merge_loras(wan_files, data.teacher_lora, data.teacher_lora_low)
     if data.vae_path:
         vae = find_vae(data.vae_path, data.teacher_path, wan_files.config.num_channels)
-        wan_files = wan_files.with_vae_config(vae.config_path())
+        wan_files = wan_files.with_vae_config(vae)
     check_fits(wan_files.expert(student.init_expert).config, config, student.layers, student.student_config)
     settings = sampled_as(flags, wan_files)
     check_levels(flags, settings)
@@ -92,7 +91,7 @@ def find_encoder(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> Te
     return encoder
 
 
-def find_sample_vae(flags: Flags, wan_files: WanFiles, teacher: TeacherSettings) -> VaeLocation | None:
+def find_sample_vae(flags: Flags, wan_files: WanFiles, teacher: TeacherSettings) -> Path | None:
     """Find the VAE of the sample pictures; None where none can be drawn. A --vae_path without a VAE is a mistake.
 
     Raises:
@@ -106,9 +105,8 @@ def find_sample_vae(flags: Flags, wan_files: WanFiles, teacher: TeacherSettings)
         return None
     try:
         location = find_vae(given, flags.data.teacher_path, wan_files.config.num_channels)
-        check_is_vae_of(teacher, wan_files.config.num_channels, location.config_path())
-        if Path(location.location).exists():  # else the hub's client sees to its files
-            check_headers(location.folder())
+        check_is_vae_of(teacher, wan_files.config.num_channels, location)
+        check_headers(location)
     except UserError as error:
         if given is not None:
             raise
@@ -117,15 +115,12 @@ def find_sample_vae(flags: Flags, wan_files: WanFiles, teacher: TeacherSettings)
     return location
 
 
-def check_is_vae_of(teacher: TeacherSettings, num_channels: int, config_path: Path) -> None:
-    """Refuse a VAE of other latents than the teacher's, by its config.json."""
-    vae = read_vae_config(config_path, num_channels)
-    folder = config_path.parent
+def check_is_vae_of(teacher: TeacherSettings, num_channels: int, place: Path) -> None:
+    """Refuse a VAE of other latents than the teacher's, by what it says of them."""
+    vae = read_vae_config(place, num_channels)
     if vae.vae_scale_factor not in (None, teacher.vae_scale_factor):
         raise UserError(
-            f"{folder}: is a VAE of factor {vae.vae_scale_factor}; the teacher's latents have factor "
+            f"{place}: is a VAE of factor {vae.vae_scale_factor}; the teacher's latents have factor "
             f"{teacher.vae_scale_factor}; give --vae_path the teacher's own VAE"
         )
-    if vae.latents_mean and vae.latents_std:
-        learnt = LatentStatistics(teacher.latents_mean, teacher.latents_std)
-        check_statistics(learnt, LatentStatistics(vae.latents_mean, vae.latents_std), folder)
+    check_statistics(teacher.latents_mean, teacher.latents_std, vae, place)

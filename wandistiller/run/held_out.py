@@ -9,9 +9,8 @@ from wandistiller.evaluation.held_out import NUM_PATHS, PathErrors, PathStates, 
 from wandistiller.files.safetensors_files import DamagedFileError, read_tensors, write_tensors
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.wan.identity import describe_teacher
 from wandistiller.wan.prompt_embeds import Embeds
-from wandistiller.wan.settings import TeacherSettings
+from wandistiller.wan.settings import TeacherSettings, describe_teacher
 
 # Unless --eval_every is typed, a run measures about so often, and never where the paths are more than this share of its teacher's
 # answers.

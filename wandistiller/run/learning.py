@@ -16,8 +16,8 @@ from wandistiller.walk.cache import CALLS_PER_GROUP, CachedAnswers, Layout, Teac
 from wandistiller.walk.segments import SegmentOptions, SegmentWalk, calls_of_run
 from wandistiller.walk.store import Store
 from wandistiller.walk.walk import NO_HIDDEN_STATES, HiddenStates, Walk, WalkOptions, turns
-from wandistiller.wan.identity import describe_teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
+from wandistiller.wan.settings import describe_teacher
 
 
 def build_batches(

@@ -74,7 +74,7 @@ def lora_lines(wan_files: WanFiles) -> list[str]:
     """Return a line for each LoRA that is merged into the teacher, and one where only one expert of two has any."""
     of_two = len(wan_files.experts) > 1
     lines = [
-        f"LoRA: {lora.path} at scale {lora.scale:g}, {lora.num_changed} of {lora.num_tensors} tensors"
+        f"LoRA: {lora.path} at scale {lora.scale:g}, {len(lora.changes)} of {len(lora.shapes)} tensors"
         f"{f' of the {lora.expert}-noise expert' if of_two else ''}"
         for lora in wan_files.loras
     ]

@@ -80,7 +80,7 @@ def teachers_world(settings: Settings) -> dict[str, object]:
 def teacher_loras(settings: Settings) -> dict[str, object]:
     """Return the record of the LoRAs that were merged into the teacher, if there are any."""
     loras = settings.wan_files.loras
-    records = [lora.record() | {"path": recorded_path(lora.path)} for lora in loras]
+    records = [lora.record() | {"path": recorded_path(str(lora.path))} for lora in loras]
     return {"teacher_loras": records} if loras else {}
 
 

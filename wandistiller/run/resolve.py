@@ -31,8 +31,8 @@ from wandistiller.training.optimizer import OptimizationOptions, check_optimizer
 from wandistiller.walk.batches import make_schedules
 from wandistiller.walk.grids import teacher_levels
 from wandistiller.walk.segments import calls_of_run
-from wandistiller.wan.identity import prompts_digest
 from wandistiller.wan.settings import TeacherSettings
+from wandistiller.wan.text_encoder import prompts_digest
 from wandistiller.wan.wan_files import WanFiles
 
 # The recipe that won on two teachers (docs/measurements.md)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,6 @@ from wandistiller.training.loop import TrainingOptions
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.text_encoder_files import TextEncoderFiles
-from wandistiller.wan.vae import VaeLocation
 from wandistiller.wan.wan_files import WanFiles
 
 
@@ -74,7 +74,7 @@ class Settings:
     teacher: TeacherSettings
     teacher_levels: tuple[float, ...]
     encoder: TextEncoderFiles | None
-    vae_location: VaeLocation | None
+    vae_location: Path | None
     prompts: list[str]
     held_out_prompts: list[str]
     prompts_digest: str

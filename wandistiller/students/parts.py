@@ -110,7 +110,7 @@ def open_recorded_teacher(config: StudentConfig, teacher: tuple[str, str | None]
         UserError: they cannot be opened, or are not those of this student's teacher.
     """
     from wandistiller.wan.layouts import open_teacher
-    from wandistiller.wan.lora import merge_loras
+    from wandistiller.wan.wan_files import merge_loras
 
     wan_files = open_teacher(teacher[0], config, teacher[1])
     check_is_teacher(wan_files.config, config, teacher[0])

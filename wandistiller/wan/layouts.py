@@ -11,37 +11,20 @@ from pathlib import Path
 from wandistiller.errors import UserError
 from wandistiller.files.checked_json import COMPONENT, POSITIVE, RATIO, TeacherFileError, read_json, setting
 from wandistiller.files.hub import fetch, is_hub_id, local_path
-from wandistiller.files.weights import SUFFIXES, stored_tensors, weight_files
+from wandistiller.files.weights import is_weight_file, stored_tensors, weight_files
 from wandistiller.model.config import StudentConfig
 from wandistiller.wan.mock import mock_wan_files
-from wandistiller.wan.names import COMFYUI_FOLDERS, side_of, teacher_record
+from wandistiller.wan.names import COMFYUI_FOLDERS, refuse_other_kind, side_of, teacher_record
 from wandistiller.wan.record_kinds import SAMPLING_KINDS, latents_kinds
 from wandistiller.wan.text_encoder_files import encoder_files
-from wandistiller.wan.transformer_files import (
-    LAYOUTS,
-    LOCAL_LAYOUTS,
-    REFUSED_CLASSES,
-    WanTransformer,
-    refuse_kind,
-    refuse_settings,
-)
+from wandistiller.wan.transformer_files import LAYOUTS, LOCAL_LAYOUTS, WanTransformer, open_transformer, refuse_settings
 from wandistiller.wan.wan_files import WanFiles, with_latents
 
 MODULAR_INDEX = "modular_model_index.json"
 # Other files with Wan in their names that lie in these folders
 _OTHERS = re.compile(r"i2v|flf2v|vace|animate|s2v|fun|camera|lora|vae|umt5|control", re.IGNORECASE)
-_HUB_FILES = [
-    "model_index.json",
-    MODULAR_INDEX,
-    "teacher_record.json",
-    "config.json",
-    "diffusion_pytorch_model*",
-    "transformer/*",
-    "transformer_2/*",
-    "high_noise_model/*",
-    "low_noise_model/*",
-    "scheduler/*",
-    "vae/config.json",
+_HUB_FILES = ["*.json", "diffusion_pytorch_model*.safetensors"] + [
+    f"{folder}/*.safetensors" for folder in ("transformer", "transformer_2", "high_noise_model", "low_noise_model")
 ]
 
 
@@ -97,10 +80,13 @@ def check_headers(folder: Path) -> None:
 def _open_transformer_folder(folder: Path) -> WanTransformer:
     if not folder.is_dir():
         raise TeacherFileError(f"{folder}: there is no such folder")
-    config_path = folder / "config.json"
-    settings = read_json(config_path) if config_path.is_file() else {}
+    settings = _read_if_there(folder / "config.json")
     refuse_settings(settings, folder)
-    return WanTransformer(folder, weight_files(folder, LAYOUTS), settings)
+    return open_transformer(folder, weight_files(folder, LAYOUTS), settings)
+
+
+def _read_if_there(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
 
 
 def _open_pipeline_folder(folder: Path, location: str, index_name: str) -> WanFiles:
@@ -108,7 +94,7 @@ def _open_pipeline_folder(folder: Path, location: str, index_name: str) -> WanFi
     index_path = folder / index_name
     index = read_json(index_path)
     name = str(index.get("_class_name"))
-    refuse_kind(REFUSED_CLASSES.get(name), folder)
+    refuse_other_kind([name], folder)
     is_modular = index_name == MODULAR_INDEX
     if not (folder / "transformer").is_dir():
         reason = (
@@ -122,21 +108,18 @@ def _open_pipeline_folder(folder: Path, location: str, index_name: str) -> WanFi
     if second is not None or (is_modular and (folder / "transformer_2").is_dir()):
         experts["low"] = _open_transformer_folder(folder / "transformer_2")
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = read_json(scheduler_path) if scheduler_path.is_file() else {}
+    scheduler = _read_if_there(scheduler_path)
     shifts = [setting(scheduler, key, POSITIVE, scheduler_path) for key in ("flow_shift", "shift")]
-    record_path = folder / "teacher_record.json"
-    has_text_encoder = (folder / "text_encoder").is_dir()
     wan_files = WanFiles(
         location,
         experts,
         pipeline=name,
         boundary_ratio=setting(index, "boundary_ratio", RATIO, index_path),
         flow_shift=next((shift for shift in shifts if shift is not None), None),
-        record=read_json(record_path) if record_path.is_file() else {},
-        text_encoder_location=folder if has_text_encoder else None,
+        record=_read_if_there(folder / "teacher_record.json"),
+        text_encoder_location=folder if (folder / "text_encoder").is_dir() else None,
     )
-    vae_path = folder / "vae" / "config.json"
-    return wan_files.with_vae_config(vae_path) if vae_path.is_file() else wan_files
+    return wan_files.with_vae_config(folder / "vae") if (folder / "vae" / "config.json").is_file() else wan_files
 
 
 def _open_original_folder(folder: Path, location: str) -> WanFiles:
@@ -153,7 +136,7 @@ def _open_comfyui_folder(folder: Path, location: str) -> WanFiles:
         path
         for name in COMFYUI_FOLDERS
         for path in (folder / name).rglob("*")
-        if path.suffix.lower() in SUFFIXES and re.search("wan", path.name, re.I) and not _OTHERS.search(path.name)
+        if is_weight_file(path) and re.search("wan", path.name, re.I) and not _OTHERS.search(path.name)
     )
     sides = {side_of(path): path for path in found}
     if len(found) == 2 and set(sides) == {"high", "low"}:
@@ -188,11 +171,11 @@ def _encoder_of(place: Path) -> Path | None:
 
 
 def _open_single_file(path: Path) -> WanTransformer:
-    if path.suffix.lower() not in SUFFIXES:
+    if not is_weight_file(path):
         raise TeacherFileError(f"{path}: a {path.suffix or 'file without suffix'} is not read; allowed: {LAYOUTS}")
-    beside = path.with_name("config.json")  # a transformer folder's own file means the folder's shape
-    is_of_folder = path.name.startswith("diffusion_pytorch_model") and beside.is_file()
-    return WanTransformer(path, [path], read_json(beside) if is_of_folder else None)
+    # A transformer folder's own file means the folder's shape.
+    is_of_folder = path.name.startswith("diffusion_pytorch_model")
+    return open_transformer(path, [path], _read_if_there(path.with_name("config.json")) if is_of_folder else {})
 
 
 def _with_low_noise_expert(wan_files: WanFiles, path: Path) -> WanFiles:

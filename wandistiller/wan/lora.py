@@ -8,69 +8,66 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from wandistiller.errors import UserError, shown
+from wandistiller.errors import shown
 from wandistiller.files.checked_json import read_json
 from wandistiller.files.hub import local_path
 from wandistiller.files.json_files import JsonError, parse_json
 from wandistiller.files.safetensors_files import StoredTensor, read_header
-from wandistiller.files.weights import Weight, file_digest
-from wandistiller.model.config import StudentConfig
-from wandistiller.wan.lora_keys import HADAMARD, KRONECKER, LoraError, read_keys
-from wandistiller.wan.transformer_files import TransformerTensors
-from wandistiller.wan.wan_files import MergedLora, WanFiles
+from wandistiller.files.weights import FLOATS, Weight, kept_digest
+from wandistiller.wan.lora_keys import METHODS, LoraError, read_keys
+from wandistiller.wan.names import title_of
+from wandistiller.wan.transformer_files import Readable
 
 PEFT_METADATA = "lora_adapter_metadata"  # where diffusers keeps the alphas of a LoRA that it saves
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LARGEST_SCALE = 1e6  # of an alpha or a scale; people use up to some hundreds
-_FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
+_INNER = ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b")  # whose rows are the rank of a product
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """`factor * up @ down`, the change of a matrix; that of the patch kernel is made of two kernels."""
-
-    up: StoredTensor
-    down: StoredTensor
-    factor: float
-
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Return (out, rank) and (rank, in) in float32, the factor in the first."""
-        up = Weight(self.up).read().float().flatten(1) * self.factor
-        return up, Weight(self.down).read().float().flatten(1)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """`factor` times what its parts stand for, the change of a whole tensor: a difference, or LyCORIS's product of matrices."""
+class Change:
+    """`factor` times what its parts stand for: up @ down, a product of LyCORIS, or a difference as it is."""
 
     parts: Mapping[str, StoredTensor]
     factor: float
 
+    @property
+    def is_low_rank(self) -> bool:
+        return "up" in self.parts
+
+    def read_low_rank(self) -> tuple[Tensor, Tensor]:
+        """Return up (out, rank) and down (rank, in) in float32, the factor in the first."""
+        parts = self._read()
+        return self.factor * parts["up"].flatten(1), parts["down"].flatten(1)
+
     def read(self) -> Tensor:
-        return self.factor * _whole({name: Weight(stored).read().float() for name, stored in self.parts.items()})
+        """Return the whole change in float32; of a kernel as a matrix, or in its own shape."""
+        return self.factor * _whole(self._read())
+
+    def _read(self) -> dict[str, Tensor]:
+        return {name: Weight(stored).read().float() for name, stored in self.parts.items()}
 
     def shape(self) -> torch.Size:
         """Return the shape of what the parts make.
 
         Raises:
-            RuntimeError: they do not go together.
+            RuntimeError, LookupError: they do not go together.
         """
         return _whole({name: torch.empty(part.shape, device="meta") for name, part in self.parts.items()}).shape
 
 
-Change = LowRank | Difference
-
-
 def _whole(parts: Mapping[str, Tensor]) -> Tensor:
-    """Return the matrix of LoHa, (a1 b1) * (a2 b2), or of LoKr, w1 (x) w2 (LyCORIS: functional/loha.py, functional/lokr.py)."""
+    """Return the matrix of LoRA, of LoHa, (a1 b1) * (a2 b2), or of LoKr, w1 (x) w2 (LyCORIS: functional/loha.py, lokr.py)."""
     if "diff" in parts:
         return parts["diff"]
+    if "up" in parts or "down" in parts:
+        return parts["up"].flatten(1) @ parts["down"].flatten(1)
     if "hada_w1_a" in parts:
         return (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
     first, second = (
@@ -84,8 +81,10 @@ class Lora:
     """What a LoRA adds to each tensor that it changes, by canonical names; nothing of it stays in memory.
 
     Attributes:
+        title: what the file calls itself in its metadata.
         shapes: those of the tensors of the Wan that it is for.
         magnitudes: of a DoRA the length that each row of a matrix gets.
+        expert: "high" or "low", which it is merged into.
     """
 
     path: Path
@@ -94,6 +93,17 @@ class Lora:
     changes: Mapping[str, Sequence[Change]]
     shapes: Mapping[str, tuple[int, ...]]
     magnitudes: Mapping[str, StoredTensor]
+    title: str = ""
+    expert: str = "high"
+
+    @property
+    def identity(self) -> str:
+        """What makes two teachers with LoRAs the same one; a file may be renamed."""
+        return f"{self.expert} {self.sha256[:16]} x {self.scale!r}"
+
+    def record(self) -> dict[str, object]:
+        """Return what a student records of it, but for its path."""
+        return {"expert": self.expert, "file": self.path.name, "sha256": self.sha256, "scale": self.scale}
 
     def added_to(self, name: str, tensor: Tensor) -> Tensor:
         """Return a teacher's tensor with what this LoRA adds to it; one that it does not change comes back as it is."""
@@ -101,24 +111,19 @@ class Lora:
             return tensor
         tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
         if name not in self.magnitudes:
-            return _changed(tensor, self.changes[name], self.scale)
+            return self._changed(name, tensor, self.scale)
         # DoRA (arXiv:2402.09353, eq. 5): the changed rows get learnt lengths. A scale goes part of the way, as ComfyUI has it.
-        rows = _changed(tensor, self.changes[name], 1.0).flatten(1)
+        rows = self._changed(name, tensor, 1.0).flatten(1)
         lengths = Weight(self.magnitudes[name]).read().reshape(-1, 1).to(rows.dtype)
         return tensor.lerp((rows * (lengths / rows.norm(dim=1, keepdim=True))).reshape(tensor.shape), self.scale)
 
-
-def _changed(tensor: Tensor, changes: Sequence[Change], scale: float) -> Tensor:
-    for change in changes:
-        if isinstance(change, Difference):
+    def _changed(self, name: str, tensor: Tensor, scale: float) -> Tensor:
+        for change in self.changes[name]:
             tensor = tensor + scale * change.read().reshape(tensor.shape).to(tensor.dtype)
-        else:
-            up, down = (part.to(tensor.dtype) for part in change.read())
-            tensor = torch.addmm(tensor.flatten(1), up, down, alpha=scale).reshape(tensor.shape)
-    return tensor
+        return tensor
 
 
-def open_lora(path: str | Path, scale: float, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
+def open_lora(path: str | Path, scale: float, shapes: Mapping[str, tuple[int, ...]], expert: str = "high") -> Lora:
     """Open a LoRA for a Wan whose tensors have these shapes, and read it once: its digest, and whether its numbers are numbers.
 
     Raises:
@@ -127,34 +132,28 @@ def open_lora(path: str | Path, scale: float, shapes: Mapping[str, tuple[int, ..
     path = local_path(path)
     if not path.is_file():
         raise LoraError(f"{path}: there is no such file; give a LoRA as FILE.safetensors, or FILE.safetensors:SCALE")
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise LoraError(
             f"{path}: is no .safetensors file; LoRAs are read from these alone, since a pickle is never opened"
         )
     if not abs(scale) <= _LARGEST_SCALE:
         raise LoraError(f"{path}: a scale of {scale:g}; allowed: a number of at most {_LARGEST_SCALE:g}")
-    stored = read_header(path).tensors
+    header = read_header(path)
     parts: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    scaled_biases = set()
-    for key, read in read_keys(path, stored, shapes).items():
-        _check_numbers(stored[key])
-        if read.part in parts[read.tensor]:
-            raise LoraError(f"{path}: changes {read.tensor} twice, the second time as {key}; save the LoRA again")
-        parts[read.tensor][read.part] = stored[key]
-        if read.is_scaled:
-            scaled_biases.add(read.tensor)
-    reader = _Reader(path, parts, shapes, _peft_factors(path))
-    changes = {name: reader.changes(name, is_scaled=name in scaled_biases) for name in parts}
+    for key, (part, name) in read_keys(path, header.tensors, shapes).items():
+        stored = header.tensors[key]
+        if stored.dtype not in FLOATS:
+            raise LoraError(f"{path}: {key} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8")
+        if part in parts[name]:
+            raise LoraError(f"{path}: changes {name} twice, the second time as {key}; save the LoRA again")
+        Weight(stored).read()
+        parts[name][part] = stored
+    reader = _Reader(path, parts, shapes, _peft_factors(path, header.metadata))
+    changes = {name: reader.changes(name) for name in parts}
     magnitudes = {name: reader.magnitude(name) for name, of_tensor in parts.items() if "magnitude" in of_tensor}
     if reader.factors.is_dora and not magnitudes:
         raise LoraError(f"{path}: says that it is a DoRA (use_dora) and holds no lengths; save the LoRA again")
-    return Lora(path, file_digest(path), scale, changes, shapes, magnitudes)
-
-
-def _check_numbers(stored: StoredTensor) -> None:
-    if stored.dtype not in _FLOATS:
-        raise LoraError(f"{stored.path}: {stored.key} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8")
-    Weight(stored).read()
+    return Lora(path, kept_digest(path), scale, changes, shapes, magnitudes, title_of(header.metadata), expert)
 
 
 @dataclass(frozen=True)
@@ -166,62 +165,40 @@ class _Reader:
     shapes: Mapping[str, tuple[int, ...]]
     factors: "_Factors"
 
-    def changes(self, name: str, *, is_scaled: bool) -> list[Change]:
+    def changes(self, name: str) -> list[Change]:
         parts = self.parts[name]
-        found: list[Change] = []
-        if "diff" in parts:
-            found.append(self._difference(name, parts["diff"], is_scaled))
-        if "down" in parts or "up" in parts:
-            found.append(self._low_rank(name))
-        for method in (KRONECKER, HADAMARD):
-            if own := {part: parts[part] for part in method if part in parts}:
-                found.append(self._lycoris(name, own))
+        of_methods = [{part: parts[part] for part in method if part in parts} for method in METHODS]
+        found = [self._change(name, own) for own in of_methods if own]
         if not found:
             raise LoraError(
                 f"{self.path}: has {', '.join(parts)} for {name} and nothing to change it with; copy it again"
             )
         return found
 
+    def _change(self, name: str, own: Mapping[str, StoredTensor]) -> Change:
+        if "up_bias" in own:  # PEFT's of lora_B, whose factor is that of the weight
+            rank = _rank(self.parts.get(f"{name.removesuffix('bias')}weight", {}))
+            change = Change({"diff": own["up_bias"]}, self.factors.of(name, rank))
+        else:
+            rank = _rank(own)
+            change = Change(own, (self._alpha(name, rank) or self.factors.of(name, rank)) if rank else 1.0)
+        given = " and ".join(_times(stored.shape) for stored in own.values())
+        try:
+            made, shape = change.shape(), self.shapes[name]
+        except (RuntimeError, LookupError):
+            raise self._other_shape(name, f"{given}, which do not go together") from None
+        is_whole = "diff" in change.parts
+        sizes = [[size for size in sizes if size > 1] for sizes in (made, shape)] if is_whole else []
+        fits = sizes[0] == sizes[1] if is_whole else (made[0], made.numel()) == (shape[0], math.prod(shape))
+        if not fits or any(0 in stored.shape for stored in own.values()):
+            raise self._other_shape(name, given)
+        return change
+
     def magnitude(self, name: str) -> StoredTensor:
         stored, rows = self.parts[name]["magnitude"], self.shapes[name][0]
         if stored.shape not in ((rows,), (rows, 1)):
             raise self._other_shape(name, f"lengths of {_times(stored.shape)} (a DoRA, one of each row)")
         return stored
-
-    def _difference(self, name: str, stored: StoredTensor, is_scaled: bool) -> Difference:
-        shape = self.shapes[name]
-        if [size for size in stored.shape if size > 1] != [size for size in shape if size > 1]:
-            raise self._other_shape(name, "a difference of " + _times(stored.shape))
-        weight = self.parts.get(f"{name.removesuffix('bias')}weight", {})
-        rank = weight["up"].shape[1] if "up" in weight and len(weight["up"].shape) > 1 else None
-        return Difference({"diff": stored}, self.factors.of(name, rank) if is_scaled else 1.0)
-
-    def _low_rank(self, name: str) -> LowRank:
-        parts, shape = self.parts[name], self.shapes[name]
-        if not {"down", "up"} <= parts.keys():
-            key = parts["up" if "up" in parts else "down"].key
-            raise LoraError(f"{self.path}: has one of the two matrices that change {name}, {key}; copy it again")
-        up, down = parts["up"], parts["down"]
-        is_matrix = len(shape) > 1 and len(up.shape) > 1 and len(down.shape) > 1
-        sizes = (*up.shape[:2], down.shape[0], math.prod(down.shape[1:])) if is_matrix else ()
-        rank = up.shape[1] if is_matrix else 0
-        if sizes != (shape[0], rank, rank, math.prod(shape[1:])) or math.prod(up.shape[2:]) != 1 or not rank:
-            raise self._other_shape(name, f"matrices of {_times(up.shape)} and {_times(down.shape)}")
-        return LowRank(up, down, self._alpha(name, rank) or self.factors.of(name, rank))
-
-    def _lycoris(self, name: str, own: Mapping[str, StoredTensor]) -> Difference:
-        """Return a product of LyCORIS, whose alpha is divided by the rank of what is a product in it."""
-        inner = next((own[part] for part in ("lokr_w2_b", "lokr_w1_b", "hada_w1_b") if part in own), None)
-        rank = inner.shape[0] if inner is not None and inner.shape else 0
-        change = Difference(own, (self._alpha(name, rank) if rank else None) or 1.0)
-        given = " and ".join(_times(stored.shape) for stored in own.values())
-        try:
-            made, shape = change.shape(), self.shapes[name]
-        except (RuntimeError, KeyError, IndexError):
-            raise self._other_shape(name, f"matrices of {given}, which do not go together") from None
-        if made[0] != shape[0] or made.numel() != math.prod(shape):
-            raise self._other_shape(name, f"matrices of {given}")
-        return change
 
     def _alpha(self, name: str, rank: int) -> float | None:
         """Return alpha / rank, None where the file has no alpha of this tensor."""
@@ -237,9 +214,15 @@ class _Reader:
 
     def _other_shape(self, name: str, given: str) -> LoraError:
         return LoraError(
-            f"{self.path}: changes {name}, which is {_times(self.shapes[name])} in this Wan, by {given}; it is a LoRA of another model: "
+            f"{self.path}: changes {name}, which is {_times(self.shapes[name])} in this Wan, by {given}; it is damaged, or a LoRA of another model: "
             "give one that was trained on a Wan of this size"
         )
+
+
+def _rank(parts: Mapping[str, StoredTensor]) -> int:
+    """Return the rank of a product, 0 of a whole difference."""
+    inner = next((parts[part] for part in _INNER if part in parts), None)
+    return inner.shape[0] if inner is not None and inner.shape else 0
 
 
 def _times(shape: Sequence[int]) -> str:
@@ -259,7 +242,7 @@ class _Factors:
     uses_root: bool = False
     is_dora: bool = False
 
-    def of(self, name: str, rank: int | None) -> float:
+    def of(self, name: str, rank: int) -> float:
         """Return the factor for a tensor; without a rank of its own (a bias) that of the config counts."""
         module = name.rpartition(".")[0]
         # The first pattern that fits counts, from a dot on or, with ^, from the start (peft: utils/other.py, get_pattern_key).
@@ -271,9 +254,9 @@ class _Factors:
         return alpha / (math.sqrt(rank_or_none) if self.uses_root else rank_or_none)
 
 
-def _peft_factors(path: Path) -> _Factors:
+def _peft_factors(path: Path, metadata: Mapping[str, str]) -> _Factors:
     """Read the alphas that diffusers keeps in a file's metadata, and PEFT in a file beside its own."""
-    metadata, beside = read_header(path).metadata, path.with_name(_PEFT_CONFIG)
+    beside = path.with_name(_PEFT_CONFIG)
     if PEFT_METADATA in metadata:
         where = f"{path}, {PEFT_METADATA} in its metadata"
         try:
@@ -316,69 +299,20 @@ def _is_quick_pattern(pattern: str) -> bool:
     return True
 
 
-# ---- merging ----
+@dataclass(frozen=True)
+class MergedWeight:
+    """A tensor of a teacher with what LoRAs add to it: in float32 where they change it, else as it is stored."""
 
+    weight: Readable
+    name: str
+    loras: Sequence[Lora]
 
-class MergedTransformer:
-    """A transformer whose tensors are read with LoRAs in them; `TransformerTensors` describes the members."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
 
-    def __init__(self, transformer: TransformerTensors, loras: Sequence[Lora]):
-        self.transformer = transformer
-        self.loras = loras
-        self.location = transformer.location
-        self.config: StudentConfig = transformer.config
-        self.student = transformer.student
-        self.ignored = transformer.ignored
-        self.heads_are_assumed = transformer.heads_are_assumed
-
-    def names(self) -> list[str]:
-        return self.transformer.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.transformer.shape(name)
-
-    def read(self, name: str) -> Tensor:
-        """Read a tensor with what the LoRAs add to it, in float32; one that they leave alone comes as it is stored."""
-        tensor = self.transformer.read(name)
+    def read(self) -> Tensor:
+        tensor = self.weight.read()
         for lora in self.loras:
-            tensor = lora.added_to(name, tensor)
+            tensor = lora.added_to(self.name, tensor)
         return tensor
-
-    def fingerprint(self) -> str:
-        """Return that of the transformer as it lies on disk."""
-        return self.transformer.fingerprint()
-
-
-def shapes_of(transformer: TransformerTensors) -> dict[str, tuple[int, ...]]:
-    return {name: transformer.shape(name) for name in transformer.names()}
-
-
-LoraFiles = Sequence[tuple[str | Path, float]]
-
-
-def merge_loras(wan_files: WanFiles, high: LoraFiles | None = None, low: LoraFiles | None = None) -> WanFiles:
-    """Return a Wan that is read with LoRAs in it; each is opened and checked now, and merged as tensors are read.
-
-    Args:
-        high: files and scales for the only expert, or for the high-noise one of two.
-        low: those for the low-noise expert.
-
-    Raises:
-        LoraError: one of them cannot be merged into this Wan.
-        UserError: there is no low-noise expert.
-    """
-    experts, merged = dict(wan_files.experts), list(wan_files.loras)
-    for name, files in (("high", high), ("low", low)):
-        if not files:
-            continue
-        if name not in experts:
-            raise UserError(
-                f"--teacher_lora_low {files[0][0]}: {wan_files.location} has one expert; give it as --teacher_lora"
-            )
-        shapes = shapes_of(experts[name])
-        loras = [open_lora(path, scale, shapes) for path, scale in files]
-        experts[name] = MergedTransformer(experts[name], loras)
-        merged += [
-            MergedLora(name, str(lora.path), lora.sha256, lora.scale, len(lora.changes), len(shapes)) for lora in loras
-        ]
-    return replace(wan_files, experts=experts, loras=tuple(merged))

@@ -7,7 +7,6 @@ The layouts are diffusers' and PEFT's (`transformer.blocks.0.attn1.to_q.lora_A.w
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from wandistiller.errors import UserError, shown
@@ -19,9 +18,15 @@ _PREFIXES = (
     *("lora_unet_", "lora_transformer_", "lycoris_"),
 )
 _WRAPPER = re.compile(r"(?:^|(?<=[._]))_orig_mod[._]")  # torch.compile's, wherever it stands
-# The parts of LyCORIS's products: Kronecker's of two matrices, Hadamard's of two products
-KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+# The parts of each way to change a tensor: a product, a difference, that of PEFT's bias, LyCORIS's products of Kronecker and Hadamard
 HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+METHODS = (
+    ("up", "down"),
+    ("diff",),
+    ("up_bias",),
+    ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+    HADAMARD,
+)
 # What the end of a key says; between the name and ".weight" PEFT has the name of its adapter.
 _ENDS = {
     "down": re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight$"),
@@ -32,7 +37,7 @@ _ENDS = {
     "diff": re.compile(r"\.(?:diff|w_norm)$"),
     "diff_b": re.compile(r"\.(?:diff_b|b_norm)$"),
     "diff_m": re.compile(r"\.diff_m$"),
-    **{name: re.compile(rf"\.{name}$") for name in (*KRONECKER, *HADAMARD)},
+    **{name: re.compile(rf"\.{name}$") for method in METHODS[3:] for name in method},
 }
 # Other ways to change a matrix, by what only their keys hold
 _OTHER_METHODS = {
@@ -40,30 +45,16 @@ _OTHER_METHODS = {
     "LoCon (with lora_mid)": ("lora_mid",),
     "Tucker decomposition": ("lokr_t", "hada_t"),
 }
-_IMAGE_KEYS = re.compile(r"[._][kv]_img\b|img_emb|add_[kv]_proj|image_embedder")
 
 
 class LoraError(UserError):
     """A LoRA is missing, damaged, of another model, or of another kind."""
 
 
-@dataclass(frozen=True)
-class LoraKey:
-    """What one key stands for.
+def read_keys(path: Path, keys: Iterable[str], names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return for each key of a LoRA's file which part of a change it is, and the canonical name of the tensor that is changed.
 
-    Attributes:
-        part: "down", "up" and "alpha" of a product, a part of LyCORIS's, "magnitude" of a DoRA, or "diff" for a whole difference.
-        tensor: the canonical name of the tensor that is changed.
-        is_scaled: whether the product's factor counts for a difference too, as PEFT has it for the bias of lora_B.
-    """
-
-    part: str
-    tensor: str
-    is_scaled: bool = False
-
-
-def read_keys(path: Path, keys: Iterable[str], names: Iterable[str]) -> dict[str, LoraKey]:
-    """Return what each key of a LoRA's file stands for.
+    The parts are those of `METHODS`, and "alpha" of a product and "magnitude" of a DoRA.
 
     Args:
         names: the canonical names of the tensors of the Wan that it is for.
@@ -76,16 +67,10 @@ def read_keys(path: Path, keys: Iterable[str], names: Iterable[str]) -> dict[str
         raise LoraError(f"{path}: holds no tensors, so it is no LoRA")
     _refuse_other_methods(path, keys)
     modules = _modules(names)
-    found, strange = {}, []
-    for key in keys:
-        read = _read_key(key, modules)
-        if read is None:
-            strange.append(key)
-        else:
-            found[key] = read
-    if strange:
+    found = {key: _read_key(key, modules) for key in keys}
+    if strange := [key for key, read in found.items() if read is None]:
         _refuse_strange(path, strange, len(keys))
-    return found
+    return {key: read for key, read in found.items() if read is not None}
 
 
 def _refuse_other_methods(path: Path, keys: list[str]) -> None:
@@ -101,7 +86,7 @@ def _refuse_other_methods(path: Path, keys: list[str]) -> None:
 def _refuse_strange(path: Path, strange: list[str], count: int) -> None:
     """Refuse keys that no text-to-video Wan of this size has, and say whose they are where that is known."""
     stems = [_without_prefix(key) for key in strange]
-    kind = "an image-to-video (I2V)" if any(map(_IMAGE_KEYS.search, stems)) else other_wan_kind(stems)
+    kind = other_wan_kind(stems)
     what = f"is a LoRA of {kind} Wan" if kind else "is a LoRA of another model, or of a larger Wan"
     raise LoraError(
         f"{path}: {what}: {len(strange)} of its {count} keys change nothing of this text-to-video Wan, the first is "
@@ -129,23 +114,15 @@ def _without_prefix(key: str) -> str:
     return key
 
 
-def _read_key(key: str, modules: Mapping[str, dict[str, str]]) -> LoraKey | None:
-    """Return what a key stands for; None where no module has that name, or nothing that could be changed so."""
+def _read_key(key: str, modules: Mapping[str, dict[str, str]]) -> tuple[str, str] | None:
+    """Return part and tensor of a key; None where no module has that name, or nothing that could be changed so."""
     bare = _without_prefix(key)
     for part, pattern in _ENDS.items():
         if match := pattern.search(bare):
-            return _changed(part, bare[: match.start()].replace(".", "_"), modules)
+            tensors = modules.get(
+                bare[: match.start()].replace(".", "_") + ("_modulation" if part == "diff_m" else ""), {}
+            )
+            kinds = {"diff": ("weight", "table"), "diff_m": ("table",), "diff_b": ("bias",), "up_bias": ("bias",)}
+            name = next((tensors[kind] for kind in kinds.get(part, ("weight",)) if kind in tensors), None)
+            return (part.replace("diff_b", "diff").replace("diff_m", "diff"), name) if name else None
     return None
-
-
-def _changed(part: str, stem: str, modules: Mapping[str, dict[str, str]]) -> LoraKey | None:
-    if part == "diff_m":
-        tensors = modules.get(f"{stem}_modulation", {})
-        return LoraKey("diff", tensors["table"]) if "table" in tensors else None
-    tensors = modules.get(stem, {})
-    if part not in ("diff", "diff_b", "up_bias"):
-        return LoraKey(part, tensors["weight"]) if "weight" in tensors else None
-    if part == "diff":
-        name = tensors.get("weight") or tensors.get("table")
-        return LoraKey("diff", name) if name else None
-    return LoraKey("diff", tensors["bias"], is_scaled=part == "up_bias") if "bias" in tensors else None

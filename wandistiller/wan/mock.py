@@ -1,51 +1,36 @@
 """`--teacher_path mock`: a Wan of seeded random weights, wider and deeper than the student, which needs no download."""
 
-import hashlib
 import zlib
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wandistiller.model.config import StudentConfig
-from wandistiller.wan.transformer_files import own_image_size, teacher_tensor_shapes
+from wandistiller.wan.transformer_files import WanTransformer, own_image_size, teacher_tensor_shapes
 from wandistiller.wan.wan_files import WanFiles
 
 MOCK_SEED = 20250728
 
 
-class MockTransformer:
-    """Random tensors under canonical names, each made when it is read; the interface is that of `TransformerTensors`."""
+@dataclass(frozen=True)
+class RandomWeight:
+    """A tensor of random values, made when it is read: the same for the same name and shape."""
 
-    def __init__(self, config: StudentConfig):
-        self.location: str | Path = "mock"
-        self.config = config
-        self.student: StudentConfig | None = None
-        self.ignored: dict[str, str] = {}
-        self.heads_are_assumed = False
-        self._shapes = teacher_tensor_shapes(config)
+    name: str
+    shape: tuple[int, ...]
 
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def read(self, name: str) -> Tensor:
-        """Return the same values for the same name and shape, scaled so that activations and velocity stay near unit size."""
-        generator = torch.Generator().manual_seed(MOCK_SEED ^ zlib.crc32(name.encode()))
-        shape = self._shapes[name]
-        values = torch.randn(shape, generator=generator)
-        if name.endswith("scale_shift_table"):
-            return values / shape[-1] ** 0.5
-        if "norm" in name:
-            return values * 0.1 + (1.0 if name.endswith("weight") else 0.0)
-        if name.endswith("bias"):
+    def read(self) -> Tensor:
+        """Return values of a size that keeps activations and velocity near unit size."""
+        generator = torch.Generator().manual_seed(MOCK_SEED ^ zlib.crc32(self.name.encode()))
+        values = torch.randn(self.shape, generator=generator)
+        if self.name.endswith("scale_shift_table"):
+            return values / self.shape[-1] ** 0.5
+        if "norm" in self.name:
+            return values * 0.1 + (1.0 if self.name.endswith("weight") else 0.0)
+        if self.name.endswith("bias"):
             return values * 0.02
         return values / values[0].numel() ** 0.5
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(f"mock {MOCK_SEED} {self.config.to_json()}".encode()).hexdigest()
 
 
 def mock_shape(student: StudentConfig) -> StudentConfig:
@@ -78,5 +63,7 @@ def mock_shape(student: StudentConfig) -> StudentConfig:
 
 def mock_wan_files(student: StudentConfig) -> WanFiles:
     """Return the mock around a student's shape, to be used as a Wan on disk is."""
-    transformer = MockTransformer(mock_shape(student))
+    config = mock_shape(student)
+    weights = {name: RandomWeight(name, shape) for name, shape in teacher_tensor_shapes(config).items()}
+    transformer = WanTransformer("mock", config, weights)
     return WanFiles("mock", {"high": transformer}, vae_scale_factor=student.vae_scale_factor)

@@ -1,8 +1,9 @@
 """The names of Wan's tensors and settings: original and ComfyUI spellings become canonical ones (diffusers'), and back."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -10,10 +11,12 @@ from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.files.weights import Stored
 from wandistiller.model.config import StudentConfig
 
-# What the other parts of an all-in-one checkpoint begin with (ComfyUI's supported_models.py and its own loaders)
-VAE_PREFIXES = ("first_stage_model.", "vae.")
-TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
-TEXT_ENCODER_PREFIXES = ("text_encoders.", "cond_stage_model.", "text_encoder.")
+# What the names of each part of an all-in-one checkpoint begin with (ComfyUI's supported_models.py and its own loaders)
+_PARTS = {
+    "VAE": ("first_stage_model.", "vae."),
+    "transformer": ("model.diffusion_model.", "diffusion_model.", "model."),
+    "text encoder": ("text_encoders.", "cond_stage_model.", "text_encoder."),
+}
 PATCH_KERNEL = "patch_embedding.weight"
 
 # These map the stem of an original name to diffusers' (scripts/convert_wan_to_diffusers.py), in the model and in a block.
@@ -38,14 +41,15 @@ _IN_BLOCK = {
 _TO_CANONICAL = (_IN_MODEL, _IN_BLOCK)
 _TO_ORIGINAL = tuple({canonical: original for original, canonical in table.items()} for table in _TO_CANONICAL)
 
-# Tensors that only other members of the Wan family have, in either spelling.
-_OTHER_KINDS = [
-    (re.compile(r"vace_"), "a VACE (editing)"),
-    (re.compile(r"face_adapter|face_encoder|motion_encoder|pose_patch_embedding"), "an Animate"),
-    (re.compile(r"casual_audio_encoder|audio_injector|audio_proj"), "a speech-to-video (S2V)"),
-    (re.compile(r"^control_adapter|^ref_conv"), "a Fun control"),
-    (re.compile(r"^img_emb\.|image_embedder|\.k_img\.|\.add_k_proj\."), "an image-to-video (I2V)"),
-]
+# Other members of the Wan family, by their tensors in either spelling, their classes and their `model_type`.
+_OTHER_KINDS = {
+    "a VACE (editing)": r"vace",
+    "an Animate": r"animate|face_adapter|face_encoder|motion_encoder|pose_patch_embedding",
+    "a speech-to-video (S2V)": r"s2v|casual_audio_encoder|audio_injector|audio_proj",
+    "a Fun control": r"^control_adapter|^ref_conv",
+    "a first-last-frame-to-video (FLF2V)": r"flf2v",
+    "an image-to-video (I2V)": r"^i2v|ImageToVideo|^img_emb[._]|image_embedder|[._][kv]_img\b|add_[kv]_proj",
+}
 
 # Models of a Wan's shape with trained weights of their own, by what only they hold
 _RELATIVES = [
@@ -71,13 +75,14 @@ def canonical_tensors(found: Mapping[str, Stored], where: object) -> dict[str, S
     Raises:
         TeacherFileError: there are two transformers.
     """
-    bare = with_prefix_of(re.escape(PATCH_KERNEL), {without_wrappers(name): found[name] for name in found}, where)
-    is_original = "head.modulation" in bare
-    return {to_canonical(name) if is_original else name: stored for name, stored in bare.items()}
+    bare = bare_names(re.escape(PATCH_KERNEL), found, where)
+    return {to_canonical(name): stored for name, stored in bare.items()} if "head.modulation" in bare else bare
 
 
-def with_prefix_of(anchor: str, found: Mapping[str, Stored], where: object) -> dict[str, Stored]:
+def bare_names(anchor: str, found: Mapping[str, Stored], where: object) -> dict[str, Stored]:
     """Return tensors without the prefix that a part of a file has, whichever that is; others keep their names.
+
+    The names of torch.compile's, FSDP's and checkpointing's wrappers are taken out wherever they stand.
 
     Args:
         anchor: a pattern of the name of a tensor that the part has once.
@@ -85,33 +90,41 @@ def with_prefix_of(anchor: str, found: Mapping[str, Stored], where: object) -> d
     Raises:
         TeacherFileError: there are two such parts.
     """
-    matches = (re.fullmatch(rf"((?:.*\.)?)(?:{anchor})", name) for name in found)
+    wrapper = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+    names = {name: wrapper.sub("", name) for name in found}
+    matches = (re.fullmatch(rf"((?:.*\.)?)(?:{anchor})", name) for name in names.values())
     prefixes = sorted({match[1] for match in matches if match})
     if len(prefixes) > 1:
         raise TeacherFileError(f"{where}: holds two models, as {prefixes[0]!r} and {prefixes[1]!r}; give a file of one")
     prefix = prefixes[0] if prefixes else ""
     # ComfyUI keeps what belongs to a text encoder beside its "transformer."
     outer = prefix.removesuffix("transformer.")
-    bare = {name.removeprefix(prefix if name.startswith(prefix) else outer): stored for name, stored in found.items()}
+    bare = {name.removeprefix(prefix if name.startswith(prefix) else outer): found[key] for key, name in names.items()}
     if len(bare) < len(found):
         raise TeacherFileError(
-            f"{where}: holds tensors of one name with {prefix!r} and without; give a file of one model"
+            f"{where}: holds one tensor under two names ({prefix!r} may be left out); give a file of one model"
         )
     return bare
 
 
-def without_wrappers(name: str) -> str:
-    """Return a tensor's name without those of torch.compile's, FSDP's and checkpointing's wrappers, wherever they stand."""
-    return re.sub(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
+def renamed(name: str, rules: Iterable[tuple[str, Any]]) -> str:
+    """Return a name after patterns in it were replaced, one after another."""
+    for pattern, other in rules:
+        name = re.sub(pattern, other, name)
+    return name
+
+
+def other_part(name: str, own: str) -> str | None:
+    """Return why a tensor does no harm that belongs to another part of the same file than the `own` one; None for a stranger."""
+    part = next((part for part, prefixes in _PARTS.items() if part != own and name.startswith(prefixes)), None)
+    return f"of the {part} in the same file" if part else None
 
 
 def harmless_reason(name: str) -> str | None:
     """Return why a tensor in a Wan's file does no harm though it is none of the transformer's; None where it is a stranger."""
-    if name.startswith((*VAE_PREFIXES, *TEXT_ENCODER_PREFIXES)):
-        return "of the VAE or text encoder in the same file"
-    return (
-        "a table of positions, which follows from the shape" if re.match(r"(rope\.)?freqs(_cos|_sin)?$", name) else None
-    )
+    if re.match(r"(rope\.)?freqs(_cos|_sin)?$", name):
+        return "a table of positions, which follows from the shape"
+    return other_part(name, "transformer")
 
 
 def relative_of_wan(name: str) -> str | None:
@@ -140,10 +153,20 @@ def _renamed(name: str, in_model: dict[str, str], in_block: dict[str, str]) -> s
     return name
 
 
-def other_wan_kind(names: list[str]) -> str | None:
-    """Return the other kind of Wan these tensors belong to, such as "an image-to-video (I2V)"; None for text-to-video."""
-    for pattern, kind in _OTHER_KINDS:
-        if any(pattern.search(name) for name in names):
+def refuse_other_kind(names: Iterable[str], where: object) -> None:
+    """Refuse a checkpoint whose tensors, class or `model_type` are those of another kind of Wan than text-to-video."""
+    if kind := other_wan_kind(names):
+        raise TeacherFileError(
+            f"{where}: this is {kind} checkpoint; WanDistiller projects text-to-video models only "
+            "(Wan2.1-T2V-1.3B/14B, Wan2.2-T2V-A14B, Wan2.2-TI2V-5B)"
+        )
+
+
+def other_wan_kind(names: Iterable[str]) -> str | None:
+    """Return the other kind of Wan that a name tells, such as "an image-to-video (I2V)"; None for text-to-video."""
+    names = list(names)
+    for kind, pattern in _OTHER_KINDS.items():
+        if any(re.search(pattern, name, re.IGNORECASE) for name in names):
             return kind
     return None
 
@@ -156,7 +179,10 @@ def parts_folder(path: Path) -> Path:
     return path.parent.parent if path.parent.name in COMFYUI_FOLDERS else path.parent
 
 
-_SIDE = re.compile(r"(?<![a-z])(high|low)(?![a-z])|(high|low)[ _-]?noise")
+# "Low" of low VRAM, low light or low steps is no noise level.
+_SIDE = re.compile(
+    r"(?<![a-z])(high|low)(?![a-z]|[ _-]?(?:v?ram|res|light|step|denoise|qual|detail|motion))|(high|low)[ _-]?noise"
+)
 
 
 def side_of(place: str | Path) -> str | None:
@@ -169,6 +195,11 @@ def side_of(place: str | Path) -> str | None:
         if sides:
             return sides.pop() if len(sides) == 1 else None
     return None
+
+
+def title_of(metadata: Mapping[str, str]) -> str:
+    """Return what a file calls itself: a GGUF's name, that of the model specification, or of a trainer's output."""
+    return " ".join(metadata.get(key, "") for key in ("general.name", "modelspec.title", "ss_output_name"))
 
 
 def without_frames(tensor: Tensor) -> Tensor:

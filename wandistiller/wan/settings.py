@@ -1,12 +1,14 @@
 """How a teacher is sampled: each released Wan as it was made for, others as their folder or a person says."""
 
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize, square
+from wandistiller.wan.lora import Lora
 from wandistiller.wan.names import side_of
+from wandistiller.wan.transformer_files import WanTransformer
 from wandistiller.wan.vae import RELEASED_LATENTS
 from wandistiller.wan.wan_files import WanFiles
 
@@ -16,36 +18,27 @@ DEFAULT_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，细节模糊不清，字幕，风格，作品，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-DEFAULT_BOUNDARY_RATIO = 0.875
 RELEASED_TEXT_MAX_LENGTH = 512
 
 
-@dataclass(frozen=True)
-class ReleasedModel:
-    """The structure of a released Wan and how it was made to be sampled (Wan2.1, Wan2.2: wan/configs/*.py, generate.py).
-
-    Attributes:
-        guidance_scale: scale of the only expert, or of the high-noise one where there are two.
-        guidance_scale_2: scale of the low-noise expert; None with one expert.
-    """
-
-    name: str
-    hidden_size: int
-    num_channels: int
-    num_experts: int
-    shift: float
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_scale_2: float | None = None
-    boundary_ratio: float | None = None
-
-
-RELEASED_MODELS = [
-    ReleasedModel("Wan2.1-T2V-1.3B", 1536, 16, 1, 5.0, 50, 5.0),
-    ReleasedModel("Wan2.1-T2V-14B", 5120, 16, 1, 5.0, 50, 5.0),
-    ReleasedModel("Wan2.2-T2V-A14B", 5120, 16, 2, 12.0, 40, 4.0, 3.0, 0.875),
-    ReleasedModel("Wan2.2-TI2V-5B", 3072, 48, 1, 5.0, 50, 5.0),
-]
+# Of each released Wan (width, latent channels, experts), and how it was made to be sampled (Wan2.1, Wan2.2: wan/configs/*.py,
+# generate.py). The guidance of two experts is the high-noise one's, and then the low-noise one's.
+RELEASED: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
+    "Wan2.1-T2V-1.3B": ((1536, 16, 1), {"shift": 5.0, "num_inference_steps": 50, "guidance_scale": 5.0}),
+    "Wan2.1-T2V-14B": ((5120, 16, 1), {"shift": 5.0, "num_inference_steps": 50, "guidance_scale": 5.0}),
+    "Wan2.2-T2V-A14B": (
+        (5120, 16, 2),
+        {
+            "shift": 12.0,
+            "num_inference_steps": 40,
+            "guidance_scale": 4.0,
+            "guidance_scale_2": 3.0,
+            "boundary_ratio": 0.875,
+        },
+    ),
+    "Wan2.2-TI2V-5B": ((3072, 48, 1), {"shift": 5.0, "num_inference_steps": 50, "guidance_scale": 5.0}),
+}
+_USUAL = {"shift": 5.0, "num_inference_steps": 50, "guidance_scale": 5.0, "boundary_ratio": 0.875}  # of any other Wan
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ class TeacherSettings:
 
     @property
     def is_released(self) -> bool:
-        return any(self.preset == model.name for model in RELEASED_MODELS)
+        return self.preset in RELEASED
 
     def summary(self) -> str:
         """Return one line for the screen."""
@@ -138,24 +131,21 @@ def resolve_settings(wan_files: WanFiles, **given: Unpack[GivenSettings]) -> Tea
         )
     if not has_two and boundary_ratio is not None:
         raise UserError("--boundary_ratio divides two experts; this teacher has one, leave the flag out")
-    base = _sampled_as(wan_files)
-    if guidance_scale is not None and guidance_scale_2 is None:
-        guidance_scale_2 = guidance_scale
+    preset, base = _sampled_as(wan_files)
+    scales = (guidance_scale_2, guidance_scale, base.get("guidance_scale_2"), base["guidance_scale"])
     latents_mean, latents_std = _latents_statistics(wan_files)
     settings = TeacherSettings(
-        preset=base.name,
-        shift=given.get("shift") or base.shift,
-        num_inference_steps=given.get("teacher_steps") or base.num_inference_steps,
-        guidance_scale=base.guidance_scale if guidance_scale is None else guidance_scale,
-        guidance_scale_2=_first(guidance_scale_2, base.guidance_scale_2, base.guidance_scale) if has_two else None,
-        boundary_ratio=_first(boundary_ratio, base.boundary_ratio, DEFAULT_BOUNDARY_RATIO) if has_two else None,
-        negative_prompt=_first(
-            given.get("negative_prompt"), wan_files.record.get("negative_prompt"), DEFAULT_NEGATIVE_PROMPT
-        ),
+        preset=preset,
+        shift=given.get("shift") or base["shift"],
+        num_inference_steps=given.get("teacher_steps") or base["num_inference_steps"],
+        guidance_scale=_first(guidance_scale, base["guidance_scale"]),
+        guidance_scale_2=_first(*scales) if has_two else None,
+        boundary_ratio=_first(boundary_ratio, base["boundary_ratio"]) if has_two else None,
+        negative_prompt=_first(given.get("negative_prompt"), base.get("negative_prompt"), DEFAULT_NEGATIVE_PROMPT),
         latents_mean=latents_mean,
         latents_std=latents_std,
         vae_scale_factor=wan_files.vae_scale_factor or wan_files.config.vae_scale_factor,
-        teacher_sampler=_first(given.get("teacher_sampler"), wan_files.record.get("teacher_sampler"), "unipc"),
+        teacher_sampler=_first(given.get("teacher_sampler"), base.get("teacher_sampler"), "unipc"),
         guidance_range=None if guidance_range == (0.0, 1.0) else guidance_range,
     )
     if guidance_range is not None and not settings.uses_guidance:
@@ -169,30 +159,22 @@ def _first(*values):
     return next((value for value in values if value is not None), None)
 
 
-def _sampled_as(wan_files: WanFiles) -> ReleasedModel:
-    """Return the released model of this structure, or a description by the folder or record of any other teacher.
+def _sampled_as(wan_files: WanFiles) -> tuple[str, dict[str, Any]]:
+    """Return the name and the values of the released model of this structure, or those of the folder or record of another teacher.
 
     A student may well have the width of a released model, and must not be guided as one.
     """
-    config, num_experts = wan_files.config, len(wan_files.experts)
-    record = wan_files.record
-    for model in RELEASED_MODELS if "guidance_scale" not in record else []:
-        if (model.hidden_size, model.num_channels, model.num_experts) == (
-            config.hidden_size,
-            config.num_channels,
-            num_experts,
-        ):
-            return model
-    return ReleasedModel(
-        name="the checkpoint's own record" if record or wan_files.flow_shift else "Wan's usual values",
-        hidden_size=config.hidden_size,
-        num_channels=config.num_channels,
-        num_experts=num_experts,
-        shift=_first(record.get("shift"), wan_files.flow_shift, 5.0),
-        num_inference_steps=record.get("num_inference_steps", 50),
-        guidance_scale=record.get("guidance_scale", 5.0),
-        guidance_scale_2=record.get("guidance_scale_2"),
-        boundary_ratio=wan_files.boundary_ratio,
+    config, record = wan_files.config, wan_files.record
+    recorded = {name: value for name, value in record.items() if value is not None}
+    structure = config.hidden_size, config.num_channels, len(wan_files.experts)
+    for name, (released, values) in RELEASED.items() if "guidance_scale" not in record else ():
+        if released == structure:
+            return name, _USUAL | recorded | values
+    of_folder = {"shift": wan_files.flow_shift, "boundary_ratio": wan_files.boundary_ratio}
+    told = {name: value for name, value in of_folder.items() if value is not None}
+    return (
+        "the checkpoint's own record" if record or wan_files.flow_shift else "Wan's usual values",
+        _USUAL | told | recorded,
     )
 
 
@@ -200,6 +182,26 @@ def _latents_statistics(wan_files: WanFiles) -> tuple[list[float] | None, list[f
     if wan_files.latents_mean and wan_files.latents_std:
         return wan_files.latents_mean, wan_files.latents_std
     return RELEASED_LATENTS.get(wan_files.config.num_channels, (None, None))
+
+
+def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str, object]:
+    """Return what makes the teacher's velocities what they are: its weights, guidance and sampling.
+
+    LoRAs stand beside the fingerprint of the weights on disk, into which they are merged as these are read. Unusual ways to sample
+    are there only where they are used.
+    """
+    recorded = settings.recorded()
+    return {
+        "teacher": wan_files.fingerprint(),
+        "guidance_scale": settings.guidance_scale,
+        "guidance_scale_2": settings.guidance_scale_2,
+        "boundary_ratio": settings.boundary_ratio,
+        "negative_prompt": settings.negative_prompt if settings.uses_guidance else None,
+        "shift": settings.shift,
+        "num_inference_steps": settings.num_inference_steps,
+        **({"teacher_lora": [lora.identity for lora in wan_files.loras]} if wan_files.loras else {}),
+        **{name: recorded[name] for name in ("teacher_sampler", "guidance_range") if name in recorded},
+    }
 
 
 def warnings_about(wan_files: WanFiles, settings: TeacherSettings, student: StudentConfig) -> list[str]:
@@ -211,7 +213,7 @@ def warnings_about(wan_files: WanFiles, settings: TeacherSettings, student: Stud
             "text slots and answer differently with another number"
         )
     teacher = wan_files.config
-    is_known = teacher.hidden_size in {model.hidden_size for model in RELEASED_MODELS}
+    is_known = teacher.hidden_size in {structure[0] for structure, _ in RELEASED.values()}
     if wan_files.experts["high"].heads_are_assumed and not is_known:
         warnings.append(
             f"{wan_files.location}: no config.json tells its number of heads; {teacher.num_heads} of {teacher.head_dim} "
@@ -226,22 +228,30 @@ def warnings_about(wan_files: WanFiles, settings: TeacherSettings, student: Stud
 
 
 def _expert_warnings(wan_files: WanFiles, settings: TeacherSettings) -> list[str]:
-    """Return what the names of files tell against their places: experts and LoRAs the wrong way round, and one expert alone."""
+    """Return what files are called against their places: experts and LoRAs the wrong way round, and one expert alone.
+
+    The weights tell nothing of it: both experts have one structure, and no known number of either sets them apart.
+    """
     if len(wan_files.experts) == 1:
-        if side_of(wan_files.experts["high"].location) is None:
+        if not any(map(side_of, _names_of(wan_files.experts["high"]))):
             return []
         return [
             f"{wan_files.location} looks like one of two experts and is used at every noise level, with "
             f"{settings.summary()}; give the folder of both, or the low-noise one as --teacher_path_low"
         ]
-    places = [("expert", name, expert.location, "--teacher_path") for name, expert in wan_files.experts.items()]
-    places += [("LoRA", lora.expert, lora.path, "--teacher_lora") for lora in wan_files.loras]
+    other = {"high": "low", "low": "high"}
+    places = [("expert", name, expert, "--teacher_path") for name, expert in wan_files.experts.items()]
+    places += [("LoRA", lora.expert, lora, "--teacher_lora") for lora in wan_files.loras]
     return [
-        f"{place} looks like the {side}-noise {kind} and is used as the {name}-noise one: the two experts seem to be swapped; "
-        f"exchange {flag} and {flag}_low"
-        for kind, name, place, flag in places
-        if (side := side_of(place)) not in (None, name)
+        f"{names[0]} looks like the {other[side]}-noise {kind} and is used as the {side}-noise one: the two experts seem to be "
+        f"swapped; exchange {flag} and {flag}_low"
+        for kind, side, file, flag in places
+        if other[side] in map(side_of, names := _names_of(file))
     ]
+
+
+def _names_of(file: WanTransformer | Lora) -> list[str]:
+    return [str(file.path if isinstance(file, Lora) else file.location), file.title]
 
 
 def _pipeline_warnings(wan_files: WanFiles) -> list[str]:

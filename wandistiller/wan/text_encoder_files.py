@@ -13,19 +13,27 @@ from pathlib import Path
 from wandistiller.errors import UserError
 from wandistiller.files.checked_json import TeacherFileError, read_json
 from wandistiller.files.hub import fetch, is_hub_id, local_path
-from wandistiller.files.safetensors_files import indexed_files
-from wandistiller.files.weights import SUFFIXES, digest_of, file_digest, stored_tensors
+from wandistiller.files.weights import digest_of, is_weight_file, kept_digest, stored_tensors, weight_files
 from wandistiller.wan.names import parts_folder
-from wandistiller.wan.tokenizer import JSON_NAME, SENTENCEPIECE_NAME, has_tokenizer_inside, tokenizer_file
+from wandistiller.wan.tokenizer import (
+    JSON_NAME,
+    SENTENCEPIECE_NAME,
+    has_tokenizer_inside,
+    require_tokenizer,
+    tokenizer_file,
+)
 from wandistiller.wan.umt5 import ANCHOR, Umt5Files
 
 TEXT_ENCODER_SOURCE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # all released Wans share this encoder
 TEXT_ENCODER_ADVICE = f"a folder with text_encoder/ and tokenizer/, such as a copy of {TEXT_ENCODER_SOURCE} (only these two folders are needed)"
 ORIGINAL_TOKENIZER = "google/umt5-xxl"  # where the original releases keep it
-# Folders that ComfyUI keeps text encoders in, and what files of this one are called there and in the original releases
-_FOLDERS = (".", "text_encoders", "clip")
-_IS_ENCODERS = re.compile(rf"(^|\.)({ANCHOR})$")
-_FILES = ("models_t5_umt5*", "*umt5*")
+_HUB_FILES = [
+    "text_encoder/*.json",
+    "text_encoder/*.safetensors",
+    "tokenizer/*",
+    "models_t5_umt5*",
+    f"{ORIGINAL_TOKENIZER}/*",
+]
 
 
 @dataclass(frozen=True)
@@ -56,25 +64,13 @@ class TextEncoderFiles:
         config = {} if self.encoder.is_file() else read_json(path)
         return Umt5Files(self.encoder, self._weight_files(), config)
 
-    def text_dim(self) -> int:
-        """Return the width of the embeddings, which config.json calls d_model.
-
-        Raises:
-            TeacherFileError: the folder is not that of a UMT5 encoder.
-        """
-        return self.umt5.shape["d_model"]
-
     def check_text_dim(self, text_dim: int) -> None:
         """Refuse an encoder whose embeddings have another width than teacher and student take."""
-        if (width := self.text_dim()) != text_dim:
+        if (width := self.umt5.text_dim) != text_dim:
             raise UserError(
                 f"{self.encoder}: gives embeddings of width {width}, teacher and student take {text_dim}; point "
                 "--text_encoder_path at the teacher's own encoder"
             )
-
-    def num_parameters(self) -> int:
-        """Count the encoder's parameters by the headers of its files; the embedding table counts once."""
-        return self.umt5.num_parameters
 
     def fingerprint(self, settings: str = "") -> str:
         """Return a digest of every byte that an embedding depends on.
@@ -82,27 +78,12 @@ class TextEncoderFiles:
         Args:
             settings: what an embedding depends on beside the files.
         """
-        tokenizer = tokenizer_file(self.tokenizer)
-        if tokenizer is None:
-            raise TeacherFileError(
-                f"{self.tokenizer}: holds no {JSON_NAME} or {SENTENCEPIECE_NAME}; give the tokenizer/ folder of a Wan pipeline"
-            )
         shape = json.dumps(self.umt5.shape, sort_keys=True)
-        parts = [settings, shape, digest_of(self._weight_files()), file_digest(tokenizer)]
+        parts = [settings, shape, digest_of(self._weight_files()), kept_digest(require_tokenizer(self.tokenizer))]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def _weight_files(self) -> list[Path]:
-        """Return the files of the encoder's weights."""
-        if self.encoder.is_file():
-            return [self.encoder]
-        single, index = self.encoder / "model.safetensors", self.encoder / "model.safetensors.index.json"
-        if single.is_file():
-            return [single]
-        if not index.is_file():
-            raise TeacherFileError(
-                f"{self.encoder}: holds neither {single.name} nor {index.name}; only safetensors weights are read"
-            )
-        return indexed_files(index)
+        return [self.encoder] if self.encoder.is_file() else weight_files(self.encoder, "model.safetensors")
 
 
 def find_text_encoder(path: str | Path) -> TextEncoderFiles:
@@ -117,7 +98,7 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
     """
     folder = local_path(path)
     if not folder.exists() and is_hub_id(path):
-        folder = fetch(str(path), ["text_encoder/*", "tokenizer/*"], "a local folder with text_encoder/ and tokenizer/")
+        folder = fetch(str(path), _HUB_FILES, "a local folder with text_encoder/ and tokenizer/")
     if (folder / "text_encoder").is_dir():
         return TextEncoderFiles(folder / "text_encoder", folder / "tokenizer")
     files = encoder_files(folder)
@@ -138,17 +119,12 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
 def encoder_files(place: Path) -> list[Path]:
     """Return the files that are a text encoder: `place` itself, or by their names those in this folder or where its parts lie."""
     if place.is_file():
-        if place.suffix.lower() in SUFFIXES and any(map(_IS_ENCODERS.search, stored_tensors(place))):
+        if is_weight_file(place) and any(re.search(rf"(^|\.){ANCHOR}$", name) for name in stored_tensors(place)):
             return [place]
         place = parts_folder(place)
-    found = {
-        path: None
-        for pattern in _FILES
-        for folder in _FOLDERS
-        for path in sorted((place / folder).glob(pattern))
-        if path.suffix.lower() in SUFFIXES
-    }
-    return list(found)
+    # ComfyUI keeps text encoders in the two folders, and original releases beside the transformer.
+    found = sorted(path for folder in (".", "text_encoders", "clip") for path in (place / folder).glob("*"))
+    return [path for path in found if is_weight_file(path) and re.search("umt5", path.name, re.IGNORECASE)]
 
 
 def _tokenizer_of(weights: Path) -> Path:

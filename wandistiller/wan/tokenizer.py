@@ -1,4 +1,4 @@
-"""The tokenizer of Wan's text encoder: from tokenizer.json, or from SentencePiece's own model, as a file or inside the encoder's.
+"""The tokenizer of Wan's text encoder: tokenizer.json or SentencePiece's own model, as a file or inside the encoder's.
 
 Nothing but the file itself decides what a prompt becomes: no library searches a folder, and no class that a folder names is made.
 """
@@ -8,11 +8,15 @@ from pathlib import Path
 
 from wandistiller.errors import UserError, first_line
 from wandistiller.files.checked_json import TeacherFileError
+from wandistiller.files.gguf_files import read_gguf_header
 from wandistiller.files.paths import require_file
 from wandistiller.files.weights import is_gguf, stored_tensors
 
 JSON_NAME, SENTENCEPIECE_NAME = "tokenizer.json", "spiece.model"
 INSIDE = "spiece_model"  # ComfyUI's name for the model as bytes in a file of weights
+# What of SentencePiece's model llama.cpp's converter writes into a GGUF (convert_hf_to_gguf.py: T5Model.set_vocab)
+_WORDS = ("tokens", "scores", "token_type")
+_RULES = ("precompiled_charsmap", "add_space_prefix", "remove_extra_whitespaces", "eos_token_id")
 MAX_BYTES = 2**28  # UMT5's are 4 MB (spiece.model) and 17 MB (tokenizer.json)
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
 
@@ -24,9 +28,23 @@ def tokenizer_file(place: Path) -> Path | None:
     return next((place / name for name in (JSON_NAME, SENTENCEPIECE_NAME) if (place / name).is_file()), None)
 
 
+def require_tokenizer(place: Path) -> Path:
+    """Return `tokenizer_file(place)`, or refuse a place without one."""
+    if (path := tokenizer_file(place)) is None:
+        raise TeacherFileError(
+            f"{place}: holds no {JSON_NAME} or {SENTENCEPIECE_NAME}; give the tokenizer/ folder of a Wan pipeline"
+        )
+    return path
+
+
 def has_tokenizer_inside(weights: Path) -> bool:
-    """Tell whether a file of weights brings its tokenizer along."""
-    return not is_gguf(weights) and any(name.endswith(INSIDE) for name in stored_tensors(weights))
+    """Tell whether a file of weights brings its tokenizer along, with all that decides what a text becomes."""
+    if not is_gguf(weights):
+        return any(name.endswith(INSIDE) for name in stored_tensors(weights))
+    fields = read_gguf_header(weights).fields
+    return fields.get("tokenizer.ggml.model") == "t5" and all(
+        f"tokenizer.ggml.{name}" in fields for name in (*_WORDS, *_RULES)
+    )
 
 
 def open_tokenizer(place: Path) -> Tokenize:
@@ -45,14 +63,10 @@ def open_tokenizer(place: Path) -> Tokenize:
 
 def read_tokenizer(place: Path) -> tuple[str, bytes]:
     """Return the name that a pipeline gives the tokenizer's file, and its content."""
-    path = tokenizer_file(place)
-    if path is None:
-        raise TeacherFileError(
-            f"{place}: holds no {JSON_NAME} or {SENTENCEPIECE_NAME}; give the tokenizer/ folder of a Wan pipeline"
-        )
+    path = require_tokenizer(place)
     if path.suffix in (".json", ".model"):
         return JSON_NAME if path.suffix == ".json" else SENTENCEPIECE_NAME, _read(path)
-    return SENTENCEPIECE_NAME, _read_inside(path)
+    return SENTENCEPIECE_NAME, _model_of_gguf(path) if is_gguf(path) else _read_inside(path)
 
 
 def _read(path: Path) -> bytes:
@@ -67,6 +81,26 @@ def _read_inside(weights: Path) -> bytes:
     if stored.dtype != "U8" or len(stored.shape) != 1 or stored.shape[0] > MAX_BYTES:
         raise UserError(f"{weights}: {stored.key} is stored as {stored.dtype}; the tokenizer's bytes (U8) belong there")
     return stored.read().numpy().tobytes()
+
+
+def _model_of_gguf(path: Path) -> bytes:
+    """Return SentencePiece's model of the fields that a converter took from it."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    fields = read_gguf_header(path).fields
+    tokens, scores, kinds = (fields[f"tokenizer.ggml.{name}"] for name in _WORDS)
+    charsmap, adds_space, removes_spaces, end = (fields[f"tokenizer.ggml.{name}"] for name in _RULES)
+    if tokens[end] != "</s>":
+        raise ValueError(f"token {end} is {tokens[end]!r} and no </s>")
+    model = sentencepiece_model_pb2.ModelProto()
+    for token, score, kind in zip(tokens, scores, kinds, strict=True):
+        model.pieces.add(piece=token, score=float(score), type=int(kind))
+    model.trainer_spec.byte_fallback = model.SentencePiece.BYTE in kinds
+    model.trainer_spec.unk_id = list(kinds).index(model.SentencePiece.UNKNOWN)
+    model.normalizer_spec.precompiled_charsmap = bytes(charsmap.astype("uint8"))
+    model.normalizer_spec.add_dummy_prefix = bool(adds_space)
+    model.normalizer_spec.remove_extra_whitespaces = bool(removes_spaces)
+    return model.SerializeToString()
 
 
 def _of_json(content: bytes) -> Tokenize:

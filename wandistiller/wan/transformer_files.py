@@ -1,154 +1,148 @@
-"""One Wan transformer in safetensors or GGUF files: its tensors under canonical names, read one at a time, and its own shape.
+"""One Wan transformer in files of weights: its tensors under canonical names, read one at a time, and its own shape.
 
 The shape comes from the tensors and from the config.json beside them, which must agree. Other kinds of Wan than
 text-to-video are refused.
 """
 
+import hashlib
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, setting
-from wandistiller.files.gguf_files import read_gguf_header
+from wandistiller.files.gguf_files import read_gguf_header, require_architecture
 from wandistiller.files.safetensors_files import read_header
-from wandistiller.files.torch_files import SUFFIXES as TORCH_SUFFIXES
-from wandistiller.files.weights import Stored, admit, all_tensors, digest_of, is_gguf
+from wandistiller.files.weights import Stored, admit, all_tensors, digest_of, is_gguf, is_torch
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.wan.gguf_weights import as_wan_tensors, refuse_architecture
 from wandistiller.wan.names import (
     PATCH_KERNEL,
     canonical_tensors,
     harmless_reason,
-    other_wan_kind,
+    refuse_other_kind,
     relative_of_wan,
+    title_of,
     transformer_settings,
 )
 
 WAN_HEAD_DIM = 128
-HEAD_KEYS = {"num_attention_heads", "num_heads", "attention_head_dim"}
+GGUF_ARCHITECTURE = "wan"
+# Some converters name themselves instead; ComfyUI-GGUF goes by the tensors there, as is done here.
+_GGUF_ARCHITECTURES = (GGUF_ARCHITECTURE, "pig", "cow")
 LOCAL_LAYOUTS = (
     "a diffusers pipeline folder (model_index.json), its transformer folder, an original Wan folder (config.json + "
     "diffusion_pytorch_model*.safetensors, or high_noise_model/ and low_noise_model/), ComfyUI's models/, one .safetensors, .gguf or "
     ".pth file"
 )
 LAYOUTS = f"{LOCAL_LAYOUTS}, a hub id, or mock"
-# These are the names of a StudentConfig's dimensions in diffusers' and in the original's config.json.
-_CONFIG_KEYS = {
-    "hidden_size": ("dim",),
-    "depth": ("num_layers",),
-    "ffn_dim": ("ffn_dim",),
-    "num_channels": ("in_channels", "in_dim"),
-    "text_encoder_output_dim": ("text_dim",),
-    "freq_dim": ("freq_dim",),
-}
-REFUSED_CLASSES = {
-    "WanImageToVideoPipeline": "an image-to-video (I2V)",
-    "WanVACEPipeline": "a VACE (editing)",
-    "WanVACETransformer3DModel": "a VACE (editing)",
-    "VaceWanModel": "a VACE (editing)",
-    "WanAnimatePipeline": "an Animate",
-    "WanAnimateTransformer3DModel": "an Animate",
-    "WanAnimateModel": "an Animate",
-    "WanModel_S2V": "a speech-to-video (S2V)",
-}
-_REFUSED_MODEL_TYPES = {
-    "i2v": "an image-to-video (I2V)",
-    "flf2v": "a first-last-frame-to-video (FLF2V)",
-    "vace": "a VACE (editing)",
-    "animate": "an Animate",
-    "s2v": "a speech-to-video (S2V)",
-}
 
 
-def refuse_kind(kind: str | None, where: object) -> None:
-    """Refuse another kind of Wan; None stands for text-to-video."""
-    if kind:
-        raise TeacherFileError(
-            f"{where}: this is {kind} checkpoint; WanDistiller projects text-to-video models only "
-            "(Wan2.1-T2V-1.3B/14B, Wan2.2-T2V-A14B, Wan2.2-TI2V-5B)"
-        )
+class Readable(Protocol):
+    """A tensor that is read when it is asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def read(self) -> Tensor: ...
 
 
-def _exported_student(path: Path) -> StudentConfig | None:
-    """Read the config that export_student.py wrote into the file's metadata, for the heads and eps that no tensor tells."""
-    if path.suffix in TORCH_SUFFIXES:
-        return None
-    metadata = read_gguf_header(path).texts if is_gguf(path) else read_header(path).metadata
-    text = metadata.get("student_config")
-    if text is None:
-        return None
-    return StudentConfig.from_json(text, f"{path}, student_config in its metadata")
-
-
-class TransformerTensors(Protocol):
-    """One transformer that a teacher is read from: a `WanTransformer` on disk, or the mock. `WanTransformer` describes the members."""
-
-    location: str | Path
-    config: StudentConfig
-    student: StudentConfig | None
-    ignored: dict[str, str]
-    heads_are_assumed: bool
-
-    def names(self) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str) -> Tensor: ...
-    def fingerprint(self) -> str: ...
-
-
+@dataclass(frozen=True)
 class WanTransformer:
-    """One Wan transformer (one expert), whose tensors are read on demand under canonical names.
+    """One Wan transformer (one expert) on disk, or the mock, whose tensors are read on demand.
 
     Attributes:
         location: the folder or file it comes from.
         config: its own shape as a StudentConfig.
+        weights: its tensors by canonical names.
+        files: that they are read from; empty for the mock.
         ignored: the reason for each tensor in the files that is no weight of a text-to-video Wan.
         student: the config of the student that was exported to these files, else None.
         heads_are_assumed: whether nothing tells how wide a head is, so that Wan's width is taken.
+        title: what its files call it in their metadata.
     """
 
-    def __init__(self, location: Path, files: list[Path], settings: dict | None = None):
-        """Read the headers of `files`; `settings` is the config.json beside them, if there is one."""
-        self.location: str | Path = location
-        self.files = files
-        found = _wan_tensors(files)
-        refuse_kind(other_wan_kind(list(found)), location)
-        self.student = _exported_student(files[0])
-        if not settings and self.student is not None:
-            settings = transformer_settings(self.student)
-        self.heads_are_assumed = not settings or not HEAD_KEYS & settings.keys()
-        self.config = _own_shape({name: stored.shape for name, stored in found.items()}, settings or {}, location)
-        expected = teacher_tensor_shapes(self.config)
-        self._weights, self.ignored = admit(
-            found, expected, location, what="Wan text-to-video", harmless=harmless_reason, suggested=relative_of_wan
-        )
+    location: str | Path
+    config: StudentConfig
+    weights: Mapping[str, Readable]
+    files: Sequence[Path] = ()
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    student: StudentConfig | None = None
+    heads_are_assumed: bool = False
+    title: str = ""
 
-    def names(self) -> list[str]:
-        return list(self._weights)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._weights[name].shape
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: weight.shape for name, weight in self.weights.items()}
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor by its canonical name, as `Weight.read` does."""
-        return self._weights[name].read()
+        """Read a tensor to the CPU by its canonical name."""
+        return self.weights[name].read()
 
     def fingerprint(self) -> str:
         """Return a digest of every byte of its files."""
-        return digest_of(self.files)
+        if self.files:
+            return digest_of(self.files)
+        return hashlib.sha256(f"{self.location} {self.config.to_json()}".encode()).hexdigest()
 
 
-def _wan_tensors(files: list[Path]) -> dict[str, Stored]:
-    """Return the tensors of files by canonical names, in the shapes that a Wan's have."""
+def open_transformer(location: Path, files: Sequence[Path], settings: dict) -> WanTransformer:
+    """Open a transformer by the headers of its files.
+
+    Args:
+        settings: the config.json beside them, or empty.
+
+    Raises:
+        TeacherFileError: they hold no text-to-video Wan, not all of it, or more than it.
+    """
     found = all_tensors(files)
-    if any(map(is_gguf, files)):
-        found = as_wan_tensors(found)
-        for path in filter(is_gguf, files):
-            refuse_architecture(path)
-    return canonical_tensors(found, files[0])
+    for path in filter(is_gguf, files):
+        require_architecture(path, _GGUF_ARCHITECTURES, "a Wan text-to-video transformer")
+        found = _with_all_dims(found)
+    found = canonical_tensors(found, files[0])
+    refuse_other_kind(found, location)
+    metadata = _metadata(files[0])
+    # What export_student.py writes there tells the heads and eps, which no tensor does.
+    told = metadata.get("student_config")
+    student = StudentConfig.from_json(told, f"{files[0]}, student_config in its metadata") if told else None
+    if student is not None and not settings:
+        settings = transformer_settings(student)
+    config = _own_shape({name: stored.shape for name, stored in found.items()}, settings, location)
+    weights, ignored = admit(
+        found,
+        teacher_tensor_shapes(config),
+        location,
+        what="Wan text-to-video",
+        harmless=harmless_reason,
+        suggested=relative_of_wan,
+    )
+    is_assumed = not {"num_attention_heads", "num_heads", "attention_head_dim"} & settings.keys()
+    return WanTransformer(location, config, weights, files, ignored, student, is_assumed, title_of(metadata))
+
+
+def _with_all_dims(found: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Return a GGUF's tensors with the dimensions that ggml drops: it keeps four at most, and none of 1 in front."""
+    return {name: stored.with_shape(_whole_shape(name, stored.shape, found)) for name, stored in found.items()}
+
+
+def _whole_shape(name: str, shape: tuple[int, ...], found: Mapping[str, Stored]) -> tuple[int, ...]:
+    if name.endswith(("modulation", "scale_shift_table")) and len(shape) == 2:
+        return (1, *shape)
+    if name.endswith(PATCH_KERNEL) and len(shape) == 4 and shape[2] == shape[3]:
+        # Either the one frame of the kernel is gone, or the first two dimensions are one.
+        bias = found.get(name.removesuffix(".weight") + ".bias")
+        if bias is not None and shape[0] * shape[1] % bias.shape[0] == 0:
+            return (bias.shape[0], shape[0] * shape[1] // bias.shape[0], 1, *shape[2:])
+    return shape
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    if is_torch(path):
+        return {}
+    return read_gguf_header(path).texts if is_gguf(path) else read_header(path).metadata
 
 
 def teacher_tensor_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:
@@ -161,11 +155,11 @@ def teacher_tensor_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) -> StudentConfig:
+def _own_shape(shapes: Mapping[str, tuple[int, ...]], settings: dict, where: Path) -> StudentConfig:
     """Return the shape that the tensors have, with heads and eps from the config.json, which must agree in the rest."""
     refuse_settings(settings, where)
     try:
-        hidden_size, in_channels, *kernel = shapes["patch_embedding.weight"]
+        hidden_size, in_channels, *kernel = shapes[PATCH_KERNEL]
         ffn_dim = shapes["blocks.0.ffn.net.0.proj.weight"][0]
         text_dim = shapes["condition_embedder.text_embedder.linear_1.weight"][1]
         freq_dim = shapes["condition_embedder.time_embedder.linear_1.weight"][1]
@@ -178,30 +172,32 @@ def _own_shape(shapes: dict[str, tuple[int, ...]], settings: dict, where: Path) 
     if len(kernel) != 3 or kernel[0] != 1 or kernel[1] != kernel[2]:
         raise TeacherFileError(f"{where}: patch kernel {kernel}; one frame is exactly 2D only for a kernel (1, p, p)")
     if out_rows != in_channels * kernel[1] * kernel[2]:
-        refuse_kind(f"an image-conditioned ({in_channels} input channels)", where)
+        raise TeacherFileError(
+            f"{where}: takes {in_channels} input channels and gives others, as an image-to-video (I2V) does; WanDistiller projects "
+            "text-to-video models only"
+        )
     depth = len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})
-    found: dict[str, Any] = {
-        "hidden_size": hidden_size,
-        "depth": depth,
-        "ffn_dim": ffn_dim,
-        "num_channels": in_channels,
-        "text_encoder_output_dim": text_dim,
-        "freq_dim": freq_dim,
-    }
-    for name, from_tensors in found.items():
-        from_config, keys = _config_value(settings, name, where)
-        if from_config not in (None, from_tensors):
-            raise TeacherFileError(
-                f"{where}: config.json says {name} {from_config} ({keys}), the tensors have {from_tensors}"
-            )
+    _check_agrees(
+        settings,
+        {
+            **{"dim": hidden_size, "num_layers": depth, "ffn_dim": ffn_dim, "freq_dim": freq_dim},
+            **{"in_channels": in_channels, "in_dim": in_channels, "text_dim": text_dim},
+        },
+        where,
+    )
     try:
         return StudentConfig(
             block="wan",
+            hidden_size=hidden_size,
+            depth=depth,
             num_heads=_num_heads(hidden_size, settings, where),
+            ffn_dim=ffn_dim,
+            num_channels=in_channels,
+            text_encoder_output_dim=text_dim,
+            freq_dim=freq_dim,
             patch_size=kernel[1],
             image_size=own_image_size(kernel[1]),
             eps=setting(settings, "eps", POSITIVE, f"{where}, config.json") or 1e-6,
-            **found,
         )
     except ConfigError as error:
         raise TeacherFileError(f"{where}: the transformer's shape cannot work: {error}") from None
@@ -213,15 +209,11 @@ def own_image_size(patch_size: int) -> int:
     return max(1, 512 // unit) * unit
 
 
-def _config_value(settings: dict, name: str, where: Path) -> tuple[int | None, str]:
-    """Return what config.json says of a dimension, None where it says nothing, and the key it has there."""
-    if name == "hidden_size" and "dim" not in settings:
-        heads, head_dim = (_count(settings, key, where) for key in ("num_attention_heads", "attention_head_dim"))
-        return heads * head_dim if heads and head_dim else None, "num_attention_heads x attention_head_dim"
-    for key in _CONFIG_KEYS[name]:
-        if (value := _count(settings, key, where)) is not None:
-            return value, key
-    return None, ""
+def _check_agrees(settings: dict, told: Mapping[str, int], where: Path) -> None:
+    """Hold a config.json, diffusers' or the original's, against the sizes that the tensors tell."""
+    for key, size in told.items():
+        if (given := _count(settings, key, where)) not in (None, size):
+            raise TeacherFileError(f"{where}: config.json says {key} {given}, the tensors have {size}")
 
 
 def _count(settings: dict, key: str, where: Path) -> int | None:
@@ -230,28 +222,25 @@ def _count(settings: dict, key: str, where: Path) -> int | None:
 
 def _num_heads(hidden_size: int, settings: dict, where: Path) -> int:
     heads = _count(settings, "num_attention_heads", where) or _count(settings, "num_heads", where)
-    if heads is not None:
-        return heads
-    head_dim = _count(settings, "attention_head_dim", where) or WAN_HEAD_DIM
-    if hidden_size % head_dim:
+    head_dim = _count(settings, "attention_head_dim", where)
+    if heads and head_dim not in (None, hidden_size / heads):
         raise TeacherFileError(
-            f"{where}: width {hidden_size} is not a multiple of head_dim {head_dim}, and no config.json tells the "
+            f"{where}: config.json says {heads} heads of {head_dim} channels, the tensors have {hidden_size} channels"
+        )
+    if heads is None and hidden_size % (head_dim or WAN_HEAD_DIM):
+        raise TeacherFileError(
+            f"{where}: width {hidden_size} is not a multiple of head_dim {head_dim or WAN_HEAD_DIM}, and no config.json tells the "
             "number of heads; use the folder layout, whose config.json has num_heads"
         )
-    return hidden_size // head_dim
+    return heads or hidden_size // (head_dim or WAN_HEAD_DIM)
 
 
 def refuse_settings(settings: dict, where: Path) -> None:
     """Refuse other kinds of Wan by what their config says, and variants whose maths would differ."""
-    refuse_kind(REFUSED_CLASSES.get(str(settings.get("_class_name"))), where)
-    refuse_kind(_REFUSED_MODEL_TYPES.get(str(settings.get("model_type", "")).lower()), where)
-    if settings.get("image_dim") or settings.get("added_kv_proj_dim"):
-        refuse_kind("an image-to-video (I2V)", where)
-    expected = {
-        "qk_norm": (True, "rms_norm_across_heads"),
-        "cross_attn_norm": (True,),
-        "window_size": ([-1, -1],),
-    }
+    is_given_pictures = settings.get("image_dim") or settings.get("added_kv_proj_dim")
+    refuse_other_kind([str(settings.get("_class_name")), str(settings.get("model_type"))], where)
+    refuse_other_kind(["i2v"] if is_given_pictures else [], where)
+    expected = {"qk_norm": (True, "rms_norm_across_heads"), "cross_attn_norm": (True,), "window_size": ([-1, -1],)}
     for key, allowed in expected.items():
         if key in settings and settings[key] not in allowed:
             raise TeacherFileError(

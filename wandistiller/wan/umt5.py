@@ -13,9 +13,9 @@ import torch
 
 from wandistiller.errors import UserError, shown
 from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, setting
-from wandistiller.files.gguf_files import read_gguf_header
+from wandistiller.files.gguf_files import require_architecture
 from wandistiller.files.weights import Stored, Weight, admit, all_tensors, is_gguf
-from wandistiller.wan.names import TRANSFORMER_PREFIXES, VAE_PREFIXES, with_prefix_of, without_wrappers
+from wandistiller.wan.names import bare_names, other_part, renamed
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -23,42 +23,21 @@ if TYPE_CHECKING:
 TABLE, COPY = "shared.weight", "encoder.embed_tokens.weight"
 ANCHOR = r"(?:shared|token_embedding|token_embd|encoder\.embed_tokens)\.weight"  # its table in any layout
 _ATTENTION, _FEED_FORWARD = "layer.0.SelfAttention.", "layer.1.DenseReluDense."
-_IN_MODEL = {
-    "token_embedding": "shared",
-    "token_embd": "shared",
-    "norm": "encoder.final_layer_norm",
-    "enc.output_norm": "encoder.final_layer_norm",
-}
-_IN_BLOCK = {
-    "norm1": "layer.0.layer_norm",
-    "norm2": "layer.1.layer_norm",
-    **{f"attn.{name}": f"{_ATTENTION}{name}" for name in "qkvo"},
-    "pos_embedding.embedding": f"{_ATTENTION}relative_attention_bias",
-    "ffn.gate.0": f"{_FEED_FORWARD}wi_0",
-    "ffn.fc1": f"{_FEED_FORWARD}wi_1",
-    "ffn.fc2": f"{_FEED_FORWARD}wo",
-}
-_IN_GGUF_BLOCK = {
-    "attn_norm": "layer.0.layer_norm",
-    "ffn_norm": "layer.1.layer_norm",
-    **{f"attn_{name}": f"{_ATTENTION}{name}" for name in "qkvo"},
-    "attn_rel_b": f"{_ATTENTION}relative_attention_bias",
-    "ffn_gate": f"{_FEED_FORWARD}wi_0",
-    "ffn_up": f"{_FEED_FORWARD}wi_1",
-    "ffn_down": f"{_FEED_FORWARD}wo",
-}
+# The original release's names (Wan2.1:wan/modules/t5.py) and GGUF's become transformers', one rule after another.
+_RENAMES = [
+    (r"^(token_embedding|token_embd)\.", "shared."),
+    (r"^(norm|enc\.output_norm)\.", "encoder.final_layer_norm."),
+    (r"^(blocks|enc\.blk)\.", "encoder.block."),
+    (r"\.(norm1|attn_norm)\.", ".layer.0.layer_norm."),
+    (r"\.(norm2|ffn_norm)\.", ".layer.1.layer_norm."),
+    (r"\.attn[._]([qkvo])\.", rf".{_ATTENTION}\1."),
+    (r"\.(pos_embedding\.embedding|attn_rel_b)\.", f".{_ATTENTION}relative_attention_bias."),
+    (r"\.(ffn\.gate\.0|ffn_gate)\.", f".{_FEED_FORWARD}wi_0."),
+    (r"\.(ffn\.fc1|ffn_up)\.", f".{_FEED_FORWARD}wi_1."),
+    (r"\.(ffn\.fc2|ffn_down)\.", f".{_FEED_FORWARD}wo."),
+]
 # The keys of config.json that the tensors tell
 _SHAPE_KEYS = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size", "relative_attention_num_buckets")
-
-
-def _to_transformers(name: str) -> str:
-    match = re.match(r"(?:(blocks)|enc\.blk)\.(\d+)\.", name)
-    table = _IN_MODEL if match is None else _IN_BLOCK if match[1] else _IN_GGUF_BLOCK
-    inside = name[match.end() :] if match else name
-    stem, _, end = inside.rpartition(".")
-    if stem not in table:
-        return name
-    return (f"encoder.block.{match[2]}." if match else "") + f"{table[stem]}.{end}"
 
 
 class Umt5Files:
@@ -77,7 +56,7 @@ class Umt5Files:
         """
         self.where = where
         for path in filter(is_gguf, files):
-            _refuse_architecture(path)
+            require_architecture(path, ("t5encoder", "t5"), "a UMT5 text encoder")
         found = _named(all_tensors(files), where)
         self._copy = found.get(COPY) if TABLE in found else None
         if TABLE not in found and COPY in found:
@@ -88,7 +67,13 @@ class Umt5Files:
         )
 
     @property
+    def text_dim(self) -> int:
+        """The width of the embeddings, which config.json calls d_model."""
+        return self.shape["d_model"]
+
+    @property
     def num_parameters(self) -> int:
+        """Of the embedding table once."""
         return sum(torch.Size(weight.shape).numel() for weight in self._weights.values())
 
     @property
@@ -119,19 +104,10 @@ class Umt5Files:
         return encoder.eval()
 
 
-def _refuse_architecture(path: Path) -> None:
-    architecture = read_gguf_header(path).fields.get("general.architecture")
-    if architecture not in ("t5encoder", "t5", None):
-        raise TeacherFileError(
-            f"{path}: is a GGUF of architecture {shown(architecture)}; a text encoder's is t5encoder"
-        )
-
-
 def _named(found: Mapping[str, Stored], where: Path) -> dict[str, Stored]:
     """Return a file's tensors by transformers' names; those of other parts in an all-in-one checkpoint keep their own."""
-    bare = {without_wrappers(name): stored for name, stored in found.items()}
-    bare = with_prefix_of(ANCHOR, bare, where)
-    named = {_to_transformers(name): stored for name, stored in bare.items()}
+    bare = bare_names(ANCHOR, found, where)
+    named = {renamed(name, _RENAMES): stored for name, stored in bare.items()}
     if len(named) < len(found):
         raise TeacherFileError(f"{where}: holds the same tensor under two names; give a file of one model")
     return named
@@ -201,6 +177,4 @@ def _harmless_reason(name: str) -> str | None:
         return f"a copy of {TABLE}"
     if name.startswith(("decoder.", "lm_head.")):
         return "of UMT5's decoder, which makes no embeddings"
-    if name.startswith((*VAE_PREFIXES, *TRANSFORMER_PREFIXES)):
-        return "of the transformer or VAE in the same file"
-    return None
+    return other_part(name, "text encoder")

@@ -1,13 +1,16 @@
-"""A Wan's VAE: where it lies, what its config.json says of its latents, and the pictures it makes of them.
+"""A Wan's VAE: where it lies, what it says of its latents, and the pictures it makes of them.
 
-diffusers is imported where the VAE is loaded.
+It may be a folder as diffusers writes it, or one file with diffusers' or the original release's names, also inside a whole
+checkpoint. diffusers' own converter (loaders/single_file_utils.py) knows the names of Wan2.1's VAE alone and takes its config for all,
+so names and sizes are told by the tensors here. diffusers is imported where the VAE is loaded.
 """
 
 import math
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +21,9 @@ from torch import Tensor
 from wandistiller.errors import UserError
 from wandistiller.files.checked_json import STAGES, WHOLE, TeacherFileError, read_json, setting
 from wandistiller.files.hub import fetch, is_hub_id, local_path
-from wandistiller.files.weights import SUFFIXES, admit, stored_tensors, weight_files
-from wandistiller.wan.names import parts_folder
+from wandistiller.files.weights import Stored, admit, all_tensors, is_weight_file, stored_tensors, weight_files
+from wandistiller.wan.names import bare_names, other_part, parts_folder, renamed
 from wandistiller.wan.record_kinds import latents_kinds
-from wandistiller.wan.vae_files import harmless_reason, vae_architecture, vae_tensors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -51,36 +53,41 @@ RELEASED_LATENTS = {
 # fmt: on
 
 
-@dataclass(frozen=True)
-class VaeLocation:
-    """Where a VAE lies: a folder or hub id, and the subfolder of it that holds the VAE, if any; or one file of weights."""
+ANCHOR = r"decoder\.conv(?:1|_in)\.weight"  # a tensor that it has once, by its original and by diffusers' name
+# The original names (Wan2.1:wan/modules/vae.py, Wan2.2:wan/modules/vae2_2.py) become diffusers', one rule after another.
+_RENAMES: list[tuple[str, Any]] = [
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"coder\.conv1\.", "coder.conv_in."),
+    (r"\.head\.0\.", ".norm_out."),
+    (r"\.head\.2\.", ".conv_out."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+    # Wan2.2 has a list for each stage: its residual blocks, and then what halves or doubles the sides.
+    (r"downsamples\.(\d+)\.downsamples\.2\.", r"down_blocks.\1.downsampler."),
+    (r"downsamples\.(\d+)\.downsamples\.", r"down_blocks.\1.resnets."),
+    (r"upsamples\.(\d+)\.upsamples\.3\.", r"up_blocks.\1.upsampler."),
+    (r"upsamples\.(\d+)\.upsamples\.", r"up_blocks.\1.resnets."),
+    # Wan2.1 has one list for all, whose stages of the decoder are three residual blocks and an upsampler.
+    (r"downsamples\.", "down_blocks."),
+    (r"upsamples\.(\d+)\.", lambda match: "up_blocks.{}.{}.".format(*_of_stage(int(match[1])))),
+]
 
-    location: str
-    subfolder: str | None
 
-    def __str__(self) -> str:
-        return f"{self.location}/{self.subfolder}" if self.subfolder else self.location
-
-    @property
-    def is_local(self) -> bool:
-        return Path(self.location).exists()
-
-    def folder(self, pattern: str = "*") -> Path:
-        """Return the VAE's folder, or its file, on this disk; of one on the hub the files that match `pattern` are fetched."""
-        folder = Path(self.location)
-        if not self.is_local:
-            folder = fetch(self.location, [f"vae/{pattern}"], "a local folder with vae/, as --vae_path")
-        return folder / self.subfolder if self.subfolder else folder
-
-    def config_path(self) -> Path:
-        """Return what tells of the VAE's latents: its config.json (of one on the hub without its weights), or the one file."""
-        folder = self.folder("config.json")
-        return folder if folder.is_file() else folder / "config.json"
+def _of_stage(number: int) -> tuple[int, str]:
+    stage, place = divmod(number, 4)
+    return stage, "upsamplers.0" if place == 3 else f"resnets.{place}"
 
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """What a VAE's config.json says of its latents; what the file leaves out is None.
+    """What a VAE says of its latents; what it leaves out is None.
 
     Attributes:
         vae_scale_factor: pixels per latent pixel.
@@ -92,16 +99,8 @@ class VaeConfig:
     latents_std: list[float] | None
 
 
-@dataclass(frozen=True)
-class LatentStatistics:
-    """Mean and standard deviation of each latent channel; None where they are not known."""
-
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-
-
-def find_vae(vae_path: str | None, teacher_path: str, num_channels: int | None = None) -> VaeLocation:
-    """Find the VAE by `--vae_path`, or else the teacher's own beside it.
+def find_vae(vae_path: str | None, teacher_path: str, num_channels: int | None = None) -> Path:
+    """Return the folder or the file of the VAE that `--vae_path` names, or of the teacher's own; one on the hub is fetched.
 
     Args:
         num_channels: latent channels, by which one of several files in ComfyUI's vae/ is chosen.
@@ -112,67 +111,82 @@ def find_vae(vae_path: str | None, teacher_path: str, num_channels: int | None =
     )
     location = vae_path or teacher_path
     folder = local_path(location)
-    if (folder / "vae" / "config.json").is_file():
-        return VaeLocation(str(folder), "vae")
-    if vae_path and (folder / "config.json").is_file():
-        return VaeLocation(str(folder), None)
     if not folder.exists() and is_hub_id(location):
-        return VaeLocation(location, "vae")
+        folder = fetch(location, _HUB_FILES, "a local folder with vae/, as --vae_path")
+    if (folder / "vae" / "config.json").is_file():
+        return folder / "vae"
+    if vae_path and (folder / "config.json").is_file():
+        return folder
     files = _files_of(folder, is_vae=vae_path is not None)
-    fitting = [path for path in files if num_channels in (None, _channels_of(path))] if len(files) > 1 else files
-    if len(fitting) == 1:
-        return VaeLocation(str(fitting[0]), None)
-    if len(fitting) > 1:
-        names = " and ".join(str(path) for path in fitting[:2])
-        raise UserError(f"{location}: holds several VAEs, {names}; give --vae_path one of them")
+    if len(files) > 1 and num_channels:
+        files = [path for path in files if _read_structure(vae_tensors([path], path), path)["z_dim"] == num_channels]
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise UserError(f"{location}: holds several VAEs, {files[0]} and {files[1]}; give --vae_path one of them")
     if vae_path:
         raise UserError(f"--vae_path {vae_path}: holds no VAE (no config.json there or in vae/); {advice}")
     reason = " beside it (no vae/config.json)" if folder.exists() else ": there is no such folder"
     raise UserError(f"the teacher {teacher_path} has no VAE{'' if teacher_path == 'mock' else reason}; {advice}")
 
 
+_HUB_FILES = ["vae/*.json", "vae/*.safetensors", "Wan2.?_VAE.*"]
+
+
 def _files_of(place: Path, is_vae: bool) -> list[Path]:
     """Return the files that may be the VAE: the given one, a checkpoint that holds one, or by their names those in a folder."""
     if place.is_file():
-        if place.suffix in SUFFIXES and (is_vae or any(map(_is_of_vae, stored_tensors(place)))):
+        if is_weight_file(place) and (
+            is_vae or any(re.search(rf"(^|\.){ANCHOR}$", name) for name in stored_tensors(place))
+        ):
             return [place]
         place = parts_folder(place)
-    found = {path for folder in (place, place / "vae") for path in folder.glob("*") if path.suffix in SUFFIXES}
+    found = {path for folder in (place, place / "vae") for path in folder.glob("*") if is_weight_file(path)}
     return sorted(path for path in found if re.search(r"wan.*vae", path.name, re.IGNORECASE))
 
 
-def _is_of_vae(name: str) -> bool:
-    return re.search(r"(^|\.)decoder\.conv(1|_in)\.weight$", name) is not None
+def vae_tensors(files: list[Path], where: object) -> dict[str, Stored]:
+    """Return a VAE's tensors by diffusers' names; those of other parts in an all-in-one checkpoint keep their own."""
+    bare = bare_names(ANCHOR, all_tensors(files), where)
+    return (
+        {renamed(name, _RENAMES): stored for name, stored in bare.items()} if "decoder.conv1.weight" in bare else bare
+    )
 
 
-def _channels_of(path: Path) -> int:
-    return _architecture_of([path], path)["z_dim"]
-
-
-def _architecture_of(files: list[Path], where: Path) -> dict:
-    return vae_architecture({name: stored.shape for name, stored in vae_tensors(files, where).items()}, where)
-
-
-def read_vae_config(path: Path, num_channels: int) -> VaeConfig:
-    """Read what a VAE tells of its latents: its config.json, or the header of its one file, which has the released VAEs' statistics.
+def _read_structure(found: Mapping[str, Stored], where: object) -> dict:
+    """Return the arguments of diffusers' AutoencoderKLWan that the tensors tell.
 
     Raises:
-        TeacherFileError: it contradicts itself, or is not that of a VAE with latents of `num_channels`.
+        TeacherFileError: they are none of a Wan's VAE.
     """
-    values = _architecture_of([path], path) if path.suffix in SUFFIXES else read_json(path)
-    if (name := values.get("_class_name")) not in (None, "AutoencoderKLWan"):
-        raise TeacherFileError(f"{path}: is that of {reprlib.repr(name)}; a Wan's VAE is an AutoencoderKLWan")
-    z_dim = setting(values, "z_dim", WHOLE, path)
-    if z_dim not in (None, num_channels):
-        raise TeacherFileError(f"{path}: z_dim is {z_dim}; the teacher's latents have {num_channels} channels")
-    mean, std = (setting(values, name, kind, path) for name, kind in latents_kinds(num_channels).items())
-    if path.suffix in SUFFIXES:
-        values["patch_size"] = _patch_size(values["in_channels"], path)
-        mean, std = RELEASED_LATENTS.get(num_channels, (None, None))
-    return VaeConfig(_read_scale_factor(values, path), mean, std)
+    shapes = {name: stored.shape for name, stored in found.items()}
+    try:
+        base_dim, in_channels = shapes["encoder.conv_in.weight"][:2]
+        decoder_base_dim = shapes["decoder.conv_in.weight"][0] * base_dim // shapes["encoder.conv_out.weight"][1]
+        num_stages = len({match[1] for name in shapes if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", name))})
+        stages = [f"decoder.up_blocks.{number}." for number in reversed(range(num_stages))]
+        in_last = re.compile(r"decoder\.up_blocks\.0\.resnets\.\d+\.conv1\.weight")
+        return {
+            "base_dim": base_dim,
+            "decoder_base_dim": decoder_base_dim,
+            "z_dim": shapes["post_quant_conv.weight"][0],
+            "dim_mult": [shapes[f"{stage}resnets.0.conv1.weight"][0] // decoder_base_dim for stage in stages],
+            "num_res_blocks": sum(map(bool, map(in_last.match, shapes))) - 1,
+            "temperal_downsample": [
+                any(name.startswith(stage) and ".time_conv." in name for name in shapes) for stage in stages[1:]
+            ],
+            "is_residual": "encoder.down_blocks.0.resnets.0.conv1.weight" in shapes,
+            "in_channels": in_channels,
+            "out_channels": shapes["decoder.conv_out.weight"][0],
+            "patch_size": _patch_size(in_channels, where),
+        }
+    except (KeyError, ValueError, IndexError, ZeroDivisionError):
+        raise TeacherFileError(
+            f"{where}: holds no VAE of a Wan (encoder, decoder and their convolutions were looked for)"
+        ) from None
 
 
-def _patch_size(in_channels: int, where: Path) -> int:
+def _patch_size(in_channels: int, where: object) -> int:
     """Return the side p of the patches that the pixels' 3 channels are folded from: 3 p^2 channels."""
     side = math.isqrt(in_channels // 3)
     if 3 * side**2 != in_channels or not side:
@@ -180,14 +194,33 @@ def _patch_size(in_channels: int, where: Path) -> int:
     return side
 
 
+def read_vae_config(place: Path, num_channels: int) -> VaeConfig:
+    """Read what a VAE says of its latents: in its folder's config.json, or by its one file, which has the released statistics.
+
+    Raises:
+        TeacherFileError: it contradicts itself, or is not that of a VAE with latents of `num_channels`.
+    """
+    path = place if place.is_file() else place / "config.json"
+    values = _read_structure(vae_tensors([path], path), path) if place.is_file() else read_json(path)
+    if (name := values.get("_class_name")) not in (None, "AutoencoderKLWan"):
+        raise TeacherFileError(f"{path}: is that of {reprlib.repr(name)}; a Wan's VAE is an AutoencoderKLWan")
+    z_dim = setting(values, "z_dim", WHOLE, path)
+    if z_dim not in (None, num_channels):
+        raise TeacherFileError(f"{path}: z_dim is {z_dim}; the teacher's latents have {num_channels} channels")
+    mean, std = (setting(values, name, kind, path) for name, kind in latents_kinds(num_channels).items())
+    if place.is_file():
+        mean, std = RELEASED_LATENTS.get(num_channels, (None, None))
+    return VaeConfig(_read_scale_factor(values, path), mean, std)
+
+
 def _read_scale_factor(values: dict, path: Path) -> int | None:
-    """Return the scale factor that a config.json means; the factor it records must agree with its stages and patches."""
+    """Return the pixels per latent pixel; the number that a config.json records must agree with its stages and patches."""
     recorded = setting(values, "scale_factor_spatial", WHOLE, path)
     patch_size = setting(values, "patch_size", WHOLE, path) or 1
     stages = setting(values, "dim_mult", STAGES, path)
     if stages is None:
         return recorded
-    factor = _scale_factor(len(stages), patch_size)
+    factor = 2 ** (len(stages) - 1) * patch_size  # every stage but the last halves the side
     if recorded not in (None, factor):
         raise TeacherFileError(
             f"{path}: scale_factor_spatial is {recorded}, but its {len(stages)} stages (dim_mult) and patches of "
@@ -196,69 +229,58 @@ def _read_scale_factor(values: dict, path: Path) -> int | None:
     return factor
 
 
-def _scale_factor(num_stages: int, patch_size: int) -> int:
-    """Return the pixels per latent pixel: every stage but the last halves the side (diffusers: autoencoder_kl_wan.py)."""
-    return 2 ** (num_stages - 1) * patch_size
+def check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None, vae: Any, where: Path) -> None:
+    """Refuse a VAE of other latents than these statistics: WanPipeline takes mean and std from the VAE's config.
 
-
-def check_statistics(learnt: LatentStatistics, found: LatentStatistics, where: Path) -> None:
-    """Refuse a VAE of other latents than a student learns: WanPipeline takes mean and std from the VAE's config."""
-    for name in ("mean", "std"):
-        ours, theirs = getattr(learnt, name), getattr(found, name)
-        if ours and _differ(ours, theirs):
+    Args:
+        vae: its `VaeConfig`, or the config of the one in memory.
+    """
+    for name, ours, theirs in (("mean", mean, vae.latents_mean), ("std", std, vae.latents_std)):
+        if ours and theirs and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) > MAX_STATISTICS_ERROR:
             raise UserError(
                 f"{where}: has other latents_{name} than the latents this student learnt; give --vae_path its teacher's own "
                 "VAE"
             )
 
 
-def _differ(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    return any(abs(a - b) > MAX_STATISTICS_ERROR for a, b in zip(ours, theirs, strict=True))
-
-
-def load_vae(
-    location: VaeLocation, num_channels: int, vae_scale_factor: int, device: str = "cpu"
-) -> "AutoencoderKLWan":
+def load_vae(place: Path, num_channels: int, vae_scale_factor: int, device: str = "cpu") -> "AutoencoderKLWan":
     """Load the AutoencoderKLWan in float32 around the tensors of its files, checked to be the one that these latents belong to.
 
     Raises:
         UserError: it cannot be loaded, or has other channels or another scale factor.
     """
-    place = location.folder()
-    files = [place] if place.is_file() else weight_files(place)
-    found = vae_tensors(files, place)
-    told = vae_architecture({name: stored.shape for name, stored in found.items()}, place)
-    about = read_vae_config(location.config_path(), told["z_dim"])
+    from diffusers import AutoencoderKLWan
+
+    found = vae_tensors([place] if place.is_file() else weight_files(place), place)
+    structure = _read_structure(found, place)
     if place.is_dir():
-        _check_agrees(read_json(place / "config.json"), told, place / "config.json")
-    patch_size = _patch_size(told["in_channels"], place)
-    factor = _scale_factor(len(told["dim_mult"]), patch_size)
-    if (told["z_dim"], factor) != (num_channels, vae_scale_factor):
+        _check_agrees(read_json(place / "config.json"), structure, place / "config.json")
+    about = read_vae_config(place, structure["z_dim"])
+    factor = 2 ** (len(structure["dim_mult"]) - 1) * structure["patch_size"]
+    if (structure["z_dim"], factor) != (num_channels, vae_scale_factor):
         raise UserError(
-            f"{location}: is a VAE of {told['z_dim']} channels and factor {factor}; the student's latents have "
+            f"{place}: is a VAE of {structure['z_dim']} channels and factor {factor}; the student's latents have "
             f"{num_channels} channels and factor {vae_scale_factor}; give --vae_path the teacher's own VAE"
         )
     statistics = {"latents_mean": about.latents_mean, "latents_std": about.latents_std}
-    settings = told | {name: value for name, value in statistics.items() if value} | {"scale_factor_spatial": factor}
-    vae: Any = _unfilled_vae(settings | {"patch_size": patch_size if patch_size > 1 else None})
+    settings = structure | {name: value for name, value in statistics.items() if value}
+    settings |= {
+        "scale_factor_spatial": factor,
+        "patch_size": structure["patch_size"] if structure["patch_size"] > 1 else None,
+    }
+    with torch.device("meta"):
+        vae: Any = AutoencoderKLWan(**settings)
     expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    weights, _ = admit(found, expected, place, what="Wan VAE", harmless=harmless_reason)
+    weights, _ = admit(found, expected, place, what="Wan VAE", harmless=partial(other_part, own="VAE"))
     vae.load_state_dict({name: weight.read().float() for name, weight in weights.items()}, assign=True)
     return vae.to(device).eval()
 
 
-def _check_agrees(values: dict, told: dict, where: Path) -> None:
+def _check_agrees(values: dict, structure: dict, where: Path) -> None:
     """Hold a config.json against what the tensors tell, before anything is built."""
-    for key, value in (told | {"attn_scales": []}).items():
+    for key, value in (structure | {"attn_scales": []}).items():
         if (given := values.get(key)) not in (None, value):
             raise TeacherFileError(f"{where}: {key} is {reprlib.repr(given)}, the tensors beside it have {value}")
-
-
-def _unfilled_vae(settings: dict) -> "AutoencoderKLWan":
-    from diffusers import AutoencoderKLWan
-
-    with torch.device("meta"):
-        return AutoencoderKLWan(**settings)
 
 
 @torch.inference_mode()

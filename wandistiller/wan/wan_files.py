@@ -2,45 +2,20 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from wandistiller.errors import UserError
 from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.model.config import StudentConfig
+from wandistiller.wan.lora import Lora, MergedWeight, open_lora
 from wandistiller.wan.text_encoder_files import TEXT_ENCODER_ADVICE, TextEncoderFiles, find_text_encoder
-from wandistiller.wan.transformer_files import TransformerTensors
+from wandistiller.wan.transformer_files import WanTransformer
 from wandistiller.wan.vae import read_vae_config
 
 LATENT_SETTINGS = ("latents_mean", "latents_std", "vae_scale_factor")
-
-
-@dataclass(frozen=True)
-class MergedLora:
-    """A LoRA that is merged into an expert as its tensors are read.
-
-    Attributes:
-        expert: "high" or "low".
-        path: where its file is.
-        num_changed: tensors that it changes, of `num_tensors`.
-    """
-
-    expert: str
-    path: str
-    sha256: str
-    scale: float
-    num_changed: int
-    num_tensors: int
-
-    @property
-    def identity(self) -> str:
-        """What makes two teachers with LoRAs the same one; a file may be renamed."""
-        return f"{self.expert} {self.sha256[:16]} x {self.scale!r}"
-
-    def record(self) -> dict[str, object]:
-        """Return what a student records of it, but for its path."""
-        return {"expert": self.expert, "file": Path(self.path).name, "sha256": self.sha256, "scale": self.scale}
 
 
 @dataclass(frozen=True)
@@ -55,12 +30,12 @@ class WanFiles:
         record: teacher_record.json (the demo teacher's own defaults), or what an exported student says of itself; else empty.
         text_encoder_location: what `find_text_encoder` takes; None where there is none.
         pipeline: the class that the index of diffusers names, which may be another than WanPipeline.
-        loras: those that are merged into the experts; see `wandistiller.wan.lora`.
+        loras: those that are merged into the experts.
         encoder: the text encoder that a run's prompts are embedded with; None before one is chosen, and of the mock.
     """
 
     location: str
-    experts: Mapping[str, TransformerTensors]
+    experts: Mapping[str, WanTransformer]
     boundary_ratio: float | None = None
     flow_shift: float | None = None
     latents_mean: list[float] | None = None
@@ -69,7 +44,7 @@ class WanFiles:
     record: dict = field(default_factory=dict)
     text_encoder_location: str | Path | None = None
     pipeline: str | None = None
-    loras: tuple[MergedLora, ...] = ()
+    loras: tuple[Lora, ...] = ()
     encoder: TextEncoderFiles | None = None
 
     @property
@@ -80,7 +55,7 @@ class WanFiles:
     def is_mock(self) -> bool:
         return self.location == "mock"
 
-    def expert(self, name: str) -> TransformerTensors:
+    def expert(self, name: str) -> WanTransformer:
         if name not in self.experts:
             raise TeacherFileError(f'{self.location}: has no expert "{name}"; it has: {", ".join(self.experts)}')
         return self.experts[name]
@@ -111,11 +86,41 @@ class WanFiles:
             f"{self.location}: has no text encoder beside it; give --text_encoder_path {TEXT_ENCODER_ADVICE}"
         )
 
-    def with_vae_config(self, config_path: Path) -> "WanFiles":
-        """Return a copy that takes what it does not know of the latents from a VAE's config.json."""
-        return with_latents(self, asdict(read_vae_config(config_path, self.config.num_channels)))
+    def with_vae_config(self, vae: Path) -> "WanFiles":
+        """Return a copy that takes what it does not know of the latents from what a VAE says."""
+        return with_latents(self, asdict(read_vae_config(vae, self.config.num_channels)))
 
 
 def with_latents(wan_files: WanFiles, known: Mapping[str, Any]) -> WanFiles:
     found: dict[str, Any] = {name: known.get(name) for name in LATENT_SETTINGS if getattr(wan_files, name) is None}
     return replace(wan_files, **found)
+
+
+LoraFiles = Sequence[tuple[str | Path, float]]
+
+
+def merge_loras(wan_files: WanFiles, high: LoraFiles | None = None, low: LoraFiles | None = None) -> WanFiles:
+    """Return a Wan that is read with LoRAs in it; each is opened and checked now, and merged as tensors are read.
+
+    Args:
+        high: files and scales for the only expert, or for the high-noise one of two.
+        low: those for the low-noise expert.
+
+    Raises:
+        LoraError: one of them cannot be merged into this Wan.
+        UserError: there is no low-noise expert.
+    """
+    experts, merged = dict(wan_files.experts), list(wan_files.loras)
+    for name, files in (("high", high), ("low", low)):
+        if not files:
+            continue
+        if name not in experts:
+            raise UserError(
+                f"--teacher_lora_low {files[0][0]}: {wan_files.location} has one expert; give it as --teacher_lora"
+            )
+        shapes = experts[name].shapes
+        loras = [open_lora(path, scale, shapes, name) for path, scale in files]
+        weights = {key: MergedWeight(weight, key, loras) for key, weight in experts[name].weights.items()}
+        experts[name] = replace(experts[name], weights=weights)
+        merged += loras
+    return replace(wan_files, experts=experts, loras=tuple(merged))
