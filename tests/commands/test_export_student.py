@@ -561,7 +561,7 @@ def test_weights_that_no_student_has_are_refused(student, export, tmp_path):
     wrong = changed(student, tmp_path / "wrong")
     tensors, name = load_file(wrong / "diffusion_model.safetensors"), "blocks.0.attn1.to_q.weight"
     save_file(tensors | {name: tensors[name].to(torch.uint8)}, wrong / "diffusion_model.safetensors")
-    assert_one_message(export(wrong, "diffusers"), f"{name} is stored as uint8; allowed: float32")
+    assert_one_message(export(wrong, "diffusers"), f"{name} is stored as U8; allowed: fp32")
     assert not (tmp_path / "out").exists()
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from hashlib import sha256
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -174,7 +175,9 @@ def test_the_recorded_teacher_draws_with_its_lora(run_main, drawing, tmp_path):
     for root, teacher, output in ((bare, tmp_path / "merged", "b"), (bare, drawing / "teacher", "c")):
         outcome = draw(run_main, root, tmp_path / output, "--teacher_path", teacher)
         assert outcome.code == 0, outcome.err
-    assert picture(tmp_path / "a") == picture(tmp_path / "b") != picture(tmp_path / "c")
+    with_lora, as_merged, without = (np.frombuffer(picture(tmp_path / name), np.uint8).astype(int) for name in "abc")
+    # A sum rounds otherwise on disk than in memory.
+    assert abs(with_lora - as_merged).max() <= 1 < abs(with_lora - without).max()
 
 
 def test_a_recorded_lora_that_is_gone_or_another_is_named_and_can_be_given(run_main, drawing, tmp_path):

@@ -87,8 +87,10 @@ def test_the_original_names_of_the_tests_are_those_diffusers_converts_from():
 
 
 @pytest.mark.parametrize("released", RELEASED)
-def test_a_pipeline_folder_of_every_released_structure_equals_diffusers(tmp_path, released):
-    experts = write_pipeline_folder(tmp_path, **RELEASED[released])
+@pytest.mark.parametrize("max_shard_size", ["10GB", "40KB"])
+def test_a_pipeline_folder_of_every_released_structure_equals_diffusers(tmp_path, released, max_shard_size):
+    experts = write_pipeline_folder(tmp_path, max_shard_size=max_shard_size, **RELEASED[released])
+    assert (len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1) == (max_shard_size == "40KB")
     assert_same_as_diffusers(tmp_path, experts)
 
 
@@ -105,12 +107,6 @@ def test_an_original_folder_of_two_experts_equals_diffusers(tmp_path, num_shards
     assert_same_as_diffusers(tmp_path, experts)
 
 
-def test_a_sharded_diffusers_folder_equals_diffusers(tmp_path):
-    experts = write_pipeline_folder(tmp_path, two_experts=True, max_shard_size="40KB", layers=3)
-    assert len(list((tmp_path / "transformer").glob("*-of-*.safetensors"))) > 2
-    assert_same_as_diffusers(tmp_path, experts)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_bare_transformer_folder_in_any_precision_equals_diffusers(tmp_path, dtype):
     assert_same_as_diffusers(tmp_path, [write_transformer_folder(tmp_path, dtype=dtype, **TINY)])
@@ -122,19 +118,10 @@ def test_a_single_file_equals_diffusers_with_the_weights_it_holds(tmp_path, fp8)
     assert_same_as_diffusers(tmp_path / "wan.safetensors", [model])
 
 
-PREFIXES = [
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "model.",
-    "net.",
-    "transformer.",
-    "module.",
-    "_orig_mod.",
-    "dit.",
-]
+PREFIXES = ["model.diffusion_model.", "net.", "_orig_mod.", "pipe.dit.", "module._orig_mod.", "whatever.it.is."]
 
 
-@pytest.mark.parametrize("prefix", [*PREFIXES, "pipe.dit.", "module._orig_mod.", "whatever.it.is."])
+@pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("names", ["original", "diffusers"])
 def test_any_prefix_is_taken_off(tmp_path, prefix, names):
     path = tmp_path / "wan.safetensors"
@@ -156,9 +143,9 @@ def test_a_block_that_torch_compiled_keeps_its_place(tmp_path):
 def test_a_checkpoint_of_torch_save_equals_diffusers_and_more_than_tensors_is_refused(tmp_path):
     model = write_single_file(tmp_path / "wan.safetensors", heads=1, layers=1, ffn_dim=48)
     tensors = load_file(tmp_path / "wan.safetensors")
-    for name, content in {"plain": tensors, "of a trainer": {"state_dict": tensors, "epoch": 3}}.items():
-        torch.save(content, tmp_path / f"{name}.pth")
-        assert_same_as_diffusers(tmp_path / f"{name}.pth", [model])
+    for name, content in {"plain.pth": tensors, "of a trainer.PTH": {"state_dict": tensors, "epoch": 3}}.items():
+        torch.save(content, tmp_path / name)
+        assert_same_as_diffusers(tmp_path / name, [model])
     torch.save(tensors | {"x": Path("a")}, tmp_path / "object.pth")
     assert "pickle of more than tensors" in refusal(tmp_path / "object.pth")
     content = (tmp_path / "plain.pth").read_bytes()
@@ -250,11 +237,10 @@ SIDES = {
     "wan2.2_t2v_high_noise_14B_fp16.safetensors": "high",
     "Wan2_2-T2V-A14B-LOW_fp8_e4m3fn_scaled_KJ.safetensors": "low",
     "wan2.2-t2v-a14b-high-Q8_0.gguf": "high",
-    "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf": "low",
     "HighNoise/wan-Q8_0.gguf": "high",
     "low_noise_model": "low",
     "wan2.1_t2v_14B_bf16.safetensors": None,
-    "wan_flow_highres.safetensors": None,
+    "Wan2.2-A14B-Low-Step-Lightning-Q4.gguf": None,
     "wan_high_and_low.safetensors": None,
 }
 
@@ -276,6 +262,11 @@ def test_experts_and_loras_the_wrong_way_round_and_one_alone_are_told(tmp_path):
     assert "swapped" not in told(right) and told(wrong).count("swapped; exchange --teacher_path and") == 2
     assert "looks like one of two experts" in told(open_wan_files(names["LOW"]))
     pairs = random_pairs(random_transformer(heads=1, head_dim=128, layers=1, ffn_dim=48))
+    for side in ("HIGH", "LOW"):  # renamed, so that only the title tells
+        save_file(
+            load_file(names[side]), tmp_path / f"{len(side)}.safetensors", {"modelspec.title": f"Wan {side} noise"}
+        )
+    assert told(open_wan_files(tmp_path / "3.safetensors", tmp_path / "4.safetensors")).count("swapped") == 2
     lora = write(tmp_path / "4steps-lora_LOW_fp16.safetensors", comfyui_keys(pairs))
     assert "swapped; exchange --teacher_lora and" in told(merge_loras(right, [(lora, 1.0)]))
     assert "swapped" not in told(merge_loras(right, None, [(lora, 1.0)]))
@@ -322,33 +313,25 @@ def test_a_number_that_is_none_is_refused_when_its_tensor_is_read(tmp_path, valu
         project_teacher(path)
 
 
-def test_scales_of_blocks_are_multiplied_into_their_blocks_and_others_refused(tmp_path):
+@pytest.mark.parametrize("shape", [(48,), (48, 1), (6, 4), ()])
+def test_scales_of_rows_blocks_and_tensors_are_multiplied_and_others_refused(tmp_path, shape):
     path, name = tmp_path / "wan.safetensors", "blocks.0.ffn.0"
-    model = write_single_file(path, fp8="scaled", heads=1, ffn_dim=48)
-    tensors, scale = load_file(path), torch.rand(6, 4) + 0.5
-    held = model.state_dict()
-    held["blocks.0.ffn.net.0.proj.weight"] = tensors[f"{name}.weight"].float() * torch.kron(scale, torch.ones(8, 32))
+    model = write_single_file(path, fp8="scaled", heads=1, ffn_dim=48, channels=48)
+    tensors, scale, held = load_file(path), torch.rand(shape) + 0.5, model.state_dict()
+    spread = torch.kron(scale, torch.ones(8, 32)) if shape == (6, 4) else scale.reshape(-1, 1)
+    held["blocks.0.ffn.net.0.proj.weight"] = tensors[f"{name}.weight"].float() * spread
     save_file(tensors | {f"{name}.scale_weight": scale}, path)
     assert_same_as_diffusers(path, [with_weights(model, held)])
-    for wrong in (
-        torch.ones(3),
-        torch.ones(128),
-        torch.ones(5, 4),
-        torch.ones(6, 4, 1),
-        torch.ones(1, dtype=torch.int8),
-    ):
-        save_file(tensors | {f"{name}.scale_weight": wrong}, path)
-        assert "the scale of blocks.0.ffn.net.0.proj.weight, [48, 128], has shape" in refusal(path)
-    save_file(tensors | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e5m2)}, path)
-    assert "scaled_fp8 in the file says F8_E5M2" in refusal(path)
-    save_file(tensors | {"blocks.0.ffn.7.scale_weight": torch.ones(1)}, path)
-    assert "blocks.0.ffn.7.scale_weight" in refusal(path)
 
 
-def test_a_scaled_single_file_with_48_channels_equals_diffusers(tmp_path):
-    path = tmp_path / "wan.safetensors"
-    model = write_single_file(path, prefix="model.diffusion_model.", fp8="scaled", heads=1, ffn_dim=48, channels=48)
-    assert_same_as_diffusers(path, [model])
+@pytest.mark.parametrize(
+    "wrong", [torch.ones(3), torch.ones(128), torch.ones(6, 4, 1), torch.ones(1, dtype=torch.int8)]
+)
+def test_a_scale_of_another_shape_or_type_is_refused(tmp_path, wrong):
+    write_single_file(tmp_path / "wan.safetensors", fp8="scaled", heads=1, layers=1, ffn_dim=48)
+    tensors = load_file(tmp_path / "wan.safetensors")
+    save_file(tensors | {"blocks.0.ffn.0.scale_weight": wrong}, tmp_path / "wan.safetensors")
+    assert "the scale of blocks.0.ffn.net.0.proj.weight, [48, 128], has shape" in refusal(tmp_path / "wan.safetensors")
 
 
 def test_two_single_files_are_the_two_experts(tmp_path):
@@ -360,18 +343,6 @@ def test_two_single_files_are_the_two_experts(tmp_path):
         given = inputs(model.config)
         with torch.no_grad():
             assert relative_error(model(*given), oracle_velocity(expert, *given)) <= MAX_ERROR
-
-
-def test_per_row_fp8_scales_are_multiplied_into_their_rows(tmp_path):
-    path = tmp_path / "wan.safetensors"
-    model = write_single_file(path, fp8="scaled", heads=1, ffn_dim=48)
-    tensors, name = load_file(path), "blocks.0.ffn.0"
-    scale = torch.linspace(0.5, 2, 48)
-    tensors[f"{name}.scale_weight"] = scale
-    save_file(tensors, path)
-    held = model.state_dict()
-    held["blocks.0.ffn.net.0.proj.weight"] = tensors[f"{name}.weight"].float() * scale[:, None]
-    assert_same_as_diffusers(path, [with_weights(model, held)])
 
 
 def test_a_file_inside_a_diffusers_folder_takes_its_heads_from_the_config_beside_it(tmp_path):
@@ -413,58 +384,52 @@ def test_opening_reads_headers_only_of_a_file_larger_than_memory(tmp_path):
 # ---- other kinds of Wan, refused by name ----
 
 
-@pytest.mark.parametrize(
-    ("extra", "kind"),
-    [
-        ("blocks.0.cross_attn.k_img.weight", "image-to-video"),
-        ("img_emb.proj.0.weight", "image-to-video"),
-        ("vace_blocks.0.before_proj.weight", "VACE"),
-        ("face_adapter.fuser_blocks.0.linear2.weight", "Animate"),
-        ("casual_audio_encoder.encoder.conv.weight", "S2V"),
-    ],
-)
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_other_kinds_are_refused_by_their_tensors(tmp_path, extra, kind, prefix):
-    path = tmp_path / "wan.safetensors"
+OTHER_TENSORS = {
+    "blocks.0.cross_attn.k_img.weight": "image-to-video",
+    "img_emb.proj.0.weight": "image-to-video",
+    "vace_blocks.0.before_proj.weight": "VACE",
+    "face_adapter.fuser_blocks.0.linear2.weight": "Animate",
+    "casual_audio_encoder.encoder.conv.weight": "S2V",
+}
+
+
+@pytest.mark.parametrize("extra", OTHER_TENSORS)
+def test_other_kinds_are_refused_by_their_tensors(tmp_path, extra):
+    path, prefix = tmp_path / "wan.safetensors", "model.diffusion_model."
     write_single_file(path, prefix=prefix, heads=1, layers=1, ffn_dim=48)
     save_file(load_file(path) | {prefix + extra: torch.zeros(4, 4)}, path)
     message = refusal(path)
-    assert kind in message and "text-to-video" in message
+    assert OTHER_TENSORS[extra] in message and "text-to-video" in message
 
 
-@pytest.mark.parametrize(
-    ("settings", "kind"),
-    [
-        ({"model_type": "i2v"}, "image-to-video"),
-        ({"model_type": "vace"}, "VACE"),
-        ({"model_type": "flf2v"}, "FLF2V"),
-        ({"model_type": "animate"}, "Animate"),
-        ({"model_type": "s2v"}, "S2V"),
-        ({"_class_name": "VaceWanModel"}, "VACE"),
-        ({"_class_name": "WanAnimateModel"}, "Animate"),
-        ({"_class_name": "WanModel_S2V"}, "S2V"),
-        ({"added_kv_proj_dim": 24}, "image-to-video"),
-        ({"image_dim": 1280}, "image-to-video"),
-    ],
-)
-def test_other_kinds_are_refused_by_their_config(tmp_path, settings, kind):
-    write_original_transformer(tmp_path, random_transformer(**TINY), **settings)
+OTHER_SETTINGS = {
+    "image-to-video": {"model_type": "i2v"},
+    "FLF2V": {"model_type": "flf2v"},
+    "VACE": {"_class_name": "VaceWanModel"},
+    "Animate": {"_class_name": "WanAnimateModel"},
+    "S2V": {"_class_name": "WanModel_S2V"},
+    "(I2V)": {"added_kv_proj_dim": 24},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_SETTINGS)
+def test_other_kinds_are_refused_by_their_config(tmp_path, kind):
+    write_original_transformer(tmp_path, random_transformer(**TINY), **OTHER_SETTINGS[kind])
     assert kind in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "said"),
-    [
-        ("WanImageToVideoPipeline", "image-to-video"),
-        ("WanVACEPipeline", "VACE"),
-        ("WanAnimatePipeline", "Animate"),
-        ("StableDiffusionXLPipeline", "is that of a StableDiffusionXLPipeline; give a WanPipeline"),
-        (["WanPipeline"], "WanPipeline"),
-    ],
-)
-def test_other_pipelines_are_refused_by_name(tmp_path, pipeline, said):
+OTHER_PIPELINES = {
+    "WanImageToVideoPipeline": "image-to-video",
+    "WanVACEPipeline": "VACE",
+    "WanAnimatePipeline": "Animate",
+    "StableDiffusionXLPipeline": "is that of a StableDiffusionXLPipeline; give a WanPipeline",
+}
+
+
+@pytest.mark.parametrize("pipeline", OTHER_PIPELINES)
+def test_other_pipelines_are_refused_by_name(tmp_path, pipeline):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
-    assert said in refusal(tmp_path)
+    assert OTHER_PIPELINES[pipeline] in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["folder", "file"])
@@ -483,22 +448,19 @@ def test_36_input_channels_are_an_image_to_video_model(tmp_path, layout):
 # ---- contradictions and damage ----
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("num_layers", 3), ("ffn_dim", 41), ("dim", 48), ("in_dim", 48), ("freq_dim", 128), ("text_dim", 4096)],
-)
-def test_a_config_that_disagrees_with_the_tensors_is_refused_with_both_numbers(tmp_path, key, value):
-    write_original_transformer(tmp_path, random_transformer(**TINY), **{key: value})
-    true = {"num_layers": 2, "ffn_dim": 40, "dim": 24, "in_dim": 16, "freq_dim": 256, "text_dim": 20}[key]
+ORIGINAL_KEYS = ["num_layers", "ffn_dim", "dim", "in_dim", "freq_dim", "text_dim"]
+DIFFUSERS_KEYS = ["num_attention_heads", "attention_head_dim", "num_layers", "in_channels", "ffn_dim"]
+
+
+@pytest.mark.parametrize("key", [*ORIGINAL_KEYS, *DIFFUSERS_KEYS])
+def test_a_config_that_disagrees_with_the_tensors_is_refused(tmp_path, key):
+    if key in DIFFUSERS_KEYS:
+        write_transformer_folder(tmp_path, **TINY)
+        edit_json(tmp_path / "config.json", **{key: 7})
+    else:
+        write_original_transformer(tmp_path, random_transformer(**TINY), **{key: 7})
     message = refusal(tmp_path)
-    assert str(value) in message and str(true) in message
-
-
-@pytest.mark.parametrize("key", ["num_attention_heads", "attention_head_dim", "num_layers", "in_channels", "ffn_dim"])
-def test_a_diffusers_config_that_disagrees_with_the_tensors_is_refused(tmp_path, key):
-    write_transformer_folder(tmp_path, **TINY)
-    edit_json(tmp_path / "config.json", **{key: 7})
-    assert "config.json says" in refusal(tmp_path)
+    assert "config.json says" in message and "7" in message and "the tensors have" in message
 
 
 def test_what_the_config_leaves_out_is_read_from_the_tensors(tmp_path):
@@ -507,14 +469,10 @@ def test_what_the_config_leaves_out_is_read_from_the_tensors(tmp_path):
     assert_same_as_diffusers(tmp_path, [model])
 
 
-def test_a_config_with_other_mathematics_is_refused(tmp_path):
-    write_transformer_folder(tmp_path, **TINY)
-    edit_json(tmp_path / "config.json", qk_norm="rms_norm")
-    assert "qk_norm" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize("settings", [{"eps": "small"}, {"num_heads": "two"}, {"num_heads": 5}, {"num_heads": 0}])
-def test_a_config_with_nonsense_values_is_refused_in_one_line(tmp_path, settings):
+@pytest.mark.parametrize(
+    "settings", [{"eps": "small"}, {"num_heads": "two"}, {"num_heads": 5}, {"qk_norm": "rms_norm"}]
+)
+def test_a_config_of_nonsense_or_other_mathematics_is_refused(tmp_path, settings):
     write_original_transformer(tmp_path, random_transformer(**TINY), **settings)
     assert str(tmp_path) in refusal(tmp_path)
 
@@ -532,53 +490,27 @@ def test_a_teacher_of_other_patches_is_itself_in_2d(tmp_path, patch):
 
 # file, change, what the refusal says after the file's name
 WRONG_VALUES = {
-    "heads": ("transformer/config.json", {"num_attention_heads": "2"}, "num_attention_heads is '2'; allowed: a whole"),
-    "head_dim": (
-        "transformer/config.json",
-        {"attention_head_dim": [12]},
-        "attention_head_dim is [12]; allowed: a whole",
-    ),
-    "eps": ("transformer/config.json", {"eps": 0}, "eps is 0; allowed: a number above 0"),
+    "head_dim": ("transformer/config.json", {"attention_head_dim": [12]}, "is [12]; allowed: a whole number"),
     "layers": ("transformer/config.json", {"num_layers": True}, "num_layers is True; allowed: a whole number"),
-    "boundary as text": (
-        "model_index.json",
-        {"boundary_ratio": "0.9"},
-        "boundary_ratio is '0.9'; allowed: a number from 0",
-    ),
     "boundary": ("model_index.json", {"boundary_ratio": 2}, "boundary_ratio is 2; allowed: a number from 0 to 1"),
     "transformer_2": ("model_index.json", {"transformer_2": {"a": 1}}, "transformer_2 is {'a': 1}; allowed: a pair"),
-    "shift as text": (
-        "scheduler/scheduler_config.json",
-        {"flow_shift": "3"},
-        "flow_shift is '3'; allowed: a number above 0",
-    ),
-    "shift of 0": ("scheduler/scheduler_config.json", {"flow_shift": 0}, "flow_shift is 0; allowed"),
-    "shift below 0": ("scheduler/scheduler_config.json", {"flow_shift": -3}, "flow_shift is -3; allowed"),
-    "factor": (
-        "vae/config.json",
-        {"scale_factor_spatial": "8"},
-        "scale_factor_spatial is '8'; allowed: a whole number",
-    ),
-    "other factor": ("vae/config.json", {"scale_factor_spatial": 4}, "scale_factor_spatial is 4, but its 4 stages"),
+    "shift": ("scheduler/scheduler_config.json", {"flow_shift": 0}, "flow_shift is 0; allowed: a number above 0"),
+    "factor": ("vae/config.json", {"scale_factor_spatial": 4}, "scale_factor_spatial is 4, but its 4 stages"),
     "stages": ("vae/config.json", {"dim_mult": 4}, "dim_mult is 4; allowed: a list of whole numbers"),
-    "few means": (
-        "vae/config.json",
-        {"latents_mean": [0.0] * 3},
-        "latents_mean is [0.0, 0.0, 0.0]; allowed: a list of 16",
-    ),
-    "means as text": ("vae/config.json", {"latents_mean": "x"}, "latents_mean is 'x'; allowed: a list of 16 numbers"),
+    "means": ("vae/config.json", {"latents_mean": [0.0] * 3}, "latents_mean is [0.0, 0.0, 0.0]; allowed: a list of 16"),
     "no spread": ("vae/config.json", {"latents_std": [0.0] * 16}, "each a number above 0"),
     "channels": ("vae/config.json", {"z_dim": 4}, "z_dim is 4; the teacher's latents have 16 channels"),
+    "record": ("teacher_record.json", {"shift": "3"}, "shift is '3'; allowed: a number above 0"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG_VALUES)
 def test_a_value_of_the_wrong_kind_is_refused_with_its_file_and_key(teachers, tmp_path, case):
     name, change, said = WRONG_VALUES[case]
-    shutil.copytree(teachers.one, tmp_path / "copy")
-    edit_json(tmp_path / "copy" / name, **change)
+    file = shutil.copytree(teachers.one, tmp_path / "copy") / name
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | change), encoding="utf-8")
     message = refusal(tmp_path / "copy")
-    assert said in message and Path(name).name in message and str((tmp_path / "copy" / name).parent) in message
+    assert said in message and str(file.parent) in message
 
 
 def test_values_that_are_null_or_left_out_count_as_unknown(teachers, tmp_path):
@@ -593,12 +525,6 @@ def test_thousands_of_brackets_are_refused_in_one_line(teachers, tmp_path):
     shutil.copytree(teachers.one, tmp_path / "copy")
     (tmp_path / "copy" / "model_index.json").write_text("[" * 100_000, encoding="utf-8")
     assert "model_index.json: not usable JSON" in refusal(tmp_path / "copy")
-
-
-def test_a_record_of_a_teacher_that_cannot_be_followed_is_refused(teachers, tmp_path):
-    shutil.copytree(teachers.one, tmp_path / "copy")
-    (tmp_path / "copy" / "teacher_record.json").write_text(json.dumps({"shift": "3"}), encoding="utf-8")
-    assert "shift is '3'; allowed: a number above 0" in refusal(tmp_path / "copy")
 
 
 def test_a_missing_second_expert_is_named(tmp_path):
@@ -616,57 +542,49 @@ def test_truncated_weights_are_refused(tmp_path, keep):
     assert path.name in message and "copy it again" in message
 
 
-@pytest.mark.parametrize("tensor", ["blocks.1.ffn.2.bias", "head.head.weight", "blocks.0.self_attn.norm_q.weight"])
-def test_a_missing_tensor_is_named(tmp_path, tensor):
-    path = tmp_path / "wan.safetensors"
-    write_single_file(path, heads=1, ffn_dim=48)
-    tensors = load_file(path)
-    del tensors[tensor]
-    save_file(tensors, path)
-    message = refusal(path)
-    assert "missing" in message or "looked for" in message
+NOISE = torch.zeros(48, 128, dtype=torch.int8)
+# The change of a file of fp8_scaled weights, and what the refusal says
+SPOILT = {
+    "a missing tensor": (lambda t: t.pop("blocks.1.ffn.2.bias"), "blocks.1.ffn.net.2.bias"),
+    "a missing head": (lambda t: t.pop("head.head.weight"), "looked for"),
+    "a wrong shape": (
+        lambda t: t.update({"blocks.1.cross_attn.k.weight": torch.zeros(128, 64)}),
+        "to_k.weight has shape [128, 64]",
+    ),
+    "a missing scale": (
+        lambda t: t.pop("blocks.0.ffn.0.scale_weight"),
+        "blocks.0.ffn.net.0.proj.scale_weight) is missing",
+    ),
+    "a scale of nothing": (
+        lambda t: t.update({"blocks.0.ffn.7.scale_weight": torch.ones(1)}),
+        "blocks.0.ffn.7.scale_weight",
+    ),
+    "another marker": (lambda t: t.update(scaled_fp8=torch.zeros(2, dtype=torch.float8_e5m2)), "says F8_E5M2"),
+    "whole numbers": (lambda t: t.update({"blocks.0.ffn.0.weight": NOISE}), "I8"),
+    "another format": (
+        lambda t: t.update(
+            {"blocks.0.ffn.0.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}
+        ),
+        "nvfp4",
+    ),
+    "another model": (
+        lambda t: [t.clear(), t.update({"model.input_blocks.0.weight": torch.zeros(4)})],
+        "no Wan transformer",
+    ),
+}
 
 
-def test_a_tensor_of_the_wrong_shape_is_named(tmp_path):
-    path = tmp_path / "wan.safetensors"
-    write_single_file(path, heads=1, ffn_dim=48)
-    save_file(load_file(path) | {"blocks.1.cross_attn.k.weight": torch.zeros(128, 64)}, path)
-    assert "blocks.1.attn2.to_k.weight has shape [128, 64]" in refusal(path)
-
-
-def test_a_scaled_fp8_weight_without_its_scale_is_refused(tmp_path):
-    path = tmp_path / "wan.safetensors"
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_file_that_is_not_whole_or_more_than_a_wan_is_refused_by_name(tmp_path, case):
+    path, (change, said) = tmp_path / "wan.safetensors", SPOILT[case]
     write_single_file(path, fp8="scaled", heads=1, ffn_dim=48)
     tensors = load_file(path)
-    del tensors["blocks.0.ffn.0.scale_weight"]
+    change(tensors)
     save_file(tensors, path)
-    message = refusal(path)
-    assert "blocks.0.ffn.net.0.proj" in message and "scale" in message
+    assert said in refusal(path)
 
 
-@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
-def test_other_comfyui_quantisations_are_refused_by_name(tmp_path, fmt):
-    path = tmp_path / "wan.safetensors"
-    write_single_file(path, fp8="comfy_quant", heads=1, ffn_dim=48)
-    marker = torch.tensor(list(json.dumps({"format": fmt}).encode()), dtype=torch.uint8)
-    save_file(load_file(path) | {"blocks.0.ffn.0.comfy_quant": marker}, path)
-    assert fmt in refusal(path)
-
-
-def test_integer_weights_are_refused(tmp_path):
-    path = tmp_path / "wan.safetensors"
-    write_single_file(path, heads=1, ffn_dim=48)
-    save_file(load_file(path) | {"blocks.0.ffn.0.weight": torch.zeros(48, 128, dtype=torch.int8)}, path)
-    assert "I8" in refusal(path)
-
-
-def test_an_alien_safetensors_file_is_refused(tmp_path):
-    path = tmp_path / "sdxl.safetensors"
-    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4)}, path)
-    assert "no Wan transformer" in refusal(path)
-
-
-@pytest.mark.parametrize("name", ["wan-Q4_K_M.ggml", "wan.ckpt", "wan.pth", "wan.bin", "wan"])
+@pytest.mark.parametrize("name", ["wan.ckpt", "wan.pth", "wan"])
 def test_other_file_types_are_refused_with_what_is_allowed(tmp_path, name):
     (tmp_path / name).write_bytes(b"GGUF")
     assert "safetensors" in refusal(tmp_path / name)
@@ -709,22 +627,6 @@ def test_an_index_that_names_a_shard_outside_its_folder_is_refused(tmp_path, sha
     weight_map = json.loads(index.read_text())["weight_map"]
     edit_json(index, weight_map=weight_map | {"patch_embedding.weight": shard})
     assert "outside its folder" in refusal(folder)
-
-
-@pytest.mark.parametrize("shard", [None, 7, ["a"], {"b": 1}])
-def test_an_index_whose_shard_is_no_name_is_refused(tmp_path, shard):
-    write_original_folder(tmp_path, num_shards=2, **TINY)
-    edit_json(tmp_path / "diffusion_pytorch_model.safetensors.index.json", weight_map={"patch_embedding.weight": shard})
-    assert "index.json" in refusal(tmp_path)
-
-
-def test_reading_every_layout_imports_no_pickle_of_ours(tmp_path, monkeypatch):
-    def forbidden(*_args, **_settings):
-        raise AssertionError("torch.load was called")
-
-    monkeypatch.setattr(torch, "load", forbidden)
-    write_original_two_experts(tmp_path, **TINY)
-    project_teacher(tmp_path, expert="low")
 
 
 # ---- the hub ----

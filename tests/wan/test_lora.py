@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from support.loras import (
     LINEARS,
@@ -143,22 +143,6 @@ def test_alphas_in_the_metadata_that_diffusers_saves_count(teacher, tmp_path):
     check_against_diffusers(teacher, tmp_path / "lora.safetensors", 0.5)
 
 
-def test_pefts_own_folder_counts_the_alpha_beside_the_file(teacher, tmp_path):
-    """The oracle is PEFT: its merged model."""
-    from peft import LoraConfig, get_peft_model
-
-    folder, model = teacher
-    torch.manual_seed(0)
-    peft_model = get_peft_model(
-        with_weights(model, model.state_dict()),
-        LoraConfig(r=4, lora_alpha=12, target_modules=["to_k", "to_v"], init_lora_weights=False, use_rslora=True),
-    )
-    peft_model.save_pretrained(tmp_path)
-    expected = oracle_velocity(peft_model.merge_and_unload(), *inputs())
-    actual = velocity(folder, (tmp_path / "adapter_model.safetensors", 1.0))
-    assert relative_error(actual, expected) < TOLERANCE
-
-
 def test_each_of_two_experts_gets_its_own_lora(tmp_path):
     experts = write_pipeline_folder(tmp_path / "two", two_experts=True)
     files = {}
@@ -195,38 +179,27 @@ def test_a_product_of_kernels_changes_the_patch_kernel(teacher, tmp_path):
     assert relative_error(velocity(folder, (write(tmp_path / "a.safetensors", keys), 1.0)), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("prefix", ["", "base_model.model.", "base_model.model.transformer.", "model.diffusion_model."])
-def test_other_prefixes_and_names_of_adapters_are_known(teacher, tmp_path, prefix):
-    folder, model = teacher
-    pairs = random_pairs(model)
-    keys = {
-        name.replace(".weight", ".default.weight"): tensor
-        for name, tensor in comfyui_keys(pairs, words=("lora_A", "lora_B"), prefix=prefix).items()
-    }
-    expected = oracle_velocity(with_weights(model, merged(model, pairs)), *inputs())
-    path = write(tmp_path / "lora.safetensors", keys)
-    assert relative_error(velocity(folder, (path, 1.0)), expected) < TOLERANCE
-
-
 IN_BLOCKS = re.compile(r"lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_")
 DIALECTS = {
-    "VideoX-Fun": lambda key: key.replace("lora_unet_", "lora_unet__"),
-    "half dots": lambda key: IN_BLOCKS.sub(r"lora_unet_blocks_\1.\2.", key),
-    "LyCORIS": lambda key: key.replace("lora_unet_", "lycoris_"),
-    "compiled": lambda key: key.replace("lora_unet_", "lora_unet__orig_mod_"),
-    "SimpleTuner": lambda key: key.replace("transformer.", "transformer.base_model.model."),
-    "compiled of diffusers": lambda key: key.replace("transformer.", "transformer._orig_mod."),
+    "VideoX-Fun": (kohya_keys, lambda key: key.replace("lora_unet_", "lora_unet__")),
+    "half dots": (kohya_keys, lambda key: IN_BLOCKS.sub(r"lora_unet_blocks_\1.\2.", key)),
+    "LyCORIS": (kohya_keys, lambda key: key.replace("lora_unet_", "lycoris_")),
+    "compiled": (kohya_keys, lambda key: key.replace("lora_unet_", "lora_unet__orig_mod_")),
+    "SimpleTuner": (diffusers_keys, lambda key: key.replace("transformer.", "transformer.base_model.model.")),
+    "compiled of diffusers": (diffusers_keys, lambda key: key.replace("transformer.", "transformer._orig_mod.")),
+    "an adapter's name": (diffusers_keys, lambda key: key.replace(".weight", ".default.weight")),
+    "no prefix": (diffusers_keys, lambda key: key.removeprefix("transformer.")),
 }
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_dialect_of_the_keys_is_known(teacher, tmp_path, dialect):
     folder, model = teacher
-    pairs = random_pairs(model)
-    is_diffusers = dialect in ("SimpleTuner", "compiled of diffusers")
-    keys = diffusers_keys(pairs) if is_diffusers else kohya_keys(pairs, 1.5)
-    path = write(tmp_path / "lora.safetensors", {DIALECTS[dialect](key): value for key, value in keys.items()})
-    expected = oracle_velocity(with_weights(model, merged(model, pairs, 1.0 if is_diffusers else 0.5)), *inputs())
+    pairs, (keys, spelt) = random_pairs(model), DIALECTS[dialect]
+    is_kohya = keys is kohya_keys
+    tensors = kohya_keys(pairs, 1.5) if is_kohya else diffusers_keys(pairs)
+    path = write(tmp_path / "lora.safetensors", {spelt(key): value for key, value in tensors.items()})
+    expected = oracle_velocity(with_weights(model, merged(model, pairs, 0.5 if is_kohya else 1.0)), *inputs())
     assert relative_error(velocity(folder, (path, 1.0)), expected) < TOLERANCE
 
 
@@ -330,9 +303,8 @@ def test_several_loras_add_up_and_a_negative_scale_takes_away(teacher, tmp_path)
     assert torch.equal(velocity(folder), plain)
 
 
-@pytest.mark.parametrize("fp8", ["plain", "scaled", "comfy_quant"])
-def test_an_fp8_teacher_is_changed_at_the_values_that_it_stands_for(tmp_path, fp8):
-    model = write_single_file(tmp_path / "wan.safetensors", fp8=fp8)
+def test_an_fp8_teacher_is_changed_at_the_values_that_it_stands_for(tmp_path):
+    model = write_single_file(tmp_path / "wan.safetensors", fp8="scaled")
     pairs = random_pairs(model)
     path = write(tmp_path / "lora.safetensors", comfyui_keys(pairs))
     expected = oracle_velocity(with_weights(model, merged(model, pairs)), *inputs())
@@ -360,21 +332,9 @@ def sdxl(pairs):
     return {f"{stem}.lora_down.weight": torch.zeros(4, 640), f"{stem}.lora_up.weight": torch.zeros(640, 4)}
 
 
-def flux(pairs):
-    return diffusers_keys({"single_transformer_blocks.0.attn.to_q": (torch.zeros(4, 3072), torch.zeros(3072, 4))})
-
-
 def image_to_video(pairs):
     extra = {"blocks.0.attn2.add_k_proj": (torch.zeros(3, 24), torch.zeros(24, 3))}
     return diffusers_keys(pairs | extra)
-
-
-def image_to_video_of_kohya(pairs):
-    stem = "lora_unet_blocks_0_cross_attn_k_img"
-    return kohya_keys(pairs, 1.0) | {
-        f"{stem}.lora_down.weight": torch.zeros(3, 24),
-        f"{stem}.lora_up.weight": torch.zeros(24, 3),
-    }
 
 
 def larger_wan(pairs):
@@ -404,9 +364,7 @@ def plus(key, value=None):
 BLOCK = "diffusion_model.blocks.0.self_attn.q"
 REFUSED = {
     "SDXL": (sdxl, ["another model", "lora_unet_down_blocks_1"]),
-    "FLUX": (flux, ["another model", "single_transformer_blocks"]),
     "image to video": (image_to_video, ["image-to-video (I2V)", "add_k_proj"]),
-    "image to video of kohya": (image_to_video_of_kohya, ["image-to-video (I2V)", "k_img"]),
     "a larger Wan": (larger_wan, [".weight, which is 24x24 in this Wan", "48x3 and 3x48", "another model"]),
     "a deeper Wan": (deeper_wan, ["blocks.39", "larger Wan"]),
     "no tensors": (lambda pairs: {}, ["holds no tensors"]),
@@ -430,10 +388,8 @@ REFUSED = {
     "not finite": (not_finite, ["lora_unet_blocks_1_ffn_0.lora_up.weight", "not finite"]),
     "half of it": (without("self_attn.k.lora_up"), ["blocks.0.attn1.to_k.weight", "do not go together"]),
     "twice": (plus("transformer.blocks.0.attn1.to_q.lora_A.weight", torch.zeros(3, 24)), ["twice", "to_q"]),
-    "an alpha of many": (plus(f"{BLOCK}.alpha"), ["an alpha is one number"]),
     "whole numbers": (plus(f"{BLOCK}.diff", torch.zeros(24, 24, dtype=torch.int8)), ["I8", "allowed"]),
     "a difference of another size": (plus("diffusion_model.head.head.diff", torch.zeros(64, 30)), ["64x24", "64x30"]),
-    "a module without such a tensor": (plus("diffusion_model.blocks.0.modulation.lora_A.weight"), ["modulation"]),
 }
 
 
@@ -486,22 +442,3 @@ def test_a_lora_for_the_low_noise_expert_needs_one(teacher, tmp_path):
     path = write(tmp_path / "lora.safetensors", diffusers_keys(random_pairs(teacher[1])))
     with pytest.raises(UserError, match="has one expert; give it as --teacher_lora"):
         merge_loras(open_wan_files(teacher[0]), low=[(path, 1.0)])
-
-
-def test_the_report_names_the_lora_and_its_digest(teacher, tmp_path):
-    from hashlib import sha256
-
-    path = write(tmp_path / "lora.safetensors", diffusers_keys(random_pairs(teacher[1])))
-    _, report = project_teacher(teacher[0], loras=[(path, 0.5)])
-    report.save(tmp_path)
-    saved = json.loads((tmp_path / "projection_report.json").read_text())
-    digest = sha256(path.read_bytes()).hexdigest()
-    assert saved["loras"] == [{"expert": "high", "file": "lora.safetensors", "sha256": digest, "scale": 0.5}]
-    project_teacher(teacher[0])[1].save(tmp_path)
-    assert "loras" not in json.loads((tmp_path / "projection_report.json").read_text())
-
-
-def test_an_empty_file_is_refused_too(teacher, tmp_path):
-    save_file({}, tmp_path / "empty.safetensors")
-    with pytest.raises(UserError, match="holds no tensors"):
-        project_teacher(teacher[0], loras=[(tmp_path / "empty.safetensors", 1.0)])

@@ -119,7 +119,7 @@ class Lora:
 
     def _changed(self, name: str, tensor: Tensor, scale: float) -> Tensor:
         for change in self.changes[name]:
-            tensor = tensor + scale * change.read().reshape(tensor.shape).to(tensor.dtype)
+            tensor = torch.add(tensor, change.read().reshape(tensor.shape).to(tensor.dtype), alpha=scale)
         return tensor
 
 

@@ -1,7 +1,7 @@
 """The names of Wan's tensors and settings: original and ComfyUI spellings become canonical ones (diffusers'), and back."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,23 +69,17 @@ _RELATIVES = [
 ]
 
 
-def canonical_tensors(found: Mapping[str, Stored], where: object) -> dict[str, Stored]:
-    """Return a file's tensors by canonical names; those of other parts in an all-in-one checkpoint keep their own.
+def own_names(
+    anchor: str, rename: Callable[[str], str], found: Mapping[str, Stored], where: object
+) -> dict[str, Stored]:
+    """Return tensors by the names that a model has for them; those of other parts in an all-in-one checkpoint keep theirs.
 
-    Raises:
-        TeacherFileError: there are two transformers.
-    """
-    bare = bare_names(re.escape(PATCH_KERNEL), found, where)
-    return {to_canonical(name): stored for name, stored in bare.items()} if "head.modulation" in bare else bare
-
-
-def bare_names(anchor: str, found: Mapping[str, Stored], where: object) -> dict[str, Stored]:
-    """Return tensors without the prefix that a part of a file has, whichever that is; others keep their names.
-
-    The names of torch.compile's, FSDP's and checkpointing's wrappers are taken out wherever they stand.
+    The prefix of the model's part of the file is taken off, whichever that is, and so are the names of torch.compile's, FSDP's
+    and checkpointing's wrappers, wherever they stand.
 
     Args:
         anchor: a pattern of the name of a tensor that the part has once.
+        rename: returns the model's own name of a tensor's original one, and leaves its own as they are.
 
     Raises:
         TeacherFileError: there are two such parts.
@@ -99,12 +93,13 @@ def bare_names(anchor: str, found: Mapping[str, Stored], where: object) -> dict[
     prefix = prefixes[0] if prefixes else ""
     # ComfyUI keeps what belongs to a text encoder beside its "transformer."
     outer = prefix.removesuffix("transformer.")
-    bare = {name.removeprefix(prefix if name.startswith(prefix) else outer): found[key] for key, name in names.items()}
-    if len(bare) < len(found):
-        raise TeacherFileError(
-            f"{where}: holds one tensor under two names ({prefix!r} may be left out); give a file of one model"
-        )
-    return bare
+    own = {
+        rename(name.removeprefix(prefix if name.startswith(prefix) else outer)): found[key]
+        for key, name in names.items()
+    }
+    if len(own) < len(found):
+        raise TeacherFileError(f"{where}: holds the same tensor under two names; give a file of one model")
+    return own
 
 
 def renamed(name: str, rules: Iterable[tuple[str, Any]]) -> str:

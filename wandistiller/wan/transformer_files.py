@@ -22,11 +22,12 @@ from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.wan.names import (
     PATCH_KERNEL,
-    canonical_tensors,
     harmless_reason,
+    own_names,
     refuse_other_kind,
     relative_of_wan,
     title_of,
+    to_canonical,
     transformer_settings,
 )
 
@@ -102,7 +103,7 @@ def open_transformer(location: Path, files: Sequence[Path], settings: dict) -> W
     for path in filter(is_gguf, files):
         require_architecture(path, _GGUF_ARCHITECTURES, "a Wan text-to-video transformer")
         found = _with_all_dims(found)
-    found = canonical_tensors(found, files[0])
+    found = own_names(re.escape(PATCH_KERNEL), to_canonical, found, files[0])
     refuse_other_kind(found, location)
     metadata = _metadata(files[0])
     # What export_student.py writes there tells the heads and eps, which no tensor does.

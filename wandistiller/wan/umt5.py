@@ -6,16 +6,17 @@ The names are transformers' own (also ComfyUI's), the original release's (Wan2.1
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from wandistiller.errors import UserError, shown
-from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, setting
+from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.files.gguf_files import require_architecture
-from wandistiller.files.weights import Stored, Weight, admit, all_tensors, is_gguf
-from wandistiller.wan.names import bare_names, other_part, renamed
+from wandistiller.files.weights import Weight, admit, all_tensors, is_gguf
+from wandistiller.wan.names import other_part, own_names, renamed
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -57,7 +58,7 @@ class Umt5Files:
         self.where = where
         for path in filter(is_gguf, files):
             require_architecture(path, ("t5encoder", "t5"), "a UMT5 text encoder")
-        found = _named(all_tensors(files), where)
+        found = own_names(ANCHOR, partial(renamed, rules=_RENAMES), all_tensors(files), where)
         self._copy = found.get(COPY) if TABLE in found else None
         if TABLE not in found and COPY in found:
             found[TABLE] = found.pop(COPY)
@@ -87,7 +88,10 @@ class Umt5Files:
         Raises:
             UserError: its table of embeddings is all zeros, or two tables differ; a number is not finite.
         """
-        encoder = _unfilled(self.shape)
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        with torch.device("meta"):
+            encoder = UMT5EncoderModel(UMT5Config(**self.shape))
         # As transformers has it (UMT5PreTrainedModel._keep_in_fp32_modules), since these products leave float16's range:
         kept = torch.float32 if dtype == torch.float16 else dtype
         tensors = {
@@ -102,15 +106,6 @@ class Umt5Files:
             )
         encoder.load_state_dict(tensors, assign=True)
         return encoder.eval()
-
-
-def _named(found: Mapping[str, Stored], where: Path) -> dict[str, Stored]:
-    """Return a file's tensors by transformers' names; those of other parts in an all-in-one checkpoint keep their own."""
-    bare = bare_names(ANCHOR, found, where)
-    named = {renamed(name, _RENAMES): stored for name, stored in bare.items()}
-    if len(named) < len(found):
-        raise TeacherFileError(f"{where}: holds the same tensor under two names; give a file of one model")
-    return named
 
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], config: dict, where: Path) -> dict:
@@ -129,28 +124,14 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], config: dict, where: Path) -> 
     shape: dict = dict(zip(_SHAPE_KEYS, sizes, strict=True))
     if min(sizes) < 1 or inner % num_heads:
         raise TeacherFileError(f"{where}: an attention of width {inner} does not divide into {num_heads} heads")
-    _check_config(config, shape, where)
-    distance = setting(config, "relative_attention_max_distance", WHOLE, where / "config.json")
-    eps = setting(config, "layer_norm_epsilon", POSITIVE, where / "config.json")
-    return shape | {"relative_attention_max_distance": distance or 128, "layer_norm_epsilon": eps or 1e-6}
-
-
-def _check_config(config: dict, shape: dict, where: Path) -> None:
-    expected = {"model_type": "umt5", "feed_forward_proj": "gated-gelu", **shape}
-    for key, value in expected.items():
-        if config and (given := config.get(key, value)) != value:
+    # These three are those of every Wan's encoder, which no tensor tells.
+    shape |= {"relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu"}
+    for key, value in {"model_type": "umt5", **shape}.items():
+        if (given := config.get(key, value)) != value:
             raise TeacherFileError(
                 f"{where / 'config.json'}: {key}={shown(given)}; Wan's text encoder beside it has {key}={value!r}"
             )
-    if config and "model_type" not in config:
-        raise TeacherFileError(f"{where / 'config.json'}: model_type=None; Wan's text encoder has model_type 'umt5'")
-
-
-def _unfilled(shape: dict) -> "UMT5EncoderModel":
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    with torch.device("meta"):
-        return UMT5EncoderModel(UMT5Config(**shape))
+    return shape
 
 
 def _expected(shape: dict) -> dict[str, tuple[int, ...]]:

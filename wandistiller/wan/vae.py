@@ -22,7 +22,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.checked_json import STAGES, WHOLE, TeacherFileError, read_json, setting
 from wandistiller.files.hub import fetch, is_hub_id, local_path
 from wandistiller.files.weights import Stored, admit, all_tensors, is_weight_file, stored_tensors, weight_files
-from wandistiller.wan.names import bare_names, other_part, parts_folder, renamed
+from wandistiller.wan.names import other_part, own_names, parts_folder, renamed
 from wandistiller.wan.record_kinds import latents_kinds
 
 if TYPE_CHECKING:
@@ -147,10 +147,7 @@ def _files_of(place: Path, is_vae: bool) -> list[Path]:
 
 def vae_tensors(files: list[Path], where: object) -> dict[str, Stored]:
     """Return a VAE's tensors by diffusers' names; those of other parts in an all-in-one checkpoint keep their own."""
-    bare = bare_names(ANCHOR, all_tensors(files), where)
-    return (
-        {renamed(name, _RENAMES): stored for name, stored in bare.items()} if "decoder.conv1.weight" in bare else bare
-    )
+    return own_names(ANCHOR, partial(renamed, rules=_RENAMES), all_tensors(files), where)
 
 
 def _read_structure(found: Mapping[str, Stored], where: object) -> dict:
