@@ -18,6 +18,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.output_folder import (
     COMPARISON_NAME,
     EVALUATION_NAME,
+    FRONTIER_NAME,
     GALLERY_NAME,
     check_evaluation_is_ours,
     check_output_folder,
@@ -35,12 +36,13 @@ from wandistiller.students.parts import (
     teacher_paths,
 )
 from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes, weights_digest
-from wandistiller.students.trained_prompts import trained_prompts
+from wandistiller.students.trained_prompts import count_trained_prompts
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from wandistiller.evaluation.experiment import Drawn, Experiment
     from wandistiller.reports.gallery import Evaluated
 
+STUDENT_STEPS = (1, 2, 4, 8)
 MAX_COLUMNS = 8  # of teacher_vs_student.png; each is a prompt
 SCORER_KINDS = ["clip", "siglip", "dino"]
 
@@ -68,6 +70,9 @@ class PromptFlags:
     caption_column: str | None = flag("column of tables that holds the prompts, where their names do not tell")
     prompt_per: str | None = flag(**PROMPT_PER)
     num_prompts: int = flag("how many of them, from the first", 32, type=number(int, low=1))
+    frontier_prompts: int = flag(
+        "how many of these are drawn in fewer steps too, by both; 0: none", 16, type=number(int, low=0)
+    )
     prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
 
 
@@ -79,6 +84,11 @@ class SamplingFlags:
     seed: int = flag("of the first noise", 0, type=number(int, low=0, high=2**62))
     num_inference_steps: int | None = flag(
         "steps of the sampler (as recorded; a student of few steps keeps to its own)",
+        type=number(int, low=1, high=1000),
+    )
+    student_steps: list[int] | None = flag(
+        f"steps to draw the student in beside its own ({' '.join(map(str, STUDENT_STEPS))}; a student of few steps: none)",
+        nargs="*",
         type=number(int, low=1, high=1000),
     )
     batch_size: int = flag("pictures drawn at once", 16, type=number(int, low=1))
@@ -106,7 +116,7 @@ class Flags:
 
     student: str = flag("folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path)
     output: str | None = flag(
-        f"folder for {EVALUATION_NAME}, {GALLERY_NAME} and {COMPARISON_NAME} (the student's own)", type=path
+        f"folder for {EVALUATION_NAME}, {GALLERY_NAME} and the pictures (the student's own)", type=path
     )
     teacher: TeacherFlags = group("Teacher (left out: as the student records)")
     prompts: PromptFlags = group("Prompts")
@@ -158,7 +168,7 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
     # The text comes first, so that its encoder leaves memory before the models come:
     embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompts.prompt_cache, device)
     # A student that learnt whole steps draws in these alone, whatever --num_inference_steps says:
-    student_steps = StudentRecord.of(config).student_steps or flags.sampling.num_inference_steps
+    own_steps = StudentRecord.of(config).student_steps or flags.sampling.num_inference_steps
     prompt_indices, seeds = sample_plan(len(prompts), flags.sampling.num_seeds, flags.sampling.seed)
     return Experiment(
         student=student_as_teacher(WanLiteStudent.from_pretrained(flags.student, device), settings),
@@ -169,7 +179,7 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
         seeds=seeds,
         noise=seeded_noise(seeds, settings.latent_shape(config, sizes[0])),
         teacher_options=teacher_sampling(config, flags.sampling.num_inference_steps, dtype, device),
-        student_options=student_sampling(config, student_steps, dtype, device),
+        student_options=student_sampling(config, own_steps, dtype, device),
         settings=settings,
         vae=parts.vae,
         judge=judge,
@@ -203,11 +213,18 @@ def describe(flags: Flags, config: StudentConfig, digest: str | None, experiment
     }
 
 
-def warn_of_trained(flags: Flags, config: StudentConfig, prompts: list[str]) -> int:
+def drawable_steps(config: StudentConfig, flags: SamplingFlags) -> list[int]:
+    """Return the numbers of steps to draw the student in; one that learnt whole steps, or has levels of its own, keeps to its own."""
+    record = StudentRecord.of(config)
+    if flags.student_steps is not None:
+        return flags.student_steps
+    is_fixed = record.student_steps or record.teacher_sampler == "euler"
+    return [] if is_fixed else [steps for steps in STUDENT_STEPS if steps < record.steps]
+
+
+def warn_of_trained(student: str, prompts: list[str]) -> int:
     """Count the prompts that the student was trained on, and print a warning where there are any: it may look better at these."""
-    trained = trained_prompts(flags.student, config, prompts, flags.prompts.prompts_file)
-    num_trained = sum(prompt in trained for prompt in prompts)
-    if num_trained:
+    if num_trained := count_trained_prompts(student, prompts):
         print(
             f"Warning: {num_trained} of the {len(prompts)} prompts are prompts of the training, so this does not measure what the "
             "student draws from others; give --prompts_file prompts that it was not trained on"
@@ -287,9 +304,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{flags.prompts.prompts_file}: {file.notice}")
     teacher = teacher_paths(config, flags.teacher)
     check_evaluation_is_ours(check_output_folder(flags.folder, "--output"), "--output")
-    num_trained = warn_of_trained(flags, config, prompts)
+    num_trained = warn_of_trained(flags.student, prompts)
 
-    from wandistiller.evaluation.experiment import measure, measure_cost, measure_fewer_steps
+    from wandistiller.evaluation.experiment import measure, measure_cost
+    from wandistiller.evaluation.frontier import measure_frontier, save_frontier_plot
     from wandistiller.reports.cards import try_to_write_model_card
     from wandistiller.reports.gallery import try_to_write_gallery
     from wandistiller.reports.tables import table_lines
@@ -309,14 +327,20 @@ def main(argv: list[str] | None = None) -> int:
         by_size[str(size)], *of_both = measure(replace(experiment, noise=noise))
         drawn.append(of_both)
     results = dict(by_size[str(sizes[0])])
-    error = results["endpoint"]["latent_relative_error"]
-    results["teacher_at_fewer_steps"] = measure_fewer_steps(experiment, drawn[0][0], error)
     results["cost"] = measure_cost(experiment)
+    if num := min(given.frontier_prompts, len(prompts)):
+        steps = drawable_steps(config, flags.sampling)
+        few, seconds = experiment.first(num), results["cost"]["step_seconds"]
+        print(f"In fewer steps: {num} prompts", flush=True)
+        latents = [one.latents[: len(few.noise)] for one in drawn[0]]
+        results["frontier"] = measure_frontier(few, *latents, steps, seconds)
     if len(sizes) > 1:
         results["by_size"] = by_size
     print("\n".join(table_lines(results)))
 
     # Save the results last, because they name the student that the picture is of:
+    if "frontier" in results:
+        save_frontier_plot(results["frontier"], folder / FRONTIER_NAME)
     save_comparison(folder / COMPARISON_NAME, experiment, drawn, sizes)
     about = describe(flags, config, digest, experiment) | {"num_trained_prompts": num_trained}
     save_results(folder / EVALUATION_NAME, about | results)
@@ -324,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     gallery = try_to_write_gallery(folder, shown, Path(flags.student))
 
     # Tell:
-    print(f"Saved {EVALUATION_NAME} and {COMPARISON_NAME} in {folder}")
+    print(f"Saved {EVALUATION_NAME}, {FRONTIER_NAME} and {COMPARISON_NAME} in {folder}")
     if gallery:
         print(f"Every prompt, the worst first; open it in a browser: {gallery}")
     if folder.resolve() == Path(flags.student).resolve() and (card := try_to_write_model_card(folder)):

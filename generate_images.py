@@ -10,7 +10,6 @@ no picture is replaced unless --overwrite says so.
 import math
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ from wandistiller.files.output_folder import (
 )
 from wandistiller.flags import PROMPT_PER, ComputeFlags, TeacherFlags, flag, group, number, parse_flags, path, switch
 from wandistiller.model.config import StudentConfig
+from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import load_prompts, slug, unusable
 from wandistiller.prompts.templates import is_template
 from wandistiller.students.drawing import (
@@ -84,7 +84,6 @@ class SamplingFlags:
         "g of v_uncond + g (v_cond - v_uncond); a student has learnt its teacher's guided velocity, so for it 1",
         type=number(float, low=0),
     )
-    allow_double_guidance: bool = switch("guide a student whose teacher was guided already")
     seed: int = flag("of the first picture's noise; each next one has one more", 0, type=number(int, low=0, high=2**62))
     height: int | None = flag("pixels", type=number(int, low=1))
     width: int | None = flag("pixels", type=number(int, low=1))
@@ -134,40 +133,19 @@ def choose_guidance(flags: SamplingFlags, model: str, settings: "TeacherSettings
     if model == "teacher":
         low = None if settings.boundary_ratio is None else scale
         return settings if scale is None else replace(settings, guidance_scale=scale, guidance_scale_2=low)
-    if scale not in (None, 1.0) and settings.uses_guidance and not flags.allow_double_guidance:
-        raise UserError(
-            f"--guidance_scale {scale:g}: this student learnt its teacher's guided velocity (guidance_scale "
-            f"{settings.guidance_scale:g}), and guiding it again overdoes it; leave the flag out, or add "
-            "--allow_double_guidance"
+    if scale not in (None, 1.0) and settings.uses_guidance:
+        print(
+            f"Warning: this student learnt its teacher's guided velocity (guidance_scale {settings.guidance_scale:g}), and "
+            f"--guidance_scale {scale:g} guides it once more; leave the flag out for pictures like the teacher's"
         )
     alone = {"guidance_scale_2": None, "boundary_ratio": None, "guidance_range": None}
     return replace(settings, guidance_scale=1.0 if scale is None else scale, **alone)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """Who draws which text, at which size and from which noises."""
-
-    artist: Artist
-    embeds: "PromptEmbeds"
-    latent_shape: tuple[int, int, int]
-    first_seed: int
-    batch_size: int
-
-    def pictures(self) -> "Iterator[tuple[int, np.ndarray]]":
-        """Yield the index and the picture (H, W, 3) uint8 of every prompt, drawn a batch at a time."""
-        num_prompts = len(self.embeds)
-        for start in range(0, num_prompts, self.batch_size):
-            indices = range(start, min(start + self.batch_size, num_prompts))
-            seeds = [self.first_seed + index for index in indices]
-            pictures = self.artist.draw(self.embeds, indices, seeds, self.latent_shape)
-            yield from zip(indices, pictures, strict=True)
-
-
 def prepare(
     flags: Flags, config: StudentConfig, prompts: list[str], size: tuple[int, int], teacher: tuple[str, str | None]
-) -> Drawing:
-    """Load everything that draws; every file is checked before a weight is read.
+) -> "tuple[Artist, PromptEmbeds]":
+    """Load everything that draws, and the text tokens of the prompts; every file is checked before a weight is read.
 
     Args:
         size: height and width in pixels.
@@ -201,14 +179,7 @@ def prepare(
     else:
         student = WanLiteStudent.from_pretrained(flags.student, device)
         field = student_as_teacher(student, settings, settings.guidance_scale, negative)
-    height, width = (pixels // config.vae_scale_factor for pixels in size)
-    return Drawing(
-        artist=Artist(field=field, options=options, settings=settings, vae=parts.vae),
-        embeds=embeds,
-        latent_shape=(config.num_channels, height, width),
-        first_seed=flags.sampling.seed,
-        batch_size=flags.sampling.batch_size,
-    )
+    return Artist(field=field, options=options, settings=settings, vae=parts.vae), embeds
 
 
 def picture_files(flags: Flags, prompts: list[str], size: tuple[int, int]) -> tuple[list[Path], Path]:
@@ -256,18 +227,21 @@ def main(argv: list[str] | None = None) -> int:
     from wandistiller.files.pictures import save_png
 
     # Draw:
-    drawing = prepare(flags, config, prompts, size, teacher)
-    metadata = drawing.artist.metadata(flags.model, flags.student, size)
+    artist, embeds = prepare(flags, config, prompts, size, teacher)
+    metadata = artist.metadata(flags.model, flags.student, size)
+    shape = recorded_settings(config).latent_shape(config, ImageSize(size[1], size[0]))
     shown: list[np.ndarray] = []
     # An embedding that the prompt cache holds is read, or refused, when it is drawn:
     with removed_if_empty(flags.output):
         prepare_output_folder(flags.output, "--output")
-        for index, picture in drawing.pictures():
-            file = files[index]
-            save_png(picture, file, {"prompt": prompts[index], "seed": flags.sampling.seed + index, **metadata})
-            print(file, flush=True)
-            if len(shown) < MAX_GRID_PICTURES:
-                shown.append(picture)
+        for start in range(0, len(prompts), flags.sampling.batch_size):
+            indices = range(start, min(start + flags.sampling.batch_size, len(prompts)))
+            seeds = [flags.sampling.seed + index for index in indices]
+            for index, seed, picture in zip(indices, seeds, artist.draw(embeds, indices, seeds, shape), strict=True):
+                save_png(picture, files[index], {"prompt": prompts[index], "seed": seed, **metadata})
+                print(files[index], flush=True)
+                if len(shown) < MAX_GRID_PICTURES:
+                    shown.append(picture)
 
     # Tell:
     save_grid(grid, shown, prompts, metadata | {"seed": flags.sampling.seed})

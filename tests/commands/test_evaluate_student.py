@@ -80,7 +80,12 @@ def test_table_json_and_picture(house, tmp_path, capsys):
     assert results["num_inference_steps"] == 6 and results["guidance_scale"] == 3.0
     buckets = results["velocity_error"]["by_sigma"]
     assert sum(bucket["count"] for bucket in buckets) == 3 * 2 * 6
-    assert set(results["teacher_at_fewer_steps"]["latent_relative_error"]) == {"1", "2", "3", "4"}
+    rows = [(row["who"], row["steps"]) for row in results["frontier"]["rows"]]
+    assert rows == [*(("student", n) for n in (1, 2, 4, 6)), *(("teacher", n) for n in (1, 2, 3, 4, 5, 6))]
+    last, recommended = results["frontier"]["rows"][3], results["frontier"]["recommended_steps"]
+    assert last["endpoint"] == pytest.approx(results["endpoint"]["latent_relative_error"]) and last["right"] is not None
+    assert last["cost"] == pytest.approx(results["cost"]["step_flops"]["ratio"])
+    assert f"In {recommended} step" in printed
     facts = {"present", "shape", "colour", "size", "place", "background", "makeable", "correct"}
     assert set(results["accuracy"]["student"]) == set(results["accuracy"]["teacher"]) == facts
     assert results["accuracy"]["num_pictures"] == 6
@@ -91,7 +96,7 @@ def test_table_json_and_picture(house, tmp_path, capsys):
     assert 0 < cost["parameters"]["ratio"] < 1
     for words in (
         "prompt drawn right",
-        "The student equals the teacher at",
+        "as teacher in",
         "sigma 0.9 to 1.0",
         "what the noise decides: gain",
     ):
@@ -105,6 +110,7 @@ def test_table_json_and_picture(house, tmp_path, capsys):
     assert image.width > 3 * 160 and image.height > 2 * 160
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "evaluation.json",
+        "frontier.png",
         "gallery.html",
         "teacher_vs_student.png",
     ]
@@ -134,12 +140,15 @@ def test_a_student_equal_to_its_teacher_scores_perfectly(house, tmp_path, scorer
         assert results["cost"][name]["ratio"] == 1
 
 
-def test_fewer_steps_lead_away_from_the_full_trajectory(house, tmp_path):
-    results = evaluate(house / "of" / "student", house / "world.txt", tmp_path, "--num_inference_steps", "16")
+def test_a_student_of_few_steps_is_drawn_in_these_alone_and_the_frontier_may_be_left_out(house, tmp_path):
+    student = train_student(tmp_path / "few", house / "teacher", "--student_steps", "2")
+    results = evaluate(student, house / "world.txt", tmp_path / "out")
     assert "accuracy" not in results, "no record of a teacher or student names a judge"
-    errors = {int(steps): error for steps, error in results["teacher_at_fewer_steps"]["latent_relative_error"].items()}
-    assert sorted(errors) == [2, 4, 8]
-    assert errors[2] > errors[4] > errors[8] > 0
+    student_rows = [row for row in results["frontier"]["rows"] if row["who"] == "student"]
+    assert [(row["steps"], row["sampler"]) for row in student_rows] == [(2, "Euler")]
+    assert results["frontier"]["recommended_steps"] == 2
+    assert "frontier" not in evaluate(student, house / "world.txt", tmp_path / "none", "--frontier_prompts", "0")
+    assert not (tmp_path / "none" / "frontier.png").exists()
 
 
 def test_results_do_not_depend_on_the_batch(house, tmp_path):
@@ -194,8 +203,8 @@ def test_scorers_are_in_table_json_and_card(house, tmp_path, capsys, scorers):
     printed, card = capsys.readouterr().out, (student / "README.md").read_text(encoding="utf-8")
     assert set(results["scores"]) == {"clip", "siglip", "dino"}
     assert "scores" not in plain and "cmmd" not in plain  # and nothing else is changed by being scored
-    measured = {name: value for name, value in results.items() if name not in ("scores", "cmmd", "cost")}
-    assert measured == {name: value for name, value in plain.items() if name != "cost"}
+    measured = {name: value for name, value in results.items() if name not in ("scores", "cmmd", "cost", "frontier")}
+    assert measured == {name: value for name, value in plain.items() if name not in ("cost", "frontier")}
     clip, dino = results["scores"]["clip"], results["scores"]["dino"]
     assert clip["num_prompts"] == 3 and clip["model"] == str(scorers["clip"])
     assert results["cmmd"]["num_pictures"] == 6 and results["cmmd"]["value"] > 0

@@ -16,7 +16,6 @@ from wandistiller.evaluation.experiment import step_flops
 from wandistiller.evaluation.judges import accuracy
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.reports.tables import equal_steps
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.settings import resolve_settings
@@ -90,28 +89,6 @@ def test_blur_lowers_high_frequency_energy():
     sharp = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     blurred = ((sharp.astype(int) + np.roll(sharp, 1, 1) + np.roll(sharp, 1, 2)) / 3).astype(np.uint8)
     assert measures.high_frequency_energy(blurred) < 0.4 * measures.high_frequency_energy(sharp)
-
-
-@pytest.mark.parametrize(
-    ("error", "expected", "words"),
-    [
-        (0.9, (None, 2), "fewer than 2 steps"),
-        (0.5, (2, 4), "2 to 4 steps"),
-        (0.3, (2, 4), "2 to 4 steps"),
-        (0.1, (4, 10), "4 to 10 steps"),
-        (0.01, (10, None), "10 steps or more"),
-    ],
-)
-def test_student_is_placed_among_the_teachers_steps(error, expected, words):
-    low, high = measures.steps_of_equal_error(error, {2: 0.5, 4: 0.2, 10: 0.05})
-    assert (low, high) == expected
-    assert equal_steps({"student_equals": {"at_least_steps": low, "fewer_than_steps": high}}) == words
-
-
-def test_fewer_steps_are_fewer():
-    assert measures.fewer_steps(20) == [2, 4, 5, 10]
-    assert measures.fewer_steps(4) == [1, 2]
-    assert measures.fewer_steps(1) == []
 
 
 def test_accuracy_counts_every_fact():

@@ -28,12 +28,14 @@ from wandistiller.reports.gallery import Evaluated, gallery_page, try_to_write_g
 HOSTILE = "</h3><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & \"quoted\""
 PROMPTS = ["a red circle", "a blue square", HOSTILE]
 DISTANCES, SSIMS = [0.2, 0.9, 0.1], [0.5, 0.7, 0.9]
+ROWS = [
+    {"who": "student", "steps": 8, "endpoint": 0.5, "teacher_steps": 3.4, "at_least": False, "times_cheaper": 2.3},
+    {"who": "teacher", "steps": 2, "endpoint": 0.8},
+    {"who": "teacher", "steps": 10, "endpoint": 0.1},
+]
 RESULTS = {
     "endpoint": {"latent_relative_error": 0.5, "psnr_db": 20.0, "ssim": 0.7},
-    "teacher_at_fewer_steps": {
-        "latent_relative_error": {2: 0.8, 10: 0.1},
-        "student_equals": {"at_least_steps": 2, "fewer_than_steps": 10},
-    },
+    "frontier": {"rows": ROWS, "recommended_steps": 8, "num_prompts": 3, "num_seeds": 2},
     "noise": dict.fromkeys(["mean_error", "noise_error", "cosine", "gain", "teacher_noise", "norm_ratio"], 0.25),
     "high_frequency_energy": {"student": 1.0, "teacher": 2.0, "ratio": 0.5},
     "cost": {},

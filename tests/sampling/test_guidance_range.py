@@ -66,6 +66,7 @@ def test_each_expert_is_guided_by_its_own_scale_in_the_range(tmp_path):
     expected = torch.where((SIGMA >= 0.875)[:, None, None, None], high, low)
     assert relative_error(teacher.velocity(*batch()), expected) <= 1e-5
     assert counted == {"high": [4, 1], "low": [2, 1]}
+    assert [teacher.scale_at(sigma) for sigma in (0.3, 0.5, 0.9, 0.95)] == [1.0, 3.0, 4.0, 1.0]
 
 
 def test_hidden_states_of_a_split_batch_lie_in_the_rows_of_their_states(tmp_path):

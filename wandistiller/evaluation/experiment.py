@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -78,14 +78,41 @@ class Experiment:
             f"teacher's guidance_scale {self.settings.guidance_scale:g}"
         )
 
+    @property
+    def num_tokens(self) -> int:
+        """Text tokens of the first prompt, for which costs are counted."""
+        return len(self.embeds.read(0))
+
+    def first(self, num_prompts: int) -> "Experiment":
+        """Return the same with its first prompts alone."""
+        count = num_prompts * self.num_seeds
+        return replace(
+            self,
+            embeds=self.embeds.first(num_prompts),
+            prompts=self.prompts[:count],
+            prompt_indices=self.prompt_indices[:count],
+            noise=self.noise[:count],
+            seeds=self.seeds[:count],
+        )
+
+    def sample(
+        self, field: VelocityField, options: SamplingOptions, progress: Callable[[int], object] | None = None
+    ) -> Tensor:
+        """Return the latents (samples, C, H, W) that a field draws, on the CPU."""
+        return sample_in_batches(
+            field, self.noise, self.embeds, self.prompt_indices, options, self.batch_size, progress
+        )
+
     def draw(self, name: str, field: VelocityField, options: SamplingOptions) -> "Drawn":
         """Draw every sample, decode it and judge it; a bar shows the progress, and a line tells the time it took."""
         name, start = f"{name}, {options.num_inference_steps} steps", time.perf_counter()
         with tqdm(total=len(self.noise), desc=name, disable=None, leave=False) as bar:
-            latents = sample_in_batches(
-                field, self.noise, self.embeds, self.prompt_indices, options, self.batch_size, bar.update
-            )
+            latents = self.sample(field, options, bar.update)
         print(f"{name}: {len(latents)} pictures, {time.perf_counter() - start:.1f} s", flush=True)
+        return self.drawn(latents)
+
+    def drawn(self, latents: Tensor) -> "Drawn":
+        """Decode latents and judge the pictures."""
         mean, std = self.settings.latents_mean, self.settings.latents_std
         pictures = np.concatenate([decode(self.vae, part, mean, std) for part in latents.split(self.batch_size)])
         return Drawn(latents, pictures, self.judge(pictures, self.prompts) if self.judge else None)
@@ -170,24 +197,6 @@ def compare_noise(student: Tensor, teacher: Tensor, num_seeds: int) -> dict:
     return {"num_noises": num_seeds, **parts, "meaning": NOISE_MEANING}
 
 
-def measure_fewer_steps(experiment: Experiment, teacher: Drawn, student_error: float) -> dict:
-    """Return the teacher's own endpoint error (and accuracy) at fewer steps, and between which the student's error lies."""
-    errors, accuracies = {}, {}
-    full, own = experiment.teacher_options.num_inference_steps, experiment.student_options.num_inference_steps
-    for steps in measures.fewer_steps(full, own):
-        options = replace(experiment.teacher_options, num_inference_steps=steps)
-        drawn = experiment.draw("teacher", experiment.teacher, options)
-        errors[steps] = measures.endpoint_error(drawn.latents, teacher.latents)
-        if drawn.right is not None:
-            accuracies[steps] = drawn.right
-    low, high = measures.steps_of_equal_error(student_error, errors)
-    return {
-        "latent_relative_error": errors,
-        **({"accuracy": accuracies} if accuracies else {}),
-        "student_equals": {"at_least_steps": low, "fewer_than_steps": high},
-    }
-
-
 # ---- cost ----
 
 
@@ -208,14 +217,14 @@ def measure_cost(experiment: Experiment) -> dict:
         },
         "step_seconds": measures.median_seconds(asked, options.device),
         "step_flops": {
-            name: step_flops(field, tuple(latents.shape[2:]), text[0].shape[1]) for name, field in fields.items()
+            name: step_flops(field, tuple(latents.shape[2:]), experiment.num_tokens) for name, field in fields.items()
         },
     }
     return {name: row | {"ratio": row["student"] / row["teacher"]} for name, row in rows.items()}
 
 
-def step_flops(field: Teacher, latent_size: tuple[int, int], num_tokens: int) -> int:
-    """Return the FLOPs of one sampling step at sigma 1, for one picture.
+def step_flops(field: Teacher, latent_size: tuple[int, int], num_tokens: int, sigma: float = 1.0) -> int:
+    """Return the FLOPs of one sampling step, for one picture.
 
     Args:
         latent_size: height and width of the picture's latents.
@@ -223,7 +232,7 @@ def step_flops(field: Teacher, latent_size: tuple[int, int], num_tokens: int) ->
     """
     config = field.experts["high"].config
     asked = config, num_image_tokens(config, latent_size), num_tokens + 1  # and the token that stands for the padding
-    if field.settings.guidance_scale == 1.0:
+    if field.scale_at(sigma) == 1.0:
         return transformer_flops(*asked)
     return transformer_flops(*asked, len(field.negative_prompt_embeds) + 1)
 

@@ -183,22 +183,3 @@ def median_seconds(calls: Mapping[str, Callable[[], object]], device: str, repea
             wait_for(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
-# ---- the teacher at fewer steps, as a scale ----
-
-
-def fewer_steps(num_inference_steps: int, student_steps: int | None = None) -> list[int]:
-    """Return the step counts below the full one that are measured: a half, a quarter, 4, 2 and the student's own."""
-    counts = {num_inference_steps // 2, num_inference_steps // 4, 4, 2, student_steps or 0}
-    return sorted(count for count in counts if 1 <= count < num_inference_steps)
-
-
-def steps_of_equal_error(error: float, errors_at_steps: Mapping[int, float]) -> tuple[int | None, int | None]:
-    """Return (low, high): the teacher errs at least as much as `error` at `low` steps, and less from the next count `high` on.
-
-    `low` is None where the teacher errs less at every count, `high` where it errs as much even at the largest.
-    """
-    low = max((steps for steps, theirs in errors_at_steps.items() if theirs >= error), default=None)
-    high = min((steps for steps in errors_at_steps if low is None or steps > low), default=None)
-    return low, high

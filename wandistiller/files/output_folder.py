@@ -22,6 +22,7 @@ CARD_NAME = "README.md"
 CARD_MARK = "<!-- Written by WanDistiller"
 EVALUATION_NAME = "evaluation.json"
 COMPARISON_NAME = "teacher_vs_student.png"
+FRONTIER_NAME = "frontier.png"
 GALLERY_NAME = "gallery.html"
 TRAINED_PROMPTS_NAME = "trained_prompts.sha256"
 SAMPLE_FILE = re.compile(r"step_(\d{1,15})\.png")
@@ -36,6 +37,7 @@ _OF_A_RUN = [
     "checkpoints",
     EVALUATION_NAME,
     COMPARISON_NAME,
+    FRONTIER_NAME,
     GALLERY_NAME,
     CARD_NAME,
 ]
@@ -141,12 +143,17 @@ def has_mark(path: Path) -> bool:
 
 
 def check_evaluation_is_ours(folder: Path, flag: str) -> None:
-    """Refuse a folder whose evaluation.json or teacher_vs_student.png a person put there, be it a folder: ours say how they were made.
+    """Refuse a folder whose evaluation.json or pictures of these names a person put there, be they folders: ours say how they were made.
 
     Raises:
         UserError: names the file.
     """
-    for name, marks in ((EVALUATION_NAME, b'"wandistiller_version"'), (COMPARISON_NAME, b"num_inference_steps")):
+    marks_of = {
+        EVALUATION_NAME: b'"wandistiller_version"',
+        COMPARISON_NAME: b"num_inference_steps",
+        FRONTIER_NAME: b"WanDistiller",
+    }
+    for name, marks in marks_of.items():
         file = folder / name
         if os.path.lexists(file) and not (file.is_file() and marks in file.read_bytes()):
             raise UserError(f"{flag} {folder}: {name} there was not written by evaluate_student.py; move it away")

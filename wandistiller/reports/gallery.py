@@ -23,7 +23,7 @@ from wandistiller.files.output_folder import CARD_MARK, GALLERY_NAME, METRICS_NA
 from wandistiller.reports.cards import try_to_write
 from wandistiller.reports.metrics import read_metrics
 from wandistiller.reports.plots import loss_svg
-from wandistiller.reports.tables import cell_text, comparison_rows, equal_steps
+from wandistiller.reports.tables import cell_text, comparison_rows, nearness
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,7 +106,7 @@ def gallery_page(evaluated: Evaluated, student_folder: Path) -> str:
         name=student_folder.resolve().name,
         about=evaluated.about,
         rows=comparison_rows(evaluated.results, in_detail=True),
-        equal=equal_steps(evaluated.results["teacher_at_fewer_steps"]),
+        nearness=nearness(evaluated.results["frontier"]) if "frontier" in evaluated.results else "",
         plot=Markup(loss_svg(read_metrics(student_folder / METRICS_NAME))),  # nosec B704
         frames=list(sample_frames(student_folder)),
         rankings={

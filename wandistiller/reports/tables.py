@@ -20,18 +20,18 @@ def cell_text(value: str | float | None) -> str:
 def table_lines(results: dict) -> list[str]:
     """Return the results as the lines of a table for the screen, and below it what they mean."""
     rows = [("", "student", "teacher", "ratio"), *comparison_rows(results, in_detail=True)]
-    equal = f"The student equals the teacher at {equal_steps(results['teacher_at_fewer_steps'])}."
     lines = [f"{name:<46}" + "".join(f"{cell:>14}" for cell in cells) for name, *cells in rows]
-    return [*lines, equal, *textwrap.wrap(results["noise"]["meaning"], 106)]
+    lines += frontier_lines(results["frontier"]) if "frontier" in results else []
+    return [*lines, *textwrap.wrap(results["noise"]["meaning"], 106)]
 
 
 def comparison_rows(results: dict, in_detail: bool = False) -> list[Row]:
     """Return the results as rows of name, student, teacher and ratio.
 
     Args:
-        in_detail: whether to show what a figure consists of too: noise levels, a judge's facts, the teacher in fewer steps.
+        in_detail: whether to show what a figure consists of too: noise levels and a judge's facts.
     """
-    rows = [*_judged("prompt drawn right", results, in_detail), *_distances(results, in_detail)]
+    rows = [*_judged("prompt drawn right", results, in_detail), *_distances(results)]
     rows += _noise(results["noise"])
     if velocity := results.get("velocity_error"):
         rows.append(_row("relative velocity error", velocity["mean"]))
@@ -70,16 +70,11 @@ def _judged(name: str, results: dict, in_detail: bool = False) -> Iterator[Row]:
     if in_detail:
         for fact in (name for name in both[0] if name != "correct"):
             yield _row(f"  {fact}", *(f"{facts[fact]:.1%}" for facts in both))
-        for steps, share in results["teacher_at_fewer_steps"]["accuracy"].items():
-            yield _row(f"  teacher in {steps} steps", "", f"{share:.1%}")
 
 
-def _distances(results: dict, in_detail: bool) -> Iterator[Row]:
+def _distances(results: dict) -> Iterator[Row]:
     endpoint = results["endpoint"]
     yield _row("distance to the teacher's latents, relative", endpoint["latent_relative_error"])
-    if in_detail:
-        for steps, error in results["teacher_at_fewer_steps"]["latent_relative_error"].items():
-            yield _row(f"  teacher in {steps} steps", "", error)
     yield _row("PSNR, dB", endpoint["psnr_db"])
     yield _row("SSIM", endpoint["ssim"])
 
@@ -119,11 +114,40 @@ def finite(values: object) -> object:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def equal_steps(fewer: dict) -> str:
-    """Say how many steps the teacher may take to be as far from its own pictures as the student is."""
-    low, high = fewer["student_equals"]["at_least_steps"], fewer["student_equals"]["fewer_than_steps"]
-    if low is None and high is None:
-        return "(no smaller number of steps to compare with)"
-    if low is None:
-        return f"fewer than {high} steps"
-    return f"{low} steps or more" if high is None else f"{low} to {high} steps"
+# ---- the frontier ----
+
+
+def frontier_lines(frontier: dict) -> list[str]:
+    """Return the frontier as a table for the screen, and below it what the recommended number of steps is worth."""
+    about = f"{frontier['num_prompts']} prompts x {frontier['num_seeds']} seeds"
+    head = ("who", "steps", "sampler", "cost", "seconds", "endpoint", "cosine", "size", "right", "as teacher in", "cheaper")
+    lines = ["", f"In fewer steps ({about}; cost in FLOPs, as a share of the teacher's in all of its steps):"]
+    for who, steps, sampler, *cells in (head, *map(_frontier_row, frontier["rows"])):
+        lines.append(f"{who:<8}{steps:>6}  {sampler:<13}" + "".join(f"{cell:>10}" for cell in cells[:-2]) + "{:>15}{:>9}".format(*cells[-2:]))
+    return [*lines, nearness(frontier), ""]
+
+
+def _frontier_row(row: dict) -> Row:
+    numbers = [row["endpoint"], row["noise_cosine"], row["noise_size"], row["right"]]
+    worth = ["", ""]
+    if row["who"] == "student":
+        least = ">" if row["at_least"] else ""
+        values = ((row["teacher_steps"], " steps"), (row["times_cheaper"], "x"))
+        worth = ["-" if value is None else f"{least}{value:.3g}{unit}" for value, unit in values]
+    shown = ["-" if number is None else f"{number:.3f}" for number in numbers]
+    return row["who"], str(row["steps"]), row["sampler"], f"{row['cost']:.2%}", f"{row['seconds']:.3g}", *shown, *worth
+
+
+def nearness(frontier: dict) -> str:
+    """Say what the student is worth in the recommended number of steps."""
+    steps = frontier["recommended_steps"]
+    if steps is None:
+        return "The student's pictures hold no numbers that could be compared."
+    row = next(row for row in frontier["rows"] if row["who"] == "student" and row["steps"] == steps)
+    count, least = "1 step" if steps == 1 else f"{steps} steps", "more than " if row["at_least"] else ""
+    if row["teacher_steps"] is None:
+        return f"In {count} the student is farther from the teacher's pictures than the teacher itself in its fewest steps."
+    return (
+        f"In {count} the student is as near to the teacher's pictures as the teacher itself in {least}{row['teacher_steps']:.2g} "
+        f"steps, and {least}{row['times_cheaper']:.3g} times cheaper."
+    )

@@ -18,6 +18,8 @@ from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
 
+SAMPLER_NAMES = {"unipc": "UniPC", "dpm++": "DPM-Solver++", "euler": "Euler", "flow_euler": "Euler"}
+
 
 class VelocityField(Protocol):
     """What can be sampled: a `Teacher`, a `StudentField`, or anything else that answers with velocities."""
@@ -30,8 +32,8 @@ class SamplingOptions:
     """How latents are drawn.
 
     Attributes:
-        sampler: "unipc", by which the released Wans are drawn; "euler", on the same noise levels, for students that learnt whole
-            steps; or "flow_euler", on the noise levels of teachers that were distilled to few steps.
+        sampler: "unipc", by which the released Wans are drawn; "dpm++" and "euler" on the same noise levels, the latter for
+            students that learnt whole steps; or "flow_euler", on the noise levels of teachers that were distilled to few steps.
         compute_dtype: dtype of matrix products; latents stay float32.
     """
 
@@ -88,11 +90,14 @@ def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"
     """
     if sampler == "flow_euler":
         return flow_euler_scheduler(shift, num_inference_steps)
-    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+    if sampler == "dpm++":
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler as Scheduler
+    else:
+        from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler as Scheduler
 
     # The corrector is disabled at every step there can be, so that a saved scheduler is Euler's at other numbers of steps too:
     euler = {"solver_order": 1, "disable_corrector": list(range(NUM_TRAIN_TIMESTEPS))}
-    scheduler = UniPCMultistepScheduler(
+    scheduler = Scheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,

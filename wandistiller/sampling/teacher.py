@@ -109,6 +109,11 @@ class Teacher:
             yield name, scale, experts[name] & is_guided
             yield name, 1.0, experts[name] & ~is_guided
 
+    def scale_at(self, sigma: float) -> float:
+        """Return the guidance scale at a noise level; 1 takes one pass."""
+        ((_, scale, _),) = (group for group in self._groups(torch.tensor([sigma])) if group[2].any())
+        return scale
+
     def is_high(self, sigma: Tensor) -> Tensor:
         """Return which samples (B,) of a teacher of two experts are the high-noise expert's."""
         return sigma_to_timestep(sigma) >= self.settings.boundary_ratio * NUM_TRAIN_TIMESTEPS

@@ -90,16 +90,6 @@ def teacher_paths(config: StudentConfig, given: TeacherFlags) -> tuple[str, str 
     return teacher, low
 
 
-def check_is_teacher(teacher: StudentConfig, config: StudentConfig, teacher_path: str) -> None:
-    """Refuse a teacher that does not share the student's latents and text."""
-    for name in ("num_channels", "text_encoder_output_dim"):
-        theirs, ours = getattr(teacher, name), getattr(config, name)
-        if theirs != ours:
-            raise UserError(
-                f"{teacher_path}: has {name} {theirs}, the student {ours}; it is not this student's teacher"
-            )
-
-
 def open_recorded_teacher(config: StudentConfig, teacher: tuple[str, str | None], given: TeacherFlags) -> "WanFiles":
     """Open the files of the student's teacher, with the LoRAs that flags name or else the recorded ones. No weight is read yet.
 
@@ -113,33 +103,26 @@ def open_recorded_teacher(config: StudentConfig, teacher: tuple[str, str | None]
     from wandistiller.wan.wan_files import merge_loras
 
     wan_files = open_teacher(teacher[0], config, teacher[1])
-    check_is_teacher(wan_files.config, config, teacher[0])
+    for name in ("num_channels", "text_encoder_output_dim"):
+        theirs, ours = getattr(wan_files.config, name), getattr(config, name)
+        if theirs != ours:
+            raise UserError(f"{teacher[0]}: has {name} {theirs}, the student {ours}; it is not this student's teacher")
     if given.teacher_lora or given.teacher_lora_low:
         return merge_loras(wan_files, given.teacher_lora, given.teacher_lora_low)
-    recorded = StudentRecord.of(config).teacher_loras or []
-    for lora in recorded:
-        wan_files = merge_loras(wan_files, **{lora["expert"]: [(_lora_path(lora), lora["scale"])]})
-    for lora, merged in zip(recorded, wan_files.loras, strict=True):
-        if merged.sha256 != lora["sha256"]:
+    for lora in StudentRecord.of(config).teacher_loras or []:
+        flag = f"{'--teacher_lora' if lora['expert'] == 'high' else '--teacher_lora_low'} FILE:{lora['scale']:g}"
+        if lora.get("path") is None:  # as in the record of a published student
             raise UserError(
-                f"{merged.path}: is another file than the LoRA that this student's teacher had (sha256 {merged.sha256[:12]}..., "
-                f"recorded {lora['sha256'][:12]}...); give {_lora_flag(lora)} the right one"
+                f"this student's teacher had the LoRA {lora['file']}, and nothing records where that is; give {flag}"
+            )
+        file = _found(lora["path"], "LoRA of the teacher that", flag, is_of_hub=False)
+        wan_files = merge_loras(wan_files, **{lora["expert"]: [(file, lora["scale"])]})
+        if (found := wan_files.loras[-1].sha256) != lora["sha256"]:
+            raise UserError(
+                f"{file}: is another file than the LoRA that this student's teacher had (sha256 {found[:12]}..., recorded "
+                f"{lora['sha256'][:12]}...); give {flag} with the right one"
             )
     return wan_files
-
-
-def _lora_flag(lora: dict) -> str:
-    return "--teacher_lora" if lora["expert"] == "high" else "--teacher_lora_low"
-
-
-def _lora_path(lora: dict) -> str:
-    """Return where a recorded LoRA is now; the record of a published student has no path of it."""
-    flag = f"{_lora_flag(lora)} FILE:{lora['scale']:g}"
-    if lora.get("path") is None:
-        raise UserError(
-            f"this student's teacher had the LoRA {lora['file']}, and nothing records where that is; give {flag}"
-        )
-    return _found(lora["path"], "LoRA of the teacher that", flag, is_of_hub=False)
 
 
 @dataclass(frozen=True)

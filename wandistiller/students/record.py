@@ -25,10 +25,6 @@ NEEDED_TO_DRAW = (
 )
 
 
-def _are_loras(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_lora, value))
-
-
 def _is_lora(value: object) -> bool:
     return (
         isinstance(value, dict)
@@ -40,12 +36,14 @@ def _is_lora(value: object) -> bool:
     )
 
 
-def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and 0 < len(value) <= MAX_SIZES and all(map(is_size, value))
-
-
-LORAS = Kind("a list of objects with expert (high or low), file, sha256, scale and mostly path", _are_loras)
-SIZES = Kind(f'a list of 1 to {MAX_SIZES} sizes such as "640x384", no side above 32768', _are_sizes)
+LORAS = Kind(
+    "a list of objects with expert (high or low), file, sha256, scale and mostly path",
+    lambda value: isinstance(value, list) and all(map(_is_lora, value)),
+)
+SIZES = Kind(
+    f'a list of 1 to {MAX_SIZES} sizes such as "640x384", no side above 32768',
+    lambda value: isinstance(value, list) and 0 < len(value) <= MAX_SIZES and all(map(is_size, value)),
+)
 
 
 def entry(kind: Kind | None = None) -> Any:
@@ -67,8 +65,6 @@ class StudentRecord:
         sigma_range: noise levels trained at.
         latents_mean, latents_std: per channel; model space is (z - mean) / std.
         image_sizes: sizes trained at, each as 640x384; None: the square of the config's image_size.
-        data_path, extra_prompts: files of the training prompts, the second of earlier versions. They are named in messages, and never
-            opened.
     """
 
     teacher_path: str | None = entry(PATH)
@@ -92,8 +88,6 @@ class StudentRecord:
     latents_mean: list[float] | None = entry()
     latents_std: list[float] | None = entry()
     image_sizes: list[str] | None = entry(SIZES)
-    data_path: str | None = entry(PATH)
-    extra_prompts: str | None = entry(PATH)
 
     @classmethod
     def of(cls, config: StudentConfig, where: str | Path = CONFIG_NAME) -> "StudentRecord":
@@ -124,7 +118,6 @@ class StudentRecord:
 
     @property
     def sampler_of_teacher(self) -> str:
-        """Sampler of the teacher, a name in `sampling.sampler.SamplingOptions`."""
         return replace(self, student_steps=None).sampler
 
     @property

@@ -1,0 +1,184 @@
+"""The frontier: how near student and teacher come to the teacher's own pictures in fewer steps, and what each costs.
+
+    frontier = measure_frontier(experiment, of_teacher, of_student, student_steps=[1, 2, 4, 8, 20], costs)
+    save_frontier_plot(frontier, Path("frontier.png"))
+
+The bar of a small student is not the teacher in all of its steps but the teacher in fewer, drawn by the sampler that is nearest at
+that number: a student pays where it is as near as that at less cost.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from wandistiller import __version__
+from wandistiller.evaluation import measures
+from wandistiller.evaluation.experiment import Experiment, step_flops
+from wandistiller.files.atomic import atomic_path
+from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS
+from wandistiller.sampling.sampler import SAMPLER_NAMES, SamplingOptions, wan_scheduler
+
+TEACHER_STEPS = (1, 2, 3, 4, 5, 6, 8, 10)
+SAMPLERS = ("euler", "unipc", "dpm++")
+NEAR_BEST = 1.1
+RULE = "the fewest steps whose endpoint error is at most 1.1 times the smallest"
+
+
+def measure_frontier(
+    experiment: Experiment, full: Tensor, own: Tensor, student_steps: Sequence[int], step_seconds: dict[str, float]
+) -> dict:
+    """Draw with both in fewer steps; return a row for each number of steps, and the number that is recommended for the student.
+
+    Args:
+        full: latents of the teacher in all of its steps, which every row is held against.
+        own: latents of the student in its own number of steps.
+        student_steps: numbers of steps to draw the student in.
+        step_seconds: of one sampling step, measured, of "student" and "teacher".
+    """
+    of_teacher, of_student = experiment.teacher_options, experiment.student_options
+    rows = Rows(experiment, full, step_seconds)
+    student = [rows.row("student", of_student, own)]
+    for steps in tqdm(student_steps, desc="student in fewer steps", disable=None, leave=False):
+        if steps != of_student.num_inference_steps:
+            student.append(rows.nearest("student", [replace(of_student, num_inference_steps=steps)]))
+    student.sort(key=lambda row: row["steps"])
+    fewer = [steps for steps in TEACHER_STEPS if steps < of_teacher.num_inference_steps]
+    bar = tqdm(fewer, desc="teacher in fewer steps", disable=None, leave=False)
+    teacher = [rows.nearest("teacher", ways(of_teacher, steps)) for steps in bar]
+    teacher.append(rows.row("teacher", of_teacher, full))
+    for row in student:
+        row |= compare_cost(row, teacher)
+    return {
+        "num_prompts": len(experiment.embeds),
+        "num_seeds": experiment.num_seeds,
+        "rows": [*student, *teacher],
+        "recommended_steps": recommended_steps({row["steps"]: row["endpoint"] for row in student}),
+        "rule": RULE,
+    }
+
+
+def ways(options: SamplingOptions, steps: int) -> list[SamplingOptions]:
+    """Return the ways to draw with a teacher in a number of steps; one with noise levels of its own keeps to its sampler."""
+    samplers = SAMPLERS if options.sampler in SAMPLERS else [options.sampler]
+    alike = 1 if steps <= 2 else len(samplers)  # in one step or two the samplers of higher order are Euler's too
+    return [replace(options, num_inference_steps=steps, sampler=sampler) for sampler in samplers[:alike]]
+
+
+class Rows:
+    """Draws the rows of a frontier.
+
+    Args:
+        full: latents of the teacher in all of its steps, from the noises of the experiment.
+    """
+
+    def __init__(self, experiment: Experiment, full: Tensor, step_seconds: dict[str, float]):
+        self.experiment, self.full, self.step_seconds = experiment, full, step_seconds
+        self.unit = measures.spread(full)
+        self.full_flops = self.flops("teacher", experiment.teacher_options)
+
+    def flops(self, who: str, options: SamplingOptions) -> int:
+        """Return the FLOPs of a picture."""
+        height, width = self.experiment.noise.shape[2:]
+        field = getattr(self.experiment, who)
+        scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler)
+        sigmas = [float(timestep) / NUM_TRAIN_TIMESTEPS for timestep in scheduler.timesteps]
+        return sum(step_flops(field, (height, width), self.experiment.num_tokens, sigma) for sigma in sigmas)
+
+    def nearest(self, who: str, choices: Sequence[SamplingOptions]) -> dict:
+        """Draw every sample in each of these ways, and return the row of the one nearest to the full drawing."""
+        field = getattr(self.experiment, who)
+        drawn = [self.experiment.sample(field, options) for options in choices]
+        errors = [measures.endpoint_error(latents, self.full, self.unit) for latents in drawn]
+        best = int(np.nanargmin([*errors, math.inf])) % len(choices)  # of which any may have left the numbers
+        return self.row(who, choices[best], drawn[best])
+
+    def row(self, who: str, options: SamplingOptions, latents: Tensor) -> dict:
+        """Return how near latents are that were drawn in some way, and what that costs."""
+        own, steps = self.experiment, options.num_inference_steps
+        by_prompt = [drawn.unflatten(0, (-1, own.num_seeds)) for drawn in (latents, self.full)]
+        noise = measures.noise_parts(*by_prompt, self.unit)
+        return {
+            "who": who,
+            "steps": steps,
+            "sampler": SAMPLER_NAMES[options.sampler],
+            "cost": self.flops(who, options) / self.full_flops,
+            "seconds": steps * self.step_seconds[who],
+            "endpoint": measures.endpoint_error(latents, self.full, self.unit),
+            "noise_cosine": noise["cosine"],
+            "noise_size": noise["norm_ratio"],
+            "right": own.drawn(latents).right if own.judge else None,
+        }
+
+
+# ---- what a row is worth ----
+
+
+def compare_cost(row: dict, teacher: Sequence[dict]) -> dict:
+    """Return in how many steps the teacher is as near as the student of a row, and how much more it then costs.
+
+    Both are None where the student is farther than the teacher in its fewest steps. Where it is nearer than the teacher in every
+    measured number of steps below the full one, both are those of the largest of these, and `at_least` is true.
+    """
+    steps, is_beyond = equal_steps(row["endpoint"], {one["steps"]: one["endpoint"] for one in teacher[:-1]})
+    if steps is None:
+        return {"teacher_steps": None, "at_least": False, "times_cheaper": None}
+    cost = float(np.interp(steps, [one["steps"] for one in teacher], [one["cost"] for one in teacher]))
+    return {"teacher_steps": steps, "at_least": is_beyond, "times_cheaper": cost / row["cost"]}
+
+
+def equal_steps(error: float, curve: dict[int, float]) -> tuple[float | None, bool]:
+    """Return the number of steps at which a curve, by rising steps, comes to an error, and whether it never comes to it.
+
+    Between measured steps log(error) is linear in log(steps), as an error that falls with a power of them is. A curve that rises
+    once is taken as its smallest error so far.
+    """
+    if not curve or error > next(iter(curve.values())):
+        return None, False
+    steps, errors = list(curve), np.minimum.accumulate(list(curve.values()))
+    if error < errors[-1]:
+        return float(steps[-1]), True
+    logs = -np.log(np.maximum(errors, 1e-12))
+    return math.exp(np.interp(-math.log(max(error, 1e-12)), logs, np.log(steps))), False
+
+
+def recommended_steps(errors: dict[int, float]) -> int | None:
+    """Return where a student's curve bends, by `RULE`; None where no error is a number."""
+    smallest = min((error for error in errors.values() if math.isfinite(error)), default=math.nan)
+    return min((steps for steps, error in errors.items() if error <= NEAR_BEST * smallest), default=None)
+
+
+# ---- plot ----
+
+
+def save_frontier_plot(frontier: dict, file: Path) -> None:
+    """Plot the endpoint error over the cost of a picture, student and teacher; each point tells its steps."""
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and asks for a screen
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for who, color in (("teacher", "#202020"), ("student", "#2f6db3")):
+        rows = [row for row in frontier["rows"] if row["who"] == who and row["endpoint"] > 0]
+        costs, errors = [100 * row["cost"] for row in rows], [row["endpoint"] for row in rows]
+        axes.plot(costs, errors, color=color, marker="o", markersize=5, label=who)
+        for row, cost, error in zip(rows, costs, errors, strict=True):
+            axes.annotate(str(row["steps"]), (cost, error), (5, 5), textcoords="offset points", color=color)
+            if who == "student" and row["steps"] == frontier["recommended_steps"]:
+                axes.plot(cost, error, "o", markersize=12, fillstyle="none", color=color, label="recommended steps")
+    axes.set(xscale="log", yscale="log")
+    for axis, text in ((axes.xaxis, "{x:g} %"), (axes.yaxis, "{x:g}")):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter(text))
+        axis.set_minor_formatter("")
+    axes.set_xlabel("cost of a picture: FLOPs, as a share of the teacher's in all of its steps")
+    axes.set_ylabel("distance to the teacher's picture (endpoint error)")
+    axes.grid(color="#e4e4e4")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    with atomic_path(file) as beside:
+        figure.savefig(beside, format="png", metadata={"Software": f"WanDistiller {__version__}"})
