@@ -25,7 +25,6 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.prompts.templates import is_held_out
 from wandistiller.sampling.flow import seeded_noise
-from wandistiller.sampling.sampler import SamplingOptions, sample
 from wandistiller.wan.settings import DEFAULT_NEGATIVE_PROMPT
 
 
@@ -113,20 +112,6 @@ def test_student_draws_what_wan_pipeline_draws_with_the_student_in_it(house, tmp
     assert_same_pictures(ours, draw_with_diffusers(pipeline, guidance_scale=1.0, steps=5))
 
 
-def test_a_field_that_knows_the_data_is_sampled_to_the_data():
-    """velocity = noise - x_0 on a straight path: any number of steps must arrive at x_0."""
-    noise, x_0 = seeded_noise([0, 1], (4, 6, 6)), seeded_noise([2, 3], (4, 6, 6))
-
-    class Straight:
-        def velocity(self, latents, sigma, prompt_embeds, prompt_lengths):
-            return noise - x_0
-
-    for steps in (1, 2, 9):
-        options = SamplingOptions(shift=5.0, num_inference_steps=steps)
-        latents = sample(Straight(), noise, torch.zeros(2, 1, 8), torch.ones(2), options)
-        torch.testing.assert_close(latents, x_0, atol=1e-4, rtol=1e-4)
-
-
 # ---- defaults, guidance, noise ----
 
 
@@ -159,16 +144,12 @@ def test_a_prompt_is_drawn_as_often_as_it_is_asked_for_each_time_from_a_noise_of
     assert np.abs(again - several[names[1]]).max() <= 1
 
 
-def test_guidance_is_refused_where_it_is_baked_in(house, tmp_path, capsys):
-    student = house / "of_one" / "student"
-    argv = ["--student", str(student), "--prompt", "x", "--guidance_scale", "4", "--output", str(tmp_path / "no")]
-    assert run_command(lambda: generate_images.main(argv)) == 2
-    assert "guided velocity (guidance_scale 5)" in capsys.readouterr().err
-    assert not (tmp_path / "no").exists()
-
-    flags = ["--num_inference_steps", "3"]
+def test_guiding_once_more_where_guidance_is_baked_in_is_warned_of(house, tmp_path, capsys):
+    student, flags = house / "of_one" / "student", ["--num_inference_steps", "3"]
     plain = draw(student, tmp_path / "plain", *flags)
-    forced = draw(student, tmp_path / "forced", *flags, "--guidance_scale", "4", "--allow_double_guidance")
+    assert "Warning" not in capsys.readouterr().out
+    forced = draw(student, tmp_path / "forced", *flags, "--guidance_scale", "4")
+    assert "Warning: this student learnt its teacher's guided velocity (guidance_scale 5)" in capsys.readouterr().out
     assert not np.array_equal(plain[0], forced[0])
 
 
