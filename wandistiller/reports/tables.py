@@ -120,10 +120,26 @@ def finite(values: object) -> object:
 def frontier_lines(frontier: dict) -> list[str]:
     """Return the frontier as a table for the screen, and below it what the recommended number of steps is worth."""
     about = f"{frontier['num_prompts']} prompts x {frontier['num_seeds']} seeds"
-    head = ("who", "steps", "sampler", "cost", "seconds", "endpoint", "cosine", "size", "right", "as teacher in", "cheaper")
+    head = (
+        "who",
+        "steps",
+        "sampler",
+        "cost",
+        "seconds",
+        "endpoint",
+        "cosine",
+        "size",
+        "right",
+        "as teacher in",
+        "cheaper",
+    )
     lines = ["", f"In fewer steps ({about}; cost in FLOPs, as a share of the teacher's in all of its steps):"]
     for who, steps, sampler, *cells in (head, *map(_frontier_row, frontier["rows"])):
-        lines.append(f"{who:<8}{steps:>6}  {sampler:<13}" + "".join(f"{cell:>10}" for cell in cells[:-2]) + "{:>15}{:>9}".format(*cells[-2:]))
+        lines.append(
+            f"{who:<8}{steps:>6}  {sampler:<13}"
+            + "".join(f"{cell:>10}" for cell in cells[:-2])
+            + "{:>15}{:>9}".format(*cells[-2:])
+        )
     return [*lines, nearness(frontier), ""]
 
 
