@@ -134,25 +134,15 @@ def test_a_wrong_flag(refused, flags, words):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_a_gpu_where_there_is_none(refused, device):
-    refused("--device", device, words=["--device", device, "allowed: cpu"])
+def test_a_gpu_where_there_is_none(refused):
+    refused("--device", "cuda:1", words=["--device", "cuda:1", "allowed: cpu"])
 
 
-@pytest.mark.parametrize("place", ["file", "below a file"])
-def test_an_output_dir_that_is_a_file(refused, tmp_path, place):
+def test_an_output_dir_below_a_file(refused, tmp_path):
     path = tmp_path / "taken"
     path.write_text("mine", encoding="utf-8")
-    refused(
-        "--output_dir",
-        path / "sub" if place == "below a file" else path,
-        words=["--output_dir", str(path), "is a file"],
-    )
+    refused("--output_dir", path / "sub", words=["--output_dir", str(path), "is a file"])
     assert path.read_text(encoding="utf-8") == "mine"
-
-
-def test_an_output_dir_that_cannot_be_made(refused):
-    refused("--output_dir", "/proc/nowhere", words=["--output_dir", "/proc/nowhere", "cannot be written"])
 
 
 def test_a_new_output_dir_is_not_made_for_a_run_that_cannot_be(refused, tmp_path):
@@ -222,13 +212,11 @@ def without_weights(vae: Path) -> None:
 WRONG_VAES = {
     "cut short": (lambda vae: truncate(vae / "diffusion_pytorch_model.safetensors"), "is not a whole safetensors file"),
     "no weights": (without_weights, "holds no .safetensors weights"),
-    "other channels": (lambda vae: edit_json(vae / "config.json", z_dim=4), "z_dim is 4"),
     "other factor": (
         lambda vae: edit_json(vae / "config.json", dim_mult=[1, 1], scale_factor_spatial=2),
         "of factor 2",
     ),
     "other latents": (lambda vae: edit_json(vae / "config.json", latents_mean=[0.5] * 16), "has other latents_mean"),
-    "another class": (lambda vae: edit_json(vae / "config.json", _class_name="AutoencoderKL"), "AutoencoderKLWan"),
 }
 
 
@@ -270,27 +258,6 @@ def test_prompts_that_are_not_there_or_a_folder(refused, tmp_path):
     refused("--data_path", tmp_path / "nowhere.txt", words=["nowhere.txt", "No such file", "one prompt a line"])
     (tmp_path / "empty").mkdir()
     refused("--data_path", tmp_path / "empty", words=[str(tmp_path / "empty"), "directory", "one prompt a line"])
-
-
-CAPTION_FILES = {
-    "two columns": ("p.csv", b"short,long\na,b\n", [], ["--caption_column", "'short', 'long'"]),
-    "no such column": (
-        "p.csv",
-        b"caption\na\n",
-        ["--caption_column", "words"],
-        ["--caption_column 'words'", "'caption'"],
-    ),
-    "an empty column": ("p.csv", b"caption,id\n,1\n,2\n", [], ["no prompt", "2 rows left out", "without a caption"]),
-    "no Parquet": ("p.parquet", b"a cat\n", [], ["no whole Parquet file"]),
-    "unknown wildcard": ("p.template.txt", b"a __cat__\n", [], ["line 1", "__cat__", "cat.txt"]),
-}
-
-
-@pytest.mark.parametrize("name", CAPTION_FILES)
-def test_a_wrong_table_or_template(refused, tmp_path, name):
-    file, content, flags, words = CAPTION_FILES[name]
-    (tmp_path / file).write_bytes(content)
-    refused("--data_path", tmp_path / file, *flags, words=[str(tmp_path / file), *words])
 
 
 # ---- teachers ----
@@ -339,14 +306,6 @@ def test_a_damaged_or_other_teacher(refused, teachers, tmp_path, damage, name, w
     refused("--teacher_path", folder, words=[str(folder), *words])
 
 
-@pytest.mark.parametrize("part", ["text_encoder/model.safetensors", "tokenizer/tokenizer.json"])
-def test_a_damaged_text_encoder(refused, teachers, tmp_path, part):
-    folder = tmp_path / "damaged"
-    shutil.copytree(teachers.one, folder)
-    truncate(folder / part)
-    refused("--teacher_path", folder, words=[str(folder / part).rsplit("/", 1)[0]])
-
-
 def test_a_teacher_that_is_not_there(refused, tmp_path):
     refused("--teacher_path", tmp_path / "nowhere", words=["nowhere", "no such file or folder", "diffusers", "mock"])
 
@@ -354,11 +313,6 @@ def test_a_teacher_that_is_not_there(refused, tmp_path):
 def test_a_safetensors_file_of_something_else(refused, tmp_path):
     save_file({"linear.weight": torch.zeros(4, 4)}, tmp_path / "alien.safetensors")
     refused("--teacher_path", tmp_path / "alien.safetensors", words=["alien.safetensors", "no Wan transformer"])
-
-
-def test_a_pickle_as_teacher(refused, tmp_path):
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "model.pth")
-    refused("--teacher_path", tmp_path / "model.pth", words=["model.pth", ".safetensors"])
 
 
 def test_a_missing_shard(refused, teachers, tmp_path):
@@ -379,7 +333,7 @@ def test_a_student_as_teacher(refused, previous):
     refused("--teacher_path", previous, words=[str(previous), "is a student"])
 
 
-def test_a_low_expert_of_another_shape(refused, teachers, tmp_path):
+def test_a_low_expert_of_another_shape(refused, tmp_path):
     write_transformer_folder(tmp_path / "low", layers=2)
     refused("--teacher_path_low", tmp_path / "low", words=["differ in shape"])
 
@@ -387,11 +341,6 @@ def test_a_low_expert_of_another_shape(refused, teachers, tmp_path):
 def test_a_teacher_without_a_text_encoder_says_which_folder_is_wanted(refused, teachers):
     words = ["--text_encoder_path", "text_encoder/", "tokenizer/", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
     refused("--teacher_path", teachers.single_file, config=PRUNED_CONFIG | {"hidden_size": 128}, words=words)
-
-
-def test_an_original_release_whose_text_encoder_is_damaged(refused, teachers):
-    words = ["models_t5_umt5-xxl-enc-bf16.pth", "copy it again"]
-    refused("--teacher_path", teachers.original, config=PRUNED_CONFIG, words=words)
 
 
 # ---- the same from the shell ----
