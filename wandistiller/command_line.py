@@ -61,13 +61,9 @@ class TorchrunEnvironment:
 def torchrun_environment() -> TorchrunEnvironment:
     """Read what torchrun tells its processes in the environment; a process that was started without it is alone."""
 
-    def read(name: str, alone: int) -> int:
-        value = os.environ.get(name, "")
-        return int(value) if value.isdecimal() else alone
-
-    return TorchrunEnvironment(
-        read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", 1)
-    )
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    values = ((os.environ.get(name, ""), value) for name, value in alone.items())
+    return TorchrunEnvironment(*(int(text) if text.isdecimal() else int(value) for text, value in values))
 
 
 def end_process(code: int) -> None:

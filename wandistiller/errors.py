@@ -11,20 +11,10 @@ import re
 MAX_MESSAGE, MAX_VALUE = 480, 200
 # What the place itself is to blame for, by no fault of this program: the person gives another one or mends it.
 _OF_A_PLACE = {
-    errno.EACCES,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.ENOTEMPTY,
-    errno.ENXIO,
-    errno.EPERM,
-    errno.EROFS,
-}
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.ENOTDIR, errno.ENOTEMPTY, errno.ENXIO, errno.EPERM, errno.EROFS,
+}  # fmt: skip
 _OF_A_DISK = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC}
-
-
 # What commands a terminal, or turns the order of its letters: C0 but for tab and line feed, DEL, C1, and Unicode's bidi controls
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -75,10 +65,11 @@ def place_message(error: Exception) -> tuple[str, int] | None:
     if not isinstance(error, OSError) or error.errno not in _OF_A_PLACE | _OF_A_DISK:
         return None
     place = error.filename2 or error.filename
-    where = f"{place if isinstance(place, (str, os.PathLike)) else 'a file'}"
+    where = place if isinstance(place, (str, os.PathLike)) else "a file"
+    advice, code = "give another path, or mend this one", 2
     if error.errno in _OF_A_DISK:
-        return shortened(f"{where}: {error.strerror}; free some space, or give a folder on another disk"), 1
-    return shortened(f"{where}: {error.strerror}; give another path, or mend this one"), 2
+        advice, code = "free some space, or give a folder on another disk", 1
+    return shortened(f"{where}: {error.strerror}; {advice}"), code
 
 
 def lost_process_message(error: Exception) -> str | None:
