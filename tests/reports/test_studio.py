@@ -19,6 +19,7 @@ import generate_images
 from support.students import train_student, write_teacher
 from wandistiller.errors import UserError
 from wandistiller.flags import ComputeFlags
+from wandistiller.model.image_sizes import ImageSize
 from wandistiller.reports.cards import in_words
 from wandistiller.reports.playground_page import answer_html
 from wandistiller.reports.studio import Answer, Picture, Request, Row, Studio, find_students
@@ -141,7 +142,7 @@ def test_the_record_is_told_in_words(house):
 
 def test_what_was_typed_is_escaped():
     asked = Request(student="demo", prompt="<script>alert(1)</script>", seed=7)
-    answer = Answer(asked, (64, 48), [Row("student", 4, [Picture(b"p", 'a"b.png', 7)], 0.25)], ["<b>"])
+    answer = Answer(asked, ImageSize(48, 64), [Row("student", 4, [Picture(b"p", 'a"b.png', 7)], 0.25)], ["<b>"])
     page = answer_html(answer) + answer_html(None, UserError("<i>"))
     assert "<script>" not in page and "&lt;script&gt;" in page and 'download="a&#34;b.png"' in page
     assert "<b>" not in page and "<i>" not in page

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import sys
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +33,13 @@ CELL = 160 + 8  # pixels of a drawn prompt in a sample picture, with its margin
 DRAWN = ["--guidance_scale", 1, "--num_samples", 2]
 
 
-def metrics_of(step: int, **values: object) -> StepMetrics:
+def metrics_of(step: int) -> StepMetrics:
     losses = [None, *(step / 10 + bucket for bucket in range(9))]
-    given = {"loss_by_sigma": losses, "memory_bytes": 5, **values}
-    return StepMetrics(step, 1.0 / step, 2.0, 1e-4, 8.0, float(step), 1.0, 3, **given)
+    return StepMetrics(step, 1.0 / step, 2.0, 1e-4, 8.0, float(step), 1.0, 3, loss_by_sigma=losses, memory_bytes=5)
 
 
-def lines_of(num_steps: int, **values: object) -> list[dict]:
-    from dataclasses import asdict
-
-    return [asdict(metrics_of(step, **values)) for step in range(1, num_steps + 1)]
+def lines_of(num_steps: int) -> list[dict]:
+    return [asdict(metrics_of(step)) for step in range(1, num_steps + 1)]
 
 
 def events_of(folder: Path):
@@ -69,8 +67,6 @@ def test_a_run_leaves_scalars_pictures_a_plot_and_a_summary(train, teachers, tmp
         seen = [(event.step, event.value) for event in events.Scalars(name)]
         assert seen == [(line["step"], pytest.approx(line[name], rel=1e-5)) for line in lines], name
     assert [event.step for event in events.Scalars("velocity_error/teacher_states")] == [3, 6]
-    by_sigma = {name: events.Scalars(name) for name in events.Tags()["scalars"] if name.startswith("loss_by_sigma/")}
-    assert {event.step for events_seen in by_sigma.values() for event in events_seen} == set(range(1, 7))
     assert [event.step for event in events.Images("samples")] == [2, 4, 6]
 
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [f"step_00000{n}.png" for n in (2, 4, 6)]
@@ -125,18 +121,15 @@ def rows_of(file: Path) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("recipe", [["--ema_decay", 0.9], ["--student_steps", 8, "--ema_decay", 0]])
 def test_drawing_leaves_training_as_it_was_bit_for_bit(train, teachers, tmp_path, recipe):
     flags = (*DRAWN, "--max_steps", 4, "--lr", 1e-3, "--save_every", 4, *recipe)
-    for name, every in (("plain", 0), ("drawn", 2)):
-        assert train(teachers.one, PRUNED_CONFIG, *flags, "--sample_every", every, output_dir=tmp_path / name).code == 0
-    plain, drawn = (weights_of(tmp_path / name) for name in ("plain", "drawn"))
-    assert all(torch.equal(plain[name], drawn[name]) for name in plain)
-    assert [line["loss"] for line in read_metrics(tmp_path / "plain")] == [
-        line["loss"] for line in read_metrics(tmp_path / "drawn")
-    ]
-    states = [checkpoint_tensors(tmp_path / name) for name in ("plain", "drawn")]  # random numbers too
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    pictures = [(tmp_path / name / "samples" / "step_000004.png") for name in ("plain", "drawn")]
-    np.testing.assert_array_equal(*(np.asarray(Image.open(file)) for file in pictures))
+    folders = [tmp_path / "plain", tmp_path / "drawn"]
+    for folder, every in zip(folders, (0, 2), strict=True):
+        assert train(teachers.one, PRUNED_CONFIG, *flags, "--sample_every", every, output_dir=folder).code == 0
+    plain, drawn = (weights_of(folder) | checkpoint_tensors(folder) for folder in folders)  # random numbers too
+    assert plain.keys() == drawn.keys() and all(torch.equal(plain[name], drawn[name]) for name in plain)
+    losses = [[line["loss"] for line in read_metrics(folder)] for folder in folders]
+    assert losses[0] == losses[1]
+    pictures = [np.asarray(Image.open(folder / "samples" / "step_000004.png")) for folder in folders]
+    np.testing.assert_array_equal(*pictures)
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -354,12 +347,6 @@ def test_losses_are_compared_over_the_first_and_the_last_tenth():
     assert changes[0] == (None, None) and changes[2] == pytest.approx((1.15, 2.95))
 
 
-def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2, "lo', encoding="utf-8")
-    assert metrics.read_metrics(file) == [{"step": 1}]
-
-
 def test_the_command_is_quoted_for_the_shell_and_going_on_does_not_start_anew(monkeypatch):
     argv = ["--output_dir", "my runs", "--overwrite"]
     assert (
@@ -387,12 +374,9 @@ ODD_LINES = {
     "no UTF-8": b"\xff",
     "no loss by noise level": b'{"step": 2, "loss": 1.0, "loss_by_sigma": [1.0]}',
     "text for a number": b'{"step": 2, "loss": "low"}',
-    "a number of 400 digits": b'{"step": 2, "loss": 1' + b"0" * 400 + b"}",
     "an error that is none": b'{"step": 2, "velocity_error": {"teacher_states": null}}',
-    "an error at states that nobody measures": b'{"step": 2, "velocity_error": {"elsewhere": 0.5}}',
     "a number that no axis holds": b'{"step": 2, "loss": 1e308}',
     "a step that is text": b'{"step": "2"}',
-    "a list": b"[2]",
     "brackets without end": b"[" * 100_000,
 }
 
@@ -426,16 +410,19 @@ def test_a_disk_that_takes_no_more_metrics_does_not_end_a_run(tmp_path, capsys):
     assert capsys.readouterr().err.count("No space left on device") == 1
 
 
+def write_student(folder: Path, record: dict) -> None:
+    config = StudentConfig.from_dict(PRUNED_CONFIG | {"distillation": record})
+    (folder / "student_config.json").write_text(config.to_json(), encoding="utf-8")
+
+
 def test_a_record_that_no_run_wrote_costs_the_card_alone(tmp_path, capsys):
-    config = StudentConfig.from_dict(PRUNED_CONFIG | {"distillation": {"commands": [{"lr": "high"}]}})
-    (tmp_path / "student_config.json").write_text(config.to_json(), encoding="utf-8")
+    write_student(tmp_path, {"commands": [{"lr": "high"}]})
     assert try_to_write_model_card(tmp_path) is None
     assert "No README.md" in capsys.readouterr().err
 
 
 def test_a_pipe_in_the_place_of_an_evaluation_keeps_nobody_waiting(tmp_path):
-    config = StudentConfig.from_dict(PRUNED_CONFIG | {"distillation": {}})
-    (tmp_path / "student_config.json").write_text(config.to_json(), encoding="utf-8")
+    write_student(tmp_path, {})
     os.mkfifo(tmp_path / "evaluation.json")
     with at_most(20):
         assert "## Evaluation" not in try_to_write_model_card(tmp_path).read_text(encoding="utf-8")

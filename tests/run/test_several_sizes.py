@@ -197,7 +197,7 @@ def test_a_student_of_rectangles_alone_is_drawn_at_its_first_everywhere(house):
     assert latents["widgets_values"][:2] == [48, 32]
     studio = Studio({"wide": folder}, compute=ComputeFlags(device="cpu"), prompt_cache=str(house / "cache"))
     answer = studio.draw(Request(student="wide", prompt="a red ring"))
-    assert answer.size == (32, 48) and not answer.notes
+    assert answer.size == (48, 32) and not answer.notes
     assert Image.open(io.BytesIO(answer.rows[0].pictures[0].png)).size == (48, 32)
 
 

@@ -78,9 +78,9 @@ def fenced(command: str) -> Markdown:
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> Markdown:
     """Return a markdown table of escaped cells."""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *([_escaped(cell) for cell in row] for row in rows)]
-    return Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+    titles = list(head)
+    lines = [titles, ["---"] * len(titles), *([str(_escaped(cell)) for cell in row] for row in rows)]
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def numbers(values: Iterable[float | None], between: str) -> str:

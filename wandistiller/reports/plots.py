@@ -81,20 +81,22 @@ def _plot_losses(axes, lines: Sequence[dict]) -> None:
     from matplotlib import colormaps
 
     size = -(-len(lines) // NUM_POINTS)
-    groups = [lines[start : start + size] for start in range(0, len(lines), size)]
+    steps = [line["step"] for line in lines]
 
-    def plot_means(value_of: Callable[[dict], float | None], **style) -> None:
-        means = [(group[-1]["step"], mean_of(map(value_of, group))) for group in groups]
+    def plot_means(values: Sequence[float | None], **style) -> None:
+        parts = [slice(start, start + size) for start in range(0, len(lines), size)]
+        means = [(steps[part][-1], mean_of(values[part])) for part in parts]
         points = [point for point in means if point[1] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o" if len(points) == 1 else None, markersize=4, **style)
 
-    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], color=GREY, linewidth=0.8)
+    losses = [line["loss"] for line in lines]
+    axes.plot(steps, losses, color=GREY, linewidth=0.8)
     for bucket in reversed(range(NUM_BUCKETS)):
         color = colormaps["viridis"]((bucket + 0.5) / NUM_BUCKETS)
-        label = f"sigma {bucket_name(bucket, NUM_BUCKETS)}"
-        plot_means(lambda line, n=bucket: (line.get("loss_by_sigma") or {n: None})[n], color=color, label=label)
-    plot_means(lambda line: line["loss"], color=BLACK, linewidth=2, label="all")
+        values = [line["loss_by_sigma"][bucket] if line.get("loss_by_sigma") else None for line in lines]
+        plot_means(values, color=color, label=f"sigma {bucket_name(bucket, NUM_BUCKETS)}")
+    plot_means(losses, color=BLACK, linewidth=2, label="all")
     _finish(axes, "loss: squared velocity error" + (", smoothed" if size > 1 else ""))
 
 

@@ -37,6 +37,8 @@ from wandistiller.students.parts import (
 from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes
 
 if TYPE_CHECKING:
+    from wandistiller.sampling.sampler import SamplingOptions
+    from wandistiller.sampling.teacher import Teacher
     from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 NEEDED_NAMES = STUDENT_NAMES[:2]  # of a folder to be a student's
@@ -96,13 +98,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Answer:
-    """The pictures of a request: the teacher's row, if it was asked, above the student's; and sentences to be aware of.
-
-    `size` is height and width in pixels.
-    """
+    """The pictures of a request: the teacher's row, if it was asked, above the student's; and sentences to be aware of."""
 
     request: Request
-    size: tuple[int, int]
+    size: ImageSize
     rows: Sequence[Row]
     notes: Sequence[str]
 
@@ -179,11 +178,11 @@ class Studio:
         request.check()
         config = self.config(request.student)
         own = trained_sizes(config)[0]
-        size = request.height or own.height, request.width or own.width
-        check_picture_size(size, config, config.patch_size or 1, ("height", "width"))
+        size = ImageSize(request.width or own.width, request.height or own.height)
+        check_picture_size((size.height, size.width), config, config.patch_size or 1, ("height", "width"))
         with self._lock:
             try:
-                return self._draw(request, config, size)
+                return self._draw(request, size, config)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -192,46 +191,40 @@ class Studio:
                     f"the memory of {self.device} is not enough for this; ask for smaller or fewer pictures, or leave the teacher out"
                 ) from error
 
-    def _draw(self, request: Request, config: StudentConfig, size: tuple[int, int]) -> Answer:
+    def _draw(self, request: Request, size: ImageSize, config: StudentConfig) -> Answer:
         folder = self.folders[request.student]
-        if self._loaded is None or not self._loaded.is_of(folder):
+        weights = folder / NEEDED_NAMES[1]
+        version = folder, weights.stat().st_mtime_ns if weights.is_file() else None
+        if self._loaded is None or self._loaded.version != version:
             self._loaded = None  # the old one leaves memory before the new one comes
-            self._loaded = _Loaded(folder, config, self)
+            self._loaded = _Loaded(version, config, self)
         loaded = self._loaded
         embeds = loaded.embed(request.prompt)
         artists = {"teacher": loaded.teacher(request.steps, size)} if request.with_teacher else {}
-        artists["student"] = loaded.student(request.steps)
-        notes = untrained_warnings(config, artists["student"].options.num_inference_steps, size)
+        artists["student"] = student = loaded.artist(
+            loaded.student, student_sampling(config, request.steps, self.dtype, self.device)
+        )
+        notes = untrained_warnings(config, student.options.num_inference_steps, (size.height, size.width))
         if embeds.truncated:
             notes.append(
                 f"the text is longer than the {config.text_max_length} tokens that this student reads, and was cut"
             )
-        return Answer(request, size, [loaded.row(who, artists[who], request, size, embeds) for who in artists], notes)
+        rows = [loaded.row(who, artist, request, size, embeds) for who, artist in artists.items()]
+        return Answer(request, size, rows, notes)
 
 
 class _Loaded:
-    """A student in memory with its VAE, and its teacher once it was asked for."""
+    """A student in memory with its VAE, and its teacher once it was asked for; `version` is its folder and when it was written."""
 
-    def __init__(self, folder: Path, config: StudentConfig, studio: Studio):
+    def __init__(self, version: tuple[Path, int | None], config: StudentConfig, studio: Studio):
         from wandistiller.model.transformer import WanLiteStudent
         from wandistiller.sampling.sampler import student_as_teacher
 
-        self.folder, self.config, self.studio = folder, config, studio
+        self.version, self.config, self.studio = version, config, studio
         self.settings = recorded_settings(config)
         self.places = teacher_paths(config, studio.teacher)
         self.parts = load_drawing_parts(config, self.places[0], studio.teacher, studio.device)
-        self.written_ns = self._written_ns()
-        self.field = student_as_teacher(WanLiteStudent.from_pretrained(folder, studio.device), self.settings)
-
-    def _written_ns(self) -> int:
-        return (self.folder / NEEDED_NAMES[1]).stat().st_mtime_ns
-
-    def is_of(self, folder: Path) -> bool:
-        """Return whether this is the student of a folder, and the one that lies there now."""
-        try:
-            return folder == self.folder and self._written_ns() == self.written_ns
-        except OSError:  # it is gone, which loading it will say
-            return False
+        self.student = student_as_teacher(WanLiteStudent.from_pretrained(version[0], studio.device), self.settings)
 
     def embed(self, text: str) -> "PromptEmbeds":
         """Return the tokens of a text; the text encoder is in memory only for a text that the cache lacks."""
@@ -239,50 +232,45 @@ class _Loaded:
 
         return embed_texts([text], self.parts.encoder, self.config, self.studio.prompt_cache, self.studio.device)
 
-    def student(self, steps: int | None) -> Artist:
-        options = student_sampling(self.config, steps, self.studio.dtype, self.studio.device)
-        return Artist(field=self.field, options=options, settings=self.field.settings, vae=self.parts.vae)
+    def artist(self, who: "Teacher", options: "SamplingOptions") -> Artist:
+        return Artist(field=who, options=options, settings=who.settings, vae=self.parts.vae)
 
-    def teacher(self, steps: int | None, size: tuple[int, int]) -> Artist:
+    def teacher(self, steps: int | None, size: ImageSize) -> Artist:
         """Return the teacher, which is loaded the first time."""
-        check_picture_size(size, self.config, self._teacher_files.config.patch_size, ("height", "width"))
+        files, config = self._teacher_files, self.config
+        check_picture_size((size.height, size.width), config, files.config.patch_size, ("height", "width"))
         # Whole steps are the student's alone, so that the teacher's own number is asked for where none is:
-        few = StudentRecord.of(self.config).student_steps
-        options = teacher_sampling(self.config, None if steps == few else steps, self.studio.dtype, self.studio.device)
-        return Artist(field=self._teacher_field, options=options, settings=self.settings, vae=self.parts.vae)
+        few = StudentRecord.of(config).student_steps
+        options = teacher_sampling(config, None if steps == few else steps, self.studio.dtype, self.studio.device)
+        return self.artist(self._teacher, options)
 
     @cached_property
     def _teacher_files(self):
         return open_recorded_teacher(self.config, self.places, self.studio.teacher)
 
     @cached_property
-    def _teacher_field(self):
+    def _teacher(self) -> "Teacher":
         from wandistiller.projection.project import project_experts
         from wandistiller.sampling.teacher import Teacher
 
         negative = self.embed(self.settings.negative_prompt).read(0) if self.settings.uses_guidance else None
-        experts = project_experts(
-            self._teacher_files, self.config.text_max_length, self.studio.dtype, self.studio.device
-        )
+        slots, studio = self.config.text_max_length, self.studio
+        experts = project_experts(self._teacher_files, slots, studio.dtype, studio.device)
         return Teacher(experts, self.settings, negative)
 
-    def row(self, who: str, artist: Artist, request: Request, size: tuple[int, int], embeds: "PromptEmbeds") -> Row:
+    def row(self, who: str, artist: Artist, request: Request, size: ImageSize, embeds: "PromptEmbeds") -> Row:
         """Draw the row of teacher or student."""
         from wandistiller.files.pictures import png_bytes
 
-        (height, width), seeds = size, range(request.seed, request.seed + request.noises)
+        seeds = range(request.seed, request.seed + request.noises)
         start = time.perf_counter()
         # The pictures come back to the CPU, which waits for them:
-        shape = self.settings.latent_shape(self.config, ImageSize(width, height))
-        pictures = artist.draw(embeds, [0] * len(seeds), seeds, shape)
+        pictures = artist.draw(embeds, [0] * len(seeds), seeds, self.settings.latent_shape(self.config, size))
         seconds = (time.perf_counter() - start) / len(seeds)
-        about = {"prompt": request.prompt, **artist.metadata(who, str(self.folder), size)}
+        about = artist.metadata(who, str(self.version[0]), (size.height, size.width)) | {"prompt": request.prompt}
+        end = f"{size}_{who}.png"
         drawn = [
-            Picture(
-                png_bytes(picture, about | {"seed": seed}),
-                f"{slug(request.prompt)}_seed{seed}_{width}x{height}_{who}.png",
-                seed,
-            )
+            Picture(png_bytes(picture, about | {"seed": seed}), f"{slug(request.prompt)}_seed{seed}_{end}", seed)
             for seed, picture in zip(seeds, pictures, strict=True)
         ]
         return Row(who, artist.options.num_inference_steps, drawn, seconds)
