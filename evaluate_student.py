@@ -28,7 +28,7 @@ from wandistiller.flags import PROMPT_PER, ComputeFlags, TeacherFlags, flag, gro
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import load_prompts
-from wandistiller.students.drawing import check_size, embed_with_negative, student_sampling, teacher_sampling
+from wandistiller.students.drawing import check_picture_size, embed_with_negative, student_sampling, teacher_sampling
 from wandistiller.students.parts import (
     load_drawing_parts,
     open_recorded_teacher,
@@ -40,7 +40,6 @@ from wandistiller.students.trained_prompts import count_trained_prompts
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from wandistiller.evaluation.experiment import Drawn, Experiment
-    from wandistiller.reports.gallery import Evaluated
 
 STUDENT_STEPS = (1, 2, 4, 8)
 MAX_COLUMNS = 8  # of teacher_vs_student.png; each is a prompt
@@ -160,8 +159,8 @@ def prepare(flags: Flags, config: StudentConfig, prompts: list[str], teacher: tu
     settings = recorded_settings(config)
     wan_files = open_recorded_teacher(config, teacher, given)
     sizes = trained_sizes(config)
-    for side in {side for size in sizes for side in size}:
-        check_size("the student's image_size", side, config, wan_files.config.patch_size)
+    for size in sizes:
+        check_picture_size(size, config, wan_files.config.patch_size, ("the student's image_size",) * 2)
     judge = load_judge(flags.judging.judge, prompts) if flags.judging.judge else None
     parts = load_drawing_parts(config, teacher[0], given, device)
 
@@ -216,10 +215,9 @@ def describe(flags: Flags, config: StudentConfig, digest: str | None, experiment
 def drawable_steps(config: StudentConfig, flags: SamplingFlags) -> list[int]:
     """Return the numbers of steps to draw the student in; one that learnt whole steps, or has levels of its own, keeps to its own."""
     record = StudentRecord.of(config)
-    if flags.student_steps is not None:
-        return flags.student_steps
     is_fixed = record.student_steps or record.teacher_sampler == "euler"
-    return [] if is_fixed else [steps for steps in STUDENT_STEPS if steps < record.steps]
+    default = [] if is_fixed else [steps for steps in STUDENT_STEPS if steps < record.steps]
+    return default if flags.student_steps is None else flags.student_steps
 
 
 def warn_of_trained(student: str, prompts: list[str]) -> int:
@@ -230,6 +228,30 @@ def warn_of_trained(student: str, prompts: list[str]) -> int:
             "student draws from others; give --prompts_file prompts that it was not trained on"
         )
     return num_trained
+
+
+def measure_all(
+    flags: Flags, config: StudentConfig, experiment: "Experiment", sizes: list[ImageSize]
+) -> "tuple[dict, list[list[Drawn]]]":
+    """Return the results, and what the teacher and the student drew at each of `sizes`; costs and fewer steps are of the first."""
+    from wandistiller.evaluation.experiment import measure, measure_cost
+    from wandistiller.evaluation.frontier import measure_frontier
+    from wandistiller.sampling.flow import seeded_noise
+
+    by_size, drawn = {}, []
+    for size in sizes:
+        if len(sizes) > 1:
+            print(f"At {size.width} x {size.height} pixels:")
+        noise = seeded_noise(experiment.seeds, experiment.settings.latent_shape(config, size))
+        by_size[str(size)], *of_both = measure(replace(experiment, noise=noise))
+        drawn.append(of_both)
+    results = by_size[str(sizes[0])] | {"cost": measure_cost(experiment)}
+    if num_prompts := min(flags.prompts.frontier_prompts, len(experiment.embeds)):
+        print(f"In fewer steps: {num_prompts} prompts", flush=True)
+        few, seconds = experiment.first(num_prompts), results["cost"]["step_seconds"]
+        teacher, student = (one.latents[: len(few.noise)] for one in drawn[0])
+        results["frontier"] = measure_frontier(few, teacher, student, drawable_steps(config, flags.sampling), seconds)
+    return results | ({"by_size": by_size} if len(sizes) > 1 else {}), drawn
 
 
 def save_comparison(file: Path, experiment: "Experiment", drawn: "list[list[Drawn]]", sizes: list[ImageSize]) -> None:
@@ -250,55 +272,13 @@ def save_comparison(file: Path, experiment: "Experiment", drawn: "list[list[Draw
     save_png(labelled_grid(rows, captions, names), file, metadata)
 
 
-def save_results(file: Path, results: dict[str, object]) -> None:
-    """Write the results as JSON; a value that is not finite becomes null."""
-    from wandistiller.files.atomic import write_json
-    from wandistiller.reports.tables import finite
-
-    write_json(file, finite(results), end="\n", indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def gallery_of(
-    experiment: "Experiment",
-    about: dict[str, object],
-    results: dict,
-    drawn: "list[list[Drawn]]",
-    sizes: list[ImageSize],
-) -> "Evaluated":
-    """Return what the gallery shows: each prompt with its own measures and pictures.
-
-    Args:
-        drawn: what the teacher and the student drew at each of `sizes`.
-    """
-    from wandistiller.evaluation.experiment import measure_prompts
-    from wandistiller.reports.gallery import Evaluated
-
-    prompts, num_seeds, (teacher, student) = experiment.prompts, experiment.num_seeds, drawn[0]
-    others = zip(sizes[1:], drawn[1:], strict=True)
-    return Evaluated(
-        about=about,
-        results=results,
-        prompts=prompts[::num_seeds],
-        measures=measure_prompts(student, teacher, num_seeds),
-        seeds=experiment.seeds,
-        teacher=teacher.pictures,
-        student=student.pictures,
-        other_sizes={str(size): (teacher.pictures, student.pictures) for size, (teacher, student) in others},
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
     flags = parse_args(argv)
     config = load_student_config(flags.student)
     given = flags.prompts
-    file = load_prompts(
-        given.prompts_file,
-        given.caption_column,
-        num_drawn=given.num_prompts,
-        held_out=True,
-        prompt_per=given.prompt_per,
-    )
+    how = {"num_drawn": given.num_prompts, "held_out": True, "prompt_per": given.prompt_per}
+    file = load_prompts(given.prompts_file, given.caption_column, **how)
     prompts = list(file.prompts[: given.num_prompts])
     if file.notice:
         print(f"{flags.prompts.prompts_file}: {file.notice}")
@@ -306,12 +286,12 @@ def main(argv: list[str] | None = None) -> int:
     check_evaluation_is_ours(check_output_folder(flags.folder, "--output"), "--output")
     num_trained = warn_of_trained(flags.student, prompts)
 
-    from wandistiller.evaluation.experiment import measure, measure_cost
-    from wandistiller.evaluation.frontier import measure_frontier, save_frontier_plot
+    from wandistiller.evaluation.experiment import measure_prompts
+    from wandistiller.evaluation.frontier import save_frontier_plot
+    from wandistiller.files.atomic import write_json
     from wandistiller.reports.cards import try_to_write_model_card
-    from wandistiller.reports.gallery import try_to_write_gallery
-    from wandistiller.reports.tables import table_lines
-    from wandistiller.sampling.flow import seeded_noise
+    from wandistiller.reports.gallery import Evaluated, try_to_write_gallery
+    from wandistiller.reports.tables import finite, table_lines
 
     digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
     experiment = prepare(flags, config, prompts, teacher)
@@ -319,23 +299,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # Measure:
     print(experiment.summary())
-    sizes, by_size, drawn = trained_sizes(config), {}, []
-    for size in sizes:
-        if len(sizes) > 1:
-            print(f"At {size.width} x {size.height} pixels:")
-        noise = seeded_noise(experiment.seeds, experiment.settings.latent_shape(config, size))
-        by_size[str(size)], *of_both = measure(replace(experiment, noise=noise))
-        drawn.append(of_both)
-    results = dict(by_size[str(sizes[0])])
-    results["cost"] = measure_cost(experiment)
-    if num := min(given.frontier_prompts, len(prompts)):
-        steps = drawable_steps(config, flags.sampling)
-        few, seconds = experiment.first(num), results["cost"]["step_seconds"]
-        print(f"In fewer steps: {num} prompts", flush=True)
-        latents = [one.latents[: len(few.noise)] for one in drawn[0]]
-        results["frontier"] = measure_frontier(few, *latents, steps, seconds)
-    if len(sizes) > 1:
-        results["by_size"] = by_size
+    sizes = trained_sizes(config)
+    results, drawn = measure_all(flags, config, experiment, sizes)
     print("\n".join(table_lines(results)))
 
     # Save the results last, because they name the student that the picture is of:
@@ -343,8 +308,22 @@ def main(argv: list[str] | None = None) -> int:
         save_frontier_plot(results["frontier"], folder / FRONTIER_NAME)
     save_comparison(folder / COMPARISON_NAME, experiment, drawn, sizes)
     about = describe(flags, config, digest, experiment) | {"num_trained_prompts": num_trained}
-    save_results(folder / EVALUATION_NAME, about | results)
-    shown = gallery_of(experiment, about, results, drawn, sizes)
+    write_json(
+        folder / EVALUATION_NAME, finite(about | results), end="\n", indent=2, ensure_ascii=False, allow_nan=False
+    )
+    (of_teacher, of_student), num_seeds = drawn[0], flags.sampling.num_seeds
+    shown = Evaluated(
+        about=about,
+        results=results,
+        prompts=prompts,
+        measures=measure_prompts(of_student, of_teacher, num_seeds),
+        seeds=experiment.seeds,
+        teacher=of_teacher.pictures,
+        student=of_student.pictures,
+        other_sizes={
+            str(size): (one.pictures, other.pictures) for size, (one, other) in zip(sizes[1:], drawn[1:], strict=True)
+        },
+    )
     gallery = try_to_write_gallery(folder, shown, Path(flags.student))
 
     # Tell:

@@ -153,11 +153,6 @@ def test_guiding_once_more_where_guidance_is_baked_in_is_warned_of(house, tmp_pa
     assert not np.array_equal(plain[0], forced[0])
 
 
-def test_a_student_of_an_unguided_teacher_takes_guidance(house, tmp_path):
-    student = train_student(tmp_path / "unguided", house / "one", "--guidance_scale", "1")
-    draw(student, tmp_path / "out", "--guidance_scale", "3", "--num_inference_steps", "2")
-
-
 def test_a_picture_depends_on_its_own_seed_and_not_on_the_batch(house, tmp_path):
     student, flags = house / "of_one" / "student", ["--num_inference_steps", "3"]
     prompts = ["a red circle", "a much longer prompt than the first", "a red circle"]
@@ -169,12 +164,6 @@ def test_a_picture_depends_on_its_own_seed_and_not_on_the_batch(house, tmp_path)
     assert not np.array_equal(alone[0], alone[2])
 
 
-def test_a_student_of_part_of_the_noise_levels_is_warned_of(house, tmp_path, capsys):
-    student = train_student(tmp_path / "part", house / "two", "--sigma_range", "0.5", "1")
-    draw(student, tmp_path / "out", "--num_inference_steps", "1")
-    assert "trained at sigma 0.5 to 1 only" in capsys.readouterr().out
-
-
 def test_lite_student_of_the_mock_draws_with_a_vae_given(house, tmp_path):
     lite = {"block": "lite", "ffn_dim": 48, "patch_size": 1, "freq_dim": 12}
     student = train_student(tmp_path / "lite", Path("mock"), **lite)
@@ -184,17 +173,6 @@ def test_lite_student_of_the_mock_draws_with_a_vae_given(house, tmp_path):
 
 
 # ---- what is there, and sizes ----
-
-
-def test_pictures_of_another_seed_or_size_stand_beside_the_first(house, tmp_path):
-    student, flags = house / "of_one" / "student", ["--num_inference_steps", "1"]
-    draw(student, tmp_path, *flags)
-    before = snapshot(tmp_path)
-    draw(student, tmp_path, *flags, "--seed", "7")
-    draw(student, tmp_path, *flags, "--width", "48")
-    after = snapshot(tmp_path)
-    names = {"grid_seed0_32x32.png", "grid_seed7_32x32.png", "grid_seed0_48x32.png", "000_a-red-circle_seed7_32x32.png"}
-    assert before.items() <= after.items() and names <= set(after) and len(after) == 9
 
 
 def test_nothing_is_replaced_without_overwrite(house, tmp_path, capsys):

@@ -126,24 +126,3 @@ def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were():
     assert all(torch.equal(weights[name], weight) for name, weight in student.state_dict().items())
     assert all(p.requires_grad and (p.grad == 0.5).all() for p in student.parameters())
     assert torch.equal(torch.get_rng_state(), random_state)
-
-
-def test_the_student_trains_on_after_it_was_measured_also_at_the_kept_states():
-    student = other_student().train()
-    states = draw_path_states(mock_teacher(), EMBEDS, SHAPE, OPTIONS)
-    PathErrors(states, EMBEDS, OPTIONS)(student)
-    timestep = 1000 * states.sigma[1].expand(3)
-    velocity = student(states.latents[1, :3], timestep, *EMBEDS.batch(range(3)))
-    (velocity - states.velocity[1, :3]).square().mean().backward()
-    assert float(student.proj_out.weight.grad.norm()) > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_answer_in_the_compute_dtype(dtype):
-    teacher, student = mock_teacher(), other_student()
-    seen: dict[str, set[torch.dtype]] = {"teacher": set(), "student": set()}
-    for side, model in (("student", student), ("teacher", teacher.experts["high"])):
-        model.blocks[0].ffn.net[2].register_forward_hook(lambda *call, side=side: seen[side].add(call[2].dtype))
-    error = path_errors(teacher, student, replace(OPTIONS, compute_dtype=dtype))
-    assert seen == {"teacher": {dtype}, "student": {dtype}}
-    assert error == pytest.approx(path_errors(mock_teacher(), other_student()), rel=0.05)

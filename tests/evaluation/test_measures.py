@@ -66,16 +66,8 @@ def test_endpoint_error_is_0_for_equal_1_for_flat_colour_and_linear_between():
 
 
 def test_psnr_of_a_constant_offset_and_of_equal_pictures():
-    assert measures.psnr(grey(110), grey(100)) == pytest.approx([20 * math.log10(255 / 10)])
-    assert measures.psnr(grey(7), grey(7)) == [measures.IDENTICAL_PSNR_DB]
-
-
-def test_ssim_of_flat_pictures_is_its_luminance_term():
-    """Wang et al. 2004, equation 6, with C1 = (0.01 L)^2: all other terms are 1 where nothing varies."""
-    c1 = (0.01 * 255) ** 2
-    expected = (2 * 60 * 180 + c1) / (60**2 + 180**2 + c1)
-    assert measures.ssim(grey(60), grey(180)) == pytest.approx([expected])
-    assert measures.ssim(stripes(0.25, 100), stripes(0.25, 100)) == pytest.approx([1.0])
+    assert measures.psnr(grey(110), grey(100)) == pytest.approx(20 * math.log10(255 / 10))
+    assert measures.psnr(grey(7), grey(7)) == measures.IDENTICAL_PSNR_DB
 
 
 def test_high_frequency_energy_is_that_of_the_fine_wave_alone():
@@ -85,30 +77,9 @@ def test_high_frequency_energy_is_that_of_the_fine_wave_alone():
     assert measures.high_frequency_energy(grey(200)) == pytest.approx(0, abs=1e-9)
 
 
-def test_blur_lowers_high_frequency_energy():
-    sharp = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
-    blurred = ((sharp.astype(int) + np.roll(sharp, 1, 1) + np.roll(sharp, 1, 2)) / 3).astype(np.uint8)
-    assert measures.high_frequency_energy(blurred) < 0.4 * measures.high_frequency_energy(sharp)
-
-
 def test_accuracy_counts_every_fact():
     verdicts = [{"dark": value < 150, "correct": False} for value in (0, 100, 200)]
     assert accuracy(verdicts) == {"dark": pytest.approx(2 / 3), "correct": 0.0}
-
-
-@pytest.mark.parametrize("size", [(64, 64), (7, 24)])
-def test_psnr_and_ssim_are_those_of_skimage(size):
-    metrics = pytest.importorskip("skimage.metrics")
-    generator = np.random.default_rng(0)
-    reference = generator.integers(0, 256, (3, *size, 3), dtype=np.uint8)
-    noise = generator.normal(0, [[[[5]]], [[[40]]], [[[0]]]], reference.shape)
-    pictures = (reference + noise).clip(0, 255).astype(np.uint8)
-    for picture, other, psnr, ssim in zip(
-        pictures, reference, measures.psnr(pictures, reference), measures.ssim(pictures, reference), strict=True
-    ):
-        assert ssim == pytest.approx(metrics.structural_similarity(other, picture, channel_axis=2, data_range=255))
-        equal = np.array_equal(picture, other)
-        assert psnr == pytest.approx(100 if equal else metrics.peak_signal_noise_ratio(other, picture, data_range=255))
 
 
 @pytest.mark.parametrize("block", ["wan", "lite"])
@@ -123,12 +94,6 @@ def test_flops_of_a_picture_are_those_that_torch_counts(tmp_path, block):
     assert step_flops(field, (8, 8), 3) == pytest.approx(counted, rel=0.01)
 
 
-def test_timed_calls_take_turns_and_the_first_turn_warms_up():
-    order: list[str] = []
-    seconds = measures.median_seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", 2)
-    assert order == ["a", "b"] * 3 and seconds.keys() == {"a", "b"} and min(seconds.values()) > 0
-
-
 # ---- what the prompt decides and what the noise decides ----
 
 PROMPTS, NOISES, SHAPE = 400, 3, (4, 6, 6)
@@ -140,7 +105,8 @@ def drawn(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def parts_of(student: torch.Tensor, teacher: torch.Tensor) -> dict[str, float]:
-    return measures.noise_parts(student, teacher, measures.spread(teacher.flatten(0, 1)))
+    student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
+    return measures.noise_parts(student, teacher, len(student) // PROMPTS, measures.spread(teacher))
 
 
 def test_a_share_of_the_teachers_part_and_noise_of_its_own_give_the_known_numbers():
@@ -179,6 +145,6 @@ def test_a_picture_of_the_mean_alone_errs_by_the_teachers_whole_noise_part_and_e
     equal = parts_of(mean + noise, mean + noise)
     assert equal["mean_error"] == equal["noise_error"] == 0
     assert equal["norm_ratio"] == equal["cosine"] == equal["gain"] == pytest.approx(1)
-    assert set(measures.noise_parts(noise[:, :1], noise[:, :1], 1.0).values()) == {None}, (
+    assert set(measures.noise_parts(noise[:, 0], noise[:, 0], 1, 1.0).values()) == {None}, (
         "of one noise nothing is known"
     )

@@ -1,6 +1,5 @@
 """One comparison of a student with its teacher: both draw from the same noise, and what they drew is measured."""
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -63,11 +62,6 @@ class Experiment:
     scorers: Sequence[Scorer]
     num_seeds: int
     batch_size: int
-
-    @property
-    def can_compare_velocities(self) -> bool:
-        """A student of few steps answers with the average velocity of a whole step, which is not the teacher's answer."""
-        return self.student_options.sampler == self.teacher_options.sampler
 
     def summary(self) -> str:
         """Return one line for the screen."""
@@ -158,31 +152,28 @@ class ComparedTeacher:
 
 def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
     """Return all measures but the cost as JSON values, what the teacher drew and what the student drew."""
-    compared = ComparedTeacher(experiment.teacher, experiment.student)
-    if experiment.can_compare_velocities:
-        teacher = experiment.draw("teacher and student's velocity", compared, experiment.teacher_options)
-    else:
-        teacher = experiment.draw("teacher", experiment.teacher, experiment.teacher_options)
+    # A student of few steps answers with the average velocity of a whole step, which is not the teacher's answer:
+    has_velocity = experiment.student_options.sampler == experiment.teacher_options.sampler
+    asked = ComparedTeacher(experiment.teacher, experiment.student) if has_velocity else experiment.teacher
+    teacher = experiment.draw("teacher", asked, experiment.teacher_options)
     student = experiment.draw("student", experiment.student, experiment.student_options)
-    sharpness = {
-        name: measures.high_frequency_energy(one.pictures) for name, one in (("student", student), ("teacher", teacher))
-    }
+    unit = measures.spread(teacher.latents)
+    noise = measures.noise_parts(student.latents, teacher.latents, experiment.num_seeds, unit)
+    sharpness = [measures.high_frequency_energy(drawn.pictures) for drawn in (student, teacher)]
     results = {
         "endpoint": {
             "latent_relative_error": measures.endpoint_error(student.latents, teacher.latents),
-            "psnr_db": statistics.fmean(measures.psnr(student.pictures, teacher.pictures)),
-            "ssim": statistics.fmean(measures.ssim(student.pictures, teacher.pictures)),
+            "psnr_db": measures.psnr(student.pictures, teacher.pictures),
         },
-        "noise": compare_noise(student.latents, teacher.latents, experiment.num_seeds),
-        "high_frequency_energy": sharpness | {"ratio": measures.ratio(sharpness["student"], sharpness["teacher"])},
+        "noise": {"num_noises": experiment.num_seeds, **noise, "meaning": NOISE_MEANING},
+        "high_frequency_energy": compared(*sharpness),
     }
     if student.verdicts and teacher.verdicts:
-        of_student, of_teacher = accuracy(student.verdicts), accuracy(teacher.verdicts)
-        right = measures.ratio(of_student["correct"], of_teacher["correct"])
-        results["accuracy"] = {"student": of_student, "teacher": of_teacher, "ratio": right}
-        results["accuracy"]["num_pictures"] = len(student.verdicts)
-    if experiment.can_compare_velocities:
-        results["velocity_error"] = compared.results()
+        facts = {"student": accuracy(student.verdicts), "teacher": accuracy(teacher.verdicts)}
+        ratio = measures.ratio(student.right, teacher.right)
+        results["accuracy"] = {**facts, "ratio": ratio, "num_pictures": len(student.verdicts)}
+    if isinstance(asked, ComparedTeacher):
+        results["velocity_error"] = asked.results()
     if experiment.scorers:
         prompts, options = experiment.prompts[:: experiment.num_seeds], experiment.teacher_options
         pictures = {"student": student.pictures, "teacher": teacher.pictures}
@@ -190,17 +181,10 @@ def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
     return results, teacher, student
 
 
-def compare_noise(student: Tensor, teacher: Tensor, num_seeds: int) -> dict:
-    """Return how latents agree in what the prompt decides and in what the noise decides; of one seed nothing is known."""
-    by_prompt = [latents.unflatten(0, (-1, num_seeds)) for latents in (student, teacher)]
-    parts = measures.noise_parts(*by_prompt, measures.spread(teacher))
-    return {"num_noises": num_seeds, **parts, "meaning": NOISE_MEANING}
-
-
 # ---- cost ----
 
 
-def measure_cost(experiment: Experiment) -> dict:
+def measure_cost(experiment: Experiment) -> dict[str, dict]:
     """Return parameters, and seconds and FLOPs of one sampling step, for a single picture; guidance takes two passes."""
     options = experiment.teacher_options
     latents, sigma = experiment.noise[:1].to(options.device), torch.ones(1)
@@ -210,17 +194,19 @@ def measure_cost(experiment: Experiment) -> dict:
         name: partial(autocast(field.velocity, options.device, options.compute_dtype), latents, sigma, *text)
         for name, field in fields.items()
     }
-    rows: dict[str, dict[str, float]] = {
-        "parameters": {
-            name: sum(count_parameters(expert.config).total for expert in field.experts.values())
-            for name, field in fields.items()
-        },
-        "step_seconds": measures.median_seconds(asked, options.device),
-        "step_flops": {
-            name: step_flops(field, tuple(latents.shape[2:]), experiment.num_tokens) for name, field in fields.items()
-        },
+    parameters = {
+        name: sum(count_parameters(expert.config).total for expert in field.experts.values())
+        for name, field in fields.items()
     }
-    return {name: row | {"ratio": row["student"] / row["teacher"]} for name, row in rows.items()}
+    height, width = latents.shape[2:]
+    flops = {name: step_flops(field, (height, width), experiment.num_tokens) for name, field in fields.items()}
+    seconds = measures.median_seconds(asked, options.device)
+    rows = {"parameters": parameters, "step_seconds": seconds, "step_flops": flops}
+    return {name: compared(**row) for name, row in rows.items()}
+
+
+def compared(student: float, teacher: float) -> dict[str, float | None]:
+    return {"student": student, "teacher": teacher, "ratio": measures.ratio(student, teacher)}
 
 
 def step_flops(field: Teacher, latent_size: tuple[int, int], num_tokens: int, sigma: float = 1.0) -> int:
@@ -247,17 +233,14 @@ class PromptMeasures:
     Attributes:
         latent_distance: how far the student's latents are from the teacher's, in the unit of `measures.endpoint_error`, whose
             square is the mean of these squares.
-        psnr_db, ssim: means over the pictures.
+        psnr_db: mean over the pictures.
         sharpness: high-frequency energy of the student's pictures, as a share of the teacher's.
-        gain: the share of the teacher's noise part that the student draws.
         right_student, right_teacher: share of the pictures that the judge holds for right.
     """
 
     latent_distance: float | None
     psnr_db: float
-    ssim: float
     sharpness: float | None
-    gain: float | None
     right_student: float | None
     right_teacher: float | None
 
@@ -272,10 +255,8 @@ def measure_prompts(student: Drawn, teacher: Drawn, num_seeds: int) -> list[Prom
 def _measure_prompt(student: Drawn, teacher: Drawn, unit: float) -> PromptMeasures:
     return PromptMeasures(
         latent_distance=measures.endpoint_error(student.latents, teacher.latents, unit) if unit else None,
-        psnr_db=statistics.fmean(measures.psnr(student.pictures, teacher.pictures)),
-        ssim=statistics.fmean(measures.ssim(student.pictures, teacher.pictures)),
+        psnr_db=measures.psnr(student.pictures, teacher.pictures),
         sharpness=measures.ratio(*(measures.high_frequency_energy(drawn.pictures) for drawn in (student, teacher))),
-        gain=measures.noise_parts(student.latents[None], teacher.latents[None], unit)["gain"],
         right_student=student.right,
         right_teacher=teacher.right,
     )

@@ -100,8 +100,7 @@ class Rows:
     def row(self, who: str, options: SamplingOptions, latents: Tensor) -> dict:
         """Return how near latents are that were drawn in some way, and what that costs."""
         own, steps = self.experiment, options.num_inference_steps
-        by_prompt = [drawn.unflatten(0, (-1, own.num_seeds)) for drawn in (latents, self.full)]
-        noise = measures.noise_parts(*by_prompt, self.unit)
+        noise = measures.noise_parts(latents, self.full, own.num_seeds, self.unit)
         return {
             "who": who,
             "steps": steps,

@@ -1,6 +1,5 @@
 """How close a student is to its teacher: pure functions of velocities, latents (B, C, H, W) and pictures (B, H, W, 3) uint8."""
 
-import itertools
 import math
 import statistics
 import time
@@ -8,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wandistiller.device import wait_for
 
@@ -29,8 +28,8 @@ def sample_plan(num_prompts: int, num_seeds: int, seed: int) -> tuple[list[int],
 
     Prompts 2k and 2k + 1 share their noises; other pairs have noises of their own, so that no single noise decides a result.
     """
-    pairs = list(itertools.product(range(num_prompts), range(num_seeds)))
-    return [prompt for prompt, _ in pairs], [seed + prompt // 2 * num_seeds + number for prompt, number in pairs]
+    prompts = [prompt for prompt in range(num_prompts) for _ in range(num_seeds)]
+    return prompts, [seed + prompt // 2 * num_seeds + sample % num_seeds for sample, prompt in enumerate(prompts)]
 
 
 # ---- velocity ----
@@ -42,17 +41,13 @@ def relative_errors(actual: Tensor, expected: Tensor) -> Tensor:
     return (actual.double().flatten(1) - expected).norm(dim=1) / expected.norm(dim=1)
 
 
-def bucket_means(sigmas: Tensor, values: Tensor, num_buckets: int = NUM_BUCKETS) -> list[dict]:
-    """Return the mean of `values` (M,) in equal buckets of sigma in [0, 1].
-
-    The last bucket includes sigma 1, and the mean of an empty bucket is None.
-    """
-    buckets = (sigmas * num_buckets).long().clamp(0, num_buckets - 1)
+def bucket_means(sigmas: Tensor, values: Tensor) -> list[dict]:
+    """Return the mean of `values` (M,) in equal buckets of sigma in [0, 1]; that of an empty bucket is None, sigma 1 is in the last."""
+    buckets = (sigmas * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)
     rows = []
-    for bucket in range(num_buckets):
-        inside = values[buckets == bucket]
+    for bucket in range(NUM_BUCKETS):
+        inside, limits = values[buckets == bucket], [bucket / NUM_BUCKETS, (bucket + 1) / NUM_BUCKETS]
         mean = float(inside.mean()) if len(inside) else None
-        limits = [round(bucket / num_buckets, 6), round((bucket + 1) / num_buckets, 6)]
         rows.append({"sigma": limits, "mean": mean, "count": len(inside)})
     return rows
 
@@ -75,7 +70,7 @@ def endpoint_error(latents: Tensor, reference: Tensor, unit: float | None = None
     return distance / (spread(reference) if unit is None else unit)
 
 
-def noise_parts(student: Tensor, teacher: Tensor, unit: float) -> dict[str, float | None]:
+def noise_parts(student: Tensor, teacher: Tensor, num_noises: int, unit: float) -> dict[str, float | None]:
     """Split what a student keeps of its teacher into what the prompt decides and what the noise decides.
 
     The mean of a prompt's K samples is the prompt's part, and what each sample differs from it is the noise part. A student that
@@ -86,7 +81,7 @@ def noise_parts(student: Tensor, teacher: Tensor, unit: float) -> dict[str, floa
     that comes out below zero counts as zero.
 
     Args:
-        student, teacher: latents (prompts, noises, C, H, W) that both drew from the same noises.
+        student, teacher: latents (samples, C, H, W) that both drew from the same noises; the samples of a prompt follow one another.
         unit: of the errors, the teacher's `spread`.
 
     Returns:
@@ -98,10 +93,9 @@ def noise_parts(student: Tensor, teacher: Tensor, unit: float) -> dict[str, floa
         cosine: between the two noise parts, over all samples together.
         gain: the student's noise part projected onto the teacher's, as a share of the latter: norm_ratio times cosine.
     """
-    num_prompts, num_noises = student.shape[:2]
     if num_noises < 2 or unit == 0:
         return dict.fromkeys(NOISE_PARTS)
-    student, teacher = student.double().flatten(2), teacher.double().flatten(2)
+    student, teacher = (part.double().flatten(1).unflatten(0, (-1, num_noises)) for part in (student, teacher))
     of_student, of_teacher = (part - part.mean(dim=1, keepdim=True) for part in (student, teacher))
     unbiased = num_noises / (num_noises - 1)
     own, theirs, cross = (
@@ -110,7 +104,7 @@ def noise_parts(student: Tensor, teacher: Tensor, unit: float) -> dict[str, floa
     )
     noise_error = max(0.0, own + theirs - 2 * cross)
     mean_error = max(0.0, float((student - teacher).square().sum()) - noise_error)
-    scale = math.sqrt(num_prompts * num_noises) * unit
+    scale = math.sqrt(len(student) * num_noises) * unit
     has_direction = min(own, theirs) > ROUNDING * max(own, theirs)
     return {
         "mean_error": math.sqrt(mean_error) / scale,
@@ -125,29 +119,10 @@ def noise_parts(student: Tensor, teacher: Tensor, unit: float) -> dict[str, floa
 # ---- pictures ----
 
 
-def psnr(pictures: np.ndarray, reference: np.ndarray) -> list[float]:
-    """Return the peak signal-to-noise ratio in dB of each picture; equal ones count as IDENTICAL_PSNR_DB."""
+def psnr(pictures: np.ndarray, reference: np.ndarray) -> float:
+    """Return the mean peak signal-to-noise ratio of pictures in dB; equal ones count as IDENTICAL_PSNR_DB."""
     errors = [float(np.square(a.astype(np.float64) - b).mean()) for a, b in zip(pictures, reference, strict=True)]
-    return [10 * math.log10(255**2 / error) if error else IDENTICAL_PSNR_DB for error in errors]
-
-
-def ssim(pictures: np.ndarray, reference: np.ndarray) -> list[float]:
-    """Return the structural similarity of each picture over RGB (Wang et al. 2004), in 7 x 7 windows as skimage's default."""
-    return [_ssim(a, b) for a, b in zip(pictures, reference, strict=True)]
-
-
-def _ssim(picture: np.ndarray, reference: np.ndarray) -> float:
-    x, y = (torch.from_numpy(p).double().permute(2, 0, 1) for p in (picture, reference))  # (3, H, W)
-
-    def mean(values: Tensor) -> Tensor:
-        return nn.functional.avg_pool2d(values, 7, stride=1)
-
-    unbiased = 49 / 48
-    var_x, var_y = (unbiased * (mean(p * p) - mean(p) ** 2) for p in (x, y))
-    covariance = unbiased * (mean(x * y) - mean(x) * mean(y))
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    luminance = (2 * mean(x) * mean(y) + c1) / (mean(x) ** 2 + mean(y) ** 2 + c1)
-    return float((luminance * (2 * covariance + c2) / (var_x + var_y + c2)).mean())
+    return statistics.fmean(10 * math.log10(255**2 / error) if error else IDENTICAL_PSNR_DB for error in errors)
 
 
 def high_frequency_energy(pictures: np.ndarray, cutoff: float = HIGH_FREQUENCY) -> float:

@@ -42,10 +42,8 @@ DIFFERENCE_FACTOR = 3
 RANKINGS = {
     "latent_distance": "distance of latents",
     "right_student": "drawn right",
-    "ssim": "SSIM",
     "psnr_db": "PSNR, dB",
     "sharpness": "sharpness, student / teacher",
-    "gain": "gain of what the noise decides",
 }
 WORST_LOW = RANKINGS.keys() - {"latent_distance"}
 

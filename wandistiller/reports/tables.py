@@ -76,7 +76,6 @@ def _distances(results: dict) -> Iterator[Row]:
     endpoint = results["endpoint"]
     yield _row("distance to the teacher's latents, relative", endpoint["latent_relative_error"])
     yield _row("PSNR, dB", endpoint["psnr_db"])
-    yield _row("SSIM", endpoint["ssim"])
 
 
 def _noise(noise: dict) -> Iterator[Row]:

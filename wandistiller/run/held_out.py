@@ -37,7 +37,8 @@ def build_measure(settings: Settings, embeds: Embeds, teacher: Teacher | None) -
     if not kept.any():
         return None
     states = PathStates(*(value[kept] for value in vars(states).values()))
-    return PathErrors(states, embeds.held_out, settings.teacher_sampling, batch_size(settings))
+    # As many states at a time as are trained on, so that measuring takes no more memory:
+    return PathErrors(states, embeds.held_out, settings.teacher_sampling, min(NUM_PATHS, settings.batch_size))
 
 
 def held_out_states(settings: Settings, embeds: Embeds, teacher: Teacher | None) -> PathStates | None:
@@ -51,16 +52,14 @@ def held_out_states(settings: Settings, embeds: Embeds, teacher: Teacher | None)
     print(f"Held-out states: {NUM_PATHS} paths of the teacher, {settings.held_out_steps} steps{own}", flush=True)
     options = replace(settings.teacher_sampling, num_inference_steps=settings.held_out_steps)
     segment_steps = settings.held_out_steps // settings.student_steps if settings.student_steps else None
-    shape, at_once = settings.latent_shapes[0], batch_size(settings)
+    shape, at_once = settings.latent_shapes[0], min(NUM_PATHS, settings.batch_size)
     states = draw_path_states(teacher, embeds.held_out, shape, options, segment_steps, at_once)
     if settings.teacher_cache is not None and settings.processes.is_first:
-        keep_states(states_file(settings), states)
+        try:
+            write_tensors(states_file(settings), vars(states))
+        except OSError as error:
+            print(f"Warning: held-out states cannot be kept ({error}); a run without a teacher will not measure")
     return states
-
-
-def batch_size(settings: Settings) -> int:
-    """Return how many states are asked at a time, so that measuring takes no more memory than training."""
-    return min(NUM_PATHS, settings.batch_size)
 
 
 def states_file(settings: Settings) -> Path:
@@ -84,11 +83,3 @@ def read_states(settings: Settings) -> PathStates | None:
         return PathStates(**read_tensors(states_file(settings)))
     except (DamagedFileError, TypeError):
         return None
-
-
-def keep_states(file: Path, states: PathStates) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(file, vars(states))
-    except OSError as error:
-        print(f"Warning: {file}: cannot be written ({error.strerror}); a run without a teacher will not measure")

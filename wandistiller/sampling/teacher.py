@@ -159,14 +159,6 @@ class Teacher:
         return self.experts[name]
 
 
-def queued_copy(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of host memory to the device; from pinned memory the copy is queued there, and the host does not wait.
-
-    `device.to_device` would ask again of every tensor whether it is pinned, which `OffloadedExperts` knows.
-    """
-    return tensor.to(device, non_blocking=True)
-
-
 class OffloadedExperts:
     """Brings the weights of one expert at a time to the device; the experts are changed in place.
 
@@ -198,5 +190,5 @@ class OffloadedExperts:
             for tensor, host in zip(self._tensors[self.on_device], self._host[self.on_device], strict=True):
                 tensor.data = host
         for tensor, host in zip(self._tensors[name], self._host[name], strict=True):
-            tensor.data = queued_copy(host, self.device)
+            tensor.data = host.to(self.device, non_blocking=True)  # a queued copy, from pinned memory
         self.on_device = name

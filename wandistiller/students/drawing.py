@@ -78,18 +78,6 @@ def embed_with_negative(
     return embeds.first(len(prompts)), embeds.read(len(prompts)) if negative_prompts else None
 
 
-def check_size(name: str, pixels: int, config: StudentConfig, patch_size: int) -> None:
-    """Refuse a height or width that does not fill whole patches behind the VAE; the error begins with `name`."""
-    unit = config.vae_scale_factor * patch_size
-    if pixels % unit or pixels < unit:
-        lower, upper = pixels // unit * unit, (pixels // unit + 1) * unit
-        choices = f"{lower} or {upper}" if lower else f"{upper}"
-        raise UserError(
-            f"{name} {pixels} is not a multiple of {unit} (VAE factor {config.vae_scale_factor} x patch size "
-            f"{patch_size}); use {choices}"
-        )
-
-
 def check_picture_size(
     size: tuple[int, int], config: StudentConfig, patch_size: int, names: tuple[str, str] = ("--height", "--width")
 ) -> None:
@@ -98,8 +86,15 @@ def check_picture_size(
     Args:
         names: what errors call the height and the width.
     """
+    unit = config.vae_scale_factor * patch_size
     for name, pixels in zip(names, size, strict=True):
-        check_size(name, pixels, config, patch_size)
+        if pixels % unit or pixels < unit:
+            lower, upper = pixels // unit * unit, (pixels // unit + 1) * unit
+            choices = f"{lower} or {upper}" if lower else f"{upper}"
+            raise UserError(
+                f"{name} {pixels} is not a multiple of {unit} (VAE factor {config.vae_scale_factor} x patch size {patch_size}); "
+                f"use {choices}"
+            )
     sizes = trained_sizes(config)
     most = max(MAX_PIXELS, 4 * max(own.pixels for own in sizes))
     if math.prod(size) > most:
