@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from wandistiller.errors import UserError, shown
-from wandistiller.files.checked_json import TeacherFileError
+from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, setting
 from wandistiller.files.gguf_files import require_architecture
 from wandistiller.files.weights import Weight, admit, all_tensors, is_gguf
 from wandistiller.wan.names import other_part, own_names, renamed
@@ -124,14 +124,15 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], config: dict, where: Path) -> 
     shape: dict = dict(zip(_SHAPE_KEYS, sizes, strict=True))
     if min(sizes) < 1 or inner % num_heads:
         raise TeacherFileError(f"{where}: an attention of width {inner} does not divide into {num_heads} heads")
-    # These three are those of every Wan's encoder, which no tensor tells.
-    shape |= {"relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu"}
-    for key, value in {"model_type": "umt5", **shape}.items():
+    for key, value in {"model_type": "umt5", "feed_forward_proj": "gated-gelu", **shape}.items():
         if (given := config.get(key, value)) != value:
             raise TeacherFileError(
                 f"{where / 'config.json'}: {key}={shown(given)}; Wan's text encoder beside it has {key}={value!r}"
             )
-    return shape
+    # No tensor tells these two.
+    distance = setting(config, "relative_attention_max_distance", WHOLE, where / "config.json")
+    eps = setting(config, "layer_norm_epsilon", POSITIVE, where / "config.json")
+    return shape | {"relative_attention_max_distance": distance or 128, "layer_norm_epsilon": eps or 1e-6}
 
 
 def _expected(shape: dict) -> dict[str, tuple[int, ...]]:
