@@ -19,7 +19,6 @@ LOOKED_AT_ROWS, LOOKED_AT_LETTERS = 1000, 2**22  # of a file of JSON, whose keys
 # Of a column of Parquet: captions pack to a third or a tenth; what unpacks to far more was made to fill the memory.
 MOST_VALUES, MOST_UNPACKED, UNPACKED_BYTES = 100_000_000, 100, 8 * 2**20
 SHOWN_COLUMNS, SHOWN_LETTERS = 12, 24  # of a table, in a message
-LONGEST_NAME = 3  # words; a first line of more is a caption, not the name of a column
 
 
 class WrongRow(NamedTuple):
@@ -29,10 +28,9 @@ class WrongRow(NamedTuple):
 
 
 class Table(NamedTuple):
-    """An open table: its columns, those of them that hold text, and what a column of it holds, row by row."""
+    """An open table: its columns, and what a column of it holds, row by row."""
 
     columns: list[str]
-    texts: list[str]
     rows_of: Callable[[str], Iterator[object]]
 
 
@@ -40,62 +38,37 @@ def table_rows(file: CaptionFile, asked: str | None = None) -> Iterator[object]:
     """Yield what the column of captions holds in each row of a table, whatever it is.
 
     Args:
-        asked: the column that holds the captions. None takes the one with a caption's name, or the only one of text.
+        asked: the column that holds the captions. None takes the one with a caption's name, never another: that may hold the names of
+            pictures.
 
     Raises:
         UserError: the file cannot be read, or no column is the one.
     """
     table = TABLES[file.kind](file.path)
-    # Of JSON that is a list of texts nothing has a name.
-    name = _choose_column(file.path, table, asked) if table.columns or file.kind not in (JSON, JSON_LINES) else ""
-    rows = table.rows_of(name)
-    if name and asked is None and not _is_usual(name):
-        first = list(itertools.islice(rows, LOOKED_AT_ROWS))
-        words = [row for row in first if isinstance(row, str)]
-        if words and all(word.isascii() and len(word.split()) < 2 for word in words):
-            raise UserError(
-                f"{file.path}: column {name!r} holds single words such as {words[0][:SHOWN_LETTERS]!r}, and no column has the "
-                f"name of captions; give --caption_column {name} to take it as it is"
-            )
-        rows = itertools.chain(first, rows)
-    return rows
-
-
-def _choose_column(path: Path, table: Table, asked: str | None) -> str:
-    """Return the column of the captions: the one that is asked for, else the one with a usual name, else the only one of text.
-
-    The name decides before the values: a column called caption is the one whatever its first rows hold.
-
-    Raises:
-        UserError: there is no such column, or more than one could be it.
-    """
+    if not table.columns and file.kind in (JSON, JSON_LINES):  # a list of texts, in which nothing has a name
+        return table.rows_of("")
+    names = _usual(table.columns)
     if asked is not None:
-        known = {name.strip().lower(): name for name in reversed(table.columns)}
-        name = asked if asked in table.columns else known.get(asked.strip().lower())
-        if name is None:
-            raise UserError(f"{path}: --caption_column {asked!r} is no column of it; {_listed(table.columns)}")
-        return name
-    found = [name for name in table.columns if _is_usual(name)] or table.texts
-    if not found:
-        raise UserError(f"{path}: no column of it holds text; {_listed(table.columns)}")
-    if len(found) > 1:
-        raise UserError(
-            f"{path}: give --caption_column the name of the column with the captions; {_listed(table.columns)}"
-        )
-    if not _is_usual(found[0]) and len(found[0].split()) > LONGEST_NAME:
-        raise UserError(
-            f"{path}: its first line must name the column, and is {found[0][:60]!r}; write caption above it, or name the file .txt"
-        )
-    return found[0]
+        alike = [name for name in table.columns if name.strip().lower() == asked.strip().lower()]
+        names = [asked] if asked in alike else alike[:1]
+    if len(names) == 1:
+        return table.rows_of(names[0])
+    has = _listed(table.columns)
+    if asked is not None:
+        raise UserError(f"{file.path}: --caption_column {asked!r} is no column of it; {has}")
+    if names:
+        raise UserError(f"{file.path}: give --caption_column the name of the column with the captions; {has}")
+    raise UserError(
+        f"{file.path}: no column of it is called {', '.join(USUAL_COLUMNS[::2])}; give --caption_column the name of the column "
+        f"with the captions, or write it into the first line; {has}"
+    )
 
 
-def _is_usual(name: str) -> bool:
-    return name.strip().lower() in USUAL_COLUMNS
+def _usual(columns: Sequence[str]) -> list[str]:
+    return [name for name in columns if name.strip().lower() in USUAL_COLUMNS]
 
 
 def _listed(columns: Sequence[str]) -> str:
-    if not columns:
-        return "it has none of text"
     shown = ", ".join(repr(name[:SHOWN_LETTERS]) for name in columns[:SHOWN_COLUMNS])
     return f"it has {shown}{' and others' if len(columns) > SHOWN_COLUMNS else ''}"
 
@@ -128,7 +101,7 @@ def _csv_table(path: Path, usual: str = ",") -> Table:
                 else:
                     yield WrongRow("with more or fewer cells than the first line (commas need quotes)")
 
-    return Table(header, header, rows_of)
+    return Table(header, rows_of)
 
 
 def _delimiter_of(header: str, usual: str) -> str:
@@ -138,7 +111,7 @@ def _delimiter_of(header: str, usual: str) -> str:
         return next(csv.reader([header], delimiter=delimiter), [])
 
     try:
-        return max(usual + DELIMITERS, key=lambda each: (any(map(_is_usual, cells(each))), len(cells(each))))
+        return max(usual + DELIMITERS, key=lambda each: (bool(_usual(cells(each))), len(cells(each))))
     except csv.Error:  # told with its line by who reads it next
         return usual
 
@@ -192,17 +165,9 @@ def _of_values(values: Iterator[tuple[int, object]]) -> Table:
         num_letters += letters
         if len(first) >= LOOKED_AT_ROWS or num_letters > LOOKED_AT_LETTERS:
             break
-    objects = [value for value in first if isinstance(value, dict)]
-    columns = list(dict.fromkeys(key for value in objects for key in value))
-    texts = [key for key in columns if any(_holds_text(value.get(key)) for value in objects)]
+    columns = list(dict.fromkeys(key for value in first if isinstance(value, dict) for key in value))
     every = itertools.chain(first, (value for _, value in values))
-    return Table(
-        columns, texts, lambda name: (value.get(name) if isinstance(value, dict) else value for value in every)
-    )
-
-
-def _holds_text(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and any(isinstance(inner, str) for inner in value))
+    return Table(columns, lambda name: (value.get(name) if isinstance(value, dict) else value for value in every))
 
 
 # ---- Parquet ----
@@ -217,18 +182,18 @@ def _parquet_table(path: Path) -> Table:
         require_file(path)
         with parquet.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
-    texts = [field.name for field in schema if _is_text(field.type)]
 
     def rows_of(name: str) -> Iterator[object]:
-        if name not in texts:
-            raise UserError(f"{path}: column {name!r} holds {schema.field(name).type}, no text; {_listed(texts)}")
+        kind = schema.field(schema.names.index(name)).type
+        if not _is_text(kind):
+            raise UserError(f"{path}: column {name!r} holds {kind}, no text; {_listed(schema.names)}")
         # As a dictionary, a caption that repeats is in memory once.
         leaves = _checked_leaves(path, metadata, name)
         with _parquet_refusals(path), parquet.ParquetFile(path, read_dictionary=leaves) as same:
             for batch in same.iter_batches(batch_size=4096, columns=[name]):
                 yield from _texts(batch.column(0))
 
-    return Table(schema.names, texts, rows_of)
+    return Table(schema.names, rows_of)
 
 
 @contextmanager
