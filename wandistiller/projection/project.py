@@ -21,7 +21,6 @@ from wandistiller.processes import fill
 from wandistiller.projection.selection import Selection, check_fits, select
 from wandistiller.projection.selection_record import REPORT_NAME, selection_record
 from wandistiller.wan.layouts import open_teacher
-from wandistiller.wan.names import without_frames
 from wandistiller.wan.transformer_files import WanTransformer
 from wandistiller.wan.wan_files import LoraFiles, WanFiles, merge_loras
 
@@ -247,7 +246,7 @@ def _take(tensor: Tensor, teacher_name: str, selection: Selection) -> Tensor:
         return tensor[kept[0][:, None], kept[1]]  # takes half the time of cutting the rows and then the columns
     for dim, indices in kept.items():
         tensor = tensor.index_select(dim, indices)
-    return without_frames(tensor)
+    return tensor[:, :, 0] if tensor.ndim == 5 else tensor  # the patch kernel's depth is 1
 
 
 @torch.no_grad()

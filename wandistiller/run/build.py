@@ -51,7 +51,7 @@ def embed_prompts(settings: Settings) -> Embeds:
         )
     negative = embeds.read(len(texts) - 1) if negative_prompts else None
     logger.info("prompts encoded, or found in their cache")
-    return Embeds(embeds.first(len(prompts)), embeds.part(len(prompts), len(held_out)), negative)
+    return Embeds(embeds.part(0, len(prompts)), embeds.part(len(prompts), len(held_out)), negative)
 
 
 def _embed(settings: Settings, texts: list[str]) -> PromptEmbeds:

@@ -75,7 +75,7 @@ def embed_with_negative(
     embeds = embed_texts([*prompts, *negative_prompts], encoder, config, prompt_cache, device)
     if embeds.truncated:
         print(f"Warning: {embeds.truncated} prompts are longer than {config.text_max_length} tokens and were cut")
-    return embeds.first(len(prompts)), embeds.read(len(prompts)) if negative_prompts else None
+    return embeds.part(0, len(prompts)), embeds.read(len(prompts)) if negative_prompts else None
 
 
 def check_picture_size(

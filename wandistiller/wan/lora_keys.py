@@ -27,18 +27,18 @@ METHODS = (
     ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
     HADAMARD,
 )
-# What the end of a key says; between the name and ".weight" PEFT has the name of its adapter.
-_ENDS = {
-    "down": re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight$"),
-    "up": re.compile(r"\.(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight$"),
-    "up_bias": re.compile(r"\.lora_B(?:\.\w+)?\.bias$"),
-    "alpha": re.compile(r"\.alpha$"),
-    "magnitude": re.compile(r"\.(?:dora_scale|lora_magnitude_vector(?:\.\w+)?)$"),
-    "diff": re.compile(r"\.(?:diff|w_norm)$"),
-    "diff_b": re.compile(r"\.(?:diff_b|b_norm)$"),
-    "diff_m": re.compile(r"\.diff_m$"),
-    **{name: re.compile(rf"\.{name}$") for method in METHODS[3:] for name in method},
-}
+# The end of a key, which part of a change it is, and of which tensor of the module; before ".weight" PEFT has its adapter's name.
+_ENDS = [
+    (r"\.(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight$", "down", ("weight",)),
+    (r"\.(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight$", "up", ("weight",)),
+    (r"\.lora_B(?:\.\w+)?\.bias$", "up_bias", ("bias",)),
+    (r"\.alpha$", "alpha", ("weight",)),
+    (r"\.(?:dora_scale|lora_magnitude_vector(?:\.\w+)?)$", "magnitude", ("weight",)),
+    (r"\.(?:diff|w_norm)$", "diff", ("weight", "table")),
+    (r"\.(?:diff_b|b_norm)$", "diff", ("bias",)),
+    (r"\.diff_m$", "diff", ("modulation",)),
+    *((rf"\.{part}$", part, ("weight",)) for method in METHODS[3:] for part in method),
+]
 # Other ways to change a matrix, by what only their keys hold
 _OTHER_METHODS = {
     "OFT": ("oft_", "boft_"),
@@ -95,14 +95,16 @@ def _refuse_strange(path: Path, strange: list[str], count: int) -> None:
 
 
 def _modules(names: Iterable[str]) -> Mapping[str, dict[str, str]]:
-    """Return the tensors of each module, as "weight", "bias" and "table", by both spellings of its name with _ for dots."""
+    """Return the tensors of each module, as "weight", "bias" and tables, by both spellings of its name with _ for dots."""
     modules: dict[str, dict[str, str]] = {}
     for name in names:
-        stem, _, kind = name.rpartition(".")
-        if kind not in ("weight", "bias"):
-            stem, kind = name, "table"  # a modulation table is no module, and its own name stands for it
-        for spelling in (stem, to_original(stem)):
-            modules.setdefault(spelling.replace(".", "_"), {})[kind] = name
+        for spelling in (name, to_original(name)):
+            stem, _, kind = spelling.rpartition(".")
+            places = {stem: kind}
+            if kind not in ("weight", "bias"):  # a modulation table is no module, and its own name stands for it too
+                places = {stem: "modulation", spelling: "table"}
+            for place, what in places.items():
+                modules.setdefault(place.replace(".", "_"), {})[what] = name
     return modules
 
 
@@ -117,12 +119,8 @@ def _without_prefix(key: str) -> str:
 def _read_key(key: str, modules: Mapping[str, dict[str, str]]) -> tuple[str, str] | None:
     """Return part and tensor of a key; None where no module has that name, or nothing that could be changed so."""
     bare = _without_prefix(key)
-    for part, pattern in _ENDS.items():
-        if match := pattern.search(bare):
-            tensors = modules.get(
-                bare[: match.start()].replace(".", "_") + ("_modulation" if part == "diff_m" else ""), {}
-            )
-            kinds = {"diff": ("weight", "table"), "diff_m": ("table",), "diff_b": ("bias",), "up_bias": ("bias",)}
-            name = next((tensors[kind] for kind in kinds.get(part, ("weight",)) if kind in tensors), None)
-            return (part.replace("diff_b", "diff").replace("diff_m", "diff"), name) if name else None
+    for pattern, part, kinds in _ENDS:
+        if match := re.search(pattern, bare):
+            tensors = modules.get(bare[: match.start()].replace(".", "_"), {})
+            return next(((part, tensors[kind]) for kind in kinds if kind in tensors), None)
     return None

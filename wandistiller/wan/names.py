@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.files.weights import Stored
 from wandistiller.model.config import StudentConfig
@@ -52,21 +50,18 @@ _OTHER_KINDS = {
 }
 
 # Models of a Wan's shape with trained weights of their own, by what only they hold
-_RELATIVES = [
-    (re.compile(pattern), relative)
-    for pattern, relative in {
-        r"to_gate_compress": "a FastWan with sparse attention (VSA); use its FullAttn variant",
-        r"^fps_(embedding|projection)": "a SkyReels-V2-DF, which is told its frames per second; use SkyReels-V2-T2V",
-        r"attn_op\.|\.proj_l\b": "a TurboWan with sparse linear attention; use the Wan that it was made from",
-        r"delta_embedding": "an AnyFlow, whose steps are told their length; use the Wan that it was made from",
-        r"(^|\.)mot_": "a Video-As-Prompt, which has a second transformer beside Wan's",
-        r"cam_encoder|\.projector\.": "a ReCamMaster, which is told camera paths",
-        r"audio": "a Wan that is told sound",
-        r"_ip\b|ip_adapter": "a Wan with an image adapter",
-        r"lora_|lokr_|hada_": "a LoRA, or a Wan with one beside its weights; give a LoRA as --teacher_lora",
-        r"(quant|zero|scale|qweight|absmax|nf4)": "weights in a quantisation that is not read; get bf16, fp8_scaled or GGUF",
-    }.items()
-]
+_RELATIVES = {
+    r"to_gate_compress": "a FastWan with sparse attention (VSA); use its FullAttn variant",
+    r"^fps_(embedding|projection)": "a SkyReels-V2-DF, which is told its frames per second; use SkyReels-V2-T2V",
+    r"attn_op\.|\.proj_l\b": "a TurboWan with sparse linear attention; use the Wan that it was made from",
+    r"delta_embedding": "an AnyFlow, whose steps are told their length; use the Wan that it was made from",
+    r"(^|\.)mot_": "a Video-As-Prompt, which has a second transformer beside Wan's",
+    r"cam_encoder|\.projector\.": "a ReCamMaster, which is told camera paths",
+    r"audio": "a Wan that is told sound",
+    r"_ip\b|ip_adapter": "a Wan with an image adapter",
+    r"lora_|lokr_|hada_": "a LoRA, or a Wan with one beside its weights; give a LoRA as --teacher_lora",
+    r"quant|zero|scale|qweight|absmax|nf4": "weights in a quantisation that is not read; get bf16, fp8_scaled or GGUF",
+}
 
 
 def own_names(
@@ -124,7 +119,7 @@ def harmless_reason(name: str) -> str | None:
 
 def relative_of_wan(name: str) -> str | None:
     """Return which model of Wan's shape a stranger suggests, and what to use instead."""
-    return next((relative for pattern, relative in _RELATIVES if pattern.search(name)), None)
+    return next((relative for pattern, relative in _RELATIVES.items() if re.search(pattern, name)), None)
 
 
 def to_canonical(name: str) -> str:
@@ -159,11 +154,9 @@ def refuse_other_kind(names: Iterable[str], where: object) -> None:
 
 def other_wan_kind(names: Iterable[str]) -> str | None:
     """Return the other kind of Wan that a name tells, such as "an image-to-video (I2V)"; None for text-to-video."""
-    names = list(names)
-    for kind, pattern in _OTHER_KINDS.items():
-        if any(re.search(pattern, name, re.IGNORECASE) for name in names):
-            return kind
-    return None
+    text = "\n".join(names)
+    flags = re.IGNORECASE | re.MULTILINE
+    return next((kind for kind, pattern in _OTHER_KINDS.items() if re.search(pattern, text, flags)), None)
 
 
 COMFYUI_FOLDERS = ("diffusion_models", "unet", "checkpoints")  # of ComfyUI's models/, for transformers
@@ -197,11 +190,6 @@ def title_of(metadata: Mapping[str, str]) -> str:
     return " ".join(metadata.get(key, "") for key in ("general.name", "modelspec.title", "ss_output_name"))
 
 
-def without_frames(tensor: Tensor) -> Tensor:
-    """Return a Wan's tensor in 2D: the patch kernel loses its depth of 1, any other stays as it is."""
-    return tensor[:, :, 0] if tensor.ndim == 5 else tensor
-
-
 def transformer_settings(config: StudentConfig) -> dict:
     """Return the config.json of a diffusers WanTransformer3DModel with this shape (models/transformers/transformer_wan.py)."""
     return {
@@ -233,17 +221,8 @@ def teacher_record(config: StudentConfig) -> dict:
     record = config.distillation
     if not record:
         return {}
-    kept = (
-        "shift",
-        "negative_prompt",
-        "latents_mean",
-        "latents_std",
-        "vae_scale_factor",
-        "sigma_range",
-        "student_steps",
-        "teacher_sampler",
-        "world",
-    )
+    latents = ("latents_mean", "latents_std", "vae_scale_factor")
+    kept = ("shift", "negative_prompt", *latents, "sigma_range", "student_steps", "teacher_sampler", "world")
     return {
         "guidance_scale": 1.0,
         "num_inference_steps": record.get("student_steps") or record.get("num_inference_steps"),

@@ -29,10 +29,6 @@ class PromptEmbeds:
     def __len__(self) -> int:
         return self.num_prompts
 
-    def first(self, count: int) -> "PromptEmbeds":
-        """Return the first `count` of these prompts, which share their values."""
-        return self.part(0, count)
-
     def part(self, start: int, count: int) -> "PromptEmbeds":
         """Return `count` of these prompts from `start` on, which share their values."""
         return PromptEmbeds(count, self.text_dim, lambda index: self.read(start + index))
