@@ -16,7 +16,6 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.names import COMFYUI_FOLDERS, refuse_other_kind, side_of, teacher_record
 from wandistiller.wan.record_kinds import SAMPLING_KINDS, latents_kinds
-from wandistiller.wan.text_encoder_files import encoder_files
 from wandistiller.wan.transformer_files import LAYOUTS, LOCAL_LAYOUTS, WanTransformer, open_transformer, refuse_settings
 from wandistiller.wan.wan_files import WanFiles, with_latents
 
@@ -57,12 +56,12 @@ def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None =
     location = str(teacher_path)
     path = local_path(teacher_path)
     if path.is_file():
-        wan_files = WanFiles(location, {"high": _open_single_file(path)}, text_encoder_location=_encoder_of(path))
+        wan_files = WanFiles(location, {"high": _open_single_file(path)})
     elif path.is_dir():
         wan_files = _open_folder(path, location)
     elif is_hub_id(location):
         folder = fetch(location, _HUB_FILES, f"a local copy as {LOCAL_LAYOUTS}, or mock")
-        wan_files = replace(_open_folder(folder, location), text_encoder_location=location)
+        wan_files = _open_folder(folder, location)
     else:
         raise TeacherFileError(f"{location}: there is no such file or folder; allowed: {LAYOUTS}")
     if low_noise_path is not None:
@@ -117,7 +116,6 @@ def _open_pipeline_folder(folder: Path, location: str, index_name: str) -> WanFi
         boundary_ratio=setting(index, "boundary_ratio", RATIO, index_path),
         flow_shift=next((shift for shift in shifts if shift is not None), None),
         record=_read_if_there(folder / "teacher_record.json"),
-        text_encoder_location=folder if (folder / "text_encoder").is_dir() else None,
     )
     return wan_files.with_vae_config(folder / "vae") if (folder / "vae" / "config.json").is_file() else wan_files
 
@@ -127,7 +125,7 @@ def _open_original_folder(folder: Path, location: str) -> WanFiles:
         experts = {side: _open_transformer_folder(folder / f"{side}_noise_model") for side in ("high", "low")}
     else:
         experts = {"high": _open_transformer_folder(folder)}
-    return WanFiles(location, experts, text_encoder_location=_encoder_of(folder))
+    return WanFiles(location, experts)
 
 
 def _open_comfyui_folder(folder: Path, location: str) -> WanFiles:
@@ -149,7 +147,7 @@ def _open_comfyui_folder(folder: Path, location: str) -> WanFiles:
             f"{folder}: one Wan text-to-video, or a high-noise and a low-noise expert, were looked for in {', '.join(COMFYUI_FOLDERS)}; "
             f"found: {names}. Give one by its name, and a second expert as --teacher_path_low"
         )
-    return WanFiles(location, experts, text_encoder_location=_encoder_of(folder))
+    return WanFiles(location, experts)
 
 
 def _open_folder(folder: Path, location: str) -> WanFiles:
@@ -164,10 +162,6 @@ def _open_folder(folder: Path, location: str) -> WanFiles:
     if any((folder / name).is_dir() for name in COMFYUI_FOLDERS):
         return _open_comfyui_folder(folder, location)
     return _open_original_folder(folder, location)
-
-
-def _encoder_of(place: Path) -> Path | None:
-    return place if encoder_files(place) else None
 
 
 def _open_single_file(path: Path) -> WanTransformer:

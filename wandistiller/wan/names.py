@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wandistiller.files.checked_json import TeacherFileError
-from wandistiller.files.weights import Stored
+from wandistiller.files.weights import Stored, is_weight_file, stored_tensors
 from wandistiller.model.config import StudentConfig
 
 # What the names of each part of an all-in-one checkpoint begin with (ComfyUI's supported_models.py and its own loaders)
@@ -162,9 +162,20 @@ def other_wan_kind(names: Iterable[str]) -> str | None:
 COMFYUI_FOLDERS = ("diffusion_models", "unet", "checkpoints")  # of ComfyUI's models/, for transformers
 
 
-def parts_folder(path: Path) -> Path:
-    """Return the folder that the other parts of a transformer's file lie in or below: ComfyUI's models/, or its own."""
-    return path.parent.parent if path.parent.name in COMFYUI_FOLDERS else path.parent
+def part_files(place: Path, anchor: str, file_name: str, folders: Iterable[str]) -> list[Path]:
+    """Return the files that hold a part of a Wan: `place` itself, or by their names those in this folder or where its parts lie.
+
+    Args:
+        anchor: a pattern of the name of a tensor that the part has.
+        file_name: a pattern of the names that its files have.
+        folders: of ComfyUI's models/, or of an original release, that they lie in.
+    """
+    if place.is_file():
+        if is_weight_file(place) and any(re.search(rf"(^|\.)({anchor})$", key) for key in stored_tensors(place)):
+            return [place]
+        place = place.parent.parent if place.parent.name in COMFYUI_FOLDERS else place.parent
+    found = {path for folder in folders for path in (place / folder).glob("*") if is_weight_file(path)}
+    return sorted(path for path in found if re.search(file_name, path.name, re.IGNORECASE))
 
 
 # "Low" of low VRAM, low light or low steps is no noise level.

@@ -5,7 +5,6 @@ Nothing here loads a weight or imports transformers.
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +12,8 @@ from pathlib import Path
 from wandistiller.errors import UserError
 from wandistiller.files.checked_json import TeacherFileError, read_json
 from wandistiller.files.hub import fetch, is_hub_id, local_path
-from wandistiller.files.weights import digest_of, is_weight_file, kept_digest, stored_tensors, weight_files
-from wandistiller.wan.names import parts_folder
+from wandistiller.files.weights import digest_of, kept_digest, weight_files
+from wandistiller.wan.names import part_files
 from wandistiller.wan.tokenizer import (
     JSON_NAME,
     SENTENCEPIECE_NAME,
@@ -117,14 +116,8 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
 
 
 def encoder_files(place: Path) -> list[Path]:
-    """Return the files that are a text encoder: `place` itself, or by their names those in this folder or where its parts lie."""
-    if place.is_file():
-        if is_weight_file(place) and any(re.search(rf"(^|\.){ANCHOR}$", name) for name in stored_tensors(place)):
-            return [place]
-        place = parts_folder(place)
-    # ComfyUI keeps text encoders in the two folders, and original releases beside the transformer.
-    found = sorted(path for folder in (".", "text_encoders", "clip") for path in (place / folder).glob("*"))
-    return [path for path in found if is_weight_file(path) and re.search("umt5", path.name, re.IGNORECASE)]
+    """Return the files that are a text encoder: `place` itself, or those in this folder or where its parts lie."""
+    return part_files(place, ANCHOR, "umt5", (".", "text_encoders", "clip"))
 
 
 def _tokenizer_of(weights: Path) -> Path:

@@ -21,8 +21,8 @@ from torch import Tensor
 from wandistiller.errors import UserError
 from wandistiller.files.checked_json import STAGES, WHOLE, TeacherFileError, read_json, setting
 from wandistiller.files.hub import fetch, is_hub_id, local_path
-from wandistiller.files.weights import Stored, admit, all_tensors, is_weight_file, stored_tensors, weight_files
-from wandistiller.wan.names import other_part, own_names, parts_folder, renamed
+from wandistiller.files.weights import Stored, admit, all_tensors, is_weight_file, weight_files
+from wandistiller.wan.names import other_part, own_names, part_files, renamed
 from wandistiller.wan.record_kinds import latents_kinds
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ RELEASED_LATENTS = {
 # fmt: on
 
 
+_HUB_FILES = ["vae/*.json", "vae/*.safetensors", "Wan2.?_VAE.*"]
 ANCHOR = r"decoder\.conv(?:1|_in)\.weight"  # a tensor that it has once, by its original and by diffusers' name
 # The original names (Wan2.1:wan/modules/vae.py, Wan2.2:wan/modules/vae2_2.py) become diffusers', one rule after another.
 _RENAMES: list[tuple[str, Any]] = [
@@ -117,7 +118,10 @@ def find_vae(vae_path: str | None, teacher_path: str, num_channels: int | None =
         return folder / "vae"
     if vae_path and (folder / "config.json").is_file():
         return folder
-    files = _files_of(folder, is_vae=vae_path is not None)
+    if vae_path and folder.is_file():
+        files = [folder] if is_weight_file(folder) else []
+    else:
+        files = part_files(folder, ANCHOR, "wan.*vae", (".", "vae"))
     if len(files) > 1 and num_channels:
         files = [path for path in files if _read_structure(vae_tensors([path], path), path)["z_dim"] == num_channels]
     if len(files) == 1:
@@ -128,21 +132,6 @@ def find_vae(vae_path: str | None, teacher_path: str, num_channels: int | None =
         raise UserError(f"--vae_path {vae_path}: holds no VAE (no config.json there or in vae/); {advice}")
     reason = " beside it (no vae/config.json)" if folder.exists() else ": there is no such folder"
     raise UserError(f"the teacher {teacher_path} has no VAE{'' if teacher_path == 'mock' else reason}; {advice}")
-
-
-_HUB_FILES = ["vae/*.json", "vae/*.safetensors", "Wan2.?_VAE.*"]
-
-
-def _files_of(place: Path, is_vae: bool) -> list[Path]:
-    """Return the files that may be the VAE: the given one, a checkpoint that holds one, or by their names those in a folder."""
-    if place.is_file():
-        if is_weight_file(place) and (
-            is_vae or any(re.search(rf"(^|\.){ANCHOR}$", name) for name in stored_tensors(place))
-        ):
-            return [place]
-        place = parts_folder(place)
-    found = {path for folder in (place, place / "vae") for path in folder.glob("*") if is_weight_file(path)}
-    return sorted(path for path in found if re.search(r"wan.*vae", path.name, re.IGNORECASE))
 
 
 def vae_tensors(files: list[Path], where: object) -> dict[str, Stored]:

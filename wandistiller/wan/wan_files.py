@@ -9,9 +9,10 @@ from typing import Any
 
 from wandistiller.errors import UserError
 from wandistiller.files.checked_json import TeacherFileError
+from wandistiller.files.hub import local_path
 from wandistiller.model.config import StudentConfig
 from wandistiller.wan.lora import Lora, MergedWeight, open_lora
-from wandistiller.wan.text_encoder_files import TEXT_ENCODER_ADVICE, TextEncoderFiles, find_text_encoder
+from wandistiller.wan.text_encoder_files import TEXT_ENCODER_ADVICE, TextEncoderFiles, encoder_files, find_text_encoder
 from wandistiller.wan.transformer_files import WanTransformer
 from wandistiller.wan.vae import read_vae_config
 
@@ -28,7 +29,6 @@ class WanFiles:
         boundary_ratio, flow_shift: values that the pipeline folder records, else None.
         latents_mean, latents_std, vae_scale_factor: values of vae/config.json, else None.
         record: teacher_record.json (the demo teacher's own defaults), or what an exported student says of itself; else empty.
-        text_encoder_location: what `find_text_encoder` takes; None where there is none.
         pipeline: the class that the index of diffusers names, which may be another than WanPipeline.
         loras: those that are merged into the experts.
         encoder: the text encoder that a run's prompts are embedded with; None before one is chosen, and of the mock.
@@ -42,7 +42,6 @@ class WanFiles:
     latents_std: list[float] | None = None
     vae_scale_factor: int | None = None
     record: dict = field(default_factory=dict)
-    text_encoder_location: str | Path | None = None
     pipeline: str | None = None
     loras: tuple[Lora, ...] = ()
     encoder: TextEncoderFiles | None = None
@@ -80,11 +79,12 @@ class WanFiles:
 
     def text_encoder(self) -> TextEncoderFiles:
         """Find the text encoder that belongs to this Wan; one on the hub is fetched now."""
-        if self.text_encoder_location is not None:
-            return find_text_encoder(self.text_encoder_location)
-        raise TeacherFileError(
-            f"{self.location}: has no text encoder beside it; give --text_encoder_path {TEXT_ENCODER_ADVICE}"
-        )
+        place = local_path(self.location)
+        if place.exists() and not (place / "text_encoder").is_dir() and not encoder_files(place):
+            raise TeacherFileError(
+                f"{self.location}: has no text encoder beside it; give --text_encoder_path {TEXT_ENCODER_ADVICE}"
+            )
+        return find_text_encoder(self.location)
 
     def with_vae_config(self, vae: Path) -> "WanFiles":
         """Return a copy that takes what it does not know of the latents from what a VAE says."""
