@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.layout_checks import MAX_ERROR, assert_exact, inputs, refusal
+from support.layout_checks import MAX_ERROR, assert_exact, refusal
 from support.loras import comfyui_keys, random_pairs, write
 from support.wan_folders import (
     A14B_SHAPE,
@@ -334,17 +334,6 @@ def test_a_scale_of_another_shape_or_type_is_refused(tmp_path, wrong):
     assert "the scale of blocks.0.ffn.net.0.proj.weight, [48, 128], has shape" in refusal(tmp_path / "wan.safetensors")
 
 
-def test_two_single_files_are_the_two_experts(tmp_path):
-    high = write_single_file(tmp_path / "high.safetensors", heads=1, ffn_dim=48, seed=1)
-    low = write_single_file(tmp_path / "low.safetensors", heads=1, ffn_dim=48, seed=2)
-    wan_files = open_wan_files(tmp_path / "high.safetensors", tmp_path / "low.safetensors")
-    for name, expert in (("high", high), ("low", low)):
-        model, _ = project_teacher(wan_files, expert=name)
-        given = inputs(model.config)
-        with torch.no_grad():
-            assert relative_error(model(*given), oracle_velocity(expert, *given)) <= MAX_ERROR
-
-
 def test_a_file_inside_a_diffusers_folder_takes_its_heads_from_the_config_beside_it(tmp_path):
     model = write_transformer_folder(tmp_path, heads=8, head_dim=32, layers=1, ffn_dim=40)
     assert_same_as_diffusers(tmp_path / "diffusion_pytorch_model.safetensors", [model])
@@ -432,16 +421,11 @@ def test_other_pipelines_are_refused_by_name(tmp_path, pipeline):
     assert OTHER_PIPELINES[pipeline] in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["folder", "file"])
-def test_36_input_channels_are_an_image_to_video_model(tmp_path, layout):
-    model = random_transformer(heads=1, head_dim=128, layers=1)
-    tensors = original_tensors(model)
-    tensors["patch_embedding.weight"] = torch.randn(128, 36, 1, 2, 2)
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    save_file(tensors, path)
-    if layout == "folder":
-        (tmp_path / "config.json").write_text(json.dumps({"dim": 128, "num_heads": 1, "in_dim": 36}))
-    message = refusal(tmp_path if layout == "folder" else path)
+def test_36_input_channels_are_an_image_to_video_model(tmp_path):
+    model = write_single_file(tmp_path / "wan.safetensors", heads=1, layers=1, ffn_dim=48)
+    tensors = original_tensors(model) | {"patch_embedding.weight": torch.randn(128, 36, 1, 2, 2)}
+    save_file(tensors, tmp_path / "wan.safetensors")
+    message = refusal(tmp_path / "wan.safetensors")
     assert "36 input channels" in message and "text-to-video" in message
 
 
@@ -491,14 +475,11 @@ def test_a_teacher_of_other_patches_is_itself_in_2d(tmp_path, patch):
 # file, change, what the refusal says after the file's name
 WRONG_VALUES = {
     "head_dim": ("transformer/config.json", {"attention_head_dim": [12]}, "is [12]; allowed: a whole number"),
-    "layers": ("transformer/config.json", {"num_layers": True}, "num_layers is True; allowed: a whole number"),
     "boundary": ("model_index.json", {"boundary_ratio": 2}, "boundary_ratio is 2; allowed: a number from 0 to 1"),
     "transformer_2": ("model_index.json", {"transformer_2": {"a": 1}}, "transformer_2 is {'a': 1}; allowed: a pair"),
     "shift": ("scheduler/scheduler_config.json", {"flow_shift": 0}, "flow_shift is 0; allowed: a number above 0"),
     "factor": ("vae/config.json", {"scale_factor_spatial": 4}, "scale_factor_spatial is 4, but its 4 stages"),
-    "stages": ("vae/config.json", {"dim_mult": 4}, "dim_mult is 4; allowed: a list of whole numbers"),
     "means": ("vae/config.json", {"latents_mean": [0.0] * 3}, "latents_mean is [0.0, 0.0, 0.0]; allowed: a list of 16"),
-    "no spread": ("vae/config.json", {"latents_std": [0.0] * 16}, "each a number above 0"),
     "channels": ("vae/config.json", {"z_dim": 4}, "z_dim is 4; the teacher's latents have 16 channels"),
     "record": ("teacher_record.json", {"shift": "3"}, "shift is '3'; allowed: a number above 0"),
 }
@@ -521,25 +502,10 @@ def test_values_that_are_null_or_left_out_count_as_unknown(teachers, tmp_path):
     assert (wan_files.vae_scale_factor, wan_files.latents_mean, wan_files.flow_shift) == (None, None, 4.0)
 
 
-def test_thousands_of_brackets_are_refused_in_one_line(teachers, tmp_path):
-    shutil.copytree(teachers.one, tmp_path / "copy")
-    (tmp_path / "copy" / "model_index.json").write_text("[" * 100_000, encoding="utf-8")
-    assert "model_index.json: not usable JSON" in refusal(tmp_path / "copy")
-
-
 def test_a_missing_second_expert_is_named(tmp_path):
     write_original_two_experts(tmp_path, **TINY)
     shutil.rmtree(tmp_path / "low_noise_model")
     assert "low_noise_model" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_truncated_weights_are_refused(tmp_path, keep):
-    write_original_folder(tmp_path, **TINY)
-    path = tmp_path / "diffusion_pytorch_model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    message = refusal(tmp_path)
-    assert path.name in message and "copy it again" in message
 
 
 NOISE = torch.zeros(48, 128, dtype=torch.int8)
@@ -597,13 +563,11 @@ def test_a_folder_of_several_models_is_refused_and_never_mixed(tmp_path):
     assert "high.safetensors" in message and "low.safetensors" in message
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
-def test_a_damaged_config_or_index_is_refused(tmp_path, text):
+def test_a_damaged_config_or_index_is_refused(tmp_path):
     for name in ("config.json", "model_index.json", "diffusion_pytorch_model.safetensors.index.json"):
-        folder = tmp_path / name.replace(".", "_")
-        folder.mkdir()
-        (folder / name).write_bytes(text.encode("latin-1"))
-        assert name in refusal(folder)
+        (tmp_path / name).write_text("{")
+        assert name in refusal(tmp_path)
+        (tmp_path / name).unlink()
 
 
 # ---- invariant 6: nothing is unpickled, no path is followed outside its folder ----
