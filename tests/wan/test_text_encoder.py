@@ -366,7 +366,7 @@ NORM, QUERY = "encoder.final_layer_norm.weight", "encoder.block.0.layer.0.SelfAt
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda f: shutil.rmtree(f / "text_encoder"), r"text_encoder: holds no config\.json"),
+        (lambda f: shutil.rmtree(f / "text_encoder"), r"text_encoder: holds no \.safetensors weights"),
         (lambda f: write_config(f, model_type="t5"), "model_type='t5'"),
         (lambda f: write_config(f, num_layers=10**9), "num_layers=1000000000; .* has num_layers=2"),
         (lambda f: (f / "text_encoder" / "config.json").write_text("{"), r"config\.json: line 1, column 2: not valid"),

@@ -27,13 +27,10 @@ from wandistiller.files.torch_files import read_torch_header
 
 Stored = StoredTensor  # of safetensors, GGUF or torch.save
 WEIGHTS = "diffusion_pytorch_model"
-SUFFIXES = (".safetensors", GGUF_SUFFIX, *TORCH_SUFFIXES)
 # What to do where a folder holds other files alone
 _OTHERS = {
     GGUF_SUFFIX: "GGUF files are given by their names; of two experts the low-noise one as --teacher_path_low",
-    **dict.fromkeys(
-        (".bin", *TORCH_SUFFIXES), "a pickle, which is not looked for in a folder: get the safetensors version"
-    ),
+    **dict.fromkeys((".bin", *TORCH_SUFFIXES), "a pickle, not looked for in a folder: get the safetensors version"),
 }
 _FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 FLOATS = ("F32", "F16", "BF16", "F64", *_FP8)
@@ -51,7 +48,7 @@ _HARMLESS = (
 
 def is_weight_file(path: Path) -> bool:
     """Tell by its suffix, of any case, whether a file holds tensors."""
-    return path.suffix.lower() in SUFFIXES
+    return path.suffix.lower() in (".safetensors", GGUF_SUFFIX, *TORCH_SUFFIXES)
 
 
 def is_gguf(path: Path) -> bool:
@@ -70,21 +67,22 @@ def stored_tensors(path: Path) -> Mapping[str, Stored]:
 
 
 def weight_files(folder: Path, allowed: str = "*.safetensors") -> list[Path]:
-    """Return the safetensors files of one model of diffusers: those that its index names, or the only one there is.
+    """Return the safetensors files of one model of diffusers or transformers: those that its index names, or the only one.
 
     Args:
         allowed: what might be given instead, for the message.
     """
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        # The plain name is preferred, since the others are variants such as fp16.
-        return indexed_files(next((path for path in indexes if path.name.startswith(f"{WEIGHTS}.")), indexes[0]))
+    # The plain names are preferred, since others are variants such as fp16.
+    plain = [folder / f"{stem}.safetensors{end}" for stem in (WEIGHTS, "model") for end in ("", ".index.json")]
+    found = [path for path in plain if path.is_file()] or sorted(folder.glob("*.safetensors.index.json"))
+    if found:
+        return indexed_files(found[0]) if found[0].suffix == ".json" else found[:1]
     files = sorted(folder.glob(f"{WEIGHTS}*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         others = sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix in _OTHERS)
         advice = f"; {others[0]}: {_OTHERS[others[0].suffix]}" if others else f"; allowed: {allowed}"
         raise TeacherFileError(f"{folder}: holds no .safetensors weights{advice}")
-    return [path for path in files if path.name in (f"{WEIGHTS}.safetensors", "model.safetensors")] or files
+    return files
 
 
 def all_tensors(files: Iterable[Path]) -> dict[str, Stored]:

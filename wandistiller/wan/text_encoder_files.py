@@ -54,14 +54,8 @@ class TextEncoderFiles:
         Raises:
             TeacherFileError: this is no usable UMT5 encoder.
         """
-        path = self.encoder / "config.json"
-        if not self.encoder.is_file() and not path.is_file():
-            raise TeacherFileError(
-                f"{self.encoder}: holds no config.json; a text encoder is a folder like text_encoder/ of a Wan pipeline in "
-                "diffusers format, with config.json and *.safetensors, or one file of weights"
-            )
-        config = {} if self.encoder.is_file() else read_json(path)
-        return Umt5Files(self.encoder, self._weight_files(), config)
+        config = self.encoder / "config.json"
+        return Umt5Files(self.encoder, self._weight_files(), read_json(config) if config.is_file() else {})
 
     def check_text_dim(self, text_dim: int) -> None:
         """Refuse an encoder whose embeddings have another width than teacher and student take."""
