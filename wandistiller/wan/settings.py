@@ -240,7 +240,9 @@ def _expert_warnings(wan_files: WanFiles, settings: TeacherSettings) -> list[str
             f"{settings.summary()}; give the folder of both, or the low-noise one as --teacher_path_low"
         ]
     other = {"high": "low", "low": "high"}
-    places = [("expert", name, expert, "--teacher_path") for name, expert in wan_files.experts.items()]
+    places: list[tuple[str, str, WanTransformer | Lora, str]] = [
+        ("expert", name, expert, "--teacher_path") for name, expert in wan_files.experts.items()
+    ]
     places += [("LoRA", lora.expert, lora, "--teacher_lora") for lora in wan_files.loras]
     return [
         f"{names[0]} looks like the {other[side]}-noise {kind} and is used as the {side}-noise one: the two experts seem to be "

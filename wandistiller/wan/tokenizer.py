@@ -10,6 +10,7 @@ from wandistiller.errors import UserError, first_line
 from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.files.gguf_files import read_gguf_header
 from wandistiller.files.paths import require_file
+from wandistiller.files.safetensors_files import refusing_damage
 from wandistiller.files.weights import is_gguf, stored_tensors
 
 JSON_NAME, SENTENCEPIECE_NAME = "tokenizer.json", "spiece.model"
@@ -88,18 +89,19 @@ def _model_of_gguf(path: Path) -> bytes:
     from sentencepiece import sentencepiece_model_pb2
 
     fields = read_gguf_header(path).fields
-    tokens, scores, kinds = (fields[f"tokenizer.ggml.{name}"] for name in _WORDS)
-    charsmap, adds_space, removes_spaces, end = (fields[f"tokenizer.ggml.{name}"] for name in _RULES)
-    if tokens[end] != "</s>":
-        raise ValueError(f"token {end} is {tokens[end]!r} and no </s>")
-    model = sentencepiece_model_pb2.ModelProto()
-    for token, score, kind in zip(tokens, scores, kinds, strict=True):
-        model.pieces.add(piece=token, score=float(score), type=int(kind))
-    model.trainer_spec.byte_fallback = model.SentencePiece.BYTE in kinds
-    model.trainer_spec.unk_id = list(kinds).index(model.SentencePiece.UNKNOWN)
-    model.normalizer_spec.precompiled_charsmap = bytes(charsmap.astype("uint8"))
-    model.normalizer_spec.add_dummy_prefix = bool(adds_space)
-    model.normalizer_spec.remove_extra_whitespaces = bool(removes_spaces)
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    with refusing_damage(path, "GGUF"):
+        tokens, scores, kinds = (fields[f"tokenizer.ggml.{name}"] for name in _WORDS)
+        charsmap, adds_space, removes_spaces, end = (fields[f"tokenizer.ggml.{name}"] for name in _RULES)
+        if tokens[end] != "</s>":
+            raise ValueError(f"token {end} is {tokens[end]!r} and no </s>")
+        for token, score, kind in zip(tokens, scores, kinds, strict=True):
+            model.pieces.add(piece=token, score=float(score), type=int(kind))
+        model.trainer_spec.byte_fallback = model.SentencePiece.BYTE in kinds
+        model.trainer_spec.unk_id = list(kinds).index(model.SentencePiece.UNKNOWN)
+        model.normalizer_spec.precompiled_charsmap = bytes(charsmap.astype("uint8"))
+        model.normalizer_spec.add_dummy_prefix = bool(adds_space)
+        model.normalizer_spec.remove_extra_whitespaces = bool(removes_spaces)
     return model.SerializeToString()
 
 
