@@ -234,7 +234,7 @@ def to_gguf(name: str) -> str:
     return f"{names.get_name(name.removesuffix('.weight'))}.weight"
 
 
-def write_tokenizer(writer: gguf.GGUFWriter) -> None:
+def write_tokenizer(writer: gguf.GGUFWriter, end: int = 1) -> None:
     """Write the fields that llama.cpp's converter makes of SentencePiece's model (convert_hf_to_gguf.py: T5Model.set_vocab)."""
     from sentencepiece import sentencepiece_model_pb2
 
@@ -246,7 +246,7 @@ def write_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_precompiled_charsmap(model.normalizer_spec.precompiled_charsmap)
     writer.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)
     writer.add_remove_extra_whitespaces(model.normalizer_spec.remove_extra_whitespaces)
-    writer.add_eos_token_id(1)
+    writer.add_eos_token_id(end)
 
 
 def write_layout(layout: str, folder: Path, tensors: dict) -> tuple[Path, dict]:
@@ -332,6 +332,15 @@ def test_sentencepiece_and_a_tokenizers_json_of_the_same_words_agree(tmp_path):
     T5TokenizerFast(vocab=pieces, extra_ids=0).save_pretrained(tmp_path / "json")
     texts = ["a red fox", "", "golden boat"]  # which need no normalising
     assert open_tokenizer(tmp_path)(texts) == open_tokenizer(tmp_path / "json")(texts)
+
+
+@pytest.mark.parametrize("end", [2, 99])
+def test_a_gguf_whose_tokenizer_is_another_is_refused(tmp_path, end):
+    writer = gguf.GGUFWriter(path=None, arch="t5encoder")
+    write_tokenizer(writer, end)
+    finish(writer, tmp_path / "umt5.gguf")
+    with pytest.raises(UserError, match=r"umt5\.gguf: is not a whole GGUF file"):
+        open_tokenizer(tmp_path / "umt5.gguf")
 
 
 def test_a_file_without_a_tokenizer_says_what_to_copy(pipeline_folder, tmp_path):

@@ -23,6 +23,7 @@ from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.files.safetensors_files import StoredTensor, refusing_damage
 
 SUFFIX = ".gguf"
+NO_GGUF = "is not a whole GGUF file"
 # Tensors of these types are kept as they are; those of all others become float32 as they are read.
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Converters store some tensors as rows of another length, and note here the shape that these have (ComfyUI-GGUF's convert.py).
@@ -42,7 +43,7 @@ class GgufTensor(StoredTensor):
     def read(self) -> Tensor:
         """Read the tensor to the CPU: fp32, fp16 and bf16 as they are, any other type as float32."""
         gguf = _library(self.path)
-        with refusing_damage(self.path, "GGUF"):
+        with refusing_damage(self.path, NO_GGUF):
             stored = self.read_bytes()
             if dtype := _PLAIN.get(self.dtype):
                 return stored.view(dtype).reshape(self.shape)
@@ -80,7 +81,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         TeacherFileError: it holds a type that the library cannot make numbers of.
     """
     _library(path)
-    with refusing_damage(path, "GGUF"):
+    with refusing_damage(path, NO_GGUF):
         stat = path.stat()
     return _read_header(path, stat.st_size, stat.st_mtime_ns)
 
@@ -89,7 +90,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 def _read_header(path: Path, *state: int) -> GgufHeader:
     """Read a header; `state` is what changes with the file."""
     gguf = _library(path)
-    with refusing_damage(path, "GGUF"):
+    with refusing_damage(path, NO_GGUF):
         header = _Cursor(np.memmap(path, np.uint8, mode="r"))
         if header.take(4) != b"GGUF" or header.number("I") not in (2, 3):
             raise ValueError("it does not begin as one of version 2 or 3")

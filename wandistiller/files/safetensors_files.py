@@ -120,7 +120,7 @@ class SafetensorsHeader:
 
 
 @contextmanager
-def refusing_damage(path: str | Path, kind: str = "safetensors") -> Iterator[None]:
+def refusing_damage(path: str | Path, what: str = "is not a whole safetensors file") -> Iterator[None]:
     """Turn what goes wrong inside while a file is read into one message."""
     try:
         require_file(path)
@@ -133,7 +133,7 @@ def refusing_damage(path: str | Path, kind: str = "safetensors") -> Iterator[Non
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         reason = first_line(error)
         advice = "a download cut short looks like this, copy it again"
-        raise DamagedFileError(f"{path}: is not a whole {kind} file ({reason}); {advice}", reason) from None
+        raise DamagedFileError(f"{path}: {what} ({reason}); {advice}", reason) from None
 
 
 def open_safetensors(path: str | Path) -> safe_open:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wandistiller.errors import UserError, first_line
 from wandistiller.files.checked_json import TeacherFileError
-from wandistiller.files.gguf_files import read_gguf_header
+from wandistiller.files.gguf_files import NO_GGUF, read_gguf_header
 from wandistiller.files.paths import require_file
 from wandistiller.files.safetensors_files import refusing_damage
 from wandistiller.files.weights import is_gguf, stored_tensors
@@ -90,7 +90,7 @@ def _model_of_gguf(path: Path) -> bytes:
 
     fields = read_gguf_header(path).fields
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    with refusing_damage(path, "GGUF"):
+    with refusing_damage(path, NO_GGUF):
         tokens, scores, kinds = (fields[f"tokenizer.ggml.{name}"] for name in _WORDS)
         charsmap, adds_space, removes_spaces, end = (fields[f"tokenizer.ggml.{name}"] for name in _RULES)
         if tokens[end] != "</s>":
