@@ -77,22 +77,27 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 def check_flags(flags: Flags) -> None:
     """Refuse flags that are missing, and flags of the two jobs together, before torch loads."""
     project, cut = vars(flags.project), vars(flags.cut)
-    own, others, needed = (
-        (cut, project, ("student", "output")) if flags.cut.lora else (project, cut, ("teacher_path", "output_dir"))
-    )
+    if flags.cut.lora:
+        own, others, needed, why = (
+            cut,
+            project,
+            ("student", "output"),
+            "makes a student, and --lora cuts a LoRA for one",
+        )
+    else:
+        own, others, needed, why = project, cut, ("teacher_path", "output_dir"), "belongs to --lora FILE"
     for name, value in others.items():
         if name not in ("expert", "format") and value is not None:
-            why = "makes a student, and --lora cuts a LoRA for one" if flags.cut.lora else "belongs to --lora FILE"
             raise UserError(f"--{name}: {why}; leave it out")
     if missing := [f"--{name}" for name in needed if own[name] is None]:
         raise UserError(f"the following arguments are required: {', '.join(missing)}")
     if flags.project.layers and flags.project.student_config is None:
         raise UserError("--layers names the layers of a smaller student; give its shape with --student_config")
-    output = Path(flags.cut.output or "")
-    if flags.cut.lora and output.suffix != ".safetensors":
-        raise UserError(f"--output {output}: give a file name that ends in .safetensors")
-    if flags.cut.lora and os.path.lexists(output):
-        raise UserError(f"--output {output}: is there already and is not replaced; remove it, or give another name")
+    if output := flags.cut.output:
+        if Path(output).suffix != ".safetensors":
+            raise UserError(f"--output {output}: give a file name that ends in .safetensors")
+        if os.path.lexists(output):
+            raise UserError(f"--output {output}: is there already and is not replaced; give another name")
 
 
 def cut_lora(flags: LoraFlags) -> None:

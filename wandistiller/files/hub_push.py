@@ -1,14 +1,11 @@
 """An export goes to the hub as a new repository, in one commit, where a person asked for it by name and at no other time."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError, first_line
 from wandistiller.files.hub import HubError, is_hub_id
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 def check_repository(repo_id: str) -> None:
@@ -27,7 +24,7 @@ def check_repository(repo_id: str) -> None:
         raise HubError(
             f"--push_to_hub {repo_id}: nobody is logged in to the hub here; log in with `hf auth login`, or set HF_TOKEN"
         )
-    with _told(f"--push_to_hub {repo_id}", "nothing was written"):
+    with _told(repo_id, "nothing was written"):
         exists = HfApi().repo_exists(repo_id)
     if exists:
         raise HubError(f"--push_to_hub {repo_id}: is there already, and is not replaced; give another name")
@@ -45,8 +42,7 @@ def push(repo_id: str, files: dict[str, Path | bytes], *, is_public: bool, local
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
-    kept = f"the export is in {local}, and `hf upload {repo_id} {local}` sends it"
-    with _told(f"--push_to_hub {repo_id}", kept):
+    with _told(repo_id, f"the export is in {local}, and `hf upload {repo_id} {local}` sends it"):
         address = api.create_repo(repo_id, private=not is_public)
         operations = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
@@ -57,22 +53,16 @@ def push(repo_id: str, files: dict[str, Path | bytes], *, is_public: bool, local
 
 
 @contextmanager
-def _told(what: str, then: str) -> "Iterator[None]":
+def _told(repo_id: str, then: str) -> Iterator[None]:
     """Turn what the hub's library raises into one message."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     try:
         yield
-    except HFValidationError as error:
-        raise HubError(f"{what}: the hub allows no such name ({first_line(error)})") from None
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
-            reason = "the hub refuses it; the login is wrong, or may not write there: `hf auth login` with a token that may write"
-        elif status == 409:
-            reason = "is there already, and is not replaced; give another name"
-        else:
-            reason = f"the hub answered with an error ({first_line(error)})"
-        raise HubError(f"{what}: {reason}; {then}") from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = f"the hub refuses it ({first_line(error)})"
     except (HTTPError, OSError) as error:
-        raise HubError(f"{what}: the hub cannot be reached ({type(error).__name__}); {then}") from None
+        reason = f"the hub cannot be reached ({type(error).__name__})"
+    else:
+        return
+    raise HubError(f"--push_to_hub {repo_id}: {reason}; {then}")

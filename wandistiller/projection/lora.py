@@ -46,14 +46,11 @@ class StudentLora:
 
     def delta(self, name: str) -> Tensor:
         """Return the change of a tensor of the student in 3D, in float32."""
-        shape = self.shapes[name]
-        total = torch.zeros(shape)
+        total = torch.zeros(self.shapes[name])
         if name in self.low_rank:
             up, down = self.low_rank[name]
-            total += (up @ down).reshape(shape)
-        if name in self.differences:
-            total += self.differences[name]
-        return total
+            total += (up @ down).reshape(total.shape)
+        return total + self.differences.get(name, 0)
 
     def add(self, name: str, changes: Iterable[tuple[Tensor, Tensor] | Tensor]) -> None:
         """Add changes of one tensor; products lie beside one another, so that their ranks add up."""

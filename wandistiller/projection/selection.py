@@ -8,7 +8,7 @@ An axis is a named index set used wherever that axis occurs, so that what is cut
 (inside the two embedders), and per teacher layer i `attn1.i`, `attn2.i` (rows of whole heads) and `neurons.i`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -48,42 +48,26 @@ def check_fits(
     Raises:
         ConfigError: it names `where`, key, value, the teacher's value and the nearest valid choice.
     """
-    try:
-        _check_shape_fits(teacher, student)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    if layers is not None:
-        _check_layers(layers, teacher.depth, student.depth)
-
-
-def _check_shape_fits(teacher: StudentConfig, student: StudentConfig) -> None:
-    _check_equal(teacher, student, ("num_channels", "text_encoder_output_dim"))
-    for key in ("depth", "hidden_size") + (("ffn_dim", "num_heads") if student.block == "wan" else ()):
-        ours, theirs = getattr(student, key), getattr(teacher, key)
-        if ours > theirs:
-            raise ConfigError(f"{key}={ours} is more than the teacher's {theirs}; use {theirs} or less")
-    if student.block == "wan":
-        _check_head_dim(teacher, student)
-        _check_equal(teacher, student, ("patch_size", "freq_dim", "eps"))
-
-
-def _check_equal(teacher: StudentConfig, student: StudentConfig, keys: Sequence[str]) -> None:
-    for key in keys:
+    is_wan = student.block == "wan"
+    for key in ("num_channels", "text_encoder_output_dim", *(("patch_size", "freq_dim", "eps") if is_wan else ())):
         ours, theirs = getattr(student, key), getattr(teacher, key)
         if ours != theirs:
             raise ConfigError(
-                f'{key}={ours} does not fit this teacher, which has {theirs}; edit the line to "{key}": {theirs}'
+                f'{where}: {key}={ours} does not fit this teacher, which has {theirs}; edit the line to "{key}": {theirs}'
             )
-
-
-def _check_head_dim(teacher: StudentConfig, student: StudentConfig) -> None:
-    if student.head_dim != teacher.head_dim:
+    for key in ("depth", "hidden_size", *(("ffn_dim", "num_heads") if is_wan else ())):
+        ours, theirs = getattr(student, key), getattr(teacher, key)
+        if ours > theirs:
+            raise ConfigError(f"{where}: {key}={ours} is more than the teacher's {theirs}; use {theirs} or less")
+    if is_wan and student.head_dim != teacher.head_dim:
         near = max(1, round(student.hidden_size / teacher.head_dim))
         raise ConfigError(
-            f"hidden_size={student.hidden_size} with num_heads={student.num_heads} gives heads of {student.head_dim} "
+            f"{where}: hidden_size={student.hidden_size} with num_heads={student.num_heads} gives heads of {student.head_dim} "
             f"channels, the teacher's have {teacher.head_dim} (its positions depend on that); cut heads instead: "
             f"hidden_size={near * teacher.head_dim} with num_heads={near}"
         )
+    if layers is not None:
+        _check_layers(layers, teacher.depth, student.depth)
 
 
 def _check_layers(layers: list[int], teacher_depth: int, depth: int) -> None:
