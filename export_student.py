@@ -21,7 +21,7 @@ from wandistiller.files.hub_push import check_repository, push
 from wandistiller.files.output_folder import check_output_folder, check_writable, removed_if_empty
 from wandistiller.flags import TeacherFlags, flag, group, parse_flags, path, switch
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
-from wandistiller.students.drawing import example_prompt, student_sampling
+from wandistiller.students.drawing import example_prompt
 from wandistiller.students.parts import DrawingParts, load_drawing_parts, teacher_paths
 from wandistiller.students.record import StudentRecord, load_shape, load_student_config
 
@@ -189,7 +189,7 @@ def write(
         target.parent.mkdir(parents=True, exist_ok=True)
         if flags.format not in FILE_NAMES:
             with atomic_folder(target) as folder:
-                write_folder(folder, target.resolve().name, tensors, config, parts, flags)
+                write_folder(folder, tensors, config, parts, flags)
             return
         with new_files(target) as folder:
             if flags.workflow:
@@ -200,20 +200,9 @@ def write(
 
 
 def write_folder(
-    folder: Path,
-    name: str,
-    tensors: "dict[str, Tensor]",
-    config: StudentConfig,
-    parts: DrawingParts | None,
-    flags: Flags,
+    folder: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: DrawingParts | None, flags: Flags
 ) -> None:
-    """Write a folder for diffusers: a pipeline where its parts are given, else the transformer alone.
-
-    Args:
-        folder: a new folder, which is called `name` in the end.
-    """
-    import torch
-
+    """Write a folder for diffusers: a pipeline where its parts are given, else the transformer alone."""
     from wandistiller.files.atomic import write_text
     from wandistiller.files.output_folder import CARD_NAME
     from wandistiller.projection.exports import write_pipeline_parts, write_transformer_folder
@@ -221,10 +210,10 @@ def write_folder(
 
     transformer = folder if parts is None else folder / "transformer"
     if parts is not None:
-        options = student_sampling(config, None, torch.float32, "cpu")
-        write_pipeline_parts(config, folder, options, parts, flags.dtype)
+        write_pipeline_parts(config, folder, parts, flags.dtype)
         transformer.mkdir()
     write_transformer_folder(tensors, config, transformer, flags.dtype)
+    name = Path(flags.output).resolve().name
     write_text(folder / CARD_NAME, export_card(name, config, flags.format, flags.dtype))
 
 

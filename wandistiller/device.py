@@ -15,20 +15,13 @@ def pick_device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name!r}: is no device; allowed: {_usable()}") from None
-    try:
         torch.zeros(1, device=name).item()  # "meta" allocates, but computes nothing
     except (RuntimeError, AssertionError) as error:
+        usable = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
         raise UserError(
-            f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); allowed: {_usable()}"
+            f"--device {name!r}: cannot be used here ({str(error).splitlines()[0]}); allowed: {usable}"
         ) from None
     return name
-
-
-def _usable() -> str:
-    return ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
 
 
 def pick_dtype(name: str | None, device: str) -> torch.dtype:

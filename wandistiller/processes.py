@@ -66,7 +66,7 @@ class Processes:
     # ---- agreeing ----
 
     def barrier(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until every process is here."""
         if self.are_many:
             dist.barrier()
 
@@ -97,13 +97,13 @@ class Processes:
 
     def first_then_all(self, work: Callable[[], T]) -> T:
         """Do something in the first process alone and return its answer in all; what it raises is raised in all."""
-        outcome: tuple[T | None, str | None] = (None, None)
+        value, message = None, None
         if self.is_first:
             try:
-                outcome = (work(), None)
+                value = work()
             except (UserError, OSError) as error:
-                outcome = (None, str(error))
-        value, message = self.from_first(outcome)
+                message = str(error)
+        value, message = self.from_first((value, message))
         if message is not None:
             raise UserError(message)
         return cast(T, value)  # without a message `work` has returned
@@ -116,7 +116,7 @@ class Processes:
         Args:
             has_idle_parts: whether some parameters take no part in some steps.
         """
-        if not self.are_many or _is_sharded(model):
+        if not self.are_many or any(map(is_sharded, model.parameters())):
             return model
         from torch.nn.parallel import DistributedDataParallel
 
@@ -131,7 +131,7 @@ class Processes:
         """
         from torch.distributed.fsdp import fully_shard
 
-        if not self.can_shard or model is None or not any(True for _ in model.parameters()):
+        if not self.can_shard or model is None or not list(model.parameters()):
             return
         # A model's answer is a view, which nothing writes to.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")
@@ -139,7 +139,7 @@ class Processes:
             fully_shard(block, mesh=self.mesh)
         fully_shard(model, mesh=self.mesh)
 
-    # ---- tensors of lanes ----
+    # ---- tensors of slots ----
 
     def rows(self, local: Tensor) -> Tensor:
         """Return a tensor that is sharded equally along its first dimension, from this process's rows of it."""
@@ -164,27 +164,25 @@ def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
     Raises:
         UserError: the launch or the device cannot work.
     """
-    given = [name for name in _SET_BY_TORCHRUN if name in os.environ]
+    given, name = [variable for variable in _SET_BY_TORCHRUN if variable in os.environ], pick(device)
     if "RANK" not in given and "WORLD_SIZE" not in given:
-        name = pick(device)
         if ":" in name:
             torch.cuda.set_device(name)  # what names no device (pinned memory, random numbers) means this one
         return Processes(name)
-    if missing := [name for name in _SET_BY_TORCHRUN if name not in given]:
+    if missing := [variable for variable in _SET_BY_TORCHRUN if variable not in given]:
         raise UserError(
             f"the environment has {', '.join(given)} without {', '.join(missing)}: start several processes with torchrun "
             "--nproc_per_node N train_distillation.py ..., or unset these for a single one"
         )
-    env, name = torchrun_environment(), pick(device)
+    env = torchrun_environment()
     if torch.device(name).type == "cuda":
         if ":" in name and name != f"cuda:{env.local_rank}":
             raise UserError(
                 f"--device {name}: under torchrun each process takes the GPU of its number; leave --device out"
             )
-        if env.local_world_size > torch.cuda.device_count():
+        if env.local_world_size > (count := torch.cuda.device_count()):
             raise UserError(
-                f"torchrun started {env.local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs; give "
-                f"--nproc_per_node {torch.cuda.device_count()}"
+                f"torchrun started {env.local_world_size} processes on a machine with {count} GPUs; give --nproc_per_node {count}"
             )
         name = f"cuda:{env.local_rank}"
         torch.cuda.set_device(name)
@@ -213,10 +211,6 @@ def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    return any(is_sharded(parameter) for parameter in model.parameters())
-
-
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this process holds of a tensor, sharing its memory."""
     return tensor.to_local() if is_sharded(tensor) else tensor
@@ -239,7 +233,7 @@ def fill(target: Tensor, values: Tensor) -> None:
 
 @contextlib.contextmanager
 def without_averaging(model: nn.Module, is_on: bool) -> Iterator[None]:
-    """Let gradients add up in every process by itself inside, as in all passes of a step but the last."""
+    """Skip the gradient all-reduce inside, as in all micro-batches of a step but the last."""
     from torch.nn.parallel import DistributedDataParallel
 
     if is_on and isinstance(model, DistributedDataParallel):

@@ -25,16 +25,8 @@ from wandistiller.projection.project import project_teacher
 from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.settings import RELEASED_LATENTS
 
-SHAPE = {
-    "block": "wan",
-    "hidden_size": 256,
-    "depth": 2,
-    "num_heads": 2,
-    "ffn_dim": 96,
-    "num_channels": 16,
-    "image_size": 64,
-    "text_encoder_output_dim": 4096,
-}
+SHAPE = {"block": "wan", "hidden_size": 256, "depth": 2, "num_heads": 2, "ffn_dim": 96, "num_channels": 16}
+SHAPE |= {"image_size": 64, "text_encoder_output_dim": 4096}
 TYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0", "q5_0": "Q5_0", "q4_0": "Q4_0"}
 MEAN, STD = RELEASED_LATENTS[16]
 RECORD = {
@@ -101,10 +93,9 @@ def test_the_library_reads_the_types_that_are_claimed_and_what_they_mean(saved, 
         assert (off <= (coarsest if kind != "F32" else 0) * largest + 1e-6).all(), name
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "q4_0"])
-def test_comfyui_gguf_takes_the_file(saved, export, tmp_path, dtype):
+def test_comfyui_gguf_takes_the_file(saved, export, tmp_path):
     """The rules of its loader.py and convert.py, and of ComfyUI's model_detection.py, as they were read."""
-    assert export(saved[0], "--dtype", dtype).code == 0
+    assert export(saved[0], "--dtype", "q4_0").code == 0
     reader = gguf.GGUFReader(tmp_path / "out" / "wan_student.gguf")
     field = reader.get_field("general.architecture")
     assert field.types == [gguf.GGUFValueType.STRING] and str(bytes(field.parts[field.data[-1]]), "utf-8") == "wan"
@@ -190,10 +181,6 @@ def test_what_comfyui_would_read_wrong_is_refused(export, tmp_path, changes, mes
     [
         (["--dtype", "fp8"], "ComfyUI-GGUF reads no such files, give q8_0 with gguf"),
         (["--format", "original", "--dtype", "q8_0"], "--dtype q8_0 is for --format gguf; give bf16 with original"),
-        (
-            ["--output", "{tmp}/a.safetensors"],
-            "writes no .safetensors file; give a new folder or a file of suffix .gguf",
-        ),
         (["--output", "{tmp}/is_there.gguf"], "is there already; give another name"),
     ],
 )

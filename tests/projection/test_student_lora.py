@@ -203,18 +203,6 @@ def test_a_file_for_comfyui_holds_every_change_once_under_the_original_name(cut,
     assert seen == set(tensors) and len(student_lora.names()) == len(transformer.state_dict())
 
 
-def test_a_lora_for_the_teachers_own_shape_is_the_lora(cut, places, tmp_path):
-    student, report = project_teacher(places / "teacher")
-    student.save_pretrained(tmp_path / "student")
-    report.save(tmp_path / "student")
-    assert cut("products", student=tmp_path / "student").code == 0
-    expected = lora_of(places, "products")
-    again = open_lora(tmp_path / "student_lora.safetensors", 1.0, expected.shapes)
-    for name, shape in expected.shapes.items():
-        zeros = torch.zeros(shape)
-        assert torch.allclose(again.added_to(name, zeros), expected.added_to(name, zeros), atol=1e-6)
-
-
 # ---- what is refused ----
 
 

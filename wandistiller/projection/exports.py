@@ -24,8 +24,9 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.model.fp8 import FP8, FP8_MAX
 from wandistiller.model.transformer import FP32_ISLANDS
 from wandistiller.projection.comfyui import comfyui_metadata, needs_metadata
-from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
+from wandistiller.sampling.sampler import wan_scheduler
 from wandistiller.students.parts import DrawingParts
+from wandistiller.students.record import StudentRecord
 from wandistiller.wan.names import PATCH_KERNEL, teacher_record, to_original, transformer_settings
 from wandistiller.wan.tokenizer import open_tokenizer, read_tokenizer
 from wandistiller.wan.transformer_files import GGUF_ARCHITECTURE
@@ -150,17 +151,14 @@ def _about(config: StudentConfig) -> dict[str, str]:
 # ---- the rest of a pipeline ----
 
 
-def write_pipeline_parts(
-    config: StudentConfig, folder: Path, options: SamplingOptions, parts: DrawingParts, dtype: str = "fp32"
-) -> None:
+def write_pipeline_parts(config: StudentConfig, folder: Path, parts: DrawingParts, dtype: str = "fp32") -> None:
     """Write a WanPipeline folder without its transformer, into an existing folder.
 
     VAE and text encoder are written from the tensors that were read, and nothing of their folders is copied: those may be a
-    stranger's.
+    stranger's. The scheduler is that of `wandistiller.sampling.sampler`. A WanPipeline takes no noise levels, so "flow_euler"
+    becomes Euler's method at the pipeline's own: 0.001 off for 4 steps at shift 5, 0.002 for 8.
 
     Args:
-        options: how the student draws; the scheduler is that of `wandistiller.sampling.sampler`. A WanPipeline takes no noise
-            levels, so "flow_euler" becomes Euler's method at the pipeline's own: 0.001 off for 4 steps at shift 5, 0.002 for 8.
         parts: VAE and text encoder, of which neither may be missing.
         dtype: precision of the transformer.
     """
@@ -168,10 +166,11 @@ def write_pipeline_parts(
     write_tensors(folder / "vae" / WEIGHTS_NAME, parts.vae.state_dict(), {"format": "pt"})
     assert parts.encoder is not None
     _write_text_encoder(parts.encoder, folder, dtype)
-    sampler = "euler" if options.sampler == "flow_euler" else options.sampler
-    scheduler = wan_scheduler(options.shift, options.num_inference_steps, sampler)
+    record = StudentRecord.of(config)
+    sampler = "euler" if record.sampler == "flow_euler" else record.sampler
+    scheduler = wan_scheduler(record.shift, record.steps, sampler)
     # UniPC calls the shift flow_shift and FlowMatchEulerDiscreteScheduler calls it shift, so that from_config would drop it:
-    scheduler.register_to_config(shift=options.shift)
+    scheduler.register_to_config(shift=record.shift)
     scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "WanPipeline",

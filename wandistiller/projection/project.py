@@ -5,6 +5,7 @@ transformer with the same weights and Conv2d = W[:, :, 0]. A smaller student tak
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -88,22 +89,17 @@ class ProjectionReport:
         layers = f"layers {','.join(map(str, self.layers))}" if self.layers else "nothing inherited"
         lines = [f"Projection of {self.teacher_path} (expert {self.expert}), {layers}"]
         lines += [f"  with the LoRA {lora['file']} at scale {lora['scale']:g}" for lora in self.loras]
-        for status in self.num_parameters:
-            count = sum(entry["status"] == status for entry in self.student.values())
-            share = self.num_parameters[status] / total
+        tensors = Counter(entry["status"] for entry in [*self.student.values(), *self.teacher.values()])
+        for status, number in self.num_parameters.items():
             lines.append(
-                f"  student  {status:<12}{count:5d} tensors {self.num_parameters[status]:>15,} parameters ({share:.1%})"
+                f"  student  {status:<12}{tensors[status]:5d} tensors {number:>15,} parameters ({number / total:.1%})"
             )
-        for status in ("used", "dropped"):
-            count = sum(entry["status"] == status for entry in self.teacher.values())
-            lines.append(f"  teacher  {status:<12}{count:5d} tensors")
+        lines += [f"  teacher  {status:<12}{tensors[status]:5d} tensors" for status in ("used", "dropped")]
         return "\n".join(lines)
 
     def save(self, folder: str | Path) -> None:
         """Write the report to projection_report.json in `folder`."""
-        values = asdict(self)
-        empty = [name for name in ("loras", "selection") if not values[name]]
-        write_json(Path(folder) / REPORT_NAME, {name: values[name] for name in values if name not in empty}, indent=1)
+        write_json(Path(folder) / REPORT_NAME, asdict(self), indent=1)
 
 
 def project_teacher(
