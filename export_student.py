@@ -28,21 +28,12 @@ from wandistiller.students.record import StudentRecord, load_shape, load_student
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from torch import Tensor
 
-FORMATS = ["diffusers", "original", "pipeline", "gguf"]
+# The precisions of each format
+FLOATS, QUANTISED = ["fp32", "bf16", "fp16"], ["q8_0", "q5_0", "q4_0"]
+FORMATS = {"diffusers": FLOATS, "original": [*FLOATS, "fp8"], "pipeline": FLOATS, "gguf": [*FLOATS, *QUANTISED]}
 # The formats that are one file, with the name that it gets in a folder
 FILE_NAMES = {"original": "wan_student.safetensors", "gguf": "wan_student.gguf"}
-GGUF_DTYPES = ["q8_0", "q5_0", "q4_0"]
 WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubFlags:
-    """Where it is published."""
-
-    push_to_hub: str | None = flag(
-        "also make this repository of it, private, with the card and the sample pictures", metavar="OWNER/NAME"
-    )
-    public: bool = switch("make that repository one that everybody sees")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +57,7 @@ class Flags:
     format: str = flag(
         "diffusers: a transformer folder; pipeline: a whole pipeline folder; original: one file for ComfyUI; gguf: one for ComfyUI-GGUF",
         required=True,
-        choices=FORMATS,
+        choices=list(FORMATS),
     )
     output: str = flag(
         f"a new folder; for original and gguf also a file, else {' or '.join(FILE_NAMES.values())} in it",
@@ -75,12 +66,15 @@ class Flags:
     )
     dtype: str = flag(
         "of the weights; norms, modulation and time embedding stay fp32; fp8 (original only) is float8_e4m3fn in the blocks, "
-        f"{', '.join(GGUF_DTYPES)} (gguf only) are its types there",
+        f"{', '.join(QUANTISED)} (gguf only) are its types there",
         "fp32",
-        choices=["fp32", "bf16", "fp16", "fp8", *GGUF_DTYPES],
+        choices=[*FLOATS, "fp8", *QUANTISED],
     )
     workflow: bool = switch("write a ComfyUI workflow beside an original file, to drop on its editor")
-    hub: HubFlags = group("Hub (nothing is sent without --push_to_hub)")
+    push_to_hub: str | None = flag(
+        "also make this repository of it, private, with the card and the sample pictures; nothing is sent without this flag",
+        metavar="OWNER/NAME",
+    )
     parts: PartsFlags = group("The rest of a pipeline (left out: from the teacher that the student records)")
 
 
@@ -90,20 +84,13 @@ def parse_args(argv: list[str] | None = None) -> Flags:
 
 def check_flags(flags: Flags) -> None:
     """Refuse flags that do not go together."""
-    if flags.dtype == "fp8" and flags.format != "original":
-        reader, other = ("ComfyUI-GGUF", "q8_0") if flags.format == "gguf" else ("diffusers", "bf16")
-        raise UserError(
-            f"--dtype fp8 is for --format original; {reader} reads no such files, give {other} with {flags.format}"
-        )
-    if flags.dtype in GGUF_DTYPES and flags.format != "gguf":
-        raise UserError(f"--dtype {flags.dtype} is for --format gguf; give bf16 with {flags.format}")
+    if flags.dtype not in (allowed := FORMATS[flags.format]):
+        raise UserError(f"--dtype {flags.dtype}: --format {flags.format} has {', '.join(allowed)}; give one of these")
     for name, value in vars(flags.parts).items():
         if value and flags.format != "pipeline":
             raise UserError(f"--{name} belongs to --format pipeline; the other formats hold the transformer alone")
     if flags.workflow and flags.format != "original":
         raise UserError("--workflow is for --format original, the file that ComfyUI reads")
-    if flags.hub.public and not flags.hub.push_to_hub:
-        raise UserError("--public says who sees the repository of --push_to_hub; give that too")
 
 
 def read_config(flags: Flags) -> StudentConfig:
@@ -249,8 +236,8 @@ def push_export(target: Path, config: StudentConfig, flags: Flags) -> None:
     card = export_card(name, config, flags.format, flags.dtype, pictures)
     shown = {str(picture): student / picture for picture in pictures}
     files: dict[str, Path | bytes] = {**exported, **shown, CARD_NAME: card.encode()}
-    address = push(flags.hub.push_to_hub or "", files, is_public=flags.hub.public, local=target)
-    print(f"Pushed {len(files)} files to {address}, which {'everybody sees' if flags.hub.public else 'is private'}")
+    address = push(flags.push_to_hub or "", files, target)
+    print(f"Pushed {len(files)} files to {address}, which is private")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -259,8 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     check_flags(flags)
     config = read_config(flags)
     target = check_output(flags)
-    if flags.hub.push_to_hub:
-        check_repository(flags.hub.push_to_hub)
+    if flags.push_to_hub:
+        check_repository(flags.push_to_hub)
 
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.exports import published, refuse_what_gguf_drops
@@ -274,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     write(target, tensors, public_config, parts, flags)
 
     print_result(target, public_config, flags)
-    if flags.hub.push_to_hub:
+    if flags.push_to_hub:
         push_export(target, public_config, flags)
     return 0
 

@@ -179,8 +179,8 @@ def test_what_comfyui_would_read_wrong_is_refused(export, tmp_path, changes, mes
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dtype", "fp8"], "ComfyUI-GGUF reads no such files, give q8_0 with gguf"),
-        (["--format", "original", "--dtype", "q8_0"], "--dtype q8_0 is for --format gguf; give bf16 with original"),
+        (["--dtype", "fp8"], "--format gguf has fp32, bf16, fp16, q8_0"),
+        (["--format", "original", "--dtype", "q8_0"], "--format original has fp32, bf16, fp16, fp8; give"),
         (["--output", "{tmp}/is_there.gguf"], "is there already; give another name"),
     ],
 )

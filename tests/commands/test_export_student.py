@@ -475,7 +475,7 @@ def test_a_lite_student_is_no_wan(student, export, tmp_path):
 
 
 MISTAKES = {
-    "fp8 for diffusers": ("diffusers", ["--dtype", "fp8"], "--dtype fp8 is for --format original"),
+    "fp8 for diffusers": ("diffusers", ["--dtype", "fp8"], "--format diffusers has fp32, bf16, fp16; give"),
     "a part of a transformer": ("diffusers", ["--vae_path", "x"], "--vae_path belongs to --format pipeline"),
     "no such student": ("original", ["--student", "{tmp}/none"], "there is no such folder; give the --output_dir"),
     "a file of another model": (
@@ -498,7 +498,6 @@ MISTAKES = {
         "writes no .safetensors file; give a new",
     ),
     "a workflow of a folder": ("diffusers", ["--workflow"], "--workflow is for --format original"),
-    "public, and nowhere": ("diffusers", ["--public"], "give that too"),
 }
 
 

@@ -149,11 +149,9 @@ def test_a_private_repository_holds_the_export_its_card_and_the_newest_picture(
     assert str(tmp_path) not in card.content
 
 
-def test_nothing_is_sent_without_the_flag_and_nothing_is_public_without_the_other(export, hub):
+def test_nothing_is_sent_without_the_flag(export, hub):
     assert export("diffusers").code == 0
     assert hub.requests == []
-    outcome = export("diffusers", "--push_to_hub", "me/wan-student", "--public", output="public")
-    assert hub.repositories == {"me/wan-student": False} and "which everybody sees" in outcome.out
 
 
 def assert_told(outcome, *parts: str) -> None:

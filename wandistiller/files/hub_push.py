@@ -30,8 +30,8 @@ def check_repository(repo_id: str) -> None:
         raise HubError(f"--push_to_hub {repo_id}: is there already, and is not replaced; give another name")
 
 
-def push(repo_id: str, files: dict[str, Path | bytes], *, is_public: bool, local: Path) -> str:
-    """Make a repository of files by their names in it, private unless told otherwise; return its address.
+def push(repo_id: str, files: dict[str, Path | bytes], local: Path) -> str:
+    """Make a private repository of files by their names in it; return its address.
 
     Args:
         local: where the export lies here, for the message where the hub fails.
@@ -43,7 +43,7 @@ def push(repo_id: str, files: dict[str, Path | bytes], *, is_public: bool, local
 
     api = HfApi()
     with _told(repo_id, f"the export is in {local}, and `hf upload {repo_id} {local}` sends it"):
-        address = api.create_repo(repo_id, private=not is_public)
+        address = api.create_repo(repo_id, private=True)
         operations = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in files.items()

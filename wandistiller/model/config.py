@@ -227,12 +227,12 @@ class StudentConfig:
     @classmethod
     def load(cls, path: str | Path) -> "StudentConfig":
         """Read and check a student_config.json; `path` may also be the folder that holds it."""
-        folder = path if os.path.isdir(path) else None
-        path = Path(folder) / CONFIG_NAME if folder else Path(path)
+        path = Path(path) / CONFIG_NAME if os.path.isdir(path) else Path(path)
         if not os.path.lexists(path):  # unlike Path.exists it also answers for a name longer than names may be
-            if folder:
-                check_is_no_export(Path(folder))
-            raise ConfigError(f"{path}: there is no such file; give a student_config.json (see config/)")
+            raise ConfigError(
+                f"{path}: there is no such file; give a student_config.json (see config/), or the --output_dir of "
+                "train_distillation.py"
+            )
         with _errors_from(path):
             values = load_json(path, _each_key_once)
         return cls._from_value(values, str(path))
@@ -271,20 +271,6 @@ def _errors_from(where: str | Path | None) -> Iterator[None]:
         yield
     except (ConfigError, JsonError) as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from None
-
-
-def check_is_no_export(folder: Path) -> None:
-    """Refuse a folder for diffusers where a student's own is wanted, by its name.
-
-    Raises:
-        ConfigError: it is a pipeline or a transformer, such as export_student.py writes.
-    """
-    what = {"model_index.json": "pipeline", "config.json": "model"}
-    found = next((noun for name, noun in what.items() if (folder / name).is_file()), None)
-    if found:
-        raise ConfigError(
-            f"{folder}: is a {found} for diffusers, such as export_student.py writes, and no student's folder; {STUDENT_ADVICE}"
-        )
 
 
 def _linear(inputs: int, outputs: int) -> int:

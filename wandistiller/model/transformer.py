@@ -26,7 +26,6 @@ from wandistiller.model.config import (
     WEIGHTS_NAME,
     ConfigError,
     StudentConfig,
-    check_is_no_export,
 )
 from wandistiller.model.layers import (
     apply_rope,
@@ -472,7 +471,6 @@ def saved_config(place: str | Path) -> StudentConfig:
         return StudentConfig.load(place)
     weights = place if place.is_file() else place / WEIGHTS_NAME
     if not weights.exists():
-        check_is_no_export(place)
         raise ConfigError(f"{place}: holds neither {CONFIG_NAME} nor {WEIGHTS_NAME}; {STUDENT_ADVICE}")
     try:
         text = read_header(weights).metadata.get("student_config")
