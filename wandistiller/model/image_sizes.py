@@ -33,7 +33,9 @@ class ImageSize(NamedTuple):
         """
         found = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", text)
         if found is None:
-            raise ArgumentTypeError(f"{text!r} is no size; write WIDTHxHEIGHT in pixels, such as 640x384")
+            raise ArgumentTypeError(
+                f"{text!r} is no size; write WIDTHxHEIGHT in pixels, such as 640x384, or a ratio such as 16:9"
+            )
         return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
@@ -58,21 +60,6 @@ class AspectRatio(NamedTuple):
     width: int
     height: int
 
-    @classmethod
-    def parse(cls, text: str) -> "AspectRatio":
-        """Read a ratio as it is typed, such as 16:9.
-
-        Raises:
-            ArgumentTypeError: it is none, or lies beyond MAX_RATIO.
-        """
-        found = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", text)
-        ratio = found and cls(int(found[1]), int(found[2]))
-        if not ratio or max(ratio) > MAX_RATIO * min(ratio):
-            raise ArgumentTypeError(
-                f"{text!r} is no aspect ratio; write WIDTH:HEIGHT in whole numbers, from 4:1 to 1:4, such as 16:9"
-            )
-        return ratio
-
     def __str__(self) -> str:
         return f"{self.width}:{self.height}"
 
@@ -93,9 +80,12 @@ def is_size(value: object) -> bool:
 
 def size_or_ratio(text: str) -> ImageSize | AspectRatio:
     """Read 640x384 (pixels) or 16:9 (a ratio), as an argparse type."""
-    if not re.search("[x:]", text):
-        raise ArgumentTypeError(f"{text!r} is no size; write WIDTHxHEIGHT in pixels, or a ratio such as 16:9")
-    return AspectRatio.parse(text) if ":" in text else ImageSize.parse(text)
+    if not (found := re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", text)):
+        return ImageSize.parse(text)
+    ratio = AspectRatio(int(found[1]), int(found[2]))
+    if max(ratio) > MAX_RATIO * min(ratio):
+        raise ArgumentTypeError(f"{text} is beyond what is allowed, 4:1 to 1:4, such as 16:9")
+    return ratio
 
 
 def resolve_sizes(

@@ -7,17 +7,17 @@ tensor tells, and from 0.19.3 on the metadata of the file tell it; the code of 0
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from wandistiller.model.config import StudentConfig
 from wandistiller.students.record import StudentRecord, trained_sizes
-from wandistiller.wan.settings import RELEASED_LATENTS
+from wandistiller.wan.vae import MAX_STATISTICS_ERROR, RELEASED_LATENTS
 
 READS_METADATA = "0.19"  # 0.8.0 does not read it and 0.19.3 does; the versions between were not looked at
 # What no tensor tells: the value that ComfyUI takes where it reads no metadata
 _GIVEN = {"head_dim": 128, "patch_size": 2, "freq_dim": 256, "eps": 1e-6}
-_MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
 # The node that makes empty latents, by their channels, and the one that reads an exported file, by its format.
 LATENTS = {16: "EmptyHunyuanLatentVideo", 48: "Wan22ImageToVideoLatent"}
 LOADERS = {"original": "Load Diffusion Model", "gguf": "Unet Loader (GGUF)"}
@@ -61,16 +61,16 @@ def comfyui_warnings(config: StudentConfig) -> list[str]:
         warnings.append(f"ComfyUI draws otherwise: it pads prompts to 512 tokens, and this student learnt {slots}")
     if config.num_channels not in RELEASED_LATENTS:
         warnings.append(f"ComfyUI knows Wan latents of 16 or 48 channels, this student's have {config.num_channels}")
-    elif not _has_released_latents(config):
+    elif any(abs(ours - own) > MAX_STATISTICS_ERROR for ours, own in _learnt_and_released(config)):
         warnings.append("ComfyUI normalises latents as the released VAE's, this student learnt others")
     return warnings
 
 
-def _has_released_latents(config: StudentConfig) -> bool:
-    """Return whether the recorded mean and std of the student's latents are those of the released VAE."""
+def _learnt_and_released(config: StudentConfig) -> Iterator[tuple[float, float]]:
+    """Yield each mean and std of the student's latents beside that of the released VAE."""
     record, (mean, std) = StudentRecord.of(config), RELEASED_LATENTS[config.num_channels]
-    values = [*(record.latents_mean or mean), *(record.latents_std or std)]
-    return all(abs(value - given) <= _MAX_STATISTICS_ERROR for value, given in zip(values, [*mean, *std], strict=True))
+    yield from zip(record.latents_mean or mean, mean, strict=True)
+    yield from zip(record.latents_std or std, std, strict=True)
 
 
 def comfyui_sampler(config: StudentConfig) -> str:
