@@ -37,16 +37,8 @@ from wandistiller.wan.lora import open_lora
 from wandistiller.wan.wan_files import merge_loras
 
 TEACHER = {"heads": 4, "head_dim": 12, "layers": 5, "ffn_dim": 60, "channels": 16, "text_dim": 20}
-CONFIG = StudentConfig(
-    block="wan",
-    hidden_size=24,
-    depth=3,
-    num_heads=2,
-    ffn_dim=32,
-    num_channels=16,
-    image_size=64,
-    text_encoder_output_dim=20,
-)
+SHAPE = {"hidden_size": 24, "depth": 3, "num_heads": 2, "num_channels": 16, "image_size": 64}
+CONFIG = StudentConfig(block="wan", ffn_dim=32, text_encoder_output_dim=20, **SHAPE)
 OUTSIDE = ["condition_embedder.time_proj", "condition_embedder.text_embedder.linear_2", "proj_out"]
 
 
@@ -231,9 +223,7 @@ def test_a_report_that_does_not_tell_is_refused(cut, places, tmp_path, name):
 
 
 def test_students_that_no_lora_fits_are_refused(places, tmp_path):
-    lite = StudentConfig(
-        block="lite", hidden_size=24, depth=2, num_heads=2, num_channels=16, image_size=64, text_encoder_output_dim=20
-    )
+    lite = StudentConfig(block="lite", text_encoder_output_dim=20, **SHAPE)
     for config, make, words in (
         (lite, project_teacher, 'block "lite"'),
         (CONFIG, fresh_student, "inherited nothing"),
