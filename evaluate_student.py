@@ -297,8 +297,13 @@ def main(argv: list[str] | None = None) -> int:
     experiment = prepare(flags, config, prompts, teacher)
     folder = prepare_output_folder(flags.folder, "--output")
 
+    about = describe(flags, config, digest, experiment) | {"num_trained_prompts": num_trained}
+
     # Measure:
-    print(experiment.summary())
+    teacher_steps, student_steps = about["num_inference_steps"], about["student_steps"]
+    print(
+        f"{len(prompts)} prompts x {flags.sampling.num_seeds} seeds, teacher {teacher_steps} steps, student {student_steps}"
+    )
     sizes = trained_sizes(config)
     results, drawn = measure_all(flags, config, experiment, sizes)
     print("\n".join(table_lines(results)))
@@ -307,7 +312,6 @@ def main(argv: list[str] | None = None) -> int:
     if "frontier" in results:
         save_frontier_plot(results["frontier"], folder / FRONTIER_NAME)
     save_comparison(folder / COMPARISON_NAME, experiment, drawn, sizes)
-    about = describe(flags, config, digest, experiment) | {"num_trained_prompts": num_trained}
     write_json(
         folder / EVALUATION_NAME, finite(about | results), end="\n", indent=2, ensure_ascii=False, allow_nan=False
     )

@@ -104,10 +104,6 @@ class Flags:
     compute: ComputeFlags = group("Performance")
 
 
-def parse_args(argv: list[str] | None = None) -> Flags:
-    return parse_flags(Flags, "generate_images.py", "Draw prompts with a trained student, or with its teacher.", argv)
-
-
 def read_prompts(flags: PromptFlags) -> list[str]:
     """Read the prompts of --prompt, then the different ones of --prompts_file, each as often as it is drawn."""
     prompts = flags.prompt or []
@@ -215,7 +211,7 @@ def save_grid(file: Path, pictures: "list[np.ndarray]", prompts: list[str], meta
 
 def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
-    flags = parse_args(argv)
+    flags = parse_flags(Flags, "generate_images.py", "Draw prompts with a trained student, or with its teacher.", argv)
     config = load_student_config(flags.student)
     prompts = read_prompts(flags.prompts)
     teacher = teacher_paths(config, flags.teacher)

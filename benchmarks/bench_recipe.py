@@ -182,7 +182,7 @@ def train_and_judge(setting: Setting, args: argparse.Namespace, name: str, seed:
         run("train_distillation.py", *words)
         held_out = {
             "--student": folder, "--prompts_file": setting.heldout_prompts, "--num_prompts": args.num_prompts,
-            "--num_seeds": NUM_NOISES, "--batch_size": 64, "--judge": setting.judge,
+            "--num_seeds": NUM_NOISES, "--batch_size": 64, "--judge": setting.judge, "--frontier_prompts": 0,
         }  # fmt: skip
         # tools/icon_judge.py finds its pictographs by this:
         run("evaluate_student.py", *(word for pair in held_out.items() for word in pair), ICON_TEACHER=setting.teacher)

@@ -63,15 +63,6 @@ class Experiment:
     num_seeds: int
     batch_size: int
 
-    def summary(self) -> str:
-        """Return one line for the screen."""
-        options = self.teacher_options
-        return (
-            f"{len(self.embeds)} prompts x {self.num_seeds} seeds, teacher {options.num_inference_steps} steps, student "
-            f"{self.student_options.num_inference_steps}, shift {options.shift:g}, "
-            f"teacher's guidance_scale {self.settings.guidance_scale:g}"
-        )
-
     @property
     def num_tokens(self) -> int:
         """Text tokens of the first prompt, for which costs are counted."""

@@ -55,15 +55,11 @@ class _Kept:
 
     def __init__(self, field: VelocityField):
         self.field = field
-        self.latents: list[Tensor] = []
-        self.answers: list[Tensor] = []
-        self.sigmas: list[Tensor] = []
+        self.states: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def velocity(self, latents: Tensor, sigma: Tensor, *text: Tensor) -> Tensor:
         velocity = self.field.velocity(latents, sigma, *text)
-        self.latents.append(latents.cpu())
-        self.answers.append(velocity.float().cpu())
-        self.sigmas.append(sigma[0])
+        self.states.append((latents.cpu(), sigma[0], velocity.float().cpu()))
         return velocity
 
 
@@ -92,10 +88,11 @@ def draw_path_states(
         kept = _Kept(teacher)
         text = prompt_embeds.batch(paths % len(prompt_embeds), options.device)
         ends = sample(kept, noise[paths], *text, options)
-        parts.append((torch.stack([*kept.latents, ends.cpu()]), torch.stack(kept.answers)))
+        latents, sigma, velocity = (torch.stack(values) for values in zip(*kept.states, strict=True))
+        parts.append((torch.cat([latents, ends.cpu()[None]]), velocity))
     latents, velocity = (torch.cat(values, dim=1) for values in zip(*parts, strict=True))
     if segment_steps is None:
-        return PathStates(latents[:-1], torch.stack(kept.sigmas), velocity)
+        return PathStates(latents[:-1], sigma, velocity)
     sigma = wan_scheduler(options.shift, options.num_inference_steps, options.sampler).sigmas[::segment_steps].double()
     bounds = latents[::segment_steps].contiguous()
     return PathStates(bounds[:-1], sigma[:-1], bounds.diff(dim=0) / sigma.diff().float().view(-1, 1, 1, 1, 1))

@@ -96,7 +96,6 @@ def _scores(results: dict) -> Iterator[Row]:
         if "cosine" in found:
             yield _row(f"{kind}: cosine to the teacher's picture", found["cosine"])
             yield _row(f"{kind}: standard error", found["standard_error"])
-            yield _row(f"{kind}: cosine to pictures of other prompts", found["of_other_prompts"])
             continue
         yield _row(f"{kind}: cosine to the prompt", *_three(found))
         yield _row(f"{kind}: standard error of the difference", found.get("standard_error_of_difference"))

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wandistiller.device import to_device
+from wandistiller.device import autocast, to_device
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS, sigma_to_timestep
 from wandistiller.sampling.teacher import Teacher
@@ -119,14 +119,12 @@ def sample(
 ) -> Tensor:
     """Return latents x_0 (B, C, H, W) in model space, from noise (B, C, H, W)."""
     scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler)
-    device_type = torch.device(options.device).type
-    is_mixed = options.compute_dtype != torch.float32
+    ask = autocast(field.velocity, options.device, options.compute_dtype)
     latents = to_device(noise, options.device)
     for timestep in scheduler.timesteps:
         # UniPC's timesteps are whole numbers, as WanPipeline feeds them, and float64 keeps them exact.
         sigma = (timestep.double() / NUM_TRAIN_TIMESTEPS).expand(len(latents))
-        with torch.autocast(device_type, options.compute_dtype, enabled=is_mixed):
-            velocity = field.velocity(latents, sigma, prompt_embeds, prompt_lengths)
+        velocity = ask(latents, sigma, prompt_embeds, prompt_lengths)
         latents = scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
     return latents
 
