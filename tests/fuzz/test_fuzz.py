@@ -1,34 +1,40 @@
-"""Whatever is damaged of the files that a command reads, it works, or says in one short message why not.
+"""Whatever is damaged of the files that a command reads, it works, or says in one short message why not; strangers are told by name.
 
-Each group of files is damaged in hundreds of ways that hypothesis draws, and given to the public command that reads it, in a
-forked process with bounds on its memory and its time. It must exit with 0, or with 2 and one message, open no pickle, and
-leave all that was not its to write as it was. With -s the counts are printed; -m slow damages ten thousand files.
+Each group of files is damaged in hundreds of ways and given to the public command that reads it, in a forked process with bounds on
+its memory and its time. It must exit with 0, or with 2 and one message, open no pickle, run no code, write no escape to the terminal,
+and leave all that was not its to write as it was. Of a file that is whole and has a tensor too many, too few, renamed or rescaled, that
+tensor must be used, named on the screen, or named in the refusal. With -s the counts by kind and outcome are printed; -m slow
+damages 15,000 files.
 
 pytest tests/fuzz/test_fuzz.py
 """
 
 import collections
+import gzip
+import hashlib
 import json
 import os
+import random
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from diffusers import WanTransformer3DModel
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import evaluate_student
 import export_student
 import generate_images
 import projection_mapper
 import train_distillation
-from support.damage import IN_BYTES, IN_GGUF, IN_JSON, IN_PLACE, IN_TENSORS, Damage, apply, damages
+from support.damage import Damage, damage
 from support.forked import Ended, run_forked
 from support.gguf_files import write_wan_gguf
 from support.loras import comfyui_keys, random_pairs, write
@@ -38,7 +44,29 @@ from support.students import PROMPTS, train_student, write_teacher
 from support.wan_folders import write_single_file, write_transformer_folder
 
 LONGEST_MESSAGE = 500  # letters, without the path of the test's own folder
-Command = Callable[[Path], tuple[Callable, list[object]]]
+NUM_SLOW_CASES = 15_000
+MAINS = {
+    "project": projection_mapper.main,
+    "draw": generate_images.main,
+    "export": export_student.main,
+    "evaluate": evaluate_student.main,
+    "train": train_distillation.main,
+}
+PROJECT = "project --output_dir {new}"
+OF_STUDENT = "--student {case}/student --teacher_path {case}/teacher"
+DRAW = f"draw {OF_STUDENT} --prompt_cache {{case}}/cache --output {{new}} --num_inference_steps 1 --device cpu"
+ONE = "--prompt ring"
+EXPORT = "export --student {case}/student --output {new} --format"
+PIPELINE = f"{EXPORT} pipeline --teacher_path {{case}}/teacher"
+EVALUATE = (
+    f"evaluate {OF_STUDENT} --prompts_file {{case}}/prompts.txt --prompt_cache {{case}}/cache --num_prompts 1 --num_seeds 1 "
+    "--num_inference_steps 1 --device cpu"
+)
+TRAIN = (
+    "train --teacher_path {case}/teacher --student_config {case}/config.json --data_path {case}/prompts.txt --device cpu "
+    "--prompt_cache {case}/cache --output_dir {run} --num_samples 0 --save_every 1 --report none"
+)
+PARTS = "--max_steps 2 --replay 1 --cache_part 1/2 --teacher_cache {case}/begun"
 
 
 @dataclass(frozen=True)
@@ -48,201 +76,81 @@ class Group:
     Attributes:
         parts: what of the house a case needs.
         files: patterns of the files that are damaged.
-        command: returns the command and its arguments, given the folder of a case.
-        few, many: so many cases in the default and in the slow suite.
+        few: cases in the default suite.
     """
 
-    parts: list[str]
-    files: list[str]
-    kinds: list[str]
-    command: Command
-    few: int
-    many: int = 700
+    parts: str
+    files: str
+    command: str
+    few: int = 8
 
 
-def project(*flags: object, teacher: str = "teacher") -> Command:
-    return lambda case: (
-        projection_mapper.main,
-        ["--teacher_path", case / teacher, "--output_dir", case / "new", *flags],
-    )
-
-
-def project_student(case: Path) -> tuple[Callable, list[object]]:
-    main, argv = project()(case)
-    return main, [*argv, "--student_config", case / "config.json"]
-
-
-def project_with_lora(case: Path) -> tuple[Callable, list[object]]:
-    main, argv = project()(case)
-    return main, [*argv, "--teacher_lora", case / "lora.safetensors"]
-
-
-def cut_lora(case: Path) -> tuple[Callable, list[object]]:
-    argv = ["--lora", case / "lora.safetensors", "--student", case / "student", "--output", case / "new.safetensors"]
-    return projection_mapper.main, argv
-
-
-def draw(*flags: object, prompts: str = "") -> Command:
-    def command(case: Path) -> tuple[Callable, list[object]]:
-        text = ["--prompts_file", case / prompts, "--num_prompts", 4] if prompts else ["--prompt", "a red circle"]
-        places = ["--student", case / "student", "--prompt_cache", case / "cache", "--output", case / "new"]
-        teacher = ["--teacher_path", case / "teacher"]
-        return generate_images.main, [*places, *teacher, *text, "--num_inference_steps", 1, "--device", "cpu", *flags]
-
-    return command
-
-
-def export(case: Path) -> tuple[Callable, list[object]]:
-    return export_student.main, ["--student", case / "student", "--format", "original", "--output", case / "new"]
-
-
-def export_pipeline(case: Path) -> tuple[Callable, list[object]]:
-    argv = ["--student", case / "student", "--format", "pipeline", "--output", case / "new"]
-    return export_student.main, [*argv, "--teacher_path", case / "teacher"]
-
-
-def evaluate(case: Path) -> tuple[Callable, list[object]]:
-    argv = ["--student", case / "student", "--prompts_file", case / "prompts.txt", "--prompt_cache", case / "cache"]
-    argv += ["--teacher_path", case / "teacher", "--num_prompts", 1, "--num_seeds", 1, "--num_inference_steps", 1]
-    return evaluate_student.main, [*argv, "--device", "cpu"]
-
-
-def score(case: Path) -> tuple[Callable, list[object]]:
-    main, argv = evaluate(case)
-    scorers = ["--scorer", f"clip={case / 'clip'}", "--scorer", f"dino={case / 'dino'}", "--output", case / "new"]
-    return main, [*argv, *scorers]
-
-
-def train(*flags: object) -> Command:
-    """Train on from the run in the case's folder, with its own teacher and cache."""
-
-    def command(case: Path) -> tuple[Callable, list[object]]:
-        argv = ["--teacher_path", case / "teacher", "--student_config", case / "config.json"]
-        argv += ["--data_path", case / "prompts.txt", "--prompt_cache", case / "cache", "--output_dir", case / "run"]
-        argv += ["--num_samples", 0, "--save_every", 1, "--report", "none", "--device", "cpu"]
-        return train_distillation.main, [*argv, *[flag.format(case=case) for flag in map(str, flags)]]
-
-    return command
-
-
-IN_PARTS = ("--max_steps", 2, "--replay", 1, "--cache_part", "1/2", "--teacher_cache")
-SHARED_TEACHER = ["teacher", "student"]
+DRAWN = "teacher student cache"
 GROUPS = {
-    "student config": Group(["teacher", "config.json"], ["config.json"], IN_JSON + IN_BYTES + IN_PLACE, project_student, 30, 1000),
-    "prompts": Group(
-        [*SHARED_TEACHER, "cache", "prompts.txt"], ["prompts.txt"], IN_BYTES + IN_PLACE, draw(prompts="prompts.txt"), 20
+    "student config": Group("teacher config.json", "config.json", f"{PROJECT} --teacher_path {{case}}/teacher --student_config {{case}}/config.json", 16),
+    "prompts": Group(f"{DRAWN} prompts.txt", "prompts.txt", f"{DRAW} --prompts_file {{case}}/prompts.txt --num_prompts 4"),
+    "tables of captions": Group(f"{DRAWN} tables", "tables/*", f"{DRAW} --prompts_file {{case}}/tables --num_prompts 4", 16),
+    "prompt templates": Group(f"{DRAWN} templates", "templates/*", f"{DRAW} --prompts_file {{case}}/templates --num_prompts 4"),
+    "teacher's JSON": Group("teacher student", "teacher/*.json teacher/[!te]*/*.json", f"{PROJECT} --teacher_path {{case}}/teacher", 20),
+    "shard index": Group("sharded", "sharded/*.index.json", f"{PROJECT} --teacher_path {{case}}/sharded"),
+    "transformer": Group("single.safetensors", "single.safetensors", f"{PROJECT} --teacher_path {{case}}/single.safetensors", 16),
+    "GGUF": Group("wan.gguf", "wan.gguf", f"{PROJECT} --teacher_path {{case}}/wan.gguf"),
+    "text encoder": Group("teacher student", "teacher/text_encoder/* teacher/tokenizer/*", f"{DRAW} {ONE}", 20),
+    "VAE": Group(DRAWN, "teacher/vae/*", f"{DRAW} {ONE}", 12),
+    "VAE, exported": Group("teacher student", "teacher/vae/*", PIPELINE, 12),
+    "LoRA": Group("teacher lora.safetensors", "lora.safetensors", f"{PROJECT} --teacher_path {{case}}/teacher --teacher_lora {{case}}/lora.safetensors", 16),
+    "LoRA, cut": Group(
+        "lora.safetensors student", "student/projection_report.json lora.safetensors",
+        "project --lora {case}/lora.safetensors --student {case}/student --output {new}.safetensors", 12,
     ),
-    "tables of captions": Group(
-        [*SHARED_TEACHER, "cache", "tables"], ["tables/*"], IN_JSON + IN_BYTES + IN_PLACE, draw(prompts="tables"), 24
-    ),
-    "prompt templates": Group(
-        [*SHARED_TEACHER, "cache", "templates"], ["templates/*"], IN_BYTES + IN_PLACE, draw(prompts="templates"), 12
-    ),
-    "teacher's JSON": Group(
-        ["teacher"],
-        ["teacher/*.json", "teacher/transformer/*.json", "teacher/vae/*.json", "teacher/scheduler/*.json"],
-        IN_JSON + IN_BYTES + IN_PLACE,
-        project(),
-        30,
-        1200,
-    ),
-    "shard index": Group(["sharded"], ["sharded/*.index.json"], IN_JSON + IN_BYTES + IN_PLACE, project(teacher="sharded"), 20),
-    "teacher's weights": Group(
-        ["single.safetensors"], ["single.safetensors"], IN_TENSORS + IN_BYTES + IN_PLACE, project(teacher="single.safetensors"), 20
-    ),
-    "GGUF": Group(["wan.gguf"], ["wan.gguf"], IN_GGUF + IN_BYTES + IN_PLACE, project(teacher="wan.gguf"), 30),
-    "text encoder": Group(
-        SHARED_TEACHER,
-        ["teacher/text_encoder/*", "teacher/tokenizer/*"],
-        IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE,
-        draw(),
-        14,
-    ),
-    "VAE": Group(
-        [*SHARED_TEACHER, "cache"], ["teacher/vae/*"], IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE, export_pipeline, 20
-    ),
-    "LoRA": Group(
-        ["teacher", "lora.safetensors"], ["lora.safetensors"], IN_TENSORS + IN_BYTES + IN_PLACE, project_with_lora, 25
-    ),
-    "student's selection": Group(
-        ["lora.safetensors", "student"],
-        ["student/projection_report.json", "lora.safetensors"],
-        IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE,
-        cut_lora,
-        30,
-    ),
-    "student's record": Group(
-        SHARED_TEACHER, ["student/student_config.json"], IN_JSON + IN_BYTES + IN_PLACE, export_pipeline, 25, 1000
-    ),
-    "student's record, drawn": Group(
-        [*SHARED_TEACHER, "cache"], ["student/student_config.json"], IN_JSON, draw(), 15
-    ),
-    "student's weights": Group(
-        SHARED_TEACHER, ["student/diffusion_model.safetensors"], IN_TENSORS + IN_BYTES + IN_PLACE, export, 25
-    ),
-}  # fmt: skip
-# Files that a run writes and reads again
-RUN_GROUPS = {
-    "prompt cache": Group([*SHARED_TEACHER, "cache"], ["cache/*/*"], IN_TENSORS + IN_BYTES + IN_PLACE, draw(), 8),
+    "student's record": Group("teacher student", "student/student_config.json", PIPELINE, 16),
+    "student's record, drawn": Group(DRAWN, "student/student_config.json", f"{DRAW} {ONE}"),
+    "student's weights": Group("teacher student", "student/diffusion_model.safetensors", f"{EXPORT} original", 12),
+    "prompt cache": Group(DRAWN, "cache/*/*", f"{DRAW} --prompt a_red_circle"),
     "evaluation": Group(
-        [*SHARED_TEACHER, "cache", "prompts.txt"],
-        [
-            "student/evaluation.json",
-            "student/metrics.jsonl",
-            "student/README.md",
-            "student/samples/*",
-            "student/gallery.html",
-        ],
-        IN_JSON + IN_BYTES + IN_PLACE,
-        evaluate,
-        5,
-        300,
+        f"{DRAWN} prompts.txt",
+        "student/evaluation.json student/metrics.jsonl student/README.md student/samples/* student/gallery.html", EVALUATE, 4,
     ),
-    "scorers": Group(
-        [*SHARED_TEACHER, "cache", "prompts.txt", "clip", "dino"],
-        ["clip/*", "dino/*"],
-        IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE,
-        score,
-        10,
-        400,
-    ),
+    "scorers": Group(f"{DRAWN} prompts.txt clip dino", "clip/* dino/*", f"{EVALUATE} --scorer clip={{case}}/clip --scorer dino={{case}}/dino --output {{new}}", 6),
     "checkpoints": Group(
-        ["teacher", "config.json", "prompts.txt", "cache", "run"],
-        ["run/checkpoints/*.json", "run/checkpoints/*/*", "run/metrics.jsonl", "run/student_config.json"],
-        IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE,
-        train("--max_steps", 3),
-        6,
-        450,
+        "teacher config.json prompts.txt cache run",
+        "run/checkpoints/*.json run/checkpoints/*/* run/metrics.jsonl run/student_config.json", f"{TRAIN} --max_steps 3", 6,
     ),
-    "teacher cache": Group(
-        ["teacher", "config.json", "prompts.txt", "cache", "answers"],
-        ["answers/*"],
-        IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE,
-        train("--max_steps", 2, "--teacher_cache", "{case}/answers"),
-        6,
-        450,
-    ),
-    "teacher cache of several builders": Group(
-        ["teacher", "config.json", "prompts.txt", "cache", "begun"],
-        ["begun/*"],
-        IN_JSON + IN_TENSORS + IN_BYTES + IN_PLACE,
-        train(*IN_PARTS, "{case}/begun"),
-        3,
-        300,
-    ),
-}
+    "teacher cache": Group("teacher config.json prompts.txt cache answers", "answers/*", f"{TRAIN} --max_steps 2 --teacher_cache {{case}}/answers", 6),
+    "teacher cache, begun": Group("teacher config.json prompts.txt cache begun", "begun/*", f"{TRAIN} {PARTS}", 4),
+}  # fmt: skip
+BY_FILE = (
+    "prompt cache",
+    "checkpoints",
+    "teacher cache",
+    "teacher cache, begun",
+)  # checksums know that all is not whole
+
+
+def words_of(command: str, case: Path, new: str, run: str) -> tuple[str, list[str]]:
+    name, *words = command.format(case=case, new=case / new, run=case / run).split()
+    return name, words
+
+
+# ---- what is damaged ----
 
 
 def write_tables(folder: Path) -> None:
     """Write a folder with the same captions in every kind of table."""
     folder.mkdir()
     rows = [{"id": index, "caption": caption} for index, caption in enumerate(PROMPTS)]
-    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
-    (folder / "a.jsonl").write_text(lines, encoding="utf-8")
-    (folder / "b.csv").write_text('caption,id\n"a red circle",1\n', encoding="utf-8")
+    (folder / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    (folder / "b.csv.gz").write_bytes(gzip.compress(b'caption,id\n"a red circle",1\n'))
     (folder / "c.tsv").write_text("id\tcaption\n1\ta blue square\n", encoding="utf-8")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "d.parquet")
-    (folder / "e.txt").write_text("a red circle\n", encoding="utf-8")
+    (folder / "e.txt.zst").write_bytes(pyarrow.compress(b"a red circle\n", codec="zstd", asbytes=True))
+
+
+def write_templates(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "a.template.txt").write_text(r"{3::__n__|2$$ and $$x|y} {\{a\}|{b|c}}", encoding="utf-8")
+    (folder / "n.txt").write_text("# numbers\n2::one\n__m__\n", encoding="utf-8")
+    (folder / "m.txt").write_text("two\nthree\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -257,57 +165,57 @@ def house(tmp_path_factory) -> Path:
     write_wan_gguf(root / "wan.gguf", heads=1)
     for kind in ("clip", "dino"):
         save_scorer(kind, root / kind)
-    model = WanTransformer3DModel.from_pretrained(root / "teacher" / "transformer")
-    write(
-        root / "lora.safetensors", comfyui_keys(random_pairs(model), alpha=1.5), {"lora_adapter_metadata": '{"r": 3}'}
-    )
+    pairs = random_pairs(WanTransformer3DModel.from_pretrained(root / "teacher" / "transformer"))
+    write(root / "lora.safetensors", comfyui_keys(pairs, alpha=1.5), {"lora_adapter_metadata": '{"r": 3}'})
     (root / "config.json").write_text(json.dumps(PRUNED_CONFIG), encoding="utf-8")
     made = train_student(root / "made", root / "teacher")
-    for name, place in {
-        "student": made,
-        "cache": root / "made" / "cache",
-        "prompts.txt": root / "made" / "prompts.txt",
-    }.items():
+    for name, place in (
+        ("student", made),
+        ("cache", made.parent / "cache"),
+        ("prompts.txt", made.parent / "prompts.txt"),
+    ):
         shutil.move(place, root / name)
     write_tables(root / "tables")
-    (root / "templates").mkdir()
-    (root / "templates" / "a.template.txt").write_text(r"{3::__n__|2$$ and $$x|y} {\{a\}|{b|c}}", encoding="utf-8")
-    (root / "templates" / "n.txt").write_text("# numbers\n2::one\n__m__\n", encoding="utf-8")
-    (root / "templates" / "m.txt").write_text("two\nthree\n", encoding="utf-8")
-    for command in (score, evaluate):
-        main, argv = command(root)
-        argv = [root / "warm_score" if word == root / "new" else word for word in argv]
-        assert main(list(map(str, argv))) == 0
-    for flags in (("--max_steps", 2, "--teacher_cache", "{case}/answers"), ("--max_steps", 2, "--overwrite")):
-        main, argv = train(*flags)(root)
-        assert main(list(map(str, argv))) == 0
-    main, argv = train(*IN_PARTS, "{case}/begun")(root)
-    assert main(list(map(str, argv))) == 0
-    for number, command in enumerate((project_student, project_with_lora, cut_lora, draw(), export, export_pipeline)):
-        main, argv = command(root)
-        warm = {root / "new": root / f"warm_{number}", root / "new.safetensors": root / f"warm_{number}.safetensors"}
-        argv = [warm.get(word, word) for word in argv]
-        assert main(list(map(str, argv))) in (0, None)
+    write_templates(root / "templates")
+    commands = dict.fromkeys(group.command for group in GROUPS.values())
+    for number, command in enumerate([f"{TRAIN} --max_steps 2", *commands]):
+        name, words = words_of(command, root, f"warm_{number}", f"run_{number}" if number else "run")
+        assert MAINS[name](words) in (0, None), command
     return root
 
 
-@dataclass
-class Report:
-    """What became of the cases of a group."""
+# ---- the outcome ----
 
-    counts: collections.Counter = field(default_factory=collections.Counter)
-    faults: dict[str, list[str]] = field(default_factory=dict)
-    slowest: float = 0.0
 
-    def add(self, ended: Ended, fault: str | None, about: str) -> None:
-        self.slowest = max(self.slowest, ended.seconds)
-        self.counts["fault" if fault else "works" if ended.code == 0 else "refused"] += 1
-        if fault:
-            self.faults.setdefault(fault, []).append(about)
+def results_of(case: Path, group: Group) -> str:
+    """A digest of what a command wrote: tensors, pixels and a new prompt cache."""
+    found = hashlib.sha256()
+    places = ["new", "new.safetensors", *([] if "cache" in group.parts else ["cache"])]
+    for place in (case / name for name in places):
+        for file in sorted(file for file in (place, *place.rglob("*")) if file.is_file()):
+            if file.suffix == ".safetensors":
+                for name, tensor in sorted(load_file(file).items()):
+                    found.update(
+                        name.encode() + tensor.contiguous().view(-1).view(dtype=tensor.dtype).float().numpy().tobytes()
+                    )
+            elif file.suffix == ".png":
+                found.update(Image.open(file).tobytes())
+    return found.hexdigest()
 
-    def line(self, name: str) -> str:
-        counts = ", ".join(f"{count} {what}" for what, count in sorted(self.counts.items()))
-        return f"{name}: {self.counts.total()} cases, {counts}; the slowest took {self.slowest:.1f} s"
+
+def outcome_of(done: Damage, ended: Ended, case: Path, group: Group, whole: str) -> str:
+    """Return how a stranger's tensor was answered; a `fault` where it was neither used nor told."""
+    said = ended.out + ended.err
+    if any(name[:60] in said for name in done.names):
+        return "refused" if ended.code == 2 else "named"
+    if ended.code == 2:
+        return f"fault: refused without its name: {ended.err.strip().replace(str(case), '')[-160:]}"
+    if not done.may_be_used:
+        return "fault: taken without a word"
+    try:
+        return "used" if results_of(case, group) != whole else "fault: neither used nor named"
+    except SafetensorError:
+        return "used"
 
 
 def fault_of(ended: Ended, case: Path, before: set[str]) -> str | None:
@@ -315,95 +223,93 @@ def fault_of(ended: Ended, case: Path, before: set[str]) -> str | None:
     if ended.code is None:
         return "hang"
     if (case.parent / "bomb").exists():
-        return "a pickle was opened"
+        return "a pickle was opened, or code run"
+    if "\x1b" in ended.out + ended.err:
+        return "an escape reached the terminal"
     if "Traceback (most recent call last)" in ended.err:
         lines = ended.err.strip().splitlines()
         places = re.findall(r'File ".*?/(wandistiller/\S+|\w+\.py)", line (\d+)', ended.err)
         return f"traceback: {lines[-1][:160]} at {':'.join(places[-1]) if places else '?'}"
     if written := set(os.listdir(case)) - before - {"new", "new.safetensors", "cache", "run"}:
         return f"wrote {sorted(written)}"
+    if copied := [*(case / "new").rglob("evil.py"), *(case / "new").rglob("*.bin")]:
+        return f"copied a stranger's {copied[0].name}"
     if ended.code == 2:
-        messages = [line for line in ended.err.splitlines() if "error: " in line]
-        if len(messages) != 1:
-            return f"{len(messages)} messages"
-        if len(messages[0].replace(str(case), "")) > LONGEST_MESSAGE:
-            return f"a message of {len(messages[0])} letters: {messages[0].replace(str(case), '')[:120]}"
+        messages = [line.replace(str(case), "") for line in ended.err.splitlines() if "error: " in line]
+        if len(messages) != 1 or len(messages[0]) > LONGEST_MESSAGE:
+            return f"{len(messages)} messages: {messages[0][:120] if messages else ''}"
         # A run may find damage only when it reads an answer, and then has written what it did until then.
-        if (case / "new.safetensors").exists():
-            return "refused, and a file is left"
         left = [name for name in ("new", "cache", "run") if name not in before and (case / name).exists()]
         empty = [name for name in left if name == "new" or not any((case / name).iterdir())]
-        return f"refused, and {empty[0]} is left" if empty else None
+        return f"refused, and {empty[0]} is left" if empty or (case / "new.safetensors").exists() else None
     return None if ended.code == 0 else f"exit code {ended.code}: {ended.err[-200:]}"
 
 
-def run_case(group: Group, house: Path, folder: Path, damage: Damage) -> tuple[Ended, str | None, str]:
+def prepare(group: Group, house: Path, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     case = folder / "case"
     case.mkdir(parents=True)
-    for part in group.parts:
+    for part in group.parts.split():
         source = house / part
         shutil.copytree(source, case / part) if source.is_dir() else shutil.copy(source, case / part)
-    files = sorted(file for pattern in group.files for file in case.glob(pattern) if file.is_file())
-    damaged = apply(damage, files, folder / "bomb")
-    before = set(os.listdir(case))
-    main, argv = group.command(case)
-    ended = run_forked(main, argv, folder)
-    return ended, fault_of(ended, case, before), f"{damaged.relative_to(case)}: {damage}"
+    return case
+
+
+def run(group: Group, case: Path) -> Ended:
+    name, words = words_of(group.command, case, "new", "run")
+    return run_forked(MAINS[name], words, case.parent)
+
+
+def outcomes(name: str, count: int, house: Path, folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield the kind of damage, its outcome and what was done, case by case."""
+    group = GROUPS[name]
+    case = prepare(group, house, folder)
+    run(group, case)
+    whole = results_of(case, group)
+    for number in range(count):
+        rng, case = random.Random(f"{name} {number}"), prepare(group, house, folder)
+        files = sorted(file for pattern in group.files.split() for file in case.glob(pattern) if file.is_file())
+        done, before = damage(rng, rng.choice(files), folder / "bomb"), set(os.listdir(case))
+        ended = run(group, case)
+        outcome = "works" if ended.code == 0 else "refused"
+        if fault := fault_of(ended, case, before):
+            outcome = f"fault: {fault}"
+        elif done.names and name not in BY_FILE:
+            outcome = outcome_of(done, ended, case, group, whole)
+        yield done.kind, outcome, f"case {number}, {done.about}"
 
 
 def fuzz(name: str, count: int, house: Path, folder: Path) -> None:
-    group, report = (GROUPS | RUN_GROUPS)[name], Report()
-
-    @seed(0)
-    @settings(
-        max_examples=count,
-        phases=[Phase.generate],
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
+    found: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    for kind, outcome, about in outcomes(name, count, house, folder):
+        found[kind, outcome].append(about)
+    counts = collections.Counter({f"{kind} {outcome}": len(cases) for (kind, outcome), cases in found.items()})
+    print(
+        f"\n{name}: {counts.total()} cases; " + ", ".join(f"{what} {count}" for what, count in sorted(counts.items()))
     )
-    @given(damages(group.kinds))
-    def every_case(damage: Damage) -> None:
-        report.add(*run_case(group, house, folder, damage))
-
-    every_case()
-    print("\n" + report.line(name))
-    lines = [f"{len(cases)} x {fault}; first: {cases[0]}" for fault, cases in report.faults.items()]
-    assert not lines, "\n".join([report.line(name), *lines])
+    faults = {outcome: cases for (_, outcome), cases in found.items() if outcome.startswith("fault")}
+    assert not faults, "\n".join(f"{len(cases)} x {fault}; first: {cases[0]}" for fault, cases in faults.items())
 
 
-@pytest.mark.parametrize("name", [*GROUPS, *RUN_GROUPS])
-def test_damaged_files_are_read_or_refused(house, tmp_path, name):
-    fuzz(name, (GROUPS | RUN_GROUPS)[name].few, house, tmp_path / "fuzz")
+@pytest.mark.parametrize("name", GROUPS)
+def test_damaged_and_strange_files_are_used_or_named_or_refused(house, tmp_path, name):
+    fuzz(name, GROUPS[name].few, house, tmp_path / "fuzz")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*GROUPS, *RUN_GROUPS])
-def test_thousands_of_damaged_files_are_read_or_refused(house, tmp_path, name):
-    fuzz(name, (GROUPS | RUN_GROUPS)[name].many, house, tmp_path / "fuzz")
-
-
-FLAG_WORDS = st.one_of(
-    st.sampled_from(
-        ["--seed", "--batch_size", "--height", "--dtype", "--student", "--prompt", "--", "-1", "--seed=", "--x=1"]
-    ),
-    st.text(max_size=8),
-    st.integers().map(str),
-    st.floats().map(str),
-)
+@pytest.mark.parametrize("name", GROUPS)
+def test_thousands_of_damaged_and_strange_files_are_used_or_named_or_refused(house, tmp_path, name):
+    total = sum(group.few for group in GROUPS.values())
+    fuzz(name, -(-NUM_SLOW_CASES * GROUPS[name].few // total), house, tmp_path / "fuzz")
 
 
 def test_any_words_as_flags_are_answered(tmp_path):
     """The words are those of no command, so that nothing is drawn."""
-
-    @seed(0)
-    @settings(max_examples=60, phases=[Phase.generate], database=None, deadline=None)
-    @given(st.lists(FLAG_WORDS, max_size=5))
-    def every_case(words: list[str]) -> None:
-        words = [word.replace("\0", "") for word in words]
+    rng = random.Random(0)
+    known = ["--seed", "--batch_size", "--height", "--dtype", "--student", "--prompt", "--", "-1", "--seed=", "--x=1"]
+    for _ in range(40):
+        draws = [*known, str(rng.randrange(-(10**9), 10**9)), str(rng.uniform(-9, 9)), chr(rng.randrange(1, 9999))]
+        words = rng.choices(draws, k=rng.randrange(6))
         ended = run_forked(generate_images.main, ["--student", tmp_path / "none", *words], tmp_path)
         assert ended.code in (0, 2) and "Traceback" not in ended.err, (words, ended)
         assert ended.code == 0 or len(ended.err) < LONGEST_MESSAGE + len(str(tmp_path)), (words, ended.err)
-
-    every_case()

@@ -1,19 +1,18 @@
 """A training step at the true size of a released Wan, on tensors that have shapes and no memory.
 
-`step_memory(workload)` lets the trainer's own parts take two steps: the teacher's guided answer, the student's forward and
-backward pass, clipping, the optimiser, the average. torch's MemTracker counts the bytes that would have been there at once.
+`step_memory(workload)` takes a step with the trainer's own parts: the teacher's guided answer, the student's forward and backward pass,
+clipping, the optimiser, the average. torch's MemTracker counts the bytes that would have been there at once.
 
-Weights and all that is computed with them are fake CPU tensors, since autograd and autocast work with these; the bookkeeping of
-noise levels, slots and prompts is real. Kernels are the CPU's but for RMSNorm, which `gpu_norms` makes the GPU's.
+Weights and all that is computed with them are fake CPU tensors, since autograd and autocast work with these; noise levels are real.
+Kernels are the CPU's but for RMSNorm, which `gpu_norms` makes the GPU's.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -24,28 +23,18 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wandistiller.budget.workload import Workload
-from wandistiller.device import DTYPES
+from wandistiller.device import DTYPES, autocast
 from wandistiller.model.fp8 import to_fp8
 from wandistiller.model.sizes import sides, unfilled_model
-from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes
 from wandistiller.projection.selection import spread_layers
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
-from wandistiller.training.loop import Observer, Saving, TrainingOptions, _Loop
 from wandistiller.training.objective import Objective, TrainedStudent
-from wandistiller.training.optimizer import OptimizationOptions
-from wandistiller.training.state import RunState
-from wandistiller.training.stop import StopRequest
-from wandistiller.walk.batches import Batches, Schedule
-from wandistiller.walk.store import Store
-from wandistiller.walk.walk import States, Walk, WalkOptions
+from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_optimizer
+from wandistiller.walk.batches import Batch
 from wandistiller.wan.mock import mock_wan_files
-from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import resolve_settings
-
-NUM_PROMPTS = 64
-
 
 # ---- tensors without memory ----
 
@@ -83,13 +72,6 @@ class _GpuRmsNorm(torch.autograd.Function):
 def gpu_norms() -> Iterator[None]:
     """Let RMSNorm take the memory that it takes on a GPU; the CPU has it in parts."""
     with mock.patch.object(F, "rms_norm", lambda x, shape, weight, eps: _GpuRmsNorm.apply(x, weight)):
-        yield
-
-
-@contextlib.contextmanager
-def numbers_of_nothing() -> Iterator[None]:
-    """Let fake tensors be read by the host: every number is 1."""
-    with mock.patch.object(FakeTensor, "tolist", lambda tensor: np.ones(tensor.shape).tolist()):
         yield
 
 
@@ -135,49 +117,25 @@ class StepMemory(MemTracker):
 # ---- a step ----
 
 
-def build_batches(workload: Workload, mode: FakeTensorMode, student: WanLiteStudent) -> tuple[Batches, Teacher]:
-    """Build the batches of the default states, with the hidden states that the workload compares."""
-    names = ("high", "low")[: workload.num_experts]
-    experts = {name: filled(_unfilled_teacher(workload), mode) for name in names}
-    text_dim = workload.teacher.text_encoder_output_dim
+def build_teacher(workload: Workload, mode: FakeTensorMode) -> Teacher:
+    is_fp8 = workload.teacher_dtype == "fp8"
+    experts = {}
+    for name in ("high", "low")[: workload.num_experts]:
+        model = unfilled_model(workload.teacher, DTYPES[workload.dtype if is_fp8 else workload.teacher_dtype])
+        experts[name] = filled((to_fp8(model) if is_fp8 else model).requires_grad_(False), mode)
     settings = resolve_settings(mock_wan_files(workload.student), shift=5.0, guidance_scale=5.0)
     if workload.num_experts > 1:
         settings = replace(settings, guidance_scale_2=4.0, boundary_ratio=0.875)
-    teacher = Teacher(
-        experts,
-        settings,
-        torch.zeros(workload.negative_text_tokens, text_dim),
-        "cpu" if workload.teacher_offload else None,
-    )
-    text = torch.zeros(math.ceil(workload.mean_text_tokens), text_dim)
-    embeds = PromptEmbeds(NUM_PROMPTS, text_dim, lambda index: text)
-    depth = workload.teacher.depth
-    is_compared = workload.num_features > 0
-    options = WalkOptions(
-        key=(0, 0),
-        latent_shape=(workload.student.num_channels, *sides(workload.latent_size)),
-        num_prompts=NUM_PROMPTS,
-        num_slots=workload.global_batch_size,
-        batch_size=workload.global_batch_size,
-        shift=settings.shift,
-        num_steps=settings.num_inference_steps,
-        renoise_fraction=0.25,
-        layers=span_ends(spread_layers(depth, workload.student.depth), depth) if is_compared else (),
-        channels=range(workload.student.hidden_size) if is_compared and not workload.maps_features else None,
-        compute_dtype=DTYPES[workload.dtype],
-    )
-    slots = range(workload.batch_size * workload.grad_accum_steps)
-    schedule = Schedule(2, replay=1)
-    store = Store(schedule.capacity, slots, workload.global_batch_size, options.key)
-    store.keeps_features = lambda *shape: False  # a run has room for few of them, and the budget counts those
-    walk = Walk(teacher, student, embeds, options, slots)
-    return Batches([(walk, store)], [schedule], embeds, workload.batch_size), teacher
+    negative = torch.zeros(workload.negative_text_tokens, workload.teacher.text_encoder_output_dim)
+    teacher = Teacher(experts, settings, negative, "cpu" if workload.teacher_offload else None)
+    guided = teacher._guided
 
+    def within(*args):
+        with mode:  # which expert answers is decided by values, outside
+            return autocast(guided, "cpu", DTYPES[workload.dtype])(*args)
 
-def _unfilled_teacher(workload: Workload) -> WanLiteStudent:
-    is_fp8 = workload.teacher_dtype == "fp8"
-    model = unfilled_model(workload.teacher, DTYPES[workload.dtype if is_fp8 else workload.teacher_dtype])
-    return (to_fp8(model) if is_fp8 else model).requires_grad_(False)
+    teacher._guided = within
+    return teacher
 
 
 def build_trained(workload: Workload, mode: FakeTensorMode) -> TrainedStudent:
@@ -190,41 +148,77 @@ def build_trained(workload: Workload, mode: FakeTensorMode) -> TrainedStudent:
             widths = workload.student.hidden_size, workload.teacher.hidden_size
             feature_loss = FeatureLoss(*widths, workload.num_features, workload.maps_features)
         feature_loss = filled(feature_loss, mode)
-    dtype = DTYPES[workload.dtype]
-    objective = Objective(feature_loss=feature_loss, feature_weight=1.0, compute_dtype=dtype)
+    objective = Objective(feature_loss=feature_loss, feature_weight=1.0, compute_dtype=DTYPES[workload.dtype])
     return TrainedStudent(student, objective)
+
+
+def answer(workload: Workload, teacher: Teacher) -> Batch:
+    """Let the teacher answer a micro-batch, of two experts the second one all states but one: hidden states are most then."""
+    config, count, depth = workload.student, workload.batch_size, workload.teacher.depth
+    num_tokens = math.ceil(workload.mean_text_tokens)
+    sigma = torch.full((count,), 1.0 if workload.teacher_offload else 0.5)
+    sigma[0] = 1.0
+    inputs = {
+        "latents": torch.zeros(count, config.num_channels, *sides(workload.latent_size)),
+        "sigma": sigma,
+        "prompt_embeds": torch.zeros(count, num_tokens, config.text_encoder_output_dim),
+        "prompt_lengths": torch.full((count,), num_tokens),
+    }
+    layers = span_ends(spread_layers(depth, config.depth), depth) if workload.num_features else ()
+    velocity, features = teacher.velocity_and_features(*inputs.values(), layers)
+    if not workload.maps_features:
+        features = tuple(state[..., : config.hidden_size].contiguous() for state in features)
+    return Batch(**inputs, velocity=velocity, features=features)
 
 
 def step_memory(workload: Workload) -> dict[str, dict[str, int]]:
     """Return the bytes by kind at the peak of each phase of a step: "answering", "learning" and "updating".
 
-    Kinds are torch's; "Other" is the average of weights and the training states. Where processes are many, this is the first one.
+    Kinds are torch's; "Other" is the average of weights. Where processes are many, this is the first one.
     """
-    mode = fake_mode()
-    memory = StepMemory(mode)
+    mode, count = fake_mode(), workload.grad_accum_steps
+    memory, options = StepMemory(mode), OptimizationOptions(lr=1e-6, optimizer=workload.optimizer)
     with process_group(workload.num_processes) as processes:
-        trained = build_trained(workload, mode)
-        batches, teacher = build_batches(workload, mode, trained.student)
-        if workload.shard_teacher:
-            for expert in teacher.experts.values():
-                processes.shard(expert)
+        trained, teacher = build_trained(workload, mode), build_teacher(workload, mode)
+        for expert in teacher.experts.values() if workload.shard_teacher else ():
+            processes.shard(expert)
         if workload.shard_student:
             processes.shard(trained.student)
             processes.shard(trained.feature_loss)
-        options = OptimizationOptions(lr=1e-6, optimizer=workload.optimizer, ema_decay=0.999 if workload.ema else 0.0)
-        # Without sharding DistributedDataParallel would average gradients, and keep them all the time: they are its buckets.
-        learning = processes if workload.shard_student else Processes("cpu")
-        run = RunState(trained, batches, options, 2, learning)
-        training = TrainingOptions(batch_size=workload.batch_size, num_steps=2, optimization=options)
-        loop = _Loop(trained, batches, training, Observer(), Saving(None, run), learning)
-        with mode:
-            _take_an_update(run)
-        _track_what_is_there(memory, run, teacher, workload)
-        _mark_phases(memory, batches, run)
-        _keep_bookkeeping_real(mode, batches, teacher)
-        with mode, memory, numbers_of_nothing(), gpu_norms() if workload.is_gpu else contextlib.nullcontext():
-            loop._take_step(1, StopRequest())
+        optimizer = make_optimizer(trained, options, "cpu", DTYPES[workload.dtype])
+        average = WeightAverage(trained.student, 0.999) if workload.ema else None
+        stays = workload.keeps_gradients and not workload.shard_student
+        with mode:  # makes the optimiser's state, as a first step would
+            set_gradients(trained)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        resident = list(teacher.experts.values())[: 1 if workload.teacher_offload else None]
+        memory.track_external(trained, *resident, optimizer, *(average.weights.values() if average else ()))
+        if stays:  # averaging among processes, or over micro-batches, keeps them all the time
+            set_gradients(trained)
+            memory.track_external(trained)
+        with mode, memory, gpu_norms() if workload.is_gpu else contextlib.nullcontext():
+            for _ in range(count):
+                memory.begin("answering")
+                batch = unset_fake_temporarily()(answer)(workload, teacher)
+                memory.begin("learning")
+                loss = trained(batch, 0.0)
+                (loss.total / count).backward()
+                del batch, loss
+            memory.begin("updating")
+            nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+            optimizer.step()
+            if not stays:
+                optimizer.zero_grad(set_to_none=True)
+            if average is not None:
+                average.update()
+            memory.begin(None)
     return memory.peaks
+
+
+def set_gradients(model: nn.Module) -> None:
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
 
 
 @contextlib.contextmanager
@@ -238,69 +232,3 @@ def process_group(count: int) -> Iterator[Processes]:
         yield Processes("cpu", 0, count)
     finally:
         dist.destroy_process_group()
-
-
-def _take_an_update(run: RunState) -> None:
-    """Make the optimiser's state, as a first step would."""
-    for weight in run.trained.parameters():
-        weight.grad = torch.zeros_like(weight)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-
-
-def _track_what_is_there(memory: StepMemory, run: RunState, teacher: Teacher, workload: Workload) -> None:
-    experts = list(teacher.experts.values())[: 1 if workload.teacher_offload else None]
-    walk, _ = run.batches.sources[0]
-    stored = [value for value in vars(walk).values() if isinstance(value, Tensor)]
-    averages = list(run.average.weights.values()) if run.average else []
-    memory.track_external(run.trained, *experts, run.optimizer, *stored, *averages)
-    if workload.keeps_gradients and not workload.shard_student:
-        for weight in run.trained.parameters():
-            weight.grad = torch.zeros_like(weight)
-        memory.track_external(run.trained)
-        run.optimizer.zero_grad = lambda set_to_none: None
-
-
-def _mark_phases(memory: StepMemory, batches: Batches, run: RunState) -> None:
-    walk, _ = batches.sources[0]
-    walk.ask = _between(lambda: memory.begin("answering"), walk.ask, lambda: memory.begin("learning"))
-    run.update = _between(lambda: memory.begin("updating"), run.update, lambda: memory.begin(None))
-
-
-def _between(before: Callable[[], None], work: Callable, after: Callable[[], None]) -> Callable:
-    def wrapped(*args):
-        before()
-        result = work(*args)
-        after()
-        return result
-
-    return wrapped
-
-
-def _keep_bookkeeping_real(mode: FakeTensorMode, batches: Batches, teacher: Teacher) -> None:
-    """Let what decides by values have values: which states are drawn, and which expert answers them."""
-    (walk, store), text = batches.sources[0], batches.prompt_embeds
-    if "low" in teacher.experts and teacher.offloaded is None and walk.options.layers:
-        # Hidden states of two experts are most where the second one answers all states but one.
-        walk._states = _with_levels(walk._states)
-    for owner, name in ((walk, "ask"), (store, "add"), (store, "sample"), (text, "batch")):
-        setattr(owner, name, unset_fake_temporarily()(getattr(owner, name)))
-    teacher._guided = _inside(mode, teacher._guided)
-
-
-def _with_levels(states_of: Callable[..., States]) -> Callable[..., States]:
-    def changed(*args) -> States:
-        states = states_of(*args)
-        sigma = torch.full_like(states.sigma, 0.5)
-        sigma[0] = 1.0
-        return replace(states, sigma=sigma)
-
-    return changed
-
-
-def _inside(mode: FakeTensorMode, work: Callable) -> Callable:
-    def wrapped(*args):
-        with mode:
-            return work(*args)
-
-    return wrapped
