@@ -15,13 +15,7 @@ import warnings
 import pytest
 import torch
 
-from support.runs import (
-    IDENTITY_CONFIG,
-    PRUNED_CONFIG,
-    ROOT,
-    read_metrics,
-    weights_of,
-)
+from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG, ROOT, read_metrics, weights_of
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.model.fp8 import to_fp8
 from wandistiller.projection.project import project_teacher

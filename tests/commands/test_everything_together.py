@@ -9,6 +9,7 @@ pytest tests/commands/test_everything_together.py
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +22,12 @@ import evaluate_student
 import export_student
 import generate_images
 import train_distillation
-from support.forked import run_forked
 from support.loras import diffusers_keys, random_pairs, write
-from support.prompt_templates import write_templates
-from support.runs import ROOT, read_metrics, weights_of
+from support.processes import exit_code, fork, run_and_exit
+from support.runs import ROOT, read_metrics, same_weights
 from support.scorer_models import save_scorer
 from support.students import STUDENT, write_teacher
 from wandistiller import StudentConfig
-from wandistiller.run.observers import RunObserver
 
 LEVELS = [1, 0.9, 0.75, 0.5]  # of four even steps at shift 3
 SIZES = [(64, 64), (80, 48), (48, 80)]  # width and height of 1:1, 3:2 and 2:3 on a grid of 16 pixels
@@ -73,7 +72,7 @@ def make_world(root: Path, name: str) -> World:
         teacher, config = ROOT / "data" / "demo_teacher", ROOT / "config" / "demo_student_config.json"
     model = WanTransformer3DModel.from_pretrained(teacher / "transformer")
     lora = write(root / "lora.safetensors", diffusers_keys(random_pairs(model, size=0.1)))
-    return World(root, teacher, config, lora, write_templates(root / "templates"))
+    return World(root, teacher, config, lora, ROOT / "data" / "prompt_templates")
 
 
 @pytest.fixture(scope="module", params=["tiny", pytest.param("demo", marks=pytest.mark.slow)])
@@ -81,17 +80,18 @@ def world(request, tmp_path_factory) -> World:
     return make_world(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def killed_in_step(number: int, argv: list[str], folder: Path) -> int | None:
-    """Run the command in a process that is killed at the end of a step; return how it ended."""
-
-    def step(self, metrics, original=RunObserver.step):
-        original(self, metrics)
-        if metrics.step == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunObserver, "step", step)
-        return run_forked(train_distillation.main, argv, folder).code
+def killed_after(num_steps: int, argv: list[str], student: Path, log: Path) -> None:
+    """Run the command in a process that is killed once it has taken so many steps."""
+    process = fork(
+        run_and_exit, lambda: exit_code(train_distillation.main, argv), os.open(log, os.O_CREAT | os.O_WRONLY)
+    )
+    metrics = student / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_text().count("\n") < num_steps:
+        time.sleep(0.002)
+        assert process.is_alive(), log.read_text()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def pixels(file: Path) -> np.ndarray:
@@ -102,16 +102,15 @@ def test_one_run_of_everything_from_two_kills_to_pictures_figures_and_a_pipeline
     straight, student = tmp_path / "straight", tmp_path / "student"
     outcome = run_main(train_distillation.main, *world.training(straight))
     assert outcome.code == 0, outcome.err
-    assert "drawn from 2 templates" in outcome.out and "lora.safetensors at scale 0.7" in outcome.out
+    assert " templates" in outcome.out and "lora.safetensors at scale 0.7" in outcome.out
     assert f"noise levels, and no others: {', '.join(f'{level:g}' for level in LEVELS)}" in outcome.out
 
     # Killed before and after a checkpoint, and typed again each time, it is the run that nobody stopped:
-    assert killed_in_step(3, world.training(student), tmp_path) == -signal.SIGKILL
-    assert killed_in_step(7, world.training(student), tmp_path) == -signal.SIGKILL
+    for num_steps in (2, 6):
+        killed_after(num_steps, world.training(student), student, tmp_path / "log.txt")
     outcome = run_main(train_distillation.main, *world.training(student))
-    assert outcome.code == 0 and "Resuming from step 4" in outcome.out, outcome.err
-    expected = weights_of(straight)
-    assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(student).items())
+    assert outcome.code == 0 and "Resuming from step" in outcome.out, outcome.err
+    assert same_weights(straight, student)
     told = [[(line["loss"], line.get("velocity_error")) for line in read_metrics(run)] for run in (straight, student)]
     assert told[0] == told[1] and len(told[0]) == 12
     picture = "samples/step_000012.png"
@@ -129,35 +128,16 @@ def test_one_run_of_everything_from_two_kills_to_pictures_figures_and_a_pipeline
 
 def check_pictures(world: World, run_main, student: Path, folder: Path) -> None:
     """Both draw at each size; the teacher's LoRA is in what it draws."""
+    words = [*world.drawing(student), "--prompt", PROMPT]
     for width, height in SIZES:
         for model in ("student", "teacher"):
-            flags = [
-                "--width",
-                width,
-                "--height",
-                height,
-                "--model",
-                model,
-                "--prompt",
-                PROMPT,
-                "--output",
-                folder / model,
-            ]
-            outcome = run_main(generate_images.main, *world.drawing(student), *flags)
+            flags = ["--width", width, "--height", height, "--model", model, "--output", folder / model]
+            outcome = run_main(generate_images.main, *words, *flags)
             assert outcome.code == 0 and "Warning" not in outcome.out, outcome.err + outcome.out
             (file,) = (folder / model).glob(f"000*_{width}x{height}.png")
             assert pixels(file).shape == (height, width, 3) and pixels(file).std() > 1
-    flags = [
-        "--model",
-        "teacher",
-        "--teacher_lora",
-        f"{world.lora}:0.0001",
-        "--prompt",
-        PROMPT,
-        "--output",
-        folder / "plain",
-    ]
-    assert run_main(generate_images.main, *world.drawing(student), *flags).code == 0
+    flags = ["--model", "teacher", "--teacher_lora", f"{world.lora}:0.0001", "--output", folder / "plain"]
+    assert run_main(generate_images.main, *words, *flags).code == 0
     plain, changed = (next((folder / name).glob("000*_{}x{}.png".format(*SIZES[0]))) for name in ("plain", "teacher"))
     assert np.abs(pixels(plain).astype(int) - pixels(changed)).max() > 3
 
@@ -176,11 +156,7 @@ def check_evaluation(world: World, run_main, student: Path, scorer: Path) -> Non
     asked = {tuple(bucket["sigma"]) for bucket in results["velocity_error"]["by_sigma"] if bucket["count"]}
     assert all(any(low <= level <= high for level in LEVELS) for low, high in asked)
     card, gallery = ((student / name).read_text(encoding="utf-8") for name in ("README.md", "gallery.html"))
-    assert (
-        "lora.safetensors at 0.7" in card
-        and "clip: cosine to the prompt" in card
-        and "| teacher's sampler | euler |" in card
-    )
+    assert all(words in card for words in ("lora.safetensors at 0.7", "clip: cosine to the prompt", "| euler |"))
     assert all(f'<th scope="col">{width}x{height}</th>' in gallery for width, height in SIZES[1:])
 
 
@@ -211,16 +187,8 @@ def test_a_student_of_the_teachers_own_shape_has_nothing_to_learn_at_any_size(ru
     assert outcome.code == 0, outcome.err
     assert max(line["loss"] for line in read_metrics(student)) < 1e-9
     save_scorer("clip", tmp_path / "clip")
-    flags = [
-        "--prompts_file",
-        world.templates,
-        "--num_prompts",
-        2,
-        "--num_seeds",
-        1,
-        "--scorer",
-        f"clip={tmp_path / 'clip'}",
-    ]
+    flags = ["--prompts_file", world.templates, "--num_prompts", 2, "--num_seeds", 1]
+    flags += ["--scorer", f"clip={tmp_path / 'clip'}"]
     outcome = run_main(evaluate_student.main, *world.drawing(student), *flags)
     assert outcome.code == 0, outcome.err
     results = json.loads((student / "evaluation.json").read_text(encoding="utf-8"))

@@ -10,7 +10,6 @@ pytest tests/fuzz/test_fuzz.py
 """
 
 import collections
-import gzip
 import hashlib
 import json
 import os
@@ -119,6 +118,7 @@ GROUPS = {
     "teacher cache": Group("teacher config.json prompts.txt cache answers", "answers/*", f"{TRAIN} --max_steps 2 --teacher_cache {{case}}/answers", 6),
     "teacher cache, begun": Group("teacher config.json prompts.txt cache begun", "begun/*", f"{TRAIN} {PARTS}", 4),
 }  # fmt: skip
+HARMLESS = ("scaled_fp8", "logit_scale")  # ComfyUI's markers, whatever file they are in
 BY_FILE = (
     "prompt cache",
     "checkpoints",
@@ -140,10 +140,10 @@ def write_tables(folder: Path) -> None:
     folder.mkdir()
     rows = [{"id": index, "caption": caption} for index, caption in enumerate(PROMPTS)]
     (folder / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    (folder / "b.csv.gz").write_bytes(gzip.compress(b'caption,id\n"a red circle",1\n'))
+    (folder / "b.csv").write_text('caption,id\n"a red circle",1\n', encoding="utf-8")
     (folder / "c.tsv").write_text("id\tcaption\n1\ta blue square\n", encoding="utf-8")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "d.parquet")
-    (folder / "e.txt.zst").write_bytes(pyarrow.compress(b"a red circle\n", codec="zstd", asbytes=True))
+    (folder / "e.txt").write_text("a red circle\n", encoding="utf-8")
 
 
 def write_templates(folder: Path) -> None:
@@ -208,8 +208,14 @@ def outcome_of(done: Damage, ended: Ended, case: Path, group: Group, whole: str)
     said = ended.out + ended.err
     if any(name[:60] in said for name in done.names):
         return "refused" if ended.code == 2 else "named"
+    if ended.code == 2 and done.kind in ("without one", "renamed"):
+        return "refused by its file"  # which may be of another kind without that tensor
     if ended.code == 2:
         return f"fault: refused without its name: {ended.err.strip().replace(str(case), '')[-160:]}"
+    if done.names[-1] in HARMLESS:
+        return "harmless"
+    if "Left out: " in said:
+        return "told"  # parts of a LoRA for layers that the student does not have
     if not done.may_be_used:
         return "fault: taken without a word"
     try:

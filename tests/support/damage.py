@@ -1,10 +1,9 @@
 """Damage to files, drawn from a random generator: hostile JSON, headers and bytes, no file at all, and strangers.
 
 A stranger is a file that is whole, and yet not what it seems: a tensor too many, too few, renamed or rescaled, a config with fields
-that a library's loader would follow, an archive that unpacks to gigabytes. What must be told of it by name stands in the `Damage`.
+that a library's loader would follow, a table that unpacks to gigabytes. What must be told of it by name stands in the `Damage`.
 """
 
-import gzip
 import json
 import os
 import pickle
@@ -15,6 +14,7 @@ from random import Random
 from typing import Any
 
 import pyarrow
+import pyarrow.parquet
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -78,8 +78,8 @@ def damage(rng: Random, file: Path, bomb: Path) -> Damage:
         lines[at] = _json(rng, lines[at], kind, value)
         file.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogatepass")
     elif kind == "bomb":
-        pack = gzip.compress if file.suffix == ".gz" else lambda text: pyarrow.compress(text, "zstd", asbytes=True)
-        file.write_bytes(pack(b"a red circle\n" * 2**22) * 100)  # 5 GiB
+        table = pyarrow.Table.from_pylist([{"caption": "x" * 2**20}] * 2**11)  # 2 GiB of one text, a few KiB on disk
+        pyarrow.parquet.write_table(table, file, compression="zstd")
     else:
         change = _headers if kind in HEADERS else _bytes
         file.write_bytes(change(rng, file.read_bytes(), kind, value, bomb))
@@ -207,8 +207,7 @@ def _kinds_of(suffix: str) -> list[list[str]]:
         ".jsonl": [JSON],
         ".safetensors": [HEADERS, STRANGE_TENSORS, STRANGE_TENSORS],
         ".gguf": [GGUF],
-        ".gz": [["bomb"]],
-        ".zst": [["bomb"]],
+        ".parquet": [["bomb"]],
     }
     return [*own.get(suffix, []), [*BYTES, *PLACES]]
 
@@ -244,7 +243,9 @@ def _strange(rng: Random, file: Path, kind: str) -> Damage:
         metadata = opened.metadata()
     tensors = load_file(file)
     floats = [name for name in sorted(tensors) if tensors[name].is_floating_point() and tensors[name].numel()]
-    name = rng.choice(floats if kind == "not finite" and floats else sorted(tensors))
+    # A LoRA without an alpha is whole, with the rank in its place.
+    own = [name for name in sorted(tensors) if kind != "without one" or not name.endswith(".alpha")]
+    name = rng.choice(floats if kind == "not finite" and floats else own)
     names, value = (name,), tensors[name]
     if kind == "extra":
         stem, _, last = name.rpartition(".")

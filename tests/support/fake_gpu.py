@@ -8,10 +8,8 @@ shape that depends on values. Autograd does not work with these tensors, so that
 
 import contextlib
 import ctypes
-import linecache
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -37,31 +35,17 @@ CUDA, META = 1, 14  # numbers of devices in torch's C++ code (c10/core/DeviceTyp
 READERS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__")
 
 
-@dataclass(frozen=True)
-class Wait:
-    """A line of the product that waits for the device; `place` is "folder/module.py function"."""
-
-    place: str
-    line: int
-    code: str
-    why: str
-
-    def __str__(self) -> str:
-        file, function = self.place.split()
-        return f"wandistiller/{file}:{self.line} in {function} waits for the device, {self.why}: {self.code}"
-
-
 class FakeGpu(TorchDispatchMode):
     """Makes "cuda" a device inside.
 
     Attributes:
-        waits: what has made the host wait so far.
+        waits: the lines of the product that have made the host wait so far, each with the reason.
     """
 
     def __init__(self):
         super().__init__()
         self.mode = fake_mode()
-        self.waits: list[Wait] = []
+        self.waits: list[str] = []
         self._pinned = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -124,13 +108,8 @@ class FakeGpu(TorchDispatchMode):
         frame = sys._getframe()
         while frame and not frame.f_code.co_filename.startswith(PRODUCT):
             frame = frame.f_back
-        if frame is None:
-            self.waits.append(Wait("- -", 0, "", why))
-            return
-        path, line = frame.f_code.co_filename, frame.f_lineno
-        function = frame.f_code.co_qualname.split(".<locals>")[0]
-        place = f"{Path(path).relative_to(PRODUCT).as_posix()} {function}"
-        self.waits.append(Wait(place, line, linecache.getline(path, line).strip(), why))
+        where = "-" if frame is None else f"{Path(frame.f_code.co_filename).relative_to(PRODUCT)}:{frame.f_lineno}"
+        self.waits.append(f"{where}: {why}")
 
 
 def is_there(tensor: Tensor) -> bool:

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from support.lessons import Lessons, Watching, make_student
+from support.lessons import Lessons, make_student
 from support.processes import fork
 from support.runs import (
     PRUNED_CONFIG,
@@ -37,7 +37,7 @@ from support.torchrun import start
 from wandistiller.errors import UserError
 from wandistiller.processes import Processes
 from wandistiller.training.checkpoints import CheckpointError, Checkpoints, DamagedCheckpointError
-from wandistiller.training.loop import NonFiniteError, Saving, TrainingOptions, train
+from wandistiller.training.loop import NonFiniteError, Observer, Saving, TrainingOptions, train
 from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.training.state import RunState
@@ -81,13 +81,6 @@ def test_a_run_stopped_twice_ends_as_one_never_stopped_bit_for_bit(train, teache
     assert snapshot(teacher) == before
 
 
-def test_a_finished_run_can_be_prolonged_and_its_rate_changed(train, teachers, tmp_path):
-    assert train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 5).code == 0
-    outcome = train(teachers.one, PRUNED_CONFIG, *FLAGS, "--save_every", 5, "--max_steps", 15, "--lr", 5e-4)
-    assert outcome.code == 0 and "Resuming from step 11" in outcome.out
-    assert [line["step"] for line in read_metrics(tmp_path / "out")] == list(range(1, 16))
-
-
 def test_two_runs_do_not_write_to_one_folder(train, flags_of, tmp_path):
     (process,) = start(1, flags_of("out", "--max_steps", 100_000), tmp_path / "log.txt")
     while not (tmp_path / "out" / "metrics.jsonl").exists():
@@ -105,12 +98,12 @@ def test_another_run_in_the_same_folder_is_refused_with_both_values_and_overwrit
 ):
     flags = [*FLAGS, "--save_every", 4]
     assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 15, "--lr", 5e-4).code == 0, "no longer, or slower"
+    assert [line["step"] for line in read_metrics(tmp_path / "out")] == list(range(1, 16))
     before = weights_of(tmp_path / "out")
     for changes, config, words in (
-        (["--guidance_scale", 2.5], PRUNED_CONFIG, ["guidance_scale", "2.5"]),
         (["--seed", 3], PRUNED_CONFIG, ["seed 0", "now 3"]),
         (["--states", "noise"], PRUNED_CONFIG, ["'trajectory'", "'noise'"]),
-        (["--optimizer", "adamw"], PRUNED_CONFIG, ["optimizer 'muon', now 'adamw'"]),
         (["--ema_decay", 0], PRUNED_CONFIG, ["ema True", "now False"]),
         ([], PRUNED_CONFIG | {"depth": 3}, ["student depth 2, now 3"]),
     ):
@@ -205,36 +198,15 @@ def make_state(optimizer: str = "adamw", seed: int = 0, **of_lessons) -> RunStat
     return RunState(trained, Lessons(**of_lessons), options, STEPS, Processes())
 
 
-def go_on(state: RunState, checkpoints: Checkpoints, stop_after: int = STEPS) -> dict[str, torch.Tensor]:
-    """Train to the end, or until the power goes after so many steps; return the weights."""
-
-    def cut(metrics) -> None:
-        if metrics.step == stop_after < STEPS:
-            raise ConnectionAbortedError
-
+def go_on(state: RunState, checkpoints: Checkpoints) -> None:
     options = TrainingOptions(batch_size=3, num_steps=STEPS, optimization=OptimizationOptions(lr=1e-3), save_every=3)
-    trained = state.trained
-    try:
-        train(trained.student, state.batches, trained.objective, options, Watching(cut), Saving(checkpoints, state))
-    except ConnectionAbortedError:
-        assert stop_after < STEPS
-    return dict(trained.student.state_dict())
+    train(
+        state.trained.student, state.batches, state.trained.objective, options, Observer(), Saving(checkpoints, state)
+    )
 
 
 def checkpoints_in(folder: Path, keep: int = 2, batch_size: int = 3, **run) -> Checkpoints:
     return Checkpoints(folder, {"seed": 0} | run, batch_size, keep)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_state_that_is_loaded_goes_on_bit_for_bit(tmp_path, optimizer):
-    whole = go_on(make_state(optimizer), checkpoints_in(tmp_path / "whole"))
-    for number, step in enumerate((5, 10, STEPS)):
-        checkpoints, state = checkpoints_in(tmp_path / "stopped"), make_state(optimizer, seed=number)
-        if number:
-            state.load(checkpoints.newest())
-            assert state.step == {10: 3, STEPS: 9}[step]
-        weights = go_on(state, checkpoints, step)
-    assert all(torch.equal(weights[name], value) for name, value in whole.items())
 
 
 def test_a_run_of_another_batch_size_takes_over_all_but_what_it_learns_from(tmp_path):
@@ -270,25 +242,15 @@ def test_a_step_that_is_not_finite_leaves_the_state_before_it_and_drops_no_check
     assert snapshot(tmp_path) == before
 
 
-def test_a_disk_that_fills_up_in_need_does_not_hide_what_failed(tmp_path):
-    with file_size_limited(10_000), pytest.raises(NonFiniteError, match=r"^step 3: loss is .*File too large"):
-        go_on(make_state(broken_at=3), checkpoints_in(tmp_path))
-
-
 WEIGHT = "trained.student.proj_out.weight"
 FORGERIES = {
-    "no weights": {WEIGHT: None},
     "weights of another shape": {WEIGHT: torch.zeros(3)},
-    "weights of another type": {WEIGHT: torch.zeros(64, 12, dtype=torch.int32)},
     "weights that are no numbers": {WEIGHT: torch.full((64, 12), torch.nan)},
     "no average": {"ema.proj_out.weight": None},
-    "no moment of a weight": {"optimizer.0.exp_avg": None},
     "no momentum of a matrix": {"optimizer.0.momentum_buffer": None},
     "momentum of another shape": {"optimizer.0.momentum_buffer": torch.zeros(3)},
     "a moment of no weight": {"optimizer.999.exp_avg": torch.zeros(3)},
     "no losses": {"run.losses": None},
-    "fewer losses than steps": {"run.losses": torch.zeros(2, dtype=torch.float64)},
-    "no random numbers": {"random.cpu": None},
     "random numbers of no generator": {"random.cpu": torch.zeros(5056, dtype=torch.uint8)},
 }
 
@@ -398,17 +360,11 @@ def test_links_in_the_place_of_checkpoints_are_replaced_and_what_they_lead_to_st
 
 
 MANIFESTS = {
-    "a step that is text": {"step": "4"},
     "the step of another": {"step": 2},
     "no files": {"files": [1]},
-    "a checksum that is a number": {"files": {"model.safetensors": 3}},
     "a file elsewhere": {"files": {"../step_00000002/model.safetensors": "0"}},
-    "a batch that is text": {"batch_size": "3"},
-    "commands that are text": {"commands": ["python"]},
     "a command without a step": {"commands": [{"lr": 1.0, "command": "python"}]},
-    "a run that is a number": {"run": 3},
     "brackets without end": "[" * 100_000,
-    "a folder": Path.mkdir,
     "a pipe": os.mkfifo,
 }
 
@@ -429,16 +385,6 @@ def test_a_manifest_or_file_of_another_kind_is_skipped_for_the_checkpoint_before
         assert "step_00000004: skipped, it is damaged" in capsys.readouterr().out
         save(checkpoints_in(tmp_path), 4)
     assert checkpoints_in(tmp_path).newest().step == 4
-
-
-def test_another_run_and_checkpoints_that_are_all_damaged_are_refused(tmp_path):
-    save(checkpoints_in(tmp_path, shift=3.0), 2, 4)
-    with pytest.raises(UserError, match=r"shift 3\.0, now 5\.0.*same flags.*--overwrite"):
-        checkpoints_in(tmp_path, shift=5.0).newest()
-    for step in (2, 4):
-        flip(tmp_path / "checkpoints" / f"step_{step:08d}.json")
-    with pytest.raises(UserError, match=r"none of its 2 checkpoints is whole.*--overwrite"):
-        checkpoints_in(tmp_path, shift=3.0).newest()
 
 
 def test_a_disk_that_fills_costs_no_checkpoint_before_and_one_too_small_is_refused_before_training(tmp_path):

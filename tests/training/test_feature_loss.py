@@ -72,7 +72,7 @@ def features_by_hand(expert: WanLiteStudent, layers) -> list[torch.Tensor]:
 # ---- of the teacher ----
 
 
-@pytest.mark.parametrize("scale, scale_2", [(1.0, None), (3.0, None), (1.0, 1.0), (4.0, 3.0), (1.0, 3.0), (4.0, 1.0)])
+@pytest.mark.parametrize("scale, scale_2", [(1.0, None), (3.0, None), (4.0, 3.0), (1.0, 3.0)])
 def test_the_teachers_hidden_states_are_those_of_a_pass_of_the_prompt_alone(scale, scale_2):
     teacher = make_teacher(scale, scale_2)
     velocity, features = teacher.velocity_and_features(*batch(), LAYERS)
@@ -86,14 +86,6 @@ def test_the_teachers_hidden_states_are_those_of_a_pass_of_the_prompt_alone(scal
         assert state.shape == (4, 6, 24) and not state.requires_grad
         assert_close(state, by_hand, rtol=1e-4, atol=1e-4)
     assert torch.equal(velocity, teacher.velocity(*batch()))
-
-
-def test_hidden_states_of_one_expert_alone_are_whole_too():
-    teacher = make_teacher(4.0, 3.0)
-    latents, _, prompt_embeds, lengths = batch()
-    _, (state,) = teacher.velocity_and_features(latents, torch.full((4,), 0.3), prompt_embeds, lengths, (1,))
-    _, (same,) = make_teacher(1.0, None).velocity_and_features(*batch(), (1,))
-    assert state.isfinite().all() and state.shape == same.shape
 
 
 def test_block_outputs_are_collected_inside_alone_also_when_the_pass_fails():

@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 
-from support.walks import BOUNDARY, NUM_PROMPTS, Field, TowardsClean, ask, make_walk, unshift
+from support.walks import BOUNDARY, Field, TowardsClean, ask, make_walk, unshift
 from wandistiller.sampling.sampler import flow_euler_scheduler
 from wandistiller.walk.walk import turns
 
@@ -137,10 +137,6 @@ def test_the_states_cover_all_noise_levels_from_the_third_call_on():
     assert counts.min() > 0.12 and counts.max() < 0.35
 
 
-def test_sigmas_differ_from_path_to_path():
-    assert len({level for answer in ask(make_walk(), 100) for level in answer["sigma"].tolist()}) > 300
-
-
 def test_a_range_that_ends_above_zero_stops_the_paths_there():
     assert min(float(answer["sigma"].min()) for answer in ask(make_walk(sigma_range=(BOUNDARY, 1.0)), 100)) >= BOUNDARY
 
@@ -205,23 +201,7 @@ def test_samples_are_kept_with_their_prompt_and_only_of_whole_paths_of_the_teach
     assert num_kept > 40
 
 
-def test_the_newest_samples_replace_the_oldest_of_their_slot():
-    walk = make_walk(renoise_fraction=0.01, num_steps=2)
-    ask(walk, 500)
-    assert walk.num_samples.min() > walk.options.samples_per_slot == walk.samples.shape[1]
-    newest = walk.born.max() - 1
-    assert all(0 <= prompt < NUM_PROMPTS for prompt in walk.sample_prompts.flatten().tolist()) and newest > 64
-
-
 # ---- paths of the student ----
-
-
-def test_without_rollout_the_student_is_never_asked():
-    student = Field(constant=99.0)
-    one, other = make_walk(student=student), make_walk()
-    for first, second in zip(ask(one, 60), ask(other, 60), strict=True):
-        assert torch.equal(first["latents"], second["latents"])
-    assert not student.asked
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
@@ -262,11 +242,6 @@ def test_experts_in_turn_answer_calls_in_a_row_and_no_path_is_left_behind():
     assert (walk.born - born).min() > 15, "paths go on to their ends"
     # Three tenths of a path's steps lie above the boundary:
     assert 0.2 < sides.count("high") / 600 < 0.42
-
-
-def test_experts_take_turns_only_where_there_are_two():
-    one, other = make_walk(calls_per_expert=5), make_walk()
-    assert all(torch.equal(a["sigma"], b["sigma"]) for a, b in zip(ask(one, 30), ask(other, 30), strict=True))
 
 
 # ---- hidden states ----

@@ -194,7 +194,7 @@ def admit(
         stored, stem = rest.pop(name), name.removesuffix(".weight")
         if stored.shape != shape:
             raise TeacherFileError(
-                f"{where}: {name} has shape {list(stored.shape)}, a {what} of this size has {list(shape)}"
+                f"{where}: {shown(stored.key)} has shape {list(stored.shape)}, a {what} of this size has {list(shape)}"
             )
         own = {end: rest.pop(f"{stem}.{end}") for end in _ENDS if f"{stem}.{end}" in rest}
         weights[name] = _weight(name, stored, own, marker)

@@ -5,6 +5,7 @@ text-to-video are refused.
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -177,7 +178,8 @@ def _own_shape(shapes: Mapping[str, tuple[int, ...]], settings: dict, where: Pat
             f"{where}: takes {in_channels} input channels and gives others, as an image-to-video (I2V) does; WanDistiller projects "
             "text-to-video models only"
         )
-    depth = len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})
+    numbers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d{1,5})\.", name))}
+    depth = next(number for number in itertools.count() if number not in numbers)  # a later block is a stranger
     _check_agrees(
         settings,
         {
