@@ -1,7 +1,7 @@
 """Damage to files, drawn from a random generator: hostile JSON, headers and bytes, no file at all, and strangers.
 
 A stranger is a file that is whole, and yet not what it seems: a tensor too many, too few, renamed or rescaled, a config with fields
-that a library's loader would follow, a table that unpacks to gigabytes. What must be told of it by name stands in the `Damage`.
+that a library's loader would follow. What must be told of it by name stands in the `Damage`.
 """
 
 import json
@@ -13,8 +13,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -77,9 +75,6 @@ def damage(rng: Random, file: Path, bomb: Path) -> Damage:
         at = rng.randrange(len(lines))
         lines[at] = _json(rng, lines[at], kind, value)
         file.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogatepass")
-    elif kind == "bomb":
-        table = pyarrow.Table.from_pylist([{"caption": "x" * 2**20}] * 2**11)  # 2 GiB of one text, a few KiB on disk
-        pyarrow.parquet.write_table(table, file, compression="zstd")
     else:
         change = _headers if kind in HEADERS else _bytes
         file.write_bytes(change(rng, file.read_bytes(), kind, value, bomb))
@@ -207,7 +202,6 @@ def _kinds_of(suffix: str) -> list[list[str]]:
         ".jsonl": [JSON],
         ".safetensors": [HEADERS, STRANGE_TENSORS, STRANGE_TENSORS],
         ".gguf": [GGUF],
-        ".parquet": [["bomb"]],
     }
     return [*own.get(suffix, []), [*BYTES, *PLACES]]
 
