@@ -65,7 +65,7 @@ class DataFlags(TeacherFlags):
         type=path,
     )
     caption_column: str | None = flag(
-        "column of tables with the prompts (left out: caption, prompt, text or the only one)"
+        "column of tables with the prompts (left out: the one called caption, prompt or text)"
     )
     prompt_per: str | None = flag(**PROMPT_PER)
     num_prompts: int | None = flag(
