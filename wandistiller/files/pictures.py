@@ -5,9 +5,10 @@ A picture is a uint8 array (H, W, 3). Pillow is imported where it is used.
 
 import io
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 MIN_CELL, MAX_CELL = 160, 512  # pixels; a cell has room for a caption, and a grid does not grow without end
 MARGIN, FONT_SIZE = 8, 13
 MAX_CAPTION_LINES = 8
-NO_LETTER = "\uffff"  # Unicode promises that this will never be a letter, so every font draws its box for it
 
 
 def save_png(picture: "np.ndarray | Image", path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
@@ -47,46 +47,39 @@ def png_bytes(picture: "np.ndarray | Image", metadata: Mapping[str, object] | No
     return buffer.getvalue()
 
 
-def caption_font(texts: Iterable[str]) -> "FreeTypeFont":
-    """Return Pillow's own font where it has every letter of the texts, else DejaVu Sans, which comes with matplotlib.
-
-    DejaVu has the alphabets of Europe and the Near East; no font of a package that is needed here has Chinese or emoji.
-    """
+@cache
+def caption_font() -> "FreeTypeFont":
+    """Return DejaVu Sans, which comes with matplotlib: it has the alphabets of Europe and the Near East, no Chinese and no emoji."""
     from PIL import ImageFont
 
-    # Pillow returns its bitmap font only where no size is given, which its annotation does not tell.
-    own = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=FONT_SIZE))
-    if not lacking_letters(own, "".join(texts)):
-        return own
-    try:
-        import matplotlib
-
-        return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
-    except (ImportError, OSError):  # an installation without the plots
-        return own
+    return ImageFont.truetype(_font_file(), FONT_SIZE)
 
 
-def lacking_letters(font: "FreeTypeFont", text: str) -> set[str]:
-    """Return the letters of a text that a font draws as the box that stands for any letter it has not."""
-    box = font.getmask(NO_LETTER)
-    return {letter for letter in set(text) if not letter.isspace() and _is_same(font.getmask(letter), box)}
+@cache
+def _code_points() -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(_font_file()).get_charmap())
 
 
-def _is_same(drawn, box) -> bool:
-    return drawn.size == box.size and bytes(drawn) == bytes(box)
+def _font_file() -> str:
+    import matplotlib
+
+    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 
 
-def escaped(text: str, font: "FreeTypeFont") -> str:
-    r"""Return a text with the letters that a font lacks as Python spells them, such as \u7ea2."""
-    spelt = {letter: letter.encode("unicode_escape").decode("ascii") for letter in lacking_letters(font, text)}
-    return "".join(spelt.get(letter, letter) for letter in text) if spelt else text
+def escaped(text: str) -> str:
+    r"""Return a text with the letters that the font lacks as Python spells them, such as \u7ea2."""
+    known = _code_points()
+    return "".join(letter if ord(letter) in known or letter.isspace() else ascii(letter)[1:-1] for letter in text)
 
 
-def wrap(text: str, width: float, font: "FreeTypeFont", max_lines: int = MAX_CAPTION_LINES) -> list[str]:
+def wrap(text: str, width: float, max_lines: int = MAX_CAPTION_LINES) -> list[str]:
     """Cut a text into lines no wider than `width` pixels; a word that is too wide is broken.
 
     Text for more than `max_lines` ends in an ellipsis, and costs no more time than what is shown of it.
     """
+    font = caption_font()
     text = text[: max_lines * int(width)]  # letters are more than a pixel wide
     lines: list[str] = []
     for num_letters in range(int(width / font.getlength("i")), 3, -1):  # lines of as many letters as fit
@@ -110,13 +103,13 @@ def labelled_grid(
     """
     from PIL import Image, ImageDraw
 
-    font = caption_font([caption for row in captions for caption in row])
+    font = caption_font()
     line_height = sum(font.getmetrics()) + 1
     sides = [max(picture.shape[side] for row in rows for picture in row) for side in (0, 1)]
     scale = _scale(*sides)
     cell_width = round(sides[1] * scale)
     cell_heights = [round(max(picture.shape[0] for picture in row) * scale) for row in rows]
-    wrapped = [[wrap(escaped(caption, font), cell_width, font) for caption in row] for row in captions]
+    wrapped = [[wrap(escaped(caption), cell_width) for caption in row] for row in captions]
     caption_heights = [line_height * max(map(len, row), default=0) for row in wrapped]
     left = MARGIN + (round(max(map(font.getlength, row_names))) + MARGIN if row_names else 0)
     num_columns = max(map(len, rows))
