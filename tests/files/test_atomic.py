@@ -10,14 +10,6 @@ import pytest
 from wandistiller.files.atomic import atomic_folder, atomic_path, remove_leftovers, write_json, write_text
 
 
-def test_text_is_written_in_utf_8_over_what_was_there(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("before")
-    write_text(path, "Día\n")
-    assert path.read_bytes() == "Día\n".encode()
-    assert list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize("name", ["n" * 255, "é" * 127 + "n"])
 def test_a_name_as_long_as_file_systems_take_is_written_and_its_leftovers_removed(tmp_path, name):
     write_text(tmp_path / name, "whole \udce9")  # a letter of a path that is no UTF-8
@@ -29,15 +21,6 @@ def test_a_name_as_long_as_file_systems_take_is_written_and_its_leftovers_remove
     kept.rename(beside)
     remove_leftovers(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_json_is_written_as_json_dumps_has_it(tmp_path):
-    values = {"négatif": [1, None, 0.5]}
-    write_json(tmp_path / "plain.json", values)
-    write_json(tmp_path / "indented.json", values, end="\n", indent=2, ensure_ascii=False)
-    assert (tmp_path / "plain.json").read_text() == json.dumps(values)
-    expected = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    assert (tmp_path / "indented.json").read_text(encoding="utf-8") == expected
 
 
 def test_values_that_json_cannot_hold_leave_the_file_as_it_was(tmp_path):
