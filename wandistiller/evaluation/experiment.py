@@ -73,7 +73,7 @@ class Experiment:
         count = num_prompts * self.num_seeds
         return replace(
             self,
-            embeds=self.embeds.first(num_prompts),
+            embeds=self.embeds.part(0, num_prompts),
             prompts=self.prompts[:count],
             prompt_indices=self.prompt_indices[:count],
             noise=self.noise[:count],
