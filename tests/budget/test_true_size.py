@@ -69,7 +69,6 @@ def check(run: Workload) -> None:
 FOUR_BLOCKS = {
     "1.3B": ("Wan2.1 1.3B", 1024, {}),
     "5B, checkpointing, accumulation": ("Wan2.2 TI2V-5B", 1024, CHECKPOINTING | {"grad_accum_steps": 2}),
-    "A14B, checkpointing": ("Wan2.2 A14B", 1024, CHECKPOINTING),
     "A14B, fp8, one expert at a time": ("Wan2.2 A14B", 512, SAVING | {"teacher_offload": True}),
 }
 

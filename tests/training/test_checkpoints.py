@@ -59,8 +59,6 @@ THREE_SIZES = ["--image_sizes", "32x32", "48x32", "32x48"]
 RECIPES = {
     "accumulated": [*PATHS, "--feature_loss_weight", 0.5, "--grad_accum_steps", 2, "--optimizer", "adamw"],
     "muon": ["--optimizer", "muon", "--init", "random", "--feature_loss_weight", 1, "--replay", 2],
-    "noise": ["--states", "noise"],
-    "three sizes": [*PATHS, *THREE_SIZES],
     "few steps of three sizes": ["--student_steps", 2, "--replay", 2, *THREE_SIZES],
     "two experts and three sizes": ["--calls_per_expert", 2, "--replay", 1, *THREE_SIZES],
 }
@@ -158,14 +156,14 @@ def forgeries(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor |
     ]
     nowhere = [name for name in states if name.endswith(("walk.prompts", "walk.position"))]
     assert len(forged) > 10 and len(nowhere) == 2
-    return forged + [{name: torch.full_like(states[name], 10**9)} for name in nowhere]
+    return forged[::2] + [{name: torch.full_like(states[name], 10**9)} for name in nowhere]
 
 
 def test_checkpoints_each_damaged_in_its_own_way_are_skipped_and_a_run_without_a_whole_one_is_refused(
     train, teachers, tmp_path
 ):
     """Among them, with right checksums, those that lack a tensor of what the student learns from, or have one that cannot be."""
-    steps, whole, folder, lost = 32, *(tmp_path / name for name in ("whole", "damaged", "lost"))
+    steps, whole, folder, lost = 24, *(tmp_path / name for name in ("whole", "damaged", "lost"))
     flags = [*FLAGS, "--save_every", 1, "--keep_checkpoints", 99, "--max_steps", steps]
     assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=whole).code == 0
     manifests = sorted((whole / "checkpoints").glob("*.json"))

@@ -33,7 +33,6 @@ RECIPES = {
         12,
         [FSDP],
     ),
-    "noise": (["--states", "noise"], 8, []),
     "few steps": (["--student_steps", 2, "--replay", 2], 8, []),
     "two experts": (["--calls_per_expert", 2], 8, [FSDP]),
     "three sizes": ([*RECIPE, "--image_sizes", "32x32", "48x32", "32x48"], 8, []),

@@ -143,13 +143,11 @@ def make_batches(
 RUNS: dict[str, tuple[dict, dict]] = {
     "one expert": ({}, {}),
     "a lite student": ({}, {"config": LITE, "replay": 2}),
-    "two experts": ({"num_experts": 2}, {}),
     "two experts in turns": ({"num_experts": 2, "is_offloaded": True}, {"calls_per_expert": 1}),
     "fp8": ({"is_fp8": True}, {}),
     "two experts, renoised, in parts": ({"num_experts": 2}, {"renoise_fraction": 0.5, "micro_batch": 2}),
     "noise": ({"num_experts": 2}, {"kind": "noise"}),
     "guided at some noise levels": ({"guidance_range": (0.9, 1.0)}, {}),
-    "one of two processes": ({}, {"slots": range(4, 8)}),
     "segments, two experts": ({"num_experts": 2}, {"num_segments": 2}),
 }
 
