@@ -19,23 +19,16 @@ from wandistiller.flags import ComputeFlags, TeacherFlags, flag, group, number, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class PageFlags:
-    """Where the page is."""
-
-    host: str = flag("address to listen on; 0.0.0.0 lets everyone in who reaches this machine", "127.0.0.1")
-    port: int | None = flag("port to listen on (the first free one from 7860 on)", type=number(int, low=1, high=65535))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Flags:
     """The flags of this command, as `--help` describes them."""
 
     outputs: str | None = flag("folder that holds folders of trained students", "outputs", type=path)
     student: str | None = flag("folder of a trained student, which is shown first", type=path)
     prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
+    host: str = flag("address to listen on; 0.0.0.0 lets everyone in who reaches this machine", "127.0.0.1")
+    port: int | None = flag("port to listen on (the first free one from 7860 on)", type=number(int, low=1, high=65535))
     teacher: TeacherFlags = group("Teacher (left out: as the student records)")
     compute: ComputeFlags = group("Performance")
-    page: PageFlags = group("Page")
 
 
 def parse_args(argv: list[str] | None = None) -> Flags:
@@ -54,16 +47,14 @@ def main(argv: list[str] | None = None) -> int:
 
     from wandistiller.reports.playground_page import LOOPBACK, build_page, launch_options, prepare_gradio
 
-    host, port = flags.page.host, flags.page.port
+    host, port = flags.host, flags.port
     with tempfile.TemporaryDirectory(prefix="playground-") as scratch:
         prepare_gradio(scratch)
         studio = Studio(students, flags.teacher, flags.compute, flags.prompt_cache)
         page = build_page(studio)
         try:
             _, url, _ = page.launch(**launch_options(host, port), prevent_thread_lock=True)
-        except (
-            OSError
-        ) as error:  # Gradio's word for a port that is taken, and the system's for an address that is not here
+        except OSError as error:  # a port that is taken, or an address that is not here
             raise UserError(f"--host {host} --port {port}: cannot listen there ({error})") from None
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the scratch folder goes then too
         print(f"{len(students)} students: {', '.join(students)}\nOpen {url} in a browser; Ctrl-C ends it", flush=True)

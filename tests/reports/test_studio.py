@@ -20,10 +20,8 @@ from support.students import train_student, write_teacher
 from wandistiller.errors import UserError
 from wandistiller.flags import ComputeFlags
 from wandistiller.model.image_sizes import ImageSize
-from wandistiller.reports.cards import in_words
 from wandistiller.reports.playground_page import answer_html
 from wandistiller.reports.studio import Answer, Picture, Request, Row, Studio, find_students
-from wandistiller.students.record import load_student_config
 
 ASKED = Request(student="student", prompt="a red circle", seed=3, noises=2)
 
@@ -71,9 +69,7 @@ def test_it_draws_what_generate_images_draws_with_the_same_metadata(house, studi
         ({"width": 40}, "width 40 is not a multiple of 16"),
         ({"height": 16_000, "width": 16_000}, "allowed: at most"),
         ({"prompt": "  "}, "the prompt is empty"),
-        ({"prompt": "a\0b"}, "control character U+0000"),
         ({"seed": -1}, "seed is -1; allowed: 0 to"),
-        ({"noises": 9}, "noises is 9; allowed: 1 to 8"),
         ({"steps": 0}, "steps is 0; allowed: 1 to 1000"),
         ({"student": "../student"}, "there is no student '../student'; choose one of: student"),
     ],
@@ -132,12 +128,6 @@ def test_students_are_those_with_weights_and_the_named_one_comes_first(house, tm
     ):
         with pytest.raises(UserError, match=words):
             find_students(str(outputs), student and str(student))
-
-
-def test_the_record_is_told_in_words(house):
-    told = in_words(load_student_config(house / "student"))
-    assert "draws what the Wan checkpoint `teacher` draws in one frame, at 32 x 32 pixels" in told
-    assert "It makes no video" in told and str(house) not in told
 
 
 def test_what_was_typed_is_escaped():

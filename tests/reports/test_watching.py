@@ -205,32 +205,6 @@ def test_a_run_without_any_error_is_plotted_too(tmp_path):
         assert picture.format == "PNG"
 
 
-class Clock:
-    """Seconds that go on by one with every look at it."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 1.0
-        return self.now
-
-
-def test_the_plot_is_drawn_again_only_as_often_as_its_cost_allows(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines_of(1)[0]) + "\n", encoding="utf-8")
-    file, clock, drawn = tmp_path / "loss.png", Clock(), []
-    plot = plots.LossPlot(tmp_path / "metrics.jsonl", file, clock)
-    for step in range(1, 400):
-        plot.step(metrics_of(step))
-        if file.exists():
-            drawn.append(clock.now)
-            file.unlink()
-    assert plots.REDRAW_EVERY_S <= drawn[0] <= plots.REDRAW_EVERY_S + 5 and len(drawn) == 4
-    assert min(np.diff(drawn)) >= 1.0 / plots.REDRAW_SHARE, "a look before and one after: drawing took a second"
-    plot.close()
-    assert file.exists()
-
-
 # ---- wandb and trackio ----
 
 
@@ -286,7 +260,7 @@ def test_wandb_is_online_only_for_those_who_are_logged_in(tmp_path, monkeypatch,
     assert module.started["mode"] == mode and module.started["dir"] == str(tmp_path)
 
 
-def test_a_tracker_that_fails_is_told_of_once_and_left_out(capsys):
+def test_a_tracker_that_fails_is_told_of_once_and_left_out(tmp_path, capsys):
     class Failing:
         def step(self, metrics):
             raise ConnectionError("the network is gone")
@@ -294,21 +268,12 @@ def test_a_tracker_that_fails_is_told_of_once_and_left_out(capsys):
         def close(self):
             raise AssertionError("it was left out")
 
-    class Noting:
-        def __init__(self):
-            self.seen = []
-
-        def step(self, metrics):
-            self.seen.append(metrics.step)
-
-        def close(self):
-            self.seen.append("closed")
-
-    noting = Noting()
-    with trackers.Trackers({"one": Failing, "other": lambda: noting, "third": lambda: 1 / 0}) as both:
+    file = tmp_path / "metrics.jsonl"
+    makers = {"one": Failing, "other": lambda: trackers.MetricsFile(file), "third": lambda: 1 / 0}
+    with trackers.Trackers(makers) as watching:
         for step in (1, 2):
-            both.step(metrics_of(step))
-    assert noting.seen == [1, 2, "closed"]
+            watching.step(metrics_of(step))
+    assert metrics.read_metrics(file) == lines_of(2)
     error = capsys.readouterr().err
     assert error.count("the network is gone") == 1 and error.count("third is left out") == 1
 

@@ -33,15 +33,7 @@ from wandistiller.files.output_folder import (
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import square
 from wandistiller.projection.comfyui import LOADERS, comfyui_settings, comfyui_warnings
-from wandistiller.reports.metrics import (
-    bucket_name,
-    held_out_error,
-    held_out_text,
-    loss_change,
-    loss_change_by_sigma,
-    read_metrics,
-    training_seconds,
-)
+from wandistiller.reports.metrics import held_out_error, held_out_text, loss_change, read_metrics, training_seconds
 from wandistiller.reports.progress import format_duration
 from wandistiller.reports.tables import cell_text, comparison_rows
 from wandistiller.students.drawing import example_prompt
@@ -121,11 +113,8 @@ def try_to_write(file: Path, make: Callable[[], str]) -> Path | None:
         return None
     try:
         write_text(file, make())
-    except OSError as error:
-        print(f"No {file.name}: {file} cannot be written ({error.strerror or first_line(error)})", file=sys.stderr)
-        return None
-    except Exception as error:  # whatever a damaged record or evaluation holds
-        print(f"No {file.name}: what {file.parent} holds cannot be told ({first_line(error)})", file=sys.stderr)
+    except Exception as error:  # a full disk, or whatever a damaged record or evaluation holds
+        print(f"No {file.name} in {file.parent}: {type(error).__name__}, {first_line(error)}", file=sys.stderr)
         return None
     return file
 
@@ -138,7 +127,7 @@ def try_to_write_model_card(folder: Path) -> Path | None:
 def model_card(folder: Path) -> str:
     """Return the card of a student's folder as text."""
     config, steps = StudentConfig.load(folder), read_metrics(folder / METRICS_NAME)
-    about, errors, changes = about_student(config), held_out_error(steps), loss_change_by_sigma(steps)
+    about, errors = about_student(config), held_out_error(steps)
     return fill_in(
         "student_card.md",
         **about,
@@ -149,10 +138,6 @@ def model_card(folder: Path) -> str:
         training_time=format_duration(training_seconds(steps)) if steps else None,
         loss_change=[cell_text(value) for value in loss_change(steps)] if steps else None,
         held_out=errors and held_out_text(errors),
-        losses=[
-            (f"sigma {bucket_name(bucket, len(changes))}", *map(cell_text, change))
-            for bucket, change in enumerate(changes)
-        ],
         plot=Markdown(LOSS_PLOT_NAME) if (folder / LOSS_PLOT_NAME).is_file() else None,
         evaluation=evaluation_of(folder),
         gallery=Markdown(GALLERY_NAME) if (folder / GALLERY_NAME).is_file() else None,
@@ -244,11 +229,7 @@ def evaluation_of(folder: Path) -> dict | None:
 
 
 def export_card(
-    name: str,
-    config: StudentConfig,
-    export_format: str,
-    dtype: str,
-    pictures: Mapping[Markdown, str] | None = None,
+    name: str, config: StudentConfig, export_format: str, dtype: str, pictures: Mapping[Markdown, str] | None = None
 ) -> str:
     """Return the card of an export as text.
 
@@ -267,7 +248,7 @@ def export_card(
         format=export_format,
         library=library,
         drawing=Markdown(drawing(config, THIS_FOLDER, dtype)) if export_format == "pipeline" else None,
-        comfyui=Markdown(comfyui_settings(config, LOADERS[library if library == "gguf" else "original"])),
+        comfyui=Markdown(comfyui_settings(config, LOADERS.get(export_format, LOADERS["original"]))),
         warnings=[Markdown(warning) for warning in comfyui_warnings(config)],
         pictures=pictures or {},
         training_time=None,

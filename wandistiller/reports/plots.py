@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,12 +24,12 @@ GREY, BLACK, BLUE = "#c4c4c4", "#202020", "#2f6db3"
 class LossPlot(Tracker):
     """Keeps a plot of metrics.jsonl up to date, at no more than REDRAW_SHARE of the time and with every sample picture."""
 
-    def __init__(self, metrics_path: Path, file: Path, clock: Callable[[], float] = time.perf_counter):
-        self.metrics_path, self.file, self._clock = metrics_path, file, clock
-        self._next_s = clock() + REDRAW_EVERY_S
+    def __init__(self, metrics_path: Path, file: Path):
+        self.metrics_path, self.file = metrics_path, file
+        self._next_s = time.perf_counter() + REDRAW_EVERY_S
 
     def step(self, metrics: StepMetrics) -> None:
-        if self._clock() >= self._next_s:
+        if time.perf_counter() >= self._next_s:
             self.close()
 
     def picture(self, step: int, picture: "Image") -> None:
@@ -37,11 +37,11 @@ class LossPlot(Tracker):
 
     def close(self) -> None:
         """Draw the plot."""
-        start_s = self._clock()
+        start_s = time.perf_counter()
         if lines := [line for line in read_metrics(self.metrics_path) if "loss" in line]:
             with atomic_path(self.file) as beside:
                 loss_figure(lines).savefig(beside, format="png")
-        now = self._clock()
+        now = time.perf_counter()
         self._next_s = now + max(REDRAW_EVERY_S, (now - start_s) / REDRAW_SHARE)
 
 
