@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 torch.set_num_threads(1)  # for tiny tensors on a busy machine a second thread costs five times what it saves
-TEXT_SLOTS = 512  # every released Wan has so many
+TEXT_SLOTS = 512  # of every released Wan
 TINY_SHAPE = {"heads": 2, "head_dim": 12, "layers": 3, "ffn_dim": 40, "channels": 16, "text_dim": 20}
 
 # Patterns of canonical (diffusers') names and their original spelling, written down apart from the code under test.

@@ -613,7 +613,7 @@ def test_a_hub_id_offline_is_refused_at_once_with_the_local_alternatives(offline
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
-    """The folder of a hub's repository; of its files only what is asked for comes to the folder of the snapshot beside it."""
+    """The folder of a hub's repository; only the files that are asked for are copied to the snapshot beside it."""
     import fnmatch
 
     import huggingface_hub

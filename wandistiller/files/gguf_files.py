@@ -59,7 +59,7 @@ class GgufTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says before any tensor is read: its tensors by name, and its fields, such as general.architecture.
+    """The header of a GGUF file: its tensors by name, and its fields, such as general.architecture.
 
     Attributes:
         fields: numbers, texts, arrays of numbers as numpy has them, and lists of texts.

@@ -101,7 +101,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """What a safetensors file says of its tensors before any of them is read.
+    """The header of a safetensors file.
 
     Attributes:
         metadata: texts that the writer of the file added.
@@ -179,9 +179,9 @@ def _check_no_gaps(tensors: Iterable[StoredTensor], start: int, size: int) -> No
         raise ValueError(f"its tensors end at byte {start:,}, the file at {size:,}")
 
 
-def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Read all tensors of a file."""
-    return {name: tensor.read().to(device) for name, tensor in read_header(path).tensors.items()}
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read all tensors of a file to the CPU."""
+    return {name: tensor.read() for name, tensor in read_header(path).tensors.items()}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

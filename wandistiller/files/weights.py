@@ -1,7 +1,7 @@
 """The one door for weights: every tensor of a file is used, known to do no harm, or the file is refused by that tensor's name.
 
 A model says which tensors it expects; the door pairs fp8 weights with their scales, holds shapes, precisions, scales and markers
-against each other, and hands out `Weight`s, whose numbers are finite when they are read.
+against each other, and returns `Weight`s, whose numbers are checked to be finite as they are read.
 """
 
 import contextlib

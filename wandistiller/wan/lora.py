@@ -78,7 +78,7 @@ def _whole(parts: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Lora:
-    """What a LoRA adds to each tensor that it changes, by canonical names; nothing of it stays in memory.
+    """A LoRA: its changes of each tensor by canonical names; none of its values stays in memory.
 
     Attributes:
         title: what the file calls itself in its metadata.
@@ -98,11 +98,11 @@ class Lora:
 
     @property
     def identity(self) -> str:
-        """What makes two teachers with LoRAs the same one; a file may be renamed."""
+        """The LoRA's part of a teacher's identity; a file may be renamed."""
         return f"{self.expert} {self.sha256[:16]} x {self.scale!r}"
 
     def record(self) -> dict[str, object]:
-        """Return what a student records of it, but for its path."""
+        """Return its entry in a student's record, but for the path."""
         return {"expert": self.expert, "file": self.path.name, "sha256": self.sha256, "scale": self.scale}
 
     def added_to(self, name: str, tensor: Tensor) -> Tensor:

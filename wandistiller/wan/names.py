@@ -118,7 +118,7 @@ def harmless_reason(name: str) -> str | None:
 
 
 def relative_of_wan(name: str) -> str | None:
-    """Return which model of Wan's shape a stranger suggests, and what to use instead."""
+    """Return the model of Wan's shape that a stranger suggests, and its substitute."""
     return next((relative for pattern, relative in _RELATIVES.items() if re.search(pattern, name)), None)
 
 
@@ -185,7 +185,7 @@ _SIDE = re.compile(
 
 
 def side_of(place: str | Path) -> str | None:
-    """Return which expert of two the name of a file or of its folder tells, "high" or "low"; None where it tells none."""
+    """Return the expert of two, "high" or "low", that the name of a file or of its folder tells; None where it tells none."""
     place = Path(place)
     for name in (place.name, place.parent.name):
         # A capital begins a word, as in HighNoise.
@@ -197,7 +197,7 @@ def side_of(place: str | Path) -> str | None:
 
 
 def title_of(metadata: Mapping[str, str]) -> str:
-    """Return what a file calls itself: a GGUF's name, that of the model specification, or of a trainer's output."""
+    """Return a file's own title: a GGUF's name, that of the model specification, or of a trainer's output."""
     return " ".join(metadata.get(key, "") for key in ("general.name", "modelspec.title", "ss_output_name"))
 
 
@@ -225,7 +225,7 @@ def transformer_settings(config: StudentConfig) -> dict:
 
 
 def teacher_record(config: StudentConfig) -> dict:
-    """Return what a student tells those that distil it or draw with it as a teacher; empty where it has no record.
+    """Return the record of a student as a teacher, for those that distil it or draw with it; empty where it has none.
 
     Its guidance is 1, since the guided velocity is what it learnt. A student of few steps is to be asked at those steps.
     """

@@ -51,8 +51,8 @@ class TeacherSettings:
         guidance_scale_2: g for the low-noise expert; None with one expert.
         boundary_ratio: sigma at and above which the high-noise expert answers; None with one expert.
         latents_mean, latents_std: statistics that make model space (z - mean) / std; None where unknown.
-        teacher_sampler: "unipc", for a teacher that answers rightly at all noise levels; or "euler", for one that was distilled
-            to `num_inference_steps` and does so at the noise levels of these alone.
+        teacher_sampler: "unipc", for a teacher of all noise levels; or "euler", for one that was distilled to `num_inference_steps`
+            and knows the noise levels of these alone.
         guidance_range: lowest and highest noise level with guidance; None for all of them.
     """
 
@@ -70,7 +70,7 @@ class TeacherSettings:
     guidance_range: tuple[float, float] | None = None
 
     def recorded(self) -> dict[str, object]:
-        """Return what a student records of these; what has a default and is at it is left out."""
+        """Return the entries of a student's record; values at their default are left out."""
         usual = {known.name: known.default for known in fields(self) if known.default is not MISSING}
         return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
@@ -94,7 +94,7 @@ class TeacherSettings:
 
     @property
     def has_few_levels(self) -> bool:
-        """Whether the teacher answers rightly at the noise levels of its own sampler alone."""
+        """Whether the teacher knows the noise levels of its own sampler alone."""
         return self.teacher_sampler == "euler"
 
     @property
@@ -103,7 +103,7 @@ class TeacherSettings:
 
 
 class GivenSettings(TypedDict, total=False):
-    """What a person may say of how a teacher is sampled; what is left out or None is the teacher's own."""
+    """The flags of how a teacher is sampled; what is left out or None is the teacher's own."""
 
     shift: float | None
     guidance_scale: float | None
@@ -185,7 +185,7 @@ def _latents_statistics(wan_files: WanFiles) -> tuple[list[float] | None, list[f
 
 
 def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str, object]:
-    """Return what makes the teacher's velocities what they are: its weights, guidance and sampling.
+    """Return the identity of a teacher's velocities: its weights, guidance and sampling.
 
     LoRAs stand beside the fingerprint of the weights on disk, into which they are merged as these are read. Unusual ways to sample
     are there only where they are used.
@@ -228,7 +228,7 @@ def warnings_about(wan_files: WanFiles, settings: TeacherSettings, student: Stud
 
 
 def _expert_warnings(wan_files: WanFiles, settings: TeacherSettings) -> list[str]:
-    """Return what files are called against their places: experts and LoRAs the wrong way round, and one expert alone.
+    """Return warnings by the names and titles of files: experts or LoRAs the wrong way round, and one expert alone.
 
     The weights tell nothing of it: both experts have one structure, and no known number of either sets them apart.
     """

@@ -49,7 +49,7 @@ def has_tokenizer_inside(weights: Path) -> bool:
 
 
 def open_tokenizer(place: Path) -> Tokenize:
-    """Return what makes a list of token numbers of each text, the closing </s> included and nothing cut.
+    """Return a function from texts to their token numbers, the closing </s> included and nothing cut.
 
     Raises:
         UserError: there is no tokenizer, or it cannot be read.

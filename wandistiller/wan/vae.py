@@ -88,7 +88,7 @@ def _of_stage(number: int) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """What a VAE says of its latents; what it leaves out is None.
+    """A VAE's latents, as its files describe them; None for what they leave out.
 
     Attributes:
         vae_scale_factor: pixels per latent pixel.
