@@ -3,11 +3,9 @@
 Only the text tokens of a prompt are kept, since every later slot of Wan's text is zero.
 """
 
-import errno
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from torch import Tensor
 from wandistiller.errors import UserError, first_line
 from wandistiller.files.atomic import remove_all_leftovers
 from wandistiller.files.json_files import JsonError, parse_json
-from wandistiller.files.paths import nearest_existing
 from wandistiller.files.safetensors_files import DTYPES, DamagedFileError, StoredTensor, read_header, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -41,29 +38,12 @@ class PromptCache:
         self._rows: dict[str, tuple[StoredTensor, str]] = {}  # with checksums
         self._kept: dict[str, Tensor] = {}
         self._num_kept_bytes = 0
-        existing = nearest_existing(folder.absolute())
-        if not existing.is_dir():
-            raise self._cannot_be_made(f"{existing} is a file")
         remove_all_leftovers(folder)
         for path in sorted(folder.glob("*.safetensors")):
             self._add_shard(path)
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
-
-    def _cannot_be_made(self, reason: str | None) -> UserError:
-        return UserError(
-            f"{self.folder}: the embedding cache cannot be made here ({reason}); give --prompt_cache a folder"
-        )
-
-    def check_writable(self) -> None:
-        """Refuse a folder that cannot be written to, before the encoder is loaded for it.
-
-        Raises:
-            UserError: its permissions say so.
-        """
-        if not os.access(nearest_existing(self.folder.absolute()), os.W_OK | os.X_OK):
-            raise self._cannot_be_made(os.strerror(errno.EACCES))
 
     def _add_shard(self, path: Path) -> None:
         try:
@@ -132,7 +112,9 @@ class PromptCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_tensors(path, rows, {"truncated": " ".join(truncated), "digests": json.dumps(digests)})
         except OSError as error:
-            raise self._cannot_be_made(error.strerror) from None
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); give --prompt_cache another folder"
+            ) from None
         self._add_shard(path)
 
 

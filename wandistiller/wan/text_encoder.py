@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError
+from wandistiller.files.output_folder import check_writable
 from wandistiller.model.config import StudentConfig
 from wandistiller.prompts.prompts import clean_prompt
 from wandistiller.wan.prompt_cache import PromptCache
@@ -70,7 +71,7 @@ def encode_prompts(
     cache = PromptCache(folder, text_dim, dtype, frozenset(keys))
     missing = {key: prompt for key, prompt in zip(keys, cleaned, strict=True) if key not in cache}
     if missing:
-        cache.check_writable()
+        check_writable(folder, "--prompt_cache")
         tokenize = open_tokenizer(files.tokenizer)
         encoder: Any = files.umt5.load(dtype)
         encoder.to(options.device)
