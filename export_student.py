@@ -95,23 +95,21 @@ def check_flags(flags: Flags) -> None:
 
 def read_config(flags: Flags) -> StudentConfig:
     """Read the student's config; a pipeline also needs its record, which says how to draw."""
-    if flags.format == "pipeline":
-        config = load_student_config(flags.student)
-    elif Path(flags.student).is_file():
+    if flags.format != "pipeline" and Path(flags.student).is_file():
         from wandistiller.model.transformer import saved_config
 
         config = saved_config(flags.student)
         StudentRecord.of(config, flags.student)
     else:
-        config = load_shape(flags.student)
-    if flags.workflow and config.num_channels not in (16, 48):
-        raise UserError(
-            f"--workflow: ComfyUI draws latents of 16 or 48 channels, this student's have {config.num_channels}"
-        )
+        config = (load_student_config if flags.format == "pipeline" else load_shape)(flags.student)
     if config.block != "wan":
         raise UserError(
             f'{Path(flags.student) / CONFIG_NAME}: a student of block "{config.block}" is no Wan, and no other tool knows its '
             'architecture; only block "wan" can be exported'
+        )
+    if flags.workflow and config.num_channels not in (16, 48):
+        raise UserError(
+            f"--workflow: ComfyUI draws latents of 16 or 48 channels, this student's have {config.num_channels}"
         )
     return config
 

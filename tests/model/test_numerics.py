@@ -38,30 +38,6 @@ def test_blocks_that_are_computed_again_train_the_same_student_bit_for_bit(train
     assert same_weights(tmp_path / "kept", tmp_path / "again")
 
 
-def kept_for_backward(student: WanLiteStudent, *inputs: torch.Tensor) -> int:
-    """Bytes that autograd holds between the passes, parameters not counted."""
-    parameters, seen = {parameter.data_ptr() for parameter in student.parameters()}, {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        student(*inputs).sum().backward()
-    return sum(seen.values())
-
-
-def test_what_blocks_hold_for_the_backward_pass_shrinks_with_their_number():
-    config = StudentConfig.from_dict(IDENTITY_CONFIG | {"depth": 8})
-    student = WanLiteStudent(config)
-    inputs = torch.randn(2, 16, 16, 16), torch.tensor([500.0]), torch.randn(2, 5, 20), torch.tensor([5, 3])
-    kept = kept_for_backward(student, *inputs)
-    student.gradient_checkpointing = True
-    assert kept_for_backward(student, *inputs) < 0.3 * kept
-
-
 # ---- compiled ----
 
 

@@ -327,21 +327,16 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("keep", [0, 500, -1])
-def test_truncated_weights_are_refused(tmp_path, keep):
+def test_missing_alien_or_truncated_weights_are_refused(tmp_path):
     student_of(WAN).save_pretrained(tmp_path)
     path = tmp_path / "diffusion_model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ConfigError, match="not a whole safetensors file"):
-        WanLiteStudent.from_pretrained(tmp_path)
-
-
-def test_missing_or_alien_weights_are_refused(tmp_path):
-    student_of(WAN).save_pretrained(tmp_path)
-    path = tmp_path / "diffusion_model.safetensors"
-    tensors = load_file(path)
+    whole, tensors = path.read_bytes(), load_file(path)
     save_file(tensors | {"stranger": torch.zeros(1)}, path)
     with pytest.raises(ConfigError, match="stranger"):
+        WanLiteStudent.from_pretrained(tmp_path)
+    path.unlink()
+    path.write_bytes(whole[:500])
+    with pytest.raises(ConfigError, match="not a whole safetensors file"):
         WanLiteStudent.from_pretrained(tmp_path)
     path.unlink()
     with pytest.raises(ConfigError, match="there is no such file"):
