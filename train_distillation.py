@@ -36,11 +36,11 @@ def distil(flags: Flags, command: list[str]) -> int:
     from wandistiller.run import build, messages
     from wandistiller.run.dry_run import print_budget
     from wandistiller.run.folder import memory_advice, open_folder
-    from wandistiller.run.learning import open_caches
+    from wandistiller.run.learning import build_batches, open_caches
     from wandistiller.run.observers import watch
     from wandistiller.run.record import save_trained_student
     from wandistiller.run.resolve import resolve
-    from wandistiller.training.loop import train
+    from wandistiller.run.stages import Stages
 
     # Every refusal that needs no folder comes before anything is written or a weight is read:
     settings = resolve(flags, inputs, command)
@@ -58,20 +58,21 @@ def distil(flags: Flags, command: list[str]) -> int:
             embeds = build.embed_prompts(settings)
             teacher = build.load_teacher(settings, embeds, caches)
             student, projection = build.make_student(settings)
-            objective = build.build_objective(settings, projection)
+            objective = build.build_objective(settings)
             build.compile_and_shard(settings, student, teacher, objective)
-            batches = build.build_learning(settings, caches, embeds, teacher, student, projection)
-            folder, saving = build.resume(settings, folder, student, objective, batches)
+            batches = build_batches(settings, caches, embeds.trained, teacher, projection)
+            stages = Stages(settings, student, objective, batches, embeds.trained)
+            del batches  # they leave memory with their stage
+            folder = stages.resume(folder)
             with watch(settings, folder, embeds, teacher) as observer:
                 with observer.shown():
-                    options = settings.training_options
-                    result = train(student, batches, objective, options, observer, saving, settings.processes)
-                save_trained_student(settings, folder, student, projection, result, batches.num_calls)
+                    result = stages.train(observer, folder)
+                save_trained_student(settings, folder, student, projection, result, stages)
                 if not result.interrupted:
                     observer.draw_last(student, result.num_steps)
             if settings.processes.is_first:
                 try_to_write_model_card(folder.path)
-                calls = messages.calls_line(settings, batches.num_calls, result.num_steps, teacher)
+                calls = messages.calls_line(settings, stages.state.teacher_calls, result.num_steps, teacher)
                 messages.print_end(settings, folder, result, calls)
     return 130 if result.interrupted else 0
 

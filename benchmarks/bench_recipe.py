@@ -7,8 +7,7 @@
     python benchmarks/bench_recipe.py --few_steps 1 2 4 8                             # students of few steps
 
 Every arm gets as many answers of the teacher (counted in batches of 64, whatever the batch is), or with `--equal flops` as many
-FLOPs of teacher and student together; students of few steps get the calls that their paths begin with on top, and are not at equal
-FLOPs. A teacher's folder names its prompts: those of the demo, or prompts.txt and heldout_prompts.txt in the folder. Students are
+FLOPs of teacher and student together; the second stage of students of few steps comes on top of either. A teacher's folder names its prompts: those of the demo, or prompts.txt and heldout_prompts.txt in the folder. Students are
 judged by what they draw from held-out prompts, four noises of each: prompts right, distance to the teacher's latents, and how the
 noise is followed. A student that --output_dir holds is not made again, so that the same command resumes. Prints a table in Markdown,
 mean and largest distance from it over the seeds, and as its last line one JSON document; --write puts the table into
@@ -44,8 +43,6 @@ ARMS: dict[str, dict[str, object]] = {
     "default": {},
     "AdamW": {"--optimizer": "adamw"},
     "no hidden states": {"--feature_loss_weight": 0},
-    "no rollout": {"--student_rollout": (0, 0)},
-    "no renoised samples": {"--renoise_fraction": 0},
     "pure noise": {"--states": "noise"},
     "random init": {"--init": "random"},
     "replay 1": {"--replay": 1},
@@ -159,17 +156,17 @@ def run(script: str, *flags: object, **environment: str) -> None:
 
 def train_and_judge(setting: Setting, args: argparse.Namespace, name: str, seed: int, work: Path) -> dict:
     """Train one student and return its measures."""
-    few = name.removesuffix(" steps") if name.endswith(" steps") else None
-    changes: dict = {"--student_steps": int(few)} if few else dict(ARMS[name])
+    few = name.removesuffix(" steps") if name.endswith(" steps") else "none"
+    changes: dict = {"--student_steps": few} | ARMS.get(name, {})
     budget = f"{args.equal} {args.teacher_calls} batch {args.batch_size}"
     kind = f"{setting.name} {Path(args.student_config).stem} {name} {budget} {seed}"
     folder = work / re.sub(r"\W+", "_", kind)
     steps = steps_of(setting, args, changes)
     optimizer = changes.get("--optimizer", "muon")
     if factor := changes.pop("lr factor", None):
-        changes["--lr"] = factor * suggested_lr(optimizer, setting.config.hidden_size, args.batch_size)
+        changes["--lr"] = factor * suggested_lr(optimizer, setting.config.hidden_size, args.batch_size, steps)
     calls = round(args.teacher_calls * BATCH_SIZE / args.batch_size)
-    length = {"--teacher_calls": calls} if few else {"--max_steps": steps}
+    length = {"--teacher_calls": calls} if args.equal == "calls" else {"--max_steps": steps}
     flags = length | {
         "--teacher_path": setting.teacher, "--student_config": setting.student_config, "--data_path": setting.prompts,
         "--batch_size": args.batch_size, "--num_samples": 0, "--sample_every": 0, "--eval_every": 0, "--save_every": 0,

@@ -8,7 +8,7 @@ from pathlib import Path
 from wandistiller.budget.workload import Workload
 from wandistiller.device import wait_for
 from wandistiller.model.config import StudentConfig
-from wandistiller.walk.walk import SAMPLES_PER_SLOT, paths_per_slot
+from wandistiller.walk.walk import paths_per_slot
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -49,7 +49,7 @@ def run_of(name: str, pixels: int) -> Workload:
         optimizer="muon",
         batch_size=BATCH_SIZE,
         num_features=student.depth,
-        latents_per_slot=paths_per_slot(BATCH_SIZE) + SAMPLES_PER_SLOT,
+        latents_per_slot=paths_per_slot(BATCH_SIZE),
         mean_text_tokens=MEAN_TEXT_TOKENS,
         negative_text_tokens=NEGATIVE_TEXT_TOKENS,
     )

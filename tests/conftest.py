@@ -83,12 +83,16 @@ def train(run_main, write_config, tmp_path, teachers: Teachers):
 
 @pytest.fixture
 def flags_of(teachers, write_config, tmp_path):
-    """The command line of a run on the CPU, into a folder of the test's own."""
+    """The command line of a run on the CPU, into a folder of the test's own.
+
+    It has one stage, so that the teacher is asked at all steps; tests of the second one type --student_steps.
+    """
 
     def flags(output: str, *flags: object, teacher: Path | None = None, config: dict = PRUNED_CONFIG) -> list[str]:
         words = [
             "--teacher_path", teacher or teachers.one, "--student_config", write_config(config), "--data_path", PROMPTS,
             "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--num_samples", 0, "--save_every", 0,
+            "--student_steps", "none",
             "--output_dir", tmp_path / output, *FLAGS, *flags,
         ]  # fmt: skip
         return [str(word) for word in words]

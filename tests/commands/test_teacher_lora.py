@@ -77,7 +77,7 @@ def test_a_run_resumes_with_the_same_loras_alone_and_bit_for_bit(train, teachers
     high, low = lora_flags(loras)[:2], lora_flags(loras)[2:]
     # Nothing of these depends on how long the run is:
     own = ["--batch_size", 2, "--save_every", 1, "--lr_scheduler", "constant", "--lr_warmup_steps", 0, "--lr", 1e-3]
-    own += ["--student_rollout", 0, 0, "--feature_loss_weight", 0, "--replay", 1, "--eval_every", 0]
+    own += ["--feature_loss_weight", 0, "--replay", 1, "--eval_every", 0]
     assert train(teachers.two, PRUNED_CONFIG, *own, "--max_steps", 2, *high, *low).code == 0
     for other in ([], high, [high[0], f"{loras / 'high.safetensors'}:0.7", *low], [high[0], low[1], *low]):
         outcome = train(teachers.two, PRUNED_CONFIG, *own, "--max_steps", 3, *other)

@@ -17,7 +17,7 @@ from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.evaluation.held_out import NUM_PATHS, PathErrors, draw_path_states
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import seeded_noise
-from wandistiller.sampling.sampler import SamplingOptions, sample, wan_scheduler
+from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
@@ -88,24 +88,6 @@ def test_every_state_of_the_teachers_paths_is_measured_as_by_hand(batch_size):
     expected = errors_by_hand(teacher, student)
     assert path_errors(teacher, student, euler, batch_size=batch_size) == pytest.approx(expected, rel=1e-4)
     assert expected > 0.1
-
-
-def test_a_student_of_few_steps_should_go_from_one_end_of_a_segment_to_the_next_in_one_step():
-    teacher = mock_teacher()
-    segments = draw_path_states(teacher, EMBEDS, SHAPE, OPTIONS, segment_steps=2)
-    every = draw_path_states(teacher, EMBEDS, SHAPE, OPTIONS)
-    noise = seeded_noise(range(2**31, 2**31 + NUM_PATHS), SHAPE)
-    end = sample(teacher, noise, *EMBEDS.batch([path % 3 for path in range(NUM_PATHS)]), OPTIONS)
-    torch.testing.assert_close(segments.latents, every.latents[::2])
-    sigmas = [*wan_scheduler(3.0, 4, "euler").sigmas.tolist()]  # what the student draws at
-    assert segments.sigma.tolist() == pytest.approx(sigmas[:-1])
-    starts = [*segments.latents, end]
-    for level, (sigma, following) in enumerate(pairwise(sigmas)):
-        step = starts[level] + (following - sigma) * segments.velocity[level]
-        torch.testing.assert_close(step, starts[level + 1], atol=1e-5, rtol=1e-4)
-
-
-# ---- what it leaves alone ----
 
 
 def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were():

@@ -143,7 +143,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_the_teachers_row_stays_and_the_student_draws_with_its_averaged_weights(train, teachers, tmp_path):
     # The learning rate of a step does not depend on how many there are, so that a shorter run is a part of a longer one:
     flags = (*DRAWN, "--sample_every", 2, "--lr", 1e-2, "--ema_decay", 0.9, "--lr_scheduler", "constant",
-             "--student_rollout", 0, 0, "--feature_loss_weight", 0)  # fmt: skip
+             "--feature_loss_weight", 0)  # fmt: skip
     for name, steps in (("long", 4), ("short", 2)):
         assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", steps, output_dir=tmp_path / name).code == 0
     (above, below), (again, later) = (rows_of(tmp_path / "long" / "samples" / f"step_00000{n}.png") for n in (2, 4))

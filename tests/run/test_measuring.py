@@ -16,8 +16,30 @@ from support.runs import PRUNED_CONFIG, as_if_stopped_after, read_metrics, weigh
 from wandistiller.reports.metrics import rise_of_held_out
 
 # 60 calls of 64 answers, of which 16 paths of 4 steps are 1.7 %
-LONG = ["--max_steps", 60, "--batch_size", 64, "--guidance_scale", 1, "--lr", 1e-3, "--replay", 1]
-SHORT = ["--max_steps", 12, "--batch_size", 4, "--guidance_scale", 1, "--lr", 1e-3, "--replay", 1]
+LONG = [
+    "--max_steps",
+    60,
+    "--batch_size",
+    64,
+    "--guidance_scale",
+    1,
+    "--lr",
+    1e-3,
+    "--replay",
+    1,
+]
+SHORT = [
+    "--max_steps",
+    12,
+    "--batch_size",
+    4,
+    "--guidance_scale",
+    1,
+    "--lr",
+    1e-3,
+    "--replay",
+    1,
+]
 
 
 def errors_of(folder) -> dict[int, dict]:
@@ -54,10 +76,9 @@ def test_it_comes_six_times_where_it_is_cheap(train, teachers, tmp_path):
     [
         ["--calls_per_expert", 4, "--teacher_offload"],
         ["--sigma_range", 0.8, 1],
-        ["--student_steps", 8],
         ["--image_sizes", "32x32", "48x32", "32x48"],
     ],
-    ids=["offload", "range", "few steps", "sizes"],
+    ids=["offload", "range", "sizes"],
 )
 def test_weights_losses_and_checkpoints_are_those_of_a_run_without_it(train, teachers, tmp_path, recipe):
     flags = [*SHORT, "--guidance_scale_2", 1, "--save_every", 12, *recipe]

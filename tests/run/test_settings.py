@@ -32,52 +32,24 @@ def resolved(write_config, teachers):
 # ---- defaults ----
 
 
-@pytest.mark.parametrize(
-    "flags, recipe",
-    [
-        ([], (0.25, (0.0, 1.0), 1.0)),
-        (["--states", "renoise"], (0.75, (0.0, 1.0), 1.0)),
-        (["--states", "noise"], (0.0, (0.0, 0.0), 0.0)),
-        (["--teacher_cache", "x"], (0.25, (0.0, 0.0), 0.0)),
-        (["--student_steps", "4"], (0.0, (0.0, 1.0), 0.0)),
-        (["--sigma_range", "0.5", "1"], (0.0, (0.0, 1.0), 1.0)),
-        (["--calls_per_expert", "4"], (0.0, (0.0, 1.0), 1.0)),
-        (["--teacher_offload"], (0.0, (0.0, 1.0), 1.0)),
-        (["--batch_size", "1"], (0.0, (0.0, 1.0), 1.0)),
-        (
-            ["--renoise_fraction", "0", "--student_rollout", "0", "0", "--feature_loss_weight", "0"],
-            (0.0, (0.0, 0.0), 0.0),
-        ),
-    ],
-)
-def test_the_recipe_is_the_default_wherever_it_applies(resolved, teachers, flags, recipe):
-    found = resolved(*flags, teacher=teachers.two)
-    assert (found.renoise_fraction, found.student_rollout, found.feature_loss_weight) == recipe
+@pytest.mark.parametrize("flags", [["--states", "noise"], ["--teacher_cache", "x"], ["--feature_loss_weight", "0"]])
+def test_hidden_states_are_compared_wherever_the_teacher_has_some(resolved, flags):
+    assert resolved().feature_loss_weight == 1.0 and resolved(*flags).feature_loss_weight == 0.0
 
 
 @pytest.mark.parametrize(
-    "flags, calls_per_expert, renoise_fraction",
-    [
-        ([], 64, 0.0),
-        (["--calls_per_expert", "8"], 8, 0.0),
-        (["--calls_per_expert", "0"], 0, 0.25),
-        (["--renoise_fraction", "0.5"], 0, 0.5),
-        (["--renoise_fraction", "0"], 64, 0.0),
-        (["--states", "renoise"], 0, 0.75),
-        (["--states", "noise"], 0, 0.0),
-        (["--student_steps", "4"], 0, 0.0),
-    ],
+    "flags, calls_per_expert",
+    [([], 64), (["--calls_per_expert", "8"], 8), (["--calls_per_expert", "0"], 0), (["--states", "noise"], 0)],
 )
 def test_an_offloaded_teacher_answers_in_turns_unless_something_speaks_against_it(
-    resolved, teachers, flags, calls_per_expert, renoise_fraction
+    resolved, teachers, flags, calls_per_expert
 ):
-    found = resolved("--teacher_offload", *flags, teacher=teachers.two)
-    assert (found.calls_per_expert, found.renoise_fraction) == (calls_per_expert, renoise_fraction)
+    assert resolved("--teacher_offload", *flags, teacher=teachers.two).calls_per_expert == calls_per_expert
 
 
 def test_an_offload_of_one_expert_is_left_out_with_a_line_and_changes_nothing(resolved, capsys):
     found = resolved("--teacher_offload")
-    assert not found.teacher_offload and found.calls_per_expert == 0 and found.renoise_fraction == 0.25
+    assert not found.teacher_offload and found.calls_per_expert == 0
     assert "--teacher_offload is of no use here" in capsys.readouterr().out
 
 
@@ -86,15 +58,29 @@ def test_the_length_is_that_of_steps_else_epochs_else_calls(resolved):
     assert resolved("--num_epochs", 2, "--max_steps", 5).num_steps == 5
     assert resolved("--teacher_calls", 2, "--max_steps", 5).num_steps == 5
     assert resolved("--teacher_calls", 2, "--num_epochs", 3, "--batch_size", 20).num_steps == 9
-    found = resolved("--teacher_calls", 7, "--replay", 3)
+    found = resolved("--teacher_calls", 7, "--replay", 3, "--student_steps", "none")
     assert (found.num_steps, found.num_calls, found.replay) == (21, 7, 3)
-    segments = resolved("--teacher_calls", 100, "--replay", 2, "--student_steps", 5, "--teacher_steps", 50)
-    assert segments.num_steps == 20, "a target is the teacher's 10 steps through a segment"
-    assert 100 <= segments.num_calls < 150, "with those until every slot has its first target"
+
+
+def test_a_third_of_the_steps_teach_few_steps_unless_the_teacher_has_few_or_a_part_of_the_noise_levels(resolved):
+    found = resolved("--max_steps", 30, "--replay", 4)
+    assert (found.student_steps, found.first_stage_steps, found.num_calls) == (4, 20, 5)
+    by_calls = resolved("--teacher_calls", 5, "--replay", 4, "--student_steps", 2)
+    assert (by_calls.student_steps, by_calls.first_stage_steps, by_calls.num_steps, by_calls.num_calls) == (
+        2,
+        20,
+        30,
+        5,
+    )
+    for typed in (["--student_steps", "none"], ["--teacher_steps", 4], ["--sigma_range", 0.5, 1], ["--max_steps", 1]):
+        found = resolved("--max_steps", 30, *typed)
+        assert found.student_steps is None and found.first_stage_steps == found.num_steps
 
 
 def test_a_run_measures_itself_about_six_times_where_that_is_cheap(resolved):
     cheap = [
+        "--student_steps",
+        "none",
         "--batch_size",
         64,
         "--guidance_scale",
@@ -141,7 +127,7 @@ def test_so_many_prompts_are_drawn_once_and_more_of_them_begin_with_the_same(res
 
 
 def test_a_setting_that_a_checkpoint_lacks_counts_as_its_neutral_value(tmp_path):
-    neutral = {"replay": 1, "renoise_fraction": 0.0}
+    neutral = {"replay": 1, "calls_per_expert": 0}
     Checkpoints(tmp_path, {"seed": 3}, 4).save(1, {})
     assert Checkpoints(tmp_path, {"seed": 3, "replay": 1}, 4, neutral=neutral).newest().step == 1
     with pytest.raises(UserError, match="replay 1, now 2"):

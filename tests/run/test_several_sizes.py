@@ -33,7 +33,7 @@ from wandistiller.run.resolve import resolve
 THREE = ["--image_sizes", "32x32", "48x32", "32x48"]
 SHAPES = [(4, 4), (4, 6), (6, 4)]  # height and width of their latents
 RECIPES = {
-    "paths": ["--replay", 2, "--renoise_fraction", 0.5, "--student_rollout", 0, 1],
+    "paths": ["--replay", 2],
     "few steps": ["--student_steps", 2, "--replay", 2],
     "noise": ["--states", "noise"],
     "two experts": ["--calls_per_expert", 2, "--replay", 1],
@@ -131,9 +131,7 @@ def test_the_memory_is_that_of_a_run_at_the_largest_size_alone(flags_of):
 
     three = planned(*THREE)
     one = planned("--image_sizes", "48x32")
-    # Each size has paths of its own; samples and answers share the room of one.
-    kept, paths = one.latents_per_slot, 2
-    assert three == replace(one, latents_per_slot=kept + 2 * paths - (kept - paths) % 3)
+    assert three == replace(one, latents_per_slot=3 * one.latents_per_slot), "each size has paths of its own"
     memory = {part.name: part.num_bytes for part in memory_budget(one)}
     square = {part.name: part.num_bytes for part in memory_budget(planned())}
     assert memory["training states"] == 1.5 * square["training states"]

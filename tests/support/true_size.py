@@ -139,14 +139,13 @@ def build_teacher(workload: Workload, mode: FakeTensorMode) -> Teacher:
 
 
 def build_trained(workload: Workload, mode: FakeTensorMode) -> TrainedStudent:
-    """Build what is trained: the student, with the maps of its hidden states where it has none of the teacher's channels."""
+    """Build what is trained: the student, with the maps of its hidden states."""
     student = filled(unfilled_model(workload.student, torch.float32), mode).train()
     student.gradient_checkpointing = workload.gradient_checkpointing
     feature_loss = None
     if workload.num_features:
         with torch.device("meta"):
-            widths = workload.student.hidden_size, workload.teacher.hidden_size
-            feature_loss = FeatureLoss(*widths, workload.num_features, workload.maps_features)
+            feature_loss = FeatureLoss(workload.student.hidden_size, workload.num_features)
         feature_loss = filled(feature_loss, mode)
     objective = Objective(feature_loss=feature_loss, feature_weight=1.0, compute_dtype=DTYPES[workload.dtype])
     return TrainedStudent(student, objective)
@@ -166,8 +165,7 @@ def answer(workload: Workload, teacher: Teacher) -> Batch:
     }
     layers = span_ends(spread_layers(depth, config.depth), depth) if workload.num_features else ()
     velocity, features = teacher.velocity_and_features(*inputs.values(), layers)
-    if not workload.maps_features:
-        features = tuple(state[..., : config.hidden_size].contiguous() for state in features)
+    features = tuple(state[..., : config.hidden_size].contiguous() for state in features)
     return Batch(**inputs, velocity=velocity, features=features)
 
 

@@ -4,7 +4,6 @@ from dataclasses import fields
 
 import torch
 
-from wandistiller.walk.segments import SegmentOptions, SegmentWalk
 from wandistiller.walk.walk import Walk, WalkOptions
 from wandistiller.wan.prompt_embeds import PromptEmbeds, mock_prompt_embeds
 
@@ -50,28 +49,25 @@ def walk_options(num_slots: int = 8, **changes) -> WalkOptions:
         "key": (3, 0), "latent_shape": SHAPE, "num_prompts": NUM_PROMPTS, "num_slots": num_slots, "batch_size": num_slots,
         "shift": SHIFT, "num_steps": 20,
     }  # fmt: skip
-    kind = SegmentOptions if "num_segments" in changes else WalkOptions
-    assert changes.keys() <= {known.name for known in fields(kind)}
-    return kind(**values | changes)
+    assert changes.keys() <= {known.name for known in fields(WalkOptions)}
+    return WalkOptions(**values | changes)
 
 
 def make_walk(
     teacher: Field | None = None,
-    student: Field | None = None,
     slots: range | None = None,
     embeds: PromptEmbeds = EMBEDS,
     **changes,
 ) -> Walk:
     """A walk of 8 slots, or of a range of them, along the constant field 1 unless another teacher is given."""
     options = walk_options(**changes)
-    kind = SegmentWalk if isinstance(options, SegmentOptions) else Walk
-    return kind(teacher or Field(constant=1.0), student, embeds, options, slots or range(options.batch_size))
+    return Walk(teacher or Field(constant=1.0), embeds, options, slots or range(options.batch_size))
 
 
-def ask(walk: Walk, num_calls: int, first: int = 0, progress: float = 0.0) -> list[dict[str, torch.Tensor]]:
+def ask(walk: Walk, num_calls: int, first: int = 0) -> list[dict[str, torch.Tensor]]:
     """The answers of some calls in a row."""
     rows = range(len(walk.slots))
-    return [walk.ask(call, rows, progress) for call in range(first, first + num_calls)]
+    return [walk.ask(call, rows) for call in range(first, first + num_calls)]
 
 
 def unshift(sigma):

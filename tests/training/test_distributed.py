@@ -22,7 +22,7 @@ import train_distillation
 from support.runs import ROOT, as_if_stopped_after, read_metrics, same_weights, weights_of
 from support.torchrun import start
 
-RECIPE = ["--replay", 2, "--student_rollout", 0, 1, "--renoise_fraction", 0.5, "--feature_loss_weight", 0.5]
+RECIPE = ["--replay", 2, "--feature_loss_weight", 0.5]
 FSDP = ["--shard", "--eval_every", 4]  # measuring leaves training as it was
 # Each with its steps, and the ways beside DDP and accumulation in which two processes share the weights
 RECIPES = {
@@ -33,7 +33,7 @@ RECIPES = {
         12,
         [FSDP],
     ),
-    "few steps": (["--student_steps", 2, "--replay", 2], 8, []),
+    "few steps": (["--student_steps", 2, "--replay", 2], 8, [["--shard", "student"]]),
     "two experts": (["--calls_per_expert", 2], 8, [FSDP]),
     "three sizes": ([*RECIPE, "--image_sizes", "32x32", "48x32", "32x48"], 8, []),
 }

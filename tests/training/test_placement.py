@@ -30,7 +30,8 @@ from wandistiller.training.loop import Observer, TrainingOptions, train
 from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.walk.batches import Batches, Schedule
-from wandistiller.walk.segments import SegmentOptions, SegmentWalk
+from wandistiller.walk.grids import segment_grids
+from wandistiller.walk.segments import SegmentTeacher
 from wandistiller.walk.store import Store
 from wandistiller.walk.walk import Walk, WalkOptions
 from wandistiller.wan.mock import mock_wan_files
@@ -39,6 +40,7 @@ from wandistiller.wan.settings import TeacherSettings, resolve_settings
 
 GPU = "cuda:0"  # a GPU without a number would be asked for it
 TEXT_DIM = 16
+BOUNDARY = 0.875
 SHAPE = {"block": "wan", "num_channels": 16, "image_size": 64, "text_encoder_output_dim": TEXT_DIM, "freq_dim": 32}
 TEACHER = StudentConfig(hidden_size=48, depth=1, num_heads=2, ffn_dim=64, **SHAPE)
 STUDENT = StudentConfig(hidden_size=24, depth=1, num_heads=1, ffn_dim=32, **SHAPE)
@@ -51,7 +53,7 @@ NUM_SLOTS, NUM_STEPS = 4, 8  # every path jumps first, then they end one after a
 def settings(num_experts: int, num_steps: int = 6) -> TeacherSettings:
     about = resolve_settings(mock_wan_files(STUDENT), shift=5.0, guidance_scale=5.0)
     about = replace(about, num_inference_steps=num_steps)
-    return about if num_experts == 1 else replace(about, guidance_scale_2=3.0, boundary_ratio=0.875)
+    return about if num_experts == 1 else replace(about, guidance_scale_2=3.0, boundary_ratio=BOUNDARY)
 
 
 def make_teacher(
@@ -97,18 +99,20 @@ def gradients_of_nothing(model: torch.nn.Module):
         yield
 
 
-def waits_of_steps(gpu: FakeGpu, student: WanLiteStudent, batches: Batches, has_maps: bool = False) -> list[list[str]]:
+def waits_of_steps(
+    gpu: FakeGpu, student: WanLiteStudent, batches: Batches, has_features: bool = False
+) -> list[list[str]]:
     """Train, and return the waits of each step but the first two, in which there is what is made at first use."""
     feature_loss = None
-    if has_maps:
-        feature_loss = filled(FeatureLoss(24, 48, 1, has_maps=True).to("meta"), gpu.mode, GPU)
+    if has_features:
+        feature_loss = filled(FeatureLoss(24, 1).to("meta"), gpu.mode, GPU)
     objective = Objective(feature_loss=feature_loss, feature_weight=1.0, device=GPU)
     options = TrainingOptions(
         batch_size=4,
         num_steps=NUM_STEPS,
         optimization=OptimizationOptions(lr=1e-3, optimizer="muon", ema_decay=0.9),
         device=GPU,
-        boundary=0.875,
+        boundary=BOUNDARY,
     )
     steps = Steps(gpu)
     with gradients_of_nothing(TrainedStudent(student, objective)):
@@ -131,11 +135,10 @@ def make_batches(
     """Batches of a walk whose paths are so short that they end within the steps of a test."""
     values = {
         "key": (0, 0), "latent_shape": LATENTS, "num_prompts": len(EMBEDS), "num_slots": slots.stop, "batch_size": slots.stop,
-        "shift": 5.0, "num_steps": 4, "boundary": teacher.settings.boundary_ratio, "student_rollout": (0.5, 1.0), "device": GPU,
+        "shift": 5.0, "num_steps": 4, "boundary": BOUNDARY if "low" in getattr(teacher, "experts", ()) else None, "device": GPU,
     }  # fmt: skip
-    kind, made = (SegmentOptions, SegmentWalk) if "num_segments" in changes else (WalkOptions, Walk)
-    walk = made(teacher, student, EMBEDS, kind(**values | changes), slots)
-    schedule = Schedule(NUM_STEPS, replay, getattr(walk.options, "steps_per_segment", 1), walk.calls_before_first)
+    walk = Walk(teacher, EMBEDS, WalkOptions(**values | changes), slots)
+    schedule = Schedule(NUM_STEPS, replay)
     store = Store(schedule.capacity, slots, slots.stop, (0, 0), GPU)
     return Batches([(walk, store)], [schedule], EMBEDS, micro_batch or len(slots), GPU)
 
@@ -145,10 +148,9 @@ RUNS: dict[str, tuple[dict, dict]] = {
     "a lite student": ({}, {"config": LITE, "replay": 2}),
     "two experts in turns": ({"num_experts": 2, "is_offloaded": True}, {"calls_per_expert": 1}),
     "fp8": ({"is_fp8": True}, {}),
-    "two experts, renoised, in parts": ({"num_experts": 2}, {"renoise_fraction": 0.5, "micro_batch": 2}),
+    "two experts in parts": ({"num_experts": 2}, {"micro_batch": 2}),
     "noise": ({"num_experts": 2}, {"kind": "noise"}),
     "guided at some noise levels": ({"guidance_range": (0.9, 1.0)}, {}),
-    "segments, two experts": ({"num_experts": 2}, {"num_segments": 2}),
 }
 
 
@@ -156,11 +158,13 @@ RUNS: dict[str, tuple[dict, dict]] = {
 def test_a_step_stays_on_the_gpu_and_waits_for_it_once(name):
     of_teacher, of_states = RUNS[name][0], dict(RUNS[name][1])
     config = of_states.pop("config", STUDENT)
-    has_maps = "num_segments" not in of_states and config is STUDENT  # a lite student's tokens are not the teacher's
+    has_features = config is STUDENT  # a lite student's tokens are not the teacher's
     with fake_gpu() as gpu:
         teacher, student = make_teacher(gpu, **of_teacher), make_student(gpu, config)
-        batches = make_batches(teacher, student, **of_states, **({"layers": (0,)} if has_maps else {}))
-        for waits in waits_of_steps(gpu, student, batches, has_maps):
+        batches = make_batches(
+            teacher, student, **of_states, **({"layers": (0,), "channels": range(24)} if has_features else {})
+        )
+        for waits in waits_of_steps(gpu, student, batches, has_features):
             # The loss goes to the log, and nothing may be applied that is not finite:
             assert len(waits) == 1 and waits[0].startswith("training/loop.py"), waits
     if "low" in teacher.experts and name != "two experts in turns":
@@ -168,6 +172,15 @@ def test_a_step_stays_on_the_gpu_and_waits_for_it_once(name):
     if of_teacher.get("is_offloaded"):
         places = [{weight.device.type for weight in expert.parameters()} for expert in teacher.experts.values()]
         assert sorted(places, key=str) == [{"cpu"}, {"cuda"}]
+
+
+def test_a_step_of_the_second_stage_too():
+    with fake_gpu() as gpu:
+        grids, student = segment_grids(4, 2, 5.0), make_student(gpu)
+        teacher = SegmentTeacher(make_student(gpu), grids, device=GPU)
+        batches = make_batches(teacher, student, levels=(*grids[:, 0].tolist(), 0.0), num_steps=2)
+        for waits in waits_of_steps(gpu, student, batches):
+            assert len(waits) == 1 and waits[0].startswith("training/loop.py"), waits
 
 
 # ---- sampling and measuring ----

@@ -37,13 +37,9 @@ def make_batches(
     num_steps: int, replay: int = 4, micro_batch: int = NUM_SLOTS, teacher: Field | None = None, **changes
 ) -> Batches:
     walk = make_walk(teacher, **changes)
-    schedule = Schedule(num_steps, replay, *_cost(walk))
+    schedule = Schedule(num_steps, replay)
     store = Store(schedule.capacity, walk.slots, NUM_SLOTS, walk.options.key)
     return Batches([(walk, store)], [schedule], EMBEDS, micro_batch)
-
-
-def _cost(walk) -> tuple[int, int]:
-    return getattr(walk.options, "steps_per_segment", 1), walk.calls_before_first
 
 
 # ---- the store ----
@@ -125,10 +121,9 @@ def test_the_teacher_is_asked_for_a_few_in_a_row_then_more_at_early_steps_and_fo
     assert due[(3 * num_steps) // 4] >= 0.85 * due[-1]
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_segments": 4}, {"num_segments": 1}])
-def test_a_run_asks_as_often_as_was_planned_and_every_step_has_a_whole_batch(changes):
+def test_a_run_asks_as_often_as_was_planned_and_every_step_has_a_whole_batch():
     teacher = Field(constant=1.0)
-    batches = make_batches(40, teacher=teacher, **changes)
+    batches = make_batches(40, teacher=teacher)
     for step in range(40):
         (batch,) = batches.of_step(step)
         assert (
@@ -140,7 +135,7 @@ def test_a_run_asks_as_often_as_was_planned_and_every_step_has_a_whole_batch(cha
 
 
 def test_micro_batches_are_the_rows_of_the_whole_and_processes_those_of_one():
-    whole, halves = make_batches(30, renoise_fraction=0.25), make_batches(30, micro_batch=4, renoise_fraction=0.25)
+    whole, halves = make_batches(30), make_batches(30, micro_batch=4)
     for step in range(30):
         (expected,), found = whole.of_step(step), list(halves.of_step(step))
         for name in ("latents", "velocity", "sigma", "prompt_lengths"):
@@ -148,7 +143,7 @@ def test_micro_batches_are_the_rows_of_the_whole_and_processes_those_of_one():
 
 
 def test_hidden_states_come_with_fresh_answers_even_where_none_are_kept():
-    batches = make_batches(12, layers=(0, 1))
+    batches = make_batches(12, layers=(0, 1), channels=range(3))
     batches.sources[0][1].keeps_features = lambda *shape: False
     has_features = [bool(batch.features) for step in range(12) for batch in batches.of_step(step)]
     assert has_features == [step < 3 for step in range(12)], "three calls, each at a step of its own"
@@ -163,7 +158,7 @@ def test_batches_of_several_sizes_take_turns():
     assert shapes == [(1, 1), (2, 1)] * 10 and batches.num_calls == 10
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_segments": 2}, {"boundary": 0.875, "calls_per_expert": 8}])
+@pytest.mark.parametrize("changes", [{}, {"boundary": 0.875, "calls_per_expert": 8}])
 def test_batches_go_on_bit_for_bit_from_a_saved_state(changes):
     one, other = (make_batches(60, teacher=Field(rate=0.3), **changes) for _ in range(2))
     for step in range(25):

@@ -17,13 +17,10 @@ from wandistiller.walk.walk import turns
 LEVELS = tuple(flow_euler_scheduler(3.0, 4).sigmas.tolist())
 KINDS = {
     "paths": {},
-    "renoised samples": {"renoise_fraction": 0.25},
     "noise": {"kind": "noise"},
     "experts in turn": {"boundary": BOUNDARY, "calls_per_expert": 8},
-    "few levels": {"levels": LEVELS, "num_steps": 4, "renoise_fraction": 0.25},
+    "few levels": {"levels": LEVELS, "num_steps": 4},
     "a range": {"sigma_range": (0.5, 1.0)},
-    "segments": {"num_segments": 4},
-    "segments of few levels": {"num_segments": 2, "levels": LEVELS, "num_steps": 4},
 }
 
 
@@ -38,15 +35,13 @@ def invariant_of(answer: dict) -> dict[tuple[int, int], float]:
 
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 def test_the_answers_of_a_slot_are_the_same_bit_for_bit_however_slots_are_shared_out(changes):
-    teacher, student = Field(rate=0.3, constant=0.1), Field(rate=0.1)
-    whole = make_walk(teacher, student, student_rollout=(0.0, 1.0), **changes)
-    parts = [
-        make_walk(teacher, student, range(*ends), student_rollout=(0.0, 1.0), **changes) for ends in ((0, 2), (2, 8))
-    ]
+    teacher = Field(rate=0.3, constant=0.1)
+    whole = make_walk(teacher, **changes)
+    parts = [make_walk(teacher, range(*ends), **changes) for ends in ((0, 2), (2, 8))]
     num_answers = 0
     for call in range(120):
-        expected = whole.ask(call, range(8), call / 120)
-        found = [part.ask(call, range(len(part.slots)), call / 120) for part in parts]
+        expected = whole.ask(call, range(8))
+        found = [part.ask(call, range(len(part.slots))) for part in parts]
         for part, answer in zip(parts, found, strict=True):
             if answer:
                 answer["rows"] = answer["rows"] + part.slots.start
@@ -68,7 +63,7 @@ def test_a_micro_batch_at_a_time_is_the_same_as_all_at_once(changes):
 @pytest.mark.parametrize("num_before", [0, 1, 30])
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 def test_a_walk_goes_on_bit_for_bit_from_a_saved_state(changes, num_before):
-    make = lambda: make_walk(Field(rate=0.3), Field(rate=0.1), student_rollout=(0.5, 0.5), **changes)  # noqa: E731
+    make = lambda: make_walk(Field(rate=0.3), **changes)  # noqa: E731
     one, other = make(), make()
     ask(one, num_before)
     saved = one.state_dict()
@@ -115,13 +110,14 @@ class _Texts:
         return torch.zeros(len(prompts), 1, 6), torch.ones(len(prompts), dtype=torch.long)
 
 
-def test_a_path_along_the_true_velocity_ends_at_the_clean_sample():
-    clean = torch.tensor([0.3, -2.0])[:, None, None]
-    walk = make_walk(TowardsClean(clean), renoise_fraction=0.25)
-    ask(walk, 200)
-    kept = [samples[:count] for samples, count in zip(walk.samples, walk.num_samples.tolist(), strict=True)]
-    samples = torch.cat(kept)
-    assert len(samples) > 50 and torch.allclose(samples, clean.expand_as(samples), atol=1e-4)
+def test_paths_along_the_true_velocity_stay_on_the_line_to_the_clean_sample():
+    clean, lines = torch.tensor([0.3, -2.0])[:, None, None], {}
+    for answer in ask(make_walk(TowardsClean(clean), num_prompts=1000, embeds=_Texts()), 200):
+        directions = (answer["latents"] - clean) / answer["sigma"][:, None, None, None]
+        for row, prompt, direction in zip(answer["rows"].tolist(), answer["prompts"].tolist(), directions, strict=True):
+            lines.setdefault((row, prompt), []).append(direction)
+    paths = [torch.stack(line) for line in lines.values() if len(line) > 3]
+    assert len(paths) > 50 and all(torch.allclose(path, path[:1].expand_as(path), atol=1e-3) for path in paths)
 
 
 def test_the_states_cover_all_noise_levels_from_the_third_call_on():
@@ -132,7 +128,7 @@ def test_the_states_cover_all_noise_levels_from_the_third_call_on():
             assert (answer["sigma"] == 1).all()
             continue
         shares = torch.histc(u, bins=5, min=0, max=1) / 64
-        assert shares.min() > 0.02, f"call {call}: {shares.tolist()}"
+        assert shares.min() > 0, f"call {call}: {shares.tolist()}"
         counts += shares / 198
     assert counts.min() > 0.12 and counts.max() < 0.35
 
@@ -142,7 +138,7 @@ def test_a_range_that_ends_above_zero_stops_the_paths_there():
 
 
 def test_a_few_step_teacher_is_asked_at_its_own_levels_alone():
-    walk = make_walk(levels=LEVELS, num_steps=4, renoise_fraction=0.25)
+    walk = make_walk(levels=LEVELS, num_steps=4)
     counts = {level: 0 for level in LEVELS[:-1]}
     for answer in ask(walk, 200):
         for level in answer["sigma"].tolist():
@@ -163,61 +159,6 @@ def test_noise_is_unit_noise_spread_over_the_range_of_noise_levels(low, high):
     assert sorted((64 * u).floor().long().tolist()) == list(range(64))
     assert sigma.dtype == torch.float32 and low <= sigma.min() and sigma.max() <= high
     assert not torch.equal(sigma, sigma.sort().values)
-
-
-@pytest.mark.parametrize("fraction, num_slots", [(0.25, 8), (0.75, 4), (0.25, 1)])
-def test_renoised_states_are_fresh_unit_noise_mixed_into_a_sample_of_their_prompt(fraction, num_slots):
-    clean = torch.tensor([0.5, -1.5])[:, None, None]
-    walk = make_walk(TowardsClean(clean), renoise_fraction=fraction, num_slots=num_slots, num_steps=8)
-    noises, sigmas, num_asked = [], [], 0
-    for call in range(200 + 1600 // num_slots):
-        starts = {float(level) for level in walk.grids.flatten()}
-        answer = walk.ask(call, range(num_slots))
-        if call < 200:
-            continue
-        num_asked += num_slots
-        for x, level in zip(answer["latents"], answer["sigma"].tolist(), strict=True):
-            if level not in starts:  # a level of no path
-                noises.append((x - (1 - level) * clean) / level)
-                sigmas.append(level)
-    noise, u = torch.stack(noises), unshift(torch.tensor(sigmas, dtype=torch.float64))
-    assert len(noise) / num_asked == pytest.approx(fraction, abs=0.02)
-    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
-    assert torch.histc(u, bins=4, min=0, max=1) / len(u) == pytest.approx([0.25] * 4, abs=0.05)
-
-
-def test_samples_are_kept_with_their_prompt_and_only_of_whole_paths_of_the_teacher():
-    log = {}
-    walk = make_walk(Field(constant=1.0), Field(constant=-2.0), renoise_fraction=0.25, student_rollout=(0.5, 0.5), num_prompts=1000, embeds=_Texts())  # fmt: skip
-    for answer in ask(walk, 300):
-        for (row, prompt), value in invariant_of(answer).items():
-            log.setdefault((row, prompt), set()).add(round(value, 3))
-    num_kept = 0
-    for row, count in enumerate(walk.num_samples.tolist()):
-        for sample, prompt in list(zip(walk.samples[row], walk.sample_prompts[row].tolist(), strict=True))[:count]:
-            # At sigma 0 of the constant field 1 a sample is its path's invariant, which the student's velocity would have changed.
-            assert round(float(sample[0]), 3) in log[row, prompt]
-            num_kept += 1
-    assert num_kept > 40
-
-
-# ---- paths of the student ----
-
-
-@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_a_share_of_the_paths_is_the_students_each_from_start_to_end(share):
-    # x - sigma is constant on a path of the teacher, x + 2 sigma on one of the student.
-    walk = make_walk(
-        Field(constant=1.0), Field(constant=-2.0), student_rollout=(share, share), num_prompts=4000, embeds=_Texts()
-    )
-    seen: dict[tuple, list] = {}
-    for answer in ask(walk, 500):
-        for row, prompt, x, sigma in zip(*(answer[name].tolist() for name in ("rows", "prompts")), answer["latents"][:, 0, 0, 0].tolist(), answer["sigma"].tolist(), strict=True):  # fmt: skip
-            seen.setdefault((row, prompt), []).append((x, sigma))
-    rates = [[(x2 - x1) / (s2 - s1) for (x1, s1), (x2, s2) in itertools.pairwise(path)] for path in seen.values()]
-    paths = [{round(rate) for rate in path} for path in rates if path]
-    assert len(paths) > 300 and all(path in ({1}, {-2}) for path in paths)
-    assert sum(path == {-2} for path in paths) / len(paths) == pytest.approx(share, abs=0.06)
 
 
 # ---- two experts ----
@@ -248,8 +189,8 @@ def test_experts_in_turn_answer_calls_in_a_row_and_no_path_is_left_behind():
 
 
 def test_hidden_states_come_of_the_layers_and_channels_that_were_named():
-    (whole,) = ask(make_walk(layers=(0, 2)), 1)
+    (whole,) = ask(make_walk(layers=(0, 2), channels=range(3)), 1)
     (part,) = ask(make_walk(layers=(0, 2), channels=(2, 0)), 1)
-    assert whole["features.1"].shape == (8, 2, 3) and part["features.1"].shape == (8, 2, 2)
-    assert torch.equal(part["features.1"], whole["features.1"][..., [2, 0]]) and "features.2" not in whole
+    assert whole["features.1"].shape == (8, 2, 3) and "features.2" not in whole
+    assert torch.equal(part["features.1"], whole["features.1"][..., [2, 0]])
     assert "features.0" not in ask(make_walk(), 1)[0]

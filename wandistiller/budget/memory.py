@@ -43,6 +43,7 @@ def memory_budget(workload: Workload) -> list[Component]:
         *_feature_components(workload),
         *_student_components(workload),
         _states(workload),
+        Component("frozen student", _frozen_bytes(workload), f"{workload.dtype}, walks the segments of few steps"),
         Component("text encoder", encoder, "not at all if the prompt cache has every prompt", "encoding"),
     ]
     parts = [part for part in parts if part.num_bytes]
@@ -69,8 +70,10 @@ def training_peak_bytes(components: Sequence[Component]) -> int:
 
 
 def certain_bytes(workload: Workload) -> int:
-    """Return the least bytes that the run can do with: no reserve, no text encoder, none of Muon's products, low activations."""
-    parts = [part for part in memory_budget(workload) if part.name not in ("reserve", "orthogonalisation")]
+    """Return the least bytes that the run can do with: no reserve, no text encoder, no second stage, none of Muon's products."""
+    parts = [
+        part for part in memory_budget(workload) if part.name not in ("reserve", "orthogonalisation", "frozen student")
+    ]
     sizes, phases = {part.name: part.num_bytes for part in parts}, phase_bytes(parts)
     uncertain = {"answering": "teacher activations", "learning": "student activations", "updating": "last activations"}
     return max(phases[phase] - round(ACTIVATION_TOLERANCE * sizes[name]) for phase, name in uncertain.items())
@@ -124,16 +127,15 @@ def _feature_components(workload: Workload) -> list[Component]:
         return []
     activations = _teacher_activations(workload)
     tokens = workload.num_features * workload.batch_size * workload.teacher_tokens
-    targets, whole = FP32 * tokens * _feature_width(workload), FP32 * tokens * workload.teacher.hidden_size
-    copies = 3 if workload.maps_features else 1  # of the difference; mapped, also of what was mapped and its rounding
-    errors = tokens * _feature_width(workload) * (copies * FP32 + 1)  # and the mask, a byte each
+    width, whole = workload.student.hidden_size, FP32 * tokens * workload.teacher.hidden_size
+    targets = FP32 * tokens * width
+    # Of what was mapped, of its rounding and of the difference; and the mask, a byte each
+    errors = tokens * width * (3 * FP32 + 1)
     # The teacher's are whole until it has answered. Those of two experts, or with and without guidance, are copied together: at
     # most while the second one answers all states but one.
-    moments = [activations + whole]
+    moments = [activations + whole, whole + targets]
     if workload.num_experts > 1 or 0 < workload.guided_fraction < 1:
         moments.append(whole + round((1 - 1 / workload.batch_size) * (activations + whole)))
-    if not workload.maps_features:
-        moments.append(whole + targets)
     layers = f"of {workload.num_features} layers"
     return [
         Component("stored features", _stored_feature_bytes(workload), f"{layers}, bf16, to learn from again"),
@@ -143,15 +145,11 @@ def _feature_components(workload: Workload) -> list[Component]:
     ]
 
 
-def _feature_width(workload: Workload) -> int:
-    return (workload.teacher if workload.maps_features else workload.student).hidden_size
-
-
 def _stored_feature_bytes(workload: Workload) -> int:
     if workload.stored_batches <= 1:
         return 0  # each answer is learnt from once, while it is fresh
     num_answers = workload.stored_batches * workload.global_batch_size
-    shape = workload.teacher_tokens, _feature_width(workload)
+    shape = workload.teacher_tokens, workload.student.hidden_size
     return feature_bytes(num_answers, workload.num_features, shape) // workload.num_processes
 
 
@@ -161,7 +159,7 @@ def _stored_feature_bytes(workload: Workload) -> int:
 def _student_components(workload: Workload) -> list[Component]:
     count, is_checkpointed = count_parameters(workload.student), workload.gradient_checkpointing
     parts = workload.num_processes if workload.shard_student else 1
-    own = FP32 * math.ceil(count.total / parts)
+    own, maps = FP32 * math.ceil(count.total / parts), math.ceil(_map_parameters(workload) / parts)
     split = f", split over {parts}" if parts > 1 else ""
     phase = "learning" if workload.offline_teacher else ""
     activations, last = _student_activations(workload), _student_activations(workload, depth=1)
@@ -171,8 +169,9 @@ def _student_components(workload: Workload) -> list[Component]:
     moments = moments if workload.optimizer == "muon" else f"{workload.optimizer}'s two"
     return [
         Component("student weights", own, f"{count.total:,} parameters, fp32{split}", phase),
-        Component("gradients", own, f"fp32{split}", phase if workload.keeps_gradients else "updating"),
+        Component("gradients", own + FP32 * maps, f"fp32{split}", phase if workload.keeps_gradients else "updating"),
         Component("optimizer moments", math.ceil(moment_bytes(workload) / parts), moments + split, phase),
+        Component("feature maps", _map_bytes(workload) // parts, f"with moments, fp32{split}", phase),
         Component("average of weights", own if workload.ema else 0, f"EMA, fp32{split}", phase),
         Component("weights to compute with", _compute_copies(workload, activations), workload.dtype, "learning"),
         Component("student activations", activations, kept, "learning"),
@@ -198,6 +197,7 @@ def _compute_copies(workload: Workload, activations: int) -> int:
     gathered = FP32 * (count.total - (config.depth - 2) * count.block) if workload.shard_student else 0
     if compute == FP32:
         return gathered
+    gathered += compute * _map_parameters(workload)
     copies = compute * (count.total - count.float32)
     if not workload.gradient_checkpointing:
         return gathered + copies
@@ -211,6 +211,24 @@ def moment_bytes(workload: Workload) -> int:
     count = count_parameters(workload.student)
     matrices = workload.student.depth * count.block_matrices if workload.optimizer == "muon" else 0
     return MOMENT_BYTES[workload.optimizer] * count.total - FP32 * matrices
+
+
+def _map_parameters(workload: Workload) -> int:
+    """Count the parameters of the maps of hidden states."""
+    return workload.num_features * (workload.student.hidden_size + 1) * workload.student.hidden_size
+
+
+def _map_bytes(workload: Workload) -> int:
+    """Return the bytes of the maps with their moments, which are AdamW's whoever moves the student."""
+    return (FP32 + MOMENT_BYTES[workload.optimizer]) * _map_parameters(workload)
+
+
+def _frozen_bytes(workload: Workload) -> int:
+    """Return the weights of the second stage's frozen student, which the first stage does not have yet."""
+    if not workload.segment_passes:
+        return 0
+    whole = BYTES[workload.dtype] * count_parameters(workload.student).total
+    return math.ceil(whole / workload.num_processes) if workload.shard_student else whole
 
 
 def _orthogonalization_bytes(workload: Workload) -> int:
@@ -232,8 +250,11 @@ def _states(workload: Workload) -> Component:
 
 
 def checkpoint_bytes(workload: Workload) -> int:
-    """Return the bytes of one checkpoint: weights, their average, the optimizer's moments, the training states."""
+    """Return the bytes of one checkpoint: weights, their average, the frozen student, moments, maps and the training states."""
     weights = (2 if workload.ema else 1) * FP32 * count_parameters(workload.student).total
+    if workload.segment_passes:
+        weights += BYTES[workload.dtype] * count_parameters(workload.student).total
+    weights += _map_bytes(workload)
     states = _states(workload).num_bytes + _stored_feature_bytes(workload)
     return weights + moment_bytes(workload) + workload.num_processes * states
 

@@ -133,7 +133,8 @@ def compute_lines(workload: Workload, rate: float | None) -> list[str]:
         rate: FLOP/s of plain matrix products on the device; None where it is not here.
     """
     flops, num_steps = step_flops(workload), workload.num_steps
-    extra = f" + {si(flops.recompute)} recomputed" if flops.recompute else ""
+    extra = f" + {si(flops.segments)} of its frozen copy" if flops.segments else ""
+    extra += f" + {si(flops.recompute)} recomputed" if flops.recompute else ""
     extra += f" + {si(flops.orthogonalization)} orthogonalising" if flops.orthogonalization else ""
     lines = [
         f"  a step: teacher {si(flops.teacher)}, student {si(flops.student_forward)} forward + "

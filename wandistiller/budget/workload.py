@@ -44,10 +44,10 @@ class Workload:
     optimizer: str = "adamw"
     ema: bool = True
     num_features: int = 0  # teacher layers whose hidden states are compared
-    maps_features: bool = False  # the student's hidden states pass a learnt map to the teacher's width
     stored_batches: int = 0  # batches of answers in memory to learn from again
     latents_per_slot: int = FEW_PATHS  # that a walk keeps, over all image sizes
     calls_per_step: float = 1.0  # batches that the teacher answers per forward and backward pass of the student
+    segment_passes: float = 0.0  # of the frozen student of a second stage, for each sample of a step, on average
     num_steps: int = 1
     num_prompts: int = 1  # that are encoded
     mean_text_tokens: float = 64.0
@@ -105,12 +105,13 @@ class StepFlops:
     teacher: float
     student_forward: float
     student_backward: float
+    segments: float  # walked by the frozen student of a second stage
     recompute: float  # of gradient checkpointing
     orthogonalization: float  # of Muon, all of it in every process
 
     @property
     def total(self) -> float:
-        student = self.student_forward + self.student_backward + self.recompute
+        student = self.student_forward + self.student_backward + self.segments + self.recompute
         return self.teacher + student + self.orthogonalization
 
 
@@ -122,6 +123,7 @@ def step_flops(workload: Workload) -> StepFlops:
         teacher=samples * workload.calls_per_step * teacher,
         student_forward=samples * forward,
         student_backward=BACKWARD_PASSES * samples * forward,
+        segments=workload.segment_passes * samples * forward,
         recompute=samples * forward if workload.gradient_checkpointing else 0,
         orthogonalization=_orthogonalization_flops(workload.student) if workload.optimizer == "muon" else 0,
     )

@@ -17,7 +17,7 @@ from wandistiller.device import autocast, to_device
 from wandistiller.evaluation.measures import relative_errors
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import seeded_noise
-from wandistiller.sampling.sampler import SamplingOptions, StudentField, VelocityField, sample, wan_scheduler
+from wandistiller.sampling.sampler import SamplingOptions, StudentField, VelocityField, sample
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 NUM_PATHS = 16
@@ -68,7 +68,6 @@ def draw_path_states(
     prompt_embeds: PromptEmbeds,
     latent_shape: tuple[int, int, int],
     options: SamplingOptions,
-    segment_steps: int | None = None,
     batch_size: int = NUM_PATHS,
 ) -> PathStates:
     """Sample the teacher and return the states of its paths, from the highest noise level to the lowest.
@@ -78,8 +77,6 @@ def draw_path_states(
     Args:
         prompt_embeds: of one prompt or more.
         options: with as many steps as noise levels are measured.
-        segment_steps: the teacher's steps in a segment of a student of few steps. The states then are the starts of segments,
-            and the answers the average velocities over them; None for the teacher's own velocity at every step.
         batch_size: paths that are drawn at a time.
     """
     parts = []
@@ -87,15 +84,11 @@ def draw_path_states(
     for paths in torch.arange(NUM_PATHS).split(batch_size):
         kept = _Kept(teacher)
         text = prompt_embeds.batch(paths % len(prompt_embeds), options.device)
-        ends = sample(kept, noise[paths], *text, options)
+        sample(kept, noise[paths], *text, options)
         latents, sigma, velocity = (torch.stack(values) for values in zip(*kept.states, strict=True))
-        parts.append((torch.cat([latents, ends.cpu()[None]]), velocity))
+        parts.append((latents, velocity))
     latents, velocity = (torch.cat(values, dim=1) for values in zip(*parts, strict=True))
-    if segment_steps is None:
-        return PathStates(latents[:-1], sigma, velocity)
-    sigma = wan_scheduler(options.shift, options.num_inference_steps, options.sampler).sigmas[::segment_steps].double()
-    bounds = latents[::segment_steps].contiguous()
-    return PathStates(bounds[:-1], sigma[:-1], bounds.diff(dim=0) / sigma.diff().float().view(-1, 1, 1, 1, 1))
+    return PathStates(latents, sigma, velocity)
 
 
 @dataclass(frozen=True)

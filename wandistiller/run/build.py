@@ -3,26 +3,18 @@
 import logging
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from wandistiller.device import DTYPES
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import ProjectionReport, fresh_student, project_experts, project_teacher
-from wandistiller.projection.selection import spread_layers
-from wandistiller.run.folder import Folder
 from wandistiller.run.held_out import build_measure
-from wandistiller.run.learning import build_batches, fill_caches
+from wandistiller.run.learning import fill_caches
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.training.checkpoints import DamagedCheckpointError
-from wandistiller.training.feature_loss import FeatureLoss, span_ends
-from wandistiller.training.loop import Saving
-from wandistiller.training.objective import Objective, TrainedStudent
-from wandistiller.training.state import RunState
-from wandistiller.walk.batches import Batches
+from wandistiller.training.feature_loss import FeatureLoss
+from wandistiller.training.objective import Objective
 from wandistiller.walk.cache import TeacherCache
-from wandistiller.walk.walk import NO_HIDDEN_STATES, HiddenStates
 from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
 from wandistiller.wan.text_encoder import embed_texts
 
@@ -164,73 +156,14 @@ def compile_blocks(models: Iterable[WanLiteStudent], **options: object) -> None:
 # ---- objective and batches ----
 
 
-def build_objective(settings: Settings, projection: ProjectionReport) -> Objective:
+def build_objective(settings: Settings) -> Objective:
     """Build the loss, with the maps of hidden states that it learns beside the student."""
-    config, teacher = settings.config, settings.wan_files.config
-    feature_loss = None
+    config, feature_loss = settings.config, None
     if settings.feature_loss_weight:
-        has_maps = hidden_states(settings, projection).channels is None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)  # maps that are learnt start the same in every process
-            feature_loss = FeatureLoss(config.hidden_size, teacher.hidden_size, config.depth, has_maps).to(
-                settings.device
-            )
+        feature_loss = FeatureLoss(config.hidden_size, config.depth).to(settings.device)
     return Objective(
         feature_loss=feature_loss,
         feature_weight=settings.feature_loss_weight,
         compute_dtype=settings.compute_dtype,
         device=settings.device,
     )
-
-
-def hidden_states(settings: Settings, projection: ProjectionReport) -> HiddenStates:
-    """Return which of the teacher's hidden states the objective compares; none where it compares none.
-
-    They are of the channels that the student has, or of all where it has none of the teacher's.
-    """
-    if not settings.feature_loss_weight:
-        return NO_HIDDEN_STATES
-    depth = settings.wan_files.config.depth
-    layers = span_ends(projection.layers or spread_layers(depth, settings.config.depth), depth)
-    return HiddenStates(layers, projection.channels or None if settings.config.block == "wan" else None)
-
-
-def build_learning(
-    settings: Settings,
-    caches: Sequence[TeacherCache],
-    embeds: Embeds,
-    teacher: Teacher | None,
-    student: WanLiteStudent,
-    projection: ProjectionReport,
-) -> Batches:
-    """Build what each step learns from, with the hidden states that the objective compares."""
-    return build_batches(settings, caches, embeds.trained, teacher, student, hidden_states(settings, projection))
-
-
-# ---- the state to resume from ----
-
-
-def resume(
-    settings: Settings, folder: Folder, student: WanLiteStudent, objective: Objective, batches: Batches
-) -> tuple[Folder, Saving]:
-    """Load the newest checkpoint that holds the state of this run; return the folder at it, with that state.
-
-    A checkpoint can be damaged though its checksums are right, and then the one before it is loaded.
-
-    Raises:
-        UserError: none of the checkpoints can be loaded.
-    """
-    if folder.resume_from is None:
-        return folder, Saving(folder.checkpoints)
-    options = settings.training_options
-    state = RunState(
-        TrainedStudent(student, objective), batches, options.optimization, options.num_steps, settings.processes
-    )
-    while True:
-        try:
-            state.load(folder.resume_from)
-        except DamagedCheckpointError as error:
-            folder.checkpoints.tell_of_damage(folder.resume_from.folder, str(error))
-            folder = folder.resuming_from(folder.checkpoints.newest(before=folder.resume_from.step), settings)
-        else:
-            return folder, Saving(folder.checkpoints, state)

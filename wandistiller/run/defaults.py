@@ -11,20 +11,22 @@ from wandistiller.model.sizes import BACKWARD_PASSES, num_image_tokens, transfor
 # The best learning rates of a student of MEASURED_WIDTH that learns from MEASURED_SAMPLES a step, by optimiser:
 MEASURED_LR = {"adamw": 3e-3, "adamw8bit": 3e-3, "muon": 4e-3}
 MEASURED_WIDTH, MEASURED_SAMPLES = 128, 64
+LONG_RUN = 2560  # steps; of 320 steps the rate is twice that of so many, of 1,280 steps 1.4 times
 WARMUP_SHARE, MAX_WARMUP_STEPS = 0.04, 500
 # An answer is learnt from so often at least, however cheap it is; and at most, since more often it would be memorised.
 MIN_REPLAY, MAX_REPLAY = 4, 8
 TYPICAL_TEXT_TOKENS = 64  # the ratio of two models' FLOPs hardly depends on the text
 
 
-def suggested_lr(optimizer: str, hidden_size: int, num_samples: int) -> float:
-    """Return the learning rate for a student's width and the samples of a step.
+def suggested_lr(optimizer: str, hidden_size: int, num_samples: int, num_steps: int) -> float:
+    """Return the learning rate for a student's width, the samples of a step, and the steps that learn the velocity.
 
     It falls as one over the width, as the best rate of hidden layers does (muP, arXiv 2203.03466), and with the square root of
-    the samples (arXiv 2405.14578). It is not raised above the measured one.
+    the samples (arXiv 2405.14578). Short runs want a higher one, up to twice that of long ones.
     """
     samples = min(num_samples, MEASURED_SAMPLES) / MEASURED_SAMPLES
     rate = MEASURED_LR[optimizer] * MEASURED_WIDTH / max(hidden_size, MEASURED_WIDTH) * math.sqrt(samples)
+    rate *= min(2.0, max(1.0, math.sqrt(LONG_RUN / num_steps)))
     return float(f"{rate:.2g}")
 
 
@@ -39,17 +41,15 @@ def suggested_replay(
     latent_size: int | tuple[int, int],
     *,
     guided_fraction: float,
-    calls_per_target: int = 1,
 ) -> int:
     """Return how often each answer is learnt from, so that learning costs about what the teacher's answers cost.
 
     Args:
         latent_size: side of the latents, or their height and width.
         guided_fraction: of the answers, those that take a second pass.
-        calls_per_target: answers that one target takes, more than one for students of few steps.
     """
     asked = teacher, num_image_tokens(teacher, latent_size), TYPICAL_TEXT_TOKENS
     guided, plain = transformer_flops(*asked, TYPICAL_TEXT_TOKENS), transformer_flops(*asked)
     answer = guided_fraction * guided + (1 - guided_fraction) * plain
     forward = transformer_flops(student, num_image_tokens(student, latent_size), TYPICAL_TEXT_TOKENS)
-    return min(max(round(calls_per_target * answer / ((1 + BACKWARD_PASSES) * forward)), MIN_REPLAY), MAX_REPLAY)
+    return min(max(round(answer / ((1 + BACKWARD_PASSES) * forward)), MIN_REPLAY), MAX_REPLAY)

@@ -1,5 +1,6 @@
 """The budget of a run from its settings; no weight is read and nothing is written."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -76,16 +77,25 @@ def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
         optimizer=settings.optimization.optimizer,
         ema=settings.optimization.ema_decay > 0,
         num_features=config.depth if settings.feature_loss_weight else 0,
-        maps_features=config.block != "wan" or settings.init == "random",
         stored_batches=0 if settings.teacher_cache else sum(part.capacity for part in schedules_of(settings)),
         latents_per_slot=0 if settings.teacher_cache else sum(walk.latents_per_slot for walk in walks),
         calls_per_step=settings.num_calls / settings.num_steps,
+        segment_passes=segment_passes(settings),
         num_steps=settings.num_steps,
         num_prompts=len(settings.prompts) + len(settings.held_out_prompts),
         keep_checkpoints=settings.keep_checkpoints if settings.save_every else 0,
         teacher_cache_batches=settings.num_calls if settings.teacher_cache else 0,
         is_gpu=settings.is_for_gpu,
     )
+
+
+def segment_passes(settings: Settings) -> float:
+    """Return the passes of the frozen student through segments for each sample of a step, on average over the run."""
+    if settings.student_steps is None:
+        return 0.0
+    num_calls = math.ceil((settings.num_steps - settings.first_stage_steps) / settings.replay)
+    passes = max(1, round(settings.teacher.num_inference_steps / settings.student_steps))
+    return num_calls * passes / settings.num_steps
 
 
 def with_texts(settings: Settings, workload: Workload) -> Workload:

@@ -30,7 +30,6 @@ from wandistiller.run.presets import DEMO, PRESETS
 
 STATES = {
     "trajectory": "the teacher's own sampling paths",
-    "renoise": "fresh noise mixed into the samples those end in",
     "noise": "pure noise at every noise level",
 }
 REPORTS = ["none", "wandb", "trackio"]
@@ -47,6 +46,11 @@ def cache_part(text: str) -> tuple[int, int]:
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count) <= 1000):
         raise ArgumentTypeError(f"{text!r} must be I/N with I from 1 to N, such as 1/4 for the first of four parts")
     return int(index), int(count)
+
+
+def few_steps(text: str) -> int:
+    """Read a number of sampling steps, or none (0), as an argparse type."""
+    return 0 if text.lower() == "none" else number(int, low=1, high=100)(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,19 +123,9 @@ class StatesFlags:
         type=number(float, low=0, high=1),
         metavar=("LOW", "HIGH"),
     )
-    renoise_fraction: float | None = flag(
-        "share of each batch that is renoised samples (default: 0.25; with --states renoise 0.75; 0 where paths do not finish)",
-        type=number(float, low=0, high=1),
-    )
-    student_rollout: list[float] | None = flag(
-        "share of sampling paths that follow the student's velocity, first and last (default: 0 1; with --teacher_cache 0 0)",
-        nargs=2,
-        type=number(float, low=0, high=1),
-        metavar=("START", "END"),
-    )
     calls_per_expert: int | None = flag(
         "teacher batches in a row for one expert of two; 0: both in every batch (default: 0; with --teacher_offload on "
-        "trajectories 64, unless --renoise_fraction is given)",
+        "trajectories 64)",
         type=number(int, low=0),
     )
     replay: int | None = flag(
@@ -152,12 +146,14 @@ class ObjectiveFlags:
     """What the student is asked to match."""
 
     feature_loss_weight: float | None = flag(
-        "weight of the hidden-state loss; decays linearly to 0 (default: 1; 0 with --teacher_cache, --student_steps, noise)",
+        "weight of the hidden-state loss; decays linearly to 0 (default: 1; 0 with --teacher_cache, noise)",
         type=number(float, low=0),
     )
     student_steps: int | None = flag(
-        "sampling steps of the student, each over a segment of the teacher's path (left out: those of the teacher)",
-        type=number(int, low=1, high=100),
+        "sampling steps of the student, which a second stage teaches it, or none for those of the teacher (default: 4; none for a "
+        "teacher of few steps, or of a part of the noise levels)",
+        type=few_steps,
+        metavar="N",
     )
 
 

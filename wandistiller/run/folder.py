@@ -29,8 +29,6 @@ COMPARED: dict[str, object] = {
     "layers": None,
     "states": "trajectory",
     "sigma_range": (0.0, 1.0),
-    "renoise_fraction": 0.0,
-    "student_rollout": (0.0, 0.0),
     "calls_per_expert": 0,
     "replay": 1,
     "feature_loss_weight": 0.0,

@@ -19,11 +19,9 @@ NUM_LEVELS = 4  # of a path
 FILE_NAME = "held_out_{}.safetensors"
 
 
-def path_steps(teacher: TeacherSettings, student_steps: int | None) -> int:
-    """Return the teacher's steps on a measured path: one for each noise level, unless its levels or the student's segments need all."""
+def path_steps(teacher: TeacherSettings) -> int:
+    """Return the teacher's steps on a measured path: one for each noise level, unless its levels need all."""
     steps = teacher.num_inference_steps
-    if student_steps:
-        return student_steps * max(1, round(steps / student_steps))
     return steps if teacher.has_few_levels else min(steps, NUM_LEVELS)
 
 
@@ -51,9 +49,8 @@ def held_out_states(settings: Settings, embeds: Embeds, teacher: Teacher | None)
     own = "" if settings.eval_prompts else " (see --eval_prompts)"
     print(f"Held-out states: {NUM_PATHS} paths of the teacher, {settings.held_out_steps} steps{own}", flush=True)
     options = replace(settings.teacher_sampling, num_inference_steps=settings.held_out_steps)
-    segment_steps = settings.held_out_steps // settings.student_steps if settings.student_steps else None
     shape, at_once = settings.latent_shapes[0], min(NUM_PATHS, settings.batch_size)
-    states = draw_path_states(teacher, embeds.held_out, shape, options, segment_steps, at_once)
+    states = draw_path_states(teacher, embeds.held_out, shape, options, at_once)
     if settings.teacher_cache is not None and settings.processes.is_first:
         try:
             write_tensors(states_file(settings), vars(states))
@@ -68,7 +65,6 @@ def states_file(settings: Settings) -> Path:
         "prompts": settings.held_out_prompts,
         "shape": settings.latent_shapes[0],
         "text_max_length": settings.config.text_max_length,
-        "student_steps": settings.student_steps,
         "steps": settings.held_out_steps,
     }
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]

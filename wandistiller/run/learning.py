@@ -2,20 +2,24 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wandistiller.errors import UserError
 from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.projection.project import ProjectionReport
 from wandistiller.reports.progress import Countdown
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
+from wandistiller.training.feature_loss import span_ends
 from wandistiller.walk.batches import Batches, Schedule, make_schedules
 from wandistiller.walk.cache import CALLS_PER_GROUP, CachedAnswers, Layout, TeacherCache
-from wandistiller.walk.segments import SegmentOptions, SegmentWalk, calls_of_run
+from wandistiller.walk.grids import segment_grids
+from wandistiller.walk.segments import SegmentTeacher
 from wandistiller.walk.store import Store
-from wandistiller.walk.walk import NO_HIDDEN_STATES, HiddenStates, Walk, WalkOptions, turns
+from wandistiller.walk.walk import Walk, WalkOptions, turns
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import describe_teacher
 
@@ -25,10 +29,13 @@ def build_batches(
     caches: Sequence[TeacherCache],
     prompt_embeds: PromptEmbeds,
     teacher: Teacher | None,
-    student: WanLiteStudent,
-    hidden_states: HiddenStates,
+    projection: ProjectionReport,
 ) -> Batches:
-    """Build what each step learns from, at all image sizes; the store and its hidden states are shared out over them."""
+    """Build what each step learns from, at all image sizes; the store and its hidden states are shared out over them.
+
+    Args:
+        projection: how the student was cut, which says whose hidden states are compared.
+    """
     micro_batch, total, device = settings.batch_size, settings.num_samples_per_step, settings.device
     slots, schedules = own_slots(settings), schedules_of(settings)
     if caches:
@@ -40,9 +47,10 @@ def build_batches(
         return Batches(cached, schedules, prompt_embeds, micro_batch, device)
     sources = []
     for size, schedule in enumerate(schedules):
-        options = walk_options(settings, size, total, hidden_states)
-        kind: type[Walk] = SegmentWalk if isinstance(options, SegmentOptions) else Walk
-        walk = kind(teacher, student, prompt_embeds, options, slots, asks_together=settings.shard_student)
+        options = walk_options(settings, size, total)
+        if settings.feature_loss_weight:
+            options = replace(options, layers=compared_layers(settings, projection), channels=projection.channels)
+        walk = Walk(teacher, prompt_embeds, options, slots)
         store = Store(schedule.capacity, slots, total, options.key, device, num_sizes=len(schedules))
         sources.append((walk, store))
     return Batches(sources, schedules, prompt_embeds, micro_batch, device)
@@ -56,45 +64,66 @@ def own_slots(settings: Settings) -> range:
 
 def schedules_of(settings: Settings) -> list[Schedule]:
     """Return when the teacher is asked at each image size; the sizes take turns, a step each."""
-    calls = calls_of_run(settings.teacher, settings.student_steps, settings.num_samples_per_step)
-    return make_schedules(settings.num_steps, settings.replay, len(settings.image_sizes), *calls)
+    return make_schedules(settings.first_stage_steps, settings.replay, len(settings.image_sizes))
 
 
-def walk_options(
-    settings: Settings, size: int, num_slots: int, hidden_states: HiddenStates = NO_HIDDEN_STATES
-) -> WalkOptions:
+def compared_layers(settings: Settings, projection: ProjectionReport) -> list[int]:
+    """Return the teacher layer whose hidden states each block of the student should reproduce."""
+    return span_ends(projection.layers, settings.wan_files.config.depth)
+
+
+def walk_options(settings: Settings, size: int, num_slots: int) -> WalkOptions:
     """Return which states are walked at an image size.
 
     Args:
         num_slots: those of a batch, or those of a cache.
     """
     teacher = settings.teacher
-    known: dict[str, Any] = {
-        "key": (settings.seed, size),
-        "latent_shape": settings.latent_shapes[size],
-        "num_prompts": len(settings.prompts),
-        "num_slots": num_slots,
-        "batch_size": settings.num_samples_per_step,
-        "shift": teacher.shift,
-        "num_steps": teacher.num_inference_steps,
-        "levels": (*settings.teacher_levels, 0.0) if settings.teacher_levels else None,
-        "student_rollout": settings.student_rollout,
-        "num_sizes": len(settings.image_sizes),
-        "device": settings.device,
-        "compute_dtype": settings.compute_dtype,
-    }
-    if settings.student_steps:
-        return SegmentOptions(**known, num_segments=settings.student_steps)
     return WalkOptions(
-        **known,
+        key=(settings.seed, size),
+        latent_shape=settings.latent_shapes[size],
+        num_prompts=len(settings.prompts),
+        num_slots=num_slots,
+        batch_size=settings.num_samples_per_step,
+        shift=teacher.shift,
+        num_steps=teacher.num_inference_steps,
         kind="noise" if settings.states == "noise" else "paths",
         sigma_range=settings.sigma_range,
+        levels=(*settings.teacher_levels, 0.0) if settings.teacher_levels else None,
         boundary=teacher.boundary_ratio,
         calls_per_expert=settings.calls_per_expert,
-        renoise_fraction=settings.renoise_fraction,
-        layers=hidden_states.layers,
-        channels=hidden_states.channels,
+        device=settings.device,
+        compute_dtype=settings.compute_dtype,
     )
+
+
+def build_few_step_batches(
+    settings: Settings, prompt_embeds: PromptEmbeds, frozen: WanLiteStudent, num_steps: int
+) -> Batches:
+    """Build what each of the `num_steps` of the second stage learns from: segments of the frozen student's paths.
+
+    Their random numbers are those of image sizes beyond the run's own.
+    """
+    slots, total, sizes = own_slots(settings), settings.num_samples_per_step, len(settings.image_sizes)
+    own, known = settings.teacher, settings.teacher_levels
+    grids = segment_grids(own.num_inference_steps, settings.student_steps, own.shift, (*known, 0.0) if known else ())
+    teacher = SegmentTeacher(
+        frozen, grids, is_euler=bool(known), device=settings.device, compute_dtype=settings.compute_dtype
+    )
+    schedules, sources = make_schedules(num_steps, settings.replay, sizes), []
+    for size, schedule in enumerate(schedules):
+        options = replace(
+            walk_options(settings, size, total),
+            key=(settings.seed, sizes + size),
+            kind="paths",
+            num_steps=settings.student_steps,
+            levels=(*grids[:, 0].tolist(), 0.0),
+            calls_per_expert=0,
+        )
+        walk = Walk(teacher, prompt_embeds, options, slots)
+        store = Store(schedule.capacity, slots, total, options.key, settings.device, num_sizes=sizes)
+        sources.append((walk, store))
+    return Batches(sources, schedules, prompt_embeds, settings.batch_size, settings.device)
 
 
 # ---- answers in a folder ----
@@ -137,7 +166,6 @@ def describe_answers(settings: Settings, options: WalkOptions) -> dict[str, Any]
         "image_size": options.key[1],
         "states": options.kind,
         "sigma_range": options.sigma_range,
-        "renoise_fraction": options.renoise_fraction,
         "calls_per_expert": options.calls_per_expert,
         "seed": settings.seed,
         "batch_size": settings.num_samples_per_step,
@@ -162,5 +190,5 @@ def fill_caches(
         calls = sum(layout.calls_of(chunk) for chunk in cache.missing(chunks)) * layout.micro_batch // layout.batch_size
         print(f"Asking the teacher for {calls} batches, kept in {cache.folder}", flush=True)
         countdown = Countdown("Chunks of the teacher's answers", len(chunks))
-        cache.fill(chunks, partial(Walk, teacher, None, prompt_embeds, options), countdown)
+        cache.fill(chunks, partial(Walk, teacher, prompt_embeds, options), countdown)
         processes.barrier()

@@ -12,18 +12,11 @@ NEEDS = (
     ("offline_teacher", "teacher_cache", "the teacher's answers must come from somewhere; add --teacher_cache FOLDER"),
     ("cache_part", "teacher_cache", "is a part of the teacher's answers on disk; add --teacher_cache FOLDER"),
 )
-SEGMENTS = "does not go together with --student_steps, which teaches whole segments of sampling paths"
 CACHED = "does not go together with --teacher_cache:"
 # A flag to change, the flag that it does not go together with, and why
 EXCLUDES = (
-    ("renoise_fraction", "calls_per_expert", "mixes all noise levels in every batch, and --calls_per_expert does not"),
     ("cache_part", "dry_run", "fills a cache, and --dry_run plans the whole run; leave one of the two out"),
-    ("student_rollout", "teacher_cache", f"{CACHED} answers at the student's own states cannot be computed beforehand"),
     ("feature_loss_weight", "teacher_cache", f"{CACHED} hidden states are too large to keep"),
-    *(
-        (flag, "student_steps", SEGMENTS)
-        for flag in ("renoise_fraction", "calls_per_expert", "feature_loss_weight", "teacher_cache")
-    ),
 )
 
 
@@ -49,15 +42,7 @@ def mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
     is_on = {name: any(value) if isinstance(value, list) else bool(value) for name, value in values.items()}
     yield from ((flag, why) for flag, other, why in NEEDS if is_on[flag] and not is_on[other])
     yield from range_mistakes(flags)
-    if values["states"] == "noise":
-        for flag in ("student_steps", "renoise_fraction", "student_rollout"):
-            if is_on[flag]:
-                yield flag, "needs sampling paths, and --states noise has none; use --states trajectory"
     yield from ((flag, why) for flag, other, why in EXCLUDES if is_on[flag] and is_on[other])
-    if is_on["student_steps"] and values["states"] != "trajectory":
-        yield "states", SEGMENTS
-    if is_on["renoise_fraction"] and samples_per_step(flags) < 2:
-        yield "renoise_fraction", "shares a batch with states of paths; needs --batch_size 2 or more"
     yield from process_mistakes(flags)
 
 
@@ -68,10 +53,8 @@ def range_mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
         yield "sigma_range", f"LOW {low} must be below HIGH {high}"
     if states.states != "noise" and high != 1.0:
         yield "sigma_range", "a sampling path begins at sigma 1, so HIGH must be 1 (or use --states noise)"
-    if states.renoise_fraction and low > 0:
-        yield "renoise_fraction", "needs finished samples, and paths of a --sigma_range above 0 do not finish"
     if flags.objective.student_steps and low > 0:
-        yield "sigma_range", SEGMENTS
+        yield "sigma_range", "does not go together with --student_steps: few steps take all noise levels"
     if guided and guided[0] >= guided[1]:
         yield "guidance_range", f"LOW {guided[0]} must be below HIGH {guided[1]}"
 

@@ -9,6 +9,7 @@ from wandistiller.processes import full_tensor
 from wandistiller.projection.project import ProjectionReport
 from wandistiller.run.folder import Folder
 from wandistiller.run.settings import Settings
+from wandistiller.run.stages import Stages
 from wandistiller.students.parts import recorded_path
 from wandistiller.students.record import StudentRecord
 from wandistiller.students.trained_prompts import write_trained_prompts
@@ -23,23 +24,19 @@ RECORDED = (
     "init_expert",
     "states",
     "sigma_range",
-    "renoise_fraction",
-    "student_rollout",
     "calls_per_expert",
     "replay",
     "feature_loss_weight",
-    "student_steps",
     "teacher_dtype",
 )
 
 
 def distillation_record(
-    settings: Settings, projection: ProjectionReport, result: TrainingResult, num_calls: int, commands: list[dict]
+    settings: Settings, projection: ProjectionReport, result: TrainingResult, stages: Stages, commands: list[dict]
 ) -> dict[str, object]:
     """Return everything that another run or a sampler needs to know of a student, as JSON values.
 
     Args:
-        num_calls: batches that the teacher has answered.
         commands: the commands that made the student.
     """
     paths = {name: recorded_path(getattr(settings, name)) for name in PATHS}
@@ -52,11 +49,11 @@ def distillation_record(
         **known,
         **teachers_world(settings),
         **teacher_loras(settings),
-        **segments(settings),
+        **segments(settings, stages.student_steps),
         **settings.teacher.recorded(),
         "layers": projection.layers,
         "num_prompts": len(settings.prompts),
-        "num_teacher_batches": num_calls,
+        "num_teacher_batches": stages.state.teacher_calls,
         "num_train_steps": result.num_steps,
         "batch_size": settings.num_samples_per_step,
         **asdict(settings.optimization),
@@ -84,13 +81,13 @@ def teacher_loras(settings: Settings) -> dict[str, object]:
     return {"teacher_loras": records} if loras else {}
 
 
-def segments(settings: Settings) -> dict[str, object]:
-    """Return the noise levels between which a student of few steps draws."""
-    if settings.student_steps is None:
+def segments(settings: Settings, steps: int | None) -> dict[str, object]:
+    """Return the steps of a student of few steps, and the noise levels between which it draws."""
+    if steps is None:
         return {}
-    steps, teacher = settings.student_steps, settings.teacher
+    teacher = settings.teacher
     sampler = StudentRecord(teacher_sampler=teacher.teacher_sampler, student_steps=steps).sampler
-    return {"segment_sigmas": segment_sigmas(teacher.shift, steps, sampler).tolist()}
+    return {"student_steps": steps, "segment_sigmas": segment_sigmas(teacher.shift, steps, sampler).tolist()}
 
 
 def save_trained_student(
@@ -99,10 +96,10 @@ def save_trained_student(
     student: WanLiteStudent,
     projection: ProjectionReport,
     result: TrainingResult,
-    num_calls: int,
+    stages: Stages,
 ) -> None:
     """Save the student with its record; sharded weights are put together first."""
-    record = distillation_record(settings, projection, result, num_calls, folder.checkpoints.commands)
+    record = distillation_record(settings, projection, result, stages, folder.checkpoints.commands)
     student.config = student.config.replace(distillation=record)
     weights = {name: full_tensor(tensor) for name, tensor in student.state_dict().items()}
     if settings.processes.is_first:

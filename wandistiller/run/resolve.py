@@ -30,15 +30,13 @@ from wandistiller.training.loop import steps_of_epochs
 from wandistiller.training.optimizer import OptimizationOptions, check_optimizer
 from wandistiller.walk.batches import make_schedules
 from wandistiller.walk.grids import teacher_levels
-from wandistiller.walk.segments import calls_of_run
 from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.text_encoder import prompts_digest
 from wandistiller.wan.wan_files import WanFiles
 
 # The recipe that won on two teachers (docs/measurements.md)
-RENOISE_FRACTION = {"trajectory": 0.25, "renoise": 0.75, "noise": 0.0}
-STUDENT_ROLLOUT = (0.0, 1.0)
 FEATURE_LOSS_WEIGHT = 1.0
+STUDENT_STEPS, FIRST_STAGE_SHARE = 4, 2 / 3
 # Experts that take turns on the device answer many batches each, so that moving one in is rare.
 OFFLOAD_CALLS_PER_EXPERT = 64
 
@@ -79,7 +77,7 @@ def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes, com
         "held_out_prompts": inputs.prompts.held_out if eval_every else [],
         "prompts_digest": prompts_digest(inputs.prompts.train),
         "image_sizes": sizes,
-        "optimization": resolve_optimization(flags, config, num_samples, length.num_steps),
+        "optimization": resolve_optimization(flags, config, num_samples, length.first_stage_steps),
         "processes": processes,
         "eval_every": eval_every,
         "held_out_steps": held_out_steps,
@@ -107,8 +105,6 @@ class States:
 
     states: str
     sigma_range: tuple[float, float]
-    renoise_fraction: float
-    student_rollout: tuple[float, float]
     calls_per_expert: int
     feature_loss_weight: float
     teacher_offload: bool
@@ -116,24 +112,20 @@ class States:
 
 def resolve_states(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> States:
     """Return the states: those that were typed, else the recipe that won, where it can be had."""
-    own, few_steps = flags.states, flags.objective.student_steps is not None
+    own = flags.states
     low, high = own.sigma_range or ALL_LEVELS
     has_paths, is_live = own.states != "noise", own.teacher_cache is None
     offload = can_offload(flags, wan_files)
-    takes_turns = offload and own.states == "trajectory" and not few_steps and not own.renoise_fraction
+    takes_turns = offload and own.states == "trajectory"
     calls = given(own.calls_per_expert, OFFLOAD_CALLS_PER_EXPERT if takes_turns else 0)
-    can_renoise = (
-        has_paths and (low, high) == ALL_LEVELS and samples_per_step(flags) > 1 and not few_steps and not calls
-    )
-    rollout = given(own.student_rollout, STUDENT_ROLLOUT if has_paths and is_live else (0.0, 0.0))
-    features = FEATURE_LOSS_WEIGHT if has_paths and is_live and not few_steps else 0.0
+    features = FEATURE_LOSS_WEIGHT if has_paths and is_live else 0.0
     return States(
         states=own.states,
         sigma_range=(low, high),
-        renoise_fraction=given(own.renoise_fraction, RENOISE_FRACTION[own.states] if can_renoise else 0.0),
-        student_rollout=(rollout[0], rollout[1]),
         calls_per_expert=calls,
-        feature_loss_weight=comparable(given(flags.objective.feature_loss_weight, features), wan_files.config, config),
+        feature_loss_weight=comparable(
+            given(flags.objective.feature_loss_weight, features), flags.student.init, config
+        ),
         teacher_offload=offload,
     )
 
@@ -143,13 +135,10 @@ def given(typed, otherwise):
     return otherwise if typed is None else typed
 
 
-def comparable(weight: float, teacher: StudentConfig, config: StudentConfig) -> float:
-    """Return the weight of the hidden-state loss, which compares token by token; a lite student has other patches."""
-    if weight and config.patch_size != teacher.patch_size:
-        print(
-            f"Hidden states are not compared: the student's tokens are patches of {config.patch_size}, the teacher's of "
-            f"{teacher.patch_size}"
-        )
+def comparable(weight: float, init: str, config: StudentConfig) -> float:
+    """Return the weight of the hidden-state loss, which compares the channels that a student has from its teacher."""
+    if weight and (init == "random" or config.block != "wan"):
+        print("Hidden states are not compared: the student has none of the teacher's channels")
         return 0.0
     return weight
 
@@ -168,37 +157,50 @@ class Length:
 
     replay: int
     num_steps: int
+    first_stage_steps: int
+    student_steps: int | None
     num_calls: int
     guided_fraction: float
 
 
 def resolve_length(flags: Flags, inputs: Inputs, files: Files, states: States, sizes: Sequence[ImageSize]) -> Length:
     """Return the steps of the run, and the teacher's calls that they take."""
-    own, teacher, student_steps = flags.optimization, files.teacher, flags.objective.student_steps
-    per_target, before_first = calls_of_run(teacher, student_steps, samples_per_step(flags))
+    own, teacher = flags.optimization, files.teacher
     guided = guided_fraction(teacher, states.sigma_range)
     replay = flags.states.replay or suggested_replay(
         files.wan_files.config,
         inputs.config,
         max((teacher.latent_shape(inputs.config, size)[1:] for size in sizes), key=math.prod),
         guided_fraction=guided,
-        calls_per_target=per_target,
     )
-    if own.max_steps is not None:
-        num_steps = own.max_steps
-    elif own.num_epochs is None and own.teacher_calls is not None:
-        num_steps = replay * max(1, own.teacher_calls // per_target)
+    student_steps = few_steps(flags, teacher, states)
+    if own.max_steps is not None or own.num_epochs is not None or own.teacher_calls is None:
+        epochs = steps_of_epochs(own.num_epochs or 1, len(inputs.prompts.train), samples_per_step(flags))
+        num_steps = own.max_steps or epochs
+        first = math.ceil(FIRST_STAGE_SHARE * num_steps) if student_steps else num_steps
     else:
-        num_steps = steps_of_epochs(own.num_epochs or 1, len(inputs.prompts.train), samples_per_step(flags))
-    schedules = make_schedules(num_steps, replay, len(sizes), per_target, before_first)
-    return Length(replay, num_steps, sum(schedule.num_calls for schedule in schedules), guided)
+        first = replay * own.teacher_calls
+        num_steps = round(first / FIRST_STAGE_SHARE) if student_steps else first
+    student_steps = student_steps if num_steps > first else None
+    schedules = make_schedules(first, replay, len(sizes))
+    num_calls = sum(schedule.num_calls for schedule in schedules)
+    return Length(replay, num_steps, first, student_steps, num_calls, guided)
+
+
+def few_steps(flags: Flags, teacher: TeacherSettings, states: States) -> int | None:
+    """Return the steps that the student learns to draw in; None for those of the teacher."""
+    typed = flags.objective.student_steps
+    if typed is not None:
+        return typed or None
+    can = not teacher.has_few_levels and states.sigma_range == ALL_LEVELS
+    return STUDENT_STEPS if can and teacher.num_inference_steps > STUDENT_STEPS else None
 
 
 def resolve_optimization(flags: Flags, config: StudentConfig, num_samples: int, num_steps: int) -> OptimizationOptions:
     """Return how the weights move; `num_samples` are those of a step."""
     own = flags.optimization
     return OptimizationOptions(
-        lr=own.lr or suggested_lr(own.optimizer, config.hidden_size, num_samples),
+        lr=own.lr or suggested_lr(own.optimizer, config.hidden_size, num_samples, num_steps),
         optimizer=own.optimizer,
         lr_scheduler=own.lr_scheduler,
         lr_warmup_steps=given(own.lr_warmup_steps, suggested_warmup(num_steps)),
@@ -210,11 +212,11 @@ def resolve_optimization(flags: Flags, config: StudentConfig, num_samples: int, 
 
 def resolve_measuring(flags: Flags, teacher: TeacherSettings, length: Length, num_samples: int) -> tuple[int, int]:
     """Return the steps between held-out measurements (0: none), and the teacher's steps on a measured path."""
-    num_steps = path_steps(teacher, flags.objective.student_steps)
+    num_steps = path_steps(teacher)
     if flags.output.eval_every is not None:
         return flags.output.eval_every, num_steps
     is_cheap = NUM_PATHS * num_steps <= MAX_SHARE * length.num_calls * num_samples
-    return math.ceil(length.num_steps / NUM_MEASUREMENTS) if is_cheap else 0, num_steps
+    return math.ceil(length.first_stage_steps / NUM_MEASUREMENTS) if is_cheap else 0, num_steps
 
 
 # ---- device ----

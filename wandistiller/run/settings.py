@@ -42,14 +42,15 @@ class Settings:
         layers: teacher layer of each student block; None: evenly spread.
         image_sizes: in pixels; one or more, in turn.
 
-        states, sigma_range, renoise_fraction, student_rollout, calls_per_expert, replay: the states trained on.
-        student_steps: segments of a student of few steps; None: a student of the teacher's own steps.
+        states, sigma_range, calls_per_expert, replay: the states trained on.
+        student_steps: steps that the student draws in, after a second stage; None: those of the teacher, and there is no second stage.
         teacher_cache: folder of the teacher's answers; None: they are in memory.
         cache_part: (I, N): fill this part of the cache and end; None: train.
         num_calls: teacher batches of the whole run, of `num_samples_per_step` samples each.
         guided_fraction: of the teacher's answers, those with two passes.
 
         num_steps: optimizer steps of the whole run.
+        first_stage_steps: of these, those that learn the velocity.
         optimization: learning rate, optimizer, EMA.
 
         dtype: of matrix products, "fp32" or "bf16".
@@ -88,8 +89,6 @@ class Settings:
     # States
     states: str
     sigma_range: tuple[float, float]
-    renoise_fraction: float
-    student_rollout: tuple[float, float]
     calls_per_expert: int
     replay: int
     student_steps: int | None
@@ -100,6 +99,7 @@ class Settings:
     guided_fraction: float
     # Optimization
     num_steps: int
+    first_stage_steps: int
     batch_size: int
     grad_accum_steps: int
     feature_loss_weight: float
@@ -165,14 +165,13 @@ class Settings:
             device=self.device,
         )
 
-    @property
-    def training_options(self) -> TrainingOptions:
-        """What the loop is told; its batch is the global one."""
+    def training_options(self, num_steps: int, has_measure: bool) -> TrainingOptions:
+        """Return what the loop is told of a stage that ends at `num_steps`; its batch is the global one."""
         return TrainingOptions(
             batch_size=self.num_samples_per_step,
-            num_steps=self.num_steps,
+            num_steps=num_steps,
             optimization=self.optimization,
-            eval_every=self.eval_every,
+            eval_every=self.eval_every if has_measure else 0,
             sample_every=self.sample_every,
             save_every=self.save_every,
             boundary=self.teacher.boundary_ratio,

@@ -44,6 +44,7 @@ class Manifest:
     Attributes:
         files: sha256 of every file of the folder.
         batch_size: samples a step of the run, over all processes; None if the checkpoint has no training states.
+        first_step: steps before the stage of the run that it belongs to.
         commands: the commands that led to it, as `record.commands_so_far` has them.
         run: the description of the run that wrote it.
     """
@@ -51,6 +52,7 @@ class Manifest:
     step: int
     files: dict[str, str]
     batch_size: int | None
+    first_step: int
     commands: list[dict[str, object]]
     run: dict[str, object]
 
@@ -66,6 +68,7 @@ class Manifest:
             step=found["step"],
             files=found["files"],
             batch_size=found["batch_size"],
+            first_step=found.get("first_step", 0),
             commands=found.get("commands", []),
             run=found["run"],
         )
@@ -74,6 +77,7 @@ class Manifest:
             "files": isinstance(manifest.files, dict)
             and all(isinstance(value, str) for value in manifest.files.values()),
             "batch_size": manifest.batch_size is None or type(manifest.batch_size) is int,
+            "first_step": type(manifest.first_step) is int and 0 <= manifest.first_step <= manifest.step,
             "commands": isinstance(manifest.commands, list) and all(map(_is_command, manifest.commands)),
             "run": isinstance(manifest.run, dict),
         }
@@ -99,6 +103,7 @@ class Checkpoint:
     Attributes:
         batch_size: samples a step of the run that wrote it, over all processes; None if it has no training states.
         has_same_batch: whether the run that resumes from it has as many, so that it can use the training states.
+        first_step: steps before the stage of the run that it belongs to.
         commands: the commands that led to it.
     """
 
@@ -106,6 +111,7 @@ class Checkpoint:
     folder: Path
     batch_size: int | None
     has_same_batch: bool
+    first_step: int
     commands: list[dict[str, object]]
 
     def read(self, room_for: Callable[[str, torch.Size, torch.dtype], Tensor | None]) -> dict[str, Tensor]:
@@ -178,7 +184,9 @@ class Checkpoints:
             self._check_run(manifest.run)
             self.good = [manifest.step]
             has_same_batch = manifest.batch_size == self.batch_size
-            return Checkpoint(manifest.step, folder, manifest.batch_size, has_same_batch, manifest.commands)
+            return Checkpoint(
+                manifest.step, folder, manifest.batch_size, has_same_batch, manifest.first_step, manifest.commands
+            )
         if found:
             raise UserError(
                 f"{self.folder}: none of its {len(found)} checkpoints is whole; copy them again, or add --overwrite to "
@@ -215,10 +223,11 @@ class Checkpoints:
                 "start anew, add --overwrite (what is there is kept beside) or give another --output_dir"
             )
 
-    def save(self, step: int, tensors: dict[str, Tensor], has_states: bool = True) -> None:
+    def save(self, step: int, tensors: dict[str, Tensor], has_states: bool = True, first_step: int = 0) -> None:
         """Write a checkpoint, then drop the oldest beyond `keep`.
 
         Args:
+            first_step: steps before the stage of the run that it belongs to.
             has_states: whether the training states are among the tensors. A checkpoint without them is written when a step
                 has failed, and no older one is dropped for it.
 
@@ -230,7 +239,7 @@ class Checkpoints:
             self.processes.first_then_all(lambda: self._make_room(folder))
             save_tensors(folder, {name: value.detach().contiguous() for name, value in tensors.items()})
             checksums = self._checksums(folder)
-            self.processes.first_then_all(lambda: self._finish(step, folder, checksums, has_states))
+            self.processes.first_then_all(lambda: self._finish(step, folder, checksums, has_states, first_step))
             self.good = [*(known for known in self.good if known != step), step]
         except (OSError, UserError) as error:
             last = next((path.stem for path in self._manifests() if _step_of(path) in self.good), None)
@@ -268,12 +277,13 @@ class Checkpoints:
         merged = self.processes.gathered(digests[None]).sum(dim=0, dtype=torch.uint8).cpu()
         return {name: bytes(row.tolist()).hex() for name, row in zip(names, merged, strict=True)}
 
-    def _finish(self, step: int, folder: Path, checksums: dict[str, str], has_states: bool) -> None:
+    def _finish(self, step: int, folder: Path, checksums: dict[str, str], has_states: bool, first_step: int) -> None:
         """Write the manifest, which makes the folder a checkpoint."""
         manifest = Manifest(
             step=step,
             files=checksums,
             batch_size=self.batch_size if has_states else None,
+            first_step=first_step,
             commands=self.commands,
             run=self.description,
         )

@@ -25,23 +25,22 @@ class FeatureLoss(nn.Module):
     table 5). The error of each layer is divided by the teacher's second moment, so that all layers weigh the same. Both are
     taken sample by sample, so that the loss does not depend on how a batch is shared out over processes and micro-batches.
 
-    Args:
-        has_maps: whether the student's channels are none of the teacher's. A linear map between them is then learnt beside the
-            student and dropped after training; else the teacher's hidden states come with the student's channels alone.
+    The teacher's hidden states come with the channels that the student was cut from. A linear map between the two, which starts as
+    the identity, is learnt beside the student for each layer, and dropped after training.
     """
 
-    def __init__(self, student_width: int, teacher_width: int, num_layers: int, has_maps: bool):
+    def __init__(self, width: int, num_layers: int):
         super().__init__()
-        self.maps = nn.ModuleList()
-        if has_maps:
-            self.maps.extend(nn.Linear(student_width, teacher_width) for _ in range(num_layers))
+        self.maps = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers))
+        for linear in self.maps:
+            nn.init.eye_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
         """Return the mean error over layers (B,) of features (B, L, D), which are in the order of the student's blocks."""
         losses = []
         for index, (ours, theirs) in enumerate(zip(student_features, teacher_features, strict=True)):
-            ours = self.maps[index](ours) if self.maps else ours
-            losses.append(masked_relative_error(ours.float(), theirs.float()))
+            losses.append(masked_relative_error(self.maps[index](ours).float(), theirs.float()))
         return torch.stack(losses).mean(dim=0)
 
 

@@ -31,6 +31,7 @@ class TrainingOptions:
     """How long the student is trained, and how its weights move.
 
     Attributes:
+        num_steps: the last step; steps are counted from 1.
         eval_every: steps between measurements on held-out states; 0 is none.
         sample_every: steps between sample pictures; 0 is none.
         save_every: steps between checkpoints; 0 is none, not even at the end.
@@ -132,7 +133,6 @@ class _Loop:
         self.observer, self.checkpoints, self.processes = observer, saving.checkpoints, processes
         self.model = processes.averaging(trained, trained.has_idle_parts)
         self.state = saving.state or RunState(trained, batches, options.optimization, options.num_steps, processes)
-        self.state.restore_random()
         self.stopwatch = Stopwatch(options.num_steps, self.state.step)
 
     def run(self, stop: StopRequest) -> bool:
@@ -154,10 +154,11 @@ class _Loop:
 
     def _take_step(self, step: int, stop: StopRequest) -> "_Measured":
         """Take one optimizer step on a global batch."""
-        progress, count = (step - 1) / self.options.num_steps, self.batches.num_micro_batches
+        own_step, count = step - 1 - self.state.first_step, self.batches.num_micro_batches
+        progress = own_step / (self.options.num_steps - self.state.first_step)
         passes = [
             self._learn(batch, progress, number == count)
-            for number, batch in enumerate(self.batches.of_step(step - 1), start=1)
+            for number, batch in enumerate(self.batches.of_step(own_step), start=1)
         ]
         parameters = self.state.trained.parameters()
         grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, self.options.optimization.max_grad_norm))
@@ -196,7 +197,7 @@ class _Loop:
             found.grad_norm,
             lr,
             *self.stopwatch.lap(step, len(found.sigmas)),
-            teacher_calls=self.batches.num_calls,
+            teacher_calls=self.state.teacher_calls,
             loss_by_sigma=mean_by_sigma(found.sigmas, found.by_sample),
             loss_by_expert=None if boundary is None else mean_by_expert(found.sigmas, found.by_sample, boundary),
             feature_loss=found.feature_loss if found.has_features else None,
@@ -208,7 +209,7 @@ class _Loop:
         if self.checkpoints is None or not is_due(step, self.options.save_every, is_last):
             return
         check_weights(self.student, step, self.options, self.processes)  # a broken state must not become a checkpoint
-        self.checkpoints.save(step, self.state.tensors())
+        self.checkpoints.save(step, self.state.tensors(), first_step=self.state.first_step)
 
     def _draw(self, step: int, is_last: bool) -> None:
         if is_last or not is_due(step, self.options.sample_every, is_last):
@@ -225,7 +226,8 @@ class _Loop:
             try:
                 check_weights(self.student, step, self.options, self.processes)
                 # Without the training states: these have given their part to the step that failed.
-                checkpoints.save(step, self.state.tensors(has_states=False), has_states=False)
+                first_step = self.state.first_step
+                checkpoints.save(step, self.state.tensors(has_states=False), has_states=False, first_step=first_step)
             except NonFiniteError:
                 return
             except CheckpointError as failure:

@@ -18,9 +18,9 @@ class Loss:
 
     Attributes:
         total: the sum of `velocity` and `features`.
-        velocity: the mean squared velocity error.
+        velocity: the mean of `by_sample`.
         features: what the feature loss adds; 0 for a batch without hidden states.
-        by_sample: mean squared velocity error (B,) of each sample.
+        by_sample: squared velocity error (B,) of each sample, relative to its target's mean square: 1 for a student that answers 0.
     """
 
     total: Tensor
@@ -36,7 +36,7 @@ class Objective:
     Attributes:
         feature_loss: applied to batches that bring hidden states; None compares velocities only.
         feature_weight: weight of the feature loss at the start. It falls to 0 along a line over the training (TinyFusion's
-            schedule). At weight 1 a relative error of hidden states counts as much as the same relative error of the velocity.
+            schedule). Both losses are relative, so that the weight holds for any guidance and any latents.
         compute_dtype: precision of matrix products.
     """
 
@@ -52,14 +52,14 @@ class Objective:
             velocity = autocast(student, self.device, self.compute_dtype)(
                 batch.latents, timestep, batch.prompt_embeds, batch.prompt_lengths
             )
-        by_sample = (velocity.float() - batch.velocity.float()).square().flatten(1).mean(dim=1)
+        target = batch.velocity.float()
+        squares = (velocity.float() - target).square(), target.square()
+        error, scale = (square.flatten(1).mean(dim=1) for square in squares)
+        by_sample = error / scale.clamp(min=torch.finfo(scale.dtype).tiny)
         loss = by_sample.mean()
         beside = torch.zeros_like(loss)
         if features:
-            # In units of the teacher's squared velocity, so that the weight holds for any guidance and any latents.
-            units = batch.velocity.float().square().flatten(1).mean(dim=1)
-            decay = self.feature_weight * (1 - progress)
-            beside = decay * (units * self.feature_loss(features, batch.features)).mean()
+            beside = self.feature_weight * (1 - progress) * self.feature_loss(features, batch.features).mean()
         return Loss(loss + beside, loss.detach(), beside.detach(), by_sample.detach())
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from wandistiller.errors import UserError
 from wandistiller.processes import fill, full_tensor, local_part, reshard
@@ -65,8 +64,17 @@ def make_optimizer(
     if options.optimizer == "muon":
         matrices, others = split_for_muon(model)
         muon = Muon(matrices.values(), options.lr, options.weight_decay, compute_dtype)
-        return CombinedOptimizer([muon, torch.optim.AdamW(others.values(), **settings)])
-    return torch.optim.AdamW(model.parameters(), **settings)
+        return CombinedOptimizer([muon, _adamw(others.values(), settings)])
+    return _adamw(model.parameters(), settings)
+
+
+def _adamw(parameters: Iterable[nn.Parameter], settings: dict[str, Any]) -> torch.optim.AdamW:
+    """Return torch's AdamW with the moments that its first step would make, so that a checkpoint can be compared with them."""
+    optimizer = torch.optim.AdamW(parameters, **settings)
+    for weight in optimizer.param_groups[0]["params"]:
+        moments = {name: torch.zeros_like(weight, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[weight] = {"step": torch.zeros((), device=weight.device)} | moments
+    return optimizer
 
 
 def split_for_muon(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -94,6 +102,13 @@ class Muon(torch.optim.Muon):
     def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float, compute_dtype: torch.dtype):
         super().__init__(matrices, lr, weight_decay, ns_steps=NEWTON_SCHULZ_STEPS, adjust_lr_fn="match_rms_adamw")
         self.compute_dtype = compute_dtype
+        for group in self.param_groups:
+            self.state.update(
+                {
+                    weight: {"momentum_buffer": torch.zeros_like(weight, requires_grad=False)}
+                    for weight in group["params"]
+                }
+            )
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # without the closure, which nobody here has
@@ -104,10 +119,8 @@ class Muon(torch.optim.Muon):
                     self._move(weight, group)
 
     def _move(self, weight: Tensor, group: dict[str, Any]) -> None:
-        state, momentum, lr = self.state[weight], group["momentum"], group["lr"]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        mean = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+        momentum, lr = group["momentum"], group["lr"]
+        mean = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
         update = weight.grad.lerp(mean, momentum)  # Nesterov's
         fill(update, self._orthogonalized(full_tensor(update), group))
         scale = 0.2 * math.sqrt(max(weight.shape))
@@ -139,6 +152,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
         super().__init__([group for part in parts for group in part.param_groups], {})
         self.parts = parts
         for part in parts:
+            self.state.update(part.state)
             part.state = self.state
 
     def step(self) -> None:  # type: ignore[override]  # without the closure, which nobody here has
@@ -146,12 +160,14 @@ class CombinedOptimizer(torch.optim.Optimizer):
             part.step()
 
 
-def make_lr_scheduler(optimizer: torch.optim.Optimizer, options: OptimizationOptions, num_steps: int) -> LambdaLR:
-    """Return a schedule that warms up and then stays, or falls to zero at `num_steps` along a line or half a cosine."""
-    from transformers.optimization import get_scheduler
-
-    name = "constant_with_warmup" if options.lr_scheduler == "constant" else options.lr_scheduler
-    return get_scheduler(name, optimizer, options.lr_warmup_steps, num_steps)
+def learning_rate(step: int, num_steps: int, options: OptimizationOptions) -> float:
+    """Return the rate of a step (from 0): it warms up, and then stays, or falls to zero at `num_steps` along a line or half a cosine."""
+    warmup = options.lr_warmup_steps
+    if step < warmup:
+        return options.lr * step / warmup
+    left = max(0.0, (num_steps - step) / max(1, num_steps - warmup))
+    shares = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}
+    return options.lr * shares[options.lr_scheduler]
 
 
 class WeightAverage:

@@ -45,33 +45,22 @@ class Schedule:
     """How many calls of the teacher are due at each step of a run of `num_steps` that learns `replay` times from each answer.
 
     Attributes:
-        per_target: calls behind one target.
-        before_first: calls until every slot has a target.
         num_sizes: image sizes that share the room of the store.
     """
 
     num_steps: int
     replay: int
-    per_target: int = 1
-    before_first: int = 1
     num_sizes: int = 1
-
-    @property
-    def num_targets(self) -> int:
-        """Batches of targets in all."""
-        return math.ceil(self.num_steps / self.replay)
 
     @property
     def num_calls(self) -> int:
         """Batches that the teacher answers in all."""
-        return self.before_first - 1 + self.num_targets * self.per_target
+        return math.ceil(self.num_steps / self.replay)
 
     @property
     def capacity(self) -> int:
-        """Targets of a slot that a store has room for; one call's, where each is learnt from once and right away."""
-        if self.replay == 1 and self.per_target == 1:
-            return 1
-        return min(CAPACITY // self.num_sizes, self.num_targets)
+        """Answers of a slot that a store has room for; one, where each is learnt from once and right away."""
+        return 1 if self.replay == 1 else min(CAPACITY // self.num_sizes, self.num_calls)
 
     def due(self, step: int) -> int:
         """Return the calls that are to be made by a step (from 0): a few in a row, and then more at the early steps than at the late.
@@ -81,9 +70,8 @@ class Schedule:
         asking_steps = self.num_steps - min(
             round((1 - ASKING_SHARE) * self.num_steps), self.capacity * self.replay // 2
         )
-        targets = LEAD_CALLS + min(1.0, step / asking_steps) * self.num_targets
-        targets = min(step + 1, math.ceil(targets), self.num_targets)
-        return self.before_first - 1 + targets * self.per_target
+        calls = LEAD_CALLS + min(1.0, step / asking_steps) * self.num_calls
+        return min(step + 1, math.ceil(calls), self.num_calls)
 
 
 def with_fresh_features(kept: Tensor | None, fresh: Tensor, fresh_rows: Tensor, rows: range) -> Tensor:
@@ -98,10 +86,10 @@ def with_fresh_features(kept: Tensor | None, fresh: Tensor, fresh_rows: Tensor, 
     return whole
 
 
-def make_schedules(num_steps: int, replay: int, num_sizes: int, per_target: int, before_first: int) -> list[Schedule]:
+def make_schedules(num_steps: int, replay: int, num_sizes: int) -> list[Schedule]:
     """Return when the teacher is asked at each image size; the sizes take turns, a step each."""
     counts = [len(range(size, num_steps, num_sizes)) for size in range(num_sizes)]
-    return [Schedule(count, replay, per_target, before_first, num_sizes) for count in counts]
+    return [Schedule(count, replay, num_sizes) for count in counts]
 
 
 class Batches:
@@ -125,7 +113,6 @@ class Batches:
         slots = len((sources[0] if isinstance(sources[0], CachedAnswers) else sources[0][1]).slots)
         self.micro_batches = [range(start, start + micro_batch) for start in range(0, slots, micro_batch)]
         self.calls = [source.num_calls if isinstance(source, CachedAnswers) else 0 for source in sources]
-        self.num_steps = sum(schedule.num_steps for schedule in schedules)
 
     @property
     def num_calls(self) -> int:
@@ -149,7 +136,7 @@ class Batches:
         for rows in self.micro_batches:
             fresh: dict[str, Tensor] = {}
             for call in range(self.calls[size], due):
-                fresh = walk.ask(call, rows, step / self.num_steps)
+                fresh = walk.ask(call, rows)
                 store.add(fresh)
             taken = store.sample(own_step, rows)
             for name in filter(is_feature, fresh):

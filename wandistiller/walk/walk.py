@@ -6,7 +6,7 @@ the target at its state (the pool of DKDM, arXiv 2409.03550, on the guided flow 
 A slot is one place of the global batch. What a slot draws depends on (seed, slot, how often it has drawn) and on nothing else. So
 processes, builders of a cache and image sizes are ranges of slots, and no generator's state is ever saved.
 
-    B slots that are asked   P paths of a slot   K samples of a slot   C H W latents   L D hidden states
+    B slots that are asked   P paths of a slot   C H W latents   L D hidden states
 """
 
 import math
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import autocast, to_device
-from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.sampling.flow import seeded_noise, shift_sigma, sigma_to_timestep
+from wandistiller.sampling.flow import seeded_noise, shift_sigma
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.walk.draws import CALL, FIRST_LEVELS, PATH, dealt_prompt, permutation, rng
 from wandistiller.walk.grids import first_grid, levels_within, lowest_u, path_grid, steps_of_paths
+from wandistiller.walk.segments import SegmentTeacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 # Paths of a slot. A small batch has more, so that its slots together mix MIN_POOL prompts; but the first path of every place begins with
@@ -30,24 +30,7 @@ from wandistiller.wan.prompt_embeds import PromptEmbeds
 FEW_PATHS, MIN_POOL = 2, 8
 # Where two experts take turns, every slot needs paths on both sides of the boundary.
 PATHS_IN_TURNS = 8
-SAMPLES_PER_SLOT = 64  # finished samples that are kept to be renoised; a new one replaces the oldest
 MAX_SEED = 2**62
-
-
-@dataclass(frozen=True)
-class HiddenStates:
-    """Which of the teacher's hidden states come with its answers.
-
-    Attributes:
-        layers: those after which they are taken.
-        channels: which of their channels; None for all.
-    """
-
-    layers: Sequence[int] = ()
-    channels: Sequence[int] | None = None
-
-
-NO_HIDDEN_STATES = HiddenStates()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +50,8 @@ class WalkOptions:
         levels: a few-step teacher's only noise levels, from 1 down to 0; None for any.
         boundary: noise level between two experts that take turns; None where one expert answers, or both in every batch.
         calls_per_expert: calls in a row for one of two experts, on average over both.
-        renoise_fraction: share of the states that is fresh noise mixed into samples in which paths have ended.
-        student_rollout: share of the paths that follow the student's velocity, at the start and at the end of training.
         layers: teacher layers whose hidden states are compared.
-        channels: which of their channels; None for all.
-        num_sizes: image sizes that share the room for finished samples.
+        channels: which of their channels.
     """
 
     key: tuple[int, int]
@@ -86,11 +66,8 @@ class WalkOptions:
     levels: tuple[float, ...] | None = None
     boundary: float | None = None
     calls_per_expert: int = 0
-    renoise_fraction: float = 0.0
-    student_rollout: tuple[float, float] = (0.0, 0.0)
     layers: Sequence[int] = ()
-    channels: Sequence[int] | None = None
-    num_sizes: int = 1
+    channels: Sequence[int] = ()
     device: str = "cpu"
     compute_dtype: torch.dtype = torch.float32
 
@@ -106,11 +83,7 @@ class WalkOptions:
     @property
     def latents_per_slot(self) -> int:
         """Latents that a walk keeps on the device for each slot."""
-        return self.paths_per_slot + self.samples_per_slot if self.kind == "paths" else 0
-
-    @property
-    def samples_per_slot(self) -> int:
-        return max(1, SAMPLES_PER_SLOT // self.num_sizes) if self.renoise_fraction else 0
+        return self.paths_per_slot if self.kind == "paths" else 0
 
 
 def paths_per_slot(batch_size: int) -> int:
@@ -125,7 +98,6 @@ class States:
     Attributes:
         rows: which of the walk's slots they belong to (B,), on the CPU as all indices are.
         paths: path of each (B,).
-        on_path: whether each lies on its path (B,), and not beside it.
         latents: (B, C, H, W), on the device.
         sigma: (B,), on the CPU.
         prompts: (B,), on the CPU.
@@ -134,7 +106,6 @@ class States:
 
     rows: Tensor
     paths: Tensor
-    on_path: Tensor
     latents: Tensor
     sigma: Tensor
     prompts: Tensor
@@ -145,16 +116,6 @@ class States:
         return self.latents, self.sigma, *self.text
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What the slots of one call draw, each (B,): `order` is a place of its own among the `batch_size` slots of its group."""
-
-    order: Tensor
-    jitter: Tensor
-    chance: Tensor
-    seeds: list[int]
-
-
 class Walk:
     """Sampling paths of a range of slots.
 
@@ -162,74 +123,47 @@ class Walk:
     that from then on the pool covers all noise levels. Paths of a few-step teacher neither vary nor jump: its sampler knows no
     other states.
 
-    A share of the paths may follow the student's velocity instead, so that the student is corrected where its own mistakes lead
-    (DAgger, arXiv 1011.0686; pi-Flow, arXiv 2510.14974).
-
     Args:
-        student: asked on paths that follow it; it may change between calls.
         slots: a range within one group of `options.batch_size`.
-        asks_together: whether the student is sharded over processes, which can only ask it all at the same time.
     """
 
     # All have the walk's slots as their first dimension.
-    _STATE: tuple[str, ...] = ("latents", "prompts", "grids", "last", "position", "lots", "is_sample", "born", "samples", "sample_prompts", "num_samples")  # fmt: skip
-    calls_before_first = 1  # calls after which every slot has given an answer
+    _STATE = ("latents", "prompts", "grids", "last", "position", "born")
 
     def __init__(
-        self,
-        teacher: Teacher,
-        student: WanLiteStudent | None,
-        prompt_embeds: PromptEmbeds,
-        options: WalkOptions,
-        slots: range,
-        *,
-        asks_together: bool = False,
+        self, teacher: Teacher | SegmentTeacher, prompt_embeds: PromptEmbeds, options: WalkOptions, slots: range
     ):
-        self.options, self.slots, self.prompt_embeds, self.asks_together = options, slots, prompt_embeds, asks_together
+        self.options, self.slots, self.prompt_embeds = options, slots, prompt_embeds
         self.teacher = autocast(teacher.velocity_and_features, options.device, options.compute_dtype)
-        self.student = None if student is None else autocast(student, options.device, options.compute_dtype)
         self.levels = None if options.levels is None else torch.tensor(self._own_levels())
+        self.channels = torch.tensor(options.channels, dtype=torch.long, device=options.device)
         self.u_low = lowest_u(options.sigma_range, options.shift)
-        self.channels = None if options.channels is None else torch.tensor(options.channels, device=options.device)
-        count, paths, kept, shape = len(slots), self.num_paths, options.samples_per_slot, options.latent_shape
+        count, paths, shape = len(slots), options.paths_per_slot, options.latent_shape
         self.latents = torch.zeros(count, paths, *shape, device=options.device)
         self.prompts = torch.zeros(count, paths, dtype=torch.long)
         # Each path's noise levels, the last of them at `last`:
-        self.grids = torch.zeros(count, paths, self._longest_grid())
+        self.grids = torch.zeros(count, paths, options.num_steps + 2)
         self.last = torch.zeros(count, paths, dtype=torch.long)
         self.position = torch.zeros(count, paths, dtype=torch.long)
-        self.lots = torch.zeros(count, paths)  # a path follows the student while the share exceeds this
-        self.is_sample = torch.zeros(count, paths, dtype=torch.bool)  # the teacher alone has walked it
         self.born = torch.zeros(count, dtype=torch.long)  # paths that a slot has begun
-        self.samples = torch.zeros(count, kept, *shape, device=options.device)
-        self.sample_prompts = torch.zeros(count, kept, dtype=torch.long)
-        self.num_samples = torch.zeros(count, dtype=torch.long)  # includes those that were replaced since
         for row in range(count):
             for path in range(paths):
                 self._begin(row, path, is_first=self.levels is None)
-
-    @property
-    def num_paths(self) -> int:
-        return self.options.paths_per_slot
 
     def _own_levels(self) -> list[float]:
         """Return the noise levels of every path of a few-step teacher: those in the range, and the next one, where a path ends."""
         levels = self.options.levels
         return list(levels[: len(levels_within(levels, self.options.sigma_range)) + 1])
 
-    def _longest_grid(self) -> int:
-        return self.options.num_steps + 2
-
     # ---- asking ----
 
     @torch.no_grad()
-    def ask(self, call: int, rows: range, progress: float = 0.0) -> dict[str, Tensor]:
+    def ask(self, call: int, rows: range) -> dict[str, Tensor]:
         """Let the teacher answer a state of each of these slots, and walk the states on; return what a step learns from.
 
         Args:
             call: number of the global batch that the teacher answers, from 0.
             rows: of the walk's slots, those to be asked now. A caller may ask a micro-batch at a time.
-            progress: how much of the training is done, from 0 to 1.
 
         Returns:
             latents (B, C, H, W), sigma (B,), prompts (B,), velocity (B, C, H, W), rows (B,) and for each layer that was named
@@ -239,75 +173,42 @@ class Walk:
         if states is None:
             return {}
         velocity, features = self.teacher(*states.asked, self.options.layers)
-        self._move(states, velocity, progress)
+        if self.options.kind == "paths":
+            self._move(states, velocity)
         answer = {name: getattr(states, name) for name in ("latents", "sigma", "prompts", "rows")}
         answer["velocity"] = velocity.float()
-        return answer | {f"features.{number}": self._of_channels(hidden) for number, hidden in enumerate(features)}
+        return answer | {f"features.{number}": hidden[..., self.channels] for number, hidden in enumerate(features)}
 
-    def _of_channels(self, hidden: Tensor) -> Tensor:
-        return hidden if self.channels is None else hidden[..., self.channels]
-
-    def _draws(self, call: int, rows: Tensor) -> Draws:
-        """Return what these slots draw for a call. Places of a group are stratified: each slot takes another part of the whole."""
+    def _states(self, call: int, rows: Tensor) -> States | None:
+        """Return the states to ask at, spread over the noise levels: each slot of a group takes another part of them. None for none."""
         size = self.options.batch_size
         own = torch.tensor(self.slots)[rows] % size
         draw = rng(*self.options.key, CALL, self.slots.start // size, call)
-        drawn = draw.permutation(size), draw.random(size), draw.random(size)
-        order, jitter, chance = (torch.from_numpy(values)[own] for values in drawn)
-        seeds = draw.integers(MAX_SEED, size=size)[own.numpy()].tolist()
-        return Draws(order, jitter, chance, seeds)
-
-    def _states(self, call: int, rows: Tensor) -> States | None:
-        """Return the states to ask at: on paths, spread over the noise levels; for a share of the slots beside them. None for none."""
-        draws = self._draws(call, rows)
+        order, jitter = (torch.from_numpy(values)[own] for values in (draw.permutation(size), draw.random(size)))
+        spread = (order + jitter) / size  # (B,) in [0, 1), stratified
         if self.options.kind == "noise":
-            return self._noise(call, rows, draws)
-        size, fraction = self.options.batch_size, self.options.renoise_fraction
-        # A count that adds up to the share over the calls, so that it holds for batches of any size:
-        count = math.floor((call + 1) * fraction * size) - math.floor(call * fraction * size)
-        is_share = draws.order < count
-        is_renoised = is_share & (self.num_samples[rows] > 0)
-        first, among = torch.where(is_share, 0, count), torch.where(is_share, count, size - count)
-        spread = (draws.order - first + draws.jitter) / among  # (B,) in [0, 1), stratified
+            seeds = draw.integers(MAX_SEED, size=size)[own.numpy()].tolist()
+            return self._noise(call, rows, spread, seeds)
         paths, has_path = self._choose(call, rows, spread)
-        is_asked = has_path | is_renoised
-        if not is_asked.any():
+        if not has_path.any():
             return None
-        if not is_asked.all():
-            keep = is_asked.nonzero().flatten()
-            rows, paths, is_renoised, spread = rows[keep], paths[keep], is_renoised[keep], spread[keep]
-            seeds = [draws.seeds[row] for row in keep.tolist()]
-            draws = Draws(draws.order[keep], draws.jitter[keep], draws.chance[keep], seeds)
-        return self._on_paths(rows, paths, is_renoised, spread, draws)
-
-    def _on_paths(self, rows: Tensor, paths: Tensor, is_renoised: Tensor, spread: Tensor, draws: Draws) -> States:
-        """Return the states of these paths, some of them replaced by renoised samples."""
-        sigma, prompts = self._sigma(rows, paths), self.prompts[rows, paths]
+        rows, paths = rows[has_path], paths[has_path]
+        prompts = self.prompts[rows, paths]
         latents = self.latents[self._there(rows), self._there(paths)]
-        which = is_renoised.nonzero().flatten()
-        if len(which):
-            kept = self.num_samples[rows[which]].clamp(max=self.options.samples_per_slot)
-            places = (draws.chance[which] * kept).long()
-            level = self._level(spread[which])
-            noise = seeded_noise([draws.seeds[row] for row in which.tolist()], self.options.latent_shape)
-            x_0 = self.samples[self._there(rows[which]), self._there(places)]
-            weight = self._there(level)[:, None, None, None]
-            latents[self._there(which)] = (1 - weight) * x_0 + weight * self._there(noise)
-            sigma[which], prompts[which] = level, self.sample_prompts[rows[which], places]
-        return States(rows, paths, ~is_renoised, latents, sigma, prompts, self._text(prompts))
+        return States(rows, paths, latents, self._sigma(rows, paths), prompts, self._text(prompts))
 
-    def _noise(self, call: int, rows: Tensor, draws: Draws) -> States:
+    def _noise(self, call: int, rows: Tensor, spread: Tensor, seeds: list[int]) -> States:
         """Return fresh noise at every noise level, which lies on the teacher's paths near sigma 1 alone."""
         options = self.options
         slots = torch.tensor(self.slots)[rows].tolist()
         prompts = [dealt_prompt(options.key, call * options.num_slots + slot, options.num_prompts) for slot in slots]
-        latents = self._there(seeded_noise(draws.seeds, options.latent_shape))
-        sigma = self._level((draws.order + draws.jitter) / options.batch_size)
-        beside = torch.zeros(len(rows), dtype=torch.bool)
-        return States(rows, torch.zeros_like(rows), beside, latents, sigma, torch.tensor(prompts), self._text(prompts))
+        latents = self._there(seeded_noise(seeds, options.latent_shape))
+        return States(
+            rows, torch.zeros_like(rows), latents, self._level(spread), torch.tensor(prompts), self._text(prompts)
+        )
 
     def _level(self, place: Tensor) -> Tensor:
-        """Return the noise level (B,) float32 at a place (B,) in [0, 1) of all that states beside paths may have."""
+        """Return the noise level (B,) float32 at a place (B,) in [0, 1) of all that states of noise may have."""
         low, high = self.options.sigma_range
         if self.levels is not None:
             known = torch.tensor(levels_within(self.options.levels, (low, high)))
@@ -330,7 +231,7 @@ class Walk:
 
     def _choose(self, call: int, rows: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
         """Return a path (B,) of each slot, and whether it may be asked about (B,); together they are spread over the noise levels."""
-        if self.levels is None and call < self.num_paths:  # each path jumps to its own level first
+        if self.levels is None and call < self.options.paths_per_slot:  # each path jumps to its own level first
             return torch.full_like(rows, call), torch.ones_like(rows, dtype=torch.bool)
         sigma = self.grids[rows].gather(2, self.position[rows][..., None])[..., 0]
         usable = self._on_side(call, sigma)
@@ -345,51 +246,25 @@ class Walk:
             return torch.ones_like(sigma, dtype=torch.bool)
         is_high = sigma >= self.options.boundary
         high, low = turns(self.options)
-        return is_high if (call - self.num_paths) % (high + low) < high else ~is_high
+        return is_high if (call - self.options.paths_per_slot) % (high + low) < high else ~is_high
 
     # ---- moving ----
 
-    def _students(self, states: States, progress: float) -> tuple[Tensor, Tensor | None]:
-        """Return which of the paths (B,) follow the student at this point of the training, and its velocity (B, C, H, W) or None."""
-        start, end = self.options.student_rollout
-        share = start + (end - start) * progress
-        follows = states.on_path & (self.lots[states.rows, states.paths] < share)
-        if self.student is None or share <= 0 or not (self.asks_together or follows.any()):
-            return follows, None
-        latents, sigma, *text = states.asked
-        return follows, self.student(latents, self._there(sigma_to_timestep(sigma)), *text).float()
-
-    def _move(self, states: States, velocity: Tensor, progress: float) -> None:
+    def _move(self, states: States, velocity: Tensor) -> None:
         """Take one Euler step on the paths that were asked about, and begin the next ones where these end."""
-        follows, students = self._students(states, progress)
-        if students is not None:
-            velocity = torch.where(self._there(follows)[:, None, None, None], students, velocity)
-        self.is_sample[states.rows, states.paths] &= ~follows
-        which = states.on_path.nonzero().flatten()
-        rows, paths, there = states.rows[which], states.paths[which], self._there(which)
-        step = self.grids[rows, paths, self.position[rows, paths] + 1] - states.sigma[which]
-        moved = states.latents[there] + self._there(step)[:, None, None, None] * velocity[there]
+        rows, paths = states.rows, states.paths
+        step = self.grids[rows, paths, self.position[rows, paths] + 1] - states.sigma
+        moved = states.latents + self._there(step)[:, None, None, None] * velocity
         self.latents[self._there(rows), self._there(paths)] = moved.float()
         self.position[rows, paths] += 1
         is_done = self.position[rows, paths] == self.last[rows, paths]
         for row, path in zip(rows[is_done].tolist(), paths[is_done].tolist(), strict=True):
-            self._end(row, path)
-
-    def _end(self, row: int, path: int) -> None:
-        """Keep a finished sample to be renoised, and begin the slot's next path in its place."""
-        if kept := self.options.samples_per_slot * bool(self.is_sample[row, path]):
-            place = int(self.num_samples[row]) % kept
-            self.samples[row, place] = self.latents[row, path]
-            self.sample_prompts[row, place] = self.prompts[row, path]
-            self.num_samples[row] += 1
-        self._begin(row, path)
+            self._begin(row, path)
 
     def _begin(self, row: int, path: int, is_first: bool = False) -> None:
         """Begin a path of a slot with its next prompt, from noise of its own."""
         options, slot, number = self.options, self.slots[row], int(self.born[row])
         draw = rng(*options.key, PATH, slot, number)
-        self.lots[row, path] = draw.random()
-        self.is_sample[row, path] = not is_first  # a jump is too long a step for a sample
         noise = seeded_noise([int(draw.integers(MAX_SEED))], options.latent_shape)[0]
         self.latents[row, path] = self._there(noise)
         self.prompts[row, path] = dealt_prompt(options.key, number * options.num_slots + slot, options.num_prompts)
@@ -414,7 +289,7 @@ class Walk:
         """Return a place in (0, 1) for a first path to jump to; those of a group are spread evenly."""
         group, index = divmod(slot, self.options.batch_size)
         order = permutation((*self.options.key, FIRST_LEVELS, group, path), self.options.batch_size)
-        return (path + (float(order[index]) + 0.5) / self.options.batch_size) / self.num_paths
+        return (path + (float(order[index]) + 0.5) / self.options.batch_size) / self.options.paths_per_slot
 
     # ---- state ----
 
@@ -433,8 +308,7 @@ class Walk:
             if state[name].shape != own.shape:
                 raise ValueError(f"{name} of the walk is {tuple(state[name].shape)}, not {tuple(own.shape)}")
             own.copy_(state[name])
-        ends = dict.fromkeys(("prompts", "sample_prompts"), len(self.prompt_embeds))
-        ends |= {"last": self.grids.shape[2], "position": self.grids.shape[2] - 1}
+        ends = {"prompts": len(self.prompt_embeds), "last": self.grids.shape[2], "position": self.grids.shape[2] - 1}
         for name, end in ends.items():
             if ((getattr(self, name) < 0) | (getattr(self, name) >= end)).any():
                 raise ValueError(f"{name} of the walk is beyond {end - 1}")

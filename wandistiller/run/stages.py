@@ -1,0 +1,109 @@
+"""The stages of a run: the velocity, learnt from the teacher's answers, and then few steps, learnt from the student's own paths."""
+
+import torch
+
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.run.build import compile_blocks
+from wandistiller.run.folder import Folder
+from wandistiller.run.learning import build_few_step_batches
+from wandistiller.run.settings import Settings
+from wandistiller.training.checkpoints import DamagedCheckpointError
+from wandistiller.training.loop import Observer, Saving, TrainingResult, train
+from wandistiller.training.objective import Objective, TrainedStudent
+from wandistiller.training.state import RunState
+from wandistiller.walk.batches import Batches
+from wandistiller.wan.prompt_embeds import PromptEmbeds
+
+
+class Stages:
+    """Trains a student through the stages of its run, from the checkpoint that it resumes from.
+
+    The second stage begins with the first one's averaged weights, which it also keeps frozen: they walk the sampling paths whose
+    segments the student learns to take in one step. It asks the teacher nothing.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        student: WanLiteStudent,
+        objective: Objective,
+        batches: Batches,
+        prompt_embeds: PromptEmbeds,
+    ):
+        self.settings, self.student, self.prompt_embeds = settings, student, prompt_embeds
+        trained = TrainedStudent(student, objective)
+        self.state = RunState(trained, batches, settings.optimization, settings.first_stage_steps, settings.processes)
+
+    @property
+    def student_steps(self) -> int | None:
+        """Steps that the student draws in; None while it learns the velocity."""
+        return None if self.state.frozen is None else self.settings.student_steps
+
+    def resume(self, folder: Folder) -> Folder:
+        """Load the newest checkpoint that holds the state of this run; return the folder at it.
+
+        A checkpoint can be damaged though its checksums are right, and then the one before it is loaded.
+
+        Raises:
+            UserError: none of the checkpoints can be loaded.
+        """
+        first = self.state
+        while (checkpoint := folder.resume_from) is not None:
+            self.state = self._second(checkpoint.first_step) if checkpoint.first_step else first
+            try:
+                self.state.load(checkpoint)
+                break
+            except DamagedCheckpointError as error:
+                folder.checkpoints.tell_of_damage(checkpoint.folder, str(error))
+                folder = folder.resuming_from(folder.checkpoints.newest(before=checkpoint.step), self.settings)
+        return folder
+
+    def train(self, observer: Observer, folder: Folder) -> TrainingResult:
+        """Train the student in place; it ends as the average of its weights. See `training.loop.train`."""
+        settings = self.settings
+        if self.state.frozen is None:
+            result = self._train(observer, folder, settings.first_stage_steps)
+            if result.interrupted or settings.student_steps is None or result.num_steps >= settings.num_steps:
+                return result
+            second = self._second(result.num_steps)
+            second.follow(self.state)
+            self.state = second  # the first one's optimizer and stored answers leave memory
+        print(f"Learning to draw in {settings.student_steps} steps, from the student's own paths", flush=True)
+        return self._train(observer, folder, settings.num_steps)
+
+    def _train(self, observer: Observer, folder: Folder, num_steps: int) -> TrainingResult:
+        state, settings = self.state, self.settings
+        options = settings.training_options(num_steps, has_measure=state.frozen is None)
+        saving = Saving(folder.checkpoints, state)
+        return train(
+            self.student, state.batches, state.trained.objective, options, observer, saving, settings.processes
+        )
+
+    def _second(self, first_step: int) -> RunState:
+        settings = self.settings
+        frozen = self._frozen()
+        num_steps = settings.num_steps - first_step
+        batches = build_few_step_batches(settings, self.prompt_embeds, frozen, max(1, num_steps))
+        objective = Objective(compute_dtype=settings.compute_dtype, device=settings.device)
+        trained = TrainedStudent(self.student, objective)
+        return RunState(
+            trained,
+            batches,
+            settings.optimization,
+            settings.num_steps,
+            settings.processes,
+            first_step=first_step,
+            frozen=frozen,
+        )
+
+    def _frozen(self) -> WanLiteStudent:
+        """Return a model of the student's shape, whose weights are yet to come."""
+        settings = self.settings
+        with torch.random.fork_rng(devices=[]):
+            frozen = WanLiteStudent(self.student.config).to(settings.device, settings.compute_dtype)
+        frozen.eval().requires_grad_(False)
+        if settings.compile:
+            compile_blocks([frozen])
+        if settings.shard_student:
+            settings.processes.shard(frozen)
+        return frozen
