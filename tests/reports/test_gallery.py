@@ -29,7 +29,15 @@ HOSTILE = "</h3><script>document.title='taken'</script><img src=x onerror=\"docu
 PROMPTS = ["a red circle", "a blue square", HOSTILE]
 DISTANCES, SHARPNESS = [0.2, 0.9, 0.1], [0.5, 0.7, 0.9]
 ROWS = [
-    {"who": "student", "steps": 8, "endpoint": 0.5, "teacher_steps": 3.4, "at_least": False, "times_cheaper": 2.3},
+    {
+        "who": "student",
+        "steps": 8,
+        "cost": 0.07,
+        "endpoint": 0.5,
+        "teacher_steps": 3.4,
+        "at_least": False,
+        "times_cheaper": 2.3,
+    },
     {"who": "teacher", "steps": 2, "endpoint": 0.8},
     {"who": "teacher", "steps": 10, "endpoint": 0.1},
 ]

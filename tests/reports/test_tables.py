@@ -45,6 +45,7 @@ def test_rows_hold_the_student_the_teacher_and_their_ratio():
     assert rows["what the prompt decides: error"] == ["0.1", "", ""]
     assert rows["what the noise decides: size"] == ["0.3", "0.4", "0.75"]
     assert rows["step flops"] == ["1", "2", "0.5"]
+    assert rows["cost of a picture, 8 steps; teacher as near"] == ["7.00%", "16.10%", "0.4348"]
 
 
 def test_the_screen_has_both_in_fewer_steps_and_what_the_figures_mean():

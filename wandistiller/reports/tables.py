@@ -40,6 +40,11 @@ def comparison_rows(results: dict, in_detail: bool = False) -> list[Row]:
     rows.append(_row("high frequency energy", *_three(results["high_frequency_energy"])))
     rows += _scores(results)
     rows += [_row(name.replace("_", " "), *_three(values)) for name, values in results["cost"].items()]
+    if "frontier" in results and (row := recommended_row(results["frontier"])) and row["times_cheaper"]:
+        name = f"cost of a picture, {row['steps']} steps; teacher as near"
+        rows.append(
+            _row(name, f"{row['cost']:.2%}", f"{row['cost'] * row['times_cheaper']:.2%}", 1 / row["times_cheaper"])
+        )
     for size, measured in results.get("by_size", {}).items():
         rows += _judged(f"{size}: prompt drawn right", measured)
         rows.append(_row(f"{size}: distance to the teacher's latents", measured["endpoint"]["latent_relative_error"]))
@@ -152,13 +157,19 @@ def _frontier_row(row: dict) -> Row:
     return row["who"], str(row["steps"]), row["sampler"], f"{row['cost']:.2%}", f"{row['seconds']:.3g}", *shown, *worth
 
 
+def recommended_row(frontier: dict) -> dict | None:
+    """Return the student's row at the recommended number of steps."""
+    rows = (
+        row for row in frontier["rows"] if row["who"] == "student" and row["steps"] == frontier["recommended_steps"]
+    )
+    return next(rows, None)
+
+
 def nearness(frontier: dict) -> str:
     """Say what the student is worth in the recommended number of steps."""
-    steps = frontier["recommended_steps"]
-    if steps is None:
+    if (row := recommended_row(frontier)) is None:
         return "The student's pictures hold no numbers that could be compared."
-    row = next(row for row in frontier["rows"] if row["who"] == "student" and row["steps"] == steps)
-    count, least = "1 step" if steps == 1 else f"{steps} steps", "more than " if row["at_least"] else ""
+    count, least = "1 step" if row["steps"] == 1 else f"{row['steps']} steps", "more than " if row["at_least"] else ""
     if row["teacher_steps"] is None:
         return f"In {count} the student is farther from the teacher's pictures than the teacher itself in its fewest steps."
     return (
