@@ -208,8 +208,9 @@ def outcome_of(done: Damage, ended: Ended, case: Path, group: Group, whole: str)
     said = ended.out + ended.err
     if any(name[:60] in said for name in done.names):
         return "refused" if ended.code == 2 else "named"
-    if ended.code == 2 and done.kind in ("without one", "renamed", "reshaped"):
-        return "refused by its file"  # which may be of another kind without it; of a LoRA the changed matrix is named
+    if ended.code == 2 and (done.kind in ("without one", "renamed", "reshaped") or "text-to-video models only" in said):
+        # Without it the file may be of another kind, whose name is told; of a LoRA the changed matrix is named.
+        return "refused by its kind"
     if ended.code == 2:
         return f"fault: refused without its name: {ended.err.strip().replace(str(case), '')[-160:]}"
     if done.names[-1] in HARMLESS:
