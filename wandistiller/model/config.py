@@ -227,12 +227,12 @@ class StudentConfig:
     @classmethod
     def load(cls, path: str | Path) -> "StudentConfig":
         """Read and check a student_config.json; `path` may also be the folder that holds it."""
-        path = Path(path) / CONFIG_NAME if os.path.isdir(path) else Path(path)
+        advice = "give a student_config.json (see config/)"
+        if os.path.isdir(path):
+            path, advice = Path(path) / CONFIG_NAME, f"what export_student.py writes is no student; {STUDENT_ADVICE}"
+        path = Path(path)
         if not os.path.lexists(path):  # unlike Path.exists it also answers for a name longer than names may be
-            raise ConfigError(
-                f"{path}: there is no such file; give a student_config.json (see config/), or the --output_dir of "
-                "train_distillation.py"
-            )
+            raise ConfigError(f"{path}: there is no such file; {advice}")
         with _errors_from(path):
             values = load_json(path, _each_key_once)
         return cls._from_value(values, str(path))
