@@ -29,7 +29,7 @@ RECIPES = {
     "trajectory": (RECIPE, 16, [FSDP, ["--shard", "student", "--batch_size", 1, "--grad_accum_steps", 2]]),
     # Maps are idle at replayed answers
     "maps of features, adamw": (
-        ["--init", "random", "--replay", 8, "--feature_loss_weight", 1, "--optimizer", "adamw"],
+        ["--replay", 8, "--feature_loss_weight", 1, "--optimizer", "adamw"],
         12,
         [FSDP],
     ),

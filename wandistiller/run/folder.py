@@ -70,13 +70,8 @@ class Folder:
             first_step, before = checkpoint.step, checkpoint.commands
             print(f"Resuming from step {first_step} of {self.path} (--overwrite starts anew)")
             if not checkpoint.has_same_batch:
-                had = checkpoint.batch_size
-                why = (
-                    f"a step had {had} samples, and has {settings.num_samples_per_step} now"
-                    if had
-                    else "this checkpoint was saved without them"
-                )
-                print(f"Training states start anew: {why}")
+                had, has = checkpoint.batch_size, settings.num_samples_per_step
+                print(f"Training states start anew: a step had {had} samples, and has {has} now")
         command = typed_command(SCRIPT, settings.command)
         self.checkpoints.commands = commands_so_far(before, first_step, command, settings.optimization.lr)
         return replace(self, resume_from=checkpoint)

@@ -43,7 +43,7 @@ class Manifest:
 
     Attributes:
         files: sha256 of every file of the folder.
-        batch_size: samples a step of the run, over all processes; None if the checkpoint has no training states.
+        batch_size: samples a step of the run, over all processes.
         first_step: steps before the stage of the run that it belongs to.
         commands: the commands that led to it, as `record.commands_so_far` has them.
         run: the description of the run that wrote it.
@@ -51,7 +51,7 @@ class Manifest:
 
     step: int
     files: dict[str, str]
-    batch_size: int | None
+    batch_size: int
     first_step: int
     commands: list[dict[str, object]]
     run: dict[str, object]
@@ -76,7 +76,7 @@ class Manifest:
             "step": manifest.step == _step_of(path) and type(manifest.step) is int,
             "files": isinstance(manifest.files, dict)
             and all(isinstance(value, str) for value in manifest.files.values()),
-            "batch_size": manifest.batch_size is None or type(manifest.batch_size) is int,
+            "batch_size": type(manifest.batch_size) is int,
             "first_step": type(manifest.first_step) is int and 0 <= manifest.first_step <= manifest.step,
             "commands": isinstance(manifest.commands, list) and all(map(_is_command, manifest.commands)),
             "run": isinstance(manifest.run, dict),
@@ -101,7 +101,7 @@ class Checkpoint:
     """A good checkpoint on disk.
 
     Attributes:
-        batch_size: samples a step of the run that wrote it, over all processes; None if it has no training states.
+        batch_size: samples a step of the run that wrote it, over all processes.
         has_same_batch: whether the run that resumes from it has as many, so that it can use the training states.
         first_step: steps before the stage of the run that it belongs to.
         commands: the commands that led to it.
@@ -109,7 +109,7 @@ class Checkpoint:
 
     step: int
     folder: Path
-    batch_size: int | None
+    batch_size: int
     has_same_batch: bool
     first_step: int
     commands: list[dict[str, object]]
@@ -223,13 +223,11 @@ class Checkpoints:
                 "start anew, add --overwrite (what is there is kept beside) or give another --output_dir"
             )
 
-    def save(self, step: int, tensors: dict[str, Tensor], has_states: bool = True, first_step: int = 0) -> None:
+    def save(self, step: int, tensors: dict[str, Tensor], first_step: int = 0) -> None:
         """Write a checkpoint, then drop the oldest beyond `keep`.
 
         Args:
             first_step: steps before the stage of the run that it belongs to.
-            has_states: whether the training states are among the tensors. A checkpoint without them is written when a step
-                has failed, and no older one is dropped for it.
 
         Raises:
             CheckpointError: the disk is full or cannot be written to; earlier checkpoints are untouched.
@@ -239,7 +237,7 @@ class Checkpoints:
             self.processes.first_then_all(lambda: self._make_room(folder))
             save_tensors(folder, {name: value.detach().contiguous() for name, value in tensors.items()})
             checksums = self._checksums(folder)
-            self.processes.first_then_all(lambda: self._finish(step, folder, checksums, has_states, first_step))
+            self.processes.first_then_all(lambda: self._finish(step, folder, checksums, first_step))
             self.good = [*(known for known in self.good if known != step), step]
         except (OSError, UserError) as error:
             last = next((path.stem for path in self._manifests() if _step_of(path) in self.good), None)
@@ -277,20 +275,19 @@ class Checkpoints:
         merged = self.processes.gathered(digests[None]).sum(dim=0, dtype=torch.uint8).cpu()
         return {name: bytes(row.tolist()).hex() for name, row in zip(names, merged, strict=True)}
 
-    def _finish(self, step: int, folder: Path, checksums: dict[str, str], has_states: bool, first_step: int) -> None:
+    def _finish(self, step: int, folder: Path, checksums: dict[str, str], first_step: int) -> None:
         """Write the manifest, which makes the folder a checkpoint."""
         manifest = Manifest(
             step=step,
             files=checksums,
-            batch_size=self.batch_size if has_states else None,
+            batch_size=self.batch_size,
             first_step=first_step,
             commands=self.commands,
             run=self.description,
         )
         fsync(folder)  # for the files' names; their contents are synced as they are written
         write_json(folder.with_suffix(".json"), asdict(manifest), indent=1, ensure_ascii=False)
-        if has_states:
-            self._drop_old(step)
+        self._drop_old(step)
 
     def _drop_old(self, step: int) -> None:
         """Remove the checkpoints before `step` that are not among the newest good ones.

@@ -12,7 +12,7 @@ from wandistiller.device import peak_memory_bytes, to_device
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes, full_tensor, local_part, without_averaging
 from wandistiller.step_metrics import StepMetrics, Stopwatch, mean_by_expert, mean_by_sigma
-from wandistiller.training.checkpoints import CheckpointError, Checkpoints
+from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.training.objective import Loss, Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.training.state import RunState
@@ -166,7 +166,8 @@ class _Loop:
         try:
             check_finite(step, found.sigmas, found.loss + found.feature_loss, found.grad_norm, self.options)
         except NonFiniteError as error:
-            self._save_last_good(error)
+            if self.checkpoints is not None and self.checkpoints.good:
+                error.args = (f"{error} The newest good checkpoint is step {max(self.checkpoints.good)}.",)
             raise
         self.state.update(found.loss)
         return found
@@ -216,25 +217,6 @@ class _Loop:
             return
         with self.state.averaged() as averaged:
             self.observer.draw(averaged, step)
-
-    def _save_last_good(self, error: NonFiniteError) -> None:
-        """Keep the weights that the failing step did not reach, unless they are broken themselves."""
-        checkpoints, step = self.checkpoints, self.state.step
-        if checkpoints is None or not self.options.save_every or not step:
-            return
-        if step not in checkpoints.good:
-            try:
-                check_weights(self.student, step, self.options, self.processes)
-                # Without the training states: these have given their part to the step that failed.
-                first_step = self.state.first_step
-                checkpoints.save(step, self.state.tensors(has_states=False), has_states=False, first_step=first_step)
-            except NonFiniteError:
-                return
-            except CheckpointError as failure:
-                error.args = (f"{error} The state before it could not be saved: {failure}",)
-                return
-        back = f"To go back further, remove what {checkpoints.folder} has of the newest steps."
-        error.args = (f"{error} The state before it, step {step}, is saved. {back}",)
 
 
 @dataclass(frozen=True)

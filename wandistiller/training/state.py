@@ -95,12 +95,8 @@ class RunState:
         if self.average is not None:
             self.average.copy_to_model()
 
-    def tensors(self, has_states: bool = True) -> dict[str, Tensor]:
-        """Return all of it by name, for `load` to read back. What is sharded in the run is sharded here too.
-
-        Args:
-            has_states: whether to include the training states, which are complete between steps only.
-        """
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all of it by name, for `load` to read back. What is sharded in the run is sharded here too."""
         reshard(self.trained)
         parts = {
             "trained": self.trained.state_dict(),
@@ -110,7 +106,7 @@ class RunState:
                 name: self.processes.rows(value)
                 if value.ndim
                 else value  # by slots; what has no dimension is a counter
-                for name, value in (self.batches.state_dict() if has_states else {}).items()
+                for name, value in self.batches.state_dict().items()
             },
             "frozen": {} if self.frozen is None else self.frozen.state_dict(),
             "run": {
@@ -146,7 +142,9 @@ class RunState:
 
     def _check(self, tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
         """Refuse tensors that are not the state of a run such as this one, before any of them is taken over."""
-        own = self.tensors(has_states=checkpoint.has_same_batch)
+        own = self.tensors()
+        if not checkpoint.has_same_batch:
+            own = {name: value for name, value in own.items() if not name.startswith("batches.")}
         if lacking := sorted(own.keys() - tensors.keys()):
             raise ValueError(f"it lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else ""))
         for name, like in own.items():
