@@ -47,7 +47,20 @@ def test_a_length_that_is_typed_in_steps_or_epochs_is_the_length(train, teachers
 
 
 def test_a_run_prints_what_the_preset_sets_and_resumes_with_the_values(train, teachers, tmp_path):
-    typed = ["--teacher_calls", 2, "--batch_size", 2, "--grad_accum_steps", 2, "--save_every", 4, "--replay", 4]
+    typed = [
+        "--teacher_calls",
+        2,
+        "--batch_size",
+        2,
+        "--grad_accum_steps",
+        2,
+        "--save_every",
+        4,
+        "--replay",
+        4,
+        "--student_steps",
+        "none",
+    ]
     first = train(teachers.one, PRUNED_CONFIG, "--preset", "1.3B-0.5B", *typed)
     assert first.code == 0, first.err
     line = next(line for line in first.out.splitlines() if line.startswith("Preset 1.3B-0.5B: "))

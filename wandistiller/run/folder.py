@@ -16,26 +16,14 @@ from wandistiller.files.output_folder import (
 )
 from wandistiller.processes import leave
 from wandistiller.run.dry_run import check_disk, workload_of
-from wandistiller.run.settings import Settings
+from wandistiller.run.settings import NEUTRAL, Settings
 from wandistiller.training.checkpoints import Checkpoint, Checkpoints
 from wandistiller.wan.settings import describe_teacher
 
 SCRIPT = "train_distillation.py"
-# Settings that a run must share with the one that it resumes, each with the value that it had, in effect, before it existed: a checkpoint
-# that lacks it counts as having that. The other settings say how long, how fast, and what is shown.
-COMPARED: dict[str, object] = {
-    "init": "projection",
-    "init_expert": "high",
-    "layers": None,
-    "states": "trajectory",
-    "sigma_range": (0.0, 1.0),
-    "calls_per_expert": 0,
-    "replay": 1,
-    "feature_loss_weight": 0.0,
-    "student_steps": None,
-    "seed": 0,
-}
-NEUTRAL = COMPARED | {
+# What else a run must share with the one that it resumes, with the value that counts where a checkpoint lacks it. All other settings
+# say how long, how fast, and what is shown.
+COMPARED = NEUTRAL | {
     "teacher_dtype": None,
     "image_sizes": None,
     "optimizer": "adamw",
@@ -84,7 +72,7 @@ def run_identity(settings: Settings) -> dict[str, object]:
     return {
         **{f"student {name}": value for name, value in shape if name != "distillation"},
         **describe_teacher(settings.wan_files, settings.teacher),
-        **{name: getattr(settings, name) for name in COMPARED},
+        **settings.recipe,
         "prompts": settings.prompts_digest,
         "teacher_cache": settings.teacher_cache is not None,
         "optimizer": settings.optimization.optimizer,
@@ -131,7 +119,7 @@ def open_folder(settings: Settings) -> Iterator[Folder]:
             settings.num_samples_per_step,
             settings.keep_checkpoints,
             processes,
-            neutral=NEUTRAL,
+            neutral=COMPARED,
         )
         resume_from = None if settings.overwrite else checkpoints.newest()
         check_disk(checkpoints, settings)

@@ -18,17 +18,6 @@ from wandistiller.walk.grids import segment_sigmas
 
 # Recorded as paths that are found from any folder
 PATHS = ("teacher_path", "teacher_path_low", "text_encoder_path", "data_path")
-RECORDED = (
-    "caption_column",
-    "init",
-    "init_expert",
-    "states",
-    "sigma_range",
-    "calls_per_expert",
-    "replay",
-    "feature_loss_weight",
-    "teacher_dtype",
-)
 
 
 def distillation_record(
@@ -40,9 +29,14 @@ def distillation_record(
         commands: the commands that made the student.
     """
     paths = {name: recorded_path(getattr(settings, name)) for name in PATHS}
-    recipe = {name: getattr(settings, name) for name in RECORDED}
-    made_by = {"base_model": hub_id(settings.teacher_path), "image_sizes": recorded_sizes(settings)}
-    known = {name: value for name, value in (paths | recipe | made_by).items() if value is not None}
+    own = {
+        "base_model": hub_id(settings.teacher_path),
+        "caption_column": settings.caption_column,
+        "teacher_dtype": settings.teacher_dtype,
+        "image_sizes": None if settings.has_one_square_size else [str(size) for size in settings.image_sizes],
+        "student_steps": None,  # until the second stage has begun
+    }
+    known = {name: value for name, value in (paths | settings.recipe | own).items() if value is not None}
     return {
         "num_processes": settings.processes.count,
         "commands": commands,
@@ -57,15 +51,9 @@ def distillation_record(
         "num_train_steps": result.num_steps,
         "batch_size": settings.num_samples_per_step,
         **asdict(settings.optimization),
-        "seed": settings.seed,
         "final_loss": result.losses[-1],
         "wandistiller_version": __version__,
     }
-
-
-def recorded_sizes(settings: Settings) -> list[str] | None:
-    """Return the image sizes as 640x384; None for the square of the config's image_size alone."""
-    return None if settings.has_one_square_size else [str(size) for size in settings.image_sizes]
 
 
 def teachers_world(settings: Settings) -> dict[str, object]:

@@ -9,13 +9,14 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from typing import Any
 
 from wandistiller.budget.workload import guided_fraction
 from wandistiller.device import pick_device
 from wandistiller.errors import UserError
 from wandistiller.model.config import MAX_PATCHES, StudentConfig
-from wandistiller.model.image_sizes import ImageSize, resolve_sizes, square
+from wandistiller.model.image_sizes import resolve_sizes, square
 from wandistiller.processes import Processes, join
 from wandistiller.reports.trackers import check_report
 from wandistiller.run.defaults import suggested_lr, suggested_replay, suggested_warmup
@@ -64,70 +65,28 @@ def resolve(flags: Flags, inputs: Inputs, command: Sequence[str] = ()) -> Settin
 def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes, command: Sequence[str] = ()) -> Settings:
     """Return the settings: what was typed, with every default and correction."""
     config, own, teacher = inputs.config, flags.optimization, files.teacher
-    sizes = pixel_sizes(flags, config, files)
-    states = resolve_states(flags, files.wan_files, config)
-    length = resolve_length(flags, inputs, files, states, sizes)
-    num_samples = own.batch_size * own.grad_accum_steps * processes.count
-    eval_every, held_out_steps = resolve_measuring(flags, teacher, length, num_samples)
-    decided = {
+    unit = teacher.vae_scale_factor * math.lcm(config.patch_size, files.wan_files.config.patch_size)
+    typed_sizes = flags.student.image_sizes or [square(config.image_size)]
+    known: dict[str, Any] = {
+        **vars(files),
+        **resolve_states(flags, files.wan_files, config),
+        **resolve_device(flags, processes),
         "command": list(command),
+        "processes": processes,
         "config": config,
         "teacher_levels": (teacher_levels(teacher) or ())[:-1],
         "prompts": inputs.prompts.train,
-        "held_out_prompts": inputs.prompts.held_out if eval_every else [],
         "prompts_digest": prompts_digest(inputs.prompts.train),
-        "image_sizes": sizes,
-        "optimization": resolve_optimization(flags, config, num_samples, length.first_stage_steps),
-        "processes": processes,
-        "eval_every": eval_every,
-        "held_out_steps": held_out_steps,
+        "image_sizes": resolve_sizes(typed_sizes, config.image_size, unit, MAX_PATCHES),
         "sample_every": flags.output.sample_every if files.vae_location else 0,
     }
-    names = {known.name for known in fields(Settings)}
-    typed = {name: value for name, value in flags.as_dict().items() if name in names}
-    parts = vars(files) | vars(states) | vars(length) | resolve_device(flags, processes)
-    return Settings(**(typed | decided | parts))
-
-
-# ---- sizes, states and length ----
-
-
-def pixel_sizes(flags: Flags, config: StudentConfig, files: Files) -> tuple[ImageSize, ...]:
-    """Return the image sizes that are trained at, in turn."""
-    unit = files.teacher.vae_scale_factor * math.lcm(config.patch_size, files.wan_files.config.patch_size)
-    given = flags.student.image_sizes or [square(config.image_size)]
-    return resolve_sizes(given, config.image_size, unit, MAX_PATCHES)
-
-
-@dataclass(frozen=True)
-class States:
-    """The states that the student learns at; names and meanings are those of `Settings`."""
-
-    states: str
-    sigma_range: tuple[float, float]
-    calls_per_expert: int
-    feature_loss_weight: float
-    teacher_offload: bool
-
-
-def resolve_states(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> States:
-    """Return the states: those that were typed, else the recipe that won, where it can be had."""
-    own = flags.states
-    low, high = own.sigma_range or ALL_LEVELS
-    has_paths, is_live = own.states != "noise", own.teacher_cache is None
-    offload = can_offload(flags, wan_files)
-    takes_turns = offload and own.states == "trajectory"
-    calls = given(own.calls_per_expert, OFFLOAD_CALLS_PER_EXPERT if takes_turns else 0)
-    features = FEATURE_LOSS_WEIGHT if has_paths and is_live else 0.0
-    return States(
-        states=own.states,
-        sigma_range=(low, high),
-        calls_per_expert=calls,
-        feature_loss_weight=comparable(
-            given(flags.objective.feature_loss_weight, features), flags.student.init, config
-        ),
-        teacher_offload=offload,
-    )
+    known |= resolve_length(flags, known)
+    num_samples = own.batch_size * own.grad_accum_steps * processes.count
+    known["optimization"] = resolve_optimization(flags, config, num_samples, known["first_stage_steps"])
+    known |= resolve_measuring(flags, teacher, known, num_samples)
+    known["held_out_prompts"] = inputs.prompts.held_out if known["eval_every"] else []
+    names = {setting.name for setting in fields(Settings)}
+    return Settings(**{name: value for name, value in flags.as_dict().items() if name in names} | known)
 
 
 def given(typed, otherwise):
@@ -135,64 +94,60 @@ def given(typed, otherwise):
     return otherwise if typed is None else typed
 
 
-def comparable(weight: float, init: str, config: StudentConfig) -> float:
-    """Return the weight of the hidden-state loss, which compares the channels that a student has from its teacher."""
-    if weight and (init == "random" or config.block != "wan"):
-        print("Hidden states are not compared: the student has none of the teacher's channels")
-        return 0.0
-    return weight
+# ---- states and length; `known` are the settings that are decided already, by their names ----
 
 
-def can_offload(flags: Flags, wan_files: WanFiles) -> bool:
-    """Return whether the teacher's experts are kept in host memory in turn."""
-    if flags.performance.teacher_offload and len(wan_files.experts) == 1:
+def resolve_states(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> dict[str, Any]:
+    """Return the states that the student learns at: those that were typed, else the recipe that won, where it can be had."""
+    own, offload = flags.states, flags.performance.teacher_offload
+    if offload and len(wan_files.experts) == 1:
         print("--teacher_offload is of no use here, this teacher has one expert; the usual states are trained on")
-        return False
-    return flags.performance.teacher_offload
+        offload = False
+    # A cache keeps no hidden states, and those at pure noise are not compared.
+    has_features = own.states != "noise" and own.teacher_cache is None
+    feature_loss_weight = given(flags.objective.feature_loss_weight, FEATURE_LOSS_WEIGHT if has_features else 0.0)
+    if feature_loss_weight and (flags.student.init == "random" or config.block != "wan"):
+        print("Hidden states are not compared: the student has none of the teacher's channels")
+        feature_loss_weight = 0.0
+    takes_turns = offload and own.states == "trajectory"
+    return {
+        "sigma_range": tuple(own.sigma_range or ALL_LEVELS),
+        "calls_per_expert": given(own.calls_per_expert, OFFLOAD_CALLS_PER_EXPERT if takes_turns else 0),
+        "feature_loss_weight": feature_loss_weight,
+        "teacher_offload": offload,
+    }
 
 
-@dataclass(frozen=True)
-class Length:
-    """How long a run is; names and meanings are those of `Settings`."""
-
-    replay: int
-    num_steps: int
-    first_stage_steps: int
-    student_steps: int | None
-    num_calls: int
-    guided_fraction: float
-
-
-def resolve_length(flags: Flags, inputs: Inputs, files: Files, states: States, sizes: Sequence[ImageSize]) -> Length:
-    """Return the steps of the run, and the teacher's calls that they take."""
-    own, teacher = flags.optimization, files.teacher
-    guided = guided_fraction(teacher, states.sigma_range)
-    replay = flags.states.replay or suggested_replay(
-        files.wan_files.config,
-        inputs.config,
-        max((teacher.latent_shape(inputs.config, size)[1:] for size in sizes), key=math.prod),
-        guided_fraction=guided,
-    )
-    student_steps = few_steps(flags, teacher, states)
+def resolve_length(flags: Flags, known: dict[str, Any]) -> dict[str, Any]:
+    """Return the steps of the run and of its first stage, and the teacher's calls that they take."""
+    own, teacher, config, sizes = flags.optimization, known["teacher"], known["config"], known["image_sizes"]
+    guided = guided_fraction(teacher, known["sigma_range"])
+    largest = max((teacher.latent_shape(config, size)[1:] for size in sizes), key=math.prod)
+    replay = flags.states.replay or suggested_replay(known["wan_files"].config, config, largest, guided_fraction=guided)
+    student_steps = few_steps(flags, teacher, known["sigma_range"])
     if own.max_steps is not None or own.num_epochs is not None or own.teacher_calls is None:
-        epochs = steps_of_epochs(own.num_epochs or 1, len(inputs.prompts.train), samples_per_step(flags))
+        epochs = steps_of_epochs(own.num_epochs or 1, len(known["prompts"]), samples_per_step(flags))
         num_steps = own.max_steps or epochs
         first = math.ceil(FIRST_STAGE_SHARE * num_steps) if student_steps else num_steps
     else:
         first = replay * own.teacher_calls
         num_steps = round(first / FIRST_STAGE_SHARE) if student_steps else first
-    student_steps = student_steps if num_steps > first else None
-    schedules = make_schedules(first, replay, len(sizes))
-    num_calls = sum(schedule.num_calls for schedule in schedules)
-    return Length(replay, num_steps, first, student_steps, num_calls, guided)
+    return {
+        "guided_fraction": guided,
+        "replay": replay,
+        "num_steps": num_steps,
+        "first_stage_steps": first,
+        "student_steps": student_steps if num_steps > first else None,
+        "num_calls": sum(schedule.num_calls for schedule in make_schedules(first, replay, len(sizes))),
+    }
 
 
-def few_steps(flags: Flags, teacher: TeacherSettings, states: States) -> int | None:
+def few_steps(flags: Flags, teacher: TeacherSettings, sigma_range: tuple[float, float]) -> int | None:
     """Return the steps that the student learns to draw in; None for those of the teacher."""
     typed = flags.objective.student_steps
     if typed is not None:
         return typed or None
-    can = not teacher.has_few_levels and states.sigma_range == ALL_LEVELS
+    can = not teacher.has_few_levels and sigma_range == ALL_LEVELS
     return STUDENT_STEPS if can and teacher.num_inference_steps > STUDENT_STEPS else None
 
 
@@ -210,13 +165,15 @@ def resolve_optimization(flags: Flags, config: StudentConfig, num_samples: int, 
     )
 
 
-def resolve_measuring(flags: Flags, teacher: TeacherSettings, length: Length, num_samples: int) -> tuple[int, int]:
+def resolve_measuring(
+    flags: Flags, teacher: TeacherSettings, known: dict[str, Any], num_samples: int
+) -> dict[str, int]:
     """Return the steps between held-out measurements (0: none), and the teacher's steps on a measured path."""
-    num_steps = path_steps(teacher)
-    if flags.output.eval_every is not None:
-        return flags.output.eval_every, num_steps
-    is_cheap = NUM_PATHS * num_steps <= MAX_SHARE * length.num_calls * num_samples
-    return math.ceil(length.first_stage_steps / NUM_MEASUREMENTS) if is_cheap else 0, num_steps
+    num_steps, eval_every = path_steps(teacher), flags.output.eval_every
+    if eval_every is None:
+        is_cheap = NUM_PATHS * num_steps <= MAX_SHARE * known["num_calls"] * num_samples
+        eval_every = math.ceil(known["first_stage_steps"] / NUM_MEASUREMENTS) if is_cheap else 0
+    return {"eval_every": eval_every, "held_out_steps": num_steps}
 
 
 # ---- device ----

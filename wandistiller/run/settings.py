@@ -1,8 +1,9 @@
 """The settings of a run: every value that it needs, decided once (resolve.py) before anything is written or a weight is read."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,15 @@ from wandistiller.wan.text_encoder_files import TextEncoderFiles
 from wandistiller.wan.wan_files import WanFiles
 
 
+def compared(neutral: object) -> Any:
+    """Declare a setting that decides the student: it is recorded, and compared where a run resumes.
+
+    Args:
+        neutral: the value that counts where a checkpoint was written before the setting existed.
+    """
+    return field(metadata={"neutral": neutral})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that a run needs to know. A field that is named as a flag has the value that counts, typed or not.
@@ -27,39 +37,21 @@ class Settings:
 
     Attributes:
         command: the words after the script's name.
-
-        teacher_path, teacher_path_low, text_encoder_path, vae_path, data_path, caption_column, eval_prompts: as they were typed.
         wan_files: the teacher by its headers.
         teacher: how it is sampled; shift, guidance and latents are here.
         teacher_levels: the only noise levels it knows, from 1 down; () where it knows all.
         encoder: the text encoder and its tokenizer on disk; None: the mock's stand-in embeddings.
         vae_location: the VAE of the sample pictures; None: none are drawn.
-        prompts: the prompts to train on.
         held_out_prompts: the prompts to measure on; [] where nothing is measured.
-        prompts_digest: of the prompts, for checkpoints and caches.
-
         config: shape of the student.
-        layers: teacher layer of each student block; None: evenly spread.
         image_sizes: in pixels; one or more, in turn.
-
-        states, sigma_range, calls_per_expert, replay: the states trained on.
-        student_steps: steps that the student draws in, after a second stage; None: those of the teacher, and there is no second stage.
-        teacher_cache: folder of the teacher's answers; None: they are in memory.
-        cache_part: (I, N): fill this part of the cache and end; None: train.
-        num_calls: teacher batches of the whole run, of `num_samples_per_step` samples each.
-        guided_fraction: of the teacher's answers, those with two passes.
-
+        student_steps: steps that the student draws in, after a second stage; None: those of the teacher, in one stage.
         num_steps: optimizer steps of the whole run.
         first_stage_steps: of these, those that learn the velocity.
-        optimization: learning rate, optimizer, EMA.
-
-        dtype: of matrix products, "fp32" or "bf16".
-        teacher_dtype: of the teacher's weights, "fp32", "bf16" or "fp8".
+        num_calls: teacher batches of the whole run, of `num_samples_per_step` samples each.
+        guided_fraction: of the teacher's answers, those with two passes.
         is_for_gpu: whether it runs on a GPU or (--dry_run) is planned for one.
-
-        eval_every: steps between held-out measurements; 0: none.
         held_out_steps: of the teacher on a measured path (held_out.py).
-        sample_every: steps between sample pictures; 0: none.
     """
 
     command: list[str]
@@ -82,16 +74,16 @@ class Settings:
     prompt_cache: str
     # Student
     config: StudentConfig
-    init: str
-    init_expert: str
-    layers: list[int] | None
+    init: str = compared("projection")
+    init_expert: str = compared("high")
+    layers: list[int] | None = compared(None)
     image_sizes: tuple[ImageSize, ...]
     # States
-    states: str
-    sigma_range: tuple[float, float]
-    calls_per_expert: int
-    replay: int
-    student_steps: int | None
+    states: str = compared("trajectory")
+    sigma_range: tuple[float, float] = compared((0.0, 1.0))
+    calls_per_expert: int = compared(0)
+    replay: int = compared(1)
+    student_steps: int | None = compared(None)
     teacher_cache: str | None
     offline_teacher: bool
     cache_part: tuple[int, int] | None
@@ -102,9 +94,9 @@ class Settings:
     first_stage_steps: int
     batch_size: int
     grad_accum_steps: int
-    feature_loss_weight: float
+    feature_loss_weight: float = compared(0.0)
     optimization: OptimizationOptions
-    seed: int
+    seed: int = compared(0)
     # Performance
     processes: Processes
     dtype: str
@@ -179,7 +171,15 @@ class Settings:
             seed=self.seed,
         )
 
+    @property
+    def recipe(self) -> dict[str, object]:
+        """Settings that decide the student, by their names."""
+        return {name: getattr(self, name) for name in NEUTRAL}
+
     def as_dict(self) -> dict[str, object]:
         """Return the values that are numbers or text by their names, for a tracker."""
         plain = {name: value for name, value in vars(self).items() if isinstance(value, (str, int, float, tuple))}
         return plain | vars(self.optimization)
+
+
+NEUTRAL = {known.name: known.metadata["neutral"] for known in fields(Settings) if known.metadata}
