@@ -18,7 +18,7 @@ def _preset(teacher_path: str, student_config: str, **flags: object) -> dict[str
 _WAN_1_3B, _WAN_5B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 _WAN_14B, _WAN_A14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 # A batch of 1.3B and 5B costs about what a student of half or a fifth of its size takes to learn from it four times, one of 14B
-# eight times. The calls are those that about 96,000 steps take.
+# eight times. The calls are those of about 96,000 steps, beside those of the second stage.
 _CHEAP: dict[str, Any] = {"num_prompts": 40_000, "teacher_calls": 24_000, "replay": 4}
 _DEAR: dict[str, Any] = {"num_prompts": 20_000, "teacher_calls": 12_000, "replay": 8}
 _WHOLE: dict[str, Any] = {"batch_size": 16, "grad_accum_steps": 2}
