@@ -35,7 +35,7 @@ def house(tmp_path_factory) -> Path:
 
 
 def studio_of(house: Path, outputs: Path) -> Studio:
-    students = {folder.name: folder for folder in find_students(str(outputs), None).values()}
+    students = find_students(str(outputs), None)
     return Studio(students, compute=ComputeFlags(device="cpu"), prompt_cache=str(house / "cache"))
 
 
@@ -121,7 +121,7 @@ def test_students_are_those_with_weights_and_the_named_one_comes_first(house, tm
         shutil.copytree(house / "student", tmp_path / "outputs" / name)
     (tmp_path / "outputs" / "unfinished").mkdir()
     found = find_students(str(tmp_path / "outputs"), str(tmp_path / "outputs" / "old"))
-    assert list(found) == [str(tmp_path / "outputs" / name) for name in ("old", "new")]
+    assert list(found) == ["old", "new"]
     for outputs, student, words in (
         (tmp_path / "none", None, "holds no folder of a trained student"),
         (tmp_path / "outputs", tmp_path / "none", "there is no such folder"),

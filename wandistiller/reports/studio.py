@@ -126,7 +126,12 @@ def find_students(outputs: str | None, student: str | None) -> dict[str, Path]:
         raise UserError(
             f"--outputs {outputs}: holds no folder of a trained student; give the folder that --output_dir lies in, or --student"
         )
-    return {str(folder): folder for folder in found}
+    named: dict[str, Path] = {}
+    for folder in found:
+        name = folder.resolve().name
+        is_taken = name in named and named[name].resolve() != folder.resolve()
+        named.setdefault(str(folder) if is_taken else name, folder)
+    return named
 
 
 class Studio:
