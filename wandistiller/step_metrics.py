@@ -16,8 +16,8 @@ class StepMetrics:
 
     Attributes:
         teacher_calls: batches that the teacher has answered so far.
-        loss_by_sigma: mean squared velocity error of the step's samples in equal buckets of sigma; None for an empty bucket.
-        loss_by_expert: the same at the noise levels of either expert, for a teacher of two.
+        loss_by_sigma: relative squared velocity error of the step's samples in equal buckets of sigma; None for an empty bucket.
+        stage: 1 while the student learns the velocity, 2 while it learns to draw in few steps; their losses are of other targets.
         feature_loss: what the feature loss adds; None for an answer without hidden states.
         velocity_error: the held-out error, which is the relative error of the velocity at states that are never trained on, by
             kind of state; None if this step did not measure it.
@@ -33,7 +33,7 @@ class StepMetrics:
     eta_s: float
     teacher_calls: int = 0
     loss_by_sigma: list[float | None] = field(default_factory=list)
-    loss_by_expert: dict[str, float | None] | None = None
+    stage: int = 1
     feature_loss: float | None = None
     velocity_error: dict[str, float] | None = None
     memory_bytes: int | None = None
@@ -45,14 +45,6 @@ def mean_by_sigma(sigmas: Sequence[float], values: Sequence[float]) -> list[floa
     for sigma, value in zip(sigmas, values, strict=True):
         buckets[min(int(sigma * NUM_BUCKETS), NUM_BUCKETS - 1)].append(value)
     return [sum(bucket) / len(bucket) if bucket else None for bucket in buckets]
-
-
-def mean_by_expert(sigmas: Sequence[float], values: Sequence[float], boundary: float) -> dict[str, float | None]:
-    """Return the mean of the values at the noise levels of either expert; sigma = `boundary` is the high-noise expert's."""
-    sides: dict[str, list[float]] = {"high": [], "low": []}
-    for sigma, value in zip(sigmas, values, strict=True):
-        sides["high" if sigma >= boundary else "low"].append(value)
-    return {name: sum(side) / len(side) if side else None for name, side in sides.items()}
 
 
 class Stopwatch:

@@ -308,8 +308,6 @@ def test_the_time_of_a_run_counts_each_process_that_went_on_with_it():
 def test_losses_are_compared_over_the_first_and_the_last_tenth():
     lines = lines_of(20)
     assert metrics.loss_change(lines) == pytest.approx(((1 + 1 / 2) / 2, (1 / 19 + 1 / 20) / 2))
-    changes = metrics.loss_change_by_sigma(lines)
-    assert changes[0] == (None, None) and changes[2] == pytest.approx((1.15, 2.95))
 
 
 def test_the_command_is_quoted_for_the_shell_and_going_on_does_not_start_anew(monkeypatch):

@@ -157,17 +157,14 @@ def test_the_map_of_the_feature_loss_learns_beside_the_student_and_is_no_part_of
 # ---- what a step reports ----
 
 
-def test_losses_are_reported_by_noise_level_and_by_expert_whose_boundary_is_the_high_ones():
+def test_losses_are_reported_by_noise_level():
     sigma = torch.tensor([0.05, 0.07, 0.875, 0.999, 1.0])
     velocity = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])[:, None, None, None].expand(5, 16, 4, 4)
     same = {"size": 5, "sigma": sigma, "velocity": velocity}
     by_sample = OBJECTIVE(make_student(), make_batch(1, **same)).by_sample.tolist()
-    (metrics,) = reported_by(Lessons(**same), 1, boundary=0.875)
+    (metrics,) = reported_by(Lessons(**same), 1)
     expected = [sum(by_sample[:2]) / 2, *[None] * 7, by_sample[2], sum(by_sample[3:]) / 2]
-    assert metrics.loss_by_sigma == pytest.approx(expected)
-    assert metrics.loss_by_expert == pytest.approx({"high": sum(by_sample[2:]) / 3, "low": sum(by_sample[:2]) / 2})
-    (metrics,) = reported_by(Lessons(), 1)
-    assert metrics.loss_by_expert is None
+    assert metrics.loss_by_sigma == pytest.approx(expected) and metrics.stage == 1
 
 
 @pytest.mark.parametrize("every, due", [(0, []), (3, [3, 6, 7]), (7, [7]), (100, [7])])

@@ -112,7 +112,6 @@ def waits_of_steps(
         num_steps=NUM_STEPS,
         optimization=OptimizationOptions(lr=1e-3, optimizer="muon", ema_decay=0.9),
         device=GPU,
-        boundary=BOUNDARY,
     )
     steps = Steps(gpu)
     with gradients_of_nothing(TrainedStudent(student, objective)):

@@ -90,19 +90,10 @@ def first_and_last(lines: Sequence[dict]) -> tuple[Sequence[dict], Sequence[dict
 
 
 def loss_change(lines: Sequence[dict]) -> tuple[float | None, float | None]:
-    """Return the mean loss of the first and of the last steps."""
-    first, last = (mean_of(line.get("loss") for line in part) for part in first_and_last(lines))
+    """Return the mean loss of the first and of the last steps of the stage that learns the velocity."""
+    known = [line for line in lines if line.get("stage", 1) == 1]
+    first, last = (mean_of(line.get("loss") for line in part) for part in first_and_last(known))
     return first, last
-
-
-def loss_change_by_sigma(lines: Sequence[dict]) -> list[tuple[float | None, float | None]]:
-    """Return the mean loss of the first and of the last steps in each bucket of sigma, from the lowest."""
-    known = [line["loss_by_sigma"] for line in lines if line.get("loss_by_sigma")]
-    first, last = first_and_last(known)
-    return [
-        (mean_of(losses[bucket] for losses in first), mean_of(losses[bucket] for losses in last))
-        for bucket in range(NUM_BUCKETS if known else 0)
-    ]
 
 
 def held_out_error(lines: Sequence[dict]) -> dict[str, float] | None:

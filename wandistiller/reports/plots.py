@@ -97,7 +97,7 @@ def _plot_losses(axes, lines: Sequence[dict]) -> None:
         values = [line["loss_by_sigma"][bucket] if line.get("loss_by_sigma") else None for line in lines]
         plot_means(values, color=color, label=f"sigma {bucket_name(bucket, NUM_BUCKETS)}")
     plot_means(losses, color=BLACK, linewidth=2, label="all")
-    _finish(axes, "loss: squared velocity error" + (", smoothed" if size > 1 else ""))
+    _finish(axes, "loss: relative squared error" + (", smoothed" if size > 1 else ""))
 
 
 def _finish(axes, what: str) -> None:

@@ -149,7 +149,8 @@ def summary_lines(folder: Path, calls: str) -> list[str]:
         "teacher": f"{record['teacher_path']}; {calls}",
         "student": f"{config.num_parameters:,} parameters, {config.block}, {sizes} px",
         "time": f"{format_duration(training_seconds(steps))} of training, {record['batch_size']} samples a step",
-        "loss": last and f"{first:.4g} over the first tenth of the steps, {last:.4g} over the last",
+        "loss": last
+        and f"{first:.4g} over the first tenth of the steps that learn the velocity, {last:.4g} over the last",
         "held out": errors and held_out_text(errors),
         "files": f"{folder}: {', '.join(name for name in SHOWN_FILES if (folder / name).exists())}",
     }

@@ -166,7 +166,6 @@ class Settings:
             eval_every=self.eval_every if has_measure else 0,
             sample_every=self.sample_every,
             save_every=self.save_every,
-            boundary=self.teacher.boundary_ratio,
             device=self.device,
             seed=self.seed,
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from wandistiller.device import peak_memory_bytes, to_device
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes, full_tensor, local_part, without_averaging
-from wandistiller.step_metrics import StepMetrics, Stopwatch, mean_by_expert, mean_by_sigma
+from wandistiller.step_metrics import StepMetrics, Stopwatch, mean_by_sigma
 from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.training.objective import Loss, Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
@@ -35,7 +35,6 @@ class TrainingOptions:
         eval_every: steps between measurements on held-out states; 0 is none.
         sample_every: steps between sample pictures; 0 is none.
         save_every: steps between checkpoints; 0 is none, not even at the end.
-        boundary: noise level between the teacher's two experts, by which losses are reported.
     """
 
     batch_size: int
@@ -44,7 +43,6 @@ class TrainingOptions:
     eval_every: int = 0
     sample_every: int = 0
     save_every: int = 0
-    boundary: float | None = None
     device: str = "cpu"
     seed: int = 0
 
@@ -191,7 +189,6 @@ class _Loop:
             return {"velocity_error": self.observer.evaluate(averaged)}
 
     def _metrics(self, step: int, found: "_Measured", lr: float, measured: dict[str, Any]) -> StepMetrics:
-        boundary = self.options.boundary
         return StepMetrics(
             step,
             found.loss,
@@ -200,7 +197,7 @@ class _Loop:
             *self.stopwatch.lap(step, len(found.sigmas)),
             teacher_calls=self.state.teacher_calls,
             loss_by_sigma=mean_by_sigma(found.sigmas, found.by_sample),
-            loss_by_expert=None if boundary is None else mean_by_expert(found.sigmas, found.by_sample, boundary),
+            stage=1 if self.state.frozen is None else 2,
             feature_loss=found.feature_loss if found.has_features else None,
             memory_bytes=peak_memory_bytes(self.processes.device),
             **measured,
