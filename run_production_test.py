@@ -22,7 +22,6 @@ from wandistiller.run.inputs import read_inputs
 HIDDEN_SIZE, DEPTH, LATENT_SIZE = 256, 4, 8
 HEAD_DIM = 64  # for a wan student whose own heads do not fill HIDDEN_SIZE
 BATCH_SIZE, MAX_PROMPTS = 2, 200
-LEAST_STEPS_OF_TWO_STAGES = 3  # the first half of fewer has no second stage, and would be another run
 DEFAULTS: dict[str, object] = {
     "teacher_path": "mock",
     "student_config": "config/student_config.json",
@@ -97,8 +96,6 @@ def train_and_resume(flags: Flags, num_steps: int) -> None:
     torch.set_num_threads(1)
     half = max(1, num_steps // 2)
     whole = changed(flags, save_every=half, eval_every=half)
-    if half < LEAST_STEPS_OF_TWO_STAGES:
-        whole = changed(whole, student_steps=0)
     for part in (changed(whole, max_steps=half), changed(whole, overwrite=False)):
         if distil(part, []) == 130:
             raise KeyboardInterrupt

@@ -68,14 +68,17 @@ def write_config(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def train(run_main, write_config, tmp_path, teachers: Teachers):
-    """Train a student of `config` on the CPU; returns the outcome. Flags given here win over the defaults below."""
+    """Train a student of `config` on the CPU; returns the outcome. Flags given here win over the defaults below.
+
+    There is one stage, so that the teacher is asked at all steps; tests of the second one type --student_steps.
+    """
 
     def run(teacher: Path | str, config: dict, *flags: object, output_dir: Path | None = None):
         folder = output_dir or tmp_path / "out"
         return run_main(
             train_distillation.main, "--teacher_path", teacher, "--student_config", write_config(config),
             "--data_path", PROMPTS, "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--output_dir", folder,
-            "--num_samples", 0, "--save_every", 0, *flags,
+            "--num_samples", 0, "--save_every", 0, "--student_steps", "none", *flags,
         )  # fmt: skip
 
     return run
@@ -83,10 +86,7 @@ def train(run_main, write_config, tmp_path, teachers: Teachers):
 
 @pytest.fixture
 def flags_of(teachers, write_config, tmp_path):
-    """The command line of a run on the CPU, into a folder of the test's own.
-
-    It has one stage, so that the teacher is asked at all steps; tests of the second one type --student_steps.
-    """
+    """The command line of a run on the CPU, into a folder of the test's own; of one stage, as `train`'s."""
 
     def flags(output: str, *flags: object, teacher: Path | None = None, config: dict = PRUNED_CONFIG) -> list[str]:
         words = [

@@ -137,7 +137,7 @@ def resolve_length(flags: Flags, known: dict[str, Any]) -> dict[str, Any]:
         "replay": replay,
         "num_steps": num_steps,
         "first_stage_steps": first,
-        "student_steps": student_steps if num_steps > first else None,
+        "student_steps": student_steps,
         "num_calls": sum(schedule.num_calls for schedule in make_schedules(first, replay, len(sizes))),
     }
 
