@@ -44,7 +44,7 @@ def test_replay_grows_with_what_an_answer_costs_and_is_bounded():
 
 
 def test_a_run_says_what_was_chosen_and_the_student_records_it(train, teachers, tmp_path):
-    outcome = train(teachers.one, PRUNED_CONFIG, "--teacher_calls", 3, "--batch_size", 4)
+    outcome = train(teachers.one, PRUNED_CONFIG, "--student_steps", 4, "--teacher_calls", 3, "--batch_size", 4)
     assert outcome.code == 0, outcome.err
     record = StudentConfig.load(tmp_path / "out").distillation
     assert record["optimizer"] == "muon" and record["replay"] == MIN_REPLAY and record["num_train_steps"] == 18

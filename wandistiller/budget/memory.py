@@ -129,8 +129,10 @@ def _feature_components(workload: Workload) -> list[Component]:
     tokens = workload.num_features * workload.batch_size * workload.teacher_tokens
     width, whole = workload.student.hidden_size, FP32 * tokens * workload.teacher.hidden_size
     targets = FP32 * tokens * width
-    # Of what was mapped, of its rounding and of the difference; and the mask, a byte each
-    errors = tokens * width * (3 * FP32 + 1)
+    # At the end of the forward pass: the difference, the mask of a byte, and what goes into the map as it is computed with. With
+    # checkpointing the most is there while a block is recomputed, and then gradients alone have stayed of them.
+    compute = BYTES[workload.dtype]
+    errors = tokens * width * (compute if workload.gradient_checkpointing else FP32 + 1 + compute)
     # The teacher's are whole until it has answered. Those of two experts, or with and without guidance, are copied together: at
     # most while the second one answers all states but one.
     moments = [activations + whole, whole + targets]
@@ -167,11 +169,11 @@ def _student_components(workload: Workload) -> list[Component]:
     kept = ("one block's, and every block's input" if is_checkpointed else "all blocks'") + f", {samples}"
     moments = "muon's one of matrices in blocks, adamw's two of the rest"
     moments = moments if workload.optimizer == "muon" else f"{workload.optimizer}'s two"
+    what = f"{count.total:,} parameters" + (" and maps of hidden states" if maps else "") + f", fp32{split}"
     return [
-        Component("student weights", own, f"{count.total:,} parameters, fp32{split}", phase),
+        Component("student weights", own + FP32 * maps, what, phase),
         Component("gradients", own + FP32 * maps, f"fp32{split}", phase if workload.keeps_gradients else "updating"),
         Component("optimizer moments", math.ceil(moment_bytes(workload) / parts), moments + split, phase),
-        Component("feature maps", _map_bytes(workload) // parts, f"with moments, fp32{split}", phase),
         Component("average of weights", own if workload.ema else 0, f"EMA, fp32{split}", phase),
         Component("weights to compute with", _compute_copies(workload, activations), workload.dtype, "learning"),
         Component("student activations", activations, kept, "learning"),
@@ -207,20 +209,15 @@ def _compute_copies(workload: Workload, activations: int) -> int:
 
 
 def moment_bytes(workload: Workload) -> int:
-    """Return the bytes of the optimizer's moments, over all processes that share them."""
+    """Return the bytes of the optimizer's moments, over all processes that share them; those of the maps are AdamW's."""
     count = count_parameters(workload.student)
     matrices = workload.student.depth * count.block_matrices if workload.optimizer == "muon" else 0
-    return MOMENT_BYTES[workload.optimizer] * count.total - FP32 * matrices
+    return MOMENT_BYTES[workload.optimizer] * (count.total + _map_parameters(workload)) - FP32 * matrices
 
 
 def _map_parameters(workload: Workload) -> int:
     """Count the parameters of the maps of hidden states."""
     return workload.num_features * (workload.student.hidden_size + 1) * workload.student.hidden_size
-
-
-def _map_bytes(workload: Workload) -> int:
-    """Return the bytes of the maps with their moments, which are AdamW's whoever moves the student."""
-    return (FP32 + MOMENT_BYTES[workload.optimizer]) * _map_parameters(workload)
 
 
 def _frozen_bytes(workload: Workload) -> int:
@@ -254,7 +251,7 @@ def checkpoint_bytes(workload: Workload) -> int:
     weights = (2 if workload.ema else 1) * FP32 * count_parameters(workload.student).total
     if workload.segment_passes:
         weights += BYTES[workload.dtype] * count_parameters(workload.student).total
-    weights += _map_bytes(workload)
+    weights += FP32 * _map_parameters(workload)
     states = _states(workload).num_bytes + _stored_feature_bytes(workload)
     return weights + moment_bytes(workload) + workload.num_processes * states
 
