@@ -141,7 +141,7 @@ def test_a_student_equal_to_its_teacher_scores_perfectly(house, tmp_path, scorer
 
 
 def test_a_student_of_few_steps_is_drawn_in_these_alone_and_the_frontier_may_be_left_out(house, tmp_path):
-    student = train_student(tmp_path / "few", house / "teacher", "--student_steps", "2")
+    student = train_student(tmp_path / "few", house / "teacher", "--student_steps", "2", "--max_steps", "3")
     results = evaluate(student, house / "world.txt", tmp_path / "out")
     assert "accuracy" not in results, "no record of a teacher or student names a judge"
     student_rows = [row for row in results["frontier"]["rows"] if row["who"] == "student"]

@@ -515,7 +515,7 @@ SPOILT = {
     "a missing head": (lambda t: t.pop("head.head.weight"), "looked for"),
     "a wrong shape": (
         lambda t: t.update({"blocks.1.cross_attn.k.weight": torch.zeros(128, 64)}),
-        "to_k.weight has shape [128, 64]",
+        "has shape [128, 64]",
     ),
     "a missing scale": (
         lambda t: t.pop("blocks.0.ffn.0.scale_weight"),

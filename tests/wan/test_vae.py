@@ -131,7 +131,7 @@ NAME = "decoder.mid_block.resnets.0.conv1.weight"
             "decoder.extra.weight",
         ),
         (lambda f: edit_tensors(f, lambda t: t.pop(NAME)), f"1 of .* the first is {NAME}"),
-        (lambda f: edit_tensors(f, lambda t: t.update({NAME: torch.ones(2, 2)})), f"{NAME} has shape"),
+        (lambda f: edit_tensors(f, lambda t: t.update({NAME: torch.ones(2, 2)})), f"{NAME}' has shape"),
         (lambda f: edit_tensors(f, lambda t: t.update({NAME: t[NAME].to(torch.int32)})), "stored as I32"),
         (lambda f: edit_tensors(f, lambda t: t.pop("encoder.conv_in.weight")), "holds no VAE of a Wan"),
         (lambda f: to_index(f, "weights.bin"), "only .safetensors shards are read"),

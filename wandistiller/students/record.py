@@ -44,6 +44,10 @@ SIZES = Kind(
     f'a list of 1 to {MAX_SIZES} sizes such as "640x384", no side above 32768',
     lambda value: isinstance(value, list) and 0 < len(value) <= MAX_SIZES and all(map(is_size, value)),
 )
+LAYERS = Kind(
+    "a list of the teacher's layers, whole numbers",
+    lambda value: isinstance(value, list) and all(type(layer) is int for layer in value),
+)
 
 
 def entry(kind: Kind | None = None) -> Any:
@@ -64,6 +68,7 @@ class StudentRecord:
         teacher_sampler: "euler": the teacher, and so the student, has noise levels of its own only.
         sigma_range: noise levels trained at.
         latents_mean, latents_std: per channel; model space is (z - mean) / std.
+        layers: teacher layer that each block was cut from.
         image_sizes: sizes trained at, each as 640x384; None: the square of the config's image_size.
     """
 
@@ -87,6 +92,7 @@ class StudentRecord:
     vae_scale_factor: int | None = entry()
     latents_mean: list[float] | None = entry()
     latents_std: list[float] | None = entry()
+    layers: list[int] | None = entry(LAYERS)
     image_sizes: list[str] | None = entry(SIZES)
 
     @classmethod
