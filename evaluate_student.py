@@ -277,8 +277,13 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_args(argv)
     config = load_student_config(flags.student)
     given = flags.prompts
-    how = {"num_drawn": given.num_prompts, "held_out": True, "prompt_per": given.prompt_per}
-    file = load_prompts(given.prompts_file, given.caption_column, **how)
+    file = load_prompts(
+        given.prompts_file,
+        given.caption_column,
+        num_drawn=given.num_prompts,
+        held_out=True,
+        prompt_per=given.prompt_per,
+    )
     prompts = list(file.prompts[: given.num_prompts])
     if file.notice:
         print(f"{flags.prompts.prompts_file}: {file.notice}")

@@ -192,7 +192,7 @@ def measure_cost(experiment: Experiment) -> dict[str, dict]:
     height, width = latents.shape[2:]
     flops = {name: step_flops(field, (height, width), experiment.num_tokens) for name, field in fields.items()}
     seconds = measures.median_seconds(asked, options.device)
-    rows = {"parameters": parameters, "step_seconds": seconds, "step_flops": flops}
+    rows: dict[str, dict] = {"parameters": parameters, "step_seconds": seconds, "step_flops": flops}
     return {name: compared(**row) for name, row in rows.items()}
 
 

@@ -114,11 +114,11 @@ def compare_scores(
     results: dict = {"scores": {}}
     for scorer in scorers:
         found = {name: scorer.embed_pictures(drawn, batch_size, device) for name, drawn in pictures.items()}
-        by_prompt = [directions.unflatten(0, (len(prompts), -1)) for directions in found.values()]
+        student, teacher = (found[name].unflatten(0, (len(prompts), -1)) for name in ("student", "teacher"))
         if scorer.kind == "dino":
-            scores = picture_scores(*by_prompt)
+            scores = picture_scores(student, teacher)
         else:
-            scores = text_scores(*by_prompt, scorer.embed_texts(prompts, batch_size, device))
+            scores = text_scores(student, teacher, scorer.embed_texts(prompts, batch_size, device))
         results["scores"][scorer.kind] = {"model": scorer.location, "num_prompts": len(prompts), **scores}
         if scorer.kind == "clip":
             value = cmmd(found["student"], found["teacher"])

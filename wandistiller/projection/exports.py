@@ -168,6 +168,7 @@ def write_pipeline_parts(config: StudentConfig, folder: Path, parts: DrawingPart
     _write_text_encoder(parts.encoder, folder, dtype)
     record = StudentRecord.of(config)
     sampler = "euler" if record.sampler == "flow_euler" else record.sampler
+    assert record.shift is not None and record.steps is not None  # a student that draws records them
     scheduler = wan_scheduler(record.shift, record.steps, sampler)
     # UniPC calls the shift flow_shift and FlowMatchEulerDiscreteScheduler calls it shift, so that from_config would drop it:
     scheduler.register_to_config(shift=record.shift)

@@ -50,7 +50,7 @@ def cache_part(text: str) -> tuple[int, int]:
 
 def few_steps(text: str) -> int:
     """Read a number of sampling steps, or none (0), as an argparse type."""
-    return 0 if text.lower() == "none" else number(int, low=1, high=100)(text)
+    return 0 if text.lower() == "none" else int(number(int, low=1, high=100)(text))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,7 +136,7 @@ def sample_in_batches(
     prompt_indices: Sequence[int],
     options: SamplingOptions,
     batch_size: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Sample any number of latents, a batch at a time, and return them on the CPU.
 

@@ -18,8 +18,6 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.students.record import StudentRecord
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
-
     from wandistiller.wan.settings import TeacherSettings
     from wandistiller.wan.text_encoder_files import TextEncoderFiles
     from wandistiller.wan.wan_files import WanFiles
@@ -135,7 +133,7 @@ class DrawingParts:
     """
 
     encoder: "TextEncoderFiles | None"
-    vae: "AutoencoderKLWan"
+    vae: Any
 
 
 def load_drawing_parts(config: StudentConfig, teacher_path: str, given: TeacherFlags, device: str) -> DrawingParts:

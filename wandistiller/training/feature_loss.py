@@ -31,10 +31,11 @@ class FeatureLoss(nn.Module):
 
     def __init__(self, width: int, num_layers: int):
         super().__init__()
-        self.maps = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers))
-        for linear in self.maps:
+        maps = [nn.Linear(width, width) for _ in range(num_layers)]
+        for linear in maps:
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
+        self.maps = nn.ModuleList(maps)
 
     def forward(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
         """Return the mean error over layers (B,) of features (B, L, D), which are in the order of the student's blocks."""

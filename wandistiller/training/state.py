@@ -179,7 +179,7 @@ class RunState:
     def _room_for(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Allocate memory for a saved tensor, sharded as the tensor is that it will be loaded into."""
         part, rest = name.split(".", 1)
-        like = None
+        like: Tensor | None = None
         if part == "trained":
             like = dict(self.trained.named_parameters()).get(rest)
         elif part == "ema" and self.average is not None:

@@ -26,7 +26,7 @@ from wandistiller.wan.names import other_part, own_names, part_files, renamed
 from wandistiller.wan.record_kinds import latents_kinds
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
+    pass
 
 MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
 # Mean and standard deviation of the released VAEs' latents by their number of channels, copied from diffusers
@@ -229,7 +229,7 @@ def check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None, 
             )
 
 
-def load_vae(place: Path, num_channels: int, vae_scale_factor: int, device: str = "cpu") -> "AutoencoderKLWan":
+def load_vae(place: Path, num_channels: int, vae_scale_factor: int, device: str = "cpu") -> Any:
     """Load the AutoencoderKLWan in float32 around the tensors of its files, checked to be the one that these latents belong to.
 
     Raises:
