@@ -272,11 +272,8 @@ def save_comparison(file: Path, experiment: "Experiment", drawn: "list[list[Draw
     save_png(labelled_grid(rows, captions, names), file, metadata)
 
 
-def main(argv: list[str] | None = None) -> int:
-    # What a person typed is checked before torch loads:
-    flags = parse_args(argv)
-    config = load_student_config(flags.student)
-    given = flags.prompts
+def read_prompts(given: PromptFlags) -> list[str]:
+    """Read the prompts to draw; what they were read as is printed."""
     file = load_prompts(
         given.prompts_file,
         given.caption_column,
@@ -284,9 +281,16 @@ def main(argv: list[str] | None = None) -> int:
         held_out=True,
         prompt_per=given.prompt_per,
     )
-    prompts = list(file.prompts[: given.num_prompts])
     if file.notice:
-        print(f"{flags.prompts.prompts_file}: {file.notice}")
+        print(f"{given.prompts_file}: {file.notice}")
+    return list(file.prompts[: given.num_prompts])
+
+
+def main(argv: list[str] | None = None) -> int:
+    # What a person typed is checked before torch loads:
+    flags = parse_args(argv)
+    config = load_student_config(flags.student)
+    prompts = read_prompts(flags.prompts)
     teacher = teacher_paths(config, flags.teacher)
     check_evaluation_is_ours(check_output_folder(flags.folder, "--output"), "--output")
     num_trained = warn_of_trained(flags.student, prompts)
@@ -336,7 +340,8 @@ def main(argv: list[str] | None = None) -> int:
     gallery = try_to_write_gallery(folder, shown, Path(flags.student))
 
     # Tell:
-    print(f"Saved {EVALUATION_NAME}, {FRONTIER_NAME} and {COMPARISON_NAME} in {folder}")
+    names = [EVALUATION_NAME, *([FRONTIER_NAME] if "frontier" in results else []), COMPARISON_NAME]
+    print(f"Saved {', '.join(names)} in {folder}")
     if gallery:
         print(f"Every prompt, the worst first; open it in a browser: {gallery}")
     if folder.resolve() == Path(flags.student).resolve() and (card := try_to_write_model_card(folder)):
