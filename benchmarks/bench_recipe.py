@@ -164,7 +164,7 @@ def train_and_judge(setting: Setting, args: argparse.Namespace, name: str, seed:
     steps = steps_of(setting, args, changes)
     optimizer = changes.get("--optimizer", "muon")
     if factor := changes.pop("lr factor", None):
-        changes["--lr"] = factor * suggested_lr(optimizer, setting.config.hidden_size, args.batch_size, steps)
+        changes["--lr"] = factor * suggested_lr(optimizer, setting.config.hidden_size, args.batch_size)
     calls = round(args.teacher_calls * BATCH_SIZE / args.batch_size)
     length = {"--teacher_calls": calls} if args.equal == "calls" else {"--max_steps": steps}
     flags = length | {

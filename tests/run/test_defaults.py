@@ -11,14 +11,11 @@ from wandistiller.run.defaults import MAX_REPLAY, MIN_REPLAY, suggested_lr, sugg
 
 
 def test_the_learning_rate_falls_with_the_width_and_with_the_root_of_the_samples():
-    at_128 = suggested_lr("muon", 128, 64, 5000)
-    assert suggested_lr("muon", 256, 64, 5000) == pytest.approx(at_128 / 2, rel=0.02)
-    assert suggested_lr("muon", 128, 16, 5000) == pytest.approx(at_128 / 2, rel=0.02)
-    assert suggested_lr("muon", 64, 512, 5000) == at_128, "nothing larger was measured"
-    assert suggested_lr("muon", 128, 64, 100) == suggested_lr("muon", 128, 64, 320) == 2 * at_128, (
-        "short runs want more"
-    )
-    assert 1e-5 < suggested_lr("muon", 1536, 4, 5000) < 1e-3
+    at_128 = suggested_lr("muon", 128, 64)
+    assert suggested_lr("muon", 256, 64) == pytest.approx(at_128 / 2, rel=0.02)
+    assert suggested_lr("muon", 128, 16) == pytest.approx(at_128 / 2, rel=0.02)
+    assert suggested_lr("muon", 64, 512) == at_128, "nothing larger was measured"
+    assert 1e-5 < suggested_lr("muon", 1536, 4) < 1e-3
 
 
 def test_the_warm_up_is_a_small_part_of_the_steps():
@@ -48,7 +45,7 @@ def test_a_run_says_what_was_chosen_and_the_student_records_it(train, teachers, 
     assert outcome.code == 0, outcome.err
     record = StudentConfig.load(tmp_path / "out").distillation
     assert record["optimizer"] == "muon" and record["replay"] == MIN_REPLAY and record["num_train_steps"] == 18
-    assert record["lr"] == suggested_lr("muon", PRUNED_CONFIG["hidden_size"], 4, 12)
+    assert record["lr"] == suggested_lr("muon", PRUNED_CONFIG["hidden_size"], 4)
     assert record["num_teacher_batches"] == 3 and read_metrics(tmp_path / "out")[-1]["teacher_calls"] == 3
-    assert "Steps: 18 of 4 samples, muon at 0.002" in outcome.out
+    assert "Steps: 18 of 4 samples, muon at 0.001" in outcome.out
     assert "Hint: 18 steps are enough to try things out" in outcome.out

@@ -11,22 +11,20 @@ from wandistiller.model.sizes import BACKWARD_PASSES, num_image_tokens, transfor
 # The best learning rates of a student of MEASURED_WIDTH that learns from MEASURED_SAMPLES a step, by optimiser:
 MEASURED_LR = {"adamw": 3e-3, "adamw8bit": 3e-3, "muon": 4e-3}
 MEASURED_WIDTH, MEASURED_SAMPLES = 128, 64
-LONG_RUN = 2560  # steps; of 320 steps the rate is twice that of so many, of 1,280 steps 1.4 times
 WARMUP_SHARE, MAX_WARMUP_STEPS = 0.04, 500
 # An answer is learnt from so often at least, however cheap it is; and at most, since more often it would be memorised.
 MIN_REPLAY, MAX_REPLAY = 4, 8
 TYPICAL_TEXT_TOKENS = 64  # the ratio of two models' FLOPs hardly depends on the text
 
 
-def suggested_lr(optimizer: str, hidden_size: int, num_samples: int, num_steps: int) -> float:
-    """Return the learning rate for a student's width, the samples of a step, and the steps that learn the velocity.
+def suggested_lr(optimizer: str, hidden_size: int, num_samples: int) -> float:
+    """Return the learning rate for a student's width and the samples of a step.
 
     It falls as one over the width, as the best rate of hidden layers does (muP, arXiv 2203.03466), and with the square root of
-    the samples (arXiv 2405.14578). Short runs want a higher one, up to twice that of long ones.
+    the samples (arXiv 2405.14578). It is not raised above the measured one.
     """
     samples = min(num_samples, MEASURED_SAMPLES) / MEASURED_SAMPLES
     rate = MEASURED_LR[optimizer] * MEASURED_WIDTH / max(hidden_size, MEASURED_WIDTH) * math.sqrt(samples)
-    rate *= min(2.0, max(1.0, math.sqrt(LONG_RUN / num_steps)))
     return float(f"{rate:.2g}")
 
 

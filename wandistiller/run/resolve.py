@@ -155,7 +155,7 @@ def resolve_optimization(flags: Flags, config: StudentConfig, num_samples: int, 
     """Return how the weights move; `num_samples` are those of a step."""
     own = flags.optimization
     return OptimizationOptions(
-        lr=own.lr or suggested_lr(own.optimizer, config.hidden_size, num_samples, num_steps),
+        lr=own.lr or suggested_lr(own.optimizer, config.hidden_size, num_samples),
         optimizer=own.optimizer,
         lr_scheduler=own.lr_scheduler,
         lr_warmup_steps=given(own.lr_warmup_steps, suggested_warmup(num_steps)),
