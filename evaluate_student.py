@@ -40,6 +40,7 @@ from wandistiller.students.trained_prompts import count_trained_prompts
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from wandistiller.evaluation.experiment import Drawn, Experiment
+    from wandistiller.reports.gallery import Evaluated
 
 STUDENT_STEPS = (1, 2, 4, 8)
 MAX_COLUMNS = 8  # of teacher_vs_student.png; each is a prompt
@@ -272,6 +273,32 @@ def save_comparison(file: Path, experiment: "Experiment", drawn: "list[list[Draw
     save_png(labelled_grid(rows, captions, names), file, metadata)
 
 
+def evaluated(
+    about: dict,
+    results: dict,
+    prompts: list[str],
+    experiment: "Experiment",
+    drawn: "list[list[Drawn]]",
+    sizes: list[ImageSize],
+) -> "Evaluated":
+    """Return what the gallery shows: the first size prompt by prompt, of the others the pictures."""
+    from wandistiller.evaluation.experiment import measure_prompts
+    from wandistiller.reports.gallery import Evaluated
+
+    of_teacher, of_student = drawn[0]
+    others = zip(sizes[1:], drawn[1:], strict=True)
+    return Evaluated(
+        about=about,
+        results=results,
+        prompts=prompts,
+        measures=measure_prompts(of_student, of_teacher, experiment.num_seeds),
+        seeds=experiment.seeds,
+        teacher=of_teacher.pictures,
+        student=of_student.pictures,
+        other_sizes={str(size): (one.pictures, other.pictures) for size, (one, other) in others},
+    )
+
+
 def read_prompts(given: PromptFlags) -> list[str]:
     """Read the prompts to draw; what they were read as is printed."""
     file = load_prompts(
@@ -295,11 +322,10 @@ def main(argv: list[str] | None = None) -> int:
     check_evaluation_is_ours(check_output_folder(flags.folder, "--output"), "--output")
     num_trained = warn_of_trained(flags.student, prompts)
 
-    from wandistiller.evaluation.experiment import measure_prompts
     from wandistiller.evaluation.frontier import save_frontier_plot
     from wandistiller.files.atomic import write_json
     from wandistiller.reports.cards import try_to_write_model_card
-    from wandistiller.reports.gallery import Evaluated, try_to_write_gallery
+    from wandistiller.reports.gallery import try_to_write_gallery
     from wandistiller.reports.tables import finite, table_lines
 
     digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
@@ -324,19 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     write_json(
         folder / EVALUATION_NAME, finite(about | results), end="\n", indent=2, ensure_ascii=False, allow_nan=False
     )
-    (of_teacher, of_student), num_seeds = drawn[0], flags.sampling.num_seeds
-    shown = Evaluated(
-        about=about,
-        results=results,
-        prompts=prompts,
-        measures=measure_prompts(of_student, of_teacher, num_seeds),
-        seeds=experiment.seeds,
-        teacher=of_teacher.pictures,
-        student=of_student.pictures,
-        other_sizes={
-            str(size): (one.pictures, other.pictures) for size, (one, other) in zip(sizes[1:], drawn[1:], strict=True)
-        },
-    )
+    shown = evaluated(about, results, prompts, experiment, drawn, sizes)
     gallery = try_to_write_gallery(folder, shown, Path(flags.student))
 
     # Tell:

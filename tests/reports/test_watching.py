@@ -124,7 +124,7 @@ def test_drawing_leaves_training_as_it_was_bit_for_bit(train, teachers, tmp_path
     folders = [tmp_path / "plain", tmp_path / "drawn"]
     for folder, every in zip(folders, (0, 2), strict=True):
         assert train(teachers.one, PRUNED_CONFIG, *flags, "--sample_every", every, output_dir=folder).code == 0
-    plain, drawn = (weights_of(folder) | checkpoint_tensors(folder) for folder in folders)  # random numbers too
+    plain, drawn = (weights_of(folder) | checkpoint_tensors(folder) for folder in folders)
     assert plain.keys() == drawn.keys() and all(torch.equal(plain[name], drawn[name]) for name in plain)
     losses = [[line["loss"] for line in read_metrics(folder)] for folder in folders]
     assert losses[0] == losses[1]

@@ -1,6 +1,5 @@
 """What a run is built of: embeddings, teacher, student, objective and batches."""
 
-import logging
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
@@ -17,9 +16,6 @@ from wandistiller.training.objective import Objective
 from wandistiller.walk.cache import TeacherCache
 from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
 from wandistiller.wan.text_encoder import embed_texts
-
-logger = logging.getLogger(__name__)
-
 
 # ---- text ----
 
@@ -42,7 +38,6 @@ def embed_prompts(settings: Settings) -> Embeds:
             f"Warning: {embeds.truncated} prompts are longer than {settings.config.text_max_length} tokens and were cut"
         )
     negative = embeds.read(len(texts) - 1) if negative_prompts else None
-    logger.info("prompts encoded, or found in their cache")
     return Embeds(embeds.part(0, len(prompts)), embeds.part(len(prompts), len(held_out)), negative)
 
 
@@ -68,10 +63,8 @@ def load_teacher(settings: Settings, embeds: Embeds, caches: Sequence[TeacherCac
     if has_all_answers and settings.offline_teacher:
         return None
     teacher = build_teacher(settings, embeds.negative)
-    logger.info("teacher read and projected")
     if not has_all_answers:
         fill_caches(settings, caches, embeds.trained, teacher)
-        logger.info("answers of the teacher written to its cache")
     if not settings.offline_teacher:
         return teacher
     build_measure(settings, embeds, teacher)  # which keeps its states in the cache's folder
@@ -127,7 +120,6 @@ def make_student(settings: Settings) -> tuple[WanLiteStudent, ProjectionReport]:
             seed=seed,
         )
     print(report.summary())
-    logger.info("student read and projected")
     student.gradient_checkpointing = settings.gradient_checkpointing
     return student, report
 

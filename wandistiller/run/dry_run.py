@@ -18,6 +18,7 @@ from wandistiller.model.sizes import count_parameters
 from wandistiller.run.learning import schedules_of, walk_options
 from wandistiller.run.settings import Settings
 from wandistiller.training.checkpoints import Checkpoints
+from wandistiller.walk.grids import steps_of_segments
 from wandistiller.wan.text_encoder import count_tokens
 
 # The tokens of so many prompts stand for those of all.
@@ -94,7 +95,7 @@ def segment_passes(settings: Settings) -> float:
     if settings.student_steps is None:
         return 0.0
     num_calls = math.ceil((settings.num_steps - settings.first_stage_steps) / settings.replay)
-    passes = max(1, round(settings.teacher.num_inference_steps / settings.student_steps))
+    passes = steps_of_segments(settings.teacher.num_inference_steps, settings.student_steps)
     return num_calls * passes / settings.num_steps
 
 

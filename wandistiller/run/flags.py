@@ -48,7 +48,7 @@ def cache_part(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def few_steps(text: str) -> int:
+def steps_or_none(text: str) -> int:
     """Read a number of sampling steps, or none (0), as an argparse type."""
     return 0 if text.lower() == "none" else int(number(int, low=1, high=100)(text))
 
@@ -152,7 +152,7 @@ class ObjectiveFlags:
     student_steps: int | None = flag(
         "sampling steps of the student, which a second stage teaches it, or none for those of the teacher (default: 4; none for a "
         "teacher of few steps, or of a part of the noise levels)",
-        type=few_steps,
+        type=steps_or_none,
         metavar="N",
     )
 

@@ -36,24 +36,34 @@ def build_batches(
     Args:
         projection: how the student was cut, which says whose hidden states are compared.
     """
-    micro_batch, total, device = settings.batch_size, settings.num_samples_per_step, settings.device
-    slots, schedules = own_slots(settings), schedules_of(settings)
+    total, device, schedules = settings.num_samples_per_step, settings.device, schedules_of(settings)
     if caches:
-        keys = [(settings.seed, size) for size in range(len(caches))]
         cached = [
-            CachedAnswers(cache, slots, total, key, len(settings.prompts), device)
-            for cache, key in zip(caches, keys, strict=True)
+            CachedAnswers(cache, own_slots(settings), total, (settings.seed, size), len(settings.prompts), device)
+            for size, cache in enumerate(caches)
         ]
-        return Batches(cached, schedules, prompt_embeds, micro_batch, device)
-    sources = []
-    for size, schedule in enumerate(schedules):
-        options = walk_options(settings, size, total)
-        if settings.feature_loss_weight:
-            options = replace(options, layers=compared_layers(settings, projection), channels=projection.channels)
-        walk = Walk(teacher, prompt_embeds, options, slots)
-        store = Store(schedule.capacity, slots, total, options.key, device, num_sizes=len(schedules))
-        sources.append((walk, store))
-    return Batches(sources, schedules, prompt_embeds, micro_batch, device)
+        return Batches(cached, schedules, prompt_embeds, settings.batch_size, device)
+    compared: dict[str, Any] = {}
+    if settings.feature_loss_weight:
+        layers = span_ends(projection.layers, settings.wan_files.config.depth)
+        compared = {"layers": layers, "channels": projection.channels}
+    options = [replace(walk_options(settings, size, total), **compared) for size in range(len(schedules))]
+    return walked_batches(settings, prompt_embeds, teacher, schedules, options)
+
+
+def walked_batches(
+    settings: Settings,
+    prompt_embeds: PromptEmbeds,
+    teacher: Teacher | SegmentTeacher,
+    schedules: Sequence[Schedule],
+    options: Sequence[WalkOptions],
+) -> Batches:
+    """Build a walk with its store for each image size, and the batches that come of them."""
+    slots, total, sources = own_slots(settings), settings.num_samples_per_step, []
+    for schedule, own in zip(schedules, options, strict=True):
+        store = Store(schedule.capacity, slots, total, own.key, settings.device, num_sizes=len(schedules))
+        sources.append((Walk(teacher, prompt_embeds, own, slots), store))
+    return Batches(sources, schedules, prompt_embeds, settings.batch_size, settings.device)
 
 
 def own_slots(settings: Settings) -> range:
@@ -65,11 +75,6 @@ def own_slots(settings: Settings) -> range:
 def schedules_of(settings: Settings) -> list[Schedule]:
     """Return when the teacher is asked at each image size; the sizes take turns, a step each."""
     return make_schedules(settings.first_stage_steps, settings.replay, len(settings.image_sizes))
-
-
-def compared_layers(settings: Settings, projection: ProjectionReport) -> list[int]:
-    """Return the teacher layer whose hidden states each block of the student should reproduce."""
-    return span_ends(projection.layers, settings.wan_files.config.depth)
 
 
 def walk_options(settings: Settings, size: int, num_slots: int) -> WalkOptions:
@@ -104,26 +109,21 @@ def build_few_step_batches(
 
     Their random numbers are those of image sizes beyond the run's own.
     """
-    slots, total, sizes = own_slots(settings), settings.num_samples_per_step, len(settings.image_sizes)
-    own, known = settings.teacher, settings.teacher_levels
+    own, known, sizes = settings.teacher, settings.teacher_levels, len(settings.image_sizes)
     grids = segment_grids(own.num_inference_steps, settings.student_steps, own.shift, (*known, 0.0) if known else ())
-    teacher = SegmentTeacher(
-        frozen, grids, is_euler=bool(known), device=settings.device, compute_dtype=settings.compute_dtype
-    )
-    schedules, sources = make_schedules(num_steps, settings.replay, sizes), []
-    for size, schedule in enumerate(schedules):
-        options = replace(
-            walk_options(settings, size, total),
+    options = [
+        replace(
+            walk_options(settings, size, settings.num_samples_per_step),
             key=(settings.seed, sizes + size),
             kind="paths",
             num_steps=settings.student_steps,
             levels=(*grids[:, 0].tolist(), 0.0),
             calls_per_expert=0,
         )
-        walk = Walk(teacher, prompt_embeds, options, slots)
-        store = Store(schedule.capacity, slots, total, options.key, settings.device, num_sizes=sizes)
-        sources.append((walk, store))
-    return Batches(sources, schedules, prompt_embeds, settings.batch_size, settings.device)
+        for size in range(sizes)
+    ]
+    teacher, schedules = SegmentTeacher(frozen, grids, bool(known)), make_schedules(num_steps, settings.replay, sizes)
+    return walked_batches(settings, prompt_embeds, teacher, schedules, options)
 
 
 # ---- answers in a folder ----

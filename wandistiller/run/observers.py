@@ -69,9 +69,10 @@ class RunObserver(Observer):
         """Draw the picture that a run ends with."""
         if (samples := self.samples) is None:
             return
-        who = "the student" if samples.teacher is None else "teacher and student"
-        steps = samples.student_sampling.num_inference_steps
-        print(f"Drawing {len(samples.prompts)} prompts with {who}, {steps} steps", flush=True)
+        who = f"student {samples.student_sampling.num_inference_steps} steps"
+        if samples.teacher is not None:
+            who = f"teacher {samples.teacher_sampling.num_inference_steps} steps, {who}"
+        print(f"Drawing {len(samples.prompts)} prompts, {who}", flush=True)
         if file := samples(student, step):
             print(f"{'The student' if samples.teacher is None else 'Teacher above, student below'}: {file}")
 

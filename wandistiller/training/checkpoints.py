@@ -1,8 +1,7 @@
 """Checkpoints of a run: written whole or not at all, checksummed, and resumed from bit for bit.
 
-One checkpoint is a folder `step_00000100/` of safetensors files (weights, their average, optimiser, training states, random
-numbers; written by all processes at once) and `step_00000100.json` (its `Manifest`: which run it belongs to, and the files'
-checksums). The JSON is written last. A checkpoint without it was never finished, and one with another checksum is damaged; in
+One checkpoint is a folder `step_00000100/` of safetensors files (weights, their average, optimiser, training states;
+written by all processes at once) and `step_00000100.json` (its `Manifest`: which run it belongs to, and the files' checksums). The JSON is written last. A checkpoint without it was never finished, and one with another checksum is damaged; in
 both cases the run resumes from the checkpoint before it. Nothing is unpickled.
 """
 

@@ -102,13 +102,8 @@ class Muon(torch.optim.Muon):
     def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float, compute_dtype: torch.dtype):
         super().__init__(matrices, lr, weight_decay, ns_steps=NEWTON_SCHULZ_STEPS, adjust_lr_fn="match_rms_adamw")
         self.compute_dtype = compute_dtype
-        for group in self.param_groups:
-            self.state.update(
-                {
-                    weight: {"momentum_buffer": torch.zeros_like(weight, requires_grad=False)}
-                    for weight in group["params"]
-                }
-            )
+        for weight in self.param_groups[0]["params"]:
+            self.state[weight] = {"momentum_buffer": torch.zeros_like(weight, requires_grad=False)}
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # without the closure, which nobody here has

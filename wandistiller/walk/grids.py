@@ -65,13 +65,18 @@ def segment_sigmas(shift: float, num_segments: int, sampler: str = "euler") -> T
     return wan_scheduler(shift, num_segments, sampler).sigmas
 
 
+def steps_of_segments(num_steps: int, num_segments: int) -> int:
+    """Return the steps through each segment of a path of `num_steps`."""
+    return max(1, round(num_steps / num_segments))
+
+
 def segment_grids(num_steps: int, num_segments: int, shift: float, levels: Sequence[float] = ()) -> Tensor:
     """Return the noise levels (num_segments, N + 1) of the N steps through each segment of a path of `num_steps`.
 
     Args:
         levels: a few-step teacher's own, from 1 down to 0; without, levels are evenly spread before the shift.
     """
-    steps_per_segment = max(1, round(num_steps / num_segments))
+    steps_per_segment = steps_of_segments(num_steps, num_segments)
     if levels:
         return torch.tensor(levels).unfold(0, steps_per_segment + 1, steps_per_segment)
     ends = unshift_sigma(segment_sigmas(shift, num_segments).double(), shift)

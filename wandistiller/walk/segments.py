@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wandistiller.device import autocast, to_device
+from wandistiller.device import to_device
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import sigma_to_timestep
 
@@ -30,10 +30,8 @@ class SegmentTeacher:
         student: WanLiteStudent,
         grids: Tensor,
         is_euler: bool = False,
-        device: str = "cpu",
-        compute_dtype: torch.dtype = torch.float32,
     ):
-        self.field, self.grids, self.is_euler = autocast(student, device, compute_dtype), grids, is_euler
+        self.student, self.grids, self.is_euler = student, grids, is_euler
 
     @torch.no_grad()
     def velocity_and_features(
@@ -44,7 +42,7 @@ class SegmentTeacher:
         steps = grid.diff(dim=1)[..., None, None, None]  # (B, steps of a segment, 1, 1, 1)
         x, before = latents.float(), None
         for number in range(steps.shape[1]):
-            velocity = self.field(x, sigma_to_timestep(grid[:, number]), prompt_embeds, prompt_lengths).float()
+            velocity = self.student(x, sigma_to_timestep(grid[:, number]), prompt_embeds, prompt_lengths).float()
             slope = torch.zeros_like(velocity)
             if before is not None and not self.is_euler:
                 slope = steps[:, number] / (2 * steps[:, number - 1]) * (velocity - before)
