@@ -1,4 +1,4 @@
-"""What each preset of run/presets.py comes to: its flags, memory, disk and hours, tables of docs/training.md and docs/memory.md.
+"""What each file of config/presets comes to: its flags, memory, disk and hours, tables of docs/training.md and docs/memory.md.
 
     python benchmarks/recipes.py            # prints the tables
     python benchmarks/recipes.py --write    # puts them into the pages
@@ -25,10 +25,9 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
 from wandistiller.prompts.prompts import Prompts
 from wandistiller.run.dry_run import workload_of
-from wandistiller.run.flags import parse_args
+from wandistiller.run.flags import PRESETS, parse_args
 from wandistiller.run.headers import Files, sampled_as
 from wandistiller.run.inputs import Inputs
-from wandistiller.run.presets import PRESETS
 from wandistiller.run.resolve import decide
 from wandistiller.run.settings import Settings
 from wandistiller.wan.wan_files import WanFiles
@@ -84,7 +83,7 @@ def planned(name: str, *typed: str) -> Planned:
     """Return a preset's run with some flags typed beside it, as `--dry_run` would plan it on one GPU."""
     flags = parse_args(["--preset", name, *typed])
     config = StudentConfig.load(ROOT / flags.student.student_config)
-    prompts = [f"prompt {number}" for number in range(PRESETS[name]["num_prompts"])]
+    prompts = [f"prompt {number}" for number in range(flags.data.num_prompts)]
     wan_files = released(name)
     files = Files(wan_files, sampled_as(flags, wan_files), encoder=None, vae_location=None)
     inputs = Inputs(config, Prompts(prompts, prompts[:NUM_HELD_OUT], []))
@@ -102,13 +101,13 @@ def planned(name: str, *typed: str) -> Planned:
 
 def presets_table() -> str:
     rows = []
-    for name, preset in PRESETS.items():
-        run = planned(name)
+    for name in PRESETS:
+        run, typed = planned(name), parse_args(["--preset", name])
         own = run.settings
         rows.append(
             [
-                f"`{name}`", f"{own.config.image_size}", f"{preset['num_prompts']:,}",
-                f"{own.batch_size} x {own.grad_accum_steps}", f"{preset['teacher_calls']:,}", str(own.replay),
+                f"`{name}`", f"{own.config.image_size}", f"{typed.data.num_prompts:,}",
+                f"{own.batch_size} x {own.grad_accum_steps}", f"{typed.optimization.teacher_calls:,}", str(own.replay),
                 f"{own.num_steps:,}", f"{own.optimization.lr:g}", own.teacher_dtype,
             ]
         )  # fmt: skip

@@ -46,6 +46,7 @@ OTHER_NAMES = {
     "report": "report_to log_with logging_dir use_wandb wandb tracker",
     "output": "save_path save_dir save_file output_path output_folder output_name out",
     "output_dir": "save_path save_dir save_file output_path output_folder output_name out",
+    "config": "config_file config_path",
     "student_config": "config model_config config_file",
     "shard": "fsdp deepspeed use_fsdp",
     "compile": "torch_compile compile_model dynamo_backend",

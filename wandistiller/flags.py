@@ -73,19 +73,25 @@ def build(flags: Any, values: dict[str, Any]) -> Any:
 
 
 class FlagGroup:
-    """One titled group of flags in `--help`."""
+    """One titled group of flags in `--help`; `defaults` are those of the whole command."""
 
-    def __init__(self, group: argparse._ActionsContainer):
-        self._group = group
+    def __init__(self, group: argparse._ActionsContainer, defaults: dict[str, Any]):
+        self._group, self._defaults = group, defaults
 
     def flag(self, name: str, help: str, default=None, **options) -> None:
         """Add a flag by its snake_case name; the help text shows its default."""
         shown = "" if default in (None, False) or options.get("required") else f" (default: {default})"
-        self._group.add_argument(name, help=(help + shown).replace("%", "%%"), default=default, **options)
+        help = (help + shown).replace("%", "%%")
+        action = self._group.add_argument(name, help=help, default=argparse.SUPPRESS, **options)
+        self._defaults[action.dest] = default
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An argument parser of a dataclass of flags, with hyphens as good as underscores and mistakes answered in one line."""
+    """An argument parser of a dataclass of flags, with hyphens as good as underscores and mistakes answered in one line.
+
+    Attributes:
+        defaults: of all flags, by name.
+    """
 
     def __init__(self, prog: str, description: str, epilog: str | None = EXIT_CODES, *, flags: type | None = None):
         super().__init__(
@@ -97,12 +103,13 @@ class FlagParser(argparse.ArgumentParser):
         )
         # Also -1e-5 and -1,2 are values, to be answered as such; argparse knows -1 and -1.5 only:
         self._negative_number_matcher = re.compile(r"-\.?\d")
-        self._given: list[str] = []
+        self._words, self._where = list[str](), ""
+        self.defaults: dict[str, Any] = {}
         self._many_processes = prog == COMMANDS["train"]
         version = f"WanDistiller {__version__}"
         self.add_argument("--version", action="version", version=version, help="show the version and exit")
         if flags is not None:
-            self._declare(flags, FlagGroup(self))
+            self._declare(flags, FlagGroup(self, self.defaults))
 
     def _declare(self, flags: Any, shown_in: FlagGroup) -> None:
         for known in fields(flags):
@@ -113,14 +120,22 @@ class FlagParser(argparse.ArgumentParser):
                 shown_in.flag(f"--{known.name}", given["help"], known.default, **given["options"])
 
     def group(self, title: str) -> FlagGroup:
-        return FlagGroup(self.add_argument_group(title))
+        return FlagGroup(self.add_argument_group(title), self.defaults)
 
-    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        self._given = [_underscored(arg) for arg in (sys.argv[1:] if argv is None else argv)]
-        args, unknown = self.parse_known_args(self._given)
+    def action_of(self, name: str) -> argparse.Action | None:
+        """Return how argparse knows a flag; None where the command has no such flag."""
+        return self._option_string_actions.get(f"--{name}")
+
+    def given(self, argv: list[str] | None = None, where: str = "") -> dict[str, Any]:
+        """Return the values of the flags that are typed, by name; messages about mistakes begin with `where`."""
+        self._words, self._where = [_underscored(arg) for arg in (sys.argv[1:] if argv is None else argv)], where
+        args, unknown = self.parse_known_args(self._words)
         if unknown:
             self.error(self._unknown(*unknown))
-        return args
+        return vars(args)
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        return argparse.Namespace(**self.defaults | self.given(argv))
 
     def _unknown(self, given: str, *others: str) -> str:
         return unknown_flag(given, list(others), self._known(), self.prog)
@@ -130,10 +145,10 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if "arguments are required" in message:  # the one that is wanted may be there under a name of another trainer
-            strange = [arg for arg in self._given if arg.startswith("--") and arg.split("=")[0] not in self._known()]
+            strange = [arg for arg in self._words if arg.startswith("--") and arg.split("=")[0] not in self._known()]
             message = "; ".join([*(self._unknown(given) for given in strange[:1]), message])
         whose = let_the_first_speak() if self._many_processes else ""
-        self.exit(2, f"{whose}{self.prog}: error: {shortened(message)}\n")
+        self.exit(2, f"{whose}{self.prog}: error: {shortened(self._where + message)}\n")
 
 
 def _underscored(arg: str) -> str:

@@ -18,8 +18,9 @@ SAMPLES_NAME = "samples"
 LOSS_PLOT_NAME = "loss.png"
 TENSORBOARD_NAME = "tensorboard"
 CARD_NAME = "README.md"
-# A card or gallery of ours holds this mark; a file of that name without it is a person's.
-CARD_MARK = "<!-- Written by WanDistiller"
+RUN_NAME = "run.yaml"  # the flags of a run
+# A file of ours that a person may have one of holds its mark.
+CARD_MARK, RUN_MARK = "<!-- Written by WanDistiller", "# Written by WanDistiller"
 EVALUATION_NAME = "evaluation.json"
 COMPARISON_NAME = "teacher_vs_student.png"
 FRONTIER_NAME = "frontier.png"
@@ -40,6 +41,7 @@ _OF_A_RUN = [
     FRONTIER_NAME,
     GALLERY_NAME,
     CARD_NAME,
+    RUN_NAME,
 ]
 
 
@@ -134,12 +136,13 @@ def set_aside_previous_student(folder: Path) -> Path | None:
 
 def _is_ours(path: Path) -> bool:
     """Return whether a run has written it: a README.md may be a person's own, as in a folder cloned from the hub."""
-    return path.name not in (CARD_NAME, GALLERY_NAME) or has_mark(path)
+    return path.name not in (CARD_NAME, GALLERY_NAME, RUN_NAME) or has_mark(path)
 
 
 def has_mark(path: Path) -> bool:
-    """Return whether this is a card or gallery that we have written; a folder of that name is none."""
-    return path.is_file() and CARD_MARK in path.read_text(encoding="utf-8", errors="replace")
+    """Return whether this is a card, gallery or file of flags that we have written; a folder of that name is none."""
+    mark = RUN_MARK if path.name == RUN_NAME else CARD_MARK
+    return path.is_file() and mark in path.read_text(encoding="utf-8", errors="replace")
 
 
 def check_evaluation_is_ours(folder: Path, flag: str) -> None:

@@ -1,6 +1,6 @@
 """The flags of train_distillation.py, grouped as `--help` shows them: names, meanings, types and general defaults.
 
-`Flags` holds what was typed; a flag that was left out has the value of its preset, else its general default, else None. What None
+`Flags` holds what was typed; a flag that was left out has the value of --config, of --preset, its general default, or None. What None
 stands for, and which flags contradict each other, is decided in resolve.py. Standard library only, so that `--help` and mistakes
 are answered before torch loads.
 """
@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from wandistiller.files.clone import DEMO_TEACHER
+from wandistiller.files.clone import CONFIG_FOLDER, DEMO_TEACHER
 from wandistiller.flags import (
     LORA_FLAG,
     PROMPT_PER,
@@ -26,8 +26,8 @@ from wandistiller.flags import (
 )
 from wandistiller.model.image_sizes import AspectRatio, ImageSize, size_or_ratio
 from wandistiller.run.config_help import READY_CONFIGS
-from wandistiller.run.presets import DEMO, PRESETS
 
+PRESETS = {file.stem: file for file in sorted((CONFIG_FOLDER / "presets").glob("*.yaml"))}
 STATES = {
     "trajectory": "the teacher's own sampling paths",
     "noise": "pure noise at every noise level",
@@ -230,8 +230,9 @@ class OutputFlags:
     report: str = flag("send losses and pictures to a tracker too (pip install it)", "none", choices=REPORTS)
     dry_run: bool = switch("check everything, print what the run takes and whether it fits; write nothing")
     assume_gpu_gib: float | None = flag("with --dry_run: memory of a GPU that is not here", type=number(float, above=0))
+    config: str | None = flag("YAML file of flags, as a run writes run.yaml; what is typed counts instead", type=path)
     preset: str | None = flag(
-        f"flags of a real run by teacher and student, under those that are typed: {', '.join(PRESETS)}",
+        f"the same for a file of config/presets, real runs by teacher and student: {', '.join(PRESETS)}",
         choices=[*PRESETS],
         metavar="NAME",
     )
@@ -255,6 +256,11 @@ class Flags:
     performance: PerformanceFlags = group("Performance")
     output: OutputFlags = group("Output")
 
+    def changed(self) -> dict[str, Any]:
+        """Return those that have another value than their general default."""
+        usual = Flags(**{name: type(values)() for name, values in vars(self).items()}).as_dict()
+        return {name: value for name, value in self.as_dict().items() if value != usual[name]}
+
     def as_dict(self) -> dict[str, Any]:
         """Return every flag by its name, without the groups."""
         return {name: value for values in vars(self).values() for name, value in vars(values).items()}
@@ -268,14 +274,16 @@ def parse_args(
     Args:
         defaults: of flags, instead of their general ones.
     """
-    beside_demo = " ".join(f"--{name} {value}" for name, value in DEMO.items())
-    about = f"Distil a Wan checkpoint into a small 2D image student.\n\nThe demo teacher brings {beside_demo}."
+    from wandistiller.run.flag_files import DEMO_FILE, read_flags
+
+    about = "Distil a Wan checkpoint into a small 2D image student.\n\nThe demo teacher brings the flags of config/demo.yaml."
     parser = FlagParser(prog, about, flags=Flags)
-    parser.set_defaults(**(defaults or {}))
-    typed = parser.parse(argv)
-    # These set defaults, so that a flag that is typed beside them counts instead:
-    if typed.preset:
-        parser.set_defaults(**PRESETS[typed.preset])
-    elif os.path.realpath(typed.teacher_path) == os.path.realpath(DEMO_TEACHER):
-        parser.set_defaults(**DEMO)
-    return build(Flags, vars(parser.parse(argv)))
+    known = parser.given(argv)
+    if file := known.get("config"):
+        known = read_flags(file, parser) | known
+    teacher_path = known.get("teacher_path", (defaults or {}).get("teacher_path", DEMO_TEACHER))
+    if preset := known.get("preset"):
+        known = read_flags(PRESETS[preset], parser) | known
+    elif os.path.realpath(teacher_path) == os.path.realpath(DEMO_TEACHER):
+        known = read_flags(DEMO_FILE, parser) | known
+    return build(Flags, parser.defaults | (defaults or {}) | known)

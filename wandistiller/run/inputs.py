@@ -1,13 +1,15 @@
-"""What a run reads before torch loads: the student's config and the prompts. Standard library only."""
+"""What a run reads before torch loads: the student's config and the prompts; and flags that contradict each other. Standard library only."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from wandistiller.command_line import torchrun_environment
+from wandistiller.errors import UserError
 from wandistiller.files.clone import check_is_in_clone
 from wandistiller.files.output_folder import check_output_folder
 from wandistiller.model.config import StudentConfig
 from wandistiller.prompts.prompts import Prompts, read_prompts
 from wandistiller.run.flags import Flags
-from wandistiller.run.mistakes import check_flags
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ def read_inputs(flags: Flags) -> Inputs:
     Raises:
         UserError: flags contradict each other, or a file is missing or wrong.
     """
-    check_flags(flags)
+    for name, message in mistakes(flags):
+        raise UserError(f"--{name}: {message}")
     data, output = flags.data, flags.output
     student_config = flags.student.student_config
     check_is_in_clone(
@@ -41,3 +44,65 @@ def read_inputs(flags: Flags) -> Inputs:
     )
     check_output_folder(output.output_dir)
     return Inputs(config, prompts)
+
+
+# ---- flags that contradict each other ----
+
+# A flag, the flag that it does not go without, and why
+NEEDS = (
+    ("assume_gpu_gib", "dry_run", "plans for a GPU that is not here; it goes with --dry_run"),
+    ("offline_teacher", "teacher_cache", "the teacher's answers must come from somewhere; add --teacher_cache FOLDER"),
+    ("cache_part", "teacher_cache", "is a part of the teacher's answers on disk; add --teacher_cache FOLDER"),
+)
+# A flag to change, the flag that it does not go together with, and why
+EXCLUDES = (
+    ("cache_part", "dry_run", "fills a cache, and --dry_run plans the whole run; leave one of the two out"),
+    (
+        "feature_loss_weight",
+        "teacher_cache",
+        "does not go together with --teacher_cache: hidden states are too large to keep",
+    ),
+)
+
+
+def samples_per_step(flags: Flags) -> int:
+    """Samples of an optimizer step, over all processes."""
+    own = flags.optimization
+    return own.batch_size * own.grad_accum_steps * torchrun_environment().world_size
+
+
+def mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
+    """Yield the flag to change and why, for each contradiction."""
+    values = flags.as_dict()
+    is_on = {name: any(value) if isinstance(value, list) else bool(value) for name, value in values.items()}
+    yield from ((flag, why) for flag, other, why in NEEDS if is_on[flag] and not is_on[other])
+    yield from range_mistakes(flags)
+    yield from ((flag, why) for flag, other, why in EXCLUDES if is_on[flag] and is_on[other])
+    yield from process_mistakes(flags)
+
+
+def range_mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
+    states, guided = flags.states, flags.teacher.guidance_range
+    low, high = states.sigma_range or (0.0, 1.0)
+    if low >= high:
+        yield "sigma_range", f"LOW {low} must be below HIGH {high}"
+    if states.states != "noise" and high != 1.0:
+        yield "sigma_range", "a sampling path begins at sigma 1, so HIGH must be 1 (or use --states noise)"
+    if flags.objective.student_steps and low > 0:
+        yield "sigma_range", "does not go together with --student_steps: few steps take all noise levels"
+    if guided and guided[0] >= guided[1]:
+        yield "guidance_range", f"LOW {guided[0]} must be below HIGH {guided[1]}"
+
+
+def process_mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
+    own, states, are_many = flags.performance, flags.states, torchrun_environment().world_size > 1
+    if own.shard in ("teacher", "both"):
+        for flag, is_given in (("teacher_dtype", own.teacher_dtype == "fp8"), ("teacher_offload", own.teacher_offload)):
+            if is_given:
+                yield flag, "does not go together with a sharded teacher; give --shard student"
+        if states.teacher_cache and are_many:
+            yield "shard", "with --teacher_cache the teacher answers before training; give --shard student"
+    if own.shard in ("student", "both") and flags.optimization.optimizer == "adamw8bit":
+        yield "optimizer", "adamw8bit does not know sharded weights; --shard shards adamw's moments too"
+    if states.cache_part and are_many:
+        yield "cache_part", "is for processes started one by one; torchrun's share the work already, leave it out"

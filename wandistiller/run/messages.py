@@ -6,7 +6,14 @@ from pathlib import Path
 
 from wandistiller.command_line import command_words
 from wandistiller.files.clone import HELD_OUT_PROMPTS
-from wandistiller.files.output_folder import CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME
+from wandistiller.files.output_folder import (
+    CARD_NAME,
+    LOSS_PLOT_NAME,
+    METRICS_NAME,
+    RUN_NAME,
+    SAMPLES_NAME,
+    TENSORBOARD_NAME,
+)
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.reports.metrics import (
     held_out_error,
@@ -27,7 +34,7 @@ from wandistiller.wan.settings import warnings_about
 from wandistiller.wan.wan_files import WanFiles
 
 FEW_STEPS = 300  # a run of fewer is told so
-SHOWN_FILES = [CARD_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME]
+SHOWN_FILES = [CARD_NAME, RUN_NAME, LOSS_PLOT_NAME, METRICS_NAME, SAMPLES_NAME, TENSORBOARD_NAME]
 
 
 # ---- before it begins ----

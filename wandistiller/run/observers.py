@@ -1,6 +1,7 @@
 """Who watches a run: the terminal, its own files, trackers, held-out errors and sample pictures, as one observer of the loop."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -8,11 +9,14 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from wandistiller.evaluation.held_out import PathErrors
+from wandistiller.files.atomic import write_text
 from wandistiller.files.output_folder import (
     LOSS_PLOT_NAME,
     METRICS_NAME,
+    RUN_NAME,
     SAMPLES_NAME,
     TENSORBOARD_NAME,
+    has_mark,
     set_aside_previous_student,
 )
 from wandistiller.model.transformer import WanLiteStudent
@@ -88,7 +92,9 @@ def watch(settings: Settings, folder: Folder, embeds: Embeds, teacher: Teacher |
         aside = settings.processes.first_then_all(lambda: set_aside_previous_student(folder.path))
         if aside:
             print(f"The student that was in {folder.path} is now in {aside}")
-    is_first = settings.processes.is_first
+    is_first, run_file = settings.processes.is_first, folder.path / RUN_NAME
+    if is_first and (has_mark(run_file) or not os.path.lexists(run_file)):  # one that a person wrote is left alone
+        write_text(run_file, settings.flags_text)
     progress = Progress(settings.num_steps, folder.first_step) if is_first else None
     with build_trackers(settings, folder) if is_first else Trackers() as trackers:
         samples = build_samples(settings, folder, embeds, teacher, trackers)

@@ -20,12 +20,11 @@ from wandistiller.model.image_sizes import resolve_sizes, square
 from wandistiller.processes import Processes, join
 from wandistiller.reports.trackers import check_report
 from wandistiller.run.defaults import suggested_lr, suggested_replay, suggested_warmup
+from wandistiller.run.flag_files import flags_line, flags_text
 from wandistiller.run.flags import Flags
 from wandistiller.run.headers import ALL_LEVELS, Files, open_files
 from wandistiller.run.held_out import MAX_SHARE, NUM_MEASUREMENTS, NUM_PATHS, path_steps
-from wandistiller.run.inputs import Inputs
-from wandistiller.run.mistakes import samples_per_step
-from wandistiller.run.presets import preset_lines
+from wandistiller.run.inputs import Inputs, samples_per_step
 from wandistiller.run.settings import Settings
 from wandistiller.training.loop import steps_of_epochs
 from wandistiller.training.optimizer import OptimizationOptions, check_optimizer
@@ -56,9 +55,13 @@ def resolve(flags: Flags, inputs: Inputs, command: Sequence[str] = ()) -> Settin
     check_report(flags.output.report)
     check_compiler(flags)
     files = open_files(flags, inputs.config)
-    if flags.output.preset:
-        print("\n".join(preset_lines(flags.output.preset, len(inputs.prompts.train))))
+    if flags.output.preset or flags.output.config:
+        print(f"Flags: {flags_line(flags)}")
     print("\n".join(inputs.prompts.lines))
+    if 2 * (found := len(inputs.prompts.train)) < (meant := flags.data.num_prompts or 0):
+        print(
+            f"Hint: {found:,} prompts of the {meant:,} of --num_prompts; a student of few prompts learns to draw these alone"
+        )
     return decide(flags, inputs, files, processes, command)
 
 
@@ -72,6 +75,7 @@ def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes, com
         **resolve_states(flags, files.wan_files, config),
         **resolve_device(flags, processes),
         "command": list(command),
+        "flags_text": flags_text(flags),
         "processes": processes,
         "config": config,
         "teacher_levels": (teacher_levels(teacher) or ())[:-1],

@@ -37,6 +37,7 @@ class Settings:
 
     Attributes:
         command: the words after the script's name.
+        flags_text: run.yaml, which repeats the run.
         wan_files: the teacher by its headers.
         teacher: how it is sampled; shift, guidance and latents are here.
         teacher_levels: the only noise levels it knows, from 1 down; () where it knows all.
@@ -55,6 +56,7 @@ class Settings:
     """
 
     command: list[str]
+    flags_text: str
     # Data
     teacher_path: str
     teacher_path_low: str | None
