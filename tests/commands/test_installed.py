@@ -79,7 +79,8 @@ def test_the_wheel_holds_every_package_command_page_and_ready_config(wheel):
     assert {name.rsplit(".", 1)[1] for name in pages} == {"html", "css", "js", "md"}
     workflows = (ROOT / "wandistiller" / "projection").glob("*.json")
     expected |= pages | {str(path.relative_to(ROOT)) for path in workflows}
-    assert held == expected | {f"wandistiller/ready_configs/{path.name}" for path in (ROOT / "config").glob("*.json")}
+    configs = [path.relative_to(ROOT / "config") for path in (ROOT / "config").rglob("*.*")]
+    assert held == expected | {f"wandistiller/ready_configs/{path}" for path in configs}
 
 
 def test_the_installed_command_lists_its_commands_and_has_a_version(installed):

@@ -41,13 +41,13 @@ from wandistiller import WanLiteStudent
 
 CELL = 160 + 8  # pixels of a drawn prompt in the side-by-side picture, with its margin
 STUDENT_FILES = {"student_config.json", "diffusion_model.safetensors"}
-RUN_FILES = {"metrics.jsonl", "projection_report.json", "loss.png", "README.md", "trained_prompts.sha256"}
+RUN_FILES = {"run.yaml", "metrics.jsonl", "projection_report.json", "loss.png", "README.md", "trained_prompts.sha256"}
 
 # The command line is a contract: other people's scripts hold these flags.
 FLAGS = """
     teacher_path teacher_path_low teacher_lora teacher_lora_low text_encoder_path vae_path data_path caption_column
     prompt_per num_prompts prompt_cache student_config init init_expert layers image_sizes guidance_range
-    teacher_steps teacher_sampler preset guidance_scale guidance_scale_2 boundary_ratio negative_prompt shift states
+    teacher_steps teacher_sampler config preset guidance_scale guidance_scale_2 boundary_ratio negative_prompt shift states
     sigma_range calls_per_expert replay teacher_cache offline_teacher cache_part
     feature_loss_weight student_steps num_epochs max_steps teacher_calls batch_size grad_accum_steps optimizer lr
     lr_scheduler lr_warmup_steps ema_decay max_grad_norm weight_decay seed device dtype shard gradient_checkpointing

@@ -1,6 +1,8 @@
-"""A preset stands for the flags of a real run: it is printed, a typed flag goes before it, and its page has its figures.
+"""Flags in a YAML file: read as if they were typed, under those that are; a run writes its own, which repeats it.
 
-pytest tests/run/test_presets.py
+A preset is such a file, of a real run: it fits its teacher, and its page has its figures.
+
+pytest tests/run/test_flag_files.py
 """
 
 import json
@@ -10,31 +12,120 @@ import pytest
 
 import train_distillation
 from benchmarks import pages, recipes
-from support.runs import PROMPTS, PRUNED_CONFIG, ROOT
+from support.processes import exit_code
+from support.runs import PROMPTS, PRUNED_CONFIG, ROOT, same_weights
 from support.wan_folders import write_hollow_a14b
 from wandistiller import StudentConfig
 from wandistiller.projection.selection import check_fits
-from wandistiller.run.flags import parse_args
-from wandistiller.run.presets import PRESETS
+from wandistiller.run.flags import PRESETS, parse_args
+
+# ---- files ----
+
+
+def in_file(tmp_path, text: str, *typed: str):
+    (tmp_path / "my.yaml").write_text(text, encoding="utf-8")
+    return parse_args(["--config", str(tmp_path / "my.yaml"), *typed])
+
+
+def test_a_file_is_read_as_if_its_flags_were_typed(tmp_path):
+    """Also what YAML itself would read as something else: 4:3 is 243 there, 1e-3 text, and no is false."""
+    text = """
+        image-sizes: [1:1, 4:3]   # a comment
+        layers: [0, 2, 5]
+        lr: 1e-3
+        sigma_range: [0, 1]
+        student_steps: none
+        negative_prompt: no
+        compile: yes
+        teacher_offload: false
+        eval_every: ~
+        teacher_lora: [a.safetensors:0.5, b.safetensors]
+        teacher_path: elsewhere
+    """
+    words = """--image_sizes 1:1 4:3 --layers 0,2,5 --lr 1e-3 --sigma_range 0 1 --student_steps none --negative_prompt no --compile
+        --teacher_lora a.safetensors:0.5 --teacher_lora b.safetensors --teacher_path elsewhere"""
+    read = in_file(tmp_path, text).as_dict()
+    assert read | {"config": None} == parse_args(words.split()).as_dict()
+
+
+def test_typed_flags_go_before_a_file_and_a_file_before_a_preset(tmp_path):
+    text = "replay: 3\nteacher_calls: 5\npreset: A14B-1B\nteacher_lora: [a, b]\n"
+    flags = in_file(tmp_path, text, "--teacher_calls", "7", "--teacher-dtype=bf16", "--teacher_lora", "c")
+    assert (flags.optimization.teacher_calls, flags.states.replay, flags.performance.teacher_dtype) == (7, 3, "bf16")
+    assert flags.optimization.grad_accum_steps == 8 and flags.data.teacher_lora == [("c", 1.0)]
+
+
+DEEP = "a: " + "[" * 5000 + "]" * 5000
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{new}: &{new} [*{old}, *{old}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("batchsize: 3", "my.yaml: unknown flag --batchsize; did you mean --batch_size?"),
+        ("learning_rate: 3", "my.yaml: unknown flag --learning_rate; here it is called --lr"),
+        ("batch_size: 0", "my.yaml: argument --batch_size: '0' must be a whole number at least 1"),
+        ("compile: maybe", "compile is 'maybe'; allowed: true or false"),
+        ("hidden_size: 12\ndepth: 3", "looks like a student's shape; that is --student_config"),
+        ('{"hidden_size": 12}', "looks like a student's shape; that is --student_config"),
+        ("seed: 1\nseed: 2", "my.yaml, line 2: names a flag twice"),
+        ("seed: 1\n  lr: 2", "my.yaml, line 2: is not valid YAML"),
+        ("seed: {a: 1}", "line 1: seed holds lists or keys of its own"),
+        ("seed: !!python/object/apply:os.system [echo]", "argument --seed: 'echo' must be a whole number"),
+        ("a red circle", "holds no flags; write one `flag: value` a line"),
+        ("config: other.yaml", "names another file as its config"),
+        (DEEP, "is nested too deep"),
+        (BOMB, "holds lists or keys of its own"),
+        ("#" * 2**17, "is larger than 65,536 bytes"),
+        ("seed: \0", "is not valid YAML"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_mistake_in_a_file_is_one_line_and_exit_code_2(tmp_path, capsys, text, message):
+    def main(argv: list[str]) -> None:
+        in_file(tmp_path, text)
+
+    code = exit_code(main, [])
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1 and len(error) < 700
+
+
+def test_a_run_writes_the_file_that_repeats_it(run_main, flags_of, tmp_path):
+    flags = flags_of(
+        "out", "--max_steps", 3, "--lr", "1e-3", "--image_sizes", "1:1", "--negative_prompt", "静态: a 'b'"
+    )
+    first = run_main(train_distillation.main, *flags)
+    assert first.code == 0, first.err
+    file = tmp_path / "out" / "run.yaml"
+    again = run_main(train_distillation.main, "--config", file, "--output_dir", tmp_path / "again")
+    assert again.code == 0 and "Flags: " in again.out, again.err
+    assert same_weights(tmp_path / "out", tmp_path / "again")
+    written = [(tmp_path / name / "run.yaml").read_text(encoding="utf-8") for name in ("out", "again")]
+    assert written[0].replace(f"{tmp_path}/out", f"{tmp_path}/again") == written[1] and "静态" in written[0]
+
+
+def test_a_run_yaml_that_a_person_wrote_is_left_alone(run_main, flags_of, tmp_path):
+    own = tmp_path / "out" / "run.yaml"
+    own.parent.mkdir()
+    own.write_text("max_steps: 2\n", encoding="utf-8")
+    done = run_main(train_distillation.main, "--config", own, *flags_of("out"))
+    assert done.code == 0 and "Done: 2 steps" in done.out, done.err
+    assert own.read_text(encoding="utf-8") == "max_steps: 2\n"
+
+
+# ---- presets ----
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_sets_exactly_its_flags_and_fits_its_teacher(name):
-    flags, plain = parse_args(["--preset", name]), parse_args(["--teacher_path", "somewhere"])
-    values, usual = flags.as_dict(), plain.as_dict()
-    assert {flag: values[flag] for flag in PRESETS[name]} == dict(PRESETS[name])
-    assert {flag for flag in values if values[flag] != usual[flag]} <= {*PRESETS[name], "preset"}
-    config = StudentConfig.load(ROOT / flags.student.student_config)
-    check_fits(recipes.released(name).config, config)
+def test_a_preset_is_a_file_that_fits_its_teacher(name):
+    flags = parse_args(["--preset", name])
+    assert flags.as_dict() | {"preset": None, "config": str(PRESETS[name])} == (
+        parse_args(["--config", str(PRESETS[name])]).as_dict()
+    )
+    check_fits(recipes.released(name).config, StudentConfig.load(ROOT / flags.student.student_config))
     assert flags.optimization.batch_size * flags.optimization.grad_accum_steps == 32
-
-
-def test_a_typed_flag_goes_before_a_preset_wherever_it_stands():
-    words = ["--teacher_calls", "7", "--preset", "A14B-1B", "--teacher-dtype=bf16", "--teacher_path", "elsewhere"]
-    flags = parse_args(words)
-    assert flags.optimization.teacher_calls == 7 and flags.performance.teacher_dtype == "bf16"
-    assert flags.data.teacher_path == "elsewhere"
-    assert flags.states.replay == PRESETS["A14B-1B"]["replay"]
 
 
 @pytest.mark.parametrize(("flag", "value", "steps"), [("--max_steps", 12, 12), ("--num_epochs", 14, 28)])
@@ -46,29 +137,16 @@ def test_a_length_that_is_typed_in_steps_or_epochs_is_the_length(train, teachers
     assert outcome.code == 0 and f"Steps: {steps} of 2 samples" in outcome.out, outcome.err
 
 
-def test_a_run_prints_what_the_preset_sets_and_resumes_with_the_values(train, teachers, tmp_path):
-    typed = [
-        "--teacher_calls",
-        2,
-        "--batch_size",
-        2,
-        "--grad_accum_steps",
-        2,
-        "--save_every",
-        4,
-        "--replay",
-        4,
-        "--student_steps",
-        "none",
-    ]
+def test_a_run_prints_what_a_preset_sets_and_resumes_with_the_values(train, teachers, tmp_path):
+    typed = ["--teacher_calls", 2, "--batch_size", 2, "--grad_accum_steps", 2, "--save_every", 4, "--replay", 4]
     first = train(teachers.one, PRUNED_CONFIG, "--preset", "1.3B-0.5B", *typed)
     assert first.code == 0, first.err
-    line = next(line for line in first.out.splitlines() if line.startswith("Preset 1.3B-0.5B: "))
+    line = next(line for line in first.out.splitlines() if line.startswith("Flags: "))
     assert "--replay 4" in line and "--eval_prompts data/heldout_prompts.txt" in line
-    assert "the preset is meant for 40,000 or more" in first.out
+    assert "55 prompts of the 40,000 of --num_prompts" in first.out
     record = json.loads((tmp_path / "out" / "student_config.json").read_text(encoding="utf-8"))["distillation"]
     assert record["replay"] == 4 and record["num_train_steps"] == 8 and record["num_teacher_batches"] == 2
-    # The same values without the preset are the same run; another value of a preset is not:
+    # The same values without the preset are the same run; another value is not:
     longer = [*typed, "--teacher_calls", 3]
     assert "Resuming from step 8" in train(teachers.one, PRUNED_CONFIG, *longer).out
     other = train(teachers.one, PRUNED_CONFIG, "--preset", "1.3B-0.5B", *longer, "--replay", 5)

@@ -50,7 +50,7 @@ def cache_part(text: str) -> tuple[int, int]:
 
 def steps_or_none(text: str) -> int:
     """Read a number of sampling steps, or none (0), as an argparse type."""
-    return 0 if text.lower() == "none" else int(number(int, low=1, high=100)(text))
+    return int(number(int, low=0, high=100)("0" if text.lower() == "none" else text))
 
 
 @dataclass(frozen=True, kw_only=True)
