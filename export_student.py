@@ -22,7 +22,7 @@ from wandistiller.files.output_folder import check_output_folder, check_writable
 from wandistiller.flags import TeacherFlags, flag, group, parse_flags, path, switch
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.students.drawing import example_prompt
-from wandistiller.students.parts import DrawingParts, load_drawing_parts, teacher_paths
+from wandistiller.students.parts import DrawingParts, find_recorded_encoder, teacher_paths
 from wandistiller.students.record import StudentRecord, load_shape, load_student_config
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
@@ -140,20 +140,21 @@ def workflow_file(target: Path) -> Path:
 
 def find_parts(flags: PartsFlags, config: StudentConfig) -> DrawingParts:
     """Find VAE, text encoder and tokenizer of a pipeline, and check that they are those of the student."""
-    from wandistiller.wan.vae import check_statistics
+    from wandistiller.wan.vae import check_statistics, find_vae, load_vae
 
     given = TeacherFlags(**vars(flags))
     needs_teacher = not (flags.vae_path and flags.text_encoder_path)
     teacher = teacher_paths(config, given)[0] if needs_teacher else "mock"
-    parts = load_drawing_parts(config, teacher, given, "cpu")
-    if parts.encoder is None:
+    vae = load_vae(find_vae(given.vae_path, teacher, config.num_channels), config.num_channels, config.vae_scale_factor)
+    encoder = find_recorded_encoder(config, given.text_encoder_path, teacher)
+    if encoder is None:
         raise UserError(
             "this student learnt the mock teacher's stand-in embeddings; there is no text encoder for a pipeline, export it "
             "as diffusers or original"
         )
-    record, theirs = StudentRecord.of(config), parts.vae.config
-    check_statistics(record.latents_mean, record.latents_std, theirs, Path(flags.vae_path or teacher))
-    return parts
+    record = StudentRecord.of(config)
+    check_statistics(record.latents_mean, record.latents_std, vae.config, Path(flags.vae_path or teacher))
+    return DrawingParts(encoder, vae)
 
 
 def write(

@@ -398,10 +398,9 @@ def compare_pictures(case: Case, latents: dict[str, "Tensor"], output: Path | No
 
     from wandistiller.files.pictures import labelled_grid, save_png
     from wandistiller.wan.settings import RELEASED_LATENTS
-    from wandistiller.wan.vae import decode
 
     statistics = RELEASED_LATENTS[case.config.num_channels]
-    drawn = {name: decode(case.vae, values, *statistics)[0] for name, values in latents.items()}
+    drawn = {name: case.vae.pictures(values, *statistics)[0] for name, values in latents.items()}
     if output is not None:
         save_png(labelled_grid([list(drawn.values())], [list(drawn)]), output / f"student_{number}.png", {})
     expected = drawn.pop("here, uni_pc").astype(int)

@@ -24,7 +24,7 @@ from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.settings import resolve_settings
 from wandistiller.wan.text_encoder import encode_prompts
 from wandistiller.wan.text_encoder_files import TextEncoderFiles
-from wandistiller.wan.vae import decode
+from wandistiller.wan.vae_2d import load_vae_2d
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -167,5 +167,5 @@ def test_the_shipped_teacher_draws_held_out_prompts_and_the_projected_one_the_sa
     teacher = Teacher(project_experts(wan_files, 512), settings, embeds.read(8))
     options = SamplingOptions(shift=settings.shift, num_inference_steps=settings.num_inference_steps)
     latents = sample(teacher, noise, *embeds.batch(range(8), "cpu"), options)
-    actual = decode(pipeline.vae, latents, settings.latents_mean, settings.latents_std)
+    actual = load_vae_2d(TEACHER / "vae", 16, 8).pictures(latents, settings.latents_mean, settings.latents_std)
     assert np.abs(actual - expected).max() <= 2

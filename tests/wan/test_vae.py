@@ -1,4 +1,4 @@
-"""A Wan's VAE is read in every layout and decodes as diffusers' own, and what is no such VAE is refused.
+"""A Wan's VAE is read in every layout, in 2D it decodes and encodes as diffusers' own, and what is no such VAE is refused.
 
 The oracle is diffusers' AutoencoderKLWan, and for Wan2.1's original names diffusers' own converter.
 
@@ -9,6 +9,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from support.wan_parts import VAE_SHAPES, vae_to_original
 from support.wan_parts import make_vae as make_vae_of
 from wandistiller.errors import UserError
-from wandistiller.wan.vae import RELEASED_LATENTS, decode, find_vae, load_vae, read_vae_config
+from wandistiller.wan.vae import RELEASED_LATENTS, find_vae, load_vae, read_vae_config
+from wandistiller.wan.vae_2d import load_vae_2d
 
 FACTORS = {"2.1": 8, "2.2": 16}
 FILES = {"2.1": ["wan_2.1_vae.safetensors", "Wan2.1_VAE.pth"], "2.2": ["wan2.2_vae.safetensors", "Wan2.2_VAE.pth"]}
@@ -39,16 +41,36 @@ def write_original(path: Path, vae, release: str, prefix: str = "") -> Path:
 
 
 def assert_same(location: Path, vae, release: str) -> None:
-    """Decoded and encoded, a loaded VAE gives the numbers of diffusers' one with the same weights."""
+    """A loaded VAE holds the tensors of diffusers' one, and in 2D it gives its numbers."""
     channels = vae.config.z_dim
     read = load_vae(location, channels, FACTORS[release])
+    assert all(torch.equal(tensor, vae.state_dict()[name]) for name, tensor in read.state_dict().items())
+    flat = load_vae_2d(location, channels, FACTORS[release])
     latents = torch.randn(2, channels, 2, 3, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(values)[:, None, None] for values in RELEASED_LATENTS[channels])
     with torch.no_grad():
-        pixels, expected = (model.decode(latents[:, :, None]).sample for model in (read, vae))
-        assert torch.equal(pixels, expected)
-        assert torch.equal(read.encode(pixels).latent_dist.mean, vae.encode(pixels).latent_dist.mean)
-    mean, std = RELEASED_LATENTS[channels]
-    assert decode(read, latents, None, None).tobytes() == decode(vae, latents, mean, std).tobytes()
+        expected = vae.decode((latents * std + mean)[:, :, None]).sample
+        assert distance(flat.decode(latents * std + mean), expected[:, :, 0]) < 1e-6
+        assert distance(flat.encode(expected[:, :, 0]), vae.encode(expected).latent_dist.mean[:, :, 0]) < 1e-6
+    pictures = (expected[:, :, 0].permute(0, 2, 3, 1).numpy() + 1) * 127.5
+    assert np.abs(flat.pictures(latents, None, None) - pictures).max() < 0.51
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert actual.shape == expected.shape
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("release", VAE_SHAPES)
+def test_nothing_3d_is_left_and_large_pictures_are_decoded_in_tiles_without_a_seam(tmp_path, release):
+    make_vae(release).save_pretrained(tmp_path)
+    channels, factor = VAE_SHAPES[release]["z_dim"], FACTORS[release]
+    flat = load_vae_2d(tmp_path, channels, factor)
+    assert not any(isinstance(module, torch.nn.Conv3d) for module in flat.modules())
+    assert max(tensor.dim() for tensor in flat.state_dict().values()) == 4
+    latents = torch.randn(2, channels, 47, 36, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert distance(flat.decode(latents, tile_pixels=16 * factor), flat.decode(latents)) < 1e-6
 
 
 def test_the_original_names_of_these_tests_are_those_diffusers_converts_from():

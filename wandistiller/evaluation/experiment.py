@@ -20,10 +20,9 @@ from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
-from wandistiller.wan.vae import decode
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
+    from wandistiller.wan.vae_2d import WanVae2D
 
 NOISE_MEANING = (
     "Over several noises of a prompt, the mean of its pictures is what the prompt decides and the rest is what the noise "
@@ -57,7 +56,7 @@ class Experiment:
     teacher_options: SamplingOptions
     student_options: SamplingOptions
     settings: TeacherSettings
-    vae: "AutoencoderKLWan"
+    vae: "WanVae2D"
     judge: Judge | None
     scorers: Sequence[Scorer]
     num_seeds: int
@@ -99,7 +98,7 @@ class Experiment:
     def drawn(self, latents: Tensor) -> "Drawn":
         """Decode latents and judge the pictures."""
         mean, std = self.settings.latents_mean, self.settings.latents_std
-        pictures = np.concatenate([decode(self.vae, part, mean, std) for part in latents.split(self.batch_size)])
+        pictures = np.concatenate([self.vae.pictures(part, mean, std) for part in latents.split(self.batch_size)])
         return Drawn(latents, pictures, self.judge(pictures, self.prompts) if self.judge else None)
 
 

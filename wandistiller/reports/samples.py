@@ -24,10 +24,11 @@ from wandistiller.sampling.sampler import SamplingOptions, StudentField, Velocit
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
-from wandistiller.wan.vae import decode, load_vae
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from wandistiller.wan.vae_2d import WanVae2D
 
 MAX_BATCH_SIZE = 8  # prompts drawn at a time; a smaller training batch also limits it
 SEED = 0  # seed of the first prompt's noise; each next prompt has the next seed
@@ -135,8 +136,10 @@ class Samples:
             ]
 
     def _write(self, latents: list[Tensor], step: int, file: Path) -> None:
+        from wandistiller.wan.vae_2d import load_vae_2d
+
         factor, device = self.settings.vae_scale_factor, self.student_sampling.device
-        vae = load_vae(self.vae_location, latents[0].shape[1], factor, device)
+        vae = load_vae_2d(self.vae_location, latents[0].shape[1], factor, device)
         if self.teacher_latents and not self.teacher_row:
             self.teacher_row = self._pictures(vae, self.teacher_latents)
         rows = {"teacher": self.teacher_row} if self.teacher_row else {}
@@ -150,11 +153,11 @@ class Samples:
         save_png(grid, file, {"num_inference_steps": steps, "shift": shift, "seed": SEED, "step": step})
         self.on_picture(step, grid)
 
-    def _pictures(self, vae, latents: list[Tensor]) -> list[np.ndarray]:
+    def _pictures(self, vae: "WanVae2D", latents: list[Tensor]) -> list[np.ndarray]:
         """Return the pictures in the order of their prompts."""
         mean, std = self.settings.latents_mean, self.settings.latents_std
         pictures: dict[int, np.ndarray] = {}
         for of_size, (indices, _) in zip(latents, self._of_sizes(), strict=True):
-            decoded = [picture for part in of_size.split(self.batch_size) for picture in decode(vae, part, mean, std)]
+            decoded = [picture for part in of_size.split(self.batch_size) for picture in vae.pictures(part, mean, std)]
             pictures |= dict(zip(indices, decoded, strict=True))
         return [pictures[index] for index in sorted(pictures)]

@@ -14,13 +14,13 @@ from wandistiller.students.record import StudentRecord, trained_sizes
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from diffusers import AutoencoderKLWan
     from torch import Tensor
 
     from wandistiller.sampling.sampler import SamplingOptions, VelocityField
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
     from wandistiller.wan.text_encoder_files import TextEncoderFiles
+    from wandistiller.wan.vae_2d import WanVae2D
 
 # Beyond these a picture is a slip of the keyboard that fills the memory; a student may be trained at more.
 MAX_PIXELS = 2048**2
@@ -139,7 +139,7 @@ class Artist:
     field: "VelocityField"
     options: "SamplingOptions"
     settings: "TeacherSettings"
-    vae: "AutoencoderKLWan"
+    vae: "WanVae2D"
 
     def draw(
         self, embeds: "PromptEmbeds", indices: Sequence[int], seeds: Sequence[int], latent_shape: tuple[int, int, int]
@@ -147,11 +147,10 @@ class Artist:
         """Return pictures (B, H, W, 3) uint8 of the prompts at `indices`, each from the noise of its seed, drawn at once."""
         from wandistiller.sampling.flow import seeded_noise
         from wandistiller.sampling.sampler import sample_in_batches
-        from wandistiller.wan.vae import decode
 
         noise = seeded_noise(seeds, latent_shape)
         latents = sample_in_batches(self.field, noise, embeds, indices, self.options, len(noise))
-        return decode(self.vae, latents, self.settings.latents_mean, self.settings.latents_std)
+        return self.vae.pictures(latents, self.settings.latents_mean, self.settings.latents_std)
 
     def metadata(self, model: str, student: str, size: tuple[int, int]) -> dict[str, object]:
         """Return what the metadata of every picture holds, beside its prompt and seed.

@@ -129,7 +129,7 @@ class DrawingParts:
 
     Attributes:
         encoder: text encoder and tokenizer on disk; None: the mock's embeddings.
-        vae: the AutoencoderKLWan, in memory.
+        vae: in memory; a `WanVae2D` where it draws, diffusers' AutoencoderKLWan where it is exported.
     """
 
     encoder: "TextEncoderFiles | None"
@@ -142,11 +142,12 @@ def load_drawing_parts(config: StudentConfig, teacher_path: str, given: TeacherF
     Raises:
         UserError: one of them is missing or damaged, or belongs to another Wan.
     """
-    from wandistiller.wan.vae import find_vae, load_vae
+    from wandistiller.wan.vae import find_vae
+    from wandistiller.wan.vae_2d import load_vae_2d
 
     vae_location = find_vae(given.vae_path, teacher_path, config.num_channels)
     encoder = find_recorded_encoder(config, given.text_encoder_path, teacher_path)
-    return DrawingParts(encoder, load_vae(vae_location, config.num_channels, config.vae_scale_factor, device))
+    return DrawingParts(encoder, load_vae_2d(vae_location, config.num_channels, config.vae_scale_factor, device))
 
 
 def find_recorded_encoder(

@@ -1,4 +1,4 @@
-"""A Wan's VAE: where it lies, what it says of its latents, and the pictures it makes of them.
+"""A Wan's VAE: where it lies, what it says of its latents, and diffusers' AutoencoderKLWan of it (in 2D: vae_2d.py).
 
 It may be a folder as diffusers writes it, or one file with diffusers' or the original release's names, also inside a whole
 checkpoint. diffusers' own converter (loaders/single_file_utils.py) knows the names of Wan2.1's VAE alone and takes its config for all,
@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from wandistiller.errors import UserError
 from wandistiller.files.checked_json import STAGES, WHOLE, TeacherFileError, read_json, setting
@@ -24,9 +22,6 @@ from wandistiller.files.hub import fetch, is_hub_id, local_path
 from wandistiller.files.weights import Stored, admit, all_tensors, is_weight_file, weight_files
 from wandistiller.wan.names import other_part, own_names, part_files, renamed
 from wandistiller.wan.record_kinds import latents_kinds
-
-if TYPE_CHECKING:
-    pass
 
 MAX_STATISTICS_ERROR = 1e-3  # published figures have four decimals
 # Mean and standard deviation of the released VAEs' latents by their number of channels, copied from diffusers
@@ -267,21 +262,3 @@ def _check_agrees(values: dict, structure: dict, where: Path) -> None:
     for key, value in (structure | {"attn_scales": []}).items():
         if (given := values.get(key)) not in (None, value):
             raise TeacherFileError(f"{where}: {key} is {reprlib.repr(given)}, the tensors beside it have {value}")
-
-
-@torch.inference_mode()
-def decode(
-    vae, latents: Tensor, latents_mean: Sequence[float] | None, latents_std: Sequence[float] | None
-) -> np.ndarray:
-    """Return the pictures (B, H, W, 3) of latents (B, C, h, w) in model space.
-
-    Args:
-        latents_mean, latents_std: statistics that put the latents into model space; None stands for the VAE's own.
-    """
-    device = next(vae.parameters()).device
-    mean = torch.tensor(latents_mean or vae.config.latents_mean, device=device)[:, None, None]
-    std = torch.tensor(latents_std or vae.config.latents_std, device=device)[:, None, None]
-    raw_latents = latents.to(device, torch.float32) * std + mean
-    pixels = vae.decode(raw_latents[:, :, None], return_dict=False)[0][:, :, 0]  # (B, 3, H, W) in [-1, 1]
-    pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float().numpy()
-    return (pixels * 255).round().astype(np.uint8)
