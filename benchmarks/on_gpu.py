@@ -46,6 +46,13 @@ PARTS: dict[str, tuple[str, list[str]]] = {
         "Does a step at true size take the memory that --dry_run says, and what is its MFU?",
         [f"{MEMORY} --teacher 5B --image_size 1024", f"{MEMORY} --teacher 14B --image_size 512"],
     ),
+    "streaming": (
+        "Do answers of a teacher of 14B hide the copies of its blocks (--teacher_offload blocks)?",
+        [
+            f"benchmarks/bench_streaming.py --teacher 14B --depth 10 --teacher_dtype {dtype}"
+            for dtype in ("fp8", "bf16")
+        ],
+    ),
     "demo": (
         "Does the demo in bf16 reach what it reaches on a CPU?",
         [

@@ -27,7 +27,7 @@ class RandomStep:
         options = OptimizationOptions(lr=1e-6, optimizer=workload.optimizer)
         self._optimizer = make_optimizer(self.student, options, device, dtype)
         self._average = WeightAverage(self.student, 0.999) if workload.ema else None
-        self._inputs, self._negative = _random_inputs(workload, device), None
+        self._inputs, self._negative = random_inputs(workload, device), None
         if workload.guided_fraction:
             self._negative = torch.randn(workload.negative_text_tokens, config.text_encoder_output_dim, device=device)
 
@@ -55,7 +55,7 @@ def random_model(config: StudentConfig, device: str, dtype: torch.dtype) -> WanL
     return model
 
 
-def _random_inputs(workload: Workload, device: str) -> tuple[torch.Tensor, ...]:
+def random_inputs(workload: Workload, device: str) -> tuple[torch.Tensor, ...]:
     """Return latents, timesteps, text of a batch and its lengths."""
     count, config = workload.batch_size, workload.student
     text = min(workload.text_tokens - 1, config.text_max_length)  # the model adds the token that stands for the padding

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 
-from benchmarks import on_gpu
+from benchmarks import bench_streaming, on_gpu
 from support.runs import ROOT
 
 
@@ -23,6 +23,13 @@ def test_every_flag_of_the_commands_is_one_that_their_scripts_know():
         for script, *flags in (command.split() for command in commands):
             for flag in flags if script != "-m" else []:
                 assert not flag.startswith("--") or flag in help_of(script), (script, flag)
+
+
+def test_the_part_on_streaming_runs_at_tiny_size(capsys):
+    words = "--teacher 1.3B --depth 3 --pixels 32 --device cpu --dtype fp32 --batch_size 1 2 --rounds 1"
+    assert bench_streaming.main(words.split()) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["batch_size"] for row in found["rows"]] == [1, 2] and found["gib_per_s"] > 0
 
 
 def test_a_part_that_fails_or_takes_too_long_is_told_on_the_page_and_the_next_one_runs(tmp_path, capsys):

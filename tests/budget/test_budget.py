@@ -115,7 +115,7 @@ def test_the_fraction_of_guided_answers_is_that_of_noise_levels_as_they_are_draw
 @pytest.mark.parametrize(
     "changes, name, factor",
     [
-        ({"teacher_offload": True}, "teacher weights", 1 / 2),
+        ({"teacher_offload": "experts"}, "teacher weights", 0.5145),
         ({"optimizer": "adamw8bit"}, "optimizer moments", 1 / 4),
         ({"optimizer": "muon"}, "optimizer moments", 0.537),
         ({"guided_fraction": 0.0}, "teacher activations", 1 / 2),
@@ -144,25 +144,26 @@ def test_flops_of_a_step_count_guidance_replay_and_accumulation():
     assert again.recompute == again.student_forward and again.student_backward == 2 * again.student_forward
 
 
-def test_offloaded_experts_are_in_host_memory():
+def test_streamed_blocks_are_in_pinned_host_memory_and_little_of_it_is_lost():
     assert not any("host memory" in line for line in memory_lines(A14B))
-    (line,) = [line for line in memory_lines(replace(A14B, teacher_offload=True)) if "host memory" in line]
-    assert 1.4 < float(line.split()[2]) / (sizes(A14B)["teacher weights"] / GIB) < 1.6
+    (line,) = [line for line in memory_lines(replace(A14B, teacher_offload="blocks")) if "host memory" in line]
+    assert 1.0 < float(line.split()[2]) / (sizes(A14B)["teacher weights"] / GIB) < 1.1
 
 
 # ---- verdicts and hints ----
 
 STEP = "--gradient_checkpointing --batch_size 1 --grad_accum_steps 4"
-ROUNDED, OFFLOADED = "--teacher_dtype fp8", "--teacher_offload"
+ROUNDED, OFFLOADED = "--teacher_dtype fp8", "--teacher_offload blocks"
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({}, [STEP, ROUNDED, OFFLOADED]),
-        ({"teacher_dtype": "fp8", "teacher_offload": True}, [STEP]),
+        ({"teacher_dtype": "fp8", "teacher_offload": "experts"}, [STEP, OFFLOADED]),
+        ({"teacher_dtype": "fp8", "teacher_offload": "blocks"}, [STEP]),
         ({"gradient_checkpointing": True, "batch_size": 6}, ["--batch_size 1 --grad_accum_steps 6", ROUNDED, OFFLOADED]),
-        ({"gradient_checkpointing": True, "batch_size": 1, "num_experts": 1}, [ROUNDED]),
+        ({"gradient_checkpointing": True, "batch_size": 1, "num_experts": 1}, [ROUNDED, OFFLOADED]),
         ({"num_processes": 8}, [STEP, "--shard both"]),
         ({"num_processes": 8, "teacher_dtype": "fp8"}, [STEP, "--shard student"]),
         ({"num_processes": 8, "optimizer": "adamw8bit"}, [STEP]),

@@ -50,16 +50,15 @@ def test_a_student_learns_from_a_frozen_fp8_teacher(train, teachers, tmp_path, d
 
 def test_offloading_changes_no_bit_of_the_student(train, teachers, tmp_path):
     flags = ("--max_steps", 30, "--replay", 1, "--calls_per_expert", 4)
-    folders = tmp_path / "stays", tmp_path / "offloaded"
+    ways = {"stays": [], "experts": ["--teacher_offload"], "blocks": ["--teacher_offload", "blocks"]}
     outcomes = [
-        train(teachers.two, PRUNED_CONFIG, *flags, *more, output_dir=folder)
-        for folder, more in zip(folders, ([], ["--teacher_offload"]), strict=True)
+        train(teachers.two, PRUNED_CONFIG, *flags, *more, output_dir=tmp_path / way) for way, more in ways.items()
     ]
-    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
-    stays, offloaded = map(weights_of, folders)
-    assert all(torch.equal(stays[name], offloaded[name]) for name in stays)
-    swaps = [re.search(r"with (\d+) swaps of its experts", outcome.out)[1] for outcome in outcomes]
-    assert swaps[0] == swaps[1] and 0 < int(swaps[0]) < 30
+    assert [outcome.code for outcome in outcomes] == [0, 0, 0], outcomes
+    stays, *others = (weights_of(tmp_path / way) for way in ways)
+    assert all(torch.equal(stays[name], other[name]) for other in others for name in stays)
+    swaps = {re.search(r"with (\d+) swaps of its experts", outcome.out)[1] for outcome in outcomes}
+    assert len(swaps) == 1 and 0 < int(swaps.pop()) < 30
 
 
 def test_taking_turns_swaps_far_less_often_than_both_in_every_batch(train, teachers, tmp_path):
@@ -73,10 +72,10 @@ def test_taking_turns_swaps_far_less_often_than_both_in_every_batch(train, teach
     assert both > 30 and in_turns < both / 3
 
 
-def test_offloading_one_expert_is_said_to_be_of_no_use_and_trains(train, teachers):
-    outcome = train(teachers.one, PRUNED_CONFIG, "--teacher_offload", "--max_steps", 1)
+def test_blocks_of_one_expert_teach_by_way_of_a_cache_too(train, teachers, tmp_path):
+    cache = ("--teacher_cache", tmp_path / "answers", "--offline_teacher", "--teacher_offload", "blocks")
+    outcome = train(teachers.one, PRUNED_CONFIG, *cache, "--teacher_dtype", "fp8", "--compile", "--max_steps", 1)
     assert outcome.code == 0, outcome.err
-    assert "--teacher_offload is of no use" in outcome.out and "swaps" not in outcome.out
 
 
 def test_a_run_and_a_teacher_cache_hold_on_to_their_fp8_teacher(train, teachers, tmp_path):

@@ -5,8 +5,11 @@ An offloaded teacher must answer bit for bit as one that stays. All of it runs o
 pytest tests/sampling/test_teacher.py
 """
 
+from unittest import mock
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.wan_folders import (
     oracle_velocity,
@@ -17,6 +20,7 @@ from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.project import project_experts
 from wandistiller.sampling.flow import sigma_to_timestep
+from wandistiller.sampling.streaming import StreamedBlocks
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.settings import RELEASED_LATENTS, resolve_settings
@@ -132,7 +136,7 @@ def test_the_teacher_never_changes_and_takes_no_gradient(tmp_path):
     assert torch.equal(latents, batch()[0]) and torch.equal(prompt_embeds, batch()[2])
 
 
-# ---- two experts, memory for one ----
+# ---- a teacher in host memory ----
 
 
 def ask(teacher: Teacher, *sigmas: float) -> torch.Tensor:
@@ -140,10 +144,8 @@ def ask(teacher: Teacher, *sigmas: float) -> torch.Tensor:
     return teacher.velocity(latents, torch.tensor(sigmas), prompt_embeds, lengths)
 
 
-@pytest.mark.parametrize("offload_to", [None, "cpu"])
-def test_swaps_are_the_changes_of_the_expert_in_use(tmp_path, offload_to):
-    made, _ = make_teacher(tmp_path, two_experts=True)
-    teacher = Teacher(made.experts, made.settings, NEGATIVE, offload_to)
+def test_swaps_are_the_changes_of_the_expert_in_use(tmp_path):
+    teacher, _ = make_teacher(tmp_path, two_experts=True)
     counts = []
     for sigmas in [(0.9, 1.0), (0.9, 0.875), (0.5, 0.1), (0.1, 0.2), (0.9, 0.1), (0.9, 0.1), (0.95,), (0.3,)]:
         ask(teacher, *sigmas)
@@ -152,16 +154,43 @@ def test_swaps_are_the_changes_of_the_expert_in_use(tmp_path, offload_to):
     assert counts == [0, 0, 1, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_an_offloaded_teacher_answers_bit_for_bit_as_one_that_stays(tmp_path, fp8):
-    settings = make_teacher(tmp_path, two_experts=True, guidance_scale=4.0, guidance_scale_2=3.0)[0].settings
-    offloaded, teacher = (
-        Teacher(project_experts(open_wan_files(tmp_path), 512, fp8=fp8), settings, NEGATIVE, offload_to=place)
-        for place in ("cpu", None)
-    )
-    for sigmas in [(0.9, 1.0, 0.2, 0.3), (0.9, 0.95), (0.5, 0.1), (0.9, 0.1, 0.2), (0.6,)]:
-        assert torch.equal(ask(offloaded, *sigmas), ask(teacher, *sigmas))
-    assert offloaded.num_swaps == teacher.num_swaps == 5
+class LateCopies(TorchDispatchMode):
+    """Copies on another stream than the main one happen as late as the main one's waits allow, and must have waited for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.main, self.queue, self.has_waited = torch.cpu.current_stream(), [], False
+
+    def wait_stream(self, waiting, _other) -> None:
+        self.has_waited = waiting is not self.main
+        if waiting is self.main:
+            while self.queue:
+                torch.ops.aten.copy_.default(*self.queue.pop(0))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.cpu.current_stream() is self.main:
+            self.has_waited = False
+            return func(*args, **kwargs or {})
+        assert self.has_waited and func is torch.ops.aten.copy_.default, "what is in the room may still be read"
+        self.queue.append(args[:2])
+        return args[0]
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["fp32", "fp8"])
+@pytest.mark.parametrize("rooms", [2, 3, 5])
+@pytest.mark.parametrize("two_experts", [False, True], ids=["one", "two"])
+def test_an_offloaded_teacher_answers_bit_for_bit_as_one_that_stays(tmp_path, two_experts, rooms, fp8):
+    write_pipeline_folder(tmp_path, two_experts=two_experts, layers=5)
+    wan_files = open_wan_files(tmp_path)
+    settings = resolve_settings(wan_files, guidance_scale=4.0)
+    offloaded, teacher = (Teacher(project_experts(wan_files, 512, fp8=fp8), settings, NEGATIVE) for _ in range(2))
+    asked = [(0.9, 1.0, 0.2, 0.3), (0.9, 0.95), (0.5, 0.1), (0.9, 0.1, 0.2), (0.6,)]
+    late = LateCopies()
+    with mock.patch.object(torch.cpu.Stream, "wait_stream", lambda *streams: late.wait_stream(*streams)), late:
+        StreamedBlocks(offloaded.experts, "cpu", rooms)
+        answers = [ask(offloaded, *sigmas) for sigmas in asked]
+    assert all(torch.equal(answer, ask(teacher, *sigmas)) for sigmas, answer in zip(asked, answers, strict=True))
+    assert offloaded.num_swaps == teacher.num_swaps == (5 if two_experts else 0)
 
 
 # ---- settings ----

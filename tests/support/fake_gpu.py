@@ -49,12 +49,16 @@ class FakeGpu(TorchDispatchMode):
         self._pinned = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         if func is aten.is_pinned.default:
             return args[0].untyped_storage() in self._pinned
         if func is aten._pin_memory.default:
             pinned = args[0].clone() if isinstance(args[0], FakeTensor) else self._real(aten.clone.default, args[0])
+            self._pinned[pinned.untyped_storage()] = True
+            return pinned
+        if kwargs.pop("pin_memory", False):
+            pinned = self._real(func, *args, **kwargs)
             self._pinned[pinned.untyped_storage()] = True
             return pinned
         goes_there = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda"
@@ -91,9 +95,9 @@ class FakeGpu(TorchDispatchMode):
             self._note("what it copies there is not pinned" if is_queued else "it copies there at once")
         return func(*args, **kwargs)
 
-    def set_data(self, tensor: FakeTensor, data: FakeTensor) -> None:
+    def set_data(self, tensor: FakeTensor, data: Tensor) -> None:
         """Bring a tensor to where `data` of its shape is, as `tensor.data = data` does; a fake one would lose its device by that."""
-        tensor.fake_device = data.fake_device
+        tensor.fake_device = data.device
         if data.untyped_storage() in self._pinned:
             self._pinned[tensor.untyped_storage()] = True
 
@@ -146,6 +150,8 @@ def fake_gpu() -> Iterator[FakeGpu]:
             readers.enter_context(
                 mock.patch.object(FakeTensor, "data", property(Tensor.detach, gpu.set_data), create=True)
             )
+            for name in ("Stream", "stream", "current_stream"):
+                readers.enter_context(mock.patch.object(torch.cuda, name, getattr(torch.cpu, name)))
             with _guard_that_does_nothing(), gpu.mode, gpu:
                 yield gpu
     finally:

@@ -28,6 +28,7 @@ from wandistiller.model.fp8 import to_fp8
 from wandistiller.model.sizes import sides, unfilled_model
 from wandistiller.processes import Processes
 from wandistiller.projection.selection import spread_layers
+from wandistiller.sampling.streaming import StreamedBlocks, num_rooms
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.training.feature_loss import FeatureLoss, span_ends
 from wandistiller.training.objective import Objective, TrainedStudent
@@ -127,7 +128,12 @@ def build_teacher(workload: Workload, mode: FakeTensorMode) -> Teacher:
     if workload.num_experts > 1:
         settings = replace(settings, guidance_scale_2=4.0, boundary_ratio=0.875)
     negative = torch.zeros(workload.negative_text_tokens, workload.teacher.text_encoder_output_dim)
-    teacher = Teacher(experts, settings, negative, "cpu" if workload.teacher_offload else None)
+    teacher = Teacher(experts, settings, negative)
+    teacher.streamed = None
+    if workload.teacher_offload:
+        with mode:
+            rooms = num_rooms(workload.teacher_offload, workload.teacher.depth)
+            teacher.streamed = StreamedBlocks(experts, "cpu", rooms)
     guided = teacher._guided
 
     def within(*args):
@@ -155,7 +161,7 @@ def answer(workload: Workload, teacher: Teacher) -> Batch:
     """Let the teacher answer a micro-batch, of two experts the second one all states but one: hidden states are most then."""
     config, count, depth = workload.student, workload.batch_size, workload.teacher.depth
     num_tokens = math.ceil(workload.mean_text_tokens)
-    sigma = torch.full((count,), 1.0 if workload.teacher_offload else 0.5)
+    sigma = torch.full((count,), 1.0 if workload.num_experts > 1 and workload.teacher_offload else 0.5)
     sigma[0] = 1.0
     inputs = {
         "latents": torch.zeros(count, config.num_channels, *sides(workload.latent_size)),
@@ -190,8 +196,9 @@ def step_memory(workload: Workload) -> dict[str, dict[str, int]]:
             set_gradients(trained)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        resident = list(teacher.experts.values())[: 1 if workload.teacher_offload else None]
-        memory.track_external(trained, *resident, optimizer, *(average.weights.values() if average else ()))
+        memory.track_external(
+            trained, *resident_parts(teacher), optimizer, *(average.weights.values() if average else ())
+        )
         if stays:  # averaging among processes, or over micro-batches, keeps them all the time
             set_gradients(trained)
             memory.track_external(trained)
@@ -212,6 +219,15 @@ def step_memory(workload: Workload) -> dict[str, dict[str, int]]:
                 average.update()
             memory.begin(None)
     return memory.peaks
+
+
+def resident_parts(teacher: Teacher) -> list[nn.Module]:
+    """Return what is on the device of a teacher: all of it, or the rooms for its blocks with what is in none."""
+    if teacher.streamed is None:
+        return list(teacher.experts.values())
+    weights = [named for expert in teacher.experts.values() for named in expert.named_parameters()]
+    rest = [weight for name, weight in weights if not name.startswith("blocks.")]
+    return [nn.ParameterList([*rest, *(nn.Parameter(room, requires_grad=False) for room, _ in teacher.streamed.rooms)])]
 
 
 def set_gradients(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from wandistiller.model.fp8 import to_fp8
 from wandistiller.model.sizes import unfilled_model
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.sampler import SamplingOptions, StudentField, sample_in_batches
+from wandistiller.sampling.streaming import StreamedBlocks
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.training.feature_loss import FeatureLoss
 from wandistiller.training.loop import Observer, TrainingOptions, train
@@ -42,7 +43,7 @@ GPU = "cuda:0"  # a GPU without a number would be asked for it
 TEXT_DIM = 16
 BOUNDARY = 0.875
 SHAPE = {"block": "wan", "num_channels": 16, "image_size": 64, "text_encoder_output_dim": TEXT_DIM, "freq_dim": 32}
-TEACHER = StudentConfig(hidden_size=48, depth=1, num_heads=2, ffn_dim=64, **SHAPE)
+TEACHER = StudentConfig(hidden_size=48, depth=4, num_heads=2, ffn_dim=64, **SHAPE)
 STUDENT = StudentConfig(hidden_size=24, depth=1, num_heads=1, ffn_dim=32, **SHAPE)
 LITE = StudentConfig(**SHAPE | {"block": "lite", "hidden_size": 24, "depth": 1, "num_heads": 2})
 LATENTS = (16, 8, 8)
@@ -59,17 +60,20 @@ def settings(num_experts: int, num_steps: int = 6) -> TeacherSettings:
 def make_teacher(
     gpu: FakeGpu,
     num_experts: int = 1,
-    is_offloaded: bool = False,
+    rooms: int = 0,
     is_fp8: bool = False,
     guidance_range: tuple[float, float] | None = None,
 ) -> Teacher:
-    place = "cpu" if is_offloaded else GPU
+    place = "cpu" if rooms else GPU
     models = [unfilled_model(TEACHER, torch.float32) for _ in range(num_experts)]
     experts = [filled(to_fp8(model) if is_fp8 else model, gpu.mode, place) for model in models]
     named = dict(zip(("high", "low"), experts, strict=False))
     negative = torch.randn(5, TEXT_DIM)
     about = replace(settings(num_experts), guidance_range=guidance_range)
-    return Teacher(named, about, negative, GPU if is_offloaded else None)
+    teacher = Teacher(named, about, negative)
+    if rooms:
+        StreamedBlocks(teacher.experts, GPU, rooms)
+    return teacher
 
 
 def make_student(gpu: FakeGpu, config: StudentConfig = STUDENT) -> WanLiteStudent:
@@ -145,7 +149,9 @@ def make_batches(
 RUNS: dict[str, tuple[dict, dict]] = {
     "one expert": ({}, {}),
     "a lite student": ({}, {"config": LITE, "replay": 2}),
-    "two experts in turns": ({"num_experts": 2, "is_offloaded": True}, {"calls_per_expert": 1}),
+    "two experts in turns": ({"num_experts": 2, "rooms": 4}, {"calls_per_expert": 1}),
+    "blocks": ({"rooms": 2, "is_fp8": True}, {}),
+    "blocks of two experts": ({"num_experts": 2, "rooms": 2}, {}),
     "fp8": ({"is_fp8": True}, {}),
     "two experts in parts": ({"num_experts": 2}, {"micro_batch": 2}),
     "noise": ({"num_experts": 2}, {"kind": "noise"}),
@@ -168,9 +174,9 @@ def test_a_step_stays_on_the_gpu_and_waits_for_it_once(name):
             assert len(waits) == 1 and waits[0].startswith("training/loop.py"), waits
     if "low" in teacher.experts and name != "two experts in turns":
         assert teacher.num_swaps > 0
-    if of_teacher.get("is_offloaded"):
-        places = [{weight.device.type for weight in expert.parameters()} for expert in teacher.experts.values()]
-        assert sorted(places, key=str) == [{"cpu"}, {"cuda"}]
+    if rooms := of_teacher.get("rooms"):
+        blocks = [block for expert in teacher.experts.values() for block in expert.blocks]
+        assert sum(next(block.parameters()).device.type == "cuda" for block in blocks) == rooms
 
 
 def test_a_step_of_the_second_stage_too():

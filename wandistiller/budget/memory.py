@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from wandistiller.budget.activations import block_input_bytes, inference_bytes, training_bytes
 from wandistiller.budget.workload import FP32, Workload
 from wandistiller.model.sizes import BYTES, count_parameters, weight_bytes
+from wandistiller.sampling.streaming import num_rooms, pinned_bytes
 from wandistiller.walk.store import feature_bytes
 
 # The bytes that AdamW's two moments take for each parameter. Muon has one, in float32, of the matrices that it moves.
@@ -83,16 +84,18 @@ def certain_bytes(workload: Workload) -> int:
 
 
 def _teacher_components(workload: Workload) -> list[Component]:
-    config, dtype = workload.teacher, workload.teacher_dtype
-    one = weight_bytes(config, dtype)
-    resident = 1 if workload.teacher_offload else workload.num_experts
-    experts = f"{resident} of {workload.num_experts} experts" if workload.num_experts > 1 else "one transformer"
-    what = f"{experts} of {count_parameters(config).total:,} parameters, {dtype} (norms, modulation, time: fp32)"
-    total, gathered = resident * one, 0
+    config, dtype, experts = workload.teacher, workload.teacher_dtype, workload.num_experts
+    one, block = weight_bytes(config, dtype), block_bytes(workload)
+    total, gathered = experts * one, 0
+    what = f"{experts} experts" if experts > 1 else "one transformer"
+    what += f" of {count_parameters(config).total:,} parameters, {dtype} (norms, modulation, time: fp32)"
+    if workload.teacher_offload:
+        rooms = num_rooms(workload.teacher_offload, config.depth)
+        total = experts * (one - config.depth * block) + rooms * block
+        what += f"; room for {rooms} blocks, what is in none is there for good"
     if workload.shard_teacher:
-        block = weight_bytes(config.replace(depth=2), dtype) - weight_bytes(config.replace(depth=1), dtype)
         # FSDP2 leaves what is in no block gathered. A gathered block lies in the buffer that it came in, and in its weights.
-        total = math.ceil(total / workload.num_processes) + resident * (one - config.depth * block)
+        total = math.ceil(total / workload.num_processes) + experts * (one - config.depth * block)
         gathered = 2 * block
         what += f", split over {workload.num_processes}; outside of blocks whole"
     inside = f"the inside of one block, {_teacher_samples(workload)} samples of {workload.teacher_tokens} tokens"
@@ -101,6 +104,17 @@ def _teacher_components(workload: Workload) -> list[Component]:
         Component("gathered blocks", gathered, "of the teacher, two", "answering"),
         Component("teacher activations", _teacher_activations(workload), inside, "answering"),
     ]
+
+
+def block_bytes(workload: Workload) -> int:
+    """Return the bytes of a block of the teacher."""
+    config, dtype = workload.teacher, workload.teacher_dtype
+    return weight_bytes(config.replace(depth=2), dtype) - weight_bytes(config.replace(depth=1), dtype)
+
+
+def streamed_bytes(workload: Workload) -> int:
+    """Return the bytes of pinned host memory that the teacher's blocks take."""
+    return workload.num_experts * pinned_bytes(workload.teacher.depth, block_bytes(workload))
 
 
 def _teacher_samples(workload: Workload) -> int:

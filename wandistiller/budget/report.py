@@ -4,13 +4,17 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from wandistiller.budget.machine import GIB
-from wandistiller.budget.memory import certain_bytes, memory_budget, peak_bytes, phase_bytes, training_peak_bytes
+from wandistiller.budget.memory import (
+    certain_bytes,
+    memory_budget,
+    peak_bytes,
+    phase_bytes,
+    streamed_bytes,
+    training_peak_bytes,
+)
 from wandistiller.budget.workload import Workload, step_flops
-from wandistiller.model.sizes import weight_bytes
 from wandistiller.reports.progress import format_duration
 
-# Pinned memory comes in powers of two of bytes, so the weights of A14B take half as much again there.
-PINNED_OVERHEAD = 1.5
 ASSUMED_UTILISATION = 0.4  # of the rate of plain matrix products, over a whole step
 WHEN = {
     "": "",
@@ -53,8 +57,8 @@ def hints(workload: Workload) -> dict[str, dict[str, Any]]:
         return found
     if not is_rounded:
         found["--teacher_dtype fp8"] = {"teacher_dtype": "fp8"}
-    if workload.num_experts > 1 and not is_offloaded:
-        found["--teacher_offload"] = {"teacher_offload": True}
+    if workload.teacher_offload != "blocks":
+        found["--teacher_offload blocks"] = {"teacher_offload": "blocks"}
     return found
 
 
@@ -119,8 +123,7 @@ def memory_lines(workload: Workload) -> list[str]:
     components = sorted(memory_budget(workload), key=lambda part: -part.num_bytes)
     lines = [table_line(part.name, part.num_bytes, WHEN[part.phase] + part.what) for part in components]
     if workload.teacher_offload:
-        host = PINNED_OVERHEAD * workload.num_experts * weight_bytes(workload.teacher, workload.teacher_dtype)
-        lines.append(table_line("host memory", host, "both experts, pinned (each tensor in a power of two of bytes)"))
+        lines.append(table_line("host memory", streamed_bytes(workload), "the teacher's blocks, pinned"))
     phases = phase_bytes(components)
     highest = max(phases, key=phases.__getitem__)
     return [*lines, table_line("peak", phases[highest], WHEN[highest].removesuffix(": "))]

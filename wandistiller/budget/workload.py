@@ -36,7 +36,7 @@ class Workload:
     num_processes: int = 1
     dtype: str = "bf16"  # of matrix products: "fp32" or "bf16"
     teacher_dtype: str = "bf16"  # of its weights: "fp32", "bf16", or "fp8" (the Linear weights of its blocks)
-    teacher_offload: bool = False  # of two experts only the one in use is on the GPU
+    teacher_offload: str | None = None  # "blocks": two of them are on the GPU; "experts": as many as one expert has
     offline_teacher: bool = False  # all answers come from a cache; the teacher is gone before the student comes
     shard_teacher: bool = False
     shard_student: bool = False  # with gradients, moments and EMA

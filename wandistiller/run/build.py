@@ -1,5 +1,6 @@
 """What a run is built of: embeddings, teacher, student, objective and batches."""
 
+import gc
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from wandistiller.projection.project import ProjectionReport, fresh_student, pro
 from wandistiller.run.held_out import build_measure
 from wandistiller.run.learning import fill_caches
 from wandistiller.run.settings import Settings
+from wandistiller.sampling.streaming import StreamedBlocks, num_rooms
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.training.feature_loss import FeatureLoss
 from wandistiller.training.objective import Objective
@@ -68,6 +70,8 @@ def load_teacher(settings: Settings, embeds: Embeds, caches: Sequence[TeacherCac
     if not settings.offline_teacher:
         return teacher
     build_measure(settings, embeds, teacher)  # which keeps its states in the cache's folder
+    del teacher
+    gc.collect()  # streamed blocks are in a cycle with their hooks
     settings.processes.barrier()  # all of them read what the first one has written
     return None
 
@@ -94,13 +98,10 @@ def build_teacher(settings: Settings, negative_prompt_embeds: Tensor | None) -> 
         fp8=is_fp8,
         shard=processes.shard if is_sharded else None,
     )
-    return Teacher(
-        experts,
-        settings.teacher,
-        negative_prompt_embeds,
-        processes.device if settings.teacher_offload else None,
-        processes.any_true if is_sharded else bool,
-    )
+    if settings.teacher_offload:
+        StreamedBlocks(experts, processes.device, num_rooms(settings.teacher_offload, settings.wan_files.config.depth))
+    any_process = processes.any_true if is_sharded else bool
+    return Teacher(experts, settings.teacher, negative_prompt_embeds, any_process)
 
 
 def make_student(settings: Settings) -> tuple[WanLiteStudent, ProjectionReport]:

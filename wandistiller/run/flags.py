@@ -197,7 +197,12 @@ class PerformanceFlags(ComputeFlags):
         "of the teacher's weights (that of --dtype); fp8: a byte per weight of its blocks",
         choices=["fp32", "bf16", "fp8"],
     )
-    teacher_offload: bool = switch("keep a two-expert teacher in host memory, the expert in use on the device")
+    teacher_offload: str | None = flag(
+        "keep the teacher in host memory: blocks, each on the device while it answers; without a value experts, the one in use of two",
+        nargs="?",
+        const="experts",
+        choices=["experts", "blocks"],
+    )
     shard: str | None = flag(
         "under torchrun: shard student, teacher or, without a value, both (FSDP2); left out: a copy in each process (DDP)",
         nargs="?",

@@ -104,16 +104,17 @@ def given(typed, otherwise):
 def resolve_states(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> dict[str, Any]:
     """Return the states that the student learns at: those that were typed, else the recipe that won, where it can be had."""
     own, offload = flags.states, flags.performance.teacher_offload
-    if offload and len(wan_files.experts) == 1:
-        print("--teacher_offload is of no use here, this teacher has one expert; the usual states are trained on")
-        offload = False
+    num_experts = len(wan_files.experts)
+    if offload == "experts" and num_experts == 1:
+        print("--teacher_offload is of no use here, this teacher has one expert; --teacher_offload blocks is for it")
+        offload = None
     # A cache keeps no hidden states, and those at pure noise are not compared.
     has_features = own.states != "noise" and own.teacher_cache is None
     feature_loss_weight = given(flags.objective.feature_loss_weight, FEATURE_LOSS_WEIGHT if has_features else 0.0)
     if feature_loss_weight and (flags.student.init == "random" or config.block != "wan"):
         print("Hidden states are not compared: the student has none of the teacher's channels")
         feature_loss_weight = 0.0
-    takes_turns = offload and own.states == "trajectory"
+    takes_turns = offload and num_experts > 1 and own.states == "trajectory"
     return {
         "sigma_range": tuple(own.sigma_range or ALL_LEVELS),
         "calls_per_expert": given(own.calls_per_expert, OFFLOAD_CALLS_PER_EXPERT if takes_turns else 0),

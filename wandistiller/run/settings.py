@@ -104,7 +104,7 @@ class Settings:
     dtype: str
     teacher_dtype: str
     is_for_gpu: bool
-    teacher_offload: bool
+    teacher_offload: str | None
     shard_teacher: bool
     shard_student: bool
     gradient_checkpointing: bool

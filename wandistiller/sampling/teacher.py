@@ -1,9 +1,9 @@
-"""The frozen teacher: a guided velocity field over one or two 2D experts, of which one at a time may be on the device."""
+"""The frozen teacher: a guided velocity field over one or two 2D experts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wandistiller.device import to_device
 from wandistiller.model.transformer import WanLiteStudent, block_outputs
@@ -18,8 +18,6 @@ class Teacher:
         experts: 2D models of the teacher's own shape, {"high": ...} or {"high": ..., "low": ...}.
         settings: guidance, and the boundary between the experts.
         negative_prompt_embeds: (S, text_dim) text tokens of the negative prompt; None where every guidance scale is 1.
-        offload_to: the device that the expert in use is brought to, while all experts stay in host memory, where they must
-            be; None leaves them where they are.
         any_process: tells whether something is true in any of the processes that experts are sharded over, because these
             must ask the same expert together.
 
@@ -32,7 +30,6 @@ class Teacher:
         experts: dict[str, WanLiteStudent],
         settings: TeacherSettings,
         negative_prompt_embeds: Tensor | None = None,
-        offload_to: str | torch.device | None = None,
         any_process: Callable[[bool], bool] = bool,
     ):
         if settings.uses_guidance and negative_prompt_embeds is None:
@@ -40,7 +37,6 @@ class Teacher:
         self.settings = settings
         self.negative_prompt_embeds = negative_prompt_embeds
         self.experts = {name: expert.eval().requires_grad_(False) for name, expert in experts.items()}
-        self.offloaded = None if offload_to is None else OffloadedExperts(self.experts, offload_to)
         self.any_process = any_process
         self.in_use: str | None = None
         self.num_swaps = 0
@@ -150,45 +146,8 @@ class Teacher:
         return self.negative_prompt_embeds
 
     def use(self, name: str) -> WanLiteStudent:
-        """Return an expert that is ready to answer, on the device where it does so."""
+        """Return an expert, and count the changes."""
         if name != self.in_use:
             self.num_swaps += self.in_use is not None
             self.in_use = name
-        if self.offloaded is not None:
-            self.offloaded.use(name)
         return self.experts[name]
-
-
-class OffloadedExperts:
-    """Brings the weights of one expert at a time to the device; the experts are changed in place.
-
-    Weights never change, so nothing is ever copied back: an expert that leaves the device takes up its host copy again. No
-    byte moves where the device is the host itself.
-
-    Args:
-        experts: frozen models in host memory, which is pinned here for a GPU. (torch rounds each pinned tensor up to a power
-            of two: the experts of A14B take about half as much host memory again.)
-        device: where the expert in use answers.
-    """
-
-    def __init__(self, experts: Mapping[str, nn.Module], device: str | torch.device):
-        self.device = torch.device(device)
-        self.on_device: str | None = None
-        self._tensors = {name: [*expert.parameters(), *expert.buffers()] for name, expert in experts.items()}
-        if self.device.type == "cuda":
-            for tensors in self._tensors.values():
-                for tensor in tensors:
-                    tensor.data = tensor.data.pin_memory()  # one at a time, so that no expert is in memory twice
-        self._host = {name: [tensor.data for tensor in tensors] for name, tensors in self._tensors.items()}
-
-    @torch.inference_mode(False)  # because an expert brought in while a picture is drawn serves training later
-    def use(self, name: str) -> None:
-        """Bring this expert to the device; the other one leaves first, so that the two never need to fit together."""
-        if name == self.on_device:
-            return
-        if self.on_device is not None:
-            for tensor, host in zip(self._tensors[self.on_device], self._host[self.on_device], strict=True):
-                tensor.data = host
-        for tensor, host in zip(self._tensors[name], self._host[name], strict=True):
-            tensor.data = host.to(self.device, non_blocking=True)  # a queued copy, from pinned memory
-        self.on_device = name
