@@ -79,7 +79,8 @@ def run_test(flags: Flags, argv: list[str], scratch: Path) -> None:
     )
     passed(f"Student parameters: {small.num_parameters:,}")
     num_prompts = min(len(inputs.prompts.train), MAX_PROMPTS)
-    own = {"student_config": str(config_file), "num_prompts": num_prompts}
+    start = "random" if flags.student.init_from == "random" else "teacher"
+    own = {"student_config": str(config_file), "num_prompts": num_prompts, "init_from": start}
     train_and_resume(changed(flags, **SMALL | own), -(-num_prompts // BATCH_SIZE))
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     passed("Files saved: " + ", ".join(f"{path.name} ({path.stat().st_size:,} bytes)" for path in files))

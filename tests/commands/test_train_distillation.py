@@ -46,7 +46,7 @@ RUN_FILES = {"run.yaml", "metrics.jsonl", "projection_report.json", "loss.png", 
 # The command line is a contract: other people's scripts hold these flags.
 FLAGS = """
     teacher_path teacher_path_low teacher_lora teacher_lora_low text_encoder_path vae_path data_path caption_column
-    prompt_per num_prompts prompt_cache student_config init init_expert layers image_sizes guidance_range
+    prompt_per num_prompts prompt_cache student_config init_from init_expert layers image_sizes guidance_range
     teacher_steps teacher_sampler config preset guidance_scale guidance_scale_2 boundary_ratio negative_prompt shift states
     sigma_range calls_per_expert replay teacher_cache offline_teacher cache_part
     feature_loss_weight student_steps num_epochs max_steps teacher_calls batch_size grad_accum_steps optimizer lr
@@ -262,7 +262,9 @@ def test_a_run_ends_with_teacher_and_student_side_by_side(train, teachers, tmp_p
     above, below = sample_rows(tmp_path / "same", 2)
     assert np.ptp(above.reshape(-1, 3), axis=0).min() > 50, "nothing was drawn"
     assert np.abs(above.astype(int) - below).max() <= 2
-    assert train(teachers.one, IDENTITY_CONFIG, *flags, "--init", "random", output_dir=tmp_path / "other").code == 0
+    assert (
+        train(teachers.one, IDENTITY_CONFIG, *flags, "--init_from", "random", output_dir=tmp_path / "other").code == 0
+    )
     again, below = sample_rows(tmp_path / "other", 2)
     np.testing.assert_array_equal(above, again)
     assert (below != again).mean() > 0.1
@@ -285,12 +287,12 @@ def test_a_teacher_without_a_vae_is_trained_from_and_the_reason_for_no_picture_t
 
 def test_a_random_student_inherits_nothing_and_repeats_with_its_seed(train, teachers, tmp_path):
     for name, seed in (("a", 1), ("again", 1), ("b", 2)):
-        flags = ("--init", "random", "--seed", seed, "--max_steps", 1, "--lr", 1e-12)
+        flags = ("--init_from", "random", "--seed", seed, "--max_steps", 1, "--lr", 1e-12)
         assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / name).code == 0
     report = json.loads((tmp_path / "a" / "projection_report.json").read_text(encoding="utf-8"))
     assert {entry["status"] for entry in report["student"].values()} == {"initialised"}
     assert {entry["status"] for entry in report["teacher"].values()} == {"dropped"}
-    assert record_of(tmp_path / "a")["init"] == "random"
+    assert record_of(tmp_path / "a")["init_from"] == "random"
     assert same_weights(tmp_path / "a", tmp_path / "again") and not same_weights(tmp_path / "a", tmp_path / "b")
 
 

@@ -58,7 +58,7 @@ PATHS = ["--replay", 2]
 THREE_SIZES = ["--image_sizes", "32x32", "48x32", "32x48"]
 RECIPES = {
     "accumulated": [*PATHS, "--feature_loss_weight", 0.5, "--grad_accum_steps", 2, "--optimizer", "adamw"],
-    "muon": ["--optimizer", "muon", "--init", "random", "--feature_loss_weight", 1, "--replay", 2],
+    "muon": ["--optimizer", "muon", "--init_from", "random", "--feature_loss_weight", 1, "--replay", 2],
     "few steps of three sizes": ["--student_steps", 2, "--replay", 2, *THREE_SIZES],
     "two experts and three sizes": ["--calls_per_expert", 2, "--replay", 1, *THREE_SIZES],
 }

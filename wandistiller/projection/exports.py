@@ -128,7 +128,7 @@ def published(config: StudentConfig) -> StudentConfig:
         name: value
         for name, value in record.items()
         if name not in ("command", "commands", "extra_prompts")
-        and (not name.endswith("_path") or _is_of_hub(value, record))
+        and (not ("_path" in name or name == "init_from") or _is_of_hub(value, record))
     }
     if record.get("teacher_path") == f"./{DEMO_TEACHER}":
         kept |= {"world": DEMO_WORLD}

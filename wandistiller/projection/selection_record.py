@@ -30,6 +30,16 @@ def _ranges_of(indices: list[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)
 
 
+def composed(first: Selection, second: Selection) -> Selection:
+    """Return the part of a teacher that is left where a `first` part of it is cut to a `second` part of that."""
+    axes = dict(first.axes)
+    for name, kept in second.axes.items():
+        axis, _, layer = name.partition(".")
+        whole = f"{axis}.{first.layers[int(layer)]}" if layer else axis
+        axes[whole] = axes[whole][kept] if whole in axes else kept
+    return Selection([first.layers[layer] for layer in second.layers], axes)
+
+
 def read_made_of(folder: str | Path, config: StudentConfig) -> tuple[StudentConfig, Selection]:
     """Read what the student in a folder was made of: the shape of its teacher, and the kept part.
 
@@ -48,7 +58,9 @@ def read_made_of(folder: str | Path, config: StudentConfig) -> tuple[StudentConf
             f"{path}: {error}; it tells which part of the teacher the student was made of, copy it too"
         ) from None
     if isinstance(report, dict) and report.get("layers") == []:
-        raise UserError(f"{path}: the student inherited nothing of its teacher (--init random), so no LoRA fits it")
+        raise UserError(
+            f"{path}: the student inherited nothing of its teacher (--init_from random), so no LoRA fits it"
+        )
     try:
         return _made_of(report, config)
     except (KeyError, TypeError, AttributeError, ValueError):  # which a ConfigError is

@@ -3,11 +3,15 @@
 import gc
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from wandistiller.device import DTYPES
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import ProjectionReport, fresh_student, project_experts, project_teacher
+from wandistiller.projection.selection import select
+from wandistiller.projection.selection_record import composed, selection_record
+from wandistiller.run.headers import Source
 from wandistiller.run.held_out import build_measure
 from wandistiller.run.learning import fill_caches
 from wandistiller.run.settings import Settings
@@ -105,12 +109,14 @@ def build_teacher(settings: Settings, negative_prompt_embeds: Tensor | None) -> 
 
 
 def make_student(settings: Settings) -> tuple[WanLiteStudent, ProjectionReport]:
-    """Make what is trained: a part of the teacher, or a student that inherits nothing."""
-    device, seed = settings.device, settings.seed
-    if settings.init == "random":
+    """Make what is trained: a part of the teacher or of another Wan, or a student that inherits nothing."""
+    device, seed, source = settings.device, settings.seed, settings.source
+    if settings.init_from == "random":
         student, report = fresh_student(
             settings.wan_files, settings.config, settings.init_expert, device=device, seed=seed
         )
+    elif source is not None:
+        student, report = cut_from(source, settings)
     else:
         student, report = project_teacher(
             settings.wan_files,
@@ -122,6 +128,20 @@ def make_student(settings: Settings) -> tuple[WanLiteStudent, ProjectionReport]:
         )
     print(report.summary())
     student.gradient_checkpointing = settings.gradient_checkpointing
+    return student, report
+
+
+def cut_from(source: Source, settings: Settings) -> tuple[WanLiteStudent, ProjectionReport]:
+    """Cut a student from another one or from a Wan; the report tells which part it has of what that one was cut from itself."""
+    expert = source.wan_files.expert(source.expert)
+    selection = select(expert, settings.config, settings.layers)
+    student, report = project_teacher(
+        source.wan_files, settings.config, source.expert, device=settings.device, selection=selection
+    )
+    whole = composed(source.part, selection)
+    report.layers = whole.layers
+    report.channels = whole.axes.get("channels", torch.arange(source.shape.hidden_size)).tolist()
+    report.selection = selection_record(source.shape, whole)
     return student, report
 
 

@@ -25,6 +25,7 @@ MAX_BYTES = 2**16  # far more than all flags take, far less than a parser suffer
 DEMO_FILE = CONFIG_FOLDER / "demo.yaml"
 # They say how this one command is run, not what it makes.
 NOT_KEPT = ("config", "preset", "print_config", "dry_run", "assume_gpu_gib", "overwrite", "cache_part")
+SWITCHED = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 HOW_TO_WRITE = "write one `flag: value` a line, such as `batch_size: 8`"
 
 
@@ -88,10 +89,10 @@ def _words(name: str, value: Any, parser: FlagParser, file: str) -> list[str]:
     action = parser.action_of(name)
     if value is None:
         return [] if action else [f"--{name}"]  # which is answered as unknown
+    if action is not None and action.nargs in (0, "?") and str(value).lower() in SWITCHED:
+        return [f"--{name}"] if SWITCHED[str(value).lower()] else []
     if action is not None and action.nargs == 0:
-        if str(value).lower() not in ("true", "false", "yes", "no", "on", "off"):
-            raise UserError(f"--config {file}: {name} is {value!r}; allowed: true or false")
-        return [f"--{name}"] if str(value).lower() in ("true", "yes", "on") else []
+        raise UserError(f"--config {file}: {name} is {value!r}; allowed: true or false")
     if not isinstance(value, list):
         return [f"--{name}={value}"]
     if action is None or isinstance(action.nargs, (int, str)):

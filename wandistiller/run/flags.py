@@ -24,6 +24,7 @@ from wandistiller.flags import (
     path,
     switch,
 )
+from wandistiller.model.config import CONFIG_NAME
 from wandistiller.model.image_sizes import AspectRatio, ImageSize, size_or_ratio
 from wandistiller.run.config_help import READY_CONFIGS
 
@@ -83,8 +84,13 @@ class StudentFlags:
     """What the student looks like, and what it starts from."""
 
     student_config: str = flag("shape of the student", "config/demo_student_config.json", type=path)
-    init: str = flag("initial weights: of the teacher, or random", "projection", choices=["projection", "random"])
-    init_expert: str = flag("expert of two that initialises the student", "high", choices=["high", "low"])
+    init_from: str = flag(
+        "what the student is cut from: teacher, random (nothing), or the folder, file or hub id of a student or Wan of its shape or "
+        "larger",
+        "teacher",
+        type=path,
+    )
+    init_expert: str = flag("expert of two that it is cut from", "high", choices=["high", "low"])
     image_sizes: list[ImageSize | AspectRatio] | None = flag(
         "sizes to train at in turn: WxH in pixels, or W:H for a ratio of image_size^2 pixels (left out: image_size alone)",
         nargs="+",
@@ -287,6 +293,9 @@ def parse_args(
     if file := known.get("config"):
         known = read_flags(file, parser) | known
     teacher_path = known.get("teacher_path", (defaults or {}).get("teacher_path", DEMO_TEACHER))
+    init_from = known.get("init_from", "")
+    if os.path.isfile(os.path.join(init_from, CONFIG_NAME)):
+        known = {"student_config": init_from} | known
     if preset := known.get("preset"):
         known = read_flags(PRESETS[preset], parser) | known
     elif os.path.realpath(teacher_path) == os.path.realpath(DEMO_TEACHER):

@@ -29,6 +29,7 @@ COMPARED = NEUTRAL | {
     "optimizer": "adamw",
     "ema": True,
     "teacher_cache": False,
+    "init": "projection",  # what --init_from was called
 }
 
 
@@ -74,6 +75,7 @@ def run_identity(settings: Settings) -> dict[str, object]:
         **describe_teacher(settings.wan_files, settings.teacher),
         **settings.recipe,
         "prompts": settings.prompts_digest,
+        "init_from": settings.source.wan_files.fingerprint() if settings.source else settings.init_from,
         "teacher_cache": settings.teacher_cache is not None,
         "optimizer": settings.optimization.optimizer,
         "ema": settings.optimization.ema_decay > 0,

@@ -5,19 +5,40 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wandistiller.errors import UserError
-from wandistiller.model.config import StudentConfig
-from wandistiller.projection.selection import check_fits
-from wandistiller.run.flags import Flags
+from wandistiller.model.config import ConfigError, StudentConfig
+from wandistiller.projection.selection import Selection, check_fits
+from wandistiller.projection.selection_record import read_made_of
+from wandistiller.run.flags import Flags, StudentFlags
 from wandistiller.walk.grids import teacher_levels
-from wandistiller.wan.layouts import check_headers, open_teacher
+from wandistiller.wan.layouts import check_headers, open_teacher, open_wan_files
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
 from wandistiller.wan.vae import check_statistics, find_vae, read_vae_config
 from wandistiller.wan.wan_files import WanFiles, merge_loras
 
+SHAPE = ("hidden_size", "depth", "num_heads", "ffn_dim", "num_channels")
 ALL_LEVELS = (0.0, 1.0)
 # A teacher of so few steps was distilled to them, as lightning LoRAs are, unless its sampler is named.
 FEW_TEACHER_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Wan or student that the run's student is cut from in place of its teacher (--init_from).
+
+    Attributes:
+        expert: which transformer of it.
+        shape, part: the Wan that it was cut from itself, and the part of that it has; of a Wan its own shape, and all of it.
+    """
+
+    wan_files: WanFiles
+    expert: str
+    shape: StudentConfig
+    part: Selection
+
+    def is_like(self, teacher: StudentConfig) -> bool:
+        """Return whether its channels are those of a teacher, by its shape."""
+        return all(getattr(self.shape, name) == getattr(teacher, name) for name in SHAPE)
 
 
 @dataclass(frozen=True)
@@ -28,6 +49,7 @@ class Files:
     teacher: TeacherSettings
     encoder: TextEncoderFiles | None
     vae_location: Path | None
+    source: Source | None = None
 
 
 def open_files(flags: Flags, config: StudentConfig) -> Files:
@@ -35,7 +57,35 @@ def open_files(flags: Flags, config: StudentConfig) -> Files:
     wan_files, teacher = open_fitting_teacher(flags, config)
     encoder = find_encoder(flags, wan_files, config)
     wan_files = replace(wan_files, encoder=encoder)  # which is a part of what the teacher is
-    return Files(wan_files, teacher, encoder, find_sample_vae(flags, wan_files, teacher))
+    return Files(
+        wan_files, teacher, encoder, find_sample_vae(flags, wan_files, teacher), open_source(flags.student, config)
+    )
+
+
+def open_source(flags: StudentFlags, config: StudentConfig) -> Source | None:
+    """Open what the student is cut from; None where that is the teacher, or nothing.
+
+    Raises:
+        UserError: it is missing, or the student is no part of it; both shapes are told.
+    """
+    place = flags.init_from
+    if place in ("teacher", "random"):
+        return None
+    if config.block != "wan":
+        raise UserError(f"--init_from {place}: a student of block {config.block} starts from random values")
+    wan_files = open_wan_files(place)
+    name = flags.init_expert if len(wan_files.experts) > 1 else "high"
+    expert = wan_files.expert(name)
+    try:
+        check_fits(expert.config, config, flags.layers, flags.student_config)
+    except ConfigError as error:
+        ours, theirs = (", ".join(f"{key} {getattr(shape, key)}" for key in SHAPE) for shape in (config, expert.config))
+        raise UserError(f"--init_from {place}: has {theirs}; the student ({ours}) is no part of it: {error}") from None
+    try:
+        shape, part = read_made_of(expert.location, expert.config)
+    except UserError:  # it is no student, or nothing is known of its making
+        shape, part = expert.config, Selection(list(range(expert.config.depth)))
+    return Source(wan_files, name, shape, part)
 
 
 def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles, TeacherSettings]:

@@ -1,5 +1,6 @@
 """What a run reads before torch loads: the student's config and the prompts; and flags that contradict each other. Standard library only."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ def read_inputs(flags: Flags) -> Inputs:
     check_is_in_clone(
         {"student_config": student_config, "data_path": data.data_path, "teacher_path": data.teacher_path}
     )
-    config = StudentConfig.load(student_config)
+    config = StudentConfig.load(student_config).replace(distillation=None)  # which is that of an earlier run
     prompts = read_prompts(
         data.data_path,
         data.caption_column,
@@ -78,6 +79,8 @@ def mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
     yield from ((flag, why) for flag, other, why in NEEDS if is_on[flag] and not is_on[other])
     yield from range_mistakes(flags)
     yield from ((flag, why) for flag, other, why in EXCLUDES if is_on[flag] and is_on[other])
+    if os.path.realpath(flags.student.init_from) == os.path.realpath(flags.output.output_dir or ""):
+        yield "init_from", "is the folder that this run writes to; give another --output_dir"
     yield from process_mistakes(flags)
 
 

@@ -34,6 +34,7 @@ def distillation_record(
         "caption_column": settings.caption_column,
         "teacher_dtype": settings.teacher_dtype,
         "image_sizes": None if settings.has_one_square_size else [str(size) for size in settings.image_sizes],
+        "init_from": recorded_path(settings.init_from) if settings.source else settings.init_from,
         "student_steps": None,  # until the second stage has begun
     }
     known = {name: value for name, value in (paths | settings.recipe | own).items() if value is not None}

@@ -32,7 +32,6 @@ from wandistiller.walk.batches import make_schedules
 from wandistiller.walk.grids import teacher_levels
 from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.text_encoder import prompts_digest
-from wandistiller.wan.wan_files import WanFiles
 
 # The recipe that won on two teachers (docs/measurements.md)
 FEATURE_LOSS_WEIGHT = 1.0
@@ -72,7 +71,7 @@ def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes, com
     typed_sizes = flags.student.image_sizes or [square(config.image_size)]
     known: dict[str, Any] = {
         **vars(files),
-        **resolve_states(flags, files.wan_files, config),
+        **resolve_states(flags, files, config),
         **resolve_device(flags, processes),
         "command": list(command),
         "flags_text": flags_text(flags),
@@ -101,9 +100,9 @@ def given(typed, otherwise):
 # ---- states and length; `known` are the settings that are decided already, by their names ----
 
 
-def resolve_states(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> dict[str, Any]:
+def resolve_states(flags: Flags, files: Files, config: StudentConfig) -> dict[str, Any]:
     """Return the states that the student learns at: those that were typed, else the recipe that won, where it can be had."""
-    own, offload = flags.states, flags.performance.teacher_offload
+    own, offload, wan_files = flags.states, flags.performance.teacher_offload, files.wan_files
     num_experts = len(wan_files.experts)
     if offload == "experts" and num_experts == 1:
         print("--teacher_offload is of no use here, this teacher has one expert; --teacher_offload blocks is for it")
@@ -111,7 +110,8 @@ def resolve_states(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> 
     # A cache keeps no hidden states, and those at pure noise are not compared.
     has_features = own.states != "noise" and own.teacher_cache is None
     feature_loss_weight = given(flags.objective.feature_loss_weight, FEATURE_LOSS_WEIGHT if has_features else 0.0)
-    if feature_loss_weight and (flags.student.init == "random" or config.block != "wan"):
+    is_of_teacher = files.source.is_like(wan_files.config) if files.source else flags.student.init_from == "teacher"
+    if feature_loss_weight and (not is_of_teacher or config.block != "wan"):
         print("Hidden states are not compared: the student has none of the teacher's channels")
         feature_loss_weight = 0.0
     takes_turns = offload and num_experts > 1 and own.states == "trajectory"

@@ -11,6 +11,7 @@ from wandistiller.device import DTYPES
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize, square
 from wandistiller.processes import Processes
+from wandistiller.run.headers import Source
 from wandistiller.sampling.sampler import SamplingOptions
 from wandistiller.students.record import StudentRecord
 from wandistiller.training.loop import TrainingOptions
@@ -45,6 +46,7 @@ class Settings:
         vae_location: the VAE of the sample pictures; None: none are drawn.
         held_out_prompts: the prompts to measure on; [] where nothing is measured.
         config: shape of the student.
+        source: what it is cut from; None where that is the teacher, or nothing.
         image_sizes: in pixels; one or more, in turn.
         student_steps: steps that the student draws in, after a second stage; None: those of the teacher, in one stage.
         num_steps: optimizer steps of the whole run.
@@ -76,7 +78,8 @@ class Settings:
     prompt_cache: str
     # Student
     config: StudentConfig
-    init: str = compared("projection")
+    init_from: str = compared("teacher")
+    source: Source | None
     init_expert: str = compared("high")
     layers: list[int] | None = compared(None)
     image_sizes: tuple[ImageSize, ...]

@@ -12,17 +12,24 @@ from wandistiller.errors import UserError
 from wandistiller.files.checked_json import COMPONENT, POSITIVE, RATIO, TeacherFileError, read_json, setting
 from wandistiller.files.hub import fetch, is_hub_id, local_path
 from wandistiller.files.weights import is_weight_file, stored_tensors, weight_files
-from wandistiller.model.config import StudentConfig
+from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, StudentConfig
 from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.names import COMFYUI_FOLDERS, refuse_other_kind, side_of, teacher_record
 from wandistiller.wan.record_kinds import SAMPLING_KINDS, latents_kinds
-from wandistiller.wan.transformer_files import LAYOUTS, LOCAL_LAYOUTS, WanTransformer, open_transformer, refuse_settings
+from wandistiller.wan.transformer_files import (
+    LAYOUTS,
+    LOCAL_LAYOUTS,
+    WanTransformer,
+    open_student,
+    open_transformer,
+    refuse_settings,
+)
 from wandistiller.wan.wan_files import WanFiles, with_latents
 
 MODULAR_INDEX = "modular_model_index.json"
 # Other files with Wan in their names that lie in these folders
 _OTHERS = re.compile(r"i2v|flf2v|vace|animate|s2v|fun|camera|lora|vae|umt5|control", re.IGNORECASE)
-_HUB_FILES = ["*.json", "diffusion_pytorch_model*.safetensors"] + [
+_HUB_FILES = ["*.json", WEIGHTS_NAME, "diffusion_pytorch_model*.safetensors"] + [
     f"{folder}/*.safetensors" for folder in ("transformer", "transformer_2", "high_noise_model", "low_noise_model")
 ]
 
@@ -154,11 +161,8 @@ def _open_folder(folder: Path, location: str) -> WanFiles:
     for index_name in ("model_index.json", MODULAR_INDEX):
         if (folder / index_name).is_file():
             return _open_pipeline_folder(folder, location, index_name)
-    if (folder / "student_config.json").is_file():
-        raise TeacherFileError(
-            f"{folder}: is a student, not a Wan checkpoint; to use it as a teacher, export it first: python "
-            "export_student.py --format pipeline"
-        )
+    if (folder / CONFIG_NAME).is_file():
+        return WanFiles(location, {"high": open_student(folder)})
     if any((folder / name).is_dir() for name in COMFYUI_FOLDERS):
         return _open_comfyui_folder(folder, location)
     return _open_original_folder(folder, location)

@@ -19,7 +19,7 @@ from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, s
 from wandistiller.files.gguf_files import read_gguf_header, require_architecture
 from wandistiller.files.safetensors_files import read_header
 from wandistiller.files.weights import Stored, admit, all_tensors, digest_of, is_gguf, is_torch
-from wandistiller.model.config import ConfigError, StudentConfig
+from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.wan.names import (
     PATCH_KERNEL,
@@ -123,6 +123,18 @@ def open_transformer(location: Path, files: Sequence[Path], settings: dict) -> W
     )
     is_assumed = not {"num_attention_heads", "num_heads", "attention_head_dim"} & settings.keys()
     return WanTransformer(location, config, weights, files, ignored, student, is_assumed, title_of(metadata))
+
+
+def open_student(folder: Path) -> WanTransformer:
+    """Open the folder of a student, which is a Wan but for the one frame of its patch kernel, by its headers."""
+    config, file = StudentConfig.load(folder), folder / WEIGHTS_NAME
+    if config.block != "wan":
+        raise TeacherFileError(f'{folder}: holds a student of block "{config.block}", which is no Wan')
+    found = all_tensors([file])
+    if len(kernel := found[PATCH_KERNEL].shape if PATCH_KERNEL in found else ()) == 4:
+        found[PATCH_KERNEL] = found[PATCH_KERNEL].with_shape((*kernel[:2], 1, *kernel[2:]))
+    weights, ignored = admit(found, teacher_tensor_shapes(config), file, what=f"student as its {CONFIG_NAME} says")
+    return WanTransformer(folder, config, weights, [file], ignored, config)
 
 
 def _with_all_dims(found: Mapping[str, Stored]) -> dict[str, Stored]:
