@@ -37,12 +37,13 @@ def test_a_file_is_read_as_if_its_flags_were_typed(tmp_path):
         student_steps: none
         negative_prompt: no
         compile: yes
-        teacher_offload: false
+        teacher_offload: on
+        gradient_checkpointing: false
         eval_every: ~
         teacher_lora: [a.safetensors:0.5, b.safetensors]
         teacher_path: elsewhere
     """
-    words = """--image_sizes 1:1 4:3 --layers 0,2,5 --lr 1e-3 --sigma_range 0 1 --student_steps none --negative_prompt no --compile
+    words = """--image_sizes 1:1 4:3 --layers 0,2,5 --lr 1e-3 --sigma_range 0 1 --student_steps none --negative_prompt no --compile --teacher_offload
         --teacher_lora a.safetensors:0.5 --teacher_lora b.safetensors --teacher_path elsewhere"""
     read = in_file(tmp_path, text).as_dict()
     assert read | {"config": None} == parse_args(words.split()).as_dict()
