@@ -86,7 +86,7 @@ def planned(name: str, *typed: str) -> Planned:
     prompts = [f"prompt {number}" for number in range(flags.data.num_prompts)]
     wan_files = released(name)
     files = Files(wan_files, sampled_as(flags, wan_files), encoder=None, vae_location=None)
-    inputs = Inputs(config, Prompts(prompts, prompts[:NUM_HELD_OUT], []))
+    inputs = Inputs(config, Prompts(prompts, prompts[:NUM_HELD_OUT], []), [])
     settings = decide(flags, inputs, files, Processes("cuda"))
     work = replace(
         workload_of(settings),

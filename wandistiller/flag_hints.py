@@ -35,7 +35,7 @@ OTHER_NAMES = {
     "num_samples": "num_images num_images_per_prompt num_validation_images num_videos",
     "num_seeds": "num_images num_images_per_prompt num_validation_images num_videos",
     "num_images": "num_images_per_prompt num_videos",
-    "eval_prompts": "validation_prompt validation_prompts sample_prompts",
+    "sample_prompts": "validation_prompt validation_prompts",
     "data_path": "prompts prompt_file prompt_path from_file captions dataset dataset_name dataset_config dataset_path data data_dir "
     "train_data_dir instance_data_dir",
     "prompts_file": "prompts prompt_file prompt_path from_file captions validation_prompt validation_prompts sample_prompts",

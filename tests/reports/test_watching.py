@@ -118,6 +118,17 @@ def rows_of(file: Path) -> tuple[np.ndarray, np.ndarray]:
     return cells[:CELL], cells[CELL:]
 
 
+def test_early_steps_are_drawn_and_stand_below_the_teacher_in_one_picture(train, teachers, tmp_path):
+    flags = [*DRAWN, "--sample_every", 60, "--max_steps", 62, "--batch_size", 1, "--sample_prompts", "a cat", "a dog"]
+    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    steps = (25, 50, 60, 62)
+    files = [tmp_path / "out" / "samples" / f"step_{step:06d}.png" for step in steps]
+    assert sorted((tmp_path / "out" / "samples").iterdir()) == files
+    stacked = np.asarray(Image.open(tmp_path / "out" / "samples_over_time.png"))[:, -2 * CELL :]
+    rows = [stacked[len(stacked) - CELL * count :][:CELL] for count in (5, 4, 3, 2, 1)]
+    np.testing.assert_array_equal(rows, [rows_of(files[0])[0], *(rows_of(file)[1] for file in files)])
+
+
 @pytest.mark.parametrize("recipe", [["--ema_decay", 0.9], ["--student_steps", 8, "--ema_decay", 0]])
 def test_drawing_leaves_training_as_it_was_bit_for_bit(train, teachers, tmp_path, recipe):
     flags = (*DRAWN, "--max_steps", 4, "--lr", 1e-3, "--save_every", 4, *recipe)

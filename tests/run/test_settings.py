@@ -123,6 +123,20 @@ def test_so_many_prompts_are_drawn_once_and_more_of_them_begin_with_the_same(res
     assert len(resolved().prompts) == 55
 
 
+def test_sample_pictures_are_of_held_out_prompts_unless_others_are_named(resolved, tmp_path):
+    held_out, own = tmp_path / "held_out.txt", tmp_path / "own.txt"
+    held_out.write_text("a\nb\nc\n", encoding="utf-8")
+    own.write_text("# mine\na cat --w 832 --d 3\na dog\n", encoding="utf-8")
+    assert resolved("--eval_prompts", held_out, "--num_samples", 2).sample_prompts == ["a", "b"]
+    named = resolved("--sample_prompts", own, "a red bird", "--sample_seed", 7)
+    assert (named.sample_prompts, named.sample_seed) == (["a cat", "a dog", "a red bird"], 7)
+    for text, message in (("cats.txt", "is no file here"), (" ", "is empty")):
+        with pytest.raises(UserError, match=message):
+            resolved("--sample_prompts", text)
+    with pytest.raises(UserError, match="are 65 prompts; allowed: at most 64"):
+        resolved("--sample_prompts", *map(str, range(65)))
+
+
 # ---- what a resumed run must share ----
 
 

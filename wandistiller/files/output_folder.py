@@ -15,6 +15,7 @@ from wandistiller.files.paths import nearest_existing
 MAX_NAME_BYTES = 255  # of a file or folder, on almost every file system
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples"
+OVER_TIME_NAME = "samples_over_time.png"
 LOSS_PLOT_NAME = "loss.png"
 TENSORBOARD_NAME = "tensorboard"
 CARD_NAME = "README.md"
@@ -33,6 +34,7 @@ _OF_A_RUN = [
     TRAINED_PROMPTS_NAME,
     METRICS_NAME,
     SAMPLES_NAME,
+    OVER_TIME_NAME,
     LOSS_PLOT_NAME,
     TENSORBOARD_NAME,
     "checkpoints",

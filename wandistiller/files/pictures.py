@@ -99,7 +99,8 @@ def labelled_grid(
 ) -> "Image":
     """Draw rows of pictures, each below its wrapped caption, with the names of the rows to their left.
 
-    Pictures of several sizes are shown at one scale; the columns are as wide as the widest.
+    Pictures of several sizes are shown at one scale; the columns are as wide as the widest. The grid's info holds the pixels
+    that the last row takes at its lower end, "last_row".
     """
     from PIL import Image, ImageDraw
 
@@ -132,4 +133,30 @@ def labelled_grid(
             resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
             grid.paste(Image.fromarray(picture).resize(shown, resampling), (x, top))
         top += cell_heights[index] + MARGIN
+    grid.info["last_row"] = cell_heights[-1] + MARGIN
     return grid
+
+
+def stacked_rows(files: Mapping[str, Path], last_row: int) -> "Image":
+    """Return the newest of several labelled grids with the last rows of all below each other, each with its name at the left.
+
+    Args:
+        files: grids by name, the newest last; one of another size is left out.
+        last_row: pixels of a last row.
+    """
+    from PIL import Image, ImageDraw
+
+    font, grids = caption_font(), {}
+    for name, file in files.items():
+        with Image.open(file, formats=["PNG"]) as picture:
+            grids[name] = picture.convert("RGB")
+    width, height = next(reversed(grids.values())).size
+    rows = {name: grid for name, grid in grids.items() if grid.size == (width, height)}
+    left = MARGIN + round(max(map(font.getlength, rows)))
+    stacked = Image.new("RGB", (left + width, height + last_row * (len(rows) - 1)), "white")
+    stacked.paste(next(reversed(rows.values())), (left, 0))
+    for index, (name, grid) in enumerate(rows.items()):
+        top = height + last_row * (index - 1)
+        stacked.paste(grid.crop((0, height - last_row, width, height)), (left, top))
+        ImageDraw.Draw(stacked).text((MARGIN, top + (last_row - MARGIN) / 2), name, "black", font, anchor="lm")
+    return stacked

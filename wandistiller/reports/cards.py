@@ -203,7 +203,7 @@ def is_apache(record: Mapping) -> bool:
 def shown_pictures(folder: Path) -> dict[Markdown, str]:
     """Return the newest sample picture, and the evaluation's picture if it shows this student: by their names, what they show."""
     found = sample_files(folder)[-1:]
-    about = {Markdown(file.relative_to(folder).as_posix()): "Prompts of the training, drawn" for _, file in found}
+    about = {Markdown(file.relative_to(folder).as_posix()): "Sample prompts, drawn" for _, file in found}
     if (folder / COMPARISON_NAME).is_file() and evaluation_of(folder):
         about[Markdown(COMPARISON_NAME)] = "Prompts of the evaluation, drawn"
     return about

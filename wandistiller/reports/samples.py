@@ -16,7 +16,8 @@ from tqdm import tqdm
 from wandistiller.device import is_out_of_memory
 from wandistiller.errors import UserError
 from wandistiller.evaluation.held_out import evaluation_mode
-from wandistiller.files.pictures import labelled_grid, save_png
+from wandistiller.files.output_folder import OVER_TIME_NAME, sample_files
+from wandistiller.files.pictures import labelled_grid, save_png, stacked_rows
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes
 from wandistiller.sampling.flow import seeded_noise
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from wandistiller.wan.vae_2d import WanVae2D
 
 MAX_BATCH_SIZE = 8  # prompts drawn at a time; a smaller training batch also limits it
-SEED = 0  # seed of the first prompt's noise; each next prompt has the next seed
+MAX_ROWS = 12  # of samples_over_time.png
 
 
 @contextlib.contextmanager
@@ -54,6 +55,7 @@ class Samples:
         folder: where step_XXXXXX.png go.
         teacher: None if it does not fit beside the student, whose row then stands alone.
         prompts: what is drawn, with a picture for each.
+        seed: of the first prompt's noise; each next prompt has the next seed.
         latent_shapes: (C, H, W) of each image size; the prompts take them in turn.
         settings: the teacher's, for the VAE's statistics and the record in each picture.
         batch_size: prompts of a training batch; drawing takes no more at a time.
@@ -64,6 +66,7 @@ class Samples:
     folder: Path
     teacher: Teacher | None
     prompts: Sequence[str]
+    seed: int
     prompt_embeds: PromptEmbeds
     latent_shapes: Sequence[tuple[int, int, int]]
     vae_location: Path
@@ -125,7 +128,7 @@ class Samples:
             return [
                 sample_in_batches(
                     who,
-                    seeded_noise([SEED + index for index in indices], shape),
+                    seeded_noise([self.seed + index for index in indices], shape),
                     self.prompt_embeds,
                     indices,
                     options,
@@ -150,8 +153,13 @@ class Samples:
         grid = labelled_grid(list(rows.values()), captions, list(rows))
         file.parent.mkdir(exist_ok=True)
         steps, shift = self.student_sampling.num_inference_steps, self.settings.shift
-        save_png(grid, file, {"num_inference_steps": steps, "shift": shift, "seed": SEED, "step": step})
+        save_png(grid, file, {"num_inference_steps": steps, "shift": shift, "seed": self.seed, "step": step})
         self.on_picture(step, grid)
+        found = sample_files(self.folder.parent)
+        chosen = sorted({round(index) for index in np.linspace(0, len(found) - 1, MAX_ROWS)})
+        rows = {f"step {found[index][0]}": found[index][1] for index in chosen}
+        if len(rows) > 1:
+            save_png(stacked_rows(rows, grid.info["last_row"]), self.folder.with_name(OVER_TIME_NAME))
 
     def _pictures(self, vae: "WanVae2D", latents: list[Tensor]) -> list[np.ndarray]:
         """Return the pictures in the order of their prompts."""

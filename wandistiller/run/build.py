@@ -1,6 +1,7 @@
 """What a run is built of: embeddings, teacher, student, objective and batches."""
 
 import gc
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -27,13 +28,13 @@ from wandistiller.wan.text_encoder import embed_texts
 
 
 def embed_prompts(settings: Settings) -> Embeds:
-    """Embed the prompts of the run, those that it measures on, and the negative prompt where guidance needs it.
+    """Embed the prompts of the run, those that it measures on or draws, and the negative prompt where guidance needs it.
 
     The text encoder has left memory on return.
     """
-    prompts, held_out = settings.prompts, settings.held_out_prompts
+    parts = [settings.prompts, settings.held_out_prompts, settings.sample_prompts]
     negative_prompts = [settings.teacher.negative_prompt] if settings.teacher.uses_guidance else []
-    texts = [*prompts, *held_out, *negative_prompts]
+    texts = [*itertools.chain(*parts), *negative_prompts]
     processes = settings.processes
     if settings.encoder is not None and processes.are_many:
         _embed(settings, texts[processes.rank :: processes.count])
@@ -44,7 +45,8 @@ def embed_prompts(settings: Settings) -> Embeds:
             f"Warning: {embeds.truncated} prompts are longer than {settings.config.text_max_length} tokens and were cut"
         )
     negative = embeds.read(len(texts) - 1) if negative_prompts else None
-    return Embeds(embeds.part(0, len(prompts)), embeds.part(len(prompts), len(held_out)), negative)
+    starts = itertools.accumulate(map(len, parts), initial=0)
+    return Embeds(*(embeds.part(start, len(part)) for start, part in zip(starts, parts, strict=False)), negative)
 
 
 def _embed(settings: Settings, texts: list[str]) -> PromptEmbeds:

@@ -35,6 +35,7 @@ STATES = {
 }
 REPORTS = ["none", "wandb", "trackio"]
 LR_SCHEDULERS = ["constant", "linear", "cosine"]
+MAX_SAMPLES = 64  # prompts of a sample picture
 COUNT, COUNT_OR_0, SHARE = number(int, low=1), number(int, low=0), number(float, low=0, high=1)
 RANGE: dict[str, Any] = {"nargs": 2, "type": SHARE, "metavar": ("LOW", "HIGH")}
 
@@ -236,8 +237,18 @@ class OutputFlags:
     eval_prompts: str | None = flag(
         "file of held-out prompts (left out: those that templates hold out, else the first of --data_path)", type=path
     )
-    num_samples: int = flag("prompts to draw after training; 0: none", 8, type=number(int, low=0, high=64))
-    sample_every: int = flag("steps between such pictures while it trains; 0: none", 0, type=COUNT_OR_0)
+    sample_prompts: list[str] | None = flag(
+        "prompts to draw, in quotes, or files of them (left out: --num_samples held-out ones)",
+        nargs="+",
+        metavar="PROMPT",
+    )
+    sample_seed: int = flag(
+        "of the first such picture's noise; each next one has one more", 0, type=number(int, low=0, high=2**62)
+    )
+    num_samples: int = flag("held-out prompts to draw; 0: no pictures", 8, type=number(int, low=0, high=MAX_SAMPLES))
+    sample_every: int = flag(
+        "steps between pictures while it trains, the first ones at 25, 50, 100, ...; 0: none", 0, type=COUNT_OR_0
+    )
     report: str = flag("send losses and pictures to a tracker too (pip install it)", "none", choices=REPORTS)
     dry_run: bool = switch("check everything, print what the run takes and whether it fits; write nothing")
     assume_gpu_gib: float | None = flag("with --dry_run: memory of a GPU that is not here", type=number(float, above=0))

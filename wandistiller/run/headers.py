@@ -148,7 +148,8 @@ def find_sample_vae(flags: Flags, wan_files: WanFiles, teacher: TeacherSettings)
         UserError: it is not the teacher's, or its files are not whole.
     """
     given = flags.data.vae_path
-    if not flags.output.num_samples or (wan_files.is_mock and given is None):
+    wants_none = flags.output.num_samples == 0 and not flags.output.sample_prompts
+    if wants_none or (wan_files.is_mock and given is None):
         return None
     if tuple(flags.states.sigma_range or ALL_LEVELS) != ALL_LEVELS:
         print("No sample pictures: a student of a part of the noise levels does not draw on its own")

@@ -1,24 +1,28 @@
 """What a run reads before torch loads: the student's config and the prompts; and flags that contradict each other. Standard library only."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wandistiller.command_line import torchrun_environment
-from wandistiller.errors import UserError
+from wandistiller.errors import UserError, shown
 from wandistiller.files.clone import check_is_in_clone
 from wandistiller.files.output_folder import check_output_folder
 from wandistiller.model.config import StudentConfig
-from wandistiller.prompts.prompts import Prompts, read_prompts
-from wandistiller.run.flags import Flags
+from wandistiller.prompts.prompts import Prompts, load_prompts, read_prompts, unusable
+from wandistiller.run.flags import MAX_SAMPLES, Flags, OutputFlags
+
+NAME_OF_A_FILE = re.compile(r"\S+\.(txt|csv|tsv|jsonl?|parquet|ya?ml)")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The student's config and the prompts of a run."""
+    """The student's config and the prompts of a run; `sample_prompts` are those of its pictures."""
 
     config: StudentConfig
     prompts: Prompts
+    sample_prompts: list[str]
 
 
 def read_inputs(flags: Flags) -> Inputs:
@@ -40,11 +44,26 @@ def read_inputs(flags: Flags) -> Inputs:
         data.caption_column,
         num_prompts=data.num_prompts,
         seed=flags.optimization.seed,
-        eval_prompts=None if output.eval_every == 0 else output.eval_prompts,
+        eval_prompts=None if output.eval_every == output.num_samples == 0 else output.eval_prompts,
         prompt_per=data.prompt_per,
     )
     check_output_folder(output.output_dir)
-    return Inputs(config, prompts)
+    return Inputs(config, prompts, read_sample_prompts(output) or prompts.held_out[: output.num_samples])
+
+
+def read_sample_prompts(flags: OutputFlags) -> list[str]:
+    """Return the prompts of --sample_prompts: of its files, and what is no file."""
+    found: list[str] = []
+    for text in flags.sample_prompts or []:
+        if os.path.exists(text):
+            found += load_prompts(text, num_drawn=MAX_SAMPLES, held_out=True).prompts
+        elif reason := "is no file here" if NAME_OF_A_FILE.fullmatch(text) else unusable(text):
+            raise UserError(f"--sample_prompts {shown(text)}: {reason}; write prompts in quotes, or files of prompts")
+        else:
+            found.append(text)
+    if len(found) > MAX_SAMPLES:
+        raise UserError(f"--sample_prompts: are {len(found)} prompts; allowed: at most {MAX_SAMPLES}")
+    return found
 
 
 # ---- flags that contradict each other ----

@@ -117,7 +117,7 @@ def build_trackers(settings: Settings, folder: Folder) -> Trackers:
 def build_samples(
     settings: Settings, folder: Folder, embeds: Embeds, teacher: Teacher | None, trackers: Trackers
 ) -> Samples | None:
-    """Build what --num_samples and --sample_every draw, sampled as whoever draws with the saved student will."""
+    """Build what --sample_prompts and --sample_every draw, sampled as whoever draws with the saved student will."""
     if settings.vae_location is None:
         return None
     of_teacher = settings.teacher_sampling
@@ -129,8 +129,9 @@ def build_samples(
     return Samples(
         folder=folder.path / SAMPLES_NAME,
         teacher=teacher,
-        prompts=settings.prompts[: settings.num_samples],
-        prompt_embeds=embeds.trained,
+        prompts=settings.sample_prompts,
+        prompt_embeds=embeds.samples,
+        seed=settings.sample_seed,
         latent_shapes=settings.latent_shapes,
         vae_location=settings.vae_location,
         settings=settings.teacher,

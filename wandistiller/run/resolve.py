@@ -81,6 +81,7 @@ def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes, com
         "prompts": inputs.prompts.train,
         "prompts_digest": prompts_digest(inputs.prompts.train),
         "image_sizes": resolve_sizes(typed_sizes, config.image_size, unit, MAX_PATCHES),
+        "sample_prompts": inputs.sample_prompts if files.vae_location else [],
         "sample_every": flags.output.sample_every if files.vae_location else 0,
     }
     known |= resolve_length(flags, known)

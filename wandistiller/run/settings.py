@@ -44,6 +44,7 @@ class Settings:
         teacher_levels: the only noise levels it knows, from 1 down; () where it knows all.
         encoder: the text encoder and its tokenizer on disk; None: the mock's stand-in embeddings.
         vae_location: the VAE of the sample pictures; None: none are drawn.
+        sample_prompts: the prompts of the sample pictures.
         held_out_prompts: the prompts to measure on; [] where nothing is measured.
         config: shape of the student.
         source: what it is cut from; None where that is the teacher, or nothing.
@@ -119,7 +120,8 @@ class Settings:
     overwrite: bool
     eval_every: int
     held_out_steps: int
-    num_samples: int
+    sample_prompts: list[str]
+    sample_seed: int
     sample_every: int
     report: str
     assume_gpu_gib: float | None

@@ -26,6 +26,9 @@ class NonFiniteError(RuntimeError):
     exit_code = 1
 
 
+FIRST_SAMPLE = 25  # the step of the first picture
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """How long the student is trained, and how its weights move.
@@ -33,7 +36,7 @@ class TrainingOptions:
     Attributes:
         num_steps: the last step; steps are counted from 1.
         eval_every: steps between measurements on held-out states; 0 is none.
-        sample_every: steps between sample pictures; 0 is none.
+        sample_every: steps between sample pictures, the first of which come earlier (`is_early`); 0 is none.
         save_every: steps between checkpoints; 0 is none, not even at the end.
     """
 
@@ -70,7 +73,7 @@ class Observer:
         return None
 
     def draw(self, student: WanLiteStudent, step: int) -> None:
-        """Draw with the student, every `options.sample_every` steps but the last, after which it is there to be drawn with."""
+        """Draw with the student, every `options.sample_every` steps and at early ones, but not at the last, after which it is there to be drawn with."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,8 @@ class _Loop:
         self.checkpoints.save(step, self.state.tensors(), first_step=self.state.first_step)
 
     def _draw(self, step: int, is_last: bool) -> None:
-        if is_last or not is_due(step, self.options.sample_every, is_last):
+        every = self.options.sample_every
+        if is_last or not (is_due(step, every, is_last) or is_early(step, every)):
             return
         with self.state.averaged() as averaged:
             self.observer.draw(averaged, step)
@@ -259,6 +263,11 @@ def _measure(passes: list[_Pass], grad_norm: Tensor, is_stopped: bool, processes
 def is_due(step: int, every: int, is_last: bool) -> bool:
     """Return whether something that happens every so many steps, and at the last one, happens now; never where `every` is 0."""
     return every > 0 and (step % every == 0 or is_last)
+
+
+def is_early(step: int, every: int) -> bool:
+    """Return whether this is step 25, 50, 100, 200 and so on below `every`, where most can be seen of learning."""
+    return step < every and step % FIRST_SAMPLE == 0 and (step // FIRST_SAMPLE).bit_count() == 1
 
 
 def check_finite(step: int, sigmas: Sequence[float], loss: float, grad_norm: float, options: TrainingOptions) -> None:

@@ -50,12 +50,13 @@ class Embeds:
     """Embeddings of a run's `Texts`.
 
     Attributes:
-        trained: the prompts and after them the extra ones.
+        samples: the prompts of the sample pictures.
         negative: the negative prompt (n, text_dim); None where the teacher is not guided.
     """
 
     trained: PromptEmbeds
     held_out: PromptEmbeds
+    samples: PromptEmbeds
     negative: Tensor | None
 
 
