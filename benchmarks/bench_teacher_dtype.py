@@ -25,7 +25,7 @@ from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import project_experts
 from wandistiller.prompts.prompts import load_prompts
 from wandistiller.sampling.flow import seeded_noise
-from wandistiller.sampling.sampler import SamplingOptions, sample, student_as_teacher
+from wandistiller.sampling.sampler import SamplingOptions, alone, sample
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.settings import resolve_settings
@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     makers = {name: lambda how=how: Field(teacher(*how[:2]), how[2]) for name, how in VARIANTS.items()}
     if args.student:
         student = WanLiteStudent.from_pretrained(args.student)
-        makers["the student"] = lambda: Field(student_as_teacher(student, settings))
+        makers["the student"] = lambda: Field(Teacher({"high": student}, alone(settings)))
     results = {}
     for name, make in makers.items():
         field, by_sigma = make(), {}

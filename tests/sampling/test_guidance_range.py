@@ -12,7 +12,7 @@ from diffusers import UniPCMultistepScheduler
 from support.wan_folders import oracle_velocity, relative_error, write_pipeline_folder
 from wandistiller.errors import UserError
 from wandistiller.projection.project import project_experts
-from wandistiller.sampling.sampler import SamplingOptions, sample, student_as_teacher
+from wandistiller.sampling.sampler import SamplingOptions, alone, sample
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.settings import resolve_settings
@@ -107,5 +107,5 @@ def test_a_range_of_all_levels_is_none_and_one_without_guidance_is_refused(tmp_p
 
 def test_a_student_in_its_teachers_place_has_no_range(tmp_path):
     teacher, _, counted = make_teacher(tmp_path, guidance_scale=4.0, guidance_range=(0.4, 0.6))
-    student_as_teacher(teacher.experts["high"], teacher.settings, 2.0, NEGATIVE).velocity(*batch())
+    Teacher(teacher.experts, alone(teacher.settings, 2.0), NEGATIVE).velocity(*batch())
     assert counted["high"] == [10]

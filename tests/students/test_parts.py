@@ -83,8 +83,8 @@ def test_a_flag_goes_before_the_record():
     [
         ({}, "unipc", "unipc", "dpmpp_2m"),
         ({"student_steps": 4}, "euler", "unipc", "euler"),
-        ({"teacher_sampler": "euler"}, "flow_euler", "flow_euler", "euler"),
-        ({"teacher_sampler": "euler", "student_steps": 2}, "flow_euler", "flow_euler", "euler"),
+        ({"teacher_sampler": "euler"}, "euler", "euler", "euler"),
+        ({"teacher_sampler": "euler", "student_steps": 2}, "euler", "euler", "euler"),
     ],
 )
 def test_a_student_of_a_teacher_of_few_steps_is_drawn_by_eulers_method_wherever_it_is(

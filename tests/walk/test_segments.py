@@ -12,7 +12,7 @@ import torch
 
 from support.walks import EMBEDS, SHIFT, Field, ask, make_walk
 from wandistiller.sampling.flow import seeded_noise
-from wandistiller.sampling.sampler import SamplingOptions, flow_euler_scheduler, sample, wan_scheduler
+from wandistiller.sampling.sampler import SamplingOptions, flow_euler_scheduler, sample
 from wandistiller.walk.grids import segment_grids
 from wandistiller.walk.segments import SegmentTeacher
 
@@ -31,7 +31,7 @@ def test_segments_are_the_steps_of_the_students_sampler_and_share_out_those_of_t
     field = Field(constant=0.7)
     found = average_velocities(field, segment_grids(20, num_segments, SHIFT))
     torch.testing.assert_close(found["velocity"], torch.full_like(found["velocity"], 0.7), atol=1e-5, rtol=0)
-    levels = wan_scheduler(SHIFT, num_segments).sigmas.float()
+    levels = flow_euler_scheduler(SHIFT, num_segments).sigmas
     torch.testing.assert_close(found["sigma"], levels[:-1])
     torch.testing.assert_close(found["ends"], levels[1:], atol=1e-6, rtol=0)
     assert len(field.asked) == 20 // num_segments
@@ -73,7 +73,7 @@ def test_the_euler_sampler_takes_one_step_a_segment(steps):
         field, noise, *EMBEDS.batch([0, 1]), SamplingOptions(shift=SHIFT, num_inference_steps=steps, sampler="euler")
     )
     latents = noise
-    for start, end in pairwise(wan_scheduler(SHIFT, steps).sigmas):
+    for start, end in pairwise(flow_euler_scheduler(SHIFT, steps).sigmas):
         latents = latents + (end - start) * 0.8 * latents
     torch.testing.assert_close(drawn, latents, atol=1e-5, rtol=1e-4)
     assert len(field.asked) == steps

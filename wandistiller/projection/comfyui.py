@@ -1,6 +1,6 @@
 """A student's file in ComfyUI: the metadata that it reads, its fixed values, and the settings and workflow to draw with.
 
-This was compared with Comfy-Org/ComfyUI 0.3.64, 0.8.0 and 0.33.0, which `tools/check_comfyui.py` also runs:
+This was compared with Comfy-Org/ComfyUI 0.3.64, 0.8.0 and 0.33.0, which also ran (docs/export.md):
 comfy/model_detection.py (detect_unet_config), sd.py (load_diffusion_model), supported_models.py (WAN21_T2V, WAN22_T2V),
 ldm/wan/model.py (WanModel), text_encoders/wan.py and latent_formats.py (Wan21, Wan22). Version 0.8.0 still takes as given what no
 tensor tells, and from 0.19.3 on the metadata of the file tell it; the code of 0.19.3 and of 0.38 was read, not run.
@@ -77,7 +77,7 @@ def comfyui_sampler(config: StudentConfig) -> str:
     """Return ComfyUI's sampler that comes nearest to how the student is sampled here.
 
     Euler's method is the same everywhere. ComfyUI's uni_pc is another algorithm than diffusers' UniPC, and dpmpp_2m draws nearer
-    to it (`python tools/check_comfyui.py`, docs/export.md).
+    to it (docs/export.md).
     """
     return "dpmpp_2m" if StudentRecord.of(config).sampler == "unipc" else "euler"
 
@@ -85,8 +85,8 @@ def comfyui_sampler(config: StudentConfig) -> str:
 def comfyui_settings(config: StudentConfig, loader: str = LOADERS["original"]) -> str:
     """Return the nodes and values that draw as the student was taught; without the shift ComfyUI would take 8.
 
-    Its scheduler "simple" has the noise levels of `sampling.sampler.wan_scheduler` within 0.008; "normal" and "beta" have
-    others.
+    Its scheduler "simple" has the noise levels of a student of few steps where 1000 is a multiple of these (within 0.001 of other
+    numbers), and those of UniPC within 0.008; "normal" and "beta" have others.
     """
     record = StudentRecord.of(config)
     steps = f"steps {record.steps}, " if record.steps else ""

@@ -6,6 +6,7 @@ teacher. The GGUF was held against city96/ComfyUI-GGUF of December 2025: loader.
 tools/convert.py (ModelWan) and tools/lcpp.patch.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.model.fp8 import FP8, FP8_MAX
 from wandistiller.model.transformer import FP32_ISLANDS
 from wandistiller.projection.comfyui import comfyui_metadata, needs_metadata
+from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS
 from wandistiller.sampling.sampler import wan_scheduler
 from wandistiller.students.parts import DrawingParts
 from wandistiller.students.record import StudentRecord
@@ -155,8 +157,7 @@ def write_pipeline_parts(config: StudentConfig, folder: Path, parts: DrawingPart
     """Write a WanPipeline folder without its transformer, into an existing folder.
 
     VAE and text encoder are written from the tensors that were read, and nothing of their folders is copied: those may be a
-    stranger's. The scheduler is that of `wandistiller.sampling.sampler`. A WanPipeline takes no noise levels, so "flow_euler"
-    becomes Euler's method at the pipeline's own: 0.001 off for 4 steps at shift 5, 0.002 for 8.
+    stranger's.
 
     Args:
         parts: VAE and text encoder, of which neither may be missing.
@@ -166,18 +167,13 @@ def write_pipeline_parts(config: StudentConfig, folder: Path, parts: DrawingPart
     write_tensors(folder / "vae" / WEIGHTS_NAME, parts.vae.state_dict(), {"format": "pt"})
     assert parts.encoder is not None
     _write_text_encoder(parts.encoder, folder, dtype)
-    record = StudentRecord.of(config)
-    sampler = "euler" if record.sampler == "flow_euler" else record.sampler
-    assert record.shift is not None and record.steps is not None  # a student that draws records them
-    scheduler = wan_scheduler(record.shift, record.steps, sampler)
-    # UniPC calls the shift flow_shift and FlowMatchEulerDiscreteScheduler calls it shift, so that from_config would drop it:
-    scheduler.register_to_config(shift=record.shift)
+    scheduler = pipeline_scheduler(StudentRecord.of(config))
     scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "WanPipeline",
         "boundary_ratio": None,
         "expand_timesteps": False,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"],
         "transformer": ["diffusers", "WanTransformer3DModel"],
@@ -186,6 +182,35 @@ def write_pipeline_parts(config: StudentConfig, folder: Path, parts: DrawingPart
     }
     write_json(folder / "model_index.json", index, end="\n", indent=2)
     write_json(folder / "teacher_record.json", teacher_record(config), end="\n", indent=2)
+
+
+def pipeline_scheduler(record: StudentRecord):
+    """Return a scheduler of diffusers that a WanPipeline, which sets nothing but the number of steps, draws with as we do.
+
+    FlowMatchEulerDiscreteScheduler spreads n levels evenly from 1 down to sigma_min, shifts them, and stretches them to end in
+    shift_terminal. Ours are even from 1 down to 1/n and then shifted. Both are the same Moebius map of the step's number where
+    shift_terminal is our last level, and 1 - 1/shift' = k / (1 - sigma_min) with k = (1 - 1/n) (1 - 1/shift).
+
+    Raises:
+        UserError: no shift' does that, as for 50 steps at shift 30.
+    """
+    shift, steps = record.shift, record.steps
+    assert shift is not None and steps is not None  # a student that draws records them
+    scheduler = wan_scheduler(shift, steps, record.sampler)
+    if record.sampler == "euler":
+        k, low = (1 - 1 / steps) * (1 - 1 / shift), 1 / NUM_TRAIN_TIMESTEPS  # of which sigma_min is the shifted one
+        b = (1 - k) * (1 - low)
+        root = math.sqrt(max(0.0, b * b - 4 * k * low * (1 - low)))
+        last = float(scheduler.sigmas[-2]) if steps > 1 else None
+        own = type(scheduler)(NUM_TRAIN_TIMESTEPS, shift=2 * (1 - low) / (b + root), shift_terminal=last)
+        own.set_timesteps(steps)
+        if not torch.allclose(own.sigmas, scheduler.sigmas, atol=1e-4):
+            raise UserError(f"--format pipeline: diffusers has no scheduler for {steps} steps at shift {shift:g}")
+        scheduler = own
+    # UniPC calls the shift flow_shift and FlowMatchEulerDiscreteScheduler calls it shift, and from_config drops the other's name:
+    name = "flow_shift" if record.sampler == "euler" else "shift"
+    scheduler.register_to_config(**{name: shift})
+    return scheduler
 
 
 def _write_text_encoder(files: "TextEncoderFiles", folder: Path, dtype: str) -> None:

@@ -1,7 +1,7 @@
 """From noise to latents: diffusers' schedulers follow a velocity field, as WanPipeline does at one frame.
 
 Teacher and student are sampled alike. A student is a velocity field of its own (`StudentField`), or takes a teacher's place
-as its single expert (`student_as_teacher`).
+as its single expert, by the settings that `alone` returns.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +14,10 @@ from torch import Tensor
 from wandistiller.device import autocast, to_device
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS, sigma_to_timestep
-from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
 
-SAMPLER_NAMES = {"unipc": "UniPC", "dpm++": "DPM-Solver++", "euler": "Euler", "flow_euler": "Euler"}
+SAMPLER_NAMES = {"unipc": "UniPC", "dpm++": "DPM-Solver++", "euler": "Euler"}
 
 
 class VelocityField(Protocol):
@@ -32,8 +31,8 @@ class SamplingOptions:
     """How latents are drawn.
 
     Attributes:
-        sampler: "unipc", by which the released Wans are drawn; "dpm++" and "euler" on the same noise levels, the latter for
-            students that learnt whole steps; or "flow_euler", on the noise levels of teachers that were distilled to few steps.
+        sampler: "unipc", by which the released Wans are drawn; "dpm++" on the same noise levels; or "euler" on those of
+            `flow_euler_scheduler`, for students that learnt whole steps and teachers that were distilled to few.
         compute_dtype: dtype of matrix products; latents stay float32.
     """
 
@@ -54,25 +53,21 @@ class StudentField:
         return self.student(latents, to_device(sigma_to_timestep(sigma), latents.device), prompt_embeds, prompt_lengths)
 
 
-def student_as_teacher(
-    student: WanLiteStudent,
-    settings: TeacherSettings,
-    guidance_scale: float = 1.0,
-    negative_prompt_embeds: Tensor | None = None,
-) -> Teacher:
-    """Put a student in a teacher's place, frozen and as its only expert.
+def alone(settings: TeacherSettings, guidance_scale: float = 1.0) -> TeacherSettings:
+    """Return the settings of a student in a teacher's place, as its only expert.
 
     Guidance is 1, which takes one pass, because a student of a guided teacher has learnt the guided velocity.
     """
-    alone = {"guidance_scale_2": None, "boundary_ratio": None, "guidance_range": None}
-    own = replace(settings, guidance_scale=guidance_scale, **alone)
-    return Teacher({"high": student}, own, negative_prompt_embeds)
+    return replace(
+        settings, guidance_scale=guidance_scale, guidance_scale_2=None, boundary_ratio=None, guidance_range=None
+    )
 
 
 def flow_euler_scheduler(shift: float, num_inference_steps: int):
     """Return diffusers' FlowMatchEulerDiscreteScheduler, with steps that are even before the shift, from 1 down to 0.
 
-    These are the noise levels that step-distilled Wans are made for: 1, 0.9375, 0.8333 and 0.625 for 4 steps at shift 5.
+    These are the noise levels that step-distilled Wans are made for: 1, 0.9375, 0.8333 and 0.625 for 4 steps at shift 5. They
+    are those of ComfyUI's scheduler "simple" too, and its timesteps are not rounded, as UniPC's are.
     """
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
@@ -85,24 +80,20 @@ def flow_euler_scheduler(shift: float, num_inference_steps: int):
 def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"):
     """Return the scheduler of a sampler of `SamplingOptions`, with its steps set.
 
-    That of the released Wan pipelines is diffusers' UniPCMultistepScheduler. UniPC of order one and without its corrector is
-    Euler's method, on the same noise levels.
+    That of the released Wan pipelines is diffusers' UniPCMultistepScheduler.
     """
-    if sampler == "flow_euler":
+    if sampler == "euler":
         return flow_euler_scheduler(shift, num_inference_steps)
     if sampler == "dpm++":
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler as Scheduler
     else:
         from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler as Scheduler
 
-    # The corrector is disabled at every step there can be, so that a saved scheduler is Euler's at other numbers of steps too:
-    euler = {"solver_order": 1, "disable_corrector": list(range(NUM_TRAIN_TIMESTEPS))}
     scheduler = Scheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
         flow_shift=shift,
-        **euler if sampler == "euler" else {},
     )
     scheduler.set_timesteps(num_inference_steps)
     scheduler.set_begin_index(0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wandistiller.errors import UserError
-from wandistiller.files.checked_json import PATH, RATIO, TEXT, Kind, is_number
+from wandistiller.files.checked_json import PATH, RATIO, STEPS, TEXT, Kind, is_number
 from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, StudentConfig
 from wandistiller.model.image_sizes import MAX_SIZES, ImageSize, is_size, square
 from wandistiller.wan.record_kinds import SAMPLING_KINDS, SIGMA_RANGE, latents_kinds
@@ -65,6 +65,7 @@ class StudentRecord:
         base_model: hub repository of the teacher, where the run took it from there.
         num_inference_steps: sampling steps of the teacher.
         student_steps: sampling steps of a student that learnt whole steps.
+        recommended_steps: those of any other that evaluate_student.py found to be enough.
         teacher_sampler: "euler": the teacher, and so the student, has noise levels of its own only.
         sigma_range: noise levels trained at.
         latents_mean, latents_std: per channel; model space is (z - mean) / std.
@@ -87,6 +88,7 @@ class StudentRecord:
     negative_prompt: str | None = entry()
     num_inference_steps: int | None = entry()
     student_steps: int | None = entry()
+    recommended_steps: int | None = entry(STEPS)
     teacher_sampler: str | None = entry()
     sigma_range: tuple[float, float] | None = entry()
     vae_scale_factor: int | None = entry()
@@ -115,12 +117,9 @@ class StudentRecord:
     def sampler(self) -> str:
         """Sampler of the student, a name in `sampling.sampler.SamplingOptions`.
 
-        A student of whole steps follows straight lines, as Euler's method does; any other is sampled as its teacher is. That
-        of a teacher with noise levels of its own draws at these.
+        A student of whole steps follows straight lines, as Euler's method does; any other is sampled as its teacher is.
         """
-        if self.teacher_sampler == "euler":
-            return "flow_euler"
-        return "euler" if self.student_steps else "unipc"
+        return "euler" if self.student_steps or self.teacher_sampler == "euler" else "unipc"
 
     @property
     def sampler_of_teacher(self) -> str:
@@ -129,7 +128,7 @@ class StudentRecord:
     @property
     def steps(self) -> int | None:
         """Sampling steps of the student unless another number is asked for."""
-        return self.student_steps or self.num_inference_steps
+        return self.student_steps or self.recommended_steps or self.num_inference_steps
 
     def warning_of_untrained_levels(self) -> str | None:
         """A warning where the student was trained at a part of the noise levels, else None."""
