@@ -4,8 +4,7 @@
     python export_student.py --student outputs/demo --format original --dtype bf16 --output outputs/demo.safetensors
 
 diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder, original one file as ComfyUI reads it, gguf one
-file as ComfyUI-GGUF does. With --push_to_hub the export also becomes a repository of the hub; nothing is sent anywhere without
-that flag.
+file as ComfyUI-GGUF does.
 """
 
 import os
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
-from wandistiller.files.hub_push import check_repository, push
 from wandistiller.files.output_folder import check_output_folder, check_writable, removed_if_empty
 from wandistiller.flags import TeacherFlags, flag, group, parse_flags, path, switch
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
@@ -71,10 +69,6 @@ class Flags:
         choices=[*FLOATS, "fp8", *QUANTISED],
     )
     workflow: bool = switch("write a ComfyUI workflow beside an original file, to drop on its editor")
-    push_to_hub: str | None = flag(
-        "also make this repository of it, private, with the card and the sample pictures; nothing is sent without this flag",
-        metavar="OWNER/NAME",
-    )
     parts: PartsFlags = group("The rest of a pipeline (left out: from the teacher that the student records)")
 
 
@@ -200,7 +194,7 @@ def write_folder(
         transformer.mkdir()
     write_transformer_folder(tensors, config, transformer, flags.dtype)
     name = Path(flags.output).resolve().name
-    write_text(folder / CARD_NAME, export_card(name, config, flags.format, flags.dtype))
+    write_text(folder / CARD_NAME, export_card(name, config, parts is not None, flags.dtype))
 
 
 def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
@@ -220,33 +214,12 @@ def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
         print(f"In ComfyUI: {comfyui_settings(config, LOADERS[flags.format])}")
 
 
-def push_export(target: Path, config: StudentConfig, flags: Flags) -> None:
-    """Make a repository of the export, its card, and the pictures of the student's own folder."""
-    from wandistiller.files.output_folder import CARD_NAME
-    from wandistiller.reports.cards import export_card, shown_pictures
-
-    student, name = Path(flags.student), target.resolve().name
-    if target.is_dir():
-        exported = {str(file.relative_to(target)): file for file in sorted(target.rglob("*")) if file.is_file()}
-    else:
-        exported = {file.name: file for file in (target, workflow_file(target)) if file.is_file()}
-        name = target.stem
-    pictures = shown_pictures(student)
-    card = export_card(name, config, flags.format, flags.dtype, pictures)
-    shown = {str(picture): student / picture for picture in pictures}
-    files: dict[str, Path | bytes] = {**exported, **shown, CARD_NAME: card.encode()}
-    address = push(flags.push_to_hub or "", files, target)
-    print(f"Pushed {len(files)} files to {address}, which is private")
-
-
 def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
     flags = parse_args(argv)
     check_flags(flags)
     config = read_config(flags)
     target = check_output(flags)
-    if flags.push_to_hub:
-        check_repository(flags.push_to_hub)
 
     from wandistiller.model.transformer import WanLiteStudent
     from wandistiller.projection.exports import published, refuse_what_gguf_drops
@@ -260,8 +233,6 @@ def main(argv: list[str] | None = None) -> int:
     write(target, tensors, public_config, parts, flags)
 
     print_result(target, public_config, flags)
-    if flags.push_to_hub:
-        push_export(target, public_config, flags)
     return 0
 
 

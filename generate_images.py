@@ -10,7 +10,7 @@ no picture is replaced unless --overwrite says so.
 import math
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,24 +30,15 @@ from wandistiller.prompts.templates import is_template
 from wandistiller.students.drawing import (
     Artist,
     check_picture_size,
-    embed_with_negative,
-    student_sampling,
-    teacher_sampling,
     untrained_warnings,
 )
-from wandistiller.students.parts import (
-    load_drawing_parts,
-    open_recorded_teacher,
-    recorded_settings,
-    teacher_paths,
-)
-from wandistiller.students.record import load_student_config, trained_sizes
+from wandistiller.students.parts import recorded_settings
+from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     import numpy as np
 
     from wandistiller.wan.prompt_embeds import PromptEmbeds
-    from wandistiller.wan.settings import TeacherSettings
 
 MAX_GRID_PICTURES = 100
 NUM_OF_TEMPLATES = 8  # pictures, where prompts without end are asked for and no number is given
@@ -123,59 +114,40 @@ def read_prompts(flags: PromptFlags) -> list[str]:
     return [prompt for prompt in prompts for _ in range(flags.num_images)]
 
 
-def choose_guidance(flags: SamplingFlags, model: str, settings: "TeacherSettings") -> "TeacherSettings":
-    """Return the settings to draw with; a student needs no guidance, because it has learnt guided velocities."""
-    scale = flags.guidance_scale
-    if model == "teacher":
-        low = None if settings.boundary_ratio is None else scale
-        return settings if scale is None else replace(settings, guidance_scale=scale, guidance_scale_2=low)
-    if scale not in (None, 1.0) and settings.uses_guidance:
-        print(
-            f"Warning: this student learnt its teacher's guided velocity (guidance_scale {settings.guidance_scale:g}), and "
+def warn(config: StudentConfig, flags: SamplingFlags, size: tuple[int, int]) -> None:
+    """Print what the student has not learnt and is asked for."""
+    record, scale = StudentRecord.of(config), flags.guidance_scale
+    warnings = untrained_warnings(config, flags.num_inference_steps or record.steps, size)
+    if scale not in (None, 1.0) and recorded_settings(config).uses_guidance:
+        warnings.append(
+            f"this student learnt its teacher's guided velocity (guidance_scale {record.guidance_scale:g}), and "
             f"--guidance_scale {scale:g} guides it once more; leave the flag out for pictures like the teacher's"
         )
-    alone = {"guidance_scale_2": None, "boundary_ratio": None, "guidance_range": None}
-    return replace(settings, guidance_scale=1.0 if scale is None else scale, **alone)
+    for warning in warnings:
+        print(f"Warning: {warning}")
 
 
 def prepare(
-    flags: Flags, config: StudentConfig, prompts: list[str], size: tuple[int, int], teacher: tuple[str, str | None]
+    flags: Flags, config: StudentConfig, prompts: list[str], size: tuple[int, int]
 ) -> "tuple[Artist, PromptEmbeds]":
-    """Load everything that draws, and the text tokens of the prompts; every file is checked before a weight is read.
+    """Load who draws, and the text tokens of the prompts; every file is checked before a weight is read.
 
     Args:
         size: height and width in pixels.
-        teacher: what `teacher_paths` found.
     """
-    from wandistiller.device import pick_device, pick_dtype
-    from wandistiller.model.transformer import WanLiteStudent
-    from wandistiller.projection.project import project_experts
-    from wandistiller.sampling.sampler import student_as_teacher
-    from wandistiller.sampling.teacher import Teacher
+    from wandistiller.evaluation.pair import Pair
 
-    steps, device = flags.sampling.num_inference_steps, pick_device(flags.compute.device)
-    dtype = pick_dtype(flags.compute.dtype, device)
-    settings = choose_guidance(flags.sampling, flags.model, recorded_settings(config))
-    wan_files = None
-    if flags.model == "teacher":
-        options = teacher_sampling(config, steps, dtype, device)
-        wan_files = open_recorded_teacher(config, teacher, flags.teacher)
-        check_picture_size(size, config, wan_files.config.patch_size)
+    who, given = flags.model, flags.sampling
+    pair = Pair(flags.student, flags.teacher, flags.compute, flags.prompts.prompt_cache, who == "teacher")
+    if who == "teacher":
+        check_picture_size(size, config, pair.teacher_files.config.patch_size)
     else:
-        options = student_sampling(config, steps, dtype, device)
-        for warning in untrained_warnings(config, options.num_inference_steps, size):
-            print(f"Warning: {warning}")
-    parts = load_drawing_parts(config, teacher[0], flags.teacher, device)
+        warn(config, given, size)
     check_writable(flags.output, "--output")
-
+    settings = pair.settings_of(who, given.guidance_scale)
     # The text comes first, so that its encoder leaves memory before the model comes:
-    embeds, negative = embed_with_negative(prompts, settings, parts.encoder, config, flags.prompts.prompt_cache, device)
-    if wan_files is not None:
-        field = Teacher(project_experts(wan_files, config.text_max_length, dtype, device), settings, negative)
-    else:
-        student = WanLiteStudent.from_pretrained(flags.student, device)
-        field = student_as_teacher(student, settings, settings.guidance_scale, negative)
-    return Artist(field=field, options=options, settings=settings, vae=parts.vae), embeds
+    embeds, negative = pair.embed(prompts, settings)
+    return pair.artist(who, given.num_inference_steps, settings, negative), embeds
 
 
 def picture_files(flags: Flags, prompts: list[str], size: tuple[int, int]) -> tuple[list[Path], Path]:
@@ -214,7 +186,6 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_flags(Flags, "generate_images.py", "Draw prompts with a trained student, or with its teacher.", argv)
     config = load_student_config(flags.student)
     prompts = read_prompts(flags.prompts)
-    teacher = teacher_paths(config, flags.teacher)
     own = trained_sizes(config)[0]
     size = flags.sampling.height or own.height, flags.sampling.width or own.width
     check_picture_size(size, config, config.patch_size)
@@ -223,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     from wandistiller.files.pictures import save_png
 
     # Draw:
-    artist, embeds = prepare(flags, config, prompts, size, teacher)
+    artist, embeds = prepare(flags, config, prompts, size)
     metadata = artist.metadata(flags.model, flags.student, size)
     shape = recorded_settings(config).latent_shape(config, ImageSize(size[1], size[0]))
     shown: list[np.ndarray] = []

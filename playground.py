@@ -1,6 +1,5 @@
 """Draw what you type with a trained student, and with its teacher beside it, in a page of the browser.
 
-    python playground.py --outputs outputs
     python playground.py --student outputs/demo
 
 It needs Gradio (`pip install ".[playground]"`). It listens on this machine alone unless --host says otherwise.
@@ -8,22 +7,33 @@ It needs Gradio (`pip install ".[playground]"`). It listens on this machine alon
 
 import importlib.util
 import os
-import signal
 import sys
 import tempfile
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.flags import ComputeFlags, TeacherFlags, flag, group, number, parse_flags, path
+from wandistiller.model.image_sizes import ImageSize
+from wandistiller.prompts.prompts import unusable
+from wandistiller.students.drawing import Artist, check_picture_size, untrained_warnings
+from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from wandistiller.evaluation.pair import Pair
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_SEED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     """The flags of this command, as `--help` describes them."""
 
-    outputs: str | None = flag("folder that holds folders of trained students", "outputs", type=path)
-    student: str | None = flag("folder of a trained student, which is shown first", type=path)
+    student: str = flag("folder of a trained student", "outputs/demo", type=path)
     prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
     host: str = flag("address to listen on; 0.0.0.0 lets everyone in who reaches this machine", "127.0.0.1")
     port: int | None = flag("port to listen on (the first free one from 7860 on)", type=number(int, low=1, high=65535))
@@ -31,42 +41,100 @@ class Flags:
     compute: ComputeFlags = group("Performance")
 
 
-def parse_args(argv: list[str] | None = None) -> Flags:
-    about = "Draw what you type with a student and its teacher, in a page of the browser; Ctrl-C ends it."
-    return parse_flags(Flags, "playground.py", about, argv)
+class Studio:
+    """Draws with a student, and with its teacher, which is loaded the first time it is asked for."""
+
+    def __init__(self, pair: "Pair"):
+        self.pair = pair
+        self.artists: dict[str, Artist] = {}
+
+    def draw(self, who: str, prompt: str, seed: int, size: ImageSize) -> "np.ndarray":
+        """Return the picture (H, W, 3) uint8 of a prompt.
+
+        Raises:
+            UserError: prompt, seed or size is none.
+        """
+        pair = self.pair
+        if reason := unusable(prompt):
+            raise UserError(f"the prompt {reason}; write what to draw")
+        if not 0 <= seed <= MAX_SEED:
+            raise UserError(f"seed is {seed}; allowed: 0 to {MAX_SEED}")
+        check_picture_size((size.height, size.width), pair.config, pair.config.patch_size or 1, ("height", "width"))
+        embeds, negative = pair.embed([prompt])
+        if who not in self.artists:
+            self.artists[who] = pair.artist(who, negative=negative if who == "teacher" else None)
+        return self.artists[who].draw(embeds, [0], [seed], pair.settings.latent_shape(pair.config, size))[0]
+
+
+def build_page(studio: Studio) -> Any:
+    """Return the page: what to draw, and the two pictures."""
+    import gradio
+
+    config = studio.pair.config
+    record, own = StudentRecord.of(config), trained_sizes(config)[0]
+
+    def draw(prompt: str, seed: float, width: float, height: float, with_teacher: bool) -> list:
+        size = ImageSize(int(width), int(height))
+        for warning in untrained_warnings(config, record.steps or 1, (size.height, size.width)):
+            gradio.Warning(warning)
+        try:
+            return [
+                studio.draw(who, prompt, int(seed), size) if who == "student" or with_teacher else None
+                for who in ("student", "teacher")
+            ]
+        except UserError as error:
+            raise gradio.Error(str(error), print_exception=False) from None
+
+    return gradio.Interface(
+        draw,
+        [
+            gradio.Textbox(label="Prompt"),
+            gradio.Number(0, label="Seed", precision=0),
+            gradio.Number(own.width, label="Width", precision=0),
+            gradio.Number(own.height, label="Height", precision=0),
+            gradio.Checkbox(label="Teacher too", info="takes memory and time"),
+        ],
+        [
+            gradio.Image(label=f"student, {record.steps} steps", format="png"),
+            gradio.Image(label=f"teacher, {record.num_inference_steps} steps", format="png"),
+        ],
+        title="WanDistiller playground",
+        flagging_mode="never",
+        analytics_enabled=False,
+        api_name="draw",
+        concurrency_limit=1,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
-    flags = parse_args(argv)
+    about = "Draw what you type with a student and its teacher, in a page of the browser; Ctrl-C ends it."
+    flags = parse_flags(Flags, "playground.py", about, argv)
     if importlib.util.find_spec("gradio") is None:
         raise UserError('playground.py needs Gradio, which is not installed: pip install ".[playground]"')
-    from wandistiller.reports.studio import Studio, find_students
-
-    students = find_students(flags.outputs, flags.student)
-
-    from wandistiller.reports.playground_page import LOOPBACK, build_page, launch_options, prepare_gradio
-
-    host, port = flags.host, flags.port
+    load_student_config(flags.student)
     with tempfile.TemporaryDirectory(prefix="playground-") as scratch:
-        prepare_gradio(scratch)
-        studio = Studio(students, flags.teacher, flags.compute, flags.prompt_cache)
-        page = build_page(studio)
+        # Gradio reads these as it is imported: no telemetry, and a folder of its own for what it writes.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
+        import gradio
+
+        from wandistiller.evaluation.pair import Pair
+
+        page = build_page(Studio(Pair(flags.student, flags.teacher, flags.compute, flags.prompt_cache)))
+        # System fonts, since Gradio's own come from another server:
+        theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        options = {"server_name": flags.host, "server_port": flags.port, "share": False, "theme": theme, "quiet": True}
         try:
-            _, url, _ = page.launch(**launch_options(host, port), prevent_thread_lock=True)
+            _, url, _ = page.launch(**options, prevent_thread_lock=True)
         except OSError as error:  # a port that is taken, or an address that is not here
-            raise UserError(f"--host {host} --port {port}: cannot listen there ({error})") from None
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the scratch folder goes then too
-        print(f"{len(students)} students: {', '.join(students)}\nOpen {url} in a browser; Ctrl-C ends it", flush=True)
-        if host not in LOOPBACK:
+            raise UserError(f"--host {flags.host} --port {flags.port}: cannot listen there ({error})") from None
+        print(f"Open {url} in a browser; Ctrl-C ends it", flush=True)
+        if flags.host not in LOOPBACK:
             print("Warning: everyone who reaches this machine at that address can draw with it, without a password")
         try:
             page.block_thread()
         finally:
             page.close(verbose=False)
-    if studio.is_drawing:  # its thread would be waited for, and a drawing may take hours
-        sys.stdout.flush()
-        os._exit(0)
     return 0
 
 

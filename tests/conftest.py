@@ -3,8 +3,7 @@
 import gc
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch and huggingface_hub are imported. With tiny tensors a second thread costs more than it saves.
@@ -113,15 +112,3 @@ def launch(tmp_path):
         return [process.exitcode for process in processes], log.read_text()
 
     return run
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator:
-    """The distribution's Chromium, without a window; a test without one is skipped. It needs no network."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; see requirements-dev.txt")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium on the PATH (apt install chromium)")
-    with api.sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        yield playwright.chromium.launch(executable_path=chromium, args=flags)

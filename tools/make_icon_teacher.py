@@ -195,12 +195,12 @@ def check(args: argparse.Namespace, figures: dict) -> None:
     from icon_judge import open_judge
     from PIL import Image
 
-    from wandistiller.evaluation.judges import accuracy
+    from wandistiller.evaluation.judges import mean_verdict
 
     prompts = [p for p in read_prompts(args.output_dir / "heldout_prompts.txt") for _ in range(args.num_seeds)]
     how = Drawing(steps=args.num_inference_steps, guidance=args.guidance_scale, seed=1234, batch_size=80)
     pictures = draw(load_pipeline(args.output_dir), prompts, how)[:, 0]
-    figures["held_out_accuracy"] = accuracy(list(map(open_judge(args.output_dir).judge, pictures, prompts)))
+    figures["held_out_accuracy"] = mean_verdict(list(map(open_judge(args.output_dir).judge, pictures, prompts)))
     plain = [i for i, prompt in enumerate(prompts) if not any(word in prompt.split() for word in world.BACKGROUNDS)]
     print(json.dumps(figures, indent=2))
     write_record(args, figures)

@@ -3,7 +3,7 @@
 safetensors reads names, dtypes and metadata; diffusers reads the transformer, as a folder and as one file (velocities
 to 1e-5), and the pipeline, whose picture must be that of generate_images.py to 2 of 255 levels; this trainer must get
 the student back bit for bit and distil it again. ComfyUI is no dependency, so no test imports it: its rules are
-written down in wandistiller/projection/comfyui.py, and tools/check_comfyui.py holds them against a ComfyUI.
+written down in wandistiller/projection/comfyui.py.
 
 pytest tests/commands/test_export_student.py
 """

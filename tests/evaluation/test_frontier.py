@@ -7,24 +7,26 @@ import math
 from dataclasses import dataclass, replace
 
 import pytest
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
 from wandistiller import StudentConfig
 from wandistiller.evaluation import measures
 from wandistiller.evaluation.experiment import Experiment
-from wandistiller.evaluation.frontier import equal_steps, measure_frontier, recommended_steps, save_frontier_plot
+from wandistiller.evaluation.frontier import equal_steps, measure_frontier, recommended_steps
 from wandistiller.model.sizes import transformer_flops
+from wandistiller.reports.plots import save_frontier
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions
+from wandistiller.students.drawing import Artist
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000, "flow_shift": 3.0}
 SCHEDULERS = {
     "UniPC": lambda: UniPCMultistepScheduler(**FLOW),
     "DPM-Solver++": lambda: DPMSolverMultistepScheduler(**FLOW),
-    "Euler": lambda: UniPCMultistepScheduler(**FLOW, solver_order=1, disable_corrector=list(range(1000))),
+    "Euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
 }
 NOISE = seeded_noise(range(6), (16, 8, 8))
 SECONDS = {"student": 0.25, "teacher": 1.0}
@@ -57,7 +59,9 @@ def gaussian(latents: Tensor, sigma: Tensor, variance: float = 0.3) -> Tensor:
 
 def by_hand(name: str, steps: int) -> Tensor:
     scheduler, latents = SCHEDULERS[name](), NOISE
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(
+        **{"sigmas": [1 - i / steps for i in range(steps)]} if name == "Euler" else {"num_inference_steps": steps}
+    )
     for timestep in scheduler.timesteps:
         velocity = gaussian(latents, timestep.float().view(1, 1, 1, 1) / 1000)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
@@ -70,23 +74,17 @@ FULL = by_hand("UniPC", 20)
 def frontier_of(student_velocity, student_steps=(), **options) -> dict:
     drawn = SamplingOptions(shift=3.0, num_inference_steps=20)
     experiment = Experiment(
-        student=Field(student_velocity, 1),
-        teacher=Field(gaussian, 4),
+        student=Artist(Field(student_velocity, 1), replace(drawn, **options), None, None),
+        teacher=Artist(Field(gaussian, 4), drawn, None, None),
+        prompts=["a", "b", "c"],
         embeds=mock_prompt_embeds(["a", "b", "c"], 20),
-        prompts=["a", "a", "b", "b", "c", "c"],
-        prompt_indices=[0, 0, 1, 1, 2, 2],
         noise=NOISE,
         seeds=list(range(6)),
-        teacher_options=drawn,
-        student_options=replace(drawn, **options),
-        settings=None,
-        vae=None,
         judge=None,
-        scorers=[],
         num_seeds=2,
         batch_size=4,
     )
-    own = experiment.sample(experiment.student, experiment.student_options)
+    own = experiment.sample(experiment.student.field, experiment.student.options)
     return measure_frontier(experiment, FULL, own, student_steps, SECONDS)
 
 
@@ -160,5 +158,5 @@ def test_the_fewest_steps_near_the_best_are_recommended(errors, steps):
 
 
 def test_the_plot_is_written(tmp_path):
-    save_frontier_plot(frontier_of(gaussian, [1, 2, 4]), tmp_path / "frontier.png")
+    save_frontier(frontier_of(gaussian, [1, 2, 4]), tmp_path / "frontier.png")
     assert Image.open(tmp_path / "frontier.png").text["Software"].startswith("WanDistiller")

@@ -12,8 +12,8 @@ import torch
 from support.measures import count_flops
 from support.wan_folders import write_pipeline_folder
 from wandistiller.evaluation import measures
-from wandistiller.evaluation.experiment import step_flops
-from wandistiller.evaluation.judges import accuracy
+from wandistiller.evaluation.experiment import Drawn, measure_prompts, step_flops
+from wandistiller.evaluation.judges import mean_verdict
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.teacher import Teacher
@@ -25,21 +25,11 @@ def random_latents(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def grey(value: float, size: int = 32) -> np.ndarray:
-    return np.full((1, size, size, 3), value, np.uint8)
-
-
-def stripes(frequency: float, amplitude: float, size: int = 64) -> np.ndarray:
-    wave = 128 + amplitude * np.cos(2 * math.pi * frequency * np.arange(size))
-    return np.broadcast_to(wave.round()[None, None, :, None], (1, size, size, 3)).astype(np.uint8)
-
-
-def test_sample_plan_pairs_neighbouring_prompts():
-    prompts, seeds = measures.sample_plan(num_prompts=5, num_seeds=3, seed=100)
-    assert prompts == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+def test_neighbouring_prompts_share_their_noises():
+    seeds = measures.noise_seeds(num_prompts=5, num_seeds=3, seed=100)
     assert seeds[:3] == seeds[3:6] == [100, 101, 102]
     assert seeds[6:9] == seeds[9:12] == [103, 104, 105]
-    assert len(set(seeds)) == 9
+    assert len(seeds) == 15 and len(set(seeds)) == 9
 
 
 def test_relative_error_of_a_scaled_velocity():
@@ -47,14 +37,6 @@ def test_relative_error_of_a_scaled_velocity():
     scales = torch.tensor([1.0, 1.25, -1.0])
     errors = measures.relative_errors(velocity * scales[:, None, None, None], velocity)
     torch.testing.assert_close(errors, torch.tensor([0.0, 0.25, 2.0], dtype=torch.float64), atol=1e-6, rtol=1e-6)
-
-
-def test_buckets_hold_every_state_once():
-    sigmas = torch.tensor([0.0, 0.05, 0.1, 0.95, 1.0], dtype=torch.float64)
-    rows = measures.bucket_means(sigmas, torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]))
-    assert [row["count"] for row in rows] == [2, 1, 0, 0, 0, 0, 0, 0, 0, 2]
-    assert [rows[0]["mean"], rows[1]["mean"], rows[2]["mean"], rows[9]["mean"]] == [2.0, 5.0, None, 8.0]
-    assert rows[3]["sigma"] == [0.3, 0.4]
 
 
 def test_endpoint_error_is_0_for_equal_1_for_flat_colour_and_linear_between():
@@ -65,21 +47,19 @@ def test_endpoint_error_is_0_for_equal_1_for_flat_colour_and_linear_between():
     assert measures.endpoint_error(reference + 0.3 * (flat - reference), reference) == pytest.approx(0.3)
 
 
-def test_psnr_of_a_constant_offset_and_of_equal_pictures():
-    assert measures.psnr(grey(110), grey(100)) == pytest.approx(20 * math.log10(255 / 10))
-    assert measures.psnr(grey(7), grey(7)) == measures.IDENTICAL_PSNR_DB
+def test_a_verdict_is_counted_fact_by_fact():
+    verdicts = [{"dark": value < 150, "correct": 0.0, "clip": value / 100} for value in (0, 100, 200)]
+    assert mean_verdict(verdicts) == {"dark": pytest.approx(2 / 3), "correct": 0.0, "clip": 1.0}
 
 
-def test_high_frequency_energy_is_that_of_the_fine_wave_alone():
-    """A cosine of amplitude A has mean square A^2 / 2, up to its rounding to uint8."""
-    assert measures.high_frequency_energy(stripes(0.375, 80)) == pytest.approx(80**2 / 2, rel=0.02)
-    assert measures.high_frequency_energy(stripes(0.125, 80)) < 1
-    assert measures.high_frequency_energy(grey(200)) == pytest.approx(0, abs=1e-9)
-
-
-def test_accuracy_counts_every_fact():
-    verdicts = [{"dark": value < 150, "correct": False} for value in (0, 100, 200)]
-    assert accuracy(verdicts) == {"dark": pytest.approx(2 / 3), "correct": 0.0}
+def test_the_distances_of_the_prompts_make_up_the_distance_of_all():
+    latents = [random_latents(6, 4, 3, 3, seed=seed) for seed in range(2)]
+    right = [{"correct": float(prompt == "b")} for prompt in "aabbcc"]
+    student, teacher = (Drawn(one, np.zeros((6, 8, 8, 3), np.uint8), right) for one in latents)
+    rows = measure_prompts(student, teacher, 2)
+    assert np.mean([row.distance**2 for row in rows]) == pytest.approx(measures.endpoint_error(*latents) ** 2)
+    assert [row.right for row in rows] == [(0, 0), (1, 1), (0, 0)]
+    assert [row.distance for row in measure_prompts(teacher, teacher, 2)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("block", ["wan", "lite"])

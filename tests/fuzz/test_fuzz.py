@@ -38,7 +38,6 @@ from support.forked import Ended, run_forked
 from support.gguf_files import write_wan_gguf
 from support.loras import comfyui_keys, random_pairs, write
 from support.runs import PRUNED_CONFIG
-from support.scorer_models import save_scorer
 from support.students import PROMPTS, train_student, write_teacher
 from support.wan_folders import write_single_file, write_transformer_folder
 
@@ -110,7 +109,6 @@ GROUPS = {
         f"{DRAWN} prompts.txt",
         "student/evaluation.json student/metrics.jsonl student/README.md student/samples/* student/gallery.html", EVALUATE, 4,
     ),
-    "scorers": Group(f"{DRAWN} prompts.txt clip dino", "clip/* dino/*", f"{EVALUATE} --scorer clip={{case}}/clip --scorer dino={{case}}/dino --output {{new}}", 6),
     "checkpoints": Group(
         "teacher config.json prompts.txt cache run",
         "run/checkpoints/*.json run/checkpoints/*/* run/metrics.jsonl run/student_config.json", f"{TRAIN} --max_steps 3", 6,
@@ -163,8 +161,6 @@ def house(tmp_path_factory) -> Path:
     write_transformer_folder(root / "sharded", max_shard_size="60KB")
     write_single_file(root / "single.safetensors")
     write_wan_gguf(root / "wan.gguf", heads=1)
-    for kind in ("clip", "dino"):
-        save_scorer(kind, root / kind)
     pairs = random_pairs(WanTransformer3DModel.from_pretrained(root / "teacher" / "transformer"))
     write(root / "lora.safetensors", comfyui_keys(pairs, alpha=1.5), {"lora_adapter_metadata": '{"r": 3}'})
     (root / "config.json").write_text(json.dumps(PRUNED_CONFIG), encoding="utf-8")

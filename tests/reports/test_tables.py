@@ -1,11 +1,13 @@
-"""An evaluation as rows of a table, and as values that JSON can hold.
+"""An evaluation as sentences, as rows of a table, and as values that JSON can hold.
 
 pytest tests/reports/test_tables.py
 """
 
 import math
 
-from wandistiller.reports.tables import comparison_rows, finite, nearness, table_lines
+import pytest
+
+from wandistiller.reports.tables import comparison_rows, finite, nearness, report_lines, worst_prompts
 
 BOTH = {"student": 1.0, "teacher": 2.0, "ratio": 0.5}
 NOISE = {"mean_error": 0.1, "noise_error": 0.3, "teacher_noise": 0.4, "norm_ratio": 0.75, "cosine": 0.8, "gain": 0.6}
@@ -21,11 +23,11 @@ FRONTIER = {
     ],
 }
 RESULTS = {
-    "endpoint": {"latent_relative_error": 0.2, "psnr_db": 20.0},
+    "endpoint": {"latent_relative_error": 0.2},
     "frontier": FRONTIER,
     "noise": NOISE | {"meaning": "In words."},
-    "high_frequency_energy": BOTH,
     "cost": {"step_flops": BOTH},
+    "worst_prompts": worst_prompts(["a", "b", "c", "d"], [0.1, 0.9, 0.3, 0.2]),
 }
 
 
@@ -40,27 +42,41 @@ def test_json_values_are_finite():
     }
 
 
-def test_rows_hold_the_student_the_teacher_and_their_ratio():
+def test_rows_hold_the_student_the_teacher_their_ratio_and_which_way_is_better():
     rows = rows_of(RESULTS)
-    assert rows["what the prompt decides: error"] == ["0.1", "", ""]
-    assert rows["what the noise decides: size"] == ["0.3", "0.4", "0.75"]
-    assert rows["step flops"] == ["1", "2", "0.5"]
-    assert rows["cost of a picture, 8 steps; teacher as near"] == ["7.00%", "16.10%", "0.4348"]
+    assert rows["what the prompt decides: error"] == ["0.1", "", "", "lower"]
+    assert rows["what the noise decides: size"] == ["0.3", "0.4", "0.75", "ratio 1"]
+    assert rows["step flops"] == ["1", "2", "0.5", "lower"]
+    assert rows["cost of a picture, 8 steps; teacher as near"] == ["7.00%", "16.10%", "0.4348", "lower"]
+    judged = {"student": {"correct": 0.5, "clip": 0.25}, "teacher": {"correct": 1.0, "clip": 0.5}}
+    rows = rows_of(RESULTS | {"accuracy": judged})
+    assert rows["prompt drawn right"] == ["50.0%", "100.0%", "0.5", "higher"] and rows["  clip"][:2] == ["0.25", "0.5"]
+    rows = rows_of(RESULTS | {"noise": dict.fromkeys(NOISE)})
+    assert rows["what the noise decides: size"][:3] == ["-", "-", "-"], "what could not be measured is a dash"
 
 
-def test_the_screen_has_both_in_fewer_steps_and_what_the_figures_mean():
-    lines = [line.split() for line in table_lines(RESULTS)]
-    assert ["student", "8", "Euler", "7.00%", "0.5", "0.200", "-", "0.900", "-", "3.4", "steps", "2.3x"] in lines
-    assert ["teacher", "4", "Euler", "20.00%", "0.5", "0.200", "-", "0.900", "-"] in lines
-    text = "\n".join(table_lines(RESULTS))
-    assert "In 8 steps the student is as near" in text and "in 3.4 steps, and 2.3 times cheaper" in text
-    assert "In words." in text
-    worse = {"teacher_steps": None, "at_least": False, "times_cheaper": None}
-    better = {"teacher_steps": 10.0, "at_least": True, "times_cheaper": 7.0}
-    for worth, words in ((worse, "is farther from"), (better, "in more than 10 steps, and more than 7 times")):
-        assert words in nearness(FRONTIER | {"rows": [FRONTIER["rows"][0] | worth]})
+def test_the_screen_begins_with_a_sentence_and_the_worst_prompts():
+    lines = report_lines(RESULTS)
+    text = " ".join(lines)
+    assert text.strip().startswith(
+        "In 8 steps the student is as near to the teacher's pictures as the teacher itself in 3.4 steps"
+    )
+    assert "at 7.0% of the cost of the teacher's picture in all of its 4: 2.3 times cheaper" in text
+    assert "Farthest from the teacher: 'b' (0.9); 'c' (0.3); 'd' (0.2)" in lines
+    cells = [line.split() for line in lines]
+    assert ["student", "8", "Euler", "7.00%", "0.5", "0.200", "-", "0.900", "-", "3.4", "steps", "2.3x"] in cells
+    assert ["teacher", "4", "Euler", "20.00%", "0.5", "0.200", "-", "0.900", "-"] in cells
+    assert "In words." in lines
+    short = report_lines({name: value for name, value in RESULTS.items() if name != "frontier"})
+    assert "at a relative distance of 0.2" in short[1]
 
 
-def test_what_could_not_be_measured_is_a_dash():
-    rows = rows_of(RESULTS | {"noise": dict.fromkeys(NOISE) | {"meaning": "In words."}})
-    assert rows["what the noise decides: size"] == ["-", "-", "-"]
+@pytest.mark.parametrize(
+    ("worth", "words"),
+    [
+        ({"teacher_steps": None, "at_least": False, "times_cheaper": None}, "is farther from"),
+        ({"teacher_steps": 10.0, "at_least": True, "times_cheaper": 7.0}, "in more than 10 steps, at 7.0% of"),
+    ],
+)
+def test_a_student_off_the_teachers_curve_is_told_so(worth, words):
+    assert words in nearness(FRONTIER | {"rows": [FRONTIER["rows"][0] | worth, FRONTIER["rows"][1]]})

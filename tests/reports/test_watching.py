@@ -189,22 +189,21 @@ def test_several_processes_draw_what_one_draws(flags_of, launch, tmp_path):
 # ---- the plot ----
 
 
-def test_the_plot_shows_every_noise_level_and_the_held_out_error(tmp_path):
+def test_the_plot_has_a_line_for_each_band_of_its_colour_scale_and_one_for_all(tmp_path):
     lines = lines_of(250)
     lines[99]["velocity_error"] = {"teacher_states": 0.5}
-    losses, held_out = plots.loss_figure(lines).axes
-    labels = [line.get_label() for line in losses.get_lines()]
-    assert [name for name in labels if not name.startswith("_")] == [
-        *(f"sigma 0.{n}-{'1.0' if n == 9 else f'0.{n + 1}'}" for n in range(9, 0, -1)),
-        "all",
-    ]  # none for the bucket without a sample
+    losses, held_out, bar = plots.loss_figure(lines).axes
+    *bands, total = losses.get_lines()[1:]
+    colors = [tuple(color) for color in bar.collections[-1].cmap.colors]
+    assert [tuple(line.get_color()) for line in bands] == colors and len(set(colors)) == 5
+    assert next(tick.get_text() for tick in bar.get_yticklabels()) == "0.0" and "sigma" in bar.get_ylabel()
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in held_out.get_lines()] == [([100], [0.5])]
     assert losses.get_yscale() == held_out.get_yscale() == "log"
-    total = losses.get_lines()[-1]
+    assert all("lower is better" in axes.get_ylabel() for axes in (losses, held_out))
     assert len(total.get_xdata()) < 50 and total.get_xdata()[-1] == 250
     first = int(total.get_xdata()[0])
     assert total.get_ydata()[0] == pytest.approx(sum(1 / step for step in range(1, first + 1)) / first)
-    assert len(plots.loss_figure(lines_of(1)).axes) == 1
+    assert len(plots.loss_figure(lines_of(1)).axes) == 2
 
 
 @pytest.mark.filterwarnings("error")

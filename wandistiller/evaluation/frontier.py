@@ -1,7 +1,6 @@
 """The frontier: how near student and teacher come to the teacher's own pictures in fewer steps, and what each costs.
 
     frontier = measure_frontier(experiment, of_teacher, of_student, student_steps=[1, 2, 4, 8, 20], costs)
-    save_frontier_plot(frontier, Path("frontier.png"))
 
 The bar of a small student is not the teacher in all of its steps but the teacher in fewer, drawn by the sampler that is nearest at
 that number: a student pays where it is as near as that at less cost.
@@ -10,16 +9,13 @@ that number: a student pays where it is as near as that at less cost.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from wandistiller import __version__
 from wandistiller.evaluation import measures
 from wandistiller.evaluation.experiment import Experiment, step_flops
-from wandistiller.files.atomic import atomic_path
 from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS
 from wandistiller.sampling.sampler import SAMPLER_NAMES, SamplingOptions, wan_scheduler
 
@@ -40,7 +36,7 @@ def measure_frontier(
         student_steps: numbers of steps to draw the student in.
         step_seconds: of one sampling step, measured, of "student" and "teacher".
     """
-    of_teacher, of_student = experiment.teacher_options, experiment.student_options
+    of_teacher, of_student = experiment.teacher.options, experiment.student.options
     rows = Rows(experiment, full, step_seconds)
     student = [rows.row("student", of_student, own)]
     for steps in tqdm(student_steps, desc="student in fewer steps", disable=None, leave=False):
@@ -79,19 +75,18 @@ class Rows:
     def __init__(self, experiment: Experiment, full: Tensor, step_seconds: dict[str, float]):
         self.experiment, self.full, self.step_seconds = experiment, full, step_seconds
         self.unit = measures.spread(full)
-        self.full_flops = self.flops("teacher", experiment.teacher_options)
+        self.full_flops = self.flops("teacher", experiment.teacher.options)
 
     def flops(self, who: str, options: SamplingOptions) -> int:
         """Return the FLOPs of a picture."""
-        height, width = self.experiment.noise.shape[2:]
-        field = getattr(self.experiment, who)
+        own, field = self.experiment, getattr(self.experiment, who).field
         scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler)
         sigmas = [float(timestep) / NUM_TRAIN_TIMESTEPS for timestep in scheduler.timesteps]
-        return sum(step_flops(field, (height, width), self.experiment.num_tokens, sigma) for sigma in sigmas)
+        return sum(step_flops(field, own.latent_size, own.num_tokens, sigma) for sigma in sigmas)
 
     def nearest(self, who: str, choices: Sequence[SamplingOptions]) -> dict:
         """Draw every sample in each of these ways, and return the row of the one nearest to the full drawing."""
-        field = getattr(self.experiment, who)
+        field = getattr(self.experiment, who).field
         drawn = [self.experiment.sample(field, options) for options in choices]
         errors = [measures.endpoint_error(latents, self.full, self.unit) for latents in drawn]
         best = int(np.nanargmin([*errors, math.inf])) % len(choices)  # of which any may have left the numbers
@@ -149,35 +144,3 @@ def recommended_steps(errors: dict[int, float]) -> int | None:
     """Return where a student's curve bends, by `RULE`; None where no error is a number."""
     smallest = min((error for error in errors.values() if math.isfinite(error)), default=math.nan)
     return min((steps for steps, error in errors.items() if error <= NEAR_BEST * smallest), default=None)
-
-
-# ---- plot ----
-
-
-def save_frontier_plot(frontier: dict, file: Path) -> None:
-    """Plot the endpoint error over the cost of a picture, student and teacher; each point tells its steps."""
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and asks for a screen
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
-
-    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    for who, color in (("teacher", "#202020"), ("student", "#2f6db3")):
-        rows = [row for row in frontier["rows"] if row["who"] == who and row["endpoint"] > 0]
-        costs, errors = [100 * row["cost"] for row in rows], [row["endpoint"] for row in rows]
-        axes.plot(costs, errors, color=color, marker="o", markersize=5, label=who)
-        for row, cost, error in zip(rows, costs, errors, strict=True):
-            axes.annotate(str(row["steps"]), (cost, error), (5, 5), textcoords="offset points", color=color)
-            if who == "student" and row["steps"] == frontier["recommended_steps"]:
-                axes.plot(cost, error, "o", markersize=12, fillstyle="none", color=color, label="recommended steps")
-    axes.set(xscale="log", yscale="log")
-    for axis, text in ((axes.xaxis, "{x:g} %"), (axes.yaxis, "{x:g}")):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(StrMethodFormatter(text))
-        axis.set_minor_formatter("")
-    axes.set_xlabel("cost of a picture: FLOPs, as a share of the teacher's in all of its steps")
-    axes.set_ylabel("distance to the teacher's picture (endpoint error)")
-    axes.grid(color="#e4e4e4")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    with atomic_path(file) as beside:
-        figure.savefig(beside, format="png", metadata={"Software": f"WanDistiller {__version__}"})

@@ -1,10 +1,11 @@
-"""Judges of pictures: a person's own function, named as `--judge FILE.py:FUNCTION`, that says which pictures are right.
+"""Judges of pictures: a person's own function, named as `--judge FILE.py:FUNCTION`, that rates pictures.
 
     def judge(pictures, prompts):    # pictures (N, H, W, 3) uint8, prompts: a list of N strings
-        return [...]                 # N answers: True or False, or a dict of named facts with "correct" among them
+        return [...]                 # N answers: True or False, or a dict of named facts and numbers
 
-It may raise ValueError for a prompt that it cannot judge. The file is run as Python code, so only the command line names one; no
-record of a student or teacher can. tools/demo_judge.py is an example.
+A fact "correct" says whether a picture is right, as True or False alone do. The function may raise ValueError for a prompt that it
+cannot judge. The file is run as Python code, so only the command line names one; no record of a student or teacher can.
+tools/demo_judge.py judges the demo's world, and tools/clip_judge.py any world, by a CLIP.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ import numpy as np
 
 from wandistiller.errors import UserError, first_line
 
-Verdict = dict[str, bool]  # facts of a picture by name; "correct" says whether it is right
+Verdict = dict[str, float]  # facts (0 or 1) and numbers of a picture by name; "correct" says whether it is right
 Judge = Callable[[np.ndarray, Sequence[str]], list[Verdict]]
 PROBE_SIDE = 64  # pixels of the grey picture that a prompt is tried with
 
@@ -52,16 +53,20 @@ def load_judge(location: str, prompts: Sequence[str]) -> Judge:
         except ValueError as error:
             raise UserError(f"{flag}: {error}") from None
         verdicts = [answer if isinstance(answer, dict) else {"correct": answer} for answer in answers]
-        if len(verdicts) != len(prompts) or any("correct" not in verdict for verdict in verdicts):
+        try:
+            found = [{name: float(value) for name, value in verdict.items()} for verdict in verdicts]
+        except (TypeError, ValueError):
+            found = []
+        if len(found) != len(prompts) or any(verdict.keys() != found[0].keys() for verdict in found):
             raise UserError(
-                f'{flag}: must return True, False or a dict with "correct" for each of {len(prompts)} pictures'
+                f"{flag}: must return True, False or a dict of the same facts and numbers for each of {len(prompts)} pictures"
             )
-        return [{name: bool(value) for name, value in verdict.items()} for verdict in verdicts]
+        return found
 
     judge(np.full((len(prompts), PROBE_SIDE, PROBE_SIDE, 3), 128, np.uint8), prompts)
     return judge
 
 
-def accuracy(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Return the share of pictures for which each fact holds."""
+def mean_verdict(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return the share of pictures for which each fact holds, and the mean of each number."""
     return {name: statistics.fmean(verdict[name] for verdict in verdicts) for name in verdicts[0]}

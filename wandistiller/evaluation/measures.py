@@ -1,21 +1,15 @@
-"""How close a student is to its teacher: pure functions of velocities, latents (B, C, H, W) and pictures (B, H, W, 3) uint8."""
+"""How close a student is to its teacher: pure functions of velocities and latents (B, C, H, W)."""
 
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from wandistiller.device import wait_for
 
-NUM_BUCKETS = 10
-# PSNR is infinite for two equal pictures; unequal uint8 pictures rarely come near this value.
-IDENTICAL_PSNR_DB = 100.0
-# In cycles per pixel: frequencies above it are the upper half of what pixels can hold.
-HIGH_FREQUENCY = 0.25
 NOISE_PARTS = ("mean_error", "noise_error", "teacher_noise", "norm_ratio", "cosine", "gain")
 # A noise part is nothing but the rounding of float64, and has no direction, where its square is a smaller share of the other.
 ROUNDING = 1e-24
@@ -23,13 +17,12 @@ ROUNDING = 1e-24
 # ---- samples ----
 
 
-def sample_plan(num_prompts: int, num_seeds: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return the prompt index and the noise seed of every sample; the seeds of a prompt follow one another.
+def noise_seeds(num_prompts: int, num_seeds: int, seed: int) -> list[int]:
+    """Return the noise seed of every sample; the seeds of a prompt follow one another.
 
     Prompts 2k and 2k + 1 share their noises; other pairs have noises of their own, so that no single noise decides a result.
     """
-    prompts = [prompt for prompt in range(num_prompts) for _ in range(num_seeds)]
-    return prompts, [seed + prompt // 2 * num_seeds + sample % num_seeds for sample, prompt in enumerate(prompts)]
+    return [seed + prompt // 2 * num_seeds + sample for prompt in range(num_prompts) for sample in range(num_seeds)]
 
 
 # ---- velocity ----
@@ -39,17 +32,6 @@ def relative_errors(actual: Tensor, expected: Tensor) -> Tensor:
     """Return |actual - expected| / |expected| of each sample (B,), in float64."""
     expected = expected.double().flatten(1)
     return (actual.double().flatten(1) - expected).norm(dim=1) / expected.norm(dim=1)
-
-
-def bucket_means(sigmas: Tensor, values: Tensor) -> list[dict]:
-    """Return the mean of `values` (M,) in equal buckets of sigma in [0, 1]; that of an empty bucket is None, sigma 1 is in the last."""
-    buckets = (sigmas * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)
-    rows = []
-    for bucket in range(NUM_BUCKETS):
-        inside, limits = values[buckets == bucket], [bucket / NUM_BUCKETS, (bucket + 1) / NUM_BUCKETS]
-        mean = float(inside.mean()) if len(inside) else None
-        rows.append({"sigma": limits, "mean": mean, "count": len(inside)})
-    return rows
 
 
 # ---- endpoints ----
@@ -114,29 +96,6 @@ def noise_parts(student: Tensor, teacher: Tensor, num_noises: int, unit: float) 
         "cosine": cross / math.sqrt(own * theirs) if has_direction else None,
         "gain": cross / theirs if theirs else None,
     }
-
-
-# ---- pictures ----
-
-
-def psnr(pictures: np.ndarray, reference: np.ndarray) -> float:
-    """Return the mean peak signal-to-noise ratio of pictures in dB; equal ones count as IDENTICAL_PSNR_DB."""
-    errors = [float(np.square(a.astype(np.float64) - b).mean()) for a, b in zip(pictures, reference, strict=True)]
-    return statistics.fmean(10 * math.log10(255**2 / error) if error else IDENTICAL_PSNR_DB for error in errors)
-
-
-def high_frequency_energy(pictures: np.ndarray, cutoff: float = HIGH_FREQUENCY) -> float:
-    """Return the mean square of the luma (0..255) that lies above `cutoff` cycles per pixel; blur lowers it."""
-    luma = pictures.astype(np.float64) @ np.array([0.299, 0.587, 0.114])  # (B, H, W), ITU-R BT.601
-    height, width = luma.shape[1:]
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
-    power = np.abs(np.fft.fft2(luma)) ** 2 / (height * width) ** 2  # Parseval: sums to the mean square
-    return float((power * (frequency > cutoff)).sum(axis=(1, 2)).mean())
-
-
-def ratio(value: float | None, reference: float | None) -> float | None:
-    """Return value / reference; None where one of them was not measured, or the reference is 0."""
-    return value / reference if value is not None and reference else None
 
 
 # ---- time ----

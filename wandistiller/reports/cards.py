@@ -24,6 +24,7 @@ from wandistiller.files.output_folder import (
     CARD_NAME,
     COMPARISON_NAME,
     EVALUATION_NAME,
+    FRONTIER_NAME,
     GALLERY_NAME,
     LOSS_PLOT_NAME,
     METRICS_NAME,
@@ -32,10 +33,9 @@ from wandistiller.files.output_folder import (
 )
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import square
-from wandistiller.projection.comfyui import LOADERS, comfyui_settings, comfyui_warnings
 from wandistiller.reports.metrics import held_out_error, held_out_text, loss_change, read_metrics, training_seconds
 from wandistiller.reports.progress import format_duration
-from wandistiller.reports.tables import cell_text, comparison_rows
+from wandistiller.reports.tables import HEAD, cell_text, comparison_rows, headline
 from wandistiller.students.drawing import example_prompt
 from wandistiller.students.record import StudentRecord, trained_sizes, weights_digest
 
@@ -201,12 +201,20 @@ def is_apache(record: Mapping) -> bool:
 
 
 def shown_pictures(folder: Path) -> dict[Markdown, str]:
-    """Return the newest sample picture, and the evaluation's picture if it shows this student: by their names, what they show."""
+    """Return the newest sample picture, and the evaluation's pictures if they show this student: by their names, what they show."""
     found = sample_files(folder)[-1:]
-    about = {Markdown(file.relative_to(folder).as_posix()): "Sample prompts, drawn" for _, file in found}
-    if (folder / COMPARISON_NAME).is_file() and evaluation_of(folder):
-        about[Markdown(COMPARISON_NAME)] = "Prompts of the evaluation, drawn"
-    return about
+    both = "by teacher and student from the same noise"
+    shown = {file.relative_to(folder).as_posix(): f"Sample prompts, drawn {both}" for _, file in found}
+    shown |= {COMPARISON_NAME: f"Prompts of the evaluation, drawn {both}"}
+    shown |= {
+        FRONTIER_NAME: "Cost of a picture and distance to the teacher's, of both in fewer steps: lower left is better"
+    }
+    measured = evaluation_of(folder) is not None
+    return {
+        Markdown(name): what
+        for name, what in shown.items()
+        if (folder / name).is_file() and (measured or name not in (COMPARISON_NAME, FRONTIER_NAME))
+    }
 
 
 def evaluation_of(folder: Path) -> dict | None:
@@ -218,7 +226,8 @@ def evaluation_of(folder: Path) -> dict | None:
             "num_prompts": results["num_prompts"],
             "num_seeds": results["num_seeds"],
             "prompts": f"prompts, {num_trained} of them trained on" if num_trained else "held-out prompts",
-            "rows": comparison_rows(results),
+            "headline": headline(results),
+            "table": table(HEAD, comparison_rows(results)),
         }
     except (JsonError, KeyError, TypeError, ValueError, AttributeError, IndexError):
         return None
@@ -228,29 +237,15 @@ def evaluation_of(folder: Path) -> dict | None:
 # ---- of an export ----
 
 
-def export_card(
-    name: str, config: StudentConfig, export_format: str, dtype: str, pictures: Mapping[Markdown, str] | None = None
-) -> str:
-    """Return the card of an export as text.
-
-    Args:
-        name: what the export is called.
-        config: the student's, with the record that is published.
-        pictures: files beside it, and what they show.
-    """
+def export_card(name: str, config: StudentConfig, is_pipeline: bool, dtype: str) -> str:
+    """Return the card of an exported folder as text; `config` holds the record that is published."""
     about = about_student(config)
-    library = "gguf" if export_format == "gguf" else "diffusers"
     return fill_in(
         "export_card.md",
         **about,
-        front_matter=front_matter(about["record"], library, ["wan", "distillation"]),
+        front_matter=front_matter(about["record"], "diffusers", ["wan", "distillation"]),
         name=name,
-        format=export_format,
-        library=library,
-        drawing=Markdown(drawing(config, THIS_FOLDER, dtype)) if export_format == "pipeline" else None,
-        comfyui=Markdown(comfyui_settings(config, LOADERS.get(export_format, LOADERS["original"]))),
-        warnings=[Markdown(warning) for warning in comfyui_warnings(config)],
-        pictures=pictures or {},
+        drawing=Markdown(drawing(config, THIS_FOLDER, dtype)) if is_pipeline else None,
         training_time=None,
     )
 

@@ -1,13 +1,12 @@
-"""An evaluation as rows of one table, for the screen, a model card and the gallery, and as values that JSON can hold."""
+"""An evaluation as sentences and as rows of one table, for the screen, a model card and the gallery, and as values that JSON can hold."""
 
 import math
 import textwrap
-from collections.abc import Iterator
-from pathlib import Path
-
-from wandistiller.files.hub import hub_id
+from collections.abc import Iterator, Sequence
 
 Row = tuple[str, ...]
+HEAD = ("", "student", "teacher", "ratio", "better")
+NUM_WORST, WIDTH = 3, 106
 
 
 def cell_text(value: str | float | None) -> str:
@@ -17,70 +16,74 @@ def cell_text(value: str | float | None) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
 
 
-def table_lines(results: dict) -> list[str]:
-    """Return the results as the lines of a table for the screen, and below it what they mean."""
-    rows = [("", "student", "teacher", "ratio"), *comparison_rows(results, in_detail=True)]
-    lines = [f"{name:<46}" + "".join(f"{cell:>14}" for cell in cells) for name, *cells in rows]
-    lines += frontier_lines(results["frontier"]) if "frontier" in results else []
-    return [*lines, *textwrap.wrap(results["noise"]["meaning"], 106)]
+def report_lines(results: dict) -> list[str]:
+    """Return an evaluation for the screen: what the student is worth in a sentence, its worst prompts, then tables."""
+    lines = [
+        "",
+        *textwrap.wrap(headline(results), WIDTH),
+        f"Farthest from the teacher: {'; '.join(worst(results))}",
+        "",
+    ]
+    if "frontier" in results:
+        lines += frontier_lines(results["frontier"])
+    rows = [HEAD, *comparison_rows(results)]
+    lines += [f"{name:<46}" + "".join(f"{cell:>14}" for cell in cells) for name, *cells in rows]
+    return [*lines, *textwrap.wrap(results["noise"]["meaning"], WIDTH)]
 
 
-def comparison_rows(results: dict, in_detail: bool = False) -> list[Row]:
-    """Return the results as rows of name, student, teacher and ratio.
+def headline(results: dict) -> str:
+    """Say in one sentence what the student is worth, in the recommended number of steps where the frontier was drawn."""
+    if "frontier" not in results:
+        error = results["endpoint"]["latent_relative_error"]
+        return (
+            f"The student's pictures are at a relative distance of {cell_text(error)} from the teacher's (0: the same)."
+        )
+    return nearness(results["frontier"])
 
-    Args:
-        in_detail: whether to show what a figure consists of too: noise levels and a judge's facts.
-    """
-    rows = [*_judged("prompt drawn right", results, in_detail), *_distances(results)]
+
+def worst(results: dict) -> list[str]:
+    """Return the prompts whose pictures are farthest from the teacher's, with their distances."""
+    return [f"{one['prompt']!r} ({cell_text(one['distance'])})" for one in results["worst_prompts"]]
+
+
+def worst_prompts(prompts: Sequence[str], distances: Sequence[float]) -> list[dict]:
+    """Return the farthest prompts as JSON values."""
+    ranked = sorted(zip(prompts, distances, strict=True), key=lambda both: -both[1])
+    return [{"prompt": prompt, "distance": distance} for prompt, distance in ranked[:NUM_WORST]]
+
+
+def comparison_rows(results: dict) -> list[Row]:
+    """Return the results as rows of name, student, teacher, ratio, and which way is better."""
+    rows = [*_judged(results)]
+    rows.append(_row("distance to the teacher's latents, relative", results["endpoint"]["latent_relative_error"]))
     rows += _noise(results["noise"])
     if velocity := results.get("velocity_error"):
         rows.append(_row("relative velocity error", velocity["mean"]))
-        levels = velocity["by_sigma"] if in_detail else []
-        rows += [_row(f"  {_sigmas(level)} ({level['count']} states)", level["mean"]) for level in levels]
-    rows.append(_row("high frequency energy", *_three(results["high_frequency_energy"])))
-    rows += _scores(results)
-    rows += [_row(name.replace("_", " "), *_three(values)) for name, values in results["cost"].items()]
+    for name, cost in results["cost"].items():
+        rows.append(_row(name.replace("_", " "), cost["student"], cost["teacher"], cost["ratio"]))
     if "frontier" in results and (row := recommended_row(results["frontier"])) and row["times_cheaper"]:
+        times = row["times_cheaper"]
         name = f"cost of a picture, {row['steps']} steps; teacher as near"
-        rows.append(
-            _row(name, f"{row['cost']:.2%}", f"{row['cost'] * row['times_cheaper']:.2%}", 1 / row["times_cheaper"])
-        )
-    for size, measured in results.get("by_size", {}).items():
-        rows += _judged(f"{size}: prompt drawn right", measured)
-        rows.append(_row(f"{size}: distance to the teacher's latents", measured["endpoint"]["latent_relative_error"]))
-        rows.append(_row(f"{size}: gain of what the noise decides", measured["noise"]["gain"]))
+        rows.append(_row(name, f"{row['cost']:.2%}", f"{row['cost'] * times:.2%}", 1 / times))
     return rows
 
 
-def _row(name: str, *values: str | float | None) -> Row:
+def _row(name: str, *values: str | float | None, better: str = "lower") -> Row:
     """Return a row of texts; a value that could not be measured is "-", and one that there is not is empty."""
-    return name, *map(cell_text, values), *[""] * (3 - len(values))
+    return name, *map(cell_text, values), *[""] * (3 - len(values)), better
 
 
-def _three(row: dict) -> tuple:
-    return row["student"], row["teacher"], row["ratio"]
-
-
-def _sigmas(level: dict) -> str:
-    low, high = level["sigma"]
-    return f"sigma {low:.1f} to {high:.1f}"
-
-
-def _judged(name: str, results: dict, in_detail: bool = False) -> Iterator[Row]:
-    """Yield how many pictures the judge holds for right; nothing without a judge."""
-    if not (judged := results.get("accuracy")):
-        return
-    both = judged["student"], judged["teacher"]
-    yield _row(name, *(f"{facts['correct']:.1%}" for facts in both), judged["ratio"])
-    if in_detail:
-        for fact in (name for name in both[0] if name != "correct"):
-            yield _row(f"  {fact}", *(f"{facts[fact]:.1%}" for facts in both))
-
-
-def _distances(results: dict) -> Iterator[Row]:
-    endpoint = results["endpoint"]
-    yield _row("distance to the teacher's latents, relative", endpoint["latent_relative_error"])
-    yield _row("PSNR, dB", endpoint["psnr_db"])
+def _judged(results: dict) -> Iterator[Row]:
+    """Yield how many pictures the judge holds for right, and what else it says; nothing without a judge."""
+    if judged := results.get("accuracy"):
+        student, teacher = judged["student"], judged["teacher"]
+        if "correct" in student:
+            both = student["correct"], teacher["correct"]
+            kept = both[0] / both[1] if both[1] else None
+            yield _row("prompt drawn right", *(f"{right:.1%}" for right in both), kept, better="higher")
+        for fact in student:
+            if fact != "correct":
+                yield _row(f"  {fact}", student[fact], teacher[fact], better="")
 
 
 def _noise(noise: dict) -> Iterator[Row]:
@@ -88,24 +91,10 @@ def _noise(noise: dict) -> Iterator[Row]:
     teacher, ratio = noise["teacher_noise"], noise["norm_ratio"]
     yield _row("what the prompt decides: error", noise["mean_error"])
     yield _row("what the noise decides: error", noise["noise_error"])
-    yield _row("what the noise decides: size", None if ratio is None else ratio * teacher, teacher, ratio)
-    yield _row("what the noise decides: cosine to the teacher's", noise["cosine"])
-    yield _row("what the noise decides: gain", noise["gain"])
-
-
-def _scores(results: dict) -> Iterator[Row]:
-    """Yield what scorers said of the pictures; nothing where there were none."""
-    for kind, found in (results.get("scores") or {}).items():
-        # Paths of a machine are nobody else's business:
-        yield _row(f"{kind} is {hub_id(found['model']) or Path(found['model']).name}")
-        if "cosine" in found:
-            yield _row(f"{kind}: cosine to the teacher's picture", found["cosine"])
-            yield _row(f"{kind}: standard error", found["standard_error"])
-            continue
-        yield _row(f"{kind}: cosine to the prompt", *_three(found))
-        yield _row(f"{kind}: standard error of the difference", found.get("standard_error_of_difference"))
-    if cmmd := results.get("cmmd"):
-        yield _row(f"CMMD ({cmmd['num_pictures']} pictures)", cmmd["value"])
+    size = None if ratio is None else ratio * teacher
+    yield _row("what the noise decides: size", size, teacher, ratio, better="ratio 1")
+    yield _row("what the noise decides: cosine to the teacher's", noise["cosine"], better="higher")
+    yield _row("what the noise decides: gain", noise["gain"], better="1")
 
 
 def finite(values: object) -> object:
@@ -119,49 +108,53 @@ def finite(values: object) -> object:
 
 # ---- the frontier ----
 
+FRONTIER_TITLES = {  # of a row of the frontier -> its column on the screen
+    "who": "who",
+    "steps": "steps",
+    "sampler": "sampler",
+    "cost": "FLOPs",
+    "seconds": "seconds",
+    "endpoint": "endpoint",
+    "noise_cosine": "cosine",
+    "noise_size": "size",
+    "right": "right",
+    "teacher_steps": "as teacher in",
+    "times_cheaper": "cheaper",
+}
+
 
 def frontier_lines(frontier: dict) -> list[str]:
-    """Return the frontier as a table for the screen, and below it what the recommended number of steps is worth."""
+    """Return the frontier as a table for the screen."""
     about = f"{frontier['num_prompts']} prompts x {frontier['num_seeds']} seeds"
-    head = (
-        "who",
-        "steps",
-        "sampler",
-        "cost",
-        "seconds",
-        "endpoint",
-        "cosine",
-        "size",
-        "right",
-        "as teacher in",
-        "cheaper",
-    )
-    lines = ["", f"In fewer steps ({about}; cost in FLOPs, as a share of the teacher's in all of its steps):"]
-    for who, steps, sampler, *cells in (head, *map(_frontier_row, frontier["rows"])):
+    lines = [
+        f"In fewer steps ({about}; FLOPs and seconds of a picture, FLOPs as a share of the teacher's in all of its steps;",
+        "endpoint: distance to the teacher's picture, lower is better; cosine and size of what the noise decides, 1 is best):",
+    ]
+    for row in (FRONTIER_TITLES, *frontier["rows"]):
+        cells = [_frontier_cell(name, row) for name in FRONTIER_TITLES]
+        widths = (-8, 6, 14, *[10] * 6, 15, 9)
         lines.append(
-            f"{who:<8}{steps:>6}  {sampler:<13}"
-            + "".join(f"{cell:>10}" for cell in cells[:-2])
-            + "{:>15}{:>9}".format(*cells[-2:])
+            "".join(
+                f"{cell:<{-width}}" if width < 0 else f"{cell:>{width}}"
+                for cell, width in zip(cells, widths, strict=True)
+            )
         )
-    return [*lines, nearness(frontier), ""]
+    return [*lines, ""]
 
 
-def _frontier_row(row: dict) -> Row:
-    numbers = [row["endpoint"], row["noise_cosine"], row["noise_size"], row["right"]]
-    worth = ["", ""]
-    if row["who"] == "student":
-        least = ">" if row["at_least"] else ""
-        values = ((row["teacher_steps"], " steps"), (row["times_cheaper"], "x"))
-        worth = ["-" if value is None else f"{least}{value:.3g}{unit}" for value, unit in values]
-    shown = ["-" if number is None else f"{number:.3f}" for number in numbers]
-    return row["who"], str(row["steps"]), row["sampler"], f"{row['cost']:.2%}", f"{row['seconds']:.3g}", *shown, *worth
+def _frontier_cell(name: str, row: dict) -> str:
+    value = row.get(name, "")
+    if value is None or isinstance(value, str | int):
+        return "-" if value is None else str(value)
+    if name in ("teacher_steps", "times_cheaper"):
+        unit = " steps" if name == "teacher_steps" else "x"
+        return f"{'>' if row['at_least'] else ''}{value:.3g}{unit}"
+    return f"{value:.2%}" if name == "cost" else f"{value:.3g}" if name == "seconds" else f"{value:.3f}"
 
 
 def recommended_row(frontier: dict) -> dict | None:
     """Return the student's row at the recommended number of steps."""
-    rows = (
-        row for row in frontier["rows"] if row["who"] == "student" and row["steps"] == frontier["recommended_steps"]
-    )
+    rows = (row for row in frontier["rows"] if (row["who"], row["steps"]) == ("student", frontier["recommended_steps"]))
     return next(rows, None)
 
 
@@ -169,10 +162,12 @@ def nearness(frontier: dict) -> str:
     """Say what the student is worth in the recommended number of steps."""
     if (row := recommended_row(frontier)) is None:
         return "The student's pictures hold no numbers that could be compared."
-    count, least = "1 step" if row["steps"] == 1 else f"{row['steps']} steps", "more than " if row["at_least"] else ""
+    count, share = "1 step" if row["steps"] == 1 else f"{row['steps']} steps", f"{row['cost']:.1%}"
+    least = "more than " if row["at_least"] else ""
+    whole = f"of the cost of the teacher's picture in all of its {frontier['rows'][-1]['steps']}"
     if row["teacher_steps"] is None:
-        return f"In {count} the student is farther from the teacher's pictures than the teacher itself in its fewest steps."
+        return f"In {count}, at {share} {whole}, the student is farther from the teacher's pictures than the teacher in its fewest steps."
     return (
         f"In {count} the student is as near to the teacher's pictures as the teacher itself in {least}{row['teacher_steps']:.2g} "
-        f"steps, and {least}{row['times_cheaper']:.3g} times cheaper."
+        f"steps, at {share} {whole}: {least}{row['times_cheaper']:.3g} times cheaper than the teacher that is as near."
     )

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from wandistiller.sampling.sampler import SamplingOptions, VelocityField
+    from wandistiller.sampling.sampler import SamplingOptions
+    from wandistiller.sampling.teacher import Teacher
     from wandistiller.wan.prompt_embeds import PromptEmbeds
     from wandistiller.wan.settings import TeacherSettings
     from wandistiller.wan.text_encoder_files import TextEncoderFiles
@@ -128,15 +129,15 @@ def untrained_warnings(config: StudentConfig, num_inference_steps: int, size: tu
     return warnings
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Artist:
-    """Whoever draws: a velocity field, how it is sampled, and the VAE that makes pictures of its latents.
+    """Whoever draws: a student or teacher as a velocity field, how it is sampled, and the VAE that makes pictures of its latents.
 
     Attributes:
         settings: guidance, and the statistics of the latents.
     """
 
-    field: "VelocityField"
+    field: "Teacher"
     options: "SamplingOptions"
     settings: "TeacherSettings"
     vae: "WanVae2D"
