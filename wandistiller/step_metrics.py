@@ -19,8 +19,9 @@ class StepMetrics:
         loss_by_sigma: relative squared velocity error of the step's samples in equal buckets of sigma; None for an empty bucket.
         stage: 1 while the student learns the velocity, 2 while it learns to draw in few steps; their losses are of other targets.
         feature_loss: what the feature loss adds; None for an answer without hidden states.
-        velocity_error: the held-out error, which is the relative error of the velocity at states that are never trained on, by
-            kind of state; None if this step did not measure it.
+        held_out: measured on what is never trained on, by name: the relative velocity_error, in the first stage; the endpoint, which
+            is the distance to the teacher's picture, in so many steps, and in how many teacher_steps the teacher is as near. None
+            if this step measured nothing.
         memory_bytes: the most that the first process has held so far: tensors on a GPU, resident memory on the CPU.
     """
 
@@ -35,7 +36,7 @@ class StepMetrics:
     loss_by_sigma: list[float | None] = field(default_factory=list)
     stage: int = 1
     feature_loss: float | None = None
-    velocity_error: dict[str, float] | None = None
+    held_out: dict[str, float] | None = None
     memory_bytes: int | None = None
 
 

@@ -110,7 +110,7 @@ def test_one_run_of_everything_from_two_kills_to_pictures_figures_and_a_pipeline
     outcome = run_main(train_distillation.main, *world.training(student))
     assert outcome.code == 0 and "Resuming from step" in outcome.out, outcome.err
     assert same_weights(straight, student)
-    told = [[(line["loss"], line.get("velocity_error")) for line in read_metrics(run)] for run in (straight, student)]
+    told = [[(line["loss"], line.get("held_out")) for line in read_metrics(run)] for run in (straight, student)]
     assert told[0] == told[1] and len(told[0]) == 12
     picture = "samples/step_000012.png"
     np.testing.assert_array_equal(pixels(straight / picture), pixels(student / picture))

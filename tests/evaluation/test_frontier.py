@@ -14,7 +14,7 @@ from torch import Tensor
 from wandistiller import StudentConfig
 from wandistiller.evaluation import measures
 from wandistiller.evaluation.experiment import Experiment
-from wandistiller.evaluation.frontier import equal_steps, measure_frontier, recommended_steps
+from wandistiller.evaluation.frontier import measure_frontier, recommended_steps
 from wandistiller.model.sizes import transformer_flops
 from wandistiller.reports.plots import save_frontier
 from wandistiller.sampling.flow import seeded_noise
@@ -138,9 +138,9 @@ def test_a_student_nearer_or_farther_than_every_step_of_the_teacher():
 
 
 def test_a_curve_that_rises_once_counts_as_its_smallest_error_so_far():
-    assert equal_steps(0.2, {1: 1.0, 2: 0.2, 3: 0.4, 4: 0.1}) == (pytest.approx(3, abs=1), False)
-    assert equal_steps(0.1, {}) == (None, False)
-    assert equal_steps(0.0, {1: 0.0, 2: 0.0})[1] is False
+    assert measures.equal_steps(0.2, {1: 1.0, 2: 0.2, 3: 0.4, 4: 0.1}) == (pytest.approx(3, abs=1), False)
+    assert measures.equal_steps(0.1, {}) == (None, False)
+    assert measures.equal_steps(0.0, {1: 0.0, 2: 0.0})[1] is False
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ import torch
 from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.evaluation.held_out import NUM_PATHS, PathErrors, draw_path_states
+from wandistiller.evaluation.measures import endpoint_error
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.sampling.flow import seeded_noise
-from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
+from wandistiller.sampling.sampler import SamplingOptions, sample, wan_scheduler
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
@@ -55,7 +56,7 @@ def other_student() -> WanLiteStudent:
 
 def path_errors(teacher: Teacher, student: WanLiteStudent, options: SamplingOptions = OPTIONS, **draw) -> float:
     states = draw_path_states(teacher, EMBEDS, SHAPE, options, **draw)
-    return PathErrors(states, EMBEDS, options, draw.get("batch_size", 16))(student)["teacher_states"]
+    return PathErrors(states, EMBEDS, options, draw.get("batch_size", 16))(student)["velocity_error"]
 
 
 @pytest.mark.parametrize("scale", [1, 1.1, 0.5])
@@ -108,3 +109,33 @@ def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were():
     assert all(torch.equal(weights[name], weight) for name, weight in student.state_dict().items())
     assert all(p.requires_grad and (p.grad == 0.5).all() for p in student.parameters())
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+# ---- a point of the frontier ----
+
+
+def test_what_a_student_draws_is_held_against_the_teacher_in_all_and_in_fewer_steps():
+    """Euler's method by hand, along the levels 1 - i/n before the shift, is the oracle of a student of few steps."""
+    teacher, student = mock_teacher(), other_student()
+    path = replace(OPTIONS, num_inference_steps=4)
+    states = draw_path_states(teacher, EMBEDS, SHAPE, path, batch_size=3, full_steps=10)
+    noise = seeded_noise(range(2**31, 2**31 + 8), SHAPE)
+    text = EMBEDS.batch([index % 3 for index in range(8)])
+    full = sample(teacher, noise, *text, replace(OPTIONS, num_inference_steps=10))
+    assert endpoint_error(states.full, full) < 1e-5
+    for steps, error in states.fewer.tolist():
+        drawn = sample(teacher, noise, *text, replace(OPTIONS, num_inference_steps=int(steps)))
+        assert error == pytest.approx(endpoint_error(drawn, full), rel=1e-4)
+    assert states.fewer[:, 0].tolist() == [2, 4, 8]
+
+    latents, sigmas = noise, [1, 0.75, 0]  # two steps at shift 3
+    for sigma, following in pairwise(sigmas):
+        with torch.no_grad():
+            latents = latents + (following - sigma) * student(latents, torch.full((8,), 1000.0 * sigma), *text)
+    few = replace(OPTIONS, num_inference_steps=2, sampler="euler")
+    found = PathErrors(states, EMBEDS, OPTIONS, 3)(student, few)
+    assert found["endpoint"] == pytest.approx(endpoint_error(latents, full), rel=1e-4) and found["steps"] == 2
+    assert "velocity_error" not in found, "it has learnt whole steps"
+    full_options = replace(OPTIONS, num_inference_steps=10)
+    same = PathErrors(states, EMBEDS, full_options, 16)(student_like(teacher))
+    assert same["velocity_error"] < 1e-5 and same["endpoint"] < 1e-4 and same["teacher_steps"] == 8

@@ -117,7 +117,7 @@ def test_many_prompts_have_smaller_tiles_and_many_noises_are_cut(tmp_path):
 @pytest.mark.parametrize("loss", ["0", "-1e308", "1e-320", f"{10**300}", "NaN", "0.1"])
 def test_odd_metrics_cost_at_most_their_plot(tmp_path, loss):
     lines = [
-        f'{{"step": {step}, "loss": {value}, "loss_by_sigma": [{", ".join([value] * 10)}], "velocity_error": {{"teacher_states": {value}}}}}'
+        f'{{"step": {step}, "loss": {value}, "loss_by_sigma": [{", ".join([value] * 10)}], "held_out": {{"velocity_error": {value}}}}}'
         for step, value in ((1, loss), (2, "1.0"), (9_007_199_254_740_991, "3"))
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(["no line", *lines]), encoding="utf-8")

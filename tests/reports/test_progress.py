@@ -89,10 +89,10 @@ def test_a_terminal_gets_a_bar_with_loss_and_rate():
 
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_a_held_out_error_is_shown_when_measured_and_then_beside_the_loss(is_terminal):
-    measured = {2: {"teacher_states": 0.4321}, 3: {"teacher_states": 0.1234}}
-    steps = [metrics_at(step, velocity_error=measured.get(step)) for step in (1, 2, 3, 4)]
+    measured = {2: {"velocity_error": 0.4321}, 3: {"velocity_error": 0.1234}}
+    steps = [metrics_at(step, held_out=measured.get(step)) for step in (1, 2, 3, 4)]
     shown = show(steps, is_terminal, line_every_s=0.0)
-    assert "step 2: relative velocity error 0.432 at the teacher's states" in shown
+    assert "step 2: held out, relative velocity error 0.432" in shown
     assert shown.count("relative velocity error") == 2
     assert shown.index("loss 0.5") < shown.index("held-out 0.432") < shown.index("held-out 0.123")
 

@@ -66,7 +66,7 @@ def test_a_run_leaves_scalars_pictures_a_plot_and_a_summary(train, teachers, tmp
     for name in ("loss", "grad_norm", "lr", "samples_per_s", "teacher_calls", "memory_bytes"):
         seen = [(event.step, event.value) for event in events.Scalars(name)]
         assert seen == [(line["step"], pytest.approx(line[name], rel=1e-5)) for line in lines], name
-    assert [event.step for event in events.Scalars("velocity_error/teacher_states")] == [3, 6]
+    assert [event.step for event in events.Scalars("held_out/velocity_error")] == [3, 6]
     assert [event.step for event in events.Images("samples")] == [2, 4, 6]
 
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [f"step_00000{n}.png" for n in (2, 4, 6)]
@@ -191,8 +191,9 @@ def test_several_processes_draw_what_one_draws(flags_of, launch, tmp_path):
 
 def test_the_plot_has_a_line_for_each_band_of_its_colour_scale_and_one_for_all(tmp_path):
     lines = lines_of(250)
-    lines[99]["velocity_error"] = {"teacher_states": 0.5}
-    losses, held_out, bar = plots.loss_figure(lines).axes
+    lines[99]["held_out"] = {"velocity_error": 0.5, "endpoint": 0.25, "steps": 4}
+    losses, held_out, endpoint, bar = plots.loss_figure(lines).axes
+    assert [list(line.get_ydata()) for line in endpoint.get_lines()] == [[0.25]]
     *bands, total = losses.get_lines()[1:]
     colors = [tuple(color) for color in bar.collections[-1].cmap.colors]
     assert [tuple(line.get_color()) for line in bands] == colors and len(set(colors)) == 5
@@ -347,7 +348,7 @@ ODD_LINES = {
     "no UTF-8": b"\xff",
     "no loss by noise level": b'{"step": 2, "loss": 1.0, "loss_by_sigma": [1.0]}',
     "text for a number": b'{"step": 2, "loss": "low"}',
-    "an error that is none": b'{"step": 2, "velocity_error": {"teacher_states": null}}',
+    "an error that is none": b'{"step": 2, "held_out": {"velocity_error": null}}',
     "a number that no axis holds": b'{"step": 2, "loss": 1e308}',
     "a step that is text": b'{"step": "2"}',
     "brackets without end": b"[" * 100_000,

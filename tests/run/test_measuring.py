@@ -43,7 +43,7 @@ SHORT = [
 
 
 def errors_of(folder) -> dict[int, dict]:
-    return {line["step"]: line["velocity_error"] for line in read_metrics(folder) if line["velocity_error"]}
+    return {line["step"]: line["held_out"] for line in read_metrics(folder) if line["held_out"]}
 
 
 def checkpoint_tensors(folder) -> dict[str, torch.Tensor]:
@@ -64,7 +64,7 @@ def test_it_comes_six_times_where_it_is_cheap(train, teachers, tmp_path):
     outcome = train(teachers.one, PRUNED_CONFIG, *LONG)
     assert outcome.code == 0, outcome.err
     assert list(errors_of(tmp_path / "out")) == [10, 20, 30, 40, 50, 60]
-    assert all(0 < errors["teacher_states"] < 2 for errors in errors_of(tmp_path / "out").values())
+    assert all(0 < errors["velocity_error"] < 2 for errors in errors_of(tmp_path / "out").values())
     assert "held out  relative velocity error" in outcome.out and "by heart" not in outcome.out
 
 
@@ -157,7 +157,6 @@ def test_sharded_processes_measure_together_and_train_as_without_it(flags_of, la
 )
 def test_a_rise_over_two_measurements_is_told(errors, rise):
     lines = [
-        {"step": step, "velocity_error": error and {"teacher_states": error}}
-        for step, error in enumerate(errors, start=1)
+        {"step": step, "held_out": error and {"velocity_error": error}} for step, error in enumerate(errors, start=1)
     ]
     assert rise_of_held_out(lines) == rise

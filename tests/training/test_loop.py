@@ -172,7 +172,7 @@ def test_the_student_is_measured_every_so_many_steps_and_at_the_last(every, due)
     reported, measured = [], []
     watching = Watching(reported.append, lambda student: measured.append(student) or {"error": float(len(measured))})
     train(make_student(), Lessons(), OBJECTIVE, replace(OPTIONS, num_steps=7, eval_every=every), watching)
-    found = {metrics.step: metrics.velocity_error for metrics in reported if metrics.velocity_error is not None}
+    found = {metrics.step: metrics.held_out for metrics in reported if metrics.held_out is not None}
     assert found == {step: {"error": float(number)} for number, step in enumerate(due, start=1)}
     assert len(measured) == len(due)
 

@@ -118,26 +118,11 @@ def compare_cost(row: dict, teacher: Sequence[dict]) -> dict:
     Both are None where the student is farther than the teacher in its fewest steps. Where it is nearer than the teacher in every
     measured number of steps below the full one, both are those of the largest of these, and `at_least` is true.
     """
-    steps, is_beyond = equal_steps(row["endpoint"], {one["steps"]: one["endpoint"] for one in teacher[:-1]})
+    steps, is_beyond = measures.equal_steps(row["endpoint"], {one["steps"]: one["endpoint"] for one in teacher[:-1]})
     if steps is None:
         return {"teacher_steps": None, "at_least": False, "times_cheaper": None}
     cost = float(np.interp(steps, [one["steps"] for one in teacher], [one["cost"] for one in teacher]))
     return {"teacher_steps": steps, "at_least": is_beyond, "times_cheaper": cost / row["cost"]}
-
-
-def equal_steps(error: float, curve: dict[int, float]) -> tuple[float | None, bool]:
-    """Return the number of steps at which a curve, by rising steps, comes to an error, and whether it never comes to it.
-
-    Between measured steps log(error) is linear in log(steps), as an error that falls with a power of them is. A curve that rises
-    once is taken as its smallest error so far.
-    """
-    if not curve or error > next(iter(curve.values())):
-        return None, False
-    steps, errors = list(curve), np.minimum.accumulate(list(curve.values()))
-    if error < errors[-1]:
-        return float(steps[-1]), True
-    logs = -np.log(np.maximum(errors, 1e-12))
-    return math.exp(np.interp(-math.log(max(error, 1e-12)), logs, np.log(steps))), False
 
 
 def recommended_steps(errors: dict[int, float]) -> int | None:

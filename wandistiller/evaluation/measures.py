@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,6 +97,24 @@ def noise_parts(student: Tensor, teacher: Tensor, num_noises: int, unit: float) 
         "cosine": cross / math.sqrt(own * theirs) if has_direction else None,
         "gain": cross / theirs if theirs else None,
     }
+
+
+# ---- steps ----
+
+
+def equal_steps(error: float, curve: dict[int, float]) -> tuple[float | None, bool]:
+    """Return the number of steps at which a curve, by rising steps, comes to an error, and whether it never comes to it.
+
+    Between measured steps log(error) is linear in log(steps), as an error that falls with a power of them is. A curve that rises
+    once is taken as its smallest error so far.
+    """
+    if not curve or error > next(iter(curve.values())):
+        return None, False
+    steps, errors = list(curve), np.minimum.accumulate(list(curve.values()))
+    if error < errors[-1]:
+        return float(steps[-1]), True
+    logs = -np.log(np.maximum(errors, 1e-12))
+    return math.exp(np.interp(-math.log(max(error, 1e-12)), logs, np.log(steps))), False
 
 
 # ---- time ----

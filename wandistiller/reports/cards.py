@@ -33,7 +33,7 @@ from wandistiller.files.output_folder import (
 )
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import square
-from wandistiller.reports.metrics import held_out_error, held_out_text, loss_change, read_metrics, training_seconds
+from wandistiller.reports.metrics import held_out_text, loss_change, newest_held_out, read_metrics, training_seconds
 from wandistiller.reports.progress import format_duration
 from wandistiller.reports.tables import HEAD, cell_text, comparison_rows, headline
 from wandistiller.students.drawing import example_prompt
@@ -127,7 +127,7 @@ def try_to_write_model_card(folder: Path) -> Path | None:
 def model_card(folder: Path) -> str:
     """Return the card of a student's folder as text."""
     config, steps = StudentConfig.load(folder), read_metrics(folder / METRICS_NAME)
-    about, errors = about_student(config), held_out_error(steps)
+    about, errors = about_student(config), newest_held_out(steps)
     return fill_in(
         "student_card.md",
         **about,

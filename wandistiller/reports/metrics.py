@@ -56,10 +56,8 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and not abs(value) >= LARGEST
 
 
-def _is_error(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, dict) and "teacher_states" in value and all(map(_is_number, value.values()))
-    )
+def _is_held_out(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
 
 
 def _is_by_sigma(value: Any) -> bool:
@@ -74,7 +72,7 @@ def _is_by_sigma(value: Any) -> bool:
 _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("loss", "grad_norm", "lr", "samples_per_s", "elapsed_s", "eta_s"), _is_number),
     "loss_by_sigma": _is_by_sigma,
-    "velocity_error": _is_error,
+    "held_out": _is_held_out,
 }
 
 
@@ -96,19 +94,28 @@ def loss_change(lines: Sequence[dict]) -> tuple[float | None, float | None]:
     return first, last
 
 
-def held_out_error(lines: Sequence[dict]) -> dict[str, float] | None:
-    """Return the newest held-out error by kind of state, or None if none was measured."""
-    return next((line["velocity_error"] for line in reversed(lines) if line.get("velocity_error")), None)
+def newest_held_out(lines: Sequence[dict]) -> dict[str, float] | None:
+    """Return what was last measured on held-out prompts, by name; None if nothing was."""
+    return next((line["held_out"] for line in reversed(lines) if line.get("held_out")), None)
 
 
-def held_out_text(errors: Mapping[str, float]) -> str:
-    """Return a held-out error as it is shown to people."""
-    return f"relative velocity error {errors['teacher_states']:.3f} at the teacher's states"
+def held_out_text(found: Mapping[str, float]) -> str:
+    """Return what was measured on held-out prompts as it is shown to people."""
+    parts = [f"relative velocity error {found['velocity_error']:.3f}"] if "velocity_error" in found else []
+    if "endpoint" in found and "steps" in found:
+        near = f", as near as the teacher in {found['teacher_steps']:.1f} steps" if "teacher_steps" in found else ""
+        parts.append(f"pictures in {found['steps']:.0f} steps at {found['endpoint']:.3f} from the teacher's{near}")
+    return "; ".join(parts)
+
+
+def measured(lines: Sequence[dict], name: str) -> list[tuple[int, float]]:
+    """Return step and value of each held-out measurement of a name."""
+    return [(line["step"], line["held_out"][name]) for line in lines if name in (line.get("held_out") or {})]
 
 
 def rise_of_held_out(lines: Sequence[dict]) -> tuple[tuple[int, float], tuple[int, float]] | None:
-    """Return step and value of the lowest held-out error and of the last, if it has risen over two measurements or more."""
-    errors = [(line["step"], line["velocity_error"]["teacher_states"]) for line in lines if line.get("velocity_error")]
+    """Return step and value of the lowest velocity error and of the last, if it has risen over two measurements or more."""
+    errors = measured(lines, "velocity_error")
     if len(errors) < 3:
         return None
     lowest, last = min(errors, key=lambda error: error[1]), errors[-1]

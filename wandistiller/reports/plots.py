@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from wandistiller import __version__
 from wandistiller.files.atomic import atomic_path
-from wandistiller.reports.metrics import mean_of, read_metrics
+from wandistiller.reports.metrics import mean_of, measured, read_metrics
 from wandistiller.reports.trackers import Tracker
 from wandistiller.step_metrics import NUM_BUCKETS, StepMetrics
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 NUM_POINTS = 40  # points of a curve, each the mean of equally many steps
 NUM_BANDS = 5  # of noise levels that are told apart by colour; more colours cannot be
+HELD_OUT = {  # held-out measurements with the titles of their panels
+    "velocity_error": "held-out velocity error\n(lower is better)",
+    "endpoint": "distance to the\nteacher's pictures\n(lower is better)",
+}
 REDRAW_EVERY_S = 30.0
 REDRAW_SHARE = 0.01  # drawing takes at most this share of a run's time
 GREY, BLACK, BLUE = "#c4c4c4", "#202020", "#2f6db3"
@@ -85,18 +89,15 @@ def loss_figure(lines: Sequence[dict]) -> "Figure | None":
     lines = [line for line in lines if "loss" in line]
     if not lines:
         return None
-    measured = [
-        (line["step"], line["velocity_error"]["teacher_states"]) for line in lines if line.get("velocity_error")
-    ]
-    figure = Figure(figsize=(9, 7.5 if measured else 5), dpi=110, layout="constrained")
-    panels = figure.subplots(
-        2 if measured else 1, sharex=True, squeeze=False, height_ratios=[2, 1] if measured else [1]
-    )
-    _plot_losses(panels[0, 0], lines)
-    if measured:
-        panels[1, 0].plot(*zip(*measured, strict=True), color=BLUE, marker="o", markersize=4)
-        _finish(panels[1, 0], "velocity error at\nheld-out states (lower is better)")
-    panels[-1, 0].set_xlabel("optimiser step")
+    curves = {title: points for name, title in HELD_OUT.items() if (points := measured(lines, name))}
+    figure = Figure(figsize=(9, 5 + 2.2 * len(curves)), dpi=110, layout="constrained")
+    ratios = [2, *[1] * len(curves)]
+    panels = figure.subplots(len(ratios), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    _plot_losses(panels[0], lines)
+    for axes, (title, points) in zip(panels[1:], curves.items(), strict=True):
+        axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=4)
+        _finish(axes, title)
+    panels[-1].set_xlabel("optimiser step")
     return figure
 
 

@@ -35,10 +35,10 @@ class Progress:
             self._bar.close()
 
     def step(self, metrics: StepMetrics) -> None:
-        self._held_out = metrics.velocity_error or self._held_out
+        self._held_out = metrics.held_out or self._held_out
         shown = [f"loss {metrics.loss:.4g}"]
         if self._held_out:
-            shown.append(f"held-out {self._held_out['teacher_states']:.3f}")
+            shown.append(f"held-out {next(iter(self._held_out.values())):.3f}")
         rate = f"{metrics.samples_per_s:.1f} samples/s"
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join([*shown, rate]))
@@ -49,8 +49,8 @@ class Progress:
             rest = [f"grad {metrics.grad_norm:.3g}", f"lr {metrics.lr:.1e}", rate]
             eta = f"eta {format_duration(metrics.eta_s)}"
             print(" | ".join([f"step {done}", *shown, *rest, eta]), file=self.stream, flush=True)
-        if metrics.velocity_error:
-            tqdm.write(f"step {metrics.step}: {held_out_text(metrics.velocity_error)}", file=self.stream)
+        if metrics.held_out:
+            tqdm.write(f"step {metrics.step}: held out, {held_out_text(metrics.held_out)}", file=self.stream)
 
 
 class Countdown:

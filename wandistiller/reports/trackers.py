@@ -64,7 +64,7 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
     named = {name: value for name, value in values.items() if isinstance(value, (int, float)) and name != "step"}
     losses = values["loss_by_sigma"]
     named |= {f"loss_by_sigma/{bucket_name(index, len(losses))}": value for index, value in enumerate(losses)}
-    named |= {f"velocity_error/{name}": value for name, value in (values["velocity_error"] or {}).items()}
+    named |= {f"held_out/{name}": value for name, value in (values["held_out"] or {}).items()}
     return {name: float(value) for name, value in named.items() if value is not None}
 
 

@@ -16,9 +16,9 @@ from wandistiller.files.output_folder import (
 )
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.reports.metrics import (
-    held_out_error,
     held_out_text,
     loss_change,
+    newest_held_out,
     read_metrics,
     rise_of_held_out,
     training_seconds,
@@ -149,7 +149,7 @@ def calls_line(settings: Settings, num_calls: int, num_steps: int, teacher: Teac
 def summary_lines(folder: Path, calls: str) -> list[str]:
     """Return what the folder's records say of the run; `calls` is what the teacher was asked."""
     config, steps = StudentConfig.load(folder), read_metrics(folder / METRICS_NAME)
-    record, errors = config.distillation, held_out_error(steps)
+    record, errors = config.distillation, newest_held_out(steps)
     first, last = loss_change(steps)
     sizes = ", ".join(StudentRecord.of(config).image_sizes or [str(config.image_size)])
     rows = {

@@ -4,7 +4,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -27,9 +26,9 @@ from wandistiller.reports.trackers import MetricsFile, RunTracker, TensorBoardFi
 from wandistiller.run.folder import Folder
 from wandistiller.run.held_out import build_measure
 from wandistiller.run.settings import Settings
+from wandistiller.sampling.sampler import SamplingOptions
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.step_metrics import StepMetrics
-from wandistiller.students.record import StudentRecord
 from wandistiller.training.loop import Observer
 from wandistiller.wan.prompt_embeds import Embeds
 
@@ -42,6 +41,7 @@ class RunObserver(Observer):
         trackers: told of every step and picture.
         held_out: measures the student; None where nothing is measured.
         samples: draws with the student; None where nothing is drawn.
+        student_sampling: how the saved student draws, and so the one of the second stage.
     """
 
     def __init__(
@@ -50,8 +50,10 @@ class RunObserver(Observer):
         trackers: Trackers,
         held_out: PathErrors | None,
         samples: Samples | None,
+        student_sampling: SamplingOptions,
     ):
         self.progress, self.trackers, self.held_out, self.samples = progress, trackers, held_out, samples
+        self.student_sampling = student_sampling
 
     def shown(self) -> contextlib.AbstractContextManager:
         """While the loop runs: the progress bar is there."""
@@ -62,8 +64,10 @@ class RunObserver(Observer):
         if self.progress is not None:
             self.progress.step(metrics)
 
-    def evaluate(self, student: WanLiteStudent) -> dict[str, float] | None:
-        return None if self.held_out is None else self.held_out(student)
+    def evaluate(self, student: WanLiteStudent, stage: int) -> dict[str, float] | None:
+        if self.held_out is None:
+            return None
+        return self.held_out(student, self.student_sampling if stage == 2 else None) or None
 
     def draw(self, student: WanLiteStudent, step: int) -> None:
         if self.samples is not None and (file := self.samples(student, step)):
@@ -98,7 +102,7 @@ def watch(settings: Settings, folder: Folder, embeds: Embeds, teacher: Teacher |
     progress = Progress(settings.num_steps, folder.first_step) if is_first else None
     with build_trackers(settings, folder) if is_first else Trackers() as trackers:
         samples = build_samples(settings, folder, embeds, teacher, trackers)
-        yield RunObserver(progress, trackers, held_out, samples)
+        yield RunObserver(progress, trackers, held_out, samples, settings.student_sampling)
 
 
 def build_trackers(settings: Settings, folder: Folder) -> Trackers:
@@ -120,12 +124,6 @@ def build_samples(
     """Build what --sample_prompts and --sample_every draw, sampled as whoever draws with the saved student will."""
     if settings.vae_location is None:
         return None
-    of_teacher = settings.teacher_sampling
-    recorded = StudentRecord(
-        num_inference_steps=settings.teacher.num_inference_steps,
-        student_steps=settings.student_steps,
-        teacher_sampler=settings.teacher.teacher_sampler,
-    )
     return Samples(
         folder=folder.path / SAMPLES_NAME,
         teacher=teacher,
@@ -135,8 +133,8 @@ def build_samples(
         latent_shapes=settings.latent_shapes,
         vae_location=settings.vae_location,
         settings=settings.teacher,
-        teacher_sampling=of_teacher,
-        student_sampling=replace(of_teacher, num_inference_steps=recorded.steps, sampler=recorded.sampler),
+        teacher_sampling=settings.teacher_sampling,
+        student_sampling=settings.student_sampling,
         batch_size=settings.batch_size,
         needs_all_processes=settings.shard_teacher or settings.shard_student,  # sharded weights are needed from all
         processes=settings.processes,

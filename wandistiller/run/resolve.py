@@ -23,7 +23,7 @@ from wandistiller.run.defaults import suggested_lr, suggested_replay, suggested_
 from wandistiller.run.flag_files import flags_line, flags_text
 from wandistiller.run.flags import Flags
 from wandistiller.run.headers import ALL_LEVELS, Files, open_files
-from wandistiller.run.held_out import MAX_SHARE, NUM_MEASUREMENTS, NUM_PATHS, path_steps
+from wandistiller.run.held_out import MAX_SHARE, NUM_MEASUREMENTS, num_answers, path_steps
 from wandistiller.run.inputs import Inputs, samples_per_step
 from wandistiller.run.settings import Settings
 from wandistiller.training.loop import steps_of_epochs
@@ -174,12 +174,14 @@ def resolve_optimization(flags: Flags, config: StudentConfig, num_samples: int, 
 def resolve_measuring(
     flags: Flags, teacher: TeacherSettings, known: dict[str, Any], num_samples: int
 ) -> dict[str, int]:
-    """Return the steps between held-out measurements (0: none), and the teacher's steps on a measured path."""
-    num_steps, eval_every = path_steps(teacher), flags.output.eval_every
+    """Return the steps between held-out measurements (0: none), the teacher's steps on a path, and whether it draws for them."""
+    eval_every, most = flags.output.eval_every, MAX_SHARE * known["num_calls"] * num_samples
+    can_draw = known["sigma_range"] == ALL_LEVELS
+    draws = can_draw and (eval_every is not None or num_answers(teacher, draws=True) <= most)
     if eval_every is None:
-        is_cheap = NUM_PATHS * num_steps <= MAX_SHARE * known["num_calls"] * num_samples
+        is_cheap = num_answers(teacher, draws=False) <= most
         eval_every = math.ceil(known["first_stage_steps"] / NUM_MEASUREMENTS) if is_cheap else 0
-    return {"eval_every": eval_every, "held_out_steps": num_steps}
+    return {"eval_every": eval_every, "held_out_steps": path_steps(teacher), "draws_held_out": draws}
 
 
 # ---- device ----

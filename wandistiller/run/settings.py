@@ -1,7 +1,7 @@
 """The settings of a run: every value that it needs, decided once (resolve.py) before anything is written or a weight is read."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Settings:
         guided_fraction: of the teacher's answers, those with two passes.
         is_for_gpu: whether it runs on a GPU or (--dry_run) is planned for one.
         held_out_steps: of the teacher on a measured path (held_out.py).
+        draws_held_out: whether it also draws, so that a measurement has a point of the frontier.
     """
 
     command: list[str]
@@ -120,6 +121,7 @@ class Settings:
     overwrite: bool
     eval_every: int
     held_out_steps: int
+    draws_held_out: bool
     sample_prompts: list[str]
     sample_seed: int
     sample_every: int
@@ -164,13 +166,23 @@ class Settings:
             device=self.device,
         )
 
-    def training_options(self, num_steps: int, has_measure: bool) -> TrainingOptions:
+    @property
+    def student_sampling(self) -> SamplingOptions:
+        """How the student draws once it is saved."""
+        recorded = StudentRecord(
+            num_inference_steps=self.teacher.num_inference_steps,
+            student_steps=self.student_steps,
+            teacher_sampler=self.teacher.teacher_sampler,
+        )
+        return replace(self.teacher_sampling, num_inference_steps=recorded.steps, sampler=recorded.sampler)
+
+    def training_options(self, num_steps: int) -> TrainingOptions:
         """Return what the loop is told of a stage that ends at `num_steps`; its batch is the global one."""
         return TrainingOptions(
             batch_size=self.num_samples_per_step,
             num_steps=num_steps,
             optimization=self.optimization,
-            eval_every=self.eval_every if has_measure else 0,
+            eval_every=self.eval_every,
             sample_every=self.sample_every,
             save_every=self.save_every,
             device=self.device,

@@ -73,7 +73,7 @@ class Stages:
 
     def _train(self, observer: Observer, folder: Folder, num_steps: int) -> TrainingResult:
         state, settings = self.state, self.settings
-        options = settings.training_options(num_steps, has_measure=state.frozen is None)
+        options = settings.training_options(num_steps)
         saving = Saving(folder.checkpoints, state)
         return train(
             self.student, state.batches, state.trained.objective, options, observer, saving, settings.processes

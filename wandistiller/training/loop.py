@@ -68,8 +68,8 @@ class Observer:
     def step(self, metrics: StepMetrics) -> None:
         """Take note of a step that was taken."""
 
-    def evaluate(self, student: WanLiteStudent) -> dict[str, float] | None:
-        """Measure the student, every `options.eval_every` steps and at the last; return errors by name."""
+    def evaluate(self, student: WanLiteStudent, stage: int) -> dict[str, float] | None:
+        """Measure the student, every `options.eval_every` steps and at the last of a stage; return what was found by name."""
         return None
 
     def draw(self, student: WanLiteStudent, step: int) -> None:
@@ -189,7 +189,11 @@ class _Loop:
         if not is_due(step, self.options.eval_every, is_last):
             return {}
         with self.state.averaged() as averaged:
-            return {"velocity_error": self.observer.evaluate(averaged)}
+            return {"held_out": self.observer.evaluate(averaged, self._stage)}
+
+    @property
+    def _stage(self) -> int:
+        return 1 if self.state.frozen is None else 2
 
     def _metrics(self, step: int, found: "_Measured", lr: float, measured: dict[str, Any]) -> StepMetrics:
         return StepMetrics(
@@ -200,7 +204,7 @@ class _Loop:
             *self.stopwatch.lap(step, len(found.sigmas)),
             teacher_calls=self.state.teacher_calls,
             loss_by_sigma=mean_by_sigma(found.sigmas, found.by_sample),
-            stage=1 if self.state.frozen is None else 2,
+            stage=self._stage,
             feature_loss=found.feature_loss if found.has_features else None,
             memory_bytes=peak_memory_bytes(self.processes.device),
             **measured,
