@@ -159,7 +159,8 @@ class PathErrors:
     def _endpoint(self, student: WanLiteStudent, options: SamplingOptions) -> dict[str, float]:
         """Return a point of the frontier: the distance to the teacher's latents, and in how many steps the teacher is as near."""
         full = self.states.full
-        noise = seeded_noise(range(SEED, SEED + NUM_DRAWN), full.shape[1:])
+        channels, height, width = full.shape[1:]
+        noise = seeded_noise(range(SEED, SEED + NUM_DRAWN), (channels, height, width))
         drawn = _draw(StudentField(student), self.prompt_embeds, noise, options, self.batch_size)
         error = endpoint_error(drawn, full)
         steps, _ = equal_steps(error, {int(steps): own for steps, own in self.states.fewer.tolist()})
