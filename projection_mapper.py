@@ -13,13 +13,22 @@ With --lora a LoRA of the teacher is cut for a student of it, which diffusers an
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from wandistiller.command_line import run_command
+from wandistiller import __version__
+from wandistiller.command_line import command_words, run_command
 from wandistiller.errors import UserError
+from wandistiller.files.hub import hub_id
 from wandistiller.flags import LORA_FLAG, flag, group, int_list, parse_flags, path
 from wandistiller.model.config import StudentConfig
+from wandistiller.students.parts import recorded_loras, recorded_path
+
+if TYPE_CHECKING:
+    from wandistiller.projection.project import ProjectionReport
+    from wandistiller.wan.settings import TeacherSettings
+    from wandistiller.wan.wan_files import WanFiles
 
 PUBLIC = ("ProjectionReport", "project_teacher")
 
@@ -135,6 +144,7 @@ def project(flags: ProjectFlags) -> None:
     from wandistiller.projection.project import REPORT_NAME, project_teacher
     from wandistiller.projection.selection import check_fits
     from wandistiller.wan.layouts import open_teacher
+    from wandistiller.wan.settings import resolve_settings
     from wandistiller.wan.wan_files import merge_loras
 
     # The teacher's files and the output folder are checked before a weight is read:
@@ -152,9 +162,30 @@ def project(flags: ProjectFlags) -> None:
         print(report.summary())
         if aside := set_aside_previous_student(folder):
             print(f"The student that was in {folder} is now in {aside}")
+        sampled = resolve_settings(wan_files)
+        student.config = student.config.replace(distillation=record_of(wan_files, sampled, report))
         student.save_pretrained(folder)
         report.save(folder)
         print(f"Saved to {folder}: student_config.json, diffusion_model.safetensors, {REPORT_NAME}")
+        guided = f" --guidance_scale {sampled.guidance_scale:g}" if sampled.uses_guidance else ""
+        print(
+            f"It draws, untrained: {' '.join(command_words('generate_images.py'))} --student {folder}{guided} --prompt ..."
+        )
+
+
+def record_of(wan_files: "WanFiles", sampled: "TeacherSettings", report: "ProjectionReport") -> dict[str, object]:
+    """Return the record of a student that was cut and not trained: it knows no guidance, and is drawn with as its teacher is."""
+    alone = replace(sampled, guidance_scale=1.0, guidance_scale_2=None, boundary_ratio=None, guidance_range=None)
+    location = wan_files.location
+    return {
+        "teacher_path": recorded_path(location),
+        **({"base_model": hub_id(location)} if hub_id(location) else {}),
+        **recorded_loras(wan_files.loras),
+        **alone.recorded(),
+        "layers": report.layers,
+        "num_train_steps": 0,
+        "wandistiller_version": __version__,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

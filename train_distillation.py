@@ -38,7 +38,7 @@ def distil(flags: Flags, command: list[str]) -> int:
     from wandistiller.run.folder import memory_advice, open_folder
     from wandistiller.run.learning import build_batches, open_caches
     from wandistiller.run.observers import watch
-    from wandistiller.run.record import save_trained_student
+    from wandistiller.run.record import save_student
     from wandistiller.run.resolve import resolve
     from wandistiller.run.stages import Stages
 
@@ -67,7 +67,8 @@ def distil(flags: Flags, command: list[str]) -> int:
             with watch(settings, folder, embeds, teacher) as observer:
                 with observer.shown():
                     result = stages.train(observer, folder)
-                save_trained_student(settings, folder, student, projection, result, stages)
+                made = stages.made(result, folder)
+                save_student(settings, folder.path, student, projection, made, stages.student_steps)
                 if not result.interrupted:
                     observer.draw_last(student, result.num_steps)
             if settings.processes.is_first:

@@ -4,9 +4,16 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"WanLiteStudent": "wandistiller.model.transformer", "StudentConfig": "wandistiller.model.config"}
+_PUBLIC = {
+    "Loss": "wandistiller.training.objective",
+    "Objective": "wandistiller.training.objective",
+    "StudentConfig": "wandistiller.model.config",
+    "WanLiteStudent": "wandistiller.model.transformer",
+    "open_run": "wandistiller.run.open_run",
+    "project_teacher": "wandistiller.projection.project",
+}
 
-__all__ = ["StudentConfig", "WanLiteStudent"]
+__all__ = ["Loss", "Objective", "StudentConfig", "WanLiteStudent", "open_run", "project_teacher"]
 
 
 def __getattr__(name: str):

@@ -6,6 +6,8 @@ A message must stay readable whatever a file holds, so that long values are cut 
 import errno
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
 # A message keeps its head (what and where) and its tail (what is allowed). Almost every path is shorter than a value may be.
 MAX_MESSAGE, MAX_VALUE = 480, 200
@@ -52,6 +54,21 @@ def shortened(message: str) -> str:
 def shown(value: object) -> str:
     """Return a value as a message shows it, without the middle of a long one."""
     return _cut(repr(value), 80)
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two descriptions of a run or of answers, each as `name theirs, now ours`.
+
+    Their entry "about" is not compared: it tells by name which file a digest is of.
+    """
+    named = [about if isinstance(about := each.get("about"), dict) else {} for each in (theirs, ours)]
+    told = []
+    for name in sorted((theirs.keys() | ours.keys()) - {"about"}):
+        if theirs.get(name) == ours.get(name):
+            continue
+        had, has = (shown(of.get(name, each.get(name))) for of, each in zip(named, (theirs, ours), strict=True))
+        told.append(f"{name} {had}, whose contents are others now" if had == has else f"{name} {had}, now {has}")
+    return told
 
 
 def first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import generate_images
+import projection_mapper
 from support.runs import snapshot
 from support.students import PROMPTS, train_student, write_teacher
 from support.wan_folders import write_pipeline_folder
@@ -74,6 +75,17 @@ def assert_same_pictures(ours: list[np.ndarray], theirs: list[np.ndarray]) -> No
 
 
 # ---- the pictures are WanPipeline's ----
+
+
+def test_what_the_projection_mapper_writes_is_drawn_as_wan_pipeline_draws(house, tmp_path, run_main):
+    from diffusers import WanPipeline
+
+    flags = ["--teacher_path", house / "one", "--output_dir", tmp_path / "projected"]
+    written = run_main(projection_mapper.main, *flags)
+    assert written.code == 0 and "--guidance_scale 5" in written.out, written.err
+    flags = ["--num_inference_steps", "3", "--guidance_scale", "5", "--height", "32", "--width", "32"]
+    theirs = draw_with_diffusers(WanPipeline.from_pretrained(house / "one"), guidance_scale=5.0, steps=3)
+    assert_same_pictures(draw(tmp_path / "projected", tmp_path / "drawn", *flags), theirs)
 
 
 @pytest.mark.parametrize("name", ["one", "two"])

@@ -68,7 +68,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("batchsize: 3", "my.yaml: unknown flag --batchsize; did you mean --batch_size?"),
         ("learning_rate: 3", "my.yaml: unknown flag --learning_rate; here it is called --lr"),
         ("batch_size: 0", "my.yaml: argument --batch_size: '0' must be a whole number at least 1"),
-        ("compile: maybe", "compile is 'maybe'; allowed: true or false"),
+        ("compile: maybe", "--compile maybe: allowed in a file: true or false"),
         ("hidden_size: 12\ndepth: 3", "looks like a student's shape; that is --student_config"),
         ('{"hidden_size": 12}', "looks like a student's shape; that is --student_config"),
         ("seed: 1\nseed: 2", "my.yaml, line 2: names a flag twice"),

@@ -10,7 +10,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from support.runs import PROMPTS, PRUNED_CONFIG
-from wandistiller.errors import UserError
+from wandistiller.errors import UserError, differences
 from wandistiller.run.flags import parse_args
 from wandistiller.run.inputs import read_inputs
 from wandistiller.run.resolve import resolve
@@ -138,6 +138,16 @@ def test_sample_pictures_are_of_held_out_prompts_unless_others_are_named(resolve
 
 
 # ---- what a resumed run must share ----
+
+
+def test_a_message_names_the_files_of_digests_and_tells_what_changed():
+    had = {"prompts": "a1", "teacher": "b2", "seed": 0, "about": {"prompts": "55 of a.txt", "teacher": "Wan"}}
+    has = {"prompts": "a3", "teacher": "b4", "seed": 0, "about": {"prompts": "2 of b.txt", "teacher": "Wan"}}
+    assert differences(had, has) == [
+        "prompts '55 of a.txt', now '2 of b.txt'",
+        "teacher 'Wan', whose contents are others now",
+    ]
+    assert differences({"prompts": "a1", "about": [3]}, {"prompts": "a3"}) == ["prompts 'a1', now 'a3'"]
 
 
 def test_a_setting_that_a_checkpoint_lacks_counts_as_its_neutral_value(tmp_path):

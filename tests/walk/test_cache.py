@@ -98,7 +98,7 @@ def test_an_answer_that_cannot_be_stored_is_refused(tmp_path, value, message):
 
 
 def test_a_folder_of_other_answers_says_what_differs(filled):
-    with pytest.raises(UserError, match=r"was made with shift 3.0, this run has 5.0.*Give another folder"):
+    with pytest.raises(UserError, match=r"was made with shift 3.0, now 5.0.*Give another folder"):
         open_cache(filled.folder, shift=5.0)
 
 

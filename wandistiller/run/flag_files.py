@@ -40,7 +40,7 @@ def read_flags(file: object, parser: FlagParser) -> dict[str, Any]:
         raise UserError(f"--config {file}: looks like a student's shape; that is --student_config {file}")
     if "config" in values:
         raise UserError(f"--config {file}: names another file as its config; write the flags into one")
-    words = [word for name, value in values.items() for word in _words(name, value, parser, str(file))]
+    words = [word for name, value in values.items() for word in words_of(name, value, parser)]
     return parser.given(words, where=f"{file}: ")
 
 
@@ -84,15 +84,15 @@ def _entries(file: str) -> dict[str, Any]:
     return values
 
 
-def _words(name: str, value: Any, parser: FlagParser, file: str) -> list[str]:
-    """Return the words that would be typed for an entry."""
+def words_of(name: str, value: Any, parser: FlagParser) -> list[str]:
+    """Return the words that would be typed for a flag of this value: None, text or a list of texts."""
     action = parser.action_of(name)
     if value is None:
         return [] if action else [f"--{name}"]  # which is answered as unknown
     if action is not None and action.nargs in (0, "?") and str(value).lower() in SWITCHED:
         return [f"--{name}"] if SWITCHED[str(value).lower()] else []
     if action is not None and action.nargs == 0:
-        raise UserError(f"--config {file}: {name} is {value!r}; allowed: true or false")
+        raise UserError(f"--{name} {value}: allowed in a file: true or false")
     if not isinstance(value, list):
         return [f"--{name}={value}"]
     if action is None or isinstance(action.nargs, (int, str)):

@@ -312,3 +312,14 @@ def parse_args(
     elif os.path.realpath(teacher_path) == os.path.realpath(DEMO_TEACHER):
         known = read_flags(DEMO_FILE, parser) | known
     return build(Flags, parser.defaults | (defaults or {}) | known)
+
+
+def flags_of(**values: object) -> Flags:
+    """Return the flags that keywords name, as if they were typed; a mistake ends as on the command line."""
+    from wandistiller.run.flag_files import words_of
+
+    parser, words = FlagParser("train_distillation.py", "", flags=Flags), []
+    for name, value in values.items():
+        text = [str(part) for part in value] if isinstance(value, (list, tuple)) else str(value)
+        words += words_of(name, None if value is None else text, parser)
+    return parse_args(words)

@@ -82,6 +82,7 @@ def run_identity(settings: Settings) -> dict[str, object]:
         # fp8 makes another teacher; fp32 and bf16 may change from one command to the next, as --dtype may.
         "teacher_dtype": "fp8" if settings.teacher_dtype == "fp8" else None,
         "image_sizes": sizes or None,
+        "about": settings.about,
     }
 
 

@@ -171,6 +171,7 @@ def describe_answers(settings: Settings, options: WalkOptions) -> dict[str, Any]
         "batch_size": settings.num_samples_per_step,
         "num_prompts": options.num_prompts,
         "prompts": settings.prompts_digest,
+        "about": settings.about,
     }
     return json.loads(json.dumps(description))  # as it will be read back
 

@@ -1,19 +1,18 @@
 """The student that a run saves, with the record of how it was distilled; whoever draws with it takes its defaults from there."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 
 from wandistiller import __version__
 from wandistiller.files.hub import hub_id
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import full_tensor
 from wandistiller.projection.project import ProjectionReport
-from wandistiller.run.folder import Folder
 from wandistiller.run.settings import Settings
-from wandistiller.run.stages import Stages
-from wandistiller.students.parts import recorded_path
+from wandistiller.students.parts import recorded_loras, recorded_path
 from wandistiller.students.record import StudentRecord
 from wandistiller.students.trained_prompts import write_trained_prompts
-from wandistiller.training.loop import TrainingResult
 from wandistiller.walk.grids import segment_sigmas
 
 # Recorded as paths that are found from any folder
@@ -21,12 +20,13 @@ PATHS = ("teacher_path", "teacher_path_low", "text_encoder_path", "data_path")
 
 
 def distillation_record(
-    settings: Settings, projection: ProjectionReport, result: TrainingResult, stages: Stages, commands: list[dict]
+    settings: Settings, projection: ProjectionReport, made: Mapping[str, object], student_steps: int | None
 ) -> dict[str, object]:
     """Return everything that another run or a sampler needs to know of a student, as JSON values.
 
     Args:
-        commands: the commands that made the student.
+        made: how its training went: the commands, steps and teacher batches, the last loss.
+        student_steps: steps that it has learnt to draw in; None for those of its teacher.
     """
     paths = {name: recorded_path(getattr(settings, name)) for name in PATHS}
     own = {
@@ -40,19 +40,16 @@ def distillation_record(
     known = {name: value for name, value in (paths | settings.recipe | own).items() if value is not None}
     return {
         "num_processes": settings.processes.count,
-        "commands": commands,
         **known,
         **teachers_world(settings),
-        **teacher_loras(settings),
-        **segments(settings, stages.student_steps),
+        **recorded_loras(settings.wan_files.loras),
+        **segments(settings, student_steps),
         **settings.teacher.recorded(),
         "layers": projection.layers,
         "num_prompts": len(settings.prompts),
-        "num_teacher_batches": stages.state.teacher_calls,
-        "num_train_steps": result.num_steps,
         "batch_size": settings.num_samples_per_step,
         **asdict(settings.optimization),
-        "final_loss": result.losses[-1],
+        **made,
         "wandistiller_version": __version__,
     }
 
@@ -61,13 +58,6 @@ def teachers_world(settings: Settings) -> dict[str, object]:
     """Return the world of a toy teacher, whose prompts are of it."""
     world = settings.wan_files.record.get("world")
     return {"world": world} if isinstance(world, str) else {}
-
-
-def teacher_loras(settings: Settings) -> dict[str, object]:
-    """Return the record of the LoRAs that were merged into the teacher, if there are any."""
-    loras = settings.wan_files.loras
-    records = [lora.record() | {"path": recorded_path(str(lora.path))} for lora in loras]
-    return {"teacher_loras": records} if loras else {}
 
 
 def segments(settings: Settings, steps: int | None) -> dict[str, object]:
@@ -79,19 +69,18 @@ def segments(settings: Settings, steps: int | None) -> dict[str, object]:
     return {"student_steps": steps, "segment_sigmas": segment_sigmas(teacher.shift, steps, sampler).tolist()}
 
 
-def save_trained_student(
+def save_student(
     settings: Settings,
-    folder: Folder,
+    folder: Path,
     student: WanLiteStudent,
     projection: ProjectionReport,
-    result: TrainingResult,
-    stages: Stages,
+    made: Mapping[str, object],
+    student_steps: int | None,
 ) -> None:
-    """Save the student with its record; sharded weights are put together first."""
-    record = distillation_record(settings, projection, result, stages, folder.checkpoints.commands)
-    student.config = student.config.replace(distillation=record)
+    """Save the student with its record (`distillation_record`); sharded weights are put together first."""
+    student.config = student.config.replace(distillation=distillation_record(settings, projection, made, student_steps))
     weights = {name: full_tensor(tensor) for name, tensor in student.state_dict().items()}
     if settings.processes.is_first:
-        student.save_pretrained(folder.path, weights)
-        projection.save(folder.path)
-        write_trained_prompts(folder.path, settings.prompts)
+        student.save_pretrained(folder, weights)
+        projection.save(folder)
+        write_trained_prompts(folder, settings.prompts)

@@ -194,6 +194,16 @@ class Settings:
         """Settings that decide the student, by their names."""
         return {name: getattr(self, name) for name in NEUTRAL}
 
+    @property
+    def about(self) -> dict[str, str]:
+        """What the digests of a run's description are of, by their names, for messages."""
+        encoder = f" with {self.text_encoder_path}" if self.text_encoder_path else ""
+        return {
+            "prompts": f"{len(self.prompts):,} of {self.data_path}",
+            "teacher": f"{self.teacher_path}{encoder}",
+            "init_from": self.init_from,
+        }
+
     def as_dict(self) -> dict[str, object]:
         """Return the values that are numbers or text by their names, for a tracker."""
         plain = {name: value for name, value in vars(self).items() if isinstance(value, (str, int, float, tuple))}

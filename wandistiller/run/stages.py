@@ -71,6 +71,15 @@ class Stages:
         print(f"Learning to draw in {settings.student_steps} steps, from the student's own paths", flush=True)
         return self._train(observer, folder, settings.num_steps)
 
+    def made(self, result: TrainingResult, folder: Folder) -> dict[str, object]:
+        """Return how the training went, for the student's record."""
+        return {
+            "commands": folder.checkpoints.commands,
+            "num_teacher_batches": self.state.teacher_calls,
+            "num_train_steps": result.num_steps,
+            "final_loss": result.losses[-1],
+        }
+
     def _train(self, observer: Observer, folder: Folder, num_steps: int) -> TrainingResult:
         state, settings = self.state, self.settings
         options = settings.training_options(num_steps)

@@ -18,6 +18,9 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.students.record import StudentRecord
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wandistiller.wan.lora import Lora
     from wandistiller.wan.settings import TeacherSettings
     from wandistiller.wan.text_encoder_files import TextEncoderFiles
     from wandistiller.wan.wan_files import WanFiles
@@ -44,6 +47,13 @@ def recorded_path(path: str | None) -> str | None:
         return path
     absolute = Path(os.path.abspath(path))
     return f"./{absolute.relative_to(CLONE)}" if absolute.is_relative_to(CLONE) else str(absolute)
+
+
+def recorded_loras(loras: "Sequence[Lora]") -> dict[str, object]:
+    """Return the entry of a student's record for the LoRAs that were merged into its teacher; none where there are none."""
+    return (
+        {"teacher_loras": [lora.record() | {"path": recorded_path(str(lora.path))} for lora in loras]} if loras else {}
+    )
 
 
 def _found(recorded: str, what: str, flag: str, is_of_hub: bool) -> str:

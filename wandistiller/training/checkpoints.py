@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wandistiller.errors import UserError, shortened, shown
+from wandistiller.errors import UserError, differences, shortened, shown
 from wandistiller.files.atomic import file_digest, fsync, write_json
 from wandistiller.files.json_files import load_json
 from wandistiller.files.paths import nearest_existing, remove, require_file
@@ -210,16 +210,11 @@ class Checkpoints:
 
     def _check_run(self, description: dict[str, object]) -> None:
         """Refuse a checkpoint of a run that differs in what must be the same."""
-        theirs, ours = self.neutral | description, self.neutral | self.description
-        differing = [
-            f"{name} {shown(theirs.get(name))}, now {shown(ours.get(name))}"
-            for name in sorted(theirs.keys() | ours.keys())
-            if theirs.get(name) != ours.get(name)
-        ]
-        if differing:
+        if differing := differences(self.neutral | description, self.neutral | self.description):
             raise UserError(
-                f"{self.folder} belongs to a run with {'; '.join(differing)}. To resume it, give the same flags; to "
-                "start anew, add --overwrite (what is there is kept beside) or give another --output_dir"
+                f"{self.folder} belongs to a run with {'; '.join(differing)}. To resume it, give the same flags; to start anew, add "
+                f"--overwrite (what is there is kept beside); to go on from its student, --init_from {self.folder.parent} and "
+                "another --output_dir"
             )
 
     def save(self, step: int, tensors: dict[str, Tensor], first_step: int = 0) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
-from wandistiller.errors import UserError, shown
+from wandistiller.errors import UserError, differences
 from wandistiller.files.atomic import remove_leftovers, write_json
 from wandistiller.files.json_files import load_json
 from wandistiller.files.output_folder import check_output_folder
@@ -159,12 +159,7 @@ class TeacherCache:
             )
 
     def _check_same(self, made_of: dict[str, Any]) -> None:
-        differing = [
-            f"{name} {shown(made_of.get(name))}, this run has {shown(self.description.get(name))}"
-            for name in self.description | made_of
-            if made_of.get(name) != self.description.get(name)
-        ]
-        if differing:
+        if differing := differences(made_of, self.description):
             raise UserError(
                 f"--teacher_cache {self.folder}: was made with {'; '.join(differing)}. Give another folder, or the same flags"
             )
