@@ -28,6 +28,8 @@ from wandistiller.model.image_sizes import ImageSize
 TINY = {"vae_steps": [1, 2, 1], "steps": 8, "batch_size": 4, "num_stills": 16, "num_clips": 4}
 TINY |= {"num_prompts": 20, "num_measured": 4}
 DEMO_TEACHER = ROOT / "data" / "demo_teacher"
+# One training prompt of so many leaves size or place open, as people's prompts do: the student sees too few of them otherwise.
+OPEN_EVERY = 8
 # What the flags become that were left out: for a teacher from nothing, and for its sibling of several sizes.
 FROM_NOTHING = {"output_dir": DEMO_TEACHER, "steps": 2000, "batch_size": 160, "num_stills": 16000, "lr": 2e-3}
 SIBLING = {"output_dir": ROOT / "outputs" / "demo_teacher_sizes", "steps": 300, "batch_size": 48, "num_stills": 1500}
@@ -97,9 +99,13 @@ def write_prompts(folder: Path, num_prompts: int, num_heldout: int, seed: int) -
         ("demo_prompts.txt", num_prompts, False, 0.25, "training prompts of the demo world"),
         ("demo_heldout_prompts.txt", num_heldout, True, 0.0, "each holds a combination that no training prompt holds"),
     ):
-        rng = np.random.default_rng([seed, held_out])
+        rng, open_rng = np.random.default_rng([seed, held_out]), np.random.default_rng([seed, 3])
         prompts: dict[str, None] = {}
         while len(prompts) < count:
+            if not held_out and len(prompts) % OPEN_EVERY == OPEN_EVERY - 1:
+                scene = world.sample_scene(open_rng, two_objects=0)
+                prompts[world.describe_partly(scene, open_rng, world.UNSAID[len(prompts) % len(world.UNSAID)])] = None
+                continue
             scene = world.sample_scene(rng, two_objects=0.5, held_out=held_out)
             prompts[world.describe(scene, rng, variety)] = None
         text = f"# {note}; written by tools/make_demo_teacher.py\n" + "\n".join(prompts) + "\n"
