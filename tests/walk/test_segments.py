@@ -1,4 +1,4 @@
-"""Few-step students are taught the average velocity of a frozen student over a segment of its path.
+"""Few-step students are taught average velocities over segments of the teacher's paths and of those of a frozen student.
 
 The oracles are velocity fields whose flow is known in closed form.
 
@@ -10,11 +10,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from support.walks import EMBEDS, SHIFT, Field, ask, make_walk
+from support.walks import EMBEDS, SHIFT, Field, TowardsClean, ask, make_walk
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, flow_euler_scheduler, sample
+from wandistiller.walk.batches import Batches, Schedule
 from wandistiller.walk.grids import segment_grids
 from wandistiller.walk.segments import SegmentTeacher
+from wandistiller.walk.store import Store
 
 
 def average_velocities(field, grids: torch.Tensor, is_euler: bool = False) -> dict[str, torch.Tensor]:
@@ -77,3 +79,62 @@ def test_the_euler_sampler_takes_one_step_a_segment(steps):
         latents = latents + (end - start) * 0.8 * latents
     torch.testing.assert_close(drawn, latents, atol=1e-5, rtol=1e-4)
     assert len(field.asked) == steps
+
+
+# ---- segments of the teacher's own paths ----
+
+
+def passed_by(walk, num_calls: int) -> dict[str, torch.Tensor]:
+    """All segments that the paths of a walk have passed."""
+    found = []
+    for call in range(num_calls):
+        walk.ask(call, range(8))
+        assert all(len(set(segment["rows"].tolist())) == len(segment["rows"]) for segment in walk.passed)
+        found += walk.passed
+    return {name: torch.cat([segment[name] for segment in found]) for name in found[0]}
+
+
+def test_segments_end_between_the_states_of_a_path():
+    # All paths lead straight to one clean sample: velocity = (x - clean) / sigma everywhere.
+    clean, ends = torch.tensor([0.3, -2.0]).view(2, 1, 1), (*segment_grids(20, 4, SHIFT)[:, 0].tolist(), 0.0)
+    found = passed_by(make_walk(TowardsClean(clean), segment_ends=ends), 150)
+    expected = (found["latents"] - clean) / found["sigma"][:, None, None, None]
+    torch.testing.assert_close(found["velocity"], expected, atol=1e-4, rtol=1e-4)
+    counts = [int((found["sigma"] - level).abs().lt(1e-6).sum()) for level in ends[:-1]]
+    # 8 slots have asked 150 times. A path takes 5 to 10 steps, and the first two of each slot begin with a jump.
+    assert sum(counts) == len(found["sigma"]) and min(counts) > 100 and max(counts) < 8 * 150 / 5
+    assert set(found["prompts"].tolist()) == set(range(10))
+
+
+def test_segments_of_a_few_step_teacher_are_as_many_of_its_steps():
+    levels = flow_euler_scheduler(SHIFT, 8).sigmas.float()
+    walk = make_walk(
+        Field(rate=0.7), levels=tuple(levels.tolist()), num_steps=8, segment_ends=tuple(levels[::2].tolist())
+    )
+    found = passed_by(walk, 100)
+    starts = (found["sigma"][:, None] - levels[:-1]).abs().argmin(dim=1)
+    steps = levels.diff()
+    factor = (1 + 0.7 * steps[starts]) * (1 + 0.7 * steps[starts + 1])
+    length = levels[starts + 2] - levels[starts]
+    expected = found["latents"] * ((factor - 1) / length)[:, None, None, None]
+    torch.testing.assert_close(found["velocity"], expected, atol=1e-5, rtol=1e-4)
+    assert set(starts.tolist()) == {0, 2, 4, 6}
+
+
+def test_every_second_slot_learns_from_a_segment_where_it_has_one():
+    walk = make_walk(Field(constant=1.0))
+    segments, schedule = Store(4, range(8), 8, (3, 5)), Schedule(num_steps=6, replay=1)
+    rows = torch.tensor([0, 1, 2])
+    segments.add(
+        {
+            "latents": torch.zeros(3, 2, 1, 1),
+            "sigma": torch.ones(3),
+            "prompts": rows,
+            "velocity": torch.full((3, 2, 1, 1), 9.0),
+        }
+        | {"rows": rows}
+    )
+    batches = Batches([(walk, Store(1, range(8), 8, (3, 0)))], [schedule], EMBEDS, 4, segments=[segments])
+    for step in range(6):
+        learnt = torch.cat([batch.velocity[:, 0, 0, 0] for batch in batches.of_step(step)])
+        assert learnt.tolist() == [9.0 if row < 3 and (row + step) % 2 == 0 else 1.0 for row in range(8)]

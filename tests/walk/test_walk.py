@@ -17,6 +17,7 @@ from wandistiller.walk.walk import turns
 LEVELS = tuple(flow_euler_scheduler(3.0, 4).sigmas.tolist())
 KINDS = {
     "paths": {},
+    "segments": {"segment_ends": (1.0, 0.8, 0.4, 0.0)},
     "noise": {"kind": "noise"},
     "experts in turn": {"boundary": BOUNDARY, "calls_per_expert": 8},
     "few levels": {"levels": LEVELS, "num_steps": 4},
@@ -47,6 +48,11 @@ def test_the_answers_of_a_slot_are_the_same_bit_for_bit_however_slots_are_shared
                 answer["rows"] = answer["rows"] + part.slots.start
         for name, values in expected.items():
             assert torch.equal(values, torch.cat([answer[name] for answer in found if answer]))
+        for name in ("latents", "sigma", "velocity", "prompts"):
+            passed = sorted(str(values) for segment in whole.passed for values in segment[name])
+            assert passed == sorted(
+                str(values) for part in parts for segment in part.passed for values in segment[name]
+            )
         num_answers += len(expected.get("rows", ()))
     assert num_answers > 150
 
@@ -72,6 +78,8 @@ def test_a_walk_goes_on_bit_for_bit_from_a_saved_state(changes, num_before):
     other.load_state_dict(saved)
     for first, second in zip(expected, ask(other, 60, num_before), strict=True):
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    for first, second in zip(one.passed, other.passed, strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_walks_repeat_with_their_seed_and_image_sizes_differ():

@@ -45,7 +45,7 @@ class Workload:
     ema: bool = True
     num_features: int = 0  # teacher layers whose hidden states are compared
     stored_batches: int = 0  # batches of answers in memory to learn from again
-    latents_per_slot: int = FEW_PATHS  # that a walk keeps, over all image sizes
+    latents_per_slot: int = FEW_PATHS  # of paths and of their segments, over all image sizes
     calls_per_step: float = 1.0  # batches that the teacher answers per forward and backward pass of the student
     segment_passes: float = 0.0  # of the frozen student of a second stage, for each sample of a step, on average
     num_steps: int = 1

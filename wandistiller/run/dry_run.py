@@ -15,7 +15,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_writable
 from wandistiller.files.paths import nearest_existing
 from wandistiller.model.sizes import count_parameters
-from wandistiller.run.learning import schedules_of, walk_options
+from wandistiller.run.learning import schedules_of, segment_capacity, walk_options
 from wandistiller.run.settings import Settings
 from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.walk.grids import steps_of_segments
@@ -58,7 +58,6 @@ def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
         dtype: of matrix products, "fp32" or "bf16"; None for that of the run.
     """
     config = settings.config
-    walks = [walk_options(settings, size, settings.num_samples_per_step) for size in range(len(settings.image_sizes))]
     return Workload(
         teacher=settings.wan_files.config,
         student=config,
@@ -79,7 +78,7 @@ def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
         ema=settings.optimization.ema_decay > 0,
         num_features=config.depth if settings.feature_loss_weight else 0,
         stored_batches=0 if settings.teacher_cache else sum(part.capacity for part in schedules_of(settings)),
-        latents_per_slot=0 if settings.teacher_cache else sum(walk.latents_per_slot for walk in walks),
+        latents_per_slot=0 if settings.teacher_cache else latents_per_slot(settings),
         calls_per_step=settings.num_calls / settings.num_steps,
         segment_passes=segment_passes(settings),
         num_steps=settings.num_steps,
@@ -87,6 +86,15 @@ def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
         keep_checkpoints=settings.keep_checkpoints if settings.save_every else 0,
         teacher_cache_batches=settings.num_calls if settings.teacher_cache else 0,
         is_gpu=settings.is_for_gpu,
+    )
+
+
+def latents_per_slot(settings: Settings) -> int:
+    """Return the latents that each slot has over all image sizes: of its paths, and two of each segment that these have passed."""
+    sizes = range(len(settings.image_sizes))
+    of_paths = sum(walk_options(settings, size, settings.num_samples_per_step).latents_per_slot for size in sizes)
+    return of_paths + (
+        0 if settings.student_steps is None else 2 * sum(segment_capacity(settings, size) for size in sizes)
     )
 
 

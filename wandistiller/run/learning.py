@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from wandistiller.errors import UserError
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import ProjectionReport
@@ -18,7 +20,7 @@ from wandistiller.walk.batches import Batches, Schedule, make_schedules
 from wandistiller.walk.cache import CALLS_PER_GROUP, CachedAnswers, Layout, TeacherCache
 from wandistiller.walk.grids import segment_grids
 from wandistiller.walk.segments import SegmentTeacher
-from wandistiller.walk.store import Store
+from wandistiller.walk.store import CAPACITY, Store
 from wandistiller.walk.walk import Walk, WalkOptions, turns
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import describe_teacher
@@ -59,11 +61,14 @@ def walked_batches(
     options: Sequence[WalkOptions],
 ) -> Batches:
     """Build a walk with its store for each image size, and the batches that come of them."""
-    slots, total, sources = own_slots(settings), settings.num_samples_per_step, []
-    for schedule, own in zip(schedules, options, strict=True):
+    slots, total, sources, segments = own_slots(settings), settings.num_samples_per_step, [], []
+    for size, (schedule, own) in enumerate(zip(schedules, options, strict=True)):
         store = Store(schedule.capacity, slots, total, own.key, settings.device, num_sizes=len(schedules))
         sources.append((Walk(teacher, prompt_embeds, own, slots), store))
-    return Batches(sources, schedules, prompt_embeds, settings.batch_size, settings.device)
+        if settings.student_steps is not None:
+            key = settings.seed, 2 * len(schedules) + size
+            segments.append(Store(segment_capacity(settings, size), slots, total, key, settings.device))
+    return Batches(sources, schedules, prompt_embeds, settings.batch_size, settings.device, segments)
 
 
 def own_slots(settings: Settings) -> range:
@@ -83,7 +88,7 @@ def walk_options(settings: Settings, size: int, num_slots: int) -> WalkOptions:
     Args:
         num_slots: those of a batch, or those of a cache.
     """
-    teacher = settings.teacher
+    teacher, gathers_segments = settings.teacher, settings.student_steps is not None and settings.teacher_cache is None
     return WalkOptions(
         key=(settings.seed, size),
         latent_shape=settings.latent_shapes[size],
@@ -97,20 +102,31 @@ def walk_options(settings: Settings, size: int, num_slots: int) -> WalkOptions:
         levels=(*settings.teacher_levels, 0.0) if settings.teacher_levels else None,
         boundary=teacher.boundary_ratio,
         calls_per_expert=settings.calls_per_expert,
+        segment_ends=(*grids_of_segments(settings)[:, 0].tolist(), 0.0) if gathers_segments else (),
         device=settings.device,
         compute_dtype=settings.compute_dtype,
     )
 
 
+def grids_of_segments(settings: Settings) -> Tensor:
+    """Return the noise levels (student_steps, N + 1) of the teacher's steps through each segment of a path."""
+    own, known = settings.teacher, settings.teacher_levels
+    return segment_grids(own.num_inference_steps, settings.student_steps, own.shift, (*known, 0.0) if known else ())
+
+
+def segment_capacity(settings: Settings, size: int) -> int:
+    """Return the segments of the teacher's paths that each slot has room for; none has more of them than calls."""
+    return min(CAPACITY // len(settings.image_sizes), schedules_of(settings)[size].num_calls)
+
+
 def build_few_step_batches(
     settings: Settings, prompt_embeds: PromptEmbeds, frozen: WanLiteStudent, num_steps: int
 ) -> Batches:
-    """Build what each of the `num_steps` of the second stage learns from: segments of the frozen student's paths.
+    """Build what each of the `num_steps` of the second stage learns from: segments of the frozen student's and the teacher's paths.
 
     Their random numbers are those of image sizes beyond the run's own.
     """
-    own, known, sizes = settings.teacher, settings.teacher_levels, len(settings.image_sizes)
-    grids = segment_grids(own.num_inference_steps, settings.student_steps, own.shift, (*known, 0.0) if known else ())
+    sizes, grids = len(settings.image_sizes), grids_of_segments(settings)
     options = [
         replace(
             walk_options(settings, size, settings.num_samples_per_step),
@@ -119,10 +135,14 @@ def build_few_step_batches(
             num_steps=settings.student_steps,
             levels=(*grids[:, 0].tolist(), 0.0),
             calls_per_expert=0,
+            segment_ends=(),
         )
         for size in range(sizes)
     ]
-    teacher, schedules = SegmentTeacher(frozen, grids, bool(known)), make_schedules(num_steps, settings.replay, sizes)
+    teacher, schedules = (
+        SegmentTeacher(frozen, grids, bool(settings.teacher_levels)),
+        make_schedules(num_steps, settings.replay, sizes),
+    )
     return walked_batches(settings, prompt_embeds, teacher, schedules, options)
 
 

@@ -1,4 +1,4 @@
-"""The stages of a run: the velocity, learnt from the teacher's answers, and then few steps, learnt from the student's own paths."""
+"""The stages of a run: the velocity, learnt from the teacher's answers, and then few steps, learnt from segments of sampling paths."""
 
 import torch
 
@@ -18,8 +18,9 @@ from wandistiller.wan.prompt_embeds import PromptEmbeds
 class Stages:
     """Trains a student through the stages of its run, from the checkpoint that it resumes from.
 
-    The second stage begins with the first one's averaged weights, which it also keeps frozen: they walk the sampling paths whose
-    segments the student learns to take in one step. It asks the teacher nothing.
+    The second stage begins with the first one's averaged weights. The student learns to take a segment of a sampling path in one
+    step, from segments that the teacher's paths have passed in the first stage and, in equal parts, from those that a frozen
+    copy of it walks. The teacher is asked nothing more.
     """
 
     def __init__(
@@ -68,7 +69,10 @@ class Stages:
             second = self._second(result.num_steps)
             second.follow(self.state)
             self.state = second  # the first one's optimizer and stored answers leave memory
-        print(f"Learning to draw in {settings.student_steps} steps, from the student's own paths", flush=True)
+        print(
+            f"Learning to draw in {settings.student_steps} steps, from segments of the teacher's and its own paths",
+            flush=True,
+        )
         return self._train(observer, folder, settings.num_steps)
 
     def made(self, result: TrainingResult, folder: Folder) -> dict[str, object]:

@@ -65,9 +65,10 @@ class RunState:
         return self.batches.num_calls if self.frozen is None else self.calls_before
 
     def follow(self, before: "RunState") -> None:
-        """Begin where the stage before has ended: its weights are the student's and those of the frozen copy of it."""
+        """Begin where the stage before has ended: with its weights, also in the frozen copy, and the segments it has gathered."""
         self.losses, self.calls_before = list(before.losses), before.teacher_calls
         self.frozen.load_state_dict(self.trained.student.state_dict())
+        self.batches.segments = before.batches.segments or self.batches.segments
 
     @property
     def lr(self) -> float:

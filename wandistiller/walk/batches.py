@@ -99,6 +99,8 @@ class Batches:
         sources: for each image size, its walk with the store that it fills, or the answers of a cache.
         schedules: when the walk of each size is asked.
         micro_batch: slots of this process that are learnt from at a time.
+        segments: for each image size, the segments that the teacher's paths have passed. Walks that gather segments fill these
+            stores; beside other walks, every second slot learns from them.
     """
 
     def __init__(
@@ -108,7 +110,9 @@ class Batches:
         prompt_embeds: PromptEmbeds,
         micro_batch: int,
         device: str = "cpu",
+        segments: Sequence[Store] = (),
     ):
+        self.segments = segments
         self.sources, self.schedules, self.prompt_embeds, self.device = sources, schedules, prompt_embeds, device
         slots = len((sources[0] if isinstance(sources[0], CachedAnswers) else sources[0][1]).slots)
         self.micro_batches = [range(start, start + micro_batch) for start in range(0, slots, micro_batch)]
@@ -138,11 +142,23 @@ class Batches:
             for call in range(self.calls[size], due):
                 fresh = walk.ask(call, rows)
                 store.add(fresh)
+                for segment in walk.passed:
+                    self.segments[size].add(segment)
             taken = store.sample(own_step, rows)
+            if self.segments and walk.segments is None:
+                self._mix_in(taken, self.segments[size], own_step, rows)
             for name in filter(is_feature, fresh):
                 taken[name] = with_fresh_features(taken.get(name), fresh[name], fresh["rows"], rows)
             yield self._batch(taken)
         self.calls[size] = max(due, self.calls[size])
+
+    def _mix_in(self, taken: dict[str, Tensor], segments: Store, step: int, rows: range) -> None:
+        """Let every second slot, the others at the next step, learn from a segment of the teacher's, where it has one."""
+        has_one = segments.num_stored[rows.start : rows.stop] > 0
+        is_turn = torch.tensor([(segments.slots[row] + step) % 2 == 0 for row in rows])
+        if (places := (has_one & is_turn).nonzero()[:, 0]).numel():
+            for name, values in segments.sample(step, (rows.start + places).tolist()).items():
+                taken[name][to_device(places, values.device)] = values
 
     def _batch(self, taken: dict[str, Tensor]) -> Batch:
         prompt_embeds, prompt_lengths = self.prompt_embeds.batch(taken["prompts"], self.device)
@@ -162,19 +178,21 @@ class Batches:
         for number, source in enumerate(self.sources):
             if isinstance(source, CachedAnswers):
                 continue
-            walk, store = source
-            for name, part in (("walk", walk.state_dict()), ("store", store.state_dict())):
-                state |= {f"{number}.{name}.{key}": value for key, value in part.items()}
+            for name, part in self._parts(number).items():
+                state |= {f"{number}.{name}.{key}": value for key, value in part.state_dict().items()}
             state[f"{number}.calls"] = torch.tensor(self.calls[number])
         return state
+
+    def _parts(self, number: int) -> dict[str, Walk | Store]:
+        walk, store = self.sources[number]
+        return {"walk": walk, "store": store} | ({"segments": self.segments[number]} if self.segments else {})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for number, source in enumerate(self.sources):
             if isinstance(source, CachedAnswers):
                 continue
-            walk, store = source
-            walk.load_state_dict(_part_of(state, f"{number}.walk."))
-            store.load_state_dict(_part_of(state, f"{number}.store."))
+            for name, part in self._parts(number).items():
+                part.load_state_dict(_part_of(state, f"{number}.{name}."))
             self.calls[number] = int(state[f"{number}.calls"])
 
 

@@ -76,7 +76,7 @@ class Store:
         self.uses[rows, places] = 0
         self.num_stored[rows] += 1
 
-    def sample(self, step: int, rows: range) -> dict[str, Tensor]:
+    def sample(self, step: int, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return an answer of each of these slots for a step: latents, sigma, prompts, velocity, and features where they are kept."""
         own = torch.tensor(rows)
         stored = self.num_stored[own].clamp(max=self.capacity)

@@ -22,7 +22,7 @@ from wandistiller.sampling.flow import seeded_noise, shift_sigma
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.walk.draws import CALL, FIRST_LEVELS, PATH, dealt_prompt, permutation, rng
 from wandistiller.walk.grids import first_grid, levels_within, lowest_u, path_grid, steps_of_paths
-from wandistiller.walk.segments import SegmentTeacher
+from wandistiller.walk.segments import PassedSegments, SegmentTeacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 # Paths of a slot. A small batch has more, so that its slots together mix MIN_POOL prompts; but the first path of every place begins with
@@ -52,6 +52,7 @@ class WalkOptions:
         calls_per_expert: calls in a row for one of two experts, on average over both.
         layers: teacher layers whose hidden states are compared.
         channels: which of their channels.
+        segment_ends: noise levels from 1 down to 0 between which the segments of paths are gathered; none without.
     """
 
     key: tuple[int, int]
@@ -68,6 +69,7 @@ class WalkOptions:
     calls_per_expert: int = 0
     layers: Sequence[int] = ()
     channels: Sequence[int] = ()
+    segment_ends: tuple[float, ...] = ()
     device: str = "cpu"
     compute_dtype: torch.dtype = torch.float32
 
@@ -83,7 +85,8 @@ class WalkOptions:
     @property
     def latents_per_slot(self) -> int:
         """Latents that a walk keeps on the device for each slot."""
-        return self.paths_per_slot if self.kind == "paths" else 0
+        per_path = 2 if self.segment_ends else 1
+        return per_path * self.paths_per_slot if self.kind == "paths" else 0
 
 
 def paths_per_slot(batch_size: int) -> int:
@@ -125,6 +128,9 @@ class Walk:
 
     Args:
         slots: a range within one group of `options.batch_size`.
+
+    Attributes:
+        passed: segments that the last call has brought paths to the end of, as answers; see `PassedSegments.step`.
     """
 
     # All have the walk's slots as their first dimension.
@@ -146,6 +152,12 @@ class Walk:
         self.last = torch.zeros(count, paths, dtype=torch.long)
         self.position = torch.zeros(count, paths, dtype=torch.long)
         self.born = torch.zeros(count, dtype=torch.long)  # paths that a slot has begun
+        self.segments = (
+            PassedSegments(options.segment_ends, (count, paths, *shape), options.device)
+            if options.segment_ends
+            else None
+        )
+        self.passed: list[dict[str, Tensor]] = []
         for row in range(count):
             for path in range(paths):
                 self._begin(row, path, is_first=self.levels is None)
@@ -169,7 +181,7 @@ class Walk:
             latents (B, C, H, W), sigma (B,), prompts (B,), velocity (B, C, H, W), rows (B,) and for each layer that was named
             "features.N" (B, L, D). B is smaller than len(rows) where some slots have no path on the side of the expert in use.
         """
-        states = self._states(call, torch.tensor(rows))
+        states, self.passed = self._states(call, torch.tensor(rows)), []
         if states is None:
             return {}
         velocity, features = self.teacher(*states.asked, self.options.layers)
@@ -253,8 +265,12 @@ class Walk:
     def _move(self, states: States, velocity: Tensor) -> None:
         """Take one Euler step on the paths that were asked about, and begin the next ones where these end."""
         rows, paths = states.rows, states.paths
-        step = self.grids[rows, paths, self.position[rows, paths] + 1] - states.sigma
-        moved = states.latents + self._there(step)[:, None, None, None] * velocity
+        end = self.grids[rows, paths, self.position[rows, paths] + 1]
+        if self.segments is not None:
+            self.passed = self.segments.step(
+                (rows, paths), states.prompts, states.latents, states.sigma, end, velocity.float()
+            )
+        moved = states.latents + self._there(end - states.sigma)[:, None, None, None] * velocity
         self.latents[self._there(rows), self._there(paths)] = moved.float()
         self.position[rows, paths] += 1
         is_done = self.position[rows, paths] == self.last[rows, paths]
@@ -267,6 +283,8 @@ class Walk:
         draw = rng(*options.key, PATH, slot, number)
         noise = seeded_noise([int(draw.integers(MAX_SEED))], options.latent_shape)[0]
         self.latents[row, path] = self._there(noise)
+        if self.segments is not None:
+            self.segments.begin(row, path, None if is_first else self.latents[row, path])
         self.prompts[row, path] = dealt_prompt(options.key, number * options.num_slots + slot, options.num_prompts)
         self.born[row] += 1
         self._set_grid(row, path, self._grid(slot, path, draw, is_first))
@@ -295,7 +313,11 @@ class Walk:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything by slots along the first dimension, so that it resumes in any number of processes."""
-        return {name: getattr(self, name).clone() for name in self._STATE}
+        return {name: values.clone() for name, values in self._state().items()}
+
+    def _state(self) -> dict[str, Tensor]:
+        of_segments = {} if self.segments is None else {"starts": self.segments.starts, "passed": self.segments.passed}
+        return {name: getattr(self, name) for name in self._STATE} | of_segments
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a saved state.
@@ -303,8 +325,7 @@ class Walk:
         Raises:
             ValueError: no walk with these options can be in it.
         """
-        for name in self._STATE:
-            own = getattr(self, name)
+        for name, own in self._state().items():
             if state[name].shape != own.shape:
                 raise ValueError(f"{name} of the walk is {tuple(state[name].shape)}, not {tuple(own.shape)}")
             own.copy_(state[name])
