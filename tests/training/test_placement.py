@@ -143,7 +143,8 @@ def make_batches(
     walk = Walk(teacher, EMBEDS, WalkOptions(**values | changes), slots)
     schedule = Schedule(NUM_STEPS, replay)
     store = Store(schedule.capacity, slots, slots.stop, (0, 0), GPU)
-    return Batches([(walk, store)], [schedule], EMBEDS, micro_batch or len(slots), GPU)
+    segments = [Store(NUM_STEPS, slots, slots.stop, (0, 1), GPU)]
+    return Batches([(walk, store)], [schedule], EMBEDS, micro_batch or len(slots), GPU, segments)
 
 
 RUNS: dict[str, tuple[dict, dict]] = {
@@ -155,6 +156,7 @@ RUNS: dict[str, tuple[dict, dict]] = {
     "fp8": ({"is_fp8": True}, {}),
     "two experts in parts": ({"num_experts": 2}, {"micro_batch": 2}),
     "noise": ({"num_experts": 2}, {"kind": "noise"}),
+    "segments of its paths": ({}, {"segment_ends": (1.0, 0.8, 0.0)}),
     "guided at some noise levels": ({"guidance_range": (0.9, 1.0)}, {}),
 }
 
