@@ -20,7 +20,7 @@ from scipy import ndimage  # of requirements-dev.txt
 from scipy.spatial.distance import cdist
 
 from wandistiller.errors import UserError
-from wandistiller.files.checked_json import read_json
+from wandistiller.files.json_files import read_json
 
 WORLD = "icons"  # the name of the icon world in a teacher's record
 SHEET_NAME = "pictographs.png"

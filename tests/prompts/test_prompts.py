@@ -107,7 +107,9 @@ NO_PROMPTS = {
     "captions behind names": ("1.png\ta red fox\n2.png\ta blue boat\n", "stands behind the name of a file"),
     "a config": ("# musubi\n[general]\nresolution = [960, 544]\ncaption_extension = '.txt'\n", "is a config"),
     "options first": ("a cat\n--prompt a dog --steps 20\n", "line 2: begins with an option, '--prompt a dog"),
-    "a line of a book": ("a cat\n" + "x" * 1_000_001 + "\n", "line 2: is longer than 1,000,000 letters"),
+    "a line of a book": ("a cat\n" + "x" * 20_001 + "\n", "line 2: is longer than 20,000 letters"),
+    "a table": ("id\tcaption\n1\ta red fox\n", "is a table, whose first line is"),
+    "what stands for a file": ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "is a config or no text"),
 }  # fmt: skip
 
 

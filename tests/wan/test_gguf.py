@@ -189,7 +189,7 @@ INTEGERS = np.zeros((2, 32), np.int8), gguf.GGMLQuantizationType.I8
         (
             "wan",
             [("blocks.0.ffn.0.weight", *INTEGERS)],
-            ["blocks.0.ffn.0.weight is stored as I8", "another quantisation"],
+            ["blocks.0.ffn.0.weight is of a type", "I8", "another quantisation"],
         ),
     ],
 )

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,6 +147,11 @@ def test_a_checkpoint_of_torch_save_equals_diffusers_and_more_than_tensors_is_re
     for name, content in {"plain.pth": tensors, "of a trainer.PTH": {"state_dict": tensors, "epoch": 3}}.items():
         torch.save(content, tmp_path / name)
         assert_same_as_diffusers(tmp_path / name, [model])
+    torch.save({"generator": tensors, "generator_ema": tensors}, tmp_path / "two.pth")
+    assert "holds several models ('generator', 'generator_ema')" in refusal(tmp_path / "two.pth")
+    with zipfile.ZipFile(tmp_path / "long.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", bytes(2**26 + 1))
+    assert "its archive/data.pkl has 67,108,865 bytes" in refusal(tmp_path / "long.pth")
     torch.save(tensors | {"x": Path("a")}, tmp_path / "object.pth")
     assert "pickle of more than tensors" in refusal(tmp_path / "object.pth")
     content = (tmp_path / "plain.pth").read_bytes()
@@ -206,9 +212,10 @@ def test_a_folder_whose_tensors_are_a_wans_is_one_whatever_its_pipeline_is_calle
 def test_the_root_of_a_hub_cache_and_the_home_folder_lead_to_the_model(tmp_path, monkeypatch):
     snapshot = tmp_path / "models--Wan-AI--Wan" / "snapshots" / "abc"
     experts = write_pipeline_folder(snapshot)
+    (tmp_path / "models--Wan-AI--Wan" / "refs").mkdir()
+    (tmp_path / "models--Wan-AI--Wan" / "refs" / "main").write_bytes(b"\xff")
     assert_same_as_diffusers(tmp_path / "models--Wan-AI--Wan", experts)
     (snapshot.parent / "def").mkdir()
-    (tmp_path / "models--Wan-AI--Wan" / "refs").mkdir()
     (tmp_path / "models--Wan-AI--Wan" / "refs" / "main").write_text("abc")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert_same_as_diffusers("~/models--Wan-AI--Wan", experts)
@@ -228,6 +235,11 @@ def test_a_comfyui_folder_gives_its_wan_or_the_two_experts_that_their_names_tell
     high = write_single_file(folder / "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", heads=1, ffn_dim=48, seed=1)
     write_single_file(folder / "wan2.2_i2v_high_noise_14B.safetensors", heads=1, ffn_dim=48)
     assert_same_as_diffusers(tmp_path / "models", [high, low])
+    assert_same_as_diffusers(tmp_path, [high, low])  # ComfyUI's own folder, which models/ lies in
+    (folder / "5B").mkdir()
+    write_single_file(folder / "5B" / "wan2.2_ti2v_5B_fp16.safetensors", heads=1, ffn_dim=48)
+    message = refusal(tmp_path / "models")
+    assert "wan2.2_ti2v_5B" in message
     write_single_file(folder / "wan2.1_t2v_1.3B.safetensors", heads=1, ffn_dim=48)
     message = refusal(tmp_path / "models")
     assert "wan2.1_t2v_1.3B" in message and "--teacher_path_low" in message
@@ -261,6 +273,7 @@ def test_experts_and_loras_the_wrong_way_round_and_one_alone_are_told(tmp_path):
     right, wrong = open_wan_files(names["HIGH"], names["LOW"]), open_wan_files(names["LOW"], names["HIGH"])
     assert "swapped" not in told(right) and told(wrong).count("swapped; exchange --teacher_path and") == 2
     assert "looks like one of two experts" in told(open_wan_files(names["LOW"]))
+    assert "is given as both experts" in refusal(names["LOW"], low_noise_path=names["LOW"])
     pairs = random_pairs(random_transformer(heads=1, head_dim=128, layers=1, ffn_dim=48))
     for side in ("HIGH", "LOW"):  # renamed, so that only the title tells
         save_file(
@@ -302,12 +315,15 @@ def test_the_text_encoder_is_in_the_fingerprint_and_large_digests_are_kept(tmp_p
     assert digest == kept_digest(tmp_path / "large")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_a_number_that_is_none_is_refused_when_its_tensor_is_read(tmp_path, value):
     path = tmp_path / "wan.safetensors"
     write_single_file(path, heads=1, layers=1, ffn_dim=48)
     tensors = load_file(path)
-    tensors["blocks.0.ffn.0.weight"][3, 5] = value
+    if value < 0:
+        tensors["blocks.0.ffn.0.scale_weight"] = torch.tensor(value)
+    else:
+        tensors["blocks.0.ffn.0.weight"][3, 5] = value
     save_file(tensors, path)
     with pytest.raises(TeacherFileError, match=r"blocks\.0\.ffn\.0\.weight holds numbers that are not finite"):
         project_teacher(path)
@@ -527,6 +543,10 @@ SPOILT = {
     ),
     "another marker": (lambda t: t.update(scaled_fp8=torch.zeros(2, dtype=torch.float8_e5m2)), "says F8_E5M2"),
     "whole numbers": (lambda t: t.update({"blocks.0.ffn.0.weight": NOISE}), "I8"),
+    "names without end": (
+        lambda t: t.update({f"x{n}": torch.empty(0) for n in range(20_000)}),
+        "tensors, as no model",
+    ),
     "another format": (
         lambda t: t.update(
             {"blocks.0.ffn.0.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}

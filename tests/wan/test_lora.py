@@ -189,6 +189,11 @@ DIALECTS = {
     "compiled of diffusers": (diffusers_keys, lambda key: key.replace("transformer.", "transformer._orig_mod.")),
     "an adapter's name": (diffusers_keys, lambda key: key.replace(".weight", ".default.weight")),
     "no prefix": (diffusers_keys, lambda key: key.removeprefix("transformer.")),
+    "sharded": (
+        diffusers_keys,
+        lambda key: key.replace("to_q", "_fsdp_wrapped_module.to_q").replace("trans", "unet.trans"),
+    ),
+    "LyCORIS with dots": (kohya_keys, lambda key: key.replace("lora_unet_blocks_", "lycoris.blocks.")),
 }
 
 
@@ -238,7 +243,7 @@ def test_pefts_patterns_scales_and_doras_count_as_peft_merges_them(teacher, tmp_
     path, weights = of_peft(tmp_path / "lora", model, config)
     expected = oracle_velocity(with_weights(model, weights), *inputs())
     assert relative_error(velocity(folder), expected) > 0.01
-    assert relative_error(velocity(folder, (path, 1.0)), expected) < TOLERANCE
+    assert relative_error(velocity(folder, (path.parent, 1.0)), expected) < TOLERANCE
     # A scale of 0 leaves the teacher, and of a half goes half of the way from weight to weight of a DoRA.
     assert relative_error(velocity(folder, (path, 0.0)), velocity(folder)) < TOLERANCE
 
@@ -270,6 +275,7 @@ def test_lycoris_products_are_those_of_pefts_layers(teacher, tmp_path, kind):
         for stem in stems:
             second = keys.pop(f"{stem}.lokr_w2_a") @ keys.pop(f"{stem}.lokr_w2_b")
             keys[f"{stem}.lokr_w2"] = 1.5 * second
+            keys[f"{stem}.alpha"] = torch.tensor(1e10, dtype=torch.float16)
     written = write(tmp_path / "lora.safetensors", keys)
     expected = oracle_velocity(with_weights(model, weights), *inputs())
     assert relative_error(velocity(folder), expected) > 0.01
@@ -309,6 +315,14 @@ def test_an_fp8_teacher_is_changed_at_the_values_that_it_stands_for(tmp_path):
     path = write(tmp_path / "lora.safetensors", comfyui_keys(pairs))
     expected = oracle_velocity(with_weights(model, merged(model, pairs)), *inputs())
     assert relative_error(velocity(tmp_path / "wan.safetensors", (path, 1.0)), expected) < TOLERANCE
+
+
+def test_an_alpha_may_be_a_whole_number(teacher, tmp_path):
+    pairs = random_pairs(teacher[1])
+    keys = {key: value.long() if value.ndim == 0 else value for key, value in kohya_keys(pairs, 2.0).items()}
+    expected = oracle_velocity(with_weights(teacher[1], merged(teacher[1], pairs, 2 / 3)), *inputs())
+    path = write(tmp_path / "lora.safetensors", keys)
+    assert relative_error(velocity(teacher[0], (path, 1.0)), expected) < TOLERANCE
 
 
 def test_a_bf16_lora_in_a_bf16_teacher_is_summed_in_float32(tmp_path):
@@ -370,19 +384,19 @@ REFUSED = {
     "no tensors": (lambda pairs: {}, ["holds no tensors"]),
     "alphas alone": (
         lambda pairs: {f"{BLOCK}.alpha": torch.tensor(1.0)},
-        ["has alpha for", "nothing to change it with"],
+        ["has diffusion_model.blocks.0.self_attn.q.alpha and nothing to change"],
     ),
-    "an alpha without end": (plus(f"{BLOCK}.alpha", torch.tensor(float("inf"))), ["not finite"]),
-    "an alpha of nonsense": (plus(f"{BLOCK}.alpha", torch.tensor(1e30)), ["alpha is 1e+30; allowed"]),
-    "lengths of another size": (plus(f"{BLOCK}.dora_scale"), ["24x24", "lengths of 3"]),
-    "half of a LoKr": (plus(f"{BLOCK}.lokr_w1", torch.ones(4, 4)), ["4x4, which do not go together"]),
+    "an alpha without end": (plus(f"{BLOCK}.alpha", torch.tensor(float("inf"))), ["alpha of shape [] is inf; allowed"]),
+    "an alpha of nonsense": (plus(f"{BLOCK}.alpha", torch.tensor(1e30)), ["alpha of shape [] is 1e+30; allowed"]),
+    "lengths of another size": (plus(f"{BLOCK}.dora_scale"), ["24x24", "lengths of a DoRA", " of 3;"]),
+    "half of a LoKr": (plus(f"{BLOCK}.lokr_w1", torch.ones(4, 4)), ["parts that do not go together, 4x4"]),
     "a LoKr of another size": (
         lambda pairs: {f"{BLOCK}.lokr_w1": torch.ones(4, 4), f"{BLOCK}.lokr_w2": torch.ones(5, 5)},
         ["24x24", "4x4 and 5x5"],
     ),
     "a LoHa that does not multiply": (
         lambda pairs: {f"{BLOCK}.{name}": torch.ones(24, 3) for name in HADAMARD},
-        ["which do not go together"],
+        ["parts that do not go together"],
     ),
     "OFT": (plus(f"{BLOCK}.oft_blocks"), ["OFT", "oft_blocks"]),
     "not finite": (not_finite, ["lora_unet_blocks_1_ffn_0.lora_up.weight", "not finite"]),

@@ -5,21 +5,21 @@ of one tensor at a time, and is needed for such files alone.
 """
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wandistiller.errors import UserError, shown
+from wandistiller.errors import UserError, first_line, shown
 from wandistiller.files.atomic import atomic_path
-from wandistiller.files.checked_json import TeacherFileError
+from wandistiller.files.json_files import TeacherFileError
 from wandistiller.files.safetensors_files import StoredTensor, refusing_damage
 
 SUFFIX = ".gguf"
@@ -57,8 +57,7 @@ class GgufTensor(StoredTensor):
             return values.reshape(self.shape)
 
 
-@dataclass(frozen=True)
-class GgufHeader:
+class GgufHeader(NamedTuple):
     """The header of a GGUF file: its tensors by name, and its fields, such as general.architecture.
 
     Attributes:
@@ -68,10 +67,6 @@ class GgufHeader:
     tensors: dict[str, GgufTensor]
     fields: dict[str, Any]
 
-    @property
-    def texts(self) -> dict[str, str]:
-        return {name: value for name, value in self.fields.items() if isinstance(value, str)}
-
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """Read names, shapes and types of a file's tensors and its fields (github.com/ggml-org/ggml: docs/gguf.md).
@@ -80,7 +75,6 @@ def read_gguf_header(path: Path) -> GgufHeader:
         DamagedFileError: the file is missing or not whole.
         TeacherFileError: it holds a type that the library cannot make numbers of.
     """
-    _library(path)
     with refusing_damage(path, NO_GGUF):
         stat = path.stat()
     return _read_header(path, stat.st_size, stat.st_mtime_ns)
@@ -89,21 +83,20 @@ def read_gguf_header(path: Path) -> GgufHeader:
 @lru_cache(maxsize=8)  # the 256,384 words of a text encoder take a second
 def _read_header(path: Path, *state: int) -> GgufHeader:
     """Read a header; `state` is what changes with the file."""
-    gguf = _library(path)
     with refusing_damage(path, NO_GGUF):
         header = _Cursor(np.memmap(path, np.uint8, mode="r"))
         if header.take(4) != b"GGUF" or header.number("I") not in (2, 3):
             raise ValueError("it does not begin as one of version 2 or 3")
         num_tensors, num_fields = header.number("Q"), header.number("Q")
-        fields = dict(_each_once(header.field() for _ in range(num_fields)))
-        infos = dict(_each_once(header.tensor() for _ in range(num_tensors)))
+        fields = _each_once([header.field() for _ in range(num_fields)])
+        infos = _each_once([header.tensor() for _ in range(num_tensors)])
         alignment = fields.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= _MOST_ALIGNMENT:
             raise ValueError("general.alignment is no such number")
         start = -(-header.at // alignment) * alignment
         tensors = {}
         for name, (shape, kind, offset) in infos.items():
-            dtype, num_bytes = _stored_as(path, gguf, name, shape, kind)
+            dtype, num_bytes = _stored_as(path, name, shape, kind)
             if start + offset + num_bytes > header.size:
                 raise ValueError(
                     f"{name!r} of shape {list(shape)} in {dtype} does not end in its {header.size:,} bytes"
@@ -111,6 +104,12 @@ def _read_header(path: Path, *state: int) -> GgufHeader:
             tensor = GgufTensor(path, name, shape, dtype, start + offset, num_bytes)
             tensors[name] = tensor.with_shape(_noted_shape(fields, name) or shape)
     return GgufHeader(tensors, fields)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("it holds a name twice")
+    return found
 
 
 class _Cursor:
@@ -161,34 +160,21 @@ class _Cursor:
         return name, (shape, self.number("I"), self.number("Q"))
 
 
-def _each_once(pairs: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    seen = set()
-    for name, value in pairs:
-        if name in seen:
-            raise ValueError(f"it holds {name!r} twice")
-        seen.add(name)
-        yield name, value
-
-
-def _stored_as(path: Path, gguf: Any, name: str, shape: tuple[int, ...], kind: int) -> tuple[str, int]:
+def _stored_as(path: Path, name: str, shape: tuple[int, ...], kind: int) -> tuple[str, int]:
     """Return the type of a tensor's values and their bytes; a type that the library makes no numbers of is refused."""
-    if kind not in set(gguf.GGMLQuantizationType):
-        raise TeacherFileError(
-            f"{path}: holds a type of values that gguf {version('gguf')} does not know ({kind}, of {name}); try a newer gguf "
-            "(pip install -U gguf), or give another quantisation of this model"
-        )
-    dtype = gguf.GGMLQuantizationType(kind)
-    block, block_bytes = gguf.GGML_QUANT_SIZES[dtype]
-    if min(shape) < 1 or shape[-1] % block:
-        raise ValueError(f"{name!r} of shape {list(shape)} is not made of blocks of {dtype.name}")
+    gguf = _library(path)
     try:
+        dtype = gguf.GGMLQuantizationType(kind)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[dtype]
         if dtype.name not in _PLAIN:
             gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), dtype)
-    except NotImplementedError:
+    except (ValueError, NotImplementedError) as error:  # which name the type
         raise TeacherFileError(
-            f"{path}: {name} is stored as {dtype.name}, which gguf {version('gguf')} cannot make numbers of; give another "
-            "quantisation of this model, such as Q8_0"
+            f"{path}: {name} is of a type that gguf {version('gguf')} cannot make numbers of ({first_line(error)}); try a newer gguf "
+            "(pip install -U gguf), or give another quantisation of this model, such as Q8_0"
         ) from None
+    if min(shape) < 1 or shape[-1] % block:
+        raise ValueError(f"{name!r} of shape {list(shape)} is not made of blocks of {dtype.name}")
     return dtype.name, prod(shape) // block * block_bytes
 
 

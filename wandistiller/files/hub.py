@@ -24,12 +24,11 @@ def local_path(path: str | Path) -> Path:
     folder = Path(os.path.expanduser(path))  # which leaves the ~ of an unknown user as it is
     if folder.is_dir() and (folder / "snapshots").is_dir() and not (folder / "model_index.json").exists():
         main = folder / "refs" / "main"
-        named = folder / "snapshots" / main.read_text().strip() if main.is_file() else None
+        named = main.open("rb").read(100).strip().decode(errors="replace") if main.is_file() else ""
         snapshots = sorted((folder / "snapshots").iterdir())
-        if named in snapshots:
-            return named
-        if len(snapshots) == 1:
-            return snapshots[0]
+        chosen = [snapshot for snapshot in snapshots if snapshot.name == named] or snapshots
+        if len(chosen) == 1:
+            return chosen[0]
     return folder
 
 

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from wandistiller.errors import UserError, first_line
 from wandistiller.files.atomic import atomic_path
-from wandistiller.files.checked_json import TeacherFileError, read_json
-from wandistiller.files.json_files import parse_json
+from wandistiller.files.json_files import TeacherFileError, parse_json, read_json
 from wandistiller.files.paths import require_file, stays_inside
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wandistiller.errors import first_line
-from wandistiller.files.checked_json import TeacherFileError
+from wandistiller.errors import first_line, shown
+from wandistiller.files.json_files import TeacherFileError
 from wandistiller.files.paths import require_file
 from wandistiller.files.safetensors_files import DTYPES, StoredTensor
 
 SUFFIXES = (".pth", ".pt")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_WRAPPERS = ("state_dict", "model_state", "model", "module")  # where trainers keep the tensors among other things
+_MOST_PICKLE_BYTES = 2**26  # of names and shapes; the values lie in records of their own
 
 
 def read_torch_header(path: Path) -> dict[str, StoredTensor]:
@@ -28,8 +28,11 @@ def read_torch_header(path: Path) -> dict[str, StoredTensor]:
     try:
         require_file(path)
         with zipfile.ZipFile(path) as archive:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise ValueError("its records are compressed, which torch does not write")
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError("its records are compressed, which torch does not write")
+                if record.filename.endswith(".pkl") and record.file_size > _MOST_PICKLE_BYTES:
+                    raise ValueError(f"its {record.filename} has {record.file_size:,} bytes")
         values = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # torch and zipfile have a dozen types for a bad file
         is_more = type(error).__name__ == "UnpicklingError"  # its module is not imported anywhere in this project
@@ -37,12 +40,22 @@ def read_torch_header(path: Path) -> dict[str, StoredTensor]:
         raise TeacherFileError(
             f"{path}: is no whole checkpoint of torch.save ({reason}); copy it again, or get the safetensors version"
         ) from None
-    for name in _WRAPPERS:
-        if isinstance(values, dict) and isinstance(values.get(name), dict):
-            values = values[name]
+    tensors = _tensors_in(path, values)
+    return {str(name): _stored(path, str(name), value, path.stat().st_size) for name, value in tensors.items()}
+
+
+def _tensors_in(path: Path, values: object) -> dict:
+    """Return the tensors by name, which trainers keep among other things, such as {"state_dict": ..., "epoch": 3}."""
     if not isinstance(values, dict) or not values:
         raise TeacherFileError(f"{path}: holds no tensors by name")
-    return {str(name): _stored(path, str(name), value, path.stat().st_size) for name, value in values.items()}
+    inner = {name: value for name, value in values.items() if isinstance(value, dict)}
+    models = [name for name, value in inner.items() if any(isinstance(part, Tensor) for part in value.values())]
+    if len(models) > 1:
+        names = ", ".join(map(shown, models))
+        raise TeacherFileError(f"{path}: holds several models ({names}); save one of them as a file of its own")
+    if models:
+        return inner[models[0]]
+    return _tensors_in(path, next(iter(inner.values()))) if len(inner) == len(values) == 1 else values
 
 
 def _stored(path: Path, name: str, value: object, size: int) -> StoredTensor:

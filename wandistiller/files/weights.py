@@ -6,6 +6,7 @@ against each other, and returns `Weight`s, whose numbers are checked to be finit
 
 import contextlib
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -17,10 +18,9 @@ from torch import Tensor
 
 from wandistiller.errors import shown
 from wandistiller.files.atomic import file_digest, write_json
-from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.files.gguf_files import SUFFIX as GGUF_SUFFIX
 from wandistiller.files.gguf_files import read_gguf_header
-from wandistiller.files.json_files import JsonError, load_json, parse_json
+from wandistiller.files.json_files import JsonError, TeacherFileError, load_json, parse_json
 from wandistiller.files.safetensors_files import StoredTensor, indexed_files, read_header
 from wandistiller.files.torch_files import SUFFIXES as TORCH_SUFFIXES
 from wandistiller.files.torch_files import read_torch_header
@@ -38,6 +38,7 @@ _SCALES = ("scale_weight", "weight_scale")
 _MARKER = "scaled_fp8"  # its own type is that of the scaled weights; float32 stands for float8_e4m3fn (ComfyUI: model_detection.py)
 _LAYER_MARKER = "comfy_quant"
 _MOST_MARKER_BYTES = 4096
+_MOST_TENSORS = 20_000  # of a file; with three scales a weight, a Wan with VAE and text encoder in one has 5,000
 # Tensors that no weight is, whatever the model: their names, how many values they may have, and why they do no harm.
 _HARMLESS = (
     (re.compile(r"(^|\.)spiece_model$"), 2**28, "the tokenizer's words, no weight"),
@@ -62,8 +63,12 @@ def is_torch(path: Path) -> bool:
 def stored_tensors(path: Path) -> Mapping[str, Stored]:
     """Return every tensor of a .safetensors, .gguf or .pth file by its name there; only the header is read."""
     if is_gguf(path):
-        return read_gguf_header(path).tensors
-    return read_torch_header(path) if is_torch(path) else read_header(path).tensors
+        tensors: Mapping[str, Stored] = read_gguf_header(path).tensors
+    else:
+        tensors = read_torch_header(path) if is_torch(path) else read_header(path).tensors
+    if len(tensors) > _MOST_TENSORS:
+        raise TeacherFileError(f"{path}: holds {len(tensors):,} tensors, as no model does; at most {_MOST_TENSORS:,}")
+    return tensors
 
 
 def weight_files(folder: Path, allowed: str = "*.safetensors") -> list[Path]:
@@ -117,16 +122,18 @@ class Weight:
         """Read the weight to the CPU in its stored precision; one in fp8 or with a scale becomes float32.
 
         Raises:
-            TeacherFileError: a number of it is not finite.
+            TeacherFileError: a number of it is not finite, or its scale is below 0.
         """
         values = self.stored.read()
         if self.stored.dtype in _FP8 or self.scale is not None:
             values = values.float()
         if self.scale is not None:
-            values.mul_(_spread(self.scale.read().float(), values.shape))
+            scale = self.scale.read().float()
+            values.mul_(_spread(scale.where(scale >= 0, math.nan), values.shape))
         if values.numel() and not all(bound.isfinite() for bound in values.aminmax()):
             raise TeacherFileError(
-                f"{self.stored.path}: {self.stored.key} holds numbers that are not finite; the file is damaged, copy it again"
+                f"{self.stored.path}: {self.stored.key} holds numbers that are not finite{' or a scale below 0' if self.scale else ''}; "
+                "the file is damaged, copy it again"
             )
         return values
 

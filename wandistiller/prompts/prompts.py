@@ -8,25 +8,32 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from wandistiller.errors import UserError
 from wandistiller.prompts.caption_files import CONTROL, MEDIA, TEXT, WHOLE, CaptionFile, find_caption_files, text_lines
-from wandistiller.prompts.tables import WrongRow, table_rows
+from wandistiller.prompts.tables import DELIMITERS, USUAL_COLUMNS, WrongRow, table_rows
 from wandistiller.prompts.templates import draw_prompts, is_template
 
 SLUG_LENGTH = 48  # letters of a prompt in the name of its picture
 NUM_HELD_OUT = 16  # prompts that a run measures on
 NUM_OF_TEMPLATES = 4096  # prompts that templates give where nobody says how many
-LONGEST_PROMPT = 1_000_000  # letters; Wan reads 512 tokens
+LONGEST_PROMPT = 20_000  # letters; Wan reads 512 tokens, some 2,500
 LOOKED_AT = 100  # prompts that tell what a file holds
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MEDIA = "|".join(MEDIA)
 _NAME_OF_A_FILE = re.compile(rf"(?:https?://\S+|.*\.(?:{_MEDIA}|txt|caption|json|npz|npy|pt|safetensors))", re.I)
-_BEHIND_A_NAME = re.compile(rf"\S+\.(?:{_MEDIA})[\s,;|:]+\S.*", re.I)
-_SETTING = re.compile(r"\w+\s*=\s*\S.*|\[+[\w.-]+\]+")  # a line of TOML or of an .ini
+_BEHIND_A_NAME = re.compile(rf"\S+\.(?:{_MEDIA})[\s,;|:]+\S.*|.*\.(?:{_MEDIA})[\t,;|:]\s*\S.*", re.I)
+# A line of TOML or of an .ini, or of what stands for a file that was not fetched
+_SETTING = re.compile(
+    r"\w+\s*=\s*\S.*|\[+[\w.-]+\]+|(?:version https://git-lfs|oid sha256:|size \d+$|<!doctype html|<html).*", re.I
+)
 _JSON = re.compile(r'[\[{][\[{]?\s*(?:"|$)')  # how the first line of JSON begins, or all of it
-_SYNTAX = re.compile(r"\{[^{}|]{0,99}\|[^{}]{0,99}\}|__\w[\w/ *-]{0,99}?__")
+_HEADER = re.compile(rf"(?:\w+[{DELIMITERS}])*(?:{'|'.join(USUAL_COLUMNS)})(?:[{DELIMITERS}]\w+)*", re.I)  # of a table
+_SYNTAX = re.compile(
+    r"\{[^{}|]{0,99}\|[^{}]{0,99}\}|__\w[\w/ *-]{0,99}?__|<(?:lora|lyco|hypernet):|\([^()]{1,99}:\d*\.?\d+\)"
+)
 # What kohya's and musubi's sample prompts, or Midjourney's, have behind a prompt
 _OPTIONS = re.compile(
     r"\s--(?:[wdhslngfiovq]|fs|ar|am|ci|no|iw|ow|cfg|seed|niji|style|stylize|chaos|tile|raw)(?:\s.*|$)", re.S
@@ -91,9 +98,10 @@ def load_prompts(
     num_rows = 0
     files = find_caption_files(path, prompt_per)
     for file in files:
-        for prompt in _looked_at(file, READERS.get(file.kind, _captions)(file, caption_column, left_out)):
-            shortened = _without_options(prompt, noted)
-            prompts.setdefault(" ".join(shortened.split()), shortened)
+        for text in _looked_at(file, READERS.get(file.kind, _captions)(file, caption_column, left_out)):
+            key, prompt, notes_of_it = _prompt_of(text)
+            prompts.setdefault(key, prompt)
+            noted.update(notes_of_it)
             num_rows += 1
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
     rows = f"{left_out.total()} rows left out: {reasons}" if left_out else ""
@@ -116,31 +124,41 @@ def _how_read(files: Sequence[CaptionFile], num_rows: int) -> Iterator[str]:
         yield f"{kinds[TEXT]} files read a prompt a line (--prompt_per file: a prompt each)"
 
 
-def _without_options(prompt: str, noted: Counter[str]) -> str:
-    """Return a prompt without what other tools take for options; count those, and templates' syntax that is learnt as it stands."""
-    if " --" in prompt and (options := _OPTIONS.search(prompt)) and options.start():
-        noted["cut before options such as --w 832"] += 1
-        prompt = prompt[: options.start()].rstrip()
-    if ("{" in prompt or "__" in prompt) and _SYNTAX.search(prompt):
-        noted["hold {a|b} or __name__, which only a file NAME.template.txt draws from"] += 1
-    return prompt
+@lru_cache(maxsize=1024)  # a packed table may hold a long caption a million times
+def _prompt_of(text: str) -> tuple[str, str, tuple[str, ...]]:
+    """Return what tells repeats, a prompt without what other tools take for options, and notes on that and on syntax learnt as it is."""
+    notes = ()
+    if " --" in text and (options := _OPTIONS.search(text)) and options.start():
+        notes = ("cut before options such as --w 832",)
+        text = text[: options.start()].rstrip()
+    if any(mark in text for mark in "{_<(") and _SYNTAX.search(text):
+        notes += (
+            "hold {a|b}, __name__, <lora:...> or (word:1.2), learnt as they stand (NAME.template.txt draws the first two)",
+        )
+    return " ".join(text.split()), text, notes
 
 
 def _looked_at(file: CaptionFile, prompts: Iterator[str]) -> Iterator[str]:
     """Refuse prompts whose first ones are all something else: names of files, or settings."""
     first = list(itertools.islice(prompts, LOOKED_AT))
-    if first and all(map(_NAME_OF_A_FILE.fullmatch, first)):
+
+    def mostly(pattern: re.Pattern[str]) -> bool:
+        return sum(bool(pattern.fullmatch(prompt)) for prompt in first) * 2 >= max(1, len(first))
+
+    if mostly(_NAME_OF_A_FILE):
         raise UserError(
             f"{file.path}: holds names of files or addresses such as {first[0][:60]!r}, and no captions; give the captions"
         )
-    if first and all(map(_BEHIND_A_NAME.fullmatch, first)):
+    if mostly(_BEHIND_A_NAME):
         raise UserError(
             f"{file.path}: each caption stands behind the name of a file; make it a .tsv or .csv whose first line names the columns"
         )
-    if file.kind == TEXT and sum(bool(_SETTING.fullmatch(prompt)) for prompt in first) * 2 > len(first):
+    if file.kind == TEXT and mostly(_SETTING):
         raise UserError(
-            f"{file.path}: is a config, such as {first[0][:60]!r}, and holds no captions; give those that it names"
+            f"{file.path}: is a config or no text of its own, such as {first[0][:60]!r}, and holds no captions; give those that it names"
         )
+    if file.kind == TEXT and first and re.search(f"[{DELIMITERS}]", first[0]) and _HEADER.fullmatch(first[0]):
+        raise UserError(f"{file.path}: is a table, whose first line is {first[0][:60]!r}; name it .csv or .tsv")
     return itertools.chain(first, prompts)
 
 
@@ -175,30 +193,43 @@ def _whole(file: CaptionFile, column: str | None, left_out: Counter[str]) -> Ite
     num_letters = 0
     for _, line in text_lines(file.path):
         lines.append(line.strip("\ufeff \t"))
-        num_letters += len(line) + 1
+        num_letters += len(line)
         if num_letters > LONGEST_PROMPT:
-            raise UserError(f"{file.path}: is longer than {LONGEST_PROMPT:,} letters, and no caption")
-    yield from _usable(" ".join(filter(None, lines)), left_out)
+            break
+    yield from _usable(" ".join(filter(None, lines)), str(file.path), left_out)
 
 
-def _captions(file: CaptionFile, column: str | None, left_out: Counter[str]) -> Iterator[str]:
+def _captions(file: CaptionFile, asked: str | None, left_out: Counter[str]) -> Iterator[str]:
     """Yield the captions of a table, each of a list of them, and count the rows that have none."""
-    for row in table_rows(file, column):
+    column, rows = table_rows(file, asked)
+    for number, row in enumerate(rows, start=1):
         for caption in row if isinstance(row, list) and row else [row]:
-            if isinstance(caption, WrongRow):
-                left_out[caption.reason] += 1
-            elif caption is not None and not isinstance(caption, str):
-                left_out["whose caption is no text"] += 1
-            else:
-                yield from _usable(caption or "", left_out)
+            yield from _usable(caption, f"{file.path}, row {number} of column {column!r}", left_out)
 
 
-def _usable(caption: str, left_out: Counter[str]) -> Iterator[str]:
-    """Yield a caption with its line breaks as spaces, or count what is wrong with it."""
-    if reason := unusable(caption):
-        left_out[f"whose caption {reason}"] += 1
+def _usable(caption: object, where: str, left_out: Counter[str]) -> Iterator[str]:
+    """Yield a caption with its line breaks as spaces, or count what is wrong with it.
+
+    Raises:
+        UserError: it is longer than any caption.
+    """
+    if isinstance(caption, WrongRow):
+        left_out[caption.reason] += 1
+    elif not isinstance(caption, str | None):
+        left_out["whose caption is no text"] += 1
+    elif len(caption or "") > LONGEST_PROMPT:
+        raise UserError(f"{where}: is longer than {LONGEST_PROMPT:,} letters, and no caption")
     else:
-        yield " ".join(caption.split())
+        reason, text = _on_one_line(caption or "")
+        if reason:
+            left_out[f"whose caption {reason}"] += 1
+        else:
+            yield text
+
+
+@lru_cache(maxsize=1024)
+def _on_one_line(caption: str) -> tuple[str | None, str]:
+    return unusable(caption), " ".join(caption.split())
 
 
 READERS: dict[str, Callable[[CaptionFile, str | None, Counter[str]], Iterator[str]]] = {TEXT: _lines, WHOLE: _whole}

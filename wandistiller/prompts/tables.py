@@ -17,7 +17,7 @@ USUAL_COLUMNS = ("caption", "captions", "prompt", "prompts", "text", "texts")
 DELIMITERS = ",;\t|"
 LOOKED_AT_ROWS, LOOKED_AT_LETTERS = 1000, 2**22  # of a file of JSON, whose keys are its columns
 # Of a column of Parquet: captions pack to a third or a tenth; what unpacks to far more was made to fill the memory.
-MOST_VALUES, MOST_UNPACKED, UNPACKED_BYTES = 100_000_000, 100, 8 * 2**20
+MOST_VALUES, MOST_UNPACKED, UNPACKED_BYTES = 20_000_000, 100, 8 * 2**20
 SHOWN_COLUMNS, SHOWN_LETTERS = 12, 24  # of a table, in a message
 
 
@@ -34,8 +34,8 @@ class Table(NamedTuple):
     rows_of: Callable[[str], Iterator[object]]
 
 
-def table_rows(file: CaptionFile, asked: str | None = None) -> Iterator[object]:
-    """Yield what the column of captions holds in each row of a table, whatever it is.
+def table_rows(file: CaptionFile, asked: str | None = None) -> tuple[str, Iterator[object]]:
+    """Return the column of captions, and what it holds in each row of a table, whatever that is.
 
     Args:
         asked: the column that holds the captions. None takes the one with a caption's name, never another: that may hold the names of
@@ -46,13 +46,13 @@ def table_rows(file: CaptionFile, asked: str | None = None) -> Iterator[object]:
     """
     table = TABLES[file.kind](file.path)
     if not table.columns and file.kind in (JSON, JSON_LINES):  # a list of texts, in which nothing has a name
-        return table.rows_of("")
+        return "", table.rows_of("")
     names = _usual(table.columns)
     if asked is not None:
         alike = [name for name in table.columns if name.strip().lower() == asked.strip().lower()]
         names = [asked] if asked in alike else alike[:1]
     if len(names) == 1:
-        return table.rows_of(names[0])
+        return names[0], table.rows_of(names[0])
     has = _listed(table.columns)
     if asked is not None:
         raise UserError(f"{file.path}: --caption_column {asked!r} is no column of it; {has}")
@@ -187,7 +187,7 @@ def _parquet_table(path: Path) -> Table:
         kind = schema.field(schema.names.index(name)).type
         if not _is_text(kind):
             raise UserError(f"{path}: column {name!r} holds {kind}, no text; {_listed(schema.names)}")
-        # As a dictionary, a caption that repeats is in memory once.
+        # As a dictionary, a caption that repeats is in memory once, and cleaned once.
         leaves = _checked_leaves(path, metadata, name)
         with _parquet_refusals(path), parquet.ParquetFile(path, read_dictionary=leaves) as same:
             for batch in same.iter_batches(batch_size=4096, columns=[name]):
@@ -230,15 +230,18 @@ def _is_text(kind: Any) -> bool:
 
 
 def _texts(values: Any) -> Iterator[object]:
-    """Yield the texts of a column one by one, also those of its lists: a batch of equal ones is small only while it is packed."""
+    """Yield what each row of a column holds: a text, None, or a list of texts; equal texts of it are one object."""
     from pyarrow import types
 
-    is_list = types.is_list(values.type) or types.is_large_list(values.type)
-    for value in values:
-        if is_list and value.is_valid and len(value.values):
-            yield from _texts(value.values)
-        else:
-            yield None if is_list else _text(value)
+    if types.is_list(values.type) or types.is_large_list(values.type):
+        inside = _texts(values.flatten())
+        for size in values.value_lengths().to_pylist():
+            yield list(itertools.islice(inside, size or 0))
+        return
+    if not types.is_dictionary(values.type):
+        values = values.dictionary_encode()
+    texts = [_text(value) for value in values.dictionary]
+    yield from (None if index is None else texts[index] for index in values.indices.to_pylist())
 
 
 def _text(value: Any) -> object:

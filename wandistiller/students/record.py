@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wandistiller.errors import UserError
-from wandistiller.files.checked_json import PATH, RATIO, STEPS, TEXT, Kind, is_number
+from wandistiller.files.json_files import PATH, RATIO, STEPS, TEXT, Kind, is_number
 from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, StudentConfig
 from wandistiller.model.image_sizes import MAX_SIZES, ImageSize, is_size, square
 from wandistiller.wan.record_kinds import SAMPLING_KINDS, SIGMA_RANGE, latents_kinds

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from wandistiller.errors import UserError
-from wandistiller.files.checked_json import COMPONENT, POSITIVE, RATIO, TeacherFileError, read_json, setting
 from wandistiller.files.hub import fetch, is_hub_id, local_path
+from wandistiller.files.json_files import COMPONENT, POSITIVE, RATIO, TeacherFileError, read_json, setting
 from wandistiller.files.weights import is_weight_file, stored_tensors, weight_files
 from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, StudentConfig
 from wandistiller.wan.mock import mock_wan_files
-from wandistiller.wan.names import COMFYUI_FOLDERS, refuse_other_kind, side_of, teacher_record
+from wandistiller.wan.names import COMFYUI_FOLDERS, comfyui_models, refuse_other_kind, side_of, teacher_record
 from wandistiller.wan.record_kinds import SAMPLING_KINDS, latents_kinds
 from wandistiller.wan.transformer_files import (
     LAYOUTS,
@@ -28,7 +28,7 @@ from wandistiller.wan.wan_files import WanFiles, with_latents
 
 MODULAR_INDEX = "modular_model_index.json"
 # Other files with Wan in their names that lie in these folders
-_OTHERS = re.compile(r"i2v|flf2v|vace|animate|s2v|fun|camera|lora|vae|umt5|control", re.IGNORECASE)
+_OTHERS = re.compile(r"(?<!t)i2v|flf2v|vace|animate|s2v|fun|camera|lora|vae|umt5|control", re.IGNORECASE)
 _HUB_FILES = ["*.json", WEIGHTS_NAME, "diffusion_pytorch_model*.safetensors"] + [
     f"{folder}/*.safetensors" for folder in ("transformer", "transformer_2", "high_noise_model", "low_noise_model")
 ]
@@ -163,8 +163,8 @@ def _open_folder(folder: Path, location: str) -> WanFiles:
             return _open_pipeline_folder(folder, location, index_name)
     if (folder / CONFIG_NAME).is_file():
         return WanFiles(location, {"high": open_student(folder)})
-    if any((folder / name).is_dir() for name in COMFYUI_FOLDERS):
-        return _open_comfyui_folder(folder, location)
+    if models := comfyui_models(folder):
+        return _open_comfyui_folder(models, location)
     return _open_original_folder(folder, location)
 
 
@@ -189,6 +189,9 @@ def _check_experts_agree(wan_files: WanFiles) -> None:
     shapes = {name: expert.config for name, expert in wan_files.experts.items()}
     if len(set(map(StudentConfig.to_json, shapes.values()))) > 1:
         raise TeacherFileError(f"{wan_files.location}: the high-noise and the low-noise expert differ in shape")
+    files = [{path.resolve() for path in expert.files} for expert in wan_files.experts.values()]
+    if len(files) == 2 and files[0] & files[1]:
+        raise TeacherFileError(f"{wan_files.location}: is given as both experts; give the two files, or this one alone")
 
 
 def _with_own_record(wan_files: WanFiles) -> WanFiles:

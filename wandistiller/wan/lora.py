@@ -7,7 +7,7 @@ quantised tensor comes as its reader gives it, is changed, and becomes what the 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from wandistiller.errors import shown
-from wandistiller.files.checked_json import read_json
 from wandistiller.files.hub import local_path
-from wandistiller.files.json_files import JsonError, parse_json
+from wandistiller.files.json_files import JsonError, load_json, parse_json
 from wandistiller.files.safetensors_files import StoredTensor, read_header
-from wandistiller.files.weights import FLOATS, Weight, kept_digest
+from wandistiller.files.weights import FLOATS, Weight, kept_digest, stored_tensors
 from wandistiller.wan.lora_keys import METHODS, LoraError, read_keys
 from wandistiller.wan.names import title_of
 from wandistiller.wan.transformer_files import Readable
@@ -130,6 +129,7 @@ def open_lora(path: str | Path, scale: float, shapes: Mapping[str, tuple[int, ..
         LoraError: it is missing, damaged, of another model, or of a kind that is not merged.
     """
     path = local_path(path)
+    path = path / _PEFT_FILE if path.is_dir() else path
     if not path.is_file():
         raise LoraError(f"{path}: there is no such file; give a LoRA as FILE.safetensors, or FILE.safetensors:SCALE")
     if path.suffix.lower() != ".safetensors":
@@ -138,95 +138,77 @@ def open_lora(path: str | Path, scale: float, shapes: Mapping[str, tuple[int, ..
         )
     if not abs(scale) <= _LARGEST_SCALE:
         raise LoraError(f"{path}: a scale of {scale:g}; allowed: a number of at most {_LARGEST_SCALE:g}")
-    header = read_header(path)
+    tensors, metadata = stored_tensors(path), read_header(path).metadata
     parts: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-    for key, (part, name) in read_keys(path, header.tensors, shapes).items():
-        stored = header.tensors[key]
-        if stored.dtype not in FLOATS:
-            raise LoraError(f"{path}: {key} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8")
+    for key, (part, name) in read_keys(path, tensors, shapes).items():
+        stored = tensors[key]
         if part in parts[name]:
             raise LoraError(f"{path}: changes {name} twice, the second time as {key}; save the LoRA again")
-        Weight(stored).read()
+        if (
+            part != "alpha"
+        ):  # which may be a whole number, and without an end where it counts for nothing (LoKr of whole matrices)
+            if stored.dtype not in FLOATS:
+                raise LoraError(f"{path}: {key} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8")
+            Weight(stored).read()
         parts[name][part] = stored
-    reader = _Reader(path, parts, shapes, _peft_factors(path, header.metadata))
-    changes = {name: reader.changes(name) for name in parts}
-    magnitudes = {name: reader.magnitude(name) for name, of_tensor in parts.items() if "magnitude" in of_tensor}
-    if reader.factors.is_dora and not magnitudes:
+    factors = _peft_factors(path, metadata)
+    changes = {name: _changes(name, own, shapes[name], factors) for name, own in parts.items()}
+    magnitudes = {name: own["magnitude"] for name, own in parts.items() if "magnitude" in own}
+    for name, lengths in magnitudes.items():
+        if lengths.shape not in ((shapes[name][0],), (shapes[name][0], 1)):
+            raise _other_shape(name, shapes[name], [lengths], "lengths of a DoRA, one of each row, of ")
+    if factors.is_dora and not magnitudes:
         raise LoraError(f"{path}: says that it is a DoRA (use_dora) and holds no lengths; save the LoRA again")
-    return Lora(path, kept_digest(path), scale, changes, shapes, magnitudes, title_of(header.metadata), expert)
+    return Lora(path, kept_digest(path), scale, changes, shapes, magnitudes, title_of(metadata), expert)
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Puts the parts that change one tensor together, and holds them against its shape."""
-
-    path: Path
-    parts: Mapping[str, Mapping[str, StoredTensor]]
-    shapes: Mapping[str, tuple[int, ...]]
-    factors: "_Factors"
-
-    def changes(self, name: str) -> list[Change]:
-        parts = self.parts[name]
-        of_methods = [{part: parts[part] for part in method if part in parts} for method in METHODS]
-        found = [self._change(name, own) for own in of_methods if own]
-        if not found:
-            raise LoraError(
-                f"{self.path}: has {', '.join(parts)} for {name} and nothing to change it with; copy it again"
-            )
-        return found
-
-    def _change(self, name: str, own: Mapping[str, StoredTensor]) -> Change:
-        if "up_bias" in own:  # PEFT's of lora_B, whose factor is that of the weight
-            rank = _rank(self.parts.get(f"{name.removesuffix('bias')}weight", {}))
-            change = Change({"diff": own["up_bias"]}, self.factors.of(name, rank))
-        else:
-            rank = _rank(own)
-            change = Change(own, (self._alpha(name, rank) or self.factors.of(name, rank)) if rank else 1.0)
-        given = " and ".join(_times(stored.shape) for stored in own.values())
+def _changes(
+    name: str, own: Mapping[str, StoredTensor], shape: tuple[int, ...], factors: "_Factors"
+) -> Sequence[Change]:
+    """Put the parts that change one tensor together, and hold them against its shape."""
+    changes = []
+    for method in METHODS:
+        parts = {part: own[part] for part in method if part in own}
+        if not parts:
+            continue
+        rank = next((parts[part].shape[0] for part in _INNER if part in parts and parts[part].shape), 0)
+        # Without a rank it is a difference, or whole matrices.
+        change = Change(parts, (_own_factor(own, rank) or factors.of(name, rank)) if rank else 1.0)
         try:
-            made, shape = change.shape(), self.shapes[name]
+            made = change.shape()
         except (RuntimeError, LookupError):
-            raise self._other_shape(name, f"{given}, which do not go together") from None
-        is_whole = "diff" in change.parts
-        sizes = [[size for size in sizes if size > 1] for sizes in (made, shape)] if is_whole else []
-        fits = sizes[0] == sizes[1] if is_whole else (made[0], made.numel()) == (shape[0], math.prod(shape))
-        if not fits or any(0 in stored.shape for stored in own.values()):
-            raise self._other_shape(name, given)
-        return change
+            raise _other_shape(name, shape, parts.values(), "parts that do not go together, ") from None
+        sizes = [[size for size in sizes if size > 1] for sizes in (made, shape)]
+        fits = sizes[0] == sizes[1] if "diff" in parts else (made[0], made.numel()) == (shape[0], math.prod(shape))
+        if not fits or any(0 in stored.shape for stored in parts.values()):
+            raise _other_shape(name, shape, parts.values())
+        changes.append(change)
+    if not changes:
+        first = next(iter(own.values()))
+        raise LoraError(f"{first.path}: has {first.key} and nothing to change {name} with; copy it again")
+    return changes
 
-    def magnitude(self, name: str) -> StoredTensor:
-        stored, rows = self.parts[name]["magnitude"], self.shapes[name][0]
-        if stored.shape not in ((rows,), (rows, 1)):
-            raise self._other_shape(name, f"lengths of {_times(stored.shape)} (a DoRA, one of each row)")
-        return stored
 
-    def _alpha(self, name: str, rank: int) -> float | None:
-        """Return alpha / rank, None where the file has no alpha of this tensor."""
-        if (stored := self.parts[name].get("alpha")) is None:
-            return None
-        if math.prod(stored.shape) != 1:
-            raise LoraError(f"{self.path}: {stored.key} is {_times(stored.shape)}, and an alpha is one number")
-        if not 0 < abs(alpha := float(stored.read())) <= _LARGEST_SCALE:
-            raise LoraError(
-                f"{self.path}: {stored.key} is {alpha:g}; allowed: a number above 0, at most {_LARGEST_SCALE:g}"
-            )
-        return alpha / rank
-
-    def _other_shape(self, name: str, given: str) -> LoraError:
-        return LoraError(
-            f"{self.path}: changes {name}, which is {_times(self.shapes[name])} in this Wan, by {given}; it is damaged, or a LoRA of another model: "
-            "give one that was trained on a Wan of this size"
+def _own_factor(own: Mapping[str, StoredTensor], rank: int) -> float | None:
+    """Return alpha / rank, None where the file has no alpha of this tensor."""
+    if (stored := own.get("alpha")) is None:
+        return None
+    alpha = float(stored.read()) if math.prod(stored.shape) == 1 else math.nan
+    if not 0 < abs(alpha) <= _LARGEST_SCALE:
+        raise LoraError(
+            f"{stored.path}: {stored.key} of shape {list(stored.shape)} is {alpha:g}; allowed: one number above 0, at most "
+            f"{_LARGEST_SCALE:g}"
         )
+    return alpha / rank
 
 
-def _rank(parts: Mapping[str, StoredTensor]) -> int:
-    """Return the rank of a product, 0 of a whole difference."""
-    inner = next((parts[part] for part in _INNER if part in parts), None)
-    return inner.shape[0] if inner is not None and inner.shape else 0
-
-
-def _times(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "one number"
+def _other_shape(name: str, shape: Sequence[int], given: Iterable[StoredTensor], what: str = "") -> LoraError:
+    stored = list(given)
+    sizes = " and ".join("x".join(map(str, part.shape)) or "one number" for part in stored)
+    return LoraError(
+        f"{stored[0].path}: changes {name}, which is {'x'.join(map(str, shape))} in this Wan, by {what}{sizes}; it is damaged, or a LoRA "
+        "of another model: give one that was trained on a Wan of this size"
+    )
 
 
 # ---- factors that are not in the tensors ----
@@ -238,49 +220,41 @@ class _Factors:
 
     alpha: float | None = None
     alphas: Mapping[str, float] = field(default_factory=dict)
-    rank: float | None = None
     uses_root: bool = False
     is_dora: bool = False
 
     def of(self, name: str, rank: int) -> float:
-        """Return the factor for a tensor; without a rank of its own (a bias) that of the config counts."""
+        """Return the factor for a tensor."""
         module = name.rpartition(".")[0]
         # The first pattern that fits counts, from a dot on or, with ^, from the start (peft: utils/other.py, get_pattern_key).
         fitting = (own for pattern, own in self.alphas.items() if re.match(rf"(?:.*\.)?(?:{pattern})$", module))
         alpha = next(fitting, self.alpha)
-        rank_or_none = rank or self.rank
-        if alpha is None or not rank_or_none:
-            return 1.0
-        return alpha / (math.sqrt(rank_or_none) if self.uses_root else rank_or_none)
+        return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.uses_root else rank)
 
 
 def _peft_factors(path: Path, metadata: Mapping[str, str]) -> _Factors:
     """Read the alphas that diffusers keeps in a file's metadata, and PEFT in a file beside its own."""
-    beside = path.with_name(_PEFT_CONFIG)
-    if PEFT_METADATA in metadata:
-        where = f"{path}, {PEFT_METADATA} in its metadata"
-        try:
+    where, beside = f"{path}, {PEFT_METADATA} in its metadata", path.with_name(_PEFT_CONFIG)
+    try:
+        if PEFT_METADATA in metadata:
             values = parse_json(metadata[PEFT_METADATA])
-        except JsonError as error:
-            raise LoraError(f"{where}: {error}; save the LoRA again") from None
-    elif path.name == _PEFT_FILE and beside.is_file():
-        where, values = str(beside), read_json(beside)
-    else:
-        return _Factors()
+        elif path.name == _PEFT_FILE and beside.is_file():
+            where, values = str(beside), load_json(beside)
+        else:
+            return _Factors()
+    except JsonError as error:
+        raise LoraError(f"{where}: {error}; save the LoRA again") from None
     if not isinstance(values, dict):
         raise LoraError(f"{where}: holds a {type(values).__name__}, not the settings of a LoRA; save the LoRA again")
     values = {name.removeprefix("transformer."): value for name, value in values.items()}
-    alphas = values.get("alpha_pattern") or {}
-    numbers = [value for value in (values.get("lora_alpha"), values.get("r")) if value is not None]
-    if not isinstance(alphas, dict) or not all(map(_is_positive, [*numbers, *alphas.values()])):
-        raise LoraError(f"{where}: lora_alpha, r and alpha_pattern must be numbers above 0; save the LoRA again")
+    alpha, alphas = values.get("lora_alpha"), values.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict) or not all(map(_is_positive, [1 if alpha is None else alpha, *alphas.values()])):
+        raise LoraError(f"{where}: lora_alpha and alpha_pattern must be numbers above 0; save the LoRA again")
     if bad := [pattern for pattern in alphas if not _is_quick_pattern(pattern)]:
         raise LoraError(
             f"{where}: alpha_pattern holds {shown(bad[0])}, which is no plain pattern of names; save the LoRA again"
         )
-    return _Factors(
-        values.get("lora_alpha"), alphas, values.get("r"), bool(values.get("use_rslora")), bool(values.get("use_dora"))
-    )
+    return _Factors(alpha, alphas, bool(values.get("use_rslora")), bool(values.get("use_dora")))
 
 
 def _is_positive(value: object) -> bool:

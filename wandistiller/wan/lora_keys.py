@@ -10,20 +10,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from wandistiller.errors import UserError, shown
-from wandistiller.wan.names import other_wan_kind, to_original
+from wandistiller.wan.names import WRAPPER, other_wan_kind, to_original
 
-_PREFIXES = (
-    "base_model.model.",
-    *("model.diffusion_model.", "diffusion_model.", "transformer.", "pipe.dit.", "dit.", "module.", "model.", "net."),
-    *("lora_unet_", "lora_transformer_", "lycoris_"),
+# What the Wan lies in by the names of a key, such as base_model.model., lora_unet_ or pipe.dit.
+_PREFIX = re.compile(
+    r"(?:(?:base_model|model|diffusion_model|transformer|unet|pipe|dit|module|net|lora|lycoris)[._]+)*"
 )
-_WRAPPER = re.compile(r"(?:^|(?<=[._]))_orig_mod[._]")  # torch.compile's, wherever it stands
-# The parts of each way to change a tensor: a product, a difference, that of PEFT's bias, LyCORIS's products of Kronecker and Hadamard
+# The parts of each way to change a tensor: a product, a difference, LyCORIS's products of Kronecker and Hadamard
 HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 METHODS = (
     ("up", "down"),
     ("diff",),
-    ("up_bias",),
     ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
     HADAMARD,
 )
@@ -31,17 +28,18 @@ METHODS = (
 _ENDS = [
     (r"\.(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight$", "down", ("weight",)),
     (r"\.(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight$", "up", ("weight",)),
-    (r"\.lora_B(?:\.\w+)?\.bias$", "up_bias", ("bias",)),
     (r"\.alpha$", "alpha", ("weight",)),
     (r"\.(?:dora_scale|lora_magnitude_vector(?:\.\w+)?)$", "magnitude", ("weight",)),
     (r"\.(?:diff|w_norm)$", "diff", ("weight", "table")),
     (r"\.(?:diff_b|b_norm)$", "diff", ("bias",)),
     (r"\.diff_m$", "diff", ("modulation",)),
-    *((rf"\.{part}$", part, ("weight",)) for method in METHODS[3:] for part in method),
+    *((rf"\.{part}$", part, ("weight",)) for method in METHODS[2:] for part in method),
 ]
 # Other ways to change a matrix, by what only their keys hold
 _OTHER_METHODS = {
     "OFT": ("oft_", "boft_"),
+    "GLoRA": ("a1.weight", "b1.weight"),
+    "(IA)^3": ("on_input",),
     "LoCon (with lora_mid)": ("lora_mid",),
     "Tucker decomposition": ("lokr_t", "hada_t"),
 }
@@ -110,10 +108,7 @@ def _modules(names: Iterable[str]) -> Mapping[str, dict[str, str]]:
 
 def _without_prefix(key: str) -> str:
     """Return a key without the names of what the Wan lies in, of which tools write several."""
-    key = _WRAPPER.sub("", key)
-    while prefix := next((prefix for prefix in _PREFIXES if key.startswith(prefix)), None):
-        key = key.removeprefix(prefix).lstrip("_")
-    return key
+    return _PREFIX.sub("", WRAPPER.sub("", key), count=1)
 
 
 def _read_key(key: str, modules: Mapping[str, dict[str, str]]) -> tuple[str, str] | None:

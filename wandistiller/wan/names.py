@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from wandistiller.files.checked_json import TeacherFileError
+from wandistiller.files.json_files import TeacherFileError
 from wandistiller.files.weights import Stored, is_weight_file, stored_tensors
 from wandistiller.model.config import StudentConfig
 
@@ -16,6 +16,8 @@ _PARTS = {
     "text encoder": ("text_encoders.", "cond_stage_model.", "text_encoder."),
 }
 PATCH_KERNEL = "patch_embedding.weight"
+# The names of torch.compile's, FSDP's and checkpointing's wrappers, wherever they stand; LoRAs may have _ for dots
+WRAPPER = re.compile(r"(?:^|(?<=[._]))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]")
 
 # These map the stem of an original name to diffusers' (scripts/convert_wan_to_diffusers.py), in the model and in a block.
 _IN_MODEL = {
@@ -79,8 +81,7 @@ def own_names(
     Raises:
         TeacherFileError: there are two such parts.
     """
-    wrapper = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-    names = {name: wrapper.sub("", name) for name in found}
+    names = {name: WRAPPER.sub("", name) for name in found}
     matches = (re.fullmatch(rf"((?:.*\.)?)(?:{anchor})", name) for name in names.values())
     prefixes = sorted({match[1] for match in matches if match})
     if len(prefixes) > 1:
@@ -163,19 +164,28 @@ COMFYUI_FOLDERS = ("diffusion_models", "unet", "checkpoints")  # of ComfyUI's mo
 
 
 def part_files(place: Path, anchor: str, file_name: str, folders: Iterable[str]) -> list[Path]:
-    """Return the files that hold a part of a Wan: `place` itself, or by their names those in this folder or where its parts lie.
+    """Return the files that hold a part of a Wan: `place` itself, or by their names those beside it or where its parts lie.
 
     Args:
         anchor: a pattern of the name of a tensor that the part has.
         file_name: a pattern of the names that its files have.
-        folders: of ComfyUI's models/, or of an original release, that they lie in.
+        folders: of ComfyUI's models/ that they lie in.
     """
     if place.is_file():
         if is_weight_file(place) and any(re.search(rf"(^|\.)({anchor})$", key) for key in stored_tensors(place)):
             return [place]
-        place = place.parent.parent if place.parent.name in COMFYUI_FOLDERS else place.parent
-    found = {path for folder in folders for path in (place / folder).glob("*") if is_weight_file(path)}
-    return sorted(path for path in found if re.search(file_name, path.name, re.IGNORECASE))
+        places = {place.parent, *(folder.parent for folder in place.parents if folder.name in COMFYUI_FOLDERS)}
+    else:
+        places = {comfyui_models(place) or place}
+    found = {path for place in places for path in place.glob("*")}
+    found |= {path for place in places for folder in folders for path in (place / folder).rglob("*")}
+    return sorted(path for path in found if is_weight_file(path) and re.search(file_name, path.name, re.IGNORECASE))
+
+
+def comfyui_models(folder: Path) -> Path | None:
+    """Return the models/ folder of ComfyUI that a folder is or holds, if any."""
+    places = (folder, folder / "models")
+    return next((place for place in places if any((place / name).is_dir() for name in COMFYUI_FOLDERS)), None)
 
 
 # "Low" of low VRAM, low light or low steps is no noise level.

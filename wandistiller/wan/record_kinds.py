@@ -1,6 +1,6 @@
 """The values that a Wan and a student may record of how they are sampled, and of their latents. Standard library only."""
 
-from wandistiller.files.checked_json import NOT_NEGATIVE, POSITIVE, RATIO, STEPS, TEXT, WHOLE, Kind, numbers
+from wandistiller.files.json_files import NOT_NEGATIVE, NUMBER, POSITIVE, RATIO, STEPS, TEXT, WHOLE, Kind
 
 
 def _is_range(value: object) -> bool:
@@ -24,4 +24,11 @@ SAMPLING_KINDS = {
 
 def latents_kinds(num_channels: int) -> dict[str, Kind]:
     """Return the kinds of the statistics of the latents: one number for each channel."""
-    return {"latents_mean": numbers(num_channels), "latents_std": numbers(num_channels, POSITIVE)}
+
+    def numbers(each: Kind) -> Kind:
+        return Kind(
+            f"a list of {num_channels}, each {each.allowed}",
+            lambda value: isinstance(value, list) and len(value) == num_channels and all(map(each.fits, value)),
+        )
+
+    return {"latents_mean": numbers(NUMBER), "latents_std": numbers(POSITIVE)}

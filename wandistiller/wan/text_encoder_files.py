@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from wandistiller.errors import UserError
-from wandistiller.files.checked_json import TeacherFileError, read_json
 from wandistiller.files.hub import fetch, is_hub_id, local_path
+from wandistiller.files.json_files import TeacherFileError, read_json
 from wandistiller.files.weights import digest_of, kept_digest, weight_files
 from wandistiller.wan.names import part_files
 from wandistiller.wan.tokenizer import (
@@ -111,7 +111,7 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
 
 def encoder_files(place: Path) -> list[Path]:
     """Return the files that are a text encoder: `place` itself, or those in this folder or where its parts lie."""
-    return part_files(place, ANCHOR, "umt5", (".", "text_encoders", "clip"))
+    return part_files(place, ANCHOR, "umt5", ("text_encoders", "clip"))
 
 
 def _tokenizer_of(weights: Path) -> Path:

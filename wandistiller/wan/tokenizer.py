@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from wandistiller.errors import UserError, first_line
-from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.files.gguf_files import NO_GGUF, read_gguf_header
+from wandistiller.files.json_files import TeacherFileError
 from wandistiller.files.paths import require_file
 from wandistiller.files.safetensors_files import refusing_damage
 from wandistiller.files.weights import is_gguf, stored_tensors

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, setting
 from wandistiller.files.gguf_files import read_gguf_header, require_architecture
+from wandistiller.files.json_files import POSITIVE, WHOLE, TeacherFileError, setting
 from wandistiller.files.safetensors_files import read_header
 from wandistiller.files.weights import Stored, admit, all_tensors, digest_of, is_gguf, is_torch
 from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, ConfigError, StudentConfig
@@ -156,7 +156,8 @@ def _whole_shape(name: str, shape: tuple[int, ...], found: Mapping[str, Stored])
 def _metadata(path: Path) -> Mapping[str, str]:
     if is_torch(path):
         return {}
-    return read_gguf_header(path).texts if is_gguf(path) else read_header(path).metadata
+    texts = read_gguf_header(path).fields if is_gguf(path) else read_header(path).metadata
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def teacher_tensor_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:

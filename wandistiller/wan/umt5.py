@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from wandistiller.errors import UserError, shown
-from wandistiller.files.checked_json import POSITIVE, WHOLE, TeacherFileError, setting
 from wandistiller.files.gguf_files import require_architecture
+from wandistiller.files.json_files import POSITIVE, WHOLE, TeacherFileError, setting
 from wandistiller.files.weights import Weight, admit, all_tensors, is_gguf
 from wandistiller.wan.names import other_part, own_names, renamed
 

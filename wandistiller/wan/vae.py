@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from wandistiller.errors import UserError
-from wandistiller.files.checked_json import STAGES, WHOLE, TeacherFileError, read_json, setting
 from wandistiller.files.hub import fetch, is_hub_id, local_path
+from wandistiller.files.json_files import STAGES, WHOLE, TeacherFileError, read_json, setting
 from wandistiller.files.weights import Stored, admit, all_tensors, is_weight_file, weight_files
 from wandistiller.wan.names import other_part, own_names, part_files, renamed
 from wandistiller.wan.record_kinds import latents_kinds
@@ -116,7 +116,7 @@ def find_vae(vae_path: str | None, teacher_path: str, num_channels: int | None =
     if vae_path and folder.is_file():
         files = [folder] if is_weight_file(folder) else []
     else:
-        files = part_files(folder, ANCHOR, "wan.*vae", (".", "vae"))
+        files = part_files(folder, ANCHOR, "wan.*vae", ("vae",))
     if len(files) > 1 and num_channels:
         files = [path for path in files if _read_structure(vae_tensors([path], path), path)["z_dim"] == num_channels]
     if len(files) == 1:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from wandistiller.errors import UserError
-from wandistiller.files.checked_json import TeacherFileError
 from wandistiller.files.hub import local_path
+from wandistiller.files.json_files import TeacherFileError
 from wandistiller.model.config import StudentConfig
 from wandistiller.wan.lora import Lora, MergedWeight, open_lora
 from wandistiller.wan.text_encoder_files import TEXT_ENCODER_ADVICE, TextEncoderFiles, encoder_files, find_text_encoder
