@@ -100,16 +100,16 @@ def test_as_many_prompts_of_a_file_as_are_asked_for_are_drawn_by_the_seed(tmp_pa
 
 
 NO_PROMPTS = {
-    "JSON lines": ('\n{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "is JSON, .* name it .jsonl"),
-    "JSON": ('[\n {"prompt": "a cat"}\n]\n', "is JSON, .* name it .json,"),
-    "names of pictures": ("img_0001.png\nsub dir/img 2.JPG\n", "names of files .* 'img_0001.png'"),
+    "JSON lines": ('\n{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "is a table or JSON, .* name it .*.jsonl"),
+    "JSON": ('[\n {"prompt": "a cat"}\n]\n', "is a table or JSON"),
+    "a table": ("id\tcaption\n1\ta red fox\n", "is a table or JSON, whose first line is 'id"),
+    "names of pictures": ("image\nimg_0001.png\nsub dir/img 2.JPG\n", "'img_0001.png': names of files"),
     "addresses": ("https://example.org/1\nhttps://example.org/2\n", "names of files or addresses"),
-    "captions behind names": ("1.png\ta red fox\n2.png\ta blue boat\n", "stands behind the name of a file"),
-    "a config": ("# musubi\n[general]\nresolution = [960, 544]\ncaption_extension = '.txt'\n", "is a config"),
+    "captions behind names": ("a b/1.png\ta red fox\n2.png a blue boat\n", "captions behind names of files"),
+    "a config": ("# musubi\n[general]\nresolution = [960, 544]\ncaption_extension = '.txt'\n", "a config; give the captions"),
+    "what stands for a file": ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "that was not fetched"),
     "options first": ("a cat\n--prompt a dog --steps 20\n", "line 2: begins with an option, '--prompt a dog"),
     "a line of a book": ("a cat\n" + "x" * 20_001 + "\n", "line 2: is longer than 20,000 letters"),
-    "a table": ("id\tcaption\n1\ta red fox\n", "is a table, whose first line is"),
-    "what stands for a file": ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "is a config or no text"),
 }  # fmt: skip
 
 

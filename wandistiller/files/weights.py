@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 
@@ -286,7 +287,6 @@ def digest_of(files: Iterable[Path]) -> str:
 
 
 _KEPT_FROM_BYTES, _MOST_KEPT = 2**26, 1000
-_digests: dict[str, str] = {}
 
 
 def kept_digest(path: Path) -> str:
@@ -295,21 +295,21 @@ def kept_digest(path: Path) -> str:
     stat = path.stat()
     numbers = f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
     state = hashlib.sha256(os.fsencode(path) + numbers.encode()).hexdigest()  # a name may be no text, and stays private
-    if state in _digests:
-        return _digests[state]
+    return _digest(path, state, stat.st_size >= _KEPT_FROM_BYTES)
+
+
+@lru_cache(maxsize=1000)
+def _digest(path: Path, state: str, is_large: bool) -> str:
     store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wandistiller" / "digests.json"
-    kept = _read_kept(store) if stat.st_size >= _KEPT_FROM_BYTES else {}
-    _digests[state] = kept.get(state) or file_digest(path)
-    if stat.st_size >= _KEPT_FROM_BYTES and state not in kept:
-        with contextlib.suppress(OSError):
+    kept = {}
+    if is_large:
+        with contextlib.suppress(JsonError):
+            kept = load_json(store)
+    if isinstance(kept, dict) and state in kept:
+        return str(kept[state])
+    digest = file_digest(path)
+    if is_large:
+        with contextlib.suppress(OSError, ValueError):
             store.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_json(store, dict([*kept.items(), (state, _digests[state])][-_MOST_KEPT:]))
-    return _digests[state]
-
-
-def _read_kept(store: Path) -> dict[str, str]:
-    try:
-        kept = load_json(store)
-    except JsonError:
-        return {}
-    return kept if isinstance(kept, dict) else {}
+            write_json(store, dict([*dict(kept).items(), (state, digest)][-_MOST_KEPT:]))
+    return digest

@@ -23,16 +23,23 @@ LONGEST_PROMPT = 20_000  # letters; Wan reads 512 tokens, some 2,500
 LOOKED_AT = 100  # prompts that tell what a file holds
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MEDIA = "|".join(MEDIA)
-_NAME_OF_A_FILE = re.compile(rf"(?:https?://\S+|.*\.(?:{_MEDIA}|txt|caption|json|npz|npy|pt|safetensors))", re.I)
-_BEHIND_A_NAME = re.compile(rf"\S+\.(?:{_MEDIA})[\s,;|:]+\S.*|.*\.(?:{_MEDIA})[\t,;|:]\s*\S.*", re.I)
-# A line of TOML or of an .ini, or of what stands for a file that was not fetched
-_SETTING = re.compile(
-    r"\w+\s*=\s*\S.*|\[+[\w.-]+\]+|(?:version https://git-lfs|oid sha256:|size \d+$|<!doctype html|<html).*", re.I
-)
-_JSON = re.compile(r'[\[{][\[{]?\s*(?:"|$)')  # how the first line of JSON begins, or all of it
-_HEADER = re.compile(rf"(?:\w+[{DELIMITERS}])*(?:{'|'.join(USUAL_COLUMNS)})(?:[{DELIMITERS}]\w+)*", re.I)  # of a table
 _SYNTAX = re.compile(
     r"\{[^{}|]{0,99}\|[^{}]{0,99}\}|__\w[\w/ *-]{0,99}?__|<(?:lora|lyco|hypernet):|\([^()]{1,99}:\d*\.?\d+\)"
+)
+# What at least half of the first prompts are where a file holds no captions, the kinds of files that may, and what is told
+_NO_CAPTIONS = [
+    (rf"(?:https?://\S+|.*\.(?:{_MEDIA}|txt|caption|json|npz|npy|pt|safetensors))", "", "names of files or addresses; give the captions"),
+    (
+        rf"\S+\.(?:{_MEDIA})[\s,;|:]+\S.*|.*\.(?:{_MEDIA})[\t,;|:]\s*\S.*", "",
+        "captions behind names of files; make it a .tsv or .csv whose first line names the columns",
+    ),
+    (r"\w+\s*=\s*\S.*|\[+[\w.-]+\]+", TEXT, "a config; give the captions that it names"),
+    (r"(?:version https://git-lfs|oid sha256:|size \d+$|<!doctype html|<html).*", TEXT, "what stands for a file that was not fetched"),
+]  # fmt: skip
+# What the first line of a text file is where the file is something else
+_JSON = re.compile(r'[\[{][\[{]?\s*(?:"|$)')
+_HEADER = re.compile(
+    rf"(?=.*[{DELIMITERS}])(?:\w+[{DELIMITERS}])*(?:{'|'.join(USUAL_COLUMNS)})(?:[{DELIMITERS}]\w+)*", re.I
 )
 # What kohya's and musubi's sample prompts, or Midjourney's, have behind a prompt
 _OPTIONS = re.compile(
@@ -127,7 +134,7 @@ def _how_read(files: Sequence[CaptionFile], num_rows: int) -> Iterator[str]:
 @lru_cache(maxsize=1024)  # a packed table may hold a long caption a million times
 def _prompt_of(text: str) -> tuple[str, str, tuple[str, ...]]:
     """Return what tells repeats, a prompt without what other tools take for options, and notes on that and on syntax learnt as it is."""
-    notes = ()
+    notes: tuple[str, ...] = ()
     if " --" in text and (options := _OPTIONS.search(text)) and options.start():
         notes = ("cut before options such as --w 832",)
         text = text[: options.start()].rstrip()
@@ -139,26 +146,17 @@ def _prompt_of(text: str) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _looked_at(file: CaptionFile, prompts: Iterator[str]) -> Iterator[str]:
-    """Refuse prompts whose first ones are all something else: names of files, or settings."""
+    """Refuse prompts whose first ones are something else, which would be learnt as it is."""
     first = list(itertools.islice(prompts, LOOKED_AT))
-
-    def mostly(pattern: re.Pattern[str]) -> bool:
-        return sum(bool(pattern.fullmatch(prompt)) for prompt in first) * 2 >= max(1, len(first))
-
-    if mostly(_NAME_OF_A_FILE):
+    for pattern, kind, what in _NO_CAPTIONS if first else ():
+        found = [prompt for prompt in first if re.fullmatch(pattern, prompt, re.I)]
+        if len(found) * 2 >= len(first) and kind in ("", file.kind):
+            raise UserError(f"{file.path}: holds no captions, and lines such as {found[0][:60]!r}: {what}")
+    if first and file.kind == TEXT and (_JSON.match(first[0]) or _HEADER.fullmatch(first[0])):
         raise UserError(
-            f"{file.path}: holds names of files or addresses such as {first[0][:60]!r}, and no captions; give the captions"
+            f"{file.path}: is a table or JSON, whose first line is {first[0][:60]!r}; name it .csv, .tsv, .jsonl (a line each) or .json, "
+            "and give --caption_column the name of the column with the captions"
         )
-    if mostly(_BEHIND_A_NAME):
-        raise UserError(
-            f"{file.path}: each caption stands behind the name of a file; make it a .tsv or .csv whose first line names the columns"
-        )
-    if file.kind == TEXT and mostly(_SETTING):
-        raise UserError(
-            f"{file.path}: is a config or no text of its own, such as {first[0][:60]!r}, and holds no captions; give those that it names"
-        )
-    if file.kind == TEXT and first and re.search(f"[{DELIMITERS}]", first[0]) and _HEADER.fullmatch(first[0]):
-        raise UserError(f"{file.path}: is a table, whose first line is {first[0][:60]!r}; name it .csv or .tsv")
     return itertools.chain(first, prompts)
 
 
@@ -166,20 +164,12 @@ def _lines(file: CaptionFile, column: str | None, left_out: Counter[str]) -> Ite
     """Yield the prompts of a text file, one a line.
 
     Raises:
-        UserError: a line is no prompt, or the lines are JSON, which would be learnt with its braces.
+        UserError: a line is no prompt.
     """
-    is_first = True
     for number, row in text_lines(file.path):
         prompt, where = row.lstrip("\ufeff").strip(" \t"), f"{file.path}, line {number}"  # files were concatenated
         if not prompt or prompt.startswith("#") or prompt.isspace():
             continue
-        if is_first and _JSON.match(prompt):
-            suffix = ".jsonl" if prompt.endswith("}") else ".json"
-            raise UserError(
-                f"{file.path}: is JSON, whose lines are no prompts; name it {suffix}, and give --caption_column the name of the "
-                "field that holds them"
-            )
-        is_first = False
         if reason := unusable(prompt):
             raise UserError(f"{where}: {reason}; a prompts file is plain UTF-8 text, one prompt a line")
         if prompt.startswith("--"):

@@ -4,6 +4,7 @@ It may be a diffusers pipeline folder (modular or not) or bare transformer folde
 file of weights with any prefix (ComfyUI's, also fp8, fp8_scaled and whole checkpoints; GGUF; .pth), ComfyUI's models/, or a hub id.
 """
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -60,19 +61,15 @@ def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None =
         TeacherFileError: the Wan is missing, contradictory, or of another kind.
         DamagedFileError: a file of it is not whole.
     """
-    location = str(teacher_path)
-    path = local_path(teacher_path)
-    if path.is_file():
-        wan_files = WanFiles(location, {"high": _open_single_file(path)})
-    elif path.is_dir():
-        wan_files = _open_folder(path, location)
-    elif is_hub_id(location):
-        folder = fetch(location, _HUB_FILES, f"a local copy as {LOCAL_LAYOUTS}, or mock")
-        wan_files = _open_folder(folder, location)
-    else:
-        raise TeacherFileError(f"{location}: there is no such file or folder; allowed: {LAYOUTS}")
+    location, path = str(teacher_path), local_path(teacher_path)
+    if not os.path.exists(path) and is_hub_id(location):
+        path = fetch(location, _HUB_FILES, f"a local copy as {LOCAL_LAYOUTS}, or mock")
+    wan_files = _open_folder(path, location) if path.is_dir() else WanFiles(location, {"high": _open_expert(path)})
     if low_noise_path is not None:
-        wan_files = _with_low_noise_expert(wan_files, local_path(low_noise_path))
+        if "low" in wan_files.experts:
+            raise TeacherFileError(f"{location}: already has a low-noise expert; leave --teacher_path_low out")
+        low = _open_expert(local_path(low_noise_path))
+        wan_files = replace(wan_files, experts={**wan_files.experts, "low": low})
     _check_experts_agree(wan_files)
     return _with_own_record(wan_files)
 
@@ -83,12 +80,19 @@ def check_headers(folder: Path) -> None:
         stored_tensors(path)
 
 
-def _open_transformer_folder(folder: Path) -> WanTransformer:
-    if not folder.is_dir():
-        raise TeacherFileError(f"{folder}: there is no such folder")
-    settings = _read_if_there(folder / "config.json")
-    refuse_settings(settings, folder)
-    return open_transformer(folder, weight_files(folder, LAYOUTS), settings)
+def _open_expert(place: Path) -> WanTransformer:
+    """Open one transformer: its folder, or one file of weights."""
+    if place.is_dir():
+        settings = _read_if_there(place / "config.json")
+        refuse_settings(settings, place)
+        return open_transformer(place, weight_files(place, LAYOUTS), settings)
+    if not os.path.exists(place):
+        raise TeacherFileError(f"{place}: there is no such file or folder; allowed: {LAYOUTS}")
+    if not is_weight_file(place):
+        raise TeacherFileError(f"{place}: a {place.suffix or 'file without suffix'} is not read; allowed: {LAYOUTS}")
+    # A transformer folder's own file means the folder's shape.
+    is_of_folder = place.name.startswith("diffusion_pytorch_model")
+    return open_transformer(place, [place], _read_if_there(place.with_name("config.json")) if is_of_folder else {})
 
 
 def _read_if_there(path: Path) -> dict:
@@ -109,52 +113,42 @@ def _open_pipeline_folder(folder: Path, location: str, index_name: str) -> WanFi
             else f"is that of a {name}; give a WanPipeline"
         )
         raise TeacherFileError(f"{folder}: has no transformer/ folder, and its {index_name} {reason}")
-    experts = {"high": _open_transformer_folder(folder / "transformer")}
+    experts = {"high": _open_expert(folder / "transformer")}
     second = None if is_modular else (setting(index, "transformer_2", COMPONENT, index_path) or [None])[0]
     if second is not None or (is_modular and (folder / "transformer_2").is_dir()):
-        experts["low"] = _open_transformer_folder(folder / "transformer_2")
+        experts["low"] = _open_expert(folder / "transformer_2")
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = _read_if_there(scheduler_path)
-    shifts = [setting(scheduler, key, POSITIVE, scheduler_path) for key in ("flow_shift", "shift")]
+    flow_shift, shift = (setting(scheduler, key, POSITIVE, scheduler_path) for key in ("flow_shift", "shift"))
     wan_files = WanFiles(
         location,
         experts,
         pipeline=name,
         boundary_ratio=setting(index, "boundary_ratio", RATIO, index_path),
-        flow_shift=next((shift for shift in shifts if shift is not None), None),
+        flow_shift=flow_shift or shift,
         record=_read_if_there(folder / "teacher_record.json"),
     )
     return wan_files.with_vae_config(folder / "vae") if (folder / "vae" / "config.json").is_file() else wan_files
 
 
-def _open_original_folder(folder: Path, location: str) -> WanFiles:
-    if (folder / "high_noise_model").is_dir() or (folder / "low_noise_model").is_dir():
-        experts = {side: _open_transformer_folder(folder / f"{side}_noise_model") for side in ("high", "low")}
-    else:
-        experts = {"high": _open_transformer_folder(folder)}
-    return WanFiles(location, experts)
-
-
-def _open_comfyui_folder(folder: Path, location: str) -> WanFiles:
-    """Open ComfyUI's models/: the only Wan in it, or two experts that their names tell apart."""
+def _comfyui_experts(models: Path) -> dict[str, Path]:
+    """Return the only Wan in ComfyUI's models/, or two experts that their names tell apart."""
     found = sorted(
         path
         for name in COMFYUI_FOLDERS
-        for path in (folder / name).rglob("*")
+        for path in (models / name).rglob("*")
         if is_weight_file(path) and re.search("wan", path.name, re.I) and not _OTHERS.search(path.name)
     )
     sides = {side_of(path): path for path in found}
     if len(found) == 2 and set(sides) == {"high", "low"}:
-        experts = {side: _open_single_file(sides[side]) for side in ("high", "low")}
-    elif len(found) == 1:
-        experts = {"high": _open_single_file(found[0])}
-    else:
-        names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
-        raise TeacherFileError(
-            f"{folder}: one Wan text-to-video, or a high-noise and a low-noise expert, were looked for in {', '.join(COMFYUI_FOLDERS)}; "
-            f"found: {names}. Give one by its name, and a second expert as --teacher_path_low"
-        )
-    return WanFiles(location, experts)
+        return {"high": sides["high"], "low": sides["low"]}
+    if len(found) == 1:
+        return {"high": found[0]}
+    names = ", ".join(str(path.relative_to(models)) for path in found) or "none"
+    raise TeacherFileError(
+        f"{models}: one Wan text-to-video, or a high-noise and a low-noise expert, were looked for in {', '.join(COMFYUI_FOLDERS)}; "
+        f"found: {names}. Give one by its name, and a second expert as --teacher_path_low"
+    )
 
 
 def _open_folder(folder: Path, location: str) -> WanFiles:
@@ -163,26 +157,12 @@ def _open_folder(folder: Path, location: str) -> WanFiles:
             return _open_pipeline_folder(folder, location, index_name)
     if (folder / CONFIG_NAME).is_file():
         return WanFiles(location, {"high": open_student(folder)})
+    places = {side: folder / f"{side}_noise_model" for side in ("high", "low")}  # of an original release
     if models := comfyui_models(folder):
-        return _open_comfyui_folder(models, location)
-    return _open_original_folder(folder, location)
-
-
-def _open_single_file(path: Path) -> WanTransformer:
-    if not is_weight_file(path):
-        raise TeacherFileError(f"{path}: a {path.suffix or 'file without suffix'} is not read; allowed: {LAYOUTS}")
-    # A transformer folder's own file means the folder's shape.
-    is_of_folder = path.name.startswith("diffusion_pytorch_model")
-    return open_transformer(path, [path], _read_if_there(path.with_name("config.json")) if is_of_folder else {})
-
-
-def _with_low_noise_expert(wan_files: WanFiles, path: Path) -> WanFiles:
-    if "low" in wan_files.experts:
-        raise TeacherFileError(f"{wan_files.location}: already has a low-noise expert; leave --teacher_path_low out")
-    if not path.exists():
-        raise TeacherFileError(f"{path}: there is no such file or folder (--teacher_path_low)")
-    low = _open_transformer_folder(path) if path.is_dir() else _open_single_file(path)
-    return replace(wan_files, experts={**wan_files.experts, "low": low})
+        places = _comfyui_experts(models)
+    elif not any(place.is_dir() for place in places.values()):
+        places = {"high": folder}
+    return WanFiles(location, {side: _open_expert(place) for side, place in places.items()})
 
 
 def _check_experts_agree(wan_files: WanFiles) -> None:

@@ -1,7 +1,7 @@
 """How a teacher is sampled: each released Wan as it was made for, others as their folder or a person says."""
 
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
@@ -102,50 +102,46 @@ class TeacherSettings:
         return any(scale not in (None, 1.0) for scale in (self.guidance_scale, self.guidance_scale_2))
 
 
-class GivenSettings(TypedDict, total=False):
-    """The flags of how a teacher is sampled; what is left out or None is the teacher's own."""
-
-    shift: float | None
-    guidance_scale: float | None
-    guidance_scale_2: float | None
-    boundary_ratio: float | None
-    negative_prompt: str | None
-    teacher_steps: int | None
-    teacher_sampler: str | None
-    guidance_range: tuple[float, float] | None
-
-
-def resolve_settings(wan_files: WanFiles, **given: Unpack[GivenSettings]) -> TeacherSettings:
-    """Return the settings that the flags give (`given`), else a released model's preset, else what the folder records.
+def resolve_settings(wan_files: WanFiles, **given: Any) -> TeacherSettings:
+    """Return the settings that the flags give, else a released model's preset, else what the folder records.
 
     An exported student says itself how it is sampled. For the others the preset goes before the folder because converted
     folders carry another shift (3 where A14B was made for 12: diffusers issue 12094). A single --guidance_scale counts for
     both experts, as in diffusers. A --guidance_range over all noise levels is none.
+
+    Args:
+        given: shift, guidance_scale, guidance_scale_2, boundary_ratio, negative_prompt, teacher_steps, teacher_sampler and
+            guidance_range; what is left out or None is the teacher's own.
     """
     has_two = "low" in wan_files.experts
-    guidance_scale, guidance_scale_2 = given.get("guidance_scale"), given.get("guidance_scale_2")
-    boundary_ratio, guidance_range = given.get("boundary_ratio"), given.get("guidance_range")
-    if not has_two and guidance_scale_2 is not None:
+    typed = {name: value for name, value in given.items() if value is not None}
+    if not has_two and "guidance_scale_2" in typed:
         raise UserError(
             "--guidance_scale_2 is the low-noise expert's; this teacher has one expert, use --guidance_scale"
         )
-    if not has_two and boundary_ratio is not None:
+    if not has_two and "boundary_ratio" in typed:
         raise UserError("--boundary_ratio divides two experts; this teacher has one, leave the flag out")
     preset, base = _sampled_as(wan_files)
-    scales = (guidance_scale_2, guidance_scale, base.get("guidance_scale_2"), base["guidance_scale"])
-    latents_mean, latents_std = _latents_statistics(wan_files)
+    if "guidance_scale" in typed:
+        base["guidance_scale_2"] = typed["guidance_scale"]
+    if "teacher_steps" in typed:
+        base["num_inference_steps"] = typed["teacher_steps"]
+    values = {"negative_prompt": DEFAULT_NEGATIVE_PROMPT, "teacher_sampler": "unipc"} | base | typed
+    guidance_range, latents = typed.get("guidance_range"), (wan_files.latents_mean, wan_files.latents_std)
+    if not all(latents):
+        latents = RELEASED_LATENTS.get(wan_files.config.num_channels, (None, None))
     settings = TeacherSettings(
         preset=preset,
-        shift=given.get("shift") or base["shift"],
-        num_inference_steps=given.get("teacher_steps") or base["num_inference_steps"],
-        guidance_scale=_first(guidance_scale, base["guidance_scale"]),
-        guidance_scale_2=_first(*scales) if has_two else None,
-        boundary_ratio=_first(boundary_ratio, base["boundary_ratio"]) if has_two else None,
-        negative_prompt=_first(given.get("negative_prompt"), base.get("negative_prompt"), DEFAULT_NEGATIVE_PROMPT),
-        latents_mean=latents_mean,
-        latents_std=latents_std,
+        shift=values["shift"],
+        num_inference_steps=values["num_inference_steps"],
+        guidance_scale=values["guidance_scale"],
+        guidance_scale_2=values.get("guidance_scale_2", values["guidance_scale"]) if has_two else None,
+        boundary_ratio=values["boundary_ratio"] if has_two else None,
+        negative_prompt=values["negative_prompt"],
+        latents_mean=latents[0],
+        latents_std=latents[1],
         vae_scale_factor=wan_files.vae_scale_factor or wan_files.config.vae_scale_factor,
-        teacher_sampler=_first(given.get("teacher_sampler"), base.get("teacher_sampler"), "unipc"),
+        teacher_sampler=values["teacher_sampler"],
         guidance_range=None if guidance_range == (0.0, 1.0) else guidance_range,
     )
     if guidance_range is not None and not settings.uses_guidance:
@@ -153,10 +149,6 @@ def resolve_settings(wan_files: WanFiles, **given: Unpack[GivenSettings]) -> Tea
             "--guidance_range: there is no guidance here (guidance_scale 1), so it has no range; leave it out"
         )
     return settings
-
-
-def _first(*values):
-    return next((value for value in values if value is not None), None)
 
 
 def _sampled_as(wan_files: WanFiles) -> tuple[str, dict[str, Any]]:
@@ -176,12 +168,6 @@ def _sampled_as(wan_files: WanFiles) -> tuple[str, dict[str, Any]]:
         "the checkpoint's own record" if record or wan_files.flow_shift else "Wan's usual values",
         _USUAL | told | recorded,
     )
-
-
-def _latents_statistics(wan_files: WanFiles) -> tuple[list[float] | None, list[float] | None]:
-    if wan_files.latents_mean and wan_files.latents_std:
-        return wan_files.latents_mean, wan_files.latents_std
-    return RELEASED_LATENTS.get(wan_files.config.num_channels, (None, None))
 
 
 def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str, object]:

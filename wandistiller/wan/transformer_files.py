@@ -103,7 +103,7 @@ def open_transformer(location: Path, files: Sequence[Path], settings: dict) -> W
     found = all_tensors(files)
     for path in filter(is_gguf, files):
         require_architecture(path, _GGUF_ARCHITECTURES, "a Wan text-to-video transformer")
-        found = _with_all_dims(found)
+        found = {name: stored.with_shape(_whole_shape(name, stored.shape, found)) for name, stored in found.items()}
     found = own_names(re.escape(PATCH_KERNEL), to_canonical, found, files[0])
     refuse_other_kind(found, location)
     metadata = _metadata(files[0])
@@ -137,12 +137,8 @@ def open_student(folder: Path) -> WanTransformer:
     return WanTransformer(folder, config, weights, [file], ignored, config)
 
 
-def _with_all_dims(found: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Return a GGUF's tensors with the dimensions that ggml drops: it keeps four at most, and none of 1 in front."""
-    return {name: stored.with_shape(_whole_shape(name, stored.shape, found)) for name, stored in found.items()}
-
-
 def _whole_shape(name: str, shape: tuple[int, ...], found: Mapping[str, Stored]) -> tuple[int, ...]:
+    """Return the shape of a GGUF's tensor with the dimensions that ggml drops: it keeps four at most, and none of 1 in front."""
     if name.endswith(("modulation", "scale_shift_table")) and len(shape) == 2:
         return (1, *shape)
     if name.endswith(PATCH_KERNEL) and len(shape) == 4 and shape[2] == shape[3]:
@@ -193,14 +189,10 @@ def _own_shape(shapes: Mapping[str, tuple[int, ...]], settings: dict, where: Pat
         )
     numbers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d{1,5})\.", name))}
     depth = next(number for number in itertools.count() if number not in numbers)  # a later block is a stranger
-    _check_agrees(
-        settings,
-        {
-            **{"dim": hidden_size, "num_layers": depth, "ffn_dim": ffn_dim, "freq_dim": freq_dim},
-            **{"in_channels": in_channels, "in_dim": in_channels, "text_dim": text_dim},
-        },
-        where,
-    )
+    sizes = {"dim": hidden_size, "num_layers": depth, "ffn_dim": ffn_dim, "freq_dim": freq_dim, "text_dim": text_dim}
+    for key, size in (sizes | dict.fromkeys(("in_channels", "in_dim"), in_channels)).items():
+        if (given := setting(settings, key, WHOLE, f"{where}, config.json")) not in (None, size):
+            raise TeacherFileError(f"{where}: config.json says {key} {given}, the tensors have {size}")
     try:
         return StudentConfig(
             block="wan",
@@ -225,30 +217,21 @@ def own_image_size(patch_size: int) -> int:
     return max(1, 512 // unit) * unit
 
 
-def _check_agrees(settings: dict, told: Mapping[str, int], where: Path) -> None:
-    """Hold a config.json, diffusers' or the original's, against the sizes that the tensors tell."""
-    for key, size in told.items():
-        if (given := _count(settings, key, where)) not in (None, size):
-            raise TeacherFileError(f"{where}: config.json says {key} {given}, the tensors have {size}")
-
-
-def _count(settings: dict, key: str, where: Path) -> int | None:
-    return setting(settings, key, WHOLE, f"{where}, config.json")
-
-
 def _num_heads(hidden_size: int, settings: dict, where: Path) -> int:
-    heads = _count(settings, "num_attention_heads", where) or _count(settings, "num_heads", where)
-    head_dim = _count(settings, "attention_head_dim", where)
+    keys = ("num_attention_heads", "num_heads", "attention_head_dim")
+    heads, of_original, head_dim = (setting(settings, key, WHOLE, f"{where}, config.json") for key in keys)
+    heads = heads or of_original
     if heads and head_dim not in (None, hidden_size / heads):
         raise TeacherFileError(
             f"{where}: config.json says {heads} heads of {head_dim} channels, the tensors have {hidden_size} channels"
         )
-    if heads is None and hidden_size % (head_dim or WAN_HEAD_DIM):
+    head_dim = head_dim or WAN_HEAD_DIM
+    if heads is None and hidden_size % head_dim:
         raise TeacherFileError(
-            f"{where}: width {hidden_size} is not a multiple of head_dim {head_dim or WAN_HEAD_DIM}, and no config.json tells the "
-            "number of heads; use the folder layout, whose config.json has num_heads"
+            f"{where}: width {hidden_size} is not a multiple of head_dim {head_dim}, and no config.json tells the number of heads; "
+            "use the folder layout, whose config.json has num_heads"
         )
-    return heads or hidden_size // (head_dim or WAN_HEAD_DIM)
+    return heads or hidden_size // head_dim
 
 
 def refuse_settings(settings: dict, where: Path) -> None:
