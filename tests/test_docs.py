@@ -82,7 +82,7 @@ def test_the_first_line_of_a_page_is_the_question_that_it_answers(page):
 
 def test_there_are_nine_pages_and_a_person_can_read_them_all():
     pages = [page for page in PAGES if page.parent == ROOT / "docs"]
-    assert len(pages) <= 9 and sum(len(page.read_text(encoding="utf-8").split()) for page in PAGES) <= 12_000
+    assert len(pages) <= 9 and sum(len(page.read_text(encoding="utf-8").split()) for page in PAGES) <= 14_000
 
 
 def test_readme_leads_to_every_page():
