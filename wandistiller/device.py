@@ -11,13 +11,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pick_device(name: str | None) -> str:
-    """Return the device that a flag names, or the GPU where there is one."""
+    """Return the device that a flag names, or the GPU where there is one: of NVIDIA or AMD (cuda), or of Apple (mps)."""
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()  # "meta" allocates, but computes nothing
     except (RuntimeError, AssertionError) as error:
-        usable = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        usable = ", ".join(["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])])
         raise UserError(
             f"--device {name!r}: cannot be used here ({str(error).splitlines()[0]}); allowed: {usable}"
         ) from None
@@ -68,15 +69,22 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 def wait_for(device: str) -> None:
     """Wait until a GPU has done all that was asked of it."""
-    if torch.device(device).type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
 
 
 def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
     """Bring a tensor to the device; the host waits neither for the copy nor for the work queued before it.
 
-    Whatever a step brings to the device (indices too: a GPU tensor indexed by a CPU one waits) comes this way.
+    Whatever a step brings to the device (indices too: a GPU tensor indexed by a CPU one waits) comes this way, float64 as float32,
+    since Apple's GPUs have no other.
     """
-    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+    kind = torch.device(device).type
+    if kind != "cpu" and tensor.dtype == torch.float64:
+        tensor = tensor.float()
+    if kind == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

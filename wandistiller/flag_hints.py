@@ -21,7 +21,7 @@ OTHER_NAMES = {
     "grad_accum_steps": "gradient_accumulation_steps gradient_accumulation accumulate_grad_batches",
     "dtype": "mixed_precision precision weight_dtype",
     "teacher_dtype": "fp8 fp8_base fp8_scaled quantize",
-    "teacher_offload": "blocks_to_swap offload cpu_offload offload_model low_vram",
+    "teacher_offload": "offload cpu_offload offload_model low_vram",
     "optimizer": "optimizer_type use_8bit_adam use_8bit_optimizer",
     "lr_scheduler": "scheduler lr_scheduler_type",
     "lr_warmup_steps": "warmup_steps lr_warmup",
@@ -53,12 +53,15 @@ OTHER_NAMES = {
 }
 # What has no flag of its own here, and what to do instead.
 NO_FLAG = {
+    "blocks_to_swap block_swap group_offload": "here it is called --teacher_offload blocks, where a command trains",
+    "distributed multi_gpu num_processes num_gpus gpus": "several GPUs take torchrun --nproc_per_node N, and --shard splits the models",
     "resume resume_from resume_from_checkpoint": "a run resumes where the same command is typed again",
     "resolution size image_size video_size": 'the size of the pictures is "image_size" in the file of --student_config, or --height '
     "and --width where a command has them",
     "lora lora_path lora_weight lora_weights network_weights": "a LoRA of the teacher is --teacher_lora FILE[:SCALE]; "
     "projection_mapper.py --lora cuts one for a student",
-    "lora_rank rank network_dim network_alpha network_module": "no LoRA is trained here; all weights of the student are trained",
+    "lora_rank rank network_dim network_alpha network_module": "no LoRA is trained here, but all weights of a student: a LoRA of its "
+    "teacher comes in by --teacher_lora, or is cut for it by projection_mapper.py --lora",
     "hidden_size depth num_layers num_heads ffn_dim patch_size text_max_length": "it is no flag but a line in the file of "
     "--student_config",
     "num_frames frame_num video_length": "a student draws single pictures",

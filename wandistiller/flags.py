@@ -245,5 +245,5 @@ class TeacherFlags:
 class ComputeFlags:
     """Where and in which precision a command computes."""
 
-    device: str | None = flag("cpu, cuda, cuda:1, ... (cuda if there is one)")
+    device: str | None = flag("cpu, cuda, cuda:1, ..., mps (a GPU if there is one)")
     dtype: str | None = flag("of matrix products (bf16 on cuda, else fp32)", choices=["fp32", "bf16"])

@@ -166,7 +166,7 @@ def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
     """
     given, name = [variable for variable in _SET_BY_TORCHRUN if variable in os.environ], pick(device)
     if "RANK" not in given and "WORLD_SIZE" not in given:
-        if ":" in name:
+        if name.startswith("cuda:"):
             torch.cuda.set_device(name)  # what names no device (pinned memory, random numbers) means this one
         return Processes(name)
     if missing := [variable for variable in _SET_BY_TORCHRUN if variable not in given]:
@@ -186,6 +186,8 @@ def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
             )
         name = f"cuda:{env.local_rank}"
         torch.cuda.set_device(name)
+    elif name == "mps":
+        raise UserError("--device mps: is one GPU for one process; start it without torchrun")
     is_cpu = name == "cpu"
     dist.init_process_group(
         "gloo" if is_cpu else "nccl", timeout=TIMEOUT, device_id=None if is_cpu else torch.device(name)

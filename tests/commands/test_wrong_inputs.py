@@ -98,6 +98,11 @@ OTHER_NAMES = {
     "--learning-rate=1e-4": "unknown flag --learning_rate; here it is called --lr",
     "--resolution": '"image_size" in the file of --student_config',
     "--lora": "a LoRA of the teacher is --teacher_lora FILE[:SCALE]",
+    "--blocks_to_swap=20": "--teacher_offload blocks",
+    "--network_dim": "no LoRA is trained here",
+    "--distributed": "torchrun --nproc_per_node N",
+    "--validation_prompts": "here it is called --sample_prompts",
+    "--config_file=x": "here it is called --config",
     "--zzz": "unknown flag --zzz; see --help",
 }
 

@@ -36,7 +36,7 @@ def test_relative_error_of_a_scaled_velocity():
     velocity = random_latents(3, 4, 5, 5)
     scales = torch.tensor([1.0, 1.25, -1.0])
     errors = measures.relative_errors(velocity * scales[:, None, None, None], velocity)
-    torch.testing.assert_close(errors, torch.tensor([0.0, 0.25, 2.0], dtype=torch.float64), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(errors, torch.tensor([0.0, 0.25, 2.0]), atol=1e-6, rtol=1e-6)
 
 
 def test_endpoint_error_is_0_for_equal_1_for_flat_colour_and_linear_between():

@@ -167,6 +167,14 @@ def test_the_dry_run_of_a_preset_says_what_the_page_does(run_main, tmp_path):
     assert peak == pytest.approx(recipes.planned("A14B-1B").peak_gib, rel=0.02)  # the texts are others
 
 
+def test_a_preset_of_two_experts_refuses_one_and_names_the_flag_of_the_other(train, teachers):
+    outcome = train(teachers.one, PRUNED_CONFIG, "--preset", "A14B-1B", "--dry_run")
+    assert (
+        outcome.code == 2
+        and "is one; give the folder of both, or the low-noise one as --teacher_path_low" in outcome.err
+    )
+
+
 def test_the_pages_hold_exactly_the_tables_of_the_presets():
     texts = [page.read_text(encoding="utf-8") for page in recipes.PAGES]
     assert [pages.with_tables(text, recipes.TABLES) for text in texts] == texts, "python benchmarks/recipes.py --write"

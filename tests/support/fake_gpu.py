@@ -3,7 +3,7 @@
 Tensors on "cuda" are fake there, those of the host are real. An operator that mixes the two raises torch's own
 error. What would make the host wait is written down with the line of the product that asked for it, and
 answered with zeros: a number or a tensor that is read, a copy from memory that is not pinned, an index that lies on the host, a
-shape that depends on values. Autograd does not work with these tensors, so that a backward pass is left out.
+shape that depends on values. As on Apple's GPUs, there is no float64. Autograd does not work with these tensors, so that a backward pass is left out.
 """
 
 import contextlib
@@ -73,7 +73,15 @@ class FakeGpu(TorchDispatchMode):
             self._note("a shape depends on values")
         if func in INDEXING and is_there(args[0]):
             self._check_indices(args[1])
-        return func(*args, **kwargs)
+        return self._without_float64(func(*args, **kwargs))
+
+    @staticmethod
+    def _without_float64(made):
+        if any(
+            isinstance(part, Tensor) and is_there(part) and part.dtype == torch.float64 for part in tree_leaves(made)
+        ):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return made
 
     @staticmethod
     def _real(func, *args, **kwargs):
@@ -93,7 +101,7 @@ class FakeGpu(TorchDispatchMode):
             return self._real(torch.zeros, source.shape, dtype=kwargs.get("dtype") or source.dtype)
         if is_to and not is_there(source) and not (is_queued and source.untyped_storage() in self._pinned):
             self._note("what it copies there is not pinned" if is_queued else "it copies there at once")
-        return func(*args, **kwargs)
+        return self._without_float64(func(*args, **kwargs))
 
     def set_data(self, tensor: FakeTensor, data: Tensor) -> None:
         """Bring a tensor to where `data` of its shape is, as `tensor.data = data` does; a fake one would lose its device by that."""

@@ -231,3 +231,5 @@ def test_the_fake_gpu_notices_what_makes_the_host_wait(name):
         assert len(gpu.waits) == 1
         with pytest.raises(RuntimeError, match="same device"):
             there + torch.zeros(3)
+        with pytest.raises(TypeError, match="float64"):
+            there.double()

@@ -10,7 +10,11 @@ from wandistiller.device import wait_for
 
 GIB = 2**30
 ASSUMED_GPU_GIB = 80.0  # an A100 or H100, where no GPU is here and none was named
-MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}  # large enough to reach the device's rate, small enough for a second
+MATRIX_SIZE = {
+    "cuda": 8192,
+    "mps": 4096,
+    "cpu": 1024,
+}  # large enough to reach the device's rate, small enough for a second
 
 
 @dataclass(frozen=True)

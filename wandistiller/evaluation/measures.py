@@ -30,9 +30,9 @@ def noise_seeds(num_prompts: int, num_seeds: int, seed: int) -> list[int]:
 
 
 def relative_errors(actual: Tensor, expected: Tensor) -> Tensor:
-    """Return |actual - expected| / |expected| of each sample (B,), in float64."""
-    expected = expected.double().flatten(1)
-    return (actual.double().flatten(1) - expected).norm(dim=1) / expected.norm(dim=1)
+    """Return |actual - expected| / |expected| of each sample (B,)."""
+    expected = expected.float().flatten(1)
+    return (actual.float().flatten(1) - expected).norm(dim=1) / expected.norm(dim=1)
 
 
 # ---- endpoints ----

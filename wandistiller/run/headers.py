@@ -92,6 +92,11 @@ def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles,
     """Open the teacher by its headers, and refuse it unless the student is a part of it."""
     data, student = flags.data, flags.student
     wan_files = open_teacher(data.teacher_path, config, data.teacher_path_low)
+    if str(flags.output.preset).startswith("A14B") and len(wan_files.experts) == 1 and not wan_files.is_mock:
+        raise UserError(
+            f"--preset {flags.output.preset}: is for the two experts of A14B, and {data.teacher_path} is one; give the folder of both, or "
+            "the low-noise one as --teacher_path_low"
+        )
     wan_files = merge_loras(wan_files, data.teacher_lora, data.teacher_lora_low)
     if data.vae_path:
         vae = find_vae(data.vae_path, data.teacher_path, wan_files.config.num_channels)
