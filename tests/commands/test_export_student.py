@@ -9,6 +9,7 @@ pytest tests/commands/test_export_student.py
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -37,6 +38,8 @@ from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.exports import published
 from wandistiller.projection.project import project_teacher
+from wandistiller.sampling.sampler import StudentField, sample
+from wandistiller.students.drawing import student_sampling
 from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.settings import resolve_settings
 from wandistiller.wan.tokenizer import open_tokenizer
@@ -256,14 +259,14 @@ def draw_as_printed(out: str, folder: Path, steps: int | None = None) -> np.ndar
     return np.asarray(Image.open(folder / "picture.png")).astype(int)
 
 
-@pytest.mark.parametrize("steps", ["as the teacher", "few"])
-def test_wan_pipeline_draws_what_generate_images_draws(student, export, tmp_path, steps):
+@pytest.mark.parametrize("kind", ["as the teacher", "few"])
+def test_wan_pipeline_draws_what_generate_images_draws(student, export, tmp_path, kind):
     """Also where the student learnt whole steps, which Euler takes, and other text slots than diffusers' usual 512."""
-    if steps == "few":
+    if kind == "few":
         student = changed(student, tmp_path / "few", {"text_max_length": 64}, student_steps=3)
     outcome = export(student, "pipeline", output="pipeline")
     assert outcome.code == 0, outcome.err
-    for steps in (None, 8):  # its own, and others
+    for steps in (None, *([] if kind == "few" else [8])):  # its own; and others, where it did not learn a number
         flags = ["--num_inference_steps", str(steps)] if steps else []
         ours = draw(student, tmp_path / f"pictures {steps}", *flags)
         theirs = draw_as_printed(outcome.out, tmp_path, steps)
@@ -620,6 +623,64 @@ def test_a_workflow_beside_the_file_has_the_students_own_settings(export, studen
     before = snapshot(tmp_path)
     outcome = export(few, "original", "--workflow", output="a.safetensors")
     assert_refused(outcome, "is there already", tmp_path, before)
+
+
+def drawn_in_comfyui(workflow: dict, model, noise: torch.Tensor, text: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Latents of a workflow by ComfyUI's rules, with diffusers' 3D transformer of the exported file in place of its own.
+
+    comfy/model_sampling.py:ModelSamplingDiscreteFlow, comfy/samplers.py:simple_scheduler, comfy/k_diffusion/sampling.py:sample_euler.
+    """
+    nodes = {node["type"]: node["widgets_values"] for node in workflow["nodes"]}
+    _, _, steps, cfg, sampler, scheduler, denoise = nodes["KSampler"]
+    assert (cfg, sampler, scheduler, denoise) == (1.0, "euler", "simple", 1.0)
+    (shift,), u = nodes["ModelSamplingSD3"], torch.arange(1, 1001) / 1000
+    table = shift * u / (1 + (shift - 1) * u)
+    sigmas = [*(float(table[-(1 + int(step * (1000 / steps)))]) for step in range(steps)), 0.0]
+    latents = noise
+    for sigma, following in itertools.pairwise(sigmas):
+        with torch.no_grad():
+            velocity = oracle_velocity(model, latents, torch.full((len(noise),), 1000 * sigma), *text)
+        latents = latents + (following - sigma) * velocity
+    return latents
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"student_steps": 1},
+        {"student_steps": 3},
+        {"student_steps": 4},
+        {"teacher_sampler": "euler", "num_inference_steps": 4},
+    ],
+)
+def test_a_student_of_few_steps_draws_in_diffusers_and_in_comfyui_what_it_draws_here(student, export, tmp_path, record):
+    """Latents to 1e-3, in as many steps and with the sampler that the student was made for."""
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    few = changed(student, tmp_path / "few", **record)
+    config = StudentConfig.load(few)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 16, 8, 8, generator=generator)
+    text = torch.randn(1, 7, 128, generator=generator), torch.tensor([7])
+    options = student_sampling(config, None, torch.float32, "cpu")
+    ours = sample(StudentField(WanLiteStudent.from_pretrained(few).eval()), noise, *text, options)
+
+    outcome = export(few, "pipeline", output="pipeline")
+    assert outcome.code == 0, outcome.err
+    pipeline = WanPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    padded = torch.nn.functional.pad(text[0], (0, 0, 0, 512 - 7))
+    steps = int(re.search(r"num_inference_steps=(\d+)", outcome.out)[1])
+    size = {"num_frames": 1, "height": 64, "width": 64, "guidance_scale": 1.0, "output_type": "latent"}
+    theirs = pipeline(prompt_embeds=padded, latents=noise[:, :, None], num_inference_steps=steps, **size).frames
+    assert relative_error(theirs[:, :, 0], ours) <= 1e-4
+
+    assert export(few, "original", "--workflow", output="a.safetensors").code == 0
+    model = WanTransformer3DModel.from_single_file(
+        str(tmp_path / "a.safetensors"), config=str(tmp_path / "pipeline" / "transformer")
+    )
+    workflow = json.loads((tmp_path / "a.workflow.json").read_text())
+    assert relative_error(drawn_in_comfyui(workflow, model.eval(), noise, text), ours) <= 1e-3
 
 
 # ---- a student by folder or by name ----
