@@ -130,8 +130,3 @@ def training_seconds(lines: Sequence[dict]) -> float:
             total += before
         before = elapsed_s
     return total + before
-
-
-def bucket_name(bucket: int, num_buckets: int) -> str:
-    """Name a bucket by its noise levels, as in 0.9-1.0."""
-    return f"{bucket / num_buckets:.1f}-{(bucket + 1) / num_buckets:.1f}"

@@ -8,15 +8,14 @@ import importlib.util
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wandistiller.errors import UserError
+from wandistiller.errors import UserError, first_line
 from wandistiller.files.atomic import write_text
-from wandistiller.reports.metrics import bucket_name, read_metrics
+from wandistiller.reports.metrics import read_metrics
 from wandistiller.step_metrics import StepMetrics
 
 if TYPE_CHECKING:
@@ -40,11 +39,7 @@ class Tracker:
 
 
 class MetricsFile(Tracker):
-    """Writes every step to metrics.jsonl.
-
-    Args:
-        first_step: the step that the run resumes from. What a killed process wrote beyond it is removed.
-    """
+    """Writes every step to metrics.jsonl; what a killed process wrote beyond `first_step`, which the run resumes from, is removed."""
 
     def __init__(self, path: Path, first_step: int = 0):
         kept = [line for line in read_metrics(path) if line["step"] <= first_step]
@@ -61,29 +56,19 @@ class MetricsFile(Tracker):
 def scalars(metrics: StepMetrics) -> dict[str, float]:
     """Return the numbers of a step by name. What the step did not measure is left out."""
     values = asdict(metrics)
-    named = {name: value for name, value in values.items() if isinstance(value, (int, float)) and name != "step"}
-    losses = values["loss_by_sigma"]
-    named |= {f"loss_by_sigma/{bucket_name(index, len(losses))}": value for index, value in enumerate(losses)}
-    named |= {f"held_out/{name}": value for name, value in (values["held_out"] or {}).items()}
-    return {name: float(value) for name, value in named.items() if value is not None}
+    losses, held_out, _ = values.pop("loss_by_sigma"), values.pop("held_out") or {}, values.pop("step")
+    values |= {f"loss_by_sigma/{bucket / len(losses):.1f}": value for bucket, value in enumerate(losses)}
+    values |= {f"held_out/{name}": value for name, value in held_out.items()}
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 class TensorBoardFiles(Tracker):
-    """Writes event files to a folder, which `tensorboard --logdir` shows.
-
-    Args:
-        first_step: the step that the run resumes from. What a killed process wrote beyond it is hidden.
-    """
+    """Writes event files to a folder, which `tensorboard --logdir` shows; events beyond `first_step` are hidden."""
 
     def __init__(self, folder: Path, first_step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
-        # An error of TensorBoard's writing thread is raised by the next call too, and told there in one line:
-        plain_hook = threading.excepthook
-        threading.excepthook = lambda failure: (
-            None if type(failure.thread).__module__.startswith("tensorboard") else plain_hook(failure)
-        )
 
     def step(self, metrics: StepMetrics) -> None:
         for name, value in scalars(metrics).items():
@@ -102,8 +87,6 @@ class TensorBoardFiles(Tracker):
 class RunTracker(Tracker):
     """Reports to wandb or to trackio, which share their calls: init, log, Image and finish.
 
-    wandb writes files for a later `wandb sync` where the person is not logged in or WANDB_MODE says so.
-
     Args:
         name: name of the library.
         folder: output folder, after which the run is named there.
@@ -114,7 +97,8 @@ class RunTracker(Tracker):
         self.module = importlib.import_module(name)
         options = {"project": PROJECT, "name": folder.resolve().name, "config": config}
         if name == "wandb":
-            mode = os.environ.get("WANDB_MODE") or ("online" if _is_logged_in(self.module) else "offline")
+            # Nobody may be there to answer where it asks for a login; `wandb sync` sends the files later.
+            mode = os.environ.get("WANDB_MODE") or ("online" if self.module.api.api_key else "offline")
             options |= {"dir": str(folder), "mode": mode}
         self.module.init(**options)
 
@@ -126,14 +110,6 @@ class RunTracker(Tracker):
 
     def close(self) -> None:
         self.module.finish()
-
-
-def _is_logged_in(wandb) -> bool:
-    """Return whether the person is logged in to wandb. Ask no question, since nobody may be there to answer."""
-    try:
-        return wandb.login(prompt=False, verify=False)
-    except TypeError:  # older releases have no `prompt`
-        return bool(wandb.api.api_key)
 
 
 def check_report(name: str) -> None:
@@ -160,10 +136,8 @@ class Trackers(Tracker):
     def __init__(self, makers: Mapping[str, Callable[[], Tracker]] | None = None):
         self.trackers: dict[str, Tracker] = {}
         for name, make in (makers or {}).items():
-            try:
-                self.trackers[name] = make()
-            except Exception as error:  # a full disk, a lost network, a library's own error: the run is worth more
-                _complain(name, error)
+            if (tracker := self._tried(name, make)) is not None:
+                self.trackers[name] = tracker
 
     def __enter__(self) -> "Trackers":
         return self
@@ -179,14 +153,12 @@ class Trackers(Tracker):
 
     def _call_all(self, what: str, *values: object) -> None:
         for name, tracker in list(self.trackers.items()):
-            try:
-                getattr(tracker, what)(*values)
-            except Exception as error:  # as above
-                del self.trackers[name]
-                _complain(name, error)
+            self._tried(name, getattr(tracker, what), *values)
 
-
-def _complain(name: str, error: Exception) -> None:
-    reason = " ".join(str(error).split())[:200]
-    text = f"Warning: {name} is left out from here on ({type(error).__name__}: {reason}); the run goes on"
-    print(text, file=sys.stderr, flush=True)
+    def _tried(self, name: str, call: Callable, *values: object):
+        try:
+            return call(*values)
+        except Exception as error:  # a full disk, a lost network, a library's own error: the run is worth more
+            self.trackers.pop(name, None)
+            text = f"Warning: {name} is left out from here on ({first_line(error)}); the run goes on"
+            print(text, file=sys.stderr, flush=True)
