@@ -105,8 +105,12 @@ def parse_args(argv: list[str] | None = None) -> Flags:
     return parse_flags(Flags, "evaluate_student.py", "Hold a student against its teacher on held-out prompts.", argv)
 
 
-def prepare(flags: Flags, size: ImageSize, prompts: list[str]) -> "Experiment":
-    """Load student and teacher and all that they draw with; every file is checked before a weight is read."""
+def prepare(flags: Flags, size: ImageSize, prompts: list[str]) -> "tuple[Experiment, dict]":
+    """Load student and teacher and all that they draw with, and return what a prompt's embedding costs.
+
+    Every file is checked before a weight is read.
+    """
+    from wandistiller.evaluation.cost import text_cost
     from wandistiller.evaluation.experiment import Experiment
     from wandistiller.evaluation.judges import load_judge
     from wandistiller.evaluation.measures import noise_seeds
@@ -120,8 +124,9 @@ def prepare(flags: Flags, size: ImageSize, prompts: list[str]) -> "Experiment":
 
     # The text comes first, so that its encoder leaves memory before the models come:
     embeds, negative = pair.embed(prompts)
+    text = text_cost(pair.parts.encoder, prompts[0], pair.config.text_max_length, pair.device)
     seeds = noise_seeds(len(prompts), own.num_seeds, own.seed)
-    return Experiment(
+    experiment = Experiment(
         # A student that learnt whole steps draws in these alone, whatever --num_inference_steps says:
         student=pair.artist("student", StudentRecord.of(pair.config).student_steps or steps),
         teacher=pair.artist("teacher", steps, negative=negative),
@@ -133,6 +138,7 @@ def prepare(flags: Flags, size: ImageSize, prompts: list[str]) -> "Experiment":
         num_seeds=own.num_seeds,
         batch_size=own.batch_size,
     )
+    return experiment, text
 
 
 def describe(flags: Flags, config: StudentConfig, size: ImageSize, experiment: "Experiment") -> dict[str, object]:
@@ -167,13 +173,17 @@ def drawable_steps(config: StudentConfig, flags: SamplingFlags) -> list[int]:
     return default if flags.student_steps is None else flags.student_steps
 
 
-def measure_all(flags: Flags, config: StudentConfig, experiment: "Experiment") -> "tuple[dict, Drawn, Drawn]":
-    """Return the results, what the teacher drew and what the student drew."""
-    from wandistiller.evaluation.experiment import measure, measure_cost
+def measure_all(
+    flags: Flags, config: StudentConfig, experiment: "Experiment", text: dict
+) -> "tuple[dict, Drawn, Drawn]":
+    """Return the results, what the teacher drew and what the student drew; `text` is what a prompt's embedding costs."""
+    from wandistiller.evaluation.cost import measure_cost, measure_picture
+    from wandistiller.evaluation.experiment import measure
     from wandistiller.evaluation.frontier import measure_frontier
 
     results, teacher, student = measure(experiment)
     results["cost"] = measure_cost(experiment)
+    results["picture"] = measure_picture(experiment, text, results["cost"]["step_seconds"])
     if num_prompts := min(flags.prompts.frontier_prompts, len(experiment.prompts)):
         print(f"In fewer steps: {num_prompts} prompts", flush=True)
         few, seconds = experiment.first(num_prompts), results["cost"]["step_seconds"]
@@ -235,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     from wandistiller.reports.tables import finite, report_lines, worst_prompts
 
     digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
-    experiment = prepare(flags, size, prompts)
+    experiment, text = prepare(flags, size, prompts)
     folder = prepare_output_folder(flags.folder, "--output")
     about = describe(flags, config, size, experiment) | {"student_sha256": digest}
     if num_trained := about["num_trained_prompts"]:
@@ -245,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     # Measure:
-    results, teacher, student = measure_all(flags, config, experiment)
+    results, teacher, student = measure_all(flags, config, experiment, text)
     by_prompt = measure_prompts(student, teacher, experiment.num_seeds)
     results["worst_prompts"] = worst_prompts(prompts, [one.distance for one in by_prompt])
     print("\n".join(report_lines(results)))

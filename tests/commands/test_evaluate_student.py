@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 import evaluate_student
 import generate_images
@@ -92,6 +93,12 @@ def test_table_json_and_picture(house, tmp_path, capsys):
         printed.index(f"Farthest from the teacher: {farthest[0]!r}"),
     )
     assert sentence < worst < printed.index("as teacher in")
+    picture = results["picture"]
+    assert list(picture) == ["text encoder", "student", "teacher", "VAE"]
+    assert all(value > 0 for part in picture.values() for value in part.values())
+    assert picture["student"]["flops"] == pytest.approx(6 * cost["step_flops"]["student"])
+    stored = load_file(house / "teacher" / "text_encoder" / "model.safetensors")
+    assert picture["text encoder"]["bytes"] == 4 * sum(tensor.numel() for tensor in stored.values())
     noise = results["noise"]
     assert noise["num_noises"] == 2
     in_quadrature = math.hypot(noise["mean_error"], noise["noise_error"])

@@ -12,7 +12,8 @@ import torch
 from support.measures import count_flops
 from support.wan_folders import write_pipeline_folder
 from wandistiller.evaluation import measures
-from wandistiller.evaluation.experiment import Drawn, measure_prompts, step_flops
+from wandistiller.evaluation.cost import step_flops
+from wandistiller.evaluation.experiment import Drawn, measure_prompts
 from wandistiller.evaluation.judges import mean_verdict
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent

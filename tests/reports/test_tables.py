@@ -27,6 +27,12 @@ RESULTS = {
     "frontier": FRONTIER,
     "noise": NOISE | {"meaning": "In words."},
     "cost": {"step_flops": BOTH},
+    "picture": {
+        "text encoder": {"bytes": 2**30, "flops": 1e9, "seconds": 3.0},
+        "student": {"bytes": 2**20, "flops": 2e9, "seconds": 1.0},
+        "teacher": {"bytes": 2**22, "flops": 3e10, "seconds": 15.0},
+        "VAE": {"bytes": 2**21, "flops": 4e9, "seconds": 2.0},
+    },
     "worst_prompts": worst_prompts(["a", "b", "c", "d"], [0.1, 0.9, 0.3, 0.2]),
 }
 
@@ -67,6 +73,15 @@ def test_the_screen_begins_with_a_sentence_and_the_worst_prompts():
     assert ["student", "8", "Euler", "7.00%", "0.5", "0.200", "-", "0.900", "-", "3.4", "steps", "2.3x"] in cells
     assert ["teacher", "4", "Euler", "20.00%", "0.5", "0.200", "-", "0.900", "-"] in cells
     assert "In words." in lines
+    assert ["text", "encoder", "1024", "1", "3", "50.0%", "15.0%"] in cells and [
+        "VAE",
+        "2",
+        "4",
+        "2",
+        "33.3%",
+        "10.0%",
+    ] in cells
+    assert ["student", "1", "2", "1", "16.7%"] in cells and ["teacher", "4", "30", "15", "75.0%"] in cells
     short = report_lines({name: value for name, value in RESULTS.items() if name != "frontier"})
     assert "at a relative distance of 0.2" in short[1]
 

@@ -3,19 +3,15 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wandistiller.device import autocast
 from wandistiller.evaluation import measures
 from wandistiller.evaluation.judges import Judge, Verdict, mean_verdict
-from wandistiller.model.sizes import count_parameters, num_image_tokens, transformer_flops
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches
-from wandistiller.sampling.teacher import Teacher
 from wandistiller.students.drawing import Artist
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
@@ -174,40 +170,3 @@ def measure_prompts(student: Drawn, teacher: Drawn, num_seeds: int) -> list[Prom
         right = None if own.right is None or theirs.right is None else (own.right, theirs.right)
         found.append(PromptMeasures(measures.endpoint_error(own.latents, theirs.latents, unit), right))
     return found
-
-
-# ---- cost ----
-
-
-def measure_cost(experiment: Experiment) -> dict[str, dict]:
-    """Return parameters, and seconds and FLOPs of one sampling step, for a single picture; guidance takes two passes."""
-    options = experiment.teacher.options
-    latents, sigma = experiment.noise[:1].to(options.device), torch.ones(1)
-    text = experiment.embeds.batch([0], options.device)
-    fields = {"student": experiment.student.field, "teacher": experiment.teacher.field}
-    asked = {
-        name: partial(autocast(field.velocity, options.device, options.compute_dtype), latents, sigma, *text)
-        for name, field in fields.items()
-    }
-    parameters = {
-        name: sum(count_parameters(expert.config).total for expert in field.experts.values())
-        for name, field in fields.items()
-    }
-    flops = {name: step_flops(field, experiment.latent_size, experiment.num_tokens) for name, field in fields.items()}
-    seconds = measures.median_seconds(asked, options.device)
-    rows: dict[str, dict] = {"parameters": parameters, "step_seconds": seconds, "step_flops": flops}
-    return {name: row | {"ratio": row["student"] / row["teacher"]} for name, row in rows.items()}
-
-
-def step_flops(field: Teacher, latent_size: tuple[int, int], num_tokens: int, sigma: float = 1.0) -> int:
-    """Return the FLOPs of one sampling step, for one picture.
-
-    Args:
-        latent_size: height and width of the picture's latents.
-        num_tokens: text tokens of the prompt.
-    """
-    config = field.experts["high"].config
-    asked = config, num_image_tokens(config, latent_size), num_tokens + 1  # and the token that stands for the padding
-    if field.scale_at(sigma) == 1.0:
-        return transformer_flops(*asked)
-    return transformer_flops(*asked, len(field.negative_prompt_embeds) + 1)

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wandistiller.evaluation import measures
-from wandistiller.evaluation.experiment import Experiment, step_flops
-from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS
-from wandistiller.sampling.sampler import SAMPLER_NAMES, SamplingOptions, wan_scheduler
+from wandistiller.evaluation.cost import picture_flops
+from wandistiller.evaluation.experiment import Experiment
+from wandistiller.sampling.sampler import SAMPLER_NAMES, SamplingOptions
 
 TEACHER_STEPS = (1, 2, 3, 4, 5, 6, 8, 10)
 SAMPLERS = ("euler", "unipc", "dpm++")
@@ -75,14 +75,7 @@ class Rows:
     def __init__(self, experiment: Experiment, full: Tensor, step_seconds: dict[str, float]):
         self.experiment, self.full, self.step_seconds = experiment, full, step_seconds
         self.unit = measures.spread(full)
-        self.full_flops = self.flops("teacher", experiment.teacher.options)
-
-    def flops(self, who: str, options: SamplingOptions) -> int:
-        """Return the FLOPs of a picture."""
-        own, field = self.experiment, getattr(self.experiment, who).field
-        scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler)
-        sigmas = [float(timestep) / NUM_TRAIN_TIMESTEPS for timestep in scheduler.timesteps]
-        return sum(step_flops(field, own.latent_size, own.num_tokens, sigma) for sigma in sigmas)
+        self.full_flops = picture_flops(experiment.teacher.field, experiment.teacher.options, experiment)
 
     def nearest(self, who: str, choices: Sequence[SamplingOptions]) -> dict:
         """Draw every sample in each of these ways, and return the row of the one nearest to the full drawing."""
@@ -100,7 +93,7 @@ class Rows:
             "who": who,
             "steps": steps,
             "sampler": SAMPLER_NAMES[options.sampler],
-            "cost": self.flops(who, options) / self.full_flops,
+            "cost": picture_flops(getattr(own, who).field, options, own) / self.full_flops,
             "seconds": steps * self.step_seconds[who],
             "endpoint": measures.endpoint_error(latents, self.full, self.unit),
             "noise_cosine": noise["cosine"],

@@ -26,8 +26,9 @@ def report_lines(results: dict) -> list[str]:
     ]
     if "frontier" in results:
         lines += frontier_lines(results["frontier"])
+    lines += picture_lines(results["picture"])
     rows = [HEAD, *comparison_rows(results)]
-    lines += [f"{name:<46}" + "".join(f"{cell:>14}" for cell in cells) for name, *cells in rows]
+    lines += [f"{name:<46}{_cells(cells)}" for name, *cells in rows]
     return [*lines, *textwrap.wrap(results["noise"]["meaning"], WIDTH)]
 
 
@@ -95,6 +96,25 @@ def _noise(noise: dict) -> Iterator[Row]:
     yield _row("what the noise decides: size", size, teacher, ratio, better="ratio 1")
     yield _row("what the noise decides: cosine to the teacher's", noise["cosine"], better="higher")
     yield _row("what the noise decides: gain", noise["gain"], better="1")
+
+
+def picture_lines(parts: dict[str, dict]) -> list[str]:
+    """Return what a picture costs from text to pixels as a table for the screen, with each part's share of the seconds."""
+    shares = {}
+    for who, other in (("student", "teacher"), ("teacher", "student")):
+        own = {name: part["seconds"] for name, part in parts.items() if name != other}
+        shares[who] = {name: f"{seconds / sum(own.values()):.1%}" for name, seconds in own.items()}
+    titles = ("MiB", "GFLOPs", "seconds", "of student's", "of teacher's")
+    lines = ["A picture from text to pixels, and each part's share of its seconds:", " " * 22 + _cells(titles)]
+    for name, part in parts.items():
+        numbers = (part["bytes"] / 2**20, part["flops"] / 1e9, part["seconds"])
+        cells = [*map(cell_text, numbers), *(shares[who].get(name, "") for who in shares)]
+        lines.append(f"{name:<22}{_cells(cells)}")
+    return [*lines, ""]
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return "".join(f"{cell:>14}" for cell in cells)
 
 
 def finite(values: object) -> object:
