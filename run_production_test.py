@@ -34,7 +34,7 @@ SMALL: dict[str, object] = {
     **dict.fromkeys(("layers", "image_sizes", "calls_per_expert", "replay", "teacher_cache", "cache_part")),
     **dict.fromkeys(("teacher_calls", "max_steps", "lr_warmup_steps", "dtype", "teacher_dtype", "shard", "preset")),
     **dict.fromkeys(("offline_teacher", "teacher_offload", "compile", "dry_run"), False),
-    **{"teacher_path": "mock", "init_expert": "high", "device": "cpu", "report": "none", "assume_gpu_gib": None},
+    **{"teacher_path": "mock", "init_expert": "high", "device": "cpu", "report": "none", "assume_gpu": None},
     **{"num_epochs": 1, "batch_size": BATCH_SIZE, "grad_accum_steps": 1, "num_samples": 0, "overwrite": True},
 }
 

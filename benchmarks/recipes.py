@@ -10,6 +10,7 @@ of a GPU and the share of it that is reached are assumed.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.pages import print_or_write
 from benchmarks.shapes import GIB, H100_FLOPS, MEAN_TEXT_TOKENS, NEGATIVE_TEXT_TOKENS, markdown, released_config
-from wandistiller.budget.memory import disk_budget, memory_budget, peak_bytes
+from wandistiller.budget.cards import CARDS, Card
+from wandistiller.budget.machine import Machine
+from wandistiller.budget.memory import disk_budget, host_budget, memory_budget, peak_bytes
+from wandistiller.budget.report import step_seconds
 from wandistiller.budget.workload import Workload, step_flops
 from wandistiller.model.config import StudentConfig
 from wandistiller.processes import Processes
@@ -37,14 +41,11 @@ MFUS = (0.18, 0.33, 0.40)  # shares of the peak: what others reached with Wan 14
 NUM_HELD_OUT = 32
 # What is typed beside a preset: a teacher that a lightning LoRA was merged into
 FOUR_STEPS = ["--teacher_steps", "4", "--guidance_scale", "1", "--shift", "5"]
-MEMORY = {
-    "as it is": [],
-    "--gradient_checkpointing": ["--gradient_checkpointing"],
-    "and --teacher_dtype fp8 --batch_size 1 --grad_accum_steps 32": [
-        *("--gradient_checkpointing", "--teacher_dtype", "fp8"),
-        *("--batch_size", "1", "--grad_accum_steps", "32"),
-    ],
-}
+# The presets that there are for cards of each size, the whole ones first
+SIZES = ("", "-48GB", "-24GB")
+SIZED = ("1.3B-0.5B", "5B-1B", "14B-1B", "A14B-1B")
+WHOLE = [name for name in PRESETS if not name.endswith("GB")]
+WEEKEND_HOURS = 60
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,14 @@ class Planned:
         return peak_bytes(memory_budget(self.workload)) / GIB
 
     @property
+    def host_gib(self) -> float:
+        return peak_bytes(host_budget(self.workload)) / GIB
+
+    def hours_on(self, card: Card) -> float:
+        """Return what `--dry_run --assume_gpu` says of the whole run."""
+        return step_seconds(self.workload, Machine("", 0, card=card).speed("bf16")) * self.workload.num_steps / 3600
+
+    @property
     def disk_gib(self) -> float:
         return sum(part.num_bytes for part in disk_budget(self.workload)) / GIB
 
@@ -79,6 +88,7 @@ def released(name: str) -> WanFiles:
     return WanFiles(name, experts)
 
 
+@cache
 def planned(name: str, *typed: str) -> Planned:
     """Return a preset's run with some flags typed beside it, as `--dry_run` would plan it on one GPU."""
     flags = parse_args(["--preset", name, *typed])
@@ -101,7 +111,7 @@ def planned(name: str, *typed: str) -> Planned:
 
 def presets_table() -> str:
     rows = []
-    for name in PRESETS:
+    for name in WHOLE:
         run, typed = planned(name), parse_args(["--preset", name])
         own = run.settings
         rows.append(
@@ -120,7 +130,7 @@ def presets_table() -> str:
 
 def hours_table() -> str:
     rows = []
-    for name in PRESETS:
+    for name in WHOLE:
         run, few = planned(name), planned(name, *FOUR_STEPS)
         hours = [f"{run.hours(mfu):.0f}" for mfu in MFUS]
         rows.append(
@@ -132,11 +142,35 @@ def hours_table() -> str:
 
 
 def memory_table() -> str:
-    rows = [[f"`{name}`", *(f"{planned(name, *typed).peak_gib:.0f}" for typed in MEMORY.values())] for name in PRESETS]
-    return markdown(["preset, GiB of one GPU", *MEMORY], rows)
+    rows = []
+    for name in SIZED:
+        runs = [planned(name + size) for size in SIZES]
+        rows.append([f"`{name}`", *(f"{run.peak_gib:.0f} / {run.host_gib:.0f}" for run in runs)])
+    return markdown(
+        ["preset, GiB of one GPU / of the host", *(f"`{size}`" if size else "as it is" for size in SIZES)], rows
+    )
 
 
-TABLES: dict[str, Callable[[], str]] = {"presets": presets_table, "hours": hours_table, "memory": memory_table}
+def cards_table() -> str:
+    rows = [[card.name, *(offer(name, card) for name in SIZED)] for card in CARDS.values()]
+    return markdown(["GPU", *(f"`{name}`" for name in SIZED)], rows)
+
+
+def offer(name: str, card: Card) -> str:
+    """Return the largest preset that fits on a card, its hours, and the teacher calls of a weekend where it takes longer."""
+    size = next(size for size in SIZES if planned(name + size).peak_gib <= card.gib)
+    run = planned(name + size)
+    hours = run.hours_on(card)
+    calls = f"; {100 * int(run.settings.num_calls * WEEKEND_HOURS / hours / 100):,}" if hours > WEEKEND_HOURS else ""
+    return f"{f'`{size}` ' if size else ''}{hours:.0f} h{calls}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "presets": presets_table,
+    "hours": hours_table,
+    "memory": memory_table,
+    "cards": cards_table,
+}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
@@ -221,6 +221,30 @@ def local_part(tensor: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor put together from all processes, which must all call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def num_processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def each_in_one_process(work: Callable[[Tensor], Tensor], values: Iterable[Tensor]) -> list[Tensor]:
+    """Return `work` of some tensors, each done in one process; at most as many as there are processes.
+
+    All processes call this, with the same values or their shards of them. Answers are of one shape, and are exchanged.
+    """
+    wholes: dict[int, Tensor] = {}
+    rank, count = dist.get_rank() if dist.is_initialized() else 0, 0
+    for count, value in enumerate(values, start=1):
+        whole = full_tensor(value)
+        if count - 1 in (0, rank):  # a process that is left over repeats the first one's work
+            wholes[count - 1] = whole
+        del whole
+    done = work(wholes.pop(rank) if rank in wholes else wholes.pop(0))
+    if num_processes() == 1:
+        return [done]
+    parts = [torch.empty_like(done) for _ in range(num_processes())]
+    dist.all_gather(parts, done)
+    return parts[:count]
 
 
 def fill(target: Tensor, values: Tensor) -> None:

@@ -4,10 +4,12 @@ The loop makes a `StepMetrics` of every step; metrics.jsonl, plots and trackers 
 """
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 NUM_BUCKETS = 10  # of noise levels, all equally wide
+WINDOW_S, WINDOW_STEPS = 60.0, 16  # that rates are measured over, whichever is longer
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,24 @@ def mean_by_sigma(sigmas: Sequence[float], values: Sequence[float]) -> list[floa
 
 
 class Stopwatch:
-    """Measures rate and remaining time, over all steps of this process but the first, which pays for warming up."""
+    """Measures rate and remaining time over the last minute, so that a slower or faster machine shows.
 
-    def __init__(self, num_steps: int, steps_before: int = 0):
-        self.num_steps = num_steps
-        self.steps_before = steps_before
-        self.start_s = self.first_step_s = time.perf_counter()
-        self.num_samples = 0
+    Some steps are always among those that count, because not all ask the teacher; the first one, which pays for warming up, is not.
+    """
+
+    def __init__(self, num_steps: int, steps_before: int = 0, clock: Callable[[], float] = time.perf_counter):
+        self.num_steps, self.clock = num_steps, clock
+        self.start_s = clock()
+        self.laps = deque([(steps_before, self.start_s)])  # steps, and when these were done
 
     def lap(self, step: int, batch_size: int) -> tuple[float, float, float]:
         """Return samples per second, elapsed seconds and remaining seconds after `step` steps."""
-        now, done = time.perf_counter(), step - self.steps_before
-        if done == 1:
-            self.first_step_s = now
-            elapsed = now - self.start_s
-            return batch_size / elapsed, elapsed, elapsed * (self.num_steps - step)
-        self.num_samples += batch_size
-        since_first = now - self.first_step_s
-        return self.num_samples / since_first, now - self.start_s, since_first / (done - 1) * (self.num_steps - step)
+        now, laps = self.clock(), self.laps
+        laps.append((step, now))
+        if len(laps) > 2 and laps[0][1] == self.start_s:
+            laps.popleft()
+        while len(laps) > WINDOW_STEPS and now - laps[1][1] >= WINDOW_S:
+            laps.popleft()
+        first, since = laps[0]
+        seconds = (now - since) / (step - first)
+        return batch_size / seconds, now - self.start_s, seconds * (self.num_steps - step)

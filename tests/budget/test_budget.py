@@ -5,6 +5,7 @@ Nothing here knows a GPU: benchmarks/bench_memory.py holds the budget against on
 pytest tests/budget/test_budget.py
 """
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,11 +13,22 @@ import torch
 from safetensors.torch import load_file
 
 import train_distillation
+from benchmarks import shapes
 from support.measures import LiveBytes, count_flops
 from wandistiller import StudentConfig, WanLiteStudent
-from wandistiller.budget.machine import GIB
-from wandistiller.budget.memory import checkpoint_bytes, memory_budget, peak_bytes
-from wandistiller.budget.report import hints, memory_lines, verdict
+from wandistiller.budget.cards import GIB, card
+from wandistiller.budget.machine import find_machine
+from wandistiller.budget.memory import checkpoint_bytes, disk_budget, host_budget, memory_budget, peak_bytes
+from wandistiller.budget.report import (
+    Verdict,
+    compute_lines,
+    conclusion,
+    disk_verdict,
+    hints,
+    host_verdict,
+    step_seconds,
+    verdict,
+)
 from wandistiller.budget.workload import Workload, guided_fraction, step_flops
 from wandistiller.device import DTYPES
 from wandistiller.model.sizes import transformer_flops, weight_bytes
@@ -144,10 +156,14 @@ def test_flops_of_a_step_count_guidance_replay_and_accumulation():
     assert again.recompute == again.student_forward and again.student_backward == 2 * again.student_forward
 
 
-def test_streamed_blocks_are_in_pinned_host_memory_and_little_of_it_is_lost():
-    assert not any("host memory" in line for line in memory_lines(A14B))
-    (line,) = [line for line in memory_lines(replace(A14B, teacher_offload="blocks")) if "host memory" in line]
-    assert 1.0 < float(line.split()[2]) / (sizes(A14B)["teacher weights"] / GIB) < 1.1
+def test_streamed_blocks_are_in_pinned_host_memory_of_each_process_and_little_of_it_is_lost():
+    def host(**changes):
+        return {part.name: part.num_bytes for part in host_budget(replace(A14B, **changes))}
+
+    assert "teacher blocks" not in host()
+    pinned = host(teacher_offload="blocks")["teacher blocks"]
+    assert 1.0 < pinned / sizes(A14B)["teacher weights"] < 1.1
+    assert host(teacher_offload="blocks", num_processes=16, processes_per_machine=8)["teacher blocks"] == 8 * pinned
 
 
 # ---- verdicts and hints ----
@@ -190,6 +206,62 @@ def test_a_verdict_is_certain_only_below_what_is_needed_at_least(memory, fits, i
     assert (about.fits, about.is_certain_not_to_fit) == (fits, is_certain)
     assert about.sentence.startswith("Fits: about " if fits else "Does not" if is_certain else "May not")
     assert ("GPU with more memory" in about.sentence) == is_certain
+
+
+FITTING = Verdict(True, False, "Fits: all of it.")
+
+
+def test_a_run_fits_only_where_host_and_disks_have_room_too_and_else_is_told_what_mends_it():
+    streamed = replace(A14B, teacher_offload="blocks", text_encoder_parameters=0)
+    needed = peak_bytes(host_budget(streamed))
+    room, short = host_verdict(streamed, needed + GIB), host_verdict(streamed, needed - 2 * GIB)
+    assert room.fits and not short.fits and "--teacher_dtype fp8: " in short.sentence
+    mended = float(re.search(r"fp8: ([\d.]+) GiB", short.sentence)[1])
+    assert mended < 0.6 * needed / GIB
+    reading = host_verdict(A14B, 12 * GIB)
+    assert not reading.fits and "while prompts are encoded" in reading.sentence and "--prompt_cache" in reading.sentence
+
+    parts = disk_budget(replace(A14B, num_prompts=10**6))
+    disks = [disk_verdict(parts, 10**12), disk_verdict(parts, 2**30)]
+    assert [disk.fits for disk in disks] == [True, False] and "fewer --num_prompts" in disks[1].sentence
+    assert conclusion(FITTING, [room, disks[0]]).startswith("Fits: all of it; host memory, ")
+    for others in ([short, disks[0]], [room, disks[1]]):
+        (line,) = conclusion(FITTING, others).splitlines()
+        assert line.startswith("May not fit: ")
+
+
+def test_eight_gpus_are_more_than_seven_times_as_fast_as_one():
+    one = replace(shapes.run_of("Wan2.1 1.3B", 512), grad_accum_steps=8, calls_per_step=1 / 6)
+    eight = replace(one, num_processes=8, grad_accum_steps=1)
+    assert step_flops(one).total > 7 * step_flops(eight).total
+
+
+def test_the_prompt_cache_is_counted_in_the_precision_of_the_device():
+    there, here = (
+        next(
+            part.num_bytes
+            for part in disk_budget(replace(A14B, is_gpu=is_gpu, dtype="fp32"))
+            if part.name == "prompt cache"
+        )
+        for is_gpu in (True, False)
+    )
+    assert here == 2 * there == 4 * 64 * 4096  # tokens of a prompt, channels
+
+
+def test_hours_are_those_of_the_data_sheet_and_of_copies_that_no_answer_hides():
+    machine = find_machine("cpu", True, card("rtx-4090"))
+    speed = machine.speed("bf16")
+    seconds = step_flops(A14B).total / (0.33 * 165e12)
+    assert step_seconds(A14B, speed) == pytest.approx(seconds)
+    streamed = replace(A14B, teacher_offload="blocks")
+    assert step_seconds(streamed, speed) == pytest.approx(seconds)  # four guided answers of 14B take seconds
+    one = replace(streamed, batch_size=1, guided_fraction=0.0)
+    answer, copies = step_flops(one).teacher / (0.33 * 165e12), 40 * 351.5e6 * 2 / 25e9
+    assert step_seconds(one, speed) - step_flops(one).total / (0.33 * 165e12) == pytest.approx(
+        copies - answer, rel=0.01
+    )
+    (*_, hint, _) = compute_lines(one, speed)
+    assert "wait for the teacher's blocks; a larger --batch_size hides them" in hint
 
 
 def test_a_text_encoder_that_the_prompt_cache_may_spare_makes_nothing_certain():

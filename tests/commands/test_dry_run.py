@@ -57,9 +57,9 @@ def dry_run(run_main, tmp_path):
 
 
 def figures(text: str) -> dict[str, float]:
-    """The GiB of every line of the tables."""
+    """The GiB of every line of the tables, of names in several those of the first."""
     lines = re.findall(r"^ {2,4}([a-z][a-z ]+?) +(\d+\.\d\d)  ", text, re.MULTILINE)
-    return {name: float(value) for name, value in lines}
+    return {name: float(value) for name, value in reversed(lines)}
 
 
 def a14b_parameters() -> tuple[int, int]:
@@ -81,7 +81,7 @@ def test_the_full_size_a14b_from_the_shell_in_seconds(a14b, tmp_path):
     words = [
         sys.executable, ROOT / "train_distillation.py", "--teacher_path", a14b, "--student_config", DEFAULT_CONFIG,
         "--data_path", PROMPTS, "--output_dir", tmp_path / "out", "--prompt_cache", tmp_path / "cache", "--dry-run",
-        "--save_every", 0, "--assume_gpu_gib", 140, "--optimizer", "adamw", "--replay", 1, "--student_steps", "none",
+        "--save_every", 0, "--assume_gpu", 140, "--optimizer", "adamw", "--replay", 1, "--student_steps", "none",
         "--feature_loss_weight", 0,
     ]  # fmt: skip
     start = time.monotonic()
@@ -139,7 +139,7 @@ def test_flops_of_a_step_of_the_full_size_a14b(a14b, dry_run):
 
 def test_a_run_that_cannot_fit_says_which_flags_to_change_and_exits_with_2(a14b, dry_run):
     flags = ("--teacher_path", a14b, "--student_config", DEFAULT_CONFIG, "--save_every", 0)
-    outcome = dry_run(*flags, "--assume_gpu_gib", 24)
+    outcome = dry_run(*flags, "--assume_gpu", 24)
     assert outcome.code == 2
     (line,) = outcome.err.splitlines()
     assert line.startswith("error: --dry_run: Does not fit: at least ") and "--teacher_dtype fp8: " in line
@@ -151,7 +151,7 @@ def test_without_a_gpu_the_plan_is_for_an_assumed_one_and_never_fails(a14b, dry_
     flags = ("--teacher_path", a14b, "--student_config", DEFAULT_CONFIG, "--save_every", 0)
     outcome = dry_run(*flags, "--batch_size", 64)
     assert outcome.code == 0
-    assert "an assumed GPU" in outcome.out and "Does not fit" in outcome.out.splitlines()[-1]
+    assert "an assumed GPU, H100" in outcome.out and "Does not fit" in outcome.out and "data sheet" in outcome.out
 
 
 # ---- the same refusals as a real run, and nothing written ----
@@ -172,10 +172,11 @@ def test_on_the_cpu_the_plan_is_for_this_machine_with_hours_and_what_is_free_on_
     run = ["--teacher_path", teachers.one, "--student_config", write_config(PRUNED_CONFIG), "--device", "cpu"]
     outcome = dry_run(*run)
     assert outcome.code == 0 and "this machine has" in outcome.out and "time, an estimate: " in outcome.out
-    assert re.search(r"--output_dir: up to .* free, fits", outcome.out)
+    assert re.search(r"Fits: about .*; disk of --output_dir, --prompt_cache, .* GiB free\.$", outcome.out)
     outcome = dry_run(*run, "--teacher_cache", "answers", "--teacher_calls", 10**9, "--replay", 1)
     assert outcome.code == 0, "what is there already takes no more room"
-    assert re.search(r"--teacher_cache: up to .* free, does not fit", outcome.out)
+    last = outcome.out.splitlines()[-1]
+    assert last.startswith("May not fit: disk of --output_dir, ") and "fewer --teacher_calls" in last
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused_as_by_a_real_run(dry_run, teachers, write_config):
@@ -192,9 +193,12 @@ def test_a_folder_that_is_a_file_is_refused(dry_run, teachers, write_config, tmp
     assert outcome.code == 2 and flag in outcome.err and "is a file" in outcome.err
 
 
-def test_a_gpu_to_plan_for_goes_with_a_dry_run(run_main):
-    outcome = run_main(train_distillation.main, "--assume_gpu_gib", 24)
-    assert outcome.code == 2 and "--dry_run" in outcome.err
+@pytest.mark.parametrize(
+    "words, said", [(["24"], "--dry_run"), (["4080", "--dry_run"], "'4080'"), (["H800", "--dry_run"], "H100, H200")]
+)
+def test_a_gpu_to_plan_for_is_a_known_one_or_gib_and_goes_with_a_dry_run(run_main, words, said):
+    outcome = run_main(train_distillation.main, "--assume_gpu", *words)
+    assert outcome.code == 2 and said in outcome.err
 
 
 # ---- out of memory ----

@@ -161,7 +161,7 @@ def hollow_teacher(teachers, tmp_path):
 def test_a_real_teacher_is_planned_for_with_the_very_command_by_its_headers_alone(
     preflight, few, write_config, hollow_teacher
 ):
-    words = ["--teacher_path", hollow_teacher, "--replay", 4, "--assume_gpu_gib", 80]
+    words = ["--teacher_path", hollow_teacher, "--replay", 4, "--assume_gpu", 80]
     outcome = preflight(*few, "--student_config", write_config(PRUNED_CONFIG), *words)
     assert_passed(outcome)
     assert "(high + low)" in outcome.out and "Fits: about" in outcome.out and "config.json fits " in outcome.out
@@ -169,7 +169,7 @@ def test_a_real_teacher_is_planned_for_with_the_very_command_by_its_headers_alon
 
 def test_where_the_command_would_be_refused_the_preflight_fails_too(preflight, few, write_config, hollow_teacher):
     config = write_config(PRUNED_CONFIG)
-    words = ["--student_config", config, "--teacher_path", hollow_teacher, "--assume_gpu_gib", 1e-4]
+    words = ["--student_config", config, "--teacher_path", hollow_teacher, "--assume_gpu", 1e-4]
     outcome = preflight(*few, *words)
     assert outcome.code == 2 and "Does not fit" in outcome.err
     assert outcome.out.splitlines()[-1] == "Production Test FAILED"

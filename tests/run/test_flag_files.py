@@ -159,7 +159,7 @@ def test_the_dry_run_of_a_preset_says_what_the_page_does(run_main, tmp_path):
     write_hollow_a14b(folder)
     outcome = run_main(
         train_distillation.main, "--preset", "A14B-1B", "--teacher_path", folder, "--data_path", PROMPTS, "--dry_run",
-        "--output_dir", tmp_path / "out", "--prompt_cache", tmp_path / "cache", "--assume_gpu_gib", 80, "--save_every", 0,
+        "--output_dir", tmp_path / "out", "--prompt_cache", tmp_path / "cache", "--assume_gpu", 80, "--save_every", 0,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert "144,000 steps of 32 prompts, about 12,0" in outcome.out

@@ -107,7 +107,7 @@ def test_a_teacher_of_few_steps_is_one_of_few_noise_levels(resolved, steps, samp
 
 def test_the_precision_is_that_of_the_device_and_of_the_gpu_that_a_dry_run_plans_for(resolved):
     assert (resolved().dtype, resolved().teacher_dtype) == ("fp32", "fp32")
-    planned = resolved("--dry_run", "--assume_gpu_gib", 80)
+    planned = resolved("--dry_run", "--assume_gpu", 80)
     assert (planned.dtype, planned.teacher_dtype, planned.is_for_gpu) == ("bf16", "bf16", True)
     assert resolved("--dtype", "bf16", "--teacher_dtype", "fp8").teacher_dtype == "fp8"
 

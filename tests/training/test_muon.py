@@ -1,19 +1,27 @@
 """Muon moves the matrices of the student's blocks as torch's own does, and AdamW the rest, under one learning rate.
 
 In bfloat16 the updates are torch.optim.Muon's bit for bit; in float32 they are those of singular values worked out by an SVD.
-That a run with it resumes bit for bit is in test_checkpoints.py, and that processes take the steps of one in test_distributed.py.
+Processes share its work out. That a run with it resumes bit for bit is in test_checkpoints.py, and that processes take the steps of
+one in test_distributed.py.
 
 pytest tests/training/test_muon.py
 """
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from support.processes import fork
 from support.runs import PRUNED_CONFIG
+from support.torchrun import free_port
 from wandistiller import StudentConfig, WanLiteStudent
+from wandistiller.budget.workload import Workload, step_flops
+from wandistiller.processes import Processes, fill, full_tensor, leave
 from wandistiller.training.feature_loss import FeatureLoss
 from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions, make_optimizer
@@ -101,3 +109,46 @@ def test_every_weight_is_in_one_group():
     set_gradients(trained, 0)
     optimizer.zero_grad(set_to_none=True)
     assert all(weight.grad is None for weight in trained.parameters())
+
+
+# ---- several processes ----
+
+
+def move_shared_out(rank: int, count: int, port: int, is_sharded: bool, out: Path) -> None:
+    """Take three steps as one of some processes; the first one keeps the weights and the FLOPs of its last step."""
+    torch.set_num_threads(1)
+    if count > 1:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    trained = make_trained(PRUNED_CONFIG)
+    if is_sharded:
+        for model in (trained.student, trained.objective.feature_loss):
+            Processes("cpu", rank, count).shard(model)
+    optimizer = make_optimizer(trained, OPTIONS, "cpu")
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for weight in trained.parameters():
+            weight.grad = torch.empty_like(weight)
+            fill(weight.grad, torch.randn(weight.shape, generator=generator))
+        with FlopCounterMode(display=False) as flops:
+            optimizer.step()
+    weights = {name: full_tensor(weight.detach()) for name, weight in trained.named_parameters()}
+    if rank == 0:
+        torch.save({"weights": weights, "flops": flops.get_total_flops()}, out)
+    leave()
+
+
+@pytest.mark.parametrize(("count", "is_sharded"), [(2, False), (2, True), (4, False), (4, True)])
+def test_processes_share_out_the_matrices_and_move_all_weights_as_one_does(tmp_path, count, is_sharded):
+    move_shared_out(0, 1, 0, False, tmp_path / "one")
+    port = free_port()
+    processes = [fork(move_shared_out, rank, count, port, is_sharded, tmp_path / "many") for rank in range(count)]
+    for process in processes:
+        process.join()
+    one, many = (torch.load(tmp_path / name) for name in ("one", "many"))
+    for name, weight in one["weights"].items():  # a shard ends elsewhere, where the CPU rounds otherwise
+        torch.testing.assert_close(many["weights"][name], weight, rtol=0, atol=1e-6 if is_sharded else 0)
+    # Both blocks have eight matrices of one shape, and two of another, wide and tall.
+    assert many["flops"] * count == one["flops"]
+    config = StudentConfig(**PRUNED_CONFIG)
+    work = Workload(teacher=config, student=config, latent_size=8, optimizer="muon", num_processes=count)
+    assert many["flops"] == step_flops(work).orthogonalization

@@ -1,4 +1,4 @@
-"""Bytes of one GPU and of the disk, by component: arithmetic on shapes.
+"""Bytes of one GPU, of the host and of the disk, by component: arithmetic on shapes.
 
     components = memory_budget(workload)
     print(peak_bytes(components))
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from wandistiller.budget.activations import block_input_bytes, inference_bytes, training_bytes
 from wandistiller.budget.workload import FP32, Workload
 from wandistiller.model.sizes import BYTES, count_parameters, weight_bytes
+from wandistiller.processes import FILE_BYTES
 from wandistiller.sampling.streaming import num_rooms, pinned_bytes
 from wandistiller.walk.store import feature_bytes
 
@@ -20,6 +21,8 @@ from wandistiller.walk.store import feature_bytes
 MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 8}
 # The CUDA context with its libraries, and what the allocator cannot use between tensors, are assumed, not measured.
 CONTEXT_BYTES, FRAGMENTATION = 2**30, 0.05
+# Of the host, assumed too: libraries alone, and with what CUDA maps
+LIBRARY_BYTES, PROCESS_BYTES = 2**30, 4 * 2**30
 ACTIVATION_TOLERANCE = 0.15  # the error that tests allow the formulas of activations.py
 # The text encoder is in memory alone. Then the teacher answers, then the student's activations are there; at the end of its
 # backward pass, when they have gone, all gradients are there.
@@ -28,7 +31,7 @@ PHASES = ("encoding", "answering", "learning", "updating")
 
 @dataclass(frozen=True)
 class Component:
-    """Some bytes of one GPU in one `phase` ("": in all but encoding), or of the disk in the folder of one flag."""
+    """Some bytes of a GPU or host in one `phase` ("": in all but encoding), or of the disk in the folder of one flag."""
 
     name: str
     num_bytes: int
@@ -38,7 +41,7 @@ class Component:
 
 def memory_budget(workload: Workload) -> list[Component]:
     """Return the bytes of one GPU by component; those of one phase and those of no phase are there together."""
-    encoder = workload.text_encoder_parameters * BYTES[workload.dtype]
+    encoder = workload.text_encoder_parameters * embeds_bytes(workload)
     parts = [
         *_teacher_components(workload),
         *_feature_components(workload),
@@ -50,8 +53,42 @@ def memory_budget(workload: Workload) -> list[Component]:
     parts = [part for part in parts if part.num_bytes]
     if workload.is_gpu:
         reserve = CONTEXT_BYTES + round(FRAGMENTATION * peak_bytes(parts))
-        parts.append(Component("reserve", reserve, f"assumed: CUDA context, and {FRAGMENTATION:.0%} for fragmentation"))
-    return parts
+        return [
+            *parts,
+            Component("reserve", reserve, f"assumed: CUDA context, and {FRAGMENTATION:.0%} for fragmentation"),
+        ]
+    libraries = [Component("reserve", LIBRARY_BYTES, "assumed: Python and torch", phase) for phase in ("", "encoding")]
+    return [*parts, *libraries, *_streamed(workload, 1)]
+
+
+def host_budget(workload: Workload) -> list[Component]:
+    """Return the bytes of host memory that the processes of one machine take beside their GPUs."""
+    count = workload.processes_per_machine
+    encoder = count * workload.text_encoder_parameters * embeds_bytes(workload)
+    parts = [
+        *(Component("processes", count * PROCESS_BYTES, f"{count}, assumed", phase) for phase in ("", "encoding")),
+        Component("text encoder", encoder, "on its way to the GPU", "encoding"),
+        *_streamed(workload, count),
+        Component(
+            "stored answers", count * _stored_bytes(workload) if _keeps_on_host(workload) else 0, "and their states"
+        ),
+        Component("checkpoints", count * FILE_BYTES if workload.keep_checkpoints else 0, "a file of one", "updating"),
+    ]
+    return [part for part in parts if part.num_bytes]
+
+
+def _streamed(workload: Workload, num_processes: int) -> list[Component]:
+    """Return the pinned host memory of the teacher's blocks."""
+    if not workload.teacher_offload:
+        return []
+    pinned = workload.num_experts * pinned_bytes(workload.teacher.depth, block_bytes(workload))
+    phase = "answering" if workload.offline_teacher else ""
+    return [Component("teacher blocks", num_processes * pinned, "of the teacher in host memory, pinned", phase)]
+
+
+def embeds_bytes(workload: Workload) -> int:
+    """Return the bytes of a number of the text encoder and of its embeddings, whatever --dtype is."""
+    return 2 if workload.is_gpu else FP32
 
 
 def phase_bytes(components: Sequence[Component]) -> dict[str, int]:
@@ -112,11 +149,6 @@ def block_bytes(workload: Workload) -> int:
     return weight_bytes(config.replace(depth=2), dtype) - weight_bytes(config.replace(depth=1), dtype)
 
 
-def streamed_bytes(workload: Workload) -> int:
-    """Return the bytes of pinned host memory that the teacher's blocks take."""
-    return workload.num_experts * pinned_bytes(workload.teacher.depth, block_bytes(workload))
-
-
 def _teacher_samples(workload: Workload) -> int:
     """Return the samples of one call: guidance asks with the prompt and with the negative prompt at once."""
     return workload.batch_size * (2 if workload.guided_fraction else 1)
@@ -153,8 +185,9 @@ def _feature_components(workload: Workload) -> list[Component]:
     if workload.num_experts > 1 or 0 < workload.guided_fraction < 1:
         moments.append(whole + round((1 - 1 / workload.batch_size) * (activations + whole)))
     layers = f"of {workload.num_features} layers"
+    stored = 0 if _keeps_on_host(workload) else _stored_feature_bytes(workload)
     return [
-        Component("stored features", _stored_feature_bytes(workload), f"{layers}, bf16, to learn from again"),
+        Component("stored features", stored, f"{layers}, bf16, to learn from again"),
         Component("feature targets", targets, f"hidden states {layers}, fp32"),
         Component("whole features", max(moments) - activations - targets, "all channels of the teacher's", "answering"),
         Component("feature errors", errors, f"differences and masks {layers}", "learning"),
@@ -243,18 +276,36 @@ def _frozen_bytes(workload: Workload) -> int:
 
 
 def _orthogonalization_bytes(workload: Workload) -> int:
-    """Return the bytes of Muon's update of the largest matrix: the update, gathered where it is sharded, and what is multiplied."""
+    """Return the bytes of Muon's update of the largest matrix: its mean, gathered where it is sharded, and what is multiplied.
+
+    Several processes then have the updates of as many matrices.
+    """
     if workload.optimizer != "muon":
         return 0
     rows, columns = max(count_parameters(workload.student).matrix_shapes, key=math.prod)
-    updates = FP32 * rows * columns * (2 if workload.shard_student else 1)
-    return updates + 2 * BYTES[workload.dtype] * (rows * columns + min(rows, columns) ** 2)
+    size, compute, count = rows * columns, BYTES[workload.dtype], workload.num_processes
+    updates = FP32 * size * (2 if count > 1 else 1)
+    products = 2 * compute * (size + min(rows, columns) ** 2)
+    return updates + max(products, compute * size * (count + 1) if count > 1 else 0)
 
 
 def _states(workload: Workload) -> Component:
-    per_sample = workload.latents_per_slot + 2 * workload.stored_batches  # an answer has a state and a velocity
-    num_latents = per_sample * workload.batch_size * workload.grad_accum_steps
+    stored = 0 if _keeps_on_host(workload) else workload.stored_batches + workload.stored_segments
+    per_slot = workload.latents_per_slot + 2 * stored  # an answer has a state and a velocity
+    num_latents = per_slot * workload.batch_size * workload.grad_accum_steps
     return Component("training states", num_latents * workload.latent_bytes, f"{num_latents} latents, fp32")
+
+
+def _keeps_on_host(workload: Workload) -> bool:
+    """Whether the store of answers is in host memory."""
+    return workload.is_gpu and workload.teacher_offload == "blocks"
+
+
+def _stored_bytes(workload: Workload) -> int:
+    """Return the bytes of one process's answers in memory: states, velocities and hidden states."""
+    stored = workload.stored_batches + workload.stored_segments
+    num_latents = 2 * stored * workload.batch_size * workload.grad_accum_steps
+    return num_latents * workload.latent_bytes + _stored_feature_bytes(workload)
 
 
 # ---- disk ----
@@ -266,8 +317,8 @@ def checkpoint_bytes(workload: Workload) -> int:
     if workload.segment_passes:
         weights += BYTES[workload.dtype] * count_parameters(workload.student).total
     weights += FP32 * _map_parameters(workload)
-    states = _states(workload).num_bytes + _stored_feature_bytes(workload)
-    return weights + moment_bytes(workload) + workload.num_processes * states
+    walked = workload.latents_per_slot * workload.batch_size * workload.grad_accum_steps * workload.latent_bytes
+    return weights + moment_bytes(workload) + workload.num_processes * (walked + _stored_bytes(workload))
 
 
 def disk_budget(workload: Workload) -> list[Component]:
@@ -275,7 +326,7 @@ def disk_budget(workload: Workload) -> list[Component]:
     keep, total = workload.keep_checkpoints, count_parameters(workload.student).total
     checkpoints = (keep + 1) * checkpoint_bytes(workload) if keep else 0
     tokens = workload.num_prompts * workload.mean_text_tokens
-    embeds = round(tokens * workload.teacher.text_encoder_output_dim * BYTES[workload.dtype])
+    embeds = round(tokens * workload.teacher.text_encoder_output_dim * embeds_bytes(workload))
     prompts = f"{workload.num_prompts:,} prompts of about {workload.mean_text_tokens:.0f} tokens"
     answers = workload.teacher_cache_batches * workload.global_batch_size * workload.latent_bytes  # two in fp16
     batches = f"{workload.teacher_cache_batches:,} batches: latents and velocities, fp16"

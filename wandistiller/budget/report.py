@@ -1,21 +1,24 @@
 """A budget in words: tables of memory, FLOPs and hours, whether the run fits, and what takes less memory if it does not."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from wandistiller.budget.machine import GIB
+from wandistiller.budget.cards import GIB
+from wandistiller.budget.machine import Speed
 from wandistiller.budget.memory import (
+    Component,
+    block_bytes,
     certain_bytes,
+    host_budget,
     memory_budget,
     peak_bytes,
     phase_bytes,
-    streamed_bytes,
     training_peak_bytes,
 )
-from wandistiller.budget.workload import Workload, step_flops
+from wandistiller.budget.workload import Workload, flops_per_sample, step_flops
 from wandistiller.reports.progress import format_duration
 
-ASSUMED_UTILISATION = 0.4  # of the rate of plain matrix products, over a whole step
 WHEN = {
     "": "",
     "encoding": "while prompts are encoded (nothing else is there): ",
@@ -89,7 +92,7 @@ class OutOfMemory(RuntimeError):
 
 
 class Verdict(NamedTuple):
-    """Whether a run fits, and the sentence that says so. Between `fits` and certainty lie the reserve and upper bounds."""
+    """Whether a run fits in one place, and the words that say so. Between `fits` and certainty lie the reserve and upper bounds."""
 
     fits: bool
     is_certain_not_to_fit: bool
@@ -111,6 +114,47 @@ def verdict(workload: Workload, memory: int, device: str = "the GPU") -> Verdict
     return Verdict(False, least > memory, f"{needed} needed, {has}. {advice(workload, memory)}.")
 
 
+def host_verdict(workload: Workload, memory: int) -> Verdict:
+    """Hold the run against the host's `memory` bytes."""
+    phases = phase_bytes(host_budget(workload))
+    highest = max(phases, key=phases.__getitem__)
+    if phases[highest] <= memory:
+        return Verdict(True, False, f"host memory, {gib(phases[highest])} of {gib(memory)}")
+    others = {"--teacher_dtype fp8": {"teacher_dtype": "fp8"}, "no --teacher_offload": {"teacher_offload": None}}
+    less = {flags: peak_bytes(host_budget(replace(workload, **changes))) for flags, changes in others.items()}
+    ways = [f"{flags}: {gib(num_bytes)}" for flags, num_bytes in less.items() if num_bytes < phases[highest]]
+    if highest == "encoding":
+        ways = ["give a --prompt_cache that was filled on a larger machine"]
+    if workload.processes_per_machine > 1:
+        ways.append("fewer processes on a machine")
+    what = f"May not fit: host memory, {gib(phases[highest])} needed {WHEN[highest].removesuffix(': ')}".rstrip()
+    return Verdict(False, False, f"{what}, this machine has {gib(memory)}. {'; '.join(ways)}.")
+
+
+# The flag that mends a disk without room, by what takes most of it
+DISK_MENDS = {
+    "student": "give another --output_dir",
+    "checkpoints": "give a smaller --keep_checkpoints, --save_every 0, or another --output_dir",
+    "prompt cache": "give fewer --num_prompts or another --prompt_cache, unless it holds them already",
+    "teacher cache": "give fewer --teacher_calls or another --teacher_cache, unless it holds them already",
+}
+
+
+def disk_verdict(parts: Sequence[Component], free: int) -> Verdict:
+    """Hold what is written to one disk against its `free` bytes."""
+    needed, flags = sum(part.num_bytes for part in parts), ", ".join(dict.fromkeys(part.phase for part in parts))
+    if needed <= free:
+        return Verdict(True, False, f"disk of {flags}, {gib(needed)} of {gib(free)} free")
+    mend = DISK_MENDS[max(parts, key=lambda part: part.num_bytes).name]
+    return Verdict(False, False, f"May not fit: disk of {flags}, {gib(needed)} needed, {gib(free)} free; {mend}.")
+
+
+def conclusion(device: Verdict, others: Sequence[Verdict]) -> str:
+    """Return one line that says "Fits" if all places do, else a line for each that does not."""
+    short = [each.sentence for each in (device, *others) if not each.fits]
+    return "\n".join(short) or f"{device.sentence.removesuffix('.')}; {'; '.join(each.sentence for each in others)}."
+
+
 # ---- tables ----
 
 
@@ -118,23 +162,25 @@ def table_line(name: str, num_bytes: float, what: str) -> str:
     return f"  {name:<24}{num_bytes / GIB:>9.2f}  {what}"
 
 
-def memory_lines(workload: Workload) -> list[str]:
+def memory_lines(budget: Sequence[Component]) -> list[str]:
     """Return a line for each component, the largest first, and the peak."""
-    components = sorted(memory_budget(workload), key=lambda part: -part.num_bytes)
+    components = sorted(budget, key=lambda part: -part.num_bytes)
     lines = [table_line(part.name, part.num_bytes, WHEN[part.phase] + part.what) for part in components]
-    if workload.teacher_offload:
-        lines.append(table_line("host memory", streamed_bytes(workload), "the teacher's blocks, pinned"))
     phases = phase_bytes(components)
     highest = max(phases, key=phases.__getitem__)
     return [*lines, table_line("peak", phases[highest], WHEN[highest].removesuffix(": "))]
 
 
-def compute_lines(workload: Workload, rate: float | None) -> list[str]:
-    """Return lines with the FLOPs of a step and of the job, and how long it takes.
+def step_seconds(workload: Workload, speed: Speed) -> float:
+    """Return how long an optimizer step takes: its FLOPs, and copies of the teacher's blocks that no answer hides."""
+    rate, samples = speed.share * speed.flops, workload.batch_size
+    copies = workload.teacher.depth * block_bytes(workload) / speed.link if workload.teacher_offload == "blocks" else 0
+    shown = max(0.0, copies - samples * flops_per_sample(workload)[0] / rate)
+    return step_flops(workload).total / rate + workload.grad_accum_steps * workload.calls_per_step * shown
 
-    Args:
-        rate: FLOP/s of plain matrix products on the device; None where it is not here.
-    """
+
+def compute_lines(workload: Workload, speed: Speed | None) -> list[str]:
+    """Return lines with the FLOPs of a step and of the job, and how long it takes."""
     flops, num_steps = step_flops(workload), workload.num_steps
     extra = f" + {si(flops.segments)} of its frozen copy" if flops.segments else ""
     extra += f" + {si(flops.recompute)} recomputed" if flops.recompute else ""
@@ -145,11 +191,14 @@ def compute_lines(workload: Workload, rate: float | None) -> list[str]:
         f"  the job: {num_steps:,} steps of {workload.global_batch_size:,} prompts, about "
         f"{workload.calls_per_step * num_steps:,.0f} teacher calls of as many, {si(flops.total * num_steps)}FLOP a GPU",
     ]
-    if rate is None:
-        return [*lines, "  time: the device is not here (--device cpu plans for this machine)"]
-    seconds = flops.total / (ASSUMED_UTILISATION * rate)
+    if speed is None:
+        return [*lines, "  time: --assume_gpu NAME tells hours (--device cpu: those of this machine)"]
+    seconds = step_seconds(workload, speed)
+    exposed = seconds - flops.total / (speed.share * speed.flops)
+    if exposed > 0:
+        lines.append(f"  {exposed:.3g} s of a step wait for the teacher's blocks; a larger --batch_size hides them")
     return [
         *lines,
-        f"  time, an estimate: {seconds:.3g} s a step, {format_duration(seconds * num_steps)} for all, if "
-        f"{ASSUMED_UTILISATION:.0%} of the {rate / 1e12:.4g} TFLOP/s of plain {workload.dtype} products here are reached",
+        f"  time, an estimate: {seconds:.3g} s a step, {format_duration(seconds * num_steps)} for all, if {speed.share:.0%} of the "
+        f"{speed.flops / 1e12:.4g} TFLOP/s of {speed.what} are reached",
     ]

@@ -1,6 +1,7 @@
 """A run by its shapes, `Workload(teacher=..., student=..., latent_size=64)`, and the FLOPs of its steps. No weight is read."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ class Workload:
     batch_size: int = 1  # prompts of one process in one forward pass
     grad_accum_steps: int = 1
     num_processes: int = 1
+    processes_per_machine: int = 1
     dtype: str = "bf16"  # of matrix products: "fp32" or "bf16"
     teacher_dtype: str = "bf16"  # of its weights: "fp32", "bf16", or "fp8" (the Linear weights of its blocks)
     teacher_offload: str | None = None  # "blocks": two of them are on the GPU; "experts": as many as one expert has
@@ -45,7 +47,8 @@ class Workload:
     ema: bool = True
     num_features: int = 0  # teacher layers whose hidden states are compared
     stored_batches: int = 0  # batches of answers in memory to learn from again
-    latents_per_slot: int = FEW_PATHS  # of paths and of their segments, over all image sizes
+    stored_segments: int = 0  # of each slot, whose states and velocities lie beside the answers
+    latents_per_slot: int = FEW_PATHS  # of paths, over all image sizes
     calls_per_step: float = 1.0  # batches that the teacher answers per forward and backward pass of the student
     segment_passes: float = 0.0  # of the frozen student of a second stage, for each sample of a step, on average
     num_steps: int = 1
@@ -107,7 +110,7 @@ class StepFlops:
     student_backward: float
     segments: float  # walked by the frozen student of a second stage
     recompute: float  # of gradient checkpointing
-    orthogonalization: float  # of Muon, all of it in every process
+    orthogonalization: float  # of Muon, whose matrices are shared out over the processes
 
     @property
     def total(self) -> float:
@@ -125,7 +128,7 @@ def step_flops(workload: Workload) -> StepFlops:
         student_backward=BACKWARD_PASSES * samples * forward,
         segments=workload.segment_passes * samples * forward,
         recompute=samples * forward if workload.gradient_checkpointing else 0,
-        orthogonalization=_orthogonalization_flops(workload.student) if workload.optimizer == "muon" else 0,
+        orthogonalization=_orthogonalization_flops(workload) if workload.optimizer == "muon" else 0,
     )
 
 
@@ -137,8 +140,10 @@ def flops_per_sample(workload: Workload) -> tuple[float, float]:
     return teacher, transformer_flops(workload.student, workload.student_tokens, workload.text_tokens)
 
 
-def _orthogonalization_flops(config: StudentConfig) -> int:
-    """Count the products of Newton and Schulz's iteration: the Gram matrix of the shorter side, its square, and back."""
-    matrices = [sorted(shape) for shape in count_parameters(config).matrix_shapes]
-    one_step = sum(2 * (2 * short * short * long + short**3) for short, long in matrices)
-    return config.depth * NEWTON_SCHULZ_STEPS * one_step
+def _orthogonalization_flops(workload: Workload) -> int:
+    """Count the products of Newton and Schulz's iteration in one process: the Gram matrix of the shorter side, its square, and back."""
+    shapes = Counter(tuple(sorted(shape)) for shape in count_parameters(workload.student).matrix_shapes)
+    rounds = {shape: math.ceil(workload.student.depth * n / workload.num_processes) for shape, n in shapes.items()}
+    return NEWTON_SCHULZ_STEPS * sum(
+        n * 2 * (2 * short * short * long + short**3) for (short, long), n in rounds.items()
+    )

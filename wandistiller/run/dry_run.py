@@ -2,15 +2,24 @@
 
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from wandistiller.budget.machine import GIB, find_machine, matmul_rate
-from wandistiller.budget.memory import checkpoint_bytes, disk_budget
-from wandistiller.budget.report import compute_lines, gib, memory_lines, table_line, verdict
+from wandistiller.budget.cards import GIB
+from wandistiller.budget.machine import find_machine, host_memory
+from wandistiller.budget.memory import checkpoint_bytes, disk_budget, host_budget, memory_budget
+from wandistiller.budget.report import (
+    Verdict,
+    compute_lines,
+    conclusion,
+    disk_verdict,
+    host_verdict,
+    memory_lines,
+    table_line,
+    verdict,
+)
 from wandistiller.budget.workload import FP32, UMT5_XXL_PARAMETERS, Workload
-from wandistiller.device import DTYPES
+from wandistiller.command_line import torchrun_environment
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_writable
 from wandistiller.files.paths import nearest_existing
@@ -32,22 +41,30 @@ def print_budget(settings: Settings) -> int:
         UserError: a folder cannot be written to, the disk has no room, or the run is certain not to fit.
     """
     check_places(settings)
-    machine = find_machine(settings.device, settings.is_for_gpu, settings.assume_gpu_gib)
+    machine = find_machine(settings.device, settings.is_for_gpu, settings.assume_gpu)
     workload = with_texts(settings, workload_of(settings))
     teacher, student = (count_parameters(model).total for model in (workload.teacher, workload.student))
     experts = f"{workload.num_experts} x " if workload.num_experts > 1 else ""
-    rate = matmul_rate(machine.device, DTYPES[workload.dtype]) if machine.device else None
-    for title, lines in (
-        ("Parameters", [f"  teacher {experts}{teacher:,}, student {student:,} ({student / teacher:.1%} of one)"]),
-        (f"Memory of one {machine.unit}, GiB; {machine.name} has {machine.memory / GIB:.2f}", memory_lines(workload)),
-        ("Disk, GiB", disk_lines(workload, settings)),
-        ("Computing", compute_lines(workload, rate)),
-    ):
+    tables = {
+        "Parameters": [f"  teacher {experts}{teacher:,}, student {student:,} ({student / teacher:.1%} of one)"],
+        f"Memory of one {machine.unit}, GiB; {machine.name} has {machine.memory / GIB:.2f}": memory_lines(
+            memory_budget(workload)
+        ),
+        "Disk, GiB": [
+            table_line(part.name, part.num_bytes, f"{part.what} ({part.phase})") for part in disk_budget(workload)
+        ],
+        "Computing": compute_lines(workload, machine.speed(workload.dtype)),
+    }
+    others = disk_verdicts(workload, settings)
+    if workload.is_gpu:
+        tables["Host memory, GiB"] = memory_lines(host_budget(workload))
+        others.insert(0, host_verdict(workload, host_memory()))
+    for title, lines in tables.items():
         print("\n".join([title, *lines]))
     about = verdict(workload, machine.memory, machine.name)
     if about.is_certain_not_to_fit and machine.is_known:
         raise UserError(f"--dry_run: {about.sentence}")
-    print(about.sentence)
+    print(conclusion(about, others))
     return 0
 
 
@@ -57,7 +74,9 @@ def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
     Args:
         dtype: of matrix products, "fp32" or "bf16"; None for that of the run.
     """
-    config = settings.config
+    config, sizes = settings.config, range(len(settings.image_sizes))
+    walks = [walk_options(settings, size, settings.num_samples_per_step) for size in sizes]
+    has_segments = settings.student_steps is not None and settings.teacher_cache is None
     return Workload(
         teacher=settings.wan_files.config,
         student=config,
@@ -67,6 +86,7 @@ def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
         batch_size=settings.batch_size,
         grad_accum_steps=settings.grad_accum_steps,
         num_processes=settings.processes.count,
+        processes_per_machine=torchrun_environment().local_world_size,
         dtype=dtype or settings.dtype,
         teacher_dtype=settings.teacher_dtype,
         teacher_offload=settings.teacher_offload,
@@ -78,7 +98,8 @@ def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
         ema=settings.optimization.ema_decay > 0,
         num_features=config.depth if settings.feature_loss_weight else 0,
         stored_batches=0 if settings.teacher_cache else sum(part.capacity for part in schedules_of(settings)),
-        latents_per_slot=0 if settings.teacher_cache else latents_per_slot(settings),
+        stored_segments=sum(segment_capacity(settings, size) for size in sizes) if has_segments else 0,
+        latents_per_slot=0 if settings.teacher_cache else sum(walk.latents_per_slot for walk in walks),
         calls_per_step=settings.num_calls / settings.num_steps,
         segment_passes=segment_passes(settings),
         num_steps=settings.num_steps,
@@ -86,15 +107,6 @@ def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
         keep_checkpoints=settings.keep_checkpoints if settings.save_every else 0,
         teacher_cache_batches=settings.num_calls if settings.teacher_cache else 0,
         is_gpu=settings.is_for_gpu,
-    )
-
-
-def latents_per_slot(settings: Settings) -> int:
-    """Return the latents that each slot has over all image sizes: of its paths, and two of each segment that these have passed."""
-    sizes = range(len(settings.image_sizes))
-    of_paths = sum(walk_options(settings, size, settings.num_samples_per_step).latents_per_slot for size in sizes)
-    return of_paths + (
-        0 if settings.student_steps is None else 2 * sum(segment_capacity(settings, size) for size in sizes)
     )
 
 
@@ -154,12 +166,12 @@ def check_places(settings: Settings) -> None:
         print("Not looked at, since it takes weights: whether checkpoints and teacher cache belong to this run")
 
 
-def disk_lines(workload: Workload, settings: Settings) -> Iterator[str]:
-    """Yield a line for each component, and one for each folder with what is free on its disk."""
-    parts = disk_budget(workload)
-    yield from (table_line(part.name, part.num_bytes, f"{part.what} ({part.phase})") for part in parts)
-    for flag, folder in folders_of(settings).items():
-        needed = sum(part.num_bytes for part in parts if part.phase == flag)
-        free = shutil.disk_usage(nearest_existing(Path(folder).absolute())).free
-        told = "fits" if needed <= free else "does not fit, unless it is there already"
-        yield f"  {flag}: up to {gib(needed)} of {gib(free)} free, {told}"
+def disk_verdicts(workload: Workload, settings: Settings) -> list[Verdict]:
+    """Hold what the run writes against what is free on each disk."""
+    places = {flag: nearest_existing(Path(folder).absolute()) for flag, folder in folders_of(settings).items()}
+    verdicts = []
+    for disk in {place.stat().st_dev: place for place in places.values()}.values():
+        flags = [flag for flag, place in places.items() if place.stat().st_dev == disk.stat().st_dev]
+        parts = [part for part in disk_budget(workload) if part.phase in flags]
+        verdicts.append(disk_verdict(parts, shutil.disk_usage(disk).free))
+    return verdicts

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from wandistiller.budget.cards import CARDS, Card, card
 from wandistiller.files.clone import CONFIG_FOLDER, DEMO_TEACHER
 from wandistiller.flags import (
     LORA_FLAG,
@@ -251,7 +252,9 @@ class OutputFlags:
     )
     report: str = flag("send losses and pictures to a tracker too (pip install it)", "none", choices=REPORTS)
     dry_run: bool = switch("check everything, print what the run takes and whether it fits; write nothing")
-    assume_gpu_gib: float | None = flag("with --dry_run: memory of a GPU that is not here", type=number(float, above=0))
+    assume_gpu: Card | None = flag(
+        f"with --dry_run: a GPU that is not here, {', '.join(CARDS)} or GiB of memory", type=card, metavar="NAME"
+    )
     config: str | None = flag("YAML file of flags, as a run writes run.yaml; what is typed counts instead", type=path)
     preset: str | None = flag(
         f"the same for a file of config/presets, real runs by teacher and student: {', '.join(PRESETS)}",

@@ -70,7 +70,7 @@ def read_sample_prompts(flags: OutputFlags) -> list[str]:
 
 # A flag, the flag that it does not go without, and why
 NEEDS = (
-    ("assume_gpu_gib", "dry_run", "plans for a GPU that is not here; it goes with --dry_run"),
+    ("assume_gpu", "dry_run", "plans for a GPU that is not here; it goes with --dry_run"),
     ("offline_teacher", "teacher_cache", "the teacher's answers must come from somewhere; add --teacher_cache FOLDER"),
     ("cache_part", "teacher_cache", "is a part of the teacher's answers on disk; add --teacher_cache FOLDER"),
 )

@@ -62,12 +62,15 @@ def walked_batches(
 ) -> Batches:
     """Build a walk with its store for each image size, and the batches that come of them."""
     slots, total, sources, segments = own_slots(settings), settings.num_samples_per_step, [], []
+    # Where the GPU has no room for the teacher it has none for thousands of answers either.
+    kept_on = "cpu" if settings.teacher_offload == "blocks" else settings.device
     for size, (schedule, own) in enumerate(zip(schedules, options, strict=True)):
-        store = Store(schedule.capacity, slots, total, own.key, settings.device, num_sizes=len(schedules))
+        store = Store(schedule.capacity, slots, total, own.key, settings.device, len(schedules), kept_on)
         sources.append((Walk(teacher, prompt_embeds, own, slots), store))
         if settings.student_steps is not None:
             key = settings.seed, 2 * len(schedules) + size
-            segments.append(Store(segment_capacity(settings, size), slots, total, key, settings.device))
+            capacity = segment_capacity(settings, size)
+            segments.append(Store(capacity, slots, total, key, settings.device, kept_on=kept_on))
     return Batches(sources, schedules, prompt_embeds, settings.batch_size, settings.device, segments)
 
 

@@ -199,11 +199,13 @@ def check_compiler(flags: Flags) -> None:
 def resolve_device(flags: Flags, processes: Processes) -> dict[str, object]:
     """Return the precision for the device of this process, or for the GPU that --dry_run plans for."""
     own, output = flags.performance, flags.output
-    is_elsewhere = output.dry_run and (output.assume_gpu_gib is not None or own.device is None)
+    is_elsewhere = output.dry_run and (output.assume_gpu is not None or own.device is None)
     is_for_gpu = is_elsewhere or processes.device.startswith("cuda")
     dtype = own.dtype or ("bf16" if is_for_gpu else "fp32")
     if own.teacher_dtype == "fp8" and processes.device == "mps" and not is_for_gpu:
         raise UserError("--teacher_dtype fp8: Apple's GPUs have no fp8; give bf16")
+    if own.teacher_offload and processes.device == "mps" and not is_for_gpu:
+        raise UserError("--teacher_offload: Apple's GPUs have the host's memory; leave it out")
     return {
         "dtype": dtype,
         "teacher_dtype": own.teacher_dtype or dtype,

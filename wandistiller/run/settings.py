@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from wandistiller.budget.cards import Card
 from wandistiller.device import DTYPES
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize, square
@@ -126,7 +127,7 @@ class Settings:
     sample_seed: int
     sample_every: int
     report: str
-    assume_gpu_gib: float | None
+    assume_gpu: Card | None
 
     @property
     def device(self) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wandistiller.errors import UserError
-from wandistiller.processes import fill, full_tensor, local_part, reshard
+from wandistiller.processes import each_in_one_process, fill, local_part, num_processes, reshard
 
 NEWTON_SCHULZ_STEPS = 5  # torch's default, of which a budget has to know
 _IN_BLOCK = re.compile(r"(?:^|\.)blocks\.\d+\.")
@@ -92,8 +92,8 @@ class Muon(torch.optim.Muon):
 
     torch has them in bfloat16 whatever the weights are. There the last bit of a gradient changes an update by half a percent,
     so that two processes would not take the steps of one; and a CPU without instructions for it takes 20 times as long as in
-    float32. Of a sharded matrix torch multiplies the shards, and rounds and sends each product. Here every process gathers
-    the update, one matrix at a time, and orthogonalises all of it: more computing, less to send, and the numbers of one process.
+    float32. Of a sharded matrix torch multiplies the shards, and rounds and sends each product. Here matrices of one shape are
+    shared out: each process orthogonalises one, whole, and they exchange the updates, which are those of one process.
 
     The update of a matrix (A, B) is scaled by 0.2 sqrt(max(A, B)) to the size of AdamW's, so that both go by one learning rate
     (arXiv 2502.16982, torch's "match_rms_adamw").
@@ -109,32 +109,46 @@ class Muon(torch.optim.Muon):
     def step(self) -> None:  # type: ignore[override]  # without the closure, which nobody here has
         """Move every matrix that has a gradient."""
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._move(weight, group)
+            for weights in _rounds([weight for weight in group["params"] if weight.grad is not None]):
+                self._move(weights, group)
 
-    def _move(self, weight: Tensor, group: dict[str, Any]) -> None:
-        momentum, lr = group["momentum"], group["lr"]
+    def _move(self, weights: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Move matrices of one shape, one for each process at most."""
+        means = (self._mean(weight, group["momentum"]) for weight in weights)
+        found = each_in_one_process(lambda mean: self._orthogonalized(mean, group), means)
+        scale = 0.2 * math.sqrt(max(weights[0].shape))
+        for weight, wide in zip(weights, found, strict=True):
+            update = torch.empty_like(weight)
+            fill(update, wide.T if weight.shape[0] > weight.shape[1] else wide)
+            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+    def _mean(self, weight: Tensor, momentum: float) -> Tensor:
+        """Return Nesterov's mean of a matrix's gradients."""
         mean = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-        update = weight.grad.lerp(mean, momentum)  # Nesterov's
-        fill(update, self._orthogonalized(full_tensor(update), group))
-        scale = 0.2 * math.sqrt(max(weight.shape))
-        weight.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * scale)
+        return weight.grad.lerp(mean, momentum)
 
     def _orthogonalized(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return a matrix (A, B) with its singular values brought near 1, by Newton and Schulz's iteration on the shorter side.
+        """Return a matrix, laid on its longer side, with its singular values brought near 1, by Newton and Schulz's iteration.
 
         A step of it takes each singular value s to a s + b s^3 + c s^5.
         """
         a, b, c = group["ns_coefficients"]
-        is_tall = matrix.shape[0] > matrix.shape[1]
         x = matrix.to(self.compute_dtype)
-        x = x.T if is_tall else x
+        x = x.T if x.shape[0] > x.shape[1] else x
         x = x / x.norm().clamp(min=group["eps"])
         for _ in range(group["ns_steps"]):
             gram = x @ x.T
             x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x.T if is_tall else x
+        return x
+
+
+def _rounds(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield matrices of one shape, wide or tall, as many at a time as there are processes."""
+    by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+    for matrix in matrices:
+        by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
+    for same in by_shape.values():
+        yield from (same[start : start + num_processes()] for start in range(0, len(same), num_processes()))
 
 
 class CombinedOptimizer(torch.optim.Optimizer):

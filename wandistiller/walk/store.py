@@ -13,6 +13,7 @@ from wandistiller.walk.draws import SAMPLE, rng
 CAPACITY = 256
 # Hidden states are kept beside the answers where those of all processes take no more bytes than this together.
 MAX_FEATURE_BYTES = 256 * 2**20
+ON_HOST = ("sigma", "prompts")  # of an answer, what steps take from the CPU
 
 
 def feature_bytes(num_answers: int, num_layers: int, shape: Sequence[int], num_sizes: int = 1) -> int:
@@ -40,7 +41,9 @@ class Store:
         capacity: answers of a slot; a new one then replaces the oldest.
         slots: a range, of `batch_size` in all.
         key: (seed, number of the image size).
+        device: where steps learn.
         num_sizes: image sizes that share the memory of hidden states.
+        kept_on: where answers are kept; on the host the GPU has room for other things, and every answer waits to be brought there.
     """
 
     def __init__(
@@ -51,9 +54,10 @@ class Store:
         key: tuple[int, int],
         device: str = "cpu",
         num_sizes: int = 1,
+        kept_on: str | None = None,
     ):
         self.capacity, self.slots, self.batch_size, self.key = capacity, slots, batch_size, key
-        self.device, self.num_sizes = device, num_sizes
+        self.device, self.num_sizes, self.kept_on = device, num_sizes, kept_on or device
         self.rows: dict[str, Tensor] = {}  # (slots, capacity, ...); their shapes come with the first answer
         self.uses = torch.zeros(len(slots), capacity, dtype=torch.long)
         self.num_stored = torch.zeros(len(slots), dtype=torch.long)  # includes those that were replaced since
@@ -70,9 +74,10 @@ class Store:
                 continue
             if name not in self.rows:
                 shape, dtype = value.shape[1:], torch.bfloat16 if is_feature(name) else value.dtype
-                self.rows[name] = torch.zeros(len(self.slots), self.capacity, *shape, dtype=dtype, device=value.device)
+                place = "cpu" if name in ON_HOST else self.kept_on
+                self.rows[name] = torch.zeros(len(self.slots), self.capacity, *shape, dtype=dtype, device=place)
             kept = self.rows[name]
-            kept[to_device(rows, kept.device), to_device(places, kept.device)] = value.to(kept.dtype)
+            kept[to_device(rows, kept.device), to_device(places, kept.device)] = value.to(kept.device, kept.dtype)
         self.uses[rows, places] = 0
         self.num_stored[rows] += 1
 
@@ -87,10 +92,11 @@ class Store:
         newest = (self.num_stored[own] - 1) % self.capacity
         places = torch.where(self.uses[own, newest] == 0, newest, places)
         self.uses[own, places] += 1
-        return {
+        taken = {
             name: values[to_device(own, values.device), to_device(places, values.device)]
             for name, values in self.rows.items()
         }
+        return {name: value if name in ON_HOST else to_device(value, self.device) for name, value in taken.items()}
 
     def keeps_features(self, num_layers: int, shape: Sequence[int]) -> bool:
         """Return whether hidden states (L, D) of so many layers are kept beside every answer: they have room, and come again."""
@@ -124,7 +130,7 @@ class Store:
         is_kept = bool(features) and self.keeps_features(len(features), features[0].shape[2:])
         for name, values in rows.items():
             if is_kept or not is_feature(name):  # those of a shorter run may have no room in a longer one
-                self.rows[name] = self._with_room(values, "cpu" if name in ("sigma", "prompts") else self.device)
+                self.rows[name] = self._with_room(values, "cpu" if name in ON_HOST else self.kept_on)
 
     def _with_room(self, filled: Tensor, device: str) -> Tensor:
         """Return what was stored (slots, filled, ...) with the places (slots, capacity, ...) that are still empty."""
