@@ -97,12 +97,24 @@ def test_a_held_out_error_is_shown_when_measured_and_then_beside_the_loss(is_ter
     assert shown.index("loss 0.5") < shown.index("held-out 0.432") < shown.index("held-out 0.123")
 
 
-def test_rate_and_remaining_time_count_from_the_first_step_on():
-    stopwatch = Stopwatch(num_steps=5)
-    stopwatch.start_s -= 10
-    assert stopwatch.lap(1, 4) == pytest.approx((0.4, 10, 40), rel=0.1)  # warming up: all there is to go by
-    stopwatch.first_step_s -= 2
-    assert stopwatch.lap(2, 4) == pytest.approx((2, 10, 6), rel=0.1)
+def test_rate_and_remaining_time_are_those_of_the_last_minute_without_the_first_step():
+    now = [100.0]
+    stopwatch = Stopwatch(num_steps=1000, steps_before=10, clock=lambda: now[0])
+
+    def after(seconds: float, step: int) -> tuple[float, float, float]:
+        now[0] += seconds
+        return stopwatch.lap(step, 4)
+
+    assert after(10, 11) == pytest.approx((0.4, 10, 9890))  # warming up: all there is to go by
+    assert after(2, 12) == pytest.approx((2, 12, 2 * 988))
+    for step in range(13, 200):
+        fast = after(2, step)
+    for step in range(200, 212):  # a neighbour takes half of the machine
+        slow = after(5, step)
+    assert fast[0] == pytest.approx(2) and slow[0] == pytest.approx(4 / 4.25)  # 12 of the last 16 steps
+    for step in range(212, 216):
+        slow = after(5, step)
+    assert slow[0] == pytest.approx(0.8) and slow[2] == pytest.approx(5 * 785)
 
 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (90, "1m30s"), (4000, "1h06m")])
