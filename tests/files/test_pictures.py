@@ -57,27 +57,18 @@ def test_no_letter_of_a_caption_is_a_box(text, shown):
     assert escaped(text) == shown and box not in [bytes(font.getmask(letter)) for letter in shown if letter != " "]
 
 
-def test_grid_places_every_picture():
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    red, green, blue = (np.full((64, 64, 3), colour, np.uint8) for colour in colours)
-    grid = np.asarray(labelled_grid([[red, green], [blue]], [["a caption", "b"], [""]], ["teacher", "student"]))
-    for colour in colours:
-        rows, columns = np.nonzero((grid == colour).all(axis=-1))
-        assert len(rows) == 192 * 192  # three times larger, so that captions have room
-        assert rows.max() - rows.min() == columns.max() - columns.min() == 191
-    assert (grid < 100).all(axis=-1).any()  # the names are there
-
-
-def test_pictures_of_several_sizes_are_shown_at_one_scale():
+def test_a_grid_shows_every_picture_at_one_scale_with_names_beside_and_room_for_captions():
+    colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+    shapes = [(64, 64, 3), (64, 96, 3), (96, 64, 3)]
     red, green, blue = (
-        np.full(shape, colour, np.uint8)
-        for shape, colour in (((64, 64, 3), (255, 0, 0)), ((64, 96, 3), (0, 255, 0)), ((96, 64, 3), (0, 0, 255)))
+        np.full(shape, colour, np.uint8) for shape, colour in zip(shapes, colours.values(), strict=True)
     )
     grid = np.asarray(labelled_grid([[red, green, blue], [blue]], [["a", "b", "c"], [""]], ["teacher", "student"]))
     found = {}
-    for name, colour in (("red", (255, 0, 0)), ("green", (0, 255, 0)), ("blue", (0, 0, 255))):
+    for name, colour in colours.items():
         rows, columns = np.nonzero((grid == colour).all(axis=-1))
         found[name] = (len(rows), rows.min(), columns.min())
     assert [count for count, _, _ in found.values()] == [128 * 128, 128 * 192, 2 * 192 * 128]
     assert found["red"][1] == found["green"][1] == found["blue"][1]
     assert found["green"][2] - found["red"][2] == 192 + 8  # columns are as wide as the widest picture
+    assert (grid < 100).all(axis=-1).any()  # the names are there

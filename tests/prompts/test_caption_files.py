@@ -94,14 +94,14 @@ def test_a_column_is_named_where_none_or_more_than_one_has_the_name_of_captions(
 
 
 def test_rows_without_a_usable_caption_are_counted_and_left_out(tmp_path):
-    values = ["a cat", "", None, "  ", 7, [8], "a\nb  c", "bell\x07", "a cat"]
+    values = ["a cat", "", None, "  ", 7, [8], "a\nb  c", "bell\x07", "x " * 500_000, "a cat"]
     lines = [json.dumps({"caption": value}) for value in values]
     (tmp_path / "p.jsonl").write_text("\n".join([*lines, '{"id": 1}', '"a text by itself"']), encoding="utf-8")
     found = load_prompts(tmp_path / "p.jsonl")
-    assert found.prompts == ["a cat", "a b c", "a text by itself"]
+    assert found.prompts == ["a cat", "a b c", "x " * 10_000, "a text by itself"]
     assert found.notice == (
         "1 repeated lines left out; 7 rows left out: 4 whose caption is empty, 2 whose caption is no text, "
-        "1 whose caption holds the control character U+0007"
+        "1 whose caption holds the control character U+0007; 1 cut to 20,000 letters"
     )
     (tmp_path / "p.csv").write_text("caption,id\na cat, asleep,1\na dog,2\nalone\n\n", encoding="utf-8")
     assert load_prompts(tmp_path / "p.csv").prompts == ["a dog"]
@@ -188,7 +188,7 @@ def test_what_unpacks_to_far_more_than_captions_do_costs_bounded_memory(tmp_path
         path.write_bytes(b"[%s{}]" % (b"{},\n" * (MAX_BYTES // 4)))
     else:
         text = pyarrow.DictionaryArray.from_arrays(
-            pyarrow.array([0] * 32 * 4096, pyarrow.int32()), pyarrow.array(["x" * 20_000])
+            pyarrow.array([0] * 32 * 4096, pyarrow.int32()), pyarrow.array(["x" * 100_000])
         )
         column = pyarrow.ListArray.from_arrays([0, 32 * 4096], text) if name == "lists.parquet" else text
         values = pyarrow.array(["x" * 99_000] * 1000) if name == "bomb.parquet" else column
@@ -252,10 +252,7 @@ WRONG = {
     "caption.parquet": (parquet_bytes({"id": [1, 2], "caption": [3, 4]}), "column 'caption' holds int64, no text"),
     "cut.parquet": (parquet_bytes({"caption": ["a", "b"]})[:-9], "is no whole Parquet file"),
     "pack.csv": (b"caption\n\"" + b"x" * 100_000, "is no CSV"),
-    "long.csv": (b"id,caption\n1,a\n2,%s\n" % (b"x" * 20_001), "row 2 of column 'caption': is longer than 20,000 letters"),
-    "long.caption": (b"x\n" * 20_001, "is longer than 20,000 letters"),
     "pairs.json": (b'[["1.png", "a cat"], ["2.png", "a dog"]]', "names of files"),
-    "long.parquet": (parquet_bytes({"text": [["a"], ["b", "x" * 20_001]]}), "row 2 of column 'text': is longer"),
 }  # fmt: skip
 
 

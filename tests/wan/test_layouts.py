@@ -98,14 +98,15 @@ def test_a_pipeline_folder_of_every_released_structure_equals_diffusers(tmp_path
 @pytest.mark.parametrize("released", [name for name in RELEASED if name != "Wan2.2-T2V-A14B"])
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_an_original_folder_equals_diffusers(tmp_path, released, num_shards):
-    model = write_original_folder(tmp_path, num_shards=num_shards, **RELEASED[released])
-    assert_same_as_diffusers(tmp_path, [model])
+    model = write_original_folder(tmp_path / "one", num_shards=num_shards, **RELEASED[released])
+    assert_same_as_diffusers(tmp_path / "one", [model])
 
 
-@pytest.mark.parametrize("num_shards", [1, 2])
-def test_an_original_folder_of_two_experts_equals_diffusers(tmp_path, num_shards):
-    experts = write_original_two_experts(tmp_path, num_shards=num_shards, **TINY)
+def test_an_original_folder_of_two_experts_equals_diffusers_and_a_missing_one_is_named(tmp_path):
+    experts = write_original_two_experts(tmp_path, num_shards=2, **TINY)
     assert_same_as_diffusers(tmp_path, experts)
+    shutil.rmtree(tmp_path / "low_noise_model")
+    assert "low_noise_model" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -326,10 +327,13 @@ def test_the_pipeline_folder_says_its_shift_boundary_latents_and_vae_factor(tmp_
     assert find_text_encoder(tmp_path / "text_encoder") == both
 
 
-def test_a_single_file_has_no_text_encoder_and_says_so(tmp_path):
+def test_a_single_file_has_no_text_encoder_and_says_so_and_other_types_of_files_are_no_wan(tmp_path):
     write_single_file(tmp_path / "wan.safetensors", heads=1, ffn_dim=48)
     with pytest.raises(TeacherFileError, match="--text_encoder_path"):
         open_wan_files(tmp_path / "wan.safetensors").text_encoder()
+    for name in ("wan.ckpt", "wan.pth", "wan"):
+        (tmp_path / name).write_bytes(b"GGUF")
+        assert "safetensors" in refusal(tmp_path / name)
 
 
 def test_opening_reads_headers_only_of_a_file_larger_than_memory(tmp_path):
@@ -391,20 +395,6 @@ def test_a_config_that_disagrees_or_is_of_another_kind_is_refused(tmp_path, case
     assert said in message and str(tmp_path) in message
 
 
-def test_what_the_config_leaves_out_is_read_from_the_tensors(tmp_path):
-    model = write_transformer_folder(tmp_path, **TINY)
-    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
-    assert_same_as_diffusers(tmp_path, [model])
-
-
-@pytest.mark.parametrize(
-    "settings", [{"eps": "small"}, {"num_heads": "two"}, {"num_heads": 5}, {"qk_norm": "rms_norm"}]
-)
-def test_a_config_of_nonsense_or_other_mathematics_is_refused(tmp_path, settings):
-    write_original_transformer(tmp_path, random_transformer(**TINY), **settings)
-    assert str(tmp_path) in refusal(tmp_path)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("patch", [1, 3])
 def test_a_teacher_of_other_patches_is_itself_in_2d(tmp_path, patch):
@@ -444,12 +434,8 @@ def test_values_that_are_null_or_left_out_count_as_unknown(teachers, tmp_path):
     edit_json(tmp_path / "copy" / "scheduler" / "scheduler_config.json", flow_shift=None, shift=4.0)
     wan_files = open_wan_files(tmp_path / "copy")
     assert (wan_files.vae_scale_factor, wan_files.latents_mean, wan_files.flow_shift) == (None, None, 4.0)
-
-
-def test_a_missing_second_expert_is_named(tmp_path):
-    write_original_two_experts(tmp_path, **TINY)
-    shutil.rmtree(tmp_path / "low_noise_model")
-    assert "low_noise_model" in refusal(tmp_path)
+    (tmp_path / "copy" / "transformer" / "config.json").write_text('{"num_attention_heads": 2}')
+    assert open_wan_files(tmp_path / "copy").config == open_wan_files(teachers.one).config
 
 
 Q, FFN, QUANT = "blocks.0.self_attn.q", "blocks.0.ffn.0", torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
@@ -499,47 +485,18 @@ def test_a_file_that_is_not_whole_or_more_than_a_wan_is_refused_by_name(tmp_path
     assert "no Wan transformer" in refusal(path)
 
 
-@pytest.mark.parametrize("name", ["wan.ckpt", "wan.pth", "wan"])
-def test_other_file_types_are_refused_with_what_is_allowed(tmp_path, name):
-    (tmp_path / name).write_bytes(b"GGUF")
-    assert "safetensors" in refusal(tmp_path / name)
-
-
-def test_a_folder_of_several_models_is_refused_and_never_mixed(tmp_path):
+def test_a_folder_of_several_models_of_a_damaged_config_or_of_pickles_alone_is_refused(tmp_path):
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
+    message = refusal(tmp_path)
+    assert "diffusion_pytorch_model.bin" in message and "pickle" in message
     for seed, name in enumerate(("high", "low")):
         write_single_file(tmp_path / f"{name}.safetensors", heads=1, layers=1, ffn_dim=48, seed=seed)
     message = refusal(tmp_path)
     assert "high.safetensors" in message and "low.safetensors" in message
-
-
-def test_a_damaged_config_or_index_is_refused(tmp_path):
     for name in ("config.json", "model_index.json", "diffusion_pytorch_model.safetensors.index.json"):
         (tmp_path / name).write_text("{")
         assert name in refusal(tmp_path)
         (tmp_path / name).unlink()
-
-
-# ---- invariant 6: nothing is unpickled, no path is followed outside its folder ----
-
-
-def test_a_folder_with_pickles_only_is_refused_and_they_stay_closed(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
-    message = refusal(tmp_path)
-    assert "diffusion_pytorch_model.bin" in message and "pickle" in message
-
-
-@pytest.mark.parametrize(
-    "shard", ["../outside.safetensors", "/outside.safetensors", "a/../../outside", "..\\outside", ""]
-)
-def test_an_index_that_names_a_shard_outside_its_folder_is_refused(tmp_path, shard):
-    folder = tmp_path / "wan"
-    write_original_folder(folder, num_shards=2, **TINY)
-    shutil.copy(folder / "diffusion_pytorch_model-00001-of-00002.safetensors", tmp_path / "outside.safetensors")
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"]
-    edit_json(index, weight_map=weight_map | {"patch_embedding.weight": shard})
-    assert "outside its folder" in refusal(folder)
 
 
 # ---- the hub ----

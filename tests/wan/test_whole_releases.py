@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import generate_images
 import train_distillation
@@ -52,6 +52,20 @@ def write_comfyui_by_file(folder: Path) -> list[str]:
     return ["--teacher_path", str(high), "--teacher_path_low", str(low)]
 
 
+def write_all_in_one(folder: Path) -> list[str]:
+    """Two checkpoints that each bring the VAE and the text encoder along, as merges of Wan do."""
+    encoder, vae = parts()
+    others = {f"first_stage_model.{name}": tensor for name, tensor in vae.items()}
+    others |= {f"text_encoders.umt5xxl.transformer.{name}": tensor for name, tensor in encoder.items()}
+    others["text_encoders.umt5xxl.spiece_model"] = torch.frombuffer(bytearray(sentencepiece_model()), dtype=torch.uint8)
+    (folder / "checkpoints").mkdir(parents=True)
+    for seed, side in enumerate(("high", "low")):
+        path = folder / "checkpoints" / f"wan2.2-rapid-aio-{side}.safetensors"
+        write_single_file(path, prefix="model.diffusion_model.", seed=seed, **WAN)
+        save_file(load_file(path) | others, path)
+    return ["--teacher_path", str(path.with_name("wan2.2-rapid-aio-high.safetensors")), "--teacher_path_low", str(path)]
+
+
 def write_original(folder: Path) -> list[str]:
     encoder, vae = parts()
     for seed, side in enumerate(("high", "low")):
@@ -66,7 +80,7 @@ def write_original(folder: Path) -> list[str]:
     return ["--teacher_path", str(folder)]
 
 
-@pytest.mark.parametrize("write", [write_comfyui, write_comfyui_by_file, write_original])
+@pytest.mark.parametrize("write", [write_comfyui, write_comfyui_by_file, write_all_in_one, write_original])
 def test_a_run_and_its_pictures_need_nothing_but_the_files_as_they_are(tmp_path, write, capsys):
     config = STUDENT | {"hidden_size": 128, "depth": 1, "num_heads": 1, "ffn_dim": 32}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")

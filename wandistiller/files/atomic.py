@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+from wandistiller.files.paths import remove
+
 _HEX = "[0-9a-f]" * 8
 
 
@@ -100,7 +102,7 @@ def remove_all_leftovers(folder: str | Path, of: str = "*") -> None:
     for left in Path(folder).glob(f".{of}.{_HEX}.tmp"):
         with suppress(OSError), locked(left) as is_dead:  # a link, or somebody else has removed it
             if is_dead:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                remove(left)
 
 
 @contextmanager

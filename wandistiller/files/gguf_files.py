@@ -85,7 +85,7 @@ def _read_header(path: Path, *state: int) -> GgufHeader:
     """Read a header; `state` is what changes with the file."""
     with refusing_damage(path, NO_GGUF):
         header = _Cursor(np.memmap(path, np.uint8, mode="r"))
-        if header.take(4) != b"GGUF" or header.number("I") not in (2, 3):
+        if header.array("B", 4).tobytes() != b"GGUF" or header.number("I") not in (2, 3):
             raise ValueError("it does not begin as one of version 2 or 3")
         num_tensors, num_fields = header.number("Q"), header.number("Q")
         fields = _each_once([header.field() for _ in range(num_fields)])
@@ -118,23 +118,20 @@ class _Cursor:
     def __init__(self, data: np.ndarray):
         self.data, self.at, self.size = data, 0, len(data)
 
-    def take(self, count: int) -> bytes:
-        return self.array(np.dtype(np.uint8), count).tobytes()
-
-    def array(self, dtype: np.dtype, count: int) -> np.ndarray:
-        end = self.at + count * dtype.itemsize
+    def array(self, code: str, count: int) -> np.ndarray:
+        end = self.at + count * struct.calcsize(f"<{code}")
         if end > self.size:
             raise ValueError(f"it has {self.size:,} bytes and says that there are {end:,}")
         part, self.at = self.data[self.at : end], end
-        return part.view(dtype)
+        return part.view(f"<{code}")
 
     def number(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+        return self.array(code, 1).item()
 
     def text(self) -> str:
         if (length := self.number("Q")) > _LONGEST_TEXT:
             raise ValueError(f"it holds a text of {length:,} bytes")
-        return self.take(length).decode()
+        return self.array("B", length).tobytes().decode()
 
     def field(self) -> tuple[str, Any]:
         return self.text(), self._value(self.number("I"))
@@ -146,7 +143,7 @@ class _Cursor:
             return self.number(_NUMBERS[kind])
         kind, count = self.number("I"), self.number("Q")
         if kind != _TEXT:
-            return self.array(np.dtype(f"<{_NUMBERS[kind]}"), count)
+            return self.array(_NUMBERS[kind], count)
         if count > _MOST_TEXTS:
             raise ValueError(f"it holds a list of {count:,} texts")
         return [self.text() for _ in range(count)]
@@ -156,7 +153,7 @@ class _Cursor:
         name, num_dims = self.text(), self.number("I")
         if not 0 < num_dims <= _MOST_DIMS:
             raise ValueError(f"{name!r} has {num_dims} dimensions")
-        shape = tuple(self.number("Q") for _ in range(num_dims))[::-1]
+        shape = tuple(self.array("Q", num_dims).tolist())[::-1]
         return name, (shape, self.number("I"), self.number("Q"))
 
 

@@ -29,7 +29,18 @@ def load_json(path: Path, object_pairs_hook: Callable[[list[tuple[str, Any]]], A
     Raises:
         JsonError: it is not there, cannot be read, is too large, no UTF-8, or no JSON as `parse_json` takes it.
     """
-    return parse_json(_read_text(path), object_pairs_hook)
+    try:
+        require_file(path)
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        raise JsonError(f"cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise JsonError("is not UTF-8 text; save it as UTF-8 JSON") from None
+    if len(raw) > MAX_BYTES:
+        raise JsonError(f"is larger than {MAX_BYTES:,} bytes")
+    return parse_json(text, object_pairs_hook)
 
 
 def parse_json(text: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
@@ -68,20 +79,6 @@ def _refuse_unwritable(value: Any) -> None:
             elif isinstance(part, str) and _SURROGATE.search(part):
                 raise JsonError("not usable JSON: half of a surrogate pair, such as \\ud800 alone, is no letter")
         level, depth = inside, depth + 1
-
-
-def _read_text(path: Path) -> str:
-    try:
-        require_file(path)
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise JsonError(f"is larger than {MAX_BYTES:,} bytes")
-        return raw.decode("utf-8-sig")
-    except OSError as error:
-        raise JsonError(f"cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise JsonError("is not UTF-8 text; save it as UTF-8 JSON") from None
 
 
 # ---- the files beside a Wan's weights ----

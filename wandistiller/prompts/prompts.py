@@ -134,9 +134,10 @@ def _how_read(files: Sequence[CaptionFile], num_rows: int) -> Iterator[str]:
 @lru_cache(maxsize=1024)  # a packed table may hold a long caption a million times
 def _prompt_of(text: str) -> tuple[str, str, tuple[str, ...]]:
     """Return what tells repeats, a prompt without what other tools take for options, and notes on that and on syntax learnt as it is."""
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = (f"cut to {LONGEST_PROMPT:,} letters",) if len(text) > LONGEST_PROMPT else ()
+    text = text[:LONGEST_PROMPT]
     if " --" in text and (options := _OPTIONS.search(text)) and options.start():
-        notes = ("cut before options such as --w 832",)
+        notes += ("cut before options such as --w 832",)
         text = text[: options.start()].rstrip()
     if any(mark in text for mark in "{_<(") and _SYNTAX.search(text):
         notes += (
@@ -186,40 +187,34 @@ def _whole(file: CaptionFile, column: str | None, left_out: Counter[str]) -> Ite
         num_letters += len(line)
         if num_letters > LONGEST_PROMPT:
             break
-    yield from _usable(" ".join(filter(None, lines)), str(file.path), left_out)
+    yield from _usable(" ".join(filter(None, lines)), left_out)
 
 
 def _captions(file: CaptionFile, asked: str | None, left_out: Counter[str]) -> Iterator[str]:
     """Yield the captions of a table, each of a list of them, and count the rows that have none."""
-    column, rows = table_rows(file, asked)
-    for number, row in enumerate(rows, start=1):
+    for row in table_rows(file, asked):
         for caption in row if isinstance(row, list) and row else [row]:
-            yield from _usable(caption, f"{file.path}, row {number} of column {column!r}", left_out)
+            yield from _usable(caption, left_out)
 
 
-def _usable(caption: object, where: str, left_out: Counter[str]) -> Iterator[str]:
-    """Yield a caption with its line breaks as spaces, or count what is wrong with it.
-
-    Raises:
-        UserError: it is longer than any caption.
-    """
+def _usable(caption: object, left_out: Counter[str]) -> Iterator[str]:
+    """Yield a caption with its line breaks as spaces, or count what is wrong with it; of a long one hardly more than is taken."""
     if isinstance(caption, WrongRow):
         left_out[caption.reason] += 1
     elif not isinstance(caption, str | None):
         left_out["whose caption is no text"] += 1
-    elif len(caption or "") > LONGEST_PROMPT:
-        raise UserError(f"{where}: is longer than {LONGEST_PROMPT:,} letters, and no caption")
     else:
-        reason, text = _on_one_line(caption or "")
-        if reason:
+        caption = caption or ""
+        text = _on_one_line(caption if len(caption) <= LONGEST_PROMPT else caption[: LONGEST_PROMPT + 1])
+        if reason := unusable(text[:LONGEST_PROMPT]):
             left_out[f"whose caption {reason}"] += 1
         else:
             yield text
 
 
 @lru_cache(maxsize=1024)
-def _on_one_line(caption: str) -> tuple[str | None, str]:
-    return unusable(caption), " ".join(caption.split())
+def _on_one_line(caption: str) -> str:
+    return " ".join(caption.split())
 
 
 READERS: dict[str, Callable[[CaptionFile, str | None, Counter[str]], Iterator[str]]] = {TEXT: _lines, WHOLE: _whole}

@@ -34,8 +34,8 @@ class Table(NamedTuple):
     rows_of: Callable[[str], Iterator[object]]
 
 
-def table_rows(file: CaptionFile, asked: str | None = None) -> tuple[str, Iterator[object]]:
-    """Return the column of captions, and what it holds in each row of a table, whatever that is.
+def table_rows(file: CaptionFile, asked: str | None = None) -> Iterator[object]:
+    """Yield what the column of captions holds in each row of a table, whatever it is.
 
     Args:
         asked: the column that holds the captions. None takes the one with a caption's name, never another: that may hold the names of
@@ -46,13 +46,13 @@ def table_rows(file: CaptionFile, asked: str | None = None) -> tuple[str, Iterat
     """
     table = TABLES[file.kind](file.path)
     if not table.columns and file.kind in (JSON, JSON_LINES):  # a list of texts, in which nothing has a name
-        return "", table.rows_of("")
+        return table.rows_of("")
     names = _usual(table.columns)
     if asked is not None:
         alike = [name for name in table.columns if name.strip().lower() == asked.strip().lower()]
         names = [asked] if asked in alike else alike[:1]
     if len(names) == 1:
-        return names[0], table.rows_of(names[0])
+        return table.rows_of(names[0])
     has = _listed(table.columns)
     if asked is not None:
         raise UserError(f"{file.path}: --caption_column {asked!r} is no column of it; {has}")
@@ -127,10 +127,6 @@ def _csv_refusals(path: Path, reader: Any) -> Iterator[None]:
 
 
 # ---- JSON ----
-
-
-def _json_lines_table(path: Path) -> Table:
-    return _of_values(_json_lines(path))
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
@@ -254,7 +250,7 @@ def _text(value: Any) -> object:
 TABLES: dict[str, Callable[[Path], Table]] = {
     CSV: _csv_table,
     TSV: lambda path: _csv_table(path, "\t"),
-    JSON_LINES: _json_lines_table,
+    JSON_LINES: lambda path: _of_values(_json_lines(path)),
     JSON: _json_table,
     PARQUET: _parquet_table,
 }

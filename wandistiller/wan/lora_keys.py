@@ -60,31 +60,25 @@ def read_keys(path: Path, keys: Iterable[str], names: Iterable[str]) -> dict[str
     Raises:
         LoraError: there are none, or one of them belongs to no LoRA of such a Wan; the message names the first.
     """
-    keys = list(keys)
-    if not keys:
-        raise LoraError(f"{path}: holds no tensors, so it is no LoRA")
-    _refuse_other_methods(path, keys)
     modules = _modules(names)
     found = {key: _read_key(key, modules) for key in keys}
-    if strange := [key for key, read in found.items() if read is None]:
-        _refuse_strange(path, strange, len(keys))
-    return {key: read for key, read in found.items() if read is not None}
-
-
-def _refuse_other_methods(path: Path, keys: list[str]) -> None:
-    for method, marks in _OTHER_METHODS.items():
-        for key in keys:
-            if any(f".{mark}" in key for mark in marks):
-                raise LoraError(
-                    f"{path}: is a {method} (it holds {shown(key)}), which is not merged here; allowed: LoRA, DoRA, LoKr, "
-                    "LoHa and differences (diff, diff_b)"
-                )
+    if not found:
+        raise LoraError(f"{path}: holds no tensors, so it is no LoRA")
+    read = {key: place for key, place in found.items() if place is not None}
+    if len(read) < len(found):
+        _refuse_strange(path, [key for key in found if key not in read], len(found))
+    return read
 
 
 def _refuse_strange(path: Path, strange: list[str], count: int) -> None:
     """Refuse keys that no text-to-video Wan of this size has, and say whose they are where that is known."""
-    stems = [_without_prefix(key) for key in strange]
-    kind = other_wan_kind(stems)
+    for method, marks in _OTHER_METHODS.items():
+        if found := next((key for key in strange for mark in marks if f".{mark}" in key), None):
+            raise LoraError(
+                f"{path}: is a {method} (it holds {shown(found)}), which is not merged here; allowed: LoRA, DoRA, LoKr, LoHa and "
+                "differences (diff, diff_b)"
+            )
+    kind = other_wan_kind(map(_without_prefix, strange))
     what = f"is a LoRA of {kind} Wan" if kind else "is a LoRA of another model, or of a larger Wan"
     raise LoraError(
         f"{path}: {what}: {len(strange)} of its {count} keys change nothing of this text-to-video Wan, the first is "
