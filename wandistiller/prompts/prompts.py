@@ -205,16 +205,16 @@ def _usable(caption: object, left_out: Counter[str]) -> Iterator[str]:
         left_out["whose caption is no text"] += 1
     else:
         caption = caption or ""
-        text = _on_one_line(caption if len(caption) <= LONGEST_PROMPT else caption[: LONGEST_PROMPT + 1])
-        if reason := unusable(text[:LONGEST_PROMPT]):
+        reason, text = _on_one_line(caption if len(caption) <= LONGEST_PROMPT else caption[: LONGEST_PROMPT + 1])
+        if reason:
             left_out[f"whose caption {reason}"] += 1
         else:
             yield text
 
 
 @lru_cache(maxsize=1024)
-def _on_one_line(caption: str) -> str:
-    return " ".join(caption.split())
+def _on_one_line(caption: str) -> tuple[str | None, str]:
+    return unusable(caption[:LONGEST_PROMPT]), " ".join(caption.split())
 
 
 READERS: dict[str, Callable[[CaptionFile, str | None, Counter[str]], Iterator[str]]] = {TEXT: _lines, WHOLE: _whole}
