@@ -111,7 +111,7 @@ def test_rate_and_remaining_time_are_those_of_the_last_minute_without_the_first_
         fast = after(2, step)
     for step in range(200, 212):  # a neighbour takes half of the machine
         slow = after(5, step)
-    assert fast[0] == pytest.approx(2) and slow[0] == pytest.approx(4 / 4.25)  # 12 of the last 16 steps
+    assert fast[0] == pytest.approx(2) and slow[0] == pytest.approx(4 / 4.4)  # 12 of the last 15 steps
     for step in range(212, 216):
         slow = after(5, step)
     assert slow[0] == pytest.approx(0.8) and slow[2] == pytest.approx(5 * 785)
