@@ -30,9 +30,9 @@ from wandistiller.sampling.sampler import wan_scheduler
 from wandistiller.students.parts import DrawingParts
 from wandistiller.students.record import StudentRecord
 from wandistiller.wan.names import PATCH_KERNEL, teacher_record, to_original, transformer_settings
-from wandistiller.wan.tokenizer import open_tokenizer, read_tokenizer
+from wandistiller.wan.tokenizer import open_tokenizer, write_tokenizer
 from wandistiller.wan.transformer_files import GGUF_ARCHITECTURE
-from wandistiller.wan.umt5 import COPY
+from wandistiller.wan.umt5 import COPY, MAP, config_of
 
 if TYPE_CHECKING:
     from wandistiller.wan.text_encoder_files import TextEncoderFiles
@@ -221,18 +221,15 @@ def _write_text_encoder(files: "TextEncoderFiles", folder: Path, dtype: str) -> 
     """
     is_half = dtype != "fp32" or files.umt5.is_bfloat16
     encoder = files.umt5.load(torch.bfloat16 if is_half else torch.float32)
-    # Tied, because some versions of transformers leave the table's second name all zeros otherwise (transformers#43880):
-    told = {"architectures": ["UMT5EncoderModel"], "tie_word_embeddings": True}
-    told["dtype"] = "float32" if dtype == "fp32" else "bfloat16"
-    weights = {name: tensor for name, tensor in encoder.state_dict().items() if name != COPY}
+    weights = {name: tensor for name, tensor in encoder.state_dict().items() if name not in (COPY, MAP)}
+    config = config_of(files.umt5.shape, "float32" if dtype == "fp32" else "bfloat16")
     (folder / "text_encoder").mkdir()
-    write_json(folder / "text_encoder" / "config.json", encoder.config.to_dict() | told, end="\n", indent=2)
+    write_json(folder / "text_encoder" / "config.json", config, end="\n", indent=2)
     write_tensors(folder / "text_encoder" / "model.safetensors", weights, {"format": "pt"})
 
     open_tokenizer(files.tokenizer)  # refuses what is none
-    name, content = read_tokenizer(files.tokenizer)
+    (folder / "tokenizer").mkdir()
+    write_tokenizer(files.tokenizer, folder / "tokenizer")
     settings = {"tokenizer_class": "T5TokenizerFast", "extra_ids": 0, "model_max_length": 512}
     settings |= {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / name).write_bytes(content)
     write_json(folder / "tokenizer" / "tokenizer_config.json", settings, end="\n", indent=2)

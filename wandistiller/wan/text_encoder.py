@@ -105,6 +105,12 @@ def embed_texts(
     return encode_prompts(texts, encoder, prompt_cache, EncodingOptions(config.text_max_length, device), progress)
 
 
+def token_ids(prompts: Sequence[str], files: TextEncoderFiles, text_max_length: int) -> list[list[int]]:
+    """Return the token ids of each prompt, cut as `encode_prompts` cuts them."""
+    tokens = open_tokenizer(files.tokenizer)([clean_prompt(prompt) for prompt in prompts])
+    return [_cut(ids, text_max_length) for ids in tokens]
+
+
 def count_tokens(prompts: Sequence[str], files: TextEncoderFiles) -> list[int]:
     """Count the tokens of each prompt, without cutting any."""
     return list(map(len, open_tokenizer(files.tokenizer)([clean_prompt(prompt) for prompt in prompts])))
@@ -160,5 +166,6 @@ def _encode_batch(encoder, batch: list[list[int]]) -> list[Tensor]:
     for row, tokens in enumerate(batch):
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
-    hidden = encoder(ids.to(encoder.device), mask.to(encoder.device)).last_hidden_state.to("cpu", encoder.dtype)
+    hidden = encoder(ids.to(encoder.device), mask.to(encoder.device)).last_hidden_state
+    hidden = encoder.embedding_map(hidden).to("cpu", encoder.dtype)
     return [row[: len(tokens)].clone() for row, tokens in zip(hidden, batch, strict=True)]

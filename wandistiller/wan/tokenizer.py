@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from wandistiller.errors import UserError, first_line
+from wandistiller.files.atomic import atomic_path
 from wandistiller.files.gguf_files import NO_GGUF, read_gguf_header
 from wandistiller.files.json_files import TeacherFileError
 from wandistiller.files.paths import require_file
@@ -68,6 +69,13 @@ def read_tokenizer(place: Path) -> tuple[str, bytes]:
     if path.suffix in (".json", ".model"):
         return JSON_NAME if path.suffix == ".json" else SENTENCEPIECE_NAME, _read(path)
     return SENTENCEPIECE_NAME, _model_of_gguf(path) if is_gguf(path) else _read_inside(path)
+
+
+def write_tokenizer(place: Path, folder: Path) -> None:
+    """Write a tokenizer's file, whole, into a folder."""
+    name, content = read_tokenizer(place)
+    with atomic_path(folder / name) as path:
+        path.write_bytes(content)
 
 
 def _read(path: Path) -> bytes:

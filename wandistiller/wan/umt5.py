@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from wandistiller.errors import UserError, shown
 from wandistiller.files.gguf_files import require_architecture
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
 TABLE, COPY = "shared.weight", "encoder.embed_tokens.weight"
+MAP = "embedding_map.weight"  # of a small encoder (small_umt5.py): from its width to that of the teacher's embeddings
 ANCHOR = r"(?:shared|token_embedding|token_embd|encoder\.embed_tokens)\.weight"  # its table in any layout
-_ATTENTION, _FEED_FORWARD = "layer.0.SelfAttention.", "layer.1.DenseReluDense."
+ATTENTION, FEED_FORWARD = "layer.0.SelfAttention.", "layer.1.DenseReluDense."
 # The original release's names (Wan2.1:wan/modules/t5.py) and GGUF's become transformers', one rule after another.
 _RENAMES = [
     (r"^(token_embedding|token_embd)\.", "shared."),
@@ -31,11 +33,11 @@ _RENAMES = [
     (r"^(blocks|enc\.blk)\.", "encoder.block."),
     (r"\.(norm1|attn_norm)\.", ".layer.0.layer_norm."),
     (r"\.(norm2|ffn_norm)\.", ".layer.1.layer_norm."),
-    (r"\.attn[._]([qkvo])\.", rf".{_ATTENTION}\1."),
-    (r"\.(pos_embedding\.embedding|attn_rel_b)\.", f".{_ATTENTION}relative_attention_bias."),
-    (r"\.(ffn\.gate\.0|ffn_gate)\.", f".{_FEED_FORWARD}wi_0."),
-    (r"\.(ffn\.fc1|ffn_up)\.", f".{_FEED_FORWARD}wi_1."),
-    (r"\.(ffn\.fc2|ffn_down)\.", f".{_FEED_FORWARD}wo."),
+    (r"\.attn[._]([qkvo])\.", rf".{ATTENTION}\1."),
+    (r"\.(pos_embedding\.embedding|attn_rel_b)\.", f".{ATTENTION}relative_attention_bias."),
+    (r"\.(ffn\.gate\.0|ffn_gate)\.", f".{FEED_FORWARD}wi_0."),
+    (r"\.(ffn\.fc1|ffn_up)\.", f".{FEED_FORWARD}wi_1."),
+    (r"\.(ffn\.fc2|ffn_down)\.", f".{FEED_FORWARD}wo."),
 ]
 # The keys of config.json that the tensors tell
 _SHAPE_KEYS = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size", "relative_attention_num_buckets")
@@ -63,14 +65,17 @@ class Umt5Files:
         if TABLE not in found and COPY in found:
             found[TABLE] = found.pop(COPY)
         self.shape = _shape({name: stored.shape for name, stored in found.items()}, config, where)
+        expected = expected_shapes(self.shape)
+        if MAP in found:
+            expected[MAP] = (*found[MAP].shape[:1], self.shape["d_model"])
         self._weights, self.ignored = admit(
-            found, _expected(self.shape), where, what="UMT5 text encoder", harmless=_harmless_reason
+            found, expected, where, what="UMT5 text encoder", harmless=_harmless_reason
         )
 
     @property
     def text_dim(self) -> int:
-        """The width of the embeddings, which config.json calls d_model."""
-        return self.shape["d_model"]
+        """The width of the embeddings: d_model, or what the map of a small encoder makes of it."""
+        return self._weights[MAP].shape[0] if MAP in self._weights else self.shape["d_model"]
 
     @property
     def num_parameters(self) -> int:
@@ -83,7 +88,7 @@ class Umt5Files:
         return all(weight.stored.dtype == "BF16" for weight in self._weights.values())
 
     def load(self, dtype: torch.dtype) -> "UMT5EncoderModel":
-        """Load the encoder to the CPU.
+        """Load the encoder to the CPU; its `embedding_map` makes embeddings of hidden states.
 
         Raises:
             UserError: its table of embeddings is all zeros, or two tables differ; a number is not finite.
@@ -91,7 +96,8 @@ class Umt5Files:
         from transformers import UMT5Config, UMT5EncoderModel
 
         with torch.device("meta"):
-            encoder = UMT5EncoderModel(UMT5Config(**self.shape))
+            encoder: Any = UMT5EncoderModel(UMT5Config(**self.shape))
+            encoder.embedding_map = self._map_module()
         # As transformers has it (UMT5PreTrainedModel._keep_in_fp32_modules), since these products leave float16's range:
         kept = torch.float32 if dtype == torch.float16 else dtype
         tensors = {
@@ -107,14 +113,26 @@ class Umt5Files:
         encoder.load_state_dict(tensors, assign=True)
         return encoder.eval()
 
+    def _map_module(self) -> nn.Module:
+        return nn.Linear(self.shape["d_model"], self.text_dim, bias=False) if MAP in self._weights else nn.Identity()
+
+
+def config_of(shape: dict, dtype: str) -> dict:
+    """Return the config.json of an encoder that transformers reads in `dtype`."""
+    from transformers import UMT5Config
+
+    # Tied, because some versions of transformers leave the table's second name all zeros otherwise (transformers#43880):
+    told = {"architectures": ["UMT5EncoderModel"], "tie_word_embeddings": True, "dtype": dtype}
+    return UMT5Config(**shape).to_dict() | told
+
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], config: dict, where: Path) -> dict:
     block = "encoder.block.0."
     try:
         vocab_size, d_model = shapes[TABLE]
-        buckets, num_heads = shapes[f"{block}{_ATTENTION}relative_attention_bias.weight"]
-        inner, _ = shapes[f"{block}{_ATTENTION}q.weight"]
-        d_ff, _ = shapes[f"{block}{_FEED_FORWARD}wi_0.weight"]
+        buckets, num_heads = shapes[f"{block}{ATTENTION}relative_attention_bias.weight"]
+        inner, _ = shapes[f"{block}{ATTENTION}q.weight"]
+        d_ff, _ = shapes[f"{block}{FEED_FORWARD}wi_0.weight"]
     except (KeyError, ValueError):
         raise TeacherFileError(
             f"{where}: holds no UMT5 text encoder (its table of embeddings and block 0 were looked for)"
@@ -135,15 +153,15 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], config: dict, where: Path) -> 
     return shape | {"relative_attention_max_distance": distance or 128, "layer_norm_epsilon": eps or 1e-6}
 
 
-def _expected(shape: dict) -> dict[str, tuple[int, ...]]:
+def expected_shapes(shape: dict) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of the encoder's tensors, without importing transformers."""
     width, inner, d_ff = shape["d_model"], shape["num_heads"] * shape["d_kv"], shape["d_ff"]
     of_block = {
-        **{f"{_ATTENTION}{name}": (inner, width) for name in "qkv"},
-        f"{_ATTENTION}o": (width, inner),
-        f"{_ATTENTION}relative_attention_bias": (shape["relative_attention_num_buckets"], shape["num_heads"]),
-        **{f"{_FEED_FORWARD}{name}": (d_ff, width) for name in ("wi_0", "wi_1")},
-        f"{_FEED_FORWARD}wo": (width, d_ff),
+        **{f"{ATTENTION}{name}": (inner, width) for name in "qkv"},
+        f"{ATTENTION}o": (width, inner),
+        f"{ATTENTION}relative_attention_bias": (shape["relative_attention_num_buckets"], shape["num_heads"]),
+        **{f"{FEED_FORWARD}{name}": (d_ff, width) for name in ("wi_0", "wi_1")},
+        f"{FEED_FORWARD}wo": (width, d_ff),
         **{f"layer.{number}.layer_norm": (width,) for number in (0, 1)},
     }
     blocks = {

@@ -8,11 +8,11 @@ the padded zeros.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan_3d
 from torch import Tensor, nn
 
@@ -22,9 +22,9 @@ TILE_PIXELS = 1024  # side of what is decoded at once
 
 
 class WanVae2D(nn.Module):
-    """The encoder and the decoder of a Wan's VAE for single pictures; it takes over, and changes, the modules of `vae`."""
+    """The encoder and the decoder of a Wan's VAE for single pictures; it takes over, and changes, the modules of diffusers' `vae`."""
 
-    def __init__(self, vae: AutoencoderKLWan):
+    def __init__(self, vae: Any):
         super().__init__()
         self.config = vae.config
         self.patch_size = self.config.patch_size or 1
@@ -66,8 +66,8 @@ class WanVae2D(nn.Module):
         mean = torch.tensor(latents_mean or self.config.latents_mean, device=device)[:, None, None]
         std = torch.tensor(latents_std or self.config.latents_std, device=device)[:, None, None]
         pixels = self.decode(latents.to(device, torch.float32) * std + mean)
-        pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float().numpy()
-        return (pixels * 255).round().astype(np.uint8)
+        shares = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().float().numpy()
+        return (shares * 255).round().astype(np.uint8)
 
     def _row(self, hidden: Tensor, top: int, side: int) -> Tensor:
         """Return the pixels of all tiles whose first row is `top`."""
@@ -96,7 +96,7 @@ def _columns_first(patches: Tensor, patch_size: int) -> Tensor:
     return patches.unflatten(1, (-1, patch_size, patch_size)).transpose(2, 3).flatten(1, 3)
 
 
-def _in_2d(module: nn.Module) -> nn.Module:
+def _in_2d(module: Any) -> Any:
     """Return what stands for a module at one frame; one that is not 3D itself is kept, with its children replaced."""
     match module:
         case wan_3d.WanCausalConv3d():
@@ -116,7 +116,7 @@ def _in_2d(module: nn.Module) -> nn.Module:
     return module
 
 
-def _conv_2d(conv: nn.Conv3d) -> nn.Conv2d:
+def _conv_2d(conv: Any) -> nn.Conv2d:
     """Return a causal convolution's last temporal slice."""
     with torch.device("meta"):
         flat = nn.Conv2d(
@@ -129,7 +129,7 @@ def _conv_2d(conv: nn.Conv3d) -> nn.Conv2d:
 class _Norm(nn.Module):
     """The norm over channels, with its constant factor inside the weight."""
 
-    def __init__(self, norm: nn.Module):
+    def __init__(self, norm: Any):
         super().__init__()
         self.weight = nn.Parameter(norm.gamma.data.reshape(-1, 1, 1) * norm.scale)
 
@@ -147,7 +147,7 @@ class _Resample(nn.Sequential):
 class _Attention(nn.Module):
     """Self-attention with one head over all pixels."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: Any):
         super().__init__()
         self.norm, self.to_qkv, self.proj = _Norm(block.norm), block.to_qkv, block.proj
 
@@ -160,7 +160,7 @@ class _Attention(nn.Module):
 class _Down(nn.Module):
     """The shortcut of Wan 2.2's encoder: means over groups of pixels and channels; the frame before the first is zeros."""
 
-    def __init__(self, down: nn.Module):
+    def __init__(self, down: Any):
         super().__init__()
         self.factor_t, self.factor_s, self.out_channels = down.factor_t, down.factor_s, down.out_channels
 
@@ -173,7 +173,7 @@ class _Down(nn.Module):
 class _Up(nn.Module):
     """The shortcut of Wan 2.2's decoder: channels repeated into pixels; of the frames they make, the last counts."""
 
-    def __init__(self, up: nn.Module):
+    def __init__(self, up: Any):
         super().__init__()
         self.repeats, self.factors = up.repeats, (up.out_channels, up.factor_t, up.factor_s**2)
         self.factor_s = up.factor_s
