@@ -208,10 +208,16 @@ def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
             print(f"Warning: {warning}")
     print(f"Wrote {target}: {config.num_parameters:,} parameters, {flags.dtype}")
     if flags.format == "pipeline":
+        parts = ("transformer", "text_encoder", "vae")
+        print("Sizes: " + ", ".join(f"{name} {size_mib(target / name):,.1f} MiB" for name in parts))
         lines = drawing(config, str(target), flags.dtype)
         print("To draw:\n" + textwrap.indent(lines, "  "))
     if flags.format in FILE_NAMES:
         print(f"In ComfyUI: {comfyui_settings(config, LOADERS[flags.format])}")
+
+
+def size_mib(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.iterdir()) / 2**20
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -222,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     target = check_output(flags)
 
     from wandistiller.model.transformer import WanLiteStudent
-    from wandistiller.projection.exports import published, refuse_what_gguf_drops
+    from wandistiller.projection.exports import fold_embedding_map, published, refuse_what_gguf_drops
 
     # Every file is checked before one is written:
     if flags.format == "gguf":
@@ -230,6 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     parts = find_parts(flags.parts, config) if flags.format == "pipeline" else None
     tensors = WanLiteStudent.from_pretrained(flags.student).state_dict()
     public_config = published(config)
+    encoder = parts and parts.encoder
+    if encoder and (embedding_map := encoder.umt5.read_map()) is not None:
+        tensors, public_config = fold_embedding_map(tensors, public_config, embedding_map)
     write(target, tensors, public_config, parts, flags)
 
     print_result(target, public_config, flags)

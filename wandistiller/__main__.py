@@ -20,6 +20,7 @@ ABOUT = {
     "generate": "draw prompts with a student, or with its teacher",
     "evaluate": "hold a student against its teacher",
     "export": "write a student for diffusers or ComfyUI",
+    "encoder": "distil the text encoder into a small one",
     "playground": "try a student beside its teacher in a browser",
 }
 

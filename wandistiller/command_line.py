@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": "generate_images.py",
     "evaluate": "evaluate_student.py",
     "export": "export_student.py",
+    "encoder": "distill_text_encoder.py",
     "playground": "playground.py",
 }
 ONE_COMMAND = "wandistiller"

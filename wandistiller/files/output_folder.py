@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -111,10 +111,16 @@ def locked_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def set_aside_previous_student(folder: Path) -> Path | None:
-    """Move what an earlier run left into a folder of its own, so that a new student never replaces it silently."""
+def set_aside_previous_student(folder: Path, also: Sequence[str] = ()) -> Path | None:
+    """Move what an earlier run left into a folder of its own, so that a new student never replaces it silently.
+
+    Args:
+        also: names of files that the run will write beside those of every run.
+    """
     # A link that leads nowhere would be in the way as well:
-    previous = [folder / name for name in _OF_A_RUN if os.path.lexists(folder / name) and _is_ours(folder / name)]
+    previous = [
+        folder / name for name in [*_OF_A_RUN, *also] if os.path.lexists(folder / name) and _is_ours(folder / name)
+    ]
     if not previous:
         return None
     aside = folder / datetime.now().strftime("replaced-%Y%m%d-%H%M%S-%f")

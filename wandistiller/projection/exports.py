@@ -42,6 +42,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 GGUF_TYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0", "q5_0": "Q5_0", "q4_0": "Q4_0"}
 # Quantised files keep these weights in few bits, plain fp8 ones without a scale: the matrices of the blocks.
 LINEAR_OF_A_BLOCK = re.compile(r"blocks\.\d+\.(attn[12]\.to_|ffn\.net\.).*\.weight")
+TEXT_LAYER = "condition_embedder.text_embedder.linear_1.weight"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
@@ -211,6 +212,14 @@ def pipeline_scheduler(record: StudentRecord):
     name = "flow_shift" if record.sampler == "euler" else "shift"
     scheduler.register_to_config(**{name: shift})
     return scheduler
+
+
+def fold_embedding_map(
+    tensors: dict[str, Tensor], config: StudentConfig, embedding_map: Tensor
+) -> tuple[dict[str, Tensor], StudentConfig]:
+    """Return a student that reads the hidden states of a small text encoder as it reads what their map (text_dim, d) makes of them."""
+    folded = tensors[TEXT_LAYER].float() @ embedding_map
+    return tensors | {TEXT_LAYER: folded}, config.replace(text_encoder_output_dim=folded.shape[1])
 
 
 def _write_text_encoder(files: "TextEncoderFiles", folder: Path, dtype: str) -> None:

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_AND_LAST = 10  # the first and the last steps of a run are one part in so many
 LARGEST = 1e100
+ERRORS = ("velocity_error", "embedding_error", "new_word_error")  # of a student; the other two of a text encoder
 RISE = 1.02  # a smaller rise of the held-out error is not worth a word
 
 
@@ -101,7 +102,8 @@ def newest_held_out(lines: Sequence[dict]) -> dict[str, float] | None:
 
 def held_out_text(found: Mapping[str, float]) -> str:
     """Return what was measured on held-out prompts as it is shown to people."""
-    parts = [f"relative velocity error {found['velocity_error']:.3f}"] if "velocity_error" in found else []
+    errors = {name: f"relative {name.replace('_', ' ')} {found[name]:.3f}" for name in ERRORS if name in found}
+    parts = list(errors.values())
     if "endpoint" in found and "steps" in found:
         near = f", as near as the teacher in {found['teacher_steps']:.1f} steps" if "teacher_steps" in found else ""
         parts.append(f"pictures in {found['steps']:.0f} steps at {found['endpoint']:.3f} from the teacher's{near}")

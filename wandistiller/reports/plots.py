@@ -20,6 +20,7 @@ NUM_POINTS = 40  # points of a curve, each the mean of equally many steps
 NUM_BANDS = 5  # of noise levels that are told apart by colour; more colours cannot be
 HELD_OUT = {  # held-out measurements with the titles of their panels
     "velocity_error": "held-out velocity error\n(lower is better)",
+    "embedding_error": "held-out embedding error\n(lower is better)",
     "endpoint": "distance to the\nteacher's pictures\n(lower is better)",
 }
 REDRAW_EVERY_S = 30.0

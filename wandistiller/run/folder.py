@@ -2,9 +2,10 @@
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from wandistiller.budget.report import OutOfMemory
 from wandistiller.command_line import command_words, torchrun_environment
@@ -41,18 +42,20 @@ class Folder:
         path: where the student goes.
         checkpoints: of this run.
         resume_from: the checkpoint that the run resumes from; None where it starts anew.
+        script: the command that runs.
     """
 
     path: Path
     checkpoints: Checkpoints
     resume_from: Checkpoint | None
+    script: str = SCRIPT
 
     @property
     def first_step(self) -> int:
         """Steps taken by earlier commands."""
         return 0 if self.resume_from is None else self.resume_from.step
 
-    def resuming_from(self, checkpoint: Checkpoint | None, settings: Settings) -> "Folder":
+    def resuming_from(self, checkpoint: Checkpoint | None, settings: Any) -> "Folder":
         """Return the folder at a checkpoint, or at the start of a run, with the commands that have led there; say so."""
         first_step, before = 0, []
         if checkpoint is not None:
@@ -61,7 +64,7 @@ class Folder:
             if not checkpoint.has_same_batch:
                 had, has = checkpoint.batch_size, settings.num_samples_per_step
                 print(f"Training states start anew: a step had {had} samples, and has {has} now")
-        command = typed_command(SCRIPT, settings.command)
+        command = typed_command(self.script, settings.command)
         self.checkpoints.commands = commands_so_far(before, first_step, command, settings.optimization.lr)
         return replace(self, resume_from=checkpoint)
 
@@ -103,8 +106,18 @@ def commands_so_far(before: list[dict], first_step: int, command: str, lr: float
 
 
 @contextlib.contextmanager
-def open_folder(settings: Settings) -> Iterator[Folder]:
+def open_folder(
+    settings: Any,
+    identity: Callable[[Any], dict[str, object]] = run_identity,
+    check_disk: Callable[[Checkpoints, Any], None] = check_disk,
+    script: str = SCRIPT,
+) -> Iterator[Folder]:
     """Take the output folder and find where the run resumes; the processes leave together at the end.
+
+    Args:
+        settings: of a run of any command.
+        identity: what makes two runs the same one.
+        check_disk: refuses a run that the disk has no room for.
 
     Raises:
         UserError: the folder or its checkpoints belong to something else, or the disk has no room.
@@ -118,7 +131,7 @@ def open_folder(settings: Settings) -> Iterator[Folder]:
         processes.first_then_all(lambda: held.enter_context(locked_folder(path)))
         checkpoints = Checkpoints(
             path,
-            run_identity(settings),
+            identity(settings),
             settings.num_samples_per_step,
             settings.keep_checkpoints,
             processes,
@@ -126,7 +139,7 @@ def open_folder(settings: Settings) -> Iterator[Folder]:
         )
         resume_from = None if settings.overwrite else checkpoints.newest()
         check_disk(checkpoints, settings)
-        yield Folder(path, checkpoints, None).resuming_from(resume_from, settings)
+        yield Folder(path, checkpoints, None, script).resuming_from(resume_from, settings)
     leave()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from wandistiller.errors import UserError, shown
 from wandistiller.files.atomic import write_json
-from wandistiller.files.checked_json import WHOLE, read_json, setting
+from wandistiller.files.json_files import WHOLE, read_json, setting
 from wandistiller.files.safetensors_files import write_tensors
 from wandistiller.wan.tokenizer import write_tokenizer
 from wandistiller.wan.umt5 import ATTENTION, COPY, FEED_FORWARD, MAP, TABLE, config_of, expected_shapes
@@ -38,7 +38,9 @@ def read_small_shape(path: str | Path, teacher: dict[str, Any]) -> dict[str, Any
     for key in CHOSEN:
         value = setting(values, key, WHOLE, path)
         if value is None or not 1 <= value <= teacher[key]:
-            raise UserError(f"{path}: {key}={shown(value)} must be a whole number from 1 to the teacher's {teacher[key]}")
+            raise UserError(
+                f"{path}: {key}={shown(value)} must be a whole number from 1 to the teacher's {teacher[key]}"
+            )
     return teacher | values
 
 
@@ -60,11 +62,14 @@ class SmallUmt5(nn.Module):
 
         super().__init__()
         self.shape = shape
-        self.stack: Any = UMT5EncoderModel(UMT5Config(**shape | {"vocab_size": 2, "dropout_rate": 0.0})).encoder
-        self.stack.embed_tokens = nn.Identity()  # this module looks tokens up
+        encoder: Any = UMT5EncoderModel(UMT5Config(**shape | {"vocab_size": 2, "dropout_rate": 0.0})).encoder
+        encoder.embed_tokens = nn.Identity()  # this module looks tokens up
+        self.stack: nn.Module = encoder
         self.register_buffer("table", table, persistent=False)
         self.table_map = nn.Linear(table.shape[1], shape["d_model"], bias=False)
         self.embedding_map = nn.Linear(shape["d_model"], table.shape[1], bias=False)
+
+    table: Tensor
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the embeddings (B, S, D) of token ids (B, S), of which `mask` (B, S) tells those that are text."""
@@ -87,7 +92,9 @@ class SmallUmt5(nn.Module):
 
 
 @torch.no_grad()
-def cut_umt5(teacher: Any, shape: dict[str, Any], texts: Sequence[tuple[Tensor, Tensor]], layers: list[int]) -> SmallUmt5:
+def cut_umt5(
+    teacher: Any, shape: dict[str, Any], texts: Sequence[tuple[Tensor, Tensor]], layers: list[int]
+) -> SmallUmt5:
     """Cut a small encoder from the teacher's; one of the teacher's own shape gives the teacher's embeddings.
 
     The residual stream keeps the principal directions of the teacher's hidden states (SliceGPT, arXiv 2401.15024, with one basis for

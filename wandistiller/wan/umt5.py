@@ -68,9 +68,7 @@ class Umt5Files:
         expected = expected_shapes(self.shape)
         if MAP in found:
             expected[MAP] = (*found[MAP].shape[:1], self.shape["d_model"])
-        self._weights, self.ignored = admit(
-            found, expected, where, what="UMT5 text encoder", harmless=_harmless_reason
-        )
+        self._weights, self.ignored = admit(found, expected, where, what="UMT5 text encoder", harmless=_harmless_reason)
 
     @property
     def text_dim(self) -> int:
@@ -112,6 +110,10 @@ class Umt5Files:
             )
         encoder.load_state_dict(tensors, assign=True)
         return encoder.eval()
+
+    def read_map(self) -> torch.Tensor | None:
+        """Return the map (text_dim, d_model) of a small encoder in float32; None where there is none."""
+        return self._weights[MAP].read().float() if MAP in self._weights else None
 
     def _map_module(self) -> nn.Module:
         return nn.Linear(self.shape["d_model"], self.text_dim, bias=False) if MAP in self._weights else nn.Identity()
