@@ -184,6 +184,7 @@ def distil_text_encoder(settings: EncoderSettings) -> int:
             small: Any = state.trained.student
             small.save(folder.path, settings.encoder.tokenizer)
             print(f"{'Stopped at' if result.interrupted else 'Wrote'} {folder.path}, after {result.num_steps} steps")
+            print(f"Give it to any command as --text_encoder_path {folder.path}")
     return 130 if result.interrupted else 0
 
 

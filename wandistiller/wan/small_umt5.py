@@ -19,7 +19,7 @@ from wandistiller.files.atomic import write_json
 from wandistiller.files.json_files import WHOLE, read_json, setting
 from wandistiller.files.safetensors_files import write_tensors
 from wandistiller.wan.tokenizer import write_tokenizer
-from wandistiller.wan.umt5 import ATTENTION, COPY, FEED_FORWARD, MAP, TABLE, config_of, expected_shapes
+from wandistiller.wan.umt5 import ATTENTION, FEED_FORWARD, MAP, TABLE, config_of, expected_shapes
 
 CHOSEN = ("d_model", "d_ff", "num_layers", "num_heads")  # all else is the teacher's
 ROWS = 2**16  # of the token table, multiplied at a time
@@ -106,13 +106,13 @@ def cut_umt5(
         texts: token ids and masks of some prompts.
         layers: the teacher's layer of each small one.
     """
-    tensors = {name: weight.float() for name, weight in teacher.state_dict().items() if name not in (TABLE, COPY)}
+    tensors = teacher.state_dict()  # each is widened where it is used: all of UMT5-XXL in fp32 are 23 GB
     small = SmallUmt5(shape, teacher.shared.weight.detach()).to(teacher.device)
     basis = principal_directions(teacher, texts, shape["d_model"])  # (D, d)
     scale = (len(basis) / shape["d_model"]) ** 0.5  # of the mean square over D channels to that over d
 
     def read_from(name: str, norm: str, rows: Tensor) -> Tensor:
-        return (tensors[name][rows] * tensors[norm]) @ basis * scale
+        return (tensors[name][rows].float() * tensors[norm].float()) @ basis * scale
 
     weights: dict[str, Tensor] = {}
     for own, layer in enumerate(layers):
@@ -126,14 +126,14 @@ def cut_umt5(
         for name in ("wi_0", "wi_1"):
             norm = f"{theirs}layer.1.layer_norm.weight"
             weights[f"{ours}{FEED_FORWARD}{name}.weight"] = read_from(f"{feed_forward}{name}.weight", norm, neurons)
-        weights[f"{ours}{ATTENTION}o.weight"] = basis.T @ tensors[f"{attention}o.weight"][:, rows]
-        weights[f"{ours}{FEED_FORWARD}wo.weight"] = basis.T @ tensors[f"{feed_forward}wo.weight"][:, neurons]
+        weights[f"{ours}{ATTENTION}o.weight"] = basis.T @ tensors[f"{attention}o.weight"][:, rows].float()
+        weights[f"{ours}{FEED_FORWARD}wo.weight"] = basis.T @ tensors[f"{feed_forward}wo.weight"][:, neurons].float()
         bias = "relative_attention_bias.weight"
         weights[f"{ours}{ATTENTION}{bias}"] = tensors[f"{attention}{bias}"][:, heads]
     norms = {name: torch.ones_like(weight) for name, weight in small.stack.state_dict().items() if "layer_norm" in name}
     small.stack.load_state_dict(weights | norms)
     small.table_map.weight.copy_(basis.T)
-    final = tensors["encoder.final_layer_norm.weight"]
+    final = tensors["encoder.final_layer_norm.weight"].float()
     small.embedding_map.weight.copy_(final[:, None] * basis * scale)
     return small
 
@@ -152,14 +152,14 @@ def principal_directions(teacher: Any, texts: Sequence[tuple[Tensor, Tensor]], c
 
 def largest_heads(tensors: dict[str, Tensor], attention: str, count: int, d_kv: int) -> tuple[Tensor, Tensor]:
     """Return the heads with the largest values and outputs, in their order, and their rows in q, k and v."""
-    value = tensors[f"{attention}v.weight"].unflatten(0, (-1, d_kv)).norm(dim=(1, 2))
-    output = tensors[f"{attention}o.weight"].unflatten(1, (-1, d_kv)).norm(dim=(0, 2))
+    value = tensors[f"{attention}v.weight"].float().unflatten(0, (-1, d_kv)).norm(dim=(1, 2))
+    output = tensors[f"{attention}o.weight"].float().unflatten(1, (-1, d_kv)).norm(dim=(0, 2))
     heads = (value * output).topk(count).indices.sort().values
     return heads, (heads[:, None] * d_kv + torch.arange(d_kv, device=heads.device)).flatten()
 
 
 def largest_neurons(tensors: dict[str, Tensor], feed_forward: str, count: int) -> Tensor:
     """Return the neurons of a feed-forward network with the largest weights, in their order."""
-    gate, up = (tensors[f"{feed_forward}{name}.weight"].norm(dim=1) for name in ("wi_0", "wi_1"))
-    down = tensors[f"{feed_forward}wo.weight"].norm(dim=0)
+    gate, up = (tensors[f"{feed_forward}{name}.weight"].float().norm(dim=1) for name in ("wi_0", "wi_1"))
+    down = tensors[f"{feed_forward}wo.weight"].float().norm(dim=0)
     return (gate * up * down).topk(count).indices.sort().values
