@@ -7,7 +7,6 @@ pytest tests/reports/test_cards.py
 """
 
 import json
-import shlex
 from pathlib import Path
 
 import pytest
@@ -51,23 +50,15 @@ def test_the_hub_reads_the_card_which_says_how_the_student_was_made(tmp_path):
     few = write_folder(tmp_path, student_steps=4).text
     assert "in 4 steps (the teacher takes 40)" in few and "| sampling steps | 4 |" in few
     assert "does not draw by itself" in write_folder(tmp_path, sigma_range=[0.875, 1.0]).text
-    later = {"from_step": 500, "lr": 1e-6, "command": "python train_distillation.py --lr 1e-6"}
-    text = write_folder(tmp_path, commands=[*RECORD["commands"], later]).text
-    assert text.index("With learning rate 1e-05") < text.index("From step 500 on, with learning rate 1e-06")
-    assert later["command"] in text
 
 
 def test_what_a_record_holds_is_shown_as_it_is_and_never_as_markdown(tmp_path):
     assert plain("a|b\n# c_d\x1b[2J\u009b") == "a\\|b \\# c\\_d \\[2J"
-    commands = [{"from_step": 0, "lr": 1e-3, "command": "python t.py --prompt '````\n# mine'"}]
     evil = "<script>alert(1)</script>[x](http://evil.example){{ 7 * 7 }}"
-    card = write_folder(
-        tmp_path / "a_b", teacher_path=f"x|y{evil}", base_model=None, commands=commands, preset=evil, states=evil
-    )
+    card = write_folder(tmp_path / "a_b", teacher_path=f"x|y{evil}", base_model=None, preset=evil, states=evil)
     assert "# a\\_b" in card.text and "49" not in card.text
     shown = card.text.replace("\\<", "").replace("\\]", "")  # what stays is markdown
     assert "script>alert" not in shown and "](http://evil" not in shown
-    assert "`````\npython t.py --prompt '````\n# mine'\n`````" in card.text
     linked = write_folder(tmp_path / "c", base_model="a/b) [mine](http://evil.example").text
     assert "\\](http://evil" in linked and "%5Bmine%5D" in linked
 
@@ -127,12 +118,8 @@ def test_a_run_writes_its_card_and_measuring_the_student_adds_the_table(train, t
     folder = tmp_path / "out"
     card = ModelCard.load(folder / "README.md")
     assert all((folder / link).is_file() for link in links(card)) and len(links(card)) == 2
-    command = shlex.split(card.text.split("````")[1])
-    assert command[:4] == ["python", "train_distillation.py", "--teacher_path", str(teachers.one)]
-    assert command[-2:] == ["--eval_every", "2"]
-    assert (
-        "## Evaluation" not in card.text and "relative velocity error" in card.text and "held-out states" in card.text
-    )
+    assert "--config run.yaml" in card.text and str(teachers.one) not in card.text
+    assert "## Evaluation" not in card.text and "Held out, at the end: relative velocity error" in card.text
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n", encoding="utf-8")

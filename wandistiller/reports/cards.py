@@ -8,7 +8,6 @@ and the pictures), so that it can be written again when something is added. What
 """
 
 import json
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +27,7 @@ from wandistiller.files.output_folder import (
     GALLERY_NAME,
     LOSS_PLOT_NAME,
     METRICS_NAME,
+    RUN_NAME,
     has_mark,
     sample_files,
 )
@@ -61,13 +61,6 @@ def one_line(value: object) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in str(value)).split())
 
 
-def fenced(command: str) -> Markdown:
-    """Return a command as a code block that nothing in it ends."""
-    longest = max((len(run) for run in re.findall("`+", command)), default=0)
-    fence = "`" * max(4, longest + 1)
-    return Markdown(f"{fence}\n{command}\n{fence}")
-
-
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> Markdown:
     """Return a markdown table of escaped cells."""
     titles = list(head)
@@ -95,7 +88,7 @@ def fill_in(template: str, **values: object) -> Markdown:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"table": table, "fenced": fenced}
+    environment.globals["table"] = table
     environment.filters["numbers"] = numbers
     return Markdown(environment.get_template(template).render(values).strip() + "\n")
 
@@ -138,6 +131,7 @@ def model_card(folder: Path) -> str:
         training_time=format_duration(training_seconds(steps)) if steps else None,
         loss_change=[cell_text(value) for value in loss_change(steps)] if steps else None,
         held_out=errors and held_out_text(errors),
+        run=Markdown(RUN_NAME) if (folder / RUN_NAME).is_file() else None,
         plot=Markdown(LOSS_PLOT_NAME) if (folder / LOSS_PLOT_NAME).is_file() else None,
         evaluation=evaluation_of(folder),
         gallery=Markdown(GALLERY_NAME) if (folder / GALLERY_NAME).is_file() else None,
@@ -156,11 +150,6 @@ def about_student(config: StudentConfig) -> dict:
         "is_square": sizes == [square(config.image_size)],
         "is_apache": is_apache(record),
     }
-
-
-def in_words(config: StudentConfig) -> str:
-    """Return what a student is, and what it does not do, as markdown."""
-    return "\n".join(fill_in(name, **about_student(config)) for name in ("introduction.md", "limits.md"))
 
 
 def front_matter(record: Mapping, library_name: str, tags: list[str]) -> Markdown:

@@ -83,16 +83,11 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(there) if there else None
 
 
-def first_and_last(lines: Sequence[dict]) -> tuple[Sequence[dict], Sequence[dict]]:
-    count = max(1, len(lines) // FIRST_AND_LAST)
-    return lines[:count], lines[-count:]
-
-
 def loss_change(lines: Sequence[dict]) -> tuple[float | None, float | None]:
     """Return the mean loss of the first and of the last steps of the stage that learns the velocity."""
-    known = [line for line in lines if line.get("stage", 1) == 1]
-    first, last = (mean_of(line.get("loss") for line in part) for part in first_and_last(known))
-    return first, last
+    losses = [line.get("loss") for line in lines if line.get("stage", 1) == 1]
+    count = max(1, len(losses) // FIRST_AND_LAST)
+    return mean_of(losses[:count]), mean_of(losses[-count:])
 
 
 def newest_held_out(lines: Sequence[dict]) -> dict[str, float] | None:
