@@ -18,12 +18,8 @@ def cell_text(value: str | float | None) -> str:
 
 def report_lines(results: dict) -> list[str]:
     """Return an evaluation for the screen: what the student is worth in a sentence, its worst prompts, then tables."""
-    lines = [
-        "",
-        *textwrap.wrap(headline(results), WIDTH),
-        f"Farthest from the teacher: {'; '.join(worst(results))}",
-        "",
-    ]
+    farthest = f"Farthest from the teacher: {'; '.join(worst(results))}"
+    lines = ["", *textwrap.wrap(headline(results), WIDTH), *textwrap.wrap(farthest, WIDTH), ""]
     if "frontier" in results:
         lines += frontier_lines(results["frontier"])
     lines += picture_lines(results["picture"])
