@@ -7,7 +7,7 @@ pytest tests/wan/test_lora.py
 """
 
 import copy
-import json
+import math
 import re
 from pathlib import Path
 
@@ -180,7 +180,9 @@ def test_a_product_of_kernels_changes_the_patch_kernel(teacher, tmp_path):
 
 
 IN_BLOCKS = re.compile(r"lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_")
+WHOLE = "alphas of whole numbers"
 DIALECTS = {
+    WHOLE: (kohya_keys, lambda key: key),
     "VideoX-Fun": (kohya_keys, lambda key: key.replace("lora_unet_", "lora_unet__")),
     "half dots": (kohya_keys, lambda key: IN_BLOCKS.sub(r"lora_unet_blocks_\1.\2.", key)),
     "LyCORIS": (kohya_keys, lambda key: key.replace("lora_unet_", "lycoris_")),
@@ -202,9 +204,12 @@ def test_every_dialect_of_the_keys_is_known(teacher, tmp_path, dialect):
     folder, model = teacher
     pairs, (keys, spelt) = random_pairs(model), DIALECTS[dialect]
     is_kohya = keys is kohya_keys
-    tensors = kohya_keys(pairs, 1.5) if is_kohya else diffusers_keys(pairs)
+    tensors = kohya_keys(pairs, 6.0) if is_kohya else diffusers_keys(pairs)
+    tensors = {
+        key: tensor.long() if dialect == WHOLE and not tensor.ndim else tensor for key, tensor in tensors.items()
+    }
     path = write(tmp_path / "lora.safetensors", {spelt(key): value for key, value in tensors.items()})
-    expected = oracle_velocity(with_weights(model, merged(model, pairs, 0.5 if is_kohya else 1.0)), *inputs())
+    expected = oracle_velocity(with_weights(model, merged(model, pairs, 2.0 if is_kohya else 1.0)), *inputs())
     assert relative_error(velocity(folder, (path, 1.0)), expected) < TOLERANCE
 
 
@@ -282,21 +287,6 @@ def test_lycoris_products_are_those_of_pefts_layers(teacher, tmp_path, kind):
     assert relative_error(velocity(folder, (written, 1.0)), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+", "(a|a)*b", "[", "a*b*c*d*e*", "(?=a)"])
-def test_a_pattern_that_may_take_forever_is_refused(teacher, tmp_path, pattern):
-    metadata = {"lora_adapter_metadata": json.dumps({"transformer.alpha_pattern": {pattern: 2}, "transformer.r": 3})}
-    path = write(tmp_path / "lora.safetensors", diffusers_keys(random_pairs(teacher[1])), metadata)
-    with pytest.raises(UserError, match="which is no plain pattern of names"):
-        velocity(teacher[0], (path, 1.0))
-
-
-@pytest.mark.parametrize("scale", [float("inf"), float("nan"), 1e9])
-def test_a_scale_of_nonsense_is_refused(teacher, tmp_path, scale):
-    path = write(tmp_path / "lora.safetensors", diffusers_keys(random_pairs(teacher[1])))
-    with pytest.raises(UserError, match="a scale of"):
-        velocity(teacher[0], (path, scale))
-
-
 def test_several_loras_add_up_and_a_negative_scale_takes_away(teacher, tmp_path):
     folder, model = teacher
     first = write(tmp_path / "a.safetensors", kohya_keys(random_pairs(model), alpha=2.0))
@@ -315,14 +305,6 @@ def test_an_fp8_teacher_is_changed_at_the_values_that_it_stands_for(tmp_path):
     path = write(tmp_path / "lora.safetensors", comfyui_keys(pairs))
     expected = oracle_velocity(with_weights(model, merged(model, pairs)), *inputs())
     assert relative_error(velocity(tmp_path / "wan.safetensors", (path, 1.0)), expected) < TOLERANCE
-
-
-def test_an_alpha_may_be_a_whole_number(teacher, tmp_path):
-    pairs = random_pairs(teacher[1])
-    keys = {key: value.long() if value.ndim == 0 else value for key, value in kohya_keys(pairs, 2.0).items()}
-    expected = oracle_velocity(with_weights(teacher[1], merged(teacher[1], pairs, 2 / 3)), *inputs())
-    path = write(tmp_path / "lora.safetensors", keys)
-    assert relative_error(velocity(teacher[0], (path, 1.0)), expected) < TOLERANCE
 
 
 def test_a_bf16_lora_in_a_bf16_teacher_is_summed_in_float32(tmp_path):
@@ -418,20 +400,17 @@ def test_what_is_no_lora_of_this_wan_is_refused_in_one_message(teacher, tmp_path
     assert len(message.replace(str(tmp_path), "")) < 500
 
 
-def test_what_is_no_safetensors_file_is_refused_and_no_pickle_is_opened(teacher, tmp_path):
-    pickle = tmp_path / "lora.pt"
-    pickle.write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
-    damaged = tmp_path / "cut.safetensors"
-    damaged.write_bytes(
-        write(tmp_path / "whole.safetensors", diffusers_keys(random_pairs(teacher[1]))).read_bytes()[:900]
-    )
-    for path, word in (
-        (pickle, "pickle"),
-        (damaged, "not a whole safetensors"),
-        (tmp_path / "none.safetensors", "no such file"),
-    ):
-        with pytest.raises(UserError, match=word):
-            project_teacher(teacher[0], loras=[(path, 1.0)])
+def test_what_is_no_safetensors_file_or_no_scale_is_refused_and_no_pickle_is_opened(teacher, tmp_path):
+    whole = write(tmp_path / "whole.safetensors", diffusers_keys(random_pairs(teacher[1])))
+    (tmp_path / "lora.pt").write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
+    (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:900])
+    files = {"lora.pt": "pickle", "cut.safetensors": "not a whole safetensors", "none.safetensors": "no such file"}
+    cases = [(tmp_path / name, 1.0, words) for name, words in files.items()]
+    for path, scale, words in cases + [(whole, scale, "a scale of") for scale in (math.inf, math.nan, 1e9)]:
+        with pytest.raises(UserError, match=words):
+            project_teacher(teacher[0], loras=[(path, scale)])
+    with pytest.raises(UserError, match="has one expert; give it as --teacher_lora"):
+        merge_loras(open_wan_files(teacher[0]), low=[(whole, 1.0)])
 
 
 @pytest.mark.parametrize(
@@ -443,6 +422,10 @@ def test_what_is_no_safetensors_file_is_refused_and_no_pickle_is_opened(teacher,
         ('{"transformer.alpha_pattern": [1]}', "numbers above 0"),
         ("[1]", "holds a list"),
         ("{", "save the LoRA again"),
+        *(
+            (f'{{"alpha_pattern": {{"{pattern}": 2}}}}', "which is no plain pattern of names")
+            for pattern in ("(a+)+", "(a|a)*b", "[", "a*b*c*d*e*", "(?=a)")  # that may take forever
+        ),
     ],
 )
 def test_damaged_settings_in_the_metadata_are_refused(teacher, tmp_path, settings, words):
@@ -450,9 +433,3 @@ def test_damaged_settings_in_the_metadata_are_refused(teacher, tmp_path, setting
     path = write(tmp_path / "lora.safetensors", keys, {"lora_adapter_metadata": settings})
     with pytest.raises(UserError, match=words):
         project_teacher(teacher[0], loras=[(path, 1.0)])
-
-
-def test_a_lora_for_the_low_noise_expert_needs_one(teacher, tmp_path):
-    path = write(tmp_path / "lora.safetensors", diffusers_keys(random_pairs(teacher[1])))
-    with pytest.raises(UserError, match="has one expert; give it as --teacher_lora"):
-        merge_loras(open_wan_files(teacher[0]), low=[(path, 1.0)])

@@ -17,14 +17,7 @@ from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, StudentConfig
 from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.names import COMFYUI_FOLDERS, comfyui_models, refuse_other_kind, side_of, teacher_record
 from wandistiller.wan.record_kinds import SAMPLING_KINDS, latents_kinds
-from wandistiller.wan.transformer_files import (
-    LAYOUTS,
-    LOCAL_LAYOUTS,
-    WanTransformer,
-    open_student,
-    open_transformer,
-    refuse_settings,
-)
+from wandistiller.wan.transformer_files import LAYOUTS, LOCAL_LAYOUTS, WanTransformer, open_student, open_transformer
 from wandistiller.wan.wan_files import WanFiles, with_latents
 
 MODULAR_INDEX = "modular_model_index.json"
@@ -83,9 +76,7 @@ def check_headers(folder: Path) -> None:
 def _open_expert(place: Path) -> WanTransformer:
     """Open one transformer: its folder, or one file of weights."""
     if place.is_dir():
-        settings = _read_if_there(place / "config.json")
-        refuse_settings(settings, place)
-        return open_transformer(place, weight_files(place, LAYOUTS), settings)
+        return open_transformer(place, weight_files(place, LAYOUTS), _read_if_there(place / "config.json"))
     if not os.path.exists(place):
         raise TeacherFileError(f"{place}: there is no such file or folder; allowed: {LAYOUTS}")
     if not is_weight_file(place):

@@ -21,24 +21,23 @@ DEFAULT_NEGATIVE_PROMPT = (
 RELEASED_TEXT_MAX_LENGTH = 512
 
 
+_COMMON = {"shift": 5.0, "num_inference_steps": 50, "guidance_scale": 5.0}
+_TWO = {
+    "shift": 12.0,
+    "num_inference_steps": 40,
+    "guidance_scale": 4.0,
+    "guidance_scale_2": 3.0,
+    "boundary_ratio": 0.875,
+}
 # Of each released Wan (width, latent channels, experts), and how it was made to be sampled (Wan2.1, Wan2.2: wan/configs/*.py,
 # generate.py). The guidance of two experts is the high-noise one's, and then the low-noise one's.
 RELEASED: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
-    "Wan2.1-T2V-1.3B": ((1536, 16, 1), {"shift": 5.0, "num_inference_steps": 50, "guidance_scale": 5.0}),
-    "Wan2.1-T2V-14B": ((5120, 16, 1), {"shift": 5.0, "num_inference_steps": 50, "guidance_scale": 5.0}),
-    "Wan2.2-T2V-A14B": (
-        (5120, 16, 2),
-        {
-            "shift": 12.0,
-            "num_inference_steps": 40,
-            "guidance_scale": 4.0,
-            "guidance_scale_2": 3.0,
-            "boundary_ratio": 0.875,
-        },
-    ),
-    "Wan2.2-TI2V-5B": ((3072, 48, 1), {"shift": 5.0, "num_inference_steps": 50, "guidance_scale": 5.0}),
+    "Wan2.1-T2V-1.3B": ((1536, 16, 1), _COMMON),
+    "Wan2.1-T2V-14B": ((5120, 16, 1), _COMMON),
+    "Wan2.2-T2V-A14B": ((5120, 16, 2), _TWO),
+    "Wan2.2-TI2V-5B": ((3072, 48, 1), _COMMON),
 }
-_USUAL = {"shift": 5.0, "num_inference_steps": 50, "guidance_scale": 5.0, "boundary_ratio": 0.875}  # of any other Wan
+_USUAL = _COMMON | {"boundary_ratio": 0.875}  # of any other Wan
 
 
 @dataclass(frozen=True)

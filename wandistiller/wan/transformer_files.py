@@ -168,7 +168,7 @@ def teacher_tensor_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:
 
 def _own_shape(shapes: Mapping[str, tuple[int, ...]], settings: dict, where: Path) -> StudentConfig:
     """Return the shape that the tensors have, with heads and eps from the config.json, which must agree in the rest."""
-    refuse_settings(settings, where)
+    _refuse_settings(settings, where)
     try:
         hidden_size, in_channels, *kernel = shapes[PATCH_KERNEL]
         ffn_dim = shapes["blocks.0.ffn.net.0.proj.weight"][0]
@@ -234,7 +234,7 @@ def _num_heads(hidden_size: int, settings: dict, where: Path) -> int:
     return heads or hidden_size // head_dim
 
 
-def refuse_settings(settings: dict, where: Path) -> None:
+def _refuse_settings(settings: dict, where: Path) -> None:
     """Refuse other kinds of Wan by what their config says, and variants whose maths would differ."""
     is_given_pictures = settings.get("image_dim") or settings.get("added_kv_proj_dim")
     refuse_other_kind([str(settings.get("_class_name")), str(settings.get("model_type"))], where)
