@@ -293,20 +293,27 @@ def _quantised(weight: Tensor, fp8: str) -> dict[str, Tensor]:
 
 
 # These write checkpoints in full size that take no disk.
-STORED_BYTES = {"BF16": 2, "F32": 4}
+STORED_BYTES = {"F8_E4M3": 1, "U8": 1, "BF16": 2, "F32": 4}
 A14B_SHAPE = {"hidden_size": 5120, "num_heads": 40, "ffn_dim": 13824, "depth": 40, "num_channels": 16}
 
 
-def write_hollow_file(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
-    """Write a safetensors file with a true header whose data is a hole; return the bytes of its tensors."""
+def write_hollow_file(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, others: dict[str, str] | None = None, first: bytes = b""
+) -> int:
+    """Write a safetensors file with a true header whose data is a hole, behind the `first` bytes; return the bytes of its tensors.
+
+    Args:
+        others: types of tensors that are not of `dtype`.
+    """
     header, end = {}, 0
     for name, shape in shapes.items():
-        start, end = end, end + STORED_BYTES[dtype] * prod(shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        kind = (others or {}).get(name, dtype)
+        start, end = end, end + STORED_BYTES[kind] * prod(shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(len(text).to_bytes(8, "little") + text + first)
         file.truncate(8 + len(text) + end)
     return end
 

@@ -14,12 +14,19 @@ import generate_images
 import train_distillation
 from support.students import STUDENT
 from support.wan_folders import (
+    A14B_SHAPE,
     random_transformer,
     tiny_text_encoder,
+    to_original,
+    umt5_xxl_shapes,
+    write_hollow_file,
+    write_hollow_shards,
     write_original_transformer,
     write_single_file,
 )
 from support.wan_parts import make_vae, scaled, sentencepiece_model, umt5_to_original, vae_to_original
+from wandistiller.model.config import StudentConfig
+from wandistiller.wan.transformer_files import teacher_tensor_shapes
 
 WAN = {"heads": 1, "head_dim": 128, "layers": 1, "ffn_dim": 48}
 
@@ -64,6 +71,58 @@ def write_all_in_one(folder: Path) -> list[str]:
         write_single_file(path, prefix="model.diffusion_model.", seed=seed, **WAN)
         save_file(load_file(path) | others, path)
     return ["--teacher_path", str(path.with_name("wan2.2-rapid-aio-high.safetensors")), "--teacher_path_low", str(path)]
+
+
+def fp8_scaled(shapes: dict[str, tuple[int, ...]]) -> tuple[dict, dict[str, str]]:
+    """Add the scales and the marker of ComfyUI's files to the shapes of a model; return the types that are not bf16 too."""
+    scaled_names = [
+        name for name, shape in shapes.items() if len(shape) == 2 and "block" in name and "bias" not in name
+    ]
+    scales = {f"{name.removesuffix('weight')}scale_weight": () for name in scaled_names}
+    types = dict.fromkeys([*scaled_names, "scaled_fp8"], "F8_E4M3") | dict.fromkeys(scales, "F32")
+    return shapes | scales | {"scaled_fp8": (2,)}, types
+
+
+def test_a_dry_run_of_the_full_size_takes_the_files_as_they_are(tmp_path, capsys):
+    """A14B in full size, whose files are holes: ComfyUI's four, and an original release with the encoder's safetensors copy."""
+    from diffusers import AutoencoderKLWan
+
+    config, words = StudentConfig(block="wan", image_size=512, **A14B_SHAPE), sentencepiece_model()
+    wan = {to_original(name): shape for name, shape in teacher_tensor_shapes(config).items()}
+    with torch.device("meta"):
+        vae = {vae_to_original(name, "2.1"): value.shape for name, value in AutoencoderKLWan().state_dict().items()}
+    comfyui, original = tmp_path / "models", tmp_path / "Wan2.2-T2V-A14B"
+    for name in ("diffusion_models", "text_encoders", "vae"):
+        (comfyui / name).mkdir(parents=True)
+    (original / "google" / "umt5-xxl").mkdir(parents=True)
+    for side in ("high", "low"):
+        shapes, types = fp8_scaled(wan)
+        file = comfyui / "diffusion_models" / f"wan2.2_t2v_{side}_noise_14B_fp8_scaled.safetensors"
+        write_hollow_file(file, shapes, "BF16", types)
+        write_hollow_shards(original / f"{side}_noise_model", "diffusion_pytorch_model", wan, "F32", 6)
+    shapes, types = fp8_scaled(umt5_xxl_shapes())
+    file = comfyui / "text_encoders" / "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+    write_hollow_file(file, {"spiece_model": (len(words),)} | shapes, "BF16", types | {"spiece_model": "U8"}, words)
+    write_hollow_file(comfyui / "vae" / "wan_2.1_vae.safetensors", vae, "F32")
+    encoder = {umt5_to_original(name): shape for name, shape in umt5_xxl_shapes().items()}
+    write_hollow_file(original / "umt5-xxl-enc-bf16.safetensors", encoder, "BF16")
+    write_hollow_file(original / "Wan2.1_VAE.safetensors", vae, "F32")
+    (original / "google" / "umt5-xxl" / "spiece.model").write_bytes(words)
+    (tmp_path / "prompts.txt").write_text("a red fox\n", encoding="utf-8")
+    for place in (comfyui, original):
+        argv = ["--preset", "A14B-1B", "--teacher_path", place, "--data_path", tmp_path / "prompts.txt", "--dry_run"]
+        argv += [
+            "--output_dir",
+            tmp_path / "out",
+            "--prompt_cache",
+            tmp_path / "cache",
+            "--assume_gpu",
+            80,
+            "--save_every",
+            0,
+        ]
+        assert train_distillation.main(list(map(str, argv))) == 0
+        assert "(high + low), settings of Wan2.2-T2V-A14B: shift 12" in capsys.readouterr().out
 
 
 def write_original(folder: Path) -> list[str]:
