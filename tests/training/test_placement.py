@@ -156,7 +156,7 @@ RUNS: dict[str, tuple[dict, dict]] = {
     "blocks of two experts": ({"num_experts": 2, "rooms": 2}, {}),
     "fp8": ({"is_fp8": True}, {}),
     "two experts in parts": ({"num_experts": 2}, {"micro_batch": 2}),
-    "noise": ({"num_experts": 2}, {"kind": "noise"}),
+    "noise": ({"num_experts": 2}, {"states": "noise"}),
     "segments of its paths": ({}, {"segment_ends": (1.0, 0.8, 0.0)}),
     "guided at some noise levels": ({"guidance_range": (0.9, 1.0)}, {}),
 }

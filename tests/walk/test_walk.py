@@ -18,7 +18,7 @@ LEVELS = tuple(flow_euler_scheduler(3.0, 4).sigmas.tolist())
 KINDS = {
     "paths": {},
     "segments": {"segment_ends": (1.0, 0.8, 0.4, 0.0)},
-    "noise": {"kind": "noise"},
+    "noise": {"states": "noise"},
     "experts in turn": {"boundary": BOUNDARY, "calls_per_expert": 8},
     "few levels": {"levels": LEVELS, "num_steps": 4},
     "a range": {"sigma_range": (0.5, 1.0)},
@@ -89,7 +89,7 @@ def test_walks_repeat_with_their_seed_and_image_sizes_differ():
 
 @pytest.mark.parametrize("num_prompts", [7, 10])
 def test_slots_are_dealt_every_prompt_once_an_epoch_in_an_order_of_its_own(num_prompts):
-    walk = make_walk(kind="noise", num_prompts=num_prompts)
+    walk = make_walk(states="noise", num_prompts=num_prompts)
     taken = torch.cat([answer["prompts"] for answer in ask(walk, 21)]).tolist()
     epochs = [
         tuple(taken[start : start + num_prompts])
@@ -159,7 +159,7 @@ def test_a_few_step_teacher_is_asked_at_its_own_levels_alone():
 
 @pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.25, 0.75), (0.875, 1.0), (0.1, 0.7)])
 def test_noise_is_unit_noise_spread_over_the_range_of_noise_levels(low, high):
-    (answer,) = ask(make_walk(kind="noise", num_slots=64, latent_shape=(16, 8, 8), sigma_range=(low, high)), 1)
+    (answer,) = ask(make_walk(states="noise", num_slots=64, latent_shape=(16, 8, 8), sigma_range=(low, high)), 1)
     latents, sigma = answer["latents"], answer["sigma"]
     assert latents.shape == (64, 16, 8, 8) and abs(latents.mean()) < 0.02 and abs(latents.std() - 1) < 0.02
     # Stratified: undone from the shift, exactly one draw lies in each of 64 equal slices.

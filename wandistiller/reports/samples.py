@@ -157,9 +157,9 @@ class Samples:
         self.on_picture(step, grid)
         found = sample_files(self.folder.parent)
         chosen = sorted({round(index) for index in np.linspace(0, len(found) - 1, MAX_ROWS)})
-        rows = {f"step {found[index][0]}": found[index][1] for index in chosen}
-        if len(rows) > 1:
-            save_png(stacked_rows(rows, grid.info["last_row"]), self.folder.with_name(OVER_TIME_NAME))
+        earlier = {f"step {found[index][0]}": found[index][1] for index in chosen}
+        if len(earlier) > 1:
+            save_png(stacked_rows(earlier, grid.info["last_row"]), self.folder.with_name(OVER_TIME_NAME))
 
     def _pictures(self, vae: "WanVae2D", latents: list[Tensor]) -> list[np.ndarray]:
         """Return the pictures in the order of their prompts."""

@@ -46,7 +46,8 @@ def embed_prompts(settings: Settings) -> Embeds:
         )
     negative = embeds.read(len(texts) - 1) if negative_prompts else None
     starts = itertools.accumulate(map(len, parts), initial=0)
-    return Embeds(*(embeds.part(start, len(part)) for start, part in zip(starts, parts, strict=False)), negative)
+    trained, held_out, samples = (embeds.part(start, len(part)) for start, part in zip(starts, parts, strict=False))
+    return Embeds(trained, held_out, samples, negative)
 
 
 def _embed(settings: Settings, texts: list[str]) -> PromptEmbeds:

@@ -96,20 +96,22 @@ def mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
     values = flags.as_dict()
     is_on = {name: any(value) if isinstance(value, list) else bool(value) for name, value in values.items()}
     yield from ((flag, why) for flag, other, why in NEEDS if is_on[flag] and not is_on[other])
-    yield from range_mistakes(flags)
+    yield from states_mistakes(flags)
     yield from ((flag, why) for flag, other, why in EXCLUDES if is_on[flag] and is_on[other])
     if os.path.realpath(flags.student.init_from) == os.path.realpath(flags.output.output_dir or ""):
         yield "init_from", "is the folder that this run writes to; give another --output_dir"
     yield from process_mistakes(flags)
 
 
-def range_mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
+def states_mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
     states, guided = flags.states, flags.teacher.guidance_range
     low, high = states.sigma_range or (0.0, 1.0)
     if low >= high:
         yield "sigma_range", f"LOW {low} must be below HIGH {high}"
     if states.states != "noise" and high != 1.0:
         yield "sigma_range", "a sampling path begins at sigma 1, so HIGH must be 1 (or use --states noise)"
+    if states.states == "noise" and states.calls_per_expert:
+        yield "calls_per_expert", "is for sampling paths; with --states noise both experts answer in every batch"
     if flags.objective.student_steps and low > 0:
         yield "sigma_range", "does not go together with --student_steps: few steps take all noise levels"
     if guided and guided[0] >= guided[1]:

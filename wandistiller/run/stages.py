@@ -1,5 +1,7 @@
 """The stages of a run: the velocity, learnt from the teacher's answers, and then few steps, learnt from segments of sampling paths."""
 
+from dataclasses import replace
+
 import torch
 
 from wandistiller.model.transformer import WanLiteStudent
@@ -31,7 +33,7 @@ class Stages:
         batches: Batches,
         prompt_embeds: PromptEmbeds,
     ):
-        self.settings, self.student, self.prompt_embeds = settings, student, prompt_embeds
+        self.settings, self.student, self.prompt_embeds, self.objective = settings, student, prompt_embeds, objective
         trained = TrainedStudent(student, objective)
         self.state = RunState(trained, batches, settings.optimization, settings.first_stage_steps, settings.processes)
 
@@ -97,10 +99,9 @@ class Stages:
         frozen = self._frozen()
         num_steps = settings.num_steps - first_step
         batches = build_few_step_batches(settings, self.prompt_embeds, frozen, max(1, num_steps))
-        objective = Objective(compute_dtype=settings.compute_dtype, device=settings.device)
-        trained = TrainedStudent(self.student, objective)
+        objective = replace(self.objective, feature_loss=None, feature_weight=0.0)  # segments have no hidden states
         return RunState(
-            trained,
+            TrainedStudent(self.student, objective),
             batches,
             settings.optimization,
             settings.num_steps,

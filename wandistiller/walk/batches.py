@@ -174,26 +174,22 @@ class Batches:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return walks and stores by slots along the first dimension, and the calls of each size as plain numbers."""
-        state: dict[str, Tensor] = {}
-        for number, source in enumerate(self.sources):
-            if isinstance(source, CachedAnswers):
-                continue
-            for name, part in self._parts(number).items():
-                state |= {f"{number}.{name}.{key}": value for key, value in part.state_dict().items()}
-            state[f"{number}.calls"] = torch.tensor(self.calls[number])
+        state = {f"{number}.calls": torch.tensor(calls) for number, calls in enumerate(self.calls)}
+        for prefix, part in self._parts():
+            state |= {f"{prefix}{key}": value for key, value in part.state_dict().items()}
         return state
 
-    def _parts(self, number: int) -> dict[str, Walk | Store]:
-        walk, store = self.sources[number]
-        return {"walk": walk, "store": store} | ({"segments": self.segments[number]} if self.segments else {})
-
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for prefix, part in self._parts():
+            part.load_state_dict(_part_of(state, prefix))
+        self.calls = [int(state[f"{number}.calls"]) for number in range(len(self.calls))]
+
+    def _parts(self) -> Iterator[tuple[str, Walk | Store]]:
+        """Yield what has a state, with the prefix of its names; a cache has none."""
         for number, source in enumerate(self.sources):
-            if isinstance(source, CachedAnswers):
-                continue
-            for name, part in self._parts(number).items():
-                part.load_state_dict(_part_of(state, f"{number}.{name}."))
-            self.calls[number] = int(state[f"{number}.calls"])
+            if not isinstance(source, CachedAnswers):
+                yield from zip((f"{number}.walk.", f"{number}.store."), source, strict=True)
+        yield from ((f"{number}.segments.", store) for number, store in enumerate(self.segments))
 
 
 def _part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

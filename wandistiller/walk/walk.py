@@ -45,7 +45,7 @@ class WalkOptions:
         batch_size: slots of a global batch. A walk for a cache has several groups of so many.
         shift: warp of the noise levels.
         num_steps: steps of the teacher's sampler from sigma 1 to 0.
-        kind: "paths", or "noise" for fresh noise at every noise level.
+        states: "trajectory", or "noise" for fresh noise at every noise level.
         sigma_range: lowest and highest noise level.
         levels: a few-step teacher's only noise levels, from 1 down to 0; None for any.
         boundary: noise level between two experts that take turns; None where one expert answers, or both in every batch.
@@ -62,7 +62,7 @@ class WalkOptions:
     batch_size: int
     shift: float
     num_steps: int
-    kind: str = "paths"
+    states: str = "trajectory"
     sigma_range: tuple[float, float] = (0.0, 1.0)
     levels: tuple[float, ...] | None = None
     boundary: float | None = None
@@ -76,7 +76,7 @@ class WalkOptions:
     @property
     def in_turns(self) -> bool:
         """Whether two experts answer in turns."""
-        return self.boundary is not None and self.calls_per_expert > 0
+        return self.states == "trajectory" and self.boundary is not None and self.calls_per_expert > 0
 
     @property
     def paths_per_slot(self) -> int:
@@ -86,7 +86,7 @@ class WalkOptions:
     def latents_per_slot(self) -> int:
         """Latents that a walk keeps on the device for each slot."""
         per_path = 2 if self.segment_ends else 1
-        return per_path * self.paths_per_slot if self.kind == "paths" else 0
+        return per_path * self.paths_per_slot
 
 
 def paths_per_slot(batch_size: int) -> int:
@@ -185,7 +185,7 @@ class Walk:
         if states is None:
             return {}
         velocity, features = self.teacher(*states.asked, self.options.layers)
-        if self.options.kind == "paths":
+        if self.options.states == "trajectory":
             self._move(states, velocity)
         answer = {name: getattr(states, name) for name in ("latents", "sigma", "prompts", "rows")}
         answer["velocity"] = velocity.float()
@@ -198,7 +198,7 @@ class Walk:
         draw = rng(*self.options.key, CALL, self.slots.start // size, call)
         order, jitter = (torch.from_numpy(values)[own] for values in (draw.permutation(size), draw.random(size)))
         spread = (order + jitter) / size  # (B,) in [0, 1), stratified
-        if self.options.kind == "noise":
+        if self.options.states == "noise":
             seeds = draw.integers(MAX_SEED, size=size)[own.numpy()].tolist()
             return self._noise(call, rows, spread, seeds)
         paths, has_path = self._choose(call, rows, spread)
