@@ -164,13 +164,18 @@ def describe(flags: Flags, config: StudentConfig, size: ImageSize, experiment: "
     }
 
 
-def drawable_steps(config: StudentConfig, flags: SamplingFlags) -> list[int]:
-    """Return the numbers of steps to draw the student in; one that learnt whole steps, or has levels of its own, keeps to its own."""
+def is_fixed(config: StudentConfig) -> bool:
+    """Return whether a student keeps to its own steps, since it learnt whole ones or has noise levels of its own."""
     record = StudentRecord.of(config)
-    is_fixed = record.student_steps or record.teacher_sampler == "euler"
-    most = flags.num_inference_steps or record.num_inference_steps
-    default = [] if is_fixed else [*(steps for steps in STUDENT_STEPS if steps < most), most]
-    return default if flags.student_steps is None else flags.student_steps
+    return bool(record.student_steps) or record.teacher_sampler == "euler"
+
+
+def drawable_steps(config: StudentConfig, flags: SamplingFlags) -> list[int]:
+    """Return the numbers of steps to draw the student in, beside its own."""
+    if flags.student_steps is not None:
+        return flags.student_steps
+    most = flags.num_inference_steps or StudentRecord.of(config).num_inference_steps
+    return [] if is_fixed(config) else [*(steps for steps in STUDENT_STEPS if steps < most), most]
 
 
 def measure_all(
@@ -204,15 +209,16 @@ def save_comparison(file: Path, experiment: "Experiment", teacher: "Drawn", stud
     save_png(labelled_grid(rows, captions, ["teacher", "student"]), file, metadata)
 
 
-def recommend(folder: Path, config: StudentConfig, steps: int | None) -> None:
-    """Record the number of steps in which the student is to be drawn, where it did not learn a number of its own."""
+def recommend(folder: Path, steps: int | None, digest: str | None) -> None:
+    """Record in how many steps the student is to be drawn, unless it is fixed to its own or has been trained on meanwhile."""
     from wandistiller.files.atomic import write_text
 
-    record = config.distillation or {}
-    if steps and steps != StudentRecord.of(config).steps:
-        recommended = config.replace(distillation=record | {"recommended_steps": steps})
-        write_text(folder / CONFIG_NAME, recommended.to_json())
-        print(f"Recorded in {folder / CONFIG_NAME}: {steps} steps are enough, and drawing takes them from now on")
+    config = StudentConfig.load(folder)
+    if is_fixed(config) or steps in (None, StudentRecord.of(config).steps) or weights_digest(folder) != digest:
+        return
+    recommended = (config.distillation or {}) | {"recommended_steps": steps}
+    write_text(folder / CONFIG_NAME, config.replace(distillation=recommended).to_json())
+    print(f"Recorded in {folder / CONFIG_NAME}: {steps} steps are enough, and drawing takes them from now on")
 
 
 def read_prompts(given: PromptFlags) -> list[str]:
@@ -276,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Every prompt, the worst first; open it in a browser: {gallery}")
     if folder.resolve() == Path(flags.student).resolve():
         if "frontier" in results:
-            recommend(folder, config, results["frontier"]["recommended_steps"])
+            recommend(folder, results["frontier"]["recommended_steps"], digest)
         if card := try_to_write_model_card(folder):
             print(f"The model card holds them: {card}")
     return 0
