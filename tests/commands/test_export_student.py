@@ -665,7 +665,7 @@ def test_a_student_of_few_steps_draws_in_diffusers_and_in_comfyui_what_it_draws_
     options = student_sampling(config, None, torch.float32, "cpu")
     ours = sample(StudentField(WanLiteStudent.from_pretrained(few).eval()), noise, *text, options)
 
-    outcome = export(few, "pipeline", output="pipeline")
+    outcome = export(few, "pipeline", "--dtype", "fp32", output="pipeline")
     assert outcome.code == 0, outcome.err
     pipeline = WanPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
