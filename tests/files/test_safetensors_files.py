@@ -73,7 +73,7 @@ def test_an_index_gives_its_shards_once_each_in_its_order(tmp_path, file):
         ({"x": "/a.safetensors", "y": "a.safetensors"}, "outside its folder"),
         ({"x": "b/../../a.safetensors"}, "outside its folder"),
         ({"x": "..\\a.safetensors"}, "outside its folder"),
-        ({"x": "a.bin"}, "only .safetensors shards"),
+        ({"x": "a.bin"}, "is no .safetensors file"),
         ({"x": None}, "names None, which lies outside its folder"),
     ],
 )

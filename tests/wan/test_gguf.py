@@ -199,6 +199,9 @@ def test_a_gguf_of_another_model_or_of_no_numbers_is_refused_by_name(tmp_path, a
     assert all(word in message for word in words), message
 
 
+FIELDS_WITHOUT_END = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (2**40).to_bytes(8, "little") + bytes(64)
+
+
 def array_without_end() -> bytes:
     """A header whose one field claims an array of more numbers than the file holds, which the library would read 2^40 times."""
     text = b"general.numbers"
@@ -207,7 +210,9 @@ def array_without_end() -> bytes:
     return header + len(text).to_bytes(8, "little") + text + array
 
 
-@pytest.mark.parametrize("part", [0.0, 0.01, 0.999, b"not a GGUF file at all" * 10, array_without_end()])
+@pytest.mark.parametrize(
+    "part", [0.0, 0.01, 0.999, b"not a GGUF file at all" * 10, array_without_end(), FIELDS_WITHOUT_END]
+)
 def test_what_is_no_whole_gguf_is_refused_before_anything_is_read(wan, tmp_path, part):
     whole = wan.read_bytes()
     (tmp_path / "wan.gguf").write_bytes(part if isinstance(part, bytes) else whole[: int(part * len(whole))])

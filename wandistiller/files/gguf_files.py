@@ -29,7 +29,7 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Converters store some tensors as rows of another length, and note here the shape that these have (ComfyUI-GGUF's convert.py).
 _SHAPE_KEY = "comfy.gguf.orig_shape."
 # A file may claim anything; a Wan has 5 dimensions, and its text encoder 256,384 words.
-_MOST_DIMS, _MOST_ALIGNMENT, _LONGEST_TEXT, _MOST_TEXTS = 8, 2**20, 2**24, 10**6
+_MOST_ENTRIES, _MOST_DIMS, _MOST_ALIGNMENT, _LONGEST_TEXT, _MOST_TEXTS = 2**16, 8, 2**20, 2**24, 10**6
 # The kinds of values of fields, by struct's codes
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
@@ -88,6 +88,8 @@ def _read_header(path: Path, *state: int) -> GgufHeader:
         if header.array("B", 4).tobytes() != b"GGUF" or header.number("I") not in (2, 3):
             raise ValueError("it does not begin as one of version 2 or 3")
         num_tensors, num_fields = header.number("Q"), header.number("Q")
+        if max(num_tensors, num_fields) > _MOST_ENTRIES:
+            raise ValueError(f"it says that it has {num_tensors:,} tensors and {num_fields:,} fields")
         fields = _each_once([header.field() for _ in range(num_fields)])
         infos = _each_once([header.tensor() for _ in range(num_tensors)])
         alignment = fields.get("general.alignment", 32)

@@ -47,21 +47,14 @@ def fetch(repo_id: str, patterns: list[str], local: str) -> Path:
     Raises:
         HubError: there is no such repository, or it cannot be reached and is not in the cache.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        IncompleteSnapshotError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     try:
         # The person chose the repository; only safetensors and JSON of it are read, and tensors of a .pth.
         return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=_PICKLES))  # nosec B615
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         reason = f"the hub knows no such model, or it needs a login ({type(error).__name__})"
-    except (HfHubHTTPError, HTTPError, IncompleteSnapshotError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.HTTPError, errors.IncompleteSnapshotError, OSError) as error:
         reason = f"the hub cannot be reached and it is not in the local cache ({type(error).__name__})"
     raise HubError(
         f"{repo_id}: is no file or folder here, and as a hub id: {reason}. What works without the hub: {local}"

@@ -211,10 +211,8 @@ def indexed_files(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise TeacherFileError(f"{index}: has no weight_map from tensors to files; copy the checkpoint again")
     for name in weight_map.values():
-        if not stays_inside(name):
-            raise TeacherFileError(f"{index}: names {name!r}, which lies outside its folder")
-        if not name.endswith(".safetensors"):
-            raise TeacherFileError(f"{index}: names {name!r}; only .safetensors shards are read")
+        if not stays_inside(name) or not name.endswith(".safetensors"):
+            raise TeacherFileError(f"{index}: names {name!r}, which lies outside its folder or is no .safetensors file")
     names = list(dict.fromkeys(weight_map.values()))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise TeacherFileError(

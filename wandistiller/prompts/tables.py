@@ -56,11 +56,9 @@ def table_rows(file: CaptionFile, asked: str | None = None) -> Iterator[object]:
     has = _listed(table.columns)
     if asked is not None:
         raise UserError(f"{file.path}: --caption_column {asked!r} is no column of it; {has}")
-    if names:
-        raise UserError(f"{file.path}: give --caption_column the name of the column with the captions; {has}")
     raise UserError(
-        f"{file.path}: no column of it is called {', '.join(USUAL_COLUMNS[::2])}; give --caption_column the name of the column "
-        f"with the captions, or write it into the first line; {has}"
+        f"{file.path}: {'more than one' if names else 'no'} column of it is called {', '.join(USUAL_COLUMNS[::2])}; give "
+        f"--caption_column the name of the one with the captions, or write it into the first line; {has}"
     )
 
 

@@ -114,7 +114,8 @@ class Lora:
         # DoRA (arXiv:2402.09353, eq. 5): the changed rows get learnt lengths. A scale goes part of the way, as ComfyUI has it.
         rows = self._changed(name, tensor, 1.0).flatten(1)
         lengths = Weight(self.magnitudes[name]).read().reshape(-1, 1).to(rows.dtype)
-        return tensor.lerp((rows * (lengths / rows.norm(dim=1, keepdim=True))).reshape(tensor.shape), self.scale)
+        norms = rows.norm(dim=1, keepdim=True).clamp_min(1e-12)  # a row of zeros has no direction, and stays
+        return tensor.lerp((rows * (lengths / norms)).reshape(tensor.shape), self.scale)
 
     def _changed(self, name: str, tensor: Tensor, scale: float) -> Tensor:
         for change in self.changes[name]:

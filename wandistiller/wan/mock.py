@@ -1,7 +1,7 @@
 """`--teacher_path mock`: a Wan of seeded random weights, wider and deeper than the student, which needs no download."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,19 +45,17 @@ def mock_shape(student: StudentConfig) -> StudentConfig:
     heads = larger(-(-student.hidden_size // head_dim))
     is_wan = student.block == "wan"
     patch_size = student.patch_size if is_wan else 2
-    return StudentConfig(
+    return replace(
+        student,
         block="wan",
         hidden_size=heads * head_dim,
         depth=larger(student.depth),
         num_heads=heads,
         ffn_dim=larger(student.ffn_dim),
-        num_channels=student.num_channels,
         image_size=own_image_size(patch_size),
         patch_size=patch_size,
-        text_max_length=student.text_max_length,
-        text_encoder_output_dim=student.text_encoder_output_dim,
         freq_dim=student.freq_dim if is_wan else 256,
-        eps=student.eps,
+        distillation=None,
     )
 
 
