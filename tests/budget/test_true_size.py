@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import shapes
+from benchmarks import recipes, shapes
 from support.true_size import step_memory
+from wandistiller.budget.cards import CARDS
 from wandistiller.budget.memory import memory_budget, phase_bytes
 from wandistiller.budget.workload import Workload
 
@@ -111,6 +112,15 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_step_with_other_flags(name):
     check(replace(shapes.run_of("Wan2.2 A14B", 1024), **VARIANTS[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["14B-1B-24GB", "A14B-1B-24GB"])
+def test_a_step_of_a_preset_for_24_gb(name):
+    run = recipes.planned(name)
+    assert run.peak_gib <= CARDS["4090"].gib
+    # Two micro-batches stand for all; no step of the tracker's has a second stage.
+    check(replace(run.workload, grad_accum_steps=2, segment_passes=0))
 
 
 @pytest.mark.slow
