@@ -167,7 +167,7 @@ def describe(flags: Flags, config: StudentConfig, size: ImageSize, experiment: "
 def is_fixed(config: StudentConfig) -> bool:
     """Return whether a student keeps to its own steps, since it learnt whole ones or has noise levels of its own."""
     record = StudentRecord.of(config)
-    return bool(record.student_steps) or record.teacher_sampler == "euler"
+    return bool(record.student_steps) or record.teacher_sampler in ("euler", "renoise")
 
 
 def drawable_steps(config: StudentConfig, flags: SamplingFlags) -> list[int]:

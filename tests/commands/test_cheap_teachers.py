@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import export_student
+import generate_images
 import train_distillation
 from support.asked import questions
 from support.runs import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG
@@ -28,6 +30,37 @@ def test_the_teacher_is_asked_once_for_each_answer_at_its_levels_alone_and_the_s
     assert "Teacher's 4 noise levels, and no others: 1, 0.9375, 0.8333, 0.625" in outcome.out
     record = StudentConfig.load(tmp_path / "out").distillation
     assert (record["num_inference_steps"], record["teacher_sampler"], record["guidance_scale"]) == (4, "euler", 1.0)
+
+
+def test_a_teacher_that_noises_anew_teaches_at_its_own_levels_and_its_student_draws_at_them(
+    train, teachers, tmp_path, run_main
+):
+    flags = ["--teacher_levels", 1000, 757, 522, "--guidance_scale", 1, "--batch_size", 4, "--teacher_calls", 6]
+    with questions(IDENTITY_CONFIG["hidden_size"]) as asked:
+        outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--eval_every", 4)
+    assert outcome.code == 0, outcome.err
+    assert {round(float(value)) for _, timestep in asked for value in timestep} == {1000, 757, 522}
+    assert "3 noise levels, and no others: 1, 0.757, 0.522 (--teacher_sampler renoise)" in outcome.out
+    record = StudentConfig.load(tmp_path / "out").distillation
+    assert record["teacher_levels"] == [1000, 757, 522] and record.get("student_steps") is None
+    with questions(PRUNED_CONFIG["hidden_size"]) as asked:
+        drawn = run_main(
+            generate_images.main,
+            "--student",
+            tmp_path / "out",
+            "--prompt",
+            "a cat",
+            "--output",
+            tmp_path / "drawn",
+            "--num_images",
+            2,
+        )
+    assert drawn.code == 0, drawn.err
+    assert [round(float(timestep[0])) for _, timestep in asked] == [1000, 757, 522]
+    export = run_main(
+        export_student.main, "--student", tmp_path / "out", "--format", "pipeline", "--output", tmp_path / "pipeline"
+    )
+    assert export.code == 2 and "FlowMatchLCMScheduler" in export.err
 
 
 def calls_of(train, teacher: Path, *flags: object) -> str:
@@ -80,6 +113,12 @@ def test_a_run_or_a_cache_of_another_teacher_is_refused(train, teachers, tmp_pat
         (["--teacher_sampler", "dpm++"], "'unipc', 'euler'"),
         (["--teacher_steps", 0], "--teacher_steps"),
         ([*FEW, "--states", "noise", "--sigma_range", 0.1, 0.2], "holds none of the teacher's noise levels, 1, 0.9,"),
+        (["--teacher_levels", 900, 500], "--teacher_levels 900 500: allowed: falling numbers above 0, the first 1000"),
+        (
+            ["--teacher_levels", 1000, 500, "--teacher_sampler", "euler"],
+            "--teacher_sampler: teachers of --teacher_levels",
+        ),
+        (["--teacher_levels", 1000, 500, "--student_steps", 2], "--student_steps: this teacher, and so its student"),
         (["--sampler", "euler"], "here it is called --teacher_sampler"),
         (["--num_inference_steps", 4], "here it is called --teacher_steps"),
     ],

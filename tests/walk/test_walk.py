@@ -21,6 +21,7 @@ KINDS = {
     "noise": {"states": "noise"},
     "experts in turn": {"boundary": BOUNDARY, "calls_per_expert": 8},
     "few levels": {"levels": LEVELS, "num_steps": 4},
+    "fresh noise at few levels": {"levels": LEVELS, "num_steps": 4, "renoises": True},
     "a range": {"sigma_range": (0.5, 1.0)},
 }
 

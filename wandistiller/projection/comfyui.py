@@ -79,7 +79,7 @@ def comfyui_sampler(config: StudentConfig) -> str:
     Euler's method is the same everywhere. ComfyUI's uni_pc is another algorithm than diffusers' UniPC, and dpmpp_2m draws nearer
     to it (docs/export.md).
     """
-    return "dpmpp_2m" if StudentRecord.of(config).sampler == "unipc" else "euler"
+    return {"unipc": "dpmpp_2m", "renoise": "lcm"}.get(StudentRecord.of(config).sampler, "euler")
 
 
 def comfyui_settings(config: StudentConfig, loader: str = LOADERS["original"]) -> str:

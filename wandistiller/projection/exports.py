@@ -196,6 +196,11 @@ def pipeline_scheduler(record: StudentRecord):
         UserError: no shift' does that, as for 50 steps at shift 30.
     """
     shift, steps = record.shift, record.steps
+    if record.sampler == "renoise":
+        raise UserError(
+            "--format pipeline: a WanPipeline does not set noise levels as this student has them; give --format diffusers, and draw with "
+            f"FlowMatchLCMScheduler(shift=1) at 1000 sigma of {', '.join(f'{level:g}' for level in record.teacher_levels or ())}"
+        )
     assert shift is not None and steps is not None  # a student that draws records them
     scheduler = wan_scheduler(shift, steps, record.sampler)
     if record.sampler == "euler":

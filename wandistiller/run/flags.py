@@ -113,6 +113,12 @@ class GuidanceFlags:
     shift: float | None = flag("warp of the noise levels, shift u / (1 + (shift - 1) u)", type=number(float, above=0))
     guidance_range: list[float] | None = flag("noise levels with guidance (left out: all)", **RANGE)
     teacher_steps: int | None = flag("sampling steps of the teacher", type=number(int, low=1, high=1000))
+    teacher_levels: list[float] | None = flag(
+        "noise levels (1000 sigma) of a teacher of few steps that noises its x_0 anew at each, such as 1000 757 522",
+        nargs="+",
+        type=number(float, above=0, high=1000),
+        metavar="LEVEL",
+    )
     teacher_sampler: str | None = flag(
         "unipc: all noise levels, as the released Wans; euler: those of --teacher_steps alone, as teachers distilled to few "
         "steps (left out: euler for --teacher_steps of 8 or fewer)",

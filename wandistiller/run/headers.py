@@ -11,6 +11,7 @@ from wandistiller.projection.selection_record import read_made_of
 from wandistiller.run.flags import Flags, StudentFlags
 from wandistiller.walk.grids import teacher_levels
 from wandistiller.wan.layouts import check_headers, open_teacher, open_wan_files
+from wandistiller.wan.record_kinds import LEVELS
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
 from wandistiller.wan.vae import check_statistics, find_vae, read_vae_config
@@ -113,6 +114,10 @@ def sampled_as(flags: Flags, wan_files: WanFiles) -> TeacherSettings:
     typed = dict(vars(flags.teacher))
     if guided := typed["guidance_range"]:
         typed["guidance_range"] = tuple(guided)
+    if levels := typed["teacher_levels"]:
+        if not LEVELS.fits(levels):
+            raise UserError(f"--teacher_levels {' '.join(f'{level:g}' for level in levels)}: allowed: {LEVELS.allowed}")
+        typed["teacher_sampler"] = "renoise"
     if typed["teacher_sampler"] is None and (typed["teacher_steps"] or math.inf) <= FEW_TEACHER_STEPS:
         typed["teacher_sampler"] = "euler"
     return resolve_settings(wan_files, **typed)
@@ -123,6 +128,9 @@ def check_levels(flags: Flags, teacher: TeacherSettings) -> None:
     if not teacher.has_few_levels:
         return
     num_steps, student_steps = teacher.num_inference_steps, flags.objective.student_steps
+    if teacher.teacher_levels and (student_steps or flags.teacher.teacher_steps not in (None, num_steps)):
+        name = "student_steps" if student_steps else "teacher_steps"
+        raise UserError(f"--{name}: this teacher, and so its student, noises anew at {num_steps} levels; leave it out")
     if student_steps and num_steps % student_steps:
         allowed = ", ".join(str(count) for count in range(1, num_steps + 1) if num_steps % count == 0)
         raise UserError(

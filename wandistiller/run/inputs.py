@@ -76,6 +76,7 @@ NEEDS = (
 )
 # A flag to change, the flag that it does not go together with, and why
 EXCLUDES = (
+    ("teacher_sampler", "teacher_levels", "teachers of --teacher_levels noise anew; leave it out"),
     ("cache_part", "dry_run", "fills a cache, and --dry_run plans the whole run; leave one of the two out"),
     (
         "feature_loss_weight",

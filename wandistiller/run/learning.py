@@ -103,6 +103,7 @@ def walk_options(settings: Settings, size: int, num_slots: int) -> WalkOptions:
         states=settings.states,
         sigma_range=settings.sigma_range,
         levels=(*settings.teacher_levels, 0.0) if settings.teacher_levels else None,
+        renoises=teacher.teacher_sampler == "renoise",
         boundary=teacher.boundary_ratio,
         calls_per_expert=settings.calls_per_expert,
         segment_ends=(*grids_of_segments(settings)[:, 0].tolist(), 0.0) if gathers_segments else (),

@@ -53,7 +53,7 @@ def print_settings(settings: Settings) -> None:
     )
     if levels := [f"{level:.4g}" for level in settings.teacher_levels]:
         lines.append(
-            f"Teacher's {len(levels)} noise levels, and no others: {', '.join(levels)} (--teacher_sampler euler)"
+            f"Teacher's {len(levels)} noise levels, and no others: {', '.join(levels)} (--teacher_sampler {teacher.teacher_sampler})"
         )
     lines += [f"Warning: {warning}" for warning in warnings_about(wan_files, teacher, config)]
     print("\n".join(filter(None, lines)))

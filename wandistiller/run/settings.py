@@ -162,7 +162,8 @@ class Settings:
         return SamplingOptions(
             shift=self.teacher.shift,
             num_inference_steps=self.teacher.num_inference_steps,
-            sampler=StudentRecord(teacher_sampler=self.teacher.teacher_sampler).sampler_of_teacher,
+            sampler=self.teacher.teacher_sampler,
+            levels=self.teacher.teacher_levels,
             compute_dtype=self.compute_dtype,
             device=self.device,
         )

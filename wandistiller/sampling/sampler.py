@@ -4,6 +4,7 @@ Teacher and student are sampled alike. A student is a velocity field of its own 
 as its single expert, by the settings that `alone` returns.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -17,7 +18,7 @@ from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS, sigma_to_timestep
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
 
-SAMPLER_NAMES = {"unipc": "UniPC", "dpm++": "DPM-Solver++", "euler": "Euler"}
+SAMPLER_NAMES = {"unipc": "UniPC", "dpm++": "DPM-Solver++", "euler": "Euler", "renoise": "re-noising"}
 
 
 class VelocityField(Protocol):
@@ -33,12 +34,14 @@ class SamplingOptions:
     Attributes:
         sampler: "unipc", by which the released Wans are drawn; "dpm++" on the same noise levels; or "euler" on those of
             `flow_euler_scheduler`, for students that learnt whole steps and teachers that were distilled to few.
+        levels: 1000 sigma of "renoise", which noises x_0 anew at each; fewer steps are the first of them.
         compute_dtype: dtype of matrix products; latents stay float32.
     """
 
     shift: float
     num_inference_steps: int
     sampler: str = "unipc"
+    levels: tuple[float, ...] = ()
     compute_dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -77,11 +80,23 @@ def flow_euler_scheduler(shift: float, num_inference_steps: int):
     return scheduler
 
 
-def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"):
+def renoising_scheduler(levels: Sequence[float]):
+    """Return diffusers' FlowMatchLCMScheduler at these noise levels (1000 sigma), and then 0."""
+    from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
+
+    scheduler = FlowMatchLCMScheduler(NUM_TRAIN_TIMESTEPS, shift=1.0)
+    scheduler.set_timesteps(sigmas=[level / NUM_TRAIN_TIMESTEPS for level in levels])
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc", levels: Sequence[float] = ()):
     """Return the scheduler of a sampler of `SamplingOptions`, with its steps set.
 
     That of the released Wan pipelines is diffusers' UniPCMultistepScheduler.
     """
+    if sampler == "renoise":
+        return renoising_scheduler(levels[:num_inference_steps])
     if sampler == "euler":
         return flow_euler_scheduler(shift, num_inference_steps)
     if sampler == "dpm++":
@@ -109,14 +124,17 @@ def sample(
     options: SamplingOptions,
 ) -> Tensor:
     """Return latents x_0 (B, C, H, W) in model space, from noise (B, C, H, W)."""
-    scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler)
+    scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler, options.levels)
     ask = autocast(field.velocity, options.device, options.compute_dtype)
-    latents = to_device(noise, options.device)
+    latents, fresh = to_device(noise, options.device), {}
+    if options.sampler == "renoise":  # drawn by each sample's own noise, whatever batch it is in
+        seeds = [zlib.crc32(row.float().cpu().numpy().tobytes()) for row in noise]
+        fresh["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     for timestep in scheduler.timesteps:
         # UniPC's timesteps are whole numbers, as WanPipeline feeds them, and float64 keeps them exact.
         sigma = (timestep.double() / NUM_TRAIN_TIMESTEPS).expand(len(latents))
         velocity = ask(latents, sigma, prompt_embeds, prompt_lengths)
-        latents = scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
+        latents = scheduler.step(velocity.float(), timestep, latents, return_dict=False, **fresh)[0]
     return latents
 
 

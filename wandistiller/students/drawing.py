@@ -47,6 +47,7 @@ def student_sampling(
         shift=record.shift,
         num_inference_steps=num_inference_steps or record.steps,
         sampler=record.sampler,
+        levels=tuple(record.teacher_levels or ()),
         compute_dtype=compute_dtype,
         device=device,
     )

@@ -66,7 +66,7 @@ class StudentRecord:
         num_inference_steps: sampling steps of the teacher.
         student_steps: sampling steps of a student that learnt whole steps.
         recommended_steps: those of any other that evaluate_student.py found to be enough.
-        teacher_sampler: "euler": the teacher, and so the student, has noise levels of its own only.
+        teacher_sampler: "euler": the teacher, and so the student, has noise levels of its own only; "renoise": `teacher_levels`.
         sigma_range: noise levels trained at.
         latents_mean, latents_std: per channel; model space is (z - mean) / std.
         layers: teacher layer that each block was cut from.
@@ -90,6 +90,7 @@ class StudentRecord:
     student_steps: int | None = entry()
     recommended_steps: int | None = entry(STEPS)
     teacher_sampler: str | None = entry()
+    teacher_levels: list[float] | None = entry()
     sigma_range: tuple[float, float] | None = entry()
     vae_scale_factor: int | None = entry()
     latents_mean: list[float] | None = entry()
@@ -119,7 +120,7 @@ class StudentRecord:
 
         A student of whole steps follows straight lines, as Euler's method does; any other is sampled as its teacher is.
         """
-        return "euler" if self.student_steps or self.teacher_sampler == "euler" else "unipc"
+        return "euler" if self.student_steps else self.teacher_sampler or "unipc"
 
     @property
     def sampler_of_teacher(self) -> str:

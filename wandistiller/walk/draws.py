@@ -14,7 +14,7 @@ def rng(*key: int) -> np.random.Generator:
 
 
 # What is drawn: the third number of every key.
-PROMPT_ORDER, PATH, FIRST_LEVELS, SEGMENT, CALL, SAMPLE, CACHE_ORDER = range(7)
+PROMPT_ORDER, PATH, FIRST_LEVELS, SEGMENT, CALL, SAMPLE, CACHE_ORDER, FRESH_NOISE = range(8)
 
 
 @lru_cache(maxsize=8)

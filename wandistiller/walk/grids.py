@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.sampling.flow import shift_sigma, unshift_sigma
-from wandistiller.sampling.sampler import flow_euler_scheduler, wan_scheduler
+from wandistiller.sampling.sampler import wan_scheduler
 from wandistiller.wan.settings import TeacherSettings
 
 # A path of a teacher that can be asked at all noise levels takes from a quarter to a half of the teacher's steps. The states of one
@@ -51,7 +51,8 @@ def teacher_levels(settings: TeacherSettings) -> tuple[float, ...] | None:
     """Return the only noise levels that a few-step teacher was made for, and the 0 that they end in; None where all will do."""
     if not settings.has_few_levels:
         return None
-    return tuple(flow_euler_scheduler(settings.shift, settings.num_inference_steps).sigmas.tolist())
+    own = settings.shift, settings.num_inference_steps, settings.teacher_sampler, settings.teacher_levels
+    return tuple(wan_scheduler(*own).sigmas.tolist())
 
 
 def levels_within(levels: Sequence[float], sigma_range: tuple[float, float]) -> list[float]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from wandistiller.device import autocast, to_device
 from wandistiller.sampling.flow import seeded_noise, shift_sigma
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.walk.draws import CALL, FIRST_LEVELS, PATH, dealt_prompt, permutation, rng
+from wandistiller.walk.draws import CALL, FIRST_LEVELS, FRESH_NOISE, PATH, dealt_prompt, permutation, rng
 from wandistiller.walk.grids import first_grid, levels_within, lowest_u, path_grid, steps_of_paths
 from wandistiller.walk.segments import PassedSegments, SegmentTeacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
@@ -48,6 +48,7 @@ class WalkOptions:
         states: "trajectory", or "noise" for fresh noise at every noise level.
         sigma_range: lowest and highest noise level.
         levels: a few-step teacher's only noise levels, from 1 down to 0; None for any.
+        renoises: whether a path goes on from x_0 with fresh noise, as those of a teacher made for it, in place of Euler's steps.
         boundary: noise level between two experts that take turns; None where one expert answers, or both in every batch.
         calls_per_expert: calls in a row for one of two experts, on average over both.
         layers: teacher layers whose hidden states are compared.
@@ -65,6 +66,7 @@ class WalkOptions:
     states: str = "trajectory"
     sigma_range: tuple[float, float] = (0.0, 1.0)
     levels: tuple[float, ...] | None = None
+    renoises: bool = False
     boundary: float | None = None
     calls_per_expert: int = 0
     layers: Sequence[int] = ()
@@ -186,7 +188,7 @@ class Walk:
             return {}
         velocity, features = self.teacher(*states.asked, self.options.layers)
         if self.options.states == "trajectory":
-            self._move(states, velocity)
+            self._move(call, states, velocity)
         answer = {name: getattr(states, name) for name in ("latents", "sigma", "prompts", "rows")}
         answer["velocity"] = velocity.float()
         return answer | {f"features.{number}": hidden[..., self.channels] for number, hidden in enumerate(features)}
@@ -262,8 +264,8 @@ class Walk:
 
     # ---- moving ----
 
-    def _move(self, states: States, velocity: Tensor) -> None:
-        """Take one Euler step on the paths that were asked about, and begin the next ones where these end."""
+    def _move(self, call: int, states: States, velocity: Tensor) -> None:
+        """Take one step on the paths that were asked about, and begin the next ones where these end."""
         rows, paths = states.rows, states.paths
         end = self.grids[rows, paths, self.position[rows, paths] + 1]
         if self.segments is not None:
@@ -271,11 +273,20 @@ class Walk:
                 (rows, paths), states.prompts, states.latents, states.sigma, end, velocity.float()
             )
         moved = states.latents + self._there(end - states.sigma)[:, None, None, None] * velocity
+        if self.options.renoises:
+            moved = self._renoised(call, states, velocity, end)
         self.latents[self._there(rows), self._there(paths)] = moved.float()
         self.position[rows, paths] += 1
         is_done = self.position[rows, paths] == self.last[rows, paths]
         for row, path in zip(rows[is_done].tolist(), paths[is_done].tolist(), strict=True):
             self._begin(row, path)
+
+    def _renoised(self, call: int, states: States, velocity: Tensor, end: Tensor) -> Tensor:
+        """Return x_0, where the velocity leads, with fresh noise at the next level (B,), as DMD's few-step generators go on (arXiv 2405.14867)."""
+        draws = [rng(*self.options.key, FRESH_NOISE, self.slots[row], call) for row in states.rows.tolist()]
+        noise = self._there(seeded_noise([int(draw.integers(MAX_SEED)) for draw in draws], self.options.latent_shape))
+        sigma, end = (self._there(level)[:, None, None, None] for level in (states.sigma, end))
+        return (1 - end) * (states.latents - sigma * velocity) + end * noise
 
     def _begin(self, row: int, path: int, is_first: bool = False) -> None:
         """Begin a path of a slot with its next prompt, from noise of its own."""

@@ -243,7 +243,16 @@ def teacher_record(config: StudentConfig) -> dict:
     if not record:
         return {}
     latents = ("latents_mean", "latents_std", "vae_scale_factor")
-    kept = ("shift", "negative_prompt", *latents, "sigma_range", "student_steps", "teacher_sampler", "world")
+    kept = (
+        "shift",
+        "negative_prompt",
+        *latents,
+        "sigma_range",
+        "student_steps",
+        "teacher_sampler",
+        "teacher_levels",
+        "world",
+    )
     return {
         "guidance_scale": 1.0,
         "num_inference_steps": record.get("student_steps") or record.get("num_inference_steps"),

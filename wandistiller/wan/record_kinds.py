@@ -8,7 +8,15 @@ def _is_range(value: object) -> bool:
 
 
 SIGMA_RANGE = Kind("two numbers from 0 to 1, the lower first", _is_range)
-SAMPLER = Kind('"unipc" or "euler"', lambda value: value in ("unipc", "euler"))
+
+
+def _are_levels(value: object) -> bool:
+    is_list = isinstance(value, list | tuple) and len(value) > 0 and all(map(POSITIVE.fits, value))
+    return is_list and value[0] == 1000 and list(value) == sorted(set(value), reverse=True)
+
+
+SAMPLER = Kind('"unipc", "euler" or "renoise"', lambda value: value in ("unipc", "euler", "renoise"))
+LEVELS = Kind("falling numbers above 0, the first 1000", _are_levels)
 SAMPLING_KINDS = {
     "shift": POSITIVE,
     "guidance_scale": NOT_NEGATIVE,
@@ -16,6 +24,7 @@ SAMPLING_KINDS = {
     "num_inference_steps": STEPS,
     "student_steps": STEPS,
     "teacher_sampler": SAMPLER,
+    "teacher_levels": LEVELS,
     "sigma_range": SIGMA_RANGE,
     "negative_prompt": TEXT,
     "vae_scale_factor": WHOLE,

@@ -38,6 +38,14 @@ RELEASED: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "Wan2.2-TI2V-5B": ((3072, 48, 1), _COMMON),
 }
 _USUAL = _COMMON | {"boundary_ratio": 0.875}  # of any other Wan
+# FastVideo's FastWan: its class in the index of diffusers, and the levels that it was distilled to (FastVideo: configs/pipelines/wan.py)
+FASTWAN_PIPELINE = "WanDMDPipeline"
+FASTWAN = _COMMON | {
+    "teacher_sampler": "renoise",
+    "teacher_levels": (1000.0, 757.0, 522.0),
+    "shift": 8.0,
+    "guidance_scale": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,9 @@ class TeacherSettings:
         guidance_scale_2: g for the low-noise expert; None with one expert.
         boundary_ratio: sigma at and above which the high-noise expert answers; None with one expert.
         latents_mean, latents_std: statistics that make model space (z - mean) / std; None where unknown.
-        teacher_sampler: "unipc", for a teacher of all noise levels; or "euler", for one that was distilled to `num_inference_steps`
-            and knows the noise levels of these alone.
+        teacher_sampler: "unipc", for a teacher of all noise levels; "euler", for one that was distilled to `num_inference_steps` and
+            knows the noise levels of these alone; or "renoise", for one of `teacher_levels`, which noises its x_0 anew at each.
+        teacher_levels: 1000 sigma, from 1000 down; () but for "renoise".
         guidance_range: lowest and highest noise level with guidance; None for all of them.
     """
 
@@ -66,6 +75,7 @@ class TeacherSettings:
     latents_std: list[float] | None
     vae_scale_factor: int
     teacher_sampler: str = "unipc"
+    teacher_levels: tuple[float, ...] = ()
     guidance_range: tuple[float, float] | None = None
 
     def recorded(self) -> dict[str, object]:
@@ -94,7 +104,7 @@ class TeacherSettings:
     @property
     def has_few_levels(self) -> bool:
         """Whether the teacher knows the noise levels of its own sampler alone."""
-        return self.teacher_sampler == "euler"
+        return self.teacher_sampler != "unipc"
 
     @property
     def uses_guidance(self) -> bool:
@@ -109,8 +119,8 @@ def resolve_settings(wan_files: WanFiles, **given: Any) -> TeacherSettings:
     both experts, as in diffusers. A --guidance_range over all noise levels is none.
 
     Args:
-        given: shift, guidance_scale, guidance_scale_2, boundary_ratio, negative_prompt, teacher_steps, teacher_sampler and
-            guidance_range; what is left out or None is the teacher's own.
+        given: shift, guidance_scale, guidance_scale_2, boundary_ratio, negative_prompt, teacher_steps, teacher_sampler, teacher_levels
+            and guidance_range; what is left out or None is the teacher's own.
     """
     has_two = "low" in wan_files.experts
     typed = {name: value for name, value in given.items() if value is not None}
@@ -126,13 +136,14 @@ def resolve_settings(wan_files: WanFiles, **given: Any) -> TeacherSettings:
     if "teacher_steps" in typed:
         base["num_inference_steps"] = typed["teacher_steps"]
     values = {"negative_prompt": DEFAULT_NEGATIVE_PROMPT, "teacher_sampler": "unipc"} | base | typed
+    levels = tuple(values["teacher_levels"]) if values["teacher_sampler"] == "renoise" else ()
     guidance_range, latents = typed.get("guidance_range"), (wan_files.latents_mean, wan_files.latents_std)
     if not all(latents):
         latents = RELEASED_LATENTS.get(wan_files.config.num_channels, (None, None))
     settings = TeacherSettings(
         preset=preset,
         shift=values["shift"],
-        num_inference_steps=values["num_inference_steps"],
+        num_inference_steps=len(levels) or values["num_inference_steps"],
         guidance_scale=values["guidance_scale"],
         guidance_scale_2=values.get("guidance_scale_2", values["guidance_scale"]) if has_two else None,
         boundary_ratio=values["boundary_ratio"] if has_two else None,
@@ -141,6 +152,7 @@ def resolve_settings(wan_files: WanFiles, **given: Any) -> TeacherSettings:
         latents_std=latents[1],
         vae_scale_factor=wan_files.vae_scale_factor or wan_files.config.vae_scale_factor,
         teacher_sampler=values["teacher_sampler"],
+        teacher_levels=levels,
         guidance_range=None if guidance_range == (0.0, 1.0) else guidance_range,
     )
     if guidance_range is not None and not settings.uses_guidance:
@@ -157,6 +169,8 @@ def _sampled_as(wan_files: WanFiles) -> tuple[str, dict[str, Any]]:
     """
     config, record = wan_files.config, wan_files.record
     recorded = {name: value for name, value in record.items() if value is not None}
+    if wan_files.pipeline == FASTWAN_PIPELINE and not record:
+        return "FastWan", _USUAL | FASTWAN
     structure = config.hidden_size, config.num_channels, len(wan_files.experts)
     for name, (released, values) in RELEASED.items() if "guidance_scale" not in record else ():
         if released == structure:
@@ -185,7 +199,9 @@ def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str
         "shift": settings.shift,
         "num_inference_steps": settings.num_inference_steps,
         **({"teacher_lora": [lora.identity for lora in wan_files.loras]} if wan_files.loras else {}),
-        **{name: recorded[name] for name in ("teacher_sampler", "guidance_range") if name in recorded},
+        **{
+            name: recorded[name] for name in ("teacher_sampler", "teacher_levels", "guidance_range") if name in recorded
+        },
     }
 
 
@@ -242,10 +258,9 @@ def _names_of(file: WanTransformer | Lora) -> list[str]:
 
 
 def _pipeline_warnings(wan_files: WanFiles) -> list[str]:
-    if wan_files.pipeline in (None, "None", "WanPipeline", "WanModularPipeline") or wan_files.record:
+    if wan_files.pipeline in (None, "None", "WanPipeline", "WanModularPipeline", FASTWAN_PIPELINE) or wan_files.record:
         return []
-    few = " (FastVideo's: 3 steps, --shift 8, --guidance_scale 1)" if "DMD" in wan_files.pipeline else ""
     return [
-        f"{wan_files.location}: is a {wan_files.pipeline}{few}, asked here as a Wan of its size; say how it was made to be sampled with "
-        "--shift, --guidance_scale, --teacher_steps and --teacher_sampler"
+        f"{wan_files.location}: is a {wan_files.pipeline}, asked here as a Wan of its size; say how it was made to be sampled with "
+        "--shift, --guidance_scale, --teacher_steps, --teacher_sampler and --teacher_levels"
     ]
