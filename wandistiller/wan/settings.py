@@ -40,7 +40,7 @@ RELEASED: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
 _USUAL = _COMMON | {"boundary_ratio": 0.875}  # of any other Wan
 # FastVideo's FastWan: its class in the index of diffusers, and the levels that it was distilled to (FastVideo: configs/pipelines/wan.py)
 FASTWAN_PIPELINE = "WanDMDPipeline"
-FASTWAN = _COMMON | {
+FASTWAN = {
     "teacher_sampler": "renoise",
     "teacher_levels": (1000.0, 757.0, 522.0),
     "shift": 8.0,
