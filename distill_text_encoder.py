@@ -8,7 +8,6 @@ The folder then serves as --text_encoder_path of every other command, and `expor
 with it. Ctrl-C saves and exits, and the same command resumes.
 """
 
-import sys
 from dataclasses import dataclass
 
 from wandistiller.command_line import end_process, run_command
@@ -52,9 +51,8 @@ class Flags:
 
 def main(argv: list[str] | None = None) -> int:
     """Read the flags and run; `argv` are the words after the script's name, those of this process by default."""
-    command = sys.argv[1:] if argv is None else argv
     what = "Distil Wan's text encoder into a small one, from prompts alone."
-    flags = parse_flags(Flags, "distill_text_encoder.py", what, command)
+    flags = parse_flags(Flags, "distill_text_encoder.py", what, argv)
 
     from wandistiller.prompts.prompts import read_prompts
 
@@ -69,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from wandistiller.run.text_encoder import distil_text_encoder, print_plan, resolve
 
-    settings = resolve(flags, prompts, command)
+    settings = resolve(flags, prompts)
     print_plan(settings)
     return 0 if flags.dry_run else distil_text_encoder(settings)
 

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING
 from wandistiller import __version__
 from wandistiller.command_line import command_words, run_command
 from wandistiller.errors import UserError
-from wandistiller.files.hub import hub_id
 from wandistiller.flags import LORA_FLAG, flag, group, int_list, parse_flags, path
 from wandistiller.model.config import StudentConfig
-from wandistiller.students.parts import recorded_loras, recorded_path
+from wandistiller.students.parts import recorded_teacher
 
 if TYPE_CHECKING:
     from wandistiller.projection.project import ProjectionReport
@@ -176,12 +175,8 @@ def project(flags: ProjectFlags) -> None:
 def record_of(wan_files: "WanFiles", sampled: "TeacherSettings", report: "ProjectionReport") -> dict[str, object]:
     """Return the record of a student that was cut and not trained: it knows no guidance, and is drawn with as its teacher is."""
     alone = replace(sampled, guidance_scale=1.0, guidance_scale_2=None, boundary_ratio=None, guidance_range=None)
-    location = wan_files.location
     return {
-        "teacher_path": recorded_path(location),
-        **({"base_model": hub_id(location)} if hub_id(location) else {}),
-        **recorded_loras(wan_files.loras),
-        **alone.recorded(),
+        **recorded_teacher(wan_files, alone),
         "layers": report.layers,
         "num_train_steps": 0,
         "wandistiller_version": __version__,

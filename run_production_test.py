@@ -62,13 +62,13 @@ def changed(flags: Flags, **values: object) -> Flags:
     return build(Flags, flags.as_dict() | values)
 
 
-def run_test(flags: Flags, argv: list[str], scratch: Path) -> None:
+def run_test(flags: Flags, scratch: Path) -> None:
     """Dry-run the real command where there is a real teacher, then train, resume and reload a small student."""
     inputs, folder, config_file = read_inputs(flags), Path(flags.output.output_dir), scratch / "student_config.json"
     passed(f"Prompts found: {len(inputs.prompts.train):,} in {flags.data.data_path}")
     passed(f"Config found: {flags.student.student_config}")
     if flags.data.teacher_path != "mock":
-        distil(flags, argv)
+        distil(flags)
         passed(f"{flags.student.student_config} fits {flags.data.teacher_path}")
     small = shrink(inputs.config)
     config_file.write_text(small.to_json(), encoding="utf-8")
@@ -98,7 +98,7 @@ def train_and_resume(flags: Flags, num_steps: int) -> None:
     half = max(1, num_steps // 2)
     whole = changed(flags, save_every=half, eval_every=half)
     for part in (changed(whole, max_steps=half), changed(whole, overwrite=False)):
-        if distil(part, []) == 130:
+        if distil(part) == 130:
             raise KeyboardInterrupt
     losses = [line["loss"] for line in read_metrics(Path(flags.output.output_dir) / "metrics.jsonl")]
     passed(f"Steps completed: {len(losses)} of {num_steps}, average loss {sum(losses) / len(losses):.4f}")
@@ -125,12 +125,11 @@ def passed(line: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
     flags = parse_args(argv, "run_production_test.py", DEFAULTS)
     try:
         with tempfile.TemporaryDirectory(prefix="wandistiller-") as scratch:
             folder = flags.output.output_dir or f"{scratch}/student"
-            run_test(changed(flags, output_dir=folder, dry_run=True, cache_part=None), argv, Path(scratch))
+            run_test(changed(flags, output_dir=folder, dry_run=True, cache_part=None), Path(scratch))
     except KeyboardInterrupt:
         print("Production Test interrupted")
         return 130

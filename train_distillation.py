@@ -9,25 +9,17 @@ The demo, on a CPU in minutes and with no download, needs no flags:
     python train_distillation.py
 """
 
-import sys
-
 from wandistiller.command_line import end_process, run_command
-from wandistiller.run.config_help import print_config
 from wandistiller.run.flags import Flags, parse_args
 from wandistiller.run.inputs import read_inputs
 
 
 def main(argv: list[str] | None = None) -> int:
     """Read the flags and run; `argv` are the words after the script's name, those of this process by default."""
-    command = sys.argv[1:] if argv is None else argv
-    flags = parse_args(command)
-    if flags.output.print_config:
-        print_config(flags.output.print_config)
-        return 0
-    return distil(flags, command)
+    return distil(parse_args(argv))
 
 
-def distil(flags: Flags, command: list[str]) -> int:
+def distil(flags: Flags) -> int:
     """Take one run from its flags to a trained student; return the exit code."""
     # What a person typed is checked before torch loads:
     inputs = read_inputs(flags)
@@ -43,7 +35,7 @@ def distil(flags: Flags, command: list[str]) -> int:
     from wandistiller.run.stages import Stages
 
     # Every refusal that needs no folder comes before anything is written or a weight is read:
-    settings = resolve(flags, inputs, command)
+    settings = resolve(flags, inputs)
     messages.print_settings(settings)
     with memory_advice(settings):
         if flags.output.dry_run:
@@ -67,8 +59,7 @@ def distil(flags: Flags, command: list[str]) -> int:
             with watch(settings, folder, embeds, teacher) as observer:
                 with observer.shown():
                     result = stages.train(observer, folder)
-                made = stages.made(result, folder)
-                save_student(settings, folder.path, student, projection, made, stages.student_steps)
+                save_student(settings, folder.path, student, projection, stages.made(result), stages.student_steps)
                 if not result.interrupted:
                     observer.draw_last(student, result.num_steps)
             if settings.processes.is_first:

@@ -117,7 +117,6 @@ def test_the_model_and_flow_matching_import_only_torch():
 def test_the_config_and_the_command_line_need_no_third_party():
     for name in (
         "model/config.py",
-        "run/config_help.py",
         "run/flags.py",
         "command_line.py",
         "flags.py",

@@ -171,7 +171,7 @@ def test_weights_carry_the_students_config(student, exports, name):
     carried, config = StudentConfig.from_json(text), StudentConfig.load(student)
     assert carried.replace(distillation=None) == config.replace(distillation=None)
     ours, theirs = config.distillation, carried.distillation
-    assert ours.keys() - theirs.keys() == {"commands", "teacher_path", "data_path", "init_from"}
+    assert ours.keys() - theirs.keys() == {"teacher_path", "data_path", "init_from"}
     assert theirs == {key: ours[key] for key in theirs}
     assert not any(str(path) in text for path in (ROOT, student.parent))
     of_hub = published(config.replace(distillation=ours | {"teacher_path": "Wan-AI/W", "base_model": "Wan-AI/W"}))

@@ -6,7 +6,6 @@ libraries of this interpreter. The wheel's modules are held against the folders 
 pytest tests/commands/test_installed.py
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -92,28 +91,20 @@ def test_the_installed_command_lists_its_commands_and_has_a_version(installed):
 
 
 def test_the_installed_command_trains_where_no_clone_is(installed, tmp_path):
-    """A plan and a mistake are told as of the command that was typed; a config comes from what was installed."""
-    config = installed("train", "--print_config", "demo")
-    assert config.returncode == 0, config.stderr
-    assert json.loads(config.stdout) == json.loads((ROOT / "config" / "demo_student_config.json").read_text())
-    (tmp_path / "config.json").write_text(config.stdout)
+    """A plan and a mistake are told as of the command that was typed; configs and presets come from what was installed."""
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    flags = [
-        "--teacher_path",
-        ROOT / "data" / "demo_teacher",
-        "--student_config",
-        "config.json",
-        "--data_path",
-        "prompts.txt",
-    ]
+    flags = ["--teacher_path", ROOT / "data" / "demo_teacher", "--data_path", "prompts.txt"]
     outcome = installed("train", "--dry_run", *flags)
     assert outcome.returncode == 0, outcome.stderr
     assert "GiB" in outcome.stdout or "MiB" in outcome.stdout
     outcome = installed("train")
     assert outcome.returncode == 2 and "lies in a clone of WanDistiller" in outcome.stderr
-    assert all(flag in outcome.stderr for flag in ("--teacher_path", "--student_config", "--data_path"))
+    assert all(flag in outcome.stderr for flag in ("--teacher_path", "--data_path"))
+    outcome = installed("train", "--preset", "1.3B-0.5B", "--teacher_path", "mock", "--data_path", "prompts.txt", "--dry_run",
+                        "--eval_prompts", "prompts.txt")  # fmt: skip
+    assert outcome.returncode == 0 and "hidden_size 1280" in outcome.stdout, outcome.stderr
     assert installed("train", "--no_such_flag").stderr.startswith("wandistiller train: error: ")
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "prompts.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.txt"}
 
 
 def test_the_packages_of_the_project_file_are_those_of_the_source():

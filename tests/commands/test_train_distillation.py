@@ -52,7 +52,7 @@ FLAGS = """
     feature_loss_weight student_steps num_epochs max_steps teacher_calls batch_size grad_accum_steps optimizer lr
     lr_scheduler lr_warmup_steps ema_decay max_grad_norm weight_decay seed device dtype shard gradient_checkpointing
     compile teacher_dtype teacher_offload output_dir save_every keep_checkpoints overwrite eval_every eval_prompts
-    sample_prompts sample_seed num_samples dry_run assume_gpu sample_every report print_config
+    sample_prompts sample_seed num_samples dry_run assume_gpu sample_every report
 """
 DEMO_DEFAULTS = {
     "teacher_path": "data/demo_teacher",

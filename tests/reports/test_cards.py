@@ -21,7 +21,7 @@ RECORD = {
     "teacher_path": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "base_model": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
     "preset": "Wan2.2-T2V-A14B", "shift": 12.0, "guidance_scale": 4.0, "guidance_scale_2": 3.0, "num_inference_steps": 40,
     "num_prompts": 55, "num_train_steps": 900, "batch_size": 32, "lr": 1e-5, "states": "trajectory",
-    "sigma_range": [0.0, 1.0], "init": "projection", "layers": [0, 2], "commands": [{"from_step": 0, "lr": 1e-5, "command": "python train_distillation.py"}],
+    "sigma_range": [0.0, 1.0], "init": "projection", "layers": [0, 2],
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_the_licence_is_the_teachers_where_it_is_known(tmp_path, teacher, licenc
 
 
 def test_where_a_teacher_lay_on_this_machine_stays_here_and_its_name_alone_gives_no_licence(tmp_path):
-    card = write_folder(tmp_path, teacher_path="/home/somebody/secret/data/demo_teacher", base_model=None, commands=[])
+    card = write_folder(tmp_path, teacher_path="/home/somebody/secret/data/demo_teacher", base_model=None)
     assert "| teacher | demo\\_teacher |" in card.text and "secret" not in card.text
     assert card.data.license == "other"
 

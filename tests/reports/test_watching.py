@@ -26,7 +26,6 @@ from support.runs import PRUNED_CONFIG, at_most, read_metrics, weights_of
 from wandistiller import StudentConfig
 from wandistiller.reports import metrics, plots, trackers
 from wandistiller.reports.cards import try_to_write_model_card
-from wandistiller.run.messages import resume_command, typed_command
 from wandistiller.step_metrics import StepMetrics
 
 CELL = 160 + 8  # pixels of a drawn prompt in a sample picture, with its margin
@@ -299,17 +298,6 @@ def test_losses_are_compared_over_the_first_and_the_last_tenth():
     assert metrics.loss_change(lines) == pytest.approx(((1 + 1 / 2) / 2, (1 / 19 + 1 / 20) / 2))
 
 
-def test_the_command_is_quoted_for_the_shell_and_going_on_does_not_start_anew(monkeypatch):
-    argv = ["--output_dir", "my runs", "--overwrite"]
-    assert (
-        typed_command("train_distillation.py", argv)
-        == "python train_distillation.py --output_dir 'my runs' --overwrite"
-    )
-    assert resume_command("train_distillation.py", argv) == "python train_distillation.py --output_dir 'my runs'"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert typed_command("t.py", []) == "torchrun --nproc_per_node 2 t.py"
-
-
 def test_a_folder_that_a_tracker_leaves_is_not_the_tracker(run_main, tmp_path, monkeypatch):
     import train_distillation
 
@@ -368,7 +356,7 @@ def write_student(folder: Path, record: dict) -> None:
 
 
 def test_a_record_that_no_run_wrote_costs_the_card_alone(tmp_path, capsys):
-    write_student(tmp_path, {"commands": [{"lr": "high"}]})
+    write_student(tmp_path, {"image_sizes": 3})
     assert try_to_write_model_card(tmp_path) is None
     assert "No README.md" in capsys.readouterr().err
 

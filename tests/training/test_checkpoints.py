@@ -353,7 +353,7 @@ MANIFESTS = {
     "the step of another": {"step": 2},
     "no files": {"files": [1]},
     "a file elsewhere": {"files": {"../step_00000002/model.safetensors": "0"}},
-    "a command without a step": {"commands": [{"lr": 1.0, "command": "python"}]},
+    "a stage after it": {"first_step": 9},
     "brackets without end": "[" * 100_000,
     "a pipe": os.mkfifo,
 }

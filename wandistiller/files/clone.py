@@ -18,11 +18,16 @@ HELD_OUT_PROMPTS = "data/heldout_prompts.txt"
 # What flags are left at: a clone has these files, and an installation does not.
 _OF_A_CLONE = {
     DEMO_TEACHER,
-    "config/demo_student_config.json",
-    "config/student_config.json",
     "data/demo_prompts.txt",
     "data/static_prompts.txt",
 }
+
+
+def ready_config(path: str) -> str:
+    """Return where a file that is named as of a clone's config/ is: there, or where there is no clone, in the installation."""
+    shipped = CONFIG_FOLDER / os.path.relpath(path, "config")
+    is_shipped = path.startswith("config/") and not os.path.lexists(path) and shipped.is_file()
+    return str(shipped) if is_shipped else path
 
 
 def check_is_in_clone(given: dict[str, str]) -> None:

@@ -24,7 +24,7 @@ from wandistiller.model.config import StudentConfig
 MAX_BYTES = 2**16  # far more than all flags take, far less than a parser suffers from
 DEMO_FILE = CONFIG_FOLDER / "demo.yaml"
 # They say how this one command is run, not what it makes.
-NOT_KEPT = ("config", "preset", "print_config", "dry_run", "assume_gpu", "overwrite", "cache_part")
+NOT_KEPT = ("config", "preset", "dry_run", "assume_gpu", "overwrite", "cache_part")
 SWITCHED = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 HOW_TO_WRITE = "write one `flag: value` a line, such as `batch_size: 8`"
 

@@ -27,7 +27,6 @@ from wandistiller.flags import (
 )
 from wandistiller.model.config import CONFIG_NAME
 from wandistiller.model.image_sizes import AspectRatio, ImageSize, size_or_ratio
-from wandistiller.run.config_help import READY_CONFIGS
 
 PRESETS = {file.stem: file for file in sorted((CONFIG_FOLDER / "presets").glob("*.yaml"))}
 STATES = {
@@ -36,9 +35,12 @@ STATES = {
 }
 REPORTS = ["none", "wandb", "trackio"]
 LR_SCHEDULERS = ["constant", "linear", "cosine"]
+SAMPLERS = ["unipc", "euler"]
 MAX_SAMPLES = 64  # prompts of a sample picture
-COUNT, COUNT_OR_0, SHARE = number(int, low=1), number(int, low=0), number(float, low=0, high=1)
+COUNT, COUNT_OR_0 = number(int, 1), number(int, 0)
+SHARE, NOT_NEGATIVE = number(float, 0, 1), number(float, 0)
 RANGE: dict[str, Any] = {"nargs": 2, "type": SHARE, "metavar": ("LOW", "HIGH")}
+SIZES: dict[str, Any] = {"nargs": "+", "type": size_or_ratio, "metavar": "SIZE"}
 
 
 def cache_part(text: str) -> tuple[int, int]:
@@ -71,13 +73,9 @@ class DataFlags(TeacherFlags):
         "data/static_prompts.txt",
         type=path,
     )
-    caption_column: str | None = flag(
-        "column of tables with the prompts (left out: the one called caption, prompt or text)"
-    )
+    caption_column: str | None = flag("column of tables with the prompts (the one called caption, prompt or text)")
     prompt_per: str | None = flag(**PROMPT_PER)
-    num_prompts: int | None = flag(
-        "different prompts to draw (left out: all of a file, 4096 of templates)", type=number(int, low=1, high=2**20)
-    )
+    num_prompts: int | None = flag("prompts to draw (all of a file, 4096 of templates)", type=number(int, 1, 2**20))
     prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
 
 
@@ -87,17 +85,13 @@ class StudentFlags:
 
     student_config: str = flag("shape of the student", "config/demo_student_config.json", type=path)
     init_from: str = flag(
-        "what the student is cut from: teacher, random (nothing), or the folder, file or hub id of a student or Wan of its shape or "
-        "larger",
+        "what it is cut from: teacher, random (nothing), or a student or Wan of its shape or larger",
         "teacher",
         type=path,
     )
     init_expert: str = flag("expert of two that it is cut from", "high", choices=["high", "low"])
     image_sizes: list[ImageSize | AspectRatio] | None = flag(
-        "sizes to train at in turn: WxH in pixels, or W:H for a ratio of image_size^2 pixels (left out: image_size alone)",
-        nargs="+",
-        type=size_or_ratio,
-        metavar="SIZE",
+        "sizes to train at in turn: WxH in pixels, or W:H of image_size^2 pixels (image_size alone)", **SIZES
     )
     layers: list[int] | None = flag("teacher layer of each student block, e.g. 0,2,5 (evenly spread)", type=int_list)
 
@@ -106,12 +100,12 @@ class StudentFlags:
 class GuidanceFlags:
     """How the teacher is sampled."""
 
-    guidance_scale: float | None = flag("g of v_uncond + g (v_cond - v_uncond); 1 is off", type=number(float, low=0))
-    guidance_scale_2: float | None = flag("g of the low-noise expert", type=number(float, low=0))
+    guidance_scale: float | None = flag("g of v_uncond + g (v_cond - v_uncond); 1 is off", type=NOT_NEGATIVE)
+    guidance_scale_2: float | None = flag("g of the low-noise expert", type=NOT_NEGATIVE)
     boundary_ratio: float | None = flag("lowest sigma of the high-noise expert", type=SHARE)
     negative_prompt: str | None = flag("negative prompt (Wan's own, less the words against stills)")
     shift: float | None = flag("warp of the noise levels, shift u / (1 + (shift - 1) u)", type=number(float, above=0))
-    guidance_range: list[float] | None = flag("noise levels with guidance (left out: all)", **RANGE)
+    guidance_range: list[float] | None = flag("noise levels with guidance (all)", **RANGE)
     teacher_steps: int | None = flag("sampling steps of the teacher", type=number(int, low=1, high=1000))
     teacher_levels: list[float] | None = flag(
         "noise levels (1000 sigma) of a teacher of few steps that noises its x_0 anew at each, such as 1000 757 522",
@@ -120,9 +114,7 @@ class GuidanceFlags:
         metavar="LEVEL",
     )
     teacher_sampler: str | None = flag(
-        "unipc: all noise levels, as the released Wans; euler: those of --teacher_steps alone, as teachers distilled to few "
-        "steps (left out: euler for --teacher_steps of 8 or fewer)",
-        choices=["unipc", "euler"],
+        "unipc; euler: a teacher distilled to its few levels (default for --teacher_steps up to 8)", choices=SAMPLERS
     )
 
 
@@ -131,27 +123,15 @@ class StatesFlags:
     """The states that the student learns at, and the teacher's answers there."""
 
     states: str = flag("; ".join(f"{name}: {what}" for name, what in STATES.items()), "trajectory", choices=[*STATES])
-    sigma_range: list[float] | None = flag(
-        "noise levels to train on (default: 0 1)",
-        nargs=2,
-        type=number(float, low=0, high=1),
-        metavar=("LOW", "HIGH"),
-    )
+    sigma_range: list[float] | None = flag("noise levels to train on (all)", **RANGE)
     calls_per_expert: int | None = flag(
-        "teacher batches in a row for one expert of two; 0: both in every batch (default: 0; with --teacher_offload on "
-        "trajectories 64)",
-        type=number(int, low=0),
+        "teacher batches in a row for one expert of two; 0: both in every batch", type=COUNT_OR_0
     )
-    replay: int | None = flag(
-        "optimizer steps per teacher batch (default: 4 to 8, so that student and teacher cost the same)",
-        type=number(int, low=1),
-    )
+    replay: int | None = flag("optimizer steps per teacher batch (4 to 8, by what each costs)", type=COUNT)
     teacher_cache: str | None = flag("folder for the teacher's answers: filled first, then trained from", type=path)
     offline_teacher: bool = switch("with --teacher_cache: no teacher in memory while the student trains")
     cache_part: tuple[int, int] | None = flag(
-        "with --teacher_cache: fill part I of N and end, so that N processes or machines can share the work",
-        type=cache_part,
-        metavar="I/N",
+        "with --teacher_cache: fill part I of N and end, so that N can share it", type=cache_part, metavar="I/N"
     )
 
 
@@ -159,13 +139,9 @@ class StatesFlags:
 class ObjectiveFlags:
     """What the student is asked to match."""
 
-    feature_loss_weight: float | None = flag(
-        "weight of the hidden-state loss; decays linearly to 0 (default: 1; 0 with --teacher_cache, noise)",
-        type=number(float, low=0),
-    )
+    feature_loss_weight: float | None = flag("weight of the hidden-state loss; falls to 0 (1)", type=NOT_NEGATIVE)
     student_steps: int | None = flag(
-        "sampling steps of the student, which a second stage teaches it, or none for those of the teacher (default: 4; none for a "
-        "teacher of few steps, or of a part of the noise levels)",
+        "steps that a second stage teaches the student to draw in; none: no such stage (4)",
         type=steps_or_none,
         metavar="N",
     )
@@ -176,27 +152,18 @@ class OptimizationFlags:
     """How long and how fast the student learns."""
 
     max_steps: int | None = flag("optimizer steps of the run", type=COUNT)
-    num_epochs: int | None = flag("passes over the prompts, where --max_steps is left out (default: 1)", type=COUNT)
-    teacher_calls: int | None = flag(
-        "teacher batches of the run, where both are left out; --replay optimizer steps for each", type=COUNT
-    )
+    num_epochs: int | None = flag("passes over the prompts, where --max_steps is left out (1)", type=COUNT)
+    teacher_calls: int | None = flag("teacher batches of the run, where both are left out", type=COUNT)
     batch_size: int = flag("samples per process and micro-batch", 4, type=COUNT)
     grad_accum_steps: int = flag("micro-batches per optimizer step (gradient accumulation)", 1, type=COUNT)
     lr: float | None = flag(
-        "peak learning rate (default: by the optimizer, the student's width and the samples of a step)",
-        type=number(float, above=0, high=1e9),
+        "peak learning rate (by optimizer, width and samples of a step)", type=number(float, above=0, high=1e9)
     )
     lr_scheduler: str = flag("learning rate after its warm-up: kept, or down to zero", "cosine", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int | None = flag(
-        "steps of a linear rise from zero (default: 4 % of all, at most 500)", type=COUNT_OR_0
-    )
-    ema_decay: float = flag(
-        "EMA decay of the saved weights; 0: no EMA", 0.999, type=number(float, low=0, high=0.999999)
-    )
+    lr_warmup_steps: int | None = flag("steps of a linear rise from 0 (4 % of all, at most 500)", type=COUNT_OR_0)
+    ema_decay: float = flag("EMA decay of the saved weights; 0: no EMA", 0.999, type=number(float, 0, 0.999999))
     optimizer: str = flag(
-        "muon for matrices of blocks, adamw for the rest; adamw; adamw8bit: moments in 8 bits (pip install bitsandbytes)",
-        "muon",
-        choices=["muon", "adamw", "adamw8bit"],
+        "muon takes matrices of blocks, adamw the rest", "muon", choices=["muon", "adamw", "adamw8bit"]
     )
     max_grad_norm: float = flag("gradient clipping: maximum norm", 1.0, type=number(float, above=0))
     weight_decay: float = flag("weight decay", 0.0, type=number(float, low=0))
@@ -207,10 +174,7 @@ class OptimizationFlags:
 class PerformanceFlags(ComputeFlags):
     """Where and in which precision the run computes."""
 
-    teacher_dtype: str | None = flag(
-        "of the teacher's weights (that of --dtype); fp8: a byte per weight of its blocks",
-        choices=["fp32", "bf16", "fp8"],
-    )
+    teacher_dtype: str | None = flag("of the teacher's weights (that of --dtype)", choices=["fp32", "bf16", "fp8"])
     teacher_offload: str | None = flag(
         "keep the teacher in host memory: blocks, each on the device while it answers; without a value experts, the one in use of two",
         nargs="?",
@@ -232,30 +196,19 @@ class OutputFlags:
     """What is written, measured, drawn and printed."""
 
     output_dir: str = flag("folder for the student", "outputs/demo", type=path)
-    save_every: int = flag(
-        "steps between checkpoints, from which the same command resumes; 0: none", 500, type=COUNT_OR_0
-    )
+    save_every: int = flag("steps between checkpoints, to resume from; 0: none", 500, type=COUNT_OR_0)
     keep_checkpoints: int = flag("number of newest checkpoints to keep", 2, type=COUNT)
     overwrite: bool = switch("start anew where the output folder holds checkpoints; what is there is kept beside")
     eval_every: int | None = flag(
-        "steps between measurements of the held-out error; 0: none (left out: about 6 in all, if cheap)",
-        type=COUNT_OR_0,
+        "steps between held-out measurements; 0: none (about 6 in all, if cheap)", type=COUNT_OR_0
     )
     eval_prompts: str | None = flag(
-        "file of held-out prompts (left out: those that templates hold out, else the first of --data_path)", type=path
+        "held-out prompts (of templates their own, else the first of --data_path)", type=path
     )
-    sample_prompts: list[str] | None = flag(
-        "prompts to draw, in quotes, or files of them (left out: --num_samples held-out ones)",
-        nargs="+",
-        metavar="PROMPT",
-    )
-    sample_seed: int = flag(
-        "of the first such picture's noise; each next one has one more", 0, type=number(int, low=0, high=2**62)
-    )
-    num_samples: int = flag("held-out prompts to draw; 0: no pictures", 8, type=number(int, low=0, high=MAX_SAMPLES))
-    sample_every: int = flag(
-        "steps between pictures while it trains, the first ones at 25, 50, 100, ...; 0: none", 0, type=COUNT_OR_0
-    )
+    sample_prompts: list[str] | None = flag("prompts to draw, or files of them", nargs="+", metavar="PROMPT")
+    sample_seed: int = flag("of the first such picture's noise; each next has one more", 0, type=number(int, 0, 2**62))
+    num_samples: int = flag("held-out prompts to draw instead; 0: none", 8, type=number(int, 0, MAX_SAMPLES))
+    sample_every: int = flag("steps between pictures, the first at 25, 50, 100; 0: none", 0, type=COUNT_OR_0)
     report: str = flag("send losses and pictures to a tracker too (pip install it)", "none", choices=REPORTS)
     dry_run: bool = switch("check everything, print what the run takes and whether it fits; write nothing")
     assume_gpu: Card | None = flag(
@@ -263,12 +216,7 @@ class OutputFlags:
     )
     config: str | None = flag("YAML file of flags, as a run writes run.yaml; what is typed counts instead", type=path)
     preset: str | None = flag(
-        f"the same for a file of config/presets, real runs by teacher and student: {', '.join(PRESETS)}",
-        choices=[*PRESETS],
-        metavar="NAME",
-    )
-    print_config: str | None = flag(
-        "print a student_config.json for this teacher, and on stderr what its keys mean", choices=[*READY_CONFIGS]
+        f"the same for a file of config/presets: {', '.join(PRESETS)}", choices=[*PRESETS], metavar="NAME"
     )
 
 

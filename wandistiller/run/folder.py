@@ -1,14 +1,12 @@
 """The output folder of a run: taken for it alone, with the checkpoint that the run resumes from."""
 
 import contextlib
-import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wandistiller.budget.report import OutOfMemory
-from wandistiller.command_line import command_words, torchrun_environment
 from wandistiller.device import is_out_of_memory
 from wandistiller.files.output_folder import (
     locked_folder,
@@ -21,7 +19,6 @@ from wandistiller.run.settings import NEUTRAL, Settings
 from wandistiller.training.checkpoints import Checkpoint, Checkpoints
 from wandistiller.wan.settings import describe_teacher
 
-SCRIPT = "train_distillation.py"
 # What else a run must share with the one that it resumes, with the value that counts where a checkpoint lacks it. All other settings
 # say how long, how fast, and what is shown.
 COMPARED = NEUTRAL | {
@@ -42,13 +39,11 @@ class Folder:
         path: where the student goes.
         checkpoints: of this run.
         resume_from: the checkpoint that the run resumes from; None where it starts anew.
-        script: the command that runs.
     """
 
     path: Path
     checkpoints: Checkpoints
     resume_from: Checkpoint | None
-    script: str = SCRIPT
 
     @property
     def first_step(self) -> int:
@@ -56,16 +51,12 @@ class Folder:
         return 0 if self.resume_from is None else self.resume_from.step
 
     def resuming_from(self, checkpoint: Checkpoint | None, settings: Any) -> "Folder":
-        """Return the folder at a checkpoint, or at the start of a run, with the commands that have led there; say so."""
-        first_step, before = 0, []
+        """Return the folder at a checkpoint, or at the start of a run; say so."""
         if checkpoint is not None:
-            first_step, before = checkpoint.step, checkpoint.commands
-            print(f"Resuming from step {first_step} of {self.path} (--overwrite starts anew)")
+            print(f"Resuming from step {checkpoint.step} of {self.path} (--overwrite starts anew)")
             if not checkpoint.has_same_batch:
-                had, has = checkpoint.batch_size, settings.num_samples_per_step
+                had, has = checkpoint.manifest.batch_size, settings.num_samples_per_step
                 print(f"Training states start anew: a step had {had} samples, and has {has} now")
-        command = typed_command(self.script, settings.command)
-        self.checkpoints.commands = commands_so_far(before, first_step, command, settings.optimization.lr)
         return replace(self, resume_from=checkpoint)
 
 
@@ -89,28 +80,11 @@ def run_identity(settings: Settings) -> dict[str, object]:
     }
 
 
-def typed_command(script: str, words: Sequence[str]) -> str:
-    """Return the command as a person would type it again."""
-    return shlex.join([*command_words(script, torchrun_environment().local_world_size), *map(str, words)])
-
-
-def commands_so_far(before: list[dict], first_step: int, command: str, lr: float) -> list[dict]:
-    """Return the commands that make a student, each with the steps before it; `before` are those that led to `first_step`.
-
-    A command that took no step is left out, and one that only resumes with the same flags is not listed twice.
-    """
-    made = [entry for entry in before if entry["from_step"] < first_step]
-    if made and (made[-1]["command"], made[-1]["lr"]) == (command, lr):
-        return made
-    return [*made, {"from_step": first_step, "lr": lr, "command": command}]
-
-
 @contextlib.contextmanager
 def open_folder(
     settings: Any,
     identity: Callable[[Any], dict[str, object]] = run_identity,
     check_disk: Callable[[Checkpoints, Any], None] = check_disk,
-    script: str = SCRIPT,
 ) -> Iterator[Folder]:
     """Take the output folder and find where the run resumes; the processes leave together at the end.
 
@@ -139,7 +113,7 @@ def open_folder(
         )
         resume_from = None if settings.overwrite else checkpoints.newest()
         check_disk(checkpoints, settings)
-        yield Folder(path, checkpoints, None, script).resuming_from(resume_from, settings)
+        yield Folder(path, checkpoints, None).resuming_from(resume_from, settings)
     leave()
 
 

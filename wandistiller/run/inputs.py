@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from wandistiller.command_line import torchrun_environment
 from wandistiller.errors import UserError, shown
-from wandistiller.files.clone import check_is_in_clone
+from wandistiller.files.clone import check_is_in_clone, ready_config
 from wandistiller.files.output_folder import check_output_folder
 from wandistiller.model.config import StudentConfig
 from wandistiller.prompts.prompts import Prompts, load_prompts, read_prompts, unusable
@@ -34,11 +34,8 @@ def read_inputs(flags: Flags) -> Inputs:
     for name, message in mistakes(flags):
         raise UserError(f"--{name}: {message}")
     data, output = flags.data, flags.output
-    student_config = flags.student.student_config
-    check_is_in_clone(
-        {"student_config": student_config, "data_path": data.data_path, "teacher_path": data.teacher_path}
-    )
-    config = StudentConfig.load(student_config).replace(distillation=None)  # which is that of an earlier run
+    check_is_in_clone({"data_path": data.data_path, "teacher_path": data.teacher_path})
+    config = StudentConfig.load(ready_config(flags.student.student_config)).replace(distillation=None)  # of another run
     prompts = read_prompts(
         data.data_path,
         data.caption_column,

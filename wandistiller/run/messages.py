@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from wandistiller.command_line import command_words
+from wandistiller.command_line import command_words, torchrun_environment
 from wandistiller.files.clone import HELD_OUT_PROMPTS
 from wandistiller.files.output_folder import (
     CARD_NAME,
@@ -24,7 +24,7 @@ from wandistiller.reports.metrics import (
     training_seconds,
 )
 from wandistiller.reports.progress import format_duration
-from wandistiller.run.folder import SCRIPT, Folder, typed_command
+from wandistiller.run.folder import Folder
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.students.record import StudentRecord
@@ -110,7 +110,8 @@ def print_end(settings: Settings, folder: Folder, result: TrainingResult, calls:
     if line := memorising_line(read_metrics(path / METRICS_NAME), settings.replay):
         print(line)
     if result.interrupted and settings.save_every:
-        print(f"To resume:\n  {resume_command(SCRIPT, settings.command)}")
+        words = command_words("train_distillation.py", torchrun_environment().local_world_size)
+        print(f"To resume:\n  {shlex.join([*words, '--config', str(path / RUN_NAME)])}")
     elif settings.vae_location is not None and not result.interrupted:
         prompts_file = settings.eval_prompts or HELD_OUT_PROMPTS
         print("\n  ".join(["Next:", *next_commands(path, settings.prompts[0], prompts_file, settings.vae_path)]))
@@ -172,8 +173,3 @@ def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | 
         shlex.join([*command_words("evaluate_student.py"), *student, "--prompts_file", prompts_file, *vae]),
         shlex.join([*command_words("generate_images.py"), *student, *pictures, *vae]),
     ]
-
-
-def resume_command(script: str, argv: Sequence[str]) -> str:
-    """Return the command that resumes a run: the same one, less what would start anew."""
-    return typed_command(script, [word for word in argv if word.replace("-", "_") != "__overwrite"])

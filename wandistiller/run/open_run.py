@@ -27,7 +27,7 @@ from wandistiller.walk.batches import Batches
 from wandistiller.wan.prompt_embeds import Embeds
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Run:
     """The parts of a run; whoever changes one changes what is trained. B samples, C H W latents, S text tokens.
 
@@ -88,16 +88,6 @@ def open_run(**flags: object) -> Run:
     embeds = build.embed_prompts(settings)
     teacher = build.build_teacher(settings, embeds.negative)
     student, projection = build.make_student(settings)
-    objective, batches = (
-        build.build_objective(settings),
-        build_batches(settings, [], embeds.trained, teacher, projection),
-    )
-    return Run(
-        settings=settings,
-        embeds=embeds,
-        teacher=teacher,
-        student=student,
-        projection=projection,
-        objective=objective,
-        batches=batches,
-    )
+    objective = build.build_objective(settings)
+    batches = build_batches(settings, [], embeds.trained, teacher, projection)
+    return Run(settings, embeds, teacher, student, projection, objective, batches)

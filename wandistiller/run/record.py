@@ -5,18 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from wandistiller import __version__
-from wandistiller.files.hub import hub_id
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import full_tensor
 from wandistiller.projection.project import ProjectionReport
 from wandistiller.run.settings import Settings
-from wandistiller.students.parts import recorded_loras, recorded_path
+from wandistiller.students.parts import recorded_path, recorded_teacher
 from wandistiller.students.record import StudentRecord
 from wandistiller.students.trained_prompts import write_trained_prompts
 from wandistiller.walk.grids import segment_sigmas
 
 # Recorded as paths that are found from any folder
-PATHS = ("teacher_path", "teacher_path_low", "text_encoder_path", "data_path")
+PATHS = ("teacher_path_low", "text_encoder_path", "data_path")
 
 
 def distillation_record(
@@ -25,12 +24,11 @@ def distillation_record(
     """Return everything that another run or a sampler needs to know of a student, as JSON values.
 
     Args:
-        made: how its training went: the commands, steps and teacher batches, the last loss.
+        made: how its training went: steps and teacher batches, the last loss.
         student_steps: steps that it has learnt to draw in; None for those of its teacher.
     """
     paths = {name: recorded_path(getattr(settings, name)) for name in PATHS}
     own = {
-        "base_model": hub_id(settings.teacher_path),
         "caption_column": settings.caption_column,
         "teacher_dtype": settings.teacher_dtype,
         "image_sizes": None if settings.has_one_square_size else [str(size) for size in settings.image_sizes],
@@ -41,10 +39,8 @@ def distillation_record(
     return {
         "num_processes": settings.processes.count,
         **known,
-        **teachers_world(settings),
-        **recorded_loras(settings.wan_files.loras),
         **segments(settings, student_steps),
-        **settings.teacher.recorded(),
+        **recorded_teacher(settings.wan_files, settings.teacher),
         "layers": projection.layers,
         "num_prompts": len(settings.prompts),
         "batch_size": settings.num_samples_per_step,
@@ -52,12 +48,6 @@ def distillation_record(
         **made,
         "wandistiller_version": __version__,
     }
-
-
-def teachers_world(settings: Settings) -> dict[str, object]:
-    """Return the world of a toy teacher, whose prompts are of it."""
-    world = settings.wan_files.record.get("world")
-    return {"world": world} if isinstance(world, str) else {}
 
 
 def segments(settings: Settings, steps: int | None) -> dict[str, object]:

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -40,11 +39,8 @@ STUDENT_STEPS, FIRST_STAGE_SHARE = 4, 2 / 3
 OFFLOAD_CALLS_PER_EXPERT = 64
 
 
-def resolve(flags: Flags, inputs: Inputs, command: Sequence[str] = ()) -> Settings:
+def resolve(flags: Flags, inputs: Inputs) -> Settings:
     """Join the processes, open the files by their headers and give every setting its value.
-
-    Args:
-        command: the words after the script's name.
 
     Raises:
         UserError: something is missing, damaged or contradictory, or does not fit together.
@@ -61,10 +57,10 @@ def resolve(flags: Flags, inputs: Inputs, command: Sequence[str] = ()) -> Settin
         print(
             f"Hint: {found:,} prompts of the {meant:,} of --num_prompts; a student of few prompts learns to draw these alone"
         )
-    return decide(flags, inputs, files, processes, command)
+    return decide(flags, inputs, files, processes)
 
 
-def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes, command: Sequence[str] = ()) -> Settings:
+def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes) -> Settings:
     """Return the settings: what was typed, with every default and correction."""
     config, own, teacher = inputs.config, flags.optimization, files.teacher
     unit = teacher.vae_scale_factor * math.lcm(config.patch_size, files.wan_files.config.patch_size)
@@ -73,7 +69,6 @@ def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes, com
         **vars(files),
         **resolve_states(flags, files, config),
         **resolve_device(flags, processes),
-        "command": list(command),
         "flags_text": flags_text(flags),
         "processes": processes,
         "config": config,

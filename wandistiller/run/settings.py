@@ -38,7 +38,6 @@ class Settings:
     None means that there is none, never that it is to be decided.
 
     Attributes:
-        command: the words after the script's name.
         flags_text: run.yaml, which repeats the run.
         wan_files: the teacher by its headers.
         teacher: how it is sampled; shift, guidance and latents are here.
@@ -60,7 +59,6 @@ class Settings:
         draws_held_out: whether it also draws, so that a measurement has a point of the frontier.
     """
 
-    command: list[str]
     flags_text: str
     # Data
     teacher_path: str

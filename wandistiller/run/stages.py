@@ -52,7 +52,7 @@ class Stages:
         """
         first = self.state
         while (checkpoint := folder.resume_from) is not None:
-            self.state = self._second(checkpoint.first_step) if checkpoint.first_step else first
+            self.state = self._second(checkpoint.manifest.first_step) if checkpoint.manifest.first_step else first
             try:
                 self.state.load(checkpoint)
                 break
@@ -77,10 +77,9 @@ class Stages:
         )
         return self._train(observer, folder, settings.num_steps)
 
-    def made(self, result: TrainingResult, folder: Folder) -> dict[str, object]:
+    def made(self, result: TrainingResult) -> dict[str, object]:
         """Return how the training went, for the student's record."""
         return {
-            "commands": folder.checkpoints.commands,
             "num_teacher_batches": self.state.teacher_calls,
             "num_train_steps": result.num_steps,
             "final_loss": result.losses[-1],

@@ -1,6 +1,5 @@
 """A run that distils a small text encoder: its settings, and how it is built, trained and saved with the trainer's own loop."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -48,16 +47,13 @@ class EncoderSettings:
     """Everything that the run needs to know; a field that is named as a flag has the value that counts, typed or not.
 
     Attributes:
-        command: the words after the script's name.
         encoder: the teacher's, on disk.
         shape: of the small encoder, as arguments of UMT5Config.
         student: folder of the picture model that reads the embeddings; None: they are compared alone.
     """
 
-    script: ClassVar[str] = "distill_text_encoder.py"
     report: ClassVar[str] = "none"
 
-    command: list[str]
     encoder: TextEncoderFiles
     shape: dict[str, Any]
     student: str | None
@@ -94,7 +90,7 @@ class EncoderSettings:
         )
 
 
-def resolve(flags: Any, prompts: Prompts, command: Sequence[str]) -> EncoderSettings:
+def resolve(flags: Any, prompts: Prompts) -> EncoderSettings:
     """Return the settings; every refusal that needs no weight comes here.
 
     Raises:
@@ -112,7 +108,6 @@ def resolve(flags: Any, prompts: Prompts, command: Sequence[str]) -> EncoderSett
         encoder.check_text_dim(config.text_encoder_output_dim)
     print("\n".join(prompts.lines))
     known = {
-        "command": list(command),
         "encoder": encoder,
         "shape": shape,
         "prompts": prompts.train,
@@ -175,7 +170,7 @@ def identity(settings: EncoderSettings) -> dict[str, object]:
 
 def distil_text_encoder(settings: EncoderSettings) -> int:
     """Train the small encoder, or go on from its newest checkpoint, and write it; return the exit code."""
-    with open_folder(settings, identity, check_disk, settings.script) as folder:
+    with open_folder(settings, identity, check_disk) as folder:
         tokens, embeds = embed(settings)
         state, held_out = build(settings, tokens, embeds)
         folder = resume(settings, state, folder)

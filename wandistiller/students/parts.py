@@ -18,9 +18,6 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.students.record import StudentRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from wandistiller.wan.lora import Lora
     from wandistiller.wan.settings import TeacherSettings
     from wandistiller.wan.text_encoder_files import TextEncoderFiles
     from wandistiller.wan.wan_files import WanFiles
@@ -49,11 +46,17 @@ def recorded_path(path: str | None) -> str | None:
     return f"./{absolute.relative_to(CLONE)}" if absolute.is_relative_to(CLONE) else str(absolute)
 
 
-def recorded_loras(loras: "Sequence[Lora]") -> dict[str, object]:
-    """Return the entry of a student's record for the LoRAs that were merged into its teacher; none where there are none."""
-    return (
-        {"teacher_loras": [lora.record() | {"path": recorded_path(str(lora.path))} for lora in loras]} if loras else {}
-    )
+def recorded_teacher(wan_files: "WanFiles", settings: "TeacherSettings") -> dict[str, object]:
+    """Return the entries of a student's record for its teacher: where it is, its LoRAs, how it is sampled, a toy teacher's world."""
+    place, world = wan_files.location, wan_files.record.get("world")
+    loras = [lora.record() | {"path": recorded_path(str(lora.path))} for lora in wan_files.loras]
+    return {
+        "teacher_path": recorded_path(place),
+        **({"base_model": place} if hub_id(place) else {}),
+        **({"teacher_loras": loras} if loras else {}),
+        **({"world": world} if isinstance(world, str) else {}),
+        **settings.recorded(),
+    }
 
 
 def _found(recorded: str, what: str, flag: str, is_of_hub: bool) -> str:

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -44,15 +44,13 @@ class Manifest:
         files: sha256 of every file of the folder.
         batch_size: samples a step of the run, over all processes.
         first_step: steps before the stage of the run that it belongs to.
-        commands: the commands that led to it, as `record.commands_so_far` has them.
         run: the description of the run that wrote it.
     """
 
     step: int
     files: dict[str, str]
     batch_size: int
-    first_step: int
-    commands: list[dict[str, object]]
+    first_step: int = 0
     run: dict[str, object]
 
     @classmethod
@@ -60,24 +58,16 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            ValueError, KeyError, TypeError: it is missing or damaged.
+            ValueError, TypeError: it is missing or damaged.
         """
         found = load_json(path)
-        manifest = cls(
-            step=found["step"],
-            files=found["files"],
-            batch_size=found["batch_size"],
-            first_step=found.get("first_step", 0),
-            commands=found.get("commands", []),
-            run=found["run"],
-        )
+        manifest = cls(**{known.name: found[known.name] for known in fields(cls) if known.name in found})
         fits = {
             "step": manifest.step == _step_of(path) and type(manifest.step) is int,
             "files": isinstance(manifest.files, dict)
             and all(isinstance(value, str) for value in manifest.files.values()),
             "batch_size": type(manifest.batch_size) is int,
             "first_step": type(manifest.first_step) is int and 0 <= manifest.first_step <= manifest.step,
-            "commands": isinstance(manifest.commands, list) and all(map(_is_command, manifest.commands)),
             "run": isinstance(manifest.run, dict),
         }
         if wrong := [name for name, is_right in fits.items() if not is_right]:
@@ -85,33 +75,21 @@ class Manifest:
         return manifest
 
 
-def _is_command(entry: object) -> bool:
-    """Return whether this is an entry as `record.commands_so_far` makes them."""
-    return (
-        isinstance(entry, dict)
-        and type(entry.get("from_step")) is int
-        and type(entry.get("lr")) in (int, float)
-        and isinstance(entry.get("command"), str)
-    )
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A good checkpoint on disk.
 
     Attributes:
-        batch_size: samples a step of the run that wrote it, over all processes.
-        has_same_batch: whether the run that resumes from it has as many, so that it can use the training states.
-        first_step: steps before the stage of the run that it belongs to.
-        commands: the commands that led to it.
+        has_same_batch: whether the run that resumes from it takes as many samples a step, so that it can use the training states.
     """
 
-    step: int
     folder: Path
-    batch_size: int
+    manifest: Manifest
     has_same_batch: bool
-    first_step: int
-    commands: list[dict[str, object]]
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
 
     def read(self, room_for: Callable[[str, torch.Size, torch.dtype], Tensor | None]) -> dict[str, Tensor]:
         """Read its tensors, each into what `room_for` returns for its name, shape and dtype; None leaves it out."""
@@ -129,7 +107,6 @@ class Checkpoints:
 
     Attributes:
         good: steps of the checkpoints that this process has resumed from or written.
-        commands: the commands of the run so far, which are written with each checkpoint.
     """
 
     def __init__(
@@ -147,7 +124,6 @@ class Checkpoints:
         self.keep = keep
         self.processes = processes or Processes()
         self.good: list[int] = []
-        self.commands: list[dict[str, object]] = []
 
     def exist(self) -> bool:
         """Return whether there is a checkpoint, good or damaged."""
@@ -182,10 +158,7 @@ class Checkpoints:
                 continue
             self._check_run(manifest.run)
             self.good = [manifest.step]
-            has_same_batch = manifest.batch_size == self.batch_size
-            return Checkpoint(
-                manifest.step, folder, manifest.batch_size, has_same_batch, manifest.first_step, manifest.commands
-            )
+            return Checkpoint(folder, manifest, manifest.batch_size == self.batch_size)
         if found:
             raise UserError(
                 f"{self.folder}: none of its {len(found)} checkpoints is whole; copy them again, or add --overwrite to "
@@ -276,7 +249,6 @@ class Checkpoints:
             files=checksums,
             batch_size=self.batch_size,
             first_step=first_step,
-            commands=self.commands,
             run=self.description,
         )
         fsync(folder)  # for the files' names; their contents are synced as they are written

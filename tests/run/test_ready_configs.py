@@ -1,21 +1,16 @@
-"""Every ready config fits its released teacher, is counted rightly, passes the pre-flight and prints as a file.
+"""Every ready config fits its released teacher, is counted rightly and passes the pre-flight.
 
-pytest tests/run/test_config_help.py
+pytest tests/run/test_ready_configs.py
 """
-
-import json
-import re
 
 import pytest
 import torch
 
 import run_production_test
-import train_distillation
 from support.runs import IDENTITY_CONFIG, ROOT
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.selection import check_fits
-from wandistiller.run.config_help import KEYS, READY_CONFIGS
 
 # The released models' own shapes (Wan2.1, Wan2.2: wan/configs/*.py)
 RELEASED = {
@@ -59,16 +54,3 @@ def test_the_config_of_other_channels_passes_the_pre_flight(run_main, tmp_path):
     config = CONFIGS["student_config_5B.json"]
     outcome = run_main(run_production_test.main, "--student_config", config, "--data_path", prompts)
     assert outcome.code == 0 and "Production Test PASSED" in outcome.out, outcome.err
-
-
-@pytest.mark.parametrize("teacher", READY_CONFIGS)
-def test_a_config_is_printed_alone_on_stdout_and_explained_on_stderr(run_main, teacher, tmp_path):
-    outcome = run_main(train_distillation.main, "--print_config", teacher)
-    assert outcome.code == 0
-    (tmp_path / "my.json").write_text(outcome.out, encoding="utf-8")
-    config = StudentConfig.load(tmp_path / "my.json")
-    if teacher in RELEASED:
-        check_fits(released(teacher), config)
-    assert f"{config.num_parameters:,} parameters" in outcome.err
-    explained = re.findall(r"^  (\w+)  ", outcome.err, re.MULTILINE)
-    assert explained == list(KEYS) == list(json.loads(outcome.out))
