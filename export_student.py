@@ -10,7 +10,7 @@ file as ComfyUI-GGUF does.
 import os
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,9 +63,8 @@ class Flags:
         type=path,
     )
     dtype: str = flag(
-        "of the weights; norms, modulation and time embedding stay fp32; fp8 (original only) is float8_e4m3fn in the blocks, "
+        "of the weights (left out: bf16 for a pipeline, else fp32); norms, modulation and time embedding stay fp32; fp8 (original only) is float8_e4m3fn in the blocks, "
         f"{', '.join(QUANTISED)} (gguf only) are its types there",
-        "fp32",
         choices=[*FLOATS, "fp8", *QUANTISED],
     )
     workflow: bool = switch("write a ComfyUI workflow beside an original file, to drop on its editor")
@@ -73,7 +72,8 @@ class Flags:
 
 
 def parse_args(argv: list[str] | None = None) -> Flags:
-    return parse_flags(Flags, "export_student.py", "Export a trained student to diffusers or ComfyUI.", argv)
+    flags = parse_flags(Flags, "export_student.py", "Export a trained student to diffusers or ComfyUI.", argv)
+    return replace(flags, dtype=flags.dtype or ("bf16" if flags.format == "pipeline" else "fp32"))
 
 
 def check_flags(flags: Flags) -> None:

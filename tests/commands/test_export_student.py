@@ -79,20 +79,32 @@ def exports(student) -> dict[str, Path]:
     """The student in each format, fp32; by format, what to give other tools."""
     places = {name: student.parent / name for name in FORMATS}
     for name, place in places.items():
-        assert export_student.main(["--student", str(student), "--format", name, "--output", str(place)]) == 0
+        words = ["--student", str(student), "--format", name, "--output", str(place), "--dtype", "fp32"]
+        assert export_student.main(words) == 0
     return places | {"original": places["original"] / "wan_student.safetensors"}
 
 
 @pytest.fixture
 def export(run_main, tmp_path):
-    """Run the command; `output` is relative to the test's folder."""
+    """Run the command, in fp32 where `flags` say nothing else; `output` is relative to the test's folder."""
 
     def run(student: Path, export_format: str, *flags: object, output: str = "out"):
         return run_main(
-            export_student.main, "--student", student, "--format", export_format, "--output", tmp_path / output, *flags
+            export_student.main,
+            "--student",
+            student,
+            "--format",
+            export_format,
+            "--output",
+            tmp_path / output,
+            *precise(flags),
         )
 
     return run
+
+
+def precise(flags: tuple[object, ...]) -> tuple[object, ...]:
+    return flags if "--dtype" in flags else (*flags, "--dtype", "fp32")
 
 
 def save_random_student(folder: Path, **changes) -> WanLiteStudent:
@@ -275,9 +287,12 @@ def test_wan_pipeline_draws_what_generate_images_draws(student, export, tmp_path
         assert np.abs(ours - theirs).max() <= 2
 
 
-def test_the_printed_lines_draw_in_bf16(student, export, tmp_path):
-    outcome = export(student, "pipeline", "--dtype", "bf16", output="pipeline")
-    assert outcome.code == 0, outcome.err
+def test_a_pipeline_is_in_bf16_where_nobody_says_otherwise_and_the_printed_lines_draw_with_it(
+    student, run_main, tmp_path
+):
+    words = ["--student", student, "--format", "pipeline", "--output", tmp_path / "pipeline"]  # without --dtype
+    outcome = run_main(export_student.main, *words)
+    assert outcome.code == 0 and "Sizes: transformer 0." in outcome.out, outcome.err
     assert (
         load_file(tmp_path / "pipeline" / "text_encoder" / "model.safetensors")["shared.weight"].dtype == torch.bfloat16
     )
