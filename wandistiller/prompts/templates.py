@@ -85,6 +85,13 @@ class Lines(NamedTuple):
     texts: list[str]
     ends: list[float]
 
+    @classmethod
+    def of(cls, written: list[str]) -> "Lines":
+        """Read the weights before texts, such as 3:: in 3::red."""
+        found = [_WEIGHT.match(text) for text in written]
+        ends = list(itertools.accumulate(float(weight[1]) if weight else 1.0 for weight in found))
+        return cls([text[weight.end() if weight else 0 :] for text, weight in zip(written, found, strict=True)], ends)
+
 
 class Several(NamedTuple):
     """How many different ones are drawn, and what joins them; `high` None is all that there are."""
@@ -92,16 +99,6 @@ class Several(NamedTuple):
     low: int
     high: int | None
     separator: str
-
-
-def _weighted(text: str) -> tuple[float, str]:
-    """Return the weight before a text, such as 3:: in 3::red, and what stands behind it."""
-    found = _WEIGHT.match(text)
-    return (float(found[1]), text[found.end() :]) if found else (1.0, text)
-
-
-def _lines(weighted: list[tuple[float, str]]) -> Lines:
-    return Lines([text for _, text in weighted], list(itertools.accumulate(weight for weight, _ in weighted)))
 
 
 def _options(inside: str) -> tuple[Lines, Several | None]:
@@ -112,11 +109,11 @@ def _options(inside: str) -> tuple[Lines, Several | None]:
         if not found["dash"]:
             low = high = low + high
         several = Several(int(low or 0), int(high) if high else None, ", " if separator is None else separator)
-    return _lines([_weighted(option) for option in inside[found.end() if found else 0 :].split("|")]), several
+    return Lines.of(inside[found.end() if found else 0 :].split("|")), several
 
 
-def _checked_line(line: str, where: str) -> tuple[float, str]:
-    """Return the weight of a line and its template.
+def _checked_line(line: str, where: str) -> str:
+    """Return a line with its escaped letters hidden.
 
     Raises:
         UserError: it is too long, its braces do not close, or it holds what is not known here.
@@ -153,7 +150,7 @@ def _checked_line(line: str, where: str) -> tuple[float, str]:
         raise UserError(f"{where}: a }} that closes nothing; write \\}} for the letter itself")
     if "|" in rest:
         raise UserError(f"{where}: a | outside of braces; write {{a|b}}, or \\| for the letter")
-    return _weighted(text)
+    return text
 
 
 # ---- a folder of templates ----
@@ -180,7 +177,7 @@ class Templates:
 
     def _read(self, files: list[Path]) -> tuple[Lines, dict[str, str]]:
         """Return the lines of some files, and where each wildcard of theirs stands."""
-        lines: list[tuple[float, str]] = []
+        lines: list[str] = []
         names: dict[str, str] = {}
         for file in files:
             before = len(lines)
@@ -194,10 +191,10 @@ class Templates:
                 if self._num_lines > MOST_LINES:
                     raise UserError(f"{where}: there are more than {MOST_LINES:,} lines of templates and wildcards")
                 lines.append(_checked_line(line, where))
-                names |= dict.fromkeys(_WILDCARD.findall(lines[-1][1]), where)
+                names |= dict.fromkeys(_WILDCARD.findall(lines[-1]), where)
             if len(lines) == before:
                 raise UserError(f"{file}: holds no line; blank lines and comments do not count")
-        return _lines(lines), names
+        return Lines.of(lines), names
 
     def _files_of(self, name: str, where: str) -> list[Path]:
         """Return the files that a wildcard's lines come from."""
@@ -235,21 +232,17 @@ class Templates:
 
     def _text_of(self, part: re.Match[str], generator: random.Random) -> str:
         inside, name = part.groups()
-        if name:
-            return _drawn(self._wildcard(name), None, generator)
-        options, several = _options(inside)
+        options, several = _options(inside or "")
         if several and len(options.texts) == 1 and (wildcard := _WILDCARD.fullmatch(options.texts[0])):
-            options = self._wildcard(wildcard[1])
+            name = wildcard[1]
+        if name and name not in self.wildcards:
+            raise UserError(f"{self.folder}: parts of its templates join to __{name}__, which no line of it holds")
+        options = self.wildcards[name] if name else options
         if several and several.low > len(options.texts):
             raise UserError(
                 f"{self.folder}: {several.low} different lines are asked for of a wildcard of {len(options.texts)}"
             )
         return _drawn(options, several, generator)
-
-    def _wildcard(self, name: str) -> Lines:
-        if name not in self.wildcards:
-            raise UserError(f"{self.folder}: parts of its templates join to __{name}__, which no line of it holds")
-        return self.wildcards[name]
 
 
 def _drawn(lines: Lines, several: Several | None, generator: random.Random) -> str:
