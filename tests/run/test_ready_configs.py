@@ -19,7 +19,7 @@ RELEASED = {
     "A14B": {"hidden_size": 5120, "depth": 40, "num_heads": 40, "ffn_dim": 13824},
     "5B": {"hidden_size": 3072, "depth": 30, "num_heads": 24, "ffn_dim": 14336, "num_channels": 48, "image_size": 704},
 }
-CONFIGS = {path.name: path for path in sorted((ROOT / "config").glob("*.json"))}
+CONFIGS = {path.name: path for path in sorted((ROOT / "config").glob("*student_config*.json"))}
 WAN_16 = ("1.3B", "14B", "A14B")
 FITS = {
     "student_config.json": WAN_16,
