@@ -20,6 +20,7 @@ import export_student
 import generate_images
 import train_distillation
 from support.runs import PRUNED_CONFIG, ROOT, Outcome, as_if_stopped_after, read_metrics, snapshot
+from support.torchrun import start
 from support.wan_folders import (
     oracle_velocity,
     relative_error,
@@ -121,6 +122,17 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_encoder(place, student, smal
         next((again / "checkpoints" / "step_00000004").iterdir()).write_bytes(b"cut short")
     assert distill_text_encoder.main(flags(place, student=student, output_dir=again)) == 0
     assert (again / "model.safetensors").read_bytes() == (small / "model.safetensors").read_bytes()
+
+
+def test_two_processes_make_the_encoder_of_one(place, small, tmp_path):
+    """`small` was made by one process, with batches of 2; its losses to fp32 rounding."""
+    words = flags(place, student=place / "student", output_dir=tmp_path / "two", batch_size=1)
+    running = start(2, words, tmp_path / "log", distill_text_encoder.main)
+    for process in running:
+        process.join(240)
+    assert [process.exitcode for process in running] == [0, 0], (tmp_path / "log").read_text()
+    ours, theirs = ([line["loss"] for line in read_metrics(folder)] for folder in (tmp_path / "two", small))
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_another_run_is_not_resumed_and_what_is_replaced_is_kept_beside(place, student, small, tmp_path, run_main):

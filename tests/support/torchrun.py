@@ -17,16 +17,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_as(rank: int, count: int, port: int, argv: list[str], log: Path) -> None:
+def run_as(rank: int, count: int, port: int, argv: list[str], log: Path, main=train_distillation.main) -> None:
     """A process as torchrun starts it, without the seconds that loading torch anew would take."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    run_and_exit(lambda: exit_code(train_distillation.main, argv, many_processes=True), descriptor)
+    run_and_exit(lambda: exit_code(main, argv, many_processes=True), descriptor)
 
 
-def start(count: int, argv: list[str], log: Path) -> list[multiprocessing.Process]:
+def start(count: int, argv: list[str], log: Path, main=train_distillation.main) -> list[multiprocessing.Process]:
     port = free_port()
-    return [fork(run_as, rank, count, port, argv, log) for rank in range(count)]
+    return [fork(run_as, rank, count, port, argv, log, main) for rank in range(count)]

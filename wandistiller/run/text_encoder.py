@@ -37,7 +37,7 @@ from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_enco
 
 TEXT_SLOTS = 512  # of the released Wans
 LR, LR_WIDTH = 2e-3, 64  # the rate of an encoder of this width; it falls with the root of the width
-CUT_BATCHES = 16  # whose hidden states say which directions the small encoder keeps
+CUT_PROMPTS, AT_ONCE = 256, 8  # whose hidden states say which directions the small encoder keeps
 STATE_COPIES = 4  # weights, their average and AdamW's two moments
 WRITTEN = (CONFIG_NAME, MODEL_NAME, "tokenizer.json", "spiece.model")
 
@@ -217,8 +217,8 @@ def build(
     teacher.to(device)
     layers = spread_layers(teacher.config.num_layers, settings.shape["num_layers"])
     texts = [
-        batches.of_prompts(range(start, min(start + settings.batch_size, count)))
-        for start in range(0, min(count, CUT_BATCHES * settings.batch_size), settings.batch_size)
+        batches.of_prompts(range(start, min(start + AT_ONCE, count)))
+        for start in range(0, min(count, CUT_PROMPTS), AT_ONCE)
     ]
     small: Any = cut_umt5(teacher, settings.shape, [(text.ids, text.mask) for text in texts], layers)
     del teacher  # but for its token table
