@@ -22,10 +22,8 @@ from wandistiller.sampling.sampler import SamplingOptions, StudentField, Velocit
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 NUM_PATHS = 16
-NUM_DRAWN, FEWER_STEPS = (
-    8,
-    (2, 8),
-)  # paths that are drawn to the end, and steps of the teacher beside all and those of a path
+NUM_DRAWN = 8  # paths that are drawn to the end, by the teacher in all of its steps, in fewer, and in those of a path
+FEWER_STEPS = (1, 2, 8)
 SEED = 2**31  # far from the seeds that pictures are drawn from
 
 
@@ -102,7 +100,7 @@ def draw_path_states(
     if full_steps is None:
         return PathStates(latents, sigma, velocity, torch.empty(0, *latent_shape), torch.empty(0, 2))
     few = {options.num_inference_steps: ends[0, :NUM_DRAWN]}
-    for steps in (*FEWER_STEPS, full_steps):
+    for steps in (*(steps for steps in FEWER_STEPS if steps < full_steps), full_steps):
         few[steps] = _draw(teacher, prompt_embeds, noise, replace(options, num_inference_steps=steps), batch_size)
     full = few[full_steps]
     errors = [[steps, endpoint_error(few[steps], full)] for steps in sorted(few) if steps < full_steps]
