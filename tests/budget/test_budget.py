@@ -6,6 +6,8 @@ pytest tests/budget/test_budget.py
 """
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 import train_distillation
 from benchmarks import shapes
 from support.measures import LiveBytes, count_flops
+from support.runs import ROOT, read_metrics
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.budget.cards import GIB, card
 from wandistiller.budget.machine import find_machine
@@ -33,7 +36,7 @@ from wandistiller.budget.workload import Workload, guided_fraction, step_flops
 from wandistiller.device import DTYPES
 from wandistiller.model.sizes import transformer_flops, weight_bytes
 from wandistiller.projection.project import project_teacher
-from wandistiller.run.dry_run import workload_of
+from wandistiller.run.dry_run import with_texts, workload_of
 from wandistiller.run.inputs import read_inputs
 from wandistiller.run.resolve import resolve
 from wandistiller.sampling.flow import shift_sigma, unshift_sigma
@@ -86,6 +89,24 @@ def test_bytes_of_a_checkpoint_on_disk(flags_of, run_main, tmp_path, flags):
     expected = checkpoint_bytes(workload_of(resolve(given, read_inputs(given)), "fp32"))
     # Beside it counters; and of several sizes each counts as the largest:
     assert expected == pytest.approx(saved, abs=0.15 * saved if "--image_sizes" in flags else 40_000)
+
+
+def test_caches_on_disk_and_memory_of_a_run_in_a_process_of_its_own(flags_of, tmp_path):
+    prompts, answers = tmp_path / "prompts", tmp_path / "answers"
+    words = flags_of("out", "--max_steps", 6, "--batch_size", 4, "--prompt_cache", prompts, "--teacher_cache", answers)
+    subprocess.run([sys.executable, ROOT / "train_distillation.py", *words], check=True, capture_output=True, cwd=ROOT)
+    given = train_distillation.parse_args(words)
+    settings = resolve(given, read_inputs(given))
+    run = with_texts(settings, workload_of(settings))
+    planned = {part.name: part.num_bytes for part in disk_budget(run)}
+    for name, files in {
+        "prompt cache": prompts.rglob("*.safetensors"),
+        "teacher cache": answers.glob("answers_*"),
+    }.items():
+        written = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+        assert planned[name] == pytest.approx(written, rel=0.1), name
+    taken, peak = read_metrics(tmp_path / "out")[-1]["memory_bytes"], peak_bytes(memory_budget(run))
+    assert 0.4 * peak < taken <= peak  # libraries, most of all
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
