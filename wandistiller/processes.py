@@ -232,18 +232,17 @@ def each_in_one_process(work: Callable[[Tensor], Tensor], values: Iterable[Tenso
 
     All processes call this, with the same values or their shards of them. Answers are of one shape, and are exchanged.
     """
-    wholes: dict[int, Tensor] = {}
-    rank, count = dist.get_rank() if dist.is_initialized() else 0, 0
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    own, count = torch.empty(0), 0
     for count, value in enumerate(values, start=1):
         whole = full_tensor(value)
-        if count - 1 in (0, rank):  # a process that is left over repeats the first one's work
-            wholes[count - 1] = whole
-        del whole
-    done = work(wholes.pop(rank) if rank in wholes else wholes.pop(0))
-    if num_processes() == 1:
-        return [done]
-    parts = [torch.empty_like(done) for _ in range(num_processes())]
-    dist.all_gather(parts, done)
+        if count == 1 or count == rank + 1:  # a process that is left over repeats the first one's work
+            own = whole
+        del whole, value
+    parts = [done := work(own)]
+    if num_processes() > 1:
+        parts = [torch.empty_like(done) for _ in range(num_processes())]
+        dist.all_gather(parts, done)
     return parts[:count]
 
 

@@ -120,9 +120,10 @@ def host_verdict(workload: Workload, memory: int) -> Verdict:
     highest = max(phases, key=phases.__getitem__)
     if phases[highest] <= memory:
         return Verdict(True, False, f"host memory, {gib(phases[highest])} of {gib(memory)}")
-    others = {"--teacher_dtype fp8": {"teacher_dtype": "fp8"}, "no --teacher_offload": {"teacher_offload": None}}
-    less = {flags: peak_bytes(host_budget(replace(workload, **changes))) for flags, changes in others.items()}
-    ways = [f"{flags}: {gib(num_bytes)}" for flags, num_bytes in less.items() if num_bytes < phases[highest]]
+    rounded = peak_bytes(host_budget(replace(workload, teacher_dtype="fp8")))
+    ways = ["leave --teacher_offload out"] if workload.teacher_offload else []
+    if rounded < phases[highest]:
+        ways = [f"--teacher_dtype fp8: {gib(rounded)}"]
     if highest == "encoding":
         ways = ["give a --prompt_cache that was filled on a larger machine"]
     if workload.processes_per_machine > 1:

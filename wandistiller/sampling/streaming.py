@@ -44,10 +44,14 @@ class StreamedBlocks:
             _move_rest(expert, device)
         layout = _offsets(tensors_of(stacks[0][0]))
         self.host: dict[nn.Module, tuple[Tensor, list[Tensor]]] = {}
+        model = tensors_of(stacks[0][0])
         for stack in stacks:
             for block, memory in zip(stack, _host_memory(len(stack), layout[-1], device), strict=True):
-                self.host[block] = memory, _moved(tensors_of(block), memory, layout)
-        model = tensors_of(stacks[0][0])
+                views = _views(model, memory, layout)
+                for tensor, view in zip(tensors_of(block), views, strict=True):
+                    view.copy_(tensor)
+                    tensor.data = view  # one at a time, so that no expert is there twice
+                self.host[block] = memory, views
         memories = [torch.empty(layout[-1], dtype=torch.uint8, device=device) for _ in range(num_rooms)]
         self.rooms = [(memory, _views(model, memory, layout)) for memory in memories]
         self.holders: list[nn.Module | None] = [None] * num_rooms
@@ -121,27 +125,18 @@ def _views(tensors: Sequence[Tensor], memory: Tensor, offsets: Sequence[int]) ->
     ]
 
 
-def _moved(tensors: Sequence[Tensor], memory: Tensor, offsets: Sequence[int]) -> list[Tensor]:
-    """Move tensors into a block's host memory, one at a time, so that no expert is there twice; return them as views of it."""
-    views = _views(tensors, memory, offsets)
-    for tensor, view in zip(tensors, views, strict=True):
-        view.copy_(tensor)
-        tensor.data = view
-    return views
-
-
 def _host_memory(num_blocks: int, block_bytes: int, device: torch.device) -> list[Tensor]:
     """Return the memory of each block, pinned for a GPU."""
-    is_pinned, per_piece = device.type == "cuda", max(1, PINNED_BYTES // block_bytes)
-    rows: list[Tensor] = []
-    for start in range(0, num_blocks, per_piece):
-        count = min(per_piece, num_blocks - start)
-        rows += torch.empty(count, block_bytes, dtype=torch.uint8, pin_memory=is_pinned).unbind()
-    return rows
+    is_pinned, counts = device.type == "cuda", _blocks_of_pieces(num_blocks, block_bytes)
+    pieces = [torch.empty(count, block_bytes, dtype=torch.uint8, pin_memory=is_pinned) for count in counts]
+    return [row for piece in pieces for row in piece.unbind()]
 
 
 def pinned_bytes(num_blocks: int, block_bytes: int) -> int:
     """Return the bytes of pinned memory that an expert's blocks take."""
-    per_piece = max(1, PINNED_BYTES // block_bytes)
-    counts = [min(per_piece, num_blocks - start) for start in range(0, num_blocks, per_piece)]
-    return sum(2 ** math.ceil(math.log2(count * block_bytes)) for count in counts)
+    return sum(2 ** math.ceil(math.log2(count * block_bytes)) for count in _blocks_of_pieces(num_blocks, block_bytes))
+
+
+def _blocks_of_pieces(num_blocks: int, block_bytes: int) -> list[int]:
+    most = max(1, PINNED_BYTES // block_bytes)
+    return [min(most, num_blocks - start) for start in range(0, num_blocks, most)]
