@@ -328,8 +328,8 @@ def test_a_hub_id_without_network(refused):
     refused("--teacher_path", hub_id, words=[hub_id, "hub", "cannot be reached", "local copy"])
 
 
-def test_a_student_as_teacher(refused, previous):
-    refused("--teacher_path", previous, words=[str(previous), "is a student"])
+def test_a_student_as_teacher_needs_a_text_encoder(refused, previous):
+    refused("--teacher_path", previous, words=[str(previous), "--text_encoder_path"])
 
 
 def test_a_low_expert_of_another_shape(refused, tmp_path):
