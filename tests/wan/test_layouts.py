@@ -439,7 +439,7 @@ def test_values_that_are_null_or_left_out_count_as_unknown(teachers, tmp_path):
 
 
 Q, FFN, QUANT = "blocks.0.self_attn.q", "blocks.0.ffn.0", torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
-SCALE = "the scale of blocks.0.ffn.net.0.proj.weight, [48, 128], has shape"
+SCALE = "scale_weight', the scale of blocks.0.ffn.net.0.proj.weight, [48, 128], has shape"
 # Tensors that a file of fp8_scaled weights has beside or in place of its own (None: not at all), and what the refusal says
 SPOILT = {
     "a missing tensor": ({"blocks.1.ffn.2.bias": None}, "blocks.1.ffn.net.2.bias"),
