@@ -439,7 +439,7 @@ def test_values_that_are_null_or_left_out_count_as_unknown(teachers, tmp_path):
 
 
 Q, FFN, QUANT = "blocks.0.self_attn.q", "blocks.0.ffn.0", torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
-SCALE = "scale_weight', the scale of blocks.0.ffn.net.0.proj.weight, [48, 128], has shape"
+SCALE = "': the scale of blocks.0.ffn.net.0.proj.weight, [48, 128], has shape"
 # Tensors that a file of fp8_scaled weights has beside or in place of its own (None: not at all), and what the refusal says
 SPOILT = {
     "a missing tensor": ({"blocks.1.ffn.2.bias": None}, "blocks.1.ffn.net.2.bias"),
@@ -451,7 +451,7 @@ SPOILT = {
     "a scale of columns": ({f"{FFN}.scale_weight": torch.ones(128)}, SCALE),
     "a scale of another shape": ({f"{FFN}.scale_weight": torch.ones(6, 4, 1)}, SCALE),
     "a scale of another type": ({f"{FFN}.scale_weight": torch.ones(1, dtype=torch.int8)}, SCALE),
-    "two scales": ({f"{FFN}.weight_scale": torch.ones(1)}, SCALE),
+    "two scales": ({f"{FFN}.weight_scale": torch.ones(1)}, f"{FFN}.weight_scale{SCALE}"),
     "another marker": ({"scaled_fp8": torch.zeros(2, dtype=torch.float8_e5m2)}, "says F8_E5M2"),
     "whole numbers": ({f"{FFN}.weight": torch.zeros(48, 128, dtype=torch.int8)}, "I8"),
     "names without end": ({f"x{n}": torch.empty(0) for n in range(20_000)}, "tensors, as no model"),

@@ -260,7 +260,7 @@ def _weight(name: str, stored: Stored, own: Mapping[str, Stored], marker: str | 
     scale = scales[0] if scales else None
     if scale and (len(scales) > 1 or scale.dtype not in FLOATS or not _is_scale_of(scale.shape, stored.shape)):
         raise TeacherFileError(
-            f"{stored.path}: {shown(scale.key)}, the scale of {name}, {list(stored.shape)}, has shape {list(scale.shape)} in {scale.dtype}; allowed: one "
+            f"{stored.path}: {', '.join(shown(each.key) for each in scales)}: the scale of {name}, {list(stored.shape)}, has shape {list(scale.shape)} in {scale.dtype}; allowed: one "
             "float for the whole, for each row, or for each block that divides it"
         )
     return Weight(stored, scale)
