@@ -11,8 +11,9 @@ SIGMA_RANGE = Kind("two numbers from 0 to 1, the lower first", _is_range)
 
 
 def _are_levels(value: object) -> bool:
-    is_list = isinstance(value, list | tuple) and len(value) > 0 and all(map(POSITIVE.fits, value))
-    return is_list and value[0] == 1000 and list(value) == sorted(set(value), reverse=True)
+    if not isinstance(value, list | tuple) or not all(map(POSITIVE.fits, value)):
+        return False
+    return list(value[:1]) == [1000] and list(value) == sorted(set(value), reverse=True)
 
 
 SAMPLER = Kind('"unipc", "euler" or "renoise"', lambda value: value in ("unipc", "euler", "renoise"))
