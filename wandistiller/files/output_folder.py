@@ -31,7 +31,7 @@ SAMPLE_FILE = re.compile(r"step_(\d{1,15})\.png")
 STUDENT_NAMES = ["student_config.json", "diffusion_model.safetensors", "projection_report.json"]
 _OF_A_RUN = [
     *STUDENT_NAMES, TRAINED_PROMPTS_NAME, METRICS_NAME, SAMPLES_NAME, LOSS_PLOT_NAME, TENSORBOARD_NAME, "checkpoints", EVALUATION_NAME,
-    COMPARISON_NAME, FRONTIER_NAME, GALLERY_NAME, CARD_NAME,
+    COMPARISON_NAME, FRONTIER_NAME, GALLERY_NAME, CARD_NAME, RUN_NAME, OVER_TIME_NAME,
 ]  # fmt: skip
 
 
