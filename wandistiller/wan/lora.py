@@ -144,7 +144,7 @@ def open_lora(path: str | Path, scale: float, shapes: Mapping[str, tuple[int, ..
     for key, (part, name) in read_keys(path, tensors, shapes).items():
         stored = tensors[key]
         if part in parts[name]:
-            raise LoraError(f"{path}: changes {name} twice, the second time as {key}; save the LoRA again")
+            raise LoraError(f"{path}: changes {name} twice, as {parts[name][part].key} and {key}; save the LoRA again")
         if (
             part != "alpha"
         ):  # which may be a whole number, and without an end where it counts for nothing (LoKr of whole matrices)
