@@ -122,7 +122,7 @@ def test_odd_metrics_cost_at_most_their_plot(tmp_path, loss):
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(["no line", *lines]), encoding="utf-8")
     plot = gallery_page(evaluated(), tmp_path).split("<h2>Training</h2>")[1]
-    assert "held-out states" in plot and "nan" not in plot.lower()
+    assert "held-out velocity error" in plot and "nan" not in plot.lower()
 
 
 def test_a_file_of_a_person_is_neither_replaced_nor_moved(tmp_path, capsys):

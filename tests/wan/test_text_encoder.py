@@ -384,7 +384,7 @@ NORM, QUERY = "encoder.final_layer_norm.weight", "encoder.block.0.layer.0.SelfAt
             r"holds no \.safetensors weights; allowed: model\.safetensors",
         ),
         (lambda f: write_index(f, {"shared.weight": "../outside.safetensors"}), "names '../outside.safetensors'"),
-        (lambda f: write_index(f, {"shared.weight": "pytorch_model.bin"}), "only .safetensors shards are read"),
+        (lambda f: write_index(f, {"shared.weight": "pytorch_model.bin"}), "is no .safetensors file"),
         (lambda f: shutil.rmtree(f / "tokenizer"), r"tokenizer: holds no tokenizer\.json or spiece\.model"),
         (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"), "tokenizer cannot be loaded"),
         (lambda f: edit_weights(f, lambda w: w["shared.weight"].zero_()), "all zeros"),

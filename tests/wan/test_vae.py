@@ -156,7 +156,7 @@ NAME = "decoder.mid_block.resnets.0.conv1.weight"
         (lambda f: edit_tensors(f, lambda t: t.update({NAME: torch.ones(2, 2)})), f"{NAME}' has shape"),
         (lambda f: edit_tensors(f, lambda t: t.update({NAME: t[NAME].to(torch.int32)})), "stored as I32"),
         (lambda f: edit_tensors(f, lambda t: t.pop("encoder.conv_in.weight")), "holds no VAE of a Wan"),
-        (lambda f: to_index(f, "weights.bin"), "only .safetensors shards are read"),
+        (lambda f: to_index(f, "weights.bin"), "is no .safetensors file"),
         (lambda f: to_index(f, "../x.safetensors"), "outside its folder"),
         (lambda f: edit(f, num_res_blocks=10**9), "num_res_blocks is 1000000000, the tensors beside it have 2"),
         (lambda f: edit(f, dim_mult=[1] * 4), "dim_mult is"),
