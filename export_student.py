@@ -18,7 +18,7 @@ from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_output_folder, check_writable, removed_if_empty
 from wandistiller.flags import TeacherFlags, flag, group, parse_flags, path, switch
-from wandistiller.model.config import CONFIG_NAME, StudentConfig
+from wandistiller.model.config import StudentConfig
 from wandistiller.students.drawing import example_prompt
 from wandistiller.students.parts import DrawingParts, find_recorded_encoder, teacher_paths
 from wandistiller.students.record import StudentRecord, load_shape, load_student_config
@@ -98,7 +98,7 @@ def read_config(flags: Flags) -> StudentConfig:
         config = (load_student_config if flags.format == "pipeline" else load_shape)(flags.student)
     if config.block != "wan":
         raise UserError(
-            f'{Path(flags.student) / CONFIG_NAME}: a student of block "{config.block}" is no Wan, and no other tool knows its '
+            f'--student {flags.student}: a student of block "{config.block}" is no Wan, and no other tool knows its '
             'architecture; only block "wan" can be exported'
         )
     if flags.workflow and config.num_channels not in (16, 48):
