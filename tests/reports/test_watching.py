@@ -366,3 +366,14 @@ def test_a_pipe_in_the_place_of_an_evaluation_keeps_nobody_waiting(tmp_path):
     os.mkfifo(tmp_path / "evaluation.json")
     with at_most(20):
         assert "## Evaluation" not in try_to_write_model_card(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_folder_of_tensorboard_that_goes_is_told_of_by_an_error_alone(tmp_path, capfd):
+    tracker = trackers.TensorBoardFiles(tmp_path / "tensorboard")
+    tracker.step(metrics_of(1))
+    shutil.rmtree(tmp_path / "tensorboard")
+    with pytest.raises(FileNotFoundError):
+        for step in range(2, 1000):
+            tracker.step(metrics_of(step))
+            tracker.writer.flush()
+    assert "Traceback" not in capfd.readouterr().err
