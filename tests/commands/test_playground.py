@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -90,7 +91,36 @@ def test_it_listens_on_this_machine_alone_and_sends_nothing_out(url):
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "words"), [("--student", ".", "student_config.json"), ("--port", 0, "--port")]
+    ("path", "origin", "status"),
+    [
+        ("config", None, 200),
+        ("config", "own", 200),
+        ("config", "http://attacker.example", 403),
+        ("config", "null", 403),
+        ("gradio_api/upload", None, 403),
+        ("gradio_api/upload", "own", 403),
+    ],
+)
+def test_it_answers_its_own_page_alone_and_takes_no_upload(url, path, origin, status):
+    form = b'--xx\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\na\r\n--xx--\r\n'
+    headers = {} if origin is None else {"Origin": url.rstrip("/") if origin == "own" else origin}
+    upload = {"data": form, "method": "POST"} if "upload" in path else {}
+    headers |= {"Content-Type": "multipart/form-data; boundary=xx"} if upload else {}
+    try:
+        found = urllib.request.urlopen(urllib.request.Request(url + path, headers=headers, **upload), timeout=20).status
+    except urllib.error.HTTPError as error:
+        found = error.code
+    assert found == status
+
+
+def test_a_host_that_is_not_this_machine_is_refused(url):
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(urllib.request.Request(f"{url}config", headers={"Host": "attacker.example"}), timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [("--student", ".", "student_config.json"), ("--port", 0, "--port"), ("--outputs", "nowhere", "--student")],
 )
 def test_mistakes_in_flags_are_answered_in_one_line(run_main, tmp_path, monkeypatch, flag, value, words):
     monkeypatch.chdir(tmp_path)
