@@ -196,6 +196,7 @@ def test_a_pipeline_with_the_small_encoder_draws_what_generate_images_draws_with
     assert ours.std() > 10 and np.abs(ours - theirs).max() <= 2
 
 
+@pytest.mark.slow  # compares files of ten gibibytes
 def test_the_shipped_config_makes_at_most_400_million_parameters_of_umt5_xxl(place, tmp_path, run_main):
     write_pipeline_folder(tmp_path / "wan")
     shutil.rmtree(tmp_path / "wan" / "text_encoder")
