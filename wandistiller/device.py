@@ -39,9 +39,8 @@ def peak_memory_bytes(device: str) -> int | None:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        with open(
-            "/proc/self/status", encoding="utf-8"
-        ) as file:  # getrusage also counts the process that started this one
+        # getrusage would count the process that started this one too.
+        with open("/proc/self/status", encoding="utf-8") as file:
             return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return None

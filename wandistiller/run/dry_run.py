@@ -76,7 +76,6 @@ def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
     """
     config, sizes = settings.config, range(len(settings.image_sizes))
     walks = [walk_options(settings, size, settings.num_samples_per_step) for size in sizes]
-    has_segments = settings.student_steps is not None and settings.teacher_cache is None
     return Workload(
         teacher=settings.wan_files.config,
         student=config,
@@ -98,7 +97,7 @@ def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
         ema=settings.optimization.ema_decay > 0,
         num_features=config.depth if settings.feature_loss_weight else 0,
         stored_batches=0 if settings.teacher_cache else sum(part.capacity for part in schedules_of(settings)),
-        stored_segments=sum(segment_capacity(settings, size) for size in sizes) if has_segments else 0,
+        stored_segments=sum(segment_capacity(settings, size) for size in sizes) if settings.gathers_segments else 0,
         latents_per_slot=0 if settings.teacher_cache else sum(walk.latents_per_slot for walk in walks),
         calls_per_step=settings.num_calls / settings.num_steps,
         segment_passes=segment_passes(settings),

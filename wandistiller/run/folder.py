@@ -16,7 +16,8 @@ from wandistiller.files.output_folder import (
 from wandistiller.processes import leave
 from wandistiller.run.dry_run import check_disk, workload_of
 from wandistiller.run.settings import NEUTRAL, Settings
-from wandistiller.training.checkpoints import Checkpoint, Checkpoints
+from wandistiller.training.checkpoints import Checkpoint, Checkpoints, DamagedCheckpointError
+from wandistiller.training.state import RunState
 from wandistiller.wan.settings import describe_teacher
 
 # What else a run must share with the one that it resumes, with the value that counts where a checkpoint lacks it. All other settings
@@ -58,6 +59,30 @@ class Folder:
                 had, has = checkpoint.manifest.batch_size, settings.num_samples_per_step
                 print(f"Training states start anew: a step had {had} samples, and has {has} now")
         return replace(self, resume_from=checkpoint)
+
+    def load_newest(
+        self, settings: Any, state_of: Callable[[Checkpoint], RunState]
+    ) -> "tuple[RunState | None, Folder]":
+        """Load the newest checkpoint that holds the state of this run; return the state, None without one, and the folder at it.
+
+        A checkpoint can be damaged though its checksums are right, and then the one before it is loaded.
+
+        Args:
+            state_of: returns the state that a checkpoint is loaded into.
+
+        Raises:
+            UserError: none of the checkpoints can be loaded.
+        """
+        folder = self
+        while (checkpoint := folder.resume_from) is not None:
+            state = state_of(checkpoint)
+            try:
+                state.load(checkpoint)
+                return state, folder
+            except DamagedCheckpointError as error:
+                folder.checkpoints.tell_of_damage(checkpoint.folder, str(error))
+                folder = folder.resuming_from(folder.checkpoints.newest(before=checkpoint.step), settings)
+        return None, folder
 
 
 def run_identity(settings: Settings) -> dict[str, object]:

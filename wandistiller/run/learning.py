@@ -67,7 +67,7 @@ def walked_batches(
     for size, (schedule, own) in enumerate(zip(schedules, options, strict=True)):
         store = Store(schedule.capacity, slots, total, own.key, settings.device, len(schedules), kept_on)
         sources.append((Walk(teacher, prompt_embeds, own, slots), store))
-        if settings.student_steps is not None:
+        if settings.gathers_segments:
             key = settings.seed, 2 * len(schedules) + size
             capacity = segment_capacity(settings, size)
             segments.append(Store(capacity, slots, total, key, settings.device, kept_on=kept_on))
@@ -91,7 +91,7 @@ def walk_options(settings: Settings, size: int, num_slots: int) -> WalkOptions:
     Args:
         num_slots: those of a batch, or those of a cache.
     """
-    teacher, gathers_segments = settings.teacher, settings.student_steps is not None and settings.teacher_cache is None
+    teacher = settings.teacher
     return WalkOptions(
         key=(settings.seed, size),
         latent_shape=settings.latent_shapes[size],
@@ -106,7 +106,7 @@ def walk_options(settings: Settings, size: int, num_slots: int) -> WalkOptions:
         renoises=teacher.teacher_sampler == "renoise",
         boundary=teacher.boundary_ratio,
         calls_per_expert=settings.calls_per_expert,
-        segment_ends=(*grids_of_segments(settings)[:, 0].tolist(), 0.0) if gathers_segments else (),
+        segment_ends=(*grids_of_segments(settings)[:, 0].tolist(), 0.0) if settings.gathers_segments else (),
         device=settings.device,
         compute_dtype=settings.compute_dtype,
     )
@@ -143,10 +143,8 @@ def build_few_step_batches(
         )
         for size in range(sizes)
     ]
-    teacher, schedules = (
-        SegmentTeacher(frozen, grids, bool(settings.teacher_levels)),
-        make_schedules(num_steps, settings.replay, sizes),
-    )
+    teacher = SegmentTeacher(frozen, grids, bool(settings.teacher_levels))
+    schedules = make_schedules(num_steps, settings.replay, sizes)
     return walked_batches(settings, prompt_embeds, teacher, schedules, options)
 
 

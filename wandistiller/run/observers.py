@@ -41,7 +41,7 @@ class RunObserver(Observer):
         trackers: told of every step and picture.
         held_out: measures the student; None where nothing is measured.
         samples: draws with the student; None where nothing is drawn.
-        student_sampling: how the saved student draws, and so the one of the second stage.
+        student_sampling: how the saved student draws, and so the one of the second stage; None where nothing is drawn.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class RunObserver(Observer):
         progress: Progress | None,
         trackers: Trackers,
         held_out: PathErrors | None,
-        samples: Samples | None,
-        student_sampling: SamplingOptions,
+        samples: Samples | None = None,
+        student_sampling: SamplingOptions | None = None,
     ):
         self.progress, self.trackers, self.held_out, self.samples = progress, trackers, held_out, samples
         self.student_sampling = student_sampling

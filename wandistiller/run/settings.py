@@ -145,6 +145,11 @@ class Settings:
         return self.image_sizes == (square(self.config.image_size),)
 
     @property
+    def gathers_segments(self) -> bool:
+        """Whether the teacher's paths are walked in the run, so that the second stage can learn from segments of theirs."""
+        return self.student_steps is not None and self.teacher_cache is None and self.states == "trajectory"
+
+    @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
         """(C, H, W) of the latents of each image size."""
         return [self.teacher.latent_shape(self.config, size) for size in self.image_sizes]

@@ -9,7 +9,7 @@ from wandistiller.run.build import compile_blocks
 from wandistiller.run.folder import Folder
 from wandistiller.run.learning import build_few_step_batches
 from wandistiller.run.settings import Settings
-from wandistiller.training.checkpoints import DamagedCheckpointError
+from wandistiller.training.checkpoints import Checkpoint
 from wandistiller.training.loop import Observer, Saving, TrainingResult, train
 from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.state import RunState
@@ -43,22 +43,15 @@ class Stages:
         return None if self.state.frozen is None else self.settings.student_steps
 
     def resume(self, folder: Folder) -> Folder:
-        """Load the newest checkpoint that holds the state of this run; return the folder at it.
-
-        A checkpoint can be damaged though its checksums are right, and then the one before it is loaded.
-
-        Raises:
-            UserError: none of the checkpoints can be loaded.
-        """
+        """Load the newest checkpoint that holds the state of this run, of either stage; return the folder at it."""
         first = self.state
-        while (checkpoint := folder.resume_from) is not None:
-            self.state = self._second(checkpoint.manifest.first_step) if checkpoint.manifest.first_step else first
-            try:
-                self.state.load(checkpoint)
-                break
-            except DamagedCheckpointError as error:
-                folder.checkpoints.tell_of_damage(checkpoint.folder, str(error))
-                folder = folder.resuming_from(folder.checkpoints.newest(before=checkpoint.step), self.settings)
+
+        def state_of(checkpoint: Checkpoint) -> RunState:
+            first_step = checkpoint.manifest.first_step
+            return self._second(first_step) if first_step else first
+
+        loaded, folder = folder.load_newest(self.settings, state_of)
+        self.state = loaded or first
         return folder
 
     def train(self, observer: Observer, folder: Folder) -> TrainingResult:

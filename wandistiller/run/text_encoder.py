@@ -24,7 +24,7 @@ from wandistiller.run.build import print_encoding
 from wandistiller.run.folder import Folder, open_folder
 from wandistiller.run.observers import RunObserver, build_trackers
 from wandistiller.students.record import load_shape
-from wandistiller.training.checkpoints import Checkpoints, DamagedCheckpointError
+from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.training.loop import Saving, TrainingOptions, TrainingResult, train
 from wandistiller.training.objective import TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
@@ -173,7 +173,7 @@ def distil_text_encoder(settings: EncoderSettings) -> int:
     with open_folder(settings, identity, check_disk) as folder:
         tokens, embeds = embed(settings)
         state, held_out = build(settings, tokens, embeds)
-        folder = resume(settings, state, folder)
+        _, folder = folder.load_newest(settings, lambda _: state)
         result = watched(settings, folder, state, held_out)
         if settings.processes.is_first:
             small: Any = state.trained.student
@@ -257,18 +257,6 @@ class EncoderObserver(RunObserver):
         return None if self.held_out is None else cast(Any, self.held_out)(student)
 
 
-def resume(settings: EncoderSettings, state: RunState, folder: Folder) -> Folder:
-    """Load the newest checkpoint that holds the state of this run; return the folder at it."""
-    while (checkpoint := folder.resume_from) is not None:
-        try:
-            state.load(checkpoint)
-            break
-        except DamagedCheckpointError as error:
-            folder.checkpoints.tell_of_damage(checkpoint.folder, str(error))
-            folder = folder.resuming_from(folder.checkpoints.newest(before=checkpoint.step), settings)
-    return folder
-
-
 def watched(settings: Any, folder: Folder, state: RunState, held_out: Any) -> TrainingResult:
     """Train with the progress shown and written down as that of any run."""
     processes = settings.processes
@@ -278,7 +266,7 @@ def watched(settings: Any, folder: Folder, state: RunState, held_out: Any) -> Tr
             print(f"What was in {folder.path} is now in {aside}")
     progress = Progress(settings.num_steps, folder.first_step) if processes.is_first else None
     with build_trackers(settings, folder) if processes.is_first else Trackers() as trackers:
-        observer = EncoderObserver(progress, trackers, held_out, None, cast(Any, None))  # it draws nothing
+        observer = EncoderObserver(progress, trackers, held_out)
         with observer.shown():
             return train(
                 state.trained.student,

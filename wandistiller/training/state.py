@@ -68,7 +68,7 @@ class RunState:
         """Begin where the stage before has ended: with its weights, also in the frozen copy, and the segments it has gathered."""
         self.losses, self.calls_before = list(before.losses), before.teacher_calls
         self.frozen.load_state_dict(self.trained.student.state_dict())
-        self.batches.segments = before.batches.segments or self.batches.segments
+        self.batches.segments = before.batches.segments
 
     @property
     def lr(self) -> float:
