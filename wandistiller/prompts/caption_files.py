@@ -1,40 +1,67 @@
-"""Files of captions that a path stands for, a file, a folder or a glob, and the lines of a text file."""
+"""Files of captions: text with one a line or one a file, tables, and the folders and globs of these, read a row at a time.
 
+pyarrow reads Parquet, the standard library all else.
+"""
+
+import csv
 import glob
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from wandistiller.errors import UserError
+from wandistiller.errors import UserError, first_line
+from wandistiller.files.json_files import JsonError, load_json, parse_json
 from wandistiller.files.paths import require_file
 
-TEXT, WHOLE, CSV, TSV, JSON_LINES, JSON, PARQUET = "text", "one caption", "CSV", "TSV", "JSONL", "JSON", "Parquet"
-KINDS = {
-    ".txt": TEXT, ".caption": WHOLE, ".csv": CSV, ".tsv": TSV, ".jsonl": JSON_LINES, ".ndjson": JSON_LINES, ".json": JSON,
-    ".parquet": PARQUET,
-}  # fmt: skip
-# Of a folder a .json is left out: it holds settings more often than captions.
-KINDS_OF_FOLDER = set(KINDS) - {".json"}
-CONFIGS = {".toml", ".yaml", ".yml", ".ini", ".cfg"}
-PACKED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
+LONGEST_PROMPT = 20_000  # letters; Wan reads 512 tokens, some 2,500
+LONGEST_LINE = 8 * 2**20  # letters, far more than any caption; what is longer is another kind of file
+USUAL_COLUMNS = ("caption", "captions", "prompt", "prompts", "text", "texts")
+DELIMITERS = ",;\t|"
+LOOKED_AT_ROWS = 100  # of JSON, whose keys are the columns
+# Of a column of Parquet: captions pack to a third or a tenth; what unpacks to far more was made to fill the memory.
+MOST_VALUES, MOST_UNPACKED, UNPACKED_BYTES = 20_000_000, 100, 8 * 2**20
+SHOWN_COLUMNS, SHOWN_LETTERS = 12, 24  # of a table, in a message
 MEDIA = [
     "png", "jpg", "jpeg", "webp", "gif", "bmp", "avif", "jxl", "tif", "tiff", "heic", "mp4", "mov", "mkv", "webm", "avi", "m4v",
 ]  # fmt: skip
+NOT_READ = {
+    **dict.fromkeys(
+        [".toml", ".yaml", ".yml", ".ini", ".cfg"], "a config by its name; give the captions that it names"
+    ),
+    **dict.fromkeys([".gz", ".bz2", ".xz", ".zst", ".zip"], "packed by its name; unpack it and give what it holds"),
+}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # not U+0080..9F: those are damaged quotes that ftfy repairs
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is none
-LONGEST_LINE = 8 * 2**20  # letters, far more than any caption; what is longer is another kind of file
+_SURROGATE = re.compile("[\ud800-\udfff]")
 WHAT_TO_GIVE = "give a text file with one prompt a line, a table (.csv, .tsv, .jsonl, .json, .parquet), or a folder or a glob of these"
 
 
-@dataclass(frozen=True)
-class CaptionFile:
-    """A file and what it holds: TEXT a caption a line, WHOLE one caption, else the kind of its table."""
+class WrongRow(str):
+    """Why no caption can be taken from a row, which is left out and counted."""
+
+
+class CaptionFile(NamedTuple):
+    """A file, and what yields its captions: texts, None, lists of these, or what is none; it takes a path and a column's name."""
 
     path: Path
-    kind: str
+    read: Callable[[Path, str | None], Iterator[object]]
+
+
+def unusable(prompt: str) -> str | None:
+    """Return what is wrong with a prompt; None where it is one."""
+    if not prompt or prompt.isspace():
+        return "is empty"
+    if len(prompt) > LONGEST_PROMPT:
+        return f"is longer than {LONGEST_PROMPT:,} letters"
+    if prompt.isprintable():
+        return None
+    if control := CONTROL.search(prompt.replace("\r", " ")):
+        return f"holds the control character U+{ord(control[0]):04X}"
+    return "is not UTF-8 text" if _SURROGATE.search(prompt) else None
 
 
 def find_caption_files(path: str | Path, prompt_per: str | None = None) -> list[CaptionFile]:
@@ -45,64 +72,41 @@ def find_caption_files(path: str | Path, prompt_per: str | None = None) -> list[
             video of its name lies beside it, as trainers of LoRAs have them, or its name ends in .caption.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or one is a config or packed.
     """
-    place = Path(path)
+    place, found = Path(path), [Path(path)]
     if place.is_dir():
-        found = list(_captions_below(place))
-        if not found:
-            raise UserError(f"{path}: cannot be read (Is a directory without captions); {WHAT_TO_GIVE}")
+        kinds = READERS.keys() - {".json"}  # which holds settings more often than captions
+        found = [file for file in place.rglob("*") if file.suffix.lower() in kinds and file.is_file()]
+        found = [file for file in found if not any(part[0] == "." for part in file.relative_to(place).parts)]
     elif not os.path.lexists(place) and glob.has_magic(str(path)):
         found = [file for name in glob.iglob(str(path), recursive=True) if (file := Path(name)).is_file()]
-        found = [file for file in found if file.suffix.lower().lstrip(".") not in MEDIA]
-        if not found:
-            raise UserError(f"{path}: no file matches; {WHAT_TO_GIVE}")
-    else:
-        found = [place]
+        found = [file for file in found if file.suffix.lower()[1:] not in MEDIA]
+    if not found:
+        raise UserError(f"{path}: is a directory or pattern without captions; {WHAT_TO_GIVE}")
     media_in = cache(_media_in)
-    return [CaptionFile(file, _kind_of(file, prompt_per, media_in)) for file in sorted(found)]
-
-
-def _captions_below(folder: Path) -> Iterator[Path]:
-    """Yield the files of captions in a folder and its folders, but for what is hidden."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); {WHAT_TO_GIVE}")
-
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in (Path(place, name) for name in names if not name.startswith(".")):
-            suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
-            kind = suffixes[0] if len(suffixes) == 2 and suffixes[1] in PACKED else file.suffix.lower()
-            if kind in KINDS_OF_FOLDER and file.is_file():
-                yield file
+    return [CaptionFile(file, _reader_of(file, prompt_per, media_in)) for file in sorted(found)]
 
 
 def _media_in(folder: Path) -> set[str]:
     """Return the names of the pictures and videos in a folder, without their suffixes."""
-    try:
-        names = [name.rpartition(".") for name in os.listdir(folder)]
-    except OSError:
-        return set()
+    names = [name.rpartition(".") for name in (os.listdir(folder) if folder.is_dir() else ())]
     return {stem for stem, _, suffix in names if suffix.lower() in MEDIA}
 
 
-def _kind_of(file: Path, prompt_per: str | None, media_in: Callable[[Path], set[str]]) -> str:
+def _reader_of(file: Path, prompt_per: str | None, media_in: Callable[[Path], set[str]]) -> Callable:
     suffix = file.suffix.lower()
-    if suffix in CONFIGS:
-        raise UserError(
-            f"{file}: is a config by its name; give the captions that it names, or rename it where it holds prompts"
-        )
-    if suffix in PACKED:
-        raise UserError(f"{file}: is packed by its name; unpack it and give what it holds")
-    kind = KINDS.get(suffix, TEXT)
-    if kind not in (TEXT, WHOLE):
-        return kind
-    if prompt_per is None:
-        is_whole = kind == WHOLE or bool(media_in(file.parent) & {file.stem, file.name.partition(".")[0]})
-    else:
-        is_whole = prompt_per == "file"
-    return WHOLE if is_whole else TEXT
+    if suffix in NOT_READ:
+        raise UserError(f"{file}: is {NOT_READ[suffix]}")
+    read = READERS.get(suffix, read_lines)
+    if read not in (read_lines, read_whole):
+        return read
+    if prompt_per is None and media_in(file.parent) & {file.stem, file.name.partition(".")[0]}:
+        return read_whole
+    return {"line": read_lines, "file": read_whole, None: read}[prompt_per]
+
+
+# ---- text ----
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -111,12 +115,12 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         UserError: the file cannot be read, or a line is no text.
     """
-    number = 0
     try:
         require_file(path)
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as text:
-            while line := text.readline(LONGEST_LINE):
-                number += 1
+            for number in itertools.count(1):
+                if not (line := text.readline(LONGEST_LINE)):
+                    return
                 _check_text(line, f"{path}, line {number}")
                 yield number, line.removesuffix("\n")
     except OSError as error:
@@ -131,3 +135,173 @@ def _check_text(line: str, where: str) -> None:
     if line.startswith(("\udcff\udcfe", "\udcfe\udcff")):
         raise UserError(f"{where}: starts with a UTF-16 byte order mark; save the file as UTF-8")
     raise UserError(f"{where}: byte 0x{ord(found[0]) - 0xDC00:02X} is not UTF-8; save the file as UTF-8")
+
+
+def read_lines(path: Path, asked: str | None = None) -> Iterator[str]:
+    """Yield the prompts of a text file, one a line; blank lines and `#` lines do not count.
+
+    Raises:
+        UserError: a line is no prompt.
+    """
+    for number, row in text_lines(path):
+        prompt, where = row.lstrip("\ufeff").strip(), f"{path}, line {number}"  # files were concatenated
+        if not prompt or prompt.startswith("#"):
+            continue
+        if reason := unusable(prompt):
+            raise UserError(f"{where}: {reason}; a prompts file is plain UTF-8 text, one prompt a line")
+        if prompt.startswith("--"):
+            raise UserError(f"{where}: begins with an option, {prompt[:40]!r}; write the prompt alone")
+        yield prompt
+
+
+def read_whole(path: Path, asked: str | None = None) -> Iterator[str]:
+    """Yield the one caption of a file; of a long one hardly more than is taken."""
+    caption = ""
+    for _, line in text_lines(path):
+        caption += line.strip("\ufeff") + "\n"
+        if len(caption) > LONGEST_PROMPT:
+            break
+    yield caption.strip()
+
+
+# ---- tables ----
+
+
+def _column(path: Path, columns: Sequence[str], asked: str | None) -> str:
+    """Return the column of captions: the one that is asked for, or has a caption's name; never another, which may hold names of pictures.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    names = USUAL_COLUMNS if asked is None else (asked.strip().lower(),)
+    found = [name for name in columns if name.strip().lower() in names]
+    if asked in columns:
+        return str(asked)
+    if len(found) == 1:
+        return found[0]
+    shown = ", ".join(repr(name[:SHOWN_LETTERS]) for name in columns[:SHOWN_COLUMNS])
+    raise UserError(
+        f"{path}: {'more than one' if found else 'no'} column of it is called {' or '.join(names)}; give --caption_column the name "
+        f"of the one with the captions; it has {shown}{' and others' if len(columns) > SHOWN_COLUMNS else ''}"
+    )
+
+
+def read_csv(path: Path, asked: str | None, usual: str = ",") -> Iterator[str]:
+    """Yield the captions of cells between commas, semicolons, tabs or bars, whichever the first line has most of."""
+    lines = (f"{line}\n" for _, line in text_lines(path))
+    first = next((line for line in lines if line.strip()), "")
+    delimiter = max(usual + DELIMITERS, key=first.count)
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        index = header.index(_column(path, header, asked))
+        for row in filter(None, reader):
+            if len(row) == len(header):
+                yield row[index]
+            elif len(header) == 1:  # one column, whose captions hold the delimiter
+                yield delimiter.join(row)
+            else:
+                yield WrongRow("with more or fewer cells than the first line (commas need quotes)")
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.line_num}: is no CSV ({first_line(error)}); quotes in a quoted cell are doubled"
+        ) from None
+
+
+def read_json_lines(path: Path, asked: str | None) -> Iterator[object]:
+    """Yield the captions of a file with a JSON value a line."""
+
+    def values() -> Iterator[object]:
+        for number, line in text_lines(path):
+            if line.strip():
+                try:
+                    yield parse_json(line)
+                except JsonError as error:
+                    reason = str(error).split(": ", 1)[-1]
+                    raise UserError(f"{path}, line {number}: {reason}; each line is one JSON object") from None
+
+    return _of_values(path, values, asked)
+
+
+def read_json(path: Path, asked: str | None) -> Iterator[object]:
+    """Yield the captions of a file with a list of JSON values."""
+    try:
+        values = load_json(path)
+    except JsonError as error:
+        raise UserError(f"{path}: {error}; a large or unusual table is better a .jsonl, an object a line") from None
+    return _of_values(path, lambda: iter(values if isinstance(values, list) else [values]), asked)
+
+
+def _of_values(path: Path, values: Callable[[], Iterator[object]], asked: str | None) -> Iterator[object]:
+    """Yield the captions of JSON values: objects have columns, anything else is a row by itself."""
+    objects = (value for value in itertools.islice(values(), LOOKED_AT_ROWS) if isinstance(value, dict))
+    columns = list(dict.fromkeys(key for value in objects for key in value))
+    name = _column(path, columns, asked) if columns else None
+    return (value.get(name) if isinstance(value, dict) else value for value in values())
+
+
+def read_parquet(path: Path, asked: str | None) -> Iterator[object]:
+    """Yield the captions of a Parquet file."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{path}: is read by pyarrow, which is not installed: pip install pyarrow") from None
+    try:
+        require_file(path)
+        with ParquetFile(path) as file:
+            name = _column(path, file.schema_arrow.names, asked)
+            leaves = _checked_leaves(path, file.metadata, name)
+        # As a dictionary, a caption that repeats is in memory once, and cleaned once.
+        with ParquetFile(path, read_dictionary=leaves) as file:
+            for batch in file.iter_batches(batch_size=4096, columns=[name]):
+                yield from _texts(batch.column(0))
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"{path}: is no whole Parquet file with text in its column of captions ({first_line(error)[:120]}); copy it again, or "
+            "give --caption_column the name of another"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
+
+
+def _checked_leaves(path: Path, metadata: Any, name: str) -> list[str]:
+    """Return the leaves of a column; what unpacks to far more than the file, or holds too many values, is refused."""
+    paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
+    leaves = [index for index, leaf in enumerate(paths) if leaf == name or leaf.startswith(f"{name}.")]
+    chunks = [metadata.row_group(group).column(leaf) for group in range(metadata.num_row_groups) for leaf in leaves]
+    most = max(UNPACKED_BYTES, MOST_UNPACKED * path.stat().st_size)
+    if sum(chunk.total_uncompressed_size for chunk in chunks) > most:
+        raise UserError(f"{path}: unpacks to more than {MOST_UNPACKED} times its size, as no captions do")
+    if sum(chunk.num_values for chunk in chunks) > MOST_VALUES:
+        raise UserError(f"{path}: holds more than {MOST_VALUES:,} captions; give a part of them")
+    return [paths[leaf] for leaf in leaves]
+
+
+def _texts(values: Any) -> Iterator[str | None]:
+    """Yield the texts of a column, and those of lists in it; equal texts are one object, no list is None."""
+    from pyarrow import binary, types
+
+    if types.is_list(values.type) or types.is_large_list(values.type):
+        yield from (None for size in values.value_lengths().to_pylist() if not size)
+        values = values.flatten()
+    if not types.is_dictionary(values.type):
+        values = values.dictionary_encode()
+    texts = [
+        None if raw is None else raw.decode(errors="surrogateescape")
+        for raw in values.dictionary.cast(binary()).to_pylist()
+    ]
+    yield from (None if index is None else texts[index] for index in values.indices.to_pylist())
+
+
+# By the suffix; any other file is text
+READERS: dict[str, Callable[[Path, str | None], Iterator[object]]] = {
+    ".txt": read_lines,
+    ".caption": read_whole,
+    ".csv": read_csv,
+    ".tsv": lambda path, asked: read_csv(path, asked, "\t"),
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".parquet": read_parquet,
+}

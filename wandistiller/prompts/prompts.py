@@ -6,41 +6,52 @@ import html
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from wandistiller.errors import UserError
-from wandistiller.prompts.caption_files import CONTROL, MEDIA, TEXT, WHOLE, CaptionFile, find_caption_files, text_lines
-from wandistiller.prompts.tables import DELIMITERS, USUAL_COLUMNS, WrongRow, table_rows
+from wandistiller.prompts.caption_files import (
+    DELIMITERS,
+    LONGEST_PROMPT,
+    MEDIA,
+    USUAL_COLUMNS,
+    CaptionFile,
+    WrongRow,
+    find_caption_files,
+    read_lines,
+    read_whole,
+    unusable,
+)
 from wandistiller.prompts.templates import draw_prompts, is_template
 
 SLUG_LENGTH = 48  # letters of a prompt in the name of its picture
 NUM_HELD_OUT = 16  # prompts that a run measures on
 NUM_OF_TEMPLATES = 4096  # prompts that templates give where nobody says how many
-LONGEST_PROMPT = 20_000  # letters; Wan reads 512 tokens, some 2,500
 LOOKED_AT = 100  # prompts that tell what a file holds
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_MEDIA = "|".join(MEDIA)
 _SYNTAX = re.compile(
     r"\{[^{}|]{0,99}\|[^{}]{0,99}\}|__\w[\w/ *-]{0,99}?__|<(?:lora|lyco|hypernet):|\([^()]{1,99}:\d*\.?\d+\)"
 )
-# What at least half of the first prompts are where a file holds no captions, the kinds of files that may, and what is told
+_MEDIA = "|".join(MEDIA)
+_TABLE = rf'[\[{{][\[{{]?\s*(?:".*)?|(?=.*[{DELIMITERS}])(?:\w+[{DELIMITERS}])*(?:{"|".join(USUAL_COLUMNS)})(?:[{DELIMITERS}]\w+)*'
+# What the first prompts are where a file holds no captions: how many are looked at, half of which is enough, and what is told
 _NO_CAPTIONS = [
-    (rf"(?:https?://\S+|.*\.(?:{_MEDIA}|txt|caption|json|npz|npy|pt|safetensors))", "", "names of files or addresses; give the captions"),
     (
-        rf"\S+\.(?:{_MEDIA})[\s,;|:]+\S.*|.*\.(?:{_MEDIA})[\t,;|:]\s*\S.*", "",
+        _TABLE, 1,
+        "a table or JSON; name it .csv, .tsv, .jsonl (a line each) or .json, and give --caption_column the name of the column with the captions",
+    ),
+    (
+        rf"(?:https?://\S+|.*\.(?:{_MEDIA}|txt|caption|json|npz|npy|pt|safetensors))", LOOKED_AT,
+        "names of files or addresses; give the captions",
+    ),
+    (
+        rf"\S+\.(?:{_MEDIA})[\s,;|:]+\S.*|.*\.(?:{_MEDIA})[\t,;|:]\s*\S.*", LOOKED_AT,
         "captions behind names of files; make it a .tsv or .csv whose first line names the columns",
     ),
-    (r"\w+\s*=\s*\S.*|\[+[\w.-]+\]+", TEXT, "a config; give the captions that it names"),
-    (r"(?:version https://git-lfs|oid sha256:|size \d+$|<!doctype html|<html).*", TEXT, "what stands for a file that was not fetched"),
+    (r"\w+\s*=\s*\S.*|\[+[\w.-]+\]+", LOOKED_AT, "a config; give the captions that it names"),
+    (r"(?:version https://git-lfs|oid sha256:|size \d+$|<!doctype html|<html).*", LOOKED_AT, "what stands for a file that was not fetched"),
 ]  # fmt: skip
-# What the first line of a text file is where the file is something else
-_JSON = re.compile(r'[\[{][\[{]?\s*(?:"|$)')
-_HEADER = re.compile(
-    rf"(?=.*[{DELIMITERS}])(?:\w+[{DELIMITERS}])*(?:{'|'.join(USUAL_COLUMNS)})(?:[{DELIMITERS}]\w+)*", re.I
-)
 # What kohya's and musubi's sample prompts, or Midjourney's, have behind a prompt
 _OPTIONS = re.compile(
     r"\s--(?:[wdhslngfiovq]|fs|ar|am|ci|no|iw|ow|cfg|seed|niji|style|stylize|chaos|tile|raw)(?:\s.*|$)", re.S
@@ -49,7 +60,7 @@ _OPTIONS = re.compile(
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The different prompts of files in their order, or those that templates give.
+    """The different prompts of files in their order, or those that templates give, each on one line.
 
     Attributes:
         notice: what was left out, or read otherwise than a person may think; empty where nothing was.
@@ -57,19 +68,6 @@ class PromptFile:
 
     prompts: list[str]
     notice: str = ""
-
-
-def unusable(prompt: str) -> str | None:
-    """Return what is wrong with a prompt; None where it is one."""
-    if not prompt or prompt.isspace():
-        return "is empty"
-    if len(prompt) > LONGEST_PROMPT:
-        return f"is longer than {LONGEST_PROMPT:,} letters"
-    if prompt.isprintable():
-        return None
-    if control := CONTROL.search(prompt.replace("\r", " ")):
-        return f"holds the control character U+{ord(control[0]):04X}"
-    return "is not UTF-8 text" if _SURROGATE.search(prompt) else None
 
 
 def load_prompts(
@@ -83,8 +81,7 @@ def load_prompts(
 ) -> PromptFile:
     """Read the prompts of a file, of a folder or of a glob (caption_files.py), or draw those of templates (templates.py).
 
-    Of a text file every line is a prompt but for blank lines and `#` lines. Repeats are left out, of a table also the rows whose
-    caption is empty or no text.
+    Repeats are left out, of a table also the rows whose caption is empty or no text.
 
     Args:
         caption_column: the column of tables that holds the prompts, where their names do not tell.
@@ -99,16 +96,17 @@ def load_prompts(
         count = num_drawn or NUM_OF_TEMPLATES
         drawn = draw_prompts(path, seed, *((0, count) if held_out else (count, 0)))
         return PromptFile(drawn.held_out if held_out else drawn.train)
-    prompts: dict[str, str] = {}
+    files = find_caption_files(path, prompt_per)
     left_out: Counter[str] = Counter()
     noted: Counter[str] = Counter()
+    prompts: dict[str, None] = {}
     num_rows = 0
-    files = find_caption_files(path, prompt_per)
     for file in files:
-        for text in _looked_at(file, READERS.get(file.kind, _captions)(file, caption_column, left_out)):
-            key, prompt, notes_of_it = _prompt_of(text)
-            prompts.setdefault(key, prompt)
-            noted.update(notes_of_it)
+        found = _prompts_of(file, caption_column, left_out, noted)
+        first = list(itertools.islice(found, LOOKED_AT))
+        _refuse_other_things(file.path, [caption for caption, _ in first])
+        for _, prompt in itertools.chain(first, found):
+            prompts[prompt] = None
             num_rows += 1
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
     rows = f"{left_out.total()} rows left out: {reasons}" if left_out else ""
@@ -117,107 +115,58 @@ def load_prompts(
             f"{path}: holds no prompt; {rows or 'write one prompt a line (blank lines and # comments do not count)'}"
         )
     repeats = f"{num_rows - len(prompts)} repeated lines left out" if num_rows > len(prompts) else ""
-    changes = [f"{count} {what}" for what, count in noted.items()]
-    notes = [repeats, rows, *_how_read(files, num_rows), *changes]
-    return PromptFile(list(prompts.values()), "; ".join(filter(None, notes)))
+    notes = [repeats, rows, *_how_read(files, num_rows), *(f"{count} {what}" for what, count in noted.items())]
+    return PromptFile(list(prompts), "; ".join(filter(None, notes)))
 
 
 def _how_read(files: Sequence[CaptionFile], num_rows: int) -> Iterator[str]:
     """Say where text files could be meant the other way, a prompt each or a prompt a line."""
-    kinds = Counter(file.kind for file in files)
-    if kinds[WHOLE]:
-        yield f"{kinds[WHOLE]} caption files taken whole, a prompt each (--prompt_per line: a prompt a line)"
-    if kinds[TEXT] > 1 and num_rows > len(files):
-        yield f"{kinds[TEXT]} files read a prompt a line (--prompt_per file: a prompt each)"
+    kinds = Counter(file.read for file in files)
+    if kinds[read_whole]:
+        yield f"{kinds[read_whole]} caption files taken whole, a prompt each (--prompt_per line: a prompt a line)"
+    if kinds[read_lines] > 1 and num_rows > len(files):
+        yield f"{kinds[read_lines]} files read a prompt a line (--prompt_per file: a prompt each)"
+
+
+def _prompts_of(
+    file: CaptionFile, column: str | None, left_out: Counter[str], noted: Counter[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield each caption of a file and its prompt; rows without one, and changes of others, are counted."""
+    for row in file.read(file.path, column):
+        for caption in row if isinstance(row, list) and row else [row]:
+            if not isinstance(caption, str | None):
+                caption = WrongRow("whose caption is no text")
+            prompt, notes = ("", (caption,)) if isinstance(caption, WrongRow) else _prompt_of(caption or "")
+            (noted if prompt else left_out).update(notes)
+            if prompt:
+                yield str(caption), prompt
 
 
 @lru_cache(maxsize=1024)  # a packed table may hold a long caption a million times
-def _prompt_of(text: str) -> tuple[str, str, tuple[str, ...]]:
-    """Return what tells repeats, a prompt without what other tools take for options, and notes on that and on syntax learnt as it is."""
-    notes: tuple[str, ...] = (f"cut to {LONGEST_PROMPT:,} letters",) if len(text) > LONGEST_PROMPT else ()
-    text = text[:LONGEST_PROMPT]
-    if " --" in text and (options := _OPTIONS.search(text)) and options.start():
+def _prompt_of(caption: str) -> tuple[str, tuple[str, ...]]:
+    """Return a caption on one line, without what other tools take for options, and notes; no text and the reason where it is none."""
+    notes: tuple[str, ...] = (f"cut to {LONGEST_PROMPT:,} letters",) if len(caption) > LONGEST_PROMPT else ()
+    caption = caption[:LONGEST_PROMPT]
+    if reason := unusable(caption):
+        return "", (f"whose caption {reason}",)
+    text = " ".join(caption.split())
+    if " --" in text and (options := _OPTIONS.search(text)):
         notes += ("cut before options such as --w 832",)
-        text = text[: options.start()].rstrip()
+        text = text[: options.start()]
     if any(mark in text for mark in "{_<(") and _SYNTAX.search(text):
         notes += (
             "hold {a|b}, __name__, <lora:...> or (word:1.2), learnt as they stand (NAME.template.txt draws the first two)",
         )
-    return " ".join(text.split()), text, notes
+    return text, notes
 
 
-def _looked_at(file: CaptionFile, prompts: Iterator[str]) -> Iterator[str]:
-    """Refuse prompts whose first ones are something else, which would be learnt as it is."""
-    first = list(itertools.islice(prompts, LOOKED_AT))
-    for pattern, kind, what in _NO_CAPTIONS if first else ():
-        found = [prompt for prompt in first if re.fullmatch(pattern, prompt, re.I)]
-        if len(found) * 2 >= len(first) and kind in ("", file.kind):
-            raise UserError(f"{file.path}: holds no captions, and lines such as {found[0][:60]!r}: {what}")
-    if first and file.kind == TEXT and (_JSON.match(first[0]) or _HEADER.fullmatch(first[0])):
-        raise UserError(
-            f"{file.path}: is a table or JSON, whose first line is {first[0][:60]!r}; name it .csv, .tsv, .jsonl (a line each) or .json, "
-            "and give --caption_column the name of the column with the captions"
-        )
-    return itertools.chain(first, prompts)
-
-
-def _lines(file: CaptionFile, column: str | None, left_out: Counter[str]) -> Iterator[str]:
-    """Yield the prompts of a text file, one a line.
-
-    Raises:
-        UserError: a line is no prompt.
-    """
-    for number, row in text_lines(file.path):
-        prompt, where = row.lstrip("\ufeff").strip(" \t"), f"{file.path}, line {number}"  # files were concatenated
-        if not prompt or prompt.startswith("#") or prompt.isspace():
-            continue
-        if reason := unusable(prompt):
-            raise UserError(f"{where}: {reason}; a prompts file is plain UTF-8 text, one prompt a line")
-        if prompt.startswith("--"):
-            raise UserError(f"{where}: begins with an option, {prompt[:40]!r}; write the prompt alone")
-        yield prompt
-
-
-def _whole(file: CaptionFile, column: str | None, left_out: Counter[str]) -> Iterator[str]:
-    """Yield the one caption of a file, whose line breaks are spaces."""
-    lines: list[str] = []
-    num_letters = 0
-    for _, line in text_lines(file.path):
-        lines.append(line.strip("\ufeff \t"))
-        num_letters += len(line)
-        if num_letters > LONGEST_PROMPT:
-            break
-    yield from _usable(" ".join(filter(None, lines)), left_out)
-
-
-def _captions(file: CaptionFile, asked: str | None, left_out: Counter[str]) -> Iterator[str]:
-    """Yield the captions of a table, each of a list of them, and count the rows that have none."""
-    for row in table_rows(file, asked):
-        for caption in row if isinstance(row, list) and row else [row]:
-            yield from _usable(caption, left_out)
-
-
-def _usable(caption: object, left_out: Counter[str]) -> Iterator[str]:
-    """Yield a caption with its line breaks as spaces, or count what is wrong with it; of a long one hardly more than is taken."""
-    if isinstance(caption, WrongRow):
-        left_out[caption.reason] += 1
-    elif not isinstance(caption, str | None):
-        left_out["whose caption is no text"] += 1
-    else:
-        caption = caption or ""
-        reason, text = _on_one_line(caption if len(caption) <= LONGEST_PROMPT else caption[: LONGEST_PROMPT + 1])
-        if reason:
-            left_out[f"whose caption {reason}"] += 1
-        else:
-            yield text
-
-
-@lru_cache(maxsize=1024)
-def _on_one_line(caption: str) -> tuple[str | None, str]:
-    return unusable(caption[:LONGEST_PROMPT]), " ".join(caption.split())
-
-
-READERS: dict[str, Callable[[CaptionFile, str | None, Counter[str]], Iterator[str]]] = {TEXT: _lines, WHOLE: _whole}
+def _refuse_other_things(path: Path, first: list[str]) -> None:
+    """Refuse a file whose first prompts are something else, which would be learnt as it is."""
+    for pattern, num_looked_at, what in _NO_CAPTIONS:
+        looked_at = first[:num_looked_at]
+        found = [prompt for prompt in looked_at if re.fullmatch(pattern, prompt, re.I)]
+        if found and len(found) * 2 >= len(looked_at):
+            raise UserError(f"{path}: holds no captions, and lines such as {found[0][:60]!r}: {what}")
 
 
 # ---- the prompts of a run ----

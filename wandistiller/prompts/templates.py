@@ -18,7 +18,6 @@ import itertools
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
 from typing import NamedTuple
@@ -33,21 +32,18 @@ FEW = 1024  # templates of fewer different prompts are a list like any other, of
 HELD_OUT_SHARE = 50
 MOST_TRIES = 10_000  # draws in a row without a new prompt, after which there are no more
 # Bounds on what a stranger's templates cost: letters of a prompt, and on the way to it; steps and passes to draw it; letters of a
-# line; lines; braces in braces
+# line; lines; braces in braces; options drawn at once
 LONGEST_PROMPT, LONGEST_TEXT, MOST_STEPS, MOST_PASSES = 4000, 40_000, 4000, 100
-LONGEST_LINE, MOST_LINES, DEEPEST = 20_000, 2_000_000, 50
+LONGEST_LINE, MOST_LINES, DEEPEST, MOST_OPTIONS = 20_000, 2_000_000, 50, 999
 
 # Letters that a \ before them makes text are these code points, which Unicode keeps free of letters, until a prompt is drawn.
 _ESCAPED = "{}|_$\\:#!@~<["
 _TO_LETTERS = {0xFDD0 + index: letter for index, letter in enumerate(_ESCAPED)}
 _ESCAPE = re.compile(rf"\\([{re.escape(_ESCAPED)}])")
 _WEIGHT = re.compile(r"\s*(\d{1,6}(?:\.\d{1,6})?|\.\d{1,6})::")
-_SEVERAL = re.compile(
-    r"~?(?:\s*(?=-?\d)(?P<low>\d{0,3})(?P<dash>-?)(?P<high>\d{0,3})\$\$(?:(?P<separator>[^|]*?)\$\$)?)?"
-)
-_BRACES = re.compile(r"\{([^{}]*)\}")  # the innermost
+_SEVERAL = re.compile(r"\s*(?=-?\d)(?P<low>\d{0,3})(?P<high>-\d{0,3})?\$\$(?:(?P<separator>[^|]*?)\$\$)?")
 _WILDCARD = re.compile(r"__~?((?=[^\s_])[^{}|$\\<>]{0,199}?[^\s_{}|$\\<>])__")
-_PART = re.compile(f"{_BRACES.pattern}|{_WILDCARD.pattern}")
+_PART = re.compile(rf"\{{([^{{}}]*)\}}|{_WILDCARD.pattern}")  # the innermost braces, and wildcards
 _UNKNOWN = re.compile(
     r"""\$\{                                                        # variables: ${name=...}
     | (?:\{|__)[!@]                                                 # samplers: {!red|blue}, __@name__
@@ -87,29 +83,29 @@ class Lines(NamedTuple):
 
     @classmethod
     def of(cls, written: list[str]) -> "Lines":
-        """Read the weights before texts, such as 3:: in 3::red."""
+        """Read the weights before texts, such as 3:: in 3::red; one of 0 is next to nothing."""
         found = [_WEIGHT.match(text) for text in written]
-        ends = list(itertools.accumulate(float(weight[1]) if weight else 1.0 for weight in found))
+        ends = list(itertools.accumulate(max(float(weight[1]), 1e-6) if weight else 1.0 for weight in found))
         return cls([text[weight.end() if weight else 0 :] for text, weight in zip(written, found, strict=True)], ends)
 
 
 class Several(NamedTuple):
-    """How many different ones are drawn, and what joins them; `high` None is all that there are."""
+    """How many different ones are drawn, at most all that there are, and what joins them."""
 
     low: int
-    high: int | None
+    high: int
     separator: str
 
 
 def _options(inside: str) -> tuple[Lines, Several | None]:
     """Return the options between braces, and how many of them are drawn where a $$ says so: "2$$", "1-3$$", "2$$ and $$"."""
-    several, found = None, _SEVERAL.match(inside)
-    if found and found["dash"] is not None:
-        low, high, separator = found["low"], found["high"], found["separator"]
-        if not found["dash"]:
-            low = high = low + high
-        several = Several(int(low or 0), int(high) if high else None, ", " if separator is None else separator)
-    return Lines.of(inside[found.end() if found else 0 :].split("|")), several
+    inside, several = inside.removeprefix("~"), None
+    if found := _SEVERAL.match(inside):
+        low, separator = int(found["low"] or 0), found["separator"]
+        high = low if found["high"] is None else int(found["high"][1:] or MOST_OPTIONS)
+        several = Several(low, high, ", " if separator is None else separator)
+        inside = inside[found.end() :]
+    return Lines.of(inside.split("|")), several
 
 
 def _checked_line(line: str, where: str) -> str:
@@ -118,18 +114,6 @@ def _checked_line(line: str, where: str) -> str:
     Raises:
         UserError: it is too long, its braces do not close, or it holds what is not known here.
     """
-
-    def checked(braces: re.Match[str]) -> str:
-        options, several = _options(braces[1])
-        count = len(options.texts)
-        if any(end <= before for before, end in itertools.pairwise([0.0, *options.ends])):
-            raise UserError(f"{where}: a weight of 0; leave the option out, or give it a number above 0")
-        if several and not (count == 1 and _WILDCARD.fullmatch(options.texts[0])):
-            high = count if several.high is None else several.high
-            if not several.low <= high <= count:
-                raise UserError(f"{where}: {several.low} to {high} of {count} options cannot be drawn")
-        return "-" * len(braces[0])
-
     if len(line) > LONGEST_LINE:
         raise UserError(f"{where}: is longer than {LONGEST_LINE:,} letters, and no template")
     text = _ESCAPE.sub(lambda found: chr(0xFDD0 + _ESCAPED.index(found[1])), line)
@@ -138,18 +122,17 @@ def _checked_line(line: str, where: str) -> str:
             f"{where}: {found[0][:40]!r} begins a variable, sampler, parameter, number, tag or edit of other tools, none of which "
             "is known here; docs/files.md has the syntax that is"
         )
-    rest, depth, count = text, 0, 1
-    while count:
-        rest, count = _BRACES.subn(checked, rest)
-        depth += 1
-        if depth > DEEPEST + 1:
-            raise UserError(f"{where}: braces are nested more than {DEEPEST} deep")
-    if (start := rest.find("{")) >= 0:
-        raise UserError(f"{where}: the {{ at letter {start + 1} has no }}; write \\{{ for the letter itself")
-    if "}" in rest:
-        raise UserError(f"{where}: a }} that closes nothing; write \\}} for the letter itself")
-    if "|" in rest:
-        raise UserError(f"{where}: a | outside of braces; write {{a|b}}, or \\| for the letter")
+    depth = 0
+    for mark in re.finditer(r"[{}|]", text):
+        is_outside = mark[0] != "{" and depth == 0
+        depth += {"{": 1, "}": -1, "|": 0}[mark[0]]
+        if is_outside or depth > DEEPEST:
+            why = "stands outside of braces" if is_outside else f"is nested more than {DEEPEST} deep"
+            raise UserError(
+                f"{where}: the {mark[0]} at letter {mark.start() + 1} {why}; write \\{mark[0]} for the letter"
+            )
+    if depth:
+        raise UserError(f"{where}: {depth} of its {{ have no }}; write \\{{ for the letter")
     return text
 
 
@@ -206,9 +189,7 @@ class Templates:
             except (OSError, ValueError):  # a name or pattern that no file can have
                 found = []
         if not found:
-            others = [*self.folder.glob("*.y*ml"), *self.folder.glob("*.json")]
-            hint = f"; those of {others[0].name} are not read, only .txt files are" if others else ""
-            raise UserError(f"{where}: there is no wildcard __{name}__; it would be a line of {file}{hint}")
+            raise UserError(f"{where}: there is no wildcard __{name}__; it would be a line of {file}")
         return found
 
     def draw(self, generator: random.Random) -> str:
@@ -237,12 +218,7 @@ class Templates:
             name = wildcard[1]
         if name and name not in self.wildcards:
             raise UserError(f"{self.folder}: parts of its templates join to __{name}__, which no line of it holds")
-        options = self.wildcards[name] if name else options
-        if several and several.low > len(options.texts):
-            raise UserError(
-                f"{self.folder}: {several.low} different lines are asked for of a wildcard of {len(options.texts)}"
-            )
-        return _drawn(options, several, generator)
+        return _drawn(self.wildcards[name] if name else options, several, generator)
 
 
 def _drawn(lines: Lines, several: Several | None, generator: random.Random) -> str:
@@ -250,8 +226,8 @@ def _drawn(lines: Lines, several: Several | None, generator: random.Random) -> s
     texts, ends = lines
     if several is None:
         return generator.choices(texts, cum_weights=ends)[0]
-    high = len(texts) if several.high is None else min(several.high, len(texts))
-    size = several.low + int(generator.random() * (high - several.low + 1))
+    low, high = (min(bound, len(texts)) for bound in several[:2])
+    size = low + int(generator.random() * (high - low + 1))
     # The largest of u^(1 / weight) are a weighted draw without replacement (Efraimidis and Spirakis 2006, doi:10.1016/j.ipl.2005.11.003).
     weights = (end - before for before, end in itertools.pairwise([0.0, *ends]))
     keys = [(generator.random() ** (1 / weight), index) for index, weight in enumerate(weights)]
@@ -275,8 +251,7 @@ def different_prompts(templates: Templates, seed: int) -> Iterator[str]:
             yield prompt
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """What templates gave: prompts to train on, and prompts that no run trains on."""
 
     train: list[str]
