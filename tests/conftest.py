@@ -30,6 +30,18 @@ def frozen_garbage() -> None:
     gc.freeze()
 
 
+def words_of_run(teachers: Teachers, teacher: object, config: Path, output_dir: Path, *flags: object) -> list[str]:
+    """A run on the CPU; flags given here win.
+
+    There is one stage, so that the teacher is asked at all steps; tests of the second one type --student_steps.
+    """
+    words = [
+        "--teacher_path", teacher, "--student_config", config, "--data_path", PROMPTS, "--prompt_cache", teachers.prompt_cache,
+        "--device", "cpu", "--output_dir", output_dir, "--num_samples", 0, "--save_every", 0, "--student_steps", "none", *flags,
+    ]  # fmt: skip
+    return [str(word) for word in words]
+
+
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory) -> Teachers:
     folder = tmp_path_factory.mktemp("teachers")
@@ -38,6 +50,10 @@ def teachers(tmp_path_factory) -> Teachers:
     write_pipeline_folder(places.two, two_experts=True, seed=5)
     write_original_folder(places.original)
     write_single_file(places.single_file, prefix="model.diffusion_model.")
+    # A first run loads libraries and encodes the prompts, which forks of this process are then spared.
+    (folder / "config.json").write_text(json.dumps(PRUNED_CONFIG), encoding="utf-8")
+    argv = words_of_run(places, places.one, folder / "config.json", folder / "first", "--max_steps", 1)
+    assert exit_code(train_distillation.main, argv) == 0
     gc.freeze()
     return places
 
@@ -67,34 +83,22 @@ def write_config(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def train(run_main, write_config, tmp_path, teachers: Teachers):
-    """Train a student of `config` on the CPU; returns the outcome. Flags given here win over the defaults below.
-
-    There is one stage, so that the teacher is asked at all steps; tests of the second one type --student_steps.
-    """
+    """Train a student of `config` on the CPU; returns the outcome."""
 
     def run(teacher: Path | str, config: dict, *flags: object, output_dir: Path | None = None):
-        folder = output_dir or tmp_path / "out"
-        return run_main(
-            train_distillation.main, "--teacher_path", teacher, "--student_config", write_config(config),
-            "--data_path", PROMPTS, "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--output_dir", folder,
-            "--num_samples", 0, "--save_every", 0, "--student_steps", "none", *flags,
-        )  # fmt: skip
+        argv = words_of_run(teachers, teacher, write_config(config), output_dir or tmp_path / "out", *flags)
+        return run_main(train_distillation.main, *argv)
 
     return run
 
 
 @pytest.fixture
 def flags_of(teachers, write_config, tmp_path):
-    """The command line of a run on the CPU, into a folder of the test's own; of one stage, as `train`'s."""
+    """The command line of a run on the CPU, into a folder of the test's own."""
 
     def flags(output: str, *flags: object, teacher: Path | None = None, config: dict = PRUNED_CONFIG) -> list[str]:
-        words = [
-            "--teacher_path", teacher or teachers.one, "--student_config", write_config(config), "--data_path", PROMPTS,
-            "--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--num_samples", 0, "--save_every", 0,
-            "--student_steps", "none",
-            "--output_dir", tmp_path / output, *FLAGS, *flags,
-        ]  # fmt: skip
-        return [str(word) for word in words]
+        folder = tmp_path / output
+        return words_of_run(teachers, teacher or teachers.one, write_config(config), folder, *FLAGS, *flags)
 
     return flags
 
