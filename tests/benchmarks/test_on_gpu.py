@@ -12,7 +12,6 @@ import pytest
 
 from benchmarks import bench_streaming, on_gpu
 
-
 LINES = [line.split() for _, commands in on_gpu.PARTS.values() for line in commands if not line.startswith("-m ")]
 
 
