@@ -282,8 +282,8 @@ def test_the_text_encoder_is_in_the_fingerprint_and_large_digests_are_kept(tmp_p
     with (tmp_path / "large").open("wb") as file:
         file.truncate(2**26)
     assert kept_digest(tmp_path / "large") == hashlib.sha256(bytes(2**26)).hexdigest()
-    (digest,) = json.loads((tmp_path / "kept" / "wandistiller" / "digests.json").read_text()).values()
-    assert digest == kept_digest(tmp_path / "large")
+    (kept,) = (tmp_path / "kept" / "wandistiller" / "digests").iterdir()
+    assert kept.read_text() == kept_digest(tmp_path / "large")
 
 
 @pytest.mark.parametrize("name, value", [("weight", float("nan")), ("bias", float("inf")), ("scale_weight", -1.0)])

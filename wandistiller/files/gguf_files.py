@@ -4,7 +4,6 @@ The header is read here, since the gguf library reads an array a number at a tim
 of one tensor at a time, and is needed for such files alone.
 """
 
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,8 +28,8 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Converters store some tensors as rows of another length, and note here the shape that these have (ComfyUI-GGUF's convert.py).
 _SHAPE_KEY = "comfy.gguf.orig_shape."
 # A file may claim anything; a Wan has 5 dimensions, and its text encoder 256,384 words.
-_MOST_ENTRIES, _MOST_DIMS, _MOST_ALIGNMENT, _LONGEST_TEXT, _MOST_TEXTS = 2**16, 8, 2**20, 2**24, 10**6
-# The kinds of values of fields, by struct's codes
+_MOST_ENTRIES, _MOST_DIMS, _LONGEST_TEXT, _MOST_TEXTS = 2**16, 8, 2**24, 10**6
+# The kinds of values of fields, by numpy's codes
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 _BLOCKS = 2**13  # that are made numbers of at a time
@@ -77,55 +76,49 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """
     with refusing_damage(path, NO_GGUF):
         stat = path.stat()
-    return _read_header(path, stat.st_size, stat.st_mtime_ns)
+        return _read_header(path, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=8)  # the 256,384 words of a text encoder take a second
 def _read_header(path: Path, *state: int) -> GgufHeader:
     """Read a header; `state` is what changes with the file."""
-    with refusing_damage(path, NO_GGUF):
-        header = _Cursor(np.memmap(path, np.uint8, mode="r"))
-        if header.array("B", 4).tobytes() != b"GGUF" or header.number("I") not in (2, 3):
-            raise ValueError("it does not begin as one of version 2 or 3")
-        num_tensors, num_fields = header.number("Q"), header.number("Q")
-        if max(num_tensors, num_fields) > _MOST_ENTRIES:
-            raise ValueError(f"it says that it has {num_tensors:,} tensors and {num_fields:,} fields")
-        fields = _each_once([header.field() for _ in range(num_fields)])
-        infos = _each_once([header.tensor() for _ in range(num_tensors)])
-        alignment = fields.get("general.alignment", 32)
-        if type(alignment) is not int or not 0 < alignment <= _MOST_ALIGNMENT:
-            raise ValueError("general.alignment is no such number")
-        start = -(-header.at // alignment) * alignment
-        tensors = {}
-        for name, (shape, kind, offset) in infos.items():
-            dtype, num_bytes = _stored_as(path, name, shape, kind)
-            if start + offset + num_bytes > header.size:
-                raise ValueError(
-                    f"{name!r} of shape {list(shape)} in {dtype} does not end in its {header.size:,} bytes"
-                )
-            tensor = GgufTensor(path, name, shape, dtype, start + offset, num_bytes)
-            tensors[name] = tensor.with_shape(_noted_shape(fields, name) or shape)
-    return GgufHeader(tensors, fields)
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
+    header = _Cursor(np.asarray(np.memmap(path, np.uint8, mode="r")))
+    if header.array("B", 4).tobytes() != b"GGUF" or header.number("I") not in (2, 3):
+        raise ValueError("it does not begin as one of version 2 or 3")
+    num_tensors, num_fields = header.array("Q", 2).tolist()
+    if max(num_tensors, num_fields) > _MOST_ENTRIES:
+        raise ValueError(f"it says that it has {num_tensors:,} tensors and {num_fields:,} fields")
+    fields = dict(header.field() for _ in range(num_fields))
+    infos = [header.tensor() for _ in range(num_tensors)]
+    alignment = fields.get("general.alignment", 32)
+    if alignment < 1:
+        raise ValueError("general.alignment is 0 or less")
+    start = -(-header.at // alignment) * alignment
+    tensors = {}
+    for name, shape, kind, offset in infos:
+        dtype, num_bytes = _stored_as(path, name, shape, kind)
+        noted = tuple(map(int, fields.get(_SHAPE_KEY + name, shape)[: _MOST_DIMS + 1]))
+        if start + offset + num_bytes > len(header.data) or min(noted, default=0) < 1:
+            raise ValueError(
+                f"{name!r} of shape {list(noted)} in {dtype} does not end in its {len(header.data):,} bytes"
+            )
+        tensors[name] = GgufTensor(path, name, shape, dtype, start + offset, num_bytes).with_shape(noted)
+    if len(fields) < num_fields or len(tensors) < num_tensors:
         raise ValueError("it holds a name twice")
-    return found
+    return GgufHeader(tensors, fields)
 
 
 class _Cursor:
     """A place in the header of a file that moves on as values are taken; none is taken from behind the file's end."""
 
     def __init__(self, data: np.ndarray):
-        self.data, self.at, self.size = data, 0, len(data)
+        self.data, self.at = data, 0
 
     def array(self, code: str, count: int) -> np.ndarray:
-        end = self.at + count * struct.calcsize(f"<{code}")
-        if end > self.size:
-            raise ValueError(f"it has {self.size:,} bytes and says that there are {end:,}")
-        part, self.at = self.data[self.at : end], end
-        return part.view(f"<{code}")
+        start, self.at = self.at, self.at + count * np.dtype(code).itemsize
+        if self.at > len(self.data):
+            raise ValueError(f"it has {len(self.data):,} bytes and says that there are {self.at:,}")
+        return self.data[start : self.at].view(f"<{code}")
 
     def number(self, code: str) -> Any:
         return self.array(code, 1).item()
@@ -136,27 +129,21 @@ class _Cursor:
         return self.array("B", length).tobytes().decode()
 
     def field(self) -> tuple[str, Any]:
-        return self.text(), self._value(self.number("I"))
-
-    def _value(self, kind: int) -> Any:
-        if kind == _TEXT:
-            return self.text()
+        name, kind = self.text(), self.number("I")
         if kind != _ARRAY:
-            return self.number(_NUMBERS[kind])
+            return name, self.text() if kind == _TEXT else self.number(_NUMBERS[kind])
         kind, count = self.number("I"), self.number("Q")
         if kind != _TEXT:
-            return self.array(_NUMBERS[kind], count)
+            return name, self.array(_NUMBERS[kind], count)
         if count > _MOST_TEXTS:
             raise ValueError(f"it holds a list of {count:,} texts")
-        return [self.text() for _ in range(count)]
+        return name, [self.text() for _ in range(count)]
 
-    def tensor(self) -> tuple[str, tuple[tuple[int, ...], int, int]]:
-        """Take (name, (shape, number of its type, offset behind the header))."""
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Take the name, the shape, the number of its type and the offset behind the header."""
         name, num_dims = self.text(), self.number("I")
-        if not 0 < num_dims <= _MOST_DIMS:
-            raise ValueError(f"{name!r} has {num_dims} dimensions")
-        shape = tuple(self.array("Q", num_dims).tolist())[::-1]
-        return name, (shape, self.number("I"), self.number("Q"))
+        shape = tuple(self.array("Q", num_dims)[: _MOST_DIMS + 1].tolist())[::-1]
+        return name, shape, self.number("I"), self.number("Q")
 
 
 def _stored_as(path: Path, name: str, shape: tuple[int, ...], kind: int) -> tuple[str, int]:
@@ -172,17 +159,9 @@ def _stored_as(path: Path, name: str, shape: tuple[int, ...], kind: int) -> tupl
             f"{path}: {name} is of a type that gguf {version('gguf')} cannot make numbers of ({first_line(error)}); try a newer gguf "
             "(pip install -U gguf), or give another quantisation of this model, such as Q8_0"
         ) from None
-    if min(shape) < 1 or shape[-1] % block:
+    if len(shape) > _MOST_DIMS or min(shape) < 1 or shape[-1] % block:
         raise ValueError(f"{name!r} of shape {list(shape)} is not made of blocks of {dtype.name}")
     return dtype.name, prod(shape) // block * block_bytes
-
-
-def _noted_shape(fields: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
-    """Return the shape that a converter noted of a tensor which it stored in another one."""
-    shape = tuple(int(size) for size in fields.get(_SHAPE_KEY + name, ())[: _MOST_DIMS + 1])
-    if len(shape) > _MOST_DIMS or min(shape, default=1) < 1:
-        raise ValueError(f"{_SHAPE_KEY}{name} is no shape")
-    return shape or None
 
 
 def require_architecture(path: Path, allowed: Sequence[str], what: str) -> None:

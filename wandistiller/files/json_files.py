@@ -15,6 +15,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.paths import require_file
 
 MAX_DEPTH = 100  # of brackets in brackets: far more than any file of ours or of a Wan has, far less than Python's stack
+TOO_DEEP = f"not usable JSON: nested more than {MAX_DEPTH} brackets deep"
 MAX_BYTES = 32 * 2**20  # of a file that is read whole: parsed it can take 20 times as much memory
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -57,28 +58,23 @@ def parse_json(text: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], A
     except json.JSONDecodeError as error:
         raise JsonError(f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
     except RecursionError:
-        raise JsonError(f"not usable JSON: nested more than {MAX_DEPTH} brackets deep") from None
+        raise JsonError(TOO_DEEP) from None
     except ValueError as error:  # a number of thousands of digits, or what the hook refuses
         raise JsonError(f"not usable JSON: {error}") from None
     _refuse_unwritable(value)
     return value
 
 
-def _refuse_unwritable(value: Any) -> None:
+def _refuse_unwritable(value: Any, depth: int = 0) -> None:
     """Refuse what would fail later, where it is written or compared: a deep nest, and a letter that UTF-8 has no bytes for."""
-    level, depth = [value], 0
-    while level:
+    if isinstance(value, str):
+        if _SURROGATE.search(value):
+            raise JsonError("not usable JSON: half of a surrogate pair, such as \\ud800 alone, is no letter")
+    elif isinstance(value, dict | list):
         if depth > MAX_DEPTH:
-            raise JsonError(f"not usable JSON: nested more than {MAX_DEPTH} brackets deep")
-        inside: list[Any] = []
-        for part in level:
-            if isinstance(part, dict):
-                inside += [*part.keys(), *part.values()]
-            elif isinstance(part, list):
-                inside += part
-            elif isinstance(part, str) and _SURROGATE.search(part):
-                raise JsonError("not usable JSON: half of a surrogate pair, such as \\ud800 alone, is no letter")
-        level, depth = inside, depth + 1
+            raise JsonError(TOO_DEEP)
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            _refuse_unwritable(part, depth + 1)
 
 
 # ---- the files beside a Wan's weights ----

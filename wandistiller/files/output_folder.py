@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from wandistiller.errors import UserError, shown
+from wandistiller.errors import UserError
 from wandistiller.files.atomic import locked, remove_all_leftovers
 from wandistiller.files.paths import nearest_existing
 
-MAX_NAME_BYTES = 255  # of a file or folder, on almost every file system
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples"
 OVER_TIME_NAME = "samples_over_time.png"
@@ -20,13 +19,21 @@ LOSS_PLOT_NAME = "loss.png"
 TENSORBOARD_NAME = "tensorboard"
 CARD_NAME = "README.md"
 RUN_NAME = "run.yaml"  # the flags of a run
-# A file of ours that a person may have one of holds its mark.
 CARD_MARK, RUN_MARK = "<!-- Written by WanDistiller", "# Written by WanDistiller"
 EVALUATION_NAME = "evaluation.json"
 COMPARISON_NAME = "teacher_vs_student.png"
 FRONTIER_NAME = "frontier.png"
 GALLERY_NAME = "gallery.html"
 TRAINED_PROMPTS_NAME = "trained_prompts.sha256"
+# What a file of ours holds that a person may have one of by that name
+_MARKS = {
+    CARD_NAME: CARD_MARK,
+    GALLERY_NAME: CARD_MARK,
+    RUN_NAME: RUN_MARK,
+    EVALUATION_NAME: '"wandistiller_version"',
+    COMPARISON_NAME: "num_inference_steps",
+    FRONTIER_NAME: "WanDistiller",
+}
 SAMPLE_FILE = re.compile(r"step_(\d{1,15})\.png")
 STUDENT_NAMES = ["student_config.json", "diffusion_model.safetensors", "projection_report.json"]
 _OF_A_RUN = [
@@ -43,10 +50,6 @@ def check_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
         raise UserError(f"{flag} {folder}: {existing} is a file; give a folder")
     if folder.is_symlink() and existing != folder:
         raise UserError(f"{flag} {folder}: is a link that leads to no folder; remove it, or give another folder")
-    if too_long := next((part for part in folder.parts if len(os.fsencode(part)) > MAX_NAME_BYTES), None):
-        raise UserError(
-            f"{flag}: {shown(too_long)} is too long for a name ({len(os.fsencode(too_long))} bytes of {MAX_NAME_BYTES}); give a shorter one"
-        )
     return folder
 
 
@@ -118,9 +121,7 @@ def set_aside_previous_student(folder: Path, also: Sequence[str] = ()) -> Path |
         also: names of files that the run will write beside those of every run.
     """
     # A link that leads nowhere would be in the way as well:
-    previous = [
-        folder / name for name in [*_OF_A_RUN, *also] if os.path.lexists(folder / name) and _is_ours(folder / name)
-    ]
+    previous = [file for name in [*_OF_A_RUN, *also] if os.path.lexists(file := folder / name) and has_mark(file)]
     if not previous:
         return None
     aside = folder / datetime.now().strftime("replaced-%Y%m%d-%H%M%S-%f")
@@ -130,32 +131,21 @@ def set_aside_previous_student(folder: Path, also: Sequence[str] = ()) -> Path |
     return aside
 
 
-def _is_ours(path: Path) -> bool:
-    """Return whether a run has written it: a README.md may be a person's own, as in a folder cloned from the hub."""
-    return path.name not in (CARD_NAME, GALLERY_NAME, RUN_NAME) or has_mark(path)
-
-
 def has_mark(path: Path) -> bool:
-    """Return whether this is a card, gallery or file of flags that we have written; a folder of that name is none."""
-    mark = RUN_MARK if path.name == RUN_NAME else CARD_MARK
-    return path.is_file() and mark in path.read_text(encoding="utf-8", errors="replace")
+    """Return whether we have written a file, which a person may have one of by that name; a folder is none."""
+    mark = _MARKS.get(path.name, "")
+    return not mark or (path.is_file() and mark.encode() in path.read_bytes())
 
 
 def check_evaluation_is_ours(folder: Path, flag: str) -> None:
-    """Refuse a folder whose evaluation.json or pictures of these names a person put there, be they folders: ours say how they were made.
+    """Refuse a folder whose evaluation.json or pictures of these names a person put there, be they folders.
 
     Raises:
         UserError: names the file.
     """
-    marks_of = {
-        EVALUATION_NAME: b'"wandistiller_version"',
-        COMPARISON_NAME: b"num_inference_steps",
-        FRONTIER_NAME: b"WanDistiller",
-    }
-    for name, marks in marks_of.items():
-        file = folder / name
-        if os.path.lexists(file) and not (file.is_file() and marks in file.read_bytes()):
-            raise UserError(f"{flag} {folder}: {name} there was not written by evaluate_student.py; move it away")
+    for file in (folder / name for name in (EVALUATION_NAME, COMPARISON_NAME, FRONTIER_NAME)):
+        if os.path.lexists(file) and not has_mark(file):
+            raise UserError(f"{flag} {folder}: {file.name} there was not written by evaluate_student.py; move it away")
 
 
 def sample_files(folder: Path) -> list[tuple[int, Path]]:

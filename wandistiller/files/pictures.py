@@ -3,7 +3,6 @@
 A picture is a uint8 array (H, W, 3). Pillow is imported where it is used.
 """
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -24,17 +23,7 @@ MAX_CAPTION_LINES = 8
 
 
 def save_png(picture: "np.ndarray | Image", path: str | Path, metadata: Mapping[str, object] | None = None) -> None:
-    """Write a PNG, whole or not at all.
-
-    Args:
-        metadata: text entries of the file.
-    """
-    with atomic_path(path) as beside:
-        beside.write_bytes(png_bytes(picture, metadata))
-
-
-def png_bytes(picture: "np.ndarray | Image", metadata: Mapping[str, object] | None = None) -> bytes:
-    """Return a PNG with text entries."""
+    """Write a PNG, whole or not at all; `metadata` are text entries of the file."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -42,9 +31,8 @@ def png_bytes(picture: "np.ndarray | Image", metadata: Mapping[str, object] | No
     for name, value in (metadata or {}).items():
         info.add_itxt(name, str(value))
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info)
-    return buffer.getvalue()
+    with atomic_path(path) as beside:
+        image.save(beside, format="PNG", pnginfo=info)
 
 
 @cache

@@ -18,10 +18,10 @@ from pathlib import Path
 from torch import Tensor
 
 from wandistiller.errors import shown
-from wandistiller.files.atomic import file_digest, write_json
+from wandistiller.files.atomic import file_digest, write_text
 from wandistiller.files.gguf_files import SUFFIX as GGUF_SUFFIX
 from wandistiller.files.gguf_files import read_gguf_header
-from wandistiller.files.json_files import JsonError, TeacherFileError, load_json, parse_json
+from wandistiller.files.json_files import JsonError, TeacherFileError, parse_json
 from wandistiller.files.safetensors_files import StoredTensor, indexed_files, read_header
 from wandistiller.files.torch_files import SUFFIXES as TORCH_SUFFIXES
 from wandistiller.files.torch_files import read_torch_header
@@ -207,13 +207,8 @@ def admit(
         own = {end: rest.pop(f"{stem}.{end}") for end in _ENDS if f"{stem}.{end}" in rest}
         weights[name] = _weight(name, stored, own, marker)
         ignored |= {f"{stem}.{end}": _ENDS[end] for end in own}
-    strangers = []
-    for name, stored in rest.items():
-        if reason := harmless(name) or _harmless(name, stored):
-            ignored[name] = reason
-        else:
-            strangers.append(name)
-    if strangers:
+    ignored |= {name: reason for name, stored in rest.items() if (reason := harmless(name) or _harmless(name, stored))}
+    if strangers := [name for name in rest if name not in ignored]:
         raise TeacherFileError(
             f"{where}: tensors that are no part of a {what}: {len(strangers)}, the first is {shown(rest[strangers[0]].key)}: "
             + (suggested(strangers[0]) or "it is another kind of model, or more than one")
@@ -240,45 +235,37 @@ def _read_marker(rest: dict[str, Stored]) -> str | None:
 
 
 def _weight(name: str, stored: Stored, own: Mapping[str, Stored], marker: str | None) -> Weight:
-    """Hold a weight's precision, its scale and its marker against each other."""
-    if not is_gguf(stored.path) and stored.dtype not in FLOATS:
-        raise TeacherFileError(
-            f"{stored.path}: {name} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8_e4m3fn, fp8_scaled"
-        )
-    if _LAYER_MARKER in own:
-        _check_layer_marker(name, own[_LAYER_MARKER], stored.dtype)
+    """Hold a weight's precision, its scale and its markers against each other."""
+    is_fp8, layer_marker = stored.dtype in _FP8, own.get(_LAYER_MARKER)
     scales = [own[end] for end in _SCALES if end in own]
-    is_fp8 = stored.dtype in _FP8
-    if not scales and is_fp8 and (marker or _LAYER_MARKER in own):
-        raise TeacherFileError(
-            f"{stored.path}: {name} is scaled fp8 but its scale ({name.removesuffix('.weight')}.scale_weight) is missing"
-        )
-    if scales and marker and is_fp8 and stored.dtype != marker:
-        raise TeacherFileError(
-            f"{stored.path}: {name} is stored as {stored.dtype}, {_MARKER} in the file says {marker}"
-        )
-    scale = scales[0] if scales else None
+    scale, wrong = scales[0] if scales else None, None
+    if not is_gguf(stored.path) and stored.dtype not in FLOATS:
+        wrong = "; allowed: fp32, fp16, bf16, fp8_e4m3fn, fp8_scaled"
+    elif layer_marker and (quantised := _layer_format(layer_marker)) != _FP8.get(stored.dtype):
+        wrong = f" and quantised as {shown(quantised)}; allowed: fp8_e4m3fn, fp8_scaled"
+    elif is_fp8 and not scales and (marker or layer_marker):
+        wrong = f" and scaled, but its scale ({name.removesuffix('.weight')}.scale_weight) is missing"
+    elif is_fp8 and scales and marker not in (None, stored.dtype):
+        wrong = f", {_MARKER} in the file says {marker}"
+    if wrong:
+        raise TeacherFileError(f"{stored.path}: {name} is stored as {stored.dtype}{wrong}")
     if scale and (len(scales) > 1 or scale.dtype not in FLOATS or not _is_scale_of(scale.shape, stored.shape)):
         raise TeacherFileError(
-            f"{stored.path}: {', '.join(shown(each.key) for each in scales)}: the scale of {name}, {list(stored.shape)}, has shape {list(scale.shape)} in {scale.dtype}; allowed: one "
-            "float for the whole, for each row, or for each block that divides it"
+            f"{stored.path}: {', '.join(shown(each.key) for each in scales)}: the scale of {name}, {list(stored.shape)}, has shape "
+            f"{list(scale.shape)} in {scale.dtype}; allowed: one float for the whole, for each row, or for each block that divides it"
         )
     return Weight(stored, scale)
 
 
-def _check_layer_marker(name: str, marker: Stored, dtype: str) -> None:
-    """Refuse other formats than fp8: ComfyUI's newer files name each layer's, as JSON in a byte tensor."""
-    quant_format: object = f"{marker.dtype} of shape {list(marker.shape)}"
-    if marker.dtype == "U8" and prod(marker.shape) <= _MOST_MARKER_BYTES:
-        text = bytes(marker.read().flatten().tolist()).decode("utf-8", "replace")
-        try:
-            quant_format = parse_json(text).get("format")
-        except (JsonError, AttributeError):
-            quant_format = text
-    if quant_format != _FP8.get(dtype):
-        raise TeacherFileError(
-            f"{marker.path}: {name} is quantised as {shown(quant_format)} and stored as {dtype}; allowed: fp8_e4m3fn, fp8_scaled"
-        )
+def _layer_format(marker: Stored) -> object:
+    """Return the format that ComfyUI's newer files name of each layer, as JSON in a byte tensor."""
+    if marker.dtype != "U8" or prod(marker.shape) > _MOST_MARKER_BYTES:
+        return f"{marker.dtype} of shape {list(marker.shape)}"
+    text = bytes(marker.read().flatten().tolist()).decode("utf-8", "replace")
+    try:
+        return parse_json(text).get("format")
+    except (JsonError, AttributeError):
+        return text
 
 
 def digest_of(files: Iterable[Path]) -> str:
@@ -286,7 +273,7 @@ def digest_of(files: Iterable[Path]) -> str:
     return hashlib.sha256(" ".join(sorted(map(kept_digest, files))).encode()).hexdigest()
 
 
-_KEPT_FROM_BYTES, _MOST_KEPT = 2**26, 1000
+_KEPT_FROM_BYTES = 2**26
 
 
 def kept_digest(path: Path) -> str:
@@ -300,16 +287,12 @@ def kept_digest(path: Path) -> str:
 
 @lru_cache(maxsize=1000)
 def _digest(path: Path, state: str, is_large: bool) -> str:
-    store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wandistiller" / "digests.json"
-    kept = {}
-    if is_large:
-        with contextlib.suppress(JsonError):
-            kept = load_json(store)
-    if isinstance(kept, dict) and state in kept:
-        return str(kept[state])
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wandistiller" / "digests" / state
+    if is_large and kept.is_file():
+        return kept.read_text(encoding="utf-8")
     digest = file_digest(path)
     if is_large:
-        with contextlib.suppress(OSError, ValueError):
-            store.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_json(store, dict([*dict(kept).items(), (state, digest)][-_MOST_KEPT:]))
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_text(kept, digest)
     return digest
