@@ -241,7 +241,7 @@ def test_a_teacher_with_a_damaged_vae_is_learnt_from_without_pictures(train, tea
 PROMPT_FILES = {
     "empty": (b"", ["no prompt"]),
     "latin-1": ("a tree\na café\n".encode("latin-1"), ["line 2", "0xE9", "UTF-8"]),
-    "UTF-16": ("a tree\n".encode("utf-16"), ["UTF-16", "UTF-8"]),
+    "UTF-16": ("a tree\n".encode("utf-16"), ["line 1", "UTF-8"]),
     "binary": (b"\x89PNG\r\n\x1a\n\x00\x00", ["line 1", "UTF-8"]),
 }
 

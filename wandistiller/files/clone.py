@@ -16,11 +16,7 @@ CONFIG_FOLDER = _SHIPPED_CONFIGS if _SHIPPED_CONFIGS.is_dir() else CLONE / "conf
 # General prompts that no run of ours trains on
 HELD_OUT_PROMPTS = "data/heldout_prompts.txt"
 # What flags are left at: a clone has these files, and an installation does not.
-_OF_A_CLONE = {
-    DEMO_TEACHER,
-    "data/demo_prompts.txt",
-    "data/static_prompts.txt",
-}
+_OF_A_CLONE = {DEMO_TEACHER, "data/demo_prompts.txt", "data/static_prompts.txt"}
 
 
 def ready_config(path: str) -> str:

@@ -10,10 +10,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PICKLES = ["*.bin", "*.pt", "*.ckpt"]  # .pth only where a pattern names it: the original releases' encoder and VAE
 
 
-class HubError(UserError):
-    """A hub repository is not there, or cannot be reached."""
-
-
 def is_hub_id(text: str | Path) -> bool:
     """Return whether a text could name a hub repository, `owner/name`; callers look for a folder of that name first."""
     return _HUB_ID.fullmatch(str(text)) is not None
@@ -45,7 +41,7 @@ def fetch(repo_id: str, patterns: list[str], local: str) -> Path:
         local: what works without the hub, for the message where it cannot be reached.
 
     Raises:
-        HubError: there is no such repository, or it cannot be reached and is not in the cache.
+        UserError: there is no such repository, or it cannot be reached and is not in the cache.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -56,7 +52,7 @@ def fetch(repo_id: str, patterns: list[str], local: str) -> Path:
         reason = f"the hub knows no such model, or it needs a login ({type(error).__name__})"
     except (errors.HfHubHTTPError, errors.HTTPError, errors.IncompleteSnapshotError, OSError) as error:
         reason = f"the hub cannot be reached and it is not in the local cache ({type(error).__name__})"
-    raise HubError(
+    raise UserError(
         f"{repo_id}: is no file or folder here, and as a hub id: {reason}. What works without the hub: {local}"
     )
 

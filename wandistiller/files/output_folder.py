@@ -99,12 +99,9 @@ def removed_if_empty(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder inside, or until the end of this process however it ends.
+    """Keep other runs out of a folder inside, or until the end of this process however it ends; refuse one that another run has.
 
     The lock is the folder's own (flock), so that none is left behind as a file.
-
-    Raises:
-        UserError: another run has it.
     """
     with locked(folder.resolve()) as is_ours:
         if is_ours is False:
@@ -138,11 +135,7 @@ def has_mark(path: Path) -> bool:
 
 
 def check_evaluation_is_ours(folder: Path, flag: str) -> None:
-    """Refuse a folder whose evaluation.json or pictures of these names a person put there, be they folders.
-
-    Raises:
-        UserError: names the file.
-    """
+    """Refuse a folder whose evaluation.json or pictures of these names a person put there, be they folders."""
     for file in (folder / name for name in (EVALUATION_NAME, COMPARISON_NAME, FRONTIER_NAME)):
         if os.path.lexists(file) and not has_mark(file):
             raise UserError(f"{flag} {folder}: {file.name} there was not written by evaluate_student.py; move it away")

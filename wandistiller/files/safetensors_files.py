@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,32 +65,19 @@ class StoredTensor:
     num_bytes: int
 
     def read(self) -> Tensor:
-        """Read the tensor to the CPU in its stored precision.
-
-        Raises:
-            DamagedFileError: its bytes are not there, or are of a type without a counterpart in torch.
-        """
+        """Read the tensor to the CPU in its stored precision; a type without a counterpart in torch is refused."""
         with refusing_damage(self.path):
             return self.read_bytes().view(DTYPES[self.dtype]).reshape(self.shape)
 
     def read_bytes(self) -> Tensor:
         """Read the bytes of its values, as uint8."""
-        values = torch.empty(self.num_bytes, dtype=torch.uint8)
-        place = values.numpy().data
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            while place and (count := file.readinto(place)):
-                place = place[count:]
-        if place:
-            raise ValueError(f"it ends {len(place):,} bytes before {self.key} does")
-        return values
+        values = np.fromfile(self.path, np.uint8, self.num_bytes, offset=self.offset)
+        if len(values) < self.num_bytes:
+            raise ValueError(f"it ends {self.num_bytes - len(values):,} bytes before {self.key} does")
+        return torch.from_numpy(values)
 
     def with_shape(self, shape: tuple[int, ...]) -> Self:
-        """Return the same values in another shape.
-
-        Raises:
-            TeacherFileError: they are not as many.
-        """
+        """Return the same values in another shape, which must have as many."""
         if prod(shape) != prod(self.shape):
             raise TeacherFileError(
                 f"{self.path}: {self.key} is to have shape {list(shape)}, but has the values of {list(self.shape)}"
@@ -165,11 +153,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file, whole or not at all.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to.
-    """
+    """Write a file, whole or not at all."""
     # Names of files that are no UTF-8 get question marks, as in atomic.py; the format holds UTF-8 alone.
     texts = {name: text.encode("utf-8", "replace").decode() for name, text in (metadata or {}).items()}
     with atomic_path(path) as beside:

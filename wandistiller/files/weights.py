@@ -92,11 +92,7 @@ def weight_files(folder: Path, allowed: str = "*.safetensors") -> list[Path]:
 
 
 def all_tensors(files: Iterable[Path]) -> dict[str, Stored]:
-    """Return the tensors of several files that are one model.
-
-    Raises:
-        TeacherFileError: two of them hold the same tensor.
-    """
+    """Return the tensors of several files that are one model, in which none is there twice."""
     found: dict[str, Stored] = {}
     for path in files:
         tensors = stored_tensors(path)
@@ -120,11 +116,7 @@ class Weight:
         return self.stored.shape
 
     def read(self) -> Tensor:
-        """Read the weight to the CPU in its stored precision; one in fp8 or with a scale becomes float32.
-
-        Raises:
-            TeacherFileError: a number of it is not finite, or its scale is below 0.
-        """
+        """Read the weight to the CPU in its stored precision; one in fp8 or with a scale becomes float32, and all are finite."""
         values = self.stored.read()
         if self.stored.dtype in _FP8 or self.scale is not None:
             values = values.float()

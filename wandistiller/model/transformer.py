@@ -411,7 +411,7 @@ class WanLiteStudent(nn.Module):
 
         Raises:
             ConfigError: a file is missing or damaged, weights and config do not belong together, or weights are no numbers.
-            HubError: there is no such folder, and no such repository can be had either.
+            UserError: there is no such folder, and no such repository can be had either.
         """
         from wandistiller.files.hub import fetch, is_hub_id
         from wandistiller.files.weights import admit, stored_tensors

@@ -110,11 +110,7 @@ def _reader_of(file: Path, prompt_per: str | None, media_in: Callable[[Path], se
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of UTF-8 text with their numbers, whatever ends them, without their ends.
-
-    Raises:
-        UserError: the file cannot be read, or a line is no text.
-    """
+    """Yield the lines of UTF-8 text with their numbers, whatever ends them, without their ends; any other file is refused."""
     try:
         require_file(path)
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as text:
@@ -132,17 +128,11 @@ def _check_text(line: str, where: str) -> None:
         raise UserError(f"{where}: is longer than {LONGEST_LINE:,} letters, so this is no text; {WHAT_TO_GIVE}")
     if line.isascii() or not (found := _NOT_UTF8.search(line)):
         return
-    if line.startswith(("\udcff\udcfe", "\udcfe\udcff")):
-        raise UserError(f"{where}: starts with a UTF-16 byte order mark; save the file as UTF-8")
     raise UserError(f"{where}: byte 0x{ord(found[0]) - 0xDC00:02X} is not UTF-8; save the file as UTF-8")
 
 
 def read_lines(path: Path, asked: str | None = None) -> Iterator[str]:
-    """Yield the prompts of a text file, one a line; blank lines and `#` lines do not count.
-
-    Raises:
-        UserError: a line is no prompt.
-    """
+    """Yield the prompts of a text file, one a line, none of which may be wrong; blank lines and `#` lines do not count."""
     for number, row in text_lines(path):
         prompt, where = row.lstrip("\ufeff").strip(), f"{path}, line {number}"  # files were concatenated
         if not prompt or prompt.startswith("#"):
@@ -168,11 +158,7 @@ def read_whole(path: Path, asked: str | None = None) -> Iterator[str]:
 
 
 def _column(path: Path, columns: Sequence[str], asked: str | None) -> str:
-    """Return the column of captions: the one that is asked for, or has a caption's name; never another, which may hold names of pictures.
-
-    Raises:
-        UserError: there is none, or more than one.
-    """
+    """Return the column of captions: the one that is asked for or has a caption's name, never another: that may hold names of pictures."""
     names = USUAL_COLUMNS if asked is None else (asked.strip().lower(),)
     found = [name for name in columns if name.strip().lower() in names]
     if asked in columns:

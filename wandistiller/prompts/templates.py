@@ -109,11 +109,7 @@ def _options(inside: str) -> tuple[Lines, Several | None]:
 
 
 def _checked_line(line: str, where: str) -> str:
-    """Return a line with its escaped letters hidden.
-
-    Raises:
-        UserError: it is too long, its braces do not close, or it holds what is not known here.
-    """
+    """Return a line with its escaped letters hidden, or refuse one that is too long, does not close or holds what is not known here."""
     if len(line) > LONGEST_LINE:
         raise UserError(f"{where}: is longer than {LONGEST_LINE:,} letters, and no template")
     text = _ESCAPE.sub(lambda found: chr(0xFDD0 + _ESCAPED.index(found[1])), line)
@@ -193,11 +189,7 @@ class Templates:
         return found
 
     def draw(self, generator: random.Random) -> str:
-        """Draw a prompt: the innermost braces and the wildcards of a line give their texts, until there are none.
-
-        Raises:
-            UserError: it is too long, or takes too many steps.
-        """
+        """Draw a prompt: the innermost braces and the wildcards of a line give their texts, until there are none."""
         text, steps = _drawn(self.root, None, generator), 0
         for _ in range(MOST_PASSES):
             text, count = _PART.subn(lambda part: self._text_of(part, generator), text)
@@ -260,11 +252,7 @@ class Drawn(NamedTuple):
 
 
 def draw_prompts(path: str | Path, seed: int, num_train: int, num_held_out: int) -> Drawn:
-    """Draw different prompts of a file or folder of templates; templates that give few give all of them to both sides.
-
-    Raises:
-        UserError: they cannot be read, or give no prompt at all.
-    """
+    """Draw different prompts of a file or folder of templates; templates that give few give all of them to both sides."""
     templates = Templates(path)
     few = list(itertools.islice(different_prompts(templates, 0), FEW))
     if not few:
