@@ -33,14 +33,6 @@ def test_whole_letters_spelt_as_pairs_are_read(tmp_path):
     assert load_json(tmp_path / "a.json") == {"\N{GRINNING FACE}": [1, None]}
 
 
-def test_what_a_hook_refuses_is_the_reason():
-    def refuse(pairs):
-        raise ValueError("twice")
-
-    with pytest.raises(JsonError, match="twice"):
-        parse_json('{"a": 1}', refuse)
-
-
 def test_what_is_no_text_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")

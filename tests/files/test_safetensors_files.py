@@ -24,13 +24,13 @@ READERS = [read_header, read_tensors, open_safetensors]
 
 @pytest.fixture
 def file(tmp_path):
-    write_tensors(tmp_path / "a.safetensors", TENSORS, {"made": "here"})
+    write_tensors(tmp_path / "a.safetensors", TENSORS, {"made": "caf\udce9"})  # of a path that is no UTF-8
     return tmp_path / "a.safetensors"
 
 
 def test_what_was_written_is_read_back(file):
     header, tensors = read_header(file), read_tensors(file)
-    assert header.shapes == {"a": (2, 3), "b": (4,)} and header.metadata == {"made": "here"}
+    assert header.shapes == {"a": (2, 3), "b": (4,)} and header.metadata == {"made": "caf?"}
     assert header.dtypes == {"a": "F32", "b": "BF16"}
     assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
     with open_safetensors(file) as opened:
@@ -80,8 +80,3 @@ def test_an_index_gives_its_shards_once_each_in_its_order(tmp_path, file):
 def test_an_index_that_cannot_be_followed_is_refused(file, weight_map, said):
     with pytest.raises(UserError, match=said):
         indexed_files(write_index(file.parent, weight_map))
-
-
-def test_metadata_with_letters_that_are_no_utf8_is_written_with_question_marks(tmp_path):
-    write_tensors(tmp_path / "a.safetensors", TENSORS, {"path": "caf\udce9"})
-    assert read_header(tmp_path / "a.safetensors").metadata == {"path": "caf?"}

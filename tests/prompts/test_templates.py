@@ -54,17 +54,6 @@ def test_the_syntax_that_users_of_stable_diffusion_know(tmp_path, template, prom
     assert sorted(found) == sorted(prompts)
 
 
-def test_wildcards_are_lines_of_files_which_lead_to_others(tmp_path):
-    files = {
-        "a.template.txt": "a __pet__",
-        "pet.txt": "cat\n# none\n\n__wild/big_cats__\n{small |}dog\n",
-        "wild/big_cats.txt": "lion\n",
-    }
-    prompts = ["a cat", "a lion", "a small dog", "a dog"]
-    assert sorted(load_prompts(write(tmp_path, files)).prompts) == sorted(prompts)
-    assert sorted(load_prompts(tmp_path / "a.template.txt").prompts) == sorted(prompts)
-
-
 @pytest.mark.parametrize(
     ("template", "prompts"),
     [
@@ -76,18 +65,20 @@ def test_wildcards_are_lines_of_files_which_lead_to_others(tmp_path):
         ("__动物__ 在雪中", ["狐狸 在雪中"]),
         ("__~animals/wild__", ["fox"]),
         ("{2$$ and $$__animals/*__}", ["fox and cow", "cow and fox"]),
+        ("a __pet__", ["a cat", "a fox", "a small dog", "a dog"]),
     ],
 )
-def test_wildcards_have_any_name_and_globs_stand_for_several(tmp_path, template, prompts):
+def test_wildcards_are_lines_of_files_of_any_name_and_globs_stand_for_several(tmp_path, template, prompts):
     files = {
         "animals/wild.txt": "fox",
         "animals/tame.txt": "cow",
         "animals/deep/wild.txt": "boar",
         "my colors.txt": "red",
         "动物.txt": "狐狸",
+        "pet.txt": "cat\n# none\n\n__animals/wild__\n{small |}dog\n",
     }
     write(tmp_path, files | {"a.template.txt": template})
-    assert sorted(load_prompts(tmp_path).prompts) == sorted(prompts)
+    assert sorted(load_prompts(tmp_path / "a.template.txt").prompts) == sorted(prompts)
 
 
 WRONG = {
@@ -135,12 +126,6 @@ def test_templates_that_repeat_each_other_without_measure_are_refused(tmp_path, 
     write(tmp_path, {"a.template.txt": "__n0__\n"} | files)
     with pytest.raises(UserError, match="prompts of more than 4000"):
         load_prompts(tmp_path)
-
-
-def test_braces_and_wildcards_in_each_other_are_drawn(tmp_path):
-    files = {f"w{n}.txt": "{" * 9 + f"__w{n + 1}__|b" + "}" * 9 for n in range(4)}
-    write(tmp_path, files | {"a.template.txt": "{a {__w0__ {|}|{__w4__}}}", "w4.txt": "x\ny\n__w4__"})
-    assert sorted(load_prompts(tmp_path).prompts) == ["a b", "a x", "a y"]
 
 
 WEIGHTED = {
@@ -198,12 +183,6 @@ def drawn(templates: Templates, count: int) -> list[str]:
     return [templates.draw(generator) for _ in range(count)]
 
 
-def test_the_shipped_templates_give_as_many_prompts_as_half_a_million_equally_likely_ones(shipped):
-    """Of n draws among N equally likely prompts n^2 / 2N pairs are alike, so that few pairs tell of many prompts."""
-    num_draws = 8000
-    assert num_draws - len(set(drawn(shipped, num_draws))) < num_draws**2 / 10**6
-
-
 def test_the_shipped_templates_read_well(shipped):
     prompts = drawn(shipped, 4000)
     for prompt in prompts:
@@ -216,13 +195,6 @@ def test_the_shipped_templates_read_well(shipped):
     assert 0.12 < chinese < 0.18
     lengths = sorted(map(len, prompts))
     assert lengths[200] < 30 and lengths[-200] > 150
-
-
-def test_an_eighth_of_the_shipped_prompts_are_short_and_open(shipped):
-    """They name a thing or two and at most a place, with no clause on light, style or composition."""
-    prompts = drawn(shipped, 8000)
-    share = sum(not re.search('[,，.:"]', prompt) and len(prompt.split()) <= 14 for prompt in prompts) / len(prompts)
-    assert abs(share - 1 / 8) < 0.015
 
 
 def test_no_line_of_the_shipped_templates_is_there_twice(shipped):
