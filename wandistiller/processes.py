@@ -79,13 +79,12 @@ class Processes:
         dist.all_gather(parts, values.contiguous())
         return torch.cat(parts)
 
-    def all_true(self, value: bool) -> bool:
-        """Return whether `value` is true in every process."""
-        return bool(self.gathered(torch.tensor([float(value)])).all())
-
     def any_true(self, value: bool) -> bool:
         """Return whether `value` is true in any process."""
         return bool(self.gathered(torch.tensor([float(value)])).any())
+
+    def all_true(self, value: bool) -> bool:
+        return not self.any_true(not value)
 
     def from_first(self, value: T) -> T:
         """Return what the first process holds: a plain value, the same everywhere after."""

@@ -35,12 +35,11 @@ from support.runs import (
 )
 from support.torchrun import start
 from wandistiller.errors import UserError
-from wandistiller.processes import Processes
 from wandistiller.training.checkpoints import CheckpointError, Checkpoints, DamagedCheckpointError
-from wandistiller.training.loop import NonFiniteError, Observer, Saving, TrainingOptions, train
+from wandistiller.training.loop import NonFiniteError, train
 from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
-from wandistiller.training.state import RunState
+from wandistiller.training.state import RunState, TrainingOptions
 
 STEPS = 11
 FLAGS = ["--max_steps", STEPS, "--lr", 1e-3, "--batch_size", 3]
@@ -192,14 +191,9 @@ def test_checkpoints_each_damaged_in_its_own_way_are_skipped_and_a_run_without_a
 
 def make_state(optimizer: str = "adamw", seed: int = 0, **of_lessons) -> RunState:
     trained = TrainedStudent(make_student(seed), Objective())
-    options = OptimizationOptions(lr=1e-3, optimizer=optimizer, ema_decay=0.9)
-    return RunState(trained, Lessons(**of_lessons), options, STEPS, Processes())
-
-
-def go_on(state: RunState, checkpoints: Checkpoints) -> None:
-    options = TrainingOptions(batch_size=3, num_steps=STEPS, optimization=OptimizationOptions(lr=1e-3), save_every=3)
-    train(
-        state.trained.student, state.batches, state.trained.objective, options, Observer(), Saving(checkpoints, state)
+    optimization = OptimizationOptions(lr=1e-3, optimizer=optimizer, ema_decay=0.9)
+    return RunState(
+        trained, Lessons(**of_lessons), TrainingOptions(num_steps=STEPS, optimization=optimization, save_every=3)
     )
 
 
@@ -209,7 +203,7 @@ def checkpoints_in(folder: Path, keep: int = 2, batch_size: int = 3, **run) -> C
 
 def test_a_run_of_another_batch_size_takes_over_all_but_what_it_learns_from(tmp_path):
     saved, state = make_state(), make_state(seed=1, size=5)
-    go_on(saved, checkpoints_in(tmp_path))
+    train(saved, checkpoints=checkpoints_in(tmp_path))
     found = checkpoints_in(tmp_path, batch_size=5).newest()
     state.load(found)
     assert not found.has_same_batch and state.batches.num_calls == 0 and state.step == STEPS
@@ -221,7 +215,7 @@ def test_a_run_of_another_batch_size_takes_over_all_but_what_it_learns_from(tmp_
 def test_a_step_that_is_not_finite_is_not_saved_and_names_the_newest_checkpoint(tmp_path, broken_at, last_good):
     checkpoints, state = checkpoints_in(tmp_path, keep=1), make_state(broken_at=broken_at)
     with pytest.raises(NonFiniteError, match=f"^step {broken_at}: .*--lr 0.0001") as error:
-        go_on(state, checkpoints)
+        train(state, checkpoints=checkpoints)
     if last_good is None:
         assert not checkpoints.exist()
         return
@@ -248,7 +242,7 @@ FORGERIES = {
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_checkpoint_whose_checksums_are_right_but_not_its_tensors_changes_nothing(tmp_path, name):
     optimizer = "muon" if "momentum" in name else "adamw"
-    go_on(make_state(optimizer), checkpoints_in(tmp_path))
+    train(make_state(optimizer), checkpoints=checkpoints_in(tmp_path))
     forge(tmp_path / "checkpoints" / f"step_{STEPS:08d}.json", **FORGERIES[name])
     state = make_state(optimizer, seed=1)
     before = {name: value.clone() for name, value in state.trained.state_dict().items()}

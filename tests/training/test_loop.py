@@ -17,20 +17,14 @@ import torch
 from support.lessons import Lessons, Watching, make_batch, make_student
 from support.processes import fork
 from wandistiller.training.feature_loss import FeatureLoss
-from wandistiller.training.loop import (
-    NonFiniteError,
-    TrainingOptions,
-    check_finite,
-    check_weights,
-    steps_of_epochs,
-    train,
-)
-from wandistiller.training.objective import Objective
+from wandistiller.training.loop import NonFiniteError, TrainingResult, check_finite, steps_of_epochs, train
+from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions, learning_rate
+from wandistiller.training.state import RunState, TrainingOptions
 from wandistiller.training.stop import StopRequest
 
 OPTIMIZATION = OptimizationOptions(lr=3e-3, max_grad_norm=0.05, weight_decay=0.1)
-OPTIONS = TrainingOptions(batch_size=3, num_steps=3, optimization=OPTIMIZATION, seed=11)
+OPTIONS = TrainingOptions(num_steps=3, optimization=OPTIMIZATION)
 OBJECTIVE = Objective()
 
 
@@ -38,13 +32,8 @@ def copy_of(student) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in student.state_dict().items()}
 
 
-def reported_by(lessons, num_steps: int = 3, objective: Objective = OBJECTIVE, **changes) -> list:
-    """The metrics of a run."""
-    reported = []
-    train(
-        make_student(), lessons, objective, replace(OPTIONS, num_steps=num_steps, **changes), Watching(reported.append)
-    )
-    return reported
+def learn(student, lessons, options=OPTIONS, watching=None, objective: Objective = OBJECTIVE) -> TrainingResult:
+    return train(RunState(TrainedStudent(student, objective), lessons, options), watching)
 
 
 # ---- the length of a run, its learning rate and average ----
@@ -75,8 +64,8 @@ def test_the_learning_rate_rises_and_follows_its_schedule(name, after):
 def test_a_student_trained_with_an_average_ends_as_that_average():
     student, averaged, seen = make_student(), make_student(), []
     plain = replace(OPTIONS, optimization=OptimizationOptions(lr=1e-2))
-    train(student, Lessons(), OBJECTIVE, plain, Watching(lambda _: seen.append(copy_of(student))))
-    train(averaged, Lessons(), OBJECTIVE, replace(OPTIONS, optimization=replace(plain.optimization, ema_decay=0.9)))
+    learn(student, Lessons(), plain, Watching(lambda _: seen.append(copy_of(student))))
+    learn(averaged, Lessons(), replace(OPTIONS, optimization=replace(plain.optimization, ema_decay=0.9)))
     expected = seen[0]
     for n, weights in enumerate(seen[1:], start=1):
         decay = (1 + n) / (10 + n)
@@ -113,7 +102,7 @@ def adamw_by_hand(parameters, gradients, moments, step: int) -> None:
 
 def test_three_steps_equal_clipping_and_adamw_written_by_hand():
     student, reported = make_student(), []
-    result = train(student, Lessons(), OBJECTIVE, OPTIONS, Watching(reported.append))
+    result = learn(student, Lessons(), OPTIONS, Watching(reported.append))
 
     expected, lessons = make_student(), Lessons()
     parameters = list(expected.parameters())
@@ -145,10 +134,10 @@ def test_the_map_of_the_feature_loss_learns_beside_the_student_and_is_no_part_of
     names, before = list(student.state_dict()), [parameter.clone() for parameter in feature_loss.parameters()]
     objective = replace(OBJECTIVE, feature_loss=feature_loss, feature_weight=1.0)
     seen = []
-    with_features = train(student, Lessons(features=features), objective, OPTIONS, Watching(seen.append)).losses
+    with_features = learn(student, Lessons(features=features), OPTIONS, Watching(seen.append), objective).losses
     assert all(not torch.equal(old, new) for old, new in zip(before, feature_loss.parameters(), strict=True))
     assert list(student.state_dict()) == names
-    plain = train(make_student(), Lessons(), OBJECTIVE, OPTIONS).losses
+    plain = learn(make_student(), Lessons()).losses
     # The loss that is shown is that of velocities, whatever is learnt beside it:
     assert with_features[0] == pytest.approx(plain[0], rel=1e-6) and with_features[-1] != plain[-1]
     assert all(metrics.feature_loss > 0 for metrics in seen)
@@ -162,7 +151,9 @@ def test_losses_are_reported_by_noise_level():
     velocity = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])[:, None, None, None].expand(5, 16, 4, 4)
     same = {"size": 5, "sigma": sigma, "velocity": velocity}
     by_sample = OBJECTIVE(make_student(), make_batch(1, **same)).by_sample.tolist()
-    (metrics,) = reported_by(Lessons(**same), 1)
+    reported = []
+    learn(make_student(), Lessons(**same), replace(OPTIONS, num_steps=1), Watching(reported.append))
+    (metrics,) = reported
     expected = [sum(by_sample[:2]) / 2, *[None] * 7, by_sample[2], sum(by_sample[3:]) / 2]
     assert metrics.loss_by_sigma == pytest.approx(expected) and metrics.stage == 1
 
@@ -171,7 +162,7 @@ def test_losses_are_reported_by_noise_level():
 def test_the_student_is_measured_every_so_many_steps_and_at_the_last(every, due):
     reported, measured = [], []
     watching = Watching(reported.append, lambda student: measured.append(student) or {"error": float(len(measured))})
-    train(make_student(), Lessons(), OBJECTIVE, replace(OPTIONS, num_steps=7, eval_every=every), watching)
+    learn(make_student(), Lessons(), replace(OPTIONS, num_steps=7, eval_every=every), watching)
     found = {metrics.step: metrics.held_out for metrics in reported if metrics.held_out is not None}
     assert found == {step: {"error": float(number)} for number, step in enumerate(due, start=1)}
     assert len(measured) == len(due)
@@ -180,9 +171,7 @@ def test_the_student_is_measured_every_so_many_steps_and_at_the_last(every, due)
 def test_what_is_measured_is_what_will_be_saved():
     student, measured = make_student(), []
     options = replace(OPTIONS, eval_every=3, optimization=replace(OPTIMIZATION, ema_decay=0.9))
-    train(
-        student, Lessons(), OBJECTIVE, options, Watching(evaluate=lambda model: measured.append(copy_of(model)) or {})
-    )
+    learn(student, Lessons(), options, Watching(evaluate=lambda model: measured.append(copy_of(model)) or {}))
     (weights,) = measured
     assert all(torch.equal(weights[name], weight) for name, weight in student.state_dict().items())
 
@@ -200,18 +189,20 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_with_step_and_causes_and_is
     student = make_student()
     before = copy_of(student)
     with pytest.raises(NonFiniteError, match="step 1"):
-        train(student, Lessons(broken_at=1), OBJECTIVE, OPTIONS)
+        learn(student, Lessons(broken_at=1))
     assert all(torch.equal(before[name], weight) for name, weight in student.state_dict().items())
     assert NonFiniteError.exit_code == 1
 
 
 def test_a_weight_that_is_not_finite_is_named():
     student = make_student()
-    check_weights(student, 3, OPTIONS)
-    with torch.no_grad():
-        student.proj_out.bias[0] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"step 3: 1 of the student's weights .* proj_out\.bias"):
-        check_weights(student, 3, OPTIONS)
+
+    def break_a_weight(metrics) -> None:
+        with torch.no_grad():
+            student.proj_out.bias[0] = torch.nan if metrics.step == 3 else 0.0
+
+    with pytest.raises(NonFiniteError, match=r"step 3: 1 of the student's weights, the first is proj_out\.bias"):
+        learn(student, Lessons(), OPTIONS, Watching(break_a_weight))
 
 
 # ---- stopping ----
@@ -229,7 +220,7 @@ def test_a_signal_ends_the_loop_after_the_step_in_hand_and_nothing_is_measured_a
 
     lessons.of_step = interrupt_the_fourth
     watching = Watching(evaluate=lambda _: measured.append(lessons.num_calls) or {})
-    result = train(make_student(), lessons, OBJECTIVE, replace(OPTIONS, num_steps=50, eval_every=2), watching)
+    result = learn(make_student(), lessons, replace(OPTIONS, num_steps=50, eval_every=2), watching)
     assert result.interrupted and result.num_steps == len(result.losses) == 4
     assert measured == [2] and signal.getsignal(number) is before
 

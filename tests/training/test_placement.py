@@ -27,9 +27,10 @@ from wandistiller.sampling.sampler import SamplingOptions, StudentField, sample_
 from wandistiller.sampling.streaming import StreamedBlocks
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.training.feature_loss import FeatureLoss
-from wandistiller.training.loop import Observer, TrainingOptions, train
+from wandistiller.training.loop import Observer, train
 from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
+from wandistiller.training.state import RunState, TrainingOptions
 from wandistiller.walk.batches import Batches, Schedule
 from wandistiller.walk.grids import segment_grids
 from wandistiller.walk.segments import SegmentTeacher
@@ -111,15 +112,10 @@ def waits_of_steps(
     if has_features:
         feature_loss = filled(FeatureLoss(24, 1).to("meta"), gpu.mode, GPU)
     objective = Objective(feature_loss=feature_loss, feature_weight=1.0, device=GPU)
-    options = TrainingOptions(
-        batch_size=4,
-        num_steps=NUM_STEPS,
-        optimization=OptimizationOptions(lr=1e-3, optimizer="muon", ema_decay=0.9),
-        device=GPU,
-    )
-    steps = Steps(gpu)
-    with gradients_of_nothing(TrainedStudent(student, objective)):
-        train(student, batches, objective, options, steps)
+    optimization = OptimizationOptions(lr=1e-3, optimizer="muon", ema_decay=0.9)
+    steps, trained = Steps(gpu), TrainedStudent(student, objective)
+    with gradients_of_nothing(trained):
+        train(RunState(trained, batches, TrainingOptions(num_steps=NUM_STEPS, optimization=optimization)), steps)
     assert len(steps.waits) == NUM_STEPS
     return steps.waits[2:]
 

@@ -15,8 +15,8 @@ from wandistiller.processes import Processes
 from wandistiller.run.headers import Source
 from wandistiller.sampling.sampler import SamplingOptions
 from wandistiller.students.record import StudentRecord
-from wandistiller.training.loop import TrainingOptions
 from wandistiller.training.optimizer import OptimizationOptions
+from wandistiller.training.state import TrainingOptions
 from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.text_encoder_files import TextEncoderFiles
 from wandistiller.wan.wan_files import WanFiles
@@ -182,16 +182,13 @@ class Settings:
         return replace(self.teacher_sampling, num_inference_steps=recorded.steps, sampler=recorded.sampler)
 
     def training_options(self, num_steps: int) -> TrainingOptions:
-        """Return what the loop is told of a stage that ends at `num_steps`; its batch is the global one."""
+        """Return what the loop is told of a stage that ends at `num_steps`."""
         return TrainingOptions(
-            batch_size=self.num_samples_per_step,
             num_steps=num_steps,
             optimization=self.optimization,
             eval_every=self.eval_every,
             sample_every=self.sample_every,
             save_every=self.save_every,
-            device=self.device,
-            seed=self.seed,
         )
 
     @property

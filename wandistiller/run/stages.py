@@ -10,7 +10,7 @@ from wandistiller.run.folder import Folder
 from wandistiller.run.learning import build_few_step_batches
 from wandistiller.run.settings import Settings
 from wandistiller.training.checkpoints import Checkpoint
-from wandistiller.training.loop import Observer, Saving, TrainingResult, train
+from wandistiller.training.loop import Observer, TrainingResult, train
 from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.state import RunState
 from wandistiller.walk.batches import Batches
@@ -34,8 +34,8 @@ class Stages:
         prompt_embeds: PromptEmbeds,
     ):
         self.settings, self.student, self.prompt_embeds, self.objective = settings, student, prompt_embeds, objective
-        trained = TrainedStudent(student, objective)
-        self.state = RunState(trained, batches, settings.optimization, settings.first_stage_steps, settings.processes)
+        trained, options = TrainedStudent(student, objective), settings.training_options(settings.first_stage_steps)
+        self.state = RunState(trained, batches, options, settings.processes)
 
     @property
     def student_steps(self) -> int | None:
@@ -58,7 +58,7 @@ class Stages:
         """Train the student in place; it ends as the average of its weights. See `training.loop.train`."""
         settings = self.settings
         if self.state.frozen is None:
-            result = self._train(observer, folder, settings.first_stage_steps)
+            result = train(self.state, observer, folder.checkpoints)
             if result.interrupted or settings.student_steps is None or result.num_steps >= settings.num_steps:
                 return result
             second = self._second(result.num_steps)
@@ -68,7 +68,7 @@ class Stages:
             f"Learning to draw in {settings.student_steps} steps, from segments of the teacher's and its own paths",
             flush=True,
         )
-        return self._train(observer, folder, settings.num_steps)
+        return train(self.state, observer, folder.checkpoints)
 
     def made(self, result: TrainingResult) -> dict[str, object]:
         """Return how the training went, for the student's record."""
@@ -77,14 +77,6 @@ class Stages:
             "num_train_steps": result.num_steps,
             "final_loss": result.losses[-1],
         }
-
-    def _train(self, observer: Observer, folder: Folder, num_steps: int) -> TrainingResult:
-        state, settings = self.state, self.settings
-        options = settings.training_options(num_steps)
-        saving = Saving(folder.checkpoints, state)
-        return train(
-            self.student, state.batches, state.trained.objective, options, observer, saving, settings.processes
-        )
 
     def _second(self, first_step: int) -> RunState:
         settings = self.settings
@@ -95,8 +87,7 @@ class Stages:
         return RunState(
             TrainedStudent(self.student, objective),
             batches,
-            settings.optimization,
-            settings.num_steps,
+            settings.training_options(settings.num_steps),
             settings.processes,
             first_step=first_step,
             frozen=frozen,

@@ -25,10 +25,10 @@ from wandistiller.run.folder import Folder, open_folder
 from wandistiller.run.observers import RunObserver, build_trackers
 from wandistiller.students.record import load_shape
 from wandistiller.training.checkpoints import Checkpoints
-from wandistiller.training.loop import Saving, TrainingOptions, TrainingResult, train
+from wandistiller.training.loop import TrainingResult, train
 from wandistiller.training.objective import TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
-from wandistiller.training.state import RunState
+from wandistiller.training.state import RunState, TrainingOptions
 from wandistiller.training.text_encoder import EncoderObjective, TextBatches, TextReader, token_errors
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.small_umt5 import CONFIG_NAME, MODEL_NAME, SmallUmt5, cut_umt5, num_parameters, read_small_shape
@@ -80,13 +80,10 @@ class EncoderSettings:
     @property
     def options(self) -> TrainingOptions:
         return TrainingOptions(
-            batch_size=self.num_samples_per_step,
             num_steps=self.num_steps,
             optimization=self.optimization,
             eval_every=self.eval_every,
             save_every=self.save_every,
-            device=self.processes.device,
-            seed=self.seed,
         )
 
 
@@ -224,7 +221,7 @@ def build(
     del teacher  # but for its token table
     objective: Any = EncoderObjective(reader=reader, compute_dtype=settings.compute_dtype, device=device)
     trained = TrainedStudent(small, objective)
-    state = RunState(trained, batches, settings.optimization, settings.num_steps, settings.processes)
+    state = RunState(trained, batches, settings.options, settings.processes)
     seen = {token for ids in tokens[:count] for token in ids}
     measured = TextBatches(tokens[count:], embeds.part(count, len(tokens) - count), range(0), 0, device=device)
     return state, HeldOutTexts(measured, seen) if len(tokens) > count else None
@@ -268,12 +265,4 @@ def watched(settings: Any, folder: Folder, state: RunState, held_out: Any) -> Tr
     with build_trackers(settings, folder) if processes.is_first else Trackers() as trackers:
         observer = EncoderObserver(progress, trackers, held_out)
         with observer.shown():
-            return train(
-                state.trained.student,
-                state.batches,
-                state.trained.objective,
-                settings.options,
-                observer,
-                Saving(folder.checkpoints, state),
-                processes,
-            )
+            return train(state, observer, folder.checkpoints)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,10 @@ from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes, full_tensor, local_part, without_averaging
 from wandistiller.step_metrics import StepMetrics, Stopwatch, mean_by_sigma
 from wandistiller.training.checkpoints import Checkpoints
-from wandistiller.training.objective import Loss, Objective, TrainedStudent
-from wandistiller.training.optimizer import OptimizationOptions
-from wandistiller.training.state import RunState
+from wandistiller.training.objective import Loss
+from wandistiller.training.state import RunState, TrainingOptions
 from wandistiller.training.stop import StopRequest
-from wandistiller.walk.batches import Batch, Batches
+from wandistiller.walk.batches import Batch
 
 
 class NonFiniteError(RuntimeError):
@@ -27,27 +25,6 @@ class NonFiniteError(RuntimeError):
 
 
 FIRST_SAMPLE = 25  # the step of the first picture
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """How long the student is trained, and how its weights move.
-
-    Attributes:
-        num_steps: the last step; steps are counted from 1.
-        eval_every: steps between measurements on held-out states; 0 is none.
-        sample_every: steps between sample pictures, the first of which come earlier (`is_early`); 0 is none.
-        save_every: steps between checkpoints; 0 is none, not even at the end.
-    """
-
-    batch_size: int
-    num_steps: int
-    optimization: OptimizationOptions
-    eval_every: int = 0
-    sample_every: int = 0
-    save_every: int = 0
-    device: str = "cpu"
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,65 +53,36 @@ class Observer:
         """Draw with the student, every `options.sample_every` steps and at early ones, but not at the last, after which it is there to be drawn with."""
 
 
-@dataclass(frozen=True)
-class Saving:
-    """Where a run is saved, and the state of the same student and batches that it resumes from; without either neither is done."""
-
-    checkpoints: Checkpoints | None = None
-    state: RunState | None = None
-
-
-def train(
-    student: WanLiteStudent,
-    batches: Batches,
-    objective: Objective,
-    options: TrainingOptions,
-    observer: Observer | None = None,
-    saving: Saving | None = None,
-    processes: Processes | None = None,
-) -> TrainingResult:
-    """Train `student` in place on the teacher's guided velocity; with EMA it ends as the average of its weights.
+def train(state: RunState, observer: Observer | None = None, checkpoints: Checkpoints | None = None) -> TrainingResult:
+    """Train the student of `state` in place, from the step that it is at; with EMA it ends as the average of its weights.
 
     Args:
         observer: what is told of every step, and measures and draws with the student (its average, where there is one).
-        saving: where the run is saved every `options.save_every` steps, at the last and when it is stopped, and the state it
-            resumes from.
-        processes: those that train together, each on its part of every batch; this one alone by default.
+        checkpoints: where the run is saved every `save_every` steps, at the last and when it is stopped.
 
     Raises:
         NonFiniteError: loss or gradient is not finite (the weights are those of the step before), or the last step broke
             the weights.
         CheckpointError: a checkpoint could not be written; those before it are good.
     """
-    processes, saving = processes or Processes(options.device), saving or Saving()
-    trained = TrainedStudent(student, objective) if saving.state is None else saving.state.trained
-    loop = _Loop(trained, batches, options, observer or Observer(), saving, processes)
-    student.train()
-    with StopRequest(is_repeated=processes.are_many).watching() as stop:
+    loop = _Loop(state, observer or Observer(), checkpoints)
+    state.trained.student.train()
+    with StopRequest(is_repeated=state.processes.are_many).watching() as stop:
         is_stopped = loop.run(stop)
-    check_weights(student, loop.state.step, options, processes)
-    loop.state.finish()
-    student.eval()
-    return TrainingResult(loop.state.step, loop.state.losses, is_stopped)
+    check_weights(state)
+    state.finish()
+    state.trained.student.eval()
+    return TrainingResult(state.step, state.losses, is_stopped)
 
 
 class _Loop:
     """The steps of a run: learn, check, update; then measure, tell, save and draw where that is due."""
 
-    def __init__(
-        self,
-        trained: TrainedStudent,
-        batches: Batches,
-        options: TrainingOptions,
-        observer: Observer,
-        saving: Saving,
-        processes: Processes,
-    ):
-        self.student, self.batches, self.options = trained.student, batches, options
-        self.observer, self.checkpoints, self.processes = observer, saving.checkpoints, processes
-        self.model = processes.averaging(trained, trained.has_idle_parts)
-        self.state = saving.state or RunState(trained, batches, options.optimization, options.num_steps, processes)
-        self.stopwatch = Stopwatch(options.num_steps, self.state.step)
+    def __init__(self, state: RunState, observer: Observer, checkpoints: Checkpoints | None):
+        self.state, self.observer, self.checkpoints = state, observer, checkpoints
+        self.options, self.batches, self.processes = state.options, state.batches, state.processes
+        self.model = self.processes.averaging(state.trained, state.trained.has_idle_parts)
+        self.stopwatch = Stopwatch(self.options.num_steps, state.step)
 
     def run(self, stop: StopRequest) -> bool:
         """Take the steps that are left; return whether a request to stop ended them early."""
@@ -142,9 +90,9 @@ class _Loop:
             lr, is_last = self.state.lr, step == self.options.num_steps
             found = self._take_step(step, stop)
             is_stopped = self._is_asked_to_stop(found, stop)
-            measured = {} if is_stopped else self._evaluate(step, is_last)
+            held_out = None if is_stopped else self._evaluate(step, is_last)
             with stop.unless_unread():
-                self.observer.step(self._metrics(step, found, lr, measured))
+                self.observer.step(self._metrics(step, found, lr, held_out))
             is_stopped = self._is_asked_to_stop(found, stop)
             self._save(step, is_last or is_stopped)
             if is_stopped:
@@ -184,18 +132,17 @@ class _Loop:
         """Return whether to stop here; many processes agree on a request that has just come in the step after it."""
         return found.is_stopped or (stop.requested and not self.processes.are_many)
 
-    def _evaluate(self, step: int, is_last: bool) -> dict[str, Any]:
-        """Return what was measured of the student, by its name in `StepMetrics`."""
+    def _evaluate(self, step: int, is_last: bool) -> dict[str, float] | None:
         if not is_due(step, self.options.eval_every, is_last):
-            return {}
+            return None
         with self.state.averaged() as averaged:
-            return {"held_out": self.observer.evaluate(averaged, self._stage)}
+            return self.observer.evaluate(averaged, self._stage)
 
     @property
     def _stage(self) -> int:
         return 1 if self.state.frozen is None else 2
 
-    def _metrics(self, step: int, found: "_Measured", lr: float, measured: dict[str, Any]) -> StepMetrics:
+    def _metrics(self, step: int, found: "_Measured", lr: float, held_out: dict[str, float] | None) -> StepMetrics:
         return StepMetrics(
             step,
             found.loss,
@@ -206,14 +153,14 @@ class _Loop:
             loss_by_sigma=mean_by_sigma(found.sigmas, found.by_sample),
             stage=self._stage,
             feature_loss=found.feature_loss if found.has_features else None,
+            held_out=held_out,
             memory_bytes=peak_memory_bytes(self.processes.device),
-            **measured,
         )
 
     def _save(self, step: int, is_last: bool) -> None:
         if self.checkpoints is None or not is_due(step, self.options.save_every, is_last):
             return
-        check_weights(self.student, step, self.options, self.processes)  # a broken state must not become a checkpoint
+        check_weights(self.state)  # a broken state must not become a checkpoint
         self.checkpoints.save(step, self.state.tensors(), first_step=self.state.first_step)
 
     def _draw(self, step: int, is_last: bool) -> None:
@@ -287,18 +234,13 @@ def check_finite(step: int, sigmas: Sequence[float], loss: float, grad_norm: flo
     )
 
 
-def check_weights(
-    student: WanLiteStudent, step: int, options: TrainingOptions, processes: Processes | None = None
-) -> None:
+def check_weights(state: RunState) -> None:
     """Refuse weights that are no longer numbers, which after the last step no loss would show; all processes agree on it."""
-    broken = [name for name, parameter in student.named_parameters() if not local_part(parameter).isfinite().all()]
-    if (processes or Processes(options.device)).any_true(bool(broken)):
-        which = (
-            f"{len(broken)} of the student's weights are not finite after it, the first is {broken[0]}"
-            if broken
-            else "some of the student's weights are not finite after it"
-        )
+    named = state.trained.student.named_parameters()
+    broken = [name for name, weight in named if not local_part(weight).isfinite().all()]
+    if state.processes.any_true(bool(broken)):
+        what = f"{len(broken)} of the student's weights, the first is {broken[0]}" if broken else "some weights"
+        own = state.options.optimization
         raise NonFiniteError(
-            f"step {step}: {which}; "
-            f"lr {options.optimization.lr:g} or weight_decay {options.optimization.weight_decay:g} is too high"
+            f"step {state.step}: {what}, are not finite after it; lr {own.lr:g} or weight_decay {own.weight_decay:g} is too high"
         )

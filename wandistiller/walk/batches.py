@@ -181,7 +181,7 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for prefix, part in self._parts():
-            part.load_state_dict(_part_of(state, prefix))
+            part.load_state_dict(part_of(state, prefix))
         self.calls = [int(state[f"{number}.calls"]) for number in range(len(self.calls))]
 
     def _parts(self) -> Iterator[tuple[str, Walk | Store]]:
@@ -192,5 +192,6 @@ class Batches:
         yield from ((f"{number}.segments.", store) for number, store in enumerate(self.segments))
 
 
-def _part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the entries whose name starts with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
