@@ -149,7 +149,6 @@ def test_the_fraction_of_guided_answers_is_that_of_noise_levels_as_they_are_draw
     "changes, name, factor",
     [
         ({"teacher_offload": "experts"}, "teacher weights", 0.5145),
-        ({"optimizer": "adamw8bit"}, "optimizer moments", 1 / 4),
         ({"optimizer": "muon"}, "optimizer moments", 0.537),
         ({"guided_fraction": 0.0}, "teacher activations", 1 / 2),
         ({"batch_size": 8}, "student activations", 2),
@@ -203,7 +202,6 @@ ROUNDED, OFFLOADED = "--teacher_dtype fp8", "--teacher_offload blocks"
         ({"gradient_checkpointing": True, "batch_size": 1, "num_experts": 1}, [ROUNDED, OFFLOADED]),
         ({"num_processes": 8}, [STEP, "--shard both"]),
         ({"num_processes": 8, "teacher_dtype": "fp8"}, [STEP, "--shard student"]),
-        ({"num_processes": 8, "optimizer": "adamw8bit"}, [STEP]),
     ],
 )  # fmt: skip
 def test_hints_are_those_that_the_run_has_not_taken_and_can_take(changes, expected):

@@ -17,8 +17,6 @@ from wandistiller.processes import FILE_BYTES
 from wandistiller.sampling.streaming import num_rooms, pinned_bytes
 from wandistiller.walk.store import feature_bytes
 
-# The bytes that AdamW's two moments take for each parameter. Muon has one, in float32, of the matrices that it moves.
-MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 8}
 # The CUDA context with its libraries, and what the allocator cannot use between tensors, are assumed, not measured.
 CONTEXT_BYTES, FRAGMENTATION = 2**30, 0.05
 # Of the host, assumed too: libraries alone, and with what CUDA maps
@@ -251,10 +249,10 @@ def _compute_copies(workload: Workload, activations: int) -> int:
 
 
 def moment_bytes(workload: Workload) -> int:
-    """Return the bytes of the optimizer's moments, over all processes that share them; those of the maps are AdamW's."""
+    """Return the bytes of the optimizer's moments, over all processes that share them: AdamW has two, Muon one of its matrices."""
     count = count_parameters(workload.student)
     matrices = workload.student.depth * count.block_matrices if workload.optimizer == "muon" else 0
-    return MOMENT_BYTES[workload.optimizer] * (count.total + _map_parameters(workload)) - FP32 * matrices
+    return FP32 * (2 * (count.total + _map_parameters(workload)) - matrices)
 
 
 def _map_parameters(workload: Workload) -> int:

@@ -54,7 +54,7 @@ def hints(workload: Workload) -> dict[str, dict[str, Any]]:
         found[" ".join(flags)] = changes
     is_rounded, is_offloaded = workload.teacher_dtype == "fp8", workload.teacher_offload
     if workload.num_processes > 1:
-        if not workload.shard_student and workload.optimizer != "adamw8bit":
+        if not workload.shard_student:
             both = not (is_rounded or is_offloaded or workload.teacher_cache_batches)  # such a teacher is not sharded
             found[f"--shard {'both' if both else 'student'}"] = {"shard_teacher": both, "shard_student": True}
         return found

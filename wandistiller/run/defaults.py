@@ -9,7 +9,7 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import BACKWARD_PASSES, num_image_tokens, transformer_flops
 
 # The best learning rates of a student of MEASURED_WIDTH that learns from MEASURED_SAMPLES a step, by optimiser:
-MEASURED_LR = {"adamw": 3e-3, "adamw8bit": 3e-3, "muon": 4e-3}
+MEASURED_LR = {"adamw": 3e-3, "muon": 4e-3}
 MEASURED_WIDTH, MEASURED_SAMPLES = 128, 64
 WARMUP_SHARE, MAX_WARMUP_STEPS = 0.04, 500
 # An answer is learnt from so often at least, however cheap it is; and at most, since more often it would be memorised.

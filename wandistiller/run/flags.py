@@ -162,9 +162,7 @@ class OptimizationFlags:
     lr_scheduler: str = flag("learning rate after its warm-up: kept, or down to zero", "cosine", choices=LR_SCHEDULERS)
     lr_warmup_steps: int | None = flag("steps of a linear rise from 0 (4 % of all, at most 500)", type=COUNT_OR_0)
     ema_decay: float = flag("EMA decay of the saved weights; 0: no EMA", 0.999, type=number(float, 0, 0.999999))
-    optimizer: str = flag(
-        "muon takes matrices of blocks, adamw the rest", "muon", choices=["muon", "adamw", "adamw8bit"]
-    )
+    optimizer: str = flag("muon takes matrices of blocks, adamw the rest", "muon", choices=["muon", "adamw"])
     max_grad_norm: float = flag("gradient clipping: maximum norm", 1.0, type=number(float, above=0))
     weight_decay: float = flag("weight decay", 0.0, type=number(float, low=0))
     seed: int = flag("seed of prompts, noise and initial values", 0, type=number(int, low=0, high=2**63 - 1))

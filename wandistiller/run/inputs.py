@@ -124,7 +124,5 @@ def process_mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
                 yield flag, "does not go together with a sharded teacher; give --shard student"
         if states.teacher_cache and are_many:
             yield "shard", "with --teacher_cache the teacher answers before training; give --shard student"
-    if own.shard in ("student", "both") and flags.optimization.optimizer == "adamw8bit":
-        yield "optimizer", "adamw8bit does not know sharded weights; --shard shards adamw's moments too"
     if states.cache_part and are_many:
         yield "cache_part", "is for processes started one by one; torchrun's share the work already, leave it out"

@@ -26,7 +26,7 @@ from wandistiller.run.held_out import MAX_SHARE, NUM_MEASUREMENTS, num_answers, 
 from wandistiller.run.inputs import Inputs, samples_per_step
 from wandistiller.run.settings import Settings
 from wandistiller.training.loop import steps_of_epochs
-from wandistiller.training.optimizer import OptimizationOptions, check_optimizer
+from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.walk.batches import make_schedules
 from wandistiller.walk.grids import teacher_levels
 from wandistiller.wan.settings import TeacherSettings
@@ -46,7 +46,6 @@ def resolve(flags: Flags, inputs: Inputs) -> Settings:
         UserError: something is missing, damaged or contradictory, or does not fit together.
     """
     processes = join(flags.performance.device, pick_device)
-    check_optimizer(flags.optimization.optimizer)
     check_report(flags.output.report)
     check_compiler(flags)
     files = open_files(flags, inputs.config)

@@ -1,7 +1,6 @@
 """How weights move: AdamW or Muon, the learning rate over the run, and the weights' moving average."""
 
 import contextlib
-import importlib.util
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wandistiller.errors import UserError
 from wandistiller.processes import each_in_one_process, fill, local_part, num_processes, reshard
 
 NEWTON_SCHULZ_STEPS = 5  # torch's default, of which a budget has to know
@@ -23,7 +21,7 @@ class OptimizationOptions:
     """How weights move.
 
     Attributes:
-        optimizer: "adamw", "adamw8bit", or "muon", which moves the matrices of the blocks and leaves the rest to AdamW.
+        optimizer: "adamw", or "muon", which moves the matrices of the blocks and leaves the rest to AdamW.
         betas: of AdamW.
         lr_scheduler: "constant", "linear" or "cosine", which follows `lr_warmup_steps` of rising learning rate.
         ema_decay: share of the moving average that a step keeps; 0 keeps no average.
@@ -39,27 +37,15 @@ class OptimizationOptions:
     ema_decay: float = 0.0
 
 
-def check_optimizer(name: str) -> None:
-    """Refuse an optimiser if its library is not installed."""
-    if name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("--optimizer adamw8bit: needs bitsandbytes, which is not installed; pip install bitsandbytes")
-
-
 def make_optimizer(
     model: nn.Module, options: OptimizationOptions, device: str, compute_dtype: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
     """Return the optimiser of a student, or of a student with what is learnt beside it.
 
-    "adamw8bit" is bitsandbytes', with moments in 8 bits (blockwise quantisation, arXiv 2110.02861).
-
     Args:
         compute_dtype: precision of matrix products, of which only Muon has any.
     """
     settings: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "weight_decay": options.weight_decay}
-    if options.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(model.parameters(), **settings)
     settings["fused"] = torch.device(device).type in ("cuda", "cpu")
     if options.optimizer == "muon":
         matrices, others = split_for_muon(model)
