@@ -24,8 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.shapes import RELEASED, in_turns, ratio, ratio_text, released_config
-from wandistiller.budget.machine import matmul_rate
+from benchmarks.shapes import RELEASED, in_turns, matmul_rate, ratio, ratio_text, released_config
 from wandistiller.device import DTYPES
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import BACKWARD_PASSES, transformer_flops

@@ -22,8 +22,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.random_step import RandomStep
-from benchmarks.shapes import RELEASED, released_config
-from wandistiller.budget.machine import GIB, matmul_rate
+from benchmarks.shapes import GIB, RELEASED, matmul_rate, released_config
 from wandistiller.budget.memory import memory_budget, training_peak_bytes
 from wandistiller.budget.workload import Workload, step_flops
 from wandistiller.model.config import StudentConfig

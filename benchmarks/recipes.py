@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.pages import print_or_write
 from benchmarks.shapes import GIB, H100_FLOPS, MEAN_TEXT_TOKENS, NEGATIVE_TEXT_TOKENS, markdown, released_config
 from wandistiller.budget.cards import CARDS, Card
-from wandistiller.budget.machine import Machine
 from wandistiller.budget.memory import disk_budget, host_budget, memory_budget, peak_bytes
 from wandistiller.budget.report import step_seconds
 from wandistiller.budget.workload import Workload, step_flops
@@ -37,7 +36,7 @@ from wandistiller.run.settings import Settings
 from wandistiller.wan.wan_files import WanFiles
 
 PAGES = (ROOT / "docs" / "training.md", ROOT / "docs" / "memory.md")
-MFUS = (0.18, 0.33, 0.40)  # shares of the peak: what others reached with Wan 14B, and the guess of --dry_run
+MFUS = (0.18, 0.33, 0.40)  # shares of the peak: what others reached with Wan 14B, and a guess
 NUM_HELD_OUT = 32
 # What is typed beside a preset: a teacher that a lightning LoRA was merged into
 FOUR_STEPS = ["--teacher_steps", "4", "--guidance_scale", "1", "--shift", "5"]
@@ -72,7 +71,7 @@ class Planned:
 
     def hours_on(self, card: Card) -> float:
         """Return what `--dry_run --assume_gpu` says of the whole run."""
-        return step_seconds(self.workload, Machine("", 0, card=card).speed("bf16")) * self.workload.num_steps / 3600
+        return sum(step_seconds(self.workload, card)) * self.workload.num_steps / 3600
 
     @property
     def disk_gib(self) -> float:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from wandistiller.budget.workload import Workload
 from wandistiller.device import wait_for
 from wandistiller.model.config import StudentConfig
@@ -66,6 +68,17 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
     work()
     wait_for(device)
     return time.perf_counter() - start
+
+
+def matmul_rate(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Measure the FLOP/s of square matrix products on a device for about `seconds`."""
+    size = 8192 if device.startswith("cuda") else 1024  # large enough to reach the rate, small enough for a second
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    left @ right  # the first product pays for libraries
+    spent, num_products = 0.0, 0
+    while spent < seconds:
+        spent, num_products = spent + seconds_of(lambda: left @ right, device), num_products + 1
+    return num_products * 2 * size**3 / spent
 
 
 def in_turns(works: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:

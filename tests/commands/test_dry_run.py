@@ -166,12 +166,10 @@ def test_a_small_teacher_is_planned_for_too(dry_run, teachers, write_config, tmp
         assert teacher == "mock" or snapshot(Path(teacher)) == before
 
 
-def test_on_the_cpu_the_plan_is_for_this_machine_with_hours_and_what_is_free_on_each_disk(
-    dry_run, teachers, write_config
-):
+def test_on_the_cpu_the_plan_is_for_this_machine_and_what_is_free_on_each_disk(dry_run, teachers, write_config):
     run = ["--teacher_path", teachers.one, "--student_config", write_config(PRUNED_CONFIG), "--device", "cpu"]
     outcome = dry_run(*run)
-    assert outcome.code == 0 and "this machine has" in outcome.out and "time, an estimate: " in outcome.out
+    assert outcome.code == 0 and "this machine has" in outcome.out
     assert re.search(r"Fits: about .*; disk of --output_dir, --prompt_cache, .* GiB free\.$", outcome.out)
     outcome = dry_run(*run, "--teacher_cache", "answers", "--teacher_calls", 10**9, "--replay", 1)
     assert outcome.code == 0, "what is there already takes no more room"

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from wandistiller.budget.cards import GIB
-from wandistiller.budget.machine import Speed
+from wandistiller.budget.cards import GIB, Card
 from wandistiller.budget.memory import (
     Component,
     block_bytes,
@@ -26,6 +25,9 @@ WHEN = {
     "learning": "while the student learns: ",
     "updating": "while its weights are updated: ",
 }
+
+
+SHARE_OF_DATA_SHEET = 0.33  # of a rate, that a whole step reaches: what others reached with Wan 14B (docs/training.md)
 
 
 def gib(num_bytes: float) -> str:
@@ -172,15 +174,15 @@ def memory_lines(budget: Sequence[Component]) -> list[str]:
     return [*lines, table_line("peak", phases[highest], WHEN[highest].removesuffix(": "))]
 
 
-def step_seconds(workload: Workload, speed: Speed) -> float:
-    """Return how long an optimizer step takes: its FLOPs, and copies of the teacher's blocks that no answer hides."""
-    rate, samples = speed.share * speed.flops, workload.batch_size
-    copies = workload.teacher.depth * block_bytes(workload) / speed.link if workload.teacher_offload == "blocks" else 0
-    shown = max(0.0, copies - samples * flops_per_sample(workload)[0] / rate)
-    return step_flops(workload).total / rate + workload.grad_accum_steps * workload.calls_per_step * shown
+def step_seconds(workload: Workload, card: Card) -> tuple[float, float]:
+    """Return how long an optimizer step computes, and how long it waits for copies of the teacher's blocks that no answer hides."""
+    rate = SHARE_OF_DATA_SHEET * card.flops
+    copies = workload.teacher.depth * block_bytes(workload) / card.link if workload.teacher_offload == "blocks" else 0
+    shown = max(0.0, copies - workload.batch_size * flops_per_sample(workload)[0] / rate)
+    return step_flops(workload).total / rate, workload.grad_accum_steps * workload.calls_per_step * shown
 
 
-def compute_lines(workload: Workload, speed: Speed | None) -> list[str]:
+def compute_lines(workload: Workload, card: Card | None) -> list[str]:
     """Return lines with the FLOPs of a step and of the job, and how long it takes."""
     flops, num_steps = step_flops(workload), workload.num_steps
     extra = f" + {si(flops.segments)} of its frozen copy" if flops.segments else ""
@@ -192,14 +194,14 @@ def compute_lines(workload: Workload, speed: Speed | None) -> list[str]:
         f"  the job: {num_steps:,} steps of {workload.global_batch_size:,} prompts, about "
         f"{workload.calls_per_step * num_steps:,.0f} teacher calls of as many, {si(flops.total * num_steps)}FLOP a GPU",
     ]
-    if speed is None:
-        return [*lines, "  time: --assume_gpu NAME tells hours (--device cpu: those of this machine)"]
-    seconds = step_seconds(workload, speed)
-    exposed = seconds - flops.total / (speed.share * speed.flops)
-    if exposed > 0:
-        lines.append(f"  {exposed:.3g} s of a step wait for the teacher's blocks; a larger --batch_size hides them")
+    if card is None or card.flops is None or workload.dtype != "bf16":
+        return [*lines, "  time: --assume_gpu NAME tells hours"]
+    computing, waiting = step_seconds(workload, card)
+    seconds = computing + waiting
+    if waiting:
+        lines.append(f"  {waiting:.3g} s of a step wait for the teacher's blocks; a larger --batch_size hides them")
     return [
         *lines,
-        f"  time, an estimate: {seconds:.3g} s a step, {format_duration(seconds * num_steps)} for all, if {speed.share:.0%} of the "
-        f"{speed.flops / 1e12:.4g} TFLOP/s of {speed.what} are reached",
+        f"  time, an estimate: {seconds:.3g} s a step, {format_duration(seconds * num_steps)} for all, if {SHARE_OF_DATA_SHEET:.0%} of "
+        f"the {card.flops / 1e12:.4g} TFLOP/s of {card.name}'s data sheet are reached",
     ]

@@ -5,8 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from wandistiller.budget.cards import GIB
-from wandistiller.budget.machine import find_machine, host_memory
+from wandistiller.budget.cards import GIB, find_machine, host_memory
 from wandistiller.budget.memory import checkpoint_bytes, disk_budget, host_budget, memory_budget
 from wandistiller.budget.report import (
     Verdict,
@@ -53,7 +52,7 @@ def print_budget(settings: Settings) -> int:
         "Disk, GiB": [
             table_line(part.name, part.num_bytes, f"{part.what} ({part.phase})") for part in disk_budget(workload)
         ],
-        "Computing": compute_lines(workload, machine.speed(workload.dtype)),
+        "Computing": compute_lines(workload, machine.card),
     }
     others = disk_verdicts(workload, settings)
     if workload.is_gpu:
