@@ -9,7 +9,7 @@ from argparse import ArgumentTypeError
 import pytest
 
 from wandistiller.errors import UserError
-from wandistiller.model.image_sizes import ImageSize, is_size, resolve_sizes, shares, size_or_ratio
+from wandistiller.model.image_sizes import ImageSize, is_size, resolve_sizes, size_or_ratio
 
 RATIOS = ["1:1", "4:3", "3:4", "16:9", "9:16", "3:2", "2:1", "4:1", "1:4"]
 
@@ -66,10 +66,3 @@ def test_the_size_that_a_refusal_names_is_allowed():
 def test_sizes_are_read_as_they_are_written():
     assert ImageSize.parse(str(ImageSize(640, 384))) == (640, 384)
     assert is_size("640x384") and not any(map(is_size, ["640x0", "640 x 384", "99999x16", 640, None, "٣x٣"]))
-
-
-def test_shares_add_up_and_differ_by_one_at_most():
-    for total in (0, 1, 8, 64, 255):
-        for count in range(1, 9):
-            parts = shares(total, count)
-            assert sum(parts) == total and len(parts) == count and max(parts) - min(parts) <= 1

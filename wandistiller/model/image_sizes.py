@@ -122,8 +122,3 @@ def _nearest_size(size: ImageSize, unit: int, max_patches: int) -> ImageSize:
     width, height = (min(max(1, round(side / unit)), max_patches) for side in size)
     least = math.ceil(max(width, height) / MAX_RATIO)
     return ImageSize(max(width, least) * unit, max(height, least) * unit)
-
-
-def shares(total: int, count: int) -> list[int]:
-    """Split a number into `count` parts as equal as can be, the larger ones first: what each size gets of it."""
-    return [len(range(part, total, count)) for part in range(count)]

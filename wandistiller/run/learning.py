@@ -204,11 +204,8 @@ def fill_caches(
     """Ask the teacher for what the caches lack: all of it, or this process's part of it."""
     for size, cache in enumerate(caches):
         layout, processes = cache.layout, settings.processes
-        if settings.cache_part is not None:
-            part, num_parts = settings.cache_part
-            chunks = layout.of_part(part - 1, num_parts)
-        else:
-            chunks = layout.of_process(processes)
+        part, num_parts = settings.cache_part or (processes.rank + 1, processes.count)
+        chunks = layout.of_part(part - 1, num_parts)
         options = walk_options(settings, size, layout.num_slots)
         calls = sum(layout.calls_of(chunk) for chunk in cache.missing(chunks)) * layout.micro_batch // layout.batch_size
         print(f"Asking the teacher for {calls} batches, kept in {cache.folder}", flush=True)

@@ -25,14 +25,12 @@ from wandistiller.files.atomic import remove_leftovers, write_json
 from wandistiller.files.json_files import load_json
 from wandistiller.files.output_folder import check_output_folder
 from wandistiller.files.safetensors_files import DamagedFileError, open_safetensors, read_header, write_tensors
-from wandistiller.model.image_sizes import shares
-from wandistiller.processes import Processes
 from wandistiller.walk.draws import CACHE_ORDER, permutation
 from wandistiller.walk.walk import Walk
 
 DESCRIPTION_NAME = "cache.json"
 FILE_NAME = "answers_{:06d}.safetensors"  # by the first slot of a chunk
-FORMAT = 2  # caches of the first format had lanes and locks
+FORMAT = 2
 STORED_NAMES = ("latents", "velocity", "sigma", "prompts")
 CHECKSUMS_NAME = "checksums"  # CRC-32 of every answer
 # Latents and velocities are rounded to this. The rounding is far below the error that a student reaches.
@@ -79,17 +77,11 @@ class Layout:
         return [range(start, start + self.micro_batch) for start in range(0, self.num_slots, self.micro_batch)]
 
     def calls_of(self, chunk: range) -> int:
-        """Return the calls of the group that a chunk belongs to."""
-        return shares(self.num_calls, self.num_groups)[chunk.start // self.batch_size]
-
-    def of_process(self, processes: Processes) -> list[range]:
-        """Return the chunks of one of the processes that torchrun started."""
-        own = self.batch_size // processes.count
-        first = processes.rank * own
-        return [chunk for chunk in self.chunks if first <= chunk.start % self.batch_size < first + own]
+        """Return the calls of the group that a chunk belongs to; the first groups have the calls that are left over."""
+        return len(range(chunk.start // self.batch_size, self.num_calls, self.num_groups))
 
     def of_part(self, part: int, num_parts: int) -> list[range]:
-        """Return the chunks of builder `part` of `num_parts`, from 0."""
+        """Return the chunks of builder or process `part` of `num_parts`, from 0."""
         return self.chunks[part::num_parts]
 
 
@@ -133,35 +125,25 @@ class TeacherCache:
 
     def _read(self) -> None:
         """Compare the description. A complete cache serves a run of any length, with its own layout."""
-        file = self._file
         try:
-            found = load_json(file)
-            made_of, made_by = dict(found["answers_of"]), found.get("format", 1)
-            layout = (
-                Layout(**{name: int(value) for name, value in found["layout"].items()}) if made_by == FORMAT else None
-            )
+            found = load_json(self._file)
+            made_of, layout = dict(found["answers_of"]), Layout(**{k: int(v) for k, v in found["layout"].items()})
+            if found["format"] != FORMAT:
+                raise ValueError
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
-                f"{file}: is damaged; remove {self.folder} and run again, its answers are asked anew"
+                f"{self._file}: is damaged or of another version; remove {self.folder} and run again, its answers are asked anew"
             ) from None
-        if layout is None:
+        if differing := differences(made_of, self.description):
             raise UserError(
-                f"--teacher_cache {self.folder}: was made by an earlier version, which asked at other states; remove it, or give another "
-                "folder"
+                f"--teacher_cache {self.folder}: was made with {'; '.join(differing)}. Give another folder, or the same flags"
             )
-        self._check_same(made_of)
         asked, self.layout = self.layout, layout
         if layout != asked and not self.is_complete:
             raise UserError(
                 f"--teacher_cache {self.folder}: was begun for {layout.num_calls} batches of {layout.micro_batch} answers at a time, this run "
                 f"asks for {asked.num_calls} of {asked.micro_batch}; give all builders the same length, --replay and batch, or another "
                 "folder"
-            )
-
-    def _check_same(self, made_of: dict[str, Any]) -> None:
-        if differing := differences(made_of, self.description):
-            raise UserError(
-                f"--teacher_cache {self.folder}: was made with {'; '.join(differing)}. Give another folder, or the same flags"
             )
 
     def fill(
