@@ -86,13 +86,15 @@ class Processes:
     def all_true(self, value: bool) -> bool:
         return not self.any_true(not value)
 
+    def from_each(self, value: T) -> list[T]:
+        """Return the plain values of all processes, the first one's first."""
+        values = [value] * self.count
+        if self.are_many:
+            dist.all_gather_object(values, value)
+        return values
+
     def from_first(self, value: T) -> T:
-        """Return what the first process holds: a plain value, the same everywhere after."""
-        if not self.are_many:
-            return value
-        held = [value]
-        dist.broadcast_object_list(held, device=torch.device(self.device))
-        return held[0]
+        return self.from_each(value)[0]
 
     def first_then_all(self, work: Callable[[], T]) -> T:
         """Do something in the first process alone and return its answer in all; what it raises is raised in all."""

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ class CheckpointError(RuntimeError):
     exit_code = 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Manifest:
     """What step_XXXXXXXX.json says of the folder of that name. The order of the fields is that of the file.
 
@@ -50,7 +50,7 @@ class Manifest:
     step: int
     files: dict[str, str]
     batch_size: int
-    first_step: int = 0
+    first_step: int
     run: dict[str, object]
 
     @classmethod
@@ -60,18 +60,11 @@ class Manifest:
         Raises:
             ValueError, TypeError: it is missing or damaged.
         """
-        found = load_json(path)
-        manifest = cls(**{known.name: found[known.name] for known in fields(cls) if known.name in found})
-        fits = {
-            "step": manifest.step == _step_of(path) and type(manifest.step) is int,
-            "files": isinstance(manifest.files, dict)
-            and all(isinstance(value, str) for value in manifest.files.values()),
-            "batch_size": type(manifest.batch_size) is int,
-            "first_step": type(manifest.first_step) is int and 0 <= manifest.first_step <= manifest.step,
-            "run": isinstance(manifest.run, dict),
-        }
-        if wrong := [name for name, is_right in fits.items() if not is_right]:
-            raise ValueError(f"{path.name} holds something else as {', '.join(wrong)}")
+        manifest = cls(**load_json(path))
+        types = {"step": int, "files": dict, "batch_size": int, "first_step": int, "run": dict}
+        wrong = [name for name, wanted in types.items() if type(getattr(manifest, name)) is not wanted]
+        if wrong or manifest.step != _step_of(path) or not 0 <= manifest.first_step <= manifest.step:
+            raise ValueError(f"{path.name} holds something else as {', '.join(wrong) or 'step'}")
         return manifest
 
 
@@ -228,31 +221,21 @@ class Checkpoints:
     def _checksums(self, folder: Path) -> dict[str, str]:
         """Return the sha256 of every file of a folder, of which each process reads its share."""
         names = self.processes.from_first(sorted(path.name for path in folder.iterdir()))
-        own = names[self.processes.rank :: self.processes.count]
-        digests, lacking = torch.zeros(len(names), 32, dtype=torch.uint8), None
-        for name in own:
-            try:
-                digest = file_digest(folder / name)
-            except OSError as error:
-                lacking = error
-                continue
-            digests[names.index(name)] = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
-        if not self.processes.all_true(lacking is None):  # machines may not share the disk
-            raise lacking or OSError("a file of it cannot be read by another process")
-        merged = self.processes.gathered(digests[None]).sum(dim=0, dtype=torch.uint8).cpu()
-        return {name: bytes(row.tolist()).hex() for name, row in zip(names, merged, strict=True)}
+        own, reason = {}, None
+        try:
+            own = {name: file_digest(folder / name) for name in names[self.processes.rank :: self.processes.count]}
+        except OSError as error:
+            reason = error_reason(error)
+        found = self.processes.from_each((own, reason))
+        if reasons := [reason for _, reason in found if reason]:  # machines may not share the disk
+            raise OSError(reasons[0])
+        return {name: digest for digests, _ in found for name, digest in digests.items()}
 
     def _finish(self, step: int, folder: Path, checksums: dict[str, str], first_step: int) -> None:
         """Write the manifest, which makes the folder a checkpoint."""
-        manifest = Manifest(
-            step=step,
-            files=checksums,
-            batch_size=self.batch_size,
-            first_step=first_step,
-            run=self.description,
-        )
+        about = Manifest(step, checksums, self.batch_size, first_step, self.description)
         fsync(folder)  # for the files' names; their contents are synced as they are written
-        write_json(folder.with_suffix(".json"), asdict(manifest), indent=1, ensure_ascii=False)
+        write_json(folder.with_suffix(".json"), asdict(about), indent=1, ensure_ascii=False)
         self._drop_old(step)
 
     def _drop_old(self, step: int) -> None:
