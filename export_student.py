@@ -199,6 +199,7 @@ def write_folder(
 
 def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
     """Print what was written, what it cannot carry into other tools, and how to draw with it."""
+    from wandistiller.model.sizes import count_parameters
     from wandistiller.projection.comfyui import LOADERS, comfyui_settings, comfyui_warnings
     from wandistiller.reports.cards import drawing
 
@@ -206,7 +207,7 @@ def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
     for warning in [*warnings, StudentRecord.of(config).warning_of_untrained_levels()]:
         if warning:
             print(f"Warning: {warning}")
-    print(f"Wrote {target}: {config.num_parameters:,} parameters, {flags.dtype}")
+    print(f"Wrote {target}: {count_parameters(config).total:,} parameters, {flags.dtype}")
     if flags.format == "pipeline":
         parts = ("transformer", "text_encoder", "vae")
         print("Sizes: " + ", ".join(f"{name} {size_mib(target / name):,.1f} MiB" for name in parts))

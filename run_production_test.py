@@ -65,6 +65,8 @@ def changed(flags: Flags, **values: object) -> Flags:
 
 def run_test(flags: Flags, scratch: Path) -> None:
     """Dry-run the real command where there is a real teacher, then train, resume and reload a small student."""
+    from wandistiller.model.sizes import count_parameters
+
     inputs, folder, config_file = read_inputs(flags), Path(flags.output.output_dir), scratch / "student_config.json"
     passed(f"Prompts found: {len(inputs.prompts.train):,} in {flags.data.data_path}")
     passed(f"Config found: {flags.student.student_config}")
@@ -78,7 +80,7 @@ def run_test(flags: Flags, scratch: Path) -> None:
         f"{small.hidden_size}, depth {inputs.config.depth} -> {small.depth}, num_heads {small.num_heads}, "
         f"ffn_dim {small.ffn_dim}, image_size {small.image_size}"
     )
-    passed(f"Student parameters: {small.num_parameters:,}")
+    passed(f"Student parameters: {count_parameters(small).total:,}")
     num_prompts = min(len(inputs.prompts.train), MAX_PROMPTS)
     start = "random" if flags.student.init_from == "random" else "teacher"
     own = {"student_config": str(config_file), "num_prompts": num_prompts, "init_from": start}

@@ -24,6 +24,7 @@ from PIL import Image
 
 from support.runs import PRUNED_CONFIG, at_most, read_metrics, weights_of
 from wandistiller import StudentConfig
+from wandistiller.model.sizes import count_parameters
 from wandistiller.reports import metrics, plots, trackers
 from wandistiller.reports.cards import try_to_write_model_card
 from wandistiller.step_metrics import StepMetrics
@@ -71,7 +72,7 @@ def test_a_run_leaves_scalars_pictures_a_plot_and_a_summary(train, teachers, tmp
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [f"step_00000{n}.png" for n in (2, 4, 6)]
     assert Image.open(folder / "loss.png").size[0] > 500
     for word in (
-        f"{StudentConfig.from_dict(PRUNED_CONFIG).num_parameters:,} parameters",
+        f"{count_parameters(StudentConfig.from_dict(PRUNED_CONFIG)).total:,} parameters",
         "over the first tenth",
         "relative velocity error",
         "loss.png",

@@ -93,25 +93,6 @@ class StudentConfig:
     def latent_size(self) -> int:
         return self.image_size // self.vae_scale_factor
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of the student's parameters, counted without making it and without torch."""
-        width, channels, text_dim = self.hidden_size, self.num_channels, self.text_encoder_output_dim
-        ffn = _linear(width, self.ffn_dim) + _linear(self.ffn_dim, width)
-        if self.block == "wan":
-            patch = channels * self.patch_size**2
-            embedders = sum(_linear(inputs, width) for inputs in (patch, self.freq_dim, text_dim))
-            embedders += 2 * _linear(width, width) + _linear(width, 6 * width)
-            # Two attentions with norms of q and k, a norm with bias, and a modulation table of six rows:
-            block = 2 * (4 * _linear(width, width) + 2 * width) + 2 * width + 6 * width + ffn
-            head = _linear(width, patch) + 2 * width
-        else:
-            embedders = _linear(9 * channels, width) + _linear(text_dim, width)
-            embedders += _linear(width, 4 * width) + _linear(4 * width, width)
-            block = 4 * _linear(width, width) + 2 * 2 * width + ffn  # two norms with biases
-            head = _linear(9 * width, channels)
-        return embedders + self.depth * block + head
-
     def check_image_size(self, vae_scale_factor: int, where: str | Path | None = None) -> None:
         """Refuse an image_size that does not fill whole patches behind a VAE of this factor; the message begins with `where`."""
         unit = vae_scale_factor * self.patch_size
@@ -271,10 +252,6 @@ def _errors_from(where: str | Path | None) -> Iterator[None]:
         yield
     except (ConfigError, JsonError) as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from None
-
-
-def _linear(inputs: int, outputs: int) -> int:
-    return (inputs + 1) * outputs
 
 
 def _each_key_once(pairs: list[tuple[str, object]]) -> dict:

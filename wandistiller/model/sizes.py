@@ -60,17 +60,16 @@ def count_parameters(config: StudentConfig) -> ParameterCount:
 def _count_parameters(config: StudentConfig) -> ParameterCount:
     with torch.device("meta"):
         model = WanLiteStudent(config.replace(depth=1))
-    in_block = dict(model.blocks.named_parameters())
-    float32 = sum(
-        parameter.numel() * (config.depth if name.startswith("blocks.") else 1)
+    sizes = {
+        name: parameter.numel() * (config.depth if name.startswith("blocks.") else 1)
         for name, parameter in model.named_parameters()
-        if FP32_ISLANDS.search(name)
-    )
+    }
+    in_block = list(model.blocks.parameters())
     return ParameterCount(
-        total=config.num_parameters,
-        float32=float32,
-        block=sum(parameter.numel() for parameter in in_block.values()),
-        matrix_shapes=tuple((len(weight), weight.shape[1]) for weight in in_block.values() if weight.ndim == 2),
+        total=sum(sizes.values()),
+        float32=sum(size for name, size in sizes.items() if FP32_ISLANDS.search(name)),
+        block=sum(parameter.numel() for parameter in in_block),
+        matrix_shapes=tuple((len(weight), weight.shape[1]) for weight in in_block if weight.ndim == 2),
     )
 
 

@@ -81,6 +81,8 @@ def fill_in(template: str, **values: object) -> Markdown:
     """Return a template of page/ with the values filled in, escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    from wandistiller.model.sizes import count_parameters
+
     environment = Environment(  # nosec B701 # markdown, which `finalize` escapes
         loader=FileSystemLoader(PAGE),
         finalize=_escaped,
@@ -88,7 +90,7 @@ def fill_in(template: str, **values: object) -> Markdown:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["table"] = table
+    environment.globals |= {"table": table, "count_parameters": count_parameters}
     environment.filters["numbers"] = numbers
     return Markdown(environment.get_template(template).render(values).strip() + "\n")
 

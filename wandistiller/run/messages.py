@@ -15,6 +15,7 @@ from wandistiller.files.output_folder import (
     TENSORBOARD_NAME,
 )
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
+from wandistiller.model.sizes import count_parameters
 from wandistiller.reports.metrics import (
     held_out_text,
     loss_change,
@@ -155,7 +156,7 @@ def summary_lines(folder: Path, calls: str) -> list[str]:
     sizes = ", ".join(StudentRecord.of(config).image_sizes or [str(config.image_size)])
     rows = {
         "teacher": f"{record['teacher_path']}; {calls}",
-        "student": f"{config.num_parameters:,} parameters, {config.block}, {sizes} px",
+        "student": f"{count_parameters(config).total:,} parameters, {config.block}, {sizes} px",
         "time": f"{format_duration(training_seconds(steps))} of training, {record['batch_size']} samples a step",
         "loss": last
         and f"{first:.4g} over the first tenth of the steps that learn the velocity, {last:.4g} over the last",
