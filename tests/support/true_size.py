@@ -30,8 +30,7 @@ from wandistiller.processes import Processes
 from wandistiller.projection.selection import spread_layers
 from wandistiller.sampling.streaming import StreamedBlocks, num_rooms
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.training.feature_loss import FeatureLoss, span_ends
-from wandistiller.training.objective import Objective, TrainedStudent
+from wandistiller.training.objective import FeatureLoss, Objective, TrainedStudent, span_ends
 from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_optimizer
 from wandistiller.walk.batches import Batch
 from wandistiller.wan.mock import mock_wan_files

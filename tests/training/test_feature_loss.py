@@ -13,7 +13,7 @@ from support.runs import IDENTITY_CONFIG
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.model.transformer import block_outputs
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.training.feature_loss import FeatureLoss, masked_relative_error, span_ends
+from wandistiller.training.objective import FeatureLoss, masked_relative_error, span_ends
 from wandistiller.wan.settings import TeacherSettings
 
 NEGATIVE = torch.randn(4, 20, generator=torch.Generator().manual_seed(99))

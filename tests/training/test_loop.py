@@ -16,9 +16,8 @@ import torch
 
 from support.lessons import Lessons, Watching, make_batch, make_student
 from support.processes import fork
-from wandistiller.training.feature_loss import FeatureLoss
 from wandistiller.training.loop import NonFiniteError, TrainingResult, check_finite, steps_of_epochs, train
-from wandistiller.training.objective import Objective, TrainedStudent
+from wandistiller.training.objective import FeatureLoss, Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions, learning_rate
 from wandistiller.training.state import RunState, TrainingOptions
 from wandistiller.training.stop import StopRequest

@@ -22,8 +22,7 @@ from support.torchrun import free_port
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.budget.workload import Workload, step_flops
 from wandistiller.processes import Processes, fill, full_tensor, leave
-from wandistiller.training.feature_loss import FeatureLoss
-from wandistiller.training.objective import Objective, TrainedStudent
+from wandistiller.training.objective import FeatureLoss, Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions, make_optimizer
 
 LITE_CONFIG = PRUNED_CONFIG | {"block": "lite", "hidden_size": 16, "ffn_dim": 64, "freq_dim": 16, "patch_size": 1}

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from wandistiller.training.feature_loss import FeatureLoss
-from wandistiller.training.objective import Objective
+from wandistiller.training.objective import FeatureLoss, Objective
 from wandistiller.walk.batches import Batch
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 

@@ -26,9 +26,8 @@ from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.sampler import SamplingOptions, StudentField, sample_in_batches
 from wandistiller.sampling.streaming import StreamedBlocks
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.training.feature_loss import FeatureLoss
 from wandistiller.training.loop import Observer, train
-from wandistiller.training.objective import Objective, TrainedStudent
+from wandistiller.training.objective import FeatureLoss, Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.training.state import RunState, TrainingOptions
 from wandistiller.walk.batches import Batches, Schedule

@@ -12,7 +12,7 @@ import torch
 
 from support.walks import EMBEDS, SHIFT, Field, TowardsClean, ask, make_walk
 from wandistiller.sampling.flow import seeded_noise
-from wandistiller.sampling.sampler import SamplingOptions, flow_euler_scheduler, sample
+from wandistiller.sampling.sampler import SamplingOptions, sample, wan_scheduler
 from wandistiller.walk.batches import Batches, Schedule
 from wandistiller.walk.grids import segment_grids
 from wandistiller.walk.segments import SegmentTeacher
@@ -33,7 +33,7 @@ def test_segments_are_the_steps_of_the_students_sampler_and_share_out_those_of_t
     field = Field(constant=0.7)
     found = average_velocities(field, segment_grids(20, num_segments, SHIFT))
     torch.testing.assert_close(found["velocity"], torch.full_like(found["velocity"], 0.7), atol=1e-5, rtol=0)
-    levels = flow_euler_scheduler(SHIFT, num_segments).sigmas
+    levels = wan_scheduler(SHIFT, num_segments, "euler").sigmas
     torch.testing.assert_close(found["sigma"], levels[:-1])
     torch.testing.assert_close(found["ends"], levels[1:], atol=1e-6, rtol=0)
     assert len(field.asked) == 20 // num_segments
@@ -50,7 +50,7 @@ def test_answers_follow_the_exact_flow_to_second_order(num_segments):
 
 
 def test_a_few_step_teachers_student_is_asked_at_its_levels_alone_and_takes_its_samplers_steps():
-    levels, field = flow_euler_scheduler(SHIFT, 8).sigmas, Field(rate=0.5)
+    levels, field = wan_scheduler(SHIFT, 8, "euler").sigmas, Field(rate=0.5)
     found = average_velocities(field, segment_grids(8, 4, SHIFT, levels.tolist()), is_euler=True)
     torch.testing.assert_close(found["sigma"], levels[:-1:2])
     assert {level for _, sigma in field.asked for level in sigma.tolist()} == {*levels[:-1].tolist()}
@@ -75,7 +75,7 @@ def test_the_euler_sampler_takes_one_step_a_segment(steps):
         field, noise, *EMBEDS.batch([0, 1]), SamplingOptions(shift=SHIFT, num_inference_steps=steps, sampler="euler")
     )
     latents = noise
-    for start, end in pairwise(flow_euler_scheduler(SHIFT, steps).sigmas):
+    for start, end in pairwise(wan_scheduler(SHIFT, steps, "euler").sigmas):
         latents = latents + (end - start) * 0.8 * latents
     torch.testing.assert_close(drawn, latents, atol=1e-5, rtol=1e-4)
     assert len(field.asked) == steps
@@ -107,7 +107,7 @@ def test_segments_end_between_the_states_of_a_path():
 
 
 def test_segments_of_a_few_step_teacher_are_as_many_of_its_steps():
-    levels = flow_euler_scheduler(SHIFT, 8).sigmas.float()
+    levels = wan_scheduler(SHIFT, 8, "euler").sigmas.float()
     walk = make_walk(
         Field(rate=0.7), levels=tuple(levels.tolist()), num_steps=8, segment_ends=tuple(levels[::2].tolist())
     )

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from support.walks import BOUNDARY, Field, TowardsClean, ask, make_walk, unshift
-from wandistiller.sampling.sampler import flow_euler_scheduler
+from wandistiller.sampling.sampler import wan_scheduler
 from wandistiller.walk.walk import turns
 
-LEVELS = tuple(flow_euler_scheduler(3.0, 4).sigmas.tolist())
+LEVELS = tuple(wan_scheduler(3.0, 4, "euler").sigmas.tolist())
 KINDS = {
     "paths": {},
     "segments": {"segment_ends": (1.0, 0.8, 0.4, 0.0)},

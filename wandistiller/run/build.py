@@ -18,8 +18,7 @@ from wandistiller.run.learning import fill_caches
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.streaming import StreamedBlocks, num_rooms
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.training.feature_loss import FeatureLoss
-from wandistiller.training.objective import Objective
+from wandistiller.training.objective import FeatureLoss, Objective
 from wandistiller.walk.cache import TeacherCache
 from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
 from wandistiller.wan.text_encoder import embed_texts

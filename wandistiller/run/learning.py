@@ -15,7 +15,7 @@ from wandistiller.projection.project import ProjectionReport
 from wandistiller.reports.progress import Countdown
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.training.feature_loss import span_ends
+from wandistiller.training.objective import span_ends
 from wandistiller.walk.batches import Batches, Schedule, make_schedules
 from wandistiller.walk.cache import CALLS_PER_GROUP, CachedAnswers, Layout, TeacherCache
 from wandistiller.walk.grids import segment_grids

@@ -32,8 +32,8 @@ class SamplingOptions:
     """How latents are drawn.
 
     Attributes:
-        sampler: "unipc", by which the released Wans are drawn; "dpm++" on the same noise levels; or "euler" on those of
-            `flow_euler_scheduler`, for students that learnt whole steps and teachers that were distilled to few.
+        sampler: "unipc", by which the released Wans are drawn; "dpm++" on the same noise levels; or "euler" on levels
+            that are even before the shift, for students that learnt whole steps and teachers that were distilled to few.
         levels: 1000 sigma of "renoise", which noises x_0 anew at each; fewer steps are the first of them.
         compute_dtype: dtype of matrix products; latents stay float32.
     """
@@ -66,51 +66,38 @@ def alone(settings: TeacherSettings, guidance_scale: float = 1.0) -> TeacherSett
     )
 
 
-def flow_euler_scheduler(shift: float, num_inference_steps: int):
-    """Return diffusers' FlowMatchEulerDiscreteScheduler, with steps that are even before the shift, from 1 down to 0.
-
-    These are the noise levels that step-distilled Wans are made for: 1, 0.9375, 0.8333 and 0.625 for 4 steps at shift 5. They
-    are those of ComfyUI's scheduler "simple" too, and its timesteps are not rounded, as UniPC's are.
-    """
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-
-    scheduler = FlowMatchEulerDiscreteScheduler(NUM_TRAIN_TIMESTEPS, shift=shift)
-    scheduler.set_timesteps(sigmas=[1 - step / num_inference_steps for step in range(num_inference_steps)])
-    scheduler.set_begin_index(0)
-    return scheduler
-
-
-def renoising_scheduler(levels: Sequence[float]):
-    """Return diffusers' FlowMatchLCMScheduler at these noise levels (1000 sigma), and then 0."""
-    from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
-
-    scheduler = FlowMatchLCMScheduler(NUM_TRAIN_TIMESTEPS, shift=1.0)
-    scheduler.set_timesteps(sigmas=[level / NUM_TRAIN_TIMESTEPS for level in levels])
-    scheduler.set_begin_index(0)
-    return scheduler
-
-
 def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc", levels: Sequence[float] = ()):
-    """Return the scheduler of a sampler of `SamplingOptions`, with its steps set.
+    """Return diffusers' scheduler for a sampler of `SamplingOptions`, with its steps set. UniPC's is that of the released pipelines.
 
-    That of the released Wan pipelines is diffusers' UniPCMultistepScheduler.
+    Euler's steps are even before the shift, from 1 down to 0: the noise levels that step-distilled Wans are made for (1, 0.9375,
+    0.8333 and 0.625 for 4 steps at shift 5), and those of ComfyUI's scheduler "simple". Its timesteps are not rounded, as UniPC's are.
     """
-    if sampler == "renoise":
-        return renoising_scheduler(levels[:num_inference_steps])
-    if sampler == "euler":
-        return flow_euler_scheduler(shift, num_inference_steps)
-    if sampler == "dpm++":
-        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler as Scheduler
-    else:
-        from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler as Scheduler
+    if sampler in ("euler", "renoise"):
+        if sampler == "euler":
+            from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+                FlowMatchEulerDiscreteScheduler as Flow,
+            )
 
-    scheduler = Scheduler(
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        num_train_timesteps=NUM_TRAIN_TIMESTEPS,
-        flow_shift=shift,
-    )
-    scheduler.set_timesteps(num_inference_steps)
+            sigmas = [1 - step / num_inference_steps for step in range(num_inference_steps)]
+        else:
+            from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler as Flow
+
+            shift, sigmas = 1.0, [level / NUM_TRAIN_TIMESTEPS for level in levels[:num_inference_steps]]
+        scheduler = Flow(NUM_TRAIN_TIMESTEPS, shift=shift)
+        scheduler.set_timesteps(sigmas=sigmas)
+    else:
+        if sampler == "dpm++":
+            from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler as Wans
+        else:
+            from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler as Wans
+
+        scheduler = Wans(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            num_train_timesteps=NUM_TRAIN_TIMESTEPS,
+            flow_shift=shift,
+        )
+        scheduler.set_timesteps(num_inference_steps)
     scheduler.set_begin_index(0)
     return scheduler
 

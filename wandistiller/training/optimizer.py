@@ -190,27 +190,21 @@ class WeightAverage:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Give the model the average for its weights inside, and its own weights back after."""
-        self._swap()
+        self.swap()
         try:
             yield
         finally:
-            self._swap()
+            self.swap()
 
     @torch.no_grad()
-    def _swap(self) -> None:
+    def swap(self) -> None:
+        """Exchange the model's weights and the average."""
         reshard(self.model)
         for name, weight in self.model.named_parameters():
             ours, theirs = local_part(self.weights[name]), local_part(weight)
             kept = theirs.clone()
             theirs.copy_(ours)
             ours.copy_(kept)
-
-    @torch.no_grad()
-    def copy_to_model(self) -> None:
-        """Replace the model's weights by the average, for good."""
-        reshard(self.model)
-        for name, weight in self.model.named_parameters():
-            local_part(weight).copy_(local_part(self.weights[name]))
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.weights | {"num_updates": torch.tensor(self.num_updates)}

@@ -107,9 +107,9 @@ class RunState:
         self.losses.append(loss)
 
     def finish(self) -> None:
-        """Leave the student with the average of its weights, if there is one."""
+        """Leave the student with the average of its weights, if there is one, which then has the others."""
         if self.average is not None:
-            self.average.copy_to_model()
+            self.average.swap()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it by name, for `load` to read back. What is sharded in the run is sharded here too."""
