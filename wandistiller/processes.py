@@ -72,12 +72,7 @@ class Processes:
 
     def gathered(self, values: Tensor) -> Tensor:
         """Return the values (N, ...) of every process, one after another (count N, ...), on the device."""
-        values = values.to(self.device)
-        if not self.are_many:
-            return values
-        parts = [torch.empty_like(values) for _ in range(self.count)]
-        dist.all_gather(parts, values.contiguous())
-        return torch.cat(parts)
+        return torch.cat(_all_gathered(values.to(self.device)))
 
     def any_true(self, value: bool) -> bool:
         """Return whether `value` is true in any process."""
@@ -99,11 +94,10 @@ class Processes:
     def first_then_all(self, work: Callable[[], T]) -> T:
         """Do something in the first process alone and return its answer in all; what it raises is raised in all."""
         value, message = None, None
-        if self.is_first:
-            try:
-                value = work()
-            except (UserError, OSError) as error:
-                message = str(error)
+        try:
+            value = work() if self.is_first else None
+        except (UserError, OSError) as error:
+            message = str(error)
         value, message = self.from_first((value, message))
         if message is not None:
             raise UserError(message)
@@ -176,23 +170,18 @@ def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
             "--nproc_per_node N train_distillation.py ..., or unset these for a single one"
         )
     env = torchrun_environment()
-    if torch.device(name).type == "cuda":
-        if ":" in name and name != f"cuda:{env.local_rank}":
-            raise UserError(
-                f"--device {name}: under torchrun each process takes the GPU of its number; leave --device out"
-            )
+    if name not in ("cpu", "cuda", f"cuda:{env.local_rank}"):
+        raise UserError(f"--device {name}: under torchrun each process takes the GPU of its number; leave --device out")
+    backend, place = "gloo", None
+    if name != "cpu":
         if env.local_world_size > (count := torch.cuda.device_count()):
             raise UserError(
                 f"torchrun started {env.local_world_size} processes on a machine with {count} GPUs; give --nproc_per_node {count}"
             )
         name = f"cuda:{env.local_rank}"
-        torch.cuda.set_device(name)
-    elif name == "mps":
-        raise UserError("--device mps: is one GPU for one process; start it without torchrun")
-    is_cpu = name == "cpu"
-    dist.init_process_group(
-        "gloo" if is_cpu else "nccl", timeout=TIMEOUT, device_id=None if is_cpu else torch.device(name)
-    )
+        backend, place = "nccl", torch.device(name)
+        torch.cuda.set_device(place)
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=place)
     if env.rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (for good: what there is to print, the first process prints)
     return Processes(name, env.rank, env.world_size)
@@ -209,9 +198,8 @@ def leave() -> None:
 
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Return whether a tensor lies in several processes. None does before torch.distributed.tensor is loaded, which takes most of a second."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    """Return whether a tensor lies in several processes. An attribute tells, because importing DTensor takes most of a second."""
+    return hasattr(tensor, "device_mesh")
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -228,6 +216,15 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def _all_gathered(values: Tensor) -> list[Tensor]:
+    """Return the values of every process."""
+    if num_processes() == 1:
+        return [values]
+    parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(num_processes())]
+    dist.all_gather(parts, values.contiguous())
+    return parts
+
+
 def each_in_one_process(work: Callable[[Tensor], Tensor], values: Iterable[Tensor]) -> list[Tensor]:
     """Return `work` of some tensors, each done in one process; at most as many as there are processes.
 
@@ -240,11 +237,7 @@ def each_in_one_process(work: Callable[[Tensor], Tensor], values: Iterable[Tenso
         if count == 1 or count == rank + 1:  # a process that is left over repeats the first one's work
             own = whole
         del whole, value
-    parts = [done := work(own)]
-    if num_processes() > 1:
-        parts = [torch.empty_like(done) for _ in range(num_processes())]
-        dist.all_gather(parts, done)
-    return parts[:count]
+    return _all_gathered(work(own))[:count]
 
 
 def fill(target: Tensor, values: Tensor) -> None:
@@ -294,8 +287,7 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     import torch.distributed.checkpoint as dcp
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
-    with _failures_as_os_error(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, or unavailable: a process by itself
+    with _failures_as_os_error():
         dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
@@ -305,7 +297,9 @@ def _failures_as_os_error() -> Iterator[None]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, or unavailable: a process by itself
+            yield
     except CheckpointException as error:
         for failure, _ in error.failures.values():
             if is_out_of_memory(failure):
@@ -349,7 +343,6 @@ def load_tensors(folder: Path, room_for: Callable[[str, torch.Size, torch.dtype]
         room = room_for(name, stored.size, stored.properties.dtype)
         if room is not None:
             tensors[name] = room
-    with _failures_as_os_error(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is")
+    with _failures_as_os_error():
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     return tensors
