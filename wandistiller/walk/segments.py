@@ -91,12 +91,7 @@ class SegmentTeacher:
             first are Adams and Bashforth's of order two, which cost the same and end nearer to the exact path.
     """
 
-    def __init__(
-        self,
-        student: WanLiteStudent,
-        grids: Tensor,
-        is_euler: bool = False,
-    ):
+    def __init__(self, student: WanLiteStudent, grids: Tensor, is_euler: bool = False):
         self.student, self.grids, self.is_euler = student, grids, is_euler
 
     @torch.no_grad()

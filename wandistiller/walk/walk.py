@@ -106,7 +106,6 @@ class States:
         latents: (B, C, H, W), on the device.
         sigma: (B,), on the CPU.
         prompts: (B,), on the CPU.
-        text: prompt_embeds (B, S, text_dim) and prompt_lengths (B,), on the device.
     """
 
     rows: Tensor
@@ -114,11 +113,6 @@ class States:
     latents: Tensor
     sigma: Tensor
     prompts: Tensor
-    text: tuple[Tensor, Tensor]
-
-    @property
-    def asked(self) -> tuple[Tensor, ...]:
-        return self.latents, self.sigma, *self.text
 
 
 class Walk:
@@ -143,7 +137,9 @@ class Walk:
     ):
         self.options, self.slots, self.prompt_embeds = options, slots, prompt_embeds
         self.teacher = autocast(teacher.velocity_and_features, options.device, options.compute_dtype)
-        self.levels = None if options.levels is None else torch.tensor(self._own_levels())
+        # Every path of a few-step teacher has those of its levels that are in the range, and ends at the next one.
+        own = options.levels and options.levels[: len(levels_within(options.levels, options.sigma_range)) + 1]
+        self.levels = torch.tensor(own) if own else None
         self.channels = torch.tensor(options.channels, dtype=torch.long, device=options.device)
         self.u_low = lowest_u(options.sigma_range, options.shift)
         count, paths, shape = len(slots), options.paths_per_slot, options.latent_shape
@@ -154,20 +150,13 @@ class Walk:
         self.last = torch.zeros(count, paths, dtype=torch.long)
         self.position = torch.zeros(count, paths, dtype=torch.long)
         self.born = torch.zeros(count, dtype=torch.long)  # paths that a slot has begun
-        self.segments = (
-            PassedSegments(options.segment_ends, (count, paths, *shape), options.device)
-            if options.segment_ends
-            else None
-        )
+        self.segments: PassedSegments | None = None
+        if options.segment_ends:
+            self.segments = PassedSegments(options.segment_ends, (count, paths, *shape), options.device)
         self.passed: list[dict[str, Tensor]] = []
         for row in range(count):
             for path in range(paths):
                 self._begin(row, path, is_first=self.levels is None)
-
-    def _own_levels(self) -> list[float]:
-        """Return the noise levels of every path of a few-step teacher: those in the range, and the next one, where a path ends."""
-        levels = self.options.levels
-        return list(levels[: len(levels_within(levels, self.options.sigma_range)) + 1])
 
     # ---- asking ----
 
@@ -186,7 +175,8 @@ class Walk:
         states, self.passed = self._states(call, torch.tensor(rows)), []
         if states is None:
             return {}
-        velocity, features = self.teacher(*states.asked, self.options.layers)
+        text = self.prompt_embeds.batch(states.prompts, self.options.device)
+        velocity, features = self.teacher(states.latents, states.sigma, *text, self.options.layers)
         if self.options.states == "trajectory":
             self._move(call, states, velocity)
         answer = {name: getattr(states, name) for name in ("latents", "sigma", "prompts", "rows")}
@@ -207,9 +197,9 @@ class Walk:
         if not has_path.any():
             return None
         rows, paths = rows[has_path], paths[has_path]
-        prompts = self.prompts[rows, paths]
         latents = self.latents[self._there(rows), self._there(paths)]
-        return States(rows, paths, latents, self._sigma(rows, paths), prompts, self._text(prompts))
+        sigma = self.grids[rows, paths, self.position[rows, paths]]
+        return States(rows, paths, latents, sigma, self.prompts[rows, paths])
 
     def _noise(self, call: int, rows: Tensor, spread: Tensor, seeds: list[int]) -> States:
         """Return fresh noise at every noise level, which lies on the teacher's paths near sigma 1 alone."""
@@ -217,9 +207,7 @@ class Walk:
         slots = torch.tensor(self.slots)[rows].tolist()
         prompts = [dealt_prompt(options.key, call * options.num_slots + slot, options.num_prompts) for slot in slots]
         latents = self._there(seeded_noise(seeds, options.latent_shape))
-        return States(
-            rows, torch.zeros_like(rows), latents, self._level(spread), torch.tensor(prompts), self._text(prompts)
-        )
+        return States(rows, torch.zeros_like(rows), latents, self._level(spread), torch.tensor(prompts))
 
     def _level(self, place: Tensor) -> Tensor:
         """Return the noise level (B,) float32 at a place (B,) in [0, 1) of all that states of noise may have."""
@@ -231,15 +219,8 @@ class Walk:
         u = self.u_low + (u_high - self.u_low) * place.double()
         return shift_sigma(u, self.options.shift).clamp(low, high).float()
 
-    def _text(self, prompts: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self.prompt_embeds.batch(prompts, self.options.device)
-
     def _there(self, values: Tensor) -> Tensor:
         return to_device(values, self.options.device)
-
-    def _sigma(self, rows: Tensor, paths: Tensor) -> Tensor:
-        """Return the noise level (B,) of one path of each slot."""
-        return self.grids[rows, paths, self.position[rows, paths]]
 
     # ---- choosing ----
 
@@ -298,9 +279,7 @@ class Walk:
             self.segments.begin(row, path, None if is_first else self.latents[row, path])
         self.prompts[row, path] = dealt_prompt(options.key, number * options.num_slots + slot, options.num_prompts)
         self.born[row] += 1
-        self._set_grid(row, path, self._grid(slot, path, draw, is_first))
-
-    def _set_grid(self, row: int, path: int, grid: Tensor) -> None:
+        grid = self._grid(slot, path, draw, is_first)
         self.grids[row, path, : len(grid)] = grid
         self.last[row, path], self.position[row, path] = len(grid) - 1, 0
 
