@@ -56,7 +56,7 @@ class Folder:
         if checkpoint is not None:
             print(f"Resuming from step {checkpoint.step} of {self.path} (--overwrite starts anew)")
             if not checkpoint.has_same_batch:
-                had, has = checkpoint.manifest.batch_size, settings.num_samples_per_step
+                had, has = checkpoint.batch_size, settings.num_samples_per_step
                 print(f"Training states start anew: a step had {had} samples, and has {has} now")
         return replace(self, resume_from=checkpoint)
 

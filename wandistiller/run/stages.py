@@ -47,7 +47,7 @@ class Stages:
         first = self.state
 
         def state_of(checkpoint: Checkpoint) -> RunState:
-            first_step = checkpoint.manifest.first_step
+            first_step = checkpoint.first_step
             return self._second(first_step) if first_step else first
 
         loaded, folder = folder.load_newest(self.settings, state_of)

@@ -1,15 +1,16 @@
 """Checkpoints of a run: written whole or not at all, checksummed, and resumed from bit for bit.
 
 One checkpoint is a folder `step_00000100/` of safetensors files (weights, their average, optimiser, training states;
-written by all processes at once) and `step_00000100.json` (its `Manifest`: which run it belongs to, and the files' checksums). The JSON is written last. A checkpoint without it was never finished, and one with another checksum is damaged; in
-both cases the run resumes from the checkpoint before it. Nothing is unpickled.
+written by all processes at once) and `step_00000100.json` (its manifest: which run it belongs to, and the files' checksums).
+The JSON is written last. A checkpoint without it was never finished, and one with another checksum is damaged; in both cases the
+run resumes from the checkpoint before it. Nothing is unpickled.
 """
 
 import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,16 +38,20 @@ class CheckpointError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What step_XXXXXXXX.json says of the folder of that name. The order of the fields is that of the file.
+class Checkpoint:
+    """A finished checkpoint, by what its step_XXXXXXXX.json says. The order of the fields is that of the file.
 
     Attributes:
-        files: sha256 of every file of the folder.
-        batch_size: samples a step of the run, over all processes.
+        folder: of the files; it lies beside the JSON and has its name.
+        has_same_batch: whether the run that resumes from it takes as many samples a step, so that it can use the training states.
+        files: sha256 of every file.
+        batch_size: samples a step of the run that wrote it, over all processes.
         first_step: steps before the stage of the run that it belongs to.
-        run: the description of the run that wrote it.
+        run: the description of the run.
     """
 
+    folder: Path
+    has_same_batch: bool
     step: int
     files: dict[str, str]
     batch_size: int
@@ -54,35 +59,18 @@ class Manifest:
     run: dict[str, object]
 
     @classmethod
-    def read(cls, path: Path) -> "Manifest":
-        """Read a manifest.
+    def read_manifest(cls, path: Path, batch_size: int) -> "Checkpoint":
+        """Read the JSON of a checkpoint, for a run that takes `batch_size` samples a step.
 
         Raises:
-            ValueError, TypeError: it is missing or damaged.
+            OSError, KeyError, TypeError, ValueError: it is missing or damaged.
         """
-        manifest = cls(**load_json(path))
+        about = load_json(path)
         types = {"step": int, "files": dict, "batch_size": int, "first_step": int, "run": dict}
-        wrong = [name for name, wanted in types.items() if type(getattr(manifest, name)) is not wanted]
-        if wrong or manifest.step != _step_of(path) or not 0 <= manifest.first_step <= manifest.step:
+        wrong = [name for name, wanted in types.items() if type(about[name]) is not wanted]
+        if wrong or about["step"] != _step_of(path) or not 0 <= about["first_step"] <= about["step"]:
             raise ValueError(f"{path.name} holds something else as {', '.join(wrong) or 'step'}")
-        return manifest
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A good checkpoint on disk.
-
-    Attributes:
-        has_same_batch: whether the run that resumes from it takes as many samples a step, so that it can use the training states.
-    """
-
-    folder: Path
-    manifest: Manifest
-    has_same_batch: bool
-
-    @property
-    def step(self) -> int:
-        return self.manifest.step
+        return cls(path.with_suffix(""), about["batch_size"] == batch_size, **about)
 
     def read(self, room_for: Callable[[str, torch.Size, torch.dtype], Tensor | None]) -> dict[str, Tensor]:
         """Read its tensors, each into what `room_for` returns for its name, shape and dtype; None leaves it out."""
@@ -140,18 +128,18 @@ class Checkpoints:
         """
         found = self.processes.from_first(self._manifests())
         for path in (path for path in found if before is None or _step_of(path) < before):
-            folder, reason, manifest = path.with_suffix(""), None, None
+            checkpoint, reason = None, None
             try:
-                manifest = Manifest.read(path)
-                self._check_files(folder, manifest.files)
+                checkpoint = Checkpoint.read_manifest(path, self.batch_size)
+                self._check_files(checkpoint)
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 reason = error_reason(error)
             if not self.processes.all_true(reason is None):
-                self.tell_of_damage(folder, reason)
+                self.tell_of_damage(path.with_suffix(""), reason)
                 continue
-            self._check_run(manifest.run)
-            self.good = [manifest.step]
-            return Checkpoint(folder, manifest, manifest.batch_size == self.batch_size)
+            self._check_run(checkpoint.run)
+            self.good = [checkpoint.step]
+            return checkpoint
         if found:
             raise UserError(
                 f"{self.folder}: none of its {len(found)} checkpoints is whole; copy them again, or add --overwrite to "
@@ -163,16 +151,17 @@ class Checkpoints:
         """Print that a checkpoint is skipped; `reason` is None where this process has found nothing wrong with it."""
         print(f"{folder}: skipped, it is damaged ({shortened(reason or 'another process found so')})")
 
-    def _check_files(self, folder: Path, checksums: dict[str, str]) -> None:
-        """Compare this process's share of the files with their checksums, and look at their headers."""
-        for name in sorted(checksums)[self.processes.rank :: self.processes.count]:
+    def _check_files(self, checkpoint: Checkpoint) -> None:
+        """Compare this process's part of the files with their checksums, and look at their headers."""
+        for name in sorted(checkpoint.files)[self.processes.rank :: self.processes.count]:
             if Path(name).name != name:
                 raise ValueError(f"{shown(name)} is no name of a file")
-            require_file(folder / name)
-            if file_digest(folder / name) != checksums[name]:
+            file = checkpoint.folder / name
+            require_file(file)
+            if file_digest(file) != checkpoint.files[name]:
                 raise ValueError(f"the checksum of {name} differs")
             if name.endswith(".safetensors"):
-                read_header(folder / name)
+                read_header(file)
 
     def _check_run(self, description: dict[str, object]) -> None:
         """Refuse a checkpoint of a run that differs in what must be the same."""
@@ -233,9 +222,9 @@ class Checkpoints:
 
     def _finish(self, step: int, folder: Path, checksums: dict[str, str], first_step: int) -> None:
         """Write the manifest, which makes the folder a checkpoint."""
-        about = Manifest(step, checksums, self.batch_size, first_step, self.description)
         fsync(folder)  # for the files' names; their contents are synced as they are written
-        write_json(folder.with_suffix(".json"), asdict(about), indent=1, ensure_ascii=False)
+        about = {"step": step, "files": checksums, "batch_size": self.batch_size, "first_step": first_step}
+        write_json(folder.with_suffix(".json"), about | {"run": self.description}, indent=1, ensure_ascii=False)
         self._drop_old(step)
 
     def _drop_old(self, step: int) -> None:
