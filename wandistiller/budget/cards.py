@@ -1,11 +1,9 @@
-"""The GPUs that people have, and the machine that a run is planned for. Standard library only, as flags are.
+"""The GPUs that people have, for --assume_gpu. Standard library only, as flags are.
 
 Rates are of the data sheets: products of bf16 with sums in float32, without sparsity. Nothing here multiplies in fp8.
 """
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 GIB = 2**30
 # Bytes a second from pinned host memory: four fifths of the 31.5 and 63 GB/s of PCIe 4.0 and 5.0 with 16 lanes
@@ -57,52 +55,3 @@ def card(text: str) -> Card:
     if not 0 < gib <= MOST_GIB:
         raise ArgumentTypeError(f"{text!r}; allowed: {', '.join(CARDS)}, or a number of GiB")
     return Card(f"a GPU of {gib:g} GiB", gib)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The device that a budget is held against.
-
-    Attributes:
-        memory: bytes.
-        unit: what has that memory.
-        card: None where no data sheet is known.
-        is_known: False where nobody said what GPU there will be.
-    """
-
-    name: str
-    memory: int
-    unit: str = "GPU"
-    card: Card | None = None
-    is_known: bool = True
-
-
-def find_machine(device: str, is_for_gpu: bool, assumed: Card | None = None) -> Machine:
-    """Find the machine that a run is planned for.
-
-    Args:
-        device: the run's own.
-        is_for_gpu: plan for a GPU, also where none is here.
-        assumed: a GPU that is not here.
-    """
-    if assumed is not None:
-        return Machine(f"{assumed.name} (assumed)", int(assumed.gib * GIB), card=assumed)
-    if device.startswith("cuda"):
-        import torch
-
-        about = torch.cuda.get_device_properties(device)
-        like = next((found for name, found in CARDS.items() if name in about.name), None)
-        return Machine(about.name, about.total_memory, card=like)
-    if is_for_gpu:
-        usual = CARDS["H100"]
-        name = f"an assumed GPU, {usual.name} (none is here, see --assume_gpu)"
-        return Machine(name, int(usual.gib * GIB), card=usual, is_known=False)
-    return Machine("this machine", host_memory(), "process")
-
-
-def host_memory() -> int:
-    """Return the bytes of memory of this machine, or of the container around this process."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
-    return min(total, int(text)) if text.isdecimal() else total

@@ -1,10 +1,14 @@
 """A budget in words: tables of memory, FLOPs and hours, whether the run fits, and what takes less memory if it does not."""
 
+import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from wandistiller.budget.cards import GIB, Card
+import torch
+
+from wandistiller.budget.cards import CARDS, GIB, Card
 from wandistiller.budget.memory import (
     Component,
     block_bytes,
@@ -81,6 +85,56 @@ def advice(workload: Workload, memory: int | None = None) -> str:
     if not found or (memory is not None and together > memory):
         ways.append("a smaller student, a smaller image_size, or a GPU with more memory")
     return f"What takes less (docs/memory.md has the prices): {'; '.join(ways)}"
+
+
+# ---- whether it fits ----
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device that a budget is held against.
+
+    Attributes:
+        memory: bytes.
+        unit: what has that memory.
+        card: None where no data sheet is known.
+        is_known: False where nobody said what GPU there will be.
+    """
+
+    name: str
+    memory: int
+    unit: str = "GPU"
+    card: Card | None = None
+    is_known: bool = True
+
+
+def find_machine(device: str, is_for_gpu: bool, assumed: Card | None = None) -> Machine:
+    """Find the machine that a run is planned for.
+
+    Args:
+        device: the run's own.
+        is_for_gpu: plan for a GPU, also where none is here.
+        assumed: a GPU that is not here.
+    """
+    if assumed is not None:
+        return Machine(f"{assumed.name} (assumed)", int(assumed.gib * GIB), card=assumed)
+    if device.startswith("cuda"):
+        about = torch.cuda.get_device_properties(device)
+        like = next((found for name, found in CARDS.items() if name in about.name), None)
+        return Machine(about.name, about.total_memory, card=like)
+    if is_for_gpu:
+        usual = CARDS["H100"]
+        name = f"an assumed GPU, {usual.name} (none is here, see --assume_gpu)"
+        return Machine(name, int(usual.gib * GIB), card=usual, is_known=False)
+    return Machine("this machine", host_memory(), "process")
+
+
+def host_memory() -> int:
+    """Return the bytes of memory of this machine, or of the container around this process."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
+    return min(total, int(text)) if text.isdecimal() else total
 
 
 class OutOfMemory(RuntimeError):

@@ -5,13 +5,15 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from wandistiller.budget.cards import GIB, find_machine, host_memory
+from wandistiller.budget.cards import GIB
 from wandistiller.budget.memory import checkpoint_bytes, disk_budget, host_budget, memory_budget
 from wandistiller.budget.report import (
     Verdict,
     compute_lines,
     conclusion,
     disk_verdict,
+    find_machine,
+    host_memory,
     host_verdict,
     memory_lines,
     table_line,
