@@ -78,6 +78,15 @@ def test_a_run_stopped_twice_ends_as_one_never_stopped_bit_for_bit(train, teache
     assert snapshot(teacher) == before
 
 
+def test_a_run_that_goes_on_with_another_number_of_threads_says_that_bit_for_bit_is_over(train):
+    torch.set_num_threads(2)
+    assert train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 2, "--save_every", 2).code == 0
+    again = train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 3)
+    torch.set_num_threads(1)
+    assert again.code == 0 and "threads" not in again.out
+    assert "was written with 2 threads, and there are 1 now" in train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 4).out
+
+
 def test_two_runs_do_not_write_to_one_folder(train, flags_of, tmp_path):
     (process,) = start(1, flags_of("out", "--max_steps", 100_000), tmp_path / "log.txt")
     while not (tmp_path / "out" / "metrics.jsonl").exists():

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from wandistiller.budget.report import OutOfMemory
 from wandistiller.device import is_out_of_memory
 from wandistiller.files.output_folder import (
@@ -58,6 +60,12 @@ class Folder:
             if not checkpoint.has_same_batch:
                 had, has = checkpoint.batch_size, settings.num_samples_per_step
                 print(f"Training states start anew: a step had {had} samples, and has {has} now")
+            had, has = checkpoint.threads, torch.get_num_threads()
+            if settings.processes.device == "cpu" and had not in (0, has):
+                print(
+                    f"Hint: the checkpoint was written with {had} threads, and there are {has} now: the result is that of a run never "
+                    f"stopped within rounding; bit for bit it is with OMP_NUM_THREADS={had}"
+                )
         return replace(self, resume_from=checkpoint)
 
     def load_newest(

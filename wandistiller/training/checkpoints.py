@@ -47,6 +47,7 @@ class Checkpoint:
         files: sha256 of every file.
         batch_size: samples a step of the run that wrote it, over all processes.
         first_step: steps before the stage of the run that it belongs to.
+        threads: CPU threads of the process that wrote it; their number decides the rounding of sums. 0: not known.
         run: the description of the run.
     """
 
@@ -56,6 +57,7 @@ class Checkpoint:
     files: dict[str, str]
     batch_size: int
     first_step: int
+    threads: int
     run: dict[str, object]
 
     @classmethod
@@ -65,8 +67,8 @@ class Checkpoint:
         Raises:
             OSError, KeyError, TypeError, ValueError: it is missing or damaged.
         """
-        about = load_json(path)
-        types = {"step": int, "files": dict, "batch_size": int, "first_step": int, "run": dict}
+        about = {"threads": 0} | load_json(path)
+        types = {"step": int, "files": dict, "batch_size": int, "first_step": int, "threads": int, "run": dict}
         wrong = [name for name, wanted in types.items() if type(about[name]) is not wanted]
         if wrong or about["step"] != _step_of(path) or not 0 <= about["first_step"] <= about["step"]:
             raise ValueError(f"{path.name} holds something else as {', '.join(wrong) or 'step'}")
@@ -224,7 +226,8 @@ class Checkpoints:
         """Write the manifest, which makes the folder a checkpoint."""
         fsync(folder)  # for the files' names; their contents are synced as they are written
         about = {"step": step, "files": checksums, "batch_size": self.batch_size, "first_step": first_step}
-        write_json(folder.with_suffix(".json"), about | {"run": self.description}, indent=1, ensure_ascii=False)
+        about |= {"threads": torch.get_num_threads(), "run": self.description}
+        write_json(folder.with_suffix(".json"), about, indent=1, ensure_ascii=False)
         self._drop_old(step)
 
     def _drop_old(self, step: int) -> None:
