@@ -152,7 +152,9 @@ def project(flags: ProjectFlags) -> None:
     wan_files = merge_loras(wan_files, flags.teacher_lora, flags.teacher_lora_low)
     if config is not None and flags.student_config is not None:
         check_fits(wan_files.expert(flags.expert).config, config, flags.layers, flags.student_config)
-        config.check_image_size(wan_files.vae_scale_factor or config.vae_scale_factor, flags.student_config)
+        config.check_image_size(
+            wan_files.record.get("vae_scale_factor") or config.vae_scale_factor, flags.student_config
+        )
     with removed_if_empty(flags.output_dir or ""):
         folder = prepare_output_folder(flags.output_dir or "")
 

@@ -30,7 +30,7 @@ from support.wan_folders import (
 )
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.wan.small_umt5 import cut_umt5
-from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts, token_ids
+from wandistiller.wan.text_encoder import encode_prompts, token_ids
 from wandistiller.wan.text_encoder_files import find_text_encoder
 
 DEMO = ROOT / "data" / "demo_teacher"
@@ -150,7 +150,7 @@ def test_transformers_and_our_commands_read_the_same_small_encoder(place, small,
     from transformers import UMT5EncoderModel
 
     files = find_text_encoder(small)
-    embeds = encode_prompts(PROMPTS, files, tmp_path / "cache", EncodingOptions())
+    embeds = encode_prompts(PROMPTS, files, tmp_path / "cache")
     encoder = UMT5EncoderModel.from_pretrained(small, dtype=torch.float32)
     embedding_map = load_file(small / "model.safetensors")["embedding_map.weight"].float()
     for index, ids in enumerate(token_ids(PROMPTS, files, 512)):

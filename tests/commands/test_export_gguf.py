@@ -155,7 +155,7 @@ def test_what_the_file_carries(saved, export, tmp_path):
     assert config.distillation["shift"] == 3.0 and "data_path" not in config.distillation
     assert json.loads(reader.get_field("config").contents())["transformer"]["num_heads"] == 2
     wan_files = open_wan_files(tmp_path / "out" / "wan_student.gguf")
-    assert wan_files.record["guidance_scale"] == 1.0 and wan_files.latents_mean == MEAN
+    assert wan_files.record["guidance_scale"] == 1.0 and wan_files.record["latents_mean"] == MEAN
 
 
 @pytest.mark.parametrize(

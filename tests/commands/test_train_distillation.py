@@ -216,7 +216,9 @@ def test_the_mock_teacher_needs_no_files_and_products_in_bf16_leave_weights_in_f
 
 def test_prompts_that_are_cut_are_counted(train, teachers):
     outcome = train(teachers.one, PRUNED_CONFIG | {"text_max_length": 8}, "--guidance_scale", 1, "--max_steps", 1)
-    assert outcome.code == 0 and "Warning: 55 prompts are longer than 8 tokens and were cut" in outcome.out, outcome.err
+    assert outcome.code == 0 and "Warning: 55 prompts take all 8 tokens; longer ones were cut" in outcome.out, (
+        outcome.err
+    )
 
 
 # ---- reproducible, and as long as asked ----

@@ -4,6 +4,7 @@ pytest tests/files/test_atomic.py
 """
 
 import json
+import os
 
 import pytest
 
@@ -57,3 +58,12 @@ def test_leftovers_of_a_killed_write_are_removed_and_nothing_else(tmp_path):
     (tmp_path / ".a.json.of_mine.tmp").write_text("mine")
     remove_leftovers(tmp_path / "a.json")
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", ".a.json.of_mine.tmp"}
+
+
+def test_what_was_private_stays_so(tmp_path):
+    file = tmp_path / "digests.json"
+    write_json(file, [1])
+    assert file.stat().st_mode & 0o777 == 0o666 & ~os.umask(os.umask(0))  # that of any new file
+    file.chmod(0o600)
+    write_json(file, [2])
+    assert file.stat().st_mode & 0o777 == 0o600

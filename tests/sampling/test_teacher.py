@@ -214,13 +214,13 @@ RELEASED = {  # Wan2.1, Wan2.2: wan/configs; heads, channels, ffn_dim, layers, e
 
 def released(name: str, **recorded) -> WanFiles:
     *shape, num_experts = RELEASED[name][0]
-    return WanFiles(name, {side: Headers(*shape) for side in ("high", "low")[:num_experts]}, **recorded)
+    return WanFiles(name, {side: Headers(*shape) for side in ("high", "low")[:num_experts]}, recorded)
 
 
 @pytest.mark.parametrize("name", RELEASED)
-@pytest.mark.parametrize("flow_shift", [None, 3.0])
-def test_a_released_model_has_its_own_settings_whatever_a_converted_folder_records(name, flow_shift):
-    settings = resolve_settings(released(name, flow_shift=flow_shift, boundary_ratio=None))
+@pytest.mark.parametrize("recorded", [{}, {"shift": 3.0}])
+def test_a_released_model_has_its_own_settings_whatever_a_converted_folder_records(name, recorded):
+    settings = resolve_settings(released(name, **recorded))
     found = (settings.shift, settings.num_inference_steps, settings.guidance_scale, settings.guidance_scale_2)
     assert (*found, settings.boundary_ratio, settings.vae_scale_factor) == RELEASED[name][1]
     assert settings.preset == name and settings.is_released and settings.uses_guidance
@@ -250,7 +250,7 @@ def test_an_unknown_model_is_described_by_its_folder(tmp_path):
     settings = resolve_settings(wan_files)
     assert (settings.shift, settings.boundary_ratio, settings.is_released) == (6.5, 0.6, False)
     assert settings.guidance_scale == settings.guidance_scale_2 == 5.0
-    assert settings.latents_mean == wan_files.latents_mean != RELEASED_LATENTS[16][0]
+    assert settings.latents_mean == wan_files.record["latents_mean"] != RELEASED_LATENTS[16][0]
 
 
 def test_a_teachers_own_record_goes_before_its_scheduler(tmp_path):

@@ -84,7 +84,9 @@ def test_a_run_that_goes_on_with_another_number_of_threads_says_that_bit_for_bit
     again = train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 3)
     torch.set_num_threads(1)
     assert again.code == 0 and "threads" not in again.out
-    assert "was written with 2 threads, and there are 1 now" in train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 4).out
+    assert (
+        "was written with 2 threads, and there are 1 now" in train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 4).out
+    )
 
 
 def test_two_runs_do_not_write_to_one_folder(train, flags_of, tmp_path):

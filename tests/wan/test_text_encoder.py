@@ -21,7 +21,7 @@ from support.gguf_files import finish
 from support.wan_parts import scaled, sentencepiece_model, umt5_to_original
 from wandistiller.errors import UserError
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
-from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts
+from wandistiller.wan.text_encoder import encode_prompts
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
 from wandistiller.wan.tokenizer import open_tokenizer
 from wandistiller.wan.umt5 import COPY
@@ -89,8 +89,7 @@ def oracle(saved_pipeline) -> torch.Tensor:
 
 
 def encode(folder: Path, prompts=PROMPTS, **settings):
-    progress = settings.pop("progress", None)
-    return encode_prompts(prompts, files_of(folder), folder.parent / "cache", EncodingOptions(**settings), progress)
+    return encode_prompts(prompts, files_of(folder), folder.parent / "cache", **settings)
 
 
 def files_of(folder: Path) -> TextEncoderFiles:
@@ -118,12 +117,12 @@ def test_embeddings_equal_diffusers_fresh_and_from_the_cache(pipeline_folder, or
     fresh = encode(pipeline_folder, progress=lambda *done: seen.append(done))
     torch.testing.assert_close(padded(fresh), oracle, rtol=0, atol=1e-6)
     assert seen[-1] == (len(PROMPTS), len(PROMPTS))
-    assert (len(fresh), fresh.text_dim, fresh.truncated) == (len(PROMPTS), TEXT_DIM, 1)
+    assert (len(fresh), fresh.text_dim, fresh.num_full) == (len(PROMPTS), TEXT_DIM, 1)
 
     forbid_encoder(monkeypatch)
     cached = encode(pipeline_folder, PROMPTS[::-1])
     assert torch.equal(padded(cached), padded(fresh).flip(0))
-    assert cached.truncated == 1
+    assert cached.num_full == 1
 
 
 def test_a_batch_is_padded_with_zeros_to_its_longest_prompt(pipeline_folder):
@@ -426,7 +425,7 @@ def test_a_tokenizer_of_another_model_is_refused(pipeline_folder):
 def test_mock_embeddings_depend_on_the_prompt_alone():
     embeds = mock_prompt_embeds(["a red fox", "", "w " * 20], TEXT_DIM, text_max_length=8)
     prompt_embeds, lengths = embeds.batch([0, 1, 2])
-    assert lengths.tolist() == [4, 1, 8] and embeds.truncated == 1
+    assert lengths.tolist() == [4, 1, 8] and embeds.num_full == 1
     again, _ = mock_prompt_embeds(["other", "a red fox"], TEXT_DIM).batch([1])
     assert torch.equal(again[0], prompt_embeds[0, :4])
     assert not torch.equal(prompt_embeds[0, 0], prompt_embeds[1, 0])

@@ -91,7 +91,8 @@ def test_a_vae_decodes_and_encodes_as_diffusers_does_in_every_layout(tmp_path, r
         assert_same(find_vae(str(path), "mock"), vae, release)
         about = read_vae_config(path, vae.config.z_dim)
         assert (
-            about.vae_scale_factor == FACTORS[release] and about.latents_mean == RELEASED_LATENTS[vae.config.z_dim][0]
+            about["vae_scale_factor"] == FACTORS[release]
+            and about["latents_mean"] == RELEASED_LATENTS[vae.config.z_dim][0]
         )
     whole = write_original(tmp_path / "all_in_one.safetensors", vae, release, prefix="first_stage_model.")
     save_file(load_file(whole) | {"model.diffusion_model.patch_embedding.bias": torch.ones(2)}, whole)

@@ -39,9 +39,9 @@ def embed_prompts(settings: Settings) -> Embeds:
         _embed(settings, texts[processes.rank :: processes.count])
         processes.barrier()
     embeds = _embed(settings, texts)
-    if embeds.truncated:
+    if embeds.num_full:
         print(
-            f"Warning: {embeds.truncated} prompts are longer than {settings.config.text_max_length} tokens and were cut"
+            f"Warning: {embeds.num_full} prompts take all {settings.config.text_max_length} tokens; longer ones were cut"
         )
     negative = embeds.read(len(texts) - 1) if negative_prompts else None
     starts = itertools.accumulate(map(len, parts), initial=0)

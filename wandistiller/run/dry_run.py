@@ -29,7 +29,7 @@ from wandistiller.run.learning import schedules_of, segment_capacity, walk_optio
 from wandistiller.run.settings import Settings
 from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.walk.grids import steps_of_segments
-from wandistiller.wan.text_encoder import count_tokens
+from wandistiller.wan.text_encoder import token_ids
 
 # The tokens of so many prompts stand for those of all.
 NUM_COUNTED_PROMPTS = 256
@@ -124,8 +124,12 @@ def with_texts(settings: Settings, workload: Workload) -> Workload:
     every = max(1, len(settings.prompts) // NUM_COUNTED_PROMPTS)
     texts = [*settings.prompts[::every][:NUM_COUNTED_PROMPTS], settings.teacher.negative_prompt]
     encoder = settings.encoder
-    counts = count_tokens(texts, encoder) if encoder else [len(text.split()) + 1 for text in texts]  # the mock's
-    *of_prompts, negative = [min(count, settings.config.text_max_length) for count in counts]
+    slots = settings.config.text_max_length
+    if encoder:
+        counts = [len(ids) for ids in token_ids(texts, encoder, slots)]
+    else:  # the mock's
+        counts = [min(len(text.split()) + 1, slots) for text in texts]
+    *of_prompts, negative = counts
     without_files = 0 if settings.wan_files.is_mock else UMT5_XXL_PARAMETERS
     return replace(
         workload,

@@ -182,9 +182,9 @@ def find_sample_vae(flags: Flags, wan_files: WanFiles, teacher: TeacherSettings)
 def check_is_vae_of(teacher: TeacherSettings, num_channels: int, place: Path) -> None:
     """Refuse a VAE of other latents than the teacher's, by what it says of them."""
     vae = read_vae_config(place, num_channels)
-    if vae.vae_scale_factor not in (None, teacher.vae_scale_factor):
+    if (factor := vae.get("vae_scale_factor")) not in (None, teacher.vae_scale_factor):
         raise UserError(
-            f"{place}: is a VAE of factor {vae.vae_scale_factor}; the teacher's latents have factor "
+            f"{place}: is a VAE of factor {factor}; the teacher's latents have factor "
             f"{teacher.vae_scale_factor}; give --vae_path the teacher's own VAE"
         )
     check_statistics(teacher.latents_mean, teacher.latents_std, vae, place)

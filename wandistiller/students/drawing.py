@@ -75,8 +75,8 @@ def embed_with_negative(
 
     negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
     embeds = embed_texts([*prompts, *negative_prompts], encoder, config, prompt_cache, device)
-    if embeds.truncated:
-        print(f"Warning: {embeds.truncated} prompts are longer than {config.text_max_length} tokens and were cut")
+    if embeds.num_full:
+        print(f"Warning: {embeds.num_full} prompts take all {config.text_max_length} tokens; longer ones were cut")
     return embeds.part(0, len(prompts)), embeds.read(len(prompts)) if negative_prompts else None
 
 

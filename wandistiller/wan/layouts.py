@@ -18,7 +18,8 @@ from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.names import COMFYUI_FOLDERS, comfyui_models, refuse_other_kind, side_of, teacher_record
 from wandistiller.wan.record_kinds import SAMPLING_KINDS, latents_kinds
 from wandistiller.wan.transformer_files import LAYOUTS, LOCAL_LAYOUTS, WanTransformer, open_student, open_transformer
-from wandistiller.wan.wan_files import WanFiles, with_latents
+from wandistiller.wan.vae import read_vae_config
+from wandistiller.wan.wan_files import WanFiles
 
 MODULAR_INDEX = "modular_model_index.json"
 # Other files with Wan in their names that lie in these folders
@@ -108,18 +109,14 @@ def _open_pipeline_folder(folder: Path, location: str, index_name: str) -> WanFi
     second = None if is_modular else (setting(index, "transformer_2", COMPONENT, index_path) or [None])[0]
     if second is not None or (is_modular and (folder / "transformer_2").is_dir()):
         experts["low"] = _open_expert(folder / "transformer_2")
-    scheduler_path = folder / "scheduler" / "scheduler_config.json"
+    scheduler_path, vae = folder / "scheduler" / "scheduler_config.json", folder / "vae"
     scheduler = _read_if_there(scheduler_path)
     flow_shift, shift = (setting(scheduler, key, POSITIVE, scheduler_path) for key in ("flow_shift", "shift"))
-    wan_files = WanFiles(
-        location,
-        experts,
-        pipeline=name,
-        boundary_ratio=setting(index, "boundary_ratio", RATIO, index_path),
-        flow_shift=flow_shift or shift,
-        record=_read_if_there(folder / "teacher_record.json"),
-    )
-    return wan_files.with_vae_config(folder / "vae") if (folder / "vae" / "config.json").is_file() else wan_files
+    told = {"shift": flow_shift or shift, "boundary_ratio": setting(index, "boundary_ratio", RATIO, index_path)}
+    record = told | _read_if_there(folder / "teacher_record.json")
+    if (vae / "config.json").is_file():
+        record |= read_vae_config(vae, experts["high"].config.num_channels)
+    return WanFiles(location, experts, record, name)
 
 
 def _comfyui_experts(models: Path) -> dict[str, Path]:
@@ -166,12 +163,10 @@ def _check_experts_agree(wan_files: WanFiles) -> None:
 
 
 def _with_own_record(wan_files: WanFiles) -> WanFiles:
-    """Check what this Wan records of itself, and take from it what is not known of the latents yet.
-
-    Where the folder around the transformer records nothing, the file of an exported student does.
-    """
+    """Check what this Wan records of itself: its folder, or the student that is in its files."""
     student = wan_files.experts["high"].student
-    record = wan_files.record or (teacher_record(student) if student else {})
+    record = {name: value for name, value in wan_files.record.items() if value is not None}
+    record |= teacher_record(student) if student else {}
     for name, kind in (SAMPLING_KINDS | latents_kinds(wan_files.config.num_channels)).items():
         setting(record, name, kind, f"{wan_files.location}, what it records of itself")
-    return with_latents(replace(wan_files, record=record), record)
+    return replace(wan_files, record=record)

@@ -64,4 +64,4 @@ def mock_wan_files(student: StudentConfig) -> WanFiles:
     config = mock_shape(student)
     weights = {name: RandomWeight(name, shape) for name, shape in teacher_tensor_shapes(config).items()}
     transformer = WanTransformer("mock", config, weights)
-    return WanFiles("mock", {"high": transformer}, vae_scale_factor=student.vae_scale_factor)
+    return WanFiles("mock", {"high": transformer}, {"vae_scale_factor": student.vae_scale_factor})

@@ -34,7 +34,6 @@ class PromptCache:
 
     def __init__(self, folder: Path, text_dim: int, dtype: torch.dtype, wanted: frozenset[str]):
         self.folder, self.text_dim, self.dtype, self.wanted = folder, text_dim, dtype, wanted
-        self.truncated: set[str] = set()
         self._rows: dict[str, tuple[StoredTensor, str]] = {}  # with checksums
         self._kept: dict[str, Tensor] = {}
         self._num_kept_bytes = 0
@@ -44,6 +43,9 @@ class PromptCache:
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
+
+    def num_tokens(self, key: str) -> int:
+        return self._rows[key][0].shape[0]
 
     def _add_shard(self, path: Path) -> None:
         try:
@@ -58,7 +60,6 @@ class PromptCache:
             logger.warning("%s: damaged, its prompts are encoded again (%s)", path, first_line(error))
             return
         self._rows |= {key: (row, digests[key]) for key, row in header.tensors.items() if key in self.wanted}
-        self.truncated |= self.wanted.intersection(header.metadata.get("truncated", "").split())
 
     def read(self, key: str) -> Tensor:
         """Return the embedding (n, text_dim) of a key that is in the cache.
@@ -81,36 +82,34 @@ class PromptCache:
             self._num_kept_bytes += row.nbytes
         return row
 
-    def fill(self, encoding: Iterator[tuple[str, Tensor, bool]], progress: Callable[[int], None]) -> None:
+    def fill(self, encoding: Iterator[tuple[str, Tensor]], progress: Callable[[int], None]) -> None:
         """Write what is encoded in shards of about SHARD_BYTES; what came before a failure is kept.
 
         Args:
-            encoding: yields key, embedding and whether the prompt was truncated.
+            encoding: yields key and embedding.
             progress: called with the number of prompts done.
         """
         rows: dict[str, Tensor] = {}
-        truncated: list[str] = []
         num_bytes = 0
         try:
-            for done, (key, row, was_truncated) in enumerate(encoding, start=1):
+            for done, (key, row) in enumerate(encoding, start=1):
                 rows[key] = row
                 num_bytes += row.nbytes
-                truncated += [key] * was_truncated
                 if num_bytes >= SHARD_BYTES:
-                    self._write_shard(rows, truncated)
-                    rows, truncated, num_bytes = {}, [], 0
+                    self._write_shard(rows)
+                    rows, num_bytes = {}, 0
                 progress(done)
         finally:
             if rows:
-                self._write_shard(rows, truncated)
+                self._write_shard(rows)
 
-    def _write_shard(self, rows: dict[str, Tensor], truncated: list[str]) -> None:
+    def _write_shard(self, rows: dict[str, Tensor]) -> None:
         # A shard is named by its prompts, so that encoding a damaged shard's prompts again puts a good one in its place.
         path = self.folder / f"{hashlib.sha256(' '.join(rows).encode()).hexdigest()[:32]}.safetensors"
         digests = {key: _digest(row) for key, row in rows.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, rows, {"truncated": " ".join(truncated), "digests": json.dumps(digests)})
+            write_tensors(path, rows, {"digests": json.dumps(digests)})
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); give --prompt_cache another folder"

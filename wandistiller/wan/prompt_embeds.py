@@ -20,11 +20,11 @@ class PromptEmbeds:
 
     Args:
         read: returns the embedding (n, text_dim) of the prompt at an index, from memory or from disk.
-        truncated: number of prompts that were longer than the text slots.
+        num_full: how many of them take all text slots, which longer ones are cut to.
     """
 
-    def __init__(self, num_prompts: int, text_dim: int, read: Callable[[int], Tensor], truncated: int = 0):
-        self.num_prompts, self.text_dim, self.read, self.truncated = num_prompts, text_dim, read, truncated
+    def __init__(self, num_prompts: int, text_dim: int, read: Callable[[int], Tensor], num_full: int = 0):
+        self.num_prompts, self.text_dim, self.read, self.num_full = num_prompts, text_dim, read, num_full
 
     def __len__(self) -> int:
         return self.num_prompts
@@ -64,13 +64,12 @@ def mock_prompt_embeds(prompts: Sequence[str], text_dim: int, text_max_length: i
     """Return noise in place of UMT5's embeddings, which depends on the prompt alone: a token for each word and one more."""
     cleaned = [clean_prompt(prompt) for prompt in prompts]
 
+    lengths = [min(len(prompt.split()) + 1, text_max_length) for prompt in cleaned]
+
     @lru_cache(maxsize=max(1, MOCK_KEPT_BYTES // (text_max_length * text_dim * torch.float32.itemsize)))
     def read(index: int) -> Tensor:
-        prompt = cleaned[index]
-        seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7])
+        seed = int.from_bytes(hashlib.sha256(cleaned[index].encode()).digest()[:7])
         generator = torch.Generator().manual_seed(seed)
-        num_tokens = min(len(prompt.split()) + 1, text_max_length)
-        return MOCK_SCALE * torch.randn(num_tokens, text_dim, generator=generator)
+        return MOCK_SCALE * torch.randn(lengths[index], text_dim, generator=generator)
 
-    truncated = sum(len(prompt.split()) + 1 > text_max_length for prompt in cleaned)
-    return PromptEmbeds(len(cleaned), text_dim, read, truncated)
+    return PromptEmbeds(len(cleaned), text_dim, read, lengths.count(text_max_length))

@@ -137,7 +137,8 @@ def resolve_settings(wan_files: WanFiles, **given: Any) -> TeacherSettings:
         base["num_inference_steps"] = typed["teacher_steps"]
     values = {"negative_prompt": DEFAULT_NEGATIVE_PROMPT, "teacher_sampler": "unipc"} | base | typed
     levels = tuple(values["teacher_levels"]) if values["teacher_sampler"] == "renoise" else ()
-    guidance_range, latents = typed.get("guidance_range"), (wan_files.latents_mean, wan_files.latents_std)
+    guidance_range, record = typed.get("guidance_range"), wan_files.record
+    latents = record.get("latents_mean"), record.get("latents_std")
     if not all(latents):
         latents = RELEASED_LATENTS.get(wan_files.config.num_channels, (None, None))
     settings = TeacherSettings(
@@ -150,7 +151,7 @@ def resolve_settings(wan_files: WanFiles, **given: Any) -> TeacherSettings:
         negative_prompt=values["negative_prompt"],
         latents_mean=latents[0],
         latents_std=latents[1],
-        vae_scale_factor=wan_files.vae_scale_factor or wan_files.config.vae_scale_factor,
+        vae_scale_factor=record.get("vae_scale_factor") or wan_files.config.vae_scale_factor,
         teacher_sampler=values["teacher_sampler"],
         teacher_levels=levels,
         guidance_range=None if guidance_range == (0.0, 1.0) else guidance_range,
@@ -168,19 +169,13 @@ def _sampled_as(wan_files: WanFiles) -> tuple[str, dict[str, Any]]:
     A student may well have the width of a released model, and must not be guided as one.
     """
     config, record = wan_files.config, wan_files.record
-    recorded = {name: value for name, value in record.items() if value is not None}
-    if wan_files.pipeline == FASTWAN_PIPELINE and not record:
+    if wan_files.pipeline == FASTWAN_PIPELINE and "guidance_scale" not in record:
         return "FastWan", _USUAL | FASTWAN
     structure = config.hidden_size, config.num_channels, len(wan_files.experts)
     for name, (released, values) in RELEASED.items() if "guidance_scale" not in record else ():
         if released == structure:
-            return name, _USUAL | recorded | values
-    of_folder = {"shift": wan_files.flow_shift, "boundary_ratio": wan_files.boundary_ratio}
-    told = {name: value for name, value in of_folder.items() if value is not None}
-    return (
-        "the checkpoint's own record" if record or wan_files.flow_shift else "Wan's usual values",
-        _USUAL | told | recorded,
-    )
+            return name, _USUAL | record | values
+    return "the checkpoint's own record" if "shift" in record else "Wan's usual values", _USUAL | record
 
 
 def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str, object]:
@@ -258,7 +253,9 @@ def _names_of(file: WanTransformer | Lora) -> list[str]:
 
 
 def _pipeline_warnings(wan_files: WanFiles) -> list[str]:
-    if wan_files.pipeline in (None, "None", "WanPipeline", "WanModularPipeline", FASTWAN_PIPELINE) or wan_files.record:
+    if wan_files.pipeline in (None, "None", "WanPipeline", "WanModularPipeline", FASTWAN_PIPELINE) or (
+        "guidance_scale" in wan_files.record
+    ):
         return []
     return [
         f"{wan_files.location}: is a {wan_files.pipeline}, asked here as a Wan of its size; say how it was made to be sampled with "

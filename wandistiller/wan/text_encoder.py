@@ -7,7 +7,6 @@ pipelines/wan/pipeline_wan.py). transformers is imported where it is used: a com
 import gc
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +27,17 @@ ROUND = 65536  # prompts whose tokens are in memory at a time
 BATCH_SIZE = 8  # prompts encoded at once
 
 
-@dataclass(frozen=True)
-class EncodingOptions:
-    """How prompts are encoded.
-
-    Attributes:
-        text_max_length: text slots, past which a prompt is cut.
-    """
-
-    text_max_length: int = 512
-    device: str = "cpu"
-
-    @property
-    def encoder_dtype(self) -> torch.dtype:
-        """The precision of the encoder and of the embeddings that are stored."""
-        return torch.float32 if torch.device(self.device).type == "cpu" else torch.bfloat16
+def encoder_dtype(device: str) -> torch.dtype:
+    """Return the precision of the encoder on a device, and of the embeddings that are stored."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def encode_prompts(
     prompts: Sequence[str],
     files: TextEncoderFiles,
     cache_dir: str | Path,
-    options: EncodingOptions | None = None,
+    text_max_length: int = 512,
+    device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> PromptEmbeds:
     """Return UMT5's last hidden states of the text tokens, as WanPipeline.encode_prompt computes them.
@@ -57,14 +45,14 @@ def encode_prompts(
     The encoder is loaded only for prompts that `cache_dir` lacks, and has left memory on return.
 
     Args:
+        text_max_length: text slots, past which a prompt is cut.
         progress: called with (prompts encoded so far, prompts to encode).
 
     Raises:
         UserError: a folder is not that of a usable UMT5 encoder or tokenizer, or an embedding is not finite.
     """
-    options = options or EncodingOptions()
-    text_dim, dtype = files.umt5.text_dim, options.encoder_dtype
-    settings = f"{CACHE_VERSION} {options.text_max_length} {dtype}"
+    text_dim, dtype = files.umt5.text_dim, encoder_dtype(device)
+    settings = f"{CACHE_VERSION} {text_max_length} {dtype}"
     cleaned = [clean_prompt(prompt) for prompt in prompts]
     keys = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in cleaned]
     folder = Path(cache_dir) / files.fingerprint(settings)
@@ -74,15 +62,15 @@ def encode_prompts(
         check_writable(folder, "--prompt_cache")
         tokenize = open_tokenizer(files.tokenizer)
         encoder: Any = files.umt5.load(dtype)
-        encoder.to(options.device)
-        encoding = _encode(missing, tokenize, encoder, files, options.text_max_length)
+        encoder.to(device)
+        encoding = _encode(missing, tokenize, encoder, files, text_max_length)
         cache.fill(encoding, lambda done: progress(done, len(missing)) if progress else None)
         del encoder, encoding
         gc.collect()  # modules hold reference cycles, and 11 GB should not wait for the collector
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    truncated = sum(key in cache.truncated for key in keys)
-    return PromptEmbeds(len(keys), text_dim, lambda index: cache.read(keys[index]), truncated)
+    num_full = sum(cache.num_tokens(key) == text_max_length for key in keys)
+    return PromptEmbeds(len(keys), text_dim, lambda index: cache.read(keys[index]), num_full)
 
 
 def embed_texts(
@@ -102,18 +90,13 @@ def embed_texts(
     """
     if encoder is None:
         return mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
-    return encode_prompts(texts, encoder, prompt_cache, EncodingOptions(config.text_max_length, device), progress)
+    return encode_prompts(texts, encoder, prompt_cache, config.text_max_length, device, progress)
 
 
 def token_ids(prompts: Sequence[str], files: TextEncoderFiles, text_max_length: int) -> list[list[int]]:
     """Return the token ids of each prompt, cut as `encode_prompts` cuts them."""
     tokens = open_tokenizer(files.tokenizer)([clean_prompt(prompt) for prompt in prompts])
     return [_cut(ids, text_max_length) for ids in tokens]
-
-
-def count_tokens(prompts: Sequence[str], files: TextEncoderFiles) -> list[int]:
-    """Count the tokens of each prompt, without cutting any."""
-    return list(map(len, open_tokenizer(files.tokenizer)([clean_prompt(prompt) for prompt in prompts])))
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
@@ -126,8 +109,8 @@ def prompts_digest(prompts: Sequence[str]) -> str:
 
 def _encode(
     prompts: dict[str, str], tokenize: Tokenize, encoder, files: TextEncoderFiles, slots: int
-) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield the key, the text tokens (n, text_dim) and whether it was truncated of every prompt, the longest of a round first."""
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the key and the text tokens (n, text_dim) of every prompt, the longest of a round first."""
     vocab_size = encoder.config.vocab_size
     for keys in _parts(list(prompts), ROUND):
         tokens = dict(zip(keys, tokenize([prompts[key] for key in keys]), strict=True))
@@ -146,7 +129,7 @@ def _encode(
                     raise UserError(
                         f"{files.encoder}: an embedding in {encoder.dtype} is not finite; check the encoder's weights"
                     )
-                yield key, row, len(tokens[key]) > slots
+                yield key, row
 
 
 def _parts(keys: list[str], size: int) -> Iterator[list[str]]:

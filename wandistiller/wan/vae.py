@@ -9,7 +9,6 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,20 +78,6 @@ _RENAMES: list[tuple[str, Any]] = [
 def _of_stage(number: int) -> tuple[int, str]:
     stage, place = divmod(number, 4)
     return stage, "upsamplers.0" if place == 3 else f"resnets.{place}"
-
-
-@dataclass(frozen=True)
-class VaeConfig:
-    """A VAE's latents, as its files describe them; None for what they leave out.
-
-    Attributes:
-        vae_scale_factor: pixels per latent pixel.
-        latents_mean, latents_std: statistics per channel; model space is (z - mean) / std.
-    """
-
-    vae_scale_factor: int | None
-    latents_mean: list[float] | None
-    latents_std: list[float] | None
 
 
 def find_vae(vae_path: str | None, teacher_path: str, num_channels: int | None = None) -> Path:
@@ -175,8 +160,11 @@ def _patch_size(in_channels: int, where: object) -> int:
     return side
 
 
-def read_vae_config(place: Path, num_channels: int) -> VaeConfig:
+def read_vae_config(place: Path, num_channels: int) -> dict[str, Any]:
     """Read what a VAE says of its latents: in its folder's config.json, or by its one file, which has the released statistics.
+
+    Returns:
+        "vae_scale_factor" (pixels per latent pixel), "latents_mean" and "latents_std" (per channel), without what it leaves out.
 
     Raises:
         TeacherFileError: it contradicts itself, or is not that of a VAE with latents of `num_channels`.
@@ -191,7 +179,8 @@ def read_vae_config(place: Path, num_channels: int) -> VaeConfig:
     mean, std = (setting(values, name, kind, path) for name, kind in latents_kinds(num_channels).items())
     if place.is_file():
         mean, std = RELEASED_LATENTS.get(num_channels, (None, None))
-    return VaeConfig(_read_scale_factor(values, path), mean, std)
+    told = {"vae_scale_factor": _read_scale_factor(values, path), "latents_mean": mean, "latents_std": std}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _read_scale_factor(values: dict, path: Path) -> int | None:
@@ -210,17 +199,15 @@ def _read_scale_factor(values: dict, path: Path) -> int | None:
     return factor
 
 
-def check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None, vae: Any, where: Path) -> None:
-    """Refuse a VAE of other latents than these statistics: WanPipeline takes mean and std from the VAE's config.
-
-    Args:
-        vae: its `VaeConfig`, or the config of the one in memory.
-    """
-    for name, ours, theirs in (("mean", mean, vae.latents_mean), ("std", std, vae.latents_std)):
+def check_statistics(
+    mean: Sequence[float] | None, std: Sequence[float] | None, vae: Mapping[str, Any], where: Path
+) -> None:
+    """Refuse a VAE of other latents than these statistics, by its config: WanPipeline takes mean and std from there."""
+    for name, ours in (("latents_mean", mean), ("latents_std", std)):
+        theirs = vae.get(name)
         if ours and theirs and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) > MAX_STATISTICS_ERROR:
             raise UserError(
-                f"{where}: has other latents_{name} than the latents this student learnt; give --vae_path its teacher's own "
-                "VAE"
+                f"{where}: has other {name} than the latents this student learnt; give --vae_path its teacher's own VAE"
             )
 
 
@@ -237,20 +224,16 @@ def load_vae(place: Path, num_channels: int, vae_scale_factor: int, device: str 
     if place.is_dir():
         _check_agrees(read_json(place / "config.json"), structure, place / "config.json")
     about = read_vae_config(place, structure["z_dim"])
+    about.pop("vae_scale_factor", None)
     factor = 2 ** (len(structure["dim_mult"]) - 1) * structure["patch_size"]
     if (structure["z_dim"], factor) != (num_channels, vae_scale_factor):
         raise UserError(
             f"{place}: is a VAE of {structure['z_dim']} channels and factor {factor}; the student's latents have "
             f"{num_channels} channels and factor {vae_scale_factor}; give --vae_path the teacher's own VAE"
         )
-    statistics = {"latents_mean": about.latents_mean, "latents_std": about.latents_std}
-    settings = structure | {name: value for name, value in statistics.items() if value}
-    settings |= {
-        "scale_factor_spatial": factor,
-        "patch_size": structure["patch_size"] if structure["patch_size"] > 1 else None,
-    }
+    patch_size = structure["patch_size"] if structure["patch_size"] > 1 else None
     with torch.device("meta"):
-        vae: Any = AutoencoderKLWan(**settings)
+        vae: Any = AutoencoderKLWan(**structure | about | {"scale_factor_spatial": factor, "patch_size": patch_size})
     expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     weights, _ = admit(found, expected, place, what="Wan VAE", harmless=partial(other_part, own="VAE"))
     vae.load_state_dict({name: weight.read().float() for name, weight in weights.items()}, assign=True)

@@ -3,9 +3,8 @@
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from wandistiller.errors import UserError
 from wandistiller.files.hub import local_path
@@ -16,8 +15,6 @@ from wandistiller.wan.text_encoder_files import TEXT_ENCODER_ADVICE, TextEncoder
 from wandistiller.wan.transformer_files import WanTransformer
 from wandistiller.wan.vae import read_vae_config
 
-LATENT_SETTINGS = ("latents_mean", "latents_std", "vae_scale_factor")
-
 
 @dataclass(frozen=True)
 class WanFiles:
@@ -26,9 +23,8 @@ class WanFiles:
     Attributes:
         location: the path or hub id that the person gave.
         experts: {"high": ...}, or {"high": ..., "low": ...} where the noise levels are shared between two.
-        boundary_ratio, flow_shift: values that the pipeline folder records, else None.
-        latents_mean, latents_std, vae_scale_factor: values of vae/config.json, else None.
-        record: teacher_record.json (the demo teacher's own defaults), or what an exported student says of itself; else empty.
+        record: how it is sampled and what its latents are, by the names of `TeacherSettings`: what its folder's index, scheduler,
+            VAE and teacher_record.json (the demo teacher's own defaults) tell, or the student in it.
         pipeline: the class that the index of diffusers names, which may be another than WanPipeline.
         loras: those that are merged into the experts.
         encoder: the text encoder that a run's prompts are embedded with; None before one is chosen, and of the mock.
@@ -36,11 +32,6 @@ class WanFiles:
 
     location: str
     experts: Mapping[str, WanTransformer]
-    boundary_ratio: float | None = None
-    flow_shift: float | None = None
-    latents_mean: list[float] | None = None
-    latents_std: list[float] | None = None
-    vae_scale_factor: int | None = None
     record: dict = field(default_factory=dict)
     pipeline: str | None = None
     loras: tuple[Lora, ...] = ()
@@ -88,12 +79,7 @@ class WanFiles:
 
     def with_vae_config(self, vae: Path) -> "WanFiles":
         """Return a copy that takes what it does not know of the latents from what a VAE says."""
-        return with_latents(self, asdict(read_vae_config(vae, self.config.num_channels)))
-
-
-def with_latents(wan_files: WanFiles, known: Mapping[str, Any]) -> WanFiles:
-    found: dict[str, Any] = {name: known.get(name) for name in LATENT_SETTINGS if getattr(wan_files, name) is None}
-    return replace(wan_files, **found)
+        return replace(self, record=read_vae_config(vae, self.config.num_channels) | self.record)
 
 
 LoraFiles = Sequence[tuple[str | Path, float]]
