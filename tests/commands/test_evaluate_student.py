@@ -199,7 +199,7 @@ def test_results_do_not_depend_on_the_batch(house, tmp_path):
         (["--prompts_file", "{house}/none.txt"], "none.txt: cannot be read"),
         (["--student", "{house}/none"], "there is no such folder"),
         (["--teacher_path", "{house}/none"], "there is no such file or folder"),
-        (["--vae_path", "{house}"], "holds no VAE"),
+        (["--vae_path", "{house}"], "has no VAE"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(house, tmp_path, capsys, flags, message):

@@ -250,7 +250,10 @@ MISTAKES = {
     ),
     "bytes for a prompt": (["--prompt", "a \udcff"], "--prompt is not UTF-8 text"),
     "control characters": (["--prompt", "a \x1b[2J"], "--prompt holds the control character U+001B"),
-    "no VAE": (["--teacher_path", "{tmp}/bare"], "has no VAE beside it (no vae/config.json); give --vae_path"),
+    "no VAE": (
+        ["--teacher_path", "{tmp}/bare"],
+        "has no VAE, no vae/config.json and no file of one beside it; give --vae_path",
+    ),
     "another VAE": (["--vae_path", "{tmp}/other/vae"], "is a VAE of 48 channels and factor 16"),
     "a broken VAE": (["--vae_path", "{tmp}/broken"], "is not a whole safetensors"),
     "output is a file": (["--output", "{tmp}/file"], "is a file"),

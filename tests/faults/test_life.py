@@ -60,21 +60,12 @@ class Life:
             *of_teacher, "--data_path", prompts, "--device", "cpu", "--num_samples", 0, "--output_dir", folder / "student",
             "--prompt_cache", folder / "prompts", *TRAINING, *(["--teacher_cache", folder / "answers"] if cached else []), *training,
         ]  # fmt: skip
-        exporting = [
-            "--student",
-            folder / "student",
-            "--format",
-            "original",
-            "--output",
-            folder / "student.safetensors",
-        ]
+        projecting, exported = [*of_teacher, "--output_dir", folder / "projected"], "student.safetensors"
+        exporting = ["--student", folder / "student", "--format", "original", "--output", folder / exported]
         self.commands = {
-            "projected/diffusion_model.safetensors": (
-                projection_mapper.main,
-                [*of_teacher, "--output_dir", folder / "projected"],
-            ),
+            "projected/diffusion_model.safetensors": (projection_mapper.main, projecting),
             STUDENT: (train_distillation.main, self.train),
-            "student.safetensors": (export_student.main, exporting),
+            exported: (export_student.main, exporting),
         }
 
     def steps(self) -> Iterator[tuple[Callable, list[object]]]:
@@ -267,21 +258,17 @@ def test_an_output_folder_that_goes_while_a_run_writes_to_it_is_said_and_costs_n
     assert left.results() == whole.results()
 
 
-def change_a_tensor(name: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / "teacher" / "transformer" / "diffusion_pytorch_model.safetensors"
-        tensors = load_file(path)
-        save_file(tensors | {name: tensors[name] * 1.001}, path)
-
-    return change
+def change_a_tensor(folder: Path) -> None:
+    path, name = folder / "teacher/transformer/diffusion_pytorch_model.safetensors", "blocks.0.attn2.to_k.weight"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name] * 1.001}, path)
 
 
 # What is done to the folder of a run of 8 steps, before it goes on to 16 -> the word of the refusal; None: it goes on
 CHANGES: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "no prompt cache": (lambda folder: shutil.rmtree(folder / "prompts"), None),
     "no answers": (lambda folder: [file.unlink() for file in (folder / "answers").glob("answers_*")], "another folder"),
-    "another teacher": (change_a_tensor("blocks.0.attn2.to_k.weight"), "teacher"),
-    "a teacher with another bias": (change_a_tensor("condition_embedder.time_embedder.linear_1.bias"), "teacher"),
+    "another teacher": (change_a_tensor, "teacher"),
 }
 
 

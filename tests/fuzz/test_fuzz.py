@@ -10,6 +10,7 @@ pytest tests/fuzz/test_fuzz.py
 """
 
 import collections
+import gc
 import hashlib
 import json
 import os
@@ -75,12 +76,14 @@ class Group:
         parts: what of the house a case needs.
         files: patterns of the files that are damaged.
         few: cases in the default suite.
+        idle: a pattern of tensors that the command reads and does not need, beside ComfyUI's markers in whatever file they are.
     """
 
     parts: str
     files: str
     command: str
     few: int = 8
+    idle: str = "scaled_fp8|logit_scale"
 
 
 DRAWN = "teacher student cache"
@@ -94,7 +97,7 @@ GROUPS = {
     "transformer": Group("single.safetensors", "single.safetensors", f"{PROJECT} --teacher_path {{case}}/single.safetensors", 16),
     "GGUF": Group("wan.gguf", "wan.gguf", f"{PROJECT} --teacher_path {{case}}/wan.gguf"),
     "text encoder": Group("teacher student", "teacher/text_encoder/* teacher/tokenizer/*", f"{DRAW} {ONE}", 20),
-    "VAE": Group(DRAWN, "teacher/vae/*", f"{DRAW} {ONE}", 12),
+    "VAE": Group(DRAWN, "teacher/vae/*", f"{DRAW} {ONE}", 12, r"encoder\.|quant_conv"),
     "VAE, exported": Group("teacher student", "teacher/vae/*", PIPELINE, 12),
     "LoRA": Group("teacher lora.safetensors", "lora.safetensors", f"{PROJECT} --teacher_path {{case}}/teacher --teacher_lora {{case}}/lora.safetensors", 16),
     "LoRA, cut": Group(
@@ -116,13 +119,8 @@ GROUPS = {
     "teacher cache": Group("teacher config.json prompts.txt cache answers", "answers/*", f"{TRAIN} --max_steps 2 --teacher_cache {{case}}/answers", 6),
     "teacher cache, begun": Group("teacher config.json prompts.txt cache begun", "begun/*", f"{TRAIN} {PARTS}", 4),
 }  # fmt: skip
-HARMLESS = ("scaled_fp8", "logit_scale")  # ComfyUI's markers, whatever file they are in
-BY_FILE = (
-    "prompt cache",
-    "checkpoints",
-    "teacher cache",
-    "teacher cache, begun",
-)  # checksums know that all is not whole
+# Of these checksums know that a file is not whole.
+BY_FILE = ("prompt cache", "checkpoints", "teacher cache", "teacher cache, begun")
 
 
 def words_of(command: str, case: Path, new: str, run: str) -> tuple[str, list[str]]:
@@ -152,7 +150,7 @@ def write_templates(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory) -> Path:
+def house(tmp_path_factory) -> Iterator[Path]:
     """Everything that a case takes its parts from, whole; what it is made with is loaded before a case is forked."""
     root = tmp_path_factory.mktemp("house")
     write_teacher(root / "teacher")
@@ -165,11 +163,11 @@ def house(tmp_path_factory) -> Path:
     write(root / "lora.safetensors", comfyui_keys(pairs, alpha=1.5), {"lora_adapter_metadata": '{"r": 3}'})
     (root / "config.json").write_text(json.dumps(PRUNED_CONFIG), encoding="utf-8")
     made = train_student(root / "made", root / "teacher")
-    for name, place in (
-        ("student", made),
-        ("cache", made.parent / "cache"),
-        ("prompts.txt", made.parent / "prompts.txt"),
-    ):
+    for name, place in {
+        "student": made,
+        "cache": made.parent / "cache",
+        "prompts.txt": made.parent / "prompts.txt",
+    }.items():
         shutil.move(place, root / name)
     write_tables(root / "tables")
     write_templates(root / "templates")
@@ -177,7 +175,10 @@ def house(tmp_path_factory) -> Path:
     for number, command in enumerate([f"{TRAIN} --max_steps 2", *commands]):
         name, words = words_of(command, root, f"warm_{number}", f"run_{number}" if number else "run")
         assert MAINS[name](words) in (0, None), command
-    return root
+    gc.collect()
+    gc.freeze()  # else each fork's own collector copies all memory of this process
+    yield root
+    gc.unfreeze()
 
 
 # ---- the outcome ----
@@ -191,9 +192,7 @@ def results_of(case: Path, group: Group) -> str:
         for file in sorted(file for file in (place, *place.rglob("*")) if file.is_file()):
             if file.suffix == ".safetensors":
                 for name, tensor in sorted(load_file(file).items()):
-                    found.update(
-                        name.encode() + tensor.contiguous().view(-1).view(dtype=tensor.dtype).float().numpy().tobytes()
-                    )
+                    found.update(name.encode() + tensor.float().numpy().tobytes())
             elif file.suffix == ".png":
                 found.update(Image.open(file).tobytes())
     return found.hexdigest()
@@ -209,7 +208,7 @@ def outcome_of(done: Damage, ended: Ended, case: Path, group: Group, whole: str)
         return "refused by its kind"
     if ended.code == 2:
         return f"fault: refused without its name: {ended.err.strip().replace(str(case), '')[-160:]}"
-    if done.names[-1] in HARMLESS:
+    if re.match(group.idle, done.names[-1]):
         return "harmless"
     if "Left out: " in said:
         return "told"  # parts of a LoRA for layers that the student does not have
@@ -304,15 +303,3 @@ def test_damaged_and_strange_files_are_used_or_named_or_refused(house, tmp_path,
 def test_thousands_of_damaged_and_strange_files_are_used_or_named_or_refused(house, tmp_path, name):
     total = sum(group.few for group in GROUPS.values())
     fuzz(name, -(-NUM_SLOW_CASES * GROUPS[name].few // total), house, tmp_path / "fuzz")
-
-
-def test_any_words_as_flags_are_answered(tmp_path):
-    """The words are those of no command, so that nothing is drawn."""
-    rng = random.Random(0)
-    known = ["--seed", "--batch_size", "--height", "--dtype", "--student", "--prompt", "--", "-1", "--seed=", "--x=1"]
-    for _ in range(40):
-        draws = [*known, str(rng.randrange(-(10**9), 10**9)), str(rng.uniform(-9, 9)), chr(rng.randrange(1, 9999))]
-        words = rng.choices(draws, k=rng.randrange(6))
-        ended = run_forked(generate_images.main, ["--student", tmp_path / "none", *words], tmp_path)
-        assert ended.code in (0, 2) and "Traceback" not in ended.err, (words, ended)
-        assert ended.code == 0 or len(ended.err) < LONGEST_MESSAGE + len(str(tmp_path)), (words, ended.err)

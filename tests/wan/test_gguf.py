@@ -1,6 +1,6 @@
 """A Wan in a GGUF file is read as what the gguf library makes of it, and what is no such file is refused in one message.
 
-The oracle is the library's own dequantisation in diffusers' 3D transformer at one frame, and diffusers' own reader of GGUF files.
+The oracle is the library's own dequantisation in diffusers' 3D transformer at one frame.
 
 pytest tests/wan/test_gguf.py
 """
@@ -18,22 +18,17 @@ import torch
 
 import projection_mapper
 from support.gguf_files import SHAPE, finish, write_wan_gguf
-from support.layout_checks import MAX_ERROR, assert_exact, inputs, refusal
-from support.loras import comfyui_keys, merged, random_pairs, write
+from support.layout_checks import assert_exact, refusal
 from support.runs import PRUNED_CONFIG
 from support.wan_folders import (
     A14B_SHAPE,
-    oracle_velocity,
-    relative_error,
     to_original,
-    with_weights,
     write_single_file,
 )
 from wandistiller import StudentConfig
 from wandistiller.projection.project import project_teacher
 from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.transformer_files import teacher_tensor_shapes
-from wandistiller.wan.wan_files import merge_loras
 
 KERNEL = "patch_embedding.weight"
 HALF = {"heads": 1}
@@ -50,36 +45,6 @@ def assert_same_as_diffusers(path: Path, expert, name: str = "high", **arguments
 def test_every_type_equals_diffusers_with_what_the_library_makes_of_it(tmp_path, dtype):
     expert = write_wan_gguf(tmp_path / "wan.gguf", dtype=dtype)
     assert_same_as_diffusers(tmp_path / "wan.gguf", expert)
-
-
-def test_a_lora_is_added_to_what_the_quantised_weights_stand_for(tmp_path):
-    expert = write_wan_gguf(tmp_path / "wan.gguf", dtype="Q4_K")
-    pairs = random_pairs(expert)
-    lora = write(tmp_path / "lora.safetensors", comfyui_keys(pairs))
-    changed = with_weights(expert, merged(expert, pairs, scale=0.7))
-    model, _ = project_teacher(merge_loras(open_wan_files(tmp_path / "wan.gguf"), [(lora, 0.7)]))
-    given = inputs(model.config)
-    with torch.no_grad():
-        answer, expected, plain = model(*given), oracle_velocity(changed, *given), oracle_velocity(expert, *given)
-    assert relative_error(plain, expected) > 0.01 and relative_error(answer, expected) <= MAX_ERROR
-
-
-def test_diffusers_own_reader_reads_the_same(tmp_path):
-    from diffusers import GGUFQuantizationConfig, WanTransformer3DModel
-
-    expert = write_wan_gguf(tmp_path / "wan.gguf", dtype="Q8_0")
-    expert.save_config(tmp_path / "config")
-    theirs = WanTransformer3DModel.from_single_file(
-        str(tmp_path / "wan.gguf"),
-        config=str(tmp_path / "config"),
-        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
-        torch_dtype=torch.float32,
-    )
-    assert any("GGUF" in type(module).__name__ for module in theirs.modules())
-    ours, _ = project_teacher(tmp_path / "wan.gguf")
-    given = inputs(ours.config)
-    with torch.no_grad():  # diffusers multiplies scales and values in float16, which rounds each weight
-        assert relative_error(ours(*given), oracle_velocity(theirs, *given)) <= 1e-3
 
 
 def test_plain_types_are_read_in_their_own_precision(tmp_path):
@@ -186,11 +151,7 @@ INTEGERS = np.zeros((2, 32), np.int8), gguf.GGMLQuantizationType.I8
         ("flux", [("a.weight", *FLOATS)], ["is a GGUF of architecture 'flux'", 'architecture "wan"']),
         ("wan", [("img_emb.proj.0.weight", *FLOATS), ("head.modulation", *FLOATS)], ["an image-to-video (I2V)"]),
         ("wan", [("a.weight", *FLOATS)], ["holds no Wan transformer"]),
-        (
-            "wan",
-            [("blocks.0.ffn.0.weight", *INTEGERS)],
-            ["blocks.0.ffn.0.weight is of a type", "I8", "another quantisation"],
-        ),
+        ("wan", [("blocks.0.ffn.0.weight", *INTEGERS)], ["blocks.0.ffn.0.weight is of a type", "I8"]),
     ],
 )
 def test_a_gguf_of_another_model_or_of_no_numbers_is_refused_by_name(tmp_path, architecture, tensors, words):

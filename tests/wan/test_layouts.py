@@ -177,7 +177,7 @@ def test_a_folder_whose_tensors_are_a_wans_is_one_whatever_its_pipeline_is_calle
     (tmp_path / "sky" / "model_index.json").rename(tmp_path / "sky" / "modular_model_index.json")
     assert_same_as_diffusers(tmp_path / "sky", experts)
     shutil.rmtree(tmp_path / "sky" / "transformer")
-    assert "names its parts in other repositories" in refusal(tmp_path / "sky")
+    assert "or the repository that its parts lie in" in refusal(tmp_path / "sky")
 
 
 def test_the_root_of_a_hub_cache_and_the_home_folder_lead_to_the_model(tmp_path, monkeypatch):
@@ -412,7 +412,6 @@ WRONG_VALUES = {
     "boundary": ("model_index.json", {"boundary_ratio": 2}, "boundary_ratio is 2; allowed: a number from 0 to 1"),
     "transformer_2": ("model_index.json", {"transformer_2": {"a": 1}}, "transformer_2 is {'a': 1}; allowed: a pair"),
     "shift": ("scheduler/scheduler_config.json", {"flow_shift": 0}, "flow_shift is 0; allowed: a number above 0"),
-    "factor": ("vae/config.json", {"scale_factor_spatial": 4}, "scale_factor_spatial is 4, but its 4 stages"),
     "means": ("vae/config.json", {"latents_mean": [0.0] * 3}, "latents_mean is [0.0, 0.0, 0.0]; allowed: a list of 16"),
     "channels": ("vae/config.json", {"z_dim": 4}, "z_dim is 4; the teacher's latents have 16 channels"),
     "record": ("teacher_record.json", {"shift": "3"}, "shift is '3'; allowed: a number above 0"),
@@ -448,7 +447,6 @@ SPOILT = {
     "a missing scale": ({f"{FFN}.scale_weight": None}, "blocks.0.ffn.net.0.proj.scale_weight) is missing"),
     "a scale of nothing": ({"blocks.0.ffn.7.scale_weight": torch.ones(1)}, "blocks.0.ffn.7.scale_weight"),
     "a scale of three rows": ({f"{FFN}.scale_weight": torch.ones(3)}, SCALE),
-    "a scale of columns": ({f"{FFN}.scale_weight": torch.ones(128)}, SCALE),
     "a scale of another shape": ({f"{FFN}.scale_weight": torch.ones(6, 4, 1)}, SCALE),
     "a scale of another type": ({f"{FFN}.scale_weight": torch.ones(1, dtype=torch.int8)}, SCALE),
     "two scales": ({f"{FFN}.weight_scale": torch.ones(1)}, f"{FFN}.weight_scale{SCALE}"),
@@ -461,7 +459,6 @@ SPOILT = {
     "SkyReels": ({"fps_embedding.weight": QUANT}, "a SkyReels-V2-DF"),
     "TurboWan": ({"blocks.0.self_attn.attn_op.local_attn.proj_l.weight": QUANT}, "a TurboWan"),
     "AnyFlow": ({"delta_embedding.0.weight": QUANT}, "an AnyFlow"),
-    "Video-As-Prompt": ({"mot_blocks.0.weight": QUANT}, "a Video-As-Prompt"),
     "a LoRA beside": ({f"{Q}.lora_A.weight": QUANT}, f"{Q}.lora_A.weight': a LoRA"),
     "a stranger": ({"blocks.0.other.weight": QUANT}, "blocks.0.other.weight': it is another kind of model"),
     "a marker of some size": ({"model_type.weight": torch.zeros(20)}, "model_type.weight"),
@@ -469,7 +466,6 @@ SPOILT = {
     "I2V's keys": ({"blocks.0.cross_attn.k_img.weight": QUANT}, "image-to-video"),
     "I2V's embedding": ({"img_emb.proj.0.weight": QUANT}, "image-to-video"),
     "VACE": ({"vace_blocks.0.before_proj.weight": QUANT}, "VACE"),
-    "Animate": ({"face_adapter.fuser_blocks.0.linear2.weight": QUANT}, "Animate"),
     "S2V": ({"casual_audio_encoder.encoder.conv.weight": QUANT}, "S2V"),
 }  # fmt: skip
 
@@ -500,21 +496,6 @@ def test_a_folder_of_several_models_of_a_damaged_config_or_of_pickles_alone_is_r
 
 
 # ---- the hub ----
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-
-
-def test_a_hub_id_offline_is_refused_at_once_with_the_local_alternatives(offline):
-    start = time.monotonic()
-    message = refusal("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
-    assert time.monotonic() - start < 5
-    assert "hub" in message and "high_noise_model/" in message and "mock" in message
 
 
 @pytest.fixture

@@ -110,18 +110,9 @@ def test_a_dry_run_of_the_full_size_takes_the_files_as_they_are(tmp_path, capsys
     (original / "google" / "umt5-xxl" / "spiece.model").write_bytes(words)
     (tmp_path / "prompts.txt").write_text("a red fox\n", encoding="utf-8")
     for place in (comfyui, original):
-        argv = ["--preset", "A14B-1B", "--teacher_path", place, "--data_path", tmp_path / "prompts.txt", "--dry_run"]
-        argv += [
-            "--output_dir",
-            tmp_path / "out",
-            "--prompt_cache",
-            tmp_path / "cache",
-            "--assume_gpu",
-            80,
-            "--save_every",
-            0,
-        ]
-        assert train_distillation.main(list(map(str, argv))) == 0
+        argv = f"--preset A14B-1B --teacher_path {place} --data_path {tmp_path}/prompts.txt --dry_run --assume_gpu 80"
+        argv += f" --output_dir {tmp_path}/out --prompt_cache {tmp_path}/cache --save_every 0"
+        assert train_distillation.main(argv.split()) == 0
         assert "(high + low), settings of Wan2.2-T2V-A14B: shift 12" in capsys.readouterr().out
 
 
@@ -144,15 +135,14 @@ def test_a_run_and_its_pictures_need_nothing_but_the_files_as_they_are(tmp_path,
     config = STUDENT | {"hidden_size": 128, "depth": 1, "num_heads": 1, "ffn_dim": 32}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "prompts.txt").write_text("a red fox\na blue boat\n", encoding="utf-8")
-    argv = [*write(tmp_path / "models"), "--student_config", str(tmp_path / "config.json")]
-    argv += ["--data_path", str(tmp_path / "prompts.txt"), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
-    argv += ["--prompt_cache", str(tmp_path / "cache"), "--max_steps", "2", "--batch_size", "2", "--num_samples", "1"]
+    both = f"--prompt_cache {tmp_path}/cache --device cpu".split()
+    argv = f"--student_config {tmp_path}/config.json --data_path {tmp_path}/prompts.txt --output_dir {tmp_path}/out "
+    argv = [*f"{argv}--max_steps 2 --batch_size 2 --num_samples 1".split(), *both, *write(tmp_path / "models")]
     assert train_distillation.main([*argv, "--dry_run"]) == 0
     assert train_distillation.main(argv) == 0
     told = capsys.readouterr().out
     assert "(high + low)" in told and "swapped" not in told
     assert list((tmp_path / "out" / "samples").glob("*.png"))
-    draw = ["--student", str(tmp_path / "out"), "--prompt", "golden light", "--num_inference_steps", "1"]
-    draw += ["--prompt_cache", str(tmp_path / "cache"), "--device", "cpu", "--output", str(tmp_path / "drawn")]
-    assert generate_images.main(draw) == 0
+    draw = f"--student {tmp_path}/out --prompt fox --num_inference_steps 1 --output {tmp_path}/drawn".split()
+    assert generate_images.main([*draw, *both]) == 0
     assert list((tmp_path / "drawn").glob("*.png"))

@@ -33,8 +33,8 @@ def hub_id(path: str) -> str | None:
     return path if is_hub_id(path) and not Path(path).exists() else None
 
 
-def fetch(repo_id: str, patterns: list[str], local: str) -> Path:
-    """Fetch files of a hub repository, or find them in the hub's cache, and return the folder that holds them.
+def place_of(path: str | Path, patterns: list[str], local: str) -> Path:
+    """Return where a path that a person gave leads, on this machine or, where nothing is there, on the hub.
 
     Args:
         patterns: the files to fetch; other pickles than .pth are never among them.
@@ -43,6 +43,9 @@ def fetch(repo_id: str, patterns: list[str], local: str) -> Path:
     Raises:
         UserError: there is no such repository, or it cannot be reached and is not in the cache.
     """
+    place, repo_id = local_path(path), str(path)
+    if os.path.exists(place) or not is_hub_id(path):
+        return place
     from huggingface_hub import errors, snapshot_download
 
     try:

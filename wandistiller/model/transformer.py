@@ -413,14 +413,13 @@ class WanLiteStudent(nn.Module):
             ConfigError: a file is missing or damaged, weights and config do not belong together, or weights are no numbers.
             UserError: there is no such folder, and no such repository can be had either.
         """
-        from wandistiller.files.hub import fetch, is_hub_id
+        from wandistiller.files.hub import place_of
         from wandistiller.files.weights import admit, stored_tensors
 
-        if not Path(folder).exists() and is_hub_id(folder):
-            files = [CONFIG_NAME, WEIGHTS_NAME]
-            folder = fetch(str(folder), files, f"a student's folder with {' and '.join(files)}")
+        files = [CONFIG_NAME, WEIGHTS_NAME]
+        folder = place_of(folder, files, f"a student's folder with {' and '.join(files)}")
         config = saved_config(folder)
-        path = Path(folder) if Path(folder).is_file() else Path(folder) / WEIGHTS_NAME
+        path = folder if folder.is_file() else folder / WEIGHTS_NAME
         with torch.device("meta"):
             student = cls(config)
         expected = {name: tuple(tensor.shape) for name, tensor in student.state_dict().items()}

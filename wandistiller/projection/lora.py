@@ -99,12 +99,12 @@ def _cut(
 ) -> tuple[Tensor, Tensor] | Tensor:
     """Return the student's part of a change, with the LoRA's scale."""
     kept = kept_indices(name, shape, selection)
-    if not change.is_low_rank:
+    if (pair := change.read_low_rank()) is None:
         difference = scale * change.read().reshape(shape)
         for dim, indices in kept.items():
             difference = difference.index_select(dim, indices)
         return difference
-    up, down = change.read_low_rank()
+    up, down = pair
     if 0 in kept:
         up = up.index_select(0, kept[0])
     if 1 in kept:  # of the patch kernel the columns stay whole, since latent channels are never cut

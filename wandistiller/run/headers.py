@@ -10,11 +10,11 @@ from wandistiller.projection.selection import Selection, check_fits
 from wandistiller.projection.selection_record import read_made_of
 from wandistiller.run.flags import Flags, StudentFlags
 from wandistiller.walk.grids import teacher_levels
-from wandistiller.wan.layouts import check_headers, open_teacher, open_wan_files
+from wandistiller.wan.layouts import open_teacher, open_wan_files
 from wandistiller.wan.record_kinds import LEVELS
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
-from wandistiller.wan.vae import check_statistics, find_vae, read_vae_config
+from wandistiller.wan.vae import check_statistics, find_vae, read_vae_config, vae_tensors
 from wandistiller.wan.wan_files import WanFiles, merge_loras
 
 SHAPE = ("hidden_size", "depth", "num_heads", "ffn_dim", "num_channels")
@@ -170,7 +170,7 @@ def find_sample_vae(flags: Flags, wan_files: WanFiles, teacher: TeacherSettings)
     try:
         location = find_vae(given, flags.data.teacher_path, wan_files.config.num_channels)
         check_is_vae_of(teacher, wan_files.config.num_channels, location)
-        check_headers(location)
+        vae_tensors(location)  # whose headers tell a file that is cut short
     except UserError as error:
         if given is not None:
             raise

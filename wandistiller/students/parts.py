@@ -128,7 +128,7 @@ def open_recorded_teacher(config: StudentConfig, teacher: tuple[str, str | None]
             )
         file = _found(lora["path"], "LoRA of the teacher that", flag, is_of_hub=False)
         wan_files = merge_loras(wan_files, **{lora["expert"]: [(file, lora["scale"])]})
-        if (found := wan_files.loras[-1].sha256) != lora["sha256"]:
+        if (found := wan_files.experts[lora["expert"]].loras[-1].sha256) != lora["sha256"]:
             raise UserError(
                 f"{file}: is another file than the LoRA that this student's teacher had (sha256 {found[:12]}..., recorded "
                 f"{lora['sha256'][:12]}...); give {flag} with the right one"

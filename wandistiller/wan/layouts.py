@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from wandistiller.errors import UserError
-from wandistiller.files.hub import fetch, is_hub_id, local_path
+from wandistiller.files.hub import local_path, place_of
 from wandistiller.files.json_files import COMPONENT, POSITIVE, RATIO, TeacherFileError, read_json, setting
-from wandistiller.files.weights import is_weight_file, stored_tensors, weight_files
+from wandistiller.files.weights import is_weight_file, weight_files
 from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, StudentConfig
 from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.names import COMFYUI_FOLDERS, comfyui_models, refuse_other_kind, side_of, teacher_record
@@ -55,9 +55,7 @@ def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None =
         TeacherFileError: the Wan is missing, contradictory, or of another kind.
         DamagedFileError: a file of it is not whole.
     """
-    location, path = str(teacher_path), local_path(teacher_path)
-    if not os.path.exists(path) and is_hub_id(location):
-        path = fetch(location, _HUB_FILES, f"a local copy as {LOCAL_LAYOUTS}, or mock")
+    location, path = str(teacher_path), place_of(teacher_path, _HUB_FILES, f"a local copy as {LOCAL_LAYOUTS}, or mock")
     wan_files = _open_folder(path, location) if path.is_dir() else WanFiles(location, {"high": _open_expert(path)})
     if low_noise_path is not None:
         if "low" in wan_files.experts:
@@ -66,12 +64,6 @@ def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None =
         wan_files = replace(wan_files, experts={**wan_files.experts, "low": low})
     _check_experts_agree(wan_files)
     return _with_own_record(wan_files)
-
-
-def check_headers(folder: Path) -> None:
-    """Refuse a folder without weights, or with weights cut short, and such a file; only headers are read."""
-    for path in [folder] if folder.is_file() else weight_files(folder, LAYOUTS):
-        stored_tensors(path)
 
 
 def _open_expert(place: Path) -> WanTransformer:
@@ -99,12 +91,10 @@ def _open_pipeline_folder(folder: Path, location: str, index_name: str) -> WanFi
     refuse_other_kind([name], folder)
     is_modular = index_name == MODULAR_INDEX
     if not (folder / "transformer").is_dir():
-        reason = (
-            "names its parts in other repositories; give them"
-            if is_modular
-            else f"is that of a {name}; give a WanPipeline"
+        raise TeacherFileError(
+            f"{folder}: has no transformer/ folder, and its {index_name} is that of a {name}; give a WanPipeline, or the repository "
+            "that its parts lie in"
         )
-        raise TeacherFileError(f"{folder}: has no transformer/ folder, and its {index_name} {reason}")
     experts = {"high": _open_expert(folder / "transformer")}
     second = None if is_modular else (setting(index, "transformer_2", COMPONENT, index_path) or [None])[0]
     if second is not None or (is_modular and (folder / "transformer_2").is_dir()):

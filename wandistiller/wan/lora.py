@@ -21,7 +21,6 @@ from wandistiller.files.safetensors_files import StoredTensor, read_header
 from wandistiller.files.weights import FLOATS, Weight, kept_digest, stored_tensors
 from wandistiller.wan.lora_keys import METHODS, LoraError, read_keys
 from wandistiller.wan.names import title_of
-from wandistiller.wan.transformer_files import Readable
 
 PEFT_METADATA = "lora_adapter_metadata"  # where diffusers keeps the alphas of a LoRA that it saves
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -36,12 +35,10 @@ class Change:
     parts: Mapping[str, StoredTensor]
     factor: float
 
-    @property
-    def is_low_rank(self) -> bool:
-        return "up" in self.parts
-
-    def read_low_rank(self) -> tuple[Tensor, Tensor]:
-        """Return up (out, rank) and down (rank, in) in float32, the factor in the first."""
+    def read_low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """Return up (out, rank) and down (rank, in) in float32, the factor in the first; None where it is no such product."""
+        if "up" not in self.parts:
+            return None
         parts = self._read()
         return self.factor * parts["up"].flatten(1), parts["down"].flatten(1)
 
@@ -272,22 +269,3 @@ def _is_quick_pattern(pattern: str) -> bool:
     except re.error:
         return False
     return True
-
-
-@dataclass(frozen=True)
-class MergedWeight:
-    """A tensor of a teacher with what LoRAs add to it: in float32 where they change it, else as it is stored."""
-
-    weight: Readable
-    name: str
-    loras: Sequence[Lora]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    def read(self) -> Tensor:
-        tensor = self.weight.read()
-        for lora in self.loras:
-            tensor = lora.added_to(self.name, tensor)
-        return tensor

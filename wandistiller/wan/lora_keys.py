@@ -35,14 +35,6 @@ _ENDS = [
     (r"\.diff_m$", "diff", ("modulation",)),
     *((rf"\.{part}$", part, ("weight",)) for method in METHODS[2:] for part in method),
 ]
-# Other ways to change a matrix, by what only their keys hold
-_OTHER_METHODS = {
-    "OFT": ("oft_", "boft_"),
-    "GLoRA": ("a1.weight", "b1.weight"),
-    "(IA)^3": ("on_input",),
-    "LoCon (with lora_mid)": ("lora_mid",),
-    "Tucker decomposition": ("lokr_t", "hada_t"),
-}
 
 
 class LoraError(UserError):
@@ -72,17 +64,11 @@ def read_keys(path: Path, keys: Iterable[str], names: Iterable[str]) -> dict[str
 
 def _refuse_strange(path: Path, strange: list[str], count: int) -> None:
     """Refuse keys that no text-to-video Wan of this size has, and say whose they are where that is known."""
-    for method, marks in _OTHER_METHODS.items():
-        if found := next((key for key in strange for mark in marks if f".{mark}" in key), None):
-            raise LoraError(
-                f"{path}: is a {method} (it holds {shown(found)}), which is not merged here; allowed: LoRA, DoRA, LoKr, LoHa and "
-                "differences (diff, diff_b)"
-            )
     kind = other_wan_kind(map(_without_prefix, strange))
-    what = f"is a LoRA of {kind} Wan" if kind else "is a LoRA of another model, or of a larger Wan"
+    what = f"is a LoRA of {kind} Wan" if kind else "is a LoRA of another model, of a larger Wan or of another kind"
     raise LoraError(
         f"{path}: {what}: {len(strange)} of its {count} keys change nothing of this text-to-video Wan, the first is "
-        f"{shown(strange[0])}; give a LoRA that was trained on this Wan"
+        f"{shown(strange[0])}; give a LoRA, DoRA, LoKr, LoHa or differences that were trained on this Wan"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from wandistiller.files.json_files import TeacherFileError
 from wandistiller.files.weights import Stored, is_weight_file, stored_tensors
 from wandistiller.model.config import StudentConfig
+from wandistiller.wan.record_kinds import SAMPLING_KINDS
 
 # What the names of each part of an all-in-one checkpoint begin with (ComfyUI's supported_models.py and its own loaders)
 _PARTS = {
@@ -57,10 +58,6 @@ _RELATIVES = {
     r"^fps_(embedding|projection)": "a SkyReels-V2-DF, which is told its frames per second; use SkyReels-V2-T2V",
     r"attn_op\.|\.proj_l\b": "a TurboWan with sparse linear attention; use the Wan that it was made from",
     r"delta_embedding": "an AnyFlow, whose steps are told their length; use the Wan that it was made from",
-    r"(^|\.)mot_": "a Video-As-Prompt, which has a second transformer beside Wan's",
-    r"cam_encoder|\.projector\.": "a ReCamMaster, which is told camera paths",
-    r"audio": "a Wan that is told sound",
-    r"_ip\b|ip_adapter": "a Wan with an image adapter",
     r"lora_|lokr_|hada_": "a LoRA, or a Wan with one beside its weights; give a LoRA as --teacher_lora",
     r"quant|zero|scale|qweight|absmax|nf4": "weights in a quantisation that is not read; get bf16, fp8_scaled or GGUF",
 }
@@ -239,24 +236,14 @@ def teacher_record(config: StudentConfig) -> dict:
 
     Its guidance is 1, since the guided velocity is what it learnt. A student of few steps is to be asked at those steps.
     """
-    record = config.distillation
-    if not record:
+    if not (record := config.distillation):
         return {}
-    latents = ("latents_mean", "latents_std", "vae_scale_factor")
-    kept = (
-        "shift",
-        "negative_prompt",
-        *latents,
-        "sigma_range",
-        "student_steps",
-        "teacher_sampler",
-        "teacher_levels",
-        "world",
-    )
-    return {
+    kept = {name: record.get(name) for name in (*SAMPLING_KINDS, "latents_mean", "latents_std", "world")}
+    kept |= {
         "guidance_scale": 1.0,
+        "guidance_scale_2": None,
         "num_inference_steps": record.get("student_steps") or record.get("num_inference_steps"),
-        **{name: record[name] for name in kept if record.get(name) is not None},
         "image_size": config.image_size,
         "text_max_length": config.text_max_length,
     }
+    return {name: value for name, value in kept.items() if value is not None}

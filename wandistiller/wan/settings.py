@@ -184,20 +184,12 @@ def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str
     LoRAs stand beside the fingerprint of the weights on disk, into which they are merged as these are read. Unusual ways to sample
     are there only where they are used.
     """
-    recorded = settings.recorded()
-    return {
-        "teacher": wan_files.fingerprint(),
-        "guidance_scale": settings.guidance_scale,
-        "guidance_scale_2": settings.guidance_scale_2,
-        "boundary_ratio": settings.boundary_ratio,
-        "negative_prompt": settings.negative_prompt if settings.uses_guidance else None,
-        "shift": settings.shift,
-        "num_inference_steps": settings.num_inference_steps,
-        **({"teacher_lora": [lora.identity for lora in wan_files.loras]} if wan_files.loras else {}),
-        **{
-            name: recorded[name] for name in ("teacher_sampler", "teacher_levels", "guidance_range") if name in recorded
-        },
-    }
+    of_latents = ("preset", "latents_mean", "latents_std", "vae_scale_factor")
+    sampled = {name: value for name, value in settings.recorded().items() if name not in of_latents}
+    if not settings.uses_guidance:
+        sampled["negative_prompt"] = None
+    loras = {"teacher_lora": [lora.identity for lora in wan_files.loras]} if wan_files.loras else {}
+    return {"teacher": wan_files.fingerprint(), **sampled, **loras}
 
 
 def warnings_about(wan_files: WanFiles, settings: TeacherSettings, student: StudentConfig) -> list[str]:
@@ -220,7 +212,14 @@ def warnings_about(wan_files: WanFiles, settings: TeacherSettings, student: Stud
             f"a teacher of {settings.num_inference_steps} steps with guidance_scale {settings.guidance_scale:g}; those distilled to "
             "few steps mostly are to guidance too, and want --guidance_scale 1"
         )
-    return [*warnings, *_expert_warnings(wan_files, settings), *_pipeline_warnings(wan_files)]
+    if wan_files.pipeline not in (None, "None", "WanPipeline", "WanModularPipeline", FASTWAN_PIPELINE) and (
+        "guidance_scale" not in wan_files.record
+    ):
+        warnings.append(
+            f"{wan_files.location}: is a {wan_files.pipeline}, asked here as a Wan of its size; say how it was made to be sampled with "
+            "--shift, --guidance_scale, --teacher_steps, --teacher_sampler and --teacher_levels"
+        )
+    return warnings + _expert_warnings(wan_files, settings)
 
 
 def _expert_warnings(wan_files: WanFiles, settings: TeacherSettings) -> list[str]:
@@ -229,35 +228,26 @@ def _expert_warnings(wan_files: WanFiles, settings: TeacherSettings) -> list[str
     The weights tell nothing of it: both experts have one structure, and no known number of either sets them apart.
     """
     if len(wan_files.experts) == 1:
-        if not any(map(side_of, _names_of(wan_files.experts["high"]))):
+        if not any(_sides_of(wan_files.experts["high"])):
             return []
         return [
             f"{wan_files.location} looks like one of two experts and is used at every noise level, with "
             f"{settings.summary()}; give the folder of both, or the low-noise one as --teacher_path_low"
         ]
     other = {"high": "low", "low": "high"}
-    places: list[tuple[str, str, WanTransformer | Lora, str]] = [
-        ("expert", name, expert, "--teacher_path") for name, expert in wan_files.experts.items()
-    ]
-    places += [("LoRA", lora.expert, lora, "--teacher_lora") for lora in wan_files.loras]
+    files = [(side, expert, "expert", "--teacher_path") for side, expert in wan_files.experts.items()]
+    loras = [(lora.expert, lora, "LoRA", "--teacher_lora") for lora in wan_files.loras]
     return [
-        f"{names[0]} looks like the {other[side]}-noise {kind} and is used as the {side}-noise one: the two experts seem to be "
+        f"{_place_of(file)} looks like the {other[side]}-noise {kind} and is used as the {side}-noise one: the two experts seem to be "
         f"swapped; exchange {flag} and {flag}_low"
-        for kind, side, file, flag in places
-        if other[side] in map(side_of, names := _names_of(file))
+        for side, file, kind, flag in [*files, *loras]
+        if other[side] in _sides_of(file)
     ]
 
 
-def _names_of(file: WanTransformer | Lora) -> list[str]:
-    return [str(file.path if isinstance(file, Lora) else file.location), file.title]
+def _place_of(file: WanTransformer | Lora) -> str:
+    return str(file.path if isinstance(file, Lora) else file.location)
 
 
-def _pipeline_warnings(wan_files: WanFiles) -> list[str]:
-    if wan_files.pipeline in (None, "None", "WanPipeline", "WanModularPipeline", FASTWAN_PIPELINE) or (
-        "guidance_scale" in wan_files.record
-    ):
-        return []
-    return [
-        f"{wan_files.location}: is a {wan_files.pipeline}, asked here as a Wan of its size; say how it was made to be sampled with "
-        "--shift, --guidance_scale, --teacher_steps, --teacher_sampler and --teacher_levels"
-    ]
+def _sides_of(file: WanTransformer | Lora) -> list[str | None]:
+    return [side_of(_place_of(file)), side_of(file.title)]

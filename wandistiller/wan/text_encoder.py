@@ -17,8 +17,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_writable
 from wandistiller.model.config import StudentConfig
 from wandistiller.prompts.prompts import clean_prompt
-from wandistiller.wan.prompt_cache import PromptCache
-from wandistiller.wan.prompt_embeds import PromptEmbeds, mock_prompt_embeds
+from wandistiller.wan.prompt_embeds import PromptCache, PromptEmbeds, mock_prompt_embeds
 from wandistiller.wan.text_encoder_files import TextEncoderFiles
 from wandistiller.wan.tokenizer import Tokenize, open_tokenizer
 

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 from wandistiller.errors import UserError
-from wandistiller.files.hub import fetch, is_hub_id, local_path
-from wandistiller.files.json_files import TeacherFileError, read_json
-from wandistiller.files.weights import digest_of, kept_digest, weight_files
+from wandistiller.files.hub import place_of
+from wandistiller.files.json_files import TeacherFileError
+from wandistiller.files.weights import digest_of, kept_digest
 from wandistiller.wan.names import part_files
 from wandistiller.wan.tokenizer import (
     JSON_NAME,
@@ -54,8 +54,7 @@ class TextEncoderFiles:
         Raises:
             TeacherFileError: this is no usable UMT5 encoder.
         """
-        config = self.encoder / "config.json"
-        return Umt5Files(self.encoder, self._weight_files(), read_json(config) if config.is_file() else {})
+        return Umt5Files(self.encoder)
 
     def check_text_dim(self, text_dim: int) -> None:
         """Refuse an encoder whose embeddings have another width than teacher and student take."""
@@ -71,12 +70,9 @@ class TextEncoderFiles:
         Args:
             settings: what an embedding depends on beside the files.
         """
-        shape = json.dumps(self.umt5.shape, sort_keys=True)
-        parts = [settings, shape, digest_of(self._weight_files()), kept_digest(require_tokenizer(self.tokenizer))]
+        shape, weights = json.dumps(self.umt5.shape, sort_keys=True), digest_of(self.umt5.files)
+        parts = [settings, shape, weights, kept_digest(require_tokenizer(self.tokenizer))]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-    def _weight_files(self) -> list[Path]:
-        return [self.encoder] if self.encoder.is_file() else weight_files(self.encoder, "model.safetensors")
 
 
 def find_text_encoder(path: str | Path) -> TextEncoderFiles:
@@ -89,9 +85,7 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
     Raises:
         TeacherFileError: there is none, or there are several, or its tokenizer is missing.
     """
-    folder = local_path(path)
-    if not folder.exists() and is_hub_id(path):
-        folder = fetch(str(path), _HUB_FILES, "a local folder with text_encoder/ and tokenizer/")
+    folder = place_of(path, _HUB_FILES, "a local folder with text_encoder/ and tokenizer/")
     if (folder / "text_encoder").is_dir():
         return TextEncoderFiles(folder / "text_encoder", folder / "tokenizer")
     files = encoder_files(folder)

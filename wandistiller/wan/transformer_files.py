@@ -21,6 +21,7 @@ from wandistiller.files.safetensors_files import read_header
 from wandistiller.files.weights import Stored, admit, all_tensors, digest_of, is_gguf, is_torch
 from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.wan.lora import Lora
 from wandistiller.wan.names import (
     PATCH_KERNEL,
     harmless_reason,
@@ -65,6 +66,7 @@ class WanTransformer:
         student: the config of the student that was exported to these files, else None.
         heads_are_assumed: whether nothing tells how wide a head is, so that Wan's width is taken.
         title: what its files call it in their metadata.
+        loras: those that it is read with.
     """
 
     location: str | Path
@@ -75,14 +77,18 @@ class WanTransformer:
     student: StudentConfig | None = None
     heads_are_assumed: bool = False
     title: str = ""
+    loras: tuple[Lora, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: weight.shape for name, weight in self.weights.items()}
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor to the CPU by its canonical name."""
-        return self.weights[name].read()
+        """Read a tensor to the CPU by its canonical name: in float32 where a LoRA changes it, else as it is stored."""
+        tensor = self.weights[name].read()
+        for lora in self.loras:
+            tensor = lora.added_to(name, tensor)
+        return tensor
 
     def fingerprint(self) -> str:
         """Return a digest of every byte of its files."""

@@ -15,8 +15,8 @@ from torch import nn
 
 from wandistiller.errors import UserError, shown
 from wandistiller.files.gguf_files import require_architecture
-from wandistiller.files.json_files import POSITIVE, WHOLE, TeacherFileError, setting
-from wandistiller.files.weights import Weight, admit, all_tensors, is_gguf
+from wandistiller.files.json_files import POSITIVE, WHOLE, TeacherFileError, read_json, setting
+from wandistiller.files.weights import Weight, admit, all_tensors, is_gguf, weight_files
 from wandistiller.wan.names import other_part, own_names, renamed
 
 if TYPE_CHECKING:
@@ -47,20 +47,23 @@ class Umt5Files:
     """A UMT5 encoder on disk, by its headers.
 
     Attributes:
+        where: a folder like text_encoder/ of a pipeline, or a file of weights.
         shape: the arguments of transformers' UMT5Config.
         ignored: the reason for each tensor that is no weight of the encoder.
     """
 
-    def __init__(self, where: Path, files: list[Path], config: dict):
-        """Read the headers of `files`; `config` is the config.json beside them, or empty.
+    def __init__(self, where: Path):
+        """Read the headers of its files.
 
         Raises:
-            TeacherFileError: they hold no UMT5 encoder, not all of it, more than it, or contradict the config.
+            TeacherFileError: they hold no UMT5 encoder, not all of it, more than it, or contradict the config.json beside them.
         """
         self.where = where
-        for path in filter(is_gguf, files):
+        self.files = [where] if where.is_file() else weight_files(where, "model.safetensors")
+        config = read_json(where / "config.json") if (where / "config.json").is_file() else {}
+        for path in filter(is_gguf, self.files):
             require_architecture(path, ("t5encoder", "t5"), "a UMT5 text encoder")
-        found = own_names(ANCHOR, partial(renamed, rules=_RENAMES), all_tensors(files), where)
+        found = own_names(ANCHOR, partial(renamed, rules=_RENAMES), all_tensors(self.files), where)
         self._copy = found.get(COPY) if TABLE in found else None
         if TABLE not in found and COPY in found:
             found[TABLE] = found.pop(COPY)

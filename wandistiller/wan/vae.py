@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from wandistiller.errors import UserError
-from wandistiller.files.hub import fetch, is_hub_id, local_path
+from wandistiller.files.hub import place_of
 from wandistiller.files.json_files import STAGES, WHOLE, TeacherFileError, read_json, setting
 from wandistiller.files.weights import Stored, admit, all_tensors, is_weight_file, weight_files
 from wandistiller.wan.names import other_part, own_names, part_files, renamed
@@ -91,9 +91,7 @@ def find_vae(vae_path: str | None, teacher_path: str, num_channels: int | None =
         "(Wan2.1 and A14B) or of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a file such as wan_2.1_vae.safetensors"
     )
     location = vae_path or teacher_path
-    folder = local_path(location)
-    if not folder.exists() and is_hub_id(location):
-        folder = fetch(location, _HUB_FILES, "a local folder with vae/, as --vae_path")
+    folder = place_of(location, _HUB_FILES, "a local folder with vae/, as --vae_path")
     if (folder / "vae" / "config.json").is_file():
         return folder / "vae"
     if vae_path and (folder / "config.json").is_file():
@@ -103,20 +101,19 @@ def find_vae(vae_path: str | None, teacher_path: str, num_channels: int | None =
     else:
         files = part_files(folder, ANCHOR, "wan.*vae", ("vae",))
     if len(files) > 1 and num_channels:
-        files = [path for path in files if _read_structure(vae_tensors([path], path), path)["z_dim"] == num_channels]
+        files = [path for path in files if _read_structure(vae_tensors(path), path)["z_dim"] == num_channels]
     if len(files) == 1:
         return files[0]
     if files:
         raise UserError(f"{location}: holds several VAEs, {files[0]} and {files[1]}; give --vae_path one of them")
-    if vae_path:
-        raise UserError(f"--vae_path {vae_path}: holds no VAE (no config.json there or in vae/); {advice}")
-    reason = " beside it (no vae/config.json)" if folder.exists() else ": there is no such folder"
-    raise UserError(f"the teacher {teacher_path} has no VAE{'' if teacher_path == 'mock' else reason}; {advice}")
+    who = "--vae_path" if vae_path else "the teacher"
+    raise UserError(f"{who} {location}: has no VAE, no vae/config.json and no file of one beside it; {advice}")
 
 
-def vae_tensors(files: list[Path], where: object) -> dict[str, Stored]:
-    """Return a VAE's tensors by diffusers' names; those of other parts in an all-in-one checkpoint keep their own."""
-    return own_names(ANCHOR, partial(renamed, rules=_RENAMES), all_tensors(files), where)
+def vae_tensors(place: Path) -> dict[str, Stored]:
+    """Return the tensors of a folder or file by diffusers' names; those of other parts in a whole checkpoint keep their own."""
+    files = [place] if place.is_file() else weight_files(place)
+    return own_names(ANCHOR, partial(renamed, rules=_RENAMES), all_tensors(files), place)
 
 
 def _read_structure(found: Mapping[str, Stored], where: object) -> dict:
@@ -131,6 +128,9 @@ def _read_structure(found: Mapping[str, Stored], where: object) -> dict:
         decoder_base_dim = shapes["decoder.conv_in.weight"][0] * base_dim // shapes["encoder.conv_out.weight"][1]
         num_stages = len({match[1] for name in shapes if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", name))})
         stages = [f"decoder.up_blocks.{number}." for number in reversed(range(num_stages))]
+        patch_size = math.isqrt(in_channels // 3)  # the pixels' 3 channels are folded from patches of this side
+        if 3 * patch_size**2 != in_channels:
+            raise ValueError
         in_last = re.compile(r"decoder\.up_blocks\.0\.resnets\.\d+\.conv1\.weight")
         return {
             "base_dim": base_dim,
@@ -144,20 +144,13 @@ def _read_structure(found: Mapping[str, Stored], where: object) -> dict:
             "is_residual": "encoder.down_blocks.0.resnets.0.conv1.weight" in shapes,
             "in_channels": in_channels,
             "out_channels": shapes["decoder.conv_out.weight"][0],
-            "patch_size": _patch_size(in_channels, where),
+            "patch_size": patch_size,
+            "scale_factor_spatial": 2 ** (num_stages - 1) * patch_size,  # every stage but the last halves the side
         }
     except (KeyError, ValueError, IndexError, ZeroDivisionError):
         raise TeacherFileError(
             f"{where}: holds no VAE of a Wan (encoder, decoder and their convolutions were looked for)"
         ) from None
-
-
-def _patch_size(in_channels: int, where: object) -> int:
-    """Return the side p of the patches that the pixels' 3 channels are folded from: 3 p^2 channels."""
-    side = math.isqrt(in_channels // 3)
-    if 3 * side**2 != in_channels or not side:
-        raise TeacherFileError(f"{where}: takes {in_channels} channels, which are no pixels of 3 in square patches")
-    return side
 
 
 def read_vae_config(place: Path, num_channels: int) -> dict[str, Any]:
@@ -170,7 +163,7 @@ def read_vae_config(place: Path, num_channels: int) -> dict[str, Any]:
         TeacherFileError: it contradicts itself, or is not that of a VAE with latents of `num_channels`.
     """
     path = place if place.is_file() else place / "config.json"
-    values = _read_structure(vae_tensors([path], path), path) if place.is_file() else read_json(path)
+    values = _read_structure(vae_tensors(path), path) if place.is_file() else read_json(path)
     if (name := values.get("_class_name")) not in (None, "AutoencoderKLWan"):
         raise TeacherFileError(f"{path}: is that of {reprlib.repr(name)}; a Wan's VAE is an AutoencoderKLWan")
     z_dim = setting(values, "z_dim", WHOLE, path)
@@ -179,24 +172,11 @@ def read_vae_config(place: Path, num_channels: int) -> dict[str, Any]:
     mean, std = (setting(values, name, kind, path) for name, kind in latents_kinds(num_channels).items())
     if place.is_file():
         mean, std = RELEASED_LATENTS.get(num_channels, (None, None))
-    told = {"vae_scale_factor": _read_scale_factor(values, path), "latents_mean": mean, "latents_std": std}
+    factor = setting(values, "scale_factor_spatial", WHOLE, path)
+    if stages := setting(values, "dim_mult", STAGES, path):
+        factor = 2 ** (len(stages) - 1) * (setting(values, "patch_size", WHOLE, path) or 1)
+    told = {"vae_scale_factor": factor, "latents_mean": mean, "latents_std": std}
     return {name: value for name, value in told.items() if value is not None}
-
-
-def _read_scale_factor(values: dict, path: Path) -> int | None:
-    """Return the pixels per latent pixel; the number that a config.json records must agree with its stages and patches."""
-    recorded = setting(values, "scale_factor_spatial", WHOLE, path)
-    patch_size = setting(values, "patch_size", WHOLE, path) or 1
-    stages = setting(values, "dim_mult", STAGES, path)
-    if stages is None:
-        return recorded
-    factor = 2 ** (len(stages) - 1) * patch_size  # every stage but the last halves the side
-    if recorded not in (None, factor):
-        raise TeacherFileError(
-            f"{path}: scale_factor_spatial is {recorded}, but its {len(stages)} stages (dim_mult) and patches of "
-            f"{patch_size} make it {factor}"
-        )
-    return factor
 
 
 def check_statistics(
@@ -219,21 +199,22 @@ def load_vae(place: Path, num_channels: int, vae_scale_factor: int, device: str 
     """
     from diffusers import AutoencoderKLWan
 
-    found = vae_tensors([place] if place.is_file() else weight_files(place), place)
+    found = vae_tensors(place)
     structure = _read_structure(found, place)
     if place.is_dir():
         _check_agrees(read_json(place / "config.json"), structure, place / "config.json")
     about = read_vae_config(place, structure["z_dim"])
     about.pop("vae_scale_factor", None)
-    factor = 2 ** (len(structure["dim_mult"]) - 1) * structure["patch_size"]
+    factor = structure["scale_factor_spatial"]
     if (structure["z_dim"], factor) != (num_channels, vae_scale_factor):
         raise UserError(
             f"{place}: is a VAE of {structure['z_dim']} channels and factor {factor}; the student's latents have "
             f"{num_channels} channels and factor {vae_scale_factor}; give --vae_path the teacher's own VAE"
         )
-    patch_size = structure["patch_size"] if structure["patch_size"] > 1 else None
+    if structure["patch_size"] == 1:
+        structure["patch_size"] = None  # as diffusers has it
     with torch.device("meta"):
-        vae: Any = AutoencoderKLWan(**structure | about | {"scale_factor_spatial": factor, "patch_size": patch_size})
+        vae: Any = AutoencoderKLWan(**structure | about)
     expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     weights, _ = admit(found, expected, place, what="Wan VAE", harmless=partial(other_part, own="VAE"))
     vae.load_state_dict({name: weight.read().float() for name, weight in weights.items()}, assign=True)

@@ -10,7 +10,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.hub import local_path
 from wandistiller.files.json_files import TeacherFileError
 from wandistiller.model.config import StudentConfig
-from wandistiller.wan.lora import Lora, MergedWeight, open_lora
+from wandistiller.wan.lora import Lora, open_lora
 from wandistiller.wan.text_encoder_files import TEXT_ENCODER_ADVICE, TextEncoderFiles, encoder_files, find_text_encoder
 from wandistiller.wan.transformer_files import WanTransformer
 from wandistiller.wan.vae import read_vae_config
@@ -26,7 +26,6 @@ class WanFiles:
         record: how it is sampled and what its latents are, by the names of `TeacherSettings`: what its folder's index, scheduler,
             VAE and teacher_record.json (the demo teacher's own defaults) tell, or the student in it.
         pipeline: the class that the index of diffusers names, which may be another than WanPipeline.
-        loras: those that are merged into the experts.
         encoder: the text encoder that a run's prompts are embedded with; None before one is chosen, and of the mock.
     """
 
@@ -34,12 +33,16 @@ class WanFiles:
     experts: Mapping[str, WanTransformer]
     record: dict = field(default_factory=dict)
     pipeline: str | None = None
-    loras: tuple[Lora, ...] = ()
     encoder: TextEncoderFiles | None = None
 
     @property
     def config(self) -> StudentConfig:
         return self.experts["high"].config
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """Those of all experts."""
+        return tuple(lora for expert in self.experts.values() for lora in expert.loras)
 
     @property
     def is_mock(self) -> bool:
@@ -96,7 +99,7 @@ def merge_loras(wan_files: WanFiles, high: LoraFiles | None = None, low: LoraFil
         LoraError: one of them cannot be merged into this Wan.
         UserError: there is no low-noise expert.
     """
-    experts, merged = dict(wan_files.experts), list(wan_files.loras)
+    experts = dict(wan_files.experts)
     for name, files in (("high", high), ("low", low)):
         if not files:
             continue
@@ -104,9 +107,7 @@ def merge_loras(wan_files: WanFiles, high: LoraFiles | None = None, low: LoraFil
             raise UserError(
                 f"--teacher_lora_low {files[0][0]}: {wan_files.location} has one expert; give it as --teacher_lora"
             )
-        shapes = experts[name].shapes
-        loras = [open_lora(path, scale, shapes, name) for path, scale in files]
-        weights = {key: MergedWeight(weight, key, loras) for key, weight in experts[name].weights.items()}
-        experts[name] = replace(experts[name], weights=weights)
-        merged += loras
-    return replace(wan_files, experts=experts, loras=tuple(merged))
+        own = experts[name]
+        loras = [open_lora(path, scale, own.shapes, name) for path, scale in files]
+        experts[name] = replace(own, loras=(*own.loras, *loras))
+    return replace(wan_files, experts=experts)
