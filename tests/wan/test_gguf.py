@@ -20,11 +20,7 @@ import projection_mapper
 from support.gguf_files import SHAPE, finish, write_wan_gguf
 from support.layout_checks import assert_exact, refusal
 from support.runs import PRUNED_CONFIG
-from support.wan_folders import (
-    A14B_SHAPE,
-    to_original,
-    write_single_file,
-)
+from support.wan_folders import A14B_SHAPE, to_original, write_single_file
 from wandistiller import StudentConfig
 from wandistiller.projection.project import project_teacher
 from wandistiller.wan.layouts import open_wan_files
