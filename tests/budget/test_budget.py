@@ -40,8 +40,8 @@ from wandistiller.run.inputs import read_inputs
 from wandistiller.run.resolve import resolve
 from wandistiller.sampling.flow import shift_sigma, unshift_sigma
 from wandistiller.training.optimizer import OptimizationOptions, make_optimizer
-from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.settings import resolve_settings
+from wandistiller.wan.wan_files import mock_wan_files
 
 TEACHER = StudentConfig(
     block="wan", hidden_size=5120, depth=40, num_heads=40, ffn_dim=13824, num_channels=16, image_size=512

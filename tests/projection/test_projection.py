@@ -35,7 +35,7 @@ from wandistiller.model.config import ConfigError
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.projection.selection import spread_layers
 from wandistiller.wan.layouts import open_wan_files
-from wandistiller.wan.mock import mock_wan_files
+from wandistiller.wan.wan_files import mock_wan_files
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD_DIM = 12

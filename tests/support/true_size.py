@@ -33,8 +33,8 @@ from wandistiller.sampling.teacher import Teacher
 from wandistiller.training.objective import FeatureLoss, Objective, TrainedStudent, span_ends
 from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_optimizer
 from wandistiller.walk.batches import Batch
-from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.settings import resolve_settings
+from wandistiller.wan.wan_files import mock_wan_files
 
 # ---- tensors without memory ----
 

@@ -35,9 +35,9 @@ from wandistiller.walk.grids import segment_grids
 from wandistiller.walk.segments import SegmentTeacher
 from wandistiller.walk.store import Store
 from wandistiller.walk.walk import Walk, WalkOptions
-from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
+from wandistiller.wan.wan_files import mock_wan_files
 
 GPU = "cuda:0"  # a GPU without a number would be asked for it
 TEXT_DIM = 16

@@ -14,12 +14,11 @@ from wandistiller.files.hub import local_path, place_of
 from wandistiller.files.json_files import COMPONENT, POSITIVE, RATIO, TeacherFileError, read_json, setting
 from wandistiller.files.weights import is_weight_file, weight_files
 from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, StudentConfig
-from wandistiller.wan.mock import mock_wan_files
 from wandistiller.wan.names import COMFYUI_FOLDERS, comfyui_models, refuse_other_kind, side_of, teacher_record
 from wandistiller.wan.record_kinds import SAMPLING_KINDS, latents_kinds
-from wandistiller.wan.transformer_files import LAYOUTS, LOCAL_LAYOUTS, WanTransformer, open_student, open_transformer
+from wandistiller.wan.transformer_files import LAYOUTS, LOCAL_LAYOUTS, WanTransformer, open_transformer
 from wandistiller.wan.vae import read_vae_config
-from wandistiller.wan.wan_files import WanFiles
+from wandistiller.wan.wan_files import WanFiles, mock_wan_files
 
 MODULAR_INDEX = "modular_model_index.json"
 # Other files with Wan in their names that lie in these folders
@@ -48,7 +47,7 @@ def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None =
     """Open a Wan by its headers; no weight is read yet.
 
     Args:
-        teacher_path: a folder, .safetensors or .gguf file, or hub id (`mock` is made by `mock.mock_wan_files`).
+        teacher_path: a folder, .safetensors or .gguf file, or hub id (`mock` is made by `mock_wan_files`).
         low_noise_path: the low-noise expert where the two are two files; teacher_path is then the high-noise one.
 
     Raises:
@@ -134,13 +133,20 @@ def _open_folder(folder: Path, location: str) -> WanFiles:
         if (folder / index_name).is_file():
             return _open_pipeline_folder(folder, location, index_name)
     if (folder / CONFIG_NAME).is_file():
-        return WanFiles(location, {"high": open_student(folder)})
+        return WanFiles(location, {"high": _open_student(folder)})
     places = {side: folder / f"{side}_noise_model" for side in ("high", "low")}  # of an original release
     if models := comfyui_models(folder):
         places = _comfyui_experts(models)
     elif not any(place.is_dir() for place in places.values()):
         places = {"high": folder}
     return WanFiles(location, {side: _open_expert(place) for side, place in places.items()})
+
+
+def _open_student(folder: Path) -> WanTransformer:
+    config = StudentConfig.load(folder)
+    if config.block != "wan":
+        raise TeacherFileError(f'{folder}: holds a student of block "{config.block}", which is no Wan')
+    return replace(open_transformer(folder, [folder / WEIGHTS_NAME], {}, config), config=config)
 
 
 def _check_experts_agree(wan_files: WanFiles) -> None:

@@ -8,8 +8,9 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,26 +143,25 @@ def open_lora(path: str | Path, scale: float, shapes: Mapping[str, tuple[int, ..
         stored = tensors[key]
         if part in parts[name]:
             raise LoraError(f"{path}: changes {name} twice, as {parts[name][part].key} and {key}; save the LoRA again")
-        if (
-            part != "alpha"
-        ):  # which may be a whole number, and without an end where it counts for nothing (LoKr of whole matrices)
+        # An alpha may be a whole number, and without an end where it counts for nothing (LoKr of whole matrices).
+        if part != "alpha":
             if stored.dtype not in FLOATS:
                 raise LoraError(f"{path}: {key} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8")
             Weight(stored).read()
         parts[name][part] = stored
-    factors = _peft_factors(path, metadata)
-    changes = {name: _changes(name, own, shapes[name], factors) for name, own in parts.items()}
+    settings = _peft_settings(path, metadata)
+    changes = {name: _changes(name, own, shapes[name], settings) for name, own in parts.items()}
     magnitudes = {name: own["magnitude"] for name, own in parts.items() if "magnitude" in own}
     for name, lengths in magnitudes.items():
         if lengths.shape not in ((shapes[name][0],), (shapes[name][0], 1)):
             raise _other_shape(name, shapes[name], [lengths], "lengths of a DoRA, one of each row, of ")
-    if factors.is_dora and not magnitudes:
+    if settings.get("use_dora") and not magnitudes:
         raise LoraError(f"{path}: says that it is a DoRA (use_dora) and holds no lengths; save the LoRA again")
     return Lora(path, kept_digest(path), scale, changes, shapes, magnitudes, title_of(metadata), expert)
 
 
 def _changes(
-    name: str, own: Mapping[str, StoredTensor], shape: tuple[int, ...], factors: "_Factors"
+    name: str, own: Mapping[str, StoredTensor], shape: tuple[int, ...], settings: Mapping[str, Any]
 ) -> Sequence[Change]:
     """Put the parts that change one tensor together, and hold them against its shape."""
     changes = []
@@ -171,7 +171,7 @@ def _changes(
             continue
         rank = next((parts[part].shape[0] for part in _INNER if part in parts and parts[part].shape), 0)
         # Without a rank it is a difference, or whole matrices.
-        change = Change(parts, (_own_factor(own, rank) or factors.of(name, rank)) if rank else 1.0)
+        change = Change(parts, (_own_factor(own, rank) or _peft_factor(settings, name, rank)) if rank else 1.0)
         try:
             made = change.shape()
         except (RuntimeError, LookupError):
@@ -212,26 +212,17 @@ def _other_shape(name: str, shape: Sequence[int], given: Iterable[StoredTensor],
 # ---- factors that are not in the tensors ----
 
 
-@dataclass(frozen=True)
-class _Factors:
-    """PEFT's alphas: what a product is multiplied by where its file has no `.alpha` for it."""
-
-    alpha: float | None = None
-    alphas: Mapping[str, float] = field(default_factory=dict)
-    uses_root: bool = False
-    is_dora: bool = False
-
-    def of(self, name: str, rank: int) -> float:
-        """Return the factor for a tensor."""
-        module = name.rpartition(".")[0]
-        # The first pattern that fits counts, from a dot on or, with ^, from the start (peft: utils/other.py, get_pattern_key).
-        fitting = (own for pattern, own in self.alphas.items() if re.match(rf"(?:.*\.)?(?:{pattern})$", module))
-        alpha = next(fitting, self.alpha)
-        return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.uses_root else rank)
+def _peft_factor(settings: Mapping[str, Any], name: str, rank: int) -> float:
+    """Return what PEFT multiplies a product by where its file has no `.alpha` for it."""
+    # The first pattern that fits counts, from a dot on or, with ^, from the start (peft: utils/other.py, get_pattern_key).
+    module, alphas = name.rpartition(".")[0], settings.get("alpha_pattern") or {}
+    fitting = (own for pattern, own in alphas.items() if re.match(rf"(?:.*\.)?(?:{pattern})$", module))
+    alpha = next(fitting, settings.get("lora_alpha"))
+    return 1.0 if alpha is None else alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _peft_factors(path: Path, metadata: Mapping[str, str]) -> _Factors:
-    """Read the alphas that diffusers keeps in a file's metadata, and PEFT in a file beside its own."""
+def _peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Read the settings, alphas among them, that diffusers keeps in a file's metadata, and PEFT in a file beside its own."""
     where, beside = f"{path}, {PEFT_METADATA} in its metadata", path.with_name(_PEFT_CONFIG)
     try:
         if PEFT_METADATA in metadata:
@@ -239,7 +230,7 @@ def _peft_factors(path: Path, metadata: Mapping[str, str]) -> _Factors:
         elif path.name == _PEFT_FILE and beside.is_file():
             where, values = str(beside), load_json(beside)
         else:
-            return _Factors()
+            return {}
     except JsonError as error:
         raise LoraError(f"{where}: {error}; save the LoRA again") from None
     if not isinstance(values, dict):
@@ -252,7 +243,7 @@ def _peft_factors(path: Path, metadata: Mapping[str, str]) -> _Factors:
         raise LoraError(
             f"{where}: alpha_pattern holds {shown(bad[0])}, which is no plain pattern of names; save the LoRA again"
         )
-    return _Factors(alpha, alphas, bool(values.get("use_rslora")), bool(values.get("use_dora")))
+    return values
 
 
 def _is_positive(value: object) -> bool:

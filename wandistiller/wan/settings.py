@@ -235,12 +235,14 @@ def _expert_warnings(wan_files: WanFiles, settings: TeacherSettings) -> list[str
             f"{settings.summary()}; give the folder of both, or the low-noise one as --teacher_path_low"
         ]
     other = {"high": "low", "low": "high"}
-    files = [(side, expert, "expert", "--teacher_path") for side, expert in wan_files.experts.items()]
-    loras = [(lora.expert, lora, "LoRA", "--teacher_lora") for lora in wan_files.loras]
+    files: list[tuple[str, Any, str, str]] = [
+        (side, expert, "expert", "--teacher_path") for side, expert in wan_files.experts.items()
+    ]
+    files += [(lora.expert, lora, "LoRA", "--teacher_lora") for lora in wan_files.loras]
     return [
         f"{_place_of(file)} looks like the {other[side]}-noise {kind} and is used as the {side}-noise one: the two experts seem to be "
         f"swapped; exchange {flag} and {flag}_low"
-        for side, file, kind, flag in [*files, *loras]
+        for side, file, kind, flag in files
         if other[side] in _sides_of(file)
     ]
 

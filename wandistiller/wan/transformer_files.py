@@ -19,7 +19,7 @@ from wandistiller.files.gguf_files import read_gguf_header, require_architecture
 from wandistiller.files.json_files import POSITIVE, WHOLE, TeacherFileError, setting
 from wandistiller.files.safetensors_files import read_header
 from wandistiller.files.weights import Stored, admit, all_tensors, digest_of, is_gguf, is_torch
-from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, ConfigError, StudentConfig
+from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.wan.lora import Lora
 from wandistiller.wan.names import (
@@ -97,11 +97,14 @@ class WanTransformer:
         return hashlib.sha256(f"{self.location} {self.config.to_json()}".encode()).hexdigest()
 
 
-def open_transformer(location: Path, files: Sequence[Path], settings: dict) -> WanTransformer:
+def open_transformer(
+    location: Path, files: Sequence[Path], settings: dict, student: StudentConfig | None = None
+) -> WanTransformer:
     """Open a transformer by the headers of its files.
 
     Args:
         settings: the config.json beside them, or empty.
+        student: the student that the files are.
 
     Raises:
         TeacherFileError: they hold no text-to-video Wan, not all of it, or more than it.
@@ -114,10 +117,12 @@ def open_transformer(location: Path, files: Sequence[Path], settings: dict) -> W
     refuse_other_kind(found, location)
     metadata = _metadata(files[0])
     # What export_student.py writes there tells the heads and eps, which no tensor does.
-    told = metadata.get("student_config")
-    student = StudentConfig.from_json(told, f"{files[0]}, student_config in its metadata") if told else None
-    if student is not None and not settings:
-        settings = transformer_settings(student)
+    if student is None and (told := metadata.get("student_config")):
+        student = StudentConfig.from_json(told, f"{files[0]}, student_config in its metadata")
+    if student is not None:
+        settings = settings or transformer_settings(student)
+        if PATCH_KERNEL in found and len(kernel := found[PATCH_KERNEL].shape) == 4:  # but for this frame it is a Wan
+            found[PATCH_KERNEL] = found[PATCH_KERNEL].with_shape((*kernel[:2], 1, *kernel[2:]))
     config = _own_shape({name: stored.shape for name, stored in found.items()}, settings, location)
     weights, ignored = admit(
         found,
@@ -129,18 +134,6 @@ def open_transformer(location: Path, files: Sequence[Path], settings: dict) -> W
     )
     is_assumed = not {"num_attention_heads", "num_heads", "attention_head_dim"} & settings.keys()
     return WanTransformer(location, config, weights, files, ignored, student, is_assumed, title_of(metadata))
-
-
-def open_student(folder: Path) -> WanTransformer:
-    """Open the folder of a student, which is a Wan but for the one frame of its patch kernel, by its headers."""
-    config, file = StudentConfig.load(folder), folder / WEIGHTS_NAME
-    if config.block != "wan":
-        raise TeacherFileError(f'{folder}: holds a student of block "{config.block}", which is no Wan')
-    found = all_tensors([file])
-    if len(kernel := found[PATCH_KERNEL].shape if PATCH_KERNEL in found else ()) == 4:
-        found[PATCH_KERNEL] = found[PATCH_KERNEL].with_shape((*kernel[:2], 1, *kernel[2:]))
-    weights, ignored = admit(found, teacher_tensor_shapes(config), file, what=f"student as its {CONFIG_NAME} says")
-    return WanTransformer(folder, config, weights, [file], ignored, config)
 
 
 def _whole_shape(name: str, shape: tuple[int, ...], found: Mapping[str, Stored]) -> tuple[int, ...]:

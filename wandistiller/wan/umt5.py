@@ -99,12 +99,7 @@ class Umt5Files:
         with torch.device("meta"):
             encoder: Any = UMT5EncoderModel(UMT5Config(**self.shape))
             encoder.embedding_map = self._map_module()
-        # As transformers has it (UMT5PreTrainedModel._keep_in_fp32_modules), since these products leave float16's range:
-        kept = torch.float32 if dtype == torch.float16 else dtype
-        tensors = {
-            name: weight.read().to(kept if name.endswith("wo.weight") else dtype)
-            for name, weight in self._weights.items()
-        }
+        tensors = {name: weight.read().to(dtype) for name, weight in self._weights.items()}
         table = tensors[COPY] = tensors[TABLE]
         if not table.any() or (self._copy and not torch.equal(Weight(self._copy).read().to(dtype), table)):
             raise UserError(

@@ -1,10 +1,14 @@
-"""A Wan on disk: its experts by their headers, and what the folder around them says."""
+"""A Wan: its experts by their headers, and what the folder around them says; and the mock, of seeded random weights, in its place."""
 
 import hashlib
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from wandistiller.errors import UserError
 from wandistiller.files.hub import local_path
@@ -12,7 +16,7 @@ from wandistiller.files.json_files import TeacherFileError
 from wandistiller.model.config import StudentConfig
 from wandistiller.wan.lora import Lora, open_lora
 from wandistiller.wan.text_encoder_files import TEXT_ENCODER_ADVICE, TextEncoderFiles, encoder_files, find_text_encoder
-from wandistiller.wan.transformer_files import WanTransformer
+from wandistiller.wan.transformer_files import WanTransformer, own_image_size, teacher_tensor_shapes
 from wandistiller.wan.vae import read_vae_config
 
 
@@ -111,3 +115,62 @@ def merge_loras(wan_files: WanFiles, high: LoraFiles | None = None, low: LoraFil
         loras = [open_lora(path, scale, own.shapes, name) for path, scale in files]
         experts[name] = replace(own, loras=(*own.loras, *loras))
     return replace(wan_files, experts=experts)
+
+
+# ---- `--teacher_path mock`: wider and deeper than the student, and no download ----
+
+MOCK_SEED = 20250728
+
+
+@dataclass(frozen=True)
+class RandomWeight:
+    """A tensor of random values, made when it is read: the same for the same name and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """Return values of a size that keeps activations and velocity near unit size."""
+        generator = torch.Generator().manual_seed(MOCK_SEED ^ zlib.crc32(self.name.encode()))
+        values = torch.randn(self.shape, generator=generator)
+        if self.name.endswith("scale_shift_table"):
+            return values / self.shape[-1] ** 0.5
+        if "norm" in self.name:
+            return values * 0.1 + (1.0 if self.name.endswith("weight") else 0.0)
+        if self.name.endswith("bias"):
+            return values * 0.02
+        return values / values[0].numel() ** 0.5
+
+
+def mock_shape(student: StudentConfig) -> StudentConfig:
+    """Return the shape of a Wan with a quarter more heads, layers and FFN neurons than a student, at least one more of each."""
+
+    def larger(count: int) -> int:
+        return count + max(1, count // 4)
+
+    head_dim = student.head_dim
+    if head_dim % 2 or head_dim < 6:  # a lite student's heads need not suit RoPE
+        head_dim = 8
+    heads = larger(-(-student.hidden_size // head_dim))
+    is_wan = student.block == "wan"
+    patch_size = student.patch_size if is_wan else 2
+    return replace(
+        student,
+        block="wan",
+        hidden_size=heads * head_dim,
+        depth=larger(student.depth),
+        num_heads=heads,
+        ffn_dim=larger(student.ffn_dim),
+        image_size=own_image_size(patch_size),
+        patch_size=patch_size,
+        freq_dim=student.freq_dim if is_wan else 256,
+        distillation=None,
+    )
+
+
+def mock_wan_files(student: StudentConfig) -> WanFiles:
+    """Return the mock around a student's shape, to be used as a Wan on disk is."""
+    config = mock_shape(student)
+    weights = {name: RandomWeight(name, shape) for name, shape in teacher_tensor_shapes(config).items()}
+    transformer = WanTransformer("mock", config, weights)
+    return WanFiles("mock", {"high": transformer}, {"vae_scale_factor": student.vae_scale_factor})
