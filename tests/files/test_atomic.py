@@ -56,8 +56,11 @@ def test_leftovers_of_a_killed_write_are_removed_and_nothing_else(tmp_path):
     write_text(tmp_path / "a.json", "{}")
     (tmp_path / ".a.json.0123abcd.tmp").write_text("half")
     (tmp_path / ".a.json.of_mine.tmp").write_text("mine")
+    (tmp_path / ".a.json.76543210.tmp").symlink_to(tmp_path / ".a.json.of_mine.tmp")  # a link of a stranger's folder
     remove_leftovers(tmp_path / "a.json")
-    assert {path.name for path in tmp_path.iterdir()} == {"a.json", ".a.json.of_mine.tmp"}
+    left = {".a.json.of_mine.tmp", ".a.json.76543210.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", *left}
+    assert all((tmp_path / name).read_text() == "mine" for name in left)
 
 
 def test_what_was_private_stays_so(tmp_path):

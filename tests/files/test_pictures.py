@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wandistiller.files.pictures import caption_font, escaped, labelled_grid, save_png, wrap
+from wandistiller.files.pictures import caption_font, escaped, labelled_grid, save_png, stacked_rows, wrap
 
 
 def test_metadata_keeps_any_text(tmp_path):
@@ -72,3 +72,14 @@ def test_a_grid_shows_every_picture_at_one_scale_with_names_beside_and_room_for_
     assert found["red"][1] == found["green"][1] == found["blue"][1]
     assert found["green"][2] - found["red"][2] == 192 + 8  # columns are as wide as the widest picture
     assert (grid < 100).all(axis=-1).any()  # the names are there
+
+
+def test_of_pictures_of_a_strangers_folder_only_those_like_the_newest_are_unpacked(tmp_path):
+    """The first would take 400 MB, the second is no picture, the third is cut short."""
+    files = {name: tmp_path / f"{name}.png" for name in ("bomb", "text", "cut", "old", "new")}
+    Image.new("1", (20_000, 20_000)).save(files["bomb"])
+    files["text"].write_bytes(b"no picture")
+    for name in ("cut", "old", "new"):
+        save_png(np.full((40, 60, 3), 9, np.uint8), files[name])
+    files["cut"].write_bytes(files["cut"].read_bytes()[:-30])
+    assert stacked_rows(files, last_row=20).size[1] == 40 + 20

@@ -5,6 +5,7 @@ A picture is a uint8 array (H, W, 3). Pillow is imported where it is used.
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,17 +130,19 @@ def stacked_rows(files: Mapping[str, Path], last_row: int) -> "Image":
     """Return the newest of several labelled grids with the last rows of all below each other, each with its name at the left.
 
     Args:
-        files: grids by name, the newest last; one of another size is left out.
+        files: grids by name, the newest last; one of another size, or that is no whole picture, is left out.
         last_row: pixels of a last row.
     """
     from PIL import Image, ImageDraw
 
-    font, grids = caption_font(), {}
+    font, rows = caption_font(), {}
+    with Image.open(next(reversed(files.values())), formats=["PNG"]) as newest:
+        width, height = newest.size
     for name, file in files.items():
-        with Image.open(file, formats=["PNG"]) as picture:
-            grids[name] = picture.convert("RGB")
-    width, height = next(reversed(grids.values())).size
-    rows = {name: grid for name, grid in grids.items() if grid.size == (width, height)}
+        bad = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+        with suppress(*bad), Image.open(file, formats=["PNG"]) as picture:
+            if picture.size == (width, height):  # which is known before anything is unpacked
+                rows[name] = picture.convert("RGB")
     left = MARGIN + round(max(map(font.getlength, rows)))
     stacked = Image.new("RGB", (left + width, height + last_row * (len(rows) - 1)), "white")
     stacked.paste(next(reversed(rows.values())), (left, 0))
