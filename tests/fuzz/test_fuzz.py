@@ -97,7 +97,7 @@ GROUPS = {
     "transformer": Group("single.safetensors", "single.safetensors", f"{PROJECT} --teacher_path {{case}}/single.safetensors", 16),
     "GGUF": Group("wan.gguf", "wan.gguf", f"{PROJECT} --teacher_path {{case}}/wan.gguf"),
     "text encoder": Group("teacher student", "teacher/text_encoder/* teacher/tokenizer/*", f"{DRAW} {ONE}", 20),
-    "VAE": Group(DRAWN, "teacher/vae/*", f"{DRAW} {ONE}", 12, r"encoder\.|quant_conv"),
+    "VAE": Group(DRAWN, "teacher/vae/*", f"{DRAW} {ONE}", 12, r"encoder\.|quant_conv|.*\.time_conv\."),
     "VAE, exported": Group("teacher student", "teacher/vae/*", PIPELINE, 12),
     "LoRA": Group("teacher lora.safetensors", "lora.safetensors", f"{PROJECT} --teacher_path {{case}}/teacher --teacher_lora {{case}}/lora.safetensors", 16),
     "LoRA, cut": Group(

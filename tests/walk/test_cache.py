@@ -104,10 +104,17 @@ def test_a_complete_cache_serves_any_length_and_an_unfinished_one_its_own(filled
         open_cache(half.folder, longer)
 
 
+LAYOUTS = ["[]", '{"x": 1}', '{"num_calls": -Infinity, "batch_size": 4, "micro_batch": 2}']
+LAYOUTS += [
+    '{"num_calls": 9, "batch_size": 4, "micro_batch": 0}',
+    '{"num_calls": 9, "batch_size": 999999999, "micro_batch": 1}',
+]
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "{}", '{"format": 2, "answers_of": {}}', '{"format": 2, "answers_of": {}, "layout": {"x": 1}}',
+        "", "[]", "{}", *(f'{{"format": 2, "answers_of": {{}}, "layout": {layout}}}' for layout in LAYOUTS),
         json.dumps({"answers_of": DESCRIPTION, "is_complete": True, "num_shards": 1}),  # of the first version
     ],
 )  # fmt: skip

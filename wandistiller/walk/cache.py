@@ -22,7 +22,7 @@ from torch import Tensor
 from wandistiller.device import to_device
 from wandistiller.errors import UserError, differences
 from wandistiller.files.atomic import remove_leftovers, write_json
-from wandistiller.files.json_files import load_json
+from wandistiller.files.json_files import WHOLE, load_json
 from wandistiller.files.output_folder import check_output_folder
 from wandistiller.files.safetensors_files import DamagedFileError, open_safetensors, read_header, write_tensors
 from wandistiller.walk.draws import CACHE_ORDER, permutation
@@ -39,6 +39,7 @@ STORED_DTYPES = {"latents": "F16", "velocity": "F16", "sigma": "F32", "prompts":
 # A cache has groups of slots beside those of a batch, so that builders can share them; each group makes about so many calls, enough for
 # several paths of every slot.
 CALLS_PER_GROUP, MAX_GROUPS, FEWEST_GROUPS = 32, 64, 4
+MOST_SLOTS = 2**16  # of a batch: what a description may make this process count
 
 
 class AnswerError(ValueError):
@@ -127,8 +128,9 @@ class TeacherCache:
         """Compare the description. A complete cache serves a run of any length, with its own layout."""
         try:
             found = load_json(self._file)
-            made_of, layout = dict(found["answers_of"]), Layout(**{k: int(v) for k, v in found["layout"].items()})
-            if found["format"] != FORMAT:
+            made_of, layout = dict(found["answers_of"]), Layout(**found["layout"])
+            fits = all(map(WHOLE.fits, vars(layout).values())) and layout.batch_size <= MOST_SLOTS
+            if found["format"] != FORMAT or not fits:
                 raise ValueError
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
