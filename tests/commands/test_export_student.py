@@ -42,7 +42,7 @@ from wandistiller.sampling.sampler import StudentField, sample
 from wandistiller.students.drawing import student_sampling
 from wandistiller.wan.layouts import open_wan_files
 from wandistiller.wan.settings import resolve_settings
-from wandistiller.wan.tokenizer import open_tokenizer
+from wandistiller.wan.text_encoder_files import open_tokenizer
 
 DEMO_TEACHER = ROOT / "data" / "demo_teacher"
 PROMPT = "a large red circle on a white background"

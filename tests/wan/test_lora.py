@@ -39,7 +39,7 @@ from support.wan_folders import (
 from wandistiller.errors import UserError
 from wandistiller.projection.project import project_experts, project_teacher
 from wandistiller.wan.layouts import open_wan_files
-from wandistiller.wan.lora_keys import HADAMARD
+from wandistiller.wan.lora import HADAMARD
 from wandistiller.wan.wan_files import merge_loras
 
 TOLERANCE = 1e-5

@@ -136,7 +136,7 @@ def stacked_rows(files: Mapping[str, Path], last_row: int) -> "Image":
     from PIL import Image, ImageDraw
 
     font, rows = caption_font(), {}
-    with Image.open(next(reversed(files.values())), formats=["PNG"]) as newest:
+    with Image.open(list(files.values())[-1], formats=["PNG"]) as newest:
         width, height = newest.size
     for name, file in files.items():
         bad = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)

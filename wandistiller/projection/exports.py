@@ -9,7 +9,6 @@ tools/convert.py (ModelWan) and tools/lcpp.patch.
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,12 +29,9 @@ from wandistiller.sampling.sampler import wan_scheduler
 from wandistiller.students.parts import DrawingParts
 from wandistiller.students.record import StudentRecord
 from wandistiller.wan.names import PATCH_KERNEL, teacher_record, to_original, transformer_settings
-from wandistiller.wan.tokenizer import open_tokenizer, write_tokenizer
+from wandistiller.wan.text_encoder_files import TextEncoderFiles, open_tokenizer, write_tokenizer
 from wandistiller.wan.transformer_files import GGUF_ARCHITECTURE
 from wandistiller.wan.umt5 import COPY, MAP, config_of
-
-if TYPE_CHECKING:
-    from wandistiller.wan.text_encoder_files import TextEncoderFiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}
 # The gguf library quantises to these; the types of K are llama.cpp's alone to write.

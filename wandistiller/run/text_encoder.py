@@ -32,7 +32,7 @@ from wandistiller.training.state import RunState, TrainingOptions
 from wandistiller.training.text_encoder import EncoderObjective, TextBatches, TextReader, token_errors
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.small_umt5 import CONFIG_NAME, MODEL_NAME, SmallUmt5, cut_umt5, num_parameters, read_small_shape
-from wandistiller.wan.text_encoder import encode_prompts, encoder_dtype, prompts_digest, token_ids
+from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts, prompts_digest, token_ids
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
 
 TEXT_SLOTS = 512  # of the released Wans
@@ -184,7 +184,7 @@ def embed(settings: EncoderSettings) -> tuple[list[list[int]], PromptEmbeds]:
     """Return the tokens and the teacher's embeddings of all prompts, those that are measured on last."""
     texts = [*settings.prompts, *settings.held_out_prompts]
     processes = settings.processes
-    how = settings.prompt_cache, TEXT_SLOTS, processes.device, print_encoding
+    how = settings.prompt_cache, EncodingOptions(TEXT_SLOTS, processes.device), print_encoding
     if processes.are_many:  # each fills its part of the cache
         own = texts[processes.rank :: processes.count]
         encode_prompts(own, settings.encoder, *how)
@@ -211,7 +211,7 @@ def build(
         is_read=reader is not None,
         device=device,
     )
-    teacher: Any = settings.encoder.umt5.load(encoder_dtype(device))
+    teacher: Any = settings.encoder.umt5.load(EncodingOptions(TEXT_SLOTS, device).encoder_dtype)
     teacher.to(device)
     layers = spread_layers(teacher.config.num_layers, settings.shape["num_layers"])
     texts = [

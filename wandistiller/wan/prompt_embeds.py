@@ -24,8 +24,8 @@ from wandistiller.prompts.prompts import clean_prompt
 
 logger = logging.getLogger(__name__)
 SHARD_BYTES = 128 * 2**20  # what a killed encoding loses at most, and what it holds in memory
-KEPT_BYTES = 256 * 2**20  # embeddings up to this size stay in memory once they have been read or made
 MOCK_SCALE = 0.1
+MOCK_KEPT_BYTES = 256 * 2**20  # at most, of what was made already
 
 
 class PromptEmbeds:
@@ -86,8 +86,7 @@ class PromptCache:
     def __init__(self, folder: Path, text_dim: int, dtype: torch.dtype, wanted: frozenset[str]):
         self.folder, self.text_dim, self.dtype, self.wanted = folder, text_dim, dtype, wanted
         self._rows: dict[str, tuple[StoredTensor, str]] = {}  # with checksums
-        self._kept: dict[str, Tensor] = {}
-        self._num_kept_bytes = 0
+        self._checked: set[str] = set()
         remove_all_leftovers(folder)
         for path in sorted(folder.glob("*.safetensors")):
             self._add_shard(path)
@@ -118,19 +117,14 @@ class PromptCache:
         Raises:
             UserError: it is not what was stored.
         """
-        if key in self._kept:
-            return self._kept[key]
         stored, digest = self._rows[key]
         row = stored.read()
-        if _digest(row) != digest:
+        if key not in self._checked and _digest(row) != digest:
             raise UserError(
                 f"{stored.path}: is damaged, an embedding in it is not what was written; remove this file and run again, "
                 "its prompts are encoded anew"
             )
-        # The oldest never makes room for the newest: prompts come in rounds, and the oldest is asked for next.
-        if self._num_kept_bytes + row.nbytes <= KEPT_BYTES:
-            self._kept[key] = row
-            self._num_kept_bytes += row.nbytes
+        self._checked.add(key)
         return row
 
     def fill(self, encoding: Iterator[tuple[str, Tensor]], progress: Callable[[int], None]) -> None:
@@ -180,7 +174,7 @@ def mock_prompt_embeds(prompts: Sequence[str], text_dim: int, text_max_length: i
 
     lengths = [min(len(prompt.split()) + 1, text_max_length) for prompt in cleaned]
 
-    @lru_cache(maxsize=max(1, KEPT_BYTES // (text_max_length * text_dim * torch.float32.itemsize)))
+    @lru_cache(maxsize=max(1, MOCK_KEPT_BYTES // (text_max_length * text_dim * torch.float32.itemsize)))
     def read(index: int) -> Tensor:
         seed = int.from_bytes(hashlib.sha256(cleaned[index].encode()).digest()[:7])
         generator = torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ from wandistiller.errors import UserError, shown
 from wandistiller.files.atomic import write_json
 from wandistiller.files.json_files import WHOLE, read_json, setting
 from wandistiller.files.safetensors_files import write_tensors
-from wandistiller.wan.tokenizer import write_tokenizer
+from wandistiller.wan.text_encoder_files import write_tokenizer
 from wandistiller.wan.umt5 import ATTENTION, FEED_FORWARD, MAP, TABLE, config_of, expected_shapes
 
 CHOSEN = ("d_model", "d_ff", "num_layers", "num_heads")  # all else is the teacher's

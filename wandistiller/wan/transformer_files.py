@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,14 +45,6 @@ LOCAL_LAYOUTS = (
 LAYOUTS = f"{LOCAL_LAYOUTS}, a hub id, or mock"
 
 
-class Readable(Protocol):
-    """A tensor that is read when it is asked for."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def read(self) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class WanTransformer:
     """One Wan transformer (one expert) on disk, or the mock, whose tensors are read on demand.
@@ -60,7 +52,7 @@ class WanTransformer:
     Attributes:
         location: the folder or file it comes from.
         config: its own shape as a StudentConfig.
-        weights: its tensors by canonical names.
+        weights: its tensors by canonical names, each with a shape and `read()`.
         files: that they are read from; empty for the mock.
         ignored: the reason for each tensor in the files that is no weight of a text-to-video Wan.
         student: the config of the student that was exported to these files, else None.
@@ -71,7 +63,7 @@ class WanTransformer:
 
     location: str | Path
     config: StudentConfig
-    weights: Mapping[str, Readable]
+    weights: Mapping[str, Any]
     files: Sequence[Path] = ()
     ignored: Mapping[str, str] = field(default_factory=dict)
     student: StudentConfig | None = None

@@ -98,7 +98,8 @@ class Umt5Files:
 
         with torch.device("meta"):
             encoder: Any = UMT5EncoderModel(UMT5Config(**self.shape))
-            encoder.embedding_map = self._map_module()
+            widths = self.shape["d_model"], self.text_dim
+            encoder.embedding_map = nn.Linear(*widths, bias=False) if MAP in self._weights else nn.Identity()
         tensors = {name: weight.read().to(dtype) for name, weight in self._weights.items()}
         table = tensors[COPY] = tensors[TABLE]
         if not table.any() or (self._copy and not torch.equal(Weight(self._copy).read().to(dtype), table)):
@@ -112,9 +113,6 @@ class Umt5Files:
     def read_map(self) -> torch.Tensor | None:
         """Return the map (text_dim, d_model) of a small encoder in float32; None where there is none."""
         return self._weights[MAP].read().float() if MAP in self._weights else None
-
-    def _map_module(self) -> nn.Module:
-        return nn.Linear(self.shape["d_model"], self.text_dim, bias=False) if MAP in self._weights else nn.Identity()
 
 
 def config_of(shape: dict, dtype: str) -> dict:

@@ -201,8 +201,11 @@ def load_vae(place: Path, num_channels: int, vae_scale_factor: int, device: str 
 
     found = vae_tensors(place)
     structure = _read_structure(found, place)
-    if place.is_dir():
-        _check_agrees(read_json(place / "config.json"), structure, place / "config.json")
+    config = place / "config.json"
+    values = read_json(config) if place.is_dir() else {}
+    for key, value in (structure | {"attn_scales": []}).items():
+        if (given := values.get(key)) not in (None, value):
+            raise TeacherFileError(f"{config}: {key} is {reprlib.repr(given)}, the tensors beside it have {value}")
     about = read_vae_config(place, structure["z_dim"])
     about.pop("vae_scale_factor", None)
     factor = structure["scale_factor_spatial"]
@@ -219,10 +222,3 @@ def load_vae(place: Path, num_channels: int, vae_scale_factor: int, device: str 
     weights, _ = admit(found, expected, place, what="Wan VAE", harmless=partial(other_part, own="VAE"))
     vae.load_state_dict({name: weight.read().float() for name, weight in weights.items()}, assign=True)
     return vae.to(device).eval()
-
-
-def _check_agrees(values: dict, structure: dict, where: Path) -> None:
-    """Hold a config.json against what the tensors tell, before anything is built."""
-    for key, value in (structure | {"attn_scales": []}).items():
-        if (given := values.get(key)) not in (None, value):
-            raise TeacherFileError(f"{where}: {key} is {reprlib.repr(given)}, the tensors beside it have {value}")

@@ -6,7 +6,7 @@ autoencoder_kl_wan.py) is replaced here; their blocks then take (B, C, H, W). Mo
 the padded zeros.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +98,9 @@ def _columns_first(patches: Tensor, patch_size: int) -> Tensor:
 
 def _in_2d(module: Any) -> Any:
     """Return what stands for a module at one frame; one that is not 3D itself is kept, with its children replaced."""
-    match module:
-        case wan_3d.WanCausalConv3d():
-            return _conv_2d(module)
-        case wan_3d.WanRMS_norm():
-            return _Norm(module)
-        case wan_3d.WanResample():
-            return _Resample(*module.resample)
-        case wan_3d.WanAttentionBlock():
-            return _Attention(module)
-        case wan_3d.AvgDown3D():
-            return _Down(module)
-        case wan_3d.DupUp3D():
-            return _Up(module)
+    for kind, flat in _FLAT.items():
+        if isinstance(module, kind):
+            return flat(module)
     for name, child in module.named_children():
         setattr(module, name, _in_2d(child))
     return module
@@ -181,6 +171,16 @@ class _Up(nn.Module):
     def forward(self, x: Tensor, first_chunk: bool = True) -> Tensor:
         last = x.repeat_interleave(self.repeats, dim=1).unflatten(1, self.factors)[:, :, -1]  # (B, C, f f, h, w)
         return F.pixel_shuffle(last.flatten(1, 2), self.factor_s)
+
+
+_FLAT: dict[type, Callable[[Any], nn.Module]] = {
+    wan_3d.WanCausalConv3d: _conv_2d,
+    wan_3d.WanRMS_norm: _Norm,
+    wan_3d.WanResample: lambda resample: _Resample(*resample.resample),
+    wan_3d.WanAttentionBlock: _Attention,
+    wan_3d.AvgDown3D: _Down,
+    wan_3d.DupUp3D: _Up,
+}
 
 
 def load_vae_2d(place: Path, num_channels: int, vae_scale_factor: int, device: str = "cpu") -> WanVae2D:
