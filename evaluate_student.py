@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         save_frontier(results["frontier"], folder / FRONTIER_NAME)
     save_comparison(folder / COMPARISON_NAME, experiment, teacher, student)
     values = finite(about | results)
-    write_json(folder / EVALUATION_NAME, values, end="\n", indent=2, ensure_ascii=False, allow_nan=False)
+    write_json(folder / EVALUATION_NAME, values, indent=2, ensure_ascii=False, allow_nan=False)
     shown = Evaluated(about, results, prompts, by_prompt, experiment.seeds, teacher.pictures, student.pictures)
     gallery = try_to_write_gallery(folder, shown, Path(flags.student))
 

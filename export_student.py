@@ -174,7 +174,7 @@ def write(
         with new_files(target) as folder:
             if flags.workflow:
                 workflow = comfyui_workflow(config, target.name, example_prompt(config))
-                write_json(workflow_file(folder / target.name), workflow, end="\n", indent=2)
+                write_json(workflow_file(folder / target.name), workflow, indent=2)
             write_file = write_gguf_file if flags.format == "gguf" else write_original_file
             write_file(tensors, config, folder / target.name, flags.dtype)
 

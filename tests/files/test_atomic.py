@@ -3,8 +3,6 @@
 pytest tests/files/test_atomic.py
 """
 
-import json
-
 import pytest
 
 from wandistiller.files.atomic import atomic_folder, atomic_path, remove_leftovers, write_json, write_text
@@ -21,14 +19,6 @@ def test_a_name_as_long_as_file_systems_take_is_written_and_its_leftovers_remove
     kept.rename(beside)
     remove_leftovers(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_values_that_json_cannot_hold_leave_the_file_as_it_was(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, {"good": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"bad": object()})
-    assert json.loads(path.read_text()) == {"good": 1}
 
 
 @pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])

@@ -30,8 +30,11 @@ def file(tmp_path):
 
 def test_what_was_written_is_read_back(file):
     header, tensors = read_header(file), read_tensors(file)
-    assert header.shapes == {"a": (2, 3), "b": (4,)} and header.metadata == {"made": "caf?"}
-    assert header.dtypes == {"a": "F32", "b": "BF16"}
+    assert {name: (stored.shape, stored.dtype) for name, stored in header.tensors.items()} == {
+        "a": ((2, 3), "F32"),
+        "b": ((4,), "BF16"),
+    }
+    assert header.metadata == {"made": "caf?"}
     assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
     with open_safetensors(file) as opened:
         assert torch.equal(opened.get_tensor("b"), TENSORS["b"])
@@ -45,7 +48,7 @@ def test_a_file_cut_short_is_refused_by_name_in_one_line(file, read, keep):
         DamagedFileError, match=r"a\.safetensors: is not a whole safetensors file .*copy it again"
     ) as told:
         read(file)
-    assert "\n" not in str(told.value) and told.value.reason in str(told.value)
+    assert "\n" not in str(told.value)
     file.unlink()
     with pytest.raises(UserError, match=r"a\.safetensors: there is no such file"):
         read(file)

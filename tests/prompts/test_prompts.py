@@ -105,7 +105,7 @@ NO_PROMPTS = {
     "a table": ("id\tcaption\n1\ta red fox\n", "lines such as 'id.* a table or JSON"),
     "names of pictures": ("image\nimg_0001.png\nsub dir/img 2.JPG\n", "'img_0001.png': names of files"),
     "addresses": ("https://example.org/1\nhttps://example.org/2\n", "names of files or addresses"),
-    "captions behind names": ("a b/1.png\ta red fox\n2.png a blue boat\n", "captions behind names of files"),
+    "captions behind names": ("a b/1.png\ta red fox\n2.png a blue boat\n", "names of files or addresses; give the captions, those behind"),
     "a config": ("# musubi\n[general]\nresolution = [960, 544]\ncaption_extension = '.txt'\n", "a config; give the captions"),
     "what stands for a file": ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "that was not fetched"),
     "options first": ("a cat\n--prompt a dog --steps 20\n", "line 2: begins with an option, '--prompt a dog"),

@@ -81,14 +81,9 @@ def write_text(path: str | Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8", errors="replace")
 
 
-def write_json(path: str | Path, values: object, end: str = "", **settings) -> None:
-    """Write a JSON file, whole or not at all.
-
-    Args:
-        end: text after the JSON, such as a newline.
-        settings: arguments of `json.dumps`.
-    """
-    write_text(path, json.dumps(values, **settings) + end)
+def write_json(path: str | Path, values: object, **settings) -> None:
+    """Write a JSON file, whole or not at all; `settings` are arguments of `json.dumps`."""
+    write_text(path, json.dumps(values, **settings) + "\n")
 
 
 def remove_leftovers(path: str | Path) -> None:

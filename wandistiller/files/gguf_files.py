@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from wandistiller.errors import UserError, first_line, shown
 from wandistiller.files.atomic import atomic_path
 from wandistiller.files.json_files import TeacherFileError
-from wandistiller.files.safetensors_files import StoredTensor, refusing_damage
+from wandistiller.files.safetensors_files import Header, StoredTensor, refusing_damage
 
 SUFFIX = ".gguf"
 NO_GGUF = "is not a whole GGUF file"
@@ -56,18 +56,7 @@ class GgufTensor(StoredTensor):
             return values.reshape(self.shape)
 
 
-class GgufHeader(NamedTuple):
-    """The header of a GGUF file: its tensors by name, and its fields, such as general.architecture.
-
-    Attributes:
-        fields: numbers, texts, arrays of numbers as numpy has them, and lists of texts.
-    """
-
-    tensors: dict[str, GgufTensor]
-    fields: dict[str, Any]
-
-
-def read_gguf_header(path: Path) -> GgufHeader:
+def read_gguf_header(path: Path) -> Header:
     """Read names, shapes and types of a file's tensors and its fields (github.com/ggml-org/ggml: docs/gguf.md).
 
     Raises:
@@ -80,7 +69,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 @lru_cache(maxsize=8)  # the 256,384 words of a text encoder take a second
-def _read_header(path: Path, *state: int) -> GgufHeader:
+def _read_header(path: Path, *state: int) -> Header:
     """Read a header; `state` is what changes with the file."""
     header = _Cursor(np.asarray(np.memmap(path, np.uint8, mode="r")))
     if header.array("B", 4).tobytes() != b"GGUF" or header.number("I") not in (2, 3):
@@ -94,7 +83,7 @@ def _read_header(path: Path, *state: int) -> GgufHeader:
     if alignment < 1:
         raise ValueError("general.alignment is 0 or less")
     start = -(-header.at // alignment) * alignment
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, shape, kind, offset in infos:
         dtype, num_bytes = _stored_as(path, name, shape, kind)
         noted = tuple(map(int, fields.get(_SHAPE_KEY + name, shape)[: _MOST_DIMS + 1]))
@@ -105,7 +94,7 @@ def _read_header(path: Path, *state: int) -> GgufHeader:
         tensors[name] = GgufTensor(path, name, shape, dtype, start + offset, num_bytes).with_shape(noted)
     if len(fields) < num_fields or len(tensors) < num_tensors:
         raise ValueError("it holds a name twice")
-    return GgufHeader(tensors, fields)
+    return Header(tensors, fields)
 
 
 class _Cursor:
@@ -170,7 +159,7 @@ def require_architecture(path: Path, allowed: Sequence[str], what: str) -> None:
     Args:
         what: the model, for the message.
     """
-    architecture = read_gguf_header(path).fields.get("general.architecture")
+    architecture = read_gguf_header(path).metadata.get("general.architecture")
     if architecture not in (None, *allowed):
         raise TeacherFileError(
             f'{path}: is a GGUF of architecture {shown(architecture)}; allowed: that of {what}, architecture "{allowed[0]}"'

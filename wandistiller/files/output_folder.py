@@ -60,24 +60,17 @@ def check_writable(path: str | Path, flag: str) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise _cannot_be_written(path, flag, error) from None
+        raise UserError(f"{flag} {path}: cannot be written to ({error.strerror}); give another folder") from None
 
 
 def prepare_output_folder(path: str | Path, flag: str = "--output_dir") -> Path:
     """Create the folder, check that it can be written to, and remove what killed processes left of files in it."""
     folder = check_output_folder(path, flag)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_be_written(folder, flag, error) from None
+    folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder, flag)
     for place in (folder, folder / SAMPLES_NAME):
         remove_all_leftovers(place)
     return folder
-
-
-def _cannot_be_written(folder: str | Path, flag: str, error: OSError) -> UserError:
-    return UserError(f"{flag} {folder}: cannot be written to ({error.strerror}); give another folder")
 
 
 @contextlib.contextmanager

@@ -8,10 +8,9 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import safetensors.torch
@@ -41,11 +40,7 @@ DTYPES = {
 
 
 class DamagedFileError(UserError):
-    """A file of tensors is missing or damaged; `reason` is the part of the message that says how."""
-
-    def __init__(self, message: str, reason: str):
-        super().__init__(message)
-        self.reason = reason
+    """A file of tensors is missing or damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +80,11 @@ class StoredTensor:
         return replace(self, shape=shape)
 
 
-@dataclass(frozen=True)
-class SafetensorsHeader:
-    """The header of a safetensors file.
-
-    Attributes:
-        metadata: texts that the writer of the file added.
-    """
+class Header(NamedTuple):
+    """Tensors of a file by name, and what its writer added: texts, of GGUF also numbers, arrays of these and lists of texts."""
 
     tensors: dict[str, StoredTensor]
-    metadata: dict[str, str]
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
-
-    @cached_property
-    def dtypes(self) -> dict[str, str]:
-        return {name: tensor.dtype for name, tensor in self.tensors.items()}
+    metadata: dict[str, Any]
 
 
 @contextmanager
@@ -112,14 +94,12 @@ def refusing_damage(path: str | Path, what: str = "is not a whole safetensors fi
         require_file(path)
         yield
     except FileNotFoundError:
-        reason = "there is no such file"
-        raise DamagedFileError(f"{path}: {reason}", reason) from None
+        raise DamagedFileError(f"{path}: there is no such file") from None
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        reason = first_line(error)
         advice = "a download cut short looks like this, copy it again"
-        raise DamagedFileError(f"{path}: {what} ({reason}); {advice}", reason) from None
+        raise DamagedFileError(f"{path}: {what} ({first_line(error)}); {advice}") from None
 
 
 def open_safetensors(path: str | Path) -> safe_open:
@@ -128,7 +108,7 @@ def open_safetensors(path: str | Path) -> safe_open:
         return safe_open(path, framework="pt")
 
 
-def read_header(path: str | Path) -> SafetensorsHeader:
+def read_header(path: str | Path) -> Header:
     """Read names, shapes, dtypes and metadata of a file, but none of its tensors."""
     path = Path(path)
     with refusing_damage(path):
@@ -144,7 +124,7 @@ def read_header(path: str | Path) -> SafetensorsHeader:
             if key != "__metadata__"
             for begin, end in [entry["data_offsets"]]
         }
-    return SafetensorsHeader(tensors, metadata or {})
+    return Header(tensors, metadata or {})
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

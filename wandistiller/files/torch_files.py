@@ -12,14 +12,14 @@ from torch import Tensor
 from wandistiller.errors import first_line, shown
 from wandistiller.files.json_files import TeacherFileError
 from wandistiller.files.paths import require_file
-from wandistiller.files.safetensors_files import DTYPES, StoredTensor
+from wandistiller.files.safetensors_files import DTYPES, Header, StoredTensor
 
 SUFFIXES = (".pth", ".pt")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_PICKLE_BYTES = 2**26  # of names and shapes; the values lie in records of their own
 
 
-def read_torch_header(path: Path) -> dict[str, StoredTensor]:
+def read_torch_header(path: Path) -> Header:
     """Return every tensor of a checkpoint; no value is read.
 
     Raises:
@@ -41,7 +41,9 @@ def read_torch_header(path: Path) -> dict[str, StoredTensor]:
             f"{path}: is no whole checkpoint of torch.save ({reason}); copy it again, or get the safetensors version"
         ) from None
     tensors = _tensors_in(path, values)
-    return {str(name): _stored(path, str(name), value, path.stat().st_size) for name, value in tensors.items()}
+    return Header(
+        {str(name): _stored(path, str(name), value, path.stat().st_size) for name, value in tensors.items()}, {}
+    )
 
 
 def _tensors_in(path: Path, values: object) -> dict:

@@ -22,7 +22,7 @@ from wandistiller.files.atomic import file_digest, write_text
 from wandistiller.files.gguf_files import SUFFIX as GGUF_SUFFIX
 from wandistiller.files.gguf_files import read_gguf_header
 from wandistiller.files.json_files import JsonError, TeacherFileError, parse_json
-from wandistiller.files.safetensors_files import StoredTensor, indexed_files, read_header
+from wandistiller.files.safetensors_files import Header, StoredTensor, indexed_files, read_header
 from wandistiller.files.torch_files import SUFFIXES as TORCH_SUFFIXES
 from wandistiller.files.torch_files import read_torch_header
 
@@ -61,15 +61,17 @@ def is_torch(path: Path) -> bool:
     return path.suffix.lower() in TORCH_SUFFIXES
 
 
-def stored_tensors(path: Path) -> Mapping[str, Stored]:
-    """Return every tensor of a .safetensors, .gguf or .pth file by its name there; only the header is read."""
-    if is_gguf(path):
-        tensors: Mapping[str, Stored] = read_gguf_header(path).tensors
-    else:
-        tensors = read_torch_header(path) if is_torch(path) else read_header(path).tensors
-    if len(tensors) > _MOST_TENSORS:
-        raise TeacherFileError(f"{path}: holds {len(tensors):,} tensors, as no model does; at most {_MOST_TENSORS:,}")
-    return tensors
+def header_of(path: Path) -> Header:
+    """Read every tensor of a .safetensors, .gguf or .pth file by its name there, and the metadata; no values are read."""
+    read = read_gguf_header if is_gguf(path) else read_torch_header if is_torch(path) else read_header
+    header = read(path)
+    if (count := len(header.tensors)) > _MOST_TENSORS:
+        raise TeacherFileError(f"{path}: holds {count:,} tensors, as no model does; at most {_MOST_TENSORS:,}")
+    return header
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    return header_of(path).tensors
 
 
 def weight_files(folder: Path, allowed: str = "*.safetensors") -> list[Path]:

@@ -80,7 +80,7 @@ def write_transformer_folder(
     tensors: dict[str, Tensor], config: StudentConfig, folder: Path, dtype: str = "fp32"
 ) -> None:
     """Write config.json and weights of a diffusers WanTransformer3DModel into an existing folder."""
-    write_json(folder / "config.json", transformer_settings(config), end="\n", indent=2)
+    write_json(folder / "config.json", transformer_settings(config), indent=2)
     write_tensors(folder / WEIGHTS_NAME, lift(tensors, dtype), _about(config))
 
 
@@ -177,8 +177,8 @@ def write_pipeline_parts(config: StudentConfig, folder: Path, parts: DrawingPart
         "transformer_2": [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    write_json(folder / "model_index.json", index, end="\n", indent=2)
-    write_json(folder / "teacher_record.json", teacher_record(config), end="\n", indent=2)
+    write_json(folder / "model_index.json", index, indent=2)
+    write_json(folder / "teacher_record.json", teacher_record(config), indent=2)
 
 
 def pipeline_scheduler(record: StudentRecord):
@@ -234,7 +234,7 @@ def _write_text_encoder(files: "TextEncoderFiles", folder: Path, dtype: str) -> 
     weights = {name: tensor for name, tensor in encoder.state_dict().items() if name not in (COPY, MAP)}
     config = config_of(files.umt5.shape, "float32" if dtype == "fp32" else "bfloat16")
     (folder / "text_encoder").mkdir()
-    write_json(folder / "text_encoder" / "config.json", config, end="\n", indent=2)
+    write_json(folder / "text_encoder" / "config.json", config, indent=2)
     write_tensors(folder / "text_encoder" / "model.safetensors", weights, {"format": "pt"})
 
     open_tokenizer(files.tokenizer)  # refuses what is none
@@ -242,4 +242,4 @@ def _write_text_encoder(files: "TextEncoderFiles", folder: Path, dtype: str) -> 
     write_tokenizer(files.tokenizer, folder / "tokenizer")
     settings = {"tokenizer_class": "T5TokenizerFast", "extra_ids": 0, "model_max_length": 512}
     settings |= {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    write_json(folder / "tokenizer" / "tokenizer_config.json", settings, end="\n", indent=2)
+    write_json(folder / "tokenizer" / "tokenizer_config.json", settings, indent=2)

@@ -168,7 +168,7 @@ def _column(path: Path, columns: Sequence[str], asked: str | None) -> str:
     shown = ", ".join(repr(name[:SHOWN_LETTERS]) for name in columns[:SHOWN_COLUMNS])
     raise UserError(
         f"{path}: {'more than one' if found else 'no'} column of it is called {' or '.join(names)}; give --caption_column the name "
-        f"of the one with the captions; it has {shown}{' and others' if len(columns) > SHOWN_COLUMNS else ''}"
+        f"of the one with the captions; it has {shown or 'none'}{' and others' if len(columns) > SHOWN_COLUMNS else ''}"
     )
 
 

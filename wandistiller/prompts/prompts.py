@@ -42,12 +42,8 @@ _NO_CAPTIONS = [
         "a table or JSON; name it .csv, .tsv, .jsonl (a line each) or .json, and give --caption_column the name of the column with the captions",
     ),
     (
-        rf"(?:https?://\S+|.*\.(?:{_MEDIA}|txt|caption|json|npz|npy|pt|safetensors))", LOOKED_AT,
-        "names of files or addresses; give the captions",
-    ),
-    (
-        rf"\S+\.(?:{_MEDIA})[\s,;|:]+\S.*|.*\.(?:{_MEDIA})[\t,;|:]\s*\S.*", LOOKED_AT,
-        "captions behind names of files; make it a .tsv or .csv whose first line names the columns",
+        rf"https?://\S+|.*\.(?:txt|caption|json|npz|npy|pt|safetensors|(?:{_MEDIA})(?:[\s,;|:].*)?)", LOOKED_AT,
+        "names of files or addresses; give the captions, those behind names as a .tsv or .csv whose first line names the columns",
     ),
     (r"\w+\s*=\s*\S.*|\[+[\w.-]+\]+", LOOKED_AT, "a config; give the captions that it names"),
     (r"(?:version https://git-lfs|oid sha256:|size \d+$|<!doctype html|<html).*", LOOKED_AT, "what stands for a file that was not fetched"),

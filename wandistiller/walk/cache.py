@@ -24,7 +24,7 @@ from wandistiller.errors import UserError, differences
 from wandistiller.files.atomic import remove_leftovers, write_json
 from wandistiller.files.json_files import WHOLE, load_json
 from wandistiller.files.output_folder import check_output_folder
-from wandistiller.files.safetensors_files import DamagedFileError, open_safetensors, read_header, write_tensors
+from wandistiller.files.safetensors_files import open_safetensors, read_header, write_tensors
 from wandistiller.walk.draws import CACHE_ORDER, permutation
 from wandistiller.walk.walk import Walk
 
@@ -239,17 +239,15 @@ def count_answers(path: Path, latent_shape: Sequence[int]) -> int:
     Raises:
         UserError: it is missing, damaged, or holds something else.
     """
-    try:
-        header = read_header(path)
-    except DamagedFileError as error:
-        raise damaged_file(path, error.reason) from None
-    count = header.shapes.get("sigma", ())[:1]
+    tensors = read_header(path).tensors
+    shapes, dtypes = ({name: getattr(stored, part) for name, stored in tensors.items()} for part in ("shape", "dtype"))
+    count = shapes.get("sigma", ())[:1]
     latents = (*count, *latent_shape)
-    shapes = {"latents": latents, "velocity": latents, "sigma": count, "prompts": count, CHECKSUMS_NAME: count}
-    if header.shapes != shapes or not count:
-        raise damaged_file(path, f"its tensors have the shapes {header.shapes}")
-    if header.dtypes != STORED_DTYPES | {CHECKSUMS_NAME: "I64"}:
-        raise damaged_file(path, f"its tensors are of the types {header.dtypes}")
+    expected = {"latents": latents, "velocity": latents, "sigma": count, "prompts": count, CHECKSUMS_NAME: count}
+    if shapes != expected or not count:
+        raise damaged_file(path, f"its tensors have the shapes {shapes}")
+    if dtypes != STORED_DTYPES | {CHECKSUMS_NAME: "I64"}:
+        raise damaged_file(path, f"its tensors are of the types {dtypes}")
     return count[0]
 
 

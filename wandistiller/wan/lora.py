@@ -22,8 +22,8 @@ from torch import Tensor
 from wandistiller.errors import UserError, shown
 from wandistiller.files.hub import local_path
 from wandistiller.files.json_files import JsonError, load_json, parse_json
-from wandistiller.files.safetensors_files import StoredTensor, read_header
-from wandistiller.files.weights import FLOATS, Weight, kept_digest, stored_tensors
+from wandistiller.files.safetensors_files import StoredTensor
+from wandistiller.files.weights import FLOATS, Weight, header_of, kept_digest
 from wandistiller.wan.names import WRAPPER, other_wan_kind, title_of, to_original
 
 PEFT_METADATA = "lora_adapter_metadata"  # where diffusers keeps the alphas of a LoRA that it saves
@@ -168,7 +168,7 @@ def open_lora(path: str | Path, scale: float, shapes: Mapping[str, tuple[int, ..
         )
     if not abs(scale) <= _LARGEST_SCALE:
         raise LoraError(f"{path}: a scale of {scale:g}; allowed: a number of at most {_LARGEST_SCALE:g}")
-    tensors, metadata = stored_tensors(path), read_header(path).metadata
+    tensors, metadata = header_of(path)
     parts: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for key, (part, name) in _read_keys(path, tensors, shapes).items():
         stored = tensors[key]

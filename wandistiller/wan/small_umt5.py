@@ -87,7 +87,7 @@ class SmallUmt5(nn.Module):
         """Write the encoder in bf16, with its tokenizer, into a folder that `find_text_encoder` finds it in."""
         tensors = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in self.tensors().items()}
         write_tokenizer(tokenizer, folder)
-        write_json(folder / CONFIG_NAME, config_of(self.shape, "bfloat16"), end="\n", indent=2)
+        write_json(folder / CONFIG_NAME, config_of(self.shape, "bfloat16"), indent=2)
         write_tensors(folder / MODEL_NAME, tensors, {"format": "pt"})
 
 

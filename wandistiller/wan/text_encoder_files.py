@@ -146,7 +146,7 @@ def has_tokenizer_inside(weights: Path) -> bool:
     """Tell whether a file of weights brings its tokenizer along, with all that decides what a text becomes."""
     if not is_gguf(weights):
         return any(name.endswith(INSIDE) for name in stored_tensors(weights))
-    fields = read_gguf_header(weights).fields
+    fields = read_gguf_header(weights).metadata
     return fields.get("tokenizer.ggml.model") == "t5" and all(
         f"tokenizer.ggml.{name}" in fields for name in (*_WORDS, *_RULES)
     )
@@ -205,7 +205,7 @@ def _model_of_gguf(path: Path) -> bytes:
     """Return SentencePiece's model of the fields that a converter took from it."""
     from sentencepiece import sentencepiece_model_pb2
 
-    fields = read_gguf_header(path).fields
+    fields = read_gguf_header(path).metadata
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     with refusing_damage(path, NO_GGUF):
         tokens, scores, kinds = (fields[f"tokenizer.ggml.{name}"] for name in _WORDS)

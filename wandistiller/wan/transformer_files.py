@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wandistiller.files.gguf_files import read_gguf_header, require_architecture
+from wandistiller.files.gguf_files import require_architecture
 from wandistiller.files.json_files import POSITIVE, WHOLE, TeacherFileError, setting
-from wandistiller.files.safetensors_files import read_header
-from wandistiller.files.weights import Stored, admit, all_tensors, digest_of, is_gguf, is_torch
+from wandistiller.files.weights import Stored, admit, all_tensors, digest_of, header_of, is_gguf
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.wan.lora import Lora
@@ -141,10 +140,7 @@ def _whole_shape(name: str, shape: tuple[int, ...], found: Mapping[str, Stored])
 
 
 def _metadata(path: Path) -> Mapping[str, str]:
-    if is_torch(path):
-        return {}
-    texts = read_gguf_header(path).fields if is_gguf(path) else read_header(path).metadata
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    return {name: text for name, text in header_of(path).metadata.items() if isinstance(text, str)}
 
 
 def teacher_tensor_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:
