@@ -227,7 +227,6 @@ def read_prompts(given: PromptFlags) -> list[str]:
         given.prompts_file,
         given.caption_column,
         num_drawn=given.num_prompts,
-        held_out=True,
         prompt_per=given.prompt_per,
     )
     if file.notice:

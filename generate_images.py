@@ -105,9 +105,7 @@ def read_prompts(flags: PromptFlags) -> list[str]:
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
     if flags.prompts_file:
         count = flags.num_prompts or (NUM_OF_TEMPLATES if is_template(flags.prompts_file) else None)
-        file = load_prompts(
-            flags.prompts_file, flags.caption_column, num_drawn=count, held_out=True, prompt_per=flags.prompt_per
-        )
+        file = load_prompts(flags.prompts_file, flags.caption_column, num_drawn=count, prompt_per=flags.prompt_per)
         if file.notice:
             print(f"{flags.prompts_file}: {file.notice}")
         prompts = [*prompts, *file.prompts[:count]]

@@ -156,7 +156,7 @@ def test_the_prompts_are_those_of_their_seed_and_more_of_them_go_on(tmp_path):
 def test_what_is_held_out_is_never_trained_on(tmp_path):
     write(tmp_path, MANY)
     own = read_prompts(tmp_path, num_prompts=5000, seed=1)
-    others = load_prompts(tmp_path, num_drawn=300, seed=2, held_out=True).prompts
+    others = load_prompts(tmp_path, num_drawn=300, seed=2).prompts
     for prompt in [*own.held_out, *others]:
         assert int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 50 == 0
     assert not set(own.train) & set(others) and len(own.held_out) == 16 and len(set(others)) == 300

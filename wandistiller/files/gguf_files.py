@@ -21,7 +21,6 @@ from wandistiller.files.atomic import atomic_path
 from wandistiller.files.json_files import TeacherFileError
 from wandistiller.files.safetensors_files import Header, StoredTensor, refusing_damage
 
-SUFFIX = ".gguf"
 NO_GGUF = "is not a whole GGUF file"
 # Tensors of these types are kept as they are; those of all others become float32 as they are read.
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -14,7 +14,6 @@ from wandistiller.files.json_files import TeacherFileError
 from wandistiller.files.paths import require_file
 from wandistiller.files.safetensors_files import DTYPES, Header, StoredTensor
 
-SUFFIXES = (".pth", ".pt")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_PICKLE_BYTES = 2**26  # of names and shapes; the values lie in records of their own
 

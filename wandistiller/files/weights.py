@@ -19,19 +19,22 @@ from torch import Tensor
 
 from wandistiller.errors import shown
 from wandistiller.files.atomic import file_digest, write_text
-from wandistiller.files.gguf_files import SUFFIX as GGUF_SUFFIX
 from wandistiller.files.gguf_files import read_gguf_header
 from wandistiller.files.json_files import JsonError, TeacherFileError, parse_json
 from wandistiller.files.safetensors_files import Header, StoredTensor, indexed_files, read_header
-from wandistiller.files.torch_files import SUFFIXES as TORCH_SUFFIXES
 from wandistiller.files.torch_files import read_torch_header
 
 Stored = StoredTensor  # of safetensors, GGUF or torch.save
 WEIGHTS = "diffusion_pytorch_model"
+_READERS = {
+    ".safetensors": read_header,
+    ".gguf": read_gguf_header,
+    **dict.fromkeys((".pth", ".pt"), read_torch_header),
+}
 # What to do where a folder holds other files alone
 _OTHERS = {
-    GGUF_SUFFIX: "GGUF files are given by their names; of two experts the low-noise one as --teacher_path_low",
-    **dict.fromkeys((".bin", *TORCH_SUFFIXES), "a pickle, not looked for in a folder: get the safetensors version"),
+    ".gguf": "GGUF files are given by their names; of two experts the low-noise one as --teacher_path_low",
+    **dict.fromkeys((".bin", ".pth", ".pt"), "a pickle, not looked for in a folder: get the safetensors version"),
 }
 _FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 FLOATS = ("F32", "F16", "BF16", "F64", *_FP8)
@@ -50,21 +53,16 @@ _HARMLESS = (
 
 def is_weight_file(path: Path) -> bool:
     """Tell by its suffix, of any case, whether a file holds tensors."""
-    return path.suffix.lower() in (".safetensors", GGUF_SUFFIX, *TORCH_SUFFIXES)
+    return path.suffix.lower() in _READERS
 
 
 def is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == GGUF_SUFFIX
-
-
-def is_torch(path: Path) -> bool:
-    return path.suffix.lower() in TORCH_SUFFIXES
+    return path.suffix.lower() == ".gguf"
 
 
 def header_of(path: Path) -> Header:
     """Read every tensor of a .safetensors, .gguf or .pth file by its name there, and the metadata; no values are read."""
-    read = read_gguf_header if is_gguf(path) else read_torch_header if is_torch(path) else read_header
-    header = read(path)
+    header = _READERS.get(path.suffix.lower(), read_header)(path)
     if (count := len(header.tensors)) > _MOST_TENSORS:
         raise TeacherFileError(f"{path}: holds {count:,} tensors, as no model does; at most {_MOST_TENSORS:,}")
     return header
@@ -124,7 +122,9 @@ class Weight:
             values = values.float()
         if self.scale is not None:
             scale = self.scale.read().float()
-            values.mul_(_spread(scale.where(scale >= 0, math.nan), values.shape))
+            rows, columns = _blocks(scale.shape, self.shape) or (1, 1)
+            blocks = values.view(rows, -1, columns, prod(self.shape[1:]) // columns)
+            blocks.mul_(scale.where(scale >= 0, math.nan).view(rows, 1, columns, 1))
         if values.numel() and not all(bound.isfinite() for bound in values.aminmax()):
             raise TeacherFileError(
                 f"{self.stored.path}: {self.stored.key} holds numbers that are not finite{' or a scale below 0' if self.scale else ''}; "
@@ -133,23 +133,18 @@ class Weight:
         return values
 
 
-def _spread(scale: Tensor, shape: Iterable[int]) -> Tensor:
-    """Return a scale of a tensor, of its rows or of blocks in a form that multiplies a weight of this shape."""
-    if scale.numel() == 1:
-        return scale.reshape(())
-    rows, *columns = shape
-    if scale.numel() == rows and scale.shape[0] == rows:
-        return scale.reshape(rows, *[1] * len(columns))
-    return scale.repeat_interleave(rows // scale.shape[0], 0).repeat_interleave(columns[0] // scale.shape[1], 1)
+def _blocks(scale: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Return into how many rows and columns of blocks a scale divides a weight; None where it does not fit.
 
-
-def _is_scale_of(scale: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Tell whether a scale is one of the whole weight, of each row (alone, or with dimensions of 1), or of each block of a matrix."""
-    if prod(scale) == 1 or (shape and scale[0] == shape[0] == prod(scale)):
-        return True
-    return len(scale) == len(shape) == 2 and all(
-        size and not whole % size for size, whole in zip(scale, shape, strict=True)
-    )
+    It may be of the whole, of each row (alone, or with dimensions of 1), or of each block of a matrix.
+    """
+    if prod(scale) == 1:
+        return 1, 1
+    if shape and scale[0] == shape[0] == prod(scale):
+        return scale[0], 1
+    if len(scale) == len(shape) == 2 and all(scale) and shape[0] % scale[0] == shape[1] % scale[1] == 0:
+        return scale[0], scale[1]
+    return None
 
 
 _ENDS = {
@@ -243,7 +238,7 @@ def _weight(name: str, stored: Stored, own: Mapping[str, Stored], marker: str | 
         wrong = f", {_MARKER} in the file says {marker}"
     if wrong:
         raise TeacherFileError(f"{stored.path}: {name} is stored as {stored.dtype}{wrong}")
-    if scale and (len(scales) > 1 or scale.dtype not in FLOATS or not _is_scale_of(scale.shape, stored.shape)):
+    if scale and (len(scales) > 1 or scale.dtype not in FLOATS or not _blocks(scale.shape, stored.shape)):
         raise TeacherFileError(
             f"{stored.path}: {', '.join(shown(each.key) for each in scales)}: the scale of {name}, {list(stored.shape)}, has shape "
             f"{list(scale.shape)} in {scale.dtype}; allowed: one float for the whole, for each row, or for each block that divides it"

@@ -9,7 +9,6 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,24 +83,19 @@ def find_caption_files(path: str | Path, prompt_per: str | None = None) -> list[
         found = [file for file in found if file.suffix.lower()[1:] not in MEDIA]
     if not found:
         raise UserError(f"{path}: is a directory or pattern without captions; {WHAT_TO_GIVE}")
-    media_in = cache(_media_in)
-    return [CaptionFile(file, _reader_of(file, prompt_per, media_in)) for file in sorted(found)]
+    beside = (file for folder in {file.parent for file in found} for file in folder.glob("*"))
+    media = {file.with_suffix("") for file in beside if file.suffix.lower()[1:] in MEDIA}
+    return [CaptionFile(file, _reader_of(file, prompt_per, media)) for file in sorted(found)]
 
 
-def _media_in(folder: Path) -> set[str]:
-    """Return the names of the pictures and videos in a folder, without their suffixes."""
-    names = [name.rpartition(".") for name in (os.listdir(folder) if folder.is_dir() else ())]
-    return {stem for stem, _, suffix in names if suffix.lower() in MEDIA}
-
-
-def _reader_of(file: Path, prompt_per: str | None, media_in: Callable[[Path], set[str]]) -> Callable:
+def _reader_of(file: Path, prompt_per: str | None, media: set[Path]) -> Callable:
     suffix = file.suffix.lower()
     if suffix in NOT_READ:
         raise UserError(f"{file}: is {NOT_READ[suffix]}")
     read = READERS.get(suffix, read_lines)
     if read not in (read_lines, read_whole):
         return read
-    if prompt_per is None and media_in(file.parent) & {file.stem, file.name.partition(".")[0]}:
+    if prompt_per is None and media & {file.with_suffix(""), file.parent / file.name.partition(".")[0]}:
         return read_whole
     return {"line": read_lines, "file": read_whole, None: read}[prompt_per]
 

@@ -72,26 +72,22 @@ def load_prompts(
     *,
     num_drawn: int | None = None,
     seed: int = 0,
-    held_out: bool = False,
     prompt_per: str | None = None,
 ) -> PromptFile:
-    """Read the prompts of a file, of a folder or of a glob (caption_files.py), or draw those of templates (templates.py).
+    """Read the prompts of a file, of a folder or of a glob (caption_files.py), or draw those of templates that no run trains on.
 
     Repeats are left out, of a table also the rows whose caption is empty or no text.
 
     Args:
         caption_column: the column of tables that holds the prompts, where their names do not tell.
         num_drawn: how many prompts templates give, by `seed`; None for NUM_OF_TEMPLATES.
-        held_out: of templates, draw prompts that no run trains on instead of the others.
         prompt_per: "file" where a text file is one prompt, "line" where each of its lines is; None as `find_caption_files` has it.
 
     Raises:
         UserError: a file cannot be read, is not what its name says, or holds control characters or no prompt; the line is named.
     """
     if is_template(path):
-        count = num_drawn or NUM_OF_TEMPLATES
-        drawn = draw_prompts(path, seed, *((0, count) if held_out else (count, 0)))
-        return PromptFile(drawn.held_out if held_out else drawn.train)
+        return PromptFile(draw_prompts(path, seed, 0, num_drawn or NUM_OF_TEMPLATES).held_out)
     files = find_caption_files(path, prompt_per)
     left_out: Counter[str] = Counter()
     noted: Counter[str] = Counter()
@@ -216,9 +212,7 @@ def read_prompts(
         train, held_out = drawn_of[:num_prompts], drawn_of[num_prompts:]
         line = f"{num_prompts:,} drawn with seed {seed} of {line}"
     if eval_prompts:
-        found = load_prompts(
-            eval_prompts, column, num_drawn=NUM_HELD_OUT, seed=seed, held_out=True, prompt_per=prompt_per
-        )
+        found = load_prompts(eval_prompts, column, num_drawn=NUM_HELD_OUT, seed=seed, prompt_per=prompt_per)
         held_out = found.prompts[:NUM_HELD_OUT]
     return Prompts(train, held_out, [f"Prompts: {line}"])
 

@@ -53,7 +53,7 @@ def read_sample_prompts(flags: OutputFlags) -> list[str]:
     found: list[str] = []
     for text in flags.sample_prompts or []:
         if os.path.exists(text):
-            found += load_prompts(text, num_drawn=MAX_SAMPLES, held_out=True).prompts
+            found += load_prompts(text, num_drawn=MAX_SAMPLES).prompts
         elif reason := "is no file here" if NAME_OF_A_FILE.fullmatch(text) else unusable(text):
             raise UserError(f"--sample_prompts {shown(text)}: {reason}; write prompts in quotes, or files of prompts")
         else:
