@@ -10,13 +10,14 @@ The demo, on a CPU in minutes and with no download, needs no flags:
 """
 
 from wandistiller.command_line import end_process, run_command
-from wandistiller.run.flags import Flags, parse_args
+from wandistiller.run.flags import Flags, one_for_each_lora, parse_args
 from wandistiller.run.inputs import read_inputs
 
 
 def main(argv: list[str] | None = None) -> int:
     """Read the flags and run; `argv` are the words after the script's name, those of this process by default."""
-    return distil(parse_args(argv))
+    codes = map(distil, one_for_each_lora(parse_args(argv)))
+    return next(filter(None, codes), 0)  # an interrupted run is the last one
 
 
 def distil(flags: Flags) -> int:

@@ -7,6 +7,7 @@ pytest tests/test_docs.py
 """
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -67,9 +68,17 @@ def test_every_file_and_every_link_of_a_page_leads_somewhere(page):
     assert not missing
 
 
-@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def cells() -> str:
+    """The text of the notebook's cells."""
+    notebook = json.loads((ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))
+    return "\n\n".join("".join(cell["source"]) for cell in notebook["cells"])
+
+
+@pytest.mark.parametrize("page", [*PAGES, None], ids=[*ids(PAGES), "notebook"])
 def test_every_flag_of_a_page_is_one_of_the_command_it_is_given_to(page):
-    for script, rest in COMMAND.findall(page.read_text(encoding="utf-8")):
+    text = cells() if page is None else page.read_text(encoding="utf-8")
+    assert page is not None or len(COMMAND.findall(text)) > 4
+    for script, rest in COMMAND.findall(text):
         assert (ROOT / script).is_file(), script
         assert set(FLAG.findall(rest)) <= flags_of(script), f"{script}{rest}"
 

@@ -26,6 +26,8 @@ OTHER_NAMES = {
     "lr_scheduler": "scheduler lr_scheduler_type",
     "lr_warmup_steps": "warmup_steps lr_warmup",
     "weight_decay": "adam_weight_decay",
+    "lora_rank": "rank network_dim lora_dim",
+    "lora_alpha": "alpha network_alpha",
     "ema_decay": "use_ema ema ema_rate",
     "shift": "flow_shift discrete_flow_shift sample_shift timestep_shift",
     "guidance_scale": "guidance cfg cfg_scale guide_scale sample_guide_scale",
@@ -60,8 +62,7 @@ NO_FLAG = {
     "and --width where a command has them",
     "lora lora_path lora_weight lora_weights network_weights": "a LoRA of the teacher is --teacher_lora FILE[:SCALE]; "
     "projection_mapper.py --lora cuts one for a student",
-    "lora_rank rank network_dim network_alpha network_module": "no LoRA is trained here, but all weights of a student: a LoRA of its "
-    "teacher comes in by --teacher_lora, or is cut for it by projection_mapper.py --lora",
+    "network_module": "a LoRA of a trained student, for what a LoRA of its teacher changes, is --train lora of train_distillation.py",
     "hidden_size depth num_layers num_heads ffn_dim patch_size text_max_length": "it is no flag but a line in the file of "
     "--student_config",
     "num_frames frame_num video_length": "a student draws single pictures",

@@ -99,7 +99,7 @@ OTHER_NAMES = {
     "--resolution": '"image_size" in the file of --student_config',
     "--lora": "a LoRA of the teacher is --teacher_lora FILE[:SCALE]",
     "--blocks_to_swap=20": "--teacher_offload blocks",
-    "--network_dim": "no LoRA is trained here",
+    "--network_dim": "here it is called --lora_rank",
     "--distributed": "torchrun --nproc_per_node N",
     "--validation_prompts": "here it is called --sample_prompts",
     "--config_file=x": "here it is called --config",

@@ -15,7 +15,7 @@ EMBEDS = mock_prompt_embeds([f"prompt {number}" for number in range(NUM_PROMPTS)
 
 
 class Field:
-    """A velocity field, v = rate x + constant, that notes what it is asked; as a teacher and as a student."""
+    """A velocity field, v = rate x + constant, that notes what it is asked."""
 
     def __init__(self, rate: float = 0.0, constant: float = 0.0):
         self.rate, self.constant = rate, constant
@@ -28,9 +28,6 @@ class Field:
 
     def velocity(self, latents, sigma, prompt_embeds, prompt_lengths):
         return self.velocity_and_features(latents, sigma, prompt_embeds, prompt_lengths)[0]
-
-    def __call__(self, latents, timestep, prompt_embeds, prompt_lengths):
-        return self.velocity(latents, timestep / 1000, prompt_embeds, prompt_lengths)
 
 
 class TowardsClean(Field):

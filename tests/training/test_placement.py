@@ -179,7 +179,7 @@ def test_a_step_stays_on_the_gpu_and_waits_for_it_once(name):
 def test_a_step_of_the_second_stage_too():
     with fake_gpu() as gpu:
         grids, student = segment_grids(4, 2, 5.0), make_student(gpu)
-        teacher = SegmentTeacher(make_student(gpu), grids)
+        teacher = SegmentTeacher(StudentField(make_student(gpu)), grids)
         batches = make_batches(teacher, student, levels=(*grids[:, 0].tolist(), 0.0), num_steps=2)
         for waits in waits_of_steps(gpu, student, batches):
             assert len(waits) == 1 and waits[0].startswith("training/loop.py"), waits

@@ -34,11 +34,12 @@ _MARKS = {
     COMPARISON_NAME: "num_inference_steps",
     FRONTIER_NAME: "WanDistiller",
 }
+LORA_NAMES = {"diffusers": "lora.safetensors", "original": "lora_comfyui.safetensors"}  # of --train lora
 SAMPLE_FILE = re.compile(r"step_(\d{1,15})\.png")
 STUDENT_NAMES = ["student_config.json", "diffusion_model.safetensors", "projection_report.json"]
 _OF_A_RUN = [
     *STUDENT_NAMES, TRAINED_PROMPTS_NAME, METRICS_NAME, SAMPLES_NAME, LOSS_PLOT_NAME, TENSORBOARD_NAME, "checkpoints", EVALUATION_NAME,
-    COMPARISON_NAME, FRONTIER_NAME, GALLERY_NAME, CARD_NAME, RUN_NAME, OVER_TIME_NAME,
+    COMPARISON_NAME, FRONTIER_NAME, GALLERY_NAME, CARD_NAME, RUN_NAME, OVER_TIME_NAME, *LORA_NAMES.values(),
 ]  # fmt: skip
 
 

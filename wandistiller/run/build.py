@@ -2,13 +2,14 @@
 
 import gc
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from wandistiller.device import DTYPES
 from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.projection.lora import cut_loras
 from wandistiller.projection.project import ProjectionReport, fresh_student, project_experts, project_teacher
 from wandistiller.projection.selection import select
 from wandistiller.projection.selection_record import composed, selection_record
@@ -18,6 +19,7 @@ from wandistiller.run.learning import fill_caches
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.streaming import StreamedBlocks, num_rooms
 from wandistiller.sampling.teacher import Teacher
+from wandistiller.training.lora import add_lora
 from wandistiller.training.objective import FeatureLoss, Objective
 from wandistiller.walk.cache import TeacherCache
 from wandistiller.wan.prompt_embeds import Embeds, PromptEmbeds
@@ -129,6 +131,9 @@ def make_student(settings: Settings) -> tuple[WanLiteStudent, ProjectionReport]:
             seed=seed,
         )
     print(report.summary())
+    if settings.is_lora:
+        start = cut_of_lora(settings) if source.is_like(settings.wan_files.config) else None
+        add_lora(student, settings.lora_rank, settings.lora_alpha, seed=seed, start=start)
     student.gradient_checkpointing = settings.gradient_checkpointing
     return student, report
 
@@ -145,6 +150,22 @@ def cut_from(source: Source, settings: Settings) -> tuple[WanLiteStudent, Projec
     report.channels = whole.axes.get("channels", torch.arange(source.shape.hidden_size)).tolist()
     report.selection = selection_record(source.shape, whole)
     return student, report
+
+
+def cut_of_lora(settings: Settings) -> Mapping[str, Tensor | tuple[Tensor, Tensor]] | None:
+    """Return what the student's part of the teacher's LoRAs changes in each of its matrices; None where that cannot be cut."""
+    loras = [lora for lora in settings.wan_files.loras if lora.expert == settings.source.expert]
+    if not loras or any(lora.magnitudes for lora in loras):
+        print(
+            "The LoRA begins with no change: the teacher has none, or it is a DoRA, whose lengths are those of the teacher's rows"
+        )
+        return None
+    cut = cut_loras(loras, settings.source.part, settings.config)
+    if vectors := [name for name, change in cut.differences.items() if change.ndim != 2]:
+        print(
+            f"The LoRA begins without the changes of {len(vectors)} tensors that are no matrices, such as {vectors[0]}"
+        )
+    return cut.low_rank | {name: cut.delta(name) for name, change in cut.differences.items() if change.ndim == 2}
 
 
 def compile_and_shard(

@@ -6,10 +6,11 @@ are answered before torch loads.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wandistiller.budget.cards import CARDS, Card, card
+from wandistiller.errors import UserError
 from wandistiller.files.clone import CONFIG_FOLDER, DEMO_TEACHER
 from wandistiller.flags import (
     LORA_FLAG,
@@ -36,6 +37,7 @@ STATES = {
 REPORTS = ["none", "wandb", "trackio"]
 LR_SCHEDULERS = ["constant", "linear", "cosine"]
 SAMPLERS = ["unipc", "euler"]
+PEFT_FILE = "adapter_model.safetensors"  # of a folder that is one LoRA
 MAX_SAMPLES = 64  # prompts of a sample picture
 COUNT, COUNT_OR_0 = number(int, 1), number(int, 0)
 SHARE, NOT_NEGATIVE = number(float, 0, 1), number(float, 0)
@@ -92,6 +94,15 @@ class StudentFlags:
     init_expert: str = flag("expert of two that it is cut from", "high", choices=["high", "low"])
     image_sizes: list[ImageSize | AspectRatio] | None = flag(
         "sizes to train at in turn: WxH in pixels, or W:H of image_size^2 pixels (image_size alone)", **SIZES
+    )
+    train: str = flag(
+        "student, or lora: a LoRA of the student of --init_from, which stays as it is, for what --teacher_lora changes",
+        "student",
+        choices=["student", "lora"],
+    )
+    lora_rank: int | None = flag("of --train lora (16)", type=number(int, 1, 4096))
+    lora_alpha: float | None = flag(
+        "of --train lora: its output counts alpha / rank (the rank)", type=number(float, above=0)
     )
     layers: list[int] | None = flag("teacher layer of each student block, e.g. 0,2,5 (evenly spread)", type=int_list)
 
@@ -267,6 +278,23 @@ def parse_args(
     elif os.path.realpath(teacher_path) == os.path.realpath(DEMO_TEACHER):
         known = read_flags(DEMO_FILE, parser) | known
     return build(Flags, parser.defaults | (defaults or {}) | known)
+
+
+def one_for_each_lora(flags: Flags) -> list[Flags]:
+    """Return the flags of each run of a command: of --train lora with a folder of LoRAs one for each, and of any other one."""
+    loras = flags.data.teacher_lora or []
+    place, scale = loras[0] if len(loras) == 1 else ("", 1.0)
+    if flags.student.train != "lora" or not os.path.isdir(place) or os.path.exists(os.path.join(place, PEFT_FILE)):
+        return [flags]
+    names = sorted(name for name in os.listdir(place) if name.endswith(".safetensors"))
+    if not names:
+        raise UserError(f"--teacher_lora {place}: holds no .safetensors file; give a LoRA, or a folder of them")
+    runs = []
+    for name in names:
+        data = replace(flags.data, teacher_lora=[(os.path.join(place, name), scale)])
+        folder = os.path.join(flags.output.output_dir, name.removesuffix(".safetensors"))
+        runs.append(replace(flags, data=data, output=replace(flags.output, output_dir=folder)))
+    return runs
 
 
 def flags_of(**values: object) -> Flags:

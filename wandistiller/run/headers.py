@@ -9,6 +9,7 @@ from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.projection.selection import Selection, check_fits
 from wandistiller.projection.selection_record import read_made_of
 from wandistiller.run.flags import Flags, StudentFlags
+from wandistiller.students.record import StudentRecord, load_student_config
 from wandistiller.walk.grids import teacher_levels
 from wandistiller.wan.layouts import open_teacher, open_wan_files
 from wandistiller.wan.record_kinds import LEVELS
@@ -30,12 +31,14 @@ class Source:
     Attributes:
         expert: which transformer of it.
         shape, part: the Wan that it was cut from itself, and the part of that it has; of a Wan its own shape, and all of it.
+        student_steps: of a student that learnt whole steps.
     """
 
     wan_files: WanFiles
     expert: str
     shape: StudentConfig
     part: Selection
+    student_steps: int | None = None
 
     def is_like(self, teacher: StudentConfig) -> bool:
         """Return whether its channels are those of a teacher, by its shape."""
@@ -86,7 +89,14 @@ def open_source(flags: StudentFlags, config: StudentConfig) -> Source | None:
         shape, part = read_made_of(expert.location, expert.config)
     except UserError:  # it is no student, or nothing is known of its making
         shape, part = expert.config, Selection(list(range(expert.config.depth)))
-    return Source(wan_files, name, shape, part)
+    if flags.train == "student":
+        return Source(wan_files, name, shape, part)
+    trained = load_student_config(place)
+    if replace(trained, image_size=config.image_size, distillation=None) != config:
+        raise UserError(
+            f"--train lora: the student of {place} has another shape than {flags.student_config}; leave --student_config out"
+        )
+    return Source(wan_files, name, shape, part, StudentRecord.of(trained).student_steps)
 
 
 def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles, TeacherSettings]:

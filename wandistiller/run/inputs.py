@@ -96,9 +96,23 @@ def mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
     yield from ((flag, why) for flag, other, why in NEEDS if is_on[flag] and not is_on[other])
     yield from states_mistakes(flags)
     yield from ((flag, why) for flag, other, why in EXCLUDES if is_on[flag] and is_on[other])
+    yield from lora_mistakes(flags)
     if os.path.realpath(flags.student.init_from) == os.path.realpath(flags.output.output_dir or ""):
         yield "init_from", "is the folder that this run writes to; give another --output_dir"
     yield from process_mistakes(flags)
+
+
+def lora_mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
+    student, is_lora = flags.student, flags.student.train == "lora"
+    for name in ("lora_rank", "lora_alpha"):
+        if getattr(student, name) and not is_lora:
+            yield name, "is for --train lora; add that, or leave it out"
+    if not is_lora:
+        return
+    if student.init_from in ("teacher", "random"):
+        yield "train", "a LoRA is of a trained student; give its folder as --init_from"
+    if flags.states.teacher_cache:
+        yield "teacher_cache", "does not go together with --train lora; leave it out"
 
 
 def states_mistakes(flags: Flags) -> Iterator[tuple[str, str]]:

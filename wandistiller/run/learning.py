@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from wandistiller.errors import UserError
-from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.project import ProjectionReport
 from wandistiller.reports.progress import Countdown
 from wandistiller.run.settings import Settings
+from wandistiller.sampling.sampler import VelocityField
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.training.objective import span_ends
 from wandistiller.walk.batches import Batches, Schedule, make_schedules
@@ -45,6 +45,8 @@ def build_batches(
             for size, cache in enumerate(caches)
         ]
         return Batches(cached, schedules, prompt_embeds, settings.batch_size, device)
+    if settings.is_lora and settings.student_steps:
+        return build_few_step_batches(settings, prompt_embeds, teacher, settings.num_steps)
     compared: dict[str, Any] = {}
     if settings.feature_loss_weight:
         layers = span_ends(projection.layers, settings.wan_files.config.depth)
@@ -59,6 +61,7 @@ def walked_batches(
     teacher: Teacher | SegmentTeacher,
     schedules: Sequence[Schedule],
     options: Sequence[WalkOptions],
+    calls_per_answer: int = 1,
 ) -> Batches:
     """Build a walk with its store for each image size, and the batches that come of them."""
     slots, total, sources, segments = own_slots(settings), settings.num_samples_per_step, [], []
@@ -71,7 +74,7 @@ def walked_batches(
             key = settings.seed, 2 * len(schedules) + size
             capacity = segment_capacity(settings, size)
             segments.append(Store(capacity, slots, total, key, settings.device, kept_on=kept_on))
-    return Batches(sources, schedules, prompt_embeds, settings.batch_size, settings.device, segments)
+    return Batches(sources, schedules, prompt_embeds, settings.batch_size, settings.device, segments, calls_per_answer)
 
 
 def own_slots(settings: Settings) -> range:
@@ -124,9 +127,9 @@ def segment_capacity(settings: Settings, size: int) -> int:
 
 
 def build_few_step_batches(
-    settings: Settings, prompt_embeds: PromptEmbeds, frozen: WanLiteStudent, num_steps: int
+    settings: Settings, prompt_embeds: PromptEmbeds, field: VelocityField, num_steps: int
 ) -> Batches:
-    """Build what each of the `num_steps` of the second stage learns from: segments of the frozen student's and the teacher's paths.
+    """Build what each of the `num_steps` of a few-step stage learns from: segments that a teacher or a frozen student walks.
 
     Their random numbers are those of image sizes beyond the run's own.
     """
@@ -143,9 +146,9 @@ def build_few_step_batches(
         )
         for size in range(sizes)
     ]
-    teacher = SegmentTeacher(frozen, grids, bool(settings.teacher_levels))
+    teacher = SegmentTeacher(field, grids, bool(settings.teacher_levels))
     schedules = make_schedules(num_steps, settings.replay, sizes)
-    return walked_batches(settings, prompt_embeds, teacher, schedules, options)
+    return walked_batches(settings, prompt_embeds, teacher, schedules, options, grids.shape[1] - 1)
 
 
 # ---- answers in a folder ----

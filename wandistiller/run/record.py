@@ -5,14 +5,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from wandistiller import __version__
+from wandistiller.files.output_folder import LORA_NAMES
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import full_tensor
+from wandistiller.projection.lora import StudentLora, write_lora
 from wandistiller.projection.project import ProjectionReport
 from wandistiller.run.settings import Settings
 from wandistiller.students.parts import recorded_path, recorded_teacher
 from wandistiller.students.record import StudentRecord
 from wandistiller.students.trained_prompts import write_trained_prompts
+from wandistiller.training.lora import lora_changes, merged_state
 from wandistiller.walk.grids import segment_sigmas
+from wandistiller.wan.transformer_files import teacher_tensor_shapes
 
 # Recorded as paths that are found from any folder
 PATHS = ("teacher_path_low", "text_encoder_path", "data_path")
@@ -67,10 +71,17 @@ def save_student(
     made: Mapping[str, object],
     student_steps: int | None,
 ) -> None:
-    """Save the student with its record (`distillation_record`); sharded weights are put together first."""
+    """Save the student with its record (`distillation_record`); sharded weights are put together first.
+
+    A LoRA is merged into the student, and saved by itself for diffusers and for ComfyUI.
+    """
     student.config = student.config.replace(distillation=distillation_record(settings, projection, made, student_steps))
     weights = {name: full_tensor(tensor) for name, tensor in student.state_dict().items()}
     if settings.processes.is_first:
-        student.save_pretrained(folder, weights)
+        student.save_pretrained(folder, merged_state(student, weights))
+        if settings.is_lora:
+            lora = StudentLora(teacher_tensor_shapes(student.config), lora_changes(student, weights))
+            for file_format, name in LORA_NAMES.items():
+                write_lora(lora, folder / name, file_format)
         projection.save(folder)
         write_trained_prompts(folder, settings.prompts)

@@ -21,20 +21,22 @@ from wandistiller.reports.trackers import check_report
 from wandistiller.run.defaults import suggested_lr, suggested_replay, suggested_warmup
 from wandistiller.run.flag_files import flags_line, flags_text
 from wandistiller.run.flags import Flags
-from wandistiller.run.headers import ALL_LEVELS, Files, open_files
+from wandistiller.run.headers import ALL_LEVELS, Files, Source, open_files
 from wandistiller.run.held_out import MAX_SHARE, NUM_MEASUREMENTS, num_answers, path_steps
 from wandistiller.run.inputs import Inputs, samples_per_step
 from wandistiller.run.settings import Settings
 from wandistiller.training.loop import steps_of_epochs
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.walk.batches import make_schedules
-from wandistiller.walk.grids import teacher_levels
+from wandistiller.walk.grids import steps_of_segments, teacher_levels
 from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.text_encoder import prompts_digest
 
 # The recipe that won on two teachers (docs/measurements.md)
 FEATURE_LOSS_WEIGHT = 1.0
 STUDENT_STEPS, FIRST_STAGE_SHARE = 4, 2 / 3
+# A LoRA moves little of a weight, and learns best at a higher rate.
+LORA_RANK, LORA_LR_FACTOR = 16, 3
 # Experts that take turns on the device answer many batches each, so that moving one in is rare.
 OFFLOAD_CALLS_PER_EXPERT = 64
 
@@ -78,6 +80,9 @@ def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes) -> 
         "sample_prompts": inputs.sample_prompts if files.vae_location else [],
         "sample_every": flags.output.sample_every if files.vae_location else 0,
     }
+    if flags.student.train == "lora":
+        known["lora_rank"] = rank = given(flags.student.lora_rank, LORA_RANK)
+        known["lora_alpha"] = given(flags.student.lora_alpha, float(rank))
     known |= resolve_length(flags, known)
     num_samples = own.batch_size * own.grad_accum_steps * processes.count
     known["optimization"] = resolve_optimization(flags, config, num_samples, known["first_stage_steps"])
@@ -109,6 +114,8 @@ def resolve_states(flags: Flags, files: Files, config: StudentConfig) -> dict[st
     if feature_loss_weight and (not is_of_teacher or config.block != "wan"):
         print("Hidden states are not compared: the student has none of the teacher's channels")
         feature_loss_weight = 0.0
+    if flags.student.train == "lora":
+        feature_loss_weight = 0.0  # which compares a student as a whole
     takes_turns = offload and num_experts > 1 and own.states == "trajectory"
     return {
         "sigma_range": tuple(own.sigma_range or ALL_LEVELS),
@@ -124,22 +131,37 @@ def resolve_length(flags: Flags, known: dict[str, Any]) -> dict[str, Any]:
     guided = guided_fraction(teacher, known["sigma_range"])
     largest = max((teacher.latent_shape(config, size)[1:] for size in sizes), key=math.prod)
     replay = flags.states.replay or suggested_replay(known["wan_files"].config, config, largest, guided_fraction=guided)
-    student_steps = few_steps(flags, teacher, known["sigma_range"])
+    is_lora = flags.student.train == "lora"
+    student_steps = lora_steps(flags, known["source"]) if is_lora else few_steps(flags, teacher, known["sigma_range"])
+    # A LoRA has one stage, whose answers are segments of the teacher's paths where the student draws in few steps.
+    share = FIRST_STAGE_SHARE if student_steps and not is_lora else 1
+    by_segments = is_lora and student_steps
+    calls_per_answer = steps_of_segments(teacher.num_inference_steps, student_steps) if by_segments else 1
     if own.max_steps is not None or own.num_epochs is not None or own.teacher_calls is None:
         epochs = steps_of_epochs(own.num_epochs or 1, len(known["prompts"]), samples_per_step(flags))
         num_steps = own.max_steps or epochs
-        first = math.ceil(FIRST_STAGE_SHARE * num_steps) if student_steps else num_steps
+        first = math.ceil(share * num_steps)
     else:
-        first = replay * own.teacher_calls
-        num_steps = round(first / FIRST_STAGE_SHARE) if student_steps else first
+        first = max(1, replay * own.teacher_calls // calls_per_answer)
+        num_steps = round(first / share)
     return {
         "guided_fraction": guided,
         "replay": replay,
         "num_steps": num_steps,
         "first_stage_steps": first,
         "student_steps": student_steps,
-        "num_calls": sum(schedule.num_calls for schedule in make_schedules(first, replay, len(sizes))),
+        "num_calls": calls_per_answer * sum(one.num_calls for one in make_schedules(first, replay, len(sizes))),
     }
+
+
+def lora_steps(flags: Flags, source: Source) -> int | None:
+    """Return the steps that the student of a LoRA draws in, which are its own; None for those of the teacher."""
+    typed, own = flags.objective.student_steps, source.student_steps
+    if typed is not None and (typed or None) != own:
+        raise UserError(
+            f"--student_steps: the student of {flags.student.init_from} draws in {own or 'all'} steps, and so it does with a LoRA; leave it out"
+        )
+    return own
 
 
 def few_steps(flags: Flags, teacher: TeacherSettings, sigma_range: tuple[float, float]) -> int | None:
@@ -153,9 +175,9 @@ def few_steps(flags: Flags, teacher: TeacherSettings, sigma_range: tuple[float, 
 
 def resolve_optimization(flags: Flags, config: StudentConfig, num_samples: int, num_steps: int) -> OptimizationOptions:
     """Return how the weights move; `num_samples` are those of a step."""
-    own = flags.optimization
+    own, factor = flags.optimization, LORA_LR_FACTOR if flags.student.train == "lora" else 1
     return OptimizationOptions(
-        lr=own.lr or suggested_lr(own.optimizer, config.hidden_size, num_samples),
+        lr=own.lr or factor * suggested_lr(own.optimizer, config.hidden_size, num_samples),
         optimizer=own.optimizer,
         lr_scheduler=own.lr_scheduler,
         lr_warmup_steps=given(own.lr_warmup_steps, suggested_warmup(num_steps)),

@@ -48,6 +48,7 @@ class Settings:
         held_out_prompts: the prompts to measure on; [] where nothing is measured.
         config: shape of the student.
         source: what it is cut from; None where that is the teacher, or nothing.
+        train: "student", or "lora": a LoRA of it, of `lora_rank`, and the student itself stays as it is.
         image_sizes: in pixels; one or more, in turn.
         student_steps: steps that the student draws in, after a second stage; None: those of the teacher, in one stage.
         num_steps: optimizer steps of the whole run.
@@ -82,6 +83,9 @@ class Settings:
     init_from: str = compared("teacher")
     source: Source | None
     init_expert: str = compared("high")
+    train: str = compared("student")
+    lora_rank: int | None = compared(None)
+    lora_alpha: float | None = compared(None)
     layers: list[int] | None = compared(None)
     image_sizes: tuple[ImageSize, ...]
     # States
@@ -147,7 +151,12 @@ class Settings:
     @property
     def gathers_segments(self) -> bool:
         """Whether the teacher's paths are walked in the run, so that the second stage can learn from segments of theirs."""
-        return self.student_steps is not None and self.teacher_cache is None and self.states == "trajectory"
+        has_paths = self.teacher_cache is None and self.states == "trajectory" and not self.is_lora
+        return self.student_steps is not None and has_paths
+
+    @property
+    def is_lora(self) -> bool:
+        return self.train == "lora"
 
     @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
@@ -181,7 +190,7 @@ class Settings:
         )
         return replace(self.teacher_sampling, num_inference_steps=recorded.steps, sampler=recorded.sampler)
 
-    def training_options(self, num_steps: int) -> TrainingOptions:
+    def training_options(self, num_steps: int, stage: int) -> TrainingOptions:
         """Return what the loop is told of a stage that ends at `num_steps`."""
         return TrainingOptions(
             num_steps=num_steps,
@@ -189,6 +198,7 @@ class Settings:
             eval_every=self.eval_every,
             sample_every=self.sample_every,
             save_every=self.save_every,
+            stage=stage,
         )
 
     @property

@@ -9,6 +9,7 @@ from wandistiller.run.build import compile_blocks
 from wandistiller.run.folder import Folder
 from wandistiller.run.learning import build_few_step_batches
 from wandistiller.run.settings import Settings
+from wandistiller.sampling.sampler import StudentField
 from wandistiller.training.checkpoints import Checkpoint
 from wandistiller.training.loop import Observer, TrainingResult, train
 from wandistiller.training.objective import Objective, TrainedStudent
@@ -34,13 +35,14 @@ class Stages:
         prompt_embeds: PromptEmbeds,
     ):
         self.settings, self.student, self.prompt_embeds, self.objective = settings, student, prompt_embeds, objective
-        trained, options = TrainedStudent(student, objective), settings.training_options(settings.first_stage_steps)
+        trained, stage = TrainedStudent(student, objective), 2 if settings.is_lora and settings.student_steps else 1
+        options = settings.training_options(settings.first_stage_steps, stage)
         self.state = RunState(trained, batches, options, settings.processes)
 
     @property
     def student_steps(self) -> int | None:
         """Steps that the student draws in; None while it learns the velocity."""
-        return None if self.state.frozen is None else self.settings.student_steps
+        return self.settings.student_steps if self.state.options.stage == 2 else None
 
     def resume(self, folder: Folder) -> Folder:
         """Load the newest checkpoint that holds the state of this run, of either stage; return the folder at it."""
@@ -82,12 +84,12 @@ class Stages:
         settings = self.settings
         frozen = self._frozen()
         num_steps = settings.num_steps - first_step
-        batches = build_few_step_batches(settings, self.prompt_embeds, frozen, max(1, num_steps))
+        batches = build_few_step_batches(settings, self.prompt_embeds, StudentField(frozen), max(1, num_steps))
         objective = replace(self.objective, feature_loss=None, feature_weight=0.0)  # segments have no hidden states
         return RunState(
             TrainedStudent(self.student, objective),
             batches,
-            settings.training_options(settings.num_steps),
+            settings.training_options(settings.num_steps, stage=2),
             settings.processes,
             first_step=first_step,
             frozen=frozen,

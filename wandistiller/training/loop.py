@@ -136,11 +136,7 @@ class _Loop:
         if not is_due(step, self.options.eval_every, is_last):
             return None
         with self.state.averaged() as averaged:
-            return self.observer.evaluate(averaged, self._stage)
-
-    @property
-    def _stage(self) -> int:
-        return 1 if self.state.frozen is None else 2
+            return self.observer.evaluate(averaged, self.options.stage)
 
     def _metrics(self, step: int, found: "_Measured", lr: float, held_out: dict[str, float] | None) -> StepMetrics:
         return StepMetrics(
@@ -151,7 +147,7 @@ class _Loop:
             *self.stopwatch.lap(step, len(found.sigmas)),
             teacher_calls=self.state.teacher_calls,
             loss_by_sigma=mean_by_sigma(found.sigmas, found.by_sample),
-            stage=self._stage,
+            stage=self.options.stage,
             feature_loss=found.feature_loss if found.has_features else None,
             held_out=held_out,
             memory_bytes=peak_memory_bytes(self.processes.device),

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,15 @@ def make_optimizer(
     Args:
         compute_dtype: precision of matrix products, of which only Muon has any.
     """
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     settings: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "weight_decay": options.weight_decay}
     settings["fused"] = torch.device(device).type in ("cuda", "cpu")
     if options.optimizer == "muon":
-        matrices, others = split_for_muon(model)
+        matrices, others = split_for_muon(trained)
         muon = Muon(matrices.values(), options.lr, options.weight_decay, compute_dtype)
-        return CombinedOptimizer([muon, _adamw(others.values(), settings)])
-    return _adamw(model.parameters(), settings)
+        rest = [_adamw(others.values(), settings)] if others else []  # a LoRA is all matrices
+        return CombinedOptimizer([muon, *rest])
+    return _adamw(trained.values(), settings)
 
 
 def _adamw(parameters: Iterable[nn.Parameter], settings: dict[str, Any]) -> torch.optim.AdamW:
@@ -63,12 +65,13 @@ def _adamw(parameters: Iterable[nn.Parameter], settings: dict[str, Any]) -> torc
     return optimizer
 
 
-def split_for_muon(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+def split_for_muon(
+    named: Mapping[str, nn.Parameter],
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Return the matrices of the transformer blocks, by name, and all other parameters.
 
     Muon is for hidden layers: embedders, the output layer and the maps of the feature loss are matrices too, and AdamW's.
     """
-    named = dict(model.named_parameters())
     matrices = {name: weight for name, weight in named.items() if weight.ndim == 2 and _IN_BLOCK.search(name)}
     return matrices, {name: weight for name, weight in named.items() if name not in matrices}
 

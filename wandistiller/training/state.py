@@ -29,6 +29,7 @@ class TrainingOptions:
         eval_every: steps between measurements on held-out states; 0 is none.
         sample_every: steps between sample pictures, the first of which come earlier (`loop.is_early`); 0 is none.
         save_every: steps between checkpoints; 0 is none, not even at the end.
+        stage: 1 learns the velocity, 2 few steps.
     """
 
     num_steps: int
@@ -36,6 +37,7 @@ class TrainingOptions:
     eval_every: int = 0
     sample_every: int = 0
     save_every: int = 0
+    stage: int = 1
 
 
 class RunState:

@@ -111,8 +111,9 @@ class Batches:
         micro_batch: int,
         device: str = "cpu",
         segments: Sequence[Store] = (),
+        calls_per_answer: int = 1,
     ):
-        self.segments = segments
+        self.segments, self.calls_per_answer = segments, calls_per_answer
         self.sources, self.schedules, self.prompt_embeds, self.device = sources, schedules, prompt_embeds, device
         slots = len((sources[0] if isinstance(sources[0], CachedAnswers) else sources[0][1]).slots)
         self.micro_batches = [range(start, start + micro_batch) for start in range(0, slots, micro_batch)]
@@ -120,8 +121,8 @@ class Batches:
 
     @property
     def num_calls(self) -> int:
-        """Global batches that the teacher has answered."""
-        return sum(self.calls)
+        """Global batches that the teacher has answered; one for each step through a segment."""
+        return self.calls_per_answer * sum(self.calls)
 
     @property
     def num_micro_batches(self) -> int:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
-from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.sampling.flow import sigma_to_timestep
+from wandistiller.sampling.sampler import VelocityField
 
 
 class PassedSegments:
@@ -82,28 +81,27 @@ class PassedSegments:
 
 
 class SegmentTeacher:
-    """Average velocities of a frozen student, in place of a `Teacher` of few noise levels.
+    """Average velocities of a teacher or of a frozen student, in place of a `Teacher` of few noise levels.
 
     Args:
-        student: the velocity field, which is not changed.
         grids: noise levels (num_segments, steps of a segment + 1) of the steps that the field takes through each segment.
         is_euler: whether all steps are Euler's, as those of a field that knows no noise levels but these; else those after the
             first are Adams and Bashforth's of order two, which cost the same and end nearer to the exact path.
     """
 
-    def __init__(self, student: WanLiteStudent, grids: Tensor, is_euler: bool = False):
-        self.student, self.grids, self.is_euler = student, grids, is_euler
+    def __init__(self, field: VelocityField, grids: Tensor, is_euler: bool = False):
+        self.field, self.grids, self.is_euler = field, grids, is_euler
 
     @torch.no_grad()
     def velocity_and_features(
         self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor, layers: Sequence[int] = ()
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the average velocity (B, C, H, W) over the segment that begins at each sample's level (B,), and no hidden states."""
-        grid = to_device(self.grids[(sigma[:, None] - self.grids[:, 0]).abs().argmin(dim=1)], latents.device)
-        steps = grid.diff(dim=1)[..., None, None, None]  # (B, steps of a segment, 1, 1, 1)
+        levels = self.grids[(sigma[:, None] - self.grids[:, 0]).abs().argmin(dim=1)]
+        steps = to_device(levels, latents.device).diff(dim=1)[..., None, None, None]  # (B, steps of a segment, 1, 1, 1)
         x, before = latents.float(), None
         for number in range(steps.shape[1]):
-            velocity = self.student(x, sigma_to_timestep(grid[:, number]), prompt_embeds, prompt_lengths).float()
+            velocity = self.field.velocity(x, levels[:, number], prompt_embeds, prompt_lengths).float()
             slope = torch.zeros_like(velocity)
             if before is not None and not self.is_euler:
                 slope = steps[:, number] / (2 * steps[:, number - 1]) * (velocity - before)

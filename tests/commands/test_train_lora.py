@@ -1,0 +1,151 @@
+"""--train lora: the student stays as it is, and a LoRA learns what a LoRA of its teacher changes.
+
+Oracles: the teacher's LoRA cut for the student by projection_mapper.py, which training begins with; and diffusers, which loads the
+written file onto the exported student of before and must answer as the student that the run has saved.
+
+pytest tests/commands/test_train_lora.py
+"""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
+
+import export_student
+import projection_mapper
+from support.loras import comfyui_keys, diffusers_keys, random_differences, random_pairs, write
+from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG, as_if_stopped_after, read_metrics, same_weights, weights_of
+from support.wan_folders import oracle_velocity, relative_error, write_pipeline_folder
+from wandistiller import StudentConfig, WanLiteStudent
+
+STILL = ("--max_steps", 1, "--lr", 1e-12, "--ema_decay", 0)
+
+
+@pytest.fixture
+def source(train, teachers, tmp_path):
+    """A student of two steps, and LoRAs of its teacher: rank 3, and the same with a difference of a bias."""
+    folder = tmp_path / "source"
+    done = train(teachers.one, PRUNED_CONFIG, "--student_steps", 2, "--max_steps", 3, output_dir=folder)
+    assert done.code == 0, done.err
+    model = WanTransformer3DModel.from_pretrained(teachers.one, subfolder="transformer")
+    pairs = random_pairs(model)
+    (tmp_path / "loras").mkdir()
+    write(tmp_path / "loras" / "style.safetensors", diffusers_keys(pairs))
+    bias = random_differences(model, ["blocks.0.ffn.net.2.bias"])
+    write(tmp_path / "loras" / "other.safetensors", comfyui_keys(random_pairs(model, seed=3), differences=bias))
+    return folder
+
+
+@pytest.fixture
+def train_lora(train, teachers, source, tmp_path):
+    def run(*flags: object, output: str = "out", lora: str = "loras/style.safetensors"):
+        return train(
+            teachers.one, PRUNED_CONFIG, "--student_steps", 2, "--train", "lora", "--init_from", source,
+            "--teacher_lora", tmp_path / lora, *flags, output_dir=tmp_path / output,
+        )  # fmt: skip
+
+    return run
+
+
+def test_it_begins_with_the_cut_of_the_teachers_lora_whatever_its_rank_and_alpha(
+    train_lora, source, run_main, tmp_path
+):
+    cut = tmp_path / "cut.safetensors"
+    words = ("--lora", tmp_path / "loras" / "style.safetensors", "--student", source, "--output", cut)
+    assert run_main(projection_mapper.main, *words).code == 0
+    for name, flags in (
+        ("padded", ("--lora_alpha", 4)),
+        ("exact", ("--lora_rank", 3)),
+        ("truncated", ("--lora_rank", 1)),
+    ):
+        done = train_lora(*flags, *STILL, output=name)
+        assert done.code == 0, done.err
+        found, expected = load_file(tmp_path / name / "lora.safetensors"), load_file(cut)
+        assert found.keys() == expected.keys()
+        for key in (key for key in expected if key.endswith("lora_A.weight")):
+            change, whole = (tensors[key.replace("lora_A", "lora_B")] @ tensors[key] for tensors in (found, expected))
+            nearest = whole
+            if name == "truncated":
+                u, s, vh = torch.linalg.svd(whole)
+                nearest = s[0] * u[:, :1] @ vh[:1]
+            assert torch.allclose(change, nearest, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", ["style", "other"])
+def test_diffusers_answers_with_the_file_as_the_student_that_was_saved(train_lora, source, run_main, tmp_path, lora):
+    done = train_lora("--max_steps", 4, lora=f"loras/{lora}.safetensors")
+    assert done.code == 0, done.err
+    assert ("begins without the changes of 1 tensors" in done.out) == (lora == "other")
+    before, after = weights_of(source), weights_of(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 20 and all(name.startswith("blocks.") and name.endswith(".weight") for name in changed)
+    exported = tmp_path / "exported"
+    assert run_main(export_student.main, "--student", source, "--format", "diffusers", "--output", exported).code == 0
+    model = WanTransformer3DModel.from_pretrained(exported)
+    model.load_lora_adapter(load_file(tmp_path / "out" / "lora.safetensors"), prefix="transformer")
+    student = WanLiteStudent.from_pretrained(tmp_path / "out")
+    inputs = torch.randn(2, 16, 4, 4), torch.tensor([900.0, 300.0]), torch.randn(2, 512, 20)
+    with torch.no_grad():
+        assert relative_error(oracle_velocity(model, *inputs), student(*inputs)) < 1e-5
+    # ComfyUI's file holds the same products:
+    ours, theirs = (load_file(tmp_path / "out" / name) for name in ("lora.safetensors", "lora_comfyui.safetensors"))
+    assert sorted(float(one.sum()) for one in ours.values()) == sorted(float(one.sum()) for one in theirs.values())
+
+
+def test_the_steps_are_the_students_and_the_teachers_calls_are_counted(train_lora, tmp_path):
+    done = train_lora("--teacher_calls", 20, "--teacher_steps", 10)
+    assert done.code == 0, done.err
+    lines, record = read_metrics(tmp_path / "out"), StudentConfig.load(tmp_path / "out").distillation
+    assert record["student_steps"] == 2 and record["train"] == "lora" and record["lora_rank"] == 16
+    # Each answer is a segment of five of the teacher's steps:
+    assert len(lines) == 20 // 5 * record["replay"] and lines[-1]["teacher_calls"] == 20
+    assert {line["stage"] for line in lines} == {2}
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(train_lora, tmp_path):
+    flags = ("--max_steps", 4, "--save_every", 2, "--keep_checkpoints", 9)
+    assert train_lora(*flags, output="whole").code == 0
+    assert train_lora(*flags, output="stopped").code == 0
+    as_if_stopped_after(tmp_path / "stopped", 2)
+    done = train_lora(*flags, output="stopped")
+    assert done.code == 0 and "Resuming from step 2" in done.out
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+    assert train_lora("--lora_rank", 4, *flags, output="stopped").code == 2
+
+
+def test_a_folder_of_loras_makes_a_student_and_a_lora_of_each(train_lora, tmp_path):
+    done = train_lora("--max_steps", 1, lora="loras")
+    assert done.code == 0, done.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"style", "other"}
+    assert not same_weights(tmp_path / "out" / "style", tmp_path / "out" / "other")
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_beyond_the_cut(train, teachers, tmp_path):
+    write_pipeline_folder(tmp_path / "teacher")
+    model = WanTransformer3DModel.from_pretrained(tmp_path / "teacher", subfolder="transformer")
+    write(tmp_path / "lora.safetensors", diffusers_keys(random_pairs(model)))
+    same = train(tmp_path / "teacher", IDENTITY_CONFIG, *STILL, output_dir=tmp_path / "same")
+    assert same.code == 0, same.err
+    flags = ["--train", "lora", "--init_from", tmp_path / "same", "--max_steps", 2, "--guidance_scale", 1]
+    done = train(tmp_path / "teacher", IDENTITY_CONFIG, *flags, "--teacher_lora", tmp_path / "lora.safetensors")
+    assert done.code == 0, done.err
+    assert read_metrics(tmp_path / "out")[0]["loss"] < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--student_steps", 3), "draws in 2 steps"),
+        (("--init_from", "teacher"), "give its folder as --init_from"),
+        (("--teacher_cache", "cache"), "leave it out"),
+        (("--train", "student", "--lora_rank", 4), "is for --train lora"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(train_lora, flags, message):
+    done = train_lora(*flags)
+    assert done.code == 2 and message in done.err, done.err
+
+
+def test_it_is_of_a_trained_student_alone(train, teachers):
+    done = train(teachers.one, IDENTITY_CONFIG, "--train", "lora", "--init_from", teachers.one)
+    assert done.code == 2 and "student" in done.err
