@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--output {target}: is there already; give another name")
     check_writable(target.parent, "--output")
 
-    from wandistiller.files.safetensors_files import read_tensors, write_tensors
+    from wandistiller.files.tensor_files import read_tensors, write_tensors
 
     tensors = with_original_names(read_tensors(flags.lora), flags.lora)
     target.parent.mkdir(parents=True, exist_ok=True)

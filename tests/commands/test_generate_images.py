@@ -21,7 +21,7 @@ from support.runs import snapshot
 from support.students import PROMPTS, train_student, write_teacher
 from support.wan_folders import write_pipeline_folder
 from wandistiller.command_line import run_command
-from wandistiller.files.safetensors_files import read_header
+from wandistiller.files.tensor_files import read_header
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.prompts.templates import is_held_out

@@ -1,6 +1,6 @@
 """One refusal for every safetensors file that is missing or damaged, and indexes that stay in their folder.
 
-pytest tests/files/test_safetensors_files.py
+pytest tests/files/test_tensor_files.py
 """
 
 import json
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from wandistiller.errors import UserError
-from wandistiller.files.safetensors_files import (
+from wandistiller.files.tensor_files import (
     DamagedFileError,
     indexed_files,
     open_safetensors,

@@ -19,7 +19,7 @@ from torch import Tensor
 from wandistiller.errors import UserError, first_line, shown
 from wandistiller.files.atomic import atomic_path
 from wandistiller.files.json_files import TeacherFileError
-from wandistiller.files.safetensors_files import Header, StoredTensor, refusing_damage
+from wandistiller.files.tensor_files import Header, StoredTensor, refusing_damage
 
 NO_GGUF = "is not a whole GGUF file"
 # Tensors of these types are kept as they are; those of all others become float32 as they are read.

@@ -21,8 +21,7 @@ from wandistiller.errors import shown
 from wandistiller.files.atomic import file_digest, write_text
 from wandistiller.files.gguf_files import read_gguf_header
 from wandistiller.files.json_files import JsonError, TeacherFileError, parse_json
-from wandistiller.files.safetensors_files import Header, StoredTensor, indexed_files, read_header
-from wandistiller.files.torch_files import read_torch_header
+from wandistiller.files.tensor_files import Header, StoredTensor, indexed_files, read_header, read_torch_header
 
 Stored = StoredTensor  # of safetensors, GGUF or torch.save
 WEIGHTS = "diffusion_pytorch_model"

@@ -391,7 +391,7 @@ class WanLiteStudent(nn.Module):
             state_dict: the weights to write, where a sharded student holds only a part of its own.
         """
         from wandistiller.files.atomic import write_text
-        from wandistiller.files.safetensors_files import write_tensors
+        from wandistiller.files.tensor_files import write_tensors
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -461,7 +461,7 @@ def saved_config(place: str | Path) -> StudentConfig:
     Raises:
         ConfigError: there is no student in this place.
     """
-    from wandistiller.files.safetensors_files import DamagedFileError, read_header
+    from wandistiller.files.tensor_files import DamagedFileError, read_header
 
     place = Path(place)
     if not place.exists():

@@ -19,7 +19,7 @@ from wandistiller.files.atomic import write_json
 from wandistiller.files.clone import DEMO_TEACHER, DEMO_WORLD
 from wandistiller.files.gguf_files import block_size, write_gguf
 from wandistiller.files.hub import hub_id
-from wandistiller.files.safetensors_files import write_tensors
+from wandistiller.files.tensor_files import write_tensors
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.fp8 import FP8, FP8_MAX
 from wandistiller.model.transformer import FP32_ISLANDS

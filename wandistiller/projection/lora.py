@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError
-from wandistiller.files.safetensors_files import write_tensors
+from wandistiller.files.tensor_files import write_tensors
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.project import kept_indices
 from wandistiller.projection.selection import Selection

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from wandistiller.evaluation.held_out import FEWER_STEPS, NUM_DRAWN, NUM_PATHS, PathErrors, PathStates, draw_path_states
-from wandistiller.files.safetensors_files import DamagedFileError, read_tensors, write_tensors
+from wandistiller.files.tensor_files import DamagedFileError, read_tensors, write_tensors
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import Embeds

@@ -20,7 +20,7 @@ from wandistiller.errors import UserError, differences, shortened, shown
 from wandistiller.files.atomic import file_digest, fsync, write_json
 from wandistiller.files.json_files import load_json
 from wandistiller.files.paths import nearest_existing, remove, require_file
-from wandistiller.files.safetensors_files import read_header
+from wandistiller.files.tensor_files import read_header
 from wandistiller.processes import Processes, error_reason, load_tensors, save_tensors
 
 FOLDER_NAME = "checkpoints"

@@ -24,7 +24,7 @@ from wandistiller.errors import UserError, differences
 from wandistiller.files.atomic import remove_leftovers, write_json
 from wandistiller.files.json_files import WHOLE, load_json
 from wandistiller.files.output_folder import check_output_folder
-from wandistiller.files.safetensors_files import open_safetensors, read_header, write_tensors
+from wandistiller.files.tensor_files import open_safetensors, read_header, write_tensors
 from wandistiller.walk.draws import CACHE_ORDER, permutation
 from wandistiller.walk.walk import Walk
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from wandistiller.errors import UserError, shown
 from wandistiller.files.hub import local_path
 from wandistiller.files.json_files import JsonError, load_json, parse_json
-from wandistiller.files.safetensors_files import StoredTensor
+from wandistiller.files.tensor_files import StoredTensor
 from wandistiller.files.weights import FLOATS, Weight, header_of, kept_digest
 from wandistiller.wan.names import WRAPPER, other_wan_kind, title_of, to_original
 

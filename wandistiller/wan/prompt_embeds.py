@@ -19,7 +19,7 @@ from wandistiller.device import to_device
 from wandistiller.errors import UserError, first_line
 from wandistiller.files.atomic import remove_all_leftovers
 from wandistiller.files.json_files import JsonError, parse_json
-from wandistiller.files.safetensors_files import DTYPES, DamagedFileError, StoredTensor, read_header, write_tensors
+from wandistiller.files.tensor_files import DTYPES, DamagedFileError, StoredTensor, read_header, write_tensors
 from wandistiller.prompts.prompts import clean_prompt
 
 logger = logging.getLogger(__name__)

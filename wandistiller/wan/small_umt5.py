@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wandistiller.errors import UserError, shown
 from wandistiller.files.atomic import write_json
 from wandistiller.files.json_files import WHOLE, read_json, setting
-from wandistiller.files.safetensors_files import write_tensors
+from wandistiller.files.tensor_files import write_tensors
 from wandistiller.wan.text_encoder_files import write_tokenizer
 from wandistiller.wan.umt5 import ATTENTION, FEED_FORWARD, MAP, TABLE, config_of, expected_shapes
 

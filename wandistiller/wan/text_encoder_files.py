@@ -17,7 +17,7 @@ from wandistiller.files.gguf_files import NO_GGUF, read_gguf_header
 from wandistiller.files.hub import place_of
 from wandistiller.files.json_files import TeacherFileError
 from wandistiller.files.paths import require_file
-from wandistiller.files.safetensors_files import refusing_damage
+from wandistiller.files.tensor_files import refusing_damage
 from wandistiller.files.weights import digest_of, is_gguf, kept_digest, stored_tensors
 from wandistiller.wan.names import part_files
 from wandistiller.wan.umt5 import ANCHOR, Umt5Files
