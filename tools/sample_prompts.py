@@ -28,10 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     group.flag("--num_prompts", "how many are printed, from the first", 10, type=number(int, low=0))
     group.flag("--count", "how many are drawn to count the different ones", 0, type=number(int, low=0))
     args = parser.parse(argv)
-    prompts = draw_prompts(args.prompts, args.seed, args.num_prompts, args.num_prompts)
-    for prompt in (prompts.held_out if args.held_out else prompts.train)[: args.num_prompts]:
+    train, held_out = draw_prompts(args.prompts, args.seed, args.num_prompts, args.num_prompts)
+    for prompt in (held_out if args.held_out else train)[: args.num_prompts]:
         print(prompt)
-    print(f"{prompts.num_templates} templates", file=sys.stderr)
     if args.count:
         templates, generator = Templates(args.prompts), random.Random(args.seed)
         # A digest of each would do; Python's own hash tells two prompts of one process apart as well.

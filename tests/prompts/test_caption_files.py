@@ -135,13 +135,6 @@ def test_a_table_of_cells_is_read_by_the_delimiter_that_it_has(tmp_path, name, t
     assert load_prompts(tmp_path / name).prompts == ["a red fox, in snow", "a house; on a hill"]
 
 
-@pytest.mark.parametrize("row", ['2,"a blue boat', '2,"a "blue" boat"', '2,"a \\"blue\\" boat"'])
-def test_quotes_that_do_not_close_are_refused_with_their_line(tmp_path, row):
-    (tmp_path / "p.csv").write_text(f"id,caption\n1,a fox\n{row}\n", encoding="utf-8")
-    with pytest.raises(UserError, match="line 3: is no CSV"):
-        load_prompts(tmp_path / "p.csv")
-
-
 def test_caption_files_beside_pictures_are_one_caption_each(tmp_path):
     texts = {
         "1.txt": "**Subject:** a fox\n\n# Style\nphotorealistic",
@@ -241,6 +234,8 @@ WRONG = {
     "p.csv.gz": (b"", "is packed by its name; unpack it"),
     "caption.parquet": (parquet_bytes({"id": [1, 2], "caption": [3, 4]}), "is no whole Parquet file with text in its column"),
     "cut.parquet": (parquet_bytes({"caption": ["a", "b"]})[:-9], "is no whole Parquet file"),
+    "open.csv": (b'id,caption\n1,a fox\n2,"a blue boat\n', "line 3: is no CSV"),
+    "not doubled.csv": (b'id,caption\n1,a fox\n2,"a "blue" boat"\n', "line 3: is no CSV"),
     "pack.csv": (b"caption\n\"" + b"x" * 100_000, "is no CSV"),
     "pairs.json": (b'[["1.png", "a cat"], ["2.png", "a dog"]]', "names of files"),
 }  # fmt: skip

@@ -150,7 +150,7 @@ def test_the_prompts_are_those_of_their_seed_and_more_of_them_go_on(tmp_path):
         read_prompts(tmp_path, num_prompts=count, seed=seed) for count, seed in ((50, 3), (500, 3), (50, 4))
     )
     assert more.train[:50] == some.train and len(set(more.train)) == 500 and others.train != some.train
-    assert some.lines == ["Prompts: 50 drawn from 1 templates, with seed 3"]
+    assert some.lines == ["Prompts: 50 drawn from templates, with seed 3"]
 
 
 def test_what_is_held_out_is_never_trained_on(tmp_path):

@@ -28,9 +28,8 @@ def ready_config(path: str) -> str:
 
 def check_is_in_clone(given: dict[str, str]) -> None:
     """Refuse flags left at files of a clone where the command was started in another folder; `given` are the paths by flag."""
-    missing = [f"--{flag}" for flag, path in given.items() if path in _OF_A_CLONE and not os.path.lexists(path)]
+    missing = [f"--{flag} {path}" for flag, path in given.items() if path in _OF_A_CLONE and not os.path.lexists(path)]
     if missing:
         raise UserError(
-            f"{missing[0]} {given[missing[0][2:]]}: lies in a clone of WanDistiller, and the command was started elsewhere; start "
-            f"it in a clone, or give your own {', '.join(missing)}"
+            f"{' and '.join(missing)}: lies in a clone of WanDistiller; start the command in one, or give your own"
         )

@@ -39,22 +39,17 @@ def save_png(picture: "np.ndarray | Image", path: str | Path, metadata: Mapping[
 @cache
 def caption_font() -> "FreeTypeFont":
     """Return DejaVu Sans, which comes with matplotlib: it has the alphabets of Europe and the Near East, no Chinese and no emoji."""
+    import matplotlib
     from PIL import ImageFont
 
-    return ImageFont.truetype(_font_file(), FONT_SIZE)
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", FONT_SIZE)
 
 
 @cache
 def _code_points() -> frozenset[int]:
     from matplotlib.ft2font import FT2Font
 
-    return frozenset(FT2Font(_font_file()).get_charmap())
-
-
-def _font_file() -> str:
-    import matplotlib
-
-    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+    return frozenset(FT2Font(str(caption_font().path)).get_charmap())
 
 
 def escaped(text: str) -> str:

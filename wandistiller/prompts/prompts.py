@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from wandistiller.errors import UserError
 from wandistiller.prompts.caption_files import (
@@ -54,13 +55,8 @@ _OPTIONS = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class PromptFile:
-    """The different prompts of files in their order, or those that templates give, each on one line.
-
-    Attributes:
-        notice: what was left out, or read otherwise than a person may think; empty where nothing was.
-    """
+class PromptFile(NamedTuple):
+    """Different prompts in their order, each on one line; the notice tells what was left out, or read otherwise than a person may think."""
 
     prompts: list[str]
     notice: str = ""
@@ -87,7 +83,7 @@ def load_prompts(
         UserError: a file cannot be read, is not what its name says, or holds control characters or no prompt; the line is named.
     """
     if is_template(path):
-        return PromptFile(draw_prompts(path, seed, 0, num_drawn or NUM_OF_TEMPLATES).held_out)
+        return PromptFile(draw_prompts(path, seed, 0, num_drawn or NUM_OF_TEMPLATES)[1])
     files = find_caption_files(path, prompt_per)
     left_out: Counter[str] = Counter()
     noted: Counter[str] = Counter()
@@ -198,9 +194,8 @@ def read_prompts(
         prompt_per: as `load_prompts` takes it.
     """
     if is_template(path):
-        drawn = draw_prompts(path, seed, num_prompts or NUM_OF_TEMPLATES, NUM_HELD_OUT)
-        train, held_out = drawn.train, drawn.held_out[:NUM_HELD_OUT]
-        line = f"{len(train):,} drawn from {drawn.num_templates} templates, with seed {seed}"
+        train, held_out = draw_prompts(path, seed, num_prompts or NUM_OF_TEMPLATES, NUM_HELD_OUT)
+        held_out, line = held_out[:NUM_HELD_OUT], f"{len(train):,} drawn from templates, with seed {seed}"
     else:
         file = load_prompts(path, column, prompt_per=prompt_per)
         train, line = file.prompts, f"{len(file.prompts):,}"

@@ -92,14 +92,14 @@ class Lines(NamedTuple):
 class Several(NamedTuple):
     """How many different ones are drawn, at most all that there are, and what joins them."""
 
-    low: int
-    high: int
-    separator: str
+    low: int = 1
+    high: int = 1
+    separator: str = ""
 
 
-def _options(inside: str) -> tuple[Lines, Several | None]:
+def _options(inside: str) -> tuple[Lines, Several]:
     """Return the options between braces, and how many of them are drawn where a $$ says so: "2$$", "1-3$$", "2$$ and $$"."""
-    inside, several = inside.removeprefix("~"), None
+    inside, several = inside.removeprefix("~"), Several()
     if found := _SEVERAL.match(inside):
         low, separator = int(found["low"] or 0), found["separator"]
         high = low if found["high"] is None else int(found["high"][1:] or MOST_OPTIONS)
@@ -190,7 +190,7 @@ class Templates:
 
     def draw(self, generator: random.Random) -> str:
         """Draw a prompt: the innermost braces and the wildcards of a line give their texts, until there are none."""
-        text, steps = _drawn(self.root, None, generator), 0
+        text, steps = _drawn(self.root, Several(), generator), 0
         for _ in range(MOST_PASSES):
             text, count = _PART.subn(lambda part: self._text_of(part, generator), text)
             steps += count
@@ -206,23 +206,23 @@ class Templates:
     def _text_of(self, part: re.Match[str], generator: random.Random) -> str:
         inside, name = part.groups()
         options, several = _options(inside or "")
-        if several and len(options.texts) == 1 and (wildcard := _WILDCARD.fullmatch(options.texts[0])):
+        if len(options.texts) == 1 and (wildcard := _WILDCARD.fullmatch(options.texts[0])):
             name = wildcard[1]
         if name and name not in self.wildcards:
             raise UserError(f"{self.folder}: parts of its templates join to __{name}__, which no line of it holds")
         return _drawn(self.wildcards[name] if name else options, several, generator)
 
 
-def _drawn(lines: Lines, several: Several | None, generator: random.Random) -> str:
+def _drawn(lines: Lines, several: Several, generator: random.Random) -> str:
     """Draw one line by its weight, or several of them, none twice, with the separator between them."""
     texts, ends = lines
-    if several is None:
+    if several.low == several.high == 1:
         return generator.choices(texts, cum_weights=ends)[0]
     low, high = (min(bound, len(texts)) for bound in several[:2])
     size = low + int(generator.random() * (high - low + 1))
     # The largest of u^(1 / weight) are a weighted draw without replacement (Efraimidis and Spirakis 2006, doi:10.1016/j.ipl.2005.11.003).
     weights = (end - before for before, end in itertools.pairwise([0.0, *ends]))
-    keys = [(generator.random() ** (1 / weight), index) for index, weight in enumerate(weights)]
+    keys = [(generator.random() ** (1 / (weight or 1e-6)), index) for index, weight in enumerate(weights)]
     return several.separator.join(texts[index] for _, index in heapq.nlargest(size, keys))
 
 
@@ -243,26 +243,18 @@ def different_prompts(templates: Templates, seed: int) -> Iterator[str]:
             yield prompt
 
 
-class Drawn(NamedTuple):
-    """What templates gave: prompts to train on, and prompts that no run trains on."""
-
-    train: list[str]
-    held_out: list[str]
-    num_templates: int
-
-
-def draw_prompts(path: str | Path, seed: int, num_train: int, num_held_out: int) -> Drawn:
-    """Draw different prompts of a file or folder of templates; templates that give few give all of them to both sides."""
+def draw_prompts(path: str | Path, seed: int, num_train: int, num_held_out: int) -> tuple[list[str], list[str]]:
+    """Draw different prompts to train on and held-out ones; templates that give few give all of them to both sides."""
     templates = Templates(path)
     few = list(itertools.islice(different_prompts(templates, 0), FEW))
     if not few:
         raise UserError(f"{templates.folder}: its templates give no prompt")
     if len(few) < FEW:
-        return Drawn(few, few, len(templates.root.texts))
+        return few, few
     train: list[str] = []
     held_out: list[str] = []
     for prompt in different_prompts(templates, seed):
         (held_out if is_held_out(prompt) else train).append(prompt)
         if len(train) >= num_train and len(held_out) >= num_held_out:
             break
-    return Drawn(train[:num_train], held_out[:num_held_out], len(templates.root.texts))
+    return train[:num_train], held_out[:num_held_out]
