@@ -176,7 +176,7 @@ def project(flags: ProjectFlags) -> None:
 
 def record_of(wan_files: "WanFiles", sampled: "TeacherSettings", report: "ProjectionReport") -> dict[str, object]:
     """Return the record of a student that was cut and not trained: it knows no guidance, and is drawn with as its teacher is."""
-    alone = replace(sampled, guidance_scale=1.0, guidance_scale_2=None, boundary_ratio=None, guidance_range=None)
+    alone = replace(sampled, guidance_scale=1.0, guidance_scale_2=None, boundary_ratio=None)
     return {
         **recorded_teacher(wan_files, alone),
         "layers": report.layers,

@@ -130,7 +130,7 @@ def open_setting(teacher: str, student_config: str) -> Setting:
         student_config=student_config,
         answer_flops=answer,
         step_flops=(1 + BACKWARD_PASSES) * forward,
-        replay=suggested_replay(own, config, size, guided_fraction=float(settings.uses_guidance)),
+        replay=suggested_replay(own, config, size, is_guided=settings.uses_guidance),
     )
 
 

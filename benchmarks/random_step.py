@@ -28,7 +28,7 @@ class RandomStep:
         self._optimizer = make_optimizer(self.student, options, device, dtype)
         self._average = WeightAverage(self.student, 0.999) if workload.ema else None
         self._inputs, self._negative = random_inputs(workload, device), None
-        if workload.guided_fraction:
+        if workload.is_guided:
             self._negative = torch.randn(workload.negative_text_tokens, config.text_encoder_output_dim, device=device)
 
     @torch.no_grad()

@@ -16,7 +16,6 @@ OTHER_NAMES = {
     "num_inference_steps": "steps infer_steps inference_steps sampling_steps sample_steps num_sampling_steps",
     "teacher_steps": "num_inference_steps infer_steps inference_steps sampling_steps sample_steps num_sampling_steps",
     "teacher_sampler": "sampler sample_solver solver sampler_name",
-    "guidance_range": "guidance_interval cfg_interval guidance_start guidance_end",
     "batch_size": "train_batch_size batch per_device_train_batch_size",
     "grad_accum_steps": "gradient_accumulation_steps gradient_accumulation accumulate_grad_batches",
     "dtype": "mixed_precision precision weight_dtype",

@@ -31,17 +31,14 @@ from wandistiller.budget.report import (
     step_seconds,
     verdict,
 )
-from wandistiller.budget.workload import Workload, guided_fraction, step_flops
+from wandistiller.budget.workload import Workload, step_flops
 from wandistiller.device import DTYPES
 from wandistiller.model.sizes import transformer_flops, weight_bytes
 from wandistiller.projection.project import project_teacher
 from wandistiller.run.dry_run import with_texts, workload_of
 from wandistiller.run.inputs import read_inputs
 from wandistiller.run.resolve import resolve
-from wandistiller.sampling.flow import shift_sigma, unshift_sigma
 from wandistiller.training.optimizer import OptimizationOptions, make_optimizer
-from wandistiller.wan.settings import resolve_settings
-from wandistiller.wan.wan_files import mock_wan_files
 
 TEACHER = StudentConfig(
     block="wan", hidden_size=5120, depth=40, num_heads=40, ffn_dim=13824, num_channels=16, image_size=512
@@ -133,25 +130,11 @@ def test_moments_workspace_and_flops_of_muon(config, dtype):
 
 
 @pytest.mark.parametrize(
-    "shift, guidance_range, sigma_range", [(5.0, (0.5, 1.0), (0.0, 1.0)), (12.0, (0.3, 0.9), (0.2, 0.95))]
-)
-def test_the_fraction_of_guided_answers_is_that_of_noise_levels_as_they_are_drawn(shift, guidance_range, sigma_range):
-    given = {"shift": shift, "guidance_scale": 4.0, "guidance_range": guidance_range}
-    low, high = unshift_sigma(torch.tensor(sigma_range, dtype=torch.float64), shift)
-    sigma = shift_sigma(low + (high - low) * (torch.arange(4096) + 0.5) / 4096, shift)
-    drawn = ((guidance_range[0] <= sigma) & (sigma <= guidance_range[1])).double().mean()
-    settings = resolve_settings(mock_wan_files(LITE), **given)
-    assert guided_fraction(settings, sigma_range) == pytest.approx(float(drawn), abs=0.001)
-    assert guided_fraction(replace(settings, guidance_range=None)) == 1.0
-    assert guided_fraction(replace(settings, guidance_scale=1.0)) == 0.0
-
-
-@pytest.mark.parametrize(
     "changes, name, factor",
     [
         ({"teacher_offload": "experts"}, "teacher weights", 0.5145),
         ({"optimizer": "muon"}, "optimizer moments", 0.537),
-        ({"guided_fraction": 0.0}, "teacher activations", 1 / 2),
+        ({"is_guided": False}, "teacher activations", 1 / 2),
         ({"batch_size": 8}, "student activations", 2),
         ({"batch_size": 8}, "feature targets", 2),
         ({"latents_per_slot": 18}, "training states", 9),
@@ -170,8 +153,7 @@ def test_flops_of_a_step_count_guidance_replay_and_accumulation():
     )
     guided = step_flops(A14B).teacher
     assert 4 * (one + negative) * (1 - 1 / TEACHER.depth) < guided < 4 * (one + negative)  # less of one block is shared
-    assert step_flops(replace(A14B, guided_fraction=0.0)).teacher == 4 * one
-    assert step_flops(replace(A14B, guided_fraction=0.5)).teacher == (guided + 4 * one) / 2
+    assert step_flops(replace(A14B, is_guided=False)).teacher == 4 * one
     assert step_flops(replace(A14B, calls_per_step=0.25, grad_accum_steps=3)).teacher == 3 / 4 * guided
     again = step_flops(replace(A14B, gradient_checkpointing=True))
     assert again.recompute == again.student_forward and again.student_backward == 2 * again.student_forward
@@ -274,7 +256,7 @@ def test_hours_are_those_of_the_data_sheet_and_of_copies_that_no_answer_hides():
     assert step_seconds(A14B, gpu) == (computing, 0)
     streamed = replace(A14B, teacher_offload="blocks")
     assert step_seconds(streamed, gpu) == (computing, 0)  # four guided answers of 14B take seconds
-    one = replace(streamed, batch_size=1, guided_fraction=0.0)
+    one = replace(streamed, batch_size=1, is_guided=False)
     answer, copies = step_flops(one).teacher / (0.33 * 165e12), 40 * 351.5e6 * 2 / 25e9
     assert step_seconds(one, gpu)[1] == pytest.approx(copies - answer, rel=0.01)
     (*_, hint, _) = compute_lines(one, gpu)

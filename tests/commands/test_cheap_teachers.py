@@ -86,14 +86,11 @@ def test_a_student_of_two_steps_learns_from_a_teacher_of_four(train, teachers, t
     [
         (["--teacher_sampler", "unipc"], "teacher_sampler"),
         (["--teacher_steps", 8], "num_inference_steps"),
-        (["--guidance_range", 0.3, 0.9], "guidance_range"),
     ],
 )
 def test_a_run_or_a_cache_of_another_teacher_is_refused(train, teachers, tmp_path, changed, name):
-    base = ["--teacher_steps", 4, "--guidance_range", 0.2, 0.9, "--max_steps", 4, "--save_every", 2]
+    base = ["--teacher_steps", 4, "--max_steps", 4, "--save_every", 2]
     assert train(teachers.one, PRUNED_CONFIG, *base, "--teacher_cache", tmp_path / "cache").code == 0
-    record = StudentConfig.load(tmp_path / "out").distillation
-    assert record["guidance_range"] == [0.2, 0.9]
     resumed = train(teachers.one, PRUNED_CONFIG, *base, "--teacher_cache", tmp_path / "other", *changed)
     assert resumed.code == 2 and f"{name} " in resumed.err and "--overwrite" in resumed.err
     cached = train(
@@ -108,8 +105,6 @@ def test_a_run_or_a_cache_of_another_teacher_is_refused(train, teachers, tmp_pat
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--guidance_range", 0.9, 0.3], "--guidance_range: LOW 0.9 must be below HIGH 0.3"),
-        (["--guidance_range", 0.3, 0.9, "--guidance_scale", 1], "--guidance_range: there is no guidance here"),
         (["--teacher_sampler", "dpm++"], "'unipc', 'euler'"),
         (["--teacher_steps", 0], "--teacher_steps"),
         ([*FEW, "--states", "noise", "--sigma_range", 0.1, 0.2], "holds none of the teacher's noise levels, 1, 0.9,"),
@@ -141,6 +136,6 @@ def test_the_dry_run_counts_one_pass_where_there_is_no_guidance(run_main, write_
         return float(number) * {"M": 1e6, "G": 1e9}[prefix]
 
     guided, plain = flops("--guidance_scale", 4), flops("--guidance_scale", 1)
-    # Evenly spread before the shift: u of sigma 0.5 at shift 5 is 1/6, so that five sixths lie above.
-    above = flops("--guidance_scale", 4, "--guidance_range", 0.5, 1)
-    assert above == pytest.approx(plain + (guided - plain) * 5 / 6, rel=0.01)
+    assert guided == pytest.approx(
+        2 * plain, rel=0.2
+    )  # less what both passes share, more for the longer negative prompt

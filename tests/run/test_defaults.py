@@ -31,13 +31,13 @@ def wan(hidden_size: int, depth: int) -> StudentConfig:
 
 def test_replay_grows_with_what_an_answer_costs_and_is_bounded():
     def replay(teacher: StudentConfig, student: StudentConfig, **options) -> int:
-        return suggested_replay(teacher, student, 32, **{"guided_fraction": 1.0} | options)
+        return suggested_replay(teacher, student, 32, **{"is_guided": True} | options)
 
     assert replay(wan(128, 2), wan(128, 2)) == MIN_REPLAY
     assert replay(wan(1024, 8), wan(128, 2)) == MAX_REPLAY
     # Two passes of a model nine times as large, against three of the student:
     assert replay(wan(128, 18), wan(128, 2)) == 6
-    assert replay(wan(128, 18), wan(128, 2), guided_fraction=0.0) == MIN_REPLAY
+    assert replay(wan(128, 18), wan(128, 2), is_guided=False) == MIN_REPLAY
 
 
 def test_a_run_says_what_was_chosen_and_the_student_records_it(train, teachers, tmp_path):

@@ -62,15 +62,13 @@ def make_teacher(
     num_experts: int = 1,
     rooms: int = 0,
     is_fp8: bool = False,
-    guidance_range: tuple[float, float] | None = None,
 ) -> Teacher:
     place = "cpu" if rooms else GPU
     models = [unfilled_model(TEACHER, torch.float32) for _ in range(num_experts)]
     experts = [filled(to_fp8(model) if is_fp8 else model, gpu.mode, place) for model in models]
     named = dict(zip(("high", "low"), experts, strict=False))
     negative = torch.randn(5, TEXT_DIM)
-    about = replace(settings(num_experts), guidance_range=guidance_range)
-    teacher = Teacher(named, about, negative)
+    teacher = Teacher(named, settings(num_experts), negative)
     if rooms:
         StreamedBlocks(teacher.experts, GPU, rooms)
     return teacher
@@ -151,7 +149,6 @@ RUNS: dict[str, tuple[dict, dict]] = {
     "two experts in parts": ({"num_experts": 2}, {"micro_batch": 2}),
     "blocks of two experts, noise": ({"num_experts": 2, "rooms": 2}, {"states": "noise"}),
     "segments of its paths": ({}, {"segment_ends": (1.0, 0.8, 0.0)}),
-    "guided at some noise levels": ({"guidance_range": (0.9, 1.0)}, {}),
 }
 
 

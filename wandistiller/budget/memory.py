@@ -144,12 +144,12 @@ def block_bytes(workload: Workload) -> int:
 
 def _teacher_samples(workload: Workload) -> int:
     """Return the samples of one call: guidance asks with the prompt and with the negative prompt at once."""
-    return workload.batch_size * (2 if workload.guided_fraction else 1)
+    return workload.batch_size * (2 if workload.is_guided else 1)
 
 
 def _teacher_activations(workload: Workload) -> int:
     config, compute = workload.teacher, BYTES[workload.dtype]
-    text = max(workload.text_tokens, workload.negative_text_tokens + 1 if workload.guided_fraction else 0)
+    text = max(workload.text_tokens, workload.negative_text_tokens + 1 if workload.is_guided else 0)
     activations = _teacher_samples(workload) * inference_bytes(config, workload.teacher_tokens, text, compute)
     if workload.teacher_dtype == "fp8":
         return activations + compute * config.hidden_size * max(
@@ -172,10 +172,10 @@ def _feature_components(workload: Workload) -> list[Component]:
     # checkpointing the most is there while a block is recomputed, and then gradients alone have stayed of them.
     compute = BYTES[workload.dtype]
     errors = tokens * width * (compute if workload.gradient_checkpointing else FP32 + 1 + compute)
-    # The teacher's are whole until it has answered. Those of two experts, or with and without guidance, are copied together: at
+    # The teacher's are whole until it has answered. Those of two experts are copied together: at
     # most while the second one answers all states but one.
     moments = [activations + whole, whole + targets]
-    if workload.num_experts > 1 or 0 < workload.guided_fraction < 1:
+    if workload.num_experts > 1:
         moments.append(whole + round((1 - 1 / workload.batch_size) * (activations + whole)))
     layers = f"of {workload.num_features} layers"
     stored = 0 if _keeps_on_host(workload) else _stored_feature_bytes(workload)

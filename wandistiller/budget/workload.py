@@ -4,8 +4,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
-
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import (
     BACKWARD_PASSES,
@@ -14,10 +12,8 @@ from wandistiller.model.sizes import (
     sides,
     transformer_flops,
 )
-from wandistiller.sampling.flow import unshift_sigma
 from wandistiller.training.optimizer import NEWTON_SCHULZ_STEPS
 from wandistiller.walk.walk import FEW_PATHS
-from wandistiller.wan.settings import TeacherSettings
 
 UMT5_XXL_PARAMETERS = 5_680_910_336  # the text encoder of all released Wans, whose files are not always here
 FP32 = 4  # bytes
@@ -31,7 +27,7 @@ class Workload:
     student: StudentConfig
     latent_size: int | tuple[int, int]  # side, or height and width, of the latents of the largest image size
     num_experts: int = 1
-    guided_fraction: float = 1.0  # of the teacher's answers, those with a second pass for the negative prompt
+    is_guided: bool = True  # the teacher's answers take a second pass, for the negative prompt
     batch_size: int = 1  # prompts of one process in one forward pass
     grad_accum_steps: int = 1
     num_processes: int = 1
@@ -89,15 +85,6 @@ class Workload:
         return num_image_tokens(self.teacher, self.latent_size)
 
 
-def guided_fraction(settings: TeacherSettings, sigma_range: tuple[float, float] = (0.0, 1.0)) -> float:
-    """Return the fraction of the teacher's answers that guidance makes two passes of, for noise levels evenly spread before the shift."""
-    if not settings.uses_guidance or settings.guidance_range is None:
-        return float(settings.uses_guidance)
-    sigmas = torch.tensor([*sigma_range, *settings.guidance_range], dtype=torch.float64)
-    low, high, guided_low, guided_high = unshift_sigma(sigmas, settings.shift).tolist()
-    return max(0.0, min(high, guided_high) - max(low, guided_low)) / (high - low)
-
-
 # ---- FLOPs ----
 
 
@@ -132,11 +119,10 @@ def step_flops(workload: Workload) -> StepFlops:
     )
 
 
-def flops_per_sample(workload: Workload) -> tuple[float, float]:
+def flops_per_sample(workload: Workload) -> tuple[int, int]:
     """Return the FLOPs of the teacher's answer to one prompt, two passes with guidance, and of the student's."""
     asked = workload.teacher, workload.teacher_tokens, workload.text_tokens
-    plain, guided = transformer_flops(*asked), transformer_flops(*asked, workload.negative_text_tokens + 1)
-    teacher = workload.guided_fraction * guided + (1 - workload.guided_fraction) * plain
+    teacher = transformer_flops(*asked, workload.negative_text_tokens + 1 if workload.is_guided else None)
     return teacher, transformer_flops(workload.student, workload.student_tokens, workload.text_tokens)
 
 

@@ -38,16 +38,15 @@ def suggested_replay(
     student: StudentConfig,
     latent_size: int | tuple[int, int],
     *,
-    guided_fraction: float,
+    is_guided: bool,
 ) -> int:
     """Return how often each answer is learnt from, so that learning costs about what the teacher's answers cost.
 
     Args:
         latent_size: side of the latents, or their height and width.
-        guided_fraction: of the answers, those that take a second pass.
+        is_guided: whether an answer takes a second pass.
     """
     asked = teacher, num_image_tokens(teacher, latent_size), TYPICAL_TEXT_TOKENS
-    guided, plain = transformer_flops(*asked, TYPICAL_TEXT_TOKENS), transformer_flops(*asked)
-    answer = guided_fraction * guided + (1 - guided_fraction) * plain
+    answer = transformer_flops(*asked, TYPICAL_TEXT_TOKENS if is_guided else None)
     forward = transformer_flops(student, num_image_tokens(student, latent_size), TYPICAL_TEXT_TOKENS)
     return min(max(round(answer / ((1 + BACKWARD_PASSES) * forward)), MIN_REPLAY), MAX_REPLAY)

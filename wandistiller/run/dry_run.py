@@ -82,7 +82,7 @@ def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
         student=config,
         latent_size=settings.largest_latent_size,
         num_experts=len(settings.wan_files.experts),
-        guided_fraction=settings.guided_fraction,
+        is_guided=settings.teacher.uses_guidance,
         batch_size=settings.batch_size,
         grad_accum_steps=settings.grad_accum_steps,
         num_processes=settings.processes.count,
@@ -134,7 +134,7 @@ def with_texts(settings: Settings, workload: Workload) -> Workload:
     return replace(
         workload,
         mean_text_tokens=sum(of_prompts) / len(of_prompts),
-        negative_text_tokens=negative if workload.guided_fraction else 0,
+        negative_text_tokens=negative if workload.is_guided else 0,
         text_encoder_parameters=encoder.umt5.num_parameters if encoder else without_files,
     )
 

@@ -116,7 +116,6 @@ class GuidanceFlags:
     boundary_ratio: float | None = flag("lowest sigma of the high-noise expert", type=SHARE)
     negative_prompt: str | None = flag("negative prompt (Wan's own, less the words against stills)")
     shift: float | None = flag("warp of the noise levels, shift u / (1 + (shift - 1) u)", type=number(float, above=0))
-    guidance_range: list[float] | None = flag("noise levels with guidance (all)", **RANGE)
     teacher_steps: int | None = flag("sampling steps of the teacher", type=number(int, low=1, high=1000))
     teacher_levels: list[float] | None = flag(
         "noise levels (1000 sigma) of a teacher of few steps that noises its x_0 anew at each, such as 1000 757 522",

@@ -122,8 +122,6 @@ def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles,
 def sampled_as(flags: Flags, wan_files: WanFiles) -> TeacherSettings:
     """Return how the teacher is sampled."""
     typed = dict(vars(flags.teacher))
-    if guided := typed["guidance_range"]:
-        typed["guidance_range"] = tuple(guided)
     if levels := typed["teacher_levels"]:
         if not LEVELS.fits(levels):
             raise UserError(f"--teacher_levels {' '.join(f'{level:g}' for level in levels)}: allowed: {LEVELS.allowed}")

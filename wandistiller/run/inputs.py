@@ -116,7 +116,7 @@ def lora_mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
 
 
 def states_mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
-    states, guided = flags.states, flags.teacher.guidance_range
+    states = flags.states
     low, high = states.sigma_range or (0.0, 1.0)
     if low >= high:
         yield "sigma_range", f"LOW {low} must be below HIGH {high}"
@@ -126,8 +126,6 @@ def states_mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
         yield "calls_per_expert", "is for sampling paths; with --states noise both experts answer in every batch"
     if flags.objective.student_steps and low > 0:
         yield "sigma_range", "does not go together with --student_steps: few steps take all noise levels"
-    if guided and guided[0] >= guided[1]:
-        yield "guidance_range", f"LOW {guided[0]} must be below HIGH {guided[1]}"
 
 
 def process_mistakes(flags: Flags) -> Iterator[tuple[str, str]]:

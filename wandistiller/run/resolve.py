@@ -11,7 +11,6 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from wandistiller.budget.workload import guided_fraction
 from wandistiller.device import pick_device
 from wandistiller.errors import UserError
 from wandistiller.model.config import MAX_PATCHES, StudentConfig
@@ -128,9 +127,10 @@ def resolve_states(flags: Flags, files: Files, config: StudentConfig) -> dict[st
 def resolve_length(flags: Flags, known: dict[str, Any]) -> dict[str, Any]:
     """Return the steps of the run and of its first stage, and the teacher's calls that they take."""
     own, teacher, config, sizes = flags.optimization, known["teacher"], known["config"], known["image_sizes"]
-    guided = guided_fraction(teacher, known["sigma_range"])
     largest = max((teacher.latent_shape(config, size)[1:] for size in sizes), key=math.prod)
-    replay = flags.states.replay or suggested_replay(known["wan_files"].config, config, largest, guided_fraction=guided)
+    replay = flags.states.replay or suggested_replay(
+        known["wan_files"].config, config, largest, is_guided=teacher.uses_guidance
+    )
     is_lora = flags.student.train == "lora"
     student_steps = lora_steps(flags, known["source"]) if is_lora else few_steps(flags, teacher, known["sigma_range"])
     # A LoRA has one stage, whose answers are segments of the teacher's paths where the student draws in few steps.
@@ -145,7 +145,6 @@ def resolve_length(flags: Flags, known: dict[str, Any]) -> dict[str, Any]:
         first = max(1, replay * own.teacher_calls // calls_per_answer)
         num_steps = round(first / share)
     return {
-        "guided_fraction": guided,
         "replay": replay,
         "num_steps": num_steps,
         "first_stage_steps": first,

@@ -54,7 +54,6 @@ class Settings:
         num_steps: optimizer steps of the whole run.
         first_stage_steps: of these, those that learn the velocity.
         num_calls: teacher batches of the whole run, of `num_samples_per_step` samples each.
-        guided_fraction: of the teacher's answers, those with two passes.
         is_for_gpu: whether it runs on a GPU or (--dry_run) is planned for one.
         held_out_steps: of the teacher on a measured path (held_out.py).
         draws_held_out: whether it also draws, so that a measurement has a point of the frontier.
@@ -98,7 +97,6 @@ class Settings:
     offline_teacher: bool
     cache_part: tuple[int, int] | None
     num_calls: int
-    guided_fraction: float
     # Optimization
     num_steps: int
     first_stage_steps: int

@@ -61,9 +61,7 @@ def alone(settings: TeacherSettings, guidance_scale: float = 1.0) -> TeacherSett
 
     Guidance is 1, which takes one pass, because a student of a guided teacher has learnt the guided velocity.
     """
-    return replace(
-        settings, guidance_scale=guidance_scale, guidance_scale_2=None, boundary_ratio=None, guidance_range=None
-    )
+    return replace(settings, guidance_scale=guidance_scale, guidance_scale_2=None, boundary_ratio=None)
 
 
 def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc", levels: Sequence[float] = ()):

@@ -1,6 +1,6 @@
 """The frozen teacher: a guided velocity field over one or two 2D experts."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,53 +62,36 @@ class Teacher:
         layers: Sequence[int] = (),
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the guided velocity, and the hidden states (B, L, D) after `layers` of the half that sees the prompt."""
-        groups = list(self._groups(sigma))
-        if len(groups) == 1:
-            name, scale, _ = groups[0]
-            return self._guided(name, latents, sigma, prompt_embeds, prompt_lengths, layers, scale)
+        if "low" not in self.experts:
+            return self._guided("high", latents, sigma, prompt_embeds, prompt_lengths, layers)
         velocity = torch.empty_like(latents)
         features: list[Tensor] = []
-        for name, scale, is_asked in groups:
+        is_high = self.is_high(sigma)
+        # The expert in use comes first, so that a batch for both takes one change of experts and not two.
+        groups = [("high", is_high), ("low", ~is_high)]
+        for name, is_asked in reversed(groups) if self.in_use == "low" else groups:
             rows = is_asked.nonzero().flatten()
             if not self.any_process(len(rows) > 0):
                 continue
             if not len(rows):
                 # This call only lends this process's shard of the weights to the processes that need the expert.
-                self._guided(name, latents[:1], sigma[:1], prompt_embeds[:1], prompt_lengths[:1], (), scale)
+                self._guided(name, latents[:1], sigma[:1], prompt_embeds[:1], prompt_lengths[:1], ())
                 continue
             on_device = to_device(rows, latents.device)
             part = latents[on_device], sigma[rows], prompt_embeds[on_device], prompt_lengths[on_device]
-            velocity[on_device], hidden = self._guided(name, *part, layers, scale)
+            velocity[on_device], hidden = self._guided(name, *part, layers)
             features = features or [state.new_empty(len(latents), *state.shape[1:]) for state in hidden]
             for feature, state in zip(features, hidden, strict=True):
                 feature[on_device] = state
         return velocity, tuple(features)
 
-    def _groups(self, sigma: Tensor) -> Iterator[tuple[str, float, Tensor]]:
-        """Yield which expert answers with which guidance scale at which of the samples (B,); every sample is in one group.
-
-        The expert in use comes first, so that a batch for both takes one change of experts and not two.
-        """
-        everything = torch.ones_like(sigma, dtype=torch.bool)
-        if "low" not in self.experts:
-            experts = {"high": everything}
-        else:
-            is_high = self.is_high(sigma)
-            experts = {"high": is_high, "low": ~is_high}
-        for name in reversed(experts) if self.in_use == "low" else experts:
-            scale = self.settings.guidance_scale if name == "high" else self.settings.guidance_scale_2
-            if scale == 1.0 or self.settings.guidance_range is None:
-                yield name, scale, experts[name]
-                continue
-            low, high = self.settings.guidance_range
-            is_guided = (low <= sigma) & (sigma <= high)
-            yield name, scale, experts[name] & is_guided
-            yield name, 1.0, experts[name] & ~is_guided
+    def _scale_of(self, name: str) -> float:
+        return self.settings.guidance_scale if name == "high" else self.settings.guidance_scale_2
 
     def scale_at(self, sigma: float) -> float:
         """Return the guidance scale at a noise level; 1 takes one pass."""
-        ((_, scale, _),) = (group for group in self._groups(torch.tensor([sigma])) if group[2].any())
-        return scale
+        is_low = "low" in self.experts and not self.is_high(torch.tensor(sigma))
+        return self._scale_of("low" if is_low else "high")
 
     def is_high(self, sigma: Tensor) -> Tensor:
         """Return which samples (B,) of a teacher of two experts are the high-noise expert's."""
@@ -122,13 +105,12 @@ class Teacher:
         prompt_embeds: Tensor,
         prompt_lengths: Tensor,
         layers: Sequence[int],
-        scale: float,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return v_uncond + g (v_cond - v_uncond) of one expert, and its hidden states after `layers`.
 
         Both halves are computed in one call, which shares what is equal in them; g = 1 needs only one half.
         """
-        expert = self.use(name)
+        expert, scale = self.use(name), self._scale_of(name)
         timestep = to_device(sigma_to_timestep(sigma), latents.device)
         if scale == 1.0:
             with block_outputs(expert, layers) as features:

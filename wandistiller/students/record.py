@@ -12,7 +12,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.json_files import PATH, RATIO, STEPS, TEXT, Kind, is_number
 from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, StudentConfig
 from wandistiller.model.image_sizes import MAX_SIZES, ImageSize, is_size, square
-from wandistiller.wan.record_kinds import SAMPLING_KINDS, SIGMA_RANGE, latents_kinds
+from wandistiller.wan.record_kinds import SAMPLING_KINDS, latents_kinds
 
 # Drawing cannot do without these; any other entry may be missing.
 NEEDED_TO_DRAW = (
@@ -83,7 +83,6 @@ class StudentRecord:
     shift: float | None = entry()
     guidance_scale: float | None = entry()
     guidance_scale_2: float | None = entry()
-    guidance_range: tuple[float, float] | None = entry(SIGMA_RANGE)
     boundary_ratio: float | None = entry(RATIO)
     negative_prompt: str | None = entry()
     num_inference_steps: int | None = entry()

@@ -61,7 +61,6 @@ class TeacherSettings:
         teacher_sampler: "unipc", for a teacher of all noise levels; "euler", for one that was distilled to `num_inference_steps` and
             knows the noise levels of these alone; or "renoise", for one of `teacher_levels`, which noises its x_0 anew at each.
         teacher_levels: 1000 sigma, from 1000 down; () but for "renoise".
-        guidance_range: lowest and highest noise level with guidance; None for all of them.
     """
 
     preset: str
@@ -76,7 +75,6 @@ class TeacherSettings:
     vae_scale_factor: int
     teacher_sampler: str = "unipc"
     teacher_levels: tuple[float, ...] = ()
-    guidance_range: tuple[float, float] | None = None
 
     def recorded(self) -> dict[str, object]:
         """Return the entries of a student's record; values at their default are left out."""
@@ -97,8 +95,6 @@ class TeacherSettings:
         line = f"settings of {self.preset}: shift {self.shift:g}, guidance_scale {self.guidance_scale:g}"
         if self.boundary_ratio is not None:
             line += f", guidance_scale_2 {self.guidance_scale_2:g}, boundary_ratio {self.boundary_ratio:g}"
-        if self.guidance_range is not None:
-            line += ", guidance at sigma {:g} to {:g} alone".format(*self.guidance_range)
         return line
 
     @property
@@ -116,11 +112,11 @@ def resolve_settings(wan_files: WanFiles, **given: Any) -> TeacherSettings:
 
     An exported student says itself how it is sampled. For the others the preset goes before the folder because converted
     folders carry another shift (3 where A14B was made for 12: diffusers issue 12094). A single --guidance_scale counts for
-    both experts, as in diffusers. A --guidance_range over all noise levels is none.
+    both experts, as in diffusers.
 
     Args:
-        given: shift, guidance_scale, guidance_scale_2, boundary_ratio, negative_prompt, teacher_steps, teacher_sampler, teacher_levels
-            and guidance_range; what is left out or None is the teacher's own.
+        given: shift, guidance_scale, guidance_scale_2, boundary_ratio, negative_prompt, teacher_steps, teacher_sampler and
+            teacher_levels; what is left out or None is the teacher's own.
     """
     has_two = "low" in wan_files.experts
     typed = {name: value for name, value in given.items() if value is not None}
@@ -137,11 +133,11 @@ def resolve_settings(wan_files: WanFiles, **given: Any) -> TeacherSettings:
         base["num_inference_steps"] = typed["teacher_steps"]
     values = {"negative_prompt": DEFAULT_NEGATIVE_PROMPT, "teacher_sampler": "unipc"} | base | typed
     levels = tuple(values["teacher_levels"]) if values["teacher_sampler"] == "renoise" else ()
-    guidance_range, record = typed.get("guidance_range"), wan_files.record
+    record = wan_files.record
     latents = record.get("latents_mean"), record.get("latents_std")
     if not all(latents):
         latents = RELEASED_LATENTS.get(wan_files.config.num_channels, (None, None))
-    settings = TeacherSettings(
+    return TeacherSettings(
         preset=preset,
         shift=values["shift"],
         num_inference_steps=len(levels) or values["num_inference_steps"],
@@ -154,13 +150,7 @@ def resolve_settings(wan_files: WanFiles, **given: Any) -> TeacherSettings:
         vae_scale_factor=record.get("vae_scale_factor") or wan_files.config.vae_scale_factor,
         teacher_sampler=values["teacher_sampler"],
         teacher_levels=levels,
-        guidance_range=None if guidance_range == (0.0, 1.0) else guidance_range,
     )
-    if guidance_range is not None and not settings.uses_guidance:
-        raise UserError(
-            "--guidance_range: there is no guidance here (guidance_scale 1), so it has no range; leave it out"
-        )
-    return settings
 
 
 def _sampled_as(wan_files: WanFiles) -> tuple[str, dict[str, Any]]:
