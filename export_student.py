@@ -96,11 +96,7 @@ def read_config(flags: Flags) -> StudentConfig:
         StudentRecord.of(config, flags.student)
     else:
         config = (load_student_config if flags.format == "pipeline" else load_shape)(flags.student)
-    if config.block != "wan":
-        raise UserError(
-            f'--student {flags.student}: a student of block "{config.block}" is no Wan, and no other tool knows its '
-            'architecture; only block "wan" can be exported'
-        )
+    config.check_is_wan(f"--student {flags.student}", "no other tool knows its architecture")
     if flags.workflow and config.num_channels not in (16, 48):
         raise UserError(
             f"--workflow: ComfyUI draws latents of 16 or 48 channels, this student's have {config.num_channels}"

@@ -47,7 +47,7 @@ def shrink(config: StudentConfig) -> StudentConfig:
     image_size = patches * config.patch_size * config.vae_scale_factor
     shrunk = {"hidden_size": hidden_size, "depth": min(DEPTH, config.depth), "image_size": image_size}
     if hidden_size < config.hidden_size:
-        if config.block == "wan":
+        if config.is_wan:
             head_dim = config.head_dim if hidden_size % config.head_dim == 0 else HEAD_DIM
             shrunk["num_heads"] = hidden_size // head_dim
             shrunk["ffn_dim"] = max(1, config.ffn_dim * hidden_size // config.hidden_size)

@@ -24,7 +24,7 @@ def block_saved_bytes(config: StudentConfig, image: int, text: int, compute_byte
             runs a lite block's LayerNorms in float32.
     """
     width, c = config.hidden_size, compute_bytes
-    if config.block == "lite":
+    if not config.is_wan:
         norm_inputs = 2 * (FP32 if is_gpu else c)
         return image * ((norm_inputs + 6 * c) * width + 2 * c * config.ffn_dim)
     rms_copies = 1 if is_gpu else 2
@@ -36,7 +36,7 @@ def block_saved_bytes(config: StudentConfig, image: int, text: int, compute_byte
 
 def block_input_bytes(config: StudentConfig, image: int, compute_bytes: int) -> int:
     """Return the bytes of one sample's residual stream, float32 in a wan block and of the compute dtype in a lite one."""
-    return image * config.hidden_size * (compute_bytes if config.block == "lite" else FP32)
+    return image * config.hidden_size * (FP32 if config.is_wan else compute_bytes)
 
 
 def training_bytes(
@@ -48,14 +48,14 @@ def training_bytes(
     """
     width, c = config.hidden_size, compute_bytes
     block = block_saved_bytes(config, image, text, c, is_gpu)
-    if config.block == "lite":
+    if not config.is_wan:
         working = (WORKING_COPIES + 2) * c
         text_part = text * config.text_encoder_output_dim * FP32
     else:
         working = WORKING_COPIES * FP32
         # The embedder's input, its two hidden layers and the text tokens themselves:
         text_part = text * c * (config.text_encoder_output_dim + 3 * width)
-    head = 0 if config.block == "lite" else image * (2 * FP32 + c) * width
+    head = image * (2 * FP32 + c) * width if config.is_wan else 0
     in_hand = image * working * width
     if checkpointing:
         # Of the other blocks; its own is among what a block keeps.
@@ -67,7 +67,7 @@ def training_bytes(
 def inference_bytes(config: StudentConfig, image: int, text: int, compute_bytes: int) -> int:
     """Return the peak of one sample's activations in a forward pass that keeps nothing: inside one block."""
     width, c = config.hidden_size, compute_bytes
-    if config.block == "lite":
+    if not config.is_wan:
         return image * 12 * c * width
     ffn = (2 * FP32 + 2 * c) * width + 2 * c * config.ffn_dim
     attention = (6 * FP32 + 2 * c) * width  # q and k in float32, rotated one after the other

@@ -81,6 +81,16 @@ class StudentConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def is_wan(self) -> bool:
+        """Whether it is a Wan in 2D: then it has Wan's embedders and blocks, can be cut from a Wan, and other tools read it as one."""
+        return self.block == "wan"
+
+    def check_is_wan(self, where: str | Path, otherwise: str) -> None:
+        """Refuse a student that is no Wan; the message begins with `where` and says what therefore cannot be."""
+        if not self.is_wan:
+            raise ConfigError(f'{where}: a student of block "{self.block}" is no Wan, and {otherwise}')
+
+    @property
     def recorded_vae_scale_factor(self) -> int | None:
         return (self.distillation or {}).get("vae_scale_factor")
 
@@ -132,15 +142,18 @@ class StudentConfig:
 
     def _fill_block_defaults(self) -> None:
         """Fill in the keys that may be left out, since the block has a value for them."""
-        is_lite = self.block == "lite"
-        fixed = {"ffn_dim": 4 * self.hidden_size, "patch_size": 1} if is_lite else {}
+        fixed = {} if self.is_wan else {"ffn_dim": 4 * self.hidden_size, "patch_size": 1}
         for name, value in fixed.items():
             if getattr(self, name) not in (None, value):
                 raise ConfigError(
                     f'{name}={getattr(self, name)} does not fit block "lite", which always has {name} {value} here; '
                     f"use {value} or leave the key out"
                 )
-        defaults = {"ffn_dim": 4 * self.hidden_size, "patch_size": 2, "freq_dim": self.hidden_size if is_lite else 256}
+        defaults = {
+            "ffn_dim": 4 * self.hidden_size,
+            "patch_size": 2,
+            "freq_dim": 256 if self.is_wan else self.hidden_size,
+        }
         for name, value in (defaults | fixed).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the dataclass is frozen
@@ -155,7 +168,7 @@ class StudentConfig:
                 raise ConfigError(f"{field.name}={value} is too large; allowed: at most {largest}")
 
     def _check_shape(self) -> None:
-        if self.block == "wan":
+        if self.is_wan:
             self._check_wan_heads()
         unit = math.lcm(2, self.num_heads)
         self._check_multiple(

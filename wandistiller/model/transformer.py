@@ -264,8 +264,8 @@ class WanLiteStudent(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        blocks = WanBlock if config.block == "wan" else LiteBlock
-        (self._init_wan if config.block == "wan" else self._init_lite)(config)
+        blocks = WanBlock if config.is_wan else LiteBlock
+        (self._init_wan if config.is_wan else self._init_lite)(config)
         self.blocks = nn.ModuleList(blocks(config) for _ in range(config.depth))
 
     def _init_wan(self, config: StudentConfig) -> None:
@@ -319,7 +319,7 @@ class WanLiteStudent(nn.Module):
         for embeds, _ in prompts:
             self._check_inputs(latents, embeds)
         timestep = torch.as_tensor(timestep, device=latents.device).expand(latents.shape[0])
-        forward = self._forward_wan if self.config.block == "wan" else self._forward_lite
+        forward = self._forward_wan if self.config.is_wan else self._forward_lite
         return forward(latents, timestep, prompts).to(latents.dtype)
 
     def _check_inputs(self, latents: Tensor, prompt_embeds: Tensor) -> None:

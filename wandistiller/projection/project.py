@@ -145,7 +145,7 @@ def project_teacher(
         config = teacher.config.replace(text_max_length=text_max_length)
         selection = Selection(list(range(config.depth)))
     check_fits(teacher.config, config, layers)
-    if config.block == "lite":
+    if not config.is_wan:
         return fresh_student(wan_files, config, expert, device=device, seed=seed)
     selection = selection or select(teacher, config, layers)
     student = _empty_model(config, dtype or torch.float32, device, fp8, shard)

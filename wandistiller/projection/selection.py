@@ -48,18 +48,21 @@ def check_fits(
     Raises:
         ConfigError: it names `where`, key, value, the teacher's value and the nearest valid choice.
     """
-    is_wan = student.block == "wan"
-    for key in ("num_channels", "text_encoder_output_dim", *(("patch_size", "freq_dim", "eps") if is_wan else ())):
+    for key in (
+        "num_channels",
+        "text_encoder_output_dim",
+        *(("patch_size", "freq_dim", "eps") if student.is_wan else ()),
+    ):
         ours, theirs = getattr(student, key), getattr(teacher, key)
         if ours != theirs:
             raise ConfigError(
                 f'{where}: {key}={ours} does not fit this teacher, which has {theirs}; edit the line to "{key}": {theirs}'
             )
-    for key in ("depth", "hidden_size", *(("ffn_dim", "num_heads") if is_wan else ())):
+    for key in ("depth", "hidden_size", *(("ffn_dim", "num_heads") if student.is_wan else ())):
         ours, theirs = getattr(student, key), getattr(teacher, key)
         if ours > theirs:
             raise ConfigError(f"{where}: {key}={ours} is more than the teacher's {theirs}; use {theirs} or less")
-    if is_wan and student.head_dim != teacher.head_dim:
+    if student.is_wan and student.head_dim != teacher.head_dim:
         near = max(1, round(student.hidden_size / teacher.head_dim))
         raise ConfigError(
             f"{where}: hidden_size={student.hidden_size} with num_heads={student.num_heads} gives heads of {student.head_dim} "

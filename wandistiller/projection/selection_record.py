@@ -47,10 +47,7 @@ def read_made_of(folder: str | Path, config: StudentConfig) -> tuple[StudentConf
         UserError: it was not made of a teacher, or the report is missing or damaged.
     """
     path = Path(folder) / REPORT_NAME
-    if config.block != "wan":
-        raise UserError(
-            f'{Path(folder) / CONFIG_NAME}: a student of block "{config.block}" is no Wan, and takes no LoRA of one'
-        )
+    config.check_is_wan(Path(folder) / CONFIG_NAME, "takes no LoRA of one")
     try:
         report = load_json(path)
     except JsonError as error:

@@ -75,8 +75,7 @@ def open_source(flags: StudentFlags, config: StudentConfig) -> Source | None:
     place = flags.init_from
     if place in ("teacher", "random"):
         return None
-    if config.block != "wan":
-        raise UserError(f"--init_from {place}: a student of block {config.block} starts from random values")
+    config.check_is_wan(f"--init_from {place}", "starts from random values")
     wan_files = open_wan_files(place)
     name = flags.init_expert if len(wan_files.experts) > 1 else "high"
     expert = wan_files.expert(name)

@@ -110,7 +110,7 @@ def resolve_states(flags: Flags, files: Files, config: StudentConfig) -> dict[st
     has_features = own.states != "noise" and own.teacher_cache is None
     feature_loss_weight = given(flags.objective.feature_loss_weight, FEATURE_LOSS_WEIGHT if has_features else 0.0)
     is_of_teacher = files.source.is_like(wan_files.config) if files.source else flags.student.init_from == "teacher"
-    if feature_loss_weight and (not is_of_teacher or config.block != "wan"):
+    if feature_loss_weight and (not is_of_teacher or not config.is_wan):
         print("Hidden states are not compared: the student has none of the teacher's channels")
         feature_loss_weight = 0.0
     if flags.student.train == "lora":

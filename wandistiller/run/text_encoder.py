@@ -100,8 +100,7 @@ def resolve(flags: Any, prompts: Prompts) -> EncoderSettings:
     if folder.resolve() in (encoder.encoder.resolve(), encoder.encoder.parent.resolve()):
         raise UserError(f"--output_dir {folder}: is where the teacher's text encoder lies; give another folder")
     if flags.student is not None and (config := load_shape(flags.student)):
-        if config.block != "wan":
-            raise UserError(f'--student {flags.student}: block "{config.block}" has no cross-attention; leave it out')
+        config.check_is_wan(f"--student {flags.student}", "has no cross-attention; leave it out")
         encoder.check_text_dim(config.text_encoder_output_dim)
     print("\n".join(prompts.lines))
     known = {

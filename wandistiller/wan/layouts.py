@@ -144,8 +144,7 @@ def _open_folder(folder: Path, location: str) -> WanFiles:
 
 def _open_student(folder: Path) -> WanTransformer:
     config = StudentConfig.load(folder)
-    if config.block != "wan":
-        raise TeacherFileError(f'{folder}: holds a student of block "{config.block}", which is no Wan')
+    config.check_is_wan(folder, "no teacher")
     return replace(open_transformer(folder, [folder / WEIGHTS_NAME], {}, config), config=config)
 
 

@@ -152,8 +152,7 @@ def mock_shape(student: StudentConfig) -> StudentConfig:
     if head_dim % 2 or head_dim < 6:  # a lite student's heads need not suit RoPE
         head_dim = 8
     heads = larger(-(-student.hidden_size // head_dim))
-    is_wan = student.block == "wan"
-    patch_size = student.patch_size if is_wan else 2
+    patch_size = student.patch_size if student.is_wan else 2
     return replace(
         student,
         block="wan",
@@ -163,7 +162,7 @@ def mock_shape(student: StudentConfig) -> StudentConfig:
         ffn_dim=larger(student.ffn_dim),
         image_size=own_image_size(patch_size),
         patch_size=patch_size,
-        freq_dim=student.freq_dim if is_wan else 256,
+        freq_dim=student.freq_dim if student.is_wan else 256,
         distillation=None,
     )
 
