@@ -144,7 +144,7 @@ def test_micro_batches_are_the_rows_of_the_whole_and_processes_those_of_one():
 
 def test_hidden_states_come_with_fresh_answers_even_where_none_are_kept():
     batches = make_batches(12, layers=(0, 1), channels=range(3))
-    batches.sources[0][1].keeps_features = lambda *shape: False
+    batches.sources[0][1].num_sizes = MAX_FEATURE_BYTES  # as if so many sizes shared the room: a byte for each
     has_features = [bool(batch.features) for step in range(12) for batch in batches.of_step(step)]
     assert has_features == [step < 3 for step in range(12)], "three calls, each at a step of its own"
 

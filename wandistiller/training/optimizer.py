@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +48,13 @@ def make_optimizer(
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     settings: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "weight_decay": options.weight_decay}
     settings["fused"] = torch.device(device).type in ("cuda", "cpu")
-    if options.optimizer == "muon":
-        matrices, others = split_for_muon(trained)
-        muon = Muon(matrices.values(), options.lr, options.weight_decay, compute_dtype)
-        rest = [_adamw(others.values(), settings)] if others else []  # a LoRA is all matrices
-        return CombinedOptimizer([muon, *rest])
-    return _adamw(trained.values(), settings)
+    if options.optimizer == "adamw":
+        return _adamw(trained.values(), settings)
+    # Muon is for hidden layers: embedders, the output layer and the maps of the feature loss are matrices too, and AdamW's.
+    matrices = {name: weight for name, weight in trained.items() if weight.ndim == 2 and _IN_BLOCK.search(name)}
+    muon = Muon(matrices.values(), options.lr, options.weight_decay, compute_dtype)
+    others = [weight for name, weight in trained.items() if name not in matrices]  # a LoRA has none
+    return CombinedOptimizer([muon, *([_adamw(others, settings)] if others else [])])
 
 
 def _adamw(parameters: Iterable[nn.Parameter], settings: dict[str, Any]) -> torch.optim.AdamW:
@@ -63,17 +64,6 @@ def _adamw(parameters: Iterable[nn.Parameter], settings: dict[str, Any]) -> torc
         moments = {name: torch.zeros_like(weight, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[weight] = {"step": torch.zeros((), device=weight.device)} | moments
     return optimizer
-
-
-def split_for_muon(
-    named: Mapping[str, nn.Parameter],
-) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Return the matrices of the transformer blocks, by name, and all other parameters.
-
-    Muon is for hidden layers: embedders, the output layer and the maps of the feature loss are matrices too, and AdamW's.
-    """
-    matrices = {name: weight for name, weight in named.items() if weight.ndim == 2 and _IN_BLOCK.search(name)}
-    return matrices, {name: weight for name, weight in named.items() if name not in matrices}
 
 
 class Muon(torch.optim.Muon):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import is_out_of_memory
-from wandistiller.errors import UserError
+from wandistiller.errors import UserError, first_line
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.processes import Processes, error_reason, local_part, reshard
+from wandistiller.processes import Processes, local_part, reshard
 from wandistiller.training.checkpoints import Checkpoint, DamagedCheckpointError
 from wandistiller.training.objective import TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, learning_rate, make_optimizer
@@ -153,9 +153,7 @@ class RunState:
         except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
-            reason = (
-                f"{type(error).__name__}: {error_reason(error)}" if isinstance(error, KeyError) else error_reason(error)
-            )
+            reason = first_line(error)
         if not self.processes.all_true(reason is None):
             raise DamagedCheckpointError(reason or "another process found so")
 

@@ -66,12 +66,9 @@ class Store:
         """Keep an answer of some of the slots: what `Walk.ask` returns."""
         if not answer:
             return
-        rows, features = answer["rows"], [value for name, value in answer.items() if is_feature(name)]
-        is_kept = bool(features) and self.keeps_features(len(features), features[0].shape[1:])
+        rows = answer["rows"]
         places = self.num_stored[rows] % self.capacity
-        for name, value in answer.items():
-            if name == "rows" or (is_feature(name) and not is_kept):
-                continue
+        for name, value in self._kept(answer, 1).items():
             if name not in self.rows:
                 shape, dtype = value.shape[1:], torch.bfloat16 if is_feature(name) else value.dtype
                 place = "cpu" if name in ON_HOST else self.kept_on
@@ -98,11 +95,12 @@ class Store:
         }
         return {name: value if name in ON_HOST else to_device(value, self.device) for name, value in taken.items()}
 
-    def keeps_features(self, num_layers: int, shape: Sequence[int]) -> bool:
-        """Return whether hidden states (L, D) of so many layers are kept beside every answer: they have room, and come again."""
-        return (
-            self.capacity > 1 and feature_bytes(self.batch_size * self.capacity, num_layers, shape, self.num_sizes) > 0
-        )
+    def _kept(self, answer: dict[str, Tensor], first_dim: int) -> dict[str, Tensor]:
+        """Return what is kept of an answer: hidden states, whose shape (L, D) begins at `first_dim`, if they have room and come again."""
+        features = [value for name, value in answer.items() if is_feature(name)]
+        num_answers, shape = self.batch_size * self.capacity, features[0].shape[first_dim:] if features else ()
+        has_room = self.capacity > 1 and feature_bytes(num_answers, len(features), shape, self.num_sizes) > 0
+        return {name: value for name, value in answer.items() if name != "rows" and (has_room or not is_feature(name))}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything by slots along the first dimension, without the places that are still empty."""
@@ -126,11 +124,8 @@ class Store:
         self.capacity = max(self.capacity, filled)  # of a run that was longer
         self.num_stored = state["num_stored"].clone()
         self.uses = self._with_room(state["uses"], "cpu")
-        features = [values for name, values in rows.items() if is_feature(name)]
-        is_kept = bool(features) and self.keeps_features(len(features), features[0].shape[2:])
-        for name, values in rows.items():
-            if is_kept or not is_feature(name):  # those of a shorter run may have no room in a longer one
-                self.rows[name] = self._with_room(values, "cpu" if name in ON_HOST else self.kept_on)
+        for name, values in self._kept(rows, 2).items():  # those of a shorter run may have no room in a longer one
+            self.rows[name] = self._with_room(values, "cpu" if name in ON_HOST else self.kept_on)
 
     def _with_room(self, filled: Tensor, device: str) -> Tensor:
         """Return what was stored (slots, filled, ...) with the places (slots, capacity, ...) that are still empty."""
