@@ -136,6 +136,4 @@ def test_the_dry_run_counts_one_pass_where_there_is_no_guidance(run_main, write_
         return float(number) * {"M": 1e6, "G": 1e9}[prefix]
 
     guided, plain = flops("--guidance_scale", 4), flops("--guidance_scale", 1)
-    assert guided == pytest.approx(
-        2 * plain, rel=0.2
-    )  # less what both passes share, more for the longer negative prompt
+    assert 1.3 * plain < guided < 2 * plain  # what both passes share is counted once
