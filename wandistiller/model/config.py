@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import get_args
@@ -62,7 +62,7 @@ class StudentConfig:
     text_encoder_output_dim: int = 4096
     freq_dim: int | None = None
     eps: float = 1e-6
-    distillation: dict | None = None
+    distillation: dict | None = field(default=None, hash=False)
 
     def __post_init__(self):
         self._check_types()
@@ -117,14 +117,14 @@ class StudentConfig:
 
     def _check_types(self) -> None:
         nouns = {str: "text in quotes", int: "a whole number", float: "a number", dict: "an object"}
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), get_args(field.type) or (field.type,)
+        for known in fields(self):
+            value, allowed = getattr(self, known.name), get_args(known.type) or (known.type,)
             wanted = allowed[0]
             if value is None and NoneType in allowed:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
                 raise ConfigError(
-                    f"{field.name}={value!r} is of type {type(value).__name__}; it must be {nouns[wanted]}"
+                    f"{known.name}={value!r} is of type {type(value).__name__}; it must be {nouns[wanted]}"
                 )
         factor = (self.distillation or {}).get("vae_scale_factor", 8)
         if type(factor) is not int or factor < 1:
@@ -159,13 +159,13 @@ class StudentConfig:
                 object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def _check_range(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for known in fields(self):
+            value = getattr(self, known.name)
             if isinstance(value, (int, float)) and not (0 < value < math.inf):
-                raise ConfigError(f"{field.name}={value} cannot work; it must be above 0 and finite")
-            largest = LARGEST_BY_NAME.get(field.name, LARGEST)
+                raise ConfigError(f"{known.name}={value} cannot work; it must be above 0 and finite")
+            largest = LARGEST_BY_NAME.get(known.name, LARGEST)
             if isinstance(value, int) and value > largest:
-                raise ConfigError(f"{field.name}={value} is too large; allowed: at most {largest}")
+                raise ConfigError(f"{known.name}={value} is too large; allowed: at most {largest}")
 
     def _check_shape(self) -> None:
         if self.is_wan:
@@ -201,7 +201,7 @@ class StudentConfig:
     @classmethod
     def from_dict(cls, values: dict, where: str = CONFIG_NAME) -> "StudentConfig":
         """Return the checked config that a JSON object holds; errors begin with `where`."""
-        known = [field.name for field in fields(cls)]
+        known = [known.name for known in fields(cls)]
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1, 0.0)

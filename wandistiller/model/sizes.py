@@ -51,13 +51,9 @@ def unfilled_model(config: StudentConfig, dtype: torch.dtype) -> WanLiteStudent:
     return model
 
 
+@lru_cache(maxsize=16)
 def count_parameters(config: StudentConfig) -> ParameterCount:
     """Count the parameters of a model by its shape."""
-    return _count_parameters(config.replace(distillation=None))  # a record cannot be hashed
-
-
-@lru_cache(maxsize=16)
-def _count_parameters(config: StudentConfig) -> ParameterCount:
     with torch.device("meta"):
         model = WanLiteStudent(config.replace(depth=1))
     sizes = {
@@ -96,6 +92,7 @@ def sides(latent_size: int | tuple[int, int]) -> tuple[int, int]:
     return (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
 
 
+@lru_cache(maxsize=64)
 def transformer_flops(
     config: StudentConfig, num_image_tokens: int, num_text_tokens: int, num_negative_tokens: int | None = None
 ) -> int:
@@ -105,13 +102,9 @@ def transformer_flops(
         num_text_tokens: tokens that cross-attention sees, with the one pad token that stands for all padding.
         num_negative_tokens: those of the negative prompt, in a guided pass that answers for both prompts at once.
     """
-    return _flops(config.replace(distillation=None), num_image_tokens, num_text_tokens, num_negative_tokens)
-
-
-@lru_cache(maxsize=64)
-def _flops(config: StudentConfig, image: int, text: int, negative: int | None) -> int:
-    """Count a model of one block and one of two, since all blocks after the first cost the same."""
-    one, two = (_counted_flops(config.replace(depth=depth), image, text, negative) for depth in (1, 2))
+    tokens = num_image_tokens, num_text_tokens, num_negative_tokens
+    # All blocks after the first cost the same.
+    one, two = (_counted_flops(config.replace(depth=depth), *tokens) for depth in (1, 2))
     return one + (config.depth - 1) * (two - one)
 
 
