@@ -105,28 +105,30 @@ class _Loop:
         """Take one optimizer step on a global batch."""
         own_step, count = step - 1 - self.state.first_step, self.batches.num_micro_batches
         progress = own_step / (self.options.num_steps - self.state.first_step)
-        passes = [
-            self._learn(batch, progress, number == count)
-            for number, batch in enumerate(self.batches.of_step(own_step), start=1)
-        ]
+        sigmas, losses, has_features = [], [], False
+        for number, batch in enumerate(self.batches.of_step(own_step), start=1):
+            losses.append(self._learn(batch, progress, number == count))
+            sigmas.append(batch.sigma)
+            has_features = bool(batch.features)
+            del batch  # its text and hidden states may be gigabytes
         parameters = self.state.trained.parameters()
         grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, self.options.optimization.max_grad_norm))
-        found = _measure(passes, grad_norm, stop.requested, self.processes)
+        found = _measure(torch.cat(sigmas), losses, grad_norm, stop.requested, self.processes)
         try:
-            check_finite(step, found.sigmas, found.loss + found.feature_loss, found.grad_norm, self.options)
+            check_finite(step, found.sigmas, found.loss + (found.feature_loss or 0.0), found.grad_norm, self.options)
         except NonFiniteError as error:
             if self.checkpoints is not None and self.checkpoints.good:
                 error.args = (f"{error} The newest good checkpoint is step {max(self.checkpoints.good)}.",)
             raise
         self.state.update(found.loss)
-        return found
+        return found if has_features else replace(found, feature_loss=None)
 
-    def _learn(self, batch: Batch, progress: float, is_last: bool) -> "_Pass":
+    def _learn(self, batch: Batch, progress: float, is_last: bool) -> Loss:
         """Add the gradients of a micro-batch; the last one's are averaged over the processes, with those of all before."""
         with without_averaging(self.model, not is_last):
             loss = self.model(batch, progress)
             (loss.total / self.batches.num_micro_batches).backward()
-        return _Pass(batch.sigma, replace(loss, total=loss.total.detach()), bool(batch.features))
+        return replace(loss, total=loss.total.detach())
 
     def _is_asked_to_stop(self, found: "_Measured", stop: StopRequest) -> bool:
         """Return whether to stop here; many processes agree on a request that has just come in the step after it."""
@@ -148,7 +150,7 @@ class _Loop:
             teacher_calls=self.state.teacher_calls,
             loss_by_sigma=mean_by_sigma(found.sigmas, found.by_sample),
             stage=self.options.stage,
-            feature_loss=found.feature_loss if found.has_features else None,
+            feature_loss=found.feature_loss,
             held_out=held_out,
             memory_bytes=peak_memory_bytes(self.processes.device),
         )
@@ -168,43 +170,33 @@ class _Loop:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """One micro-batch that has been learnt from, without its text and hidden states, which may be gigabytes."""
-
-    sigma: Tensor
-    loss: Loss
-    has_features: bool
-
-
-@dataclass(frozen=True)
 class _Measured:
     """What a step shows, the same in every process; sigmas and squared errors are those of all samples."""
 
     loss: float
-    feature_loss: float
-    has_features: bool
+    feature_loss: float | None
     grad_norm: float
     is_stopped: bool
     sigmas: list[float]
     by_sample: list[float]
 
 
-def _measure(passes: list[_Pass], grad_norm: Tensor, is_stopped: bool, processes: Processes) -> _Measured:
-    """Gather the losses over all passes and processes; one process's request to stop is everyone's."""
-    losses = [taken.loss for taken in passes]
+def _measure(
+    sigma: Tensor, losses: Sequence[Loss], grad_norm: Tensor, is_stopped: bool, processes: Processes
+) -> _Measured:
+    """Gather the losses over all micro-batches and processes; one process's request to stop is everyone's."""
     by_sample = torch.cat([loss.by_sample for loss in losses])
-    sigma = to_device(torch.cat([taken.sigma for taken in passes]), by_sample.device)
-    means = [
-        torch.stack(values).mean()
-        for values in ([loss.velocity for loss in losses], [loss.features for loss in losses])
-    ]
-    own = torch.stack([*means, means[0].new_full((), float(is_stopped))])
+    sigma = to_device(sigma, by_sample.device)
+    velocity, features = (
+        torch.stack([getattr(loss, name) for loss in losses]).mean() for name in ("velocity", "features")
+    )
+    own = torch.stack([velocity, features, velocity.new_full((), float(is_stopped))])
     head = processes.gathered(own[None]).mean(dim=0)
     samples = processes.gathered(torch.stack([sigma.to(by_sample), by_sample], dim=1))
     # note: CPU-GPU sync point, the only one of a step
-    velocity, features, stops, norm, *rest = torch.cat([head, grad_norm.to(head)[None], samples.flatten()]).tolist()
+    loss, feature_loss, stops, norm, *rest = torch.cat([head, grad_norm.to(head)[None], samples.flatten()]).tolist()
     stops_now = is_stopped or (processes.are_many and stops > 0)
-    return _Measured(velocity, features, passes[0].has_features, norm, stops_now, rest[0::2], rest[1::2])
+    return _Measured(loss, feature_loss, norm, stops_now, rest[0::2], rest[1::2])
 
 
 def is_due(step: int, every: int, is_last: bool) -> bool:
