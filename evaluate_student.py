@@ -7,7 +7,6 @@ wandistiller/evaluation/measures.py.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from wandistiller.files.output_folder import (
     check_output_folder,
     prepare_output_folder,
 )
-from wandistiller.flags import PROMPT_PER, ComputeFlags, TeacherFlags, flag, group, number, parse_flags, path
+from wandistiller.flags import DrawingFlags, TextFlags, flag, group, number, parse_flags, path
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import load_prompts
@@ -34,37 +33,23 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from wandistiller.evaluation.experiment import Drawn, Experiment
 
 STUDENT_STEPS = (1, 2, 4, 8)
+ABOUT = "Hold a student against its teacher on held-out prompts."
 MAX_COLUMNS = 8  # of teacher_vs_student.png; each is a prompt
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptFlags:
-    """What is drawn."""
+@group()
+class Flags(TextFlags, DrawingFlags):
+    """The flags of this command, as `--help` describes them."""
 
     prompts_file: str = flag(
-        "prompts that were not trained on: a text file with one a line, a table, a folder or a glob of these, or a folder of prompt "
-        "templates (of which the held-out part is taken)",
+        "prompts that were not trained on: text file, table, folder or glob of these, or templates (their held-out part)",
         required=True,
         type=path,
     )
-    caption_column: str | None = flag("column of tables that holds the prompts, where their names do not tell")
-    prompt_per: str | None = flag(**PROMPT_PER)
     num_prompts: int = flag("how many of them, from the first", 32, type=number(int, low=1))
+    num_seeds: int = flag("pictures of each prompt", 2, type=number(int, low=1))
     frontier_prompts: int = flag(
         "how many of these are drawn in fewer steps too, by both; 0: none", 16, type=number(int, low=0)
-    )
-    prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingFlags:
-    """How it is drawn."""
-
-    num_seeds: int = flag("pictures of each prompt", 2, type=number(int, low=1))
-    seed: int = flag("of the first noise", 0, type=number(int, low=0, high=2**62))
-    num_inference_steps: int | None = flag(
-        "steps of the sampler (as recorded; a student of few steps keeps to its own)",
-        type=number(int, low=1, high=1000),
     )
     student_steps: list[int] | None = flag(
         f"steps to draw the student in beside its own ({' '.join(map(str, STUDENT_STEPS))}; a student of few steps: none)",
@@ -76,13 +61,6 @@ class SamplingFlags:
         type=ImageSize.parse,
     )
     batch_size: int = flag("pictures drawn at once", 16, type=number(int, low=1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flags:
-    """The flags of this command, as `--help` describes them."""
-
-    student: str = flag("folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path)
     output: str | None = flag(
         f"folder for {EVALUATION_NAME}, {GALLERY_NAME} and the pictures (the student's own)", type=path
     )
@@ -90,19 +68,6 @@ class Flags:
         "FILE.py:FUNCTION of your own, run as code, that rates pictures: given pictures (N, H, W, 3) uint8 and N prompts, it returns "
         'N answers, each True, False or a dict of facts and numbers, such as "correct" (tools/demo_judge.py:judge_all)'
     )
-    teacher: TeacherFlags = group("Teacher (left out: as the student records)")
-    prompts: PromptFlags = group("Prompts")
-    sampling: SamplingFlags = group("Sampling")
-    compute: ComputeFlags = group("Performance")
-
-    @property
-    def folder(self) -> Path:
-        """The folder that the results go to."""
-        return Path(self.output or self.student)
-
-
-def parse_args(argv: list[str] | None = None) -> Flags:
-    return parse_flags(Flags, "evaluate_student.py", "Hold a student against its teacher on held-out prompts.", argv)
 
 
 def prepare(flags: Flags, size: ImageSize, prompts: list[str]) -> "tuple[Experiment, dict]":
@@ -117,26 +82,25 @@ def prepare(flags: Flags, size: ImageSize, prompts: list[str]) -> "tuple[Experim
     from wandistiller.evaluation.pair import Pair
     from wandistiller.sampling.flow import seeded_noise
 
-    own, steps = flags.sampling, flags.sampling.num_inference_steps
     judge = load_judge(flags.judge, prompts) if flags.judge else None
-    pair = Pair(flags.student, flags.teacher, flags.compute, flags.prompts.prompt_cache)
+    pair = Pair(flags.student, flags, flags, flags.prompt_cache)
     check_picture_size((size.height, size.width), pair.config, pair.teacher_files.config.patch_size, ("--size",) * 2)
 
     # The text comes first, so that its encoder leaves memory before the models come:
     embeds, negative = pair.embed(prompts)
     text = text_cost(pair.parts.encoder, prompts[0], pair.config.text_max_length, pair.device)
-    seeds = noise_seeds(len(prompts), own.num_seeds, own.seed)
+    seeds = noise_seeds(len(prompts), flags.num_seeds, flags.seed)
     experiment = Experiment(
         # A student that learnt whole steps draws in these alone, whatever --num_inference_steps says:
-        student=pair.artist("student", StudentRecord.of(pair.config).student_steps or steps),
-        teacher=pair.artist("teacher", steps, negative=negative),
+        student=pair.artist("student", StudentRecord.of(pair.config).student_steps or flags.num_inference_steps),
+        teacher=pair.artist("teacher", flags.num_inference_steps, negative=negative),
         prompts=prompts,
         embeds=embeds,
         seeds=seeds,
         noise=seeded_noise(seeds, pair.settings.latent_shape(pair.config, size)),
         judge=judge,
-        num_seeds=own.num_seeds,
-        batch_size=own.batch_size,
+        num_seeds=flags.num_seeds,
+        batch_size=flags.batch_size,
     )
     return experiment, text
 
@@ -146,12 +110,12 @@ def describe(flags: Flags, config: StudentConfig, size: ImageSize, experiment: "
     options, settings = experiment.teacher.options, experiment.teacher.settings
     return {
         "student": flags.student,
-        "teacher": flags.teacher.teacher_path or StudentRecord.of(config).teacher_path,
-        "prompts_file": flags.prompts.prompts_file,
+        "teacher": flags.teacher_path or StudentRecord.of(config).teacher_path,
+        "prompts_file": flags.prompts_file,
         "num_prompts": len(experiment.prompts),
         "num_trained_prompts": count_trained_prompts(flags.student, experiment.prompts),
         "num_seeds": experiment.num_seeds,
-        "seed": flags.sampling.seed,
+        "seed": flags.seed,
         "num_inference_steps": options.num_inference_steps,
         "student_steps": experiment.student.options.num_inference_steps,
         "shift": options.shift,
@@ -170,7 +134,7 @@ def is_fixed(config: StudentConfig) -> bool:
     return bool(record.student_steps) or record.teacher_sampler in ("euler", "renoise")
 
 
-def drawable_steps(config: StudentConfig, flags: SamplingFlags) -> list[int]:
+def drawable_steps(config: StudentConfig, flags: Flags) -> list[int]:
     """Return the numbers of steps to draw the student in, beside its own."""
     if flags.student_steps is not None:
         return flags.student_steps
@@ -189,11 +153,11 @@ def measure_all(
     results, teacher, student = measure(experiment)
     results["cost"] = measure_cost(experiment)
     results["picture"] = measure_picture(experiment, text, results["cost"]["step_seconds"])
-    if num_prompts := min(flags.prompts.frontier_prompts, len(experiment.prompts)):
+    if num_prompts := min(flags.frontier_prompts, len(experiment.prompts)):
         print(f"In fewer steps: {num_prompts} prompts", flush=True)
         few, seconds = experiment.first(num_prompts), results["cost"]["step_seconds"]
         full, own = (one.latents[: len(few.noise)] for one in (teacher, student))
-        results["frontier"] = measure_frontier(few, full, own, drawable_steps(config, flags.sampling), seconds)
+        results["frontier"] = measure_frontier(few, full, own, drawable_steps(config, flags), seconds)
     return results, teacher, student
 
 
@@ -221,26 +185,27 @@ def recommend(folder: Path, steps: int | None, digest: str | None) -> None:
     print(f"Recorded in {folder / CONFIG_NAME}: {steps} steps are enough, and drawing takes them from now on")
 
 
-def read_prompts(given: PromptFlags) -> list[str]:
+def read_prompts(flags: Flags) -> list[str]:
     """Read the prompts to draw; what they were read as is printed."""
     file = load_prompts(
-        given.prompts_file,
-        given.caption_column,
-        num_drawn=given.num_prompts,
-        prompt_per=given.prompt_per,
+        flags.prompts_file,
+        flags.caption_column,
+        num_drawn=flags.num_prompts,
+        prompt_per=flags.prompt_per,
     )
     if file.notice:
-        print(f"{given.prompts_file}: {file.notice}")
-    return list(file.prompts[: given.num_prompts])
+        print(f"{flags.prompts_file}: {file.notice}")
+    return list(file.prompts[: flags.num_prompts])
 
 
 def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
-    flags = parse_args(argv)
+    flags: Flags = parse_flags(Flags, "evaluate_student.py", ABOUT, argv)
     config = load_student_config(flags.student)
-    size = flags.sampling.size or trained_sizes(config)[0]
-    prompts = read_prompts(flags.prompts)
-    check_evaluation_is_ours(check_output_folder(flags.folder, "--output"), "--output")
+    size = flags.size or trained_sizes(config)[0]
+    prompts = read_prompts(flags)
+    folder = check_output_folder(flags.output or flags.student, "--output")
+    check_evaluation_is_ours(folder, "--output")
 
     from wandistiller.evaluation.experiment import measure_prompts
     from wandistiller.files.atomic import write_json
@@ -251,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
 
     digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
     experiment, text = prepare(flags, size, prompts)
-    folder = prepare_output_folder(flags.folder, "--output")
+    prepare_output_folder(folder, "--output")
     about = describe(flags, config, size, experiment) | {"student_sha256": digest}
     if num_trained := about["num_trained_prompts"]:
         print(

@@ -10,14 +10,14 @@ file as ComfyUI-GGUF does.
 import os
 import sys
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_output_folder, check_writable, removed_if_empty
-from wandistiller.flags import TeacherFlags, flag, group, parse_flags, path, switch
+from wandistiller.flags import PartsFlags, TeacherFlags, flag, group, parse_flags, path, switch
 from wandistiller.model.config import StudentConfig
 from wandistiller.students.drawing import example_prompt
 from wandistiller.students.parts import DrawingParts, find_recorded_encoder, teacher_paths
@@ -34,17 +34,8 @@ FILE_NAMES = {"original": "wan_student.safetensors", "gguf": "wan_student.gguf"}
 WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class PartsFlags:
-    """Where the other parts of a pipeline are; None: beside the teacher that the student records."""
-
-    teacher_path: str | None = flag("the teacher, where it is no longer where the student's record says", type=path)
-    vae_path: str | None = flag("folder or hub id of a diffusers AutoencoderKLWan", type=path)
-    text_encoder_path: str | None = flag("folder or hub id with text_encoder/ and tokenizer/", type=path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flags:
+@group()
+class Flags(PartsFlags):
     """The flags of this command, as `--help` describes them."""
 
     student: str = flag(
@@ -68,7 +59,6 @@ class Flags:
         choices=[*FLOATS, "fp8", *QUANTISED],
     )
     workflow: bool = switch("write a ComfyUI workflow beside an original file, to drop on its editor")
-    parts: PartsFlags = group("The rest of a pipeline (left out: from the teacher that the student records)")
 
 
 def parse_args(argv: list[str] | None = None) -> Flags:
@@ -80,9 +70,9 @@ def check_flags(flags: Flags) -> None:
     """Refuse flags that do not go together."""
     if flags.dtype not in (allowed := FORMATS[flags.format]):
         raise UserError(f"--dtype {flags.dtype}: --format {flags.format} has {', '.join(allowed)}; give one of these")
-    for name, value in vars(flags.parts).items():
-        if value and flags.format != "pipeline":
-            raise UserError(f"--{name} belongs to --format pipeline; the other formats hold the transformer alone")
+    for part in fields(PartsFlags):
+        if getattr(flags, part.name) and flags.format != "pipeline":
+            raise UserError(f"--{part.name} belongs to --format pipeline; the other formats hold the transformer alone")
     if flags.workflow and flags.format != "original":
         raise UserError("--workflow is for --format original, the file that ComfyUI reads")
 
@@ -132,11 +122,10 @@ def find_parts(flags: PartsFlags, config: StudentConfig) -> DrawingParts:
     """Find VAE, text encoder and tokenizer of a pipeline, and check that they are those of the student."""
     from wandistiller.wan.vae import check_statistics, find_vae, load_vae
 
-    given = TeacherFlags(**vars(flags))
     needs_teacher = not (flags.vae_path and flags.text_encoder_path)
-    teacher = teacher_paths(config, given)[0] if needs_teacher else "mock"
-    vae = load_vae(find_vae(given.vae_path, teacher, config.num_channels), config.num_channels, config.vae_scale_factor)
-    encoder = find_recorded_encoder(config, given.text_encoder_path, teacher)
+    teacher = teacher_paths(config, TeacherFlags(teacher_path=flags.teacher_path))[0] if needs_teacher else "mock"
+    vae = load_vae(find_vae(flags.vae_path, teacher, config.num_channels), config.num_channels, config.vae_scale_factor)
+    encoder = find_recorded_encoder(config, flags.text_encoder_path, teacher)
     if encoder is None:
         raise UserError(
             "this student learnt the mock teacher's stand-in embeddings; there is no text encoder for a pipeline, export it "
@@ -230,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     # Every file is checked before one is written:
     if flags.format == "gguf":
         refuse_what_gguf_drops(config)
-    parts = find_parts(flags.parts, config) if flags.format == "pipeline" else None
+    parts = find_parts(flags, config) if flags.format == "pipeline" else None
     tensors = WanLiteStudent.from_pretrained(flags.student).state_dict()
     public_config = published(config)
     encoder = parts and parts.encoder

@@ -10,7 +10,6 @@ no picture is replaced unless --overwrite says so.
 import math
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,16 +21,12 @@ from wandistiller.files.output_folder import (
     prepare_output_folder,
     removed_if_empty,
 )
-from wandistiller.flags import PROMPT_PER, ComputeFlags, TeacherFlags, flag, group, number, parse_flags, path, switch
+from wandistiller.flags import DrawingFlags, TextFlags, flag, group, number, parse_flags, path, switch
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import load_prompts, slug, unusable
 from wandistiller.prompts.templates import is_template
-from wandistiller.students.drawing import (
-    Artist,
-    check_picture_size,
-    untrained_warnings,
-)
+from wandistiller.students.drawing import Artist, check_picture_size, untrained_warnings
 from wandistiller.students.parts import recorded_settings
 from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes
 
@@ -44,18 +39,13 @@ MAX_GRID_PICTURES = 100
 NUM_OF_TEMPLATES = 8  # pictures, where prompts without end are asked for and no number is given
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptFlags:
-    """What is drawn."""
+@group()
+class Flags(TextFlags, DrawingFlags):
+    """The flags of this command, as `--help` describes them; None: as the student records."""
 
+    model: str = flag("who draws: the student, or the teacher it records", "student", choices=["student", "teacher"])
     prompt: list[str] | None = flag("one or more prompts, each in quotes", nargs="+", metavar="PROMPT")
-    prompts_file: str | None = flag(
-        "a text file with one prompt a line, a table, a folder or a glob of these, or a folder of prompt templates; a prompt that "
-        "stands there twice is drawn twice",
-        type=path,
-    )
-    caption_column: str | None = flag("column of tables that holds the prompts, where their names do not tell")
-    prompt_per: str | None = flag(**PROMPT_PER)
+    prompts_file: str | None = flag("prompts: text file, table, folder or glob of these, or templates", type=path)
     num_prompts: int | None = flag(
         f"how many of --prompts_file, from the first (all of them; of templates {NUM_OF_TEMPLATES})",
         type=number(int, low=1),
@@ -63,39 +53,18 @@ class PromptFlags:
     num_images: int = flag(
         "pictures of each prompt, each from a noise of its own", 1, type=number(int, low=1, high=10_000)
     )
-    prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingFlags:
-    """How it is drawn; None: as the student records."""
-
-    num_inference_steps: int | None = flag("steps of the sampler", type=number(int, low=1, high=1000))
     guidance_scale: float | None = flag(
         "g of v_uncond + g (v_cond - v_uncond); a student has learnt its teacher's guided velocity, so for it 1",
         type=number(float, low=0),
     )
-    seed: int = flag("of the first picture's noise; each next one has one more", 0, type=number(int, low=0, high=2**62))
     height: int | None = flag("pixels", type=number(int, low=1))
     width: int | None = flag("pixels", type=number(int, low=1))
     batch_size: int = flag("pictures drawn at once", 4, type=number(int, low=1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flags:
-    """The flags of this command, as `--help` describes them."""
-
-    student: str = flag("folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path)
-    model: str = flag("who draws: the student, or the teacher it records", "student", choices=["student", "teacher"])
     output: str = flag("folder for the pictures", "outputs/images", type=path)
     overwrite: bool = switch("replace pictures of the same names there")
-    teacher: TeacherFlags = group("Teacher (left out: as the student records)")
-    prompts: PromptFlags = group("Prompts")
-    sampling: SamplingFlags = group("Sampling (left out: as the student records)")
-    compute: ComputeFlags = group("Performance")
 
 
-def read_prompts(flags: PromptFlags) -> list[str]:
+def read_prompts(flags: Flags) -> list[str]:
     """Read the prompts of --prompt, then the different ones of --prompts_file, each as often as it is drawn."""
     prompts = flags.prompt or []
     if not prompts and not flags.prompts_file:
@@ -112,7 +81,7 @@ def read_prompts(flags: PromptFlags) -> list[str]:
     return [prompt for prompt in prompts for _ in range(flags.num_images)]
 
 
-def warn(config: StudentConfig, flags: SamplingFlags, size: tuple[int, int]) -> None:
+def warn(config: StudentConfig, flags: Flags, size: tuple[int, int]) -> None:
     """Print what the student has not learnt and is asked for."""
     record, scale = StudentRecord.of(config), flags.guidance_scale
     warnings = untrained_warnings(config, flags.num_inference_steps or record.steps, size)
@@ -128,39 +97,31 @@ def warn(config: StudentConfig, flags: SamplingFlags, size: tuple[int, int]) -> 
 def prepare(
     flags: Flags, config: StudentConfig, prompts: list[str], size: tuple[int, int]
 ) -> "tuple[Artist, PromptEmbeds]":
-    """Load who draws, and the text tokens of the prompts; every file is checked before a weight is read.
-
-    Args:
-        size: height and width in pixels.
-    """
+    """Load who draws, and the text tokens of the prompts; every file is checked before a weight is read."""
     from wandistiller.evaluation.pair import Pair
 
-    who, given = flags.model, flags.sampling
-    pair = Pair(flags.student, flags.teacher, flags.compute, flags.prompts.prompt_cache, who == "teacher")
+    who = flags.model
+    pair = Pair(flags.student, flags, flags, flags.prompt_cache, who == "teacher")
     if who == "teacher":
         check_picture_size(size, config, pair.teacher_files.config.patch_size)
     else:
-        warn(config, given, size)
+        warn(config, flags, size)
     check_writable(flags.output, "--output")
-    settings = pair.settings_of(who, given.guidance_scale)
+    settings = pair.settings_of(who, flags.guidance_scale)
     # The text comes first, so that its encoder leaves memory before the model comes:
     embeds, negative = pair.embed(prompts, settings)
-    return pair.artist(who, given.num_inference_steps, settings, negative), embeds
+    return pair.artist(who, flags.num_inference_steps, settings, negative), embeds
 
 
 def picture_files(flags: Flags, prompts: list[str], size: tuple[int, int]) -> tuple[list[Path], Path]:
-    """Return the files of the pictures and of their grid, by names that tell their seeds and sizes.
-
-    Raises:
-        UserError: one is there already, and --overwrite is not given.
-    """
+    """Return the files of the pictures and of their grid, by names that tell their seeds and sizes; none that is there is replaced unasked."""
     height, width = size
     folder = check_output_folder(flags.output, "--output")
     drawn = [
-        folder / f"{index:03d}_{slug(prompt)}_seed{flags.sampling.seed + index}_{width}x{height}.png"
+        folder / f"{index:03d}_{slug(prompt)}_seed{flags.seed + index}_{width}x{height}.png"
         for index, prompt in enumerate(prompts)
     ]
-    grid = folder / f"grid_seed{flags.sampling.seed}_{width}x{height}.png"
+    grid = folder / f"grid_seed{flags.seed}_{width}x{height}.png"
     if there := [file for file in [*drawn, grid] if os.path.lexists(file) and not flags.overwrite]:
         raise UserError(
             f"{there[0]}: is there already (and {len(there) - 1} more of these pictures); give another --output or --seed, or "
@@ -183,9 +144,9 @@ def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
     flags = parse_flags(Flags, "generate_images.py", "Draw prompts with a trained student, or with its teacher.", argv)
     config = load_student_config(flags.student)
-    prompts = read_prompts(flags.prompts)
+    prompts = read_prompts(flags)
     own = trained_sizes(config)[0]
-    size = flags.sampling.height or own.height, flags.sampling.width or own.width
+    size = flags.height or own.height, flags.width or own.width
     check_picture_size(size, config, config.patch_size)
     files, grid = picture_files(flags, prompts, size)
 
@@ -199,9 +160,9 @@ def main(argv: list[str] | None = None) -> int:
     # An embedding that the prompt cache holds is read, or refused, when it is drawn:
     with removed_if_empty(flags.output):
         prepare_output_folder(flags.output, "--output")
-        for start in range(0, len(prompts), flags.sampling.batch_size):
-            indices = range(start, min(start + flags.sampling.batch_size, len(prompts)))
-            seeds = [flags.sampling.seed + index for index in indices]
+        for start in range(0, len(prompts), flags.batch_size):
+            indices = range(start, min(start + flags.batch_size, len(prompts)))
+            seeds = [flags.seed + index for index in indices]
             for index, seed, picture in zip(indices, seeds, artist.draw(embeds, indices, seeds, shape), strict=True):
                 save_png(picture, files[index], {"prompt": prompts[index], "seed": seed, **metadata})
                 print(files[index], flush=True)
@@ -209,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
                     shown.append(picture)
 
     # Tell:
-    save_grid(grid, shown, prompts, metadata | {"seed": flags.sampling.seed})
+    save_grid(grid, shown, prompts, metadata | {"seed": flags.seed})
     print(f"{len(prompts)} pictures by the {flags.model} and {grid.name} in {flags.output}")
     return 0
 

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -40,8 +39,8 @@ POLICY = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flags:
+@group()
+class Flags(TeacherFlags, ComputeFlags):
     """The flags of this command, as `--help` describes them."""
 
     student: str | None = flag("folder of a trained student (left out: the newest one of --outputs)", type=path)
@@ -49,8 +48,6 @@ class Flags:
     prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
     host: str = flag("address to listen on; 0.0.0.0 lets everyone in who reaches this machine", "127.0.0.1")
     port: int | None = flag("port to listen on (the first free one from 7860 on)", type=number(int, low=1, high=65535))
-    teacher: TeacherFlags = group("Teacher (left out: as the student records)")
-    compute: ComputeFlags = group("Performance")
 
 
 class Studio:
@@ -62,11 +59,7 @@ class Studio:
         self.is_drawing = False
 
     def draw(self, who: str, prompt: str, seed: int, size: ImageSize) -> "np.ndarray":
-        """Return the picture (H, W, 3) uint8 of a prompt.
-
-        Raises:
-            UserError: prompt, seed or size is none.
-        """
+        """Return the picture (H, W, 3) uint8 of a prompt; what is no prompt, seed or size is refused."""
         pair = self.pair
         if reason := unusable(prompt):
             raise UserError(f"the prompt {reason}; write what to draw")
@@ -124,11 +117,7 @@ def build_page(studio: Studio) -> Any:
 
 
 def newest_student(outputs: str) -> str:
-    """Return the folder of the student that was saved last.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the folder of the student that was saved last."""
     configs = sorted(Path(outputs).glob(f"*/{CONFIG_NAME}"), key=lambda file: file.stat().st_mtime)
     if not configs:
         raise UserError(f"--outputs {outputs}: holds no folder of a trained student; give --student")
@@ -181,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from wandistiller.evaluation.pair import Pair
 
-        studio = Studio(Pair(student, flags.teacher, flags.compute, flags.prompt_cache))
+        studio = Studio(Pair(student, flags, flags, flags.prompt_cache))
         page = build_page(studio)
         # System fonts, since Gradio's own come from another server:
         theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

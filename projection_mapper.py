@@ -13,9 +13,8 @@ With --lora a LoRA of the teacher is cut for a student of it, which diffusers an
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wandistiller import __version__
 from wandistiller.command_line import command_words, run_command
@@ -23,11 +22,6 @@ from wandistiller.errors import UserError
 from wandistiller.flags import LORA_FLAG, flag, group, int_list, parse_flags, path
 from wandistiller.model.config import StudentConfig
 from wandistiller.students.parts import recorded_teacher
-
-if TYPE_CHECKING:
-    from wandistiller.projection.project import ProjectionReport
-    from wandistiller.wan.settings import TeacherSettings
-    from wandistiller.wan.wan_files import WanFiles
 
 PUBLIC = ("ProjectionReport", "project_teacher")
 
@@ -41,11 +35,11 @@ def __getattr__(name: str):
     return getattr(project, name)
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Project a teacher (needs --teacher_path and --output_dir)")
 class ProjectFlags:
     """The teacher, and the student that is made of it."""
 
-    teacher_path: str | None = flag("folder, .safetensors or .gguf file, hub id, or mock", type=path)
+    teacher_path: str = flag("folder, .safetensors or .gguf file, hub id, or mock", type=path)
     teacher_path_low: str | None = flag("the low-noise expert, where the two are two files or folders", type=path)
     teacher_lora: list[tuple[str, float]] | None = flag(
         "a Wan LoRA that is merged into the teacher; may be given several times", **LORA_FLAG
@@ -54,54 +48,41 @@ class ProjectFlags:
     student_config: str | None = flag("student_config.json; without it the teacher's own shape is kept", type=path)
     expert: str = flag("which expert of a two-expert teacher", "high", choices=["high", "low"])
     layers: list[int] | None = flag("teacher layer of each student block, e.g. 0,2,5,7", type=int_list)
-    output_dir: str | None = flag("folder for the student and projection_report.json", type=path)
+    output_dir: str = flag("folder for the student and projection_report.json", type=path)
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Cut a LoRA of the teacher for a student (needs --lora, --student and --output)")
 class LoraFlags:
     """The LoRA of a teacher, and the student that it is cut for."""
 
     lora: list[tuple[str, float]] | None = flag(
         "a LoRA of the student's teacher, to be cut for it; several are added up", **LORA_FLAG
     )
-    student: str | None = flag("folder of the student, with its projection_report.json", type=path)
+    student: str = flag("folder of the student, with its projection_report.json", type=path)
     format: str = flag("original is for ComfyUI", "diffusers", choices=["diffusers", "original"])
-    output: str | None = flag("file for the student's LoRA (.safetensors)", type=path)
+    output: str = flag("file for the student's LoRA (.safetensors)", type=path)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flags:
+@group()
+class Flags(ProjectFlags, LoraFlags):
     """The flags of this command, as `--help` describes them."""
-
-    project: ProjectFlags = group("Project a teacher (needs --teacher_path and --output_dir)")
-    cut: LoraFlags = group("Cut a LoRA of the teacher for a student (needs --lora, --student and --output)")
-
-
-def parse_args(argv: list[str] | None = None) -> Flags:
-    what = "Project a Wan teacher to a 2D student, and say what it inherited."
-    return parse_flags(Flags, "projection_mapper.py", what, argv)
 
 
 def check_flags(flags: Flags) -> None:
     """Refuse flags that are missing, and flags of the two jobs together, before torch loads."""
-    project, cut = vars(flags.project), vars(flags.cut)
-    if flags.cut.lora:
-        own, others, needed, why = (
-            cut,
-            project,
-            ("student", "output"),
-            "makes a student, and --lora cuts a LoRA for one",
-        )
+    others: type
+    if flags.lora:
+        others, needed, why = ProjectFlags, ("student", "output"), "makes a student, and --lora cuts a LoRA for one"
     else:
-        own, others, needed, why = project, cut, ("teacher_path", "output_dir"), "belongs to --lora FILE"
-    for name, value in others.items():
-        if name not in ("expert", "format") and value is not None:
-            raise UserError(f"--{name}: {why}; leave it out")
-    if missing := [f"--{name}" for name in needed if own[name] is None]:
+        others, needed, why = LoraFlags, ("teacher_path", "output_dir"), "belongs to --lora FILE"
+    for known in fields(others):
+        if getattr(flags, known.name) not in (None, known.default):
+            raise UserError(f"--{known.name}: {why}; leave it out")
+    if missing := [f"--{name}" for name in needed if getattr(flags, name) is None]:
         raise UserError(f"the following arguments are required: {', '.join(missing)}")
-    if flags.project.layers and flags.project.student_config is None:
+    if flags.layers and flags.student_config is None:
         raise UserError("--layers names the layers of a smaller student; give its shape with --student_config")
-    if output := flags.cut.output:
+    if output := flags.output:
         if Path(output).suffix != ".safetensors":
             raise UserError(f"--output {output}: give a file name that ends in .safetensors")
         if os.path.lexists(output):
@@ -116,8 +97,8 @@ def cut_lora(flags: LoraFlags) -> None:
     from wandistiller.wan.lora import open_lora
     from wandistiller.wan.transformer_files import teacher_tensor_shapes
 
-    config, output = load_shape(flags.student or ""), Path(flags.output or "")
-    teacher, selection = read_made_of(flags.student or "", config)
+    config, output = load_shape(flags.student), Path(flags.output)
+    teacher, selection = read_made_of(flags.student, config)
     shapes = teacher_tensor_shapes(teacher)
     loras = [open_lora(path, scale, shapes) for path, scale in flags.lora or []]
     student_lora = cut_loras(loras, selection, config)
@@ -142,21 +123,21 @@ def project(flags: ProjectFlags) -> None:
     from wandistiller.files.output_folder import prepare_output_folder, removed_if_empty, set_aside_previous_student
     from wandistiller.projection.project import REPORT_NAME, project_teacher
     from wandistiller.projection.selection import check_fits
+    from wandistiller.sampling.sampler import alone
     from wandistiller.wan.layouts import open_teacher
     from wandistiller.wan.settings import resolve_settings
     from wandistiller.wan.wan_files import merge_loras
 
     # The teacher's files and the output folder are checked before a weight is read:
     config = StudentConfig.load(flags.student_config) if flags.student_config else None
-    wan_files = open_teacher(flags.teacher_path or "", config, flags.teacher_path_low)
+    wan_files = open_teacher(flags.teacher_path, config, flags.teacher_path_low)
     wan_files = merge_loras(wan_files, flags.teacher_lora, flags.teacher_lora_low)
     if config is not None and flags.student_config is not None:
         check_fits(wan_files.expert(flags.expert).config, config, flags.layers, flags.student_config)
-        config.check_image_size(
-            wan_files.record.get("vae_scale_factor") or config.vae_scale_factor, flags.student_config
-        )
-    with removed_if_empty(flags.output_dir or ""):
-        folder = prepare_output_folder(flags.output_dir or "")
+        factor = wan_files.record.get("vae_scale_factor") or config.vae_scale_factor
+        config.check_image_size(factor, flags.student_config)
+    with removed_if_empty(flags.output_dir):
+        folder = prepare_output_folder(flags.output_dir)
 
         # Project and save:
         student, report = project_teacher(wan_files, config, flags.expert, layers=flags.layers)
@@ -164,7 +145,9 @@ def project(flags: ProjectFlags) -> None:
         if aside := set_aside_previous_student(folder):
             print(f"The student that was in {folder} is now in {aside}")
         sampled = resolve_settings(wan_files)
-        student.config = student.config.replace(distillation=record_of(wan_files, sampled, report))
+        # It knows no guidance, and is drawn with as its teacher is:
+        record = {**recorded_teacher(wan_files, alone(sampled, 1.0)), "layers": report.layers, "num_train_steps": 0}
+        student.config = student.config.replace(distillation=record | {"wandistiller_version": __version__})
         student.save_pretrained(folder)
         report.save(folder)
         print(f"Saved to {folder}: student_config.json, diffusion_model.safetensors, {REPORT_NAME}")
@@ -174,24 +157,11 @@ def project(flags: ProjectFlags) -> None:
         )
 
 
-def record_of(wan_files: "WanFiles", sampled: "TeacherSettings", report: "ProjectionReport") -> dict[str, object]:
-    """Return the record of a student that was cut and not trained: it knows no guidance, and is drawn with as its teacher is."""
-    alone = replace(sampled, guidance_scale=1.0, guidance_scale_2=None, boundary_ratio=None)
-    return {
-        **recorded_teacher(wan_files, alone),
-        "layers": report.layers,
-        "num_train_steps": 0,
-        "wandistiller_version": __version__,
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
-    flags = parse_args(argv)
+    what = "Project a Wan teacher to a 2D student, and say what it inherited."
+    flags = parse_flags(Flags, "projection_mapper.py", what, argv)
     check_flags(flags)
-    if flags.cut.lora:
-        cut_lora(flags.cut)
-    else:
-        project(flags.project)
+    (cut_lora if flags.lora else project)(flags)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ and fails where the command would be refused.
 import sys
 import tempfile
 import traceback
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from train_distillation import distil
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
-from wandistiller.flags import build
 from wandistiller.model.config import StudentConfig
-from wandistiller.run.flags import Flags, GuidanceFlags, parse_args
+from wandistiller.run.flags import Flags, ObjectiveFlags, OptimizationFlags, PromptFlags, parse_args
 from wandistiller.run.inputs import read_inputs
 
 HIDDEN_SIZE, DEPTH, LATENT_SIZE = 256, 4, 8
@@ -27,16 +28,13 @@ DEFAULTS: dict[str, object] = {
     "student_config": "config/student_config.json",
     "output_dir": None,  # a temporary folder
 }
-# Flags that need the real teacher, a GPU or a long time; the rest of what was typed is tested.
-SMALL: dict[str, object] = {
-    **dict.fromkeys(vars(GuidanceFlags())),
+# What is typed in these groups is tested; all else needs the real teacher, a GPU or a long time.
+TESTED = [known.name for group in (PromptFlags, ObjectiveFlags, OptimizationFlags) for known in fields(group)]
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("teacher_calls", "max_steps", "lr_warmup_steps")),
     "teacher_steps": 10,  # of a teacher that has all levels; what a stand-in draws is no picture
-    **dict.fromkeys(("teacher_path_low", "teacher_lora", "teacher_lora_low", "text_encoder_path", "vae_path")),
-    **dict.fromkeys(("layers", "image_sizes", "calls_per_expert", "replay", "teacher_cache", "cache_part")),
-    **dict.fromkeys(("teacher_calls", "max_steps", "lr_warmup_steps", "dtype", "teacher_dtype", "shard", "preset")),
-    **dict.fromkeys(("offline_teacher", "teacher_offload", "compile", "dry_run"), False),
-    **{"teacher_path": "mock", "init_expert": "high", "device": "cpu", "report": "none", "assume_gpu": None},
-    **{"num_epochs": 1, "batch_size": BATCH_SIZE, "grad_accum_steps": 1, "num_samples": 0, "overwrite": True},
+    **{"teacher_path": "mock", "device": "cpu", "num_samples": 0, "overwrite": True},
+    **{"num_epochs": 1, "batch_size": BATCH_SIZE, "grad_accum_steps": 1},
 }
 
 
@@ -58,21 +56,16 @@ def shrink(config: StudentConfig) -> StudentConfig:
     return config.replace(**shrunk)
 
 
-def changed(flags: Flags, **values: object) -> Flags:
-    """Return other flags, named without their groups, in place of some."""
-    return build(Flags, flags.as_dict() | values)
-
-
 def run_test(flags: Flags, scratch: Path) -> None:
     """Dry-run the real command where there is a real teacher, then train, resume and reload a small student."""
     from wandistiller.model.sizes import count_parameters
 
-    inputs, folder, config_file = read_inputs(flags), Path(flags.output.output_dir), scratch / "student_config.json"
-    passed(f"Prompts found: {len(inputs.prompts.train):,} in {flags.data.data_path}")
-    passed(f"Config found: {flags.student.student_config}")
-    if flags.data.teacher_path != "mock":
+    inputs, folder, config_file = read_inputs(flags), Path(flags.output_dir), scratch / "student_config.json"
+    passed(f"Prompts found: {len(inputs.prompts.train):,} in {flags.data_path}")
+    passed(f"Config found: {flags.student_config}")
+    if flags.teacher_path != "mock":
         distil(flags)
-        passed(f"{flags.student.student_config} fits {flags.data.teacher_path}")
+        passed(f"{flags.student_config} fits {flags.teacher_path}")
     small = shrink(inputs.config)
     config_file.write_text(small.to_json(), encoding="utf-8")
     passed(
@@ -82,9 +75,9 @@ def run_test(flags: Flags, scratch: Path) -> None:
     )
     passed(f"Student parameters: {count_parameters(small).total:,}")
     num_prompts = min(len(inputs.prompts.train), MAX_PROMPTS)
-    start = "random" if flags.student.init_from == "random" else "teacher"
-    own = {"student_config": str(config_file), "num_prompts": num_prompts, "init_from": start}
-    train_and_resume(changed(flags, **SMALL | own), -(-num_prompts // BATCH_SIZE))
+    own = {"student_config": str(config_file), "num_prompts": num_prompts, "output_dir": flags.output_dir}
+    tested = {name: getattr(flags, name) for name in (*TESTED, "states", "sigma_range", "gradient_checkpointing")}
+    train_and_resume(Flags(**tested | SMALL | own), -(-num_prompts // BATCH_SIZE))
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     passed("Files saved: " + ", ".join(f"{path.name} ({path.stat().st_size:,} bytes)" for path in files))
     reload(folder)
@@ -99,11 +92,11 @@ def train_and_resume(flags: Flags, num_steps: int) -> None:
     # So small a model gains nothing from more threads, and with them waits minutes for cores that others keep busy.
     torch.set_num_threads(1)
     half = max(1, num_steps // 2)
-    whole = changed(flags, save_every=half, eval_every=half)
-    for part in (changed(whole, max_steps=half, eval_every=0), changed(whole, overwrite=False)):
+    whole = replace(flags, save_every=half, eval_every=half)
+    for part in (replace(whole, max_steps=half, eval_every=0), replace(whole, overwrite=False)):
         if distil(part) == 130:
             raise KeyboardInterrupt
-    losses = [line["loss"] for line in read_metrics(Path(flags.output.output_dir) / "metrics.jsonl")]
+    losses = [line["loss"] for line in read_metrics(Path(flags.output_dir) / "metrics.jsonl")]
     passed(f"Steps completed: {len(losses)} of {num_steps}, average loss {sum(losses) / len(losses):.4f}")
 
 
@@ -111,7 +104,7 @@ def reload(folder: Path) -> None:
     """Let the saved student answer once."""
     import torch
 
-    from wandistiller.model.transformer import WanLiteStudent
+    from wandistiller import WanLiteStudent
 
     student = WanLiteStudent.from_pretrained(folder)
     config = student.config
@@ -131,8 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_args(argv, "run_production_test.py", DEFAULTS)
     try:
         with tempfile.TemporaryDirectory(prefix="wandistiller-") as scratch:
-            folder = flags.output.output_dir or f"{scratch}/student"
-            run_test(changed(flags, output_dir=folder, dry_run=True, cache_part=None), Path(scratch))
+            folder = flags.output_dir or f"{scratch}/student"
+            run_test(replace(flags, output_dir=folder, dry_run=True, cache_part=None), Path(scratch))
     except KeyboardInterrupt:
         print("Production Test interrupted")
         return 130

@@ -27,46 +27,37 @@ def distil(flags: Flags) -> int:
 
     from wandistiller.reports.cards import try_to_write_model_card
     from wandistiller.run import build, messages
-    from wandistiller.run.dry_run import print_budget
-    from wandistiller.run.folder import memory_advice, open_folder
-    from wandistiller.run.learning import build_batches, open_caches
+    from wandistiller.run.dry_run import check_disk, print_budget
+    from wandistiller.run.folder import memory_advice, open_folder, run_identity
+    from wandistiller.run.learning import open_caches
     from wandistiller.run.observers import watch
-    from wandistiller.run.record import save_student
     from wandistiller.run.resolve import resolve
-    from wandistiller.run.stages import Stages
+    from wandistiller.run.stages import build_run
 
     # Every refusal that needs no folder comes before anything is written or a weight is read:
     settings = resolve(flags, inputs)
     messages.print_settings(settings)
     with memory_advice(settings):
-        if flags.output.dry_run:
+        if flags.dry_run:
             return print_budget(settings)
         caches = open_caches(settings)
         if settings.cache_part:
-            build.fill_part(settings, caches)
+            build.load_teacher(settings, build.embed_prompts(settings), caches)
             messages.print_filled(settings, caches)
             return 0
-        with open_folder(settings) as folder:
-            # The text encoder leaves memory before the teacher comes, and an offline teacher before the student does:
-            embeds = build.embed_prompts(settings)
-            teacher = build.load_teacher(settings, embeds, caches)
-            student, projection = build.make_student(settings)
-            objective = build.build_objective(settings)
-            build.compile_and_shard(settings, student, teacher, objective)
-            batches = build_batches(settings, caches, embeds.trained, teacher, projection)
-            stages = Stages(settings, student, objective, batches, embeds.trained)
-            del batches  # they leave memory with their stage
-            folder = stages.resume(folder)
-            with watch(settings, folder, embeds, teacher) as observer:
+        with open_folder(settings, run_identity(settings)) as folder:
+            check_disk(folder.checkpoints, settings)
+            run = build_run(settings, caches)
+            folder = run.resume(folder)
+            with watch(settings, folder, run.embeds, run.teacher) as observer:
                 with observer.shown():
-                    result = stages.train(observer, folder)
-                save_student(settings, folder.path, student, projection, stages.made(result), stages.student_steps)
+                    result = run.train(observer, folder)
+                run.save(folder=folder.path)
                 if not result.interrupted:
-                    observer.draw_last(student, result.num_steps)
+                    observer.draw_last(run.student, result.num_steps)
             if settings.processes.is_first:
                 try_to_write_model_card(folder.path)
-                calls = messages.calls_line(settings, stages.state.teacher_calls, result.num_steps, teacher)
-                messages.print_end(settings, folder, result, calls)
+                messages.print_end(run, folder.path, result)
     return 130 if result.interrupted else 0
 
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.pages import write_section
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import BACKWARD_PASSES, num_image_tokens, transformer_flops
-from wandistiller.run.defaults import TYPICAL_TEXT_TOKENS, suggested_lr, suggested_replay
+from wandistiller.run.resolve import TYPICAL_TEXT_TOKENS, suggested_lr, suggested_replay
 from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.settings import resolve_settings
 

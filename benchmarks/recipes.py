@@ -91,8 +91,8 @@ def released(name: str) -> WanFiles:
 def planned(name: str, *typed: str) -> Planned:
     """Return a preset's run with some flags typed beside it, as `--dry_run` would plan it on one GPU."""
     flags = parse_args(["--preset", name, *typed])
-    config = StudentConfig.load(ROOT / flags.student.student_config)
-    prompts = [f"prompt {number}" for number in range(flags.data.num_prompts)]
+    config = StudentConfig.load(ROOT / flags.student_config)
+    prompts = [f"prompt {number}" for number in range(flags.num_prompts)]
     wan_files = released(name)
     files = Files(wan_files, sampled_as(flags, wan_files), encoder=None, vae_location=None)
     inputs = Inputs(config, Prompts(prompts, prompts[:NUM_HELD_OUT], []), [])
@@ -115,8 +115,8 @@ def presets_table() -> str:
         own = run.settings
         rows.append(
             [
-                f"`{name}`", f"{own.config.image_size}", f"{typed.data.num_prompts:,}",
-                f"{own.batch_size} x {own.grad_accum_steps}", f"{typed.optimization.teacher_calls:,}", str(own.replay),
+                f"`{name}`", f"{own.config.image_size}", f"{typed.num_prompts:,}",
+                f"{own.batch_size} x {own.grad_accum_steps}", f"{typed.teacher_calls:,}", str(own.replay),
                 f"{own.num_steps:,}", f"{own.optimization.lr:g}", own.teacher_dtype,
             ]
         )  # fmt: skip

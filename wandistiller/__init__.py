@@ -9,7 +9,7 @@ _PUBLIC = {
     "Objective": "wandistiller.training.objective",
     "StudentConfig": "wandistiller.model.config",
     "WanLiteStudent": "wandistiller.model.transformer",
-    "open_run": "wandistiller.run.open_run",
+    "open_run": "wandistiller.run.stages",
     "project_teacher": "wandistiller.projection.project",
 }
 

@@ -25,20 +25,20 @@ ABOUT = {
 }
 
 
-def usage() -> str:
-    """Return the help of the command: the name of each command and what it does."""
-    lines = [f"  {name:<10}  {about}" for name, about in ABOUT.items()]
-    return (
-        f"usage: {ONE_COMMAND} COMMAND [flags]\n\n" + "\n".join(lines) + f"\n\n{ONE_COMMAND} COMMAND --help lists the "
-        f"flags of a command, and {ONE_COMMAND} --version shows the version."
-    )
+USAGE = "\n".join(
+    [
+        f"usage: {ONE_COMMAND} COMMAND [flags]\n",
+        *(f"  {name:<10}  {about}" for name, about in ABOUT.items()),
+        f"\n{ONE_COMMAND} COMMAND --help lists the flags of a command, and {ONE_COMMAND} --version shows the version.",
+    ]
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command that the first word names with the words after it; return its exit code."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
+        print(USAGE)
         return 0 if words else 2
     if words[0] == "--version":
         print(f"WanDistiller {__version__}")

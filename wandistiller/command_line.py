@@ -9,9 +9,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from wandistiller.errors import lost_process_message, place_message
+from wandistiller.errors import message_of
 from wandistiller.lost_output import is_lost_output, spelt_output
 
 # This says how long OpenMP's threads spin before they sleep, and must be set before torch loads. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) takes
@@ -31,7 +31,6 @@ COMMANDS = {
     "playground": "playground.py",
 }
 ONE_COMMAND = "wandistiller"
-
 OTHERS_WAIT_S = 5.0
 
 
@@ -49,22 +48,19 @@ def command_words(script: str, num_processes: int = 1) -> list[str]:
     return [*(launcher if num_processes > 1 else ["python"]), script]
 
 
-@dataclass(frozen=True)
-class TorchrunEnvironment:
-    """Which of how many processes this one is, in the whole run and on this machine."""
+class TorchrunEnvironment(NamedTuple):
+    """Which of how many processes this one is, in the whole run and on this machine; one that torchrun did not start is alone."""
 
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
 
 
 def torchrun_environment() -> TorchrunEnvironment:
-    """Read what torchrun tells its processes in the environment; a process that was started without it is alone."""
-
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    values = ((os.environ.get(name, ""), value) for name, value in alone.items())
-    return TorchrunEnvironment(*(int(text) if text.isdecimal() else int(value) for text, value in values))
+    """Read what torchrun tells its processes in the environment."""
+    told = {name: os.environ.get(name.upper(), "") for name in TorchrunEnvironment._fields}
+    return TorchrunEnvironment(**{name: int(text) for name, text in told.items() if text.isdecimal()})
 
 
 def end_process(code: int) -> None:
@@ -91,32 +87,25 @@ def let_the_first_speak() -> str:
 def run_command(main: Callable[[], int | None], *, many_processes: bool = False) -> int:
     """Run a command's main and turn what it raises into an exit code; errors that carry one are messages to a person.
 
-    Args:
-        many_processes: whether torchrun starts this command. Any other may find torchrun's variables in its environment too.
+    With `many_processes` torchrun may start this command; any other may find torchrun's variables in its environment too.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a prompt that a terminal cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
     with spelt_output():
-        return _exit_code(main, many_processes)
-
-
-def _exit_code(main: Callable[[], int | None], many_processes: bool) -> int:
-    try:
-        exit_code = main() or 0
-        sys.stdout.flush()
-        return exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if is_lost_output(error):
-            return 1
-        message, code = place_message(error) or (str(error), getattr(error, "exit_code", None))
-        if lost := lost_process_message(error):
-            message, code = lost, 1
-        if code is None:
-            traceback.print_exc()
-            return 1
-        print(f"{let_the_first_speak() if many_processes else ''}error: {message}", file=sys.stderr)
-        return code
+        try:
+            exit_code = main() or 0
+            sys.stdout.flush()
+            return exit_code
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if is_lost_output(error):
+                return 1
+            message, code = message_of(error)
+            if code is None:
+                traceback.print_exc()
+                return 1
+            print(f"{let_the_first_speak() if many_processes else ''}error: {message}", file=sys.stderr)
+            return code

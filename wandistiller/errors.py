@@ -77,28 +77,21 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def place_message(error: Exception) -> tuple[str, int] | None:
-    """Return a message and an exit code for an error that a path or a disk is to blame for, else None."""
-    if not isinstance(error, OSError) or error.errno not in _OF_A_PLACE | _OF_A_DISK:
-        return None
-    place = error.filename2 or error.filename
-    where = place if isinstance(place, (str, os.PathLike)) else "a file"
-    advice, code = "give another path, or mend this one", 2
-    if error.errno in _OF_A_DISK:
-        advice, code = "free some space, or give a folder on another disk", 1
-    return shortened(f"{where}: {error.strerror}; {advice}"), code
+def message_of(error: Exception) -> tuple[str, int | None]:
+    """Return the message of an error to a person and the exit code; None: it is a fault of this program, and no message.
 
-
-def lost_process_message(error: Exception) -> str | None:
-    """Return a message for what a process raises whose fellow of the same run has died, else None.
-
-    torch's own errors of this kind have a base class of their own; gloo's are plain ones that quote the system.
+    A path or a disk may be to blame, or a process of the same run that has died. torch's own errors of that kind have a base class of
+    their own; gloo's are plain ones that quote the system.
     """
     is_of_torch = any(base.__name__ == "DistError" for base in type(error).__mro__)
     is_of_gloo = "gloo" in str(error) and re.search(r"closed by peer|reset by peer|Broken pipe|refused", str(error))
-    if not is_of_torch and not is_of_gloo:
-        return None
-    return shortened(
-        f"another process of this run has ended or cannot be reached ({first_line(error)}); what it printed last says why. "
-        "The same command resumes from the last checkpoint"
-    )
+    if is_of_torch or is_of_gloo:
+        why = f"another process of this run has ended or cannot be reached ({first_line(error)}); what it printed last says why"
+        return shortened(f"{why}. The same command resumes from the last checkpoint"), 1
+    if not isinstance(error, OSError) or error.errno not in _OF_A_PLACE | _OF_A_DISK:
+        return str(error), getattr(error, "exit_code", None)
+    place = error.filename2 or error.filename
+    where = place if isinstance(place, (str, os.PathLike)) else "a file"
+    if error.errno in _OF_A_DISK:
+        return shortened(f"{where}: {error.strerror}; free some space, or give a folder on another disk"), 1
+    return shortened(f"{where}: {error.strerror}; give another path, or mend this one"), 2

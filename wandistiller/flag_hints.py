@@ -69,12 +69,7 @@ NO_FLAG = {
 
 
 def unknown_flag(given: str, others: list[str], known: list[str], prog: str) -> str:
-    """Return a message for an argument that a command does not know.
-
-    Args:
-        others: the arguments behind it that are not known either.
-        known: the flags of the command, as --name.
-    """
+    """Return a message for an argument that a command of `known` flags does not know; `others` behind it are unknown too."""
     if not given.startswith("-"):
         return f"unexpected argument {given!r}; every value follows a --flag"
     flag = given.split("=")[0]

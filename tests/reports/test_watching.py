@@ -24,6 +24,7 @@ from PIL import Image
 
 from support.runs import PRUNED_CONFIG, at_most, read_metrics, weights_of
 from wandistiller import StudentConfig
+from wandistiller.flags import parse_flags
 from wandistiller.model.sizes import count_parameters
 from wandistiller.reports import metrics, plots, trackers
 from wandistiller.reports.cards import try_to_write_model_card
@@ -71,13 +72,8 @@ def test_a_run_leaves_scalars_pictures_a_plot_and_a_summary(train, teachers, tmp
 
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [f"step_00000{n}.png" for n in (2, 4, 6)]
     assert Image.open(folder / "loss.png").size[0] > 500
-    for word in (
-        f"{count_parameters(StudentConfig.from_dict(PRUNED_CONFIG)).total:,} parameters",
-        "over the first tenth",
-        "relative velocity error",
-        "loss.png",
-    ):
-        assert word in outcome.out, word
+    parameters = count_parameters(StudentConfig.from_dict(PRUNED_CONFIG)).total
+    assert f"{parameters:,} parameters" in outcome.out and "relative velocity error" in outcome.out
 
 
 def test_the_commands_that_a_run_ends_with_work_as_they_are_printed(train, teachers, run_main, tmp_path):
@@ -90,8 +86,8 @@ def test_the_commands_that_a_run_ends_with_work_as_they_are_printed(train, teach
     commands = [shlex.split(line) for line in outcome.out.split("Next:")[1].splitlines() if line.strip()]
     assert [words[:2] for words in commands] == [["python", "evaluate_student.py"], ["python", "generate_images.py"]]
     (_, _, *measure), (_, _, *draw) = commands
-    args = evaluate_student.parse_args(measure)
-    assert (args.student, args.prompts.prompts_file) == (str(tmp_path / "out"), str(prompts))
+    args = parse_flags(evaluate_student.Flags, "evaluate_student.py", "", measure)
+    assert (args.student, args.prompts_file) == (str(tmp_path / "out"), str(prompts))
     flags = ["--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--num_inference_steps", 2]
     done = run_main(generate_images.main, *draw, *flags)
     assert done.code == 0, done.err

@@ -7,7 +7,7 @@ import pytest
 
 from support.runs import PRUNED_CONFIG, read_metrics
 from wandistiller import StudentConfig
-from wandistiller.run.defaults import MAX_REPLAY, MIN_REPLAY, suggested_lr, suggested_replay, suggested_warmup
+from wandistiller.run.resolve import MAX_REPLAY, MIN_REPLAY, suggested_lr, suggested_replay, suggested_warmup
 
 
 def test_the_learning_rate_falls_with_the_width_and_with_the_root_of_the_samples():

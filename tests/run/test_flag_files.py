@@ -7,6 +7,7 @@ pytest tests/run/test_flag_files.py
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -45,15 +46,15 @@ def test_a_file_is_read_as_if_its_flags_were_typed(tmp_path):
     """
     words = """--image_sizes 1:1 4:3 --layers 0,2,5 --lr 1e-3 --sigma_range 0 1 --student_steps none --negative_prompt no --compile --teacher_offload
         --teacher_lora a.safetensors:0.5 --teacher_lora b.safetensors --teacher_path elsewhere"""
-    read = in_file(tmp_path, text).as_dict()
-    assert read | {"config": None} == parse_args(words.split()).as_dict()
+    read = vars(in_file(tmp_path, text))
+    assert read | {"config": None} == vars(parse_args(words.split()))
 
 
 def test_typed_flags_go_before_a_file_and_a_file_before_a_preset(tmp_path):
     text = "replay: 3\nteacher_calls: 5\npreset: A14B-1B\nteacher_lora: [a, b]\n"
     flags = in_file(tmp_path, text, "--teacher_calls", "7", "--teacher-dtype=bf16", "--teacher_lora", "c")
-    assert (flags.optimization.teacher_calls, flags.states.replay, flags.performance.teacher_dtype) == (7, 3, "bf16")
-    assert flags.optimization.grad_accum_steps == 8 and flags.data.teacher_lora == [("c", 1.0)]
+    assert (flags.teacher_calls, flags.replay, flags.teacher_dtype) == (7, 3, "bf16")
+    assert flags.grad_accum_steps == 8 and flags.teacher_lora == [("c", 1.0)]
 
 
 DEEP = "a: " + "[" * 5000 + "]" * 5000
@@ -71,15 +72,15 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("compile: maybe", "--compile maybe: allowed in a file: true or false"),
         ("hidden_size: 12\ndepth: 3", "looks like a student's shape; that is --student_config"),
         ('{"hidden_size": 12}', "looks like a student's shape; that is --student_config"),
-        ("seed: 1\nseed: 2", "my.yaml, line 2: names a flag twice"),
-        ("seed: 1\n  lr: 2", "my.yaml, line 2: is not valid YAML"),
-        ("seed: {a: 1}", "line 1: seed holds lists or keys of its own"),
-        ("seed: !!python/object/apply:os.system [echo]", "argument --seed: 'echo' must be a whole number"),
+        ("seed: 1\nseed: 2", "my.yaml: names --seed twice"),
+        ("seed: 1\n  lr: 2", 'is not valid YAML: mapping values are not allowed here in "my.yaml", line 2'),
+        ("seed: {a: 1}", "my.yaml: seed holds lists or keys of its own"),
+        ("seed: !!python/object/apply:os.system [echo]", "is not valid YAML: could not determine a constructor"),
         ("a red circle", "holds no flags; write one `flag: value` a line"),
         ("config: other.yaml", "names another file as its config"),
         (DEEP, "is nested too deep"),
         (BOMB, "holds lists or keys of its own"),
-        ("#" * 2**17, "is larger than 65,536 bytes"),
+        ("#" * 2**17, "is longer than 65,536 letters"),
         ("seed: \0", "is not valid YAML"),
     ],
     ids=lambda value: value[:20],
@@ -101,7 +102,7 @@ def test_a_run_writes_the_file_that_repeats_it(run_main, flags_of, tmp_path):
     assert first.code == 0, first.err
     file = tmp_path / "out" / "run.yaml"
     again = run_main(train_distillation.main, "--config", file, "--output_dir", tmp_path / "again")
-    assert again.code == 0 and "Flags: " in again.out, again.err
+    assert again.code == 0, again.err
     assert same_weights(tmp_path / "out", tmp_path / "again")
     written = [(tmp_path / name / "run.yaml").read_text(encoding="utf-8") for name in ("out", "again")]
     assert written[0].replace(f"{tmp_path}/out", f"{tmp_path}/again") == written[1] and "静态" in written[0]
@@ -122,11 +123,9 @@ def test_a_run_yaml_that_a_person_wrote_is_left_alone(run_main, flags_of, tmp_pa
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_a_file_that_fits_its_teacher(name):
     flags = parse_args(["--preset", name])
-    assert flags.as_dict() | {"preset": None, "config": str(PRESETS[name])} == (
-        parse_args(["--config", str(PRESETS[name])]).as_dict()
-    )
-    check_fits(recipes.released(name).config, StudentConfig.load(ROOT / flags.student.student_config))
-    assert flags.optimization.batch_size * flags.optimization.grad_accum_steps == 32
+    assert replace(flags, preset=None, config=str(PRESETS[name])) == parse_args(["--config", str(PRESETS[name])])
+    check_fits(recipes.released(name).config, StudentConfig.load(ROOT / flags.student_config))
+    assert flags.batch_size * flags.grad_accum_steps == 32
 
 
 @pytest.mark.parametrize(("flag", "value", "steps"), [("--max_steps", 12, 12), ("--num_epochs", 14, 28)])
@@ -138,12 +137,11 @@ def test_a_length_that_is_typed_in_steps_or_epochs_is_the_length(train, teachers
     assert outcome.code == 0 and f"Steps: {steps} of 2 samples" in outcome.out, outcome.err
 
 
-def test_a_run_prints_what_a_preset_sets_and_resumes_with_the_values(train, teachers, tmp_path):
+def test_a_run_writes_down_what_a_preset_sets_and_resumes_with_the_values(train, teachers, tmp_path):
     typed = ["--teacher_calls", 2, "--batch_size", 2, "--grad_accum_steps", 2, "--save_every", 4, "--replay", 4]
     first = train(teachers.one, PRUNED_CONFIG, "--preset", "1.3B-0.5B", *typed)
     assert first.code == 0, first.err
-    line = next(line for line in first.out.splitlines() if line.startswith("Flags: "))
-    assert "--replay 4" in line and "--eval_prompts data/heldout_prompts.txt" in line
+    assert "eval_prompts: data/heldout_prompts.txt" in (tmp_path / "out" / "run.yaml").read_text(encoding="utf-8")
     assert "55 prompts of the 40,000 of --num_prompts" in first.out
     record = json.loads((tmp_path / "out" / "student_config.json").read_text(encoding="utf-8"))["distillation"]
     assert record["replay"] == 4 and record["num_train_steps"] == 8 and record["num_teacher_batches"] == 2

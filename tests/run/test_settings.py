@@ -5,8 +5,6 @@ Whatever is resolved here is what the dry run, the messages, the record and a re
 pytest tests/run/test_settings.py
 """
 
-from dataclasses import FrozenInstanceError
-
 import pytest
 
 from support.runs import PROMPTS, PRUNED_CONFIG
@@ -66,36 +64,19 @@ def test_a_third_of_the_steps_teach_few_steps_unless_the_teacher_has_few_or_a_pa
     found = resolved("--max_steps", 30, "--replay", 4)
     assert (found.student_steps, found.first_stage_steps, found.num_calls) == (4, 20, 5)
     by_calls = resolved("--teacher_calls", 5, "--replay", 4, "--student_steps", 2)
-    assert (by_calls.student_steps, by_calls.first_stage_steps, by_calls.num_steps, by_calls.num_calls) == (
-        2,
-        20,
-        30,
-        5,
-    )
+    assert (by_calls.student_steps, by_calls.first_stage_steps) == (2, 20)
+    assert (by_calls.num_steps, by_calls.num_calls) == (30, 5)
     for typed in (["--student_steps", "none"], ["--teacher_steps", 4], ["--sigma_range", 0.5, 1]):
         found = resolved("--max_steps", 30, *typed)
         assert found.student_steps is None and found.first_stage_steps == found.num_steps
 
 
 def test_a_run_measures_itself_about_six_times_where_that_is_cheap(resolved):
-    cheap = [
-        "--student_steps",
-        "none",
-        "--batch_size",
-        64,
-        "--guidance_scale",
-        1,
-        "--replay",
-        1,
-    ]  # of 60 calls of 64, 16 paths of 4 steps are 1.7 %
+    # of 60 calls of 64, 16 paths of 4 steps are 1.7 %
+    cheap = ["--student_steps", "none", "--batch_size", 64, "--guidance_scale", 1, "--replay", 1]
     assert resolved(*cheap, "--max_steps", 60).eval_every == 10
     assert resolved(*cheap, "--max_steps", 30).eval_every == 0
     assert resolved("--max_steps", 30, "--eval_every", 7).eval_every == 7
-
-
-def test_settings_do_not_change(resolved):
-    with pytest.raises(FrozenInstanceError):
-        resolved().num_steps = 3
 
 
 @pytest.mark.parametrize("steps, sampler", [(4, "euler"), (8, "euler"), (9, "unipc")])

@@ -201,13 +201,3 @@ def test_an_evaluation_is_of_the_first_size_or_of_the_one_that_is_asked_for(hous
     assert errors["32x32"] != errors["48x32"]
     outcome = run_main(evaluate_student.main, *flags, "--output", tmp_path / "odd", "--size", "40x32")
     assert outcome.code == 2 and "--size 40 is not a multiple of 16" in outcome.err
-
-
-@pytest.mark.parametrize("sizes", [[], ["32x0"], "48x32", ["48x32", 5], ["99999x32"]])
-def test_recorded_sizes_that_cannot_be_are_refused(house, run_main, tmp_path, sizes):
-    config = json.loads((house / "three" / "student" / "student_config.json").read_text())
-    config["distillation"]["image_sizes"] = sizes
-    (tmp_path / "student").mkdir()
-    (tmp_path / "student" / "student_config.json").write_text(json.dumps(config))
-    outcome = run_main(generate_images.main, "--student", tmp_path / "student", "--prompt", "a red ring")
-    assert outcome.code == 2 and "image_sizes" in outcome.err and "640x384" in outcome.err

@@ -18,7 +18,6 @@ logger = logging.getLogger(__name__)
 FIRST_AND_LAST = 10  # the first and the last steps of a run are one part in so many
 LARGEST = 1e100
 ERRORS = ("velocity_error", "embedding_error", "new_word_error")  # of a student; the other two of a text encoder
-RISE = 1.02  # a smaller rise of the held-out error is not worth a word
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -108,15 +107,6 @@ def held_out_text(found: Mapping[str, float]) -> str:
 def measured(lines: Sequence[dict], name: str) -> list[tuple[int, float]]:
     """Return step and value of each held-out measurement of a name."""
     return [(line["step"], line["held_out"][name]) for line in lines if name in (line.get("held_out") or {})]
-
-
-def rise_of_held_out(lines: Sequence[dict]) -> tuple[tuple[int, float], tuple[int, float]] | None:
-    """Return step and value of the lowest velocity error and of the last, if it has risen over two measurements or more."""
-    errors = measured(lines, "velocity_error")
-    if len(errors) < 3:
-        return None
-    lowest, last = min(errors, key=lambda error: error[1]), errors[-1]
-    return (lowest, last) if lowest in errors[:-2] and last[1] >= RISE * lowest[1] else None
 
 
 def training_seconds(lines: Sequence[dict]) -> float:

@@ -2,19 +2,19 @@
 
 import gc
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from wandistiller.device import DTYPES
 from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.processes import Processes
 from wandistiller.projection.lora import cut_loras
 from wandistiller.projection.project import ProjectionReport, fresh_student, project_experts, project_teacher
 from wandistiller.projection.selection import select
 from wandistiller.projection.selection_record import composed, selection_record
 from wandistiller.run.headers import Source
-from wandistiller.run.held_out import build_measure
 from wandistiller.run.learning import fill_caches
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.streaming import StreamedBlocks, num_rooms
@@ -36,11 +36,8 @@ def embed_prompts(settings: Settings) -> Embeds:
     parts = [settings.prompts, settings.held_out_prompts, settings.sample_prompts]
     negative_prompts = [settings.teacher.negative_prompt] if settings.teacher.uses_guidance else []
     texts = [*itertools.chain(*parts), *negative_prompts]
-    processes = settings.processes
-    if settings.encoder is not None and processes.are_many:
-        _embed(settings, texts[processes.rank :: processes.count])
-        processes.barrier()
-    embeds = _embed(settings, texts)
+    how = settings.encoder, settings.config, settings.prompt_cache, settings.device, print_encoding
+    embeds = embed_together(settings.processes, texts, lambda part: embed_texts(part, *how))
     if embeds.num_full:
         print(
             f"Warning: {embeds.num_full} prompts take all {settings.config.text_max_length} tokens; longer ones were cut"
@@ -51,11 +48,12 @@ def embed_prompts(settings: Settings) -> Embeds:
     return Embeds(trained, held_out, samples, negative)
 
 
-def _embed(settings: Settings, texts: list[str]) -> PromptEmbeds:
-    """Encode the texts into the cache, as far as they are not there yet, and read them from it."""
-    return embed_texts(
-        texts, settings.encoder, settings.config, settings.prompt_cache, settings.device, progress=print_encoding
-    )
+def embed_together(processes: Processes, texts: list[str], embed: Callable[[list[str]], PromptEmbeds]) -> PromptEmbeds:
+    """Embed texts that all processes need: each encodes a part into the cache, from which all read."""
+    if processes.are_many:
+        embed(texts[processes.rank :: processes.count])
+        processes.barrier()
+    return embed(texts)
 
 
 def print_encoding(done: int, total: int) -> None:
@@ -68,7 +66,7 @@ def print_encoding(done: int, total: int) -> None:
 
 
 def load_teacher(settings: Settings, embeds: Embeds, caches: Sequence[TeacherCache]) -> Teacher | None:
-    """Load the teacher, which fills the caches; return None where the student trains without it in memory."""
+    """Load the teacher, which fills its part of the caches; return None where it is not needed in memory any more."""
     has_all_answers = bool(caches) and all(cache.is_complete for cache in caches)
     if has_all_answers and settings.offline_teacher:
         return None
@@ -77,20 +75,9 @@ def load_teacher(settings: Settings, embeds: Embeds, caches: Sequence[TeacherCac
         fill_caches(settings, caches, embeds.trained, teacher)
     if not settings.offline_teacher:
         return teacher
-    build_measure(settings, embeds, teacher)  # which keeps its states in the cache's folder
     del teacher
     gc.collect()  # streamed blocks are in a cycle with their hooks
-    settings.processes.barrier()  # all of them read what the first one has written
     return None
-
-
-def fill_part(settings: Settings, caches: Sequence[TeacherCache]) -> None:
-    """Ask the teacher for one part of what its caches lack (--cache_part); the first part's builder keeps held-out states too."""
-    embeds = embed_prompts(settings)
-    teacher = build_teacher(settings, embeds.negative)
-    fill_caches(settings, caches, embeds.trained, teacher)
-    if settings.cache_part[0] == 1:
-        build_measure(settings, embeds, teacher)
 
 
 def build_teacher(settings: Settings, negative_prompt_embeds: Tensor | None) -> Teacher:
@@ -123,12 +110,7 @@ def make_student(settings: Settings) -> tuple[WanLiteStudent, ProjectionReport]:
         student, report = cut_from(source, settings)
     else:
         student, report = project_teacher(
-            settings.wan_files,
-            settings.config,
-            settings.init_expert,
-            layers=settings.layers,
-            device=device,
-            seed=seed,
+            settings.wan_files, settings.config, settings.init_expert, layers=settings.layers, device=device, seed=seed
         )
     print(report.summary())
     if settings.is_lora:

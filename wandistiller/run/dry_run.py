@@ -26,7 +26,7 @@ from wandistiller.files.output_folder import check_writable
 from wandistiller.files.paths import nearest_existing
 from wandistiller.model.sizes import count_parameters
 from wandistiller.run.learning import schedules_of, segment_capacity, walk_options
-from wandistiller.run.settings import Settings
+from wandistiller.run.settings import Settings, of_fields
 from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.walk.grids import steps_of_segments
 from wandistiller.wan.text_encoder import token_ids
@@ -36,27 +36,21 @@ NUM_COUNTED_PROMPTS = 256
 
 
 def print_budget(settings: Settings) -> int:
-    """Print what the run will take and whether it fits; return the exit code.
-
-    Raises:
-        UserError: a folder cannot be written to, the disk has no room, or the run is certain not to fit.
-    """
+    """Print what the run will take and whether it fits; return the exit code. What is certain not to fit is refused."""
     check_places(settings)
     machine = find_machine(settings.device, settings.is_for_gpu, settings.assume_gpu)
     workload = with_texts(settings, workload_of(settings))
     teacher, student = (count_parameters(model).total for model in (workload.teacher, workload.student))
+    disk, others = disk_budget(workload), disk_verdicts(workload, settings)
     experts = f"{workload.num_experts} x " if workload.num_experts > 1 else ""
     tables = {
         "Parameters": [f"  teacher {experts}{teacher:,}, student {student:,} ({student / teacher:.1%} of one)"],
         f"Memory of one {machine.unit}, GiB; {machine.name} has {machine.memory / GIB:.2f}": memory_lines(
             memory_budget(workload)
         ),
-        "Disk, GiB": [
-            table_line(part.name, part.num_bytes, f"{part.what} ({part.phase})") for part in disk_budget(workload)
-        ],
+        "Disk, GiB": [table_line(part.name, part.num_bytes, f"{part.what} ({part.phase})") for part in disk],
         "Computing": compute_lines(workload, machine.card),
     }
-    others = disk_verdicts(workload, settings)
     if workload.is_gpu:
         tables["Host memory, GiB"] = memory_lines(host_budget(workload))
         others.insert(0, host_verdict(workload, host_memory()))
@@ -69,45 +63,32 @@ def print_budget(settings: Settings) -> int:
     return 0
 
 
-def workload_of(settings: Settings, dtype: str | None = None) -> Workload:
-    """Describe the run by its shapes.
-
-    Args:
-        dtype: of matrix products, "fp32" or "bf16"; None for that of the run.
-    """
+def workload_of(settings: Settings) -> Workload:
+    """Describe the run by its shapes."""
     config, sizes = settings.config, range(len(settings.image_sizes))
-    walks = [walk_options(settings, size, settings.num_samples_per_step) for size in sizes]
-    return Workload(
-        teacher=settings.wan_files.config,
-        student=config,
-        latent_size=settings.largest_latent_size,
-        num_experts=len(settings.wan_files.experts),
-        is_guided=settings.teacher.uses_guidance,
-        batch_size=settings.batch_size,
-        grad_accum_steps=settings.grad_accum_steps,
-        num_processes=settings.processes.count,
-        processes_per_machine=torchrun_environment().local_world_size,
-        dtype=dtype or settings.dtype,
-        teacher_dtype=settings.teacher_dtype,
-        teacher_offload=settings.teacher_offload,
-        offline_teacher=settings.offline_teacher,
-        shard_teacher=settings.shard_teacher,
-        shard_student=settings.shard_student,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        optimizer=settings.optimization.optimizer,
-        ema=settings.optimization.ema_decay > 0,
-        num_features=config.depth if settings.feature_loss_weight else 0,
-        stored_batches=0 if settings.teacher_cache else sum(part.capacity for part in schedules_of(settings)),
-        stored_segments=sum(segment_capacity(settings, size) for size in sizes) if settings.gathers_segments else 0,
-        latents_per_slot=0 if settings.teacher_cache else sum(walk.latents_per_slot for walk in walks),
-        calls_per_step=settings.num_calls / settings.num_steps,
-        segment_passes=segment_passes(settings),
-        num_steps=settings.num_steps,
-        num_prompts=len(settings.prompts) + len(settings.held_out_prompts),
-        keep_checkpoints=settings.keep_checkpoints if settings.save_every else 0,
-        teacher_cache_batches=settings.num_calls if settings.teacher_cache else 0,
-        is_gpu=settings.is_for_gpu,
-    )
+    walks = [walk_options(settings, size) for size in sizes]
+    own = {
+        "teacher": settings.wan_files.config,
+        "student": config,
+        "latent_size": settings.largest_latent_size,
+        "num_experts": len(settings.wan_files.experts),
+        "is_guided": settings.teacher.uses_guidance,
+        "num_processes": settings.processes.count,
+        "processes_per_machine": torchrun_environment().local_world_size,
+        "optimizer": settings.optimization.optimizer,
+        "ema": settings.optimization.ema_decay > 0,
+        "num_features": config.depth if settings.feature_loss_weight else 0,
+        "stored_batches": 0 if settings.teacher_cache else sum(part.capacity for part in schedules_of(settings)),
+        "stored_segments": sum(segment_capacity(settings, size) for size in sizes) if settings.gathers_segments else 0,
+        "latents_per_slot": 0 if settings.teacher_cache else sum(walk.latents_per_slot for walk in walks),
+        "calls_per_step": settings.num_calls / settings.num_steps,
+        "segment_passes": segment_passes(settings),
+        "num_prompts": len(settings.prompts) + len(settings.held_out_prompts),
+        "keep_checkpoints": settings.keep_checkpoints if settings.save_every else 0,
+        "teacher_cache_batches": settings.num_calls if settings.teacher_cache else 0,
+        "is_gpu": settings.is_for_gpu,
+    }
+    return Workload(**of_fields(Workload, settings) | own)
 
 
 def segment_passes(settings: Settings) -> float:
@@ -151,17 +132,13 @@ def folders_of(settings: Settings) -> dict[str, str]:
 def check_disk(checkpoints: Checkpoints, settings: Settings) -> None:
     """Refuse a run whose checkpoints the disk of --output_dir has no room for."""
     if settings.save_every:
-        workload = workload_of(settings, dtype="fp32")  # the precision that they are saved in
+        workload = replace(workload_of(settings), dtype="fp32")  # the precision that they are saved in
         student_bytes = FP32 * count_parameters(settings.config).total
         checkpoints.check_disk(checkpoint_bytes(workload), student_bytes, settings.overwrite)
 
 
 def check_places(settings: Settings) -> None:
-    """Refuse folders as the run would, as far as that takes no weight and writes nothing.
-
-    Raises:
-        UserError: one cannot be written to, or the disk has no room for the checkpoints.
-    """
+    """Refuse folders as the run would, as far as that takes no weight and writes nothing."""
     for name, folder in folders_of(settings).items():
         check_writable(folder, name)
     checkpoints = Checkpoints(settings.output_dir, {}, settings.batch_size, settings.keep_checkpoints)

@@ -10,32 +10,47 @@ left out, or null, is the default.
 """
 
 import argparse
-from dataclasses import fields
+import os
 from typing import Any
+
+import yaml
 
 from wandistiller import __version__
 from wandistiller.errors import UserError
 from wandistiller.files.clone import CONFIG_FOLDER
 from wandistiller.files.output_folder import RUN_MARK
 from wandistiller.files.paths import require_file
-from wandistiller.flags import FlagParser
+from wandistiller.flags import FlagParser, groups
 from wandistiller.model.config import StudentConfig
 
-MAX_BYTES = 2**16  # far more than all flags take, far less than a parser suffers from
+MAX_LETTERS = 2**16  # far more than all flags take, far less than a parser suffers from
 DEMO_FILE = CONFIG_FOLDER / "demo.yaml"
 # They say how this one command is run, not what it makes.
 NOT_KEPT = ("config", "preset", "dry_run", "assume_gpu", "overwrite", "cache_part")
 SWITCHED = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-HOW_TO_WRITE = "write one `flag: value` a line, such as `batch_size: 8`"
+
+
+class _Texts(yaml.SafeLoader):
+    """Reads every value as the text that a person wrote, but for null and for what is left out."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in kinds if tag.endswith(":null")]
+        for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def read_flags(file: object, parser: FlagParser) -> dict[str, Any]:
-    """Return the values of a file's flags, by name.
-
-    Raises:
-        UserError: the file cannot be read, is no YAML, or is no list of flags with values.
-    """
-    values = _entries(str(file))
+    """Return the values of a file's flags, by name."""
+    values: dict[str, Any] = {}
+    for key, value in _entries(str(file)):
+        name = str(key).removeprefix("--").replace("-", "_")
+        if name in values:
+            raise UserError(f"--config {file}: names --{name} twice")
+        if not all(isinstance(part, str) for part in (value if isinstance(value, list) else [value or ""])):
+            raise UserError(
+                f"--config {file}: {name} holds lists or keys of its own; allowed: a value, or a list of values"
+            )
+        values[name] = value
     if StudentConfig.__dataclass_fields__.keys() & values.keys():
         raise UserError(f"--config {file}: looks like a student's shape; that is --student_config {file}")
     if "config" in values:
@@ -44,44 +59,29 @@ def read_flags(file: object, parser: FlagParser) -> dict[str, Any]:
     return parser.given(words, where=f"{file}: ")
 
 
-def _entries(file: str) -> dict[str, Any]:
-    """Return the entries of a YAML file: each is text, a list of texts, or None."""
-    import yaml
-
+def _entries(file: str) -> list[tuple[Any, Any]]:
+    """Return the entries of a YAML file in their order."""
     try:
         require_file(file)
-        with open(file, "rb") as opened:
-            raw = opened.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise UserError(f"--config {file}: is larger than {MAX_BYTES:,} bytes, and so no file of flags")
-        root = yaml.compose(raw.decode("utf-8-sig"), yaml.SafeLoader)
+        with open(file, encoding="utf-8-sig") as opened:
+            text = opened.read(MAX_LETTERS + 1)
+        if len(text) > MAX_LETTERS:
+            raise UserError(f"--config {file}: is longer than {MAX_LETTERS:,} letters, and so no file of flags")
+        loader = _Texts(text)
+        loader.name = os.path.basename(file)  # as errors call it
+        root = loader.get_single_node()
+        if isinstance(root, yaml.MappingNode):
+            return loader.construct_pairs(root, deep=True)
+        why = "holds no flags"
     except OSError as error:
         raise UserError(f"--config {file}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise UserError(f"--config {file}: is no UTF-8 text; {HOW_TO_WRITE}") from None
+        why = "is no UTF-8 text"
     except RecursionError:
-        raise UserError(f"--config {file}: is nested too deep; {HOW_TO_WRITE}") from None
+        why = "is nested too deep"
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        why = getattr(error, "problem", None) or "it holds letters that YAML does not allow"
-        raise UserError(f"--config {file}{line}: is not valid YAML ({why}); {HOW_TO_WRITE}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"--config {file}: holds no flags; {HOW_TO_WRITE}")
-    values: dict[str, Any] = {}
-    for key, node in root.value:
-        where = f"--config {file}, line {key.start_mark.line + 1}"
-        name = str(key.value).removeprefix("--").replace("-", "_")
-        if not isinstance(key, yaml.ScalarNode) or name in values:
-            raise UserError(
-                f"{where}: {'names a flag twice' if name in values else 'begins with no flag'}; {HOW_TO_WRITE}"
-            )
-        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        if not all(isinstance(part, yaml.ScalarNode) for part in parts):
-            raise UserError(f"{where}: {name} holds lists or keys of its own; allowed: one value, or a list of values")
-        is_null = node.tag == "tag:yaml.org,2002:null"
-        values[name] = None if is_null else [part.value for part in parts] if parts is node.value else node.value
-    return values
+        why = f"is not valid YAML: {' '.join(str(error).split())}"
+    raise UserError(f"--config {file}: {why}; write one `flag: value` a line, such as `batch_size: 8`")
 
 
 def words_of(name: str, value: Any, parser: FlagParser) -> list[str]:
@@ -104,24 +104,15 @@ def words_of(name: str, value: Any, parser: FlagParser) -> list[str]:
 
 def flags_text(flags: Any) -> str:
     """Return the text of run.yaml: every flag of a run that has a value, in the groups of `--help`."""
-    import yaml
-
     parts = [
         f"{RUN_MARK} {__version__}. `--config` with this file repeats the run; what is typed beside it counts instead."
     ]
-    for group in fields(flags):
-        kept = {name: _plain(value) for name, value in vars(getattr(flags, group.name)).items() if name not in NOT_KEPT}
+    for title, own in groups(type(flags)).items():
+        kept = {known.name: _plain(getattr(flags, known.name)) for known in own if known.name not in NOT_KEPT}
         values = {name: value for name, value in kept.items() if value is not None}
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10**6) if values else ""
-        parts.append(f"# {group.metadata['title'].split(' (')[0]}\n{text}")
+        parts.append(f"# {(title or '').split(' (')[0]}\n{text}")
     return "\n".join(parts)
-
-
-def flags_line(flags: Any) -> str:
-    """Return the flags of a run that have another value than their general default, in one line."""
-    values = {name: _plain(value) for name, value in flags.changed().items() if name not in NOT_KEPT}
-    listed = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
-    return " ".join(f"--{name} {' '.join(map(str, parts))}" for name, parts in listed.items())
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,8 @@ are answered before torch loads.
 """
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from wandistiller.budget.cards import CARDS, Card, card
@@ -14,11 +15,10 @@ from wandistiller.errors import UserError
 from wandistiller.files.clone import CONFIG_FOLDER, DEMO_TEACHER
 from wandistiller.flags import (
     LORA_FLAG,
-    PROMPT_PER,
     ComputeFlags,
     FlagParser,
     TeacherFlags,
-    build,
+    TextFlags,
     flag,
     group,
     int_list,
@@ -30,10 +30,6 @@ from wandistiller.model.config import CONFIG_NAME
 from wandistiller.model.image_sizes import AspectRatio, ImageSize, size_or_ratio
 
 PRESETS = {file.stem: file for file in sorted((CONFIG_FOLDER / "presets").glob("*.yaml"))}
-STATES = {
-    "trajectory": "the teacher's own sampling paths",
-    "noise": "pure noise at every noise level",
-}
 REPORTS = ["none", "wandb", "trackio"]
 LR_SCHEDULERS = ["constant", "linear", "cosine"]
 SAMPLERS = ["unipc", "euler"]
@@ -60,8 +56,24 @@ def steps_or_none(text: str) -> int:
     return int(number(int, low=0, high=100)("0" if text.lower() == "none" else text))
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataFlags(TeacherFlags):
+@group("Prompts")
+class PromptFlags(TextFlags):
+    """What is trained on, and measured on."""
+
+    data_path: str = flag(
+        "prompts: text file, table (.csv, .tsv, .jsonl, .json, .parquet), folder or glob of these, or folder of templates",
+        "data/static_prompts.txt",
+        type=path,
+    )
+    num_prompts: int | None = flag("prompts to draw (all of a file, 4096 of templates)", type=number(int, 1, 2**20))
+    eval_prompts: str | None = flag(
+        "held-out prompts (of templates their own, else the first of --data_path)", type=path
+    )
+    seed: int = flag("seed of prompts, noise and initial values", 0, type=number(int, 0, 2**63 - 1), neutral=0)
+
+
+@group("Data")
+class DataFlags(PromptFlags, TeacherFlags):
     """What is read: the teacher, its text encoder and VAE, and the prompts."""
 
     teacher_path: str = flag(
@@ -70,18 +82,9 @@ class DataFlags(TeacherFlags):
     teacher_lora: list[tuple[str, float]] | None = flag(
         "a Wan LoRA to merge into the teacher, the high-noise expert of two; may be given several times", **LORA_FLAG
     )
-    data_path: str = flag(
-        "prompts: text file, table (.csv, .tsv, .jsonl, .json, .parquet), folder or glob of these, or folder of templates",
-        "data/static_prompts.txt",
-        type=path,
-    )
-    caption_column: str | None = flag("column of tables with the prompts (the one called caption, prompt or text)")
-    prompt_per: str | None = flag(**PROMPT_PER)
-    num_prompts: int | None = flag("prompts to draw (all of a file, 4096 of templates)", type=number(int, 1, 2**20))
-    prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Student")
 class StudentFlags:
     """What the student looks like, and what it starts from."""
 
@@ -90,24 +93,28 @@ class StudentFlags:
         "what it is cut from: teacher, random (nothing), or a student or Wan of its shape or larger",
         "teacher",
         type=path,
+        neutral="teacher",
     )
-    init_expert: str = flag("expert of two that it is cut from", "high", choices=["high", "low"])
-    image_sizes: list[ImageSize | AspectRatio] | None = flag(
+    init_expert: str = flag("expert of two that it is cut from", "high", choices=["high", "low"], neutral="high")
+    image_sizes: Sequence[ImageSize | AspectRatio] | None = flag(
         "sizes to train at in turn: WxH in pixels, or W:H of image_size^2 pixels (image_size alone)", **SIZES
     )
     train: str = flag(
         "student, or lora: a LoRA of the student of --init_from, which stays as it is, for what --teacher_lora changes",
         "student",
         choices=["student", "lora"],
+        neutral="student",
     )
-    lora_rank: int | None = flag("of --train lora (16)", type=number(int, 1, 4096))
+    lora_rank: int | None = flag("of --train lora (16)", type=number(int, 1, 4096), neutral=None)
     lora_alpha: float | None = flag(
-        "of --train lora: its output counts alpha / rank (the rank)", type=number(float, above=0)
+        "of --train lora: its output counts alpha / rank (the rank)", type=number(float, above=0), neutral=None
     )
-    layers: list[int] | None = flag("teacher layer of each student block, e.g. 0,2,5 (evenly spread)", type=int_list)
+    layers: list[int] | None = flag(
+        "teacher layer of each student block, e.g. 0,2,5 (evenly spread)", type=int_list, neutral=None
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Teacher (left out: the released model's own values, or what the checkpoint records)")
 class GuidanceFlags:
     """How the teacher is sampled."""
 
@@ -128,16 +135,21 @@ class GuidanceFlags:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Training states")
 class StatesFlags:
     """The states that the student learns at, and the teacher's answers there."""
 
-    states: str = flag("; ".join(f"{name}: {what}" for name, what in STATES.items()), "trajectory", choices=[*STATES])
-    sigma_range: list[float] | None = flag("noise levels to train on (all)", **RANGE)
-    calls_per_expert: int | None = flag(
-        "teacher batches in a row for one expert of two; 0: both in every batch", type=COUNT_OR_0
+    states: str = flag(
+        "trajectory: the teacher's own sampling paths; noise: pure noise at every noise level",
+        "trajectory",
+        choices=["trajectory", "noise"],
+        neutral="trajectory",
     )
-    replay: int | None = flag("optimizer steps per teacher batch (4 to 8, by what each costs)", type=COUNT)
+    sigma_range: Sequence[float] | None = flag("noise levels to train on (all)", **RANGE, neutral=(0.0, 1.0))
+    calls_per_expert: int | None = flag(
+        "teacher batches in a row for one expert of two; 0: both in every batch", type=COUNT_OR_0, neutral=0
+    )
+    replay: int | None = flag("optimizer steps per teacher batch (4 to 8, by what each costs)", type=COUNT, neutral=1)
     teacher_cache: str | None = flag("folder for the teacher's answers: filled first, then trained from", type=path)
     offline_teacher: bool = switch("with --teacher_cache: no teacher in memory while the student trains")
     cache_part: tuple[int, int] | None = flag(
@@ -145,19 +157,22 @@ class StatesFlags:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Objective")
 class ObjectiveFlags:
     """What the student is asked to match."""
 
-    feature_loss_weight: float | None = flag("weight of the hidden-state loss; falls to 0 (1)", type=NOT_NEGATIVE)
+    feature_loss_weight: float | None = flag(
+        "weight of the hidden-state loss; falls to 0 (1)", type=NOT_NEGATIVE, neutral=0.0
+    )
     student_steps: int | None = flag(
         "steps that a second stage teaches the student to draw in; none: no such stage (4)",
         type=steps_or_none,
         metavar="N",
+        neutral=None,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Optimization")
 class OptimizationFlags:
     """How long and how fast the student learns."""
 
@@ -175,10 +190,9 @@ class OptimizationFlags:
     optimizer: str = flag("muon takes matrices of blocks, adamw the rest", "muon", choices=["muon", "adamw"])
     max_grad_norm: float = flag("gradient clipping: maximum norm", 1.0, type=number(float, above=0))
     weight_decay: float = flag("weight decay", 0.0, type=number(float, low=0))
-    seed: int = flag("seed of prompts, noise and initial values", 0, type=number(int, low=0, high=2**63 - 1))
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Performance")
 class PerformanceFlags(ComputeFlags):
     """Where and in which precision the run computes."""
 
@@ -199,58 +213,77 @@ class PerformanceFlags(ComputeFlags):
     compile: bool = switch("torch.compile for the student and the teacher")
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputFlags:
-    """What is written, measured, drawn and printed."""
+@group("Output")
+class SavingFlags:
+    """What is written, and how often."""
 
     output_dir: str = flag("folder for the student", "outputs/demo", type=path)
     save_every: int = flag("steps between checkpoints, to resume from; 0: none", 500, type=COUNT_OR_0)
     keep_checkpoints: int = flag("number of newest checkpoints to keep", 2, type=COUNT)
     overwrite: bool = switch("start anew where the output folder holds checkpoints; what is there is kept beside")
-    eval_every: int | None = flag(
-        "steps between held-out measurements; 0: none (about 6 in all, if cheap)", type=COUNT_OR_0
-    )
-    eval_prompts: str | None = flag(
-        "held-out prompts (of templates their own, else the first of --data_path)", type=path
-    )
+    eval_every: int | None = flag("steps between held-out measurements; 0: none (about 6 in all)", type=COUNT_OR_0)
+    dry_run: bool = switch("check everything, print what the run takes and whether it fits; write nothing")
+
+
+@group("Output")
+class OutputFlags(SavingFlags):
+    """What is written, measured, drawn and printed."""
+
     sample_prompts: list[str] | None = flag("prompts to draw, or files of them", nargs="+", metavar="PROMPT")
     sample_seed: int = flag("of the first such picture's noise; each next has one more", 0, type=number(int, 0, 2**62))
     num_samples: int = flag("held-out prompts to draw instead; 0: none", 8, type=number(int, 0, MAX_SAMPLES))
     sample_every: int = flag("steps between pictures, the first at 25, 50, 100; 0: none", 0, type=COUNT_OR_0)
     report: str = flag("send losses and pictures to a tracker too (pip install it)", "none", choices=REPORTS)
-    dry_run: bool = switch("check everything, print what the run takes and whether it fits; write nothing")
     assume_gpu: Card | None = flag(
         f"with --dry_run: a GPU that is not here, {', '.join(CARDS)} or GiB of memory", type=card, metavar="NAME"
     )
+
+
+@group("Flags in files")
+class FileFlags:
+    """Where flags are read from that are not typed."""
+
     config: str | None = flag("YAML file of flags, as a run writes run.yaml; what is typed counts instead", type=path)
     preset: str | None = flag(
         f"the same for a file of config/presets: {', '.join(PRESETS)}", choices=[*PRESETS], metavar="NAME"
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flags:
-    """What was typed, in the groups of `--help`."""
+@group()
+class Flags(
+    DataFlags,
+    StudentFlags,
+    GuidanceFlags,
+    StatesFlags,
+    ObjectiveFlags,
+    OptimizationFlags,
+    PerformanceFlags,
+    OutputFlags,
+    FileFlags,
+):
+    """What was typed."""
 
-    data: DataFlags = group("Data")
-    student: StudentFlags = group("Student")
-    teacher: GuidanceFlags = group(
-        "Teacher (left out: the released model's own values, or what the checkpoint records)"
+
+@group()
+class EncoderFlags(PromptFlags, SavingFlags, ComputeFlags):
+    """The flags of distill_text_encoder.py, as `--help` describes them."""
+
+    teacher_path: str = flag("where the text encoder and its tokenizer are", DEMO_TEACHER, type=path)
+    text_encoder_config: str = flag("shape of the small encoder", "config/demo_text_encoder.json", type=path)
+    student: str | None = flag(
+        "folder of a student whose cross-attention reads the embeddings; its errors count too", type=path
     )
-    states: StatesFlags = group("Training states")
-    objective: ObjectiveFlags = group("Objective")
-    optimization: OptimizationFlags = group("Optimization")
-    performance: PerformanceFlags = group("Performance")
-    output: OutputFlags = group("Output")
+    data_path: str = flag(
+        "prompts: text file, table, folder or glob of these, or templates", "data/demo_prompts.txt", type=path
+    )
+    output_dir: str = flag("folder for the small encoder", "outputs/demo_text_encoder", type=path)
+    max_steps: int = flag("optimizer steps of the run", 4000, type=COUNT)
+    batch_size: int = flag("prompts per process and step", 16, type=COUNT)
+    lr: float | None = flag("peak learning rate (by the encoder's width)", type=number(float, above=0, high=1e9))
 
-    def changed(self) -> dict[str, Any]:
-        """Return those that have another value than their general default."""
-        usual = Flags(**{name: type(values)() for name, values in vars(self).items()}).as_dict()
-        return {name: value for name, value in self.as_dict().items() if value != usual[name]}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return every flag by its name, without the groups."""
-        return {name: value for values in vars(self).values() for name, value in vars(values).items()}
+# Flags that decide the student, with the value that counts where a checkpoint was written before the flag existed
+NEUTRAL = {each.name: each.metadata["neutral"] for each in fields(Flags) if "neutral" in each.metadata}
 
 
 def parse_args(
@@ -276,24 +309,23 @@ def parse_args(
         known = read_flags(PRESETS[preset], parser) | known
     elif os.path.realpath(teacher_path) == os.path.realpath(DEMO_TEACHER):
         known = read_flags(DEMO_FILE, parser) | known
-    return build(Flags, parser.defaults | (defaults or {}) | known)
+    return Flags(**parser.defaults | (defaults or {}) | known)
 
 
 def one_for_each_lora(flags: Flags) -> list[Flags]:
     """Return the flags of each run of a command: of --train lora with a folder of LoRAs one for each, and of any other one."""
-    loras = flags.data.teacher_lora or []
+    loras = flags.teacher_lora or []
     place, scale = loras[0] if len(loras) == 1 else ("", 1.0)
-    if flags.student.train != "lora" or not os.path.isdir(place) or os.path.exists(os.path.join(place, PEFT_FILE)):
+    if flags.train != "lora" or not os.path.isdir(place) or os.path.exists(os.path.join(place, PEFT_FILE)):
         return [flags]
     names = sorted(name for name in os.listdir(place) if name.endswith(".safetensors"))
     if not names:
         raise UserError(f"--teacher_lora {place}: holds no .safetensors file; give a LoRA, or a folder of them")
-    runs = []
-    for name in names:
-        data = replace(flags.data, teacher_lora=[(os.path.join(place, name), scale)])
-        folder = os.path.join(flags.output.output_dir, name.removesuffix(".safetensors"))
-        runs.append(replace(flags, data=data, output=replace(flags.output, output_dir=folder)))
-    return runs
+    folders = [os.path.join(flags.output_dir, name.removesuffix(".safetensors")) for name in names]
+    return [
+        replace(flags, teacher_lora=[(os.path.join(place, name), scale)], output_dir=folder)
+        for name, folder in zip(names, folders, strict=True)
+    ]
 
 
 def flags_of(**values: object) -> Flags:

@@ -10,17 +10,14 @@ import torch
 
 from wandistiller.budget.report import OutOfMemory
 from wandistiller.device import is_out_of_memory
-from wandistiller.files.output_folder import (
-    locked_folder,
-    prepare_output_folder,
-    removed_if_empty,
-)
+from wandistiller.files.output_folder import locked_folder, prepare_output_folder, removed_if_empty
 from wandistiller.processes import leave
-from wandistiller.run.dry_run import check_disk, workload_of
-from wandistiller.run.settings import NEUTRAL, Settings
+from wandistiller.run.dry_run import workload_of
+from wandistiller.run.flags import NEUTRAL
+from wandistiller.run.learning import described
+from wandistiller.run.settings import Settings
 from wandistiller.training.checkpoints import Checkpoint, Checkpoints, DamagedCheckpointError
 from wandistiller.training.state import RunState
-from wandistiller.wan.settings import describe_teacher
 
 # What else a run must share with the one that it resumes, with the value that counts where a checkpoint lacks it. All other settings
 # say how long, how fast, and what is shown.
@@ -30,23 +27,16 @@ COMPARED = NEUTRAL | {
     "optimizer": "adamw",
     "ema": True,
     "teacher_cache": False,
-    "init": "projection",  # what --init_from was called
 }
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The output folder of a run.
-
-    Attributes:
-        path: where the student goes.
-        checkpoints: of this run.
-        resume_from: the checkpoint that the run resumes from; None where it starts anew.
-    """
+    """The output folder of a run."""
 
     path: Path
     checkpoints: Checkpoints
-    resume_from: Checkpoint | None
+    resume_from: Checkpoint | None  # None where the run starts anew
 
     @property
     def first_step(self) -> int:
@@ -71,15 +61,9 @@ class Folder:
     def load_newest(
         self, settings: Any, state_of: Callable[[Checkpoint], RunState]
     ) -> "tuple[RunState | None, Folder]":
-        """Load the newest checkpoint that holds the state of this run; return the state, None without one, and the folder at it.
+        """Load the newest checkpoint into the state that `state_of` returns for it; return that, None without one, and the folder at it.
 
         A checkpoint can be damaged though its checksums are right, and then the one before it is loaded.
-
-        Args:
-            state_of: returns the state that a checkpoint is loaded into.
-
-        Raises:
-            UserError: none of the checkpoints can be loaded.
         """
         folder = self
         while (checkpoint := folder.resume_from) is not None:
@@ -99,64 +83,35 @@ def run_identity(settings: Settings) -> dict[str, object]:
     sizes = [] if settings.has_one_square_size else [str(size) for size in settings.image_sizes]
     return {
         **{f"student {name}": value for name, value in shape if name != "distillation"},
-        **describe_teacher(settings.wan_files, settings.teacher),
+        **described(settings),
         **settings.recipe,
-        "prompts": settings.prompts_digest,
         "init_from": settings.source.wan_files.fingerprint() if settings.source else settings.init_from,
         "teacher_cache": settings.teacher_cache is not None,
         "optimizer": settings.optimization.optimizer,
         "ema": settings.optimization.ema_decay > 0,
-        # fp8 makes another teacher; fp32 and bf16 may change from one command to the next, as --dtype may.
-        "teacher_dtype": "fp8" if settings.teacher_dtype == "fp8" else None,
         "image_sizes": sizes or None,
-        "about": settings.about,
     }
 
 
 @contextlib.contextmanager
-def open_folder(
-    settings: Any,
-    identity: Callable[[Any], dict[str, object]] = run_identity,
-    check_disk: Callable[[Checkpoints, Any], None] = check_disk,
-) -> Iterator[Folder]:
-    """Take the output folder and find where the run resumes; the processes leave together at the end.
-
-    Args:
-        settings: of a run of any command.
-        identity: what makes two runs the same one.
-        check_disk: refuses a run that the disk has no room for.
-
-    Raises:
-        UserError: the folder or its checkpoints belong to something else, or the disk has no room.
-    """
-    processes, output_dir = settings.processes, settings.output_dir
-    with (
-        removed_if_empty(output_dir) if processes.is_first else contextlib.nullcontext(),
-        contextlib.ExitStack() as held,
-    ):
-        path = processes.first_then_all(lambda: prepare_output_folder(output_dir))
+def open_folder(settings: Any, identity: dict[str, object]) -> Iterator[Folder]:
+    """Take the output folder and find where a run of this identity resumes; the processes leave together at the end."""
+    processes, path = settings.processes, Path(settings.output_dir)
+    with contextlib.ExitStack() as held:
+        if processes.is_first:
+            held.enter_context(removed_if_empty(path))
+        processes.first_then_all(lambda: prepare_output_folder(path))
         processes.first_then_all(lambda: held.enter_context(locked_folder(path)))
-        checkpoints = Checkpoints(
-            path,
-            identity(settings),
-            settings.num_samples_per_step,
-            settings.keep_checkpoints,
-            processes,
-            neutral=COMPARED,
-        )
+        total, keep = settings.num_samples_per_step, settings.keep_checkpoints
+        checkpoints = Checkpoints(path, identity, total, keep, processes, neutral=COMPARED)
         resume_from = None if settings.overwrite else checkpoints.newest()
-        check_disk(checkpoints, settings)
         yield Folder(path, checkpoints, None).resuming_from(resume_from, settings)
     leave()
 
 
 @contextlib.contextmanager
 def memory_advice(settings: Settings) -> Iterator[None]:
-    """Turn running out of memory inside into advice on which flags to change.
-
-    Raises:
-        OutOfMemory: the device ran out of memory.
-    """
+    """Turn running out of the device's memory inside into advice on which flags to change (`OutOfMemory`)."""
     try:
         yield
     except Exception as error:

@@ -1,14 +1,14 @@
 """The files of a run by their headers: the teacher and how it is sampled, text encoder and VAE, refused unless they fit the student."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.projection.selection import Selection, check_fits
 from wandistiller.projection.selection_record import read_made_of
-from wandistiller.run.flags import Flags, StudentFlags
+from wandistiller.run.flags import Flags, GuidanceFlags
 from wandistiller.students.record import StudentRecord, load_student_config
 from wandistiller.walk.grids import teacher_levels
 from wandistiller.wan.layouts import open_teacher, open_wan_files
@@ -26,19 +26,13 @@ FEW_TEACHER_STEPS = 8
 
 @dataclass(frozen=True)
 class Source:
-    """A Wan or student that the run's student is cut from in place of its teacher (--init_from).
-
-    Attributes:
-        expert: which transformer of it.
-        shape, part: the Wan that it was cut from itself, and the part of that it has; of a Wan its own shape, and all of it.
-        student_steps: of a student that learnt whole steps.
-    """
+    """A Wan or student that the run's student is cut from in place of its teacher (--init_from)."""
 
     wan_files: WanFiles
-    expert: str
-    shape: StudentConfig
-    part: Selection
-    student_steps: int | None = None
+    expert: str  # which transformer of it
+    shape: StudentConfig  # of the Wan that it was cut from itself; a Wan's own
+    part: Selection  # what it has of that
+    student_steps: int | None = None  # of a student that learnt whole steps
 
     def is_like(self, teacher: StudentConfig) -> bool:
         """Return whether its channels are those of a teacher, by its shape."""
@@ -59,19 +53,16 @@ class Files:
 def open_files(flags: Flags, config: StudentConfig) -> Files:
     """Open everything that the run reads weights from, by its headers."""
     wan_files, teacher = open_fitting_teacher(flags, config)
-    encoder = find_encoder(flags, wan_files, config)
+    encoder, given = None, flags.text_encoder_path
+    if given or not wan_files.is_mock:  # which has embeddings of its own
+        encoder = find_text_encoder(given) if given else wan_files.text_encoder()
+        encoder.check_text_dim(config.text_encoder_output_dim)
     wan_files = replace(wan_files, encoder=encoder)  # which is a part of what the teacher is
-    return Files(
-        wan_files, teacher, encoder, find_sample_vae(flags, wan_files, teacher), open_source(flags.student, config)
-    )
+    return Files(wan_files, teacher, encoder, find_sample_vae(flags, wan_files, teacher), open_source(flags, config))
 
 
-def open_source(flags: StudentFlags, config: StudentConfig) -> Source | None:
-    """Open what the student is cut from; None where that is the teacher, or nothing.
-
-    Raises:
-        UserError: it is missing, or the student is no part of it; both shapes are told.
-    """
+def open_source(flags: Flags, config: StudentConfig) -> Source | None:
+    """Open what the student is cut from; None where that is the teacher, or nothing."""
     place = flags.init_from
     if place in ("teacher", "random"):
         return None
@@ -100,27 +91,26 @@ def open_source(flags: StudentFlags, config: StudentConfig) -> Source | None:
 
 def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles, TeacherSettings]:
     """Open the teacher by its headers, and refuse it unless the student is a part of it."""
-    data, student = flags.data, flags.student
-    wan_files = open_teacher(data.teacher_path, config, data.teacher_path_low)
-    if str(flags.output.preset).startswith("A14B") and len(wan_files.experts) == 1 and not wan_files.is_mock:
+    wan_files = open_teacher(flags.teacher_path, config, flags.teacher_path_low)
+    if str(flags.preset).startswith("A14B") and len(wan_files.experts) == 1 and not wan_files.is_mock:
         raise UserError(
-            f"--preset {flags.output.preset}: is for the two experts of A14B, and {data.teacher_path} is one; give the folder of both, or "
+            f"--preset {flags.preset}: is for the two experts of A14B, and {flags.teacher_path} is one; give the folder of both, or "
             "the low-noise one as --teacher_path_low"
         )
-    wan_files = merge_loras(wan_files, data.teacher_lora, data.teacher_lora_low)
-    if data.vae_path:
-        vae = find_vae(data.vae_path, data.teacher_path, wan_files.config.num_channels)
+    wan_files = merge_loras(wan_files, flags.teacher_lora, flags.teacher_lora_low)
+    if flags.vae_path:
+        vae = find_vae(flags.vae_path, flags.teacher_path, wan_files.config.num_channels)
         wan_files = wan_files.with_vae_config(vae)
-    check_fits(wan_files.expert(student.init_expert).config, config, student.layers, student.student_config)
+    check_fits(wan_files.expert(flags.init_expert).config, config, flags.layers, flags.student_config)
     settings = sampled_as(flags, wan_files)
     check_levels(flags, settings)
-    config.check_image_size(settings.vae_scale_factor, student.student_config)
+    config.check_image_size(settings.vae_scale_factor, flags.student_config)
     return wan_files, settings
 
 
 def sampled_as(flags: Flags, wan_files: WanFiles) -> TeacherSettings:
     """Return how the teacher is sampled."""
-    typed = dict(vars(flags.teacher))
+    typed = {known.name: getattr(flags, known.name) for known in fields(GuidanceFlags)}
     if levels := typed["teacher_levels"]:
         if not LEVELS.fits(levels):
             raise UserError(f"--teacher_levels {' '.join(f'{level:g}' for level in levels)}: allowed: {LEVELS.allowed}")
@@ -134,8 +124,8 @@ def check_levels(flags: Flags, teacher: TeacherSettings) -> None:
     """Refuse a run that needs other noise levels than a teacher of a few of them has."""
     if not teacher.has_few_levels:
         return
-    num_steps, student_steps = teacher.num_inference_steps, flags.objective.student_steps
-    if teacher.teacher_levels and (student_steps or flags.teacher.teacher_steps not in (None, num_steps)):
+    num_steps, student_steps = teacher.num_inference_steps, flags.student_steps
+    if teacher.teacher_levels and (student_steps or flags.teacher_steps not in (None, num_steps)):
         name = "student_steps" if student_steps else "teacher_steps"
         raise UserError(f"--{name}: this teacher, and so its student, noises anew at {num_steps} levels; leave it out")
     if student_steps and num_steps % student_steps:
@@ -144,38 +134,24 @@ def check_levels(flags: Flags, teacher: TeacherSettings) -> None:
             f"--student_steps {student_steps}: does not divide the teacher's {num_steps} steps, and it has no noise levels between "
             f"them; allowed: {allowed}"
         )
-    low, high = flags.states.sigma_range or ALL_LEVELS
+    low, high = flags.sigma_range or ALL_LEVELS
     levels = (teacher_levels(teacher) or ())[:-1]
     if not any(low <= level <= high for level in levels):
         known = ", ".join(f"{level:.4g}" for level in levels)
         raise UserError(f"--sigma_range {low:g} {high:g}: holds none of the teacher's noise levels, {known}")
 
 
-def find_encoder(flags: Flags, wan_files: WanFiles, config: StudentConfig) -> TextEncoderFiles | None:
-    """Find the text encoder and its tokenizer; None where the mock teacher's stand-in embeddings will do."""
-    given = flags.data.text_encoder_path
-    if wan_files.is_mock and given is None:
-        return None
-    encoder = find_text_encoder(given) if given else wan_files.text_encoder()
-    encoder.check_text_dim(config.text_encoder_output_dim)
-    return encoder
-
-
 def find_sample_vae(flags: Flags, wan_files: WanFiles, teacher: TeacherSettings) -> Path | None:
-    """Find the VAE of the sample pictures; None where none can be drawn. A --vae_path without a VAE is a mistake.
-
-    Raises:
-        UserError: it is not the teacher's, or its files are not whole.
-    """
-    given = flags.data.vae_path
-    wants_none = flags.output.num_samples == 0 and not flags.output.sample_prompts
+    """Find the VAE of the sample pictures; None where none can be drawn. A --vae_path without the teacher's VAE is a mistake."""
+    given = flags.vae_path
+    wants_none = flags.num_samples == 0 and not flags.sample_prompts
     if wants_none or (wan_files.is_mock and given is None):
         return None
-    if tuple(flags.states.sigma_range or ALL_LEVELS) != ALL_LEVELS:
+    if tuple(flags.sigma_range or ALL_LEVELS) != ALL_LEVELS:
         print("No sample pictures: a student of a part of the noise levels does not draw on its own")
         return None
     try:
-        location = find_vae(given, flags.data.teacher_path, wan_files.config.num_channels)
+        location = find_vae(given, flags.teacher_path, wan_files.config.num_channels)
         check_is_vae_of(teacher, wan_files.config.num_channels, location)
         vae_tensors(location)  # whose headers tell a file that is cut short
     except UserError as error:

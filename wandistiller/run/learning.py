@@ -24,6 +24,7 @@ from wandistiller.walk.store import CAPACITY, Store
 from wandistiller.walk.walk import Walk, WalkOptions, turns
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import describe_teacher
+from wandistiller.wan.text_encoder import prompts_digest
 
 
 def build_batches(
@@ -33,11 +34,7 @@ def build_batches(
     teacher: Teacher | None,
     projection: ProjectionReport,
 ) -> Batches:
-    """Build what each step learns from, at all image sizes; the store and its hidden states are shared out over them.
-
-    Args:
-        projection: how the student was cut, which says whose hidden states are compared.
-    """
+    """Build what each step learns from, at all image sizes; `projection` says whose hidden states are compared."""
     total, device, schedules = settings.num_samples_per_step, settings.device, schedules_of(settings)
     if caches:
         cached = [
@@ -51,7 +48,7 @@ def build_batches(
     if settings.feature_loss_weight:
         layers = span_ends(projection.layers, settings.wan_files.config.depth)
         compared = {"layers": layers, "channels": projection.channels}
-    options = [replace(walk_options(settings, size, total), **compared) for size in range(len(schedules))]
+    options = [replace(walk_options(settings, size), **compared) for size in range(len(schedules))]
     return walked_batches(settings, prompt_embeds, teacher, schedules, options)
 
 
@@ -88,18 +85,14 @@ def schedules_of(settings: Settings) -> list[Schedule]:
     return make_schedules(settings.first_stage_steps, settings.replay, len(settings.image_sizes))
 
 
-def walk_options(settings: Settings, size: int, num_slots: int) -> WalkOptions:
-    """Return which states are walked at an image size.
-
-    Args:
-        num_slots: those of a batch, or those of a cache.
-    """
+def walk_options(settings: Settings, size: int) -> WalkOptions:
+    """Return which states are walked at an image size."""
     teacher = settings.teacher
     return WalkOptions(
         key=(settings.seed, size),
         latent_shape=settings.latent_shapes[size],
         num_prompts=len(settings.prompts),
-        num_slots=num_slots,
+        num_slots=settings.num_samples_per_step,
         batch_size=settings.num_samples_per_step,
         shift=teacher.shift,
         num_steps=teacher.num_inference_steps,
@@ -136,7 +129,7 @@ def build_few_step_batches(
     sizes, grids = len(settings.image_sizes), grids_of_segments(settings)
     options = [
         replace(
-            walk_options(settings, size, settings.num_samples_per_step),
+            walk_options(settings, size),
             key=(settings.seed, sizes + size),
             states="trajectory",
             num_steps=settings.student_steps,
@@ -174,18 +167,28 @@ def open_caches(settings: Settings) -> list[TeacherCache]:
 def open_cache(settings: Settings, folder: Path, size: int) -> TeacherCache:
     """Open the folder of one image size."""
     num_calls, total = schedules_of(settings)[size].num_calls, settings.num_samples_per_step
-    options = walk_options(settings, size, total)
+    options = walk_options(settings, size)
     # Where experts take turns, a group of slots is walked through several turns of both.
     per_group = 4 * sum(turns(options)) if options.in_turns else CALLS_PER_GROUP
     layout = Layout(num_calls, total, settings.batch_size, per_group)
     return TeacherCache(folder, describe_answers(settings, options), layout)
 
 
+def described(settings: Settings) -> dict[str, Any]:
+    """Return what a run and a cache of answers must share with another to be the same: the teacher and the prompts."""
+    return {
+        **describe_teacher(settings.wan_files, settings.teacher),
+        # fp8 makes another teacher; fp32 and bf16 may change from one command to the next, as --dtype may.
+        "teacher_dtype": "fp8" if settings.teacher_dtype == "fp8" else None,
+        "prompts": prompts_digest(settings.prompts),
+        "about": settings.about,
+    }
+
+
 def describe_answers(settings: Settings, options: WalkOptions) -> dict[str, Any]:
     """Return what makes the answers of a cache what they are, as JSON values."""
     description = {
-        **describe_teacher(settings.wan_files, settings.teacher),
-        "teacher_dtype": "fp8" if settings.teacher_dtype == "fp8" else None,
+        **described(settings),
         "text_max_length": settings.config.text_max_length,
         "latent_shape": options.latent_shape,
         "image_size": options.key[1],
@@ -195,8 +198,6 @@ def describe_answers(settings: Settings, options: WalkOptions) -> dict[str, Any]
         "seed": settings.seed,
         "batch_size": settings.num_samples_per_step,
         "num_prompts": options.num_prompts,
-        "prompts": settings.prompts_digest,
-        "about": settings.about,
     }
     return json.loads(json.dumps(description))  # as it will be read back
 
@@ -209,7 +210,7 @@ def fill_caches(
         layout, processes = cache.layout, settings.processes
         part, num_parts = settings.cache_part or (processes.rank + 1, processes.count)
         chunks = layout.of_part(part - 1, num_parts)
-        options = walk_options(settings, size, layout.num_slots)
+        options = replace(walk_options(settings, size), num_slots=layout.num_slots)
         calls = sum(layout.calls_of(chunk) for chunk in cache.missing(chunks)) * layout.micro_batch // layout.batch_size
         print(f"Asking the teacher for {calls} batches, kept in {cache.folder}", flush=True)
         countdown = Countdown("Chunks of the teacher's answers", len(chunks))

@@ -3,11 +3,12 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
-from wandistiller.evaluation.held_out import PathErrors
 from wandistiller.files.atomic import write_text
 from wandistiller.files.output_folder import (
     LOSS_PLOT_NAME,
@@ -33,27 +34,15 @@ from wandistiller.training.loop import Observer
 from wandistiller.wan.prompt_embeds import Embeds
 
 
+@dataclass
 class RunObserver(Observer):
-    """Hands what the loop tells to those who want it.
+    """Hands what the loop tells to those who want it; what is None is not done."""
 
-    Args:
-        progress: shows every step and writes it down; None in a process that another one prints for.
-        trackers: told of every step and picture.
-        held_out: measures the student; None where nothing is measured.
-        samples: draws with the student; None where nothing is drawn.
-        student_sampling: how the saved student draws, and so the one of the second stage; None where nothing is drawn.
-    """
-
-    def __init__(
-        self,
-        progress: Progress | None,
-        trackers: Trackers,
-        held_out: PathErrors | None,
-        samples: Samples | None = None,
-        student_sampling: SamplingOptions | None = None,
-    ):
-        self.progress, self.trackers, self.held_out, self.samples = progress, trackers, held_out, samples
-        self.student_sampling = student_sampling
+    progress: Progress | None  # in the process that prints
+    trackers: Trackers  # told of every step and picture
+    held_out: Callable[..., dict[str, float]] | None  # measures the student, in the second stage as it draws then
+    samples: Samples | None = None
+    student_sampling: SamplingOptions | None = None  # of the saved student, and so of the second stage
 
     def shown(self) -> contextlib.AbstractContextManager:
         """While the loop runs: the progress bar is there."""
@@ -77,44 +66,50 @@ class RunObserver(Observer):
         """Draw the picture that a run ends with."""
         if (samples := self.samples) is None:
             return
-        who = f"student {samples.student_sampling.num_inference_steps} steps"
-        if samples.teacher is not None:
-            who = f"teacher {samples.teacher_sampling.num_inference_steps} steps, {who}"
-        print(f"Drawing {len(samples.prompts)} prompts, {who}", flush=True)
+        print(f"Drawing {len(samples.prompts)} prompts", flush=True)
         if file := samples(student, step):
             print(f"{'The student' if samples.teacher is None else 'Teacher above, student below'}: {file}")
 
 
 @contextlib.contextmanager
 def watch(settings: Settings, folder: Folder, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObserver]:
-    """Set up everyone who watches the run, from before its first step until its student is saved.
-
-    A run that starts anew moves an earlier student of its folder aside first.
-    """
-    held_out = build_measure(settings, embeds, teacher)
-    if folder.resume_from is None:
-        aside = settings.processes.first_then_all(lambda: set_aside_previous_student(folder.path))
-        if aside:
-            print(f"The student that was in {folder.path} is now in {aside}")
-    is_first, run_file = settings.processes.is_first, folder.path / RUN_NAME
-    if is_first and (has_mark(run_file) or not os.path.lexists(run_file)):  # one that a person wrote is left alone
-        write_text(run_file, settings.flags_text)
-    progress = Progress(settings.num_steps, folder.first_step) if is_first else None
-    with build_trackers(settings, folder) if is_first else Trackers() as trackers:
+    """Set up everyone who watches the run, from before its first step until its student is saved."""
+    held_out, run_file = build_measure(settings, embeds, teacher), folder.path / RUN_NAME
+    with watched(settings, folder) as (progress, trackers):
+        is_ours = has_mark(run_file) or not os.path.lexists(run_file)  # one that a person wrote is left alone
+        if settings.processes.is_first and is_ours:
+            write_text(run_file, settings.flags_text)
         samples = build_samples(settings, folder, embeds, teacher, trackers)
         yield RunObserver(progress, trackers, held_out, samples, settings.student_sampling)
 
 
-def build_trackers(settings: Settings, folder: Folder) -> Trackers:
+@contextlib.contextmanager
+def watched(settings: Any, folder: Folder, also: Sequence[str] = ()) -> Iterator[tuple[Progress | None, Trackers]]:
+    """Show a run of any command, and write down its steps; one that starts anew moves what is in its folder aside first.
+
+    `also` are names of files that it writes beside those of every run.
+    """
+    processes = settings.processes
+    if folder.resume_from is None:
+        aside = processes.first_then_all(lambda: set_aside_previous_student(folder.path, also))
+        if aside:
+            print(f"The student that was in {folder.path} is now in {aside}")
+    progress = Progress(settings.num_steps, folder.first_step) if processes.is_first else None
+    with build_trackers(settings, folder) if processes.is_first else Trackers() as trackers:
+        yield progress, trackers
+
+
+def build_trackers(settings: Any, folder: Folder) -> Trackers:
     """metrics.jsonl, TensorBoard, the loss plot, and the tracker of --report."""
-    path, report = folder.path, settings.report
+    report, step = settings.report, folder.first_step
+    metrics, events, plot = (folder.path / name for name in (METRICS_NAME, TENSORBOARD_NAME, LOSS_PLOT_NAME))
     makers: dict[str, Callable[[], Tracker]] = {
-        METRICS_NAME: lambda: MetricsFile(path / METRICS_NAME, folder.first_step),
-        "TensorBoard": lambda: TensorBoardFiles(path / TENSORBOARD_NAME, folder.first_step),
-        LOSS_PLOT_NAME: lambda: LossPlot(path / METRICS_NAME, path / LOSS_PLOT_NAME),
+        METRICS_NAME: lambda: MetricsFile(metrics, step),
+        "TensorBoard": lambda: TensorBoardFiles(events, step),
+        LOSS_PLOT_NAME: lambda: LossPlot(metrics, plot),
     }
     if report != "none":
-        makers[report] = lambda: RunTracker(report, path, settings.as_dict())
+        makers[report] = lambda: RunTracker(report, folder.path, settings.as_dict())
     return Trackers(makers)
 
 

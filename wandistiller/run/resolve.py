@@ -1,35 +1,33 @@
 """From what was typed to the settings of a run: every default, correction and refusal, once. Nothing is written, no weight is read.
 
 `resolve` is the order; each function below it decides one thing from those before it, and prints a line where it corrects what was
-typed. The defaults that were measured lie in defaults.py.
+typed. docs/measurements.md has the measurements that the defaults were chosen by.
 """
 
 import math
 import os
 import shutil
 import sys
-from dataclasses import fields
 from typing import Any
 
 from wandistiller.device import pick_device
 from wandistiller.errors import UserError
 from wandistiller.model.config import MAX_PATCHES, StudentConfig
 from wandistiller.model.image_sizes import resolve_sizes, square
+from wandistiller.model.sizes import BACKWARD_PASSES, num_image_tokens, transformer_flops
 from wandistiller.processes import Processes, join
 from wandistiller.reports.trackers import check_report
-from wandistiller.run.defaults import suggested_lr, suggested_replay, suggested_warmup
-from wandistiller.run.flag_files import flags_line, flags_text
+from wandistiller.run.flag_files import flags_text
 from wandistiller.run.flags import Flags
 from wandistiller.run.headers import ALL_LEVELS, Files, Source, open_files
-from wandistiller.run.held_out import MAX_SHARE, NUM_MEASUREMENTS, num_answers, path_steps
-from wandistiller.run.inputs import Inputs, samples_per_step
-from wandistiller.run.settings import Settings
+from wandistiller.run.held_out import MAX_SHARE, NUM_MEASUREMENTS, num_answers
+from wandistiller.run.inputs import Inputs
+from wandistiller.run.settings import Settings, of_fields
 from wandistiller.training.loop import steps_of_epochs
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.walk.batches import make_schedules
 from wandistiller.walk.grids import steps_of_segments, teacher_levels
 from wandistiller.wan.settings import TeacherSettings
-from wandistiller.wan.text_encoder import prompts_digest
 
 # The recipe that won on two teachers (docs/measurements.md)
 FEATURE_LOSS_WEIGHT = 1.0
@@ -38,22 +36,23 @@ STUDENT_STEPS, FIRST_STAGE_SHARE = 4, 2 / 3
 LORA_RANK, LORA_LR_FACTOR = 16, 3
 # Experts that take turns on the device answer many batches each, so that moving one in is rare.
 OFFLOAD_CALLS_PER_EXPERT = 64
+# The best learning rates of a student of MEASURED_WIDTH that learns from MEASURED_SAMPLES a step, by optimiser:
+MEASURED_LR = {"adamw": 3e-3, "muon": 4e-3}
+MEASURED_WIDTH, MEASURED_SAMPLES = 128, 64
+WARMUP_SHARE, MAX_WARMUP_STEPS = 0.04, 500
+# An answer is learnt from so often at least, however cheap it is; and at most, since more often it would be memorised.
+MIN_REPLAY, MAX_REPLAY = 4, 8
+TYPICAL_TEXT_TOKENS = 64  # the ratio of two models' FLOPs hardly depends on the text
 
 
 def resolve(flags: Flags, inputs: Inputs) -> Settings:
-    """Join the processes, open the files by their headers and give every setting its value.
-
-    Raises:
-        UserError: something is missing, damaged or contradictory, or does not fit together.
-    """
-    processes = join(flags.performance.device, pick_device)
-    check_report(flags.output.report)
+    """Join the processes, open the files by their headers and give every setting its value, or refuse what does not fit together."""
+    processes = join(flags.device, pick_device)
+    check_report(flags.report)
     check_compiler(flags)
     files = open_files(flags, inputs.config)
-    if flags.output.preset or flags.output.config:
-        print(f"Flags: {flags_line(flags)}")
     print("\n".join(inputs.prompts.lines))
-    if 2 * (found := len(inputs.prompts.train)) < (meant := flags.data.num_prompts or 0):
+    if 2 * (found := len(inputs.prompts.train)) < (meant := flags.num_prompts or 0):
         print(
             f"Hint: {found:,} prompts of the {meant:,} of --num_prompts; a student of few prompts learns to draw these alone"
         )
@@ -62,9 +61,9 @@ def resolve(flags: Flags, inputs: Inputs) -> Settings:
 
 def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes) -> Settings:
     """Return the settings: what was typed, with every default and correction."""
-    config, own, teacher = inputs.config, flags.optimization, files.teacher
+    config, teacher = inputs.config, files.teacher
     unit = teacher.vae_scale_factor * math.lcm(config.patch_size, files.wan_files.config.patch_size)
-    typed_sizes = flags.student.image_sizes or [square(config.image_size)]
+    typed_sizes = flags.image_sizes or [square(config.image_size)]
     known: dict[str, Any] = {
         **vars(files),
         **resolve_states(flags, files, config),
@@ -74,21 +73,25 @@ def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes) -> 
         "config": config,
         "teacher_levels": (teacher_levels(teacher) or ())[:-1],
         "prompts": inputs.prompts.train,
-        "prompts_digest": prompts_digest(inputs.prompts.train),
         "image_sizes": resolve_sizes(typed_sizes, config.image_size, unit, MAX_PATCHES),
         "sample_prompts": inputs.sample_prompts if files.vae_location else [],
-        "sample_every": flags.output.sample_every if files.vae_location else 0,
+        "sample_every": flags.sample_every if files.vae_location else 0,
     }
-    if flags.student.train == "lora":
-        known["lora_rank"] = rank = given(flags.student.lora_rank, LORA_RANK)
-        known["lora_alpha"] = given(flags.student.lora_alpha, float(rank))
-    known |= resolve_length(flags, known)
-    num_samples = own.batch_size * own.grad_accum_steps * processes.count
-    known["optimization"] = resolve_optimization(flags, config, num_samples, known["first_stage_steps"])
+    is_lora = flags.train == "lora"
+    if is_lora:
+        known["lora_rank"] = rank = given(flags.lora_rank, LORA_RANK)
+        known["lora_alpha"] = given(flags.lora_alpha, float(rank))
+    num_samples = flags.batch_size * flags.grad_accum_steps * processes.count
+    known |= resolve_length(flags, known, num_samples)
+    rates = {
+        "lr": flags.lr
+        or (LORA_LR_FACTOR if is_lora else 1) * suggested_lr(flags.optimizer, config.hidden_size, num_samples),
+        "lr_warmup_steps": given(flags.lr_warmup_steps, suggested_warmup(known["first_stage_steps"])),
+    }
+    known["optimization"] = OptimizationOptions(**of_fields(OptimizationOptions, flags) | rates)
     known |= resolve_measuring(flags, teacher, known, num_samples)
     known["held_out_prompts"] = inputs.prompts.held_out if known["eval_every"] else []
-    names = {setting.name for setting in fields(Settings)}
-    return Settings(**{name: value for name, value in flags.as_dict().items() if name in names} | known)
+    return Settings(**of_fields(Settings, flags) | known)
 
 
 def given(typed, otherwise):
@@ -101,48 +104,47 @@ def given(typed, otherwise):
 
 def resolve_states(flags: Flags, files: Files, config: StudentConfig) -> dict[str, Any]:
     """Return the states that the student learns at: those that were typed, else the recipe that won, where it can be had."""
-    own, offload, wan_files = flags.states, flags.performance.teacher_offload, files.wan_files
+    offload, wan_files = flags.teacher_offload, files.wan_files
     num_experts = len(wan_files.experts)
     if offload == "experts" and num_experts == 1:
         print("--teacher_offload is of no use here, this teacher has one expert; --teacher_offload blocks is for it")
         offload = None
     # A cache keeps no hidden states, and those at pure noise are not compared.
-    has_features = own.states != "noise" and own.teacher_cache is None
-    feature_loss_weight = given(flags.objective.feature_loss_weight, FEATURE_LOSS_WEIGHT if has_features else 0.0)
-    is_of_teacher = files.source.is_like(wan_files.config) if files.source else flags.student.init_from == "teacher"
+    has_features = flags.states != "noise" and flags.teacher_cache is None
+    feature_loss_weight = given(flags.feature_loss_weight, FEATURE_LOSS_WEIGHT if has_features else 0.0)
+    is_of_teacher = files.source.is_like(wan_files.config) if files.source else flags.init_from == "teacher"
     if feature_loss_weight and (not is_of_teacher or not config.is_wan):
         print("Hidden states are not compared: the student has none of the teacher's channels")
         feature_loss_weight = 0.0
-    if flags.student.train == "lora":
+    if flags.train == "lora":
         feature_loss_weight = 0.0  # which compares a student as a whole
-    takes_turns = offload and num_experts > 1 and own.states == "trajectory"
+    takes_turns = offload and num_experts > 1 and flags.states == "trajectory"
     return {
-        "sigma_range": tuple(own.sigma_range or ALL_LEVELS),
-        "calls_per_expert": given(own.calls_per_expert, OFFLOAD_CALLS_PER_EXPERT if takes_turns else 0),
+        "sigma_range": tuple(flags.sigma_range or ALL_LEVELS),
+        "calls_per_expert": given(flags.calls_per_expert, OFFLOAD_CALLS_PER_EXPERT if takes_turns else 0),
         "feature_loss_weight": feature_loss_weight,
         "teacher_offload": offload,
     }
 
 
-def resolve_length(flags: Flags, known: dict[str, Any]) -> dict[str, Any]:
+def resolve_length(flags: Flags, known: dict[str, Any], num_samples: int) -> dict[str, Any]:
     """Return the steps of the run and of its first stage, and the teacher's calls that they take."""
-    own, teacher, config, sizes = flags.optimization, known["teacher"], known["config"], known["image_sizes"]
+    teacher, config, sizes = known["teacher"], known["config"], known["image_sizes"]
     largest = max((teacher.latent_shape(config, size)[1:] for size in sizes), key=math.prod)
-    replay = flags.states.replay or suggested_replay(
+    replay = flags.replay or suggested_replay(
         known["wan_files"].config, config, largest, is_guided=teacher.uses_guidance
     )
-    is_lora = flags.student.train == "lora"
+    is_lora = flags.train == "lora"
     student_steps = lora_steps(flags, known["source"]) if is_lora else few_steps(flags, teacher, known["sigma_range"])
     # A LoRA has one stage, whose answers are segments of the teacher's paths where the student draws in few steps.
     share = FIRST_STAGE_SHARE if student_steps and not is_lora else 1
     by_segments = is_lora and student_steps
     calls_per_answer = steps_of_segments(teacher.num_inference_steps, student_steps) if by_segments else 1
-    if own.max_steps is not None or own.num_epochs is not None or own.teacher_calls is None:
-        epochs = steps_of_epochs(own.num_epochs or 1, len(known["prompts"]), samples_per_step(flags))
-        num_steps = own.max_steps or epochs
+    if flags.max_steps is not None or flags.num_epochs is not None or flags.teacher_calls is None:
+        num_steps = flags.max_steps or steps_of_epochs(flags.num_epochs or 1, len(known["prompts"]), num_samples)
         first = math.ceil(share * num_steps)
     else:
-        first = max(1, replay * own.teacher_calls // calls_per_answer)
+        first = max(1, replay * flags.teacher_calls // calls_per_answer)
         num_steps = round(first / share)
     return {
         "replay": replay,
@@ -155,48 +157,60 @@ def resolve_length(flags: Flags, known: dict[str, Any]) -> dict[str, Any]:
 
 def lora_steps(flags: Flags, source: Source) -> int | None:
     """Return the steps that the student of a LoRA draws in, which are its own; None for those of the teacher."""
-    typed, own = flags.objective.student_steps, source.student_steps
+    typed, own = flags.student_steps, source.student_steps
     if typed is not None and (typed or None) != own:
         raise UserError(
-            f"--student_steps: the student of {flags.student.init_from} draws in {own or 'all'} steps, and so it does with a LoRA; leave it out"
+            f"--student_steps: the student of {flags.init_from} draws in {own or 'all'} steps, and so it does with a LoRA; leave it out"
         )
     return own
 
 
 def few_steps(flags: Flags, teacher: TeacherSettings, sigma_range: tuple[float, float]) -> int | None:
     """Return the steps that the student learns to draw in; None for those of the teacher."""
-    typed = flags.objective.student_steps
+    typed = flags.student_steps
     if typed is not None:
         return typed or None
     can = not teacher.has_few_levels and sigma_range == ALL_LEVELS
     return STUDENT_STEPS if can and teacher.num_inference_steps > STUDENT_STEPS else None
 
 
-def resolve_optimization(flags: Flags, config: StudentConfig, num_samples: int, num_steps: int) -> OptimizationOptions:
-    """Return how the weights move; `num_samples` are those of a step."""
-    own, factor = flags.optimization, LORA_LR_FACTOR if flags.student.train == "lora" else 1
-    return OptimizationOptions(
-        lr=own.lr or factor * suggested_lr(own.optimizer, config.hidden_size, num_samples),
-        optimizer=own.optimizer,
-        lr_scheduler=own.lr_scheduler,
-        lr_warmup_steps=given(own.lr_warmup_steps, suggested_warmup(num_steps)),
-        weight_decay=own.weight_decay,
-        max_grad_norm=own.max_grad_norm,
-        ema_decay=own.ema_decay,
-    )
+def suggested_lr(optimizer: str, hidden_size: int, num_samples: int) -> float:
+    """Return the learning rate for a student's width and the samples of a step.
+
+    It falls as one over the width, as the best rate of hidden layers does (muP, arXiv 2203.03466), and with the square root of
+    the samples (arXiv 2405.14578). It is not raised above the measured one.
+    """
+    samples = min(num_samples, MEASURED_SAMPLES) / MEASURED_SAMPLES
+    rate = MEASURED_LR[optimizer] * MEASURED_WIDTH / max(hidden_size, MEASURED_WIDTH) * math.sqrt(samples)
+    return float(f"{rate:.2g}")
+
+
+def suggested_warmup(num_steps: int) -> int:
+    """Return the steps of the learning rate's rise."""
+    return min(MAX_WARMUP_STEPS, round(WARMUP_SHARE * num_steps))
+
+
+def suggested_replay(
+    teacher: StudentConfig, student: StudentConfig, latent_size: int | tuple[int, int], *, is_guided: bool
+) -> int:
+    """Return how often each answer is learnt from, so that learning costs about what the teacher's answers cost."""
+    asked = teacher, num_image_tokens(teacher, latent_size), TYPICAL_TEXT_TOKENS
+    answer = transformer_flops(*asked, TYPICAL_TEXT_TOKENS if is_guided else None)
+    forward = transformer_flops(student, num_image_tokens(student, latent_size), TYPICAL_TEXT_TOKENS)
+    return min(max(round(answer / ((1 + BACKWARD_PASSES) * forward)), MIN_REPLAY), MAX_REPLAY)
 
 
 def resolve_measuring(
     flags: Flags, teacher: TeacherSettings, known: dict[str, Any], num_samples: int
 ) -> dict[str, int]:
-    """Return the steps between held-out measurements (0: none), the teacher's steps on a path, and whether it draws for them."""
-    eval_every, most = flags.output.eval_every, MAX_SHARE * known["num_calls"] * num_samples
+    """Return the steps between held-out measurements (0: none), and whether the teacher draws for them."""
+    eval_every, most = flags.eval_every, MAX_SHARE * known["num_calls"] * num_samples
     can_draw = known["sigma_range"] == ALL_LEVELS
     draws = can_draw and (eval_every is not None or num_answers(teacher, draws=True) <= most)
     if eval_every is None:
-        is_cheap = num_answers(teacher, draws=False) <= most
+        is_cheap = not flags.offline_teacher and num_answers(teacher, draws=False) <= most
         eval_every = math.ceil(known["first_stage_steps"] / NUM_MEASUREMENTS) if is_cheap else 0
-    return {"eval_every": eval_every, "held_out_steps": path_steps(teacher), "draws_held_out": draws}
+    return {"eval_every": eval_every, "draws_held_out": draws}
 
 
 # ---- device ----
@@ -205,7 +219,7 @@ def resolve_measuring(
 def check_compiler(flags: Flags) -> None:
     """Refuse --compile where the C++ compiler is missing that torch calls (torch: _inductor/cpp_builder.py), as in slim containers."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if flags.performance.compile and not flags.output.dry_run and shutil.which(compiler) is None:
+    if flags.compile and not flags.dry_run and shutil.which(compiler) is None:
         raise UserError(
             f"--compile: torch.compile needs a C++ compiler, and there is no {compiler}; install one, or leave it out"
         )
@@ -213,18 +227,19 @@ def check_compiler(flags: Flags) -> None:
 
 def resolve_device(flags: Flags, processes: Processes) -> dict[str, object]:
     """Return the precision for the device of this process, or for the GPU that --dry_run plans for."""
-    own, output = flags.performance, flags.output
-    is_elsewhere = output.dry_run and (output.assume_gpu is not None or own.device is None)
+    is_elsewhere = flags.dry_run and (flags.assume_gpu is not None or flags.device is None)
     is_for_gpu = is_elsewhere or processes.device.startswith("cuda")
-    dtype = own.dtype or ("bf16" if is_for_gpu else "fp32")
-    if own.teacher_dtype == "fp8" and processes.device == "mps" and not is_for_gpu:
-        raise UserError("--teacher_dtype fp8: Apple's GPUs have no fp8; give bf16")
-    if own.teacher_offload and processes.device == "mps" and not is_for_gpu:
-        raise UserError("--teacher_offload: Apple's GPUs have the host's memory; leave it out")
+    dtype = flags.dtype or ("bf16" if is_for_gpu else "fp32")
+    if processes.device == "mps" and not is_for_gpu:
+        if flags.teacher_dtype == "fp8":
+            raise UserError("--teacher_dtype fp8: Apple's GPUs have no fp8; give bf16")
+        if flags.teacher_offload:
+            raise UserError("--teacher_offload: Apple's GPUs have the host's memory; leave it out")
     return {
+        "device": processes.device,
         "dtype": dtype,
-        "teacher_dtype": own.teacher_dtype or dtype,
+        "teacher_dtype": flags.teacher_dtype or dtype,
         "is_for_gpu": is_for_gpu,
-        "shard_teacher": own.shard in ("teacher", "both"),
-        "shard_student": own.shard in ("student", "both"),
+        "shard_teacher": flags.shard in ("teacher", "both"),
+        "shard_student": flags.shard in ("student", "both"),
     }
