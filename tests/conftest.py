@@ -105,12 +105,12 @@ def flags_of(teachers, write_config, tmp_path):
 
 @pytest.fixture
 def launch(tmp_path):
-    """Run the command in so many processes; their exit codes, and what they said."""
+    """Run the command in so many processes, as if on so many machines; their exit codes, and what they said."""
 
-    def run(count: int, argv: list[str]) -> tuple[list[int], str]:
+    def run(count: int, argv: list[str], nodes: int = 1) -> tuple[list[int], str]:
         log = tmp_path / "log.txt"
         log.unlink(missing_ok=True)
-        processes = start(count, argv, log)
+        processes = start(count, argv, log, nodes=nodes)
         for process in processes:
             process.join()
         return [process.exitcode for process in processes], log.read_text()

@@ -41,14 +41,19 @@ class Processes:
     Attributes:
         rank: number of this process; 0 writes files and prints.
         count: number of processes.
+        per_node: processes of each machine, where all have as many; else all of them.
         device: where this one computes.
     """
 
-    def __init__(self, device: str = "cpu", rank: int = 0, count: int = 1):
+    def __init__(self, device: str = "cpu", rank: int = 0, count: int = 1, per_node: int | None = None):
         self.device, self.rank, self.count = device, rank, count
-        self.mesh = None
+        self.mesh = self.weights_mesh = None
         if dist.is_initialized():
-            self.mesh = dist.device_mesh.init_device_mesh(torch.device(device).type, (count,))
+            kind, own = torch.device(device).type, per_node if per_node and count % per_node == 0 else count
+            self.mesh = self.weights_mesh = dist.device_mesh.init_device_mesh(kind, (count,))
+            if 1 < own < count:
+                names = ("copies", "shards")
+                self.weights_mesh = dist.device_mesh.init_device_mesh(kind, (count // own, own), mesh_dim_names=names)
 
     @property
     def is_first(self) -> bool:
@@ -122,6 +127,8 @@ class Processes:
     def shard(self, model: nn.Module | None) -> None:
         """Shard a model's parameters over the processes in place, a block of `model.blocks` at a time (FSDP2).
 
+        Over several machines each one has a copy, sharded within it (hybrid sharding, arXiv 2304.11277), since the network between
+        them is far slower than that inside.
         A process by itself leaves the model as it is, and so does every process with a model without parameters.
         """
         from torch.distributed.fsdp import fully_shard
@@ -131,8 +138,8 @@ class Processes:
         # A model's answer is a view, which nothing writes to.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")
         for block in getattr(model, "blocks", []):
-            fully_shard(block, mesh=self.mesh)
-        fully_shard(model, mesh=self.mesh)
+            fully_shard(block, mesh=self.weights_mesh)
+        fully_shard(model, mesh=self.weights_mesh)
 
     # ---- tensors of slots ----
 
@@ -184,7 +191,7 @@ def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=place)
     if env.rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (for good: what there is to print, the first process prints)
-    return Processes(name, env.rank, env.world_size)
+    return Processes(name, env.rank, env.world_size, env.local_world_size)
 
 
 def leave() -> None:

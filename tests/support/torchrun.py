@@ -17,16 +17,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_as(rank: int, count: int, port: int, argv: list[str], log: Path, main=train_distillation.main) -> None:
+def run_as(rank: int, count: int, nodes: int, port: int, argv: list[str], log: Path, main) -> None:
     """A process as torchrun starts it, without the seconds that loading torch anew would take."""
+    own = count // nodes
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "RANK": str(rank), "LOCAL_RANK": str(rank % own), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(own),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     run_and_exit(lambda: exit_code(main, argv, many_processes=True), descriptor)
 
 
-def start(count: int, argv: list[str], log: Path, main=train_distillation.main) -> list[multiprocessing.Process]:
+def start(
+    count: int, argv: list[str], log: Path, main=train_distillation.main, nodes: int = 1
+) -> list[multiprocessing.Process]:
+    """Start a command in so many processes, as if on so many machines."""
     port = free_port()
-    return [fork(run_as, rank, count, port, argv, log, main) for rank in range(count)]
+    return [fork(run_as, rank, count, nodes, port, argv, log, main) for rank in range(count)]

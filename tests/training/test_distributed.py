@@ -56,8 +56,8 @@ def check_same_run(one: Path, other: Path, rel: float = 1e-5) -> None:
 def run(launch, flags_of, tmp_path):
     """Run to the end in so many processes, into a folder of this name; return what was said."""
 
-    def run(output: str, count: int, *flags: object, **named) -> str:
-        codes, said = launch(count, flags_of(output, *flags, **named))
+    def run(output: str, count: int, *flags: object, nodes: int = 1, **named) -> str:
+        codes, said = launch(count, flags_of(output, *flags, **named), nodes)
         assert codes == [0] * count, said
         return said
 
@@ -76,6 +76,17 @@ def test_two_processes_take_the_steps_of_one_with_the_same_global_batch(run, tea
     for number, (count, way) in enumerate(ways):
         run(str(number), count, *flags, "--max_steps", steps, *way, teacher=teacher)
         check_same_run(tmp_path / "0", tmp_path / str(number))
+
+
+def test_two_machines_of_two_shard_within_each_and_go_on_with_any_number_of_processes(run, tmp_path):
+    """Each machine has a copy of the weights in two shards; whatever wrote a checkpoint, the run ends as that of one process."""
+    flags = [*RECIPE, "--shard", "--save_every", 2, "--keep_checkpoints", 9, "--max_steps", 5]
+    run("one", 1, *flags, "--batch_size", 4)
+    for count, nodes, stopped in ((4, 2, 0), (2, 1, 2)):
+        as_if_stopped_after(tmp_path / "two", stopped)
+        said = run("two", count, *flags, "--batch_size", 4 // count, nodes=nodes)
+        assert stopped == 0 or f"Resuming from step {stopped}" in said
+        check_same_run(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_teacher_cache_that_two_processes_fill_is_that_of_one_bit_for_bit(run, tmp_path):
