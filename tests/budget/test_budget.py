@@ -140,6 +140,7 @@ def test_moments_workspace_and_flops_of_muon(config, dtype):
         ({"latents_per_slot": 18}, "training states", 9),
         ({"num_processes": 4, "shard_student": True}, "optimizer moments", 1 / 4),
         ({"num_processes": 4, "shard_student": True}, "average of weights", 1 / 4),
+        ({"num_processes": 16, "processes_per_machine": 8, "shard_student": True}, "average of weights", 1 / 8),
         ({"num_processes": 4}, "optimizer moments", 1),
     ],
 )

@@ -125,9 +125,9 @@ def _teacher_components(workload: Workload) -> list[Component]:
         what += f"; room for {rooms} blocks, what is in none is there for good"
     if workload.shard_teacher:
         # FSDP2 leaves what is in no block gathered. A gathered block lies in the buffer that it came in, and in its weights.
-        total = math.ceil(total / workload.num_processes) + experts * (one - config.depth * block)
+        total = math.ceil(total / workload.num_shards) + experts * (one - config.depth * block)
         gathered = 2 * block
-        what += f", split over {workload.num_processes}; outside of blocks whole"
+        what += f", split over {workload.num_shards}; outside of blocks whole"
     inside = f"the inside of one block, {_teacher_samples(workload)} samples of {workload.teacher_tokens} tokens"
     return [
         Component("teacher weights", total, what, "answering" if workload.offline_teacher else ""),
@@ -200,7 +200,7 @@ def _stored_feature_bytes(workload: Workload) -> int:
 
 def _student_components(workload: Workload) -> list[Component]:
     count, is_checkpointed = count_parameters(workload.student), workload.gradient_checkpointing
-    parts = workload.num_processes if workload.shard_student else 1
+    parts = workload.num_shards if workload.shard_student else 1
     own, maps = FP32 * math.ceil(count.total / parts), math.ceil(_map_parameters(workload) / parts)
     split = f", split over {parts}" if parts > 1 else ""
     phase = "learning" if workload.offline_teacher else ""
@@ -265,7 +265,7 @@ def _frozen_bytes(workload: Workload) -> int:
     if not workload.segment_passes:
         return 0
     whole = BYTES[workload.dtype] * count_parameters(workload.student).total
-    return math.ceil(whole / workload.num_processes) if workload.shard_student else whole
+    return math.ceil(whole / workload.num_shards) if workload.shard_student else whole
 
 
 def _orthogonalization_bytes(workload: Workload) -> int:

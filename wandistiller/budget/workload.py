@@ -61,6 +61,12 @@ class Workload:
         return self.batch_size * self.grad_accum_steps * self.num_processes
 
     @property
+    def num_shards(self) -> int:
+        """Processes that a sharded model is split over; of several machines each has a copy (`Processes.shard`)."""
+        total, own = self.num_processes, self.processes_per_machine
+        return own if 1 < own < total and total % own == 0 else total
+
+    @property
     def keeps_gradients(self) -> bool:
         """Whether gradients persist through the step (accumulation, DDP); else they come as activations go."""
         return self.grad_accum_steps > 1 or self.num_processes > 1
