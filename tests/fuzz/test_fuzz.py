@@ -212,12 +212,13 @@ def outcome_of(done: Damage, ended: Ended, case: Path, group: Group, whole: str)
         return "harmless"
     if "Left out: " in said:
         return "told"  # parts of a LoRA for layers that the student does not have
-    if not done.may_be_used:
-        return "fault: taken without a word"
     try:
-        return "used" if results_of(case, group) != whole else "fault: neither used nor named"
+        is_whole = results_of(case, group) == whole
     except SafetensorError:
-        return "used"
+        is_whole = False
+    if done.kind == "renamed":  # to a name with a prefix, which is taken off
+        return "used" if is_whole else "fault: taken without a word"
+    return "used" if done.may_be_used and not is_whole else "fault: neither used nor named"
 
 
 def fault_of(ended: Ended, case: Path, before: set[str]) -> str | None:
