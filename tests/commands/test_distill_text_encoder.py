@@ -219,7 +219,7 @@ def test_the_shipped_config_makes_at_most_400_million_parameters_of_umt5_xxl(pla
         ({"d_model": 16}, {}, "d_ff=None must be"),
         (SMALL, {"student": "{tmp}/wide"}, "gives embeddings of width 128, teacher and student take 20"),
         (SMALL, {"output_dir": DEMO}, "is where the teacher's text encoder lies"),
-        (SMALL, {"teacher_path": "{tmp}/none"}, "there is no such folder"),
+        (SMALL, {"teacher_path": "{tmp}/none"}, "there is no text encoder there"),
     ],
 )
 def test_what_cannot_work_is_one_message_and_nothing_is_written(place, tmp_path, run_main, config, changes, said):

@@ -258,7 +258,8 @@ def test_an_output_folder_that_goes_while_a_run_writes_to_it_is_said_and_costs_n
     assert left.results() == whole.results()
 
 
-def change_a_tensor(path: Path) -> None:
+def change_a_tensor(folder: Path) -> None:
+    (path,) = folder.glob("*.safetensors")
     tensors = load_file(path)
     name = sorted(name for name in tensors if name.endswith("weight"))[0]
     save_file(tensors | {name: tensors[name] * 1.001}, path)
@@ -268,14 +269,8 @@ def change_a_tensor(path: Path) -> None:
 CHANGES: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "no prompt cache": (lambda folder: shutil.rmtree(folder / "prompts"), None),
     "no answers": (lambda folder: [file.unlink() for file in (folder / "answers").glob("answers_*")], "another folder"),
-    "another teacher": (
-        lambda folder: change_a_tensor(folder / "teacher/transformer/diffusion_pytorch_model.safetensors"),
-        "teacher",
-    ),
-    "another text encoder": (
-        lambda folder: change_a_tensor(folder / "teacher/text_encoder/model.safetensors"),
-        "teacher",
-    ),
+    "another teacher": (lambda folder: change_a_tensor(folder / "teacher" / "transformer"), "teacher"),
+    "another text encoder": (lambda folder: change_a_tensor(folder / "teacher" / "text_encoder"), "teacher"),
 }
 
 

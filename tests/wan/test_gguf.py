@@ -14,7 +14,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import torch
 
 import projection_mapper
 from support.gguf_files import SHAPE, finish, write_wan_gguf
@@ -41,14 +40,6 @@ def assert_same_as_diffusers(path: Path, expert, name: str = "high", **arguments
 def test_every_type_equals_diffusers_with_what_the_library_makes_of_it(tmp_path, dtype):
     expert = write_wan_gguf(tmp_path / "wan.gguf", dtype=dtype)
     assert_same_as_diffusers(tmp_path / "wan.gguf", expert)
-
-
-def test_plain_types_are_read_in_their_own_precision(tmp_path):
-    write_wan_gguf(tmp_path / "wan.gguf", dtype="BF16", **HALF)
-    transformer = open_wan_files(tmp_path / "wan.gguf").experts["high"]
-    assert transformer.read("blocks.0.attn1.to_q.weight").dtype == torch.bfloat16
-    assert transformer.read("proj_out.weight").dtype == torch.float16
-    assert transformer.read("blocks.0.attn1.to_q.bias").dtype == torch.float32
 
 
 @pytest.mark.parametrize("architecture", ["pig", None])

@@ -36,13 +36,9 @@ _PREFIX = re.compile(
     r"(?:(?:base_model|model|diffusion_model|transformer|unet|pipe|dit|module|net|lora|lycoris)[._]+)*"
 )
 # The parts of each way to change a tensor: a product, a difference, LyCORIS's products of Kronecker and Hadamard
+KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-METHODS = (
-    ("up", "down"),
-    ("diff",),
-    ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
-    HADAMARD,
-)
+METHODS = (("up", "down"), ("diff",), KRONECKER, HADAMARD)
 # The end of a key, which part of a change it is, and of which tensor of the module; before ".weight" PEFT has its adapter's name.
 _ENDS = [
     (r"\.(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight$", "down", ("weight",)),
@@ -52,7 +48,7 @@ _ENDS = [
     (r"\.(?:diff|w_norm)$", "diff", ("weight", "table")),
     (r"\.(?:diff_b|b_norm)$", "diff", ("bias",)),
     (r"\.diff_m$", "diff", ("modulation",)),
-    *((rf"\.{part}$", part, ("weight",)) for method in METHODS[2:] for part in method),
+    *((rf"\.{part}$", part, ("weight",)) for part in KRONECKER + HADAMARD),
 ]
 
 

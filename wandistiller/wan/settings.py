@@ -20,14 +20,13 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 RELEASED_TEXT_MAX_LENGTH = 512
 
-
 _COMMON = {"shift": 5.0, "num_inference_steps": 50, "guidance_scale": 5.0}
 _TWO = {
     "shift": 12.0,
     "num_inference_steps": 40,
+    "boundary_ratio": 0.875,
     "guidance_scale": 4.0,
     "guidance_scale_2": 3.0,
-    "boundary_ratio": 0.875,
 }
 # Of each released Wan (width, latent channels, experts), and how it was made to be sampled (Wan2.1, Wan2.2: wan/configs/*.py,
 # generate.py). The guidance of two experts is the high-noise one's, and then the low-noise one's.
@@ -40,12 +39,7 @@ RELEASED: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
 _USUAL = _COMMON | {"boundary_ratio": 0.875}  # of any other Wan
 # FastVideo's FastWan: its class in the index of diffusers, and the levels that it was distilled to (FastVideo: configs/pipelines/wan.py)
 FASTWAN_PIPELINE = "WanDMDPipeline"
-FASTWAN = {
-    "teacher_sampler": "renoise",
-    "teacher_levels": (1000.0, 757.0, 522.0),
-    "shift": 8.0,
-    "guidance_scale": 1.0,
-}
+FASTWAN = {"teacher_sampler": "renoise", "teacher_levels": (1000.0, 757.0, 522.0), "shift": 8.0, "guidance_scale": 1.0}
 
 
 @dataclass(frozen=True)

@@ -86,13 +86,7 @@ def embed_texts(
     device: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> PromptEmbeds:
-    """Return the text tokens of prompts, as teacher and student take them.
-
-    Args:
-        encoder: None makes the mock's embeddings.
-        config: tells the width of the embeddings and the number of text slots.
-        progress: called with (prompts encoded so far, prompts to encode).
-    """
+    """Return the text tokens of prompts, as teacher and student of `config` take them; without an encoder the mock's."""
     if encoder is None:
         return mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
     return encode_prompts(texts, encoder, prompt_cache, EncodingOptions(config.text_max_length, device), progress)

@@ -100,8 +100,7 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
     if (folder / "config.json").is_file():
         beside = folder.parent / "tokenizer"
         return TextEncoderFiles(folder, beside if beside.is_dir() else folder)
-    reason = "holds no text encoder" if folder.exists() else "there is no such folder"
-    raise TeacherFileError(f"{path}: {reason}; --text_encoder_path takes {TEXT_ENCODER_ADVICE}")
+    raise TeacherFileError(f"{path}: there is no text encoder there; --text_encoder_path takes {TEXT_ENCODER_ADVICE}")
 
 
 def encoder_files(place: Path) -> list[Path]:

@@ -224,8 +224,8 @@ def _num_heads(hidden_size: int, settings: dict, where: Path) -> int:
 def _refuse_settings(settings: dict, where: Path) -> None:
     """Refuse other kinds of Wan by what their config says, and variants whose maths would differ."""
     is_given_pictures = settings.get("image_dim") or settings.get("added_kv_proj_dim")
-    refuse_other_kind([str(settings.get("_class_name")), str(settings.get("model_type"))], where)
-    refuse_other_kind(["i2v"] if is_given_pictures else [], where)
+    told = [str(settings.get(key)) for key in ("_class_name", "model_type")]
+    refuse_other_kind([*told, "i2v"] if is_given_pictures else told, where)
     expected = {"qk_norm": (True, "rms_norm_across_heads"), "cross_attn_norm": (True,), "window_size": ([-1, -1],)}
     for key, allowed in expected.items():
         if key in settings and settings[key] not in allowed:

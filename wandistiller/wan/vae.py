@@ -87,8 +87,8 @@ def find_vae(vae_path: str | None, teacher_path: str, num_channels: int | None =
         num_channels: latent channels, by which one of several files in ComfyUI's vae/ is chosen.
     """
     advice = (
-        "give --vae_path a diffusers AutoencoderKLWan folder, such as the vae/ folder of Wan-AI/Wan2.1-T2V-1.3B-Diffusers "
-        "(Wan2.1 and A14B) or of Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a file such as wan_2.1_vae.safetensors"
+        "give --vae_path the vae/ folder of a pipeline, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers (also for A14B) or "
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers, or a file such as wan_2.1_vae.safetensors"
     )
     location = vae_path or teacher_path
     folder = place_of(location, _HUB_FILES, "a local folder with vae/, as --vae_path")

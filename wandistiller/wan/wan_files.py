@@ -68,10 +68,8 @@ class WanFiles:
 
     def left_out(self) -> str | None:
         """Return one line for the screen on the tensors of its files that are no weights, with why they do no harm."""
-        parts = [expert.ignored for expert in self.experts.values()] + (
-            [self.encoder.umt5.ignored] if self.encoder else []
-        )
-        reasons = Counter(reason for ignored in parts for reason in ignored.values())
+        parts = [*self.experts.values(), *([self.encoder.umt5] if self.encoder else [])]
+        reasons = Counter(reason for part in parts for reason in part.ignored.values())
         told = ", ".join(f"{count} ({reason})" for reason, count in reasons.items())
         return f"Tensors that are no weights: {told}" if told else None
 
