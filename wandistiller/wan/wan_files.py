@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class WanFiles:
 
     def left_out(self) -> str | None:
         """Return one line for the screen on the tensors of its files that are no weights, with why they do no harm."""
-        parts = [*self.experts.values(), *([self.encoder.umt5] if self.encoder else [])]
+        parts: list[Any] = [*self.experts.values(), *([self.encoder.umt5] if self.encoder else [])]
         reasons = Counter(reason for part in parts for reason in part.ignored.values())
         told = ", ".join(f"{count} ({reason})" for reason, count in reasons.items())
         return f"Tensors that are no weights: {told}" if told else None
