@@ -83,7 +83,7 @@ class Group:
     files: str
     command: str
     few: int = 8
-    idle: str = "scaled_fp8|logit_scale"
+    idle: str = "$^"
 
 
 DRAWN = "teacher student cache"
@@ -208,7 +208,7 @@ def outcome_of(done: Damage, ended: Ended, case: Path, group: Group, whole: str)
         return "refused by its kind"
     if ended.code == 2:
         return f"fault: refused without its name: {ended.err.strip().replace(str(case), '')[-160:]}"
-    if re.match(group.idle, done.names[-1]):
+    if re.match(f"scaled_fp8|logit_scale|{group.idle}", done.names[-1]):
         return "harmless"
     if "Left out: " in said:
         return "told"  # parts of a LoRA for layers that the student does not have
