@@ -25,7 +25,7 @@ from wandistiller.prompts.prompts import clean_prompt
 logger = logging.getLogger(__name__)
 SHARD_BYTES = 128 * 2**20  # what a killed encoding loses at most, and what it holds in memory
 MOCK_SCALE = 0.1
-MOCK_KEPT_BYTES = 256 * 2**20  # at most, of what was made already
+KEPT_BYTES = 256 * 2**20  # of embeddings stay in memory once they have been read or made
 
 
 class PromptEmbeds:
@@ -168,16 +168,20 @@ def _digest(row: Tensor) -> str:
     return hashlib.sha256(f"{list(row.shape)}".encode() + content).hexdigest()[:16]
 
 
+def kept(read: Callable[[int], Tensor], text_dim: int, text_max_length: int) -> Callable[[int], Tensor]:
+    """Return a function that keeps some of the embeddings that it has read, KEPT_BYTES of the longest."""
+    return lru_cache(max(1, KEPT_BYTES // (text_max_length * text_dim * torch.float32.itemsize)))(read)
+
+
 def mock_prompt_embeds(prompts: Sequence[str], text_dim: int, text_max_length: int = 512) -> PromptEmbeds:
     """Return noise in place of UMT5's embeddings, which depends on the prompt alone: a token for each word and one more."""
     cleaned = [clean_prompt(prompt) for prompt in prompts]
 
     lengths = [min(len(prompt.split()) + 1, text_max_length) for prompt in cleaned]
 
-    @lru_cache(maxsize=max(1, MOCK_KEPT_BYTES // (text_max_length * text_dim * torch.float32.itemsize)))
     def read(index: int) -> Tensor:
         seed = int.from_bytes(hashlib.sha256(cleaned[index].encode()).digest()[:7])
         generator = torch.Generator().manual_seed(seed)
         return MOCK_SCALE * torch.randn(lengths[index], text_dim, generator=generator)
 
-    return PromptEmbeds(len(cleaned), text_dim, read, lengths.count(text_max_length))
+    return PromptEmbeds(len(cleaned), text_dim, kept(read, text_dim, text_max_length), lengths.count(text_max_length))

@@ -18,7 +18,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_writable
 from wandistiller.model.config import StudentConfig
 from wandistiller.prompts.prompts import clean_prompt
-from wandistiller.wan.prompt_embeds import PromptCache, PromptEmbeds, mock_prompt_embeds
+from wandistiller.wan.prompt_embeds import PromptCache, PromptEmbeds, kept, mock_prompt_embeds
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, Tokenize, open_tokenizer
 
 CACHE_VERSION = 2
@@ -75,7 +75,7 @@ def encode_prompts(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     num_full = sum(cache.num_tokens(key) == slots for key in keys)
-    return PromptEmbeds(len(keys), text_dim, lambda index: cache.read(keys[index]), num_full)
+    return PromptEmbeds(len(keys), text_dim, kept(lambda index: cache.read(keys[index]), text_dim, slots), num_full)
 
 
 def embed_texts(
