@@ -132,8 +132,7 @@ def to_original(name: str) -> str:
 
 def _renamed(name: str, in_model: dict[str, str], in_block: dict[str, str]) -> str:
     """Replace the stem of a name; it ends at a dot, so that what follows (.weight, .scale_weight) is kept."""
-    match = re.match(r"blocks\.\d+\.", name)
-    block = match[0] if match else ""
+    block = "".join(re.findall(r"^blocks\.\d+\.", name))
     inside = name.removeprefix(block)
     for stem, other in (in_block if block else in_model).items():
         if inside == stem or inside.startswith(f"{stem}."):
@@ -153,8 +152,7 @@ def refuse_other_kind(names: Iterable[str], where: object) -> None:
 def other_wan_kind(names: Iterable[str]) -> str | None:
     """Return the other kind of Wan that a name tells, such as "an image-to-video (I2V)"; None for text-to-video."""
     text = "\n".join(names)
-    flags = re.IGNORECASE | re.MULTILINE
-    return next((kind for kind, pattern in _OTHER_KINDS.items() if re.search(pattern, text, flags)), None)
+    return next((kind for kind, pattern in _OTHER_KINDS.items() if re.search(pattern, text, re.I | re.M)), None)
 
 
 COMFYUI_FOLDERS = ("diffusion_models", "unet", "checkpoints")  # of ComfyUI's models/, for transformers

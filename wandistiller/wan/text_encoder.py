@@ -100,10 +100,8 @@ def token_ids(prompts: Sequence[str], files: TextEncoderFiles, text_max_length: 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
     """Return a digest of prompts in their order."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(prompt.encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()[:16]
+    lines = (prompt.encode("utf-8", "surrogatepass") + b"\n" for prompt in prompts)
+    return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
 
 
 def _encode(
