@@ -56,12 +56,7 @@ class GgufTensor(StoredTensor):
 
 
 def read_gguf_header(path: Path) -> Header:
-    """Read names, shapes and types of a file's tensors and its fields (github.com/ggml-org/ggml: docs/gguf.md).
-
-    Raises:
-        DamagedFileError: the file is missing or not whole.
-        TeacherFileError: it holds a type that the library cannot make numbers of.
-    """
+    """Read names, shapes and types of a file's tensors and its fields (github.com/ggml-org/ggml: docs/gguf.md)."""
     with refusing_damage(path, NO_GGUF):
         stat = path.stat()
         return _read_header(path, stat.st_size, stat.st_mtime_ns)
@@ -153,11 +148,7 @@ def _stored_as(path: Path, name: str, shape: tuple[int, ...], kind: int) -> tupl
 
 
 def require_architecture(path: Path, allowed: Sequence[str], what: str) -> None:
-    """Refuse a GGUF file that says it is another model's; one that says nothing is judged by its tensors.
-
-    Args:
-        what: the model, for the message.
-    """
+    """Refuse a GGUF file that says it is no such model's, which is `what`; one that says nothing is judged by its tensors."""
     architecture = read_gguf_header(path).metadata.get("general.architecture")
     if architecture not in (None, *allowed):
         raise TeacherFileError(

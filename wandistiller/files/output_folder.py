@@ -106,11 +106,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def set_aside_previous_student(folder: Path, also: Sequence[str] = ()) -> Path | None:
-    """Move what an earlier run left into a folder of its own, so that a new student never replaces it silently.
-
-    Args:
-        also: names of files that the run will write beside those of every run.
-    """
+    """Move what an earlier run left, and `also` these files, into a folder of its own, so that a new student never replaces it silently."""
     # A link that leads nowhere would be in the way as well:
     previous = [file for name in [*_OF_A_RUN, *also] if os.path.lexists(file := folder / name) and has_mark(file)]
     if not previous:

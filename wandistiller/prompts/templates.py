@@ -136,11 +136,7 @@ def _checked_line(line: str, where: str) -> str:
 
 
 class Templates:
-    """Templates of a file or folder and the wildcards that they lead to, all of which are there.
-
-    Raises:
-        UserError: a file is missing or empty, or a line cannot be read; the line is named.
-    """
+    """Templates of a file or folder and the wildcards that they lead to, all of which are there; a line that is wrong is named."""
 
     def __init__(self, path: str | Path):
         place = Path(path)
