@@ -242,14 +242,23 @@ def test_a_run_is_reported_with_scalars_and_pictures(train, teachers, tmp_path, 
     module = StandIn(name)
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    outcome = train(teachers.one, PRUNED_CONFIG, *DRAWN, "--max_steps", 4, "--sample_every", 3, "--report", name)
+    flags = [*DRAWN, "--max_steps", 4, "--sample_every", 3, "--save_every", 2, "--report", name]
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags)
     assert outcome.code == 0, outcome.err
-    assert module.started["config"]["num_steps"] == 4 and module.started["name"] == "out"
+    assert module.started["config"]["num_steps"] == 4 and module.started["name"].startswith("out-")
     assert module.started.get("mode") == ("offline" if name == "wandb" else None), "nobody is logged in"
     losses = [(step, values["loss"]) for step, values in module.logged if "loss" in values]
     assert losses == [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "out")]
     assert [step for step, values in module.logged if "samples" in values] == [3, 4]
     assert module.finished == 1
+    # The command that resumes it reports to the same run, and one that starts anew to another:
+    first = module.started
+    for more in ([], ["--overwrite"]):
+        assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 5, *more).code == 0
+        assert (module.started["name"] == first["name"]) == (not more)
+        assert module.started["resume"] == "allow" and (
+            name == "trackio" or module.started["id"] in module.started["name"]
+        )
 
 
 @pytest.mark.parametrize(

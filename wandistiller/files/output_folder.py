@@ -17,6 +17,7 @@ SAMPLES_NAME = "samples"
 OVER_TIME_NAME = "samples_over_time.png"
 LOSS_PLOT_NAME = "loss.png"
 TENSORBOARD_NAME = "tensorboard"
+TRACKER_NAME = "tracker_run.txt"  # what wandb or trackio know the run by
 CARD_NAME = "README.md"
 RUN_NAME = "run.yaml"  # the flags of a run
 CARD_MARK, RUN_MARK = "<!-- Written by WanDistiller", "# Written by WanDistiller"
@@ -38,7 +39,7 @@ LORA_NAMES = {"diffusers": "lora.safetensors", "original": "lora_comfyui.safeten
 SAMPLE_FILE = re.compile(r"step_(\d{1,15})\.png")
 STUDENT_NAMES = ["student_config.json", "diffusion_model.safetensors", "projection_report.json"]
 _OF_A_RUN = [
-    *STUDENT_NAMES, TRAINED_PROMPTS_NAME, METRICS_NAME, SAMPLES_NAME, LOSS_PLOT_NAME, TENSORBOARD_NAME, "checkpoints", EVALUATION_NAME,
+    *STUDENT_NAMES, TRAINED_PROMPTS_NAME, METRICS_NAME, SAMPLES_NAME, LOSS_PLOT_NAME, TENSORBOARD_NAME, TRACKER_NAME, "checkpoints", EVALUATION_NAME,
     COMPARISON_NAME, FRONTIER_NAME, GALLERY_NAME, CARD_NAME, RUN_NAME, OVER_TIME_NAME, *LORA_NAMES.values(),
 ]  # fmt: skip
 

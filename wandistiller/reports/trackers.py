@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import secrets
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError, first_line
 from wandistiller.files.atomic import write_text
+from wandistiller.files.output_folder import TRACKER_NAME
 from wandistiller.reports.metrics import read_metrics
 from wandistiller.step_metrics import StepMetrics
 
@@ -103,8 +105,14 @@ class RunTracker(Tracker):
 
     def __init__(self, name: str, folder: Path, config: dict):
         self.module = importlib.import_module(name)
-        options = {"project": PROJECT, "name": folder.resolve().name, "config": config}
+        # A command that resumes a run finds it there by what the first one noted.
+        note = folder / TRACKER_NAME
+        if not note.is_file():
+            write_text(note, secrets.token_hex(4))
+        run = note.read_text(encoding="utf-8", errors="replace")[:8]
+        options = {"project": PROJECT, "name": f"{folder.resolve().name}-{run}", "config": config, "resume": "allow"}
         if name == "wandb":
+            options["id"] = run  # trackio knows a run by its name
             # Nobody may be there to answer where it asks for a login; `wandb sync` sends the files later.
             mode = os.environ.get("WANDB_MODE") or ("online" if self.module.api.api_key else "offline")
             options |= {"dir": str(folder), "mode": mode}
