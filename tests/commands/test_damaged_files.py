@@ -47,7 +47,17 @@ def command_of(name: str, house: Path, student: Path, output: Path) -> tuple:
     drawn = ["--device", "cpu", "--prompt_cache", house / "cache"]
     return {
         "generate": (generate_images.main, *where, *drawn, "--prompt", "a red circle", "--num_inference_steps", 1),
-        "evaluate": (evaluate_student.main, *where, *drawn, "--prompts_file", house / "other.txt", "--num_seeds", 1),
+        "evaluate": (
+            evaluate_student.main,
+            *where,
+            *drawn,
+            "--prompts_file",
+            house / "other.txt",
+            "--num_seeds",
+            1,
+            "--frontier_prompts",
+            0,
+        ),
         "export": (export_student.main, *where, "--format", "diffusers"),
         "pipeline": (export_student.main, *where, "--format", "pipeline"),
     }[name]
@@ -62,8 +72,10 @@ def assert_refused(outcome, *words: str) -> None:
 # ---- numbers that are none ----
 
 
-@pytest.mark.parametrize("name", ["generate", "evaluate", "export", "pipeline"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "name, value",
+    [("generate", torch.nan), ("evaluate", torch.inf), ("export", -torch.inf), ("pipeline", torch.nan)],
+)
 def test_a_student_whose_weights_are_no_numbers_is_refused_and_leaves_no_folder(
     house, own, tmp_path, run_main, name, value
 ):
@@ -150,8 +162,9 @@ def test_a_folder_in_the_place_of_a_result_is_refused_before_anything_is_measure
     assert "relative velocity error" not in outcome.out
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "student_config.json"])
-@pytest.mark.parametrize("kind", ["dangling", "circle"])
+@pytest.mark.parametrize(
+    "name, kind", [("checkpoints", "dangling"), ("metrics.jsonl", "circle"), ("student_config.json", "circle")]
+)
 def test_links_that_lead_nowhere_are_set_aside_by_a_new_run(train, teachers, tmp_path, name, kind):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).symlink_to(tmp_path / "nowhere" if kind == "dangling" else name)

@@ -144,8 +144,12 @@ def test_an_engineer_trains_with_two_processes_from_a_file_and_a_cache_and_a_kil
     (home / "run.yaml").write_text(RUN, encoding="utf-8")
     command = "torchrun --nproc_per_node 2 train_distillation.py --config"
     assert "Fits: about" in typed("python train_distillation.py --config run.yaml --dry_run")
-    assert "other parts are missing" in typed("python train_distillation.py --config run.yaml --batch_size 4 --cache_part 1/2")
-    assert "the cache is complete" in typed("python train_distillation.py --config run.yaml --batch_size 4 --cache_part 2/2")
+    assert "other parts are missing" in typed(
+        "python train_distillation.py --config run.yaml --batch_size 4 --cache_part 1/2"
+    )
+    assert "the cache is complete" in typed(
+        "python train_distillation.py --config run.yaml --batch_size 4 --cache_part 2/2"
+    )
 
     torchrun(f"{command} run.yaml --offline_teacher", home / "log.txt", kill_after=4)
     said = torchrun(f"{command} run.yaml --offline_teacher", home / "log.txt")

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -31,6 +30,7 @@ from safetensors.torch import load_file, save_file
 import export_student
 import generate_images
 import train_distillation
+from support.processes import exit_code, fork, run_and_exit
 from support.runs import ROOT, snapshot
 from support.wan_folders import oracle_velocity, random_weights, relative_error, write_pipeline_folder
 from support.wan_parts import sentencepiece_model
@@ -89,22 +89,10 @@ def export(run_main, tmp_path):
     """Run the command, in fp32 where `flags` say nothing else; `output` is relative to the test's folder."""
 
     def run(student: Path, export_format: str, *flags: object, output: str = "out"):
-        return run_main(
-            export_student.main,
-            "--student",
-            student,
-            "--format",
-            export_format,
-            "--output",
-            tmp_path / output,
-            *precise(flags),
-        )
+        words = ["--student", student, "--format", export_format, "--output", tmp_path / output, *flags]
+        return run_main(export_student.main, *words, *([] if "--dtype" in flags else ["--dtype", "fp32"]))
 
     return run
-
-
-def precise(flags: tuple[object, ...]) -> tuple[object, ...]:
-    return flags if "--dtype" in flags else (*flags, "--dtype", "fp32")
 
 
 def save_random_student(folder: Path, **changes) -> WanLiteStudent:
@@ -406,28 +394,23 @@ def test_files_of_comfyui_become_the_folders_of_a_pipeline(student, export, tmp_
 @pytest.mark.parametrize("name", ["original", "pipeline"])
 def test_what_comes_to_the_output_meanwhile_is_kept(student, tmp_path, name):
     """A second export ends while this one writes: at its first rename, as Python's audit hooks see it."""
-    target = tmp_path / ("out.safetensors" if name == "original" else "out")
-    code = """
-import sys
-from pathlib import Path
-from wandistiller.command_line import run_command
-import export_student
-target = Path(sys.argv[1])
-def meanwhile(event, arguments):
-    if event == "os.rename" and not target.exists():
-        if target.suffix:
-            target.write_text("another")
-        else:
-            target.mkdir()
-            (target / "another").write_text("another")
-sys.addaudithook(meanwhile)
-sys.exit(run_command(lambda: export_student.main(sys.argv[2:])))
-"""
-    words = [target, "--student", student, "--format", name, "--output", target]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and str(target) in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert (target if target.is_file() else target / "another").read_text() == "another"
-    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    target, log = tmp_path / ("out.safetensors" if name == "original" else "out"), student.parent / f"{name}.txt"
+    place = target if target.suffix else target / "another"
+
+    def meanwhile(event: str, arguments: tuple) -> None:
+        if event == "os.rename" and not target.exists():
+            place.parent.mkdir(exist_ok=True)
+            place.write_text("another")
+
+    def export() -> int:
+        sys.addaudithook(meanwhile)
+        return exit_code(export_student.main, ["--student", student, "--format", name, "--output", target])
+
+    process = fork(run_and_exit, export, os.open(os.devnull, os.O_WRONLY), os.open(log, os.O_CREAT | os.O_WRONLY))
+    process.join()
+    said = log.read_text()
+    assert process.exitcode == 2 and str(target) in said and said.count("\n") == 1, said
+    assert place.read_text() == "another" and [path.name for path in tmp_path.iterdir()] == [target.name]
 
 
 # ---- students as teachers ----

@@ -42,7 +42,7 @@ def test_training_drawing_measuring_and_exporting_open_no_connection(teachers, w
         ("train_distillation", ["--teacher_path", teachers.one, "--student_config", write_config(PRUNED_CONFIG),
             "--data_path", prompts, "--output_dir", folder, "--max_steps", 2, "--num_samples", 1, "--sample_every", 1, *cache]),
         ("generate_images", ["--student", folder, "--prompt", "a red circle", "--output", tmp_path / "drawn", *cache]),
-        ("evaluate_student", ["--student", folder, "--prompts_file", prompts, "--num_inference_steps", 2, *cache]),
+        ("evaluate_student", ["--student", folder, "--prompts_file", prompts, "--num_seeds", 1, "--frontier_prompts", 0, *cache]),
         ("export_student", ["--student", folder, "--format", "pipeline", "--output", tmp_path / "pipeline"]),
     ]  # fmt: skip
     told = json.dumps([(module, [str(word) for word in argv]) for module, argv in commands])

@@ -37,10 +37,9 @@ def test_a_student_of_the_teachers_own_weights_errs_by_the_rounding_alone(
     assert config["distillation"]["teacher_dtype"] == recorded
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_student_learns_from_a_frozen_fp8_teacher(train, teachers, tmp_path, dtype):
+def test_a_student_learns_from_a_frozen_fp8_teacher(train, teachers, tmp_path):
     before = snapshot(teachers.two)
-    flags = ("--teacher_dtype", "fp8", "--dtype", dtype, "--lr", 1e-2, "--max_steps", 40, "--states", "noise")
+    flags = ("--teacher_dtype", "fp8", "--dtype", "bf16", "--lr", 1e-2, "--max_steps", 40, "--states", "noise")
     outcome = train(teachers.two, PRUNED_CONFIG, *flags)
     assert outcome.code == 0, outcome.err
     losses = [entry["loss"] for entry in read_metrics(tmp_path / "out")]
@@ -49,7 +48,7 @@ def test_a_student_learns_from_a_frozen_fp8_teacher(train, teachers, tmp_path, d
 
 
 def test_offloading_changes_no_bit_of_the_student(train, teachers, tmp_path):
-    flags = ("--max_steps", 30, "--replay", 1, "--calls_per_expert", 4)
+    flags = ("--max_steps", 12, "--replay", 1, "--calls_per_expert", 3)
     ways = {"stays": [], "experts": ["--teacher_offload"], "blocks": ["--teacher_offload", "blocks"]}
     outcomes = [
         train(teachers.two, PRUNED_CONFIG, *flags, *more, output_dir=tmp_path / way) for way, more in ways.items()
@@ -58,23 +57,26 @@ def test_offloading_changes_no_bit_of_the_student(train, teachers, tmp_path):
     stays, *others = (weights_of(tmp_path / way) for way in ways)
     assert all(torch.equal(stays[name], other[name]) for other in others for name in stays)
     swaps = {re.search(r"with (\d+) swaps of its experts", outcome.out)[1] for outcome in outcomes}
-    assert len(swaps) == 1 and 0 < int(swaps.pop()) < 30
+    assert len(swaps) == 1 and 0 < int(swaps.pop()) < 12
 
 
 def test_taking_turns_swaps_far_less_often_than_both_in_every_batch(train, teachers, tmp_path):
     counts = []
-    for calls in (0, 16):
-        flags = ("--teacher_offload", "--max_steps", 60, "--replay", 1, "--calls_per_expert", calls)
+    for calls in (0, 10):
+        flags = ("--teacher_offload", "--max_steps", 30, "--replay", 1, "--calls_per_expert", calls)
         outcome = train(teachers.two, PRUNED_CONFIG, *flags)
         assert outcome.code == 0, outcome.err
         counts.append(int(re.search(r"with (\d+) swaps", outcome.out)[1]))
     both, in_turns = counts
-    assert both > 30 and in_turns < both / 3
+    assert both > 15 and in_turns < both / 3
 
 
-def test_blocks_of_one_expert_teach_by_way_of_a_cache_too(train, teachers, tmp_path):
+@pytest.mark.parametrize(
+    "compiled", [[], pytest.param(["--compile"], marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
+def test_blocks_of_one_expert_teach_by_way_of_a_cache_too(train, teachers, tmp_path, compiled):
     cache = ("--teacher_cache", tmp_path / "answers", "--offline_teacher", "--teacher_offload", "blocks")
-    outcome = train(teachers.one, PRUNED_CONFIG, *cache, "--teacher_dtype", "fp8", "--compile", "--max_steps", 1)
+    outcome = train(teachers.one, PRUNED_CONFIG, *cache, "--teacher_dtype", "fp8", "--max_steps", 1, *compiled)
     assert outcome.code == 0, outcome.err
 
 

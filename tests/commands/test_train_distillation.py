@@ -1,7 +1,6 @@
 """train_distillation.py works as a person runs it, on tiny checkpoints by diffusers, real files and real signals.
 
-A student that is its teacher must have loss zero at every noise level, and every kind of states and objective must
-train and be recorded. What is shown while a run goes on is tested in tests/reports/.
+A student that is its teacher must have loss zero at every noise level. What is shown while a run goes on is tested in tests/reports/.
 
 pytest tests/commands/test_train_distillation.py
 """
@@ -23,7 +22,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import generate_images
 import train_distillation
 from support.processes import exit_code, fork, run_and_exit
 from support.runs import (
@@ -99,13 +97,6 @@ def test_a_pipeline_folder_of_two_experts_trains_from_the_shell_and_the_identity
     assert snapshot(teachers.two) == before, "the teacher's files changed"
 
 
-def test_an_identity_student_of_one_expert_has_loss_zero_at_every_noise_level(train, teachers, tmp_path):
-    outcome = train(teachers.one, IDENTITY_CONFIG, "--guidance_scale", 1, "--batch_size", 16, "--lr", 1e-9)
-    assert outcome.code == 0, outcome.err
-    losses = [entry["loss"] for entry in read_metrics(tmp_path / "out")]
-    assert losses[0] < 1e-9 and max(losses) < 1e-6
-
-
 @pytest.mark.parametrize(
     "flags, is_its_teacher",
     [
@@ -129,20 +120,20 @@ def test_a_pruned_student_learns_and_its_file_says_how(train, teachers, tmp_path
     before = snapshot(teachers.two)
     outcome = train(
         teachers.two, PRUNED_CONFIG, "--guidance_scale", 4, "--guidance_scale_2", 3, "--shift", 5,
-        "--states", "noise", "--sigma_range", 0.1, 0.95, "--lr", 1e-2, "--num_epochs", 6, "--seed", 3, "--layers", "1,2",
+        "--states", "noise", "--sigma_range", 0.1, 0.95, "--lr", 1e-2, "--num_epochs", 4, "--seed", 3, "--layers", "1,2",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert snapshot(teachers.two) == before, "the teacher's files changed"
 
     losses = [entry["loss"] for entry in read_metrics(tmp_path / "out")]
-    assert len(losses) == 6 * 14
+    assert len(losses) == 4 * 14
     assert mean(losses[-20:]) < 0.8 * mean(losses[:20])
 
     record = record_of(tmp_path / "out")
     vae = json.loads((teachers.two / "vae" / "config.json").read_text(encoding="utf-8"))
     expected = {
         "teacher_path": str(teachers.two), "shift": 5.0, "guidance_scale": 4.0, "guidance_scale_2": 3.0,
-        "boundary_ratio": 0.875, "sigma_range": [0.1, 0.95], "num_train_steps": 84, "seed": 3, "lr": 1e-2,
+        "boundary_ratio": 0.875, "sigma_range": [0.1, 0.95], "num_train_steps": 56, "seed": 3, "lr": 1e-2,
         "batch_size": 4, "num_prompts": 55, "states": "noise", "init_expert": "high", "layers": [1, 2],
         "latents_mean": vae["latents_mean"], "latents_std": vae["latents_std"], "vae_scale_factor": 8,
         "final_loss": losses[-1],
@@ -155,15 +146,6 @@ def test_a_pruned_student_learns_and_its_file_says_how(train, teachers, tmp_path
     with torch.no_grad():
         velocity = student(torch.zeros(1, 16, 4, 4), torch.tensor([500.0]), torch.zeros(1, 3, 20), torch.tensor([3]))
     assert velocity.shape == (1, 16, 4, 4) and velocity.isfinite().all()
-
-
-def test_a_lite_student_learns_from_the_same_teacher(train, teachers, tmp_path):
-    config = IDENTITY_CONFIG | {"block": "lite", "depth": 2, "ffn_dim": 96, "patch_size": 1, "freq_dim": 24}
-    outcome = train(teachers.one, config, "--guidance_scale", 1, "--lr", 1e-2, "--num_epochs", 6)
-    assert outcome.code == 0, outcome.err
-    losses = [entry["loss"] for entry in read_metrics(tmp_path / "out")]
-    assert mean(losses[-20:]) < 0.9 * mean(losses[:20])
-    assert WanLiteStudent.from_pretrained(tmp_path / "out").config.block == "lite"
 
 
 @pytest.mark.parametrize("layout", ["original", "single_file"])
@@ -193,7 +175,9 @@ def test_a_teacher_of_48_channels_trains_behind_its_vae_of_factor_16(train, tmp_
 
 
 @pytest.mark.parametrize(
-    "flags", [("--eval_every", 1), ("--num_samples", 1), ("--student_steps", 2), ("--teacher_cache", "cache")], ids=str
+    "flags",
+    [("--eval_every", 1, "--num_samples", 1), ("--student_steps", 2, "--teacher_cache", "cache")],
+    ids=["measured and drawn", "few steps and a cache"],
 )
 def test_every_part_of_a_run_works_behind_the_teachers_own_vae(train, teachers, tmp_path, monkeypatch, flags):
     from diffusers import AutoencoderKLWan
@@ -298,18 +282,7 @@ def test_a_random_student_inherits_nothing_and_repeats_with_its_seed(train, teac
     assert same_weights(tmp_path / "a", tmp_path / "again") and not same_weights(tmp_path / "a", tmp_path / "b")
 
 
-# ---- states, objectives, few steps ----
-
-
-def test_every_state_source_and_objective_trains_and_is_recorded(train, teachers, tmp_path):
-    flags = {"feature_loss_weight": 0.5}
-    given = ["--feature_loss_weight", 0.5]
-    assert train(teachers.two, PRUNED_CONFIG, "--max_steps", 12, "--replay", 2, *given).code == 0
-    record = record_of(tmp_path / "out")
-    assert {name: record[name] for name in flags} == flags
-    metrics = read_metrics(tmp_path / "out")
-    assert metrics[-1]["teacher_calls"] == record["num_teacher_batches"] <= 12
-    assert len(metrics[-1]["loss_by_sigma"]) == 10
+# ---- measuring ----
 
 
 def test_the_held_out_error_is_measured_when_asked(train, teachers, tmp_path):
@@ -321,18 +294,6 @@ def test_the_held_out_error_is_measured_when_asked(train, teachers, tmp_path):
     # The student is its teacher, so there is no error:
     assert all(0 <= error[name] < 1e-4 for error in errors if error for name in ("velocity_error", "endpoint"))
     assert "relative velocity error" in outcome.err
-
-
-def test_a_student_of_few_steps_draws_in_the_steps_it_learnt(train, teachers, run_main, tmp_path):
-    assert train(teachers.one, PRUNED_CONFIG, "--student_steps", 3, "--max_steps", 3, "--batch_size", 2).code == 0
-    record = record_of(tmp_path / "out")
-    sigmas = record["segment_sigmas"]
-    assert record["student_steps"] == 3 and len(sigmas) == 4
-    assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] == 0
-    words = ["--student", tmp_path / "out", "--prompt", "a", "--output", tmp_path / "p"]
-    outcome = run_main(generate_images.main, *words, "--prompt_cache", teachers.prompt_cache)
-    assert outcome.code == 0 and "Warning" not in outcome.out
-    assert Image.open(tmp_path / "p" / "000_a_seed0_32x32.png").text["num_inference_steps"] == "3"
 
 
 # ---- the teacher's answers on disk ----
@@ -358,14 +319,6 @@ def test_a_cache_that_was_filled_part_by_part_in_any_order_is_trained_from(train
     assert outcome.code == 0 and "Asking" not in outcome.out, outcome.err
 
 
-def test_a_cache_of_other_answers_is_refused_with_both_values(train, teachers, tmp_path):
-    flags = ["--max_steps", 2, "--teacher_cache", tmp_path / "cache"]
-    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
-    outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--guidance_scale", 2.5)
-    assert outcome.code == 2
-    assert all(word in outcome.err for word in ("--teacher_cache", "guidance_scale", "2.5"))
-
-
 # ---- the command line ----
 
 
@@ -373,14 +326,7 @@ def test_the_flags_are_exactly_these_with_hyphens_too_and_the_demo_has_these_def
     defaults = vars(train_distillation.parse_args([]))
     assert set(defaults) == set(FLAGS.split())
     assert DEMO_DEFAULTS.items() <= defaults.items()
-    words = [
-        "--max_steps",
-        "3",
-        "--image_sizes",
-        "64x64",
-        "3:2",
-        "--gradient_checkpointing",
-    ]
+    words = ["--max_steps", "3", "--image_sizes", "64x64", "3:2", "--gradient_checkpointing"]
     hyphenated = [word.replace("_", "-") for word in words]
     assert train_distillation.parse_args(words) == train_distillation.parse_args(hyphenated)
     assert train_distillation.parse_args(["--max-steps=3"]) == train_distillation.parse_args(["--max_steps", "3"])

@@ -19,13 +19,7 @@ from safetensors.torch import load_file, save_file
 import evaluate_student
 import generate_images
 import train_distillation
-from support.runs import (
-    IDENTITY_CONFIG,
-    PROMPTS,
-    PRUNED_CONFIG,
-    ROOT,
-    snapshot,
-)
+from support.runs import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, ROOT, snapshot
 from support.wan_folders import write_transformer_folder
 from wandistiller.model.config import ConfigError, StudentConfig
 
@@ -345,21 +339,13 @@ def test_a_teacher_without_a_text_encoder_says_which_folder_is_wanted(refused, t
 # ---- the same from the shell ----
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--num-epoch", "3"], ["--num_epoch", "did you mean --num_epochs?"]),
-        (["--teacher_path", "nowhere/at/all"], ["nowhere/at/all", "no such file or folder"]),
-    ],
-)
-def test_a_mistake_from_the_shell(tmp_path, previous, flags, words):
+def test_a_mistake_from_the_shell(tmp_path, previous):
     before = snapshot(previous)
-    defaults = ["--student_config", ROOT / "config" / "demo_student_config.json", "--data_path", PROMPTS]
-    argv = [sys.executable, ROOT / "train_distillation.py", *defaults, "--output_dir", previous, *flags]
+    words = ["--teacher_path", "nowhere/at/all", "--student_config", ROOT / "config" / "demo_student_config.json"]
+    argv = [sys.executable, ROOT / "train_distillation.py", *words, "--data_path", PROMPTS, "--output_dir", previous]
     done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and done.stdout == ""
-    (message,) = done.stderr.splitlines()
-    assert "error: " in message and all(word in message for word in words), message
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "nowhere/at/all: there is no such file or folder" in done.stderr
     assert snapshot(previous) == before
 
 
