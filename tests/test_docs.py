@@ -110,12 +110,6 @@ def test_every_message_of_the_table_is_one_that_the_source_prints():
         assert re.sub(r"\d+|nan", "\0", message) in texts or message in MESSAGES_OF_PYTHON, message
 
 
-def test_pre_commit_runs_the_ruff_of_the_requirements():
-    pins = re.findall(r"ruff==([\d.]+)", (ROOT / "requirements-dev.txt").read_text(encoding="utf-8"))
-    hooks = re.findall(r"ruff==([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
-    assert len(pins) == 1 and set(hooks) == set(pins)
-
-
 @pytest.mark.parametrize("path", TESTS, ids=ids(TESTS))
 def test_the_docstring_of_a_test_module_says_how_to_run_it(path):
     lines = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()

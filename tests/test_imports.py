@@ -109,14 +109,7 @@ def test_the_model_and_flow_matching_import_only_torch():
 
 
 def test_the_config_and_the_command_line_need_no_third_party():
-    for name in (
-        "model/config.py",
-        "run/flags.py",
-        "command_line.py",
-        "flags.py",
-        "errors.py",
-        "files/atomic.py",
-    ):
+    for name in ("model/config.py", "run/flags.py", "command_line.py", "flags.py", "errors.py", "files/atomic.py"):
         path = ROOT / "wandistiller" / name
         for file in [path, *modules_behind(path)]:
             assert roots(others_than_stdlib(file)) <= {"wandistiller"}, name

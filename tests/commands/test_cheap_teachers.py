@@ -44,17 +44,8 @@ def test_a_teacher_that_noises_anew_teaches_at_its_own_levels_and_its_student_dr
     record = StudentConfig.load(tmp_path / "out").distillation
     assert record["teacher_levels"] == [1000, 757, 522] and record.get("student_steps") is None
     with questions(PRUNED_CONFIG["hidden_size"]) as asked:
-        drawn = run_main(
-            generate_images.main,
-            "--student",
-            tmp_path / "out",
-            "--prompt",
-            "a cat",
-            "--output",
-            tmp_path / "drawn",
-            "--num_images",
-            2,
-        )
+        words = ["--student", tmp_path / "out", "--prompt", "a cat", "--output", tmp_path / "drawn", "--num_images", 2]
+        drawn = run_main(generate_images.main, *words)
     assert drawn.code == 0, drawn.err
     assert [round(float(timestep[0])) for _, timestep in asked] == [1000, 757, 522]
     export = run_main(
@@ -114,8 +105,6 @@ def test_a_run_or_a_cache_of_another_teacher_is_refused(train, teachers, tmp_pat
             "--teacher_sampler: teachers of --teacher_levels",
         ),
         (["--teacher_levels", 1000, 500, "--student_steps", 2], "--student_steps: this teacher, and so its student"),
-        (["--sampler", "euler"], "here it is called --teacher_sampler"),
-        (["--num_inference_steps", 4], "here it is called --teacher_steps"),
     ],
 )
 def test_what_cannot_be_is_refused_with_one_line(train, teachers, flags, words):

@@ -1,6 +1,6 @@
 """What a run wrote and somebody has damaged since is refused in one message, and leaves nothing behind.
 
-Weights and embeddings that are no numbers, exports in the place of a student, pipes, folders and links in the place of files,
+Weights and embeddings that are no numbers, pipes, folders and links in the place of files,
 names that are too long, values of thousands of characters.
 
 pytest tests/commands/test_damaged_files.py
@@ -73,8 +73,7 @@ def assert_refused(outcome, *words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, value",
-    [("generate", torch.nan), ("evaluate", torch.inf), ("export", -torch.inf), ("pipeline", torch.nan)],
+    "name, value", [("generate", torch.nan), ("evaluate", torch.inf), ("export", -torch.inf), ("pipeline", torch.nan)]
 )
 def test_a_student_whose_weights_are_no_numbers_is_refused_and_leaves_no_folder(
     house, own, tmp_path, run_main, name, value
@@ -135,16 +134,6 @@ def test_a_folder_that_was_there_stays_though_it_is_empty(house, tmp_path, run_m
 # ---- something else in the place of a student or a file ----
 
 
-@pytest.mark.parametrize("name", ["generate", "evaluate", "export"])
-@pytest.mark.parametrize("kind", ["pipeline", "diffusers"])
-def test_an_export_in_the_place_of_a_student_is_refused_with_what_one_is(house, tmp_path, run_main, name, kind):
-    exported = tmp_path / "exported"
-    words = ["--student", house / "student", "--output", exported, "--format", kind]
-    assert run_main(export_student.main, *words).code == 0
-    outcome = run_main(*command_of(name, house, exported, tmp_path / "out"))
-    assert_refused(outcome, "export_student.py writes is no student", "--output_dir of train_distillation.py")
-
-
 @pytest.mark.parametrize("file", ["student_config.json", "diffusion_model.safetensors"])
 def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(house, own, tmp_path, run_main, file):
     (own / file).unlink()
@@ -186,12 +175,6 @@ def test_a_path_that_cannot_be_is_answered_in_one_line(train, teachers, tmp_path
     outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, flag, path)
     assert_refused(outcome)
     assert path.name[:20] in outcome.err
-
-
-def test_a_link_in_the_place_of_an_exported_file_stays(house, tmp_path, run_main):
-    (tmp_path / "file.safetensors").symlink_to("file.safetensors")
-    words = ["--student", house / "student", "--format", "original", "--output", tmp_path / "file.safetensors"]
-    assert_refused(run_main(export_student.main, *words), "is there already")
 
 
 # ---- messages ----

@@ -126,4 +126,11 @@ def test_the_words_that_are_told_are_those_that_were_typed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["wandistiller train"])
     assert command_words("evaluate_student.py") == ["wandistiller", "evaluate"]
     assert next_commands(Path("out"), "a", "p.txt")[0] == "wandistiller evaluate --student out --prompts_file p.txt"
-    assert command_words("train_distillation.py", 2) == ["torchrun", "--nproc_per_node", "2", "-m", "wandistiller", "train"]
+    assert command_words("train_distillation.py", 2) == [
+        "torchrun",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "wandistiller",
+        "train",
+    ]

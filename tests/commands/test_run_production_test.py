@@ -14,14 +14,7 @@ import sys
 import pytest
 
 import run_production_test
-from support.runs import (
-    IDENTITY_CONFIG,
-    PROMPTS,
-    PRUNED_CONFIG,
-    ROOT,
-    file_size_limited,
-    snapshot,
-)
+from support.runs import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, ROOT, file_size_limited, snapshot
 from wandistiller import StudentConfig, WanLiteStudent
 
 LITE = ROOT / "config" / "student_config_lite.json"

@@ -90,14 +90,6 @@ def test_a_run_resumes_with_the_same_loras_alone_and_bit_for_bit(train, teachers
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_answers_in_a_teacher_cache_belong_to_their_loras(train, teachers, loras, tmp_path):
-    cache = [*TWO_STEPS, "--teacher_cache", tmp_path / "answers"]
-    assert train(teachers.two, PRUNED_CONFIG, *cache, *lora_flags(loras), output_dir=tmp_path / "a").code == 0
-    outcome = train(teachers.two, PRUNED_CONFIG, *cache, output_dir=tmp_path / "b")
-    assert outcome.code == 2 and "teacher_lora" in outcome.err
-    assert train(teachers.two, PRUNED_CONFIG, *cache, *lora_flags(loras), output_dir=tmp_path / "c").code == 0
-
-
 def test_a_lora_for_one_expert_of_two_alone_is_a_warning(train, teachers, loras):
     outcome = train(teachers.two, PRUNED_CONFIG, *TWO_STEPS, *lora_flags(loras)[:2])
     assert outcome.code == 0 and "Warning: the low-noise expert has no LoRA; --teacher_lora_low" in outcome.out

@@ -189,12 +189,8 @@ def test_an_image_size_that_does_not_fit_the_real_vae(refused, teachers, tmp_pat
     folder = tmp_path / "coarse"
     shutil.copytree(teachers.one, folder)
     edit_json(folder / "vae" / "config.json", scale_factor_spatial=16, dim_mult=[1] * 5)
-    refused(
-        "--teacher_path",
-        folder,
-        config=PRUNED_CONFIG | {"image_size": 48},
-        words=["image_size=48", "VAE factor 16", "32 or 64"],
-    )
+    words = ["image_size=48", "VAE factor 16", "32 or 64"]
+    refused("--teacher_path", folder, config=PRUNED_CONFIG | {"image_size": 48}, words=words)
 
 
 def without_weights(vae: Path) -> None:

@@ -35,8 +35,7 @@ from support.processes import exit_code, fork, run_and_exit
 from support.runs import PROMPTS, PRUNED_CONFIG, read_metrics, snapshot
 from support.torchrun import start
 
-STEPS = 16
-TRAINING = ["--max_steps", STEPS, "--lr", 1e-3, "--batch_size", 2, "--save_every", 1, "--replay", 2, "--eval_every", 8]
+TRAINING = ["--max_steps", 12, "--lr", 1e-3, "--batch_size", 2, "--save_every", 1, "--replay", 2, "--eval_every", 0]
 STUDENT = "student/diffusion_model.safetensors"
 LONGEST_S = 120.0
 
@@ -130,11 +129,12 @@ HOW = {"one process": {}, "teacher cache": {"cached": True}, "two processes": {"
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 @pytest.mark.parametrize("num_kills", [1, pytest.param(70, marks=pytest.mark.slow)])
 def test_a_life_killed_at_random_moments_ends_as_one_never_killed(life, how, num_kills):
-    whole, begun = life("whole", **how), time.monotonic()
+    measured = ["--eval_every", 6]
+    whole, begun = life("whole", *measured, **how), time.monotonic()
     assert whole.run()[0] == 0
     seconds, chance, kills, number = time.monotonic() - begun, random.Random(num_kills), 0, 0
     while kills < num_kills:
-        killed, number, codes = life(f"k{number}", **how), number + 1, {-signal.SIGKILL}
+        killed, number, codes = life(f"k{number}", *measured, **how), number + 1, {-signal.SIGKILL}
         while codes != {0}:
             processes, until = killed.begin(), time.monotonic() + chance.uniform(0.02, seconds / 2)
             while any(process.is_alive() for process in processes) and time.monotonic() < until:
@@ -151,7 +151,7 @@ def test_a_life_killed_at_random_moments_ends_as_one_never_killed(life, how, num
 
 
 def test_when_one_of_two_processes_dies_the_other_ends_in_words_and_the_run_resumes(life):
-    both = life("both", "--max_steps", 400, count=2)
+    both = life("both", "--max_steps", 400, "--save_every", 100, count=2)
     processes = both.begin()
     wait_for_steps(both, 3, processes)
     processes[1].kill()
@@ -160,7 +160,7 @@ def test_when_one_of_two_processes_dies_the_other_ends_in_words_and_the_run_resu
     said = both.log.read_text()
     assert processes[0].exitcode == 1 and "Traceback" not in said and "another process" in said, said
     done = len(read_metrics(both.folder / "student"))
-    assert life("both", "--max_steps", done + 3, count=2).run()[0] == 0
+    assert life("both", "--max_steps", done + 3, "--save_every", 100, count=2).run()[0] == 0
 
 
 # ---- nobody reads what it prints ----
@@ -168,7 +168,7 @@ def test_when_one_of_two_processes_dies_the_other_ends_in_words_and_the_run_resu
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
 def test_when_its_reader_leaves_or_its_terminal_closes_a_run_saves_what_it_learnt(life, kind):
-    whole, left = (life(name, "--max_steps", 60, "--save_every", 100) for name in ("whole", "left"))
+    whole, left = (life(name, "--max_steps", 40, "--save_every", 100) for name in ("whole", "left"))
     whole.run()
     reader, writer = os.pipe() if kind == "pipe" else pty.openpty()
 
@@ -188,7 +188,7 @@ def test_when_its_reader_leaves_or_its_terminal_closes_a_run_saves_what_it_learn
     process.join(LONGEST_S)
     assert process.exitcode == 130
     done = len(read_metrics(left.folder / "student"))
-    assert 0 < done < 60 and (left.folder / "student" / "checkpoints" / f"step_{done:08d}.json").exists()
+    assert 0 < done < 40 and (left.folder / "student" / "checkpoints" / f"step_{done:08d}.json").exists()
     assert left.train_again()[0] == 0
     assert digest(left.folder / STUDENT) == digest(whole.folder / STUDENT)
 
@@ -265,7 +265,7 @@ def change_a_tensor(folder: Path) -> None:
     save_file(tensors | {name: tensors[name] * 1.001}, path)
 
 
-# What is done to the folder of a run of 8 steps, before it goes on to 16 -> the word of the refusal; None: it goes on
+# What is done to the folder of a run of 6 steps, before it goes on to 12 -> the word of the refusal; None: it goes on
 CHANGES: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "no prompt cache": (lambda folder: shutil.rmtree(folder / "prompts"), None),
     "no answers": (lambda folder: [file.unlink() for file in (folder / "answers").glob("answers_*")], "another folder"),
@@ -284,7 +284,7 @@ def test_what_changes_between_two_runs_is_said_and_costs_nothing(teachers, tmp_p
         shutil.copytree(teachers.one, tmp_path / folder / "teacher")
     whole, left = (life(folder, cached=cached, teacher=tmp_path / folder / "teacher") for folder in ("whole", "left"))
     for one in (whole, left):
-        assert one.train_again("--max_steps", 8, "--lr_scheduler", "constant")[0] == 0
+        assert one.train_again("--max_steps", 6, "--lr_scheduler", "constant")[0] == 0
     change(left.folder)
     if word is not None:
         before = snapshot(left.folder / "student")

@@ -244,14 +244,8 @@ def _strange(rng: Random, file: Path, kind: str) -> Damage:
     if kind == "extra":
         stem, _, last = name.rpartition(".")
         name = rng.choice([*STRANGERS, f"{stem}.extra.{last}".lstrip("."), f"{name}_scale"])
-        kinds = [
-            torch.tensor(2.0),
-            torch.ones(3),
-            value,
-            torch.zeros(2, dtype=torch.int8),
-            torch.ones(2).to(torch.float8_e4m3fn),
-        ]
-        names, tensors[name] = (name,), rng.choice(kinds).clone()
+        others = [torch.zeros(2, dtype=torch.int8), torch.ones(2).to(torch.float8_e4m3fn)]
+        names, tensors[name] = (name,), rng.choice([torch.tensor(2.0), torch.ones(3), value, *others]).clone()
     elif kind in ("without one", "renamed"):
         del tensors[name]
         if kind == "renamed":

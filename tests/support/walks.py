@@ -51,10 +51,7 @@ def walk_options(num_slots: int = 8, **changes) -> WalkOptions:
 
 
 def make_walk(
-    teacher: Field | None = None,
-    slots: range | None = None,
-    embeds: PromptEmbeds = EMBEDS,
-    **changes,
+    teacher: Field | None = None, slots: range | None = None, embeds: PromptEmbeds = EMBEDS, **changes
 ) -> Walk:
     """A walk of 8 slots, or of a range of them, along the constant field 1 unless another teacher is given."""
     options = walk_options(**changes)

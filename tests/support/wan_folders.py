@@ -251,9 +251,7 @@ def write_original_two_experts(path: str | Path, *, seed: int = 0, num_shards: i
     return experts
 
 
-def write_single_file(
-    path: str | Path, *, prefix: str = "", fp8: str | None = None, model=None, with_input_scale: bool = True, **shape
-):
+def write_single_file(path: str | Path, *, prefix: str = "", fp8: str | None = None, model=None, **shape):
     """Write one safetensors file with original names, as ComfyUI has it.
 
     Args:
@@ -270,8 +268,7 @@ def write_single_file(
         original = to_original(name)
         file_tensors[original] = stored.pop("weight")
         for key, value in stored.items():
-            if key != "scale_input" or with_input_scale:
-                file_tensors[f"{original.removesuffix('.weight')}.{key}"] = value
+            file_tensors[f"{original.removesuffix('.weight')}.{key}"] = value
     if fp8 == "scaled":
         file_tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
     save_file({prefix + name: tensor for name, tensor in file_tensors.items()}, path, metadata={"format": "pt"})
