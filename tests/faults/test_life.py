@@ -136,7 +136,8 @@ def test_a_life_killed_at_random_moments_ends_as_one_never_killed(life, how, num
     while kills < num_kills:
         killed, number, codes = life(f"k{number}", *measured, **how), number + 1, {-signal.SIGKILL}
         while codes != {0}:
-            processes, until = killed.begin(), time.monotonic() + chance.uniform(0.02, seconds / 2)
+            wait_s = chance.uniform(0.02, seconds / 2) if kills < num_kills else LONGEST_S
+            processes, until = killed.begin(), time.monotonic() + wait_s
             while any(process.is_alive() for process in processes) and time.monotonic() < until:
                 time.sleep(0.01)
             kills += all(process.exitcode is None for process in processes)

@@ -31,7 +31,7 @@ from wandistiller.reports.cards import try_to_write_model_card
 from wandistiller.step_metrics import StepMetrics
 
 CELL = 160 + 8  # pixels of a drawn prompt in a sample picture, with its margin
-DRAWN = ["--guidance_scale", 1, "--num_samples", 2]
+DRAWN = ["--guidance_scale", 1, "--num_samples", 2, "--teacher_steps", 10]
 
 
 def metrics_of(step: int) -> StepMetrics:
@@ -170,7 +170,7 @@ def test_a_picture_that_cannot_be_made_is_the_last_and_the_run_goes_on(train, te
 
 
 def test_several_processes_draw_what_one_draws(flags_of, launch, tmp_path):
-    flags = ["--num_samples", 1, "--sample_every", 2, "--max_steps", 3]
+    flags = ["--num_samples", 1, "--sample_every", 2, "--max_steps", 3, "--teacher_steps", 10]
     for name, count, batch, extra in (("one", 1, 4, []), ("DDP", 2, 2, []), ("FSDP2", 2, 2, ["--shard"])):
         codes, said = launch(count, flags_of(name, *flags, "--batch_size", batch, *extra))
         assert codes == [0] * count, said

@@ -16,7 +16,7 @@ from support.runs import PRUNED_CONFIG, as_if_stopped_after, read_metrics, weigh
 
 # 60 calls of 64 answers, of which 16 paths of 4 steps are 1.7 %
 LONG = ["--max_steps", 60, "--batch_size", 64, "--guidance_scale", 1, "--lr", 1e-3, "--replay", 1]
-SHORT = ["--max_steps", 12, "--batch_size", 4, "--guidance_scale", 1, "--lr", 1e-3, "--replay", 1]
+SHORT = ["--max_steps", 12, "--batch_size", 4, "--guidance_scale", 1, "--lr", 1e-3, "--replay", 1, "--teacher_steps", 10]
 
 
 def errors_of(folder) -> dict[int, dict]:
@@ -69,7 +69,7 @@ def test_weights_losses_and_checkpoints_are_those_of_a_run_without_it(train, tea
     assert [step for step in found if step % 5 == 0 or step == 12] == [5, 10, 12] and not errors_of(plain)
     assert ("endpoint" in found[12]) == ("--sigma_range" not in recipe), "a part of the noise levels draws nothing"
     if "--student_steps" in recipe:  # the velocity in the first stage alone, pictures in both
-        assert ("velocity_error" in found[5], found[5]["steps"]) == (True, 50)
+        assert ("velocity_error" in found[5], found[5]["steps"]) == (True, 10)
         assert ("velocity_error" in found[12], found[12]["steps"]) == (False, 2)
     assert_same(weights_of(measured), weights_of(plain))
     assert_same(checkpoint_tensors(measured), checkpoint_tensors(plain))
@@ -88,10 +88,10 @@ def test_a_run_that_resumes_measures_at_the_same_states(train, teachers, tmp_pat
 
 
 def test_sharded_processes_measure_together_and_train_as_without_it(flags_of, launch, tmp_path):
-    flags = ["--max_steps", 6, "--batch_size", 4, "--replay", 1, "--shard"]
-    for name, every in (("measured", 3), ("plain", 0)):
+    flags = ["--max_steps", 4, "--batch_size", 4, "--replay", 1, "--shard", "--teacher_steps", 10]
+    for name, every in (("measured", 2), ("plain", 0)):
         codes, said = launch(2, flags_of(name, *flags, "--eval_every", every))
         assert codes == [0, 0], said
         assert said.count("Held-out states") == (name == "measured")
-    assert list(errors_of(tmp_path / "measured")) == [3, 6]
+    assert list(errors_of(tmp_path / "measured")) == [2, 4]
     assert_same(weights_of(tmp_path / "measured"), weights_of(tmp_path / "plain"))

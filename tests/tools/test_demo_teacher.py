@@ -64,7 +64,7 @@ def with_one_attribute_changed(scene: world.Scene, attribute: str, rng: np.rando
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (64, 96)])
 def test_the_judge_accepts_true_renderings_and_none_with_another_attribute(size):
     rng = np.random.default_rng(0)
-    for index in range(40):
+    for index in range(16):
         scene = world.sample_scene(rng, held_out=bool(index % 2))
         picture, prompt = world.render(scene, rng, size=size)[0], world.describe(scene, rng, variety=0.0)
         assert demo_judge.judge(picture, prompt)["correct"], (scene, size)
@@ -87,7 +87,7 @@ def test_the_judge_rejects_empty_noisy_and_crowded_pictures():
 @pytest.mark.parametrize("unsaid", world.UNSAID)
 def test_the_judge_leaves_unsaid_attributes_free_and_rejects_the_mean_of_what_they_allow(unsaid):
     rng = np.random.default_rng(6)
-    for _ in range(50):
+    for _ in range(20):
         scene = world.sample_scene(rng, two_objects=False)
         pairs = {name: rng.permutation(VALUES[name])[:2] for name in unsaid}
         scenes = []

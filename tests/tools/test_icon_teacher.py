@@ -54,6 +54,7 @@ def test_prompts_are_split_and_leave_the_background_open_at_times():
         judge.read_prompt("a cathedral at dusk")
 
 
+@pytest.mark.slow
 def test_the_maker_writes_a_teacher_that_is_judged(tmp_path: Path, monkeypatch):
     make_icon_teacher.main(["--tiny", "--output_dir", str(tmp_path / "icons")])
     record = json.loads((tmp_path / "icons" / "teacher_record.json").read_text(encoding="utf-8"))
