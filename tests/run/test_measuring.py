@@ -16,7 +16,20 @@ from support.runs import PRUNED_CONFIG, as_if_stopped_after, read_metrics, weigh
 
 # 60 calls of 64 answers, of which 16 paths of 4 steps are 1.7 %
 LONG = ["--max_steps", 60, "--batch_size", 64, "--guidance_scale", 1, "--lr", 1e-3, "--replay", 1]
-SHORT = ["--max_steps", 12, "--batch_size", 4, "--guidance_scale", 1, "--lr", 1e-3, "--replay", 1, "--teacher_steps", 10]
+SHORT = [
+    "--max_steps",
+    12,
+    "--batch_size",
+    4,
+    "--guidance_scale",
+    1,
+    "--lr",
+    1e-3,
+    "--replay",
+    1,
+    "--teacher_steps",
+    10,
+]
 
 
 def errors_of(folder) -> dict[int, dict]:
