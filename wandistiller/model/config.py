@@ -199,9 +199,11 @@ class StudentConfig:
             raise ConfigError(f"{name}={value} is not divisible by {reason}; use {choices}")
 
     @classmethod
-    def from_dict(cls, values: dict, where: str = CONFIG_NAME) -> "StudentConfig":
-        """Return the checked config that a JSON object holds; errors begin with `where`."""
-        known = [known.name for known in fields(cls)]
+    def from_dict(cls, values: object, where: str | Path = CONFIG_NAME) -> "StudentConfig":
+        """Return the checked config that a JSON value holds; errors begin with `where`."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where}: holds a {type(values).__name__}; it must hold one JSON object {{...}}")
+        known = [each.name for each in fields(cls)]
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1, 0.0)
@@ -229,19 +231,13 @@ class StudentConfig:
             raise ConfigError(f"{path}: there is no such file; {advice}")
         with _errors_from(path):
             values = load_json(path, _each_key_once)
-        return cls._from_value(values, str(path))
+        return cls.from_dict(values, path)
 
     @classmethod
     def from_json(cls, text: str, where: str = CONFIG_NAME) -> "StudentConfig":
         """Return the checked config that JSON text holds; errors begin with `where`."""
         with _errors_from(where):
             values = parse_json(text, _each_key_once)
-        return cls._from_value(values, where)
-
-    @classmethod
-    def _from_value(cls, values: object, where: str) -> "StudentConfig":
-        if not isinstance(values, dict):
-            raise ConfigError(f"{where}: holds a {type(values).__name__}; it must hold one JSON object {{...}}")
         return cls.from_dict(values, where)
 
     def to_dict(self) -> dict:

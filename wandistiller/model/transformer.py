@@ -468,13 +468,11 @@ def saved_config(place: str | Path) -> StudentConfig:
         raise ConfigError(f"{place}: there is no such file or folder; {STUDENT_ADVICE}")
     if (place / CONFIG_NAME).exists():
         return StudentConfig.load(place)
-    weights = place if place.is_file() else place / WEIGHTS_NAME
-    if not weights.exists():
-        raise ConfigError(f"{place}: holds neither {CONFIG_NAME} nor {WEIGHTS_NAME}; {STUDENT_ADVICE}")
+    weights = place / WEIGHTS_NAME if place.is_dir() else place
     try:
-        text = read_header(weights).metadata.get("student_config")
+        text = read_header(weights).metadata["student_config"]
     except DamagedFileError as error:
         raise ConfigError(f"{error}; {STUDENT_ADVICE}") from None
-    if not text:
-        raise ConfigError(f"{weights}: has no student_config in its metadata; {STUDENT_ADVICE}")
+    except KeyError:
+        raise ConfigError(f"{weights}: has no student_config in its metadata; {STUDENT_ADVICE}") from None
     return StudentConfig.from_json(text, f"{weights}, student_config in its metadata")

@@ -81,7 +81,8 @@ class _Loop:
     def __init__(self, state: RunState, observer: Observer, checkpoints: Checkpoints | None):
         self.state, self.observer, self.checkpoints = state, observer, checkpoints
         self.options, self.batches, self.processes = state.options, state.batches, state.processes
-        self.model = self.processes.averaging(state.trained, state.trained.has_idle_parts)
+        # The maps of the feature loss get no gradient from a batch without hidden states.
+        self.model = self.processes.averaging(state.trained, state.trained.feature_loss is not None)
         self.stopwatch = Stopwatch(self.options.num_steps, state.step)
 
     def run(self, stop: StopRequest) -> bool:

@@ -129,8 +129,3 @@ class TrainedStudent(nn.Module):
 
     def forward(self, batch: Batch, progress: float) -> Loss:
         return self.objective(self.student, batch, progress)
-
-    @property
-    def has_idle_parts(self) -> bool:
-        """Whether some parameters get no gradient from a batch without hidden states."""
-        return self.feature_loss is not None and any(True for _ in self.feature_loss.parameters())
