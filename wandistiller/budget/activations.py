@@ -1,6 +1,6 @@
 """Bytes of activations of the 2D transformer, from its shape: what autograd keeps, and what lives inside one block.
 
-The formulas are a reading of `wandistiller/model/transformer.py` line by line; tests hold them against the tensors that autograd
+The formulas are a reading of `wandistiller/model/layers.py` line by line; tests hold them against the tensors that autograd
 really saves, on the CPU. L image tokens, S text tokens, D hidden_size, F ffn_dim; c is the size of the compute dtype (2 for
 bf16 under autocast, 4), and the residual stream of a wan block is float32 whatever c is.
 """
