@@ -7,12 +7,14 @@ pytest tests/commands/test_distill_text_encoder.py
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 
 import distill_text_encoder
@@ -25,6 +27,7 @@ from support.wan_folders import (
     oracle_velocity,
     relative_error,
     umt5_xxl_shapes,
+    write_hollow_file,
     write_hollow_shards,
     write_pipeline_folder,
 )
@@ -202,11 +205,20 @@ def test_the_shipped_config_makes_at_most_400_million_parameters_of_umt5_xxl(pla
     shutil.rmtree(tmp_path / "wan" / "text_encoder")
     write_hollow_shards(tmp_path / "wan" / "text_encoder", "model", umt5_xxl_shapes(), "BF16", 3)
     (tmp_path / "wan" / "text_encoder" / "config.json").write_text(json.dumps({"model_type": "umt5", "d_model": 4096}))
+    with torch.device("meta"):
+        vae = {name: tuple(tensor.shape) for name, tensor in AutoencoderKLWan().state_dict().items()}
+    write_hollow_file(tmp_path / "wan" / "vae" / "diffusion_pytorch_model.safetensors", vae, "F32")
+    (tmp_path / "student").mkdir()
+    shutil.copy(ROOT / "config" / "student_config_0.5B.json", tmp_path / "student" / "student_config.json")
     before = snapshot(tmp_path)
     shipped = ROOT / "config" / "text_encoder_small.json"
     words = flags(place, teacher_path=tmp_path / "wan", text_encoder_config=shipped, output_dir=tmp_path / "new")
-    outcome = run_main(distill_text_encoder.main, *words, "--dry_run")
+    outcome = run_main(distill_text_encoder.main, *words, "--dry_run", "--student", tmp_path / "student")
     assert outcome.code == 0, outcome.err
+    (size,) = re.findall(
+        r"a pipeline in bf16 takes ([\d.]+) GiB: student .*, text encoder 0.67 GiB, VAE \(fp32\) 0.47", outcome.out
+    )
+    assert float(size) <= 3
     assert "359,027,712 parameters of 5,680,910,336 (6.3%), 0.67 GiB in bf16" in outcome.out
     assert snapshot(tmp_path) == before
 

@@ -35,6 +35,7 @@ from wandistiller.training.text_encoder import EncoderObjective, TextBatches, Te
 from wandistiller.wan.small_umt5 import CONFIG_NAME, MODEL_NAME, SmallUmt5, cut_umt5, num_parameters, read_small_shape
 from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts, prompts_digest, token_ids
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
+from wandistiller.wan.vae import count_vae_parameters
 
 TEXT_SLOTS = 512  # of the released Wans
 LR, LR_WIDTH = 2e-3, 64  # the rate of an encoder of this width; it falls with the root of the width
@@ -101,8 +102,14 @@ def print_plan(settings: EncoderSettings) -> None:
     small, teacher = num_parameters(settings.shape), settings.encoder.umt5.num_parameters
     print(f"Text encoder: {small:,} parameters of {teacher:,} ({small / teacher:.1%}), {gib(2 * small)} in bf16")
     if settings.student is not None:
-        weights = count_parameters(load_shape(settings.student)).total
-        print(f"The student that reads it: {weights:,} parameters, {gib(2 * weights)} in bf16")
+        config = load_shape(settings.student)
+        sizes = {
+            "student": 2 * count_parameters(config).total,
+            "text encoder": 2 * small,
+            "VAE (fp32)": 4 * count_vae_parameters(settings.teacher_path, config.num_channels),
+        }
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in sizes.items())
+        print(f"With the student that reads it a pipeline in bf16 takes {gib(sum(sizes.values()))}: {parts}")
     print(f"{settings.num_steps} steps of {settings.num_samples_per_step} prompts, lr {settings.optimization.lr:g}")
     for flag in ("output_dir", "prompt_cache"):
         check_writable(getattr(settings, flag), f"--{flag}")

@@ -116,6 +116,15 @@ def vae_tensors(place: Path) -> dict[str, Stored]:
     return own_names(ANCHOR, partial(renamed, rules=_RENAMES), all_tensors(files), place)
 
 
+def count_vae_parameters(teacher_path: str, num_channels: int) -> int:
+    """Count the parameters of the VAE beside a teacher by its headers; 0 where there is none."""
+    try:
+        found = vae_tensors(find_vae(None, teacher_path, num_channels))
+    except UserError:
+        return 0
+    return sum(math.prod(stored.shape) for stored in found.values())
+
+
 def _read_structure(found: Mapping[str, Stored], where: object) -> dict:
     """Return the arguments of diffusers' AutoencoderKLWan that the tensors tell.
 
