@@ -83,11 +83,9 @@ def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes) -> 
         known["lora_alpha"] = given(flags.lora_alpha, float(rank))
     num_samples = flags.batch_size * flags.grad_accum_steps * processes.count
     known |= resolve_length(flags, known, num_samples)
-    rates = {
-        "lr": flags.lr
-        or (LORA_LR_FACTOR if is_lora else 1) * suggested_lr(flags.optimizer, config.hidden_size, num_samples),
-        "lr_warmup_steps": given(flags.lr_warmup_steps, suggested_warmup(known["first_stage_steps"])),
-    }
+    lr = suggested_lr(flags.optimizer, config.hidden_size, num_samples) * (LORA_LR_FACTOR if is_lora else 1)
+    warmup = given(flags.lr_warmup_steps, suggested_warmup(known["first_stage_steps"]))
+    rates = {"lr": flags.lr or lr, "lr_warmup_steps": warmup}
     known["optimization"] = OptimizationOptions(**of_fields(OptimizationOptions, flags) | rates)
     known |= resolve_measuring(flags, teacher, known, num_samples)
     known["held_out_prompts"] = inputs.prompts.held_out if known["eval_every"] else []
