@@ -154,10 +154,8 @@ class Run:
         num_steps = settings.num_steps - first_step
         batches = build_few_step_batches(settings, self.embeds.trained, StudentField(frozen), max(1, num_steps))
         objective = replace(self.objective, feature_loss=None, feature_weight=0.0)  # segments have no hidden states
-        trained, options = (
-            TrainedStudent(self.student, objective),
-            settings.training_options(settings.num_steps, stage=2),
-        )
+        trained = TrainedStudent(self.student, objective)
+        options = settings.training_options(settings.num_steps, stage=2)
         return RunState(trained, batches, options, settings.processes, first_step=first_step, frozen=frozen)
 
     def _frozen(self) -> WanLiteStudent:
