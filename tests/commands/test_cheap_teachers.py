@@ -64,7 +64,7 @@ def test_a_student_of_two_steps_learns_from_a_teacher_of_four(train, teachers, t
     out = calls_of(train, teachers.one, *FEW, "--student_steps", 2)
     assert "5 of 4 samples" in out, "each of ten calls is one of the two steps of a target"
     record = StudentConfig.load(tmp_path / "out").distillation
-    assert record["student_steps"] == 2
+    assert record["student_steps"] == 2 and record["segment_sigmas"] == pytest.approx([1.0, 0.75, 0.0])  # at shift 3
     uneven = train(teachers.one, PRUNED_CONFIG, *FEW, "--student_steps", 3, "--overwrite")
     assert uneven.code == 2 and "--student_steps 3" in uneven.err and "allowed: 1, 2, 4" in uneven.err
 

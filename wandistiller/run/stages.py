@@ -35,6 +35,7 @@ from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.state import RunState
 from wandistiller.walk.batches import Batches
 from wandistiller.walk.cache import TeacherCache
+from wandistiller.walk.grids import segment_sigmas
 from wandistiller.wan.prompt_embeds import Embeds
 from wandistiller.wan.transformer_files import teacher_tensor_shapes
 
@@ -126,7 +127,8 @@ class Run:
             student_steps = self.settings.student_steps if state.options.stage == 2 else None
         record = distillation_record(self.settings, self.projection) | made
         if student_steps is not None:
-            record["student_steps"] = student_steps
+            sigmas = segment_sigmas(self.settings.teacher.shift, student_steps).tolist()
+            record |= {"student_steps": student_steps, "segment_sigmas": sigmas}
         self.student.config = self.student.config.replace(distillation=record)
         weights = {name: full_tensor(tensor) for name, tensor in self.student.state_dict().items()}
         if self.settings.processes.is_first:
