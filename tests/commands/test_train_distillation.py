@@ -35,7 +35,7 @@ RUN_FILES = {"run.yaml", "metrics.jsonl", "projection_report.json", "loss.png", 
 # The command line is a contract: other people's scripts hold these flags.
 FLAGS = """
     teacher_path teacher_path_low teacher_lora teacher_lora_low text_encoder_path vae_path data_path caption_column
-    prompt_per num_prompts prompt_cache student_config init_from init_expert layers image_sizes
+    prompt_per num_prompts prompt_cache student_config init_from init_expert layers image_sizes train lora_rank lora_alpha
     teacher_steps teacher_sampler teacher_levels config preset guidance_scale guidance_scale_2 boundary_ratio negative_prompt shift states
     sigma_range calls_per_expert replay teacher_cache offline_teacher cache_part
     feature_loss_weight student_steps num_epochs max_steps teacher_calls batch_size grad_accum_steps optimizer lr
