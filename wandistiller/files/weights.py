@@ -125,9 +125,9 @@ class Weight:
             blocks = values.view(rows, -1, columns, prod(self.shape[1:]) // columns)
             blocks.mul_(scale.where(scale >= 0, math.nan).view(rows, 1, columns, 1))
         if values.numel() and not all(bound.isfinite() for bound in values.aminmax()):
+            scale_too = f", or its scale {shown(self.scale.key)} some below 0" if self.scale else ""
             raise TeacherFileError(
-                f"{self.stored.path}: {self.stored.key} holds numbers that are not finite{' or a scale below 0' if self.scale else ''}; "
-                "the file is damaged, copy it again"
+                f"{self.stored.path}: {self.stored.key} holds numbers that are not finite{scale_too}; the file is damaged, copy it again"
             )
         return values
 
