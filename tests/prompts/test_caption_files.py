@@ -270,6 +270,9 @@ def test_a_folder_and_a_glob_stand_for_their_files(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="without captions"):
         load_prompts(tmp_path / "empty")
+    (tmp_path / "sub" / "more.csv.gz").write_bytes(b"")  # no caption of a folder is left out in silence
+    with pytest.raises(UserError, match=r"more\.csv\.gz: is packed"):
+        load_prompts(tmp_path)
 
 
 def test_a_line_without_end_is_refused(tmp_path):

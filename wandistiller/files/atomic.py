@@ -144,9 +144,19 @@ def new_files(path: str | Path) -> Iterator[Path]:
         yield folder
         for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
             fsync(file)
-            path.with_name(file.name).touch(exist_ok=False)  # a rename alone would replace what is there
-            os.replace(file, path.with_name(file.name))
+            _place_new(file, path.with_name(file.name))
         fsync(path.parent)
+
+
+def _place_new(source: Path, target: Path) -> None:
+    """Give a file a second name, which unlike a rename never replaces what is there."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without such names
+        target.touch(exist_ok=False)
+        os.replace(source, target)
 
 
 def file_digest(path: Path) -> str:

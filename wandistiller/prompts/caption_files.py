@@ -27,11 +27,12 @@ SHOWN_COLUMNS, SHOWN_LETTERS = 12, 24  # of a table, in a message
 MEDIA = [
     "png", "jpg", "jpeg", "webp", "gif", "bmp", "avif", "jxl", "tif", "tiff", "heic", "mp4", "mov", "mkv", "webm", "avi", "m4v",
 ]  # fmt: skip
+PACKED = [".gz", ".bz2", ".xz", ".zst", ".zip"]
 NOT_READ = {
     **dict.fromkeys(
         [".toml", ".yaml", ".yml", ".ini", ".cfg"], "a config by its name; give the captions that it names"
     ),
-    **dict.fromkeys([".gz", ".bz2", ".xz", ".zst", ".zip"], "packed by its name; unpack it and give what it holds"),
+    **dict.fromkeys(PACKED, "packed by its name; unpack it and give what it holds"),
 }
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # not U+0080..9F: those are damaged quotes that ftfy repairs
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte that is none
@@ -75,9 +76,7 @@ def find_caption_files(path: str | Path, prompt_per: str | None = None) -> list[
     """
     place, found = Path(path), [Path(path)]
     if place.is_dir():
-        kinds = READERS.keys() - {".json"}  # which holds settings more often than captions
-        found = [file for file in place.rglob("*") if file.suffix.lower() in kinds and file.is_file()]
-        found = [file for file in found if not any(part[0] == "." for part in file.relative_to(place).parts)]
+        found = list(_captions_below(place))
     elif not os.path.lexists(place) and glob.has_magic(str(path)):
         found = [file for name in glob.iglob(str(path), recursive=True) if (file := Path(name)).is_file()]
         found = [file for file in found if file.suffix.lower()[1:] not in MEDIA]
@@ -86,6 +85,21 @@ def find_caption_files(path: str | Path, prompt_per: str | None = None) -> list[
     beside = (file for folder in {file.parent for file in found} for file in folder.glob("*"))
     media = {file.with_suffix("") for file in beside if file.suffix.lower()[1:] in MEDIA}
     return [CaptionFile(file, _reader_of(file, prompt_per, media)) for file in sorted(found)]
+
+
+def _captions_below(place: Path) -> Iterator[Path]:
+    """Yield the files of captions below a folder, packed ones too, which are refused; what is hidden is left out."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); {WHAT_TO_GIVE}")
+
+    kinds = READERS.keys() - {".json"}  # which holds settings more often than captions
+    for folder, folders, names in os.walk(place, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in (Path(folder, name) for name in names if not name.startswith(".")):
+            is_packed = file.suffix.lower() in PACKED and Path(file.stem).suffix.lower() in kinds
+            if (is_packed or file.suffix.lower() in kinds) and file.is_file():
+                yield file
 
 
 def _reader_of(file: Path, prompt_per: str | None, media: set[Path]) -> Callable:
