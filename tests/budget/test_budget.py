@@ -82,7 +82,7 @@ def test_bytes_of_a_checkpoint_on_disk(flags_of, run_main, tmp_path, flags):
     files = (tmp_path / "out" / "checkpoints").glob("step_00000006/*.safetensors")
     saved = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
     given = train_distillation.parse_args(words)
-    expected = checkpoint_bytes(workload_of(resolve(given, read_inputs(given)), "fp32"))
+    expected = checkpoint_bytes(replace(workload_of(resolve(given, read_inputs(given))), dtype="fp32"))
     # Beside it counters; and of several sizes each counts as the largest:
     assert expected == pytest.approx(saved, abs=0.15 * saved if "--image_sizes" in flags else 40_000)
 
