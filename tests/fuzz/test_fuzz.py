@@ -119,8 +119,7 @@ GROUPS = {
     "teacher cache": Group("teacher config.json prompts.txt cache answers", "answers/*", f"{TRAIN} --max_steps 2 --teacher_cache {{case}}/answers", 6),
     "teacher cache, begun": Group("teacher config.json prompts.txt cache begun", "begun/*", f"{TRAIN} {PARTS}", 4),
 }  # fmt: skip
-# Of these checksums know that a file is not whole.
-BY_FILE = ("prompt cache", "checkpoints", "teacher cache", "teacher cache, begun")
+BY_FILE = ("prompt cache", "checkpoints", "teacher cache", "teacher cache, begun")  # checksums tell what is not whole
 
 
 def words_of(command: str, case: Path, new: str, run: str) -> tuple[str, list[str]]:

@@ -30,7 +30,6 @@ PEFT_METADATA = "lora_adapter_metadata"  # where diffusers keeps the alphas of a
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LARGEST_SCALE = 1e6  # of an alpha or a scale; people use up to some hundreds
 _INNER = ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b")  # whose rows are the rank of a product
-
 # What the Wan lies in by the names of a key, such as base_model.model., lora_unet_ or pipe.dit.
 _PREFIX = re.compile(
     r"(?:(?:base_model|model|diffusion_model|transformer|unet|pipe|dit|module|net|lora|lycoris)[._]+)*"
