@@ -110,7 +110,10 @@ class Teacher:
 
         Both halves are computed in one call, which shares what is equal in them; g = 1 needs only one half.
         """
-        expert, scale = self.use(name), self._scale_of(name)
+        if name != self.in_use:
+            self.num_swaps += self.in_use is not None
+            self.in_use = name
+        expert, scale = self.experts[name], self._scale_of(name)
         timestep = to_device(sigma_to_timestep(sigma), latents.device)
         if scale == 1.0:
             with block_outputs(expert, layers) as features:
@@ -126,10 +129,3 @@ class Teacher:
         """Return the negative prompt in the dtype and on the device of the prompts; only the first call moves it there."""
         self.negative_prompt_embeds = self.negative_prompt_embeds.to(prompt_embeds)
         return self.negative_prompt_embeds
-
-    def use(self, name: str) -> WanLiteStudent:
-        """Return an expert, and count the changes."""
-        if name != self.in_use:
-            self.num_swaps += self.in_use is not None
-            self.in_use = name
-        return self.experts[name]

@@ -1,6 +1,5 @@
 """How weights move: AdamW or Muon, the learning rate over the run, and the weights' moving average."""
 
-import contextlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -179,15 +178,6 @@ class WeightAverage:
         current = [local_part(weight) for weight in self.model.parameters()]
         torch._foreach_lerp_([local_part(weight) for weight in self.weights.values()], current, share)
         self.num_updates += 1
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Give the model the average for its weights inside, and its own weights back after."""
-        self.swap()
-        try:
-            yield
-        finally:
-            self.swap()
 
     @torch.no_grad()
     def swap(self) -> None:

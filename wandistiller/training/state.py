@@ -95,8 +95,15 @@ class RunState:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[WanLiteStudent]:
         """Give the student with the average of its weights, if there is one, to be measured or drawn with."""
-        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+        self._swap()
+        try:
             yield self.trained.student
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        if self.average is not None:
+            self.average.swap()
 
     def update(self, loss: float) -> None:
         """Take one optimiser step on the gradients that were added up."""
@@ -110,8 +117,7 @@ class RunState:
 
     def finish(self) -> None:
         """Leave the student with the average of its weights, if there is one, which then has the others."""
-        if self.average is not None:
-            self.average.swap()
+        self._swap()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it by name, for `load` to read back. What is sharded in the run is sharded here too."""
