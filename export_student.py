@@ -31,6 +31,7 @@ FLOATS, QUANTISED = ["fp32", "bf16", "fp16"], ["q8_0", "q5_0", "q4_0"]
 FORMATS = {"diffusers": FLOATS, "original": [*FLOATS, "fp8"], "pipeline": FLOATS, "gguf": [*FLOATS, *QUANTISED]}
 # The formats that are one file, with the name that it gets in a folder
 FILE_NAMES = {"original": "wan_student.safetensors", "gguf": "wan_student.gguf"}
+WORKFLOW_SUFFIX = ".workflow.json"
 WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
@@ -59,11 +60,6 @@ class Flags(PartsFlags):
         choices=[*FLOATS, "fp8", *QUANTISED],
     )
     workflow: bool = switch("write a ComfyUI workflow beside an original file, to drop on its editor")
-
-
-def parse_args(argv: list[str] | None = None) -> Flags:
-    flags = parse_flags(Flags, "export_student.py", "Export a trained student to diffusers or ComfyUI.", argv)
-    return replace(flags, dtype=flags.dtype or ("bf16" if flags.format == "pipeline" else "fp32"))
 
 
 def check_flags(flags: Flags) -> None:
@@ -105,17 +101,12 @@ def check_output(flags: Flags) -> Path:
         )
     target = target / name if name and not is_file else target
     check_writable(target.parent, "--output")
-    places = [target, *([workflow_file(target)] if flags.workflow else [])] if name else []
+    places = [target, *([target.with_suffix(WORKFLOW_SUFFIX)] if flags.workflow else [])] if name else []
     if there := [place for place in places if os.path.lexists(place)]:
         raise UserError(f"--output {there[0]}: is there already; give another name")
     if not name and check_output_folder(target, "--output").is_dir() and any(target.iterdir()):
         raise UserError(f"--output {target}: holds files already; give a new folder")
     return target
-
-
-def workflow_file(target: Path) -> Path:
-    """Return where the workflow of an exported file goes."""
-    return target.with_suffix(".workflow.json")
 
 
 def find_parts(flags: PartsFlags, config: StudentConfig) -> DrawingParts:
@@ -159,7 +150,7 @@ def write(
         with new_files(target) as folder:
             if flags.workflow:
                 workflow = comfyui_workflow(config, target.name, example_prompt(config))
-                write_json(workflow_file(folder / target.name), workflow, indent=2)
+                write_json((folder / target.name).with_suffix(WORKFLOW_SUFFIX), workflow, indent=2)
             write_file = write_gguf_file if flags.format == "gguf" else write_original_file
             write_file(tensors, config, folder / target.name, flags.dtype)
 
@@ -194,21 +185,19 @@ def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
             print(f"Warning: {warning}")
     print(f"Wrote {target}: {count_parameters(config).total:,} parameters, {flags.dtype}")
     if flags.format == "pipeline":
-        parts = ("transformer", "text_encoder", "vae")
-        print("Sizes: " + ", ".join(f"{name} {size_mib(target / name):,.1f} MiB" for name in parts))
-        lines = drawing(config, str(target), flags.dtype)
-        print("To draw:\n" + textwrap.indent(lines, "  "))
+        parts = [target / name for name in ("transformer", "text_encoder", "vae")]
+        sizes = [sum(file.stat().st_size for file in part.iterdir()) / 2**20 for part in parts]
+        listed = (f"{part.name} {size:,.1f} MiB" for part, size in zip(parts, sizes, strict=True))
+        print("Sizes: " + ", ".join(listed))
+        print("To draw:\n" + textwrap.indent(drawing(config, str(target), flags.dtype), "  "))
     if flags.format in FILE_NAMES:
         print(f"In ComfyUI: {comfyui_settings(config, LOADERS[flags.format])}")
 
 
-def size_mib(folder: Path) -> float:
-    return sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-
-
 def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
-    flags = parse_args(argv)
+    flags = parse_flags(Flags, "export_student.py", "Export a trained student to diffusers or ComfyUI.", argv)
+    flags = replace(flags, dtype=flags.dtype or ("bf16" if flags.format == "pipeline" else "fp32"))
     check_flags(flags)
     config = read_config(flags)
     target = check_output(flags)

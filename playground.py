@@ -147,12 +147,9 @@ def guards(host: str) -> dict[str, Any]:
     from starlette.middleware.base import BaseHTTPMiddleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    hosts = list(LOOPBACK) if host in LOOPBACK else ["*"]
-    middleware = [
-        Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
-        Middleware(BaseHTTPMiddleware, dispatch=own_page_only),
-    ]
-    return {"middleware": middleware, "docs_url": None, "redoc_url": None}
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK) if host in LOOPBACK else ["*"])
+    origins = Middleware(BaseHTTPMiddleware, dispatch=own_page_only)
+    return {"middleware": [hosts, origins], "docs_url": None, "redoc_url": None}
 
 
 def main(argv: list[str] | None = None) -> int:
