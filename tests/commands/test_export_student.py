@@ -40,8 +40,6 @@ from wandistiller.projection.exports import published
 from wandistiller.projection.project import project_teacher
 from wandistiller.sampling.sampler import StudentField, sample
 from wandistiller.students.drawing import student_sampling
-from wandistiller.wan.layouts import open_wan_files
-from wandistiller.wan.settings import resolve_settings
 from wandistiller.wan.text_encoder_files import open_tokenizer
 
 DEMO_TEACHER = ROOT / "data" / "demo_teacher"
@@ -399,19 +397,6 @@ def test_what_comes_to_the_output_meanwhile_is_kept(student, tmp_path, name):
 
 
 # ---- students as teachers ----
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_an_export_says_how_it_is_sampled(student, exports, name):
-    """Guidance is in what a student learnt, so that a student of it is taught without."""
-    record = StudentConfig.load(student).distillation
-    wan_files = open_wan_files(exports[name])
-    settings = resolve_settings(wan_files)
-    assert wan_files.record["world"] == "shapes"  # so that a judge of the teacher's world can be found
-    assert (settings.guidance_scale, settings.num_inference_steps, settings.shift) == (1.0, 20, 3.0)
-    assert record["guidance_scale"] == 3.0
-    for key in ("latents_mean", "latents_std", "vae_scale_factor", "negative_prompt"):
-        assert getattr(settings, key) == record[key]
 
 
 def grandchild(run_main, tmp_path: Path, teacher: Path, *flags: object):

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -95,13 +94,6 @@ def test_the_installed_command_works_where_no_clone_is(installed, tmp_path):
     assert outcome.returncode == 0 and "hidden_size 1280" in outcome.stdout and "GiB" in outcome.stdout, outcome.stderr
     assert installed("train", "--no_such_flag").stderr.startswith("wandistiller train: error: ")
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.txt"}
-
-
-def test_the_packages_of_the_project_file_are_those_of_the_source():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    packages = {f"wandistiller.{path.parent.name}" for path in (ROOT / "wandistiller").glob("*/__init__.py")}
-    assert set(settings["packages"]) == packages | {"wandistiller", "wandistiller.ready_configs"}
-    assert {path.stem for path in ROOT.glob("*.py")} <= set(settings["py-modules"])
 
 
 def test_every_script_of_the_root_is_a_command_with_its_own_function():

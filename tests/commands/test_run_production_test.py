@@ -118,28 +118,6 @@ def test_it_takes_the_flags_of_the_trainer_and_tests_the_recipe_that_was_typed(p
     assert "adamw at" in outcome.out
 
 
-# ---- shrinking ----
-
-
-@pytest.mark.parametrize(
-    "changes, expected",
-    [
-        ({"hidden_size": 1536, "num_heads": 12}, {"hidden_size": 256, "num_heads": 2}),
-        ({"hidden_size": 384, "num_heads": 32}, {"hidden_size": 256, "num_heads": 4}),  # heads of 12 do not fill 256
-        ({"hidden_size": 128, "num_heads": 2, "depth": 2}, {"hidden_size": 128, "num_heads": 2, "depth": 2}),
-        ({"hidden_size": 1536, "num_heads": 12, "num_channels": 48, "image_size": 512}, {"image_size": 128}),
-        ({"block": "lite", "hidden_size": 300, "num_heads": 15, "ffn_dim": None, "patch_size": None, "freq_dim": None},
-         {"hidden_size": 256, "num_heads": 8, "ffn_dim": 1024}),
-    ],
-)  # fmt: skip
-def test_any_config_shrinks_to_a_small_one_of_its_kind(changes, expected):
-    config = StudentConfig(**(IDENTITY_CONFIG | {"depth": 20, "image_size": 512} | changes))
-    small = run_production_test.shrink(config)
-    assert {name: getattr(small, name) for name in expected} == expected
-    assert small.hidden_size <= 256 and small.depth <= 4 and small.block == config.block
-    assert small.num_channels == config.num_channels
-
-
 # ---- a real teacher ----
 
 

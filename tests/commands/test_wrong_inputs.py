@@ -276,9 +276,6 @@ DAMAGES = {
     "a tensor is missing": (drop_a_tensor, None, ["blocks.1.attn1.to_q.weight", "missing"]),
     "only a pickle": (only_a_pickle, None, ["diffusion_pytorch_model.bin", "pickle", "safetensors"]),
     "no weights": (Path.unlink, None, ["transformer", ".safetensors"]),
-    "config says another depth": ({"num_layers": 7}, "transformer/config.json", ["num_layers 7", "have 3"]),
-    "image to video by its config": ({"image_dim": 1280}, "transformer/config.json", ["image-to-video", "text-to-video"]),
-    "image to video by its pipeline": ({"_class_name": "WanImageToVideoPipeline"}, "model_index.json", ["image-to-video"]),
     "encoder is no UMT5": ({"model_type": "t5"}, "text_encoder/config.json", ["'t5'", "umt5"]),
     "encoder of another width": ({"d_model": 32}, "text_encoder/config.json", ["d_model=32", "d_model=20"]),
 }  # fmt: skip
