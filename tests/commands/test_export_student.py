@@ -644,7 +644,7 @@ def test_what_is_no_student_is_one_sentence(exports, tmp_path, place):
     path = paths.get(place, tmp_path / place)
     with pytest.raises(ConfigError) as caught:
         WanLiteStudent.from_pretrained(path)
-    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
     assert "a student is the --output_dir of train_distillation.py, its .safetensors file, or a hub id" in str(
         caught.value
     )
