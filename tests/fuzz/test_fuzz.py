@@ -209,8 +209,8 @@ def outcome_of(done: Damage, ended: Ended, case: Path, group: Group, whole: str)
         return f"fault: refused without its name: {ended.err.strip().replace(str(case), '')[-160:]}"
     if re.match(f"scaled_fp8|logit_scale|{group.idle}", done.names[-1]):
         return "harmless"
-    if "Left out: " in said:
-        return "told"  # parts of a LoRA for layers that the student does not have
+    if "Left out: " in said or "Tensors that are no weights: " in said:
+        return "told"  # parts of a LoRA for layers that the student does not have; with why they do no harm
     try:
         is_whole = results_of(case, group) == whole
     except SafetensorError:

@@ -72,7 +72,10 @@ def embed_with_negative(
 ) -> "tuple[PromptEmbeds, Tensor | None]":
     """Return the text tokens of every prompt, and of the negative prompt where guidance needs it; see `embed_texts`."""
     from wandistiller.wan.text_encoder import embed_texts
+    from wandistiller.wan.wan_files import left_out
 
+    if encoder and (line := left_out([encoder.umt5])):
+        print(line)
     negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
     embeds = embed_texts([*prompts, *negative_prompts], encoder, config, prompt_cache, device)
     if embeds.num_full:

@@ -69,10 +69,7 @@ class WanFiles:
 
     def left_out(self) -> str | None:
         """Return one line for the screen on the tensors of its files that are no weights, with why they do no harm."""
-        parts: list[Any] = [*self.experts.values(), *([self.encoder.umt5] if self.encoder else [])]
-        reasons = Counter(reason for part in parts for reason in part.ignored.values())
-        told = ", ".join(f"{count} ({reason})" for reason, count in reasons.items())
-        return f"Tensors that are no weights: {told}" if told else None
+        return left_out([*self.experts.values(), *([self.encoder.umt5] if self.encoder else [])])
 
     def text_encoder(self) -> TextEncoderFiles:
         """Find the text encoder that belongs to this Wan; one on the hub is fetched now."""
@@ -86,6 +83,13 @@ class WanFiles:
     def with_vae_config(self, vae: Path) -> "WanFiles":
         """Return a copy that takes what it does not know of the latents from what a VAE says."""
         return replace(self, record=read_vae_config(vae, self.config.num_channels) | self.record)
+
+
+def left_out(parts: Sequence[Any]) -> str | None:
+    """Return one line for the screen on what transformers or text encoders have `ignored`; None where that is nothing."""
+    reasons = Counter(reason for part in parts for reason in part.ignored.values())
+    told = ", ".join(f"{count} ({reason})" for reason, count in reasons.items())
+    return f"Tensors that are no weights: {told}" if told else None
 
 
 LoraFiles = Sequence[tuple[str | Path, float]]
