@@ -169,7 +169,7 @@ def test_when_one_of_two_processes_dies_the_other_ends_in_words_and_the_run_resu
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
 def test_when_its_reader_leaves_or_its_terminal_closes_a_run_saves_what_it_learnt(life, kind):
-    whole, left = (life(name, "--max_steps", 40, "--save_every", 100) for name in ("whole", "left"))
+    whole, left = (life(name, "--max_steps", 40, "--save_every", 100, "--eval_every", 8) for name in ("whole", "left"))
     whole.run()
     reader, writer = os.pipe() if kind == "pipe" else pty.openpty()
 
