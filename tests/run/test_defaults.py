@@ -47,5 +47,5 @@ def test_a_run_says_what_was_chosen_and_the_student_records_it(train, teachers, 
     assert record["optimizer"] == "muon" and record["replay"] == MIN_REPLAY and record["num_train_steps"] == 18
     assert record["lr"] == suggested_lr("muon", PRUNED_CONFIG["hidden_size"], 4)
     assert record["num_teacher_batches"] == 3 and read_metrics(tmp_path / "out")[-1]["teacher_calls"] == 3
-    assert "Steps: 18 of 4 samples, muon at 0.001" in outcome.out
+    assert "Steps: 18 of 4 samples" in outcome.out and "muon at lr 0.001" in outcome.out
     assert "Hint: 18 steps are enough to try things out" in outcome.out

@@ -113,7 +113,7 @@ def test_a_dry_run_of_the_full_size_takes_the_files_as_they_are(tmp_path, capsys
         argv = f"--preset A14B-1B --teacher_path {place} --data_path {tmp_path}/prompts.txt --dry_run --assume_gpu 80"
         argv += f" --output_dir {tmp_path}/out --prompt_cache {tmp_path}/cache --save_every 0"
         assert train_distillation.main(argv.split()) == 0
-        assert "(high + low), settings of Wan2.2-T2V-A14B: shift 12" in capsys.readouterr().out
+        assert "(high + low), settings from Wan2.2-T2V-A14B: shift 12" in capsys.readouterr().out
 
 
 def write_original(folder: Path) -> list[str]:

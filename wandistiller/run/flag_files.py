@@ -74,7 +74,9 @@ def _entries(file: str) -> list[tuple[Any, Any]]:
             return loader.construct_pairs(root, deep=True)
         why = "holds no flags"
     except OSError as error:
-        raise UserError(f"--config {file}: cannot be read ({error.strerror})") from None
+        raise UserError(
+            f"--config {file}: cannot be read ({error.strerror}); give a YAML file of flags, such as the run.yaml of a run"
+        ) from None
     except UnicodeDecodeError:
         why = "is no UTF-8 text"
     except RecursionError:

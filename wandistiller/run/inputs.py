@@ -102,7 +102,7 @@ def mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
         if is_on[name] and flags.train != "lora":
             yield name, "is for --train lora; add that, or leave it out"
     if flags.train == "lora" and flags.init_from in ("teacher", "random"):
-        yield "train", "a LoRA is of a trained student; give its folder as --init_from"
+        yield "train", "lora needs a student that is trained already; give its folder as --init_from"
     if flags.train == "lora" and flags.teacher_cache:
         yield "teacher_cache", "does not go together with --train lora; leave it out"
     if os.path.realpath(flags.init_from) == os.path.realpath(flags.output_dir or ""):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from wandistiller.command_line import command_words, torchrun_environment
 from wandistiller.files.clone import HELD_OUT_PROMPTS
-from wandistiller.files.output_folder import METRICS_NAME, RUN_NAME
+from wandistiller.files.output_folder import LORA_NAMES, METRICS_NAME, RUN_NAME
 from wandistiller.model.config import CONFIG_NAME
 from wandistiller.model.sizes import count_parameters
 from wandistiller.reports.metrics import held_out_text, newest_held_out, read_metrics, training_seconds
@@ -42,8 +42,8 @@ def print_settings(settings: Settings) -> None:
         )
     lines += [f"Warning: {warning}" for warning in warnings_about(wan_files, teacher, config)]
     lines.append(
-        f"Steps: {settings.num_steps} of {settings.num_samples_per_step} samples, {own.optimizer} at {own.lr:g} after "
-        f"{own.lr_warmup_steps} of warm-up, {settings.replay} for each teacher batch"
+        f"Steps: {settings.num_steps} of {settings.num_samples_per_step} samples, {settings.replay} steps for each teacher batch; "
+        f"{own.optimizer} at lr {own.lr:g} after {own.lr_warmup_steps} steps of warm-up"
     )
     if settings.num_steps < FEW_STEPS:
         lines.append(
@@ -77,7 +77,8 @@ def print_end(run: Run, path: Path, result: TrainingResult) -> None:
     """Print what was trained, how well, how long, where it is, and what to type next."""
     settings = run.settings
     state = "Interrupted after" if result.interrupted else "Done:"
-    print(f"{state} {result.num_steps} steps. Saved {CONFIG_NAME} and diffusion_model.safetensors in {path}")
+    loras = f"; its LoRA is in {' and '.join(LORA_NAMES.values())}" if settings.is_lora else ""
+    print(f"{state} {result.num_steps} steps. Saved {CONFIG_NAME} and diffusion_model.safetensors in {path}{loras}")
     print("\n".join(summary_lines(run, path)))
     if result.interrupted and settings.save_every:
         words = command_words("train_distillation.py", torchrun_environment().local_world_size)
@@ -101,7 +102,7 @@ def calls_text(run: Run) -> str:
     if run.settings.teacher_cache:
         return f"its answers came from {run.settings.teacher_cache}"
     num_calls, teacher = run.state.teacher_calls, run.teacher
-    line = f"the teacher answered {num_calls} batches, {num_calls / run.state.step:.2f} a step"
+    line = f"the teacher answered {num_calls} batches, {num_calls / run.state.step:.2f} per step"
     return line if len(teacher.experts) == 1 else f"{line}, with {teacher.num_swaps} swaps of its experts"
 
 

@@ -259,8 +259,8 @@ class Checkpoints:
         needed = count * num_bytes + student_bytes
         if needed > free:
             raise UserError(
-                f"{self.folder}: the student and {count} more checkpoints (of {self.keep} that stay and one being written) "
-                f"take about {needed:,} bytes, {free:,} are free; free some space, give another --output_dir, a smaller "
+                f"{self.folder}: the student and {count} more checkpoints ({self.keep} are kept while the next is written) "
+                f"take about {needed / 2**30:,.2f} GiB, {free / 2**30:,.2f} GiB are free; free some space, give another --output_dir, a smaller "
                 "--keep_checkpoints, or --save_every 0"
             )
 
