@@ -57,8 +57,8 @@ NO_FLAG = {
     "blocks_to_swap block_swap group_offload": "here it is called --teacher_offload blocks, where a command trains",
     "distributed multi_gpu num_processes num_gpus gpus": "several GPUs take torchrun --nproc_per_node N, and --shard splits the models",
     "resume resume_from resume_from_checkpoint": "a run resumes where the same command is typed again",
-    "resolution size image_size video_size": 'the size of the pictures is "image_size" in the file of --student_config, or --height '
-    "and --width where a command has them",
+    "resolution size image_size video_size": 'the size of the pictures is "image_size" in the file of --student_config; '
+    "generate_images.py takes --height and --width, evaluate_student.py --size",
     "lora lora_path lora_weight lora_weights network_weights": "a LoRA of the teacher is --teacher_lora FILE[:SCALE]; "
     "projection_mapper.py --lora cuts one for a student",
     "network_module": "a LoRA of a trained student, for what a LoRA of its teacher changes, is --train lora of train_distillation.py",

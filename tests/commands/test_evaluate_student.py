@@ -193,7 +193,7 @@ def test_results_do_not_depend_on_the_batch(house, tmp_path):
             "must return True, False or a dict of the same facts and numbers for each of 3 pictures",
         ),
         (["--prompts_file", "{house}/none.txt"], "none.txt: cannot be read"),
-        (["--student", "{house}/none"], "there is no such folder"),
+        (["--student", "{house}/none"], "is not a folder"),
         (["--teacher_path", "{house}/none"], "there is no such file or folder"),
         (["--vae_path", "{house}"], "has no VAE"),
     ],

@@ -442,7 +442,7 @@ def test_a_lite_student_is_no_wan(student, export, tmp_path):
 MISTAKES = {
     "fp8 for diffusers": ("diffusers", ["--dtype", "fp8"], "--format diffusers has fp32, bf16, fp16; give"),
     "a part of a transformer": ("diffusers", ["--vae_path", "x"], "--vae_path belongs to --format pipeline"),
-    "no such student": ("original", ["--student", "{tmp}/none"], "there is no such folder; give the --output_dir"),
+    "no such student": ("original", ["--student", "{tmp}/none"], "is not a folder; give the --output_dir"),
     "a file of another model": (
         "original",
         ["--student", DEMO_TEACHER / "vae/diffusion_pytorch_model.safetensors"],

@@ -198,7 +198,7 @@ def changed_record(student: Path, target: Path, **changes) -> Path:
 
 
 MISTAKES = {
-    "no such student": (["--student", "{tmp}/none"], "there is no such folder; give the --output_dir"),
+    "no such student": (["--student", "{tmp}/none"], "is not a folder; give the --output_dir"),
     "no prompt": (["--prompts_file", "{tmp}/none.txt"], "none.txt: cannot be read"),
     "odd height": (
         ["--height", "40"],

@@ -148,7 +148,7 @@ def trained_sizes(config: StudentConfig) -> list[ImageSize]:
 def load_shape(folder: str | Path) -> StudentConfig:
     """Load the config of the student in a folder, whether or not it was trained."""
     if not Path(folder).is_dir():
-        raise UserError(f"--student {folder}: there is no such folder; give the --output_dir of train_distillation.py")
+        raise UserError(f"--student {folder}: is not a folder; give the --output_dir of train_distillation.py")
     config = StudentConfig.load(folder)
     StudentRecord.of(config, Path(folder) / CONFIG_NAME)
     return config
