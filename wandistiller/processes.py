@@ -120,6 +120,7 @@ class Processes:
             return model
         from torch.nn.parallel import DistributedDataParallel
 
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # in some steps none is unused
         return DistributedDataParallel(
             model, forward_sync_buffers=False, find_unused_parameters=has_idle_parts, gradient_as_bucket_view=True
         )

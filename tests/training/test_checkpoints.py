@@ -83,6 +83,8 @@ def test_a_run_that_goes_on_with_another_number_of_threads_says_that_bit_for_bit
     assert train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 2, "--save_every", 2).code == 0
     again = train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 3)
     torch.set_num_threads(1)
+    over = train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 1)
+    assert over.code == 0 and "Nothing is left to train: the run is of 1 steps" in over.out
     assert again.code == 0 and "threads" not in again.out
     assert (
         "was written with 2 threads, and there are 1 now" in train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 4).out

@@ -47,6 +47,10 @@ class Folder:
         """Return the folder at a checkpoint, or at the start of a run; say so."""
         if checkpoint is not None:
             print(f"Resuming from step {checkpoint.step} of {self.path} (--overwrite starts anew)")
+            if checkpoint.step >= settings.num_steps:
+                print(
+                    f"Nothing is left to train: the run is of {settings.num_steps} steps; --max_steps makes it longer"
+                )
             if not checkpoint.has_same_batch:
                 had, has = checkpoint.batch_size, settings.num_samples_per_step
                 print(f"Training states start anew: a step had {had} samples, and has {has} now")

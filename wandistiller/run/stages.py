@@ -100,10 +100,9 @@ class Run:
             second.follow(state)
             state = second  # the first one's optimizer and stored answers leave memory
             self._enter(state)
-        print(
-            f"Learning to draw in {settings.student_steps} steps, from segments of the teacher's and its own paths",
-            flush=True,
-        )
+        if state.step < settings.num_steps:
+            what = f"Learning to draw in {settings.student_steps} steps"
+            print(f"{what}, from segments of the teacher's and its own paths", flush=True)
         return train(state, observer, checkpoints)
 
     def save(self, num_steps: int | None = None, student_steps: int | None = None, folder: Path | None = None) -> Path:
