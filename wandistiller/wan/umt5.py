@@ -15,7 +15,7 @@ from torch import nn
 
 from wandistiller.errors import UserError, shown
 from wandistiller.files.gguf_files import require_architecture
-from wandistiller.files.json_files import POSITIVE, WHOLE, TeacherFileError, read_json, setting
+from wandistiller.files.json_files import RATIO, WHOLE, TeacherFileError, read_json, setting
 from wandistiller.files.weights import Weight, admit, all_tensors, is_gguf, weight_files
 from wandistiller.wan.names import other_part, own_names, renamed
 
@@ -147,8 +147,8 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], config: dict, where: Path) -> 
             )
     # No tensor tells these two.
     distance = setting(config, "relative_attention_max_distance", WHOLE, where / "config.json")
-    eps = setting(config, "layer_norm_epsilon", POSITIVE, where / "config.json")
-    return shape | {"relative_attention_max_distance": distance or 128, "layer_norm_epsilon": eps or 1e-6}
+    eps = setting(config, "layer_norm_epsilon", RATIO, where / "config.json")
+    return shape | {"relative_attention_max_distance": distance or 128, "layer_norm_epsilon": float(eps or 1e-6)}
 
 
 def expected_shapes(shape: dict) -> dict[str, tuple[int, ...]]:
