@@ -355,7 +355,10 @@ NORM, QUERY = "encoder.final_layer_norm.weight", "encoder.block.0.layer.0.SelfAt
         (lambda f: shutil.rmtree(f / "text_encoder"), r"text_encoder: holds no \.safetensors weights"),
         (lambda f: write_config(f, model_type="t5"), "model_type='t5'"),
         (lambda f: write_config(f, num_layers=10**9), "num_layers=1000000000; .* has num_layers=2"),
-        (lambda f: write_config(f, layer_norm_epsilon=424626), "layer_norm_epsilon is 424626; allowed: a number from 0 to 1"),
+        (
+            lambda f: write_config(f, layer_norm_epsilon=424626),
+            "layer_norm_epsilon is 424626; allowed: a number from 0 to 1",
+        ),
         (lambda f: (f / "text_encoder" / "config.json").write_text("{"), r"config\.json: line 1, column 2: not valid"),
         (lambda f: (f / "text_encoder" / "model.safetensors").unlink(), "weights; allowed: model.safetensors"),
         (lambda f: write_index(f, {"shared.weight": "../outside.safetensors"}), "names '../outside.safetensors'"),
