@@ -178,6 +178,8 @@ def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
             "--nproc_per_node N train_distillation.py ..., or unset these for a single one"
         )
     env = torchrun_environment()
+    if name == "mps":
+        raise UserError("--device mps: is one GPU for one process; start it without torchrun")
     if name not in ("cpu", "cuda", f"cuda:{env.local_rank}"):
         raise UserError(f"--device {name}: under torchrun each process takes the GPU of its number; leave --device out")
     backend, place = "gloo", None

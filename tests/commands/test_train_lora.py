@@ -138,6 +138,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_beyond_the_cut(train
         (("--student_steps", 3), "draws in 2 steps"),
         (("--init_from", "teacher"), "give its folder as --init_from"),
         (("--teacher_cache", "cache"), "leave it out"),
+        (("--sigma_range", 0.2, 1, "--student_steps", "none"), "draws in 2 steps"),
+        (("--teacher_steps", 5, "--teacher_sampler", "euler"), "does not divide the teacher's 5 steps"),
         (("--train", "student", "--lora_rank", 4), "is for --train lora"),
     ],
 )

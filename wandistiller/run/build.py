@@ -114,8 +114,7 @@ def make_student(settings: Settings) -> tuple[WanLiteStudent, ProjectionReport]:
         )
     print(report.summary())
     if settings.is_lora:
-        start = cut_of_lora(settings) if source.is_like(settings.wan_files.config) else None
-        add_lora(student, settings.lora_rank, settings.lora_alpha, seed=seed, start=start)
+        add_lora(student, settings.lora_rank, settings.lora_alpha, seed=seed, start=cut_of_lora(settings))
     student.gradient_checkpointing = settings.gradient_checkpointing
     return student, report
 
@@ -137,10 +136,10 @@ def cut_from(source: Source, settings: Settings) -> tuple[WanLiteStudent, Projec
 def cut_of_lora(settings: Settings) -> Mapping[str, Tensor | tuple[Tensor, Tensor]] | None:
     """Return what the student's part of the teacher's LoRAs changes in each of its matrices; None where that cannot be cut."""
     loras = [lora for lora in settings.wan_files.loras if lora.expert == settings.source.expert]
-    if not loras or any(lora.magnitudes for lora in loras):
-        print(
-            "The LoRA begins with no change: the teacher has none, or it is a DoRA, whose lengths are those of the teacher's rows"
-        )
+    is_like = settings.source.is_like(settings.wan_files.config)
+    if not (loras and is_like) or any(lora.magnitudes for lora in loras):
+        why = "its lengths are those of the teacher's rows" if loras else "the teacher has none"
+        print(f"The LoRA begins with no change: {why if is_like else 'the student is no part of this teacher'}")
         return None
     cut = cut_loras(loras, settings.source.part, settings.config)
     if vectors := [name for name, change in cut.differences.items() if change.ndim != 2]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from wandistiller.errors import UserError
-from wandistiller.model.config import ConfigError, StudentConfig
+from wandistiller.model.config import CONFIG_NAME, ConfigError, StudentConfig
 from wandistiller.projection.selection import Selection, check_fits
 from wandistiller.projection.selection_record import read_made_of
 from wandistiller.run.flags import Flags, GuidanceFlags
@@ -58,7 +58,9 @@ def open_files(flags: Flags, config: StudentConfig) -> Files:
         encoder = find_text_encoder(given) if given else wan_files.text_encoder()
         encoder.check_text_dim(config.text_encoder_output_dim)
     wan_files = replace(wan_files, encoder=encoder)  # which is a part of what the teacher is
-    return Files(wan_files, teacher, encoder, find_sample_vae(flags, wan_files, teacher), open_source(flags, config))
+    source = open_source(flags, config)
+    check_levels(flags, teacher, source.student_steps if source and flags.train == "lora" else flags.student_steps)
+    return Files(wan_files, teacher, encoder, find_sample_vae(flags, wan_files, teacher), source)
 
 
 def open_source(flags: Flags, config: StudentConfig) -> Source | None:
@@ -81,7 +83,11 @@ def open_source(flags: Flags, config: StudentConfig) -> Source | None:
         shape, part = expert.config, Selection(list(range(expert.config.depth)))
     if flags.train == "student":
         return Source(wan_files, name, shape, part)
-    trained = load_student_config(place)
+    if not (Path(expert.location) / CONFIG_NAME).is_file():
+        raise UserError(
+            f"--train lora: {place} is no trained student; give an --output_dir of this command as --init_from"
+        )
+    trained = load_student_config(expert.location)
     if replace(trained, image_size=config.image_size, distillation=None) != config:
         raise UserError(
             f"--train lora: the student of {place} has another shape than {flags.student_config}; leave --student_config out"
@@ -103,7 +109,6 @@ def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles,
         wan_files = wan_files.with_vae_config(vae)
     check_fits(wan_files.expert(flags.init_expert).config, config, flags.layers, flags.student_config)
     settings = sampled_as(flags, wan_files)
-    check_levels(flags, settings)
     config.check_image_size(settings.vae_scale_factor, flags.student_config)
     return wan_files, settings
 
@@ -120,11 +125,11 @@ def sampled_as(flags: Flags, wan_files: WanFiles) -> TeacherSettings:
     return resolve_settings(wan_files, **typed)
 
 
-def check_levels(flags: Flags, teacher: TeacherSettings) -> None:
+def check_levels(flags: Flags, teacher: TeacherSettings, student_steps: int | None) -> None:
     """Refuse a run that needs other noise levels than a teacher of a few of them has."""
     if not teacher.has_few_levels:
         return
-    num_steps, student_steps = teacher.num_inference_steps, flags.student_steps
+    num_steps = teacher.num_inference_steps
     if teacher.teacher_levels and (student_steps or flags.teacher_steps not in (None, num_steps)):
         name = "student_steps" if student_steps else "teacher_steps"
         raise UserError(f"--{name}: this teacher, and so its student, noises anew at {num_steps} levels; leave it out")

@@ -42,7 +42,7 @@ def build_batches(
             for size, cache in enumerate(caches)
         ]
         return Batches(cached, schedules, prompt_embeds, settings.batch_size, device)
-    if settings.is_lora and settings.student_steps:
+    if settings.walks_segments:
         return build_few_step_batches(settings, prompt_embeds, teacher, settings.num_steps)
     compared: dict[str, Any] = {}
     if settings.feature_loss_weight:

@@ -160,6 +160,10 @@ def lora_steps(flags: Flags, source: Source) -> int | None:
         raise UserError(
             f"--student_steps: the student of {flags.init_from} draws in {own or 'all'} steps, and so it does with a LoRA; leave it out"
         )
+    if own and tuple(flags.sigma_range or ALL_LEVELS) != ALL_LEVELS:
+        raise UserError(
+            f"--sigma_range: the student of {flags.init_from} draws in few steps, which take all noise levels; leave it out"
+        )
     return own
 
 

@@ -95,6 +95,11 @@ class Settings(DataFlags, StudentFlags, StatesFlags, ObjectiveFlags, Performance
         return self.train == "lora"
 
     @property
+    def walks_segments(self) -> bool:
+        """Whether the teacher's answers are whole segments: a LoRA of a few-step student learns nothing else."""
+        return self.is_lora and self.student_steps is not None
+
+    @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
         """(C, H, W) of the latents of each image size."""
         return [self.teacher.latent_shape(self.config, size) for size in self.image_sizes]

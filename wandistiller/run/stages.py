@@ -145,7 +145,7 @@ class Run:
 
     def _first(self) -> RunState:
         settings, trained = self.settings, TrainedStudent(self.student, self.objective)
-        stage = 2 if settings.is_lora and settings.student_steps else 1
+        stage = 2 if settings.walks_segments else 1
         options = settings.training_options(settings.first_stage_steps, stage)
         return RunState(trained, self.batches, options, settings.processes)
 

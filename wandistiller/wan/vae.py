@@ -122,7 +122,8 @@ def count_vae_parameters(teacher_path: str, num_channels: int) -> int:
         found = vae_tensors(find_vae(None, teacher_path, num_channels))
     except UserError:
         return 0
-    return sum(math.prod(stored.shape) for stored in found.values())
+    own = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # of a whole checkpoint the VAE alone
+    return sum(math.prod(stored.shape) for name, stored in found.items() if name.startswith(own))
 
 
 def _read_structure(found: Mapping[str, Stored], where: object) -> dict:
