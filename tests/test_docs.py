@@ -2,8 +2,6 @@
 
 The checks read the text of README.md, TESTING.md, CONTRIBUTING.md and docs/, and hold it against the files, the `--help` of the
 commands and the strings of the source. The `pytest` line in the docstring of every test module must name that module.
-
-pytest tests/test_docs.py
 """
 
 import ast

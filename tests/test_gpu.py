@@ -3,8 +3,6 @@
 Velocities, gradients and runs must be those of the CPU within rounding; a step must wait for the GPU once
 (`torch.cuda.set_sync_debug_mode`); offloading, fp8, compiled blocks (slow) and NCCL under torchrun must teach the
 same.
-
-pytest tests/test_gpu.py
 """
 
 import subprocess

@@ -1,8 +1,6 @@
 """Imports point down the list of packages, nothing is unpickled, and `--help` answers at once.
 
 Importing the package or mistyping a flag must load nothing heavy, and only one module may touch torch.distributed.
-
-pytest tests/test_imports.py
 """
 
 import ast

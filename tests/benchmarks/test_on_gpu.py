@@ -1,7 +1,4 @@
-"""benchmarks/on_gpu.py: no mistyped flag waits for a rented GPU, and a part that fails or takes too long does not end the others.
-
-pytest tests/benchmarks/test_on_gpu.py
-"""
+"""benchmarks/on_gpu.py: no mistyped flag waits for a rented GPU, and a part that fails or takes too long does not end the others."""
 
 import importlib
 import json

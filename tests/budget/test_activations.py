@@ -2,8 +2,6 @@
 
 The oracles are the tensors that autograd saves, the live memory of a step (fp32 within 2 %, bf16 within 15 %), and
 torch's own FLOP counter (1 %).
-
-pytest tests/budget/test_activations.py
 """
 
 import pytest

@@ -1,8 +1,6 @@
 """A budget agrees with what it is about (projected weights, stores, checkpoints, replays), and its advice helps.
 
 Nothing here knows a GPU: benchmarks/bench_memory.py holds the budget against one.
-
-pytest tests/budget/test_budget.py
 """
 
 import re

@@ -2,8 +2,6 @@
 
 The oracle is torch's own tracker of memory, in a step of the trainer's own parts on tensors that have shapes and no memory
 (support/true_size.py). Training states are left out of both. Models of four blocks run here; the slow tests run all blocks of each, one process and up to 64.
-
-pytest tests/budget/test_true_size.py
 """
 
 from dataclasses import replace

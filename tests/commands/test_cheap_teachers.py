@@ -1,7 +1,4 @@
-"""A teacher of four steps without guidance, and one that is guided at some noise levels.
-
-pytest tests/commands/test_cheap_teachers.py
-"""
+"""A teacher of four steps without guidance, and one that is guided at some noise levels."""
 
 import re
 from pathlib import Path
@@ -74,10 +71,7 @@ def test_a_student_of_two_steps_learns_from_a_teacher_of_four(train, teachers, t
 
 @pytest.mark.parametrize(
     "changed, name",
-    [
-        (["--teacher_sampler", "unipc"], "teacher_sampler"),
-        (["--teacher_steps", 8], "num_inference_steps"),
-    ],
+    [(["--teacher_sampler", "unipc"], "teacher_sampler"), (["--teacher_steps", 8], "num_inference_steps")],
 )
 def test_a_run_or_a_cache_of_another_teacher_is_refused(train, teachers, tmp_path, changed, name):
     base = ["--teacher_steps", 4, "--max_steps", 4, "--save_every", 2]

@@ -2,8 +2,6 @@
 
 Weights and embeddings that are no numbers, pipes, folders and links in the place of files,
 names that are too long, values of thousands of characters.
-
-pytest tests/commands/test_damaged_files.py
 """
 
 import json

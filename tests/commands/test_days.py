@@ -3,8 +3,6 @@
 A hobbyist with one card, an engineer with several, and a researcher with docs/python.md. Each command has tests of its own; here one
 works with what the one before it wrote. diffusers draws with what is exported; a run that nobody stopped is the oracle of one that
 was killed.
-
-pytest tests/commands/test_days.py
 """
 
 import importlib

@@ -2,8 +2,6 @@
 
 Oracles: the teacher itself, for a small encoder of its own shape; transformers and diffusers' WanPipeline, for the exported pipeline;
 a run that was never stopped, for one that was. True sizes are those of UMT5-XXL by its headers.
-
-pytest tests/commands/test_distill_text_encoder.py
 """
 
 import json

@@ -2,8 +2,6 @@
 
 The checkpoint has true headers, two experts and UMT5-XXL, in files that are holes, so that it takes no disk. Figures
 are held against counts made by hand.
-
-pytest tests/commands/test_dry_run.py
 """
 
 import re

@@ -1,8 +1,6 @@
 """evaluate_student.py works end to end.
 
 A student that equals its teacher must score perfectly, and results must not depend on the batch.
-
-pytest tests/commands/test_evaluate_student.py
 """
 
 import contextlib

@@ -3,8 +3,6 @@
 The gguf library reads the file back, diffusers' own reader of GGUF files answers as the student, and this trainer gets the student
 back. ComfyUI-GGUF is no dependency: its rules are written down here apart from the code under test, and its loader was given such
 files by hand (docs/export.md).
-
-pytest tests/commands/test_export_gguf.py
 """
 
 import json

@@ -4,8 +4,6 @@ safetensors reads names, dtypes and metadata; diffusers reads the transformer, a
 to 1e-5), and the pipeline, whose picture must be that of generate_images.py to 2 of 255 levels; this trainer must get
 the student back bit for bit and distil it again. ComfyUI is no dependency, so no test imports it: its rules are
 written down in wandistiller/projection/comfyui.py.
-
-pytest tests/commands/test_export_student.py
 """
 
 import contextlib

@@ -1,7 +1,4 @@
-"""How commands read their flags: fields of a dataclass, either spelling, one line and exit code 2 for a mistake.
-
-pytest tests/commands/test_flags.py
-"""
+"""How commands read their flags: fields of a dataclass, either spelling, one line and exit code 2 for a mistake."""
 
 import subprocess
 import sys

@@ -1,8 +1,6 @@
 """generate_images.py draws what diffusers' own WanPipeline draws, for teacher and student.
 
 The rest are its files, the defaults that a student records, and its refusals.
-
-pytest tests/commands/test_generate_images.py
 """
 
 import json

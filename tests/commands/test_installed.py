@@ -2,8 +2,6 @@
 
 A wheel is built and installed in a fresh environment, where pip's own script starts it from an empty folder; it sees the
 libraries of this interpreter. The wheel's modules are held against the folders of the repository.
-
-pytest tests/commands/test_installed.py
 """
 
 import os

@@ -2,8 +2,6 @@
 
 The commands run in a fresh process without the variables that keep libraries offline; Python's own audit hooks, which see every
 connection of every library, are the oracle.
-
-pytest tests/commands/test_no_network.py
 """
 
 import json

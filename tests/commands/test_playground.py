@@ -1,7 +1,4 @@
-"""playground.py serves one page, which draws what generate_images.py draws; Gradio's own client is the browser.
-
-pytest tests/commands/test_playground.py
-"""
+"""playground.py serves one page, which draws what generate_images.py draws; Gradio's own client is the browser."""
 
 import importlib.util
 import json

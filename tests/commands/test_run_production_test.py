@@ -1,8 +1,6 @@
 """run_production_test.py prints what it checked, keeps what it is told to keep, and fails with the right exit code.
 
 A real teacher's headers and a failure of the product are given to the public command.
-
-pytest tests/commands/test_run_production_test.py
 """
 
 import json

@@ -1,7 +1,4 @@
-"""A run with LoRAs in its teacher, as a person types it: what the student learns, records and may be resumed with.
-
-pytest tests/commands/test_teacher_lora.py
-"""
+"""A run with LoRAs in its teacher, as a person types it: what the student learns, records and may be resumed with."""
 
 import json
 import shutil

@@ -2,8 +2,6 @@
 
 An offloaded teacher must teach bit for bit what one that stays does. All of it runs on a CPU, where copies stand for the moves to a
 device.
-
-pytest tests/commands/test_teacher_memory.py
 """
 
 import json

@@ -1,8 +1,6 @@
 """train_distillation.py works as a person runs it, on tiny checkpoints by diffusers, real files and real signals.
 
 A student that is its teacher must have loss zero at every noise level. What is shown while a run goes on is tested in tests/reports/.
-
-pytest tests/commands/test_train_distillation.py
 """
 
 import json

@@ -2,8 +2,6 @@
 
 Oracles: the teacher's LoRA cut for the student by projection_mapper.py, which training begins with; and diffusers, which loads the
 written file onto the exported student of before and must answer as the student that the run has saved.
-
-pytest tests/commands/test_train_lora.py
 """
 
 import pytest

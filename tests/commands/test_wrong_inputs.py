@@ -1,8 +1,6 @@
 """Mistakes that people make give exit code 2 and one message to act on, without a traceback, and touch nothing.
 
 Wrong flags, configs, prompts files, teachers, encoders and folders are given to the public command.
-
-pytest tests/commands/test_wrong_inputs.py
 """
 
 import json

@@ -1,7 +1,4 @@
-"""The frontier of fields whose endpoints are known: Gaussian data, which diffusers' schedulers sample by hand, and straight lines.
-
-pytest tests/evaluation/test_frontier.py
-"""
+"""The frontier of fields whose endpoints are known: Gaussian data, which diffusers' schedulers sample by hand, and straight lines."""
 
 import math
 from dataclasses import dataclass, replace

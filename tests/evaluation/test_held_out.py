@@ -1,8 +1,6 @@
 """Held-out errors agree with errors that are known and with a loop written by hand, and leave training as it was.
 
 Modes, weights, gradients and random numbers are compared before and after a measurement.
-
-pytest tests/evaluation/test_held_out.py
 """
 
 import copy

@@ -1,7 +1,4 @@
-"""The measures of evaluation/measures.py against closed forms and torch's own counts.
-
-pytest tests/evaluation/test_measures.py
-"""
+"""The measures of evaluation/measures.py against closed forms and torch's own counts."""
 
 import math
 

@@ -3,8 +3,6 @@
 The commands are run as a person repeats them: each again until it is done. A real process is killed with SIGKILL at random moments
 of all of it (200 in the slow suite, one process and two), and what comes out must be, bit for bit, what comes out undisturbed. A
 disk that is full is a real limit on file size, a folder that cannot be written to is met by a process without root's privileges.
-
-pytest tests/faults/test_life.py
 """
 
 import ctypes

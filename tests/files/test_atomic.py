@@ -1,7 +1,4 @@
-"""Files and folders appear whole or not at all, and leave nothing beside them when they fail.
-
-pytest tests/files/test_atomic.py
-"""
+"""Files and folders appear whole or not at all, and leave nothing beside them when they fail."""
 
 import pytest
 

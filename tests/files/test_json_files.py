@@ -1,7 +1,4 @@
-"""Whatever a JSON file holds, it is read or refused for one short reason, at once.
-
-pytest tests/files/test_json_files.py
-"""
+"""Whatever a JSON file holds, it is read or refused for one short reason, at once."""
 
 import os
 

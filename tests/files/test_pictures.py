@@ -1,7 +1,4 @@
-"""PNG files keep any text, captions fit above their pictures, and grids place every picture.
-
-pytest tests/files/test_pictures.py
-"""
+"""PNG files keep any text, captions fit above their pictures, and grids place every picture."""
 
 import time
 

@@ -1,7 +1,4 @@
-"""One refusal for every safetensors file that is missing or damaged, and indexes that stay in their folder.
-
-pytest tests/files/test_tensor_files.py
-"""
+"""One refusal for every safetensors file that is missing or damaged, and indexes that stay in their folder."""
 
 import json
 

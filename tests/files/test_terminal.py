@@ -1,7 +1,4 @@
-"""What a file holds never commands the terminal: names and texts of strangers come out spelt, in messages and in what is printed.
-
-pytest tests/files/test_terminal.py
-"""
+"""What a file holds never commands the terminal: names and texts of strangers come out spelt, in messages and in what is printed."""
 
 import subprocess
 import sys

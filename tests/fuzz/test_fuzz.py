@@ -5,8 +5,6 @@ its memory and its time. It must exit with 0, or with 2 and one message, open no
 and leave all that was not its to write as it was. Of a file that is whole and has a tensor too many, too few, renamed or rescaled, that
 tensor must be used, named on the screen, or named in the refusal. With -s the counts by kind and outcome are printed; -m slow
 damages 15,000 files.
-
-pytest tests/fuzz/test_fuzz.py
 """
 
 import collections

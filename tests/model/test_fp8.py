@@ -2,8 +2,6 @@
 
 The oracles are torch's own cast, products in float64, and diffusers' velocities; the memory that the weights take is
 counted in bytes.
-
-pytest tests/model/test_fp8.py
 """
 
 import copy

@@ -1,7 +1,4 @@
-"""Sizes of a ratio lie on the grid, near the ratio and near image_size^2 pixels; what is refused names the nearest allowed.
-
-pytest tests/model/test_image_sizes.py
-"""
+"""Sizes of a ratio lie on the grid, near the ratio and near image_size^2 pixels; what is refused names the nearest allowed."""
 
 import math
 from argparse import ArgumentTypeError

@@ -1,8 +1,6 @@
 """What saves memory or time changes no result: checkpointing, compiled blocks.
 
 Recomputed blocks are compared bit for bit, and compiled blocks (slow, 3 minutes) as whole graphs that are not compiled again.
-
-pytest tests/model/test_numerics.py
 """
 
 import importlib.util
@@ -11,13 +9,7 @@ import json
 import pytest
 import torch
 
-from support.runs import (
-    IDENTITY_CONFIG,
-    PRUNED_CONFIG,
-    read_metrics,
-    same_weights,
-    weights_of,
-)
+from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG, read_metrics, same_weights, weights_of
 from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.run.build import compile_blocks
 

@@ -1,19 +1,11 @@
-"""Sizes of true models, known without their weights: parameters, bytes and FLOPs, against figures worked out by hand.
-
-pytest tests/model/test_sizes.py
-"""
+"""Sizes of true models, known without their weights: parameters, bytes and FLOPs, against figures worked out by hand."""
 
 import time
 
 import pytest
 
 from wandistiller.model.config import StudentConfig
-from wandistiller.model.sizes import (
-    count_parameters,
-    num_image_tokens,
-    transformer_flops,
-    weight_bytes,
-)
+from wandistiller.model.sizes import count_parameters, num_image_tokens, transformer_flops, weight_bytes
 
 SHAPES = {
     "14B": StudentConfig(

@@ -2,8 +2,6 @@
 
 The oracle of the wan block is diffusers' 3D transformer at one frame, that of the shift diffusers' schedulers. No
 student may hold anything 3D, and a bad config must be answered with a value that works.
-
-pytest tests/model/test_transformer.py
 """
 
 import dataclasses
@@ -170,12 +168,7 @@ def test_no_student_holds_anything_3d(values):
 
 
 @pytest.mark.parametrize(
-    "shapes",
-    [
-        ((1, 16, 5, 4), (1, 3, 20)),
-        ((1, 16, 1, 4, 4), (1, 3, 20)),
-        ((1, 16, 4, 4), (1, 3, 21)),
-    ],
+    "shapes", [((1, 16, 5, 4), (1, 3, 20)), ((1, 16, 1, 4, 4), (1, 3, 20)), ((1, 16, 4, 4), (1, 3, 21))]
 )
 def test_inputs_of_the_wrong_shape_are_refused_with_what_is_expected(shapes):
     student = student_of(WAN)

@@ -1,8 +1,6 @@
 """ComfyUI's rules for a student's file: what it reads wrong, with which settings it draws, and the workflows that it opens.
 
 ComfyUI is no dependency, so no test imports it; docs/export.md says what was held against one.
-
-pytest tests/projection/test_comfyui.py
 """
 
 import json

@@ -2,8 +2,6 @@
 
 A Wan that is hidden in a larger one must be found bit for bit, dead neurons and layers must not matter, and projecting
 14B's widths (slow) must not hold the checkpoint in memory.
-
-pytest tests/projection/test_projection.py
 """
 
 import json

@@ -2,8 +2,6 @@
 
 Oracles: the projection of the merged teacher with the same selection, less that of the plain teacher; and diffusers, which loads
 the written file onto the exported student and must answer as the student with the differences added to its weights.
-
-pytest tests/projection/test_student_lora.py
 """
 
 import json
@@ -224,10 +222,7 @@ def test_a_report_that_does_not_tell_is_refused(cut, places, tmp_path, name):
 
 def test_students_that_no_lora_fits_are_refused(places, tmp_path):
     lite = StudentConfig(block="lite", text_encoder_output_dim=20, **SHAPE)
-    for config, make, words in (
-        (lite, project_teacher, 'block "lite"'),
-        (CONFIG, fresh_student, "inherited nothing"),
-    ):
+    for config, make, words in ((lite, project_teacher, 'block "lite"'), (CONFIG, fresh_student, "inherited nothing")):
         make(places / "teacher", config)[1].save(tmp_path)
         with pytest.raises(UserError, match=words):
             read_made_of(tmp_path, config)

@@ -1,7 +1,4 @@
-"""Captions of tables, folders and globs; csv, json and pyarrow write what is read here.
-
-pytest tests/prompts/test_caption_files.py
-"""
+"""Captions of tables, folders and globs; csv, json and pyarrow write what is read here."""
 
 import csv
 import io

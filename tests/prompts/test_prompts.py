@@ -1,7 +1,4 @@
-"""The prompts file, whatever an editor made of it, and Wan's cleaning of prompts; diffusers is the oracle of the cleaning.
-
-pytest tests/prompts/test_prompts.py
-"""
+"""The prompts file, whatever an editor made of it, and Wan's cleaning of prompts; diffusers is the oracle of the cleaning."""
 
 import contextlib
 import time

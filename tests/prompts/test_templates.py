@@ -1,8 +1,6 @@
 r"""Prompt templates: what each part of the syntax gives, the same prompts for the same seed, and none of the held-out ones.
 
 Expected sets of prompts are written by hand; the held-out rule and the a or an of the shipped templates are checked apart.
-
-pytest tests/prompts/test_templates.py
 """
 
 import collections

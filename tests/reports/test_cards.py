@@ -2,8 +2,6 @@
 
 `huggingface_hub.ModelCard` is the reader. Paths of the machine stay out of a card, and a card that a person wrote
 stays.
-
-pytest tests/reports/test_cards.py
 """
 
 import json

@@ -1,8 +1,6 @@
 """gallery.html: pictures first, the farthest from the teacher first of all, numbers below; harmless whatever a prompt holds.
 
 What is on the page is held against pictures and measures that these tests make up; html.parser reads it.
-
-pytest tests/reports/test_gallery.py
 """
 
 import base64

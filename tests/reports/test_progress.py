@@ -1,7 +1,4 @@
-"""A run shows its steps as a bar or as plain lines, and every step is a line of metrics.jsonl, also after a kill.
-
-pytest tests/reports/test_progress.py
-"""
+"""A run shows its steps as a bar or as plain lines, and every step is a line of metrics.jsonl, also after a kill."""
 
 import contextlib
 import io

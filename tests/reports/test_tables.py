@@ -1,7 +1,4 @@
-"""An evaluation as sentences, as rows of a table, and as values that JSON can hold.
-
-pytest tests/reports/test_tables.py
-"""
+"""An evaluation as sentences, as rows of a table, and as values that JSON can hold."""
 
 import math
 

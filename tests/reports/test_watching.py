@@ -4,8 +4,6 @@ Files are read back as others read them: events by TensorBoard's own EventAccumu
 must leave weights, losses and checkpoints as they are, bit for bit, and two processes (DDP, and FSDP2 with both models
 sharded) must draw what one draws, within rounding. wandb and trackio are stand-ins here. No test knows whether a
 picture is good to look at.
-
-pytest tests/reports/test_watching.py
 """
 
 import json

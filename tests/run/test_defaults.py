@@ -1,7 +1,4 @@
-"""Flags that are left out get values by teacher, student and batch, and a flag far from them is told of.
-
-pytest tests/run/test_defaults.py
-"""
+"""Flags that are left out get values by teacher, student and batch, and a flag far from them is told of."""
 
 import pytest
 

@@ -1,8 +1,6 @@
 """Flags in a YAML file: read as if they were typed, under those that are; a run writes its own, which repeats it.
 
 A preset is such a file, of a real run: it fits its teacher, and its page has its figures.
-
-pytest tests/run/test_flag_files.py
 """
 
 import json

@@ -1,7 +1,4 @@
-"""A run starts from another student or Wan: of its own shape as it is, of a larger one cut as a teacher is; what fits not is refused.
-
-pytest tests/run/test_init_from.py
-"""
+"""A run starts from another student or Wan: of its own shape as it is, of a larger one cut as a teacher is; what fits not is refused."""
 
 import json
 

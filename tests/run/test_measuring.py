@@ -2,8 +2,6 @@
 
 Weights, losses and checkpoints of runs with and without it are compared bit for bit, also where the run is stopped, cached,
 offline, sharded, of few steps, or of a teacher whose two experts take turns on the device.
-
-pytest tests/run/test_measuring.py
 """
 
 import shutil

@@ -1,7 +1,4 @@
-"""Every ready config fits its released teacher and is counted rightly.
-
-pytest tests/run/test_ready_configs.py
-"""
+"""Every ready config fits its released teacher and is counted rightly."""
 
 import pytest
 import torch

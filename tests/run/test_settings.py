@@ -1,8 +1,6 @@
 """From typed flags to settings: what every flag that was left out becomes, what is corrected with a line, and what is refused.
 
 Whatever is resolved here is what the dry run, the messages, the record and a resumed run read.
-
-pytest tests/run/test_settings.py
 """
 
 import pytest

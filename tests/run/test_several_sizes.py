@@ -2,8 +2,6 @@
 
 A run of the square alone is bit for bit the run without the flags. The teacher is asked, and the student learns, at shapes that are
 recorded where both are asked. That a stopped run resumes bit for bit is in tests/training/test_checkpoints.py.
-
-pytest tests/run/test_several_sizes.py
 """
 
 import json

@@ -2,8 +2,6 @@
 
 The step of DMD's few-step generators (arXiv 2405.14867), as FastVideo and diffusers' FlowMatchLCMScheduler take it:
 x_0 = x - sigma v, and x' = (1 - sigma') x_0 + sigma' noise.
-
-pytest tests/sampling/test_renoising.py
 """
 
 import itertools

@@ -1,8 +1,6 @@
 """The teacher's guided velocity is that of diffusers' 3D transformers, and each release has its own settings.
 
 An offloaded teacher must answer bit for bit as one that stays. All of it runs on a CPU.
-
-pytest tests/sampling/test_teacher.py
 """
 
 from unittest import mock
@@ -11,11 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from support.wan_folders import (
-    oracle_velocity,
-    relative_error,
-    write_pipeline_folder,
-)
+from support.wan_folders import oracle_velocity, relative_error, write_pipeline_folder
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.project import project_experts

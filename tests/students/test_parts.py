@@ -1,8 +1,6 @@
 """A student's record leads to its teacher from whatever folder one stands in.
 
 Local paths, paths in the clone, hub ids and the low-noise expert are each looked up from elsewhere.
-
-pytest tests/students/test_parts.py
 """
 
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""A student's record holds what it may hold, or the student is refused by the name of the entry.
-
-pytest tests/students/test_record.py
-"""
+"""A student's record holds what it may hold, or the student is refused by the name of the entry."""
 
 import json
 

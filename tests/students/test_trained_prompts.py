@@ -1,7 +1,4 @@
-"""A student's folder tells how many prompts it was trained on.
-
-pytest tests/students/test_trained_prompts.py
-"""
+"""A student's folder tells how many prompts it was trained on."""
 
 import os
 

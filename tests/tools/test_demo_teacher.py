@@ -2,8 +2,6 @@
 
 Pictures that the renderer made are the judge's oracle. Projection of the shipped teacher must be exact at one frame,
 and it must draw held-out prompts with diffusers' WanPipeline.
-
-pytest tests/tools/test_demo_teacher.py
 """
 
 import json

@@ -1,7 +1,4 @@
-"""The icon teacher: its world, its judge, and its maker at a tiny scale.
-
-pytest tests/tools/test_icon_teacher.py
-"""
+"""The icon teacher: its world, its judge, and its maker at a tiny scale."""
 
 import json
 import sys

@@ -1,8 +1,6 @@
 """tools/rename_lora.py gives a LoRA the names by which ComfyUI finds its layers, and changes no value.
 
 The names are written down by hand. ComfyUI 0.33.0 was given both (docs/export.md).
-
-pytest tests/tools/test_rename_lora.py
 """
 
 import sys

@@ -1,8 +1,6 @@
 """The SLURM script as a cluster runs it: four processes on two machines, a preemption by a real signal, the queue, and the resumed run.
 
 srun and scontrol are stand-ins: the first starts the processes with SLURM's variables and passes SIGTERM on to them, as srun does.
-
-pytest tests/tools/test_train_sbatch.py
 """
 
 import os

@@ -3,8 +3,6 @@
 N + M steps with a stop between must be N + M without: weights and metrics bit for bit on a CPU, for every kind of states, with
 replay, average and accumulation. A process that saves all the time is killed with SIGKILL at random moments (whole runs are
 killed in tests/faults). A full disk is a real limit on file size; files are cut, flipped, forged and removed.
-
-pytest tests/training/test_checkpoints.py
 """
 
 import hashlib

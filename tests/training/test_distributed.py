@@ -3,8 +3,6 @@
 Losses, gradient norms and learning rates must agree to 1e-5 over the steps of a run: DDP, FSDP2 of student and teacher, accumulation.
 Runs saved by N processes resume with M (1 -> 2 -> 1 with FSDP2); tests/faults kills them at random moments. Processes are forked from the test's own with torchrun's environment, which saves the seconds that loading torch
 takes, and gloo carries their messages; the launcher itself is run too. Nothing has run with NCCL.
-
-pytest tests/training/test_distributed.py
 """
 
 import os

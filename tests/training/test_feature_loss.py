@@ -1,8 +1,6 @@
 """Hidden states are those of the right layers, and the error between the two sides is what it should be in closed form.
 
 The teacher must give the hidden states of a pass of the prompt alone beside its guided velocity.
-
-pytest tests/training/test_feature_loss.py
 """
 
 import pytest

@@ -2,8 +2,6 @@
 
 Three steps are written out with AdamW's formula. A loss, gradient or weight that is not finite must stop the run by name. What the
 student learns from are batches made up by the test.
-
-pytest tests/training/test_loop.py
 """
 
 import math

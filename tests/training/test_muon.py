@@ -3,8 +3,6 @@
 In bfloat16 the updates are torch.optim.Muon's bit for bit; in float32 they are those of singular values worked out by an SVD.
 Processes share its work out. That a run with it resumes bit for bit is in test_checkpoints.py, and that processes take the steps of
 one in test_distributed.py.
-
-pytest tests/training/test_muon.py
 """
 
 import math

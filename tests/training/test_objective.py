@@ -1,7 +1,4 @@
-"""The loss is what it is in closed form: squared errors of velocities, and hidden states beside them.
-
-pytest tests/training/test_objective.py
-"""
+"""The loss is what it is in closed form: squared errors of velocities, and hidden states beside them."""
 
 from dataclasses import replace
 

@@ -1,8 +1,6 @@
 """Everything that a run does without gradients, on a GPU that computes nothing (support/fake_gpu.py).
 
 A tensor on the wrong device ends a run with torch's own error. A step may make the host wait once; the message names any other line.
-
-pytest tests/training/test_placement.py
 """
 
 import contextlib
@@ -57,12 +55,7 @@ def settings(num_experts: int, num_steps: int = 6) -> TeacherSettings:
     return about if num_experts == 1 else replace(about, guidance_scale_2=3.0, boundary_ratio=BOUNDARY)
 
 
-def make_teacher(
-    gpu: FakeGpu,
-    num_experts: int = 1,
-    rooms: int = 0,
-    is_fp8: bool = False,
-) -> Teacher:
+def make_teacher(gpu: FakeGpu, num_experts: int = 1, rooms: int = 0, is_fp8: bool = False) -> Teacher:
     place = "cpu" if rooms else GPU
     models = [unfilled_model(TEACHER, torch.float32) for _ in range(num_experts)]
     experts = [filled(to_fp8(model) if is_fp8 else model, gpu.mode, place) for model in models]

@@ -1,7 +1,4 @@
-"""A cache holds the teacher's answers whoever asks for them: bit for bit the same, whole or not at all.
-
-pytest tests/walk/test_cache.py
-"""
+"""A cache holds the teacher's answers whoever asks for them: bit for bit the same, whole or not at all."""
 
 import hashlib
 import json

@@ -1,8 +1,6 @@
 """Few-step students are taught average velocities over segments of the teacher's paths and of those of a frozen student.
 
 The oracles are velocity fields whose flow is known in closed form.
-
-pytest tests/walk/test_segments.py
 """
 
 from itertools import pairwise

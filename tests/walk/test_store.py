@@ -1,7 +1,4 @@
-"""The store hands out every answer, all about as often, and each step draws by its number alone.
-
-pytest tests/walk/test_store.py
-"""
+"""The store hands out every answer, all about as often, and each step draws by its number alone."""
 
 from collections import Counter
 from itertools import pairwise

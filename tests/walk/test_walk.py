@@ -1,8 +1,6 @@
 """Training states lie on the teacher's sampling paths, or beside them where that was asked for.
 
 The oracles are Euler's method by hand and velocity fields that are known in closed form.
-
-pytest tests/walk/test_walk.py
 """
 
 import itertools

@@ -1,8 +1,6 @@
 """A Wan in a GGUF file is read as what the gguf library makes of it, and what is no such file is refused in one message.
 
 The oracle is the library's own dequantisation in diffusers' 3D transformer at one frame.
-
-pytest tests/wan/test_gguf.py
 """
 
 import json

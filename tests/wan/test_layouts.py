@@ -2,8 +2,6 @@
 
 The oracle is diffusers' 3D transformer at one frame, for every released structure at tiny widths. Reading opens
 headers only, follows no path outside the folder, and opens no pickle.
-
-pytest tests/wan/test_layouts.py
 """
 
 import hashlib

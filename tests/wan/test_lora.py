@@ -2,8 +2,6 @@
 
 The oracle is diffusers: its own `load_lora_weights` and `fuse_lora` on a Wan of the true structure, whose velocities must be those
 of the teacher that is read with the same file. Where diffusers reads no such file, PEFT merges it, or the definition does.
-
-pytest tests/wan/test_lora.py
 """
 
 import copy

@@ -1,8 +1,6 @@
 """Prompts become the embeddings that diffusers' own WanPipeline makes of them, from every layout of the encoder and from the cache.
 
 The encoder is loaded once and leaves memory; a damaged shard is encoded again; what is no whole UMT5 is refused by name.
-
-pytest tests/wan/test_text_encoder.py
 """
 
 import gc

@@ -1,8 +1,6 @@
 """A Wan's VAE is read in every layout, in 2D it decodes and encodes as diffusers' own, and what is no such VAE is refused.
 
 The oracle is diffusers' AutoencoderKLWan, and for Wan2.1's original names diffusers' own converter.
-
-pytest tests/wan/test_vae.py
 """
 
 import json

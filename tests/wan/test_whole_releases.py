@@ -1,7 +1,4 @@
-"""A whole run from files as people have them: ComfyUI's four in its models/, and an original release's folder, typed as they would.
-
-pytest tests/wan/test_whole_releases.py
-"""
+"""A whole run from files as people have them: ComfyUI's four in its models/, and an original release's folder, typed as they would."""
 
 import json
 from pathlib import Path
