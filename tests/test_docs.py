@@ -1,7 +1,7 @@
 """The pages for people name what exists: files, flags of each command, messages, links; and they stay short.
 
 The checks read the text of README.md, TESTING.md, CONTRIBUTING.md and docs/, and hold it against the files, the `--help` of the
-commands and the strings of the source. The `pytest` line in the docstring of every test module must name that module.
+commands and the strings of the source.
 """
 
 import ast
@@ -16,7 +16,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 ROOMS = [path.name for path in sorted((ROOT / "wandistiller").iterdir()) if (path / "__init__.py").is_file()]
 BYTES = {"README.md": 6144, "TESTING.md": 4096}
 PATH = re.compile(r"(?<![\w/.-])(?:wandistiller|tests|docs|config|data|tools|benchmarks)/[\w./-]*\w")
@@ -106,9 +105,3 @@ def test_every_message_of_the_table_is_one_that_the_source_prints():
     assert len(messages) > 5
     for message in messages:
         assert re.sub(r"\d+|nan", "\0", message) in texts or message in MESSAGES_OF_PYTHON, message
-
-
-@pytest.mark.parametrize("path", TESTS, ids=ids(TESTS))
-def test_the_docstring_of_a_test_module_says_how_to_run_it(path):
-    lines = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
-    assert f"pytest {path.relative_to(ROOT)}" in lines
