@@ -18,7 +18,6 @@ from torch import Tensor
 
 from wandistiller.errors import UserError, first_line, shown
 from wandistiller.files.atomic import atomic_path
-from wandistiller.files.json_files import TeacherFileError
 from wandistiller.files.tensor_files import Header, StoredTensor, refusing_damage
 
 NO_GGUF = "is not a whole GGUF file"
@@ -138,7 +137,7 @@ def _stored_as(path: Path, name: str, shape: tuple[int, ...], kind: int) -> tupl
         if dtype.name not in _PLAIN:
             gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), dtype)
     except (ValueError, NotImplementedError) as error:  # which name the type
-        raise TeacherFileError(
+        raise UserError(
             f"{path}: {name} is of a type that gguf {version('gguf')} cannot make numbers of ({first_line(error)}); try a newer gguf "
             "(pip install -U gguf), or give another quantisation of this model, such as Q8_0"
         ) from None
@@ -151,7 +150,7 @@ def require_architecture(path: Path, allowed: Sequence[str], what: str) -> None:
     """Refuse a GGUF file that says it is no such model's, which is `what`; one that says nothing is judged by its tensors."""
     architecture = read_gguf_header(path).metadata.get("general.architecture")
     if architecture not in (None, *allowed):
-        raise TeacherFileError(
+        raise UserError(
             f'{path}: is a GGUF of architecture {shown(architecture)}; allowed: that of {what}, architecture "{allowed[0]}"'
         )
 

@@ -80,10 +80,6 @@ def _refuse_unwritable(value: Any, depth: int = 0) -> None:
 # ---- the files beside a Wan's weights ----
 
 
-class TeacherFileError(UserError):
-    """A Wan on disk is missing, damaged, or of another kind."""
-
-
 class Kind(NamedTuple):
     """The values that are allowed somewhere, in words for a message and as a test."""
 
@@ -127,11 +123,11 @@ def setting(values: dict, key: str, kind: Kind, where: object):
     """Return `values[key]`, or None where it is left out or null.
 
     Raises:
-        TeacherFileError: the value is of another kind; the message begins with `where`.
+        UserError: the value is of another kind; the message begins with `where`.
     """
     value = values.get(key)
     if value is not None and not kind.fits(value):
-        raise TeacherFileError(f"{where}: {key} is {reprlib.repr(value)}; allowed: {kind.allowed}")
+        raise UserError(f"{where}: {key} is {reprlib.repr(value)}; allowed: {kind.allowed}")
     return value
 
 
@@ -139,12 +135,12 @@ def read_json(path: Path) -> dict:
     """Read the JSON object that a file of a Wan holds.
 
     Raises:
-        TeacherFileError: the file cannot be read, or holds something else.
+        UserError: the file cannot be read, or holds something else.
     """
     try:
         values = load_json(path)
     except JsonError as error:
-        raise TeacherFileError(f"{path}: {error}; copy the checkpoint again") from None
+        raise UserError(f"{path}: {error}; copy the checkpoint again") from None
     if not isinstance(values, dict):
-        raise TeacherFileError(f"{path}: holds a {type(values).__name__}, not the JSON object of a Wan checkpoint")
+        raise UserError(f"{path}: holds a {type(values).__name__}, not the JSON object of a Wan checkpoint")
     return values

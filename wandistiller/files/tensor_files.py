@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wandistiller.errors import UserError, first_line, shown
 from wandistiller.files.atomic import atomic_path
-from wandistiller.files.json_files import TeacherFileError, parse_json, read_json
+from wandistiller.files.json_files import parse_json, read_json
 from wandistiller.files.paths import require_file, stays_inside
 
 DTYPES = {
@@ -41,10 +41,6 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_PICKLE_BYTES = 2**26  # of names and shapes; the values lie in records of their own
-
-
-class DamagedFileError(UserError):
-    """A file of tensors is missing or damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +74,7 @@ class StoredTensor:
     def with_shape(self, shape: tuple[int, ...]) -> Self:
         """Return the same values in another shape, which must have as many."""
         if prod(shape) != prod(self.shape):
-            raise TeacherFileError(
+            raise UserError(
                 f"{self.path}: {self.key} is to have shape {list(shape)}, but has the values of {list(self.shape)}"
             )
         return replace(self, shape=shape)
@@ -98,12 +94,12 @@ def refusing_damage(path: str | Path, what: str = "is not a whole safetensors fi
         require_file(path)
         yield
     except FileNotFoundError:
-        raise DamagedFileError(f"{path}: there is no such file") from None
+        raise UserError(f"{path}: there is no such file") from None
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         advice = "a download cut short looks like this, copy it again"
-        raise DamagedFileError(f"{path}: {what} ({first_line(error)}); {advice}") from None
+        raise UserError(f"{path}: {what} ({first_line(error)}); {advice}") from None
 
 
 def open_safetensors(path: str | Path) -> safe_open:
@@ -154,17 +150,17 @@ def indexed_files(index: Path) -> list[Path]:
     """Return the shards that a `*.safetensors.index.json` names, in its order.
 
     Raises:
-        TeacherFileError: the index is damaged, or names a file that is missing, outside its folder or no safetensors file.
+        UserError: the index is damaged, or names a file that is missing, outside its folder or no safetensors file.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise TeacherFileError(f"{index}: has no weight_map from tensors to files; copy the checkpoint again")
+        raise UserError(f"{index}: has no weight_map from tensors to files; copy the checkpoint again")
     for name in weight_map.values():
         if not stays_inside(name) or not name.endswith(".safetensors"):
-            raise TeacherFileError(f"{index}: names {name!r}, which lies outside its folder or is no .safetensors file")
+            raise UserError(f"{index}: names {name!r}, which lies outside its folder or is no .safetensors file")
     names = list(dict.fromkeys(weight_map.values()))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise TeacherFileError(
+        raise UserError(
             f"{index}: names {missing[0]!r}, which is not there ({len(missing)} of {len(names)} shards are missing)"
         )
     return [index.parent / name for name in names]
@@ -177,7 +173,7 @@ def read_torch_header(path: Path) -> Header:
     """Return every tensor of a checkpoint; no value is read.
 
     Raises:
-        TeacherFileError: it is missing or damaged, holds more than tensors, or is in torch's format before 1.6.
+        UserError: it is missing or damaged, holds more than tensors, or is in torch's format before 1.6.
     """
     try:
         require_file(path)
@@ -191,7 +187,7 @@ def read_torch_header(path: Path) -> Header:
     except Exception as error:  # torch and zipfile have a dozen types for a bad file
         is_more = type(error).__name__ == "UnpicklingError"  # its module is not imported anywhere in this project
         reason = "a pickle of more than tensors, which is never opened" if is_more else first_line(error)
-        raise TeacherFileError(
+        raise UserError(
             f"{path}: is no whole checkpoint of torch.save ({reason}); copy it again, or get the safetensors version"
         ) from None
     tensors = _tensors_in(path, values)
@@ -203,12 +199,12 @@ def read_torch_header(path: Path) -> Header:
 def _tensors_in(path: Path, values: object) -> dict:
     """Return the tensors by name, which trainers keep among other things, such as {"state_dict": ..., "epoch": 3}."""
     if not isinstance(values, dict) or not values:
-        raise TeacherFileError(f"{path}: holds no tensors by name")
+        raise UserError(f"{path}: holds no tensors by name")
     inner = {name: value for name, value in values.items() if isinstance(value, dict)}
     models = [name for name, value in inner.items() if any(isinstance(part, Tensor) for part in value.values())]
     if len(models) > 1:
         names = ", ".join(map(shown, models))
-        raise TeacherFileError(f"{path}: holds several models ({names}); save one of them as a file of its own")
+        raise UserError(f"{path}: holds several models ({names}); save one of them as a file of its own")
     if models:
         return inner[models[0]]
     return _tensors_in(path, next(iter(inner.values()))) if len(inner) == len(values) == 1 else values
@@ -216,10 +212,10 @@ def _tensors_in(path: Path, values: object) -> dict:
 
 def _stored(path: Path, name: str, value: object, size: int) -> StoredTensor:
     if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_contiguous():
-        raise TeacherFileError(f"{path}: {name} is no plain tensor; get the safetensors version")
+        raise UserError(f"{path}: {name} is no plain tensor; get the safetensors version")
     storage = value.untyped_storage()
     start = int(storage._checkpoint_offset or 0) + int(value.storage_offset()) * value.element_size()
     if start + value.nbytes > size or value.storage_offset() * value.element_size() + value.nbytes > storage.nbytes():
-        raise TeacherFileError(f"{path}: {name} ends behind the file; copy it again")
+        raise UserError(f"{path}: {name} ends behind the file; copy it again")
     dtype = _NAMES.get(value.dtype, str(value.dtype).removeprefix("torch."))
     return StoredTensor(path, name, tuple(value.shape), dtype, start, value.nbytes)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from wandistiller.errors import shown
+from wandistiller.errors import UserError, shown
 from wandistiller.files.atomic import file_digest, write_text
 from wandistiller.files.gguf_files import read_gguf_header
-from wandistiller.files.json_files import JsonError, TeacherFileError, parse_json
+from wandistiller.files.json_files import JsonError, parse_json
 from wandistiller.files.tensor_files import Header, StoredTensor, indexed_files, read_header, read_torch_header
 
 Stored = StoredTensor  # of safetensors, GGUF or torch.save
@@ -63,7 +63,7 @@ def header_of(path: Path) -> Header:
     """Read every tensor of a .safetensors, .gguf or .pth file by its name there, and the metadata; no values are read."""
     header = _READERS.get(path.suffix.lower(), read_header)(path)
     if (count := len(header.tensors)) > _MOST_TENSORS:
-        raise TeacherFileError(f"{path}: holds {count:,} tensors, as no model does; at most {_MOST_TENSORS:,}")
+        raise UserError(f"{path}: holds {count:,} tensors, as no model does; at most {_MOST_TENSORS:,}")
     return header
 
 
@@ -86,7 +86,7 @@ def weight_files(folder: Path, allowed: str = "*.safetensors") -> list[Path]:
     if not files:
         others = sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.suffix in _OTHERS)
         advice = f"; {others[0]}: {_OTHERS[others[0].suffix]}" if others else f"; allowed: {allowed}"
-        raise TeacherFileError(f"{folder}: holds no .safetensors weights{advice}")
+        raise UserError(f"{folder}: holds no .safetensors weights{advice}")
     return files
 
 
@@ -96,7 +96,7 @@ def all_tensors(files: Iterable[Path]) -> dict[str, Stored]:
     for path in files:
         tensors = stored_tensors(path)
         if twice := next((key for key in tensors if key in found), None):
-            raise TeacherFileError(
+            raise UserError(
                 f"{path}: holds {twice}, which {found[twice].path.name} holds too; these are two models, give one file"
             )
         found.update(tensors)
@@ -126,7 +126,7 @@ class Weight:
             blocks.mul_(scale.where(scale >= 0, math.nan).view(rows, 1, columns, 1))
         if values.numel() and not all(bound.isfinite() for bound in values.aminmax()):
             scale_too = f", or its scale {shown(self.scale.key)} some below 0" if self.scale else ""
-            raise TeacherFileError(
+            raise UserError(
                 f"{self.stored.path}: {self.stored.key} holds numbers that are not finite{scale_too}; the file is damaged, copy it again"
             )
         return values
@@ -175,10 +175,10 @@ def admit(
         The weights, and the reason for each tensor that is no weight of the model.
 
     Raises:
-        TeacherFileError: one is missing, a stranger, of another shape or precision, or its scale does not fit.
+        UserError: one is missing, a stranger, of another shape or precision, or its scale does not fit.
     """
     if missing := [name for name in expected if name not in found]:
-        raise TeacherFileError(
+        raise UserError(
             f"{where}: {len(missing)} of {len(expected)} tensors of this {what} are missing, the first is {missing[0]}; the "
             "checkpoint is incomplete or another kind of model"
         )
@@ -189,7 +189,7 @@ def admit(
     for name, shape in expected.items():
         stored, stem = rest.pop(name), name.removesuffix(".weight")
         if stored.shape != shape:
-            raise TeacherFileError(
+            raise UserError(
                 f"{where}: {shown(stored.key)} has shape {list(stored.shape)}, a {what} of this size has {list(shape)}"
             )
         own = {end: rest.pop(f"{stem}.{end}") for end in _ENDS if f"{stem}.{end}" in rest}
@@ -197,7 +197,7 @@ def admit(
         ignored |= {f"{stem}.{end}": _ENDS[end] for end in own}
     ignored |= {name: reason for name, stored in rest.items() if (reason := harmless(name) or _harmless(name, stored))}
     if strangers := [name for name in rest if name not in ignored]:
-        raise TeacherFileError(
+        raise UserError(
             f"{where}: tensors that are no part of a {what}: {len(strangers)}, the first is {shown(rest[strangers[0]].key)}: "
             + (suggested(strangers[0]) or "it is another kind of model, or more than one")
         )
@@ -215,7 +215,7 @@ def _read_marker(rest: dict[str, Stored]) -> str | None:
         return None
     dtype = "F8_E4M3" if marker.dtype == "F32" else marker.dtype
     if dtype not in _FP8 or prod(marker.shape) > 2:
-        raise TeacherFileError(
+        raise UserError(
             f"{marker.path}: {marker.key} is stored as {marker.dtype} of shape {list(marker.shape)}; allowed: up to two numbers of "
             "float8_e4m3fn or float8_e5m2, the type that it marks"
         )
@@ -236,9 +236,9 @@ def _weight(name: str, stored: Stored, own: Mapping[str, Stored], marker: str | 
     elif is_fp8 and scales and marker not in (None, stored.dtype):
         wrong = f", {_MARKER} in the file says {marker}"
     if wrong:
-        raise TeacherFileError(f"{stored.path}: {name} is stored as {stored.dtype}{wrong}")
+        raise UserError(f"{stored.path}: {name} is stored as {stored.dtype}{wrong}")
     if scale and (len(scales) > 1 or scale.dtype not in FLOATS or not _blocks(scale.shape, stored.shape)):
-        raise TeacherFileError(
+        raise UserError(
             f"{stored.path}: {', '.join(shown(each.key) for each in scales)}: the scale of {name}, {list(stored.shape)}, has shape "
             f"{list(scale.shape)} in {scale.dtype}; allowed: one float for the whole, for each row, or for each block that divides it"
         )

@@ -247,7 +247,7 @@ def saved_config(place: str | Path) -> StudentConfig:
     Raises:
         ConfigError: there is no student in this place.
     """
-    from wandistiller.files.tensor_files import DamagedFileError, read_header
+    from wandistiller.files.tensor_files import read_header
 
     place = Path(place)
     if not place.exists():
@@ -257,7 +257,7 @@ def saved_config(place: str | Path) -> StudentConfig:
     weights = place / WEIGHTS_NAME if place.is_dir() else place
     try:
         text = read_header(weights).metadata["student_config"]
-    except DamagedFileError as error:
+    except UserError as error:
         raise ConfigError(f"{error}; {STUDENT_ADVICE}") from None
     except KeyError:
         raise ConfigError(f"{weights}: has no student_config in its metadata; {STUDENT_ADVICE}") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wandistiller.errors import UserError
 from wandistiller.files.hub import local_path, place_of
-from wandistiller.files.json_files import COMPONENT, POSITIVE, RATIO, TeacherFileError, read_json, setting
+from wandistiller.files.json_files import COMPONENT, POSITIVE, RATIO, read_json, setting
 from wandistiller.files.weights import is_weight_file, weight_files
 from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, StudentConfig
 from wandistiller.wan.names import COMFYUI_FOLDERS, comfyui_models, refuse_other_kind, side_of, teacher_record
@@ -51,14 +51,13 @@ def open_wan_files(teacher_path: str | Path, low_noise_path: str | Path | None =
         low_noise_path: the low-noise expert where the two are two files; teacher_path is then the high-noise one.
 
     Raises:
-        TeacherFileError: the Wan is missing, contradictory, or of another kind.
-        DamagedFileError: a file of it is not whole.
+        UserError: the Wan is missing, damaged, contradictory, or of another kind.
     """
     location, path = str(teacher_path), place_of(teacher_path, _HUB_FILES, f"a local copy as {LOCAL_LAYOUTS}, or mock")
     wan_files = _open_folder(path, location) if path.is_dir() else WanFiles(location, {"high": _open_expert(path)})
     if low_noise_path is not None:
         if "low" in wan_files.experts:
-            raise TeacherFileError(f"{location}: already has a low-noise expert; leave --teacher_path_low out")
+            raise UserError(f"{location}: already has a low-noise expert; leave --teacher_path_low out")
         low = _open_expert(local_path(low_noise_path))
         wan_files = replace(wan_files, experts={**wan_files.experts, "low": low})
     _check_experts_agree(wan_files)
@@ -70,9 +69,9 @@ def _open_expert(place: Path) -> WanTransformer:
     if place.is_dir():
         return open_transformer(place, weight_files(place, LAYOUTS), _read_if_there(place / "config.json"))
     if not os.path.exists(place):
-        raise TeacherFileError(f"{place}: there is no such file or folder; allowed: {LAYOUTS}")
+        raise UserError(f"{place}: there is no such file or folder; allowed: {LAYOUTS}")
     if not is_weight_file(place):
-        raise TeacherFileError(f"{place}: a {place.suffix or 'file without suffix'} is not read; allowed: {LAYOUTS}")
+        raise UserError(f"{place}: a {place.suffix or 'file without suffix'} is not read; allowed: {LAYOUTS}")
     # A transformer folder's own file means the folder's shape.
     is_of_folder = place.name.startswith("diffusion_pytorch_model")
     return open_transformer(place, [place], _read_if_there(place.with_name("config.json")) if is_of_folder else {})
@@ -90,7 +89,7 @@ def _open_pipeline_folder(folder: Path, location: str, index_name: str) -> WanFi
     refuse_other_kind([name], folder)
     is_modular = index_name == MODULAR_INDEX
     if not (folder / "transformer").is_dir():
-        raise TeacherFileError(
+        raise UserError(
             f"{folder}: has no transformer/ folder, and its {index_name} is that of a {name}; give a WanPipeline, or the repository "
             "that its parts lie in"
         )
@@ -122,7 +121,7 @@ def _comfyui_experts(models: Path) -> dict[str, Path]:
     if len(found) == 1:
         return {"high": found[0]}
     names = ", ".join(str(path.relative_to(models)) for path in found) or "none"
-    raise TeacherFileError(
+    raise UserError(
         f"{models}: one Wan text-to-video, or a high-noise and a low-noise expert, were looked for in {', '.join(COMFYUI_FOLDERS)}; "
         f"found: {names}. Give one by its name, and a second expert as --teacher_path_low"
     )
@@ -151,10 +150,10 @@ def _open_student(folder: Path) -> WanTransformer:
 def _check_experts_agree(wan_files: WanFiles) -> None:
     shapes = {name: expert.config for name, expert in wan_files.experts.items()}
     if len(set(map(StudentConfig.to_json, shapes.values()))) > 1:
-        raise TeacherFileError(f"{wan_files.location}: the high-noise and the low-noise expert differ in shape")
+        raise UserError(f"{wan_files.location}: the high-noise and the low-noise expert differ in shape")
     files = [{path.resolve() for path in expert.files} for expert in wan_files.experts.values()]
     if len(files) == 2 and files[0] & files[1]:
-        raise TeacherFileError(f"{wan_files.location}: is given as both experts; give the two files, or this one alone")
+        raise UserError(f"{wan_files.location}: is given as both experts; give the two files, or this one alone")
 
 
 def _with_own_record(wan_files: WanFiles) -> WanFiles:

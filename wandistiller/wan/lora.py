@@ -51,10 +51,6 @@ _ENDS = [
 ]
 
 
-class LoraError(UserError):
-    """A LoRA is missing, damaged, of another model, or of another kind."""
-
-
 @dataclass(frozen=True)
 class Change:
     """`factor` times what its parts stand for: up @ down, a product of LyCORIS, or a difference as it is."""
@@ -151,28 +147,28 @@ def open_lora(path: str | Path, scale: float, shapes: Mapping[str, tuple[int, ..
     """Open a LoRA for a Wan whose tensors have these shapes, and read it once: its digest, and whether its numbers are numbers.
 
     Raises:
-        LoraError: it is missing, damaged, of another model, or of a kind that is not merged.
+        UserError: it is missing, damaged, of another model, or of a kind that is not merged.
     """
     path = local_path(path)
     path = path / _PEFT_FILE if path.is_dir() else path
     if not path.is_file():
-        raise LoraError(f"{path}: there is no such file; give a LoRA as FILE.safetensors, or FILE.safetensors:SCALE")
+        raise UserError(f"{path}: there is no such file; give a LoRA as FILE.safetensors, or FILE.safetensors:SCALE")
     if path.suffix.lower() != ".safetensors":
-        raise LoraError(
+        raise UserError(
             f"{path}: is no .safetensors file; LoRAs are read from these alone, since a pickle is never opened"
         )
     if not abs(scale) <= _LARGEST_SCALE:
-        raise LoraError(f"{path}: a scale of {scale:g}; allowed: a number of at most {_LARGEST_SCALE:g}")
+        raise UserError(f"{path}: a scale of {scale:g}; allowed: a number of at most {_LARGEST_SCALE:g}")
     tensors, metadata = header_of(path)
     parts: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for key, (part, name) in _read_keys(path, tensors, shapes).items():
         stored = tensors[key]
         if part in parts[name]:
-            raise LoraError(f"{path}: changes {name} twice, as {parts[name][part].key} and {key}; save the LoRA again")
+            raise UserError(f"{path}: changes {name} twice, as {parts[name][part].key} and {key}; save the LoRA again")
         # An alpha may be a whole number, and without an end where it counts for nothing (LoKr of whole matrices).
         if part != "alpha":
             if stored.dtype not in FLOATS:
-                raise LoraError(f"{path}: {key} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8")
+                raise UserError(f"{path}: {key} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8")
             Weight(stored).read()
         parts[name][part] = stored
     settings = _peft_settings(path, metadata)
@@ -182,7 +178,7 @@ def open_lora(path: str | Path, scale: float, shapes: Mapping[str, tuple[int, ..
         if lengths.shape not in ((shapes[name][0],), (shapes[name][0], 1)):
             raise _other_shape(name, shapes[name], [lengths], "lengths of a DoRA, one of each row, of ")
     if settings.get("use_dora") and not magnitudes:
-        raise LoraError(f"{path}: says that it is a DoRA (use_dora) and holds no lengths; save the LoRA again")
+        raise UserError(f"{path}: says that it is a DoRA (use_dora) and holds no lengths; save the LoRA again")
     return Lora(path, kept_digest(path), scale, changes, shapes, magnitudes, title_of(metadata), expert)
 
 
@@ -209,7 +205,7 @@ def _changes(
         changes.append(change)
     if not changes:
         first = next(iter(own.values()))
-        raise LoraError(f"{first.path}: has {first.key} and nothing to change {name} with; copy it again")
+        raise UserError(f"{first.path}: has {first.key} and nothing to change {name} with; copy it again")
     return changes
 
 
@@ -219,17 +215,17 @@ def _own_factor(own: Mapping[str, StoredTensor], rank: int) -> float | None:
         return None
     alpha = float(stored.read()) if math.prod(stored.shape) == 1 else math.nan
     if not 0 < abs(alpha) <= _LARGEST_SCALE:
-        raise LoraError(
+        raise UserError(
             f"{stored.path}: {stored.key} of shape {list(stored.shape)} is {alpha:g}; allowed: one number above 0, at most "
             f"{_LARGEST_SCALE:g}"
         )
     return alpha / rank
 
 
-def _other_shape(name: str, shape: Sequence[int], given: Iterable[StoredTensor], what: str = "") -> LoraError:
+def _other_shape(name: str, shape: Sequence[int], given: Iterable[StoredTensor], what: str = "") -> UserError:
     stored = list(given)
     sizes = " and ".join("x".join(map(str, part.shape)) or "one number" for part in stored)
-    return LoraError(
+    return UserError(
         f"{stored[0].path}: changes {name}, which is {'x'.join(map(str, shape))} in this Wan, by {what}{sizes}; it is damaged, or a LoRA "
         "of another model: give one that was trained on a Wan of this size"
     )
@@ -258,15 +254,15 @@ def _peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         else:
             return {}
     except JsonError as error:
-        raise LoraError(f"{where}: {error}; save the LoRA again") from None
+        raise UserError(f"{where}: {error}; save the LoRA again") from None
     if not isinstance(values, dict):
-        raise LoraError(f"{where}: holds a {type(values).__name__}, not the settings of a LoRA; save the LoRA again")
+        raise UserError(f"{where}: holds a {type(values).__name__}, not the settings of a LoRA; save the LoRA again")
     values = {name.removeprefix("transformer."): value for name, value in values.items()}
     alpha, alphas = values.get("lora_alpha"), values.get("alpha_pattern") or {}
     if not isinstance(alphas, dict) or not all(map(_is_positive, [1 if alpha is None else alpha, *alphas.values()])):
-        raise LoraError(f"{where}: lora_alpha and alpha_pattern must be numbers above 0; save the LoRA again")
+        raise UserError(f"{where}: lora_alpha and alpha_pattern must be numbers above 0; save the LoRA again")
     if bad := [pattern for pattern in alphas if not _is_quick_pattern(pattern)]:
-        raise LoraError(
+        raise UserError(
             f"{where}: alpha_pattern holds {shown(bad[0])}, which is no plain pattern of names; save the LoRA again"
         )
     return values
@@ -300,7 +296,7 @@ def _read_keys(path: Path, keys: Iterable[str], names: Iterable[str]) -> dict[st
         names: the canonical names of the tensors of the Wan that it is for.
 
     Raises:
-        LoraError: there are none, or one of them belongs to no LoRA of such a Wan; the message names the first.
+        UserError: there are none, or one of them belongs to no LoRA of such a Wan; the message names the first.
     """
     modules = _modules(names)
     found = {key: _read_key(key, modules) for key in keys}
@@ -308,12 +304,12 @@ def _read_keys(path: Path, keys: Iterable[str], names: Iterable[str]) -> dict[st
     if strange := [key for key in found if key not in read]:
         kind = other_wan_kind(map(_without_prefix, strange))
         what = f"is a LoRA of {kind} Wan" if kind else "is a LoRA of another model, of a larger Wan or of another kind"
-        raise LoraError(
+        raise UserError(
             f"{path}: {what}: {len(strange)} of its {len(found)} keys change nothing of this text-to-video Wan, the first is "
             f"{shown(strange[0])}; give a LoRA, DoRA, LoKr, LoHa or differences that were trained on this Wan"
         )
     if not read:
-        raise LoraError(f"{path}: holds no tensors, so it is no LoRA")
+        raise UserError(f"{path}: holds no tensors, so it is no LoRA")
     return read
 
 

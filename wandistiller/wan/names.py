@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from wandistiller.files.json_files import TeacherFileError
+from wandistiller.errors import UserError
 from wandistiller.files.weights import Stored, is_weight_file, stored_tensors
 from wandistiller.model.config import StudentConfig
 from wandistiller.wan.record_kinds import SAMPLING_KINDS
@@ -76,13 +76,13 @@ def own_names(
         rename: returns the model's own name of a tensor's original one, and leaves its own as they are.
 
     Raises:
-        TeacherFileError: there are two such parts.
+        UserError: there are two such parts.
     """
     names = {name: WRAPPER.sub("", name) for name in found}
     matches = (re.fullmatch(rf"((?:.*\.)?)(?:{anchor})", name) for name in names.values())
     prefixes = sorted({match[1] for match in matches if match})
     if len(prefixes) > 1:
-        raise TeacherFileError(f"{where}: holds two models, as {prefixes[0]!r} and {prefixes[1]!r}; give a file of one")
+        raise UserError(f"{where}: holds two models, as {prefixes[0]!r} and {prefixes[1]!r}; give a file of one")
     prefix = prefixes[0] if prefixes else ""
     # ComfyUI keeps what belongs to a text encoder beside its "transformer."
     outer = prefix.removesuffix("transformer.")
@@ -91,7 +91,7 @@ def own_names(
         for key, name in names.items()
     }
     if len(own) < len(found):
-        raise TeacherFileError(f"{where}: holds the same tensor under two names; give a file of one model")
+        raise UserError(f"{where}: holds the same tensor under two names; give a file of one model")
     return own
 
 
@@ -143,7 +143,7 @@ def _renamed(name: str, in_model: dict[str, str], in_block: dict[str, str]) -> s
 def refuse_other_kind(names: Iterable[str], where: object) -> None:
     """Refuse a checkpoint whose tensors, class or `model_type` are those of another kind of Wan than text-to-video."""
     if kind := other_wan_kind(names):
-        raise TeacherFileError(
+        raise UserError(
             f"{where}: this is {kind} checkpoint; WanDistiller projects text-to-video models only "
             "(Wan2.1-T2V-1.3B/14B, Wan2.2-T2V-A14B, Wan2.2-TI2V-5B)"
         )

@@ -18,8 +18,8 @@ from torch import Tensor
 from wandistiller.device import to_device
 from wandistiller.errors import UserError, first_line
 from wandistiller.files.atomic import remove_all_leftovers
-from wandistiller.files.json_files import JsonError, parse_json
-from wandistiller.files.tensor_files import DTYPES, DamagedFileError, StoredTensor, read_header, write_tensors
+from wandistiller.files.json_files import parse_json
+from wandistiller.files.tensor_files import DTYPES, StoredTensor, read_header, write_tensors
 from wandistiller.prompts.prompts import clean_prompt
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class PromptCache:
                     raise ValueError(f"an embedding is stored as {list(row.shape)} in {row.dtype}")
                 if not isinstance(digests, dict) or key not in digests:
                     raise ValueError("it does not hold a checksum for each embedding")
-        except (DamagedFileError, JsonError, ValueError) as error:
+        except ValueError as error:
             logger.warning("%s: damaged, its prompts are encoded again (%s)", path, first_line(error))
             return
         self._rows |= {key: (row, digests[key]) for key, row in header.tensors.items() if key in self.wanted}

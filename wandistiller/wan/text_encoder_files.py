@@ -15,7 +15,6 @@ from wandistiller.errors import UserError, first_line
 from wandistiller.files.atomic import atomic_path
 from wandistiller.files.gguf_files import NO_GGUF, read_gguf_header
 from wandistiller.files.hub import place_of
-from wandistiller.files.json_files import TeacherFileError
 from wandistiller.files.paths import require_file
 from wandistiller.files.tensor_files import refusing_damage
 from wandistiller.files.weights import digest_of, is_gguf, kept_digest, stored_tensors
@@ -53,7 +52,7 @@ class TextEncoderFiles:
         """The encoder by its headers.
 
         Raises:
-            TeacherFileError: this is no usable UMT5 encoder.
+            UserError: this is no usable UMT5 encoder.
         """
         return Umt5Files(self.encoder)
 
@@ -84,7 +83,7 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
             an original release, or ComfyUI's models/.
 
     Raises:
-        TeacherFileError: there is none, or there are several, or its tokenizer is missing.
+        UserError: there is none, or there are several, or its tokenizer is missing.
     """
     folder = place_of(path, _HUB_FILES, "a local folder with text_encoder/ and tokenizer/")
     if (folder / "text_encoder").is_dir():
@@ -92,15 +91,13 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
     files = encoder_files(folder)
     if len(files) > 1:
         names = ", ".join(path.name for path in files)
-        raise TeacherFileError(
-            f"{folder}: holds several text encoders ({names}); give one of them as --text_encoder_path"
-        )
+        raise UserError(f"{folder}: holds several text encoders ({names}); give one of them as --text_encoder_path")
     if files:
         return TextEncoderFiles(files[0], _tokenizer_of(files[0]))
     if (folder / "config.json").is_file():
         beside = folder.parent / "tokenizer"
         return TextEncoderFiles(folder, beside if beside.is_dir() else folder)
-    raise TeacherFileError(f"{path}: there is no text encoder there; --text_encoder_path takes {TEXT_ENCODER_ADVICE}")
+    raise UserError(f"{path}: there is no text encoder there; --text_encoder_path takes {TEXT_ENCODER_ADVICE}")
 
 
 def encoder_files(place: Path) -> list[Path]:
@@ -116,7 +113,7 @@ def _tokenizer_of(weights: Path) -> Path:
     for place in (folder, folder / ORIGINAL_TOKENIZER, folder / "tokenizer", folder.parent / "tokenizer"):
         if tokenizer_file(place):
             return place
-    raise TeacherFileError(
+    raise UserError(
         f"{weights}: holds no tokenizer, and none lies beside it ({JSON_NAME} or {SENTENCEPIECE_NAME}); copy that of "
         f"{ORIGINAL_TOKENIZER} or of {TEXT_ENCODER_SOURCE} there"
     )
@@ -135,7 +132,7 @@ def tokenizer_file(place: Path) -> Path | None:
 def require_tokenizer(place: Path) -> Path:
     """Return `tokenizer_file(place)`, or refuse a place without one."""
     if (path := tokenizer_file(place)) is None:
-        raise TeacherFileError(
+        raise UserError(
             f"{place}: holds no {JSON_NAME} or {SENTENCEPIECE_NAME}; give the tokenizer/ folder of a Wan pipeline"
         )
     return path

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wandistiller.errors import UserError
 from wandistiller.files.gguf_files import require_architecture
-from wandistiller.files.json_files import POSITIVE, WHOLE, TeacherFileError, setting
+from wandistiller.files.json_files import POSITIVE, WHOLE, setting
 from wandistiller.files.weights import Stored, admit, all_tensors, digest_of, header_of, is_gguf
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
@@ -98,7 +99,7 @@ def open_transformer(
         student: the student that the files are.
 
     Raises:
-        TeacherFileError: they hold no text-to-video Wan, not all of it, or more than it.
+        UserError: they hold no text-to-video Wan, not all of it, or more than it.
     """
     found = all_tensors(files)
     for path in filter(is_gguf, files):
@@ -163,14 +164,14 @@ def _own_shape(shapes: Mapping[str, tuple[int, ...]], settings: dict, where: Pat
         freq_dim = shapes["condition_embedder.time_embedder.linear_1.weight"][1]
         out_rows = shapes["proj_out.weight"][0]
     except (KeyError, IndexError, ValueError):
-        raise TeacherFileError(
+        raise UserError(
             f"{where}: holds no Wan transformer (the tensors patch_embedding, blocks.0, text and time embedding, head "
             f"were looked for); allowed: {LAYOUTS}"
         ) from None
     if len(kernel) != 3 or kernel[0] != 1 or kernel[1] != kernel[2]:
-        raise TeacherFileError(f"{where}: patch kernel {kernel}; one frame is exactly 2D only for a kernel (1, p, p)")
+        raise UserError(f"{where}: patch kernel {kernel}; one frame is exactly 2D only for a kernel (1, p, p)")
     if out_rows != in_channels * kernel[1] * kernel[2]:
-        raise TeacherFileError(
+        raise UserError(
             f"{where}: takes {in_channels} input channels and gives others, as an image-to-video (I2V) does; WanDistiller projects "
             "text-to-video models only"
         )
@@ -179,7 +180,7 @@ def _own_shape(shapes: Mapping[str, tuple[int, ...]], settings: dict, where: Pat
     sizes = {"dim": hidden_size, "num_layers": depth, "ffn_dim": ffn_dim, "freq_dim": freq_dim, "text_dim": text_dim}
     for key, size in (sizes | dict.fromkeys(("in_channels", "in_dim"), in_channels)).items():
         if (given := setting(settings, key, WHOLE, f"{where}, config.json")) not in (None, size):
-            raise TeacherFileError(f"{where}: config.json says {key} {given}, the tensors have {size}")
+            raise UserError(f"{where}: config.json says {key} {given}, the tensors have {size}")
     try:
         return StudentConfig(
             block="wan",
@@ -195,7 +196,7 @@ def _own_shape(shapes: Mapping[str, tuple[int, ...]], settings: dict, where: Pat
             eps=setting(settings, "eps", POSITIVE, f"{where}, config.json") or 1e-6,
         )
     except ConfigError as error:
-        raise TeacherFileError(f"{where}: the transformer's shape cannot work: {error}") from None
+        raise UserError(f"{where}: the transformer's shape cannot work: {error}") from None
 
 
 def own_image_size(patch_size: int) -> int:
@@ -209,12 +210,12 @@ def _num_heads(hidden_size: int, settings: dict, where: Path) -> int:
     heads, of_original, head_dim = (setting(settings, key, WHOLE, f"{where}, config.json") for key in keys)
     heads = heads or of_original
     if heads and head_dim not in (None, hidden_size / heads):
-        raise TeacherFileError(
+        raise UserError(
             f"{where}: config.json says {heads} heads of {head_dim} channels, the tensors have {hidden_size} channels"
         )
     head_dim = head_dim or WAN_HEAD_DIM
     if heads is None and hidden_size % head_dim:
-        raise TeacherFileError(
+        raise UserError(
             f"{where}: width {hidden_size} is not a multiple of head_dim {head_dim}, and no config.json tells the number of heads; "
             "use the folder layout, whose config.json has num_heads"
         )
@@ -229,6 +230,6 @@ def _refuse_settings(settings: dict, where: Path) -> None:
     expected = {"qk_norm": (True, "rms_norm_across_heads"), "cross_attn_norm": (True,), "window_size": ([-1, -1],)}
     for key, allowed in expected.items():
         if key in settings and settings[key] not in allowed:
-            raise TeacherFileError(
+            raise UserError(
                 f"{where}: config.json has {key} {settings[key]!r}; a Wan text-to-video has {allowed[-1]!r}"
             )

@@ -15,7 +15,7 @@ from torch import nn
 
 from wandistiller.errors import UserError, shown
 from wandistiller.files.gguf_files import require_architecture
-from wandistiller.files.json_files import RATIO, WHOLE, TeacherFileError, read_json, setting
+from wandistiller.files.json_files import RATIO, WHOLE, read_json, setting
 from wandistiller.files.weights import Weight, admit, all_tensors, is_gguf, weight_files
 from wandistiller.wan.names import other_part, own_names, renamed
 
@@ -56,7 +56,7 @@ class Umt5Files:
         """Read the headers of its files.
 
         Raises:
-            TeacherFileError: they hold no UMT5 encoder, not all of it, more than it, or contradict the config.json beside them.
+            UserError: they hold no UMT5 encoder, not all of it, more than it, or contradict the config.json beside them.
         """
         self.where = where
         self.files = [where] if where.is_file() else weight_files(where, "model.safetensors")
@@ -132,17 +132,17 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], config: dict, where: Path) -> 
         inner, _ = shapes[f"{block}{ATTENTION}q.weight"]
         d_ff, _ = shapes[f"{block}{FEED_FORWARD}wi_0.weight"]
     except (KeyError, ValueError):
-        raise TeacherFileError(
+        raise UserError(
             f"{where}: holds no UMT5 text encoder (its table of embeddings and block 0 were looked for)"
         ) from None
     num_layers = len({match[1] for name in shapes if (match := re.match(r"encoder\.block\.(\d+)\.", name))})
     sizes = (d_model, inner // num_heads if num_heads else 0, d_ff, num_layers, num_heads, vocab_size, buckets)
     shape: dict = dict(zip(_SHAPE_KEYS, sizes, strict=True))
     if min(sizes) < 1 or inner % num_heads:
-        raise TeacherFileError(f"{where}: an attention of width {inner} does not divide into {num_heads} heads")
+        raise UserError(f"{where}: an attention of width {inner} does not divide into {num_heads} heads")
     for key, value in {"model_type": "umt5", "feed_forward_proj": "gated-gelu", **shape}.items():
         if (given := config.get(key, value)) != value:
-            raise TeacherFileError(
+            raise UserError(
                 f"{where / 'config.json'}: {key}={shown(given)}; Wan's text encoder beside it has {key}={value!r}"
             )
     # No tensor tells these two.

@@ -17,7 +17,7 @@ import torch
 
 from wandistiller.errors import UserError
 from wandistiller.files.hub import place_of
-from wandistiller.files.json_files import STAGES, WHOLE, TeacherFileError, read_json, setting
+from wandistiller.files.json_files import STAGES, WHOLE, read_json, setting
 from wandistiller.files.weights import Stored, admit, all_tensors, is_weight_file, weight_files
 from wandistiller.wan.names import other_part, own_names, part_files, renamed
 from wandistiller.wan.record_kinds import latents_kinds
@@ -130,7 +130,7 @@ def _read_structure(found: Mapping[str, Stored], where: object) -> dict:
     """Return the arguments of diffusers' AutoencoderKLWan that the tensors tell.
 
     Raises:
-        TeacherFileError: they are none of a Wan's VAE.
+        UserError: they are none of a Wan's VAE.
     """
     shapes = {name: stored.shape for name, stored in found.items()}
     try:
@@ -158,7 +158,7 @@ def _read_structure(found: Mapping[str, Stored], where: object) -> dict:
             "scale_factor_spatial": 2 ** (num_stages - 1) * patch_size,  # every stage but the last halves the side
         }
     except (KeyError, ValueError, IndexError, ZeroDivisionError):
-        raise TeacherFileError(
+        raise UserError(
             f"{where}: holds no VAE of a Wan (encoder, decoder and their convolutions were looked for)"
         ) from None
 
@@ -170,15 +170,15 @@ def read_vae_config(place: Path, num_channels: int) -> dict[str, Any]:
         "vae_scale_factor" (pixels per latent pixel), "latents_mean" and "latents_std" (per channel), without what it leaves out.
 
     Raises:
-        TeacherFileError: it contradicts itself, or is not that of a VAE with latents of `num_channels`.
+        UserError: it contradicts itself, or is not that of a VAE with latents of `num_channels`.
     """
     path = place if place.is_file() else place / "config.json"
     values = _read_structure(vae_tensors(path), path) if place.is_file() else read_json(path)
     if (name := values.get("_class_name")) not in (None, "AutoencoderKLWan"):
-        raise TeacherFileError(f"{path}: is that of {reprlib.repr(name)}; a Wan's VAE is an AutoencoderKLWan")
+        raise UserError(f"{path}: is that of {reprlib.repr(name)}; a Wan's VAE is an AutoencoderKLWan")
     z_dim = setting(values, "z_dim", WHOLE, path)
     if z_dim not in (None, num_channels):
-        raise TeacherFileError(f"{path}: z_dim is {z_dim}; the teacher's latents have {num_channels} channels")
+        raise UserError(f"{path}: z_dim is {z_dim}; the teacher's latents have {num_channels} channels")
     mean, std = (setting(values, name, kind, path) for name, kind in latents_kinds(num_channels).items())
     if place.is_file():
         mean, std = RELEASED_LATENTS.get(num_channels, (None, None))
@@ -215,7 +215,7 @@ def load_vae(place: Path, num_channels: int, vae_scale_factor: int, device: str 
     values = read_json(config) if place.is_dir() else {}
     for key, value in (structure | {"attn_scales": []}).items():
         if (given := values.get(key)) not in (None, value):
-            raise TeacherFileError(f"{config}: {key} is {reprlib.repr(given)}, the tensors beside it have {value}")
+            raise UserError(f"{config}: {key} is {reprlib.repr(given)}, the tensors beside it have {value}")
     about = read_vae_config(place, structure["z_dim"])
     about.pop("vae_scale_factor", None)
     factor = structure["scale_factor_spatial"]

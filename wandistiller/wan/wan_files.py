@@ -13,7 +13,6 @@ from torch import Tensor
 
 from wandistiller.errors import UserError
 from wandistiller.files.hub import local_path
-from wandistiller.files.json_files import TeacherFileError
 from wandistiller.model.config import StudentConfig
 from wandistiller.wan.lora import Lora, open_lora
 from wandistiller.wan.text_encoder_files import TEXT_ENCODER_ADVICE, TextEncoderFiles, encoder_files, find_text_encoder
@@ -55,7 +54,7 @@ class WanFiles:
 
     def expert(self, name: str) -> WanTransformer:
         if name not in self.experts:
-            raise TeacherFileError(f'{self.location}: has no expert "{name}"; it has: {", ".join(self.experts)}')
+            raise UserError(f'{self.location}: has no expert "{name}"; it has: {", ".join(self.experts)}')
         return self.experts[name]
 
     def fingerprint(self) -> str:
@@ -75,7 +74,7 @@ class WanFiles:
         """Find the text encoder that belongs to this Wan; one on the hub is fetched now."""
         place = local_path(self.location)
         if place.exists() and not (place / "text_encoder").is_dir() and not encoder_files(place):
-            raise TeacherFileError(
+            raise UserError(
                 f"{self.location}: has no text encoder beside it; give --text_encoder_path {TEXT_ENCODER_ADVICE}"
             )
         return find_text_encoder(self.location)
@@ -103,7 +102,7 @@ def merge_loras(wan_files: WanFiles, high: LoraFiles | None = None, low: LoraFil
         low: those for the low-noise expert.
 
     Raises:
-        LoraError: one of them cannot be merged into this Wan.
+        UserError: one of them cannot be merged into this Wan.
         UserError: there is no low-noise expert.
     """
     experts = dict(wan_files.experts)
