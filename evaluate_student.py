@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from wandistiller import __version__
 from wandistiller.command_line import run_command
 from wandistiller.files.output_folder import (
-    COMPARISON_NAME,
     EVALUATION_NAME,
     FRONTIER_NAME,
     GALLERY_NAME,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 
 STUDENT_STEPS = (1, 2, 4, 8)
 ABOUT = "Hold a student against its teacher on held-out prompts."
-MAX_COLUMNS = 8  # of teacher_vs_student.png; each is a prompt
 
 
 @group()
@@ -62,7 +60,7 @@ class Flags(TextFlags, DrawingFlags):
     )
     batch_size: int = flag("pictures drawn at once", 16, type=number(int, low=1))
     output: str | None = flag(
-        f"folder for {EVALUATION_NAME}, {GALLERY_NAME} and the pictures (the student's own)", type=path
+        f"folder for {EVALUATION_NAME}, {GALLERY_NAME} and {FRONTIER_NAME} (the student's own)", type=path
     )
     judge: str | None = flag(
         "FILE.py:FUNCTION of your own, run as code, that rates pictures: given pictures (N, H, W, 3) uint8 and N prompts, it returns "
@@ -161,18 +159,6 @@ def measure_all(
     return results, teacher, student
 
 
-def save_comparison(file: Path, experiment: "Experiment", teacher: "Drawn", student: "Drawn") -> None:
-    """Write the pictures of the first prompts, each from its first seed: the teacher's row above the student's."""
-    from wandistiller.files.pictures import labelled_grid, save_png
-
-    chosen = range(0, len(teacher.pictures), experiment.num_seeds)[:MAX_COLUMNS]
-    rows = [[one.pictures[index] for index in chosen] for one in (teacher, student)]
-    captions = [experiment.prompts[: len(chosen)], [""] * len(chosen)]
-    options = experiment.teacher.options
-    metadata = {"num_inference_steps": options.num_inference_steps, "shift": options.shift}
-    save_png(labelled_grid(rows, captions, ["teacher", "student"]), file, metadata)
-
-
 def recommend(folder: Path, steps: int | None, digest: str | None) -> None:
     """Record in how many steps the student is to be drawn, unless it is fixed to its own or has been trained on meanwhile."""
     from wandistiller.files.atomic import write_text
@@ -208,9 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     check_evaluation_is_ours(folder, "--output")
 
     from wandistiller.evaluation.experiment import measure_prompts
-    from wandistiller.files.atomic import write_json
-    from wandistiller.reports.cards import try_to_write_model_card
-    from wandistiller.reports.gallery import Evaluated, try_to_write_gallery
+    from wandistiller.files.atomic import write_json, write_text
+    from wandistiller.reports.gallery import Evaluated, gallery_page
     from wandistiller.reports.plots import save_frontier
     from wandistiller.reports.tables import finite, report_lines, worst_prompts
 
@@ -230,25 +215,19 @@ def main(argv: list[str] | None = None) -> int:
     results["worst_prompts"] = worst_prompts(prompts, [one.distance for one in by_prompt])
     print("\n".join(report_lines(results)))
 
-    # Save the results last, because they name the student that the picture is of:
+    # Save the results:
     if "frontier" in results:
         save_frontier(results["frontier"], folder / FRONTIER_NAME)
-    save_comparison(folder / COMPARISON_NAME, experiment, teacher, student)
     values = finite(about | results)
     write_json(folder / EVALUATION_NAME, values, indent=2, ensure_ascii=False, allow_nan=False)
     shown = Evaluated(about, results, prompts, by_prompt, experiment.seeds, teacher.pictures, student.pictures)
-    gallery = try_to_write_gallery(folder, shown, Path(flags.student))
+    write_text(folder / GALLERY_NAME, gallery_page(shown, Path(flags.student)))
 
     # Tell:
-    names = [EVALUATION_NAME, *([FRONTIER_NAME] if "frontier" in results else []), COMPARISON_NAME]
-    print(f"Saved {', '.join(names)} in {folder}")
-    if gallery:
-        print(f"Every prompt, the worst first; open it in a browser: {gallery}")
-    if folder.resolve() == Path(flags.student).resolve():
-        if "frontier" in results:
-            recommend(folder, results["frontier"]["recommended_steps"], digest)
-        if card := try_to_write_model_card(folder):
-            print(f"The model card holds them: {card}")
+    print(f"Saved {', '.join([EVALUATION_NAME, *([FRONTIER_NAME] if 'frontier' in results else [])])} in {folder}")
+    print(f"Every prompt, the worst first; open it in a browser: {folder / GALLERY_NAME}")
+    if "frontier" in results and folder.resolve() == Path(flags.student).resolve():
+        recommend(folder, results["frontier"]["recommended_steps"], digest)
     return 0
 
 

@@ -160,7 +160,6 @@ def write_folder(
 ) -> None:
     """Write a folder for diffusers: a pipeline where its parts are given, else the transformer alone."""
     from wandistiller.files.atomic import write_text
-    from wandistiller.files.output_folder import CARD_NAME
     from wandistiller.projection.exports import write_pipeline_parts, write_transformer_folder
     from wandistiller.reports.cards import export_card
 
@@ -170,7 +169,7 @@ def write_folder(
         transformer.mkdir()
     write_transformer_folder(tensors, config, transformer, flags.dtype)
     name = Path(flags.output).resolve().name
-    write_text(folder / CARD_NAME, export_card(name, config, parts is not None, flags.dtype))
+    write_text(folder / "README.md", export_card(name, config, parts is not None, flags.dtype))
 
 
 def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:

@@ -25,7 +25,6 @@ def distil(flags: Flags) -> int:
     # What a person typed is checked before torch loads:
     inputs = read_inputs(flags)
 
-    from wandistiller.reports.cards import try_to_write_model_card
     from wandistiller.run import build, messages
     from wandistiller.run.dry_run import check_disk, print_budget
     from wandistiller.run.folder import memory_advice, open_folder, run_identity
@@ -56,7 +55,6 @@ def distil(flags: Flags) -> int:
                 if not result.interrupted:
                     observer.draw_last(run.student, result.num_steps)
             if settings.processes.is_first:
-                try_to_write_model_card(folder.path)
                 messages.print_end(run, folder.path, result)
     return 130 if result.interrupted else 0
 

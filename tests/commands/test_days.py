@@ -71,7 +71,7 @@ def test_a_hobbyist_goes_from_a_wan_folder_to_a_student_that_learns_on_and_is_ex
 
     typed(f"python train_distillation.py {run} --max_steps 12 --batch_size 2 --sample_every 6 --num_samples 2")
     mine = home / "outputs" / "mine"
-    assert {"loss.png", "samples_over_time.png", "README.md", "run.yaml"} <= {path.name for path in mine.iterdir()}
+    assert {"loss.png", "samples_over_time.png", "run.yaml"} <= {path.name for path in mine.iterdir()}
     typed(
         "python generate_images.py --student outputs/mine --prompt 'a lighthouse' --output outputs/pictures --device cpu"
     )
@@ -165,8 +165,6 @@ def test_an_engineer_trains_with_two_processes_from_a_file_and_a_cache_and_a_kil
     record = StudentConfig.load(run).distillation
     assert record["image_sizes"] == [f"{width}x{height}" for width, height in SIZES]
     assert [(lora["file"], lora["scale"]) for lora in record["teacher_loras"]] == [("lora.safetensors", 0.7)]
-    card = (run / "README.md").read_text(encoding="utf-8")
-    assert "lora.safetensors at 0.7" in card.replace("\\", "")
     width, height = SIZES[1]
     typed(
         f"python generate_images.py --student outputs/run --prompt '{PROMPT}' --width {width} --height {height} "

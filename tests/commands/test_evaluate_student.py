@@ -55,7 +55,7 @@ def evaluate(student: Path, prompts_file: Path, output: Path, *flags: str) -> di
     return json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
 
 
-def test_table_json_and_picture(house, tmp_path, capsys):
+def test_table_json_and_pictures(house, tmp_path, capsys):
     flags = ["--num_prompts", "3", "--num_seeds", "2", "--judge", JUDGE]
     results = evaluate(house / "of" / "student", house / "world.txt", tmp_path, *flags)
     printed = capsys.readouterr().out
@@ -90,10 +90,7 @@ def test_table_json_and_picture(house, tmp_path, capsys):
     in_quadrature = math.hypot(noise["mean_error"], noise["noise_error"])
     assert noise["mean_error"] == 0 or in_quadrature == pytest.approx(results["endpoint"]["latent_relative_error"])
     assert noise["meaning"][:40] in printed
-    image = Image.open(tmp_path / "teacher_vs_student.png")
-    assert image.width > 3 * 160 and image.height > 2 * 160
-    written = {"evaluation.json", "frontier.png", "gallery.html", "teacher_vs_student.png"}
-    assert {path.name for path in tmp_path.iterdir()} == written
+    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "frontier.png", "gallery.html"}
 
 
 def test_a_student_equal_to_its_teacher_scores_perfectly(house, tmp_path):
@@ -118,7 +115,6 @@ def test_the_steps_that_are_enough_are_recorded_and_drawn_in_from_then_on(house,
     recommended = evaluate(student, house / "world.txt", student)["frontier"]["recommended_steps"]
     assert recommended < 6 and f"{recommended} steps are enough" in capsys.readouterr().out
     assert StudentRecord.of(StudentConfig.load(student)).steps == recommended
-    assert f"| sampling steps | {recommended} |" in (student / "README.md").read_text(encoding="utf-8")
     words = ["--student", str(student), "--prompt", "a", "--output", str(tmp_path / "pictures"), "--device", "cpu"]
     assert generate_images.main([*words, "--prompt_cache", str(tmp_path / "cache")]) == 0
     assert Image.open(tmp_path / "pictures" / "000_a_seed0_32x32.png").text["num_inference_steps"] == str(recommended)

@@ -108,7 +108,7 @@ GROUPS = {
     "prompt cache": Group(DRAWN, "cache/*/*", f"{DRAW} --prompt a_red_circle"),
     "evaluation": Group(
         f"{DRAWN} prompts.txt",
-        "student/evaluation.json student/metrics.jsonl student/README.md student/samples/* student/gallery.html", EVALUATE, 4,
+        "student/evaluation.json student/metrics.jsonl student/samples/* student/gallery.html", EVALUATE, 4,
     ),
     "checkpoints": Group(
         "teacher config.json prompts.txt cache run",

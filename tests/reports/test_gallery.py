@@ -9,16 +9,14 @@ import json
 import math
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from wandistiller.evaluation.experiment import PromptMeasures
-from wandistiller.files.output_folder import set_aside_previous_student
 from wandistiller.reports import gallery
-from wandistiller.reports.gallery import Evaluated, gallery_page, try_to_write_gallery
+from wandistiller.reports.gallery import Evaluated, gallery_page
 
 HOSTILE = "</h2><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & \"quoted\""
 PROMPTS = ["a red circle", "a blue square", HOSTILE]
@@ -121,14 +119,3 @@ def test_odd_metrics_cost_at_most_their_plot(tmp_path, loss):
     (tmp_path / "metrics.jsonl").write_text("\n".join(["no line", *lines]), encoding="utf-8")
     plot = gallery_page(evaluated(), tmp_path).split("<h2>Training</h2>")[1]
     assert "held-out velocity error" in plot and "nan" not in plot.lower()
-
-
-def test_a_file_of_a_person_is_neither_replaced_nor_moved(tmp_path, capsys):
-    file: Path = tmp_path / "gallery.html"
-    file.write_text("my holidays", encoding="utf-8")
-    assert try_to_write_gallery(tmp_path, evaluated(), tmp_path) is None
-    assert set_aside_previous_student(tmp_path) is None
-    assert file.read_text(encoding="utf-8") == "my holidays" and "stays as it is" in capsys.readouterr().out
-    file.unlink()
-    assert try_to_write_gallery(tmp_path, evaluated(), tmp_path) == file
-    assert (set_aside_previous_student(tmp_path) / "gallery.html").is_file() and not file.exists()

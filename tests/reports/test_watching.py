@@ -7,7 +7,6 @@ picture is good to look at.
 """
 
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -20,12 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-from support.runs import PRUNED_CONFIG, at_most, read_metrics, weights_of
+from support.runs import PRUNED_CONFIG, read_metrics, weights_of
 from wandistiller import StudentConfig
 from wandistiller.flags import parse_flags
 from wandistiller.model.sizes import count_parameters
 from wandistiller.reports import metrics, plots, trackers
-from wandistiller.reports.cards import try_to_write_model_card
 from wandistiller.step_metrics import StepMetrics
 
 CELL = 160 + 8  # pixels of a drawn prompt in a sample picture, with its margin
@@ -297,11 +295,6 @@ def test_the_time_of_a_run_counts_each_process_that_went_on_with_it():
     assert metrics.training_seconds(lines) == 3.0 + 1.0 + 0.25
 
 
-def test_losses_are_compared_over_the_first_and_the_last_tenth():
-    lines = lines_of(20)
-    assert metrics.loss_change(lines) == pytest.approx(((1 + 1 / 2) / 2, (1 / 19 + 1 / 20) / 2))
-
-
 def test_a_folder_that_a_tracker_leaves_is_not_the_tracker(run_main, tmp_path, monkeypatch):
     import train_distillation
 
@@ -352,24 +345,6 @@ def test_a_disk_that_takes_no_more_metrics_does_not_end_a_run(tmp_path, capsys):
         for step in (1, 2, 3):
             watching.step(metrics_of(step))
     assert capsys.readouterr().err.count("No space left on device") == 1
-
-
-def write_student(folder: Path, record: dict) -> None:
-    config = StudentConfig.from_dict(PRUNED_CONFIG | {"distillation": record})
-    (folder / "student_config.json").write_text(config.to_json(), encoding="utf-8")
-
-
-def test_a_record_that_no_run_wrote_costs_the_card_alone(tmp_path, capsys):
-    write_student(tmp_path, {"image_sizes": 3})
-    assert try_to_write_model_card(tmp_path) is None
-    assert "No README.md" in capsys.readouterr().err
-
-
-def test_a_pipe_in_the_place_of_an_evaluation_keeps_nobody_waiting(tmp_path):
-    write_student(tmp_path, {})
-    os.mkfifo(tmp_path / "evaluation.json")
-    with at_most(20):
-        assert "## Evaluation" not in try_to_write_model_card(tmp_path).read_text(encoding="utf-8")
 
 
 def test_a_folder_of_tensorboard_that_goes_is_told_of_by_an_error_alone(tmp_path, capfd):

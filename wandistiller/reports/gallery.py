@@ -1,7 +1,5 @@
 """gallery.html: what an evaluation drew, as one page that opens from disk, asks the network for nothing and runs no script.
 
-    try_to_write_gallery(folder, evaluated, student_folder)
-
 All of it lies in the one file: pictures as data URIs, plots as SVG, style. What comes from files is escaped.
 """
 
@@ -15,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from wandistiller.evaluation.experiment import PromptMeasures
-from wandistiller.files.output_folder import CARD_MARK, GALLERY_NAME, METRICS_NAME
-from wandistiller.reports.cards import try_to_write
+from wandistiller.files.output_folder import GALLERY_MARK, METRICS_NAME
 from wandistiller.reports.metrics import read_metrics
 from wandistiller.reports.plots import as_svg, frontier_figure, loss_figure
 from wandistiller.reports.tables import HEAD, cell_text, comparison_rows, headline
@@ -51,11 +48,6 @@ class Evaluated:
     student: np.ndarray
 
 
-def try_to_write_gallery(folder: Path, evaluated: Evaluated, student_folder: Path) -> Path | None:
-    """Write the gallery of an evaluation, where `try_to_write` can."""
-    return try_to_write(folder / GALLERY_NAME, lambda: gallery_page(evaluated, student_folder))
-
-
 def gallery_page(evaluated: Evaluated, student_folder: Path) -> str:
     """Return the page as text.
 
@@ -75,7 +67,7 @@ def gallery_page(evaluated: Evaluated, student_folder: Path) -> str:
     )
     # Only our own mark, style and plots are trusted to be HTML:
     return environment.get_template("gallery.html").render(
-        mark=Markup(f"{CARD_MARK}; it is written again when the student is measured. -->"),  # nosec B704
+        mark=Markup(f"{GALLERY_MARK}; it is written again when the student is measured. -->"),  # nosec B704
         style=Markup((PAGE / "gallery.css").read_text(encoding="utf-8")),  # nosec B704
         name=student_folder.resolve().name,
         about=evaluated.about,

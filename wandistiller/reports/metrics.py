@@ -1,6 +1,6 @@
 """A run's metrics.jsonl, read back: each line is one `StepMetrics`. Standard library only.
 
-The plot, the summary and the model card read it. The file only tells of a run:
+The plots and the summary read it. The file only tells of a run:
 whatever is in it, or in its place, neither ends a command nor keeps a run from being resumed.
 """
 
@@ -15,7 +15,6 @@ from wandistiller.step_metrics import NUM_BUCKETS
 
 logger = logging.getLogger(__name__)
 
-FIRST_AND_LAST = 10  # the first and the last steps of a run are one part in so many
 LARGEST = 1e100
 ERRORS = ("velocity_error", "embedding_error", "new_word_error")  # of a student; the other two of a text encoder
 
@@ -80,13 +79,6 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that are not None, or None if all are."""
     there = [value for value in values if value is not None]
     return statistics.fmean(there) if there else None
-
-
-def loss_change(lines: Sequence[dict]) -> tuple[float | None, float | None]:
-    """Return the mean loss of the first and of the last steps of the stage that learns the velocity."""
-    losses = [line.get("loss") for line in lines if line.get("stage", 1) == 1]
-    count = max(1, len(losses) // FIRST_AND_LAST)
-    return mean_of(losses[:count]), mean_of(losses[-count:])
 
 
 def newest_held_out(lines: Sequence[dict]) -> dict[str, float] | None:
