@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_output_folder, check_writable, removed_if_empty
-from wandistiller.flags import PartsFlags, TeacherFlags, flag, group, parse_flags, path, switch
+from wandistiller.flags import PartsFlags, TeacherFlags, flag, group, parse_flags, path
 from wandistiller.model.config import StudentConfig
-from wandistiller.students.drawing import example_prompt
 from wandistiller.students.parts import DrawingParts, find_recorded_encoder, teacher_paths
 from wandistiller.students.record import StudentRecord, load_shape, load_student_config
 
@@ -31,7 +30,6 @@ FLOATS, QUANTISED = ["fp32", "bf16", "fp16"], ["q8_0", "q5_0", "q4_0"]
 FORMATS = {"diffusers": FLOATS, "original": [*FLOATS, "fp8"], "pipeline": FLOATS, "gguf": [*FLOATS, *QUANTISED]}
 # The formats that are one file, with the name that it gets in a folder
 FILE_NAMES = {"original": "wan_student.safetensors", "gguf": "wan_student.gguf"}
-WORKFLOW_SUFFIX = ".workflow.json"
 WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
@@ -59,7 +57,6 @@ class Flags(PartsFlags):
         f"{', '.join(QUANTISED)} (gguf only) are its types there",
         choices=[*FLOATS, "fp8", *QUANTISED],
     )
-    workflow: bool = switch("write a ComfyUI workflow beside an original file, to drop on its editor")
 
 
 def check_flags(flags: Flags) -> None:
@@ -69,8 +66,6 @@ def check_flags(flags: Flags) -> None:
     for part in fields(PartsFlags):
         if getattr(flags, part.name) and flags.format != "pipeline":
             raise UserError(f"--{part.name} belongs to --format pipeline; the other formats hold the transformer alone")
-    if flags.workflow and flags.format != "original":
-        raise UserError("--workflow is for --format original, the file that ComfyUI reads")
 
 
 def read_config(flags: Flags) -> StudentConfig:
@@ -83,10 +78,6 @@ def read_config(flags: Flags) -> StudentConfig:
     else:
         config = (load_student_config if flags.format == "pipeline" else load_shape)(flags.student)
     config.check_is_wan(f"--student {flags.student}", "no other tool knows its architecture")
-    if flags.workflow and config.num_channels not in (16, 48):
-        raise UserError(
-            f"--workflow: ComfyUI draws latents of 16 or 48 channels, this student's have {config.num_channels}"
-        )
     return config
 
 
@@ -101,9 +92,8 @@ def check_output(flags: Flags) -> Path:
         )
     target = target / name if name and not is_file else target
     check_writable(target.parent, "--output")
-    places = [target, *([target.with_suffix(WORKFLOW_SUFFIX)] if flags.workflow else [])] if name else []
-    if there := [place for place in places if os.path.lexists(place)]:
-        raise UserError(f"--output {there[0]}: is there already; give another name")
+    if name and os.path.lexists(target):
+        raise UserError(f"--output {target}: is there already; give another name")
     if not name and check_output_folder(target, "--output").is_dir() and any(target.iterdir()):
         raise UserError(f"--output {target}: holds files already; give a new folder")
     return target
@@ -136,8 +126,7 @@ def write(
         tensors: the student's state dict.
         config: the student's, with the record that is published.
     """
-    from wandistiller.files.atomic import atomic_folder, new_files, remove_leftovers, write_json
-    from wandistiller.projection.comfyui import comfyui_workflow
+    from wandistiller.files.atomic import atomic_folder, new_file, remove_leftovers
     from wandistiller.projection.exports import write_gguf_file, write_original_file
 
     remove_leftovers(target)  # of a killed export
@@ -147,12 +136,9 @@ def write(
             with atomic_folder(target) as folder:
                 write_folder(folder, tensors, config, parts, flags)
             return
-        with new_files(target) as folder:
-            if flags.workflow:
-                workflow = comfyui_workflow(config, target.name, example_prompt(config))
-                write_json((folder / target.name).with_suffix(WORKFLOW_SUFFIX), workflow, indent=2)
+        with new_file(target) as file:
             write_file = write_gguf_file if flags.format == "gguf" else write_original_file
-            write_file(tensors, config, folder / target.name, flags.dtype)
+            write_file(tensors, config, file, flags.dtype)
 
 
 def write_folder(
