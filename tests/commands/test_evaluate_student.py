@@ -5,7 +5,6 @@ A student that equals its teacher must score perfectly, and results must not dep
 
 import contextlib
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -87,8 +86,6 @@ def test_table_json_and_pictures(house, tmp_path, capsys):
     assert picture["text encoder"]["bytes"] == 4 * sum(tensor.numel() for tensor in stored.values())
     noise = results["noise"]
     assert noise["num_noises"] == 2
-    in_quadrature = math.hypot(noise["mean_error"], noise["noise_error"])
-    assert noise["mean_error"] == 0 or in_quadrature == pytest.approx(results["endpoint"]["latent_relative_error"])
     assert noise["meaning"][:40] in printed
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "frontier.png", "gallery.html"}
 
@@ -105,7 +102,6 @@ def test_a_student_equal_to_its_teacher_scores_perfectly(house, tmp_path):
     assert results["endpoint"]["latent_relative_error"] < 1e-4
     for name in ("norm_ratio", "cosine", "gain"):
         assert results["noise"][name] == pytest.approx(1, abs=1e-3)
-    assert results["noise"]["noise_error"] < 1e-4
     for name in ("parameters", "step_flops"):
         assert results["cost"][name]["ratio"] == 1
 

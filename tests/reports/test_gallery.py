@@ -30,7 +30,7 @@ ROWS = [
 RESULTS = {
     "endpoint": {"latent_relative_error": 0.5},
     "frontier": {"rows": ROWS, "recommended_steps": 8, "num_prompts": 3, "num_seeds": 2},
-    "noise": dict.fromkeys(["mean_error", "noise_error", "cosine", "gain", "teacher_noise", "norm_ratio"], 0.25),
+    "noise": dict.fromkeys(["norm_ratio", "cosine", "gain"], 0.25),
     "cost": {},
 }
 ABOUT = {"num_prompts": 3, "num_inference_steps": 20, "student_steps": 20, "num_trained_prompts": 0}

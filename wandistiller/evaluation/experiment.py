@@ -18,7 +18,7 @@ from wandistiller.wan.prompt_embeds import PromptEmbeds
 NOISE_MEANING = (
     "Over several noises of a prompt, the mean of its pictures is what the prompt decides and the rest is what the noise "
     "decides. A student that draws the mean of all it could draw has a gain of 0, one that follows its teacher has cosine and "
-    "size 1. A noise error above the size of the teacher's noise part is worse than drawing the mean."
+    "size 1."
 )
 
 
@@ -124,12 +124,11 @@ def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
     asked = ComparedTeacher(theirs.field, own.field) if has_velocity else theirs.field
     teacher = experiment.draw("teacher", asked, theirs.options)
     student = experiment.draw("student", own.field, own.options)
-    unit = measures.spread(teacher.latents)
     results = {
         "endpoint": {"latent_relative_error": measures.endpoint_error(student.latents, teacher.latents)},
         "noise": {
             "num_noises": experiment.num_seeds,
-            **measures.noise_parts(student.latents, teacher.latents, experiment.num_seeds, unit),
+            **measures.noise_parts(student.latents, teacher.latents, experiment.num_seeds),
             "meaning": NOISE_MEANING,
         },
     }

@@ -88,7 +88,7 @@ class Rows:
     def row(self, who: str, options: SamplingOptions, latents: Tensor) -> dict:
         """Return how near latents are that were drawn in some way, and what that costs."""
         own, steps = self.experiment, options.num_inference_steps
-        noise = measures.noise_parts(latents, self.full, own.num_seeds, self.unit)
+        noise = measures.noise_parts(latents, self.full, own.num_seeds)
         return {
             "who": who,
             "steps": steps,

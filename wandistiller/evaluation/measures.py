@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wandistiller.device import wait_for
 
-NOISE_PARTS = ("mean_error", "noise_error", "teacher_noise", "norm_ratio", "cosine", "gain")
+NOISE_PARTS = ("norm_ratio", "cosine", "gain")
 # A noise part is nothing but the rounding of float64, and has no direction, where its square is a smaller share of the other.
 ROUNDING = 1e-24
 
@@ -53,49 +53,31 @@ def endpoint_error(latents: Tensor, reference: Tensor, unit: float | None = None
     return distance / (spread(reference) if unit is None else unit)
 
 
-def noise_parts(student: Tensor, teacher: Tensor, num_noises: int, unit: float) -> dict[str, float | None]:
-    """Split what a student keeps of its teacher into what the prompt decides and what the noise decides.
+def noise_parts(student: Tensor, teacher: Tensor, num_noises: int) -> dict[str, float | None]:
+    """Compare what the noise decides of a student's pictures with what it decides of the teacher's.
 
-    The mean of a prompt's K samples is the prompt's part, and what each sample differs from it is the noise part. A student that
-    draws the mean of all that it could draw has a small endpoint error and no noise part, which no other measure shows.
-
-    The mean of K samples still contains 1/K of the noise part. So products of deviations from it count K / (K - 1) times, and
-    the mean's error is what remains of the whole error: the two errors add in quadrature to `endpoint_error`, and a mean error
-    that comes out below zero counts as zero.
+    The mean of a prompt's K samples is what the prompt decides, and what each sample differs from it is the noise part. A student
+    that draws the mean of all that it could draw has a small endpoint error and no noise part, which no other measure shows.
 
     Args:
         student, teacher: latents (samples, C, H, W) that both drew from the same noises; the samples of a prompt follow one another.
-        unit: of the errors, the teacher's `spread`.
 
     Returns:
         All None where there is one noise of each prompt, else:
-        mean_error: the error of the prompt's part.
-        noise_error: the error of the noise part.
-        teacher_noise: the teacher's whole noise part, which is the noise error of a student without one.
         norm_ratio: size of the student's noise part, as a share of the teacher's.
         cosine: between the two noise parts, over all samples together.
         gain: the student's noise part projected onto the teacher's, as a share of the latter: norm_ratio times cosine.
     """
-    if num_noises < 2 or unit == 0:
+    if num_noises < 2:
         return dict.fromkeys(NOISE_PARTS)
-    student, teacher = (part.double().flatten(1).unflatten(0, (-1, num_noises)) for part in (student, teacher))
-    of_student, of_teacher = (part - part.mean(dim=1, keepdim=True) for part in (student, teacher))
-    unbiased = num_noises / (num_noises - 1)
-    own, theirs, cross = (
-        unbiased * float((a * b).sum())
-        for a, b in ((of_student, of_student), (of_teacher, of_teacher), (of_student, of_teacher))
-    )
-    noise_error = max(0.0, own + theirs - 2 * cross)
-    mean_error = max(0.0, float((student - teacher).square().sum()) - noise_error)
-    scale = math.sqrt(len(student) * num_noises) * unit
-    has_direction = min(own, theirs) > ROUNDING * max(own, theirs)
+    parts = (latents.double().flatten(1).unflatten(0, (-1, num_noises)) for latents in (student, teacher))
+    ours, theirs = (part - part.mean(dim=1, keepdim=True) for part in parts)
+    own, full, cross = (float((a * b).sum()) for a, b in ((ours, ours), (theirs, theirs), (ours, theirs)))
+    has_direction = min(own, full) > ROUNDING * max(own, full)
     return {
-        "mean_error": math.sqrt(mean_error) / scale,
-        "noise_error": math.sqrt(noise_error) / scale,
-        "teacher_noise": math.sqrt(theirs) / scale,
-        "norm_ratio": math.sqrt(own / theirs) if theirs else None,
-        "cosine": cross / math.sqrt(own * theirs) if has_direction else None,
-        "gain": cross / theirs if theirs else None,
+        "norm_ratio": math.sqrt(own / full) if full else None,
+        "cosine": cross / math.sqrt(own * full) if has_direction else None,
+        "gain": cross / full if full else None,
     }
 
 

@@ -53,7 +53,8 @@ def comparison_rows(results: dict) -> list[Row]:
     """Return the results as rows of name, student, teacher, ratio, and which way is better."""
     rows = [*_judged(results)]
     rows.append(_row("distance to the teacher's latents, relative", results["endpoint"]["latent_relative_error"]))
-    rows += _noise(results["noise"])
+    for what, name, better in (("size", "norm_ratio", "1"), ("cosine", "cosine", "higher"), ("gain", "gain", "1")):
+        rows.append(_row(f"what the noise decides: {what}", results["noise"][name], better=better))
     if velocity := results.get("velocity_error"):
         rows.append(_row("relative velocity error", velocity["mean"]))
     for name, cost in results["cost"].items():
@@ -81,17 +82,6 @@ def _judged(results: dict) -> Iterator[Row]:
         for fact in student:
             if fact != "correct":
                 yield _row(f"  {fact}", student[fact], teacher[fact], better="")
-
-
-def _noise(noise: dict) -> Iterator[Row]:
-    """Yield the errors of what the prompt decides and of what the noise decides, and how the latter compares."""
-    teacher, ratio = noise["teacher_noise"], noise["norm_ratio"]
-    yield _row("what the prompt decides: error", noise["mean_error"])
-    yield _row("what the noise decides: error", noise["noise_error"])
-    size = None if ratio is None else ratio * teacher
-    yield _row("what the noise decides: size", size, teacher, ratio, better="ratio 1")
-    yield _row("what the noise decides: cosine to the teacher's", noise["cosine"], better="higher")
-    yield _row("what the noise decides: gain", noise["gain"], better="1")
 
 
 def picture_lines(parts: dict[str, dict]) -> list[str]:
