@@ -49,11 +49,6 @@ class Flags(TextFlags, DrawingFlags):
     frontier_prompts: int = flag(
         "how many of these are drawn in fewer steps too, by both; 0: none", 16, type=number(int, low=0)
     )
-    student_steps: list[int] | None = flag(
-        f"steps to draw the student in beside its own ({' '.join(map(str, STUDENT_STEPS))}; a student of few steps: none)",
-        nargs="*",
-        type=number(int, low=1, high=1000),
-    )
     size: ImageSize | None = flag(
         "width and height in pixels, such as 640x384 (the first of those that the student was trained at)",
         type=ImageSize.parse,
@@ -134,8 +129,6 @@ def is_fixed(config: StudentConfig) -> bool:
 
 def drawable_steps(config: StudentConfig, flags: Flags) -> list[int]:
     """Return the numbers of steps to draw the student in, beside its own."""
-    if flags.student_steps is not None:
-        return flags.student_steps
     most = flags.num_inference_steps or StudentRecord.of(config).num_inference_steps
     return [] if is_fixed(config) else [*(steps for steps in STUDENT_STEPS if steps < most), most]
 

@@ -3,8 +3,7 @@
     python export_student.py --student outputs/demo --format pipeline --output outputs/demo_pipeline
     python export_student.py --student outputs/demo --format original --dtype bf16 --output outputs/demo.safetensors
 
-diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder, original one file as ComfyUI reads it, gguf one
-file as ComfyUI-GGUF does.
+diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder, original one file as ComfyUI reads it.
 """
 
 import os
@@ -26,10 +25,9 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
     from torch import Tensor
 
 # The precisions of each format
-FLOATS, QUANTISED = ["fp32", "bf16", "fp16"], ["q8_0", "q5_0", "q4_0"]
-FORMATS = {"diffusers": FLOATS, "original": [*FLOATS, "fp8"], "pipeline": FLOATS, "gguf": [*FLOATS, *QUANTISED]}
-# The formats that are one file, with the name that it gets in a folder
-FILE_NAMES = {"original": "wan_student.safetensors", "gguf": "wan_student.gguf"}
+FLOATS = ["fp32", "bf16", "fp16"]
+FORMATS = {"diffusers": FLOATS, "original": [*FLOATS, "fp8"], "pipeline": FLOATS}
+FILE_NAME = "wan_student.safetensors"  # of the format original, where a folder is given
 WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
@@ -43,19 +41,18 @@ class Flags(PartsFlags):
         type=path,
     )
     format: str = flag(
-        "diffusers: a transformer folder; pipeline: a whole pipeline folder; original: one file for ComfyUI; gguf: one for ComfyUI-GGUF",
+        "diffusers: a transformer folder; pipeline: a whole pipeline folder; original: one file for ComfyUI",
         required=True,
         choices=list(FORMATS),
     )
     output: str = flag(
-        f"a new folder; for original and gguf also a file, else {' or '.join(FILE_NAMES.values())} in it",
+        f"a new folder; for original also a file, else {FILE_NAME} in it",
         required=True,
         type=path,
     )
     dtype: str = flag(
-        "of the weights (left out: bf16 for a pipeline, else fp32); norms, modulation and time embedding stay fp32; fp8 (original only) is float8_e4m3fn in the blocks, "
-        f"{', '.join(QUANTISED)} (gguf only) are its types there",
-        choices=[*FLOATS, "fp8", *QUANTISED],
+        "of the weights (left out: bf16 for a pipeline, else fp32); norms, modulation and time embedding stay fp32; fp8 (original only) is float8_e4m3fn in the blocks",
+        choices=[*FLOATS, "fp8"],
     )
 
 
@@ -83,18 +80,18 @@ def read_config(flags: Flags) -> StudentConfig:
 
 def check_output(flags: Flags) -> Path:
     """Return the path of the file or folder that the export becomes; what is there already is never replaced."""
-    target, name = Path(flags.output), FILE_NAMES.get(flags.format)
-    is_file, suffix = target.suffix.lower() in WEIGHT_SUFFIXES, Path(name or "").suffix
-    if is_file and target.suffix != suffix:
-        file = f" or a file of suffix {suffix}" if suffix else ""
+    target, is_original = Path(flags.output), flags.format == "original"
+    is_file = is_original and target.suffix == ".safetensors"
+    if target.suffix.lower() in WEIGHT_SUFFIXES and not is_file:
+        file = " or a .safetensors file" if is_original else ""
         raise UserError(
             f"--output {target}: --format {flags.format} writes no {target.suffix} file; give a new folder{file}"
         )
-    target = target / name if name and not is_file else target
+    target = target / FILE_NAME if is_original and not is_file else target
     check_writable(target.parent, "--output")
-    if name and os.path.lexists(target):
+    if is_original and os.path.lexists(target):
         raise UserError(f"--output {target}: is there already; give another name")
-    if not name and check_output_folder(target, "--output").is_dir() and any(target.iterdir()):
+    if not is_original and check_output_folder(target, "--output").is_dir() and any(target.iterdir()):
         raise UserError(f"--output {target}: holds files already; give a new folder")
     return target
 
@@ -127,18 +124,17 @@ def write(
         config: the student's, with the record that is published.
     """
     from wandistiller.files.atomic import atomic_folder, new_file, remove_leftovers
-    from wandistiller.projection.exports import write_gguf_file, write_original_file
+    from wandistiller.projection.exports import write_original_file
 
     remove_leftovers(target)  # of a killed export
     with removed_if_empty(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if flags.format not in FILE_NAMES:
+        if flags.format == "original":
+            with new_file(target) as file:
+                write_original_file(tensors, config, file, flags.dtype)
+        else:
             with atomic_folder(target) as folder:
                 write_folder(folder, tensors, config, parts, flags)
-            return
-        with new_file(target) as file:
-            write_file = write_gguf_file if flags.format == "gguf" else write_original_file
-            write_file(tensors, config, file, flags.dtype)
 
 
 def write_folder(
@@ -161,10 +157,10 @@ def write_folder(
 def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
     """Print what was written, what it cannot carry into other tools, and how to draw with it."""
     from wandistiller.model.sizes import count_parameters
-    from wandistiller.projection.comfyui import LOADERS, comfyui_settings, comfyui_warnings
+    from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
     from wandistiller.reports.cards import drawing
 
-    warnings = comfyui_warnings(config) if flags.format in FILE_NAMES else []
+    warnings = comfyui_warnings(config) if flags.format == "original" else []
     for warning in [*warnings, StudentRecord.of(config).warning_of_untrained_levels()]:
         if warning:
             print(f"Warning: {warning}")
@@ -175,8 +171,8 @@ def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
         listed = (f"{part.name} {size:,.1f} MiB" for part, size in zip(parts, sizes, strict=True))
         print("Sizes: " + ", ".join(listed))
         print("To draw:\n" + textwrap.indent(drawing(config, str(target), flags.dtype), "  "))
-    if flags.format in FILE_NAMES:
-        print(f"In ComfyUI: {comfyui_settings(config, LOADERS[flags.format])}")
+    if flags.format == "original":
+        print(f"In ComfyUI: {comfyui_settings(config)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -188,11 +184,9 @@ def main(argv: list[str] | None = None) -> int:
     target = check_output(flags)
 
     from wandistiller.model.transformer import WanLiteStudent
-    from wandistiller.projection.exports import fold_embedding_map, published, refuse_what_gguf_drops
+    from wandistiller.projection.exports import fold_embedding_map, published
 
     # Every file is checked before one is written:
-    if flags.format == "gguf":
-        refuse_what_gguf_drops(config)
     parts = find_parts(flags, config) if flags.format == "pipeline" else None
     tensors = WanLiteStudent.from_pretrained(flags.student).state_dict()
     public_config = published(config)

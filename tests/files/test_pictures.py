@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wandistiller.files.pictures import caption_font, escaped, labelled_grid, save_png, stacked_rows, wrap
+from wandistiller.files.pictures import caption_font, labelled_grid, save_png, stacked_rows, wrap
 
 
 def test_metadata_keeps_any_text(tmp_path):
@@ -36,22 +36,6 @@ def test_a_caption_without_end_is_cut_and_costs_a_few_lines(text):
     assert lines[-1].endswith("...") and text.replace(" ", "").startswith("".join(lines)[:-3].replace(" ", ""))
     picture = np.zeros((32, 32, 3), np.uint8)
     assert labelled_grid([[picture]], [[text]]).height < 400
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("красный круг", "красный круг"),
-        ("un cercle doré, ένας κύκλος", "un cercle doré, ένας κύκλος"),
-        ("红色的圆 red", r"\u7ea2\u8272\u7684\u5706 red"),
-    ],
-    ids=["ru", "fr and el", "zh"],
-)
-def test_no_letter_of_a_caption_is_a_box(text, shown):
-    """A letter that the font lacks is spelt as Python spells it; every font draws the box for U+FFFF, which is never a letter."""
-    font = caption_font()
-    box = bytes(font.getmask("\uffff"))
-    assert escaped(text) == shown and box not in [bytes(font.getmask(letter)) for letter in shown if letter != " "]
 
 
 def test_a_grid_shows_every_picture_at_one_scale_with_names_beside_and_room_for_captions():

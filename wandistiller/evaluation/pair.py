@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from wandistiller.errors import shown
 from wandistiller.flags import ComputeFlags, TeacherFlags
 from wandistiller.students.drawing import Artist, embed_with_negative, student_sampling, teacher_sampling
 from wandistiller.students.parts import load_drawing_parts, open_recorded_teacher, recorded_settings, teacher_paths
@@ -43,10 +42,6 @@ class Pair:
         self.settings = recorded_settings(self.config)
         teacher = teacher_paths(self.config, given)
         self.teacher_files = open_recorded_teacher(self.config, teacher, given) if with_teacher else None
-        if with_teacher and (levels := (self.config.distillation or {}).get("guidance_range")):
-            print(
-                f"Warning: {folder}: its teacher was guided at noise levels {shown(levels)} alone, and is guided at all of them here"
-            )
         self.parts = load_drawing_parts(self.config, teacher[0], given, self.device)
 
     def settings_of(self, who: str, guidance_scale: float | None = None) -> "TeacherSettings":

@@ -38,24 +38,11 @@ def save_png(picture: "np.ndarray | Image", path: str | Path, metadata: Mapping[
 
 @cache
 def caption_font() -> "FreeTypeFont":
-    """Return DejaVu Sans, which comes with matplotlib: it has the alphabets of Europe and the Near East, no Chinese and no emoji."""
+    """Return DejaVu Sans, which comes with matplotlib: it has the alphabets of Europe and the Near East; a letter of another is a box."""
     import matplotlib
     from PIL import ImageFont
 
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", FONT_SIZE)
-
-
-@cache
-def _code_points() -> frozenset[int]:
-    from matplotlib.ft2font import FT2Font
-
-    return frozenset(FT2Font(str(caption_font().path)).get_charmap())
-
-
-def escaped(text: str) -> str:
-    r"""Return a text with the letters that the font lacks as Python spells them, such as \u7ea2."""
-    known = _code_points()
-    return "".join(letter if ord(letter) in known or letter.isspace() else ascii(letter)[1:-1] for letter in text)
 
 
 def wrap(text: str, width: float, max_lines: int = MAX_CAPTION_LINES) -> list[str]:
@@ -94,7 +81,7 @@ def labelled_grid(
     scale = _scale(*sides)
     cell_width = round(sides[1] * scale)
     cell_heights = [round(max(picture.shape[0] for picture in row) * scale) for row in rows]
-    wrapped = [[wrap(escaped(caption), cell_width) for caption in row] for row in captions]
+    wrapped = [[wrap(caption, cell_width) for caption in row] for row in captions]
     caption_heights = [line_height * max(map(len, row), default=0) for row in wrapped]
     left = MARGIN + (round(max(map(font.getlength, row_names))) + MARGIN if row_names else 0)
     num_columns = max(map(len, rows))

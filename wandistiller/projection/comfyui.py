@@ -16,9 +16,8 @@ from wandistiller.wan.vae import MAX_STATISTICS_ERROR, RELEASED_LATENTS
 READS_METADATA = "0.19"  # 0.8.0 does not read it and 0.19.3 does; the versions between were not looked at
 # What no tensor tells: the value that ComfyUI takes where it reads no metadata
 _GIVEN = {"head_dim": 128, "patch_size": 2, "freq_dim": 256, "eps": 1e-6}
-# The node that makes empty latents, by their channels, and the one that reads an exported file, by its format.
+# The node that makes empty latents, by their channels
 LATENTS = {16: "EmptyHunyuanLatentVideo", 48: "Wan22ImageToVideoLatent"}
-LOADERS = {"original": "Load Diffusion Model", "gguf": "Unet Loader (GGUF)"}
 
 
 def comfyui_metadata(config: StudentConfig) -> dict[str, str]:
@@ -35,19 +34,15 @@ def comfyui_metadata(config: StudentConfig) -> dict[str, str]:
     return {"config": json.dumps({"transformer": settings})}
 
 
-def needs_metadata(config: StudentConfig) -> list[str]:
-    """Return what ComfyUI gets wrong of a student without its metadata, such as "eps 1e-05 (not 1e-06)"."""
-    return [
+def comfyui_warnings(config: StudentConfig) -> list[str]:
+    """Return why ComfyUI would not draw a wan student or draw it wrongly, a sentence each; empty where it draws it right."""
+    lost = [
         f"{name} {getattr(config, name):g} (not {given:g})"
         for name, given in _GIVEN.items()
         if getattr(config, name) != given
     ]
-
-
-def comfyui_warnings(config: StudentConfig) -> list[str]:
-    """Return why ComfyUI would not draw a wan student or draw it wrongly, a sentence each; empty where it draws it right."""
     warnings = []
-    if lost := needs_metadata(config):
+    if lost:
         warnings.append(
             f"ComfyUI older than {READS_METADATA} draws this student wrongly or not at all: it has {', '.join(lost)}"
         )
@@ -78,7 +73,7 @@ def comfyui_sampler(config: StudentConfig) -> str:
     return {"unipc": "dpmpp_2m", "renoise": "lcm"}.get(StudentRecord.of(config).sampler, "euler")
 
 
-def comfyui_settings(config: StudentConfig, loader: str = LOADERS["original"]) -> str:
+def comfyui_settings(config: StudentConfig) -> str:
     """Return the nodes and values that draw as the student was taught; without the shift ComfyUI would take 8.
 
     Its scheduler "simple" has the noise levels of a student of few steps where 1000 is a multiple of these (within 0.001 of other
@@ -88,4 +83,4 @@ def comfyui_settings(config: StudentConfig, loader: str = LOADERS["original"]) -
     steps = f"steps {record.steps}, " if record.steps else ""
     sampler = f"KSampler with {steps}cfg 1, {comfyui_sampler(config)}, simple"
     shift = f"ModelSamplingSD3 with shift {record.shift:g}, " if record.shift is not None else ""
-    return f"{loader}, {shift}{sampler}; {LATENTS.get(config.num_channels, LATENTS[16])} of length 1; Load CLIP of type wan"
+    return f"Load Diffusion Model, {shift}{sampler}; {LATENTS.get(config.num_channels, LATENTS[16])} of length 1; Load CLIP of type wan"
