@@ -26,7 +26,6 @@ from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import load_prompts
 from wandistiller.students.drawing import check_picture_size
 from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes, weights_digest
-from wandistiller.students.trained_prompts import count_trained_prompts
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from wandistiller.evaluation.experiment import Drawn, Experiment
@@ -106,7 +105,6 @@ def describe(flags: Flags, config: StudentConfig, size: ImageSize, experiment: "
         "teacher": flags.teacher_path or StudentRecord.of(config).teacher_path,
         "prompts_file": flags.prompts_file,
         "num_prompts": len(experiment.prompts),
-        "num_trained_prompts": count_trained_prompts(flags.student, experiment.prompts),
         "num_seeds": experiment.num_seeds,
         "seed": flags.seed,
         "num_inference_steps": options.num_inference_steps,
@@ -196,11 +194,6 @@ def main(argv: list[str] | None = None) -> int:
     experiment, text = prepare(flags, size, prompts)
     prepare_output_folder(folder, "--output")
     about = describe(flags, config, size, experiment) | {"student_sha256": digest}
-    if num_trained := about["num_trained_prompts"]:
-        print(
-            f"Warning: {num_trained} of the {len(prompts)} prompts are prompts of the training, so this does not measure what the "
-            "student draws from others; give --prompts_file prompts that it was not trained on"
-        )
 
     # Measure:
     results, teacher, student = measure_all(flags, config, experiment, text)

@@ -1,4 +1,4 @@
-"""Draw prompts with a trained student (or with its teacher, from the same noise): a PNG each and a grid.
+"""Draw prompts with a trained student (or with its teacher, from the same noise): a PNG each.
 
     python generate_images.py --student outputs/demo --prompt "a large red circle on a white background"
     python generate_images.py --student outputs/demo --prompts_file data/static_prompts.txt --model teacher --output outputs/teacher
@@ -7,7 +7,6 @@ Steps, shift, guidance and size default to what the student's own record holds. 
 no picture is replaced unless --overwrite says so.
 """
 
-import math
 import os
 import sys
 from pathlib import Path
@@ -31,11 +30,8 @@ from wandistiller.students.parts import recorded_settings
 from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
-    import numpy as np
-
     from wandistiller.wan.prompt_embeds import PromptEmbeds
 
-MAX_GRID_PICTURES = 100
 NUM_OF_TEMPLATES = 8  # pictures, where prompts without end are asked for and no number is given
 
 
@@ -113,31 +109,20 @@ def prepare(
     return pair.artist(who, flags.num_inference_steps, settings, negative), embeds
 
 
-def picture_files(flags: Flags, prompts: list[str], size: tuple[int, int]) -> tuple[list[Path], Path]:
-    """Return the files of the pictures and of their grid, by names that tell their seeds and sizes; none that is there is replaced unasked."""
+def picture_files(flags: Flags, prompts: list[str], size: tuple[int, int]) -> list[Path]:
+    """Return the files of the pictures, by names that tell their seeds and sizes; none that is there is replaced unasked."""
     height, width = size
     folder = check_output_folder(flags.output, "--output")
     drawn = [
         folder / f"{index:03d}_{slug(prompt)}_seed{flags.seed + index}_{width}x{height}.png"
         for index, prompt in enumerate(prompts)
     ]
-    grid = folder / f"grid_seed{flags.seed}_{width}x{height}.png"
-    if there := [file for file in [*drawn, grid] if os.path.lexists(file) and not flags.overwrite]:
+    if there := [file for file in drawn if os.path.lexists(file) and not flags.overwrite]:
         raise UserError(
             f"{there[0]}: is there already (and {len(there) - 1} more of these pictures); give another --output or --seed, or "
             "--overwrite to replace them"
         )
-    return drawn, grid
-
-
-def save_grid(file: Path, pictures: "list[np.ndarray]", prompts: list[str], metadata: dict[str, object]) -> None:
-    """Write the pictures on one sheet of about as many columns as rows, each under its prompt."""
-    from wandistiller.files.pictures import labelled_grid, save_png
-
-    columns = math.ceil(math.sqrt(len(pictures)))
-    rows = [slice(start, start + columns) for start in range(0, len(pictures), columns)]
-    captions = prompts[: len(pictures)]
-    save_png(labelled_grid([pictures[row] for row in rows], [captions[row] for row in rows]), file, metadata)
+    return drawn
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     own = trained_sizes(config)[0]
     size = flags.height or own.height, flags.width or own.width
     check_picture_size(size, config, config.patch_size)
-    files, grid = picture_files(flags, prompts, size)
+    files = picture_files(flags, prompts, size)
 
     from wandistiller.files.pictures import save_png
 
@@ -156,7 +141,6 @@ def main(argv: list[str] | None = None) -> int:
     artist, embeds = prepare(flags, config, prompts, size)
     metadata = artist.metadata(flags.model, flags.student, size)
     shape = recorded_settings(config).latent_shape(config, ImageSize(size[1], size[0]))
-    shown: list[np.ndarray] = []
     # An embedding that the prompt cache holds is read, or refused, when it is drawn:
     with removed_if_empty(flags.output):
         prepare_output_folder(flags.output, "--output")
@@ -166,12 +150,8 @@ def main(argv: list[str] | None = None) -> int:
             for index, seed, picture in zip(indices, seeds, artist.draw(embeds, indices, seeds, shape), strict=True):
                 save_png(picture, files[index], {"prompt": prompts[index], "seed": seed, **metadata})
                 print(files[index], flush=True)
-                if len(shown) < MAX_GRID_PICTURES:
-                    shown.append(picture)
 
-    # Tell:
-    save_grid(grid, shown, prompts, metadata | {"seed": flags.seed})
-    print(f"{len(prompts)} pictures by the {flags.model} and {grid.name} in {flags.output}")
+    print(f"{len(prompts)} pictures by the {flags.model} in {flags.output}")
     return 0
 
 

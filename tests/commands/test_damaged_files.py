@@ -18,7 +18,7 @@ import export_student
 import generate_images
 import train_distillation
 from support.runs import PRUNED_CONFIG, at_most, weights_of
-from support.students import PROMPTS, train_student, write_teacher
+from support.students import train_student, write_teacher
 
 MAX_MESSAGE = 500  # characters
 
@@ -186,19 +186,3 @@ def test_a_value_of_thousands_of_characters_is_cut_in_the_middle_of_a_message(tr
         assert_refused(outcome, "student_config.json", "block=", 'nearest: "')
         outcome = train(teachers.one, PRUNED_CONFIG, "--teacher_dtype", text)
         assert outcome.code == 2 and len(outcome.err) < 2 * MAX_MESSAGE and "--teacher_dtype" in outcome.err
-
-
-# ---- what an evaluation says ----
-
-
-def test_prompts_of_the_training_are_told_of_and_held_out_ones_are_not(house, tmp_path, run_main):
-    mixed = tmp_path / "mixed.txt"
-    mixed.write_text(f"{PROMPTS[0]}\na   photo of a cat\n", encoding="utf-8")
-    for file, count in ((house / "prompts.txt", 2), (mixed, 1), (house / "other.txt", 0)):
-        command = command_of("evaluate", house, house / "student", tmp_path / "out")
-        outcome = run_main(*command, "--prompts_file", file)
-        assert outcome.code == 0, outcome.err
-        warning = f"Warning: {count} of the 2 prompts are prompts of the training"
-        assert (warning in outcome.out) == (count > 0)
-        results = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
-        assert results["num_trained_prompts"] == count

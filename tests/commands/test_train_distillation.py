@@ -28,7 +28,7 @@ from wandistiller import WanLiteStudent
 
 CELL = 160 + 8  # pixels of a drawn prompt in the side-by-side picture, with its margin
 STUDENT_FILES = {"student_config.json", "diffusion_model.safetensors"}
-RUN_FILES = {"run.yaml", "metrics.jsonl", "projection_report.json", "loss.png", "trained_prompts.sha256"}
+RUN_FILES = {"run.yaml", "metrics.jsonl", "projection_report.json", "loss.png"}
 
 # The command line is a contract: other people's scripts hold these flags.
 FLAGS = """

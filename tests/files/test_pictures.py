@@ -35,7 +35,7 @@ def test_a_caption_without_end_is_cut_and_costs_a_few_lines(text):
     assert 2 < len(lines) <= 8 and all(font.getlength(line) <= 160 for line in lines)
     assert lines[-1].endswith("...") and text.replace(" ", "").startswith("".join(lines)[:-3].replace(" ", ""))
     picture = np.zeros((32, 32, 3), np.uint8)
-    assert labelled_grid([[picture]], [[text]]).height < 400
+    assert labelled_grid({"student": [picture]}, [text]).height < 400
 
 
 def test_a_grid_shows_every_picture_at_one_scale_with_names_beside_and_room_for_captions():
@@ -44,7 +44,7 @@ def test_a_grid_shows_every_picture_at_one_scale_with_names_beside_and_room_for_
     red, green, blue = (
         np.full(shape, colour, np.uint8) for shape, colour in zip(shapes, colours.values(), strict=True)
     )
-    grid = np.asarray(labelled_grid([[red, green, blue], [blue]], [["a", "b", "c"], [""]], ["teacher", "student"]))
+    grid = np.asarray(labelled_grid({"teacher": [red, green, blue], "student": [blue]}, ["a", "b", "c"]))
     found = {}
     for name, colour in colours.items():
         rows, columns = np.nonzero((grid == colour).all(axis=-1))

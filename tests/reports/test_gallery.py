@@ -33,7 +33,7 @@ RESULTS = {
     "noise": dict.fromkeys(["norm_ratio", "cosine", "gain"], 0.25),
     "cost": {},
 }
-ABOUT = {"num_prompts": 3, "num_inference_steps": 20, "student_steps": 20, "num_trained_prompts": 0}
+ABOUT = {"num_prompts": 3, "num_inference_steps": 20, "student_steps": 20}
 
 
 def evaluated(prompts: list[str] = PROMPTS, num_seeds: int = 2, side: int = 8) -> Evaluated:

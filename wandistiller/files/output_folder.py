@@ -23,7 +23,6 @@ GALLERY_MARK, RUN_MARK = "<!-- Written by WanDistiller", "# Written by WanDistil
 EVALUATION_NAME = "evaluation.json"
 FRONTIER_NAME = "frontier.png"
 GALLERY_NAME = "gallery.html"
-TRAINED_PROMPTS_NAME = "trained_prompts.sha256"
 # What a file of ours holds that a person may have one of by that name
 _MARKS = {
     GALLERY_NAME: GALLERY_MARK,
@@ -35,7 +34,7 @@ LORA_NAMES = {"diffusers": "lora.safetensors", "original": "lora_comfyui.safeten
 SAMPLE_FILE = re.compile(r"step_(\d{1,15})\.png")
 STUDENT_NAMES = ["student_config.json", "diffusion_model.safetensors", "projection_report.json"]
 _OF_A_RUN = [
-    *STUDENT_NAMES, TRAINED_PROMPTS_NAME, METRICS_NAME, SAMPLES_NAME, LOSS_PLOT_NAME, TENSORBOARD_NAME, TRACKER_NAME, "checkpoints", EVALUATION_NAME,
+    *STUDENT_NAMES, METRICS_NAME, SAMPLES_NAME, LOSS_PLOT_NAME, TENSORBOARD_NAME, TRACKER_NAME, "checkpoints", EVALUATION_NAME,
     FRONTIER_NAME, GALLERY_NAME, RUN_NAME, OVER_TIME_NAME, *LORA_NAMES.values(),
 ]  # fmt: skip
 

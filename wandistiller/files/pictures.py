@@ -65,46 +65,36 @@ def _scale(height: int, width: int) -> float:
     return -(-MIN_CELL // width) if width < MIN_CELL else min(1.0, MAX_CELL / max(height, width))
 
 
-def labelled_grid(
-    rows: Sequence[Sequence[np.ndarray]], captions: Sequence[Sequence[str]], row_names: Sequence[str] = ()
-) -> "Image":
-    """Draw rows of pictures, each below its wrapped caption, with the names of the rows to their left.
+def labelled_grid(rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str]) -> "Image":
+    """Draw rows of pictures with their names to their left, below a wrapped caption for each column.
 
-    Pictures of several sizes are shown at one scale; the columns are as wide as the widest. The grid's info holds the pixels
-    that the last row takes at its lower end, "last_row".
+    Pictures of several sizes are shown at one scale; all cells are as large as the largest. The grid's info holds the pixels that
+    a row takes, "row".
     """
     from PIL import Image, ImageDraw
 
     font = caption_font()
     line_height = sum(font.getmetrics()) + 1
-    sides = [max(picture.shape[side] for row in rows for picture in row) for side in (0, 1)]
+    sides = [max(picture.shape[side] for row in rows.values() for picture in row) for side in (0, 1)]
     scale = _scale(*sides)
-    cell_width = round(sides[1] * scale)
-    cell_heights = [round(max(picture.shape[0] for picture in row) * scale) for row in rows]
-    wrapped = [[wrap(caption, cell_width) for caption in row] for row in captions]
-    caption_heights = [line_height * max(map(len, row), default=0) for row in wrapped]
-    left = MARGIN + (round(max(map(font.getlength, row_names))) + MARGIN if row_names else 0)
-    num_columns = max(map(len, rows))
-    size = (
-        left + num_columns * (cell_width + MARGIN),
-        MARGIN + sum(map(sum, zip(caption_heights, cell_heights, strict=True))) + MARGIN * len(rows),
-    )
-    grid = Image.new("RGB", size, "white")
+    cell_height, cell_width = (round(side * scale) for side in sides)
+    resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    wrapped = [wrap(caption, cell_width) for caption in captions]
+    left = 2 * MARGIN + round(max(map(font.getlength, rows)))
+    top = MARGIN + line_height * max(map(len, wrapped))
+    width, height = left + len(captions) * (cell_width + MARGIN), top + len(rows) * (cell_height + MARGIN)
+    grid = Image.new("RGB", (width, height), "white")
     drawing = ImageDraw.Draw(grid)
-    top = MARGIN
-    for index, row in enumerate(rows):
-        top += caption_heights[index]
-        if row_names:
-            drawing.text((MARGIN, top + cell_heights[index] / 2), row_names[index], "black", font, anchor="lm")
-        for column, (picture, lines) in enumerate(zip(row, wrapped[index], strict=True)):
-            x, first_line = left + column * (cell_width + MARGIN), top - line_height * len(lines)
-            for number, line in enumerate(lines):
-                drawing.text((x, first_line + number * line_height), line, "black", font)
-            shown = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
-            resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-            grid.paste(Image.fromarray(picture).resize(shown, resampling), (x, top))
-        top += cell_heights[index] + MARGIN
-    grid.info["last_row"] = cell_heights[-1] + MARGIN
+    for column, lines in enumerate(wrapped):
+        for number, line in enumerate(lines, start=-len(lines)):
+            drawing.text((left + column * (cell_width + MARGIN), top + number * line_height), line, "black", font)
+    for name, row in rows.items():
+        drawing.text((MARGIN, top + cell_height / 2), name, "black", font, anchor="lm")
+        for column, picture in enumerate(map(Image.fromarray, row)):
+            size = round(picture.width * scale), round(picture.height * scale)
+            grid.paste(picture.resize(size, resampling), (left + column * (cell_width + MARGIN), top))
+        top += cell_height + MARGIN
+    grid.info["row"] = cell_height + MARGIN
     return grid
 
 

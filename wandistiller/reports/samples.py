@@ -149,8 +149,7 @@ class Samples:
         rows["student"] = self._pictures(vae, latents)
         del vae
         gc.collect()  # its modules hold each other
-        captions = [self.prompts, [""] * len(self.prompts)][: len(rows)]
-        grid = labelled_grid(list(rows.values()), captions, list(rows))
+        grid = labelled_grid(rows, self.prompts)
         file.parent.mkdir(exist_ok=True)
         steps, shift = self.student_sampling.num_inference_steps, self.settings.shift
         save_png(grid, file, {"num_inference_steps": steps, "shift": shift, "seed": self.seed, "step": step})
@@ -159,7 +158,7 @@ class Samples:
         chosen = sorted({round(index) for index in np.linspace(0, len(found) - 1, MAX_ROWS)})
         earlier = {f"step {found[index][0]}": found[index][1] for index in chosen}
         if len(earlier) > 1:
-            save_png(stacked_rows(earlier, grid.info["last_row"]), self.folder.with_name(OVER_TIME_NAME))
+            save_png(stacked_rows(earlier, grid.info["row"]), self.folder.with_name(OVER_TIME_NAME))
 
     def _pictures(self, vae: "WanVae2D", latents: list[Tensor]) -> list[np.ndarray]:
         """Return the pictures in the order of their prompts."""

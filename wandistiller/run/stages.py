@@ -27,7 +27,6 @@ from wandistiller.run.settings import Settings
 from wandistiller.sampling.sampler import StudentField
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.students.parts import recorded_path, recorded_teacher
-from wandistiller.students.trained_prompts import write_trained_prompts
 from wandistiller.training.checkpoints import Checkpoint
 from wandistiller.training.loop import Observer, TrainingResult, train
 from wandistiller.training.lora import lora_changes, merged_state
@@ -137,7 +136,6 @@ class Run:
                 for file_format, name in LORA_NAMES.items():
                     write_lora(lora, folder / name, file_format)
             self.projection.save(folder)
-            write_trained_prompts(folder, self.settings.prompts)
         return folder
 
     def _enter(self, state: RunState) -> None:
