@@ -186,17 +186,17 @@ def main(argv: list[str] | None = None) -> int:
 
     from wandistiller.evaluation.experiment import measure_prompts
     from wandistiller.files.atomic import write_json, write_text
-    from wandistiller.reports.gallery import Evaluated, gallery_page
+    from wandistiller.reports.gallery import gallery_page
     from wandistiller.reports.plots import save_frontier
     from wandistiller.reports.tables import finite, report_lines, worst_prompts
 
     digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
     experiment, text = prepare(flags, size, prompts)
     prepare_output_folder(folder, "--output")
-    about = describe(flags, config, size, experiment) | {"student_sha256": digest}
 
     # Measure:
-    results, teacher, student = measure_all(flags, config, experiment, text)
+    measured, teacher, student = measure_all(flags, config, experiment, text)
+    results = describe(flags, config, size, experiment) | {"student_sha256": digest} | measured
     by_prompt = measure_prompts(student, teacher, experiment.num_seeds)
     results["worst_prompts"] = worst_prompts(prompts, [one.distance for one in by_prompt])
     print("\n".join(report_lines(results)))
@@ -204,10 +204,8 @@ def main(argv: list[str] | None = None) -> int:
     # Save the results:
     if "frontier" in results:
         save_frontier(results["frontier"], folder / FRONTIER_NAME)
-    values = finite(about | results)
-    write_json(folder / EVALUATION_NAME, values, indent=2, ensure_ascii=False, allow_nan=False)
-    shown = Evaluated(about, results, prompts, by_prompt, experiment.seeds, teacher.pictures, student.pictures)
-    write_text(folder / GALLERY_NAME, gallery_page(shown, Path(flags.student)))
+    write_json(folder / EVALUATION_NAME, finite(results), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(folder / GALLERY_NAME, gallery_page(results, experiment, by_prompt, teacher, student))
 
     # Tell:
     print(f"Saved {', '.join([EVALUATION_NAME, *([FRONTIER_NAME] if 'frontier' in results else [])])} in {folder}")

@@ -25,11 +25,12 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import load_prompts, slug, unusable
 from wandistiller.prompts.templates import is_template
-from wandistiller.students.drawing import Artist, check_picture_size, untrained_warnings
+from wandistiller.students.drawing import check_picture_size, untrained_warnings
 from wandistiller.students.parts import recorded_settings
 from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
+    from wandistiller.evaluation.pair import Artist
     from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 NUM_OF_TEMPLATES = 8  # pictures, where prompts without end are asked for and no number is given
@@ -119,8 +120,7 @@ def picture_files(flags: Flags, prompts: list[str], size: tuple[int, int]) -> li
     ]
     if there := [file for file in drawn if os.path.lexists(file) and not flags.overwrite]:
         raise UserError(
-            f"{there[0]}: is there already (and {len(there) - 1} more of these pictures); give another --output or --seed, or "
-            "--overwrite to replace them"
+            f"{there[0]}: is there already; give another --output or --seed, or --overwrite to replace such pictures"
         )
     return drawn
 
@@ -139,7 +139,13 @@ def main(argv: list[str] | None = None) -> int:
 
     # Draw:
     artist, embeds = prepare(flags, config, prompts, size)
-    metadata = artist.metadata(flags.model, flags.student, size)
+    metadata = {
+        "model": flags.model,
+        "student": flags.student,
+        "height": size[0],
+        "width": size[1],
+        **artist.metadata(),
+    }
     shape = recorded_settings(config).latent_shape(config, ImageSize(size[1], size[0]))
     # An embedding that the prompt cache holds is read, or refused, when it is drawn:
     with removed_if_empty(flags.output):

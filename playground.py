@@ -20,7 +20,7 @@ from wandistiller.flags import ComputeFlags, TeacherFlags, flag, group, number, 
 from wandistiller.model.config import CONFIG_NAME
 from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import unusable
-from wandistiller.students.drawing import Artist, check_picture_size, untrained_warnings
+from wandistiller.students.drawing import check_picture_size, untrained_warnings
 from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from wandistiller.evaluation.pair import Pair
+    from wandistiller.evaluation.pair import Artist, Pair
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_SEED = 2**62

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.bench_recipe import run, spread
 from tools.demo_judge import OBJECT_RGB, judge
-from wandistiller.evaluation.pair import Pair
+from wandistiller.evaluation.pair import Pair, sampling_of
 from wandistiller.flags import ComputeFlags, TeacherFlags
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.lora import StudentLora, write_lora
@@ -34,7 +34,6 @@ from wandistiller.prompts.prompts import load_prompts
 from wandistiller.sampling.flow import seeded_noise, shift_sigma, sigma_to_timestep
 from wandistiller.sampling.sampler import StudentField, VelocityField, sample_in_batches
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.students.drawing import student_sampling, teacher_sampling
 from wandistiller.training.lora import add_lora, lora_changes
 from wandistiller.wan.transformer_files import teacher_tensor_shapes
 
@@ -76,9 +75,7 @@ class Bench:
 
     def draw(self, field: VelocityField, who: str, first: int, count: int) -> Tensor:
         own = self.pair
-        options = {"student": student_sampling, "teacher": teacher_sampling}[who](
-            own.config, None, own.dtype, own.device
-        )
+        options = sampling_of(who, own.config, None, own.dtype, own.device)
         noise = seeded_noise(range(first, first + count), self.pair.settings.latent_shape(self.pair.config))
         indices = range(first, first + count)
         return sample_in_batches(field, noise, self.embeds, indices, options, BATCH_SIZE)

@@ -172,7 +172,7 @@ def test_results_do_not_depend_on_the_batch(house, tmp_path):
         ),
         (["--judge", "tools"], "--judge tools: there is no such file; give FILE.py:FUNCTION"),
         (["--judge", JUDGE + "s"], "the file has no function judge_alls"),
-        (["--judge", "{house}/other.txt:judge"], "is not a Python file"),
+        (["--judge", "{house}/other.txt:judge"], "the file cannot be run (SyntaxError: "),
         (["--judge", "{house}/broken.py:judge"], "the file cannot be run (ZeroDivisionError: division by zero)"),
         (
             ["--judge", "{house}/own.py:short"],

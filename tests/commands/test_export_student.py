@@ -32,12 +32,12 @@ from support.processes import exit_code, fork, run_and_exit
 from support.runs import ROOT, snapshot
 from support.wan_folders import oracle_velocity, random_weights, relative_error, write_pipeline_folder
 from support.wan_parts import sentencepiece_model
+from wandistiller.evaluation.pair import sampling_of
 from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.exports import published
 from wandistiller.projection.project import project_teacher
 from wandistiller.sampling.sampler import StudentField, sample
-from wandistiller.students.drawing import student_sampling
 from wandistiller.wan.text_encoder_files import open_tokenizer
 
 DEMO_TEACHER = ROOT / "data" / "demo_teacher"
@@ -584,7 +584,7 @@ def test_a_student_of_few_steps_draws_in_diffusers_and_in_comfyui_what_it_draws_
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 16, 8, 8, generator=generator)
     text = torch.randn(1, 7, 128, generator=generator), torch.tensor([7])
-    options = student_sampling(config, None, torch.float32, "cpu")
+    options = sampling_of("student", config, None, torch.float32, "cpu")
     ours = sample(StudentField(WanLiteStudent.from_pretrained(few).eval()), noise, *text, options)
 
     outcome = export(few, "pipeline", "--dtype", "fp32", output="pipeline")

@@ -12,11 +12,11 @@ from wandistiller import StudentConfig
 from wandistiller.evaluation import measures
 from wandistiller.evaluation.experiment import Experiment
 from wandistiller.evaluation.frontier import measure_frontier, recommended_steps
+from wandistiller.evaluation.pair import Artist
 from wandistiller.model.sizes import transformer_flops
 from wandistiller.reports.plots import save_frontier
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions
-from wandistiller.students.drawing import Artist
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000, "flow_shift": 3.0}

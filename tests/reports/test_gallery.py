@@ -9,14 +9,16 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from wandistiller.evaluation.experiment import PromptMeasures
+from wandistiller.evaluation.experiment import Drawn, PromptMeasures
 from wandistiller.reports import gallery
-from wandistiller.reports.gallery import Evaluated, gallery_page
+from wandistiller.reports.gallery import gallery_page
 
 HOSTILE = "</h2><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & \"quoted\""
 PROMPTS = ["a red circle", "a blue square", HOSTILE]
@@ -36,13 +38,14 @@ RESULTS = {
 ABOUT = {"num_prompts": 3, "num_inference_steps": 20, "student_steps": 20}
 
 
-def evaluated(prompts: list[str] = PROMPTS, num_seeds: int = 2, side: int = 8) -> Evaluated:
+def evaluated(folder: Path, prompts: list[str] = PROMPTS, num_seeds: int = 2, side: int = 8) -> tuple:
     """Pictures of one colour each, so that a tile tells which one it is."""
     count = len(prompts) * num_seeds
     colors = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, side, side, 3), np.uint8)
     by_prompt = [PromptMeasures(DISTANCES[number % 3], (0.5, 1.0)) for number in range(len(prompts))]
-    about, seeds = ABOUT | {"num_seeds": num_seeds}, list(range(7, 7 + count))
-    return Evaluated(about, RESULTS, prompts, by_prompt, seeds, colors + 100, colors * 2 + 90)
+    experiment = SimpleNamespace(prompts=prompts, seeds=list(range(7, 7 + count)), num_seeds=num_seeds)
+    drawn = (Drawn(None, pictures) for pictures in (colors + 100, colors * 2 + 90))
+    return RESULTS | ABOUT | {"student": folder, "num_seeds": num_seeds}, experiment, by_prompt, *drawn
 
 
 class Page(HTMLParser):
@@ -69,7 +72,7 @@ class Page(HTMLParser):
 
 def test_pictures_come_first_the_farthest_prompt_before_all_and_numbers_below(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}), encoding="utf-8")
-    text = gallery_page(evaluated(), tmp_path)
+    text = gallery_page(*evaluated(tmp_path))
     page = Page(text)
     assert page.headings == [PROMPTS[1], PROMPTS[0], PROMPTS[2], "Numbers", "Frontier", "Training"]
     assert text.index("In 8 steps the student is as near") < text.index(f">{PROMPTS[1]}<")
@@ -78,7 +81,7 @@ def test_pictures_come_first_the_farthest_prompt_before_all_and_numbers_below(tm
 
 
 def test_a_prompt_with_a_script_is_text_and_nothing_is_loaded_or_run(tmp_path):
-    page = Page(gallery_page(evaluated(), tmp_path))
+    page = Page(gallery_page(*evaluated(tmp_path)))
     assert HOSTILE in page.headings and not [tag for tag, _ in page.tags if tag == "script"]
     (policy,) = [own["content"] for tag, own in page.tags if own.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none'; img-src data:;") and "script-src" not in policy
@@ -89,15 +92,10 @@ def test_a_prompt_with_a_script_is_text_and_nothing_is_loaded_or_run(tmp_path):
 
 
 def test_small_pictures_are_kept_exactly(tmp_path):
-    values = evaluated()
-    uris = re.findall(r'src="data:image/webp;base64,([^"]+)"', gallery_page(values, tmp_path))
+    values = evaluated(tmp_path)
+    uris = re.findall(r'src="data:image/webp;base64,([^"]+)"', gallery_page(*values))
     tiles = [np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))).convert("RGB")) for uri in uris]
-    expected = [
-        getattr(values, who)[2 * number + seed]
-        for number in (1, 0, 2)
-        for who in ("teacher", "student")
-        for seed in (0, 1)
-    ]
+    expected = [drawn.pictures[2 * number + seed] for number in (1, 0, 2) for drawn in values[-2:] for seed in (0, 1)]
     np.testing.assert_array_equal(tiles, expected)
 
 
@@ -106,7 +104,7 @@ def test_many_prompts_have_smaller_tiles_and_many_noises_are_cut(tmp_path):
     for num_prompts in (1_000, 10_000):
         side = gallery.tile_side(6 * num_prompts)
         assert 32 <= side < 200 and 6 * num_prompts * side**2 <= gallery.MAX_PIXELS
-    page = gallery_page(evaluated(["a"], num_seeds=10), tmp_path)
+    page = gallery_page(*evaluated(tmp_path, ["a"], num_seeds=10))
     assert page.count("<img ") == 2 * 8 and "2 more noises of each prompt" in page
 
 
@@ -117,5 +115,5 @@ def test_odd_metrics_cost_at_most_their_plot(tmp_path, loss):
         for step, value in ((1, loss), (2, "1.0"), (9_007_199_254_740_991, "3"))
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(["no line", *lines]), encoding="utf-8")
-    plot = gallery_page(evaluated(), tmp_path).split("<h2>Training</h2>")[1]
+    plot = gallery_page(*evaluated(tmp_path)).split("<h2>Training</h2>")[1]
     assert "held-out velocity error" in plot and "nan" not in plot.lower()

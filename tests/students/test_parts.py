@@ -6,15 +6,16 @@ Local paths, paths in the clone, hub ids and the low-noise expert are each looke
 from pathlib import Path
 
 import pytest
+import torch
 
 from support.runs import PRUNED_CONFIG, ROOT
 from wandistiller.errors import UserError
+from wandistiller.evaluation.pair import sampling_of
 from wandistiller.files.hub import cached_snapshot
 from wandistiller.flags import TeacherFlags
 from wandistiller.model.config import StudentConfig
 from wandistiller.projection.comfyui import comfyui_sampler
 from wandistiller.students.parts import recorded_path, teacher_paths
-from wandistiller.students.record import StudentRecord
 
 
 def student_of(**record: object) -> StudentConfig:
@@ -89,5 +90,5 @@ def test_a_student_of_a_teacher_of_few_steps_is_drawn_by_eulers_method_wherever_
     record, sampler, teachers, comfyui
 ):
     config = student_of(**record)
-    recorded = StudentRecord.of(config)
-    assert (recorded.sampler, recorded.sampler_of_teacher, comfyui_sampler(config)) == (sampler, teachers, comfyui)
+    drawn = [sampling_of(who, config, None, torch.float32, "cpu").sampler for who in ("student", "teacher")]
+    assert [*drawn, comfyui_sampler(config)] == [sampler, teachers, comfyui]

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from wandistiller.evaluation import measures
 from wandistiller.evaluation.judges import Judge, Verdict, mean_verdict
+from wandistiller.evaluation.pair import Artist
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches
-from wandistiller.students.drawing import Artist
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
 NOISE_MEANING = (

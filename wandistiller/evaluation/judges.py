@@ -8,10 +8,11 @@ cannot judge. The file is run as Python code, so only the command line names one
 tools/demo_judge.py judges the demo's world, and tools/clip_judge.py any world, by a CLIP.
 """
 
-import importlib.util
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +33,14 @@ def load_judge(location: str, prompts: Sequence[str]) -> Judge:
     """
     flag = f"--judge {location}"
     name, _, function_name = location.rpartition(":")
-    file = Path(name)
-    if not file.is_file():
+    if not Path(name).is_file():
         raise UserError(f"{flag}: there is no such file; give FILE.py:FUNCTION, such as tools/demo_judge.py:judge_all")
-    spec = importlib.util.spec_from_file_location("judge_of_the_command_line", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{flag}: is not a Python file; give FILE.py:FUNCTION")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where a dataclass looks for its module
+    loader = SourceFileLoader("judge_of_the_command_line", name)
+    # Where a dataclass looks for its module:
+    module = sys.modules[loader.name] = module_from_spec(spec_from_loader(loader.name, loader))
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a person's file does
+        loader.exec_module(module)
+    except Exception as error:  # whatever a person's file does, or it is no Python file
         raise UserError(f"{flag}: the file cannot be run ({first_line(error)})") from None
     function = getattr(module, function_name, None)
     if not callable(function):

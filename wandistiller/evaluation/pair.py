@@ -1,19 +1,81 @@
 """A student and its teacher, ready to draw: their files are checked first, and a model comes into memory as it is asked for."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from wandistiller import __version__
+from wandistiller.device import pick_device, pick_dtype
 from wandistiller.flags import ComputeFlags, TeacherFlags
-from wandistiller.students.drawing import Artist, embed_with_negative, student_sampling, teacher_sampling
+from wandistiller.model.config import StudentConfig
+from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.projection.project import project_experts
+from wandistiller.sampling.flow import seeded_noise
+from wandistiller.sampling.sampler import SamplingOptions, alone, sample_in_batches
+from wandistiller.sampling.teacher import Teacher
 from wandistiller.students.parts import load_drawing_parts, open_recorded_teacher, recorded_settings, teacher_paths
-from wandistiller.students.record import load_student_config
+from wandistiller.students.record import StudentRecord, load_student_config
+from wandistiller.wan.prompt_embeds import PromptEmbeds
+from wandistiller.wan.settings import TeacherSettings
+from wandistiller.wan.text_encoder import embed_texts
+from wandistiller.wan.vae_2d import WanVae2D
+from wandistiller.wan.wan_files import left_out
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-    from wandistiller.wan.prompt_embeds import PromptEmbeds
-    from wandistiller.wan.settings import TeacherSettings
+@dataclass(frozen=True)
+class Artist:
+    """Whoever draws: a student or teacher as a velocity field, how it is sampled, and the VAE that makes pictures of its latents.
+
+    Attributes:
+        settings: guidance, and the statistics of the latents.
+    """
+
+    field: Teacher
+    options: SamplingOptions
+    settings: TeacherSettings
+    vae: WanVae2D
+
+    def draw(
+        self, embeds: PromptEmbeds, indices: Sequence[int], seeds: Sequence[int], latent_shape: tuple[int, int, int]
+    ) -> np.ndarray:
+        """Return pictures (B, H, W, 3) uint8 of the prompts at `indices`, each from the noise of its seed, drawn at once."""
+        noise = seeded_noise(seeds, latent_shape)
+        latents = sample_in_batches(self.field, noise, embeds, indices, self.options, len(noise))
+        return self.vae.pictures(latents, self.settings.latents_mean, self.settings.latents_std)
+
+    def metadata(self) -> dict[str, object]:
+        """Return what the metadata of every picture holds of how it is drawn."""
+        low = self.settings.guidance_scale_2
+        return {
+            "num_inference_steps": self.options.num_inference_steps,
+            "guidance_scale": self.settings.guidance_scale,
+            **({} if low is None else {"guidance_scale_2": low}),
+            "shift": self.options.shift,
+            "Software": f"WanDistiller {__version__}",
+        }
+
+
+def sampling_of(
+    who: str, config: StudentConfig, num_inference_steps: int | None, compute_dtype: torch.dtype, device: str
+) -> SamplingOptions:
+    """Return how a "student" or its "teacher" draws; None steps are as recorded.
+
+    A student draws as its teacher does, or by whole steps where it learnt them.
+    """
+    record = StudentRecord.of(config)
+    if who == "teacher":
+        record = replace(record, student_steps=None, recommended_steps=None)
+    return SamplingOptions(
+        shift=record.shift,
+        num_inference_steps=num_inference_steps or record.steps,
+        sampler=record.sampler,
+        levels=tuple(record.teacher_levels or ()),
+        compute_dtype=compute_dtype,
+        device=device,
+    )
 
 
 class Pair:
@@ -33,8 +95,6 @@ class Pair:
     def __init__(
         self, folder: str, given: TeacherFlags, compute: ComputeFlags, prompt_cache: str, with_teacher: bool = True
     ):
-        from wandistiller.device import pick_device, pick_dtype
-
         self.folder, self.prompt_cache = folder, prompt_cache
         self.device = pick_device(compute.device)
         self.dtype = pick_dtype(compute.dtype, self.device)
@@ -44,10 +104,8 @@ class Pair:
         self.teacher_files = open_recorded_teacher(self.config, teacher, given) if with_teacher else None
         self.parts = load_drawing_parts(self.config, teacher[0], given, self.device)
 
-    def settings_of(self, who: str, guidance_scale: float | None = None) -> "TeacherSettings":
+    def settings_of(self, who: str, guidance_scale: float | None = None) -> TeacherSettings:
         """Return how "teacher" or "student" is guided; a student has learnt guided velocities, and needs none."""
-        from wandistiller.sampling.sampler import alone
-
         if who == "student":
             return alone(self.settings, 1.0 if guidance_scale is None else guidance_scale)
         if guidance_scale is None:
@@ -56,18 +114,26 @@ class Pair:
         return replace(self.settings, guidance_scale=guidance_scale, guidance_scale_2=low)
 
     def embed(
-        self, prompts: Sequence[str], settings: "TeacherSettings | None" = None
-    ) -> "tuple[PromptEmbeds, Tensor | None]":
+        self, prompts: Sequence[str], settings: TeacherSettings | None = None
+    ) -> tuple[PromptEmbeds, Tensor | None]:
         """Return the text tokens of prompts, and of the negative prompt where these settings guide (the teacher's by default)."""
-        own = settings or self.settings
-        return embed_with_negative(prompts, own, self.parts.encoder, self.config, self.prompt_cache, self.device)
+        settings, encoder = settings or self.settings, self.parts.encoder
+        if encoder and (line := left_out([encoder.umt5])):
+            print(line)
+        negative = [settings.negative_prompt] if settings.uses_guidance else []
+        embeds = embed_texts([*prompts, *negative], encoder, self.config, self.prompt_cache, self.device)
+        if embeds.num_full:
+            print(
+                f"Warning: {embeds.num_full} prompts take all {self.config.text_max_length} tokens; longer ones were cut"
+            )
+        return embeds.part(0, len(prompts)), embeds.read(len(prompts)) if negative else None
 
     def artist(
         self,
         who: str,
         steps: int | None = None,
-        settings: "TeacherSettings | None" = None,
-        negative: "Tensor | None" = None,
+        settings: TeacherSettings | None = None,
+        negative: Tensor | None = None,
     ) -> Artist:
         """Load "teacher" or "student"; None steps are as recorded.
 
@@ -75,15 +141,10 @@ class Pair:
             settings: what `settings_of` returned; by default without another guidance.
             negative: text tokens of the negative prompt, where these settings guide.
         """
-        from wandistiller.model.transformer import WanLiteStudent
-        from wandistiller.projection.project import project_experts
-        from wandistiller.sampling.teacher import Teacher
-
         settings = settings or self.settings_of(who)
+        options = sampling_of(who, self.config, steps, self.dtype, self.device)
         if who == "teacher":
-            options = teacher_sampling(self.config, steps, self.dtype, self.device)
             experts = project_experts(self.teacher_files, self.config.text_max_length, self.dtype, self.device)
         else:
-            options = student_sampling(self.config, steps, self.dtype, self.device)
             experts = {"high": WanLiteStudent.from_pretrained(self.folder, self.device)}
         return Artist(Teacher(experts, settings, negative), options, settings, self.parts.vae)

@@ -9,12 +9,13 @@ from urllib.parse import quote
 from wandistiller.files.clone import DEMO_WORLD
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import square
-from wandistiller.students.drawing import example_prompt
 from wandistiller.students.record import StudentRecord, trained_sizes
 
 PAGE = Path(__file__).with_name("page")
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 THIS_FOLDER = "path/to/this/folder"
+# A student of the demo's world knows coloured shapes alone.
+DEMO_PROMPT, ANY_PROMPT = "a large yellow circle on the left, on a white background", "a lighthouse in a storm"
 
 
 # ---- markdown ----
@@ -104,7 +105,7 @@ def drawing(config: StudentConfig, folder: str, dtype: str) -> str:
     code = fill_in(
         "drawing.md",
         folder=Markdown(json.dumps(folder, ensure_ascii=False)),
-        prompt=Markdown(json.dumps(example_prompt(config))),
+        prompt=Markdown(json.dumps(DEMO_PROMPT if record.world == DEMO_WORLD else ANY_PROMPT)),
         torch_dtype=None if dtype == "fp32" else TORCH_NAMES[dtype],
         steps=record.steps,
         size=size,

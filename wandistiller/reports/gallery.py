@@ -6,13 +6,12 @@ All of it lies in the one file: pictures as data URIs, plots as SVG, style. What
 import base64
 import io
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from wandistiller.evaluation.experiment import PromptMeasures
+from wandistiller.evaluation.experiment import Drawn, Experiment, PromptMeasures
 from wandistiller.files.output_folder import GALLERY_MARK, METRICS_NAME
 from wandistiller.reports.metrics import read_metrics
 from wandistiller.reports.plots import as_svg, frontier_figure, loss_figure
@@ -26,41 +25,23 @@ LOSSLESS_SIDE = 128  # pixels up to which a tile is kept exactly
 QUALITY = 88  # of WebP
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """What a gallery shows of an evaluation.
-
-    Attributes:
-        about: what evaluation.json says of how it was measured.
-        results: the measures over all prompts.
-        prompts: each prompt once.
-        measures: those of each prompt.
-        seeds: of the noise of each sample; the samples of a prompt follow one another.
-        teacher, student: pictures (samples, H, W, 3) uint8.
-    """
-
-    about: dict
-    results: dict
-    prompts: Sequence[str]
-    measures: Sequence[PromptMeasures]
-    seeds: Sequence[int]
-    teacher: np.ndarray
-    student: np.ndarray
-
-
-def gallery_page(evaluated: Evaluated, student_folder: Path) -> str:
+def gallery_page(
+    results: dict, experiment: Experiment, by_prompt: Sequence[PromptMeasures], teacher: Drawn, student: Drawn
+) -> str:
     """Return the page as text.
 
     Args:
-        student_folder: where the metrics of the training are, if there are any.
+        results: what evaluation.json holds; the student's folder may have metrics of its training.
+        by_prompt: the measures of each prompt.
+        teacher, student: what both drew.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    results, metrics = evaluated.results, read_metrics(student_folder / METRICS_NAME)
+    folder = Path(results["student"])
     figures = {
         "Frontier": frontier_figure(results["frontier"]) if "frontier" in results else None,
-        "Training": loss_figure(metrics),
+        "Training": loss_figure(read_metrics(folder / METRICS_NAME)),
     }
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -69,36 +50,35 @@ def gallery_page(evaluated: Evaluated, student_folder: Path) -> str:
     return environment.get_template("gallery.html").render(
         mark=Markup(f"{GALLERY_MARK}; it is written again when the student is measured. -->"),  # nosec B704
         style=Markup((PAGE / "gallery.css").read_text(encoding="utf-8")),  # nosec B704
-        name=student_folder.resolve().name,
-        about=evaluated.about,
+        name=folder.resolve().name,
+        about=results,
         headline=headline(results),
         head=HEAD,
         rows=comparison_rows(results),
         plots={name: Markup(as_svg(figure)) for name, figure in figures.items() if figure},  # nosec B704
-        prompts=list(prompt_entries(evaluated)),
-        num_noises=min(evaluated.about["num_seeds"], MAX_NOISES),
+        prompts=list(prompt_entries(experiment, by_prompt, {"teacher": teacher.pictures, "student": student.pictures})),
+        num_noises=min(experiment.num_seeds, MAX_NOISES),
     )
 
 
-def prompt_entries(evaluated: Evaluated) -> Iterator[dict]:
+def prompt_entries(
+    experiment: Experiment, by_prompt: Sequence[PromptMeasures], pictures: Mapping[str, np.ndarray]
+) -> Iterator[dict]:
     """Yield what the page shows of each prompt, the farthest from the teacher first: text, measures, and columns of pictures."""
-    num_seeds = evaluated.about["num_seeds"]
+    num_seeds = experiment.num_seeds
     shown = min(num_seeds, MAX_NOISES)
-    side = tile_side(2 * shown * len(evaluated.prompts))
-    distances = [-math.inf if math.isnan(one.distance) else one.distance for one in evaluated.measures]
+    side = tile_side(2 * shown * len(by_prompt))
+    distances = [-math.inf if math.isnan(one.distance) else one.distance for one in by_prompt]
     for number in sorted(range(len(distances)), key=lambda number: -distances[number]):
-        measures, samples = evaluated.measures[number], range(number * num_seeds, number * num_seeds + shown)
+        measures, samples = by_prompt[number], range(number * num_seeds, number * num_seeds + shown)
         facts = [f"distance {cell_text(float(f'{measures.distance:.3g}'))}"]
         if measures.right is not None:
             facts.append("drawn right: student {:.0%}, teacher {:.0%}".format(*measures.right))
         yield {
-            "text": evaluated.prompts[number],
+            "text": experiment.prompts[number],
             "facts": ", ".join(facts),
-            "seeds": [evaluated.seeds[sample] for sample in samples],
-            "rows": {
-                who: [tile(getattr(evaluated, who)[sample], side) for sample in samples]
-                for who in ("teacher", "student")
-            },
+            "seeds": [experiment.seeds[sample] for sample in samples],
+            "rows": {who: [tile(own[sample], side) for sample in samples] for who, own in pictures.items()},
         }
 
 

@@ -1,6 +1,5 @@
 """Sample pictures of a run: fixed prompts and noise, the teacher's row above the student's."""
 
-import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,14 +31,6 @@ if TYPE_CHECKING:
 
 MAX_BATCH_SIZE = 8  # prompts drawn at a time; a smaller training batch also limits it
 MAX_ROWS = 12  # of samples_over_time.png
-
-
-@contextlib.contextmanager
-def undisturbed(student: WanLiteStudent, device: str) -> Iterator[None]:
-    """Restore the student's modes and the global random numbers after drawing inside."""
-    gpus = [device] if torch.device(device).type == "cuda" else []
-    with evaluation_mode(student), torch.random.fork_rng(gpus):
-        yield
 
 
 @dataclass(kw_only=True)
@@ -101,7 +91,7 @@ class Samples:
         """Draw, and write the picture in the first process. Return False if drawing had to be given up."""
         latents = None
         try:
-            with undisturbed(student, self.student_sampling.device):
+            with evaluation_mode(student):
                 if self.teacher is not None and not self.teacher_latents:
                     self.teacher_latents = self._latents("teacher", self.teacher, self.teacher_sampling)
                 latents = self._latents("student", StudentField(student), self.student_sampling)

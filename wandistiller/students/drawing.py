@@ -1,86 +1,15 @@
-"""Drawing with a student or its teacher: how each is sampled, which sizes are allowed, what to be warned of, the pictures."""
+"""What can be asked of a student: sizes that are allowed, and what to be warned of. Standard library only."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from wandistiller.errors import UserError
-from wandistiller.files.clone import DEMO_TEACHER, DEMO_WORLD
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize
 from wandistiller.students.record import StudentRecord, trained_sizes
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from torch import Tensor
-
-    from wandistiller.sampling.sampler import SamplingOptions
-    from wandistiller.sampling.teacher import Teacher
-    from wandistiller.wan.prompt_embeds import PromptEmbeds
-    from wandistiller.wan.settings import TeacherSettings
-    from wandistiller.wan.text_encoder_files import TextEncoderFiles
-    from wandistiller.wan.vae_2d import WanVae2D
-
 # Beyond these a picture is a slip of the keyboard that fills the memory; a student may be trained at more.
 MAX_PIXELS = 2048**2
-# A student of the demo's world knows coloured shapes alone.
-DEMO_PROMPT, ANY_PROMPT = "a large yellow circle on the left, on a white background", "a lighthouse in a storm"
-
-
-def example_prompt(config: StudentConfig) -> str:
-    """Return a prompt to show a student with; never one of its training prompts, which are its owner's."""
-    record = StudentRecord.of(config)
-    is_demo = record.world == DEMO_WORLD or record.teacher_path == f"./{DEMO_TEACHER}"
-    return DEMO_PROMPT if is_demo else ANY_PROMPT
-
-
-def student_sampling(
-    config: StudentConfig, num_inference_steps: int | None, compute_dtype: "torch.dtype", device: str
-) -> "SamplingOptions":
-    """Return how a student draws: as its teacher does, or by whole steps where it learnt them; None steps are as recorded."""
-    from wandistiller.sampling.sampler import SamplingOptions
-
-    record = StudentRecord.of(config)
-    return SamplingOptions(
-        shift=record.shift,
-        num_inference_steps=num_inference_steps or record.steps,
-        sampler=record.sampler,
-        levels=tuple(record.teacher_levels or ()),
-        compute_dtype=compute_dtype,
-        device=device,
-    )
-
-
-def teacher_sampling(
-    config: StudentConfig, num_inference_steps: int | None, compute_dtype: "torch.dtype", device: str
-) -> "SamplingOptions":
-    """Return how the student's teacher draws; None steps are as recorded."""
-    record = StudentRecord.of(config)
-    steps = num_inference_steps or record.num_inference_steps
-    return replace(student_sampling(config, steps, compute_dtype, device), sampler=record.sampler_of_teacher)
-
-
-def embed_with_negative(
-    prompts: Sequence[str],
-    settings: "TeacherSettings",
-    encoder: "TextEncoderFiles | None",
-    config: StudentConfig,
-    prompt_cache: str,
-    device: str,
-) -> "tuple[PromptEmbeds, Tensor | None]":
-    """Return the text tokens of every prompt, and of the negative prompt where guidance needs it; see `embed_texts`."""
-    from wandistiller.wan.text_encoder import embed_texts
-    from wandistiller.wan.wan_files import left_out
-
-    if encoder and (line := left_out([encoder.umt5])):
-        print(line)
-    negative_prompts = [settings.negative_prompt] if settings.uses_guidance else []
-    embeds = embed_texts([*prompts, *negative_prompts], encoder, config, prompt_cache, device)
-    if embeds.num_full:
-        print(f"Warning: {embeds.num_full} prompts take all {config.text_max_length} tokens; longer ones were cut")
-    return embeds.part(0, len(prompts)), embeds.read(len(prompts)) if negative_prompts else None
 
 
 def check_picture_size(
@@ -131,52 +60,3 @@ def untrained_warnings(config: StudentConfig, num_inference_steps: int, size: tu
             "high; the picture may be broken"
         )
     return warnings
-
-
-@dataclass(frozen=True)
-class Artist:
-    """Whoever draws: a student or teacher as a velocity field, how it is sampled, and the VAE that makes pictures of its latents.
-
-    Attributes:
-        settings: guidance, and the statistics of the latents.
-    """
-
-    field: "Teacher"
-    options: "SamplingOptions"
-    settings: "TeacherSettings"
-    vae: "WanVae2D"
-
-    def draw(
-        self, embeds: "PromptEmbeds", indices: Sequence[int], seeds: Sequence[int], latent_shape: tuple[int, int, int]
-    ) -> "np.ndarray":
-        """Return pictures (B, H, W, 3) uint8 of the prompts at `indices`, each from the noise of its seed, drawn at once."""
-        from wandistiller.sampling.flow import seeded_noise
-        from wandistiller.sampling.sampler import sample_in_batches
-
-        noise = seeded_noise(seeds, latent_shape)
-        latents = sample_in_batches(self.field, noise, embeds, indices, self.options, len(noise))
-        return self.vae.pictures(latents, self.settings.latents_mean, self.settings.latents_std)
-
-    def metadata(self, model: str, student: str, size: tuple[int, int]) -> dict[str, object]:
-        """Return what the metadata of every picture holds, beside its prompt and seed.
-
-        Args:
-            model: "student" or "teacher".
-            student: folder of the student.
-            size: height and width in pixels.
-        """
-        from wandistiller import __version__
-
-        height, width = size
-        values = {
-            "model": model,
-            "student": student,
-            "num_inference_steps": self.options.num_inference_steps,
-            "guidance_scale": self.settings.guidance_scale,
-            "guidance_scale_2": self.settings.guidance_scale_2,
-            "shift": self.options.shift,
-            "height": height,
-            "width": width,
-            "Software": f"WanDistiller {__version__}",
-        }
-        return {name: value for name, value in values.items() if value is not None}

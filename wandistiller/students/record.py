@@ -4,7 +4,7 @@ Standard library only, so that a wrong folder is answered before torch loads.
 """
 
 import reprlib
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +120,6 @@ class StudentRecord:
         A student of whole steps follows straight lines, as Euler's method does; any other is sampled as its teacher is.
         """
         return "euler" if self.student_steps else self.teacher_sampler or "unipc"
-
-    @property
-    def sampler_of_teacher(self) -> str:
-        return replace(self, student_steps=None).sampler
 
     @property
     def steps(self) -> int | None:
