@@ -1,5 +1,4 @@
-"""The model card of an export is what the hub reads, and says how the student was made; `huggingface_hub.ModelCard` is the reader.
-
+"""The model card of an export is what the hub reads, and says how the student was made; `huggingface_hub.ModelCard` is the reader."""
 
 import pytest
 from huggingface_hub import ModelCard
