@@ -80,7 +80,7 @@ def prepare(flags: Flags, size: ImageSize, prompts: list[str]) -> "tuple[Experim
 
     # The text comes first, so that its encoder leaves memory before the models come:
     embeds, negative = pair.embed(prompts)
-    text = text_cost(pair.parts.encoder, prompts[0], pair.config.text_max_length, pair.device)
+    text = text_cost(pair.encoder, prompts[0], pair.config.text_max_length, pair.device)
     seeds = noise_seeds(len(prompts), flags.num_seeds, flags.seed)
     experiment = Experiment(
         # A student that learnt whole steps draws in these alone, whatever --num_inference_steps says:

@@ -11,19 +11,24 @@ import sys
 import textwrap
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_output_folder, check_writable, removed_if_empty
 from wandistiller.flags import PartsFlags, TeacherFlags, flag, group, parse_flags, path
 from wandistiller.model.config import StudentConfig
-from wandistiller.students.parts import DrawingParts, find_recorded_encoder, teacher_paths
+from wandistiller.students.parts import find_recorded_encoder, teacher_paths
 from wandistiller.students.record import StudentRecord, load_shape, load_student_config
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from torch import Tensor
 
+    from wandistiller.wan.text_encoder_files import TextEncoderFiles
+
+Parts: TypeAlias = (
+    "tuple[TextEncoderFiles, Any]"  # of a pipeline beside its transformer: text encoder, AutoencoderKLWan
+)
 # The precisions of each format
 FLOATS = ["fp32", "bf16", "fp16"]
 FORMATS = {"diffusers": FLOATS, "original": [*FLOATS, "fp8"], "pipeline": FLOATS}
@@ -96,7 +101,7 @@ def check_output(flags: Flags) -> Path:
     return target
 
 
-def find_parts(flags: PartsFlags, config: StudentConfig) -> DrawingParts:
+def find_parts(flags: PartsFlags, config: StudentConfig) -> Parts:
     """Find VAE, text encoder and tokenizer of a pipeline, and check that they are those of the student."""
     from wandistiller.wan.vae import check_statistics, find_vae, load_vae
 
@@ -111,12 +116,10 @@ def find_parts(flags: PartsFlags, config: StudentConfig) -> DrawingParts:
         )
     record = StudentRecord.of(config)
     check_statistics(record.latents_mean, record.latents_std, vae.config, Path(flags.vae_path or teacher))
-    return DrawingParts(encoder, vae)
+    return encoder, vae
 
 
-def write(
-    target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: DrawingParts | None, flags: Flags
-) -> None:
+def write(target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: Parts | None, flags: Flags) -> None:
     """Write the export: the file or folder appears whole or not at all, and replaces nothing that has come there meanwhile.
 
     Args:
@@ -138,7 +141,7 @@ def write(
 
 
 def write_folder(
-    folder: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: DrawingParts | None, flags: Flags
+    folder: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: Parts | None, flags: Flags
 ) -> None:
     """Write a folder for diffusers: a pipeline where its parts are given, else the transformer alone."""
     from wandistiller.files.atomic import write_text
@@ -147,7 +150,7 @@ def write_folder(
 
     transformer = folder if parts is None else folder / "transformer"
     if parts is not None:
-        write_pipeline_parts(config, folder, parts, flags.dtype)
+        write_pipeline_parts(config, folder, *parts, flags.dtype)
         transformer.mkdir()
     write_transformer_folder(tensors, config, transformer, flags.dtype)
     name = Path(flags.output).resolve().name
@@ -190,8 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = find_parts(flags, config) if flags.format == "pipeline" else None
     tensors = WanLiteStudent.from_pretrained(flags.student).state_dict()
     public_config = published(config)
-    encoder = parts and parts.encoder
-    if encoder and (embedding_map := encoder.umt5.read_map()) is not None:
+    if parts and (embedding_map := parts[0].umt5.read_map()) is not None:
         tensors, public_config = fold_embedding_map(tensors, public_config, embedding_map)
     write(target, tensors, public_config, parts, flags)
 

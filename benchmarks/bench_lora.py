@@ -90,7 +90,7 @@ class Bench:
     def right(self, latents: Tensor) -> float:
         """Return the share of pictures that show what the prompt says, in green."""
         own = self.pair.settings
-        pictures = self.pair.parts.vae.pictures(latents, own.latents_mean, own.latents_std)
+        pictures = self.pair.vae.pictures(latents, own.latents_mean, own.latents_std)
         pairs = zip(pictures, map(in_green, self.held_out), strict=True)
         return sum(judge(picture, prompt)["correct"] for picture, prompt in pairs) / len(pictures)
 

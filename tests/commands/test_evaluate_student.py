@@ -84,9 +84,7 @@ def test_table_json_and_pictures(house, tmp_path, capsys):
     assert picture["student"]["flops"] == pytest.approx(6 * cost["step_flops"]["student"])
     stored = load_file(house / "teacher" / "text_encoder" / "model.safetensors")
     assert picture["text encoder"]["bytes"] == 4 * sum(tensor.numel() for tensor in stored.values())
-    noise = results["noise"]
-    assert noise["num_noises"] == 2
-    assert noise["meaning"][:40] in printed
+    assert results["noise"]["num_noises"] == 2
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "frontier.png", "gallery.html"}
 
 

@@ -15,12 +15,6 @@ from wandistiller.evaluation.pair import Artist
 from wandistiller.sampling.sampler import SamplingOptions, VelocityField, sample_in_batches
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
-NOISE_MEANING = (
-    "Over several noises of a prompt, the mean of its pictures is what the prompt decides and the rest is what the noise "
-    "decides. A student that draws the mean of all it could draw has a gain of 0, one that follows its teacher has cosine and "
-    "size 1."
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -129,7 +123,6 @@ def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
         "noise": {
             "num_noises": experiment.num_seeds,
             **measures.noise_parts(student.latents, teacher.latents, experiment.num_seeds),
-            "meaning": NOISE_MEANING,
         },
     }
     if student.verdicts and teacher.verdicts:

@@ -16,12 +16,13 @@ from wandistiller.projection.project import project_experts
 from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.sampler import SamplingOptions, alone, sample_in_batches
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.students.parts import load_drawing_parts, open_recorded_teacher, recorded_settings, teacher_paths
+from wandistiller.students.parts import find_recorded_encoder, open_recorded_teacher, recorded_settings, teacher_paths
 from wandistiller.students.record import StudentRecord, load_student_config
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 from wandistiller.wan.settings import TeacherSettings
 from wandistiller.wan.text_encoder import embed_texts
-from wandistiller.wan.vae_2d import WanVae2D
+from wandistiller.wan.vae import find_vae
+from wandistiller.wan.vae_2d import WanVae2D, load_vae_2d
 from wandistiller.wan.wan_files import left_out
 
 
@@ -89,7 +90,8 @@ class Pair:
     Attributes:
         settings: the teacher's, as recorded.
         teacher_files: the opened teacher, or None.
-        parts: text encoder on disk, and the VAE in memory.
+        vae: in memory.
+        encoder: text encoder and tokenizer on disk; None: the mock's embeddings.
     """
 
     def __init__(
@@ -102,7 +104,9 @@ class Pair:
         self.settings = recorded_settings(self.config)
         teacher = teacher_paths(self.config, given)
         self.teacher_files = open_recorded_teacher(self.config, teacher, given) if with_teacher else None
-        self.parts = load_drawing_parts(self.config, teacher[0], given, self.device)
+        vae = find_vae(given.vae_path, teacher[0], self.config.num_channels)
+        self.encoder = find_recorded_encoder(self.config, given.text_encoder_path, teacher[0])
+        self.vae = load_vae_2d(vae, self.config.num_channels, self.config.vae_scale_factor, self.device)
 
     def settings_of(self, who: str, guidance_scale: float | None = None) -> TeacherSettings:
         """Return how "teacher" or "student" is guided; a student has learnt guided velocities, and needs none."""
@@ -117,11 +121,11 @@ class Pair:
         self, prompts: Sequence[str], settings: TeacherSettings | None = None
     ) -> tuple[PromptEmbeds, Tensor | None]:
         """Return the text tokens of prompts, and of the negative prompt where these settings guide (the teacher's by default)."""
-        settings, encoder = settings or self.settings, self.parts.encoder
-        if encoder and (line := left_out([encoder.umt5])):
+        settings = settings or self.settings
+        if self.encoder and (line := left_out([self.encoder.umt5])):
             print(line)
         negative = [settings.negative_prompt] if settings.uses_guidance else []
-        embeds = embed_texts([*prompts, *negative], encoder, self.config, self.prompt_cache, self.device)
+        embeds = embed_texts([*prompts, *negative], self.encoder, self.config, self.prompt_cache, self.device)
         if embeds.num_full:
             print(
                 f"Warning: {embeds.num_full} prompts take all {self.config.text_max_length} tokens; longer ones were cut"
@@ -147,4 +151,4 @@ class Pair:
             experts = project_experts(self.teacher_files, self.config.text_max_length, self.dtype, self.device)
         else:
             experts = {"high": WanLiteStudent.from_pretrained(self.folder, self.device)}
-        return Artist(Teacher(experts, settings, negative), options, settings, self.parts.vae)
+        return Artist(Teacher(experts, settings, negative), options, settings, self.vae)

@@ -8,6 +8,7 @@ teacher.
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from wandistiller import __version__
 from wandistiller.errors import UserError
 from wandistiller.files.atomic import write_json
 from wandistiller.files.clone import DEMO_TEACHER, DEMO_WORLD
-from wandistiller.files.hub import hub_id
 from wandistiller.files.tensor_files import write_tensors
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.fp8 import FP8, FP8_MAX
@@ -24,7 +24,6 @@ from wandistiller.model.transformer import FP32_ISLANDS
 from wandistiller.projection.comfyui import comfyui_metadata
 from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS
 from wandistiller.sampling.sampler import wan_scheduler
-from wandistiller.students.parts import DrawingParts
 from wandistiller.students.record import StudentRecord
 from wandistiller.wan.names import PATCH_KERNEL, teacher_record, to_original, transformer_settings
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, open_tokenizer, write_tokenizer
@@ -83,24 +82,15 @@ def published(config: StudentConfig) -> StudentConfig:
     """Return the config of an export: without commands and paths of this machine, and with the demo's world."""
     if not (record := config.distillation):
         return config
-    kept = {
-        name: value
-        for name, value in record.items()
-        if name not in ("command", "commands", "extra_prompts")
-        and (not ("_path" in name or name == "init_from") or _is_of_hub(value, record))
-    }
+    private = ("command", "commands", "extra_prompts", "init_from")
+    kept = {name: value for name, value in record.items() if "_path" not in name and name not in private}
+    if record.get("base_model"):  # the hub's repository of the teacher, where the run took it from there
+        kept["teacher_path"] = record["base_model"]
     if record.get("teacher_path") == f"./{DEMO_TEACHER}":
         kept |= {"world": DEMO_WORLD}
     if loras := record.get("teacher_loras"):
         kept["teacher_loras"] = [{name: lora[name] for name in lora if name != "path"} for lora in loras]
     return config.replace(distillation=kept)
-
-
-def _is_of_hub(value: object, record: dict) -> bool:
-    """Return whether a recorded path is of the hub; a folder data/name looks like a hub id, but `base_model` tells them apart."""
-    return isinstance(value, str) and (
-        value == record.get("base_model") or (hub_id(value) == value != record.get("teacher_path"))
-    )
 
 
 def _about(config: StudentConfig) -> dict[str, str]:
@@ -110,20 +100,21 @@ def _about(config: StudentConfig) -> dict[str, str]:
 # ---- the rest of a pipeline ----
 
 
-def write_pipeline_parts(config: StudentConfig, folder: Path, parts: DrawingParts, dtype: str = "fp32") -> None:
+def write_pipeline_parts(
+    config: StudentConfig, folder: Path, encoder: TextEncoderFiles, vae: Any, dtype: str = "fp32"
+) -> None:
     """Write a WanPipeline folder without its transformer, into an existing folder.
 
     VAE and text encoder are written from the tensors that were read, and nothing of their folders is copied: those may be a
     stranger's.
 
     Args:
-        parts: VAE and text encoder, of which neither may be missing.
+        vae: diffusers' AutoencoderKLWan.
         dtype: precision of the transformer.
     """
-    parts.vae.save_config(folder / "vae")
-    write_tensors(folder / "vae" / WEIGHTS_NAME, parts.vae.state_dict(), {"format": "pt"})
-    assert parts.encoder is not None
-    _write_text_encoder(parts.encoder, folder, dtype)
+    vae.save_config(folder / "vae")
+    write_tensors(folder / "vae" / WEIGHTS_NAME, vae.state_dict(), {"format": "pt"})
+    _write_text_encoder(encoder, folder, dtype)
     scheduler = pipeline_scheduler(StudentRecord.of(config))
     scheduler.save_pretrained(folder / "scheduler")
     index = {

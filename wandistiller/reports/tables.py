@@ -25,7 +25,7 @@ def report_lines(results: dict) -> list[str]:
     lines += picture_lines(results["picture"])
     rows = [HEAD, *comparison_rows(results)]
     lines += [f"{name:<46}{_cells(cells)}" for name, *cells in rows]
-    return [*lines, *textwrap.wrap(results["noise"]["meaning"], WIDTH)]
+    return lines
 
 
 def headline(results: dict) -> str:

@@ -6,7 +6,7 @@ to be right.
 """
 
 import os
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,33 +134,6 @@ def open_recorded_teacher(config: StudentConfig, teacher: tuple[str, str | None]
                 f"{lora['sha256'][:12]}...); give {flag} with the right one"
             )
     return wan_files
-
-
-@dataclass(frozen=True)
-class DrawingParts:
-    """The parts of a Wan that draw a picture together with its transformer.
-
-    Attributes:
-        encoder: text encoder and tokenizer on disk; None: the mock's embeddings.
-        vae: in memory; a `WanVae2D` where it draws, diffusers' AutoencoderKLWan where it is exported.
-    """
-
-    encoder: "TextEncoderFiles | None"
-    vae: Any
-
-
-def load_drawing_parts(config: StudentConfig, teacher_path: str, given: TeacherFlags, device: str) -> DrawingParts:
-    """Find the text encoder and the VAE of a student, as flags say or else beside its teacher, and load the VAE.
-
-    Raises:
-        UserError: one of them is missing or damaged, or belongs to another Wan.
-    """
-    from wandistiller.wan.vae import find_vae
-    from wandistiller.wan.vae_2d import load_vae_2d
-
-    vae_location = find_vae(given.vae_path, teacher_path, config.num_channels)
-    encoder = find_recorded_encoder(config, given.text_encoder_path, teacher_path)
-    return DrawingParts(encoder, load_vae_2d(vae_location, config.num_channels, config.vae_scale_factor, device))
 
 
 def find_recorded_encoder(
