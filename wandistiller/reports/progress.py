@@ -1,8 +1,7 @@
-"""How far a run or another counted job is: a bar on a terminal, and plain lines elsewhere."""
+"""How far a run is: a bar on a terminal, and plain lines elsewhere."""
 
 import math
 import sys
-import time
 
 from tqdm import tqdm
 
@@ -51,25 +50,6 @@ class Progress:
             print(" | ".join([f"step {done}", *shown, *rest, eta]), file=self.stream, flush=True)
         if metrics.held_out:
             tqdm.write(f"step {metrics.step}: held out, {held_out_text(metrics.held_out)}", file=self.stream)
-
-
-class Countdown:
-    """Prints how far a counted job is and how long it will still take, in lines at least `line_every_s` apart."""
-
-    def __init__(self, what: str, total: int, line_every_s: float = LINE_EVERY_S):
-        self.what, self.total, self.line_every_s = what, total, line_every_s
-        self.start_s = self._last_line_s = time.perf_counter()
-        self.first: int | None = None  # what was done when this process began; a resumed job does not start at 0
-
-    def __call__(self, done: int) -> None:
-        now = time.perf_counter()
-        if self.first is None:
-            self.first, self.start_s = done, now
-        if done < self.total and now - self._last_line_s < self.line_every_s:
-            return
-        self._last_line_s = now
-        seconds = (now - self.start_s) / max(1, done - self.first) * (self.total - done)
-        print(f"{self.what}: {done}/{self.total} | eta {format_duration(seconds)}", file=sys.stderr, flush=True)
 
 
 def format_duration(seconds: float) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from wandistiller.errors import UserError
 from wandistiller.projection.project import ProjectionReport
-from wandistiller.reports.progress import Countdown
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.sampler import VelocityField
 from wandistiller.sampling.teacher import Teacher
@@ -213,6 +213,6 @@ def fill_caches(
         options = replace(walk_options(settings, size), num_slots=layout.num_slots)
         calls = sum(layout.calls_of(chunk) for chunk in cache.missing(chunks)) * layout.micro_batch // layout.batch_size
         print(f"Asking the teacher for {calls} batches, kept in {cache.folder}", flush=True)
-        countdown = Countdown("Chunks of the teacher's answers", len(chunks))
-        cache.fill(chunks, partial(Walk, teacher, prompt_embeds, options), countdown)
+        with tqdm(total=len(chunks), desc="Chunks of the teacher's answers", mininterval=10) as bar:
+            cache.fill(chunks, partial(Walk, teacher, prompt_embeds, options), lambda done: bar.update(done - bar.n))
         processes.barrier()
