@@ -25,7 +25,7 @@ from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import load_prompts
 from wandistiller.students.drawing import check_picture_size
-from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes, weights_digest
+from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes
 
 if TYPE_CHECKING:  # torch and what needs it load only once the flags are known to be right
     from wandistiller.evaluation.experiment import Drawn, Experiment
@@ -150,12 +150,12 @@ def measure_all(
     return results, teacher, student
 
 
-def recommend(folder: Path, steps: int | None, digest: str | None) -> None:
-    """Record in how many steps the student is to be drawn, unless it is fixed to its own or has been trained on meanwhile."""
+def recommend(folder: Path, steps: int | None) -> None:
+    """Record in how many steps the student is to be drawn, unless it is fixed to its own."""
     from wandistiller.files.atomic import write_text
 
     config = StudentConfig.load(folder)
-    if is_fixed(config) or steps in (None, StudentRecord.of(config).steps) or weights_digest(folder) != digest:
+    if is_fixed(config) or steps in (None, StudentRecord.of(config).steps):
         return
     recommended = (config.distillation or {}) | {"recommended_steps": steps}
     write_text(folder / CONFIG_NAME, config.replace(distillation=recommended).to_json())
@@ -190,13 +190,12 @@ def main(argv: list[str] | None = None) -> int:
     from wandistiller.reports.plots import save_frontier
     from wandistiller.reports.tables import finite, report_lines, worst_prompts
 
-    digest = weights_digest(flags.student)  # before they are read, because a run may be writing new ones
     experiment, text = prepare(flags, size, prompts)
     prepare_output_folder(folder, "--output")
 
     # Measure:
     measured, teacher, student = measure_all(flags, config, experiment, text)
-    results = describe(flags, config, size, experiment) | {"student_sha256": digest} | measured
+    results = describe(flags, config, size, experiment) | measured
     by_prompt = measure_prompts(student, teacher, experiment.num_seeds)
     results["worst_prompts"] = worst_prompts(prompts, [one.distance for one in by_prompt])
     print("\n".join(report_lines(results)))
@@ -211,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Saved {', '.join([EVALUATION_NAME, *([FRONTIER_NAME] if 'frontier' in results else [])])} in {folder}")
     print(f"Every prompt, the worst first; open it in a browser: {folder / GALLERY_NAME}")
     if "frontier" in results and folder.resolve() == Path(flags.student).resolve():
-        recommend(folder, results["frontier"]["recommended_steps"], digest)
+        recommend(folder, results["frontier"]["recommended_steps"])
     return 0
 
 

@@ -40,11 +40,7 @@ WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 class Flags(PartsFlags):
     """The flags of this command, as `--help` describes them."""
 
-    student: str = flag(
-        "folder of a trained student (--output_dir of train_distillation.py), or its .safetensors file",
-        required=True,
-        type=path,
-    )
+    student: str = flag("folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path)
     format: str = flag(
         "diffusers: a transformer folder; pipeline: a whole pipeline folder; original: one file for ComfyUI",
         required=True,
@@ -72,13 +68,7 @@ def check_flags(flags: Flags) -> None:
 
 def read_config(flags: Flags) -> StudentConfig:
     """Read the student's config; a pipeline also needs its record, which says how to draw."""
-    if flags.format != "pipeline" and Path(flags.student).is_file():
-        from wandistiller.model.transformer import saved_config
-
-        config = saved_config(flags.student)
-        StudentRecord.of(config, flags.student)
-    else:
-        config = (load_student_config if flags.format == "pipeline" else load_shape)(flags.student)
+    config = (load_student_config if flags.format == "pipeline" else load_shape)(flags.student)
     config.check_is_wan(f"--student {flags.student}", "no other tool knows its architecture")
     return config
 

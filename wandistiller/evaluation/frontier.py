@@ -22,7 +22,6 @@ from wandistiller.sampling.sampler import SAMPLER_NAMES, SamplingOptions
 TEACHER_STEPS = (1, 2, 3, 4, 5, 6, 8, 10)
 SAMPLERS = ("euler", "unipc", "dpm++")
 NEAR_BEST = 1.1
-RULE = "the fewest steps whose endpoint error is at most 1.1 times the smallest"
 
 
 def measure_frontier(
@@ -54,7 +53,6 @@ def measure_frontier(
         "num_seeds": experiment.num_seeds,
         "rows": [*student, *teacher],
         "recommended_steps": recommended_steps({row["steps"]: row["endpoint"] for row in student}),
-        "rule": RULE,
     }
 
 
@@ -119,6 +117,6 @@ def compare_cost(row: dict, teacher: Sequence[dict]) -> dict:
 
 
 def recommended_steps(errors: dict[int, float]) -> int | None:
-    """Return where a student's curve bends, by `RULE`; None where no error is a number."""
+    """Return the fewest steps whose error is at most NEAR_BEST times the smallest; None where no error is a number."""
     smallest = min((error for error in errors.values() if math.isfinite(error)), default=math.nan)
     return min((steps for steps, error in errors.items() if error <= NEAR_BEST * smallest), default=None)

@@ -39,8 +39,6 @@ def fill_in(template: str, **values: object) -> Markdown:
     """Return a template of page/ with the values filled in, escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from wandistiller.model.sizes import count_parameters
-
     environment = Environment(  # nosec B701 # markdown, which `finalize` escapes
         loader=FileSystemLoader(PAGE),
         finalize=_escaped,
@@ -48,7 +46,6 @@ def fill_in(template: str, **values: object) -> Markdown:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["count_parameters"] = count_parameters
     return Markdown(environment.get_template(template).render(values).strip() + "\n")
 
 
@@ -57,11 +54,14 @@ def fill_in(template: str, **values: object) -> Markdown:
 
 def export_card(name: str, config: StudentConfig, is_pipeline: bool, dtype: str) -> str:
     """Return the card of an exported folder as text; `config` holds the record that is published."""
+    from wandistiller.model.sizes import count_parameters
+
     record, sizes = config.distillation or {}, trained_sizes(config)
     is_apache = record.get("world") == DEMO_WORLD or str(record.get("base_model")).startswith("Wan-AI/")
     return fill_in(
         "export_card.md",
         config=config,
+        num_parameters=f"{count_parameters(config).total:,}",
         record=defaultdict(lambda: None, record),
         teacher=teacher_name(record),
         sizes=", ".join(f"{size.width} x {size.height}" for size in sizes),

@@ -10,7 +10,7 @@ from typing import Any
 
 from wandistiller.errors import UserError
 from wandistiller.files.json_files import PATH, RATIO, STEPS, TEXT, Kind, is_number
-from wandistiller.model.config import CONFIG_NAME, WEIGHTS_NAME, StudentConfig
+from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.model.image_sizes import MAX_SIZES, ImageSize, is_size, square
 from wandistiller.wan.record_kinds import SAMPLING_KINDS, latents_kinds
 
@@ -163,11 +163,3 @@ def load_student_config(folder: str | Path) -> StudentConfig:
     if missing:
         raise UserError(f'{where}: its "distillation" record lacks {", ".join(missing)}; copy the file again')
     return config
-
-
-def weights_digest(folder: str | Path) -> str | None:
-    """The sha256 of a student's weights, to which measurements belong; None without a weights file."""
-    from wandistiller.files.atomic import file_digest
-
-    file = Path(folder) / WEIGHTS_NAME
-    return file_digest(file) if file.is_file() else None
