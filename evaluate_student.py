@@ -23,7 +23,7 @@ from wandistiller.files.output_folder import (
 from wandistiller.flags import DrawingFlags, TextFlags, flag, group, number, parse_flags, path
 from wandistiller.model.config import CONFIG_NAME, StudentConfig
 from wandistiller.model.image_sizes import ImageSize
-from wandistiller.prompts.prompts import load_prompts
+from wandistiller.prompts.prompts import prompts_to_draw
 from wandistiller.students.drawing import check_picture_size
 from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes
 
@@ -162,25 +162,12 @@ def recommend(folder: Path, steps: int | None) -> None:
     print(f"Recorded in {folder / CONFIG_NAME}: {steps} steps are enough, and drawing takes them from now on")
 
 
-def read_prompts(flags: Flags) -> list[str]:
-    """Read the prompts to draw; what they were read as is printed."""
-    file = load_prompts(
-        flags.prompts_file,
-        flags.caption_column,
-        num_drawn=flags.num_prompts,
-        prompt_per=flags.prompt_per,
-    )
-    if file.notice:
-        print(f"{flags.prompts_file}: {file.notice}")
-    return list(file.prompts[: flags.num_prompts])
-
-
 def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
     flags: Flags = parse_flags(Flags, "evaluate_student.py", ABOUT, argv)
     config = load_student_config(flags.student)
     size = flags.size or trained_sizes(config)[0]
-    prompts = read_prompts(flags)
+    prompts = prompts_to_draw(flags.prompts_file, flags.num_prompts, flags)
     folder = check_output_folder(flags.output or flags.student, "--output")
     check_evaluation_is_ours(folder, "--output")
 

@@ -23,7 +23,7 @@ from wandistiller.files.output_folder import (
 from wandistiller.flags import DrawingFlags, TextFlags, flag, group, number, parse_flags, path, switch
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.image_sizes import ImageSize
-from wandistiller.prompts.prompts import load_prompts, slug, unusable
+from wandistiller.prompts.prompts import prompts_to_draw, slug, unusable
 from wandistiller.prompts.templates import is_template
 from wandistiller.students.drawing import check_picture_size, untrained_warnings
 from wandistiller.students.parts import recorded_settings
@@ -71,10 +71,7 @@ def read_prompts(flags: Flags) -> list[str]:
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
     if flags.prompts_file:
         count = flags.num_prompts or (NUM_OF_TEMPLATES if is_template(flags.prompts_file) else None)
-        file = load_prompts(flags.prompts_file, flags.caption_column, num_drawn=count, prompt_per=flags.prompt_per)
-        if file.notice:
-            print(f"{flags.prompts_file}: {file.notice}")
-        prompts = [*prompts, *file.prompts[:count]]
+        prompts = [*prompts, *prompts_to_draw(flags.prompts_file, count, flags)]
     return [prompt for prompt in prompts for _ in range(flags.num_images)]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wandistiller.errors import UserError
+from wandistiller.flags import TextFlags
 from wandistiller.prompts.caption_files import (
     DELIMITERS,
     LONGEST_PROMPT,
@@ -105,6 +106,14 @@ def load_prompts(
     repeats = f"{num_rows - len(prompts)} repeated lines left out" if num_rows > len(prompts) else ""
     notes = [repeats, rows, *_how_read(files, num_rows), *(f"{count} {what}" for what, count in noted.items())]
     return PromptFile(list(prompts), "; ".join(filter(None, notes)))
+
+
+def prompts_to_draw(path: str, count: int | None, flags: TextFlags) -> list[str]:
+    """Read the first `count` prompts for a command that draws them, and print what was left out or read otherwise than expected."""
+    file = load_prompts(path, flags.caption_column, num_drawn=count, prompt_per=flags.prompt_per)
+    if file.notice:
+        print(f"{path}: {file.notice}")
+    return file.prompts[:count]
 
 
 def _how_read(files: Sequence[CaptionFile], num_rows: int) -> Iterator[str]:

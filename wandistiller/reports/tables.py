@@ -1,4 +1,4 @@
-"""An evaluation as sentences and as rows of one table, for the screen, a model card and the gallery, and as values that JSON can hold."""
+"""An evaluation as sentences and as rows of one table, for the screen and the gallery, and as values that JSON can hold."""
 
 import math
 import textwrap
@@ -18,7 +18,8 @@ def cell_text(value: str | float | None) -> str:
 
 def report_lines(results: dict) -> list[str]:
     """Return an evaluation for the screen: what the student is worth in a sentence, its worst prompts, then tables."""
-    farthest = f"Farthest from the teacher: {'; '.join(worst(results))}"
+    worst = (f"{one['prompt']!r} ({cell_text(one['distance'])})" for one in results["worst_prompts"])
+    farthest = f"Farthest from the teacher: {'; '.join(worst)}"
     lines = ["", *textwrap.wrap(headline(results), WIDTH), *textwrap.wrap(farthest, WIDTH), ""]
     if "frontier" in results:
         lines += frontier_lines(results["frontier"])
@@ -36,11 +37,6 @@ def headline(results: dict) -> str:
             f"The student's pictures are at a relative distance of {cell_text(error)} from the teacher's (0: the same)."
         )
     return nearness(results["frontier"])
-
-
-def worst(results: dict) -> list[str]:
-    """Return the prompts whose pictures are farthest from the teacher's, with their distances."""
-    return [f"{one['prompt']!r} ({cell_text(one['distance'])})" for one in results["worst_prompts"]]
 
 
 def worst_prompts(prompts: Sequence[str], distances: Sequence[float]) -> list[dict]:
@@ -114,48 +110,37 @@ def finite(values: object) -> object:
 
 # ---- the frontier ----
 
-FRONTIER_TITLES = {  # of a row of the frontier -> its column on the screen
-    "who": "who",
-    "steps": "steps",
-    "sampler": "sampler",
-    "cost": "FLOPs",
-    "seconds": "seconds",
-    "endpoint": "endpoint",
-    "noise_cosine": "cosine",
-    "noise_size": "size",
-    "right": "right",
-    "teacher_steps": "as teacher in",
-    "times_cheaper": "cheaper",
-}
+FRONTIER_COLUMNS = (  # title, entry of a row, how it is written, width
+    ("who", "who", "s", 7),
+    ("steps", "steps", "d", 7),
+    ("sampler", "sampler", "s", 14),
+    ("FLOPs", "cost", ".2%", 10),
+    ("seconds", "seconds", ".3g", 10),
+    ("endpoint", "endpoint", ".3f", 10),
+    ("cosine", "noise_cosine", ".3f", 10),
+    ("size", "noise_size", ".3f", 10),
+    ("right", "right", ".3f", 10),
+    ("as teacher in", "teacher_steps", ".3g", 15),
+    ("cheaper", "times_cheaper", ".3g", 9),
+)
 
 
 def frontier_lines(frontier: dict) -> list[str]:
-    """Return the frontier as a table for the screen."""
+    """Return the frontier as a table for the screen; what could not be measured is "-"."""
     about = f"{frontier['num_prompts']} prompts x {frontier['num_seeds']} seeds"
     lines = [
         f"In fewer steps ({about}; FLOPs and seconds of a picture, FLOPs as a share of the teacher's in all of its steps;",
         "endpoint: distance to the teacher's picture, lower is better; cosine and size of what the noise decides, 1 is best):",
+        "".join(f"{title:>{width}}" for title, _, _, width in FRONTIER_COLUMNS),
     ]
-    for row in (FRONTIER_TITLES, *frontier["rows"]):
-        cells = [_frontier_cell(name, row) for name in FRONTIER_TITLES]
-        widths = (-8, 6, 14, *[10] * 6, 15, 9)
-        lines.append(
-            "".join(
-                f"{cell:<{-width}}" if width < 0 else f"{cell:>{width}}"
-                for cell, width in zip(cells, widths, strict=True)
-            )
-        )
+    for row in frontier["rows"]:
+        known = {
+            name: "-" if row[name] is None else f"{row[name]:{form}}"
+            for _, name, form, _ in FRONTIER_COLUMNS
+            if name in row
+        }
+        lines.append("".join(f"{known.get(name, ''):>{width}}" for _, name, _, width in FRONTIER_COLUMNS))
     return [*lines, ""]
-
-
-def _frontier_cell(name: str, row: dict) -> str:
-    value = row.get(name, "")
-    if value is None or isinstance(value, str | int):
-        return "-" if value is None else str(value)
-    if name in ("teacher_steps", "times_cheaper"):
-        unit = " steps" if name == "teacher_steps" else "x"
-        return f"{'>' if row['at_least'] else ''}{value:.3g}{unit}"
-    return f"{value:.2%}" if name == "cost" else f"{value:.3g}" if name == "seconds" else f"{value:.3f}"
 
 
 def recommended_row(frontier: dict) -> dict | None:
