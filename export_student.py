@@ -109,7 +109,7 @@ def find_parts(flags: PartsFlags, config: StudentConfig) -> Parts:
     return encoder, vae
 
 
-def write(target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: Parts | None, flags: Flags) -> None:
+def write(target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: Parts, flags: Flags) -> None:
     """Write the export: the file or folder appears whole or not at all, and replaces nothing that has come there meanwhile.
 
     Args:
@@ -130,9 +130,7 @@ def write(target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, par
                 write_folder(folder, tensors, config, parts, flags)
 
 
-def write_folder(
-    folder: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: Parts | None, flags: Flags
-) -> None:
+def write_folder(folder: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: Parts, flags: Flags) -> None:
     """Write a folder for diffusers: a pipeline where its parts are given, else the transformer alone."""
     from wandistiller.files.atomic import write_text
     from wandistiller.projection.exports import write_pipeline_parts, write_transformer_folder
