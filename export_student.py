@@ -26,9 +26,8 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 
     from wandistiller.wan.text_encoder_files import TextEncoderFiles
 
-Parts: TypeAlias = (
-    "tuple[TextEncoderFiles, Any]"  # of a pipeline beside its transformer: text encoder, AutoencoderKLWan
-)
+# Of a pipeline beside its transformer, text encoder and AutoencoderKLWan; of other formats None
+Parts: TypeAlias = "tuple[TextEncoderFiles, Any] | None"
 # The precisions of each format
 FLOATS = ["fp32", "bf16", "fp16"]
 FORMATS = {"diffusers": FLOATS, "original": [*FLOATS, "fp8"], "pipeline": FLOATS}
@@ -138,7 +137,7 @@ def write_folder(folder: Path, tensors: "dict[str, Tensor]", config: StudentConf
 
     transformer = folder if parts is None else folder / "transformer"
     if parts is not None:
-        write_pipeline_parts(config, folder, *parts, flags.dtype)
+        write_pipeline_parts(config, folder, *parts, dtype=flags.dtype)
         transformer.mkdir()
     write_transformer_folder(tensors, config, transformer, flags.dtype)
     name = Path(flags.output).resolve().name
