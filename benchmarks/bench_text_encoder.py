@@ -32,10 +32,10 @@ from wandistiller.evaluation.pair import Pair
 from wandistiller.flags import ComputeFlags, TeacherFlags
 from wandistiller.prompts.prompts import load_prompts
 from wandistiller.sampling.flow import seeded_noise
-from wandistiller.students.drawing import embed_with_negative
 from wandistiller.students.parts import teacher_paths
 from wandistiller.students.record import load_student_config
 from wandistiller.wan.small_umt5 import num_parameters
+from wandistiller.wan.text_encoder import embed_texts
 from wandistiller.wan.text_encoder_files import find_text_encoder
 
 QUARTER = {"d_model": 64, "d_ff": 160, "num_layers": 2, "num_heads": 3}  # of the toy teachers' parameters, or near it
@@ -83,8 +83,7 @@ class Bench:
     def row(self, folder: Path) -> dict[str, float]:
         """Return the measures of the student with the encoder of a folder."""
         own, pair, encoder = self.experiment, self.pair, find_text_encoder(folder)
-        settings = own.student.settings
-        embeds, _ = embed_with_negative(own.prompts, settings, encoder, pair.config, pair.prompt_cache, pair.device)
+        embeds = embed_texts(own.prompts, encoder, pair.config, pair.prompt_cache, pair.device)
         drawn = replace(own, embeds=embeds).draw(folder.name, own.student.field, own.student.options)
         verdicts = zip(drawn.verdicts or [], self.full.verdicts or [], strict=True)
         endpoint = endpoint_error(drawn.latents, self.teacher.latents)

@@ -27,10 +27,10 @@ from support.wan_folders import (
     write_hollow_shards,
     write_pipeline_folder,
 )
+from wandistiller.evaluation.pair import sampling_of
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.sampling.sampler import StudentField, sample
-from wandistiller.students.drawing import student_sampling
 from wandistiller.wan.small_umt5 import cut_umt5
 from wandistiller.wan.text_encoder import encode_prompts, token_ids
 from wandistiller.wan.text_encoder_files import find_text_encoder
@@ -186,7 +186,10 @@ def test_a_pipeline_with_the_small_encoder_draws_what_we_draw_with_it(student, s
 
     config, model = StudentConfig.load(student), WanLiteStudent.from_pretrained(student)
     text = encode_prompts(PROMPTS[1:2], find_text_encoder(small), tmp_path / "cache").batch([0])
-    options, noise = student_sampling(config, None, torch.float32, "cpu"), torch.randn(1, 16, 8, 8, generator=generator)
+    options, noise = (
+        sampling_of("student", config, None, torch.float32, "cpu"),
+        torch.randn(1, 16, 8, 8, generator=generator),
+    )
     drawn = pipeline(
         PROMPTS[1], height=64, width=64, num_frames=1, guidance_scale=1.0, latents=noise[:, :, None], output_type="latent",
         num_inference_steps=options.num_inference_steps,
