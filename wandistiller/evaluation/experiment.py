@@ -118,7 +118,7 @@ def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
     asked = ComparedTeacher(theirs.field, own.field) if has_velocity else theirs.field
     teacher = experiment.draw("teacher", asked, theirs.options)
     student = experiment.draw("student", own.field, own.options)
-    results = {
+    results: dict = {
         "endpoint": {"latent_relative_error": measures.endpoint_error(student.latents, teacher.latents)},
         "noise": {
             "num_noises": experiment.num_seeds,
