@@ -1,3 +1,3 @@
-"""Here is measured how close a student is to its teacher: measures, errors at held-out states, judges of pictures.
+"""Here a student and its teacher draw, and it is measured how close they are: measures, errors at held-out states, judges of pictures.
 
 It may import projection, sampling, wan, model and files."""

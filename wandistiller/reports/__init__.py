@@ -1,5 +1,4 @@
-"""What a person watches or keeps of a run: metrics, progress, plots, trackers, sample pictures, cards, tables, the gallery,
-and the playground.
+"""What a person watches or keeps of a run: metrics, progress, plots, trackers, sample pictures, tables, the gallery, cards of exports.
 
 It may import evaluation, walk, projection, sampling, wan, model and files, but nothing that trains.
 """
