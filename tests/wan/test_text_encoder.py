@@ -20,7 +20,7 @@ from support.wan_folders import tiny_text_encoder, tiny_tokenizer
 from support.wan_parts import scaled, sentencepiece_model, umt5_to_original
 from wandistiller.errors import UserError
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
-from wandistiller.wan.text_encoder import encode_prompts
+from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder, open_tokenizer
 from wandistiller.wan.umt5 import COPY
 
@@ -67,7 +67,8 @@ def oracle(saved_pipeline) -> torch.Tensor:
 
 
 def encode(folder: Path, prompts=PROMPTS, **settings):
-    return encode_prompts(prompts, files_of(folder), folder.parent / "cache", **settings)
+    progress = settings.pop("progress", None)
+    return encode_prompts(prompts, files_of(folder), folder.parent / "cache", EncodingOptions(**settings), progress)
 
 
 def files_of(folder: Path) -> TextEncoderFiles:

@@ -15,7 +15,7 @@ from wandistiller.prompts.prompts import clean_prompt
 from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS
 from wandistiller.sampling.sampler import SamplingOptions, wan_scheduler
 from wandistiller.sampling.teacher import Teacher
-from wandistiller.wan.text_encoder import encoder_dtype
+from wandistiller.wan.text_encoder import EncodingOptions
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, open_tokenizer
 
 
@@ -65,7 +65,7 @@ def text_cost(files: TextEncoderFiles | None, prompt: str, text_max_length: int,
     if files is None:
         return {"bytes": 0, "flops": 0, "seconds": 0.0}
     tokens = open_tokenizer(files.tokenizer)([clean_prompt(prompt)])[0][:text_max_length]
-    encoder: Any = files.umt5.load(encoder_dtype(device))
+    encoder: Any = files.umt5.load(EncodingOptions(device=device).encoder_dtype)
     encoder.to(device)
     return module_cost(encoder, partial(encoder, torch.tensor([tokens or [0]], device=device)), device)
 

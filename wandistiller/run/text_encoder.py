@@ -33,7 +33,7 @@ from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.training.state import RunState, TrainingOptions
 from wandistiller.training.text_encoder import EncoderObjective, TextBatches, TextReader, token_errors
 from wandistiller.wan.small_umt5 import CONFIG_NAME, MODEL_NAME, SmallUmt5, cut_umt5, num_parameters, read_small_shape
-from wandistiller.wan.text_encoder import encode_prompts, encoder_dtype, prompts_digest, token_ids
+from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts, prompts_digest, token_ids
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
 from wandistiller.wan.vae import count_vae_parameters
 
@@ -151,7 +151,8 @@ def build(settings: EncoderSettings) -> "tuple[RunState, HeldOutTexts | None]":
     """Cut the small encoder from the teacher, and build what it learns from and is measured on."""
     device, count = settings.device, len(settings.prompts.train)
     texts = settings.prompts.train + (settings.prompts.held_out if settings.eval_every else [])
-    given = settings.encoder, settings.prompt_cache, TEXT_SLOTS, device, print_encoding
+    encoding = EncodingOptions(TEXT_SLOTS, device)
+    given = settings.encoder, settings.prompt_cache, encoding, print_encoding
     embeds = embed_together(settings.processes, texts, lambda part: encode_prompts(part, *given))
     tokens = token_ids(texts, settings.encoder, TEXT_SLOTS)
     reader = None
@@ -161,7 +162,7 @@ def build(settings: EncoderSettings) -> "tuple[RunState, HeldOutTexts | None]":
     slots = range(start, start + settings.batch_size)
     how: dict[str, Any] = {"seed": settings.seed, "is_read": reader is not None, "device": device}
     batches: Any = TextBatches(tokens[:count], embeds.part(0, count), slots, total, **how)
-    teacher: Any = settings.encoder.umt5.load(encoder_dtype(device))
+    teacher: Any = settings.encoder.umt5.load(encoding.encoder_dtype)
     teacher.to(device)
     layers = spread_layers(teacher.config.num_layers, settings.shape["num_layers"])
     parts = torch.arange(min(count, CUT_PROMPTS)).split(AT_ONCE)

@@ -7,6 +7,7 @@ pipelines/wan/pipeline_wan.py). transformers is imported where it is used: a com
 import gc
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,24 @@ ROUND = 65536  # prompts whose tokens are in memory at a time
 BATCH_SIZE = 8  # prompts encoded at once
 
 
-def encoder_dtype(device: str) -> torch.dtype:
-    """Return the precision of the encoder and of the embeddings that are stored."""
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+@dataclass(frozen=True)
+class EncodingOptions:
+    """How prompts are encoded; past `text_max_length` text slots one is cut."""
+
+    text_max_length: int = 512
+    device: str = "cpu"
+
+    @property
+    def encoder_dtype(self) -> torch.dtype:
+        """The precision of the encoder and of the embeddings that are stored."""
+        return torch.float32 if torch.device(self.device).type == "cpu" else torch.bfloat16
 
 
 def encode_prompts(
     prompts: Sequence[str],
     files: TextEncoderFiles,
     cache_dir: str | Path,
-    text_max_length: int = 512,
-    device: str = "cpu",
+    options: EncodingOptions = EncodingOptions(),
     progress: Callable[[int, int], None] | None = None,
 ) -> PromptEmbeds:
     """Return UMT5's last hidden states of the text tokens, as WanPipeline.encode_prompt computes them.
@@ -43,13 +51,12 @@ def encode_prompts(
     The encoder is loaded only for prompts that `cache_dir` lacks, and has left memory on return.
 
     Args:
-        text_max_length: text slots, past which a prompt is cut.
         progress: called with (prompts encoded so far, prompts to encode).
 
     Raises:
         UserError: a folder is not that of a usable UMT5 encoder or tokenizer, or an embedding is not finite.
     """
-    text_dim, dtype, slots = files.umt5.text_dim, encoder_dtype(device), text_max_length
+    text_dim, dtype, slots = files.umt5.text_dim, options.encoder_dtype, options.text_max_length
     settings = f"{CACHE_VERSION} {slots} {dtype}"
     cleaned = [clean_prompt(prompt) for prompt in prompts]
     keys = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in cleaned]
@@ -60,7 +67,7 @@ def encode_prompts(
         check_writable(folder, "--prompt_cache")
         tokenize = open_tokenizer(files.tokenizer)
         encoder: Any = files.umt5.load(dtype)
-        encoder.to(device)
+        encoder.to(options.device)
         encoding = _encode(missing, tokenize, encoder, files, slots)
         cache.fill(encoding, lambda done: progress(done, len(missing)) if progress else None)
         del encoder, encoding
@@ -82,7 +89,7 @@ def embed_texts(
     """Return the text tokens of prompts, as teacher and student of `config` take them; without an encoder the mock's."""
     if encoder is None:
         return mock_prompt_embeds(texts, config.text_encoder_output_dim, config.text_max_length)
-    return encode_prompts(texts, encoder, prompt_cache, config.text_max_length, device, progress)
+    return encode_prompts(texts, encoder, prompt_cache, EncodingOptions(config.text_max_length, device), progress)
 
 
 def token_ids(prompts: Sequence[str], files: TextEncoderFiles, text_max_length: int) -> list[list[int]]:
