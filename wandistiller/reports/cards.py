@@ -57,7 +57,6 @@ def export_card(name: str, config: StudentConfig, is_pipeline: bool, dtype: str)
     from wandistiller.model.sizes import count_parameters
 
     record, sizes = config.distillation or {}, trained_sizes(config)
-    is_apache = record.get("world") == DEMO_WORLD or str(record.get("base_model")).startswith("Wan-AI/")
     return fill_in(
         "export_card.md",
         config=config,
@@ -66,25 +65,11 @@ def export_card(name: str, config: StudentConfig, is_pipeline: bool, dtype: str)
         teacher=teacher_name(record),
         sizes=", ".join(f"{size.width} x {size.height}" for size in sizes),
         is_square=sizes == [square(config.image_size)],
-        is_apache=is_apache,
-        front_matter=front_matter(record, is_apache),
+        is_apache=record.get("world") == DEMO_WORLD or str(record.get("base_model")).startswith("Wan-AI/"),
+        base_model=Markdown(json.dumps(record.get("base_model"))),
         name=name,
         drawing=Markdown(drawing(config, THIS_FOLDER, dtype)) if is_pipeline else None,
     )
-
-
-def front_matter(record: Mapping, is_apache: bool) -> Markdown:
-    """Return the YAML that the hub reads at the top of a card."""
-    from huggingface_hub import CardData  # unlike ModelCardData it keeps the order given here
-
-    data = CardData(
-        license="apache-2.0" if is_apache else "other",
-        base_model=record.get("base_model"),
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["wan", "distillation"],
-    )
-    return Markdown(data.to_yaml() + "\n")
 
 
 def teacher_name(record: Mapping) -> Markdown:
