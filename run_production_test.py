@@ -76,7 +76,7 @@ def run_test(flags: Flags, scratch: Path) -> None:
     passed(f"Student parameters: {count_parameters(small).total:,}")
     num_prompts = min(len(inputs.prompts.train), MAX_PROMPTS)
     own = {"student_config": str(config_file), "num_prompts": num_prompts, "output_dir": flags.output_dir}
-    tested = {name: getattr(flags, name) for name in (*TESTED, "states", "sigma_range", "gradient_checkpointing")}
+    tested = {name: getattr(flags, name) for name in (*TESTED, "sigma_range", "gradient_checkpointing")}
     train_and_resume(Flags(**tested | SMALL | own), -(-num_prompts // BATCH_SIZE))
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     passed("Files saved: " + ", ".join(f"{path.name} ({path.stat().st_size:,} bytes)" for path in files))

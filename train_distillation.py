@@ -47,10 +47,10 @@ def distil(flags: Flags) -> int:
         with open_folder(settings, run_identity(settings)) as folder:
             check_disk(folder.checkpoints, settings)
             run = build_run(settings, caches)
-            folder = run.resume(folder)
+            run.resume(folder.resume_from)
             with watch(settings, folder, run.embeds, run.teacher) as observer:
                 with observer.shown():
-                    result = run.train(observer, folder)
+                    result = run.train(observer, folder.checkpoints)
                 run.save(folder=folder.path)
                 if not result.interrupted:
                     observer.draw_last(run.student, result.num_steps)

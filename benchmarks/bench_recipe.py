@@ -43,7 +43,6 @@ ARMS: dict[str, dict[str, object]] = {
     "default": {},
     "AdamW": {"--optimizer": "adamw"},
     "no hidden states": {"--feature_loss_weight": 0},
-    "pure noise": {"--states": "noise"},
     "random init": {"--init_from": "random"},
     "replay 1": {"--replay": 1},
     "replay 2": {"--replay": 2},

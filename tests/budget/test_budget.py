@@ -67,7 +67,7 @@ def test_weights_of_a_projected_teacher(teachers, dtype):
     [
         ["--replay", 1],
         ["--replay", 3, "--optimizer", "adamw"],
-        ["--states", "noise", "--ema_decay", 0],
+        ["--student_steps", "none", "--ema_decay", 0],
         ["--student_steps", 2],
         ["--image_sizes", "32x32", "48x32"],
     ],

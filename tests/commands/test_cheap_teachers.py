@@ -92,7 +92,6 @@ def test_a_run_or_a_cache_of_another_teacher_is_refused(train, teachers, tmp_pat
     [
         (["--teacher_sampler", "dpm++"], "'unipc', 'euler'"),
         (["--teacher_steps", 0], "--teacher_steps"),
-        ([*FEW, "--states", "noise", "--sigma_range", 0.1, 0.2], "holds none of the teacher's noise levels, 1, 0.9,"),
         (["--teacher_levels", 900, 500], "--teacher_levels 900 500: allowed: falling numbers above 0, the first 1000"),
         (
             ["--teacher_levels", 1000, 500, "--teacher_sampler", "euler"],
@@ -112,7 +111,7 @@ def test_the_dry_run_counts_one_pass_where_there_is_no_guidance(run_main, write_
         outcome = run_main(
             train_distillation.main, "--teacher_path", teachers.one, "--student_config", write_config(PRUNED_CONFIG),
             "--data_path", PROMPTS, "--prompt_cache", teachers.prompt_cache, "--output_dir", tmp_path / "out",
-            "--dry_run", "--replay", 1, "--max_steps", 20, "--shift", 5, "--states", "noise", *flags,
+            "--dry_run", "--replay", 1, "--max_steps", 20, "--shift", 5, *flags,
         )  # fmt: skip
         assert outcome.code == 0, outcome.err
         number, prefix = re.search(r"a step: teacher ([\d.]+) ([MG])", outcome.out).groups()

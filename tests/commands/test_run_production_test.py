@@ -108,8 +108,8 @@ def test_it_takes_the_flags_of_the_trainer_and_tests_the_recipe_that_was_typed(p
         "--teacher_dtype",
         "fp8",
         "--compile",
-        "--states",
-        "noise",
+        "--student_steps",
+        "none",
     ]
     outcome = preflight(*few, *recipe, "--optimizer", "adamw")
     assert_passed(outcome)

@@ -37,7 +37,7 @@ def test_a_student_of_the_teachers_own_weights_errs_by_the_rounding_alone(
 
 def test_a_student_learns_from_a_frozen_fp8_teacher(train, teachers, tmp_path):
     before = snapshot(teachers.two)
-    flags = ("--teacher_dtype", "fp8", "--dtype", "bf16", "--lr", 1e-2, "--max_steps", 40, "--states", "noise")
+    flags = ("--teacher_dtype", "fp8", "--dtype", "bf16", "--lr", 1e-2, "--max_steps", 40, "--student_steps", "none")
     outcome = train(teachers.two, PRUNED_CONFIG, *flags)
     assert outcome.code == 0, outcome.err
     losses = [entry["loss"] for entry in read_metrics(tmp_path / "out")]

@@ -67,7 +67,7 @@ FLAGS = {
     "float is negative with exponent": (["--lr", "-1e-5"], ["--lr", "'-1e-5'", "above 0"]),
     "boundary above 1": (["--boundary_ratio", 875], ["--boundary_ratio", "at most 1"]),
     "choice": (["--dtype", "fp16"], ["--dtype", "fp16", "fp32", "bf16"]),
-    "a trajectory from below": (["--sigma_range", 0, 0.5], ["--sigma_range", "sigma 1", "--states noise"]),
+    "a trajectory from below": (["--sigma_range", 0, 0.5], ["--sigma_range", "sigma 1"]),
     "sigma_range reversed": (["--sigma_range", 0.9, 0.1], ["--sigma_range", "0.9", "below", "0.1"]),
     "eval prompts not there": (["--eval_prompts", "nowhere.txt", "--eval_every", 5], ["nowhere.txt"]),
     "offline without a cache": (["--offline_teacher"], ["--offline_teacher", "--teacher_cache"]),

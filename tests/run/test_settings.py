@@ -28,14 +28,14 @@ def resolved(write_config, teachers):
 # ---- defaults ----
 
 
-@pytest.mark.parametrize("flags", [["--states", "noise"], ["--teacher_cache", "x"], ["--feature_loss_weight", "0"]])
+@pytest.mark.parametrize("flags", [["--teacher_cache", "x"], ["--feature_loss_weight", "0"]])
 def test_hidden_states_are_compared_wherever_the_teacher_has_some(resolved, flags):
     assert resolved().feature_loss_weight == 1.0 and resolved(*flags).feature_loss_weight == 0.0
 
 
 @pytest.mark.parametrize(
     "flags, calls_per_expert",
-    [([], 64), (["--calls_per_expert", "8"], 8), (["--calls_per_expert", "0"], 0), (["--states", "noise"], 0)],
+    [([], 64), (["--calls_per_expert", "8"], 8), (["--calls_per_expert", "0"], 0)],
 )
 def test_an_offloaded_teacher_answers_in_turns_unless_something_speaks_against_it(
     resolved, teachers, flags, calls_per_expert
@@ -131,7 +131,7 @@ def test_a_message_names_the_files_of_digests_and_tells_what_changed():
 
 def test_a_setting_that_a_checkpoint_lacks_counts_as_its_neutral_value(tmp_path):
     neutral = {"replay": 1, "calls_per_expert": 0}
-    Checkpoints(tmp_path, {"seed": 3}, 4).save(1, {})
-    assert Checkpoints(tmp_path, {"seed": 3, "replay": 1}, 4, neutral=neutral).newest().step == 1
+    Checkpoints(tmp_path, {"seed": 3}).save(1, {})
+    assert Checkpoints(tmp_path, {"seed": 3, "replay": 1}, neutral=neutral).newest().step == 1
     with pytest.raises(UserError, match="replay 1, now 2"):
-        Checkpoints(tmp_path, {"seed": 3, "replay": 2}, 4, neutral=neutral).newest()
+        Checkpoints(tmp_path, {"seed": 3, "replay": 2}, neutral=neutral).newest()

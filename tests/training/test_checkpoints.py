@@ -33,7 +33,7 @@ from support.runs import (
 )
 from support.torchrun import start
 from wandistiller.errors import UserError
-from wandistiller.training.checkpoints import CheckpointError, Checkpoints, DamagedCheckpointError
+from wandistiller.training.checkpoints import CheckpointError, Checkpoints
 from wandistiller.training.loop import NonFiniteError, train
 from wandistiller.training.objective import Objective, TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
@@ -111,8 +111,8 @@ def test_another_run_in_the_same_folder_is_refused_with_both_values_and_overwrit
     before = weights_of(tmp_path / "out")
     for changes, config, words in (
         (["--seed", 3], PRUNED_CONFIG, ["seed 0", "now 3"]),
-        (["--states", "noise"], PRUNED_CONFIG, ["'trajectory'", "'noise'"]),
         (["--ema_decay", 0], PRUNED_CONFIG, ["ema True", "now False"]),
+        (["--batch_size", 2], PRUNED_CONFIG, ["samples_per_step 3, now 2"]),
         ([], PRUNED_CONFIG | {"depth": 3}, ["student depth 2, now 3"]),
     ):
         outcome = train(teachers.one, config, *flags, *changes)
@@ -154,39 +154,24 @@ DAMAGES: list[Callable[[Path], object]] = [
     lambda manifest: os.truncate(file_of(manifest), 100),
     lambda manifest: file_of(manifest).unlink(),
     lambda manifest: manifest.write_text("{", encoding="utf-8"),
-    lambda manifest: forge(manifest, **{"trained.student.proj_out.weight": None}),
 ]
-
-
-def forgeries(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor | None]]:
-    """What a run learns from, as it cannot be: each tensor left out, or without its first slot, and paths that are nowhere."""
-    states = {name: value for name, value in tensors.items() if name.startswith("batches.") and "features" not in name}
-    forged: list = [
-        {name: value[1:] if value.ndim and number % 2 else None} for number, (name, value) in enumerate(states.items())
-    ]
-    nowhere = [name for name in states if name.endswith(("walk.prompts", "walk.position"))]
-    assert len(forged) > 10 and len(nowhere) == 2
-    return forged[::2] + [{name: torch.full_like(states[name], 10**9)} for name in nowhere]
 
 
 def test_checkpoints_each_damaged_in_its_own_way_are_skipped_and_a_run_without_a_whole_one_is_refused(
     train, teachers, tmp_path
 ):
-    """Among them, with right checksums, those that lack a tensor of what the student learns from, or have one that cannot be."""
-    steps, whole, folder, lost = 24, *(tmp_path / name for name in ("whole", "damaged", "lost"))
+    steps, whole, folder, lost = 8, *(tmp_path / name for name in ("whole", "damaged", "lost"))
     flags = [*FLAGS, "--save_every", 1, "--keep_checkpoints", 99, "--max_steps", steps]
     assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=whole).code == 0
     manifests = sorted((whole / "checkpoints").glob("*.json"))
-    forged = forgeries(load_file(file_of(manifests[-1])))
-    damages = DAMAGES + [lambda manifest, change=change: forge(manifest, **change) for change in forged]
 
     shutil.copytree(whole, folder)
-    for damage, manifest in zip(damages, manifests[-len(damages) :], strict=True):
+    for damage, manifest in zip(DAMAGES, manifests[-len(DAMAGES) :], strict=True):
         damage(folder / "checkpoints" / manifest.name)
     shutil.copytree(folder, lost)
     outcome = train(teachers.one, PRUNED_CONFIG, *flags, output_dir=folder)
-    assert outcome.code == 0 and f"Resuming from step {steps - len(damages)} of" in outcome.out, outcome.out
-    assert outcome.out.count("skipped, it is damaged") == len(damages)
+    assert outcome.code == 0 and f"Resuming from step {steps - len(DAMAGES)} of" in outcome.out, outcome.out
+    assert outcome.out.count("skipped, it is damaged") == len(DAMAGES)
     assert same_weights(whole, folder) and without_times(whole) == without_times(folder)
 
     for manifest in manifests[:-2]:
@@ -208,18 +193,8 @@ def make_state(optimizer: str = "adamw", seed: int = 0, **of_lessons) -> RunStat
     )
 
 
-def checkpoints_in(folder: Path, keep: int = 2, batch_size: int = 3, **run) -> Checkpoints:
-    return Checkpoints(folder, {"seed": 0} | run, batch_size, keep)
-
-
-def test_a_run_of_another_batch_size_takes_over_all_but_what_it_learns_from(tmp_path):
-    saved, state = make_state(), make_state(seed=1, size=5)
-    train(saved, checkpoints=checkpoints_in(tmp_path))
-    found = checkpoints_in(tmp_path, batch_size=5).newest()
-    state.load(found)
-    assert not found.has_same_batch and state.batches.num_calls == 0 and state.step == STEPS
-    for ours, theirs in zip(state.average.weights.values(), saved.trained.student.parameters(), strict=True):
-        assert torch.equal(ours, theirs)  # a run that is over has its average for weights
+def checkpoints_in(folder: Path, keep: int = 2, **run) -> Checkpoints:
+    return Checkpoints(folder, {"seed": 0} | run, keep)
 
 
 @pytest.mark.parametrize("broken_at, last_good", [(1, None), (4, 3), (5, 3)], ids=["at once", "saved", "not saved"])
@@ -241,25 +216,21 @@ def test_a_step_that_is_not_finite_is_not_saved_and_names_the_newest_checkpoint(
 WEIGHT = "trained.student.proj_out.weight"
 FORGERIES = {
     "weights of another shape": {WEIGHT: torch.zeros(3)},
-    "weights that are no numbers": {WEIGHT: torch.full((64, 12), torch.nan)},
     "no average": {"ema.proj_out.weight": None},
     "no momentum of a matrix": {"optimizer.0.momentum_buffer": None},
-    "momentum of another shape": {"optimizer.0.momentum_buffer": torch.zeros(3)},
     "a moment of no weight": {"optimizer.999.exp_avg": torch.zeros(3)},
     "no losses": {"run.losses": None},
 }
 
 
 @pytest.mark.parametrize("name", FORGERIES)
-def test_a_checkpoint_whose_checksums_are_right_but_not_its_tensors_changes_nothing(tmp_path, name):
+def test_a_checkpoint_whose_checksums_are_right_but_not_its_tensors_is_refused_in_one_sentence(tmp_path, name):
     optimizer = "muon" if "momentum" in name else "adamw"
     train(make_state(optimizer), checkpoints=checkpoints_in(tmp_path))
     forge(tmp_path / "checkpoints" / f"step_{STEPS:08d}.json", **FORGERIES[name])
     state = make_state(optimizer, seed=1)
-    before = {name: value.clone() for name, value in state.trained.state_dict().items()}
-    with pytest.raises(DamagedCheckpointError):
+    with pytest.raises(UserError, match=r"step_00000011: does not hold the state of this run .*--overwrite"):
         state.load(checkpoints_in(tmp_path).newest())
-    assert all(torch.equal(before[name], value) for name, value in state.trained.state_dict().items())
 
 
 # ---- the folder ----

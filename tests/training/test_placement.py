@@ -140,7 +140,7 @@ RUNS: dict[str, tuple[dict, dict]] = {
     "two experts in turns": ({"num_experts": 2, "rooms": 3}, {"calls_per_expert": 1}),
     "blocks, answers on the host": ({"rooms": 2, "is_fp8": True}, {"kept_on": "cpu"}),
     "two experts in parts": ({"num_experts": 2}, {"micro_batch": 2}),
-    "blocks of two experts, noise": ({"num_experts": 2, "rooms": 2}, {"states": "noise"}),
+    "blocks of two experts": ({"num_experts": 2, "rooms": 2}, {}),
     "segments of its paths": ({}, {"segment_ends": (1.0, 0.8, 0.0)}),
 }
 

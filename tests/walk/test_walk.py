@@ -10,17 +10,17 @@ import torch
 
 from support.walks import BOUNDARY, Field, TowardsClean, ask, make_walk, unshift
 from wandistiller.sampling.sampler import wan_scheduler
+from wandistiller.walk.draws import dealt_prompt
 from wandistiller.walk.walk import turns
 
 LEVELS = tuple(wan_scheduler(3.0, 4, "euler").sigmas.tolist())
 KINDS = {
     "paths": {},
     "segments": {"segment_ends": (1.0, 0.8, 0.4, 0.0)},
-    "noise": {"states": "noise"},
     "experts in turn": {"boundary": BOUNDARY, "calls_per_expert": 8},
     "few levels": {"levels": LEVELS, "num_steps": 4},
     "fresh noise at few levels": {"levels": LEVELS, "num_steps": 4, "renoises": True},
-    "a range": {"sigma_range": (0.5, 1.0)},
+    "a range": {"lowest_sigma": 0.5},
 }
 
 
@@ -88,8 +88,7 @@ def test_walks_repeat_with_their_seed_and_image_sizes_differ():
 
 @pytest.mark.parametrize("num_prompts", [7, 10])
 def test_slots_are_dealt_every_prompt_once_an_epoch_in_an_order_of_its_own(num_prompts):
-    walk = make_walk(states="noise", num_prompts=num_prompts)
-    taken = torch.cat([answer["prompts"] for answer in ask(walk, 21)]).tolist()
+    taken = [dealt_prompt((0, 0), place, num_prompts) for place in range(21 * 8)]
     epochs = [
         tuple(taken[start : start + num_prompts])
         for start in range(0, num_prompts * (len(taken) // num_prompts), num_prompts)
@@ -141,7 +140,7 @@ def test_the_states_cover_all_noise_levels_from_the_third_call_on():
 
 
 def test_a_range_that_ends_above_zero_stops_the_paths_there():
-    assert min(float(answer["sigma"].min()) for answer in ask(make_walk(sigma_range=(BOUNDARY, 1.0)), 100)) >= BOUNDARY
+    assert min(float(answer["sigma"].min()) for answer in ask(make_walk(lowest_sigma=BOUNDARY), 100)) >= BOUNDARY
 
 
 def test_a_few_step_teacher_is_asked_at_its_own_levels_alone():
@@ -151,21 +150,6 @@ def test_a_few_step_teacher_is_asked_at_its_own_levels_alone():
         for level in answer["sigma"].tolist():
             counts[level] += 1
     assert min(counts.values()) > 0.1 * sum(counts.values())
-
-
-# ---- states beside the paths ----
-
-
-@pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.25, 0.75), (0.875, 1.0), (0.1, 0.7)])
-def test_noise_is_unit_noise_spread_over_the_range_of_noise_levels(low, high):
-    (answer,) = ask(make_walk(states="noise", num_slots=64, latent_shape=(16, 8, 8), sigma_range=(low, high)), 1)
-    latents, sigma = answer["latents"], answer["sigma"]
-    assert latents.shape == (64, 16, 8, 8) and abs(latents.mean()) < 0.02 and abs(latents.std() - 1) < 0.02
-    # Stratified: undone from the shift, exactly one draw lies in each of 64 equal slices.
-    u = (unshift(sigma.double()) - unshift(low)) / (unshift(high) - unshift(low))
-    assert sorted((64 * u).floor().long().tolist()) == list(range(64))
-    assert sigma.dtype == torch.float32 and low <= sigma.min() and sigma.max() <= high
-    assert not torch.equal(sigma, sigma.sort().values)
 
 
 # ---- two experts ----

@@ -141,7 +141,7 @@ def check_places(settings: Settings) -> None:
     """Refuse folders as the run would, as far as that takes no weight and writes nothing."""
     for name, folder in folders_of(settings).items():
         check_writable(folder, name)
-    checkpoints = Checkpoints(settings.output_dir, {}, settings.batch_size, settings.keep_checkpoints)
+    checkpoints = Checkpoints(settings.output_dir, {}, settings.keep_checkpoints)
     check_disk(checkpoints, settings)
     if checkpoints.exist() or settings.teacher_cache:
         print("Not looked at, since it takes weights: whether checkpoints and teacher cache belong to this run")

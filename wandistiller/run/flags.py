@@ -139,13 +139,7 @@ class GuidanceFlags:
 class StatesFlags:
     """The states that the student learns at, and the teacher's answers there."""
 
-    states: str = flag(
-        "trajectory: the teacher's own sampling paths; noise: pure noise at every noise level",
-        "trajectory",
-        choices=["trajectory", "noise"],
-        neutral="trajectory",
-    )
-    sigma_range: Sequence[float] | None = flag("noise levels to train on (all)", **RANGE, neutral=(0.0, 1.0))
+    sigma_range: Sequence[float] | None = flag("noise levels to train on, HIGH 1 (all)", **RANGE, neutral=(0.0, 1.0))
     calls_per_expert: int | None = flag(
         "teacher batches in a row for one expert of two; 0: both in every batch", type=COUNT_OR_0, neutral=0
     )

@@ -1,8 +1,8 @@
 """The output folder of a run: taken for it alone, with the checkpoint that the run resumes from."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from wandistiller.run.dry_run import workload_of
 from wandistiller.run.flags import NEUTRAL
 from wandistiller.run.learning import described
 from wandistiller.run.settings import Settings
-from wandistiller.training.checkpoints import Checkpoint, Checkpoints, DamagedCheckpointError
-from wandistiller.training.state import RunState
+from wandistiller.training.checkpoints import Checkpoint, Checkpoints
 
 # What else a run must share with the one that it resumes, with the value that counts where a checkpoint lacks it. All other settings
 # say how long, how fast, and what is shown.
@@ -43,42 +42,18 @@ class Folder:
         """Steps taken by earlier commands."""
         return 0 if self.resume_from is None else self.resume_from.step
 
-    def resuming_from(self, checkpoint: Checkpoint | None, settings: Any) -> "Folder":
-        """Return the folder at a checkpoint, or at the start of a run; say so."""
-        if checkpoint is not None:
-            print(f"Resuming from step {checkpoint.step} of {self.path} (--overwrite starts anew)")
-            if checkpoint.step >= settings.num_steps:
-                print(
-                    f"Nothing is left to train: the run is of {settings.num_steps} steps; --max_steps makes it longer"
-                )
-            if not checkpoint.has_same_batch:
-                had, has = checkpoint.batch_size, settings.num_samples_per_step
-                print(f"Training states start anew: a step had {had} samples, and has {has} now")
-            had, has = checkpoint.threads, torch.get_num_threads()
-            if settings.processes.device == "cpu" and had not in (0, has):
-                print(
-                    f"Hint: the checkpoint was written with {had} threads, and there are {has} now: the result is that of a run never "
-                    f"stopped within rounding; bit for bit it is with OMP_NUM_THREADS={had}"
-                )
-        return replace(self, resume_from=checkpoint)
 
-    def load_newest(
-        self, settings: Any, state_of: Callable[[Checkpoint], RunState]
-    ) -> "tuple[RunState | None, Folder]":
-        """Load the newest checkpoint into the state that `state_of` returns for it; return that, None without one, and the folder at it.
-
-        A checkpoint can be damaged though its checksums are right, and then the one before it is loaded.
-        """
-        folder = self
-        while (checkpoint := folder.resume_from) is not None:
-            state = state_of(checkpoint)
-            try:
-                state.load(checkpoint)
-                return state, folder
-            except DamagedCheckpointError as error:
-                folder.checkpoints.tell_of_damage(checkpoint.folder, str(error))
-                folder = folder.resuming_from(folder.checkpoints.newest(before=checkpoint.step), settings)
-        return None, folder
+def print_resuming(checkpoint: Checkpoint, settings: Any) -> None:
+    """Print where a run goes on, and what about that asks for a second look."""
+    print(f"Resuming from step {checkpoint.step} of {settings.output_dir} (--overwrite starts anew)")
+    if checkpoint.step >= settings.num_steps:
+        print(f"Nothing is left to train: the run is of {settings.num_steps} steps; --max_steps makes it longer")
+    had, has = checkpoint.threads, torch.get_num_threads()
+    if settings.processes.device == "cpu" and had != has:
+        print(
+            f"Hint: the checkpoint was written with {had} threads, and there are {has} now: the result is that of a run never "
+            f"stopped within rounding; bit for bit it is with OMP_NUM_THREADS={had}"
+        )
 
 
 def run_identity(settings: Settings) -> dict[str, object]:
@@ -94,6 +69,7 @@ def run_identity(settings: Settings) -> dict[str, object]:
         "optimizer": settings.optimization.optimizer,
         "ema": settings.optimization.ema_decay > 0,
         "image_sizes": sizes or None,
+        "samples_per_step": settings.num_samples_per_step,
     }
 
 
@@ -106,10 +82,11 @@ def open_folder(settings: Any, identity: dict[str, object]) -> Iterator[Folder]:
             held.enter_context(removed_if_empty(path))
         processes.first_then_all(lambda: prepare_output_folder(path))
         processes.first_then_all(lambda: held.enter_context(locked_folder(path)))
-        total, keep = settings.num_samples_per_step, settings.keep_checkpoints
-        checkpoints = Checkpoints(path, identity, total, keep, processes, neutral=COMPARED)
+        checkpoints = Checkpoints(path, identity, settings.keep_checkpoints, processes, neutral=COMPARED)
         resume_from = None if settings.overwrite else checkpoints.newest()
-        yield Folder(path, checkpoints, None).resuming_from(resume_from, settings)
+        if resume_from is not None:
+            print_resuming(resume_from, settings)
+        yield Folder(path, checkpoints, resume_from)
     leave()
 
 

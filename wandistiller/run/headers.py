@@ -10,7 +10,6 @@ from wandistiller.projection.selection import Selection, check_fits
 from wandistiller.projection.selection_record import read_made_of
 from wandistiller.run.flags import Flags, GuidanceFlags
 from wandistiller.students.record import StudentRecord, load_student_config
-from wandistiller.walk.grids import teacher_levels
 from wandistiller.wan.layouts import open_teacher, open_wan_files
 from wandistiller.wan.record_kinds import LEVELS
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
@@ -139,11 +138,6 @@ def check_levels(flags: Flags, teacher: TeacherSettings, student_steps: int | No
             f"--student_steps {student_steps}: does not divide the teacher's {num_steps} steps, and it has no noise levels between "
             f"them; allowed: {allowed}"
         )
-    low, high = flags.sigma_range or ALL_LEVELS
-    levels = (teacher_levels(teacher) or ())[:-1]
-    if not any(low <= level <= high for level in levels):
-        known = ", ".join(f"{level:.4g}" for level in levels)
-        raise UserError(f"--sigma_range {low:g} {high:g}: holds none of the teacher's noise levels, {known}")
 
 
 def find_sample_vae(flags: Flags, wan_files: WanFiles, teacher: TeacherSettings) -> Path | None:

@@ -92,10 +92,8 @@ def mistakes(flags: Flags) -> Iterator[tuple[str, str]]:
     low, high = flags.sigma_range or (0.0, 1.0)
     if low >= high:
         yield "sigma_range", f"LOW {low} must be below HIGH {high}"
-    if flags.states != "noise" and high != 1.0:
-        yield "sigma_range", "a sampling path begins at sigma 1, so HIGH must be 1 (or use --states noise)"
-    if flags.states == "noise" and flags.calls_per_expert:
-        yield "calls_per_expert", "is for sampling paths; with --states noise both experts answer in every batch"
+    elif high != 1.0:
+        yield "sigma_range", "a sampling path begins at sigma 1, so HIGH must be 1"
     if flags.student_steps and low > 0:
         yield "sigma_range", "does not go together with --student_steps: few steps take all noise levels"
     for name in ("lora_rank", "lora_alpha"):

@@ -107,16 +107,15 @@ def resolve_states(flags: Flags, files: Files, config: StudentConfig) -> dict[st
     if offload == "experts" and num_experts == 1:
         print("--teacher_offload is of no use here, this teacher has one expert; --teacher_offload blocks is for it")
         offload = None
-    # A cache keeps no hidden states, and those at pure noise are not compared.
-    has_features = flags.states != "noise" and flags.teacher_cache is None
-    feature_loss_weight = given(flags.feature_loss_weight, FEATURE_LOSS_WEIGHT if has_features else 0.0)
+    # A cache keeps no hidden states.
+    feature_loss_weight = given(flags.feature_loss_weight, 0.0 if flags.teacher_cache else FEATURE_LOSS_WEIGHT)
     is_of_teacher = files.source.is_like(wan_files.config) if files.source else flags.init_from == "teacher"
     if feature_loss_weight and (not is_of_teacher or not config.is_wan):
         print("Hidden states are not compared: the student has none of the teacher's channels")
         feature_loss_weight = 0.0
     if flags.train == "lora":
         feature_loss_weight = 0.0  # which compares a student as a whole
-    takes_turns = offload and num_experts > 1 and flags.states == "trajectory"
+    takes_turns = offload and num_experts > 1
     return {
         "sigma_range": tuple(flags.sigma_range or ALL_LEVELS),
         "calls_per_expert": given(flags.calls_per_expert, OFFLOAD_CALLS_PER_EXPERT if takes_turns else 0),

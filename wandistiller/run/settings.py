@@ -87,8 +87,7 @@ class Settings(DataFlags, StudentFlags, StatesFlags, ObjectiveFlags, Performance
     @property
     def gathers_segments(self) -> bool:
         """Whether the teacher's paths are walked in the run, so that the second stage can learn from segments of theirs."""
-        has_paths = self.teacher_cache is None and self.states == "trajectory" and not self.is_lora
-        return self.student_steps is not None and has_paths
+        return self.student_steps is not None and self.teacher_cache is None and not self.is_lora
 
     @property
     def is_lora(self) -> bool:

@@ -19,7 +19,6 @@ from wandistiller.projection.lora import StudentLora, write_lora
 from wandistiller.projection.project import ProjectionReport
 from wandistiller.run import build
 from wandistiller.run.flags import flags_of
-from wandistiller.run.folder import Folder
 from wandistiller.run.inputs import read_inputs
 from wandistiller.run.learning import build_batches, build_few_step_batches
 from wandistiller.run.resolve import resolve
@@ -27,7 +26,7 @@ from wandistiller.run.settings import Settings
 from wandistiller.sampling.sampler import StudentField
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.students.parts import recorded_path, recorded_teacher
-from wandistiller.training.checkpoints import Checkpoint
+from wandistiller.training.checkpoints import Checkpoint, Checkpoints
 from wandistiller.training.loop import Observer, TrainingResult, train
 from wandistiller.training.lora import lora_changes, merged_state
 from wandistiller.training.objective import Objective, TrainedStudent
@@ -66,19 +65,14 @@ class Run:
     batches: Batches
     state: RunState | None = field(default=None, init=False)
 
-    def resume(self, folder: Folder) -> Folder:
-        """Load the newest checkpoint that holds the state of this run, of either stage; return the folder at it."""
-        first = self._first()
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Load the state of this run, of either stage; without a checkpoint it begins."""
+        first_step = 0 if checkpoint is None else checkpoint.first_step
+        self._enter(self._second(first_step) if first_step else self._first())
+        if checkpoint is not None:
+            self.state.load(checkpoint)
 
-        def state_of(checkpoint: Checkpoint) -> RunState:
-            first_step = checkpoint.first_step
-            return self._second(first_step) if first_step else first
-
-        loaded, folder = folder.load_newest(self.settings, state_of)
-        self._enter(loaded or first)
-        return folder
-
-    def train(self, observer: Observer | None = None, folder: Folder | None = None) -> TrainingResult:
+    def train(self, observer: Observer | None = None, checkpoints: Checkpoints | None = None) -> TrainingResult:
         """Train the student in place, through both stages; it ends as the average of its weights. See `training.loop.train`.
 
         The second stage begins with the first one's averaged weights. The student learns to take a segment of a sampling path in
@@ -86,10 +80,9 @@ class Run:
         frozen copy of it walks. The teacher is asked nothing more.
 
         Args:
-            folder: what `resume` returned; without it no checkpoint is written.
+            checkpoints: where the run is saved; without them none is written.
         """
         settings, state = self.settings, self.state or self._first()
-        checkpoints = None if folder is None else folder.checkpoints
         self._enter(state)
         if state.frozen is None:
             result = train(state, observer, checkpoints)

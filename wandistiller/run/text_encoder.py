@@ -134,7 +134,8 @@ def distil_text_encoder(settings: EncoderSettings) -> int:
     processes = settings.processes
     with open_folder(settings, identity(settings)) as folder:
         state, held_out = build(settings)
-        _, folder = folder.load_newest(settings, lambda _: state)
+        if folder.resume_from is not None:
+            state.load(folder.resume_from)
         with watched(settings, folder, WRITTEN) as (progress, trackers):
             observer = RunObserver(progress, trackers, held_out)
             small: Any = state.trained.student

@@ -27,10 +27,6 @@ FOLDER_NAME = "checkpoints"
 _STEP = re.compile(r"step_(\d{8})")  # files of other names are a person's: they are neither counted nor removed
 
 
-class DamagedCheckpointError(ValueError):
-    """A checkpoint whose files are as they were written does not hold the state of its run; `RunState.load` finds that out."""
-
-
 class CheckpointError(RuntimeError):
     """A checkpoint of our own run could not be written. The message says which earlier one is good."""
 
@@ -39,40 +35,36 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A finished checkpoint, by what its step_XXXXXXXX.json says. The order of the fields is that of the file.
+    """A finished checkpoint, by what its step_XXXXXXXX.json says.
 
     Attributes:
         folder: of the files; it lies beside the JSON and has its name.
-        has_same_batch: whether the run that resumes from it takes as many samples a step, so that it can use the training states.
         files: sha256 of every file.
-        batch_size: samples a step of the run that wrote it, over all processes.
         first_step: steps before the stage of the run that it belongs to.
-        threads: CPU threads of the process that wrote it; their number decides the rounding of sums. 0: not known.
+        threads: CPU threads of the process that wrote it; their number decides the rounding of sums.
         run: the description of the run.
     """
 
     folder: Path
-    has_same_batch: bool
     step: int
     files: dict[str, str]
-    batch_size: int
     first_step: int
     threads: int
     run: dict[str, object]
 
     @classmethod
-    def read_manifest(cls, path: Path, batch_size: int) -> "Checkpoint":
-        """Read the JSON of a checkpoint, for a run that takes `batch_size` samples a step.
+    def read_manifest(cls, path: Path) -> "Checkpoint":
+        """Read the JSON of a checkpoint.
 
         Raises:
             OSError, KeyError, TypeError, ValueError: it is missing or damaged.
         """
-        about = {"threads": 0} | load_json(path)
-        types = {"step": int, "files": dict, "batch_size": int, "first_step": int, "threads": int, "run": dict}
-        wrong = [name for name, wanted in types.items() if type(about[name]) is not wanted]
-        if wrong or about["step"] != _step_of(path) or not 0 <= about["first_step"] <= about["step"]:
+        found = load_json(path)
+        types = {"step": int, "files": dict, "first_step": int, "threads": int, "run": dict}
+        wrong = [name for name, wanted in types.items() if type(found[name]) is not wanted]
+        if wrong or found["step"] != _step_of(path) or not 0 <= found["first_step"] <= found["step"]:
             raise ValueError(f"{path.name} holds something else as {', '.join(wrong) or 'step'}")
-        return cls(path.with_suffix(""), about["batch_size"] == batch_size, **about)
+        return cls(path.with_suffix(""), **{name: found[name] for name in types})
 
     def read(self, room_for: Callable[[str, torch.Size, torch.dtype], Tensor | None]) -> dict[str, Tensor]:
         """Read its tensors, each into what `room_for` returns for its name, shape and dtype; None leaves it out."""
@@ -84,29 +76,26 @@ class Checkpoints:
 
     Args:
         description: what a run must share with a checkpoint to resume from it, as JSON values.
-        batch_size: samples a step, over all processes. A run may resume with another batch size.
         keep: how many of the newest checkpoints stay.
         neutral: what a checkpoint counts as having where its description lacks a name, which came later.
 
     Attributes:
-        good: steps of the checkpoints that this process has resumed from or written.
+        last_good: step of the last checkpoint that this process has resumed from or written.
     """
 
     def __init__(
         self,
         output_dir: str | Path,
         description: dict[str, object],
-        batch_size: int,
         keep: int = 2,
         processes: Processes | None = None,
         neutral: dict[str, object] | None = None,
     ):
         self.folder = Path(output_dir) / FOLDER_NAME
         self.description, self.neutral = json.loads(json.dumps([description, neutral or {}]))  # as it will be read back
-        self.batch_size = batch_size
         self.keep = keep
         self.processes = processes or Processes()
-        self.good: list[int] = []
+        self.last_good: int | None = None
 
     def exist(self) -> bool:
         """Return whether there is a checkpoint, good or damaged."""
@@ -119,28 +108,26 @@ class Checkpoints:
         files = [path for path in self.folder.glob("*.json") if _STEP.fullmatch(path.stem) and not path.is_symlink()]
         return sorted(files, reverse=True)
 
-    def newest(self, before: int | None = None) -> Checkpoint | None:
+    def newest(self) -> Checkpoint | None:
         """Return the newest good checkpoint, or None if there is none at all. A damaged one is skipped and reported.
-
-        Args:
-            before: where it has turned out that the checkpoint of this step is damaged too, only earlier ones are looked at.
 
         Raises:
             UserError: it belongs to a run that differs in what must be the same, or all checkpoints are damaged.
         """
         found = self.processes.from_first(self._manifests())
-        for path in (path for path in found if before is None or _step_of(path) < before):
+        for path in found:
             checkpoint, reason = None, None
             try:
-                checkpoint = Checkpoint.read_manifest(path, self.batch_size)
+                checkpoint = Checkpoint.read_manifest(path)
                 self._check_files(checkpoint)
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 reason = error_reason(error)
             if not self.processes.all_true(reason is None):
-                self.tell_of_damage(path.with_suffix(""), reason)
+                told = shortened(reason or "another process found so")
+                print(f"{path.with_suffix('')}: skipped, it is damaged ({told})")
                 continue
             self._check_run(checkpoint.run)
-            self.good = [checkpoint.step]
+            self.last_good = checkpoint.step
             return checkpoint
         if found:
             raise UserError(
@@ -148,10 +135,6 @@ class Checkpoints:
                 "start anew (what is there is kept beside)"
             )
         return None
-
-    def tell_of_damage(self, folder: Path, reason: str | None) -> None:
-        """Print that a checkpoint is skipped; `reason` is None where this process has found nothing wrong with it."""
-        print(f"{folder}: skipped, it is damaged ({shortened(reason or 'another process found so')})")
 
     def _check_files(self, checkpoint: Checkpoint) -> None:
         """Compare this process's part of the files with their checksums, and look at their headers."""
@@ -189,10 +172,12 @@ class Checkpoints:
             save_tensors(folder, {name: value.detach().contiguous() for name, value in tensors.items()})
             checksums = self._checksums(folder)
             self.processes.first_then_all(lambda: self._finish(step, folder, checksums, first_step))
-            self.good = [*(known for known in self.good if known != step), step]
+            self.last_good = step
         except (OSError, UserError) as error:
-            last = next((path.stem for path in self._manifests() if _step_of(path) in self.good), None)
-            kept = f"the last good one is {last}, and the same command resumes from it" if last else "there is none yet"
+            last = self.last_good
+            kept = "there is none yet"
+            if last is not None:
+                kept = f"the last good one is step_{last:08d}, and the same command resumes from it"
             raise CheckpointError(
                 f"{folder}: cannot be written ({error_reason(error)}); {kept}. Free some space first"
             ) from None
@@ -225,19 +210,17 @@ class Checkpoints:
     def _finish(self, step: int, folder: Path, checksums: dict[str, str], first_step: int) -> None:
         """Write the manifest, which makes the folder a checkpoint."""
         fsync(folder)  # for the files' names; their contents are synced as they are written
-        about = {"step": step, "files": checksums, "batch_size": self.batch_size, "first_step": first_step}
+        about = {"step": step, "files": checksums, "first_step": first_step}
         about |= {"threads": torch.get_num_threads(), "run": self.description}
         write_json(folder.with_suffix(".json"), about, indent=1, ensure_ascii=False)
         self._drop_old(step)
 
     def _drop_old(self, step: int) -> None:
-        """Remove the checkpoints before `step` that are not among the newest good ones.
+        """Remove the checkpoints before `step` that are not among the newest.
 
         Checkpoints beyond `step` were skipped as damaged, and stay until the run writes them again.
         """
-        before = [number for number in map(_step_of, self._manifests()) if number < step]
-        unread = [number for number in before if number not in self.good]  # older than what this process resumed from
-        kept = {*[step, *(number for number in before if number in self.good), *unread][: self.keep]}
+        kept = [number for number in map(_step_of, self._manifests()) if number <= step][: self.keep]
         # Manifests go first, so that a kill here leaves no checkpoint that lacks files.
         for path in sorted(self.folder.iterdir(), key=Path.is_dir):
             match = _STEP.fullmatch(path.stem)

@@ -118,8 +118,8 @@ class _Loop:
         try:
             check_finite(step, found.sigmas, found.loss + (found.feature_loss or 0.0), found.grad_norm, self.options)
         except NonFiniteError as error:
-            if self.checkpoints is not None and self.checkpoints.good:
-                error.args = (f"{error} The newest good checkpoint is step {max(self.checkpoints.good)}.",)
+            if self.checkpoints is not None and self.checkpoints.last_good is not None:
+                error.args = (f"{error} The newest good checkpoint is step {self.checkpoints.last_good}.",)
             raise
         self.state.update(found.loss)
         return found if has_features else replace(found, feature_loss=None)

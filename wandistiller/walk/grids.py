@@ -20,9 +20,9 @@ def steps_of_paths(num_steps: int) -> tuple[int, int]:
     return low, high
 
 
-def lowest_u(sigma_range: tuple[float, float], shift: float) -> float:
-    """Return the u that `shift_sigma` maps to the lower end of the range."""
-    return float(unshift_sigma(torch.tensor(sigma_range[0], dtype=torch.float64), shift))
+def lowest_u(lowest_sigma: float, shift: float) -> float:
+    """Return the u that `shift_sigma` maps to the noise level."""
+    return float(unshift_sigma(torch.tensor(lowest_sigma, dtype=torch.float64), shift))
 
 
 def path_grid(num_steps: int, jitter: float, shift: float, u_low: float = 0.0) -> Tensor:
@@ -53,12 +53,6 @@ def teacher_levels(settings: TeacherSettings) -> tuple[float, ...] | None:
         return None
     own = settings.shift, settings.num_inference_steps, settings.teacher_sampler, settings.teacher_levels
     return tuple(wan_scheduler(*own).sigmas.tolist())
-
-
-def levels_within(levels: Sequence[float], sigma_range: tuple[float, float]) -> list[float]:
-    """Return those of a teacher's noise levels (without the last 0) that lie in the range."""
-    low, high = sigma_range
-    return [level for level in levels[:-1] if low <= level <= high]
 
 
 def segment_sigmas(shift: float, num_segments: int, sampler: str = "euler") -> Tensor:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from wandistiller.device import autocast, to_device
-from wandistiller.sampling.flow import seeded_noise, shift_sigma
+from wandistiller.sampling.flow import seeded_noise
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.walk.draws import CALL, FIRST_LEVELS, FRESH_NOISE, PATH, dealt_prompt, permutation, rng
-from wandistiller.walk.grids import first_grid, levels_within, lowest_u, path_grid, steps_of_paths
+from wandistiller.walk.grids import first_grid, lowest_u, path_grid, steps_of_paths
 from wandistiller.walk.segments import PassedSegments, SegmentTeacher
 from wandistiller.wan.prompt_embeds import PromptEmbeds
 
@@ -45,8 +45,7 @@ class WalkOptions:
         batch_size: slots of a global batch. A walk for a cache has several groups of so many.
         shift: warp of the noise levels.
         num_steps: steps of the teacher's sampler from sigma 1 to 0.
-        states: "trajectory", or "noise" for fresh noise at every noise level.
-        sigma_range: lowest and highest noise level.
+        lowest_sigma: that paths end at.
         levels: a few-step teacher's only noise levels, from 1 down to 0; None for any.
         renoises: whether a path goes on from x_0 with fresh noise, as those of a teacher made for it, in place of Euler's steps.
         boundary: noise level between two experts that take turns; None where one expert answers, or both in every batch.
@@ -63,8 +62,7 @@ class WalkOptions:
     batch_size: int
     shift: float
     num_steps: int
-    states: str = "trajectory"
-    sigma_range: tuple[float, float] = (0.0, 1.0)
+    lowest_sigma: float = 0.0
     levels: tuple[float, ...] | None = None
     renoises: bool = False
     boundary: float | None = None
@@ -78,7 +76,7 @@ class WalkOptions:
     @property
     def in_turns(self) -> bool:
         """Whether two experts answer in turns."""
-        return self.states == "trajectory" and self.boundary is not None and self.calls_per_expert > 0
+        return self.boundary is not None and self.calls_per_expert > 0
 
     @property
     def paths_per_slot(self) -> int:
@@ -138,10 +136,12 @@ class Walk:
         self.options, self.slots, self.prompt_embeds = options, slots, prompt_embeds
         self.teacher = autocast(teacher.velocity_and_features, options.device, options.compute_dtype)
         # Every path of a few-step teacher has those of its levels that are in the range, and ends at the next one.
-        own = options.levels and options.levels[: len(levels_within(options.levels, options.sigma_range)) + 1]
+        own = (
+            options.levels and options.levels[: sum(level >= options.lowest_sigma for level in options.levels[:-1]) + 1]
+        )
         self.levels = torch.tensor(own) if own else None
         self.channels = torch.tensor(options.channels, dtype=torch.long, device=options.device)
-        self.u_low = lowest_u(options.sigma_range, options.shift)
+        self.u_low = lowest_u(options.lowest_sigma, options.shift)
         count, paths, shape = len(slots), options.paths_per_slot, options.latent_shape
         self.latents = torch.zeros(count, paths, *shape, device=options.device)
         self.prompts = torch.zeros(count, paths, dtype=torch.long)
@@ -177,8 +177,7 @@ class Walk:
             return {}
         text = self.prompt_embeds.batch(states.prompts, self.options.device)
         velocity, features = self.teacher(states.latents, states.sigma, *text, self.options.layers)
-        if self.options.states == "trajectory":
-            self._move(call, states, velocity)
+        self._move(call, states, velocity)
         answer = {name: getattr(states, name) for name in ("latents", "sigma", "prompts", "rows")}
         answer["velocity"] = velocity.float()
         return answer | {f"features.{number}": hidden[..., self.channels] for number, hidden in enumerate(features)}
@@ -190,9 +189,6 @@ class Walk:
         draw = rng(*self.options.key, CALL, self.slots.start // size, call)
         order, jitter = (torch.from_numpy(values)[own] for values in (draw.permutation(size), draw.random(size)))
         spread = (order + jitter) / size  # (B,) in [0, 1), stratified
-        if self.options.states == "noise":
-            seeds = draw.integers(MAX_SEED, size=size)[own.numpy()].tolist()
-            return self._noise(call, rows, spread, seeds)
         paths, has_path = self._choose(call, rows, spread)
         if not has_path.any():
             return None
@@ -200,24 +196,6 @@ class Walk:
         latents = self.latents[self._there(rows), self._there(paths)]
         sigma = self.grids[rows, paths, self.position[rows, paths]]
         return States(rows, paths, latents, sigma, self.prompts[rows, paths])
-
-    def _noise(self, call: int, rows: Tensor, spread: Tensor, seeds: list[int]) -> States:
-        """Return fresh noise at every noise level, which lies on the teacher's paths near sigma 1 alone."""
-        options = self.options
-        slots = torch.tensor(self.slots)[rows].tolist()
-        prompts = [dealt_prompt(options.key, call * options.num_slots + slot, options.num_prompts) for slot in slots]
-        latents = self._there(seeded_noise(seeds, options.latent_shape))
-        return States(rows, torch.zeros_like(rows), latents, self._level(spread), torch.tensor(prompts))
-
-    def _level(self, place: Tensor) -> Tensor:
-        """Return the noise level (B,) float32 at a place (B,) in [0, 1) of all that states of noise may have."""
-        low, high = self.options.sigma_range
-        if self.levels is not None:
-            known = torch.tensor(levels_within(self.options.levels, (low, high)))
-            return known[(place * len(known)).long()]
-        u_high = lowest_u((high, high), self.options.shift)
-        u = self.u_low + (u_high - self.u_low) * place.double()
-        return shift_sigma(u, self.options.shift).clamp(low, high).float()
 
     def _there(self, values: Tensor) -> Tensor:
         return to_device(values, self.options.device)
@@ -310,19 +288,9 @@ class Walk:
         return {name: getattr(self, name) for name in self._STATE} | of_segments
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved state.
-
-        Raises:
-            ValueError: no walk with these options can be in it.
-        """
+        """Take over a saved state."""
         for name, own in self._state().items():
-            if state[name].shape != own.shape:
-                raise ValueError(f"{name} of the walk is {tuple(state[name].shape)}, not {tuple(own.shape)}")
             own.copy_(state[name])
-        ends = {"prompts": len(self.prompt_embeds), "last": self.grids.shape[2], "position": self.grids.shape[2] - 1}
-        for name, end in ends.items():
-            if ((getattr(self, name) < 0) | (getattr(self, name) >= end)).any():
-                raise ValueError(f"{name} of the walk is beyond {end - 1}")
 
 
 def turns(options: WalkOptions) -> tuple[int, int]:
@@ -335,7 +303,7 @@ def turns(options: WalkOptions) -> tuple[int, int]:
         num_steps, share = float(len(levels)), float((levels >= options.boundary).float().mean())
     else:
         num_steps = sum(steps_of_paths(options.num_steps)) / 2
-        share = 1 - lowest_u((options.boundary, 1.0), options.shift)
+        share = 1 - lowest_u(options.boundary, options.shift)
     each = (min(2 * options.calls_per_expert, options.paths_per_slot * num_steps) * part for part in (share, 1 - share))
     high, low = (max(1, round(calls)) for calls in each)
     return high, low
