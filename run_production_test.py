@@ -8,14 +8,12 @@ and fails where the command would be refused.
 
 import sys
 import tempfile
-import traceback
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from train_distillation import distil
 from wandistiller.command_line import run_command
-from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
 from wandistiller.run.flags import Flags, ObjectiveFlags, OptimizationFlags, PromptFlags, parse_args
 from wandistiller.run.inputs import read_inputs
@@ -122,21 +120,14 @@ def passed(line: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     flags = parse_args(argv, "run_production_test.py", DEFAULTS)
+    outcome = "FAILED"
     try:
         with tempfile.TemporaryDirectory(prefix="wandistiller-") as scratch:
             folder = flags.output_dir or f"{scratch}/student"
             run_test(replace(flags, output_dir=folder, dry_run=True, cache_part=None), Path(scratch))
-    except KeyboardInterrupt:
-        print("Production Test interrupted")
-        return 130
-    except Exception as error:
-        if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        print("Production Test FAILED")
-        return 2 if isinstance(error, UserError) else 1
-    print("Production Test PASSED")
+        outcome = "PASSED"
+    finally:
+        print(f"Production Test {outcome}")
     return 0
 
 

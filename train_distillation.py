@@ -9,6 +9,8 @@ The demo, on a CPU in minutes and with no download, needs no flags:
     python train_distillation.py
 """
 
+from pathlib import Path
+
 from wandistiller.command_line import end_process, run_command
 from wandistiller.run.flags import Flags, one_for_each_lora, parse_args
 from wandistiller.run.inputs import read_inputs
@@ -44,18 +46,18 @@ def distil(flags: Flags) -> int:
             build.load_teacher(settings, build.embed_prompts(settings), caches)
             messages.print_filled(settings, caches)
             return 0
-        with open_folder(settings, run_identity(settings)) as folder:
-            check_disk(folder.checkpoints, settings)
-            run = build_run(settings, caches)
-            run.resume(folder.resume_from)
-            with watch(settings, folder, run.embeds, run.teacher) as observer:
+        with open_folder(settings, run_identity(settings)) as checkpoints:
+            check_disk(settings)
+            run, folder = build_run(settings, caches), Path(settings.output_dir)
+            run.resume(checkpoints.resume_from)
+            with watch(settings, checkpoints, run.embeds, run.teacher) as observer:
                 with observer.shown():
-                    result = run.train(observer, folder.checkpoints)
-                run.save(folder=folder.path)
+                    result = run.train(observer, checkpoints)
+                run.save(folder=folder)
                 if not result.interrupted:
                     observer.draw_last(run.student, result.num_steps)
             if settings.processes.is_first:
-                messages.print_end(run, folder.path, result)
+                messages.print_end(run, folder, result)
     return 130 if result.interrupted else 0
 
 

@@ -9,7 +9,7 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.model.fp8 import to_fp8
 from wandistiller.model.sizes import sides, unfilled_model
 from wandistiller.model.transformer import WanLiteStudent
-from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_optimizer
+from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_optimizers
 
 WEIGHT_STD = 0.02  # random weights of this size overflow nowhere
 
@@ -25,7 +25,7 @@ class RandomStep:
         self.student.gradient_checkpointing = workload.gradient_checkpointing
         self._ask, self._predict = (autocast(model, device, dtype) for model in (self.teacher, self.student))
         options = OptimizationOptions(lr=1e-6, optimizer=workload.optimizer)
-        self._optimizer = make_optimizer(self.student, options, device, dtype)
+        self._optimizers = make_optimizers(self.student, options, device, dtype)
         self._average = WeightAverage(self.student, 0.999) if workload.ema else None
         self._inputs, self._negative = random_inputs(workload, device), None
         if workload.is_guided:
@@ -41,7 +41,8 @@ class RandomStep:
 
     def update(self) -> None:
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         if self._average is not None:
             self._average.update()
 

@@ -26,7 +26,6 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 SHAPES = {
     "wan": {"block": "wan", "hidden_size": 64, "num_heads": 2, "ffn_dim": 192, "image_size": 256, "freq_dim": 64},
     "wan, wide FFN": {"block": "wan", "hidden_size": 64, "num_heads": 1, "ffn_dim": 384, "image_size": 256, "freq_dim": 64},
-    "lite": {"block": "lite", "hidden_size": 64, "num_heads": 2, "image_size": 128},
 }  # fmt: skip
 
 

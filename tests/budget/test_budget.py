@@ -3,7 +3,6 @@
 Nothing here knows a GPU: benchmarks/bench_memory.py holds the budget against one.
 """
 
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,7 +35,7 @@ from wandistiller.projection.project import project_teacher
 from wandistiller.run.dry_run import with_texts, workload_of
 from wandistiller.run.inputs import read_inputs
 from wandistiller.run.resolve import resolve
-from wandistiller.training.optimizer import OptimizationOptions, make_optimizer
+from wandistiller.training.optimizer import OptimizationOptions, make_optimizers
 
 TEACHER = StudentConfig(
     block="wan", hidden_size=5120, depth=40, num_heads=40, ffn_dim=13824, num_channels=16, image_size=512
@@ -108,19 +107,24 @@ def test_caches_on_disk_and_memory_of_a_run_in_a_process_of_its_own(flags_of, tm
 def test_moments_workspace_and_flops_of_muon(config, dtype):
     run = Workload(teacher=config, student=config, latent_size=4, optimizer="muon", dtype=dtype)
     student = WanLiteStudent(config)
-    optimizer = make_optimizer(student, OptimizationOptions(lr=1e-3, optimizer="muon"), "cpu", DTYPES[dtype])
+    optimizers = make_optimizers(student, OptimizationOptions(lr=1e-3, optimizer="muon"), "cpu", DTYPES[dtype])
     for weight in student.parameters():
         weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    assert count_flops(optimizer.step) == step_flops(run).orthogonalization > 0
-    moments = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.ndim]
+
+    def step() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    assert count_flops(step) == step_flops(run).orthogonalization > 0
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    moments = [tensor for state in states for tensor in state.values() if tensor.ndim]
     num_bytes = sum(tensor.nbytes for tensor in moments)
     assert sizes(run)["optimizer moments"] == num_bytes
     assert checkpoint_bytes(replace(run, latents_per_slot=0, ema=False)) == num_bytes + 4 * sum(
         weight.numel() for weight in student.parameters()
     )
     with LiveBytes([*student.parameters(), *(weight.grad for weight in student.parameters()), *moments]) as live:
-        optimizer.step()
+        step()
     assert sizes(run)["orthogonalisation"] == pytest.approx(live.peak, rel=0.02)
 
 
@@ -170,35 +174,23 @@ def test_streamed_blocks_are_in_pinned_host_memory_of_each_process_and_little_of
 
 # ---- verdicts and hints ----
 
-STEP = "--gradient_checkpointing --batch_size 1 --grad_accum_steps 4"
+CHECKPOINTS, SMALLER = "--gradient_checkpointing", "a smaller --batch_size with more --grad_accum_steps"
 ROUNDED, OFFLOADED = "--teacher_dtype fp8", "--teacher_offload blocks"
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, [STEP, ROUNDED, OFFLOADED]),
-        ({"teacher_dtype": "fp8", "teacher_offload": "experts"}, [STEP, OFFLOADED]),
-        ({"teacher_dtype": "fp8", "teacher_offload": "blocks"}, [STEP]),
-        ({"gradient_checkpointing": True, "batch_size": 6}, ["--batch_size 1 --grad_accum_steps 6", ROUNDED, OFFLOADED]),
-        ({"gradient_checkpointing": True, "batch_size": 1, "num_experts": 1}, [ROUNDED, OFFLOADED]),
-        ({"num_processes": 8}, [STEP, "--shard both"]),
-        ({"num_processes": 8, "teacher_dtype": "fp8"}, [STEP, "--shard student"]),
+        ({}, [CHECKPOINTS, SMALLER, ROUNDED, OFFLOADED]),
+        ({"teacher_dtype": "fp8", "teacher_offload": "experts"}, [CHECKPOINTS, SMALLER, OFFLOADED]),
+        ({"gradient_checkpointing": True, "batch_size": 1}, [ROUNDED, OFFLOADED]),
+        ({"num_processes": 8}, [CHECKPOINTS, SMALLER, "--shard both"]),
+        ({"num_processes": 8, "teacher_dtype": "fp8"}, [CHECKPOINTS, SMALLER, "--shard student"]),
     ],
-)  # fmt: skip
+)
 def test_hints_are_those_that_the_run_has_not_taken_and_can_take(changes, expected):
-    assert list(hints(replace(A14B, **changes))) == expected
-
-
-def test_every_hint_is_accepted_by_the_trainer_keeps_the_samples_of_a_step_and_leads_to_the_peak_that_is_told():
-    before, told = peak_bytes(memory_budget(A14B)), verdict(A14B, 70 * GIB)
-    assert not told.fits and "all of these: " in told.sentence and "more memory" not in told.sentence
-    for flags, changes in hints(A14B).items():
-        train_distillation.parse_args(["--teacher_path", "y", *flags.split()])
-        changed = replace(A14B, **changes)
-        after = peak_bytes(memory_budget(changed))
-        assert changed.global_batch_size == A14B.global_batch_size and after < before
-        assert f"{flags}: {after / GIB:.2f} GiB" in told.sentence
+    assert hints(replace(A14B, **changes)) == expected
+    assert all(hint in verdict(replace(A14B, **changes), GIB).sentence for hint in expected)
 
 
 @pytest.mark.parametrize(("memory", "fits", "is_certain"), [(140, True, False), (84, False, False), (2, False, True)])
@@ -206,7 +198,6 @@ def test_a_verdict_is_certain_only_below_what_is_needed_at_least(memory, fits, i
     about = verdict(A14B, memory * GIB)
     assert (about.fits, about.is_certain_not_to_fit) == (fits, is_certain)
     assert about.sentence.startswith("Fits: about " if fits else "Does not" if is_certain else "May not")
-    assert ("GPU with more memory" in about.sentence) == is_certain
 
 
 FITTING = Verdict(True, False, "Fits: all of it.")
@@ -216,9 +207,8 @@ def test_a_run_fits_only_where_host_and_disks_have_room_too_and_else_is_told_wha
     streamed = replace(A14B, teacher_offload="blocks", text_encoder_parameters=0)
     needed = peak_bytes(host_budget(streamed))
     room, short = host_verdict(streamed, needed + GIB), host_verdict(streamed, needed - 2 * GIB)
-    assert room.fits and not short.fits and "--teacher_dtype fp8: " in short.sentence
-    mended = float(re.search(r"fp8: ([\d.]+) GiB", short.sentence)[1])
-    assert mended < 0.6 * needed / GIB
+    assert room.fits and not short.fits and "--teacher_dtype fp8" in short.sentence
+    assert peak_bytes(host_budget(replace(streamed, teacher_dtype="fp8"))) < 0.6 * needed
     reading = host_verdict(A14B, 12 * GIB)
     assert not reading.fits and "while prompts are encoded" in reading.sentence and "--prompt_cache" in reading.sentence
 

@@ -31,7 +31,7 @@ from wandistiller.projection.selection import spread_layers
 from wandistiller.sampling.streaming import StreamedBlocks, num_rooms
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.training.objective import FeatureLoss, Objective, TrainedStudent, span_ends
-from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_optimizer
+from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, make_optimizers
 from wandistiller.walk.batches import Batch
 from wandistiller.wan.settings import resolve_settings
 from wandistiller.wan.wan_files import mock_wan_files
@@ -188,15 +188,16 @@ def step_memory(workload: Workload) -> dict[str, dict[str, int]]:
         if workload.shard_student:
             processes.shard(trained.student)
             processes.shard(trained.feature_loss)
-        optimizer = make_optimizer(trained, options, "cpu", DTYPES[workload.dtype])
+        optimizers = make_optimizers(trained, options, "cpu", DTYPES[workload.dtype])
         average = WeightAverage(trained.student, 0.999) if workload.ema else None
         stays = workload.keeps_gradients and not workload.shard_student
         with mode:  # makes the optimiser's state, as a first step would
             set_gradients(trained)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         memory.track_external(
-            trained, *resident_parts(teacher), optimizer, *(average.weights.values() if average else ())
+            trained, *resident_parts(teacher), *optimizers, *(average.weights.values() if average else ())
         )
         if stays:  # averaging among processes, or over micro-batches, keeps them all the time
             set_gradients(trained)
@@ -211,7 +212,8 @@ def step_memory(workload: Workload) -> dict[str, dict[str, int]]:
                 del batch, loss
             memory.begin("updating")
             nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             if not stays:
                 optimizer.zero_grad(set_to_none=True)
             if average is not None:

@@ -203,7 +203,7 @@ def test_a_step_that_is_not_finite_is_not_saved_and_names_the_newest_checkpoint(
     with pytest.raises(NonFiniteError, match=f"^step {broken_at}: .*--lr 0.0001") as error:
         train(state, checkpoints=checkpoints)
     if last_good is None:
-        assert not checkpoints.exist()
+        assert not checkpoints.manifests()
         return
     assert f"The newest good checkpoint is step {last_good}." in str(error.value)
     found = checkpoints_in(tmp_path).newest()
@@ -353,11 +353,15 @@ def test_a_manifest_or_file_of_another_kind_is_skipped_for_the_checkpoint_before
     assert checkpoints_in(tmp_path).newest().step == 4
 
 
-def test_a_disk_that_fills_costs_no_checkpoint_before_and_one_too_small_is_refused_before_training(tmp_path):
+def test_a_disk_that_is_too_small_is_refused_before_training(train, tmp_path):
+    outcome = train("mock", PRUNED_CONFIG, *FLAGS, "--keep_checkpoints", 10**9)
+    assert outcome.code == 2 and "are free; free some space" in outcome.err and "--save_every 0" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_costs_no_checkpoint_before(tmp_path):
     checkpoints = checkpoints_in(tmp_path)
     save(checkpoints, 4)
     with file_size_limited(10_000), pytest.raises(CheckpointError, match=r"File too large.*good one is step_00000004"):
         save(checkpoints, 8)
     assert checkpoints_in(tmp_path).newest().step == 4
-    with pytest.raises(UserError, match=r"are free; free some space.*--keep_checkpoints"):
-        checkpoints.check_disk(2**60, 0, starts_anew=False)

@@ -21,7 +21,7 @@ from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.budget.workload import Workload, step_flops
 from wandistiller.processes import Processes, fill, full_tensor, leave
 from wandistiller.training.objective import FeatureLoss, Objective, TrainedStudent
-from wandistiller.training.optimizer import OptimizationOptions, make_optimizer
+from wandistiller.training.optimizer import OptimizationOptions, make_optimizers
 
 LITE_CONFIG = PRUNED_CONFIG | {"block": "lite", "hidden_size": 16, "ffn_dim": 64, "freq_dim": 16, "patch_size": 1}
 OPTIONS = OptimizationOptions(lr=0.02, optimizer="muon", weight_decay=0.1)
@@ -61,11 +61,11 @@ def test_matrices_of_blocks_move_as_torchs_muon_moves_them_and_all_else_as_adamw
         torch.optim.Muon([named[name] for name in matrices], 0.02, 0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, 0.02, betas=OPTIONS.betas, weight_decay=0.1, fused=True),
     ]
-    optimizer = make_optimizer(ours, OPTIONS, "cpu", torch.bfloat16)
+    optimizers = make_optimizers(ours, OPTIONS, "cpu", torch.bfloat16)
     for step in range(3):
         set_gradients(ours, step)
         set_gradients(theirs, step)
-        for each in (optimizer, *both):
+        for each in (*optimizers, *both):
             each.step()
     start, moved = copy_of(make_trained(config)), copy_of(theirs)
     for name, weight in ours.named_parameters():
@@ -82,7 +82,8 @@ def test_an_update_in_float32_is_the_gradient_with_its_singular_values_brought_n
     values = values / values.square().sum().sqrt()
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    make_optimizer(model, OPTIONS, "cpu").step()
+    (optimizer,) = make_optimizers(model, OPTIONS, "cpu")
+    optimizer.step()
     size = 0.2 * math.sqrt(max(shape))  # that of AdamW's updates, by arXiv 2502.16982
     expected = (1 - 0.02 * 0.1) * start - 0.02 * size * u @ torch.diag(values) @ v
     torch.testing.assert_close(model.blocks[0].weight.double(), expected, rtol=1e-5, atol=1e-6)
@@ -90,7 +91,7 @@ def test_an_update_in_float32_is_the_gradient_with_its_singular_values_brought_n
 
 def test_a_matrix_without_a_gradient_stays_and_one_of_zeros_breaks_nothing():
     trained = make_trained(PRUNED_CONFIG)
-    optimizer, before = make_optimizer(trained, OPTIONS, "cpu"), copy_of(trained)
+    (optimizer, _), before = make_optimizers(trained, OPTIONS, "cpu"), copy_of(trained)
     first, second = (block.attn1.to_q.weight for block in trained.student.blocks)
     first.grad = torch.zeros_like(first)
     optimizer.step()
@@ -100,12 +101,9 @@ def test_a_matrix_without_a_gradient_stays_and_one_of_zeros_breaks_nothing():
 
 def test_every_weight_is_in_one_group():
     trained = make_trained(PRUNED_CONFIG)
-    optimizer = make_optimizer(trained, OPTIONS, "cpu")
-    in_groups = [id(weight) for group in optimizer.param_groups for weight in group["params"]]
+    groups = [group for optimizer in make_optimizers(trained, OPTIONS, "cpu") for group in optimizer.param_groups]
+    in_groups = [id(weight) for group in groups for weight in group["params"]]
     assert sorted(in_groups) == sorted(map(id, trained.parameters()))
-    set_gradients(trained, 0)
-    optimizer.zero_grad(set_to_none=True)
-    assert all(weight.grad is None for weight in trained.parameters())
 
 
 # ---- several processes ----
@@ -120,14 +118,15 @@ def move_shared_out(rank: int, count: int, port: int, is_sharded: bool, out: Pat
     if is_sharded:
         for model in (trained.student, trained.objective.feature_loss):
             Processes("cpu", rank, count).shard(model)
-    optimizer = make_optimizer(trained, OPTIONS, "cpu")
+    optimizers = make_optimizers(trained, OPTIONS, "cpu")
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         for weight in trained.parameters():
             weight.grad = torch.empty_like(weight)
             fill(weight.grad, torch.randn(weight.shape, generator=generator))
         with FlopCounterMode(display=False) as flops:
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
     weights = {name: full_tensor(weight.detach()) for name, weight in trained.named_parameters()}
     if rank == 0:
         torch.save({"weights": weights, "flops": flops.get_total_flops()}, out)

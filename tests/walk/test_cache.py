@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.walks import NUM_PROMPTS, SHAPE, Field, make_walk
+from support.walks import SHAPE, Field, make_walk
 from wandistiller.errors import UserError
 from wandistiller.walk.cache import AnswerError, CachedAnswers, Layout, TeacherCache
 
@@ -131,7 +131,7 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
 
 
 def answers_of(cache: TeacherCache, slots: range = range(8)) -> CachedAnswers:
-    return CachedAnswers(cache, slots, 8, (5, 0), NUM_PROMPTS)
+    return CachedAnswers(cache, slots, 8, (5, 0))
 
 
 def test_every_answer_comes_once_an_epoch_in_another_order_each_epoch(filled):

@@ -2,7 +2,8 @@
 
 The formulas are a reading of `wandistiller/model/layers.py` line by line; tests hold them against the tensors that autograd
 really saves, on the CPU. L image tokens, S text tokens, D hidden_size, F ffn_dim; c is the size of the compute dtype (2 for
-bf16 under autocast, 4), and the residual stream of a wan block is float32 whatever c is.
+bf16 under autocast, 4), and the residual stream is float32 whatever c is. A lite student is counted as a wan one of its shape,
+which takes a little more.
 """
 
 from wandistiller.model.config import StudentConfig
@@ -20,13 +21,9 @@ def block_saved_bytes(config: StudentConfig, image: int, text: int, compute_byte
     the FFN, what attention itself keeps (q, k, v, output), and what the gates multiply; twice the FFN's neurons.
 
     Args:
-        is_gpu: RMSNorm and LayerNorm are one kernel each there; the CPU's RMSNorm keeps a second copy, and a GPU's autocast
-            runs a lite block's LayerNorms in float32.
+        is_gpu: RMSNorm is one kernel there; the CPU's keeps a second copy.
     """
     width, c = config.hidden_size, compute_bytes
-    if not config.is_wan:
-        norm_inputs = 2 * (FP32 if is_gpu else c)
-        return image * ((norm_inputs + 6 * c) * width + 2 * c * config.ffn_dim)
     rms_copies = 1 if is_gpu else 2
     per_token = (FP32 * (5 + 3 * rms_copies) + 11 * c) * width + 2 * c * config.ffn_dim
     per_text_token = (FP32 * rms_copies + 2 * c) * width
@@ -34,9 +31,9 @@ def block_saved_bytes(config: StudentConfig, image: int, text: int, compute_byte
     return image * (per_token + softmax_sums) + text * per_text_token
 
 
-def block_input_bytes(config: StudentConfig, image: int, compute_bytes: int) -> int:
-    """Return the bytes of one sample's residual stream, float32 in a wan block and of the compute dtype in a lite one."""
-    return image * config.hidden_size * (FP32 if config.is_wan else compute_bytes)
+def block_input_bytes(config: StudentConfig, image: int) -> int:
+    """Return the bytes of one sample's residual stream."""
+    return image * config.hidden_size * FP32
 
 
 def training_bytes(
@@ -48,18 +45,13 @@ def training_bytes(
     """
     width, c = config.hidden_size, compute_bytes
     block = block_saved_bytes(config, image, text, c, is_gpu)
-    if not config.is_wan:
-        working = (WORKING_COPIES + 2) * c
-        text_part = text * config.text_encoder_output_dim * FP32
-    else:
-        working = WORKING_COPIES * FP32
-        # The embedder's input, its two hidden layers and the text tokens themselves:
-        text_part = text * c * (config.text_encoder_output_dim + 3 * width)
-    head = image * (2 * FP32 + c) * width if config.is_wan else 0
-    in_hand = image * working * width
+    # The embedder's input, its two hidden layers and the text tokens themselves:
+    text_part = text * c * (config.text_encoder_output_dim + 3 * width)
+    head = image * (2 * FP32 + c) * width
+    in_hand = image * WORKING_COPIES * FP32 * width
     if checkpointing:
         # Of the other blocks; its own is among what a block keeps.
-        inputs = (config.depth - 1) * block_input_bytes(config, image, c)
+        inputs = (config.depth - 1) * block_input_bytes(config, image)
         return inputs + max(block, head) + in_hand + text_part
     return config.depth * block + head + in_hand + text_part
 
@@ -67,8 +59,6 @@ def training_bytes(
 def inference_bytes(config: StudentConfig, image: int, text: int, compute_bytes: int) -> int:
     """Return the peak of one sample's activations in a forward pass that keeps nothing: inside one block."""
     width, c = config.hidden_size, compute_bytes
-    if not config.is_wan:
-        return image * 12 * c * width
     ffn = (2 * FP32 + 2 * c) * width + 2 * c * config.ffn_dim
     attention = (6 * FP32 + 2 * c) * width  # q and k in float32, rotated one after the other
     text_part = text * c * (config.text_encoder_output_dim + 3 * width)

@@ -243,7 +243,7 @@ def _compute_copies(workload: Workload, activations: int) -> int:
     copies = compute * (count.total - count.float32)
     if not workload.gradient_checkpointing:
         return gathered + copies
-    inputs = config.depth * block_input_bytes(config, workload.student_tokens, compute)
+    inputs = config.depth * block_input_bytes(config, workload.student_tokens)
     in_forward = inputs + inference_bytes(config, workload.student_tokens, workload.text_tokens, compute)
     return gathered + max(compute * count.block, copies - (activations - workload.batch_size * in_forward))
 

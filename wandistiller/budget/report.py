@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -49,41 +49,24 @@ def si(value: float) -> str:
 # ---- what takes less memory ----
 
 
-def hints(workload: Workload) -> dict[str, dict[str, Any]]:
-    """Return at most three ways to take less memory: flags, and what they change. Those that the run already goes are left out."""
-    found: dict[str, dict[str, Any]] = {}
-    batch_size = workload.batch_size // 4 if workload.batch_size % 4 == 0 else 1
-    grad_accum_steps = workload.grad_accum_steps * workload.batch_size // batch_size
-    step = {"gradient_checkpointing": True, "batch_size": batch_size, "grad_accum_steps": grad_accum_steps}
-    if changes := {name: value for name, value in step.items() if getattr(workload, name) != value}:
-        flags = (f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
-        found[" ".join(flags)] = changes
-    is_rounded, is_offloaded = workload.teacher_dtype == "fp8", workload.teacher_offload
-    if workload.num_processes > 1:
-        if not workload.shard_student:
-            both = not (is_rounded or is_offloaded or workload.teacher_cache_batches)  # such a teacher is not sharded
-            found[f"--shard {'both' if both else 'student'}"] = {"shard_teacher": both, "shard_student": True}
-        return found
-    if not is_rounded:
-        found["--teacher_dtype fp8"] = {"teacher_dtype": "fp8"}
-    if workload.teacher_offload != "blocks":
-        found["--teacher_offload blocks"] = {"teacher_offload": "blocks"}
-    return found
+def hints(workload: Workload) -> list[str]:
+    """Return the flags that take less memory and that the run has not taken yet."""
+    is_alone = workload.num_processes == 1
+    # A teacher that is kept otherwise is not sharded.
+    stays = workload.teacher_dtype == "fp8" or workload.teacher_offload or workload.teacher_cache_batches
+    ways = {
+        "--gradient_checkpointing": not workload.gradient_checkpointing,
+        "a smaller --batch_size with more --grad_accum_steps": workload.batch_size > 1,
+        f"--shard {'student' if stays else 'both'}": not is_alone and not workload.shard_student,
+        "--teacher_dtype fp8": is_alone and workload.teacher_dtype != "fp8",
+        "--teacher_offload blocks": is_alone and workload.teacher_offload != "blocks",
+    }
+    return [way for way, helps in ways.items() if helps]
 
 
-def advice(workload: Workload, memory: int | None = None) -> str:
-    """Return each hint with the peak that it leads to, and all together; beyond `memory` bytes, what else would help."""
-
-    def peak(changes: dict[str, Any]) -> int:
-        return peak_bytes(memory_budget(replace(workload, **changes)))
-
-    found = hints(workload)
-    together = peak({name: value for changes in found.values() for name, value in changes.items()})
-    ways = [f"{flags}: {gib(peak(changes))}" for flags, changes in found.items()]
-    if len(found) > 1:
-        ways.append(f"all of these: {gib(together)}")
-    if not found or (memory is not None and together > memory):
-        ways.append("a smaller student, a smaller image_size, or a GPU with more memory")
+def advice(workload: Workload) -> str:
+    """Return the hints, and what else would help."""
+    ways = [*hints(workload), "a smaller student or image_size, or a GPU with more memory"]
     return f"What takes less (docs/memory.md has the prices): {'; '.join(ways)}"
 
 
@@ -143,8 +126,7 @@ class OutOfMemory(RuntimeError):
     exit_code = 1
 
     def __init__(self, workload: Workload):
-        without_encoder = replace(workload, text_encoder_parameters=0)  # which has gone by then
-        super().__init__(f"the device is out of memory. {advice(without_encoder)}")
+        super().__init__(f"the device is out of memory. {advice(workload)}")
 
 
 class Verdict(NamedTuple):
@@ -167,7 +149,7 @@ def verdict(workload: Workload, memory: int, device: str = "the GPU") -> Verdict
             False, False, f"{encoder}; the rest fits. Give a --prompt_cache that was filled on a larger GPU."
         )
     needed = f"Does not fit: at least {gib(least)}" if least > memory else f"May not fit: up to {gib(peak)}"
-    return Verdict(False, least > memory, f"{needed} needed, {has}. {advice(workload, memory)}.")
+    return Verdict(False, least > memory, f"{needed} needed, {has}. {advice(workload)}.")
 
 
 def host_verdict(workload: Workload, memory: int) -> Verdict:
@@ -176,16 +158,18 @@ def host_verdict(workload: Workload, memory: int) -> Verdict:
     highest = max(phases, key=phases.__getitem__)
     if phases[highest] <= memory:
         return Verdict(True, False, f"host memory, {gib(phases[highest])} of {gib(memory)}")
-    rounded = peak_bytes(host_budget(replace(workload, teacher_dtype="fp8")))
-    ways = ["leave --teacher_offload out"] if workload.teacher_offload else []
-    if rounded < phases[highest]:
-        ways = [f"--teacher_dtype fp8: {gib(rounded)}"]
-    if highest == "encoding":
-        ways = ["give a --prompt_cache that was filled on a larger machine"]
-    if workload.processes_per_machine > 1:
-        ways.append("fewer processes on a machine")
+    ways = {
+        "give a --prompt_cache that was filled on a larger machine": highest == "encoding",
+        "--teacher_dtype fp8": workload.teacher_offload and workload.teacher_dtype != "fp8",
+        "leave --teacher_offload out": workload.teacher_offload,
+        "fewer processes on a machine": workload.processes_per_machine > 1,
+    }
     what = f"May not fit: host memory, {gib(phases[highest])} needed {WHEN[highest].removesuffix(': ')}".rstrip()
-    return Verdict(False, False, f"{what}, this machine has {gib(memory)}. {'; '.join(ways)}.")
+    return Verdict(
+        False,
+        False,
+        f"{what}, this machine has {gib(memory)}. {'; '.join(way for way, helps in ways.items() if helps)}.",
+    )
 
 
 # The flag that mends a disk without room, by what takes most of it

@@ -13,6 +13,7 @@ from wandistiller.budget.report import (
     conclusion,
     disk_verdict,
     find_machine,
+    gib,
     host_memory,
     host_verdict,
     memory_lines,
@@ -129,21 +130,28 @@ def folders_of(settings: Settings) -> dict[str, str]:
     return {f"--{name}": getattr(settings, name) for name in names if getattr(settings, name)}
 
 
-def check_disk(checkpoints: Checkpoints, settings: Settings) -> None:
-    """Refuse a run whose checkpoints the disk of --output_dir has no room for."""
-    if settings.save_every:
-        workload = replace(workload_of(settings), dtype="fp32")  # the precision that they are saved in
-        student_bytes = FP32 * count_parameters(settings.config).total
-        checkpoints.check_disk(checkpoint_bytes(workload), student_bytes, settings.overwrite)
+def check_disk(settings: Settings) -> None:
+    """Refuse a run whose student and checkpoints the disk of --output_dir has no room for, beside those that are kept already."""
+    if not settings.save_every:
+        return
+    checkpoints, keep = Checkpoints(settings.output_dir, {}), settings.keep_checkpoints
+    count = keep + 1 - (0 if settings.overwrite else min(keep, len(checkpoints.manifests())))
+    needed = count * checkpoint_bytes(workload_of(settings)) + FP32 * count_parameters(settings.config).total
+    free = shutil.disk_usage(nearest_existing(checkpoints.folder)).free
+    if needed > free:
+        raise UserError(
+            f"{checkpoints.folder}: the student and {count} more checkpoints ({keep} are kept while the next is written) take about "
+            f"{gib(needed)}, {gib(free)} are free; free some space, give another --output_dir, a smaller --keep_checkpoints, or "
+            "--save_every 0"
+        )
 
 
 def check_places(settings: Settings) -> None:
     """Refuse folders as the run would, as far as that takes no weight and writes nothing."""
     for name, folder in folders_of(settings).items():
         check_writable(folder, name)
-    checkpoints = Checkpoints(settings.output_dir, {}, settings.keep_checkpoints)
-    check_disk(checkpoints, settings)
-    if checkpoints.exist() or settings.teacher_cache:
+    check_disk(settings)
+    if settings.teacher_cache or Checkpoints(settings.output_dir, {}).manifests():
         print("Not looked at, since it takes weights: whether checkpoints and teacher cache belong to this run")
 
 

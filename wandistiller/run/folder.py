@@ -1,8 +1,7 @@
-"""The output folder of a run: taken for it alone, with the checkpoint that the run resumes from."""
+"""The output folder of a run: taken for it alone, with the checkpoints in it."""
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,6 @@ COMPARED = NEUTRAL | {
     "ema": True,
     "teacher_cache": False,
 }
-
-
-@dataclass(frozen=True)
-class Folder:
-    """The output folder of a run."""
-
-    path: Path
-    checkpoints: Checkpoints
-    resume_from: Checkpoint | None  # None where the run starts anew
-
-    @property
-    def first_step(self) -> int:
-        """Steps taken by earlier commands."""
-        return 0 if self.resume_from is None else self.resume_from.step
 
 
 def print_resuming(checkpoint: Checkpoint, settings: Any) -> None:
@@ -74,7 +59,7 @@ def run_identity(settings: Settings) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def open_folder(settings: Any, identity: dict[str, object]) -> Iterator[Folder]:
+def open_folder(settings: Any, identity: dict[str, object]) -> Iterator[Checkpoints]:
     """Take the output folder and find where a run of this identity resumes; the processes leave together at the end."""
     processes, path = settings.processes, Path(settings.output_dir)
     with contextlib.ExitStack() as held:
@@ -83,10 +68,9 @@ def open_folder(settings: Any, identity: dict[str, object]) -> Iterator[Folder]:
         processes.first_then_all(lambda: prepare_output_folder(path))
         processes.first_then_all(lambda: held.enter_context(locked_folder(path)))
         checkpoints = Checkpoints(path, identity, settings.keep_checkpoints, processes, neutral=COMPARED)
-        resume_from = None if settings.overwrite else checkpoints.newest()
-        if resume_from is not None:
-            print_resuming(resume_from, settings)
-        yield Folder(path, checkpoints, resume_from)
+        if not settings.overwrite and (checkpoint := checkpoints.newest()):
+            print_resuming(checkpoint, settings)
+        yield checkpoints
     leave()
 
 

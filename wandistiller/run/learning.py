@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from wandistiller.errors import UserError
 from wandistiller.projection.project import ProjectionReport
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.sampler import VelocityField
@@ -38,7 +37,7 @@ def build_batches(
     total, device, schedules = settings.num_samples_per_step, settings.device, schedules_of(settings)
     if caches:
         cached = [
-            CachedAnswers(cache, own_slots(settings), total, (settings.seed, size), len(settings.prompts), device)
+            CachedAnswers(cache, own_slots(settings), total, (settings.seed, size), device)
             for size, cache in enumerate(caches)
         ]
         return Batches(cached, schedules, prompt_embeds, settings.batch_size, device)
@@ -149,17 +148,10 @@ def open_caches(settings: Settings) -> list[TeacherCache]:
     """Open the folder of --teacher_cache, or the folder of each size in it, and refuse what holds answers to something else."""
     if settings.teacher_cache is None:
         return []
-    folder, sizes = Path(settings.teacher_cache), settings.image_sizes
+    folder = Path(settings.teacher_cache)
     if settings.has_one_square_size:
         return [open_cache(settings, folder, 0)]
-    names = [str(size) for size in sizes]
-    others = {path.name for path in folder.iterdir() if path.is_dir()} - set(names) if folder.is_dir() else set()
-    if others:
-        raise UserError(
-            f"--teacher_cache {folder}: holds {min(others)}, which is of no size of this run ({', '.join(names)}); give another "
-            "folder, or the sizes that it was made with"
-        )
-    return [open_cache(settings, folder / name, size) for size, name in enumerate(names)]
+    return [open_cache(settings, folder / str(name), size) for size, name in enumerate(settings.image_sizes)]
 
 
 def open_cache(settings: Settings, folder: Path, size: int) -> TeacherCache:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -24,12 +25,12 @@ from wandistiller.reports.plots import LossPlot
 from wandistiller.reports.progress import Progress
 from wandistiller.reports.samples import Samples
 from wandistiller.reports.trackers import MetricsFile, RunTracker, TensorBoardFiles, Tracker, Trackers
-from wandistiller.run.folder import Folder
 from wandistiller.run.held_out import build_measure
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.sampler import SamplingOptions
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.step_metrics import StepMetrics
+from wandistiller.training.checkpoints import Checkpoints
 from wandistiller.training.loop import Observer
 from wandistiller.wan.prompt_embeds import Embeds
 
@@ -72,55 +73,57 @@ class RunObserver(Observer):
 
 
 @contextlib.contextmanager
-def watch(settings: Settings, folder: Folder, embeds: Embeds, teacher: Teacher | None) -> Iterator[RunObserver]:
+def watch(
+    settings: Settings, checkpoints: Checkpoints, embeds: Embeds, teacher: Teacher | None
+) -> Iterator[RunObserver]:
     """Set up everyone who watches the run, from before its first step until its student is saved."""
-    held_out, run_file = build_measure(settings, embeds, teacher), folder.path / RUN_NAME
-    with watched(settings, folder) as (progress, trackers):
+    held_out, run_file = build_measure(settings, embeds, teacher), Path(settings.output_dir) / RUN_NAME
+    with watched(settings, checkpoints) as (progress, trackers):
         is_ours = has_mark(run_file) or not os.path.lexists(run_file)  # one that a person wrote is left alone
         if settings.processes.is_first and is_ours:
             write_text(run_file, settings.flags_text)
-        samples = build_samples(settings, folder, embeds, teacher, trackers)
+        samples = build_samples(settings, embeds, teacher, trackers)
         yield RunObserver(progress, trackers, held_out, samples, settings.student_sampling)
 
 
 @contextlib.contextmanager
-def watched(settings: Any, folder: Folder, also: Sequence[str] = ()) -> Iterator[tuple[Progress | None, Trackers]]:
+def watched(
+    settings: Any, checkpoints: Checkpoints, also: Sequence[str] = ()
+) -> Iterator[tuple[Progress | None, Trackers]]:
     """Show a run of any command, and write down its steps; one that starts anew moves what is in its folder aside first.
 
     `also` are names of files that it writes beside those of every run.
     """
-    processes = settings.processes
-    if folder.resume_from is None:
-        aside = processes.first_then_all(lambda: set_aside_previous_student(folder.path, also))
+    processes, folder, first_step = settings.processes, Path(settings.output_dir), checkpoints.first_step
+    if checkpoints.resume_from is None:
+        aside = processes.first_then_all(lambda: set_aside_previous_student(folder, also))
         if aside:
-            print(f"The student that was in {folder.path} is now in {aside}")
-    progress = Progress(settings.num_steps, folder.first_step) if processes.is_first else None
-    with build_trackers(settings, folder) if processes.is_first else Trackers() as trackers:
+            print(f"The student that was in {folder} is now in {aside}")
+    progress = Progress(settings.num_steps, first_step) if processes.is_first else None
+    with build_trackers(settings, folder, first_step) if processes.is_first else Trackers() as trackers:
         yield progress, trackers
 
 
-def build_trackers(settings: Any, folder: Folder) -> Trackers:
-    """metrics.jsonl, TensorBoard, the loss plot, and the tracker of --report."""
-    report, step = settings.report, folder.first_step
-    metrics, events, plot = (folder.path / name for name in (METRICS_NAME, TENSORBOARD_NAME, LOSS_PLOT_NAME))
+def build_trackers(settings: Any, folder: Path, step: int) -> Trackers:
+    """metrics.jsonl, TensorBoard, the loss plot, and the tracker of --report, of a run that goes on after a step."""
+    report = settings.report
+    metrics, events, plot = (folder / name for name in (METRICS_NAME, TENSORBOARD_NAME, LOSS_PLOT_NAME))
     makers: dict[str, Callable[[], Tracker]] = {
         METRICS_NAME: lambda: MetricsFile(metrics, step),
         "TensorBoard": lambda: TensorBoardFiles(events, step),
         LOSS_PLOT_NAME: lambda: LossPlot(metrics, plot),
     }
     if report != "none":
-        makers[report] = lambda: RunTracker(report, folder.path, settings.as_dict())
+        makers[report] = lambda: RunTracker(report, folder, settings.as_dict())
     return Trackers(makers)
 
 
-def build_samples(
-    settings: Settings, folder: Folder, embeds: Embeds, teacher: Teacher | None, trackers: Trackers
-) -> Samples | None:
+def build_samples(settings: Settings, embeds: Embeds, teacher: Teacher | None, trackers: Trackers) -> Samples | None:
     """Build what --sample_prompts and --sample_every draw, sampled as whoever draws with the saved student will."""
     if settings.vae_location is None:
         return None
     return Samples(
-        folder=folder.path / SAMPLES_NAME,
+        folder=Path(settings.output_dir) / SAMPLES_NAME,
         teacher=teacher,
         prompts=settings.sample_prompts,
         prompt_embeds=embeds.samples,

@@ -132,19 +132,20 @@ def identity(settings: EncoderSettings) -> dict[str, object]:
 def distil_text_encoder(settings: EncoderSettings) -> int:
     """Train the small encoder, or go on from its newest checkpoint, and write it; return the exit code."""
     processes = settings.processes
-    with open_folder(settings, identity(settings)) as folder:
+    with open_folder(settings, identity(settings)) as checkpoints:
         state, held_out = build(settings)
-        if folder.resume_from is not None:
-            state.load(folder.resume_from)
-        with watched(settings, folder, WRITTEN) as (progress, trackers):
+        if checkpoints.resume_from is not None:
+            state.load(checkpoints.resume_from)
+        with watched(settings, checkpoints, WRITTEN) as (progress, trackers):
             observer = RunObserver(progress, trackers, held_out)
             small: Any = state.trained.student
             with observer.shown():
-                result = train(state, observer, folder.checkpoints)
+                result = train(state, observer, checkpoints)
         if processes.is_first:
-            small.save(folder.path, settings.encoder.tokenizer)
-            print(f"{'Stopped at' if result.interrupted else 'Wrote'} {folder.path}, after {result.num_steps} steps")
-            print(f"Give it to any command as --text_encoder_path {folder.path}")
+            folder = Path(settings.output_dir)
+            small.save(folder, settings.encoder.tokenizer)
+            print(f"{'Stopped at' if result.interrupted else 'Wrote'} {folder}, after {result.num_steps} steps")
+            print(f"Give it to any command as --text_encoder_path {folder}")
     return 130 if result.interrupted else 0
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from wandistiller.errors import UserError, differences, shortened, shown
 from wandistiller.files.atomic import file_digest, fsync, write_json
 from wandistiller.files.json_files import load_json
-from wandistiller.files.paths import nearest_existing, remove, require_file
+from wandistiller.files.paths import remove, require_file
 from wandistiller.files.tensor_files import read_header
 from wandistiller.processes import Processes, error_reason, load_tensors, save_tensors
 
@@ -80,6 +80,7 @@ class Checkpoints:
         neutral: what a checkpoint counts as having where its description lacks a name, which came later.
 
     Attributes:
+        resume_from: what the run goes on from; None where it starts anew.
         last_good: step of the last checkpoint that this process has resumed from or written.
     """
 
@@ -95,13 +96,15 @@ class Checkpoints:
         self.description, self.neutral = json.loads(json.dumps([description, neutral or {}]))  # as it will be read back
         self.keep = keep
         self.processes = processes or Processes()
+        self.resume_from: Checkpoint | None = None
         self.last_good: int | None = None
 
-    def exist(self) -> bool:
-        """Return whether there is a checkpoint, good or damaged."""
-        return bool(self._manifests())
+    @property
+    def first_step(self) -> int:
+        """Steps taken by earlier commands."""
+        return 0 if self.resume_from is None else self.resume_from.step
 
-    def _manifests(self) -> list[Path]:
+    def manifests(self) -> list[Path]:
         """Return the manifests of all finished checkpoints, the newest first."""
         if not self.folder.is_dir():
             return []
@@ -114,7 +117,7 @@ class Checkpoints:
         Raises:
             UserError: it belongs to a run that differs in what must be the same, or all checkpoints are damaged.
         """
-        found = self.processes.from_first(self._manifests())
+        found = self.processes.from_first(self.manifests())
         for path in found:
             checkpoint, reason = None, None
             try:
@@ -127,7 +130,7 @@ class Checkpoints:
                 print(f"{path.with_suffix('')}: skipped, it is damaged ({told})")
                 continue
             self._check_run(checkpoint.run)
-            self.last_good = checkpoint.step
+            self.resume_from, self.last_good = checkpoint, checkpoint.step
             return checkpoint
         if found:
             raise UserError(
@@ -220,7 +223,7 @@ class Checkpoints:
 
         Checkpoints beyond `step` were skipped as damaged, and stay until the run writes them again.
         """
-        kept = [number for number in map(_step_of, self._manifests()) if number <= step][: self.keep]
+        kept = [number for number in map(_step_of, self.manifests()) if number <= step][: self.keep]
         # Manifests go first, so that a kill here leaves no checkpoint that lacks files.
         for path in sorted(self.folder.iterdir(), key=Path.is_dir):
             match = _STEP.fullmatch(path.stem)
@@ -230,22 +233,6 @@ class Checkpoints:
                 shutil.rmtree(path)
             elif path.suffix == ".json":
                 path.unlink()
-
-    def check_disk(self, num_bytes: int, student_bytes: int, starts_anew: bool) -> None:
-        """Refuse a run before it starts if its checkpoints, of `num_bytes` each, and its student cannot fit on the disk.
-
-        Args:
-            starts_anew: whether the checkpoints that are there stay beside the new ones.
-        """
-        num_replaced = 0 if starts_anew else min(self.keep, len(self._manifests()))
-        count, free = self.keep + 1 - num_replaced, shutil.disk_usage(nearest_existing(self.folder)).free
-        needed = count * num_bytes + student_bytes
-        if needed > free:
-            raise UserError(
-                f"{self.folder}: the student and {count} more checkpoints ({self.keep} are kept while the next is written) "
-                f"take about {needed / 2**30:,.2f} GiB, {free / 2**30:,.2f} GiB are free; free some space, give another --output_dir, a smaller "
-                "--keep_checkpoints, or --save_every 0"
-            )
 
 
 def _step_of(manifest: Path) -> int:

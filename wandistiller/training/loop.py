@@ -70,7 +70,7 @@ def train(state: RunState, observer: Observer | None = None, checkpoints: Checkp
     with StopRequest(is_repeated=state.processes.are_many).watching() as stop:
         is_stopped = loop.run(stop)
     check_weights(state)
-    state.finish()
+    state.swap()  # it ends as the average of its weights
     state.trained.student.eval()
     return TrainingResult(state.step, state.losses, is_stopped)
 

@@ -36,10 +36,10 @@ class OptimizationOptions:
     ema_decay: float = 0.0
 
 
-def make_optimizer(
+def make_optimizers(
     model: nn.Module, options: OptimizationOptions, device: str, compute_dtype: torch.dtype = torch.float32
-) -> torch.optim.Optimizer:
-    """Return the optimiser of a student, or of a student with what is learnt beside it.
+) -> list[torch.optim.Optimizer]:
+    """Return the optimisers of a student, or of a student with what is learnt beside it, each of some of the weights.
 
     Args:
         compute_dtype: precision of matrix products, of which only Muon has any.
@@ -48,12 +48,12 @@ def make_optimizer(
     settings: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "weight_decay": options.weight_decay}
     settings["fused"] = torch.device(device).type in ("cuda", "cpu")
     if options.optimizer == "adamw":
-        return _adamw(trained.values(), settings)
+        return [_adamw(trained.values(), settings)]
     # Muon is for hidden layers: embedders, the output layer and the maps of the feature loss are matrices too, and AdamW's.
     matrices = {name: weight for name, weight in trained.items() if weight.ndim == 2 and _IN_BLOCK.search(name)}
     muon = Muon(matrices.values(), options.lr, options.weight_decay, compute_dtype)
     others = [weight for name, weight in trained.items() if name not in matrices]  # a LoRA has none
-    return CombinedOptimizer([muon, *([_adamw(others, settings)] if others else [])])
+    return [muon, *([_adamw(others, settings)] if others else [])]
 
 
 def _adamw(parameters: Iterable[nn.Parameter], settings: dict[str, Any]) -> torch.optim.AdamW:
@@ -127,24 +127,6 @@ def _rounds(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
     for same in by_shape.values():
         yield from (same[start : start + num_processes()] for start in range(0, len(same), num_processes()))
-
-
-class CombinedOptimizer(torch.optim.Optimizer):
-    """Optimisers of different parameters that are one to whoever schedules, saves or resumes them.
-
-    The groups and the state are those of the parts, not copies.
-    """
-
-    def __init__(self, parts: Sequence[torch.optim.Optimizer]):
-        super().__init__([group for part in parts for group in part.param_groups], {})
-        self.parts = parts
-        for part in parts:
-            self.state.update(part.state)
-            part.state = self.state
-
-    def step(self) -> None:  # type: ignore[override]  # without the closure, which nobody here has
-        for part in self.parts:
-            part.step()
 
 
 def learning_rate(step: int, num_steps: int, options: OptimizationOptions) -> float:

@@ -16,7 +16,7 @@ from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.processes import Processes, local_part, reshard
 from wandistiller.training.checkpoints import Checkpoint
 from wandistiller.training.objective import TrainedStudent
-from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, learning_rate, make_optimizer
+from wandistiller.training.optimizer import OptimizationOptions, WeightAverage, learning_rate, make_optimizers
 from wandistiller.walk.batches import Batches, part_of
 
 
@@ -66,7 +66,7 @@ class RunState:
         self.processes = processes or Processes(trained.objective.device)
         self.first_step, self.frozen = first_step, frozen
         own = options.optimization
-        self.optimizer = make_optimizer(trained, own, self.processes.device, trained.objective.compute_dtype)
+        self.optimizers = make_optimizers(trained, own, self.processes.device, trained.objective.compute_dtype)
         self.average = WeightAverage(trained.student, own.ema_decay) if own.ema_decay > 0 else None
         self.losses: list[float] = []
         self.calls_before = 0  # of the teacher in stages before
@@ -95,29 +95,27 @@ class RunState:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[WanLiteStudent]:
         """Give the student with the average of its weights, if there is one, to be measured or drawn with."""
-        self._swap()
+        self.swap()
         try:
             yield self.trained.student
         finally:
-            self._swap()
+            self.swap()
 
-    def _swap(self) -> None:
+    def swap(self) -> None:
+        """Exchange the student's weights and their average, if there is one."""
         if self.average is not None:
             self.average.swap()
 
     def update(self, loss: float) -> None:
         """Take one optimiser step on the gradients that were added up."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update()
         self.losses.append(loss)
-
-    def finish(self) -> None:
-        """Leave the student with the average of its weights, if there is one, which then has the others."""
-        self._swap()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it by name, for `load` to read back. What is sharded in the run is sharded here too."""
@@ -125,7 +123,7 @@ class RunState:
         parts = {
             "trained": self.trained.state_dict(),
             "ema": {} if self.average is None else self.average.state_dict(),
-            "optimizer": _optimizer_tensors(self.optimizer),
+            "optimizer": self._moments(),
             "batches": {  # by slots; what has no dimension is a counter
                 name: self.processes.rows(value) if value.ndim else value
                 for name, value in self.batches.state_dict().items()
@@ -173,16 +171,15 @@ class RunState:
         self.trained.load_state_dict(part_of(tensors, "trained."))
         if self.average is not None:
             self.average.load_state_dict(part_of(tensors, "ema."))
-        for name, own in _optimizer_tensors(self.optimizer).items():
+        for name, own in self._moments().items():
             local_part(own).copy_(local_part(tensors[f"optimizer.{name}"]))
         if self.frozen is not None:
             self.frozen.load_state_dict(part_of(tensors, "frozen."))
         self.losses = tensors["run.losses"].tolist()
         self.calls_before = int(tensors["run.calls_before"])
 
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's state by parameter number and name; its settings come from the flags."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states = enumerate(optimizer.state[parameter] for parameter in parameters)
-    return {f"{number}.{name}": value for number, state in states for name, value in state.items()}
+    def _moments(self) -> dict[str, Tensor]:
+        """Return the optimisers' state by parameter number and name; their settings come from the flags."""
+        groups = [(optimizer.state, group) for optimizer in self.optimizers for group in optimizer.param_groups]
+        states = enumerate(state[parameter] for state, group in groups for parameter in group["params"])
+        return {f"{number}.{name}": value for number, state in states for name, value in state.items()}
