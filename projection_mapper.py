@@ -17,7 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from wandistiller import __version__
-from wandistiller.command_line import command_words, run_command
+from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.flags import LORA_FLAG, flag, group, int_list, parse_flags, path
 from wandistiller.model.config import StudentConfig
@@ -152,9 +152,7 @@ def project(flags: ProjectFlags) -> None:
         report.save(folder)
         print(f"Saved to {folder}: student_config.json, diffusion_model.safetensors, {REPORT_NAME}")
         guided = f" --guidance_scale {sampled.guidance_scale:g}" if sampled.uses_guidance else ""
-        print(
-            f"It draws, untrained: {' '.join(command_words('generate_images.py'))} --student {folder}{guided} --prompt ..."
-        )
+        print(f"generate_images.py --student {folder}{guided} draws with it, untrained as it is")
 
 
 def main(argv: list[str] | None = None) -> None:

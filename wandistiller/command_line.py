@@ -39,15 +39,6 @@ def is_one_command() -> bool:
     return sys.argv[0].startswith(f"{ONE_COMMAND} ")
 
 
-def command_words(script: str, num_processes: int = 1) -> list[str]:
-    """Return how a person starts a command, in the way in which this process was started."""
-    names = [name for name, known in COMMANDS.items() if known == script] if is_one_command() else []
-    launcher = ["torchrun", "--nproc_per_node", str(num_processes)]
-    if names:
-        return [*([*launcher, "-m"] if num_processes > 1 else []), ONE_COMMAND, *names]
-    return [*(launcher if num_processes > 1 else ["python"]), script]
-
-
 class TorchrunEnvironment(NamedTuple):
     """Which of how many processes this one is, in the whole run and on this machine; one that torchrun did not start is alone."""
 

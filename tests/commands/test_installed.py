@@ -17,8 +17,7 @@ import pytest
 import wandistiller
 from support.runs import ROOT
 from wandistiller.__main__ import ABOUT, main
-from wandistiller.command_line import COMMANDS, command_words
-from wandistiller.run.messages import next_commands
+from wandistiller.command_line import COMMANDS
 
 SCRIPTS = {script: name for name, script in COMMANDS.items()}
 
@@ -107,19 +106,3 @@ def test_a_command_that_is_not_there_is_one_sentence(run_main):
     outcome = run_main(main, "trian")
     assert outcome.code == 2 and "'trian' is no command of wandistiller; allowed: train, project" in outcome.err
     assert run_main(main).code == 2
-
-
-def test_the_words_that_are_told_are_those_that_were_typed(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_distillation.py"])
-    assert command_words("evaluate_student.py") == ["python", "evaluate_student.py"]
-    monkeypatch.setattr(sys, "argv", ["wandistiller train"])
-    assert command_words("evaluate_student.py") == ["wandistiller", "evaluate"]
-    assert next_commands(Path("out"), "a", "p.txt")[0] == "wandistiller evaluate --student out --prompts_file p.txt"
-    assert command_words("train_distillation.py", 2) == [
-        "torchrun",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "wandistiller",
-        "train",
-    ]

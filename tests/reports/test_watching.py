@@ -7,7 +7,6 @@ picture is good to look at.
 """
 
 import json
-import shlex
 import shutil
 import sys
 import types
@@ -21,7 +20,6 @@ from PIL import Image
 
 from support.runs import PRUNED_CONFIG, read_metrics, weights_of
 from wandistiller import StudentConfig
-from wandistiller.flags import parse_flags
 from wandistiller.model.sizes import count_parameters
 from wandistiller.reports import metrics, plots, trackers
 from wandistiller.step_metrics import StepMetrics
@@ -70,24 +68,6 @@ def test_a_run_leaves_scalars_pictures_a_plot_and_a_summary(train, teachers, tmp
     assert Image.open(folder / "loss.png").size[0] > 500
     parameters = count_parameters(StudentConfig.from_dict(PRUNED_CONFIG)).total
     assert f"{parameters:,} parameters" in outcome.out and "relative velocity error" in outcome.out
-
-
-def test_the_commands_that_a_run_ends_with_work_as_they_are_printed(train, teachers, run_main, tmp_path):
-    import evaluate_student
-    import generate_images
-
-    prompts = tmp_path / "held out.txt"
-    prompts.write_text("a red circle\na blue square\n", encoding="utf-8")
-    outcome = train(teachers.one, PRUNED_CONFIG, *DRAWN, "--max_steps", 1, "--eval_prompts", prompts)
-    commands = [shlex.split(line) for line in outcome.out.split("Next:")[1].splitlines() if line.strip()]
-    assert [words[:2] for words in commands] == [["python", "evaluate_student.py"], ["python", "generate_images.py"]]
-    (_, _, *measure), (_, _, *draw) = commands
-    args = parse_flags(evaluate_student.Flags, "evaluate_student.py", "", measure)
-    assert (args.student, args.prompts_file) == (str(tmp_path / "out"), str(prompts))
-    flags = ["--prompt_cache", teachers.prompt_cache, "--device", "cpu", "--num_inference_steps", 2]
-    done = run_main(generate_images.main, *draw, *flags)
-    assert done.code == 0, done.err
-    assert list((tmp_path / "out" / "pictures").glob("*.png"))
 
 
 def test_a_run_that_goes_on_keeps_the_scalars_before_and_hides_those_beyond(train, teachers, tmp_path):

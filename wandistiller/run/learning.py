@@ -37,7 +37,7 @@ def build_batches(
     total, device, schedules = settings.num_samples_per_step, settings.device, schedules_of(settings)
     if caches:
         cached = [
-            CachedAnswers(cache, own_slots(settings), total, (settings.seed, size), device)
+            (None, CachedAnswers(cache, own_slots(settings), total, (settings.seed, size), device))
             for size, cache in enumerate(caches)
         ]
         return Batches(cached, schedules, prompt_embeds, settings.batch_size, device)
@@ -96,7 +96,7 @@ def walk_options(settings: Settings, size: int) -> WalkOptions:
         shift=teacher.shift,
         num_steps=teacher.num_inference_steps,
         lowest_sigma=settings.sigma_range[0],
-        levels=(*settings.teacher_levels, 0.0) if settings.teacher_levels else None,
+        levels=settings.teacher_levels,
         renoises=teacher.teacher_sampler == "renoise",
         boundary=teacher.boundary_ratio,
         calls_per_expert=settings.calls_per_expert,
@@ -108,8 +108,8 @@ def walk_options(settings: Settings, size: int) -> WalkOptions:
 
 def grids_of_segments(settings: Settings) -> Tensor:
     """Return the noise levels (student_steps, N + 1) of the teacher's steps through each segment of a path."""
-    own, known = settings.teacher, settings.teacher_levels
-    return segment_grids(own.num_inference_steps, settings.student_steps, own.shift, (*known, 0.0) if known else ())
+    own = settings.teacher
+    return segment_grids(own.num_inference_steps, settings.student_steps, own.shift, settings.teacher_levels)
 
 
 def segment_capacity(settings: Settings, size: int) -> int:

@@ -1,11 +1,8 @@
 """The first lines of a run, and its summary; a part prints its own notices where they arise."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from wandistiller.command_line import command_words, torchrun_environment
-from wandistiller.files.clone import HELD_OUT_PROMPTS
 from wandistiller.files.output_folder import LORA_NAMES, METRICS_NAME, RUN_NAME
 from wandistiller.model.config import CONFIG_NAME
 from wandistiller.model.sizes import count_parameters
@@ -36,7 +33,7 @@ def print_settings(settings: Settings) -> None:
         wan_files.left_out(),
         f"Student: {config.block}, hidden_size {config.hidden_size}, depth {config.depth}, num_heads {config.num_heads}; {size}",
     ]
-    if levels := [f"{level:.4g}" for level in settings.teacher_levels]:
+    if levels := [f"{level:.4g}" for level in settings.teacher_levels[:-1]]:
         lines.append(
             f"Teacher's {len(levels)} noise levels, and no others: {', '.join(levels)} (--teacher_sampler {teacher.teacher_sampler})"
         )
@@ -81,11 +78,10 @@ def print_end(run: Run, path: Path, result: TrainingResult) -> None:
     print(f"{state} {result.num_steps} steps. Saved {CONFIG_NAME} and diffusion_model.safetensors in {path}{loras}")
     print("\n".join(summary_lines(run, path)))
     if result.interrupted and settings.save_every:
-        words = command_words("train_distillation.py", torchrun_environment().local_world_size)
-        print(f"To resume:\n  {shlex.join([*words, '--config', str(path / RUN_NAME)])}")
+        print(f"The same command resumes it, and so does --config {path / RUN_NAME}")
     elif settings.vae_location is not None and not result.interrupted:
-        prompts_file = settings.eval_prompts or HELD_OUT_PROMPTS
-        print("\n  ".join(["Next:", *next_commands(path, settings.prompts[0], prompts_file, settings.vae_path)]))
+        vae = f" --vae_path {settings.vae_path}" if settings.vae_path else ""
+        print(f"Measure it with evaluate_student.py --student {path}{vae}, and draw with generate_images.py")
 
 
 def print_filled(settings: Settings, caches: Sequence[TeacherCache]) -> None:
@@ -117,13 +113,3 @@ def summary_lines(run: Run, folder: Path) -> list[str]:
         "held out": held_out_text(newest_held_out(lines) or {}),
     }
     return [f"  {name:<9} {text}" for name, text in rows.items() if text]
-
-
-def next_commands(folder: Path, prompt: str, prompts_file: str, vae_path: str | None = None) -> list[str]:
-    """Return the commands that measure a finished student and draw a prompt with it."""
-    student, vae = ["--student", str(folder)], ["--vae_path", vae_path] if vae_path else []
-    pictures = ["--prompt", prompt, "--output", str(folder / "pictures")]
-    return [
-        shlex.join([*command_words("evaluate_student.py"), *student, "--prompts_file", prompts_file, *vae]),
-        shlex.join([*command_words("generate_images.py"), *student, *pictures, *vae]),
-    ]

@@ -71,7 +71,7 @@ def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes) -> 
         "flags_text": flags_text(flags),
         "processes": processes,
         "config": config,
-        "teacher_levels": (teacher_levels(teacher) or ())[:-1],
+        "teacher_levels": teacher_levels(teacher),
         "prompts": inputs.prompts.train,
         "image_sizes": resolve_sizes(typed_sizes, config.image_size, unit, MAX_PATCHES),
         "sample_prompts": inputs.sample_prompts if files.vae_location else [],

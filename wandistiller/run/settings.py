@@ -40,7 +40,7 @@ class Settings(DataFlags, StudentFlags, StatesFlags, ObjectiveFlags, Performance
     flags_text: str  # run.yaml, which repeats the run
     wan_files: WanFiles  # the teacher by its headers
     teacher: TeacherSettings  # how it is sampled; shift, guidance and latents are here
-    teacher_levels: tuple[float, ...]  # the only noise levels it knows, from 1 down; () where it knows all
+    teacher_levels: tuple[float, ...]  # the only noise levels it knows, from 1 down to 0; () where it knows all
     encoder: TextEncoderFiles | None  # None: the mock's stand-in embeddings
     vae_location: Path | None  # of the sample pictures; None: none are drawn
     prompts: list[str]

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wandistiller.device import to_device
-from wandistiller.walk.cache import CachedAnswers
 from wandistiller.walk.store import CAPACITY, Store, is_feature
 from wandistiller.walk.walk import Walk
 from wandistiller.wan.prompt_embeds import PromptEmbeds
@@ -96,7 +96,7 @@ class Batches:
     """The batches of a run, of one image size or of several in turn.
 
     Args:
-        sources: for each image size, its walk with the store that it fills, or the answers of a cache.
+        sources: for each image size, its walk with the store that it fills; None with the answers of a cache.
         schedules: when the walk of each size is asked.
         micro_batch: slots of this process that are learnt from at a time.
         segments: for each image size, the segments that the teacher's paths have passed. Walks that gather segments fill these
@@ -105,7 +105,7 @@ class Batches:
 
     def __init__(
         self,
-        sources: Sequence[tuple[Walk, Store] | CachedAnswers],
+        sources: Sequence[tuple[Walk | None, Any]],
         schedules: Sequence[Schedule],
         prompt_embeds: PromptEmbeds,
         micro_batch: int,
@@ -115,9 +115,9 @@ class Batches:
     ):
         self.segments, self.calls_per_answer = segments, calls_per_answer
         self.sources, self.schedules, self.prompt_embeds, self.device = sources, schedules, prompt_embeds, device
-        slots = len((sources[0] if isinstance(sources[0], CachedAnswers) else sources[0][1]).slots)
+        slots = len(sources[0][1].slots)
         self.micro_batches = [range(start, start + micro_batch) for start in range(0, slots, micro_batch)]
-        self.calls = [source.num_calls if isinstance(source, CachedAnswers) else 0 for source in sources]
+        self.calls = [0] * len(sources)
 
     @property
     def num_calls(self) -> int:
@@ -132,12 +132,8 @@ class Batches:
     def of_step(self, step: int) -> Iterator[Batch]:
         """Yield the micro-batches of a step (from 0), all of one size. The teacher is asked for those that are due."""
         size, own_step = step % len(self.sources), step // len(self.sources)
-        source = self.sources[size]
-        if isinstance(source, CachedAnswers):
-            for rows in self.micro_batches:
-                yield self._batch(source.sample(own_step, rows))
-            return
-        (walk, store), due = source, self.schedules[size].due(own_step)
+        walk, store = self.sources[size]
+        due = 0 if walk is None else self.schedules[size].due(own_step)
         for rows in self.micro_batches:
             fresh: dict[str, Tensor] = {}
             for call in range(self.calls[size], due):
@@ -146,7 +142,7 @@ class Batches:
                 for segment in walk.passed:
                     self.segments[size].add(segment)
             taken = store.sample(own_step, rows)
-            if self.segments and walk.segments is None:
+            if self.segments and not (walk and walk.segments):
                 self._mix_in(taken, self.segments[size], own_step, rows)
             for name in filter(is_feature, fresh):
                 taken[name] = with_fresh_features(taken.get(name), fresh[name], fresh["rows"], rows)
@@ -187,9 +183,9 @@ class Batches:
 
     def _parts(self) -> Iterator[tuple[str, Walk | Store]]:
         """Yield what has a state, with the prefix of its names; a cache has none."""
-        for number, source in enumerate(self.sources):
-            if not isinstance(source, CachedAnswers):
-                yield from zip((f"{number}.walk.", f"{number}.store."), source, strict=True)
+        for number, (walk, store) in enumerate(self.sources):
+            if walk is not None:
+                yield from ((f"{number}.walk.", walk), (f"{number}.store.", store))
         yield from ((f"{number}.segments.", store) for number, store in enumerate(self.segments))
 
 

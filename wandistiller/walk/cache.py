@@ -258,7 +258,6 @@ class CachedAnswers:
         self.ends = list(accumulate(count_answers(file, cache.description["latent_shape"]) for file in self.files))
         opened = [open_safetensors(file) for file in self.files]
         self.slices = [{name: file.get_slice(name) for name in (*STORED_NAMES, CHECKSUMS_NAME)} for file in opened]
-        self.num_calls = 0  # of this run; the teacher was asked when the cache was filled
 
     def sample(self, step: int, rows: range) -> dict[str, Tensor]:
         """Return an answer for each of these slots at a step, as `Store.sample` does."""

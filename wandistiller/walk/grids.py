@@ -47,10 +47,10 @@ def first_grid(level: float, num_steps: int, shift: float, u_low: float = 0.0) -
     return shift_sigma(torch.cat([torch.ones(1), u]), shift)
 
 
-def teacher_levels(settings: TeacherSettings) -> tuple[float, ...] | None:
-    """Return the only noise levels that a few-step teacher was made for, and the 0 that they end in; None where all will do."""
+def teacher_levels(settings: TeacherSettings) -> tuple[float, ...]:
+    """Return the only noise levels that a few-step teacher was made for, and the 0 that they end in; () where all will do."""
     if not settings.has_few_levels:
-        return None
+        return ()
     own = settings.shift, settings.num_inference_steps, settings.teacher_sampler, settings.teacher_levels
     return tuple(wan_scheduler(*own).sigmas.tolist())
 

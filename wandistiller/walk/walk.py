@@ -12,6 +12,7 @@ processes, builders of a cache and image sizes are ranges of slots, and no gener
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class WalkOptions:
         shift: warp of the noise levels.
         num_steps: steps of the teacher's sampler from sigma 1 to 0.
         lowest_sigma: that paths end at.
-        levels: a few-step teacher's only noise levels, from 1 down to 0; None for any.
+        levels: a few-step teacher's only noise levels, from 1 down to 0; none for any.
         renoises: whether a path goes on from x_0 with fresh noise, as those of a teacher made for it, in place of Euler's steps.
         boundary: noise level between two experts that take turns; None where one expert answers, or both in every batch.
         calls_per_expert: calls in a row for one of two experts, on average over both.
@@ -63,7 +64,7 @@ class WalkOptions:
     shift: float
     num_steps: int
     lowest_sigma: float = 0.0
-    levels: tuple[float, ...] | None = None
+    levels: tuple[float, ...] = ()
     renoises: bool = False
     boundary: float | None = None
     calls_per_expert: int = 0
@@ -94,23 +95,14 @@ def paths_per_slot(batch_size: int) -> int:
     return max(FEW_PATHS, math.ceil(MIN_POOL / batch_size))
 
 
-@dataclass(frozen=True)
-class States:
-    """States that the teacher is asked at.
+class States(NamedTuple):
+    """States that the teacher is asked at; all but the latents are on the CPU."""
 
-    Attributes:
-        rows: which of the walk's slots they belong to (B,), on the CPU as all indices are.
-        paths: path of each (B,).
-        latents: (B, C, H, W), on the device.
-        sigma: (B,), on the CPU.
-        prompts: (B,), on the CPU.
-    """
-
-    rows: Tensor
-    paths: Tensor
-    latents: Tensor
-    sigma: Tensor
-    prompts: Tensor
+    rows: Tensor  # (B,) which of the walk's slots they belong to
+    paths: Tensor  # (B,)
+    latents: Tensor  # (B, C, H, W)
+    sigma: Tensor  # (B,)
+    prompts: Tensor  # (B,)
 
 
 class Walk:
@@ -136,10 +128,8 @@ class Walk:
         self.options, self.slots, self.prompt_embeds = options, slots, prompt_embeds
         self.teacher = autocast(teacher.velocity_and_features, options.device, options.compute_dtype)
         # Every path of a few-step teacher has those of its levels that are in the range, and ends at the next one.
-        own = (
-            options.levels and options.levels[: sum(level >= options.lowest_sigma for level in options.levels[:-1]) + 1]
-        )
-        self.levels = torch.tensor(own) if own else None
+        num_levels = sum(level >= options.lowest_sigma for level in options.levels[:-1])
+        self.levels = torch.tensor(options.levels[: num_levels + 1])
         self.channels = torch.tensor(options.channels, dtype=torch.long, device=options.device)
         self.u_low = lowest_u(options.lowest_sigma, options.shift)
         count, paths, shape = len(slots), options.paths_per_slot, options.latent_shape
@@ -156,7 +146,7 @@ class Walk:
         self.passed: list[dict[str, Tensor]] = []
         for row in range(count):
             for path in range(paths):
-                self._begin(row, path, is_first=self.levels is None)
+                self._begin(row, path, is_first=not options.levels)
 
     # ---- asking ----
 
@@ -204,7 +194,7 @@ class Walk:
 
     def _choose(self, call: int, rows: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
         """Return a path (B,) of each slot, and whether it may be asked about (B,); together they are spread over the noise levels."""
-        if self.levels is None and call < self.options.paths_per_slot:  # each path jumps to its own level first
+        if not self.options.levels and call < self.options.paths_per_slot:  # each path jumps to its own level first
             return torch.full_like(rows, call), torch.ones_like(rows, dtype=torch.bool)
         sigma = self.grids[rows].gather(2, self.position[rows][..., None])[..., 0]
         usable = self._on_side(call, sigma)
@@ -263,7 +253,7 @@ class Walk:
 
     def _grid(self, slot: int, path: int, draw: np.random.Generator, is_first: bool) -> Tensor:
         """Return the noise levels of a path that begins."""
-        if self.levels is not None:
+        if self.options.levels:
             return self.levels
         low, high = steps_of_paths(self.options.num_steps)
         num_steps, jitter = int(draw.integers(low, high + 1)), draw.random()
@@ -298,7 +288,7 @@ def turns(options: WalkOptions) -> tuple[int, int]:
 
     A turn is no longer than the steps that a slot's paths have on that side, or slots would have nothing to be asked about.
     """
-    if options.levels is not None:
+    if options.levels:
         levels = torch.tensor(options.levels[:-1])
         num_steps, share = float(len(levels)), float((levels >= options.boundary).float().mean())
     else:
