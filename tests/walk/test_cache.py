@@ -170,7 +170,7 @@ def test_a_changed_value_is_found_when_its_answer_is_read(filled, name):
             answers.sample(step, range(8))
 
 
-@pytest.mark.parametrize("damage", ["shorter", "other shape", "other type", "a tensor more"])
+@pytest.mark.parametrize("damage", ["shorter", "other shape", "a tensor more"])
 def test_a_damaged_file_is_refused_by_its_header(filled, damage):
     file = filled.file_of(LAYOUT.chunks[0])
     if damage == "shorter":
@@ -179,7 +179,6 @@ def test_a_damaged_file_is_refused_by_its_header(filled, damage):
         tensors = load_file(file)
         tensors |= {
             "other shape": {"velocity": tensors["velocity"][:1].clone()},
-            "other type": {"velocity": tensors["velocity"].float()},
             "a tensor more": {"more": torch.zeros(1)},
         }[damage]
         save_file(tensors, file)
