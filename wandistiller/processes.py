@@ -5,6 +5,7 @@ torch.distributed.checkpoint's, in safetensors files, so that a run saved by N p
 """
 
 import contextlib
+import copy
 import os
 import sys
 import warnings
@@ -47,6 +48,7 @@ class Processes:
 
     def __init__(self, device: str = "cpu", rank: int = 0, count: int = 1, per_node: int | None = None):
         self.device, self.rank, self.count = device, rank, count
+        self.group: dist.ProcessGroup | None = None  # that plain values are exchanged in; the one of all there is
         self.mesh = self.weights_mesh = None
         if dist.is_initialized():
             kind, own = torch.device(device).type, per_node if per_node and count % per_node == 0 else count
@@ -67,6 +69,13 @@ class Processes:
     def can_shard(self) -> bool:
         """Whether there is a group to shard weights over; a single process that torchrun started has one too."""
         return self.mesh is not None
+
+    def beside(self) -> "Processes":
+        """Return these processes with a group of their own on the CPU, for a thread beside the training; all call this."""
+        other = copy.copy(self)
+        if dist.is_initialized():
+            other.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        return other
 
     # ---- agreeing ----
 
@@ -90,7 +99,7 @@ class Processes:
         """Return the plain values of all processes, the first one's first."""
         values = [value] * self.count
         if self.are_many:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def from_first(self, value: T) -> T:
@@ -288,7 +297,19 @@ def _sharded_modules(model: nn.Module) -> "list[FSDPModule]":
 # ---- checkpoints ----
 
 
-def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a copy in host memory of tensors, each full or sharded, as torch.distributed.checkpoint.async_save makes it."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    stager = DefaultStager(
+        StagingOptions(False, False, False, False)
+    )  # a plain copy, which is freed once it is written
+    copies = cast("dict[str, Tensor]", stager.stage(tensors))
+    stager.close()
+    return copies
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor], processes: Processes) -> None:
     """Write tensors, each full or sharded, as safetensors files; all processes call this.
 
     Raises:
@@ -298,7 +319,7 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
     with _failures_as_os_error():
-        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        dcp.save(tensors, storage_writer=writer, process_group=processes.group, no_dist=not dist.is_initialized())
 
 
 @contextlib.contextmanager
@@ -306,10 +327,9 @@ def _failures_as_os_error() -> Iterator[None]:
     """Turn what torch.distributed.checkpoint raises, which is no Exception, into an OSError with the reasons of all processes."""
     from torch.distributed.checkpoint.api import CheckpointException
 
+    warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, or unavailable: a process by itself
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, or unavailable: a process by itself
-            yield
+        yield
     except CheckpointException as error:
         for failure, _ in error.failures.values():
             if is_out_of_memory(failure):

@@ -131,7 +131,8 @@ def test_a_message_names_the_files_of_digests_and_tells_what_changed():
 
 def test_a_setting_that_a_checkpoint_lacks_counts_as_its_neutral_value(tmp_path):
     neutral = {"replay": 1, "calls_per_expert": 0}
-    Checkpoints(tmp_path, {"seed": 3}).save(1, {})
+    checkpoints = Checkpoints(tmp_path, {"seed": 3}, in_background=False)
+    checkpoints.save(1, {})
     assert Checkpoints(tmp_path, {"seed": 3, "replay": 1}, neutral=neutral).newest().step == 1
     with pytest.raises(UserError, match="replay 1, now 2"):
         Checkpoints(tmp_path, {"seed": 3, "replay": 2}, neutral=neutral).newest()

@@ -203,7 +203,7 @@ def test_a_step_that_is_not_finite_is_not_saved_and_names_the_newest_checkpoint(
     with pytest.raises(NonFiniteError, match=f"^step {broken_at}: .*--lr 0.0001") as error:
         train(state, checkpoints=checkpoints)
     if last_good is None:
-        assert not checkpoints.manifests()
+        assert not list(tmp_path.rglob("*.json"))
         return
     assert f"The newest good checkpoint is step {last_good}." in str(error.value)
     found = checkpoints_in(tmp_path).newest()
@@ -239,6 +239,7 @@ def test_a_checkpoint_whose_checksums_are_right_but_not_its_tensors_is_refused_i
 def save(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
         checkpoints.save(step, {name: torch.full((5000,), float(step)) for name in ("one", "two")})
+    checkpoints.finish()
 
 
 def names_in(folder: Path) -> set[str]:
@@ -274,6 +275,23 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         manifests = {name for name in names_in(tmp_path) if name.endswith(".json")}
         num_unfinished += len(names_in(tmp_path)) > 2 * len(manifests)
     assert num_unfinished, "no kill fell into a save"
+
+
+def test_what_is_written_while_training_goes_on_is_the_state_at_the_save(tmp_path):
+    checkpoints, weight = checkpoints_in(tmp_path), torch.zeros(10**6)
+    for step in (1, 2):
+        checkpoints.save(step, {"weight": weight, "part": weight[:9]})
+        weight += 1
+    checkpoints.finish()
+    tensors = checkpoints_in(tmp_path).newest().read(lambda name, shape, dtype: torch.empty(shape, dtype=dtype))
+    assert all((tensors[name] == 1).all() for name in ("weight", "part"))
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_is_told(tmp_path):
+    state = make_state()
+    with file_size_limited(10_000), pytest.raises(CheckpointError, match=r"File too large.*there is none yet"):
+        train(state, checkpoints=checkpoints_in(tmp_path))
+    assert 3 <= state.step <= 6 and checkpoints_in(tmp_path).newest() is None
 
 
 def test_the_newest_are_kept_and_nothing_in_them_is_pickled(tmp_path):

@@ -1,6 +1,7 @@
 """The store hands out every answer, all about as often, and each step draws by its number alone."""
 
 from collections import Counter
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -83,7 +84,7 @@ def test_a_store_goes_on_from_a_saved_state_also_in_a_longer_run():
     for call in range(6):
         one.add(answer_of(call))
         one.sample(call, range(NUM_SLOTS))
-    saved = one.state_dict()
+    saved = deepcopy(one.state_dict())
     assert all(len(values) == NUM_SLOTS for values in saved.values())
     other.load_state_dict(saved)
     for step in range(6, 20):
@@ -158,7 +159,7 @@ def test_batches_go_on_bit_for_bit_from_a_saved_state(changes):
     one, other = (make_batches(60, teacher=Field(rate=0.3), **changes) for _ in range(2))
     for step in range(25):
         list(one.of_step(step))
-    state = one.state_dict()
+    state = deepcopy(one.state_dict())
     assert all(values.ndim == 0 or len(values) == NUM_SLOTS for values in state.values())
     other.load_state_dict({name: values.clone() for name, values in state.items()})
     for step in range(25, 60):

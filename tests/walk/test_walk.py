@@ -4,6 +4,7 @@ The oracles are Euler's method by hand and velocity fields that are known in clo
 """
 
 import itertools
+from copy import deepcopy
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_a_walk_goes_on_bit_for_bit_from_a_saved_state(changes, num_before):
     make = lambda: make_walk(Field(rate=0.3), **changes)  # noqa: E731
     one, other = make(), make()
     ask(one, num_before)
-    saved = one.state_dict()
+    saved = deepcopy(one.state_dict())
     assert all(len(values) == 8 for values in saved.values()), "slots are the first dimension of everything"
     expected = ask(one, 60, num_before)
     other.load_state_dict(saved)

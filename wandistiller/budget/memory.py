@@ -55,7 +55,7 @@ def memory_budget(workload: Workload) -> list[Component]:
             Component("reserve", reserve, f"assumed: CUDA context, and {FRAGMENTATION:.0%} for fragmentation"),
         ]
     libraries = [Component("reserve", LIBRARY_BYTES, "assumed: Python and torch", phase) for phase in ("", "encoding")]
-    return [*parts, *libraries, *_streamed(workload, 1)]
+    return [*parts, *libraries, *_streamed(workload, 1), *_written(workload, 1)]
 
 
 def host_budget(workload: Workload) -> list[Component]:
@@ -69,7 +69,7 @@ def host_budget(workload: Workload) -> list[Component]:
         Component(
             "stored answers", count * _stored_bytes(workload) if _keeps_on_host(workload) else 0, "and their states"
         ),
-        Component("checkpoints", count * FILE_BYTES if workload.keep_checkpoints else 0, "a file of one", "updating"),
+        *_written(workload, count),
     ]
     return [part for part in parts if part.num_bytes]
 
@@ -81,6 +81,15 @@ def _streamed(workload: Workload, num_processes: int) -> list[Component]:
     pinned = workload.num_experts * pinned_bytes(workload.teacher.depth, block_bytes(workload))
     phase = "answering" if workload.offline_teacher else ""
     return [Component("teacher blocks", num_processes * pinned, "of the teacher in host memory, pinned", phase)]
+
+
+def _written(workload: Workload, num_processes: int) -> list[Component]:
+    """Return the host memory of a checkpoint that is written: a file for each process, and a copy of all where training goes on."""
+    if not workload.keep_checkpoints:
+        return []
+    size = checkpoint_bytes(workload)
+    in_hand, copied = min(size, num_processes * FILE_BYTES), 0 if workload.teacher_offload else size
+    return [Component("checkpoints", in_hand + copied, "one that is written beside the training")]
 
 
 def embeds_bytes(workload: Workload) -> int:

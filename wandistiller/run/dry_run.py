@@ -28,7 +28,7 @@ from wandistiller.files.paths import nearest_existing
 from wandistiller.model.sizes import count_parameters
 from wandistiller.run.learning import schedules_of, segment_capacity, walk_options
 from wandistiller.run.settings import Settings, of_fields
-from wandistiller.training.checkpoints import Checkpoints
+from wandistiller.training.checkpoints import FOLDER_NAME, manifests_in
 from wandistiller.walk.grids import steps_of_segments
 from wandistiller.wan.text_encoder import token_ids
 
@@ -134,13 +134,13 @@ def check_disk(settings: Settings) -> None:
     """Refuse a run whose student and checkpoints the disk of --output_dir has no room for, beside those that are kept already."""
     if not settings.save_every:
         return
-    checkpoints, keep = Checkpoints(settings.output_dir, {}), settings.keep_checkpoints
-    count = keep + 1 - (0 if settings.overwrite else min(keep, len(checkpoints.manifests())))
+    folder, keep = Path(settings.output_dir) / FOLDER_NAME, settings.keep_checkpoints
+    count = keep + 1 - (0 if settings.overwrite else min(keep, len(manifests_in(folder))))
     needed = count * checkpoint_bytes(workload_of(settings)) + FP32 * count_parameters(settings.config).total
-    free = shutil.disk_usage(nearest_existing(checkpoints.folder)).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     if needed > free:
         raise UserError(
-            f"{checkpoints.folder}: the student and {count} more checkpoints ({keep} are kept while the next is written) take about "
+            f"{folder}: the student and {count} more checkpoints ({keep} are kept while the next is written) take about "
             f"{gib(needed)}, {gib(free)} are free; free some space, give another --output_dir, a smaller --keep_checkpoints, or "
             "--save_every 0"
         )
@@ -151,7 +151,7 @@ def check_places(settings: Settings) -> None:
     for name, folder in folders_of(settings).items():
         check_writable(folder, name)
     check_disk(settings)
-    if settings.teacher_cache or Checkpoints(settings.output_dir, {}).manifests():
+    if settings.teacher_cache or manifests_in(Path(settings.output_dir) / FOLDER_NAME):
         print("Not looked at, since it takes weights: whether checkpoints and teacher cache belong to this run")
 
 

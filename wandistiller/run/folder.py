@@ -67,7 +67,11 @@ def open_folder(settings: Any, identity: dict[str, object]) -> Iterator[Checkpoi
             held.enter_context(removed_if_empty(path))
         processes.first_then_all(lambda: prepare_output_folder(path))
         processes.first_then_all(lambda: held.enter_context(locked_folder(path)))
-        checkpoints = Checkpoints(path, identity, settings.keep_checkpoints, processes, neutral=COMPARED)
+        # A teacher in host memory leaves no room there for a copy of the student's state.
+        is_full = getattr(settings, "teacher_offload", None) is not None
+        checkpoints = Checkpoints(
+            path, identity, settings.keep_checkpoints, processes, neutral=COMPARED, in_background=not is_full
+        )
         if not settings.overwrite and (checkpoint := checkpoints.newest()):
             print_resuming(checkpoint, settings)
         yield checkpoints

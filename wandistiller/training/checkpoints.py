@@ -2,7 +2,7 @@
 
 One checkpoint is a folder `step_00000100/` of safetensors files (weights, their average, optimiser, training states;
 written by all processes at once) and `step_00000100.json` (its manifest: which run it belongs to, and the files' checksums).
-The JSON is written last. A checkpoint without it was never finished, and one with another checksum is damaged; in both cases the
+A thread writes them from a copy in host memory, beside the training. The JSON is written last. A checkpoint without it was never finished, and one with another checksum is damaged; in both cases the
 run resumes from the checkpoint before it. Nothing is unpickled.
 """
 
@@ -10,8 +10,10 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from wandistiller.files.atomic import file_digest, fsync, write_json
 from wandistiller.files.json_files import load_json
 from wandistiller.files.paths import remove, require_file
 from wandistiller.files.tensor_files import read_header
-from wandistiller.processes import Processes, error_reason, load_tensors, save_tensors
+from wandistiller.processes import Processes, error_reason, is_sharded, load_tensors, on_host, save_tensors
 
 FOLDER_NAME = "checkpoints"
 _STEP = re.compile(r"step_(\d{8})")  # files of other names are a person's: they are neither counted nor removed
@@ -78,6 +80,7 @@ class Checkpoints:
         description: what a run must share with a checkpoint to resume from it, as JSON values.
         keep: how many of the newest checkpoints stay.
         neutral: what a checkpoint counts as having where its description lacks a name, which came later.
+        in_background: whether training goes on while files are written, which takes host memory for a copy of the state.
 
     Attributes:
         resume_from: what the run goes on from; None where it starts anew.
@@ -91,11 +94,15 @@ class Checkpoints:
         keep: int = 2,
         processes: Processes | None = None,
         neutral: dict[str, object] | None = None,
+        in_background: bool = True,
     ):
         self.folder = Path(output_dir) / FOLDER_NAME
         self.description, self.neutral = json.loads(json.dumps([description, neutral or {}]))  # as it will be read back
         self.keep = keep
-        self.processes = processes or Processes()
+        self.processes, self.in_background = processes or Processes(), in_background
+        self.writers = self.processes.beside()  # those that the thread takes part in
+        self.thread = ThreadPoolExecutor(1)
+        self.writing: Future[None] | None = None
         self.resume_from: Checkpoint | None = None
         self.last_good: int | None = None
 
@@ -104,20 +111,13 @@ class Checkpoints:
         """Steps taken by earlier commands."""
         return 0 if self.resume_from is None else self.resume_from.step
 
-    def manifests(self) -> list[Path]:
-        """Return the manifests of all finished checkpoints, the newest first."""
-        if not self.folder.is_dir():
-            return []
-        files = [path for path in self.folder.glob("*.json") if _STEP.fullmatch(path.stem) and not path.is_symlink()]
-        return sorted(files, reverse=True)
-
     def newest(self) -> Checkpoint | None:
         """Return the newest good checkpoint, or None if there is none at all. A damaged one is skipped and reported.
 
         Raises:
             UserError: it belongs to a run that differs in what must be the same, or all checkpoints are damaged.
         """
-        found = self.processes.from_first(self.manifests())
+        found = self.processes.from_first(manifests_in(self.folder))
         for path in found:
             checkpoint, reason = None, None
             try:
@@ -161,20 +161,48 @@ class Checkpoints:
             )
 
     def save(self, step: int, tensors: dict[str, Tensor], first_step: int = 0) -> None:
-        """Write a checkpoint, then drop the oldest beyond `keep`.
+        """Begin to write a checkpoint, once the one before is finished; `finish` waits for it.
 
         Args:
             first_step: steps before the stage of the run that it belongs to.
 
         Raises:
+            CheckpointError: see `finish`.
+        """
+        self.finish()
+        tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
+        if not self.processes.is_first:  # of what all processes have, the first one writes
+            tensors = {name: value for name, value in tensors.items() if is_sharded(value)}
+        if self.in_background:
+            tensors = on_host(tensors)
+        about = {"step": step, "first_step": first_step, "threads": torch.get_num_threads(), "run": self.description}
+        self.writing = self.thread.submit(self._write, tensors, about)
+        if not self.in_background:
+            self.finish()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a checkpoint could not be written, which `finish` will tell."""
+        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one.
+
+        Raises:
             CheckpointError: the disk is full or cannot be written to; earlier checkpoints are untouched.
         """
-        folder = self.folder / f"step_{step:08d}"
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Write a checkpoint, then drop the oldest beyond `keep`; every process has a thread that does this."""
+        step, folder = about["step"], self.folder / f"step_{about['step']:08d}"
         try:
-            self.processes.first_then_all(lambda: self._make_room(folder))
-            save_tensors(folder, {name: value.detach().contiguous() for name, value in tensors.items()})
-            checksums = self._checksums(folder)
-            self.processes.first_then_all(lambda: self._finish(step, folder, checksums, first_step))
+            self.writers.first_then_all(lambda: self._make_room(folder))
+            save_tensors(folder, tensors, self.writers)
+            about["files"] = self._checksums(folder)
+            self.writers.first_then_all(lambda: self._complete(folder, about))
             self.last_good = step
         except (OSError, UserError) as error:
             last = self.last_good
@@ -199,31 +227,29 @@ class Checkpoints:
 
     def _checksums(self, folder: Path) -> dict[str, str]:
         """Return the sha256 of every file of a folder, of which each process reads its share."""
-        names = self.processes.from_first(sorted(path.name for path in folder.iterdir()))
+        names = self.writers.from_first(sorted(path.name for path in folder.iterdir()))
         own, reason = {}, None
         try:
             own = {name: file_digest(folder / name) for name in names[self.processes.rank :: self.processes.count]}
         except OSError as error:
             reason = error_reason(error)
-        found = self.processes.from_each((own, reason))
+        found = self.writers.from_each((own, reason))
         if reasons := [reason for _, reason in found if reason]:  # machines may not share the disk
             raise OSError(reasons[0])
         return {name: digest for digests, _ in found for name, digest in digests.items()}
 
-    def _finish(self, step: int, folder: Path, checksums: dict[str, str], first_step: int) -> None:
+    def _complete(self, folder: Path, about: dict[str, Any]) -> None:
         """Write the manifest, which makes the folder a checkpoint."""
         fsync(folder)  # for the files' names; their contents are synced as they are written
-        about = {"step": step, "files": checksums, "first_step": first_step}
-        about |= {"threads": torch.get_num_threads(), "run": self.description}
         write_json(folder.with_suffix(".json"), about, indent=1, ensure_ascii=False)
-        self._drop_old(step)
+        self._drop_old(about["step"])
 
     def _drop_old(self, step: int) -> None:
         """Remove the checkpoints before `step` that are not among the newest.
 
         Checkpoints beyond `step` were skipped as damaged, and stay until the run writes them again.
         """
-        kept = [number for number in map(_step_of, self.manifests()) if number <= step][: self.keep]
+        kept = [number for number in map(_step_of, manifests_in(self.folder)) if number <= step][: self.keep]
         # Manifests go first, so that a kill here leaves no checkpoint that lacks files.
         for path in sorted(self.folder.iterdir(), key=Path.is_dir):
             match = _STEP.fullmatch(path.stem)
@@ -233,6 +259,12 @@ class Checkpoints:
                 shutil.rmtree(path)
             elif path.suffix == ".json":
                 path.unlink()
+
+
+def manifests_in(folder: Path) -> list[Path]:
+    """Return the manifests of all finished checkpoints of a folder, the newest first."""
+    found = folder.glob("*.json") if folder.is_dir() else ()
+    return sorted((path for path in found if _STEP.fullmatch(path.stem) and not path.is_symlink()), reverse=True)
 
 
 def _step_of(manifest: Path) -> int:

@@ -114,12 +114,17 @@ class _Loop:
             del batch  # its text and hidden states may be gigabytes
         parameters = self.state.trained.parameters()
         grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, self.options.optimization.max_grad_norm))
-        found = _measure(torch.cat(sigmas), losses, grad_norm, stop.requested, self.processes)
+        has_failed = (
+            self.checkpoints is not None and self.checkpoints.has_failed
+        )  # which ends the run, told of in `_save`
+        found = _measure(torch.cat(sigmas), losses, grad_norm, stop.requested or has_failed, self.processes)
         try:
             check_finite(step, found.sigmas, found.loss + (found.feature_loss or 0.0), found.grad_norm, self.options)
         except NonFiniteError as error:
-            if self.checkpoints is not None and self.checkpoints.last_good is not None:
-                error.args = (f"{error} The newest good checkpoint is step {self.checkpoints.last_good}.",)
+            if self.checkpoints is not None:
+                self.checkpoints.finish()
+                if (last := self.checkpoints.last_good) is not None:
+                    error.args = (f"{error} The newest good checkpoint is step {last}.",)
             raise
         self.state.update(found.loss)
         return found if has_features else replace(found, feature_loss=None)
@@ -161,6 +166,8 @@ class _Loop:
             return
         check_weights(self.state)  # a broken state must not become a checkpoint
         self.checkpoints.save(step, self.state.tensors(), first_step=self.state.first_step)
+        if is_last:
+            self.checkpoints.finish()
 
     def _draw(self, step: int, is_last: bool) -> None:
         every = self.options.sample_every

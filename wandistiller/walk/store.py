@@ -103,10 +103,10 @@ class Store:
         return {name: value for name, value in answer.items() if name != "rows" and (has_room or not is_feature(name))}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything by slots along the first dimension, without the places that are still empty."""
+        """Return everything, no copies, by slots along the first dimension, without the places that are still empty."""
         filled = int(self.num_stored.max().clamp(max=self.capacity))
-        rows = {f"rows.{name}": values[:, :filled].clone() for name, values in self.rows.items()}
-        return rows | {"uses": self.uses[:, :filled].clone(), "num_stored": self.num_stored.clone()}
+        rows = {f"rows.{name}": values[:, :filled] for name, values in self.rows.items()}
+        return rows | {"uses": self.uses[:, :filled], "num_stored": self.num_stored}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a saved state."""

@@ -270,16 +270,13 @@ class Walk:
     # ---- state ----
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything by slots along the first dimension, so that it resumes in any number of processes."""
-        return {name: values.clone() for name, values in self._state().items()}
-
-    def _state(self) -> dict[str, Tensor]:
+        """Return everything, no copies, by slots along the first dimension, so that it resumes in any number of processes."""
         of_segments = {} if self.segments is None else {"starts": self.segments.starts, "passed": self.segments.passed}
         return {name: getattr(self, name) for name in self._STATE} | of_segments
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a saved state."""
-        for name, own in self._state().items():
+        for name, own in self.state_dict().items():
             own.copy_(state[name])
 
 
