@@ -372,7 +372,7 @@ def test_a_manifest_or_file_of_another_kind_is_skipped_for_the_checkpoint_before
 
 
 def test_a_disk_that_is_too_small_is_refused_before_training(train, tmp_path):
-    outcome = train("mock", PRUNED_CONFIG, *FLAGS, "--keep_checkpoints", 10**9)
+    outcome = train("mock", PRUNED_CONFIG, *FLAGS, "--save_every", 2, "--keep_checkpoints", 10**9)
     assert outcome.code == 2 and "are free; free some space" in outcome.err and "--save_every 0" in outcome.err
     assert not (tmp_path / "out").exists()
 
