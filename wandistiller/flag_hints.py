@@ -3,10 +3,6 @@
 import difflib
 import reprlib
 
-from wandistiller.command_line import is_one_command
-
-# These are torchrun's own flags; they come here when it is left out or another launcher is used.
-LAUNCHER_FLAGS = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_endpoint", "local_rank"}
 # A flag here, and what kohya's scripts, musubi-tuner, ai-toolkit, diffusers' examples and Wan's generate.py call it. Of several that
 # share a name a command has the first that it knows.
 OTHER_NAMES = {
@@ -65,18 +61,17 @@ NO_FLAG = {
     "hidden_size depth num_layers num_heads ffn_dim patch_size text_max_length": "it is no flag but a line in the file of "
     "--student_config",
     "num_frames frame_num video_length": "a student draws single pictures",
+    "nproc_per_node nnodes node_rank master_addr master_port rdzv_endpoint local_rank": "it is a flag of torchrun, and comes before "
+    "the name of the script",
 }
 
 
-def unknown_flag(given: str, others: list[str], known: list[str], prog: str) -> str:
-    """Return a message for an argument that a command of `known` flags does not know; `others` behind it are unknown too."""
+def unknown_flag(given: str, known: list[str]) -> str:
+    """Return a message for an argument that a command of `known` flags does not know."""
     if not given.startswith("-"):
         return f"unexpected argument {given!r}; every value follows a --flag"
     flag = given.split("=")[0]
     name = flag.removeprefix("--")
-    if name in LAUNCHER_FLAGS:
-        value = f" {others[0]}" if "=" not in given and others and not others[0].startswith("-") else ""
-        return f"{flag} is a flag of torchrun: torchrun {given}{value} {'-m ' * is_one_command()}{prog} ..."
     ours = [f"--{our}" for our, names in OTHER_NAMES.items() if name in names.split() and f"--{our}" in known]
     instead = [what for names, what in NO_FLAG.items() if name in names.split()]
     near = difflib.get_close_matches(flag, known, 1, 0.65)

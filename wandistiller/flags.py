@@ -131,14 +131,14 @@ class FlagParser(argparse.ArgumentParser):
         self._words, self._where = [_underscored(arg) for arg in (sys.argv[1:] if argv is None else argv)], where
         args, unknown = self.parse_known_args(self._words)
         if unknown:
-            self.error(self._unknown(*unknown))
+            self.error(self._unknown(unknown[0]))
         return vars(args)
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         return argparse.Namespace(**self.defaults | self.given(argv))
 
-    def _unknown(self, given: str, *others: str) -> str:
-        return unknown_flag(given, list(others), list(self._option_string_actions), self.prog)
+    def _unknown(self, given: str) -> str:
+        return unknown_flag(given, list(self._option_string_actions))
 
     def error(self, message: str) -> NoReturn:
         if "arguments are required" in message:  # the one that is wanted may be there under a name of another trainer

@@ -80,7 +80,6 @@ class Processes:
     # ---- agreeing ----
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
         if self.are_many:
             dist.barrier()
 
@@ -89,7 +88,6 @@ class Processes:
         return torch.cat(_all_gathered(values.to(self.device)))
 
     def any_true(self, value: bool) -> bool:
-        """Return whether `value` is true in any process."""
         return bool(self.gathered(torch.tensor([float(value)])).any())
 
     def all_true(self, value: bool) -> bool:
@@ -236,7 +234,6 @@ def num_processes() -> int:
 
 
 def _all_gathered(values: Tensor) -> list[Tensor]:
-    """Return the values of every process."""
     if num_processes() == 1:
         return [values]
     parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(num_processes())]
@@ -339,7 +336,6 @@ def _failures_as_os_error() -> Iterator[None]:
 
 
 def error_reason(error: BaseException) -> str:
-    """Return what went wrong, in one line."""
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

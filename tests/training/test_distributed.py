@@ -152,18 +152,6 @@ def test_a_mistake_is_said_by_the_first_process_and_by_others_under_their_number
     assert codes == [2, 2] and said.count("\nprocess 1: error: ") == 1 and said.startswith("error: "), said
 
 
-@pytest.mark.parametrize(
-    "flags, answer",
-    [
-        (["--nproc_per_node=2"], "is a flag of torchrun: torchrun --"),
-        (["--nproc_per_node", 2, "--max_steps", 3], "torchrun --nproc_per_node 2 train_distillation.py ..."),
-    ],
-)
-def test_a_flag_of_the_launcher_is_known_as_such(run_main, flags, answer):
-    outcome = run_main(train_distillation.main, *flags)
-    assert outcome.code == 2 and answer in outcome.err
-
-
 def test_half_an_environment_of_a_launcher_is_refused(run_main, flags_of, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     outcome = run_main(train_distillation.main, *flags_of("out", "--max_steps", 3))

@@ -146,7 +146,6 @@ def _teacher_components(workload: Workload) -> list[Component]:
 
 
 def block_bytes(workload: Workload) -> int:
-    """Return the bytes of a block of the teacher."""
     config, dtype = workload.teacher, workload.teacher_dtype
     return weight_bytes(config.replace(depth=2), dtype) - weight_bytes(config.replace(depth=1), dtype)
 
@@ -265,7 +264,6 @@ def moment_bytes(workload: Workload) -> int:
 
 
 def _map_parameters(workload: Workload) -> int:
-    """Count the parameters of the maps of hidden states."""
     return workload.num_features * (workload.student.hidden_size + 1) * workload.student.hidden_size
 
 
@@ -299,7 +297,6 @@ def _states(workload: Workload) -> Component:
 
 
 def _keeps_on_host(workload: Workload) -> bool:
-    """Whether the store of answers is in host memory."""
     return workload.is_gpu and workload.teacher_offload == "blocks"
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,26 +73,8 @@ def advice(workload: Workload) -> str:
 # ---- whether it fits ----
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The device that a budget is held against.
-
-    Attributes:
-        memory: bytes.
-        unit: what has that memory.
-        card: None where no data sheet is known.
-        is_known: False where nobody said what GPU there will be.
-    """
-
-    name: str
-    memory: int
-    unit: str = "GPU"
-    card: Card | None = None
-    is_known: bool = True
-
-
-def find_machine(device: str, is_for_gpu: bool, assumed: Card | None = None) -> Machine:
-    """Find the machine that a run is planned for.
+def find_card(device: str, is_for_gpu: bool, assumed: Card | None = None) -> Card:
+    """Find the GPU that a run is planned for, or this machine as one where it computes on the CPU.
 
     Args:
         device: the run's own.
@@ -100,16 +82,15 @@ def find_machine(device: str, is_for_gpu: bool, assumed: Card | None = None) -> 
         assumed: a GPU that is not here.
     """
     if assumed is not None:
-        return Machine(f"{assumed.name} (assumed)", int(assumed.gib * GIB), card=assumed)
+        return replace(assumed, name=f"{assumed.name} (assumed)")
     if device.startswith("cuda"):
         about = torch.cuda.get_device_properties(device)
-        like = next((found for name, found in CARDS.items() if name in about.name), None)
-        return Machine(about.name, about.total_memory, card=like)
+        like = next((found for name, found in CARDS.items() if name in about.name), Card(about.name, 0.0))
+        return replace(like, name=about.name, gib=about.total_memory / GIB)
     if is_for_gpu:
         usual = CARDS["H100"]
-        name = f"an assumed GPU, {usual.name} (none is here, see --assume_gpu)"
-        return Machine(name, int(usual.gib * GIB), card=usual, is_known=False)
-    return Machine("this machine", host_memory(), "process")
+        return replace(usual, name=f"an assumed GPU, {usual.name} (none is here, see --assume_gpu)")
+    return Card("this machine", host_memory() / GIB)
 
 
 def host_memory() -> int:
@@ -220,7 +201,7 @@ def step_seconds(workload: Workload, card: Card) -> tuple[float, float]:
     return step_flops(workload).total / rate, workload.grad_accum_steps * workload.calls_per_step * shown
 
 
-def compute_lines(workload: Workload, card: Card | None) -> list[str]:
+def compute_lines(workload: Workload, card: Card) -> list[str]:
     """Return lines with the FLOPs of a step and of the job, and how long it takes."""
     flops, num_steps = step_flops(workload), workload.num_steps
     extra = f" + {si(flops.segments)} of its frozen copy" if flops.segments else ""
@@ -232,7 +213,7 @@ def compute_lines(workload: Workload, card: Card | None) -> list[str]:
         f"  the job: {num_steps:,} steps of {workload.global_batch_size:,} prompts, about "
         f"{workload.calls_per_step * num_steps:,.0f} teacher calls of as many, {si(flops.total * num_steps)}FLOP a GPU",
     ]
-    if card is None or card.flops is None or workload.dtype != "bf16":
+    if card.flops is None or workload.dtype != "bf16":
         return [*lines, "  time: --assume_gpu NAME tells hours"]
     computing, waiting = step_seconds(workload, card)
     seconds = computing + waiting

@@ -83,7 +83,6 @@ class Workload:
 
     @property
     def student_tokens(self) -> int:
-        """Image tokens of a sample."""
         return num_image_tokens(self.student, self.latent_size)
 
     @property

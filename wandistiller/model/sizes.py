@@ -53,7 +53,6 @@ def unfilled_model(config: StudentConfig, dtype: torch.dtype) -> WanLiteStudent:
 
 @lru_cache(maxsize=16)
 def count_parameters(config: StudentConfig) -> ParameterCount:
-    """Count the parameters of a model by its shape."""
     with torch.device("meta"):
         model = WanLiteStudent(config.replace(depth=1))
     sizes = {

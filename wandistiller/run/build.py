@@ -57,7 +57,6 @@ def embed_together(processes: Processes, texts: list[str], embed: Callable[[list
 
 
 def print_encoding(done: int, total: int) -> None:
-    """Print how many prompts are encoded, now and then."""
     if done == total or done % 500 == 0:
         print(f"Encoding prompts: {done}/{total}", flush=True)
 

@@ -12,7 +12,7 @@ from wandistiller.budget.report import (
     compute_lines,
     conclusion,
     disk_verdict,
-    find_machine,
+    find_card,
     gib,
     host_memory,
     host_verdict,
@@ -39,33 +39,33 @@ NUM_COUNTED_PROMPTS = 256
 def print_budget(settings: Settings) -> int:
     """Print what the run will take and whether it fits; return the exit code. What is certain not to fit is refused."""
     check_places(settings)
-    machine = find_machine(settings.device, settings.is_for_gpu, settings.assume_gpu)
+    card = find_card(settings.device, settings.is_for_gpu, settings.assume_gpu)
+    is_known = settings.assume_gpu is not None or settings.device.startswith("cuda") or not settings.is_for_gpu
     workload = with_texts(settings, workload_of(settings))
     teacher, student = (count_parameters(model).total for model in (workload.teacher, workload.student))
     disk, others = disk_budget(workload), disk_verdicts(workload, settings)
     experts = f"{workload.num_experts} x " if workload.num_experts > 1 else ""
     tables = {
         "Parameters": [f"  teacher {experts}{teacher:,}, student {student:,} ({student / teacher:.1%} of one)"],
-        f"Memory of one {machine.unit}, GiB; {machine.name} has {machine.memory / GIB:.2f}": memory_lines(
+        f"Memory of one {'GPU' if workload.is_gpu else 'process'}, GiB; {card.name} has {card.gib:.2f}": memory_lines(
             memory_budget(workload)
         ),
         "Disk, GiB": [table_line(part.name, part.num_bytes, f"{part.what} ({part.phase})") for part in disk],
-        "Computing": compute_lines(workload, machine.card),
+        "Computing": compute_lines(workload, card),
     }
     if workload.is_gpu:
         tables["Host memory, GiB"] = memory_lines(host_budget(workload))
         others.insert(0, host_verdict(workload, host_memory()))
     for title, lines in tables.items():
         print("\n".join([title, *lines]))
-    about = verdict(workload, machine.memory, machine.name)
-    if about.is_certain_not_to_fit and machine.is_known:
+    about = verdict(workload, int(card.gib * GIB), card.name)
+    if about.is_certain_not_to_fit and is_known:
         raise UserError(f"--dry_run: {about.sentence}")
     print(conclusion(about, others))
     return 0
 
 
 def workload_of(settings: Settings) -> Workload:
-    """Describe the run by its shapes."""
     config, sizes = settings.config, range(len(settings.image_sizes))
     walks = [walk_options(settings, size) for size in sizes]
     own = {
@@ -125,7 +125,6 @@ def with_texts(settings: Settings, workload: Workload) -> Workload:
 
 
 def folders_of(settings: Settings) -> dict[str, str]:
-    """Return the folders that the run would write to, by their flags."""
     names = ("output_dir", "prompt_cache", "teacher_cache")
     return {f"--{name}": getattr(settings, name) for name in names if getattr(settings, name)}
 

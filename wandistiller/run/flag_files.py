@@ -40,7 +40,6 @@ class _Texts(yaml.SafeLoader):
 
 
 def read_flags(file: object, parser: FlagParser) -> dict[str, Any]:
-    """Return the values of a file's flags, by name."""
     values: dict[str, Any] = {}
     for key, value in _entries(str(file)):
         name = str(key).removeprefix("--").replace("-", "_")
@@ -60,7 +59,6 @@ def read_flags(file: object, parser: FlagParser) -> dict[str, Any]:
 
 
 def _entries(file: str) -> list[tuple[Any, Any]]:
-    """Return the entries of a YAML file in their order."""
     try:
         require_file(file)
         with open(file, encoding="utf-8-sig") as opened:
@@ -73,17 +71,9 @@ def _entries(file: str) -> list[tuple[Any, Any]]:
         if isinstance(root, yaml.MappingNode):
             return loader.construct_pairs(root, deep=True)
         why = "holds no flags"
-    except OSError as error:
-        raise UserError(
-            f"--config {file}: cannot be read ({error.strerror}); give a YAML file of flags, such as the run.yaml of a run"
-        ) from None
-    except UnicodeDecodeError:
-        why = "is no UTF-8 text"
-    except RecursionError:
-        why = "is nested too deep"
-    except yaml.YAMLError as error:
-        why = f"is not valid YAML: {' '.join(str(error).split())}"
-    raise UserError(f"--config {file}: {why}; write one `flag: value` a line, such as `batch_size: 8`")
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        why = f"cannot be read as YAML ({' '.join(str(error).split())})"
+    raise UserError(f"--config {file}: {why}; write one `flag: value` a line, as the run.yaml of a run has them")
 
 
 def words_of(name: str, value: Any, parser: FlagParser) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import CONFIG_NAME, ConfigError, StudentConfig
@@ -13,7 +14,7 @@ from wandistiller.students.record import StudentRecord, load_student_config
 from wandistiller.wan.layouts import open_teacher, open_wan_files
 from wandistiller.wan.record_kinds import LEVELS
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
-from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
+from wandistiller.wan.text_encoder_files import find_text_encoder
 from wandistiller.wan.vae import check_statistics, find_vae, read_vae_config, vae_tensors
 from wandistiller.wan.wan_files import WanFiles, merge_loras
 
@@ -38,19 +39,8 @@ class Source:
         return all(getattr(self.shape, name) == getattr(teacher, name) for name in SHAPE)
 
 
-@dataclass(frozen=True)
-class Files:
-    """What is known of the files of a run by their headers; names and meanings are those of `Settings`."""
-
-    wan_files: WanFiles
-    teacher: TeacherSettings
-    encoder: TextEncoderFiles | None
-    vae_location: Path | None
-    source: Source | None = None
-
-
-def open_files(flags: Flags, config: StudentConfig) -> Files:
-    """Open everything that the run reads weights from, by its headers."""
+def open_files(flags: Flags, config: StudentConfig) -> dict[str, Any]:
+    """Open everything that the run reads weights from, by its headers; return what of `Settings` they tell, by name."""
     wan_files, teacher = open_fitting_teacher(flags, config)
     encoder, given = None, flags.text_encoder_path
     if given or not wan_files.is_mock:  # which has embeddings of its own
@@ -59,7 +49,8 @@ def open_files(flags: Flags, config: StudentConfig) -> Files:
     wan_files = replace(wan_files, encoder=encoder)  # which is a part of what the teacher is
     source = open_source(flags, config)
     check_levels(flags, teacher, source.student_steps if source and flags.train == "lora" else flags.student_steps)
-    return Files(wan_files, teacher, encoder, find_sample_vae(flags, wan_files, teacher), source)
+    vae = find_sample_vae(flags, wan_files, teacher)
+    return {"wan_files": wan_files, "teacher": teacher, "encoder": encoder, "vae_location": vae, "source": source}
 
 
 def open_source(flags: Flags, config: StudentConfig) -> Source | None:
@@ -113,7 +104,6 @@ def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles,
 
 
 def sampled_as(flags: Flags, wan_files: WanFiles) -> TeacherSettings:
-    """Return how the teacher is sampled."""
     typed = {known.name: getattr(flags, known.name) for known in fields(GuidanceFlags)}
     if levels := typed["teacher_levels"]:
         if not LEVELS.fits(levels):

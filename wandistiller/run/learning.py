@@ -155,7 +155,6 @@ def open_caches(settings: Settings) -> list[TeacherCache]:
 
 
 def open_cache(settings: Settings, folder: Path, size: int) -> TeacherCache:
-    """Open the folder of one image size."""
     num_calls, total = schedules_of(settings)[size].num_calls, settings.num_samples_per_step
     options = walk_options(settings, size)
     # Where experts take turns, a group of slots is walked through several turns of both.

@@ -85,7 +85,6 @@ def print_end(run: Run, path: Path, result: TrainingResult) -> None:
 
 
 def print_filled(settings: Settings, caches: Sequence[TeacherCache]) -> None:
-    """Print which part of the cache was filled, and what trains from it."""
     part, num_parts = settings.cache_part
     state = "the cache is complete" if all(cache.is_complete for cache in caches) else "other parts are missing"
     print(

@@ -64,7 +64,6 @@ class RunObserver(Observer):
             tqdm.write(f"step {step}: pictures in {file}", file=sys.stderr)
 
     def draw_last(self, student: WanLiteStudent, step: int) -> None:
-        """Draw the picture that a run ends with."""
         if (samples := self.samples) is None:
             return
         print(f"Drawing {len(samples.prompts)} prompts", flush=True)

@@ -19,7 +19,7 @@ from wandistiller.processes import Processes, join
 from wandistiller.reports.trackers import check_report
 from wandistiller.run.flag_files import flags_text
 from wandistiller.run.flags import Flags
-from wandistiller.run.headers import ALL_LEVELS, Files, Source, open_files
+from wandistiller.run.headers import ALL_LEVELS, Source, open_files
 from wandistiller.run.held_out import MAX_SHARE, NUM_MEASUREMENTS, num_answers
 from wandistiller.run.inputs import Inputs
 from wandistiller.run.settings import Settings, of_fields
@@ -59,13 +59,13 @@ def resolve(flags: Flags, inputs: Inputs) -> Settings:
     return decide(flags, inputs, files, processes)
 
 
-def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes) -> Settings:
+def decide(flags: Flags, inputs: Inputs, files: dict[str, Any], processes: Processes) -> Settings:
     """Return the settings: what was typed, with every default and correction."""
-    config, teacher = inputs.config, files.teacher
-    unit = teacher.vae_scale_factor * math.lcm(config.patch_size, files.wan_files.config.patch_size)
+    config, teacher = inputs.config, files["teacher"]
+    unit = teacher.vae_scale_factor * math.lcm(config.patch_size, files["wan_files"].config.patch_size)
     typed_sizes = flags.image_sizes or [square(config.image_size)]
     known: dict[str, Any] = {
-        **vars(files),
+        **files,
         **resolve_states(flags, files, config),
         **resolve_device(flags, processes),
         "flags_text": flags_text(flags),
@@ -74,8 +74,8 @@ def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes) -> 
         "teacher_levels": teacher_levels(teacher),
         "prompts": inputs.prompts.train,
         "image_sizes": resolve_sizes(typed_sizes, config.image_size, unit, MAX_PATCHES),
-        "sample_prompts": inputs.sample_prompts if files.vae_location else [],
-        "sample_every": flags.sample_every if files.vae_location else 0,
+        "sample_prompts": inputs.sample_prompts if files["vae_location"] else [],
+        "sample_every": flags.sample_every if files["vae_location"] else 0,
     }
     is_lora = flags.train == "lora"
     if is_lora:
@@ -93,23 +93,22 @@ def decide(flags: Flags, inputs: Inputs, files: Files, processes: Processes) -> 
 
 
 def given(typed, otherwise):
-    """Return what was typed, else the other value."""
     return otherwise if typed is None else typed
 
 
 # ---- states and length; `known` are the settings that are decided already, by their names ----
 
 
-def resolve_states(flags: Flags, files: Files, config: StudentConfig) -> dict[str, Any]:
+def resolve_states(flags: Flags, files: dict[str, Any], config: StudentConfig) -> dict[str, Any]:
     """Return the states that the student learns at: those that were typed, else the recipe that won, where it can be had."""
-    offload, wan_files = flags.teacher_offload, files.wan_files
+    offload, wan_files, source = flags.teacher_offload, files["wan_files"], files["source"]
     num_experts = len(wan_files.experts)
     if offload == "experts" and num_experts == 1:
         print("--teacher_offload is of no use here, this teacher has one expert; --teacher_offload blocks is for it")
         offload = None
     # A cache keeps no hidden states.
     feature_loss_weight = given(flags.feature_loss_weight, 0.0 if flags.teacher_cache else FEATURE_LOSS_WEIGHT)
-    is_of_teacher = files.source.is_like(wan_files.config) if files.source else flags.init_from == "teacher"
+    is_of_teacher = source.is_like(wan_files.config) if source else flags.init_from == "teacher"
     if feature_loss_weight and (not is_of_teacher or not config.is_wan):
         print("Hidden states are not compared: the student has none of the teacher's channels")
         feature_loss_weight = 0.0
@@ -187,7 +186,6 @@ def suggested_lr(optimizer: str, hidden_size: int, num_samples: int) -> float:
 
 
 def suggested_warmup(num_steps: int) -> int:
-    """Return the steps of the learning rate's rise."""
     return min(MAX_WARMUP_STEPS, round(WARMUP_SHARE * num_steps))
 
 

@@ -101,7 +101,6 @@ def _point(block: nn.Module, views: Sequence[Tensor]) -> None:
 
 
 def _move_rest(expert: WanLiteStudent, device: torch.device) -> None:
-    """Move what is in no block."""
     in_blocks = set(map(id, tensors_of(expert.blocks)))
     for tensor in tensors_of(expert):
         if id(tensor) not in in_blocks:

@@ -103,7 +103,6 @@ class _Loop:
         return False
 
     def _take_step(self, step: int, stop: StopRequest) -> "_Measured":
-        """Take one optimizer step on a global batch."""
         own_step, count = step - 1 - self.state.first_step, self.batches.num_micro_batches
         progress = own_step / (self.options.num_steps - self.state.first_step)
         sigmas, losses, has_features = [], [], False

@@ -71,7 +71,6 @@ def truncated(change: Tensor | tuple[Tensor, Tensor], rank: int) -> tuple[Tensor
 
 
 def lora_layers(student: WanLiteStudent) -> Iterator[tuple[str, LoraLinear]]:
-    """Yield the layers with a LoRA, by their names."""
     return ((name, layer) for name, layer in student.named_modules() if isinstance(layer, LoraLinear))
 
 

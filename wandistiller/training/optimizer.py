@@ -101,7 +101,6 @@ class Muon(torch.optim.Muon):
             weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 
     def _mean(self, weight: Tensor, momentum: float) -> Tensor:
-        """Return Nesterov's mean of a matrix's gradients."""
         mean = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
         return weight.grad.lerp(mean, momentum)
 

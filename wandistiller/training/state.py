@@ -107,7 +107,6 @@ class RunState:
             self.average.swap()
 
     def update(self, loss: float) -> None:
-        """Take one optimiser step on the gradients that were added up."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr

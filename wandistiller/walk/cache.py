@@ -226,7 +226,6 @@ def checksum_of(answer: Mapping[str, Tensor]) -> int:
 
 
 def damaged_file(path: Path, reason: str) -> UserError:
-    """Return the refusal of a file of a teacher cache."""
     return UserError(f"{path}: is missing or damaged ({reason}); copy it again, or remove it to ask the teacher anew")
 
 

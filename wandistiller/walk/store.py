@@ -109,7 +109,6 @@ class Store:
         return rows | {"uses": self.uses[:, :filled], "num_stored": self.num_stored}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved state."""
         rows = {name.removeprefix("rows."): values for name, values in state.items() if name.startswith("rows.")}
         self.capacity = max(self.capacity, state["uses"].shape[1])  # of a run that was longer
         self.num_stored = state["num_stored"].clone()

@@ -76,7 +76,6 @@ class WalkOptions:
 
     @property
     def in_turns(self) -> bool:
-        """Whether two experts answer in turns."""
         return self.boundary is not None and self.calls_per_expert > 0
 
     @property
@@ -275,7 +274,6 @@ class Walk:
         return {name: getattr(self, name) for name in self._STATE} | of_segments
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved state."""
         for name, own in self.state_dict().items():
             own.copy_(state[name])
 
