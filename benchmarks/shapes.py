@@ -10,7 +10,7 @@ import torch
 from wandistiller.budget.workload import Workload
 from wandistiller.device import wait_for
 from wandistiller.model.config import StudentConfig
-from wandistiller.walk.walk import paths_per_slot
+from wandistiller.walk.walk import FEW_PATHS
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -51,7 +51,7 @@ def run_of(name: str, pixels: int) -> Workload:
         optimizer="muon",
         batch_size=BATCH_SIZE,
         num_features=student.depth,
-        latents_per_slot=paths_per_slot(BATCH_SIZE),
+        latents_per_slot=FEW_PATHS,
         mean_text_tokens=MEAN_TEXT_TOKENS,
         negative_text_tokens=NEGATIVE_TEXT_TOKENS,
     )

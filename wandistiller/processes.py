@@ -6,6 +6,7 @@ torch.distributed.checkpoint's, in safetensors files, so that a run saved by N p
 
 import contextlib
 import copy
+import itertools
 import os
 import sys
 import warnings
@@ -341,14 +342,8 @@ def error_reason(error: BaseException) -> str:
 
 def _files_of(tensors: dict[str, Tensor]) -> dict[str, int]:
     """Return the number, from 1, of the file that each tensor goes to."""
-    files, number, filled = {}, 1, 0
-    for name, tensor in tensors.items():
-        num_bytes = tensor.numel() * tensor.element_size()
-        if filled and filled + num_bytes > FILE_BYTES:
-            number, filled = number + 1, 0
-        files[name] = number
-        filled += num_bytes
-    return files
+    ends = itertools.accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return {name: 1 + end // FILE_BYTES for name, end in zip(tensors, ends, strict=True)}
 
 
 def load_tensors(folder: Path, room_for: Callable[[str, torch.Size, torch.dtype], Tensor | None]) -> dict[str, Tensor]:

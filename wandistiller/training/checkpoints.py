@@ -22,7 +22,6 @@ from wandistiller.errors import UserError, differences, shortened, shown
 from wandistiller.files.atomic import file_digest, fsync, write_json
 from wandistiller.files.json_files import load_json
 from wandistiller.files.paths import remove, require_file
-from wandistiller.files.tensor_files import read_header
 from wandistiller.processes import Processes, error_reason, is_sharded, load_tensors, on_host, save_tensors
 
 FOLDER_NAME = "checkpoints"
@@ -140,7 +139,7 @@ class Checkpoints:
         return None
 
     def _check_files(self, checkpoint: Checkpoint) -> None:
-        """Compare this process's part of the files with their checksums, and look at their headers."""
+        """Compare this process's part of the files with their checksums."""
         for name in sorted(checkpoint.files)[self.processes.rank :: self.processes.count]:
             if Path(name).name != name:
                 raise ValueError(f"{shown(name)} is no name of a file")
@@ -148,8 +147,6 @@ class Checkpoints:
             require_file(file)
             if file_digest(file) != checkpoint.files[name]:
                 raise ValueError(f"the checksum of {name} differs")
-            if name.endswith(".safetensors"):
-                read_header(file)
 
     def _check_run(self, description: dict[str, object]) -> None:
         """Refuse a checkpoint of a run that differs in what must be the same."""

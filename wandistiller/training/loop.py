@@ -194,10 +194,8 @@ def _measure(
     """Gather the losses over all micro-batches and processes; one process's request to stop is everyone's."""
     by_sample = torch.cat([loss.by_sample for loss in losses])
     sigma = to_device(sigma, by_sample.device)
-    velocity, features = (
-        torch.stack([getattr(loss, name) for loss in losses]).mean() for name in ("velocity", "features")
-    )
-    own = torch.stack([velocity, features, velocity.new_full((), float(is_stopped))])
+    features = torch.stack([loss.features for loss in losses]).mean()
+    own = torch.stack([by_sample.mean(), features, features.new_full((), float(is_stopped))])
     head = processes.gathered(own[None]).mean(dim=0)
     samples = processes.gathered(torch.stack([sigma.to(by_sample), by_sample], dim=1))
     # note: CPU-GPU sync point, the only one of a step

@@ -70,14 +70,12 @@ class Loss:
     """What a step minimises and what it reports. All but `total` are detached.
 
     Attributes:
-        total: the sum of `velocity` and `features`.
-        velocity: the mean of `by_sample`.
+        total: the mean of `by_sample`, and `features`.
         features: what the feature loss adds; 0 for a batch without hidden states.
         by_sample: squared velocity error (B,) of each sample, relative to its target's mean square: 1 for a student that answers 0.
     """
 
     total: Tensor
-    velocity: Tensor
     features: Tensor
     by_sample: Tensor
 
@@ -113,7 +111,7 @@ class Objective:
         beside = torch.zeros_like(loss)
         if features:
             beside = self.feature_weight * (1 - progress) * self.feature_loss(features, batch.features).mean()
-        return Loss(loss + beside, loss.detach(), beside.detach(), by_sample.detach())
+        return Loss(loss + beside, beside.detach(), by_sample.detach())
 
 
 class TrainedStudent(nn.Module):

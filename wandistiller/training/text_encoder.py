@@ -137,7 +137,7 @@ class EncoderObjective:
                 expected = read(batch.embeds)
             errors = [token_errors(ours, theirs) for ours, theirs in zip(read(embeds), expected, strict=True)]
             beside = _mean_over_text(torch.stack(errors).mean(dim=0), batch.mask).mean()
-        return Loss(loss + beside, loss.detach(), beside.detach(), by_sample.detach())
+        return Loss(loss + beside, beside.detach(), by_sample.detach())
 
 
 def _mean_over_text(errors: Tensor, mask: Tensor) -> Tensor:

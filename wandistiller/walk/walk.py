@@ -80,18 +80,14 @@ class WalkOptions:
 
     @property
     def paths_per_slot(self) -> int:
-        return PATHS_IN_TURNS if self.in_turns else paths_per_slot(self.batch_size)
+        """Paths of a slot; where experts take no turns every batch may hold states of all noise levels."""
+        return PATHS_IN_TURNS if self.in_turns else max(FEW_PATHS, math.ceil(MIN_POOL / self.batch_size))
 
     @property
     def latents_per_slot(self) -> int:
         """Latents that a walk keeps on the device for each slot."""
         per_path = 2 if self.segment_ends else 1
         return per_path * self.paths_per_slot
-
-
-def paths_per_slot(batch_size: int) -> int:
-    """Return the paths of a slot where every batch may hold states of all noise levels."""
-    return max(FEW_PATHS, math.ceil(MIN_POOL / batch_size))
 
 
 class States(NamedTuple):
