@@ -29,7 +29,7 @@ from wandistiller.processes import Processes
 from wandistiller.prompts.prompts import Prompts
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.flags import PRESETS, parse_args
-from wandistiller.run.headers import Files, sampled_as
+from wandistiller.run.headers import sampled_as
 from wandistiller.run.inputs import Inputs
 from wandistiller.run.resolve import decide
 from wandistiller.run.settings import Settings
@@ -94,7 +94,8 @@ def planned(name: str, *typed: str) -> Planned:
     config = StudentConfig.load(ROOT / flags.student_config)
     prompts = [f"prompt {number}" for number in range(flags.num_prompts)]
     wan_files = released(name)
-    files = Files(wan_files, sampled_as(flags, wan_files), encoder=None, vae_location=None)
+    files = {"wan_files": wan_files, "teacher": sampled_as(flags, wan_files)}
+    files |= dict.fromkeys(("encoder", "vae_location", "source"))
     inputs = Inputs(config, Prompts(prompts, prompts[:NUM_HELD_OUT], []), [])
     settings = decide(flags, inputs, files, Processes("cuda"))
     work = replace(

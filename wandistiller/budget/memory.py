@@ -88,8 +88,10 @@ def _written(workload: Workload, num_processes: int) -> list[Component]:
     if not workload.keep_checkpoints:
         return []
     size = checkpoint_bytes(workload)
-    in_hand, copied = min(size, num_processes * FILE_BYTES), 0 if workload.teacher_offload else size
-    return [Component("checkpoints", in_hand + copied, "one that is written beside the training")]
+    in_hand = min(size, num_processes * FILE_BYTES)
+    if workload.teacher_offload:  # training waits
+        return [Component("checkpoints", in_hand, "a file of one", "updating")]
+    return [Component("checkpoints", in_hand + size, "a copy of one, and a file of it")]
 
 
 def embeds_bytes(workload: Workload) -> int:
