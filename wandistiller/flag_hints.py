@@ -55,8 +55,7 @@ NO_FLAG = {
     "resume resume_from resume_from_checkpoint": "a run resumes where the same command is typed again",
     "resolution size image_size video_size": 'the size of the pictures is "image_size" in the file of --student_config; '
     "generate_images.py takes --height and --width, evaluate_student.py --size",
-    "lora lora_path lora_weight lora_weights network_weights": "a LoRA of the teacher is --teacher_lora FILE[:SCALE]; "
-    "projection_mapper.py --lora cuts one for a student",
+    "lora lora_path lora_weight lora_weights network_weights": "a LoRA of the teacher is --teacher_lora FILE[:SCALE]",
     "network_module": "a LoRA of a trained student, for what a LoRA of its teacher changes, is --train lora of train_distillation.py",
     "hidden_size depth num_layers num_heads ffn_dim patch_size text_max_length": "it is no flag but a line in the file of "
     "--student_config",

@@ -98,10 +98,6 @@ GROUPS = {
     "VAE": Group(DRAWN, "teacher/vae/*", f"{DRAW} {ONE}", 12, r"encoder\.|quant_conv|.*\.time_conv\."),
     "VAE, exported": Group("teacher student", "teacher/vae/*", PIPELINE, 12),
     "LoRA": Group("teacher lora.safetensors", "lora.safetensors", f"{PROJECT} --teacher_path {{case}}/teacher --teacher_lora {{case}}/lora.safetensors", 16),
-    "LoRA, cut": Group(
-        "lora.safetensors student", "student/projection_report.json lora.safetensors",
-        "project --lora {case}/lora.safetensors --student {case}/student --output {new}.safetensors", 12,
-    ),
     "student's record": Group("teacher student", "student/student_config.json", PIPELINE, 16),
     "student's record, drawn": Group(DRAWN, "student/student_config.json", f"{DRAW} {ONE}"),
     "student's weights": Group("teacher student", "student/diffusion_model.safetensors", f"{EXPORT} original", 12),

@@ -115,22 +115,13 @@ def _cut(
 # ---- the file ----
 
 
-def write_lora(student: StudentLora, path: str | Path, file_format: str) -> list[str]:
-    """Write a LoRA for a student's exports, whole or not at all; return the names of changes that the format cannot hold.
+def write_lora(student: StudentLora, path: str | Path, file_format: str) -> None:
+    """Write a LoRA for a student's exports, whole or not at all.
 
     A file for diffusers holds products alone. ComfyUI ("original") also takes whole differences.
-
-    Raises:
-        UserError: nothing would be left for diffusers.
     """
-    if file_format == "original":
-        tensors, left_out = _for_comfyui(student), []
-    else:
-        tensors, left_out = _for_diffusers(student), list(student.differences)
-    if not tensors:
-        raise UserError(f"{path}: diffusers loads no LoRA of whole differences; give --format original, for ComfyUI")
+    tensors = _for_comfyui(student) if file_format == "original" else _for_diffusers(student)
     write_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
-    return left_out
 
 
 def _for_diffusers(student: StudentLora) -> dict[str, Tensor]:

@@ -141,6 +141,8 @@ def cut_of_lora(settings: Settings) -> Mapping[str, Tensor | tuple[Tensor, Tenso
         print(f"The LoRA begins with no change: {why if is_like else 'the student is no part of this teacher'}")
         return None
     cut = cut_loras(loras, settings.source.part, settings.config)
+    if cut.dropped:
+        print(f"The LoRA begins without {len(cut.dropped)} tensors of layers that the student does not have")
     if vectors := [name for name, change in cut.differences.items() if change.ndim != 2]:
         print(
             f"The LoRA begins without the changes of {len(vectors)} tensors that are no matrices, such as {vectors[0]}"
