@@ -106,9 +106,6 @@ class OutOfMemory(RuntimeError):
 
     exit_code = 1
 
-    def __init__(self, workload: Workload):
-        super().__init__(f"the device is out of memory. {advice(workload)}")
-
 
 class Verdict(NamedTuple):
     """Whether a run fits in one place, and the words that say so. Between `fits` and certainty lie the reserve and upper bounds."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from wandistiller.budget.report import OutOfMemory
+from wandistiller.budget.report import OutOfMemory, advice
 from wandistiller.device import is_out_of_memory
 from wandistiller.files.output_folder import locked_folder, prepare_output_folder, removed_if_empty
 from wandistiller.processes import leave
@@ -86,4 +86,4 @@ def memory_advice(settings: Settings) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(workload_of(settings)) from error
+        raise OutOfMemory(f"the device is out of memory. {advice(workload_of(settings))}") from error
