@@ -3,7 +3,8 @@
     python export_student.py --student outputs/demo --format pipeline --output outputs/demo_pipeline
     python export_student.py --student outputs/demo --format original --dtype bf16 --output outputs/demo.safetensors
 
-diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder, original one file as ComfyUI reads it.
+diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder, original one file as ComfyUI reads it, gguf one
+file as ComfyUI-GGUF does.
 """
 
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.files.output_folder import check_output_folder, check_writable, removed_if_empty
-from wandistiller.flags import PartsFlags, TeacherFlags, flag, group, parse_flags, path
+from wandistiller.flags import PartsFlags, TeacherFlags, flag, group, parse_flags, path, switch
 from wandistiller.model.config import StudentConfig
 from wandistiller.students.parts import find_recorded_encoder, teacher_paths
 from wandistiller.students.record import StudentRecord, load_shape, load_student_config
@@ -29,9 +30,11 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 # Of a pipeline beside its transformer, text encoder and AutoencoderKLWan; of other formats None
 Parts: TypeAlias = "tuple[TextEncoderFiles, Any] | None"
 # The precisions of each format
-FLOATS = ["fp32", "bf16", "fp16"]
-FORMATS = {"diffusers": FLOATS, "original": [*FLOATS, "fp8"], "pipeline": FLOATS}
-FILE_NAME = "wan_student.safetensors"  # of the format original, where a folder is given
+FLOATS, QUANTISED = ["fp32", "bf16", "fp16"], ["q8_0", "q5_0", "q4_0"]
+FORMATS = {"diffusers": FLOATS, "original": [*FLOATS, "fp8"], "pipeline": FLOATS, "gguf": [*FLOATS, *QUANTISED]}
+# The formats that are one file, with the name that it gets in a folder
+FILE_NAMES = {"original": "wan_student.safetensors", "gguf": "wan_student.gguf"}
+WORKFLOW_SUFFIX = ".workflow.json"
 WEIGHT_SUFFIXES = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"}
 
 
@@ -41,19 +44,21 @@ class Flags(PartsFlags):
 
     student: str = flag("folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path)
     format: str = flag(
-        "diffusers: a transformer folder; pipeline: a whole pipeline folder; original: one file for ComfyUI",
+        "diffusers: a transformer folder; pipeline: a whole pipeline folder; original: one file for ComfyUI; gguf: one for ComfyUI-GGUF",
         required=True,
         choices=list(FORMATS),
     )
     output: str = flag(
-        f"a new folder; for original also a file, else {FILE_NAME} in it",
+        f"a new folder; for original and gguf also a file, else {' or '.join(FILE_NAMES.values())} in it",
         required=True,
         type=path,
     )
     dtype: str = flag(
-        "of the weights (left out: bf16 for a pipeline, else fp32); norms, modulation and time embedding stay fp32; fp8 (original only) is float8_e4m3fn in the blocks",
-        choices=[*FLOATS, "fp8"],
+        "of the weights (left out: bf16 for a pipeline, else fp32); norms, modulation and time embedding stay fp32; fp8 (original only) is float8_e4m3fn in the blocks, "
+        f"{', '.join(QUANTISED)} (gguf only) are its types there",
+        choices=[*FLOATS, "fp8", *QUANTISED],
     )
+    workflow: bool = switch("write a ComfyUI workflow beside an original file, to drop on its editor")
 
 
 def check_flags(flags: Flags) -> None:
@@ -63,29 +68,36 @@ def check_flags(flags: Flags) -> None:
     for part in fields(PartsFlags):
         if getattr(flags, part.name) and flags.format != "pipeline":
             raise UserError(f"--{part.name} belongs to --format pipeline; the other formats hold the transformer alone")
+    if flags.workflow and flags.format != "original":
+        raise UserError("--workflow is for --format original, the file that ComfyUI reads")
 
 
 def read_config(flags: Flags) -> StudentConfig:
     """Read the student's config; a pipeline also needs its record, which says how to draw."""
     config = (load_student_config if flags.format == "pipeline" else load_shape)(flags.student)
     config.check_is_wan(f"--student {flags.student}", "no other tool knows its architecture")
+    if flags.workflow and config.num_channels not in (16, 48):
+        raise UserError(
+            f"--workflow: ComfyUI draws latents of 16 or 48 channels, this student's have {config.num_channels}"
+        )
     return config
 
 
 def check_output(flags: Flags) -> Path:
     """Return the path of the file or folder that the export becomes; what is there already is never replaced."""
-    target, is_original = Path(flags.output), flags.format == "original"
-    is_file = is_original and target.suffix == ".safetensors"
-    if target.suffix.lower() in WEIGHT_SUFFIXES and not is_file:
-        file = " or a .safetensors file" if is_original else ""
+    target, name = Path(flags.output), FILE_NAMES.get(flags.format)
+    is_file, suffix = target.suffix.lower() in WEIGHT_SUFFIXES, Path(name or "").suffix
+    if is_file and target.suffix != suffix:
+        file = f" or a file of suffix {suffix}" if suffix else ""
         raise UserError(
             f"--output {target}: --format {flags.format} writes no {target.suffix} file; give a new folder{file}"
         )
-    target = target / FILE_NAME if is_original and not is_file else target
+    target = target / name if name and not is_file else target
     check_writable(target.parent, "--output")
-    if is_original and os.path.lexists(target):
-        raise UserError(f"--output {target}: is there already; give another name")
-    if not is_original and check_output_folder(target, "--output").is_dir() and any(target.iterdir()):
+    places = [target, *([target.with_suffix(WORKFLOW_SUFFIX)] if flags.workflow else [])] if name else []
+    if there := [place for place in places if os.path.lexists(place)]:
+        raise UserError(f"--output {there[0]}: is there already; give another name")
+    if not name and check_output_folder(target, "--output").is_dir() and any(target.iterdir()):
         raise UserError(f"--output {target}: holds files already; give a new folder")
     return target
 
@@ -115,18 +127,24 @@ def write(target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, par
         tensors: the student's state dict.
         config: the student's, with the record that is published.
     """
-    from wandistiller.files.atomic import atomic_folder, new_file, remove_leftovers
-    from wandistiller.projection.exports import write_original_file
+    from wandistiller.files.atomic import atomic_folder, new_files, remove_leftovers, write_json
+    from wandistiller.projection.comfyui import comfyui_workflow
+    from wandistiller.projection.exports import write_gguf_file, write_original_file
+    from wandistiller.reports.cards import example_prompt
 
     remove_leftovers(target)  # of a killed export
     with removed_if_empty(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if flags.format == "original":
-            with new_file(target) as file:
-                write_original_file(tensors, config, file, flags.dtype)
-        else:
+        if flags.format not in FILE_NAMES:
             with atomic_folder(target) as folder:
                 write_folder(folder, tensors, config, parts, flags)
+            return
+        with new_files(target) as folder:
+            if flags.workflow:
+                workflow = comfyui_workflow(config, target.name, example_prompt(config))
+                write_json((folder / target.name).with_suffix(WORKFLOW_SUFFIX), workflow, indent=2)
+            write_file = write_gguf_file if flags.format == "gguf" else write_original_file
+            write_file(tensors, config, folder / target.name, flags.dtype)
 
 
 def write_folder(folder: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: Parts, flags: Flags) -> None:
@@ -147,10 +165,10 @@ def write_folder(folder: Path, tensors: "dict[str, Tensor]", config: StudentConf
 def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
     """Print what was written, what it cannot carry into other tools, and how to draw with it."""
     from wandistiller.model.sizes import count_parameters
-    from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
+    from wandistiller.projection.comfyui import LOADERS, comfyui_settings, comfyui_warnings
     from wandistiller.reports.cards import drawing
 
-    warnings = comfyui_warnings(config) if flags.format == "original" else []
+    warnings = comfyui_warnings(config) if flags.format in FILE_NAMES else []
     for warning in [*warnings, StudentRecord.of(config).warning_of_untrained_levels()]:
         if warning:
             print(f"Warning: {warning}")
@@ -161,8 +179,8 @@ def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
         listed = (f"{part.name} {size:,.1f} MiB" for part, size in zip(parts, sizes, strict=True))
         print("Sizes: " + ", ".join(listed))
         print("To draw:\n" + textwrap.indent(drawing(config, str(target), flags.dtype), "  "))
-    if flags.format == "original":
-        print(f"In ComfyUI: {comfyui_settings(config)}")
+    if flags.format in FILE_NAMES:
+        print(f"In ComfyUI: {comfyui_settings(config, LOADERS[flags.format])}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -174,9 +192,11 @@ def main(argv: list[str] | None = None) -> int:
     target = check_output(flags)
 
     from wandistiller.model.transformer import WanLiteStudent
-    from wandistiller.projection.exports import fold_embedding_map, published
+    from wandistiller.projection.exports import fold_embedding_map, published, refuse_what_gguf_drops
 
     # Every file is checked before one is written:
+    if flags.format == "gguf":
+        refuse_what_gguf_drops(config)
     parts = find_parts(flags, config) if flags.format == "pipeline" else None
     tensors = WanLiteStudent.from_pretrained(flags.student).state_dict()
     public_config = published(config)

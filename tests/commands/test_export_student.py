@@ -455,6 +455,7 @@ MISTAKES = {
         ["--output", "{tmp}/tr.safetensors"],
         "writes no .safetensors file; give a new",
     ),
+    "a workflow of a folder": ("diffusers", ["--workflow"], "--workflow is for --format original"),
 }
 
 
@@ -544,13 +545,30 @@ def test_the_file_tells_comfyui_what_no_tensor_tells(export, tmp_path):
     }  # fmt: skip
 
 
-def drawn_in_comfyui(printed: str, model, noise: torch.Tensor, text: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Latents by ComfyUI's rules with the settings that an export printed, and diffusers' 3D transformer of its file.
+def test_a_workflow_beside_the_file_has_the_students_own_settings(export, student, tmp_path):
+    few = changed(student, tmp_path / "few", student_steps=3)
+    outcome = export(few, "original", "--workflow", output="a.safetensors")
+    assert outcome.code == 0, outcome.err
+    nodes = {
+        node["type"]: node["widgets_values"] for node in json.loads((tmp_path / "a.workflow.json").read_text())["nodes"]
+    }
+    assert nodes["UNETLoader"][0] == "a.safetensors" and nodes["ModelSamplingSD3"] == [3.0]
+    assert nodes["KSampler"][2:6] == [3, 1.0, "euler", "simple"]
+    assert nodes["EmptyHunyuanLatentVideo"][:3] == [64, 64, 1]
+    before = snapshot(tmp_path)
+    outcome = export(few, "original", "--workflow", output="a.safetensors")
+    assert_refused(outcome, "is there already", tmp_path, before)
+
+
+def drawn_in_comfyui(workflow: dict, model, noise: torch.Tensor, text: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Latents of a workflow by ComfyUI's rules, with diffusers' 3D transformer of the exported file in place of its own.
 
     comfy/model_sampling.py:ModelSamplingDiscreteFlow, comfy/samplers.py:simple_scheduler, comfy/k_diffusion/sampling.py:sample_euler.
     """
-    told = re.search(r"shift ([\d.]+), KSampler with steps (\d+), cfg 1, euler, simple;", printed)
-    shift, steps, u = float(told[1]), int(told[2]), torch.arange(1, 1001) / 1000
+    nodes = {node["type"]: node["widgets_values"] for node in workflow["nodes"]}
+    _, _, steps, cfg, sampler, scheduler, denoise = nodes["KSampler"]
+    assert (cfg, sampler, scheduler, denoise) == (1.0, "euler", "simple", 1.0)
+    (shift,), u = nodes["ModelSamplingSD3"], torch.arange(1, 1001) / 1000
     table = shift * u / (1 + (shift - 1) * u)
     sigmas = [*(float(table[-(1 + int(step * (1000 / steps)))]) for step in range(steps)), 0.0]
     latents = noise
@@ -586,11 +604,12 @@ def test_a_student_of_few_steps_draws_in_diffusers_and_in_comfyui_what_it_draws_
     theirs = pipeline(prompt_embeds=padded, latents=noise[:, :, None], num_inference_steps=steps, **size).frames
     assert relative_error(theirs[:, :, 0], ours) <= 1e-4
 
-    outcome = export(few, "original", output="a.safetensors")
+    assert export(few, "original", "--workflow", output="a.safetensors").code == 0
     model = WanTransformer3DModel.from_single_file(
         str(tmp_path / "a.safetensors"), config=str(tmp_path / "pipeline" / "transformer")
     )
-    assert relative_error(drawn_in_comfyui(outcome.out, model.eval(), noise, text), ours) <= 1e-3
+    workflow = json.loads((tmp_path / "a.workflow.json").read_text())
+    assert relative_error(drawn_in_comfyui(workflow, model.eval(), noise, text), ours) <= 1e-3
 
 
 # ---- a student by folder or by name ----

@@ -72,7 +72,8 @@ def test_the_wheel_holds_every_package_command_page_and_ready_config(wheel):
     expected |= {path.name for path in ROOT.glob("*.py")}
     pages = {str(path.relative_to(ROOT)) for path in (ROOT / "wandistiller" / "reports" / "page").iterdir()}
     assert {name.rsplit(".", 1)[1] for name in pages} >= {"html", "css", "md"}
-    expected |= pages
+    workflows = (ROOT / "wandistiller" / "projection").glob("*.json")
+    expected |= pages | {str(path.relative_to(ROOT)) for path in workflows}
     configs = [path.relative_to(ROOT / "config") for path in (ROOT / "config").rglob("*.*")]
     assert held == expected | {f"wandistiller/ready_configs/{path}" for path in configs}
 

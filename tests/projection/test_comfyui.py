@@ -1,13 +1,15 @@
-"""ComfyUI's rules for a student's file: what it reads wrong, and with which settings it draws.
+"""ComfyUI's rules for a student's file: what it reads wrong, with which settings it draws, and the workflows that it opens.
 
 ComfyUI is no dependency, so no test imports it; docs/export.md says what was held against one.
 """
+
+import json
 
 import pytest
 
 from support.runs import ROOT
 from wandistiller.model.config import StudentConfig
-from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings
+from wandistiller.projection.comfyui import comfyui_settings, comfyui_warnings, comfyui_workflow
 from wandistiller.wan.settings import RELEASED_LATENTS
 
 RELEASED = {"block": "wan", "hidden_size": 256, "depth": 2, "num_heads": 2, "num_channels": 16, "image_size": 64}
@@ -55,3 +57,36 @@ def test_settings_for_comfyui_are_those_of_the_record():
     assert "steps 4, cfg 1, euler, simple" in comfyui_settings(few)
     assert "EmptyHunyuanLatentVideo of length 1" in text
     assert "Wan22ImageToVideoLatent of length 1" in comfyui_settings(taught.replace(num_channels=48))
+
+
+# The widgets of each node in their order, as ComfyUI 0.33.0 declares them; after a seed its editor has one of its own.
+WIDGETS = {
+    "UNETLoader": ["unet_name", "weight_dtype"],
+    "CLIPLoader": ["clip_name", "type", "device"],
+    "VAELoader": ["vae_name"],
+    "ModelSamplingSD3": ["shift"],
+    "CLIPTextEncode": ["text"],
+    "EmptyHunyuanLatentVideo": ["width", "height", "length", "batch_size"],
+    "Wan22ImageToVideoLatent": ["width", "height", "length", "batch_size"],
+    "KSampler": ["seed", "control_after_generate", "steps", "cfg", "sampler_name", "scheduler", "denoise"],
+    "VAEDecode": [],
+    "SaveImage": ["filename_prefix"],
+}
+
+
+@pytest.mark.parametrize("channels, source", [(16, "student_config"), (48, "student_config_5B")])
+def test_the_editors_workflow_asks_for_what_the_api_is_asked_for(channels, source):
+    """As ComfyUI's own editor turned these files into prompts (docs/export.md)."""
+    config = StudentConfig.load(ROOT / "config" / f"{source}.json")
+    editor = comfyui_workflow(config, "wan_student.safetensors", "a lighthouse in a storm")
+    api = json.loads((ROOT / "docs" / "comfyui" / f"wan_student_{channels}_channels_api.json").read_text())
+    links = {number: (str(source), slot) for number, source, slot, *_ in editor["links"]}
+    prompt = {}
+    for node in editor["nodes"]:
+        values = dict(zip(WIDGETS[node["type"]], node["widgets_values"], strict=True))
+        values.pop("control_after_generate", None)
+        joined = {entry["name"]: list(links[entry["link"]]) for entry in node["inputs"]}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": values | joined}
+        for slot, output in enumerate(node["outputs"]):
+            assert all(links[link] == (str(node["id"]), slot) for link in output["links"])
+    assert prompt == api

@@ -17,6 +17,7 @@ from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG, same_weights
 from support.students import train_student, write_teacher
 from wandistiller.budget.memory import memory_budget
 from wandistiller.model.config import StudentConfig
+from wandistiller.projection.comfyui import comfyui_workflow
 from wandistiller.run.dry_run import workload_of
 from wandistiller.run.flags import parse_args
 from wandistiller.run.inputs import read_inputs
@@ -154,6 +155,14 @@ def test_a_student_records_its_sizes_and_draws_at_them(house, run_main, tmp_path
     out = draw(house, run_main, "three", tmp_path, "--width", 48)
     assert "_48x32.png" in out and "Warning" not in out
     assert "_48x32.png" in draw(house, run_main, "wide", tmp_path / "wide")
+
+
+def test_a_student_of_rectangles_alone_is_drawn_at_its_first_everywhere(house):
+    """Where no size is asked for, as by generate_images.py: by the workflow for ComfyUI."""
+    folder = house / "wide" / "student"
+    workflow = comfyui_workflow(StudentConfig.load(folder), "student.safetensors", "a red ring")
+    (latents,) = [node for node in workflow["nodes"] if node["type"] == "EmptyHunyuanLatentVideo"]
+    assert latents["widgets_values"][:2] == [48, 32]
 
 
 def test_a_size_far_from_all_that_were_learnt_is_a_warning_in_one_sentence(house, run_main, tmp_path):

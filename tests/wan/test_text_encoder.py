@@ -209,6 +209,21 @@ def to_gguf(name: str) -> str:
     return f"{names.get_name(name.removesuffix('.weight'))}.weight"
 
 
+def write_tokenizer(writer: gguf.GGUFWriter, end: int = 1) -> None:
+    """Write the fields that llama.cpp's converter makes of SentencePiece's model (convert_hf_to_gguf.py: T5Model.set_vocab)."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model())
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list([piece.piece for piece in model.pieces])
+    writer.add_token_scores([piece.score for piece in model.pieces])
+    writer.add_token_types([piece.type for piece in model.pieces])
+    writer.add_precompiled_charsmap(model.normalizer_spec.precompiled_charsmap)
+    writer.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)
+    writer.add_remove_extra_whitespaces(model.normalizer_spec.remove_extra_whitespaces)
+    writer.add_eos_token_id(end)
+
+
 def write_layout(layout: str, folder: Path, tensors: dict) -> tuple[Path, dict]:
     """Write an encoder as people have it; return what --text_encoder_path is given, and the tensors that it means."""
     half = {name: tensor.to(torch.float16 if "fp16" in layout else torch.bfloat16) for name, tensor in tensors.items()}
@@ -232,10 +247,13 @@ def write_layout(layout: str, folder: Path, tensors: dict) -> tuple[Path, dict]:
         part |= {f"text_encoders.umt5xxl.{name}": value for name, value in inside.items()}
         save_file(part | others | {"text_encoders.umt5xxl.logit_scale": torch.tensor(4.6)}, path)
         place = path
-    elif layout == "gguf":
+    elif layout.startswith("gguf"):
         place = path.with_suffix(".gguf")
         writer = gguf.GGUFWriter(path=None, arch="t5encoder")
-        (path.parent / "spiece.model").write_bytes(sentencepiece_model())
+        if layout == "gguf with its tokenizer":
+            write_tokenizer(writer)
+        else:
+            (path.parent / "spiece.model").write_bytes(sentencepiece_model())
         for name, value in tensors.items():
             kind = gguf.GGMLQuantizationType.Q8_0 if value.ndim == 2 and not value.shape[1] % 32 else None
             stored = value.numpy() if kind is None else gguf.quants.quantize(value.numpy(), kind)
@@ -256,7 +274,7 @@ def write_layout(layout: str, folder: Path, tensors: dict) -> tuple[Path, dict]:
 
 
 LAYOUTS = ["comfyui bf16", "comfyui fp16", "comfyui fp8", "comfyui fp8_scaled", "blocks of fp8_scaled", "all in one"]
-LAYOUTS += ["gguf", "original pth", "original safetensors"]
+LAYOUTS += ["gguf", "gguf with its tokenizer", "original pth", "original safetensors"]
 TEXTS = ["a red fox", "", "  golden \uff42oat ½"]
 
 
@@ -289,6 +307,15 @@ def test_sentencepiece_and_a_tokenizers_json_of_the_same_words_agree(tmp_path):
     T5TokenizerFast(vocab=pieces, extra_ids=0).save_pretrained(tmp_path / "json")
     texts = ["a red fox", "", "golden boat"]  # which need no normalising
     assert open_tokenizer(tmp_path)(texts) == open_tokenizer(tmp_path / "json")(texts)
+
+
+@pytest.mark.parametrize("end", [2, 99])
+def test_a_gguf_whose_tokenizer_is_another_is_refused(tmp_path, end):
+    writer = gguf.GGUFWriter(path=None, arch="t5encoder")
+    write_tokenizer(writer, end)
+    finish(writer, tmp_path / "umt5.gguf")
+    with pytest.raises(UserError, match=r"umt5\.gguf: is not a whole GGUF file"):
+        open_tokenizer(tmp_path / "umt5.gguf")
 
 
 def test_a_file_without_a_tokenizer_says_what_to_copy(pipeline_folder, tmp_path):

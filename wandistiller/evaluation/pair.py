@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wandistiller import __version__
 from wandistiller.device import pick_device, pick_dtype
+from wandistiller.errors import shown
 from wandistiller.flags import ComputeFlags, TeacherFlags
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
@@ -104,6 +105,10 @@ class Pair:
         self.settings = recorded_settings(self.config)
         teacher = teacher_paths(self.config, given)
         self.teacher_files = open_recorded_teacher(self.config, teacher, given) if with_teacher else None
+        if with_teacher and (levels := (self.config.distillation or {}).get("guidance_range")):
+            print(
+                f"Warning: {folder}: its teacher was guided at noise levels {shown(levels)} alone, and is guided at all of them here"
+            )
         vae = find_vae(given.vae_path, teacher[0], self.config.num_channels)
         self.encoder = find_recorded_encoder(self.config, given.text_encoder_path, teacher[0])
         self.vae = load_vae_2d(vae, self.config.num_channels, self.config.vae_scale_factor, self.device)

@@ -133,25 +133,30 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_file(path: str | Path) -> Iterator[Path]:
-    """Yield a path in a temporary folder beside `path`; the file that is written there takes the place of `path` on success.
+def new_files(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, whose files come to lie beside it on success, the one named as `path` last.
 
     Raises:
-        FileExistsError: something has come to lie at `path` meanwhile; it is kept.
+        FileExistsError: something has come to lie at such a place meanwhile; it is kept.
     """
     path = Path(path).resolve()
     with _temporary_folder(path) as folder:
-        file = folder / path.name
-        yield file
-        fsync(file)
-        try:
-            os.link(file, path)  # which unlike a rename never replaces what is there
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without such names
-            path.touch(exist_ok=False)
-            os.replace(file, path)
+        yield folder
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+            fsync(file)
+            _place_new(file, path.with_name(file.name))
         fsync(path.parent)
+
+
+def _place_new(source: Path, target: Path) -> None:
+    """Give a file a second name, which unlike a rename never replaces what is there."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without such names
+        target.touch(exist_ok=False)
+        os.replace(source, target)
 
 
 def file_digest(path: Path) -> str:

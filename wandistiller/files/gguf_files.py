@@ -4,7 +4,7 @@ The header is read here, since the gguf library reads an array a number at a tim
 of one tensor at a time, and is needed for such files alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wandistiller.errors import UserError, first_line, shown
+from wandistiller.files.atomic import atomic_path
 from wandistiller.files.tensor_files import Header, StoredTensor, refusing_damage
 
 NO_GGUF = "is not a whole GGUF file"
@@ -152,6 +153,38 @@ def require_architecture(path: Path, allowed: Sequence[str], what: str) -> None:
         raise UserError(
             f'{path}: is a GGUF of architecture {shown(architecture)}; allowed: that of {what}, architecture "{allowed[0]}"'
         )
+
+
+def write_gguf(
+    path: str | Path, architecture: str, tensors: Mapping[str, tuple[Tensor, str]], texts: Mapping[str, str]
+) -> None:
+    """Write a file, whole or not at all.
+
+    Args:
+        tensors: for each name its values and the type that they are kept in, such as "F16" or "Q8_0"; the last dimension
+            must be a multiple of the type's block.
+        texts: fields of text.
+    """
+    gguf = _library(path)
+    writer = gguf.GGUFWriter(path=None, arch=architecture)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for name, text in texts.items():
+        writer.add_string(name, text)
+    for name, (tensor, dtype) in tensors.items():
+        kind = gguf.GGMLQuantizationType[dtype]
+        values = gguf.quants.quantize(tensor.detach().float().cpu().contiguous().numpy(), kind)
+        writer.add_tensor(name, values, raw_dtype=kind)
+    with atomic_path(path) as beside:
+        writer.write_header_to_file(path=beside)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def block_size(path: str | Path, dtype: str) -> int:
+    """Return how many values of a row one block of this type holds."""
+    gguf = _library(path)
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]][0]
 
 
 def _library(path: str | Path) -> Any:

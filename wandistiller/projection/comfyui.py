@@ -1,4 +1,4 @@
-"""A student's file in ComfyUI: the metadata that it reads, its fixed values, and the settings to draw with.
+"""A student's file in ComfyUI: the metadata that it reads, its fixed values, and the settings and workflow to draw with.
 
 This was compared with Comfy-Org/ComfyUI 0.3.64, 0.8.0 and 0.33.0, which also ran (docs/export.md):
 comfy/model_detection.py (detect_unet_config), sd.py (load_diffusion_model), supported_models.py (WAN21_T2V, WAN22_T2V),
@@ -8,16 +8,21 @@ tensor tells, and from 0.19.3 on the metadata of the file tell it; the code of 0
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from wandistiller.model.config import StudentConfig
-from wandistiller.students.record import StudentRecord
+from wandistiller.students.record import StudentRecord, trained_sizes
 from wandistiller.wan.vae import MAX_STATISTICS_ERROR, RELEASED_LATENTS
 
 READS_METADATA = "0.19"  # 0.8.0 does not read it and 0.19.3 does; the versions between were not looked at
 # What no tensor tells: the value that ComfyUI takes where it reads no metadata
 _GIVEN = {"head_dim": 128, "patch_size": 2, "freq_dim": 256, "eps": 1e-6}
-# The node that makes empty latents, by their channels
+# The node that makes empty latents, by their channels, and the one that reads an exported file, by its format.
 LATENTS = {16: "EmptyHunyuanLatentVideo", 48: "Wan22ImageToVideoLatent"}
+LOADERS = {"original": "Load Diffusion Model", "gguf": "Unet Loader (GGUF)"}
+# Wan's own steps and shift at small sizes, for a student whose record names none
+STEPS, SHIFT = 50, 5.0
 
 
 def comfyui_metadata(config: StudentConfig) -> dict[str, str]:
@@ -34,15 +39,19 @@ def comfyui_metadata(config: StudentConfig) -> dict[str, str]:
     return {"config": json.dumps({"transformer": settings})}
 
 
-def comfyui_warnings(config: StudentConfig) -> list[str]:
-    """Return why ComfyUI would not draw a wan student or draw it wrongly, a sentence each; empty where it draws it right."""
-    lost = [
+def needs_metadata(config: StudentConfig) -> list[str]:
+    """Return what ComfyUI gets wrong of a student without its metadata, such as "eps 1e-05 (not 1e-06)"."""
+    return [
         f"{name} {getattr(config, name):g} (not {given:g})"
         for name, given in _GIVEN.items()
         if getattr(config, name) != given
     ]
+
+
+def comfyui_warnings(config: StudentConfig) -> list[str]:
+    """Return why ComfyUI would not draw a wan student or draw it wrongly, a sentence each; empty where it draws it right."""
     warnings = []
-    if lost:
+    if lost := needs_metadata(config):
         warnings.append(
             f"ComfyUI older than {READS_METADATA} draws this student wrongly or not at all: it has {', '.join(lost)}"
         )
@@ -73,7 +82,7 @@ def comfyui_sampler(config: StudentConfig) -> str:
     return {"unipc": "dpmpp_2m", "renoise": "lcm"}.get(StudentRecord.of(config).sampler, "euler")
 
 
-def comfyui_settings(config: StudentConfig) -> str:
+def comfyui_settings(config: StudentConfig, loader: str = LOADERS["original"]) -> str:
     """Return the nodes and values that draw as the student was taught; without the shift ComfyUI would take 8.
 
     Its scheduler "simple" has the noise levels of a student of few steps where 1000 is a multiple of these (within 0.001 of other
@@ -83,4 +92,25 @@ def comfyui_settings(config: StudentConfig) -> str:
     steps = f"steps {record.steps}, " if record.steps else ""
     sampler = f"KSampler with {steps}cfg 1, {comfyui_sampler(config)}, simple"
     shift = f"ModelSamplingSD3 with shift {record.shift:g}, " if record.shift is not None else ""
-    return f"Load Diffusion Model, {shift}{sampler}; {LATENTS.get(config.num_channels, LATENTS[16])} of length 1; Load CLIP of type wan"
+    return f"{loader}, {shift}{sampler}; {LATENTS.get(config.num_channels, LATENTS[16])} of length 1; Load CLIP of type wan"
+
+
+def comfyui_workflow(config: StudentConfig, file: str, prompt: str) -> dict[str, Any]:
+    """Return a workflow that draws with a student of 16 or 48 channels, as ComfyUI's editor saves and opens one.
+
+    cfg 1 asks for no negative prompt, so that the positive one stands in its place.
+
+    Args:
+        file: name of the student's file in `models/diffusion_models`.
+    """
+    template = Path(__file__).with_name(f"comfyui_workflow_{config.num_channels}.json")
+    workflow = json.loads(template.read_text(encoding="utf-8"))
+    widgets = {node["type"]: node["widgets_values"] for node in workflow["nodes"]}
+    record, size = StudentRecord.of(config), trained_sizes(config)[0]
+    widgets["UNETLoader"][0] = file
+    widgets["ModelSamplingSD3"][0] = SHIFT if record.shift is None else record.shift
+    widgets["CLIPTextEncode"][0] = prompt
+    widgets[LATENTS[config.num_channels]][:2] = size.width, size.height
+    widgets["KSampler"][2] = record.steps or STEPS
+    widgets["KSampler"][4] = comfyui_sampler(config)
+    return workflow

@@ -2,7 +2,8 @@
 
 The patch kernel is the only weight whose shape differs: Conv2d (D, C, P, P) is the one frame of Conv3d (D, C, 1, P, P). `project.py`
 goes from 3D to 2D. Each file carries the student's own config in its metadata, so that `wandistiller.wan.layouts` opens it as a
-teacher.
+teacher. The GGUF was held against city96/ComfyUI-GGUF of December 2025: loader.py (gguf_sd_loader), ops.py (GGMLOps),
+tools/convert.py (ModelWan) and tools/lcpp.patch.
 """
 
 import math
@@ -17,20 +18,24 @@ from wandistiller import __version__
 from wandistiller.errors import UserError
 from wandistiller.files.atomic import write_json
 from wandistiller.files.clone import DEMO_TEACHER, DEMO_WORLD
+from wandistiller.files.gguf_files import block_size, write_gguf
 from wandistiller.files.tensor_files import write_tensors
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.fp8 import FP8, FP8_MAX
 from wandistiller.model.transformer import FP32_ISLANDS
-from wandistiller.projection.comfyui import comfyui_metadata
+from wandistiller.projection.comfyui import comfyui_metadata, needs_metadata
 from wandistiller.sampling.flow import NUM_TRAIN_TIMESTEPS
 from wandistiller.sampling.sampler import wan_scheduler
 from wandistiller.students.record import StudentRecord
 from wandistiller.wan.names import PATCH_KERNEL, teacher_record, to_original, transformer_settings
 from wandistiller.wan.text_encoder_files import TextEncoderFiles, open_tokenizer, write_tokenizer
+from wandistiller.wan.transformer_files import GGUF_ARCHITECTURE
 from wandistiller.wan.umt5 import COPY, MAP, config_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}
-# The matrices of the blocks: what a file in fp8 keeps in few bits, without a scale
+# The gguf library quantises to these; the types of K are llama.cpp's alone to write.
+GGUF_TYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0", "q5_0": "Q5_0", "q4_0": "Q4_0"}
+# Quantised files keep these weights in few bits, plain fp8 ones without a scale: the matrices of the blocks.
 LINEAR_OF_A_BLOCK = re.compile(r"blocks\.\d+\.(attn[12]\.to_|ffn\.net\.).*\.weight")
 TEXT_LAYER = "condition_embedder.text_embedder.linear_1.weight"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -76,6 +81,41 @@ def write_transformer_folder(
     """Write config.json and weights of a diffusers WanTransformer3DModel into an existing folder."""
     write_json(folder / "config.json", transformer_settings(config), indent=2)
     write_tensors(folder / WEIGHTS_NAME, lift(tensors, dtype), _about(config))
+
+
+def write_gguf_file(tensors: dict[str, Tensor], config: StudentConfig, path: Path, dtype: str = "fp32") -> None:
+    """Write one GGUF file of original Wan names, whole or not at all.
+
+    Args:
+        tensors: the student's state dict.
+        dtype: a key of `GGUF_TYPES`. Norms, modulation, time embedding, biases and the patch kernel stay F32, which ComfyUI-GGUF
+            needs of all that is no Linear weight; of a quantised file only the matrices of the blocks are, and others are F16.
+    """
+    stored = {
+        to_original(name): (_with_one_frame(name, tensor), _gguf_type(name, tensor, GGUF_TYPES[dtype], path))
+        for name, tensor in tensors.items()
+    }
+    write_gguf(path, GGUF_ARCHITECTURE, stored, {"student_config": config.to_json(), **comfyui_metadata(config)})
+
+
+def _gguf_type(name: str, tensor: Tensor, dtype: str, path: Path) -> str:
+    if tensor.ndim == 1 or name == PATCH_KERNEL or FP32_ISLANDS.search(name):
+        return "F32"
+    block = block_size(path, dtype)
+    fits = block == 1 or (LINEAR_OF_A_BLOCK.fullmatch(name) and tensor.shape[-1] % block == 0)
+    return dtype if fits else "F16"
+
+
+def refuse_what_gguf_drops(config: StudentConfig) -> None:
+    """Refuse a student that ComfyUI would misread from a GGUF, since its loader passes no metadata on.
+
+    The number of heads is the trap: it is in no tensor, and a wrong one draws without an error.
+    """
+    if lost := needs_metadata(config):
+        raise UserError(
+            f"--format gguf: this student has {lost[0]}. No tensor of a GGUF tells that, and ComfyUI would draw wrongly without a "
+            "word; give --format original, whose metadata it reads"
+        )
 
 
 def published(config: StudentConfig) -> StudentConfig:

@@ -79,6 +79,11 @@ def teacher_name(record: Mapping) -> Markdown:
     return Markdown(linked)
 
 
+def example_prompt(config: StudentConfig) -> str:
+    """Return a prompt to show a student with; never one of its training prompts, which are its owner's."""
+    return DEMO_PROMPT if StudentRecord.of(config).world == DEMO_WORLD else ANY_PROMPT
+
+
 def drawing(config: StudentConfig, folder: str, dtype: str) -> str:
     """Return Python that draws a prompt with an exported pipeline, in diffusers' number of steps if none is recorded.
 
@@ -90,7 +95,7 @@ def drawing(config: StudentConfig, folder: str, dtype: str) -> str:
     code = fill_in(
         "drawing.md",
         folder=Markdown(json.dumps(folder, ensure_ascii=False)),
-        prompt=Markdown(json.dumps(DEMO_PROMPT if record.world == DEMO_WORLD else ANY_PROMPT)),
+        prompt=Markdown(json.dumps(example_prompt(config))),
         torch_dtype=None if dtype == "fp32" else TORCH_NAMES[dtype],
         steps=record.steps,
         size=size,

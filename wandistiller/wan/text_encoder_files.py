@@ -13,9 +13,11 @@ from pathlib import Path
 
 from wandistiller.errors import UserError, first_line
 from wandistiller.files.atomic import atomic_path
+from wandistiller.files.gguf_files import NO_GGUF, read_gguf_header
 from wandistiller.files.hub import place_of
 from wandistiller.files.paths import require_file
-from wandistiller.files.weights import digest_of, kept_digest, stored_tensors
+from wandistiller.files.tensor_files import refusing_damage
+from wandistiller.files.weights import digest_of, is_gguf, kept_digest, stored_tensors
 from wandistiller.wan.names import part_files
 from wandistiller.wan.umt5 import ANCHOR, Umt5Files
 
@@ -26,6 +28,9 @@ _HUB_FILES = ["text_encoder/*.json", "text_encoder/*.safetensors", "tokenizer/*"
 _HUB_FILES += [f"{ORIGINAL_TOKENIZER}/*"]
 JSON_NAME, SENTENCEPIECE_NAME = "tokenizer.json", "spiece.model"
 INSIDE = "spiece_model"  # ComfyUI's name for the model as bytes in a file of weights
+# What of SentencePiece's model llama.cpp's converter writes into a GGUF (convert_hf_to_gguf.py: T5Model.set_vocab)
+_WORDS = ("tokens", "scores", "token_type")
+_RULES = ("precompiled_charsmap", "add_space_prefix", "remove_extra_whitespaces", "eos_token_id")
 MAX_BYTES = 2**28  # UMT5's are 4 MB (spiece.model) and 17 MB (tokenizer.json)
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
 
@@ -134,8 +139,13 @@ def require_tokenizer(place: Path) -> Path:
 
 
 def has_tokenizer_inside(weights: Path) -> bool:
-    """Tell whether a file of weights brings its tokenizer along, as ComfyUI's do."""
-    return any(name.endswith(INSIDE) for name in stored_tensors(weights))
+    """Tell whether a file of weights brings its tokenizer along, with all that decides what a text becomes."""
+    if not is_gguf(weights):
+        return any(name.endswith(INSIDE) for name in stored_tensors(weights))
+    fields = read_gguf_header(weights).metadata
+    return fields.get("tokenizer.ggml.model") == "t5" and all(
+        f"tokenizer.ggml.{name}" in fields for name in (*_WORDS, *_RULES)
+    )
 
 
 def open_tokenizer(place: Path) -> Tokenize:
@@ -170,7 +180,7 @@ def read_tokenizer(place: Path) -> tuple[str, bytes]:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path}: a tokenizer of more than {MAX_BYTES:,} bytes is not read")
         return JSON_NAME if path.suffix == ".json" else SENTENCEPIECE_NAME, path.read_bytes()
-    return SENTENCEPIECE_NAME, _read_inside(path)
+    return SENTENCEPIECE_NAME, _model_of_gguf(path) if is_gguf(path) else _read_inside(path)
 
 
 def write_tokenizer(place: Path, folder: Path) -> None:
@@ -185,3 +195,24 @@ def _read_inside(weights: Path) -> bytes:
     if stored.dtype != "U8" or len(stored.shape) != 1 or stored.shape[0] > MAX_BYTES:
         raise UserError(f"{weights}: {stored.key} is stored as {stored.dtype}; the tokenizer's bytes (U8) belong there")
     return stored.read().numpy().tobytes()
+
+
+def _model_of_gguf(path: Path) -> bytes:
+    """Return SentencePiece's model of the fields that a converter took from it."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    fields = read_gguf_header(path).metadata
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    with refusing_damage(path, NO_GGUF):
+        tokens, scores, kinds = (fields[f"tokenizer.ggml.{name}"] for name in _WORDS)
+        charsmap, adds_space, removes_spaces, end = (fields[f"tokenizer.ggml.{name}"] for name in _RULES)
+        if tokens[end] != "</s>":
+            raise ValueError(f"token {end} is {tokens[end]!r} and no </s>")
+        for token, score, kind in zip(tokens, scores, kinds, strict=True):
+            model.pieces.add(piece=token, score=float(score), type=int(kind))
+        model.trainer_spec.byte_fallback = model.SentencePiece.BYTE in kinds
+        model.trainer_spec.unk_id = list(kinds).index(model.SentencePiece.UNKNOWN)
+        model.normalizer_spec.precompiled_charsmap = bytes(charsmap.astype("uint8"))
+        model.normalizer_spec.add_dummy_prefix = bool(adds_space)
+        model.normalizer_spec.remove_extra_whitespaces = bool(removes_spaces)
+    return model.SerializeToString()

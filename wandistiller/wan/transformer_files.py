@@ -34,8 +34,9 @@ from wandistiller.wan.names import (
 )
 
 WAN_HEAD_DIM = 128
-# Some converters name themselves instead of the model; ComfyUI-GGUF goes by the tensors there, as is done here.
-_GGUF_ARCHITECTURES = ("wan", "pig", "cow")
+GGUF_ARCHITECTURE = "wan"
+# Some converters name themselves instead; ComfyUI-GGUF goes by the tensors there, as is done here.
+_GGUF_ARCHITECTURES = (GGUF_ARCHITECTURE, "pig", "cow")
 LOCAL_LAYOUTS = (
     "a diffusers pipeline folder (model_index.json), its transformer folder, an original Wan folder (config.json + "
     "diffusion_pytorch_model*.safetensors, or high_noise_model/ and low_noise_model/), ComfyUI's models/, one .safetensors, .gguf or "
