@@ -62,9 +62,6 @@ def check(run: Workload) -> None:
     assert updating[kind] == pytest.approx(size["gradients"], rel=exact)
 
 
-# ---- four blocks ----
-
-
 FOUR_BLOCKS = {
     "1.3B": ("Wan2.1 1.3B", 1024, {}),
     "5B, checkpointing, accumulation": ("Wan2.2 TI2V-5B", 1024, CHECKPOINTING | {"grad_accum_steps": 2}),
@@ -82,9 +79,6 @@ def test_a_step_takes_what_the_budget_says(name):
 def test_a_sharded_step_takes_what_the_budget_says():
     run = shallow(shapes.run_of("Wan2.2 A14B", 512))
     check(replace(run, num_processes=8, shard_teacher=True, shard_student=True, **CHECKPOINTING))
-
-
-# ---- all blocks ----
 
 
 @pytest.mark.slow

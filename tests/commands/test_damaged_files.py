@@ -42,32 +42,17 @@ def own(house, tmp_path) -> Path:
 def command_of(name: str, house: Path, student: Path, output: Path) -> tuple:
     """A command's main and its words, for a student."""
     where = ["--student", student, "--output", output]
-    drawn = ["--device", "cpu", "--prompt_cache", house / "cache"]
+    drawn, small = ["--device", "cpu", "--prompt_cache", house / "cache"], "--num_seeds 1 --frontier_prompts 0"
     return {
         "generate": (generate_images.main, *where, *drawn, "--prompt", "a red circle", "--num_inference_steps", 1),
-        "evaluate": (
-            evaluate_student.main,
-            *where,
-            *drawn,
-            "--prompts_file",
-            house / "other.txt",
-            "--num_seeds",
-            1,
-            "--frontier_prompts",
-            0,
-        ),
+        "evaluate": (evaluate_student.main, *where, *drawn, "--prompts_file", house / "other.txt", *small.split()),
         "export": (export_student.main, *where, "--format", "diffusers"),
         "pipeline": (export_student.main, *where, "--format", "pipeline"),
     }[name]
 
 
 def assert_refused(outcome, *words: str) -> None:
-    assert outcome.code == 2 and "Traceback" not in outcome.err, outcome.err
-    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1 and len(outcome.err) < MAX_MESSAGE
-    assert all(word in outcome.err for word in words), outcome.err
-
-
-# ---- numbers that are none ----
+    assert len(outcome.refused("error: ", *words).err) < MAX_MESSAGE
 
 
 @pytest.mark.parametrize(
@@ -95,9 +80,6 @@ def test_an_embedding_that_is_no_number_is_never_learnt_from(house, tmp_path, ru
     flags += ["--data_path", house / "prompts.txt", "--max_steps", 1, "--device", "cpu", "--num_samples", 0]
     outcome = run_main(train_distillation.main, *flags, "--output_dir", tmp_path / "out")
     assert outcome.code == 0 and "encoded again" in caplog.text
-
-
-# ---- nothing is left behind ----
 
 
 @pytest.mark.parametrize("part", ["tokenizer/tokenizer.json", "text_encoder/model.safetensors"])
@@ -129,9 +111,6 @@ def test_a_folder_that_was_there_stays_though_it_is_empty(house, tmp_path, run_m
     assert (tmp_path / "out").is_dir()
 
 
-# ---- something else in the place of a student or a file ----
-
-
 @pytest.mark.parametrize("file", ["student_config.json", "diffusion_model.safetensors"])
 def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(house, own, tmp_path, run_main, file):
     (own / file).unlink()
@@ -155,8 +134,7 @@ def test_a_folder_in_the_place_of_a_result_is_refused_before_anything_is_measure
 def test_links_that_lead_nowhere_are_set_aside_by_a_new_run(train, teachers, tmp_path, name, kind):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).symlink_to(tmp_path / "nowhere" if kind == "dangling" else name)
-    outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, "--save_every", 1)
-    assert outcome.code == 0, outcome.err
+    train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, "--save_every", 1).ok()
     (aside,) = (tmp_path / "out").glob("replaced-*")
     assert (aside / name).is_symlink() and (tmp_path / "out" / "checkpoints" / "step_00000001.json").is_file()
 
@@ -173,9 +151,6 @@ def test_a_path_that_cannot_be_is_answered_in_one_line(train, teachers, tmp_path
     outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 1, flag, path)
     assert_refused(outcome)
     assert path.name[:20] in outcome.err
-
-
-# ---- messages ----
 
 
 def test_a_value_of_thousands_of_characters_is_cut_in_the_middle_of_a_message(train, teachers, own, run_main, house):

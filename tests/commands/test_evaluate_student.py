@@ -143,21 +143,10 @@ def test_a_student_of_few_steps_is_drawn_in_these_alone_and_the_frontier_may_be_
 
 
 def test_results_do_not_depend_on_the_batch(house, tmp_path):
-    one, many = (
-        evaluate(
-            house / "of" / "student",
-            house / "world.txt",
-            tmp_path / size,
-            "--batch_size",
-            size,
-            "--frontier_prompts",
-            "0",
-        )
-        for size in ("1", "16")
-    )
-    assert one["endpoint"]["latent_relative_error"] == pytest.approx(
-        many["endpoint"]["latent_relative_error"], rel=1e-3
-    )
+    of, flags = (house / "of" / "student", house / "world.txt"), ["--frontier_prompts", "0", "--batch_size"]
+    one, many = (evaluate(*of, tmp_path / size, *flags, size) for size in ("1", "16"))
+    distances = [results["endpoint"]["latent_relative_error"] for results in (one, many)]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-3)
     assert one["velocity_error"]["mean"] == pytest.approx(many["velocity_error"]["mean"], rel=1e-3)
 
 

@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 
 import export_student
 import generate_images
-import train_distillation
 from support.processes import exit_code, fork, run_and_exit
 from support.runs import ROOT, snapshot
-from support.wan_folders import oracle_velocity, random_weights, relative_error, write_pipeline_folder
+from support.students import train_student
+from support.wan_folders import inputs, oracle_velocity, random_weights, relative_error, write_pipeline_folder
 from support.wan_parts import sentencepiece_model
 from wandistiller.evaluation.pair import sampling_of
 from wandistiller.model.config import ConfigError, StudentConfig
@@ -53,21 +53,14 @@ SHAPE = {
     "num_channels": 16,
     "image_size": 64,
 }
+ONE_STEP = ["--max_steps", "1", "--batch_size", "1", "--num_samples", "0", "--save_every", "0"]
 DEMO_PART = StudentConfig(**SHAPE, text_encoder_output_dim=128).to_dict()
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
     """What train_distillation.py saves after one step with the demo teacher."""
-    root = tmp_path_factory.mktemp("demo")
-    (root / "config.json").write_text(json.dumps(DEMO_PART), encoding="utf-8")
-    (root / "prompts.txt").write_text(PROMPT + "\n", encoding="utf-8")
-    paths = {"teacher_path": DEMO_TEACHER, "student_config": root / "config.json", "data_path": root / "prompts.txt"}
-    paths |= {"prompt_cache": root / "cache", "output_dir": root / "student"}
-    argv = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
-    flags = ["--max_steps", "1", "--batch_size", "1", "--num_samples", "0", "--save_every", "0", "--device", "cpu"]
-    assert train_distillation.main([*argv, *flags]) == 0
-    return root / "student"
+    return train_student(tmp_path_factory.mktemp("demo"), DEMO_TEACHER, *ONE_STEP, **DEMO_PART)
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +104,6 @@ def changed(student: Path, target: Path, config: dict | None = None, **record) -
     return target
 
 
-def inputs(config: StudentConfig) -> tuple[torch.Tensor, ...]:
-    """Latents, timestep, prompt_embeds and prompt_lengths of a batch of two."""
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(2, config.num_channels, 6, 10, generator=generator)
-    prompt_embeds = torch.randn(2, 7, config.text_encoder_output_dim, generator=generator)
-    return latents, torch.tensor([900.0, 250.5]), prompt_embeds, torch.tensor([7, 3])
-
-
 def weights_file(place: Path) -> Path:
     """The transformer's weights in an export of any format."""
     if place.is_file():
@@ -153,8 +138,7 @@ def test_there_and_back_is_the_student_bit_for_bit(student, exports, name):
 def test_a_student_without_a_record_comes_back_with_its_heads_and_eps(export, tmp_path):
     """No tensor tells the number of heads, nor eps: 2 heads of 12 channels here."""
     saved = save_random_student(tmp_path / "student")
-    outcome = export(tmp_path / "student", "original", output="out/file.safetensors")
-    assert outcome.code == 0, outcome.err
+    export(tmp_path / "student", "original", output="out/file.safetensors").ok()
     back, _ = project_teacher(tmp_path / "out" / "file.safetensors", None)
     assert_same_tensors(back.state_dict(), saved.state_dict())
     assert (back.config.num_heads, back.config.eps) == (2, 1e-5)
@@ -183,7 +167,7 @@ def test_diffusers_answers_as_the_student(export, tmp_path, patch_size):
 
     saved = save_random_student(tmp_path / "student", patch_size=patch_size)
     for name in ("diffusers", "original"):
-        assert export(tmp_path / "student", name, output=name).code == 0
+        export(tmp_path / "student", name, output=name).ok()
     loaded = {
         "folder": WanTransformer3DModel.from_pretrained(tmp_path / "diffusers"),
         "file": WanTransformer3DModel.from_single_file(
@@ -191,9 +175,9 @@ def test_diffusers_answers_as_the_student(export, tmp_path, patch_size):
         ),
     }
     with torch.no_grad():
-        expected = saved(*inputs(saved.config))
+        expected = saved(*inputs())
     for name, model in loaded.items():
-        assert relative_error(oracle_velocity(model.eval(), *inputs(saved.config)), expected) <= 1e-5, name
+        assert relative_error(oracle_velocity(model.eval(), *inputs()), expected) <= 1e-5, name
 
 
 # ---- precision ----
@@ -212,7 +196,7 @@ def test_files_hold_the_dtypes_that_are_claimed(export, tmp_path, dtype):
     with torch.no_grad():
         saved.blocks[1].ffn.net[2].weight[0, 0] = 1000.0  # past the largest number of fp8
     saved.save_pretrained(tmp_path / "student")
-    assert export(tmp_path / "student", "original", "--dtype", dtype).code == 0
+    export(tmp_path / "student", "original", "--dtype", dtype).ok()
     tensors = load_file(tmp_path / "out" / "wan_student.safetensors")
     assert len(tensors) == len(saved.state_dict())
     for name, tensor in tensors.items():
@@ -260,8 +244,7 @@ def test_wan_pipeline_draws_what_generate_images_draws(student, export, tmp_path
     """Also where the student learnt whole steps, which Euler takes, and other text slots than diffusers' usual 512."""
     if kind == "few":
         student = changed(student, tmp_path / "few", {"text_max_length": 64}, student_steps=3)
-    outcome = export(student, "pipeline", output="pipeline")
-    assert outcome.code == 0, outcome.err
+    outcome = export(student, "pipeline", output="pipeline").ok()
     for steps in (None, *([] if kind == "few" else [8])):  # its own; and others, where it did not learn a number
         flags = ["--num_inference_steps", str(steps)] if steps else []
         ours = draw(student, tmp_path / f"pictures {steps}", *flags)
@@ -290,8 +273,7 @@ def test_no_training_prompt_is_published(student, export, tmp_path):
     secret.write_text("a secret line\n")
     other = changed(student, tmp_path / "of another", world=None, teacher_path=str(DEMO_TEACHER), data_path=str(secret))
     for name, folder in ((student, "of the demo"), (other, "of another teacher")):
-        outcome = export(name, "pipeline", output=folder)
-        assert outcome.code == 0, outcome.err
+        outcome = export(name, "pipeline", output=folder).ok()
         prompt = re.search('prompt = "(.*)"', outcome.out)[1]
         held_out = (ROOT / "data" / "demo_heldout_prompts.txt").read_text(encoding="utf-8").splitlines()
         assert (prompt in held_out) == (name is student)
@@ -324,7 +306,7 @@ def test_nothing_of_a_strangers_folder_is_copied_but_the_numbers_and_words_of_it
     rewrite(tokenizer / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Run", None]})
     rewrite(stranger / "text_encoder" / "config.json", transformers_weights="../../elsewhere.bin")
     rewrite(stranger / "model_index.json", tokenizer=["os", "system"])
-    assert export(student, "pipeline", "--teacher_path", stranger).code == 0
+    export(student, "pipeline", "--teacher_path", stranger).ok()
     shutil.rmtree(stranger)
     weights = {"vae": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
     known = {
@@ -350,7 +332,7 @@ def test_a_tokenizer_that_leads_to_another_file_is_refused_and_not_published(stu
     stranger = shutil.copytree(DEMO_TEACHER, tmp_path / "teacher")
     (stranger / "tokenizer" / "tokenizer.json").unlink()
     (stranger / "tokenizer" / "tokenizer.json").symlink_to(ROOT / "LICENSE")
-    assert_one_message(export(student, "pipeline", "--teacher_path", stranger), "the tokenizer cannot be loaded")
+    export(student, "pipeline", "--teacher_path", stranger).refused("the tokenizer cannot be loaded")
     assert not (tmp_path / "out").exists()
 
 
@@ -364,8 +346,7 @@ def test_files_of_comfyui_become_the_folders_of_a_pipeline(student, export, tmp_
         tensors | {"spiece_model": torch.frombuffer(bytearray(words), dtype=torch.uint8)}, tmp_path / "umt5.safetensors"
     )
     flags = ["--text_encoder_path", tmp_path / "umt5.safetensors"]
-    outcome = export(student, "pipeline", *flags)
-    assert outcome.code == 0, outcome.err
+    export(student, "pipeline", *flags).ok()
     tokenizer = T5TokenizerFast.from_pretrained(tmp_path / "out" / "tokenizer")
     assert tokenizer(PROMPT).input_ids == open_tokenizer(tmp_path / "umt5.safetensors")([PROMPT])[0]
     encoder = UMT5EncoderModel.from_pretrained(tmp_path / "out" / "text_encoder")
@@ -397,35 +378,19 @@ def test_what_comes_to_the_output_meanwhile_is_kept(student, tmp_path, name):
 # ---- students as teachers ----
 
 
-def grandchild(run_main, tmp_path: Path, teacher: Path, *flags: object):
-    config = tmp_path / "grandchild.json"
-    config.write_text(json.dumps(DEMO_PART | {"hidden_size": 32, "num_heads": 1}), encoding="utf-8")
-    (tmp_path / "prompts.txt").write_text(PROMPT, encoding="utf-8")
-    return run_main(
-        train_distillation.main, "--teacher_path", teacher, "--student_config", config, "--data_path",
-        tmp_path / "prompts.txt", "--prompt_cache", tmp_path / "cache", "--output_dir", tmp_path / "grandchild",
-        "--max_steps", 2, "--batch_size", 1, "--num_samples", 0, "--save_every", 0, "--device", "cpu", *flags,
-    )  # fmt: skip
-
-
-def test_a_student_is_distilled_from_an_exported_student(exports, run_main, tmp_path):
-    outcome = grandchild(run_main, tmp_path, exports["pipeline"])
-    assert outcome.code == 0, outcome.err
-    record = StudentConfig.load(tmp_path / "grandchild").distillation
-    assert (record["guidance_scale"], record["shift"], record["num_train_steps"]) == (1.0, 3.0, 2)
-    assert draw(tmp_path / "grandchild", tmp_path / "pictures").shape == (64, 64, 3)
+def test_a_student_is_distilled_from_an_exported_student(exports, tmp_path):
+    smaller = DEMO_PART | {"hidden_size": 32, "num_heads": 1}
+    grandchild = train_student(tmp_path, exports["pipeline"], *ONE_STEP, **smaller)
+    record = StudentConfig.load(grandchild).distillation
+    assert (record["guidance_scale"], record["shift"], record["num_train_steps"]) == (1.0, 3.0, 1)
+    assert draw(grandchild, tmp_path / "pictures").shape == (64, 64, 3)
 
 
 # ---- refusals: one sentence, and nothing written ----
 
 
-def assert_one_message(outcome, message: str) -> None:
-    assert outcome.code == 2
-    assert message in outcome.err and outcome.err.count("\n") == 1, outcome.err
-
-
 def assert_refused(outcome, message: str, folder: Path, before: dict) -> None:
-    assert_one_message(outcome, message)
+    outcome.refused(message)
     assert snapshot(folder) == before and not (folder / "out").exists()
 
 
@@ -485,8 +450,7 @@ def test_a_record_that_cannot_be_is_refused_before_anything_is_written(student, 
     """tests/students/test_record.py has the entries one by one."""
     wrong = changed(student, tmp_path / "wrong", sigma_range="x" * 10_000)
     for export_format in ("pipeline", "original"):
-        outcome = export(wrong, export_format, output="new/out")
-        assert_one_message(outcome, "sigma_range is 'xxx")
+        outcome = export(wrong, export_format, output="new/out").refused("sigma_range is 'xxx")
         assert len(outcome.err) < 500 + len(str(tmp_path)) and not (tmp_path / "new").exists()
 
 
@@ -494,16 +458,15 @@ def test_weights_that_no_student_has_are_refused(student, export, tmp_path):
     wrong = changed(student, tmp_path / "wrong")
     tensors, name = load_file(wrong / "diffusion_model.safetensors"), "blocks.0.attn1.to_q.weight"
     save_file(tensors | {name: tensors[name].to(torch.uint8)}, wrong / "diffusion_model.safetensors")
-    assert_one_message(export(wrong, "diffusers"), f"{name} is stored as U8; allowed: fp32")
+    export(wrong, "diffusers").refused(f"{name} is stored as U8; allowed: fp32")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["original", "pipeline"])
 def test_what_is_there_is_never_replaced(student, export, tmp_path, name):
-    assert export(student, name).code == 0
+    export(student, name).ok()
     before = snapshot(tmp_path)
-    outcome = export(student, name, "--dtype", "bf16")
-    assert outcome.code == 2 and " already; give a" in outcome.err and outcome.err.count("\n") == 1
+    export(student, name, "--dtype", "bf16").refused(" already; give a")
     assert snapshot(tmp_path) == before
 
 
@@ -528,7 +491,7 @@ def test_what_a_killed_export_left_is_removed(student, export, tmp_path, name, o
     (tmp_path / f".{output}.0123abcd.tmp" / "half").write_text("")
     (tmp_path / f".{output}.4567abcd.tmp").write_text("")
     (tmp_path / f".{output}.mine.tmp").write_text("")
-    assert export(student, name, output=output).code == 0
+    export(student, name, output=output).ok()
     assert {path.name for path in tmp_path.iterdir()} == {output, f".{output}.mine.tmp"}
 
 
@@ -537,7 +500,7 @@ def test_what_a_killed_export_left_is_removed(student, export, tmp_path, name, o
 
 def test_the_file_tells_comfyui_what_no_tensor_tells(export, tmp_path):
     save_random_student(tmp_path / "student", patch_size=1)
-    assert export(tmp_path / "student", "original", output="a.safetensors").code == 0
+    export(tmp_path / "student", "original", output="a.safetensors").ok()
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         told = json.loads(file.metadata()["config"])["transformer"]
     assert told == {
@@ -594,8 +557,7 @@ def test_a_student_of_few_steps_draws_in_diffusers_and_in_comfyui_what_it_draws_
     options = sampling_of("student", config, None, torch.float32, "cpu")
     ours = sample(StudentField(WanLiteStudent.from_pretrained(few).eval()), noise, *text, options)
 
-    outcome = export(few, "pipeline", "--dtype", "fp32", output="pipeline")
-    assert outcome.code == 0, outcome.err
+    outcome = export(few, "pipeline", "--dtype", "fp32", output="pipeline").ok()
     pipeline = WanPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     padded = torch.nn.functional.pad(text[0], (0, 0, 0, 512 - 7))
@@ -604,7 +566,7 @@ def test_a_student_of_few_steps_draws_in_diffusers_and_in_comfyui_what_it_draws_
     theirs = pipeline(prompt_embeds=padded, latents=noise[:, :, None], num_inference_steps=steps, **size).frames
     assert relative_error(theirs[:, :, 0], ours) <= 1e-4
 
-    assert export(few, "original", "--workflow", output="a.safetensors").code == 0
+    export(few, "original", "--workflow", output="a.safetensors").ok()
     model = WanTransformer3DModel.from_single_file(
         str(tmp_path / "a.safetensors"), config=str(tmp_path / "pipeline" / "transformer")
     )

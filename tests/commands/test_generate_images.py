@@ -77,8 +77,7 @@ def test_what_the_projection_mapper_writes_is_drawn_as_wan_pipeline_draws(house,
     from diffusers import WanPipeline
 
     flags = ["--teacher_path", house / "one", "--output_dir", tmp_path / "projected"]
-    written = run_main(projection_mapper.main, *flags)
-    assert written.code == 0 and "--guidance_scale 5" in written.out, written.err
+    assert "--guidance_scale 5" in run_main(projection_mapper.main, *flags).ok().out
     flags = ["--num_inference_steps", "3", "--guidance_scale", "5", "--height", "32", "--width", "32"]
     theirs = draw_with_diffusers(WanPipeline.from_pretrained(house / "one"), guidance_scale=5.0, steps=3)
     assert_same_pictures(draw(tmp_path / "projected", tmp_path / "drawn", *flags), theirs)
@@ -124,7 +123,7 @@ def test_a_prompt_is_drawn_as_often_as_it_is_asked_for_each_time_from_a_noise_of
     def pictures(folder: str, *more: object) -> dict[str, np.ndarray]:
         output = tmp_path / folder
         student = house / "of_one" / "student"
-        assert run_main(generate_images.main, "--student", student, "--output", output, *flags, *more).code == 0
+        run_main(generate_images.main, "--student", student, "--output", output, *flags, *more).ok()
         return {file.name: np.asarray(Image.open(file)).astype(int) for file in sorted(output.glob("0*.png"))}
 
     twice = pictures("twice", "--prompt", "a cat", "a dog", "a cat")
@@ -267,8 +266,7 @@ def test_prompts_come_from_tables_and_from_the_held_out_part_of_templates(house,
 
     def drawn(folder: str, *more: object) -> tuple[str, list[str]]:
         output = ["--num_inference_steps", 1, "--output", tmp_path / folder]
-        outcome = run_main(generate_images.main, *flags, *output, *more)
-        assert outcome.code == 0, outcome.err
+        outcome = run_main(generate_images.main, *flags, *output, *more).ok()
         files = sorted((tmp_path / folder).glob("0*.png"))
         return outcome.out, [Image.open(file).text["prompt"] for file in files]
 

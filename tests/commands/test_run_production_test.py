@@ -46,9 +46,6 @@ def assert_passed(outcome) -> None:
     assert "FAILED" not in outcome.out
 
 
-# ---- as a person runs it ----
-
-
 def test_the_lite_config_with_55_prompts_passes_from_the_shell_and_prints_what_it_checked(tmp_path):
     words = [sys.executable, ROOT / "run_production_test.py", "--student_config", LITE, "--data_path", PROMPTS]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -100,23 +97,10 @@ def test_output_dir_keeps_a_student_that_loads_and_moves_another_one_aside(prefl
 
 
 def test_it_takes_the_flags_of_the_trainer_and_tests_the_recipe_that_was_typed(preflight, few):
-    recipe = [
-        "--preset",
-        "A14B-1B",
-        "--teacher_path",
-        "mock",
-        "--teacher_dtype",
-        "fp8",
-        "--compile",
-        "--student_steps",
-        "none",
-    ]
-    outcome = preflight(*few, *recipe, "--optimizer", "adamw")
+    recipe = "--preset A14B-1B --teacher_path mock --teacher_dtype fp8 --compile --student_steps none --optimizer adamw"
+    outcome = preflight(*few, *recipe.split())
     assert_passed(outcome)
     assert "adamw at" in outcome.out
-
-
-# ---- a real teacher ----
 
 
 @pytest.fixture
@@ -143,8 +127,7 @@ def test_a_real_teacher_is_planned_for_with_the_very_command_by_its_headers_alon
 def test_where_the_command_would_be_refused_the_preflight_fails_too(preflight, few, write_config, hollow_teacher):
     config = write_config(PRUNED_CONFIG)
     words = ["--student_config", config, "--teacher_path", hollow_teacher, "--assume_gpu", 1e-4]
-    outcome = preflight(*few, *words)
-    assert outcome.code == 2 and "Does not fit" in outcome.err
+    outcome = preflight(*few, *words).refused("Does not fit")
     assert outcome.out.splitlines()[-1] == "Production Test FAILED"
 
 
@@ -159,15 +142,11 @@ def test_a_config_that_does_not_fit_the_real_teacher_is_refused_with_the_line_to
     preflight, write_config, hollow_teacher, changes, words
 ):
     config = write_config(PRUNED_CONFIG | changes)
-    outcome = preflight("--student_config", config, "--data_path", PROMPTS, "--teacher_path", hollow_teacher)
-    assert outcome.code == 2
+    outcome = preflight("--student_config", config, "--data_path", PROMPTS, "--teacher_path", hollow_teacher).refused()
     assert outcome.out.splitlines()[-1] == "Production Test FAILED"
     (message,) = outcome.err.strip().splitlines()
     assert message.startswith("error: ") and all(word in message for word in words), message
     assert "Student parameters" not in outcome.out, "work began before the answer"
-
-
-# ---- failing ----
 
 
 @pytest.mark.parametrize(
@@ -182,8 +161,7 @@ def test_a_broken_config_fails_with_one_message_and_exit_2(preflight, write_conf
     kept.mkdir()
     (kept / "notes.txt").write_text("mine", encoding="utf-8")
     before = snapshot(kept)
-    outcome = preflight("--student_config", write_config(text), "--data_path", PROMPTS, "--output_dir", kept)
-    assert outcome.code == 2
+    outcome = preflight("--student_config", write_config(text), "--data_path", PROMPTS, "--output_dir", kept).refused()
     (message,) = outcome.err.strip().splitlines()
     assert message.startswith("error: ") and all(word in message for word in words), message
     assert outcome.out.splitlines()[-1] == "Production Test FAILED"

@@ -13,10 +13,9 @@ from PIL import Image
 import export_student
 import generate_images
 import projection_mapper
-import train_distillation
 from support.loras import comfyui_keys, kohya_keys, merged, random_pairs, write
 from support.runs import PRUNED_CONFIG, weights_of
-from support.students import STUDENT, write_teacher
+from support.students import train_student, write_teacher
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +53,14 @@ def test_a_student_learns_what_it_learns_from_a_teacher_merged_beforehand(train,
 
 
 def test_the_record_names_the_loras_and_what_is_published_tells_no_path(train, run_main, teachers, loras, tmp_path):
-    assert train(teachers.two, PRUNED_CONFIG, *TWO_STEPS, *lora_flags(loras)).code == 0
+    train(teachers.two, PRUNED_CONFIG, *TWO_STEPS, *lora_flags(loras)).ok()
     text = (tmp_path / "out" / "student_config.json").read_text(encoding="utf-8")
     high, low = json.loads(text)["distillation"]["teacher_loras"]
     file = loras / "high.safetensors"
     expected = {"expert": "high", "file": "high.safetensors", "sha256": sha256(file.read_bytes()).hexdigest()}
     assert high == expected | {"scale": 0.8, "path": str(file)} and low["expert"] == "low"
     export = ["--student", tmp_path / "out", "--format", "diffusers", "--output", tmp_path / "export"]
-    assert run_main(export_student.main, *export).code == 0
+    run_main(export_student.main, *export).ok()
     everything = b"".join(path.read_bytes() for path in (tmp_path / "export").iterdir())
     assert high["sha256"].encode() in everything and str(loras).encode() not in everything
 
@@ -73,15 +72,14 @@ def test_a_run_resumes_with_the_same_loras_alone_and_bit_for_bit(train, teachers
     # Nothing of these depends on how long the run is:
     own = ["--batch_size", 2, "--save_every", 1, "--lr_scheduler", "constant", "--lr_warmup_steps", 0, "--lr", 1e-3]
     own += ["--feature_loss_weight", 0, "--replay", 1, "--eval_every", 0]
-    assert train(teachers.two, PRUNED_CONFIG, *own, "--max_steps", 2, *high, *low).code == 0
+    train(teachers.two, PRUNED_CONFIG, *own, "--max_steps", 2, *high, *low).ok()
     for other in ([], high, [high[0], f"{loras / 'high.safetensors'}:0.7", *low], [high[0], low[1], *low]):
         outcome = train(teachers.two, PRUNED_CONFIG, *own, "--max_steps", 3, *other)
         assert outcome.code == 2 and "belongs to a run with" in outcome.err and "teacher_lora" in outcome.err
     renamed = [high[0], f"{tmp_path / 'renamed.safetensors'}:0.8", *low]
-    resumed = train(teachers.two, PRUNED_CONFIG, *own, "--max_steps", 3, *renamed)
-    assert resumed.code == 0 and "Resuming from step 2" in resumed.out
+    assert "Resuming from step 2" in train(teachers.two, PRUNED_CONFIG, *own, "--max_steps", 3, *renamed).ok().out
     own += ["--max_steps", 3]
-    assert train(teachers.two, PRUNED_CONFIG, *own, *high, *low, output_dir=tmp_path / "whole").code == 0
+    train(teachers.two, PRUNED_CONFIG, *own, *high, *low, output_dir=tmp_path / "whole").ok()
     whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
@@ -100,8 +98,7 @@ def test_a_lora_for_one_expert_of_two_alone_is_a_warning(train, teachers, loras)
     ],
 )
 def test_a_mistyped_lora_is_answered_before_anything_is_written(train, teachers, tmp_path, flags, words):
-    outcome = train(teachers.one, PRUNED_CONFIG, *TWO_STEPS, *flags)
-    assert outcome.code == 2 and words in outcome.err and "Traceback" not in outcome.err
+    train(teachers.one, PRUNED_CONFIG, *TWO_STEPS, *flags).refused(words)
     assert not (tmp_path / "out").exists()
 
 
@@ -114,9 +111,6 @@ def test_the_projection_mapper_takes_a_lora_too(run_main, write_config, teachers
     assert outcome.code == 0 and "with the LoRA lora.safetensors at scale -0.5" in outcome.out
 
 
-# ---- whoever draws with the student's teacher ----
-
-
 @pytest.fixture(scope="module")
 def drawing(tmp_path_factory):
     """A student whose teacher, which paints, had a LoRA; and the LoRA's file."""
@@ -124,12 +118,7 @@ def drawing(tmp_path_factory):
     teacher = write_teacher(root / "teacher")
     model = WanTransformer3DModel.from_pretrained(teacher / "transformer")
     lora = write(root / "lora.safetensors", comfyui_keys(random_pairs(model, size=1.0)))
-    (root / "config.json").write_text(json.dumps(STUDENT), encoding="utf-8")
-    (root / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
-    paths = {"teacher_path": teacher, "student_config": root / "config.json", "data_path": root / "prompts.txt"}
-    paths |= {"prompt_cache": root / "cache", "output_dir": root / "student", "teacher_lora": f"{lora}:0.9"}
-    argv = [str(word) for name, value in paths.items() for word in (f"--{name}", value)]
-    assert train_distillation.main([*argv, "--max_steps", "2", "--device", "cpu", "--num_samples", "0"]) == 0
+    train_student(root, teacher, "--teacher_lora", f"{lora}:0.9", "--num_samples", "0")
     return root
 
 
@@ -156,10 +145,9 @@ def test_the_recorded_teacher_draws_with_its_lora(run_main, drawing, tmp_path):
     config = json.loads((bare / "student" / "student_config.json").read_text())
     del config["distillation"]["teacher_loras"]
     (bare / "student" / "student_config.json").write_text(json.dumps(config))
-    assert draw(run_main, drawing, tmp_path / "a").code == 0
+    draw(run_main, drawing, tmp_path / "a").ok()
     for root, teacher, output in ((bare, tmp_path / "merged", "b"), (bare, drawing / "teacher", "c")):
-        outcome = draw(run_main, root, tmp_path / output, "--teacher_path", teacher)
-        assert outcome.code == 0, outcome.err
+        draw(run_main, root, tmp_path / output, "--teacher_path", teacher).ok()
     with_lora, as_merged, without = (np.frombuffer(picture(tmp_path / name), np.uint8).astype(int) for name in "abc")
     # A sum rounds otherwise on disk than in memory.
     assert abs(with_lora - as_merged).max() <= 1 < abs(with_lora - without).max()
@@ -170,13 +158,10 @@ def test_a_recorded_lora_that_is_gone_or_another_is_named_and_can_be_given(run_m
     there = drawing / "lora.safetensors"
     shutil.move(there, moved)
     try:
-        outcome = draw(run_main, drawing, tmp_path / "a")
-        assert outcome.code == 2 and "is not there; give --teacher_lora FILE:0.9" in outcome.err
-        outcome = draw(run_main, drawing, tmp_path / "a", "--teacher_lora", f"{moved}:0.9")
-        assert outcome.code == 0, outcome.err
+        draw(run_main, drawing, tmp_path / "a").refused("is not there; give --teacher_lora FILE:0.9")
+        draw(run_main, drawing, tmp_path / "a", "--teacher_lora", f"{moved}:0.9").ok()
         model = WanTransformer3DModel.from_pretrained(drawing / "teacher" / "transformer")
         write(there, comfyui_keys(random_pairs(model, seed=9)))
-        outcome = draw(run_main, drawing, tmp_path / "b")
-        assert outcome.code == 2 and "is another file than the LoRA" in outcome.err and "Traceback" not in outcome.err
+        draw(run_main, drawing, tmp_path / "b").refused("is another file than the LoRA")
     finally:
         shutil.move(moved, there)

@@ -28,7 +28,7 @@ def test_a_student_of_the_teachers_own_weights_errs_by_the_rounding_alone(
     train, teachers, tmp_path, flags, recorded, least, most
 ):
     flags = ["--guidance_scale", 1, "--max_steps", 1, "--feature_loss_weight", 1, *flags]
-    assert train(teachers.one, IDENTITY_CONFIG, *flags).code == 0
+    train(teachers.one, IDENTITY_CONFIG, *flags).ok()
     (entry,) = read_metrics(tmp_path / "out")
     assert least <= entry["loss"] <= most and least <= entry["feature_loss"] <= most
     config = json.loads((tmp_path / "out" / "student_config.json").read_text(encoding="utf-8"))
@@ -38,8 +38,7 @@ def test_a_student_of_the_teachers_own_weights_errs_by_the_rounding_alone(
 def test_a_student_learns_from_a_frozen_fp8_teacher(train, teachers, tmp_path):
     before = snapshot(teachers.two)
     flags = ("--teacher_dtype", "fp8", "--dtype", "bf16", "--lr", 1e-2, "--max_steps", 40, "--student_steps", "none")
-    outcome = train(teachers.two, PRUNED_CONFIG, *flags)
-    assert outcome.code == 0, outcome.err
+    train(teachers.two, PRUNED_CONFIG, *flags).ok()
     losses = [entry["loss"] for entry in read_metrics(tmp_path / "out")]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert snapshot(teachers.two) == before, "the teacher's files changed"
@@ -62,8 +61,7 @@ def test_taking_turns_swaps_far_less_often_than_both_in_every_batch(train, teach
     counts = []
     for calls in (0, 10):
         flags = ("--teacher_offload", "--max_steps", 30, "--replay", 1, "--calls_per_expert", calls)
-        outcome = train(teachers.two, PRUNED_CONFIG, *flags)
-        assert outcome.code == 0, outcome.err
+        outcome = train(teachers.two, PRUNED_CONFIG, *flags).ok()
         counts.append(int(re.search(r"with (\d+) swaps", outcome.out)[1]))
     both, in_turns = counts
     assert both > 15 and in_turns < both / 3
@@ -74,17 +72,4 @@ def test_taking_turns_swaps_far_less_often_than_both_in_every_batch(train, teach
 )
 def test_blocks_of_one_expert_teach_by_way_of_a_cache_too(train, teachers, tmp_path, compiled):
     cache = ("--teacher_cache", tmp_path / "answers", "--offline_teacher", "--teacher_offload", "blocks")
-    outcome = train(teachers.one, PRUNED_CONFIG, *cache, "--teacher_dtype", "fp8", "--max_steps", 1, *compiled)
-    assert outcome.code == 0, outcome.err
-
-
-def test_a_run_and_a_teacher_cache_hold_on_to_their_fp8_teacher(train, teachers, tmp_path):
-    fp8, cache = ("--teacher_dtype", "fp8"), ("--teacher_cache", tmp_path / "answers")
-    assert train(teachers.one, PRUNED_CONFIG, *fp8, *cache, "--max_steps", 2).code == 0
-    other = train(teachers.one, PRUNED_CONFIG, *cache, "--max_steps", 2, output_dir=tmp_path / "other")
-    assert other.code == 2 and "teacher_dtype 'fp8'" in other.err
-
-    run = ("--save_every", 2, "--max_steps", 2)
-    assert train(teachers.one, PRUNED_CONFIG, *fp8, *run, output_dir=tmp_path / "run").code == 0
-    resumed = train(teachers.one, PRUNED_CONFIG, *run, output_dir=tmp_path / "run")
-    assert resumed.code == 2 and "teacher_dtype 'fp8'" in resumed.err
+    train(teachers.one, PRUNED_CONFIG, *cache, "--teacher_dtype", "fp8", "--max_steps", 1, *compiled).ok()

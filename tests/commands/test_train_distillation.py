@@ -97,18 +97,17 @@ def test_a_pipeline_folder_of_two_experts_trains_from_the_shell_and_the_identity
 def test_loss_is_zero_exactly_where_the_expert_that_the_student_was_made_of_answers_alone(
     train, teachers, tmp_path, flags, is_its_teacher
 ):
-    assert train(teachers.two, IDENTITY_CONFIG, *flags, "--max_steps", 1).code == 0
+    train(teachers.two, IDENTITY_CONFIG, *flags, "--max_steps", 1).ok()
     loss = read_metrics(tmp_path / "out")[0]["loss"]
     assert loss < 1e-9 if is_its_teacher else loss > 1e-3
 
 
 def test_a_pruned_student_learns_and_its_file_says_how(train, teachers, tmp_path):
     before = snapshot(teachers.two)
-    outcome = train(
+    train(
         teachers.two, PRUNED_CONFIG, "--guidance_scale", 4, "--guidance_scale_2", 3, "--shift", 5,
         "--sigma_range", 0.1, 1, "--lr", 1e-2, "--num_epochs", 4, "--seed", 3, "--layers", "1,2",
-    )  # fmt: skip
-    assert outcome.code == 0, outcome.err
+    ).ok()  # fmt: skip
     assert snapshot(teachers.two) == before, "the teacher's files changed"
 
     losses = [entry["loss"] for entry in read_metrics(tmp_path / "out")]
@@ -141,8 +140,7 @@ def test_other_layouts_train_with_the_parts_of_another_folder(train, teachers, t
     config = IDENTITY_CONFIG | ({"hidden_size": 256, "depth": 2} if is_file else {})
     flags = ["--text_encoder_path", teachers.one, "--guidance_scale", 1, "--max_steps", 1]
     flags += ["--vae_path", teachers.two / "vae", "--num_samples", 1] if is_file else []
-    outcome = train(getattr(teachers, layout), config, *flags)
-    assert outcome.code == 0 and ("Teacher above, student below" in outcome.out) == is_file, outcome.err
+    assert ("Teacher above, student below" in train(getattr(teachers, layout), config, *flags).ok().out) == is_file
     assert read_metrics(tmp_path / "out")[0]["loss"] < 1e-9
     record = record_of(tmp_path / "out")
     assert record["text_encoder_path"] == str(teachers.one) and len(record["latents_mean"]) == 16
@@ -153,8 +151,7 @@ def test_other_layouts_train_with_the_parts_of_another_folder(train, teachers, t
 def test_a_teacher_of_48_channels_trains_behind_its_vae_of_factor_16(train, tmp_path):
     write_pipeline_folder(tmp_path / "ti2v", channels=48)
     flags = ("--guidance_scale", 1, "--max_steps", 1)
-    outcome = train(tmp_path / "ti2v", IDENTITY_CONFIG | {"num_channels": 48, "image_size": 64}, *flags)
-    assert outcome.code == 0, outcome.err
+    outcome = train(tmp_path / "ti2v", IDENTITY_CONFIG | {"num_channels": 48, "image_size": 64}, *flags).ok()
     assert "64 px = 48x4x4 latents" in outcome.out
     assert read_metrics(tmp_path / "out")[0]["loss"] < 1e-9
     assert record_of(tmp_path / "out")["vae_scale_factor"] == 16
@@ -178,8 +175,7 @@ def test_every_part_of_a_run_works_behind_the_teachers_own_vae(train, teachers, 
 
 def test_the_mock_teacher_needs_no_files_and_products_in_bf16_leave_weights_in_fp32(train, tmp_path):
     flags = ["--max_steps", 2, "--prompt_cache", tmp_path / "no_cache", "--dtype", "bf16"]
-    outcome = train("mock", PRUNED_CONFIG, *flags)
-    assert outcome.code == 0, outcome.err
+    train("mock", PRUNED_CONFIG, *flags).ok()
     assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} == {torch.float32}
     assert not (tmp_path / "no_cache").exists()
 
@@ -198,7 +194,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(train, teachers, tmp_p
     seeds = {"first": 1, "second": 1, "other": 2}
     for name, seed in seeds.items():
         flags = ("--seed", seed, "--max_steps", 6, "--lr", 1e-2)
-        assert train(teachers.two, PRUNED_CONFIG, *flags, output_dir=tmp_path / name).code == 0
+        train(teachers.two, PRUNED_CONFIG, *flags, output_dir=tmp_path / name).ok()
     assert same_weights(tmp_path / "first", tmp_path / "second")
     assert not same_weights(tmp_path / "first", tmp_path / "other")
 
@@ -212,7 +208,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(train, teachers, tmp_p
     ],
 )
 def test_an_epoch_is_every_prompt_once_and_max_steps_overrides_it(train, teachers, tmp_path, flags, num_steps):
-    assert train(teachers.one, PRUNED_CONFIG, "--guidance_scale", 1, *flags).code == 0
+    train(teachers.one, PRUNED_CONFIG, "--guidance_scale", 1, *flags).ok()
     assert [entry["step"] for entry in read_metrics(tmp_path / "out")] == list(range(1, num_steps + 1))
     assert record_of(tmp_path / "out")["num_train_steps"] == num_steps
 
@@ -230,13 +226,11 @@ def sample_rows(folder: Path, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_run_ends_with_teacher_and_student_side_by_side(train, teachers, tmp_path):
     flags = ("--guidance_scale", 1, "--num_samples", 3, "--max_steps", 2)
-    assert train(teachers.one, IDENTITY_CONFIG, *flags, "--lr", 1e-12, output_dir=tmp_path / "same").code == 0
+    train(teachers.one, IDENTITY_CONFIG, *flags, "--lr", 1e-12, output_dir=tmp_path / "same").ok()
     above, below = sample_rows(tmp_path / "same", 2)
     assert np.ptp(above.reshape(-1, 3), axis=0).min() > 50, "nothing was drawn"
     assert np.abs(above.astype(int) - below).max() <= 2
-    assert (
-        train(teachers.one, IDENTITY_CONFIG, *flags, "--init_from", "random", output_dir=tmp_path / "other").code == 0
-    )
+    train(teachers.one, IDENTITY_CONFIG, *flags, "--init_from", "random", output_dir=tmp_path / "other").ok()
     again, below = sample_rows(tmp_path / "other", 2)
     np.testing.assert_array_equal(above, again)
     assert (below != again).mean() > 0.1
@@ -245,12 +239,11 @@ def test_a_run_ends_with_teacher_and_student_side_by_side(train, teachers, tmp_p
 def test_a_teacher_without_a_vae_is_trained_from_and_the_reason_for_no_picture_told(train, teachers, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(teachers.one, bare, ignore=shutil.ignore_patterns("vae"))
-    outcome = train(bare, PRUNED_CONFIG, "--num_samples", 1, "--max_steps", 1)
-    assert outcome.code == 0
+    outcome = train(bare, PRUNED_CONFIG, "--num_samples", 1, "--max_steps", 1).ok()
     assert "No sample pictures" in outcome.out and "--vae_path" in outcome.out
     shutil.rmtree(tmp_path / "out")
     flags = ("--num_samples", 1, "--max_steps", 1, "--vae_path", teachers.one / "vae")
-    assert train(bare, PRUNED_CONFIG, *flags).code == 0
+    train(bare, PRUNED_CONFIG, *flags).ok()
     assert (tmp_path / "out" / "samples" / "step_000001.png").is_file()
 
 
@@ -260,7 +253,7 @@ def test_a_teacher_without_a_vae_is_trained_from_and_the_reason_for_no_picture_t
 def test_a_random_student_inherits_nothing_and_repeats_with_its_seed(train, teachers, tmp_path):
     for name, seed in (("a", 1), ("again", 1), ("b", 2)):
         flags = ("--init_from", "random", "--seed", seed, "--max_steps", 1, "--lr", 1e-12)
-        assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / name).code == 0
+        train(teachers.one, PRUNED_CONFIG, *flags, output_dir=tmp_path / name).ok()
     report = json.loads((tmp_path / "a" / "projection_report.json").read_text(encoding="utf-8"))
     assert {entry["status"] for entry in report["student"].values()} == {"initialised"}
     assert {entry["status"] for entry in report["teacher"].values()} == {"dropped"}
@@ -330,18 +323,15 @@ def test_another_teacher_gets_the_general_defaults():
 
 def test_a_second_run_does_not_encode_again(train, teachers, tmp_path):
     cache = ("--prompt_cache", tmp_path / "cache", "--max_steps", 1)
-    first = train(teachers.one, PRUNED_CONFIG, *cache)
-    assert first.code == 0 and "Encoding prompts: 56/56" in first.out  # 55 and the negative one
-    second = train(teachers.one, PRUNED_CONFIG, *cache)
-    assert second.code == 0 and "Encoding" not in second.out
+    assert "Encoding prompts: 56/56" in train(teachers.one, PRUNED_CONFIG, *cache).ok().out
+    assert "Encoding" not in train(teachers.one, PRUNED_CONFIG, *cache).ok().out
 
 
 def test_a_student_that_was_there_is_moved_aside_intact(train, teachers, tmp_path):
     folder = tmp_path / "out"
     for number in range(3):
         before = snapshot(folder)
-        outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 2, "--seed", number)
-        assert outcome.code == 0, outcome.err
+        outcome = train(teachers.one, PRUNED_CONFIG, "--max_steps", 2, "--seed", number).ok()
         aside = [place for place in folder.glob("replaced-*") if str(place) in outcome.out]
         assert len(aside) == (number > 0)
         kept = snapshot(aside[0]) if aside else {}
@@ -391,7 +381,7 @@ def test_a_learning_rate_that_explodes_stops_the_run_in_words_and_leaves_the_stu
     train, teachers, tmp_path
 ):
     folder = tmp_path / "out"
-    assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 1).code == 0
+    train(teachers.one, PRUNED_CONFIG, "--max_steps", 1).ok()
     before = snapshot(folder)
     outcome = train(teachers.one, PRUNED_CONFIG, "--lr", "1e9")
     (message,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import evaluate_student
 import generate_images
 import train_distillation
-from support.runs import IDENTITY_CONFIG, PROMPTS, PRUNED_CONFIG, ROOT, snapshot
+from support.runs import PROMPTS, PRUNED_CONFIG, ROOT, snapshot
 from support.wan_folders import write_transformer_folder
-from wandistiller.model.config import ConfigError, StudentConfig
+from wandistiller.model.config import StudentConfig
 
 
 @pytest.fixture
@@ -39,21 +38,15 @@ def previous(tmp_path):
 def refused(run_main, write_config, teachers, previous, tmp_path):
     """Run the trainer with one thing wrong (later flags win) and hold its answer to what is promised."""
 
-    def run(*flags: object, words: list[str], config: object = PRUNED_CONFIG) -> str:
+    def run(*flags: object, words: list[str], config: object = PRUNED_CONFIG) -> None:
         before, folders = snapshot(previous), set(previous.rglob("*"))
         outcome = run_main(
             train_distillation.main, "--teacher_path", teachers.one, "--student_config", write_config(config),
             "--data_path", PROMPTS, "--prompt_cache", tmp_path / "cache", "--output_dir", previous, "--device", "cpu",
             *flags,
-        )  # fmt: skip
-        assert outcome.code == 2, outcome
-        lines = outcome.err.splitlines()
-        assert len(lines) == 1, outcome.err
-        assert lines[0].startswith(("error: ", "train_distillation.py: error: ")), lines[0]
-        missing = [word for word in words if word not in lines[0]]
-        assert not missing, f"{missing} not in: {lines[0]}"
+        ).refused(*words)  # fmt: skip
+        assert outcome.err.startswith(("error: ", "train_distillation.py: error: "))
         assert snapshot(previous) == before and set(previous.rglob("*")) == folders, "the output folder was touched"
-        return lines[0]
 
     return run
 
@@ -63,10 +56,8 @@ def refused(run_main, write_config, teachers, previous, tmp_path):
 FLAGS = {
     "unknown": (["--epochs", 3], ["--epochs", "--num_epochs"]),
     "one hyphen": (["-lr", 3], ["-lr", "did you mean --lr?"]),
-    "int is zero": (["--num_epochs", 0], ["--num_epochs", "at least 1"]),
     "float is negative with exponent": (["--lr", "-1e-5"], ["--lr", "'-1e-5'", "above 0"]),
     "boundary above 1": (["--boundary_ratio", 875], ["--boundary_ratio", "at most 1"]),
-    "choice": (["--dtype", "fp16"], ["--dtype", "fp16", "fp32", "bf16"]),
     "a trajectory from below": (["--sigma_range", 0, 0.5], ["--sigma_range", "sigma 1"]),
     "sigma_range reversed": (["--sigma_range", 0.9, 0.1], ["--sigma_range", "0.9", "below", "0.1"]),
     "eval prompts not there": (["--eval_prompts", "nowhere.txt", "--eval_every", 5], ["nowhere.txt"]),
@@ -115,8 +106,7 @@ def test_a_flag_of_another_trainer_is_answered_with_ours(refused, flag):
 )
 def test_the_answer_is_a_flag_of_the_same_command(run_main, command, flags, answer):
     required = [] if "required" in answer else ["--student", "x", "--prompts_file", "y"]
-    outcome = run_main(command.main, *required, *flags)
-    assert outcome.code == 2 and answer in outcome.err and outcome.err.count("\n") == 1, outcome.err
+    run_main(command.main, *required, *flags).refused(answer)
 
 
 @pytest.mark.parametrize("flags, words", FLAGS.values(), ids=FLAGS)
@@ -129,10 +119,11 @@ def test_a_gpu_where_there_is_none(refused):
     refused("--device", "cuda:1", words=["--device", "cuda:1", "allowed: cpu"])
 
 
-def test_an_output_dir_below_a_file(refused, tmp_path):
+@pytest.mark.parametrize("flag", ["--output_dir", "--prompt_cache"])
+def test_a_folder_below_a_file(refused, tmp_path, flag):
     path = tmp_path / "taken"
     path.write_text("mine", encoding="utf-8")
-    refused("--output_dir", path / "sub", words=["--output_dir", str(path), "is a file"])
+    refused(flag, path / "sub", words=[flag, str(path), "is a file"])
     assert path.read_text(encoding="utf-8") == "mine"
 
 
@@ -144,39 +135,17 @@ def test_a_new_output_dir_is_not_made_for_a_run_that_cannot_be(refused, tmp_path
 # ---- student_config.json ----
 
 
-def without(key: str) -> dict:
-    return {name: value for name, value in IDENTITY_CONFIG.items() if name != key}
-
-
-LITE = PRUNED_CONFIG | {"block": "lite", "patch_size": 1, "ffn_dim": 48, "freq_dim": 12, "num_channels": 4}
 CONFIGS = {
-    "broken JSON": ('{"block": "wan",\n "depth": }', ["line 2", "JSON"]),
-    "unknown key": (PRUNED_CONFIG | {"hiden_size": 1}, ['"hiden_size"', '"hidden_size"']),
-    "missing key": (without("depth"), ["missing", '"depth"']),
-    "number in quotes": (PRUNED_CONFIG | {"depth": "2"}, ["depth='2'", "whole number"]),
-    "unknown block": (PRUNED_CONFIG | {"block": "lit"}, ["block='lit'", '"wan"', '"lite"']),
-    "odd hidden_size": (LITE | {"hidden_size": 13, "ffn_dim": 52, "freq_dim": 13}, ["hidden_size=13", "even", "14"]),
-    "image_size": (PRUNED_CONFIG | {"image_size": 100}, ["image_size=100", "use 96 or 112"]),
-    "head_dim of another teacher": (PRUNED_CONFIG | {"hidden_size": 24, "num_heads": 1}, ["hidden_size=24", "num_heads=2", "heads"]),
+    "broken JSON": ('{"block": "wan",\n "depth": }', ["config.json", "line 2", "JSON"]),
+    "unknown key": (PRUNED_CONFIG | {"hiden_size": 1}, ["config.json", '"hiden_size"', '"hidden_size"']),
     "wider than the teacher": (PRUNED_CONFIG | {"hidden_size": 48, "num_heads": 4}, ["hidden_size=48", "24 or less"]),
-    "deeper than the teacher": (PRUNED_CONFIG | {"depth": 30}, ["depth=30", "3 or less"]),
-    "lite of other channels": (LITE, ["num_channels=4", 'edit the line to "num_channels": 16']),
-    "other text width": (PRUNED_CONFIG | {"text_encoder_output_dim": 4096}, ['edit the line to "text_encoder_output_dim": 20']),
-}  # fmt: skip
+    "other channels": (PRUNED_CONFIG | {"num_channels": 4}, ["num_channels=4", 'edit the line to "num_channels": 16']),
+}
 
 
 @pytest.mark.parametrize("config, words", CONFIGS.values(), ids=CONFIGS)
 def test_a_wrong_config(refused, config, words):
-    file_name = [] if is_valid_alone(config) else ["config.json"]
-    refused(config=config, words=[*file_name, *words])
-
-
-def is_valid_alone(config: object) -> bool:
-    """Whether only this teacher makes it wrong; the message then names the key, and there is one flag for the file."""
-    try:
-        return isinstance(config, dict) and bool(StudentConfig.from_dict(config))
-    except ConfigError:
-        return False
+    refused(config=config, words=words)
 
 
 def test_a_config_that_is_not_there(refused, tmp_path):
@@ -226,22 +195,11 @@ def test_a_teacher_with_a_damaged_vae_is_learnt_from_without_pictures(train, tea
 
 # ---- prompts ----
 
-PROMPT_FILES = {
-    "empty": (b"", ["no prompt"]),
-    "latin-1": ("a tree\na café\n".encode("latin-1"), ["line 2", "0xE9", "UTF-8"]),
-    "UTF-16": ("a tree\n".encode("utf-16"), ["line 1", "UTF-8"]),
-    "binary": (b"\x89PNG\r\n\x1a\n\x00\x00", ["line 1", "UTF-8"]),
-}
 
-
-@pytest.mark.parametrize("content, words", PROMPT_FILES.values(), ids=PROMPT_FILES)
-def test_a_wrong_prompts_file(refused, tmp_path, content, words):
+def test_prompts_that_are_no_text_or_not_there_or_a_folder(refused, tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_bytes(content)
-    refused("--data_path", path, words=[str(path), *words])
-
-
-def test_prompts_that_are_not_there_or_a_folder(refused, tmp_path):
+    path.write_bytes("a tree\na café\n".encode("latin-1"))
+    refused("--data_path", path, words=[str(path), "line 2", "0xE9", "UTF-8"])
     refused("--data_path", tmp_path / "nowhere.txt", words=["nowhere.txt", "No such file", "one prompt a line"])
     (tmp_path / "empty").mkdir()
     refused("--data_path", tmp_path / "empty", words=[str(tmp_path / "empty"), "directory", "one prompt a line"])
@@ -258,23 +216,10 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def drop_a_tensor(path: Path) -> None:
-    tensors = load_file(path)
-    del tensors["blocks.1.attn1.to_q.weight"]
-    save_file(tensors, path)
-
-
-def only_a_pickle(path: Path) -> None:
-    path.rename(path.with_name("diffusion_pytorch_model.bin"))
-
-
 # What happens to the transformer's file or to a JSON file of a good pipeline folder, and what the message must say.
 DAMAGES = {
     "truncated weights": (truncate, None, ["diffusion_pytorch_model.safetensors", "whole"]),
-    "a tensor is missing": (drop_a_tensor, None, ["blocks.1.attn1.to_q.weight", "missing"]),
-    "only a pickle": (only_a_pickle, None, ["diffusion_pytorch_model.bin", "pickle", "safetensors"]),
     "no weights": (Path.unlink, None, ["transformer", ".safetensors"]),
-    "encoder is no UMT5": ({"model_type": "t5"}, "text_encoder/config.json", ["'t5'", "umt5"]),
     "encoder of another width": ({"d_model": 32}, "text_encoder/config.json", ["d_model=32", "d_model=20"]),
 }  # fmt: skip
 
@@ -288,24 +233,6 @@ def test_a_damaged_or_other_teacher(refused, teachers, tmp_path, damage, name, w
     else:
         edit_json(folder / name, **damage)
     refused("--teacher_path", folder, words=[str(folder), *words])
-
-
-def test_a_teacher_that_is_not_there(refused, tmp_path):
-    refused("--teacher_path", tmp_path / "nowhere", words=["nowhere", "no such file or folder", "diffusers", "mock"])
-
-
-def test_a_safetensors_file_of_something_else(refused, tmp_path):
-    save_file({"linear.weight": torch.zeros(4, 4)}, tmp_path / "alien.safetensors")
-    refused("--teacher_path", tmp_path / "alien.safetensors", words=["alien.safetensors", "no Wan transformer"])
-
-
-def test_a_missing_shard(refused, teachers, tmp_path):
-    write_transformer_folder(tmp_path / "sharded", max_shard_size="60KB")
-    shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
-    assert len(shards) > 1
-    shards[-1].unlink()
-    flags = ("--teacher_path", tmp_path / "sharded", "--text_encoder_path", teachers.one)
-    refused(*flags, words=[str(tmp_path / "sharded"), shards[-1].name, "missing"])
 
 
 def test_a_hub_id_without_network(refused):

@@ -49,9 +49,6 @@ def other_student() -> WanLiteStudent:
     return project_teacher(open_teacher("mock", config), config)[0]
 
 
-# ---- velocity errors ----
-
-
 def path_errors(teacher: Teacher, student: WanLiteStudent, options: SamplingOptions = OPTIONS, **draw) -> float:
     states = draw_path_states(teacher, EMBEDS, SHAPE, options, **draw)
     return PathErrors(states, EMBEDS, options, draw.get("batch_size", 16))(student)["velocity_error"]
@@ -107,9 +104,6 @@ def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were():
     assert all(torch.equal(weights[name], weight) for name, weight in student.state_dict().items())
     assert all(p.requires_grad and (p.grad == 0.5).all() for p in student.parameters())
     assert torch.equal(torch.get_rng_state(), random_state)
-
-
-# ---- a point of the frontier ----
 
 
 def test_what_a_student_draws_is_held_against_the_teacher_in_all_and_in_fewer_steps():

@@ -72,8 +72,6 @@ def test_flops_of_a_picture_are_those_that_torch_counts(tmp_path, block):
     assert step_flops(field, (8, 8), 3) == pytest.approx(counted, rel=0.01)
 
 
-# ---- what the prompt decides and what the noise decides ----
-
 PROMPTS, NOISES, SHAPE = 400, 3, (4, 6, 6)
 
 

@@ -16,23 +16,17 @@ from wandistiller.run.build import compile_blocks
 FLAGS = ["--max_steps", 6, "--lr", 1e-3, "--batch_size", 4]
 
 
-# ---- gradient checkpointing ----
-
-
 def test_blocks_that_are_computed_again_train_the_same_student_bit_for_bit(train, teachers, tmp_path):
     for name, flags in (("kept", []), ("again", ["--gradient_checkpointing"])):
-        assert train(teachers.one, PRUNED_CONFIG, *FLAGS, *flags, output_dir=tmp_path / name).code == 0
+        train(teachers.one, PRUNED_CONFIG, *FLAGS, *flags, output_dir=tmp_path / name).ok()
     assert same_weights(tmp_path / "kept", tmp_path / "again")
-
-
-# ---- compiled ----
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("torch._inductor"), reason="torch without its compiler")
 def test_compiled_blocks_train_the_same_student(train, teachers, tmp_path):
-    assert train(teachers.one, PRUNED_CONFIG, *FLAGS, output_dir=tmp_path / "eager").code == 0
-    assert train(teachers.one, PRUNED_CONFIG, *FLAGS, "--compile", output_dir=tmp_path / "compiled").code == 0
+    train(teachers.one, PRUNED_CONFIG, *FLAGS, output_dir=tmp_path / "eager").ok()
+    train(teachers.one, PRUNED_CONFIG, *FLAGS, "--compile", output_dir=tmp_path / "compiled").ok()
     eager, compiled = (read_metrics(tmp_path / name) for name in ("eager", "compiled"))
     assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in eager], rel=1e-4)
     assert weights_of(tmp_path / "compiled").keys() == weights_of(tmp_path / "eager").keys()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import projection_mapper
 from support.wan_folders import (
+    inputs,
     oracle_velocity,
     random_transformer,
     relative_error,
@@ -49,13 +50,6 @@ def wan_config(heads: int = 4, depth: int = 5, ffn_dim: int = 60, **changes) -> 
 def lite_config(hidden_size: int = 24, depth: int = 2, **changes) -> StudentConfig:
     values = {"block": "lite", "hidden_size": hidden_size, "depth": depth, "num_heads": 2, "num_channels": 16}
     return StudentConfig(**values | {"image_size": 64, "text_encoder_output_dim": 20} | changes)
-
-
-def inputs(config: StudentConfig):
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, config.num_channels, 4, 6, generator=generator)
-    prompt_embeds = torch.randn(2, 9, config.text_encoder_output_dim, generator=generator)
-    return latents, torch.tensor([12.5, 987.6]), prompt_embeds, torch.tensor([3, 9])
 
 
 def write_teacher(folder: Path, tensors: dict[str, Tensor]):
@@ -137,7 +131,7 @@ def test_a_wan_hidden_in_a_larger_one_is_found_bit_for_bit(tmp_path, seed, layer
         found = student.state_dict()[name]
         assert torch.equal(found, tensor[:, :, 0] if tensor.ndim == 5 else tensor), name
     assert report.layers == (layers or [0, 2, 4])
-    given = inputs(student.config)
+    given = inputs()
     with torch.no_grad():
         assert relative_error(student(*given), oracle_velocity(small, *given)) <= 1e-5
 
@@ -153,7 +147,7 @@ def test_dropping_dead_neurons_and_dead_layers_changes_no_velocity(tmp_path):
     teacher = write_teacher(tmp_path, tensors)
     student, report = project_teacher(tmp_path, wan_config(depth=3, ffn_dim=40))
     assert report.layers == [0, 2, 4]
-    given = inputs(student.config)
+    given = inputs()
     with torch.no_grad():
         assert relative_error(student(*given), oracle_velocity(teacher, *given)) <= 1e-5
     cut_further, _ = project_teacher(tmp_path, wan_config(depth=3, ffn_dim=36))
@@ -277,7 +271,7 @@ def test_rounding_to_a_smaller_dtype_is_reported_and_spares_the_float32_islands(
         assert dtypes[name] == torch.float32 and "rounded" not in report.student[name]["detail"]
     assert dtypes["proj_out.weight"] == torch.bfloat16 and "rounded" in report.student["proj_out.weight"]["detail"]
     reference, _ = project_teacher(tmp_path)
-    given = inputs(model.config)
+    given = inputs()
     with torch.no_grad():
         assert relative_error(model(*given), reference(*given)) < 0.03
 
@@ -290,7 +284,7 @@ def test_both_experts_are_projected_each_from_its_own_weights(tmp_path):
     models = project_experts(open_wan_files(tmp_path), 512)
     assert list(models) == ["high", "low"]
     for model, expert in zip(models.values(), experts, strict=True):
-        given = inputs(model.config)
+        given = inputs()
         with torch.no_grad():
             assert relative_error(model(*given), oracle_velocity(expert, *given)) <= 1e-5
 
@@ -306,7 +300,7 @@ def test_the_mock_is_a_larger_wan_that_never_changes(config):
     statuses = {entry["status"] for entry in report.student.values()}
     assert statuses == ({"initialised"} if config.block == "lite" else {"selected", "exact"})
     teacher, _ = project_teacher(mock_wan_files(config))
-    given = inputs(shape)
+    given = inputs()
     with torch.no_grad():
         assert 0.1 < teacher(*given).std() < 10
 

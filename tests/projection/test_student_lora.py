@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from support.loras import comfyui_keys, kohya_keys, random_differences, random_pairs, write
 from support.wan_folders import (
+    inputs,
     oracle_velocity,
     relative_error,
     to_original,
@@ -122,12 +123,6 @@ def transformer(places):
         num_attention_heads=2, attention_head_dim=12, num_layers=3, in_channels=16, out_channels=16, ffn_dim=32, text_dim=20,
     )  # fmt: skip
     return with_weights(transformer, lift(student.state_dict()))
-
-
-def inputs():
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 16, 4, 6, generator=generator)
-    return latents, torch.tensor([12.5, 987.6]), torch.randn(2, 9, 20, generator=generator)
 
 
 @pytest.mark.parametrize(

@@ -141,14 +141,8 @@ def test_caption_files_beside_pictures_are_one_caption_each(tmp_path):
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    assert load_prompts(tmp_path).prompts == [
-        "**Subject:** a fox",
-        "photorealistic",
-        "a boat",
-        "a ship at sea",
-        "a",
-        "b",
-    ]
+    apart = ["**Subject:** a fox", "photorealistic", "a boat", "a ship at sea", "a", "b"]
+    assert load_prompts(tmp_path).prompts == apart
     assert "3 files read a prompt a line (--prompt_per file" in load_prompts(tmp_path).notice
     for name in ("1.png", "2.mp4"):
         (tmp_path / name).touch()

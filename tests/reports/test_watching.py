@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support.runs import PRUNED_CONFIG, read_metrics, weights_of
+from support.runs import PRUNED_CONFIG, checkpoint_tensors, read_metrics, weights_of
 from wandistiller import StudentConfig
 from wandistiller.model.sizes import count_parameters
 from wandistiller.reports import metrics, plots, trackers
@@ -50,8 +50,7 @@ def events_of(folder: Path):
 
 def test_a_run_leaves_scalars_pictures_a_plot_and_a_summary(train, teachers, tmp_path):
     flags = (*DRAWN, "--max_steps", 6, "--sample_every", 2, "--eval_every", 3)
-    outcome = train(teachers.one, PRUNED_CONFIG, *flags)
-    assert outcome.code == 0, outcome.err
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags).ok()
     folder, lines = tmp_path / "out", read_metrics(tmp_path / "out")
 
     assert all(line["memory_bytes"] > 2**25 for line in lines), "a process that has loaded torch holds more"
@@ -72,7 +71,7 @@ def test_a_run_leaves_scalars_pictures_a_plot_and_a_summary(train, teachers, tmp
 
 def test_a_run_that_goes_on_keeps_the_scalars_before_and_hides_those_beyond(train, teachers, tmp_path):
     flags = ("--save_every", 2, "--guidance_scale", 1)
-    assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 4).code == 0
+    train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 4).ok()
     folder = tmp_path / "out" / "checkpoints" / "step_00000004"  # as if the run had been killed before it
     folder.with_suffix(".json").unlink()
     shutil.rmtree(folder)
@@ -92,7 +91,7 @@ def rows_of(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def test_early_steps_are_drawn_and_stand_below_the_teacher_in_one_picture(train, teachers, tmp_path):
     flags = [*DRAWN, "--sample_every", 60, "--max_steps", 62, "--batch_size", 1, "--sample_prompts", "a cat", "a dog"]
-    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    train(teachers.one, PRUNED_CONFIG, *flags).ok()
     steps = (25, 50, 60, 62)
     files = [tmp_path / "out" / "samples" / f"step_{step:06d}.png" for step in steps]
     assert sorted((tmp_path / "out" / "samples").iterdir()) == files
@@ -106,7 +105,7 @@ def test_drawing_leaves_training_as_it_was_bit_for_bit(train, teachers, tmp_path
     flags = (*DRAWN, "--max_steps", 4, "--lr", 1e-3, "--save_every", 4, *recipe)
     folders = [tmp_path / "plain", tmp_path / "drawn"]
     for folder, every in zip(folders, (0, 2), strict=True):
-        assert train(teachers.one, PRUNED_CONFIG, *flags, "--sample_every", every, output_dir=folder).code == 0
+        train(teachers.one, PRUNED_CONFIG, *flags, "--sample_every", every, output_dir=folder).ok()
     plain, drawn = (weights_of(folder) | checkpoint_tensors(folder) for folder in folders)
     assert plain.keys() == drawn.keys() and all(torch.equal(plain[name], drawn[name]) for name in plain)
     losses = [[line["loss"] for line in read_metrics(folder)] for folder in folders]
@@ -115,20 +114,12 @@ def test_drawing_leaves_training_as_it_was_bit_for_bit(train, teachers, tmp_path
     np.testing.assert_array_equal(*pictures)
 
 
-def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    files = sorted((folder / "checkpoints").rglob("*.safetensors"))
-    assert files
-    return {f"{file.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
-
-
 def test_the_teachers_row_stays_and_the_student_draws_with_its_averaged_weights(train, teachers, tmp_path):
     # The learning rate of a step does not depend on how many there are, so that a shorter run is a part of a longer one:
     flags = (*DRAWN, "--sample_every", 2, "--lr", 1e-2, "--ema_decay", 0.9, "--lr_scheduler", "constant",
              "--feature_loss_weight", 0)  # fmt: skip
     for name, steps in (("long", 4), ("short", 2)):
-        assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", steps, output_dir=tmp_path / name).code == 0
+        train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", steps, output_dir=tmp_path / name).ok()
     (above, below), (again, later) = (rows_of(tmp_path / "long" / "samples" / f"step_00000{n}.png") for n in (2, 4))
     np.testing.assert_array_equal(above, again)
     assert (below != later).any()
@@ -138,10 +129,9 @@ def test_the_teachers_row_stays_and_the_student_draws_with_its_averaged_weights(
 
 def test_a_picture_that_cannot_be_made_is_the_last_and_the_run_goes_on(train, teachers, tmp_path):
     flags = ("--guidance_scale", 1, "--save_every", 1, "--sample_every", 1)
-    assert train(teachers.one, PRUNED_CONFIG, *flags, "--num_samples", 0, "--max_steps", 1).code == 0
+    train(teachers.one, PRUNED_CONFIG, *flags, "--num_samples", 0, "--max_steps", 1).ok()
     (tmp_path / "out" / "samples").write_bytes(b"a file in the place of the folder")
-    outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--num_samples", 2, "--max_steps", 4)
-    assert outcome.code == 0, outcome.err
+    outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--num_samples", 2, "--max_steps", 4).ok()
     assert outcome.out.count("No sample pictures") == 1 and "Done: 4 steps" in outcome.out
 
 
@@ -219,8 +209,7 @@ def test_a_run_is_reported_with_scalars_and_pictures(train, teachers, tmp_path, 
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     flags = [*DRAWN, "--max_steps", 4, "--sample_every", 3, "--save_every", 2, "--report", name]
-    outcome = train(teachers.one, PRUNED_CONFIG, *flags)
-    assert outcome.code == 0, outcome.err
+    train(teachers.one, PRUNED_CONFIG, *flags).ok()
     assert module.started["config"]["num_steps"] == 4 and module.started["name"].startswith("out-")
     assert module.started.get("mode") == ("offline" if name == "wandb" else None), "nobody is logged in"
     losses = [(step, values["loss"]) for step, values in module.logged if "loss" in values]
@@ -230,7 +219,7 @@ def test_a_run_is_reported_with_scalars_and_pictures(train, teachers, tmp_path, 
     # The command that resumes it reports to the same run, and one that starts anew to another:
     first = module.started
     for more in ([], ["--overwrite"]):
-        assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 5, *more).code == 0
+        train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 5, *more).ok()
         assert (module.started["name"] == first["name"]) == (not more)
         assert module.started["resume"] == "allow" and (
             name == "trackio" or module.started["id"] in module.started["name"]
@@ -309,7 +298,7 @@ def test_lines_that_no_run_wrote_are_left_out_by_number_with_a_warning(tmp_path,
 
 def test_a_folder_in_the_place_of_the_metrics_is_told_of_and_the_run_resumes(train, teachers, tmp_path):
     flags, file = ["--save_every", 2], tmp_path / "out" / "metrics.jsonl"
-    assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 2).code == 0
+    train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 2).ok()
     file.unlink()
     file.mkdir()
     outcome = train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 3)

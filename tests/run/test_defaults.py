@@ -38,8 +38,7 @@ def test_replay_grows_with_what_an_answer_costs_and_is_bounded():
 
 
 def test_a_run_says_what_was_chosen_and_the_student_records_it(train, teachers, tmp_path):
-    outcome = train(teachers.one, PRUNED_CONFIG, "--student_steps", 4, "--teacher_calls", 3, "--batch_size", 4)
-    assert outcome.code == 0, outcome.err
+    outcome = train(teachers.one, PRUNED_CONFIG, "--student_steps", 4, "--teacher_calls", 3, "--batch_size", 4).ok()
     record = StudentConfig.load(tmp_path / "out").distillation
     assert record["optimizer"] == "muon" and record["replay"] == MIN_REPLAY and record["num_train_steps"] == 18
     assert record["lr"] == suggested_lr("muon", PRUNED_CONFIG["hidden_size"], 4)

@@ -18,8 +18,6 @@ from wandistiller import StudentConfig
 from wandistiller.projection.selection import check_fits
 from wandistiller.run.flags import PRESETS, parse_args
 
-# ---- files ----
-
 
 def in_file(tmp_path, text: str, *typed: str):
     (tmp_path / "my.yaml").write_text(text, encoding="utf-8")
@@ -96,11 +94,9 @@ def test_a_run_writes_the_file_that_repeats_it(run_main, flags_of, tmp_path):
     flags = flags_of(
         "out", "--max_steps", 3, "--lr", "1e-3", "--image_sizes", "1:1", "--negative_prompt", "静态: a 'b'"
     )
-    first = run_main(train_distillation.main, *flags)
-    assert first.code == 0, first.err
+    run_main(train_distillation.main, *flags).ok()
     file = tmp_path / "out" / "run.yaml"
-    again = run_main(train_distillation.main, "--config", file, "--output_dir", tmp_path / "again")
-    assert again.code == 0, again.err
+    run_main(train_distillation.main, "--config", file, "--output_dir", tmp_path / "again").ok()
     assert same_weights(tmp_path / "out", tmp_path / "again")
     written = [(tmp_path / name / "run.yaml").read_text(encoding="utf-8") for name in ("out", "again")]
     assert written[0].replace(f"{tmp_path}/out", f"{tmp_path}/again") == written[1] and "静态" in written[0]
@@ -110,12 +106,8 @@ def test_a_run_yaml_that_a_person_wrote_is_left_alone(run_main, flags_of, tmp_pa
     own = tmp_path / "out" / "run.yaml"
     own.parent.mkdir()
     own.write_text("max_steps: 2\n", encoding="utf-8")
-    done = run_main(train_distillation.main, "--config", own, *flags_of("out"))
-    assert done.code == 0 and "Done: 2 steps" in done.out, done.err
+    assert "Done: 2 steps" in run_main(train_distillation.main, "--config", own, *flags_of("out")).ok().out
     assert own.read_text(encoding="utf-8") == "max_steps: 2\n"
-
-
-# ---- presets ----
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -137,8 +129,7 @@ def test_a_length_that_is_typed_in_steps_or_epochs_is_the_length(train, teachers
 
 def test_a_run_writes_down_what_a_preset_sets_and_resumes_with_the_values(train, teachers, tmp_path):
     typed = ["--teacher_calls", 2, "--batch_size", 2, "--grad_accum_steps", 2, "--save_every", 4, "--replay", 4]
-    first = train(teachers.one, PRUNED_CONFIG, "--preset", "1.3B-0.5B", *typed)
-    assert first.code == 0, first.err
+    first = train(teachers.one, PRUNED_CONFIG, "--preset", "1.3B-0.5B", *typed).ok()
     assert "eval_prompts: data/heldout_prompts.txt" in (tmp_path / "out" / "run.yaml").read_text(encoding="utf-8")
     assert "55 prompts of the 40,000 of --num_prompts" in first.out
     record = json.loads((tmp_path / "out" / "student_config.json").read_text(encoding="utf-8"))["distillation"]
@@ -146,8 +137,7 @@ def test_a_run_writes_down_what_a_preset_sets_and_resumes_with_the_values(train,
     # The same values without the preset are the same run; another value is not:
     longer = [*typed, "--teacher_calls", 3]
     assert "Resuming from step 8" in train(teachers.one, PRUNED_CONFIG, *longer).out
-    other = train(teachers.one, PRUNED_CONFIG, "--preset", "1.3B-0.5B", *longer, "--replay", 5)
-    assert other.code == 2 and "replay 4, now 5" in other.err
+    train(teachers.one, PRUNED_CONFIG, "--preset", "1.3B-0.5B", *longer, "--replay", 5).refused("replay 4, now 5")
 
 
 def test_the_dry_run_of_a_preset_says_what_the_page_does(run_main, tmp_path):
@@ -156,8 +146,7 @@ def test_the_dry_run_of_a_preset_says_what_the_page_does(run_main, tmp_path):
     outcome = run_main(
         train_distillation.main, "--preset", "A14B-1B", "--teacher_path", folder, "--data_path", PROMPTS, "--dry_run",
         "--output_dir", tmp_path / "out", "--prompt_cache", tmp_path / "cache", "--assume_gpu", 80, "--save_every", 0,
-    )  # fmt: skip
-    assert outcome.code == 0, outcome.err
+    ).ok()  # fmt: skip
     assert "144,000 steps of 32 prompts, about 12,0" in outcome.out
     peak = float(re.search(r"^  peak +([\d.]+)", outcome.out, re.MULTILINE)[1])
     assert peak == pytest.approx(recipes.planned("A14B-1B").peak_gib, rel=0.02)  # the texts are others

@@ -31,7 +31,7 @@ def test_a_finished_student_goes_on_with_other_prompts_and_another_teacher(
 ):
     first, second, prompts = tmp_path / "first", tmp_path / "second", tmp_path / "other.txt"
     prompts.write_text("a red cat\na blue dog\n", encoding="utf-8")
-    assert train(teachers.one, PRUNED_CONFIG, "--max_steps", 4, output_dir=first).code == 0
+    train(teachers.one, PRUNED_CONFIG, "--max_steps", 4, output_dir=first).ok()
     teacher = tmp_path / "teacher"
     write_pipeline_folder(teacher, seed=9)  # of the same shape, so that hidden states are compared
     flags = ["--init_from", first, "--data_path", prompts, *STILL, "--batch_size", 2]
@@ -52,9 +52,8 @@ def test_a_finished_student_goes_on_with_other_prompts_and_another_teacher(
 def test_a_student_is_cut_again_and_its_report_leads_to_the_teacher(train, teachers, tmp_path):
     """A student of whole layers, cut again, has the weights of its teacher at the places that its report names."""
     first, second = tmp_path / "first", tmp_path / "second"
-    assert train(teachers.one, WIDE, *STILL, output_dir=first).code == 0
-    done = train(teachers.one, PRUNED_CONFIG, "--init_from", first, *STILL, output_dir=second)
-    assert done.code == 0, done.err
+    train(teachers.one, WIDE, *STILL, output_dir=first).ok()
+    train(teachers.one, PRUNED_CONFIG, "--init_from", first, *STILL, output_dir=second).ok()
     teacher, part = read_made_of(second, StudentConfig.load(second))
     assert (teacher.depth, part.layers) == (3, [0, 2])
     whole = load_file(teachers.one / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -78,15 +77,14 @@ def test_a_smaller_wan_than_the_teacher_is_a_start_and_no_hidden_states_are_comp
         shape |= {name: getattr(config, name) for name in ("hidden_size", "depth", "num_heads", "ffn_dim")}
         shape["text_encoder_output_dim"] = config.text_encoder_output_dim
         teacher = "mock"
-    done = train(teacher, shape, "--init_from", source, *STILL)
-    assert done.code == 0 and "Hidden states are not compared" in done.out, done.err
+    assert "Hidden states are not compared" in train(teacher, shape, "--init_from", source, *STILL).ok().out
     statuses = {entry["status"] for entry in report_of(tmp_path / "out")["student"].values()}
     assert statuses == {"exact"}
 
 
 def test_what_does_not_fit_is_refused_with_both_shapes_and_a_run_does_not_start_from_itself(train, teachers, tmp_path):
     small = tmp_path / "small"
-    assert train(teachers.one, PRUNED_CONFIG, *STILL, output_dir=small).code == 0
+    train(teachers.one, PRUNED_CONFIG, *STILL, output_dir=small).ok()
     larger = train(teachers.one, IDENTITY_CONFIG, "--init_from", small, *STILL)
     assert larger.code == 2 and "hidden_size 12, depth 2" in larger.err and "hidden_size 24, depth 3" in larger.err
     itself = train(teachers.one, PRUNED_CONFIG, "--init_from", small, *STILL, "--overwrite", output_dir=small)

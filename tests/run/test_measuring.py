@@ -8,36 +8,17 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from support.runs import PRUNED_CONFIG, as_if_stopped_after, read_metrics, weights_of
+from support.runs import PRUNED_CONFIG, as_if_stopped_after, checkpoint_tensors, read_metrics, weights_of
 
 # 60 calls of 64 answers, of which 16 paths of 4 steps are 1.7 %
-LONG = ["--max_steps", 60, "--batch_size", 64, "--guidance_scale", 1, "--lr", 1e-3, "--replay", 1]
-SHORT = [
-    "--max_steps",
-    12,
-    "--batch_size",
-    4,
-    "--guidance_scale",
-    1,
-    "--lr",
-    1e-3,
-    "--replay",
-    1,
-    "--teacher_steps",
-    10,
-]
+COMMON = ["--guidance_scale", 1, "--lr", 1e-3, "--replay", 1]
+LONG = ["--max_steps", 60, "--batch_size", 64, *COMMON]
+SHORT = ["--max_steps", 12, "--batch_size", 4, "--teacher_steps", 10, *COMMON]
 
 
 def errors_of(folder) -> dict[int, dict]:
     return {line["step"]: line["held_out"] for line in read_metrics(folder) if line["held_out"]}
-
-
-def checkpoint_tensors(folder) -> dict[str, torch.Tensor]:
-    files = sorted((folder / "checkpoints").glob("step_*/*.safetensors"))
-    assert files
-    return {f"{file.parent.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -45,18 +26,11 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-# ---- how often ----
-
-
 def test_it_comes_six_times_where_it_is_cheap(train, teachers, tmp_path):
-    outcome = train(teachers.one, PRUNED_CONFIG, *LONG)
-    assert outcome.code == 0, outcome.err
+    outcome = train(teachers.one, PRUNED_CONFIG, *LONG).ok()
     assert list(errors_of(tmp_path / "out")) == [10, 20, 30, 40, 50, 60]
     assert all(0 < errors["velocity_error"] < 2 for errors in errors_of(tmp_path / "out").values())
     assert "held out  relative velocity error" in outcome.out
-
-
-# ---- nothing else changes ----
 
 
 @pytest.mark.parametrize(
@@ -73,9 +47,8 @@ def test_weights_losses_and_checkpoints_are_those_of_a_run_without_it(train, tea
     flags = [*SHORT, "--guidance_scale_2", 1, "--save_every", 12, *recipe]
     measured, plain = tmp_path / "measured", tmp_path / "plain"
     # The plain run comes first, because a random number that was drawn while measuring would be missing in both after it.
-    assert train(teachers.two, PRUNED_CONFIG, *flags, "--eval_every", 0, output_dir=plain).code == 0
-    outcome = train(teachers.two, PRUNED_CONFIG, *flags, "--eval_every", 5, output_dir=measured)
-    assert outcome.code == 0, outcome.err
+    train(teachers.two, PRUNED_CONFIG, *flags, "--eval_every", 0, output_dir=plain).ok()
+    train(teachers.two, PRUNED_CONFIG, *flags, "--eval_every", 5, output_dir=measured).ok()
     found = errors_of(measured)
     assert [step for step in found if step % 5 == 0 or step == 12] == [5, 10, 12] and not errors_of(plain)
     assert ("endpoint" in found[12]) == ("--sigma_range" not in recipe), "a part of the noise levels draws nothing"
@@ -90,11 +63,10 @@ def test_weights_losses_and_checkpoints_are_those_of_a_run_without_it(train, tea
 def test_a_run_that_resumes_measures_at_the_same_states(train, teachers, tmp_path):
     flags = [*SHORT, "--eval_every", 4, "--save_every", 4, "--lr_scheduler", "constant"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=whole).code == 0
+    train(teachers.one, PRUNED_CONFIG, *flags, output_dir=whole).ok()
     shutil.copytree(whole, stopped)
     as_if_stopped_after(stopped, 8)
-    outcome = train(teachers.one, PRUNED_CONFIG, *flags, output_dir=stopped)
-    assert outcome.code == 0 and "Resuming from step 8" in outcome.out
+    assert "Resuming from step 8" in train(teachers.one, PRUNED_CONFIG, *flags, output_dir=stopped).ok().out
     assert errors_of(stopped) == errors_of(whole)
 
 

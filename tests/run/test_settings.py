@@ -25,9 +25,6 @@ def resolved(write_config, teachers):
     return run
 
 
-# ---- defaults ----
-
-
 @pytest.mark.parametrize("flags", [["--teacher_cache", "x"], ["--feature_loss_weight", "0"]])
 def test_hidden_states_are_compared_wherever_the_teacher_has_some(resolved, flags):
     assert resolved().feature_loss_weight == 1.0 and resolved(*flags).feature_loss_weight == 0.0
@@ -91,9 +88,6 @@ def test_the_precision_is_that_of_the_device_and_of_the_gpu_that_a_dry_run_plans
     assert resolved("--dtype", "bf16", "--teacher_dtype", "fp8").teacher_dtype == "fp8"
 
 
-# ---- prompts ----
-
-
 def test_so_many_prompts_are_drawn_once_and_more_of_them_begin_with_the_same(resolved):
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()
     few, more = resolved("--num_prompts", 5).prompts, resolved("--num_prompts", 9).prompts
@@ -114,9 +108,6 @@ def test_sample_pictures_are_of_held_out_prompts_unless_others_are_named(resolve
             resolved("--sample_prompts", text)
     with pytest.raises(UserError, match="are 65 prompts; allowed: at most 64"):
         resolved("--sample_prompts", *map(str, range(65)))
-
-
-# ---- what a resumed run must share ----
 
 
 def test_a_message_names_the_files_of_digests_and_tells_what_changed():

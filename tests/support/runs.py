@@ -47,6 +47,17 @@ class Outcome:
     out: str
     err: str
 
+    def ok(self) -> "Outcome":
+        """Hold it to exit code 0."""
+        assert self.code == 0, self.err
+        return self
+
+    def refused(self, *words: str) -> "Outcome":
+        """Hold it to exit code 2 and one message, without a traceback, that holds these words."""
+        assert self.code == 2 and self.err.count("\n") == 1 and "Traceback" not in self.err, self.err
+        assert all(word in self.err for word in words), self.err
+        return self
+
 
 @dataclass(frozen=True)
 class Teachers:
@@ -74,6 +85,13 @@ def read_metrics(folder: Path) -> list[dict]:
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "diffusion_model.safetensors")
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of all checkpoints that a run kept."""
+    files = sorted((folder / "checkpoints").glob("step_*/*.safetensors"))
+    assert files
+    return {f"{file.parent.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def same_weights(one: Path, other: Path) -> bool:

@@ -108,6 +108,14 @@ def oracle_velocity(
     return model(latents[:, :, None], timestep, prompt_embeds, return_dict=False)[0][:, :, 0]
 
 
+def inputs(channels: int = 16, text_dim: int = 20) -> tuple[Tensor, ...]:
+    """Non-square latents, timesteps between whole numbers, and the embeds of two prompts of 3 and 9 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, channels, 4, 6, generator=generator)
+    prompt_embeds = torch.randn(2, 9, text_dim, generator=generator)
+    return latents, torch.tensor([12.5, 987.6]), prompt_embeds, torch.tensor([3, 9])
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return the largest |actual - expected| / |expected| of a batch."""
     difference = (actual.double() - expected.double()).flatten(1).norm(dim=1)

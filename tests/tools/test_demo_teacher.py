@@ -45,9 +45,6 @@ def prompts_of(name: str) -> list[str]:
     return check_demo_teacher.read_prompts(ROOT / "data" / f"{name}.txt")
 
 
-# ---- the judge ----
-
-
 def with_one_attribute_changed(scene: world.Scene, attribute: str, rng: np.random.Generator) -> world.Scene:
     """The scene with another value of one attribute, in one of its objects or in the background."""
     index = int(rng.integers(len(scene.things)))
@@ -113,9 +110,6 @@ def test_prompts_for_training_hold_no_held_out_combination_and_those_left_open_s
     open_prompts = prompts_of("demo_heldout_underspecified")
     assert not set(open_prompts) & set(prompts_of("demo_prompts"))
     assert not any(demo_judge.says_everything(*demo_judge.read_prompt(prompt)) for prompt in open_prompts)
-
-
-# ---- the teacher ----
 
 
 def test_the_maker_writes_a_folder_that_wan_pipeline_draws_from(tmp_path: Path):

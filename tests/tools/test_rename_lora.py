@@ -33,7 +33,7 @@ def rename(run_main, tmp_path, tensors: dict[str, torch.Tensor]):
 
 def test_names_change_and_values_stay(run_main, tmp_path):
     tensors = {name: torch.randn(2, index + 1) for index, name in enumerate(NAMES)}
-    assert rename(run_main, tmp_path, tensors).code == 0
+    rename(run_main, tmp_path, tensors).ok()
     renamed = load_file(tmp_path / "new" / "b.safetensors")
     assert renamed.keys() == set(NAMES.values())
     assert all(torch.equal(renamed[NAMES[name]], tensor) for name, tensor in tensors.items())

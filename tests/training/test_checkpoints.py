@@ -66,19 +66,18 @@ def test_a_run_stopped_twice_ends_as_one_never_stopped_bit_for_bit(train, teache
     teacher = teachers.two if "two experts" in recipe else teachers.one
     whole, stopped, before = tmp_path / "whole", tmp_path / "stopped", snapshot(teacher)
     flags = [*FLAGS, *RECIPES[recipe], "--save_every", 2, "--keep_checkpoints", 9]
-    assert train(teacher, PRUNED_CONFIG, *flags, output_dir=whole).code == 0
+    train(teacher, PRUNED_CONFIG, *flags, output_dir=whole).ok()
     shutil.copytree(whole, stopped)
     for step in (2, 8):  # after two steps one of three sizes has had none
         as_if_stopped_after(stopped, step)
-        outcome = train(teacher, PRUNED_CONFIG, *flags, output_dir=stopped)
-        assert outcome.code == 0 and f"Resuming from step {step}" in outcome.out
+        assert f"Resuming from step {step}" in train(teacher, PRUNED_CONFIG, *flags, output_dir=stopped).ok().out
         assert same_weights(whole, stopped) and without_times(whole) == without_times(stopped)
     assert snapshot(teacher) == before
 
 
 def test_a_run_that_goes_on_with_another_number_of_threads_says_that_bit_for_bit_is_over(train):
     torch.set_num_threads(2)
-    assert train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 2, "--save_every", 2).code == 0
+    train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 2, "--save_every", 2).ok()
     again = train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 3)
     torch.set_num_threads(1)
     over = train("mock", PRUNED_CONFIG, *FLAGS, "--max_steps", 1)
@@ -98,14 +97,14 @@ def test_two_runs_do_not_write_to_one_folder(train, flags_of, tmp_path):
     process.kill()
     process.join()
     assert outcome.code == 2 and "another run is writing to it" in outcome.err
-    assert train("mock", PRUNED_CONFIG, *FLAGS).code == 0
+    train("mock", PRUNED_CONFIG, *FLAGS).ok()
 
 
 def test_another_run_in_the_same_folder_is_refused_with_both_values_and_overwrite_keeps_it_beside(
     train, teachers, tmp_path
 ):
     flags = [*FLAGS, "--save_every", 4]
-    assert train(teachers.one, PRUNED_CONFIG, *flags).code == 0
+    train(teachers.one, PRUNED_CONFIG, *flags).ok()
     assert train(teachers.one, PRUNED_CONFIG, *flags, "--max_steps", 15, "--lr", 5e-4).code == 0, "no longer, or slower"
     assert [line["step"] for line in read_metrics(tmp_path / "out")] == list(range(1, 16))
     before = weights_of(tmp_path / "out")
@@ -113,13 +112,16 @@ def test_another_run_in_the_same_folder_is_refused_with_both_values_and_overwrit
         (["--seed", 3], PRUNED_CONFIG, ["seed 0", "now 3"]),
         (["--ema_decay", 0], PRUNED_CONFIG, ["ema True", "now False"]),
         (["--batch_size", 2], PRUNED_CONFIG, ["samples_per_step 3, now 2"]),
+        (["--teacher_dtype", "fp8"], PRUNED_CONFIG, ["teacher_dtype 'fp32'", "now 'fp8'"]),
+        (["--teacher_steps", 9], PRUNED_CONFIG, ["num_inference_steps 20", "now 9"]),
+        (["--teacher_sampler", "euler"], PRUNED_CONFIG, ["teacher_sampler 'unipc'", "now 'euler'"]),
+        (THREE_SIZES, PRUNED_CONFIG, ["image_sizes"]),
         ([], PRUNED_CONFIG | {"depth": 3}, ["student depth 2, now 3"]),
     ):
-        outcome = train(teachers.one, config, *flags, *changes)
-        assert outcome.code == 2 and len(outcome.err.splitlines()) == 1
+        outcome = train(teachers.one, config, *flags, *changes).refused()
         assert all(word in outcome.err for word in [*words, "--overwrite"]), outcome.err
     assert all(torch.equal(before[name], value) for name, value in weights_of(tmp_path / "out").items())
-    assert train(teachers.one, config, *flags, "--overwrite").code == 0
+    train(teachers.one, config, *flags, "--overwrite").ok()
     (aside,) = (tmp_path / "out").glob("replaced-*")
     assert (aside / "checkpoints").is_dir()
     assert all(torch.equal(before[name], value) for name, value in weights_of(aside).items())
@@ -162,7 +164,7 @@ def test_checkpoints_each_damaged_in_its_own_way_are_skipped_and_a_run_without_a
 ):
     steps, whole, folder, lost = 8, *(tmp_path / name for name in ("whole", "damaged", "lost"))
     flags = [*FLAGS, "--save_every", 1, "--keep_checkpoints", 99, "--max_steps", steps]
-    assert train(teachers.one, PRUNED_CONFIG, *flags, output_dir=whole).code == 0
+    train(teachers.one, PRUNED_CONFIG, *flags, output_dir=whole).ok()
     manifests = sorted((whole / "checkpoints").glob("*.json"))
 
     shutil.copytree(whole, folder)

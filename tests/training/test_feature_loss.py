@@ -3,6 +3,8 @@
 The teacher must give the hidden states of a pass of the prompt alone beside its guided velocity.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -12,7 +14,8 @@ from wandistiller import StudentConfig, WanLiteStudent
 from wandistiller.model.transformer import block_outputs
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.training.objective import FeatureLoss, masked_relative_error, span_ends
-from wandistiller.wan.settings import TeacherSettings
+from wandistiller.wan.settings import resolve_settings
+from wandistiller.wan.wan_files import mock_wan_files
 
 NEGATIVE = torch.randn(4, 20, generator=torch.Generator().manual_seed(99))
 SIGMA = torch.tensor([0.1234, 0.9, 0.875, 0.5])  # the two for either expert alternate
@@ -27,18 +30,8 @@ def make_expert(seed: int) -> WanLiteStudent:
 
 def make_teacher(scale: float, scale_2: float | None) -> Teacher:
     """Random experts, two where the second scale is given."""
-    settings = TeacherSettings(
-        preset="test",
-        shift=3.0,
-        num_inference_steps=10,
-        guidance_scale=scale,
-        guidance_scale_2=scale_2,
-        boundary_ratio=None if scale_2 is None else 0.875,
-        negative_prompt="",
-        latents_mean=None,
-        latents_std=None,
-        vae_scale_factor=8,
-    )
+    settings = resolve_settings(mock_wan_files(StudentConfig.from_dict(IDENTITY_CONFIG)), guidance_scale=scale)
+    settings = replace(settings, guidance_scale_2=scale_2, boundary_ratio=None if scale_2 is None else 0.875)
     names = ("high",) if scale_2 is None else ("high", "low")
     return Teacher({name: make_expert(seed) for seed, name in enumerate(names)}, settings, NEGATIVE)
 
@@ -64,9 +57,6 @@ def features_by_hand(expert: WanLiteStudent, layers) -> list[torch.Tensor]:
     for hook in hooks:
         hook.remove()
     return [torch.cat(seen[layer]) for layer in layers]
-
-
-# ---- of the teacher ----
 
 
 @pytest.mark.parametrize("scale, scale_2", [(1.0, None), (3.0, None), (4.0, 3.0), (1.0, 3.0)])
@@ -103,9 +93,6 @@ def test_block_outputs_are_collected_inside_alone_also_when_the_pass_fails():
 )
 def test_a_block_stands_for_its_layer_and_all_up_to_the_next_that_is_kept(layers, depth, ends):
     assert span_ends(layers, depth) == ends
-
-
-# ---- the error ----
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -105,9 +105,6 @@ def test_every_weight_is_in_one_group():
     assert sorted(in_groups) == sorted(map(id, trained.parameters()))
 
 
-# ---- several processes ----
-
-
 def move_shared_out(rank: int, count: int, port: int, is_sharded: bool, out: Path) -> None:
     """Take three steps as one of some processes; the first one keeps the weights and the FLOPs of its last step."""
     torch.set_num_threads(1)

@@ -46,9 +46,6 @@ def make_batch(features: tuple[torch.Tensor, ...] = ()) -> Batch:
     )
 
 
-# ---- the loss ----
-
-
 def test_the_loss_is_the_mean_of_the_samples_relative_squared_errors():
     student, batch = Scale(0.5), make_batch()
     loss = Objective()(student, batch, 0.3)

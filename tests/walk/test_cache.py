@@ -39,9 +39,6 @@ def filled(tmp_path) -> TeacherCache:
     return cache
 
 
-# ---- filling ----
-
-
 @pytest.mark.parametrize("num_parts", [2, 3, 50])
 def test_builders_of_parts_write_the_files_of_one_bit_for_bit_in_any_order(filled, tmp_path, num_parts):
     parts = [open_cache(tmp_path / "parts") for _ in range(num_parts)]
@@ -84,9 +81,6 @@ def test_an_answer_that_cannot_be_stored_is_refused(tmp_path, value, message):
         fill(open_cache(tmp_path / "cache"), teacher=Field(constant=value))
 
 
-# ---- opening ----
-
-
 def test_a_folder_of_other_answers_says_what_differs(filled):
     with pytest.raises(UserError, match=r"was made with shift 3.0, now 5.0.*Give another folder"):
         open_cache(filled.folder, shift=5.0)
@@ -125,9 +119,6 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "holiday.jpg").write_bytes(b"x")
     with pytest.raises(UserError, match="is not a teacher cache"):
         open_cache(tmp_path)
-
-
-# ---- reading ----
 
 
 def answers_of(cache: TeacherCache, slots: range = range(8)) -> CachedAnswers:

@@ -79,9 +79,6 @@ def test_the_euler_sampler_takes_one_step_a_segment(steps):
     assert len(field.asked) == steps
 
 
-# ---- segments of the teacher's own paths ----
-
-
 def passed_by(walk, num_calls: int) -> dict[str, torch.Tensor]:
     """All segments that the paths of a walk have passed."""
     found = []

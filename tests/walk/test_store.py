@@ -40,9 +40,6 @@ def make_batches(
     return Batches([(walk, store)], [schedule], EMBEDS, micro_batch)
 
 
-# ---- the store ----
-
-
 def test_a_fresh_answer_is_handed_out_first_and_an_old_one_only_in_its_place():
     store = make_store(capacity=4)
     for call in range(7):
@@ -102,9 +99,6 @@ def test_hidden_states_are_kept_while_there_is_room_for_them():
     kept, left = (store.sample(0, range(NUM_SLOTS)) for store in stores)
     assert kept["features.1"].dtype == torch.bfloat16 and kept["features.1"].shape == (NUM_SLOTS, 3, 4)
     assert "latents" in left and "features.1" not in left
-
-
-# ---- when the teacher is asked ----
 
 
 @pytest.mark.parametrize("num_steps, replay", [(320, 4), (1, 4), (7, 1), (1280, 8), (10, 100)])

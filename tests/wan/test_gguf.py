@@ -94,9 +94,6 @@ def test_of_a_file_larger_than_memory_the_header_is_read_and_one_tensor_at_a_tim
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**21  # KiB
 
 
-# ---- through the commands ----
-
-
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("teacher") / "wan.gguf"
@@ -114,9 +111,6 @@ def test_a_run_with_a_gguf_teacher_draws_with_the_parts_that_are_given(wan, trai
     assert list((tmp_path / "out" / "samples").glob("*.png"))
     report = json.loads((tmp_path / "out" / "projection_report.json").read_text(encoding="utf-8"))
     assert report["student"]["blocks.0.attn1.to_q.weight"]["status"] == "selected"
-
-
-# ---- what is refused ----
 
 
 def write_small(path: Path, architecture: str, *tensors: tuple[str, np.ndarray, gguf.GGMLQuantizationType]) -> None:

@@ -25,6 +25,7 @@ from support.loras import (
     write,
 )
 from support.wan_folders import (
+    inputs,
     oracle_velocity,
     random_transformer,
     relative_error,
@@ -48,12 +49,6 @@ def teacher(tmp_path_factory):
     """The folder of a tiny Wan, and its transformer."""
     folder = tmp_path_factory.mktemp("teacher") / "transformer"
     return folder, write_transformer_folder(folder)
-
-
-def inputs():
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 16, 4, 6, generator=generator)
-    return latents, torch.tensor([12.5, 987.6]), torch.randn(2, 512, 20, generator=generator)
 
 
 def velocity(path, *loras, expert: str = "high"):
