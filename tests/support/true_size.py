@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed._tools.mod_tracker import ModTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wandistiller.budget.workload import Workload
@@ -78,12 +79,25 @@ def gpu_norms() -> Iterator[None]:
 # ---- counting ----
 
 
+class NoModules(ModTracker):
+    """Tells of backward passes alone: a table of modules takes ten times as long, and its hooks hold on to gradients.
+
+    A block's gradient would stay until those of the inputs that all blocks share are there.
+    """
+
+    def __enter__(self) -> "NoModules":
+        return self
+
+    def __exit__(self, *args) -> None:
+        """Take no hook away."""
+
+
 class StepMemory(MemTracker):
-    """torch's tracker without its table of modules, which takes ten times as long, and with the peak of each phase."""
+    """torch's tracker with the peak of each phase."""
 
     def __init__(self, mode: FakeTensorMode):
         super().__init__()
-        self.mode = mode
+        self.mode, self._mod_tracker = mode, NoModules()
         self.peaks: dict[str, dict[str, int]] = {}
         self._phase: str | None = None
 
@@ -96,11 +110,6 @@ class StepMemory(MemTracker):
     @_fake_mode_on_entry.setter
     def _fake_mode_on_entry(self, mode: FakeTensorMode | None) -> None:
         """Bookkeeping that is real runs without the mode, and counts too."""
-
-    def _pre_fw_hook(self, *args) -> None:
-        """Note nothing."""
-
-    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
 
     def begin(self, phase: str | None) -> None:
         """End the phase before, of which the bytes by kind are kept at the moment when they were most, and begin another."""

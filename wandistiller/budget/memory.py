@@ -178,10 +178,9 @@ def _feature_components(workload: Workload) -> list[Component]:
     tokens = workload.num_features * workload.batch_size * workload.teacher_tokens
     width, whole = workload.student.hidden_size, FP32 * tokens * workload.teacher.hidden_size
     targets = FP32 * tokens * width
-    # At the end of the forward pass: the difference, the mask of a byte, and what goes into the map as it is computed with. With
-    # checkpointing the most is there while a block is recomputed, and then gradients alone have stayed of them.
-    compute = BYTES[workload.dtype]
-    errors = tokens * width * (compute if workload.gradient_checkpointing else FP32 + 1 + compute)
+    # At the end of the forward pass: the difference and the mask of a byte. With checkpointing the most is there while a block is
+    # recomputed, and then gradients alone have stayed of them. The maps' products are float32 whatever --dtype is.
+    errors = tokens * width * (FP32 if workload.gradient_checkpointing else FP32 + 1)
     # The teacher's are whole until it has answered. Those of two experts are copied together: at
     # most while the second one answers all states but one.
     moments = [activations + whole, whole + targets]
@@ -215,6 +214,7 @@ def _student_components(workload: Workload) -> list[Component]:
     split = f", split over {parts}" if parts > 1 else ""
     phase = "learning" if workload.offline_teacher else ""
     activations, last = _student_activations(workload), _student_activations(workload, depth=1)
+    update = _orthogonalization_bytes(workload)
     samples = f"{workload.batch_size} samples of {workload.student_tokens} tokens"
     kept = ("one block's, and every block's input" if is_checkpointed else "all blocks'") + f", {samples}"
     moments = "muon's one of matrices in blocks, adamw's two of the rest"
@@ -227,8 +227,9 @@ def _student_components(workload: Workload) -> list[Component]:
         Component("average of weights", own if workload.ema else 0, f"EMA, fp32{split}", phase),
         Component("weights to compute with", _compute_copies(workload, activations), workload.dtype, "learning"),
         Component("student activations", activations, kept, "learning"),
-        Component("last activations", last, "of the last block of the backward pass", "updating"),
-        Component("orthogonalisation", _orthogonalization_bytes(workload), "of the largest matrix", "updating"),
+        Component("orthogonalisation", update, "of the largest matrix", "updating"),
+        # These have gone when the update begins:
+        Component("last activations", max(0, last - update), "more, of the last block of the backward pass", "updating"),
     ]
 
 
@@ -249,7 +250,6 @@ def _compute_copies(workload: Workload, activations: int) -> int:
     gathered = FP32 * (count.total - (config.depth - 2) * count.block) if workload.shard_student else 0
     if compute == FP32:
         return gathered
-    gathered += compute * _map_parameters(workload)
     copies = compute * (count.total - count.float32)
     if not workload.gradient_checkpointing:
         return gathered + copies
