@@ -118,7 +118,7 @@ def test_comfyui_gguf_takes_the_file(saved, export, tmp_path):
 def test_diffusers_reads_the_file_as_the_student(saved, export, tmp_path):
     from diffusers import GGUFQuantizationConfig, WanTransformer3DModel
 
-    folder, student = saved
+    folder, _ = saved
     assert export(folder, "--dtype", "q8_0", output="a.gguf").code == 0
     argv = ["--student", str(folder), "--format", "diffusers", "--output", str(tmp_path / "config")]
     assert export_student.main(argv) == 0

@@ -229,9 +229,7 @@ def _student_components(workload: Workload) -> list[Component]:
         Component("student activations", activations, kept, "learning"),
         Component("orthogonalisation", update, "of the largest matrix", "updating"),
         # These have gone when the update begins:
-        Component(
-            "last activations", max(0, last - update), "more, of the last block of the backward pass", "updating"
-        ),
+        Component("last activations", max(0, last - update), "more, of the backward pass's last block", "updating"),
     ]
 
 
